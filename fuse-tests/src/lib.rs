@@ -1,0 +1,1 @@
+//! What the integration tests share: a maker of VMDK variants, mounts that clean up after themselves.

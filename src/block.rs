@@ -1,0 +1,108 @@
+//! A disk as sectors: the trait that every source and layer has, and its units.
+//!
+//! Above [`crate::image::Image`] everything counts bytes, below it sectors of 512 bytes. [`Lba`] keeps the
+//! two apart. The traits are synchronous on purpose: FUSE threads block anyway, a layer costs some ten
+//! nanoseconds, a hop to another thread some ten microseconds.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes of a sector.
+pub const SECTOR: u64 = 512;
+
+/// The most sectors of a disk: its bytes must fit an `i64`, which is what a file offset can be.
+pub const MAX_SECTORS: u64 = (i64::MAX as u64) / SECTOR;
+
+/// A sector number of a disk, counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lba(pub u64);
+
+impl Lba {
+    /// The byte at which the sector starts. The sector must lie on a disk ([`MAX_SECTORS`]).
+    pub fn bytes(self) -> u64 {
+        self.0 * SECTOR
+    }
+}
+
+impl std::ops::Add<u64> for Lba {
+    type Output = Lba;
+    fn add(self, sectors: u64) -> Lba {
+        Lba(self.0 + sectors)
+    }
+}
+
+impl fmt::Display for Lba {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sector {}", self.0)
+    }
+}
+
+/// The size of a disk and the units it likes to be read in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Number of sectors, at most [`MAX_SECTORS`].
+    pub sectors: u64,
+    /// Sectors of the smallest request; requests must start and end at its multiples (or at the end of the disk).
+    pub granule: u64,
+    /// Sectors of a request that costs little more than a smaller one (a compressed grain, say); ≥ granule.
+    pub preferred: u64,
+}
+
+impl Geometry {
+    /// Bytes of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.sectors * SECTOR
+    }
+}
+
+/// What a range of sectors holds, as far as it is known without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Stored data (which may be zeroes all the same).
+    Data,
+    /// Zeroes that the image says are there: a zeroed grain, a ZERO extent.
+    Zero,
+    /// Nothing was ever written: reads as zeroes.
+    Hole,
+}
+
+impl Content {
+    /// Whether it reads as zeroes without any I/O.
+    pub fn is_zero(self) -> bool {
+        self != Content::Data
+    }
+}
+
+/// A disk that can be read, as 512-byte sectors. Size and granule never change while it is open.
+pub trait BlockRead: fmt::Debug + Send + Sync {
+    /// Size and units; does no I/O.
+    fn geometry(&self) -> Geometry;
+
+    /// Fills `buf` from sector `at`; never short. `buf` is whole sectors, whole granules, and within the disk.
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()>;
+
+    /// What is at `at`, and for how many sectors on (at least 1, within the disk), without reading data.
+    /// The answer may stop early: neighbours of the same content may follow.
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)>;
+
+    /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
+    /// read it without us.
+    fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.
+pub fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
+    let sectors = bytes as u64 / SECTOR;
+    let whole = bytes as u64 % SECTOR == 0;
+    match at.0.checked_add(sectors) {
+        Some(end) if whole && end <= geometry.sectors => Ok(sectors),
+        _ => Err(Error::new(
+            ErrorKind::OutOfRange,
+            format!("{bytes} bytes at {at} are not whole sectors of a disk of {} sectors", geometry.sectors),
+        )),
+    }
+}

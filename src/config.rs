@@ -1,0 +1,149 @@
+//! What the user asked for, typed and checked. It knows nothing of how it was said (no clap, no files).
+
+use std::path::PathBuf;
+
+/// Everything about one run of the program.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// What to do.
+    pub action: Action,
+    /// Where messages go.
+    pub log: LogConfig,
+}
+
+/// What one run does.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Mount disks and serve them.
+    Mount(MountConfig),
+    /// Say what a source is.
+    Info(Query),
+    /// Say where data, holes and zeroes lie.
+    Map(Query),
+    /// Verify tables and chain.
+    Check(Query),
+    /// Print versions and back ends.
+    Dump {
+        /// As JSON instead of `key=value` lines.
+        json: bool,
+    },
+}
+
+/// The disks of an action that only looks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Query {
+    /// At least one.
+    pub disks: Vec<DiskConfig>,
+    /// As JSON instead of text.
+    pub json: bool,
+}
+
+/// A mount and its life.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MountConfig {
+    /// As the user gave it, made absolute: a directory, a file to cover, or a new name in a directory.
+    pub mountpoint: PathBuf,
+    /// At least one; their file names differ.
+    pub disks: Vec<DiskConfig>,
+    /// Stay in the foreground.
+    pub foreground: bool,
+    /// Where to write the process id of the daemon, made absolute.
+    pub pidfile: Option<PathBuf>,
+    /// FUSE mount options.
+    pub options: MountOptions,
+    /// Event loops; `None`: by the number of processors.
+    pub threads: Option<usize>,
+}
+
+/// The mount options that mean something here; those that mount(8) handles itself are dropped before.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MountOptions {
+    /// The whole mount read-only (`-r`, `-o ro`).
+    pub read_only: bool,
+    /// Every user may look in.
+    pub allow_other: bool,
+    /// The owner and root may look in.
+    pub allow_root: bool,
+    /// The kernel checks owner and mode.
+    pub default_permissions: bool,
+    /// Unmount when this process ends, however it ends.
+    pub auto_unmount: bool,
+    /// Owner of the files; `None`: who mounts.
+    pub uid: Option<u32>,
+    /// Group of the files; `None`: who mounts.
+    pub gid: Option<u32>,
+    /// Permission bits that the files don't have.
+    pub umask: Option<u32>,
+    /// What mount tables show as the source; `None`: the first disk.
+    pub fsname: Option<String>,
+}
+
+/// One disk of a mount.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiskConfig {
+    /// Its file name in the mount: not empty, no `/`.
+    pub name: String,
+    /// Nothing may be written to it.
+    pub read_only: bool,
+    /// How the kernel may keep its pages.
+    pub cache: PageCache,
+    /// RAM for blocks of this disk, bytes; `None`: what fits its kind.
+    pub cache_size: Option<u64>,
+    /// Upper bound of our read-ahead, bytes; `None`: what fits its kind.
+    pub readahead: Option<u64>,
+    /// Where it comes from.
+    pub source: SourceConfig,
+}
+
+/// What the kernel's page cache does with a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PageCache {
+    /// Every read reaches us.
+    None,
+    /// Pages are kept; writes go through at once.
+    #[default]
+    WriteThrough,
+}
+
+/// Where a disk comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SourceConfig {
+    /// Files on this machine, read by the built-in engine.
+    Local(LocalConfig),
+}
+
+/// A disk in local files.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LocalConfig {
+    /// The file that was named.
+    pub path: PathBuf,
+    /// How to read it.
+    pub format: Format,
+    /// Folders that names inside an image may point into, besides the image's own.
+    pub allow_dirs: Vec<PathBuf>,
+    /// Accept a parent whose CID differs from the one its child remembers.
+    pub accept_cid_mismatch: bool,
+}
+
+/// The format of a local file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// By its content; a raw file only where its name does not end in `.vmdk`.
+    #[default]
+    Auto,
+    /// A VMDK, or an error.
+    Vmdk,
+    /// A plain image.
+    Raw,
+}
+
+/// Where messages go and how many.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LogConfig {
+    /// 0 warnings, 1 information, 2 debug, 3 trace.
+    pub verbosity: u8,
+    /// Append to this file instead of standard error, made absolute.
+    pub file: Option<PathBuf>,
+    /// One JSON object a line.
+    pub json: bool,
+}

@@ -1,0 +1,21 @@
+//! `vmdkfuse` shows virtual disks as raw files; see the README for its use.
+//!
+//! ```text
+//!  qemu, guestfish, mount -o loop, cp, dd
+//!         │  read at any byte
+//!    fuse/      fuser's Filesystem, thin: inode → Image, errno at this border only
+//!    image/     Image: bytes above, sectors below; builds the stack of a disk
+//!    layer/     block cache + read-ahead, for sources whose blocks are dear
+//!    block.rs   trait BlockRead: sectors, never bytes
+//!    ┌──────────────┴──────────────┐
+//!    vmdk/                         source/raw
+//!    built-in engine               a plain file or device
+//!    store/  local
+//! ```
+//! Dependencies point downwards only; `image/stack.rs` alone knows all sides. `cli` turns words into a
+//! [`config::Config`], and `run` is the order of life of a process.
+
+pub mod block;
+pub mod config;
+pub mod error;
+pub mod store;

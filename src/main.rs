@@ -1,0 +1,3 @@
+//! The program: words → configuration → run → exit status.
+
+fn main() {}

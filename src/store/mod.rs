@@ -1,0 +1,74 @@
+//! Where the bytes of an image's files live: a folder of this machine, later a datastore over HTTPS.
+//!
+//! ```text
+//!   descriptor line   "disk-s001.vmdk"          a name that somebody else wrote
+//!        │ ExtentName: the gate's first half (shape)
+//!        ▼
+//!   Store::open       the gate's second half (where it leads), then the file
+//!        ▼
+//!   StoredFile        length, identity, exact reads
+//! ```
+//! The engine in `vmdk/` knows no paths and opens nothing else.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::error::Result;
+
+mod local;
+mod name;
+
+pub use local::LocalStore;
+pub use name::ExtentName;
+
+/// A place that holds the files of an image.
+pub trait Store: fmt::Debug + Send + Sync {
+    /// Opens a file that an image names, if the policy of the store lets it.
+    ///
+    /// Errors: `Policy` where the name leads out of what is allowed or to something that is no plain file,
+    /// `NotFound`, or what the system says. Never blocks on a FIFO or a device.
+    fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
+}
+
+/// What tells one file from another, and one state of it from a later one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Device and inode, or what stands for them.
+    pub file: (u64, u64),
+    /// Length in bytes.
+    pub len: u64,
+    /// Last change of the content, nanoseconds since 1970.
+    pub mtime_ns: i128,
+}
+
+/// An open file of a store.
+pub trait StoredFile: fmt::Debug + Send + Sync {
+    /// Its length in bytes when it was opened.
+    fn len(&self) -> u64;
+
+    /// Whether it had no byte when it was opened.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from byte `offset`; a file that ends before is an error.
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Its identity now.
+    fn identity(&self) -> Result<Identity>;
+
+    /// Bytes that it takes in its store now, where that is known (sparse files take less than their length).
+    fn allocated(&self) -> Result<u64>;
+
+    /// What to call it in messages: the path.
+    fn label(&self) -> &str;
+
+    /// The store that holds the files beside this one, for the names inside of it.
+    fn siblings(&self) -> Result<Arc<dyn Store>>;
+
+    /// Its file descriptor, where it is a file of this machine.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
