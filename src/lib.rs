@@ -19,3 +19,4 @@ pub mod block;
 pub mod config;
 pub mod error;
 pub mod store;
+pub mod vmdk;
