@@ -18,4 +18,9 @@
 pub mod block;
 pub mod config;
 pub mod error;
+pub mod fuse;
+pub mod image;
+pub mod layer;
+pub mod source;
 pub mod store;
+pub mod vmdk;

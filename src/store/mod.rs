@@ -19,8 +19,9 @@ use crate::error::Result;
 mod local;
 mod name;
 
-pub use local::LocalStore;
-pub use name::ExtentName;
+pub use local::{LocalStore, open_user_path};
+pub(crate) use name::printable;
+pub use name::{ExtentName, NAME_MAX};
 
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {

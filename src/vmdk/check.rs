@@ -153,7 +153,9 @@ impl Checker<'_> {
             if (a == 0) != (b == 0) {
                 self.report.error(format!("{label}: grain table {table} is in one of both directories only"));
             } else if a != 0 && (!good(a) || !good(b)) {
-                self.report.error(format!("{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"));
+                self.report.error(format!(
+                    "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
+                ));
             } else if a != b && hosted.raw_table(a.into())? != hosted.raw_table(b.into())? {
                 self.report.error(format!("{label}: grain table {table} differs from its redundant copy"));
             }

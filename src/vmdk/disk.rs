@@ -132,9 +132,7 @@ impl BlockRead for VmdkDisk {
         let extents = &self.links.first()?.extents;
         match extents.as_slice() {
             // a file that is longer would show what is behind the disk
-            [PlacedExtent { extent: Extent::Flat { file, offset: 0 }, .. }]
-                if file.len() == self.geometry.bytes() =>
-            {
+            [PlacedExtent { extent: Extent::Flat { file, offset: 0 }, .. }] if file.len() == self.geometry.bytes() => {
                 file.fd()
             }
             _ => None,

@@ -238,7 +238,8 @@ impl SparseExtent {
         };
         let first = table.slot(p.entry);
         let wanted = (p.within + max).div_ceil(self.shape.grain);
-        let alone = first == Slot::Bad || (adjacent && self.packing != Packing::Plain && kind(first) == Some(Kind::Data));
+        let alone =
+            first == Slot::Bad || (adjacent && self.packing != Packing::Plain && kind(first) == Some(Kind::Data));
         let most = if alone { 1 } else { wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1) };
         let mut n = 1;
         while n < most {

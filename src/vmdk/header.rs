@@ -352,7 +352,10 @@ impl SeSparse {
         let second = bytes.get(SECTOR as usize..).ok_or_else(short)?;
         let (volatile, _) = RawSeVolatile::ref_from_prefix(second).map_err(|_| short())?;
         if raw.version.get() != Self::VERSION {
-            return Err(Error::unsupported(format!("seSparse header: version {:#x} (byte 8), expected 2.1", raw.version)));
+            return Err(Error::unsupported(format!(
+                "seSparse header: version {:#x} (byte 8), expected 2.1",
+                raw.version
+            )));
         }
         if raw.flags.get() != 0 {
             return Err(Error::unsupported(format!("seSparse header: unknown flags {:#x} (byte 40)", raw.flags)));
@@ -412,11 +415,6 @@ impl SeSparse {
             )));
         }
         Ok(Self { capacity, directory: gd, tables_offset: gt, tables_size: gt_size, grains_offset })
-    }
-
-    /// Number of grain tables that the capacity needs.
-    pub(crate) fn tables(&self) -> u64 {
-        self.capacity.div_ceil(Self::GRAIN * Self::ENTRIES_PER_TABLE)
     }
 }
 

@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{ExtentName, Store, StoredFile};
+use crate::store::{Store, StoredFile};
 use crate::vmdk::cowd::CowdTables;
-use crate::vmdk::descriptor::{self, Access, Descriptor, ExtentKind, ExtentLine, parent_candidates};
+use crate::vmdk::descriptor::{self, Access, Descriptor, ExtentKind, ExtentLine, ParentHint};
 use crate::vmdk::extent::{Extent, Packing, SparseExtent};
 use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
@@ -230,7 +230,7 @@ impl Opener {
     }
 
     fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
-        let zero = line.kind == ExtentKind::Zero || line.access == Access::NoAccess;
+        let zero = line.kind == ExtentKind::Zero || line.access == Access::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
             return Ok(placed(Extent::Zero, line, "ZERO"));
         };
@@ -239,9 +239,6 @@ impl Opener {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
             ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => self.sparse_extent(file, line),
-            ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => Err(Error::unsupported(format!(
-                "{name} is a pointer to a raw device (RDM), which holds no data of its own: name the device with format=raw"
-            ))),
             ExtentKind::Zero => Ok(placed(Extent::Zero, line, "ZERO")),
         }
     }
@@ -263,28 +260,18 @@ impl Opener {
         opened.map_err(|e| if e.to_string().contains(&label) { e } else { e.within(label) })
     }
 
-    fn hosted_extent(
-        &mut self,
-        file: Arc<dyn StoredFile>,
-        header: Hosted,
-        line: &ExtentLine,
-    ) -> Result<PlacedExtent> {
+    fn hosted_extent(&mut self, file: Arc<dyn StoredFile>, header: Hosted, line: &ExtentLine) -> Result<PlacedExtent> {
         if header.capacity == 0 {
             return Err(Error::corrupt("an envelope (capacity 0) inside of another one is no extent"));
         }
         let header = if header.directory == DirectoryAt::Footer { read_footer(&*file, &header)? } else { header };
         check_line(line, header.capacity)?;
-        let packing =
-            if header.compressed { Packing::Deflate { markers: header.markers } } else { Packing::Plain };
+        let packing = if header.compressed { Packing::Deflate { markers: header.markers } } else { Packing::Plain };
         let layout = Box::new(HostedTables::new(Arc::clone(&file), &header)?);
         let hosted = HostedTables::new(Arc::clone(&file), &header)?;
         let kind = if header.compressed { "SPARSE (compressed)" } else { "SPARSE" };
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), packing);
-        Ok(PlacedExtent {
-            unclean: header.unclean,
-            hosted: Some(hosted),
-            ..placed(Extent::Sparse(extent), line, kind)
-        })
+        Ok(PlacedExtent { unclean: header.unclean, hosted: Some(hosted), ..placed(Extent::Sparse(extent), line, kind) })
     }
 
     fn cowd_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
@@ -310,24 +297,14 @@ impl Opener {
 }
 
 fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent {
-    PlacedExtent {
-        start: 0,
-        sectors: line.sectors,
-        access: line.access,
-        extent,
-        kind,
-        unclean: false,
-        hosted: None,
-    }
+    PlacedExtent { start: 0, sectors: line.sectors, access: line.access, extent, kind, unclean: false, hosted: None }
 }
 
 /// A flat extent; its sectors must all be in the file.
 fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str) -> Result<PlacedExtent> {
     let end = line.offset.checked_add(line.sectors).and_then(|s| s.checked_mul(SECTOR));
     match end {
-        Some(end) if end <= file.len() => {
-            Ok(placed(Extent::Flat { file, offset: line.offset }, line, kind))
-        }
+        Some(end) if end <= file.len() => Ok(placed(Extent::Flat { file, offset: line.offset }, line, kind)),
         _ => Err(Error::corrupt(format!(
             "{}: the file has {} bytes, but the extent is {} sectors from sector {} on",
             file.label(),
@@ -361,11 +338,11 @@ fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
 }
 
 /// Opens the first of the places where the parent may be.
-fn open_parent(child: &Link, hint: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
     let store = child.file.siblings()?;
     let mut looked = Vec::new();
     let mut refused = None;
-    for name in parent_candidates(hint) {
+    for name in hint.candidates() {
         match store.open(&name) {
             Ok(file) => return Ok(file),
             Err(e) if e.kind() == ErrorKind::NotFound => looked.push(name.to_string()),
@@ -393,9 +370,9 @@ fn describe(kind: FileKind, head: &[u8]) -> String {
 fn no_disk(kind: FileKind, head: &[u8]) -> Error {
     let what = describe(kind, head);
     match kind {
-        FileKind::Cowd | FileKind::SeSparse => Error::unsupported(format!(
-            "is {what}, a piece of a disk: name the .vmdk file that lists it"
-        )),
+        FileKind::Cowd | FileKind::SeSparse => {
+            Error::unsupported(format!("is {what}, a piece of a disk: name the .vmdk file that lists it"))
+        }
         _ => Error::corrupt(format!("is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside")),
     }
 }

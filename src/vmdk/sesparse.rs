@@ -76,11 +76,7 @@ impl SeSparseTables {
 
 impl Layout for SeSparseTables {
     fn shape(&self) -> Shape {
-        Shape {
-            capacity: self.header.capacity,
-            grain: SeSparse::GRAIN,
-            entries_per_table: SeSparse::ENTRIES_PER_TABLE,
-        }
+        Shape { capacity: self.header.capacity, grain: SeSparse::GRAIN, entries_per_table: SeSparse::ENTRIES_PER_TABLE }
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
