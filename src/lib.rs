@@ -16,6 +16,7 @@
 //! [`config::Config`], and `run` is the order of life of a process.
 
 pub mod block;
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod fuse;
