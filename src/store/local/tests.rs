@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::time::Duration;
 
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
@@ -268,6 +268,13 @@ fn block_devices_open_where_they_are_allowed() {
         assert_eq!((file.len(), file.allocated().unwrap(), bytes), (8192, 8192, [7; 512]));
         assert_eq!(file.identity().unwrap(), files[0].identity().unwrap());
     }
+
+    let again = folders.path("again");
+    nix::sys::stat::mknod(&again, SFlag::S_IFBLK, Mode::S_IRWXU, fs::metadata(&device.0).unwrap().rdev()).unwrap();
+    match open_user_path(&again, [].into()) {
+        Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
+        Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
+    }
 }
 
 #[test]
@@ -306,6 +313,10 @@ fn a_file_without_a_folder_has_no_siblings() {
     let deleted = open_user_path(&path, [].into()).unwrap();
     fs::remove_file(&path).unwrap();
     assert_eq!(siblings(deleted.as_ref()), ErrorKind::NotFound);
+    // Another file took its name.
+    let replaced = open_user_path(&folders.path("other/secret.bin"), [].into()).unwrap();
+    fs::rename(folders.path("image/a.bin"), folders.path("other/secret.bin")).unwrap();
+    assert_eq!(siblings(replaced.as_ref()), ErrorKind::NotFound);
     // The folder was exchanged for a link to another one.
     let moved = open_user_path(&folders.path("image/sub/b.bin"), [].into()).unwrap();
     fs::rename(folders.path("image/sub"), folders.path("gone")).unwrap();
