@@ -34,7 +34,7 @@ test: ## formatting, lints, docs and every test
 bench: ## measure beside the peers that Debian packages (root; some 20 minutes); BENCH_ARGS='--help' for more
 	./contrib/setup.sh bench
 	cargo build --release --locked
-	python3 contrib/bench/bench.py --contender '$(VMDKFUSE_BIN)' $(BENCH_ARGS)
+	python3 -B contrib/bench/bench.py --contender '$(VMDKFUSE_BIN)' $(BENCH_ARGS)
 
 bench-quick: ## the same in a minute: small disk, one round; shows that it works, not how fast
 	$(MAKE) bench BENCH_ARGS='--quick $(BENCH_ARGS)'

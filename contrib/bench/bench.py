@@ -5,7 +5,7 @@ Needs root: it mounts a tmpfs for the images, so that what backs them is memory 
 runs in mount and process namespaces of its own, so nothing that it started outlives it. Figures hold only within one
 run; compare rows of one table, never tables of two days.
 
-Environment: BENCH_SIZE, the disk in bytes or with K, M, G (default 4G; --quick: 64M). About 1.2 times that must be
+Environment: BENCH_SIZE, the disk in bytes or with K, M, G (default 4G; --quick: 64M). About 1.6 times that must be
 free in memory, and half a GiB more.
 """
 import argparse
@@ -129,7 +129,8 @@ def bytes_of(text):
 
 
 def check_memory(size):
-    need = size * 6 // 5 + GIB // 2
+    # the data of the raw disk and of one VMDK (half its size each), a cold read's page cache, and what pretouch takes
+    need = size * 8 // 5 + GIB // 2
     with open("/proc/meminfo") as f:
         free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:"))
     if free < need:
