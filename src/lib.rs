@@ -17,5 +17,11 @@
 
 pub mod block;
 pub mod config;
+pub mod daemon;
 pub mod error;
+pub mod fuse;
+pub mod log;
+pub mod pidfile;
+pub mod run;
+pub mod signals;
 pub mod store;

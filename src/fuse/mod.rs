@@ -1,0 +1,20 @@
+//! The mount: its table entry, the thread that serves it, and the kernel's requests.
+//!
+//! ```text
+//!   mountinfo     what is mounted where
+//!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
+//!   session       serves the kernel's requests on threads of their own
+//!   readahead     the mount's read-ahead window
+//!   probe         a first read through the mount
+//! ```
+
+mod fusermount;
+pub mod mount;
+pub mod mountinfo;
+pub mod probe;
+pub mod readahead;
+pub mod session;
+#[cfg(test)]
+mod testfs;
+#[cfg(test)]
+mod tests;
