@@ -11,7 +11,7 @@
 //! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
 //! away before it heard is a failure as well: nobody would know of the mount.
 
-#![allow(unsafe_code)] // Only for fork.
+#![allow(unsafe_code)] // Only for fork and _exit.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -55,22 +55,14 @@ pub fn start(foreground: bool) -> Result<Started> {
     if foreground {
         return Ok(Started::Daemon(Status(None)));
     }
-    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
-    if tasks != 1 {
-        let text = format!("{tasks} threads run already, where the daemon has to be forked from one");
-        return Err(Error::new(ErrorKind::Unsupported, text));
-    }
     let (from_child, to_parent) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| Error::io("pipe", e.into()))?;
-    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
-    // a thread that is not there.
-    match unsafe { nix::unistd::fork() } {
-        Err(e) => Err(Error::io("fork", e.into())),
-        Ok(ForkResult::Parent { child }) => {
+    match fork()? {
+        ForkResult::Parent { child } => {
             drop(to_parent);
             Ok(Started::Parent(listen(File::from(from_child), child, &mut io::stderr())))
         }
-        Ok(ForkResult::Child) => {
+        ForkResult::Child => {
             drop(from_child);
             let status = Status(Some(File::from(to_parent)));
             match detach() {
@@ -82,6 +74,24 @@ pub fn start(foreground: bool) -> Result<Started> {
             }
         }
     }
+}
+
+/// Forks, if that is safe: an error where more than one thread runs.
+pub(crate) fn fork() -> Result<ForkResult> {
+    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
+    if tasks != 1 {
+        let text = format!("{tasks} threads run already, where a process has to be forked from one");
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
+    // a thread that is not there.
+    unsafe { nix::unistd::fork() }.map_err(|e| Error::io("fork", e.into()))
+}
+
+/// Ends a forked child where it stands: what it copied belongs to its parent, and no destructor may run on it.
+pub(crate) fn leave() -> ! {
+    // SAFETY: _exit only ends the process; nothing of ours waits for an atexit handler.
+    unsafe { libc::_exit(0) }
 }
 
 impl Status {
@@ -109,7 +119,7 @@ impl Status {
     /// Says that there will be no mount, and why.
     pub fn failed(self, error: &Error) {
         let sent = match self.0 {
-            Some(mut pipe) => send(&mut pipe, b'E', &error.to_string()),
+            Some(mut pipe) => send(&mut pipe, b'E', error.to_string()),
             None => writeln!(io::stderr(), "{NAME}: {error}"),
         };
         if let Err(e) = sent {
@@ -133,8 +143,9 @@ fn null() -> Result<OwnedFd> {
 }
 
 /// One message: its kind, its length as 4 bytes, its text.
-fn send(pipe: &mut impl Write, kind: u8, text: &str) -> io::Result<()> {
-    let text = &text.as_bytes()[..text.len().min(MAX_MESSAGE)];
+pub(crate) fn send(pipe: &mut impl Write, kind: u8, text: impl AsRef<[u8]>) -> io::Result<()> {
+    let text = text.as_ref();
+    let text = &text[..text.len().min(MAX_MESSAGE)];
     let mut message = vec![kind];
     message.extend((text.len() as u32).to_le_bytes());
     message.extend(text);
@@ -142,7 +153,7 @@ fn send(pipe: &mut impl Write, kind: u8, text: &str) -> io::Result<()> {
 }
 
 /// The next message; `None` at the end of the pipe.
-fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, String)>> {
+pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>> {
     let mut head = [0u8; 5];
     match pipe.read_exact(&mut head) {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -151,7 +162,7 @@ fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, String)>> {
     let [kind, len @ ..] = head;
     let mut text = vec![0; (u32::from_le_bytes(len) as usize).min(MAX_MESSAGE)];
     pipe.read_exact(&mut text)?;
-    Ok(Some((kind, String::from_utf8_lossy(&text).into_owned())))
+    Ok(Some((kind, text)))
 }
 
 /// The parent's part: prints what the child says until it is ready or has failed.
@@ -159,11 +170,11 @@ fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
     let failure = loop {
         match receive(&mut pipe) {
             Ok(Some((b'R', _))) => return Verdict::Ready,
-            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {text}")),
+            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
             Ok(Some((_, text))) => {
                 // The mount is gone only when the child is: whoever reads our status may look.
                 ending(child);
-                break text;
+                break String::from_utf8_lossy(&text).into_owned();
             }
             Ok(None) => break format!("the background process {}, without a word", ending(child)),
             Err(e) => break format!("the background process cannot be heard: {e}"),

@@ -3,7 +3,7 @@
 //! ```text
 //!   log opened, mount point looked at       errors to the user at once
 //!   fork, unless in the foreground          daemon.rs; the parent waits
-//!   log installed, signals blocked          before any thread
+//!   log installed, prober forked (fuse/probe.rs), signals blocked: all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
@@ -14,7 +14,6 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -25,7 +24,7 @@ use crate::config::{LogConfig, MountConfig};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{Mount, Target, Unmounted};
-use crate::fuse::probe::Probe;
+use crate::fuse::probe::Prober;
 use crate::fuse::readahead;
 use crate::fuse::session::Running;
 use crate::log;
@@ -123,6 +122,7 @@ impl Life {
         F: Filesystem,
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
+        let mut prober = Prober::fork()?;
         let signals = Signals::block()?;
         let Opened { filesystem, source, files } = open(target)?;
         let (mount, device) = Mount::new(target, &config.options, &source)?;
@@ -136,9 +136,12 @@ impl Life {
         } else {
             files.iter().map(|name| target.point.join(name)).collect()
         };
-        for warning in first_read(paths, &signals, &session)? {
+        prober.start(&paths)?;
+        let deadline = Instant::now() + FIRST_READ;
+        while let Some(warning) = first_read(&mut prober, &signals, &session, deadline)? {
             warn(&warning);
         }
+        prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
         Ok(Self { mount, session, signals, _pidfile })
@@ -191,15 +194,14 @@ impl Life {
     }
 }
 
-/// Reads every disk once through the mount: the warnings, or why it cannot be said to be ready.
-fn first_read(paths: Vec<PathBuf>, signals: &Signals, session: &Running) -> Result<Vec<String>> {
-    let probe = Probe::start(paths)?;
-    let deadline = Instant::now() + FIRST_READ;
-    let fds = [probe.ended(), signals.as_fd(), session.ended()];
+/// What the first reads through the mount say next: a warning, `None` when all were good, or why the mount
+/// cannot be said to be ready.
+fn first_read(prober: &mut Prober, signals: &Signals, session: &Running, deadline: Instant) -> Result<Option<String>> {
+    let fds = [prober.answered(), signals.as_fd(), session.ended()];
     let no_mount = |errno, text: String| Err(Error::new(ErrorKind::Os(errno), text));
     match signals::wait(fds, Some(deadline))? {
         [_, _, true] => no_mount(libc::ENOTCONN, "the mount ended before its first read".into()),
-        [true, ..] => probe.result(),
+        [true, ..] => prober.hear(),
         [_, true, _] => {
             let name = signals.take()?.map_or("a signal", Signal::as_str);
             no_mount(libc::EINTR, format!("ended by {name} before the first read"))

@@ -17,7 +17,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -42,20 +41,16 @@ pub struct Target {
     pub point: PathBuf,
     /// Whether it is a regular file, so that the root of the mount has to be the disk itself.
     pub is_file: bool,
-    /// The file's name, where the user gave one that does not exist in the directory [`Self::point`].
-    pub new_name: Option<String>,
 }
 
 impl Target {
-    /// Finds out which of the three forms `path` is: a directory, a regular file to cover, or a new name in
-    /// a directory.
+    /// Looks at what is to be mounted on: a directory, or a regular file to cover.
     ///
     /// Errors: it is nothing to mount on, it is a vmdkfuse mount already, or one whose process is gone (with
     /// the command that clears it).
     pub fn resolve(path: &Path) -> Result<Self> {
         match fs::canonicalize(path) {
             Ok(point) => Self::existing(point),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Self::new_name(path, e),
             Err(e) => Err(stale_or(path, e)),
         }
     }
@@ -68,28 +63,7 @@ impl Target {
             let text = format!("{}: is {what}; mount on a directory or a regular file", point.display());
             return Err(Error::new(ErrorKind::Usage, text));
         }
-        Ok(Self { point, is_file: kind.is_file(), new_name: None })
-    }
-
-    /// `absent`: why `path` itself could not be followed.
-    fn new_name(path: &Path, absent: io::Error) -> Result<Self> {
-        let wants_directory = path.as_os_str().as_bytes().ends_with(b"/");
-        let dangling = fs::symlink_metadata(path).is_ok();
-        let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), wants_directory || dangling) else {
-            return Err(Error::io(path.display().to_string(), absent));
-        };
-        // A bare name has the empty path as its parent.
-        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-        let Some(name) = name.to_str() else {
-            let text = format!("{}: the new file's name is not UTF-8", path.display());
-            return Err(Error::new(ErrorKind::Usage, text));
-        };
-        let point = fs::canonicalize(parent).map_err(|e| stale_or(parent, e))?;
-        let target = Self::existing(point)?;
-        if target.is_file {
-            return Err(Error::io(path.display().to_string(), io::Error::from_raw_os_error(libc::ENOTDIR)));
-        }
-        Ok(Self { new_name: Some(name.to_owned()), ..target })
+        Ok(Self { point, is_file: kind.is_file() })
     }
 }
 
