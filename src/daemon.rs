@@ -112,7 +112,7 @@ impl Status {
     pub fn ready(self) -> Result<()> {
         let Some(mut pipe) = self.0 else { return Ok(()) };
         // First, or a caller that waits for the end of our standard error would wait for the whole mount.
-        nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))?;
+        silence()?;
         send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount is gone", e))
     }
 
@@ -128,13 +128,19 @@ impl Status {
     }
 }
 
-fn detach() -> Result<()> {
+/// Leaves the terminal, the folder, and standard input and output of whoever started us.
+pub(crate) fn detach() -> Result<()> {
     let context = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, e.into());
     nix::unistd::setsid().map_err(context("setsid"))?;
     nix::unistd::chdir("/").map_err(context("chdir /"))?;
     let null = null()?;
     nix::unistd::dup2_stdin(&null).map_err(context("standard input"))?;
     nix::unistd::dup2_stdout(&null).map_err(context("standard output"))
+}
+
+/// Leaves standard error as well.
+pub(crate) fn silence() -> Result<()> {
+    nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))
 }
 
 fn null() -> Result<OwnedFd> {

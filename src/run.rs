@@ -3,7 +3,7 @@
 //! ```text
 //!   log opened, mount point looked at       errors to the user at once
 //!   fork, unless in the foreground          daemon.rs; the parent waits
-//!   log installed, prober forked (fuse/probe.rs), signals blocked: all before any thread
+//!   log installed, signals blocked, prober and watcher forked (fuse/): all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
@@ -26,6 +26,7 @@ use crate::fuse::mount::{Mount, Target, Unmounted};
 use crate::fuse::probe::Prober;
 use crate::fuse::readahead;
 use crate::fuse::session::Running;
+use crate::fuse::watcher::Watcher;
 use crate::log;
 use crate::pidfile::Pidfile;
 use crate::signals::{self, Signals};
@@ -109,6 +110,8 @@ where
 struct Life {
     mount: Mount,
     session: Running,
+    /// With auto_unmount. Dropped as it is, it detaches what is mounted then.
+    watcher: Option<Watcher>,
     signals: Signals,
     /// Only for its `Drop`.
     _pidfile: Option<Pidfile>,
@@ -121,10 +124,14 @@ impl Life {
         F: Filesystem,
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
-        let mut prober = Prober::fork()?;
         let signals = Signals::block()?;
+        let mut prober = Prober::fork()?;
+        let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
         let Opened { filesystem, source, files } = open(target)?;
         let (mount, device) = Mount::new(target, &config.options, &source)?;
+        if let Some(watcher) = &mut watcher {
+            watcher.start(&mount)?;
+        }
         let session = Running::start(filesystem, device, &config.options, config.threads)?;
         match readahead::raise(mount.device(), readahead::DEFAULT_KIB) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
@@ -143,7 +150,7 @@ impl Life {
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
-        Ok(Self { mount, session, signals, _pidfile })
+        Ok(Self { mount, session, watcher, signals, _pidfile })
     }
 
     /// From "ready" to the end.
@@ -165,10 +172,14 @@ impl Life {
                 }
             }
         }
-        let Self { mut mount, session, .. } = self;
+        let Self { mut mount, session, watcher, .. } = self;
         session.result()?;
+        let dead = mount.clear_dead()?;
+        if let Some(watcher) = watcher {
+            watcher.dismiss();
+        }
         // Served no more, but mounted still: /sys/fs/fuse/connections/*/abort does that.
-        if mount.clear_dead()? {
+        if dead {
             let text = "the kernel's connection to the mount was aborted";
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
         }

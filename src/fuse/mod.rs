@@ -5,7 +5,8 @@
 //!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
 //!   session       serves the kernel's requests on threads of their own
 //!   readahead     the mount's read-ahead window
-//!   probe         a first read through the mount
+//!   probe         a first read through the mount, by a process of its own
+//!   watcher       auto_unmount, by another one
 //! ```
 
 mod fusermount;
@@ -18,3 +19,4 @@ pub mod session;
 mod testfs;
 #[cfg(test)]
 mod tests;
+pub mod watcher;
