@@ -11,7 +11,7 @@
 //! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
 //! away before it heard is a failure as well: nobody would know of the mount.
 
-#![allow(unsafe_code)] // Only for fork and _exit.
+#![allow(unsafe_code)] // Only for fork, _exit and close_range.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -88,6 +88,24 @@ pub(crate) fn fork() -> Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(|e| Error::io("fork", e.into()))
 }
 
+/// Closes what the caller left open beyond the standard descriptors. A daemon that kept a file of a mount would keep
+/// that mount busy; a file of its own mount it could not even close without waiting for itself.
+///
+/// To be called first of all: nothing of this process may be open yet.
+pub fn close_inherited() {
+    // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+/// Lets this process have as many open files as it may: a split disk has one for each extent.
+pub fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // where it can't be raised the usual limit has to do, and an open that exceeds it says so
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
 /// Ends a forked child where it stands: what it copied belongs to its parent, and no destructor may run on it.
 pub(crate) fn leave() -> ! {
     // SAFETY: _exit only ends the process; nothing of ours waits for an atexit handler.
@@ -112,7 +130,7 @@ impl Status {
     pub fn ready(self) -> Result<()> {
         let Some(mut pipe) = self.0 else { return Ok(()) };
         // First, or a caller that waits for the end of our standard error would wait for the whole mount.
-        nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))?;
+        silence()?;
         send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount is gone", e))
     }
 
@@ -128,13 +146,19 @@ impl Status {
     }
 }
 
-fn detach() -> Result<()> {
+/// Leaves the terminal, the folder, and standard input and output of whoever started us.
+pub(crate) fn detach() -> Result<()> {
     let context = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, e.into());
     nix::unistd::setsid().map_err(context("setsid"))?;
     nix::unistd::chdir("/").map_err(context("chdir /"))?;
     let null = null()?;
     nix::unistd::dup2_stdin(&null).map_err(context("standard input"))?;
     nix::unistd::dup2_stdout(&null).map_err(context("standard output"))
+}
+
+/// Leaves standard error as well.
+pub(crate) fn silence() -> Result<()> {
+    nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))
 }
 
 fn null() -> Result<OwnedFd> {

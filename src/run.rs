@@ -3,7 +3,7 @@
 //! ```text
 //!   log opened, mount point looked at       errors to the user at once
 //!   fork, unless in the foreground          daemon.rs; the parent waits
-//!   log installed, prober forked (fuse/probe.rs), signals blocked: all before any thread
+//!   log installed, signals blocked, prober and watcher forked (fuse/): all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
@@ -20,13 +20,14 @@ use std::time::{Duration, Instant};
 use fuser::Filesystem;
 use nix::sys::signal::Signal;
 
-use crate::config::{LogConfig, MountConfig};
+use crate::config::{LogConfig, MountConfig, MountOptions};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{Mount, Target, Unmounted};
 use crate::fuse::probe::Prober;
 use crate::fuse::readahead;
 use crate::fuse::session::Running;
+use crate::fuse::watcher::Watcher;
 use crate::log;
 use crate::pidfile::Pidfile;
 use crate::signals::{self, Signals};
@@ -44,6 +45,8 @@ pub struct Opened<F> {
     /// Names of the disks in the root folder, each of which has to be readable before "ready" is said. Where
     /// the mount covers a file, that one is read instead.
     pub files: Vec<OsString>,
+    /// No disk can be written to, so the mount is made read-only.
+    pub read_only: bool,
 }
 
 /// Mounts, serves and unmounts what `open` opens: the whole life. Prints the error, if there is one.
@@ -110,6 +113,8 @@ where
 struct Life {
     mount: Mount,
     session: Running,
+    /// With auto_unmount. Dropped as it is, it detaches what is mounted then.
+    watcher: Option<Watcher>,
     signals: Signals,
     /// Only for its `Drop`.
     _pidfile: Option<Pidfile>,
@@ -122,11 +127,16 @@ impl Life {
         F: Filesystem,
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
-        let mut prober = Prober::fork()?;
         let signals = Signals::block()?;
-        let Opened { filesystem, source, files } = open(target)?;
-        let (mount, device) = Mount::new(target, &config.options, &source)?;
-        let session = Running::start(filesystem, device, &config.options, config.threads)?;
+        let mut prober = Prober::fork()?;
+        let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
+        let Opened { filesystem, source, files, read_only } = open(target)?;
+        let options = &MountOptions { read_only: read_only || config.options.read_only, ..config.options.clone() };
+        let (mount, device) = Mount::new(target, options, &source)?;
+        if let Some(watcher) = &mut watcher {
+            watcher.start(&mount)?;
+        }
+        let session = Running::start(filesystem, device, options, config.threads)?;
         match readahead::raise(mount.device(), readahead::DEFAULT_KIB) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
@@ -144,7 +154,7 @@ impl Life {
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
-        Ok(Self { mount, session, signals, _pidfile })
+        Ok(Self { mount, session, watcher, signals, _pidfile })
     }
 
     /// From "ready" to the end.
@@ -166,10 +176,14 @@ impl Life {
                 }
             }
         }
-        let Self { mut mount, session, .. } = self;
+        let Self { mut mount, session, watcher, .. } = self;
         session.result()?;
+        let dead = mount.clear_dead()?;
+        if let Some(watcher) = watcher {
+            watcher.dismiss();
+        }
         // Served no more, but mounted still: /sys/fs/fuse/connections/*/abort does that.
-        if mount.clear_dead()? {
+        if dead {
             let text = "the kernel's connection to the mount was aborted";
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
         }

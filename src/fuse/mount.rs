@@ -1,12 +1,12 @@
 //! The mount's entry in the mount table: made, known again, removed.
 //!
 //! We do this ourselves and hand fuser only the descriptor, because fuser's own mounting cannot show the type
-//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other, or detach a busy mount.
+//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other (`watcher.rs`), or detach a busy mount.
 //!
 //! ```text
 //!   Target::resolve  what the user named ── stale or taken: refused
 //!        ▼
-//!   Mount::new       mount(2); where that is not permitted, or for auto_unmount: fusermount3
+//!   Mount::new       mount(2); where that is not permitted: fusermount3
 //!        ▼           → /dev/fuse for the session, number and device of the mount noted
 //!   unmount          ours still? ─ no → Gone
 //!                       │ yes → umount2 / fusermount3 -u → Clean
@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 
-use super::fusermount::{self, Watcher};
+use super::fusermount;
 use super::mountinfo::{self, Device, Entry};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
@@ -78,12 +78,42 @@ pub enum Unmounted {
     Gone,
 }
 
+/// What a mount is known again by, as long as it exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number in the mount table.
+    pub id: u64,
+    /// Its device.
+    pub device: Device,
+}
+
+impl Identity {
+    /// Detaches it if it is in the mount table still. Whether it was.
+    pub fn detach(self) -> Result<bool> {
+        let found = self.find()?;
+        if let Some(point) = &found {
+            unmount_once(point, true)?;
+        }
+        Ok(found.is_some())
+    }
+
+    /// Where it is now; `None` when it is gone.
+    fn find(self) -> Result<Option<PathBuf>> {
+        let table = mountinfo::read()?;
+        let same = |e: &&Entry| e.id == self.id && e.device == self.device && e.fstype == FSTYPE;
+        let Some(ours) = table.iter().find(same) else { return Ok(None) };
+        if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
+            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
+            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
+        }
+        Ok(Some(ours.point.clone()))
+    }
+}
+
 /// A mount of ours.
 #[derive(Debug)]
 pub struct Mount {
-    /// As it was noted; the path is only where it was then.
-    entry: Entry,
-    watcher: Option<Watcher>,
+    identity: Identity,
     unmounted: bool,
 }
 
@@ -93,9 +123,8 @@ impl Mount {
     /// `source` is what mount tables show, where `options` name nothing else.
     pub fn new(target: &Target, options: &MountOptions, source: &str) -> Result<(Self, OwnedFd)> {
         let source = options.fsname.as_deref().unwrap_or(source);
-        let direct = if options.auto_unmount { None } else { mount_directly(target, options, source)? };
-        let (device, watcher) = match direct {
-            Some(device) => (device, None),
+        let device = match mount_directly(target, options, source)? {
+            Some(device) => device,
             None => fusermount::mount(&target.point, options, source)?,
         };
         let entry = mountinfo::of(&target.point)?;
@@ -104,12 +133,18 @@ impl Mount {
             return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
         }
         tracing::debug!("mounted on {} as {} {}", entry.point.display(), entry.id, entry.device);
-        Ok((Self { entry, watcher, unmounted: false }, device))
+        let identity = Identity { id: entry.id, device: entry.device };
+        Ok((Self { identity, unmounted: false }, device))
     }
 
     /// The device of the mount.
     pub fn device(&self) -> Device {
-        self.entry.device
+        self.identity.device
+    }
+
+    /// What it is known again by.
+    pub fn identity(&self) -> Identity {
+        self.identity
     }
 
     /// Removes it from the mount table, if it is there still; lazily where it is busy.
@@ -117,7 +152,7 @@ impl Mount {
         if self.unmounted {
             return Ok(Unmounted::Gone);
         }
-        let how = match self.find()? {
+        let how = match self.identity.find()? {
             None => Unmounted::Gone,
             Some(point) => self.unmount_at(&point)?,
         };
@@ -131,24 +166,12 @@ impl Mount {
     /// So only a mount that answers "not connected" is taken for ours here.
     pub fn clear_dead(&mut self) -> Result<bool> {
         let dead = |p: &PathBuf| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-        let found = self.find()?.filter(dead);
+        let found = self.identity.find()?.filter(dead);
         if let Some(point) = &found {
             unmount_once(point, true)?;
         }
         self.unmounted = true;
         Ok(found.is_some())
-    }
-
-    /// Where it is now; `None` when it is gone.
-    fn find(&self) -> Result<Option<PathBuf>> {
-        let table = mountinfo::read()?;
-        let same = |e: &&Entry| e.id == self.entry.id && e.device == self.entry.device && e.fstype == FSTYPE;
-        let Some(ours) = table.iter().find(same) else { return Ok(None) };
-        if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
-            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
-            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
-        }
-        Ok(Some(ours.point.clone()))
     }
 
     fn unmount_at(&self, point: &Path) -> Result<Unmounted> {
@@ -157,7 +180,7 @@ impl Mount {
             Err(e) => tracing::debug!("not unmounted at once: {e}"),
         }
         // Somebody else may have been quicker, and the next mount there would not be ours.
-        if self.find()?.is_none() {
+        if self.identity.find()?.is_none() {
             return Ok(Unmounted::Gone);
         }
         unmount_once(point, true)?;
@@ -170,9 +193,6 @@ impl Drop for Mount {
         match self.unmount() {
             Ok(how) => tracing::trace!("mount dropped: {how:?}"),
             Err(e) => tracing::error!("the mount stays: {e}"),
-        }
-        if let Some(watcher) = self.watcher.take() {
-            watcher.dismiss(self.unmounted);
         }
     }
 }

@@ -115,13 +115,17 @@ fn mount_that_is_busy_is_detached_and_its_session_ends_with_the_last_user() {
 }
 
 #[test]
-fn mount_through_the_helper_unmounts_at_once_too() {
-    let options = MountOptions { auto_unmount: true, ..options() };
-    let Some(mut m) = Mounted::new(false, Fault::None, &options) else { return };
+fn mount_through_the_helper_shows_the_same_type_and_source() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    m.mount.unmount().unwrap();
+    m.end().unwrap();
+    let device = super::fusermount::mount(&m.point, &options(), "a, b\\c.vmdk").unwrap();
+    let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
+    m.session = Some(Running::start(fs, device, &options(), None).unwrap());
     let entry = m.entry().unwrap();
     assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
     check_whole_disk(&m.disk());
-    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
+    super::fusermount::unmount(&m.point, false).unwrap();
     m.end().unwrap();
     assert_eq!(m.entry(), None);
 }
