@@ -28,13 +28,17 @@ pub struct MountCmd<'s> {
     point: PathBuf,
     args: Vec<OsString>,
     foreground: bool,
+    pidfile: Option<PathBuf>,
     memory: Option<u64>,
+    deadline: Duration,
 }
 
 impl<'s> MountCmd<'s> {
     /// At the folder `mnt`, which is made when it is not there.
     pub(super) fn new(scratch: &'s Scratch) -> Self {
-        Self { scratch, point: scratch.path("mnt"), args: Vec::new(), foreground: false, memory: None }
+        let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
+        let (point, args) = (scratch.path("mnt"), Vec::new());
+        Self { scratch, point, args, foreground: false, pidfile, memory: None, deadline: Duration::from_secs(60) }
     }
 
     /// Another mount point, below the test's folder. Nothing is made there.
@@ -67,6 +71,27 @@ impl<'s> MountCmd<'s> {
         self
     }
 
+    /// Another name for the pidfile, below the test's folder.
+    #[must_use]
+    pub fn pidfile(mut self, name: impl AsRef<Path>) -> Self {
+        self.pidfile = Some(self.scratch.path(name));
+        self
+    }
+
+    /// No `--pidfile`: only for mounts that are refused or stay in the foreground, since the process is not known then.
+    #[must_use]
+    pub fn without_pidfile(mut self) -> Self {
+        self.pidfile = None;
+        self
+    }
+
+    /// How long the command may take.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
     /// See [`Cmd::memory`].
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
@@ -88,12 +113,10 @@ impl<'s> MountCmd<'s> {
     /// In the background the program must have mounted when it returns. In the foreground the mount is waited for.
     #[track_caller]
     pub fn try_start(self) -> Result<Mount, Outcome> {
-        let number = self.scratch.next();
-        let pidfile = self.scratch.path(format!("{number}.pid"));
         let before = mounts_below(self.scratch.root());
         let (root, foreground) = (self.scratch.root().to_owned(), self.foreground);
-        let point = self.point.clone();
-        let cmd = self.command(&pidfile);
+        let (point, pidfile) = (self.point.clone(), self.pidfile.clone());
+        let cmd = self.command();
         let (pid, running) = if foreground {
             let running = cmd.start();
             wait_for_new_mount(&root, before.len(), &running);
@@ -103,7 +126,7 @@ impl<'s> MountCmd<'s> {
             if outcome.ended.code != Some(0) {
                 return Err(outcome);
             }
-            (read_pid(&pidfile, &outcome), None)
+            (read_pid(pidfile.as_deref(), &outcome), None)
         };
         let entry = mounts_below(&root).into_iter().find(|entry| !before.contains(entry) && serves(&point, entry));
         let Some(entry) = entry else {
@@ -113,31 +136,49 @@ impl<'s> MountCmd<'s> {
         Ok(Mount { point, root, pid, running, entry, ended: None, watchdog: Some(watch(pid)) })
     }
 
-    /// Panics unless the program refuses with status `code` and leaves no mount, no process, no mount point and no pidfile.
+    /// Panics unless the program refuses with status `code` and leaves no mount, no new name and no pidfile.
     #[track_caller]
     pub fn refused(self, code: i32) -> Outcome {
-        let (scratch, point) = (self.scratch, self.point.clone());
+        self.refused_with_any(&[code])
+    }
+
+    /// The same, where one of several statuses will do.
+    #[track_caller]
+    pub fn refused_with_any(self, codes: &[i32]) -> Outcome {
+        let (scratch, point, pidfile) = (self.scratch, self.point.clone(), self.pidfile.clone());
         let before = mounts_below(scratch.root());
-        let made = point == scratch.path("mnt");
-        let was_there = made || point.exists();
-        match self.try_start() {
+        let was_there = point == scratch.path("mnt") || point.exists();
+        // Also in the foreground the program must end by itself here, so both are waited for alike.
+        match self.in_background().try_start() {
             Ok(mount) => panic!("mounted at {} where it had to refuse", mount.point.display()),
             Err(outcome) => {
                 assert_eq!(mounts_below(scratch.root()), before, "a failed mount left a mount: {outcome}");
                 assert_eq!(point.exists(), was_there, "a failed mount changed its mount point: {outcome}");
-                let pidfile = scratch.path(format!("{}.pid", scratch.next() - 1));
-                assert!(!pidfile.exists(), "a failed mount left its pidfile: {outcome}");
-                outcome.expect_code(code)
+                assert!(!pidfile.is_some_and(|path| path.exists()), "a failed mount left its pidfile: {outcome}");
+                assert!(outcome.ended.code.is_some_and(|code| codes.contains(&code)), "{outcome}");
+                outcome
             }
         }
     }
 
+    /// Passes `-f` on and waits for the end of the process all the same.
+    fn in_background(mut self) -> Self {
+        if self.foreground {
+            self.foreground = false;
+            self.args.push("-f".into());
+        }
+        self
+    }
+
     /// The command line.
-    fn command(self, pidfile: &Path) -> Cmd {
+    fn command(self) -> Cmd {
         if self.point == self.scratch.path("mnt") && !self.point.exists() {
             self.scratch.mkdir("mnt");
         }
-        let mut cmd = self.scratch.vmdkfuse().arg("--pidfile").arg(pidfile);
+        let mut cmd = self.scratch.vmdkfuse().deadline(self.deadline);
+        if let Some(pidfile) = &self.pidfile {
+            cmd = cmd.arg("--pidfile").arg(pidfile);
+        }
         if self.foreground {
             cmd = cmd.arg("-f");
         }
@@ -288,7 +329,8 @@ fn wait_for_new_mount(root: &Path, before: usize, running: &Running) {
 
 /// The process that the pidfile names.
 #[track_caller]
-fn read_pid(pidfile: &Path, outcome: &Outcome) -> i32 {
+fn read_pid(pidfile: Option<&Path>, outcome: &Outcome) -> i32 {
+    let pidfile = pidfile.unwrap_or_else(|| panic!("a background mount without pidfile cannot be followed: {outcome}"));
     let text = fs::read_to_string(pidfile).unwrap_or_else(|e| panic!("status 0 without pidfile ({e}): {outcome}"));
     let pid = text.trim().parse().unwrap_or_else(|e| panic!("{text:?} in the pidfile ({e})"));
     assert!(is_running(pid), "the pidfile names process {pid}, which does not run: {outcome}");
