@@ -95,6 +95,12 @@ impl Scratch {
         }
     }
 
+    /// Lets everybody pass through the folder itself.
+    #[track_caller]
+    pub fn open_to_all(&self) {
+        fs::set_permissions(&self.root, fs::Permissions::from_mode(0o755)).expect("the mode of the folder");
+    }
+
     /// The program under test, run as the folder's user.
     pub fn vmdkfuse(&self) -> Cmd {
         let own = self.path("vmdkfuse");
