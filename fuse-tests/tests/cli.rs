@@ -1,5 +1,10 @@
 //! The command line: exit statuses, words that are refused, and what `--info`, `--map`, `--check` and `--dump` print.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step of a test is a panic that names it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
 
 use std::fs;
 use std::ops::Range;
@@ -92,7 +97,9 @@ fn usage_errors_end_with_status_2() {
 fn an_unknown_key_names_the_nearest_one() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 4096]);
-    for (wrong, right) in [("fiel=disk.img", "file"), ("nmae=x", "name"), ("read-only=true", "readonly"), ("alow-dir=/", "allow-dir")] {
+    for (wrong, right) in
+        [("fiel=disk.img", "file"), ("nmae=x", "name"), ("read-only=true", "readonly"), ("alow-dir=/", "allow-dir")]
+    {
         let outcome = scratch.vmdkfuse().args(["--info", "file=disk.img", wrong]).run().expect_code(2);
         let key = wrong.split('=').next().unwrap();
         outcome.error_names(&[key, right]);
@@ -103,7 +110,14 @@ fn an_unknown_key_names_the_nearest_one() {
 fn keys_of_other_back_ends_say_that_this_build_has_none() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 4096]);
-    for word in ["uri=nbd://localhost", "nbd://localhost/x", "https://host/x.vmdk", "server=host", "libdir=/opt/vddk", "cow=tmp"] {
+    for word in [
+        "uri=nbd://localhost",
+        "nbd://localhost/x",
+        "https://host/x.vmdk",
+        "server=host",
+        "libdir=/opt/vddk",
+        "cow=tmp",
+    ] {
         let outcome = scratch.vmdkfuse().args(["--info", "file=disk.img", word]).run();
         assert!(matches!(outcome.ended.code, Some(1 | 2)), "{outcome}");
         outcome.error_names(&["not in this build"]);
@@ -173,7 +187,14 @@ fn info_lists_the_links_of_a_chain() {
     let top = scratch.path("top.vmdk");
     let words = ["create", "-f", "vmdk", "-F", "vmdk", "-b", base.to_str().unwrap(), top.to_str().unwrap()];
     qemu_img(words);
-    let json = scratch.vmdkfuse().args(["--info", "--json"]).key("file", &top).key("allow-dir", scratch.root()).run().ok().json();
+    let json = scratch
+        .vmdkfuse()
+        .args(["--info", "--json"])
+        .key("file", &top)
+        .key("allow-dir", scratch.root())
+        .run()
+        .ok()
+        .json();
     let chain = only(&json)["chain"].as_array().unwrap().clone();
     assert_eq!(chain.len(), 2, "{json}");
     assert_eq!(chain[0]["parent_cid"], chain[1]["cid"], "{json}");
@@ -189,7 +210,11 @@ fn info_of_a_raw_image_and_of_several_disks() {
     let disks = json.as_array().unwrap();
     assert_eq!(disks.len(), 2, "{json}");
     for (disk, (name, size)) in disks.iter().zip([("a.raw", 5 * 512), ("b.raw", 9 * 512)]) {
-        assert_eq!((&disk["name"], &disk["format"], &disk["size"]), (&name.into(), &"raw".into(), &size.into()), "{json}");
+        assert_eq!(
+            (&disk["name"], &disk["format"], &disk["size"]),
+            (&name.into(), &"raw".into(), &size.into()),
+            "{json}"
+        );
     }
 }
 

@@ -1,5 +1,10 @@
 //! "The raw file behaves like a disk": what every reader of it may rely on.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step of a test is a panic that names it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -36,7 +41,8 @@ fn disks(options: &[&str]) -> Option<Disks> {
     let scratch = Scratch::new();
     let raw = scratch.path("original");
     raw_with_islands(&raw, SIZE, 11);
-    for (name, subformat) in [("sparse", "monolithicSparse"), ("stream", "streamOptimized"), ("flat", "monolithicFlat")] {
+    for (name, subformat) in [("sparse", "monolithicSparse"), ("stream", "streamOptimized"), ("flat", "monolithicFlat")]
+    {
         let (out, option) = (scratch.path(format!("{name}.vmdk")), format!("subformat={subformat}"));
         qemu_img(["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()]);
     }
@@ -293,7 +299,8 @@ fn a_new_open_sees_what_changed_in_the_image() {
         // The first sectors are data; where the image keeps them is found by their bytes.
         let image = disks.scratch.path(file);
         let stored = fs::read(&image).unwrap();
-        let at = stored.windows(64).position(|window| window == &original[..64]).expect("the first sector in the image");
+        let at =
+            stored.windows(64).position(|window| window == &original[..64]).expect("the first sector in the image");
         change(&image, at as u64, &marker);
         assert_eq!(read_range(&path, 0, marker.len()), marker, "{name} after the change");
         assert_eq!(read_range(&path, 64, 448), original[64..512], "{name} beside the change");
@@ -323,7 +330,8 @@ fn cp_and_dd_copy_the_disk() {
             Cmd::new("cp").arg(format!("--sparse={sparse}")).arg(&path).arg(&copy).run().ok();
             assert_same(&copy, &disks.raw);
         }
-        let dd = |words: &[&str]| Cmd::new("dd").key("if", &path).key("of", &copy).arg("status=none").args(words).run().ok();
+        let dd =
+            |words: &[&str]| Cmd::new("dd").key("if", &path).key("of", &copy).arg("status=none").args(words).run().ok();
         for words in [&["bs=1M"][..], &["bs=4k", "iflag=direct"], &["bs=65537"]] {
             if name == "flat.raw" && words.contains(&"iflag=direct") {
                 continue;

@@ -1,5 +1,10 @@
 //! The life of a mount: its start, every way to its end, and what is left after it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step of a test is a panic that names it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -142,8 +147,19 @@ fn messages_go_to_the_log_file() {
 fn a_log_file_that_cannot_be_written_is_an_error() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 512]);
-    scratch.mount().arg("--log-file=/proc/no/such/file").file("disk.img").refused(1).error_names(&["/proc/no/such/file"]);
-    scratch.mount().without_pidfile().arg("--pidfile=/proc/no/pid").file("disk.img").refused(1).error_names(&["/proc/no/pid"]);
+    scratch
+        .mount()
+        .arg("--log-file=/proc/no/such/file")
+        .file("disk.img")
+        .refused(1)
+        .error_names(&["/proc/no/such/file"]);
+    scratch
+        .mount()
+        .without_pidfile()
+        .arg("--pidfile=/proc/no/pid")
+        .file("disk.img")
+        .refused(1)
+        .error_names(&["/proc/no/pid"]);
 }
 
 /// "SIGTERM/SIGINT/SIGHUP unmount cleanly"
@@ -268,7 +284,8 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
     let outcome = scratch.vmdkfuse().arg(stale.point()).arg("file=disk.vmdk").run().one_error(1, &["fusermount3 -u"]);
     let command = outcome.stderr[outcome.stderr.find("fusermount3 -u").unwrap()..].trim();
     let words: Vec<_> = command.split_whitespace().map(|word| word.trim_matches(['`', '\'', '"', ')', '.'])).collect();
-    let point = words.iter().position(|word| Path::new(word) == stale.point()).expect("the command names the mount point");
+    let point =
+        words.iter().position(|word| Path::new(word) == stale.point()).expect("the command names the mount point");
     Cmd::new(words[0]).args(&words[1..=point]).run().ok();
     assert!(!stale.is_mounted(), "`{command}` did not clear it");
     drop(stale);

@@ -1,6 +1,11 @@
 //! "MOUNTPOINT: an existing directory (files appear in it); a name that does not exist in an existing directory (that name
 //! is the file's); an existing regular file (the mount covers it)", several disks of a mount, and mounts that fail.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step of a test is a panic that names it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -213,7 +218,11 @@ fn a_missing_parent_names_the_file_that_was_looked_for() {
     let at = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
     qemu_img(["create", "-f", "vmdk", &at("base.vmdk"), "4M"]);
     // A relative hint, as VMware writes it.
-    Cmd::new("qemu-img").args(["create", "-f", "vmdk", "-F", "vmdk", "-b", "base.vmdk", "top.vmdk"]).dir(scratch.root()).run().ok();
+    Cmd::new("qemu-img")
+        .args(["create", "-f", "vmdk", "-F", "vmdk", "-b", "base.vmdk", "top.vmdk"])
+        .dir(scratch.root())
+        .run()
+        .ok();
     fs::remove_file(at("base.vmdk")).unwrap();
     scratch.mount().file("top.vmdk").refused(1).one_error(1, &["base.vmdk"]);
 }
@@ -255,7 +264,9 @@ fn an_extent_elsewhere_needs_allow_dir() {
     }
     scratch.write("store/data.bin", disk(7));
     let extents = |name: &str| {
-        format!("# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\nRW 16 FLAT \"{name}\" 0\n")
+        format!(
+            "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\nRW 16 FLAT \"{name}\" 0\n"
+        )
     };
     let full = scratch.path("store/data.bin");
     scratch.write("images/absolute.vmdk", extents(full.to_str().unwrap()));

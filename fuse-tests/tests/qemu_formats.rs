@@ -1,5 +1,10 @@
 //! Every subformat that qemu-img makes, and chains, against the raw original.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step of a test is a panic that names it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -88,7 +93,8 @@ fn sizes_that_are_no_whole_grains() {
         let mut names = Vec::new();
         for subformat in ["monolithicSparse", "streamOptimized", "twoGbMaxExtentFlat"] {
             let (out, option) = (scratch.path(format!("{subformat}.vmdk")), format!("subformat={subformat}"));
-            let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()];
+            let words =
+                ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()];
             qemu_img(words);
             names.push(subformat);
         }
@@ -109,7 +115,8 @@ fn a_split_disk_of_several_pieces() {
     let scratch = Scratch::new();
     let border = 2u64 << 30;
     let write = |seed: u8, at: u64| format!("write -P {seed:#x} {at} 192k");
-    let writes = [write(1, 0), write(2, border - (64 << 10)), write(3, 2 * border - (128 << 10)), write(4, 2 * border + 65536)];
+    let writes =
+        [write(1, 0), write(2, border - (64 << 10)), write(3, 2 * border - (128 << 10)), write(4, 2 * border + 65536)];
     for subformat in ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
         let name = scratch.path(format!("{subformat}.vmdk"));
         let option = format!("subformat={subformat}");

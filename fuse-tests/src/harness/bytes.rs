@@ -121,7 +121,8 @@ pub fn data_ranges(path: &Path) -> Vec<Range<u64>> {
             Err(Errno::ENXIO) => break,
             Err(e) => panic!("{}: SEEK_DATA from {at}: {e}", path.display()),
         };
-        let end = seek(start, Whence::SeekHole).unwrap_or_else(|e| panic!("{}: SEEK_HOLE from {start}: {e}", path.display()));
+        let end =
+            seek(start, Whence::SeekHole).unwrap_or_else(|e| panic!("{}: SEEK_HOLE from {start}: {e}", path.display()));
         let end = end as u64;
         assert!(start >= at && end > start && end <= len, "{}: data {start}..{end} from {at}", path.display());
         found.push(start..end);

@@ -24,6 +24,7 @@
 mod bytes;
 mod cmd;
 mod images;
+mod many;
 mod mount;
 mod mounts;
 mod need;
@@ -31,11 +32,12 @@ mod process;
 mod scratch;
 
 pub use bytes::{
-    Aligned, assert_same, assert_same_at_random, data_ranges, digest, digest_range, digest_grains, map_bytes, read_range,
-    sha256,
+    Aligned, assert_same, assert_same_at_random, data_ranges, digest, digest_grains, digest_range, map_bytes,
+    read_range, sha256,
 };
 pub use cmd::{Cmd, Outcome};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};
+pub use many::{Answer, each, open_hostile};
 pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
 pub use need::{is_root, need, need_allow_other, need_fuse, need_qemu, need_root, program, skip};
