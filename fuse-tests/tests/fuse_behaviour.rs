@@ -133,10 +133,10 @@ fn seek_hole_and_data_agree_with_qemu() {
     let flat = data_ranges(&disks.path("flat.raw"));
     let original = fs::read(&disks.raw).unwrap();
     let mut at = 0;
-    for range in flat.iter().cloned().chain([SIZE..SIZE]) {
-        let hole = &original[at as usize..range.start as usize];
-        assert!(hole.iter().all(|byte| *byte == 0), "data in the hole {at}..{}", range.start);
-        at = range.end;
+    for (start, end) in flat.iter().map(|range| (range.start, range.end)).chain([(SIZE, SIZE)]) {
+        let hole = &original[at as usize..start as usize];
+        assert!(hole.iter().all(|byte| *byte == 0), "data in the hole {at}..{start}");
+        at = end;
     }
 }
 
@@ -199,17 +199,17 @@ fn direct_reads_are_right_aligned_and_not() {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(disks.path(name)).unwrap();
         let mut buf = Aligned::new(1 << 20);
         for start in (0..SIZE).step_by(1 << 20) {
-            let n = file.read_at(buf.as_mut(), start).unwrap();
+            let n = file.read_at(buf.bytes(), start).unwrap();
             let len = (SIZE - start).min(1 << 20) as usize;
             assert_eq!(n, len, "{name} at {start}");
-            assert!(buf.as_mut()[..n] == wanted[start as usize..][..n], "{name} at {start}");
+            assert!(buf.bytes()[..n] == wanted[start as usize..][..n], "{name} at {start}");
         }
         if name == "flat.raw" {
             // The kernel may serve a flat file itself, and then its file system's rules hold.
             continue;
         }
         for (start, len) in [(1, 1), (511, 2), (513, 70_001), (65_535, 131_073), (SIZE - 3, 3)] {
-            let bytes = &mut buf.as_mut()[1..=len];
+            let bytes = &mut buf.bytes()[1..=len];
             assert_eq!(file.read_at(bytes, start).unwrap(), len, "{name} at {start}");
             assert!(bytes == &wanted[start as usize..][..len], "{name}: {len} bytes at {start}");
         }

@@ -72,7 +72,7 @@ fn a_new_name_in_a_directory_is_the_file() {
 fn a_name_in_a_directory_that_is_missing_is_refused() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(2));
-    scratch.mount().at("nowhere/mnt").file("a.img").refused(1).one_error(1, &["nowhere"]);
+    scratch.mount().at("nowhere/mnt").file("a.img").refused(2).one_error(2, &["nowhere"]);
 }
 
 #[test]
@@ -154,7 +154,48 @@ fn a_glob_names_every_file_that_fits() {
     assert_eq!(mount.names(), ["vm-1.raw", "vm-2.raw"]);
     assert_eq!(fs::read(mount.file("vm-2.raw")).unwrap(), disk(2));
     mount.unmount();
-    scratch.mount().file("none-*.img").refused(1).one_error(1, &["none-*.img"]);
+    scratch.mount().file("none-*.img").refused(2).one_error(2, &["none-*.img"]);
+}
+
+/// "`dir=DIR` (all disks of a folder)": descriptors and files with one inside, but not their extents.
+#[test]
+fn dir_shows_every_disk_of_a_folder() {
+    if !need_fuse() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.mkdir("vm");
+    scratch.write("a.img", disk(1));
+    let raw = scratch.path("a.img");
+    for (name, subformat) in [("one", "monolithicSparse"), ("two", "monolithicFlat"), ("three", "streamOptimized")] {
+        let (out, option) = (scratch.path(format!("vm/{name}.vmdk")), format!("subformat={subformat}"));
+        let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()];
+        qemu_img(words);
+    }
+    let mount = scratch.mount().arg(format!("dir={}", scratch.path("vm").display())).start();
+    assert_eq!(mount.names(), ["one.raw", "three.raw", "two.raw"]);
+    for name in mount.names() {
+        assert_eq!(fs::read(mount.file(&name)).unwrap(), disk(1), "{name}");
+    }
+    mount.unmount();
+}
+
+/// "mount.vmdkfuse SOURCE MOUNTPOINT [-sfnv] [-o OPTS]: what mount(8) runs"
+#[test]
+fn the_mount_helper_mounts() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.write("a.img", disk(9));
+    let helper = scratch.path("mount.vmdkfuse");
+    symlink(fuse_tests::harness::program(), &helper).unwrap();
+    let point = scratch.mkdir("mnt");
+    let words = ["-n", "-o", "ro,noauto,x-systemd.automount,name=disk.bin"];
+    Cmd::new(&helper).arg(scratch.path("a.img")).arg(&point).args(words).dir(scratch.root()).run().ok();
+    assert_eq!(fs::read(point.join("disk.bin")).unwrap(), disk(9));
+    Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
+    scratch.assert_no_mounts();
 }
 
 /// A name that exists is that file, whatever characters are in it.

@@ -27,7 +27,7 @@ fn shared(part: &str) -> Option<PathBuf> {
     if path.exists() {
         return Some(path.canonicalize().unwrap());
     }
-    eprintln!("SKIPPED: there is no {} beside the checkout", part);
+    eprintln!("SKIPPED: there is no shared/{part} beside the checkout");
     None
 }
 

@@ -148,7 +148,7 @@ impl Aligned {
     }
 
     /// The bytes.
-    pub fn as_mut(&mut self) -> &mut [u8] {
+    pub fn bytes(&mut self) -> &mut [u8] {
         &mut self.bytes[self.skip..self.skip + self.len]
     }
 }

@@ -115,6 +115,7 @@ impl Cmd {
     }
 
     /// Starts it and leaves it running.
+    #[allow(clippy::zombie_processes, reason = "`wait_end` reaps it: it can wait with a deadline, `Child` cannot")]
     #[track_caller]
     pub(super) fn start(self) -> Running {
         reap_orphans();
@@ -142,8 +143,8 @@ impl Cmd {
 
 impl fmt::Display for Cmd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.program.display())?;
-        self.args.iter().try_for_each(|arg| write!(f, " {}", arg.display()))
+        write!(f, "{}", self.program.to_string_lossy())?;
+        self.args.iter().try_for_each(|arg| write!(f, " {}", arg.to_string_lossy()))
     }
 }
 
