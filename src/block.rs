@@ -87,6 +87,10 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
     /// The answer may stop early: neighbours of the same content may follow.
     fn content_at(&self, at: Lba) -> Result<(Content, u64)>;
 
+    /// Whether the sectors read as zeroes, where memory alone can tell; `false`: they have to be read. Asked for
+    /// every request, so that zeroes need no buffer.
+    fn is_zero(&self, at: Lba, sectors: u64) -> bool;
+
     /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
     /// read it without us.
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -1,5 +1,6 @@
 //! What the user asked for, typed and checked. It knows nothing of how it was said (no clap, no files).
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Everything about one run of the program.
@@ -41,9 +42,9 @@ pub struct Query {
 /// A mount and its life.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MountConfig {
-    /// As the user gave it, made absolute: a directory, a file to cover, or a new name in a directory.
-    pub mountpoint: PathBuf,
-    /// At least one; their file names differ.
+    /// Where the mount goes.
+    pub target: MountTarget,
+    /// At least one; their file names differ. Exactly one where [`target`](Self::target) is a file.
     pub disks: Vec<DiskConfig>,
     /// Stay in the foreground.
     pub foreground: bool,
@@ -53,6 +54,24 @@ pub struct MountConfig {
     pub options: MountOptions,
     /// Event loops; `None`: by the number of processors.
     pub threads: Option<usize>,
+}
+
+/// What a mount is put on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountTarget {
+    /// The directory or file itself, made absolute; symbolic links in it are not resolved.
+    pub path: PathBuf,
+    /// What shall be seen there.
+    pub kind: MountKind,
+}
+
+/// What is seen at the place of a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MountKind {
+    /// A directory that holds one file a disk. Also where a stale mount hides what there is.
+    Dir,
+    /// The one disk itself: the mount covers a regular file.
+    File,
 }
 
 /// The mount options that mean something here; those that mount(8) handles itself are dropped before.
@@ -81,8 +100,8 @@ pub struct MountOptions {
 /// One disk of a mount.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiskConfig {
-    /// Its file name in the mount: not empty, no `/`.
-    pub name: String,
+    /// Its file name in the mount. In a mount: 1 to 255 bytes, not `.` or `..`, no `/` and no NUL; need not be UTF-8.
+    pub name: OsString,
     /// Nothing may be written to it.
     pub read_only: bool,
     /// How the kernel may keep its pages.
@@ -115,7 +134,7 @@ pub enum SourceConfig {
 /// A disk in local files.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LocalConfig {
-    /// The file that was named.
+    /// The file that was named, made absolute; need not be UTF-8.
     pub path: PathBuf,
     /// How to read it.
     pub format: Format,

@@ -16,6 +16,12 @@
 //! [`config::Config`], and `run` is the order of life of a process.
 
 pub mod block;
+pub mod cli;
 pub mod config;
 pub mod error;
+pub mod fuse;
+pub mod image;
+pub mod layer;
+pub mod source;
 pub mod store;
+pub mod vmdk;

@@ -1,4 +1,446 @@
-//! stub
-/// stub
+//! Files of this machine, and the second half of the name gate: where a name leads.
+//!
+//! ```text
+//!   name ──openat2 beneath the image's folder──▶ file of that folder          opened
+//!             │ leaves it (absolute, `..`, a symlink)
+//!             ▼
+//!          the place it leads to ── in an allowed folder? ──no──▶ refused, with the option that would allow it
+//!             └──yes: the same again, beneath that folder
+//! ```
+//! The kernel itself keeps every resolution beneath a folder, so nobody can swap a component between a check and
+//! the open. A file is opened as a mere path first, so that its kind is known before an open could block (a FIFO)
+//! or do something (a device); the file that is read afterwards is that very one.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::unistd::{Whence, lseek};
+
+use super::{ExtentName, Identity, Store, StoredFile, printable};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How often a name may lead from one allowed folder to another.
+const HOPS_MAX: usize = 8;
+/// How many symlinks a name may have; the kernel's own bound.
+const SYMLINKS_MAX: usize = 40;
+/// How often a lookup is done again that a rename elsewhere disturbed.
+const LOOKUPS_MAX: usize = 64;
+
+/// The files of one folder, and of those that the user allowed besides.
 #[derive(Debug)]
-pub struct LocalStore;
+pub struct LocalStore {
+    folder: Folder,
+    allow: Arc<[PathBuf]>,
+}
+
+impl LocalStore {
+    /// The files of folder `dir`; names inside them may lead into the folders of `allow` too.
+    ///
+    /// Errors: `NotFound` or what the system says of `dir`.
+    pub fn new(dir: &Path, allow: Arc<[PathBuf]>) -> Result<Self> {
+        Ok(Self { folder: Folder::open(dir)?, allow })
+    }
+
+    /// Opens the file that is called `path` from the folder.
+    fn open_path(&self, path: &Path) -> Result<LocalFile> {
+        let allowed = Allowed { own: &self.folder, paths: &self.allow };
+        let mut other: Option<Folder> = None;
+        let mut rest = path.to_path_buf();
+        for _ in 0..HOPS_MAX {
+            let folder = other.as_ref().unwrap_or(&self.folder);
+            if let Some(fd) = folder.beneath(&rest)? {
+                let label = printable(folder.real.join(&rest));
+                return self.admit(Found::new(fd, label)?, || Ok(other.is_some() || allowed.holds_own()?));
+            }
+            let place = leads_to(&folder.real, &rest);
+            (other, rest) = allowed.find(&place)?.ok_or_else(|| self.refusal(path, &place))?;
+        }
+        Err(self.refusal(path, &rest))
+    }
+
+    /// Lets a file in that a name inside of an image led to, if its kind is right; a device only if `devices`.
+    fn admit(&self, found: Found, devices: impl FnOnce() -> Result<bool>) -> Result<LocalFile> {
+        let refuse = |why: String| {
+            let context = format!("{}: a name inside an image leads to a {why}", found.label);
+            Err(Error::new(ErrorKind::Policy, context))
+        };
+        match found.kind() {
+            Kind::Regular => found.reopen(self.allow.clone()),
+            Kind::Device if devices()? => found.reopen(self.allow.clone()),
+            Kind::Device => {
+                let folder = printable(found.real.parent().unwrap_or(&found.real));
+                refuse(format!("block device; allow-dir={folder} would allow it"))
+            }
+            Kind::Other(what) => refuse(format!("{what}, expected a plain file")),
+        }
+    }
+
+    /// The error for a name that leads out.
+    fn refusal(&self, name: &Path, place: &Path) -> Error {
+        let folder = place.parent().unwrap_or(place);
+        Error::new(
+            ErrorKind::Policy,
+            format!(
+                "the image names `{}`, which leads to {}, outside of its folder {}; allow-dir={} would allow it",
+                printable(name),
+                printable(place),
+                printable(&self.folder.real),
+                printable(folder)
+            ),
+        )
+    }
+}
+
+impl Store for LocalStore {
+    fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+        let opened = match (self.open_path(name.as_path()), name.raw_path()) {
+            (Err(missing), Some(raw)) if missing.kind() == ErrorKind::NotFound => match self.open_path(raw) {
+                Err(e) if e.kind() == ErrorKind::NotFound => Err(missing),
+                other => other,
+            },
+            (other, _) => other,
+        };
+        Ok(Arc::new(opened?))
+    }
+}
+
+/// Opens the file that the user named himself: a regular file or a block device, symlinks followed. Names inside it
+/// count from the folder of the real file and may lead into the folders of `allow` too.
+///
+/// Errors: `NotFound`, `Usage` for any other kind of file, or what the system says. Never blocks on a FIFO.
+pub fn open_user_path(path: &Path, allow: Arc<[PathBuf]>) -> Result<Arc<dyn StoredFile>> {
+    let label = printable(path);
+    let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+    let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
+    if let Kind::Other(what) = found.kind() {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("{}: it is a {what}, expected a regular file or a block device", found.label),
+        ));
+    }
+    Ok(Arc::new(found.reopen(allow)?))
+}
+
+/// An open file of this machine; it is only read.
+#[derive(Debug)]
+struct LocalFile {
+    file: File,
+    /// The path it was found by.
+    label: String,
+    /// The path without symlinks that it had when it was opened.
+    real: PathBuf,
+    len: u64,
+    device: bool,
+    allow: Arc<[PathBuf]>,
+}
+
+impl LocalFile {
+    /// Its attributes now.
+    fn metadata(&self) -> Result<fs::Metadata> {
+        self.file.metadata().map_err(|e| Error::io(format!("{}: fstat", self.label), e))
+    }
+}
+
+impl StoredFile for LocalFile {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let wanted = buf.len();
+        let context = || format!("{}: read of {wanted} bytes at byte {offset}", self.label);
+        if offset.checked_add(wanted as u64).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(Error::new(ErrorKind::OutOfRange, format!("{}: no file is that long", context())));
+        }
+        let mut done = 0;
+        while done < wanted {
+            let at = offset + done as u64;
+            match self.file.read_at(&mut buf[done..], at) {
+                Ok(0) => return Err(Error::corrupt(format!("{}: the file ends at byte {at}", context()))),
+                Ok(read) => done += read,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(context(), e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        let now = self.metadata()?;
+        // Several nodes may stand for one device, so a device is known by its number, not by its node.
+        let file = if self.device { (u64::MAX, now.rdev()) } else { (now.dev(), now.ino()) };
+        let len = if self.device { self.len } else { now.len() };
+        let mtime_ns = i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec());
+        Ok(Identity { file, len, mtime_ns })
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        if self.device {
+            return Ok(self.len);
+        }
+        // st_blocks counts 512 bytes whatever the file system's block size is.
+        Ok(self.metadata()?.blocks().saturating_mul(512))
+    }
+
+    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
+        let left = self.len.saturating_sub(offset).max(1);
+        let from = i64::try_from(offset).unwrap_or(i64::MAX);
+        // The file's own position is moved by this; nobody reads at it.
+        let (stored, next) = match lseek(&self.file, from, Whence::SeekData) {
+            Ok(data) if data == from => (true, lseek(&self.file, from, Whence::SeekHole)),
+            other => (false, other),
+        };
+        match next {
+            Ok(next) => Ok((stored, u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left))),
+            // no data from here on
+            Err(Errno::ENXIO) => Ok((stored, left)),
+            // devices and some file systems can't tell
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok((true, left)),
+            Err(e) => Err(Error::io(format!("{}: lseek from byte {offset}", self.label), e.into())),
+        }
+    }
+
+    fn label(&self) -> &str {
+        &self.label
+    }
+
+    fn siblings(&self) -> Result<Arc<dyn Store>> {
+        let gone = |why: &str| {
+            let real = printable(&self.real);
+            Error::new(ErrorKind::NotFound, format!("{}: the folder of {real} cannot be found: {why}", self.label))
+        };
+        let (Some(dir), Some(name)) = (self.real.parent(), self.real.file_name()) else {
+            return Err(gone("the file has no path"));
+        };
+        // The path was read from the kernel and had no symlink in it; one that stands there now is somebody's trap.
+        let folder = Folder::open_unlinked(dir)?;
+        let there = nix::sys::stat::fstatat(&folder.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
+        let now = self.metadata()?;
+        match there {
+            Ok(there) if (there.st_dev, there.st_ino) == (now.dev(), now.ino()) => {
+                Ok(Arc::new(LocalStore { folder, allow: self.allow.clone() }))
+            }
+            _ => Err(gone("the file was moved or deleted")),
+        }
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}
+
+/// A folder beneath which names are looked up.
+#[derive(Debug)]
+struct Folder {
+    fd: OwnedFd,
+    /// Its path without symlinks.
+    real: PathBuf,
+}
+
+impl Folder {
+    /// Opens a folder by a path that the user said.
+    fn open(path: &Path) -> Result<Self> {
+        let opened = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(path)
+            .map_err(|e| Error::io(format!("folder {}", printable(path)), e))?;
+        Self::of(opened.into())
+    }
+
+    /// Opens a folder by a path in which no symlink may be.
+    fn open_unlinked(path: &Path) -> Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened = lookup(nix::fcntl::AT_FDCWD, path, flags, ResolveFlag::RESOLVE_NO_SYMLINKS);
+        Self::of(opened.map_err(|e| system(format!("folder {}", printable(path)), e))?)
+    }
+
+    fn of(fd: OwnedFd) -> Result<Self> {
+        let real = real_path(&fd)?;
+        Ok(Self { fd, real })
+    }
+
+    /// Finds what is called `name` without ever leaving the folder; `None` if the name leads out of it.
+    fn beneath(&self, name: &Path) -> Result<Option<OwnedFd>> {
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        match lookup(&self.fd, name, flags, resolve) {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::EXDEV) => Ok(None),
+            // A component that is no folder: there is no such file either.
+            Err(Errno::ENOTDIR) => Err(system(printable(self.real.join(name)), Errno::ENOENT)),
+            Err(Errno::ELOOP) => Err(Error::new(
+                ErrorKind::Policy,
+                format!("{}: the name runs through too many links, or one of /proc", printable(self.real.join(name))),
+            )),
+            Err(e) => Err(system(printable(self.real.join(name)), e)),
+        }
+    }
+}
+
+/// The folders that a name may lead into.
+struct Allowed<'a> {
+    /// The image's own.
+    own: &'a Folder,
+    /// Those that the user said.
+    paths: &'a [PathBuf],
+}
+
+impl Allowed<'_> {
+    /// The folder that holds `place`, and the way to it from there. `None` for the folder: the image's own.
+    fn find(&self, place: &Path) -> Result<Option<(Option<Folder>, PathBuf)>> {
+        if let Ok(rest) = place.strip_prefix(&self.own.real) {
+            return Ok(Some((None, or_dot(rest))));
+        }
+        for path in self.paths {
+            let folder = Folder::open(path).map_err(|e| e.within("allow-dir"))?;
+            let said = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let rest = place.strip_prefix(&folder.real).or_else(|_| place.strip_prefix(said)).map(or_dot);
+            if let Ok(rest) = rest {
+                return Ok(Some((Some(folder), rest)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the image's own folder lies in one that the user allowed.
+    fn holds_own(&self) -> Result<bool> {
+        for path in self.paths {
+            let folder = Folder::open(path).map_err(|e| e.within("allow-dir"))?;
+            if self.own.real.starts_with(&folder.real) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A file that was found and whose kind is known, but that nobody opened yet.
+struct Found {
+    fd: OwnedFd,
+    label: String,
+    real: PathBuf,
+    metadata: fs::Metadata,
+}
+
+/// The kinds of files, as far as it matters.
+enum Kind {
+    Regular,
+    Device,
+    /// What it is called.
+    Other(&'static str),
+}
+
+impl Found {
+    fn new(fd: OwnedFd, label: String) -> Result<Self> {
+        let real = real_path(&fd)?;
+        let file = File::from(fd);
+        let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
+        Ok(Self { fd: file.into(), label, real, metadata })
+    }
+
+    fn kind(&self) -> Kind {
+        let kind = self.metadata.file_type();
+        if kind.is_file() {
+            Kind::Regular
+        } else if kind.is_block_device() {
+            Kind::Device
+        } else if kind.is_fifo() {
+            Kind::Other("FIFO")
+        } else if kind.is_char_device() {
+            Kind::Other("character device")
+        } else if kind.is_dir() {
+            Kind::Other("directory")
+        } else {
+            Kind::Other("socket or file of another kind")
+        }
+    }
+
+    /// Opens it for reading.
+    fn reopen(self, allow: Arc<[PathBuf]>) -> Result<LocalFile> {
+        let Self { fd, label, real, metadata } = self;
+        let mut file = File::open(proc_path(&fd)).map_err(|e| Error::io(format!("{label}: open for reading"), e))?;
+        let device = metadata.file_type().is_block_device();
+        let len = if device {
+            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(format!("{label}: size of the device"), e))?
+        } else {
+            metadata.len()
+        };
+        Ok(LocalFile { file, label, real, len, device, allow })
+    }
+}
+
+/// `openat2`, done again when a rename elsewhere disturbed it.
+fn lookup(dir: impl AsFd, path: &Path, flags: OFlag, resolve: ResolveFlag) -> std::result::Result<OwnedFd, Errno> {
+    for _ in 1..LOOKUPS_MAX {
+        match openat2(&dir, path, OpenHow::new().flags(flags).resolve(resolve)) {
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            done => return done,
+        }
+    }
+    openat2(&dir, path, OpenHow::new().flags(flags).resolve(resolve))
+}
+
+/// What the kernel answered to a lookup.
+fn system(context: String, errno: Errno) -> Error {
+    if errno == Errno::ENOSYS {
+        return Error::unsupported(format!("{context}: no system call openat2; Linux 5.6 or later is needed"));
+    }
+    Error::io(context, io::Error::from(errno))
+}
+
+/// The link of /proc through which the kernel opens the very file of `fd` again.
+fn proc_path(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+/// The path of an open file as the kernel sees it: absolute and without symlinks.
+fn real_path(fd: &OwnedFd) -> Result<PathBuf> {
+    let link = proc_path(fd);
+    fs::read_link(&link).map_err(|e| {
+        let context = format!("{} (is /proc mounted?)", link.display());
+        Error::new(ErrorKind::Unsupported, format!("{context}: {e}"))
+    })
+}
+
+/// Where `name` leads, from `folder` on: reads symlinks only inside of `folder`, and goes by the text outside. It
+/// decides nothing by itself; what it says is opened beneath a folder again.
+fn leads_to(folder: &Path, name: &Path) -> PathBuf {
+    let steps = |path: &Path| path.components().map(|c| c.as_os_str().to_owned()).collect::<VecDeque<OsString>>();
+    let mut todo = steps(name);
+    let mut at = folder.to_path_buf();
+    let mut symlinks = 0;
+    while let Some(step) = todo.pop_front() {
+        match Path::new(&step).components().next() {
+            Some(Component::ParentDir) => {
+                at.pop();
+            }
+            Some(Component::RootDir) => at = PathBuf::from("/"),
+            Some(Component::CurDir) => {}
+            _ => at.push(&step),
+        }
+        if symlinks < SYMLINKS_MAX && at != folder && at.starts_with(folder) {
+            if let Ok(target) = fs::read_link(&at) {
+                symlinks += 1;
+                at.pop();
+                let mut first = steps(&target);
+                first.append(&mut todo);
+                todo = first;
+            }
+        }
+    }
+    at
+}
+
+/// A way from a folder; the folder itself is `.`.
+fn or_dot(rest: &Path) -> PathBuf {
+    if rest.as_os_str().is_empty() { PathBuf::from(".") } else { rest.to_path_buf() }
+}

@@ -19,8 +19,9 @@ use crate::error::Result;
 mod local;
 mod name;
 
-pub use local::LocalStore;
-pub use name::ExtentName;
+pub use local::{LocalStore, open_user_path};
+pub(crate) use name::printable;
+pub use name::{ExtentName, NAME_MAX};
 
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {
@@ -60,6 +61,10 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
 
     /// Bytes that it takes in its store now, where that is known (sparse files take less than their length).
     fn allocated(&self) -> Result<u64>;
+
+    /// Whether the byte at `offset` is stored or in a hole of the file, and for how many bytes on that holds
+    /// (at least 1, not past the end). A store that can't tell says that all is stored.
+    fn data_at(&self, offset: u64) -> Result<(bool, u64)>;
 
     /// What to call it in messages: the path.
     fn label(&self) -> &str;

@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Both install what they need first (contrib/setup.sh; Debian packages,
+# by sudo where you are not root) and build. `make help` lists the rest.
+
+TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# Tools that ordinary users' PATH often lacks: mkfs.ext4, debugfs, losetup; and a toolchain that rustup installed.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:$(HOME)/.cargo/bin
+# The binary that the tests mount with and that demo and bench run.
+export VMDKFUSE_BIN := $(TARGET_DIR)/release/vmdkfuse
+
+BENCH_ARGS ?=
+
+.PHONY: help build demo test bench bench-quick clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+build: ## build the release binary
+	cargo build --release --locked
+
+demo: ## make a VMDK with a file system in it, mount it, read it, unmount it
+	./contrib/demo.sh
+
+# VMDKFUSE_REQUIRE=all: a tool that is missing fails the test that needs it, instead of skipping it.
+test: ## formatting, lints, docs and every test
+	./contrib/setup.sh test
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
+	cargo build --release --locked
+	VMDKFUSE_REQUIRE=all cargo test --locked --workspace --no-fail-fast
+
+bench: ## measure beside the peers that Debian packages (root; some 20 minutes); BENCH_ARGS='--help' for more
+	./contrib/setup.sh bench
+	cargo build --release --locked
+	python3 contrib/bench/bench.py --contender '$(VMDKFUSE_BIN)' $(BENCH_ARGS)
+
+bench-quick: ## the same in a minute: small disk, one round; shows that it works, not how fast
+	$(MAKE) bench BENCH_ARGS='--quick $(BENCH_ARGS)'
+
+clean: ## remove what was built
+	cargo clean

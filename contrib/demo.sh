@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Shows the whole way once: a VMDK with a file system in it, the mount, the raw file, a read that matches, the unmount.
+# Works as root and as an ordinary user. Everything lies in a temporary directory that is removed at the end.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export LC_ALL=C PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin
+
+./contrib/setup.sh demo
+bin=${VMDKFUSE_BIN:-${CARGO_TARGET_DIR:-target}/release/vmdkfuse}
+bin=$(realpath -m "$bin")
+cargo build --release --locked
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '$ %s\n' "$*"; "$@"; }
+fail() { printf 'demo: %s\n' "$*" >&2; exit 1; }
+
+[[ -c /dev/fuse ]] || fail "there is no /dev/fuse: load the fuse module, or give the container the device"
+dir=$(mktemp -d "${TMPDIR:-/tmp}/vmdkfuse-demo.XXXXXX")
+cleanup() {
+  cd /
+  if mountpoint -q "$dir/mnt"; then fusermount3 -u -z "$dir/mnt" || true; fi
+  rm -rf "$dir"
+}
+trap cleanup EXIT
+
+step "A file system with two files, in a VMDK"
+mkdir "$dir/tree" "$dir/mnt"
+echo "Hello from inside a VMDK" >"$dir/tree/hello.txt"
+head -c 8M /dev/urandom >"$dir/tree/noise.bin"
+cd "$dir"
+run mkfs.ext4 -q -F -L demo -d tree original.raw 64M
+run qemu-img convert -f raw -O vmdk -o subformat=monolithicSparse original.raw sample.vmdk
+run ls -lh original.raw sample.vmdk
+
+step "Mount it"
+PATH=$(dirname "$bin"):$PATH
+run vmdkfuse -P "$dir/pid" mnt/ file=sample.vmdk
+daemon=$(<"$dir/pid")
+run ls -l mnt
+
+step "Read it: the raw file is the disk, byte for byte"
+run qemu-img convert -f vmdk -O raw sample.vmdk by-qemu.raw
+run sha256sum mnt/sample.raw by-qemu.raw original.raw
+[[ $(sha256sum <mnt/sample.raw) == "$(sha256sum <by-qemu.raw)" ]] || fail "the raw file differs from what qemu-img reads"
+[[ $(sha256sum <mnt/sample.raw) == "$(sha256sum <original.raw)" ]] || fail "the raw file differs from the original"
+
+step "Look into its file system (e2fsprogs read it, so this needs no root)"
+run debugfs -R 'ls -l /' mnt/sample.raw
+run debugfs -R 'cat /hello.txt' mnt/sample.raw
+[[ $(debugfs -R 'cat /hello.txt' mnt/sample.raw 2>/dev/null) == "$(<tree/hello.txt)" ]] || fail "hello.txt reads differently"
+
+step "Unmount it"
+run fusermount3 -u mnt
+timeout 10 tail --pid="$daemon" -f /dev/null || fail "process $daemon is still there"
+! mountpoint -q mnt || fail "still mounted"
+run ls -l mnt
+
+step "All of it matched."

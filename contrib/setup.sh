@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that a part of this project needs and that are missing.
+#
+#   contrib/setup.sh demo|test|bench
+#
+# Only this step needs root: it calls apt-get itself as root, by sudo as an ordinary user. Where neither
+# works it names the packages and fails. It never removes a package: it simulates first, and stops if apt would.
+set -euo pipefail
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# PACKAGE:COMMAND or PACKAGE:/FILE; the package counts as there if dpkg says so or the command or file is found.
+DEMO="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
+TEST="$DEMO fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL"
+BENCH="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-common:qemu-storage-daemon fio:fio python3:python3 libnbd-bin:nbdfuse libvmdk-utils:vmdkmount"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$@"; exit 1; }
+
+# guestfish boots an appliance, for which supermin wants a kernel of this machine, readable, with its modules.
+kernel_is_there() {
+  local image
+  for image in /boot/vmlinu[xz]-*; do
+    [[ -r $image && -d /lib/modules/${image#*/vmlinu?-} ]] && return 0
+  done
+  return 1
+}
+
+# The packages of "$@" that are missing, one a line.
+missing() {
+  local item
+  for item in "$@"; do
+    if [[ $item == KERNEL ]]; then
+      kernel_is_there || printf 'linux-image-cloud-%s\n' "$(dpkg --print-architecture 2>/dev/null || echo amd64)"
+    elif ! dpkg -s "${item%:*}" 2>/dev/null | grep -q '^Status: .* installed$' &&
+      ! command -v "${item#*:}" >/dev/null && [[ ! -e ${item#*:} ]]; then
+      printf '%s\n' "${item%:*}"
+    fi
+  done
+}
+
+as_root() { if [[ $(id -u) == 0 ]]; then "$@"; else sudo DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"; fi; }
+apt() { as_root apt-get -q -o DPkg::Lock::Timeout=600 "${apt_options[@]}" "$@"; }
+
+# guestfish depends on qemu-system-x86. Where qemu-utils came from backports, the emulator of the stable
+# release would push it out, so the emulator has to come from backports too; $1 is a directory for apt's extra files.
+follow_backports() {
+  local version codename repo key option
+  version=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
+  [[ $version == *~bpo* ]] || return 0
+  codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+  say "qemu-utils $version is from backports: taking the emulator from there as well"
+  cat /etc/apt/sources.list >"$1/sources.list" 2>/dev/null || true
+  cat /etc/apt/preferences >"$1/preferences" 2>/dev/null || true
+  if ! apt-get indextargets --format '$(CODENAME)' | grep -qx "$codename-backports"; then
+    repo=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $codename" 'Created-By: Packages' | sed -n 1p)
+    key=/usr/share/keyrings/debian-archive-keyring.gpg option=
+    [[ ! -r $key ]] || option="[signed-by=$key] "
+    echo "deb $option$repo $codename-backports main" >>"$1/sources.list"
+  fi
+  printf '\nPackage: qemu-system-* seabios\nPin: release n=%s-backports\nPin-Priority: 900\n' "$codename" >>"$1/preferences"
+  chmod -R a+rX "$1"
+  apt_options=(-o "Dir::Etc::sourcelist=$1/sources.list" -o "Dir::Etc::preferences=$1/preferences")
+}
+
+install() {
+  local packages=("$@") plan
+  command -v apt-get >/dev/null || die "this is no Debian system; install what corresponds to: ${packages[*]}"
+  if [[ $(id -u) != 0 ]]; then
+    say "installing packages needs root; calling sudo"
+    { command -v sudo >/dev/null && { [[ -t 0 ]] || sudo -n true 2>/dev/null; }; } ||
+      die "cannot become root here; run as root: apt-get install --no-install-recommends ${packages[*]}"
+  fi
+  apt_options=()
+  extra=$(mktemp -d)
+  trap 'rm -rf "$extra"' EXIT
+  [[ " ${packages[*]} " != *" guestfish "* ]] || follow_backports "$extra"
+  apt update >/dev/null || say "apt-get update failed; trying with the lists that are there"
+  plan=$(apt install -s --no-install-recommends "${packages[@]}") ||
+    die "apt-get cannot install: ${packages[*]}"$'\n'"$plan"
+  ! grep -q '^Remv ' <<<"$plan" ||
+    die "apt-get would remove packages, so nothing was installed:"$'\n'"$(grep '^Remv ' <<<"$plan")"
+  apt install -y --no-install-recommends "${packages[@]}" >&2 ||
+    die "apt-get failed; needed are: ${packages[*]}"
+}
+
+# A toolchain of rustup's minimal profile has neither.
+rust_components() {
+  cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 && return
+  command -v rustup >/dev/null || die "cargo fmt and cargo clippy are missing, and so is rustup, which could add them"
+  rustup component add rustfmt clippy
+}
+
+case ${1:-} in
+  demo) items=$DEMO ;;
+  test) items=$TEST ;;
+  bench) items=$BENCH ;;
+  *) echo "usage: contrib/setup.sh demo|test|bench" >&2; exit 2 ;;
+esac
+command -v cargo >/dev/null || die "no cargo in PATH: install a Rust toolchain first (1.85 or newer)"
+# shellcheck disable=SC2086 # the items are words
+mapfile -t wanted < <(missing $items)
+if ((${#wanted[@]})); then
+  say "missing for '$1': ${wanted[*]}"
+  install "${wanted[@]}"
+  # shellcheck disable=SC2086
+  mapfile -t wanted < <(missing $items)
+  ((${#wanted[@]} == 0)) || die "still missing: ${wanted[*]}"
+fi
+[[ $1 != test ]] || rust_components

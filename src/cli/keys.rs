@@ -1,0 +1,460 @@
+//! The one table of keys. Parsing, `--help` and "did you mean" all come from it.
+//!
+//! A key that works carries the function that stores its value; one that does not yet has none, and answers in
+//! [`Key::apply`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+
+use super::params::{Settings, SourceSpec};
+use super::{UsageError, values};
+use crate::config::{Format, PageCache};
+
+/// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
+pub(super) const HELP_WIDTH: usize = 96;
+
+/// Columns before the explanation of a key.
+const HELP_INDENT: usize = 32;
+
+/// One key.
+#[derive(Debug)]
+pub(super) struct Key {
+    /// As it is written before the `=`.
+    pub(super) name: &'static str,
+    /// Other spellings.
+    pub(super) aliases: &'static [&'static str],
+    /// Its heading in the help.
+    pub(super) group: Group,
+    /// What its value looks like.
+    pub(super) kind: Kind,
+    /// One line for the help.
+    pub(super) help: &'static str,
+    /// May be given more than once for a disk; the values gather.
+    pub(super) repeats: bool,
+    /// Which disks it holds for.
+    pub(super) scope: Scope,
+    /// Whether it works in this build, and how.
+    pub(super) availability: Availability,
+}
+
+/// The headings of the help, in its order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    /// For whatever source.
+    Every,
+    /// Images on this machine.
+    Local,
+    /// ESXi and vCenter.
+    VMware,
+    /// VMware's library.
+    Vddk,
+    /// Making new disks.
+    Create,
+    /// Further files about a disk.
+    Views,
+    /// NBD servers.
+    Nbd,
+}
+
+/// What a value looks like.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    /// True or false.
+    Bool,
+    /// Bytes.
+    Size,
+    /// Seconds.
+    Seconds,
+    /// A number.
+    Count,
+    /// A file or folder.
+    Path,
+    /// Anything else.
+    Text,
+    /// One of some words.
+    OneOf {
+        /// Those that work where the key does.
+        words: &'static [&'static str],
+        /// Those that are not in this build yet.
+        later: &'static [&'static str],
+    },
+}
+
+/// Which disks a key holds for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// It names a source, and so starts another disk.
+    Starts,
+    /// Only for one disk: before the first disk it is accepted if there is no second one.
+    OneDisk,
+    /// Before the first disk it is a common key and holds for all.
+    Common,
+}
+
+/// Stores a value, or says what is wrong with it.
+pub(super) type Apply = fn(&mut Settings, &OsStr) -> Result<(), String>;
+
+/// Whether a key works in this build.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Availability {
+    /// It works.
+    Local(Apply),
+    /// Its back end or feature is not in this build.
+    NotYet,
+}
+
+impl Group {
+    const ALL: [Self; 7] = [Self::Every, Self::Local, Self::VMware, Self::Vddk, Self::Create, Self::Views, Self::Nbd];
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Every => "Every source",
+            Self::Local => "Local files",
+            Self::VMware => "VMware",
+            Self::Vddk => "VDDK",
+            Self::Create => "Created disks",
+            Self::Views => "Views",
+            Self::Nbd => "NBD",
+        }
+    }
+}
+
+impl Kind {
+    /// What stands for the value in the help and in messages.
+    fn placeholder(self) -> String {
+        match self {
+            Self::Bool => "BOOL".into(),
+            Self::Size => "SIZE".into(),
+            Self::Seconds => "SECONDS".into(),
+            Self::Count => "N".into(),
+            Self::Path => "PATH".into(),
+            Self::Text => "TEXT".into(),
+            Self::OneOf { words, .. } => words.join("|"),
+        }
+    }
+}
+
+impl Key {
+    /// A key that works now.
+    const fn local(name: &'static str, group: Group, kind: Kind, help: &'static str, apply: Apply) -> Self {
+        Self { availability: Availability::Local(apply), ..Self::later(name, group, kind, help) }
+    }
+
+    /// A key whose time is still to come.
+    const fn later(name: &'static str, group: Group, kind: Kind, help: &'static str) -> Self {
+        let availability = Availability::NotYet;
+        Self { name, aliases: &[], group, kind, help, repeats: false, scope: Scope::Common, availability }
+    }
+
+    const fn alias(mut self, aliases: &'static [&'static str]) -> Self {
+        self.aliases = aliases;
+        self
+    }
+
+    const fn repeats(mut self) -> Self {
+        self.repeats = true;
+        self
+    }
+
+    const fn scope(mut self, scope: Scope) -> Self {
+        self.scope = scope;
+        self
+    }
+
+    /// Stores `value` in `settings`.
+    ///
+    /// Errors: a value that does not fit, or a key or word that is not in this build yet.
+    pub(super) fn apply(&self, settings: &mut Settings, value: &OsStr) -> Result<(), UsageError> {
+        let Availability::Local(apply) = self.availability else {
+            return Err(UsageError::not_yet(format_args!("{}=", self.name)));
+        };
+        if let Kind::OneOf { words, later } = self.kind {
+            match value.to_str() {
+                Some(word) if words.contains(&word) => {}
+                Some(word) if later.contains(&word) => {
+                    return Err(UsageError::not_yet(format_args!("{}={word}", self.name)));
+                }
+                _ => return Err(self.wrong(value, &format!("must be {}", words.join(" or ")))),
+            }
+        }
+        apply(settings, value).map_err(|reason| self.wrong(value, &reason))
+    }
+
+    /// Only for keys that work: their values are no secrets.
+    fn wrong(&self, value: &OsStr, reason: &str) -> UsageError {
+        UsageError::new(format!("{}={}: {reason}", self.name, values::shown(value)))
+    }
+
+    fn is_local(&self) -> bool {
+        matches!(self.availability, Availability::Local(_))
+    }
+}
+
+/// The key of that name or alias.
+pub(super) fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name || key.aliases.contains(&name))
+}
+
+/// The known spelling that is nearest to `name`, if one is near: one slip, or one in three letters.
+pub(super) fn nearest(name: &str) -> Option<&'static str> {
+    let spellings = KEYS.iter().flat_map(|key| std::iter::once(&key.name).chain(key.aliases));
+    let near = spellings.map(|known| (strsim::damerau_levenshtein(name, known), *known));
+    // Of equally near ones the first in the table: `min_by_key` keeps the first.
+    let (distance, known) = near.min_by_key(|(distance, _)| *distance)?;
+    let shorter = name.chars().count().min(known.len());
+    // A name of two letters is near to every other one, so it must share half.
+    (distance <= (shorter / 3).max(1) && distance < shorter).then_some(known)
+}
+
+/// The keys as a section of the help.
+pub(super) fn help() -> String {
+    let mut out = String::from("Keys (before the first file= they hold for all disks, after it for its disk):\n");
+    for group in Group::ALL {
+        let mut keys = KEYS.iter().filter(|key| key.group == group && key.is_local()).peekable();
+        if keys.peek().is_some() {
+            _ = writeln!(out, "  {}:", group.title());
+        }
+        for key in keys {
+            let head = format!("    {}={}", key.name, key.kind.placeholder());
+            let repeats = if key.repeats { " (repeatable)" } else { "" };
+            _ = writeln!(out, "{head:HELP_INDENT$} {}{repeats}", key.help);
+        }
+    }
+    out.push_str("\nSIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0.\n");
+    out
+}
+
+/// The keys that are not in this build yet, by heading, as lines for the help.
+pub(super) fn help_later() -> String {
+    let mut out = String::new();
+    for group in Group::ALL {
+        let names = KEYS.iter().filter(|key| key.group == group && !key.is_local()).map(|key| format!("{}=", key.name));
+        out.push_str(&wrapped(group.title(), names));
+    }
+    out
+}
+
+/// `title: word word …` in lines of the help's width; nothing where there are no words.
+pub(super) fn wrapped(title: &str, words: impl Iterator<Item = String>) -> String {
+    let mut out = String::new();
+    let mut line = format!("  {title}:");
+    let mut empty = true;
+    for word in words {
+        empty = false;
+        if line.len() + 1 + word.len() > HELP_WIDTH {
+            _ = writeln!(out, "{line}");
+            line = String::from("   ");
+        }
+        _ = write!(line, " {word}");
+    }
+    if !empty {
+        _ = writeln!(out, "{line}");
+    }
+    out
+}
+
+/// A kind of words that all work where their key does.
+const fn one_of(words: &'static [&'static str]) -> Kind {
+    Kind::OneOf { words, later: &[] }
+}
+
+/// Every key of every back end. An order within a group is the order of the help.
+#[rustfmt::skip] // a table
+pub(super) static KEYS: &[Key] = &[
+    Key::local("name", Group::Every, Kind::Text, "file name in the mount (default: the source's, with .raw)",
+        |s, v| { values::file_name(v)?; s.name = Some(v.to_owned()); Ok(()) }).scope(Scope::OneDisk),
+    Key::local("readonly", Group::Every, Kind::Bool, "this disk read-only",
+        |s, v| { s.read_only = Some(values::boolean(v)?); Ok(()) }),
+    Key::local("cache", Group::Every, Kind::OneOf { words: &["none", "writethrough"], later: &["writeback"] },
+        "what the kernel's page cache does",
+        |s, v| { s.cache = Some(if v == "none" { PageCache::None } else { PageCache::WriteThrough }); Ok(()) }),
+    Key::local("cache-size", Group::Every, Kind::Size, "RAM for blocks of this disk",
+        |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
+    Key::local("readahead", Group::Every, Kind::Size, "upper bound of read-ahead",
+        |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
+    Key::local("backend", Group::Every, Kind::OneOf { words: &["native"], later: &["vddk", "https", "nbd"] },
+        "force the way to the disk",
+        |_, _| Ok(())), // one back end: nothing to choose
+    Key::later("cow", Group::Every, Kind::Path, "writes go to this local overlay (tmp: thrown away)"),
+    Key::later("cache-dir", Group::Every, Kind::Path, "keep fetched blocks there across mounts"),
+    Key::later("timeout", Group::Every, Kind::Seconds, "deadline after which a request fails"),
+    Key::later("retry", Group::Every, Kind::Count, "how often to try again"),
+
+    Key::local("file", Group::Local, Kind::Path, "a disk (wildcards * ? [ make several); starts another disk",
+        |s, v| { s.source = Some(SourceSpec::File(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
+    Key::local("dir", Group::Local, Kind::Path, "all disks of a folder: its *.vmdk that are no bare extents",
+        |s, v| { s.source = Some(SourceSpec::Dir(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
+    Key::local("format", Group::Local, one_of(&["vmdk", "raw"]), "how to read it (default: by its content)",
+        |s, v| { s.format = Some(if v == "raw" { Format::Raw } else { Format::Vmdk }); Ok(()) }),
+    Key::local("allow-dir", Group::Local, Kind::Path, "names in an image may point in there too",
+        |s, v| { s.allow_dirs.push(values::path(v)?); Ok(()) }).repeats(),
+    Key::local("degraded", Group::Local, one_of(&["cid"]), "accept a parent whose CID differs",
+        |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }),
+    Key::later("force", Group::Local, Kind::Bool, "write to a base that has children"),
+    Key::later("lock", Group::Local, one_of(&["on", "off"]), "lock the image's files"),
+    Key::later("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the files itself"),
+    Key::later("view-size", Group::Local, Kind::Size, "bound of the kernel view's index"),
+
+    Key::later("server", Group::VMware, Kind::Text, "ESXi or vCenter host"),
+    Key::later("port", Group::VMware, Kind::Text, "its port (also of an NBD server: number or service)"),
+    Key::later("user", Group::VMware, Kind::Text, "who logs in"),
+    Key::later("password", Group::VMware, Kind::Text, "`-` asks, `+FILE` and `-FD` read it"),
+    Key::later("cookie", Group::VMware, Kind::Text, "session cookie"),
+    Key::later("thumbprint", Group::VMware, Kind::Text, "fingerprint of the server's certificate"),
+    Key::later("datacenter", Group::VMware, Kind::Text, "datacenter of the datastore"),
+    Key::later("cainfo", Group::VMware, Kind::Path, "certificates to trust"),
+    Key::later("insecure", Group::VMware, Kind::Bool, "do not verify the server"),
+    Key::later("cookie-script", Group::VMware, Kind::Path, "program that prints a cookie"),
+    Key::later("cookie-script-renew", Group::VMware, Kind::Seconds, "how often to run it"),
+    Key::later("url", Group::VMware, Kind::Text, "a disk by HTTPS; starts another disk").scope(Scope::Starts),
+
+    Key::later("libdir", Group::Vddk, Kind::Path, "folder of VMware's library"),
+    Key::later("config", Group::Vddk, Kind::Path, "the library's own configuration"),
+    Key::later("vm", Group::Vddk, Kind::Text, "the virtual machine (moref=ID)"),
+    Key::later("snapshot", Group::Vddk, Kind::Text, "its snapshot"),
+    Key::later("transports", Group::Vddk, Kind::Text, "ways to the disk, in order"),
+    Key::later("nfchostport", Group::Vddk, Kind::Count, "port of the NFC service"),
+    Key::later("single-link", Group::Vddk, Kind::Bool, "only this link of the chain"),
+    Key::later("unbuffered", Group::Vddk, Kind::Bool, "no caching by the library"),
+    Key::later("compression", Group::Vddk, one_of(&["none", "zlib", "fastlz", "skipz"]), "of the transport"),
+    Key::later("vimapiver", Group::Vddk, Kind::Text, "ignored"),
+
+    Key::later("create", Group::Create, Kind::Bool, "make the disk"),
+    Key::later("create-size", Group::Create, Kind::Size, "its size"),
+    Key::later("create-type", Group::Create, Kind::Text, "its kind"),
+    Key::later("create-adapter-type", Group::Create, Kind::Text, "its adapter"),
+    Key::later("create-hwversion", Group::Create, Kind::Text, "its hardware version"),
+
+    Key::later("partitions", Group::Views, Kind::Bool, "one file for each partition as well"),
+    Key::later("descriptor", Group::Views, Kind::Bool, "a .vmdk that describes the raw file"),
+
+    Key::later("uri", Group::Nbd, Kind::Text, "an NBD server; starts another disk").scope(Scope::Starts),
+    Key::later("hostname", Group::Nbd, Kind::Text, "its host"),
+    Key::later("socket", Group::Nbd, Kind::Path, "its Unix socket"),
+    Key::later("socket-fd", Group::Nbd, Kind::Count, "its connected socket"),
+    Key::later("vsock-cid", Group::Nbd, Kind::Count, "its VSOCK address").alias(&["vhost-cid"]),
+    Key::later("command", Group::Nbd, Kind::Text, "program to run as the server"),
+    Key::later("arg", Group::Nbd, Kind::Text, "an argument for it").repeats(),
+    Key::later("export", Group::Nbd, Kind::Text, "name of the export"),
+    Key::later("dynamic-export", Group::Nbd, Kind::Bool, "every export is a file"),
+    Key::later("connections", Group::Nbd, Kind::Count, "connections to it"),
+    Key::later("shared", Group::Nbd, Kind::Bool, "one connection for all"),
+    Key::later("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt"),
+    Key::later("tls-certificates", Group::Nbd, Kind::Path, "folder of certificates"),
+    Key::later("tls-verify", Group::Nbd, Kind::Bool, "verify the server"),
+    Key::later("tls-username", Group::Nbd, Kind::Text, "user of the key"),
+    Key::later("tls-psk", Group::Nbd, Kind::Path, "file of keys"),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// The contract's keys, so that none gets lost from the table.
+    const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
+        password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
+        transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
+        create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size dir partitions \
+        descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
+        shared tls tls-certificates tls-verify tls-username tls-psk";
+
+    const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded";
+
+    #[test]
+    fn the_table_is_the_contract() {
+        let spellings: Vec<&str> =
+            KEYS.iter().flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied())).collect();
+        let unique: HashSet<&str> = spellings.iter().copied().collect();
+        assert_eq!(unique.len(), spellings.len(), "a key stands twice in the table");
+        assert_eq!(unique, CONTRACT.split_whitespace().collect());
+        let local: HashSet<&str> = KEYS.iter().filter(|key| key.is_local()).map(|key| key.name).collect();
+        assert_eq!(local, LOCAL.split_whitespace().collect());
+    }
+
+    #[test]
+    fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
+        for key in KEYS.iter().filter(|key| !key.is_local()) {
+            let error = key.apply(&mut Settings::default(), OsStr::new("?")).unwrap_err().to_string();
+            assert_eq!(error, format!("{}= is not in this build yet", key.name));
+        }
+    }
+
+    #[test]
+    fn words_of_a_key_that_are_still_to_come_say_so() {
+        for (name, word) in [("cache", "writeback"), ("backend", "vddk"), ("backend", "https"), ("backend", "nbd")] {
+            let error = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(word)).unwrap_err();
+            assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
+        }
+    }
+
+    #[test]
+    fn a_value_must_fit_its_key() {
+        for (name, value, good) in [
+            ("readonly", "yes", true),
+            ("readonly", "maybe", false),
+            ("cache", "none", true),
+            ("cache", "writethrough", true),
+            ("cache", "None", false),
+            ("cache-size", "1G", true),
+            ("cache-size", "1Q", false),
+            ("readahead", "128K", true),
+            ("readahead", "", false),
+            ("backend", "native", true),
+            ("backend", "magic", false),
+            ("format", "vmdk", true),
+            ("format", "raw", true),
+            ("format", "qcow2", false),
+            ("degraded", "cid", true),
+            ("degraded", "yes", false),
+            ("name", "x.raw", true),
+            ("name", "a/b", false),
+            ("file", "", false),
+            ("dir", "", false),
+            ("allow-dir", "", false),
+        ] {
+            let outcome = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(value));
+            assert_eq!(outcome.is_ok(), good, "{name}={value}: {outcome:?}");
+            if let Err(e) = outcome {
+                assert!(e.to_string().starts_with(&format!("{name}={value}: ")), "{e}");
+            }
+        }
+    }
+
+    #[test]
+    fn nearest_is_only_near() {
+        for (typed, meant) in [
+            ("cashe", "cache"),
+            ("read-only", "readonly"),
+            ("fiel", "file"),
+            ("File", "file"),
+            ("readahaed", "readahead"),
+            ("allowdir", "allow-dir"),
+            ("vhost-cidd", "vhost-cid"),
+            ("pasword", "password"),
+        ] {
+            assert_eq!(nearest(typed), Some(meant), "{typed}");
+        }
+        for typed in ["x", "zz", "banana", "completely-else", ""] {
+            assert_eq!(nearest(typed), None, "{typed}");
+        }
+    }
+
+    #[test]
+    fn help_holds_every_key_where_it_belongs_and_fits() {
+        let (now, later) = (help(), help_later());
+        for key in KEYS {
+            let (place, form) = if key.is_local() {
+                (&now, format!("    {}={}", key.name, key.kind.placeholder()))
+            } else {
+                (&later, format!(" {}=", key.name))
+            };
+            assert!(place.contains(&form), "{form} is not in:\n{place}");
+        }
+        for line in now.lines().chain(later.lines()) {
+            assert!(line.len() <= HELP_WIDTH, "too long: {line}");
+        }
+        assert!(!now.contains("writeback"), "the help must not promise it");
+    }
+}

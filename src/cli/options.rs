@@ -1,0 +1,221 @@
+//! The options of `-o`, in the form that mount(8) and fstab use: a list with commas between.
+//!
+//! A comma inside of a value is written `\,` and a backslash before one `\\`, as libfuse's programs take them.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use super::keys::{self, Key};
+use super::params::{split_key, unknown_key};
+use super::{UsageError, values};
+use crate::config::MountOptions;
+
+/// What mount(8) and its kin handle themselves, or what a FUSE mount has in any case.
+const IGNORED: &[&str] = &[
+    "_netdev", "async", "atime", "auto", "defaults", "dev", "dirsync", "exec", "group", "noatime", "noauto", "nodev",
+    "noexec", "nofail", "nosuid", "owner", "relatime", "suid", "sync", "user", "users",
+];
+
+/// All lists of a command line, taken together.
+#[derive(Debug, Default)]
+pub(super) struct Options {
+    /// What concerns the mount.
+    mount: MountOptions,
+    /// `rw` was said; that is the default, but contradicts `ro`.
+    read_write: bool,
+    /// The `KEY=VALUE`s among them, common to all disks.
+    pub(super) keys: Vec<(&'static Key, OsString)>,
+}
+
+impl Options {
+    /// Reads the lists in order. `sloppy`: pass over what is unknown, as `mount -s` asks.
+    ///
+    /// Errors: an unknown option, or a value that does not fit.
+    pub(super) fn parse<'a>(lists: impl IntoIterator<Item = &'a OsStr>, sloppy: bool) -> Result<Self, UsageError> {
+        let mut options = Self::default();
+        for option in lists.into_iter().flat_map(split) {
+            if !options.take(&option)? && !sloppy {
+                return Err(unknown(&option));
+            }
+        }
+        Ok(options)
+    }
+
+    /// The mount's options; `read_only` is what `-r` says. Errors: options that contradict each other.
+    pub(super) fn mount(&self, read_only: bool) -> Result<MountOptions, UsageError> {
+        let mut mount = self.mount.clone();
+        mount.read_only |= read_only;
+        if mount.read_only && self.read_write {
+            return Err(UsageError::new("the mount cannot be both read-only (-r, -o ro) and read-write (-o rw)"));
+        }
+        if mount.allow_other && mount.allow_root {
+            return Err(UsageError::new("-o allow_other and -o allow_root cannot be used together"));
+        }
+        Ok(mount)
+    }
+
+    /// Takes one option; false if it is unknown.
+    fn take(&mut self, option: &OsStr) -> Result<bool, UsageError> {
+        if let Some((name, value)) = split_key(option) {
+            return self.take_value(name, value);
+        }
+        match option.to_str() {
+            Some("ro") => self.mount.read_only = true,
+            Some("rw") => self.read_write = true,
+            Some("allow_other") => self.mount.allow_other = true,
+            Some("allow_root") => self.mount.allow_root = true,
+            Some("default_permissions") => self.mount.default_permissions = true,
+            Some("auto_unmount") => self.mount.auto_unmount = true,
+            // `x-` options may hold anything.
+            _ => return Ok(option.as_bytes().starts_with(b"x-") || IGNORED.iter().any(|ignored| option == *ignored)),
+        }
+        Ok(true)
+    }
+
+    fn take_value(&mut self, name: &str, value: &OsStr) -> Result<bool, UsageError> {
+        let wrong = |reason: String| UsageError::new(format!("-o {name}={}: {reason}", values::shown(value)));
+        match name {
+            "uid" => self.mount.uid = Some(values::id(value).map_err(wrong)?),
+            "gid" => self.mount.gid = Some(values::id(value).map_err(wrong)?),
+            "umask" => self.mount.umask = Some(values::umask(value).map_err(wrong)?),
+            "fsname" => self.mount.fsname = Some(values::text(value).map_err(wrong)?.to_owned()),
+            _ if name.starts_with("x-") => {}
+            _ => match keys::find(name) {
+                Some(key) => self.keys.push((key, value.to_owned())),
+                None => return Ok(false),
+            },
+        }
+        Ok(true)
+    }
+}
+
+/// The value of an unknown option is not repeated: it may be a secret.
+fn unknown(option: &OsStr) -> UsageError {
+    if let Some((name, _)) = split_key(option) {
+        return unknown_key(name);
+    }
+    let text = option.to_string_lossy();
+    let name = text.split('=').next().unwrap_or_default();
+    match keys::find(name) {
+        Some(_) => UsageError::new(format!("-o {name}: a value is missing, as in {name}=...")),
+        None => UsageError::new(format!("unknown mount option {name}")),
+    }
+}
+
+/// Splits at the commas that no backslash protects; what is empty is left out.
+fn split(list: &OsStr) -> Vec<OsString> {
+    let mut options = vec![Vec::new()];
+    let mut bytes = list.as_bytes().iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        match (byte, options.last_mut()) {
+            (b',', _) => options.push(Vec::new()),
+            (b'\\', Some(last)) => last.push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(byte)),
+            (_, Some(last)) => last.push(byte),
+            (_, None) => {}
+        }
+    }
+    options.into_iter().filter(|option| !option.is_empty()).map(OsString::from_vec).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(list: &str) -> Result<Options, String> {
+        Options::parse([OsStr::new(list)], false).map_err(|e| e.to_string())
+    }
+
+    fn mount(list: &str) -> Result<MountOptions, String> {
+        parse(list)?.mount(false).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let expected = MountOptions {
+            read_only: true,
+            allow_other: true,
+            allow_root: false,
+            default_permissions: true,
+            auto_unmount: true,
+            uid: Some(1000),
+            gid: Some(100),
+            umask: Some(0o027),
+            fsname: Some("a=b c".into()),
+        };
+        let list = "ro,allow_other,default_permissions,auto_unmount,uid=1000,gid=100,umask=027,fsname=a=b c";
+        assert_eq!(mount(list), Ok(expected));
+        assert!(mount("allow_root").unwrap().allow_root);
+        assert_eq!(mount("rw"), Ok(MountOptions::default()));
+        assert_eq!(mount(""), Ok(MountOptions::default()));
+    }
+
+    #[test]
+    fn options_of_mount_itself_are_ignored() {
+        let list = "x-systemd.automount,x-systemd.requires=/a b,x-,_netdev,noauto,nofail,user,users,owner,group,defaults,\
+            auto,dev,nodev,suid,nosuid,exec,noexec,sync,async,atime,noatime,relatime,dirsync,,";
+        let options = parse(list).unwrap();
+        assert!(options.keys.is_empty());
+        assert_eq!(options.mount(false), Ok(MountOptions::default()));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for (list, message) in [
+            ("nope", "unknown mount option nope"),
+            ("ro,Nope=1", "unknown mount option Nope"),
+            ("ro=1", "unknown key ro=;"),
+            ("xattr", "unknown mount option xattr"),
+            ("readonly", "-o readonly: a value is missing"),
+            ("cashe=none", "did you mean cache=?"),
+        ] {
+            let error = parse(list).unwrap_err();
+            assert!(error.contains(message), "{list}: {error}");
+        }
+        assert!(!parse("pass_word=secret").unwrap_err().contains("secret"));
+    }
+
+    #[test]
+    fn sloppy_passes_over_the_unknown_but_not_over_the_wrong() {
+        let sloppy = |list: &str| Options::parse([OsStr::new(list)], true);
+        assert!(sloppy("nope,what=ever,ro").unwrap().mount(false).unwrap().read_only);
+        assert!(sloppy("uid=me").is_err());
+    }
+
+    #[test]
+    fn values_must_fit() {
+        for list in ["uid=root", "gid=-1", "umask=9", "umask=1777", "uid=", "fsname="] {
+            let error = parse(list).unwrap_err();
+            assert!(error.starts_with(&format!("-o {list}: ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        assert!(mount("ro,rw").unwrap_err().contains("both read-only"));
+        assert!(mount("allow_other,allow_root").unwrap_err().contains("together"));
+        assert!(parse("rw").unwrap().mount(true).is_err());
+        assert!(parse("ro").unwrap().mount(true).unwrap().read_only);
+        assert!(parse("").unwrap().mount(true).unwrap().read_only);
+    }
+
+    #[test]
+    fn keys_are_handed_on() {
+        let options = parse("ro,cache=none,file=/a\\,b\\\\c\\d").unwrap();
+        let keys: Vec<_> = options.keys.iter().map(|(key, value)| (key.name, value.to_str().unwrap())).collect();
+        assert_eq!(keys, [("cache", "none"), ("file", "/a,b\\c\\d")]);
+    }
+
+    #[test]
+    fn several_lists_are_one() {
+        let options = Options::parse([OsStr::new("ro,cache=none"), OsStr::new("uid=1")], false).unwrap();
+        let mount = options.mount(false).unwrap();
+        assert_eq!((mount.read_only, mount.uid, options.keys.len()), (true, Some(1), 1));
+    }
+
+    #[test]
+    fn values_need_not_be_utf8_where_they_are_paths() {
+        let options = Options::parse([OsStr::from_bytes(b"file=/\xff,x-\xff")], false).unwrap();
+        assert_eq!(options.keys[0].1, OsStr::from_bytes(b"/\xff"));
+        assert!(Options::parse([OsStr::from_bytes(b"fsname=\xff")], false).is_err());
+    }
+}

@@ -1,0 +1,487 @@
+//! The words after the mount point: `KEY=VALUE` and bare sources → disks.
+//!
+//! ```text
+//!   words ─ classify ─► (key, value) ─ keys table ─► Settings: common, then one a source
+//!                                                        │ wildcards and folders give their files
+//!                                                        ▼
+//!                                             Requested: one a disk, common keys below its own
+//! ```
+//! All keys are checked before the first look at the file system.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::keys::{self, Key, Scope};
+use super::{
+    UsageError, sources,
+    values::{self, shown},
+};
+use crate::config::{DiskConfig, Format, LocalConfig, PageCache, SourceConfig};
+
+/// What was said about one disk, or about all.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Settings {
+    /// Where it comes from; never in the common ones.
+    pub(super) source: Option<SourceSpec>,
+    /// `name=`
+    pub(super) name: Option<OsString>,
+    /// `readonly=`
+    pub(super) read_only: Option<bool>,
+    /// `cache=`
+    pub(super) cache: Option<PageCache>,
+    /// `cache-size=`
+    pub(super) cache_size: Option<u64>,
+    /// `readahead=`
+    pub(super) readahead: Option<u64>,
+    /// `format=`
+    pub(super) format: Option<Format>,
+    /// `allow-dir=`
+    pub(super) allow_dirs: Vec<PathBuf>,
+    /// `degraded=cid`
+    pub(super) accept_cid_mismatch: Option<bool>,
+    /// The keys that were given, to find the one that was given twice.
+    given: Vec<&'static str>,
+}
+
+/// A source as it was written.
+#[derive(Debug, Clone)]
+pub(super) enum SourceSpec {
+    /// One file, or a pattern of several.
+    File(PathBuf),
+    /// All disks of a folder.
+    Dir(PathBuf),
+}
+
+/// One disk, all its settings gathered; its name is still open.
+#[derive(Debug)]
+pub(super) struct Requested {
+    path: PathBuf,
+    settings: Settings,
+}
+
+/// A word, taken apart.
+#[derive(Debug, PartialEq, Eq)]
+enum Word<'a> {
+    /// `KEY=VALUE`, whether the key is known or not.
+    Key(&'a str, &'a OsStr),
+    /// A source without its key.
+    Bare(&'a OsStr),
+}
+
+impl Settings {
+    /// Takes one more key. Errors: see [`Key::apply`]; also a key given twice that may not be.
+    fn add(&mut self, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
+        key.apply(self, value)?;
+        if !key.repeats && self.given.contains(&key.name) {
+            return Err(UsageError::new(format!("{}= is given twice for the same disk", key.name)));
+        }
+        self.given.push(key.name);
+        Ok(())
+    }
+
+    /// These settings, with `common` where they are silent. Folders of both are allowed.
+    fn over(&self, common: &Self) -> Self {
+        Self {
+            source: self.source.clone(),
+            name: self.name.clone().or_else(|| common.name.clone()),
+            read_only: self.read_only.or(common.read_only),
+            cache: self.cache.or(common.cache),
+            cache_size: self.cache_size.or(common.cache_size),
+            readahead: self.readahead.or(common.readahead),
+            format: self.format.or(common.format),
+            allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
+            accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
+            given: Vec::new(),
+        }
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>, UsageError> {
+        match &self.source {
+            Some(SourceSpec::File(path)) => sources::expand(path),
+            Some(SourceSpec::Dir(dir)) => sources::disks_of(dir),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+impl Requested {
+    /// The name that the user asked for.
+    pub(super) fn wanted_name(&self) -> Option<&OsStr> {
+        self.settings.name.as_deref()
+    }
+
+    /// The finished disk; `fixed` is a name that the mount point gives it.
+    pub(super) fn into_config(self, fixed: Option<&OsStr>) -> DiskConfig {
+        let Self { path, settings } = self;
+        let wanted = fixed.map(OsStr::to_owned).or(settings.name);
+        DiskConfig {
+            name: wanted.unwrap_or_else(|| sources::default_name(&path)),
+            read_only: settings.read_only.unwrap_or_default(),
+            cache: settings.cache.unwrap_or_default(),
+            cache_size: settings.cache_size,
+            readahead: settings.readahead,
+            source: SourceConfig::Local(LocalConfig {
+                path,
+                format: settings.format.unwrap_or_default(),
+                allow_dirs: settings.allow_dirs,
+                accept_cid_mismatch: settings.accept_cid_mismatch.unwrap_or_default(),
+            }),
+        }
+    }
+}
+
+/// The disks that `words` ask for, in their order. The keys of `options` (from `-o`) hold for all disks, wherever they
+/// stood; a source among them is a disk before those of the words.
+///
+/// Errors: unknown and unfit keys, a source that gives no file, `name=` for several disks, no disk at all.
+pub(super) fn disks(options: &[(&'static Key, OsString)], words: &[OsString]) -> Result<Vec<Requested>, UsageError> {
+    let (common, groups) = settings(options, words)?;
+    let mut disks = Vec::new();
+    for group in &groups {
+        let files = group.files()?;
+        if let (Some(name), 2..) = (&group.name, files.len()) {
+            return Err(name_of_many(name, files.len()));
+        }
+        disks.extend(files.into_iter().map(|path| Requested { path, settings: group.over(&common) }));
+    }
+    match (&common.name, disks.len()) {
+        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH")),
+        (Some(name), many @ 2..) => Err(name_of_many(name, many)),
+        _ => Ok(disks),
+    }
+}
+
+/// Checks that every disk can be a file of one folder. Errors: two of the same name, or a name that no file can have.
+pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
+    let mut seen: HashMap<&OsStr, &DiskConfig> = HashMap::new();
+    for disk in disks {
+        let path = source_path(disk).display();
+        values::file_name(&disk.name)
+            .map_err(|e| UsageError::new(format!("{path} cannot be called {}: {e}; use name=", shown(&disk.name))))?;
+        if let Some(other) = seen.insert(&disk.name, disk) {
+            return Err(UsageError::new(format!(
+                "{} and {path} would both be called {}: use name= for one of them",
+                source_path(other).display(),
+                shown(&disk.name),
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A source that is bare whatever it looks like, with its key in front.
+pub(super) fn with_key(source: &OsStr) -> OsString {
+    let mut word = OsString::from(key_of_bare(source));
+    word.push("=");
+    word.push(source);
+    word
+}
+
+/// Whether a word is `KEY=VALUE` with a known key, and so hardly a path.
+pub(super) fn is_known_key(word: &OsStr) -> bool {
+    matches!(classify(word), Word::Key(name, _) if keys::find(name).is_some())
+}
+
+/// The error for a key that is not in the table. The value is not repeated: it may be a secret.
+pub(super) fn unknown_key(name: &str) -> UsageError {
+    let hint = match keys::nearest(name) {
+        Some(known) => format!("did you mean {known}=?"),
+        None => "--help lists the keys.".into(),
+    };
+    UsageError::new(format!("unknown key {name}=; {hint} A file whose name holds a = is written file={name}=..."))
+}
+
+fn settings(options: &[(&'static Key, OsString)], words: &[OsString]) -> Result<(Settings, Vec<Settings>), UsageError> {
+    let mut common = Settings::default();
+    let mut groups: Vec<Settings> = Vec::new();
+    for (key, value) in options {
+        match key.scope {
+            Scope::Starts => start(&mut groups, key, value)?,
+            Scope::OneDisk | Scope::Common => common.add(key, value)?,
+        }
+    }
+    let from_options = groups.len();
+    for word in words {
+        let (key, value) = known(&classify(word))?;
+        match (key.scope, groups.len() > from_options) {
+            (Scope::Starts, _) => start(&mut groups, key, value)?,
+            (_, true) => groups.last_mut().map_or(Ok(()), |last| last.add(key, value))?,
+            (_, false) => common.add(key, value)?,
+        }
+    }
+    Ok((common, groups))
+}
+
+fn start(groups: &mut Vec<Settings>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
+    let mut group = Settings::default();
+    group.add(key, value)?;
+    groups.push(group);
+    Ok(())
+}
+
+fn known<'a>(word: &Word<'a>) -> Result<(&'static Key, &'a OsStr), UsageError> {
+    let (name, value) = match *word {
+        Word::Key(name, value) => (name, value),
+        Word::Bare(value) => (key_of_bare(value), value),
+    };
+    match keys::find(name) {
+        Some(key) => Ok((key, value)),
+        None => Err(unknown_key(name)),
+    }
+}
+
+/// A word is `KEY=VALUE` only where what stands before the first `=` has the shape of a key.
+fn classify(word: &OsStr) -> Word<'_> {
+    split_key(word).map_or(Word::Bare(word), |(name, value)| Word::Key(name, value))
+}
+
+/// Splits at the first `=`, if the shape of a key, `[a-z][a-z0-9-]*`, stands before it.
+pub(super) fn split_key(word: &OsStr) -> Option<(&str, &OsStr)> {
+    let bytes = word.as_bytes();
+    let (name, value) = bytes.split_at(bytes.iter().position(|b| *b == b'=')?);
+    let shaped = name.first().is_some_and(u8::is_ascii_lowercase)
+        && name.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+    let name = std::str::from_utf8(name).ok().filter(|_| shaped)?;
+    Some((name, OsStr::from_bytes(value.strip_prefix(b"=")?)))
+}
+
+/// The key that a bare value goes without.
+fn key_of_bare(value: &OsStr) -> &'static str {
+    const SCHEMES: [(&str, &str); 7] = [
+        ("nbd://", "uri"),
+        ("nbds://", "uri"),
+        ("nbd+unix://", "uri"),
+        ("nbds+unix://", "uri"),
+        ("nbd+vsock://", "uri"),
+        ("https://", "url"),
+        ("http://", "url"),
+    ];
+    let starts = |scheme: &str| {
+        value.as_bytes().get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme.as_bytes()))
+    };
+    SCHEMES.iter().find(|(scheme, _)| starts(scheme)).map_or("file", |(_, key)| key)
+}
+
+fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
+    UsageError::new(format!("name={} would be the name of {disks} disks: it can be given to one only", shown(name)))
+}
+
+fn source_path(disk: &DiskConfig) -> &Path {
+    let SourceConfig::Local(local) = &disk.source;
+    &local.path
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
+        parse_with(&[], words)
+    }
+
+    fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig>, String> {
+        let options: Vec<_> = options.iter().map(|(key, value)| (keys::find(key).unwrap(), value.into())).collect();
+        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+        let disks = disks(&options, &words).map_err(|e| e.to_string())?;
+        Ok(disks.into_iter().map(|disk| disk.into_config(None)).collect())
+    }
+
+    fn local(disk: &DiskConfig) -> &LocalConfig {
+        let SourceConfig::Local(local) = &disk.source;
+        local
+    }
+
+    #[test]
+    fn a_word_is_a_key_only_where_it_looks_like_one() {
+        let key = |word, name, value| assert_eq!(classify(OsStr::new(word)), Word::Key(name, OsStr::new(value)));
+        key("file=x", "file", "x");
+        key("vm=moref=42", "vm", "moref=42");
+        key("no-such-1=", "no-such-1", "");
+        for bare in ["/a=b", "./a=b", "a/b=c", "A=b", "=a", "-a=b", "1a=b", "a_b=c", "a b=c", "x.vmdk", ""] {
+            assert_eq!(classify(OsStr::new(bare)), Word::Bare(OsStr::new(bare)));
+        }
+        let odd = OsStr::from_bytes(b"a\xff=b");
+        assert_eq!(classify(odd), Word::Bare(odd));
+    }
+
+    #[test]
+    fn bare_values_find_their_key() {
+        for uri in ["nbd://h", "nbds://h/x", "nbd+unix:///x?socket=/s", "nbds+unix:///", "nbd+vsock://2", "NBD://h"] {
+            assert_eq!(parse(&[uri]).unwrap_err(), "uri= is not in this build yet", "{uri}");
+        }
+        for url in ["https://h/folder/x?dcPath=d", "http://h/x"] {
+            assert_eq!(parse(&[url]).unwrap_err(), "url= is not in this build yet", "{url}");
+        }
+        for file in ["/x.vmdk", "/nbd://h", "/a=b"] {
+            assert_eq!(local(&parse(&[file]).unwrap()[0]).path, PathBuf::from(file));
+        }
+        assert!(local(&parse(&["nbd:h"]).unwrap()[0]).path.ends_with("nbd:h"));
+    }
+
+    #[test]
+    fn every_setting_arrives() {
+        let disks = parse(&[
+            "file=/a.vmdk",
+            "name=n",
+            "readonly=yes",
+            "cache=none",
+            "cache-size=1M",
+            "readahead=2M",
+            "backend=native",
+            "format=raw",
+            "allow-dir=/one",
+            "allow-dir=/two",
+            "degraded=cid",
+        ]);
+        let expected = DiskConfig {
+            name: "n".into(),
+            read_only: true,
+            cache: PageCache::None,
+            cache_size: Some(1 << 20),
+            readahead: Some(2 << 20),
+            source: SourceConfig::Local(LocalConfig {
+                path: "/a.vmdk".into(),
+                format: Format::Raw,
+                allow_dirs: vec!["/one".into(), "/two".into()],
+                accept_cid_mismatch: true,
+            }),
+        };
+        assert_eq!(disks, Ok(vec![expected]));
+    }
+
+    #[test]
+    fn nothing_said_is_the_default() {
+        let disks = parse(&["/a.vmdk"]).unwrap();
+        assert_eq!(disks[0].name, "a.raw");
+        assert_eq!((disks[0].read_only, disks[0].cache), (false, PageCache::WriteThrough));
+        assert_eq!((disks[0].cache_size, disks[0].readahead), (None, None));
+        assert_eq!(local(&disks[0]).format, Format::Auto);
+        assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
+    }
+
+    #[test]
+    fn a_second_source_starts_another_disk_and_common_keys_hold_for_all() {
+        let disks = parse(&[
+            "cache=none",
+            "format=vmdk",
+            "allow-dir=/all",
+            "file=/a",
+            "format=raw",
+            "readonly=1",
+            "file=/b",
+            "allow-dir=/b-only",
+            "/c",
+        ])
+        .unwrap();
+        let formats: Vec<_> = disks.iter().map(|disk| local(disk).format).collect();
+        assert_eq!(formats, [Format::Raw, Format::Vmdk, Format::Vmdk]);
+        assert!(disks.iter().all(|disk| disk.cache == PageCache::None));
+        assert_eq!(disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(), [true, false, false]);
+        assert_eq!(local(&disks[0]).allow_dirs, [PathBuf::from("/all")]);
+        assert_eq!(local(&disks[1]).allow_dirs, [PathBuf::from("/all"), "/b-only".into()]);
+    }
+
+    #[test]
+    fn keys_of_options_are_common_and_their_sources_are_disks() {
+        let disks =
+            parse_with(&[("cache", "none"), ("file", "/o")], &["readonly=yes", "/a", "cache=writethrough"]).unwrap();
+        assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["o.raw", "a.raw"]);
+        assert_eq!(disks.iter().map(|disk| disk.cache).collect::<Vec<_>>(), [PageCache::None, PageCache::WriteThrough]);
+        assert!(disks.iter().all(|disk| disk.read_only));
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused() {
+        for words in [&["/a", "cache=none", "cache=none"][..], &["cache=none", "cache=none", "/a"]] {
+            assert_eq!(parse(words).unwrap_err(), "cache= is given twice for the same disk");
+        }
+        assert!(parse(&["cache=none", "/a", "cache=none", "/b", "cache=none"]).is_ok());
+        assert!(parse(&["allow-dir=/x", "allow-dir=/y", "/a"]).is_ok());
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest_and_how_to_write_a_file_name() {
+        let error = parse(&["/a", "cashe=none"]).unwrap_err();
+        assert!(error.starts_with("unknown key cashe=; did you mean cache=? "), "{error}");
+        assert!(error.contains("file=cashe="), "{error}");
+        let error = parse(&["banana=secret"]).unwrap_err();
+        assert!(error.contains("--help") && !error.contains("did you mean") && !error.contains("secret"), "{error}");
+        let disks = parse(&["file=cashe=none.vmdk"]).unwrap();
+        assert!(local(&disks[0]).path.ends_with("cashe=none.vmdk"));
+    }
+
+    #[test]
+    fn keys_of_other_back_ends_answer_before_files_are_looked_for() {
+        let error = parse(&["file=[ds1] dir/x.vmdk", "server=h"]).unwrap_err();
+        assert_eq!(error, "server= is not in this build yet");
+        let error = parse(&["password=hunter2", "/a"]).unwrap_err();
+        assert_eq!(error, "password= is not in this build yet");
+    }
+
+    #[test]
+    fn keys_after_a_pattern_hold_for_each_match_but_a_name_only_for_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let pattern = format!("file={}/*.img", dir.path().display());
+        fs::write(dir.path().join("a.img"), "").unwrap();
+        assert_eq!(parse(&[&pattern, "name=one"]).unwrap()[0].name, "one");
+        fs::write(dir.path().join("b.img"), "").unwrap();
+        let disks = parse(&[&pattern, "cache=none"]).unwrap();
+        assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["a.raw", "b.raw"]);
+        assert!(disks.iter().all(|disk| disk.cache == PageCache::None));
+        let error = parse(&[&pattern, "name=one"]).unwrap_err();
+        assert_eq!(error, "name=one would be the name of 2 disks: it can be given to one only");
+    }
+
+    #[test]
+    fn a_common_name_is_for_one_disk() {
+        assert_eq!(parse(&["name=n", "/a"]).unwrap()[0].name, "n");
+        assert_eq!(parse_with(&[("name", "n")], &["/a"]).unwrap()[0].name, "n");
+        assert!(parse(&["name=n", "/a", "/b"]).unwrap_err().contains("2 disks"));
+    }
+
+    #[test]
+    fn a_folder_gives_a_disk_for_each_of_its_images() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b.vmdk", "a.vmdk"] {
+            fs::write(dir.path().join(name), "# Disk DescriptorFile\n").unwrap();
+        }
+        let word = format!("dir={}", dir.path().display());
+        let disks = parse(&[&word, "readonly=yes", "/c"]).unwrap();
+        assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["a.raw", "b.raw", "c.raw"]);
+        assert_eq!(disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(), [true, true, false]);
+        assert!(parse(&[&word, "name=n"]).is_err());
+    }
+
+    #[test]
+    fn no_disk_is_an_error() {
+        assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(parse(&[""]).unwrap_err(), "file=: a path is missing");
+    }
+
+    #[test]
+    fn names_in_a_mount_differ_and_are_possible() {
+        assert!(check_names(&parse(&["/a/x.vmdk", "/b/y.vmdk"]).unwrap()).is_ok());
+        let error = check_names(&parse(&["/a/x.vmdk", "/b/x.img"]).unwrap()).unwrap_err().to_string();
+        assert_eq!(error, "/a/x.vmdk and /b/x.img would both be called x.raw: use name= for one of them");
+        assert!(check_names(&parse(&["/a/x.vmdk", "/b/x.img", "name=z"]).unwrap()).is_ok());
+        let long = format!("/{}", "x".repeat(255));
+        let error = check_names(&parse(&[&long]).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("255 bytes; use name="), "{error}");
+    }
+
+    #[test]
+    fn paths_that_are_not_utf8_go_through() {
+        let mut word = OsString::from("file=");
+        word.push(OsStr::from_bytes(b"/\xff.vmdk"));
+        for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
+            let disk = disks(&[], &[word]).unwrap().remove(0).into_config(None);
+            assert_eq!(disk.name, OsStr::from_bytes(b"\xff.raw"));
+            assert_eq!(local(&disk).path.as_os_str(), OsStr::from_bytes(b"/\xff.vmdk"));
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The options of `vmdkfuse` itself, by clap.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::OsStringValueParser;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
+
+use super::options::Options;
+use super::{MountWords, Parsed, UsageError, keys, one_line, params, query, values};
+use crate::config::{Action, Config, LogConfig};
+
+/// The forms of the command, for the help.
+const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
+       vmdkfuse --info|--map|--check [--json] KEY=VALUE...
+       vmdkfuse --dump [--json]";
+
+/// What the help says of MOUNTPOINT and bare values.
+const FORMS: &str = "\
+MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory
+(the disk is a file of that name), or a regular file (the mount covers it: it shows the disk).
+A value without KEY= is a file= (nbd:// and the like a uri=, https:// a url=).
+";
+
+/// Actions that are known but not in this build, and whether they take a value.
+const LATER: [(&str, bool); 8] = [
+    ("list", false),
+    ("create", false),
+    ("commit", false),
+    ("status", false),
+    ("watch", false),
+    ("doctor", false),
+    ("fingerprint", false),
+    ("config", true),
+];
+
+/// The most event loops; beyond the number of processors they bring nothing.
+const MAX_THREADS: u64 = 64;
+
+/// More than trace there is not.
+const MAX_VERBOSITY: u8 = 3;
+
+/// Reads the words after the program's name.
+pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            return Ok(Parsed::Print(e.render().to_string()));
+        }
+        Err(e) => return Err(one_line(&e)),
+    };
+    config(&matches).map(|config| Parsed::Run(Box::new(config)))
+}
+
+fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
+    let later =
+        LATER.iter().find(|(name, _)| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
+    if let Some((name, _)) = later {
+        return Err(UsageError::not_yet(format_args!("--{name}")));
+    }
+    let words: Vec<OsString> = matches.get_many("words").into_iter().flatten().cloned().collect();
+    let log = LogConfig {
+        verbosity: verbosity(matches),
+        file: path(matches, "log-file")?,
+        json: matches.get_one::<String>("log-format").is_some_and(|format| format == "json"),
+    };
+    let json = matches.get_flag("json");
+    let asked = |name: &str| matches.get_flag(name);
+    let action = if asked("info") {
+        Action::Info(query(&words, json)?)
+    } else if asked("map") {
+        Action::Map(query(&words, json)?)
+    } else if asked("check") {
+        Action::Check(query(&words, json)?)
+    } else if asked("dump") {
+        dump(&words, json)?
+    } else if json {
+        return Err(UsageError::new("--json goes with --info, --map, --check or --dump"));
+    } else {
+        return mount(matches, &words, log);
+    };
+    Ok(Config { action, log })
+}
+
+fn mount(matches: &ArgMatches, words: &[OsString], log: LogConfig) -> Result<Config, UsageError> {
+    let Some((mountpoint, words)) = words.split_first() else {
+        return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
+    };
+    if params::is_known_key(mountpoint) && !PathBuf::from(mountpoint).exists() {
+        let word = values::shown(mountpoint);
+        return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {word}")));
+    }
+    let lists: Vec<&OsString> = matches.get_many("options").into_iter().flatten().collect();
+    let options = Options::parse(lists.into_iter().map(OsString::as_os_str), false)?;
+    let mount = MountWords {
+        mountpoint,
+        words,
+        options: &options,
+        read_only: matches.get_flag("read-only"),
+        foreground: matches.get_flag("foreground"),
+        pidfile: path(matches, "pidfile")?,
+        threads: matches.get_one::<u64>("threads").and_then(|n| usize::try_from(*n).ok()),
+    };
+    mount.into_config(log)
+}
+
+fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
+    if words.is_empty() {
+        return Ok(Action::Dump { json });
+    }
+    // For the better error of a key that is unknown or not in this build.
+    params::disks(&[], words)?;
+    Err(UsageError::new("--dump takes no disk"))
+}
+
+/// How often `-v` was given, as far as it counts.
+pub(super) fn verbosity(matches: &ArgMatches) -> u8 {
+    matches.get_count("verbose").min(MAX_VERBOSITY)
+}
+
+fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError> {
+    let Some(value) = matches.get_one::<OsString>(name) else {
+        return Ok(None);
+    };
+    values::path(value).map(Some).map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::shown(value))))
+}
+
+fn command() -> Command {
+    Command::new("vmdkfuse")
+        .about(env!("CARGO_PKG_DESCRIPTION"))
+        .version(env!("CARGO_PKG_VERSION"))
+        .no_binary_name(true)
+        .override_usage(USAGE)
+        .max_term_width(keys::HELP_WIDTH + 4)
+        .after_help(after_help())
+        .args(mount_args())
+        .args(log_args())
+        .args(query_args())
+        .group(ArgGroup::new("action").args(["info", "map", "check", "dump"]))
+        .args(LATER.map(|(name, takes_value)| {
+            let action = if takes_value { ArgAction::Set } else { ArgAction::SetTrue };
+            Arg::new(name).long(name).action(action).hide(true)
+        }))
+        .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
+}
+
+fn mount_args() -> [Arg; 5] {
+    [
+        flag("read-only", "Mount read-only").short('r'),
+        flag("foreground", "Stay in the foreground").short('f'),
+        valued("options", "OPT[,OPT...]", "Mount options, and keys that hold for all disks")
+            .short('o')
+            .action(ArgAction::Append),
+        valued("pidfile", "FILE", "Write the process id there").short('P').long("pidfile"),
+        valued("threads", "N", "Number of event loops")
+            .long("threads")
+            .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
+    ]
+    // They say how to mount, so they do not go with an action that only looks.
+    .map(|arg| arg.conflicts_with("action"))
+}
+
+fn log_args() -> [Arg; 3] {
+    [
+        Arg::new("verbose")
+            .short('v')
+            .long("verbose")
+            .action(ArgAction::Count)
+            .help("Say more; repeat it for still more"),
+        valued("log-file", "FILE", "Append messages to it").long("log-file"),
+        valued("log-format", "FORMAT", "How to write messages").long("log-format").value_parser(["text", "json"]),
+    ]
+}
+
+fn query_args() -> [Arg; 5] {
+    [
+        flag("info", "Say what a source is: size, format, extents, chain"),
+        flag("map", "Say where data, holes and zeroes lie"),
+        flag("check", "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt"),
+        flag("dump", "Print versions and back ends"),
+        flag("json", "Answer in JSON"),
+    ]
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+}
+
+fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).value_name(placeholder).value_parser(OsStringValueParser::new()).help(help)
+}
+
+fn after_help() -> String {
+    let later = LATER.iter().map(|(name, _)| format!("--{name}"));
+    let later = keys::wrapped("Options", later);
+    format!("{FORMS}\n{}\nNot in this build yet:\n{later}{}", keys::help(), keys::help_later())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MountConfig, SourceConfig};
+
+    fn run(args: &[&str]) -> Result<Config, String> {
+        match parse(args.iter().map(OsString::from)) {
+            Ok(Parsed::Run(config)) => Ok(*config),
+            Ok(Parsed::Print(text)) => panic!("only prints {text}"),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
+    fn mount(args: &[&str]) -> MountConfig {
+        match run(args).map(|config| config.action) {
+            Ok(Action::Mount(mount)) => mount,
+            other => panic!("no mount: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let here = std::env::current_dir().unwrap();
+        let mount_config =
+            mount(&["-r", "-f", "-P", "pid", "--threads", "64", "-oallow_other", "-o", "uid=5", "src", "./a=b"]);
+        assert!(mount_config.options.read_only && mount_config.foreground && mount_config.options.allow_other);
+        assert_eq!(mount_config.options.uid, Some(5));
+        assert_eq!(mount_config.pidfile, Some(here.join("pid")));
+        assert_eq!(mount_config.threads, Some(64));
+        assert_eq!(mount_config.target.path, here.join("src"));
+        let SourceConfig::Local(local) = &mount_config.disks[0].source;
+        assert_eq!(local.path, here.join("a=b"));
+    }
+
+    #[test]
+    fn options_may_stand_after_the_words() {
+        let config = mount(&["src", "/x", "--read-only", "cache=none", "--foreground"]);
+        assert!(config.options.read_only && config.foreground);
+        let config = mount(&["--", "src", "/x"]);
+        assert!(!config.options.read_only);
+    }
+
+    #[test]
+    fn logging() {
+        let log = run(&["-vv", "--log-file", "/l", "--log-format", "json", "src", "/x"]).unwrap().log;
+        assert_eq!(log, LogConfig { verbosity: 2, file: Some("/l".into()), json: true });
+        assert_eq!(run(&["-vvvvv", "--log-format=text", "src", "/x"]).unwrap().log.verbosity, 3);
+        assert_eq!(run(&["--info", "/x"]).unwrap().log, LogConfig::default());
+        assert!(run(&["--log-format", "xml", "src", "/x"]).unwrap_err().contains("xml"));
+        assert!(run(&["--log-file", "", "src", "/x"]).is_err());
+    }
+
+    #[test]
+    fn queries() {
+        let disks = |query: super::super::Query| (query.disks.len(), query.json);
+        assert!(matches!(run(&["--info", "/x"]).unwrap().action, Action::Info(q) if disks(q.clone()) == (1, false)));
+        assert!(
+            matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))
+        );
+        assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
+        assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
+        assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
+        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
+        assert_eq!(run(&["--dump", "libdir=/x"]).unwrap_err(), "libdir= is not in this build yet");
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for args in [
+            &["--info", "--map", "/x"][..],
+            &["--json", "src", "/x"],
+            &["--info", "-f", "/x"],
+            &["--check", "-o", "ro", "/x"],
+            &["--dump", "-P", "p"],
+            &["-r", "-o", "rw", "src", "/x"],
+            &["-o", "ro", "-o", "rw", "src", "/x"],
+            &["-o", "allow_other,allow_root", "src", "/x"],
+            &["--threads", "0", "src", "/x"],
+            &["--threads", "65", "src", "/x"],
+            &["--threads", "many", "src", "/x"],
+            &["-P", "a", "-P", "b", "src", "/x"],
+        ] {
+            let error = run(args).unwrap_err();
+            assert!(!error.is_empty() && !error.contains('\n') && !error.contains("Usage"), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_this_build_says_so() {
+        for (name, takes_value) in LATER {
+            let option = format!("--{name}");
+            let mut args = vec![option.as_str()];
+            args.extend(takes_value.then_some("x.toml"));
+            args.push("src");
+            assert_eq!(run(&args).unwrap_err(), format!("{option} is not in this build yet"));
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_unknown_is_named() {
+        assert!(run(&[]).unwrap_err().contains("no mount point"));
+        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH");
+        let error = run(&["file=/x", "src"]).unwrap_err();
+        assert!(error.starts_with("the mount point comes before the keys"), "{error}");
+        let error = run(&["--forground", "src", "/x"]).unwrap_err();
+        assert!(error.contains("'--forground'") && error.contains("'--foreground'"), "{error}");
+    }
+
+    #[test]
+    fn version_and_help_are_printed() {
+        for option in ["-V", "--version"] {
+            let printed = parse([OsString::from(option)].into_iter());
+            assert_eq!(printed, Ok(Parsed::Print(format!("vmdkfuse {}\n", env!("CARGO_PKG_VERSION")))));
+        }
+        let Ok(Parsed::Print(help)) = parse([OsString::from("--help")].into_iter()) else { panic!("no help") };
+        for word in [
+            "Usage:",
+            "MOUNTPOINT[/FILENAME]",
+            "--read-only",
+            "--log-format",
+            "    allow-dir=PATH",
+            " --doctor",
+            " server=",
+        ] {
+            assert!(help.contains(word), "{word} is not in:\n{help}");
+        }
+        assert_eq!(parse([OsString::from("-h")].into_iter()), Ok(Parsed::Print(help)));
+    }
+}

@@ -1,0 +1,316 @@
+//! From what `file=` and `dir=` say to the files that are meant.
+//!
+//! Wildcards work on names that are not UTF-8 too (the `glob` crate's own walk passes over those in silence), so the
+//! walk is here, and only the matching of one path component is the crate's.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
+
+use glob::{MatchOptions, Pattern};
+
+use super::UsageError;
+
+/// `*` must not reach the names that start with a dot, as in a shell.
+const LIKE_A_SHELL: MatchOptions =
+    MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+
+/// First code point of a private-use block; stands with the value of a byte that is no part of UTF-8.
+const NO_UTF8: u32 = 0xF700;
+
+/// As much of a file as tells whether it is a disk of its own: comments and blank lines may stand before a
+/// descriptor's first setting, and no writer puts more than a few lines there.
+const PROBE_BYTES: u64 = 4096;
+
+/// Where a hosted sparse header holds the sector of its embedded descriptor.
+const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;
+
+/// The files that `file=PATH` means: a path that exists is that file, else one with wildcards is every match, sorted.
+/// A path without wildcards is not looked for here: whoever opens it has the better error.
+///
+/// Errors: a pattern without a match, or a broken one.
+pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
+    if !has_wildcard(path.as_os_str()) || exists(path) {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut walk = Walk { found: Vec::new(), trouble: None };
+    let components: Vec<Component<'_>> = path.components().collect();
+    walk.descend(PathBuf::new(), &components).map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?;
+    if walk.found.is_empty() {
+        let why = walk.trouble.map_or_else(String::new, |trouble| format!(" ({trouble})"));
+        return Err(UsageError::new(format!("file={}: no file matches{why}", path.display())));
+    }
+    walk.found.sort();
+    Ok(walk.found)
+}
+
+/// The disks in a folder, by name: each `*.vmdk` that is a text descriptor or holds one. Bare extents are not disks.
+///
+/// Errors: a folder or file that cannot be read, and a folder without disks.
+pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
+    let failed =
+        |path: &Path, e: &io::Error| UsageError::new(format!("dir={}: {}: {e}", dir.display(), path.display()));
+    let mut disks = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|e| UsageError::new(format!("dir={}: {e}", dir.display())))? {
+        let path = entry.map_err(|e| failed(dir, &e))?.path();
+        let named_so = path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk"));
+        if named_so && is_disk(&path).map_err(|e| failed(&path, &e))? {
+            disks.push(path);
+        }
+    }
+    if disks.is_empty() {
+        return Err(UsageError::new(format!("dir={}: there is no VMDK that is a disk of its own", dir.display())));
+    }
+    disks.sort();
+    Ok(disks)
+}
+
+/// The file name of a disk in the mount: the source's with `.raw` for its extension.
+pub(super) fn default_name(path: &Path) -> OsString {
+    let Some(name) = path.file_name() else {
+        return "disk.raw".into();
+    };
+    let name = Path::new(name);
+    if name.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("raw")) {
+        return name.into();
+    }
+    name.with_extension("raw").into()
+}
+
+/// A search through the components of a pattern.
+struct Walk {
+    found: Vec<PathBuf>,
+    /// The first folder that could not be read; worth telling where nothing was found.
+    trouble: Option<String>,
+}
+
+impl Walk {
+    /// Gathers what matches `rest` below `base`. Folders are no disks, so they match only on the way.
+    fn descend(&mut self, base: PathBuf, rest: &[Component<'_>]) -> Result<(), glob::PatternError> {
+        let Some((component, rest)) = rest.split_first() else {
+            if exists(&base) && !base.is_dir() {
+                self.found.push(base);
+            }
+            return Ok(());
+        };
+        if !has_wildcard(component.as_os_str()) {
+            return self.descend(base.join(component), rest);
+        }
+        let pattern = Pattern::new(&as_text(component.as_os_str()))?;
+        for name in self.names_in(&base) {
+            if pattern.matches_with(&as_text(&name), LIKE_A_SHELL) {
+                self.descend(base.join(&name), rest)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn names_in(&mut self, dir: &Path) -> Vec<OsString> {
+        let names = fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
+        names.unwrap_or_else(|e: io::Error| {
+            // A pattern such as `*/x` runs into plain files all the time.
+            if e.kind() != ErrorKind::NotADirectory {
+                self.trouble.get_or_insert_with(|| format!("{}: {e}", dir.display()));
+            }
+            Vec::new()
+        })
+    }
+}
+
+fn has_wildcard(text: &OsStr) -> bool {
+    text.as_bytes().iter().any(|b| matches!(b, b'*' | b'?' | b'['))
+}
+
+/// Whether there is something of that name, a broken link included. What cannot be asked counts as there, so that
+/// opening it tells the reason.
+fn exists(path: &Path) -> bool {
+    let absent = [libc::ENOENT, libc::ENOTDIR, libc::ENAMETOOLONG].map(Some);
+    path.symlink_metadata().map_or_else(|e| !absent.contains(&e.raw_os_error()), |_| true)
+}
+
+/// A name as text that keeps different bytes different: pattern and name go through the same mapping.
+fn as_text(name: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in name.as_bytes().utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().filter_map(|byte| char::from_u32(NO_UTF8 + u32::from(*byte))));
+    }
+    text
+}
+
+/// Whether a file can be opened as a disk by itself. Anything but a plain file cannot.
+fn is_disk(path: &Path) -> io::Result<bool> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => {}
+        // Also a link that leads nowhere.
+        Ok(_) => return Ok(false),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(e),
+    }
+    let mut head = Vec::new();
+    // Without waiting, should it have become a FIFO just now.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    file.take(PROBE_BYTES).read_to_end(&mut head)?;
+    Ok(holds_descriptor(&head) || is_descriptor(&head))
+}
+
+/// A hosted sparse file with a descriptor inside.
+fn holds_descriptor(head: &[u8]) -> bool {
+    head.starts_with(b"KDMV") && head.get(DESCRIPTOR_OFFSET).is_some_and(|sector| sector != [0; 8])
+}
+
+/// A text descriptor: it says so in a comment at its top, or its first setting is `version`.
+fn is_descriptor(head: &[u8]) -> bool {
+    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head); // a byte-order mark
+    let lines = head.split(|b| *b == b'\n').map(<[u8]>::trim_ascii);
+    let mut lines = lines.filter(|line| !line.is_empty());
+    let Some(first) = lines.next() else {
+        return false;
+    };
+    if let Some(comment) = first.strip_prefix(b"#") {
+        if comment.trim_ascii().eq_ignore_ascii_case(b"disk descriptorfile") {
+            return true;
+        }
+    }
+    let setting = std::iter::once(first).chain(lines).find(|line| !line.starts_with(b"#"));
+    let key = setting.and_then(|line| line.split(|b| *b == b'=').next().filter(|key| key.len() < line.len()));
+    key.is_some_and(|key| key.trim_ascii().eq_ignore_ascii_case(b"version"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn folder(names: &[&[u8]]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for name in names {
+            fs::write(dir.path().join(OsStr::from_bytes(name)), "").unwrap();
+        }
+        dir
+    }
+
+    fn expanded(dir: &TempDir, pattern: &[u8]) -> Vec<Vec<u8>> {
+        let found = expand(&dir.path().join(OsStr::from_bytes(pattern))).unwrap();
+        found.iter().map(|path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().to_vec()).collect()
+    }
+
+    #[test]
+    fn wildcards_are_expanded_and_sorted() {
+        let dir = folder(&[b"b.vmdk", b"a.vmdk", b"c.img", b".hidden.vmdk", b"d1", b"d2"]);
+        assert_eq!(expanded(&dir, b"*.vmdk"), [b"a.vmdk", b"b.vmdk"]);
+        assert_eq!(expanded(&dir, b"?.vmdk"), [b"a.vmdk", b"b.vmdk"]);
+        assert_eq!(expanded(&dir, b"d[2-9]"), [b"d2"]);
+        assert_eq!(expanded(&dir, b"[!ab].*"), [b"c.img"]);
+        assert_eq!(expanded(&dir, b".h*"), [b".hidden.vmdk"]);
+    }
+
+    #[test]
+    fn wildcards_in_folders_and_folders_that_match() {
+        let dir = folder(&[b"plain"]);
+        for vm in ["vm1", "vm2", "vm3.vmdk"] {
+            fs::create_dir(dir.path().join(vm)).unwrap();
+        }
+        fs::write(dir.path().join("vm1/x.vmdk"), "").unwrap();
+        fs::write(dir.path().join("vm2/x.vmdk"), "").unwrap();
+        assert_eq!(expanded(&dir, b"*/x.vmdk"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
+        assert_eq!(expanded(&dir, b"vm?/*"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
+        assert!(expand(&dir.path().join("*.vmdk")).is_err(), "a folder is no disk");
+    }
+
+    #[test]
+    fn a_path_that_exists_is_no_pattern() {
+        let dir = folder(&[b"a[1].vmdk", b"a1.vmdk", b"*"]);
+        assert_eq!(expanded(&dir, b"a[1].vmdk"), [b"a[1].vmdk"]);
+        assert_eq!(expanded(&dir, b"*"), [b"*"]);
+        assert_eq!(expanded(&dir, b"a[12].vmdk"), [b"a1.vmdk"]);
+    }
+
+    #[test]
+    fn a_path_without_wildcards_is_left_to_whoever_opens_it() {
+        let dir = folder(&[]);
+        assert_eq!(expanded(&dir, b"missing.vmdk"), [b"missing.vmdk"]);
+    }
+
+    #[test]
+    fn no_match_is_an_error_that_names_the_pattern() {
+        let dir = folder(&[b"a.img"]);
+        let error = expand(&dir.path().join("*.vmdk")).unwrap_err().to_string();
+        assert_eq!(error, format!("file={}/*.vmdk: no file matches", dir.path().display()));
+        let error = expand(&dir.path().join("none/*.vmdk")).unwrap_err().to_string();
+        assert!(error.contains("no file matches (") && error.contains("No such file"), "{error}");
+        let error = expand(&dir.path().join("a[")).unwrap_err().to_string();
+        assert!(error.contains("a[: ") && error.contains("attern"), "{error}");
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_match() {
+        let dir = folder(&[b"\xff.vmdk", b"\xfe.vmdk", "é.vmdk".as_bytes()]);
+        assert_eq!(expanded(&dir, b"?.vmdk"), ["é.vmdk".as_bytes(), b"\xfe.vmdk", b"\xff.vmdk"]);
+        assert_eq!(expanded(&dir, b"\xff.*"), [b"\xff.vmdk"]);
+    }
+
+    #[test]
+    fn a_folder_gives_its_disks_but_not_its_extents() {
+        let dir = folder(&[b"empty.vmdk"]);
+        let put = |name: &str, content: &[u8]| fs::write(dir.path().join(name), content).unwrap();
+        let sparse = |descriptor_sector: u64| {
+            let mut header = vec![0u8; 512];
+            header[..4].copy_from_slice(b"KDMV");
+            header[28..36].copy_from_slice(&descriptor_sector.to_le_bytes());
+            header
+        };
+        put("b-text.vmdk", b"# Disk DescriptorFile\nversion=1\n");
+        put("a-embedded.vmdk", &sparse(1));
+        put("UPPER.VMDK", b"\xef\xbb\xbf#Disk DescriptorFile\r\nCID=1\r\n");
+        put("stream.vmdk", b"# Description file created by VMDK stream converter\r\n\r\nVersion = 1 \r\n");
+        put("x-s001.vmdk", &sparse(0));
+        put("x-delta.vmdk", b"COWD\x01\0\0\0");
+        put("x-sesparse.vmdk", b"\xbe\xba\xfe\xca\0\0\0\0");
+        put("x-flat.vmdk", &[0u8; 8192]);
+        put("x-text-flat.vmdk", b"some data\nversion=1\n");
+        put("x-version.vmdk", b"version\n");
+        put("short.vmdk", b"KDMV");
+        put("notes.txt", b"# Disk DescriptorFile\n");
+        fs::create_dir(dir.path().join("folder.vmdk")).unwrap();
+        symlink("nowhere", dir.path().join("broken.vmdk")).unwrap();
+        nix::unistd::mkfifo(&dir.path().join("fifo.vmdk"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let names = disks_of(dir.path()).unwrap();
+        let names: Vec<_> = names.iter().map(|path| path.file_name().unwrap()).collect();
+        assert_eq!(names, ["UPPER.VMDK", "a-embedded.vmdk", "b-text.vmdk", "stream.vmdk"]);
+    }
+
+    #[test]
+    fn a_folder_without_disks_or_none_at_all_is_an_error() {
+        let dir = folder(&[b"x-flat.vmdk"]);
+        let error = disks_of(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("no VMDK"), "{error}");
+        let error = disks_of(&dir.path().join("none")).unwrap_err().to_string();
+        assert!(error.contains("/none: No such file"), "{error}");
+    }
+
+    #[test]
+    fn default_names_end_in_raw() {
+        for (source, name) in [
+            ("/a/Fedora.vmdk", "Fedora.raw"),
+            ("/a/x.img", "x.raw"),
+            ("/a/x", "x.raw"),
+            ("/a/x.raw", "x.raw"),
+            ("/a/x.RAW", "x.RAW"),
+            ("/a/b.c.vmdk", "b.c.raw"),
+            ("/a/.vmdk", ".vmdk.raw"),
+            ("/dev/sda", "sda.raw"),
+            ("/a b/c d.vmdk", "c d.raw"),
+            ("/", "disk.raw"),
+        ] {
+            assert_eq!(default_name(Path::new(source)), name, "{source}");
+        }
+        assert_eq!(default_name(Path::new(OsStr::from_bytes(b"/\xff.vmdk"))), OsStr::from_bytes(b"\xff.raw"));
+    }
+}

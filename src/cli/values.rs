@@ -1,0 +1,195 @@
+//! The values of keys and options: text → type. An error is the reason alone; who calls knows the key.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// The longest file name of Linux, bytes (`NAME_MAX`).
+const NAME_MAX: usize = 255;
+
+/// The permission bits of a mode; more in an umask is a slip of the pen.
+const MODE_BITS: u32 = 0o777;
+
+/// How a message shows what need not be UTF-8.
+pub(super) fn shown(text: &OsStr) -> std::path::Display<'_> {
+    Path::new(text).display()
+}
+
+/// Text that is no path: must be UTF-8 and not empty.
+pub(super) fn text(value: &OsStr) -> Result<&str, String> {
+    match value.to_str() {
+        Some("") => Err("a value is missing".into()),
+        Some(text) => Ok(text),
+        None => Err("the value is not UTF-8".into()),
+    }
+}
+
+/// `true`, `yes`, `on`, `1` and their opposites, in any case.
+pub(super) fn boolean(value: &OsStr) -> Result<bool, String> {
+    match text(value)?.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        "false" | "no" | "off" | "0" => Ok(false),
+        _ => Err("must be true or false (also yes/no, on/off, 1/0)".into()),
+    }
+}
+
+/// A number of bytes: digits, then `K`, `M`, `G` or `T` (powers of 1024), then `B` or, after a letter, `iB`. Case does
+/// not matter.
+pub(super) fn size(value: &OsStr) -> Result<u64, String> {
+    let text = text(value)?.to_ascii_lowercase();
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(unit_at);
+    if digits.is_empty() {
+        return Err("must be a size: digits with K, M, G or T, as in 64M".into());
+    }
+    let shift = match unit {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err("must be a size: after the digits only K, M, G or T, as in 64M".into()),
+    };
+    // All characters are digits, so the only way to fail is a number that is too large.
+    let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "is larger than 64 bits can hold".into())
+}
+
+/// A user or group id. The highest number is what system calls take for "none".
+pub(super) fn id(value: &OsStr) -> Result<u32, String> {
+    match decimal(text(value)?) {
+        Some(id) if id != u32::MAX => Ok(id),
+        _ => Err("must be a number from 0 to 4294967294".into()),
+    }
+}
+
+/// Permission bits in octal, as in `022`.
+pub(super) fn umask(value: &OsStr) -> Result<u32, String> {
+    let text = text(value)?;
+    let octal = text.bytes().all(|b| matches!(b, b'0'..=b'7'));
+    match u32::from_str_radix(text, 8) {
+        Ok(bits) if octal && bits <= MODE_BITS => Ok(bits),
+        _ => Err("must be octal, from 0 to 777".into()),
+    }
+}
+
+/// A path made absolute against the current directory. Symbolic links and `..` stay as they are.
+pub(super) fn path(value: &OsStr) -> Result<PathBuf, String> {
+    if value.is_empty() {
+        return Err("a path is missing".into());
+    }
+    if value.as_bytes().contains(&0) {
+        return Err("a path cannot hold a NUL byte".into());
+    }
+    std::path::absolute(Path::new(value)).map_err(|e| format!("the current directory is not known: {e}"))
+}
+
+/// Checks that one directory entry can be called so.
+pub(super) fn file_name(value: &OsStr) -> Result<(), String> {
+    let bytes = value.as_bytes();
+    if bytes.is_empty() || bytes == b"." || bytes == b".." {
+        return Err("this cannot be the name of a file".into());
+    }
+    if bytes.contains(&b'/') || bytes.contains(&0) {
+        return Err("a file name cannot hold `/` or a NUL byte".into());
+    }
+    if bytes.len() > NAME_MAX {
+        return Err(format!("a file name has at most {NAME_MAX} bytes"));
+    }
+    Ok(())
+}
+
+/// Digits alone; `parse` would also take a `+`.
+fn decimal(text: &str) -> Option<u32> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn os(text: &str) -> &OsStr {
+        OsStr::new(text)
+    }
+
+    #[test]
+    fn size_takes_k_m_g_t() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("512B", 512),
+            ("4k", 4096),
+            ("4K", 4096),
+            ("64M", 64 << 20),
+            ("64MiB", 64 << 20),
+            ("64mb", 64 << 20),
+            ("3G", 3 << 30),
+            ("62T", 62 << 40),
+            ("18446744073709551615", u64::MAX),
+            ("16777215T", 16_777_215 << 40),
+        ] {
+            assert_eq!(size(os(text)), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn size_refuses_all_else() {
+        for text in ["", "M", "-1", "+1", "1.5G", "1 M", "1P", "5iB", "1MM", "0x10", "１"] {
+            assert!(size(os(text)).is_err(), "{text}");
+        }
+        for text in ["18446744073709551616", "16777216T", "99999999999999999999999K"] {
+            assert!(size(os(text)).is_err_and(|e| e.contains("64 bits")), "{text}");
+        }
+        assert!(size(OsStr::from_bytes(b"1\xff")).is_err());
+    }
+
+    #[test]
+    fn bool_takes_true_yes_on_1_in_any_case() {
+        for text in ["true", "YES", "On", "1"] {
+            assert_eq!(boolean(os(text)), Ok(true), "{text}");
+        }
+        for text in ["false", "No", "OFF", "0"] {
+            assert_eq!(boolean(os(text)), Ok(false), "{text}");
+        }
+        for text in ["", "2", "ja", "true "] {
+            assert!(boolean(os(text)).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ids_and_umask() {
+        assert_eq!(id(os("0")), Ok(0));
+        assert_eq!(id(os("4294967294")), Ok(4_294_967_294));
+        for text in ["", "-1", "+1", "root", "4294967295", "4294967296"] {
+            assert!(id(os(text)).is_err(), "{text}");
+        }
+        assert_eq!(umask(os("022")), Ok(0o22));
+        assert_eq!(umask(os("777")), Ok(0o777));
+        for text in ["", "8", "1000", "-22", "+22", "0o22"] {
+            assert!(umask(os(text)).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn paths_become_absolute_and_keep_their_links() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(path(os("a/../b")), Ok(here.join("a/../b")));
+        assert_eq!(path(os("/a/b")), Ok("/a/b".into()));
+        assert_eq!(path(OsStr::from_bytes(b"\xff")), Ok(here.join(OsStr::from_bytes(b"\xff"))));
+        assert!(path(os("")).is_err());
+        assert!(path(os("a\0b")).is_err());
+    }
+
+    #[test]
+    fn file_names() {
+        let longest = "x".repeat(255);
+        for name in ["a", "...", "a b=c", longest.as_str()] {
+            assert_eq!(file_name(os(name)), Ok(()), "{name}");
+        }
+        assert_eq!(file_name(OsStr::from_bytes(b"\xff.raw")), Ok(()));
+        let too_long = "x".repeat(256);
+        for name in ["", ".", "..", "a/b", "/", "a\0", too_long.as_str()] {
+            assert!(file_name(os(name)).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
+//!
+//! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
+//! the root is the disk. How an open is served is decided in one place, [`Node::open`].
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BackingId, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, Request,
+};
+
+use crate::config::{DiskConfig, MountOptions, PageCache};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::errno::errno;
+use crate::image::{self, Image, MAX_READ, Scratch, Seek};
+
+/// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
+/// allocation of an image that is written by somebody else) may be seen this much later.
+const TTL: Duration = Duration::from_secs(1);
+
+/// Requests that the kernel may have under way for read-ahead and asynchronous I/O.
+const MAX_BACKGROUND: u16 = 64;
+
+/// Block size in `stat` and `statfs`.
+const BLOCK: u32 = 4096;
+
+const ROOT: INodeNo = INodeNo::ROOT;
+const FIRST_DISK: u64 = 2;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new());
+}
+
+/// What the mount looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// A directory of disks.
+    Directory,
+    /// One disk, in the place of the file that is covered.
+    File,
+}
+
+/// The file system of a mount.
+#[derive(Debug)]
+pub struct DiskFs {
+    shape: Shape,
+    nodes: Vec<Node>,
+    owner: (u32, u32),
+    umask: u16,
+    mounted: SystemTime,
+    /// Whether the kernel takes a file of ours for its reads.
+    passthrough: bool,
+}
+
+/// One disk of the mount.
+#[derive(Debug)]
+struct Node {
+    config: DiskConfig,
+    /// Replaced when the files below have changed: their tables are to be read anew.
+    image: RwLock<Arc<Image>>,
+    /// The file that the kernel reads itself, and how many opens use it. It must be the same for all of them.
+    backing: Mutex<Option<(Arc<BackingId>, u64)>>,
+    said_served: AtomicBool,
+}
+
+/// Handles of opens that the kernel serves from the backing file.
+const PASSED: FileHandle = FileHandle(1);
+/// Handles of opens that we serve.
+const SERVED: FileHandle = FileHandle(0);
+
+impl DiskFs {
+    /// A file system of open disks, each with its configuration.
+    pub fn new(shape: Shape, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
+        let nodes = disks.into_iter().map(|(config, image)| Node {
+            config,
+            image: RwLock::new(Arc::new(image)),
+            backing: Mutex::default(),
+            said_served: AtomicBool::new(false),
+        });
+        let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+        Self {
+            shape,
+            nodes: nodes.collect(),
+            owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
+            umask: options.umask.unwrap_or(0) as u16 & 0o777,
+            mounted: SystemTime::now(),
+            passthrough: false,
+        }
+    }
+
+    fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
+        let index = match (self.shape, ino) {
+            (Shape::File, ROOT) => Some(0),
+            (Shape::File, _) => None,
+            (Shape::Directory, INodeNo(n)) => n.checked_sub(FIRST_DISK),
+        };
+        let index = index.and_then(|i| usize::try_from(i).ok());
+        index.and_then(|i| self.nodes.get(i)).ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
+    }
+
+    fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
+        match self.node(ino) {
+            Ok(node) => Ok(self.file_attr(ino, node)),
+            Err(_) if ino == ROOT => Ok(self.directory_attr()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
+        let image = node.image();
+        let time = time_of(image.mtime_ns());
+        FileAttr {
+            ino,
+            size: image.len(),
+            blocks: image.allocated().div_ceil(512),
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: FileType::RegularFile,
+            perm: 0o444 & !self.umask,
+            nlink: 1,
+            uid: self.owner.0,
+            gid: self.owner.1,
+            rdev: 0,
+            blksize: BLOCK,
+            flags: 0,
+        }
+    }
+
+    fn directory_attr(&self) -> FileAttr {
+        FileAttr {
+            ino: ROOT,
+            size: 0,
+            blocks: 0,
+            atime: self.mounted,
+            mtime: self.mounted,
+            ctime: self.mounted,
+            crtime: self.mounted,
+            kind: FileType::Directory,
+            perm: 0o555 & !self.umask,
+            nlink: 2,
+            uid: self.owner.0,
+            gid: self.owner.1,
+            rdev: 0,
+            blksize: BLOCK,
+            flags: 0,
+        }
+    }
+}
+
+impl Node {
+    fn image(&self) -> Arc<Image> {
+        Arc::clone(&self.image.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Opens the disk anew if its files have changed; whether the kernel's pages of it are still right.
+    fn refresh(&self) -> Result<bool> {
+        let old = self.image();
+        if old.is_unchanged() {
+            return Ok(true);
+        }
+        tracing::info!("{}: the image was changed underneath, it is opened anew", self.config.name);
+        let new = image::open(&self.config)?;
+        if new.len() != old.len() {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{}: its size changed from {} to {} bytes", self.config.name, old.len(), new.len()),
+            ));
+        }
+        *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        Ok(false)
+    }
+
+    /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
+    fn open(&self, passthrough: bool, reply: ReplyOpen) {
+        let keep = match self.refresh() {
+            Ok(keep) => keep,
+            Err(e) => {
+                tracing::error!("{e}");
+                return reply.error(errno(&e));
+            }
+        };
+        if self.config.cache == PageCache::None {
+            return reply.opened(SERVED, FopenFlags::FOPEN_DIRECT_IO);
+        }
+        match self.backing(passthrough, &reply) {
+            Ok(backing) => reply.opened_passthrough(PASSED, FopenFlags::empty(), &backing),
+            Err(why) => {
+                if !self.said_served.swap(true, Ordering::Relaxed) {
+                    tracing::info!("{}: read by this process: {why}", self.config.name);
+                }
+                let flags = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                reply.opened(SERVED, flags);
+            }
+        }
+    }
+
+    /// The backing file for one more open, or why there is none.
+    fn backing(&self, passthrough: bool, reply: &ReplyOpen) -> Result<Arc<BackingId>, String> {
+        let mut backing = self.backing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((id, opens)) = backing.as_mut() {
+            *opens += 1;
+            return Ok(Arc::clone(id));
+        }
+        let image = self.image();
+        let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
+        if !passthrough {
+            return Err("the kernel has no FUSE passthrough (Linux 6.9)".to_owned());
+        }
+        let id = reply.open_backing(fd).map_err(|e| match e.raw_os_error() {
+            Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
+            _ => format!("FUSE passthrough was refused: {e}"),
+        })?;
+        let id = Arc::new(id);
+        *backing = Some((Arc::clone(&id), 1));
+        tracing::info!("{}: read by the kernel itself (FUSE passthrough)", self.config.name);
+        Ok(id)
+    }
+
+    fn release(&self, handle: FileHandle) {
+        if handle != PASSED {
+            return;
+        }
+        let mut backing = self.backing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, opens)) = backing.as_mut() {
+            *opens -= 1;
+            if *opens == 0 {
+                *backing = None;
+            }
+        }
+    }
+
+    fn read(&self, offset: u64, size: u32, reply: ReplyData) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let image = self.image();
+            match image.read(offset, size as usize, scratch) {
+                Ok(bytes) => reply.data(bytes),
+                Err(e) => {
+                    tracing::error!("{}: reading {size} bytes at {offset}: {e}", self.config.name);
+                    reply.error(errno(&e));
+                }
+            }
+        });
+    }
+}
+
+/// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
+/// end of the thread, behind which the kernel would wait for ever.
+fn guarded(what: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(what)).is_err() {
+        tracing::error!("a request was given up after a panic");
+    }
+}
+
+fn time_of(ns: i128) -> SystemTime {
+    let magnitude = Duration::from_nanos(u64::try_from(ns.unsigned_abs()).unwrap_or(0));
+    let time = if ns >= 0 { UNIX_EPOCH.checked_add(magnitude) } else { UNIX_EPOCH.checked_sub(magnitude) };
+    time.unwrap_or(UNIX_EPOCH)
+}
+
+impl Filesystem for DiskFs {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // each is wanted where the kernel has it, and done without where it doesn't
+        for wanted in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_MAX_PAGES,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ] {
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(MAX_READ as u32);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
+            let _ = config.set_max_readahead(most);
+        }
+        self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
+        if self.passthrough {
+            let _ = config.set_max_stack_depth(1);
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        guarded(|| {
+            let found =
+                self.nodes.iter().position(|n| self.shape == Shape::Directory && name == n.config.name.as_str());
+            match found {
+                Some(i) if parent == ROOT => {
+                    let ino = INodeNo(FIRST_DISK + i as u64);
+                    match self.attr(ino) {
+                        Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+                        Err(e) => reply.error(e),
+                    }
+                }
+                _ => reply.error(Errno::ENOENT),
+            }
+        });
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        guarded(|| match self.attr(ino) {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        guarded(|| match self.node(ino) {
+            Ok(node) => node.open(self.passthrough, reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        guarded(|| match self.node(ino) {
+            Ok(node) => node.read(offset, size, reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        // nothing is ever dirty; the kernel does not ask again
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        guarded(|| {
+            if let Ok(node) = self.node(ino) {
+                node.release(fh);
+            }
+            reply.ok();
+        });
+    }
+
+    fn lseek(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        guarded(|| {
+            let what = match whence {
+                libc::SEEK_DATA => Seek::Data,
+                libc::SEEK_HOLE => Seek::Hole,
+                _ => return reply.error(Errno::EINVAL),
+            };
+            let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            match self.node(ino).map(|n| n.image().seek(from, what)) {
+                Ok(Ok(Some(at))) => reply.offset(at as i64),
+                Ok(Ok(None)) => reply.error(Errno::ENXIO),
+                Ok(Err(e)) => {
+                    tracing::error!("seeking from {offset}: {e}");
+                    reply.error(errno(&e));
+                }
+                Err(e) => reply.error(e),
+            }
+        });
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        guarded(|| {
+            if self.shape == Shape::File || ino != ROOT {
+                return reply.error(Errno::ENOTDIR);
+            }
+            let dots = [".", ".."].into_iter().map(|name| (ROOT, FileType::Directory, name));
+            let files = self
+                .nodes
+                .iter()
+                .enumerate()
+                .map(|(i, n)| (INodeNo(FIRST_DISK + i as u64), FileType::RegularFile, n.config.name.as_str()));
+            for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
+                if reply.add(ino, i as u64 + 1, kind, name) {
+                    break;
+                }
+            }
+            reply.ok();
+        });
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        guarded(|| {
+            let bytes = self.nodes.iter().map(|n| n.image().len()).fold(0u64, u64::saturating_add);
+            let blocks = bytes.div_ceil(BLOCK.into());
+            reply.statfs(blocks, 0, 0, self.nodes.len() as u64, 0, BLOCK, 255, BLOCK);
+        });
+    }
+}

@@ -1,0 +1,6 @@
+//! The FUSE side: what the kernel asks, answered from images.
+
+mod errno;
+pub mod fs;
+
+pub use fs::{DiskFs, Shape};

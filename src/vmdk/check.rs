@@ -1,0 +1,254 @@
+//! `--check`: reads every directory and table of a chain and compares what they claim with each other and with
+//! their files. Compressed grains are inflated as well, as their checksums are there to be used.
+//!
+//! Every sector of a file that something claims is noted in a map of bits, so that two claims on one sector and
+//! space that nothing claims are both found. The map takes a 4096th of the claimed part of the file.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use crate::block::SECTOR;
+use crate::error::Result;
+use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::extent::{Extent, Packing, Run, SparseExtent};
+use crate::vmdk::inflate::inflate;
+use crate::vmdk::open::PlacedExtent;
+use crate::vmdk::sparse::{Copy, HostedTables};
+use crate::vmdk::tables::{CHUNK, Place, Slot};
+
+/// The most messages of a report; what is over is counted.
+const MAX_MESSAGES: usize = 100;
+
+/// What a check found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct CheckReport {
+    /// What is wrong, at most a hundred sentences.
+    pub errors: Vec<String>,
+    /// How many faults there are.
+    pub error_count: u64,
+    /// Grains of a file that no table names: lost room, but no lost data.
+    pub leaks: u64,
+    /// What is unusual without being wrong.
+    pub notes: Vec<String>,
+    /// Grains that were looked at.
+    pub grains: u64,
+}
+
+impl CheckReport {
+    fn error(&mut self, message: impl Into<String>) {
+        self.error_count += 1;
+        if self.errors.len() < MAX_MESSAGES {
+            self.errors.push(message.into());
+        }
+    }
+}
+
+/// Checks all links of the disk. An error is returned only where the check itself could not go on.
+pub fn check(disk: &VmdkDisk) -> Result<CheckReport> {
+    let mut report = CheckReport::default();
+    for placed in disk.links().iter().flat_map(|l| &l.extents) {
+        if let Extent::Sparse(sparse) = &placed.extent {
+            if placed.unclean {
+                report.notes.push(format!("{}: was not closed after writing", sparse.file.label()));
+            }
+            Checker { placed, sparse, claims: Claims::default(), report: &mut report }.run()?;
+        }
+    }
+    Ok(report)
+}
+
+struct Checker<'a> {
+    placed: &'a PlacedExtent,
+    sparse: &'a SparseExtent,
+    claims: Claims,
+    report: &'a mut CheckReport,
+}
+
+impl Checker<'_> {
+    fn run(mut self) -> Result<()> {
+        if let Some(hosted) = &self.placed.hosted {
+            for range in hosted.fixed() {
+                self.claims.claim(range.clone());
+            }
+        }
+        let shape = self.sparse.shape();
+        let tables = shape.tables();
+        for first in (0..tables).step_by(CHUNK as usize) {
+            let range = first..tables.min(first + CHUNK);
+            let places = self.sparse.layout.load_directory(range.clone())?;
+            if let Some(hosted) = &self.placed.hosted {
+                self.compare_directories(hosted, range.clone())?;
+            }
+            for (table, place) in range.zip(places) {
+                match place {
+                    Place::Absent => {}
+                    Place::Bad => self.report.error(self.sparse.explain(table, None).to_string()),
+                    Place::At(at) => self.table(table, at)?,
+                }
+            }
+        }
+        self.leaks();
+        Ok(())
+    }
+
+    fn table(&mut self, number: u64, at: u64) -> Result<()> {
+        let shape = self.sparse.shape();
+        let table = self.sparse.layout.load_table(number, at)?;
+        if let Some(hosted) = &self.placed.hosted {
+            self.claim(at..at + hosted.table_sectors(), &format!("grain table {number}"));
+        }
+        for entry in 0..table.len() {
+            let grain = number * shape.entries_per_table + entry as u64;
+            match table.slot(entry) {
+                Slot::Unallocated | Slot::Zero => {}
+                Slot::Bad => self.report.error(self.sparse.explain(number, Some(entry as u64)).to_string()),
+                Slot::At(sector) => self.grain(grain, sector)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn grain(&mut self, grain: u64, sector: u64) -> Result<()> {
+        let shape = self.sparse.shape();
+        self.report.grains += 1;
+        if self.sparse.packing == Packing::Plain {
+            self.claim(sector..sector + shape.grain_sectors(grain), &format!("grain {grain}"));
+            return Ok(());
+        }
+        self.claim(sector..sector + 1, &format!("grain {grain}"));
+        if let Run::Deflate { grain: packed, .. } = self.placed.extent.run_at(grain * shape.grain, 1)? {
+            let mut whole = vec![0; (shape.grain * SECTOR) as usize];
+            if let Err(e) = inflate(&packed, &mut whole) {
+                self.report.error(e.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn claim(&mut self, range: Range<u64>, what: &str) {
+        if self.claims.claim(range.clone()) {
+            self.report.error(format!(
+                "{}: {what} at sector {} overlaps something else",
+                self.sparse.file.label(),
+                range.start
+            ));
+        }
+    }
+
+    /// Both copies of the directory and of the tables must say the same.
+    fn compare_directories(&mut self, hosted: &HostedTables, tables: Range<u64>) -> Result<()> {
+        if !hosted.has_redundant() {
+            return Ok(());
+        }
+        let label = self.sparse.file.label();
+        let first = hosted.raw_directory(Copy::Primary, tables.clone())?;
+        let second = hosted.raw_directory(Copy::Redundant, tables.clone())?;
+        for (table, (&a, &b)) in tables.zip(first.iter().zip(&second)) {
+            let good = |raw: u32| raw != 0 && hosted.table_fits(raw.into());
+            if b != 0 && b != a && good(b) {
+                self.claim(b.into()..u64::from(b) + hosted.table_sectors(), &format!("redundant grain table {table}"));
+            }
+            if (a == 0) != (b == 0) {
+                self.report.error(format!("{label}: grain table {table} is in one of both directories only"));
+            } else if a != 0 && (!good(a) || !good(b)) {
+                self.report.error(format!(
+                    "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
+                ));
+            } else if a != b && hosted.raw_table(a.into())? != hosted.raw_table(b.into())? {
+                self.report.error(format!("{label}: grain table {table} differs from its redundant copy"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Room that nothing claims. Only hosted files are written without gaps: ESX grows its own in steps.
+    fn leaks(&mut self) {
+        let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Packing::Plain) else {
+            return;
+        };
+        let file_sectors = self.sparse.file.len() / SECTOR;
+        let grain = self.sparse.shape().grain;
+        let free = self.claims.free(hosted.data_start()..file_sectors);
+        self.report.leaks += free.into_iter().map(|r| (r.end - r.start) / grain).sum::<u64>();
+    }
+}
+
+/// Sectors of a file that something claims.
+#[derive(Debug, Default)]
+struct Claims {
+    pages: HashMap<u64, Box<[u64; Claims::WORDS]>>,
+}
+
+impl Claims {
+    const WORDS: usize = 512;
+    const PAGE: u64 = Self::WORDS as u64 * 64;
+
+    /// Claims a range; whether some of it was claimed before.
+    fn claim(&mut self, range: Range<u64>) -> bool {
+        let mut taken = false;
+        let mut at = range.start;
+        while at < range.end {
+            let page = self.pages.entry(at / Self::PAGE).or_insert_with(|| Box::new([0; Self::WORDS]));
+            let end = range.end.min((at / 64 + 1) * 64);
+            let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
+            if let Some(word) = page.get_mut((at % Self::PAGE / 64) as usize) {
+                taken |= *word & mask != 0;
+                *word |= mask;
+            }
+            at = end;
+        }
+        taken
+    }
+
+    /// The stretches of `range` that are not claimed.
+    fn free(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let mut free: Vec<Range<u64>> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let Some(page) = self.pages.get(&(at / Self::PAGE)) else {
+                let end = range.end.min((at / Self::PAGE + 1) * Self::PAGE);
+                push(&mut free, at..end);
+                at = end;
+                continue;
+            };
+            let word = page.get((at % Self::PAGE / 64) as usize).copied().unwrap_or(u64::MAX) >> (at % 64);
+            let left = 64 - at % 64;
+            let claimed = u64::from(word.trailing_ones()).min(left);
+            let open = if claimed > 0 { 0 } else { u64::from(word.trailing_zeros()).min(left) };
+            let end = range.end.min(at + claimed.max(open));
+            if open > 0 {
+                push(&mut free, at..end);
+            }
+            at = end;
+        }
+        free
+    }
+}
+
+/// Appends a stretch, joined to the last one where they touch.
+fn push(free: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match free.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => free.push(range),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_find_overlaps_and_gaps() {
+        let mut claims = Claims::default();
+        assert!(!claims.claim(10..130));
+        assert!(!claims.claim(130..131));
+        assert!(claims.claim(0..11));
+        assert!(!claims.claim(Claims::PAGE - 1..Claims::PAGE + 5));
+        assert!(claims.claim(Claims::PAGE + 4..Claims::PAGE + 6));
+        let end = 2 * Claims::PAGE + 70;
+        let free = claims.free(0..end);
+        assert_eq!(free, vec![131..Claims::PAGE - 1, Claims::PAGE + 6..end]);
+    }
+}

@@ -1,0 +1,277 @@
+//! The descriptor: the text that says what a disk is made of.
+//!
+//! ```text
+//!   bytes ──lines──▶ settings · extents · ddb   still raw
+//!                        │ encoding
+//!                        ▼
+//!                    Descriptor                 typed, bounded, names through the gate's first half
+//! ```
+//! The order of lines means nothing, keys and keywords have no case, unknown settings are ignored. But a line that
+//! cannot be understood is an error, and so are two values for one setting: other programs disagree about which of
+//! them counts, and the wrong one would show somebody a wrong disk.
+
+use std::fmt;
+
+use encoding_rs::Encoding;
+
+use crate::block::MAX_SECTORS;
+use crate::error::{Error, ErrorKind, Result};
+
+mod extent;
+mod lines;
+mod parent;
+#[cfg(test)]
+mod tests;
+
+pub use extent::{Access, ExtentKind, ExtentLine};
+use lines::{Lines, Setting, shown};
+pub use parent::{ParentHint, ParentLink};
+
+/// The CID that stands for "none".
+const NO_CID: u32 = 0xffff_ffff;
+
+/// How far [`looks_like`] looks.
+const PROBE: usize = 4096;
+
+/// A descriptor whose every value was checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Descriptor {
+    /// 1, 2 or 3.
+    pub version: u32,
+    /// What kind of disk it says to be; the extents decide what it is.
+    pub create_type: CreateType,
+    /// The number that children remember of this state of the disk.
+    pub cid: Option<u32>,
+    /// The parent, for a child.
+    pub parent: Option<ParentLink>,
+    /// At least one; their sum is at most [`MAX_SECTORS`].
+    pub extents: Vec<ExtentLine>,
+    /// The disk data base in order, names as written without `ddb.`.
+    pub ddb: Vec<(String, String)>,
+    /// The file of changed blocks.
+    pub change_tracking: Option<String>,
+}
+
+impl Descriptor {
+    /// Reads a descriptor, alone or embedded; it ends at the first NUL.
+    ///
+    /// Errors: `Corrupt` or `Unsupported` with the line and what was expected; the caller adds the file.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let lines = Lines::of(bytes)?;
+        let encoding = lines::encoding(&lines)?;
+        let ddb = ddb(&lines, encoding);
+        refuse_unreadable(&lines, &ddb)?;
+        let create_type = create_type(&lines)?;
+        Ok(Self {
+            version: version(&lines)?,
+            create_type,
+            cid: lines.get("CID", cid)?.map(|(_, cid)| cid),
+            parent: parent(&lines, encoding)?,
+            extents: extents(&lines, encoding)?,
+            ddb,
+            change_tracking: lines
+                .get("changeTrackPath", |s| Ok(lines::decode(encoding, s.unquoted()?)))?
+                .map(|(_, path)| path),
+        })
+    }
+
+    /// Sectors of the disk: the sum of the extents.
+    pub fn sectors(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.sectors).sum()
+    }
+
+    /// The first value of that name in the disk data base; the name is without `ddb.` and has no case.
+    pub fn ddb_value(&self, name: &str) -> Option<&str> {
+        self.ddb.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+}
+
+/// Whether a file that starts with `bytes` is a descriptor: its first line says so, or its first setting is
+/// `version`. Looks at 4 KiB and not behind a NUL.
+pub fn looks_like(bytes: &[u8]) -> bool {
+    let text = lines::text_of(&bytes[..bytes.len().min(PROBE)]);
+    let mut meant = text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii).enumerate();
+    meant
+        .find_map(|(index, line)| match line.first() {
+            Some(b'#') if index == 0 && line.to_ascii_lowercase().windows(19).any(|w| w == b"disk descriptorfile") => {
+                Some(true)
+            }
+            None | Some(b'#') => None,
+            Some(_) => Some(lines::setting(index, line).is_some_and(|s| s.key.eq_ignore_ascii_case(b"version"))),
+        })
+        .unwrap_or(false)
+}
+
+/// The kinds of disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants are the format's own words")]
+pub enum CreateType {
+    MonolithicSparse,
+    StreamOptimized,
+    MonolithicFlat,
+    TwoGbMaxExtentSparse,
+    TwoGbMaxExtentFlat,
+    Vmfs,
+    VmfsPreallocated,
+    VmfsEagerZeroedThick,
+    VmfsThick,
+    VmfsThin,
+    VmfsSparse,
+    SeSparse,
+    FullDevice,
+    PartitionedDevice,
+    Custom,
+}
+
+/// Names of the kinds; of several for one kind the usual one comes first.
+const CREATE_TYPES: [(&str, CreateType); 18] = [
+    ("monolithicSparse", CreateType::MonolithicSparse),
+    ("streamOptimized", CreateType::StreamOptimized),
+    ("monolithicFlat", CreateType::MonolithicFlat),
+    ("twoGbMaxExtentSparse", CreateType::TwoGbMaxExtentSparse),
+    ("2GbMaxExtentSparse", CreateType::TwoGbMaxExtentSparse),
+    ("twoGbMaxExtentFlat", CreateType::TwoGbMaxExtentFlat),
+    ("2GbMaxExtentFlat", CreateType::TwoGbMaxExtentFlat),
+    ("vmfs", CreateType::Vmfs),
+    ("vmfsPreallocated", CreateType::VmfsPreallocated),
+    ("vmfsEagerZeroedThick", CreateType::VmfsEagerZeroedThick),
+    ("vmfsThick", CreateType::VmfsThick),
+    ("vmfsThin", CreateType::VmfsThin),
+    ("vmfsSparse", CreateType::VmfsSparse),
+    ("seSparse", CreateType::SeSparse),
+    ("vmfsSeSparse", CreateType::SeSparse),
+    ("fullDevice", CreateType::FullDevice),
+    ("partitionedDevice", CreateType::PartitionedDevice),
+    ("custom", CreateType::Custom),
+];
+
+/// Kinds that only point to a device of an ESX host.
+const DEVICE_MAPS: [&str; 5] = ["vmfsRDM", "vmfsRawDeviceMap", "vmfsRDMP", "vmfsPassthroughRawDeviceMap", "vmfsRaw"];
+
+impl CreateType {
+    /// Its usual name.
+    pub fn as_str(self) -> &'static str {
+        CREATE_TYPES.iter().find(|(_, kind)| *kind == self).map_or("custom", |(name, _)| name)
+    }
+}
+
+impl fmt::Display for CreateType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Refuses disks whose data cannot be understood whatever the rest says.
+fn refuse_unreadable(lines: &Lines<'_>, ddb: &[(String, String)]) -> Result<()> {
+    if let Some(setting) = ["encryptionKeys", "keyID"].iter().find_map(|key| lines.first(key)) {
+        return Err(Error::unsupported(format!(
+            "line {}: the disk is encrypted ({}); its data cannot be read without the key",
+            setting.line,
+            shown(setting.key)
+        )));
+    }
+    let encrypts = |(key, value): &(String, String)| {
+        key.eq_ignore_ascii_case("iofilters") && value.to_ascii_lowercase().contains("vmwarevmcrypt")
+    };
+    if ddb.iter().any(encrypts) {
+        return Err(Error::unsupported(
+            "the disk is encrypted (ddb.iofilters names vmwarevmcrypt); its data cannot be read without the key",
+        ));
+    }
+    let native = lines.get("isNativeSnapshot", |s| Ok(s.unquoted()?.eq_ignore_ascii_case(b"yes")))?;
+    match native {
+        Some((line, true)) => Err(Error::unsupported(format!(
+            "line {line}: the disk is a native snapshot (isNativeSnapshot): a storage array holds its data, no file"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn version(lines: &Lines<'_>) -> Result<u32> {
+    let found = lines.get("version", |setting| match setting.unquoted()? {
+        b"1" => Ok(1),
+        b"2" => Ok(2),
+        b"3" => Ok(3),
+        other => Err(Error::unsupported(format!(
+            "line {}: expected version 1, 2 or 3 of the descriptor, not `{}`",
+            setting.line,
+            shown(other)
+        ))),
+    })?;
+    found.map(|(_, version)| version).ok_or_else(|| missing("version"))
+}
+
+fn create_type(lines: &Lines<'_>) -> Result<CreateType> {
+    let found = lines.get("createType", |setting| {
+        let value = setting.unquoted()?;
+        let is = |name: &str| name.as_bytes().eq_ignore_ascii_case(value);
+        let refuse = |why| {
+            let line = setting.line;
+            Error::new(ErrorKind::Unsupported, format!("line {line}: createType `{}` {why}", shown(value)))
+        };
+        if DEVICE_MAPS.into_iter().any(is) {
+            return Err(refuse("is an RDM pointer: it maps a device of an ESX host and holds no data"));
+        }
+        let known = CREATE_TYPES.iter().find(|(name, _)| is(name));
+        known.map(|(_, kind)| *kind).ok_or_else(|| refuse("is not known, expected one like monolithicSparse"))
+    })?;
+    found.map(|(_, kind)| kind).ok_or_else(|| missing("createType"))
+}
+
+/// One to eight hexadecimal digits.
+fn cid(setting: &Setting<'_>) -> Result<u32> {
+    let digits = setting.unquoted()?;
+    let wrong = || setting.error(&format!("expected 1 to 8 hexadecimal digits, not `{}`", shown(digits)));
+    if !(1..=8).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return Err(wrong());
+    }
+    let number = std::str::from_utf8(digits).ok().and_then(|digits| u32::from_str_radix(digits, 16).ok());
+    number.ok_or_else(wrong)
+}
+
+/// The parent of a child. A hint beside `parentCID=ffffffff` is ignored, as others do.
+fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<ParentLink>> {
+    let hint_line = || lines.first("parentFileNameHint").map(|setting| setting.line);
+    let (line, cid) = match (lines.get("parentCID", cid)?, hint_line()) {
+        (Some((_, NO_CID)), _) | (None, None) => return Ok(None),
+        (Some(found), _) => found,
+        (None, Some(line)) => {
+            return Err(Error::corrupt(format!("line {line}: a parentFileNameHint, but expected a parentCID too")));
+        }
+    };
+    let hint = lines.get("parentFileNameHint", |setting| {
+        let name = lines::name(encoding, setting.unquoted()?);
+        name.map_err(|e| e.within(format!("line {}, parentFileNameHint", setting.line)))
+    })?;
+    match hint {
+        Some((_, name)) => Ok(Some(ParentLink { cid, hint: ParentHint::new(name, encoding) })),
+        None => Err(Error::corrupt(format!(
+            "line {line}: parentCID={cid:08x} says that there is a parent, but expected a parentFileNameHint too"
+        ))),
+    }
+}
+
+fn extents(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Vec<ExtentLine>> {
+    let mut extents = Vec::new();
+    let mut sum: u64 = 0;
+    for &(line, text) in &lines.extents {
+        let Some(extent) = extent::parse(line, text, encoding)? else { continue };
+        sum = sum.checked_add(extent.sectors).filter(|sum| *sum <= MAX_SECTORS).ok_or_else(|| {
+            Error::corrupt(format!("line {line}: expected extents of at most {MAX_SECTORS} sectors together"))
+        })?;
+        extents.push(extent);
+    }
+    if extents.is_empty() {
+        return Err(Error::corrupt("no extent, expected a line like `RW 8192 FLAT \"disk-flat.vmdk\" 0`"));
+    }
+    Ok(extents)
+}
+
+fn ddb(lines: &Lines<'_>, encoding: &'static Encoding) -> Vec<(String, String)> {
+    let text = |bytes| lines::decode(encoding, bytes);
+    lines.ddb.iter().map(|setting| (text(setting.key), text(setting.leniently_unquoted()))).collect()
+}
+
+fn missing(key: &str) -> Error {
+    Error::corrupt(format!("no {key}, expected a line `{key}=…`"))
+}

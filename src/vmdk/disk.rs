@@ -1,0 +1,213 @@
+//! A VMDK with all its parents as one disk: the only place of the engine that reads data.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
+use crate::error::{Error, Result};
+use crate::store::StoredFile;
+use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
+use crate::vmdk::inflate::inflate;
+use crate::vmdk::open::{Link, OpenOptions, Opener, PlacedExtent};
+
+/// An open VMDK: the newest link of its chain first.
+#[derive(Debug)]
+pub struct VmdkDisk {
+    links: Vec<Link>,
+    geometry: Geometry,
+}
+
+impl VmdkDisk {
+    /// Opens `file`, its extents and all its parents, which lie in the file's store.
+    ///
+    /// Errors: `Corrupt`, `Unsupported`, `Policy`, `NotFound`, or what the system says; each names the file.
+    pub fn open(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
+        let links = Opener::new(options).chain(file)?;
+        let sectors = links.first().map_or(0, |l| l.sectors);
+        let preferred = links.iter().flat_map(|l| &l.extents).filter_map(|p| packed_grain(&p.extent)).max();
+        Ok(Self { geometry: Geometry { sectors, granule: 1, preferred: preferred.unwrap_or(1) }, links })
+    }
+
+    /// The links, the newest first.
+    pub(crate) fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// Every file of the chain, descriptors and extents.
+    pub fn files(&self) -> Vec<Arc<dyn StoredFile>> {
+        let mut files = Vec::new();
+        for link in &self.links {
+            files.push(Arc::clone(&link.file));
+            files.extend(link.extents.iter().filter_map(|p| file_of(&p.extent)).map(Arc::clone));
+        }
+        files
+    }
+
+    /// The run at `at`, of at most `max` sectors, which lie inside of the disk. `Parent` means here that no link
+    /// has anything.
+    pub fn run_at(&self, at: Lba, max: u64) -> Result<Run<'_>> {
+        let mut left = max;
+        for link in &self.links {
+            let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+            match placed.extent.run_at(within, sectors)? {
+                Run::Parent { sectors } => left = sectors,
+                run => return Ok(run),
+            }
+        }
+        Ok(Run::Parent { sectors: left })
+    }
+
+    fn kind_at(&self, at: Lba, max: u64) -> Result<(Kind, u64)> {
+        let mut left = max;
+        for link in &self.links {
+            let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+            match placed.extent.kind_at(within, sectors)? {
+                (Kind::Parent, sectors) => left = sectors,
+                found => return Ok(found),
+            }
+        }
+        Ok((Kind::Parent, left))
+    }
+}
+
+impl BlockRead for VmdkDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        check_range(&self.geometry, at, buf.len())?;
+        // neighbours in the same file wait here for each other, to become one read
+        let mut pending: Option<Pending<'_>> = None;
+        let mut done = 0;
+        while done < buf.len() {
+            let lba = at + done as u64 / SECTOR;
+            let run = self.run_at(lba, (buf.len() - done) as u64 / SECTOR)?;
+            let len = (run.sectors() * SECTOR) as usize;
+            if let Run::Stored { file, sector, .. } = run {
+                match &mut pending {
+                    Some(p) if p.is_continued_by(file, sector) => p.len += len,
+                    other => {
+                        if let Some(p) = other.take() {
+                            p.read(buf)?;
+                        }
+                        *other = Some(Pending { file, sector, start: done, len });
+                    }
+                }
+            } else {
+                let part = buf.get_mut(done..done + len).unwrap_or_default();
+                match run {
+                    Run::Deflate { grain, skip, .. } => read_packed(&grain, skip, part)?,
+                    _ => part.fill(0),
+                }
+            }
+            done += len;
+        }
+        pending.map_or(Ok(()), |p| p.read(buf))
+    }
+
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+        check_range(&self.geometry, at, SECTOR as usize)?;
+        let (kind, sectors) = self.kind_at(at, self.geometry.sectors - at.0)?;
+        let content = match kind {
+            Kind::Data => Content::Data,
+            Kind::Zero => Content::Zero,
+            Kind::Parent => Content::Hole,
+        };
+        Ok((content, sectors))
+    }
+
+    fn is_zero(&self, at: Lba, sectors: u64) -> bool {
+        let mut done = 0;
+        while done < sectors {
+            match self.run_at(at + done, sectors - done) {
+                Ok(Run::Zero { sectors } | Run::Parent { sectors }) => done += sectors,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
+        let extents = &self.links.first()?.extents;
+        match extents.as_slice() {
+            // a file that is longer would show what is behind the disk
+            [PlacedExtent { extent: Extent::Flat { file, offset: 0 }, .. }] if file.len() == self.geometry.bytes() => {
+                file.fd()
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A read that has not been done yet, because the next run may continue it.
+struct Pending<'a> {
+    file: &'a Arc<dyn StoredFile>,
+    sector: u64,
+    /// Where in the buffer it goes, and its length in bytes so far.
+    start: usize,
+    len: usize,
+}
+
+impl Pending<'_> {
+    fn is_continued_by(&self, file: &Arc<dyn StoredFile>, sector: u64) -> bool {
+        Arc::ptr_eq(self.file, file) && self.sector + self.len as u64 / SECTOR == sector
+    }
+
+    fn read(self, buf: &mut [u8]) -> Result<()> {
+        let part = buf.get_mut(self.start..self.start + self.len).unwrap_or_default();
+        read_stored(&**self.file, self.sector * SECTOR, part)
+    }
+}
+
+/// Reads stored sectors. A file may end inside of the last one: what is missing of that sector reads as zero.
+fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
+    let left = file.len().saturating_sub(offset);
+    let short = (part.len() as u64).saturating_sub(left);
+    if short == 0 || short >= SECTOR {
+        return file.read_exact_at(offset, part);
+    }
+    let (real, missing) = part.split_at_mut(left as usize);
+    missing.fill(0);
+    file.read_exact_at(offset, real)
+}
+
+/// Sectors `skip …` of a compressed grain.
+fn read_packed(grain: &PackedGrain<'_>, skip: u64, part: &mut [u8]) -> Result<()> {
+    if skip == 0 && part.len() as u64 >= grain.inside * SECTOR {
+        return inflate(grain, part);
+    }
+    let mut whole = vec![0; (grain.grain * SECTOR) as usize];
+    inflate(grain, &mut whole)?;
+    let from = (skip * SECTOR) as usize;
+    match whole.get(from..from + part.len()) {
+        Some(wanted) => part.copy_from_slice(wanted),
+        None => return Err(Error::corrupt("a read past the end of a grain")),
+    }
+    Ok(())
+}
+
+/// The extent of a link that holds sector `at`, the sector inside of it, and how many of `max` it has from there.
+/// `None`: the link ends before.
+fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
+    let after = link.extents.partition_point(|p| p.start <= at);
+    let placed = link.extents.get(after.checked_sub(1)?)?;
+    let within = at - placed.start;
+    (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
+}
+
+fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
+    match extent {
+        Extent::Flat { file, .. } => Some(file),
+        Extent::Sparse(s) => Some(&s.file),
+        Extent::Zero => None,
+    }
+}
+
+/// Sectors of a grain of a compressed extent.
+fn packed_grain(extent: &Extent) -> Option<u64> {
+    match extent {
+        Extent::Sparse(s) if s.packing != Packing::Plain => Some(s.shape().grain),
+        _ => None,
+    }
+}

@@ -1,0 +1,283 @@
+//! One extent of a disk: maps its sectors to runs of a file.
+//!
+//! Extents only translate addresses; what does the I/O is [`super::disk`]. A run is as long as one entry after
+//! the other continues it, so that neighbouring grains become one read.
+
+use std::sync::Arc;
+
+use crate::block::SECTOR;
+use crate::error::{Error, Result};
+use crate::store::StoredFile;
+use crate::vmdk::tables::{CHUNK, Layout, Place, Shape, Slot, Table, TableCache};
+
+/// Where a range of sectors is to be read.
+#[derive(Debug, Clone, Copy)]
+pub enum Run<'a> {
+    /// In a file, as it is.
+    Stored {
+        /// The file.
+        file: &'a Arc<dyn StoredFile>,
+        /// Its sector at which the run starts.
+        sector: u64,
+        /// Length of the run.
+        sectors: u64,
+    },
+    /// In one compressed grain.
+    Deflate {
+        /// The grain.
+        grain: PackedGrain<'a>,
+        /// Sector inside of the inflated grain.
+        skip: u64,
+        /// Length of the run; it ends with the grain, at the latest.
+        sectors: u64,
+    },
+    /// Zeroes that hide the parent.
+    Zero {
+        /// Length of the run.
+        sectors: u64,
+    },
+    /// The parent's content; zeroes where there is no parent.
+    Parent {
+        /// Length of the run.
+        sectors: u64,
+    },
+}
+
+impl Run<'_> {
+    /// Its length.
+    pub fn sectors(&self) -> u64 {
+        match *self {
+            Run::Stored { sectors, .. }
+            | Run::Deflate { sectors, .. }
+            | Run::Zero { sectors }
+            | Run::Parent { sectors } => sectors,
+        }
+    }
+}
+
+/// A compressed grain: where it is and what it must be.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedGrain<'a> {
+    /// The file.
+    pub file: &'a Arc<dyn StoredFile>,
+    /// Sector of the file at which its header starts.
+    pub sector: u64,
+    /// Sectors up to where the next grain starts, where the table lets suppose that. A hint for the first read.
+    pub likely_sectors: Option<u64>,
+    /// Its first sector in the extent, which its header must repeat.
+    pub lba: u64,
+    /// Sectors of a whole grain.
+    pub grain: u64,
+    /// Sectors of it that lie inside of the extent: the least that it must inflate to.
+    pub inside: u64,
+    /// Whether its header has the LBA before the length.
+    pub markers: bool,
+}
+
+/// An extent of a link of the chain.
+#[derive(Debug)]
+pub(crate) enum Extent {
+    /// Sectors of a file from `offset` on.
+    Flat { file: Arc<dyn StoredFile>, offset: u64 },
+    /// No file: zeroes.
+    Zero,
+    /// Grains named by tables.
+    Sparse(SparseExtent),
+}
+
+impl Extent {
+    /// The run at `sector` of the extent, of at most `max` sectors, which lie inside of it.
+    pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
+        match self {
+            Extent::Flat { file, offset } => Ok(Run::Stored { file, sector: offset + sector, sectors: max }),
+            Extent::Zero => Ok(Run::Zero { sectors: max }),
+            Extent::Sparse(sparse) => sparse.run_at(sector, max),
+        }
+    }
+
+    /// Like [`Self::run_at`], but asks only what is there: runs of data don't end where the file's grains are
+    /// not neighbours.
+    pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
+        match self {
+            Extent::Flat { file, offset } => {
+                let (stored, bytes) = file.data_at((offset + sector) * SECTOR)?;
+                // a hole of the file hides the parent like a zeroed grain does
+                let kind = if stored { Kind::Data } else { Kind::Zero };
+                Ok((kind, (bytes / SECTOR).clamp(1, max)))
+            }
+            Extent::Zero => Ok((Kind::Zero, max)),
+            Extent::Sparse(sparse) => sparse.kind_at(sector, max),
+        }
+    }
+}
+
+/// What an extent has at a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Data,
+    Zero,
+    Parent,
+}
+
+/// A sparse extent of any format.
+#[derive(Debug)]
+pub(crate) struct SparseExtent {
+    /// Its number in the chain, for the shared cache.
+    pub(crate) id: u32,
+    pub(crate) file: Arc<dyn StoredFile>,
+    pub(crate) layout: Box<dyn Layout>,
+    pub(crate) cache: TableCache,
+    pub(crate) packing: Packing,
+    /// `layout.shape()`, at hand.
+    shape: Shape,
+}
+
+/// How grains are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packing {
+    Plain,
+    /// Compressed; `markers`: with the LBA in front.
+    Deflate {
+        markers: bool,
+    },
+}
+
+/// A sector's place in the tables.
+#[derive(Debug, Clone, Copy)]
+struct Position {
+    table: u64,
+    entry: usize,
+    /// Sectors from the start of the grain.
+    within: u64,
+}
+
+impl SparseExtent {
+    /// An extent of `file` with the tables `layout`.
+    pub(crate) fn new(
+        id: u32,
+        file: Arc<dyn StoredFile>,
+        layout: Box<dyn Layout>,
+        cache: TableCache,
+        packing: Packing,
+    ) -> Self {
+        let shape = layout.shape();
+        Self { id, file, layout, cache, packing, shape }
+    }
+
+    /// Its numbers.
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn position(&self, sector: u64) -> Position {
+        let grain = sector / self.shape.grain;
+        Position {
+            table: grain / self.shape.entries_per_table,
+            entry: (grain % self.shape.entries_per_table) as usize,
+            within: sector % self.shape.grain,
+        }
+    }
+
+    fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
+        let p = self.position(sector);
+        let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
+            return Ok(Run::Parent { sectors: self.absent(sector, max)? });
+        };
+        let (kind, grains) = self.stretch(&table, p, max, true);
+        let sectors = (grains * self.shape.grain - p.within).min(max);
+        match (kind, table.slot(p.entry)) {
+            (Some(Kind::Zero), _) => Ok(Run::Zero { sectors }),
+            (Some(Kind::Parent), _) => Ok(Run::Parent { sectors }),
+            (Some(Kind::Data), Slot::At(at)) => Ok(self.data_run(sector, sectors, at, table.slot(p.entry + 1))),
+            _ => Err(self.layout.explain_entry(p.table, p.entry as u64)),
+        }
+    }
+
+    fn data_run(&self, sector: u64, sectors: u64, at: u64, next: Slot) -> Run<'_> {
+        let within = sector % self.shape.grain;
+        match self.packing {
+            Packing::Plain => Run::Stored { file: &self.file, sector: at + within, sectors },
+            Packing::Deflate { markers } => {
+                let lba = sector - within;
+                let grain = PackedGrain {
+                    file: &self.file,
+                    sector: at,
+                    likely_sectors: match next {
+                        Slot::At(n) if n > at && n - at <= 2 * self.shape.grain => Some(n - at),
+                        _ => None,
+                    },
+                    lba,
+                    grain: self.shape.grain,
+                    inside: self.shape.grain_sectors(lba / self.shape.grain),
+                    markers,
+                };
+                Run::Deflate { grain, skip: within, sectors }
+            }
+        }
+    }
+
+    fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
+        let p = self.position(sector);
+        let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
+            return Ok((Kind::Parent, self.absent(sector, max)?));
+        };
+        let (kind, grains) = self.stretch(&table, p, max, false);
+        // a damaged entry is data: reading it is what tells
+        Ok((kind.unwrap_or(Kind::Data), (grains * self.shape.grain - p.within).min(max)))
+    }
+
+    /// The kind of the grain at `p` (`None`: damaged), and how many grains of this table go on like it within
+    /// `max` sectors. With `adjacent`, data only goes on where the next grain follows in the file, and a
+    /// compressed grain stands alone.
+    fn stretch(&self, table: &Table, p: Position, max: u64, adjacent: bool) -> (Option<Kind>, u64) {
+        let kind = |slot| match slot {
+            Slot::Unallocated => Some(Kind::Parent),
+            Slot::Zero => Some(Kind::Zero),
+            Slot::At(_) => Some(Kind::Data),
+            Slot::Bad => None,
+        };
+        let first = table.slot(p.entry);
+        let wanted = (p.within + max).div_ceil(self.shape.grain);
+        let alone =
+            first == Slot::Bad || (adjacent && self.packing != Packing::Plain && kind(first) == Some(Kind::Data));
+        let most = if alone { 1 } else { wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1) };
+        let mut n = 1;
+        while n < most {
+            let goes_on = match (first, table.slot(p.entry + n as usize)) {
+                (Slot::At(a), Slot::At(b)) => !adjacent || a + n * self.shape.grain == b,
+                (a, b) => kind(a) == kind(b),
+            };
+            if !goes_on {
+                break;
+            }
+            n += 1;
+        }
+        (kind(first), n)
+    }
+
+    /// Sectors from `sector` on, at most `max`, that have no table.
+    fn absent(&self, sector: u64, max: u64) -> Result<u64> {
+        let coverage = self.shape.coverage();
+        let end = sector + max;
+        let mut table = sector / coverage;
+        while table * coverage < end {
+            let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
+            let inside = (table % CHUNK) as usize;
+            let rest = chunk.get(inside..).unwrap_or_default();
+            let n = rest.iter().take_while(|p| **p == Place::Absent).count();
+            table += n as u64;
+            if n < rest.len() || rest.is_empty() {
+                break;
+            }
+        }
+        Ok((table * coverage).min(end) - sector)
+    }
+
+    /// What a damaged directory or table entry is, for messages of `--check`.
+    pub(crate) fn explain(&self, table: u64, entry: Option<u64>) -> Error {
+        match entry {
+            Some(entry) => self.layout.explain_entry(table, entry),
+            None => self.layout.explain_directory(table),
+        }
+    }
+}

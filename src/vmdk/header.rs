@@ -1,0 +1,463 @@
+//! The fixed structures of the binary extent formats, and the checks that make them safe to use.
+//!
+//! Raw structures have private fields and the layout of the file; what comes out of `parse` is checked against
+//! the length of its file, so that nothing later needs to trust a number. All integers are little-endian.
+//! Sources: VMware "Virtual Disk Format 5.0" for KDMV and COWD, what ESXi writes for seSparse.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use crate::block::{MAX_SECTORS, SECTOR};
+use crate::error::{Error, Result};
+
+/// First bytes of a hosted sparse extent.
+pub(crate) const KDMV_MAGIC: &[u8; 4] = b"KDMV";
+/// What some writers put there while the image is unfinished.
+pub(crate) const KDMV_UNFINISHED: &[u8; 4] = b"kdmv";
+/// First bytes of an ESX sparse extent.
+pub(crate) const COWD_MAGIC: &[u8; 4] = b"COWD";
+/// First bytes of a seSparse extent.
+pub(crate) const SESPARSE_MAGIC: &[u8; 8] = &[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0];
+
+/// Bytes to read of a file to know its kind and parse its first header: COWD's is the longest.
+pub(crate) const HEAD_BYTES: usize = 2048;
+
+/// Directory entries that qemu accepts as well: 2^25, a directory of 128 MiB.
+const MAX_DIRECTORY_ENTRIES: u64 = 1 << 25;
+/// 8 MiB: a grain has to fit in memory several times.
+const MAX_GRAIN_SECTORS: u64 = 1 << 14;
+/// 10 MiB, as VirtualBox allows; VMware writes 10 KiB.
+const MAX_DESCRIPTOR_SECTORS: u64 = 20480;
+
+const FLAG_NEWLINE: u32 = 1;
+const FLAG_REDUNDANT: u32 = 1 << 1;
+const FLAG_ZEROED_GRAINS: u32 = 1 << 2;
+const FLAG_COMPRESSED: u32 = 1 << 16;
+const FLAG_MARKERS: u32 = 1 << 17;
+/// The high half of the flags is incompatible: an unknown bit there means that we would misread the extent.
+const UNKNOWN_INCOMPATIBLE: u32 = !0xffff & !(FLAG_COMPRESSED | FLAG_MARKERS);
+
+/// `gdOffset` that says: the directory is named in the footer.
+const GD_AT_END: u64 = u64::MAX;
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHosted {
+    magic: [u8; 4],
+    version: U32,
+    flags: U32,
+    capacity: U64,
+    grain_size: U64,
+    descriptor_offset: U64,
+    descriptor_size: U64,
+    gtes_per_gt: U32,
+    rgd_offset: U64,
+    gd_offset: U64,
+    overhead: U64,
+    unclean: u8,
+    newline: [u8; 4],
+    compression: U16,
+    pad: [u8; 433],
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawCowd {
+    magic: [u8; 4],
+    version: U32,
+    flags: U32,
+    sectors: U32,
+    grain_size: U32,
+    gd_offset: U32,
+    gd_entries: U32,
+    free_sector: U32,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSeSparse {
+    magic: U64,
+    version: U64,
+    capacity: U64,
+    grain_size: U64,
+    table_size: U64,
+    flags: U64,
+    reserved: [U64; 4],
+    volatile_offset: U64,
+    volatile_size: U64,
+    journal_header_offset: U64,
+    journal_header_size: U64,
+    journal_offset: U64,
+    journal_size: U64,
+    directory_offset: U64,
+    directory_size: U64,
+    tables_offset: U64,
+    tables_size: U64,
+    bitmap_offset: U64,
+    bitmap_size: U64,
+    backmap_offset: U64,
+    backmap_size: U64,
+    grains_offset: U64,
+    grains_size: U64,
+}
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSeVolatile {
+    magic: U64,
+    free_table: U64,
+    next_transaction: U64,
+    replay_journal: U64,
+}
+
+/// Where the directory of a hosted extent is said to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DirectoryAt {
+    /// At this sector of the file.
+    Sector(u64),
+    /// The footer at the end of the file names it.
+    Footer,
+}
+
+/// A checked header (or footer) of a hosted sparse extent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hosted {
+    pub(crate) version: u32,
+    /// Sectors of the extent. 0: only an envelope for a descriptor.
+    pub(crate) capacity: u64,
+    /// Sectors of a grain, a power of two.
+    pub(crate) grain: u64,
+    /// First sector and number of sectors of the embedded descriptor.
+    pub(crate) descriptor: Option<(u64, u64)>,
+    /// Entries of a grain table, a power of two.
+    pub(crate) entries_per_table: u64,
+    pub(crate) redundant: Option<u64>,
+    pub(crate) directory: DirectoryAt,
+    /// Sectors of metadata at the front; advisory.
+    pub(crate) overhead: u64,
+    pub(crate) unclean: bool,
+    /// A grain table entry of 1 means a zeroed grain.
+    pub(crate) zeroed_grains: bool,
+    pub(crate) compressed: bool,
+    /// Compressed grains carry their LBA in front (markers).
+    pub(crate) markers: bool,
+}
+
+/// What the header is being read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The 512 bytes at the front of the file.
+    Header,
+    /// The copy near the end of a stream.
+    Footer,
+}
+
+impl Hosted {
+    /// Parses the 512 bytes of a header or footer; `file_len` is the length of the whole file in bytes.
+    pub(crate) fn parse(bytes: &[u8], file_len: u64, role: Role) -> Result<Self> {
+        let place = if role == Role::Header { "header" } else { "footer" };
+        let (raw, _) = RawHosted::ref_from_prefix(bytes)
+            .map_err(|_| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
+        if &raw.magic != KDMV_MAGIC {
+            return Err(Error::corrupt(format!("{place}: no KDMV magic")));
+        }
+        let flags = check_hosted_flags(raw, place)?;
+        let mut header = Self {
+            version: raw.version.get(),
+            capacity: raw.capacity.get(),
+            grain: raw.grain_size.get(),
+            descriptor: None,
+            entries_per_table: raw.gtes_per_gt.get().into(),
+            redundant: None,
+            directory: match raw.gd_offset.get() {
+                GD_AT_END => DirectoryAt::Footer,
+                sector => DirectoryAt::Sector(sector),
+            },
+            overhead: raw.overhead.get(),
+            unclean: raw.unclean != 0,
+            zeroed_grains: flags & FLAG_ZEROED_GRAINS != 0,
+            compressed: flags & FLAG_COMPRESSED != 0,
+            markers: flags & FLAG_MARKERS != 0,
+        };
+        let file_sectors = file_len.div_ceil(SECTOR);
+        if raw.descriptor_offset.get() != 0 && role == Role::Header {
+            header.descriptor =
+                Some(check_descriptor(raw.descriptor_offset.get(), raw.descriptor_size.get(), file_sectors)?);
+        }
+        if header.capacity == 0 && header.descriptor.is_some() {
+            return Ok(header);
+        }
+        header.check_shape(place)?;
+        if flags & FLAG_REDUNDANT != 0 {
+            header.redundant = Some(raw.rgd_offset.get());
+        }
+        Ok(header)
+    }
+
+    /// Number of grain tables that the capacity needs.
+    pub(crate) fn tables(&self) -> u64 {
+        self.capacity.div_ceil(self.grain * self.entries_per_table)
+    }
+
+    fn check_shape(&self, place: &str) -> Result<()> {
+        check_grain(self.grain, place)?;
+        let n = self.entries_per_table;
+        if !n.is_power_of_two() || !(128..=1 << 16).contains(&n) {
+            return Err(Error::corrupt(format!(
+                "{place}: numGTEsPerGT (byte 44) is {n}, expected a power of two from 128 to 65536"
+            )));
+        }
+        check_capacity(self.capacity, place)?;
+        let tables = self.tables();
+        if tables > MAX_DIRECTORY_ENTRIES {
+            return Err(Error::corrupt(format!(
+                "{place}: a capacity of {} sectors needs a grain directory of {tables} entries, more than {MAX_DIRECTORY_ENTRIES}",
+                self.capacity
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Checks version, flags, newline bytes and compression, which say whether the rest can be understood.
+fn check_hosted_flags(raw: &RawHosted, place: &str) -> Result<u32> {
+    let (version, flags) = (raw.version.get(), raw.flags.get());
+    if !(1..=3).contains(&version) {
+        return Err(Error::unsupported(format!("{place}: version {version} (byte 4), expected 1 to 3")));
+    }
+    if flags & UNKNOWN_INCOMPATIBLE != 0 {
+        return Err(Error::unsupported(format!(
+            "{place}: unknown incompatible flags {:#x} (byte 8)",
+            flags & UNKNOWN_INCOMPATIBLE
+        )));
+    }
+    if flags & FLAG_NEWLINE != 0 && &raw.newline != b"\n \r\n" {
+        return Err(Error::corrupt(format!(
+            "{place}: the newline bytes (byte 73) are {:02x?}, expected 0a 20 0d 0a: the file went through a transfer in text mode",
+            raw.newline
+        )));
+    }
+    if flags & FLAG_MARKERS != 0 && flags & FLAG_COMPRESSED == 0 {
+        return Err(Error::corrupt(format!("{place}: flags {flags:#x} (byte 8) have markers without compression")));
+    }
+    let compression = raw.compression.get();
+    if flags & FLAG_COMPRESSED != 0 && compression != 1 {
+        return Err(Error::unsupported(format!(
+            "{place}: compression algorithm {compression} (byte 77), expected 1 (deflate)"
+        )));
+    }
+    Ok(flags)
+}
+
+fn check_descriptor(offset: u64, size: u64, file_sectors: u64) -> Result<(u64, u64)> {
+    let inside = offset.checked_add(size).is_some_and(|end| end <= file_sectors);
+    if size == 0 || size > MAX_DESCRIPTOR_SECTORS || !inside {
+        return Err(Error::corrupt(format!(
+            "header: the descriptor is said to be {size} sectors at sector {offset} (byte 28), expected 1 to {MAX_DESCRIPTOR_SECTORS} sectors inside of the file's {file_sectors}"
+        )));
+    }
+    Ok((offset, size))
+}
+
+fn check_grain(grain: u64, place: &str) -> Result<()> {
+    if grain.is_power_of_two() && grain <= MAX_GRAIN_SECTORS {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "{place}: a grain of {grain} sectors, expected a power of two of at most {MAX_GRAIN_SECTORS}"
+    )))
+}
+
+fn check_capacity(capacity: u64, place: &str) -> Result<()> {
+    if capacity == 0 || capacity > MAX_SECTORS {
+        return Err(Error::corrupt(format!("{place}: a capacity of {capacity} sectors, expected 1 to {MAX_SECTORS}")));
+    }
+    Ok(())
+}
+
+/// A checked header of an ESX sparse (COWD) extent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cowd {
+    pub(crate) capacity: u64,
+    /// Sectors of a grain, a power of two.
+    pub(crate) grain: u64,
+    /// Sector of the grain directory.
+    pub(crate) directory: u64,
+    pub(crate) unclean: bool,
+}
+
+impl Cowd {
+    /// Entries of a grain table; the format has no field for it.
+    pub(crate) const ENTRIES_PER_TABLE: u64 = 4096;
+    /// More directory entries than any capacity needs are a sign of damage.
+    const MAX_ENTRIES: u64 = 1 << 20;
+    const UNCLEAN_AT: usize = 1648;
+
+    /// Parses the first 2048 bytes of the file.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
+        let (raw, _) = RawCowd::ref_from_prefix(bytes)
+            .ok()
+            .filter(|_| bytes.len() >= HEAD_BYTES)
+            .ok_or_else(|| Error::corrupt(format!("COWD header: {} bytes, expected {HEAD_BYTES}", bytes.len())))?;
+        if &raw.magic != COWD_MAGIC {
+            return Err(Error::corrupt("COWD header: no COWD magic"));
+        }
+        if raw.version.get() != 1 {
+            return Err(Error::unsupported(format!("COWD header: version {} (byte 4), expected 1", raw.version)));
+        }
+        let (capacity, grain) = (u64::from(raw.sectors.get()), u64::from(raw.grain_size.get()));
+        check_grain(grain, "COWD header (byte 16)")?;
+        check_capacity(capacity, "COWD header (byte 12)")?;
+        let need = capacity.div_ceil(grain * Self::ENTRIES_PER_TABLE);
+        let entries = u64::from(raw.gd_entries.get());
+        if entries < need || entries > Self::MAX_ENTRIES {
+            return Err(Error::corrupt(format!(
+                "COWD header: {entries} directory entries (byte 24), expected {need} for {capacity} sectors"
+            )));
+        }
+        let unclean = bytes.get(Self::UNCLEAN_AT..Self::UNCLEAN_AT + 4).is_some_and(|b| b != [0; 4]);
+        Ok(Self { capacity, grain, directory: raw.gd_offset.get().into(), unclean })
+    }
+
+    /// Number of grain tables that the capacity needs.
+    pub(crate) fn tables(&self) -> u64 {
+        self.capacity.div_ceil(self.grain * Self::ENTRIES_PER_TABLE)
+    }
+}
+
+/// A checked header of a seSparse extent. Offsets and sizes are sectors of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SeSparse {
+    pub(crate) capacity: u64,
+    pub(crate) directory: u64,
+    pub(crate) tables_offset: u64,
+    pub(crate) tables_size: u64,
+    pub(crate) grains_offset: u64,
+}
+
+impl SeSparse {
+    /// Sectors of a grain: 4 KiB is all that ESXi writes.
+    pub(crate) const GRAIN: u64 = 8;
+    /// Sectors of a grain table.
+    pub(crate) const TABLE_SECTORS: u64 = 64;
+    /// Entries of a grain table: 64 sectors of u64.
+    pub(crate) const ENTRIES_PER_TABLE: u64 = 4096;
+    const VERSION: u64 = 0x0000_0002_0000_0001;
+    const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
+
+    /// Parses the constant header (sector 0) and the volatile header (sector 1) in `bytes`.
+    pub(crate) fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
+        let short = || Error::corrupt(format!("seSparse header: {} bytes, expected 1024", bytes.len()));
+        let (raw, _) = RawSeSparse::ref_from_prefix(bytes).map_err(|_| short())?;
+        let second = bytes.get(SECTOR as usize..).ok_or_else(short)?;
+        let (volatile, _) = RawSeVolatile::ref_from_prefix(second).map_err(|_| short())?;
+        if raw.version.get() != Self::VERSION {
+            return Err(Error::unsupported(format!(
+                "seSparse header: version {:#x} (byte 8), expected 2.1",
+                raw.version
+            )));
+        }
+        if raw.flags.get() != 0 {
+            return Err(Error::unsupported(format!("seSparse header: unknown flags {:#x} (byte 40)", raw.flags)));
+        }
+        if raw.grain_size.get() != Self::GRAIN || raw.table_size.get() != Self::TABLE_SECTORS {
+            return Err(Error::unsupported(format!(
+                "seSparse header: grains of {} and tables of {} sectors (bytes 24, 32), expected {} and {}",
+                raw.grain_size,
+                raw.table_size,
+                Self::GRAIN,
+                Self::TABLE_SECTORS
+            )));
+        }
+        Self::check_volatile(volatile)?;
+        check_capacity(raw.capacity.get(), "seSparse header (byte 16)")?;
+        Self::check_regions(raw, file_len)
+    }
+
+    fn check_volatile(volatile: &RawSeVolatile) -> Result<()> {
+        if volatile.magic.get() != Self::VOLATILE_MAGIC {
+            return Err(Error::corrupt(format!(
+                "seSparse volatile header: magic {:#x} (byte 512), expected 0xcafecafe",
+                volatile.magic
+            )));
+        }
+        if volatile.replay_journal.get() != 0 {
+            return Err(Error::unsupported(
+                "seSparse volatile header: the journal is dirty (byte 536), only ESXi can replay it: open and close the disk there",
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_regions(raw: &RawSeSparse, file_len: u64) -> Result<Self> {
+        let file_sectors = file_len / SECTOR;
+        let capacity = raw.capacity.get();
+        let tables = capacity.div_ceil(Self::GRAIN * Self::ENTRIES_PER_TABLE);
+        let room = raw.directory_size.get().checked_mul(SECTOR / 8);
+        let (gd, gd_size) = (raw.directory_offset.get(), raw.directory_size.get());
+        let (gt, gt_size) = (raw.tables_offset.get(), raw.tables_size.get());
+        for (what, at, size) in [("grain directory", gd, gd_size), ("grain tables", gt, gt_size)] {
+            if at < 2 || at.checked_add(size).is_none_or(|end| end > file_sectors) {
+                return Err(Error::corrupt(format!(
+                    "seSparse header: the {what} are {size} sectors at sector {at}, but the file has {file_sectors}"
+                )));
+            }
+        }
+        if room.is_none_or(|entries| entries < tables) {
+            return Err(Error::corrupt(format!(
+                "seSparse header: a directory of {gd_size} sectors (byte 136) is too small for {tables} grain tables"
+            )));
+        }
+        let grains_offset = raw.grains_offset.get();
+        if grains_offset < 2 || grains_offset > file_sectors {
+            return Err(Error::corrupt(format!(
+                "seSparse header: grains start at sector {grains_offset} (byte 192), but the file has {file_sectors}"
+            )));
+        }
+        Ok(Self { capacity, directory: gd, tables_offset: gt, tables_size: gt_size, grains_offset })
+    }
+}
+
+/// The last three sectors of a stream: where its footer must be.
+pub(crate) struct StreamTail;
+
+impl StreamTail {
+    /// Bytes of the tail: footer marker, footer, end-of-stream marker.
+    pub(crate) const BYTES: u64 = 3 * SECTOR;
+
+    /// Where the tail starts in a file of `file_len` bytes: sizes are rounded down to sectors, as some writers
+    /// leave an odd length behind.
+    pub(crate) fn offset(file_len: u64) -> Result<u64> {
+        (file_len / SECTOR * SECTOR)
+            .checked_sub(Self::BYTES)
+            .ok_or_else(|| Error::corrupt(format!("a stream of {file_len} bytes has no room for a footer")))
+    }
+
+    /// The footer in the tail's bytes, checked against the first header.
+    pub(crate) fn parse(tail: &[u8], file_len: u64, first: &Hosted) -> Result<Hosted> {
+        let marker = |at: usize| -> Option<(u64, u32, u32)> {
+            let b = tail.get(at..at + 16)?;
+            let (value, rest) = U64::read_from_prefix(b).ok()?;
+            let (size, rest) = U32::read_from_prefix(rest).ok()?;
+            let (kind, _) = U32::read_from_prefix(rest).ok()?;
+            Some((value.get(), size.get(), kind.get()))
+        };
+        let footer_ok = matches!(marker(0), Some((_, 0, 3)));
+        let end_ok = matches!(marker(1024), Some((_, 0, 0)));
+        if !footer_ok || !end_ok {
+            return Err(Error::corrupt(
+                "the header says that the directory is named in a footer, but the file does not end with one: the stream is cut short",
+            ));
+        }
+        let bytes = tail.get(512..1024).unwrap_or_default();
+        let footer = Hosted::parse(bytes, file_len, Role::Footer)?;
+        if footer.directory == DirectoryAt::Footer {
+            return Err(Error::corrupt("footer: gdOffset (byte 56) is GD_AT_END, which only the first header may say"));
+        }
+        let same = |h: &Hosted| (h.grain, h.entries_per_table, h.compressed, h.markers);
+        if same(&footer) != same(first) {
+            return Err(Error::corrupt("footer: grain size, table size or compression differ from the first header"));
+        }
+        Ok(Hosted { descriptor: first.descriptor, ..footer })
+    }
+}

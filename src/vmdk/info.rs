@@ -1,0 +1,107 @@
+//! What an image is, for people and scripts.
+
+use serde::Serialize;
+
+use crate::block::{BlockRead, SECTOR};
+use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::extent::Extent;
+use crate::vmdk::open::{Link, PlacedExtent};
+
+/// A VMDK as a whole.
+#[derive(Debug, Clone, Serialize)]
+pub struct DiskInfo {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The newest link's `createType`.
+    pub create_type: String,
+    /// The newest link's extents.
+    pub extents: Vec<ExtentInfo>,
+    /// The links, the newest first.
+    pub chain: Vec<LinkInfo>,
+    /// Bytes of a compressed grain, if any link has such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compressed_grain: Option<u64>,
+    /// The entries of the newest link's disk data base (`ddb.…`).
+    pub ddb: Vec<(String, String)>,
+}
+
+/// A link of a chain.
+#[derive(Debug, Clone, Serialize)]
+pub struct LinkInfo {
+    /// The file with the descriptor.
+    pub file: String,
+    /// Its `createType`.
+    pub create_type: String,
+    /// Content id, eight hex digits.
+    pub cid: Option<String>,
+    /// The parent's content id when this link was made.
+    pub parent_cid: Option<String>,
+    /// Bytes of the link's disk.
+    pub size: u64,
+    /// Some extent was not closed after writing.
+    pub unclean: bool,
+}
+
+/// An extent of a link.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExtentInfo {
+    /// `FLAT`, `SPARSE`, …
+    pub kind: String,
+    /// Its file; none for `ZERO`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Sectors of the disk that it holds.
+    pub sectors: u64,
+    /// `RW`, `RDONLY`, `NOACCESS`.
+    pub access: String,
+    /// Bytes of a grain, for sparse extents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grain: Option<u64>,
+    /// First sector inside of the file, for flat extents.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+}
+
+impl VmdkDisk {
+    /// Describes the disk; does no I/O.
+    pub fn info(&self) -> DiskInfo {
+        let newest = self.links().first();
+        let geometry = self.geometry();
+        DiskInfo {
+            size: geometry.bytes(),
+            create_type: newest.map(|l| l.descriptor.create_type.as_str().to_owned()).unwrap_or_default(),
+            extents: newest.map(|l| l.extents.iter().map(extent_info).collect()).unwrap_or_default(),
+            chain: self.links().iter().map(link_info).collect(),
+            compressed_grain: (geometry.preferred > geometry.granule).then_some(geometry.preferred * SECTOR),
+            ddb: newest.map(|l| l.descriptor.ddb.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+fn link_info(link: &Link) -> LinkInfo {
+    let hex = |cid: u32| format!("{cid:08x}");
+    LinkInfo {
+        file: link.file.label().to_owned(),
+        create_type: link.descriptor.create_type.as_str().to_owned(),
+        cid: link.descriptor.cid.map(hex),
+        parent_cid: link.descriptor.parent.as_ref().map(|p| hex(p.cid)),
+        size: link.sectors * SECTOR,
+        unclean: link.extents.iter().any(|e| e.unclean),
+    }
+}
+
+fn extent_info(placed: &PlacedExtent) -> ExtentInfo {
+    let (file, grain, offset) = match &placed.extent {
+        Extent::Flat { file, offset } => (Some(file.label().to_owned()), None, Some(*offset)),
+        Extent::Zero => (None, None, None),
+        Extent::Sparse(s) => (Some(s.file.label().to_owned()), Some(s.shape().grain * SECTOR), None),
+    };
+    ExtentInfo {
+        kind: placed.kind.to_owned(),
+        file,
+        sectors: placed.sectors,
+        access: placed.access.as_str().to_owned(),
+        grain,
+        offset,
+    }
+}

@@ -1,0 +1,30 @@
+//! The built-in VMDK engine: reads every kind of image that VMware's products write, and trusts none.
+//!
+//! ```text
+//!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
+//!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
+//!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   info.rs, check.rs   what is there, and whether it is sound
+//! ```
+//! Format code maps addresses; `disk.rs` is the one place that reads data. Names found inside of an image are
+//! opened by the store, which holds the gate.
+#![forbid(unsafe_code)]
+
+mod check;
+mod cowd;
+pub mod descriptor;
+mod disk;
+mod extent;
+mod header;
+mod inflate;
+mod info;
+mod open;
+mod sesparse;
+mod sparse;
+mod tables;
+
+pub use check::{CheckReport, check};
+pub use disk::VmdkDisk;
+pub use extent::{PackedGrain, Run};
+pub use info::{DiskInfo, ExtentInfo, LinkInfo};
+pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};

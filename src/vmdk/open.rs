@@ -1,0 +1,378 @@
+//! Opening: from a file to the links of a chain.
+//!
+//! ```text
+//!   file ──magic──► KDMV ─► header ─► embedded descriptor ─► one extent, the file itself
+//!                     └──── capacity 0: only an envelope ──┐
+//!          ──text───► descriptor ◄──────────────────────────┘
+//!                        ├─► extent lines ─► files beside it ─► magic ─► KDMV, COWD, seSparse, flat
+//!                        └─► parentFileNameHint ─► the next link, checked by its CID
+//! ```
+//! Everything that can be checked without reading tables is checked here; what is opened passes the store's gate.
+
+use std::sync::Arc;
+
+use crate::block::{MAX_SECTORS, SECTOR};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Store, StoredFile};
+use crate::vmdk::cowd::CowdTables;
+use crate::vmdk::descriptor::{self, Access, Descriptor, ExtentKind, ExtentLine, ParentHint};
+use crate::vmdk::extent::{Extent, Packing, SparseExtent};
+use crate::vmdk::header::{
+    COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
+    StreamTail,
+};
+use crate::vmdk::sesparse::SeSparseTables;
+use crate::vmdk::sparse::HostedTables;
+use crate::vmdk::tables::TableCache;
+
+/// The most links of a chain. vSphere allows 32 (31 snapshots).
+pub const MAX_LINKS: usize = 64;
+
+/// The most bytes of a descriptor in a file of its own.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// What the user accepts beyond a sound image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// A parent whose CID is not the one that its child remembers.
+    pub accept_cid_mismatch: bool,
+}
+
+/// What a file is, told by its first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// A hosted sparse extent, perhaps with its descriptor inside.
+    Hosted,
+    /// An ESX sparse extent.
+    Cowd,
+    /// A seSparse extent.
+    SeSparse,
+    /// A descriptor file.
+    Descriptor,
+    /// A hosted sparse extent that its writer did not finish.
+    Unfinished,
+    /// Nothing that belongs to a VMDK by its content.
+    Other,
+}
+
+/// One link of a chain: a descriptor and its extents.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// The descriptor's file (which may be the extent as well).
+    pub(crate) file: Arc<dyn StoredFile>,
+    pub(crate) descriptor: Descriptor,
+    pub(crate) extents: Vec<PlacedExtent>,
+    pub(crate) sectors: u64,
+}
+
+/// An extent at its place in the link.
+#[derive(Debug)]
+pub(crate) struct PlacedExtent {
+    /// First sector of the disk that it holds.
+    pub(crate) start: u64,
+    pub(crate) sectors: u64,
+    pub(crate) access: Access,
+    pub(crate) extent: Extent,
+    /// What it is called where extents are listed.
+    pub(crate) kind: &'static str,
+    pub(crate) unclean: bool,
+    /// For `--check`: the tables of a hosted extent as they are in the file.
+    pub(crate) hosted: Option<HostedTables>,
+}
+
+/// Tells the kind of a file from its first bytes.
+pub fn file_kind(head: &[u8]) -> FileKind {
+    if head.starts_with(KDMV_MAGIC) {
+        FileKind::Hosted
+    } else if head.starts_with(KDMV_UNFINISHED) {
+        FileKind::Unfinished
+    } else if head.starts_with(COWD_MAGIC) {
+        FileKind::Cowd
+    } else if head.starts_with(SESPARSE_MAGIC) {
+        FileKind::SeSparse
+    } else if descriptor::looks_like(head) {
+        FileKind::Descriptor
+    } else {
+        FileKind::Other
+    }
+}
+
+/// The first bytes of a file, at most 4 KiB: enough for [`file_kind`] and every header.
+pub fn read_head(file: &dyn StoredFile) -> Result<Vec<u8>> {
+    const LOOK: u64 = 4096;
+    let mut head = vec![0; file.len().min(LOOK) as usize];
+    file.read_exact_at(0, &mut head)?;
+    Ok(head)
+}
+
+/// Opens the links of a disk, the newest first.
+#[derive(Debug)]
+pub(crate) struct Opener {
+    options: OpenOptions,
+    cache: TableCache,
+    next_extent: u32,
+}
+
+impl Opener {
+    pub(crate) fn new(options: OpenOptions) -> Self {
+        Self { options, cache: TableCache::new(), next_extent: 0 }
+    }
+
+    /// Opens `file` and all its parents.
+    pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
+        let mut links = vec![self.link(file)?];
+        let mut seen = Vec::new();
+        loop {
+            let Some(child) = links.last() else { return Ok(links) };
+            seen.push(child.file.identity()?.file);
+            let Some(parent) = &child.descriptor.parent else { return Ok(links) };
+            let within = |e: Error| e.within(format!("{}: its parent", child.file.label()));
+            if links.len() == MAX_LINKS {
+                return Err(within(Error::unsupported(format!("the chain has more than {MAX_LINKS} links"))));
+            }
+            let file = open_parent(child, &parent.hint).map_err(within)?;
+            if seen.contains(&file.identity()?.file) {
+                return Err(within(Error::corrupt(format!("the chain comes back to {}", file.label()))));
+            }
+            let link = self.link(file).map_err(within)?;
+            self.check_cid(child, &link)?;
+            links.push(link);
+        }
+    }
+
+    fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
+        let wanted = child.descriptor.parent.as_ref().map(|p| p.cid);
+        if wanted == parent.descriptor.cid {
+            return Ok(());
+        }
+        let cid = |c: Option<u32>| c.map_or_else(|| "none".to_owned(), |c| format!("{c:08x}"));
+        let message = format!(
+            "{}: parentCID is {}, but the CID of its parent {} is {}: the parent was changed after the snapshot was made",
+            child.file.label(),
+            cid(wanted),
+            parent.file.label(),
+            cid(parent.descriptor.cid)
+        );
+        if self.options.accept_cid_mismatch {
+            tracing::warn!("{message}; accepted, as degraded=cid says");
+            return Ok(());
+        }
+        Err(Error::corrupt(message + " (degraded=cid reads it all the same)"))
+    }
+
+    /// Opens one link.
+    fn link(&mut self, file: Arc<dyn StoredFile>) -> Result<Link> {
+        let head = read_head(&*file)?;
+        let label = file.label().to_owned();
+        let opened = match file_kind(&head) {
+            FileKind::Hosted => self.hosted_link(file, &head),
+            FileKind::Descriptor => self.text_link(file),
+            kind => Err(no_disk(kind, &head)),
+        };
+        // errors that name the file already (of I/O, of tables) are not given it twice
+        opened.map_err(|e| if e.to_string().contains(&label) { e } else { e.within(label) })
+    }
+
+    /// A KDMV file with its descriptor inside.
+    fn hosted_link(&mut self, file: Arc<dyn StoredFile>, head: &[u8]) -> Result<Link> {
+        let header = Hosted::parse(head, file.len(), Role::Header)?;
+        let Some((at, sectors)) = header.descriptor else {
+            return Err(Error::unsupported(
+                "a sparse extent without a descriptor is a piece of a disk: name the .vmdk file that lists it",
+            ));
+        };
+        let wanted = sectors * SECTOR;
+        let have = file.len().saturating_sub(at * SECTOR).min(wanted);
+        let mut text = vec![0; have as usize];
+        file.read_exact_at(at * SECTOR, &mut text)?;
+        let descriptor = Descriptor::parse(&text).map_err(|e| e.within("embedded descriptor"))?;
+        if header.capacity == 0 {
+            return self.extents(file, descriptor);
+        }
+        let [line] = descriptor.extents.as_slice() else {
+            return Err(Error::corrupt(format!(
+                "the embedded descriptor lists {} extents, expected one: the file itself",
+                descriptor.extents.len()
+            )));
+        };
+        let line = line.clone();
+        let extent = self.hosted_extent(Arc::clone(&file), header, &line)?;
+        Ok(Link { sectors: line.sectors, extents: vec![extent], file, descriptor })
+    }
+
+    /// A descriptor file.
+    fn text_link(&mut self, file: Arc<dyn StoredFile>) -> Result<Link> {
+        if file.len() > MAX_TEXT {
+            return Err(Error::corrupt(format!("a descriptor of {} bytes, expected at most {MAX_TEXT}", file.len())));
+        }
+        let mut text = vec![0; file.len() as usize];
+        file.read_exact_at(0, &mut text)?;
+        let descriptor = Descriptor::parse(&text)?;
+        self.extents(file, descriptor)
+    }
+
+    /// Opens the files that the extent lines name.
+    fn extents(&mut self, file: Arc<dyn StoredFile>, descriptor: Descriptor) -> Result<Link> {
+        let store = file.siblings()?;
+        let mut extents = Vec::with_capacity(descriptor.extents.len());
+        let mut start = 0u64;
+        for line in &descriptor.extents {
+            let mut placed = self
+                .listed_extent(&*store, line)
+                .map_err(|e| e.within(format!("{}: line {}: extent", file.label(), line.line)))?;
+            placed.start = start;
+            start = start.checked_add(line.sectors).filter(|&s| s <= MAX_SECTORS).ok_or_else(|| {
+                Error::corrupt(format!("line {}: the extents add up to more than {MAX_SECTORS} sectors", line.line))
+            })?;
+            extents.push(placed);
+        }
+        Ok(Link { sectors: start, extents, file, descriptor })
+    }
+
+    fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
+        let zero = line.kind == ExtentKind::Zero || line.access == Access::None;
+        let Some(name) = line.name.as_ref().filter(|_| !zero) else {
+            return Ok(placed(Extent::Zero, line, "ZERO"));
+        };
+        let file = store.open(name)?;
+        match line.kind {
+            ExtentKind::Flat => flat_extent(file, line, "FLAT"),
+            ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
+            ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => self.sparse_extent(file, line),
+            ExtentKind::Zero => Ok(placed(Extent::Zero, line, "ZERO")),
+        }
+    }
+
+    fn sparse_extent(&mut self, file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExtent> {
+        let head = read_head(&*file)?;
+        let label = file.label().to_owned();
+        let opened = match file_kind(&head) {
+            FileKind::Hosted => {
+                Hosted::parse(&head, file.len(), Role::Header).and_then(|h| self.hosted_extent(file, h, line))
+            }
+            FileKind::Cowd => self.cowd_extent(file, &head, line),
+            FileKind::SeSparse => self.sesparse_extent(file, &head, line),
+            kind => Err(Error::corrupt(format!(
+                "is {}, expected a sparse extent (KDMV, COWD or seSparse)",
+                describe(kind, &head)
+            ))),
+        };
+        opened.map_err(|e| if e.to_string().contains(&label) { e } else { e.within(label) })
+    }
+
+    fn hosted_extent(&mut self, file: Arc<dyn StoredFile>, header: Hosted, line: &ExtentLine) -> Result<PlacedExtent> {
+        if header.capacity == 0 {
+            return Err(Error::corrupt("an envelope (capacity 0) inside of another one is no extent"));
+        }
+        let header = if header.directory == DirectoryAt::Footer { read_footer(&*file, &header)? } else { header };
+        check_line(line, header.capacity)?;
+        let packing = if header.compressed { Packing::Deflate { markers: header.markers } } else { Packing::Plain };
+        let layout = Box::new(HostedTables::new(Arc::clone(&file), &header)?);
+        let hosted = HostedTables::new(Arc::clone(&file), &header)?;
+        let kind = if header.compressed { "SPARSE (compressed)" } else { "SPARSE" };
+        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), packing);
+        Ok(PlacedExtent { unclean: header.unclean, hosted: Some(hosted), ..placed(Extent::Sparse(extent), line, kind) })
+    }
+
+    fn cowd_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
+        let header = Cowd::parse(head.get(..HEAD_BYTES).unwrap_or(head))?;
+        check_line(line, header.capacity)?;
+        let layout = Box::new(CowdTables::new(Arc::clone(&file), &header)?);
+        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
+        Ok(PlacedExtent { unclean: header.unclean, ..placed(Extent::Sparse(extent), line, "VMFSSPARSE") })
+    }
+
+    fn sesparse_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
+        let header = SeSparse::parse(head, file.len())?;
+        check_line(line, header.capacity)?;
+        let layout = Box::new(SeSparseTables::new(Arc::clone(&file), header));
+        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
+        Ok(placed(Extent::Sparse(extent), line, "SESPARSE"))
+    }
+
+    fn extent_id(&mut self) -> u32 {
+        self.next_extent += 1;
+        self.next_extent
+    }
+}
+
+fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent {
+    PlacedExtent { start: 0, sectors: line.sectors, access: line.access, extent, kind, unclean: false, hosted: None }
+}
+
+/// A flat extent; its sectors must all be in the file.
+fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str) -> Result<PlacedExtent> {
+    let end = line.offset.checked_add(line.sectors).and_then(|s| s.checked_mul(SECTOR));
+    match end {
+        Some(end) if end <= file.len() => Ok(placed(Extent::Flat { file, offset: line.offset }, line, kind)),
+        _ => Err(Error::corrupt(format!(
+            "{}: the file has {} bytes, but the extent is {} sectors from sector {} on",
+            file.label(),
+            file.len(),
+            line.sectors,
+            line.offset
+        ))),
+    }
+}
+
+/// The line gives the size of the extent, the header the most that its tables can hold.
+fn check_line(line: &ExtentLine, capacity: u64) -> Result<()> {
+    if line.sectors <= capacity {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "the descriptor (line {}) gives the extent {} sectors, but its header has a capacity of {capacity}",
+        line.line, line.sectors
+    )))
+}
+
+fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
+    if !first.compressed {
+        return Err(Error::corrupt(
+            "header: gdOffset (byte 56) is GD_AT_END, which only a stream (compressed grains) may say",
+        ));
+    }
+    let mut tail = vec![0; StreamTail::BYTES as usize];
+    file.read_exact_at(StreamTail::offset(file.len())?, &mut tail)?;
+    StreamTail::parse(&tail, file.len(), first)
+}
+
+/// Opens the first of the places where the parent may be.
+fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
+    let store = child.file.siblings()?;
+    let mut looked = Vec::new();
+    let mut refused = None;
+    for name in hint.candidates() {
+        match store.open(&name) {
+            Ok(file) => return Ok(file),
+            Err(e) if e.kind() == ErrorKind::NotFound => looked.push(name.to_string()),
+            Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
+            Err(e) => return Err(e),
+        }
+    }
+    Err(refused.unwrap_or_else(|| {
+        Error::new(ErrorKind::NotFound, format!("is missing: looked for {} beside it", looked.join(", ")))
+    }))
+}
+
+fn describe(kind: FileKind, head: &[u8]) -> String {
+    match kind {
+        FileKind::Hosted => "a hosted sparse extent".to_owned(),
+        FileKind::Cowd => "an ESX sparse extent (COWD)".to_owned(),
+        FileKind::SeSparse => "a seSparse extent".to_owned(),
+        FileKind::Descriptor => "a descriptor".to_owned(),
+        FileKind::Unfinished => "an image that its writer did not finish (magic kdmv)".to_owned(),
+        FileKind::Other if head.is_empty() => "an empty file".to_owned(),
+        FileKind::Other => format!("no VMDK (first bytes {:02x?})", head.get(..4).unwrap_or(head)),
+    }
+}
+
+fn no_disk(kind: FileKind, head: &[u8]) -> Error {
+    let what = describe(kind, head);
+    match kind {
+        FileKind::Cowd | FileKind::SeSparse => {
+            Error::unsupported(format!("is {what}, a piece of a disk: name the .vmdk file that lists it"))
+        }
+        _ => Error::corrupt(format!("is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside")),
+    }
+}
