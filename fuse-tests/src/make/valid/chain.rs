@@ -1,0 +1,78 @@
+//! Chains of children and parents.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::Variant;
+use crate::make::ctx::{BASE_CID, Ctx, Made};
+use crate::make::model::Content;
+use crate::make::write::Hosted;
+
+pub(super) const VARIANTS: &[Variant] = &[
+    Variant::new(
+        "chain3",
+        "chain of three: flat base, two sparse children with 32 KiB and 8 KiB grains and zeroed grains",
+        |c| three(c, "", "base.vmdk", "mid.vmdk"),
+    ),
+    Variant::new("chain_subdir", "chain of three, the children in a subdirectory, relative hint ../base.vmdk", |c| {
+        c.subdir("sub")?;
+        let made = three(c, "sub/", "../base.vmdk", "mid.vmdk")?;
+        Ok(Made { allow_dirs: vec![c.dir().to_owned()], ..made })
+    }),
+    Variant::new(
+        "chain_winpath",
+        "chain of three, the hint is a Windows path; the base lies next to the child (fallback to the last name)",
+        |c| three(c, "", "C:\\Virtual Machines\\old\\base.vmdk", "mid.vmdk"),
+    ),
+    Variant::new(
+        "chain_winpath_all",
+        "chain of three, both hints are Windows paths: a drive's in the child, a network share's in its parent",
+        |c| three(c, "", "\\\\server\\share\\vm\\base.vmdk", "D:\\vm\\mid.vmdk"),
+    ),
+    Variant::new(
+        "chain_esx_path",
+        "chain of three, the hint is a path of ESX; the base lies next to the child (fallback to the last name)",
+        |c| three(c, "", "/vmfs/volumes/5c0e1a2b-11223344-5566-001122334455/vm/base.vmdk", "mid.vmdk"),
+    ),
+    Variant::new("chain_grown", "the parent is smaller than the child: zeroes past its end", grown),
+    Variant::new(
+        "chain40",
+        "chain of 40 links with grains of 4 KiB to 64 KiB in turn, each with data of its own",
+        forty,
+    ),
+];
+
+/// Three links with three grain sizes; the children lie in `folder` ("" or a name with a slash).
+fn three(c: &Ctx, folder: &str, base_hint: &str, middle_hint: &str) -> Result<Made> {
+    let base = c.flat_base("base", 16_384)?;
+    let middle = Arc::new(c.layer("mid", 16_384, 64).over(base).write(10, 100).zero([30]));
+    let top = c.layer("top", 16_384, 16).over(Arc::clone(&middle) as _).write(60, 3).write(16_380, 4).zero([1]);
+    let name = format!("{folder}mid.vmdk");
+    c.sparse(&name, &middle, &Hosted::zeroed(), |text| text.child(0xb1, BASE_CID, base_hint))?;
+    let name = format!("{folder}top.vmdk");
+    let (open, _) = c.sparse(&name, &top, &Hosted::zeroed(), |text| text.child(0xb2, 0xb1, middle_hint))?;
+    Ok(Made::new(open, Arc::new(top)))
+}
+
+fn grown(c: &Ctx) -> Result<Made> {
+    let base = c.base(2000)?;
+    let top = c.layer("top", 5000, 128).over(base).write(10, 2).write(4000, 1);
+    let (open, _) = c.sparse("disk.vmdk", &top, &Hosted::default(), |text| text.child(2, BASE_CID, "base.vmdk"))?;
+    Ok(Made::new(open, Arc::new(top)))
+}
+
+fn forty(c: &Ctx) -> Result<Made> {
+    const LINKS: u64 = 40;
+    let mut below: Arc<dyn Content> = c.flat_base("base", 32_768)?;
+    let (mut open, mut cid, mut hint) = (c.at("base.vmdk"), BASE_CID, String::from("base.vmdk"));
+    for i in 1..LINKS {
+        let layer = c.layer(&format!("link{i}"), 32_768, 8 << (i % 5)).over(Arc::clone(&below));
+        // Some sectors that no other link has, and some that the next one hides in part.
+        let layer = Arc::new(layer.write(i * 600 + 5, 3).write(20_000 + i * 17, 20));
+        let (name, own) = (format!("disk-{i:06}.vmdk"), 0x100 + i as u32);
+        (open, _) = c.sparse(&name, &layer, &Hosted::zeroed(), |text| text.child(own, cid, hint.as_str()))?;
+        (below, cid, hint) = (layer, own, name);
+    }
+    Ok(Made::new(open, below))
+}

@@ -1,0 +1,48 @@
+//! The valid variants: each must read as its model.
+
+mod chain;
+mod delta;
+pub(super) mod sparse;
+mod split;
+mod stream;
+mod text;
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use anyhow::{Context, Result};
+
+use super::ctx::{Ctx, Made};
+
+pub(super) use delta::sesparse_disk;
+
+/// A valid disk that can be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Variant {
+    /// Its name, also that of its folder.
+    pub name: &'static str,
+    /// What is odd about it.
+    pub note: &'static str,
+    /// Writes it into an empty folder.
+    pub build: fn(&Ctx) -> Result<Made>,
+}
+
+impl Variant {
+    const fn new(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result<Made>) -> Self {
+        Self { name, note, build }
+    }
+
+    /// Writes it into a new folder of its name below `under`.
+    pub fn make(&self, under: &Path, seed: u64) -> Result<Made> {
+        let build = || (self.build)(&Ctx::new(&under.join(self.name), seed)?);
+        build().with_context(|| format!("making variant {}", self.name))
+    }
+}
+
+/// All valid variants.
+pub fn valid() -> &'static [Variant] {
+    static ALL: LazyLock<Vec<Variant>> = LazyLock::new(|| {
+        [delta::VARIANTS, sparse::VARIANTS, stream::VARIANTS, split::VARIANTS, text::VARIANTS, chain::VARIANTS].concat()
+    });
+    &ALL
+}
