@@ -22,6 +22,7 @@ pub mod error;
 pub mod fuse;
 pub mod image;
 pub mod layer;
+pub mod query;
 pub mod source;
 pub mod store;
 pub mod vmdk;

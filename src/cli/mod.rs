@@ -125,8 +125,8 @@ fn one_line(error: &clap::Error) -> UsageError {
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let ends = ["\n\nUsage:", "\n\nFor more information"];
     let end = ends.iter().filter_map(|end| text.find(end)).min().unwrap_or(text.len());
-    let words: Vec<&str> = text[..end].split_whitespace().collect();
-    UsageError::new(words.join(" "))
+    let sentences = text[..end].split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+    UsageError::new(sentences.collect::<Vec<_>>().join("; "))
 }
 
 #[cfg(test)]

@@ -119,6 +119,9 @@ fn split(list: &OsStr) -> Vec<OsString> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn parse(list: &str) -> Result<Options, String> {
@@ -203,6 +206,24 @@ mod tests {
         let options = parse("ro,cache=none,file=/a\\,b\\\\c\\d").unwrap();
         let keys: Vec<_> = options.keys.iter().map(|(key, value)| (key.name, value.to_str().unwrap())).collect();
         assert_eq!(keys, [("cache", "none"), ("file", "/a,b\\c\\d")]);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_escaped_and_joined_is_split_again(options in vec(vec(any::<u8>(), 1..8), 0..6)) {
+            let mut list = Vec::new();
+            for option in &options {
+                for byte in option {
+                    if matches!(byte, b',' | b'\\') {
+                        list.push(b'\\');
+                    }
+                    list.push(*byte);
+                }
+                list.push(b',');
+            }
+            let split: Vec<_> = split(OsStr::from_bytes(&list)).into_iter().map(OsString::into_vec).collect();
+            prop_assert_eq!(split, options);
+        }
     }
 
     #[test]

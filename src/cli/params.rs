@@ -179,9 +179,9 @@ pub(super) fn with_key(source: &OsStr) -> OsString {
     word
 }
 
-/// Whether a word is `KEY=VALUE` with a known key, and so hardly a path.
-pub(super) fn is_known_key(word: &OsStr) -> bool {
-    matches!(classify(word), Word::Key(name, _) if keys::find(name).is_some())
+/// The known key that a word starts with; then it is hardly a path.
+pub(super) fn known_key(word: &OsStr) -> Option<&'static str> {
+    split_key(word).and_then(|(name, _)| keys::find(name)).map(|key| key.name)
 }
 
 /// The error for a key that is not in the table. The value is not repeated: it may be a secret.

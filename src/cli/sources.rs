@@ -96,8 +96,10 @@ impl Walk {
             }
             return Ok(());
         };
-        if !has_wildcard(component.as_os_str()) {
-            return self.descend(base.join(component), rest);
+        // What exists is meant as it is written here too: the current directory may be called `[vms]`.
+        let literal = base.join(component);
+        if !has_wildcard(component.as_os_str()) || exists(&literal) {
+            return self.descend(literal, rest);
         }
         let pattern = Pattern::new(&as_text(component.as_os_str()))?;
         for name in self.names_in(&base) {
@@ -230,6 +232,17 @@ mod tests {
         assert_eq!(expanded(&dir, b"a[1].vmdk"), [b"a[1].vmdk"]);
         assert_eq!(expanded(&dir, b"*"), [b"*"]);
         assert_eq!(expanded(&dir, b"a[12].vmdk"), [b"a1.vmdk"]);
+    }
+
+    #[test]
+    fn a_folder_that_exists_is_no_pattern_either() {
+        let dir = folder(&[]);
+        for name in ["[vms]", "v"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join("a.vmdk"), "").unwrap();
+        }
+        assert_eq!(expanded(&dir, b"[vms]/*.vmdk"), [b"[vms]/a.vmdk"]);
+        assert_eq!(expanded(&dir, b"[v]/*.vmdk"), [b"v/a.vmdk"]);
     }
 
     #[test]

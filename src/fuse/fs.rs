@@ -16,7 +16,7 @@ use fuser::{
     ReplyOpen, ReplyStatfs, Request,
 };
 
-use crate::config::{DiskConfig, MountOptions, PageCache};
+use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::image::{self, Image, MAX_READ, Scratch, Seek};
@@ -38,19 +38,10 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new());
 }
 
-/// What the mount looks like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// A directory of disks.
-    Directory,
-    /// One disk, in the place of the file that is covered.
-    File,
-}
-
 /// The file system of a mount.
 #[derive(Debug)]
 pub struct DiskFs {
-    shape: Shape,
+    shape: MountKind,
     nodes: Vec<Node>,
     owner: (u32, u32),
     umask: u16,
@@ -77,7 +68,7 @@ const SERVED: FileHandle = FileHandle(0);
 
 impl DiskFs {
     /// A file system of open disks, each with its configuration.
-    pub fn new(shape: Shape, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
+    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
         let nodes = disks.into_iter().map(|(config, image)| Node {
             config,
             image: RwLock::new(Arc::new(image)),
@@ -97,9 +88,9 @@ impl DiskFs {
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
         let index = match (self.shape, ino) {
-            (Shape::File, ROOT) => Some(0),
-            (Shape::File, _) => None,
-            (Shape::Directory, INodeNo(n)) => n.checked_sub(FIRST_DISK),
+            (MountKind::File, ROOT) => Some(0),
+            (MountKind::File, _) => None,
+            (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
         };
         let index = index.and_then(|i| usize::try_from(i).ok());
         index.and_then(|i| self.nodes.get(i)).ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
@@ -167,12 +158,12 @@ impl Node {
         if old.is_unchanged() {
             return Ok(true);
         }
-        tracing::info!("{}: the image was changed underneath, it is opened anew", self.config.name);
+        tracing::info!("{}: the image was changed underneath, it is opened anew", self.config.name.display());
         let new = image::open(&self.config)?;
         if new.len() != old.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("{}: its size changed from {} to {} bytes", self.config.name, old.len(), new.len()),
+                format!("{}: its size changed from {} to {} bytes", self.config.name.display(), old.len(), new.len()),
             ));
         }
         *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
@@ -195,7 +186,7 @@ impl Node {
             Ok(backing) => reply.opened_passthrough(PASSED, FopenFlags::empty(), &backing),
             Err(why) => {
                 if !self.said_served.swap(true, Ordering::Relaxed) {
-                    tracing::info!("{}: read by this process: {why}", self.config.name);
+                    tracing::info!("{}: read by this process: {why}", self.config.name.display());
                 }
                 let flags = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
                 reply.opened(SERVED, flags);
@@ -221,7 +212,7 @@ impl Node {
         })?;
         let id = Arc::new(id);
         *backing = Some((Arc::clone(&id), 1));
-        tracing::info!("{}: read by the kernel itself (FUSE passthrough)", self.config.name);
+        tracing::info!("{}: read by the kernel itself (FUSE passthrough)", self.config.name.display());
         Ok(id)
     }
 
@@ -244,7 +235,7 @@ impl Node {
             match image.read(offset, size as usize, scratch) {
                 Ok(bytes) => reply.data(bytes),
                 Err(e) => {
-                    tracing::error!("{}: reading {size} bytes at {offset}: {e}", self.config.name);
+                    tracing::error!("{}: reading {size} bytes at {offset}: {e}", self.config.name.display());
                     reply.error(errno(&e));
                 }
             }
@@ -292,7 +283,7 @@ impl Filesystem for DiskFs {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         guarded(|| {
             let found =
-                self.nodes.iter().position(|n| self.shape == Shape::Directory && name == n.config.name.as_str());
+                self.nodes.iter().position(|n| self.shape == MountKind::Dir && name == n.config.name);
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
@@ -382,15 +373,15 @@ impl Filesystem for DiskFs {
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         guarded(|| {
-            if self.shape == Shape::File || ino != ROOT {
+            if self.shape == MountKind::File || ino != ROOT {
                 return reply.error(Errno::ENOTDIR);
             }
-            let dots = [".", ".."].into_iter().map(|name| (ROOT, FileType::Directory, name));
+            let dots = [".", ".."].into_iter().map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
             let files = self
                 .nodes
                 .iter()
                 .enumerate()
-                .map(|(i, n)| (INodeNo(FIRST_DISK + i as u64), FileType::RegularFile, n.config.name.as_str()));
+                .map(|(i, n)| (INodeNo(FIRST_DISK + i as u64), FileType::RegularFile, n.config.name.as_os_str()));
             for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
                 if reply.add(ino, i as u64 + 1, kind, name) {
                     break;

@@ -3,4 +3,4 @@
 mod errno;
 pub mod fs;
 
-pub use fs::{DiskFs, Shape};
+pub use fs::DiskFs;

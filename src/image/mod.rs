@@ -11,7 +11,7 @@ mod scratch;
 mod stack;
 
 pub use scratch::{MAX_READ, Scratch};
-pub use stack::{Description, open, open_source};
+pub use stack::{Description, Source, open, open_source};
 
 /// An open disk, byte by byte. Shared by all threads.
 #[derive(Debug)]

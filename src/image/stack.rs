@@ -108,7 +108,7 @@ impl Source {
             Source::Raw(..) => ("raw", None),
         };
         Description {
-            name: config.name.clone(),
+            name: config.name.to_string_lossy().into_owned(),
             file: local.path.display().to_string(),
             format,
             size: self.disk().geometry().bytes(),

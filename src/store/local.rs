@@ -63,7 +63,7 @@ impl LocalStore {
             let place = leads_to(&folder.real, &rest);
             (other, rest) = allowed.find(&place)?.ok_or_else(|| self.refusal(path, &place))?;
         }
-        Err(self.refusal(path, &rest))
+        Err(self.refusal(path, &self.folder.real.join(rest)))
     }
 
     /// Lets a file in that a name inside of an image led to, if its kind is right; a device only if `devices`.
@@ -444,3 +444,6 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
 fn or_dot(rest: &Path) -> PathBuf {
     if rest.as_os_str().is_empty() { PathBuf::from(".") } else { rest.to_path_buf() }
 }
+
+#[cfg(test)]
+mod tests;

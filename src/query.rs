@@ -1,0 +1,241 @@
+//! The actions that only look: `--info`, `--map`, `--check`, `--dump`.
+//!
+//! Each makes a value that serde can write, and prints it as JSON or as text. A disk that can't be opened ends the
+//! action: what was asked for can't be told.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::block::{BlockRead, Content, Lba, SECTOR};
+use crate::config::{DiskConfig, Query, SourceConfig};
+use crate::error::{Error, Result};
+use crate::image::{Description, Source, open_source};
+use crate::vmdk::{self, CheckReport};
+
+/// Exit statuses of `--check` beside 0: what a script asks.
+const LEAKS: u8 = 3;
+const CORRUPT: u8 = 4;
+
+/// `--info`: prints what each disk is.
+pub fn info(query: &Query) -> Result<u8> {
+    let described = each(query, |disk, source| Ok(source.describe(disk)))?;
+    print(query.json, &described, |out| described.iter().for_each(|d| info_text(d, out)))?;
+    Ok(0)
+}
+
+/// `--map`: prints where data, holes and zeroes lie.
+pub fn map(query: &Query) -> Result<u8> {
+    let maps = each(query, |disk, source| {
+        Ok(DiskMap { name: disk.name.to_string_lossy().into_owned(), map: stretches(&*source.disk())? })
+    })?;
+    print(query.json, &maps, |out| maps.iter().for_each(|m| map_text(m, out)))?;
+    Ok(0)
+}
+
+/// `--check`: prints what is wrong with each disk. Status 0: clean; 3: leaks only; 4: corrupt.
+pub fn check(query: &Query) -> Result<u8> {
+    let mut checked = Vec::new();
+    for disk in &query.disks {
+        checked.push(check_one(disk)?);
+    }
+    print(query.json, &checked, |out| checked.iter().for_each(|c| check_text(c, out)))?;
+    let status = |c: &Checked| match c.status {
+        Status::Clean => 0,
+        Status::Leaks => LEAKS,
+        Status::Corrupt => CORRUPT,
+    };
+    Ok(checked.iter().map(status).max().unwrap_or(0))
+}
+
+/// `--dump`: prints versions and back ends.
+pub fn dump(json: bool) -> Result<u8> {
+    let build = Build {
+        name: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        backends: ["native"],
+        formats: ["vmdk", "raw"],
+        extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
+        writable: [],
+        max_links: vmdk::MAX_LINKS,
+    };
+    print(json, &build, |out| {
+        let lines = [
+            format!("{}={}", build.name, build.version),
+            format!("backends={}", build.backends.join(",")),
+            format!("formats={}", build.formats.join(",")),
+            format!("extents={}", build.extents.join(",")),
+            format!("writable={}", build.writable.join(",")),
+            format!("max_links={}", build.max_links),
+        ];
+        out.push_str(&(lines.join("\n") + "\n"));
+    })?;
+    Ok(0)
+}
+
+#[derive(Debug, Serialize)]
+struct Build {
+    name: &'static str,
+    version: &'static str,
+    backends: [&'static str; 1],
+    formats: [&'static str; 2],
+    extents: [&'static str; 7],
+    writable: [&'static str; 0],
+    max_links: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct DiskMap {
+    name: String,
+    map: Vec<Stretch>,
+}
+
+/// A range of bytes of one content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Stretch {
+    start: u64,
+    length: u64,
+    content: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Checked {
+    name: String,
+    status: Status,
+    #[serde(flatten)]
+    report: CheckReport,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Clean,
+    Leaks,
+    Corrupt,
+}
+
+fn each<T>(query: &Query, what: impl Fn(&DiskConfig, &Source) -> Result<T>) -> Result<Vec<T>> {
+    query.disks.iter().map(|disk| what(disk, &open_source(disk)?)).collect()
+}
+
+/// Joins the neighbours of one content, which the source tells in pieces.
+fn stretches(disk: &dyn BlockRead) -> Result<Vec<Stretch>> {
+    let end = disk.geometry().sectors;
+    let mut found: Vec<Stretch> = Vec::new();
+    let mut at = 0;
+    while at < end {
+        let (content, sectors) = disk.content_at(Lba(at))?;
+        let content = match content {
+            Content::Data => "data",
+            Content::Zero => "zero",
+            Content::Hole => "hole",
+        };
+        let (start, length) = (at * SECTOR, sectors * SECTOR);
+        match found.last_mut() {
+            Some(last) if last.content == content => last.length += length,
+            _ => found.push(Stretch { start, length, content }),
+        }
+        at += sectors.max(1);
+    }
+    Ok(found)
+}
+
+/// An image that can't be opened because it is damaged is a finding and not a failure of the check.
+fn check_one(disk: &DiskConfig) -> Result<Checked> {
+    let name = disk.name.to_string_lossy().into_owned();
+    let found = match open_source(disk) {
+        Ok(Source::Vmdk(vmdk)) => vmdk::check(&vmdk),
+        Ok(Source::Raw(..)) => Ok(CheckReport::default()),
+        Err(e) => Err(e),
+    };
+    let report = match found {
+        Ok(report) => report,
+        Err(e) if e.kind() == crate::error::ErrorKind::Corrupt => {
+            CheckReport { errors: vec![e.to_string()], error_count: 1, ..CheckReport::default() }
+        }
+        Err(e) => return Err(e),
+    };
+    let status = match (&report.error_count, report.leaks) {
+        (0, 0) => Status::Clean,
+        (0, _) => Status::Leaks,
+        _ => Status::Corrupt,
+    };
+    Ok(Checked { name, status, report })
+}
+
+/// Prints JSON, or the text that `text` makes. A reader that went away is no error.
+fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> Result<()> {
+    let mut out = String::new();
+    if json {
+        out = serde_json::to_string_pretty(value)
+            .map_err(|e| Error::new(crate::error::ErrorKind::Usage, format!("writing JSON: {e}")))?;
+        out.push('\n');
+    } else {
+        text(&mut out);
+    }
+    match io::stdout().lock().write_all(out.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("writing to standard output", e)),
+        _ => Ok(()),
+    }
+}
+
+/// Writing to a `String` cannot fail.
+macro_rules! line {
+    ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out, $($arg)*); }};
+}
+
+fn info_text(d: &Description, out: &mut String) {
+    line!(out, "{}: {}", d.name, d.file);
+    line!(out, "  format    {}", d.format);
+    line!(out, "  size      {} bytes ({} sectors)", d.size, d.size / SECTOR);
+    if let Some(vmdk) = &d.vmdk {
+        line!(out, "  type      {}", vmdk.create_type);
+        for e in &vmdk.extents {
+            let file = e.file.as_deref().unwrap_or("-");
+            let grain = e.grain.map_or_else(String::new, |g| format!(", grains of {g} bytes"));
+            line!(out, "  extent    {} {} sectors {}{grain}: {file}", e.access, e.sectors, e.kind);
+        }
+        for (i, link) in vmdk.chain.iter().enumerate() {
+            let cid = link.cid.as_deref().unwrap_or("none");
+            let parent = link.parent_cid.as_ref().map_or_else(String::new, |p| format!(", parent {p}"));
+            let unclean = if link.unclean { ", was not closed after writing" } else { "" };
+            line!(out, "  link {i:<4} {} CID {cid}{parent}{unclean}: {}", link.create_type, link.file);
+        }
+    }
+    let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
+    line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
+}
+
+fn map_text(m: &DiskMap, out: &mut String) {
+    line!(out, "{}:", m.name);
+    line!(out, "  {:>16} {:>16}  content", "start", "length");
+    for s in &m.map {
+        line!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content);
+    }
+}
+
+fn check_text(c: &Checked, out: &mut String) {
+    for e in &c.report.errors {
+        line!(out, "{}: error: {e}", c.name);
+    }
+    let more = c.report.error_count - c.report.errors.len() as u64;
+    if more > 0 {
+        line!(out, "{}: and {more} errors more", c.name);
+    }
+    for n in &c.report.notes {
+        line!(out, "{}: note: {n}", c.name);
+    }
+    let verdict = match c.status {
+        Status::Clean => "clean".to_owned(),
+        Status::Leaks => format!("{} leaked grains, nothing else", c.report.leaks),
+        Status::Corrupt => format!("corrupt: {} errors, {} leaked grains", c.report.error_count, c.report.leaks),
+    };
+    line!(out, "{}: {verdict} ({} grains looked at)", c.name, c.report.grains);
+}
+
+/// The file that a disk comes from, for messages.
+pub fn source_name(disk: &DiskConfig) -> String {
+    let SourceConfig::Local(local) = &disk.source;
+    local.path.display().to_string()
+}

@@ -1,0 +1,394 @@
+use std::fs::OpenOptions;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::stat::{Mode, SFlag};
+use nix::unistd::mkfifo;
+use tempfile::TempDir;
+
+use super::*;
+
+/// `image/` with `disk.vmdk`, `a.bin`, `sub/b.bin`; beside it `other/secret.bin`. Each file holds its own name.
+struct Folders {
+    root: TempDir,
+}
+
+impl Folders {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        for folder in ["image/sub", "other/deep"] {
+            fs::create_dir_all(root.path().join(folder)).unwrap();
+        }
+        for file in ["image/disk.vmdk", "image/a.bin", "image/sub/b.bin", "other/secret.bin", "other/deep/c.bin"] {
+            fs::write(root.path().join(file), file).unwrap();
+        }
+        Self { root }
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.path().join(path)
+    }
+
+    fn link(&self, target: impl AsRef<Path>, link: &str) {
+        symlink(target, self.path(link)).unwrap();
+    }
+
+    fn store(&self, allow: &[PathBuf]) -> LocalStore {
+        LocalStore::new(&self.path("image"), allow.into()).unwrap()
+    }
+}
+
+fn open(store: &dyn Store, name: impl AsRef<[u8]>) -> Result<Arc<dyn StoredFile>> {
+    store.open(&ExtentName::new(name).unwrap())
+}
+
+fn content(file: &dyn StoredFile) -> String {
+    let mut bytes = vec![0; usize::try_from(file.len()).unwrap()];
+    file.read_exact_at(0, &mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+fn reads(store: &dyn Store, name: impl AsRef<[u8]>) -> String {
+    content(open(store, name).unwrap().as_ref())
+}
+
+#[track_caller]
+fn refused(store: &dyn Store, name: impl AsRef<[u8]>, kind: ErrorKind, says: &[&str]) {
+    let error = open(store, name).unwrap_err();
+    assert_eq!(error.kind(), kind, "{error}");
+    for what in says {
+        assert!(error.to_string().contains(what), "`{error}` does not say `{what}`");
+    }
+}
+
+#[test]
+fn names_inside_the_folder_open() {
+    let folders = Folders::new();
+    folders.link("a.bin", "image/link.bin");
+    folders.link("../a.bin", "image/sub/up.bin");
+    folders.link("sub", "image/folder");
+    let store = folders.store(&[]);
+    for (name, is) in [
+        ("a.bin", "image/a.bin"),
+        ("sub/b.bin", "image/sub/b.bin"),
+        ("./sub/../a.bin", "image/a.bin"),
+        ("link.bin", "image/a.bin"),
+        ("sub/up.bin", "image/a.bin"),
+        ("folder/b.bin", "image/sub/b.bin"),
+    ] {
+        assert_eq!(reads(&store, name), is, "{name}");
+    }
+    // Out of the folder and back into it.
+    assert_eq!(reads(&store, "../image/a.bin"), "image/a.bin");
+    assert_eq!(reads(&store, store.folder.real.join("a.bin").as_os_str().as_bytes()), "image/a.bin");
+}
+
+#[test]
+fn names_that_lead_out_are_refused() {
+    let folders = Folders::new();
+    let secret = fs::canonicalize(folders.path("other/secret.bin")).unwrap();
+    folders.link(&secret, "image/absolute.bin");
+    folders.link("../other/secret.bin", "image/relative.bin");
+    folders.link("../other", "image/folder");
+    folders.link("relative.bin", "image/twice.bin");
+    let store = folders.store(&[]);
+    let (to, option) = (secret.to_str().unwrap(), format!("allow-dir={}", secret.parent().unwrap().display()));
+    for name in ["../other/secret.bin", "absolute.bin", "relative.bin", "twice.bin", "folder/secret.bin", to] {
+        refused(&store, name, ErrorKind::Policy, &[name, to, &option]);
+    }
+    refused(&store, "/etc/passwd", ErrorKind::Policy, &["/etc/passwd", "allow-dir=/etc "]);
+    // Refused before it is known whether it exists.
+    refused(&store, "/nowhere/x", ErrorKind::Policy, &["/nowhere/x"]);
+    refused(&store, "../../../../../../../../etc/passwd", ErrorKind::Policy, &["leads to /etc/passwd"]);
+}
+
+#[test]
+fn allowed_folders_open() {
+    let folders = Folders::new();
+    folders.link("../other/secret.bin", "image/relative.bin");
+    folders.link("../other", "image/folder");
+    folders.link("other", "alias");
+    let secret = folders.path("other/secret.bin");
+    let by_alias = folders.path("alias/secret.bin");
+    for allow in [folders.path("other"), folders.path("alias"), folders.root.path().to_path_buf()] {
+        let store = folders.store(&[allow]);
+        for name in ["../other/secret.bin", "relative.bin", "folder/secret.bin", secret.to_str().unwrap()] {
+            assert_eq!(reads(&store, name), "other/secret.bin", "{name}");
+        }
+    }
+    let store = folders.store(&[PathBuf::from("/nowhere-else-usr"), folders.path("alias")]);
+    refused(&store, by_alias.to_str().unwrap(), ErrorKind::NotFound, &["allow-dir", "/nowhere-else-usr"]);
+    let store = folders.store(&[folders.path("alias")]);
+    assert_eq!(reads(&store, by_alias.to_str().unwrap()), "other/secret.bin");
+    let missing = folders.path("other/missing.bin");
+    refused(&store, missing.to_str().unwrap(), ErrorKind::NotFound, &["other/missing.bin"]);
+}
+
+#[test]
+fn an_allowed_folder_is_no_way_out_either() {
+    let folders = Folders::new();
+    folders.link("/etc/passwd", "other/out.bin");
+    folders.link("../../image/a.bin", "other/deep/back.bin");
+    let store = folders.store(&[folders.path("other")]);
+    refused(&store, "../other/out.bin", ErrorKind::Policy, &["leads to /etc/passwd", "allow-dir=/etc "]);
+    refused(&store, "../other/../../x", ErrorKind::Policy, &["allow-dir="]);
+    assert_eq!(reads(&store, "../other/deep/back.bin"), "image/a.bin");
+    // `other-not` only starts like `other`.
+    fs::create_dir(folders.path("other-not")).unwrap();
+    fs::write(folders.path("other-not/x"), "x").unwrap();
+    refused(&store, "../other-not/x", ErrorKind::Policy, &["other-not"]);
+}
+
+#[test]
+fn links_in_circles_end() {
+    let folders = Folders::new();
+    folders.link("round", "image/round");
+    folders.link("../other/there", "image/here");
+    folders.link("../image/here", "other/there");
+    let store = folders.store(&[folders.path("other")]);
+    refused(&store, "round", ErrorKind::Policy, &["too many links"]);
+    refused(&store, "here", ErrorKind::Policy, &["here"]);
+}
+
+#[test]
+fn links_of_proc_are_refused() {
+    let folders = Folders::new();
+    let secret = File::open(folders.path("other/secret.bin")).unwrap();
+    let store = LocalStore::new(Path::new("/proc/self/fd"), [].into()).unwrap();
+    refused(&store, secret.as_raw_fd().to_string(), ErrorKind::Policy, &["/proc"]);
+}
+
+#[test]
+fn missing_files_are_named() {
+    let folders = Folders::new();
+    folders.link("nothing", "image/dangling.bin");
+    let store = folders.store(&[]);
+    let full = |name: &str| store.folder.real.join(name).display().to_string();
+    for name in ["missing.bin", "dangling.bin", "a.bin/x", "sub/../missing", "nbd:localhost:10809"] {
+        refused(&store, name, ErrorKind::NotFound, &[&full(name)]);
+    }
+    assert_eq!(LocalStore::new(&folders.path("none"), [].into()).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn the_raw_spelling_is_tried_second() {
+    let folders = Folders::new();
+    let raw = std::ffi::OsStr::from_bytes(b"caf\xe9.bin");
+    let name = ExtentName::new("café.bin").unwrap().or_raw(raw.as_bytes()).unwrap();
+    let store = folders.store(&[]);
+    let error = store.open(&name).unwrap_err();
+    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("café.bin"), "{error}");
+    fs::write(folders.path("image").join(raw), "raw").unwrap();
+    assert_eq!(content(store.open(&name).unwrap().as_ref()), "raw");
+    fs::write(folders.path("image/café.bin"), "decoded").unwrap();
+    assert_eq!(content(store.open(&name).unwrap().as_ref()), "decoded");
+}
+
+#[test]
+fn other_kinds_of_files_are_refused_without_blocking() {
+    let (done, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        refuse_other_kinds();
+        done.send(())
+    });
+    // An open that blocks on the FIFO never comes back; a failed assertion drops `done`.
+    wait.recv_timeout(Duration::from_secs(20)).unwrap();
+}
+
+fn refuse_other_kinds() {
+    let folders = Folders::new();
+    mkfifo(&folders.path("image/fifo"), Mode::S_IRWXU).unwrap();
+    folders.link("fifo", "image/to-fifo");
+    let _socket = std::os::unix::net::UnixListener::bind(folders.path("image/socket")).unwrap();
+    for allow in [vec![], vec![PathBuf::from("/dev"), folders.path("image")]] {
+        let store = folders.store(&allow);
+        refused(&store, "fifo", ErrorKind::Policy, &["FIFO"]);
+        refused(&store, "to-fifo", ErrorKind::Policy, &["FIFO"]);
+        refused(&store, "socket", ErrorKind::Policy, &["socket"]);
+        refused(&store, "sub", ErrorKind::Policy, &["directory"]);
+        refused(&store, ".", ErrorKind::Policy, &["directory"]);
+        let says = if allow.is_empty() { "allow-dir=/dev" } else { "character device" };
+        refused(&store, "/dev/null", ErrorKind::Policy, &[says]);
+    }
+    for (path, says) in [("image/fifo", "FIFO"), ("image/to-fifo", "FIFO"), ("image", "directory")] {
+        let error = open_user_path(&folders.path(path), [].into()).unwrap_err();
+        assert!(error.kind() == ErrorKind::Usage && error.to_string().contains(says), "{error}");
+    }
+    let error = open_user_path(Path::new("/dev/null"), [].into()).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.to_string().contains("character device"), "{error}");
+}
+
+/// A loop device, detached at the end.
+struct Loop(PathBuf);
+
+impl Loop {
+    /// `None` where this process may not make one.
+    fn over(file: &Path) -> Option<Self> {
+        let made = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output().ok()?;
+        let device = String::from_utf8(made.stdout).ok()?;
+        made.status.success().then(|| Self(PathBuf::from(device.trim())))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices_open_where_they_are_allowed() {
+    let folders = Folders::new();
+    fs::write(folders.path("backing"), vec![7; 8192]).unwrap();
+    let Some(device) = Loop::over(&folders.path("backing")) else {
+        eprintln!("SKIPPED block_devices_open_where_they_are_allowed: no loop device can be made here");
+        return;
+    };
+    let name = device.0.as_os_str().as_bytes();
+    refused(&folders.store(&[]), name, ErrorKind::Policy, &["allow-dir=/dev"]);
+    folders.link(&device.0, "image/link");
+    refused(&folders.store(&[]), "link", ErrorKind::Policy, &["allow-dir=/dev"]);
+    let in_dev = LocalStore::new(Path::new("/dev"), [].into()).unwrap();
+    let node = device.0.file_name().unwrap().as_bytes();
+    refused(&in_dev, node, ErrorKind::Policy, &["block device", "allow-dir=/dev"]);
+
+    let allow: Arc<[PathBuf]> = [PathBuf::from("/dev")].into();
+    let allowed_dev = LocalStore::new(Path::new("/dev"), allow.clone()).unwrap();
+    let files = [
+        open(&folders.store(&allow), name).unwrap(),
+        open(&folders.store(&allow), "link").unwrap(),
+        open(&allowed_dev, node).unwrap(),
+        open_user_path(&device.0, [].into()).unwrap(),
+    ];
+    for file in &files {
+        let mut bytes = [0; 512];
+        file.read_exact_at(7680, &mut bytes).unwrap();
+        assert_eq!((file.len(), file.allocated().unwrap(), bytes), (8192, 8192, [7; 512]));
+        assert_eq!(file.identity().unwrap(), files[0].identity().unwrap());
+    }
+
+    let again = folders.path("again");
+    nix::sys::stat::mknod(&again, SFlag::S_IFBLK, Mode::S_IRWXU, fs::metadata(&device.0).unwrap().rdev()).unwrap();
+    match open_user_path(&again, [].into()) {
+        Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
+        Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
+    }
+}
+
+#[test]
+fn the_file_of_the_user_may_be_a_symlink() {
+    let folders = Folders::new();
+    folders.link("image/disk.vmdk", "mine.vmdk");
+    let file = open_user_path(&folders.path("mine.vmdk"), [].into()).unwrap();
+    assert_eq!(content(file.as_ref()), "image/disk.vmdk");
+    assert!(file.label().ends_with("/mine.vmdk"), "{}", file.label());
+    // Its siblings are those of the real file.
+    let siblings = file.siblings().unwrap();
+    assert_eq!(reads(siblings.as_ref(), "a.bin"), "image/a.bin");
+    refused(siblings.as_ref(), "../mine.vmdk", ErrorKind::Policy, &["allow-dir="]);
+    let error = open_user_path(&folders.path("none.vmdk"), [].into()).unwrap_err();
+    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("none.vmdk"), "{error}");
+}
+
+#[test]
+fn siblings_follow_the_file_and_keep_what_is_allowed() {
+    let folders = Folders::new();
+    let file = open_user_path(&folders.path("image/disk.vmdk"), [folders.path("other")].into()).unwrap();
+    let beside = file.siblings().unwrap();
+    let deep = open(beside.as_ref(), "../other/deep/c.bin").unwrap().siblings().unwrap();
+    assert_eq!(reads(deep.as_ref(), "c.bin"), "other/deep/c.bin");
+    assert_eq!(reads(deep.as_ref(), "../secret.bin"), "other/secret.bin");
+    refused(deep.as_ref(), "../../image/a.bin", ErrorKind::Policy, &["allow-dir="]);
+    let sub = open(beside.as_ref(), "sub/b.bin").unwrap().siblings().unwrap();
+    refused(sub.as_ref(), "../a.bin", ErrorKind::Policy, &["allow-dir="]);
+}
+
+#[test]
+fn a_file_without_a_folder_has_no_siblings() {
+    let folders = Folders::new();
+    let path = folders.path("image/disk.vmdk");
+    let siblings = |file: &dyn StoredFile| file.siblings().unwrap_err().kind();
+    let deleted = open_user_path(&path, [].into()).unwrap();
+    fs::remove_file(&path).unwrap();
+    assert_eq!(siblings(deleted.as_ref()), ErrorKind::NotFound);
+    // Another file took its name.
+    let replaced = open_user_path(&folders.path("other/secret.bin"), [].into()).unwrap();
+    fs::rename(folders.path("image/a.bin"), folders.path("other/secret.bin")).unwrap();
+    assert_eq!(siblings(replaced.as_ref()), ErrorKind::NotFound);
+    // The folder was exchanged for a link to another one.
+    let moved = open_user_path(&folders.path("image/sub/b.bin"), [].into()).unwrap();
+    fs::rename(folders.path("image/sub"), folders.path("gone")).unwrap();
+    folders.link(folders.path("gone"), "image/sub");
+    assert!(moved.siblings().is_err());
+    // Its kernel path is `/memfd:… (deleted)`, and `/` must not become its folder.
+    let memory = nix::sys::memfd::memfd_create("x", nix::sys::memfd::MFdFlags::empty()).unwrap();
+    let file = open_user_path(&proc_path(&memory), [].into()).unwrap();
+    assert_eq!(siblings(file.as_ref()), ErrorKind::NotFound);
+}
+
+#[test]
+fn reads_are_exact_or_an_error_that_names_the_place() {
+    let folders = Folders::new();
+    let path = folders.path("image/a.bin");
+    fs::write(&path, b"0123456789").unwrap();
+    let file = open(&folders.store(&[]), "a.bin").unwrap();
+    let mut four = [0; 4];
+    file.read_exact_at(6, &mut four).unwrap();
+    assert_eq!(&four, b"6789");
+    file.read_exact_at(10, &mut []).unwrap();
+    let error = file.read_exact_at(7, &mut four).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    let says = "image/a.bin: read of 4 bytes at byte 7: the file ends at byte 10";
+    assert!(error.to_string().ends_with(says), "{error}");
+    for far in [u64::MAX, u64::MAX - 3, i64::MAX as u64 - 3] {
+        assert_eq!(file.read_exact_at(far, &mut four).unwrap_err().kind(), ErrorKind::OutOfRange);
+    }
+}
+
+#[test]
+fn identity_tells_files_and_their_states_apart() {
+    let folders = Folders::new();
+    fs::hard_link(folders.path("image/a.bin"), folders.path("image/same.bin")).unwrap();
+    folders.link("a.bin", "image/link.bin");
+    let store = folders.store(&[]);
+    let identity = |name: &str| open(&store, name).unwrap().identity().unwrap();
+    let before = identity("a.bin");
+    assert_eq!(before, identity("same.bin"));
+    assert_eq!(before, identity("link.bin"));
+    assert_ne!(before.file, identity("disk.vmdk").file);
+    let held = open(&store, "a.bin").unwrap();
+    OpenOptions::new().write(true).open(folders.path("image/a.bin")).unwrap().set_len(4096).unwrap();
+    let after = held.identity().unwrap();
+    assert_eq!((after.file, after.len, held.len()), (before.file, 4096, 11));
+    let past = std::time::SystemTime::UNIX_EPOCH - Duration::from_nanos(1_500_000_000);
+    OpenOptions::new().write(true).open(folders.path("image/a.bin")).unwrap().set_modified(past).unwrap();
+    assert_eq!(held.identity().unwrap().mtime_ns, -1_500_000_000);
+}
+
+#[test]
+fn holes_are_not_allocated() {
+    let folders = Folders::new();
+    let file = File::create(folders.path("image/a.bin")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let opened = open_user_path(&folders.path("image/a.bin"), [].into()).unwrap();
+    assert_eq!(opened.len(), 64 << 20);
+    assert!(opened.allocated().unwrap() < 1 << 20);
+    assert_eq!(opened.fd().map(|fd| fd.as_raw_fd() >= 0), Some(true));
+}
+
+#[test]
+fn labels_hold_no_control_characters() {
+    let folders = Folders::new();
+    fs::write(folders.path("image/x\x1b[31m"), "").unwrap();
+    let label = open(&folders.store(&[]), "x\x1b[31m").unwrap().label().to_owned();
+    assert!(label.ends_with("image/x\\u{1b}[31m"), "{label}");
+}
+
+#[test]
+fn an_old_kernel_is_named_as_the_reason() {
+    let error = system("disk.vmdk".to_owned(), Errno::ENOSYS);
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("Linux 5.6"), "{error}");
+}
