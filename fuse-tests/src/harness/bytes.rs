@@ -211,3 +211,61 @@ fn assert_equal(path: &Path, offset: u64, seen: &[u8], wanted: &[u8]) {
         panic!("{} is wrong at byte {}: {a:#04x}, not {b:#04x}", path.display(), offset + at as u64);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 300 KiB of which the second 100 KiB are a hole, where the file system has holes.
+    fn file() -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(300 << 10).unwrap();
+        file.as_file().write_all_at(&[1; 100 << 10], 0).unwrap();
+        file.as_file().write_all_at(&[2; 100 << 10], 200 << 10).unwrap();
+        file
+    }
+
+    #[test]
+    fn every_way_to_read_gives_the_same_bytes() {
+        let file = file();
+        let all = std::fs::read(file.path()).unwrap();
+        assert!(map_bytes(file.path()) == all);
+        assert_eq!(sha256(file.path()), digest(&all));
+        assert_eq!(digest_range(file.path(), 7, 200_000), digest(&all[7..200_007]));
+        let data: u64 = data_ranges(file.path()).iter().map(|range| range.end - range.start).sum();
+        assert!((200 << 10..=300 << 10).contains(&data), "{data} bytes of data");
+    }
+
+    #[test]
+    fn a_grain_digest_leaves_out_zeroes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 * DIGEST_BLOCK).unwrap();
+        file.as_file().write_all_at(&[9], 2 * DIGEST_BLOCK + 5).unwrap();
+        let mut wanted = 2u64.to_le_bytes().to_vec();
+        wanted.resize(8 + DIGEST_BLOCK as usize, 0);
+        wanted[8 + 5] = 9;
+        assert_eq!(digest_grains(file.path()), digest(&wanted));
+    }
+
+    #[test]
+    #[should_panic(expected = "is wrong at byte 250000: 0x02, not 0x03")]
+    fn one_wrong_byte_is_found() {
+        let (seen, wanted) = (file(), file());
+        wanted.as_file().write_all_at(&[3], 250_000).unwrap();
+        assert_same(seen.path(), wanted.path());
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes read from")]
+    fn a_file_that_ends_too_early_is_found_at_random() {
+        let (seen, wanted) = (file(), file());
+        seen.as_file().set_len((300 << 10) - 1).unwrap();
+        assert_same_at_random(seen.path(), wanted.path(), 1, 100);
+    }
+
+    #[test]
+    fn aligned_memory_is_aligned() {
+        let mut buf = Aligned::new(5000);
+        assert_eq!((buf.bytes().len(), buf.bytes().as_ptr().align_offset(4096)), (5000, 0));
+    }
+}

@@ -250,3 +250,35 @@ fn text(file: &File) -> String {
     file.read_exact_at(&mut bytes, 0).expect("reading the output");
     String::from_utf8_lossy(&bytes).into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_and_status_are_kept() {
+        let outcome = Cmd::new("sh").args(["-c", "echo out; echo It failed >&2; exit 7"]).run();
+        assert_eq!(outcome.stdout, "out\n");
+        outcome.one_error(7, &["it failed"]);
+    }
+
+    #[test]
+    fn a_daemon_does_not_keep_its_reader_waiting() {
+        let outcome = Cmd::new("sh").args(["-c", "sleep 30 & echo $!"]).deadline(Duration::from_secs(20)).run().ok();
+        let pid: i32 = outcome.stdout.trim().parse().unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        assert_eq!(wait_end(pid, Duration::from_secs(20)).unwrap().signal, Some(9), "the orphan is reaped");
+    }
+
+    #[test]
+    #[should_panic(expected = "did not end within")]
+    fn a_deadline_ends_it() {
+        Cmd::new("sleep").arg("60").deadline(Duration::from_millis(50)).run();
+    }
+
+    #[test]
+    #[should_panic(expected = "not one line of error")]
+    fn two_lines_are_not_one() {
+        Cmd::new("sh").args(["-c", "echo a >&2; echo b >&2; exit 1"]).run().one_error(1, &[]);
+    }
+}
