@@ -59,8 +59,9 @@ fn help_shows_every_key_of_local_disks() {
 fn dump_tells_the_version_and_the_back_ends() {
     let scratch = Scratch::new();
     let text = scratch.vmdkfuse().arg("--dump").run().ok();
-    let version = text.stdout.lines().find_map(|line| line.strip_prefix("version="));
+    let version = text.stdout.lines().find_map(|line| line.strip_prefix("vmdkfuse="));
     let json = scratch.vmdkfuse().args(["--dump", "--json"]).run().ok().json();
+    assert!(version.is_some_and(|version| !version.is_empty()), "{text}");
     assert_eq!(json["version"].as_str(), version, "{text}");
     assert!(json.to_string().contains("native"), "the built-in engine is not named: {json}");
 }
@@ -165,7 +166,7 @@ fn info_describes_every_subformat() {
         assert!(!disk["reason"].as_str().unwrap().is_empty(), "{subformat}: {json}");
         assert_eq!(disk["extents"].as_array().unwrap().len(), extents, "{subformat}: {json}");
         let extent = &disk["extents"][0];
-        assert_eq!(extent["kind"].as_str().unwrap().to_uppercase(), kind, "{subformat}: {json}");
+        assert!(extent["kind"].as_str().unwrap().starts_with(kind), "{subformat}: {json}");
         assert_eq!(extent["sectors"], (8 << 20) / 512, "{subformat}: {json}");
         assert!(extent["access"].is_string() && extent["file"].is_string(), "{subformat}: {json}");
         let link = only(&disk["chain"]);
