@@ -3,15 +3,25 @@
 # Works as root and as an ordinary user. Everything lies in a temporary directory that is removed at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export LC_ALL=C PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin
+export LC_ALL=C PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:${HOME:-}/.cargo/bin
 
 ./contrib/setup.sh demo
 bin=${VMDKFUSE_BIN:-${CARGO_TARGET_DIR:-target}/release/vmdkfuse}
 bin=$(realpath -m "$bin")
 cargo build --release --locked
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+bold='' plain=''
+if [[ -t 1 ]]; then bold=$'\033[1m' plain=$'\033[0m'; fi
+step() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain"; }
+# Prints a command as one would type it, then runs it.
+run() {
+  local word line='$'
+  for word in "$@"; do
+    if [[ $word == *' '* ]]; then line+=" '$word'"; else line+=" $word"; fi
+  done
+  printf '%s\n' "$line"
+  "$@"
+}
 fail() { printf 'demo: %s\n' "$*" >&2; exit 1; }
 
 [[ -c /dev/fuse ]] || fail "there is no /dev/fuse: load the fuse module, or give the container the device"

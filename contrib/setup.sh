@@ -67,9 +67,10 @@ install() {
   local packages=("$@") plan
   command -v apt-get >/dev/null || die "this is no Debian system; install what corresponds to: ${packages[*]}"
   if [[ $(id -u) != 0 ]]; then
-    say "installing packages needs root; calling sudo"
     { command -v sudo >/dev/null && { [[ -t 0 ]] || sudo -n true 2>/dev/null; }; } ||
-      die "cannot become root here; run as root: apt-get install --no-install-recommends ${packages[*]}"
+      die "installing them needs root, and sudo cannot be used here; run as root:
+  apt-get install --no-install-recommends ${packages[*]}"
+    say "installing them needs root: using sudo"
   fi
   apt_options=()
   extra=$(mktemp -d)

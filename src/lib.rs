@@ -18,11 +18,16 @@
 pub mod block;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod error;
 pub mod fuse;
 pub mod image;
 pub mod layer;
+pub mod log;
+pub mod pidfile;
 pub mod query;
+pub mod run;
+pub mod signals;
 pub mod source;
 pub mod store;
 pub mod vmdk;

@@ -1,3 +1,58 @@
-//! The program: words → configuration → run → exit status.
+//! The program: words → configuration → what was asked for → exit status.
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use vmdkfuse::cli::{self, Parsed};
+use vmdkfuse::config::{Action, Config, MountConfig};
+use vmdkfuse::error::Result;
+use vmdkfuse::fuse::DiskFs;
+use vmdkfuse::run::{self, Opened};
+use vmdkfuse::{image, query};
+
+/// The words can't be understood.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os()) {
+        Ok(Parsed::Run(config)) => act(*config),
+        Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
+        Err(e) => {
+            eprintln!("vmdkfuse: {e}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn act(config: Config) -> ExitCode {
+    let Config { action, log } = config;
+    match action {
+        Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
+        Action::Info(q) => status(query::info(&q)),
+        Action::Map(q) => status(query::map(&q)),
+        Action::Check(q) => status(query::check(&q)),
+        Action::Dump { json } => status(query::dump(json)),
+    }
+}
+
+/// Opens the disks of a mount.
+fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
+    let disks = mount.disks.iter().map(|disk| Ok((disk.clone(), image::open(disk)?)));
+    let disks: Vec<_> = disks.collect::<Result<_>>()?;
+    let source = mount.disks.first().map(query::source_name).unwrap_or_default();
+    let files = mount.disks.iter().map(|d| d.name.clone()).collect();
+    Ok(Opened { filesystem: DiskFs::new(mount.target.kind, disks, &mount.options), source, files })
+}
+
+fn status(done: Result<u8>) -> ExitCode {
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(e) => {
+            eprintln!("vmdkfuse: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

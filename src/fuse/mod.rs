@@ -1,6 +1,25 @@
-//! The FUSE side: what the kernel asks, answered from images.
+//! The FUSE side: the mount, the threads that serve it, and what the kernel asks, answered from images.
+//!
+//! ```text
+//!   mountinfo     what is mounted where
+//!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
+//!   session       serves the kernel's requests on threads of their own
+//!   fs            the answers ── errno: errors become numbers
+//!   readahead     the mount's read-ahead window
+//!   probe         a first read through the mount
+//! ```
 
 mod errno;
 pub mod fs;
+mod fusermount;
+pub mod mount;
+pub mod mountinfo;
+pub mod probe;
+pub mod readahead;
+pub mod session;
+#[cfg(test)]
+mod testfs;
+#[cfg(test)]
+mod tests;
 
 pub use fs::DiskFs;

@@ -86,7 +86,7 @@ impl BlockRead for VmdkDisk {
             let len = (run.sectors() * SECTOR) as usize;
             if let Run::Stored { file, sector, .. } = run {
                 match &mut pending {
-                    Some(p) if p.is_continued_by(file, sector) => p.len += len,
+                    Some(p) if p.is_continued_by(file, sector, done) => p.len += len,
                     other => {
                         if let Some(p) = other.take() {
                             p.read(buf)?;
@@ -150,8 +150,10 @@ struct Pending<'a> {
 }
 
 impl Pending<'_> {
-    fn is_continued_by(&self, file: &Arc<dyn StoredFile>, sector: u64) -> bool {
-        Arc::ptr_eq(self.file, file) && self.sector + self.len as u64 / SECTOR == sector
+    /// Whether what is at `sector` of `file` and goes to `start` of the buffer lies behind it in both.
+    fn is_continued_by(&self, file: &Arc<dyn StoredFile>, sector: u64, start: usize) -> bool {
+        let next = (self.sector + self.len as u64 / SECTOR, self.start + self.len);
+        Arc::ptr_eq(self.file, file) && next == (sector, start)
     }
 
     fn read(self, buf: &mut [u8]) -> Result<()> {

@@ -25,5 +25,5 @@ mod tests;
 
 pub use ctx::{Ctx, Made};
 pub use hostile::{Bad, Expect, Hostile, hostile};
-pub use model::{Content, Joined, Layer, SECTOR};
+pub use model::{Content, Joined, Layer, SECTOR, Shifted};
 pub use valid::{Variant, valid};

@@ -316,6 +316,34 @@ impl Content for Joined {
     }
 }
 
+/// A disk without its first sectors: what an extent in the middle of a child sees of the parent.
+#[derive(Debug)]
+pub struct Shifted {
+    of: Arc<dyn Content>,
+    by: u64,
+}
+
+impl Shifted {
+    /// The disk `of` from sector `by` on.
+    pub fn new(of: Arc<dyn Content>, by: u64) -> Self {
+        Self { of, by }
+    }
+}
+
+impl Content for Shifted {
+    fn sectors(&self) -> u64 {
+        self.of.sectors().saturating_sub(self.by)
+    }
+
+    fn copy_to(&self, sector: u64, out: &mut [u8]) {
+        self.of.copy_to(self.by + sector, out);
+    }
+
+    fn borders(&self) -> Vec<u64> {
+        self.of.borders().into_iter().filter_map(|sector| sector.checked_sub(self.by)).collect()
+    }
+}
+
 /// A sequence of numbers that follows from its seed (splitmix64: good enough to look like noise, and fast in debug builds).
 #[derive(Debug, Clone)]
 pub struct Random(u64);
@@ -401,6 +429,14 @@ mod tests {
         assert_eq!(disk.read(0, 5), a.read(0, 5));
         assert_eq!(disk.read(5, 3), vec![0; 3 * 512]);
         assert_eq!(disk.read(8, 7), b.read(0, 7));
+    }
+
+    #[test]
+    fn a_shifted_disk_lacks_its_start() {
+        let base = Arc::new(Layer::new(1, "base", 64, 8).fill([0, 1, 7]));
+        let rest = Shifted::new(base.clone(), 10);
+        assert_eq!(rest.sectors(), 54);
+        assert!(rest.read(0, 60) == base.read(10, 60));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::model::{Layer, SECTOR};
+use super::model::{Content, Layer, SECTOR};
 
 /// Where mkfs.ext4 is, for users whose PATH has no sbin.
 const SBIN: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
@@ -35,7 +35,6 @@ pub fn ext4(image: &Path, bytes: u64, folder: &Path) -> Result<()> {
 
 /// Writes some files into a new folder: a text, a folder with an empty file, and 1 MiB of noise.
 pub fn sample_files(folder: &Path, seed: u64) -> Result<()> {
-    use super::model::Content as _;
     fs::create_dir_all(folder.join("sub"))?;
     fs::write(folder.join("hello.txt"), "Hello from inside the disk.\n")?;
     fs::write(folder.join("sub/empty"), "")?;

@@ -104,21 +104,21 @@ fn cowd_field(c: &Ctx, offset: u64, value: u32) -> Result<Bad> {
 
 /// A seSparse delta over a flat base with 64 bits of one of its headers replaced.
 fn se_field(c: &Ctx, offset: u64, value: u64) -> Result<Bad> {
-    let layer = se_layer(c)?;
-    let open = sesparse_disk(c, &layer, &SeSparse::default())?;
-    write::poke(&c.at("disk-000001-sesparse.vmdk"), offset, &value.to_le_bytes())?;
+    let (open, _) = sesparse_disk(c, &se_layer(c)?, &SeSparse::default())?;
+    poke_se(c, offset, value)?;
     Ok(Bad::new(open))
 }
 
 /// The same with the first entry of the directory or of a table replaced.
 fn se_damaged(c: &Ctx, place: fn(&Places) -> u64, value: u64) -> Result<Bad> {
     let layer = se_layer(c)?;
-    let open = sesparse_disk(c, &layer, &SeSparse::default())?;
-    // What is written twice lies at the same place twice; the second time tells where.
-    let file = c.at("disk-000001-sesparse.vmdk");
-    let at = write::sesparse(&file, &layer, &SeSparse::default())?;
-    write::poke(&file, place(&at) * SECTOR, &value.to_le_bytes())?;
+    let (open, at) = sesparse_disk(c, &layer, &SeSparse::default())?;
+    poke_se(c, place(&at) * SECTOR, value)?;
     Ok(Bad::holding(open, Arc::new(layer)))
+}
+
+fn poke_se(c: &Ctx, offset: u64, value: u64) -> Result<()> {
+    write::poke(&c.at("disk-000001-sesparse.vmdk"), offset, &value.to_le_bytes())
 }
 
 fn se_layer(c: &Ctx) -> Result<Layer> {

@@ -85,7 +85,6 @@ pub(super) const FILES: &[Hostile] = &[
         |c| {
             let layer = c.layer("disk", 8192, 128).fill([0]);
             let (open, _) = c.sparse("disk.vmdk", &layer, &Hosted::default(), |text| Descriptor {
-                header: vec!["encryptionKeys=\"vmware:key/list/(pair/(fqid/x,y,z))\""],
                 ddb: vec!["ddb.iofilters = \"vmwarevmcrypt\""],
                 ..text
             })?;

@@ -58,6 +58,12 @@ pub(super) const FILES: &[Hostile] = &[
         write::poke(&good.path, footer + 56, &GD_AT_END.to_le_bytes())?;
         Ok(Bad::new(good.path))
     }),
+    Hostile::reject("footer_grain", "the footer has another grain size than the first header", |c| {
+        let good = c.stream(&Stream::default())?;
+        let footer = write::length(&good.path)? - 2 * SECTOR;
+        write::poke(&good.path, footer + 20, &64_u64.to_le_bytes())?;
+        Ok(Bad::new(good.path))
+    }),
     Hostile::warn(
         "footer_capacity",
         "the footer has a smaller capacity than the first header (the footer counts)",

@@ -10,10 +10,10 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
 use super::{Bad, Hostile};
-use crate::make::ctx::Ctx;
+use crate::make::ctx::{BASE_CID, Ctx};
 use crate::make::model::{Joined, Layer, SECTOR};
 use crate::make::valid::sparse::envelope;
-use crate::make::write::{self, Descriptor, Hosted, hosted};
+use crate::make::write::{self, Descriptor};
 
 /// Sectors of the flat file beside each descriptor.
 const DATA: u64 = 2048;
@@ -142,6 +142,13 @@ pub(super) const FILES: &[Hostile] = &[
             Ok(Bad::new(write::put(c.at("disk.vmdk"), &envelope(&text, 512)?)?))
         },
     ),
+    Hostile::reject("wrapped_twice", "an envelope (capacity 0) whose extent is another envelope", |c| {
+        let inner = Descriptor::new("monolithicFlat", [GOOD]);
+        lines(c, "monolithicFlat", &[GOOD])?;
+        write::put(c.at("inner.vmdk"), &envelope(&inner, 0)?)?;
+        let outer = Descriptor::new("twoGbMaxExtentSparse", ["RW 2048 SPARSE \"inner.vmdk\""]);
+        Ok(Bad::new(write::put(c.at("disk.vmdk"), &envelope(&outer, 0)?)?))
+    }),
     Hostile::reject("cid_twice", "two CID lines that differ", |c| {
         text(c, &Descriptor { header: vec!["CID=00000099"], ..Descriptor::new("monolithicFlat", [GOOD]) })
     }),
@@ -150,10 +157,11 @@ pub(super) const FILES: &[Hostile] = &[
         lines(c, "vmfsRDMP", &["RW 2048 VMFSRDM \"disk-rdmp.vmdk\""])
     }),
     Hostile::reject("native_snapshot", "isNativeSnapshot=\"yes\": the array has the data, not the file", |c| {
-        let layer = c.layer("delta", DATA, 128);
-        hosted(&c.at("disk-delta.vmdk"), &layer, None, &Hosted::default())?;
+        let layer = c.layer("delta", DATA, 1).over(c.base(DATA)?).write(7, 3);
+        write::cowd(&c.at("disk-delta.vmdk"), &layer)?;
         let plain = Descriptor::new("vmfsSparse", ["RW 2048 VMFSSPARSE \"disk-delta.vmdk\""]);
-        text(c, &Descriptor { header: vec!["isNativeSnapshot=\"yes\""], ..plain })
+        let native = Descriptor { header: vec!["isNativeSnapshot=\"yes\""], ..plain };
+        Ok(Bad::new(c.text("disk.vmdk", &native.child(2, BASE_CID, "base.vmdk"))?))
     }),
     Hostile::reject("not_a_vmdk", "noise in a file whose name ends in .vmdk", |c| {
         write::flat(&c.at("disk.vmdk"), &c.layer("noise", 64, 8).fill(0..8), 0)?;

@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use super::Variant;
 use crate::make::ctx::{BASE_CID, Ctx, Made};
-use crate::make::model::Content;
-use crate::make::write::Hosted;
+use crate::make::model::{Content, Joined, Layer, Shifted};
+use crate::make::write::{self, Descriptor, Hosted};
 
 pub(super) const VARIANTS: &[Variant] = &[
     Variant::new(
@@ -37,6 +37,34 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new("chain_grown", "the parent is smaller than the child: zeroes past its end", grown),
     Variant::new(
+        "chain_shrunk",
+        "the parent is larger than the child: what lies past the child's end is ignored",
+        shrunk,
+    ),
+    Variant::new(
+        "chain_win_relative",
+        "chain of three, the children in a subdirectory, the hint is ..\\base.vmdk with a backslash",
+        |c| {
+            c.subdir("sub")?;
+            let made = three(c, "sub/", "..\\base.vmdk", "mid.vmdk")?;
+            Ok(Made { allow_dirs: vec![c.dir().to_owned()], ..made })
+        },
+    ),
+    Variant::new(
+        "chain_split",
+        "a child of three sparse extents over one flat parent: each extent sees another part of the parent",
+        |c| {
+            let (disk, lines) = split_child(c, &[2048, 4096, 10_240])?;
+            let text = Descriptor::new("twoGbMaxExtentSparse", lines).child(2, BASE_CID, "base.vmdk");
+            Ok(Made::new(c.text("disk.vmdk", &text)?, Arc::new(disk)))
+        },
+    ),
+    Variant::new(
+        "chain_custom",
+        "a child of sparse extents that are no multiple of the grain, a ZERO and a FLAT extent (which hide the parent)",
+        custom,
+    ),
+    Variant::new(
         "chain40",
         "chain of 40 links with grains of 4 KiB to 64 KiB in turn, each with data of its own",
         forty,
@@ -60,6 +88,50 @@ fn grown(c: &Ctx) -> Result<Made> {
     let top = c.layer("top", 5000, 128).over(base).write(10, 2).write(4000, 1);
     let (open, _) = c.sparse("disk.vmdk", &top, &Hosted::default(), |text| text.child(2, BASE_CID, "base.vmdk"))?;
     Ok(Made::new(open, Arc::new(top)))
+}
+
+fn shrunk(c: &Ctx) -> Result<Made> {
+    let base = c.base(8192)?;
+    let top = c.layer("top", 1001, 16).over(base).write(10, 2).write(1000, 1);
+    let (open, _) = c.sparse("disk.vmdk", &top, &Hosted::zeroed(), |text| text.child(2, BASE_CID, "base.vmdk"))?;
+    Ok(Made::new(open, Arc::new(top)))
+}
+
+/// Sparse extents one after the other over "base.vmdk", and their lines.
+fn split_child(c: &Ctx, sizes: &[u64]) -> Result<(Joined, Vec<String>)> {
+    let base = busy_base(c)?;
+    let (mut disk, mut lines, mut at) = (Joined::new(), Vec::new(), 0);
+    for (sectors, i) in sizes.iter().zip(1..) {
+        let (name, part) = (format!("disk-s{i:03}.vmdk"), Arc::new(Shifted::new(Arc::clone(&base) as _, at)));
+        let layer = c.layer(&name, *sectors, 128).over(part).write(3, 2).write(sectors - 1, 1).zero([2]);
+        write::hosted(&c.at(&name), &layer, None, &Hosted::zeroed())?;
+        lines.push(format!("RW {sectors} SPARSE \"{name}\""));
+        (disk, at) = (disk.then(Arc::new(layer)), at + sectors);
+    }
+    Ok((disk, lines))
+}
+
+fn custom(c: &Ctx) -> Result<Made> {
+    let (mut disk, mut lines) = split_child(c, &[1000, 1001])?;
+    let (flat, at) = (c.layer("flat", 500, 4).fill([0, 124]), 1000 + 1001 + 700 + 500);
+    write::flat(&c.at("disk-f004.vmdk"), &flat, 0)?;
+    let rest = Arc::new(Shifted::new(busy_base(c)?, at));
+    let last = c.layer("last", 3000, 8).over(rest).write(2000, 9);
+    write::hosted(&c.at("disk-s005.vmdk"), &last, None, &Hosted::default())?;
+    disk = disk.then_zero(700).then(Arc::new(flat)).then(Arc::new(last));
+    let more = ["RW 700 ZERO", "RW 500 FLAT \"disk-f004.vmdk\" 0", "RW 3000 SPARSE \"disk-s005.vmdk\""];
+    lines.extend(more.map(str::to_owned));
+    let text = Descriptor::new("custom", lines).child(2, BASE_CID, "base.vmdk");
+    Ok(Made::new(c.text("disk.vmdk", &text)?, Arc::new(disk)))
+}
+
+/// A flat disk "base.vmdk" of 8 MiB where every other KiB has data, so that no wrong offset goes unnoticed.
+fn busy_base(c: &Ctx) -> Result<Arc<Layer>> {
+    let layer = c.layer("base", 16_384, 2).fill((0..8192).step_by(2));
+    write::flat(&c.at("base-flat.vmdk"), &layer, 0)?;
+    let text = Descriptor::new("monolithicFlat", ["RW 16384 FLAT \"base-flat.vmdk\" 0"]);
+    c.text("base.vmdk", &text.cid(BASE_CID))?;
+    Ok(Arc::new(layer))
 }
 
 fn forty(c: &Ctx) -> Result<Made> {

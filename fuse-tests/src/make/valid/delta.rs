@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::Variant;
 use crate::make::ctx::{BASE_CID, Ctx, Made};
 use crate::make::model::{Content, Layer};
-use crate::make::write::{self, Descriptor, SeSparse};
+use crate::make::write::{self, Descriptor, Places, SeSparse};
 
 pub(super) const VARIANTS: &[Variant] = &[
     Variant::new(
@@ -63,19 +63,21 @@ fn sesparse_delta(c: &Ctx) -> Result<Made> {
     let layer = c.layer("se", 70_000, 8).over(c.base(70_000)?);
     let layer = layer.write(9, 2).write(40_000, 20).write(69_999, 1).zero([4, 7]);
     let options = SeSparse { table_order: BTreeMap::from([(0, 2), (1, 0), (2, 1)]), ..SeSparse::default() };
-    Ok(Made::new(sesparse_disk(c, &layer, &options)?, Arc::new(layer)))
+    let (open, _) = sesparse_disk(c, &layer, &options)?;
+    Ok(Made::new(open, Arc::new(layer)))
 }
 
 fn sesparse_high_index(c: &Ctx) -> Result<Made> {
     let layer = c.layer("se", 40_000, 8).over(c.base(40_000)?).write(9, 2).write(33_000, 20);
     let options = SeSparse { first_index: 4094, ..SeSparse::default() };
-    Ok(Made::new(sesparse_disk(c, &layer, &options)?, Arc::new(layer)))
+    let (open, _) = sesparse_disk(c, &layer, &options)?;
+    Ok(Made::new(open, Arc::new(layer)))
 }
 
 fn sesparse_unmapped(c: &Ctx) -> Result<Made> {
     let layer = c.layer("se", 16_384, 8).over(c.base(16_384)?).write(9, 2);
     let options = SeSparse { unmapped: vec![0, 7, 200], ..SeSparse::default() };
-    let open = sesparse_disk(c, &layer, &options)?;
+    let (open, _) = sesparse_disk(c, &layer, &options)?;
     Ok(Made::new(open, Arc::new(layer.zero([0, 7, 200]))))
 }
 
@@ -98,9 +100,10 @@ fn cowd_disk(c: &Ctx, name: &str, layer: &Layer, edit: impl FnOnce(Descriptor) -
 }
 
 /// A seSparse delta and its descriptor over the base that [`Ctx::base`] made.
-pub(in crate::make) fn sesparse_disk(c: &Ctx, layer: &Layer, options: &SeSparse) -> Result<PathBuf> {
-    write::sesparse(&c.at("disk-000001-sesparse.vmdk"), layer, options)?;
+pub(in crate::make) fn sesparse_disk(c: &Ctx, layer: &Layer, options: &SeSparse) -> Result<(PathBuf, Places)> {
+    let at = write::sesparse(&c.at("disk-000001-sesparse.vmdk"), layer, options)?;
     let line = format!("RW {} SESPARSE \"disk-000001-sesparse.vmdk\"", layer.sectors());
     let text = Descriptor::new("seSparse", [line]).child(0xcccc_0003, BASE_CID, "base.vmdk");
-    c.text("disk-000001.vmdk", &Descriptor { middle: vec!["ddb.grain = \"8\"", ""], ..text })
+    let open = c.text("disk-000001.vmdk", &Descriptor { middle: vec!["ddb.grain = \"8\"", ""], ..text })?;
+    Ok((open, at))
 }

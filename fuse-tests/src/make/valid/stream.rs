@@ -50,6 +50,19 @@ pub(super) const VARIANTS: &[Variant] = &[
             Ok(c.stream_of(layer, "disk.vmdk", &Stream::default())?.made())
         },
     ),
+    Variant::new(
+        "stream_grain_16",
+        "streamOptimized with grains of 8 KiB, seven tables of which three are missing",
+        |c| {
+            let layer = c.layer("stream", 50_003, 16).fill([0, 511, 512, 1600, 3125]).fill(2560..2600);
+            Ok(c.stream_of(layer, "disk.vmdk", &Stream::default())?.made())
+        },
+    ),
+    Variant::new(
+        "stream_trailing_blanks",
+        "streamOptimized: blanks after most values, as VMware's stream writer puts them, and another first line",
+        trailing_blanks,
+    ),
 ];
 
 fn padded(c: &Ctx) -> Result<Made> {
@@ -60,6 +73,19 @@ fn padded(c: &Ctx) -> Result<Made> {
     let options = Stream { short_last: false, ..Stream::default() };
     let open = c.at("disk.vmdk");
     write::stream(&open, &whole, &text.bytes()?, &options)?;
+    Ok(Made::new(open, Arc::new(layer)))
+}
+
+fn trailing_blanks(c: &Ctx) -> Result<Made> {
+    let layer = c.layer("stream", 8192, 128).fill([0, 1, 63]);
+    let text = Descriptor {
+        encoding: None,
+        first: "# Description file created by VMDK stream converter",
+        ..Descriptor::new("streamOptimized", ["RDONLY 8192 SPARSE \"generated-stream.vmdk\" "])
+    };
+    let text = text.text().replace("version=1", "version=1 ").replace("CID=1234abcd", "CID=1234abcd ");
+    let open = c.at("disk.vmdk");
+    write::stream(&open, &layer, text.as_bytes(), &Stream { desc_len: 2, ..Stream::default() })?;
     Ok(Made::new(open, Arc::new(layer)))
 }
 

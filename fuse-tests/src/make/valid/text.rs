@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::Variant;
 use crate::make::ctx::{BASE_CID, Ctx, Made};
+use crate::make::model::Joined;
 use crate::make::write::{self, Descriptor};
 
 pub(super) const VARIANTS: &[Variant] = &[
@@ -37,6 +38,47 @@ pub(super) const VARIANTS: &[Variant] = &[
     }),
     Variant::new("enc_gbk", "descriptor in GBK", |c| named(c, "disk.vmdk", "虚拟磁盘", "GBK")),
     Variant::new("enc_big5", "descriptor in Big5", |c| named(c, "disk.vmdk", "虛擬磁碟功", "Big5")),
+    Variant::new(
+        "text_any_order",
+        "extents, disk data base and settings in another order, a short CID, a first line without a blank (AWS export)",
+        |c| {
+            let text = "#Disk DescriptorFile\n\nversion=1\nRW 4096 FLAT \"data-flat.vmdk\" 0\nddb.adapterType = \"ide\"\n\
+                        parentCID=ffffffff\n# CID=99\ncreateType=\"monolithicFlat\"\nCID=abc\n";
+            let layer = c.flat_base("data", 4096)?;
+            Ok(Made::new(write::put(c.at("disk.vmdk"), text.as_bytes())?, layer))
+        },
+    ),
+    Variant::new(
+        "extent_words",
+        "extent lines with tabs, with words after the offset, a ZERO extent with a name, an empty NOACCESS placeholder",
+        |c| {
+            let layer = c.flat_base("data", 4096)?;
+            let lines = [
+                "RW\t4096  FLAT \"data-flat.vmdk\" 0 partitionUUID 01234567 device \"x\"",
+                "NOACCESS 0 ZERO",
+                "RW 64 ZERO \"nothing.vmdk\"",
+            ];
+            let disk = Joined::new().then(layer).then_zero(64);
+            Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("custom", lines))?, Arc::new(disk)))
+        },
+    ),
+    Variant::new("extent_default_offset", "FLAT without an offset (0), and VMFS with a written 0", |c| {
+        let layer = c.flat_base("data", 4096)?;
+        let lines = ["RW 4096 FLAT \"data-flat.vmdk\"", "RW 4096 VMFS \"data-flat.vmdk\" 0"];
+        let disk = Joined::new().then(Arc::clone(&layer) as _).then(layer);
+        Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("custom", lines))?, Arc::new(disk)))
+    }),
+    Variant::new("rdm_plain", "vmfsRDM whose mapped file was copied as a plain image", |c| {
+        let layer = c.layer("lun", 4096, 16).fill([0, 255]);
+        write::flat(&c.at("disk-rdm.vmdk"), &layer, 0)?;
+        let text = Descriptor::new("vmfsRDM", ["RW 4096 VMFSRDM \"disk-rdm.vmdk\""]);
+        Ok(Made::new(c.text("disk.vmdk", &text)?, Arc::new(layer)))
+    }),
+    Variant::new("alias_2gb", "the other spelling 2GbMaxExtentFlat of the type", |c| {
+        let layer = c.flat_base("data", 4096)?;
+        let text = Descriptor::new("2GbMaxExtentFlat", ["RW 4096 FLAT \"data-flat.vmdk\" 0"]);
+        Ok(Made::new(c.text("disk.vmdk", &text)?, layer))
+    }),
 ];
 
 /// A flat disk whose descriptor is in `encoding`; the extent file has the UTF-8 name.

@@ -1,0 +1,73 @@
+"""The images that are measured: one raw disk, and the VMDK kinds that qemu-img makes of it.
+
+The front quarter of the disk is all data (what the speed measures read). The rest is about one third data, in
+islands of 64 KiB to 16 MiB with holes between. Seven parts in ten of the data don't compress, the others are text-like. The
+same size gives the same bytes.
+"""
+import os
+import random
+import subprocess
+
+KIB64 = 64 << 10
+MIB = 1 << 20
+SEED = 20261120
+
+# kind -> qemu-img's name of it
+KINDS = {"sparse": "monolithicSparse", "flat": "monolithicFlat", "stream": "streamOptimized"}
+
+
+def dense(size):
+    """Bytes of the front that hold no hole."""
+    return size // 4
+
+
+def make_raw(path, size):
+    """Writes the raw disk; holes stay holes."""
+    rng = random.Random(SEED)
+    texts = [_text(rng) for _ in range(8)]
+    with open(path, "wb") as f:
+        f.truncate(size)
+        for start, length in _islands(rng, size):
+            f.seek(start)
+            end = start + length
+            while f.tell() < end:
+                n = min(KIB64 * rng.choice((1, 2, 4, 8)), end - f.tell())
+                if rng.random() < 0.7:
+                    f.write(rng.randbytes(n))
+                else:
+                    at = rng.randrange(MIB - n)
+                    f.write(rng.choice(texts)[at : at + n])
+
+
+def make_vmdk(raw, path, kind):
+    """Converts the raw disk into a VMDK of one of `KINDS`."""
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={KINDS[kind]}", raw, path]
+    subprocess.run(command, check=True)
+
+
+def remove_vmdk(path):
+    """Removes a VMDK and its extent file."""
+    for name in (path, path.replace(".vmdk", "-flat.vmdk")):
+        if os.path.exists(name):
+            os.unlink(name)
+
+
+def _islands(rng, size):
+    """(offset, length) of all data, in order."""
+    yield 0, dense(size)
+    at = dense(size)
+    while True:
+        at += KIB64 * round(2 ** rng.uniform(0, 8))
+        length = KIB64 * round(2 ** rng.uniform(0, 8))
+        if at + length > size:
+            return
+        if rng.random() < 0.68:
+            yield at, length
+        at += length
+
+
+def _text(rng):
+    """One MiB of words."""
+    words = [b"%x" % rng.getrandbits(rng.choice((8, 16, 24, 40))) for _ in range(400)]
+    line = b" ".join(rng.choices(words, k=20000)) + b"\n"
+    return (line * (MIB // len(line) + 1))[:MIB]

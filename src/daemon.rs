@@ -1,0 +1,239 @@
+//! Into the background, and the word to the parent that the mount can be read.
+//!
+//! ```text
+//!   user's shell ── parent ── fork ── child: setsid, chdir /, stdin+stdout → /dev/null
+//!                     │                 │  opens, mounts, reads
+//!                     │ ◄─── pipe ──────┤  warning…  then one of: ready | failure
+//!                     │                 │  stderr → /dev/null, serves
+//!                returns 0 or 1, with the one message on standard error
+//! ```
+//! The fork comes before any thread. One is enough: the child leads a session without a terminal and never
+//! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
+//! away before it heard is a failure as well: nobody would know of the mount.
+
+#![allow(unsafe_code)] // Only for fork.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The program's name in its messages.
+const NAME: &str = "vmdkfuse";
+
+/// The longest message that is passed on, bytes.
+const MAX_MESSAGE: usize = 64 << 10;
+
+/// Which process this is after [`start`].
+#[derive(Debug)]
+pub enum Started {
+    /// The parent; the child has had its say, and it was this.
+    Parent(Verdict),
+    /// The process that goes on.
+    Daemon(Status),
+}
+
+/// What became of the start, with its message printed already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The mount can be read.
+    Ready,
+    /// There is none.
+    Failed,
+}
+
+/// The line to whoever waits for the start; in the foreground that is standard error.
+#[derive(Debug)]
+pub struct Status(Option<File>);
+
+/// Forks unless `foreground`. In the parent it returns when the child is ready or has failed.
+pub fn start(foreground: bool) -> Result<Started> {
+    if foreground {
+        return Ok(Started::Daemon(Status(None)));
+    }
+    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
+    if tasks != 1 {
+        let text = format!("{tasks} threads run already, where the daemon has to be forked from one");
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    let (from_child, to_parent) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| Error::io("pipe", e.into()))?;
+    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
+    // a thread that is not there.
+    match unsafe { nix::unistd::fork() } {
+        Err(e) => Err(Error::io("fork", e.into())),
+        Ok(ForkResult::Parent { child }) => {
+            drop(to_parent);
+            Ok(Started::Parent(listen(File::from(from_child), child, &mut io::stderr())))
+        }
+        Ok(ForkResult::Child) => {
+            drop(from_child);
+            let status = Status(Some(File::from(to_parent)));
+            match detach() {
+                Ok(()) => Ok(Started::Daemon(status)),
+                Err(e) => {
+                    status.failed(&e);
+                    Ok(Started::Parent(Verdict::Failed))
+                }
+            }
+        }
+    }
+}
+
+impl Status {
+    /// Passes a warning on.
+    pub fn warn(&mut self, text: &str) {
+        let sent = match &mut self.0 {
+            Some(pipe) => send(pipe, b'W', text),
+            None => writeln!(io::stderr(), "{NAME}: warning: {text}"),
+        };
+        if let Err(e) = sent {
+            tracing::warn!("{text} (nobody reads this warning: {e})");
+        }
+    }
+
+    /// Says that the mount can be read. From then on standard error is closed, except in the foreground.
+    ///
+    /// An error means that nobody waits any more: the mount is not wanted.
+    pub fn ready(self) -> Result<()> {
+        let Some(mut pipe) = self.0 else { return Ok(()) };
+        // First, or a caller that waits for the end of our standard error would wait for the whole mount.
+        nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))?;
+        send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount is gone", e))
+    }
+
+    /// Says that there will be no mount, and why.
+    pub fn failed(self, error: &Error) {
+        let sent = match self.0 {
+            Some(mut pipe) => send(&mut pipe, b'E', &error.to_string()),
+            None => writeln!(io::stderr(), "{NAME}: {error}"),
+        };
+        if let Err(e) = sent {
+            tracing::error!("{error} (nobody reads this: {e})");
+        }
+    }
+}
+
+fn detach() -> Result<()> {
+    let context = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, e.into());
+    nix::unistd::setsid().map_err(context("setsid"))?;
+    nix::unistd::chdir("/").map_err(context("chdir /"))?;
+    let null = null()?;
+    nix::unistd::dup2_stdin(&null).map_err(context("standard input"))?;
+    nix::unistd::dup2_stdout(&null).map_err(context("standard output"))
+}
+
+fn null() -> Result<OwnedFd> {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/null");
+    file.map(OwnedFd::from).map_err(|e| Error::io("/dev/null", e))
+}
+
+/// One message: its kind, its length as 4 bytes, its text.
+fn send(pipe: &mut impl Write, kind: u8, text: &str) -> io::Result<()> {
+    let text = &text.as_bytes()[..text.len().min(MAX_MESSAGE)];
+    let mut message = vec![kind];
+    message.extend((text.len() as u32).to_le_bytes());
+    message.extend(text);
+    pipe.write_all(&message)
+}
+
+/// The next message; `None` at the end of the pipe.
+fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, String)>> {
+    let mut head = [0u8; 5];
+    match pipe.read_exact(&mut head) {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        other => other?,
+    }
+    let [kind, len @ ..] = head;
+    let mut text = vec![0; (u32::from_le_bytes(len) as usize).min(MAX_MESSAGE)];
+    pipe.read_exact(&mut text)?;
+    Ok(Some((kind, String::from_utf8_lossy(&text).into_owned())))
+}
+
+/// The parent's part: prints what the child says until it is ready or has failed.
+fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
+    let failure = loop {
+        match receive(&mut pipe) {
+            Ok(Some((b'R', _))) => return Verdict::Ready,
+            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {text}")),
+            Ok(Some((_, text))) => {
+                // The mount is gone only when the child is: whoever reads our status may look.
+                ending(child);
+                break text;
+            }
+            Ok(None) => break format!("the background process {}, without a word", ending(child)),
+            Err(e) => break format!("the background process cannot be heard: {e}"),
+        }
+    };
+    say(stderr, &failure);
+    Verdict::Failed
+}
+
+/// Waits for the child's end and says how it was.
+fn ending(child: Pid) -> String {
+    loop {
+        match waitpid(child, None) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Ok(WaitStatus::Exited(_, status)) => return format!("ended with status {status}"),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return format!("was ended by {signal}"),
+            Ok(other) => return format!("ended ({other:?})"),
+            Err(e) => return format!("ended ({e})"),
+        }
+    }
+}
+
+/// Prints a message; who closed standard error does not want it.
+pub fn say(stderr: &mut impl Write, text: &str) {
+    if let Err(e) = writeln!(stderr, "{NAME}: {text}") {
+        tracing::debug!("standard error: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a parent makes of `bytes` from a child that has gone (no such child is ours, so no status is known).
+    fn hear(bytes: &[u8]) -> (Verdict, String) {
+        let mut out = Vec::new();
+        let verdict = listen(bytes, Pid::from_raw(i32::MAX), &mut out);
+        (verdict, String::from_utf8(out).unwrap())
+    }
+
+    #[test]
+    fn warnings_then_ready() {
+        let mut bytes = Vec::new();
+        send(&mut bytes, b'W', "half of it").unwrap();
+        send(&mut bytes, b'R', "").unwrap();
+        assert_eq!(hear(&bytes), (Verdict::Ready, "vmdkfuse: warning: half of it\n".into()));
+    }
+
+    #[test]
+    fn a_failure_is_one_line_and_silence_is_a_failure() {
+        let mut bytes = Vec::new();
+        send(&mut bytes, b'E', "disk.vmdk: no such file").unwrap();
+        assert_eq!(hear(&bytes), (Verdict::Failed, "vmdkfuse: disk.vmdk: no such file\n".into()));
+        for end in 0..3 {
+            let (verdict, text) = hear(&bytes[..end]);
+            assert_eq!(verdict, Verdict::Failed);
+            assert!(text.starts_with("vmdkfuse: the background process ended"), "{text}");
+        }
+        let (verdict, text) = hear(&bytes[..8]);
+        assert_eq!(verdict, Verdict::Failed);
+        assert!(text.starts_with("vmdkfuse: the background process cannot be heard"), "{text}");
+    }
+
+    #[test]
+    fn a_process_with_threads_is_not_forked() {
+        std::thread::scope(|scope| {
+            let (hold, held) = std::sync::mpsc::channel::<()>();
+            scope.spawn(move || held.recv());
+            assert!(start(false).unwrap_err().to_string().contains("threads run already"));
+            drop(hold);
+        });
+    }
+}

@@ -1,0 +1,206 @@
+//! The setuid helper `fusermount3`, which mounts and unmounts for ordinary users.
+//!
+//! ```text
+//!   we ──socketpair── fusermount3        mounts, sends /dev/fuse over the socket, ends
+//!        └ auto_unmount: it stays, and unmounts when our end of the socket closes
+//! ```
+//! Our end is close-on-exec and lives as long as the daemon. The helper's end is its standard input
+//! (`_FUSE_COMMFD=0`), so no descriptor has to be made inheritable for all children.
+
+#![allow(unsafe_code)] // Only for taking ownership of the descriptor that the helper sends.
+
+use std::io::{self, IoSliceMut, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+use crate::config::MountOptions;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Looked for in PATH first; services often run with a short one.
+const PROGRAMS: [&str; 3] = ["fusermount3", "/usr/bin/fusermount3", "/bin/fusermount3"];
+
+/// A helper that waits for our end, to unmount what we left.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    socket: UnixStream,
+    helper: Child,
+}
+
+impl Watcher {
+    /// Lets the helper end: where all is `unmounted` without another look at the mount point, on which somebody
+    /// else may have mounted since; otherwise it unmounts what is left.
+    pub(super) fn dismiss(self, unmounted: bool) {
+        let Self { socket, mut helper } = self;
+        if unmounted {
+            if let Err(e) = helper.kill() {
+                tracing::debug!("fusermount3: {e}");
+            }
+        }
+        drop(socket);
+        if let Err(e) = helper.wait() {
+            tracing::debug!("fusermount3: {e}");
+        }
+    }
+}
+
+/// Mounts at `point`; the FUSE device, and with auto_unmount the helper that stays.
+pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Result<(OwnedFd, Option<Watcher>)> {
+    let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket for fusermount3", e))?;
+    let theirs = OwnedFd::from(theirs);
+    let mut helper = spawn(|command| {
+        let stdin = theirs.try_clone()?;
+        command.arg("-o").arg(option_words(options, source)).arg("--").arg(point);
+        command.env("_FUSE_COMMFD", "0").stdin(stdin);
+        Ok(())
+    })?;
+    // Only the helper may hold its end now, or its death would not end our wait.
+    drop(theirs);
+    match receive(&ours) {
+        Ok(device) if options.auto_unmount => Ok((device, Some(Watcher { socket: ours, helper }))),
+        Ok(device) => {
+            helper.wait().map_err(|e| Error::io("fusermount3", e))?;
+            Ok((device, None))
+        }
+        Err(errno) => Err(refusal(point, helper, errno)),
+    }
+}
+
+/// Unmounts `point`, at once or (`lazy`) as soon as its last user is gone.
+pub(super) fn unmount(point: &Path, lazy: bool) -> Result<()> {
+    let helper = spawn(|command| {
+        command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(point).stdin(Stdio::null());
+        Ok(())
+    })?;
+    let Output { status, stderr, .. } = helper.wait_with_output().map_err(|e| Error::io("fusermount3", e))?;
+    if status.success() { Ok(()) } else { Err(Error::new(ErrorKind::Os(libc::EBUSY), said(&stderr))) }
+}
+
+/// Starts the helper with what `arguments` adds.
+fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
+    for program in PROGRAMS {
+        let mut command = Command::new(program);
+        arguments(&mut command).map_err(|e| Error::io("fusermount3", e))?;
+        // Started from `/`, so that a helper that stays keeps no other directory busy.
+        match command.current_dir("/").stdout(Stdio::null()).stderr(Stdio::piped()).spawn() {
+            Ok(child) => return Ok(child),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(program, e)),
+        }
+    }
+    let hint = "fusermount3 is not installed, and without it only root can mount: install the package fuse3";
+    Err(Error::new(ErrorKind::NotFound, hint))
+}
+
+/// Options as the helper reads them.
+fn option_words(options: &MountOptions, source: &str) -> String {
+    let mut words = format!("fsname={},subtype={},nosuid,nodev", escape(source), super::mount::SUBTYPE);
+    words.push_str(if options.read_only { ",ro" } else { ",rw" });
+    for (on, word) in [
+        (options.allow_other || options.allow_root, ",allow_other"),
+        (options.default_permissions, ",default_permissions"),
+        (options.auto_unmount, ",auto_unmount"),
+    ] {
+        words.push_str(if on { word } else { "" });
+    }
+    words
+}
+
+/// The helper splits at commas and takes `\` as "the next one is meant as it is".
+fn escape(value: &str) -> String {
+    let mut out = String::with_capacity(value.len());
+    for c in value.chars() {
+        if matches!(c, ',' | '\\') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// Waits for the descriptor; `ECONNRESET` when the helper ends without one.
+fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
+    let mut byte = [0u8; 1];
+    let mut iov = [IoSliceMut::new(&mut byte)];
+    let mut space = nix::cmsg_space!(RawFd);
+    let message = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(Errno::EINTR) => {}
+            other => break other?,
+        }
+    };
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            if let Some(&fd) = fds.first() {
+                // SAFETY: the kernel has just made this descriptor for us, the space above holds one only,
+                // and nothing else knows its number.
+                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+    Err(Errno::ECONNRESET)
+}
+
+/// Why the helper sent nothing, in its words, and what to do where we know it.
+fn refusal(point: &Path, mut helper: Child, errno: Errno) -> Error {
+    let mut text = Vec::new();
+    if let Some(mut stderr) = helper.stderr.take() {
+        if let Err(e) = stderr.read_to_end(&mut text) {
+            tracing::debug!("fusermount3: its messages: {e}");
+        }
+    }
+    let status = helper.wait();
+    let text = said(&text);
+    let point = point.display();
+    if text.contains("user_allow_other") {
+        return Error::new(
+            ErrorKind::Os(libc::EPERM),
+            format!(
+                "{point}: allow_other and allow_root are refused to ordinary users here: add the line \
+                 `user_allow_other` to /etc/fuse.conf, or run as root ({text})"
+            ),
+        );
+    }
+    match status {
+        _ if !text.is_empty() => Error::new(ErrorKind::Os(libc::EPERM), format!("{point}: {text}")),
+        Ok(status) => Error::io(format!("{point}: fusermount3 ended with {status}"), errno.into()),
+        Err(e) => Error::io(format!("{point}: fusermount3"), e),
+    }
+}
+
+/// What the helper printed, on one line.
+fn said(stderr: &[u8]) -> String {
+    let text = String::from_utf8_lossy(stderr);
+    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn option_words_escape_the_source() {
+        let options = MountOptions { read_only: true, allow_root: true, auto_unmount: true, ..Default::default() };
+        assert_eq!(
+            option_words(&options, "a,b\\c.vmdk"),
+            "fsname=a\\,b\\\\c.vmdk,subtype=vmdkfuse,nosuid,nodev,ro,allow_other,auto_unmount"
+        );
+        assert_eq!(option_words(&MountOptions::default(), "x"), "fsname=x,subtype=vmdkfuse,nosuid,nodev,rw");
+    }
+
+    #[test]
+    fn messages_become_one_line() {
+        assert_eq!(said(b"fusermount3: one\n\n two \n"), "fusermount3: one; two");
+    }
+
+    #[test]
+    fn an_end_without_a_descriptor_is_no_device() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert_eq!(receive(&ours).unwrap_err(), Errno::ECONNRESET);
+    }
+}

@@ -1,0 +1,299 @@
+//! The mount's entry in the mount table: made, known again, removed.
+//!
+//! We do this ourselves and hand fuser only the descriptor, because fuser's own mounting cannot show the type
+//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other, or detach a busy mount.
+//!
+//! ```text
+//!   Target::resolve  what the user named ── stale or taken: refused
+//!        ▼
+//!   Mount::new       mount(2); where that is not permitted, or for auto_unmount: fusermount3
+//!        ▼           → /dev/fuse for the session, number and device of the mount noted
+//!   unmount          ours still? ─ no → Gone
+//!                       │ yes → umount2 / fusermount3 -u → Clean
+//!                       └ busy → the same lazily → Detached: the session ends with the last user
+//! ```
+//! [`Mount`] unmounts when it is dropped, so that an error or a panic leaves nothing behind.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags};
+
+use super::fusermount::{self, Watcher};
+use super::mountinfo::{self, Device, Entry};
+use crate::config::MountOptions;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The part of the type after `fuse.`.
+pub(super) const SUBTYPE: &str = "vmdkfuse";
+
+/// The type that mount tables show.
+pub const FSTYPE: &str = "fuse.vmdkfuse";
+
+/// Where to mount, and what shows there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The mount point: absolute, without links; it exists.
+    pub point: PathBuf,
+    /// Whether it is a regular file, so that the root of the mount has to be the disk itself.
+    pub is_file: bool,
+    /// The file's name, where the user gave one that does not exist in the directory [`Self::point`].
+    pub new_name: Option<String>,
+}
+
+impl Target {
+    /// Finds out which of the three forms `path` is: a directory, a regular file to cover, or a new name in
+    /// a directory.
+    ///
+    /// Errors: it is nothing to mount on, it is a vmdkfuse mount already, or one whose process is gone (with
+    /// the command that clears it).
+    pub fn resolve(path: &Path) -> Result<Self> {
+        match fs::canonicalize(path) {
+            Ok(point) => Self::existing(point),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Self::new_name(path, e),
+            Err(e) => Err(stale_or(path, e)),
+        }
+    }
+
+    fn existing(point: PathBuf) -> Result<Self> {
+        refuse_ours(&point)?;
+        let kind = fs::metadata(&point).map_err(|e| stale_or(&point, e))?.file_type();
+        if !kind.is_dir() && !kind.is_file() {
+            let what = if kind.is_block_device() || kind.is_char_device() { "a device" } else { "a pipe or socket" };
+            let text = format!("{}: is {what}; mount on a directory or a regular file", point.display());
+            return Err(Error::new(ErrorKind::Usage, text));
+        }
+        Ok(Self { point, is_file: kind.is_file(), new_name: None })
+    }
+
+    /// `absent`: why `path` itself could not be followed.
+    fn new_name(path: &Path, absent: io::Error) -> Result<Self> {
+        let wants_directory = path.as_os_str().as_bytes().ends_with(b"/");
+        let dangling = fs::symlink_metadata(path).is_ok();
+        let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), wants_directory || dangling) else {
+            return Err(Error::io(path.display().to_string(), absent));
+        };
+        // A bare name has the empty path as its parent.
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        let Some(name) = name.to_str() else {
+            let text = format!("{}: the new file's name is not UTF-8", path.display());
+            return Err(Error::new(ErrorKind::Usage, text));
+        };
+        let point = fs::canonicalize(parent).map_err(|e| stale_or(parent, e))?;
+        let target = Self::existing(point)?;
+        if target.is_file {
+            return Err(Error::io(path.display().to_string(), io::Error::from_raw_os_error(libc::ENOTDIR)));
+        }
+        Ok(Self { new_name: Some(name.to_owned()), ..target })
+    }
+}
+
+/// How a mount went away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unmounted {
+    /// Nobody used it; the session is over.
+    Clean,
+    /// It was busy: nobody finds it any more, and the session ends with its last user.
+    Detached,
+    /// Somebody else had unmounted it before.
+    Gone,
+}
+
+/// A mount of ours.
+#[derive(Debug)]
+pub struct Mount {
+    /// As it was noted; the path is only where it was then.
+    entry: Entry,
+    watcher: Option<Watcher>,
+    unmounted: bool,
+}
+
+impl Mount {
+    /// Mounts on `target`; the descriptor is for the session.
+    ///
+    /// `source` is what mount tables show, where `options` name nothing else.
+    pub fn new(target: &Target, options: &MountOptions, source: &str) -> Result<(Self, OwnedFd)> {
+        let source = options.fsname.as_deref().unwrap_or(source);
+        let direct = if options.auto_unmount { None } else { mount_directly(target, options, source)? };
+        let (device, watcher) = match direct {
+            Some(device) => (device, None),
+            None => fusermount::mount(&target.point, options, source)?,
+        };
+        let entry = mountinfo::of(&target.point)?;
+        if entry.fstype != FSTYPE {
+            let text = format!("{}: something else was mounted there at the same time", target.point.display());
+            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
+        }
+        tracing::debug!("mounted on {} as {} {}", entry.point.display(), entry.id, entry.device);
+        Ok((Self { entry, watcher, unmounted: false }, device))
+    }
+
+    /// The device of the mount.
+    pub fn device(&self) -> Device {
+        self.entry.device
+    }
+
+    /// Removes it from the mount table, if it is there still; lazily where it is busy.
+    pub fn unmount(&mut self) -> Result<Unmounted> {
+        if self.unmounted {
+            return Ok(Unmounted::Gone);
+        }
+        let how = match self.find()? {
+            None => Unmounted::Gone,
+            Some(point) => self.unmount_at(&point)?,
+        };
+        self.unmounted = true;
+        Ok(how)
+    }
+
+    /// For after the session's end: detaches the mount if it is there still, dead. Whether it was.
+    ///
+    /// Somebody may have unmounted ours and mounted another one since, and the kernel gives its numbers again.
+    /// So only a mount that answers "not connected" is taken for ours here.
+    pub fn clear_dead(&mut self) -> Result<bool> {
+        let dead = |p: &PathBuf| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
+        let found = self.find()?.filter(dead);
+        if let Some(point) = &found {
+            unmount_once(point, true)?;
+        }
+        self.unmounted = true;
+        Ok(found.is_some())
+    }
+
+    /// Where it is now; `None` when it is gone.
+    fn find(&self) -> Result<Option<PathBuf>> {
+        let table = mountinfo::read()?;
+        let same = |e: &&Entry| e.id == self.entry.id && e.device == self.entry.device && e.fstype == FSTYPE;
+        let Some(ours) = table.iter().find(same) else { return Ok(None) };
+        if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
+            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
+            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
+        }
+        Ok(Some(ours.point.clone()))
+    }
+
+    fn unmount_at(&self, point: &Path) -> Result<Unmounted> {
+        match unmount_once(point, false) {
+            Ok(()) => return Ok(Unmounted::Clean),
+            Err(e) => tracing::debug!("not unmounted at once: {e}"),
+        }
+        // Somebody else may have been quicker, and the next mount there would not be ours.
+        if self.find()?.is_none() {
+            return Ok(Unmounted::Gone);
+        }
+        unmount_once(point, true)?;
+        Ok(Unmounted::Detached)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        match self.unmount() {
+            Ok(how) => tracing::trace!("mount dropped: {how:?}"),
+            Err(e) => tracing::error!("the mount stays: {e}"),
+        }
+        if let Some(watcher) = self.watcher.take() {
+            watcher.dismiss(self.unmounted);
+        }
+    }
+}
+
+/// Mounts by mount(2). `None` where that is not permitted to us.
+fn mount_directly(target: &Target, options: &MountOptions, source: &str) -> Result<Option<OwnedFd>> {
+    let device = match open_device() {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        Err(e) => return Err(no_fuse(e)),
+    };
+    let data = mount_data(device.as_raw_fd(), target.is_file, options);
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    if options.read_only {
+        flags |= MsFlags::MS_RDONLY;
+    }
+    match nix::mount::mount(Some(source), &target.point, Some(FSTYPE), flags, Some(data.as_str())) {
+        Ok(()) => Ok(Some(device.into())),
+        Err(Errno::EPERM | Errno::EACCES) => Ok(None),
+        Err(Errno::ENODEV) => Err(no_fuse(Errno::ENODEV.into())),
+        Err(e) => Err(Error::io(format!("{}: mount", target.point.display()), e.into())),
+    }
+}
+
+fn open_device() -> io::Result<File> {
+    // std opens everything close-on-exec.
+    OpenOptions::new().read(true).write(true).open("/dev/fuse")
+}
+
+fn no_fuse(e: io::Error) -> Error {
+    Error::io("/dev/fuse: this kernel has no FUSE (try `modprobe fuse`; in a container, pass the device in)", e)
+}
+
+/// The options that the kernel parses.
+fn mount_data(fd: i32, is_file: bool, options: &MountOptions) -> String {
+    let rootmode = if is_file { libc::S_IFREG } else { libc::S_IFDIR };
+    let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
+    let mut data = format!("fd={fd},rootmode={rootmode:o},user_id={uid},group_id={gid}");
+    if options.allow_other || options.allow_root {
+        data.push_str(",allow_other");
+    }
+    if options.default_permissions {
+        data.push_str(",default_permissions");
+    }
+    data
+}
+
+fn unmount_once(point: &Path, lazy: bool) -> Result<()> {
+    let how = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    match nix::mount::umount2(point, how | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(Errno::EPERM) => fusermount::unmount(point, lazy),
+        Err(e) => Err(Error::io(format!("{}: umount", point.display()), e.into())),
+    }
+}
+
+/// Refuses a point on which a mount of this program lies, alive or stale.
+fn refuse_ours(point: &Path) -> Result<()> {
+    match mountinfo::at(point)? {
+        Some(entry) if entry.fstype == FSTYPE => {}
+        _ => return Ok(()),
+    }
+    if let Err(e) = fs::metadata(point) {
+        if e.raw_os_error() == Some(libc::ENOTCONN) {
+            return Err(stale(point));
+        }
+    }
+    let text = format!("{}: is a vmdkfuse mount already; unmount it first: {}", point.display(), clearing(point));
+    Err(Error::new(ErrorKind::Os(libc::EBUSY), text))
+}
+
+/// The error for `path`; where it leads through a dead mount, one that names that mount.
+fn stale_or(path: &Path, error: io::Error) -> Error {
+    let dead = |p: &&Path| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
+    match path.ancestors().filter(dead).last() {
+        // The topmost one that is dead is the mount point itself.
+        Some(point) => stale(point),
+        None => Error::io(path.display().to_string(), error),
+    }
+}
+
+fn stale(point: &Path) -> Error {
+    let text = format!(
+        "{}: a mount whose process is gone (transport endpoint is not connected); clear it with: {}",
+        point.display(),
+        clearing(point)
+    );
+    Error::new(ErrorKind::Os(libc::ENOTCONN), text)
+}
+
+/// The command that unmounts `point`, for a shell.
+fn clearing(point: &Path) -> String {
+    let text = point.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
+    let word = if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) };
+    let program = if nix::unistd::geteuid().is_root() { "umount" } else { "fusermount3 -u" };
+    format!("{program} {word}")
+}

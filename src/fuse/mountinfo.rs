@@ -1,0 +1,164 @@
+//! The mount table of this process, `/proc/self/mountinfo`.
+//!
+//! A mount is known by its number and its device, not by its path: a path can be renamed or covered, and
+//! asking the mount itself (`stat`) would need the daemon that may be gone.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Device number of a file system, as `stat` of its files and sysfs name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device {
+    /// Major number; 0 for all that lies on no block device.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Number of the mount; used again after it is gone.
+    pub id: u64,
+    /// Number of the mount that it lies in.
+    pub parent: u64,
+    /// The file system's device.
+    pub device: Device,
+    /// Where it is now.
+    pub point: PathBuf,
+    /// Type with subtype, `fuse.vmdkfuse`.
+    pub fstype: String,
+    /// What it shows as its source.
+    pub source: OsString,
+}
+
+/// All mounts that this process sees, in the order of the kernel: what covers a mount comes after it.
+pub fn read() -> Result<Vec<Entry>> {
+    let path = "/proc/self/mountinfo";
+    let text = fs::read(path).map_err(|e| Error::io(path, e))?;
+    // A line that is not understood is somebody else's mount; it must not keep us from finding ours.
+    Ok(text.split(|&b| b == b'\n').filter_map(parse_line).collect())
+}
+
+/// The topmost mount whose mount point is exactly `point` (an absolute path without links).
+pub fn at(point: &Path) -> Result<Option<Entry>> {
+    Ok(read()?.into_iter().rfind(|e| e.point == point))
+}
+
+/// Number of the mount that `path` lies on. Asks the mount itself nothing.
+pub fn mount_id_of(path: &Path) -> Result<u64> {
+    let context = || format!("{}: number of its mount", path.display());
+    // O_PATH opens no file of the mount: no request is sent, so this works before the session runs.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|e| Error::io(context(), e))?;
+    let fdinfo = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    let text = fs::read_to_string(&fdinfo).map_err(|e| Error::io(context(), e))?;
+    let id = text.lines().find_map(|l| l.strip_prefix("mnt_id:")).and_then(|v| v.trim().parse().ok());
+    id.ok_or_else(|| Error::io(context(), io::Error::from(io::ErrorKind::InvalidData)))
+}
+
+/// The entry of the mount that `path` lies on.
+pub fn of(path: &Path) -> Result<Entry> {
+    let id = mount_id_of(path)?;
+    let gone = || Error::new(ErrorKind::NotFound, format!("{}: its mount is not in the mount table", path.display()));
+    read()?.into_iter().find(|e| e.id == id).ok_or_else(gone)
+}
+
+fn parse_line(line: &[u8]) -> Option<Entry> {
+    let mut fields = line.split(|&b| b == b' ');
+    let id = number(fields.next()?)?;
+    let parent = number(fields.next()?)?;
+    let device = parse_device(fields.next()?)?;
+    let _root = fields.next()?;
+    let point = PathBuf::from(unescape(fields.next()?));
+    // Mount options, then any number of tags, then a lone dash.
+    let mut fields = fields.skip_while(|f| *f != b"-").skip(1);
+    let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
+    let source = unescape(fields.next()?);
+    Some(Entry { id, parent, device, point, fstype, source })
+}
+
+fn number<T: std::str::FromStr>(field: &[u8]) -> Option<T> {
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+fn parse_device(field: &[u8]) -> Option<Device> {
+    let colon = field.iter().position(|&b| b == b':')?;
+    Some(Device { major: number(&field[..colon])?, minor: number(&field[colon + 1..])? })
+}
+
+/// Undoes the kernel's `\040` for blank, tab, newline, `\` and `#`.
+fn unescape(field: &[u8]) -> OsString {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        match (byte, octal(tail)) {
+            (b'\\', Some(value)) => {
+                out.push(value);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    OsString::from_vec(out)
+}
+
+fn octal(digits: &[u8]) -> Option<u8> {
+    let digits = std::str::from_utf8(digits.get(..3)?).ok()?;
+    u8::from_str_radix(digits, 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_with_tags_blanks_and_subtype() {
+        let line = b"36 35 0:54 / /mnt/two\\040words\\134x rw,nosuid shared:7 master:1 - fuse.vmdkfuse a\\040b.vmdk ro,user_id=0";
+        let e = parse_line(line).unwrap();
+        assert_eq!((e.id, e.parent, e.device), (36, 35, Device { major: 0, minor: 54 }));
+        assert_eq!(e.point, Path::new("/mnt/two words\\x"));
+        assert_eq!(e.fstype, "fuse.vmdkfuse");
+        assert_eq!(e.source, "a b.vmdk");
+        assert_eq!(e.device.to_string(), "0:54");
+    }
+
+    #[test]
+    fn short_or_odd_lines_are_left_out() {
+        for line in
+            [&b""[..], b"36", b"x 35 0:54 / /a rw - ext4 s", b"36 35 054 / /a rw - ext4 s", b"36 35 0:54 / /a rw"]
+        {
+            assert_eq!(parse_line(line), None, "{}", String::from_utf8_lossy(line));
+        }
+        assert_eq!(unescape(b"a\\04"), "a\\04");
+        assert_eq!(unescape(b"a\\999b"), "a\\999b");
+    }
+
+    #[test]
+    fn the_root_is_found_by_path_and_by_number() {
+        let by_number = of(Path::new("/")).unwrap();
+        assert_eq!(by_number.point, Path::new("/"));
+        assert_eq!(at(Path::new("/")).unwrap().unwrap().id, by_number.id);
+        assert_eq!(at(Path::new("/no such point")).unwrap(), None);
+    }
+}

@@ -1,0 +1,162 @@
+//! The session: fuser's event loops over a descriptor that [`super::mount`] got.
+//!
+//! ```text
+//!   main thread      poll: signals, ended()        ── unmounts, never serves
+//!   thread `session` waits for the loops, then tells ended()
+//!   threads `fuser-0…` event loops, each with a cloned /dev/fuse
+//! ```
+//! fuser does neither mount nor unmount for us ([`fuser::Session::from_fd`]): the type shown is
+//! `fuse.vmdkfuse`, the mount point may be a regular file, auto_unmount works without allow_other, and a busy
+//! mount is detached lazily; fuser's own mounting has none of these.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use fuser::{Filesystem, SessionACL};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::config::MountOptions;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Loops at least, so that one slow request does not hold up all others.
+const MIN_LOOPS: usize = 2;
+
+/// Loops at most by default: each has a buffer, and more gain nothing on one device.
+const MAX_LOOPS: usize = 16;
+
+/// fuser names its event loops with this and a number.
+const LOOP_NAME: &str = "fuser-";
+
+/// A session that serves.
+#[derive(Debug)]
+pub struct Running {
+    end: Arc<End>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+/// How the end of the session is told.
+#[derive(Debug)]
+struct End {
+    event: EventFd,
+    panicked: AtomicBool,
+}
+
+impl End {
+    fn tell(&self) {
+        if let Err(e) = self.event.write(1) {
+            tracing::error!("eventfd of the session: {e}");
+        }
+    }
+}
+
+/// Tells the end when it is dropped, also by a panic.
+struct TellOnDrop(Arc<End>);
+
+impl Drop for TellOnDrop {
+    fn drop(&mut self) {
+        self.0.tell();
+    }
+}
+
+impl Running {
+    /// Agrees with the kernel on the protocol, then serves `filesystem` until it is unmounted.
+    ///
+    /// `threads`: event loops; `None`: by the number of processors. Replaces the panic hook by one that ends
+    /// the session when a loop panics: fuser would go on with the others, and in the end with none.
+    pub fn start<F: Filesystem>(
+        filesystem: F,
+        device: OwnedFd,
+        options: &MountOptions,
+        threads: Option<usize>,
+    ) -> Result<Self> {
+        let mut config = fuser::Config::default();
+        let loops = threads.unwrap_or_else(default_loops).max(1);
+        config.n_threads = Some(loops);
+        config.clone_fd = loops > 1 && may_clone();
+        let session = fuser::Session::from_fd(filesystem, device, acl(options), config)
+            .map_err(|e| Error::io("handshake with the kernel", e))?;
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| Error::io("eventfd", e.into()))?;
+        let end = Arc::new(End { event, panicked: AtomicBool::new(false) });
+        end_on_panic(Arc::clone(&end));
+        let tell = TellOnDrop(Arc::clone(&end));
+        let thread = thread::Builder::new()
+            .name("session".into())
+            .spawn(move || {
+                let _tell = tell;
+                session.run()
+            })
+            .map_err(|e| Error::io("thread of the session", e))?;
+        Ok(Self { end, thread })
+    }
+
+    /// Readable as soon as the session is over.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.end.event.as_fd()
+    }
+
+    /// How it ended. Waits for it, except where a loop panicked: the other loops may wait for ever then.
+    pub fn result(self) -> Result<()> {
+        let panicked = || Error::new(ErrorKind::Os(libc::EIO), "a thread that serves requests panicked");
+        if self.end.panicked.load(Ordering::Acquire) {
+            return Err(panicked());
+        }
+        match self.thread.join() {
+            Ok(result) => result.map_err(|e| Error::io("session", e)),
+            Err(_) => Err(panicked()),
+        }
+    }
+}
+
+/// Who may ask us, as fuser checks it.
+///
+/// Without `allow_*` the kernel already lets nobody but the owner in. fuser's own check would refuse more: root
+/// who was handed an open file (a loop device's thread, qemu started by libvirt) and asks for `SEEK_HOLE`, say.
+/// `allow_root` is not known to the kernel: it is `allow_other` there, and fuser keeps the others out.
+fn acl(options: &MountOptions) -> SessionACL {
+    if options.allow_root && !options.allow_other { SessionACL::RootAndOwner } else { SessionACL::All }
+}
+
+fn default_loops() -> usize {
+    thread::available_parallelism().map_or(MIN_LOOPS, |n| n.get().clamp(MIN_LOOPS, MAX_LOOPS))
+}
+
+/// Whether a loop may have a descriptor of its own, which needs `/dev/fuse` opened once more. Where only root
+/// may open it (the helper did it for us), the loops share one descriptor.
+fn may_clone() -> bool {
+    match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => true,
+        Err(e) => {
+            tracing::info!("the event loops share one descriptor, which costs speed: /dev/fuse: {e}");
+            false
+        }
+    }
+}
+
+fn end_on_panic(end: Arc<End>) {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        before(info);
+        if thread::current().name().is_some_and(|n| n.starts_with(LOOP_NAME)) {
+            end.panicked.store(true, Ordering::Release);
+            end.tell();
+        }
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_allow_root_alone_needs_our_own_check() {
+        let options = |allow_other, allow_root| MountOptions { allow_other, allow_root, ..Default::default() };
+        assert_eq!(acl(&options(false, false)), SessionACL::All);
+        assert_eq!(acl(&options(true, false)), SessionACL::All);
+        assert_eq!(acl(&options(false, true)), SessionACL::RootAndOwner);
+        assert_eq!(acl(&options(true, true)), SessionACL::All);
+    }
+}

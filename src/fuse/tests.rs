@@ -1,0 +1,233 @@
+//! Real mounts. They need root and `/dev/fuse`, and say so where these are missing.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::mount::{FSTYPE, Mount, Target, Unmounted};
+use super::mountinfo;
+use super::probe::Probe;
+use super::readahead;
+use super::session::Running;
+use super::testfs::{DISK, Fault, TestFs, byte_at};
+use crate::config::MountOptions;
+use crate::signals::wait;
+
+const SIZE: u64 = 1 << 20;
+
+/// A mount in a folder of its own; nothing of it stays, however the test ends.
+struct Mounted {
+    session: Option<Running>,
+    mount: Mount,
+    point: PathBuf,
+    _dir: TempDir,
+}
+
+impl Mounted {
+    /// `None`, loudly, where this machine lets us mount nothing.
+    fn new(is_file: bool, fault: Fault, options: &MountOptions) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+            eprintln!("SKIPPED: real mounts need root and /dev/fuse");
+            return None;
+        }
+        let dir = TempDir::with_prefix("vmdkfuse test \\").unwrap();
+        let point = dir.path().join("the point");
+        if is_file {
+            fs::write(&point, "covered").unwrap();
+        } else {
+            fs::create_dir(&point).unwrap();
+            fs::write(point.join("hidden"), "").unwrap();
+        }
+        let target = Target::resolve(&point).unwrap();
+        assert_eq!(target.is_file, is_file);
+        let (mount, device) = Mount::new(&target, options, "a, b\\c.vmdk").unwrap();
+        let session = Running::start(TestFs { size: SIZE, is_file, fault }, device, options, Some(2)).unwrap();
+        Some(Self { session: Some(session), mount, point, _dir: dir })
+    }
+
+    fn disk(&self) -> PathBuf {
+        if self.point.is_file() { self.point.clone() } else { self.point.join(DISK) }
+    }
+
+    /// The session's end, which has to come by itself.
+    fn end(&mut self) -> crate::error::Result<()> {
+        let session = self.session.take().unwrap();
+        let soon = Instant::now() + Duration::from_secs(20);
+        assert_eq!(wait([session.ended()], Some(soon)).unwrap(), [true], "the session goes on");
+        session.result()
+    }
+
+    fn entry(&self) -> Option<mountinfo::Entry> {
+        mountinfo::at(&self.point).unwrap()
+    }
+}
+
+fn options() -> MountOptions {
+    MountOptions { read_only: true, ..Default::default() }
+}
+
+fn check_whole_disk(path: &Path) {
+    let data = fs::read(path).unwrap();
+    assert_eq!(data.len() as u64, SIZE);
+    assert!(data.iter().zip(0..).all(|(&b, offset)| b == byte_at(offset)));
+}
+
+#[test]
+fn mount_of_a_folder_shows_its_type_and_source_and_ends_cleanly() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let entry = m.entry().unwrap();
+    assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
+    check_whole_disk(&m.disk());
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
+    m.end().unwrap();
+    assert_eq!(m.entry(), None);
+    assert!(m.point.join("hidden").exists());
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Gone);
+}
+
+#[test]
+fn mount_over_a_regular_file_covers_it() {
+    let Some(mut m) = Mounted::new(true, Fault::None, &options()) else { return };
+    check_whole_disk(&m.disk());
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
+    m.end().unwrap();
+    assert_eq!(fs::read_to_string(&m.point).unwrap(), "covered");
+}
+
+#[test]
+fn mount_that_is_busy_is_detached_and_its_session_ends_with_the_last_user() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let file = File::open(m.disk()).unwrap();
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Detached);
+    assert_eq!(m.entry(), None);
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 512 * 5).unwrap();
+    assert_eq!(byte, [5]);
+    assert_eq!(wait([m.session.as_ref().unwrap().ended()], Some(Instant::now())).unwrap(), [false]);
+    drop(file);
+    m.end().unwrap();
+}
+
+#[test]
+fn mount_through_the_helper_unmounts_at_once_too() {
+    let options = MountOptions { auto_unmount: true, ..options() };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options) else { return };
+    let entry = m.entry().unwrap();
+    assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
+    check_whole_disk(&m.disk());
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
+    m.end().unwrap();
+    assert_eq!(m.entry(), None);
+}
+
+#[test]
+fn mount_that_is_taken_is_refused_with_the_command() {
+    let Some(m) = Mounted::new(false, Fault::None, &options()) else { return };
+    for path in [m.point.clone(), m.point.join("new.raw")] {
+        let e = Target::resolve(&path).unwrap_err().to_string();
+        assert!(e.contains("is a vmdkfuse mount already; unmount it first: umount '"), "{e}");
+    }
+}
+
+#[test]
+fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let minor = m.mount.device().minor;
+    let abort = format!("/sys/fs/fuse/connections/{minor}/abort");
+    if fs::write(&abort, "1").is_err() {
+        eprintln!("SKIPPED: no {abort}");
+        return;
+    }
+    m.end().unwrap();
+    for path in [m.point.clone(), m.point.join("new.raw")] {
+        let e = Target::resolve(&path).unwrap_err().to_string();
+        let clear = format!("clear it with: umount '{}'", m.point.display());
+        assert!(e.contains("process is gone") && e.ends_with(&clear), "{e}");
+    }
+    assert!(m.mount.clear_dead().unwrap());
+    assert_eq!(m.entry(), None);
+}
+
+#[test]
+fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    nix::mount::umount(&m.point).unwrap();
+    m.end().unwrap();
+    let target = Target::resolve(&m.point).unwrap();
+    let (mut other, device) = Mount::new(&target, &options(), "other").unwrap();
+    let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
+    let session = Running::start(fs, device, &options(), None).unwrap();
+    // The kernel may have given it the numbers of ours.
+    assert!(!m.mount.clear_dead().unwrap());
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Gone);
+    assert_eq!(m.entry().unwrap().source, "other");
+    other.unmount().unwrap();
+    drop(session);
+}
+
+#[test]
+fn mount_read_ahead_is_raised_and_never_lowered() {
+    let Some(m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let device = m.mount.device();
+    if !Path::new(&format!("/sys/class/bdi/{device}")).exists() {
+        eprintln!("SKIPPED: no /sys/class/bdi/{device}");
+        return;
+    }
+    assert_eq!(readahead::raise(device, 2048).unwrap(), 2048);
+    assert_eq!(readahead::raise(device, 1024).unwrap(), 2048);
+}
+
+#[test]
+fn mount_whose_handler_panics_ends_its_session_with_an_error() {
+    let Some(mut m) = Mounted::new(false, Fault::Panic, &options()) else { return };
+    let file = File::open(m.disk()).unwrap();
+    let e = file.read_exact_at(&mut [0; 512], SIZE - 512).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(libc::EIO));
+    assert!(m.end().unwrap_err().to_string().contains("panicked"));
+}
+
+#[test]
+fn mount_that_never_answers_keeps_the_probe_alone() {
+    let Some(mut m) = Mounted::new(false, Fault::Hang, &options()) else { return };
+    let probe = Probe::start(vec![m.disk()]).unwrap();
+    let soon = Instant::now() + Duration::from_millis(50);
+    assert_eq!(wait([probe.ended()], Some(soon)).unwrap(), [false]);
+    assert_eq!(m.mount.unmount().unwrap(), Unmounted::Detached);
+    assert_eq!(m.entry(), None);
+    // Ends the request that hangs, or this very process could not end.
+    drop(fs::write(format!("/sys/fs/fuse/connections/{}/abort", m.mount.device().minor), "1"));
+}
+
+#[test]
+fn mount_probe_accepts_a_damaged_start_with_a_warning_and_nothing_less() {
+    for (fault, start) in [(Fault::None, None), (Fault::Start, Some("the start of the disk cannot be read"))] {
+        let Some(m) = Mounted::new(false, fault, &options()) else { return };
+        let warnings = Probe::start(vec![m.disk()]).unwrap().result().unwrap();
+        assert_eq!(warnings.len(), usize::from(start.is_some()));
+        assert!(warnings.iter().all(|w| w.contains(DISK) && w.contains(start.unwrap())), "{warnings:?}");
+    }
+    let Some(m) = Mounted::new(false, Fault::All, &options()) else { return };
+    let e = Probe::start(vec![m.disk()]).unwrap().result().unwrap_err().to_string();
+    assert!(e.contains(DISK) && e.contains("first read through the mount"), "{e}");
+}
+
+#[test]
+fn mount_points_that_cannot_be_used() {
+    let dir = TempDir::new().unwrap();
+    let dir = fs::canonicalize(dir.path()).map(|p| (p, dir)).unwrap();
+    let (root, _guard) = dir;
+    let named = Target::resolve(&root.join("new.raw")).unwrap();
+    assert_eq!((named.point.as_path(), named.new_name.as_deref()), (root.as_path(), Some("new.raw")));
+    fs::write(root.join("file"), "").unwrap();
+    assert!(Target::resolve(&root.join("file")).unwrap().is_file);
+    std::os::unix::fs::symlink("nowhere", root.join("dangling")).unwrap();
+    nix::unistd::mkfifo(&root.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for name in ["no/new.raw", "new/", "dangling", "file/new.raw", "fifo"] {
+        let e = Target::resolve(&root.join(name)).unwrap_err().to_string();
+        assert!(e.starts_with(root.to_str().unwrap()), "{name}: {e}");
+    }
+    assert!(Target::resolve(Path::new("/dev/null")).unwrap_err().to_string().contains("is a device"));
+}

@@ -1,0 +1,212 @@
+//! The order of life of a mount.
+//!
+//! ```text
+//!   log opened, mount point looked at       errors to the user at once
+//!   fork, unless in the foreground          daemon.rs; the parent waits
+//!   log installed, signals blocked          before any thread
+//!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
+//!   "ready" to the parent
+//!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
+//!        └─ the session ends: somebody unmounted (status 0), or an error (status 1)
+//! ```
+//! Everything that was made is undone by its owner's `Drop`, so a failure or a panic on the way leaves no mount
+//! and no pidfile. A second SIGTERM or SIGINT does not wait for the last user.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use fuser::Filesystem;
+use nix::sys::signal::Signal;
+
+use crate::config::{LogConfig, MountConfig};
+use crate::daemon::{self, Started, Status, Verdict};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::mount::{Mount, Target, Unmounted};
+use crate::fuse::probe::Probe;
+use crate::fuse::readahead;
+use crate::fuse::session::Running;
+use crate::log;
+use crate::pidfile::Pidfile;
+use crate::signals::{self, Signals};
+
+/// How long the first reads may take: a mount that needs longer is of no use.
+const FIRST_READ: Duration = Duration::from_secs(30);
+
+/// What is to be served, opened.
+#[derive(Debug)]
+pub struct Opened<F> {
+    /// Answers the kernel's requests.
+    pub filesystem: F,
+    /// What mount tables show as the source.
+    pub source: String,
+    /// Names of the disks in the root folder, each of which has to be readable before "ready" is said. Where
+    /// the mount covers a file, that one is read instead.
+    pub files: Vec<OsString>,
+}
+
+/// Mounts, serves and unmounts what `open` opens: the whole life. Prints the error, if there is one.
+///
+/// In the background (see [`MountConfig::foreground`]) the calling process returns as soon as the mount can be
+/// read, and `open` runs in the daemon. Call it before any thread is started.
+pub fn serve<F, O>(config: &MountConfig, log: &LogConfig, open: O) -> ExitCode
+where
+    F: Filesystem,
+    O: FnOnce(&Target) -> Result<Opened<F>>,
+{
+    let started = log::Sink::open(log).and_then(|sink| {
+        let target = Target::resolve(&config.target.path)?;
+        Ok((sink, target, daemon::start(config.foreground)?))
+    });
+    match started {
+        Err(e) => {
+            daemon::say(&mut std::io::stderr(), &e.to_string());
+            ExitCode::FAILURE
+        }
+        Ok((_, _, Started::Parent(Verdict::Ready))) => ExitCode::SUCCESS,
+        Ok((_, _, Started::Parent(Verdict::Failed))) => ExitCode::FAILURE,
+        Ok((sink, target, Started::Daemon(status))) => live(config, sink, &target, status, open),
+    }
+}
+
+/// The daemon's part of [`serve`].
+fn live<F, O>(config: &MountConfig, sink: log::Sink, target: &Target, mut status: Status, open: O) -> ExitCode
+where
+    F: Filesystem,
+    O: FnOnce(&Target) -> Result<Opened<F>>,
+{
+    let has_log_file = sink.is_file();
+    let begun = sink.install().and_then(|()| {
+        log::panics();
+        Life::begin(config, target, open, |warning| {
+            if has_log_file {
+                tracing::warn!("{warning}");
+            }
+            status.warn(warning);
+        })
+    });
+    match begun {
+        Err(e) => {
+            // On standard error it would be there twice.
+            if has_log_file {
+                tracing::error!("{e}");
+            }
+            status.failed(&e);
+            ExitCode::FAILURE
+        }
+        Ok(life) => match status.ready().and_then(|()| life.serve()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                tracing::error!("{e}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// A mount that can be read. Fields are dropped in this order: first the mount, so that nobody new comes in.
+#[derive(Debug)]
+struct Life {
+    mount: Mount,
+    session: Running,
+    signals: Signals,
+    /// Only for its `Drop`.
+    _pidfile: Option<Pidfile>,
+}
+
+impl Life {
+    /// All that comes before "ready". `warn` is given what the user should know although it works.
+    fn begin<F, O>(config: &MountConfig, target: &Target, open: O, mut warn: impl FnMut(&str)) -> Result<Self>
+    where
+        F: Filesystem,
+        O: FnOnce(&Target) -> Result<Opened<F>>,
+    {
+        let signals = Signals::block()?;
+        let Opened { filesystem, source, files } = open(target)?;
+        let (mount, device) = Mount::new(target, &config.options, &source)?;
+        let session = Running::start(filesystem, device, &config.options, config.threads)?;
+        match readahead::raise(mount.device(), readahead::DEFAULT_KIB) {
+            Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
+            Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
+        }
+        let paths = if target.is_file {
+            vec![target.point.clone()]
+        } else {
+            files.iter().map(|name| target.point.join(name)).collect()
+        };
+        for warning in first_read(paths, &signals, &session)? {
+            warn(&warning);
+        }
+        let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
+        tracing::info!("ready: {}", target.point.display());
+        Ok(Self { mount, session, signals, _pidfile })
+    }
+
+    /// From "ready" to the end.
+    fn serve(mut self) -> Result<()> {
+        let mut stopping = false;
+        loop {
+            let [signalled, ended] = signals::wait([self.signals.as_fd(), self.session.ended()], None)?;
+            if ended {
+                break;
+            }
+            let signal = if signalled { self.signals.take()? } else { None };
+            match signal {
+                Some(signal) if !stopping => stopping = self.stop(signal),
+                // Closing the terminal may follow another signal by itself: no second wish of anybody.
+                Some(Signal::SIGHUP) | None => {}
+                Some(signal) => {
+                    let text = format!("second signal ({signal}): ending although the disk is still in use");
+                    return Err(Error::new(ErrorKind::Os(libc::EINTR), text));
+                }
+            }
+        }
+        let Self { mut mount, session, .. } = self;
+        session.result()?;
+        // Served no more, but mounted still: /sys/fs/fuse/connections/*/abort does that.
+        if mount.clear_dead()? {
+            let text = "the kernel's connection to the mount was aborted";
+            return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
+        }
+        tracing::info!("unmounted");
+        Ok(())
+    }
+
+    /// Unmounts for `signal`. Whether that worked: if not, the next signal is a new attempt.
+    fn stop(&mut self, signal: Signal) -> bool {
+        tracing::info!("{signal}: unmounting");
+        match self.mount.unmount() {
+            Ok(Unmounted::Clean | Unmounted::Gone) => true,
+            Ok(Unmounted::Detached) => {
+                tracing::warn!("the mount was busy and is detached; this process ends when its last user is gone");
+                true
+            }
+            Err(e) => {
+                tracing::error!("not unmounted: {e}");
+                false
+            }
+        }
+    }
+}
+
+/// Reads every disk once through the mount: the warnings, or why it cannot be said to be ready.
+fn first_read(paths: Vec<PathBuf>, signals: &Signals, session: &Running) -> Result<Vec<String>> {
+    let probe = Probe::start(paths)?;
+    let deadline = Instant::now() + FIRST_READ;
+    let fds = [probe.ended(), signals.as_fd(), session.ended()];
+    let no_mount = |errno, text: String| Err(Error::new(ErrorKind::Os(errno), text));
+    match signals::wait(fds, Some(deadline))? {
+        [_, _, true] => no_mount(libc::ENOTCONN, "the mount ended before its first read".into()),
+        [true, ..] => probe.result(),
+        [_, true, _] => {
+            let name = signals.take()?.map_or("a signal", Signal::as_str);
+            no_mount(libc::EINTR, format!("ended by {name} before the first read"))
+        }
+        [false, false, false] => {
+            let seconds = FIRST_READ.as_secs();
+            no_mount(libc::ETIMEDOUT, format!("no answer to the first read within {seconds} s"))
+        }
+    }
+}
