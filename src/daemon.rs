@@ -11,7 +11,7 @@
 //! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
 //! away before it heard is a failure as well: nobody would know of the mount.
 
-#![allow(unsafe_code)] // Only for fork.
+#![allow(unsafe_code)] // Only for fork, _exit and close_range.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -55,22 +55,14 @@ pub fn start(foreground: bool) -> Result<Started> {
     if foreground {
         return Ok(Started::Daemon(Status(None)));
     }
-    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
-    if tasks != 1 {
-        let text = format!("{tasks} threads run already, where the daemon has to be forked from one");
-        return Err(Error::new(ErrorKind::Unsupported, text));
-    }
     let (from_child, to_parent) =
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| Error::io("pipe", e.into()))?;
-    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
-    // a thread that is not there.
-    match unsafe { nix::unistd::fork() } {
-        Err(e) => Err(Error::io("fork", e.into())),
-        Ok(ForkResult::Parent { child }) => {
+    match fork()? {
+        ForkResult::Parent { child } => {
             drop(to_parent);
             Ok(Started::Parent(listen(File::from(from_child), child, &mut io::stderr())))
         }
-        Ok(ForkResult::Child) => {
+        ForkResult::Child => {
             drop(from_child);
             let status = Status(Some(File::from(to_parent)));
             match detach() {
@@ -82,6 +74,42 @@ pub fn start(foreground: bool) -> Result<Started> {
             }
         }
     }
+}
+
+/// Forks, if that is safe: an error where more than one thread runs.
+pub(crate) fn fork() -> Result<ForkResult> {
+    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
+    if tasks != 1 {
+        let text = format!("{tasks} threads run already, where a process has to be forked from one");
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
+    // a thread that is not there.
+    unsafe { nix::unistd::fork() }.map_err(|e| Error::io("fork", e.into()))
+}
+
+/// Closes what the caller left open beyond the standard descriptors. A daemon that kept a file of a mount would keep
+/// that mount busy; a file of its own mount it could not even close without waiting for itself.
+///
+/// To be called first of all: nothing of this process may be open yet.
+pub fn close_inherited() {
+    // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+/// Lets this process have as many open files as it may: a split disk has one for each extent.
+pub fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // where it can't be raised the usual limit has to do, and an open that exceeds it says so
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
+/// Ends a forked child where it stands: what it copied belongs to its parent, and no destructor may run on it.
+pub(crate) fn leave() -> ! {
+    // SAFETY: _exit only ends the process; nothing of ours waits for an atexit handler.
+    unsafe { libc::_exit(0) }
 }
 
 impl Status {
@@ -102,14 +130,14 @@ impl Status {
     pub fn ready(self) -> Result<()> {
         let Some(mut pipe) = self.0 else { return Ok(()) };
         // First, or a caller that waits for the end of our standard error would wait for the whole mount.
-        nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))?;
+        silence()?;
         send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount is gone", e))
     }
 
     /// Says that there will be no mount, and why.
     pub fn failed(self, error: &Error) {
         let sent = match self.0 {
-            Some(mut pipe) => send(&mut pipe, b'E', &error.to_string()),
+            Some(mut pipe) => send(&mut pipe, b'E', error.to_string()),
             None => writeln!(io::stderr(), "{NAME}: {error}"),
         };
         if let Err(e) = sent {
@@ -118,7 +146,8 @@ impl Status {
     }
 }
 
-fn detach() -> Result<()> {
+/// Leaves the terminal, the folder, and standard input and output of whoever started us.
+pub(crate) fn detach() -> Result<()> {
     let context = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, e.into());
     nix::unistd::setsid().map_err(context("setsid"))?;
     nix::unistd::chdir("/").map_err(context("chdir /"))?;
@@ -127,14 +156,20 @@ fn detach() -> Result<()> {
     nix::unistd::dup2_stdout(&null).map_err(context("standard output"))
 }
 
+/// Leaves standard error as well.
+pub(crate) fn silence() -> Result<()> {
+    nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))
+}
+
 fn null() -> Result<OwnedFd> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/null");
     file.map(OwnedFd::from).map_err(|e| Error::io("/dev/null", e))
 }
 
 /// One message: its kind, its length as 4 bytes, its text.
-fn send(pipe: &mut impl Write, kind: u8, text: &str) -> io::Result<()> {
-    let text = &text.as_bytes()[..text.len().min(MAX_MESSAGE)];
+pub(crate) fn send(pipe: &mut impl Write, kind: u8, text: impl AsRef<[u8]>) -> io::Result<()> {
+    let text = text.as_ref();
+    let text = &text[..text.len().min(MAX_MESSAGE)];
     let mut message = vec![kind];
     message.extend((text.len() as u32).to_le_bytes());
     message.extend(text);
@@ -142,7 +177,7 @@ fn send(pipe: &mut impl Write, kind: u8, text: &str) -> io::Result<()> {
 }
 
 /// The next message; `None` at the end of the pipe.
-fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, String)>> {
+pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>> {
     let mut head = [0u8; 5];
     match pipe.read_exact(&mut head) {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -151,7 +186,7 @@ fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, String)>> {
     let [kind, len @ ..] = head;
     let mut text = vec![0; (u32::from_le_bytes(len) as usize).min(MAX_MESSAGE)];
     pipe.read_exact(&mut text)?;
-    Ok(Some((kind, String::from_utf8_lossy(&text).into_owned())))
+    Ok(Some((kind, text)))
 }
 
 /// The parent's part: prints what the child says until it is ready or has failed.
@@ -159,11 +194,11 @@ fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
     let failure = loop {
         match receive(&mut pipe) {
             Ok(Some((b'R', _))) => return Verdict::Ready,
-            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {text}")),
+            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
             Ok(Some((_, text))) => {
                 // The mount is gone only when the child is: whoever reads our status may look.
                 ending(child);
-                break text;
+                break String::from_utf8_lossy(&text).into_owned();
             }
             Ok(None) => break format!("the background process {}, without a word", ending(child)),
             Err(e) => break format!("the background process cannot be heard: {e}"),

@@ -8,12 +8,14 @@ use vmdkfuse::config::{Action, Config, MountConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::DiskFs;
 use vmdkfuse::run::{self, Opened};
-use vmdkfuse::{image, query};
+use vmdkfuse::{daemon, image, query};
 
 /// The words can't be understood.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    daemon::close_inherited();
+    daemon::raise_file_limit();
     match cli::parse(std::env::args_os()) {
         Ok(Parsed::Run(config)) => act(*config),
         Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
@@ -44,7 +46,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let disks: Vec<_> = disks.collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();
-    Ok(Opened { filesystem: DiskFs::new(mount.target.kind, disks, &mount.options), source, files })
+    Ok(Opened { filesystem: DiskFs::new(mount.target.kind, disks, &mount.options), source, files, read_only: true })
 }
 
 fn status(done: Result<u8>) -> ExitCode {

@@ -3,7 +3,7 @@
 //! ```text
 //!   log opened, mount point looked at       errors to the user at once
 //!   fork, unless in the foreground          daemon.rs; the parent waits
-//!   log installed, signals blocked          before any thread
+//!   log installed, signals blocked, prober and watcher forked (fuse/): all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
@@ -14,20 +14,20 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use fuser::Filesystem;
 use nix::sys::signal::Signal;
 
-use crate::config::{LogConfig, MountConfig};
+use crate::config::{LogConfig, MountConfig, MountOptions};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{Mount, Target, Unmounted};
-use crate::fuse::probe::Probe;
+use crate::fuse::probe::Prober;
 use crate::fuse::readahead;
 use crate::fuse::session::Running;
+use crate::fuse::watcher::Watcher;
 use crate::log;
 use crate::pidfile::Pidfile;
 use crate::signals::{self, Signals};
@@ -45,6 +45,8 @@ pub struct Opened<F> {
     /// Names of the disks in the root folder, each of which has to be readable before "ready" is said. Where
     /// the mount covers a file, that one is read instead.
     pub files: Vec<OsString>,
+    /// No disk can be written to, so the mount is made read-only.
+    pub read_only: bool,
 }
 
 /// Mounts, serves and unmounts what `open` opens: the whole life. Prints the error, if there is one.
@@ -111,6 +113,8 @@ where
 struct Life {
     mount: Mount,
     session: Running,
+    /// With auto_unmount. Dropped as it is, it detaches what is mounted then.
+    watcher: Option<Watcher>,
     signals: Signals,
     /// Only for its `Drop`.
     _pidfile: Option<Pidfile>,
@@ -124,9 +128,15 @@ impl Life {
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
         let signals = Signals::block()?;
-        let Opened { filesystem, source, files } = open(target)?;
-        let (mount, device) = Mount::new(target, &config.options, &source)?;
-        let session = Running::start(filesystem, device, &config.options, config.threads)?;
+        let mut prober = Prober::fork()?;
+        let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
+        let Opened { filesystem, source, files, read_only } = open(target)?;
+        let options = &MountOptions { read_only: read_only || config.options.read_only, ..config.options.clone() };
+        let (mount, device) = Mount::new(target, options, &source)?;
+        if let Some(watcher) = &mut watcher {
+            watcher.start(&mount)?;
+        }
+        let session = Running::start(filesystem, device, options, config.threads)?;
         match readahead::raise(mount.device(), readahead::DEFAULT_KIB) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
@@ -136,12 +146,15 @@ impl Life {
         } else {
             files.iter().map(|name| target.point.join(name)).collect()
         };
-        for warning in first_read(paths, &signals, &session)? {
+        prober.start(&paths)?;
+        let deadline = Instant::now() + FIRST_READ;
+        while let Some(warning) = first_read(&mut prober, &signals, &session, deadline)? {
             warn(&warning);
         }
+        prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
-        Ok(Self { mount, session, signals, _pidfile })
+        Ok(Self { mount, session, watcher, signals, _pidfile })
     }
 
     /// From "ready" to the end.
@@ -163,10 +176,14 @@ impl Life {
                 }
             }
         }
-        let Self { mut mount, session, .. } = self;
+        let Self { mut mount, session, watcher, .. } = self;
         session.result()?;
+        let dead = mount.clear_dead()?;
+        if let Some(watcher) = watcher {
+            watcher.dismiss();
+        }
         // Served no more, but mounted still: /sys/fs/fuse/connections/*/abort does that.
-        if mount.clear_dead()? {
+        if dead {
             let text = "the kernel's connection to the mount was aborted";
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
         }
@@ -191,15 +208,14 @@ impl Life {
     }
 }
 
-/// Reads every disk once through the mount: the warnings, or why it cannot be said to be ready.
-fn first_read(paths: Vec<PathBuf>, signals: &Signals, session: &Running) -> Result<Vec<String>> {
-    let probe = Probe::start(paths)?;
-    let deadline = Instant::now() + FIRST_READ;
-    let fds = [probe.ended(), signals.as_fd(), session.ended()];
+/// What the first reads through the mount say next: a warning, `None` when all were good, or why the mount
+/// cannot be said to be ready.
+fn first_read(prober: &mut Prober, signals: &Signals, session: &Running, deadline: Instant) -> Result<Option<String>> {
+    let fds = [prober.answered(), signals.as_fd(), session.ended()];
     let no_mount = |errno, text: String| Err(Error::new(ErrorKind::Os(errno), text));
     match signals::wait(fds, Some(deadline))? {
         [_, _, true] => no_mount(libc::ENOTCONN, "the mount ended before its first read".into()),
-        [true, ..] => probe.result(),
+        [true, ..] => prober.hear(),
         [_, true, _] => {
             let name = signals.take()?.map_or("a signal", Signal::as_str);
             no_mount(libc::EINTR, format!("ended by {name} before the first read"))

@@ -282,8 +282,7 @@ impl Filesystem for DiskFs {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         guarded(|| {
-            let found =
-                self.nodes.iter().position(|n| self.shape == MountKind::Dir && name == n.config.name);
+            let found = self.nodes.iter().position(|n| self.shape == MountKind::Dir && name == n.config.name);
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);

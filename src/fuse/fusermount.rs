@@ -1,11 +1,8 @@
 //! The setuid helper `fusermount3`, which mounts and unmounts for ordinary users.
 //!
-//! ```text
-//!   we ──socketpair── fusermount3        mounts, sends /dev/fuse over the socket, ends
-//!        └ auto_unmount: it stays, and unmounts when our end of the socket closes
-//! ```
-//! Our end is close-on-exec and lives as long as the daemon. The helper's end is its standard input
-//! (`_FUSE_COMMFD=0`), so no descriptor has to be made inheritable for all children.
+//! It sends the FUSE device over a socket that we name in its environment. That socket is its standard input
+//! (`_FUSE_COMMFD=0`), so no descriptor has to be made inheritable for all children. Its own auto_unmount is not
+//! used; `watcher.rs` says why.
 
 #![allow(unsafe_code)] // Only for taking ownership of the descriptor that the helper sends.
 
@@ -24,32 +21,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// Looked for in PATH first; services often run with a short one.
 const PROGRAMS: [&str; 3] = ["fusermount3", "/usr/bin/fusermount3", "/bin/fusermount3"];
 
-/// A helper that waits for our end, to unmount what we left.
-#[derive(Debug)]
-pub(super) struct Watcher {
-    socket: UnixStream,
-    helper: Child,
-}
-
-impl Watcher {
-    /// Lets the helper end: where all is `unmounted` without another look at the mount point, on which somebody
-    /// else may have mounted since; otherwise it unmounts what is left.
-    pub(super) fn dismiss(self, unmounted: bool) {
-        let Self { socket, mut helper } = self;
-        if unmounted {
-            if let Err(e) = helper.kill() {
-                tracing::debug!("fusermount3: {e}");
-            }
-        }
-        drop(socket);
-        if let Err(e) = helper.wait() {
-            tracing::debug!("fusermount3: {e}");
-        }
-    }
-}
-
-/// Mounts at `point`; the FUSE device, and with auto_unmount the helper that stays.
-pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Result<(OwnedFd, Option<Watcher>)> {
+/// Mounts at `point`: the FUSE device.
+pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket for fusermount3", e))?;
     let theirs = OwnedFd::from(theirs);
     let mut helper = spawn(|command| {
@@ -61,10 +34,9 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
     // Only the helper may hold its end now, or its death would not end our wait.
     drop(theirs);
     match receive(&ours) {
-        Ok(device) if options.auto_unmount => Ok((device, Some(Watcher { socket: ours, helper }))),
         Ok(device) => {
             helper.wait().map_err(|e| Error::io("fusermount3", e))?;
-            Ok((device, None))
+            Ok(device)
         }
         Err(errno) => Err(refusal(point, helper, errno)),
     }
@@ -85,8 +57,7 @@ fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
     for program in PROGRAMS {
         let mut command = Command::new(program);
         arguments(&mut command).map_err(|e| Error::io("fusermount3", e))?;
-        // Started from `/`, so that a helper that stays keeps no other directory busy.
-        match command.current_dir("/").stdout(Stdio::null()).stderr(Stdio::piped()).spawn() {
+        match command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn() {
             Ok(child) => return Ok(child),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io(program, e)),
@@ -103,7 +74,6 @@ fn option_words(options: &MountOptions, source: &str) -> String {
     for (on, word) in [
         (options.allow_other || options.allow_root, ",allow_other"),
         (options.default_permissions, ",default_permissions"),
-        (options.auto_unmount, ",auto_unmount"),
     ] {
         words.push_str(if on { word } else { "" });
     }
@@ -184,10 +154,10 @@ mod tests {
 
     #[test]
     fn option_words_escape_the_source() {
-        let options = MountOptions { read_only: true, allow_root: true, auto_unmount: true, ..Default::default() };
+        let options = MountOptions { read_only: true, allow_root: true, ..Default::default() };
         assert_eq!(
             option_words(&options, "a,b\\c.vmdk"),
-            "fsname=a\\,b\\\\c.vmdk,subtype=vmdkfuse,nosuid,nodev,ro,allow_other,auto_unmount"
+            "fsname=a\\,b\\\\c.vmdk,subtype=vmdkfuse,nosuid,nodev,ro,allow_other"
         );
         assert_eq!(option_words(&MountOptions::default(), "x"), "fsname=x,subtype=vmdkfuse,nosuid,nodev,rw");
     }

@@ -6,7 +6,8 @@
 //!   session       serves the kernel's requests on threads of their own
 //!   fs            the answers ── errno: errors become numbers
 //!   readahead     the mount's read-ahead window
-//!   probe         a first read through the mount
+//!   probe         a first read through the mount, by a process of its own
+//!   watcher       auto_unmount, by another one
 //! ```
 
 mod errno;
@@ -21,5 +22,6 @@ pub mod session;
 mod testfs;
 #[cfg(test)]
 mod tests;
+pub mod watcher;
 
 pub use fs::DiskFs;

@@ -1,12 +1,12 @@
 //! The mount's entry in the mount table: made, known again, removed.
 //!
 //! We do this ourselves and hand fuser only the descriptor, because fuser's own mounting cannot show the type
-//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other, or detach a busy mount.
+//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other (`watcher.rs`), or detach a busy mount.
 //!
 //! ```text
 //!   Target::resolve  what the user named ── stale or taken: refused
 //!        ▼
-//!   Mount::new       mount(2); where that is not permitted, or for auto_unmount: fusermount3
+//!   Mount::new       mount(2); where that is not permitted: fusermount3
 //!        ▼           → /dev/fuse for the session, number and device of the mount noted
 //!   unmount          ours still? ─ no → Gone
 //!                       │ yes → umount2 / fusermount3 -u → Clean
@@ -17,14 +17,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 
-use super::fusermount::{self, Watcher};
+use super::fusermount;
 use super::mountinfo::{self, Device, Entry};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,20 +41,16 @@ pub struct Target {
     pub point: PathBuf,
     /// Whether it is a regular file, so that the root of the mount has to be the disk itself.
     pub is_file: bool,
-    /// The file's name, where the user gave one that does not exist in the directory [`Self::point`].
-    pub new_name: Option<String>,
 }
 
 impl Target {
-    /// Finds out which of the three forms `path` is: a directory, a regular file to cover, or a new name in
-    /// a directory.
+    /// Looks at what is to be mounted on: a directory, or a regular file to cover.
     ///
     /// Errors: it is nothing to mount on, it is a vmdkfuse mount already, or one whose process is gone (with
     /// the command that clears it).
     pub fn resolve(path: &Path) -> Result<Self> {
         match fs::canonicalize(path) {
             Ok(point) => Self::existing(point),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Self::new_name(path, e),
             Err(e) => Err(stale_or(path, e)),
         }
     }
@@ -68,28 +63,7 @@ impl Target {
             let text = format!("{}: is {what}; mount on a directory or a regular file", point.display());
             return Err(Error::new(ErrorKind::Usage, text));
         }
-        Ok(Self { point, is_file: kind.is_file(), new_name: None })
-    }
-
-    /// `absent`: why `path` itself could not be followed.
-    fn new_name(path: &Path, absent: io::Error) -> Result<Self> {
-        let wants_directory = path.as_os_str().as_bytes().ends_with(b"/");
-        let dangling = fs::symlink_metadata(path).is_ok();
-        let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), wants_directory || dangling) else {
-            return Err(Error::io(path.display().to_string(), absent));
-        };
-        // A bare name has the empty path as its parent.
-        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-        let Some(name) = name.to_str() else {
-            let text = format!("{}: the new file's name is not UTF-8", path.display());
-            return Err(Error::new(ErrorKind::Usage, text));
-        };
-        let point = fs::canonicalize(parent).map_err(|e| stale_or(parent, e))?;
-        let target = Self::existing(point)?;
-        if target.is_file {
-            return Err(Error::io(path.display().to_string(), io::Error::from_raw_os_error(libc::ENOTDIR)));
-        }
-        Ok(Self { new_name: Some(name.to_owned()), ..target })
+        Ok(Self { point, is_file: kind.is_file() })
     }
 }
 
@@ -104,12 +78,42 @@ pub enum Unmounted {
     Gone,
 }
 
+/// What a mount is known again by, as long as it exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number in the mount table.
+    pub id: u64,
+    /// Its device.
+    pub device: Device,
+}
+
+impl Identity {
+    /// Detaches it if it is in the mount table still. Whether it was.
+    pub fn detach(self) -> Result<bool> {
+        let found = self.find()?;
+        if let Some(point) = &found {
+            unmount_once(point, true)?;
+        }
+        Ok(found.is_some())
+    }
+
+    /// Where it is now; `None` when it is gone.
+    fn find(self) -> Result<Option<PathBuf>> {
+        let table = mountinfo::read()?;
+        let same = |e: &&Entry| e.id == self.id && e.device == self.device && e.fstype == FSTYPE;
+        let Some(ours) = table.iter().find(same) else { return Ok(None) };
+        if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
+            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
+            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
+        }
+        Ok(Some(ours.point.clone()))
+    }
+}
+
 /// A mount of ours.
 #[derive(Debug)]
 pub struct Mount {
-    /// As it was noted; the path is only where it was then.
-    entry: Entry,
-    watcher: Option<Watcher>,
+    identity: Identity,
     unmounted: bool,
 }
 
@@ -119,9 +123,8 @@ impl Mount {
     /// `source` is what mount tables show, where `options` name nothing else.
     pub fn new(target: &Target, options: &MountOptions, source: &str) -> Result<(Self, OwnedFd)> {
         let source = options.fsname.as_deref().unwrap_or(source);
-        let direct = if options.auto_unmount { None } else { mount_directly(target, options, source)? };
-        let (device, watcher) = match direct {
-            Some(device) => (device, None),
+        let device = match mount_directly(target, options, source)? {
+            Some(device) => device,
             None => fusermount::mount(&target.point, options, source)?,
         };
         let entry = mountinfo::of(&target.point)?;
@@ -130,12 +133,18 @@ impl Mount {
             return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
         }
         tracing::debug!("mounted on {} as {} {}", entry.point.display(), entry.id, entry.device);
-        Ok((Self { entry, watcher, unmounted: false }, device))
+        let identity = Identity { id: entry.id, device: entry.device };
+        Ok((Self { identity, unmounted: false }, device))
     }
 
     /// The device of the mount.
     pub fn device(&self) -> Device {
-        self.entry.device
+        self.identity.device
+    }
+
+    /// What it is known again by.
+    pub fn identity(&self) -> Identity {
+        self.identity
     }
 
     /// Removes it from the mount table, if it is there still; lazily where it is busy.
@@ -143,7 +152,7 @@ impl Mount {
         if self.unmounted {
             return Ok(Unmounted::Gone);
         }
-        let how = match self.find()? {
+        let how = match self.identity.find()? {
             None => Unmounted::Gone,
             Some(point) => self.unmount_at(&point)?,
         };
@@ -157,24 +166,12 @@ impl Mount {
     /// So only a mount that answers "not connected" is taken for ours here.
     pub fn clear_dead(&mut self) -> Result<bool> {
         let dead = |p: &PathBuf| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-        let found = self.find()?.filter(dead);
+        let found = self.identity.find()?.filter(dead);
         if let Some(point) = &found {
             unmount_once(point, true)?;
         }
         self.unmounted = true;
         Ok(found.is_some())
-    }
-
-    /// Where it is now; `None` when it is gone.
-    fn find(&self) -> Result<Option<PathBuf>> {
-        let table = mountinfo::read()?;
-        let same = |e: &&Entry| e.id == self.entry.id && e.device == self.entry.device && e.fstype == FSTYPE;
-        let Some(ours) = table.iter().find(same) else { return Ok(None) };
-        if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
-            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
-            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
-        }
-        Ok(Some(ours.point.clone()))
     }
 
     fn unmount_at(&self, point: &Path) -> Result<Unmounted> {
@@ -183,7 +180,7 @@ impl Mount {
             Err(e) => tracing::debug!("not unmounted at once: {e}"),
         }
         // Somebody else may have been quicker, and the next mount there would not be ours.
-        if self.find()?.is_none() {
+        if self.identity.find()?.is_none() {
             return Ok(Unmounted::Gone);
         }
         unmount_once(point, true)?;
@@ -196,9 +193,6 @@ impl Drop for Mount {
         match self.unmount() {
             Ok(how) => tracing::trace!("mount dropped: {how:?}"),
             Err(e) => tracing::error!("the mount stays: {e}"),
-        }
-        if let Some(watcher) = self.watcher.take() {
-            watcher.dismiss(self.unmounted);
         }
     }
 }

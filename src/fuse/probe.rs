@@ -1,79 +1,118 @@
 //! A first read through the mount: the proof that it answers, before anybody is told so.
 //!
-//! It runs on a thread of its own, because a mount that does not answer would hold its reader for ever. The
-//! main thread polls for its end, for signals and for the session's end at the same time.
+//! ```text
+//!   daemon ── fork ── prober             before any thread, so before the sources are opened
+//!      │  "read these" ──► │             once the session runs
+//!      │ ◄── warning…  then done | error │
+//! ```
+//! It is a process of its own, because no process may read what it serves: a read that is not answered cannot
+//! be interrupted, not even by SIGKILL, and the connection is cut only when the server's process has ended.
+//! Reader and server in one would wait for each other for ever. The prober holds nothing of the mount; when
+//! the daemon ends, its read fails and it ends too.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::{ForkResult, Pid};
 
+use crate::daemon::{fork, leave, receive, send};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of the read: a page, what the smallest cached read takes.
 const PROBE: u64 = 4096;
 
-/// A running probe.
+/// Kinds of messages: a file to read, the end of the list; a warning, an error, the end of the work.
+const FILE: u8 = b'F';
+const GO: u8 = b'G';
+const WARNING: u8 = b'W';
+const ERROR: u8 = b'E';
+const DONE: u8 = b'D';
+
+/// A process that waits to be told what to read.
 #[derive(Debug)]
-pub struct Probe {
-    ended: Arc<EventFd>,
-    thread: JoinHandle<Result<Vec<String>>>,
+pub struct Prober {
+    socket: UnixStream,
+    process: Pid,
 }
 
-impl Probe {
-    /// Starts to read every one of `files`.
-    pub fn start(files: Vec<PathBuf>) -> Result<Self> {
-        let ended = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| Error::io("eventfd", e.into()))?);
-        let signal = Signal(Arc::clone(&ended));
-        let thread = thread::Builder::new()
-            .name("probe".into())
-            .spawn(move || {
-                let _signal = signal;
-                probe_all(&files)
-            })
-            .map_err(|e| Error::io("thread of the first read", e))?;
-        Ok(Self { ended, thread })
+impl Prober {
+    /// Forks it; an error where threads run already.
+    pub fn fork() -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket of the first read", e))?;
+        match fork()? {
+            ForkResult::Parent { child } => Ok(Self { socket: ours, process: child }),
+            ForkResult::Child => {
+                drop(ours);
+                // An error means that the daemon is gone: nobody is left to be told.
+                let _ = answer(theirs);
+                leave();
+            }
+        }
     }
 
-    /// Readable as soon as [`Self::result`] would not wait.
-    pub fn ended(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
+    /// Lets it read every one of `files`.
+    pub fn start(&mut self, files: &[PathBuf]) -> Result<()> {
+        let mut tell = |kind, text: &[u8]| send(&mut self.socket, kind, text);
+        let told = files.iter().try_for_each(|f| tell(FILE, f.as_os_str().as_bytes()));
+        told.and_then(|()| tell(GO, b"")).map_err(|e| Error::io("process of the first read", e))
     }
 
-    /// One warning for each disk that is readable in part only; an error names the disk that cannot be read.
-    pub fn result(self) -> Result<Vec<String>> {
-        let panicked = |_| Error::new(ErrorKind::Os(libc::EIO), "the thread of the first read panicked");
-        self.thread.join().unwrap_or_else(|p| Err(panicked(p)))
+    /// Readable as soon as it has something to say.
+    pub fn answered(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
-}
 
-/// Tells the end when it is dropped, also by a panic.
-struct Signal(Arc<EventFd>);
+    /// What it says next: a warning (a disk that is readable in part only), or `None` when all has been read.
+    /// An error names the disk that cannot be read.
+    pub fn hear(&mut self) -> Result<Option<String>> {
+        let text = |t: Vec<u8>| String::from_utf8_lossy(&t).into_owned();
+        match receive(&mut self.socket).map_err(|e| Error::io("process of the first read", e))? {
+            Some((WARNING, t)) => Ok(Some(text(t))),
+            Some((DONE, _)) => Ok(None),
+            Some((_, t)) => Err(Error::new(ErrorKind::Os(libc::EIO), text(t))),
+            None => Err(Error::new(ErrorKind::Os(libc::EIO), "the process of the first read died")),
+        }
+    }
 
-impl Drop for Signal {
-    fn drop(&mut self) {
-        if let Err(e) = self.0.write(1) {
-            tracing::error!("eventfd of the first read: {e}");
+    /// Waits for its end, after it said that all has been read.
+    pub fn finish(self) {
+        let Self { socket, process } = self;
+        drop(socket);
+        if let Err(e) = nix::sys::wait::waitpid(process, None) {
+            tracing::debug!("process of the first read: {e}");
         }
     }
 }
 
-fn probe_all(files: &[PathBuf]) -> Result<Vec<String>> {
-    let mut warnings = Vec::new();
-    for path in files {
-        warnings.extend(probe_file(path)?);
+/// The prober's whole work.
+fn answer(mut socket: UnixStream) -> io::Result<()> {
+    let mut files = Vec::new();
+    loop {
+        match receive(&mut socket)? {
+            Some((FILE, path)) => files.push(PathBuf::from(OsString::from_vec(path))),
+            Some((GO, _)) => break,
+            _ => return Ok(()),
+        }
     }
-    Ok(warnings)
+    for path in &files {
+        match probe_file(path) {
+            Ok(None) => {}
+            Ok(Some(warning)) => send(&mut socket, WARNING, warning)?,
+            Err(e) => return send(&mut socket, ERROR, e.to_string()),
+        }
+    }
+    send(&mut socket, DONE, "")
 }
 
 /// Reads the first page; where that answers EIO, any other is good enough, with a warning.
-fn probe_file(path: &Path) -> Result<Option<String>> {
+pub(super) fn probe_file(path: &Path) -> Result<Option<String>> {
     let context = |what: &str| format!("{}: {what}", path.display());
     let open = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path);
     let file = open.map_err(|e| Error::io(context("first open through the mount"), e))?;
@@ -106,22 +145,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whole_short_and_empty_files_are_readable() {
+    fn whole_short_and_empty_files_are_readable_and_an_error_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let paths: Vec<_> = [0usize, 1, 4096, 10_000]
-            .into_iter()
-            .map(|len| {
-                let path = dir.path().join(len.to_string());
-                std::fs::write(&path, vec![1; len]).unwrap();
-                path
-            })
-            .collect();
-        assert_eq!(Probe::start(paths).unwrap().result().unwrap(), Vec::<String>::new());
+        let (mut daemon, prober) = UnixStream::pair().unwrap();
+        for len in [0usize, 1, 4096, 10_000] {
+            let path = dir.path().join(len.to_string());
+            std::fs::write(&path, vec![1; len]).unwrap();
+            send(&mut daemon, FILE, path.as_os_str().as_bytes()).unwrap();
+        }
+        let (mut second, prober_2) = (daemon.try_clone().unwrap(), prober.try_clone().unwrap());
+        send(&mut daemon, GO, "").unwrap();
+        answer(prober).unwrap();
+        assert_eq!(receive(&mut daemon).unwrap(), Some((DONE, Vec::new())));
+
+        send(&mut second, FILE, "/no/such/disk.raw").unwrap();
+        send(&mut second, GO, "").unwrap();
+        answer(prober_2).unwrap();
+        let (kind, text) = receive(&mut second).unwrap().unwrap();
+        assert_eq!(kind, ERROR);
+        assert!(text.starts_with(b"/no/such/disk.raw: first open"));
     }
 
     #[test]
-    fn an_error_names_the_file() {
-        let e = Probe::start(vec!["/no/such/disk.raw".into()]).unwrap().result().unwrap_err();
-        assert!(e.to_string().starts_with("/no/such/disk.raw: first open"), "{e}");
+    fn a_daemon_that_is_gone_ends_it() {
+        let (daemon, prober) = UnixStream::pair().unwrap();
+        drop(daemon);
+        answer(prober).unwrap();
     }
 }

@@ -17,8 +17,6 @@ pub(crate) enum Fault {
     Start,
     /// EIO for every read.
     All,
-    /// No read is ever answered.
-    Hang,
     /// The thread that reads beyond the first 64 KiB panics.
     Panic,
 }
@@ -104,9 +102,6 @@ impl Filesystem for TestFs {
         match self.fault {
             Fault::Start if offset < START => return reply.error(Errno::EIO),
             Fault::All => return reply.error(Errno::EIO),
-            Fault::Hang => loop {
-                std::thread::park();
-            },
             Fault::Panic if offset >= START => panic!("a fault on purpose"),
             _ => {}
         }
