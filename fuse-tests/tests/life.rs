@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, poll_until, qemu_img, raw_with_islands, read_range, wait_end,
+    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, qemu_img, raw_with_islands, read_range, wait_end,
 };
 use nix::sys::signal::Signal;
 
@@ -112,8 +112,6 @@ fn the_pidfile_names_the_process_and_goes_with_it() {
         let pidfile = scratch.path("my.pid");
         let command = scratch.mount().pidfile("my.pid").file("disk.vmdk");
         let mount = if foreground { command.foreground() } else { command }.start();
-        let there = poll_until(DEADLINE, || fs::read_to_string(&pidfile).is_ok_and(|text| text.ends_with('\n')));
-        assert!(there, "no pidfile");
         assert_eq!(fs::read_to_string(&pidfile).unwrap(), format!("{}\n", mount.pid()));
         mount.unmount();
         assert!(!pidfile.exists(), "the pidfile is left (foreground: {foreground})");
@@ -199,7 +197,10 @@ fn a_busy_mount_is_detached_and_served_until_its_last_user_is_gone() {
         mount.wait_unmounted();
         for offset in (0..16 << 20).step_by(1 << 20) {
             let (mut seen, mut wanted) = (vec![0; 65536], vec![0; 65536]);
-            user.read_exact_at(&mut seen, offset).expect("an open file must be served");
+            if let Err(e) = user.read_exact_at(&mut seen, offset) {
+                let (alive, said) = (mount.is_running(), mount.output());
+                panic!("an open file must be served ({e} at {offset}); the process runs: {alive}; {said:?}");
+            }
             original.read_exact_at(&mut wanted, offset).unwrap();
             assert!(seen == wanted, "wrong bytes at {offset} after the unmount");
         }
@@ -281,12 +282,12 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
     };
     let mut stale = scratch.mount().file("disk.vmdk").start();
     kill(&mut stale);
-    let outcome = scratch.vmdkfuse().arg(stale.point()).arg("file=disk.vmdk").run().one_error(1, &["fusermount3 -u"]);
-    let command = outcome.stderr[outcome.stderr.find("fusermount3 -u").unwrap()..].trim();
-    let words: Vec<_> = command.split_whitespace().map(|word| word.trim_matches(['`', '\'', '"', ')', '.'])).collect();
-    let point =
-        words.iter().position(|word| Path::new(word) == stale.point()).expect("the command names the mount point");
-    Cmd::new(words[0]).args(&words[1..=point]).run().ok();
+    let outcome = scratch.vmdkfuse().arg(stale.point()).arg("file=disk.vmdk").run().one_error(1, &["clear it with"]);
+    // The command ends the line; it is another one for root.
+    let command = outcome.stderr.trim().rsplit(": ").next().unwrap().to_owned();
+    let words: Vec<_> = command.split_whitespace().collect();
+    assert_eq!(words.last().map(Path::new), Some(stale.point()), "{outcome}");
+    Cmd::new(words[0]).args(&words[1..]).run().ok();
     assert!(!stale.is_mounted(), "`{command}` did not clear it");
     drop(stale);
     scratch.mount().file("disk.vmdk").start().unmount();

@@ -19,7 +19,7 @@ use super::scratch::{Scratch, detach};
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// How long a test may hold one mount: after it a read that hangs is ended by ending the process.
-const WATCHDOG: Duration = Duration::from_secs(240);
+const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// A mount to make.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl<'s> MountCmd<'s> {
         self
     }
 
-    /// No `--pidfile`: only for mounts that are refused or stay in the foreground, since the process is not known then.
+    /// No `--pidfile`: only for mounts that are refused, since the process is not known then.
     #[must_use]
     pub fn without_pidfile(mut self) -> Self {
         self.pidfile = None;
@@ -110,7 +110,8 @@ impl<'s> MountCmd<'s> {
 
     /// Mounts; `Err` if the program ended with another status than 0.
     ///
-    /// In the background the program must have mounted when it returns. In the foreground the mount is waited for.
+    /// In the background the program must have mounted when it returns. In the foreground its pidfile is waited for,
+    /// which it writes once the files can be read.
     #[track_caller]
     pub fn try_start(self) -> Result<Mount, Outcome> {
         let before = mounts_below(self.scratch.root());
@@ -119,7 +120,7 @@ impl<'s> MountCmd<'s> {
         let cmd = self.command();
         let (pid, running) = if foreground {
             let running = cmd.start();
-            wait_for_new_mount(&root, before.len(), &running);
+            wait_for_pidfile(pidfile.as_deref(), &running);
             (running.pid, Some(running))
         } else {
             let outcome = cmd.run();
@@ -316,11 +317,13 @@ fn serves(point: &Path, entry: &MountEntry) -> bool {
     kind && (entry.point == point || Some(entry.point.as_path()) == point.parent())
 }
 
-/// Waits for one more mount below `root` than there was, or panics when the program ends or takes too long.
+/// Waits for the pidfile of a foreground process, or panics when the program ends or takes too long.
 #[track_caller]
-fn wait_for_new_mount(root: &Path, before: usize, running: &Running) {
-    let there = poll_until(DEADLINE, || mounts_below(root).len() > before || !is_running(running.pid));
-    if !there || mounts_below(root).len() <= before {
+fn wait_for_pidfile(pidfile: Option<&Path>, running: &Running) {
+    let pidfile = pidfile.expect("a foreground mount is waited for by its pidfile");
+    let written = || fs::read_to_string(pidfile).is_ok_and(|text| text.ends_with('\n'));
+    poll_until(DEADLINE, || written() || !is_running(running.pid));
+    if !written() {
         kill(Pid::from_raw(running.pid), Signal::SIGKILL).ok();
         let ended = wait_end(running.pid, DEADLINE);
         panic!("no mount from the foreground process: {ended:?} {:?}", running.output());
