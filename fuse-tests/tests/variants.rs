@@ -42,13 +42,19 @@ fn compare_range(file: &File, disk: &dyn Content, range: &Range<u64>) {
     }
 }
 
-/// Compares a raw file with the model: all of it where it is small enough, and random ranges; but nothing of `damaged`.
+/// The kernel reads whole pages: what shares one with the damage cannot be read either.
+const PAGE: u64 = 4096;
+
+/// Compares a raw file with the model: all of it where it is small enough, and random ranges; but nothing of the pages
+/// of `damaged`.
 #[track_caller]
 fn compare(path: &Path, disk: &dyn Content, whole: bool, damaged: Option<&Range<u64>>) {
     let file = File::open(path).unwrap();
     let size = disk.sectors() * SECTOR;
     assert_eq!(file.metadata().unwrap().len(), size, "size");
-    let intact = |range: &Range<u64>| damaged.is_none_or(|bad| range.end <= bad.start || bad.end <= range.start);
+    let damaged = damaged.map(|bad| bad.start / PAGE * PAGE..bad.end.next_multiple_of(PAGE).min(size));
+    let intact =
+        |range: &Range<u64>| damaged.as_ref().is_none_or(|bad| range.end <= bad.start || bad.end <= range.start);
     let mut ranges = disk.random_ranges(SEED, 150, 1 << 17);
     if whole {
         // Cut at the damage too, so that all but it is read.
