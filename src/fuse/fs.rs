@@ -19,6 +19,7 @@ use fuser::{
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
+use crate::fuse::faults::Faults;
 use crate::image::{self, Image, MAX_READ, Scratch, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -48,6 +49,7 @@ pub struct DiskFs {
     mounted: SystemTime,
     /// Whether the kernel takes a file of ours for its reads.
     passthrough: bool,
+    faults: Arc<Faults>,
 }
 
 /// One disk of the mount.
@@ -83,7 +85,13 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: false,
+            faults: Arc::default(),
         }
+    }
+
+    /// Where failed requests are noted.
+    pub fn faults(&self) -> Arc<Faults> {
+        Arc::clone(&self.faults)
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
@@ -171,12 +179,13 @@ impl Node {
     }
 
     /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
-    fn open(&self, passthrough: bool, reply: ReplyOpen) {
+    fn open(&self, passthrough: bool, faults: &Faults, reply: ReplyOpen) {
         let keep = match self.refresh() {
             Ok(keep) => keep,
             Err(e) => {
-                tracing::error!("{e}");
-                return reply.error(errno(&e));
+                let number = errno(&e);
+                faults.note(e);
+                return reply.error(number);
             }
         };
         if self.config.cache == PageCache::None {
@@ -229,14 +238,14 @@ impl Node {
         }
     }
 
-    fn read(&self, offset: u64, size: u32, reply: ReplyData) {
+    fn read(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
         SCRATCH.with_borrow_mut(|scratch| {
             let image = self.image();
             match image.read(offset, size as usize, scratch) {
                 Ok(bytes) => reply.data(bytes),
                 Err(e) => {
-                    tracing::error!("{}: reading {size} bytes at {offset}: {e}", self.config.name.display());
                     reply.error(errno(&e));
+                    faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
                 }
             }
         });
@@ -305,7 +314,7 @@ impl Filesystem for DiskFs {
 
     fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.open(self.passthrough, reply),
+            Ok(node) => node.open(self.passthrough, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -322,7 +331,7 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, reply),
+            Ok(node) => node.read(offset, size, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -362,8 +371,8 @@ impl Filesystem for DiskFs {
                 Ok(Ok(Some(at))) => reply.offset(at as i64),
                 Ok(Ok(None)) => reply.error(Errno::ENXIO),
                 Ok(Err(e)) => {
-                    tracing::error!("seeking from {offset}: {e}");
                     reply.error(errno(&e));
+                    self.faults.note(e.within(format!("looking for data or a hole from {offset} on")));
                 }
                 Err(e) => reply.error(e),
             }

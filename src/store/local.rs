@@ -427,14 +427,16 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
             Some(Component::CurDir) => {}
             _ => at.push(&step),
         }
-        if symlinks < SYMLINKS_MAX && at != folder && at.starts_with(folder) {
-            if let Ok(target) = fs::read_link(&at) {
-                symlinks += 1;
-                at.pop();
-                let mut first = steps(&target);
-                first.append(&mut todo);
-                todo = first;
-            }
+        if symlinks < SYMLINKS_MAX
+            && at != folder
+            && at.starts_with(folder)
+            && let Ok(target) = fs::read_link(&at)
+        {
+            symlinks += 1;
+            at.pop();
+            let mut first = steps(&target);
+            first.append(&mut todo);
+            todo = first;
         }
     }
     at

@@ -147,7 +147,8 @@ impl Checker<'_> {
         let second = hosted.raw_directory(Copy::Redundant, tables.clone())?;
         for (table, (&a, &b)) in tables.zip(first.iter().zip(&second)) {
             let good = |raw: u32| raw != 0 && hosted.table_fits(raw.into());
-            if b != 0 && b != a && good(b) {
+            // where the primary one is bad, the redundant table is the one that is read, and claimed there
+            if a != b && good(a) && good(b) {
                 self.claim(b.into()..u64::from(b) + hosted.table_sectors(), &format!("redundant grain table {table}"));
             }
             if (a == 0) != (b == 0) {

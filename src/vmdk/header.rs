@@ -157,7 +157,8 @@ impl Hosted {
     pub(crate) fn parse(bytes: &[u8], file_len: u64, role: Role) -> Result<Self> {
         let place = if role == Role::Header { "header" } else { "footer" };
         let (raw, _) = RawHosted::ref_from_prefix(bytes)
-            .map_err(|_| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
+            .ok()
+            .ok_or_else(|| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
         if &raw.magic != KDMV_MAGIC {
             return Err(Error::corrupt(format!("{place}: no KDMV magic")));
         }
@@ -348,9 +349,9 @@ impl SeSparse {
     /// Parses the constant header (sector 0) and the volatile header (sector 1) in `bytes`.
     pub(crate) fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
         let short = || Error::corrupt(format!("seSparse header: {} bytes, expected 1024", bytes.len()));
-        let (raw, _) = RawSeSparse::ref_from_prefix(bytes).map_err(|_| short())?;
+        let (raw, _) = RawSeSparse::ref_from_prefix(bytes).ok().ok_or_else(short)?;
         let second = bytes.get(SECTOR as usize..).ok_or_else(short)?;
-        let (volatile, _) = RawSeVolatile::ref_from_prefix(second).map_err(|_| short())?;
+        let (volatile, _) = RawSeVolatile::ref_from_prefix(second).ok().ok_or_else(short)?;
         if raw.version.get() != Self::VERSION {
             return Err(Error::unsupported(format!(
                 "seSparse header: version {:#x} (byte 8), expected 2.1",

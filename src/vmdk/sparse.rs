@@ -215,8 +215,9 @@ impl Layout for HostedTables {
     fn explain_directory(&self, table: u64) -> Error {
         let at = self.directory * SECTOR + table * 4;
         let raw = self.raw_directory(Copy::Primary, table..table + 1).ok().and_then(|d| d.first().copied());
+        let raw = raw.map_or_else(|| "unreadable".to_owned(), |raw| format!("{raw:#x}"));
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {at}) is {raw:#x?}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
+            "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
             self.file.label(),
             self.file_sectors
         ))
