@@ -135,7 +135,13 @@ impl Life {
         let mut prober = Prober::fork()?;
         let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
         let Opened { filesystem, source, files, read_only, faults } = open(target)?;
-        let options = &MountOptions { read_only: read_only || config.options.read_only, ..config.options.clone() };
+        let wanted = &config.options;
+        let options = &MountOptions {
+            read_only: read_only || wanted.read_only,
+            // where others may look in, owner and mode have to hold for them, and the kernel only checks when told
+            default_permissions: wanted.default_permissions || wanted.allow_other || wanted.allow_root,
+            ..wanted.clone()
+        };
         let (mount, device) = Mount::new(target, options, &source)?;
         if let Some(watcher) = &mut watcher {
             watcher.start(&mount)?;

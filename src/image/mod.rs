@@ -1,11 +1,13 @@
 //! A disk as the bytes of a file: the border between bytes (above) and sectors (below).
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Identity, StoredFile};
+use crate::store::StoredFile;
 
 mod scratch;
 mod stack;
@@ -13,14 +15,18 @@ mod stack;
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};
 
+/// The longest that one search for data or a hole takes; it keeps an event loop busy.
+const SEEK_TIME: Duration = Duration::from_secs(2);
+
+/// The longest that data are counted.
+const COUNT_TIME: Duration = Duration::from_secs(10);
+
 /// An open disk, byte by byte. Shared by all threads.
 #[derive(Debug)]
 pub struct Image {
     disk: Arc<dyn BlockRead>,
-    /// Every file that it is made of.
+    /// Every file that it is made of, once.
     files: Vec<Arc<dyn StoredFile>>,
-    /// Their identities when it was opened.
-    identity: Vec<Identity>,
     allocated: Arc<Allocated>,
 }
 
@@ -45,11 +51,12 @@ pub enum Seek {
 
 impl Image {
     /// The bytes of `disk`, which is made of `files`.
-    pub fn new(disk: Arc<dyn BlockRead>, files: Vec<Arc<dyn StoredFile>>) -> Result<Self> {
-        let identity = identities(&files)?;
+    pub fn new(disk: Arc<dyn BlockRead>, mut files: Vec<Arc<dyn StoredFile>>) -> Self {
+        let mut seen = HashSet::new();
+        files.retain(|f| seen.insert(f.identity_at_open().file));
         let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
         let allocated = Allocated { estimate: stored.min(disk.geometry().bytes()).into(), ..Allocated::default() };
-        Ok(Self { disk, files, identity, allocated: Arc::new(allocated) })
+        Self { disk, files, allocated: Arc::new(allocated) }
     }
 
     /// Bytes of the disk.
@@ -87,10 +94,17 @@ impl Image {
     }
 
     /// Where the next data or hole is, from `offset` on. `None`: there is no more data, or `offset` is behind the end.
+    ///
+    /// It does not look for ever: an image can say in few bytes what takes hours to walk. Then it says that there is
+    /// data, which is never wrong.
     pub fn seek(&self, offset: u64, what: Seek) -> Result<Option<u64>> {
         let end = self.len();
+        let begun = Instant::now();
         let mut at = offset;
         while at < end {
+            if begun.elapsed() > SEEK_TIME {
+                return Ok(Some(if what == Seek::Data { at } else { end }));
+            }
             let lba = Lba(at / SECTOR);
             let (content, sectors) = self.disk.content_at(lba)?;
             if content.is_zero() == (what == Seek::Hole) {
@@ -116,14 +130,20 @@ impl Image {
         state.estimate.load(Ordering::Relaxed)
     }
 
-    /// Last change of the content, nanoseconds since 1970: the latest of its files'.
+    /// Last change of the content now, nanoseconds since 1970: the latest of its files'.
     pub fn mtime_ns(&self) -> i128 {
-        self.identity.iter().map(|i| i.mtime_ns).max().unwrap_or(0)
+        let now = |f: &Arc<dyn StoredFile>| f.identity().unwrap_or_else(|_| f.identity_at_open()).mtime_ns;
+        self.files.iter().map(now).max().unwrap_or(0)
     }
 
     /// Whether none of its files was changed or replaced since it was opened.
     pub fn is_unchanged(&self) -> bool {
-        identities(&self.files).is_ok_and(|now| now == self.identity)
+        self.files.iter().all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
+    }
+
+    /// Whether [`Self::is_unchanged`] would notice any change.
+    pub fn shows_changes(&self) -> bool {
+        self.files.iter().all(|f| f.shows_changes())
     }
 }
 
@@ -133,16 +153,14 @@ impl Drop for Image {
     }
 }
 
-fn identities(files: &[Arc<dyn StoredFile>]) -> Result<Vec<Identity>> {
-    files.iter().map(|f| f.identity()).collect()
-}
-
-/// Counts what is data. Neither an error nor a disk that goes away matters to anybody: the estimate stays.
+/// Counts what is data. Neither an error nor a disk that goes away or takes too long matters to anybody: the estimate
+/// stays.
 fn count(disk: &dyn BlockRead, state: &Allocated) {
     let end = disk.geometry().sectors;
+    let begun = Instant::now();
     let (mut at, mut data) = (0, 0);
     while at < end {
-        if state.stop.load(Ordering::Relaxed) {
+        if begun.elapsed() > COUNT_TIME || state.stop.load(Ordering::Relaxed) {
             return;
         }
         let Ok((content, sectors)) = disk.content_at(Lba(at)) else { return };

@@ -16,8 +16,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use quick_cache::{OptionsBuilder, Weighter};
 
 use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::Result;
@@ -35,9 +35,12 @@ pub struct CacheOptions {
     pub workers: usize,
 }
 
-/// The fewest blocks that a cache holds, whatever size was asked for: less than a read of 1 MiB and what is
-/// ahead of it would be thrown away before it is read.
-const MIN_BLOCKS: u64 = 64;
+/// The fewest blocks that a cache holds, whatever size was asked for.
+const MIN_BLOCKS: u64 = 4;
+
+/// How much of the cache is for blocks that were read again. The rest is for those that were not read yet: fetched
+/// ahead, they must not push each other out.
+const READ_AGAIN: f64 = 0.5;
 
 /// A cache over a source; see the module.
 pub struct BlockCache {
@@ -89,11 +92,19 @@ impl BlockCache {
         let block = geometry.preferred.max(1);
         let bytes = block * SECTOR;
         let blocks = (options.size / bytes).max(MIN_BLOCKS);
+        let cache_options = OptionsBuilder::new()
+            .estimated_items_capacity(blocks as usize)
+            .weight_capacity(blocks * bytes)
+            // a small cache in many shards would hold no block in any
+            .shards(((blocks / MIN_BLOCKS) as usize).clamp(1, 4))
+            .hot_allocation(READ_AGAIN)
+            .build()
+            .map_err(std::io::Error::other)?;
         let shared = Arc::new(Shared {
-            cache: Cache::with_weighter(blocks as usize, blocks * bytes, ByBytes),
+            cache: Cache::with_options(cache_options, ByBytes, Default::default(), Default::default()),
             flights: Mutex::default(),
             // what is fetched ahead must still be there when it is read
-            streams: Mutex::new(Streams::new((options.readahead / bytes).min(blocks / 2))),
+            streams: Mutex::new(Streams::new((options.readahead / bytes).min(blocks / 4))),
             queue: Mutex::default(),
             wake: Condvar::new(),
             block,

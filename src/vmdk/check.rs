@@ -16,7 +16,7 @@ use crate::vmdk::extent::{Extent, Packing, Run, SparseExtent};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::PlacedExtent;
 use crate::vmdk::sparse::{Copy, HostedTables};
-use crate::vmdk::tables::{CHUNK, Place, Slot};
+use crate::vmdk::tables::{CHUNK, Layout, Place, Slot};
 
 /// The most messages of a report; what is over is counted.
 const MAX_MESSAGES: usize = 100;
@@ -37,26 +37,29 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    fn error(&mut self, message: impl Into<String>) {
+    fn error(&mut self, message: impl FnOnce() -> String) {
         self.error_count += 1;
         if self.errors.len() < MAX_MESSAGES {
-            self.errors.push(message.into());
+            self.errors.push(message());
         }
     }
 }
 
-/// Checks all links of the disk. An error is returned only where the check itself could not go on.
-pub fn check(disk: &VmdkDisk) -> Result<CheckReport> {
+/// Checks all links of the disk. What can't be read is an error of the report.
+pub fn check(disk: &VmdkDisk) -> CheckReport {
     let mut report = CheckReport::default();
     for placed in disk.links().iter().flat_map(|l| &l.extents) {
         if let Extent::Sparse(sparse) = &placed.extent {
             if placed.unclean {
                 report.notes.push(format!("{}: was not closed after writing", sparse.file.label()));
             }
-            Checker { placed, sparse, claims: Claims::default(), report: &mut report }.run()?;
+            let checked = Checker { placed, sparse, claims: Claims::default(), report: &mut report }.run();
+            if let Err(e) = checked {
+                report.error(|| e.to_string());
+            }
         }
     }
-    Ok(report)
+    report
 }
 
 struct Checker<'a> {
@@ -72,6 +75,11 @@ impl Checker<'_> {
             for range in hosted.fixed() {
                 self.claims.claim(range.clone());
             }
+            if hosted.redundant_is_lost() {
+                let label = self.sparse.file.label();
+                self.report
+                    .error(|| format!("{label}: the header names a redundant grain directory that is not in the file"));
+            }
         }
         let shape = self.sparse.shape();
         let tables = shape.tables();
@@ -84,7 +92,7 @@ impl Checker<'_> {
             for (table, place) in range.zip(places) {
                 match place {
                     Place::Absent => {}
-                    Place::Bad => self.report.error(self.sparse.explain(table, None).to_string()),
+                    Place::Bad => self.report.error(|| self.sparse.explain(table, None).to_string()),
                     Place::At(at) => self.table(table, at)?,
                 }
             }
@@ -95,15 +103,16 @@ impl Checker<'_> {
 
     fn table(&mut self, number: u64, at: u64) -> Result<()> {
         let shape = self.sparse.shape();
-        let table = self.sparse.layout.load_table(number, at)?;
-        if let Some(hosted) = &self.placed.hosted {
-            self.claim(at..at + hosted.table_sectors(), &format!("grain table {number}"));
+        // a table that is another one's as well was looked at there: its size bounds the work, not the directory's
+        if !self.claim(at..at + self.sparse.layout.table_sectors(), "grain table", number) {
+            return Ok(());
         }
+        let table = self.sparse.layout.load_table(number, at)?;
         for entry in 0..table.len() {
             let grain = number * shape.entries_per_table + entry as u64;
             match table.slot(entry) {
                 Slot::Unallocated | Slot::Zero => {}
-                Slot::Bad => self.report.error(self.sparse.explain(number, Some(entry as u64)).to_string()),
+                Slot::Bad => self.report.error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
                 Slot::At(sector) => self.grain(grain, sector)?,
             }
         }
@@ -114,27 +123,30 @@ impl Checker<'_> {
         let shape = self.sparse.shape();
         self.report.grains += 1;
         if self.sparse.packing == Packing::Plain {
-            self.claim(sector..sector + shape.grain_sectors(grain), &format!("grain {grain}"));
+            self.claim(sector..sector + shape.grain_sectors(grain), "grain", grain);
             return Ok(());
         }
-        self.claim(sector..sector + 1, &format!("grain {grain}"));
+        if !self.claim(sector..sector + 1, "grain", grain) {
+            return Ok(());
+        }
         if let Run::Deflate { grain: packed, .. } = self.placed.extent.run_at(grain * shape.grain, 1)? {
             let mut whole = vec![0; (shape.grain * SECTOR) as usize];
             if let Err(e) = inflate(&packed, &mut whole) {
-                self.report.error(e.to_string());
+                self.report.error(|| e.to_string());
             }
         }
         Ok(())
     }
 
-    fn claim(&mut self, range: Range<u64>, what: &str) {
-        if self.claims.claim(range.clone()) {
-            self.report.error(format!(
-                "{}: {what} at sector {} overlaps something else",
-                self.sparse.file.label(),
-                range.start
-            ));
+    /// Claims sectors for a grain or table; `false`, and an error of the report, where something else has them.
+    fn claim(&mut self, range: Range<u64>, what: &str, number: u64) -> bool {
+        let start = range.start;
+        let taken = self.claims.claim(range);
+        if taken {
+            let label = self.sparse.file.label();
+            self.report.error(|| format!("{label}: {what} {number} at sector {start} overlaps something else"));
         }
+        !taken
     }
 
     /// Both copies of the directory and of the tables must say the same.
@@ -149,16 +161,16 @@ impl Checker<'_> {
             let good = |raw: u32| raw != 0 && hosted.table_fits(raw.into());
             // where the primary one is bad, the redundant table is the one that is read, and claimed there
             if a != b && good(a) && good(b) {
-                self.claim(b.into()..u64::from(b) + hosted.table_sectors(), &format!("redundant grain table {table}"));
+                self.claim(b.into()..u64::from(b) + hosted.table_sectors(), "redundant grain table", table);
             }
             if (a == 0) != (b == 0) {
-                self.report.error(format!("{label}: grain table {table} is in one of both directories only"));
+                self.report.error(|| format!("{label}: grain table {table} is in one of both directories only"));
             } else if a != 0 && (!good(a) || !good(b)) {
-                self.report.error(format!(
+                self.report.error(|| format!(
                     "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
                 ));
             } else if a != b && hosted.raw_table(a.into())? != hosted.raw_table(b.into())? {
-                self.report.error(format!("{label}: grain table {table} differs from its redundant copy"));
+                self.report.error(|| format!("{label}: grain table {table} differs from its redundant copy"));
             }
         }
         Ok(())
@@ -169,7 +181,8 @@ impl Checker<'_> {
         let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Packing::Plain) else {
             return;
         };
-        let file_sectors = self.sparse.file.len() / SECTOR;
+        // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
+        let file_sectors = (self.sparse.file.len() / SECTOR).min(1 << 32);
         let grain = self.sparse.shape().grain;
         let free = self.claims.free(hosted.data_start()..file_sectors);
         self.report.leaks += free.into_iter().map(|r| (r.end - r.start) / grain).sum::<u64>();

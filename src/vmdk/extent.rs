@@ -125,7 +125,7 @@ pub(crate) struct SparseExtent {
     /// Its number in the chain, for the shared cache.
     pub(crate) id: u32,
     pub(crate) file: Arc<dyn StoredFile>,
-    pub(crate) layout: Box<dyn Layout>,
+    pub(crate) layout: Arc<dyn Layout>,
     pub(crate) cache: TableCache,
     pub(crate) packing: Packing,
     /// `layout.shape()`, at hand.
@@ -156,7 +156,7 @@ impl SparseExtent {
     pub(crate) fn new(
         id: u32,
         file: Arc<dyn StoredFile>,
-        layout: Box<dyn Layout>,
+        layout: Arc<dyn Layout>,
         cache: TableCache,
         packing: Packing,
     ) -> Self {
@@ -218,6 +218,11 @@ impl SparseExtent {
 
     fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         let p = self.position(sector);
+        if self.cache.place(self.id, &*self.layout, p.table)? == Place::Bad {
+            // like a damaged entry of a table: reading it is what tells
+            let coverage = self.shape.coverage();
+            return Ok((Kind::Data, max.min(coverage - sector % coverage)));
+        }
         let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
             return Ok((Kind::Parent, self.absent(sector, max)?));
         };
@@ -255,11 +260,11 @@ impl SparseExtent {
         (kind(first), n)
     }
 
-    /// Sectors from `sector` on, at most `max`, that have no table.
+    /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
         let coverage = self.shape.coverage();
         let end = sector + max;
-        let mut table = sector / coverage;
+        let mut table = sector / coverage + 1;
         while table * coverage < end {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;

@@ -189,6 +189,12 @@ impl Hosted {
             return Ok(header);
         }
         header.check_shape(place)?;
+        if role == Role::Header && header.overhead > file_sectors {
+            return Err(Error::corrupt(format!(
+                "header: {} sectors of metadata (overHead, byte 64), but the file has {file_sectors}",
+                header.overhead
+            )));
+        }
         if flags & FLAG_REDUNDANT != 0 {
             header.redundant = Some(raw.rgd_offset.get());
         }
@@ -370,6 +376,12 @@ impl SeSparse {
                 Self::TABLE_SECTORS
             )));
         }
+        if (raw.volatile_offset.get(), raw.volatile_size.get()) != (1, 1) {
+            return Err(Error::unsupported(format!(
+                "seSparse header: a volatile header of {} sectors at sector {} (byte 80), expected 1 at 1",
+                raw.volatile_size, raw.volatile_offset
+            )));
+        }
         Self::check_volatile(volatile)?;
         check_capacity(raw.capacity.get(), "seSparse header (byte 16)")?;
         Self::check_regions(raw, file_len)
@@ -394,13 +406,18 @@ impl SeSparse {
         let file_sectors = file_len / SECTOR;
         let capacity = raw.capacity.get();
         let tables = capacity.div_ceil(Self::GRAIN * Self::ENTRIES_PER_TABLE);
+        if tables > MAX_DIRECTORY_ENTRIES {
+            return Err(Error::corrupt(format!(
+                "seSparse header: a capacity of {capacity} sectors (byte 16) needs {tables} grain tables, more than {MAX_DIRECTORY_ENTRIES}"
+            )));
+        }
         let room = raw.directory_size.get().checked_mul(SECTOR / 8);
         let (gd, gd_size) = (raw.directory_offset.get(), raw.directory_size.get());
         let (gt, gt_size) = (raw.tables_offset.get(), raw.tables_size.get());
         for (what, at, size) in [("grain directory", gd, gd_size), ("grain tables", gt, gt_size)] {
             if at < 2 || at.checked_add(size).is_none_or(|end| end > file_sectors) {
                 return Err(Error::corrupt(format!(
-                    "seSparse header: the {what} are {size} sectors at sector {at}, but the file has {file_sectors}"
+                    "seSparse header: {what}: {size} sectors at sector {at}, but the file has {file_sectors}"
                 )));
             }
         }
