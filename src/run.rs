@@ -27,7 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::Faults;
 use crate::fuse::mount::{Mount, Target, Unmounted};
 use crate::fuse::probe::Prober;
-use crate::fuse::readahead;
+use crate::fuse::readahead::{self, Window};
 use crate::fuse::session::Running;
 use crate::fuse::watcher::Watcher;
 use crate::log;
@@ -147,7 +147,7 @@ impl Life {
             watcher.start(&mount)?;
         }
         let session = Running::start(filesystem, device, options, config.threads)?;
-        match readahead::raise(mount.device(), readahead::DEFAULT_KIB) {
+        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead))) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
         }

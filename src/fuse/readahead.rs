@@ -12,18 +12,40 @@ use crate::error::{Error, Result};
 /// A window above which sequential reads gain no more.
 pub const DEFAULT_KIB: u64 = 1024;
 
-/// Raises the window of the mount on `device` to `kib`; a larger one stays. What it is afterwards, in KiB.
+/// What a window is to be, in KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// That or larger.
+    AtLeast(u64),
+    /// Just that: somebody asked for it.
+    Exactly(u64),
+}
+
+impl Window {
+    /// What the disks of a mount want: they share its one window, so the largest bound of `readahead=` that was given,
+    /// and the usual one where some disk has none.
+    pub fn of(bounds: impl Iterator<Item = Option<u64>>) -> Self {
+        let bounds: Option<Vec<u64>> = bounds.collect();
+        match bounds.and_then(|b| b.into_iter().max()) {
+            Some(bytes) => Self::Exactly(bytes / 1024),
+            None => Self::AtLeast(DEFAULT_KIB),
+        }
+    }
+}
+
+/// Sets the window of the mount on `device`. What it is afterwards, in KiB.
 ///
 /// Call it after the session's handshake, which sets the window anew. An error is no reason to end: the mount
 /// is only slower.
-pub fn raise(device: Device, kib: u64) -> Result<u64> {
+pub fn set(device: Device, window: Window) -> Result<u64> {
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     let bad = |e| Error::io(&path, io::Error::new(io::ErrorKind::InvalidData, e));
     let now: u64 = text.trim().parse().map_err(bad)?;
-    if now >= kib {
-        return Ok(now);
-    }
+    let kib = match window {
+        Window::AtLeast(kib) if now >= kib => return Ok(now),
+        Window::AtLeast(kib) | Window::Exactly(kib) => kib,
+    };
     fs::write(&path, kib.to_string()).map_err(|e| Error::io(&path, e))?;
     Ok(kib)
 }
@@ -34,7 +56,14 @@ mod tests {
 
     #[test]
     fn a_device_without_a_window_is_an_error_that_names_the_file() {
-        let e = raise(Device { major: 4095, minor: 1 }, DEFAULT_KIB).unwrap_err();
+        let e = set(Device { major: 4095, minor: 1 }, Window::AtLeast(DEFAULT_KIB)).unwrap_err();
         assert!(e.to_string().starts_with("/sys/class/bdi/4095:1/read_ahead_kb: "), "{e}");
+    }
+
+    #[test]
+    fn the_largest_bound_counts_and_a_disk_without_one_has_the_usual_window() {
+        assert_eq!(Window::of([Some(0)].into_iter()), Window::Exactly(0));
+        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter()), Window::Exactly(2048));
+        assert_eq!(Window::of([Some(65536), None].into_iter()), Window::AtLeast(DEFAULT_KIB));
     }
 }

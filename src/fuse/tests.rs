@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::mount::{FSTYPE, Mount, Target, Unmounted};
 use super::mountinfo;
 use super::probe::probe_file;
-use super::readahead;
+use super::readahead::{self, Window};
 use super::session::Running;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
 use crate::block::{BlockRead, Content, Geometry, Lba};
@@ -187,8 +187,9 @@ fn mount_read_ahead_is_raised_and_never_lowered() {
         eprintln!("SKIPPED: no /sys/class/bdi/{device}");
         return;
     }
-    assert_eq!(readahead::raise(device, 2048).unwrap(), 2048);
-    assert_eq!(readahead::raise(device, 1024).unwrap(), 2048);
+    assert_eq!(readahead::set(device, Window::AtLeast(2048)).unwrap(), 2048);
+    assert_eq!(readahead::set(device, Window::AtLeast(1024)).unwrap(), 2048);
+    assert_eq!(readahead::set(device, Window::Exactly(64)).unwrap(), 64);
 }
 
 /// A disk whose second half panics when it is read.
