@@ -15,6 +15,9 @@ mod stack;
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};
 
+/// Bytes from which on it is cheaper to ask whether they are zeroes than to fill a buffer with them.
+const WORTH_ASKING: usize = 16 << 10;
+
 /// The longest that one search for data or a hole takes; it keeps an event loop busy.
 const SEEK_TIME: Duration = Duration::from_secs(2);
 
@@ -84,7 +87,7 @@ impl Image {
         let granule = self.disk.geometry().granule * SECTOR;
         let start = offset / granule * granule;
         let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        if self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
+        if len >= WORTH_ASKING && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
             return Ok(Scratch::zeroes(len));
         }
         let buf = scratch.bytes((end - start) as usize)?;
