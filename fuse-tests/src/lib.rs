@@ -1,3 +1,5 @@
-//! What the integration tests share: a maker of VMDK variants, mounts that clean up after themselves.
+//! What the integration tests share: a maker of VMDK variants, files in memory, and the entry points of the fuzzers.
 
+pub mod fuzz;
 pub mod make;
+pub mod memory;
