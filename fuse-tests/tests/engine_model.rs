@@ -172,7 +172,8 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
         let hint = number.checked_sub(1).map(|below| format!("link{below}.vmdk"));
         let text = Descriptor { hint, encoding: None, ..text }.bytes()?;
         let parent = newest.as_ref().map(|(_, content)| Arc::clone(content));
-        let lone = matches!(link.extents.as_slice(), [ExtentSpec { form: Form::Hosted { .. } | Form::Stream { .. }, .. }]);
+        let lone =
+            matches!(link.extents.as_slice(), [ExtentSpec { form: Form::Hosted { .. } | Form::Stream { .. }, .. }]);
         let content: Arc<dyn Content> = if lone && link.embedded {
             write_extent(&path, &link.extents[0], parent, Some(&text))?
         } else {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,6 +13,9 @@ mod stack;
 
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};
+
+/// The longest that somebody waits for the next data or hole: the tables of some TiB are walked in that time.
+const SEEK_TIME: Duration = Duration::from_millis(500);
 
 /// An open disk, byte by byte. Shared by all threads.
 #[derive(Debug)]
@@ -87,10 +91,21 @@ impl Image {
     }
 
     /// Where the next data or hole is, from `offset` on. `None`: there is no more data, or `offset` is behind the end.
+    ///
+    /// A walk that takes too long ends where it came to, as if something had been found there; who goes on from
+    /// there finds the rest. Few bytes of a directory can stand for years of walking.
     pub fn seek(&self, offset: u64, what: Seek) -> Result<Option<u64>> {
+        self.seek_until(offset, what, Instant::now() + SEEK_TIME)
+    }
+
+    /// The same, but it ends soon after `deadline`, one step on at least.
+    fn seek_until(&self, offset: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
         let end = self.len();
         let mut at = offset;
         while at < end {
+            if at > offset && Instant::now() >= deadline {
+                return Ok(Some(at));
+            }
             let lba = Lba(at / SECTOR);
             let (content, sectors) = self.disk.content_at(lba)?;
             if content.is_zero() == (what == Seek::Hole) {
@@ -157,4 +172,45 @@ fn count(disk: &dyn BlockRead, state: &Allocated) {
 
 fn out_of_range(offset: u64) -> Error {
     Error::new(ErrorKind::OutOfRange, format!("byte {offset} is not on the disk"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Geometry;
+
+    /// Sectors of data, but for one hole at the end; it says so sector by sector.
+    #[derive(Debug)]
+    struct Crumbs;
+
+    impl BlockRead for Crumbs {
+        fn geometry(&self) -> Geometry {
+            Geometry { sectors: 100, granule: 1, preferred: 1 }
+        }
+        fn read_at(&self, _at: Lba, buf: &mut [u8]) -> Result<()> {
+            buf.fill(7);
+            Ok(())
+        }
+        fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+            Ok((if at.0 < 99 { Content::Data } else { Content::Hole }, 1))
+        }
+        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn regression_a_seek_over_endless_tables_ends_and_goes_on() {
+        let image = Image::new(Arc::new(Crumbs), Vec::new()).unwrap();
+        assert_eq!(image.seek(10, Seek::Hole).unwrap(), Some(99 * SECTOR));
+        let late = Instant::now();
+        let (mut at, mut steps) = (10, 0);
+        while at < 99 * SECTOR {
+            let next = image.seek_until(at, Seek::Hole, late).unwrap().unwrap();
+            assert!(next > at, "it goes on");
+            (at, steps) = (next, steps + 1);
+        }
+        assert_eq!((at, steps), (99 * SECTOR, 99));
+        assert_eq!(image.seek_until(0, Seek::Data, late).unwrap(), Some(0));
+    }
 }

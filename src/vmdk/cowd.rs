@@ -23,6 +23,9 @@ pub(crate) struct CowdTables {
     data: u64,
 }
 
+/// Sectors of a table.
+const TABLE_SECTORS: u64 = Cowd::ENTRIES_PER_TABLE * 4 / SECTOR;
+
 impl CowdTables {
     /// The tables of `file`, whose checked header is `header`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Cowd) -> Result<Self> {
@@ -48,7 +51,6 @@ impl CowdTables {
     }
 
     fn place(&self, raw: u32) -> Place {
-        const TABLE_SECTORS: u64 = Cowd::ENTRIES_PER_TABLE * 4 / SECTOR;
         match u64::from(raw) {
             0 => Place::Absent,
             at if at >= self.data && at + TABLE_SECTORS <= self.file_sectors => Place::At(at),
@@ -69,6 +71,10 @@ impl CowdTables {
 impl Layout for CowdTables {
     fn shape(&self) -> Shape {
         self.shape
+    }
+
+    fn table_sectors(&self) -> u64 {
+        TABLE_SECTORS
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {

@@ -79,6 +79,10 @@ impl Layout for SeSparseTables {
         Shape { capacity: self.header.capacity, grain: SeSparse::GRAIN, entries_per_table: SeSparse::ENTRIES_PER_TABLE }
     }
 
+    fn table_sectors(&self) -> u64 {
+        SeSparse::TABLE_SECTORS
+    }
+
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
         let raw = self.read_u64s(self.header.directory * SECTOR + tables.start * 8, tables.end - tables.start)?;
         Ok(raw.into_iter().map(|raw| self.place(raw)).collect())

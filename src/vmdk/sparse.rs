@@ -117,16 +117,13 @@ impl HostedTables {
         self.overhead
     }
 
-    /// Sectors of a table.
-    pub(crate) fn table_sectors(&self) -> u64 {
-        (self.shape.entries_per_table * 4).div_ceil(SECTOR)
-    }
-
     /// What `raw`, entry `grain` of the table at one of `own`, means.
     pub(crate) fn slot(&self, raw: u32, grain: u64, own: &[u64]) -> Slot {
         match raw {
             0 => Slot::Unallocated,
             1 if self.zeroed_grains => Slot::Zero,
+            // without the flag 1 can't mean zeroes, and no writer puts a grain right behind the header
+            1 => Slot::Bad,
             raw if self.grain_fits(raw.into(), grain, own) => Slot::At(raw.into()),
             _ => Slot::Bad,
         }
@@ -167,6 +164,10 @@ impl HostedTables {
 impl Layout for HostedTables {
     fn shape(&self) -> Shape {
         self.shape
+    }
+
+    fn table_sectors(&self) -> u64 {
+        (self.shape.entries_per_table * 4).div_ceil(SECTOR)
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {

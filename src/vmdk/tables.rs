@@ -155,6 +155,8 @@ impl Shape {
 pub(crate) trait Layout: fmt::Debug + Send + Sync {
     /// Its numbers; they never change.
     fn shape(&self) -> Shape;
+    /// Sectors of a table in the file.
+    fn table_sectors(&self) -> u64;
     /// The directory entries of `tables` (at most [`CHUNK`]), each checked.
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>>;
     /// The table whose directory entry said `at`, each entry checked. It has as many entries as the table has
@@ -282,6 +284,9 @@ mod tests {
     impl Layout for Regular {
         fn shape(&self) -> Shape {
             Shape { capacity: 1 << 36, grain: 128, entries_per_table: 512 }
+        }
+        fn table_sectors(&self) -> u64 {
+            4
         }
         fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
             assert!(tables.end - tables.start <= CHUNK);
