@@ -338,7 +338,7 @@ fn regression_read_across_a_hole_between_grains_that_touch_in_the_file() {
 fn readers_at_once_see_the_same_disk_through_a_small_cache() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("disk.vmdk");
-    // 1200 grains of 8 KiB, in a cache of a tenth of it
+    // 1200 grains of 8 KiB, in the smallest cache there is: less than half of it
     let layer = Layer::new(1, "stream", 1200 * 16 - 5, 16).fill((0..1200).filter(|n| n % 7 != 3));
     let text = Descriptor::new("streamOptimized", ["RW 19195 SPARSE \"disk.vmdk\""]).bytes().unwrap();
     write::stream(&path, &layer, &text, &Stream { desc_len: 2, ..Stream::default() }).unwrap();

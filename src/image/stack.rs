@@ -17,6 +17,8 @@ use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
+/// The fewest grains: of 8 MiB each in the worst case.
+const MIN_GRAINS: u64 = 8;
 /// As far ahead as the kernel reads itself where it is let.
 const GRAIN_READAHEAD: u64 = 2 << 20;
 /// More threads than this don't make one reader faster.
@@ -63,7 +65,7 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
-        size: config.cache_size.unwrap_or(GRAIN_CACHE.max(64 * geometry.preferred * SECTOR)),
+        size: config.cache_size.unwrap_or(GRAIN_CACHE.max(MIN_GRAINS * geometry.preferred * SECTOR)),
         readahead: config.readahead.unwrap_or(GRAIN_READAHEAD),
         workers,
     };
