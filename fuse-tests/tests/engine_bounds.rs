@@ -148,3 +148,40 @@ fn regression_a_seek_over_a_table_that_is_named_often_ends() {
     assert!((1..=image.len()).contains(&found), "{found}");
     assert_eq!(image.seek(0, Seek::Data).unwrap(), Some(0));
 }
+
+#[test]
+fn regression_a_deep_chain_of_short_runs_is_read_in_one_pass() {
+    const LINKS: u32 = 64;
+    const SECTORS: u64 = 2048;
+    let empty = {
+        let mut file = Sectors::new(100);
+        file.put(0, &header(SECTORS, 1, 4096).bytes());
+        file.put_words(2, [3]);
+        file.0
+    };
+    let mut base = Sectors::new(100 + SECTORS);
+    base.put(0, &header(SECTORS, 1, 4096).bytes());
+    base.put_words(2, [3]);
+    base.put_words(3, (0..SECTORS as u32).map(|n| if n % 2 == 0 { 100 + n } else { 0 }));
+    base.0[100 * 512..].fill(7);
+    let mut files = vec![("empty".to_owned(), empty), ("base".to_owned(), base.0)];
+    for n in 0..LINKS {
+        let (parent, extent) = if n == 0 {
+            ("parentCID=ffffffff".to_owned(), "base")
+        } else {
+            (format!("parentCID={n:08x}\nparentFileNameHint=\"{}.vmdk\"", n - 1), "empty")
+        };
+        let cid = n + 1;
+        let text =
+            format!("version=1\nCID={cid:08x}\n{parent}\ncreateType=\"custom\"\nRW {SECTORS} SPARSE \"{extent}\"\n");
+        files.push((format!("{n}.vmdk"), text.into_bytes()));
+    }
+    let store = MemoryStore::new(files);
+    let file = Arc::new(store.file(b"63.vmdk").unwrap());
+    let disk = VmdkDisk::open(file, OpenOptions::default()).unwrap();
+    let mut all = vec![1; SECTORS as usize * 512];
+    disk.read_at(Lba(0), &mut all).unwrap();
+    for (n, sector) in all.chunks(512).enumerate() {
+        assert!(sector.iter().all(|b| *b == if n % 2 == 0 { 7 } else { 0 }), "sector {n}");
+    }
+}
