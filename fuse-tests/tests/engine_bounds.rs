@@ -1,4 +1,5 @@
 //! What a small hostile file may cost. Each of these took minutes or gigabytes, or read as something it was not.
+#![allow(clippy::unwrap_used, reason = "a helper of a test may panic")]
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -17,6 +17,9 @@ pub use stack::{Description, Source, open, open_source};
 /// The longest that somebody waits for the next data or hole: the tables of some TiB are walked in that time.
 const SEEK_TIME: Duration = Duration::from_millis(500);
 
+/// The longest that data are counted: who has more tables than can be walked in that time keeps the estimate.
+const COUNT_TIME: Duration = Duration::from_secs(60);
+
 /// An open disk, byte by byte. Shared by all threads.
 #[derive(Debug)]
 pub struct Image {
@@ -126,7 +129,9 @@ impl Image {
         if !state.begun.swap(true, Ordering::Relaxed) {
             let (disk, state) = (Arc::clone(&self.disk), Arc::clone(state));
             // where no thread is to be had the estimate stays
-            let _ = std::thread::Builder::new().name("count".to_owned()).spawn(move || count(&*disk, &state));
+            let _ = std::thread::Builder::new()
+                .name("count".to_owned())
+                .spawn(move || count(&*disk, &state, Instant::now() + COUNT_TIME));
         }
         state.estimate.load(Ordering::Relaxed)
     }
@@ -152,12 +157,13 @@ fn identities(files: &[Arc<dyn StoredFile>]) -> Result<Vec<Identity>> {
     files.iter().map(|f| f.identity()).collect()
 }
 
-/// Counts what is data. Neither an error nor a disk that goes away matters to anybody: the estimate stays.
-fn count(disk: &dyn BlockRead, state: &Allocated) {
+/// Counts what is data, until `deadline`. Neither an error nor a disk that goes away matters to anybody: the estimate
+/// stays.
+fn count(disk: &dyn BlockRead, state: &Allocated, deadline: Instant) {
     let end = disk.geometry().sectors;
     let (mut at, mut data) = (0, 0);
     while at < end {
-        if state.stop.load(Ordering::Relaxed) {
+        if state.stop.load(Ordering::Relaxed) || Instant::now() >= deadline {
             return;
         }
         let Ok((content, sectors)) = disk.content_at(Lba(at)) else { return };
@@ -197,6 +203,15 @@ mod tests {
         fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
             false
         }
+    }
+
+    #[test]
+    fn regression_a_count_over_endless_tables_ends_with_the_estimate() {
+        let state = Allocated::default();
+        count(&Crumbs, &state, Instant::now());
+        assert_eq!(state.counted.get(), None);
+        count(&Crumbs, &state, Instant::now() + COUNT_TIME);
+        assert_eq!(state.counted.get(), Some(&(99 * SECTOR)));
     }
 
     #[test]
