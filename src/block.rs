@@ -101,7 +101,7 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
 /// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.
 pub fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
     let sectors = bytes as u64 / SECTOR;
-    let whole = bytes as u64 % SECTOR == 0;
+    let whole = (bytes as u64).is_multiple_of(SECTOR);
     match at.0.checked_add(sectors) {
         Some(end) if whole && end <= geometry.sectors => Ok(sectors),
         _ => Err(Error::new(

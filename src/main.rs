@@ -46,7 +46,8 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let disks: Vec<_> = disks.collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();
-    Ok(Opened { filesystem: DiskFs::new(mount.target.kind, disks, &mount.options), source, files, read_only: true })
+    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
+    Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
 }
 
 fn status(done: Result<u8>) -> ExitCode {

@@ -39,10 +39,8 @@ impl Pidfile {
 impl Drop for Pidfile {
     fn drop(&mut self) {
         let ours = fs::read_to_string(&self.path).is_ok_and(|c| c == self.content);
-        if ours {
-            if let Err(e) = fs::remove_file(&self.path) {
-                tracing::warn!("pidfile {}: {e}", self.path.display());
-            }
+        if ours && let Err(e) = fs::remove_file(&self.path) {
+            tracing::warn!("pidfile {}: {e}", self.path.display());
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -27,10 +28,11 @@ pub fn info(query: &Query) -> Result<u8> {
 
 /// `--map`: prints where data, holes and zeroes lie.
 pub fn map(query: &Query) -> Result<u8> {
-    let maps = each(query, |disk, source| {
-        Ok(DiskMap { name: disk.name.to_string_lossy().into_owned(), map: stretches(&*source.disk())? })
-    })?;
-    print(query.json, &maps, |out| maps.iter().for_each(|m| map_text(m, out)))?;
+    let sources = each(query, |disk, source| Ok((disk.name.to_string_lossy().into_owned(), source.disk())))?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let written = if query.json { map_json(&sources, &mut out) } else { map_text(&sources, &mut out) };
+    written?;
+    written_to_stdout(out.flush())?;
     Ok(0)
 }
 
@@ -85,18 +87,18 @@ struct Build {
     max_links: usize,
 }
 
-#[derive(Debug, Serialize)]
-struct DiskMap {
-    name: String,
-    map: Vec<Stretch>,
-}
-
 /// A range of bytes of one content.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Stretch {
     start: u64,
     length: u64,
     content: &'static str,
+}
+
+impl Stretch {
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({ "start": self.start, "length": self.length, "content": self.content })
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -119,10 +121,11 @@ fn each<T>(query: &Query, what: impl Fn(&DiskConfig, &Source) -> Result<T>) -> R
     query.disks.iter().map(|disk| what(disk, &open_source(disk)?)).collect()
 }
 
-/// Joins the neighbours of one content, which the source tells in pieces.
-fn stretches(disk: &dyn BlockRead) -> Result<Vec<Stretch>> {
+/// Gives `each` the stretches of a disk, one after the other. The source tells neighbours of one content in pieces;
+/// they are joined here. Nothing is collected: how many stretches there are is up to the image.
+fn stretches(disk: &dyn BlockRead, mut each: impl FnMut(Stretch) -> io::Result<()>) -> Result<()> {
     let end = disk.geometry().sectors;
-    let mut found: Vec<Stretch> = Vec::new();
+    let mut open: Option<Stretch> = None;
     let mut at = 0;
     while at < end {
         let (content, sectors) = disk.content_at(Lba(at))?;
@@ -132,20 +135,24 @@ fn stretches(disk: &dyn BlockRead) -> Result<Vec<Stretch>> {
             Content::Hole => "hole",
         };
         let (start, length) = (at * SECTOR, sectors * SECTOR);
-        match found.last_mut() {
+        match &mut open {
             Some(last) if last.content == content => last.length += length,
-            _ => found.push(Stretch { start, length, content }),
+            _ => {
+                if let Some(last) = open.replace(Stretch { start, length, content }) {
+                    written_to_stdout(each(last))?;
+                }
+            }
         }
         at += sectors.max(1);
     }
-    Ok(found)
+    open.map_or(Ok(()), |last| written_to_stdout(each(last)))
 }
 
 /// An image that can't be opened because it is damaged is a finding and not a failure of the check.
 fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
     let found = match open_source(disk) {
-        Ok(Source::Vmdk(vmdk)) => vmdk::check(&vmdk),
+        Ok(Source::Vmdk(vmdk)) => Ok(vmdk::check(&vmdk)),
         Ok(Source::Raw(..)) => Ok(CheckReport::default()),
         Err(e) => Err(e),
     };
@@ -175,9 +182,13 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> 
         text(&mut out);
     }
     match io::stdout().lock().write_all(out.as_bytes()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("writing to standard output", e)),
-        _ => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => written_to_stdout(other),
     }
+}
+
+fn written_to_stdout(result: io::Result<()>) -> Result<()> {
+    result.map_err(|e| Error::io("writing to standard output", e))
 }
 
 /// Writing to a `String` cannot fail.
@@ -207,12 +218,29 @@ fn info_text(d: &Description, out: &mut String) {
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
 }
 
-fn map_text(m: &DiskMap, out: &mut String) {
-    line!(out, "{}:", m.name);
-    line!(out, "  {:>16} {:>16}  content", "start", "length");
-    for s in &m.map {
-        line!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content);
+type Named = (String, Arc<dyn BlockRead>);
+
+fn map_text(disks: &[Named], out: &mut impl Write) -> Result<()> {
+    for (name, disk) in disks {
+        written_to_stdout(writeln!(out, "{name}:\n  {:>16} {:>16}  content", "start", "length"))?;
+        stretches(&**disk, |s| writeln!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content))?;
     }
+    Ok(())
+}
+
+fn map_json(disks: &[Named], out: &mut impl Write) -> Result<()> {
+    written_to_stdout(write!(out, "["))?;
+    for (i, (name, disk)) in disks.iter().enumerate() {
+        let comma = if i > 0 { "," } else { "" };
+        written_to_stdout(write!(out, "{comma}\n {{\"name\": {}, \"map\": [", serde_json::Value::from(name.as_str())))?;
+        let mut first = true;
+        stretches(&**disk, |s| {
+            let comma = if std::mem::take(&mut first) { "" } else { "," };
+            write!(out, "{comma}\n  {}", s.json())
+        })?;
+        written_to_stdout(write!(out, "\n ]}}"))?;
+    }
+    written_to_stdout(writeln!(out, "\n]"))
 }
 
 fn check_text(c: &Checked, out: &mut String) {

@@ -15,6 +15,7 @@
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fuser::Filesystem;
@@ -23,6 +24,7 @@ use nix::sys::signal::Signal;
 use crate::config::{LogConfig, MountConfig, MountOptions};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::Faults;
 use crate::fuse::mount::{Mount, Target, Unmounted};
 use crate::fuse::probe::Prober;
 use crate::fuse::readahead;
@@ -47,6 +49,8 @@ pub struct Opened<F> {
     pub files: Vec<OsString>,
     /// No disk can be written to, so the mount is made read-only.
     pub read_only: bool,
+    /// Where the file system notes requests that failed.
+    pub faults: Arc<Faults>,
 }
 
 /// Mounts, serves and unmounts what `open` opens: the whole life. Prints the error, if there is one.
@@ -130,8 +134,14 @@ impl Life {
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
         let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
-        let Opened { filesystem, source, files, read_only } = open(target)?;
-        let options = &MountOptions { read_only: read_only || config.options.read_only, ..config.options.clone() };
+        let Opened { filesystem, source, files, read_only, faults } = open(target)?;
+        let wanted = &config.options;
+        let options = &MountOptions {
+            read_only: read_only || wanted.read_only,
+            // where others may look in, owner and mode have to hold for them, and the kernel only checks when told
+            default_permissions: wanted.default_permissions || wanted.allow_other || wanted.allow_root,
+            ..wanted.clone()
+        };
         let (mount, device) = Mount::new(target, options, &source)?;
         if let Some(watcher) = &mut watcher {
             watcher.start(&mount)?;
@@ -148,9 +158,11 @@ impl Life {
         };
         prober.start(&paths)?;
         let deadline = Instant::now() + FIRST_READ;
-        while let Some(warning) = first_read(&mut prober, &signals, &session, deadline)? {
-            warn(&warning);
+        let caused = |e: Error| faults.cause().map_or(e.clone(), |cause| cause.within(e.to_string()));
+        while let Some(warning) = first_read(&mut prober, &signals, &session, deadline).map_err(caused)? {
+            warn(&faults.cause().map_or(warning.clone(), |cause| format!("{warning}: {cause}")));
         }
+        faults.started();
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());

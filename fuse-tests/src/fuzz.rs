@@ -76,7 +76,7 @@ fn open(store: &MemoryStore) {
 /// Reads, walks and checks a disk. Errors are fine; what is said about one sector must not contradict itself.
 fn exercise(disk: &Arc<VmdkDisk>) {
     disk.info();
-    let Ok(image) = Image::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files()) else { return };
+    let image = Image::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files());
     let end = image.len();
     let mut scratch = Scratch::new();
     for offset in [0, 511, end / 2, end.saturating_sub(MAX_READ as u64), end.saturating_sub(1), end] {
@@ -89,7 +89,7 @@ fn exercise(disk: &Arc<VmdkDisk>) {
         seek(&image, start);
     }
     // errors are expected here; that it ends is the point
-    let _ = vmdk::check(disk);
+    vmdk::check(disk);
 }
 
 fn walk(disk: &VmdkDisk, mut at: u64) {

@@ -64,7 +64,15 @@ impl StoredFile for MemoryFile {
     }
 
     fn identity(&self) -> Result<Identity> {
-        Ok(Identity { file: (0, self.number), len: self.len(), mtime_ns: 0 })
+        Ok(self.identity_at_open())
+    }
+
+    fn identity_at_open(&self) -> Identity {
+        Identity { file: (0, self.number), len: self.len(), mtime_ns: 0, ctime_ns: 0 }
+    }
+
+    fn shows_changes(&self) -> bool {
+        true
     }
 
     fn allocated(&self) -> Result<u64> {

@@ -54,18 +54,14 @@ fn header(capacity: u64, grain: u64, ngte: u32) -> Header {
 
 /// A disk of one extent.
 fn disk(kind: &str, sectors: u64, file: &Sectors) -> Arc<VmdkDisk> {
-    disk_of(&[format!("RW {sectors} {kind} \"extent\"")], file)
-}
-
-fn disk_of(lines: &[String], file: &Sectors) -> Arc<VmdkDisk> {
-    let text = format!("version=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n{}\n", lines.join("\n"));
+    let text = format!("version=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\nRW {sectors} {kind} \"extent\"\n");
     let store = MemoryStore::new([("disk.vmdk", text.into_bytes()), ("extent", file.0.clone())]);
     let file = Arc::new(store.file(b"disk.vmdk").unwrap());
     Arc::new(VmdkDisk::open(file, OpenOptions::default()).unwrap())
 }
 
 fn check(disk: &VmdkDisk) -> CheckReport {
-    vmdk::check(disk).unwrap()
+    vmdk::check(disk)
 }
 
 /// A MiB: a directory of 130,000 entries that all name one table, whose 65,536 entries all name one grain.
@@ -115,18 +111,6 @@ fn regression_a_check_walks_an_sesparse_table_once() {
 }
 
 #[test]
-fn regression_a_check_walks_a_file_once_however_many_extents_name_it() {
-    let mut file = Sectors::new(100);
-    file.put(0, &header(1024, 8, 128).bytes());
-    file.put_words(2, [3]);
-    file.put_words(3, [16, 24]);
-    let lines = vec!["RW 1024 SPARSE \"extent\"".to_owned(); 5000];
-    let report = check(&disk_of(&lines, &file));
-    assert_eq!(report.grains, 2);
-    assert_eq!(report.error_count, 4999);
-}
-
-#[test]
 fn regression_an_entry_of_1_without_the_flag_is_no_zeroed_grain() {
     let mut file = Sectors::new(100);
     file.put(0, &header(1024, 8, 128).bytes());
@@ -143,7 +127,7 @@ fn regression_an_entry_of_1_without_the_flag_is_no_zeroed_grain() {
 #[test]
 fn regression_a_seek_over_a_table_that_is_named_often_ends() {
     let disk = disk("SPARSE", 1 << 32, &one_table(F_NEWLINE));
-    let image = Image::new(disk as Arc<dyn BlockRead>, Vec::new()).unwrap();
+    let image = Image::new(disk as Arc<dyn BlockRead>, Vec::new());
     // all of it is data: the answer is the end, or a place on the way
     let found = image.seek(0, Seek::Hole).unwrap().unwrap();
     assert!((1..=image.len()).contains(&found), "{found}");

@@ -172,10 +172,10 @@ fn is_descriptor(head: &[u8]) -> bool {
     let Some(first) = lines.next() else {
         return false;
     };
-    if let Some(comment) = first.strip_prefix(b"#") {
-        if comment.trim_ascii().eq_ignore_ascii_case(b"disk descriptorfile") {
-            return true;
-        }
+    if let Some(comment) = first.strip_prefix(b"#")
+        && comment.trim_ascii().eq_ignore_ascii_case(b"disk descriptorfile")
+    {
+        return true;
     }
     let setting = std::iter::once(first).chain(lines).find(|line| !line.starts_with(b"#"));
     let key = setting.and_then(|line| line.split(|b| *b == b'=').next().filter(|key| key.len() < line.len()));

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BackingId, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -19,6 +19,7 @@ use fuser::{
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
+use crate::fuse::faults::Faults;
 use crate::image::{self, Image, MAX_READ, Scratch, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -48,6 +49,7 @@ pub struct DiskFs {
     mounted: SystemTime,
     /// Whether the kernel takes a file of ours for its reads.
     passthrough: bool,
+    faults: Arc<Faults>,
 }
 
 /// One disk of the mount.
@@ -56,15 +58,54 @@ struct Node {
     config: DiskConfig,
     /// Replaced when the files below have changed: their tables are to be read anew.
     image: RwLock<Arc<Image>>,
-    /// The file that the kernel reads itself, and how many opens use it. It must be the same for all of them.
-    backing: Mutex<Option<(Arc<BackingId>, u64)>>,
+    opens: Mutex<Opens>,
     said_served: AtomicBool,
+}
+
+/// How the opens that there are now are served. The kernel has an inode in one mode at a time, either with pages of its
+/// own or with a backing file, which must be the same for all opens; an open that doesn't fit it answers EIO.
+#[derive(Debug, Default)]
+struct Opens {
+    /// The file that the kernel reads itself, and the image that it is of.
+    backing: Option<(BackingId, Arc<Image>)>,
+    /// Opens that use it.
+    passed: u64,
+    /// Opens with pages.
+    served: u64,
+    /// When the image was last replaced.
+    replaced: Option<Instant>,
+}
+
+/// How long after a change of the image no open may keep the kernel's pages: another open may still be about to drop
+/// them.
+const SETTLE: Duration = Duration::from_secs(1);
+
+impl Opens {
+    /// Answers with the backing file. Where it is of an image that has been replaced since, the kernel is told to ask us
+    /// all the same: it must be given the backing file while there are opens of it, but need not use it.
+    fn pass(&mut self, image: &Arc<Image>, reply: ReplyOpen) {
+        let Some((id, of)) = &self.backing else { return reply.error(Errno::EIO) };
+        let flags = if same_file(of, image) { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
+        self.passed += 1;
+        reply.opened_passthrough(PASSED, flags, id);
+    }
+}
+
+/// Whether the kernel reads the same file for both.
+fn same_file(a: &Arc<Image>, b: &Arc<Image>) -> bool {
+    let file = |image: &Arc<Image>| {
+        let stat = nix::sys::stat::fstat(image.disk().backing_fd()?).ok()?;
+        Some((stat.st_dev, stat.st_ino))
+    };
+    Arc::ptr_eq(a, b) || (file(a).is_some() && file(a) == file(b))
 }
 
 /// Handles of opens that the kernel serves from the backing file.
 const PASSED: FileHandle = FileHandle(1);
-/// Handles of opens that we serve.
+/// Handles of opens with pages, which we serve.
 const SERVED: FileHandle = FileHandle(0);
+/// Handles of opens without pages, which we serve.
+const DIRECT: FileHandle = FileHandle(2);
 
 impl DiskFs {
     /// A file system of open disks, each with its configuration.
@@ -72,7 +113,7 @@ impl DiskFs {
         let nodes = disks.into_iter().map(|(config, image)| Node {
             config,
             image: RwLock::new(Arc::new(image)),
-            backing: Mutex::default(),
+            opens: Mutex::default(),
             said_served: AtomicBool::new(false),
         });
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
@@ -83,7 +124,13 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: false,
+            faults: Arc::default(),
         }
+    }
+
+    /// Where failed requests are noted.
+    pub fn faults(&self) -> Arc<Faults> {
+        Arc::clone(&self.faults)
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
@@ -152,11 +199,11 @@ impl Node {
         Arc::clone(&self.image.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Opens the disk anew if its files have changed; whether the kernel's pages of it are still right.
-    fn refresh(&self) -> Result<bool> {
+    /// Opens the disk anew if its files have changed.
+    fn refresh(&self, opens: &mut Opens) -> Result<()> {
         let old = self.image();
         if old.is_unchanged() {
-            return Ok(true);
+            return Ok(());
         }
         tracing::info!("{}: the image was changed underneath, it is opened anew", self.config.name.display());
         let new = image::open(&self.config)?;
@@ -167,39 +214,41 @@ impl Node {
             ));
         }
         *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
-        Ok(false)
+        opens.replaced = Some(Instant::now());
+        Ok(())
     }
 
     /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
-    fn open(&self, passthrough: bool, reply: ReplyOpen) {
-        let keep = match self.refresh() {
-            Ok(keep) => keep,
-            Err(e) => {
-                tracing::error!("{e}");
-                return reply.error(errno(&e));
-            }
-        };
-        if self.config.cache == PageCache::None {
-            return reply.opened(SERVED, FopenFlags::FOPEN_DIRECT_IO);
+    fn open(&self, passthrough: bool, faults: &Faults, reply: ReplyOpen) {
+        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = self.refresh(&mut opens) {
+            reply.error(errno(&e));
+            return faults.note(e);
         }
-        match self.backing(passthrough, &reply) {
-            Ok(backing) => reply.opened_passthrough(PASSED, FopenFlags::empty(), &backing),
+        if self.config.cache == PageCache::None {
+            return reply.opened(DIRECT, FopenFlags::FOPEN_DIRECT_IO);
+        }
+        match self.backing(&mut opens, passthrough, &reply) {
+            Ok(()) => opens.pass(&self.image(), reply),
             Err(why) => {
                 if !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: read by this process: {why}", self.config.name.display());
                 }
-                let flags = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
-                reply.opened(SERVED, flags);
+                let settled = opens.replaced.is_none_or(|at| at.elapsed() > SETTLE);
+                let keep = settled && self.image().shows_changes();
+                opens.served += 1;
+                reply.opened(SERVED, if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() });
             }
         }
     }
 
-    /// The backing file for one more open, or why there is none.
-    fn backing(&self, passthrough: bool, reply: &ReplyOpen) -> Result<Arc<BackingId>, String> {
-        let mut backing = self.backing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((id, opens)) = backing.as_mut() {
-            *opens += 1;
-            return Ok(Arc::clone(id));
+    /// Has the backing file there for one more open, or says why there is none.
+    fn backing(&self, opens: &mut Opens, passthrough: bool, reply: &ReplyOpen) -> Result<(), String> {
+        if opens.backing.is_some() {
+            return Ok(());
+        }
+        if opens.served > 0 {
+            return Err("it is open in the other mode".to_owned());
         }
         let image = self.image();
         let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
@@ -210,33 +259,33 @@ impl Node {
             Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
             _ => format!("FUSE passthrough was refused: {e}"),
         })?;
-        let id = Arc::new(id);
-        *backing = Some((Arc::clone(&id), 1));
         tracing::info!("{}: read by the kernel itself (FUSE passthrough)", self.config.name.display());
-        Ok(id)
+        opens.backing = Some((id, Arc::clone(&image)));
+        Ok(())
     }
 
     fn release(&self, handle: FileHandle) {
-        if handle != PASSED {
-            return;
-        }
-        let mut backing = self.backing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, opens)) = backing.as_mut() {
-            *opens -= 1;
-            if *opens == 0 {
-                *backing = None;
+        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        match handle {
+            PASSED => {
+                opens.passed = opens.passed.saturating_sub(1);
+                if opens.passed == 0 {
+                    opens.backing = None;
+                }
             }
+            SERVED => opens.served = opens.served.saturating_sub(1),
+            _ => {}
         }
     }
 
-    fn read(&self, offset: u64, size: u32, reply: ReplyData) {
+    fn read(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
         SCRATCH.with_borrow_mut(|scratch| {
             let image = self.image();
             match image.read(offset, size as usize, scratch) {
                 Ok(bytes) => reply.data(bytes),
                 Err(e) => {
-                    tracing::error!("{}: reading {size} bytes at {offset}: {e}", self.config.name.display());
                     reply.error(errno(&e));
+                    faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
                 }
             }
         });
@@ -305,7 +354,7 @@ impl Filesystem for DiskFs {
 
     fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.open(self.passthrough, reply),
+            Ok(node) => node.open(self.passthrough, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -322,7 +371,7 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, reply),
+            Ok(node) => node.read(offset, size, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -362,8 +411,8 @@ impl Filesystem for DiskFs {
                 Ok(Ok(Some(at))) => reply.offset(at as i64),
                 Ok(Ok(None)) => reply.error(Errno::ENXIO),
                 Ok(Err(e)) => {
-                    tracing::error!("seeking from {offset}: {e}");
                     reply.error(errno(&e));
+                    self.faults.note(e.within(format!("looking for data or a hole from {offset} on")));
                 }
                 Err(e) => reply.error(e),
             }

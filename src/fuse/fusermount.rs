@@ -104,12 +104,12 @@ fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
         }
     };
     for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            if let Some(&fd) = fds.first() {
-                // SAFETY: the kernel has just made this descriptor for us, the space above holds one only,
-                // and nothing else knows its number.
-                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
+        if let ControlMessageOwned::ScmRights(fds) = control
+            && let Some(&fd) = fds.first()
+        {
+            // SAFETY: the kernel has just made this descriptor for us, the space above holds one only,
+            // and nothing else knows its number.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
     Err(Errno::ECONNRESET)
@@ -118,10 +118,10 @@ fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
 /// Why the helper sent nothing, in its words, and what to do where we know it.
 fn refusal(point: &Path, mut helper: Child, errno: Errno) -> Error {
     let mut text = Vec::new();
-    if let Some(mut stderr) = helper.stderr.take() {
-        if let Err(e) = stderr.read_to_end(&mut text) {
-            tracing::debug!("fusermount3: its messages: {e}");
-        }
+    if let Some(mut stderr) = helper.stderr.take()
+        && let Err(e) = stderr.read_to_end(&mut text)
+    {
+        tracing::debug!("fusermount3: its messages: {e}");
     }
     let status = helper.wait();
     let text = said(&text);

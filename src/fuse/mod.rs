@@ -4,13 +4,14 @@
 //!   mountinfo     what is mounted where
 //!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
 //!   session       serves the kernel's requests on threads of their own
-//!   fs            the answers ── errno: errors become numbers
+//!   fs            the answers ── errno: errors become numbers; faults: what of them is told
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
 //! ```
 
 mod errno;
+mod faults;
 pub mod fs;
 mod fusermount;
 pub mod mount;
@@ -24,4 +25,5 @@ mod testfs;
 mod tests;
 pub mod watcher;
 
+pub use faults::Faults;
 pub use fs::DiskFs;

@@ -255,10 +255,10 @@ fn refuse_ours(point: &Path) -> Result<()> {
         Some(entry) if entry.fstype == FSTYPE => {}
         _ => return Ok(()),
     }
-    if let Err(e) = fs::metadata(point) {
-        if e.raw_os_error() == Some(libc::ENOTCONN) {
-            return Err(stale(point));
-        }
+    if let Err(e) = fs::metadata(point)
+        && e.raw_os_error() == Some(libc::ENOTCONN)
+    {
+        return Err(stale(point));
     }
     let text = format!("{}: is a vmdkfuse mount already; unmount it first: {}", point.display(), clearing(point));
     Err(Error::new(ErrorKind::Os(libc::EBUSY), text))

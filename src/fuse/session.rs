@@ -13,7 +13,6 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use fuser::{Filesystem, SessionACL};
@@ -28,45 +27,29 @@ const MIN_LOOPS: usize = 2;
 /// Loops at most by default: each has a buffer, and more gain nothing on one device.
 const MAX_LOOPS: usize = 16;
 
-/// fuser names its event loops with this and a number.
-const LOOP_NAME: &str = "fuser-";
-
 /// A session that serves.
 #[derive(Debug)]
 pub struct Running {
-    end: Arc<End>,
+    end: Arc<EventFd>,
     thread: JoinHandle<io::Result<()>>,
 }
 
-/// How the end of the session is told.
-#[derive(Debug)]
-struct End {
-    event: EventFd,
-    panicked: AtomicBool,
-}
-
-impl End {
-    fn tell(&self) {
-        if let Err(e) = self.event.write(1) {
-            tracing::error!("eventfd of the session: {e}");
-        }
-    }
-}
-
 /// Tells the end when it is dropped, also by a panic.
-struct TellOnDrop(Arc<End>);
+struct TellOnDrop(Arc<EventFd>);
 
 impl Drop for TellOnDrop {
     fn drop(&mut self) {
-        self.0.tell();
+        if let Err(e) = self.0.write(1) {
+            tracing::error!("eventfd of the session: {e}");
+        }
     }
 }
 
 impl Running {
     /// Agrees with the kernel on the protocol, then serves `filesystem` until it is unmounted.
     ///
-    /// `threads`: event loops; `None`: by the number of processors. Replaces the panic hook by one that ends
-    /// the session when a loop panics: fuser would go on with the others, and in the end with none.
+    /// `threads`: event loops; `None`: by the number of processors. A loop that panics is lost, so `filesystem` has to
+    /// catch what panics while it answers.
     pub fn start<F: Filesystem>(
         filesystem: F,
         device: OwnedFd,
@@ -80,8 +63,7 @@ impl Running {
         let session = fuser::Session::from_fd(filesystem, device, acl(options), config)
             .map_err(|e| Error::io("handshake with the kernel", e))?;
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|e| Error::io("eventfd", e.into()))?;
-        let end = Arc::new(End { event, panicked: AtomicBool::new(false) });
-        end_on_panic(Arc::clone(&end));
+        let end = Arc::new(event);
         let tell = TellOnDrop(Arc::clone(&end));
         let thread = thread::Builder::new()
             .name("session".into())
@@ -95,18 +77,14 @@ impl Running {
 
     /// Readable as soon as the session is over.
     pub fn ended(&self) -> BorrowedFd<'_> {
-        self.end.event.as_fd()
+        self.end.as_fd()
     }
 
-    /// How it ended. Waits for it, except where a loop panicked: the other loops may wait for ever then.
+    /// Waits for its end, and tells how it ended.
     pub fn result(self) -> Result<()> {
-        let panicked = || Error::new(ErrorKind::Os(libc::EIO), "a thread that serves requests panicked");
-        if self.end.panicked.load(Ordering::Acquire) {
-            return Err(panicked());
-        }
         match self.thread.join() {
             Ok(result) => result.map_err(|e| Error::io("session", e)),
-            Err(_) => Err(panicked()),
+            Err(_) => Err(Error::new(ErrorKind::Os(libc::EIO), "the thread of the session panicked")),
         }
     }
 }
@@ -134,17 +112,6 @@ fn may_clone() -> bool {
             false
         }
     }
-}
-
-fn end_on_panic(end: Arc<End>) {
-    let before = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        before(info);
-        if thread::current().name().is_some_and(|n| n.starts_with(LOOP_NAME)) {
-            end.panicked.store(true, Ordering::Release);
-            end.tell();
-        }
-    }));
 }
 
 #[cfg(test)]

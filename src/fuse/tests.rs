@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -16,7 +17,12 @@ use super::probe::probe_file;
 use super::readahead;
 use super::session::Running;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
+use crate::block::{BlockRead, Content, Geometry, Lba};
 use crate::config::MountOptions;
+use crate::config::{DiskConfig, Format, LocalConfig, MountKind, PageCache, SourceConfig};
+use crate::error::Result;
+use crate::fuse::DiskFs;
+use crate::image::Image;
 use crate::signals::wait;
 
 const SIZE: u64 = 1 << 20;
@@ -133,10 +139,8 @@ fn mount_through_the_helper_shows_the_same_type_and_source() {
 #[test]
 fn mount_that_is_taken_is_refused_with_the_command() {
     let Some(m) = Mounted::new(false, Fault::None, &options()) else { return };
-    for path in [m.point.clone(), m.point.join("new.raw")] {
-        let e = Target::resolve(&path).unwrap_err().to_string();
-        assert!(e.contains("is a vmdkfuse mount already; unmount it first: umount '"), "{e}");
-    }
+    let e = Target::resolve(&m.point).unwrap_err().to_string();
+    assert!(e.contains("is a vmdkfuse mount already; unmount it first: umount '"), "{e}");
 }
 
 #[test]
@@ -187,13 +191,59 @@ fn mount_read_ahead_is_raised_and_never_lowered() {
     assert_eq!(readahead::raise(device, 1024).unwrap(), 2048);
 }
 
+/// A disk whose second half panics when it is read.
+#[derive(Debug)]
+struct Panicking;
+
+impl BlockRead for Panicking {
+    fn geometry(&self) -> Geometry {
+        Geometry { sectors: 256, granule: 1, preferred: 1 }
+    }
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        assert!(at.0 < 128, "a fault on purpose");
+        buf.fill(7);
+        Ok(())
+    }
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+        Ok((Content::Data, 256 - at.0))
+    }
+    fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+        false
+    }
+}
+
 #[test]
-fn mount_whose_handler_panics_ends_its_session_with_an_error() {
-    let Some(mut m) = Mounted::new(false, Fault::Panic, &options()) else { return };
+fn mount_outlives_requests_that_panic_with_an_i_o_error() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    m.mount.unmount().unwrap();
+    m.end().unwrap();
+    let local =
+        LocalConfig { path: "none".into(), format: Format::Raw, allow_dirs: Vec::new(), accept_cid_mismatch: false };
+    let config = DiskConfig {
+        name: DISK.into(),
+        read_only: true,
+        cache: PageCache::None,
+        cache_size: None,
+        readahead: None,
+        source: SourceConfig::Local(local),
+    };
+    let image = Image::new(Arc::new(Panicking), Vec::new());
+    let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options());
+    let target = Target { point: m.point.clone(), is_file: false };
+    let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
+    m.mount = mount;
+    m.session = Some(Running::start(fs, device, &options(), None).unwrap());
     let file = File::open(m.disk()).unwrap();
-    let e = file.read_exact_at(&mut [0; 512], SIZE - 512).unwrap_err();
-    assert_eq!(e.raw_os_error(), Some(libc::EIO));
-    assert!(m.end().unwrap_err().to_string().contains("panicked"));
+    let mut sector = [0; 512];
+    // more often than there are loops to be lost
+    for _ in 0..64 {
+        assert_eq!(file.read_exact_at(&mut sector, 65536).unwrap_err().raw_os_error(), Some(libc::EIO));
+        file.read_exact_at(&mut sector, 512).unwrap();
+        assert_eq!(sector, [7; 512]);
+    }
+    drop(file);
+    m.mount.unmount().unwrap();
+    m.end().unwrap();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::block::{BlockRead, SECTOR};
+use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -17,8 +17,6 @@ use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
-/// The fewest grains: of 8 MiB each in the worst case.
-const MIN_GRAINS: u64 = 8;
 /// As far ahead as the kernel reads itself where it is let.
 const GRAIN_READAHEAD: u64 = 2 << 20;
 /// More threads than this don't make one reader faster.
@@ -61,16 +59,16 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
     let plain = source.disk();
     let geometry = plain.geometry();
     if geometry.preferred <= geometry.granule {
-        return Image::new(plain, files);
+        return Ok(Image::new(plain, files));
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
-        size: config.cache_size.unwrap_or(GRAIN_CACHE.max(MIN_GRAINS * geometry.preferred * SECTOR)),
+        size: config.cache_size.unwrap_or(GRAIN_CACHE),
         readahead: config.readahead.unwrap_or(GRAIN_READAHEAD),
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Image::new(Arc::new(cache), files)
+    Ok(Image::new(Arc::new(cache), files))
 }
 
 /// Opens only the source of a disk.
@@ -79,7 +77,11 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let file = open_user_path(&local.path, local.allow_dirs.clone().into())?;
     if is_vmdk(local, &*file)? {
         let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch };
-        Ok(Source::Vmdk(Arc::new(VmdkDisk::open(file, options)?)))
+        let disk = VmdkDisk::open(file, options)?;
+        for unclean in disk.unclean_files() {
+            tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
+        }
+        Ok(Source::Vmdk(Arc::new(disk)))
     } else {
         Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
     }

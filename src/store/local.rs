@@ -139,6 +139,7 @@ struct LocalFile {
     real: PathBuf,
     len: u64,
     device: bool,
+    opened: Identity,
     allow: Arc<[PathBuf]>,
 }
 
@@ -174,12 +175,15 @@ impl StoredFile for LocalFile {
     }
 
     fn identity(&self) -> Result<Identity> {
-        let now = self.metadata()?;
-        // Several nodes may stand for one device, so a device is known by its number, not by its node.
-        let file = if self.device { (u64::MAX, now.rdev()) } else { (now.dev(), now.ino()) };
-        let len = if self.device { self.len } else { now.len() };
-        let mtime_ns = i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec());
-        Ok(Identity { file, len, mtime_ns })
+        Ok(identity(&self.metadata()?, self.len))
+    }
+
+    fn identity_at_open(&self) -> Identity {
+        self.opened
+    }
+
+    fn shows_changes(&self) -> bool {
+        !self.device
     }
 
     fn allocated(&self) -> Result<u64> {
@@ -374,7 +378,20 @@ impl Found {
         } else {
             metadata.len()
         };
-        Ok(LocalFile { file, label, real, len, device, allow })
+        let opened = identity(&metadata, len);
+        Ok(LocalFile { file, label, real, len, device, opened, allow })
+    }
+}
+
+/// The identity that attributes tell; a device has none of the length that it was opened with.
+fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
+    let device = now.file_type().is_block_device();
+    Identity {
+        // several nodes may stand for one device, so a device is known by its number, not by its node
+        file: if device { (u64::MAX, now.rdev()) } else { (now.dev(), now.ino()) },
+        len: if device { device_len } else { now.len() },
+        mtime_ns: i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec()),
+        ctime_ns: i128::from(now.ctime()) * 1_000_000_000 + i128::from(now.ctime_nsec()),
     }
 }
 
@@ -427,14 +444,16 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
             Some(Component::CurDir) => {}
             _ => at.push(&step),
         }
-        if symlinks < SYMLINKS_MAX && at != folder && at.starts_with(folder) {
-            if let Ok(target) = fs::read_link(&at) {
-                symlinks += 1;
-                at.pop();
-                let mut first = steps(&target);
-                first.append(&mut todo);
-                todo = first;
-            }
+        if symlinks < SYMLINKS_MAX
+            && at != folder
+            && at.starts_with(folder)
+            && let Ok(target) = fs::read_link(&at)
+        {
+            symlinks += 1;
+            at.pop();
+            let mut first = steps(&target);
+            first.append(&mut todo);
+            todo = first;
         }
     }
     at

@@ -41,6 +41,8 @@ pub struct Identity {
     pub len: u64,
     /// Last change of the content, nanoseconds since 1970.
     pub mtime_ns: i128,
+    /// Last change of anything, as the system keeps it by itself: a rename over the file or a restored mtime show here.
+    pub ctime_ns: i128,
 }
 
 /// An open file of a store.
@@ -58,6 +60,12 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
 
     /// Its identity now.
     fn identity(&self) -> Result<Identity>;
+
+    /// Its identity when it was opened, before anything was read of it.
+    fn identity_at_open(&self) -> Identity;
+
+    /// Whether [`Self::identity`] shows a change of the content: it does not for a device.
+    fn shows_changes(&self) -> bool;
 
     /// Bytes that it takes in its store now, where that is known (sparse files take less than their length).
     fn allocated(&self) -> Result<u64>;

@@ -23,9 +23,6 @@ pub(crate) struct CowdTables {
     data: u64,
 }
 
-/// Sectors of a table.
-const TABLE_SECTORS: u64 = Cowd::ENTRIES_PER_TABLE * 4 / SECTOR;
-
 impl CowdTables {
     /// The tables of `file`, whose checked header is `header`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Cowd) -> Result<Self> {
@@ -50,10 +47,18 @@ impl CowdTables {
         Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 
+    /// The entry at a byte of the file, for messages.
+    fn shown(&self, at: u64) -> String {
+        match self.read_u32s(at, 1).as_deref() {
+            Ok([raw]) => format!("{raw:#x}"),
+            _ => "unreadable".to_owned(),
+        }
+    }
+
     fn place(&self, raw: u32) -> Place {
         match u64::from(raw) {
             0 => Place::Absent,
-            at if at >= self.data && at + TABLE_SECTORS <= self.file_sectors => Place::At(at),
+            at if at >= self.data && at + self.table_sectors() <= self.file_sectors => Place::At(at),
             _ => Place::Bad,
         }
     }
@@ -74,7 +79,7 @@ impl Layout for CowdTables {
     }
 
     fn table_sectors(&self) -> u64 {
-        TABLE_SECTORS
+        Cowd::ENTRIES_PER_TABLE * 4 / SECTOR
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
@@ -91,18 +96,24 @@ impl Layout for CowdTables {
     }
 
     fn explain_directory(&self, table: u64) -> Error {
+        let at = self.directory * SECTOR + table * 4;
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {}) does not name a grain table inside of the file's {} sectors",
+            "{}: grain directory entry {table} (byte {at}) is {}, expected the sector of a grain table inside of the file's {} sectors",
             self.file.label(),
-            self.directory * SECTOR + table * 4,
+            self.shown(at),
             self.file_sectors
         ))
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
+        let at = match self.load_directory(table..table + 1).as_deref() {
+            Ok([Place::At(sector)]) => sector * SECTOR + entry * 4,
+            _ => return self.explain_directory(table),
+        };
         Error::corrupt(format!(
-            "{}: entry {entry} of grain table {table} does not name a grain inside of the file's {} sectors",
+            "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected the sector of a grain inside of the file's {} sectors",
             self.file.label(),
+            self.shown(at),
             self.file_sectors
         ))
     }

@@ -43,6 +43,12 @@ impl VmdkDisk {
         files
     }
 
+    /// The names of the files that were not closed after writing.
+    pub fn unclean_files(&self) -> impl Iterator<Item = &str> {
+        let unclean = self.links.iter().flat_map(|l| &l.extents).filter(|p| p.unclean);
+        unclean.filter_map(|p| file_of(&p.extent)).map(|f| f.label())
+    }
+
     /// The run at `at`, of at most `max` sectors, which lie inside of the disk. `Parent` means here that no link
     /// has anything.
     pub fn run_at(&self, at: Lba, max: u64) -> Result<Run<'_>> {

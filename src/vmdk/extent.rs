@@ -128,7 +128,7 @@ pub(crate) struct SparseExtent {
     /// Its number in the chain, for the shared cache.
     pub(crate) id: u32,
     pub(crate) file: Arc<dyn StoredFile>,
-    pub(crate) layout: Box<dyn Layout>,
+    pub(crate) layout: Arc<dyn Layout>,
     pub(crate) cache: TableCache,
     pub(crate) packing: Packing,
     /// `layout.shape()`, at hand.
@@ -159,7 +159,7 @@ impl SparseExtent {
     pub(crate) fn new(
         id: u32,
         file: Arc<dyn StoredFile>,
-        layout: Box<dyn Layout>,
+        layout: Arc<dyn Layout>,
         cache: TableCache,
         packing: Packing,
     ) -> Self {
@@ -221,6 +221,11 @@ impl SparseExtent {
 
     fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         let p = self.position(sector);
+        if self.cache.place(self.id, &*self.layout, p.table)? == Place::Bad {
+            // like a damaged entry of a table: reading it is what tells
+            let coverage = self.shape.coverage();
+            return Ok((Kind::Data, max.min(coverage - sector % coverage)));
+        }
         let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
             return Ok((Kind::Parent, self.absent(sector, max)?));
         };
@@ -258,15 +263,13 @@ impl SparseExtent {
         (kind(first), n)
     }
 
-    /// Sectors from `sector` on, at most `max`, that have no table, as the one of `sector` itself has none. The
-    /// directory of a huge file is not read to its end for one answer.
+    /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
-        const MAX_TABLES: u64 = 64 * CHUNK;
         let coverage = self.shape.coverage();
         let end = sector + max;
-        // what is known of the first one may be gone from the cache, and the file may say something else by now
         let mut table = sector / coverage + 1;
-        let last = table + MAX_TABLES;
+        // the directory of a huge file is not read to its end for one answer
+        let last = table + 64 * CHUNK;
         while table * coverage < end && table < last {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;

@@ -157,7 +157,8 @@ impl Hosted {
     pub(crate) fn parse(bytes: &[u8], file_len: u64, role: Role) -> Result<Self> {
         let place = if role == Role::Header { "header" } else { "footer" };
         let (raw, _) = RawHosted::ref_from_prefix(bytes)
-            .map_err(|_| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
+            .ok()
+            .ok_or_else(|| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
         if &raw.magic != KDMV_MAGIC {
             return Err(Error::corrupt(format!("{place}: no KDMV magic")));
         }
@@ -188,6 +189,12 @@ impl Hosted {
             return Ok(header);
         }
         header.check_shape(place)?;
+        if role == Role::Header && header.overhead > file_sectors {
+            return Err(Error::corrupt(format!(
+                "header: {} sectors of metadata (overHead, byte 64), but the file has {file_sectors}",
+                header.overhead
+            )));
+        }
         if flags & FLAG_REDUNDANT != 0 {
             header.redundant = Some(raw.rgd_offset.get());
         }
@@ -348,9 +355,9 @@ impl SeSparse {
     /// Parses the constant header (sector 0) and the volatile header (sector 1) in `bytes`.
     pub(crate) fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
         let short = || Error::corrupt(format!("seSparse header: {} bytes, expected 1024", bytes.len()));
-        let (raw, _) = RawSeSparse::ref_from_prefix(bytes).map_err(|_| short())?;
+        let (raw, _) = RawSeSparse::ref_from_prefix(bytes).ok().ok_or_else(short)?;
         let second = bytes.get(SECTOR as usize..).ok_or_else(short)?;
-        let (volatile, _) = RawSeVolatile::ref_from_prefix(second).map_err(|_| short())?;
+        let (volatile, _) = RawSeVolatile::ref_from_prefix(second).ok().ok_or_else(short)?;
         if raw.version.get() != Self::VERSION {
             return Err(Error::unsupported(format!(
                 "seSparse header: version {:#x} (byte 8), expected 2.1",
@@ -367,6 +374,12 @@ impl SeSparse {
                 raw.table_size,
                 Self::GRAIN,
                 Self::TABLE_SECTORS
+            )));
+        }
+        if (raw.volatile_offset.get(), raw.volatile_size.get()) != (1, 1) {
+            return Err(Error::unsupported(format!(
+                "seSparse header: a volatile header of {} sectors at sector {} (byte 80), expected 1 at 1",
+                raw.volatile_size, raw.volatile_offset
             )));
         }
         Self::check_volatile(volatile)?;
@@ -393,13 +406,18 @@ impl SeSparse {
         let file_sectors = file_len / SECTOR;
         let capacity = raw.capacity.get();
         let tables = capacity.div_ceil(Self::GRAIN * Self::ENTRIES_PER_TABLE);
+        if tables > MAX_DIRECTORY_ENTRIES {
+            return Err(Error::corrupt(format!(
+                "seSparse header: a capacity of {capacity} sectors (byte 16) needs {tables} grain tables, more than {MAX_DIRECTORY_ENTRIES}"
+            )));
+        }
         let room = raw.directory_size.get().checked_mul(SECTOR / 8);
         let (gd, gd_size) = (raw.directory_offset.get(), raw.directory_size.get());
         let (gt, gt_size) = (raw.tables_offset.get(), raw.tables_size.get());
         for (what, at, size) in [("grain directory", gd, gd_size), ("grain tables", gt, gt_size)] {
             if at < 2 || at.checked_add(size).is_none_or(|end| end > file_sectors) {
                 return Err(Error::corrupt(format!(
-                    "seSparse header: the {what} are {size} sectors at sector {at}, but the file has {file_sectors}"
+                    "seSparse header: {what}: {size} sectors at sector {at}, but the file has {file_sectors}"
                 )));
             }
         }

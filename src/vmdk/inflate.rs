@@ -43,12 +43,12 @@ pub(crate) fn inflate(grain: &PackedGrain<'_>, out: &mut [u8]) -> Result<()> {
                 out.get_mut(n..).unwrap_or_default().fill(0);
                 Ok(())
             }
-            Ok(n) => Err(damaged(grain, format!("inflates to {n} bytes, expected {whole} or {inside}"))),
+            Ok(n) => Err(damaged(grain, &format!("inflates to {n} bytes, expected {whole} or {inside}"))),
             Err(DecompressionError::InsufficientSpace) => {
-                Err(damaged(grain, format!("inflates to more than the {whole} bytes of a grain")))
+                Err(damaged(grain, &format!("inflates to more than the {whole} bytes of a grain")))
             }
             Err(DecompressionError::BadData) => {
-                Err(damaged(grain, format!("{size} bytes that are no intact zlib stream")))
+                Err(damaged(grain, &format!("{size} bytes that are no intact zlib stream")))
             }
         }
     })
@@ -61,14 +61,14 @@ fn load(grain: &PackedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usize)>
     let header = if grain.markers { 12 } else { 4 };
     let guess = grain.likely_sectors.map_or(FIRST_READ, |s| (s * SECTOR) as usize).min(left);
     if guess < header {
-        return Err(damaged(grain, "the file ends inside of its header".to_owned()));
+        return Err(damaged(grain, "the file ends inside of its header"));
     }
     packed.resize(guess, 0);
     grain.file.read_exact_at(at, packed)?;
     let size = check_header(grain, packed)?;
     let end = header + size;
     if end > left {
-        return Err(damaged(grain, format!("is said to be {size} bytes, but the file ends {left} bytes on")));
+        return Err(damaged(grain, &format!("is said to be {size} bytes, but the file ends {left} bytes on")));
     }
     if end > guess {
         packed.resize(end, 0);
@@ -83,14 +83,14 @@ fn check_header(grain: &PackedGrain<'_>, bytes: &[u8]) -> Result<usize> {
     if grain.markers {
         let lba = take::<8>(&mut rest).map_or(0, u64::from_le_bytes);
         if lba != grain.lba {
-            return Err(damaged(grain, format!("its header says sector {lba} of the extent, expected {}", grain.lba)));
+            return Err(damaged(grain, &format!("its header says sector {lba} of the extent, expected {}", grain.lba)));
         }
     }
     let size = take::<4>(&mut rest).map_or(0, u32::from_le_bytes);
     // incompressible data grow a little; twice the grain is what qemu and VirtualBox allow
     let most = 2 * grain.grain * SECTOR;
     if size == 0 || u64::from(size) > most {
-        return Err(damaged(grain, format!("is said to be {size} bytes, expected 1 to {most}")));
+        return Err(damaged(grain, &format!("is said to be {size} bytes, expected 1 to {most}")));
     }
     Ok(size as usize)
 }
@@ -101,7 +101,7 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-fn damaged(grain: &PackedGrain<'_>, what: String) -> Error {
+fn damaged(grain: &PackedGrain<'_>, what: &str) -> Error {
     Error::corrupt(format!(
         "{}: compressed grain of sector {} (byte {}): {what}",
         grain.file.label(),

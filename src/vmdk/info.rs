@@ -10,8 +10,6 @@ use crate::vmdk::open::{Link, PlacedExtent};
 /// A VMDK as a whole.
 #[derive(Debug, Clone, Serialize)]
 pub struct DiskInfo {
-    /// Bytes of the disk.
-    pub size: u64,
     /// The newest link's `createType`.
     pub create_type: String,
     /// The newest link's extents.
@@ -68,7 +66,6 @@ impl VmdkDisk {
         let newest = self.links().first();
         let geometry = self.geometry();
         DiskInfo {
-            size: geometry.bytes(),
             create_type: newest.map(|l| l.descriptor.create_type.as_str().to_owned()).unwrap_or_default(),
             extents: newest.map(|l| l.extents.iter().map(extent_info).collect()).unwrap_or_default(),
             chain: self.links().iter().map(link_info).collect(),

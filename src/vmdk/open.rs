@@ -28,6 +28,9 @@ use crate::vmdk::tables::TableCache;
 /// The most links of a chain. vSphere allows 32 (31 snapshots).
 pub const MAX_LINKS: usize = 64;
 
+/// The most extents of a whole chain; one descriptor may list as many.
+const MAX_EXTENTS: usize = 1 << 16;
+
 /// The most bytes of a descriptor in a file of its own.
 const MAX_TEXT: u64 = 1 << 20;
 
@@ -77,7 +80,7 @@ pub(crate) struct PlacedExtent {
     pub(crate) kind: &'static str,
     pub(crate) unclean: bool,
     /// For `--check`: the tables of a hosted extent as they are in the file.
-    pub(crate) hosted: Option<HostedTables>,
+    pub(crate) hosted: Option<Arc<HostedTables>>,
 }
 
 /// Tells the kind of a file from its first bytes.
@@ -111,11 +114,13 @@ pub(crate) struct Opener {
     options: OpenOptions,
     cache: TableCache,
     next_extent: u32,
+    /// Extents of the whole chain so far.
+    extents: usize,
 }
 
 impl Opener {
     pub(crate) fn new(options: OpenOptions) -> Self {
-        Self { options, cache: TableCache::new(), next_extent: 0 }
+        Self { options, cache: TableCache::new(), next_extent: 0, extents: 0 }
     }
 
     /// Opens `file` and all its parents.
@@ -196,7 +201,17 @@ impl Opener {
             )));
         };
         let line = line.clone();
-        let extent = self.hosted_extent(Arc::clone(&file), header, &line)?;
+        let extent = match (line.kind, line.access) {
+            (ExtentKind::Sparse | ExtentKind::VmfsSparse, Access::None) => placed(Extent::Zero, &line, "ZERO"),
+            (ExtentKind::Sparse | ExtentKind::VmfsSparse, _) => self.hosted_extent(Arc::clone(&file), header, &line)?,
+            (kind, _) => {
+                return Err(Error::corrupt(format!(
+                    "the embedded descriptor (line {}) calls the file a {} extent, expected SPARSE",
+                    line.line,
+                    kind.as_str()
+                )));
+            }
+        };
         Ok(Link { sectors: line.sectors, extents: vec![extent], file, descriptor })
     }
 
@@ -214,6 +229,10 @@ impl Opener {
     /// Opens the files that the extent lines name.
     fn extents(&mut self, file: Arc<dyn StoredFile>, descriptor: Descriptor) -> Result<Link> {
         let store = file.siblings()?;
+        self.extents += descriptor.extents.len();
+        if self.extents > MAX_EXTENTS {
+            return Err(Error::corrupt(format!("the chain has more than {MAX_EXTENTS} extents")));
+        }
         let mut extents = Vec::with_capacity(descriptor.extents.len());
         let mut start = 0u64;
         for line in &descriptor.extents {
@@ -267,17 +286,16 @@ impl Opener {
         let header = if header.directory == DirectoryAt::Footer { read_footer(&*file, &header)? } else { header };
         check_line(line, header.capacity)?;
         let packing = if header.compressed { Packing::Deflate { markers: header.markers } } else { Packing::Plain };
-        let layout = Box::new(HostedTables::new(Arc::clone(&file), &header)?);
-        let hosted = HostedTables::new(Arc::clone(&file), &header)?;
+        let hosted = Arc::new(HostedTables::new(Arc::clone(&file), &header)?);
         let kind = if header.compressed { "SPARSE (compressed)" } else { "SPARSE" };
-        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), packing);
+        let extent = SparseExtent::new(self.extent_id(), file, Arc::clone(&hosted) as _, self.cache.clone(), packing);
         Ok(PlacedExtent { unclean: header.unclean, hosted: Some(hosted), ..placed(Extent::Sparse(extent), line, kind) })
     }
 
     fn cowd_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
         let header = Cowd::parse(head.get(..HEAD_BYTES).unwrap_or(head))?;
         check_line(line, header.capacity)?;
-        let layout = Box::new(CowdTables::new(Arc::clone(&file), &header)?);
+        let layout = Arc::new(CowdTables::new(Arc::clone(&file), &header)?);
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
         Ok(PlacedExtent { unclean: header.unclean, ..placed(Extent::Sparse(extent), line, "VMFSSPARSE") })
     }
@@ -285,7 +303,7 @@ impl Opener {
     fn sesparse_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
         let header = SeSparse::parse(head, file.len())?;
         check_line(line, header.capacity)?;
-        let layout = Box::new(SeSparseTables::new(Arc::clone(&file), header));
+        let layout = Arc::new(SeSparseTables::new(Arc::clone(&file), header));
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
         Ok(placed(Extent::Sparse(extent), line, "SESPARSE"))
     }
@@ -345,14 +363,12 @@ fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
     for name in hint.candidates() {
         match store.open(&name) {
             Ok(file) => return Ok(file),
-            Err(e) if e.kind() == ErrorKind::NotFound => looked.push(name.to_string()),
+            Err(e) if e.kind() == ErrorKind::NotFound => looked.push(e.to_string()),
             Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
             Err(e) => return Err(e),
         }
     }
-    Err(refused.unwrap_or_else(|| {
-        Error::new(ErrorKind::NotFound, format!("is missing: looked for {} beside it", looked.join(", ")))
-    }))
+    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, format!("is missing: {}", looked.join("; ")))))
 }
 
 fn describe(kind: FileKind, head: &[u8]) -> String {

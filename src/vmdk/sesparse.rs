@@ -38,6 +38,14 @@ impl SeSparseTables {
         Ok(bytes.chunks_exact(8).map(word).collect())
     }
 
+    /// The entry at a byte of the file, for messages.
+    fn shown(&self, at: u64) -> String {
+        match self.read_u64s(at, 1).as_deref() {
+            Ok([raw]) => format!("{raw:#x}"),
+            _ => "unreadable".to_owned(),
+        }
+    }
+
     /// A directory entry: 0, or 0x10000000 in the high half and a table index in the low one.
     fn place(&self, raw: u64) -> Place {
         const ALLOCATED: u64 = 0x1000_0000;
@@ -94,18 +102,24 @@ impl Layout for SeSparseTables {
     }
 
     fn explain_directory(&self, table: u64) -> Error {
+        let at = self.header.directory * SECTOR + table * 8;
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {}) is no allocated table of the {} that the header has",
+            "{}: grain directory entry {table} (byte {at}) is {}, expected 0x10000000 and the number of one of {} tables",
             self.file.label(),
-            self.header.directory * SECTOR + table * 8,
+            self.shown(at),
             self.header.tables_size / SeSparse::TABLE_SECTORS
         ))
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
+        let at = match self.load_directory(table..table + 1).as_deref() {
+            Ok([Place::At(sector)]) => sector * SECTOR + entry * 8,
+            _ => return self.explain_directory(table),
+        };
         Error::corrupt(format!(
-            "{}: entry {entry} of grain table {table} has an unknown type or names a grain past the end of the file ({} sectors)",
+            "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected a type from 0 to 3 and a grain inside of the file's {} sectors",
             self.file.label(),
+            self.shown(at),
             self.file_sectors
         ))
     }

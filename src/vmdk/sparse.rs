@@ -33,6 +33,7 @@ pub(crate) struct HostedTables {
     redundant: Option<u64>,
     /// Sectors that no grain and no table may touch: header, descriptor, directories.
     fixed: Vec<Range<u64>>,
+    redundant_is_lost: bool,
     said_redundant: AtomicBool,
 }
 
@@ -52,7 +53,18 @@ impl HostedTables {
         let DirectoryAt::Sector(directory) = header.directory else {
             return Err(Error::corrupt("header: gdOffset (byte 56) is GD_AT_END in an extent without a footer"));
         };
-        let redundant = header.redundant.filter(|&at| inside(at) && at != directory);
+        let redundant = header.redundant.filter(|&at| inside(at));
+        // with the primary directory out of the file, the redundant one alone is read
+        let (directory, redundant) = match redundant {
+            Some(spare) if !inside(directory) => {
+                tracing::warn!(
+                    "{}: the grain directory lies outside of the file, the redundant one is read",
+                    file.label()
+                );
+                (spare, None)
+            }
+            _ => (directory, redundant),
+        };
         if !inside(directory) {
             return Err(Error::corrupt(format!(
                 "header: the grain directory is {directory_sectors} sectors at sector {directory} (byte 56), but the file has {file_sectors}"
@@ -75,8 +87,14 @@ impl HostedTables {
             redundant,
             fixed,
             file,
+            redundant_is_lost: header.redundant.is_some() && redundant.is_none(),
             said_redundant: AtomicBool::new(false),
         })
+    }
+
+    /// Whether the header names a redundant directory that does not lie inside of the file.
+    pub(crate) fn redundant_is_lost(&self) -> bool {
+        self.redundant_is_lost
     }
 
     /// Whether the header names a redundant directory that lies inside of the file.
@@ -122,7 +140,7 @@ impl HostedTables {
         match raw {
             0 => Slot::Unallocated,
             1 if self.zeroed_grains => Slot::Zero,
-            // without the flag 1 can't mean zeroes, and no writer puts a grain right behind the header
+            // sector 1 is never a grain, wherever the metadata lie
             1 => Slot::Bad,
             raw if self.grain_fits(raw.into(), grain, own) => Slot::At(raw.into()),
             _ => Slot::Bad,
@@ -171,8 +189,15 @@ impl Layout for HostedTables {
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
-        let primary = self.raw_directory(Copy::Primary, tables.clone())?;
-        let redundant = self.raw_directory(Copy::Redundant, tables)?;
+        let redundant = self.raw_directory(Copy::Redundant, tables.clone());
+        let (primary, redundant) = match (self.raw_directory(Copy::Primary, tables), redundant) {
+            (Ok(primary), redundant) => (primary, redundant.unwrap_or_default()),
+            (Err(_), Ok(spare)) if !spare.is_empty() => {
+                self.say_redundant("the grain directory cannot be read and");
+                (spare, Vec::new())
+            }
+            (Err(e), _) => return Err(e),
+        };
         let good = |raw: u32| raw != 0 && self.table_fits(raw.into());
         let places = primary.iter().enumerate().map(|(i, &raw)| {
             let spare = redundant.get(i).copied().unwrap_or(0);
@@ -191,7 +216,16 @@ impl Layout for HostedTables {
     }
 
     fn load_table(&self, table: u64, at: u64) -> Result<Table> {
-        let raw = self.raw_table(at)?;
+        let raw = match self.raw_table(at) {
+            Ok(raw) => raw,
+            Err(e) => match self.redundant_place(table)?.filter(|&spare| spare != at) {
+                Some(spare) => {
+                    self.say_redundant("a grain table cannot be read and");
+                    self.raw_table(spare)?
+                }
+                None => return Err(e),
+            },
+        };
         let first = table * self.shape.entries_per_table;
         let mut slots: Vec<Slot> =
             raw.iter().enumerate().map(|(i, &raw)| self.slot(raw, first + i as u64, &[at])).collect();
@@ -216,16 +250,20 @@ impl Layout for HostedTables {
     fn explain_directory(&self, table: u64) -> Error {
         let at = self.directory * SECTOR + table * 4;
         let raw = self.raw_directory(Copy::Primary, table..table + 1).ok().and_then(|d| d.first().copied());
+        let raw = raw.map_or_else(|| "unreadable".to_owned(), |raw| format!("{raw:#x}"));
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {at}) is {raw:#x?}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
+            "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
             self.file.label(),
             self.file_sectors
         ))
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
-        let place = self.raw_directory(Copy::Primary, table..table + 1).ok().and_then(|d| d.first().copied());
-        let at = place.map_or(0, u64::from) * SECTOR + entry * 4;
+        let place = match self.load_directory(table..table + 1).as_deref() {
+            Ok([Place::At(sector)]) => *sector,
+            _ => return self.explain_directory(table),
+        };
+        let at = place * SECTOR + entry * 4;
         let mut raw = [0; 4];
         let value = match self.file.read_exact_at(at, &mut raw) {
             Ok(()) => format!("{:#x}", u32::from_le_bytes(raw)),

@@ -20,7 +20,7 @@ pub fn mkfs_ext4() -> Option<PathBuf> {
 
 /// Writes an ext4 image of `bytes` (whole sectors) with the files of `folder` in it; needs no privileges.
 pub fn ext4(image: &Path, bytes: u64, folder: &Path) -> Result<()> {
-    ensure!(bytes % SECTOR == 0, "{bytes} bytes are not whole sectors");
+    ensure!(bytes.is_multiple_of(SECTOR), "{bytes} bytes are not whole sectors");
     let program = mkfs_ext4().context("mkfs.ext4 is missing (package e2fsprogs)")?;
     fs::File::create(image)?.set_len(bytes)?;
     let output = Command::new(program)
@@ -46,6 +46,6 @@ pub fn sample_files(folder: &Path, seed: u64) -> Result<()> {
 /// Reads a raw image (whole sectors) as a layer, to be written as a VMDK.
 pub fn layer_of(image: &Path, grain: u64) -> Result<Layer> {
     let raw = fs::read(image).with_context(|| image.display().to_string())?;
-    ensure!(raw.len() as u64 % SECTOR == 0, "{} is not whole sectors", image.display());
+    ensure!((raw.len() as u64).is_multiple_of(SECTOR), "{} is not whole sectors", image.display());
     Ok(Layer::from_raw("image", grain, &raw))
 }

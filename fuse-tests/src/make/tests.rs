@@ -28,7 +28,6 @@ const NOT_QEMU: &[(&str, &str)] = &[
     ("chain_win_relative", "it knows no backslash"),
     ("extent_words", "it refuses the type custom"),
     ("extent_default_offset", "it refuses the type custom"),
-    ("rdm_plain", "it refuses the type vmfsRDM"),
     ("alias_2gb", "it refuses the type 2GbMaxExtentFlat"),
     ("partitioned", "it refuses the type partitionedDevice"),
     ("split_unaligned", "it reads past the end of an extent that ends inside a grain"),

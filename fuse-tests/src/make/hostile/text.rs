@@ -21,6 +21,11 @@ const DATA: u64 = 2048;
 const GOOD: &str = "RW 2048 FLAT \"data-flat.vmdk\" 0";
 
 pub(super) const FILES: &[Hostile] = &[
+    Hostile::reject(
+        "rdm_named",
+        "vmfsRDM: its file may be a pointer without data, which nothing tells from a copy",
+        |c| lines(c, "vmfsRDM", &["RW 2048 VMFSRDM \"data-flat.vmdk\""]),
+    ),
     Hostile::reject("no_create_type", "createType is missing", |c| {
         text(c, &Descriptor { kind: None, ..Descriptor::new("", [GOOD]) })
     }),

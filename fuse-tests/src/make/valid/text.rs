@@ -68,12 +68,6 @@ pub(super) const VARIANTS: &[Variant] = &[
         let disk = Joined::new().then(Arc::clone(&layer) as _).then(layer);
         Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("custom", lines))?, Arc::new(disk)))
     }),
-    Variant::new("rdm_plain", "vmfsRDM whose mapped file was copied as a plain image", |c| {
-        let layer = c.layer("lun", 4096, 16).fill([0, 255]);
-        write::flat(&c.at("disk-rdm.vmdk"), &layer, 0)?;
-        let text = Descriptor::new("vmfsRDM", ["RW 4096 VMFSRDM \"disk-rdm.vmdk\""]);
-        Ok(Made::new(c.text("disk.vmdk", &text)?, Arc::new(layer)))
-    }),
     Variant::new("alias_2gb", "the other spelling 2GbMaxExtentFlat of the type", |c| {
         let layer = c.flat_base("data", 4096)?;
         let text = Descriptor::new("2GbMaxExtentFlat", ["RW 4096 FLAT \"data-flat.vmdk\" 0"]);

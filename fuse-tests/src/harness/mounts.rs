@@ -1,0 +1,75 @@
+//! The kernel's table of mounts.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+/// One line of `/proc/self/mountinfo`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountEntry {
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// Its type, `fuse.vmdkfuse` for example.
+    pub kind: String,
+    /// What it calls its source.
+    pub source: String,
+    /// Options of the mount and of its file system, joined by commas.
+    pub options: String,
+}
+
+/// The mounts at `dir` and below it, the newest first.
+pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
+    let text = fs::read("/proc/self/mountinfo").expect("the table of mounts");
+    let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let mut found: Vec<_> = lines.filter_map(parse).filter(|entry| entry.point.starts_with(dir)).collect();
+    found.reverse();
+    found
+}
+
+/// `36 35 98:0 / /point rw,noatime master:1 - kind source rw`; the fields before the dash vary in number.
+fn parse(line: &[u8]) -> Option<MountEntry> {
+    let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    let dash = fields.iter().position(|field| field == b"-")?;
+    let word = |at: usize| fields.get(at).map(|field| String::from_utf8_lossy(field).into_owned());
+    Some(MountEntry {
+        point: PathBuf::from(OsString::from_vec(unescape(fields.get(4)?))),
+        kind: word(dash + 1)?,
+        source: word(dash + 2)?,
+        options: format!("{},{}", word(5)?, word(dash + 3)?),
+    })
+}
+
+/// The kernel writes blanks and the like as `\040`.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let code = tail.get(..3).and_then(|code| std::str::from_utf8(code).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 8).ok()) {
+            Some(value) if byte == b'\\' => {
+                out.push(value);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_parsed_with_its_escapes() {
+        let line = br"36 35 0:44 / /tmp/a\040b rw,nosuid shared:7 - fuse.vmdkfuse disk.vmdk ro,user_id=0";
+        let entry = parse(line).unwrap();
+        assert_eq!(entry.point, Path::new("/tmp/a b"));
+        assert_eq!((entry.kind.as_str(), entry.source.as_str()), ("fuse.vmdkfuse", "disk.vmdk"));
+        assert_eq!(entry.options, "rw,nosuid,ro,user_id=0");
+    }
+}
