@@ -1,4 +1,6 @@
-//! What the integration tests share: a maker of VMDK variants, mounts that clean up after themselves.
+//! What the integration tests share: a maker of VMDK variants, files in memory, and the entry points of the fuzzers.
 
+pub mod fuzz;
 pub mod harness;
 pub mod make;
+pub mod memory;

@@ -38,6 +38,10 @@ pub struct CacheOptions {
 /// The fewest blocks that a cache holds, whatever size was asked for.
 const MIN_BLOCKS: u64 = 4;
 
+/// The most blocks that wait for the workers: two reads of 1 MiB in the smallest blocks. What is over is left to its
+/// reader. A damaged place that is read again and again leaves blocks faster than the workers find it damaged.
+const MAX_QUEUED: usize = 4096;
+
 /// How much of the cache is for blocks that were read again. The rest is for those that were not read yet: fetched
 /// ahead, they must not push each other out.
 const READ_AGAIN: f64 = 0.5;
@@ -190,8 +194,10 @@ impl Shared {
         }
         let wake = wanted.len() + ahead.len();
         let mut queue = lock(&self.queue);
-        queue.wanted.extend(wanted);
-        queue.ahead.extend(ahead);
+        let room = |queued: usize| MAX_QUEUED.saturating_sub(queued);
+        let (for_wanted, for_ahead) = (room(queue.wanted.len()), room(queue.ahead.len()));
+        queue.wanted.extend(wanted.into_iter().take(for_wanted));
+        queue.ahead.extend(ahead.into_iter().take(for_ahead));
         drop(queue);
         if wake > 1 { self.wake.notify_all() } else { self.wake.notify_one() }
     }
@@ -296,4 +302,57 @@ fn copy_from(data: &[u8], skip: usize, part: &mut [u8]) -> Result<()> {
 /// Locks; a panic of another thread has left nothing half done behind these locks.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::RwLock;
+
+    use super::*;
+    use crate::error::Error;
+
+    /// A disk that can't be read, and on which workers are held up while `gate` is locked.
+    #[derive(Debug)]
+    struct Damaged {
+        geometry: Geometry,
+        gate: RwLock<()>,
+    }
+
+    impl Damaged {
+        fn new(sectors: u64, preferred: u64) -> Arc<Self> {
+            Arc::new(Self { geometry: Geometry { sectors, granule: 1, preferred }, gate: RwLock::new(()) })
+        }
+    }
+
+    impl BlockRead for Damaged {
+        fn geometry(&self) -> Geometry {
+            self.geometry
+        }
+        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
+            if std::thread::current().name().is_some_and(|n| n.starts_with("fetch-")) {
+                let _held_up = self.gate.read();
+            }
+            Err(Error::corrupt("damaged"))
+        }
+        fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+            Ok((Content::Data, self.geometry.sectors - at.0))
+        }
+        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn regression_reads_of_a_damaged_place_leave_no_endless_queue() {
+        let source = Damaged::new(64, 1);
+        let held = source.gate.write().unwrap();
+        let options = CacheOptions { size: 0, readahead: 0, workers: 1 };
+        let cache = BlockCache::new(Arc::clone(&source) as Arc<dyn BlockRead>, options).unwrap();
+        let mut buf = [0; 64 * 512];
+        for _ in 0..2 * MAX_QUEUED / 64 {
+            cache.read_at(Lba(0), &mut buf).unwrap_err();
+        }
+        assert_eq!(lock(&cache.shared.queue).wanted.len(), MAX_QUEUED);
+        drop(held);
+    }
 }

@@ -42,7 +42,9 @@ impl BlockRead for RawDisk {
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         check_range(&self.geometry, at, SECTOR as usize)?;
         let (stored, bytes) = self.file.data_at(at.bytes())?;
-        let content = if stored { Content::Data } else { Content::Hole };
+        // a sector of which a part is stored is no hole
+        let mixed = bytes < SECTOR && bytes < self.file.len().saturating_sub(at.bytes());
+        let content = if stored || mixed { Content::Data } else { Content::Hole };
         Ok((content, (bytes / SECTOR).clamp(1, self.geometry.sectors - at.0)))
     }
 

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::store::StoredFile;
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
 use crate::vmdk::inflate::inflate;
-use crate::vmdk::open::{Link, OpenOptions, Opener, PlacedExtent};
+use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
 
 /// An open VMDK: the newest link of its chain first.
 #[derive(Debug)]
@@ -52,11 +52,23 @@ impl VmdkDisk {
     /// The run at `at`, of at most `max` sectors, which lie inside of the disk. `Parent` means here that no link
     /// has anything.
     pub fn run_at(&self, at: Lba, max: u64) -> Result<Run<'_>> {
+        self.next_run(at, max, &mut Passed::new())
+    }
+
+    /// The same, in a walk from lower to higher sectors that `passed` belongs to.
+    fn next_run(&self, at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'_>> {
         let mut left = max;
-        for link in &self.links {
+        for (link, nothing_before) in self.links.iter().zip(&mut passed.0) {
+            if at.0 < *nothing_before {
+                left = left.min(*nothing_before - at.0);
+                continue;
+            }
             let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
             match placed.extent.run_at(within, sectors)? {
-                Run::Parent { sectors } => left = sectors,
+                Run::Parent { sectors } => {
+                    left = sectors;
+                    *nothing_before = at.0 + sectors;
+                }
                 run => return Ok(run),
             }
         }
@@ -85,10 +97,11 @@ impl BlockRead for VmdkDisk {
         check_range(&self.geometry, at, buf.len())?;
         // neighbours in the same file wait here for each other, to become one read
         let mut pending: Option<Pending<'_>> = None;
+        let mut passed = Passed::new();
         let mut done = 0;
         while done < buf.len() {
             let lba = at + done as u64 / SECTOR;
-            let run = self.run_at(lba, (buf.len() - done) as u64 / SECTOR)?;
+            let run = self.next_run(lba, (buf.len() - done) as u64 / SECTOR, &mut passed)?;
             let len = (run.sectors() * SECTOR) as usize;
             if let Run::Stored { file, sector, .. } = run {
                 match &mut pending {
@@ -124,9 +137,10 @@ impl BlockRead for VmdkDisk {
     }
 
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
+        let mut passed = Passed::new();
         let mut done = 0;
         while done < sectors {
-            match self.run_at(at + done, sectors - done) {
+            match self.next_run(at + done, sectors - done, &mut passed) {
                 Ok(Run::Zero { sectors } | Run::Parent { sectors }) => done += sectors,
                 _ => return false,
             }
@@ -143,6 +157,16 @@ impl BlockRead for VmdkDisk {
             }
             _ => None,
         }
+    }
+}
+
+/// For each link the sector before which a walk found nothing in it, so that it is asked only once where a link
+/// below has many short runs. Else a deep chain of tiny grains would be asked for all of them again at each run.
+struct Passed([u64; MAX_LINKS]);
+
+impl Passed {
+    fn new() -> Self {
+        Self([0; MAX_LINKS])
     }
 }
 

@@ -100,9 +100,12 @@ impl Extent {
     pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         match self {
             Extent::Flat { file, offset } => {
-                let (stored, bytes) = file.data_at((offset + sector) * SECTOR)?;
+                let at = (offset + sector) * SECTOR;
+                let (stored, bytes) = file.data_at(at)?;
+                // a sector of which a part is stored is no hole
+                let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
                 // a hole of the file hides the parent like a zeroed grain does
-                let kind = if stored { Kind::Data } else { Kind::Zero };
+                let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
                 Ok((kind, (bytes / SECTOR).clamp(1, max)))
             }
             Extent::Zero => Ok((Kind::Zero, max)),
@@ -265,7 +268,9 @@ impl SparseExtent {
         let coverage = self.shape.coverage();
         let end = sector + max;
         let mut table = sector / coverage + 1;
-        while table * coverage < end {
+        // the directory of a huge file is not read to its end for one answer
+        let last = table + 64 * CHUNK;
+        while table * coverage < end && table < last {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;
             let rest = chunk.get(inside..).unwrap_or_default();
