@@ -2,9 +2,9 @@
 //! their files. Compressed grains are inflated as well, as their checksums are there to be used.
 //!
 //! Every sector of a file that something claims is noted in a map of bits, so that two claims on one sector and
-//! space that nothing claims are both found. The map takes a 4096th of the claimed part of the file.
+//! space that nothing claims are both found. The map takes a 4096th of the claimed part of the file, up to a bound.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use serde::Serialize;
@@ -48,8 +48,16 @@ impl CheckReport {
 /// Checks all links of the disk. What can't be read is an error of the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
     let mut report = CheckReport::default();
+    let mut seen = HashSet::new();
     for placed in disk.links().iter().flat_map(|l| &l.extents) {
         if let Extent::Sparse(sparse) = &placed.extent {
+            if !seen.insert(sparse.file.identity_at_open().file) {
+                let label = sparse.file.label();
+                report.error(|| {
+                    format!("{label}: is the file of several extents: a write to one would change the other")
+                });
+                continue;
+            }
             if placed.unclean {
                 report.notes.push(format!("{}: was not closed after writing", sparse.file.label()));
             }
@@ -184,6 +192,11 @@ impl Checker<'_> {
         // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
         let file_sectors = (self.sparse.file.len() / SECTOR).min(1 << 32);
         let grain = self.sparse.shape().grain;
+        if self.claims.full {
+            let label = self.sparse.file.label();
+            self.report.notes.push(format!("{label}: is too large: not all overlaps were looked for, and no leaks"));
+            return;
+        }
         let free = self.claims.free(hosted.data_start()..file_sectors);
         self.report.leaks += free.into_iter().map(|r| (r.end - r.start) / grain).sum::<u64>();
     }
@@ -193,17 +206,26 @@ impl Checker<'_> {
 #[derive(Debug, Default)]
 struct Claims {
     pages: HashMap<u64, Box<[u64; Claims::WORDS]>>,
+    /// Something was not noted, as there are [`Claims::MAX_PAGES`].
+    full: bool,
 }
 
 impl Claims {
     const WORDS: usize = 512;
     const PAGE: u64 = Self::WORDS as u64 * 64;
+    /// 256 MiB of pages: a file of 1 TiB where all is claimed.
+    const MAX_PAGES: usize = 1 << 16;
 
     /// Claims a range; whether some of it was claimed before.
     fn claim(&mut self, range: Range<u64>) -> bool {
         let mut taken = false;
         let mut at = range.start;
         while at < range.end {
+            if self.pages.len() >= Self::MAX_PAGES && !self.pages.contains_key(&(at / Self::PAGE)) {
+                self.full = true;
+                at = (at / Self::PAGE + 1) * Self::PAGE;
+                continue;
+            }
             let page = self.pages.entry(at / Self::PAGE).or_insert_with(|| Box::new([0; Self::WORDS]));
             let end = range.end.min((at / 64 + 1) * 64);
             let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
@@ -252,6 +274,17 @@ fn push(free: &mut Vec<Range<u64>>, range: Range<u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn regression_scattered_claims_stay_bounded() {
+        let mut claims = Claims::default();
+        for n in 0..Claims::MAX_PAGES as u64 + 10 {
+            assert!(!claims.claim(n * Claims::PAGE..n * Claims::PAGE + 1));
+        }
+        assert!(claims.full);
+        assert_eq!(claims.pages.len(), Claims::MAX_PAGES);
+        assert!(claims.claim(5 * Claims::PAGE..5 * Claims::PAGE + 1), "what is noted stays known");
+    }
 
     #[test]
     fn claims_find_overlaps_and_gaps() {
