@@ -4,7 +4,7 @@
 //!   mountinfo     what is mounted where
 //!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
 //!   session       serves the kernel's requests on threads of their own
-//!   fs            the answers ── errno: errors become numbers; faults: what of them is told
+//!   fs            the answers ── node: how an open is served; errno, faults: what errors become
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
@@ -16,6 +16,7 @@ pub mod fs;
 mod fusermount;
 pub mod mount;
 pub mod mountinfo;
+mod node;
 pub mod probe;
 pub mod readahead;
 pub mod session;
