@@ -29,7 +29,8 @@ test: ## formatting, lints, docs and every test
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	cargo build --release --locked
-	cargo test --locked --workspace --no-fail-fast
+	cargo test --locked --workspace --doc
+	cargo test --locked --workspace --no-fail-fast --lib --tests
 
 bench: ## measure beside the peers that Debian packages (root; some 20 minutes); BENCH_ARGS='--help' for more
 	./contrib/setup.sh bench
