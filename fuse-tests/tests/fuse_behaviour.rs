@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use fuse_tests::harness::{
-    Aligned, Cmd, Mount, Scratch, assert_same, assert_same_at_random, data_ranges, map_bytes, need_fuse, need_qemu,
+    Aligned, Cmd, Mount, Scratch, assert_same, assert_same_at_random, data_ranges, map_bytes, need, need_fuse, need_qemu,
     poll_until, qemu_data_ranges, qemu_img, raw_with_islands, read_range, sha256,
 };
 use nix::libc;
@@ -305,6 +305,28 @@ fn a_new_open_sees_what_changed_in_the_image() {
         change(&image, at as u64, &marker);
         assert_eq!(read_range(&path, 0, marker.len()), marker, "{name} after the change");
         assert_eq!(read_range(&path, 64, 448), original[64..512], "{name} beside the change");
+    }
+}
+
+/// Bytes of the file that the kernel has in memory. `fincore` opens the file itself, as any later reader would.
+fn kept(path: &Path) -> u64 {
+    let out = Cmd::new("fincore").args(["--bytes", "--noheadings", "--output", "RES"]).arg(path).run().ok();
+    out.stdout.trim().parse().expect("a number of bytes")
+}
+
+#[test]
+fn pages_are_kept_across_opens_until_the_image_changes() {
+    if !need("fincore") {
+        return;
+    }
+    let Some(disks) = disks(&[]) else { return };
+    for (name, file) in [("sparse.raw", "sparse.vmdk"), ("stream.raw", "stream.vmdk")] {
+        let path = disks.path(name);
+        fs::read(&path).unwrap();
+        assert!(kept(&path) > SIZE / 2, "{name} was read and closed");
+        assert!(kept(&path) > SIZE / 2, "{name} was opened again");
+        OpenOptions::new().append(true).open(disks.scratch.path(file)).unwrap().set_modified(SystemTime::now()).unwrap();
+        assert_eq!(kept(&path), 0, "the image of {name} changed");
     }
 }
 
