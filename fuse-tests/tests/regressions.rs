@@ -17,7 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, need, program};
-use fuse_tests::make::write::{self, Descriptor, F_NEWLINE, Header, Hosted, SeSparse};
+use fuse_tests::make::write::{self, Descriptor, F_NEWLINE, F_REDUNDANT, Header, Hosted, SeSparse};
 use fuse_tests::make::{Content as _, Ctx, Layer, SECTOR};
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use vmdkfuse::block::{Content, Lba};
@@ -131,21 +131,24 @@ fn regression_alternating_tables_read_right_at_every_border() {
 }
 
 /// 2^18 directory entries that name one table of 65536 entries, with grains of one sector: 8 TiB in a file of 1.3 MiB.
-fn shared_table(path: &Path, entry: impl Fn(u32, u32) -> u32) {
+/// With `redundant`, 2^18 entries more name a second table.
+fn shared_table(path: &Path, redundant: bool, entry: impl Fn(u32, u32) -> u32) {
     const ENTRIES: u64 = 1 << 18;
     const NGTE: u32 = 1 << 16;
-    let (gd, table, grain) = (64, 64 + ENTRIES * 4 / SECTOR, 64 + ENTRIES * 4 / SECTOR + u64::from(NGTE) * 4 / SECTOR);
+    const COPY: u64 = (ENTRIES + NGTE as u64) * 4 / SECTOR;
+    let copies = 1 + u64::from(redundant);
+    let (gd, grain) = (64, 64 + copies * COPY);
     let capacity = ENTRIES * u64::from(NGTE);
     let line = format!("RW {capacity} SPARSE \"{}\"", path.file_name().unwrap().display());
     let header = Header {
         version: 1,
-        flags: F_NEWLINE,
+        flags: if redundant { F_NEWLINE | F_REDUNDANT } else { F_NEWLINE },
         capacity,
         grain: 1,
         desc_at: 1,
         desc_len: 20,
         ngte: NGTE,
-        rgd: 0,
+        rgd: if redundant { gd + COPY } else { 0 },
         gd,
         overhead: grain,
         unclean: false,
@@ -154,8 +157,11 @@ fn shared_table(path: &Path, entry: impl Fn(u32, u32) -> u32) {
     let mut bytes = header.bytes().to_vec();
     bytes.extend(Descriptor::new("monolithicSparse", [line]).bytes().unwrap());
     bytes.resize((gd * SECTOR) as usize, 0);
-    bytes.extend((table as u32).to_le_bytes().repeat(ENTRIES as usize));
-    bytes.extend((0..NGTE).flat_map(|i| entry(i, grain as u32).to_le_bytes()));
+    for copy in 0..copies {
+        let table = gd + copy * COPY + ENTRIES * 4 / SECTOR;
+        bytes.extend((table as u32).to_le_bytes().repeat(ENTRIES as usize));
+        bytes.extend((0..NGTE).flat_map(|i| entry(i, grain as u32).to_le_bytes()));
+    }
     bytes.extend([0x5a; SECTOR as usize]);
     fs::write(path, bytes).unwrap();
 }
@@ -169,7 +175,7 @@ fn regression_check_of_a_table_that_many_entries_name_ends() {
     let scratch = Scratch::new();
     for (name, entry) in SHARED {
         let path = scratch.path(format!("{name}.vmdk"));
-        shared_table(&path, entry);
+        shared_table(&path, false, entry);
         let report = in_time(move || checked(&path));
         assert!(report.error_count >= (1 << 18) - 1, "{name}: {} errors", report.error_count);
         assert!(report.errors.len() <= 100, "{name}: {} messages", report.errors.len());
@@ -181,12 +187,43 @@ fn regression_check_of_a_table_that_many_entries_name_ends() {
     outcome.expect_code(4);
 }
 
+/// Both copies of a table are compared once, however many entries name them.
+#[test]
+fn regression_check_of_redundant_tables_that_many_entries_name_ends() {
+    let scratch = Scratch::new();
+    let path = scratch.path("redundant.vmdk");
+    shared_table(&path, true, SHARED[2].1);
+    let report = in_time(move || checked(&path));
+    assert!(report.error_count >= 2 * ((1 << 18) - 1), "{} errors", report.error_count);
+}
+
+/// 64 links of 2^25 absent tables each: a search ends although all their directories together take a minute.
+#[test]
+fn regression_a_search_for_data_in_huge_directories_ends() {
+    const LINKS: u32 = 64;
+    let scratch = Scratch::new();
+    let c = ctx(&scratch, "huge");
+    let layer = c.layer("disk", 1 << 32, 1);
+    let options = Hosted { ngte: 128, redundant: false, flags: F_NEWLINE, ..Hosted::lazy() };
+    for n in 0..LINKS {
+        let child = |text: Descriptor| text.child(n, n - 1, format!("disk{}.vmdk", n - 1));
+        let edit = |text: Descriptor| if n == 0 { text.cid(0) } else { child(text) };
+        c.sparse(&format!("disk{n}.vmdk"), &layer, &options, edit).unwrap();
+    }
+    let image = open(&c.at(&format!("disk{}.vmdk", LINKS - 1))).unwrap();
+    in_time(move || {
+        // nothing is found, or that much of it was looked at
+        image.seek(0, Seek::Data).unwrap();
+        assert_eq!(image.seek(0, Seek::Hole).unwrap(), Some(0));
+    });
+}
+
 #[test]
 fn regression_a_search_for_data_in_a_table_that_many_entries_name_ends() {
     let scratch = Scratch::new();
     for (name, entry) in SHARED {
         let path = scratch.path(format!("{name}.vmdk"));
-        shared_table(&path, entry);
+        shared_table(&path, false, entry);
         let image = open(&path).unwrap();
         let end = image.len();
         let (data, hole) =
@@ -208,7 +245,7 @@ fn regression_map_streams_and_ends_with_its_reader() {
     }
     let scratch = Scratch::new();
     let path = scratch.path("turns.vmdk");
-    shared_table(&path, SHARED[2].1);
+    shared_table(&path, false, SHARED[2].1);
     for json in ["", "--json"] {
         let script =
             format!("prlimit --data={} \"$0\" --map {json} \"file=$1\" | head -3; echo ${{PIPESTATUS[0]}}", 256 << 20);

@@ -142,6 +142,10 @@ pub(crate) enum Packing {
     },
 }
 
+/// Chunks of a directory that one question is answered from. A chain may have many directories of thousands of chunks,
+/// and a search has to come to its clock in between; four cover 512 GiB at the usual table size.
+const ABSENT_CHUNKS: u64 = 4;
+
 /// A sector's place in the tables.
 #[derive(Debug, Clone, Copy)]
 struct Position {
@@ -261,10 +265,11 @@ impl SparseExtent {
     }
 
     /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
+    /// It looks no further than [`ABSENT_CHUNKS`]: whoever wants to know more asks again.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
         let coverage = self.shape.coverage();
-        let end = sector + max;
         let mut table = sector / coverage + 1;
+        let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
         while table * coverage < end {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;
