@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use fuse_tests::harness::{
-    Aligned, Cmd, Mount, Scratch, assert_same, assert_same_at_random, data_ranges, map_bytes, need, need_fuse, need_qemu,
-    poll_until, qemu_data_ranges, qemu_img, raw_with_islands, read_range, sha256,
+    Aligned, Cmd, Mount, Scratch, assert_same, assert_same_at_random, data_ranges, map_bytes, need, need_fuse,
+    need_qemu, poll_until, qemu_data_ranges, qemu_img, raw_with_islands, read_range, sha256,
 };
 use nix::libc;
 
@@ -325,7 +325,12 @@ fn pages_are_kept_across_opens_until_the_image_changes() {
         fs::read(&path).unwrap();
         assert!(kept(&path) > SIZE / 2, "{name} was read and closed");
         assert!(kept(&path) > SIZE / 2, "{name} was opened again");
-        OpenOptions::new().append(true).open(disks.scratch.path(file)).unwrap().set_modified(SystemTime::now()).unwrap();
+        OpenOptions::new()
+            .append(true)
+            .open(disks.scratch.path(file))
+            .unwrap()
+            .set_modified(SystemTime::now())
+            .unwrap();
         assert_eq!(kept(&path), 0, "the image of {name} changed");
     }
 }

@@ -167,9 +167,13 @@ impl Checker<'_> {
         let second = hosted.raw_directory(Copy::Redundant, tables.clone())?;
         for (table, (&a, &b)) in tables.zip(first.iter().zip(&second)) {
             let good = |raw: u32| raw != 0 && hosted.table_fits(raw.into());
-            // where the primary one is bad, the redundant table is the one that is read, and claimed there
+            // where the primary one is bad, the redundant table is the one that is read, and claimed there; one that is
+            // another one's as well was compared there
             if a != b && good(a) && good(b) {
-                self.claim(b.into()..u64::from(b) + hosted.table_sectors(), "redundant grain table", table);
+                let range = b.into()..u64::from(b) + hosted.table_sectors();
+                if !self.claim(range, "redundant grain table", table) {
+                    continue;
+                }
             }
             if (a == 0) != (b == 0) {
                 self.report.error(|| format!("{label}: grain table {table} is in one of both directories only"));

@@ -145,6 +145,10 @@ pub(crate) enum Packing {
     },
 }
 
+/// Chunks of a directory that one question is answered from. A chain may have many directories of thousands of chunks,
+/// and a search has to come to its clock in between; four cover 512 GiB at the usual table size.
+const ABSENT_CHUNKS: u64 = 4;
+
 /// A sector's place in the tables.
 #[derive(Debug, Clone, Copy)]
 struct Position {
@@ -264,13 +268,12 @@ impl SparseExtent {
     }
 
     /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
+    /// It looks no further than [`ABSENT_CHUNKS`]: whoever wants to know more asks again.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
         let coverage = self.shape.coverage();
-        let end = sector + max;
         let mut table = sector / coverage + 1;
-        // the directory of a huge file is not read to its end for one answer
-        let last = table + 64 * CHUNK;
-        while table * coverage < end && table < last {
+        let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
+        while table * coverage < end {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;
             let rest = chunk.get(inside..).unwrap_or_default();
@@ -288,6 +291,61 @@ impl SparseExtent {
         match entry {
             Some(entry) => self.layout.explain_entry(table, entry),
             None => self.layout.explain_directory(table),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::store::open_user_path;
+
+    /// A directory that somebody else writes: its tables are absent when it is read the first time, and there when it
+    /// is read again.
+    #[derive(Debug, Default)]
+    struct Growing {
+        was_read: AtomicBool,
+    }
+
+    impl Layout for Growing {
+        fn shape(&self) -> Shape {
+            Shape { capacity: 8 * 1024, grain: 8, entries_per_table: 128 }
+        }
+        fn table_sectors(&self) -> u64 {
+            1
+        }
+        fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
+            let there = self.was_read.swap(true, Ordering::Relaxed);
+            Ok(tables.map(|t| if there { Place::At(t + 10) } else { Place::Absent }).collect())
+        }
+        fn load_table(&self, _table: u64, _at: u64) -> Result<Table> {
+            Ok(Table::narrow((0..128).map(|_| Slot::Zero)))
+        }
+        fn explain_directory(&self, table: u64) -> Error {
+            Error::corrupt(format!("{table}"))
+        }
+        fn explain_entry(&self, table: u64, entry: u64) -> Error {
+            Error::corrupt(format!("{table} {entry}"))
+        }
+    }
+
+    /// What was found to be absent stays so for the request, however the directory looks a moment later.
+    #[test]
+    fn regression_a_directory_that_changes_between_two_looks() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = open_user_path(file.path(), Arc::from([])).unwrap();
+        for sector in [0, 1, 1023] {
+            // nothing fits this cache, so each look reads the directory
+            let cache = TableCache::with_bytes(1);
+            let layout = Arc::new(Growing::default());
+            let extent = SparseExtent::new(1, Arc::clone(&file), layout, cache, Packing::Plain);
+            match extent.run_at(sector, 8 * 1024 - sector).unwrap() {
+                Run::Parent { sectors } => assert_eq!(sectors, 1024 - sector),
+                other => panic!("{other:?}"),
+            }
         }
     }
 }
