@@ -132,7 +132,7 @@ fn regression_alternating_tables_read_right_at_every_border() {
 
 /// 2^18 directory entries that name one table of 65536 entries, with grains of one sector: 8 TiB in a file of 1.3 MiB.
 /// With `redundant`, 2^18 entries more name a second table.
-fn shared_table(path: &Path, redundant: bool, entry: impl Fn(u32, u32) -> u32) {
+fn shared_table(path: &Path, redundant: bool, entry: Entry) {
     const ENTRIES: u64 = 1 << 18;
     const NGTE: u32 = 1 << 16;
     const COPY: u64 = (ENTRIES + NGTE as u64) * 4 / SECTOR;
@@ -166,8 +166,11 @@ fn shared_table(path: &Path, redundant: bool, entry: impl Fn(u32, u32) -> u32) {
     fs::write(path, bytes).unwrap();
 }
 
+/// The entry at an index of a table, where the only grain is at the sector that is given.
+type Entry = fn(u32, u32) -> u32;
+
 /// What the one table of [`shared_table`] may hold: nothing, the same grain everywhere, that grain by turns.
-const SHARED: [(&str, fn(u32, u32) -> u32); 3] =
+const SHARED: [(&str, Entry); 3] =
     [("empty", |_, _| 0), ("full", |_, grain| grain), ("turns", |i, grain| if i % 2 == 0 { grain } else { 0 })];
 
 #[test]

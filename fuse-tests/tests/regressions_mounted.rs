@@ -27,7 +27,7 @@ const GRAINS: [u64; 4] = [0, 1, 5, 63];
 /// Where the kernel may say something a second later, and a little.
 const SOON: Duration = Duration::from_secs(5);
 
-/// The folder `images` and noise of a seed of its own for each version of a disk.
+/// A version of a disk: each has noise of its own in the same grains.
 fn version(n: u64, sectors: u64) -> Layer {
     Layer::new(n, "disk", sectors, GRAIN).fill(GRAINS)
 }
