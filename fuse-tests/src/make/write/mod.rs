@@ -1,6 +1,6 @@
 //! Writers of single files: one module for each kind.
 //!
-//! They take a [`Layer`](super::Layer) and options that make the oddities, and answer with the places inside of the
+//! They take a [`Layer`] and options that make the oddities, and answer with the places inside of the
 //! file, in sectors, so that a caller can damage it where it wants. Positions are written in the order that suits the
 //! writer: holes of the file are zeroes.
 
