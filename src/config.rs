@@ -142,6 +142,8 @@ pub struct LocalConfig {
     pub allow_dirs: Vec<PathBuf>,
     /// Accept a parent whose CID differs from the one its child remembers.
     pub accept_cid_mismatch: bool,
+    /// Lock its files against writers, and refuse those that have one.
+    pub lock: bool,
 }
 
 /// The format of a local file.

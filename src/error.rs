@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Unsupported,
     /// A name inside an image leads where the user did not allow it.
     Policy,
+    /// Another program uses the file in a way that does not go together with what was asked.
+    Busy,
     /// The range lies outside of the disk or the file.
     OutOfRange,
     /// What was asked for is not possible as it was asked (a wrong option or value).

@@ -207,6 +207,7 @@ fn config(path: &Path, cache_size: Option<u64>) -> DiskConfig {
             format: Format::Auto,
             allow_dirs: Vec::new(),
             accept_cid_mismatch: false,
+            lock: true,
         }),
     }
 }

@@ -291,7 +291,8 @@ pub(super) static KEYS: &[Key] = &[
     Key::local("degraded", Group::Local, one_of(&["cid"]), "accept a parent whose CID differs",
         |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }),
     Key::later("force", Group::Local, Kind::Bool, "write to a base that has children"),
-    Key::later("lock", Group::Local, one_of(&["on", "off"]), "lock the image's files"),
+    Key::local("lock", Group::Local, one_of(&["on", "off"]), "keep writers out of the image's files (default: on)",
+        |s, v| { s.lock = Some(v == "on"); Ok(()) }),
     Key::later("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the files itself"),
     Key::later("view-size", Group::Local, Kind::Size, "bound of the kernel view's index"),
 
@@ -360,7 +361,7 @@ mod tests {
         descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
         shared tls tls-certificates tls-verify tls-username tls-psk";
 
-    const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded";
+    const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock";
 
     #[test]
     fn the_table_is_the_contract() {
@@ -408,6 +409,9 @@ mod tests {
             ("format", "qcow2", false),
             ("degraded", "cid", true),
             ("degraded", "yes", false),
+            ("lock", "on", true),
+            ("lock", "off", true),
+            ("lock", "yes", false),
             ("name", "x.raw", true),
             ("name", "a/b", false),
             ("file", "", false),

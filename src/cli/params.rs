@@ -41,6 +41,8 @@ pub(super) struct Settings {
     pub(super) allow_dirs: Vec<PathBuf>,
     /// `degraded=cid`
     pub(super) accept_cid_mismatch: Option<bool>,
+    /// `lock=`
+    pub(super) lock: Option<bool>,
     /// The keys that were given, to find the one that was given twice.
     given: Vec<&'static str>,
 }
@@ -93,6 +95,7 @@ impl Settings {
             format: self.format.or(common.format),
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
             accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
+            lock: self.lock.or(common.lock),
             given: Vec::new(),
         }
     }
@@ -127,6 +130,7 @@ impl Requested {
                 format: settings.format.unwrap_or_default(),
                 allow_dirs: settings.allow_dirs,
                 accept_cid_mismatch: settings.accept_cid_mismatch.unwrap_or_default(),
+                lock: settings.lock.unwrap_or(true),
             }),
         }
     }
@@ -336,6 +340,7 @@ mod tests {
             "allow-dir=/one",
             "allow-dir=/two",
             "degraded=cid",
+            "lock=off",
         ]);
         let expected = DiskConfig {
             name: "n".into(),
@@ -348,6 +353,7 @@ mod tests {
                 format: Format::Raw,
                 allow_dirs: vec!["/one".into(), "/two".into()],
                 accept_cid_mismatch: true,
+                lock: false,
             }),
         };
         assert_eq!(disks, Ok(vec![expected]));
@@ -361,6 +367,7 @@ mod tests {
         assert_eq!((disks[0].cache_size, disks[0].readahead), (None, None));
         assert_eq!(local(&disks[0]).format, Format::Auto);
         assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
+        assert!(local(&disks[0]).lock);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub(crate) fn errno(error: &Error) -> Errno {
         | ErrorKind::Unsupported
         | ErrorKind::Policy
         | ErrorKind::Usage => Errno::EIO,
+        ErrorKind::Busy => Errno::EBUSY,
         ErrorKind::OutOfRange => Errno::EINVAL,
     }
 }

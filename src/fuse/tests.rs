@@ -218,8 +218,13 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
     m.mount.unmount().unwrap();
     m.end().unwrap();
-    let local =
-        LocalConfig { path: "none".into(), format: Format::Raw, allow_dirs: Vec::new(), accept_cid_mismatch: false };
+    let local = LocalConfig {
+        path: "none".into(),
+        format: Format::Raw,
+        allow_dirs: Vec::new(),
+        accept_cid_mismatch: false,
+        lock: true,
+    };
     let config = DiskConfig {
         name: DISK.into(),
         read_only: true,

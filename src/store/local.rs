@@ -9,7 +9,8 @@
 //! ```
 //! The kernel itself keeps every resolution beneath a folder, so nobody can swap a component between a check and
 //! the open. A file is opened as a mere path first, so that its kind is known before an open could block (a FIFO)
-//! or do something (a device); the file that is read afterwards is that very one.
+//! or do something (a device); the file that is read afterwards is that very one. It is locked before anything of it
+//! is looked at, and as long as it is open.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -24,7 +25,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::unistd::{Whence, lseek};
 
-use super::{ExtentName, Identity, Store, StoredFile, printable};
+use super::{ExtentName, Identity, OpenPolicy, Store, StoredFile, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How often a name may lead from one allowed folder to another.
@@ -38,20 +39,20 @@ const LOOKUPS_MAX: usize = 64;
 #[derive(Debug)]
 pub struct LocalStore {
     folder: Folder,
-    allow: Arc<[PathBuf]>,
+    policy: Arc<OpenPolicy>,
 }
 
 impl LocalStore {
-    /// The files of folder `dir`; names inside them may lead into the folders of `allow` too.
+    /// The files of folder `dir`; names inside them may lead into the folders that `policy` allows too.
     ///
     /// Errors: `NotFound` or what the system says of `dir`.
-    pub fn new(dir: &Path, allow: Arc<[PathBuf]>) -> Result<Self> {
-        Ok(Self { folder: Folder::open(dir)?, allow })
+    pub fn new(dir: &Path, policy: Arc<OpenPolicy>) -> Result<Self> {
+        Ok(Self { folder: Folder::open(dir)?, policy })
     }
 
     /// Opens the file that is called `path` from the folder.
     fn open_path(&self, path: &Path) -> Result<LocalFile> {
-        let allowed = Allowed { own: &self.folder, paths: &self.allow };
+        let allowed = Allowed { own: &self.folder, paths: &self.policy.allow };
         let mut other: Option<Folder> = None;
         let mut rest = path.to_path_buf();
         for _ in 0..HOPS_MAX {
@@ -73,8 +74,8 @@ impl LocalStore {
             Err(Error::new(ErrorKind::Policy, context))
         };
         match found.kind() {
-            Kind::Regular => found.reopen(self.allow.clone()),
-            Kind::Device if devices()? => found.reopen(self.allow.clone()),
+            Kind::Regular => found.reopen(Arc::clone(&self.policy)),
+            Kind::Device if devices()? => found.reopen(Arc::clone(&self.policy)),
             Kind::Device => {
                 let folder = printable(found.real.parent().unwrap_or(&found.real));
                 refuse(format!("block device; allow-dir={folder} would allow it"))
@@ -113,10 +114,11 @@ impl Store for LocalStore {
 }
 
 /// Opens the file that the user named himself: a regular file or a block device, symlinks followed. Names inside it
-/// count from the folder of the real file and may lead into the folders of `allow` too.
+/// count from the folder of the real file and may lead into the folders that `policy` allows too.
 ///
-/// Errors: `NotFound`, `Usage` for any other kind of file, or what the system says. Never blocks on a FIFO.
-pub fn open_user_path(path: &Path, allow: Arc<[PathBuf]>) -> Result<Arc<dyn StoredFile>> {
+/// Errors: `NotFound`, `Usage` for any other kind of file, `Busy` if somebody writes to it, or what the system says.
+/// Never blocks on a FIFO.
+pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>) -> Result<Arc<dyn StoredFile>> {
     let label = printable(path);
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
@@ -126,7 +128,7 @@ pub fn open_user_path(path: &Path, allow: Arc<[PathBuf]>) -> Result<Arc<dyn Stor
             format!("{}: it is a {what}, expected a regular file or a block device", found.label),
         ));
     }
-    Ok(Arc::new(found.reopen(allow)?))
+    Ok(Arc::new(found.reopen(policy)?))
 }
 
 /// An open file of this machine; it is only read.
@@ -140,7 +142,7 @@ struct LocalFile {
     len: u64,
     device: bool,
     opened: Identity,
-    allow: Arc<[PathBuf]>,
+    policy: Arc<OpenPolicy>,
 }
 
 impl LocalFile {
@@ -230,7 +232,7 @@ impl StoredFile for LocalFile {
         let now = self.metadata()?;
         match there {
             Ok(there) if (there.st_dev, there.st_ino) == (now.dev(), now.ino()) => {
-                Ok(Arc::new(LocalStore { folder, allow: self.allow.clone() }))
+                Ok(Arc::new(LocalStore { folder, policy: Arc::clone(&self.policy) }))
             }
             _ => Err(gone("the file was moved or deleted")),
         }
@@ -368,10 +370,18 @@ impl Found {
         }
     }
 
-    /// Opens it for reading.
-    fn reopen(self, allow: Arc<[PathBuf]>) -> Result<LocalFile> {
-        let Self { fd, label, real, metadata } = self;
+    /// Opens it for reading, and locks it if `policy` says so.
+    fn reopen(self, policy: Arc<OpenPolicy>) -> Result<LocalFile> {
+        let Self { fd, label, real, mut metadata } = self;
         let mut file = File::open(proc_path(&fd)).map_err(|e| Error::io(format!("{label}: open for reading"), e))?;
+        if policy.lock {
+            lock::lock_for_reading(&file, &label)?;
+            // a writer may have ended since
+            metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
+            if metadata.is_file() {
+                lck::warn(&real, metadata.ino());
+            }
+        }
         let device = metadata.file_type().is_block_device();
         let len = if device {
             file.seek(SeekFrom::End(0)).map_err(|e| Error::io(format!("{label}: size of the device"), e))?
@@ -379,7 +389,7 @@ impl Found {
             metadata.len()
         };
         let opened = identity(&metadata, len);
-        Ok(LocalFile { file, label, real, len, device, opened, allow })
+        Ok(LocalFile { file, label, real, len, device, opened, policy })
     }
 }
 

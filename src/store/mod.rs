@@ -12,23 +12,35 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
 
+mod lck;
 mod local;
+mod lock;
 mod name;
 
 pub use local::{LocalStore, open_user_path};
 pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
 
+/// What the files of an image may be, and what is done with each when it is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenPolicy {
+    /// Folders that names inside an image may lead into, besides the image's own.
+    pub allow: Vec<PathBuf>,
+    /// Locks each file against writers, and refuses one that has a writer.
+    pub lock: bool,
+}
+
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {
     /// Opens a file that an image names, if the policy of the store lets it.
     ///
     /// Errors: `Policy` where the name leads out of what is allowed or to something that is no plain file,
-    /// `NotFound`, or what the system says. Never blocks on a FIFO or a device.
+    /// `NotFound`, `Busy` if somebody writes to the file, or what the system says. Never blocks on a FIFO or a device.
     fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
 }
 

@@ -36,8 +36,12 @@ impl Folders {
     }
 
     fn store(&self, allow: &[PathBuf]) -> LocalStore {
-        LocalStore::new(&self.path("image"), allow.into()).unwrap()
+        LocalStore::new(&self.path("image"), policy(allow)).unwrap()
     }
+}
+
+fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
+    Arc::new(OpenPolicy { allow: allow.to_vec(), lock: true })
 }
 
 fn open(store: &dyn Store, name: impl AsRef<[u8]>) -> Result<Arc<dyn StoredFile>> {
@@ -156,7 +160,7 @@ fn links_in_circles_end() {
 fn links_of_proc_are_refused() {
     let folders = Folders::new();
     let secret = File::open(folders.path("other/secret.bin")).unwrap();
-    let store = LocalStore::new(Path::new("/proc/self/fd"), [].into()).unwrap();
+    let store = LocalStore::new(Path::new("/proc/self/fd"), policy(&[])).unwrap();
     refused(&store, secret.as_raw_fd().to_string(), ErrorKind::Policy, &["/proc"]);
 }
 
@@ -169,7 +173,7 @@ fn missing_files_are_named() {
     for name in ["missing.bin", "dangling.bin", "a.bin/x", "sub/../missing", "nbd:localhost:10809"] {
         refused(&store, name, ErrorKind::NotFound, &[&full(name)]);
     }
-    assert_eq!(LocalStore::new(&folders.path("none"), [].into()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(LocalStore::new(&folders.path("none"), policy(&[])).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
@@ -213,10 +217,10 @@ fn refuse_other_kinds() {
         refused(&store, "/dev/null", ErrorKind::Policy, &[says]);
     }
     for (path, says) in [("image/fifo", "FIFO"), ("image/to-fifo", "FIFO"), ("image", "directory")] {
-        let error = open_user_path(&folders.path(path), [].into()).unwrap_err();
+        let error = open_user_path(&folders.path(path), policy(&[])).unwrap_err();
         assert!(error.kind() == ErrorKind::Usage && error.to_string().contains(says), "{error}");
     }
-    let error = open_user_path(Path::new("/dev/null"), [].into()).unwrap_err();
+    let error = open_user_path(Path::new("/dev/null"), policy(&[])).unwrap_err();
     assert!(error.kind() == ErrorKind::Usage && error.to_string().contains("character device"), "{error}");
 }
 
@@ -250,17 +254,17 @@ fn block_devices_open_where_they_are_allowed() {
     refused(&folders.store(&[]), name, ErrorKind::Policy, &["allow-dir=/dev"]);
     folders.link(&device.0, "image/link");
     refused(&folders.store(&[]), "link", ErrorKind::Policy, &["allow-dir=/dev"]);
-    let in_dev = LocalStore::new(Path::new("/dev"), [].into()).unwrap();
+    let in_dev = LocalStore::new(Path::new("/dev"), policy(&[])).unwrap();
     let node = device.0.file_name().unwrap().as_bytes();
     refused(&in_dev, node, ErrorKind::Policy, &["block device", "allow-dir=/dev"]);
 
-    let allow: Arc<[PathBuf]> = [PathBuf::from("/dev")].into();
-    let allowed_dev = LocalStore::new(Path::new("/dev"), allow.clone()).unwrap();
+    let allow = [PathBuf::from("/dev")];
+    let allowed_dev = LocalStore::new(Path::new("/dev"), policy(&allow)).unwrap();
     let files = [
         open(&folders.store(&allow), name).unwrap(),
         open(&folders.store(&allow), "link").unwrap(),
         open(&allowed_dev, node).unwrap(),
-        open_user_path(&device.0, [].into()).unwrap(),
+        open_user_path(&device.0, policy(&[])).unwrap(),
     ];
     for file in &files {
         let mut bytes = [0; 512];
@@ -271,7 +275,7 @@ fn block_devices_open_where_they_are_allowed() {
 
     let again = folders.path("again");
     nix::sys::stat::mknod(&again, SFlag::S_IFBLK, Mode::S_IRWXU, fs::metadata(&device.0).unwrap().rdev()).unwrap();
-    match open_user_path(&again, [].into()) {
+    match open_user_path(&again, policy(&[])) {
         Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
         Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
     }
@@ -281,21 +285,21 @@ fn block_devices_open_where_they_are_allowed() {
 fn the_file_of_the_user_may_be_a_symlink() {
     let folders = Folders::new();
     folders.link("image/disk.vmdk", "mine.vmdk");
-    let file = open_user_path(&folders.path("mine.vmdk"), [].into()).unwrap();
+    let file = open_user_path(&folders.path("mine.vmdk"), policy(&[])).unwrap();
     assert_eq!(content(file.as_ref()), "image/disk.vmdk");
     assert!(file.label().ends_with("/mine.vmdk"), "{}", file.label());
     // Its siblings are those of the real file.
     let siblings = file.siblings().unwrap();
     assert_eq!(reads(siblings.as_ref(), "a.bin"), "image/a.bin");
     refused(siblings.as_ref(), "../mine.vmdk", ErrorKind::Policy, &["allow-dir="]);
-    let error = open_user_path(&folders.path("none.vmdk"), [].into()).unwrap_err();
+    let error = open_user_path(&folders.path("none.vmdk"), policy(&[])).unwrap_err();
     assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("none.vmdk"), "{error}");
 }
 
 #[test]
 fn siblings_follow_the_file_and_keep_what_is_allowed() {
     let folders = Folders::new();
-    let file = open_user_path(&folders.path("image/disk.vmdk"), [folders.path("other")].into()).unwrap();
+    let file = open_user_path(&folders.path("image/disk.vmdk"), policy(&[folders.path("other")])).unwrap();
     let beside = file.siblings().unwrap();
     let deep = open(beside.as_ref(), "../other/deep/c.bin").unwrap().siblings().unwrap();
     assert_eq!(reads(deep.as_ref(), "c.bin"), "other/deep/c.bin");
@@ -310,21 +314,21 @@ fn a_file_without_a_folder_has_no_siblings() {
     let folders = Folders::new();
     let path = folders.path("image/disk.vmdk");
     let siblings = |file: &dyn StoredFile| file.siblings().unwrap_err().kind();
-    let deleted = open_user_path(&path, [].into()).unwrap();
+    let deleted = open_user_path(&path, policy(&[])).unwrap();
     fs::remove_file(&path).unwrap();
     assert_eq!(siblings(deleted.as_ref()), ErrorKind::NotFound);
     // Another file took its name.
-    let replaced = open_user_path(&folders.path("other/secret.bin"), [].into()).unwrap();
+    let replaced = open_user_path(&folders.path("other/secret.bin"), policy(&[])).unwrap();
     fs::rename(folders.path("image/a.bin"), folders.path("other/secret.bin")).unwrap();
     assert_eq!(siblings(replaced.as_ref()), ErrorKind::NotFound);
     // The folder was exchanged for a link to another one.
-    let moved = open_user_path(&folders.path("image/sub/b.bin"), [].into()).unwrap();
+    let moved = open_user_path(&folders.path("image/sub/b.bin"), policy(&[])).unwrap();
     fs::rename(folders.path("image/sub"), folders.path("gone")).unwrap();
     folders.link(folders.path("gone"), "image/sub");
     assert!(moved.siblings().is_err());
     // Its kernel path is `/memfd:… (deleted)`, and `/` must not become its folder.
     let memory = nix::sys::memfd::memfd_create("x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let file = open_user_path(&proc_path(&memory), [].into()).unwrap();
+    let file = open_user_path(&proc_path(&memory), policy(&[])).unwrap();
     assert_eq!(siblings(file.as_ref()), ErrorKind::NotFound);
 }
 
@@ -372,7 +376,7 @@ fn holes_are_not_allocated() {
     let folders = Folders::new();
     let file = File::create(folders.path("image/a.bin")).unwrap();
     file.set_len(64 << 20).unwrap();
-    let opened = open_user_path(&folders.path("image/a.bin"), [].into()).unwrap();
+    let opened = open_user_path(&folders.path("image/a.bin"), policy(&[])).unwrap();
     assert_eq!(opened.len(), 64 << 20);
     assert!(opened.allocated().unwrap() < 1 << 20);
     assert_eq!(opened.fd().map(|fd| fd.as_raw_fd() >= 0), Some(true));
