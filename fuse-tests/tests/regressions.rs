@@ -41,8 +41,13 @@ fn ctx(scratch: &Scratch, name: &str) -> Ctx {
 
 /// A disk with every option at its default.
 fn config(path: &Path) -> DiskConfig {
-    let local =
-        LocalConfig { path: path.to_owned(), format: Format::Auto, allow_dirs: Vec::new(), accept_cid_mismatch: false };
+    let local = LocalConfig {
+        path: path.to_owned(),
+        format: Format::Auto,
+        allow_dirs: Vec::new(),
+        accept_cid_mismatch: false,
+        lock: true,
+    };
     DiskConfig {
         name: "disk".into(),
         read_only: false,
