@@ -237,7 +237,7 @@ impl Shared {
     fn fetch(&self, block: u64, claim: Claim) -> Result<Block> {
         let remove = Removal { shared: self, block };
         let mut data = vec![0; self.block_bytes(block)];
-        let result = self.source.read_at(Lba(block * self.block), &mut data).map(|()| Block::from(data));
+        let result = self.source.read_at(Lba(block * self.block), &mut data).map(|()| Block::new(data));
         if let Ok(data) = &result {
             self.cache.insert(block, Arc::clone(data));
         }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The bytes of a block.
-pub(crate) type Block = Arc<[u8]>;
+/// The bytes of a block. A vector behind a counter: bytes that were inflated into one are not copied once more.
+pub(crate) type Block = Arc<Vec<u8>>;
 
 /// The longest that a reader waits for somebody else's fetch.
 const DEADLINE: Duration = Duration::from_secs(60);
