@@ -11,7 +11,7 @@
 //! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
 //! away before it heard is a failure as well: nobody would know of the mount.
 
-#![allow(unsafe_code)] // Only for fork, _exit and close_range.
+#![allow(unsafe_code)] // Only for fork, _exit, close_range and mallopt.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -95,6 +95,19 @@ pub(crate) fn fork() -> Result<ForkResult> {
 pub fn close_inherited() {
     // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
     unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+/// Has all threads share one heap. Blocks of the cache are made by one thread and given back by another, so heaps of
+/// their own would each grow to the size of the whole cache.
+///
+/// To be called before any thread is started.
+pub fn share_heap() {
+    // SAFETY: it changes a setting of the allocator and touches no memory of ours. Where it has no such setting
+    // (another C library), nothing happens.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
 }
 
 /// Lets this process have as many open files as it may: a split disk has one for each extent.

@@ -16,6 +16,7 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     daemon::close_inherited();
     daemon::raise_file_limit();
+    daemon::share_heap();
     match cli::parse(std::env::args_os()) {
         Ok(Parsed::Run(config)) => act(*config),
         Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
