@@ -37,7 +37,9 @@ fn help_and_version_end_with_status_0() {
     let scratch = Scratch::new();
     for word in ["--help", "-h"] {
         let help = scratch.vmdkfuse().arg(word).run().ok();
-        for part in ["MOUNTPOINT", "KEY=VALUE", "--info", "--map", "--check", "--dump", "--pidfile", "file="] {
+        for part in
+            ["MOUNTPOINT", "KEY=VALUE", "--info", "--map", "--check", "--dump", "--pidfile", "--config", "file="]
+        {
             assert!(help.stdout.contains(part), "{word} does not show {part}: {help}");
         }
     }

@@ -8,7 +8,7 @@
 )]
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use fuse_tests::harness::{Cmd, Scratch, need_fuse, need_qemu, qemu_img};
@@ -73,6 +73,50 @@ fn a_name_in_a_directory_that_is_missing_is_refused() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(2));
     scratch.mount().at("nowhere/mnt").file("a.img").refused(2).one_error(2, &["nowhere"]);
+}
+
+/// "vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT: mount what the file describes"
+#[test]
+fn a_config_file_describes_two_disks() {
+    if !need_fuse() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.mkdir("vms");
+    scratch.mkdir("mnt");
+    let raw = scratch.write("vms/data.img", disk(5));
+    scratch.write("system.img", disk(6));
+    let (system, vmdk) = (scratch.path("system.img"), scratch.path("vms/system.vmdk"));
+    qemu_img(["convert", "-O", "vmdk", system.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    let text = "cache-size = \"1M\"\n[mount]\noptions = \"umask=077,fsname=described\"\nthreads = 2\npidfile = \"pid\"\n\
+        [[disk]]\nfile = \"system.vmdk\"\n[[disk]]\nfile = \"*.img\"\nname = \"data, 2=x\"\n";
+    scratch.write("vms/two.toml", text);
+    // From another folder than the file's, so that its paths can only be right if they count from there.
+    scratch.vmdkfuse().dir(scratch.root()).args(["-o", "umask=027", "--config", "vms/two.toml", "mnt"]).run().ok();
+    let point = scratch.path("mnt");
+    let entries = fuse_tests::harness::mounts_below(scratch.root());
+    let read = |name: &str| fs::read(point.join(name));
+    let (first, second) = (read("system.raw"), read("data, 2=x"));
+    let mode = fs::metadata(point.join("system.raw")).map(|meta| meta.permissions().mode() & 0o777);
+    let pid: i32 = fs::read_to_string(scratch.path("vms/pid")).unwrap().trim().parse().unwrap();
+    Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
+    let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
+    assert_eq!(ended.code, Some(0));
+    assert_eq!((first.unwrap(), second.unwrap()), (disk(6), disk(5)));
+    assert_eq!(mode.unwrap(), 0o440, "the command line's umask goes before the file's");
+    assert!(entries.iter().any(|entry| entry.point == point && entry.source == "described"), "{entries:?}");
+    assert_eq!(fs::read(raw).unwrap(), disk(5));
+}
+
+#[test]
+fn a_config_file_that_is_wrong_is_refused_with_its_line() {
+    let scratch = Scratch::new();
+    scratch.write("a.img", disk(1));
+    scratch.write("wrong.toml", "[[disk]]\nfile = \"a.img\"\ncashe = \"none\"\n");
+    scratch.mount().arg("--config").arg(scratch.path("wrong.toml")).refused(2).one_error(2, &["wrong.toml:3", "cache"]);
+    scratch.write("right.toml", "[[disk]]\nfile = \"a.img\"\n");
+    let twice = scratch.mount().arg("--config").arg(scratch.path("right.toml")).file("a.img");
+    twice.refused(2).one_error(2, &["--config"]);
 }
 
 #[test]

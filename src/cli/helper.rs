@@ -34,7 +34,6 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
         mountpoint: &word("mountpoint"),
         words: &[source],
         options: &options,
-        read_only: false, // mount(8) says `-o ro`
         foreground: false,
         pidfile: None,
         threads: None,

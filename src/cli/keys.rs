@@ -1,7 +1,7 @@
 //! The one table of keys. Parsing, `--help` and "did you mean" all come from it.
 //!
 //! A key that works carries the function that stores its value; one that does not yet has none, and answers in
-//! [`Key::apply`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
+//! [`Key::available`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -132,6 +132,20 @@ impl Kind {
             Self::OneOf { words, .. } => words.join("|"),
         }
     }
+
+    /// What a config file must hold, for the message where it holds something else.
+    pub(super) fn in_toml(self) -> String {
+        match self {
+            Self::Bool => "true or false".into(),
+            Self::Size => "a text such as \"64M\", or a number of bytes".into(),
+            Self::Seconds | Self::Count => "a whole number".into(),
+            Self::Path => "a path in quotes".into(),
+            Self::Text => "a text in quotes".into(),
+            Self::OneOf { words, .. } => {
+                words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ")
+            }
+        }
+    }
 }
 
 impl Key {
@@ -165,9 +179,7 @@ impl Key {
     ///
     /// Errors: a value that does not fit, or a key or word that is not in this build yet.
     pub(super) fn apply(&self, settings: &mut Settings, value: &OsStr) -> Result<(), UsageError> {
-        let Availability::Local(apply) = self.availability else {
-            return Err(UsageError::not_yet(format_args!("{}=", self.name)));
-        };
+        let apply = self.available()?;
         if let Kind::OneOf { words, later } = self.kind {
             match value.to_str() {
                 Some(word) if words.contains(&word) => {}
@@ -178,6 +190,14 @@ impl Key {
             }
         }
         apply(settings, value).map_err(|reason| self.wrong(value, &reason))
+    }
+
+    /// What stores a value. Errors: a key that is not in this build yet.
+    pub(super) fn available(&self) -> Result<Apply, UsageError> {
+        match self.availability {
+            Availability::Local(apply) => Ok(apply),
+            Availability::NotYet => Err(UsageError::not_yet(format_args!("{}=", self.name))),
+        }
     }
 
     /// Only for keys that work: their values are no secrets.
@@ -195,11 +215,20 @@ pub(super) fn find(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.name == name || key.aliases.contains(&name))
 }
 
-/// The known spelling that is nearest to `name`, if one is near: one slip, or one in three letters.
+/// The known spelling that is nearest to `name`, if one is near.
 pub(super) fn nearest(name: &str) -> Option<&'static str> {
-    let spellings = KEYS.iter().flat_map(|key| std::iter::once(&key.name).chain(key.aliases));
-    let near = spellings.map(|known| (strsim::damerau_levenshtein(name, known), *known));
-    // Of equally near ones the first in the table: `min_by_key` keeps the first.
+    nearest_of(name, spellings())
+}
+
+/// All names of keys, and their aliases.
+pub(super) fn spellings() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().flat_map(|key| std::iter::once(&key.name).chain(key.aliases)).copied()
+}
+
+/// The word that is nearest to `name`, if one is near: one slip, or one in three letters.
+pub(super) fn nearest_of(name: &str, words: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    let near = words.map(|known| (strsim::damerau_levenshtein(name, known), known));
+    // Of equally near ones the first: `min_by_key` keeps it.
     let (distance, known) = near.min_by_key(|(distance, _)| *distance)?;
     let shorter = name.chars().count().min(known.len());
     // A name of two letters is near to every other one, so it must share half.

@@ -3,7 +3,8 @@
 //! ```text
 //!   argv ─ program ─┬─ options.rs   -o lists ──────────┐
 //!    or    helper   ├─ params.rs    KEY=VALUE, sources ┼─► assembled here ─► Config
-//!                   └─ target.rs    MOUNTPOINT ────────┘
+//!      │            └─ target.rs    MOUNTPOINT ────────┘
+//!      └ --config: config_file.rs turns the file into the words and options that it stands for
 //!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
 //! ```
 //! Called as `mount.vmdkfuse` it is the helper of mount(8). Nothing here opens an image, except that `dir=` looks at the
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Action, Config, LogConfig, MountConfig, MountKind, Query};
 
+mod config_file;
 mod helper;
 mod keys;
 mod options;
@@ -74,7 +76,6 @@ struct MountWords<'a> {
     mountpoint: &'a OsStr,
     words: &'a [OsString],
     options: &'a Options,
-    read_only: bool,
     foreground: bool,
     pidfile: Option<PathBuf>,
     threads: Option<usize>,
@@ -82,7 +83,7 @@ struct MountWords<'a> {
 
 impl MountWords<'_> {
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
-        let options = self.options.mount(self.read_only)?;
+        let options = self.options.mount()?;
         let requested = params::disks(&self.options.keys, self.words)?;
         let resolved = target::resolve(self.mountpoint)?;
         let fixed = resolved.file_name.as_deref();

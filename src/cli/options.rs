@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use super::keys::{self, Key};
+use super::keys::{self, Key, Scope};
 use super::params::{split_key, unknown_key};
 use super::{UsageError, values};
 use crate::config::MountOptions;
@@ -41,10 +41,50 @@ impl Options {
         Ok(options)
     }
 
-    /// The mount's options; `read_only` is what `-r` says. Errors: options that contradict each other.
-    pub(super) fn mount(&self, read_only: bool) -> Result<MountOptions, UsageError> {
-        let mut mount = self.mount.clone();
-        mount.read_only |= read_only;
+    /// These options; where `yes`, read-only as well, which is what `-r` says.
+    #[must_use]
+    pub(super) fn read_only(mut self, yes: bool) -> Self {
+        self.mount.read_only |= yes;
+        self
+    }
+
+    /// These options, and those of `below` where they are silent. The values of keys that repeat gather, below's first.
+    #[must_use]
+    pub(super) fn over(self, below: Self) -> Self {
+        let (mine, other) = (self.mount, below.mount);
+        // Of options that contradict each other the ones here win together.
+        let access = if mine.read_only || self.read_write {
+            (mine.read_only, self.read_write)
+        } else {
+            (other.read_only, below.read_write)
+        };
+        let allows = if mine.allow_other || mine.allow_root { &mine } else { &other };
+        let allowed = (allows.allow_other, allows.allow_root);
+        let mount = MountOptions {
+            read_only: access.0,
+            allow_other: allowed.0,
+            allow_root: allowed.1,
+            default_permissions: mine.default_permissions || other.default_permissions,
+            auto_unmount: mine.auto_unmount || other.auto_unmount,
+            uid: mine.uid.or(other.uid),
+            gid: mine.gid.or(other.gid),
+            umask: mine.umask.or(other.umask),
+            fsname: mine.fsname.or(other.fsname),
+        };
+        let silent = |key: &Key| key.repeats || self.keys.iter().all(|(mine, _)| mine.name != key.name);
+        let mut keys: Vec<_> = below.keys.into_iter().filter(|(key, _)| silent(key)).collect();
+        keys.extend(self.keys);
+        Self { mount, read_write: access.1, keys }
+    }
+
+    /// The first key among them that names a disk.
+    pub(super) fn source(&self) -> Option<&'static Key> {
+        self.keys.iter().map(|(key, _)| *key).find(|key| key.scope == Scope::Starts)
+    }
+
+    /// The mount's options. Errors: options that contradict each other.
+    pub(super) fn mount(&self) -> Result<MountOptions, UsageError> {
+        let mount = self.mount.clone();
         if mount.read_only && self.read_write {
             return Err(UsageError::new("the mount cannot be both read-only (-r, -o ro) and read-write (-o rw)"));
         }
@@ -129,7 +169,7 @@ mod tests {
     }
 
     fn mount(list: &str) -> Result<MountOptions, String> {
-        parse(list)?.mount(false).map_err(|e| e.to_string())
+        parse(list)?.mount().map_err(|e| e.to_string())
     }
 
     #[test]
@@ -158,7 +198,7 @@ mod tests {
             auto,dev,nodev,suid,nosuid,exec,noexec,sync,async,atime,noatime,relatime,dirsync,,";
         let options = parse(list).unwrap();
         assert!(options.keys.is_empty());
-        assert_eq!(options.mount(false), Ok(MountOptions::default()));
+        assert_eq!(options.mount(), Ok(MountOptions::default()));
     }
 
     #[test]
@@ -180,7 +220,7 @@ mod tests {
     #[test]
     fn sloppy_passes_over_the_unknown_but_not_over_the_wrong() {
         let sloppy = |list: &str| Options::parse([OsStr::new(list)], true);
-        assert!(sloppy("nope,what=ever,ro").unwrap().mount(false).unwrap().read_only);
+        assert!(sloppy("nope,what=ever,ro").unwrap().mount().unwrap().read_only);
         assert!(sloppy("uid=me").is_err());
     }
 
@@ -196,9 +236,9 @@ mod tests {
     fn contradictions_are_refused() {
         assert!(mount("ro,rw").unwrap_err().contains("both read-only"));
         assert!(mount("allow_other,allow_root").unwrap_err().contains("together"));
-        assert!(parse("rw").unwrap().mount(true).is_err());
-        assert!(parse("ro").unwrap().mount(true).unwrap().read_only);
-        assert!(parse("").unwrap().mount(true).unwrap().read_only);
+        assert!(parse("rw").unwrap().read_only(true).mount().is_err());
+        assert!(parse("ro").unwrap().read_only(true).mount().unwrap().read_only);
+        assert!(parse("").unwrap().read_only(true).mount().unwrap().read_only);
     }
 
     #[test]
@@ -229,8 +269,34 @@ mod tests {
     #[test]
     fn several_lists_are_one() {
         let options = Options::parse([OsStr::new("ro,cache=none"), OsStr::new("uid=1")], false).unwrap();
-        let mount = options.mount(false).unwrap();
+        let mount = options.mount().unwrap();
         assert_eq!((mount.read_only, mount.uid, options.keys.len()), (true, Some(1), 1));
+    }
+
+    #[test]
+    fn options_over_others_win_and_leave_the_rest() {
+        let over = |above: &str, below: &str| parse(above).unwrap().over(parse(below).unwrap());
+        let options = over("uid=1,default_permissions", "uid=2,gid=3,umask=027,fsname=f,auto_unmount").mount().unwrap();
+        assert_eq!((options.uid, options.gid, options.umask), (Some(1), Some(3), Some(0o27)));
+        assert_eq!(options.fsname.as_deref(), Some("f"));
+        assert!(options.default_permissions && options.auto_unmount);
+        assert!(!over("rw", "ro").mount().unwrap().read_only);
+        assert!(over("ro", "rw").mount().unwrap().read_only);
+        assert!(over("", "ro").mount().unwrap().read_only);
+        let allowed = |options: Options| options.mount().map(|mount| (mount.allow_other, mount.allow_root));
+        assert_eq!(allowed(over("allow_root", "allow_other")), Ok((false, true)));
+        assert_eq!(allowed(over("allow_other", "allow_root")), Ok((true, false)));
+        assert_eq!(allowed(over("uid=1", "allow_root")), Ok((false, true)));
+    }
+
+    #[test]
+    fn keys_over_others_win_and_those_that_repeat_gather() {
+        let options = parse("cache=none,allow-dir=/b").unwrap();
+        let options = options.over(parse("cache=writethrough,cache-size=1M,allow-dir=/a").unwrap());
+        let keys: Vec<_> = options.keys.iter().map(|(key, value)| (key.name, value.to_str().unwrap())).collect();
+        assert_eq!(keys, [("cache-size", "1M"), ("allow-dir", "/a"), ("cache", "none"), ("allow-dir", "/b")]);
+        assert!(options.source().is_none());
+        assert_eq!(parse("ro,cache=none,dir=/x").unwrap().source().map(|key| key.name), Some("dir"));
     }
 
     #[test]

@@ -8,11 +8,12 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 
 use super::options::Options;
-use super::{MountWords, Parsed, UsageError, keys, one_line, params, query, values};
+use super::{MountWords, Parsed, UsageError, config_file, keys, one_line, params, query, values};
 use crate::config::{Action, Config, LogConfig};
 
 /// The forms of the command, for the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
+       vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --dump [--json]";
 
@@ -26,23 +27,60 @@ Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_u
 umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Those that mount(8) handles itself are ignored.
 ";
 
-/// Actions that are known but not in this build, and whether they take a value.
-const LATER: [(&str, bool); 8] = [
-    ("list", false),
-    ("create", false),
-    ("commit", false),
-    ("status", false),
-    ("watch", false),
-    ("doctor", false),
-    ("fingerprint", false),
-    ("config", true),
-];
+/// Actions that are known but not in this build.
+const LATER: [&str; 7] = ["list", "create", "commit", "status", "watch", "doctor", "fingerprint"];
 
 /// The most event loops; beyond the number of processors they bring nothing.
 const MAX_THREADS: u64 = 64;
 
 /// More than trace there is not.
 const MAX_VERBOSITY: u8 = 3;
+
+/// How to mount, whatever the disks are: of the command line, or of a config file.
+#[derive(Debug, Default)]
+pub(super) struct Manner {
+    /// What `-o` and `-r` say.
+    pub(super) options: Options,
+    pidfile: Option<PathBuf>,
+    threads: Option<usize>,
+    log_file: Option<PathBuf>,
+    log_json: Option<bool>,
+}
+
+impl Manner {
+    /// Reads options alone, as they would stand on a command line. Errors: what an error there would be.
+    pub(super) fn parse(options: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        Self::of(&command().try_get_matches_from(options).map_err(|e| one_line(&e))?)
+    }
+
+    fn of(matches: &ArgMatches) -> Result<Self, UsageError> {
+        let lists = matches.get_many::<OsString>("options").into_iter().flatten();
+        let options = Options::parse(lists.map(OsString::as_os_str), false)?;
+        Ok(Self {
+            options: options.read_only(matches.get_flag("read-only")),
+            pidfile: path(matches, "pidfile")?,
+            threads: matches.get_one::<u64>("threads").and_then(|n| usize::try_from(*n).ok()),
+            log_file: path(matches, "log-file")?,
+            log_json: matches.get_one::<String>("log-format").map(|format| format == "json"),
+        })
+    }
+
+    /// This, and what `below` says where this is silent.
+    fn over(self, below: Self) -> Self {
+        Self {
+            options: self.options.over(below.options),
+            pidfile: self.pidfile.or(below.pidfile),
+            threads: self.threads.or(below.threads),
+            log_file: self.log_file.or(below.log_file),
+            log_json: self.log_json.or(below.log_json),
+        }
+    }
+
+    fn log(&self, matches: &ArgMatches) -> LogConfig {
+        let (file, json) = (self.log_file.clone(), self.log_json.unwrap_or_default());
+        LogConfig { verbosity: verbosity(matches), file, json }
+    }
+}
 
 /// Reads the words after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
@@ -57,17 +95,12 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
 }
 
 fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
-    let later =
-        LATER.iter().find(|(name, _)| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
-    if let Some((name, _)) = later {
+    let later = LATER.iter().find(|name| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
+    if let Some(name) = later {
         return Err(UsageError::not_yet(format_args!("--{name}")));
     }
     let words: Vec<OsString> = matches.get_many("words").into_iter().flatten().cloned().collect();
-    let log = LogConfig {
-        verbosity: verbosity(matches),
-        file: path(matches, "log-file")?,
-        json: matches.get_one::<String>("log-format").is_some_and(|format| format == "json"),
-    };
+    let manner = Manner::of(matches)?;
     let json = matches.get_flag("json");
     let asked = |name: &str| matches.get_flag(name);
     let action = if asked("info") {
@@ -81,12 +114,12 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else if json {
         return Err(UsageError::new("--json goes with --info, --map, --check or --dump"));
     } else {
-        return mount(matches, &words, log);
+        return mount(matches, &words, manner);
     };
-    Ok(Config { action, log })
+    Ok(Config { action, log: manner.log(matches) })
 }
 
-fn mount(matches: &ArgMatches, words: &[OsString], log: LogConfig) -> Result<Config, UsageError> {
+fn mount(matches: &ArgMatches, words: &[OsString], mut manner: Manner) -> Result<Config, UsageError> {
     let Some((mountpoint, words)) = words.split_first() else {
         return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
     };
@@ -94,18 +127,32 @@ fn mount(matches: &ArgMatches, words: &[OsString], log: LogConfig) -> Result<Con
         // Without its value: it may be a secret.
         return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {key}=...")));
     }
-    let lists: Vec<&OsString> = matches.get_many("options").into_iter().flatten().collect();
-    let options = Options::parse(lists.into_iter().map(OsString::as_os_str), false)?;
-    let mount = MountWords {
-        mountpoint,
-        words,
-        options: &options,
-        read_only: matches.get_flag("read-only"),
-        foreground: matches.get_flag("foreground"),
-        pidfile: path(matches, "pidfile")?,
-        threads: matches.get_one::<u64>("threads").and_then(|n| usize::try_from(*n).ok()),
-    };
-    mount.into_config(log)
+    let mut words = words.to_vec();
+    if let Some(file) = matches.get_one::<OsString>("config") {
+        check_no_disk(&words, &manner)?;
+        let described = config_file::read(file)?;
+        // Contradictions are those of one place; between the two, the command line wins.
+        manner.options.mount()?;
+        (words, manner) = (described.words, manner.over(described.manner));
+    }
+    let log = manner.log(matches);
+    let Manner { options, pidfile, threads, .. } = manner;
+    let foreground = matches.get_flag("foreground");
+    MountWords { mountpoint, words: &words, options: &options, foreground, pidfile, threads }.into_config(log)
+}
+
+/// Beside a config file the command line names no disk and no key of one.
+fn check_no_disk(words: &[OsString], manner: &Manner) -> Result<(), UsageError> {
+    if !words.is_empty() {
+        let hint = "the file describes the disks, and -o KEY=VALUE holds for all of them";
+        return Err(UsageError::new(format!("--config goes with the mount point alone: {hint}")));
+    }
+    match manner.options.source() {
+        Some(key) => {
+            Err(UsageError::new(format!("--config goes with no further disk, but -o {}= names one", key.name)))
+        }
+        None => Ok(()),
+    }
 }
 
 fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
@@ -141,14 +188,11 @@ fn command() -> Command {
         .args(log_args())
         .args(query_args())
         .group(ArgGroup::new("action").args(["info", "map", "check", "dump"]))
-        .args(LATER.map(|(name, takes_value)| {
-            let action = if takes_value { ArgAction::Set } else { ArgAction::SetTrue };
-            Arg::new(name).long(name).action(action).hide(true)
-        }))
+        .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
 }
 
-fn mount_args() -> [Arg; 5] {
+fn mount_args() -> [Arg; 6] {
     [
         flag("read-only", "Mount read-only").short('r'),
         flag("foreground", "Stay in the foreground").short('f'),
@@ -159,6 +203,7 @@ fn mount_args() -> [Arg; 5] {
         valued("threads", "N", "Number of event loops")
             .long("threads")
             .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
+        valued("config", "FILE", "Mount the disks that this TOML file describes").long("config"),
     ]
     // They say how to mount, so they do not go with an action that only looks.
     .map(|arg| arg.conflicts_with("action"))
@@ -195,7 +240,7 @@ fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> 
 }
 
 fn after_help() -> String {
-    let later = LATER.iter().map(|(name, _)| format!("--{name}"));
+    let later = LATER.iter().map(|name| format!("--{name}"));
     let later = keys::wrapped("Options", later);
     format!("{FORMS}\n{}\nNot in this build yet:\n{later}{}", keys::help(), keys::help_later())
 }
@@ -290,12 +335,9 @@ mod tests {
 
     #[test]
     fn what_is_not_in_this_build_says_so() {
-        for (name, takes_value) in LATER {
+        for name in LATER {
             let option = format!("--{name}");
-            let mut args = vec![option.as_str()];
-            args.extend(takes_value.then_some("x.toml"));
-            args.push("src");
-            assert_eq!(run(&args).unwrap_err(), format!("{option} is not in this build yet"));
+            assert_eq!(run(&[&option, "src"]).unwrap_err(), format!("{option} is not in this build yet"));
         }
     }
 

@@ -1,0 +1,645 @@
+//! `--config FILE.toml`: a file that describes a mount → the words and options that would say the same.
+//!
+//! ```text
+//!   readonly = true              keys above the first table ─► keys of `-o`: they hold for all disks
+//!
+//!   [mount]
+//!   options = "allow_other"      ─► the options -o, -r, --threads, --pidfile, --log-file, --log-format
+//!
+//!   [[disk]]
+//!   file = "a.vmdk"              ─► file=/where/the/file/is/a.vmdk
+//!   name = "a.img"               ─► name=a.img
+//! ```
+//! What a key or option means, and which values it takes, is not known here: the table of keys and the reader of the
+//! command line try each value once so that the error can tell its line, and the words then go the way of all words.
+//! Values that are no path are not repeated in an error from here: they may be secrets.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use toml::de::{DeInteger, DeTable, DeValue};
+
+use super::UsageError;
+use super::keys::{self, Key, Kind, Scope};
+use super::params::Settings;
+use super::program::Manner;
+use super::values::{self, shown};
+
+/// The largest file that is read, bytes: thousands of disks. A disk image given by mistake is larger.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The tables of a file.
+const TABLES: [&str; 2] = ["disk", "mount"];
+
+/// The keys of `[mount]`: but for `options`, which is `-o`, they are called as the long options are.
+const MOUNT_KEYS: [(&str, Kind); 6] = [
+    ("options", Kind::Text),
+    ("read-only", Kind::Bool),
+    ("threads", Kind::Count),
+    ("pidfile", Kind::Path),
+    ("log-file", Kind::Path),
+    ("log-format", Kind::OneOf { words: &["text", "json"], later: &[] }),
+];
+
+/// What a file describes.
+#[derive(Debug)]
+pub(super) struct Described {
+    /// How to mount, with the keys that hold for all disks.
+    pub(super) manner: Manner,
+    /// The disks, as `KEY=VALUE` words; each one's source first.
+    pub(super) words: Vec<OsString>,
+}
+
+/// Reads the file of that name. Its relative paths count from the folder that `name` leads to.
+///
+/// Errors name the file and, where there is one, the line: a file that cannot be read, is no regular one, too large or no
+/// TOML; keys and tables that are unknown, misplaced or not in this build; values that do not fit; a disk without a source
+/// or with two, and no disk at all.
+pub(super) fn read(name: &OsStr) -> Result<Described, UsageError> {
+    let failed = |reason: String| UsageError::new(format!("--config {}: {reason}", shown(name)));
+    let path = values::path(name).map_err(failed)?;
+    let bytes = load(&path).map_err(failed)?;
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let text = std::str::from_utf8(&bytes).map_err(|e| {
+        let line = line_of(&bytes, e.valid_up_to());
+        UsageError::new(format!("{}:{line}: this is not UTF-8", shown(name)))
+    })?;
+    Document { name, dir, text }.describe()
+}
+
+/// A file in the course of being read.
+struct Document<'a> {
+    /// As the user wrote it.
+    name: &'a OsStr,
+    /// Where its relative paths start; absolute.
+    dir: &'a Path,
+    text: &'a str,
+}
+
+/// A key of a table.
+struct Entry<'t> {
+    name: &'t str,
+    value: &'t DeValue<'t>,
+    /// Where the key stands in the file, bytes.
+    at: usize,
+}
+
+impl Document<'_> {
+    fn describe(&self) -> Result<Described, UsageError> {
+        let table = DeTable::parse(self.text).map_err(|e| match e.span() {
+            Some(span) => self.error(span.start, e.message()),
+            None => UsageError::new(format!("{}: {}", shown(self.name), e.message())),
+        })?;
+        let mut described = Described { manner: Manner::default(), words: Vec::new() };
+        let mut common = Vec::new();
+        for entry in in_order(table.get_ref()) {
+            match entry.name {
+                "disk" => described.words = self.disks(&entry)?,
+                "mount" => described.manner = self.mount(&entry)?,
+                _ => common.extend(self.common(&entry)?),
+            }
+        }
+        if described.words.is_empty() {
+            let name = shown(self.name);
+            return Err(UsageError::new(format!(
+                "{name}: no disk is described: add a [[disk]] table with file or dir"
+            )));
+        }
+        described.manner.options.keys.extend(common);
+        Ok(described)
+    }
+
+    /// A key above the tables: as many pairs as it has values.
+    fn common(&self, entry: &Entry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+        let spellings = || TABLES.into_iter().chain(keys::spellings());
+        if keys::find(entry.name).is_none() && mount_key(entry.name).is_some() {
+            return Err(self.error(entry.at, format_args!("{} belongs into the [mount] table", entry.name)));
+        }
+        let key = self.key(entry, spellings())?;
+        if key.scope != Scope::Common {
+            let reason = format!("{} is for one disk: it belongs into a [[disk]] table", key.name);
+            return Err(self.error(entry.at, reason));
+        }
+        self.pairs(key, entry)
+    }
+
+    /// All `[[disk]]` tables.
+    fn disks(&self, entry: &Entry<'_>) -> Result<Vec<OsString>, UsageError> {
+        let wrong = || self.error(entry.at, "disk: must be written as [[disk]] tables");
+        let DeValue::Array(items) = entry.value else {
+            return Err(wrong());
+        };
+        let mut words = Vec::new();
+        for item in items.iter() {
+            let DeValue::Table(table) = item.get_ref() else {
+                return Err(wrong());
+            };
+            words.extend(self.disk(table, item.span().start)?);
+        }
+        Ok(words)
+    }
+
+    /// One disk: its source, then its keys.
+    fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<Vec<OsString>, UsageError> {
+        let mut source: Option<&Key> = None;
+        let mut words = Vec::new();
+        for entry in in_order(table) {
+            let key = self.key(&entry, keys::spellings())?;
+            let pairs = self.pairs(key, &entry)?.into_iter().map(|(key, value)| word(key.name, &value));
+            match (key.scope, source) {
+                (Scope::Starts, Some(other)) => {
+                    let reason = format!("a disk has one source, but this one has {} and {}", other.name, key.name);
+                    return Err(self.error(entry.at, reason));
+                }
+                (Scope::Starts, None) => {
+                    source = Some(key);
+                    words.splice(..0, pairs);
+                }
+                (Scope::OneDisk | Scope::Common, _) => words.extend(pairs),
+            }
+        }
+        match source {
+            Some(_) => Ok(words),
+            None => Err(self.error(at, "this [[disk]] has neither file nor dir")),
+        }
+    }
+
+    /// The key that an entry names, if this build has it.
+    fn key(&self, entry: &Entry<'_>, known: impl Iterator<Item = &'static str>) -> Result<&'static Key, UsageError> {
+        let key = keys::find(entry.name).ok_or_else(|| self.unknown(entry, known))?;
+        key.available().map_err(|e| self.error(entry.at, e))?;
+        Ok(key)
+    }
+
+    /// The values of a key, each tried.
+    fn pairs(&self, key: &'static Key, entry: &Entry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+        let values: Vec<&DeValue<'_>> = match entry.value {
+            DeValue::Array(items) if key.repeats => items.iter().map(|item| item.get_ref()).collect(),
+            value => vec![value],
+        };
+        let pair = |value| {
+            let value = self.value(entry, key.kind, value, key.repeats)?;
+            self.try_value(entry.at, key, &value)?;
+            Ok((key, value))
+        };
+        values.into_iter().map(pair).collect()
+    }
+
+    /// The `[mount]` table.
+    fn mount(&self, entry: &Entry<'_>) -> Result<Manner, UsageError> {
+        let DeValue::Table(table) = entry.value else {
+            return Err(self.error(entry.at, "mount: must be written as one [mount] table"));
+        };
+        let mut options = Vec::new();
+        for entry in in_order(table) {
+            let Some(kind) = mount_key(entry.name) else {
+                return Err(self.unknown_in_mount(&entry));
+            };
+            let Some(option) = option(entry.name, kind, &self.value(&entry, kind, entry.value, false)?) else {
+                continue;
+            };
+            // Alone first, for an error that tells the line.
+            let alone = Manner::parse([option.clone()]).map_err(|e| self.error(entry.at, e))?;
+            self.check_keys(&alone, entry.at)?;
+            options.push(option);
+        }
+        let mut manner = Manner::parse(options).map_err(|e| self.error(entry.at, e))?;
+        manner.options.mount().map_err(|e| self.error(entry.at, e))?;
+        for (key, value) in &mut manner.options.keys {
+            *value = self.located(key.kind, value);
+        }
+        Ok(manner)
+    }
+
+    /// Checks the keys that stand in `options`.
+    fn check_keys(&self, manner: &Manner, at: usize) -> Result<(), UsageError> {
+        if let Some(key) = manner.options.source() {
+            return Err(self.error(at, format_args!("-o {}= names a disk: write a [[disk]] table", key.name)));
+        }
+        manner.options.keys.iter().try_for_each(|(key, value)| self.try_value(at, key, value))
+    }
+
+    /// Lets the table of keys look at a value.
+    fn try_value(&self, at: usize, key: &Key, value: &OsStr) -> Result<(), UsageError> {
+        key.apply(&mut Settings::default(), value).map_err(|e| self.error(at, e))
+    }
+
+    /// A value as a command line has it. Errors: another type than `kind` takes.
+    fn value(&self, entry: &Entry<'_>, kind: Kind, value: &DeValue<'_>, list: bool) -> Result<OsString, UsageError> {
+        let text = as_text(kind, value).ok_or_else(|| {
+            let list = if list { ", or a list of such" } else { "" };
+            self.error(entry.at, format_args!("{}: must be {}{list}", entry.name, kind.in_toml()))
+        })?;
+        Ok(self.located(kind, &text))
+    }
+
+    /// A path made absolute against the file's folder; anything else, and nothing, as it is.
+    fn located(&self, kind: Kind, value: &OsStr) -> OsString {
+        match kind {
+            Kind::Path if !value.is_empty() => self.dir.join(value).into_os_string(),
+            _ => value.to_owned(),
+        }
+    }
+
+    fn unknown_in_mount(&self, entry: &Entry<'_>) -> UsageError {
+        if keys::find(entry.name).is_some() {
+            let place = "it belongs above the first table, or into a [[disk]] table";
+            return self.error(entry.at, format_args!("{} is a key of disks: {place}", entry.name));
+        }
+        self.unknown(entry, MOUNT_KEYS.into_iter().map(|(name, _)| name))
+    }
+
+    fn unknown(&self, entry: &Entry<'_>, known: impl Iterator<Item = &'static str>) -> UsageError {
+        let hint = match keys::nearest_of(entry.name, known) {
+            Some(known) => format!("did you mean {known}?"),
+            None => "vmdkfuse --help lists the keys".into(),
+        };
+        let what = if is_table(entry.value) { "table" } else { "key" };
+        // TOML allows any text for a key, line ends too.
+        self.error(entry.at, format_args!("unknown {what} {}; {hint}", entry.name.escape_debug()))
+    }
+
+    fn error(&self, at: usize, what: impl Display) -> UsageError {
+        UsageError::new(format!("{}:{}: {what}", shown(self.name), line_of(self.text.as_bytes(), at)))
+    }
+}
+
+/// The content of a regular file of bounded size.
+fn load(path: &PathBuf) -> Result<Vec<u8>, String> {
+    // Without waiting, should it be a FIFO.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = file.map_err(|e| e.to_string())?;
+    if !file.metadata().map_err(|e| e.to_string())?.is_file() {
+        return Err("not a regular file".into());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("larger than {} MiB, so it is hardly a config file", MAX_BYTES >> 20));
+    }
+    Ok(bytes)
+}
+
+/// The line, from 1, of a position.
+fn line_of(text: &[u8], at: usize) -> usize {
+    1 + text.iter().take(at).filter(|byte| **byte == b'\n').count()
+}
+
+/// The entries of a table in the order of the file, so that the first error is the one that is told.
+fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<Entry<'t>> {
+    let entry = |(name, value): (&'t toml::Spanned<_>, &'t toml::Spanned<DeValue<'t>>)| Entry {
+        name: AsRef::<str>::as_ref(name.get_ref()),
+        value: value.get_ref(),
+        at: name.span().start,
+    };
+    let mut entries: Vec<_> = table.iter().map(entry).collect();
+    entries.sort_by_key(|entry| entry.at);
+    entries
+}
+
+fn mount_key(name: &str) -> Option<Kind> {
+    MOUNT_KEYS.into_iter().find(|(known, _)| *known == name).map(|(_, kind)| kind)
+}
+
+fn is_table(value: &DeValue<'_>) -> bool {
+    match value {
+        DeValue::Table(_) => true,
+        DeValue::Array(items) => items.iter().any(|item| matches!(item.get_ref(), DeValue::Table(_))),
+        _ => false,
+    }
+}
+
+/// A value as text, if its type fits.
+fn as_text(kind: Kind, value: &DeValue<'_>) -> Option<OsString> {
+    match (kind, value) {
+        (Kind::Bool, DeValue::Boolean(yes)) => Some(yes.to_string().into()),
+        (Kind::Size | Kind::Seconds | Kind::Count, DeValue::Integer(number)) => decimal(number),
+        (Kind::Size | Kind::Path | Kind::Text | Kind::OneOf { .. }, DeValue::String(text)) => {
+            Some(OsString::from(text.as_ref()))
+        }
+        _ => None,
+    }
+}
+
+/// TOML has hexadecimal numbers and the like; the keys do not.
+fn decimal(number: &DeInteger<'_>) -> Option<OsString> {
+    i128::from_str_radix(number.as_str(), number.radix()).ok().map(|number| number.to_string().into())
+}
+
+/// `KEY=VALUE`, whatever the value holds.
+fn word(name: &str, value: &OsStr) -> OsString {
+    let mut word = OsString::from(name);
+    word.push("=");
+    word.push(value);
+    word
+}
+
+/// The option that a key of `[mount]` stands for; none for a flag that is off.
+fn option(name: &str, kind: Kind, value: &OsStr) -> Option<OsString> {
+    match (name, kind) {
+        ("options", _) => Some(word("-o", value)),
+        (_, Kind::Bool) => (value == "true").then(|| format!("--{name}").into()),
+        _ => Some(word(&format!("--{name}"), value)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::super::{Parsed, parse};
+    use super::*;
+    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, PageCache, SourceConfig};
+
+    /// A folder with `vms.toml` and a mount point `mnt`.
+    fn folder(text: impl AsRef<[u8]>) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("vms.toml"), text).unwrap();
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        dir
+    }
+
+    fn run_in(dir: &TempDir, more: &[&str]) -> Result<Config, String> {
+        let (file, mnt) = (dir.path().join("vms.toml"), dir.path().join("mnt"));
+        let args = [OsStr::new("vmdkfuse"), OsStr::new("--config"), file.as_os_str(), mnt.as_os_str()];
+        let args = args.into_iter().chain(more.iter().map(OsStr::new)).map(OsStr::to_owned);
+        match parse(args) {
+            Ok(Parsed::Run(config)) => Ok(*config),
+            Ok(Parsed::Print(text)) => panic!("only prints {text}"),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
+    fn mount_of(config: Config) -> MountConfig {
+        match config.action {
+            Action::Mount(mount) => mount,
+            other => panic!("no mount: {other:?}"),
+        }
+    }
+
+    fn mount(text: &str, more: &[&str]) -> MountConfig {
+        mount_of(run_in(&folder(text), more).unwrap())
+    }
+
+    /// The error for a text, without the folder of the file.
+    fn error(text: impl AsRef<[u8]>) -> String {
+        let dir = folder(text);
+        let error = run_in(&dir, &[]).unwrap_err();
+        assert!(!error.contains('\n'), "{error}");
+        error.replace(&format!("{}/", dir.path().display()), "")
+    }
+
+    fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
+        let SourceConfig::Local(local) = &mount.disks[disk].source;
+        local
+    }
+
+    #[test]
+    fn a_file_says_what_words_say() {
+        let dir = folder(
+            "cache = \"none\"\ncache-size = \"64M\"\nreadahead = 1_048_576\nreadonly = true\nallow-dir = [\"/a\", \"b\"]\n\
+             [[disk]]\nname = \"n a=m,e\"\nfile = \"sub/x.vmdk\"\nformat = \"raw\"\nallow-dir = \"/c\"\ndegraded = \"cid\"\n\
+             [[disk]]\nfile = '/abs/y\\z=1, 2.img'\nreadonly = false\nlock = \"off\"\ncache-size = 0x1000\nbackend = 'native'\n",
+        );
+        let (here, mnt) = (dir.path().display(), dir.path().join("mnt"));
+        let mut words: Vec<OsString> = ["vmdkfuse", mnt.to_str().unwrap()].map(OsString::from).to_vec();
+        let said = format!(
+            "cache=none|cache-size=64M|readahead=1048576|readonly=true|allow-dir=/a|allow-dir={here}/b|\
+             file={here}/sub/x.vmdk|name=n a=m,e|format=raw|allow-dir=/c|degraded=cid|\
+             file=/abs/y\\z=1, 2.img|readonly=false|lock=off|cache-size=4096|backend=native"
+        );
+        words.extend(said.split('|').map(OsString::from));
+        let Ok(Parsed::Run(expected)) = parse(words) else { panic!("the words are refused") };
+        let config = run_in(&dir, &[]).unwrap();
+        assert_eq!(config, *expected);
+        let mount = mount_of(config);
+        assert_eq!((mount.disks[0].cache, mount.disks[1].cache_size), (PageCache::None, Some(4096)));
+        assert_eq!((local(&mount, 0).format, local(&mount, 1).lock), (Format::Raw, false));
+    }
+
+    #[test]
+    fn every_key_of_mount_arrives_and_paths_count_from_the_file() {
+        let dir = folder(
+            "[mount]\noptions = \"allow_other,umask=027,fsname=a=b,allow-dir=d\"\nread-only = true\nthreads = 3\n\
+             pidfile = \"run/pid\"\nlog-file = \"/log\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n",
+        );
+        let config = run_in(&dir, &["-v"]).unwrap();
+        assert_eq!((config.log.verbosity, config.log.file.clone(), config.log.json), (1, Some("/log".into()), true));
+        let mount = mount_of(config);
+        let options = &mount.options;
+        assert!(options.allow_other && options.read_only && !mount.foreground);
+        assert_eq!((options.umask, options.fsname.as_deref()), (Some(0o27), Some("a=b")));
+        assert_eq!((mount.threads, &mount.pidfile), (Some(3), &Some(dir.path().join("run/pid"))));
+        assert_eq!(local(&mount, 0).allow_dirs, [dir.path().join("d")]);
+        let nothing = self::mount("[mount]\nread-only = false\noptions = \"\"\n[[disk]]\nfile = \"a\"\n", &[]);
+        assert!(!nothing.options.read_only && nothing.threads.is_none());
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let text = "cache = \"none\"\nallow-dir = \"/f\"\n[mount]\noptions = \"uid=1,gid=2,allow_root\"\nread-only = true\n\
+            threads = 3\npidfile = \"p\"\nlog-file = \"l\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n\
+            [[disk]]\nfile = \"b\"\ncache = \"none\"\n";
+        let more = ["-o", "rw,uid=9,allow_other,cache=writethrough,allow-dir=/c", "--threads=5", "-P", "/p", "-f"];
+        let config = run_in(&folder(text), &[&more[..], &["--log-file=/l", "--log-format=text"]].concat()).unwrap();
+        assert_eq!((config.log.file.clone(), config.log.json), (Some("/l".into()), false));
+        let mount = mount_of(config);
+        let options = &mount.options;
+        assert_eq!((options.uid, options.gid, options.read_only), (Some(9), Some(2), false));
+        assert_eq!((options.allow_other, options.allow_root), (true, false));
+        assert_eq!((mount.threads, mount.pidfile.clone(), mount.foreground), (Some(5), Some("/p".into()), true));
+        // What a disk says for itself is nearer to it than what holds for all.
+        let caches: Vec<_> = mount.disks.iter().map(|disk| disk.cache).collect();
+        assert_eq!(caches, [PageCache::WriteThrough, PageCache::None]);
+        assert_eq!(local(&mount, 0).allow_dirs, [PathBuf::from("/f"), "/c".into()]);
+        assert!(self::mount("[mount]\noptions = \"rw\"\n[[disk]]\nfile = \"a\"\n", &["-r"]).options.read_only);
+    }
+
+    #[test]
+    fn patterns_and_folders_count_from_the_file() {
+        let dir = folder("[[disk]]\nfile = \"vm/*.img\"\n[[disk]]\ndir = \"vm\"\n");
+        fs::create_dir(dir.path().join("vm")).unwrap();
+        for name in ["b.img", "a.img", "c.vmdk"] {
+            fs::write(dir.path().join("vm").join(name), "# Disk DescriptorFile\n").unwrap();
+        }
+        let names: Vec<_> = mount_of(run_in(&dir, &[]).unwrap()).disks.into_iter().map(|disk| disk.name).collect();
+        assert_eq!(names, ["a.raw", "b.raw", "c.raw"]);
+        fs::remove_file(dir.path().join("vm/c.vmdk")).unwrap();
+        assert!(run_in(&dir, &[]).unwrap_err().contains("vm: there is no VMDK"));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_utf8_goes_through() {
+        let dir = folder("");
+        let odd = dir.path().join(OsStr::from_bytes(b"\xff"));
+        fs::create_dir(&odd).unwrap();
+        fs::write(odd.join("c"), "[[disk]]\nfile = \"ü=x\"\n").unwrap();
+        let described = read(odd.join("c").as_os_str()).unwrap();
+        let expected = [b"file=".as_slice(), odd.as_os_str().as_bytes(), "/ü=x".as_bytes()].concat();
+        assert_eq!(described.words, [OsString::from_vec(expected)]);
+    }
+
+    #[test]
+    fn unknown_keys_and_tables_name_line_and_nearest() {
+        for (text, message) in [
+            ("# c\ncashe = \"x\"\n", "vms.toml:2: unknown key cashe; did you mean cache?"),
+            ("\nread-only = true\n", "vms.toml:2: read-only belongs into the [mount] table"),
+            ("banana = \"secret\"\n", "vms.toml:1: unknown key banana; vmdkfuse --help lists the keys"),
+            ("[[disk]]\nfile = \"a\"\nnmae = 'x'\n", "vms.toml:3: unknown key nmae; did you mean name?"),
+            ("[[disk]]\nfile = \"a\"\n[moutn]\nx = 1\n", "vms.toml:3: unknown table moutn; did you mean mount?"),
+            ("[[disks]]\nfile = \"a\"\n", "vms.toml:1: unknown table disks; did you mean disk?"),
+            ("[mount]\nthreds = 1\n", "vms.toml:2: unknown key threds; did you mean threads?"),
+            ("\"a\\nb\" = 1\n", "vms.toml:1: unknown key a\\nb; vmdkfuse --help lists the keys"),
+        ] {
+            assert_eq!(error(text), message, "{text}");
+        }
+        let misplaced = error("[mount]\ncache = \"none\"\n");
+        assert_eq!(
+            misplaced,
+            "vms.toml:2: cache is a key of disks: it belongs above the first table, or into a [[disk]] table"
+        );
+        for key in ["name", "file", "dir"] {
+            let message = format!("vms.toml:1: {key} is for one disk: it belongs into a [[disk]] table");
+            assert_eq!(error(format!("{key} = \"x\"\n")), message);
+        }
+    }
+
+    #[test]
+    fn the_first_error_of_the_file_is_told() {
+        assert!(error("zebra = 1\napple = 2\n").starts_with("vms.toml:1: unknown key zebra;"));
+    }
+
+    #[test]
+    fn keys_that_are_still_to_come_give_the_one_answer() {
+        for (text, message) in [
+            ("password = \"hunter2\"\n", "vms.toml:1: password= is not in this build yet"),
+            ("timeout = { a = 1 }\n", "vms.toml:1: timeout= is not in this build yet"),
+            ("uri = \"nbd://h\"\n", "vms.toml:1: uri= is not in this build yet"),
+            ("cache = \"writeback\"\n", "vms.toml:1: cache=writeback is not in this build yet"),
+            ("[[disk]]\nuri = \"nbd://h\"\n", "vms.toml:2: uri= is not in this build yet"),
+            ("[mount]\noptions = \"server=h\"\n", "vms.toml:2: server= is not in this build yet"),
+        ] {
+            assert_eq!(error(text), message, "{text}");
+        }
+    }
+
+    #[test]
+    fn values_must_have_the_type_of_their_key() {
+        for (text, message) in [
+            ("readonly = \"yes\"\n", "readonly: must be true or false"),
+            ("readonly = 1\n", "readonly: must be true or false"),
+            ("cache = true\n", "cache: must be \"none\" or \"writethrough\""),
+            ("cache-size = 1.5\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
+            ("cache-size = [1]\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
+            ("cache-size = \"12Q\"\n", "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M"),
+            ("cache-size = -1\n", "cache-size=-1: must be a size: digits with K, M, G or T, as in 64M"),
+            ("cache = \"often\"\n", "cache=often: must be none or writethrough"),
+            ("allow-dir = [\"/a\", 7]\n", "allow-dir: must be a path in quotes, or a list of such"),
+            ("allow-dir = [\"\"]\n", "allow-dir=: a path is missing"),
+            ("disk = [{ file = 1979-05-27 }]\n", "file: must be a path in quotes"),
+            ("disk = [{ file = [\"a\"] }]\n", "file: must be a path in quotes"),
+            ("disk = [{ file = \"a\", name = \"b/c\" }]\n", "name=b/c: a file name cannot hold `/` or a NUL byte"),
+            ("disk = { file = \"a\" }\n", "disk: must be written as [[disk]] tables"),
+            ("disk = [1]\n", "disk: must be written as [[disk]] tables"),
+            ("[[mount]]\n", "mount: must be written as one [mount] table"),
+            ("mount.options = [\"ro\"]\n", "options: must be a text in quotes"),
+            ("mount.threads = \"3\"\n", "threads: must be a whole number"),
+            ("mount.log-file = false\n", "log-file: must be a path in quotes"),
+            ("mount.log-file = \"\"\n", "--log-file : a path is missing"),
+            ("mount.options = \"uid=me\"\n", "-o uid=me: must be a number from 0 to 4294967294"),
+            ("mount.options = \"cache=often\"\n", "cache=often: must be none or writethrough"),
+            ("mount.options = \"file=a\"\n", "-o file= names a disk: write a [[disk]] table"),
+        ] {
+            assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
+        }
+        for (text, part) in [
+            ("mount.threads = 65\n", "65 is not in 1..=64"),
+            ("mount.threads = -1\n", "'-1' for '--threads"),
+            ("mount.log-format = \"xml\"\n", "xml"),
+            ("mount.options = \"nope\"\n", "unknown mount option nope"),
+            ("mount.options = \"ro,rw\"\n", "both read-only"),
+            ("mount = { options = \"rw\", read-only = true }\n", "both read-only"),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with("vms.toml:1: ") && error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_disk_has_one_source() {
+        let both = error("[[disk]]\nfile = \"a\"\ndir = \"b\"\n");
+        assert_eq!(both, "vms.toml:3: a disk has one source, but this one has file and dir");
+        let none = error("[[disk]]\nfile = \"a\"\n[[disk]]\nname = \"x\"\n");
+        assert_eq!(none, "vms.toml:3: this [[disk]] has neither file nor dir");
+        for text in ["", "cache = \"none\"\n", "disk = []\n"] {
+            assert_eq!(error(text), "vms.toml: no disk is described: add a [[disk]] table with file or dir");
+        }
+    }
+
+    #[test]
+    fn a_key_for_all_disks_that_is_said_twice_is_refused() {
+        let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
+        assert_eq!(twice, "cache= is given twice for the same disk");
+        assert!(error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "), "TOML has it so");
+    }
+
+    #[test]
+    fn what_is_no_toml_names_its_line_and_none_of_its_text() {
+        let broken = error("cache = \"none\"\npassword = hunter2\n");
+        assert!(broken.starts_with("vms.toml:2: ") && !broken.contains("hunter2"), "{broken}");
+        assert_eq!(error(b"# a\n# \xff\n"), "vms.toml:2: this is not UTF-8");
+        assert!(error("a = ".to_owned() + &"[".repeat(10_000)).starts_with("vms.toml:1: "));
+    }
+
+    #[test]
+    fn only_a_regular_file_of_bounded_size_is_read() {
+        let dir = folder("");
+        let file = dir.path().join("vms.toml");
+        let disk = "[[disk]]\nfile = \"a\"\n#";
+        fs::write(&file, disk.to_owned() + &"x".repeat((1 << 20) - disk.len())).unwrap();
+        assert!(run_in(&dir, &[]).is_ok());
+        fs::write(&file, disk.to_owned() + &"x".repeat((1 << 20) + 1 - disk.len())).unwrap();
+        assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: larger than 1 MiB"));
+        fs::remove_file(&file).unwrap();
+        assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: No such file"));
+        symlink("mnt", &file).unwrap();
+        assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: not a regular file"));
+        fs::remove_file(&file).unwrap();
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: not a regular file"));
+    }
+
+    #[test]
+    fn config_goes_with_a_mount_point_alone() {
+        let dir = folder("[[disk]]\nfile = \"a\"\n");
+        for (more, part) in [
+            (&["/x"][..], "the mount point alone"),
+            (&["file=/x"], "the mount point alone"),
+            (&["cache=none"], "-o KEY=VALUE"),
+            (&["-o", "file=/x"], "-o file= names one"),
+            (&["--info"], "--info"),
+            (&["--map"], "--map"),
+            (&["--check"], "--check"),
+            (&["--dump"], "--dump"),
+            (&["--json"], "--json goes with"),
+            (&["--config", "b"], "--config"),
+            (&["-o", "ro,rw"], "both read-only"),
+        ] {
+            let error = run_in(&dir, more).unwrap_err();
+            assert!(error.contains(part), "{more:?}: {error}");
+        }
+        let alone = parse(["vmdkfuse", "--config", "x.toml"].map(OsString::from)).unwrap_err().to_string();
+        assert!(alone.contains("no mount point"), "{alone}");
+        let empty = parse(["vmdkfuse", "--config", "", "/mnt"].map(OsString::from)).unwrap_err().to_string();
+        assert_eq!(empty, "--config : a path is missing");
+        assert!(run_in(&dir, &["-o", "name=n"]).is_ok());
+    }
+}
