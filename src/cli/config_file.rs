@@ -54,7 +54,7 @@ pub(super) struct Described {
     pub(super) words: Vec<OsString>,
 }
 
-/// Reads the file of that name. Its relative paths count from the folder that `name` leads to.
+/// Reads the file of that name. Its relative paths count from the folder that this name is in, also where it is a link.
 ///
 /// Errors name the file and, where there is one, the line: a file that cannot be read, is no regular one, too large or no
 /// TOML; keys and tables that are unknown, misplaced or not in this build; values that do not fit; a disk without a source
@@ -103,13 +103,22 @@ impl Document<'_> {
                 _ => common.extend(self.common(&entry)?),
             }
         }
+        let options = &mut described.manner.options;
+        // Here, since options of the command line may hide one or both.
+        let twice = common.iter().find(|(key, _)| !key.repeats && options.keys.iter().any(|(o, _)| o.name == key.name));
+        if let Some((key, _)) = twice {
+            let (name, key) = (shown(self.name), key.name);
+            return Err(UsageError::new(format!(
+                "{name}: {key} stands above the tables and in the options of [mount]"
+            )));
+        }
+        options.keys.extend(common);
         if described.words.is_empty() {
             let name = shown(self.name);
             return Err(UsageError::new(format!(
                 "{name}: no disk is described: add a [[disk]] table with file or dir"
             )));
         }
-        described.manner.options.keys.extend(common);
         Ok(described)
     }
 
@@ -587,7 +596,9 @@ mod tests {
     #[test]
     fn a_key_for_all_disks_that_is_said_twice_is_refused() {
         let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
-        assert_eq!(twice, "cache= is given twice for the same disk");
+        assert_eq!(twice, "vms.toml: cache stands above the tables and in the options of [mount]");
+        let repeats = "allow-dir = \"/a\"\n[mount]\noptions = \"allow-dir=/b\"\n[[disk]]\nfile = \"a\"\n";
+        assert_eq!(local(&mount(repeats, &[]), 0).allow_dirs.len(), 2);
         assert!(error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "), "TOML has it so");
     }
 
