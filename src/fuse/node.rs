@@ -30,6 +30,7 @@ thread_local! {
 pub(super) struct Node {
     pub(super) config: DiskConfig,
     /// Replaced when the files below have changed: their tables are to be read anew.
+    /// Taken after `opens`, never before.
     image: RwLock<Arc<Image>>,
     opens: Mutex<Opens>,
     said_served: AtomicBool,
@@ -52,7 +53,10 @@ impl Node {
     }
 
     /// Opens the disk anew if its files have changed.
-    fn refresh(&self, opens: &mut Opens) -> Result<()> {
+    ///
+    /// No lock is held meanwhile, so that opens of one disk never wait for the files of it. Of several that find the
+    /// change at once, the first one's image stays.
+    fn refresh(&self) -> Result<()> {
         let old = self.image();
         if old.is_unchanged() {
             return Ok(());
@@ -65,18 +69,23 @@ impl Node {
                 format!("{}: its size changed from {} to {} bytes", self.config.name.display(), old.len(), new.len()),
             ));
         }
-        *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
-        opens.replaced = Some(Instant::now());
+        // under the lock of the opens: who sees the new image knows that there was another
+        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&image, &old) {
+            *image = Arc::new(new);
+            opens.replaced = Some(Instant::now());
+        }
         Ok(())
     }
 
     /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
     pub(super) fn open(&self, passthrough: bool, faults: &Faults, reply: ReplyOpen) {
-        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(e) = self.refresh(&mut opens) {
+        if let Err(e) = self.refresh() {
             reply.error(errno(&e));
             return faults.note(e);
         }
+        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         if self.config.cache == PageCache::None {
             return reply.opened(DIRECT, FopenFlags::FOPEN_DIRECT_IO);
         }
