@@ -5,6 +5,7 @@
 //! nanoseconds, a hop to another thread some ten microseconds.
 
 use std::fmt;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -91,11 +92,39 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
     /// every request, so that zeroes need no buffer.
     fn is_zero(&self, at: Lba, sectors: u64) -> bool;
 
+    /// Its writing half; `None`: it is opened read-only.
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        None
+    }
+
     /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
-    /// read it without us.
+    /// read it without us, and write it where there is a [`writer`](Self::writer) (after
+    /// [`begin`](BlockWrite::begin)).
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+}
+
+/// A disk that can be written to. Each sector of a request that failed or was cut short by a crash is old or new.
+pub trait BlockWrite: BlockRead {
+    /// Does what has to be durable before the first change of content: a new CID, the mark of an image in use. Every
+    /// other call does it by itself; who changes the content behind our back (a backing file) calls it before.
+    fn begin(&self) -> Result<()>;
+
+    /// Writes `buf` from sector `at` on; whole sectors, whole granules, and within the disk. Readers see it at once.
+    ///
+    /// Errors: `ReadOnly` where this part of the disk can't be written, `Os(ENOSPC)` where its store is full, others.
+    fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()>;
+
+    /// Makes a range read as zeroes. `unmap`: and gives its room back where that can be done.
+    fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()>;
+
+    /// On return everything that was written before the call is durable. After an error nothing is known to be,
+    /// and no later call pretends otherwise.
+    fn flush(&self) -> Result<()>;
+
+    /// Flushes, and marks the image as closed properly. A later write begins anew.
+    fn close(&self) -> Result<()>;
 }
 
 /// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.

@@ -23,6 +23,10 @@ pub enum Action {
     Map(Query),
     /// Verify tables and chain.
     Check(Query),
+    /// Make VMDKs: each disk has a [`CreateConfig`].
+    Create(Vec<DiskConfig>),
+    /// Merge the overlay of a disk into its base: the disk has an [`Overlay::File`].
+    Commit(DiskConfig),
     /// Print versions and back ends.
     Dump {
         /// As JSON instead of `key=value` lines.
@@ -104,24 +108,51 @@ pub struct DiskConfig {
     pub name: OsString,
     /// Nothing may be written to it.
     pub read_only: bool,
-    /// How the kernel may keep its pages.
-    pub cache: PageCache,
+    /// How the kernel may keep its pages; `None`: what fits its kind.
+    pub cache: Option<PageCache>,
     /// RAM for blocks of this disk, bytes; `None`: what fits its kind.
     pub cache_size: Option<u64>,
     /// Upper bound of our read-ahead, bytes; `None`: what fits its kind.
     pub readahead: Option<u64>,
+    /// Where writes go instead of the source, which is opened read-only then.
+    pub overlay: Option<Overlay>,
     /// Where it comes from.
     pub source: SourceConfig,
 }
 
+impl DiskConfig {
+    /// A disk with every setting at its default.
+    pub fn new(name: impl Into<OsString>, source: SourceConfig) -> Self {
+        Self {
+            name: name.into(),
+            read_only: false,
+            cache: None,
+            cache_size: None,
+            readahead: None,
+            overlay: None,
+            source,
+        }
+    }
+}
+
+/// A local delta over a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Overlay {
+    /// This file, made absolute; it is made where there is none.
+    File(PathBuf),
+    /// A file without a name that ends with the mount.
+    Temporary,
+}
+
 /// What the kernel's page cache does with a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageCache {
-    /// Every read reaches us.
+    /// Every read and write reaches us.
     None,
     /// Pages are kept; writes go through at once.
-    #[default]
     WriteThrough,
+    /// Pages are kept; writes reach us later, gathered, and at the latest with fsync or the last close.
+    WriteBack,
 }
 
 /// Where a disk comes from.
@@ -142,8 +173,76 @@ pub struct LocalConfig {
     pub allow_dirs: Vec<PathBuf>,
     /// Accept a parent whose CID differs from the one its child remembers.
     pub accept_cid_mismatch: bool,
-    /// Lock its files against writers, and refuse those that have one.
+    /// Lock its files: against writers, or against everybody where it is written to.
     pub lock: bool,
+    /// Write to it although a snapshot is based on it.
+    pub force: bool,
+    /// Make it first.
+    pub create: Option<CreateConfig>,
+}
+
+impl LocalConfig {
+    /// The disk in the file at `path`, with every setting at its default.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: Format::Auto,
+            allow_dirs: Vec::new(),
+            accept_cid_mismatch: false,
+            lock: true,
+            force: false,
+            create: None,
+        }
+    }
+}
+
+/// A VMDK that is to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateConfig {
+    /// Bytes of the disk, a multiple of 512.
+    pub size: u64,
+    /// What files it is made of.
+    pub kind: CreateType,
+    /// The adapter that its descriptor names.
+    pub adapter: AdapterType,
+    /// The virtual hardware version that its descriptor names.
+    pub hardware_version: u32,
+}
+
+/// The kinds of VMDKs that can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CreateType {
+    /// One sparse file with the descriptor inside.
+    #[default]
+    MonolithicSparse,
+    /// A descriptor and one flat file.
+    MonolithicFlat,
+    /// A descriptor and sparse files of 2 GB at most.
+    SplitSparse,
+    /// A descriptor and flat files of 2 GB at most.
+    SplitFlat,
+    /// As on ESXi: a descriptor and one flat file with all its room.
+    VmfsFlat,
+    /// The same without room that was not written to.
+    VmfsThin,
+    /// One file of compressed grains, written once from start to end.
+    StreamOptimized,
+}
+
+/// Virtual disk adapters, as `ddb.adapterType` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AdapterType {
+    /// `ide`
+    Ide,
+    /// `buslogic`
+    BusLogic,
+    /// `lsilogic`
+    #[default]
+    LsiLogic,
+    /// `legacyESX`
+    LegacyEsx,
+    /// `pvscsi`
+    PvScsi,
 }
 
 /// The format of a local file.

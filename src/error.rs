@@ -27,6 +27,8 @@ pub enum ErrorKind {
     Policy,
     /// Another program uses the file in a way that does not go together with what was asked.
     Busy,
+    /// It can't be written to: its format, its extent or how it was opened don't allow it.
+    ReadOnly,
     /// The range lies outside of the disk or the file.
     OutOfRange,
     /// What was asked for is not possible as it was asked (a wrong option or value).

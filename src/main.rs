@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
 use vmdkfuse::config::{Action, Config, MountConfig};
-use vmdkfuse::error::Result;
+use vmdkfuse::error::{Error, Result};
 use vmdkfuse::fuse::DiskFs;
 use vmdkfuse::run::{self, Opened};
 use vmdkfuse::{daemon, image, query};
@@ -37,6 +37,9 @@ fn act(config: Config) -> ExitCode {
         Action::Info(q) => status(query::info(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
+        Action::Create(_) | Action::Commit(_) => {
+            status(Err(Error::unsupported("making and merging disks is not in this build yet")))
+        }
         Action::Dump { json } => status(query::dump(json)),
     }
 }

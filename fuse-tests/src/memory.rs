@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vmdkfuse::error::{Error, ErrorKind, Result};
-use vmdkfuse::store::{ExtentName, Identity, Store, StoredFile};
+use vmdkfuse::store::{Access, ExtentName, Identity, Store, StoredFile};
 
 /// A folder in memory. It has no gate: what it does not hold is not found, whatever the name looks like.
 #[derive(Debug, Clone, Default)]
@@ -40,8 +40,19 @@ impl MemoryStore {
 }
 
 impl Store for MemoryStore {
-    fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        Ok(Arc::new(self.file(name.as_bytes())?))
+    fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
+        match access {
+            Access::Read => Ok(Arc::new(self.file(name.as_bytes())?)),
+            Access::Write => Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read"))),
+        }
+    }
+
+    fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+        Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read")))
+    }
+
+    fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
+        self.files.keys().take(most).map(ExtentName::new).collect()
     }
 }
 

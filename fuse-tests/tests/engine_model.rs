@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
-use vmdkfuse::config::{DiskConfig, Format, LocalConfig, PageCache, SourceConfig};
+use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::image::{self, Image, Scratch, Seek, Source};
 use vmdkfuse::vmdk;
 
@@ -196,20 +196,8 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
 }
 
 fn config(path: &Path, cache_size: Option<u64>) -> DiskConfig {
-    DiskConfig {
-        name: "disk".into(),
-        read_only: true,
-        cache: PageCache::default(),
-        cache_size,
-        readahead: None,
-        source: SourceConfig::Local(LocalConfig {
-            path: path.to_owned(),
-            format: Format::Auto,
-            allow_dirs: Vec::new(),
-            accept_cid_mismatch: false,
-            lock: true,
-        }),
-    }
+    let source = SourceConfig::Local(LocalConfig::new(path));
+    DiskConfig { read_only: true, cache_size, ..DiskConfig::new("disk", source) }
 }
 
 /// Sectors that are not zero: what no reader may call a hole.

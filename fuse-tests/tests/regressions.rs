@@ -21,7 +21,7 @@ use fuse_tests::make::write::{self, Descriptor, F_NEWLINE, F_REDUNDANT, Header, 
 use fuse_tests::make::{Content as _, Ctx, Layer, SECTOR};
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use vmdkfuse::block::{Content, Lba};
-use vmdkfuse::config::{DiskConfig, Format, LocalConfig, PageCache, SourceConfig};
+use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::error::{ErrorKind, Result};
 use vmdkfuse::image::{self, Image, Scratch as Buffer, Seek, Source};
 use vmdkfuse::vmdk::{CheckReport, check};
@@ -41,21 +41,7 @@ fn ctx(scratch: &Scratch, name: &str) -> Ctx {
 
 /// A disk with every option at its default.
 fn config(path: &Path) -> DiskConfig {
-    let local = LocalConfig {
-        path: path.to_owned(),
-        format: Format::Auto,
-        allow_dirs: Vec::new(),
-        accept_cid_mismatch: false,
-        lock: true,
-    };
-    DiskConfig {
-        name: "disk".into(),
-        read_only: false,
-        cache: PageCache::WriteThrough,
-        cache_size: None,
-        readahead: None,
-        source: SourceConfig::Local(local),
-    }
+    DiskConfig { read_only: true, ..DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(path))) }
 }
 
 fn open(path: &Path) -> Result<Image> {

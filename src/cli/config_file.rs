@@ -430,7 +430,7 @@ mod tests {
         let config = run_in(&dir, &[]).unwrap();
         assert_eq!(config, *expected);
         let mount = mount_of(config);
-        assert_eq!((mount.disks[0].cache, mount.disks[1].cache_size), (PageCache::None, Some(4096)));
+        assert_eq!((mount.disks[0].cache, mount.disks[1].cache_size), (Some(PageCache::None), Some(4096)));
         assert_eq!((local(&mount, 0).format, local(&mount, 1).lock), (Format::Raw, false));
     }
 
@@ -467,7 +467,7 @@ mod tests {
         assert_eq!((mount.threads, mount.pidfile.clone(), mount.foreground), (Some(5), Some("/p".into()), true));
         // What a disk says for itself is nearer to it than what holds for all.
         let caches: Vec<_> = mount.disks.iter().map(|disk| disk.cache).collect();
-        assert_eq!(caches, [PageCache::WriteThrough, PageCache::None]);
+        assert_eq!(caches, [Some(PageCache::WriteThrough), Some(PageCache::None)]);
         assert_eq!(local(&mount, 0).allow_dirs, [PathBuf::from("/f"), "/c".into()]);
         assert!(self::mount("[mount]\noptions = \"rw\"\n[[disk]]\nfile = \"a\"\n", &["-r"]).options.read_only);
     }

@@ -122,15 +122,18 @@ impl Requested {
         DiskConfig {
             name: wanted.unwrap_or_else(|| sources::default_name(&path)),
             read_only: settings.read_only.unwrap_or_default(),
-            cache: settings.cache.unwrap_or_default(),
+            cache: settings.cache,
             cache_size: settings.cache_size,
             readahead: settings.readahead,
+            overlay: None,
             source: SourceConfig::Local(LocalConfig {
                 path,
                 format: settings.format.unwrap_or_default(),
                 allow_dirs: settings.allow_dirs,
                 accept_cid_mismatch: settings.accept_cid_mismatch.unwrap_or_default(),
                 lock: settings.lock.unwrap_or(true),
+                force: false,
+                create: None,
             }),
         }
     }
@@ -345,15 +348,18 @@ mod tests {
         let expected = DiskConfig {
             name: "n".into(),
             read_only: true,
-            cache: PageCache::None,
+            cache: Some(PageCache::None),
             cache_size: Some(1 << 20),
             readahead: Some(2 << 20),
+            overlay: None,
             source: SourceConfig::Local(LocalConfig {
                 path: "/a.vmdk".into(),
                 format: Format::Raw,
                 allow_dirs: vec!["/one".into(), "/two".into()],
                 accept_cid_mismatch: true,
                 lock: false,
+                force: false,
+                create: None,
             }),
         };
         assert_eq!(disks, Ok(vec![expected]));
@@ -363,7 +369,7 @@ mod tests {
     fn nothing_said_is_the_default() {
         let disks = parse(&["/a.vmdk"]).unwrap();
         assert_eq!(disks[0].name, "a.raw");
-        assert_eq!((disks[0].read_only, disks[0].cache), (false, PageCache::WriteThrough));
+        assert_eq!((disks[0].read_only, disks[0].cache), (false, None));
         assert_eq!((disks[0].cache_size, disks[0].readahead), (None, None));
         assert_eq!(local(&disks[0]).format, Format::Auto);
         assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
@@ -386,7 +392,7 @@ mod tests {
         .unwrap();
         let formats: Vec<_> = disks.iter().map(|disk| local(disk).format).collect();
         assert_eq!(formats, [Format::Raw, Format::Vmdk, Format::Vmdk]);
-        assert!(disks.iter().all(|disk| disk.cache == PageCache::None));
+        assert!(disks.iter().all(|disk| disk.cache == Some(PageCache::None)));
         assert_eq!(disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(), [true, false, false]);
         assert_eq!(local(&disks[0]).allow_dirs, [PathBuf::from("/all")]);
         assert_eq!(local(&disks[1]).allow_dirs, [PathBuf::from("/all"), "/b-only".into()]);
@@ -397,7 +403,10 @@ mod tests {
         let disks =
             parse_with(&[("cache", "none"), ("file", "/o")], &["readonly=yes", "/a", "cache=writethrough"]).unwrap();
         assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["o.raw", "a.raw"]);
-        assert_eq!(disks.iter().map(|disk| disk.cache).collect::<Vec<_>>(), [PageCache::None, PageCache::WriteThrough]);
+        assert_eq!(
+            disks.iter().map(|disk| disk.cache).collect::<Vec<_>>(),
+            [Some(PageCache::None), Some(PageCache::WriteThrough)]
+        );
         assert!(disks.iter().all(|disk| disk.read_only));
     }
 
@@ -438,7 +447,7 @@ mod tests {
         fs::write(dir.path().join("b.img"), "").unwrap();
         let disks = parse(&[&pattern, "cache=none"]).unwrap();
         assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["a.raw", "b.raw"]);
-        assert!(disks.iter().all(|disk| disk.cache == PageCache::None));
+        assert!(disks.iter().all(|disk| disk.cache == Some(PageCache::None)));
         let error = parse(&[&pattern, "name=one"]).unwrap_err();
         assert_eq!(error, "name=one would be the name of 2 disks: it can be given to one only");
     }

@@ -86,7 +86,7 @@ impl Node {
             return faults.note(e);
         }
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.config.cache == PageCache::None {
+        if self.config.cache == Some(PageCache::None) {
             return reply.opened(DIRECT, FopenFlags::FOPEN_DIRECT_IO);
         }
         match self.backing(&mut opens, passthrough, &reply) {

@@ -218,20 +218,11 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
     m.mount.unmount().unwrap();
     m.end().unwrap();
-    let local = LocalConfig {
-        path: "none".into(),
-        format: Format::Raw,
-        allow_dirs: Vec::new(),
-        accept_cid_mismatch: false,
-        lock: true,
-    };
+    let local = LocalConfig { format: Format::Raw, ..LocalConfig::new("none") };
     let config = DiskConfig {
-        name: DISK.into(),
         read_only: true,
-        cache: PageCache::None,
-        cache_size: None,
-        readahead: None,
-        source: SourceConfig::Local(local),
+        cache: Some(PageCache::None),
+        ..DiskConfig::new(DISK, SourceConfig::Local(local))
     };
     let image = Image::new(Arc::new(Panicking), Vec::new());
     let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options());

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
-use crate::store::{OpenPolicy, StoredFile, open_user_path};
+use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
@@ -75,7 +75,7 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let SourceConfig::Local(local) = &config.source;
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
-    let file = open_user_path(&local.path, Arc::new(policy))?;
+    let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
     if is_vmdk(local, &*file)? {
         let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch };
         let disk = VmdkDisk::open(file, options)?;

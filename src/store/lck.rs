@@ -4,8 +4,8 @@
 //!   disk.vmdk.lck/M12345.lck    Workstation, Player, Fusion: `machine process number X|S …`, as text
 //!   .lck-<16 digits>            ESX on NFS: the file's inode, lowest byte first; its host's name from byte 20 on
 //! ```
-//! They stay after a crash, and from here nobody can tell whether that machine is alive. So a reader is warned, not
-//! refused.
+//! They stay after a crash, and from here nobody can tell whether that machine is alive. So a reader is only
+//! warned; a writer is refused.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -14,7 +14,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use super::printable;
+use super::{Access, printable};
+use crate::error::{Error, ErrorKind, Result};
 
 /// The most that is read of a mark. They have 512 bytes.
 const MAX_TEXT: u64 = 4096;
@@ -28,14 +29,23 @@ const HOST: usize = 20;
 /// The marks that were warned of: an image is opened again when it has changed.
 static SAID: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
 
-/// Warns of marks beside the file at `path`, of each only once.
-pub(super) fn warn(path: &Path, inode: u64) {
+/// Looks for marks beside the file at `path`: warns a reader, of each only once.
+///
+/// Errors: `Busy` for a writer.
+pub(super) fn look(path: &Path, inode: u64, access: Access) -> Result<()> {
     for (mark, who) in [hosted(path), esx(path, inode)].into_iter().flatten() {
-        if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(mark.clone()) {
-            let (path, mark) = (printable(path), printable(mark));
-            tracing::warn!("{path}: VMware may be writing to it, or ended badly: {mark} is there{who}");
+        let (path, shown) = (printable(path), printable(&mark));
+        if access == Access::Write {
+            let context = format!(
+                "{path}: VMware uses it, or ended badly: {shown} is there{who}; lock=off writes to it all the same"
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(mark) {
+            tracing::warn!("{path}: VMware may be writing to it, or ended badly: {shown} is there{who}");
         }
     }
+    Ok(())
 }
 
 /// A folder of marks with something in it, and who made them.

@@ -17,15 +17,17 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat, openat2};
+use nix::sys::stat::Mode;
 use nix::unistd::{Whence, lseek};
 
-use super::{ExtentName, Identity, OpenPolicy, Store, StoredFile, lck, lock, printable};
+use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How often a name may lead from one allowed folder to another.
@@ -51,7 +53,7 @@ impl LocalStore {
     }
 
     /// Opens the file that is called `path` from the folder.
-    fn open_path(&self, path: &Path) -> Result<LocalFile> {
+    fn open_path(&self, path: &Path, access: Access) -> Result<LocalFile> {
         let allowed = Allowed { own: &self.folder, paths: &self.policy.allow };
         let mut other: Option<Folder> = None;
         let mut rest = path.to_path_buf();
@@ -59,7 +61,7 @@ impl LocalStore {
             let folder = other.as_ref().unwrap_or(&self.folder);
             if let Some(fd) = folder.beneath(&rest)? {
                 let label = printable(folder.real.join(&rest));
-                return self.admit(Found::new(fd, label)?, || Ok(other.is_some() || allowed.holds_own()?));
+                return self.admit(Found::new(fd, label)?, access, || Ok(other.is_some() || allowed.holds_own()?));
             }
             let place = leads_to(&folder.real, &rest);
             (other, rest) = allowed.find(&place)?.ok_or_else(|| self.refusal(path, &place))?;
@@ -68,14 +70,14 @@ impl LocalStore {
     }
 
     /// Lets a file in that a name inside of an image led to, if its kind is right; a device only if `devices`.
-    fn admit(&self, found: Found, devices: impl FnOnce() -> Result<bool>) -> Result<LocalFile> {
+    fn admit(&self, found: Found, access: Access, devices: impl FnOnce() -> Result<bool>) -> Result<LocalFile> {
         let refuse = |why: String| {
             let context = format!("{}: a name inside an image leads to a {why}", found.label);
             Err(Error::new(ErrorKind::Policy, context))
         };
         match found.kind() {
-            Kind::Regular => found.reopen(Arc::clone(&self.policy)),
-            Kind::Device if devices()? => found.reopen(Arc::clone(&self.policy)),
+            Kind::Regular => found.reopen(Arc::clone(&self.policy), access),
+            Kind::Device if devices()? => found.reopen(Arc::clone(&self.policy), access),
             Kind::Device => {
                 let folder = printable(found.real.parent().unwrap_or(&found.real));
                 refuse(format!("block device; allow-dir={folder} would allow it"))
@@ -101,9 +103,9 @@ impl LocalStore {
 }
 
 impl Store for LocalStore {
-    fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        let opened = match (self.open_path(name.as_path()), name.raw_path()) {
-            (Err(missing), Some(raw)) if missing.kind() == ErrorKind::NotFound => match self.open_path(raw) {
+    fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
+        let opened = match (self.open_path(name.as_path(), access), name.raw_path()) {
+            (Err(missing), Some(raw)) if missing.kind() == ErrorKind::NotFound => match self.open_path(raw, access) {
                 Err(e) if e.kind() == ErrorKind::NotFound => Err(missing),
                 other => other,
             },
@@ -111,14 +113,40 @@ impl Store for LocalStore {
         };
         Ok(Arc::new(opened?))
     }
+
+    fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+        let path = name.as_path();
+        let label = printable(self.folder.real.join(path));
+        if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
+            let context = format!("{label}: a new file is made only in the folder of its image");
+            return Err(Error::new(ErrorKind::Policy, context));
+        }
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        let made = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
+        let fd = made.map_err(|e| Error::io(format!("{label}: making the file"), e.into()))?;
+        let real = self.folder.real.join(path);
+        Ok(Arc::new(LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write)?))
+    }
+
+    fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
+        let context = || format!("folder {}", printable(&self.folder.real));
+        let entries = fs::read_dir(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
+        let mut names = Vec::new();
+        for entry in entries.take(most) {
+            let name = entry.map_err(|e| Error::io(context(), e))?.file_name();
+            // what can't be named inside of an image is no file of one
+            names.extend(ExtentName::new(name.as_bytes()).ok());
+        }
+        Ok(names)
+    }
 }
 
 /// Opens the file that the user named himself: a regular file or a block device, symlinks followed. Names inside it
 /// count from the folder of the real file and may lead into the folders that `policy` allows too.
 ///
 /// Errors: `NotFound`, `Usage` for any other kind of file, `Busy` if somebody writes to it, or what the system says.
-/// Never blocks on a FIFO.
-pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>) -> Result<Arc<dyn StoredFile>> {
+/// Never blocks on a FIFO. For writing, `ReadOnly` where its permissions or its file system don't allow it.
+pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> Result<Arc<dyn StoredFile>> {
     let label = printable(path);
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
@@ -128,10 +156,10 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>) -> Result<Arc<dyn St
             format!("{}: it is a {what}, expected a regular file or a block device", found.label),
         ));
     }
-    Ok(Arc::new(found.reopen(policy)?))
+    Ok(Arc::new(found.reopen(policy, access)?))
 }
 
-/// An open file of this machine; it is only read.
+/// An open file of this machine.
 #[derive(Debug)]
 struct LocalFile {
     file: File,
@@ -141,11 +169,45 @@ struct LocalFile {
     real: PathBuf,
     len: u64,
     device: bool,
+    writable: bool,
     opened: Identity,
     policy: Arc<OpenPolicy>,
 }
 
 impl LocalFile {
+    /// Zeroes by writing them.
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        const STEP: u64 = 1 << 16;
+        let zeroes = vec![0; len.min(STEP) as usize];
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(STEP) as usize;
+            self.write_all_at(offset + done, zeroes.get(..part).unwrap_or_default())?;
+            done += part as u64;
+        }
+        Ok(())
+    }
+
+    /// An open file; locks it if `policy` says so.
+    fn new(mut file: File, label: String, real: PathBuf, policy: Arc<OpenPolicy>, access: Access) -> Result<Self> {
+        if policy.lock {
+            lock::lock(&file, access, &label)?;
+        }
+        // after the lock: a writer may have ended just now
+        let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
+        if policy.lock && metadata.is_file() {
+            lck::look(&real, metadata.ino(), access)?;
+        }
+        let device = metadata.file_type().is_block_device();
+        let len = if device {
+            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(format!("{label}: size of the device"), e))?
+        } else {
+            metadata.len()
+        };
+        let opened = identity(&metadata, len);
+        Ok(Self { file, label, real, len, device, writable: access == Access::Write, opened, policy })
+    }
+
     /// Its attributes now.
     fn metadata(&self) -> Result<fs::Metadata> {
         self.file.metadata().map_err(|e| Error::io(format!("{}: fstat", self.label), e))
@@ -155,6 +217,10 @@ impl LocalFile {
 impl StoredFile for LocalFile {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn writer(&self) -> Option<&dyn StoredWrite> {
+        self.writable.then_some(self as &dyn StoredWrite)
     }
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -240,6 +306,51 @@ impl StoredFile for LocalFile {
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
+    }
+}
+
+impl StoredWrite for LocalFile {
+    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.file.write_all_at(buf, offset).map_err(|e| {
+            let context = format!("{}: write of {} bytes at byte {offset}", self.label, buf.len());
+            match e.kind() {
+                // a device ends
+                io::ErrorKind::WriteZero => Error::new(ErrorKind::Os(libc::ENOSPC), context),
+                _ => Error::io(context, e),
+            }
+        })
+    }
+
+    fn len_now(&self) -> Result<u64> {
+        if self.device { Ok(self.len) } else { Ok(self.metadata()?.len()) }
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        if self.device && len <= self.len {
+            return Ok(());
+        }
+        self.file.set_len(len).map_err(|e| Error::io(format!("{}: set its length to {len} bytes", self.label), e))
+    }
+
+    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let context = || format!("{}: {len} zeroes at byte {offset}", self.label);
+        if len == 0 {
+            return Ok(());
+        }
+        let (Ok(from), Ok(bytes)) = (i64::try_from(offset), i64::try_from(len)) else {
+            return Err(Error::new(ErrorKind::OutOfRange, context()));
+        };
+        let how = if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
+        match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+            Ok(()) => Ok(()),
+            // tmpfs has holes but no ranges of zeroes, others have neither
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),
+            Err(e) => Err(Error::io(context(), e.into())),
+        }
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io(format!("{}: fdatasync", self.label), e))
     }
 }
 
@@ -370,26 +481,28 @@ impl Found {
         }
     }
 
-    /// Opens it for reading, and locks it if `policy` says so.
-    fn reopen(self, policy: Arc<OpenPolicy>) -> Result<LocalFile> {
-        let Self { fd, label, real, mut metadata } = self;
-        let mut file = File::open(proc_path(&fd)).map_err(|e| Error::io(format!("{label}: open for reading"), e))?;
-        if policy.lock {
-            lock::lock_for_reading(&file, &label)?;
-            // a writer may have ended since
-            metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
-            if metadata.is_file() {
-                lck::warn(&real, metadata.ino());
+    /// Opens it, and locks it if `policy` says so.
+    fn reopen(self, policy: Arc<OpenPolicy>, access: Access) -> Result<LocalFile> {
+        let Self { fd, label, real, .. } = self;
+        let file = match access {
+            Access::Read => {
+                File::open(proc_path(&fd)).map_err(|e| Error::io(format!("{label}: open for reading"), e))?
             }
-        }
-        let device = metadata.file_type().is_block_device();
-        let len = if device {
-            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(format!("{label}: size of the device"), e))?
-        } else {
-            metadata.len()
+            Access::Write => {
+                let opened = fs::OpenOptions::new().read(true).write(true).open(proc_path(&fd));
+                opened.map_err(|e| refused_for_writing(&label, e))?
+            }
         };
-        let opened = identity(&metadata, len);
-        Ok(LocalFile { file, label, real, len, device, opened, policy })
+        LocalFile::new(file, label, real, policy, access)
+    }
+}
+
+/// Why a file was not opened for writing.
+fn refused_for_writing(label: &str, e: io::Error) -> Error {
+    let context = format!("{label}: open for writing");
+    match e.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::new(ErrorKind::ReadOnly, format!("{context}: {e}")),
+        _ => Error::io(context, e),
     }
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::printable;
+use super::{Access, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The byte for the use of permission 0.
@@ -33,21 +33,32 @@ const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// What a reader takes.
-const HELD: [i64; 3] = [USES + READ, FORBIDS + WRITE, FORBIDS + RESIZE];
-/// What nobody may have beside a reader.
-const TESTED: [i64; 3] = [FORBIDS + READ, USES + WRITE, USES + RESIZE];
+/// What one takes.
+fn held(access: Access) -> &'static [i64] {
+    match access {
+        Access::Read => &[USES + READ, FORBIDS + WRITE, FORBIDS + RESIZE],
+        Access::Write => &[USES + READ, USES + WRITE, USES + RESIZE, FORBIDS + WRITE, FORBIDS + RESIZE],
+    }
+}
+
+/// What nobody may have beside it.
+fn tested(access: Access) -> &'static [i64] {
+    match access {
+        Access::Read => &[FORBIDS + READ, USES + WRITE, USES + RESIZE],
+        Access::Write => &[FORBIDS + READ, FORBIDS + WRITE, FORBIDS + RESIZE, USES + WRITE, USES + RESIZE],
+    }
+}
 
 /// The longest search for the process that is in the way.
 const SEARCH: Duration = Duration::from_secs(1);
 
-/// Locks `file` as a reader until it is closed. Where its file system has no such locks, there is nothing to do.
+/// Locks `file` for `access` until it is closed. Where its file system has no such locks, there is nothing to do.
 ///
-/// Errors: `Busy` if another program writes to the file or lets nobody else read it, or what the system says.
-pub(super) fn lock_for_reading(file: &File, label: &str) -> Result<()> {
-    match take(file) {
+/// Errors: `Busy` if another program uses the file in a way that does not go with `access`, or what the system says.
+pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
+    match take(file, access) {
         Ok(None) => Ok(()),
-        Ok(Some(conflict)) => Err(Error::new(ErrorKind::Busy, conflict.message(file, label))),
+        Ok(Some(conflict)) => Err(Error::new(ErrorKind::Busy, conflict.message(file, access, label))),
         Err(e @ (Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
             tracing::debug!("{label}: not locked, its file system has no such locks: {e}");
             Ok(())
@@ -56,9 +67,9 @@ pub(super) fn lock_for_reading(file: &File, label: &str) -> Result<()> {
     }
 }
 
-/// Takes what a reader holds; a lock of somebody else that is in the way.
-fn take(file: &File) -> nix::Result<Option<Conflict>> {
-    for byte in HELD {
+/// Takes what belongs to `access`; a lock of somebody else that is in the way.
+fn take(file: &File, access: Access) -> nix::Result<Option<Conflict>> {
+    for &byte in held(access) {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&of_byte(byte, libc::F_RDLCK))) {
             Ok(_) => {}
             // somebody has it exclusively, which qemu never does
@@ -66,7 +77,7 @@ fn take(file: &File) -> nix::Result<Option<Conflict>> {
             Err(e) => return Err(e),
         }
     }
-    for byte in TESTED {
+    for &byte in tested(access) {
         if let Some(conflict) = look(file, byte)? {
             return Ok(Some(conflict));
         }
@@ -96,10 +107,11 @@ struct Conflict {
 }
 
 impl Conflict {
-    fn message(&self, file: &File, label: &str) -> String {
+    fn message(&self, file: &File, access: Access, label: &str) -> String {
         let does = match self.byte {
             byte if byte == USES + WRITE || byte == USES + RESIZE => "in use for writing by another program",
-            _ => "in use by another program that lets nobody else read it",
+            byte if byte == FORBIDS + READ => "in use by another program that lets nobody else read it",
+            _ => "in use by another program that lets nobody else write to it",
         };
         let who = match self.pid.filter(|&pid| pid > 0).or_else(|| search(file, self.byte)) {
             Some(pid) => {
@@ -108,7 +120,11 @@ impl Conflict {
             }
             None => String::new(),
         };
-        format!("{label}: the file is {does}{who}; lock=off reads it all the same")
+        let way_out = match access {
+            Access::Read => "lock=off reads it all the same",
+            Access::Write => "readonly=true may read it beside a reader, lock=off writes to it all the same",
+        };
+        format!("{label}: the file is {does}{who}; {way_out}")
     }
 }
 
@@ -171,7 +187,7 @@ mod tests {
     }
 
     fn refused(file: &File, says: &str) {
-        let error = lock_for_reading(file, "x.vmdk").unwrap_err();
+        let error = lock(file, Access::Read, "x.vmdk").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         let own = format!("(process {}, ", std::process::id());
         for says in [says, "x.vmdk: ", &own, "lock=off"] {
@@ -182,9 +198,9 @@ mod tests {
     #[test]
     fn readers_share_and_hold_what_keeps_writers_out() {
         let [a, b, other] = opens();
-        lock_for_reading(&a, "a").unwrap();
-        lock_for_reading(&b, "b").unwrap();
-        lock_for_reading(&b, "b again").unwrap();
+        lock(&a, Access::Read, "a").unwrap();
+        lock(&b, Access::Read, "b").unwrap();
+        lock(&b, Access::Read, "b again").unwrap();
         let held = |byte| look(&other, byte).unwrap().is_some();
         let all: Vec<_> = (0..300).filter(|&byte| held(byte)).collect();
         assert_eq!(all, [100, 201, 203]);
@@ -201,7 +217,7 @@ mod tests {
             hold(&other, byte);
             refused(&reader, says);
             drop(other);
-            lock_for_reading(&reader, "x.vmdk").unwrap();
+            lock(&reader, Access::Read, "x.vmdk").unwrap();
         }
     }
 
@@ -211,7 +227,7 @@ mod tests {
         for byte in [0, 99, 100, 102, 104, 201, 202, 203, 204] {
             hold(&other, byte);
         }
-        lock_for_reading(&reader, "x.vmdk").unwrap();
+        lock(&reader, Access::Read, "x.vmdk").unwrap();
     }
 
     #[test]

@@ -35,13 +35,31 @@ pub struct OpenPolicy {
     pub lock: bool,
 }
 
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only. Others may read it too, nobody may write to it.
+    Read,
+    /// Reading and writing, alone.
+    Write,
+}
+
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {
     /// Opens a file that an image names, if the policy of the store lets it.
     ///
     /// Errors: `Policy` where the name leads out of what is allowed or to something that is no plain file,
-    /// `NotFound`, `Busy` if somebody writes to the file, or what the system says. Never blocks on a FIFO or a device.
-    fn open(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
+    /// `NotFound`, `Busy` if somebody uses the file in a way that does not go with `access`, `ReadOnly` where it can't
+    /// be written (its permissions, a read-only file system), or what the system says. Never blocks on a FIFO or a device.
+    fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>>;
+
+    /// Makes a new, empty file for writing, whose name must be a plain one of the folder itself.
+    ///
+    /// Errors: `Os(EEXIST)` where there is one, `Policy`, or what the system says.
+    fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
+
+    /// Names of the files in the folder itself, in no order, at most `most`.
+    fn names(&self, most: usize) -> Result<Vec<ExtentName>>;
 }
 
 /// What tells one file from another, and one state of it from a later one.
@@ -65,6 +83,11 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     /// Whether it had no byte when it was opened.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Its writing half; `None`: it was opened for reading.
+    fn writer(&self) -> Option<&dyn StoredWrite> {
+        None
     }
 
     /// Fills `buf` from byte `offset`; a file that ends before is an error.
@@ -96,4 +119,27 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+}
+
+/// A file of a store that is open for writing. What is written is seen by readers at once, and durable after
+/// [`sync`](Self::sync); until then a crash keeps any part of it, in any order.
+pub trait StoredWrite: StoredFile {
+    /// Writes all of `buf` at byte `offset`. Where the file ended before, it grows; a gap reads as zeroes.
+    ///
+    /// Errors: `Os(ENOSPC)` and the like; then any part of it may have been written.
+    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Its length now.
+    fn len_now(&self) -> Result<u64>;
+
+    /// Cuts it, or makes it longer with zeroes that take no room.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Makes a range within the file read as zeroes. `unmap`: and gives its room back where the store can; else the
+    /// range keeps its room, so that a write to it later can't fail for want of it, where the store can.
+    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Makes everything written before durable, the length included. An error is final: what it was about may be lost
+    /// although a later call succeeds.
+    fn sync(&self) -> Result<()>;
 }

@@ -23,7 +23,7 @@ mod parent;
 #[cfg(test)]
 mod tests;
 
-pub use extent::{Access, ExtentKind, ExtentLine};
+pub use extent::{ExtentAccess, ExtentKind, ExtentLine};
 use lines::{Lines, Setting, shown};
 pub use parent::{ParentHint, ParentLink};
 

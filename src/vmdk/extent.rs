@@ -301,7 +301,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
-    use crate::store::{OpenPolicy, open_user_path};
+    use crate::store::{Access, OpenPolicy, open_user_path};
 
     /// A directory that somebody else writes: its tables are absent when it is read the first time, and there when it
     /// is read again.
@@ -336,7 +336,8 @@ mod tests {
     #[test]
     fn regression_a_directory_that_changes_between_two_looks() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let file = open_user_path(file.path(), Arc::new(OpenPolicy { allow: Vec::new(), lock: true })).unwrap();
+        let file =
+            open_user_path(file.path(), Arc::new(OpenPolicy { allow: Vec::new(), lock: true }), Access::Read).unwrap();
         for sector in [0, 1, 1023] {
             // nothing fits this cache, so each look reads the directory
             let cache = TableCache::with_bytes(1);

@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Store, StoredFile};
+use crate::store::{Access, Store, StoredFile};
 use crate::vmdk::cowd::CowdTables;
-use crate::vmdk::descriptor::{self, Access, Descriptor, ExtentKind, ExtentLine, ParentHint};
+use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint};
 use crate::vmdk::extent::{Extent, Packing, SparseExtent};
 use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
@@ -74,7 +74,7 @@ pub(crate) struct PlacedExtent {
     /// First sector of the disk that it holds.
     pub(crate) start: u64,
     pub(crate) sectors: u64,
-    pub(crate) access: Access,
+    pub(crate) access: ExtentAccess,
     pub(crate) extent: Extent,
     /// What it is called where extents are listed.
     pub(crate) kind: &'static str,
@@ -202,7 +202,7 @@ impl Opener {
         };
         let line = line.clone();
         let extent = match (line.kind, line.access) {
-            (ExtentKind::Sparse | ExtentKind::VmfsSparse, Access::None) => placed(Extent::Zero, &line, "ZERO"),
+            (ExtentKind::Sparse | ExtentKind::VmfsSparse, ExtentAccess::None) => placed(Extent::Zero, &line, "ZERO"),
             (ExtentKind::Sparse | ExtentKind::VmfsSparse, _) => self.hosted_extent(Arc::clone(&file), header, &line)?,
             (kind, _) => {
                 return Err(Error::corrupt(format!(
@@ -249,11 +249,11 @@ impl Opener {
     }
 
     fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
-        let zero = line.kind == ExtentKind::Zero || line.access == Access::None;
+        let zero = line.kind == ExtentKind::Zero || line.access == ExtentAccess::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
             return Ok(placed(Extent::Zero, line, "ZERO"));
         };
-        let file = store.open(name)?;
+        let file = store.open(name, Access::Read)?;
         match line.kind {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
@@ -361,7 +361,7 @@ fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
     let mut looked = Vec::new();
     let mut refused = None;
     for name in hint.candidates() {
-        match store.open(&name) {
+        match store.open(&name, Access::Read) {
             Ok(file) => return Ok(file),
             Err(e) if e.kind() == ErrorKind::NotFound => looked.push(e.to_string()),
             Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),

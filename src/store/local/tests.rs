@@ -45,7 +45,7 @@ fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
 }
 
 fn open(store: &dyn Store, name: impl AsRef<[u8]>) -> Result<Arc<dyn StoredFile>> {
-    store.open(&ExtentName::new(name).unwrap())
+    store.open(&ExtentName::new(name).unwrap(), Access::Read)
 }
 
 fn content(file: &dyn StoredFile) -> String {
@@ -182,12 +182,12 @@ fn the_raw_spelling_is_tried_second() {
     let raw = std::ffi::OsStr::from_bytes(b"caf\xe9.bin");
     let name = ExtentName::new("café.bin").unwrap().or_raw(raw.as_bytes()).unwrap();
     let store = folders.store(&[]);
-    let error = store.open(&name).unwrap_err();
+    let error = store.open(&name, Access::Read).unwrap_err();
     assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("café.bin"), "{error}");
     fs::write(folders.path("image").join(raw), "raw").unwrap();
-    assert_eq!(content(store.open(&name).unwrap().as_ref()), "raw");
+    assert_eq!(content(store.open(&name, Access::Read).unwrap().as_ref()), "raw");
     fs::write(folders.path("image/café.bin"), "decoded").unwrap();
-    assert_eq!(content(store.open(&name).unwrap().as_ref()), "decoded");
+    assert_eq!(content(store.open(&name, Access::Read).unwrap().as_ref()), "decoded");
 }
 
 #[test]
@@ -217,10 +217,10 @@ fn refuse_other_kinds() {
         refused(&store, "/dev/null", ErrorKind::Policy, &[says]);
     }
     for (path, says) in [("image/fifo", "FIFO"), ("image/to-fifo", "FIFO"), ("image", "directory")] {
-        let error = open_user_path(&folders.path(path), policy(&[])).unwrap_err();
+        let error = open_user_path(&folders.path(path), policy(&[]), Access::Read).unwrap_err();
         assert!(error.kind() == ErrorKind::Usage && error.to_string().contains(says), "{error}");
     }
-    let error = open_user_path(Path::new("/dev/null"), policy(&[])).unwrap_err();
+    let error = open_user_path(Path::new("/dev/null"), policy(&[]), Access::Read).unwrap_err();
     assert!(error.kind() == ErrorKind::Usage && error.to_string().contains("character device"), "{error}");
 }
 
@@ -264,7 +264,7 @@ fn block_devices_open_where_they_are_allowed() {
         open(&folders.store(&allow), name).unwrap(),
         open(&folders.store(&allow), "link").unwrap(),
         open(&allowed_dev, node).unwrap(),
-        open_user_path(&device.0, policy(&[])).unwrap(),
+        open_user_path(&device.0, policy(&[]), Access::Read).unwrap(),
     ];
     for file in &files {
         let mut bytes = [0; 512];
@@ -275,7 +275,7 @@ fn block_devices_open_where_they_are_allowed() {
 
     let again = folders.path("again");
     nix::sys::stat::mknod(&again, SFlag::S_IFBLK, Mode::S_IRWXU, fs::metadata(&device.0).unwrap().rdev()).unwrap();
-    match open_user_path(&again, policy(&[])) {
+    match open_user_path(&again, policy(&[]), Access::Read) {
         Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
         Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
     }
@@ -285,21 +285,22 @@ fn block_devices_open_where_they_are_allowed() {
 fn the_file_of_the_user_may_be_a_symlink() {
     let folders = Folders::new();
     folders.link("image/disk.vmdk", "mine.vmdk");
-    let file = open_user_path(&folders.path("mine.vmdk"), policy(&[])).unwrap();
+    let file = open_user_path(&folders.path("mine.vmdk"), policy(&[]), Access::Read).unwrap();
     assert_eq!(content(file.as_ref()), "image/disk.vmdk");
     assert!(file.label().ends_with("/mine.vmdk"), "{}", file.label());
     // Its siblings are those of the real file.
     let siblings = file.siblings().unwrap();
     assert_eq!(reads(siblings.as_ref(), "a.bin"), "image/a.bin");
     refused(siblings.as_ref(), "../mine.vmdk", ErrorKind::Policy, &["allow-dir="]);
-    let error = open_user_path(&folders.path("none.vmdk"), policy(&[])).unwrap_err();
+    let error = open_user_path(&folders.path("none.vmdk"), policy(&[]), Access::Read).unwrap_err();
     assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("none.vmdk"), "{error}");
 }
 
 #[test]
 fn siblings_follow_the_file_and_keep_what_is_allowed() {
     let folders = Folders::new();
-    let file = open_user_path(&folders.path("image/disk.vmdk"), policy(&[folders.path("other")])).unwrap();
+    let file =
+        open_user_path(&folders.path("image/disk.vmdk"), policy(&[folders.path("other")]), Access::Read).unwrap();
     let beside = file.siblings().unwrap();
     let deep = open(beside.as_ref(), "../other/deep/c.bin").unwrap().siblings().unwrap();
     assert_eq!(reads(deep.as_ref(), "c.bin"), "other/deep/c.bin");
@@ -314,21 +315,21 @@ fn a_file_without_a_folder_has_no_siblings() {
     let folders = Folders::new();
     let path = folders.path("image/disk.vmdk");
     let siblings = |file: &dyn StoredFile| file.siblings().unwrap_err().kind();
-    let deleted = open_user_path(&path, policy(&[])).unwrap();
+    let deleted = open_user_path(&path, policy(&[]), Access::Read).unwrap();
     fs::remove_file(&path).unwrap();
     assert_eq!(siblings(deleted.as_ref()), ErrorKind::NotFound);
     // Another file took its name.
-    let replaced = open_user_path(&folders.path("other/secret.bin"), policy(&[])).unwrap();
+    let replaced = open_user_path(&folders.path("other/secret.bin"), policy(&[]), Access::Read).unwrap();
     fs::rename(folders.path("image/a.bin"), folders.path("other/secret.bin")).unwrap();
     assert_eq!(siblings(replaced.as_ref()), ErrorKind::NotFound);
     // The folder was exchanged for a link to another one.
-    let moved = open_user_path(&folders.path("image/sub/b.bin"), policy(&[])).unwrap();
+    let moved = open_user_path(&folders.path("image/sub/b.bin"), policy(&[]), Access::Read).unwrap();
     fs::rename(folders.path("image/sub"), folders.path("gone")).unwrap();
     folders.link(folders.path("gone"), "image/sub");
     assert!(moved.siblings().is_err());
     // Its kernel path is `/memfd:… (deleted)`, and `/` must not become its folder.
     let memory = nix::sys::memfd::memfd_create("x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let file = open_user_path(&proc_path(&memory), policy(&[])).unwrap();
+    let file = open_user_path(&proc_path(&memory), policy(&[]), Access::Read).unwrap();
     assert_eq!(siblings(file.as_ref()), ErrorKind::NotFound);
 }
 
@@ -376,7 +377,7 @@ fn holes_are_not_allocated() {
     let folders = Folders::new();
     let file = File::create(folders.path("image/a.bin")).unwrap();
     file.set_len(64 << 20).unwrap();
-    let opened = open_user_path(&folders.path("image/a.bin"), policy(&[])).unwrap();
+    let opened = open_user_path(&folders.path("image/a.bin"), policy(&[]), Access::Read).unwrap();
     assert_eq!(opened.len(), 64 << 20);
     assert!(opened.allocated().unwrap() < 1 << 20);
     assert_eq!(opened.fd().map(|fd| fd.as_raw_fd() >= 0), Some(true));

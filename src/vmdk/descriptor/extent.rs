@@ -11,7 +11,7 @@ use crate::store::ExtentName;
 
 /// What may be done with an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum ExtentAccess {
     /// Read and written.
     ReadWrite,
     /// Only read.
@@ -37,7 +37,7 @@ pub enum ExtentKind {
     Zero,
 }
 
-impl Access {
+impl ExtentAccess {
     /// As it is written in the line.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -72,7 +72,7 @@ impl fmt::Display for ExtentKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentLine {
     /// What may be done with it.
-    pub access: Access,
+    pub access: ExtentAccess,
     /// Its size on the disk, 1…[`MAX_SECTORS`].
     pub sectors: u64,
     /// How its data are kept.
@@ -143,9 +143,9 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
     Ok(Some(ExtentLine { access, sectors, kind, name: Some(name), offset, line }))
 }
 
-fn access(word: &[u8]) -> Result<Access> {
-    const WORDS: [(&str, Access); 3] =
-        [("RW", Access::ReadWrite), ("RDONLY", Access::ReadOnly), ("NOACCESS", Access::None)];
+fn access(word: &[u8]) -> Result<ExtentAccess> {
+    const WORDS: [(&str, ExtentAccess); 3] =
+        [("RW", ExtentAccess::ReadWrite), ("RDONLY", ExtentAccess::ReadOnly), ("NOACCESS", ExtentAccess::None)];
     let found = WORDS.iter().find(|(text, _)| text.as_bytes().eq_ignore_ascii_case(word));
     found
         .map(|(_, access)| *access)

@@ -33,7 +33,7 @@ fn a_plain_descriptor() {
     let extent = &d.extents[0];
     assert_eq!(
         (extent.access, extent.sectors, extent.kind, extent.offset, extent.line),
-        (Access::ReadWrite, 2048, ExtentKind::Flat, 0, 7)
+        (ExtentAccess::ReadWrite, 2048, ExtentKind::Flat, 0, 7)
     );
     assert_eq!(extent.name.as_ref().unwrap().as_bytes(), b"disk-flat.vmdk");
 }
@@ -52,9 +52,9 @@ fn order_case_blanks_and_line_ends_do_not_matter() {
     assert_eq!(
         seen,
         [
-            (Access::ReadWrite, 5, ExtentKind::Flat, 7),
-            (Access::ReadOnly, 3, ExtentKind::Sparse, 0),
-            (Access::None, 9, ExtentKind::Zero, 0)
+            (ExtentAccess::ReadWrite, 5, ExtentKind::Flat, 7),
+            (ExtentAccess::ReadOnly, 3, ExtentKind::Sparse, 0),
+            (ExtentAccess::None, 9, ExtentKind::Zero, 0)
         ]
     );
     assert_eq!(d.extents[0].name.as_ref().unwrap().as_bytes(), b"b c.vmdk");
