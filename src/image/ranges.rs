@@ -73,6 +73,12 @@ impl Ranges {
         held
     }
 
+    /// How many wait.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.list().waiting
+    }
+
     fn list(&self) -> MutexGuard<'_, List> {
         // nothing is left half done under it
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
