@@ -77,7 +77,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
     let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
     if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch };
+        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
         let disk = VmdkDisk::open(file, options)?;
         for unclean in disk.unclean_files() {
             tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
