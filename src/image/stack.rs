@@ -74,6 +74,10 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
 /// Opens only the source of a disk.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let SourceConfig::Local(local) = &config.source;
+    if config.overlay.is_some() || local.create.is_some() {
+        let file = local.path.display();
+        return Err(Error::unsupported(format!("{file}: overlays and new disks are not in this build yet")));
+    }
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
     let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
     if is_vmdk(local, &*file)? {
