@@ -15,7 +15,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -133,9 +133,14 @@ impl Conflict {
 /// It reads `fdinfo` and looks at no file of those processes: one of them may lie in the very mount that waits for us.
 fn search(file: &File, byte: i64) -> Option<u32> {
     // As the kernel calls the file in its lists of locks, which need not be what stat() says (btrfs, overlayfs).
-    let own = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let own_path = PathBuf::from(format!("/proc/{}/fdinfo/{}", std::process::id(), file.as_raw_fd()));
+    let own = fs::read_to_string(&own_path).ok()?;
     let inode = listed(&own).next()?.inode;
     let holds = |path: &Path| {
+        // a writer has what it looks for itself
+        if path == own_path {
+            return false;
+        }
         let text = fs::read_to_string(path).unwrap_or_default();
         listed(&text).any(|lock| lock.inode == inode && lock.first <= byte && byte <= lock.last)
     };
