@@ -273,7 +273,9 @@ impl StoredFile for LocalFile {
     }
 
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        let left = self.len.saturating_sub(offset).max(1);
+        // what is written to may have grown
+        let end = if self.writable && !self.device { i64::MAX as u64 } else { self.len };
+        let left = end.saturating_sub(offset).max(1);
         let from = i64::try_from(offset).unwrap_or(i64::MAX);
         // The file's own position is moved by this; nobody reads at it.
         let (stored, next) = match lseek(&self.file, from, Whence::SeekData) {
