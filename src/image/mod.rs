@@ -9,6 +9,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Lba, SECTOR};
@@ -43,6 +44,8 @@ pub struct Image {
     allocated: Allocated,
     /// Why it can't be written to although nobody asked for that.
     read_only: Option<String>,
+    /// Somebody else may write to the backing file, with our leave.
+    behind: AtomicBool,
 }
 
 /// What to look for from an offset on.
@@ -61,7 +64,7 @@ impl Image {
         files.retain(|f| seen.insert(f.identity_at_open().file));
         let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
         let allocated = Allocated::new(stored.min(disk.geometry().bytes()));
-        Self { disk, files, ranges: Ranges::default(), allocated, read_only: None }
+        Self { disk, files, ranges: Ranges::default(), allocated, read_only: None, behind: AtomicBool::new(false) }
     }
 
     /// The same, read-only for a reason that the user has to be told.

@@ -9,6 +9,7 @@
 //! back, so nobody else may write to that granule meanwhile: see [`super::ranges`].
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use crate::block::{BlockWrite, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
@@ -66,9 +67,11 @@ impl Image {
             let (from, to) = (part.start - offset, part.end - offset);
             buf.get(from as usize..to as usize).unwrap_or_default()
         };
-        self.change(&parts, |part| self.patch(writer, part.start, bytes(part)), |body| {
-            writer.write_at(Lba(body.start / SECTOR), bytes(body))
-        })?;
+        self.change(
+            &parts,
+            |part| self.patch(writer, part.start, bytes(part)),
+            |body| writer.write_at(Lba(body.start / SECTOR), bytes(body)),
+        )?;
         Ok(len)
     }
 
@@ -89,19 +92,44 @@ impl Image {
     }
 
     /// Makes durable what was written before. Nearly free where that is nothing.
+    ///
+    /// Errors: `Os(ENOSPC)` where somebody has written behind the end of the disk through its backing file (see
+    /// [`begin`](Self::begin)); what is on the disk is durable all the same. What the disk says.
     pub fn flush(&self) -> Result<()> {
-        self.disk.writer().map_or(Ok(()), BlockWrite::flush)
+        let trimmed = self.trim();
+        self.disk.writer().map_or(Ok(()), BlockWrite::flush).and(trimmed)
     }
 
-    /// Makes everything durable and marks the disk as closed properly.
+    /// Makes everything durable and marks the disk as closed properly. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
-        self.disk.writer().map_or(Ok(()), BlockWrite::close)
+        let trimmed = self.trim();
+        self.disk.writer().map_or(Ok(()), BlockWrite::close).and(trimmed)
     }
 
     /// To be called before the content is changed by somebody else, with our leave: the kernel, through
     /// [`backing_fd`](crate::block::BlockRead::backing_fd).
     pub fn begin(&self) -> Result<()> {
-        self.writer()?.begin()
+        let begun = self.writer()?.begin();
+        self.behind.store(true, Ordering::Release);
+        self.allocated.changed();
+        begun
+    }
+
+    /// Cuts what was written behind the end of the disk: the kernel, which writes to the backing file itself, does not
+    /// know of the end.
+    fn trim(&self) -> Result<()> {
+        let Some(fd) = self.disk.backing_fd().filter(|_| self.behind.load(Ordering::Acquire)) else { return Ok(()) };
+        self.allocated.changed();
+        let context = || format!("the end of the backing file, at byte {}", self.len());
+        let stat = nix::sys::stat::fstat(fd).map_err(|e| Error::io(context(), e.into()))?;
+        match u64::try_from(stat.st_size).unwrap_or(0).checked_sub(self.len()) {
+            None | Some(0) => Ok(()),
+            Some(behind) => {
+                nix::unistd::ftruncate(fd, self.len() as i64).map_err(|e| Error::io(context(), e.into()))?;
+                let text = format!("{behind} bytes were written behind the end of the disk, and are gone");
+                Err(Error::new(ErrorKind::Os(libc::ENOSPC), text))
+            }
+        }
     }
 
     fn writer(&self) -> Result<&dyn BlockWrite> {

@@ -171,13 +171,9 @@ fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
     file.fails.store(true, Ordering::Relaxed);
     disk.flush().unwrap_err();
     file.fails.store(false, Ordering::Relaxed);
-    for refused in [
-        disk.flush(),
-        disk.close(),
-        disk.begin(),
-        disk.write_at(Lba(1), &[3; 512]),
-        disk.zero(Lba(1)..Lba(2), false),
-    ] {
+    for refused in
+        [disk.flush(), disk.close(), disk.begin(), disk.write_at(Lba(1), &[3; 512]), disk.zero(Lba(1)..Lba(2), false)]
+    {
         let error = refused.unwrap_err();
         assert!(error.to_string().contains("the disk below is broken"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Os(libc::EIO));
