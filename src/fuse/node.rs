@@ -4,7 +4,7 @@
 //!   open ─► may it? ─► files changed? ─► image opened anew (never one that we write to)
 //!     ├─ cache=none                     DIRECT   every request reaches us
 //!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads and writes the file itself
-//!     ├─ O_DIRECT                       DIRECT   as it says
+//!     ├─ O_DIRECT, or only for writing  DIRECT   no page would be read again
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
 //! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
@@ -116,6 +116,7 @@ impl Node {
         // an open for reading leaves nothing to be made durable when it is closed
         let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
         let direct = quiet | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
             return reply.opened(handle(DIRECT, writes), direct);
         }
@@ -132,18 +133,19 @@ impl Node {
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match self.backing(&mut opens, passthrough, &reply) {
             Ok(()) => {
-                let asks = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
                 if writes {
                     opens.pages_are_old = true;
                     self.attributes.passed();
                 }
-                opens.pass(&self.image(), handle(PASSED, writes), if asks { direct } else { quiet }, reply);
+                opens.pass(&self.image(), handle(PASSED, writes), if streams { direct } else { quiet }, reply);
             }
             Err(why) => {
                 if !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
-                if flags.0 & libc::O_DIRECT != 0 {
+                // what is only written is written through anyhow, and gains nothing by pages
+                let late = self.config.cache == Some(PageCache::WriteBack);
+                if flags.0 & libc::O_DIRECT != 0 || (streams && !late) {
                     return reply.opened(handle(DIRECT, writes), direct);
                 }
                 let keep = opens.keeps_pages() && self.shows_changes();
