@@ -4,6 +4,7 @@
 //!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
 //!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
 //!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   create.rs, stream.rs   new images; a compressed stream in the course of being written
 //!   info.rs, check.rs   what is there, and whether it is sound
 //! ```
 //! Format code maps addresses; `disk.rs` is the one place that reads data. Names found inside of an image are
@@ -12,6 +13,7 @@
 
 mod check;
 mod cowd;
+mod create;
 pub mod descriptor;
 mod disk;
 mod extent;
@@ -21,10 +23,13 @@ mod info;
 mod open;
 mod sesparse;
 mod sparse;
+mod stream;
 mod tables;
 
 pub use check::{CheckReport, check};
+pub use create::{DeltaParent, NewDelta, NewDisk, create, create_delta, create_stream};
 pub use disk::VmdkDisk;
 pub use extent::{PackedGrain, Run};
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
 pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
+pub use stream::StreamDisk;
