@@ -37,9 +37,8 @@ fn act(config: Config) -> ExitCode {
         Action::Info(q) => status(query::info(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
-        Action::Create(_) | Action::Commit(_) => {
-            status(Err(Error::unsupported("making and merging disks is not in this build yet")))
-        }
+        Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
+        Action::Commit(_) => status(Err(Error::unsupported("merging an overlay is not in this build yet"))),
         Action::Dump { json } => status(query::dump(json)),
     }
 }
@@ -48,7 +47,7 @@ fn act(config: Config) -> ExitCode {
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let open = |disk: &DiskConfig| {
         let disk = DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
-        image::open(&disk).map(|image| (disk, image))
+        image::open(&disk).map(|image| (disk.made(), image))
     };
     let disks: Vec<_> = mount.disks.iter().map(open).collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();

@@ -17,12 +17,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
 mod allocated;
+mod new;
 mod ranges;
 mod scratch;
 mod stack;
 mod write;
 
 use allocated::Allocated;
+pub use new::create;
 use ranges::Ranges;
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};

@@ -13,11 +13,11 @@ use serde::Serialize;
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Image;
+use crate::image::{Image, new};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
-use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
+use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
@@ -33,6 +33,8 @@ pub enum Source {
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
+    /// A compressed stream that was just made, to be written in order.
+    Stream(Arc<StreamDisk>),
 }
 
 /// What a source is, for `--info`.
@@ -62,8 +64,11 @@ pub struct Description {
 /// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
 /// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let (source, why_read_only) =
-        if config.read_only { (open_source(config)?, None) } else { open_for_writing(config)? };
+    let (source, why_read_only) = match (new::make(local(config)?)?, config.read_only) {
+        (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
+        (None, true) => (open_source(config)?, None),
+        (None, false) => open_for_writing(config)?,
+    };
     let files = source.files();
     let plain = source.disk();
     let geometry = plain.geometry();
@@ -126,9 +131,9 @@ fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)>
 /// The files that a disk comes from.
 fn local(config: &DiskConfig) -> Result<&LocalConfig> {
     let SourceConfig::Local(local) = &config.source;
-    if config.overlay.is_some() || local.create.is_some() {
+    if config.overlay.is_some() {
         let file = local.path.display();
-        return Err(Error::unsupported(format!("{file}: overlays and new disks are not in this build yet")));
+        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
     }
     Ok(local)
 }
@@ -152,6 +157,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
+            Source::Stream(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
         }
     }
 
@@ -160,6 +166,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => disk.files(),
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(disk) => vec![disk.file()],
         }
     }
 
@@ -173,6 +180,7 @@ impl Source {
                 disk.files_written()
             }
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(_) => Vec::new(),
         };
         files.iter().find_map(|file| not_permitted(&**file))
     }
@@ -187,6 +195,7 @@ impl Source {
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Stream(_) => ("vmdk", None),
         };
         Description {
             name: config.name.to_string_lossy().into_owned(),
