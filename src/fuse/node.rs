@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
+use crate::block::SECTOR;
 use crate::config::{DiskConfig, PageCache, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
@@ -198,7 +199,18 @@ impl Node {
     }
 
     /// Answers a read.
-    pub(super) fn read(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
+    pub(super) fn read(
+        &self,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        faults: &Faults,
+        reply: ReplyData,
+    ) {
+        if !is_aligned(handle, flags, offset, size as usize) {
+            return reply.error(Errno::EINVAL);
+        }
         SCRATCH.with_borrow_mut(|scratch| {
             let image = self.image();
             match image.read(offset, size as usize, scratch) {
@@ -282,4 +294,11 @@ fn mode(handle: FileHandle) -> u64 {
 /// Whether an open may write.
 pub(super) fn writes(handle: FileHandle) -> bool {
     handle.0 & WRITES != 0
+}
+
+/// Whether a request is one that an open for writing with O_DIRECT takes: whole sectors, as of a disk. Programs find out
+/// what they have to keep to by trying, and some (qemu) take a file with no such rule for one of whole pages, and write
+/// the last ones of those behind the end of the disk.
+pub(super) fn is_aligned(handle: FileHandle, flags: OpenFlags, offset: u64, len: usize) -> bool {
+    !writes(handle) || flags.0 & libc::O_DIRECT == 0 || (offset | len as u64).is_multiple_of(SECTOR)
 }

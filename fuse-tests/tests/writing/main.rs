@@ -117,6 +117,7 @@ fn punched_ranges_are_holes_and_zeroed_ones_are_zero() {
         file.sync_all().unwrap();
         let hole = data_ranges(&path).into_iter().all(|data| data.end <= 1 << 20 || data.start >= 2 << 20);
         assert!(hole, "{:?}", data_ranges(&path));
+        drop(file);
         mount.unmount();
         disk.check();
     });
@@ -163,6 +164,7 @@ fn blocks_follow_what_is_written_and_punched() {
         fallocate(&file, flags, 0, SIZE as i64).unwrap();
         file.sync_all().unwrap();
         becomes("all is a hole", &|bytes| bytes < 1 << 20);
+        drop(file);
         mount.unmount();
     });
 }
