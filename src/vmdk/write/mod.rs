@@ -65,7 +65,7 @@ pub(crate) struct Writer {
 enum ExtentWriter {
     /// It is not.
     None,
-    /// In place; `true`: written to since the last sync.
+    /// In place; `true`: written to since the last sync, perhaps by a process before this one.
     Flat(AtomicBool),
     Grains(Box<GrainWriter>),
 }
@@ -391,7 +391,7 @@ fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<Ex
     match (&mut placed.extent, &placed.hosted) {
         (Extent::Flat { file, .. }, _) => {
             writer(&**file)?;
-            Ok(ExtentWriter::Flat(AtomicBool::new(false)))
+            Ok(ExtentWriter::Flat(AtomicBool::new(true)))
         }
         (Extent::Sparse(sparse), Some(hosted)) => {
             let file = &sparse.file;
