@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_tests::harness::{
-    Cmd, NOBODY, Scratch, assert_same, data_ranges, need, need_root, qemu_data_ranges, qemu_img, raw_with_islands,
-    read_range,
+    Cmd, Mount, NOBODY, Scratch, assert_same, data_ranges, need, need_fuse, need_root, qemu_data_ranges, qemu_img,
+    raw_with_islands, read_range,
 };
 use vmdkfuse::block::{BlockRead, BlockWrite, Lba};
 use vmdkfuse::config::{AdapterType, CreateType};
@@ -252,7 +252,7 @@ fn a_folder_that_is_missing_or_closed_is_an_error() {
 #[test]
 fn a_new_disk_is_mounted() {
     let _alone = alone();
-    if !fuse_tests::harness::need_fuse() {
+    if !need_fuse() {
         return;
     }
     let scratch = Scratch::new();
@@ -331,6 +331,111 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
         let theirs = fs::metadata(theirs).unwrap().len();
         assert!(written < theirs + theirs / 50 + (256 << 10), "{written} bytes, qemu's has {theirs}");
     }
+}
+
+/// Mounts a new stream for a disk of so many bytes.
+fn mount_stream(scratch: &Scratch, size: u64, more: &[&str]) -> Mount {
+    let words = ["file=x.vmdk", "create=true", "create-type=stream-optimized", &format!("create-size={size}")];
+    words.iter().chain(more).fold(scratch.mount(), |mount, word| mount.arg(word)).start()
+}
+
+/// Panics unless the stream is sound and qemu reads `raw` from it.
+#[track_caller]
+fn assert_stream_is(scratch: &Scratch, raw: &Path) {
+    let (path, back) = (scratch.path("x.vmdk"), scratch.path("back"));
+    scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+    qemu_img(["check", "-q", path.to_str().unwrap()]);
+    qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+    assert_same(&back, raw);
+}
+
+#[test]
+fn a_stream_is_written_through_a_mount_and_closed_with_it() {
+    let _alone = alone();
+    if !need("qemu-img") || !need_fuse() {
+        return;
+    }
+    let size = (70 << 20) + 512;
+    let original = Scratch::new();
+    let raw = original.path("raw");
+    raw_with_islands(&raw, size, 5);
+    let from = format!("if={}", raw.display());
+    let ways: [(&[&str], &[&str]); 5] = [
+        (&["cp", "RAW", "MNT"], &[]),
+        (&["dd", "IF", "OF", "bs=777", "conv=notrunc", "count=40000"], &[]),
+        (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
+        (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
+        (&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"], &[]),
+    ];
+    for (way, more) in ways {
+        let scratch = Scratch::new();
+        let mount = mount_stream(&scratch, size, more);
+        let file = mount.file("x.raw");
+        let to = format!("of={}", file.display());
+        let words = way.iter().map(|word| match *word {
+            "RAW" => raw.as_os_str(),
+            "MNT" => file.as_os_str(),
+            "IF" => from.as_ref(),
+            "OF" => to.as_ref(),
+            other => other.as_ref(),
+        });
+        let words: Vec<_> = words.collect();
+        Cmd::new(words[0]).args(&words[1..]).run().ok();
+        let expected = if way.contains(&"count=40000") {
+            // a part, in pieces that no sector fits
+            let part = original.path("part");
+            fs::copy(&raw, &part).unwrap();
+            let file = File::options().write(true).open(&part).unwrap();
+            file.set_len(777 * 40_000).unwrap();
+            file.set_len(size).unwrap();
+            part
+        } else {
+            raw.clone()
+        };
+        assert_same(&file, &expected);
+        mount.unmount();
+        assert_stream_is(&scratch, &expected);
+    }
+}
+
+#[test]
+fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
+    let _alone = alone();
+    if !need("qemu-img") || !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let raw = scratch.path("raw");
+    raw_with_islands(&raw, 20 << 20, 9);
+    // the other disk asks for delayed writes, which the stream cannot have
+    scratch.write("other.img", vec![0; 4096]);
+    let mount = mount_stream(&scratch, 20 << 20, &["file=other.img", "cache=writeback"]);
+    let path = mount.file("x.raw");
+    Cmd::new("cp").arg(&raw).arg(&path).run().ok();
+    let file = File::options().write(true).open(&path).unwrap();
+    let error = file.write_all_at(&[1; 4096], 0).and_then(|()| file.sync_all()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
+    drop(file);
+    assert_same(&path, &raw);
+    mount.unmount();
+    assert_stream_is(&scratch, &raw);
+}
+
+#[test]
+fn a_stream_whose_writer_was_killed_is_no_image() {
+    let _alone = alone();
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut mount = mount_stream(&scratch, 20 << 20, &[]);
+    let file = File::options().write(true).open(mount.file("x.raw")).unwrap();
+    file.write_all_at(&[7; 10 << 20], 0).unwrap();
+    file.sync_all().unwrap();
+    mount.signal(nix::sys::signal::Signal::SIGKILL);
+    mount.wait_end();
+    drop((file, mount));
+    scratch.vmdkfuse().args(["--info", "x.vmdk"]).run().one_error(1, &["x.vmdk", "did not finish"]);
 }
 
 #[test]
