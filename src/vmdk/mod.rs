@@ -27,6 +27,8 @@ mod sesparse;
 mod sparse;
 mod stream;
 mod tables;
+#[cfg(test)]
+mod test_store;
 mod write;
 
 pub use check::{CheckReport, check};
