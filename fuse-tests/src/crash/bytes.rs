@@ -36,6 +36,16 @@ impl Bytes {
         self.pages.contains_key(&(offset / PAGE))
     }
 
+    /// For how many bytes from `offset` on that holds, at most to the end.
+    pub fn same_until(&self, offset: u64) -> u64 {
+        let page = offset / PAGE;
+        let next = match self.is_stored(offset) {
+            true => (page + 1..).find(|page| !self.pages.contains_key(page)),
+            false => self.pages.range(page..).next().map(|(page, _)| *page),
+        };
+        next.map_or(self.len, |next| self.len.min(next * PAGE)).saturating_sub(offset)
+    }
+
     /// Bytes of pages that a write would take.
     pub fn room_for(&self, offset: u64, len: u64) -> u64 {
         if len == 0 {

@@ -43,14 +43,14 @@ pub fn value_of(sector: &[u8]) -> String {
 /// What each sector may hold at one place of a log.
 #[derive(Debug, Clone)]
 pub struct Judge {
-    /// All requests so far; number 0 is what was there before.
+    /// All requests so far; numbers 0 and 1 are what was there before, and what a repair makes of that.
     requests: Vec<Request>,
     /// The request of each ticket.
     tickets: std::collections::HashMap<usize, usize>,
     /// For each sector the requests whose value it may hold, in the order in which they began.
     sectors: Vec<Vec<u32>>,
-    /// The value of sectors before the first request.
-    before: Vec<u64>,
+    /// The values of sectors before the first request, and after a repair.
+    before: [Vec<u64>; 2],
     /// When flushes that have not ended began, by ticket.
     flushes: std::collections::HashMap<usize, usize>,
     /// Events so far.
@@ -69,15 +69,16 @@ struct Request {
 }
 
 impl Judge {
-    /// A disk whose sectors hold these values.
-    pub fn new(before: &[u64]) -> Self {
-        let likely = before.iter().zip(0..).flat_map(|(&value, lba)| fill(lba, value)).collect();
+    /// A disk whose sectors hold the values `before`, or `repaired` once it is opened for writing.
+    pub fn new(before: &[u64], repaired: &[u64]) -> Self {
+        let likely = repaired.iter().zip(0..).flat_map(|(&value, lba)| fill(lba, value)).collect();
         let original = Request { begin: 0, end: Some(0), ok: true, value: 0 };
+        let differ = before.iter().zip(repaired).map(|(a, b)| if a == b { vec![0] } else { vec![0, 1] });
         Self {
-            requests: vec![original],
+            requests: vec![original.clone(), original],
             tickets: Default::default(),
-            sectors: vec![vec![0]; before.len()],
-            before: before.to_vec(),
+            sectors: differ.collect(),
+            before: [before.to_vec(), repaired.to_vec()],
             flushes: Default::default(),
             now: 0,
             likely,
@@ -123,7 +124,10 @@ impl Judge {
             let Some(newest) = durable.map(|request| request.begin).max() else { continue };
             may.retain(|number| of(number).end.is_none_or(|end| end >= newest));
             if let Some(&number) = may.first() {
-                let value = if number == 0 { self.before[lba] } else { self.requests[number as usize].value };
+                let value = match self.before.get(number as usize) {
+                    Some(before) => before[lba],
+                    None => self.requests[number as usize].value,
+                };
                 self.likely[lba * SECTOR..(lba + 1) * SECTOR].copy_from_slice(&fill(lba as u64, value));
             }
         }
@@ -154,9 +158,9 @@ impl Judge {
     /// Checks one sector.
     pub fn check(&self, lba: u64, sector: &[u8]) -> Result<(), String> {
         let may = &self.sectors[lba as usize];
-        let value = |&number: &u32| match number {
-            0 => self.before[lba as usize],
-            number => self.requests[number as usize].value,
+        let value = |&number: &u32| match self.before.get(number as usize) {
+            Some(before) => before[lba as usize],
+            None => self.requests[number as usize].value,
         };
         if may.iter().any(|number| sector == fill(lba, value(number))) {
             return Ok(());
@@ -200,7 +204,7 @@ mod tests {
 
     #[test]
     fn old_or_new_until_a_flush() {
-        let mut judge = Judge::new(&[1]);
+        let mut judge = Judge::new(&[1], &[1]);
         write(&mut judge, 2, true);
         write(&mut judge, 3, true);
         assert_eq!(may(&judge), [1, 2, 3]);
@@ -220,7 +224,7 @@ mod tests {
 
     #[test]
     fn what_was_written_during_a_flush_may_or_may_not_be_durable() {
-        let mut judge = Judge::new(&[1]);
+        let mut judge = Judge::new(&[1], &[1]);
         judge.step(&Event::Disk(Mark::Begin { ticket: 1, first: 0, sectors: 1, value: 2 }));
         judge.step(&Event::Disk(Mark::FlushBegin { ticket: 100 }));
         judge.step(&Event::Disk(Mark::End { ticket: 1, ok: true }));
@@ -232,7 +236,7 @@ mod tests {
 
     #[test]
     fn sectors_tell_their_value_and_place() {
-        let judge = Judge::new(&[1, 2]);
+        let judge = Judge::new(&[1, 2], &[1, 2]);
         assert!(judge.check(1, &fill(1, 2)).is_ok());
         let mut torn = fill(1, 2);
         torn[256..].fill(0);

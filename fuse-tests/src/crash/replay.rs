@@ -119,8 +119,7 @@ impl Sim {
             }
         }
         let last = self.open.len();
-        let kept: Vec<_> =
-            self.open.iter().enumerate().map(|(i, op)| choice.keep(atoms(op), last - i)).collect();
+        let kept: Vec<_> = self.open.iter().enumerate().map(|(i, op)| choice.keep(atoms(op), last - i)).collect();
         for i in choice.order(last) {
             apply_part(&self.open[i], &kept[i], &mut bytes);
         }

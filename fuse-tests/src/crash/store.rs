@@ -229,7 +229,10 @@ struct SimFile {
 
 impl SimFile {
     fn failed(&self, errno: i32, what: &str) -> Error {
-        Error::new(ErrorKind::Os(errno), format!("{}: {what}: {}", self.label, std::io::Error::from_raw_os_error(errno)))
+        Error::new(
+            ErrorKind::Os(errno),
+            format!("{}: {what}: {}", self.label, std::io::Error::from_raw_os_error(errno)),
+        )
     }
 
     /// Does and logs one change, or the part of it that is done before it fails.
@@ -303,8 +306,9 @@ impl StoredFile for SimFile {
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
         let state = self.store.lock();
         let bytes = &state.files[self.number].bytes;
-        let end = (offset / super::PAGE + 1) * super::PAGE;
-        Ok((bytes.is_stored(offset), end.min(bytes.len()).saturating_sub(offset).max(1)))
+        // it may have been cut since
+        let left = if offset < bytes.len() { bytes.same_until(offset) } else { self.len().saturating_sub(offset) };
+        Ok((bytes.is_stored(offset), left.max(1)))
     }
 
     fn label(&self) -> &str {
@@ -374,7 +378,9 @@ fn fires(counter: &mut Option<u64>) -> bool {
 /// The part of a change that is done before it fails.
 fn half(op: &Op) -> Option<Op> {
     match op {
-        Op::Write { offset, data } => (data.len() > 1).then(|| Op::Write { offset: *offset, data: data[..data.len() / 2].into() }),
+        Op::Write { offset, data } => {
+            (data.len() > 1).then(|| Op::Write { offset: *offset, data: data[..data.len() / 2].into() })
+        }
         Op::SetLen { .. } => None,
         Op::Zero { offset, len, unmap } => Some(Op::Zero { offset: *offset, len: len / 2, unmap: *unmap }),
     }
