@@ -8,10 +8,11 @@ use std::hash::{BuildHasher, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::store::StoredFile;
 use crate::vmdk::descriptor;
 use crate::vmdk::open::Link;
+use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::grains::writer;
 
 /// CIDs with a meaning of their own: of a fresh disk, and none.
@@ -37,7 +38,7 @@ impl DescriptorWriter {
     }
 
     /// Writes a new, random CID, durably.
-    pub(super) fn change_cid(&self) -> Result<()> {
+    pub(super) fn change_cid(&self, failure: &Failure) -> Result<()> {
         if self.digits.is_empty() {
             return Ok(());
         }
@@ -55,7 +56,7 @@ impl DescriptorWriter {
             let digits = format!("{:0>len$}", String::from_utf8_lossy(&new));
             writer.write_all_at(range.start, digits.as_bytes())?;
         }
-        writer.sync().map_err(|e| Error::within(e, format!("{}: new CID", self.file.label())))
+        failure.sync(&*self.file).map_err(|e| e.within(format!("{}: new CID", self.file.label())))
     }
 }
 
