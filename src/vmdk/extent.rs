@@ -100,19 +100,21 @@ impl Extent {
     /// not neighbours.
     pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         match self {
-            Extent::Flat { file, offset } => {
-                let at = (offset + sector) * SECTOR;
-                let (stored, bytes) = file.data_at(at)?;
-                // a sector of which a part is stored is no hole
-                let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
-                // a hole of the file hides the parent like a zeroed grain does
-                let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
-                Ok((kind, (bytes / SECTOR).clamp(1, max)))
-            }
+            Extent::Flat { file, offset } => stored_at(&**file, (offset + sector) * SECTOR, max),
             Extent::Zero => Ok((Kind::Zero, max)),
             Extent::Sparse(sparse) => sparse.kind_at(sector, max),
         }
     }
+}
+
+/// Whether a file has data at byte `at` or a hole, and for how many of `max` sectors.
+fn stored_at(file: &dyn StoredFile, at: u64, max: u64) -> Result<(Kind, u64)> {
+    let (stored, bytes) = file.data_at(at)?;
+    // a sector of which a part is stored is no hole
+    let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
+    // a hole of the file hides the parent like a zeroed grain does
+    let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
+    Ok((kind, (bytes / SECTOR).clamp(1, max)))
 }
 
 /// What an extent has at a place.
@@ -246,6 +248,12 @@ impl SparseExtent {
         let Some(table) = self.table(p.table)? else {
             return Ok((Kind::Parent, self.absent(sector, max)?));
         };
+        if let (Some(live), Slot::At(at)) = (&self.live, table.slot(p.entry))
+            && live.has_holes()
+        {
+            let left = (self.shape.grain - p.within).min(max);
+            return stored_at(&*self.file, (at + p.within) * SECTOR, left);
+        }
         let (kind, grains) = self.stretch(&table, p, max, false);
         // a damaged entry is data: reading it is what tells
         Ok((kind.unwrap_or(Kind::Data), (grains * self.shape.grain - p.within).min(max)))

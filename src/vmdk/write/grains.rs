@@ -23,6 +23,7 @@ use crate::vmdk::extent::{Run, SparseExtent};
 use crate::vmdk::header::UNCLEAN_AT;
 use crate::vmdk::sparse::{Copy, HostedTables};
 use crate::vmdk::tables::{Layout, Shape, Slot};
+use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::{LiveTable, LiveTables, Places};
 use crate::vmdk::write::locks::GrainLocks;
 
@@ -68,6 +69,8 @@ pub(super) struct GrainWriter {
     marking: Mutex<()>,
     /// Written to since the last sync.
     dirty: AtomicBool,
+    /// Shared by all files of the disk.
+    failure: Arc<Failure>,
 }
 
 /// Where new grains and tables go.
@@ -98,6 +101,9 @@ struct WaitingTable {
     entries: Vec<(u32, u32)>,
     /// For a table that is new itself: where it goes, once that is known.
     new: Option<Places>,
+    /// A directory may name the new table already, as a flush got that far before it failed. Then its entries have to
+    /// wait for their data like those of any other table.
+    named: bool,
 }
 
 /// What one flush writes.
@@ -106,7 +112,12 @@ pub(super) struct Batch(Waiting);
 
 impl GrainWriter {
     /// The writing half of `sparse`, whose tables were checked; `unclean`: its header says that it is in use.
-    pub(super) fn new(sparse: &SparseExtent, layout: Arc<HostedTables>, unclean: bool) -> Result<Self> {
+    pub(super) fn new(
+        sparse: &SparseExtent,
+        layout: Arc<HostedTables>,
+        unclean: bool,
+        failure: Arc<Failure>,
+    ) -> Result<Self> {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
         };
@@ -126,6 +137,7 @@ impl GrainWriter {
             marked: AtomicBool::new(unclean),
             marking: Mutex::default(),
             dirty: AtomicBool::new(false),
+            failure,
         })
     }
 
@@ -169,6 +181,7 @@ impl GrainWriter {
                 Run::Stored { sector: place, sectors, .. } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
                     self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap)?;
+                    self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     sectors
                 }
@@ -283,6 +296,7 @@ impl GrainWriter {
             _table: Arc::clone(table),
             entries: Vec::new(),
             new: None,
+            named: false,
         });
         for (entry, raw) in (first..).zip(raw) {
             known.entries.push((entry as u32, raw));
@@ -343,9 +357,8 @@ impl GrainWriter {
         }
         let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.marked.load(Ordering::Acquire) {
-            let writer = self.writer()?;
-            writer.write_all_at(UNCLEAN_AT, &[1])?;
-            writer.sync()?;
+            self.writer()?.write_all_at(UNCLEAN_AT, &[1])?;
+            self.failure.sync(&*self.file)?;
             self.marked.store(true, Ordering::Release);
         }
         Ok(())
@@ -391,7 +404,7 @@ impl GrainWriter {
     /// Writes the tables of a batch that are new, where nothing refers to them yet.
     pub(super) fn write_new_tables(&self, batch: &mut Batch) -> Result<()> {
         for (&number, table) in &mut batch.0.tables {
-            if self.live.places(number).is_some() {
+            if table.named || self.live.places(number).is_some() {
                 continue;
             }
             let places = match table.new {
@@ -415,22 +428,30 @@ impl GrainWriter {
 
     /// Writes the entries of a batch, whose data are durable now, into both tables, and those of new tables into both
     /// directories.
-    pub(super) fn write_entries(&self, batch: &Batch) -> Result<()> {
-        for (&number, table) in &batch.0.tables {
+    pub(super) fn write_entries(&self, batch: &mut Batch) -> Result<()> {
+        for (&number, table) in &mut batch.0.tables {
             if let Some(places) = table.new {
+                if std::mem::replace(&mut table.named, true) {
+                    self.write_runs(places, &table.entries)?;
+                }
                 for (copy, place) in [(Copy::Redundant, places.redundant), (Copy::Primary, places.primary)] {
                     if let Some(at) = self.layout.directory(copy) {
                         self.writer()?.write_all_at(at * SECTOR + number * 4, &place.to_le_bytes())?;
                     }
                 }
             } else if let Some(places) = self.live.places(number) {
-                for (entry, run) in runs(&table.entries) {
-                    for place in copies(places) {
-                        self.writer()?.write_all_at(u64::from(place) * SECTOR + u64::from(entry) * 4, &run)?;
-                    }
-                }
+                self.write_runs(places, &table.entries)?;
             }
             self.dirty.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn write_runs(&self, places: Places, entries: &[(u32, u32)]) -> Result<()> {
+        for (entry, run) in runs(entries) {
+            for place in copies(places) {
+                self.writer()?.write_all_at(u64::from(place) * SECTOR + u64::from(entry) * 4, &run)?;
+            }
         }
         Ok(())
     }
@@ -446,7 +467,7 @@ impl GrainWriter {
 
     /// Makes durable what was written since the last time.
     pub(super) fn sync(&self) -> Result<()> {
-        if self.dirty.swap(false, Ordering::AcqRel) { self.writer()?.sync() } else { Ok(()) }
+        if self.dirty.swap(false, Ordering::AcqRel) { self.failure.sync(&*self.file) } else { Ok(()) }
     }
 
     /// Room for a new table, and for its copy where there are copies.

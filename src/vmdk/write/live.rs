@@ -11,7 +11,7 @@
 //! to be written holds it too, and only a table that nobody holds is dropped to keep memory bounded.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::Result;
@@ -64,12 +64,14 @@ pub(crate) struct LiveTables {
     shards: [Shard; SHARDS],
     /// Tables of a shard from which on it drops some.
     shard_max: usize,
+    /// Grains may lie in holes of the file.
+    holes: AtomicBool,
 }
 
 impl LiveTables {
     /// The tables of an extent whose directories were found to be sound: 8 bytes of memory for each table there
-    /// could be.
-    pub(super) fn load(layout: Arc<HostedTables>) -> Result<Self> {
+    /// could be. `holes`: the file has some.
+    pub(super) fn load(layout: Arc<HostedTables>, holes: bool) -> Result<Self> {
         let shape = layout.shape();
         let tables = shape.tables();
         let mut directory = Vec::with_capacity(tables as usize);
@@ -87,6 +89,7 @@ impl LiveTables {
             shape,
             directory: directory.into(),
             shards: Default::default(),
+            holes: AtomicBool::new(holes),
             shard_max: (KEPT_BYTES / table_bytes).max(64) as usize / SHARDS,
             layout,
         })
@@ -127,6 +130,16 @@ impl LiveTables {
     pub(crate) fn absent(&self, number: u64, end: u64) -> u64 {
         let range = self.directory.get(number as usize..end as usize).unwrap_or_default();
         range.iter().take_while(|entry| entry.load(Ordering::Acquire) == 0).count() as u64
+    }
+
+    /// Whether a grain may lie in a hole of the file, wholly or in part.
+    pub(crate) fn has_holes(&self) -> bool {
+        self.holes.load(Ordering::Relaxed)
+    }
+
+    /// Notes that room of a grain was given back.
+    pub(super) fn note_hole(&self) {
+        self.holes.store(true, Ordering::Relaxed);
     }
 
     fn raw(&self, number: u64) -> u64 {

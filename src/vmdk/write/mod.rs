@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,10 +23,12 @@ use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::disk::VmdkDisk;
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
+use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
+mod failure;
 mod grains;
 mod identity;
 pub(super) mod live;
@@ -48,8 +50,8 @@ pub(crate) struct Writer {
     beginning: Mutex<()>,
     /// Somebody writes to the files without us: a flush has to sync them whatever we know.
     behind_us: AtomicBool,
-    /// Why nothing is written any more.
-    failed: OnceLock<Error>,
+    /// Taken note of by whoever syncs.
+    failure: Arc<Failure>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
     /// The number of the last flush that succeeded. Held while one is done.
@@ -76,17 +78,18 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
         repair::make_sound(link)?;
+        let failure = Arc::<Failure>::default();
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed)?);
+            extents.push(extent_writer(placed, &failure)?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
+            failure,
             extents,
             begun: AtomicBool::new(false),
             beginning: Mutex::default(),
             behind_us: AtomicBool::new(false),
-            failed: OnceLock::new(),
             gate: RwLock::default(),
             flushing: Mutex::new(0),
             started: AtomicU64::new(0),
@@ -96,7 +99,7 @@ impl Writer {
     /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
     /// which was drawn before; `None`: any.
     fn begin(&self, cid: Option<u32>) -> Result<()> {
-        self.check_failed()?;
+        self.failure.check()?;
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -104,25 +107,11 @@ impl Writer {
         if !self.begun.load(Ordering::Acquire) {
             let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
             if let Some(cid) = cid {
-                self.descriptor.write_cid(cid)?;
+                self.descriptor.write_cid(cid, &self.failure)?;
             }
             self.begun.store(true, Ordering::Release);
         }
         Ok(())
-    }
-
-    fn check_failed(&self) -> Result<()> {
-        match self.failed.get() {
-            Some(e) => Err(e.clone().within("nothing more is written after an error that may have lost data")),
-            None => Ok(()),
-        }
-    }
-
-    /// Notes that a sync failed; what it was about may be lost although a later one succeeds.
-    fn fail(&self, e: Error) -> Error {
-        tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
-        self.failed.get_or_init(|| e.clone());
-        e
     }
 
     /// One whole flush; `flushing` is held.
@@ -153,11 +142,11 @@ impl Writer {
             grains.write_new_tables(batch)?;
         }
         self.sync_all(link)?;
-        for (grains, batch) in batches.iter() {
+        for (grains, batch) in batches.iter_mut() {
             grains.write_entries(batch)?;
         }
         for (grains, _) in batches.iter() {
-            grains.sync().map_err(|e| self.fail(e))?;
+            grains.sync()?;
         }
         Ok(())
     }
@@ -166,16 +155,15 @@ impl Writer {
     fn sync_all(&self, link: &Link) -> Result<()> {
         let behind_us = self.behind_us.load(Ordering::Acquire);
         for (placed, extent) in link.extents.iter().zip(&self.extents) {
-            let synced = match (extent, &placed.extent) {
-                (ExtentWriter::Grains(grains), _) => grains.sync(),
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), _) => grains.sync()?,
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
                     if dirty.swap(false, Ordering::AcqRel) || behind_us =>
                 {
-                    writer(&**file).and_then(|w| w.sync())
+                    self.failure.sync(&**file)?;
                 }
-                _ => Ok(()),
-            };
-            synced.map_err(|e| self.fail(e))?;
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -224,8 +212,8 @@ impl VmdkDisk {
     /// Errors: `Unsupported` where there is no such setting, or one of another length.
     pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
         let (writer, _) = self.writing()?;
-        writer.check_failed()?;
-        writer.descriptor.replace(key, value)
+        writer.failure.check()?;
+        writer.descriptor.replace(key, value, &writer.failure)
     }
 
     /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
@@ -313,7 +301,7 @@ impl BlockWrite for VmdkDisk {
         // a flush that is begun after this covers what this one is asked for
         let before = writer.started.load(Ordering::Acquire);
         let mut last = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.check_failed()?;
+        writer.failure.check()?;
         if *last > before {
             return Ok(());
         }
@@ -423,7 +411,7 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
@@ -433,8 +421,10 @@ fn extent_writer(placed: &mut PlacedExtent) -> Result<ExtentWriter> {
             Ok(ExtentWriter::Flat(AtomicBool::new(false)))
         }
         (Extent::Sparse(sparse), Some(hosted)) => {
-            sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted))?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean)?;
+            let file = &sparse.file;
+            let holes = file.allocated()? < file.len();
+            sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),
