@@ -9,11 +9,15 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
+mod commit;
 mod new;
+mod overlay;
 mod scratch;
 mod stack;
 
+pub use commit::{Commit, Next, Step};
 pub use new::create;
+pub use overlay::{OverlayInfo, describe_overlay, open_overlay};
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};
 

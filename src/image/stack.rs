@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, Result};
-use crate::image::{Image, new};
+use crate::image::{Image, new, open_overlay};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -57,11 +57,23 @@ pub struct Description {
 /// Opens a disk with all its layers.
 pub fn open(config: &DiskConfig) -> Result<Image> {
     let source = open_source(config)?;
-    let files = source.files();
-    let plain = source.disk();
+    let mut files = source.files();
+    let cached = cached(config, source.disk())?;
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    match open_overlay(config, &source, access)? {
+        None => Ok(Image::new(cached, files)),
+        Some(delta) => {
+            files.extend(delta.files());
+            Ok(Image::new(Arc::new(delta.over(cached)), files))
+        }
+    }
+}
+
+/// The disk with a cache over it, where its blocks are dear.
+fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
     let geometry = plain.geometry();
     if geometry.preferred <= geometry.granule {
-        return Ok(Image::new(plain, files));
+        return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -70,16 +82,12 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files))
+    Ok(Arc::new(cache))
 }
 
 /// Opens only the source of a disk.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let SourceConfig::Local(local) = &config.source;
-    if config.overlay.is_some() {
-        let file = local.path.display();
-        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
-    }
     if let Some(stream) = new::make(local)? {
         return Ok(Source::Stream(Arc::new(stream)));
     }
@@ -138,7 +146,7 @@ impl Source {
 
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is
 /// a raw image only where its name does not promise a VMDK: the bytes of a damaged one must not pass for a disk.
-fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
+pub(super) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
     match local.format {
         Format::Vmdk => Ok(true),
         Format::Raw => Ok(false),

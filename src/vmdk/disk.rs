@@ -10,7 +10,7 @@ use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
-use crate::vmdk::write::{Writer, refuse_with_other_children};
+use crate::vmdk::write::{Writer, refuse_with_children};
 
 /// An open VMDK: the newest link of its chain first.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl VmdkDisk {
     fn writable(mut links: Vec<Link>, options: OpenOptions, child: Option<&dyn StoredFile>) -> Result<Self> {
         let Some(newest) = links.first_mut() else { return Self::of(links) };
         if !options.force {
-            refuse_with_other_children(newest, child)?;
+            refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
         Ok(Self { writer: Some(writer), ..Self::of(links)? })

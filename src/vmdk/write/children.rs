@@ -17,15 +17,10 @@ const MAX_TEXT: u64 = 1 << 20;
 const FRESH: u32 = 0xffff_fffe;
 
 /// The entry of an overlay's disk data base that holds the CID which its base had when a commit was begun.
-pub(in crate::vmdk) const COMMIT_MARK: &str = "vmdkfuse.commit";
+pub(crate) const COMMIT_MARK: &str = "vmdkfuse.commit";
 
-/// Refuses a disk whose CID a child in the same folder remembers.
-pub(in crate::vmdk) fn refuse_with_children(link: &Link) -> Result<()> {
-    refuse_with_other_children(link, None)
-}
-
-/// As [`refuse_with_children`]; the file `except` is no reason.
-pub(in crate::vmdk) fn refuse_with_other_children(link: &Link, except: Option<&dyn StoredFile>) -> Result<()> {
+/// Refuses a disk whose CID a child in the same folder remembers; the file `except` is no reason.
+pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn StoredFile>) -> Result<()> {
     let Some(cid) = link.descriptor.cid else { return Ok(()) };
     let store = link.file.siblings()?;
     let own = file_name(link.file.label());

@@ -35,7 +35,8 @@ pub(super) mod live;
 mod locks;
 mod repair;
 
-pub(super) use children::refuse_with_other_children;
+pub(crate) use children::COMMIT_MARK;
+pub(super) use children::refuse_with_children;
 use live::LiveTables;
 
 /// The writing half of a disk.
