@@ -429,3 +429,355 @@ fn regression_extents_that_are_only_read_are_not_repaired() {
     disk.writer().unwrap().close().unwrap();
     assert_eq!(fs::read(dir.path().join("b.vmdk")).unwrap(), before);
 }
+
+#[test]
+fn regression_a_child_is_found_in_a_folder_of_many_files() {
+    let _alone = alone();
+    let dir = tempdir().unwrap();
+    for i in 0..5000 {
+        fs::write(dir.path().join(format!("f{i}.vmdk")), b"").unwrap();
+    }
+    let base = dir.path().join("base.vmdk");
+    fs::write(dir.path().join("base-flat.vmdk"), vec![0; 1 << 20]).unwrap();
+    let extent = "RW 2048 FLAT \"base-flat.vmdk\" 0";
+    fs::write(&base, descriptor("12345678", "ffffffff", "", "monolithicFlat", extent)).unwrap();
+    let last = fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.path());
+    let last = last.filter(|p| !p.ends_with("base.vmdk") && !p.ends_with("base-flat.vmdk")).last().unwrap();
+    let hosted = Hosted { capacity: 2048, redundant: None, unclean: false, ..Hosted::default() };
+    let text = descriptor("00000001", "12345678", "base.vmdk", "monolithicSparse", "RW 2048 SPARSE \"c.vmdk\"");
+    hosted.make(&last, &text, 128);
+    let error = writable(&base).map(drop).expect_err("the base of a snapshot was opened for writing");
+    assert_eq!(error.kind(), ErrorKind::Policy);
+}
+
+/// The most memory, in bytes, that the process had since the last [`forget_peak`].
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Begins to count anew; what the process has now.
+fn forget_peak() -> u64 {
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    peak()
+}
+
+#[test]
+fn regression_large_directories_of_several_extents_take_bounded_memory() {
+    let _alone = alone();
+    let dir = tempdir().unwrap();
+    let tables = 1u64 << 25;
+    let hosted = Hosted {
+        capacity: tables * 128 * 8,
+        grain: 8,
+        entries: 128,
+        descriptor: (0, 0),
+        redundant: None,
+        directory: 8,
+        unclean: false,
+        ..Hosted::default()
+    };
+    let lines: Vec<String> = (0..3).map(|i| format!("RW {} SPARSE \"e{i}.vmdk\"", hosted.capacity)).collect();
+    for i in 0..3 {
+        hosted.make(&dir.path().join(format!("e{i}.vmdk")), "", 8 + tables * 4 / SECTOR);
+    }
+    let path = dir.path().join("x.vmdk");
+    fs::write(&path, descriptor("12345678", "ffffffff", "", "custom", &lines.join("\n"))).unwrap();
+    let before = forget_peak();
+    // it may be refused
+    let disk = writable(&path);
+    let taken = peak() - before;
+    drop(disk);
+    assert!(taken < 400 << 20, "opening three small files took {taken} bytes of memory");
+}
+
+#[test]
+fn regression_tables_of_many_entries_wait_in_bounded_memory() {
+    let _alone = alone();
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("x.vmdk");
+    let coverage = 65536 * 8;
+    let hosted = Hosted {
+        capacity: 2048 * coverage,
+        grain: 8,
+        entries: 65536,
+        redundant: None,
+        directory: 21,
+        unclean: false,
+        ..Hosted::default()
+    };
+    hosted.make(&path, &hosted.text(), 128);
+    let disk = writable(&path).unwrap();
+    let before = forget_peak();
+    for table in 0..2048 {
+        disk.writer().unwrap().write_at(Lba(table * coverage), &[1; 4096]).unwrap();
+    }
+    let taken = peak() - before;
+    assert!(taken < 128 << 20, "2048 small writes took {taken} bytes of memory");
+}
+
+#[test]
+fn regression_zeroes_over_a_large_range_take_bounded_memory() {
+    let _alone = alone();
+    let dir = tempdir().unwrap();
+    let capacity = 1u64 << 26;
+    let flat = File::create(dir.path().join("base-flat.vmdk")).unwrap();
+    flat.set_len(capacity * SECTOR).unwrap();
+    flat.write_all_at(&[0xaa; 512], (capacity - 1) * SECTOR).unwrap();
+    let line = format!("RW {capacity} FLAT \"base-flat.vmdk\" 0");
+    let text = descriptor("12345678", "ffffffff", "", "monolithicFlat", &line);
+    fs::write(dir.path().join("base.vmdk"), text).unwrap();
+    for zeroed in [true, false] {
+        let child = dir.path().join("child.vmdk");
+        let directory = Hosted { capacity, grain: 8, redundant: None, directory: 32, ..Hosted::default() };
+        let hosted = Hosted { unclean: false, overhead: 256, zeroed, ..directory };
+        let line = format!("RW {capacity} SPARSE \"child.vmdk\"");
+        let text = descriptor("00000001", "12345678", "base.vmdk", "monolithicSparse", &line);
+        hosted.make(&child, &text, 256);
+        let disk = writable(&child).unwrap();
+        let before = forget_peak();
+        disk.writer().unwrap().zero(Lba(0)..Lba(capacity), true).unwrap();
+        let taken = peak() - before;
+        assert_eq!(read(&disk, capacity - 1).unwrap(), [0; 512]);
+        assert!(taken < 48 << 20, "zeroes (entries of 1: {zeroed}) took {taken} bytes of memory");
+    }
+}
+
+/// A file of which some calls fail, in whole or after a part was done.
+#[derive(Debug)]
+struct Failing {
+    file: Arc<dyn StoredFile>,
+    random: Mutex<u64>,
+    /// One of so many calls fails; 0: none.
+    one_in: AtomicU64,
+}
+
+impl Failing {
+    fn draw(&self) -> u64 {
+        let mut state = self.random.lock().unwrap();
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        *state
+    }
+    fn fails(&self) -> bool {
+        match self.one_in.load(Ordering::Relaxed) {
+            0 => false,
+            n => self.draw() % n == 0,
+        }
+    }
+    fn error(&self) -> vmdkfuse::error::Error {
+        vmdkfuse::error::Error::new(ErrorKind::Os(libc::ENOSPC), "full")
+    }
+    fn inner(&self) -> &dyn StoredWrite {
+        self.file.writer().unwrap()
+    }
+}
+
+impl StoredFile for Failing {
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+    fn writer(&self) -> Option<&dyn StoredWrite> {
+        Some(self)
+    }
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(offset, buf)
+    }
+    fn identity(&self) -> Result<Identity> {
+        self.file.identity()
+    }
+    fn identity_at_open(&self) -> Identity {
+        self.file.identity_at_open()
+    }
+    fn shows_changes(&self) -> bool {
+        true
+    }
+    fn allocated(&self) -> Result<u64> {
+        self.file.allocated()
+    }
+    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
+        self.file.data_at(offset)
+    }
+    fn label(&self) -> &str {
+        self.file.label()
+    }
+    fn siblings(&self) -> Result<Arc<dyn Store>> {
+        self.file.siblings()
+    }
+}
+
+impl StoredWrite for Failing {
+    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        if self.fails() {
+            let part = (self.draw() % (buf.len() as u64 + 1)) as usize / 512 * 512;
+            self.inner().write_all_at(offset, &buf[..part])?;
+            return Err(self.error());
+        }
+        self.inner().write_all_at(offset, buf)
+    }
+    fn len_now(&self) -> Result<u64> {
+        self.inner().len_now()
+    }
+    fn set_len(&self, len: u64) -> Result<()> {
+        if self.fails() { Err(self.error()) } else { self.inner().set_len(len) }
+    }
+    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        if self.fails() { Err(self.error()) } else { self.inner().zero(offset, len, unmap) }
+    }
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Small tables over a parent with data in every other grain.
+fn small_chain(dir: &Path, zeroed: bool, redundant: bool) -> (PathBuf, u64) {
+    let capacity = 60 * 128 * 8 - 3;
+    let mut base = vec![0u8; (capacity * SECTOR) as usize];
+    for (i, sector) in base.chunks_exact_mut(512).enumerate() {
+        if i / 8 % 2 == 0 {
+            sector.fill((i % 251) as u8 + 1);
+        }
+    }
+    fs::write(dir.join("base-flat.vmdk"), base).unwrap();
+    let line = format!("RW {capacity} FLAT \"base-flat.vmdk\" 0");
+    fs::write(dir.join("base.vmdk"), descriptor("12345678", "ffffffff", "", "monolithicFlat", &line)).unwrap();
+    let child = dir.join("child.vmdk");
+    let line = format!("RW {capacity} SPARSE \"child.vmdk\"");
+    let text = descriptor("00000001", "12345678", "base.vmdk", "monolithicSparse", &line);
+    let redundant = redundant.then_some(21);
+    let hosted = Hosted { capacity, grain: 8, entries: 128, redundant, overhead: 33, unclean: false, zeroed, ..Hosted::default() };
+    hosted.make(&child, &text, 33);
+    (child, capacity)
+}
+
+#[test]
+fn what_fails_now_and_then_loses_nothing() {
+    let _alone = alone();
+    for seed in 1..=40u64 {
+        let dir = tempdir().unwrap();
+        let (child, capacity) = small_chain(dir.path(), seed % 2 == 0, seed % 3 != 0);
+        let mut model = vec![0; (capacity * SECTOR) as usize];
+        readable(&child).read_at(Lba(0), &mut model).unwrap();
+        for round in 0..3 {
+            let file = open_user_path(&child, policy(), Access::Write).unwrap();
+            let random = Mutex::new(seed * 1000 + round + 7);
+            let file = Arc::new(Failing { file, random, one_in: 0.into() });
+            let disk = VmdkDisk::open_writable(Arc::clone(&file) as _, OpenOptions::default()).unwrap();
+            let writer = disk.writer().unwrap();
+            let mut failed = 0;
+            for step in 0..600u64 {
+                file.one_in.store([0, 3, 12, 60][(step / 50 % 4) as usize], Ordering::Relaxed);
+                let draw = file.draw();
+                let at = draw % capacity;
+                let sectors = (1 + draw / capacity % [3, 20, 300][(step % 3) as usize]).min(capacity - at);
+                let bytes = (at * SECTOR) as usize..((at + sectors) * SECTOR) as usize;
+                let data: Vec<u8> = match draw % 5 {
+                    0 => vec![0; bytes.len()],
+                    _ => (0..bytes.len()).map(|i| (i / 512) as u8 ^ step as u8 | 1).collect(),
+                };
+                let done = match draw % 5 {
+                    0 => writer.zero(Lba(at)..Lba(at + sectors), draw % 2 == 0),
+                    _ => writer.write_at(Lba(at), &data),
+                };
+                let mut seen = vec![0xee; bytes.len()];
+                disk.read_at(Lba(at), &mut seen).unwrap();
+                for ((new, old), now) in data.chunks(512).zip(model[bytes.clone()].chunks(512)).zip(seen.chunks(512)) {
+                    assert!(now == new || (done.is_err() && now == old), "seed {seed}, step {step}: {done:?}");
+                }
+                failed += u64::from(done.is_err());
+                model[bytes].copy_from_slice(&seen);
+                if step % 37 == 0 {
+                    failed += u64::from(writer.flush().is_err());
+                }
+                if step % 111 == 0 {
+                    failed += u64::from(writer.close().is_err());
+                }
+            }
+            assert!(failed > 5);
+            file.one_in.store(0, Ordering::Relaxed);
+            if round == 1 { writer.close().unwrap() } else { writer.flush().unwrap() }
+            drop(disk);
+            drop(file);
+            let disk = readable(&child);
+            let report = vmdkfuse::vmdk::check(&disk);
+            assert_eq!(report.errors, Vec::<String>::new(), "seed {seed}");
+            let mut seen = vec![0xee; model.len()];
+            disk.read_at(Lba(0), &mut seen).unwrap();
+            let first = seen.chunks(512).zip(model.chunks(512)).position(|(a, b)| a != b);
+            assert_eq!(first, None, "seed {seed}, round {round}");
+        }
+    }
+}
+
+#[test]
+fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
+    let _alone = alone();
+    const THREADS: u64 = 4;
+    for seed in 1..=12u64 {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("x.vmdk");
+        // few tables are kept in memory, as each is large
+        let coverage = 65536 * 8;
+        let capacity = 400 * coverage;
+        let plain = Hosted { capacity, grain: 8, entries: 65536, unclean: false, ..Hosted::default() };
+        let hosted = Hosted { redundant: Some(21), directory: 25, zeroed: seed % 2 == 0, ..plain };
+        hosted.make(&path, &hosted.text(), 128);
+        let disk = writable(&path).unwrap();
+        let disk = &disk;
+        // sectors that were written, by the one thread that may write them: sector number modulo THREADS
+        let models: Vec<std::collections::BTreeMap<u64, u8>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS)
+                .map(|me| {
+                    scope.spawn(move || {
+                        let writer = disk.writer().unwrap();
+                        let mut model = std::collections::BTreeMap::new();
+                        let mut state = seed * 7919 + me + 1;
+                        for step in 0..2500u64 {
+                            state ^= state << 13;
+                            state ^= state >> 7;
+                            state ^= state << 17;
+                            // few grains of many tables, so that they meet
+                            let table = if step % 4 == 0 { state / 64 % 3 } else { state / 64 % 400 };
+                            let at = table * coverage + state % 5 * 8 + (state / 5 % 2) * THREADS + me;
+                            let fill = (step % 255) as u8 + 1;
+                            match state % 16 {
+                                0 => {
+                                    writer.zero(Lba(at)..Lba(at + 1), state % 32 == 0).unwrap();
+                                    model.insert(at, 0);
+                                }
+                                1 => {
+                                    let seen = read(disk, at).unwrap();
+                                    assert_eq!(seen, [model.get(&at).copied().unwrap_or(0); 512], "sector {at}");
+                                }
+                                2 if step % 8 == 0 => writer.flush().unwrap(),
+                                3 if step % 128 == 0 => writer.close().unwrap(),
+                                _ => {
+                                    writer.write_at(Lba(at), &[fill; 512]).unwrap();
+                                    model.insert(at, fill);
+                                }
+                            }
+                        }
+                        model
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        disk.writer().unwrap().flush().unwrap();
+        let compare = |disk: &VmdkDisk| {
+            for (at, fill) in models.iter().flatten() {
+                assert_eq!(read(disk, *at).unwrap(), [*fill; 512], "seed {seed}, sector {at}");
+            }
+        };
+        compare(disk);
+        disk.writer().unwrap().close().unwrap();
+        // a second look, through the locks of the first
+        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+        let again = open_user_path(&path, policy, Access::Read).unwrap();
+        let again = VmdkDisk::open(again, OpenOptions::default()).unwrap();
+        compare(&again);
+        assert_eq!(vmdkfuse::vmdk::check(&again).errors, Vec::<String>::new());
+    }
+}
