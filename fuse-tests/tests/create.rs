@@ -91,7 +91,8 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
             // qemu-img has no check of flat ones, and says so with 63
             let checked = Cmd::new("qemu-img").args(["check", "-q"]).arg(&path).run();
             assert!(matches!(checked.ended.code, Some(0 | 63)), "{kind} {size}: {checked}");
-            if kind.ends_with("sparse") || kind == "stream-optimized" {
+            // which takes half a minute for 3 TiB
+            if size < 1 << 40 && (kind.ends_with("sparse") || kind == "stream-optimized") {
                 assert_eq!(qemu_data_ranges(&path, "vmdk"), [], "{kind} {size}");
             }
             // what is larger differs in the number of tables or pieces only
