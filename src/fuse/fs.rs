@@ -25,7 +25,7 @@ use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
-use crate::fuse::node::{Node, Passthrough};
+use crate::fuse::node::{Node, Passthrough, is_aligned};
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -270,15 +270,15 @@ impl Filesystem for DiskFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, &self.faults, reply),
+            Ok(node) => node.read(fh, offset, size, flags, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -287,7 +287,7 @@ impl Filesystem for DiskFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
@@ -296,6 +296,7 @@ impl Filesystem for DiskFs {
         reply: ReplyWrite,
     ) {
         guarded(|| match self.node(ino) {
+            Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
             Ok(node) => node.write(offset, data, write_flags, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });

@@ -20,6 +20,7 @@ mod allocated;
 mod new;
 mod ranges;
 mod scratch;
+mod settle;
 mod stack;
 mod write;
 
@@ -27,6 +28,7 @@ use allocated::Allocated;
 pub use new::create;
 use ranges::Ranges;
 pub use scratch::{MAX_READ, Scratch};
+use settle::Settler;
 pub use stack::{Description, Source, open, open_source};
 
 /// Bytes from which on it is cheaper to ask whether they are zeroes than to fill a buffer with them.
@@ -44,6 +46,7 @@ pub struct Image {
     /// The writes under way.
     ranges: Ranges,
     allocated: Allocated,
+    settler: Settler,
     /// Why it can't be written to although nobody asked for that.
     read_only: Option<String>,
     /// Somebody else may write to the backing file, with our leave.
@@ -66,7 +69,15 @@ impl Image {
         files.retain(|f| seen.insert(f.identity_at_open().file));
         let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
         let allocated = Allocated::new(stored.min(disk.geometry().bytes()));
-        Self { disk, files, ranges: Ranges::default(), allocated, read_only: None, behind: AtomicBool::new(false) }
+        Self {
+            disk,
+            files,
+            ranges: Ranges::default(),
+            allocated,
+            settler: Settler::default(),
+            read_only: None,
+            behind: AtomicBool::new(false),
+        }
     }
 
     /// The same, read-only for a reason that the user has to be told.

@@ -25,7 +25,7 @@ use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter, writer};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
@@ -53,6 +53,7 @@ pub(crate) struct Writer {
     behind_us: AtomicBool,
     /// Taken note of by whoever syncs.
     failure: Arc<Failure>,
+    backlog: Arc<Backlog>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
     /// The number of the last flush that succeeded. Held while one is done.
@@ -79,14 +80,15 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
         repair::make_sound(link)?;
-        let failure = Arc::<Failure>::default();
+        let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, &failure)?);
+            extents.push(extent_writer(placed, (Arc::clone(&failure), Arc::clone(&backlog)))?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
             failure,
+            backlog,
             extents,
             begun: AtomicBool::new(false),
             beginning: Mutex::default(),
@@ -175,11 +177,6 @@ impl Writer {
         }
         if marked { self.sync_all(link) } else { Ok(()) }
     }
-
-    /// Whether more waits in memory than should.
-    fn is_full(&self) -> bool {
-        self.extents.iter().any(|e| matches!(e, ExtentWriter::Grains(g) if g.is_full()))
-    }
 }
 
 impl VmdkDisk {
@@ -228,7 +225,7 @@ impl VmdkDisk {
                 change(placed, extent, at, sectors)?;
                 at += sectors;
             }
-            writer.is_full()
+            writer.backlog.is_full()
         };
         if full { self.flush() } else { Ok(()) }
     }
@@ -299,6 +296,10 @@ impl BlockWrite for VmdkDisk {
         writer.flush_now(link)?;
         *last = number;
         Ok(())
+    }
+
+    fn holds_back(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
     }
 
     fn close(&self) -> Result<()> {
@@ -401,7 +402,7 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<Failure>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
@@ -414,7 +415,7 @@ fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<Ex
             let file = &sparse.file;
             let holes = file.allocated()? < file.len();
             sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),
