@@ -361,11 +361,13 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
     let raw = original.path("raw");
     raw_with_islands(&raw, size, 5);
     let from = format!("if={}", raw.display());
-    let ways: [(&[&str], &[&str]); 5] = [
+    let ways: [(&[&str], &[&str]); 6] = [
         (&["cp", "RAW", "MNT"], &[]),
         (&["dd", "IF", "OF", "bs=777", "conv=notrunc", "count=40000"], &[]),
         (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
         (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
+        // one write of many requests, which the kernel would send all at once
+        (&["dd", "IF", "OF", "bs=35M", "conv=notrunc", "iflag=fullblock", "oflag=direct"], &[]),
         (&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"], &[]),
     ];
     for (way, more) in ways {
