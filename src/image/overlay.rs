@@ -86,8 +86,15 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {
             let absent = || fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-            if access == Access::Write && absent() {
-                make(path, &base)?;
+            if absent() {
+                match access {
+                    Access::Write => make(path, &base)?,
+                    Access::Read => {
+                        let context =
+                            format!("{}: there is no such overlay, and for reading none is made", path.display());
+                        return Err(Error::new(ErrorKind::NotFound, context));
+                    }
+                }
             }
             let file = overlay_file(path, local, access)?;
             open_tied(file, &base, local, access).map(Some)

@@ -238,6 +238,10 @@ impl BlockWrite for StreamDisk {
     }
 
     /// Writes all that is still to come, tables and footer, and last the magic that makes an image of the file.
+    fn holds_back(&self) -> bool {
+        false
+    }
+
     fn close(&self) -> Result<()> {
         let mut state = self.state();
         if state.end == End::Closed {
