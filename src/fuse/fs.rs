@@ -118,6 +118,15 @@ impl DiskFs {
             );
             return false;
         }
+        let in_order = |node: &Node| node.image().disk().writer().is_some_and(|disk| disk.in_order_only());
+        let stream = self.nodes.iter().find(|node| in_order(node));
+        if let Some(stream) = stream.filter(|_| asks(PageCache::WriteBack)) {
+            let name = stream.config.name.display();
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
+            );
+            return false;
+        }
         asks(PageCache::WriteBack)
     }
 
@@ -356,7 +365,7 @@ impl Filesystem for DiskFs {
             let set = self.node(ino).and_then(|node| {
                 match size {
                     Some(size) => node.cut(size, fh, req.pid())?,
-                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                    None => node.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
                 }
                 self.attr(ino)
             });
