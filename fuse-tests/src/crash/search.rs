@@ -10,7 +10,7 @@ use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
 
 use super::images::Image;
-use super::judge::{Judge, fill};
+use super::judge::{Judge, fill, values};
 use super::replay::{Crash, Machine, Style};
 use super::store::{Event, Faults, Mark, SimStore};
 use crate::harness::Cmd;
@@ -134,8 +134,6 @@ struct Runner<'a> {
     disk: Option<VmdkDisk>,
     /// What the disk shows now, where that is known.
     shows: Vec<Option<u64>>,
-    /// The same at the last flush.
-    flushed: Vec<Option<u64>>,
     /// Whether anything may go wrong.
     faulty: bool,
     first_value: u64,
@@ -145,8 +143,7 @@ struct Runner<'a> {
 pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
     let store = SimStore::new(&image.files);
     let shows: Vec<_> = image.repaired.iter().map(|&value| Some(value)).collect();
-    let flushed = shows.clone();
-    let mut runner = Runner { image, store, disk: None, shows, flushed, faulty: false, first_value };
+    let mut runner = Runner { image, store, disk: None, shows, faulty: false, first_value };
     let mut outcomes = Vec::new();
     let mut broken = None;
     for (number, step) in steps.iter().enumerate() {
@@ -179,14 +176,10 @@ impl Runner<'_> {
             return Ok(());
         }
         if matches!(step, Step::Kill) {
-            self.disk = None;
-            // what was only in memory is lost
-            for (shows, flushed) in self.shows.iter_mut().zip(&self.flushed) {
-                *shows = shows.filter(|_| *shows == *flushed);
-            }
+            self.kill();
         }
         if self.disk.is_none() {
-            self.disk = Some(open_writable(&self.store, self.image.top)?);
+            self.open()?;
         }
         let Some(writer) = self.disk.as_ref().and_then(|disk| disk.writer()) else {
             return Err((ErrorKind::ReadOnly, "a disk that was opened for writing has no writer".to_owned()));
@@ -203,22 +196,36 @@ impl Runner<'_> {
                 let done = request(&self.store, number, (first, sectors, 0), || writer.zero(range, unmap));
                 self.note(first, sectors, 0, done)
             }
-            Step::Flush | Step::Close => {
-                flushing(&self.store, number, writer, matches!(step, Step::Close))?;
-                self.flushed.clone_from(&self.shows);
-                Ok(())
-            }
+            Step::Flush => flushing(&self.store, number, writer, false),
+            Step::Close => flushing(&self.store, number, writer, true),
             Step::Reopen => {
-                let done = flushing(&self.store, number, writer, true);
-                self.disk = None;
-                if done.is_err() {
-                    return self.step(number, Step::Kill).and(done);
-                }
-                self.flushed.clone_from(&self.shows);
-                self.disk = Some(open_writable(&self.store, self.image.top)?);
-                Ok(())
+                let closed = flushing(&self.store, number, writer, true);
+                self.kill();
+                self.open()?;
+                closed
             }
             Step::Kill | Step::Fail(_) => Ok(()),
+        }
+    }
+
+    /// Ends the process that has the disk open.
+    fn kill(&mut self) {
+        self.disk = None;
+        self.store.note(Event::Killed);
+        self.shows.fill(None);
+    }
+
+    /// Opens it, and sees what is there.
+    fn open(&mut self) -> Outcome {
+        let disk = self.disk.insert(open_writable(&self.store, self.image.top)?);
+        match values(disk, self.image.values.len()) {
+            Ok(values) => {
+                self.shows = values.iter().copied().map(Some).collect();
+                self.store.note(Event::Shown(values));
+                Ok(())
+            }
+            Err(_) if self.faulty => Ok(()),
+            Err(e) => Err((ErrorKind::Corrupt, e)),
         }
     }
 
@@ -304,7 +311,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
             let mut judged = judge_crash(&run.image, &crash, &judge, qemu);
             if judged.is_ok() && depth < 2 && one_of(effort.nested, &mut random) {
                 report.nested += 1;
-                judged = go_on(&run.image, &crash, &judge, effort, depth, random.next(), &mut report);
+                judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
             }
             if let Err(what) = judged {
                 report.violation = Some(violation(what, run, place, &machine, style));
@@ -347,15 +354,16 @@ fn violation(what: String, run: &Run, place: usize, machine: &Machine, style: St
 fn go_on(
     image: &Image,
     crash: &Crash,
-    judge: &Judge,
     effort: Effort,
     depth: u64,
     seed: u64,
     report: &mut Report,
 ) -> Result<(), String> {
-    let values = judge.values(&open(&SimStore::new(&crash.files), image.top)?)?;
+    let sectors = image.values.len();
+    let before = values(&open(&SimStore::new(&crash.files), image.top)?, sectors)?;
     let repaired = open_writable(&SimStore::new(&crash.files), image.top).map_err(|e| e.1)?;
-    let left = Image { files: crash.files.clone(), values, repaired: judge.values(&repaired)?, ..image.clone() };
+    let repaired = values(&repaired, sectors)?.to_vec();
+    let left = Image { files: crash.files.clone(), values: before.to_vec(), repaired, ..image.clone() };
     let mut steps = random_steps(&left, seed, 6, false);
     steps.insert(0, Step::Kill);
     let run = record(&left, &steps, FIRST + 0x1000 * (depth + 1));
