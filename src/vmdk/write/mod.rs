@@ -443,7 +443,7 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
     let is_own = |p: &PlacedExtent| file_of(&p.extent).is_some_and(|file| Arc::ptr_eq(file, &link.file));
     if !link.extents.iter().any(is_own) {
-        taken.insert(link.file.identity_at_open().file, vec![0..u64::MAX]);
+        taken.entry(link.file.identity_at_open().file).or_default().push(0..u64::MAX);
     }
     for placed in &link.extents {
         let (file, range) = match &placed.extent {
