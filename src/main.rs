@@ -4,11 +4,11 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
-use vmdkfuse::config::{Action, Config, MountConfig};
-use vmdkfuse::error::{Error, Result};
-use vmdkfuse::fuse::DiskFs;
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
+use vmdkfuse::error::Result;
+use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::run::{self, Opened};
-use vmdkfuse::{daemon, image, query};
+use vmdkfuse::{commit, daemon, image, query};
 
 /// The words can't be understood.
 const USAGE: u8 = 2;
@@ -38,19 +38,33 @@ fn act(config: Config) -> ExitCode {
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
         Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
-        Action::Commit(_) => status(Err(Error::unsupported("merging an overlay is not in this build yet"))),
+        Action::Commit(disk) => status(commit::commit(&disk)),
         Action::Dump { json } => status(query::dump(json)),
     }
 }
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let disks = mount.disks.iter().map(|disk| Ok((disk.made(), image::open(disk)?)));
-    let disks: Vec<_> = disks.collect::<Result<_>>()?;
+    let open = |disk: &DiskConfig| {
+        let disk = DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
+        image::open(&disk).map(|image| (disk.made(), image))
+    };
+    let disks: Vec<_> = mount.disks.iter().map(open).collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();
-    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
-    Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
+    let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
+    let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
+    let loops = session::loops(mount.threads);
+    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    Ok(Opened {
+        faults: filesystem.faults(),
+        disks: filesystem.disks(),
+        read_only: !filesystem.is_writable(),
+        filesystem,
+        source,
+        files,
+        warnings,
+    })
 }
 
 fn status(done: Result<u8>) -> ExitCode {

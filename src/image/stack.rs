@@ -1,15 +1,19 @@
 //! Builds the stack of a disk from its configuration: the one place that knows all sides.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
 use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
-use crate::error::{Error, Result};
-use crate::image::{Image, new};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Image, new, open_overlay};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -54,14 +58,42 @@ pub struct Description {
     pub reason: Option<String>,
 }
 
-/// Opens a disk with all its layers.
+/// Opens a disk with all its layers; for writing, unless it was asked for otherwise.
+///
+/// What can't be written to is opened for reading, with the reason in [`Image::why_read_only`]: files and file systems
+/// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
+/// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let source = open_source(config)?;
+    if config.overlay.is_some() {
+        return open_with_overlay(config);
+    }
+    let (source, why_read_only) = match (new::make(local(config))?, config.read_only) {
+        (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
+        (None, true) => (open_source(config)?, None),
+        (None, false) => open_for_writing(config)?,
+    };
     let files = source.files();
-    let plain = source.disk();
+    Ok(Image::new(cached(config, source.disk())?, files).read_only_because(why_read_only))
+}
+
+/// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
+fn open_with_overlay(config: &DiskConfig) -> Result<Image> {
+    let source = open_source(config)?;
+    let mut files = source.files();
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    let delta = open_overlay(config, &source, access)?;
+    let base = cached(config, source.disk())?;
+    let Some(delta) = delta else { return Ok(Image::new(base, files)) };
+    files.extend(delta.files());
+    Ok(Image::new(Arc::new(delta.over(base)), files))
+}
+
+/// The disk, with a cache over it where its blocks are dear.
+fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
     let geometry = plain.geometry();
-    if geometry.preferred <= geometry.granule {
-        return Ok(Image::new(plain, files));
+    // what is written to has no cache above it that would keep what was there before
+    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
+        return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -70,31 +102,68 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files))
+    Ok(Arc::new(cache))
 }
 
-/// Opens only the source of a disk.
+/// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
+    let local = local(config);
+    let file = open_file(local, Access::Read)?;
+    if !is_vmdk(local, &*file)? {
+        return raw(file);
+    }
+    let disk = VmdkDisk::open(file, options(local))?;
+    for unclean in disk.unclean_files() {
+        tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
+    }
+    Ok(Source::Vmdk(Arc::new(disk)))
+}
+
+/// Opens the source of a disk for writing; where that can't be, for reading, and says why.
+///
+/// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
+/// is in the way of a writer is told by the image and not by the locks of its readers.
+fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
+    let local = local(config);
+    let source = open_source(config)?;
+    if let Some(refusal) = source.refuses_writing(local) {
+        return only_read(refusal, source);
+    }
+    let is_vmdk = matches!(source, Source::Vmdk(_));
+    // its locks would be in our own way
+    drop(source);
+    let written = open_file(local, Access::Write).and_then(|file| {
+        if is_vmdk { Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))) } else { raw(file) }
+    });
+    match written {
+        Ok(source) => Ok((source, None)),
+        Err(e) if e.kind() == ErrorKind::ReadOnly => only_read(e, open_source(config)?),
+        Err(e) => Err(e),
+    }
+}
+
+/// The source for reading, if that is what the refusal to write to it leaves.
+fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)> {
+    if refusal.kind() == ErrorKind::ReadOnly { Ok((source, Some(refusal.to_string()))) } else { Err(refusal) }
+}
+
+/// The files that a disk comes from.
+fn local(config: &DiskConfig) -> &LocalConfig {
     let SourceConfig::Local(local) = &config.source;
-    if config.overlay.is_some() {
-        let file = local.path.display();
-        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
-    }
-    if let Some(stream) = new::make(local)? {
-        return Ok(Source::Stream(Arc::new(stream)));
-    }
+    local
+}
+
+fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
-    let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
-    if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
-        let disk = VmdkDisk::open(file, options)?;
-        for unclean in disk.unclean_files() {
-            tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
-        }
-        Ok(Source::Vmdk(Arc::new(disk)))
-    } else {
-        Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
-    }
+    open_user_path(&local.path, Arc::new(policy), access)
+}
+
+fn options(local: &LocalConfig) -> OpenOptions {
+    OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force }
+}
+
+fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
+    Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
 }
 
 impl Source {
@@ -116,9 +185,28 @@ impl Source {
         }
     }
 
+    /// Why a mount would not write to it, as far as that can be told without opening it for writing.
+    fn refuses_writing(&self, local: &LocalConfig) -> Option<Error> {
+        let files = match self {
+            Source::Vmdk(disk) => {
+                if let Some(refusal) = disk.refuses_writing(local.force) {
+                    return Some(refusal);
+                }
+                disk.files_written()
+            }
+            Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(_) => Vec::new(),
+        };
+        files.iter().find_map(|file| not_permitted(&**file))
+    }
+
     /// Describes it under its name in a mount.
     pub fn describe(&self, config: &DiskConfig) -> Description {
         let SourceConfig::Local(local) = &config.source;
+        let reason = match config.read_only {
+            true => Some("readonly=true was asked for".to_owned()),
+            false => self.refuses_writing(local).map(|e| e.to_string()),
+        };
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
@@ -130,15 +218,23 @@ impl Source {
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
-            writable: false,
-            reason: Some("this version only reads".to_owned()),
+            writable: reason.is_none(),
+            reason,
         }
     }
 }
 
+/// Why a file that is open can't be opened for writing: its permissions, or a read-only file system.
+fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
+    let open = PathBuf::from(format!("/proc/self/fd/{}", file.fd()?.as_raw_fd()));
+    let refused = faccessat(AT_FDCWD, &open, AccessFlags::W_OK, AtFlags::AT_EACCESS).err()?;
+    let text = format!("{}: open for writing: {}", file.label(), io::Error::from(refused));
+    Some(Error::new(ErrorKind::ReadOnly, text))
+}
+
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is
 /// a raw image only where its name does not promise a VMDK: the bytes of a damaged one must not pass for a disk.
-fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
+pub(super) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
     match local.format {
         Format::Vmdk => Ok(true),
         Format::Raw => Ok(false),

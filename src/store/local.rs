@@ -30,6 +30,10 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
 
+mod fresh;
+
+pub use fresh::{make_user_path, unnamed};
+
 /// How often a name may lead from one allowed folder to another.
 const HOPS_MAX: usize = 8;
 /// How many symlinks a name may have; the kernel's own bound.
@@ -323,6 +327,10 @@ impl StoredFile for LocalFile {
         &self.label
     }
 
+    fn own_name(&self) -> String {
+        self.real.file_name().map(printable).unwrap_or_default()
+    }
+
     fn siblings(&self) -> Result<Arc<dyn Store>> {
         let gone = |why: &str| {
             let real = printable(&self.real);
@@ -380,7 +388,13 @@ impl StoredWrite for LocalFile {
             return Err(Error::new(ErrorKind::OutOfRange, context()));
         };
         let how = if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
-        match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+        let done = loop {
+            match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+                Err(Errno::EINTR) => {}
+                done => break done,
+            }
+        };
+        match done {
             Ok(()) => Ok(()),
             // tmpfs has holes but no ranges of zeroes, others have neither
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),

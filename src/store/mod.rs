@@ -22,7 +22,7 @@ mod local;
 mod lock;
 mod name;
 
-pub use local::{LocalStore, open_user_path};
+pub use local::{LocalStore, make_user_path, open_user_path, unnamed};
 pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
 
@@ -120,6 +120,11 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
 
     /// What to call it in messages: the path.
     fn label(&self) -> &str;
+
+    /// What it is called in its own folder, as messages show it, whatever name it was opened by.
+    fn own_name(&self) -> String {
+        self.label().rsplit('/').next().unwrap_or_default().to_owned()
+    }
 
     /// The store that holds the files beside this one, for the names inside of it.
     fn siblings(&self) -> Result<Arc<dyn Store>>;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
+use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
@@ -35,10 +36,29 @@ impl VmdkDisk {
     /// Errors: as [`open`](Self::open); `ReadOnly` where a format can't be written in place, `Busy` where somebody uses
     /// an extent, `Policy` where the disk has children, `Corrupt` where the tables are damaged.
     pub fn open_writable(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
-        let mut links = Opener::new(options, Access::Write).chain(file)?;
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, None)
+    }
+
+    /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: that one is no reason to
+    /// refuse it.
+    pub fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, Some(child))
+    }
+
+    /// Opens `file` and its extents for `access`, and none of its parents: what lies below is told with
+    /// [`over`](Self::over), or not wanted. For writing as [`open_writable`](Self::open_writable).
+    pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
+        let links = Opener::new(options, access).alone(file)?;
+        match access {
+            Access::Read => Self::of(links),
+            Access::Write => Self::writable(links, options, None),
+        }
+    }
+
+    fn writable(mut links: Vec<Link>, options: OpenOptions, child: Option<&dyn StoredFile>) -> Result<Self> {
         let Some(newest) = links.first_mut() else { return Self::of(links) };
         if !options.force {
-            refuse_with_children(newest)?;
+            refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
         Ok(Self { writer: Some(writer), ..Self::of(links)? })
@@ -66,6 +86,11 @@ impl VmdkDisk {
     /// The links, the newest first.
     pub(crate) fn links(&self) -> &[Link] {
         &self.links
+    }
+
+    /// The descriptor of the newest link, as it was when the disk was opened.
+    pub fn descriptor(&self) -> Option<&Descriptor> {
+        self.links.first().map(|link| &link.descriptor)
     }
 
     /// Every file of the chain, descriptors and extents.
@@ -100,16 +125,24 @@ impl VmdkDisk {
         self.is_zero_in(self.links.get(1..).unwrap_or_default(), at, sectors)
     }
 
-    fn kind_at(&self, at: Lba, max: u64) -> Result<(Kind, u64)> {
-        let mut left = max;
-        for link in &self.links {
-            let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
-            match placed.extent.kind_at(within, sectors)? {
-                (Kind::Parent, sectors) => left = sectors,
-                found => return Ok(found),
-            }
+    /// Whether the links below the newest one, and the base, have zeroes at `at`, and for how many of `max` sectors.
+    pub(super) fn zeroes_below(&self, at: Lba, max: u64) -> Result<(bool, u64)> {
+        let (content, sectors) = self.content_in(self.links.get(1..).unwrap_or_default(), at, max)?;
+        Ok((content.is_zero(), sectors))
+    }
+
+    /// What `links` and the base have at `at`, and for how many of `max` sectors.
+    fn content_in(&self, links: &[Link], at: Lba, max: u64) -> Result<(Content, u64)> {
+        let (kind, sectors) = kind_in(links, at, max)?;
+        match (kind, &self.base) {
+            (Kind::Data, _) => Ok((Content::Data, sectors)),
+            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
+            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
+                (_, 0) => Ok((Content::Hole, sectors)),
+                (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
+            },
+            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
         }
-        Ok((Kind::Parent, left))
     }
 
     /// Reads from `links`, and from the base where they have nothing.
@@ -187,6 +220,19 @@ impl VmdkDisk {
     }
 }
 
+/// What `links` have at `at`, and for how many of `max` sectors.
+fn kind_in(links: &[Link], at: Lba, max: u64) -> Result<(Kind, u64)> {
+    let mut left = max;
+    for link in links {
+        let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+        match placed.extent.kind_at(within, sectors)? {
+            (Kind::Parent, sectors) => left = sectors,
+            found => return Ok(found),
+        }
+    }
+    Ok((Kind::Parent, left))
+}
+
 /// The run at `at` in a walk from lower to higher sectors that `passed` belongs to.
 fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'a>> {
     let mut left = max;
@@ -219,16 +265,7 @@ impl BlockRead for VmdkDisk {
 
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         check_range(&self.geometry, at, SECTOR as usize)?;
-        let (kind, sectors) = self.kind_at(at, self.geometry.sectors - at.0)?;
-        match (kind, &self.base) {
-            (Kind::Data, _) => Ok((Content::Data, sectors)),
-            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
-            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
-                (_, 0) => Ok((Content::Hole, sectors)),
-                (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
-            },
-            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
-        }
+        self.content_in(&self.links, at, self.geometry.sectors - at.0)
     }
 
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
@@ -285,12 +322,16 @@ impl Pending<'_> {
 
 /// Reads stored sectors. A file may end inside of the last one: what is missing of that sector reads as zero.
 fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
-    let left = file.len().saturating_sub(offset);
-    let short = (part.len() as u64).saturating_sub(left);
-    // what is written to may have grown
-    if short == 0 || short >= SECTOR || file.writer().is_some() {
+    let short_of = |len: u64| (part.len() as u64).saturating_sub(len.saturating_sub(offset));
+    let mut short = short_of(file.len());
+    if let Some(writer) = file.writer().filter(|_| short > 0) {
+        // it may have grown
+        short = short_of(writer.len_now()?);
+    }
+    if short == 0 || short >= SECTOR {
         return file.read_exact_at(offset, part);
     }
+    let left = part.len() as u64 - short;
     let (real, missing) = part.split_at_mut(left as usize);
     missing.fill(0);
     file.read_exact_at(offset, real)
@@ -320,7 +361,8 @@ fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
 }
 
-fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
+/// The file that an extent lies in.
+pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     match extent {
         Extent::Flat { file, .. } => Some(file),
         Extent::Sparse(s) => Some(&s.file),

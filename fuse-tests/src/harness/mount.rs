@@ -18,6 +18,9 @@ use super::scratch::{Scratch, detach};
 /// How long a mount may take to appear or to go.
 const DEADLINE: Duration = Duration::from_secs(20);
 
+/// How long a process may take from its fork to the program that it executes.
+const STARTING: Duration = Duration::from_secs(2);
+
 /// How long a test may hold one mount: after it a read that hangs is ended by ending the process.
 const WATCHDOG: Duration = Duration::from_secs(120);
 
@@ -29,6 +32,7 @@ pub struct MountCmd<'s> {
     args: Vec<OsString>,
     foreground: bool,
     pidfile: Option<PathBuf>,
+    env: Vec<(String, String)>,
     memory: Option<u64>,
     deadline: Duration,
 }
@@ -38,7 +42,8 @@ impl<'s> MountCmd<'s> {
     pub(super) fn new(scratch: &'s Scratch) -> Self {
         let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
         let (point, args) = (scratch.path("mnt"), Vec::new());
-        Self { scratch, point, args, foreground: false, pidfile, memory: None, deadline: Duration::from_secs(60) }
+        let (env, deadline) = (Vec::new(), Duration::from_secs(60));
+        Self { scratch, point, args, foreground: false, pidfile, env, memory: None, deadline }
     }
 
     /// Another mount point, below the test's folder. Nothing is made there.
@@ -82,6 +87,13 @@ impl<'s> MountCmd<'s> {
     #[must_use]
     pub fn without_pidfile(mut self) -> Self {
         self.pidfile = None;
+        self
+    }
+
+    /// See [`Cmd::env`].
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -184,6 +196,7 @@ impl<'s> MountCmd<'s> {
             cmd = cmd.arg("-f");
         }
         cmd = cmd.arg(&self.point).args(&self.args);
+        cmd = self.env.iter().fold(cmd, |cmd, (name, value)| cmd.env(name, value));
         match self.memory {
             Some(bytes) => cmd.memory(bytes),
             None => cmd,
@@ -280,10 +293,23 @@ impl Mount {
         }
     }
 
+    fn ask_to_unmount(&self) -> Outcome {
+        Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run()
+    }
+
     /// Unmounts as a user does, and waits for the process: it must end with status 0.
     #[track_caller]
     pub fn unmount(mut self) {
-        Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run().ok();
+        // a process that another thread starts just now has our open files for an instant, until it executes its program
+        let mut outcome = self.ask_to_unmount();
+        poll_until(STARTING, || {
+            let busy = outcome.stderr.contains("busy");
+            if busy {
+                outcome = self.ask_to_unmount();
+            }
+            !busy
+        });
+        outcome.ok();
         assert!(!self.is_mounted(), "still mounted: {:?}", self.entry);
         let ended = self.wait_end();
         assert_eq!(ended.code, Some(0), "after fusermount3 -u: {ended:?} {:?}", self.output());

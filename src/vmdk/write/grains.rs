@@ -13,7 +13,7 @@
 //! so that a crash at any point leaves each sector old or new, and at most room that nothing names.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::SECTOR;
@@ -30,8 +30,8 @@ use crate::vmdk::write::locks::GrainLocks;
 /// Entries that may wait in memory; a flush is due then. 8 bytes each.
 const MAX_WAITING: usize = 1 << 18;
 
-/// Tables with entries that may wait in memory: 8 MiB at the usual size.
-const MAX_WAITING_TABLES: usize = 4096;
+/// Bytes of tables with entries that may wait in memory.
+const MAX_WAITING_BYTES: usize = 8 << 20;
 
 /// The file grows by at least this many sectors at once, and by at most [`GROW_MAX`]: the room is a hole, and what is
 /// not used is cut off at the end.
@@ -50,6 +50,8 @@ pub(super) trait Below {
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
     /// Whether they are known to be zeroes.
     fn is_zero(&self, sector: u64, sectors: u64) -> bool;
+    /// Whether what is at `sector` is zeroes, and for how many of `sectors` that holds.
+    fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)>;
 }
 
 /// The writing half of a sparse extent.
@@ -71,6 +73,8 @@ pub(super) struct GrainWriter {
     dirty: AtomicBool,
     /// Shared by all files of the disk.
     failure: Arc<Failure>,
+    /// Shared by all extents of the disk.
+    backlog: Arc<Backlog>,
 }
 
 /// Where new grains and tables go.
@@ -86,11 +90,46 @@ struct Space {
     tables: std::ops::Range<u64>,
 }
 
+/// How much waits in the memory of all extents of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    entries: AtomicUsize,
+    /// Memory of the tables that the entries are of.
+    bytes: AtomicUsize,
+}
+
+impl Backlog {
+    /// Whether anything waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether more waits than should.
+    pub(super) fn is_full(&self) -> bool {
+        self.entries.load(Ordering::Relaxed) > MAX_WAITING || self.bytes.load(Ordering::Relaxed) > MAX_WAITING_BYTES
+    }
+
+    fn add(&self, bytes: usize, entries: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.entries.fetch_add(entries, Ordering::Relaxed);
+    }
+
+    fn sub(&self, bytes: usize, entries: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.entries.fetch_sub(entries, Ordering::Relaxed);
+    }
+}
+
 /// Entries that are not in the file yet, by table.
 #[derive(Debug, Default)]
 struct Waiting {
     tables: BTreeMap<u64, WaitingTable>,
-    entries: usize,
+}
+
+impl Waiting {
+    fn count(&self, backlog: impl FnOnce(usize, usize)) {
+        backlog(self.tables.len(), self.tables.values().map(|table| table.entries.len()).sum());
+    }
 }
 
 /// Entries of one table that are not in the file yet, in the order in which they were made.
@@ -116,7 +155,7 @@ impl GrainWriter {
         sparse: &SparseExtent,
         layout: Arc<HostedTables>,
         unclean: bool,
-        failure: Arc<Failure>,
+        (failure, backlog): (Arc<Failure>, Arc<Backlog>),
     ) -> Result<Self> {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
@@ -139,6 +178,7 @@ impl GrainWriter {
             // a process before this one may have ended without
             dirty: AtomicBool::new(true),
             failure,
+            backlog,
         })
     }
 
@@ -150,7 +190,10 @@ impl GrainWriter {
             let left = rest.len() as u64 / SECTOR;
             let done = match sparse.run_at(at, left)? {
                 Run::Stored { sector: place, sectors, .. } => {
-                    self.writer()?.write_all_at(place * SECTOR, part(rest, sectors))?;
+                    let written = self.writer()?.write_all_at(place * SECTOR, part(rest, sectors));
+                    // before it is said to be done or not: a flush that comes later must not miss what readers see
+                    self.dirty.store(true, Ordering::Release);
+                    written?;
                     sectors
                 }
                 Run::Zero { sectors } | Run::Parent { sectors } => {
@@ -158,8 +201,6 @@ impl GrainWriter {
                 }
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
-            // after the write, before it is said to be done: a flush that comes later must not miss it
-            self.dirty.store(true, Ordering::Release);
             rest = rest.get((done * SECTOR) as usize..).unwrap_or_default();
             at += done;
         }
@@ -181,24 +222,21 @@ impl GrainWriter {
             at += match sparse.run_at(at, end - at)? {
                 Run::Stored { sector: place, sectors, .. } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
-                    self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap)?;
+                    let zeroed = self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap);
                     self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
+                    zeroed?;
                     sectors
                 }
                 Run::Zero { sectors } => sectors,
-                Run::Parent { sectors } if below.is_zero(at, sectors) => sectors,
-                Run::Parent { sectors } => self.hide(at, sectors, below)?,
+                Run::Parent { sectors } => match below.zeroes(at, sectors)? {
+                    (true, sectors) => sectors,
+                    (false, sectors) => self.hide(at, sectors, below)?,
+                },
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
         }
         Ok(())
-    }
-
-    /// Whether more waits in memory than should.
-    pub(super) fn is_full(&self) -> bool {
-        let waiting = self.waiting();
-        waiting.entries > MAX_WAITING || waiting.tables.len() > MAX_WAITING_TABLES
     }
 
     /// Hides what is below with zeroes, in at most `sectors` from `sector` on; how many it did.
@@ -292,20 +330,22 @@ impl GrainWriter {
     /// write into a new grain and flush before its entry waits.
     fn publish(&self, table: &Arc<LiveTable>, first: u64, raw: impl Iterator<Item = u32>) {
         let mut waiting = self.waiting();
-        let waiting = &mut *waiting;
+        let before = waiting.tables.len();
         let known = waiting.tables.entry(table.number).or_insert_with(|| WaitingTable {
             _table: Arc::clone(table),
             entries: Vec::new(),
             new: None,
             named: false,
         });
+        let had = known.entries.len();
         for (entry, raw) in (first..).zip(raw) {
             known.entries.push((entry as u32, raw));
-            waiting.entries += 1;
             if let Some(entries) = table.entries() {
                 entries.publish(entry as usize, raw);
             }
         }
+        let more = known.entries.len() - had;
+        self.backlog.add((waiting.tables.len() - before) * self.table_bytes(), more);
         self.dirty.store(true, Ordering::Release);
     }
 
@@ -387,19 +427,22 @@ impl GrainWriter {
 
     /// What waits now, for a flush. All data of it are written already, though not durable.
     pub(super) fn take_batch(&self) -> Batch {
-        Batch(std::mem::take(&mut *self.waiting()))
+        let waiting = std::mem::take(&mut *self.waiting());
+        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
+        Batch(waiting)
     }
 
     /// Lets a batch wait again after its flush failed.
     pub(super) fn put_back(&self, batch: Batch) {
         let mut waiting = self.waiting();
-        waiting.entries += batch.0.entries;
+        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
         for (number, mut older) in batch.0.tables {
             if let Some(newer) = waiting.tables.remove(&number) {
                 older.entries.extend(newer.entries);
             }
             waiting.tables.insert(number, older);
         }
+        waiting.count(|tables, entries| self.backlog.add(tables * self.table_bytes(), entries));
     }
 
     /// Writes the tables of a batch that are new, where nothing refers to them yet.
@@ -487,6 +530,10 @@ impl GrainWriter {
             1 => Places { primary: first, redundant: 0 },
             _ => Places { redundant: first, primary: first + sectors as u32 },
         })
+    }
+
+    fn table_bytes(&self) -> usize {
+        self.shape.entries_per_table as usize * 4
     }
 
     fn writer(&self) -> Result<&dyn StoredWrite> {

@@ -19,12 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::StoredFile;
 use crate::vmdk::descriptor::ExtentAccess;
-use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter, writer};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
@@ -35,6 +36,7 @@ pub(super) mod live;
 mod locks;
 mod repair;
 
+pub(crate) use children::COMMIT_MARK;
 pub(super) use children::refuse_with_children;
 use live::LiveTables;
 
@@ -52,6 +54,7 @@ pub(crate) struct Writer {
     behind_us: AtomicBool,
     /// Taken note of by whoever syncs.
     failure: Arc<Failure>,
+    backlog: Arc<Backlog>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
     /// The number of the last flush that succeeded. Held while one is done.
@@ -77,15 +80,17 @@ impl Writer {
     pub(super) fn new(link: &mut Link) -> Result<Self> {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
+        refuse_large_directories(link)?;
         repair::make_sound(link)?;
-        let failure = Arc::<Failure>::default();
+        let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, &failure)?);
+            extents.push(extent_writer(placed, (Arc::clone(&failure), Arc::clone(&backlog)))?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
             failure,
+            backlog,
             extents,
             begun: AtomicBool::new(false),
             beginning: Mutex::default(),
@@ -96,15 +101,19 @@ impl Writer {
         })
     }
 
-    /// Before any content changes: whoever remembers the old CID must not find it over new content.
-    fn begin(&self) -> Result<()> {
+    /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
+    /// which was drawn before; `None`: any.
+    fn begin(&self, cid: Option<u32>) -> Result<()> {
         self.failure.check()?;
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
         let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.begun.load(Ordering::Acquire) {
-            self.descriptor.change_cid(&self.failure)?;
+            let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
+            if let Some(cid) = cid {
+                self.descriptor.write_cid(cid, &self.failure)?;
+            }
             self.begun.store(true, Ordering::Release);
         }
         Ok(())
@@ -174,19 +183,53 @@ impl Writer {
         }
         if marked { self.sync_all(link) } else { Ok(()) }
     }
-
-    /// Whether more waits in memory than should.
-    fn is_full(&self) -> bool {
-        self.extents.iter().any(|e| matches!(e, ExtentWriter::Grains(g) if g.is_full()))
-    }
 }
 
 impl VmdkDisk {
+    /// Why [`open_writable`](Self::open_writable) would refuse it, as far as that can be told of a disk that is open for
+    /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
+    pub fn refuses_writing(&self, force: bool) -> Option<Error> {
+        let link = self.links().first()?;
+        let children = |()| if force { Ok(()) } else { refuse_with_children(link, None) };
+        refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
+    }
+
+    /// The files that a write to it may change: those of its newest link.
+    pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
+        let Some(link) = self.links().first() else { return Vec::new() };
+        let written = link.extents.iter().filter(|p| p.access == ExtentAccess::ReadWrite);
+        let extents = written.filter_map(|p| file_of(&p.extent)).map(Arc::clone);
+        std::iter::once(Arc::clone(&link.file)).chain(extents).collect()
+    }
+
     fn writing(&self) -> Result<(&Writer, &Link)> {
         match (&self.writer, self.links().first()) {
             (Some(writer), Some(link)) => Ok((writer, link)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the disk is opened for reading")),
         }
+    }
+
+    /// A CID that [`begin_with`](Self::begin_with) may be told: random, of as many digits as the descriptor has room for.
+    /// `None`: the disk has no CID.
+    pub fn draw_cid(&self) -> Result<Option<u32>> {
+        self.writing()?.0.descriptor.draw_cid()
+    }
+
+    /// As [`BlockWrite::begin`], before anything was written, and with a CID that was drawn before: somebody else
+    /// remembers it already.
+    pub fn begin_with(&self, cid: u32) -> Result<()> {
+        self.writing()?.0.begin(Some(cid))
+    }
+
+    /// Writes another value of the same length for a setting of the newest link's descriptor, durably, in place. The
+    /// content, and with it the CID, does not change. Names of the disk data base start with `ddb.`. What was read of
+    /// the descriptor when the disk was opened stays what it was.
+    ///
+    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
+        let (writer, _) = self.writing()?;
+        writer.failure.check()?;
+        writer.descriptor.replace(key, value, &writer.failure)
     }
 
     /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
@@ -199,7 +242,7 @@ impl VmdkDisk {
         let (writer, link) = self.writing()?;
         let full = {
             let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
-            writer.begin()?;
+            writer.begin(None)?;
             let mut at = range.start;
             while at < range.end {
                 let after = link.extents.partition_point(|p| p.start <= at);
@@ -211,9 +254,28 @@ impl VmdkDisk {
                 change(placed, extent, at, sectors)?;
                 at += sectors;
             }
-            writer.is_full()
+            writer.backlog.is_full()
         };
         if full { self.flush() } else { Ok(()) }
+    }
+
+    fn zero_piece(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+        self.change(range, |placed, extent, start, sectors| {
+            let within = start - placed.start;
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
+                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
+                }
+                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
+                    let zeroed = writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
+                    dirty.store(true, Ordering::Release);
+                    zeroed
+                }
+                // it is zeroes
+                (_, Extent::Zero) => Ok(()),
+                _ => Err(read_only_extent(placed, start)),
+            }
+        })
     }
 
     fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
@@ -224,8 +286,9 @@ impl VmdkDisk {
 impl BlockWrite for VmdkDisk {
     fn begin(&self) -> Result<()> {
         let (writer, _) = self.writing()?;
+        let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
         writer.behind_us.store(true, Ordering::Release);
-        writer.begin()
+        writer.begin(None)
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
@@ -239,9 +302,9 @@ impl BlockWrite for VmdkDisk {
                     grains.write(sparse, within, part, &self.below(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    writer(&**file)?.write_all_at((offset + within) * SECTOR, part)?;
+                    let written = writer(&**file)?.write_all_at((offset + within) * SECTOR, part);
                     dirty.store(true, Ordering::Release);
-                    Ok(())
+                    written
                 }
                 _ => Err(read_only_extent(placed, start)),
             }
@@ -251,22 +314,11 @@ impl BlockWrite for VmdkDisk {
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
         let bytes = range.end.0.checked_sub(range.start.0).and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
         check_range(&self.geometry(), range.start, bytes.unwrap_or(usize::MAX))?;
-        self.change(range.start.0..range.end.0, |placed, extent, start, sectors| {
-            let within = start - placed.start;
-            match (extent, &placed.extent) {
-                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
-                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
-                }
-                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap)?;
-                    dirty.store(true, Ordering::Release);
-                    Ok(())
-                }
-                // it is zeroes
-                (_, Extent::Zero) => Ok(()),
-                _ => Err(read_only_extent(placed, start)),
-            }
-        })
+        // piece by piece, as each may leave entries in memory that have to be written before there are too many
+        for start in (range.start.0..range.end.0).step_by(ZERO_AT_ONCE as usize) {
+            self.zero_piece(start..range.end.0.min(start + ZERO_AT_ONCE), unmap)?;
+        }
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {
@@ -282,6 +334,10 @@ impl BlockWrite for VmdkDisk {
         writer.flush_now(link)?;
         *last = number;
         Ok(())
+    }
+
+    fn holds_back(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
     }
 
     fn close(&self) -> Result<()> {
@@ -316,6 +372,10 @@ impl Below for BelowNewest<'_> {
     fn is_zero(&self, sector: u64, sectors: u64) -> bool {
         let at = self.start + sector;
         self.disk.is_zero_below(Lba(at), sectors.min(self.end.saturating_sub(at)))
+    }
+
+    fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)> {
+        self.disk.zeroes_below(Lba(self.start + sector), sectors)
     }
 }
 
@@ -360,9 +420,31 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
     Ok(())
 }
 
+/// Refuses links whose directories would take too much memory, at 8 bytes a table.
+fn refuse_large_directories(link: &Link) -> Result<()> {
+    let tables = link.extents.iter().filter_map(|p| match &p.extent {
+        Extent::Sparse(sparse) if p.access == ExtentAccess::ReadWrite => Some(sparse.shape().tables()),
+        _ => None,
+    });
+    let tables = tables.fold(0, u64::saturating_add);
+    if tables <= MAX_TABLES {
+        return Ok(());
+    }
+    let label = link.file.label();
+    let context = format!("{label}: its directories have {tables} entries, and only {MAX_TABLES} are written to");
+    Err(Error::new(ErrorKind::ReadOnly, format!("{context}; cow=FILE writes to an overlay instead")))
+}
+
+/// The most tables of a link that is written to: 64 MiB of directories, 256 TiB of disk at the usual table size.
+const MAX_TABLES: u64 = 1 << 23;
+
 /// Refuses extents that lie over each other in one file: a write to one would change the other.
 fn refuse_shared_room(link: &Link) -> Result<()> {
     let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
+    let is_own = |p: &PlacedExtent| file_of(&p.extent).is_some_and(|file| Arc::ptr_eq(file, &link.file));
+    if !link.extents.iter().any(is_own) {
+        taken.insert(link.file.identity_at_open().file, vec![0..u64::MAX]);
+    }
     for placed in &link.extents {
         let (file, range) = match &placed.extent {
             Extent::Flat { file, offset } => (file, *offset..*offset + placed.sectors),
@@ -381,10 +463,13 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     Ok(())
 }
 
+/// Sectors that are made zeroes between two looks at how much waits: 1 GiB.
+const ZERO_AT_ONCE: u64 = 1 << 21;
+
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<Failure>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
@@ -397,7 +482,7 @@ fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<Ex
             let file = &sparse.file;
             let holes = file.allocated()? < file.len();
             sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),
