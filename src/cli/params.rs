@@ -18,7 +18,7 @@ use super::{
     UsageError, sources,
     values::{self, shown},
 };
-use crate::config::{DiskConfig, Format, LocalConfig, PageCache, SourceConfig};
+use crate::config::{DiskConfig, Format, KernelView, LocalConfig, PageCache, SourceConfig, ViewConfig};
 
 /// What was said about one disk, or about all.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +43,12 @@ pub(super) struct Settings {
     pub(super) accept_cid_mismatch: Option<bool>,
     /// `lock=`
     pub(super) lock: Option<bool>,
+    /// `kernel-view=`
+    pub(super) view: Option<KernelView>,
+    /// `view-size=`
+    pub(super) view_size: Option<u64>,
+    /// `view-dir=`
+    pub(super) view_dir: Option<PathBuf>,
     /// The keys that were given, to find the one that was given twice.
     given: Vec<&'static str>,
 }
@@ -96,6 +102,9 @@ impl Settings {
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
             accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
             lock: self.lock.or(common.lock),
+            view: self.view.or(common.view),
+            view_size: self.view_size.or(common.view_size),
+            view_dir: self.view_dir.clone().or_else(|| common.view_dir.clone()),
             given: Vec::new(),
         }
     }
@@ -134,6 +143,11 @@ impl Requested {
                 lock: settings.lock.unwrap_or(true),
                 force: false,
                 create: None,
+                view: ViewConfig {
+                    mode: settings.view.unwrap_or_default(),
+                    size: settings.view_size.unwrap_or(ViewConfig::default().size),
+                    dir: settings.view_dir,
+                },
             }),
         }
     }
@@ -344,6 +358,9 @@ mod tests {
             "allow-dir=/two",
             "degraded=cid",
             "lock=off",
+            "kernel-view=required",
+            "view-size=4M",
+            "view-dir=/v",
         ]);
         let expected = DiskConfig {
             name: "n".into(),
@@ -360,6 +377,7 @@ mod tests {
                 lock: false,
                 force: false,
                 create: None,
+                view: ViewConfig { mode: KernelView::Required, size: 4 << 20, dir: Some("/v".into()) },
             }),
         };
         assert_eq!(disks, Ok(vec![expected]));
@@ -374,6 +392,7 @@ mod tests {
         assert_eq!(local(&disks[0]).format, Format::Auto);
         assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
         assert!(local(&disks[0]).lock);
+        assert_eq!(local(&disks[0]).view, ViewConfig::default());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
+use crate::block::{BlockRead, Content, Geometry, Lba, Runs, SECTOR, check_range};
 use crate::error::{Error, Result};
 use crate::store::StoredFile;
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
@@ -148,6 +148,10 @@ impl BlockRead for VmdkDisk {
         true
     }
 
+    fn runs(&self) -> Option<&dyn Runs> {
+        Some(self)
+    }
+
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         let extents = &self.links.first()?.extents;
         match extents.as_slice() {
@@ -228,7 +232,7 @@ fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
 }
 
-fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
+pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     match extent {
         Extent::Flat { file, .. } => Some(file),
         Extent::Sparse(s) => Some(&s.file),

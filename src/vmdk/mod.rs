@@ -4,6 +4,7 @@
 //!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
 //!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
 //!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   walk.rs        all runs of the disk, in order, for one who maps them elsewhere
 //!   info.rs, check.rs   what is there, and whether it is sound
 //! ```
 //! Format code maps addresses; `disk.rs` is the one place that reads data. Names found inside of an image are
@@ -22,6 +23,7 @@ mod open;
 mod sesparse;
 mod sparse;
 mod tables;
+mod walk;
 
 pub use check::{CheckReport, check};
 pub use disk::VmdkDisk;
