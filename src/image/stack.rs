@@ -74,10 +74,14 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
 /// Opens only the source of a disk.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let SourceConfig::Local(local) = &config.source;
+    if config.overlay.is_some() || local.create.is_some() {
+        let file = local.path.display();
+        return Err(Error::unsupported(format!("{file}: overlays and new disks are not in this build yet")));
+    }
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
     let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
     if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch };
+        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
         let disk = VmdkDisk::open(file, options)?;
         for unclean in disk.unclean_files() {
             tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat, openat2};
 use nix::sys::stat::Mode;
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
@@ -125,17 +125,27 @@ impl Store for LocalStore {
         let made = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
         let fd = made.map_err(|e| Error::io(format!("{label}: making the file"), e.into()))?;
         let real = self.folder.real.join(path);
-        Ok(Arc::new(LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write)?))
+        let file = LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write);
+        if file.is_err() {
+            // it was refused, and the name was free before
+            unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).ok();
+        }
+        Ok(Arc::new(file?))
     }
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
         let context = || format!("folder {}", printable(&self.folder.real));
         let entries = fs::read_dir(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
         let mut names = Vec::new();
-        for entry in entries.take(most) {
-            let name = entry.map_err(|e| Error::io(context(), e))?.file_name();
+        for entry in entries {
+            if names.len() >= most {
+                break;
+            }
+            let entry = entry.map_err(|e| Error::io(context(), e))?;
             // what can't be named inside of an image is no file of one
-            names.extend(ExtentName::new(name.as_bytes()).ok());
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                names.extend(ExtentName::new(entry.file_name().as_bytes()).ok());
+            }
         }
         Ok(names)
     }
@@ -263,7 +273,9 @@ impl StoredFile for LocalFile {
     }
 
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        let left = self.len.saturating_sub(offset).max(1);
+        // what is written to may have grown
+        let end = if self.writable && !self.device { i64::MAX as u64 } else { self.len };
+        let left = end.saturating_sub(offset).max(1);
         let from = i64::try_from(offset).unwrap_or(i64::MAX);
         // The file's own position is moved by this; nobody reads at it.
         let (stored, next) = match lseek(&self.file, from, Whence::SeekData) {

@@ -119,6 +119,9 @@ pub(crate) enum DirectoryAt {
     Footer,
 }
 
+/// Byte of the header of a hosted extent that is 1 while the file is open for writing.
+pub(crate) const UNCLEAN_AT: u64 = 72;
+
 /// A checked header (or footer) of a hosted sparse extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hosted {

@@ -5,9 +5,10 @@
 //!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
 //!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
 //!   walk.rs        all runs of the disk, in order, for one who maps them elsewhere
+//!   write/         open for writing, allocate, flush, close
 //!   info.rs, check.rs   what is there, and whether it is sound
 //! ```
-//! Format code maps addresses; `disk.rs` is the one place that reads data. Names found inside of an image are
+//! Format code maps addresses; `disk.rs` is the one place that reads data, `write/` the one that changes any. Names found inside of an image are
 //! opened by the store, which holds the gate.
 #![forbid(unsafe_code)]
 
@@ -24,6 +25,7 @@ mod sesparse;
 mod sparse;
 mod tables;
 mod walk;
+mod write;
 
 pub use check::{CheckReport, check};
 pub use disk::VmdkDisk;
