@@ -50,7 +50,8 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let disks: Vec<_> = disks.collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();
-    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
+    let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
+    filesystem.make_required_views()?;
     Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
 }
 

@@ -1,7 +1,8 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`.
+//! the root is the disk. How an open is served is decided in `node.rs`, which of its two nodes a disk with a kernel view
+//! is just now in `view.rs`.
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,15 +10,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
+    ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, Request,
 };
 
 use crate::config::{DiskConfig, MountKind, MountOptions};
+use crate::error::Error;
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::node::Node;
+use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -43,13 +45,14 @@ pub struct DiskFs {
     mounted: SystemTime,
     /// Whether the kernel takes a file of ours for its reads.
     passthrough: bool,
+    views: view::Builder,
     faults: Arc<Faults>,
 }
 
 impl DiskFs {
     /// A file system of open disks, each with its configuration.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
-        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image));
+        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -58,8 +61,19 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: false,
+            views: view::Builder::default(),
             faults: Arc::default(),
         }
+    }
+
+    /// Makes the kernel views that are required; the others come behind the mount. Errors: why a disk can't have one.
+    pub fn make_required_views(&mut self) -> Result<(), Error> {
+        let disks = self.views_wanted();
+        self.views.required(&disks, self.shape)
+    }
+
+    fn views_wanted(&self) -> Vec<view::Wanted> {
+        self.nodes.iter().map(|n| (Arc::clone(&n.view), n.image())).collect()
     }
 
     /// Where failed requests are noted.
@@ -68,7 +82,7 @@ impl DiskFs {
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
-        let index = match (self.shape, ino) {
+        let index = match (self.shape, view::disk_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
@@ -79,7 +93,7 @@ impl DiskFs {
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
         match self.node(ino) {
-            Ok(node) => Ok(self.file_attr(ino, node)),
+            Ok(node) => Ok(self.file_attr(view::disk_of(ino), node)),
             Err(_) if ino == ROOT => Ok(self.directory_attr()),
             Err(e) => Err(e),
         }
@@ -151,8 +165,11 @@ impl Filesystem for DiskFs {
         }
         self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
         if self.passthrough {
-            let _ = config.set_max_stack_depth(1);
+            // a view counts as one layer below us
+            let view = self.nodes.iter().any(|n| n.view.is_wanted());
+            let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
         }
+        self.views.start(self.views_wanted(), self.passthrough);
         Ok(())
     }
 
@@ -162,9 +179,9 @@ impl Filesystem for DiskFs {
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
-                    match self.attr(ino) {
-                        Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
-                        Err(e) => reply.error(e),
+                    match (self.node(ino), self.attr(ino)) {
+                        (Ok(node), Ok(attr)) => node.view.entry(&attr, &TTL, reply),
+                        (Err(e), _) | (_, Err(e)) => reply.error(e),
                     }
                 }
                 _ => reply.error(Errno::ENOENT),
@@ -179,9 +196,11 @@ impl Filesystem for DiskFs {
         });
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let direct = flags.0 & libc::O_DIRECT != 0;
         guarded(|| match self.node(ino) {
-            Ok(node) => node.open(self.passthrough, &self.faults, reply),
+            Ok(node) if view::is_view(ino) => node.open_view(direct, req.pid(), &self.faults, reply),
+            Ok(node) => node.open(self.passthrough, direct, req.pid(), &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -219,8 +238,10 @@ impl Filesystem for DiskFs {
         reply: ReplyEmpty,
     ) {
         guarded(|| {
-            if let Ok(node) = self.node(ino) {
-                node.release(fh);
+            match self.node(ino) {
+                Ok(node) if view::is_view(ino) => node.view.release(fh),
+                Ok(node) => node.release(fh),
+                Err(_) => {}
             }
             reply.ok();
         });

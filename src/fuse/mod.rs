@@ -4,7 +4,8 @@
 //!   mountinfo     what is mounted where
 //!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
 //!   session       serves the kernel's requests on threads of their own
-//!   fs            the answers ── node: how an open is served; errno, faults: what errors become
+//!   fs            the answers ── node: how an open is served; view: by the kernel, whatever the disk is made of;
+//!                 errno, faults: what errors become
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
@@ -24,6 +25,7 @@ pub mod session;
 mod testfs;
 #[cfg(test)]
 mod tests;
+mod view;
 pub mod watcher;
 
 pub use faults::Faults;

@@ -6,6 +6,8 @@
 //!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads the file itself
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
+//! A disk that is no flat file may have a second node, which the kernel reads by itself: `view.rs`.
+//!
 //! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides.
 
 use std::cell::RefCell;
@@ -15,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyData, ReplyOpen};
 
-use crate::config::{DiskConfig, PageCache};
+use crate::config::{DiskConfig, MountKind, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
+use crate::fuse::view::Switch;
 use crate::image::{self, Image, Scratch};
 
 thread_local! {
@@ -33,13 +36,16 @@ pub(super) struct Node {
     /// Taken after `opens`, never before.
     image: RwLock<Arc<Image>>,
     opens: Mutex<Opens>,
+    /// Its second node, which the kernel reads by itself.
+    pub(super) view: Arc<Switch>,
     said_served: AtomicBool,
 }
 
 impl Node {
     /// An open disk.
-    pub(super) fn new(config: DiskConfig, image: Image) -> Self {
+    pub(super) fn new(config: DiskConfig, image: Image, shape: MountKind) -> Self {
         Self {
+            view: Arc::new(Switch::new(&config, &image, shape)),
             config,
             image: RwLock::new(Arc::new(image)),
             opens: Mutex::default(),
@@ -80,7 +86,7 @@ impl Node {
     }
 
     /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
-    pub(super) fn open(&self, passthrough: bool, faults: &Faults, reply: ReplyOpen) {
+    pub(super) fn open(&self, passthrough: bool, direct: bool, pid: u32, faults: &Faults, reply: ReplyOpen) {
         if let Err(e) = self.refresh() {
             reply.error(errno(&e));
             return faults.note(e);
@@ -91,7 +97,13 @@ impl Node {
         }
         match self.backing(&mut opens, passthrough, &reply) {
             Ok(()) => opens.pass(&self.image(), reply),
+            Err(why) if self.view.refuses(&why, faults) => reply.error(Errno::EIO),
+            Err(_) if direct && self.view.is_wanted() => {
+                self.view.served(true, pid);
+                reply.opened(VIEWLESS, FopenFlags::FOPEN_DIRECT_IO);
+            }
             Err(why) => {
+                self.view.served(false, pid);
                 if !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: read by this process: {why}", self.config.name.display());
                 }
@@ -100,6 +112,17 @@ impl Node {
                 opens.served += 1;
                 reply.opened(SERVED, if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() });
             }
+        }
+    }
+
+    /// The same for the node that the kernel reads by itself.
+    pub(super) fn open_view(&self, direct: bool, pid: u32, faults: &Faults, reply: ReplyOpen) {
+        if let Err(e) = self.refresh() {
+            reply.error(errno(&e));
+            return faults.note(e);
+        }
+        if let Err(e) = self.view.open(&self.image(), direct, pid, reply) {
+            faults.note(e);
         }
     }
 
@@ -113,6 +136,9 @@ impl Node {
         }
         let image = self.image();
         let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
+        if self.view.is_off() {
+            return Err("kernel-view=off".to_owned());
+        }
         if !passthrough {
             return Err("the kernel has no FUSE passthrough (Linux 6.9)".to_owned());
         }
@@ -136,6 +162,7 @@ impl Node {
                 }
             }
             SERVED => opens.served = opens.served.saturating_sub(1),
+            VIEWLESS => self.view.direct_ended(),
             _ => {}
         }
     }
@@ -199,3 +226,5 @@ const PASSED: FileHandle = FileHandle(1);
 const SERVED: FileHandle = FileHandle(0);
 /// Handles of opens without pages, which we serve.
 const DIRECT: FileHandle = FileHandle(2);
+/// The same of a disk that the kernel reads by itself where it can: they keep its name from that.
+const VIEWLESS: FileHandle = FileHandle(3);
