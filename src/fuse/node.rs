@@ -104,7 +104,7 @@ impl Node {
             }
             Err(why) => {
                 self.view.served(false, pid);
-                if !self.said_served.swap(true, Ordering::Relaxed) {
+                if !self.view.is_wanted() && !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: read by this process: {why}", self.config.name.display());
                 }
                 let settled = opens.replaced.is_none_or(|at| at.elapsed() > SETTLE);
