@@ -4,9 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
-use vmdkfuse::config::{Action, Config, MountConfig};
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
 use vmdkfuse::error::{Error, Result};
-use vmdkfuse::fuse::DiskFs;
+use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::run::{self, Opened};
 use vmdkfuse::{daemon, image, query};
 
@@ -37,22 +37,35 @@ fn act(config: Config) -> ExitCode {
         Action::Info(q) => status(query::info(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
-        Action::Create(_) | Action::Commit(_) => {
-            status(Err(Error::unsupported("making and merging disks is not in this build yet")))
-        }
+        Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
+        Action::Commit(_) => status(Err(Error::unsupported("merging an overlay is not in this build yet"))),
         Action::Dump { json } => status(query::dump(json)),
     }
 }
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let disks = mount.disks.iter().map(|disk| Ok((disk.clone(), image::open(disk)?)));
-    let disks: Vec<_> = disks.collect::<Result<_>>()?;
+    let open = |disk: &DiskConfig| {
+        let disk = DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
+        image::open(&disk).map(|image| (disk.made(), image))
+    };
+    let disks: Vec<_> = mount.disks.iter().map(open).collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();
-    let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
+    let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
+    let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
+    let loops = session::loops(mount.threads);
+    let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
     filesystem.make_required_views()?;
-    Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
+    Ok(Opened {
+        faults: filesystem.faults(),
+        disks: filesystem.disks(),
+        read_only: !filesystem.is_writable(),
+        filesystem,
+        source,
+        files,
+        warnings,
+    })
 }
 
 fn status(done: Result<u8>) -> ExitCode {

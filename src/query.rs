@@ -153,7 +153,7 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
     let found = match open_source(disk) {
         Ok(Source::Vmdk(vmdk)) => Ok(vmdk::check(&vmdk)),
-        Ok(Source::Raw(..)) => Ok(CheckReport::default()),
+        Ok(Source::Raw(..) | Source::Stream(_)) => Ok(CheckReport::default()),
         Err(e) => Err(e),
     };
     let report = match found {

@@ -1,24 +1,32 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`, which of its two nodes a disk with a kernel view
-//! is just now in `view.rs`.
+//! the root is the disk. How an open is served is decided in `node.rs`, which of its two
+//! nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in `change.rs`.
+//!
+//! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
+//! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, Request,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::config::{DiskConfig, MountKind, MountOptions};
-use crate::error::Error;
+use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
+use crate::error::Result as Done;
+use crate::fuse::attr::Wish;
+use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
-use crate::fuse::node::Node;
+use crate::fuse::flush::Spare;
+use crate::fuse::node::{Node, Passthrough, is_aligned};
 use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
 
@@ -32,6 +40,8 @@ const MAX_BACKGROUND: u16 = 64;
 /// Block size in `stat` and `statfs`.
 const BLOCK: u32 = 4096;
 
+const NO_PASSTHROUGH: &str = "the kernel has no FUSE passthrough (Linux 6.9)";
+
 const ROOT: INodeNo = INodeNo::ROOT;
 const FIRST_DISK: u64 = 2;
 
@@ -39,19 +49,39 @@ const FIRST_DISK: u64 = 2;
 #[derive(Debug)]
 pub struct DiskFs {
     shape: MountKind,
-    nodes: Vec<Node>,
+    nodes: Arc<[Node]>,
     owner: (u32, u32),
     umask: u16,
     mounted: SystemTime,
-    /// Whether the kernel takes a file of ours for its reads.
-    passthrough: bool,
+    passthrough: Passthrough,
     views: view::Builder,
     faults: Arc<Faults>,
+    spare: Spare,
+}
+
+/// The disks of a mount, for its end.
+#[derive(Debug, Clone)]
+pub struct Disks(Arc<[Node]>);
+
+impl Disks {
+    /// Makes everything durable that was written, and closes every disk. All are, whatever becomes of one; the first
+    /// error, after each was logged.
+    pub fn close(&self) -> Done<()> {
+        let mut first = Ok(());
+        for node in self.0.iter().filter(|node| node.writable) {
+            if let Err(e) = node.image().close() {
+                let e = e.within(format!("{}: not closed properly", node.config.name.display()));
+                tracing::error!("{e}");
+                first = first.and(Err(e));
+            }
+        }
+        first
+    }
 }
 
 impl DiskFs {
-    /// A file system of open disks, each with its configuration.
-    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
+    /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
+    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
         let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
@@ -60,14 +90,15 @@ impl DiskFs {
             owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
-            passthrough: false,
+            passthrough: Err(NO_PASSTHROUGH),
             views: view::Builder::default(),
             faults: Arc::default(),
+            spare: Spare::of(loops),
         }
     }
 
     /// Makes the kernel views that are required; the others come behind the mount. Errors: why a disk can't have one.
-    pub fn make_required_views(&mut self) -> Result<(), Error> {
+    pub fn make_required_views(&mut self) -> Done<()> {
         let disks = self.views_wanted();
         self.views.required(&disks, self.shape)
     }
@@ -79,6 +110,47 @@ impl DiskFs {
     /// Where failed requests are noted.
     pub fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
+    }
+
+    /// The disks, which outlive the session.
+    pub fn disks(&self) -> Disks {
+        Disks(Arc::clone(&self.nodes))
+    }
+
+    /// Whether any disk can be written to.
+    pub fn is_writable(&self) -> bool {
+        self.nodes.iter().any(|node| node.writable)
+    }
+
+    /// Whether the kernel is to keep what is written for a while: some disk asks for it, and none that the kernel would
+    /// have to keep writes of forbids it.
+    fn wants_writeback(&self) -> bool {
+        let asks = |cache| self.nodes.iter().any(|node| node.writable && node.config.cache == Some(cache));
+        if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and another disk has cache=writethrough: so have all"
+            );
+            return false;
+        }
+        let in_order = |node: &Node| node.image().disk().writer().is_some_and(|disk| disk.in_order_only());
+        let stream = self.nodes.iter().find(|node| in_order(node));
+        if let Some(stream) = stream.filter(|_| asks(PageCache::WriteBack)) {
+            let name = stream.config.name.display();
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
+            );
+            return false;
+        }
+        asks(PageCache::WriteBack)
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { faults: &self.faults, spare: &self.spare }
+    }
+
+    /// What cannot be done to names: they are fixed.
+    fn fixed(&self) -> Errno {
+        if self.is_writable() { Errno::EPERM } else { Errno::EROFS }
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
@@ -101,15 +173,18 @@ impl DiskFs {
 
     fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
         let image = node.image();
-        FileAttr {
+        let perm = if node.writable { 0o644 } else { 0o444 };
+        node.attributes.apply(FileAttr {
             size: image.len(),
             blocks: image.allocated().div_ceil(512),
-            ..self.plain_attr(ino, FileType::RegularFile, 0o444, time_of(image.mtime_ns()))
-        }
+            ..self.plain_attr(ino, FileType::RegularFile, perm, time_of(image.mtime_ns()))
+        })
     }
 
     fn directory_attr(&self) -> FileAttr {
-        FileAttr { nlink: 2, ..self.plain_attr(ROOT, FileType::Directory, 0o555, self.mounted) }
+        // who makes a file in it shall hear from us that this can't be
+        let perm = if self.is_writable() { 0o755 } else { 0o555 };
+        FileAttr { nlink: 2, ..self.plain_attr(ROOT, FileType::Directory, perm, self.mounted) }
     }
 
     fn plain_attr(&self, ino: INodeNo, kind: FileType, perm: u16, time: SystemTime) -> FileAttr {
@@ -163,12 +238,17 @@ impl Filesystem for DiskFs {
         if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
             let _ = config.set_max_readahead(most);
         }
-        self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
-        if self.passthrough {
+        self.passthrough = if self.wants_writeback() {
+            let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+            Err("a disk of the mount has cache=writeback, which excludes FUSE passthrough")
+        } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
+            Err(NO_PASSTHROUGH)
+        } else {
             // a view counts as one layer below us
             let view = self.nodes.iter().any(|n| n.view.is_wanted());
             let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
-        }
+            if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
+        };
         self.views.start(self.views_wanted(), self.passthrough);
         Ok(())
     }
@@ -197,10 +277,9 @@ impl Filesystem for DiskFs {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let direct = flags.0 & libc::O_DIRECT != 0;
         guarded(|| match self.node(ino) {
-            Ok(node) if view::is_view(ino) => node.open_view(direct, req.pid(), &self.faults, reply),
-            Ok(node) => node.open(self.passthrough, direct, req.pid(), &self.faults, reply),
+            Ok(node) if view::is_view(ino) => node.open_view(flags, req.pid(), &self.faults, reply),
+            Ok(node) => node.open(self.passthrough, flags, req.pid(), &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -209,22 +288,112 @@ impl Filesystem for DiskFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, &self.faults, reply),
+            Ok(node) => node.read(fh, offset, size, flags, &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
 
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        // nothing is ever dirty; the kernel does not ask again
-        reply.error(Errno::ENOSYS);
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        guarded(|| match self.node(ino) {
+            Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
+            Ok(node) => node.write(offset, data, write_flags, flags, self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn flush(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        guarded(|| match self.node(ino) {
+            // nothing is ever dirty; the kernel does not ask again
+            Ok(_) if !self.is_writable() => reply.error(Errno::ENOSYS),
+            Ok(node) => node.flush(fh, self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        guarded(|| match self.node(ino) {
+            Ok(node) => node.sync(self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        // names don't change
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        guarded(|| match self.node(ino).map(|node| node.fallocate(offset, length, mode)) {
+            Ok(Ok(())) => reply.ok(),
+            Ok(Err(Failed::Image(e))) => {
+                reply.error(errno(&e));
+                self.faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
+            }
+            Ok(Err(Failed::Refused(e))) | Err(e) => reply.error(e),
+        });
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        guarded(|| {
+            let set = self.node(ino).and_then(|node| {
+                match size {
+                    Some(size) => node.cut(size, fh, req.pid())?,
+                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                }
+                self.attr(ino)
+            });
+            match set {
+                Ok(attr) => reply.attr(&TTL, &attr),
+                // the folder itself
+                Err(e) if e == Errno::EISDIR => reply.error(self.fixed()),
+                Err(e) => reply.error(e),
+            }
+        });
     }
 
     fn release(
@@ -293,5 +462,64 @@ impl Filesystem for DiskFs {
             let blocks = bytes.div_ceil(BLOCK.into());
             reply.statfs(blocks, 0, 0, self.nodes.len() as u64, 0, BLOCK, 255, BLOCK);
         });
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(self.fixed());
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(self.fixed());
+    }
+
+    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn link(&self, _req: &Request, _ino: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.fixed());
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.fixed());
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _new_parent: INodeNo,
+        _new_name: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(self.fixed());
     }
 }

@@ -25,6 +25,7 @@ use fuser::{BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INod
 use crate::config::{DiskConfig, KernelView, MountKind, PageCache, SourceConfig, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::faults::Faults;
+use crate::fuse::node::Passthrough;
 use crate::image::Image;
 use crate::kernel_view::{self, View};
 
@@ -59,6 +60,9 @@ pub(super) fn disk_of(ino: INodeNo) -> INodeNo {
 const PASSED: FileHandle = FileHandle(1);
 /// Opens of a view that reach us.
 const ASKED: FileHandle = FileHandle(2);
+
+/// Nothing is to be made durable when an open of a view ends.
+const QUIET: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 
 /// The two nodes of a disk.
 #[derive(Debug)]
@@ -198,11 +202,11 @@ impl Switch {
             }
         }
         match (state.answer(direct, pid, Instant::now()), &state.backing) {
-            (Answer::Pass, Some((id, _))) => reply.opened_passthrough(PASSED, FopenFlags::empty(), id),
+            (Answer::Pass, Some((id, _))) => reply.opened_passthrough(PASSED, QUIET, id),
             (Answer::Ask { with_backing: true }, Some((id, _))) => {
-                reply.opened_passthrough(PASSED, FopenFlags::FOPEN_DIRECT_IO, id);
+                reply.opened_passthrough(PASSED, QUIET | FopenFlags::FOPEN_DIRECT_IO, id);
             }
-            (Answer::Ask { .. }, _) => reply.opened(ASKED, FopenFlags::FOPEN_DIRECT_IO),
+            (Answer::Ask { .. }, _) => reply.opened(ASKED, QUIET | FopenFlags::FOPEN_DIRECT_IO),
             (Answer::Refuse, _) => reply.error(Errno::EINVAL),
             (Answer::Again | Answer::Pass, _) => reply.error(Errno::ESTALE),
         }
@@ -373,7 +377,7 @@ impl Builder {
             } else if image.disk().backing_fd().is_none() || image.disk().writer().is_some() {
                 let why = match shape {
                     MountKind::File => "a mount over a file has no second node for it; mount at a folder",
-                    MountKind::Dir => "it takes a disk that is read-only, and not cache=none",
+                    MountKind::Dir => "it takes a disk that is read-only (-r), and not cache=none",
                 };
                 return Err(refused(&switch.name, Error::new(ErrorKind::Usage, why)));
             }
@@ -381,16 +385,15 @@ impl Builder {
         Ok(())
     }
 
-    /// Makes all others, one after the other, behind the mount that is ready already. `passthrough`: the kernel takes files
-    /// of ours; where it does not, there are none.
-    pub(super) fn start(&mut self, mut disks: Vec<Wanted>, passthrough: bool) {
+    /// Makes all others, one after the other, behind the mount that is ready already; none where `passthrough` says why
+    /// the kernel takes no file of ours.
+    pub(super) fn start(&mut self, mut disks: Vec<Wanted>, passthrough: Passthrough) {
         disks.retain(|(switch, _)| matches!(switch.lock().way, Way::Building));
         if disks.is_empty() {
             return;
         }
-        if !passthrough {
-            let why = || Error::unsupported("the kernel has no FUSE passthrough (Linux 6.9)");
-            return disks.iter().for_each(|(switch, image)| switch.built(Err(why()), image));
+        if let Err(why) = passthrough {
+            return disks.iter().for_each(|(switch, image)| switch.built(Err(Error::unsupported(why)), image));
         }
         let mut work = self.0.clone();
         let build = move || {

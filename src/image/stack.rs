@@ -1,19 +1,23 @@
 //! Builds the stack of a disk from its configuration: the one place that knows all sides.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
 use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
-use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Image, new};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
-use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
+use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
@@ -29,6 +33,8 @@ pub enum Source {
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
+    /// A compressed stream that was just made, to be written in order.
+    Stream(Arc<StreamDisk>),
 }
 
 /// What a source is, for `--info`.
@@ -52,14 +58,23 @@ pub struct Description {
     pub reason: Option<String>,
 }
 
-/// Opens a disk with all its layers.
+/// Opens a disk with all its layers; for writing, unless it was asked for otherwise.
+///
+/// What can't be written to is opened for reading, with the reason in [`Image::why_read_only`]: files and file systems
+/// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
+/// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let source = open_source(config)?;
+    let (source, why_read_only) = match (new::make(local(config)?)?, config.read_only) {
+        (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
+        (None, true) => (open_source(config)?, None),
+        (None, false) => open_for_writing(config)?,
+    };
     let files = source.files();
     let plain = source.disk();
     let geometry = plain.geometry();
-    if geometry.preferred <= geometry.granule {
-        return Ok(Image::new(plain, files));
+    // what is written to has no cache above it that would keep what was there before
+    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
+        return Ok(Image::new(plain, files).read_only_because(why_read_only));
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -68,28 +83,72 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files))
+    Ok(Image::new(Arc::new(cache), files).read_only_because(why_read_only))
 }
 
-/// Opens only the source of a disk.
+/// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
+    let local = local(config)?;
+    let file = open_file(local, Access::Read)?;
+    if !is_vmdk(local, &*file)? {
+        return raw(file);
+    }
+    let disk = VmdkDisk::open(file, options(local))?;
+    for unclean in disk.unclean_files() {
+        tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
+    }
+    Ok(Source::Vmdk(Arc::new(disk)))
+}
+
+/// Opens the source of a disk for writing; where that can't be, for reading, and says why.
+///
+/// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
+/// is in the way of a writer is told by the image and not by the locks of its readers.
+fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
+    let local = local(config)?;
+    let source = open_source(config)?;
+    if let Some(refusal) = source.refuses_writing(local) {
+        return only_read(refusal, source);
+    }
+    let is_vmdk = matches!(source, Source::Vmdk(_));
+    // its locks would be in our own way
+    drop(source);
+    let written = open_file(local, Access::Write).and_then(|file| {
+        if is_vmdk { Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))) } else { raw(file) }
+    });
+    match written {
+        Ok(source) => Ok((source, None)),
+        Err(e) if e.kind() == ErrorKind::ReadOnly => only_read(e, open_source(config)?),
+        Err(e) => Err(e),
+    }
+}
+
+/// The source for reading, if that is what the refusal to write to it leaves.
+fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)> {
+    if refusal.kind() == ErrorKind::ReadOnly { Ok((source, Some(refusal.to_string()))) } else { Err(refusal) }
+}
+
+/// The files that a disk comes from.
+fn local(config: &DiskConfig) -> Result<&LocalConfig> {
     let SourceConfig::Local(local) = &config.source;
-    if config.overlay.is_some() || local.create.is_some() {
+    if config.overlay.is_some() {
         let file = local.path.display();
-        return Err(Error::unsupported(format!("{file}: overlays and new disks are not in this build yet")));
+        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
     }
+    Ok(local)
+}
+
+fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
-    let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
-    if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
-        let disk = VmdkDisk::open(file, options)?;
-        for unclean in disk.unclean_files() {
-            tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
-        }
-        Ok(Source::Vmdk(Arc::new(disk)))
-    } else {
-        Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
-    }
+    open_user_path(&local.path, Arc::new(policy), access)
+}
+
+fn options(local: &LocalConfig) -> OpenOptions {
+    OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force }
+}
+
+fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
+    Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
 }
 
 impl Source {
@@ -98,6 +157,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
+            Source::Stream(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
         }
     }
 
@@ -106,15 +166,36 @@ impl Source {
         match self {
             Source::Vmdk(disk) => disk.files(),
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(disk) => vec![disk.file()],
         }
+    }
+
+    /// Why a mount would not write to it, as far as that can be told without opening it for writing.
+    fn refuses_writing(&self, local: &LocalConfig) -> Option<Error> {
+        let files = match self {
+            Source::Vmdk(disk) => {
+                if let Some(refusal) = disk.refuses_writing(local.force) {
+                    return Some(refusal);
+                }
+                disk.files_written()
+            }
+            Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(_) => Vec::new(),
+        };
+        files.iter().find_map(|file| not_permitted(&**file))
     }
 
     /// Describes it under its name in a mount.
     pub fn describe(&self, config: &DiskConfig) -> Description {
         let SourceConfig::Local(local) = &config.source;
+        let reason = match config.read_only {
+            true => Some("readonly=true was asked for".to_owned()),
+            false => self.refuses_writing(local).map(|e| e.to_string()),
+        };
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Stream(_) => ("vmdk", None),
         };
         Description {
             name: config.name.to_string_lossy().into_owned(),
@@ -122,10 +203,18 @@ impl Source {
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
-            writable: false,
-            reason: Some("this version only reads".to_owned()),
+            writable: reason.is_none(),
+            reason,
         }
     }
+}
+
+/// Why a file that is open can't be opened for writing: its permissions, or a read-only file system.
+fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
+    let open = PathBuf::from(format!("/proc/self/fd/{}", file.fd()?.as_raw_fd()));
+    let refused = faccessat(AT_FDCWD, &open, AccessFlags::W_OK, AtFlags::AT_EACCESS).err()?;
+    let text = format!("{}: open for writing: {}", file.label(), io::Error::from(refused));
+    Some(Error::new(ErrorKind::ReadOnly, text))
 }
 
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is

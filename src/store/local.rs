@@ -86,6 +86,17 @@ impl LocalStore {
         }
     }
 
+    /// The name of a file of the folder itself, and its label.
+    fn plain<'n>(&self, name: &'n ExtentName) -> Result<(&'n Path, String)> {
+        let path = name.as_path();
+        let label = printable(self.folder.real.join(path));
+        if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
+            let context = format!("{label}: a new file is made only in the folder of its image");
+            return Err(Error::new(ErrorKind::Policy, context));
+        }
+        Ok((path, label))
+    }
+
     /// The error for a name that leads out.
     fn refusal(&self, name: &Path, place: &Path) -> Error {
         let folder = place.parent().unwrap_or(place);
@@ -115,12 +126,7 @@ impl Store for LocalStore {
     }
 
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        let path = name.as_path();
-        let label = printable(self.folder.real.join(path));
-        if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
-            let context = format!("{label}: a new file is made only in the folder of its image");
-            return Err(Error::new(ErrorKind::Policy, context));
-        }
+        let (path, label) = self.plain(name)?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let made = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
         let fd = made.map_err(|e| Error::io(format!("{label}: making the file"), e.into()))?;
@@ -131,6 +137,27 @@ impl Store for LocalStore {
             unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).ok();
         }
         Ok(Arc::new(file?))
+    }
+
+    fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
+        let (path, label) = self.plain(name)?;
+        let context = || format!("{label}: removing the file");
+        let there = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
+        let there = there.map_err(|e| Error::io(context(), e.into()))?;
+        if (there.st_dev, there.st_ino) != identity.file {
+            return Err(Error::new(ErrorKind::NotFound, format!("{}: another file has its name now", context())));
+        }
+        unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).map_err(|e| Error::io(context(), e.into()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let context = || format!("folder {}: fsync", printable(&self.folder.real));
+        let folder = File::open(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
+        match folder.sync_all() {
+            // some file systems have nothing to sync of a folder
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            done => done.map_err(|e| Error::io(context(), e)),
+        }
     }
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {

@@ -290,12 +290,16 @@ impl Pending<'_> {
 
 /// Reads stored sectors. A file may end inside of the last one: what is missing of that sector reads as zero.
 fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
-    let left = file.len().saturating_sub(offset);
-    let short = (part.len() as u64).saturating_sub(left);
-    // what is written to may have grown
-    if short == 0 || short >= SECTOR || file.writer().is_some() {
+    let short_of = |len: u64| (part.len() as u64).saturating_sub(len.saturating_sub(offset));
+    let mut short = short_of(file.len());
+    if let Some(writer) = file.writer().filter(|_| short > 0) {
+        // it may have grown
+        short = short_of(writer.len_now()?);
+    }
+    if short == 0 || short >= SECTOR {
         return file.read_exact_at(offset, part);
     }
+    let left = part.len() as u64 - short;
     let (real, missing) = part.split_at_mut(left as usize);
     missing.fill(0);
     file.read_exact_at(offset, real)
@@ -325,6 +329,7 @@ fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
 }
 
+/// The file that an extent lies in.
 pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     match extent {
         Extent::Flat { file, .. } => Some(file),

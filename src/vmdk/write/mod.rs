@@ -19,12 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::StoredFile;
 use crate::vmdk::descriptor::ExtentAccess;
-use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter, writer};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
@@ -52,6 +53,7 @@ pub(crate) struct Writer {
     behind_us: AtomicBool,
     /// Taken note of by whoever syncs.
     failure: Arc<Failure>,
+    backlog: Arc<Backlog>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
     /// The number of the last flush that succeeded. Held while one is done.
@@ -65,7 +67,7 @@ pub(crate) struct Writer {
 enum ExtentWriter {
     /// It is not.
     None,
-    /// In place; `true`: written to since the last sync.
+    /// In place; `true`: written to since the last sync, perhaps by a process before this one.
     Flat(AtomicBool),
     Grains(Box<GrainWriter>),
 }
@@ -78,14 +80,15 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
         repair::make_sound(link)?;
-        let failure = Arc::<Failure>::default();
+        let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, &failure)?);
+            extents.push(extent_writer(placed, (Arc::clone(&failure), Arc::clone(&backlog)))?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
             failure,
+            backlog,
             extents,
             begun: AtomicBool::new(false),
             beginning: Mutex::default(),
@@ -174,14 +177,25 @@ impl Writer {
         }
         if marked { self.sync_all(link) } else { Ok(()) }
     }
-
-    /// Whether more waits in memory than should.
-    fn is_full(&self) -> bool {
-        self.extents.iter().any(|e| matches!(e, ExtentWriter::Grains(g) if g.is_full()))
-    }
 }
 
 impl VmdkDisk {
+    /// Why [`open_writable`](Self::open_writable) would refuse it, as far as that can be told of a disk that is open for
+    /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
+    pub fn refuses_writing(&self, force: bool) -> Option<Error> {
+        let link = self.links().first()?;
+        let children = |()| if force { Ok(()) } else { refuse_with_children(link) };
+        refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
+    }
+
+    /// The files that a write to it may change: those of its newest link.
+    pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
+        let Some(link) = self.links().first() else { return Vec::new() };
+        let written = link.extents.iter().filter(|p| p.access == ExtentAccess::ReadWrite);
+        let extents = written.filter_map(|p| file_of(&p.extent)).map(Arc::clone);
+        std::iter::once(Arc::clone(&link.file)).chain(extents).collect()
+    }
+
     fn writing(&self) -> Result<(&Writer, &Link)> {
         match (&self.writer, self.links().first()) {
             (Some(writer), Some(link)) => Ok((writer, link)),
@@ -211,7 +225,7 @@ impl VmdkDisk {
                 change(placed, extent, at, sectors)?;
                 at += sectors;
             }
-            writer.is_full()
+            writer.backlog.is_full()
         };
         if full { self.flush() } else { Ok(()) }
     }
@@ -282,6 +296,10 @@ impl BlockWrite for VmdkDisk {
         writer.flush_now(link)?;
         *last = number;
         Ok(())
+    }
+
+    fn holds_back(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
     }
 
     fn close(&self) -> Result<()> {
@@ -384,20 +402,20 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<Failure>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
     match (&mut placed.extent, &placed.hosted) {
         (Extent::Flat { file, .. }, _) => {
             writer(&**file)?;
-            Ok(ExtentWriter::Flat(AtomicBool::new(false)))
+            Ok(ExtentWriter::Flat(AtomicBool::new(true)))
         }
         (Extent::Sparse(sparse), Some(hosted)) => {
             let file = &sparse.file;
             let holes = file.allocated()? < file.len();
             sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),
