@@ -18,6 +18,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod commit;
 pub mod config;
 pub mod daemon;
 pub mod error;

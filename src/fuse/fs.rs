@@ -383,7 +383,7 @@ impl Filesystem for DiskFs {
             let set = self.node(ino).and_then(|node| {
                 match size {
                     Some(size) => node.cut(size, fh, req.pid())?,
-                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                    None => node.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
                 }
                 self.attr(ino)
             });

@@ -17,7 +17,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
 mod allocated;
+mod commit;
 mod new;
+mod overlay;
 mod ranges;
 mod scratch;
 mod settle;
@@ -25,7 +27,9 @@ mod stack;
 mod write;
 
 use allocated::Allocated;
+pub use commit::{Commit, Next, Step};
 pub use new::create;
+pub use overlay::{OverlayInfo, describe_overlay, open_overlay};
 use ranges::Ranges;
 pub use scratch::{MAX_READ, Scratch};
 use settle::Settler;

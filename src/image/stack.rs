@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Image, new};
+use crate::image::{Image, new, open_overlay};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -64,17 +64,31 @@ pub struct Description {
 /// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
 /// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let (source, why_read_only) = match (new::make(local(config)?)?, config.read_only) {
+    let only_read = config.read_only || config.overlay.is_some();
+    let (source, why_read_only) = match (new::make(local(config))?, only_read) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
     };
-    let files = source.files();
+    let mut files = source.files();
     let plain = source.disk();
-    let geometry = plain.geometry();
     // what is written to has no cache above it that would keep what was there before
-    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
-        return Ok(Image::new(plain, files).read_only_because(why_read_only));
+    let cached = if plain.writer().is_some() { plain } else { cached(config, plain)? };
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    match open_overlay(config, &source, access)? {
+        None => Ok(Image::new(cached, files).read_only_because(why_read_only)),
+        Some(delta) => {
+            files.extend(delta.files());
+            Ok(Image::new(Arc::new(delta.over(cached)), files))
+        }
+    }
+}
+
+/// The disk with a cache over it, where its blocks are dear.
+fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
+    let geometry = plain.geometry();
+    if geometry.preferred <= geometry.granule {
+        return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -83,12 +97,12 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files).read_only_because(why_read_only))
+    Ok(Arc::new(cache))
 }
 
 /// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
-    let local = local(config)?;
+    let local = local(config);
     let file = open_file(local, Access::Read)?;
     if !is_vmdk(local, &*file)? {
         return raw(file);
@@ -105,7 +119,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
 /// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
 /// is in the way of a writer is told by the image and not by the locks of its readers.
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
-    let local = local(config)?;
+    let local = local(config);
     let source = open_source(config)?;
     if let Some(refusal) = source.refuses_writing(local) {
         return only_read(refusal, source);
@@ -129,13 +143,9 @@ fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)>
 }
 
 /// The files that a disk comes from.
-fn local(config: &DiskConfig) -> Result<&LocalConfig> {
+fn local(config: &DiskConfig) -> &LocalConfig {
     let SourceConfig::Local(local) = &config.source;
-    if config.overlay.is_some() {
-        let file = local.path.display();
-        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
-    }
-    Ok(local)
+    local
 }
 
 fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
@@ -219,7 +229,7 @@ fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
 
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is
 /// a raw image only where its name does not promise a VMDK: the bytes of a damaged one must not pass for a disk.
-fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
+pub(super) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
     match local.format {
         Format::Vmdk => Ok(true),
         Format::Raw => Ok(false),

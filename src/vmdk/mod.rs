@@ -40,3 +40,4 @@ pub use extent::{PackedGrain, Run};
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
 pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
 pub use stream::StreamDisk;
+pub(crate) use write::COMMIT_MARK;

@@ -212,6 +212,15 @@ impl Store for SimStore {
         Ok(Arc::new(self.opened(&state, number, Access::Write)))
     }
 
+    fn remove(&self, name: &ExtentName, _identity: &Identity) -> Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, format!("{name}: files are never removed here")))
+    }
+
+    fn sync(&self) -> Result<()> {
+        // names are durable at once: what is searched is what becomes of contents
+        Ok(())
+    }
+
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
         self.lock().files.iter().take(most).map(|file| ExtentName::new(&file.name)).collect()
     }

@@ -36,6 +36,7 @@ pub(super) mod live;
 mod locks;
 mod repair;
 
+pub(crate) use children::COMMIT_MARK;
 pub(super) use children::refuse_with_children;
 use live::LiveTables;
 
@@ -99,15 +100,19 @@ impl Writer {
         })
     }
 
-    /// Before any content changes: whoever remembers the old CID must not find it over new content.
-    fn begin(&self) -> Result<()> {
+    /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
+    /// which was drawn before; `None`: any.
+    fn begin(&self, cid: Option<u32>) -> Result<()> {
         self.failure.check()?;
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
         let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.begun.load(Ordering::Acquire) {
-            self.descriptor.change_cid(&self.failure)?;
+            let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
+            if let Some(cid) = cid {
+                self.descriptor.write_cid(cid, &self.failure)?;
+            }
             self.begun.store(true, Ordering::Release);
         }
         Ok(())
@@ -184,7 +189,7 @@ impl VmdkDisk {
     /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
     pub fn refuses_writing(&self, force: bool) -> Option<Error> {
         let link = self.links().first()?;
-        let children = |()| if force { Ok(()) } else { refuse_with_children(link) };
+        let children = |()| if force { Ok(()) } else { refuse_with_children(link, None) };
         refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
     }
 
@@ -203,6 +208,29 @@ impl VmdkDisk {
         }
     }
 
+    /// A CID that [`begin_with`](Self::begin_with) may be told: random, of as many digits as the descriptor has room for.
+    /// `None`: the disk has no CID.
+    pub fn draw_cid(&self) -> Result<Option<u32>> {
+        self.writing()?.0.descriptor.draw_cid()
+    }
+
+    /// As [`BlockWrite::begin`], before anything was written, and with a CID that was drawn before: somebody else
+    /// remembers it already.
+    pub fn begin_with(&self, cid: u32) -> Result<()> {
+        self.writing()?.0.begin(Some(cid))
+    }
+
+    /// Writes another value of the same length for a setting of the newest link's descriptor, durably, in place. The
+    /// content, and with it the CID, does not change. Names of the disk data base start with `ddb.`. What was read of
+    /// the descriptor when the disk was opened stays what it was.
+    ///
+    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
+        let (writer, _) = self.writing()?;
+        writer.failure.check()?;
+        writer.descriptor.replace(key, value, &writer.failure)
+    }
+
     /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
     /// starts to be touched, and how many sectors are.
     fn change(
@@ -213,7 +241,7 @@ impl VmdkDisk {
         let (writer, link) = self.writing()?;
         let full = {
             let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
-            writer.begin()?;
+            writer.begin(None)?;
             let mut at = range.start;
             while at < range.end {
                 let after = link.extents.partition_point(|p| p.start <= at);
@@ -239,7 +267,7 @@ impl BlockWrite for VmdkDisk {
     fn begin(&self) -> Result<()> {
         let (writer, _) = self.writing()?;
         writer.behind_us.store(true, Ordering::Release);
-        writer.begin()
+        writer.begin(None)
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
