@@ -57,7 +57,7 @@ fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
 
 /// A mount that shows nothing before the kernel reads the disk.
 fn required(command: MountCmd<'_>) -> Mount {
-    let mount = command.arg("kernel-view=required").arg("-v").foreground().start();
+    let mount = command.arg("kernel-view=required").arg("-r").arg("-v").foreground().start();
     assert!(mount.output().1.contains(BY_KERNEL), "{:?}", mount.output());
     mount
 }
@@ -105,7 +105,7 @@ fn valid_variants_read_as_their_model_through_the_view() {
         for dir in &made.allow_dirs {
             command = command.arg(format!("allow-dir={}", dir.display()));
         }
-        let mount = match command.arg("kernel-view=required").try_start() {
+        let mount = match command.arg("kernel-view=required").arg("-r").try_start() {
             Ok(mount) => mount,
             Err(outcome) => {
                 // compressed, damaged in a table that has a good copy elsewhere, cut, or too large
@@ -155,7 +155,7 @@ fn mixed_opens_from_four_processes_all_read_right() {
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
     // not required: the name goes from the one node to the other while they read
-    let mount = scratch.mount().file("disk.vmdk").start();
+    let mount = scratch.mount().file("disk.vmdk").arg("-r").start();
     let path = mount.file("disk.raw");
     let test = "mixed_opens_from_four_processes_all_read_right";
     let child = |number: u64| {
@@ -239,7 +239,7 @@ fn a_mount_moves_to_the_view_by_itself() {
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    let mount = scratch.mount().file("disk.vmdk").arg("-v").foreground().start();
+    let mount = scratch.mount().file("disk.vmdk").arg("-r").arg("-v").foreground().start();
     let path = mount.file("disk.raw");
     let early = File::open(&path).unwrap();
     assert!(poll_until(DEADLINE, || mount.output().1.contains(BY_KERNEL)), "{:?}", mount.output());
@@ -361,7 +361,7 @@ fn without_root_or_with_off_the_disk_is_served() {
     let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
     qemu_img(words.into_iter().chain([raw.to_str().unwrap(), flat.to_str().unwrap()]));
     for image in ["disk.vmdk", "flat.vmdk"] {
-        let mount = scratch.mount().file(image).arg("kernel-view=off").foreground().start();
+        let mount = scratch.mount().file(image).arg("kernel-view=off").arg("-r").foreground().start();
         let path = mount.file(image.replace("vmdk", "raw"));
         assert!(is_served(&mount, &path), "{image}");
         assert_same(&path, &raw);
@@ -371,13 +371,13 @@ fn without_root_or_with_off_the_disk_is_served() {
     fs::copy(&vmdk, nobody.path("disk.vmdk")).unwrap();
     nobody.open_to_all();
     nobody.give(Path::new("disk.vmdk"));
-    let mount = nobody.mount().file("disk.vmdk").arg("-v").foreground().start();
+    let mount = nobody.mount().file("disk.vmdk").arg("-r").arg("-v").foreground().start();
     let hash = Cmd::new("sha256sum").arg(mount.file("disk.raw")).user(Some(NOBODY)).run().ok().stdout;
     assert!(hash.starts_with(&sha256(&raw)), "{hash}");
-    let said = || mount.output().1.contains("no kernel view: it needs root");
+    let said = || mount.output().1.contains("no kernel view: FUSE passthrough needs root");
     assert!(poll_until(DEADLINE, said), "{:?}", mount.output());
     mount.unmount();
-    let refused = nobody.mount().file("disk.vmdk").arg("kernel-view=required").refused(1);
+    let refused = nobody.mount().file("disk.vmdk").arg("-r").arg("kernel-view=required").refused(1);
     refused.one_error(1, &["disk.raw: kernel-view=required", "needs root"]);
 }
 
@@ -392,24 +392,45 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
     let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"];
     qemu_img(words.into_iter().chain([raw.to_str().unwrap(), stream.to_str().unwrap()]));
     scratch.write("covered", "");
-    let required = |image: &str| scratch.mount().file(image).arg("kernel-view=required");
+    let required = |image: &str| scratch.mount().file(image).arg("-r").arg("kernel-view=required");
     for (command, word) in [
         (required("stream.vmdk"), "not stored as they are read"),
         (required("disk.vmdk").arg("view-size=4K"), "view-size= allows 4 KiB"),
         (required("disk.vmdk").arg("view-dir=/dev/shm"), "/dev/shm"),
         (required("disk.vmdk").arg("cache=none"), "cache=none"),
         (required("disk.vmdk").at("covered"), "mount at a folder"),
+        (scratch.mount().file("disk.vmdk").arg("kernel-view=required"), "read-only (-r)"),
     ] {
         command.refused(1).one_error(1, &["kernel-view=required", word]);
     }
     // one flat file needs no view: the kernel reads it anyway
-    let mount = scratch.mount().file("disk.orig").arg("name=flat").arg("kernel-view=required").start();
+    let mount = scratch.mount().file("disk.orig").arg("name=flat").arg("-r").arg("kernel-view=required").start();
     assert!(!is_served(&mount, &mount.file("flat")));
     mount.unmount();
     // a mount over a file is served
-    let mount = scratch.mount().at("covered").file("disk.vmdk").start();
+    let mount = scratch.mount().at("covered").file("disk.vmdk").arg("-r").start();
     assert_same(mount.point(), &raw);
     mount.unmount();
+}
+
+/// "`--info` and the log tell which way a disk is read"
+#[test]
+fn info_says_who_reads_a_disk() {
+    if !ready() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (raw, _) = sparse(&scratch);
+    let read_by = |words: &[&str]| {
+        let json = scratch.vmdkfuse().args(["--info", "--json"]).args(words).run().ok().json();
+        json[0]["read_by"].as_str().unwrap().to_owned()
+    };
+    assert!(read_by(&["disk.vmdk", "readonly=true"]).starts_with("the kernel itself, by an index"));
+    assert!(read_by(&["disk.vmdk"]).starts_with("this program; read-only (-r), the kernel"));
+    assert!(read_by(&["disk.vmdk", "kernel-view=off"]).ends_with("kernel-view=off"));
+    assert!(read_by(&[raw.to_str().unwrap()]).contains("FUSE passthrough"));
+    let text = scratch.vmdkfuse().args(["--info", "disk.vmdk"]).run().ok().stdout;
+    assert!(text.contains("\n  read by   this program"), "{text}");
 }
 
 #[test]
@@ -421,7 +442,8 @@ fn several_disks_of_a_mount_share_one_budget() {
     let (raw, vmdk) = sparse(&scratch);
     fs::copy(&vmdk, scratch.path("two.vmdk")).unwrap();
     // each index takes 8 KiB for its 768 chunks, and less than as much again
-    let command = scratch.mount().arg("view-size=24K").file("disk.vmdk").file("two.vmdk").arg("-v").foreground();
+    let command =
+        scratch.mount().arg("view-size=24K").file("disk.vmdk").file("two.vmdk").arg("-r").arg("-v").foreground();
     let mount = command.start();
     let both = || mount.output().1.lines().filter(|l| l.contains(BY_KERNEL) || l.contains("no kernel view")).count();
     assert!(poll_until(DEADLINE, || both() == 2), "{:?}", mount.output());

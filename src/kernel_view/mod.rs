@@ -27,7 +27,7 @@ use nix::sys::stat::Mode;
 use nix::sys::utsname::uname;
 
 use crate::block::{BlockRead, RunFile, RunPlace, Runs, SECTOR};
-use crate::config::ViewConfig;
+use crate::config::{KernelView, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use index::{Builder, Index, Place};
 use store::{Home, Stored};
@@ -102,12 +102,22 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
     mount(builder.finish()?, &files, config)
 }
 
-/// Whether a disk could have a view here, as far as that is known without reading its tables.
-///
-/// Errors: why not, as a clause that follows a colon.
-pub fn possible(disk: &dyn BlockRead) -> Result<()> {
-    check(disk)?;
-    privileged()
+/// Who would read the files of a disk in a mount, as far as that is known without walking its tables: for people.
+pub fn outlook(disk: &dyn BlockRead, config: &ViewConfig, writable: bool) -> String {
+    if config.mode == KernelView::Off {
+        return "this program: kernel-view=off".to_owned();
+    }
+    if disk.backing_fd().is_some() {
+        return match nix::unistd::geteuid().is_root() {
+            true => "the kernel itself (FUSE passthrough, where it has that)".to_owned(),
+            false => "this program: FUSE passthrough needs root".to_owned(),
+        };
+    }
+    match check(disk).and_then(|_| privileged()) {
+        Ok(()) if writable => "this program; read-only (-r), the kernel itself, by an index".to_owned(),
+        Ok(()) => "the kernel itself, by an index of where the data lie".to_owned(),
+        Err(why) => format!("this program: {why}"),
+    }
 }
 
 /// Looks at what needs no I/O.
@@ -115,7 +125,9 @@ fn check(disk: &dyn BlockRead) -> Result<&dyn Runs> {
     if disk.writer().is_some() {
         return Err(Error::unsupported("the disk can be written to"));
     }
-    let runs = disk.runs().ok_or_else(|| Error::unsupported("its data are not stored as they are read"))?;
+    let runs = disk.runs().ok_or_else(|| {
+        Error::unsupported("its data are not stored as they are read (compressed, or below an overlay)")
+    })?;
     for file in runs.files() {
         if file.fd.is_none() {
             return Err(Error::unsupported("an extent is no regular file of this machine"));
