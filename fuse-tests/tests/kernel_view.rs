@@ -497,7 +497,7 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
 /// The image at `path` by the library.
 fn open(path: &Path, allow: Vec<PathBuf>) -> vmdkfuse::error::Result<Image> {
     let local = LocalConfig { allow_dirs: allow, ..LocalConfig::new(path) };
-    image::open(&DiskConfig::new("disk", SourceConfig::Local(local)))
+    image::open(&DiskConfig { read_only: true, ..DiskConfig::new("disk", SourceConfig::Local(local)) })
 }
 
 /// "hostile images never yield an index that points outside the extents": no run is told that leaves its file, so that the index,
