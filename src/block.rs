@@ -125,6 +125,12 @@ pub trait BlockWrite: BlockRead {
 
     /// Flushes, and marks the image as closed properly. A later write begins anew.
     fn close(&self) -> Result<()>;
+
+    /// Whether it takes writes only in order, from the first sector up and each once (a compressed stream): nobody above
+    /// may hold writes back to send them in another order, so a page cache with delayed writes must be off.
+    fn in_order_only(&self) -> bool {
+        false
+    }
 }
 
 /// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.

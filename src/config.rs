@@ -133,6 +133,15 @@ impl DiskConfig {
             source,
         }
     }
+
+    /// The same disk once it was made: it is not made again when it is opened anew.
+    #[must_use]
+    pub fn made(&self) -> Self {
+        let mut disk = self.clone();
+        let SourceConfig::Local(local) = &mut disk.source;
+        local.create = None;
+        disk
+    }
 }
 
 /// A local delta over a source.

@@ -37,16 +37,15 @@ fn act(config: Config) -> ExitCode {
         Action::Info(q) => status(query::info(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
-        Action::Create(_) | Action::Commit(_) => {
-            status(Err(Error::unsupported("making and merging disks is not in this build yet")))
-        }
+        Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
+        Action::Commit(_) => status(Err(Error::unsupported("merging an overlay is not in this build yet"))),
         Action::Dump { json } => status(query::dump(json)),
     }
 }
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let disks = mount.disks.iter().map(|disk| Ok((disk.clone(), image::open(disk)?)));
+    let disks = mount.disks.iter().map(|disk| Ok((disk.made(), image::open(disk)?)));
     let disks: Vec<_> = disks.collect::<Result<_>>()?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     let files = mount.disks.iter().map(|d| d.name.clone()).collect();

@@ -153,7 +153,7 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
     let found = match open_source(disk) {
         Ok(Source::Vmdk(vmdk)) => Ok(vmdk::check(&vmdk)),
-        Ok(Source::Raw(..)) => Ok(CheckReport::default()),
+        Ok(Source::Raw(..) | Source::Stream(_)) => Ok(CheckReport::default()),
         Err(e) => Err(e),
     };
     let report = match found {
@@ -163,7 +163,7 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
         }
         Err(e) => return Err(e),
     };
-    let status = match (&report.error_count, report.leaks) {
+    let status = match (&report.error_count, report.leaks + report.unfinished) {
         (0, 0) => Status::Clean,
         (0, _) => Status::Leaks,
         _ => Status::Corrupt,
@@ -256,6 +256,10 @@ fn check_text(c: &Checked, out: &mut String) {
     }
     let verdict = match c.status {
         Status::Clean => "clean".to_owned(),
+        Status::Leaks if c.report.unfinished > 0 => format!(
+            "{} leaked grains, {} unfinished entries (completed when it is opened for writing), nothing else",
+            c.report.leaks, c.report.unfinished
+        ),
         Status::Leaks => format!("{} leaked grains, nothing else", c.report.leaks),
         Status::Corrupt => format!("corrupt: {} errors, {} leaked grains", c.report.error_count, c.report.leaks),
     };

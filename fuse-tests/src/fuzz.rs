@@ -67,7 +67,7 @@ pub fn image(data: &[u8]) {
 /// Opens the disk and uses it if it opens.
 fn open(store: &MemoryStore) {
     let Ok(file) = store.file(DISK) else { return };
-    match VmdkDisk::open(Arc::new(file), OpenOptions { accept_cid_mismatch: false }) {
+    match VmdkDisk::open(Arc::new(file), OpenOptions::default()) {
         Ok(disk) => exercise(&Arc::new(disk)),
         Err(e) => assert!(!e.to_string().is_empty(), "an error says what is wrong"),
     }

@@ -51,6 +51,14 @@ impl Store for MemoryStore {
         Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read")))
     }
 
+    fn remove(&self, name: &ExtentName, _: &Identity) -> Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read")))
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
         self.files.keys().take(most).map(ExtentName::new).collect()
     }

@@ -119,7 +119,7 @@ fn keys_of_other_back_ends_say_that_this_build_has_none() {
         "https://host/x.vmdk",
         "server=host",
         "libdir=/opt/vddk",
-        "cow=tmp",
+        "timeout=5",
     ] {
         let outcome = scratch.vmdkfuse().args(["--info", "file=disk.img", word]).run();
         assert!(matches!(outcome.ended.code, Some(1 | 2)), "{outcome}");

@@ -9,11 +9,14 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, need_qemu, need_root, qemu_img, read_range, wait_end};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vmdkfuse::error::ErrorKind;
+use vmdkfuse::store::{Access, OpenPolicy, StoredFile, open_user_path};
 
 /// Each kind of image, and the file of it that is asked for.
 const IMAGES: [(&str, &str); 5] = [
@@ -185,6 +188,66 @@ fn an_image_that_is_opened_anew_stays_locked() {
         write(&scratch, "plain.img", "raw", false);
     }
     mount.unmount();
+}
+
+/// Opens a file as the engine does.
+fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<dyn StoredFile>> {
+    open_user_path(path, Arc::new(OpenPolicy { allow: Vec::new(), lock }), access)
+}
+
+/// "Two writers, or a writer beside a reader of ours or of qemu, are refused"
+#[test]
+fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
+    if !need_qemu() {
+        return;
+    }
+    let scratch = images();
+    for name in ["sparse.vmdk", "flat-flat.vmdk", "plain.img"] {
+        let format = if name == "sparse.vmdk" { "vmdk" } else { "raw" };
+        let read = || Cmd::new("qemu-io").args(["-r", "-f", format, "-c", "read 0 4k", name]).dir(scratch.root()).run();
+        let writer = open(&scratch.path(name), Access::Write, true).unwrap();
+        write(&scratch, name, format, false);
+        match format {
+            "vmdk" => drop(read().expect_code(1).error_names(&["failed to get", "lock"])),
+            // qemu-io says of a raw file that it shares it with writers, and goes along with those of qemu as well
+            _ => drop(read().ok()),
+        }
+        drop(writer);
+        let reader = open(&scratch.path(name), Access::Read, true).unwrap();
+        write(&scratch, name, format, false);
+        read().ok();
+        drop(reader);
+        let unlocked = open(&scratch.path(name), Access::Write, false).unwrap();
+        write(&scratch, name, format, true);
+        drop(unlocked);
+    }
+}
+
+/// "messages say who holds it where that can be known"
+#[test]
+fn whoever_uses_an_image_keeps_our_writers_out_and_is_named() {
+    if !need_qemu() || !need("qemu-nbd") {
+        return;
+    }
+    let scratch = images();
+    for (words, says) in [
+        (&["-f", "raw"][..], "lets nobody else write to it"),
+        (&["-f", "raw", "--read-only"], "lets nobody else write to it"),
+    ] {
+        for name in ["sparse.vmdk", "plain.img"] {
+            let path = scratch.path(name);
+            let server = Server::start(&scratch, Path::new(name), words);
+            let error = open(&path, Access::Write, true).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+            let who = format!("process {}, qemu-nbd", server.pid);
+            for says in [says, &who, name, "readonly=true", "lock=off"] {
+                assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
+            }
+            open(&path, Access::Write, false).unwrap();
+            drop(server);
+            open(&path, Access::Write, true).unwrap();
+        }
+    }
 }
 
 /// A loop device, detached at the end.

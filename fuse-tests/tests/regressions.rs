@@ -53,7 +53,7 @@ fn open(path: &Path) -> Result<Image> {
 fn checked(path: &Path) -> CheckReport {
     match image::open_source(&config(path)).unwrap() {
         Source::Vmdk(disk) => check(&disk),
-        Source::Raw(..) => panic!("{} is opened as a raw image", path.display()),
+        other => panic!("{} is opened as {other:?}", path.display()),
     }
 }
 

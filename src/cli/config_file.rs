@@ -249,7 +249,8 @@ impl Document<'_> {
     /// A path made absolute against the file's folder; anything else, and nothing, as it is.
     fn located(&self, kind: Kind, value: &OsStr) -> OsString {
         match kind {
-            Kind::Path if !value.is_empty() => self.dir.join(value).into_os_string(),
+            Kind::PathOr(word) if value == word => value.to_owned(),
+            Kind::Path | Kind::PathOr(_) if !value.is_empty() => self.dir.join(value).into_os_string(),
             _ => value.to_owned(),
         }
     }
@@ -326,10 +327,11 @@ fn is_table(value: &DeValue<'_>) -> bool {
 fn as_text(kind: Kind, value: &DeValue<'_>) -> Option<OsString> {
     match (kind, value) {
         (Kind::Bool, DeValue::Boolean(yes)) => Some(yes.to_string().into()),
-        (Kind::Size | Kind::Seconds | Kind::Count, DeValue::Integer(number)) => decimal(number),
-        (Kind::Size | Kind::Path | Kind::Text | Kind::OneOf { .. }, DeValue::String(text)) => {
-            Some(OsString::from(text.as_ref()))
-        }
+        (Kind::Size | Kind::Seconds | Kind::Count | Kind::Version, DeValue::Integer(number)) => decimal(number),
+        (
+            Kind::Size | Kind::Path | Kind::PathOr(_) | Kind::Text | Kind::Version | Kind::OneOf { .. },
+            DeValue::String(text),
+        ) => Some(OsString::from(text.as_ref())),
         _ => None,
     }
 }
@@ -366,7 +368,7 @@ mod tests {
 
     use super::super::{Parsed, parse};
     use super::*;
-    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, PageCache, SourceConfig};
+    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache, SourceConfig};
 
     /// A folder with `vms.toml` and a mount point `mnt`.
     fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -497,6 +499,30 @@ mod tests {
     }
 
     #[test]
+    fn writing_is_described_as_well() {
+        let dir = folder(
+            "[[disk]]\nfile = \"a\"\ncow = \"tmp\"\nforce = true\n[[disk]]\nfile = \"b\"\ncow = \"sub/c.vmdk\"\n\
+             [[disk]]\nfile = \"d\"\ncreate = true\ncreate-size = 1024\ncreate-hwversion = 13\n\
+             [[disk]]\nfile = \"e\"\ncreate = true\ncreate-size = \"1G\"\ncreate-hwversion = \"esx50\"\n",
+        );
+        let mount = mount_of(run_in(&dir, &["-o", "cache=writeback"]).unwrap());
+        assert!(local(&mount, 0).force && mount.disks.iter().all(|disk| disk.cache == Some(PageCache::WriteBack)));
+        let overlays: Vec<_> = mount.disks.iter().map(|disk| disk.overlay.clone()).collect();
+        let kept = Overlay::File(dir.path().join("sub/c.vmdk"));
+        assert_eq!(overlays, [Some(Overlay::Temporary), Some(kept), None, None]);
+        let made = |disk| local(&mount, disk).create.clone().map(|c| (c.size, c.hardware_version));
+        assert_eq!((made(1), made(2), made(3)), (None, Some((1024, 13)), Some((1 << 30, 8))));
+        for (text, message) in [
+            ("cow = true\n", "vms.toml:1: cow: must be a path or \"tmp\", in quotes"),
+            ("create-hwversion = 2\n", "vms.toml:1: create-hwversion=2: must be a number from 3 to 99, or one of"),
+            ("create-hwversion = 1.5\n", "vms.toml:1: create-hwversion: must be a whole number, or a name in quotes"),
+            ("[[disk]]\nfile = \"a\"\ncreate-size = \"1G\"\n", "create-size= says how to make a disk"),
+        ] {
+            assert!(error(text).contains(message), "{text}: {}", error(text));
+        }
+    }
+
+    #[test]
     fn unknown_keys_and_tables_name_line_and_nearest() {
         for (text, message) in [
             ("# c\ncashe = \"x\"\n", "vms.toml:2: unknown key cashe; did you mean cache?"),
@@ -532,7 +558,7 @@ mod tests {
             ("password = \"hunter2\"\n", "vms.toml:1: password= is not in this build yet"),
             ("timeout = { a = 1 }\n", "vms.toml:1: timeout= is not in this build yet"),
             ("uri = \"nbd://h\"\n", "vms.toml:1: uri= is not in this build yet"),
-            ("cache = \"writeback\"\n", "vms.toml:1: cache=writeback is not in this build yet"),
+            ("backend = \"nbd\"\n", "vms.toml:1: backend=nbd is not in this build yet"),
             ("[[disk]]\nuri = \"nbd://h\"\n", "vms.toml:2: uri= is not in this build yet"),
             ("[mount]\noptions = \"server=h\"\n", "vms.toml:2: server= is not in this build yet"),
         ] {
@@ -545,12 +571,12 @@ mod tests {
         for (text, message) in [
             ("readonly = \"yes\"\n", "readonly: must be true or false"),
             ("readonly = 1\n", "readonly: must be true or false"),
-            ("cache = true\n", "cache: must be \"none\" or \"writethrough\""),
+            ("cache = true\n", "cache: must be \"none\" or \"writethrough\" or \"writeback\""),
             ("cache-size = 1.5\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
             ("cache-size = [1]\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
             ("cache-size = \"12Q\"\n", "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M"),
             ("cache-size = -1\n", "cache-size=-1: must be a size: digits with K, M, G or T, as in 64M"),
-            ("cache = \"often\"\n", "cache=often: must be none or writethrough"),
+            ("cache = \"often\"\n", "cache=often: must be none or writethrough or writeback"),
             ("allow-dir = [\"/a\", 7]\n", "allow-dir: must be a path in quotes, or a list of such"),
             ("allow-dir = [\"\"]\n", "allow-dir=: a path is missing"),
             ("disk = [{ file = 1979-05-27 }]\n", "file: must be a path in quotes"),
@@ -564,7 +590,7 @@ mod tests {
             ("mount.log-file = false\n", "log-file: must be a path in quotes"),
             ("mount.log-file = \"\"\n", "--log-file : a path is missing"),
             ("mount.options = \"uid=me\"\n", "-o uid=me: must be a number from 0 to 4294967294"),
-            ("mount.options = \"cache=often\"\n", "cache=often: must be none or writethrough"),
+            ("mount.options = \"cache=often\"\n", "cache=often: must be none or writethrough or writeback"),
             ("mount.options = \"file=a\"\n", "-o file= names a disk: write a [[disk]] table"),
         ] {
             assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
@@ -639,6 +665,8 @@ mod tests {
             (&["--info"], "--info"),
             (&["--map"], "--map"),
             (&["--check"], "--check"),
+            (&["--create"], "--create"),
+            (&["--commit"], "--commit"),
             (&["--dump"], "--dump"),
             (&["--json"], "--json goes with"),
             (&["--config", "b"], "--config"),

@@ -6,6 +6,7 @@
 //!      │            └─ target.rs    MOUNTPOINT ────────┘
 //!      └ --config: config_file.rs turns the file into the words and options that it stands for
 //!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
+//!          writing.rs: the keys of writing, and which of them go together
 //! ```
 //! Called as `mount.vmdkfuse` it is the helper of mount(8). Nothing here opens an image, except that `dir=` looks at the
 //! first bytes of the files of its folder. Paths are made absolute, for the daemon leaves the current directory.
@@ -14,7 +15,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Action, Config, LogConfig, MountConfig, MountKind, Query};
+use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKind, Query};
 
 mod config_file;
 mod helper;
@@ -25,9 +26,11 @@ mod program;
 mod sources;
 mod target;
 mod values;
+mod writing;
 
 use options::Options;
 use values::shown;
+use writing::Purpose;
 
 /// What the words ask for.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,13 +87,14 @@ struct MountWords<'a> {
 impl MountWords<'_> {
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
         let options = self.options.mount()?;
-        let requested = params::disks(&self.options.keys, self.words)?;
+        let purpose = Purpose::Mount { read_only: options.read_only };
+        let requested = params::disks(&self.options.keys, self.words, purpose)?;
         let resolved = target::resolve(self.mountpoint)?;
         let fixed = resolved.file_name.as_deref();
         if let Some(name) = fixed {
             check_one_file(name, resolved.target.kind, &requested)?;
         }
-        let disks: Vec<_> = requested.into_iter().map(|disk| disk.into_config(fixed)).collect();
+        let disks = params::configs(requested, fixed, purpose)?;
         params::check_names(&disks)?;
         let Self { foreground, pidfile, threads, .. } = self;
         let mount = MountConfig { target: resolved.target, disks, foreground, pidfile, options, threads };
@@ -115,9 +119,21 @@ fn check_one_file(name: &OsStr, kind: MountKind, disks: &[params::Requested]) ->
     })
 }
 
+/// The disks of an action that mounts none.
+fn unmounted(words: &[OsString], purpose: Purpose) -> Result<Vec<DiskConfig>, UsageError> {
+    params::configs(params::disks(&[], words, purpose)?, None, purpose)
+}
+
 fn query(words: &[OsString], json: bool) -> Result<Query, UsageError> {
-    let disks = params::disks(&[], words)?.into_iter().map(|disk| disk.into_config(None)).collect();
-    Ok(Query { disks, json })
+    Ok(Query { disks: unmounted(words, Purpose::Query)?, json })
+}
+
+fn commit(words: &[OsString]) -> Result<Action, UsageError> {
+    let mut disks = unmounted(words, Purpose::Commit)?;
+    match (disks.pop(), disks.len()) {
+        (Some(disk), 0) => Ok(Action::Commit(disk)),
+        (_, more) => Err(UsageError::new(format!("--commit takes one disk, but there are {}", more + 1))),
+    }
 }
 
 /// An error of clap as one line: without its prefix, and without usage and the like, which `--help` tells.

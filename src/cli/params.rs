@@ -17,8 +17,9 @@ use super::keys::{self, Key, Scope};
 use super::{
     UsageError, sources,
     values::{self, shown},
+    writing::{self, Creation, Purpose},
 };
-use crate::config::{DiskConfig, Format, LocalConfig, PageCache, SourceConfig};
+use crate::config::{DiskConfig, Format, LocalConfig, Overlay, PageCache, SourceConfig};
 
 /// What was said about one disk, or about all.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +44,12 @@ pub(super) struct Settings {
     pub(super) accept_cid_mismatch: Option<bool>,
     /// `lock=`
     pub(super) lock: Option<bool>,
+    /// `cow=`
+    pub(super) overlay: Option<Overlay>,
+    /// `force=`
+    pub(super) force: Option<bool>,
+    /// `create=` and its company
+    pub(super) creation: Creation,
     /// The keys that were given, to find the one that was given twice.
     given: Vec<&'static str>,
 }
@@ -96,12 +103,20 @@ impl Settings {
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
             accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
             lock: self.lock.or(common.lock),
+            overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
+            force: self.force.or(common.force),
+            creation: self.creation.over(common.creation),
             given: Vec::new(),
         }
     }
 
-    fn files(&self) -> Result<Vec<PathBuf>, UsageError> {
+    /// The files that the source stands for; a disk that is to be made is one, whatever its name looks like.
+    fn files(&self, purpose: Purpose) -> Result<Vec<PathBuf>, UsageError> {
         match &self.source {
+            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(purpose) => {
+                Err(UsageError::new("a new disk is named with file=PATH, but dir= means the disks of a folder"))
+            }
+            Some(SourceSpec::File(path)) if self.creation.is_wanted(purpose) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => sources::expand(path),
             Some(SourceSpec::Dir(dir)) => sources::disks_of(dir),
             None => Ok(Vec::new()),
@@ -116,42 +131,64 @@ impl Requested {
     }
 
     /// The finished disk; `fixed` is a name that the mount point gives it.
-    pub(super) fn into_config(self, fixed: Option<&OsStr>) -> DiskConfig {
+    fn into_config(self, fixed: Option<&OsStr>, purpose: Purpose) -> Result<DiskConfig, UsageError> {
         let Self { path, settings } = self;
         let wanted = fixed.map(OsStr::to_owned).or(settings.name);
-        DiskConfig {
+        let create = settings.creation.config(purpose);
+        let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
+        let disk = DiskConfig {
             name: wanted.unwrap_or_else(|| sources::default_name(&path)),
             read_only: settings.read_only.unwrap_or_default(),
             cache: settings.cache,
             cache_size: settings.cache_size,
             readahead: settings.readahead,
-            overlay: None,
+            overlay: settings.overlay,
             source: SourceConfig::Local(LocalConfig {
                 path,
                 format: settings.format.unwrap_or_default(),
                 allow_dirs: settings.allow_dirs,
                 accept_cid_mismatch: settings.accept_cid_mismatch.unwrap_or_default(),
                 lock: settings.lock.unwrap_or(true),
-                force: false,
-                create: None,
+                force: settings.force.unwrap_or_default(),
+                create,
             }),
-        }
+        };
+        writing::check_disk(&disk, purpose)?;
+        Ok(disk)
     }
+}
+
+/// The finished disks; `fixed` is a name that the mount point gives the only one.
+///
+/// Errors: keys that do not go together, or two disks that would be in each other's way.
+pub(super) fn configs(
+    requested: Vec<Requested>,
+    fixed: Option<&OsStr>,
+    purpose: Purpose,
+) -> Result<Vec<DiskConfig>, UsageError> {
+    let disks = requested.into_iter().map(|disk| disk.into_config(fixed, purpose)).collect::<Result<Vec<_>, _>>()?;
+    writing::check_files(&disks)?;
+    Ok(disks)
 }
 
 /// The disks that `words` ask for, in their order. The keys of `options` (from `-o`) hold for all disks, wherever they
 /// stood; a source among them is a disk before those of the words.
 ///
 /// Errors: unknown and unfit keys, a source that gives no file, `name=` for several disks, no disk at all.
-pub(super) fn disks(options: &[(&'static Key, OsString)], words: &[OsString]) -> Result<Vec<Requested>, UsageError> {
+pub(super) fn disks(
+    options: &[(&'static Key, OsString)],
+    words: &[OsString],
+    purpose: Purpose,
+) -> Result<Vec<Requested>, UsageError> {
     let (common, groups) = settings(options, words)?;
     let mut disks = Vec::new();
     for group in &groups {
-        let files = group.files()?;
+        let settings = group.over(&common);
+        let files = settings.files(purpose)?;
         if let (Some(name), 2..) = (&group.name, files.len()) {
             return Err(name_of_many(name, files.len()));
         }
-        disks.extend(files.into_iter().map(|path| Requested { path, settings: group.over(&common) }));
+        disks.extend(files.into_iter().map(|path| Requested { path, settings: settings.clone() }));
     }
     match (&common.name, disks.len()) {
         (_, 0) => Err(UsageError::new("no disk is given: add file=PATH")),
@@ -293,8 +330,9 @@ mod tests {
     fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig>, String> {
         let options: Vec<_> = options.iter().map(|(key, value)| (keys::find(key).unwrap(), value.into())).collect();
         let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        let disks = disks(&options, &words).map_err(|e| e.to_string())?;
-        Ok(disks.into_iter().map(|disk| disk.into_config(None)).collect())
+        let purpose = Purpose::Mount { read_only: false };
+        let requested = disks(&options, &words, purpose).map_err(|e| e.to_string())?;
+        configs(requested, None, purpose).map_err(|e| e.to_string())
     }
 
     fn local(disk: &DiskConfig) -> &LocalConfig {
@@ -344,6 +382,8 @@ mod tests {
             "allow-dir=/two",
             "degraded=cid",
             "lock=off",
+            "cow=/c.vmdk",
+            "force=yes",
         ]);
         let expected = DiskConfig {
             name: "n".into(),
@@ -351,14 +391,14 @@ mod tests {
             cache: Some(PageCache::None),
             cache_size: Some(1 << 20),
             readahead: Some(2 << 20),
-            overlay: None,
+            overlay: Some(Overlay::File("/c.vmdk".into())),
             source: SourceConfig::Local(LocalConfig {
                 path: "/a.vmdk".into(),
                 format: Format::Raw,
                 allow_dirs: vec!["/one".into(), "/two".into()],
                 accept_cid_mismatch: true,
                 lock: false,
-                force: false,
+                force: true,
                 create: None,
             }),
         };
@@ -370,7 +410,8 @@ mod tests {
         let disks = parse(&["/a.vmdk"]).unwrap();
         assert_eq!(disks[0].name, "a.raw");
         assert_eq!((disks[0].read_only, disks[0].cache), (false, None));
-        assert_eq!((disks[0].cache_size, disks[0].readahead), (None, None));
+        assert_eq!((disks[0].cache_size, disks[0].readahead, &disks[0].overlay), (None, None, &None));
+        assert!(!local(&disks[0]).force && local(&disks[0]).create.is_none());
         assert_eq!(local(&disks[0]).format, Format::Auto);
         assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
         assert!(local(&disks[0]).lock);
@@ -495,7 +536,7 @@ mod tests {
         let mut word = OsString::from("file=");
         word.push(OsStr::from_bytes(b"/\xff.vmdk"));
         for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
-            let disk = disks(&[], &[word]).unwrap().remove(0).into_config(None);
+            let disk = configs(disks(&[], &[word], Purpose::Query).unwrap(), None, Purpose::Query).unwrap().remove(0);
             assert_eq!(disk.name, OsStr::from_bytes(b"\xff.raw"));
             assert_eq!(local(&disk).path.as_os_str(), OsStr::from_bytes(b"/\xff.vmdk"));
         }

@@ -8,13 +8,16 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 
 use super::options::Options;
-use super::{MountWords, Parsed, UsageError, config_file, keys, one_line, params, query, values};
+use super::writing::Purpose;
+use super::{MountWords, Parsed, UsageError, commit, config_file, keys, one_line, params, query, unmounted, values};
 use crate::config::{Action, Config, LogConfig};
 
 /// The forms of the command, for the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
+       vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
+       vmdkfuse --commit cow=FILE file=BASE
        vmdkfuse --dump [--json]";
 
 /// What the help says of MOUNTPOINT and bare values.
@@ -28,7 +31,7 @@ umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Those that mount(8) handles it
 ";
 
 /// Actions that are known but not in this build.
-const LATER: [&str; 7] = ["list", "create", "commit", "status", "watch", "doctor", "fingerprint"];
+const LATER: [&str; 5] = ["list", "status", "watch", "doctor", "fingerprint"];
 
 /// The most event loops; beyond the number of processors they bring nothing.
 const MAX_THREADS: u64 = 64;
@@ -113,6 +116,10 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         dump(&words, json)?
     } else if json {
         return Err(UsageError::new("--json goes with --info, --map, --check or --dump"));
+    } else if asked("create") {
+        Action::Create(unmounted(&words, Purpose::Create)?)
+    } else if asked("commit") {
+        commit(&words)?
     } else {
         return mount(matches, &words, manner);
     };
@@ -160,7 +167,7 @@ fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
         return Ok(Action::Dump { json });
     }
     // For the better error of a key that is unknown or not in this build.
-    params::disks(&[], words)?;
+    params::disks(&[], words, Purpose::Query)?;
     Err(UsageError::new("--dump takes no disk"))
 }
 
@@ -186,8 +193,8 @@ fn command() -> Command {
         .after_help(after_help())
         .args(mount_args())
         .args(log_args())
-        .args(query_args())
-        .group(ArgGroup::new("action").args(["info", "map", "check", "dump"]))
+        .args(action_args())
+        .group(ArgGroup::new("action").args(["info", "map", "check", "create", "commit", "dump"]))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
 }
@@ -205,7 +212,7 @@ fn mount_args() -> [Arg; 6] {
             .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
         valued("config", "FILE", "Mount the disks that this TOML file describes").long("config"),
     ]
-    // They say how to mount, so they do not go with an action that only looks.
+    // They say how to mount, so they do not go with another action.
     .map(|arg| arg.conflicts_with("action"))
 }
 
@@ -221,11 +228,13 @@ fn log_args() -> [Arg; 3] {
     ]
 }
 
-fn query_args() -> [Arg; 5] {
+fn action_args() -> [Arg; 7] {
     [
         flag("info", "Say what a source is: size, format, extents, chain"),
         flag("map", "Say where data, holes and zeroes lie"),
         flag("check", "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt"),
+        flag("create", "Make a VMDK without mounting it"),
+        flag("commit", "Merge the overlay cow=FILE into its base"),
         flag("dump", "Print versions and back ends"),
         flag("json", "Answer in JSON"),
     ]

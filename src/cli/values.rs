@@ -4,6 +4,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::config::PageCache;
+
 /// The longest file name of Linux, bytes (`NAME_MAX`).
 const NAME_MAX: usize = 255;
 
@@ -53,6 +55,16 @@ pub(super) fn size(value: &OsStr) -> Result<u64, String> {
     // All characters are digits, so the only way to fail is a number that is too large.
     let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
     bytes.ok_or_else(|| "is larger than 64 bits can hold".into())
+}
+
+/// The value of `cache=`, which its kind lets be nothing else.
+pub(super) fn page_cache(value: &OsStr) -> Option<PageCache> {
+    match value.to_str() {
+        Some("none") => Some(PageCache::None),
+        Some("writethrough") => Some(PageCache::WriteThrough),
+        Some("writeback") => Some(PageCache::WriteBack),
+        _ => None,
+    }
 }
 
 /// A user or group id. The highest number is what system calls take for "none".

@@ -9,9 +9,11 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
+mod new;
 mod scratch;
 mod stack;
 
+pub use new::create;
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, open, open_source};
 

@@ -9,11 +9,11 @@ use serde::Serialize;
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::image::{Image, new};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
-use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, VmdkDisk};
+use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 
 /// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
@@ -29,6 +29,8 @@ pub enum Source {
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
+    /// A compressed stream that was just made, to be written in order.
+    Stream(Arc<StreamDisk>),
 }
 
 /// What a source is, for `--info`.
@@ -74,10 +76,17 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
 /// Opens only the source of a disk.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     let SourceConfig::Local(local) = &config.source;
+    if config.overlay.is_some() {
+        let file = local.path.display();
+        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
+    }
+    if let Some(stream) = new::make(local)? {
+        return Ok(Source::Stream(Arc::new(stream)));
+    }
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
     let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
     if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch };
+        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
         let disk = VmdkDisk::open(file, options)?;
         for unclean in disk.unclean_files() {
             tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
@@ -94,6 +103,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
+            Source::Stream(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
         }
     }
 
@@ -102,6 +112,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => disk.files(),
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Stream(disk) => vec![disk.file()],
         }
     }
 
@@ -111,6 +122,7 @@ impl Source {
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Stream(_) => ("vmdk", None),
         };
         Description {
             name: config.name.to_string_lossy().into_owned(),

@@ -152,4 +152,27 @@ mod tests {
         fs::write(&mark, "").unwrap();
         assert_eq!(esx(&disk, inode), Some((mark, String::new())));
     }
+
+    #[test]
+    fn a_mark_keeps_a_writer_out_and_only_warns_a_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, folder) = (dir.path().join("x.vmdk"), dir.path().join("x.vmdk.lck"));
+        look(&disk, 7, Access::Write).unwrap();
+        let esx = dir.path().join(".lck-0700000000000000");
+        for (mark, text, who) in [
+            (folder.join("M1.lck"), &b"anna 4711-99(vmware-vmx) 1 X\0"[..], "of machine anna, process 4711-99"),
+            (esx, b"                    esx.example.com\0", "of host esx.example.com"),
+        ] {
+            fs::create_dir_all(mark.parent().unwrap()).unwrap();
+            fs::write(&mark, text).unwrap();
+            let error = look(&disk, 7, Access::Write).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            for says in [disk.to_str().unwrap(), mark.to_str().unwrap(), who, "lock=off writes to it all the same"] {
+                assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
+            }
+            look(&disk, 7, Access::Read).unwrap();
+            fs::remove_file(&mark).unwrap();
+            look(&disk, 7, Access::Write).unwrap();
+        }
+    }
 }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, openat, openat2};
 use nix::sys::stat::Mode;
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
@@ -86,6 +86,17 @@ impl LocalStore {
         }
     }
 
+    /// The name of a file of the folder itself, and its label.
+    fn plain<'n>(&self, name: &'n ExtentName) -> Result<(&'n Path, String)> {
+        let path = name.as_path();
+        let label = printable(self.folder.real.join(path));
+        if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
+            let context = format!("{label}: a new file is made only in the folder of its image");
+            return Err(Error::new(ErrorKind::Policy, context));
+        }
+        Ok((path, label))
+    }
+
     /// The error for a name that leads out.
     fn refusal(&self, name: &Path, place: &Path) -> Error {
         let folder = place.parent().unwrap_or(place);
@@ -115,27 +126,53 @@ impl Store for LocalStore {
     }
 
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        let path = name.as_path();
-        let label = printable(self.folder.real.join(path));
-        if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
-            let context = format!("{label}: a new file is made only in the folder of its image");
-            return Err(Error::new(ErrorKind::Policy, context));
-        }
+        let (path, label) = self.plain(name)?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let made = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
         let fd = made.map_err(|e| Error::io(format!("{label}: making the file"), e.into()))?;
         let real = self.folder.real.join(path);
-        Ok(Arc::new(LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write)?))
+        let file = LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write);
+        if file.is_err() {
+            // it was refused, and the name was free before
+            unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).ok();
+        }
+        Ok(Arc::new(file?))
+    }
+
+    fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
+        let (path, label) = self.plain(name)?;
+        let context = || format!("{label}: removing the file");
+        let there = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
+        let there = there.map_err(|e| Error::io(context(), e.into()))?;
+        if (there.st_dev, there.st_ino) != identity.file {
+            return Err(Error::new(ErrorKind::NotFound, format!("{}: another file has its name now", context())));
+        }
+        unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).map_err(|e| Error::io(context(), e.into()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let context = || format!("folder {}: fsync", printable(&self.folder.real));
+        let folder = File::open(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
+        match folder.sync_all() {
+            // some file systems have nothing to sync of a folder
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            done => done.map_err(|e| Error::io(context(), e)),
+        }
     }
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
         let context = || format!("folder {}", printable(&self.folder.real));
         let entries = fs::read_dir(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
         let mut names = Vec::new();
-        for entry in entries.take(most) {
-            let name = entry.map_err(|e| Error::io(context(), e))?.file_name();
+        for entry in entries {
+            if names.len() >= most {
+                break;
+            }
+            let entry = entry.map_err(|e| Error::io(context(), e))?;
             // what can't be named inside of an image is no file of one
-            names.extend(ExtentName::new(name.as_bytes()).ok());
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                names.extend(ExtentName::new(entry.file_name().as_bytes()).ok());
+            }
         }
         Ok(names)
     }
@@ -263,7 +300,9 @@ impl StoredFile for LocalFile {
     }
 
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        let left = self.len.saturating_sub(offset).max(1);
+        // what is written to may have grown
+        let end = if self.writable && !self.device { i64::MAX as u64 } else { self.len };
+        let left = end.saturating_sub(offset).max(1);
         let from = i64::try_from(offset).unwrap_or(i64::MAX);
         // The file's own position is moved by this; nobody reads at it.
         let (stored, next) = match lseek(&self.file, from, Whence::SeekData) {

@@ -15,7 +15,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -133,9 +133,14 @@ impl Conflict {
 /// It reads `fdinfo` and looks at no file of those processes: one of them may lie in the very mount that waits for us.
 fn search(file: &File, byte: i64) -> Option<u32> {
     // As the kernel calls the file in its lists of locks, which need not be what stat() says (btrfs, overlayfs).
-    let own = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let own_path = PathBuf::from(format!("/proc/{}/fdinfo/{}", std::process::id(), file.as_raw_fd()));
+    let own = fs::read_to_string(&own_path).ok()?;
     let inode = listed(&own).next()?.inode;
     let holds = |path: &Path| {
+        // a writer has what it looks for itself
+        if path == own_path {
+            return false;
+        }
         let text = fs::read_to_string(path).unwrap_or_default();
         listed(&text).any(|lock| lock.inode == inode && lock.first <= byte && byte <= lock.last)
     };
@@ -187,12 +192,22 @@ mod tests {
     }
 
     fn refused(file: &File, says: &str) {
-        let error = lock(file, Access::Read, "x.vmdk").unwrap_err();
+        refused_to(Access::Read, file, &[says, "lock=off reads it all the same"]);
+    }
+
+    #[track_caller]
+    fn refused_to(access: Access, file: &File, says: &[&str]) {
+        let error = lock(file, access, "x.vmdk").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         let own = format!("(process {}, ", std::process::id());
-        for says in [says, "x.vmdk: ", &own, "lock=off"] {
+        for says in says.iter().copied().chain(["x.vmdk: ", &own]) {
             assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
         }
+    }
+
+    /// The bytes that somebody else than `file` has locked.
+    fn locked(file: &File) -> Vec<i64> {
+        (0..300).filter(|&byte| look(file, byte).unwrap().is_some()).collect()
     }
 
     #[test]
@@ -201,13 +216,11 @@ mod tests {
         lock(&a, Access::Read, "a").unwrap();
         lock(&b, Access::Read, "b").unwrap();
         lock(&b, Access::Read, "b again").unwrap();
-        let held = |byte| look(&other, byte).unwrap().is_some();
-        let all: Vec<_> = (0..300).filter(|&byte| held(byte)).collect();
-        assert_eq!(all, [100, 201, 203]);
+        assert_eq!(locked(&other), [100, 201, 203]);
         drop(a);
-        assert!(held(201), "the close of one open took the lock of the other");
+        assert_eq!(locked(&other), [100, 201, 203], "the close of one open took the lock of the other");
         drop(b);
-        assert!(!held(201));
+        assert!(locked(&other).is_empty());
     }
 
     #[test]
@@ -219,6 +232,50 @@ mod tests {
             drop(other);
             lock(&reader, Access::Read, "x.vmdk").unwrap();
         }
+    }
+
+    #[test]
+    fn a_writer_holds_what_keeps_readers_and_writers_out() {
+        let [writer, reader, other] = opens();
+        lock(&writer, Access::Write, "w").unwrap();
+        lock(&writer, Access::Write, "w again").unwrap();
+        assert_eq!(locked(&other), [100, 101, 103, 201, 203]);
+        refused(&reader, "in use for writing by another program");
+        let ways_out = ["lets nobody else write to it", "readonly=true", "lock=off writes to it all the same"];
+        refused_to(Access::Write, &other, &ways_out);
+        drop((writer, reader, other));
+        let [reader, writer] = opens();
+        lock(&reader, Access::Read, "r").unwrap();
+        refused_to(Access::Write, &writer, &ways_out);
+        drop((reader, writer));
+    }
+
+    #[test]
+    fn a_writer_that_was_refused_is_in_nobodys_way() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(named.path()).unwrap();
+        let reader = open();
+        lock(&reader, Access::Read, "r").unwrap();
+        refused_to(Access::Write, &open(), &["lets nobody else write to it"]);
+        lock(&open(), Access::Read, "another reader").unwrap();
+        drop(reader);
+        lock(&open(), Access::Write, "w").unwrap();
+    }
+
+    #[test]
+    fn whoever_uses_or_forbids_writing_is_in_the_way_of_a_writer() {
+        for byte in [101, 103, 200, 201, 203] {
+            let [other, writer] = opens();
+            hold(&other, byte);
+            refused_to(Access::Write, &writer, &["in use"]);
+            drop(other);
+            lock(&writer, Access::Write, "x.vmdk").unwrap();
+        }
+        let [other, writer] = opens();
+        for byte in [0, 99, 100, 102, 104, 202, 204] {
+            hold(&other, byte);
+        }
+        lock(&writer, Access::Write, "x.vmdk").unwrap();
     }
 
     #[test]
@@ -234,7 +291,7 @@ mod tests {
     fn an_exclusive_lock_is_in_the_way() {
         let [other, reader] = opens();
         fcntl(&other, FcntlArg::F_OFD_SETLK(&of_byte(201, libc::F_WRLCK))).unwrap();
-        refused(&reader, "lets nobody else read it");
+        refused(&reader, "in use by another program that lets nobody else write to it");
     }
 
     #[test]

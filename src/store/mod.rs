@@ -58,6 +58,15 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Errors: `Os(EEXIST)` where there is one, `Policy`, or what the system says.
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
 
+    /// Takes a file out of the folder itself, if what has the name is the very file of `identity`: it undoes
+    /// [`create`](Self::create). Who has it open keeps it.
+    ///
+    /// Errors: `NotFound` where that file has the name no more, `Policy`, or what the system says.
+    fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()>;
+
+    /// Makes the names durable: of files that were made, and that removed ones are gone.
+    fn sync(&self) -> Result<()>;
+
     /// Names of the files in the folder itself, in no order, at most `most`.
     fn names(&self, most: usize) -> Result<Vec<ExtentName>>;
 }

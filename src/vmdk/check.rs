@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::vmdk::disk::VmdkDisk;
 use crate::vmdk::extent::{Extent, Packing, Run, SparseExtent};
 use crate::vmdk::inflate::inflate;
-use crate::vmdk::open::PlacedExtent;
+use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::sparse::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, Layout, Place, Slot};
 
@@ -30,6 +30,9 @@ pub struct CheckReport {
     pub error_count: u64,
     /// Grains of a file that no table names: lost room, but no lost data.
     pub leaks: u64,
+    /// Entries and tables that only one of both copies has, in an image that was not closed: its writer came no
+    /// further. Opening it for writing completes them.
+    pub unfinished: u64,
     /// What is unusual without being wrong.
     pub notes: Vec<String>,
     /// Grains that were looked at.
@@ -47,9 +50,18 @@ impl CheckReport {
 
 /// Checks all links of the disk. What can't be read is an error of the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
+    check_extents(disk.links().iter().flat_map(|l| &l.extents))
+}
+
+/// Checks one link alone.
+pub(super) fn check_link(link: &Link) -> CheckReport {
+    check_extents(link.extents.iter())
+}
+
+fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckReport {
     let mut report = CheckReport::default();
     let mut seen = HashSet::new();
-    for placed in disk.links().iter().flat_map(|l| &l.extents) {
+    for placed in extents {
         if let Extent::Sparse(sparse) = &placed.extent {
             if !seen.insert(sparse.file.identity_at_open().file) {
                 let label = sparse.file.label();
@@ -105,8 +117,7 @@ impl Checker<'_> {
                 }
             }
         }
-        self.leaks();
-        Ok(())
+        self.leaks()
     }
 
     fn table(&mut self, number: u64, at: u64) -> Result<()> {
@@ -175,23 +186,54 @@ impl Checker<'_> {
                     continue;
                 }
             }
-            if (a == 0) != (b == 0) {
+            if (a == 0) != (b == 0) && self.placed.unclean && (good(a) || good(b)) {
+                self.report.unfinished += 1;
+            } else if (a == 0) != (b == 0) {
                 self.report.error(|| format!("{label}: grain table {table} is in one of both directories only"));
             } else if a != 0 && (!good(a) || !good(b)) {
                 self.report.error(|| format!(
                     "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
                 ));
-            } else if a != b && hosted.raw_table(a.into())? != hosted.raw_table(b.into())? {
-                self.report.error(|| format!("{label}: grain table {table} differs from its redundant copy"));
+            } else if a != b {
+                let (first, second) = (hosted.raw_table(a.into())?, hosted.raw_table(b.into())?);
+                match self.unfinished(hosted, table, [a.into(), b.into()], &first, &second) {
+                    Some(entries) => self.report.unfinished += entries,
+                    None => {
+                        self.report.error(|| format!("{label}: grain table {table} differs from its redundant copy"));
+                    }
+                }
             }
         }
         Ok(())
     }
 
+    /// How many entries differ between both copies of a table; `None`: in a way that no writer leaves that stopped
+    /// in between.
+    fn unfinished(
+        &self,
+        hosted: &HostedTables,
+        table: u64,
+        own: [u64; 2],
+        first: &[u32],
+        second: &[u32],
+    ) -> Option<u64> {
+        let from = table * hosted.shape().entries_per_table;
+        let names = |raw, grain| matches!(hosted.slot(raw, grain, &own), Slot::At(_) | Slot::Zero);
+        let mut entries = 0;
+        for (grain, (&a, &b)) in (from..).zip(first.iter().zip(second)).filter(|(_, (a, b))| a != b) {
+            let whole = [a, b].into_iter().all(|raw| raw == 0 || names(raw, grain));
+            if !self.placed.unclean || !whole {
+                return None;
+            }
+            entries += 1;
+        }
+        Some(entries)
+    }
+
     /// Room that nothing claims. Only hosted files are written without gaps: ESX grows its own in steps.
-    fn leaks(&mut self) {
+    fn leaks(&mut self) -> Result<()> {
         let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Packing::Plain) else {
-            return;
+            return Ok(());
         };
         // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
         let file_sectors = (self.sparse.file.len() / SECTOR).min(1 << 32);
@@ -199,10 +241,28 @@ impl Checker<'_> {
         if self.claims.full {
             let label = self.sparse.file.label();
             self.report.notes.push(format!("{label}: is too large: not all overlaps were looked for, and no leaks"));
-            return;
+            return Ok(());
         }
         let free = self.claims.free(hosted.data_start()..file_sectors);
-        self.report.leaks += free.into_iter().map(|r| (r.end - r.start) / grain).sum::<u64>();
+        for range in free.into_iter().filter(|range| range.end - range.start >= grain) {
+            self.report.leaks += self.stored(range)?.div_ceil(grain);
+        }
+        Ok(())
+    }
+
+    /// Sectors of the range that take room: holes of the file are no loss.
+    fn stored(&self, range: Range<u64>) -> Result<u64> {
+        let end = range.end * SECTOR;
+        let (mut at, mut stored) = (range.start * SECTOR, 0);
+        while at < end {
+            let (data, bytes) = self.sparse.file.data_at(at)?;
+            let bytes = bytes.min(end - at);
+            if data {
+                stored += bytes;
+            }
+            at += bytes;
+        }
+        Ok(stored.div_ceil(SECTOR))
     }
 }
 

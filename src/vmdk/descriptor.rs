@@ -11,6 +11,7 @@
 //! them counts, and the wrong one would show somebody a wrong disk.
 
 use std::fmt;
+use std::ops::Range;
 
 use encoding_rs::Encoding;
 
@@ -84,6 +85,26 @@ impl Descriptor {
     pub fn ddb_value(&self, name: &str) -> Option<&str> {
         self.ddb.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
+}
+
+/// The digits of a descriptor's CID, wherever they stand in `bytes`: in `CID=`, and at the end of a
+/// `ddb.longContentID` that ends like it.
+pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
+    let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
+    let within = |part: &[u8]| {
+        let start = part.as_ptr() as usize - bytes.as_ptr() as usize;
+        start..start + part.len()
+    };
+    let Some(digits) = lines.first("CID").and_then(|setting| setting.unquoted().ok()) else { return Vec::new() };
+    let mut found: Vec<_> = lines.all("CID").filter_map(|s| s.unquoted().ok()).map(within).collect();
+    let long = lines.ddb.iter().find(|s| s.key.eq_ignore_ascii_case(b"longContentID"));
+    if let Some(long) = long.and_then(|s| s.unquoted().ok())
+        && let Some((_, tail)) = long.split_at_checked(long.len().saturating_sub(digits.len()))
+        && tail.eq_ignore_ascii_case(digits)
+    {
+        found.push(within(tail));
+    }
+    found
 }
 
 /// Whether a file that starts with `bytes` is a descriptor: its first line says so, or its first setting is

@@ -3,18 +3,22 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, Result};
-use crate::store::StoredFile;
+use crate::store::{Access, StoredFile};
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
+use crate::vmdk::write::{Writer, refuse_with_children};
 
 /// An open VMDK: the newest link of its chain first.
 #[derive(Debug)]
 pub struct VmdkDisk {
     links: Vec<Link>,
     geometry: Geometry,
+    /// What lies below the oldest link, where that is no VMDK of this chain: the source of an overlay.
+    base: Option<Arc<dyn BlockRead>>,
+    pub(super) writer: Option<Writer>,
 }
 
 impl VmdkDisk {
@@ -22,10 +26,41 @@ impl VmdkDisk {
     ///
     /// Errors: `Corrupt`, `Unsupported`, `Policy`, `NotFound`, or what the system says; each names the file.
     pub fn open(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
-        let links = Opener::new(options).chain(file)?;
+        Self::of(Opener::new(options, Access::Read).chain(file)?)
+    }
+
+    /// Opens `file`, which is open for writing itself, its extents for writing too, and all its parents for reading.
+    /// The tables of the newest link are checked whole; an extent that was not closed properly is repaired.
+    ///
+    /// Errors: as [`open`](Self::open); `ReadOnly` where a format can't be written in place, `Busy` where somebody uses
+    /// an extent, `Policy` where the disk has children, `Corrupt` where the tables are damaged.
+    pub fn open_writable(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
+        let mut links = Opener::new(options, Access::Write).chain(file)?;
+        let Some(newest) = links.first_mut() else { return Self::of(links) };
+        if !options.force {
+            refuse_with_children(newest)?;
+        }
+        let writer = Writer::new(newest)?;
+        Ok(Self { writer: Some(writer), ..Self::of(links)? })
+    }
+
+    /// The same disk over `base`, which is seen where no link has anything; behind its end are zeroes.
+    #[must_use]
+    pub fn over(self, base: Arc<dyn BlockRead>) -> Self {
+        let granule = self.geometry.granule.max(base.geometry().granule);
+        let geometry = Geometry { granule, preferred: self.geometry.preferred.max(granule), ..self.geometry };
+        Self { geometry, base: Some(base), ..self }
+    }
+
+    fn of(links: Vec<Link>) -> Result<Self> {
         let sectors = links.first().map_or(0, |l| l.sectors);
         let preferred = links.iter().flat_map(|l| &l.extents).filter_map(|p| packed_grain(&p.extent)).max();
-        Ok(Self { geometry: Geometry { sectors, granule: 1, preferred: preferred.unwrap_or(1) }, links })
+        Ok(Self {
+            geometry: Geometry { sectors, granule: 1, preferred: preferred.unwrap_or(1) },
+            links,
+            base: None,
+            writer: None,
+        })
     }
 
     /// The links, the newest first.
@@ -52,27 +87,17 @@ impl VmdkDisk {
     /// The run at `at`, of at most `max` sectors, which lie inside of the disk. `Parent` means here that no link
     /// has anything.
     pub fn run_at(&self, at: Lba, max: u64) -> Result<Run<'_>> {
-        self.next_run(at, max, &mut Passed::new())
+        next_run(&self.links, at, max, &mut Passed::new())
     }
 
-    /// The same, in a walk from lower to higher sectors that `passed` belongs to.
-    fn next_run(&self, at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'_>> {
-        let mut left = max;
-        for (link, nothing_before) in self.links.iter().zip(&mut passed.0) {
-            if at.0 < *nothing_before {
-                left = left.min(*nothing_before - at.0);
-                continue;
-            }
-            let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
-            match placed.extent.run_at(within, sectors)? {
-                Run::Parent { sectors } => {
-                    left = sectors;
-                    *nothing_before = at.0 + sectors;
-                }
-                run => return Ok(run),
-            }
-        }
-        Ok(Run::Parent { sectors: left })
+    /// Reads what the links below the newest one have.
+    pub(super) fn read_below(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        self.read_from(self.links.get(1..).unwrap_or_default(), at, buf)
+    }
+
+    /// Whether the links below the newest one are known to have only zeroes there.
+    pub(super) fn is_zero_below(&self, at: Lba, sectors: u64) -> bool {
+        self.is_zero_in(self.links.get(1..).unwrap_or_default(), at, sectors)
     }
 
     fn kind_at(&self, at: Lba, max: u64) -> Result<(Kind, u64)> {
@@ -86,22 +111,16 @@ impl VmdkDisk {
         }
         Ok((Kind::Parent, left))
     }
-}
 
-impl BlockRead for VmdkDisk {
-    fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
-        check_range(&self.geometry, at, buf.len())?;
+    /// Reads from `links`, and from the base where they have nothing.
+    fn read_from(&self, links: &[Link], at: Lba, buf: &mut [u8]) -> Result<()> {
         // neighbours in the same file wait here for each other, to become one read
         let mut pending: Option<Pending<'_>> = None;
         let mut passed = Passed::new();
         let mut done = 0;
         while done < buf.len() {
             let lba = at + done as u64 / SECTOR;
-            let run = self.next_run(lba, (buf.len() - done) as u64 / SECTOR, &mut passed)?;
+            let run = next_run(links, lba, (buf.len() - done) as u64 / SECTOR, &mut passed)?;
             let len = (run.sectors() * SECTOR) as usize;
             if let Run::Stored { file, sector, .. } = run {
                 match &mut pending {
@@ -117,6 +136,7 @@ impl BlockRead for VmdkDisk {
                 let part = buf.get_mut(done..done + len).unwrap_or_default();
                 match run {
                     Run::Deflate { grain, skip, .. } => read_packed(&grain, skip, part)?,
+                    Run::Parent { .. } => self.read_base(lba, part)?,
                     _ => part.fill(0),
                 }
             }
@@ -125,27 +145,98 @@ impl BlockRead for VmdkDisk {
         pending.map_or(Ok(()), |p| p.read(buf))
     }
 
-    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
-        check_range(&self.geometry, at, SECTOR as usize)?;
-        let (kind, sectors) = self.kind_at(at, self.geometry.sectors - at.0)?;
-        let content = match kind {
-            Kind::Data => Content::Data,
-            Kind::Zero => Content::Zero,
-            Kind::Parent => Content::Hole,
-        };
-        Ok((content, sectors))
-    }
-
-    fn is_zero(&self, at: Lba, sectors: u64) -> bool {
+    fn is_zero_in(&self, links: &[Link], at: Lba, sectors: u64) -> bool {
         let mut passed = Passed::new();
         let mut done = 0;
         while done < sectors {
-            match self.next_run(at + done, sectors - done, &mut passed) {
-                Ok(Run::Zero { sectors } | Run::Parent { sectors }) => done += sectors,
+            match next_run(links, at + done, sectors - done, &mut passed) {
+                Ok(Run::Zero { sectors }) => done += sectors,
+                Ok(Run::Parent { sectors }) if self.base_is_zero(at + done, sectors) => done += sectors,
                 _ => return false,
             }
         }
         true
+    }
+
+    /// Sectors of the base from `at` on, of `sectors`.
+    fn inside_base<'a>(&self, base: &'a dyn BlockRead, at: Lba, sectors: u64) -> (&'a dyn BlockRead, u64) {
+        (base, base.geometry().sectors.saturating_sub(at.0).min(sectors))
+    }
+
+    fn read_base(&self, at: Lba, part: &mut [u8]) -> Result<()> {
+        let sectors = part.len() as u64 / SECTOR;
+        let inside = match &self.base {
+            Some(base) => match self.inside_base(&**base, at, sectors) {
+                (base, inside @ 1..) => {
+                    base.read_at(at, part.get_mut(..(inside * SECTOR) as usize).unwrap_or_default())?;
+                    inside
+                }
+                _ => 0,
+            },
+            None => 0,
+        };
+        part.get_mut((inside * SECTOR) as usize..).unwrap_or_default().fill(0);
+        Ok(())
+    }
+
+    fn base_is_zero(&self, at: Lba, sectors: u64) -> bool {
+        self.base.as_ref().is_none_or(|base| match self.inside_base(&**base, at, sectors) {
+            (_, 0) => true,
+            (base, inside) => base.is_zero(at, inside),
+        })
+    }
+}
+
+/// The run at `at` in a walk from lower to higher sectors that `passed` belongs to.
+fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'a>> {
+    let mut left = max;
+    for (link, nothing_before) in links.iter().zip(&mut passed.0) {
+        if at.0 < *nothing_before {
+            left = left.min(*nothing_before - at.0);
+            continue;
+        }
+        let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+        match placed.extent.run_at(within, sectors)? {
+            Run::Parent { sectors } => {
+                left = sectors;
+                *nothing_before = at.0 + sectors;
+            }
+            run => return Ok(run),
+        }
+    }
+    Ok(Run::Parent { sectors: left })
+}
+
+impl BlockRead for VmdkDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        check_range(&self.geometry, at, buf.len())?;
+        self.read_from(&self.links, at, buf)
+    }
+
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+        check_range(&self.geometry, at, SECTOR as usize)?;
+        let (kind, sectors) = self.kind_at(at, self.geometry.sectors - at.0)?;
+        match (kind, &self.base) {
+            (Kind::Data, _) => Ok((Content::Data, sectors)),
+            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
+            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
+                (_, 0) => Ok((Content::Hole, sectors)),
+                (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
+            },
+            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
+        }
+    }
+
+    fn is_zero(&self, at: Lba, sectors: u64) -> bool {
+        self.is_zero_in(&self.links, at, sectors)
+    }
+
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        self.writer.as_ref().map(|_| self as &dyn BlockWrite)
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -196,7 +287,8 @@ impl Pending<'_> {
 fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
     let left = file.len().saturating_sub(offset);
     let short = (part.len() as u64).saturating_sub(left);
-    if short == 0 || short >= SECTOR {
+    // what is written to may have grown
+    if short == 0 || short >= SECTOR || file.writer().is_some() {
         return file.read_exact_at(offset, part);
     }
     let (real, missing) = part.split_at_mut(left as usize);

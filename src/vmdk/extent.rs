@@ -9,6 +9,7 @@ use crate::block::SECTOR;
 use crate::error::{Error, Result};
 use crate::store::StoredFile;
 use crate::vmdk::tables::{CHUNK, Layout, Place, Shape, Slot, Table, TableCache};
+use crate::vmdk::write::live::LiveTables;
 
 /// Where a range of sectors is to be read.
 #[derive(Debug, Clone, Copy)]
@@ -99,19 +100,21 @@ impl Extent {
     /// not neighbours.
     pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         match self {
-            Extent::Flat { file, offset } => {
-                let at = (offset + sector) * SECTOR;
-                let (stored, bytes) = file.data_at(at)?;
-                // a sector of which a part is stored is no hole
-                let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
-                // a hole of the file hides the parent like a zeroed grain does
-                let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
-                Ok((kind, (bytes / SECTOR).clamp(1, max)))
-            }
+            Extent::Flat { file, offset } => stored_at(&**file, (offset + sector) * SECTOR, max),
             Extent::Zero => Ok((Kind::Zero, max)),
             Extent::Sparse(sparse) => sparse.kind_at(sector, max),
         }
     }
+}
+
+/// Whether a file has data at byte `at` or a hole, and for how many of `max` sectors.
+fn stored_at(file: &dyn StoredFile, at: u64, max: u64) -> Result<(Kind, u64)> {
+    let (stored, bytes) = file.data_at(at)?;
+    // a sector of which a part is stored is no hole
+    let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
+    // a hole of the file hides the parent like a zeroed grain does
+    let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
+    Ok((kind, (bytes / SECTOR).clamp(1, max)))
 }
 
 /// What an extent has at a place.
@@ -131,6 +134,8 @@ pub(crate) struct SparseExtent {
     pub(crate) layout: Arc<dyn Layout>,
     pub(crate) cache: TableCache,
     pub(crate) packing: Packing,
+    /// The tables of an extent that is written to, instead of those of the cache.
+    pub(crate) live: Option<Arc<LiveTables>>,
     /// `layout.shape()`, at hand.
     shape: Shape,
 }
@@ -168,12 +173,20 @@ impl SparseExtent {
         packing: Packing,
     ) -> Self {
         let shape = layout.shape();
-        Self { id, file, layout, cache, packing, shape }
+        Self { id, file, layout, cache, packing, live: None, shape }
     }
 
     /// Its numbers.
     pub(crate) fn shape(&self) -> Shape {
         self.shape
+    }
+
+    /// Table `number`; `None` where there is none.
+    fn table(&self, number: u64) -> Result<Option<Arc<Table>>> {
+        match &self.live {
+            Some(live) => live.table(number),
+            None => self.cache.table(self.id, &*self.layout, number),
+        }
     }
 
     fn position(&self, sector: u64) -> Position {
@@ -185,9 +198,10 @@ impl SparseExtent {
         }
     }
 
-    fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
+    /// The run at `sector` of the extent, of at most `max` sectors, which lie inside of it.
+    pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
         let p = self.position(sector);
-        let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
+        let Some(table) = self.table(p.table)? else {
             return Ok(Run::Parent { sectors: self.absent(sector, max)? });
         };
         let (kind, grains) = self.stretch(&table, p, max, true);
@@ -225,14 +239,21 @@ impl SparseExtent {
 
     fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         let p = self.position(sector);
-        if self.cache.place(self.id, &*self.layout, p.table)? == Place::Bad {
+        // what is written to was checked before
+        if self.live.is_none() && self.cache.place(self.id, &*self.layout, p.table)? == Place::Bad {
             // like a damaged entry of a table: reading it is what tells
             let coverage = self.shape.coverage();
             return Ok((Kind::Data, max.min(coverage - sector % coverage)));
         }
-        let Some(table) = self.cache.table(self.id, &*self.layout, p.table)? else {
+        let Some(table) = self.table(p.table)? else {
             return Ok((Kind::Parent, self.absent(sector, max)?));
         };
+        if let (Some(live), Slot::At(at)) = (&self.live, table.slot(p.entry))
+            && live.has_holes()
+        {
+            let left = (self.shape.grain - p.within).min(max);
+            return stored_at(&*self.file, (at + p.within) * SECTOR, left);
+        }
         let (kind, grains) = self.stretch(&table, p, max, false);
         // a damaged entry is data: reading it is what tells
         Ok((kind.unwrap_or(Kind::Data), (grains * self.shape.grain - p.within).min(max)))
@@ -273,6 +294,10 @@ impl SparseExtent {
         let coverage = self.shape.coverage();
         let mut table = sector / coverage + 1;
         let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
+        if let Some(live) = &self.live {
+            table += live.absent(table, end.div_ceil(coverage));
+            return Ok((table * coverage).min(end) - sector);
+        }
         while table * coverage < end {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;

@@ -5,7 +5,7 @@
 //! Sources: VMware "Virtual Disk Format 5.0" for KDMV and COWD, what ESXi writes for seSparse.
 
 use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ pub(crate) const SESPARSE_MAGIC: &[u8; 8] = &[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0
 pub(crate) const HEAD_BYTES: usize = 2048;
 
 /// Directory entries that qemu accepts as well: 2^25, a directory of 128 MiB.
-const MAX_DIRECTORY_ENTRIES: u64 = 1 << 25;
+pub(crate) const MAX_DIRECTORY_ENTRIES: u64 = 1 << 25;
 /// 8 MiB: a grain has to fit in memory several times.
 const MAX_GRAIN_SECTORS: u64 = 1 << 14;
 /// 10 MiB, as VirtualBox allows; VMware writes 10 KiB.
@@ -40,7 +40,7 @@ const UNKNOWN_INCOMPATIBLE: u32 = !0xffff & !(FLAG_COMPRESSED | FLAG_MARKERS);
 /// `gdOffset` that says: the directory is named in the footer.
 const GD_AT_END: u64 = u64::MAX;
 
-#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHosted {
     magic: [u8; 4],
@@ -118,6 +118,9 @@ pub(crate) enum DirectoryAt {
     /// The footer at the end of the file names it.
     Footer,
 }
+
+/// Byte of the header of a hosted extent that is 1 while the file is open for writing.
+pub(crate) const UNCLEAN_AT: u64 = 72;
 
 /// A checked header (or footer) of a hosted sparse extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,6 +207,40 @@ impl Hosted {
     /// Number of grain tables that the capacity needs.
     pub(crate) fn tables(&self) -> u64 {
         self.capacity.div_ceil(self.grain * self.entries_per_table)
+    }
+
+    /// The sector that [`Self::parse`] reads it from; `magic` is [`KDMV_MAGIC`] or, until the file can be read,
+    /// [`KDMV_UNFINISHED`].
+    pub(crate) fn to_bytes(&self, magic: &[u8; 4]) -> Vec<u8> {
+        let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+        let (descriptor_offset, descriptor_size) = self.descriptor.unwrap_or((0, 0));
+        let raw = RawHosted {
+            magic: *magic,
+            version: self.version.into(),
+            flags: (FLAG_NEWLINE
+                | bit(self.redundant.is_some(), FLAG_REDUNDANT)
+                | bit(self.zeroed_grains, FLAG_ZEROED_GRAINS)
+                | bit(self.compressed, FLAG_COMPRESSED)
+                | bit(self.markers, FLAG_MARKERS))
+            .into(),
+            capacity: self.capacity.into(),
+            grain_size: self.grain.into(),
+            descriptor_offset: descriptor_offset.into(),
+            descriptor_size: descriptor_size.into(),
+            gtes_per_gt: (self.entries_per_table as u32).into(),
+            rgd_offset: self.redundant.unwrap_or(0).into(),
+            gd_offset: match self.directory {
+                DirectoryAt::Sector(sector) => sector,
+                DirectoryAt::Footer => GD_AT_END,
+            }
+            .into(),
+            overhead: self.overhead.into(),
+            unclean: self.unclean.into(),
+            newline: *b"\n \r\n",
+            compression: u16::from(self.compressed).into(),
+            pad: [0; 433],
+        };
+        raw.as_bytes().to_vec()
     }
 
     fn check_shape(&self, place: &str) -> Result<()> {

@@ -4,14 +4,18 @@
 //!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
 //!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
 //!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   write/         open for writing, allocate, flush, close
+//!   create.rs, stream.rs   new images; a compressed stream in the course of being written
 //!   info.rs, check.rs   what is there, and whether it is sound
 //! ```
-//! Format code maps addresses; `disk.rs` is the one place that reads data. Names found inside of an image are
-//! opened by the store, which holds the gate.
+//! Format code maps addresses; `disk.rs` is the one place that reads data, `write/` the one that changes any of an image
+//! (a stream, which none can read yet, does both for itself). Names found inside of an image are opened by the store,
+//! which holds the gate.
 #![forbid(unsafe_code)]
 
 mod check;
 mod cowd;
+mod create;
 pub mod descriptor;
 mod disk;
 mod extent;
@@ -21,10 +25,14 @@ mod info;
 mod open;
 mod sesparse;
 mod sparse;
+mod stream;
 mod tables;
+mod write;
 
 pub use check::{CheckReport, check};
+pub use create::{DeltaParent, NewDelta, NewDisk, create, create_delta, create_stream};
 pub use disk::VmdkDisk;
 pub use extent::{PackedGrain, Run};
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
 pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
+pub use stream::StreamDisk;

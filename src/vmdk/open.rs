@@ -9,11 +9,13 @@
 //! ```
 //! Everything that can be checked without reading tables is checked here; what is opened passes the store's gate.
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Access, Store, StoredFile};
+use crate::store::{Access, ExtentName, Store, StoredFile};
 use crate::vmdk::cowd::CowdTables;
 use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint};
 use crate::vmdk::extent::{Extent, Packing, SparseExtent};
@@ -39,6 +41,8 @@ const MAX_TEXT: u64 = 1 << 20;
 pub struct OpenOptions {
     /// A parent whose CID is not the one that its child remembers.
     pub accept_cid_mismatch: bool,
+    /// Writing to a disk although a child of it lies in its folder.
+    pub force: bool,
 }
 
 /// What a file is, told by its first bytes.
@@ -63,6 +67,8 @@ pub enum FileKind {
 pub(crate) struct Link {
     /// The descriptor's file (which may be the extent as well).
     pub(crate) file: Arc<dyn StoredFile>,
+    /// The bytes of the file in which the text of the descriptor lies.
+    pub(crate) text: Range<u64>,
     pub(crate) descriptor: Descriptor,
     pub(crate) extents: Vec<PlacedExtent>,
     pub(crate) sectors: u64,
@@ -116,16 +122,20 @@ pub(crate) struct Opener {
     next_extent: u32,
     /// Extents of the whole chain so far.
     extents: usize,
+    /// What the extents of the next link are opened for.
+    access: Access,
 }
 
 impl Opener {
-    pub(crate) fn new(options: OpenOptions) -> Self {
-        Self { options, cache: TableCache::new(), next_extent: 0, extents: 0 }
+    /// Opens the newest link for `access`; its parents are only ever read.
+    pub(crate) fn new(options: OpenOptions, access: Access) -> Self {
+        Self { options, cache: TableCache::new(), next_extent: 0, extents: 0, access }
     }
 
     /// Opens `file` and all its parents.
     pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
         let mut links = vec![self.link(file)?];
+        self.access = Access::Read;
         let mut seen = Vec::new();
         loop {
             let Some(child) = links.last() else { return Ok(links) };
@@ -188,11 +198,12 @@ impl Opener {
         };
         let wanted = sectors * SECTOR;
         let have = file.len().saturating_sub(at * SECTOR).min(wanted);
-        let mut text = vec![0; have as usize];
-        file.read_exact_at(at * SECTOR, &mut text)?;
-        let descriptor = Descriptor::parse(&text).map_err(|e| e.within("embedded descriptor"))?;
+        let mut bytes = vec![0; have as usize];
+        file.read_exact_at(at * SECTOR, &mut bytes)?;
+        let text = at * SECTOR..at * SECTOR + have;
+        let descriptor = Descriptor::parse(&bytes).map_err(|e| e.within("embedded descriptor"))?;
         if header.capacity == 0 {
-            return self.extents(file, descriptor);
+            return self.extents(file, text, descriptor);
         }
         let [line] = descriptor.extents.as_slice() else {
             return Err(Error::corrupt(format!(
@@ -212,7 +223,7 @@ impl Opener {
                 )));
             }
         };
-        Ok(Link { sectors: line.sectors, extents: vec![extent], file, descriptor })
+        Ok(Link { sectors: line.sectors, extents: vec![extent], file, text, descriptor })
     }
 
     /// A descriptor file.
@@ -223,11 +234,12 @@ impl Opener {
         let mut text = vec![0; file.len() as usize];
         file.read_exact_at(0, &mut text)?;
         let descriptor = Descriptor::parse(&text)?;
-        self.extents(file, descriptor)
+        let text = 0..file.len();
+        self.extents(file, text, descriptor)
     }
 
     /// Opens the files that the extent lines name.
-    fn extents(&mut self, file: Arc<dyn StoredFile>, descriptor: Descriptor) -> Result<Link> {
+    fn extents(&mut self, file: Arc<dyn StoredFile>, text: Range<u64>, descriptor: Descriptor) -> Result<Link> {
         let store = file.siblings()?;
         self.extents += descriptor.extents.len();
         if self.extents > MAX_EXTENTS {
@@ -235,9 +247,10 @@ impl Opener {
         }
         let mut extents = Vec::with_capacity(descriptor.extents.len());
         let mut start = 0u64;
+        let mut opened = HashMap::new();
         for line in &descriptor.extents {
             let mut placed = self
-                .listed_extent(&*store, line)
+                .listed_extent(&*store, &mut opened, line)
                 .map_err(|e| e.within(format!("{}: line {}: extent", file.label(), line.line)))?;
             placed.start = start;
             start = start.checked_add(line.sectors).filter(|&s| s <= MAX_SECTORS).ok_or_else(|| {
@@ -245,15 +258,29 @@ impl Opener {
             })?;
             extents.push(placed);
         }
-        Ok(Link { sectors: start, extents, file, descriptor })
+        Ok(Link { sectors: start, extents, file, text, descriptor })
     }
 
-    fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
+    /// `opened`: the files of the link so far. Each is opened once, as two opens for writing exclude each other.
+    fn listed_extent(
+        &mut self,
+        store: &dyn Store,
+        opened: &mut HashMap<ExtentName, Arc<dyn StoredFile>>,
+        line: &ExtentLine,
+    ) -> Result<PlacedExtent> {
         let zero = line.kind == ExtentKind::Zero || line.access == ExtentAccess::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
             return Ok(placed(Extent::Zero, line, "ZERO"));
         };
-        let file = store.open(name, Access::Read)?;
+        let file = match opened.get(name) {
+            Some(file) => Arc::clone(file),
+            None => {
+                let access = if line.access == ExtentAccess::ReadWrite { self.access } else { Access::Read };
+                let file = store.open(name, access)?;
+                opened.insert(name.clone(), Arc::clone(&file));
+                file
+            }
+        };
         match line.kind {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),

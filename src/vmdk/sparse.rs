@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
@@ -23,8 +23,9 @@ pub(crate) struct HostedTables {
     shape: Shape,
     zeroed_grains: bool,
     compressed: bool,
-    /// Sectors of the file, the last one perhaps not whole.
-    file_sectors: u64,
+    version: u32,
+    /// Sectors of the file, the last one perhaps not whole. Grows while it is written to.
+    file_sectors: AtomicU64,
     /// Sectors of metadata at the front, as the header says it.
     overhead: u64,
     /// Sector of the primary directory.
@@ -81,7 +82,8 @@ impl HostedTables {
             },
             zeroed_grains: header.zeroed_grains,
             compressed: header.compressed,
-            file_sectors,
+            version: header.version,
+            file_sectors: file_sectors.into(),
             overhead: header.overhead,
             directory,
             redundant,
@@ -90,6 +92,33 @@ impl HostedTables {
             redundant_is_lost: header.redundant.is_some() && redundant.is_none(),
             said_redundant: AtomicBool::new(false),
         })
+    }
+
+    /// Version of the header.
+    pub(crate) fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Whether an entry of 1 means a zeroed grain.
+    pub(crate) fn has_zeroed_grains(&self) -> bool {
+        self.zeroed_grains
+    }
+
+    /// Sector of a directory; `None`: there is no redundant one.
+    pub(crate) fn directory(&self, copy: Copy) -> Option<u64> {
+        match copy {
+            Copy::Primary => Some(self.directory),
+            Copy::Redundant => self.redundant,
+        }
+    }
+
+    /// The file has at least so many sectors now.
+    pub(crate) fn grew_to(&self, sectors: u64) {
+        self.file_sectors.fetch_max(sectors, Ordering::AcqRel);
+    }
+
+    fn file_sectors(&self) -> u64 {
+        self.file_sectors.load(Ordering::Acquire)
     }
 
     /// Whether the header names a redundant directory that does not lie inside of the file.
@@ -104,11 +133,7 @@ impl HostedTables {
 
     /// The directory entries of one copy as they are in the file.
     pub(crate) fn raw_directory(&self, copy: Copy, tables: Range<u64>) -> Result<Vec<u32>> {
-        let at = match copy {
-            Copy::Primary => Some(self.directory),
-            Copy::Redundant => self.redundant,
-        };
-        match at {
+        match self.directory(copy) {
             Some(at) => self.read_u32s(at * SECTOR + tables.start * 4, tables.end - tables.start),
             None => Ok(Vec::new()),
         }
@@ -122,7 +147,7 @@ impl HostedTables {
     /// Whether a table may start at this sector.
     pub(crate) fn table_fits(&self, at: u64) -> bool {
         let end = at + self.table_sectors();
-        end <= self.file_sectors && !self.in_fixed(at..end)
+        end <= self.file_sectors() && !self.in_fixed(at..end)
     }
 
     /// The sectors of header, descriptor and directories.
@@ -153,7 +178,7 @@ impl HostedTables {
         let sectors = if self.compressed { 1 } else { self.shape.grain_sectors(grain) };
         let range = at..at + sectors;
         let own_table = |&t: &u64| t < range.end && range.start < t + self.table_sectors();
-        range.end <= self.file_sectors && !self.in_fixed(range.clone()) && !own.iter().any(own_table)
+        range.end <= self.file_sectors() && !self.in_fixed(range.clone()) && !own.iter().any(own_table)
     }
 
     fn in_fixed(&self, range: Range<u64>) -> bool {
@@ -254,7 +279,7 @@ impl Layout for HostedTables {
         Error::corrupt(format!(
             "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
             self.file.label(),
-            self.file_sectors
+            self.file_sectors()
         ))
     }
 
@@ -272,7 +297,7 @@ impl Layout for HostedTables {
         Error::corrupt(format!(
             "{}: entry {entry} of grain table {table} (byte {at}) is {value}, expected the sector of a grain inside of the file's {} sectors and outside of its metadata",
             self.file.label(),
-            self.file_sectors
+            self.file_sectors()
         ))
     }
 }

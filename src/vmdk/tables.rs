@@ -15,6 +15,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use quick_cache::sync::Cache;
 use quick_cache::{OptionsBuilder, Weighter};
@@ -59,6 +60,8 @@ pub(crate) enum Table {
     Narrow(Box<[u32]>),
     /// Any sector.
     Wide(Box<[u64]>),
+    /// Sectors below 2^32 − 1, which change while they are read: of an extent that is written to.
+    Live(Box<[AtomicU32]>),
 }
 
 const UNALLOCATED: u64 = 0;
@@ -77,6 +80,28 @@ impl Table {
                 })
                 .collect(),
         )
+    }
+
+    /// A table whose entries can change, with those of `self`, and as many unallocated ones as `len` asks for.
+    pub(crate) fn into_live(self, len: usize) -> Self {
+        let entry = |i| match self.slot(i) {
+            _ if i >= self.len() => UNALLOCATED as u32,
+            Slot::Unallocated => UNALLOCATED as u32,
+            Slot::Zero => ZERO as u32,
+            Slot::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
+            Slot::Bad => u32::MAX,
+        };
+        Self::Live((0..len).map(|i| AtomicU32::new(entry(i))).collect())
+    }
+
+    /// Changes entry `i` of a live table to `raw`, as it will be in the file. What was written to the grain before is
+    /// seen by whoever sees the entry.
+    pub(crate) fn publish(&self, i: usize, raw: u32) {
+        if let Self::Live(entries) = self
+            && let Some(entry) = entries.get(i)
+        {
+            entry.store(raw, Ordering::Release);
+        }
     }
 
     /// A table of 64-bit entries.
@@ -98,6 +123,9 @@ impl Table {
         let (value, bad) = match self {
             Self::Narrow(e) => (e.get(i).map_or(u64::from(u32::MAX), |&v| v.into()), u64::from(u32::MAX)),
             Self::Wide(e) => (e.get(i).copied().unwrap_or(u64::MAX), u64::MAX),
+            Self::Live(e) => {
+                (e.get(i).map_or(u64::from(u32::MAX), |v| v.load(Ordering::Acquire).into()), u64::from(u32::MAX))
+            }
         };
         match value {
             UNALLOCATED => Slot::Unallocated,
@@ -112,6 +140,7 @@ impl Table {
         match self {
             Self::Narrow(e) => e.len(),
             Self::Wide(e) => e.len(),
+            Self::Live(e) => e.len(),
         }
     }
 
@@ -119,6 +148,7 @@ impl Table {
         match self {
             Self::Narrow(e) => size_of_val::<[u32]>(e) as u64,
             Self::Wide(e) => size_of_val::<[u64]>(e) as u64,
+            Self::Live(e) => size_of_val::<[AtomicU32]>(e) as u64,
         }
     }
 }

@@ -230,7 +230,16 @@ struct Loop(PathBuf);
 impl Loop {
     /// `None` where this process may not make one.
     fn over(file: &Path) -> Option<Self> {
-        let made = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output().ok()?;
+        Self::made(Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file))
+    }
+
+    /// The same, to be written to.
+    fn writable(file: &Path) -> Option<Self> {
+        Self::made(Command::new("losetup").args(["--find", "--show"]).arg(file))
+    }
+
+    fn made(losetup: &mut Command) -> Option<Self> {
+        let made = losetup.output().ok()?;
         let device = String::from_utf8(made.stdout).ok()?;
         made.status.success().then(|| Self(PathBuf::from(device.trim())))
     }
@@ -396,4 +405,215 @@ fn an_old_kernel_is_named_as_the_reason() {
     let error = system("disk.vmdk".to_owned(), Errno::ENOSYS);
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("Linux 5.6"), "{error}");
+}
+
+/// The error of an open for writing.
+#[track_caller]
+fn not_writable(folders: &Folders, name: &str, kind: ErrorKind, says: &[&str]) {
+    let store = folders.store(&[]);
+    let by_name = store.open(&ExtentName::new(name).unwrap(), Access::Write).unwrap_err();
+    let by_user = open_user_path(&folders.path("image").join(name), policy(&[]), Access::Write).unwrap_err();
+    for error in [by_name, by_user] {
+        assert_eq!(error.kind(), kind, "{error}");
+        for what in says {
+            assert!(error.to_string().contains(what), "`{error}` does not say `{what}`");
+        }
+    }
+}
+
+fn open_to_write(folders: &Folders, name: &str) -> Arc<dyn StoredFile> {
+    folders.store(&[]).open(&ExtentName::new(name).unwrap(), Access::Write).unwrap()
+}
+
+#[test]
+fn a_writer_is_alone() {
+    let folders = Folders::new();
+    let reader = open(&folders.store(&[]), "a.bin").unwrap();
+    let second = open(&folders.store(&[]), "a.bin").unwrap();
+    assert!(reader.writer().is_none(), "opened for reading");
+    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "lets nobody else write"]);
+    drop((reader, second));
+    let writer = open_to_write(&folders, "a.bin");
+    assert!(writer.writer().is_some());
+    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "lets nobody else write"]);
+    refused(&folders.store(&[]), "a.bin", ErrorKind::Busy, &["a.bin", "in use for writing"]);
+    // Its siblings are other files.
+    drop(open_to_write(&folders, "disk.vmdk"));
+    let off = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+    drop(open_user_path(&folders.path("image/a.bin"), Arc::clone(&off), Access::Write).unwrap());
+    drop(open_user_path(&folders.path("image/a.bin"), off, Access::Read).unwrap());
+    drop(writer);
+    drop(open_to_write(&folders, "a.bin"));
+}
+
+#[test]
+fn a_mark_of_vmware_keeps_writers_out_unless_locks_are_off() {
+    let folders = Folders::new();
+    fs::create_dir(folders.path("image/a.bin.lck")).unwrap();
+    drop(open_to_write(&folders, "a.bin"));
+    fs::write(folders.path("image/a.bin.lck/M1.lck"), "anna 4711 1 X").unwrap();
+    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin.lck/M1.lck", "machine anna", "lock=off"]);
+    drop(open(&folders.store(&[]), "a.bin").unwrap());
+    let off = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+    drop(open_user_path(&folders.path("image/a.bin"), off, Access::Write).unwrap());
+    // Not even a new file: another host may be making it.
+    fs::create_dir(folders.path("image/new.lck")).unwrap();
+    fs::write(folders.path("image/new.lck/M1.lck"), "anna 4711 1 X").unwrap();
+    let error = folders.store(&[]).create(&ExtentName::new("new").unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    assert!(!folders.path("image/new").exists(), "a file that was refused is left");
+}
+
+#[test]
+fn a_file_that_may_only_be_read_says_so() {
+    // Root may write to everything, so it becomes somebody else; the kernel keeps this for each thread.
+    std::thread::spawn(|| {
+        use std::os::unix::fs::PermissionsExt;
+        let folders = Folders::new();
+        let allow = |path: PathBuf, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        allow(folders.root.path().to_path_buf(), 0o755);
+        allow(folders.path("image/a.bin"), 0o444);
+        let before = nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65534));
+        drop(open(&folders.store(&[]), "a.bin").unwrap());
+        not_writable(&folders, "a.bin", ErrorKind::ReadOnly, &["a.bin: open for writing"]);
+        nix::unistd::setfsuid(before);
+    })
+    .join()
+    .unwrap();
+    for errno in [libc::EACCES, libc::EPERM, libc::EROFS] {
+        let error = refused_for_writing("x", io::Error::from_raw_os_error(errno));
+        assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
+    }
+    let error = refused_for_writing("x", io::Error::from_raw_os_error(libc::EIO));
+    assert_eq!(error.kind(), ErrorKind::Os(libc::EIO), "{error}");
+}
+
+#[test]
+fn new_files_are_made_in_the_folder_itself_and_only_where_there_is_none() {
+    let folders = Folders::new();
+    folders.link("nowhere", "image/dangling");
+    let store = folders.store(&[folders.path("other")]);
+    let create = |name: &str| store.create(&ExtentName::new(name).unwrap());
+    for name in ["sub/new", "../other/new", "../new", "/tmp/vmdkfuse-new", "./new", "new/", ".", ".."] {
+        let error = create(name).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Policy, "{name}: {error}");
+    }
+    for name in ["a.bin", "sub", "dangling"] {
+        let error = create(name).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Os(libc::EEXIST), "{name}: {error}");
+    }
+    assert_eq!(fs::read(folders.path("image/a.bin")).unwrap(), b"image/a.bin");
+    assert!(!folders.path("image/nowhere").exists() && !folders.path("image/new").exists());
+    let made = create("new").unwrap();
+    assert_eq!((made.len(), made.writer().unwrap().len_now().unwrap()), (0, 0));
+    assert!(made.label().ends_with("image/new"), "{}", made.label());
+    refused(&store, "new", ErrorKind::Busy, &["in use for writing"]);
+    made.writer().unwrap().write_all_at(0, b"made").unwrap();
+    assert_eq!(reads(made.siblings().unwrap().as_ref(), "a.bin"), "image/a.bin");
+    drop(made);
+    assert_eq!(reads(&store, "new"), "made");
+}
+
+#[test]
+fn names_are_those_of_the_folder_itself() {
+    let folders = Folders::new();
+    fs::write(folders.path("image").join(std::ffi::OsStr::from_bytes(b"caf\xe9")), "").unwrap();
+    let store = folders.store(&[]);
+    let mut names: Vec<_> = store.names(100).unwrap().iter().map(|name| name.as_bytes().to_vec()).collect();
+    names.sort();
+    assert_eq!(names, [&b"a.bin"[..], b"caf\xe9", b"disk.vmdk"]);
+    assert_eq!(store.names(2).unwrap().len(), 2);
+    assert_eq!(store.names(0).unwrap().len(), 0);
+    // The folder is the one that was opened, whatever is called so now.
+    fs::rename(folders.path("image"), folders.path("moved")).unwrap();
+    assert_eq!(store.names(100).unwrap().len(), 3);
+}
+
+#[test]
+fn what_is_written_is_read_and_grows_the_file() {
+    let folders = Folders::new();
+    let file = open_to_write(&folders, "a.bin");
+    let write = file.writer().unwrap();
+    write.write_all_at(2, b"XX").unwrap();
+    assert_eq!(content(file.as_ref()), "imXXe/a.bin");
+    // past the end: the gap is zeroes
+    write.write_all_at(5000, b"end").unwrap();
+    assert_eq!((write.len_now().unwrap(), file.len()), (5003, 11), "the length at the open stays");
+    let mut gap = vec![1; 4992];
+    file.read_exact_at(11, &mut gap[..4989]).unwrap();
+    assert_eq!(gap.iter().position(|&byte| byte != 0), Some(4989));
+    write.set_len(7).unwrap();
+    assert_eq!((write.len_now().unwrap(), fs::read(folders.path("image/a.bin")).unwrap()), (7, b"imXXe/a".to_vec()));
+    // longer again: what was cut does not come back
+    write.set_len(9000).unwrap();
+    let mut tail = vec![1; 8993];
+    file.read_exact_at(7, &mut tail).unwrap();
+    assert!(tail.iter().all(|&byte| byte == 0));
+    write.sync().unwrap();
+    for (offset, len) in [(u64::MAX, 1), (1, u64::MAX), (i64::MAX as u64, 2)] {
+        assert!(write.zero(offset, len, true).is_err() && write.zero(offset, len, false).is_err(), "{offset} {len}");
+    }
+    assert!(write.write_all_at(i64::MAX as u64, b"xx").is_err());
+    assert!(write.set_len(u64::MAX).is_err());
+    assert_eq!(write.len_now().unwrap(), 9000);
+}
+
+#[test]
+fn zeroed_ranges_give_their_room_back_only_where_asked() {
+    const LEN: usize = 1 << 20;
+    let folders = Folders::new();
+    let path = folders.path("image/a.bin");
+    for unmap in [false, true] {
+        fs::write(&path, vec![0xa5; LEN]).unwrap();
+        let file = open_to_write(&folders, "a.bin");
+        let write = file.writer().unwrap();
+        write.sync().unwrap();
+        let before = file.allocated().unwrap();
+        write.zero(0, 0, unmap).unwrap();
+        // from the middle of one block to the middle of another
+        write.zero(1000, 700_000, unmap).unwrap();
+        write.zero(LEN as u64 - 10, 10, unmap).unwrap();
+        write.sync().unwrap();
+        let mut expected = vec![0xa5; LEN];
+        expected[1000..701_000].fill(0);
+        expected[LEN - 10..].fill(0);
+        assert!(fs::read(&path).unwrap() == expected, "unmap: {unmap}");
+        assert_eq!(write.len_now().unwrap(), LEN as u64);
+        let after = file.allocated().unwrap();
+        assert!(if unmap { after < before - 600_000 } else { after >= before }, "{before} → {after}, unmap: {unmap}");
+        // and the way of file systems that can do neither
+        file.writer().unwrap().write_all_at(0, &vec![0xa5; LEN]).unwrap();
+    }
+    let file = LocalStore::new(&folders.path("image"), policy(&[])).unwrap();
+    let file = file.open_path(Path::new("a.bin"), Access::Write).unwrap();
+    file.write_zeroes(1000, 700_000).unwrap();
+    let mut expected = vec![0xa5; LEN];
+    expected[1000..701_000].fill(0);
+    assert!(fs::read(&path).unwrap() == expected);
+}
+
+#[test]
+fn a_device_is_written_in_place_and_has_an_end() {
+    let folders = Folders::new();
+    fs::write(folders.path("backing"), vec![7; 8192]).unwrap();
+    let Some(device) = Loop::writable(&folders.path("backing")) else {
+        eprintln!("SKIPPED a_device_is_written_in_place_and_has_an_end: no loop device can be made here");
+        return;
+    };
+    let file = open_user_path(&device.0, policy(&[]), Access::Write).unwrap();
+    let write = file.writer().unwrap();
+    write.write_all_at(512, &[1; 512]).unwrap();
+    write.zero(4096, 1024, false).unwrap();
+    write.zero(5120, 512, true).unwrap();
+    write.set_len(8192).unwrap();
+    write.set_len(100).unwrap();
+    write.sync().unwrap();
+    assert_eq!(write.len_now().unwrap(), 8192);
+    let mut expected = vec![7; 8192];
+    expected[512..1024].fill(1);
+    expected[4096..5632].fill(0);
+    assert!(fs::read(folders.path("backing")).unwrap() == expected);
+    let error = write.write_all_at(7680, &[2; 1024]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Os(libc::ENOSPC), "{error}");
+    assert!(write.set_len(9000).is_err());
 }

@@ -115,6 +115,11 @@ impl<'a> Lines<'a> {
         self.settings.iter().find(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
+    /// All settings of that name.
+    pub(super) fn all(&self, key: &str) -> impl Iterator<Item = &Setting<'a>> {
+        self.settings.iter().filter(move |s| s.key.eq_ignore_ascii_case(key.as_bytes()))
+    }
+
     /// The setting of that name with its value read by `parse`. Two that say different things are an error.
     pub(super) fn get<T: PartialEq>(
         &self,

@@ -1,0 +1,75 @@
+//! Protection of a disk that others are based on: writing to a parent destroys its children.
+
+use crate::block::SECTOR;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Access, ExtentName, StoredFile, printable};
+use crate::vmdk::descriptor::Descriptor;
+use crate::vmdk::header::{Hosted, Role};
+use crate::vmdk::open::{FileKind, Link, file_kind, read_head};
+
+/// The most files of a folder that are looked at.
+const MAX_FILES: usize = 4096;
+
+/// The most bytes of a descriptor.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// The CID of every fresh disk: it alone does not tell whose child a file is.
+const FRESH: u32 = 0xffff_fffe;
+
+/// Refuses a disk whose CID a child in the same folder remembers.
+pub(in crate::vmdk) fn refuse_with_children(link: &Link) -> Result<()> {
+    let Some(cid) = link.descriptor.cid else { return Ok(()) };
+    let store = link.file.siblings()?;
+    let own = file_name(link.file.label());
+    for name in store.names(MAX_FILES)? {
+        let shown = name.to_string();
+        if !shown.to_ascii_lowercase().ends_with(".vmdk") || shown == own {
+            continue;
+        }
+        // what can't be read is no child that could be found
+        let Some(child) = store.open(&name, Access::Read).ok().and_then(|file| descriptor_of(&*file)) else {
+            continue;
+        };
+        let Some(parent) = child.parent.filter(|parent| parent.cid == cid) else { continue };
+        let named = parent.hint.candidates().iter().any(|hint| file_name(&hint.to_string()) == own);
+        if cid != FRESH || named {
+            return Err(refusal(link, &name, cid));
+        }
+    }
+    Ok(())
+}
+
+fn refusal(link: &Link, child: &ExtentName, cid: u32) -> Error {
+    Error::new(
+        ErrorKind::Policy,
+        format!(
+            "{}: {child} is a snapshot based on it (parentCID {cid:08x}), and writing to a base destroys its snapshots; \
+             readonly=true reads it, cow=FILE writes to an overlay, force=true writes all the same",
+            link.file.label()
+        ),
+    )
+}
+
+/// The last part of a path as messages show it.
+fn file_name(shown: &str) -> &str {
+    shown.rsplit('/').next().unwrap_or(shown)
+}
+
+/// The descriptor in a file, if it has one.
+fn descriptor_of(file: &dyn StoredFile) -> Option<Descriptor> {
+    let head = read_head(file).ok()?;
+    let (at, len) = match file_kind(&head) {
+        FileKind::Descriptor => (0, file.len()),
+        FileKind::Hosted => {
+            let (at, sectors) = Hosted::parse(&head, file.len(), Role::Header).ok()?.descriptor?;
+            (at * SECTOR, (sectors * SECTOR).min(file.len().saturating_sub(at * SECTOR)))
+        }
+        _ => return None,
+    };
+    if len > MAX_TEXT {
+        return None;
+    }
+    let mut text = vec![0; len as usize];
+    file.read_exact_at(at, &mut text).ok()?;
+    Descriptor::parse(&text).map_err(|e| tracing::debug!("{}: {e}", printable(file.label()))).ok()
+}

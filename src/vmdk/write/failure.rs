@@ -1,0 +1,34 @@
+//! The end of trust: a sync that failed.
+//!
+//! The system tells an error of writing to one sync only, and drops the pages that it was about. So whichever sync is
+//! told, for whatever reason it was done, nothing may be called durable afterwards.
+
+use std::sync::OnceLock;
+
+use crate::error::{Error, Result};
+use crate::store::StoredFile;
+use crate::vmdk::write::grains::writer;
+
+/// Why nothing more is written to a disk.
+#[derive(Debug, Default)]
+pub(super) struct Failure(OnceLock<Error>);
+
+impl Failure {
+    /// Syncs `file`. An error is kept, and is the answer to every later [`check`](Self::check).
+    pub(super) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
+        self.check()?;
+        writer(file)?.sync().map_err(|e| {
+            tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
+            self.0.get_or_init(|| e.clone());
+            e
+        })
+    }
+
+    /// Errors: a sync failed.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.0.get() {
+            Some(e) => Err(e.clone().within("nothing more is written after an error that may have lost data")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The directory and tables of an extent that is written to.
+//!
+//! ```text
+//!   sector ─► directory[table] ─ 0 ───────► no table: all unallocated
+//!                │ a place, or NEW (a table that is only in memory yet)
+//!                ▼
+//!             shard (a mutex, a map) ─► LiveTable ─► entries, atomic
+//! ```
+//! What is in memory here is the truth; the file follows at the next flush. So a table must not be read from the file
+//! a second time while an entry of it is not written yet: whoever changes entries holds the [`LiveTable`], what waits
+//! to be written holds it too, and only a table that nobody holds is dropped to keep memory bounded.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use crate::error::Result;
+use crate::vmdk::sparse::{Copy, HostedTables};
+use crate::vmdk::tables::{CHUNK, Layout, Shape, Table};
+
+/// Bytes of tables kept in memory beside those that wait to be written.
+const KEPT_BYTES: u64 = 16 << 20;
+
+/// Locks that the tables are spread over.
+const SHARDS: usize = 16;
+
+/// A directory entry of a table that is not in the file yet.
+const NEW: u64 = u64::MAX;
+
+/// Where both copies of a table lie in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Places {
+    /// Sector of the table that is read.
+    pub(super) primary: u32,
+    /// Sector of its copy; 0 where the extent has no redundant directory.
+    pub(super) redundant: u32,
+}
+
+/// One table in memory.
+#[derive(Debug)]
+pub(super) struct LiveTable {
+    pub(super) number: u64,
+    loaded: OnceLock<Arc<Table>>,
+    /// Held while it is read from the file, by the first who needs it; the others need it as well.
+    loading: Mutex<()>,
+}
+
+impl LiveTable {
+    /// Its entries; they were loaded when it was handed out.
+    pub(super) fn entries(&self) -> Option<&Arc<Table>> {
+        self.loaded.get()
+    }
+}
+
+type Shard = Mutex<HashMap<u64, Arc<LiveTable>>>;
+
+/// Directory and tables of one hosted sparse extent, changing.
+#[derive(Debug)]
+pub(crate) struct LiveTables {
+    layout: Arc<HostedTables>,
+    shape: Shape,
+    /// For each table its [`Places`], the primary one in the lower half; 0 where there is none; [`NEW`].
+    directory: Box<[AtomicU64]>,
+    shards: [Shard; SHARDS],
+    /// Tables of a shard from which on it drops some.
+    shard_max: usize,
+    /// Grains may lie in holes of the file.
+    holes: AtomicBool,
+}
+
+impl LiveTables {
+    /// The tables of an extent whose directories were found to be sound: 8 bytes of memory for each table there
+    /// could be. `holes`: the file has some.
+    pub(super) fn load(layout: Arc<HostedTables>, holes: bool) -> Result<Self> {
+        let shape = layout.shape();
+        let tables = shape.tables();
+        let mut directory = Vec::with_capacity(tables as usize);
+        for first in (0..tables).step_by(CHUNK as usize) {
+            let range = first..tables.min(first + CHUNK);
+            let redundant = layout.raw_directory(Copy::Redundant, range.clone())?;
+            let primary = layout.raw_directory(Copy::Primary, range)?;
+            let pairs = primary.iter().enumerate();
+            directory.extend(pairs.map(|(i, &primary)| {
+                AtomicU64::new(packed(Places { primary, redundant: redundant.get(i).copied().unwrap_or(0) }))
+            }));
+        }
+        let table_bytes = shape.entries_per_table * 4;
+        Ok(Self {
+            shape,
+            directory: directory.into(),
+            shards: Default::default(),
+            holes: AtomicBool::new(holes),
+            shard_max: (KEPT_BYTES / table_bytes).max(64) as usize / SHARDS,
+            layout,
+        })
+    }
+
+    /// Where table `number` lies; `None`: nowhere in the file (yet).
+    pub(super) fn places(&self, number: u64) -> Option<Places> {
+        match self.raw(number) {
+            0 | NEW => None,
+            raw => Some(Places { primary: raw as u32, redundant: (raw >> 32) as u32 }),
+        }
+    }
+
+    /// Notes where a table that was new is in the file.
+    pub(super) fn settle(&self, number: u64, places: Places) {
+        if let Some(entry) = self.directory.get(number as usize) {
+            entry.store(packed(places), Ordering::Release);
+        }
+    }
+
+    /// Table `number` for reading; `None` where there is none.
+    pub(crate) fn table(&self, number: u64) -> Result<Option<Arc<Table>>> {
+        match self.raw(number) {
+            0 => Ok(None),
+            _ => Ok(self.held(number)?.loaded.get().cloned()),
+        }
+    }
+
+    /// Table `number` for changing. Where there is none it begins to exist, with nothing allocated.
+    pub(super) fn table_for_writing(&self, number: u64) -> Result<Arc<LiveTable>> {
+        if let Some(entry) = self.directory.get(number as usize) {
+            let _ = entry.compare_exchange(0, NEW, Ordering::AcqRel, Ordering::Acquire);
+        }
+        self.held(number)
+    }
+
+    /// How many tables from `number` on, below `end`, do not exist.
+    pub(crate) fn absent(&self, number: u64, end: u64) -> u64 {
+        let range = self.directory.get(number as usize..end as usize).unwrap_or_default();
+        range.iter().take_while(|entry| entry.load(Ordering::Acquire) == 0).count() as u64
+    }
+
+    /// Whether a grain may lie in a hole of the file, wholly or in part.
+    pub(crate) fn has_holes(&self) -> bool {
+        self.holes.load(Ordering::Relaxed)
+    }
+
+    /// Notes that room of a grain was given back.
+    pub(super) fn note_hole(&self) {
+        self.holes.store(true, Ordering::Relaxed);
+    }
+
+    fn raw(&self, number: u64) -> u64 {
+        self.directory.get(number as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// The table, loaded.
+    fn held(&self, number: u64) -> Result<Arc<LiveTable>> {
+        let live = {
+            let shard = &self.shards[number as usize % SHARDS];
+            let mut tables = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            match tables.get(&number) {
+                Some(live) => Arc::clone(live),
+                None => {
+                    if tables.len() >= self.shard_max {
+                        drop_some(&mut tables);
+                    }
+                    let live = Arc::new(LiveTable { number, loaded: OnceLock::new(), loading: Mutex::new(()) });
+                    tables.insert(number, Arc::clone(&live));
+                    live
+                }
+            }
+        };
+        if live.loaded.get().is_none() {
+            let _loading = live.loading.lock().unwrap_or_else(PoisonError::into_inner);
+            if live.loaded.get().is_none() {
+                let _ = live.loaded.set(Arc::new(self.load_one(number)?));
+            }
+        }
+        Ok(live)
+    }
+
+    fn load_one(&self, number: u64) -> Result<Table> {
+        let first = number * self.shape.entries_per_table;
+        let grains = self.shape.capacity.div_ceil(self.shape.grain);
+        let len = grains.saturating_sub(first).min(self.shape.entries_per_table) as usize;
+        match self.places(number) {
+            Some(places) => Ok(self.layout.load_table(number, places.primary.into())?.into_live(len)),
+            None => Ok(Table::narrow(std::iter::empty()).into_live(len)),
+        }
+    }
+}
+
+/// Drops about half of the tables that nobody holds. Under the lock of the shard nobody can begin to hold one.
+fn drop_some(tables: &mut HashMap<u64, Arc<LiveTable>>) {
+    let mut spare = false;
+    tables.retain(|_, live| {
+        if Arc::strong_count(live) > 1 {
+            return true;
+        }
+        spare = !spare;
+        spare
+    });
+}
+
+fn packed(places: Places) -> u64 {
+    u64::from(places.redundant) << 32 | u64::from(places.primary)
+}

@@ -1,0 +1,410 @@
+//! Writing to a VMDK: the newest link of its chain, in place or into new grains.
+//!
+//! ```text
+//!   open_writable   formats ─ children ─ check (and repair of an unclean image) ─► Writer
+//!   first write     new CID in the descriptor, durable, before any content changes
+//!   write, zero     flat: in place · sparse: grains.rs
+//!   flush           what waits ─► new tables ─ SYNC ─ entries ─ SYNC      (only SYNC where nothing waits)
+//!   close           flush ─ room behind the last grain cut off, mark of use cleared ─ SYNC
+//! ```
+//! States: closed → begun (a write) → closed. A sync that fails is final: the system may have dropped what it was
+//! about, so from then on nothing more is written or said to be durable; reads go on.
+//!
+//! Lock order: gate, flushing, then those of `grains.rs`.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
+use crate::error::{Error, ErrorKind, Result};
+use crate::vmdk::descriptor::ExtentAccess;
+use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::extent::{Extent, Packing};
+use crate::vmdk::open::{Link, PlacedExtent};
+use crate::vmdk::write::failure::Failure;
+use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::identity::DescriptorWriter;
+
+mod children;
+mod failure;
+mod grains;
+mod identity;
+pub(super) mod live;
+mod locks;
+mod repair;
+
+pub(super) use children::refuse_with_children;
+use live::LiveTables;
+
+/// The writing half of a disk.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    descriptor: DescriptorWriter,
+    /// One for each extent of the newest link.
+    extents: Vec<ExtentWriter>,
+    /// Whether the CID was changed since the image was opened or closed.
+    begun: AtomicBool,
+    /// Held while that is done.
+    beginning: Mutex<()>,
+    /// Somebody writes to the files without us: a flush has to sync them whatever we know.
+    behind_us: AtomicBool,
+    /// Taken note of by whoever syncs.
+    failure: Arc<Failure>,
+    /// Shared by writes; `close` has it alone.
+    gate: RwLock<()>,
+    /// The number of the last flush that succeeded. Held while one is done.
+    flushing: Mutex<u64>,
+    /// The number of the last flush that was begun.
+    started: AtomicU64,
+}
+
+/// How an extent is written to.
+#[derive(Debug)]
+enum ExtentWriter {
+    /// It is not.
+    None,
+    /// In place; `true`: written to since the last sync.
+    Flat(AtomicBool),
+    Grains(Box<GrainWriter>),
+}
+
+impl Writer {
+    /// Makes the newest link writable: it was opened for writing, but nothing of that was checked yet.
+    ///
+    /// Errors: `ReadOnly` where its format can't be written in place, `Corrupt` where it is damaged.
+    pub(super) fn new(link: &mut Link) -> Result<Self> {
+        refuse_unwritable(link)?;
+        refuse_shared_room(link)?;
+        repair::make_sound(link)?;
+        let failure = Arc::<Failure>::default();
+        let mut extents = Vec::with_capacity(link.extents.len());
+        for placed in &mut link.extents {
+            extents.push(extent_writer(placed, &failure)?);
+        }
+        Ok(Self {
+            descriptor: DescriptorWriter::new(link)?,
+            failure,
+            extents,
+            begun: AtomicBool::new(false),
+            beginning: Mutex::default(),
+            behind_us: AtomicBool::new(false),
+            gate: RwLock::default(),
+            flushing: Mutex::new(0),
+            started: AtomicU64::new(0),
+        })
+    }
+
+    /// Before any content changes: whoever remembers the old CID must not find it over new content.
+    fn begin(&self) -> Result<()> {
+        self.failure.check()?;
+        if self.begun.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.begun.load(Ordering::Acquire) {
+            self.descriptor.change_cid(&self.failure)?;
+            self.begun.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// One whole flush; `flushing` is held.
+    fn flush_now(&self, link: &Link) -> Result<()> {
+        let mut batches: Vec<(&GrainWriter, Batch)> = Vec::new();
+        for extent in &self.extents {
+            if let ExtentWriter::Grains(grains) = extent {
+                let batch = grains.take_batch();
+                if !batch.is_empty() {
+                    batches.push((grains.as_ref(), batch));
+                }
+            }
+        }
+        match self.write_batches(link, &mut batches) {
+            Ok(()) => {
+                batches.into_iter().for_each(|(grains, batch)| grains.settle(batch));
+                Ok(())
+            }
+            Err(e) => {
+                batches.into_iter().for_each(|(grains, batch)| grains.put_back(batch));
+                Err(e)
+            }
+        }
+    }
+
+    fn write_batches(&self, link: &Link, batches: &mut [(&GrainWriter, Batch)]) -> Result<()> {
+        for (grains, batch) in batches.iter_mut() {
+            grains.write_new_tables(batch)?;
+        }
+        self.sync_all(link)?;
+        for (grains, batch) in batches.iter_mut() {
+            grains.write_entries(batch)?;
+        }
+        for (grains, _) in batches.iter() {
+            grains.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Makes every extent durable that was written to.
+    fn sync_all(&self, link: &Link) -> Result<()> {
+        let behind_us = self.behind_us.load(Ordering::Acquire);
+        for (placed, extent) in link.extents.iter().zip(&self.extents) {
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), _) => grains.sync()?,
+                (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
+                    if dirty.swap(false, Ordering::AcqRel) || behind_us =>
+                {
+                    self.failure.sync(&**file)?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// With nobody writing and all flushed: marks the extents as closed.
+    fn unmark(&self, link: &Link) -> Result<()> {
+        let mut marked = false;
+        for extent in &self.extents {
+            if let ExtentWriter::Grains(grains) = extent {
+                marked |= grains.unmark()?;
+            }
+        }
+        if marked { self.sync_all(link) } else { Ok(()) }
+    }
+
+    /// Whether more waits in memory than should.
+    fn is_full(&self) -> bool {
+        self.extents.iter().any(|e| matches!(e, ExtentWriter::Grains(g) if g.is_full()))
+    }
+}
+
+impl VmdkDisk {
+    fn writing(&self) -> Result<(&Writer, &Link)> {
+        match (&self.writer, self.links().first()) {
+            (Some(writer), Some(link)) => Ok((writer, link)),
+            _ => Err(Error::new(ErrorKind::ReadOnly, "the disk is opened for reading")),
+        }
+    }
+
+    /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
+    /// starts to be touched, and how many sectors are.
+    fn change(
+        &self,
+        range: Range<u64>,
+        mut change: impl FnMut(&PlacedExtent, &ExtentWriter, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let (writer, link) = self.writing()?;
+        let full = {
+            let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
+            writer.begin()?;
+            let mut at = range.start;
+            while at < range.end {
+                let after = link.extents.partition_point(|p| p.start <= at);
+                let found = after.checked_sub(1).and_then(|i| Some((link.extents.get(i)?, writer.extents.get(i)?)));
+                let Some((placed, extent)) = found else {
+                    return Err(Error::new(ErrorKind::OutOfRange, format!("{}: no extent holds it", Lba(at))));
+                };
+                let sectors = (range.end - at).min((placed.start + placed.sectors).saturating_sub(at)).max(1);
+                change(placed, extent, at, sectors)?;
+                at += sectors;
+            }
+            writer.is_full()
+        };
+        if full { self.flush() } else { Ok(()) }
+    }
+
+    fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
+        BelowNewest { disk: self, start: placed.start, end: placed.start + placed.sectors }
+    }
+}
+
+impl BlockWrite for VmdkDisk {
+    fn begin(&self) -> Result<()> {
+        let (writer, _) = self.writing()?;
+        writer.behind_us.store(true, Ordering::Release);
+        writer.begin()
+    }
+
+    fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
+        let sectors = check_range(&self.geometry(), at, buf.len())?;
+        self.change(at.0..at.0 + sectors, |placed, extent, start, sectors| {
+            let from = ((start - at.0) * SECTOR) as usize;
+            let part = buf.get(from..from + (sectors * SECTOR) as usize).unwrap_or_default();
+            let within = start - placed.start;
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
+                    grains.write(sparse, within, part, &self.below(placed))
+                }
+                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
+                    writer(&**file)?.write_all_at((offset + within) * SECTOR, part)?;
+                    dirty.store(true, Ordering::Release);
+                    Ok(())
+                }
+                _ => Err(read_only_extent(placed, start)),
+            }
+        })
+    }
+
+    fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
+        let bytes = range.end.0.checked_sub(range.start.0).and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
+        check_range(&self.geometry(), range.start, bytes.unwrap_or(usize::MAX))?;
+        self.change(range.start.0..range.end.0, |placed, extent, start, sectors| {
+            let within = start - placed.start;
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
+                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
+                }
+                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
+                    writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap)?;
+                    dirty.store(true, Ordering::Release);
+                    Ok(())
+                }
+                // it is zeroes
+                (_, Extent::Zero) => Ok(()),
+                _ => Err(read_only_extent(placed, start)),
+            }
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        let (writer, link) = self.writing()?;
+        // a flush that is begun after this covers what this one is asked for
+        let before = writer.started.load(Ordering::Acquire);
+        let mut last = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.failure.check()?;
+        if *last > before {
+            return Ok(());
+        }
+        let number = writer.started.fetch_add(1, Ordering::AcqRel) + 1;
+        writer.flush_now(link)?;
+        *last = number;
+        Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        let (writer, link) = self.writing()?;
+        let _gate = writer.gate.write().unwrap_or_else(PoisonError::into_inner);
+        self.flush()?;
+        let _flushing = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.unmark(link)?;
+        writer.begun.store(false, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// What an extent of the newest link shows where it has nothing: the links below.
+struct BelowNewest<'a> {
+    disk: &'a VmdkDisk,
+    /// The sectors of the disk that the extent holds.
+    start: u64,
+    end: u64,
+}
+
+impl Below for BelowNewest<'_> {
+    fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()> {
+        // what a grain has behind the end of its extent is shown by nobody
+        let inside = self.end.saturating_sub(self.start + sector) * SECTOR;
+        let inside = (buf.len() as u64).min(inside) as usize;
+        let (real, past) = buf.split_at_mut(inside);
+        past.fill(0);
+        self.disk.read_below(Lba(self.start + sector), real)
+    }
+
+    fn is_zero(&self, sector: u64, sectors: u64) -> bool {
+        let at = self.start + sector;
+        self.disk.is_zero_below(Lba(at), sectors.min(self.end.saturating_sub(at)))
+    }
+}
+
+/// Refuses links whose format can't be written in place.
+fn refuse_unwritable(link: &Link) -> Result<()> {
+    let refuse = |file: &str, why: &str| {
+        let way_out = "cow=FILE writes to an overlay instead";
+        Err(Error::new(ErrorKind::ReadOnly, format!("{file}: {why}; {way_out}")))
+    };
+    let descriptor = &link.descriptor;
+    if descriptor.version != 1 || descriptor.change_tracking.is_some() {
+        let why = "tracks changed blocks (CBT) or is encrypted, which a writer that doesn't know it would break";
+        return refuse(link.file.label(), why);
+    }
+    for placed in &link.extents {
+        match &placed.extent {
+            Extent::Flat { .. } | Extent::Zero => {}
+            Extent::Sparse(sparse) => {
+                let label = sparse.file.label();
+                match &placed.hosted {
+                    _ if sparse.packing != Packing::Plain => {
+                        return refuse(label, "its grains are compressed (streamOptimized), they are only read");
+                    }
+                    None => return refuse(label, &format!("{} extents are only read", placed.kind)),
+                    Some(hosted) if hosted.version() > 2 => {
+                        return refuse(label, "header version 3 is written by programs that track changed blocks");
+                    }
+                    Some(_) if !sparse.file.shows_changes() => {
+                        return refuse(label, "a sparse extent on a device can't grow");
+                    }
+                    Some(_) if sparse.shape().grain < MIN_GRAIN => {
+                        return refuse(label, "grains of less than 4 KiB are only read");
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+    if link.extents.iter().all(|p| p.access != ExtentAccess::ReadWrite || matches!(p.extent, Extent::Zero)) {
+        return refuse(link.file.label(), "its descriptor says that none of its extents is to be written (RDONLY)");
+    }
+    Ok(())
+}
+
+/// Refuses extents that lie over each other in one file: a write to one would change the other.
+fn refuse_shared_room(link: &Link) -> Result<()> {
+    let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
+    for placed in &link.extents {
+        let (file, range) = match &placed.extent {
+            Extent::Flat { file, offset } => (file, *offset..*offset + placed.sectors),
+            Extent::Sparse(sparse) => (&sparse.file, 0..u64::MAX),
+            Extent::Zero => continue,
+        };
+        taken.entry(file.identity_at_open().file).or_default().push(range);
+    }
+    for ranges in taken.values_mut() {
+        ranges.sort_by_key(|range| range.start);
+        if ranges.windows(2).any(|pair| matches!(pair, [a, b] if b.start < a.end)) {
+            let context = format!("{}: two of its extents lie over each other in one file", link.file.label());
+            return Err(Error::new(ErrorKind::ReadOnly, format!("{context}; cow=FILE writes to an overlay instead")));
+        }
+    }
+    Ok(())
+}
+
+/// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
+const MIN_GRAIN: u64 = 8;
+
+fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
+    if placed.access != ExtentAccess::ReadWrite {
+        return Ok(ExtentWriter::None);
+    }
+    match (&mut placed.extent, &placed.hosted) {
+        (Extent::Flat { file, .. }, _) => {
+            writer(&**file)?;
+            Ok(ExtentWriter::Flat(AtomicBool::new(false)))
+        }
+        (Extent::Sparse(sparse), Some(hosted)) => {
+            let file = &sparse.file;
+            let holes = file.allocated()? < file.len();
+            sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
+            Ok(ExtentWriter::Grains(Box::new(grains)))
+        }
+        _ => Ok(ExtentWriter::None),
+    }
+}
+
+fn read_only_extent(placed: &PlacedExtent, at: u64) -> Error {
+    let (kind, access) = (placed.kind, placed.access.as_str());
+    Error::new(ErrorKind::ReadOnly, format!("{}: lies in a {kind} extent ({access}) that is not written", Lba(at)))
+}
