@@ -14,7 +14,7 @@ use vmdkfuse::{daemon, image, query};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    daemon::close_inherited();
+    daemon::close_inherited(&cli::inherited(std::env::args_os()));
     daemon::raise_file_limit();
     daemon::share_heap();
     match cli::parse(std::env::args_os()) {
@@ -35,6 +35,7 @@ fn act(config: Config) -> ExitCode {
     match action {
         Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
         Action::Info(q) => status(query::info(&q)),
+        Action::List(q) => status(query::list(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
         Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
@@ -45,10 +46,10 @@ fn act(config: Config) -> ExitCode {
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let disks = mount.disks.iter().map(|disk| Ok((disk.made(), image::open(disk)?)));
-    let disks: Vec<_> = disks.collect::<Result<_>>()?;
+    let disks = image::open_all(&mount.disks)?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
-    let files = mount.disks.iter().map(|d| d.name.clone()).collect();
+    // Exports that are found are connected to when they are used: the first read is not to do it.
+    let files = mount.disks.iter().filter(|d| !image::is_dynamic(d)).map(|d| d.name.clone()).collect();
     let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
     Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
 }

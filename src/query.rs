@@ -13,6 +13,7 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, Query, SourceConfig};
 use crate::error::{Error, Result};
 use crate::image::{Description, Source, open_source};
+use crate::source::nbd;
 use crate::vmdk::{self, CheckReport};
 
 /// Exit statuses of `--check` beside 0: what a script asks.
@@ -21,9 +22,43 @@ const CORRUPT: u8 = 4;
 
 /// `--info`: prints what each disk is.
 pub fn info(query: &Query) -> Result<u8> {
-    let described = each(query, |disk, source| Ok(source.describe(disk)))?;
-    print(query.json, &described, |out| described.iter().for_each(|d| info_text(d, out)))?;
+    let described = query.disks.iter().map(describe).collect::<Result<Vec<_>>>()?;
+    print(query.json, &described, |out| {
+        for described in &described {
+            match described {
+                Described::Disk(d) => info_text(d, out),
+                Described::Server(s) => server_text(s, out),
+            }
+        }
+    })?;
     Ok(0)
+}
+
+/// `--list`: prints what each server offers.
+pub fn list(query: &Query) -> Result<u8> {
+    let servers = query.disks.iter().filter_map(|disk| match &disk.source {
+        SourceConfig::Nbd(server) => Some(nbd::list(server)),
+        SourceConfig::Local(_) => None,
+    });
+    let servers = servers.collect::<Result<Vec<_>>>()?;
+    print(query.json, &servers, |out| servers.iter().for_each(|s| server_text(s, out)))?;
+    Ok(0)
+}
+
+/// What `--info` tells of a disk: of an NBD server's what the server says.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Described {
+    Disk(Description),
+    Server(nbd::Server),
+}
+
+fn describe(disk: &DiskConfig) -> Result<Described> {
+    match &disk.source {
+        SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
+        SourceConfig::Nbd(server) => nbd::info(server).map(Described::Server),
+        SourceConfig::Local(_) => Ok(Described::Disk(open_source(disk)?.describe(disk))),
+    }
 }
 
 /// `--map`: prints where data, holes and zeroes lie.
@@ -56,7 +91,7 @@ pub fn dump(json: bool) -> Result<u8> {
     let build = Build {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        backends: ["native"],
+        backends: BACKENDS,
         formats: ["vmdk", "raw"],
         extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
         writable: [],
@@ -76,11 +111,14 @@ pub fn dump(json: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// The ways to a disk that this build has.
+const BACKENDS: &[&str] = if cfg!(feature = "nbd") { &["native", "nbd"] } else { &["native"] };
+
 #[derive(Debug, Serialize)]
 struct Build {
     name: &'static str,
     version: &'static str,
-    backends: [&'static str; 1],
+    backends: &'static [&'static str],
     formats: [&'static str; 2],
     extents: [&'static str; 7],
     writable: [&'static str; 0],
@@ -153,7 +191,7 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
     let found = match open_source(disk) {
         Ok(Source::Vmdk(vmdk)) => Ok(vmdk::check(&vmdk)),
-        Ok(Source::Raw(..) | Source::Stream(_)) => Ok(CheckReport::default()),
+        Ok(Source::Raw(..) | Source::Nbd(_) | Source::Stream(_)) => Ok(CheckReport::default()),
         Err(e) => Err(e),
     };
     let report = match found {
@@ -218,6 +256,35 @@ fn info_text(d: &Description, out: &mut String) {
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
 }
 
+/// As `nbdinfo` shows it. Names and words of the server are shown without what a terminal would obey.
+fn server_text(s: &nbd::Server, out: &mut String) {
+    let yes = |yes: bool| if yes { "yes" } else { "no" };
+    line!(out, "{}:", s.server);
+    line!(out, "  protocol  {}, {} TLS", s.protocol, if s.tls { "with" } else { "without" });
+    line!(out, "  replies   {}", if s.structured { "structured" } else { "simple" });
+    for e in &s.exports {
+        line!(out, "  export \"{}\":", e.export.escape_debug());
+        if !e.description.is_empty() {
+            line!(out, "    description      {}", e.description.escape_debug());
+        }
+        if let Some(error) = &e.error {
+            line!(out, "    error            {}", error.escape_debug());
+            continue;
+        }
+        line!(out, "    size             {} bytes", e.size);
+        for (flag, is) in &e.flags {
+            line!(out, "    {flag:16} {}", yes(*is));
+        }
+        for (name, size) in ["minimum", "preferred", "maximum"].iter().zip(e.block_sizes) {
+            let size = if size == 0 { "not said".to_owned() } else { format!("{size} bytes") };
+            line!(out, "    block_size {name:9} {size}");
+        }
+        if !e.contexts.is_empty() {
+            line!(out, "    contexts         {}", e.contexts.join(", ").escape_debug());
+        }
+    }
+}
+
 type Named = (String, Arc<dyn BlockRead>);
 
 fn map_text(disks: &[Named], out: &mut impl Write) -> Result<()> {
@@ -268,6 +335,5 @@ fn check_text(c: &Checked, out: &mut String) {
 
 /// The file that a disk comes from, for messages.
 pub fn source_name(disk: &DiskConfig) -> String {
-    let SourceConfig::Local(local) = &disk.source;
-    local.path.display().to_string()
+    disk.source.label()
 }

@@ -368,7 +368,7 @@ mod tests {
 
     use super::super::{Parsed, parse};
     use super::*;
-    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache, SourceConfig};
+    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
 
     /// A folder with `vms.toml` and a mount point `mnt`.
     fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -409,7 +409,7 @@ mod tests {
     }
 
     fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
-        let SourceConfig::Local(local) = &mount.disks[disk].source;
+        let local = mount.disks[disk].source.local().unwrap();
         local
     }
 

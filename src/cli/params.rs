@@ -11,12 +11,13 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::keys::{self, Key, Scope};
 use super::{
     UsageError, sources,
     values::{self, shown},
+    nbd,
     writing::{self, Creation, Purpose},
 };
 use crate::config::{DiskConfig, Format, LocalConfig, Overlay, PageCache, SourceConfig};
@@ -50,8 +51,21 @@ pub(super) struct Settings {
     pub(super) force: Option<bool>,
     /// `create=` and its company
     pub(super) creation: Creation,
+    /// The keys of an NBD server.
+    pub(super) nbd: nbd::Server,
+    /// `backend=`
+    pub(super) backend: Option<Backend>,
     /// The keys that were given, to find the one that was given twice.
     given: Vec<&'static str>,
+}
+
+/// `backend=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backend {
+    /// The built-in engine.
+    Native,
+    /// An NBD server.
+    Nbd,
 }
 
 /// A source as it was written.
@@ -61,13 +75,24 @@ pub(super) enum SourceSpec {
     File(PathBuf),
     /// All disks of a folder.
     Dir(PathBuf),
+    /// An NBD server's URI.
+    Nbd(String),
 }
 
 /// One disk, all its settings gathered; its name is still open.
 #[derive(Debug)]
 pub(super) struct Requested {
-    path: PathBuf,
+    place: Place,
     settings: Settings,
+}
+
+/// Where one disk comes from.
+#[derive(Debug)]
+enum Place {
+    /// A file.
+    File(PathBuf),
+    /// An NBD server; its URI, if it has one.
+    Nbd(Option<String>),
 }
 
 /// A word, taken apart.
@@ -106,6 +131,8 @@ impl Settings {
             overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
             force: self.force.or(common.force),
             creation: self.creation.over(common.creation),
+            nbd: self.nbd.over(&common.nbd),
+            backend: self.backend.or(common.backend),
             given: Vec::new(),
         }
     }
@@ -119,7 +146,27 @@ impl Settings {
             Some(SourceSpec::File(path)) if self.creation.is_wanted(purpose) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => sources::expand(path),
             Some(SourceSpec::Dir(dir)) => sources::disks_of(dir),
-            None => Ok(Vec::new()),
+            Some(SourceSpec::Nbd(_)) | None => Ok(Vec::new()),
+        }
+    }
+
+    /// The disks that the source stands for.
+    fn places(&self, purpose: Purpose) -> Result<Vec<Place>, UsageError> {
+        let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
+        match (self.backend, &self.source) {
+            (Some(Backend::Native), _) if is_nbd => Err(UsageError::new("backend=native reads files, but no file is named")),
+            (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
+                Err(UsageError::new("backend=nbd needs a server, but a file is named"))
+            }
+            (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![Place::Nbd(Some(uri.clone()))]),
+            (_, Some(_)) => {
+                if let Some(key) = self.nbd.first_key() {
+                    return Err(UsageError::new(format!("{key}= is for NBD servers, but the disk is a local file")));
+                }
+                Ok(self.files(purpose)?.into_iter().map(Place::File).collect())
+            }
+            (_, None) if self.nbd.is_named() => Ok(vec![Place::Nbd(None)]),
+            (_, None) => Ok(Vec::new()),
         }
     }
 }
@@ -132,7 +179,11 @@ impl Requested {
 
     /// The finished disk; `fixed` is a name that the mount point gives it.
     fn into_config(self, fixed: Option<&OsStr>, purpose: Purpose) -> Result<DiskConfig, UsageError> {
-        let Self { path, settings } = self;
+        let Self { place, settings } = self;
+        let path = match place {
+            Place::File(path) => path,
+            Place::Nbd(uri) => return nbd_config(uri, settings, fixed, purpose),
+        };
         let wanted = fixed.map(OsStr::to_owned).or(settings.name);
         let create = settings.creation.config(purpose);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
@@ -180,18 +231,22 @@ pub(super) fn disks(
     words: &[OsString],
     purpose: Purpose,
 ) -> Result<Vec<Requested>, UsageError> {
-    let (common, groups) = settings(options, words)?;
+    let (common, mut groups) = settings(options, words)?;
+    // Keys that name a server start no disk by themselves: they may stand in any order.
+    if groups.is_empty() && common.nbd.is_named() {
+        groups.push(Settings::default());
+    }
     let mut disks = Vec::new();
     for group in &groups {
         let settings = group.over(&common);
-        let files = settings.files(purpose)?;
-        if let (Some(name), 2..) = (&group.name, files.len()) {
-            return Err(name_of_many(name, files.len()));
+        let places = settings.places(purpose)?;
+        if let (Some(name), 2..) = (&group.name, places.len()) {
+            return Err(name_of_many(name, places.len()));
         }
-        disks.extend(files.into_iter().map(|path| Requested { path, settings: settings.clone() }));
+        disks.extend(places.into_iter().map(|place| Requested { place, settings: settings.clone() }));
     }
     match (&common.name, disks.len()) {
-        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH")),
+        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH, or uri= of an NBD server")),
         (Some(name), many @ 2..) => Err(name_of_many(name, many)),
         _ => Ok(disks),
     }
@@ -201,13 +256,13 @@ pub(super) fn disks(
 pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
     let mut seen: HashMap<&OsStr, &DiskConfig> = HashMap::new();
     for disk in disks {
-        let path = source_path(disk).display();
+        let path = disk.source.label();
         values::file_name(&disk.name)
             .map_err(|e| UsageError::new(format!("{path} cannot be called {}: {e}; use name=", shown(&disk.name))))?;
         if let Some(other) = seen.insert(&disk.name, disk) {
             return Err(UsageError::new(format!(
                 "{} and {path} would both be called {}: use name= for one of them",
-                source_path(other).display(),
+                other.source.label(),
                 shown(&disk.name),
             )));
         }
@@ -312,9 +367,45 @@ fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
     UsageError::new(format!("name={} would be the name of {disks} disks: it can be given to one only", shown(name)))
 }
 
-fn source_path(disk: &DiskConfig) -> &Path {
-    let SourceConfig::Local(local) = &disk.source;
-    &local.path
+/// The finished disk of an NBD server.
+fn nbd_config(
+    uri: Option<String>,
+    settings: Settings,
+    fixed: Option<&OsStr>,
+    purpose: Purpose,
+) -> Result<DiskConfig, UsageError> {
+    let (format, allow) = (settings.format.is_some(), !settings.allow_dirs.is_empty());
+    let local = [
+        ("format", format),
+        ("allow-dir", allow),
+        ("degraded", settings.accept_cid_mismatch.is_some()),
+        ("lock", settings.lock.is_some()),
+        ("force", settings.force.is_some()),
+        ("create", settings.creation.asked.is_some()),
+    ];
+    if let Some((key, _)) = local.into_iter().find(|(_, given)| *given) {
+        return Err(UsageError::new(format!("{key}= is for local files, but the disk is an NBD server's")));
+    }
+    if purpose == Purpose::Create {
+        return Err(UsageError::new("--create makes VMDKs, but an NBD server is named"));
+    }
+    let nbd = settings.nbd.config(uri)?;
+    let wanted = fixed.map(OsStr::to_owned).or(settings.name);
+    if nbd.dynamic && (wanted.is_some() || settings.overlay.is_some()) {
+        let key = if wanted.is_some() { "one name" } else { "cow=" };
+        return Err(UsageError::new(format!("dynamic-export=true makes a file of every export, but {key} is for one")));
+    }
+    let disk = DiskConfig {
+        name: wanted.unwrap_or_else(|| sources::export_name(&nbd)),
+        read_only: settings.read_only.unwrap_or_default(),
+        cache: settings.cache,
+        cache_size: settings.cache_size,
+        readahead: settings.readahead,
+        overlay: settings.overlay,
+        source: SourceConfig::Nbd(nbd),
+    };
+    writing::check_disk(&disk, purpose)?;
+    Ok(disk)
 }
 
 #[cfg(test)]
@@ -336,8 +427,7 @@ mod tests {
     }
 
     fn local(disk: &DiskConfig) -> &LocalConfig {
-        let SourceConfig::Local(local) = &disk.source;
-        local
+        disk.source.local().unwrap()
     }
 
     #[test]

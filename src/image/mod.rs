@@ -15,7 +15,7 @@ mod stack;
 
 pub use new::create;
 pub use scratch::{MAX_READ, Scratch};
-pub use stack::{Description, Source, open, open_source};
+pub use stack::{Description, Source, is_dynamic, open, open_all, open_source};
 
 /// Bytes from which on it is cheaper to ask whether they are zeroes than to fill a buffer with them.
 const WORTH_ASKING: usize = 16 << 10;

@@ -1,5 +1,7 @@
 //! Builds the stack of a disk from its configuration: the one place that knows all sides.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,11 +9,11 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::block::BlockRead;
-use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
+use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, Result};
 use crate::image::{Image, new};
 use crate::layer::{BlockCache, CacheOptions};
-use crate::source::RawDisk;
+use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 
@@ -29,6 +31,8 @@ pub enum Source {
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
+    /// An export of an NBD server.
+    Nbd(Arc<nbd::NbdDisk>),
     /// A compressed stream that was just made, to be written in order.
     Stream(Arc<StreamDisk>),
 }
@@ -54,6 +58,37 @@ pub struct Description {
     pub reason: Option<String>,
 }
 
+/// Opens all disks of a mount. Where one stands for every export of a server, it becomes several, whose names are found
+/// here; those are not connected to yet.
+pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Image)>> {
+    let mut taken: HashSet<OsString> = configs.iter().filter(|c| !is_dynamic(c)).map(|c| c.name.clone()).collect();
+    let mut disks = Vec::new();
+    for config in configs {
+        let SourceConfig::Nbd(server) = &config.source else {
+            disks.push((config.made(), open(config)?));
+            continue;
+        };
+        if !server.dynamic {
+            disks.push((config.made(), open(config)?));
+            continue;
+        }
+        let exports = nbd::exports(server, !config.read_only)?;
+        let names = export_file_names(exports.iter().map(|(export, _)| export.as_os_str()), &taken);
+        for ((export, disk), name) in exports.into_iter().zip(names) {
+            taken.insert(name.clone());
+            let server = NbdConfig { export: Some(export), dynamic: false, ..server.clone() };
+            let config = DiskConfig { name, source: SourceConfig::Nbd(server), ..config.clone() };
+            disks.push((config, Image::new(Arc::new(disk), Vec::new())));
+        }
+    }
+    Ok(disks)
+}
+
+/// Whether a disk stands for every export of a server.
+pub fn is_dynamic(config: &DiskConfig) -> bool {
+    matches!(&config.source, SourceConfig::Nbd(server) if server.dynamic)
+}
+
 /// Opens a disk with all its layers.
 pub fn open(config: &DiskConfig) -> Result<Image> {
     let source = open_source(config)?;
@@ -75,11 +110,14 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
 
 /// Opens only the source of a disk.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
-    let SourceConfig::Local(local) = &config.source;
     if config.overlay.is_some() {
-        let file = local.path.display();
+        let file = config.source.label();
         return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
     }
+    let local = match &config.source {
+        SourceConfig::Local(local) => local,
+        SourceConfig::Nbd(server) => return Ok(Source::Nbd(Arc::new(nbd::NbdDisk::connect(server, !config.read_only)?))),
+    };
     if let Some(stream) = new::make(local)? {
         return Ok(Source::Stream(Arc::new(stream)));
     }
@@ -103,6 +141,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
+            Source::Nbd(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Stream(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
         }
     }
@@ -112,21 +151,22 @@ impl Source {
         match self {
             Source::Vmdk(disk) => disk.files(),
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Nbd(_) => Vec::new(),
             Source::Stream(disk) => vec![disk.file()],
         }
     }
 
     /// Describes it under its name in a mount.
     pub fn describe(&self, config: &DiskConfig) -> Description {
-        let SourceConfig::Local(local) = &config.source;
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Nbd(_) => ("nbd", None),
             Source::Stream(_) => ("vmdk", None),
         };
         Description {
             name: config.name.to_string_lossy().into_owned(),
-            file: local.path.display().to_string(),
+            file: config.source.label(),
             format,
             size: self.disk().geometry().bytes(),
             vmdk,

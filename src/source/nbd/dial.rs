@@ -75,9 +75,12 @@ impl Dialer {
     /// `status`: whether block status is wanted on this connection. `stop` ends the attempt.
     pub(super) fn open(&self, status: bool, deadline: Instant, stop: Stop<'_>) -> Result<(Handle, Export)> {
         let handle = self.negotiate(status, deadline, stop)?;
-        let opt = handle.opt_go().map_err(|e| self.failed(e))?;
-        self.option(&handle, &opt, deadline, stop)?;
-        self.drive(&handle, deadline, stop, |h| h.is_up())?;
+        // The oldest variant of the protocol has no options: there is one export, and it is open.
+        if !handle.is_up() {
+            let opt = handle.opt_go().map_err(|e| self.failed(e))?;
+            self.option(&handle, &opt, deadline, stop)?;
+            self.drive(&handle, deadline, stop, |h| h.is_up())?;
+        }
         let export = Export::of(&handle).map_err(|e| self.failed(e))?;
         Ok((handle, export))
     }
