@@ -4,9 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
-use vmdkfuse::config::{Action, Config, MountConfig};
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
 use vmdkfuse::error::{Error, Result};
-use vmdkfuse::fuse::DiskFs;
+use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::run::{self, Opened};
 use vmdkfuse::{daemon, image, query};
 
@@ -46,12 +46,25 @@ fn act(config: Config) -> ExitCode {
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let disks = image::open_all(&mount.disks)?;
+    let wanted =
+        |disk: &DiskConfig| DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
+    let disks = image::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
     // Exports that are found are connected to when they are used: the first read is not to do it.
     let files = mount.disks.iter().filter(|d| !image::is_dynamic(d)).map(|d| d.name.clone()).collect();
-    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options);
-    Ok(Opened { faults: filesystem.faults(), filesystem, source, files, read_only: true })
+    let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
+    let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
+    let loops = session::loops(mount.threads);
+    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    Ok(Opened {
+        faults: filesystem.faults(),
+        disks: filesystem.disks(),
+        read_only: !filesystem.is_writable(),
+        filesystem,
+        source,
+        files,
+        warnings,
+    })
 }
 
 fn status(done: Result<u8>) -> ExitCode {

@@ -8,14 +8,16 @@
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
 //!        └─ the session ends: somebody unmounted (status 0), or an error (status 1)
+//!   disks closed: what was written is durable      an error: status 1
 //! ```
 //! Everything that was made is undone by its owner's `Drop`, so a failure or a panic on the way leaves no mount
-//! and no pidfile. A second SIGTERM or SIGINT does not wait for the last user.
+//! and no pidfile. A second SIGTERM or SIGINT does not wait for the last user, and for the disks only so long.
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use fuser::Filesystem;
@@ -24,18 +26,22 @@ use nix::sys::signal::Signal;
 use crate::config::{LogConfig, MountConfig, MountOptions};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::Faults;
 use crate::fuse::mount::{Mount, Target, Unmounted};
 use crate::fuse::probe::Prober;
 use crate::fuse::readahead::{self, Window};
 use crate::fuse::session::Running;
 use crate::fuse::watcher::Watcher;
+use crate::fuse::{Disks, Faults};
 use crate::log;
 use crate::pidfile::Pidfile;
 use crate::signals::{self, Signals};
 
 /// How long the first reads may take: a mount that needs longer is of no use.
 const FIRST_READ: Duration = Duration::from_secs(30);
+
+/// How long the disks may take to be closed by an end that does not wait: what is on its way to a slow store arrives,
+/// and one that is dead holds nobody up for ever.
+const LAST_CLOSE: Duration = Duration::from_secs(10);
 
 /// What is to be served, opened.
 #[derive(Debug)]
@@ -49,6 +55,10 @@ pub struct Opened<F> {
     pub files: Vec<OsString>,
     /// No disk can be written to, so the mount is made read-only.
     pub read_only: bool,
+    /// What the user should know although it works.
+    pub warnings: Vec<String>,
+    /// The disks, to be closed at the end.
+    pub disks: Disks,
     /// Where the file system notes requests that failed.
     pub faults: Arc<Faults>,
 }
@@ -120,8 +130,43 @@ struct Life {
     /// With auto_unmount. Dropped as it is, it detaches what is mounted then.
     watcher: Option<Watcher>,
     signals: Signals,
+    /// Last but one: after the session nobody writes, and while there is a pidfile nobody may take it for done.
+    disks: Closing,
     /// Only for its `Drop`.
     _pidfile: Option<Pidfile>,
+}
+
+/// Disks that are closed when they are dropped.
+#[derive(Debug)]
+struct Closing(Option<Disks>);
+
+impl Closing {
+    /// Closes them now.
+    fn close(&mut self) -> Result<()> {
+        self.0.take().map_or(Ok(()), |disks| disks.close())
+    }
+
+    /// Closes them now, as far as that goes within a time.
+    fn close_within(&mut self, time: Duration) -> Result<()> {
+        let Some(disks) = self.0.take() else { return Ok(()) };
+        let (done, closed) = channel();
+        let thread = std::thread::Builder::new().name("close".to_owned()).spawn(move || {
+            // nobody waits any more after the time
+            let _ = done.send(disks.close());
+        });
+        thread.map_err(|e| Error::io("thread that closes the disks", e))?;
+        closed.recv_timeout(time).unwrap_or_else(|_| {
+            let text = format!("the disks were not closed within {} s", time.as_secs());
+            Err(Error::new(ErrorKind::Os(libc::ETIMEDOUT), text))
+        })
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        // each error was logged
+        let _ = self.close_within(LAST_CLOSE);
+    }
 }
 
 impl Life {
@@ -134,7 +179,9 @@ impl Life {
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
         let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
-        let Opened { filesystem, source, files, read_only, faults } = open(target)?;
+        let Opened { filesystem, source, files, read_only, warnings, disks, faults } = open(target)?;
+        let disks = Closing(Some(disks));
+        warnings.iter().for_each(|warning| warn(warning));
         let wanted = &config.options;
         let options = &MountOptions {
             read_only: read_only || wanted.read_only,
@@ -166,7 +213,7 @@ impl Life {
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
-        Ok(Self { mount, session, watcher, signals, _pidfile })
+        Ok(Self { mount, session, watcher, signals, disks, _pidfile })
     }
 
     /// From "ready" to the end.
@@ -184,12 +231,18 @@ impl Life {
                 Some(Signal::SIGHUP) | None => {}
                 Some(signal) => {
                     let text = format!("second signal ({signal}): ending although the disk is still in use");
+                    if let Err(e) = self.disks.close_within(LAST_CLOSE) {
+                        return Err(e.within(text));
+                    }
                     return Err(Error::new(ErrorKind::Os(libc::EINTR), text));
                 }
             }
         }
-        let Self { mut mount, session, watcher, .. } = self;
-        session.result()?;
+        let Self { mut mount, session, watcher, mut disks, _pidfile, .. } = self;
+        let served = session.result();
+        // whatever became of the session, what was written is kept; each error was logged
+        let closed = disks.close();
+        served?;
         let dead = mount.clear_dead()?;
         if let Some(watcher) = watcher {
             watcher.dismiss();
@@ -200,7 +253,7 @@ impl Life {
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
         }
         tracing::info!("unmounted");
-        Ok(())
+        closed
     }
 
     /// Unmounts for `signal`. Whether that worked: if not, the next signal is a new attempt.

@@ -1,23 +1,32 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`.
+//! the root is the disk. How an open is served is decided in `node.rs`, what changes a disk is in `change.rs`.
+//!
+//! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
+//! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    Request,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::config::{DiskConfig, MountKind, MountOptions};
+use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
+use crate::error::Result as Done;
+use crate::fuse::attr::Wish;
+use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
-use crate::fuse::node::Node;
+use crate::fuse::flush::Spare;
+use crate::fuse::lane::Stay;
+use crate::fuse::node::{Node, Passthrough};
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -30,6 +39,8 @@ const MAX_BACKGROUND: u16 = 64;
 /// Block size in `stat` and `statfs`.
 const BLOCK: u32 = 4096;
 
+const NO_PASSTHROUGH: &str = "the kernel has no FUSE passthrough (Linux 6.9)";
+
 const ROOT: INodeNo = INodeNo::ROOT;
 const FIRST_DISK: u64 = 2;
 
@@ -37,19 +48,41 @@ const FIRST_DISK: u64 = 2;
 #[derive(Debug)]
 pub struct DiskFs {
     shape: MountKind,
-    nodes: Vec<Node>,
+    nodes: Arc<[Node]>,
     owner: (u32, u32),
     umask: u16,
     mounted: SystemTime,
-    /// Whether the kernel takes a file of ours for its reads.
-    passthrough: bool,
+    passthrough: Passthrough,
     faults: Arc<Faults>,
+    spare: Arc<Spare>,
+    /// Loops that may serve a network's answers.
+    stay: Arc<Stay>,
+}
+
+/// The disks of a mount, for its end.
+#[derive(Debug, Clone)]
+pub struct Disks(Arc<[Node]>);
+
+impl Disks {
+    /// Makes everything durable that was written, and closes every disk. All are, whatever becomes of one; the first
+    /// error, after each was logged.
+    pub fn close(&self) -> Done<()> {
+        let mut first = Ok(());
+        for node in self.0.iter().filter(|node| node.writable) {
+            if let Err(e) = node.image().close() {
+                let e = e.within(format!("{}: not closed properly", node.config.name.display()));
+                tracing::error!("{e}");
+                first = first.and(Err(e));
+            }
+        }
+        first
+    }
 }
 
 impl DiskFs {
-    /// A file system of open disks, each with its configuration.
-    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions) -> Self {
-        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image));
+    /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
+    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
+        let nodes = disks.into_iter().enumerate().map(|(i, (config, image))| Node::new(i, config, image));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -57,14 +90,63 @@ impl DiskFs {
             owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
-            passthrough: false,
+            passthrough: Err(NO_PASSTHROUGH),
             faults: Arc::default(),
+            spare: Arc::new(Spare::of(loops)),
+            stay: Arc::new(Stay::of(loops)),
         }
     }
 
     /// Where failed requests are noted.
     pub fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
+    }
+
+    /// The disks, which outlive the session.
+    pub fn disks(&self) -> Disks {
+        Disks(Arc::clone(&self.nodes))
+    }
+
+    /// Whether any disk can be written to.
+    pub fn is_writable(&self) -> bool {
+        self.nodes.iter().any(|node| node.writable)
+    }
+
+    /// Whether the kernel is to keep what is written for a while: some disk asks for it, and none that the kernel would
+    /// have to keep writes of forbids it.
+    fn wants_writeback(&self) -> bool {
+        let asks = |cache| self.nodes.iter().any(|node| node.writable && node.config.cache == Some(cache));
+        if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and another disk has cache=writethrough: so have all"
+            );
+            return false;
+        }
+        asks(PageCache::WriteBack)
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+    }
+
+    /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
+    fn may_wait(&self, ino: INodeNo, answer: Box<dyn FnOnce(&Node, &Faults) + Send>) {
+        // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
+        let Ok(node) = self.node(ino) else { return };
+        if node.image().queue().is_none() {
+            return guarded(|| answer(node, &self.faults));
+        }
+        let (later, index) = (self.context().later(), node.index);
+        node.lane.run(Box::new(move || {
+            if let Some(node) = later.node(index) {
+                answer(node, later.context().faults);
+            }
+        }));
+    }
+
+    /// What cannot be done to names: they are fixed.
+    fn fixed(&self) -> Errno {
+        if self.is_writable() { Errno::EPERM } else { Errno::EROFS }
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
@@ -87,15 +169,20 @@ impl DiskFs {
 
     fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
         let image = node.image();
-        FileAttr {
+        let perm = if node.writable { 0o644 } else { 0o444 };
+        // what has no files does not tell its age
+        let time = Some(image.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
+        node.attributes.apply(FileAttr {
             size: image.len(),
             blocks: image.allocated().div_ceil(512),
-            ..self.plain_attr(ino, FileType::RegularFile, 0o444, time_of(image.mtime_ns()))
-        }
+            ..self.plain_attr(ino, FileType::RegularFile, perm, time)
+        })
     }
 
     fn directory_attr(&self) -> FileAttr {
-        FileAttr { nlink: 2, ..self.plain_attr(ROOT, FileType::Directory, 0o555, self.mounted) }
+        // who makes a file in it shall hear from us that this can't be
+        let perm = if self.is_writable() { 0o755 } else { 0o555 };
+        FileAttr { nlink: 2, ..self.plain_attr(ROOT, FileType::Directory, perm, self.mounted) }
     }
 
     fn plain_attr(&self, ino: INodeNo, kind: FileType, perm: u16, time: SystemTime) -> FileAttr {
@@ -149,10 +236,15 @@ impl Filesystem for DiskFs {
         if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
             let _ = config.set_max_readahead(most);
         }
-        self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
-        if self.passthrough {
+        self.passthrough = if self.wants_writeback() {
+            let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+            Err("a disk of the mount has cache=writeback, which excludes FUSE passthrough")
+        } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
+            Err(NO_PASSTHROUGH)
+        } else {
             let _ = config.set_max_stack_depth(1);
-        }
+            if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
+        };
         Ok(())
     }
 
@@ -179,9 +271,9 @@ impl Filesystem for DiskFs {
         });
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.open(self.passthrough, &self.faults, reply),
+            Ok(node) => node.open(self.passthrough, flags, req.pid(), &self.faults, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -198,14 +290,104 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, &self.faults, reply),
+            Ok(node) => node.read(offset, size, self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
 
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        // nothing is ever dirty; the kernel does not ask again
-        reply.error(Errno::ENOSYS);
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        guarded(|| match self.node(ino) {
+            Ok(node) => node.write(offset, data, write_flags, flags, self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn flush(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        guarded(|| match self.node(ino) {
+            // nothing is ever dirty; the kernel does not ask again
+            Ok(_) if !self.is_writable() => reply.error(Errno::ENOSYS),
+            Ok(node) => node.flush(fh, self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        guarded(|| match self.node(ino) {
+            Ok(node) => node.sync(self.context(), reply),
+            Err(e) => reply.error(e),
+        });
+    }
+
+    fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        // names don't change
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let answer = move |node: &Node, faults: &Faults| match node.fallocate(offset, length, mode) {
+            Ok(()) => reply.ok(),
+            Err(Failed::Image(e)) => {
+                reply.error(errno(&e));
+                faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
+            }
+            Err(Failed::Refused(e)) => reply.error(e),
+        };
+        self.may_wait(ino, Box::new(answer));
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        guarded(|| {
+            let set = self.node(ino).and_then(|node| {
+                match size {
+                    Some(size) => node.cut(size, fh, req.pid())?,
+                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                }
+                self.attr(ino)
+            });
+            match set {
+                Ok(attr) => reply.attr(&TTL, &attr),
+                // the folder itself
+                Err(e) if e == Errno::EISDIR => reply.error(self.fixed()),
+                Err(e) => reply.error(e),
+            }
+        });
     }
 
     fn release(
@@ -234,15 +416,15 @@ impl Filesystem for DiskFs {
                 _ => return reply.error(Errno::EINVAL),
             };
             let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            match self.node(ino).map(|n| n.image().seek(from, what)) {
-                Ok(Ok(Some(at))) => reply.offset(at as i64),
-                Ok(Ok(None)) => reply.error(Errno::ENXIO),
-                Ok(Err(e)) => {
+            let answer = move |node: &Node, faults: &Faults| match node.image().seek(from, what) {
+                Ok(Some(at)) => reply.offset(at as i64),
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(e) => {
                     reply.error(errno(&e));
-                    self.faults.note(e.within(format!("looking for data or a hole from {offset} on")));
+                    faults.note(e.within(format!("looking for data or a hole from {offset} on")));
                 }
-                Err(e) => reply.error(e),
-            }
+            };
+            self.may_wait(ino, Box::new(answer));
         });
     }
 
@@ -272,5 +454,64 @@ impl Filesystem for DiskFs {
             let blocks = bytes.div_ceil(BLOCK.into());
             reply.statfs(blocks, 0, 0, self.nodes.len() as u64, 0, BLOCK, 255, BLOCK);
         });
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(self.fixed());
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(self.fixed());
+    }
+
+    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn link(&self, _req: &Request, _ino: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(self.fixed());
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.fixed());
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.fixed());
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _new_parent: INodeNo,
+        _new_name: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(self.fixed());
     }
 }

@@ -4,16 +4,21 @@
 //!   mountinfo     what is mounted where
 //!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
 //!   session       serves the kernel's requests on threads of their own
-//!   fs            the answers ── node: how an open is served; errno, faults: what errors become
+//!   fs            the answers ── errno, faults: what errors become
+//!   node          one disk: how an open is served ── change: writes ── flush: who makes them durable ── attr
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
 //! ```
 
+mod attr;
+mod change;
 mod errno;
 mod faults;
+mod flush;
 pub mod fs;
 mod fusermount;
+mod lane;
 pub mod mount;
 pub mod mountinfo;
 mod node;
@@ -27,4 +32,4 @@ mod tests;
 pub mod watcher;
 
 pub use faults::Faults;
-pub use fs::DiskFs;
+pub use fs::{DiskFs, Disks};

@@ -1,34 +1,59 @@
 //! One disk of a mount, and the one place that decides how an open of it is served.
 //!
 //! ```text
-//!   open ─► files changed? ─► image opened anew
-//!     ├─ cache=none                     DIRECT   every read reaches us
-//!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads the file itself
+//!   open ─► may it? ─► files changed? ─► image opened anew (never one that we write to)
+//!     ├─ cache=none                     DIRECT   every request reaches us
+//!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads and writes the file itself
+//!     ├─ O_DIRECT                       DIRECT   as it says
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
-//! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides.
+//! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
+//! goes with both.
+//!
+//! The kernel writes to a backing file without asking where the disk ends. An open only for writing (`cp`, `dd`, a
+//! shell's `>`), which is how more than a disk holds gets written, or for appending, is therefore PASSED but reaches
+//! us all the same; any other write behind the end is cut off with the next flush, which says so.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ffi::OsString;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyData, ReplyOpen};
+use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
+use crate::block::ReadDone;
 use crate::config::{DiskConfig, PageCache};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::attr::Attributes;
 use crate::fuse::errno::errno;
+use crate::fuse::change::Context;
 use crate::fuse::faults::Faults;
+use crate::fuse::flush::Flushes;
+use crate::fuse::lane::Lane;
 use crate::image::{self, Image, Scratch};
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new());
 }
 
+/// Whether the kernel takes a file of ours to read and write by itself, or why not.
+pub(super) type Passthrough = Result<(), &'static str>;
+
 /// One disk of the mount.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) config: DiskConfig,
+    pub(super) attributes: Attributes,
+    pub(super) flushes: Arc<Flushes>,
+    /// What may have to wait for a network.
+    pub(super) lane: Arc<Lane>,
+    /// Which of the mount's disks it is.
+    pub(super) index: usize,
+    /// Whether it can be written to; that stays as it is.
+    pub(super) writable: bool,
+    /// Who opened it for writing just now, and may go on to cut it: that is what O_TRUNC looks like. 0: nobody.
+    pub(super) opener: AtomicU32,
     /// Replaced when the files below have changed: their tables are to be read anew.
     /// Taken after `opens`, never before.
     image: RwLock<Arc<Image>>,
@@ -38,9 +63,17 @@ pub(super) struct Node {
 
 impl Node {
     /// An open disk.
-    pub(super) fn new(config: DiskConfig, image: Image) -> Self {
+    pub(super) fn new(index: usize, config: DiskConfig, image: Image) -> Self {
+        let writable = image.writable();
         Self {
-            config,
+            // one that is opened anew is what it was
+            config: DiskConfig { read_only: !writable, ..config },
+            attributes: Attributes::default(),
+            flushes: Arc::default(),
+            lane: Arc::default(),
+            index,
+            writable,
+            opener: AtomicU32::new(0),
             image: RwLock::new(Arc::new(image)),
             opens: Mutex::default(),
             said_served: AtomicBool::new(false),
@@ -80,31 +113,65 @@ impl Node {
     }
 
     /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
-    pub(super) fn open(&self, passthrough: bool, faults: &Faults, reply: ReplyOpen) {
+    pub(super) fn open(&self, passthrough: Passthrough, flags: OpenFlags, pid: u32, faults: &Faults, reply: ReplyOpen) {
+        let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        if writes && !self.writable {
+            return reply.error(Errno::EROFS);
+        }
         if let Err(e) = self.refresh() {
             reply.error(errno(&e));
             return faults.note(e);
         }
-        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
+        // an open for reading leaves nothing to be made durable when it is closed
+        let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
+        let direct = quiet | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
         if self.config.cache == Some(PageCache::None) {
-            return reply.opened(DIRECT, FopenFlags::FOPEN_DIRECT_IO);
+            return reply.opened(handle(DIRECT, writes), direct);
         }
+        // before the lock, as it writes to files; done by whoever finds no backing file there, and then free
+        let image = self.image();
+        if writes
+            && passthrough.is_ok()
+            && image.disk().backing_fd().is_some()
+            && let Err(e) = image.begin()
+        {
+            reply.error(errno(&e));
+            return faults.note(e);
+        }
+        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match self.backing(&mut opens, passthrough, &reply) {
-            Ok(()) => opens.pass(&self.image(), reply),
+            Ok(()) => {
+                let asks = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
+                if writes {
+                    opens.pages_are_old = true;
+                    self.attributes.passed();
+                }
+                opens.pass(&self.image(), handle(PASSED, writes), if asks { direct } else { quiet }, reply);
+            }
             Err(why) => {
                 if !self.said_served.swap(true, Ordering::Relaxed) {
-                    tracing::info!("{}: read by this process: {why}", self.config.name.display());
+                    tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
-                let settled = opens.replaced.is_none_or(|at| at.elapsed() > SETTLE);
-                let keep = settled && self.image().shows_changes();
+                if flags.0 & libc::O_DIRECT != 0 {
+                    return reply.opened(handle(DIRECT, writes), direct);
+                }
+                let keep = opens.keeps_pages() && self.shows_changes();
                 opens.served += 1;
-                reply.opened(SERVED, if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() });
+                let keep = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                reply.opened(handle(SERVED, writes), quiet | keep);
             }
         }
     }
 
+    /// Whether a change of the content by somebody else would be noticed, or can't be.
+    fn shows_changes(&self) -> bool {
+        let locked = self.config.source.local().is_some_and(|local| local.lock);
+        self.image().shows_changes() && self.config.source.local().is_some() && (locked || !self.writable)
+    }
+
     /// Has the backing file there for one more open, or says why there is none.
-    fn backing(&self, opens: &mut Opens, passthrough: bool, reply: &ReplyOpen) -> Result<(), String> {
+    fn backing(&self, opens: &mut Opens, passthrough: Passthrough, reply: &ReplyOpen) -> Result<(), String> {
         if opens.backing.is_some() {
             return Ok(());
         }
@@ -113,14 +180,12 @@ impl Node {
         }
         let image = self.image();
         let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
-        if !passthrough {
-            return Err("the kernel has no FUSE passthrough (Linux 6.9)".to_owned());
-        }
+        passthrough?;
         let id = reply.open_backing(fd).map_err(|e| match e.raw_os_error() {
             Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
             _ => format!("FUSE passthrough was refused: {e}"),
         })?;
-        tracing::info!("{}: read by the kernel itself (FUSE passthrough)", self.config.name.display());
+        tracing::info!("{}: served by the kernel itself (FUSE passthrough)", self.config.name.display());
         opens.backing = Some((id, Arc::clone(&image)));
         Ok(())
     }
@@ -128,7 +193,7 @@ impl Node {
     /// Ends an open.
     pub(super) fn release(&self, handle: FileHandle) {
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
-        match handle {
+        match mode(handle) {
             PASSED => {
                 opens.passed = opens.passed.saturating_sub(1);
                 if opens.passed == 0 {
@@ -141,9 +206,23 @@ impl Node {
     }
 
     /// Answers a read.
-    pub(super) fn read(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
+    pub(super) fn read(&self, offset: u64, size: u32, context: Context<'_>, reply: ReplyData) {
+        let image = self.image();
+        let faults = context.faults;
+        if let Some(queue) = image.queue() {
+            let (later, index) = (context.later(), self.index);
+            let done: ReadDone = Box::new(move |read| match read {
+                Ok(bytes) => reply.data(bytes),
+                Err(e) => {
+                    reply.error(errno(&e));
+                    let name = later.node(index).map_or_else(OsString::new, |node| node.config.name.clone());
+                    later.context().faults.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+                }
+            });
+            image.begin_read(queue, offset, size as usize, done);
+            return context.attend(queue);
+        }
         SCRATCH.with_borrow_mut(|scratch| {
-            let image = self.image();
             match image.read(offset, size as usize, scratch) {
                 Ok(bytes) => reply.data(bytes),
                 Err(e) => {
@@ -165,8 +244,10 @@ struct Opens {
     passed: u64,
     /// Opens with pages.
     served: u64,
-    /// When the image was last replaced.
+    /// When the image was last replaced, or its pages became old.
     replaced: Option<Instant>,
+    /// The kernel may have written to the backing file, and knows nothing of that in the pages of the inode.
+    pages_are_old: bool,
 }
 
 /// How long after a change of the image no open may keep the kernel's pages: another open may still be about to drop
@@ -176,11 +257,19 @@ const SETTLE: Duration = Duration::from_secs(1);
 impl Opens {
     /// Answers with the backing file. Where it is of an image that has been replaced since, the kernel is told to ask us
     /// all the same: it must be given the backing file while there are opens of it, but need not use it.
-    fn pass(&mut self, image: &Arc<Image>, reply: ReplyOpen) {
+    fn pass(&mut self, image: &Arc<Image>, handle: FileHandle, flags: FopenFlags, reply: ReplyOpen) {
         let Some((id, of)) = &self.backing else { return reply.error(Errno::EIO) };
-        let flags = if same_file(of, image) { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
+        let ask = if same_file(of, image) { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
         self.passed += 1;
-        reply.opened_passthrough(PASSED, flags, id);
+        reply.opened_passthrough(handle, flags | ask, id);
+    }
+
+    /// Whether an open with pages may find those that there are.
+    fn keeps_pages(&mut self) -> bool {
+        if std::mem::take(&mut self.pages_are_old) {
+            self.replaced = Some(Instant::now());
+        }
+        self.replaced.is_none_or(|at| at.elapsed() > SETTLE)
     }
 }
 
@@ -193,9 +282,26 @@ fn same_file(a: &Arc<Image>, b: &Arc<Image>) -> bool {
     Arc::ptr_eq(a, b) || (file(a).is_some() && file(a) == file(b))
 }
 
-/// Handles of opens that the kernel serves from the backing file.
-const PASSED: FileHandle = FileHandle(1);
-/// Handles of opens with pages, which we serve.
-const SERVED: FileHandle = FileHandle(0);
-/// Handles of opens without pages, which we serve.
-const DIRECT: FileHandle = FileHandle(2);
+/// Opens that the kernel serves from the backing file.
+const PASSED: u64 = 1;
+/// Opens with pages, which we serve.
+const SERVED: u64 = 0;
+/// Opens without pages, which we serve.
+const DIRECT: u64 = 2;
+/// Added where an open may write.
+const WRITES: u64 = 4;
+
+/// The handle of an open.
+fn handle(mode: u64, writes: bool) -> FileHandle {
+    FileHandle(if writes { mode | WRITES } else { mode })
+}
+
+/// How an open is served.
+fn mode(handle: FileHandle) -> u64 {
+    handle.0 & !WRITES
+}
+
+/// Whether an open may write.
+pub(super) fn writes(handle: FileHandle) -> bool {
+    handle.0 & WRITES != 0
+}

@@ -57,7 +57,7 @@ impl Running {
         threads: Option<usize>,
     ) -> Result<Self> {
         let mut config = fuser::Config::default();
-        let loops = threads.unwrap_or_else(default_loops).max(1);
+        let loops = loops(threads);
         config.n_threads = Some(loops);
         config.clone_fd = loops > 1 && may_clone();
         let session = fuser::Session::from_fd(filesystem, device, acl(options), config)
@@ -98,8 +98,10 @@ fn acl(options: &MountOptions) -> SessionACL {
     if options.allow_root && !options.allow_other { SessionACL::RootAndOwner } else { SessionACL::All }
 }
 
-fn default_loops() -> usize {
-    thread::available_parallelism().map_or(MIN_LOOPS, |n| n.get().clamp(MIN_LOOPS, MAX_LOOPS))
+/// How many event loops a session has.
+pub fn loops(threads: Option<usize>) -> usize {
+    let by_processors = || thread::available_parallelism().map_or(MIN_LOOPS, |n| n.get().clamp(MIN_LOOPS, MAX_LOOPS));
+    threads.unwrap_or_else(by_processors).max(1)
 }
 
 /// Whether a loop may have a descriptor of its own, which needs `/dev/fuse` opened once more. Where only root

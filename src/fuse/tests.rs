@@ -225,7 +225,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         ..DiskConfig::new(DISK, SourceConfig::Local(local))
     };
     let image = Image::new(Arc::new(Panicking), Vec::new());
-    let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options());
+    let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options(), 2);
     let target = Target { point: m.point.clone(), is_file: false };
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;

@@ -1,19 +1,33 @@
 //! A disk as the bytes of a file: the border between bytes (above) and sectors (below).
+//!
+//! ```text
+//!   stack       builds the disk below from its configuration
+//!   write       bytes to sectors ── ranges: who writes where
+//!   allocated   how much of it is data
+//!   scratch     buffers for reads
+//! ```
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use crate::block::{BlockRead, Content, Lba, SECTOR};
+use crate::block::{BlockRead, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
+mod allocated;
 mod new;
+mod queue;
+mod ranges;
 mod scratch;
 mod stack;
+mod write;
 
+use allocated::Allocated;
 pub use new::create;
+pub use queue::Written;
+use ranges::Ranges;
 pub use scratch::{MAX_READ, Scratch};
 pub use stack::{Description, Source, is_dynamic, open, open_all, open_source};
 
@@ -23,26 +37,19 @@ const WORTH_ASKING: usize = 16 << 10;
 /// The longest that one search for data or a hole takes; it keeps an event loop busy.
 const SEEK_TIME: Duration = Duration::from_secs(2);
 
-/// The longest that data are counted.
-const COUNT_TIME: Duration = Duration::from_secs(10);
-
 /// An open disk, byte by byte. Shared by all threads.
 #[derive(Debug)]
 pub struct Image {
     disk: Arc<dyn BlockRead>,
     /// Every file that it is made of, once.
     files: Vec<Arc<dyn StoredFile>>,
-    allocated: Arc<Allocated>,
-}
-
-/// Bytes that are data, counted once, by a thread of its own, when somebody asks.
-#[derive(Debug, Default)]
-struct Allocated {
-    counted: OnceLock<u64>,
-    begun: AtomicBool,
-    stop: AtomicBool,
-    /// What is said until the count is there.
-    estimate: AtomicU64,
+    /// The writes under way.
+    ranges: Ranges,
+    allocated: Allocated,
+    /// Why it can't be written to although nobody asked for that.
+    read_only: Option<String>,
+    /// Somebody else may write to the backing file, with our leave.
+    behind: AtomicBool,
 }
 
 /// What to look for from an offset on.
@@ -60,8 +67,20 @@ impl Image {
         let mut seen = HashSet::new();
         files.retain(|f| seen.insert(f.identity_at_open().file));
         let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
-        let allocated = Allocated { estimate: stored.min(disk.geometry().bytes()).into(), ..Allocated::default() };
-        Self { disk, files, allocated: Arc::new(allocated) }
+        let allocated = Allocated::new(stored.min(disk.geometry().bytes()));
+        Self { disk, files, ranges: Ranges::default(), allocated, read_only: None, behind: AtomicBool::new(false) }
+    }
+
+    /// The same, read-only for a reason that the user has to be told.
+    #[must_use]
+    pub(crate) fn read_only_because(mut self, why: Option<String>) -> Self {
+        self.read_only = why;
+        self
+    }
+
+    /// Why it can't be written to although nobody asked for that.
+    pub fn why_read_only(&self) -> Option<&str> {
+        self.read_only.as_deref()
     }
 
     /// Bytes of the disk.
@@ -120,19 +139,10 @@ impl Image {
         Ok((what == Seek::Hole && offset < end).then_some(end))
     }
 
-    /// Bytes that are data. Begins to count them in the background when it is first asked, and gives what the files
-    /// take until the count is known.
+    /// Bytes that are data. Begins to count them in the background when it is first asked and some time after changes;
+    /// gives what the files take until the first count is done.
     pub fn allocated(&self) -> u64 {
-        let state = &self.allocated;
-        if let Some(&counted) = state.counted.get() {
-            return counted;
-        }
-        if !state.begun.swap(true, Ordering::Relaxed) {
-            let (disk, state) = (Arc::clone(&self.disk), Arc::clone(state));
-            // where no thread is to be had the estimate stays
-            let _ = std::thread::Builder::new().name("count".to_owned()).spawn(move || count(&*disk, &state));
-        }
-        state.estimate.load(Ordering::Relaxed)
+        self.allocated.bytes(&self.disk)
     }
 
     /// Last change of the content now, nanoseconds since 1970: the latest of its files'.
@@ -141,41 +151,16 @@ impl Image {
         self.files.iter().map(now).max().unwrap_or(0)
     }
 
-    /// Whether none of its files was changed or replaced since it was opened.
+    /// Whether none of its files was changed or replaced since it was opened, by somebody else. What is open for writing
+    /// is changed by us, and locked against all others.
     pub fn is_unchanged(&self) -> bool {
-        self.files.iter().all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
+        self.writable() || self.files.iter().all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
     /// Whether [`Self::is_unchanged`] would notice any change.
     pub fn shows_changes(&self) -> bool {
         self.files.iter().all(|f| f.shows_changes())
     }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        self.allocated.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Counts what is data. Neither an error nor a disk that goes away or takes too long matters to anybody: the estimate
-/// stays.
-fn count(disk: &dyn BlockRead, state: &Allocated) {
-    let end = disk.geometry().sectors;
-    let begun = Instant::now();
-    let (mut at, mut data) = (0, 0);
-    while at < end {
-        if begun.elapsed() > COUNT_TIME || state.stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let Ok((content, sectors)) = disk.content_at(Lba(at)) else { return };
-        if content == Content::Data {
-            data += sectors;
-        }
-        at += sectors.max(1);
-    }
-    // a second count can't happen, so the cell is empty
-    let _ = state.counted.set(data * SECTOR);
 }
 
 fn out_of_range(offset: u64) -> Error {

@@ -2,15 +2,19 @@
 
 use std::collections::HashSet;
 use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
 use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, new};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::{RawDisk, export_file_names, nbd};
@@ -89,14 +93,24 @@ pub fn is_dynamic(config: &DiskConfig) -> bool {
     matches!(&config.source, SourceConfig::Nbd(server) if server.dynamic)
 }
 
-/// Opens a disk with all its layers.
+/// Opens a disk with all its layers; for writing, unless it was asked for otherwise.
+///
+/// What can't be written to is opened for reading, with the reason in [`Image::why_read_only`]: files and file systems
+/// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
+/// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let source = open_source(config)?;
+    let made = config.source.local().map_or(Ok(None), new::make)?;
+    let (source, why_read_only) = match (made, config.read_only) {
+        (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
+        (None, true) => (open_source(config)?, None),
+        (None, false) => open_for_writing(config)?,
+    };
     let files = source.files();
     let plain = source.disk();
     let geometry = plain.geometry();
-    if geometry.preferred <= geometry.granule {
-        return Ok(Image::new(plain, files));
+    // what is written to has no cache above it that would keep what was there before
+    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
+        return Ok(Image::new(plain, files).read_only_because(why_read_only));
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -105,34 +119,93 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files))
+    Ok(Image::new(Arc::new(cache), files).read_only_because(why_read_only))
 }
 
-/// Opens only the source of a disk.
+/// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
+    if let SourceConfig::Nbd(server) = &config.source {
+        return nbd_disk(server, config, false).map(|(source, _)| source);
+    }
+    let local = local(config)?;
+    let file = open_file(local, Access::Read)?;
+    if !is_vmdk(local, &*file)? {
+        return raw(file);
+    }
+    let disk = VmdkDisk::open(file, options(local))?;
+    for unclean in disk.unclean_files() {
+        tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
+    }
+    Ok(Source::Vmdk(Arc::new(disk)))
+}
+
+/// Opens the source of a disk for writing; where that can't be, for reading, and says why.
+///
+/// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
+/// is in the way of a writer is told by the image and not by the locks of its readers.
+fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
+    if let SourceConfig::Nbd(server) = &config.source {
+        return nbd_disk(server, config, true);
+    }
+    let local = local(config)?;
+    let source = open_source(config)?;
+    if let Some(refusal) = source.refuses_writing(local) {
+        return only_read(refusal, source);
+    }
+    let is_vmdk = matches!(source, Source::Vmdk(_));
+    // its locks would be in our own way
+    drop(source);
+    let written = open_file(local, Access::Write).and_then(|file| {
+        if is_vmdk { Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))) } else { raw(file) }
+    });
+    match written {
+        Ok(source) => Ok((source, None)),
+        Err(e) if e.kind() == ErrorKind::ReadOnly => only_read(e, open_source(config)?),
+        Err(e) => Err(e),
+    }
+}
+
+/// The source for reading, if that is what the refusal to write to it leaves.
+fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)> {
+    if refusal.kind() == ErrorKind::ReadOnly { Ok((source, Some(refusal.to_string()))) } else { Err(refusal) }
+}
+
+/// The export of a server; why it can't be written to, where that was wanted.
+fn nbd_disk(server: &NbdConfig, config: &DiskConfig, writable: bool) -> Result<(Source, Option<String>)> {
+    check_no_overlay(config)?;
+    let disk = nbd::NbdDisk::connect(server, writable)?;
+    let why = (writable && disk.is_read_only()).then(|| "the server says so".to_owned());
+    Ok((Source::Nbd(Arc::new(disk)), why))
+}
+
+/// The files that a disk comes from.
+fn local(config: &DiskConfig) -> Result<&LocalConfig> {
+    let Some(local) = config.source.local() else {
+        return Err(Error::unsupported(format!("{}: this is no local file", config.source.label())));
+    };
+    check_no_overlay(config)?;
+    Ok(local)
+}
+
+fn check_no_overlay(config: &DiskConfig) -> Result<()> {
     if config.overlay.is_some() {
         let file = config.source.label();
         return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
     }
-    let local = match &config.source {
-        SourceConfig::Local(local) => local,
-        SourceConfig::Nbd(server) => return Ok(Source::Nbd(Arc::new(nbd::NbdDisk::connect(server, !config.read_only)?))),
-    };
-    if let Some(stream) = new::make(local)? {
-        return Ok(Source::Stream(Arc::new(stream)));
-    }
+    Ok(())
+}
+
+fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
     let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
-    let file = open_user_path(&local.path, Arc::new(policy), Access::Read)?;
-    if is_vmdk(local, &*file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
-        let disk = VmdkDisk::open(file, options)?;
-        for unclean in disk.unclean_files() {
-            tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
-        }
-        Ok(Source::Vmdk(Arc::new(disk)))
-    } else {
-        Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
-    }
+    open_user_path(&local.path, Arc::new(policy), access)
+}
+
+fn options(local: &LocalConfig) -> OpenOptions {
+    OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force }
+}
+
+fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
+    Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file))
 }
 
 impl Source {
@@ -156,8 +229,28 @@ impl Source {
         }
     }
 
+    /// Why a mount would not write to it, as far as that can be told without opening it for writing.
+    fn refuses_writing(&self, local: &LocalConfig) -> Option<Error> {
+        let files = match self {
+            Source::Vmdk(disk) => {
+                if let Some(refusal) = disk.refuses_writing(local.force) {
+                    return Some(refusal);
+                }
+                disk.files_written()
+            }
+            Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Nbd(_) | Source::Stream(_) => Vec::new(),
+        };
+        files.iter().find_map(|file| not_permitted(&**file))
+    }
+
     /// Describes it under its name in a mount.
     pub fn describe(&self, config: &DiskConfig) -> Description {
+        let reason = match (config.read_only, config.source.local()) {
+            (true, _) => Some("readonly=true was asked for".to_owned()),
+            (false, Some(local)) => self.refuses_writing(local).map(|e| e.to_string()),
+            (false, None) => None,
+        };
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
@@ -170,10 +263,18 @@ impl Source {
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
-            writable: false,
-            reason: Some("this version only reads".to_owned()),
+            writable: reason.is_none(),
+            reason,
         }
     }
+}
+
+/// Why a file that is open can't be opened for writing: its permissions, or a read-only file system.
+fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
+    let open = PathBuf::from(format!("/proc/self/fd/{}", file.fd()?.as_raw_fd()));
+    let refused = faccessat(AT_FDCWD, &open, AccessFlags::W_OK, AtFlags::AT_EACCESS).err()?;
+    let text = format!("{}: open for writing: {}", file.label(), io::Error::from(refused));
+    Some(Error::new(ErrorKind::ReadOnly, text))
 }
 
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is

@@ -1,27 +1,104 @@
 //! A plain file or block device as a disk.
+//!
+//! Writes go to their place in the file, which never gets more sectors. Where its length is no multiple of 512, the
+//! rest of its last sector reads as zero; the first write to that sector makes the file whole sectors long before
+//! anything else, so that the rest has a place. Whoever only reads, or writes elsewhere, leaves the length alone.
+//!
+//! What was written is counted, so that a flush with nothing to do costs nothing. A flush that fails is final: what it
+//! was about may be lost although the next one would succeed (the kernel reports an error of its writeback once and
+//! drops the pages), so from then on every flush fails and nothing more is written.
 
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::block::{BlockRead, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
-use crate::error::{Error, Result};
-use crate::store::StoredFile;
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{StoredFile, StoredWrite};
 
-/// A raw image. Where its length is no multiple of 512, the rest of the last sector reads as zero.
+/// A raw image; see the module.
 #[derive(Debug)]
 pub struct RawDisk {
     file: Arc<dyn StoredFile>,
     geometry: Geometry,
+    /// Bytes of the file as we know it: what is behind them on the disk reads as zero.
+    len: AtomicU64,
+    /// Held while the file is made whole sectors long.
+    growth: Mutex<()>,
+    /// Changes that have been handed to the file.
+    written: AtomicU64,
+    /// Somebody else writes to the file with our leave, uncounted.
+    behind: AtomicBool,
+    /// How many changes are durable. Held during a sync, so that of several flushes one does the work.
+    synced: Mutex<u64>,
+    /// Why nothing is known to be durable any more.
+    failed: OnceLock<Error>,
 }
 
 impl RawDisk {
-    /// The whole of `file`.
+    /// The whole of `file`. It can be written to if the file can.
     pub fn new(file: Arc<dyn StoredFile>) -> Result<Self> {
         let sectors = file.len().div_ceil(SECTOR);
         if sectors > MAX_SECTORS {
             return Err(Error::unsupported(format!("{}: longer than a disk can be", file.label())));
         }
-        Ok(Self { file, geometry: Geometry { sectors, granule: 1, preferred: 1 } })
+        Ok(Self {
+            len: file.len().into(),
+            file,
+            geometry: Geometry { sectors, granule: 1, preferred: 1 },
+            growth: Mutex::default(),
+            written: AtomicU64::new(0),
+            behind: AtomicBool::new(false),
+            synced: Mutex::new(0),
+            failed: OnceLock::new(),
+        })
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// The file's writing half, if nothing speaks against a write of bytes up to `end`.
+    fn target(&self, end: u64) -> Result<&dyn StoredWrite> {
+        let file = self.writable()?;
+        if let Some(failed) = self.failed.get() {
+            return Err(failed.clone().within("nothing more is written after a flush that failed"));
+        }
+        // written past its end, a file that somebody cut would seem whole and hold zeroes
+        let now = file.len_now()?;
+        if now < self.len() {
+            let text = format!("{}: the file was cut from {} to {now} bytes", self.file.label(), self.len());
+            return Err(Error::corrupt(text));
+        }
+        if end > self.len() {
+            self.grow(file)?;
+        }
+        Ok(file)
+    }
+
+    fn writable(&self) -> Result<&dyn StoredWrite> {
+        let refusal = || Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", self.file.label()));
+        self.file.writer().ok_or_else(refusal)
+    }
+
+    /// Makes room for the rest of the last sector.
+    fn grow(&self, file: &dyn StoredWrite) -> Result<()> {
+        let _one_at_a_time = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        let whole = self.geometry.bytes();
+        if self.len() < whole {
+            if file.len_now()? < whole {
+                file.set_len(whole)?;
+            }
+            self.len.store(whole, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Counts a change. Only once it is done: counted before, a flush in between would take it for durable.
+    fn changed<T>(&self, done: Result<T>) -> Result<T> {
+        self.written.fetch_add(1, Ordering::Release);
+        done
     }
 }
 
@@ -32,7 +109,7 @@ impl BlockRead for RawDisk {
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
-        let left = self.file.len().saturating_sub(at.bytes());
+        let left = self.len().saturating_sub(at.bytes());
         let real = (buf.len() as u64).min(left) as usize;
         let (real, past) = buf.split_at_mut(real);
         past.fill(0);
@@ -43,7 +120,7 @@ impl BlockRead for RawDisk {
         check_range(&self.geometry, at, SECTOR as usize)?;
         let (stored, bytes) = self.file.data_at(at.bytes())?;
         // a sector of which a part is stored is no hole
-        let mixed = bytes < SECTOR && bytes < self.file.len().saturating_sub(at.bytes());
+        let mixed = bytes < SECTOR && bytes < self.len().saturating_sub(at.bytes());
         let content = if stored || mixed { Content::Data } else { Content::Hole };
         Ok((content, (bytes / SECTOR).clamp(1, self.geometry.sectors - at.0)))
     }
@@ -52,7 +129,62 @@ impl BlockRead for RawDisk {
         false
     }
 
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        self.file.writer().is_some().then_some(self as &dyn BlockWrite)
+    }
+
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.fd().filter(|_| self.file.len() == self.geometry.bytes())
     }
 }
+
+impl BlockWrite for RawDisk {
+    fn begin(&self) -> Result<()> {
+        self.target(0)?;
+        self.behind.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
+        check_range(&self.geometry, at, buf.len())?;
+        let file = self.target(at.bytes() + buf.len() as u64)?;
+        self.changed(file.write_all_at(at.bytes(), buf))
+    }
+
+    fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
+        let sectors = range.end.0.saturating_sub(range.start.0);
+        let bytes = usize::try_from(sectors.saturating_mul(SECTOR)).unwrap_or(usize::MAX);
+        check_range(&self.geometry, range.start, bytes)?;
+        // what the file lacks of its last sector reads as zero anyhow
+        let file = self.target(0)?;
+        let end = range.end.bytes().min(self.len());
+        self.changed(file.zero(range.start.bytes(), end.saturating_sub(range.start.bytes()), unmap))
+    }
+
+    fn flush(&self) -> Result<()> {
+        let file = self.writable()?;
+        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(failed) = self.failed.get() {
+            return Err(failed.clone());
+        }
+        let written = self.written.load(Ordering::Acquire);
+        if *synced == written && !self.behind.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        match file.sync() {
+            Ok(()) => *synced = written,
+            // the lock is held, so the cell is empty
+            Err(e) => return Err(self.failed.get_or_init(|| e).clone()),
+        }
+        Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        self.flush()?;
+        self.behind.store(false, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -320,7 +320,8 @@ fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
 }
 
-fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
+/// The file that an extent lies in.
+pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     match extent {
         Extent::Flat { file, .. } => Some(file),
         Extent::Sparse(s) => Some(&s.file),

@@ -434,7 +434,7 @@ impl BlockQueue for NbdDisk {
 
     fn begin_flush(&self, done: Done) {
         // Without the command all that was answered is durable, as far as anybody can know.
-        if !self.writable || !self.link.export().flush {
+        if !self.writable || !self.link.export().flush || self.link.is_durable() {
             return done(Ok(()));
         }
         self.begin(Kind::Flush, 0, 0, Buffer::default(), Box::new(move |_, result| done(result)));

@@ -185,6 +185,12 @@ impl Link {
         self.send(op);
     }
 
+    /// Whether all changes that were answered are durable.
+    pub(super) fn is_durable(&self) -> bool {
+        let journal = lock(&self.journal);
+        journal.is_empty() && journal.lost().is_none()
+    }
+
     fn must_wait(&self, op: &Op) -> bool {
         self.export.flush && op.deadline > Instant::now() && lock(&self.journal).is_full()
     }

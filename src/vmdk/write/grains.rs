@@ -136,7 +136,8 @@ impl GrainWriter {
             waiting: Mutex::default(),
             marked: AtomicBool::new(unclean),
             marking: Mutex::default(),
-            dirty: AtomicBool::new(false),
+            // a process before this one may have ended without
+            dirty: AtomicBool::new(true),
             failure,
         })
     }

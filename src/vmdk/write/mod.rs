@@ -19,8 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::StoredFile;
 use crate::vmdk::descriptor::ExtentAccess;
-use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::write::failure::Failure;
@@ -65,7 +66,7 @@ pub(crate) struct Writer {
 enum ExtentWriter {
     /// It is not.
     None,
-    /// In place; `true`: written to since the last sync.
+    /// In place; `true`: written to since the last sync, perhaps by a process before this one.
     Flat(AtomicBool),
     Grains(Box<GrainWriter>),
 }
@@ -182,6 +183,22 @@ impl Writer {
 }
 
 impl VmdkDisk {
+    /// Why [`open_writable`](Self::open_writable) would refuse it, as far as that can be told of a disk that is open for
+    /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
+    pub fn refuses_writing(&self, force: bool) -> Option<Error> {
+        let link = self.links().first()?;
+        let children = |()| if force { Ok(()) } else { refuse_with_children(link) };
+        refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
+    }
+
+    /// The files that a write to it may change: those of its newest link.
+    pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
+        let Some(link) = self.links().first() else { return Vec::new() };
+        let written = link.extents.iter().filter(|p| p.access == ExtentAccess::ReadWrite);
+        let extents = written.filter_map(|p| file_of(&p.extent)).map(Arc::clone);
+        std::iter::once(Arc::clone(&link.file)).chain(extents).collect()
+    }
+
     fn writing(&self) -> Result<(&Writer, &Link)> {
         match (&self.writer, self.links().first()) {
             (Some(writer), Some(link)) => Ok((writer, link)),
@@ -391,7 +408,7 @@ fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<Ex
     match (&mut placed.extent, &placed.hosted) {
         (Extent::Flat { file, .. }, _) => {
             writer(&**file)?;
-            Ok(ExtentWriter::Flat(AtomicBool::new(false)))
+            Ok(ExtentWriter::Flat(AtomicBool::new(true)))
         }
         (Extent::Sparse(sparse), Some(hosted)) => {
             let file = &sparse.file;

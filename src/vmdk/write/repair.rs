@@ -21,15 +21,21 @@ use crate::vmdk::write::grains::writer;
 ///
 /// Errors: `Corrupt` where something is wrong that can't be repaired; nothing but repairs was written then.
 pub(super) fn make_sound(link: &Link) -> Result<()> {
+    let mut tails = Vec::new();
     for placed in link.extents.iter().filter(|p| p.unclean) {
         if let (Extent::Sparse(sparse), Some(hosted)) = (&placed.extent, &placed.hosted) {
-            let fixes = Repair { sparse, hosted }.run()?;
+            let repair = Repair { sparse, hosted };
+            let (fixes, end) = repair.run()?;
+            tails.push((repair, end));
             let label = sparse.file.label();
             tracing::warn!("{label}: was not closed after writing; its tables were checked, {fixes} repairs made");
         }
     }
     let report = check_link(link);
-    let Some(first) = report.errors.first() else { return Ok(()) };
+    let Some(first) = report.errors.first() else {
+        // only now it is known that nothing else has something there
+        return tails.iter().try_for_each(|(repair, end)| repair.cut_tail(*end));
+    };
     let more = match report.error_count {
         1 => String::new(),
         n => format!(" and {} more errors", n - 1),
@@ -45,10 +51,12 @@ struct Repair<'a> {
 }
 
 impl Repair<'_> {
-    /// Puts right what an unclean stop leaves; how many repairs that were.
-    fn run(&self) -> Result<u64> {
+    /// Puts right what an unclean stop leaves: how many repairs that were, and the sector behind the last one that
+    /// something has, as far as all of it is sound.
+    fn run(&self) -> Result<(u64, u64)> {
         let mut fixes = self.complete_last_grain()?;
-        let mut end = self.hosted.data_start();
+        let fixed = self.hosted.fixed().iter().map(|range| range.end);
+        let mut end = fixed.fold(self.hosted.data_start(), u64::max);
         let tables = self.hosted.shape().tables();
         for first in (0..tables).step_by(CHUNK as usize) {
             let range = first..tables.min(first + CHUNK);
@@ -62,8 +70,7 @@ impl Repair<'_> {
         if fixes > 0 {
             writer(&*self.sparse.file)?.sync()?;
         }
-        self.cut_tail(end)?;
-        Ok(fixes)
+        Ok((fixes, end))
     }
 
     /// Makes the file as long as its last grain, where it ends inside of it.
