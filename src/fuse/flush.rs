@@ -37,7 +37,7 @@ impl Spare {
 
     fn take(&self) -> Option<Taken<'_>> {
         let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then_some(Taken(self))
+        taken.is_ok().then(|| Taken(self))
     }
 }
 

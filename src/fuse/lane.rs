@@ -88,7 +88,7 @@ impl Stay {
     /// The right to it, if a loop can be spared.
     pub(super) fn take(&self) -> Option<Staying<'_>> {
         let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then_some(Staying(self))
+        taken.is_ok().then(|| Staying(self))
     }
 }
 

@@ -8,6 +8,9 @@
 //! waits or has just submitted: at depth 1 no thread is woken but by the answer itself. Where nobody has the
 //! time, the disk's own thread does it (see `link.rs`).
 //!
+//! `notify_read` is called only where there is something to read, and by the driver alone: a handle that was told to read
+//! and found nothing holds new commands back until an answer comes, which may never be asked for then.
+//!
 //! A connection that breaks, or on which an answer is overdue, ends the whole generation: its sockets are shut down, upon
 //! which libnbd gives back every command, and all are sent again on the next one.
 
@@ -190,7 +193,8 @@ impl Generation {
     /// The right to drive, if nobody has it.
     pub(super) fn driver(&self) -> Option<Driver<'_>> {
         let free = self.driven.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok();
-        free.then_some(Driver(self))
+        // made only where it is free: the end of a driver gives the right back
+        free.then(|| Driver(self))
     }
 
     /// Moves what a connection has given back to `back`.
@@ -251,7 +255,8 @@ impl Driver<'_> {
     fn turn(&self, most: Duration, back: &mut Vec<Answer>) -> bool {
         let mut happened = false;
         let mut fds = Vec::with_capacity(1 + self.0.count());
-        let conns: Vec<&Conn> = self.0.conns().filter(|c| c.in_flight.load(Ordering::Relaxed) > 0).collect();
+        // All of them: a command may be sent on an idle one meanwhile.
+        let conns: Vec<&Conn> = self.0.conns().collect();
         fds.push(PollFd::new(self.0.event.as_fd(), PollFlags::POLLIN));
         for conn in &conns {
             let (_, write) = conn.handle.direction();
