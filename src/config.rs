@@ -255,7 +255,9 @@ impl NbdConfig {
             }
         };
         match &self.export {
-            Some(name) if !name.is_empty() => format!("{address}, export {}", name.display().to_string().escape_debug()),
+            Some(name) if !name.is_empty() => {
+                format!("{address}, export {}", name.display().to_string().escape_debug())
+            }
             _ => address,
         }
     }

@@ -43,7 +43,9 @@ fn c_types(rust: &[&str]) -> String {
 /// A program whose assertions are the declarations.
 fn source() -> String {
     let mut out = String::from("#include <libnbd.h>\n#include <stddef.h>\n#include <string.h>\n");
-    out.push_str("#define SAME(what, ...) _Static_assert(__builtin_types_compatible_p(__typeof__(what), __VA_ARGS__), #what)\n");
+    out.push_str(
+        "#define SAME(what, ...) _Static_assert(__builtin_types_compatible_p(__typeof__(what), __VA_ARGS__), #what)\n",
+    );
     for (name, arguments, result) in FUNCTIONS {
         let _ = writeln!(out, "SAME(&{name}, {} (*)({}));", c_type(result), c_types(arguments));
     }
@@ -65,7 +67,8 @@ fn source() -> String {
         let _ = writeln!(out, "_Static_assert(sizeof({name}) == {size}, \"{name}\");");
     }
     let context = LIBNBD_CONTEXT_BASE_ALLOCATION.to_str().unwrap();
-    let _ = writeln!(out, "_Static_assert(__builtin_strcmp(LIBNBD_CONTEXT_BASE_ALLOCATION, \"{context}\") == 0, \"\");");
+    let _ =
+        writeln!(out, "_Static_assert(__builtin_strcmp(LIBNBD_CONTEXT_BASE_ALLOCATION, \"{context}\") == 0, \"\");");
     out
 }
 
@@ -92,7 +95,10 @@ fn a_declaration_that_differs_is_found() {
     for (right, wrong) in [
         ("SAME(&nbd_get_size, int64_t (*)(struct nbd_handle *))", "SAME(&nbd_get_size, int (*)(struct nbd_handle *))"),
         ("(unsigned)(LIBNBD_TLS_REQUIRE) == 2u", "(unsigned)(LIBNBD_TLS_REQUIRE) == 1u"),
-        ("nbd_list_callback *)0)->callback, int (*)(void *, const char *", "nbd_list_callback *)0)->callback, int (*)(void *, char *"),
+        (
+            "nbd_list_callback *)0)->callback, int (*)(void *, const char *",
+            "nbd_list_callback *)0)->callback, int (*)(void *, char *",
+        ),
     ] {
         let bad = good.replace(right, wrong);
         assert_ne!(bad, good, "{right} is not in the program");

@@ -409,8 +409,7 @@ mod tests {
     }
 
     fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
-        let local = mount.disks[disk].source.local().unwrap();
-        local
+        mount.disks[disk].source.local().unwrap()
     }
 
     #[test]

@@ -219,8 +219,8 @@ impl Server {
 pub(super) fn uri(value: &OsStr) -> Result<String, String> {
     const SCHEMES: [&str; 6] = ["nbd:", "nbds:", "nbd+unix:", "nbds+unix:", "nbd+vsock:", "nbds+vsock:"];
     let text = values::text(value)?;
-    let known = |scheme: &&str| text.get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme));
-    if !SCHEMES.iter().any(|scheme| known(&scheme)) {
+    let known = |scheme: &str| text.get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme));
+    if !SCHEMES.iter().any(|scheme| known(scheme)) {
         return Err("must start with nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://".into());
     }
     if text.contains('\0') {
@@ -251,7 +251,8 @@ pub(super) fn port(value: &OsStr) -> Result<String, String> {
 /// A number that is at most `most`, and at least `least`.
 pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
     let text = values::text(value)?;
-    let number = text.parse::<u32>().ok().filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
+    let number =
+        text.parse::<u32>().ok().filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
     number.ok_or_else(|| format!("must be a number from {least} to {most}"))
 }
 

@@ -15,9 +15,8 @@ use std::path::PathBuf;
 
 use super::keys::{self, Key, Scope};
 use super::{
-    UsageError, sources,
+    UsageError, nbd, sources,
     values::{self, shown},
-    nbd,
     writing::{self, Creation, Purpose},
 };
 use crate::config::{DiskConfig, Format, LocalConfig, Overlay, PageCache, SourceConfig};
@@ -154,7 +153,9 @@ impl Settings {
     fn places(&self, purpose: Purpose) -> Result<Vec<Place>, UsageError> {
         let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
         match (self.backend, &self.source) {
-            (Some(Backend::Native), _) if is_nbd => Err(UsageError::new("backend=native reads files, but no file is named")),
+            (Some(Backend::Native), _) if is_nbd => {
+                Err(UsageError::new("backend=native reads files, but no file is named"))
+            }
             (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
                 Err(UsageError::new("backend=nbd needs a server, but a file is named"))
             }

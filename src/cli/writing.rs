@@ -211,7 +211,9 @@ pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), Usag
         }
     }
     match (&disk.overlay, purpose) {
-        (Some(Overlay::File(cow)), _) if local.is_some_and(|local| *cow == local.path) => error("cow= names the disk itself"),
+        (Some(Overlay::File(cow)), _) if local.is_some_and(|local| *cow == local.path) => {
+            error("cow= names the disk itself")
+        }
         (Some(Overlay::Temporary), Purpose::Query) => {
             error("cow=tmp is a new overlay with nothing in it: name the overlay's file with cow=FILE")
         }
@@ -274,7 +276,7 @@ mod tests {
     fn disks(args: &[&str]) -> Vec<DiskConfig> {
         match action(args).unwrap() {
             Action::Mount(mount) => mount.disks,
-            Action::Info(query) | Action::Map(query) | Action::Check(query) => query.disks,
+            Action::Info(query) | Action::List(query) | Action::Map(query) | Action::Check(query) => query.disks,
             Action::Create(disks) => disks,
             Action::Commit(disk) => vec![disk],
             Action::Dump { .. } => Vec::new(),

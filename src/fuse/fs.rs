@@ -130,7 +130,7 @@ impl DiskFs {
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
-    fn may_wait(&self, ino: INodeNo, answer: Box<dyn FnOnce(&Node, &Faults) + Send>) {
+    fn may_wait(&self, ino: INodeNo, answer: Waiting) {
         // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
         let Ok(node) = self.node(ino) else { return };
         if node.image().queue().is_none() {
@@ -205,6 +205,9 @@ impl DiskFs {
         }
     }
 }
+
+/// The answer to a request that may have to wait for its disk.
+type Waiting = Box<dyn FnOnce(&Node, &Faults) + Send>;
 
 /// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
 /// end of the thread, behind which the kernel would wait for ever.

@@ -111,7 +111,9 @@ mod tests {
         let hang = Arc::new(Mutex::new(hang));
         for _ in 0..2 * THREADS {
             let hang = Arc::clone(&hang);
-            one.run(Box::new(move || drop(hang.lock().unwrap().recv())));
+            one.run(Box::new(move || {
+                let _ = hang.lock().unwrap().recv();
+            }));
         }
         let (tell, told) = mpsc::channel();
         other.run(Box::new(move || tell.send(()).unwrap()));

@@ -26,8 +26,8 @@ use crate::block::ReadDone;
 use crate::config::{DiskConfig, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
-use crate::fuse::errno::errno;
 use crate::fuse::change::Context;
+use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Flushes;
 use crate::fuse::lane::Lane;
@@ -222,13 +222,11 @@ impl Node {
             image.begin_read(queue, offset, size as usize, done);
             return context.attend(queue);
         }
-        SCRATCH.with_borrow_mut(|scratch| {
-            match image.read(offset, size as usize, scratch) {
-                Ok(bytes) => reply.data(bytes),
-                Err(e) => {
-                    reply.error(errno(&e));
-                    faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
-                }
+        SCRATCH.with_borrow_mut(|scratch| match image.read(offset, size as usize, scratch) {
+            Ok(bytes) => reply.data(bytes),
+            Err(e) => {
+                reply.error(errno(&e));
+                faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
             }
         });
     }

@@ -73,7 +73,7 @@ impl Image {
         if parts.mode() != Mode::Shared {
             return Err(done);
         }
-        let Some(number) = self.ranges.try_take(parts.granules.clone(), Mode::Shared) else { return Err(done) };
+        let Some(number) = self.ranges.try_take(parts.granules, Mode::Shared) else { return Err(done) };
         let kept = Kept { image: Arc::clone(self), number };
         let len = buf.len();
         let finish: Done = Box::new(move |result| {

@@ -103,7 +103,8 @@ mod tests {
     fn names_are_short_enough_and_unique() {
         let long: Vec<OsString> = (0..50).map(|i| format!("{}{i}", "ü".repeat(200)).into()).collect();
         let taken = HashSet::from([OsString::from("a.raw")]);
-        let exports: Vec<&OsStr> = long.iter().map(OsString::as_os_str).chain([OsStr::new("a"), OsStr::new("a.raw")]).collect();
+        let exports: Vec<&OsStr> =
+            long.iter().map(OsString::as_os_str).chain([OsStr::new("a"), OsStr::new("a.raw")]).collect();
         let names = export_file_names(exports.iter().copied(), &taken);
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), 52);
         assert!(names.iter().all(|n| n.len() <= NAME_MAX && !taken.contains(n)));

@@ -170,7 +170,9 @@ impl Dialer {
 
     /// Waits for an option's answer.
     fn option(&self, handle: &Handle, opt: &OptDone, deadline: Instant, stop: Stop<'_>) -> Result<()> {
-        self.drive(handle, deadline, stop, |h| opt.get().is_some() && (h.is_negotiating() || h.is_up() || h.is_over()))?;
+        self.drive(handle, deadline, stop, |h| {
+            opt.get().is_some() && (h.is_negotiating() || h.is_up() || h.is_over())
+        })?;
         match opt.get() {
             Some(0) => Ok(()),
             Some(errno) => {
@@ -186,13 +188,7 @@ impl Dialer {
     }
 
     /// Serves the handle's descriptor until `until` is true.
-    fn drive(
-        &self,
-        handle: &Handle,
-        deadline: Instant,
-        stop: Stop<'_>,
-        until: impl Fn(&Handle) -> bool,
-    ) -> Result<()> {
+    fn drive(&self, handle: &Handle, deadline: Instant, stop: Stop<'_>, until: impl Fn(&Handle) -> bool) -> Result<()> {
         // An option that failed is told by its callback; only a dead connection ends the way.
         let mut last = None;
         loop {

@@ -13,9 +13,7 @@ use super::link::{Link, Manners};
 use super::map::{REGION, content};
 use super::op::{Finish, Kind, Op};
 use super::pool::{Buffer, Pool};
-use crate::block::{
-    BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, check_range,
-};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, check_range};
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -153,7 +151,7 @@ impl NbdDisk {
 
     fn buffer(&self, len: u64) -> Result<Buffer> {
         let none = || Error::new(ErrorKind::Os(libc::ENOMEM), format!("no memory for {len} bytes"));
-        self.pool().take(usize::try_from(len).map_err(|_| none())?).ok_or_else(none)
+        self.pool().take(usize::try_from(len).ok().ok_or_else(none)?).ok_or_else(none)
     }
 
     /// Asks for what is at `byte` and after it.

@@ -347,7 +347,7 @@ impl Handle {
     /// Bytes of the export.
     pub(super) fn size(&self) -> Result<u64> {
         // SAFETY: the handle is alive.
-        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) }).map_err(|_| failure("size of the export"))
+        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) }).ok().ok_or_else(|| failure("size of the export"))
     }
 
     /// Minimum, preferred and maximum bytes of a request; 0: not said.
@@ -460,7 +460,10 @@ pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let kind = nix::sys::stat::fstat(borrowed).map_err(bad)?.st_mode & libc::S_IFMT;
     if number < 3 || kind != libc::S_IFSOCK {
-        return Err(Error::new(ErrorKind::Usage, format!("socket-fd={number}: this is no socket that was handed over")));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("socket-fd={number}: this is no socket that was handed over"),
+        ));
     }
     // Not for children of ours; the number itself is nobody's any more afterwards.
     let copy = borrowed.try_clone_to_owned().map_err(|e| Error::io(format!("socket-fd={number}"), e))?;

@@ -94,12 +94,7 @@ impl std::fmt::Debug for Journal {
 
 impl Link {
     /// A way to `export`, up if there is a `first` connection, else connected when it is first used.
-    pub(super) fn start(
-        dialer: Dialer,
-        export: Export,
-        manners: Manners,
-        first: Option<Handle>,
-    ) -> Result<Arc<Self>> {
+    pub(super) fn start(dialer: Dialer, export: Export, manners: Manners, first: Option<Handle>) -> Result<Arc<Self>> {
         let connections = if export.multi_conn && dialer.can_repeat() { manners.connections } else { 1 };
         let link = Arc::new(Self {
             dialer,
@@ -400,14 +395,14 @@ impl Link {
         }
     }
 
-    fn take_late(&self, state: &mut State) -> Vec<Box<Op>> {
+    fn take_late(&self, state: &mut State) -> VecDeque<Box<Op>> {
         let now = Instant::now();
-        let mut late = Vec::new();
+        let mut late = VecDeque::new();
         let State { waiting, parked } = state;
         for queue in [waiting, parked] {
             // mostly none is
             if queue.iter().any(|op| op.deadline <= now) {
-                let (over, left): (Vec<_>, Vec<_>) = queue.drain(..).partition(|op| op.deadline <= now);
+                let (over, left): (VecDeque<_>, VecDeque<_>) = queue.drain(..).partition(|op| op.deadline <= now);
                 late.extend(over);
                 queue.extend(left);
             }
@@ -415,7 +410,7 @@ impl Link {
         late
     }
 
-    fn fail_late(&self, late: Vec<Box<Op>>) {
+    fn fail_late(&self, late: VecDeque<Box<Op>>) {
         for op in late {
             let e = self.late(&op);
             self.finish(op, Err(e));

@@ -132,7 +132,11 @@ fn facts_of(dialer: &Dialer, handle: &Handle, names: &[(CString, CString)], unti
         structured: handle.is_structured(),
         exports,
     };
-    if open { handle.disconnect() } else { handle.opt_abort() }
+    if open {
+        handle.disconnect();
+    } else {
+        handle.opt_abort();
+    }
     Ok(server)
 }
 

@@ -186,7 +186,8 @@ mod tests {
     #[test]
     fn a_server_gets_the_socket_as_its_third_descriptor_and_ends_with_us() {
         // It answers like an activated server would find things, then waits.
-        let script = "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && exec sleep 1000";
+        let script =
+            "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && exec sleep 1000";
         let server = Server::start(&words(&["sh", "-c", script])).unwrap();
         let stream = server.connect().unwrap();
         drop(stream);
