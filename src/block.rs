@@ -128,6 +128,10 @@ pub trait BlockWrite: BlockRead {
     /// and no later call pretends otherwise.
     fn flush(&self) -> Result<()>;
 
+    /// Whether something that was written is only in the memory of this process yet, and would be lost if it was killed:
+    /// then somebody should flush soon.
+    fn holds_back(&self) -> bool;
+
     /// Flushes, and marks the image as closed properly. A later write begins anew.
     fn close(&self) -> Result<()>;
 

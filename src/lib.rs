@@ -17,6 +17,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod commit;
 pub mod config;
 pub mod daemon;
 pub mod error;

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
 use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
-use vmdkfuse::error::{Error, Result};
+use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::run::{self, Opened};
-use vmdkfuse::{daemon, image, query};
+use vmdkfuse::{commit, daemon, image, query};
 
 /// The words can't be understood.
 const USAGE: u8 = 2;
@@ -39,7 +39,7 @@ fn act(config: Config) -> ExitCode {
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
         Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
-        Action::Commit(_) => status(Err(Error::unsupported("merging an overlay is not in this build yet"))),
+        Action::Commit(disk) => status(commit::commit(&disk)),
         Action::Dump { json } => status(query::dump(json)),
     }
 }

@@ -12,8 +12,9 @@ use serde::Serialize;
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, Query, SourceConfig};
 use crate::error::{Error, Result};
-use crate::image::{Description, Source, open_source};
+use crate::image::{Description, OverlayInfo, Source, describe_overlay, open_overlay, open_source};
 use crate::source::nbd;
+use crate::store::Access;
 use crate::vmdk::{self, CheckReport};
 
 /// Exit statuses of `--check` beside 0: what a script asks.
@@ -49,7 +50,7 @@ pub fn list(query: &Query) -> Result<u8> {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Described {
-    Disk(Description),
+    Disk(Box<DescribedDisk>),
     Server(nbd::Server),
 }
 
@@ -57,13 +58,24 @@ fn describe(disk: &DiskConfig) -> Result<Described> {
     match &disk.source {
         SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
         SourceConfig::Nbd(server) => nbd::info(server).map(Described::Server),
-        SourceConfig::Local(_) => Ok(Described::Disk(open_source(disk)?.describe(disk))),
+        SourceConfig::Local(_) => {
+            let source = open_source(disk)?;
+            let overlay = open_overlay(disk, &source, Access::Read)?;
+            let overlay = overlay.map(|delta| describe_overlay(&delta)).transpose()?;
+            Ok(Described::Disk(Box::new(DescribedDisk { disk: source.describe(disk), overlay })))
+        }
     }
 }
 
-/// `--map`: prints where data, holes and zeroes lie.
+/// `--map`: prints where data, holes and zeroes lie; of a disk with an overlay, what that one has changed.
 pub fn map(query: &Query) -> Result<u8> {
-    let sources = each(query, |disk, source| Ok((disk.name.to_string_lossy().into_owned(), source.disk())))?;
+    let sources = each(query, |disk, source| {
+        let name = disk.name.to_string_lossy().into_owned();
+        Ok(match open_overlay(disk, source, Access::Read)? {
+            Some(delta) => Mapped { name, disk: Arc::new(delta), holes: false },
+            None => Mapped { name, disk: source.disk(), holes: true },
+        })
+    })?;
     let mut out = io::BufWriter::new(io::stdout().lock());
     let written = if query.json { map_json(&sources, &mut out) } else { map_text(&sources, &mut out) };
     written?;
@@ -125,6 +137,9 @@ struct Build {
     max_links: usize,
 }
 
+/// What a stretch of nothing is called.
+const HOLE: &str = "hole";
+
 /// A range of bytes of one content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Stretch {
@@ -137,6 +152,23 @@ impl Stretch {
     fn json(&self) -> serde_json::Value {
         serde_json::json!({ "start": self.start, "length": self.length, "content": self.content })
     }
+}
+
+#[derive(Debug, Serialize)]
+struct DescribedDisk {
+    #[serde(flatten)]
+    disk: Description,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overlay: Option<OverlayInfo>,
+}
+
+/// A disk whose map is wanted.
+#[derive(Debug)]
+struct Mapped {
+    name: String,
+    disk: Arc<dyn BlockRead>,
+    /// Holes are listed too.
+    holes: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -161,7 +193,9 @@ fn each<T>(query: &Query, what: impl Fn(&DiskConfig, &Source) -> Result<T>) -> R
 
 /// Gives `each` the stretches of a disk, one after the other. The source tells neighbours of one content in pieces;
 /// they are joined here. Nothing is collected: how many stretches there are is up to the image.
-fn stretches(disk: &dyn BlockRead, mut each: impl FnMut(Stretch) -> io::Result<()>) -> Result<()> {
+fn stretches(mapped: &Mapped, mut each: impl FnMut(Stretch) -> io::Result<()>) -> Result<()> {
+    let disk = &mapped.disk;
+    let mut each = |s: Stretch| if mapped.holes || s.content != HOLE { each(s) } else { Ok(()) };
     let end = disk.geometry().sectors;
     let mut open: Option<Stretch> = None;
     let mut at = 0;
@@ -170,7 +204,7 @@ fn stretches(disk: &dyn BlockRead, mut each: impl FnMut(Stretch) -> io::Result<(
         let content = match content {
             Content::Data => "data",
             Content::Zero => "zero",
-            Content::Hole => "hole",
+            Content::Hole => HOLE,
         };
         let (start, length) = (at * SECTOR, sectors * SECTOR);
         match &mut open {
@@ -189,12 +223,7 @@ fn stretches(disk: &dyn BlockRead, mut each: impl FnMut(Stretch) -> io::Result<(
 /// An image that can't be opened because it is damaged is a finding and not a failure of the check.
 fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
-    let found = match open_source(disk) {
-        Ok(Source::Vmdk(vmdk)) => Ok(vmdk::check(&vmdk)),
-        Ok(Source::Raw(..) | Source::Nbd(_) | Source::Stream(_)) => Ok(CheckReport::default()),
-        Err(e) => Err(e),
-    };
-    let report = match found {
+    let report = match report_of(disk) {
         Ok(report) => report,
         Err(e) if e.kind() == crate::error::ErrorKind::Corrupt => {
             CheckReport { errors: vec![e.to_string()], error_count: 1, ..CheckReport::default() }
@@ -207,6 +236,19 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
         _ => Status::Corrupt,
     };
     Ok(Checked { name, status, report })
+}
+
+/// What a check finds in a disk, and in its overlay where it has one.
+fn report_of(disk: &DiskConfig) -> Result<CheckReport> {
+    let source = open_source(disk)?;
+    let mut report = match &source {
+        Source::Vmdk(vmdk) => vmdk::check(vmdk),
+        Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
+    };
+    if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
+        report.add(vmdk::check(&delta));
+    }
+    Ok(report)
 }
 
 /// Prints JSON, or the text that `text` makes. A reader that went away is no error.
@@ -234,7 +276,8 @@ macro_rules! line {
     ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out, $($arg)*); }};
 }
 
-fn info_text(d: &Description, out: &mut String) {
+fn info_text(described: &DescribedDisk, out: &mut String) {
+    let d = &described.disk;
     line!(out, "{}: {}", d.name, d.file);
     line!(out, "  format    {}", d.format);
     line!(out, "  size      {} bytes ({} sectors)", d.size, d.size / SECTOR);
@@ -251,6 +294,13 @@ fn info_text(d: &Description, out: &mut String) {
             let unclean = if link.unclean { ", was not closed after writing" } else { "" };
             line!(out, "  link {i:<4} {} CID {cid}{parent}{unclean}: {}", link.create_type, link.file);
         }
+    }
+    if let Some(overlay) = &described.overlay {
+        let parent = overlay.parent_cid.as_deref().unwrap_or("none");
+        let unclean = if overlay.unclean { ", was not closed after writing" } else { "" };
+        let commit = if overlay.unfinished_commit { ", a commit was begun and not finished" } else { "" };
+        let file = &overlay.file;
+        line!(out, "  overlay   {} bytes changed, parent {parent}{unclean}{commit}: {file}", overlay.changed);
     }
     let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
@@ -285,23 +335,25 @@ fn server_text(s: &nbd::Server, out: &mut String) {
     }
 }
 
-type Named = (String, Arc<dyn BlockRead>);
-
-fn map_text(disks: &[Named], out: &mut impl Write) -> Result<()> {
-    for (name, disk) in disks {
-        written_to_stdout(writeln!(out, "{name}:\n  {:>16} {:>16}  content", "start", "length"))?;
-        stretches(&**disk, |s| writeln!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content))?;
+fn map_text(disks: &[Mapped], out: &mut impl Write) -> Result<()> {
+    for disk in disks {
+        written_to_stdout(writeln!(out, "{}:\n  {:>16} {:>16}  content", disk.name, "start", "length"))?;
+        stretches(disk, |s| writeln!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content))?;
     }
     Ok(())
 }
 
-fn map_json(disks: &[Named], out: &mut impl Write) -> Result<()> {
+fn map_json(disks: &[Mapped], out: &mut impl Write) -> Result<()> {
     written_to_stdout(write!(out, "["))?;
-    for (i, (name, disk)) in disks.iter().enumerate() {
+    for (i, disk) in disks.iter().enumerate() {
         let comma = if i > 0 { "," } else { "" };
-        written_to_stdout(write!(out, "{comma}\n {{\"name\": {}, \"map\": [", serde_json::Value::from(name.as_str())))?;
+        written_to_stdout(write!(
+            out,
+            "{comma}\n {{\"name\": {}, \"map\": [",
+            serde_json::Value::from(disk.name.as_str())
+        ))?;
         let mut first = true;
-        stretches(&**disk, |s| {
+        stretches(disk, |s| {
             let comma = if std::mem::take(&mut first) { "" } else { "," };
             write!(out, "{comma}\n  {}", s.json())
         })?;

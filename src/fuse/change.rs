@@ -73,17 +73,21 @@ impl Node {
         let late = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let request = Request { offset, len: data.len(), late, flags };
         let image = self.image();
-        let Some(queue) = image.queue() else {
+        if !image.is_remote() {
             return self.written(request, image.write(offset, data), context, reply);
-        };
+        }
         let (later, index) = (context.later(), self.index);
         let done: Written = Box::new(move |result| {
             if let Some(node) = later.node(index) {
                 node.written(request, result, later.context(), reply);
             }
         });
-        match image.begin_write(queue, offset, data, done) {
-            Ok(()) => context.attend(queue),
+        let begun = match image.queue() {
+            Some(queue) => image.begin_write(queue, offset, data, done).map(|()| context.attend(queue)),
+            None => Err(done),
+        };
+        match begun {
+            Ok(()) => {}
             // it may have to wait for others, or to read first
             Err(done) => {
                 let (data, image) = (data.to_vec(), Arc::clone(&image));
@@ -176,7 +180,7 @@ impl Node {
                 faults.note(e.clone().within(format!("{name}: making it durable")));
             }
         });
-        self.flushes.flush(self.image(), context.spare, answer);
+        self.flushes.flush(&self.image(), context.spare, answer);
     }
 }
 

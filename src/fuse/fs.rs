@@ -26,7 +26,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
 use crate::fuse::lane::Stay;
-use crate::fuse::node::{Node, Passthrough};
+use crate::fuse::node::{Node, Passthrough, is_aligned};
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -122,6 +122,15 @@ impl DiskFs {
             );
             return false;
         }
+        let in_order = |node: &Node| node.image().disk().writer().is_some_and(|disk| disk.in_order_only());
+        let stream = self.nodes.iter().find(|node| in_order(node));
+        if let Some(stream) = stream.filter(|_| asks(PageCache::WriteBack)) {
+            let name = stream.config.name.display();
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
+            );
+            return false;
+        }
         asks(PageCache::WriteBack)
     }
 
@@ -133,7 +142,7 @@ impl DiskFs {
     fn may_wait(&self, ino: INodeNo, answer: Waiting) {
         // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
         let Ok(node) = self.node(ino) else { return };
-        if node.image().queue().is_none() {
+        if !node.image().is_remote() {
             return guarded(|| answer(node, &self.faults));
         }
         let (later, index) = (self.context().later(), node.index);
@@ -285,15 +294,15 @@ impl Filesystem for DiskFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(offset, size, self.context(), reply),
+            Ok(node) => node.read(fh, offset, size, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
@@ -302,7 +311,7 @@ impl Filesystem for DiskFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
@@ -311,6 +320,7 @@ impl Filesystem for DiskFs {
         reply: ReplyWrite,
     ) {
         guarded(|| match self.node(ino) {
+            Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
             Ok(node) => node.write(offset, data, write_flags, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
@@ -380,7 +390,7 @@ impl Filesystem for DiskFs {
             let set = self.node(ino).and_then(|node| {
                 match size {
                     Some(size) => node.cut(size, fh, req.pid())?,
-                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                    None => node.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
                 }
                 self.attr(ino)
             });

@@ -4,7 +4,7 @@
 //!   open ─► may it? ─► files changed? ─► image opened anew (never one that we write to)
 //!     ├─ cache=none                     DIRECT   every request reaches us
 //!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads and writes the file itself
-//!     ├─ O_DIRECT                       DIRECT   as it says
+//!     ├─ O_DIRECT, or only for writing  DIRECT   no page would be read again
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
 //! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
-use crate::block::ReadDone;
+use crate::block::{ReadDone, SECTOR};
 use crate::config::{DiskConfig, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
@@ -126,6 +126,7 @@ impl Node {
         // an open for reading leaves nothing to be made durable when it is closed
         let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
         let direct = quiet | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
             return reply.opened(handle(DIRECT, writes), direct);
         }
@@ -142,18 +143,19 @@ impl Node {
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match self.backing(&mut opens, passthrough, &reply) {
             Ok(()) => {
-                let asks = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
                 if writes {
                     opens.pages_are_old = true;
                     self.attributes.passed();
                 }
-                opens.pass(&self.image(), handle(PASSED, writes), if asks { direct } else { quiet }, reply);
+                opens.pass(&self.image(), handle(PASSED, writes), if streams { direct } else { quiet }, reply);
             }
             Err(why) => {
                 if !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
-                if flags.0 & libc::O_DIRECT != 0 {
+                // what is only written is written through anyhow, and gains nothing by pages
+                let late = self.config.cache == Some(PageCache::WriteBack);
+                if flags.0 & libc::O_DIRECT != 0 || (streams && !late) {
                     return reply.opened(handle(DIRECT, writes), direct);
                 }
                 let keep = opens.keeps_pages() && self.shows_changes();
@@ -206,27 +208,51 @@ impl Node {
     }
 
     /// Answers a read.
-    pub(super) fn read(&self, offset: u64, size: u32, context: Context<'_>, reply: ReplyData) {
-        let image = self.image();
-        let faults = context.faults;
-        if let Some(queue) = image.queue() {
-            let (later, index) = (context.later(), self.index);
-            let done: ReadDone = Box::new(move |read| match read {
-                Ok(bytes) => reply.data(bytes),
-                Err(e) => {
-                    reply.error(errno(&e));
-                    let name = later.node(index).map_or_else(OsString::new, |node| node.config.name.clone());
-                    later.context().faults.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
-                }
-            });
-            image.begin_read(queue, offset, size as usize, done);
-            return context.attend(queue);
+    pub(super) fn read(
+        &self,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        context: Context<'_>,
+        reply: ReplyData,
+    ) {
+        if !is_aligned(handle, flags, offset, size as usize) {
+            return reply.error(Errno::EINVAL);
         }
-        SCRATCH.with_borrow_mut(|scratch| match image.read(offset, size as usize, scratch) {
+        let image = self.image();
+        if !image.is_remote() {
+            return self.read_now(offset, size, context.faults, reply);
+        }
+        let (later, index) = (context.later(), self.index);
+        let Some(queue) = image.queue() else {
+            return self.lane.run(Box::new(move || {
+                if let Some(node) = later.node(index) {
+                    node.read_now(offset, size, later.context().faults, reply);
+                }
+            }));
+        };
+        let done: ReadDone = Box::new(move |read| match read {
             Ok(bytes) => reply.data(bytes),
             Err(e) => {
                 reply.error(errno(&e));
-                faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
+                let name = later.node(index).map_or_else(OsString::new, |node| node.config.name.clone());
+                later.context().faults.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+            }
+        });
+        image.begin_read(queue, offset, size as usize, done);
+        context.attend(queue);
+    }
+
+    fn read_now(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let image = self.image();
+            match image.read(offset, size as usize, scratch) {
+                Ok(bytes) => reply.data(bytes),
+                Err(e) => {
+                    reply.error(errno(&e));
+                    faults.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
+                }
             }
         });
     }
@@ -302,4 +328,11 @@ fn mode(handle: FileHandle) -> u64 {
 /// Whether an open may write.
 pub(super) fn writes(handle: FileHandle) -> bool {
     handle.0 & WRITES != 0
+}
+
+/// Whether a request is one that an open for writing with O_DIRECT takes: whole sectors, as of a disk. Programs find out
+/// what they have to keep to by trying, and some (qemu) take a file with no such rule for one of whole pages, and write
+/// the last ones of those behind the end of the disk.
+pub(super) fn is_aligned(handle: FileHandle, flags: OpenFlags, offset: u64, len: usize) -> bool {
+    !writes(handle) || flags.0 & libc::O_DIRECT == 0 || (offset | len as u64).is_multiple_of(SECTOR)
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Image, new};
+use crate::image::{Image, new, open_overlay};
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -99,18 +99,32 @@ pub fn is_dynamic(config: &DiskConfig) -> bool {
 /// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
 /// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
+    let only_read = config.read_only || config.overlay.is_some();
     let made = config.source.local().map_or(Ok(None), new::make)?;
-    let (source, why_read_only) = match (made, config.read_only) {
+    let (source, why_read_only) = match (made, only_read) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
     };
-    let files = source.files();
+    let mut files = source.files();
     let plain = source.disk();
-    let geometry = plain.geometry();
     // what is written to has no cache above it that would keep what was there before
-    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
-        return Ok(Image::new(plain, files).read_only_because(why_read_only));
+    let cached = if plain.writer().is_some() { plain } else { cached(config, plain)? };
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    match open_overlay(config, &source, access)? {
+        None => Ok(Image::new(cached, files).read_only_because(why_read_only)),
+        Some(delta) => {
+            files.extend(delta.files());
+            Ok(Image::new(Arc::new(delta.over(cached)), files).remote(matches!(source, Source::Nbd(_))))
+        }
+    }
+}
+
+/// The disk with a cache over it, where its blocks are dear.
+fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
+    let geometry = plain.geometry();
+    if geometry.preferred <= geometry.granule {
+        return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
     let options = CacheOptions {
@@ -119,13 +133,13 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
         workers,
     };
     let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Image::new(Arc::new(cache), files).read_only_because(why_read_only))
+    Ok(Arc::new(cache))
 }
 
 /// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     if let SourceConfig::Nbd(server) = &config.source {
-        return nbd_disk(server, config, false).map(|(source, _)| source);
+        return nbd_disk(server, false).map(|(source, _)| source);
     }
     let local = local(config)?;
     let file = open_file(local, Access::Read)?;
@@ -145,7 +159,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
 /// is in the way of a writer is told by the image and not by the locks of its readers.
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     if let SourceConfig::Nbd(server) = &config.source {
-        return nbd_disk(server, config, true);
+        return nbd_disk(server, true);
     }
     let local = local(config)?;
     let source = open_source(config)?;
@@ -171,8 +185,7 @@ fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)>
 }
 
 /// The export of a server; why it can't be written to, where that was wanted.
-fn nbd_disk(server: &NbdConfig, config: &DiskConfig, writable: bool) -> Result<(Source, Option<String>)> {
-    check_no_overlay(config)?;
+fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String>)> {
     let disk = nbd::NbdDisk::connect(server, writable)?;
     let why = (writable && disk.is_read_only()).then(|| "the server says so".to_owned());
     Ok((Source::Nbd(Arc::new(disk)), why))
@@ -180,19 +193,8 @@ fn nbd_disk(server: &NbdConfig, config: &DiskConfig, writable: bool) -> Result<(
 
 /// The files that a disk comes from.
 fn local(config: &DiskConfig) -> Result<&LocalConfig> {
-    let Some(local) = config.source.local() else {
-        return Err(Error::unsupported(format!("{}: this is no local file", config.source.label())));
-    };
-    check_no_overlay(config)?;
-    Ok(local)
-}
-
-fn check_no_overlay(config: &DiskConfig) -> Result<()> {
-    if config.overlay.is_some() {
-        let file = config.source.label();
-        return Err(Error::unsupported(format!("{file}: overlays are not in this build yet")));
-    }
-    Ok(())
+    let none = || Error::unsupported(format!("{}: this is no local file", config.source.label()));
+    config.source.local().ok_or_else(none)
 }
 
 fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
@@ -279,7 +281,7 @@ fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
 
 /// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is
 /// a raw image only where its name does not promise a VMDK: the bytes of a damaged one must not pass for a disk.
-fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
+pub(super) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
     match local.format {
         Format::Vmdk => Ok(true),
         Format::Raw => Ok(false),

@@ -112,6 +112,7 @@ impl Image {
         let begun = self.writer()?.begin();
         self.behind.store(true, Ordering::Release);
         self.allocated.changed();
+        self.settler.written(&self.disk);
         begun
     }
 

@@ -179,6 +179,10 @@ impl BlockWrite for RawDisk {
         Ok(())
     }
 
+    fn holds_back(&self) -> bool {
+        false
+    }
+
     fn close(&self) -> Result<()> {
         self.flush()?;
         self.behind.store(false, Ordering::Release);

@@ -30,6 +30,10 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
 use crate::error::{Error, ErrorKind, Result};
 
+mod fresh;
+
+pub use fresh::{make_user_path, unnamed};
+
 /// How often a name may lead from one allowed folder to another.
 const HOPS_MAX: usize = 8;
 /// How many symlinks a name may have; the kernel's own bound.

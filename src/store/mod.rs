@@ -22,7 +22,7 @@ mod local;
 mod lock;
 mod name;
 
-pub use local::{LocalStore, open_user_path};
+pub use local::{LocalStore, make_user_path, open_user_path, unnamed};
 pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
 

@@ -48,6 +48,19 @@ impl CheckReport {
     }
 }
 
+impl CheckReport {
+    /// Adds what was found in another disk.
+    pub fn add(&mut self, other: CheckReport) {
+        self.errors.extend(other.errors);
+        self.errors.truncate(MAX_MESSAGES);
+        self.error_count += other.error_count;
+        self.leaks += other.leaks;
+        self.unfinished += other.unfinished;
+        self.notes.extend(other.notes);
+        self.grains += other.grains;
+    }
+}
+
 /// Checks all links of the disk. What can't be read is an error of the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
     check_extents(disk.links().iter().flat_map(|l| &l.extents))

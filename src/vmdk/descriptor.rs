@@ -107,6 +107,21 @@ pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
     found
 }
 
+/// Where in `bytes` the values of a setting stand, without their quotes: of each line of that name. A name of the disk
+/// data base starts with `ddb.`.
+pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
+    let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
+    let found: Vec<&[u8]> = match key.strip_prefix("ddb.") {
+        Some(name) => {
+            let named = lines.ddb.iter().filter(|s| s.key.eq_ignore_ascii_case(name.as_bytes()));
+            named.filter_map(|s| s.unquoted().ok()).collect()
+        }
+        None => lines.all(key).filter_map(|s| s.unquoted().ok()).collect(),
+    };
+    let start = |part: &[u8]| part.as_ptr() as usize - bytes.as_ptr() as usize;
+    found.into_iter().map(|part| start(part)..start(part) + part.len()).collect()
+}
+
 /// Whether a file that starts with `bytes` is a descriptor: its first line says so, or its first setting is
 /// `version`. Looks at 4 KiB and not behind a NUL.
 pub fn looks_like(bytes: &[u8]) -> bool {

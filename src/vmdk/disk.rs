@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
+use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
@@ -35,10 +36,29 @@ impl VmdkDisk {
     /// Errors: as [`open`](Self::open); `ReadOnly` where a format can't be written in place, `Busy` where somebody uses
     /// an extent, `Policy` where the disk has children, `Corrupt` where the tables are damaged.
     pub fn open_writable(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
-        let mut links = Opener::new(options, Access::Write).chain(file)?;
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, None)
+    }
+
+    /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: that one is no reason to
+    /// refuse it.
+    pub fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, Some(child))
+    }
+
+    /// Opens `file` and its extents for `access`, and none of its parents: what lies below is told with
+    /// [`over`](Self::over), or not wanted. For writing as [`open_writable`](Self::open_writable).
+    pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
+        let links = Opener::new(options, access).alone(file)?;
+        match access {
+            Access::Read => Self::of(links),
+            Access::Write => Self::writable(links, options, None),
+        }
+    }
+
+    fn writable(mut links: Vec<Link>, options: OpenOptions, child: Option<&dyn StoredFile>) -> Result<Self> {
         let Some(newest) = links.first_mut() else { return Self::of(links) };
         if !options.force {
-            refuse_with_children(newest)?;
+            refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
         Ok(Self { writer: Some(writer), ..Self::of(links)? })
@@ -66,6 +86,11 @@ impl VmdkDisk {
     /// The links, the newest first.
     pub(crate) fn links(&self) -> &[Link] {
         &self.links
+    }
+
+    /// The descriptor of the newest link, as it was when the disk was opened.
+    pub fn descriptor(&self) -> Option<&Descriptor> {
+        self.links.first().map(|link| &link.descriptor)
     }
 
     /// Every file of the chain, descriptors and extents.
@@ -285,12 +310,16 @@ impl Pending<'_> {
 
 /// Reads stored sectors. A file may end inside of the last one: what is missing of that sector reads as zero.
 fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
-    let left = file.len().saturating_sub(offset);
-    let short = (part.len() as u64).saturating_sub(left);
-    // what is written to may have grown
-    if short == 0 || short >= SECTOR || file.writer().is_some() {
+    let short_of = |len: u64| (part.len() as u64).saturating_sub(len.saturating_sub(offset));
+    let mut short = short_of(file.len());
+    if let Some(writer) = file.writer().filter(|_| short > 0) {
+        // it may have grown
+        short = short_of(writer.len_now()?);
+    }
+    if short == 0 || short >= SECTOR {
         return file.read_exact_at(offset, part);
     }
+    let left = part.len() as u64 - short;
     let (real, missing) = part.split_at_mut(left as usize);
     missing.fill(0);
     file.read_exact_at(offset, real)

@@ -27,6 +27,8 @@ mod sesparse;
 mod sparse;
 mod stream;
 mod tables;
+#[cfg(test)]
+mod test_store;
 mod write;
 
 pub use check::{CheckReport, check};
@@ -36,3 +38,4 @@ pub use extent::{PackedGrain, Run};
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
 pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
 pub use stream::StreamDisk;
+pub(crate) use write::COMMIT_MARK;

@@ -155,6 +155,11 @@ impl Opener {
         }
     }
 
+    /// Opens `file` alone, whatever parent it has.
+    pub(crate) fn alone(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
+        Ok(vec![self.link(file)?])
+    }
+
     fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
         let wanted = child.descriptor.parent.as_ref().map(|p| p.cid);
         if wanted == parent.descriptor.cid {

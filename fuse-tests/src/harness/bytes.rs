@@ -5,10 +5,12 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::ptr::NonNull;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, MsFlags, ProtFlags, mmap, msync, munmap};
 use nix::unistd::{Whence, lseek};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -166,6 +168,48 @@ pub fn map_bytes(path: &Path) -> Vec<u8> {
         let bytes = std::slice::from_raw_parts(at.cast::<u8>().as_ptr(), len.get()).to_vec();
         munmap(at, len.get()).expect("munmap");
         bytes
+    }
+}
+
+/// A whole file through a shared mapping of it, to read and to write; unmapped when it is dropped.
+#[derive(Debug)]
+pub struct Mapped {
+    at: NonNull<c_void>,
+    len: usize,
+}
+
+#[allow(unsafe_code, reason = "mapping a file is what is tested")]
+impl Mapped {
+    /// Maps a file that is open for both, and whose size is fixed.
+    #[track_caller]
+    pub fn new(file: &File) -> Self {
+        let len =
+            NonZeroUsize::new(usize::try_from(length(file)).expect("a size")).expect("a file with something in it");
+        let both = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; nobody knows it but this value.
+        let at = unsafe { mmap(None, len, both, MapFlags::MAP_SHARED, file, 0) }.expect("mmap");
+        Self { at, len: len.get() }
+    }
+
+    /// The bytes of the file.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping is that long and lasts as long as this value; that others may write to the file at the
+        // same time is the tests' to exclude.
+        unsafe { std::slice::from_raw_parts_mut(self.at.cast::<u8>().as_ptr(), self.len) }
+    }
+
+    /// Waits until what was written is durable.
+    pub fn sync(&self) -> nix::Result<()> {
+        // SAFETY: the range is the mapping itself.
+        unsafe { msync(self.at, self.len, MsFlags::MS_SYNC) }
+    }
+}
+
+impl Drop for Mapped {
+    #[allow(unsafe_code, reason = "mapping a file is what is tested")]
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into the mapping any more: each borrows this value.
+        unsafe { munmap(self.at, self.len) }.ok();
     }
 }
 

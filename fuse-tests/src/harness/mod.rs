@@ -32,7 +32,7 @@ mod process;
 mod scratch;
 
 pub use bytes::{
-    Aligned, assert_same, assert_same_at_random, data_ranges, digest, digest_grains, digest_range, map_bytes,
+    Aligned, Mapped, assert_same, assert_same_at_random, data_ranges, digest, digest_grains, digest_range, map_bytes,
     read_range, sha256,
 };
 pub use cmd::{Cmd, Outcome};

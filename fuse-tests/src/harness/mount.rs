@@ -18,6 +18,9 @@ use super::scratch::{Scratch, detach};
 /// How long a mount may take to appear or to go.
 const DEADLINE: Duration = Duration::from_secs(20);
 
+/// How long a process may take from its fork to the program that it executes.
+const STARTING: Duration = Duration::from_secs(2);
+
 /// How long a test may hold one mount: after it a read that hangs is ended by ending the process.
 const WATCHDOG: Duration = Duration::from_secs(120);
 
@@ -280,10 +283,23 @@ impl Mount {
         }
     }
 
+    fn ask_to_unmount(&self) -> Outcome {
+        Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run()
+    }
+
     /// Unmounts as a user does, and waits for the process: it must end with status 0.
     #[track_caller]
     pub fn unmount(mut self) {
-        Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run().ok();
+        // a process that another thread starts just now has our open files for an instant, until it executes its program
+        let mut outcome = self.ask_to_unmount();
+        poll_until(STARTING, || {
+            let busy = outcome.stderr.contains("busy");
+            if busy {
+                outcome = self.ask_to_unmount();
+            }
+            !busy
+        });
+        outcome.ok();
         assert!(!self.is_mounted(), "still mounted: {:?}", self.entry);
         let ended = self.wait_end();
         assert_eq!(ended.code, Some(0), "after fusermount3 -u: {ended:?} {:?}", self.output());

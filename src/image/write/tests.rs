@@ -83,6 +83,10 @@ impl BlockWrite for Memory {
     fn flush(&self) -> Result<()> {
         Ok(())
     }
+    fn holds_back(&self) -> bool {
+        false
+    }
+
     fn close(&self) -> Result<()> {
         Ok(())
     }

@@ -345,6 +345,11 @@ impl BlockWrite for NbdDisk {
         self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
     }
 
+    fn holds_back(&self) -> bool {
+        // the journal is only for a server that is restarted: the server has all of it
+        false
+    }
+
     fn flush(&self) -> Result<()> {
         if !self.writable {
             return Ok(());

@@ -16,8 +16,11 @@ const MAX_TEXT: u64 = 1 << 20;
 /// The CID of every fresh disk: it alone does not tell whose child a file is.
 const FRESH: u32 = 0xffff_fffe;
 
-/// Refuses a disk whose CID a child in the same folder remembers.
-pub(in crate::vmdk) fn refuse_with_children(link: &Link) -> Result<()> {
+/// The entry of an overlay's disk data base that holds the CID which its base had when a commit was begun.
+pub(crate) const COMMIT_MARK: &str = "vmdkfuse.commit";
+
+/// Refuses a disk whose CID a child in the same folder remembers; the file `except` is no reason.
+pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn StoredFile>) -> Result<()> {
     let Some(cid) = link.descriptor.cid else { return Ok(()) };
     let store = link.file.siblings()?;
     let own = file_name(link.file.label());
@@ -27,10 +30,14 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link) -> Result<()> {
             continue;
         }
         // what can't be read is no child that could be found
-        let Some(child) = store.open(&name, Access::Read).ok().and_then(|file| descriptor_of(&*file)) else {
+        let Ok(file) = store.open(&name, Access::Read) else { continue };
+        if except.is_some_and(|except| except.identity_at_open().file == file.identity_at_open().file) {
             continue;
-        };
-        let Some(parent) = child.parent.filter(|parent| parent.cid == cid) else { continue };
+        }
+        let Some(child) = descriptor_of(&*file) else { continue };
+        // a commit that was begun has told the overlay the next CID already, and its mark keeps the last one
+        let before = child.ddb_value(COMMIT_MARK).and_then(|mark| u32::from_str_radix(mark, 16).ok());
+        let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else { continue };
         let named = parent.hint.candidates().iter().any(|hint| file_name(&hint.to_string()) == own);
         if cid != FRESH || named {
             return Err(refusal(link, &name, cid));

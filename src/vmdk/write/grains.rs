@@ -13,7 +13,7 @@
 //! so that a crash at any point leaves each sector old or new, and at most room that nothing names.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::SECTOR;
@@ -71,6 +71,8 @@ pub(super) struct GrainWriter {
     dirty: AtomicBool,
     /// Shared by all files of the disk.
     failure: Arc<Failure>,
+    /// Shared by all extents of the disk.
+    backlog: Arc<Backlog>,
 }
 
 /// Where new grains and tables go.
@@ -86,11 +88,45 @@ struct Space {
     tables: std::ops::Range<u64>,
 }
 
+/// How much waits in the memory of all extents of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    entries: AtomicUsize,
+    tables: AtomicUsize,
+}
+
+impl Backlog {
+    /// Whether anything waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tables.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether more waits than should.
+    pub(super) fn is_full(&self) -> bool {
+        self.entries.load(Ordering::Relaxed) > MAX_WAITING || self.tables.load(Ordering::Relaxed) > MAX_WAITING_TABLES
+    }
+
+    fn add(&self, tables: usize, entries: usize) {
+        self.tables.fetch_add(tables, Ordering::Relaxed);
+        self.entries.fetch_add(entries, Ordering::Relaxed);
+    }
+
+    fn sub(&self, tables: usize, entries: usize) {
+        self.tables.fetch_sub(tables, Ordering::Relaxed);
+        self.entries.fetch_sub(entries, Ordering::Relaxed);
+    }
+}
+
 /// Entries that are not in the file yet, by table.
 #[derive(Debug, Default)]
 struct Waiting {
     tables: BTreeMap<u64, WaitingTable>,
-    entries: usize,
+}
+
+impl Waiting {
+    fn count(&self, backlog: impl FnOnce(usize, usize)) {
+        backlog(self.tables.len(), self.tables.values().map(|table| table.entries.len()).sum());
+    }
 }
 
 /// Entries of one table that are not in the file yet, in the order in which they were made.
@@ -116,7 +152,7 @@ impl GrainWriter {
         sparse: &SparseExtent,
         layout: Arc<HostedTables>,
         unclean: bool,
-        failure: Arc<Failure>,
+        (failure, backlog): (Arc<Failure>, Arc<Backlog>),
     ) -> Result<Self> {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
@@ -139,6 +175,7 @@ impl GrainWriter {
             // a process before this one may have ended without
             dirty: AtomicBool::new(true),
             failure,
+            backlog,
         })
     }
 
@@ -193,12 +230,6 @@ impl GrainWriter {
             };
         }
         Ok(())
-    }
-
-    /// Whether more waits in memory than should.
-    pub(super) fn is_full(&self) -> bool {
-        let waiting = self.waiting();
-        waiting.entries > MAX_WAITING || waiting.tables.len() > MAX_WAITING_TABLES
     }
 
     /// Hides what is below with zeroes, in at most `sectors` from `sector` on; how many it did.
@@ -292,20 +323,22 @@ impl GrainWriter {
     /// write into a new grain and flush before its entry waits.
     fn publish(&self, table: &Arc<LiveTable>, first: u64, raw: impl Iterator<Item = u32>) {
         let mut waiting = self.waiting();
-        let waiting = &mut *waiting;
+        let before = waiting.tables.len();
         let known = waiting.tables.entry(table.number).or_insert_with(|| WaitingTable {
             _table: Arc::clone(table),
             entries: Vec::new(),
             new: None,
             named: false,
         });
+        let had = known.entries.len();
         for (entry, raw) in (first..).zip(raw) {
             known.entries.push((entry as u32, raw));
-            waiting.entries += 1;
             if let Some(entries) = table.entries() {
                 entries.publish(entry as usize, raw);
             }
         }
+        let more = known.entries.len() - had;
+        self.backlog.add(waiting.tables.len() - before, more);
         self.dirty.store(true, Ordering::Release);
     }
 
@@ -387,19 +420,22 @@ impl GrainWriter {
 
     /// What waits now, for a flush. All data of it are written already, though not durable.
     pub(super) fn take_batch(&self) -> Batch {
-        Batch(std::mem::take(&mut *self.waiting()))
+        let waiting = std::mem::take(&mut *self.waiting());
+        waiting.count(|tables, entries| self.backlog.sub(tables, entries));
+        Batch(waiting)
     }
 
     /// Lets a batch wait again after its flush failed.
     pub(super) fn put_back(&self, batch: Batch) {
         let mut waiting = self.waiting();
-        waiting.entries += batch.0.entries;
+        waiting.count(|tables, entries| self.backlog.sub(tables, entries));
         for (number, mut older) in batch.0.tables {
             if let Some(newer) = waiting.tables.remove(&number) {
                 older.entries.extend(newer.entries);
             }
             waiting.tables.insert(number, older);
         }
+        waiting.count(|tables, entries| self.backlog.add(tables, entries));
     }
 
     /// Writes the tables of a batch that are new, where nothing refers to them yet.

@@ -8,7 +8,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::StoredFile;
 use crate::vmdk::descriptor;
 use crate::vmdk::open::Link;
@@ -18,10 +18,12 @@ use crate::vmdk::write::grains::writer;
 /// CIDs with a meaning of their own: of a fresh disk, and none.
 const RESERVED: [u32; 2] = [0xffff_fffe, 0xffff_ffff];
 
-/// Changes the CID of one descriptor.
+/// Changes the CID of one descriptor, and other values that keep their length.
 #[derive(Debug)]
 pub(super) struct DescriptorWriter {
     file: Arc<dyn StoredFile>,
+    /// Bytes of the file that hold the text.
+    text: Range<u64>,
     /// Bytes of the file that hold the digits: of each `CID=` line, and the end of a `ddb.longContentID` that ends
     /// like it.
     digits: Vec<Range<u64>>,
@@ -30,34 +32,53 @@ pub(super) struct DescriptorWriter {
 impl DescriptorWriter {
     /// Finds the digits. A descriptor without a CID has nothing to change.
     pub(super) fn new(link: &Link) -> Result<Self> {
-        let mut text = vec![0; (link.text.end - link.text.start) as usize];
-        link.file.read_exact_at(link.text.start, &mut text)?;
+        let text = read(&*link.file, &link.text)?;
         let spans = descriptor::cid_digits(&text);
         let digits = spans.into_iter().map(|s| link.text.start + s.start as u64..link.text.start + s.end as u64);
-        Ok(Self { file: Arc::clone(&link.file), digits: digits.collect() })
+        Ok(Self { file: Arc::clone(&link.file), text: link.text.clone(), digits: digits.collect() })
     }
 
-    /// Writes a new, random CID, durably.
-    pub(super) fn change_cid(&self, failure: &Failure) -> Result<()> {
-        if self.digits.is_empty() {
-            return Ok(());
-        }
-        let mut old = Vec::new();
-        for range in &self.digits {
-            let mut digits = vec![0; (range.end - range.start) as usize];
-            self.file.read_exact_at(range.start, &mut digits)?;
-            old.push(digits);
-        }
-        let width = old.iter().map(Vec::len).min().unwrap_or(0);
+    /// A random CID that it does not have now, of as many digits; `None`: it has none.
+    pub(super) fn draw_cid(&self) -> Result<Option<u32>> {
+        let old: Vec<_> = self.digits.iter().map(|range| read(&*self.file, range)).collect::<Result<_>>()?;
+        let Some(width) = old.iter().map(Vec::len).min() else { return Ok(None) };
         let new = random_digits(width, &old);
+        Ok(u32::from_str_radix(&String::from_utf8_lossy(&new), 16).ok())
+    }
+
+    /// Writes a CID that was drawn, durably.
+    pub(super) fn write_cid(&self, cid: u32, failure: &Failure) -> Result<()> {
         let writer = writer(&*self.file)?;
         for range in &self.digits {
             let len = (range.end - range.start) as usize;
-            let digits = format!("{:0>len$}", String::from_utf8_lossy(&new));
-            writer.write_all_at(range.start, digits.as_bytes())?;
+            writer.write_all_at(range.start, format!("{cid:0len$x}").as_bytes())?;
         }
         failure.sync(&*self.file).map_err(|e| e.within(format!("{}: new CID", self.file.label())))
     }
+
+    /// Writes another value of the same length where a setting has one, durably.
+    ///
+    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    pub(super) fn replace(&self, key: &str, value: &str, failure: &Failure) -> Result<()> {
+        let text = read(&*self.file, &self.text)?;
+        let spans = descriptor::value_spans(&text, key);
+        if spans.is_empty() || spans.iter().any(|span| span.len() != value.len()) {
+            let (file, len) = (self.file.label(), value.len());
+            return Err(Error::unsupported(format!("{file}: its descriptor has no room of {len} bytes for {key}")));
+        }
+        let writer = writer(&*self.file)?;
+        for span in spans {
+            writer.write_all_at(self.text.start + span.start as u64, value.as_bytes())?;
+        }
+        failure.sync(&*self.file).map_err(|e| e.within(format!("{}: {key}", self.file.label())))
+    }
+}
+
+/// A range of a file.
+fn read(file: &dyn StoredFile, range: &Range<u64>) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    file.read_exact_at(range.start, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// Hexadecimal digits that are none of `not` and no reserved CID.

@@ -25,7 +25,7 @@ use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::{Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter, writer};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
@@ -36,6 +36,7 @@ pub(super) mod live;
 mod locks;
 mod repair;
 
+pub(crate) use children::COMMIT_MARK;
 pub(super) use children::refuse_with_children;
 use live::LiveTables;
 
@@ -53,6 +54,7 @@ pub(crate) struct Writer {
     behind_us: AtomicBool,
     /// Taken note of by whoever syncs.
     failure: Arc<Failure>,
+    backlog: Arc<Backlog>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
     /// The number of the last flush that succeeded. Held while one is done.
@@ -79,14 +81,15 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
         repair::make_sound(link)?;
-        let failure = Arc::<Failure>::default();
+        let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, &failure)?);
+            extents.push(extent_writer(placed, (Arc::clone(&failure), Arc::clone(&backlog)))?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
             failure,
+            backlog,
             extents,
             begun: AtomicBool::new(false),
             beginning: Mutex::default(),
@@ -97,15 +100,19 @@ impl Writer {
         })
     }
 
-    /// Before any content changes: whoever remembers the old CID must not find it over new content.
-    fn begin(&self) -> Result<()> {
+    /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
+    /// which was drawn before; `None`: any.
+    fn begin(&self, cid: Option<u32>) -> Result<()> {
         self.failure.check()?;
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
         let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.begun.load(Ordering::Acquire) {
-            self.descriptor.change_cid(&self.failure)?;
+            let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
+            if let Some(cid) = cid {
+                self.descriptor.write_cid(cid, &self.failure)?;
+            }
             self.begun.store(true, Ordering::Release);
         }
         Ok(())
@@ -175,11 +182,6 @@ impl Writer {
         }
         if marked { self.sync_all(link) } else { Ok(()) }
     }
-
-    /// Whether more waits in memory than should.
-    fn is_full(&self) -> bool {
-        self.extents.iter().any(|e| matches!(e, ExtentWriter::Grains(g) if g.is_full()))
-    }
 }
 
 impl VmdkDisk {
@@ -187,7 +189,7 @@ impl VmdkDisk {
     /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
     pub fn refuses_writing(&self, force: bool) -> Option<Error> {
         let link = self.links().first()?;
-        let children = |()| if force { Ok(()) } else { refuse_with_children(link) };
+        let children = |()| if force { Ok(()) } else { refuse_with_children(link, None) };
         refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
     }
 
@@ -206,6 +208,29 @@ impl VmdkDisk {
         }
     }
 
+    /// A CID that [`begin_with`](Self::begin_with) may be told: random, of as many digits as the descriptor has room for.
+    /// `None`: the disk has no CID.
+    pub fn draw_cid(&self) -> Result<Option<u32>> {
+        self.writing()?.0.descriptor.draw_cid()
+    }
+
+    /// As [`BlockWrite::begin`], before anything was written, and with a CID that was drawn before: somebody else
+    /// remembers it already.
+    pub fn begin_with(&self, cid: u32) -> Result<()> {
+        self.writing()?.0.begin(Some(cid))
+    }
+
+    /// Writes another value of the same length for a setting of the newest link's descriptor, durably, in place. The
+    /// content, and with it the CID, does not change. Names of the disk data base start with `ddb.`. What was read of
+    /// the descriptor when the disk was opened stays what it was.
+    ///
+    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
+        let (writer, _) = self.writing()?;
+        writer.failure.check()?;
+        writer.descriptor.replace(key, value, &writer.failure)
+    }
+
     /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
     /// starts to be touched, and how many sectors are.
     fn change(
@@ -216,7 +241,7 @@ impl VmdkDisk {
         let (writer, link) = self.writing()?;
         let full = {
             let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
-            writer.begin()?;
+            writer.begin(None)?;
             let mut at = range.start;
             while at < range.end {
                 let after = link.extents.partition_point(|p| p.start <= at);
@@ -228,7 +253,7 @@ impl VmdkDisk {
                 change(placed, extent, at, sectors)?;
                 at += sectors;
             }
-            writer.is_full()
+            writer.backlog.is_full()
         };
         if full { self.flush() } else { Ok(()) }
     }
@@ -242,7 +267,7 @@ impl BlockWrite for VmdkDisk {
     fn begin(&self) -> Result<()> {
         let (writer, _) = self.writing()?;
         writer.behind_us.store(true, Ordering::Release);
-        writer.begin()
+        writer.begin(None)
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
@@ -299,6 +324,10 @@ impl BlockWrite for VmdkDisk {
         writer.flush_now(link)?;
         *last = number;
         Ok(())
+    }
+
+    fn holds_back(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
     }
 
     fn close(&self) -> Result<()> {
@@ -401,7 +430,7 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<Failure>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
@@ -414,7 +443,7 @@ fn extent_writer(placed: &mut PlacedExtent, failure: &Arc<Failure>) -> Result<Ex
             let file = &sparse.file;
             let holes = file.allocated()? < file.len();
             sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, Arc::clone(failure))?;
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),

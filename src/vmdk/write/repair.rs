@@ -10,7 +10,7 @@
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vmdk::check::check_link;
+use crate::vmdk::check::{CheckReport, check_link};
 use crate::vmdk::extent::{Extent, SparseExtent};
 use crate::vmdk::open::Link;
 use crate::vmdk::sparse::{Copy, HostedTables};
@@ -19,23 +19,45 @@ use crate::vmdk::write::grains::writer;
 
 /// Checks all tables of the link, and repairs extents that were not closed.
 ///
-/// Errors: `Corrupt` where something is wrong that can't be repaired; nothing but repairs was written then.
+/// Errors: `Corrupt` where something is wrong that can't be repaired; the file is not shorter then than it was.
 pub(super) fn make_sound(link: &Link) -> Result<()> {
-    let mut tails = Vec::new();
-    for placed in link.extents.iter().filter(|p| p.unclean) {
-        if let (Extent::Sparse(sparse), Some(hosted)) = (&placed.extent, &placed.hosted) {
-            let repair = Repair { sparse, hosted };
-            let (fixes, end) = repair.run()?;
-            tails.push((repair, end));
-            let label = sparse.file.label();
-            tracing::warn!("{label}: was not closed after writing; its tables were checked, {fixes} repairs made");
-        }
+    let mut report = check_link(link);
+    let repairs = repairs_of(link);
+    if report.error_count > 0 && complete_last_grains(&repairs)? {
+        report = check_link(link);
     }
-    let report = check_link(link);
-    let Some(first) = report.errors.first() else {
-        // only now it is known that nothing else has something there
-        return tails.iter().try_for_each(|(repair, end)| repair.cut_tail(*end));
-    };
+    refuse_damaged(&report)?;
+    // From here on each table is known to be named once and each grain to be in the file.
+    for repair in &repairs {
+        let (fixes, end) = repair.run()?;
+        repair.cut_tail(end)?;
+        let label = repair.sparse.file.label();
+        tracing::warn!("{label}: was not closed after writing; its tables were checked, {fixes} repairs made");
+    }
+    if repairs.is_empty() { Ok(()) } else { refuse_damaged(&check_link(link)) }
+}
+
+/// The extents of a link that were not closed.
+fn repairs_of(link: &Link) -> Vec<Repair<'_>> {
+    let unclean = link.extents.iter().filter(|placed| placed.unclean);
+    let repair = unclean.filter_map(|placed| match (&placed.extent, &placed.hosted) {
+        (Extent::Sparse(sparse), Some(hosted)) => Some(Repair { sparse, hosted }),
+        _ => None,
+    });
+    repair.collect()
+}
+
+/// Whether any of the files was made longer.
+fn complete_last_grains(repairs: &[Repair<'_>]) -> Result<bool> {
+    let mut longer = false;
+    for repair in repairs {
+        longer |= repair.complete_last_grain()?;
+    }
+    Ok(longer)
+}
+
+fn refuse_damaged(report: &CheckReport) -> Result<()> {
+    let Some(first) = report.errors.first() else { return Ok(()) };
     let more = match report.error_count {
         1 => String::new(),
         n => format!(" and {} more errors", n - 1),
@@ -54,7 +76,7 @@ impl Repair<'_> {
     /// Puts right what an unclean stop leaves: how many repairs that were, and the sector behind the last one that
     /// something has, as far as all of it is sound.
     fn run(&self) -> Result<(u64, u64)> {
-        let mut fixes = self.complete_last_grain()?;
+        let mut fixes = 0;
         let fixed = self.hosted.fixed().iter().map(|range| range.end);
         let mut end = fixed.fold(self.hosted.data_start(), u64::max);
         let tables = self.hosted.shape().tables();
@@ -73,40 +95,36 @@ impl Repair<'_> {
         Ok((fixes, end))
     }
 
-    /// Makes the file as long as its last grain, where it ends inside of it.
-    fn complete_last_grain(&self) -> Result<u64> {
+    /// Makes the file as long as its last grain, where it ends inside of it; whether it did. Nothing is known to be sound
+    /// yet.
+    fn complete_last_grain(&self) -> Result<bool> {
         let writer = writer(&*self.sparse.file)?;
-        let len = writer.len_now()?;
-        let sectors = len.div_ceil(SECTOR);
+        let sectors = writer.len_now()?.div_ceil(SECTOR);
         let mut end = 0;
-        self.each_entry(|_, raw| {
-            let start = u64::from(raw);
-            if raw > 1 && start < sectors {
-                end = end.max(start + self.hosted.shape().grain);
-            }
-        })?;
-        if end <= sectors && len.is_multiple_of(SECTOR) {
-            return Ok(0);
+        for table in self.tables()? {
+            let inside = |raw: &u32| *raw > 1 && u64::from(*raw) < sectors;
+            let last = self.hosted.raw_table(table.into())?.into_iter().filter(inside).max();
+            end = end.max(last.map_or(0, |raw| u64::from(raw) + self.hosted.shape().grain));
         }
-        let end = end.max(sectors);
+        if end <= sectors {
+            return Ok(false);
+        }
         writer.set_len(end * SECTOR)?;
         self.hosted.grew_to(end);
-        Ok(1)
+        Ok(true)
     }
 
-    /// Gives every entry of all primary tables that can be read.
-    fn each_entry(&self, mut f: impl FnMut(u64, u32)) -> Result<()> {
+    /// The places of the primary tables, each once: many directory entries may name one.
+    fn tables(&self) -> Result<Vec<u32>> {
         let tables = self.hosted.shape().tables();
+        let mut places = Vec::new();
         for first in (0..tables).step_by(CHUNK as usize) {
-            let range = first..tables.min(first + CHUNK);
-            for (table, place) in range.clone().zip(self.hosted.raw_directory(Copy::Primary, range)?) {
-                if place != 0 && self.hosted.table_fits(place.into()) {
-                    let entries = self.hosted.raw_table(place.into())?;
-                    entries.into_iter().for_each(|raw| f(table, raw));
-                }
-            }
+            let chunk = self.hosted.raw_directory(Copy::Primary, first..tables.min(first + CHUNK))?;
+            places.extend(chunk.into_iter().filter(|&place| place != 0 && self.hosted.table_fits(place.into())));
         }
-        Ok(())
+        places.sort_unstable();
+        places.dedup();
+        Ok(places)
     }
 
     /// Makes both copies of a table agree. `end` becomes the last sector that something has, if that is larger.

@@ -1,0 +1,145 @@
+//! Random operations on a file of fixed size, each checked against its bytes in memory, as the program fsx does it.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use fuse_tests::harness::{Aligned, Mapped};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc;
+use rand::rngs::SmallRng;
+use rand::{Rng, RngCore, SeedableRng};
+
+/// The longest that one operation touches.
+const LONGEST: usize = 200_000;
+
+/// Opens of one file, by each way that there is.
+struct Ways {
+    plain: File,
+    direct: File,
+    sync: File,
+    only_write: File,
+    mapped: Mapped,
+}
+
+impl Ways {
+    fn open(path: &Path) -> Self {
+        let with = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).unwrap();
+        let plain = with(0);
+        Self {
+            direct: with(libc::O_DIRECT),
+            sync: with(libc::O_DSYNC),
+            only_write: OpenOptions::new().write(true).open(path).unwrap(),
+            mapped: Mapped::new(&plain),
+            plain,
+        }
+    }
+}
+
+/// The file, and what it has to hold.
+pub(crate) struct Exerciser<'a> {
+    path: PathBuf,
+    model: &'a mut Vec<u8>,
+    random: SmallRng,
+    ways: Ways,
+    buffer: Aligned,
+    done: usize,
+}
+
+impl<'a> Exerciser<'a> {
+    pub(crate) fn new(path: PathBuf, model: &'a mut Vec<u8>, seed: u64) -> Self {
+        let ways = Ways::open(&path);
+        let random = SmallRng::seed_from_u64(seed);
+        Self { path, model, random, ways, buffer: Aligned::new(LONGEST + 4096), done: 0 }
+    }
+
+    /// Does that many operations; panics at the first byte that is wrong.
+    #[track_caller]
+    pub(crate) fn run(&mut self, operations: usize) {
+        for _ in 0..operations {
+            self.step();
+            self.done += 1;
+        }
+        self.ways.plain.sync_all().unwrap();
+    }
+
+    #[track_caller]
+    fn step(&mut self) {
+        let (at, len) = self.range();
+        match self.random.random_range(0..100) {
+            0..15 => self.write(at, len, |ways, at, bytes| ways.plain.write_all_at(bytes, at).unwrap()),
+            15..20 => self.write(at, len, |ways, at, bytes| ways.sync.write_all_at(bytes, at).unwrap()),
+            20..27 => self.write(at, len, |ways, at, bytes| ways.only_write.write_all_at(bytes, at).unwrap()),
+            27..37 => {
+                let (at, len) = whole_pages(at, len, self.model.len());
+                self.write(at, len, |ways, at, bytes| ways.direct.write_all_at(bytes, at).unwrap());
+            }
+            37..47 => self.write(at, len, |ways, at, bytes| {
+                ways.mapped.bytes()[at as usize..][..bytes.len()].copy_from_slice(bytes);
+            }),
+            47..54 => self.zero(at, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
+            54..60 => self.zero(at, len, FallocateFlags::FALLOC_FL_ZERO_RANGE),
+            60..75 => self.read(at, len, |ways, at, bytes| ways.plain.read_exact_at(bytes, at).unwrap()),
+            75..83 => {
+                let (at, len) = whole_pages(at, len, self.model.len());
+                self.read(at, len, |ways, at, bytes| ways.direct.read_exact_at(bytes, at).unwrap());
+            }
+            83..93 => self.read(at, len, |ways, at, bytes| {
+                bytes.copy_from_slice(&ways.mapped.bytes()[at as usize..][..bytes.len()]);
+            }),
+            93..96 => self.ways.plain.sync_data().unwrap(),
+            96..98 => self.ways.mapped.sync().unwrap(),
+            98 => self.ways.plain.set_len(self.model.len() as u64).unwrap(),
+            _ => self.ways = Ways::open(&self.path),
+        }
+    }
+
+    /// A range of the file: short and long ones, many of them at a border.
+    fn range(&mut self) -> (usize, usize) {
+        let end = self.model.len();
+        let longest = [20, 600, 5000, 70_000, LONGEST][self.random.random_range(0..5)];
+        let len = self.random.random_range(1..=longest);
+        let anywhere = self.random.random_range(0..end);
+        let at = match self.random.random_range(0..4) {
+            0 => anywhere,
+            1 => anywhere / 512 * 512,
+            // around the border of a page, which may be one of a grain
+            2 => (anywhere / 4096 * 4096 + self.random.random_range(0..5)).saturating_sub(2),
+            _ => anywhere / 65536 * 65536,
+        };
+        let at = at.min(end - 1);
+        (at, len.min(end - at))
+    }
+
+    fn write(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Ways, u64, &[u8])) {
+        let bytes = &mut self.buffer.bytes()[..len];
+        if self.random.random_range(0..8) == 0 {
+            bytes.fill(0)
+        } else {
+            self.random.fill_bytes(bytes)
+        }
+        self.model[at..at + len].copy_from_slice(bytes);
+        how(&mut self.ways, at as u64, bytes);
+    }
+
+    fn zero(&mut self, at: usize, len: usize, how: FallocateFlags) {
+        self.model[at..at + len].fill(0);
+        let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.ways.plain, flags, at as i64, len as i64).unwrap();
+    }
+
+    #[track_caller]
+    fn read(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Ways, u64, &mut [u8])) {
+        let bytes = &mut self.buffer.bytes()[..len];
+        how(&mut self.ways, at as u64, bytes);
+        let wrong = bytes.iter().zip(&self.model[at..]).position(|(a, b)| a != b);
+        let place = wrong.map(|n| at + n);
+        assert_eq!(place, None, "{} is wrong, read from {at} on after {} operations", self.path.display(), self.done);
+    }
+}
+
+/// A range as O_DIRECT may take it: whole sectors of 512 bytes at a multiple of them, here pages where there is room.
+fn whole_pages(at: usize, len: usize, end: usize) -> (usize, usize) {
+    let at = at / 4096 * 4096;
+    (at, len.next_multiple_of(4096).min(end - at))
+}

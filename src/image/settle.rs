@@ -1,0 +1,182 @@
+//! Brings to the files, some seconds after a write, what only the memory of this process holds.
+//!
+//! A write to a new grain is in the file at once, but the entry that names it waits for a flush. Nobody may ever ask for
+//! one, and the process may be killed. So a thread flushes by itself, as the kernel does with the pages of any file; a
+//! crash of the process costs no more of what was never flushed than a few seconds.
+//!
+//! ```text
+//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ still held back? ─► flush
+//! ```
+//! The thread is started by the first write that leaves something behind, and ends with the image.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::block::{BlockRead, BlockWrite};
+
+/// How long a write may be in memory only. What the kernel's file systems take between two commits.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Flushes some time after a write.
+#[derive(Debug, Default)]
+pub(super) struct Settler {
+    state: Arc<State>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// A flush will come; read without the lock by each write.
+    due: AtomicBool,
+    stop: Mutex<bool>,
+    woken: Condvar,
+}
+
+impl Settler {
+    /// Notes that `disk` was written to.
+    pub(super) fn written(&self, disk: &Arc<dyn BlockRead>) {
+        if self.state.due.load(Ordering::Relaxed) || !disk.writer().is_some_and(BlockWrite::holds_back) {
+            return;
+        }
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        self.state.due.store(true, Ordering::Relaxed);
+        match &*thread {
+            Some(thread) => thread.thread().unpark(),
+            None => {
+                let (state, disk) = (Arc::clone(&self.state), Arc::clone(disk));
+                // without a thread it waits for the next flush of somebody
+                let begun = std::thread::Builder::new().name("settle".to_owned()).spawn(move || state.run(&*disk));
+                *thread = begun.ok();
+            }
+        }
+    }
+}
+
+impl State {
+    fn run(&self, disk: &dyn BlockRead) {
+        while !*self.stop() {
+            if !self.due.load(Ordering::Relaxed) {
+                std::thread::park();
+                continue;
+            }
+            let stop = self.woken.wait_timeout_while(self.stop(), INTERVAL, |stop| !*stop);
+            if *stop.unwrap_or_else(PoisonError::into_inner).0 {
+                return;
+            }
+            self.due.store(false, Ordering::Relaxed);
+            let Some(writer) = disk.writer().filter(|writer| writer.holds_back()) else { continue };
+            if let Err(e) = writer.flush() {
+                // it is held back still, or the disk says so to everybody from now on
+                tracing::debug!("a flush in the background failed: {e}");
+                self.due.store(writer.holds_back(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn stop(&self) -> MutexGuard<'_, bool> {
+        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Settler {
+    fn drop(&mut self) {
+        *self.state.stop() = true;
+        self.state.woken.notify_all();
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            thread.thread().unpark();
+            // it holds the disk, whose locks must be gone with the image
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+    use crate::block::{Content, Geometry, Lba};
+    use crate::error::Result;
+
+    /// Holds something back until it is flushed, and tells of each flush.
+    #[derive(Debug)]
+    struct Holding {
+        held: AtomicBool,
+        flushed: Mutex<Sender<()>>,
+    }
+
+    impl BlockRead for Holding {
+        fn geometry(&self) -> Geometry {
+            Geometry { sectors: 8, granule: 1, preferred: 1 }
+        }
+        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+        fn content_at(&self, _at: Lba) -> Result<(Content, u64)> {
+            Ok((Content::Data, 8))
+        }
+        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+            false
+        }
+        fn writer(&self) -> Option<&dyn BlockWrite> {
+            Some(self)
+        }
+    }
+
+    impl BlockWrite for Holding {
+        fn begin(&self) -> Result<()> {
+            Ok(())
+        }
+        fn write_at(&self, _at: Lba, _buf: &[u8]) -> Result<()> {
+            Ok(())
+        }
+        fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<()> {
+            self.held.store(false, Ordering::Relaxed);
+            self.flushed.lock().unwrap().send(()).unwrap();
+            Ok(())
+        }
+        fn holds_back(&self) -> bool {
+            self.held.load(Ordering::Relaxed)
+        }
+        fn close(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_is_flushed_by_itself_each_time() {
+        let (say, heard) = channel();
+        let disk = Arc::new(Holding { held: AtomicBool::new(true), flushed: Mutex::new(say) });
+        let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
+        let settler = Settler::default();
+        for _ in 0..2 {
+            disk.held.store(true, Ordering::Relaxed);
+            settler.written(&shared);
+            heard.recv_timeout(Duration::from_secs(60)).unwrap();
+        }
+        drop(settler);
+        assert_eq!(Arc::strong_count(&disk), 2, "the thread has ended");
+    }
+
+    #[test]
+    fn nothing_is_started_where_nothing_is_held_back_and_an_end_waits_for_no_interval() {
+        let (say, heard) = channel();
+        let disk = Arc::new(Holding { held: AtomicBool::new(false), flushed: Mutex::new(say) });
+        let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
+        let settler = Settler::default();
+        settler.written(&shared);
+        assert!(settler.thread.lock().unwrap().is_none());
+        disk.held.store(true, Ordering::Relaxed);
+        settler.written(&shared);
+        drop(settler);
+        assert_eq!(Arc::strong_count(&disk), 2);
+        assert!(heard.try_recv().is_err(), "the end is no flush: who closes the disk does that");
+    }
+}
