@@ -110,7 +110,7 @@ mod tests {
             let local = mount.disks[0].source.local().unwrap();
             assert!(local.path.ends_with(source.trim_start_matches('/')), "{local:?}");
         }
-        assert_eq!(run(&["nbd://h", mnt]).unwrap_err(), "uri= is not in this build yet");
+        assert_eq!(mount(&["nbd://h/x", mnt]).disks[0].source.label(), "nbd://h/x");
     }
 
     #[test]

@@ -414,6 +414,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::config::{NbdAddress, NbdConfig, NbdTls};
 
     fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
         parse_with(&[], words)
@@ -447,7 +448,8 @@ mod tests {
     #[test]
     fn bare_values_find_their_key() {
         for uri in ["nbd://h", "nbds://h/x", "nbd+unix:///x?socket=/s", "nbds+unix:///", "nbd+vsock://2", "NBD://h"] {
-            assert_eq!(parse(&[uri]).unwrap_err(), "uri= is not in this build yet", "{uri}");
+            let disk = parse(&[uri]).unwrap().remove(0);
+            assert!(matches!(&disk.source, SourceConfig::Nbd(n) if n.address == NbdAddress::Uri(uri.into())), "{uri}");
         }
         for url in ["https://h/folder/x?dcPath=d", "http://h/x"] {
             assert_eq!(parse(&[url]).unwrap_err(), "url= is not in this build yet", "{url}");
@@ -606,9 +608,121 @@ mod tests {
 
     #[test]
     fn no_disk_is_an_error() {
-        assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH");
-        assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         assert_eq!(parse(&[""]).unwrap_err(), "file=: a path is missing");
+    }
+
+    fn server(words: &[&str]) -> Result<NbdConfig, String> {
+        match parse(words)?.remove(0).source {
+            SourceConfig::Nbd(server) => Ok(server),
+            other => panic!("no server: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_way_to_name_a_server_is_understood() {
+        let of = |words: &[&str]| server(words).unwrap().address;
+        let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp { host: host.into(), port: port.map(str::to_owned) };
+        assert_eq!(of(&["hostname=h"]), tcp("h", None));
+        assert_eq!(of(&["port=nbd", "hostname=::1"]), tcp("::1", Some("nbd")));
+        assert_eq!(of(&["socket=/s", "export=a"]), NbdAddress::Unix("/s".into()));
+        assert_eq!(of(&["socket-fd=7"]), NbdAddress::Fd(7));
+        assert_eq!(of(&["vsock-cid=2"]), NbdAddress::Vsock { cid: 2, port: None });
+        assert_eq!(of(&["vhost-cid=4294967295", "port=99"]), NbdAddress::Vsock { cid: u32::MAX, port: Some(99) });
+        let words = ["nbdkit", "memory", "", "1G"].map(OsString::from).to_vec();
+        assert_eq!(of(&["arg=memory", "command=nbdkit", "arg=", "arg=1G"]), NbdAddress::Command(words));
+        assert_eq!(of(&["nbd+vsock://2:1/x"]), NbdAddress::Uri("nbd+vsock://2:1/x".into()));
+    }
+
+    #[test]
+    fn every_setting_of_a_server_arrives() {
+        let all = server(&[
+            "nbds://h/a",
+            "export=b",
+            "connections=2",
+            "tls-certificates=/c",
+            "tls-verify=no",
+            "tls-username=u",
+            "tls-psk=/p",
+            "timeout=7",
+            "retry=3",
+        ]);
+        let expected = NbdConfig {
+            export: Some("b".into()),
+            connections: Some(2),
+            tls: NbdTls::Require,
+            tls_certificates: Some("/c".into()),
+            tls_verify: Some(false),
+            tls_username: Some("u".into()),
+            tls_psk: Some("/p".into()),
+            timeout: Some(std::time::Duration::from_secs(7)),
+            retry: Some(3),
+            ..NbdConfig::new(NbdAddress::Uri("nbds://h/a".into()))
+        };
+        assert_eq!(all, Ok(expected));
+        assert_eq!(server(&["nbd://h", "shared=1"]).unwrap().connections, Some(1));
+        assert_eq!(server(&["nbd://h"]).unwrap().tls, NbdTls::Off);
+        assert_eq!(server(&["nbd://h", "tls=on"]).unwrap().tls, NbdTls::On);
+        assert_eq!(server(&["nbd://h", "tls-psk=/p"]).unwrap().tls, NbdTls::Require);
+        assert!(server(&["nbd://h", "dynamic-export=1"]).unwrap().dynamic);
+    }
+
+    #[test]
+    fn words_about_servers_that_do_not_go_together_are_refused() {
+        for (words, said) in [
+            (&["nbd://h", "socket=/s"][..], "uri= and socket= both say where"),
+            (&["hostname=h", "command=c"], "hostname= and command= both say where"),
+            (&["socket=/s", "port=1"], "port= goes with hostname="),
+            (&["nbd://h", "arg=x"], "arg= is an argument for command="),
+            (&["vsock-cid=2", "port=nbd"], "port=nbd: a VSOCK port is a number"),
+            (&["nbd://h", "dynamic-export=1", "export=a"], "but export= names one"),
+            (&["nbd://h", "dynamic-export=1", "name=a"], "one name"),
+            (&["nbd://h", "dynamic-export=1", "cow=/a"], "cow="),
+            (&["nbd://h", "shared=1", "connections=2"], "shared=true means one connection"),
+            (&["socket-fd=7", "connections=2"], "socket-fd= means one connection"),
+            (&["nbds://h", "tls=off"], "the URI asks for TLS"),
+            (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= says how to encrypt"),
+            (&["nbd://h", "format=raw"], "format= is for local files"),
+            (&["nbd://h", "create=1"], "create= is for local files"),
+            (&["nbd://h", "backend=native"], "backend=native reads files"),
+            (&["/x", "backend=nbd"], "backend=nbd needs a server"),
+            (&["/x", "socket=/s"], "socket= is for NBD servers"),
+            (&["/x", "timeout=3"], "timeout= is for NBD servers"),
+            (&["uri=http://h"], "must start with nbd://"),
+            (&["uri="], "a value is missing"),
+            (&["socket-fd=2"], "must be a number from 3 to"),
+            (&["nbd://h", "connections=0"], "must be a number from 1 to 16"),
+            (&["nbd://h", "timeout=0"], "must be a number from 1 to 1800"),
+            (&["hostname=a b"], "holds no blanks"),
+            (&["nbd://h", "tls=maybe"], "must be off or on or require"),
+        ] {
+            let error = parse(words).unwrap_err();
+            assert!(error.contains(said), "{words:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_file_of_an_export_is_called_after_it() {
+        for (words, name) in [
+            (&["nbd://h"][..], "disk.raw"),
+            (&["nbd://h/vm1"], "vm1.raw"),
+            (&["nbd+unix:///a%2Fb?socket=/s/x"], "a%2Fb.raw"),
+            (&["nbd+unix:///?socket=/s/x"], "disk.raw"),
+            (&["nbd://h/a", "export=../b"], "..%2Fb.raw"),
+            (&["hostname=h", "export=v"], "v.raw"),
+            (&["hostname=h", "name=n"], "n"),
+        ] {
+            assert_eq!(parse(words).unwrap()[0].name, name, "{words:?}");
+        }
+    }
+
+    #[test]
+    fn two_servers_are_two_disks_and_secrets_are_not_shown() {
+        let disks = parse(&["timeout=9", "nbd://a/x", "retry=1", "nbd://b/y"]).unwrap();
+        assert_eq!(disks.len(), 2);
+        let label = server(&["nbd://user:hunter2@h/x"]).unwrap().label();
+        assert_eq!(label, "nbd://user@h/x");
     }
 
     #[test]

@@ -329,10 +329,12 @@ mod tests {
         assert!(
             matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))
         );
+        assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
+        assert_eq!(run(&["--list", "/x"]).unwrap_err(), "--list asks an NBD server, but /x is a local file");
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
         assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
         assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
-        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
         assert_eq!(run(&["--dump", "libdir=/x"]).unwrap_err(), "libdir= is not in this build yet");
     }
@@ -369,7 +371,7 @@ mod tests {
     #[test]
     fn what_is_missing_or_unknown_is_named() {
         assert!(run(&[]).unwrap_err().contains("no mount point"));
-        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         let error = run(&["file=/x", "src"]).unwrap_err();
         assert_eq!(error, "the mount point comes before the keys, but the first word is file=...");
         let error = run(&["--forground", "src", "/x"]).unwrap_err();

@@ -24,6 +24,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// What a URI or an address without one means (IANA).
 const DEFAULT_PORT: u32 = 10809;
 
+/// How long after a failure the end of a server of ours is waited for, to be told what it said.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
 /// How often an attempt looks whether it is still wanted.
 const STOP: Duration = Duration::from_millis(100);
 
@@ -219,7 +222,7 @@ impl Dialer {
     }
 
     fn failed(&self, e: Error) -> Error {
-        let died = self.server.as_ref().and_then(|s| s.ended());
+        let died = self.server.as_ref().and_then(|s| s.ending(LAST_WORDS));
         match died {
             Some(how) => e.within(format!("{} ({how})", self.label())),
             None => e.within(self.label()),

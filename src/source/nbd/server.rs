@@ -92,6 +92,17 @@ impl Server {
         UnixStream::connect(path).map_err(|e| Error::io(format!("connecting to {}", self.name), e))
     }
 
+    /// How it ended, if it does within a short time.
+    pub(super) fn ending(&self, within: Duration) -> Option<String> {
+        let until = Instant::now() + within;
+        loop {
+            match self.ended() {
+                None if Instant::now() < until => thread::sleep(Duration::from_millis(2)),
+                other => return other,
+            }
+        }
+    }
+
     /// How it ended, if it did.
     pub(super) fn ended(&self) -> Option<String> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,6 @@
 //! Disks of real servers, without a mount: nbdkit by a command that ends with the disk.
 
 use std::ffi::OsString;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -170,10 +169,17 @@ fn a_failed_flush_is_told_and_the_writes_are_sent_again() {
     let (file, failing) = (dir.path().join("disk"), dir.path().join("failing"));
     std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
     std::fs::write(&failing, "").unwrap();
-    let path = |key: &str, path: &Path| format!("{key}={}", path.display());
-    let fails = ["error-flush=EIO", "error-flush-rate=100%"];
-    let words = ["--filter=error", "file", &path("file", &file), &path("error-flush-file", &failing)];
-    let disk = open(&[&words[..], &fails[..]].concat());
+    let (f, failing_now) = (file.display(), failing.display());
+    let words = [
+        "eval".to_owned(),
+        "get_size=echo 1M".to_owned(),
+        "can_write=exit 0".to_owned(),
+        "can_flush=exit 0".to_owned(),
+        format!("pread=dd if={f} iflag=skip_bytes,count_bytes skip=$4 count=$3"),
+        format!("pwrite=dd of={f} conv=notrunc oflag=seek_bytes seek=$4"),
+        format!("flush=if [ -e {failing_now} ]; then echo EIO lost >&2; exit 1; fi"),
+    ];
+    let disk = open(&words.each_ref().map(String::as_str));
     disk.write_at(Lba(3), &[5; 512]).unwrap();
     assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Os(libc::EIO));
     // what a server does that lost what it could not write
