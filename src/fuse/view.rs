@@ -524,7 +524,10 @@ mod tests {
         let config = |mode| {
             let view = ViewConfig { mode, ..ViewConfig::default() };
             let local = LocalConfig { view, ..LocalConfig::new("/x") };
-            DiskConfig { cache: Some(PageCache::None), ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local)) }
+            DiskConfig {
+                cache: Some(PageCache::None),
+                ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local))
+            }
         };
         let image = Arc::new(Image::new(Arc::new(Unread), Vec::new()));
         for (mode, good) in [(KernelView::Auto, true), (KernelView::Off, true), (KernelView::Required, false)] {

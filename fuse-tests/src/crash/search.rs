@@ -165,6 +165,7 @@ pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
 
 type Outcome = Result<(), (ErrorKind, String)>;
 
+#[allow(clippy::needless_pass_by_value, reason = "it stands where errors are mapped")]
 fn told(e: vmdkfuse::error::Error) -> (ErrorKind, String) {
     (e.kind(), e.to_string())
 }
@@ -329,7 +330,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     let mut judge = Judge::new(&run.image.values, &run.image.repaired);
     let start = judge.clone();
     if let Some(what) = &run.broken {
-        report.violation = Some(violation(what.clone(), run, run.log.len(), &machine, Style::All));
+        report.violation = Some(violation(what, run, run.log.len(), &machine, Style::All));
         return report;
     }
     for place in 0..=run.log.len() {
@@ -348,7 +349,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
                 judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
             }
             if let Err(what) = judged {
-                report.violation = Some(violation(what, run, place, &machine, style));
+                report.violation = Some(violation(&what, run, place, &machine, style));
                 return report;
             }
         }
@@ -373,7 +374,7 @@ fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Rand
     [Style::All, Style::Nothing].into_iter().chain(chances).collect()
 }
 
-fn violation(what: String, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
+fn violation(what: &str, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
     Violation {
         what: format!("{:?}: {what}", run.image.kind),
         steps: run.steps.clone(),
