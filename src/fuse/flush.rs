@@ -37,7 +37,7 @@ impl Spare {
 
     fn take(&self) -> Option<Taken<'_>> {
         let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then_some(Taken(self))
+        taken.is_ok().then(|| Taken(self))
     }
 }
 
@@ -76,7 +76,9 @@ impl Flushes {
             }
             queue.running = true;
         }
-        if let Some(_busy) = spare.take() {
+        // a disk behind a network may take any time, so it is never given a loop
+        let busy = if image.is_remote() { None } else { spare.take() };
+        if let Some(_busy) = busy {
             return self.work(image, answer);
         }
         // shared with the thread, so that it is not lost where there is none to be had

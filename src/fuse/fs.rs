@@ -1,7 +1,8 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`, what changes a disk is in `change.rs`.
+//! the root is the disk. How an open is served is decided in `node.rs`, which of its two
+//! nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in `change.rs`.
 //!
 //! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
@@ -13,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
@@ -25,7 +26,9 @@ use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
+use crate::fuse::lane::Stay;
 use crate::fuse::node::{Node, Passthrough, is_aligned};
+use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -52,8 +55,11 @@ pub struct DiskFs {
     umask: u16,
     mounted: SystemTime,
     passthrough: Passthrough,
+    views: view::Builder,
     faults: Arc<Faults>,
-    spare: Spare,
+    spare: Arc<Spare>,
+    /// Loops that may serve a network's answers.
+    stay: Arc<Stay>,
 }
 
 /// The disks of a mount, for its end.
@@ -79,7 +85,7 @@ impl Disks {
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
-        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image));
+        let nodes = disks.into_iter().enumerate().map(|(i, (config, image))| Node::new(i, config, image, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -88,9 +94,21 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
+            views: view::Builder::default(),
             faults: Arc::default(),
-            spare: Spare::of(loops),
+            spare: Arc::new(Spare::of(loops)),
+            stay: Arc::new(Stay::of(loops)),
         }
+    }
+
+    /// Makes the kernel views that are required; the others come behind the mount. Errors: why a disk can't have one.
+    pub fn make_required_views(&mut self) -> Done<()> {
+        let disks = self.views_wanted();
+        self.views.required(&disks, self.shape)
+    }
+
+    fn views_wanted(&self) -> Vec<view::Wanted> {
+        self.nodes.iter().map(|n| (Arc::clone(&n.view), n.image())).collect()
     }
 
     /// Where failed requests are noted.
@@ -134,7 +152,22 @@ impl DiskFs {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare }
+        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+    }
+
+    /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
+    fn may_wait(&self, ino: INodeNo, answer: Waiting) {
+        // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
+        let Ok(node) = self.node(ino) else { return };
+        if !node.image().is_remote() {
+            return guarded(|| answer(node, &self.faults));
+        }
+        let (later, index) = (self.context().later(), node.index);
+        node.lane.run(Box::new(move || {
+            if let Some(node) = later.node(index) {
+                answer(node, later.context().faults);
+            }
+        }));
     }
 
     /// What cannot be done to names: they are fixed.
@@ -143,7 +176,7 @@ impl DiskFs {
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
-        let index = match (self.shape, ino) {
+        let index = match (self.shape, view::disk_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
@@ -154,7 +187,7 @@ impl DiskFs {
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
         match self.node(ino) {
-            Ok(node) => Ok(self.file_attr(ino, node)),
+            Ok(node) => Ok(self.file_attr(view::disk_of(ino), node)),
             Err(_) if ino == ROOT => Ok(self.directory_attr()),
             Err(e) => Err(e),
         }
@@ -163,10 +196,12 @@ impl DiskFs {
     fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
         let image = node.image();
         let perm = if node.writable { 0o644 } else { 0o444 };
+        // what has no files does not tell its age
+        let time = Some(image.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
         node.attributes.apply(FileAttr {
             size: image.len(),
             blocks: image.allocated().div_ceil(512),
-            ..self.plain_attr(ino, FileType::RegularFile, perm, time_of(image.mtime_ns()))
+            ..self.plain_attr(ino, FileType::RegularFile, perm, time)
         })
     }
 
@@ -196,6 +231,9 @@ impl DiskFs {
         }
     }
 }
+
+/// The answer to a request that may have to wait for its disk.
+type Waiting = Box<dyn FnOnce(&Node, &Faults) + Send>;
 
 /// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
 /// end of the thread, behind which the kernel would wait for ever.
@@ -233,9 +271,12 @@ impl Filesystem for DiskFs {
         } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
             Err(NO_PASSTHROUGH)
         } else {
-            let _ = config.set_max_stack_depth(1);
+            // a view counts as one layer below us
+            let view = self.nodes.iter().any(|n| n.view.is_wanted());
+            let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
             if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
         };
+        self.views.start(self.views_wanted(), self.passthrough);
         Ok(())
     }
 
@@ -245,9 +286,9 @@ impl Filesystem for DiskFs {
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
-                    match self.attr(ino) {
-                        Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
-                        Err(e) => reply.error(e),
+                    match (self.node(ino), self.attr(ino)) {
+                        (Ok(node), Ok(attr)) => node.view.entry(&attr, &TTL, reply),
+                        (Err(e), _) | (_, Err(e)) => reply.error(e),
                     }
                 }
                 _ => reply.error(Errno::ENOENT),
@@ -264,6 +305,7 @@ impl Filesystem for DiskFs {
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| match self.node(ino) {
+            Ok(node) if view::is_view(ino) => node.open_view(flags, req.pid(), &self.faults, reply),
             Ok(node) => node.open(self.passthrough, flags, req.pid(), &self.faults, reply),
             Err(e) => reply.error(e),
         });
@@ -281,7 +323,7 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(fh, offset, size, flags, &self.faults, reply),
+            Ok(node) => node.read(fh, offset, size, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
@@ -336,14 +378,15 @@ impl Filesystem for DiskFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        guarded(|| match self.node(ino).map(|node| node.fallocate(offset, length, mode)) {
-            Ok(Ok(())) => reply.ok(),
-            Ok(Err(Failed::Image(e))) => {
+        let answer = move |node: &Node, faults: &Faults| match node.fallocate(offset, length, mode) {
+            Ok(()) => reply.ok(),
+            Err(Failed::Image(e)) => {
                 reply.error(errno(&e));
-                self.faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
+                faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
             }
-            Ok(Err(Failed::Refused(e))) | Err(e) => reply.error(e),
-        });
+            Err(Failed::Refused(e)) => reply.error(e),
+        };
+        self.may_wait(ino, Box::new(answer));
     }
 
     fn setattr(
@@ -392,8 +435,10 @@ impl Filesystem for DiskFs {
         reply: ReplyEmpty,
     ) {
         guarded(|| {
-            if let Ok(node) = self.node(ino) {
-                node.release(fh);
+            match self.node(ino) {
+                Ok(node) if view::is_view(ino) => node.view.release(fh),
+                Ok(node) => node.release(fh),
+                Err(_) => {}
             }
             reply.ok();
         });
@@ -407,15 +452,15 @@ impl Filesystem for DiskFs {
                 _ => return reply.error(Errno::EINVAL),
             };
             let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            match self.node(ino).map(|n| n.image().seek(from, what)) {
-                Ok(Ok(Some(at))) => reply.offset(at as i64),
-                Ok(Ok(None)) => reply.error(Errno::ENXIO),
-                Ok(Err(e)) => {
+            let answer = move |node: &Node, faults: &Faults| match node.image().seek(from, what) {
+                Ok(Some(at)) => reply.offset(at as i64),
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(e) => {
                     reply.error(errno(&e));
-                    self.faults.note(e.within(format!("looking for data or a hole from {offset} on")));
+                    faults.note(e.within(format!("looking for data or a hole from {offset} on")));
                 }
-                Err(e) => reply.error(e),
-            }
+            };
+            self.may_wait(ino, Box::new(answer));
         });
     }
 

@@ -7,6 +7,8 @@
 //!     ├─ O_DIRECT, or only for writing  DIRECT   no page would be read again
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
+//! A disk that is no flat file may have a second node, which the kernel reads by itself: `view.rs`.
+//!
 //! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
 //! goes with both.
 //!
@@ -15,19 +17,23 @@
 //! us all the same; any other write behind the end is cut off with the next flush, which says so.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
-use crate::block::SECTOR;
-use crate::config::{DiskConfig, PageCache, SourceConfig};
+use crate::block::{ReadDone, SECTOR};
+use crate::config::{DiskConfig, MountKind, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
+use crate::fuse::change::Context;
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Flushes;
+use crate::fuse::lane::Lane;
+use crate::fuse::view::Switch;
 use crate::image::{self, Image, Scratch};
 
 thread_local! {
@@ -43,6 +49,10 @@ pub(super) struct Node {
     pub(super) config: DiskConfig,
     pub(super) attributes: Attributes,
     pub(super) flushes: Arc<Flushes>,
+    /// What may have to wait for a network.
+    pub(super) lane: Arc<Lane>,
+    /// Which of the mount's disks it is.
+    pub(super) index: usize,
     /// Whether it can be written to; that stays as it is.
     pub(super) writable: bool,
     /// Who opened it for writing just now, and may go on to cut it: that is what O_TRUNC looks like. 0: nobody.
@@ -51,18 +61,23 @@ pub(super) struct Node {
     /// Taken after `opens`, never before.
     image: RwLock<Arc<Image>>,
     opens: Mutex<Opens>,
+    /// Its second node, which the kernel reads by itself.
+    pub(super) view: Arc<Switch>,
     said_served: AtomicBool,
 }
 
 impl Node {
     /// An open disk.
-    pub(super) fn new(config: DiskConfig, image: Image) -> Self {
+    pub(super) fn new(index: usize, config: DiskConfig, image: Image, shape: MountKind) -> Self {
         let writable = image.writable();
         Self {
+            view: Arc::new(Switch::new(&config, &image, shape)),
             // one that is opened anew is what it was
             config: DiskConfig { read_only: !writable, ..config },
             attributes: Attributes::default(),
             flushes: Arc::default(),
+            lane: Arc::default(),
+            index,
             writable,
             opener: AtomicU32::new(0),
             image: RwLock::new(Arc::new(image)),
@@ -146,8 +161,14 @@ impl Node {
                 }
                 opens.pass(&self.image(), handle(PASSED, writes), if streams { direct } else { quiet }, reply);
             }
+            Err(why) if self.view.refuses(&why, faults) => reply.error(Errno::EIO),
+            Err(_) if self.view.is_wanted() && flags.0 & libc::O_DIRECT != 0 => {
+                self.view.served(true, pid);
+                reply.opened(handle(VIEWLESS, writes), direct);
+            }
             Err(why) => {
-                if !self.said_served.swap(true, Ordering::Relaxed) {
+                self.view.served(false, pid);
+                if !self.view.is_wanted() && !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
                 // what is only written is written through anyhow, and gains nothing by pages
@@ -163,10 +184,21 @@ impl Node {
         }
     }
 
+    /// The same for the node that the kernel reads by itself.
+    pub(super) fn open_view(&self, flags: OpenFlags, pid: u32, faults: &Faults, reply: ReplyOpen) {
+        if let Err(e) = self.refresh() {
+            reply.error(errno(&e));
+            return faults.note(e);
+        }
+        if let Err(e) = self.view.open(&self.image(), flags.0 & libc::O_DIRECT != 0, pid, reply) {
+            faults.note(e);
+        }
+    }
+
     /// Whether a change of the content by somebody else would be noticed, or can't be.
     fn shows_changes(&self) -> bool {
-        let SourceConfig::Local(local) = &self.config.source;
-        self.image().shows_changes() && (local.lock || !self.writable)
+        let locked = self.config.source.local().is_some_and(|local| local.lock);
+        self.image().shows_changes() && self.config.source.local().is_some() && (locked || !self.writable)
     }
 
     /// Has the backing file there for one more open, or says why there is none.
@@ -179,6 +211,9 @@ impl Node {
         }
         let image = self.image();
         let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
+        if self.view.is_off() {
+            return Err("kernel-view=off".to_owned());
+        }
         passthrough?;
         let id = reply.open_backing(fd).map_err(|e| match e.raw_os_error() {
             Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
@@ -200,6 +235,7 @@ impl Node {
                 }
             }
             SERVED => opens.served = opens.served.saturating_sub(1),
+            VIEWLESS => self.view.direct_ended(),
             _ => {}
         }
     }
@@ -211,12 +247,37 @@ impl Node {
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        faults: &Faults,
+        context: Context<'_>,
         reply: ReplyData,
     ) {
         if !is_aligned(handle, flags, offset, size as usize) {
             return reply.error(Errno::EINVAL);
         }
+        let image = self.image();
+        if !image.is_remote() {
+            return self.read_now(offset, size, context.faults, reply);
+        }
+        let (later, index) = (context.later(), self.index);
+        let Some(queue) = image.queue() else {
+            return self.lane.run(Box::new(move || {
+                if let Some(node) = later.node(index) {
+                    node.read_now(offset, size, later.context().faults, reply);
+                }
+            }));
+        };
+        let done: ReadDone = Box::new(move |read| match read {
+            Ok(bytes) => reply.data(bytes),
+            Err(e) => {
+                reply.error(errno(&e));
+                let name = later.node(index).map_or_else(OsString::new, |node| node.config.name.clone());
+                later.context().faults.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+            }
+        });
+        image.begin_read(queue, offset, size as usize, done);
+        context.attend(queue);
+    }
+
+    fn read_now(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
         SCRATCH.with_borrow_mut(|scratch| {
             let image = self.image();
             match image.read(offset, size as usize, scratch) {
@@ -284,6 +345,8 @@ const PASSED: u64 = 1;
 const SERVED: u64 = 0;
 /// Opens without pages, which we serve.
 const DIRECT: u64 = 2;
+/// The same of a disk that the kernel reads by itself where it can: they keep its name from that.
+const VIEWLESS: u64 = 3;
 /// Added where an open may write.
 const WRITES: u64 = 4;
 

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, Runs, SECTOR, check_range};
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
 use crate::vmdk::descriptor::Descriptor;
@@ -274,6 +274,11 @@ impl BlockRead for VmdkDisk {
 
     fn writer(&self) -> Option<&dyn BlockWrite> {
         self.writer.as_ref().map(|_| self as &dyn BlockWrite)
+    }
+
+    fn runs(&self) -> Option<&dyn Runs> {
+        // compressed grains are preferred whole
+        (self.geometry.preferred == 1 && self.base.is_none()).then_some(self)
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ranges::{Mode, Ranges};
 use crate::store::{StoredFile, StoredWrite};
 use crate::vmdk::extent::{Run, SparseExtent};
 use crate::vmdk::header::UNCLEAN_AT;
@@ -25,7 +26,6 @@ use crate::vmdk::sparse::{Copy, HostedTables};
 use crate::vmdk::tables::{Layout, Shape, Slot};
 use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::{LiveTable, LiveTables, Places};
-use crate::vmdk::write::locks::GrainLocks;
 
 /// Entries that may wait in memory; a flush is due then. 8 bytes each.
 const MAX_WAITING: usize = 1 << 18;
@@ -62,7 +62,7 @@ pub(super) struct GrainWriter {
     live: Arc<LiveTables>,
     shape: Shape,
     /// Of grains that are being allocated. Taken before all others here.
-    locks: GrainLocks,
+    locks: Ranges,
     space: Mutex<Space>,
     waiting: Mutex<Waiting>,
     /// Whether the header says that the image is in use.
@@ -170,7 +170,7 @@ impl GrainWriter {
             layout,
             live,
             shape,
-            locks: GrainLocks::default(),
+            locks: Ranges::default(),
             space: Mutex::new(space),
             waiting: Mutex::default(),
             marked: AtomicBool::new(unclean),
@@ -256,7 +256,7 @@ impl GrainWriter {
         }
         self.mark()?;
         let (table, first, count) = self.cut(sector, whole);
-        let _held = self.locks.lock(sector / grain..sector / grain + count);
+        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
         let table = self.live.table_for_writing(table)?;
         let free = unallocated(&table, first, count);
         if free > 0 {
@@ -271,7 +271,7 @@ impl GrainWriter {
         self.mark()?;
         let grain = self.shape.grain;
         let (table, first, count) = self.cut(sector, sectors);
-        let _held = self.locks.lock(sector / grain..sector / grain + count);
+        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
         let table = self.live.table_for_writing(table)?;
         let count = unallocated(&table, first, count);
         if count == 0 {

@@ -33,7 +33,6 @@ mod failure;
 mod grains;
 mod identity;
 pub(super) mod live;
-mod locks;
 mod repair;
 
 pub(crate) use children::COMMIT_MARK;
