@@ -266,7 +266,7 @@ pub enum CreateType {
     VmfsFlat,
     /// The same without room that was not written to.
     VmfsThin,
-    /// One file of compressed grains, written once from start to end.
+    /// One file of compressed grains, written once from start to end. A mount of it never delays writes.
     StreamOptimized,
 }
 

@@ -29,6 +29,7 @@ pub mod layer;
 pub mod log;
 pub mod pidfile;
 pub mod query;
+mod ranges;
 pub mod run;
 pub mod signals;
 pub mod source;

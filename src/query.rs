@@ -23,9 +23,12 @@ const CORRUPT: u8 = 4;
 /// `--info`: prints what each disk is.
 pub fn info(query: &Query) -> Result<u8> {
     let described = each(query, |disk, source| {
-        let overlay = open_overlay(disk, source, Access::Read)?;
-        let overlay = overlay.map(|delta| describe_overlay(&delta)).transpose()?;
-        Ok(Described { disk: source.describe(disk), overlay })
+        let (mut described, delta) = (source.describe(disk), open_overlay(disk, source, Access::Read)?);
+        if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
+            described.reason = delta.refuses_writing(false).map(|e| e.to_string());
+            described.writable = described.reason.is_none();
+        }
+        Ok(Described { disk: described, overlay: delta.as_ref().map(describe_overlay).transpose()? })
     })?;
     print(query.json, &described, |out| described.iter().for_each(|d| info_text(d, out)))?;
     Ok(0)

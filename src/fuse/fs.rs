@@ -132,9 +132,7 @@ impl DiskFs {
             );
             return false;
         }
-        let in_order = |node: &Node| node.image().disk().writer().is_some_and(|disk| disk.in_order_only());
-        let stream = self.nodes.iter().find(|node| in_order(node));
-        if let Some(stream) = stream.filter(|_| asks(PageCache::WriteBack)) {
+        if let Some(stream) = self.stream().filter(|_| asks(PageCache::WriteBack)) {
             let name = stream.config.name.display();
             tracing::warn!(
                 "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
@@ -142,6 +140,11 @@ impl DiskFs {
             return false;
         }
         asks(PageCache::WriteBack)
+    }
+
+    /// A disk that has to be written in order.
+    fn stream(&self) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.in_order())
     }
 
     fn context(&self) -> Context<'_> {
@@ -225,12 +228,12 @@ fn time_of(ns: i128) -> SystemTime {
 impl Filesystem for DiskFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // each is wanted where the kernel has it, and done without where it doesn't
-        for wanted in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_MAX_PAGES,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-        ] {
+        if self.stream().is_none() {
+            // with it the parts of one direct write are sent all at once, and several loops may take them in any order
+            let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        }
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_MAX_PAGES, InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP]
+        {
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_write(MAX_READ as u32);

@@ -77,6 +77,11 @@ impl Node {
         }
     }
 
+    /// Whether it has to be written in order.
+    pub(super) fn in_order(&self) -> bool {
+        self.image().disk().writer().is_some_and(|disk| disk.in_order_only())
+    }
+
     /// The disk as it is now.
     pub(super) fn image(&self) -> Arc<Image> {
         Arc::clone(&self.image.read().unwrap_or_else(PoisonError::into_inner))
@@ -122,7 +127,8 @@ impl Node {
         self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
         // an open for reading leaves nothing to be made durable when it is closed
         let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
-        let direct = quiet | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        let parallel = if self.in_order() { quiet } else { quiet | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES };
+        let direct = parallel | FopenFlags::FOPEN_DIRECT_IO;
         let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
             return reply.opened(handle(DIRECT, writes), direct);

@@ -67,30 +67,35 @@ pub struct Description {
 /// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
 /// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let only_read = config.read_only || config.overlay.is_some();
-    let (source, why_read_only) = match (new::make(local(config))?, only_read) {
+    if config.overlay.is_some() {
+        return open_with_overlay(config);
+    }
+    let (source, why_read_only) = match (new::make(local(config))?, config.read_only) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
     };
-    let mut files = source.files();
-    let plain = source.disk();
-    // what is written to has no cache above it that would keep what was there before
-    let cached = if plain.writer().is_some() { plain } else { cached(config, plain)? };
-    let access = if config.read_only { Access::Read } else { Access::Write };
-    match open_overlay(config, &source, access)? {
-        None => Ok(Image::new(cached, files).read_only_because(why_read_only)),
-        Some(delta) => {
-            files.extend(delta.files());
-            Ok(Image::new(Arc::new(delta.over(cached)), files))
-        }
-    }
+    let files = source.files();
+    Ok(Image::new(cached(config, source.disk())?, files).read_only_because(why_read_only))
 }
 
-/// The disk with a cache over it, where its blocks are dear.
+/// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
+fn open_with_overlay(config: &DiskConfig) -> Result<Image> {
+    let source = open_source(config)?;
+    let mut files = source.files();
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    let delta = open_overlay(config, &source, access)?;
+    let base = cached(config, source.disk())?;
+    let Some(delta) = delta else { return Ok(Image::new(base, files)) };
+    files.extend(delta.files());
+    Ok(Image::new(Arc::new(delta.over(base)), files))
+}
+
+/// The disk, with a cache over it where its blocks are dear.
 fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
     let geometry = plain.geometry();
-    if geometry.preferred <= geometry.granule {
+    // what is written to has no cache above it that would keep what was there before
+    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
         return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
