@@ -105,7 +105,7 @@ fn samples_read_as_their_hash_or_are_refused() {
 fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     let point = format!("mnt-{}", name(sample));
     scratch.mkdir(&point);
-    let mount = scratch.mount().at(&point).file(&sample.path).arg("name=disk").start();
+    let mount = scratch.mount().at(&point).file(&sample.path).arg("name=disk").arg("-r").start();
     let path = mount.file("disk");
     assert_eq!(Some(fs::metadata(&path).unwrap().len()), sample.size, "size");
     match &sample.grains {
@@ -271,7 +271,7 @@ fn valid_variants_of_the_second_maker() {
         |(number, group)| {
             let point = format!("mnt{number}");
             scratch.mkdir(&point);
-            let mut command = scratch.mount().at(&point);
+            let mut command = scratch.mount().at(&point).arg("-r");
             for entry in *group {
                 let own = scratch.path("made").join(&entry.name);
                 command = command.file(scratch.path("made").join(&entry.open));
