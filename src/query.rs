@@ -60,9 +60,13 @@ fn describe(disk: &DiskConfig) -> Result<Described> {
         SourceConfig::Nbd(server) => nbd::info(server).map(Described::Server),
         SourceConfig::Local(_) => {
             let source = open_source(disk)?;
-            let overlay = open_overlay(disk, &source, Access::Read)?;
-            let overlay = overlay.map(|delta| describe_overlay(&delta)).transpose()?;
-            Ok(Described::Disk(Box::new(DescribedDisk { disk: source.describe(disk), overlay })))
+            let (mut described, delta) = (source.describe(disk), open_overlay(disk, &source, Access::Read)?);
+            if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
+                described.reason = delta.refuses_writing(false).map(|e| e.to_string());
+                described.writable = described.reason.is_none();
+            }
+            let overlay = delta.as_ref().map(describe_overlay).transpose()?;
+            Ok(Described::Disk(Box::new(DescribedDisk { disk: described, overlay })))
         }
     }
 }
@@ -295,6 +299,7 @@ fn info_text(described: &DescribedDisk, out: &mut String) {
             line!(out, "  link {i:<4} {} CID {cid}{parent}{unclean}: {}", link.create_type, link.file);
         }
     }
+    line!(out, "  read by   {}", d.read_by);
     if let Some(overlay) = &described.overlay {
         let parent = overlay.parent_cid.as_deref().unwrap_or("none");
         let unclean = if overlay.unclean { ", was not closed after writing" } else { "" };

@@ -91,7 +91,8 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
             // qemu-img has no check of flat ones, and says so with 63
             let checked = Cmd::new("qemu-img").args(["check", "-q"]).arg(&path).run();
             assert!(matches!(checked.ended.code, Some(0 | 63)), "{kind} {size}: {checked}");
-            if kind.ends_with("sparse") || kind == "stream-optimized" {
+            // which takes half a minute for 3 TiB
+            if size < 1 << 40 && (kind.ends_with("sparse") || kind == "stream-optimized") {
                 assert_eq!(qemu_data_ranges(&path, "vmdk"), [], "{kind} {size}");
             }
             // what is larger differs in the number of tables or pieces only
@@ -360,11 +361,13 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
     let raw = original.path("raw");
     raw_with_islands(&raw, size, 5);
     let from = format!("if={}", raw.display());
-    let ways: [(&[&str], &[&str]); 5] = [
+    let ways: [(&[&str], &[&str]); 6] = [
         (&["cp", "RAW", "MNT"], &[]),
         (&["dd", "IF", "OF", "bs=777", "conv=notrunc", "count=40000"], &[]),
         (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
         (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
+        // one write of many requests, which the kernel would send all at once
+        (&["dd", "IF", "OF", "bs=35M", "conv=notrunc", "iflag=fullblock", "oflag=direct"], &[]),
         (&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"], &[]),
     ];
     for (way, more) in ways {

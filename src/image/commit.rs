@@ -77,14 +77,21 @@ pub struct Commit {
 #[derive(Debug)]
 enum Target {
     Vmdk(Arc<VmdkDisk>),
-    Raw(Arc<RawDisk>),
+    Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
 }
 
 impl Target {
     fn disk(&self) -> &dyn BlockRead {
         match self {
             Target::Vmdk(disk) => &**disk,
-            Target::Raw(disk) => &**disk,
+            Target::Raw(disk, _) => &**disk,
+        }
+    }
+
+    fn files(&self) -> Vec<Arc<dyn StoredFile>> {
+        match self {
+            Target::Vmdk(disk) => disk.files(),
+            Target::Raw(_, file) => vec![Arc::clone(file)],
         }
     }
 }
@@ -123,7 +130,7 @@ impl Commit {
                 let disk = VmdkDisk::open_base(file, options, &*child);
                 Target::Vmdk(Arc::new(disk.map_err(|e| refused(&overlay, &e))?))
             }
-            _ => Target::Raw(Arc::new(RawDisk::new(file)?)),
+            _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
         };
         let total = changed(&overlay)? * SECTOR;
         Ok(Self { overlay, base, target, total, resumed })
@@ -155,7 +162,7 @@ impl Commit {
         }
         writer.close()?;
         watch(Step::Closed)?;
-        self.base.renew_time(&self.overlay)?;
+        self.base.renew_time(&self.overlay, &self.target.files())?;
         self.overlay.rewrite(&mark, NO_MARK)?;
         self.overlay_writer()?.close()?;
         Ok(true)

@@ -30,7 +30,9 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Source;
-use crate::store::{Access, ExtentName, OpenPolicy, Store, StoredFile, make_user_path, open_user_path, unnamed};
+use crate::store::{
+    Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, make_user_path, open_user_path, unnamed,
+};
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{self, DeltaParent, NewDelta, OpenOptions, VmdkDisk};
 
@@ -86,8 +88,15 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {
             let absent = || fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-            if access == Access::Write && absent() {
-                make(path, &base)?;
+            if absent() {
+                match access {
+                    Access::Write => make(path, &base)?,
+                    Access::Read => {
+                        let context =
+                            format!("{}: there is no such overlay, and for reading none is made", path.display());
+                        return Err(Error::new(ErrorKind::NotFound, context));
+                    }
+                }
             }
             let file = overlay_file(path, local, access)?;
             open_tied(file, &base, local, access).map(Some)
@@ -108,7 +117,7 @@ pub(super) fn open_tied(
     local: &LocalConfig,
     access: Access,
 ) -> Result<VmdkDisk> {
-    if base.files.iter().any(|other| other.identity_at_open().file == file.identity_at_open().file) {
+    if base.files.contains(&file.identity_at_open().file) {
         let context = format!("{}: is a file of the disk itself and can't be its overlay", file.label());
         return Err(Error::new(ErrorKind::Usage, context));
     }
@@ -197,7 +206,10 @@ pub(super) struct Base {
     granule: u64,
     /// Its CID, where it has one that tells something.
     pub(super) cid: Option<u32>,
-    files: Vec<Arc<dyn StoredFile>>,
+    /// When it was changed last, as digits.
+    time: String,
+    /// Which files it is made of; none of them is kept open by this.
+    files: Vec<(u64, u64)>,
 }
 
 impl Base {
@@ -218,7 +230,9 @@ impl Base {
             _ => None,
         };
         let files = source.files();
-        Ok(Self { shown, path, sectors: geometry.sectors, granule: geometry.granule, cid, files })
+        let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
+        let files = files.iter().map(|file| file.identity_at_open().file).collect();
+        Ok(Self { shown, path, sectors: geometry.sectors, granule: geometry.granule, cid, time, files })
     }
 
     /// Size and path as text, for a base without a CID.
@@ -226,22 +240,13 @@ impl Base {
         format!("{} sectors of {}", self.sectors, plain(&self.path))
     }
 
-    /// When its files were changed last, as digits; of all that can tell. Now, or when they were opened.
-    fn time(&self, now: bool) -> Result<String> {
-        let mut last = 0;
-        for file in self.files.iter().filter(|file| file.shows_changes()) {
-            let identity = if now { file.identity()? } else { file.identity_at_open() };
-            last = identity.mtime_ns.max(last);
+    /// Notes in the overlay the state in which a commit left `files`, those of a base without a CID.
+    pub(super) fn renew_time(&self, delta: &VmdkDisk, files: &[Arc<dyn StoredFile>]) -> Result<()> {
+        if self.cid.is_some() {
+            return Ok(());
         }
-        Ok(format!("{last:020}"))
-    }
-
-    /// Notes in the overlay the state in which a commit left a base without a CID.
-    pub(super) fn renew_time(&self, delta: &VmdkDisk) -> Result<()> {
-        match self.cid {
-            Some(_) => Ok(()),
-            None => delta.rewrite(&format!("ddb.{TIME}"), &self.time(true)?),
-        }
+        let now: Vec<_> = files.iter().map(|file| Ok((file, file.identity()?))).collect::<Result<_>>()?;
+        delta.rewrite(&format!("ddb.{TIME}"), &last_change(now.into_iter()))
     }
 
     /// Checks that `delta` is an overlay over this very disk. `accept`: it may have changed since.
@@ -267,7 +272,7 @@ impl Base {
             let base = &self.shown;
             tracing::warn!("{label}: a commit to {base} was begun and not finished; --commit completes it");
         }
-        let Some(message) = self.difference(descriptor, parent.cid, mark, &label)? else { return Ok(()) };
+        let Some(message) = self.difference(descriptor, parent.cid, mark, &label) else { return Ok(()) };
         if accept {
             tracing::warn!("{message}; accepted, as degraded=cid says");
             return Ok(());
@@ -289,34 +294,28 @@ impl Base {
     }
 
     /// What tells that the overlay was made over another disk, or another state of this one.
-    fn difference(
-        &self,
-        descriptor: &Descriptor,
-        parent_cid: u32,
-        mark: Option<&str>,
-        label: &str,
-    ) -> Result<Option<String>> {
+    fn difference(&self, descriptor: &Descriptor, parent_cid: u32, mark: Option<&str>, label: &str) -> Option<String> {
         let base = &self.shown;
         if let Some(cid) = self.cid {
             let (cid, wanted) = (digits(cid), digits(parent_cid));
             let fits = cid == wanted || mark.is_some_and(|mark| is_between(&cid, mark, &wanted));
-            return Ok((!fits).then(|| {
+            return (!fits).then(|| {
                 format!(
                     "{label}: is an overlay over a disk with the CID {wanted}, but {base} has the CID {cid}: it is \
                      another disk, or was changed since the overlay was made"
                 )
-            }));
+            });
         }
         let (identity, wanted) = (self.identity(), descriptor.ddb_value(BASE));
         if wanted != Some(&identity) {
             let wanted = wanted.map_or_else(|| format!("a disk with the CID {}", digits(parent_cid)), str::to_owned);
-            return Ok(Some(format!("{label}: is an overlay over {wanted}, but {base} is {identity}")));
+            return Some(format!("{label}: is an overlay over {wanted}, but {base} is {identity}"));
         }
         // a commit changes it
-        let changed = mark.is_none() && descriptor.ddb_value(TIME) != Some(&self.time(false)?);
-        Ok(changed.then(|| {
+        let changed = mark.is_none() && descriptor.ddb_value(TIME) != Some(&self.time);
+        changed.then(|| {
             format!("{label}: is an overlay over {base}, which was changed since the overlay was made (by its mtime)")
-        }))
+        })
     }
 
     /// A new delta over it.
@@ -326,7 +325,7 @@ impl Base {
         let mut ddb = vec![(MARK.to_owned(), NO_MARK.to_owned())];
         if self.cid.is_none() {
             ddb.push((BASE.to_owned(), self.identity()));
-            ddb.push((TIME.to_owned(), self.time(false)?));
+            ddb.push((TIME.to_owned(), self.time.clone()));
         }
         let cid = self.cid.unwrap_or_else(|| hash(&self.identity()));
         Ok(NewDelta {
@@ -337,6 +336,12 @@ impl Base {
             ddb,
         })
     }
+}
+
+/// The last change of files of which all that can tell are asked, as digits.
+fn last_change<'a>(files: impl Iterator<Item = (&'a Arc<dyn StoredFile>, Identity)>) -> String {
+    let times = files.filter(|(file, _)| file.shows_changes()).map(|(_, identity)| identity.mtime_ns);
+    format!("{:020}", times.max().unwrap_or(0).max(0))
 }
 
 /// The folder that holds the overlay's file, or will hold it.

@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use super::ranges::Mode;
 use super::write::Parts;
 use super::{Image, MAX_READ, Scratch, WORTH_ASKING, out_of_range};
 use crate::block::{BlockQueue, Done, Lba, ReadDone, SECTOR};
 use crate::error::Result;
+use crate::ranges::Mode;
 
 /// Told how many bytes were written.
 pub type Written = Box<dyn FnOnce(Result<usize>) + Send>;

@@ -16,6 +16,7 @@ use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, new, open_overlay};
+use crate::kernel_view;
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -55,6 +56,8 @@ pub struct Description {
     /// What a VMDK is made of.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub vmdk: Option<DiskInfo>,
+    /// Who reads its files in a mount of this user, and why not the kernel by itself.
+    pub read_by: String,
     /// Whether it can be written to.
     pub writable: bool,
     /// Why it can't.
@@ -99,31 +102,38 @@ pub fn is_dynamic(config: &DiskConfig) -> bool {
 /// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
 /// uses, the parent of a snapshot.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let only_read = config.read_only || config.overlay.is_some();
+    if config.overlay.is_some() {
+        return open_with_overlay(config);
+    }
     let made = config.source.local().map_or(Ok(None), new::make)?;
-    let (source, why_read_only) = match (made, only_read) {
+    let (source, why_read_only) = match (made, config.read_only) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
     };
-    let mut files = source.files();
-    let plain = source.disk();
-    // what is written to has no cache above it that would keep what was there before
-    let cached = if plain.writer().is_some() { plain } else { cached(config, plain)? };
-    let access = if config.read_only { Access::Read } else { Access::Write };
-    match open_overlay(config, &source, access)? {
-        None => Ok(Image::new(cached, files).read_only_because(why_read_only)),
-        Some(delta) => {
-            files.extend(delta.files());
-            Ok(Image::new(Arc::new(delta.over(cached)), files).remote(matches!(source, Source::Nbd(_))))
-        }
-    }
+    let files = source.files();
+    let remote = source.is_remote();
+    Ok(Image::new(cached(config, source.disk())?, files).remote(remote).read_only_because(why_read_only))
 }
 
-/// The disk with a cache over it, where its blocks are dear.
+/// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
+fn open_with_overlay(config: &DiskConfig) -> Result<Image> {
+    let source = open_source(config)?;
+    let mut files = source.files();
+    let access = if config.read_only { Access::Read } else { Access::Write };
+    let delta = open_overlay(config, &source, access)?;
+    let base = cached(config, source.disk())?;
+    let remote = source.is_remote();
+    let Some(delta) = delta else { return Ok(Image::new(base, files).remote(remote)) };
+    files.extend(delta.files());
+    Ok(Image::new(Arc::new(delta.over(base)), files).remote(remote))
+}
+
+/// The disk, with a cache over it where its blocks are dear.
 fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
     let geometry = plain.geometry();
-    if geometry.preferred <= geometry.granule {
+    // what is written to has no cache above it that would keep what was there before
+    if geometry.preferred <= geometry.granule || plain.writer().is_some() {
         return Ok(plain);
     }
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
@@ -211,6 +221,11 @@ fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
 }
 
 impl Source {
+    /// Whether its answers come over a network.
+    fn is_remote(&self) -> bool {
+        matches!(self, Source::Nbd(_))
+    }
+
     /// The disk.
     pub fn disk(&self) -> Arc<dyn BlockRead> {
         match self {
@@ -265,6 +280,10 @@ impl Source {
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
+            read_by: match config.source.local() {
+                Some(local) => kernel_view::outlook(&*self.disk(), &local.view, reason.is_none()),
+                None => "this program: it is behind a network".to_owned(),
+            },
             writable: reason.is_none(),
             reason,
         }

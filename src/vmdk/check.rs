@@ -86,7 +86,14 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
             if placed.unclean {
                 report.notes.push(format!("{}: was not closed after writing", sparse.file.label()));
             }
-            let checked = Checker { placed, sparse, claims: Claims::default(), report: &mut report }.run();
+            let checked = Checker {
+                placed,
+                sparse,
+                claims: Claims::default(),
+                stretches: Default::default(),
+                report: &mut report,
+            }
+            .run();
             if let Err(e) = checked {
                 report.error(|| e.to_string());
             }
@@ -99,14 +106,29 @@ struct Checker<'a> {
     placed: &'a PlacedExtent,
     sparse: &'a SparseExtent,
     claims: Claims,
+    /// The last stretches of the file of which it is known whether they are stored: where primary tables are looked
+    /// for, and where redundant ones are.
+    stretches: [Stretch; 2],
     report: &'a mut CheckReport,
+}
+
+/// Bytes of a file that are all stored or all in a hole.
+#[derive(Debug, Clone, Default)]
+struct Stretch {
+    bytes: Range<u64>,
+    stored: bool,
 }
 
 impl Checker<'_> {
     fn run(mut self) -> Result<()> {
         if let Some(hosted) = &self.placed.hosted {
             for range in hosted.fixed() {
-                self.claims.claim(range.clone());
+                if self.claims.claim(range.clone()) {
+                    let (label, start) = (self.sparse.file.label(), range.start);
+                    self.report.error(|| {
+                        format!("{label}: header, descriptor and directories lie over each other at sector {start}")
+                    });
+                }
             }
             if hosted.redundant_is_lost() {
                 let label = self.sparse.file.label();
@@ -139,6 +161,9 @@ impl Checker<'_> {
         if !self.claim(at..at + self.sparse.layout.table_sectors(), "grain table", number) {
             return Ok(());
         }
+        if self.placed.hosted.is_some() && self.is_hole(Copy::Primary, at) {
+            return Ok(());
+        }
         let table = self.sparse.layout.load_table(number, at)?;
         for entry in 0..table.len() {
             let grain = number * shape.entries_per_table + entry as u64;
@@ -149,6 +174,19 @@ impl Checker<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether the table at sector `at` lies in a hole of the file, so that nothing is allocated there. New images have
+    /// room for all their tables: of a large one most are holes.
+    fn is_hole(&mut self, copy: Copy, at: u64) -> bool {
+        let (start, end) = (at * SECTOR, (at + self.sparse.layout.table_sectors()) * SECTOR);
+        let stretch = &mut self.stretches[usize::from(copy == Copy::Redundant)];
+        if !stretch.bytes.contains(&start) {
+            // where that can't be told, it is read
+            let (stored, bytes) = self.sparse.file.data_at(start).unwrap_or((true, 1));
+            *stretch = Stretch { bytes: start..start + bytes, stored };
+        }
+        !stretch.stored && end <= stretch.bytes.end
     }
 
     fn grain(&mut self, grain: u64, sector: u64) -> Result<()> {
@@ -207,7 +245,7 @@ impl Checker<'_> {
                 self.report.error(|| format!(
                     "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
                 ));
-            } else if a != b {
+            } else if a != b && !(self.is_hole(Copy::Primary, a.into()) && self.is_hole(Copy::Redundant, b.into())) {
                 let (first, second) = (hosted.raw_table(a.into())?, hosted.raw_table(b.into())?);
                 match self.unfinished(hosted, table, [a.into(), b.into()], &first, &second) {
                     Some(entries) => self.report.unfinished += entries,

@@ -178,8 +178,8 @@ impl BlockRead for StreamDisk {
             return Ok((Content::Hole, self.geometry.sectors - at.0));
         }
         let grain = at.0 / GRAIN;
-        let end = ((grain + 1) * GRAIN).min(next);
-        let stored = grain >= state.window.first || state.packed.entry(grain)? != 0;
+        let (stored, grains) = if grain >= state.window.first { (true, 1) } else { state.packed.content(grain)? };
+        let end = ((grain + grains) * GRAIN).min(next);
         Ok((if stored { Content::Data } else { Content::Hole }, end - at.0))
     }
 
@@ -470,18 +470,24 @@ impl Packed {
         }
     }
 
+    /// Whether a grain is in the file, and for how many grains on that holds at least.
+    fn content(&self, grain: u64) -> Result<(bool, u64)> {
+        match self.directory.get((grain / ENTRIES) as usize) {
+            // without a table to the end of what it would cover
+            Some(0) => Ok((false, ENTRIES - grain % ENTRIES)),
+            _ => Ok((self.entry(grain)? != 0, 1)),
+        }
+    }
+
     /// Whether any of these grains is in the file. A table that is there has one, so it is soon found.
     fn holds(&self, grains: Range<u64>) -> Result<bool> {
         let mut grain = grains.start;
         while grain < grains.end {
-            let table = grain / ENTRIES;
-            if self.directory.get(table as usize) == Some(&0) {
-                grain = (table + 1) * ENTRIES;
-            } else if self.entry(grain)? != 0 {
+            let (stored, grains) = self.content(grain)?;
+            if stored {
                 return Ok(true);
-            } else {
-                grain += 1;
             }
+            grain += grains;
         }
         Ok(false)
     }

@@ -84,7 +84,7 @@ impl Kind {
     /// Sectors of a grain, and of the disk.
     fn shape(self) -> (u64, u64) {
         match self {
-            Self::LargeGrains => (128, 128 * 128 + 1000),
+            Self::LargeGrains => (128, 12 * 128 + 100),
             Self::Flat | Self::SplitFlat => (8, 300),
             _ => (8, 2 * 8 * u64::from(ENTRIES) + 452),
         }

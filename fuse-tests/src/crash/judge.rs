@@ -4,6 +4,8 @@
 //! later, also by a request that failed or had not ended. Requests may overlap in time: one counts as later than
 //! another only if it began after the other had ended.
 
+use std::sync::Arc;
+
 use vmdkfuse::block::{BlockRead, Lba};
 
 use super::store::{Event, Mark};
@@ -17,9 +19,14 @@ const STEP: u64 = 128;
 pub fn fill(lba: u64, value: u64) -> [u8; SECTOR] {
     let mut sector = [0; SECTOR];
     if value != 0 {
-        for (i, word) in sector.chunks_exact_mut(8).enumerate() {
-            let bits = value << 40 | (lba & 0xff_ffff) << 16 | (i as u64) << 8 | 0x5a;
-            word.copy_from_slice(&bits.to_le_bytes());
+        let bits = value << 40 | (lba & 0xff_ffff) << 16 | 0x5a;
+        sector[..8].copy_from_slice(&bits.to_le_bytes());
+        // doubled, which is fast where nothing is optimized; the second byte of each word counts it
+        for have in [8, 16, 32, 64, 128, 256] {
+            sector.copy_within(..have, have);
+        }
+        for i in 0..SECTOR / 8 {
+            sector[i * 8 + 1] = i as u8;
         }
     }
     sector
@@ -49,8 +56,6 @@ pub struct Judge {
     tickets: std::collections::HashMap<usize, usize>,
     /// For each sector the requests whose value it may hold, in the order in which they began.
     sectors: Vec<Vec<u32>>,
-    /// The values of sectors before the first request, and after a repair.
-    before: [Vec<u64>; 2],
     /// When flushes that have not ended began, by ticket.
     flushes: std::collections::HashMap<usize, usize>,
     /// Events so far.
@@ -65,20 +70,43 @@ struct Request {
     /// When it returned.
     end: Option<usize>,
     ok: bool,
-    value: u64,
+    values: Values,
+}
+
+/// What a request has made of sectors.
+#[derive(Debug, Clone)]
+enum Values {
+    /// One value for all.
+    One(u64),
+    /// One for each sector of the disk.
+    Each(Arc<[u64]>),
+}
+
+impl Request {
+    /// Its value of a sector.
+    fn value(&self, lba: usize) -> u64 {
+        match &self.values {
+            Values::One(value) => *value,
+            Values::Each(values) => values[lba],
+        }
+    }
+
+    /// What was there from `now` on.
+    fn found(now: usize, values: Arc<[u64]>) -> Self {
+        Self { begin: now, end: Some(now), ok: true, values: Values::Each(values) }
+    }
 }
 
 impl Judge {
     /// A disk whose sectors hold the values `before`, or `repaired` once it is opened for writing.
     pub fn new(before: &[u64], repaired: &[u64]) -> Self {
-        let likely = repaired.iter().zip(0..).flat_map(|(&value, lba)| fill(lba, value)).collect();
-        let original = Request { begin: 0, end: Some(0), ok: true, value: 0 };
+        let mut likely = Vec::with_capacity(before.len() * SECTOR);
+        repaired.iter().zip(0..).for_each(|(&value, lba)| likely.extend_from_slice(&fill(lba, value)));
         let differ = before.iter().zip(repaired).map(|(a, b)| if a == b { vec![0] } else { vec![0, 1] });
         Self {
-            requests: vec![original.clone(), original],
+            requests: vec![Request::found(0, before.into()), Request::found(0, repaired.into())],
             tickets: Default::default(),
             sectors: differ.collect(),
-            before: [before.to_vec(), repaired.to_vec()],
             flushes: Default::default(),
             now: 0,
             likely,
@@ -88,14 +116,28 @@ impl Judge {
     /// Goes on by one event.
     pub fn step(&mut self, event: &Event) {
         self.now += 1;
-        let Event::Disk(mark) = event else { return };
+        let mark = match event {
+            Event::Disk(mark) => mark,
+            Event::Killed => {
+                // what was not flushed need not be there any more, so that no later flush covers it
+                self.requests.iter_mut().for_each(|request| request.ok = false);
+                return;
+            }
+            Event::Shown(values) => {
+                let number = self.requests.len() as u32;
+                self.requests.push(Request::found(self.now, Arc::clone(values)));
+                self.sectors.iter_mut().filter(|may| may.len() > 1).for_each(|may| may.push(number));
+                return;
+            }
+            _ => return,
+        };
         match *mark {
             Mark::Begin { ticket, first, sectors, value } => {
                 self.tickets.insert(ticket, self.requests.len());
                 for sector in first..first + sectors {
                     self.sectors[sector as usize].push(self.requests.len() as u32);
                 }
-                self.requests.push(Request { begin: self.now, end: None, ok: false, value });
+                self.requests.push(Request { begin: self.now, end: None, ok: false, values: Values::One(value) });
             }
             Mark::End { ticket, ok } => {
                 let request = &mut self.requests[self.tickets[&ticket]];
@@ -124,10 +166,7 @@ impl Judge {
             let Some(newest) = durable.map(|request| request.begin).max() else { continue };
             may.retain(|number| of(number).end.is_none_or(|end| end >= newest));
             if let Some(&number) = may.first() {
-                let value = match self.before.get(number as usize) {
-                    Some(before) => before[lba],
-                    None => self.requests[number as usize].value,
-                };
+                let value = self.requests[number as usize].value(lba);
                 self.likely[lba * SECTOR..(lba + 1) * SECTOR].copy_from_slice(&fill(lba as u64, value));
             }
         }
@@ -158,28 +197,26 @@ impl Judge {
     /// Checks one sector.
     pub fn check(&self, lba: u64, sector: &[u8]) -> Result<(), String> {
         let may = &self.sectors[lba as usize];
-        let value = |&number: &u32| match self.before.get(number as usize) {
-            Some(before) => before[lba as usize],
-            None => self.requests[number as usize].value,
-        };
+        let value = |&number: &u32| self.requests[number as usize].value(lba as usize);
         if may.iter().any(|number| sector == fill(lba, value(number))) {
             return Ok(());
         }
         let may: Vec<_> = may.iter().map(|number| value(number).to_string()).collect();
         Err(format!("sector {lba} holds {}, and may hold value {}", value_of(sector), may.join(" or ")))
     }
+}
 
-    /// The values that a disk holds now, to go on from them.
-    pub fn values(&self, disk: &dyn BlockRead) -> Result<Vec<u64>, String> {
-        self.verify(disk)?;
-        let mut sector = [0; SECTOR];
-        let all = (0..self.sectors.len() as u64).map(|lba| {
-            disk.read_at(Lba(lba), &mut sector).map_err(|e| e.to_string())?;
-            let word: [u8; 8] = sector[..8].try_into().expect("eight bytes");
-            Ok(u64::from_le_bytes(word) >> 40)
-        });
-        all.collect()
-    }
+/// The values that a disk of `sectors` holds now.
+pub(super) fn values(disk: &dyn BlockRead, sectors: usize) -> Result<Arc<[u64]>, String> {
+    let mut all = vec![0; sectors * SECTOR];
+    disk.read_at(Lba(0), &mut all).map_err(|e| format!("reading all: {e}"))?;
+    let value = |(lba, sector): (usize, &[u8])| {
+        let word: [u8; 8] = sector[..8].try_into().expect("eight bytes");
+        let value = u64::from_le_bytes(word) >> 40;
+        let whole = sector == fill(lba as u64, value);
+        if whole { Ok(value) } else { Err(format!("sector {lba} holds {}", value_of(sector))) }
+    };
+    all.chunks_exact(SECTOR).enumerate().map(value).collect()
 }
 
 #[cfg(test)]
@@ -232,6 +269,18 @@ mod tests {
         assert_eq!(may(&judge), [1, 2]);
         flush(&mut judge, true);
         assert_eq!(may(&judge), [2]);
+    }
+
+    #[test]
+    fn what_was_lost_with_its_process_is_not_covered_by_a_later_flush() {
+        let mut judge = Judge::new(&[1], &[1]);
+        write(&mut judge, 2, true);
+        judge.step(&Event::Killed);
+        flush(&mut judge, true);
+        assert_eq!(may(&judge), [1, 2]);
+        judge.step(&Event::Shown([1].into()));
+        flush(&mut judge, true);
+        assert_eq!(may(&judge), [1], "but what was seen since is");
     }
 
     #[test]

@@ -33,5 +33,5 @@ pub use images::{Image, Kind};
 pub use judge::{Judge, fill, value_of};
 pub use replay::{Crash, Machine, Style};
 pub use sabotage::Sabotage;
-pub use search::{Effort, Report, Run, Step, Violation, random_steps, record, search, shrink};
+pub use search::{Effort, Report, Run, Step, Violation, random_steps, record, record_threads, search, shrink};
 pub use store::{Event, Faults, Mark, Op, SimStore};

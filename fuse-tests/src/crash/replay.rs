@@ -28,6 +28,7 @@ struct Sim {
     /// With whether it is durable.
     doubtful: Vec<(Op, bool)>,
     open: Vec<Op>,
+    removed: bool,
 }
 
 /// How to choose what a crash keeps.
@@ -62,7 +63,8 @@ impl Machine {
             Event::Op(file, op) => self.files[*file].open.push(op.clone()),
             Event::Sync(file, ok) => self.files[*file].sync(*ok),
             Event::Made(name) => self.files.push(Sim::new(name, Bytes::default())),
-            Event::Disk(_) => {}
+            Event::Removed(file) => self.files[*file].removed = true,
+            Event::Disk(_) | Event::Killed | Event::Shown(_) => {}
         }
     }
 
@@ -74,7 +76,8 @@ impl Machine {
     /// Makes a crash.
     pub fn crash(&self, style: Style) -> Crash {
         let mut choice = Choice::new(style);
-        Crash { files: self.files.iter().map(|file| (file.name.clone(), file.crash(&mut choice))).collect() }
+        let left = self.files.iter().filter(|file| !file.removed);
+        Crash { files: left.map(|file| (file.name.clone(), file.crash(&mut choice))).collect() }
     }
 
     /// The operations that are not durable.
@@ -90,7 +93,7 @@ impl Machine {
 
 impl Sim {
     fn new(name: &str, sure: Bytes) -> Self {
-        Self { name: name.to_owned(), sure, doubtful: Vec::new(), open: Vec::new() }
+        Self { name: name.to_owned(), sure, doubtful: Vec::new(), open: Vec::new(), removed: false }
     }
 
     fn sync(&mut self, ok: bool) {
@@ -295,7 +298,7 @@ mod tests {
         assert_eq!(machine.atoms(), 1);
         let expected: [&[u8]; 2] = [&[0, 2], &[1, 2]];
         assert_eq!(seen(&machine, (0..100).map(Style::Random)), expected.iter().map(|s| s.to_vec()).collect());
-        let mut later = machine.clone();
+        let mut later = machine;
         later.step(&write(0, 3, 512));
         later.step(&Event::Sync(0, true));
         assert_eq!(seen(&later, (0..100).map(Style::Random)), BTreeSet::from([vec![3, 2]]));

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vmdkfuse::block::{BlockRead, BlockWrite, Lba};
@@ -10,7 +11,7 @@ use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
 
 use super::images::Image;
-use super::judge::{Judge, fill};
+use super::judge::{Judge, fill, values};
 use super::replay::{Crash, Machine, Style};
 use super::store::{Event, Faults, Mark, SimStore};
 use crate::harness::Cmd;
@@ -134,8 +135,6 @@ struct Runner<'a> {
     disk: Option<VmdkDisk>,
     /// What the disk shows now, where that is known.
     shows: Vec<Option<u64>>,
-    /// The same at the last flush.
-    flushed: Vec<Option<u64>>,
     /// Whether anything may go wrong.
     faulty: bool,
     first_value: u64,
@@ -145,8 +144,7 @@ struct Runner<'a> {
 pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
     let store = SimStore::new(&image.files);
     let shows: Vec<_> = image.repaired.iter().map(|&value| Some(value)).collect();
-    let flushed = shows.clone();
-    let mut runner = Runner { image, store, disk: None, shows, flushed, faulty: false, first_value };
+    let mut runner = Runner { image, store, disk: None, shows, faulty: false, first_value };
     let mut outcomes = Vec::new();
     let mut broken = None;
     for (number, step) in steps.iter().enumerate() {
@@ -167,6 +165,7 @@ pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
 
 type Outcome = Result<(), (ErrorKind, String)>;
 
+#[allow(clippy::needless_pass_by_value, reason = "it stands where errors are mapped")]
 fn told(e: vmdkfuse::error::Error) -> (ErrorKind, String) {
     (e.kind(), e.to_string())
 }
@@ -179,14 +178,10 @@ impl Runner<'_> {
             return Ok(());
         }
         if matches!(step, Step::Kill) {
-            self.disk = None;
-            // what was only in memory is lost
-            for (shows, flushed) in self.shows.iter_mut().zip(&self.flushed) {
-                *shows = shows.filter(|_| *shows == *flushed);
-            }
+            self.kill();
         }
         if self.disk.is_none() {
-            self.disk = Some(open_writable(&self.store, self.image.top)?);
+            self.open()?;
         }
         let Some(writer) = self.disk.as_ref().and_then(|disk| disk.writer()) else {
             return Err((ErrorKind::ReadOnly, "a disk that was opened for writing has no writer".to_owned()));
@@ -194,45 +189,51 @@ impl Runner<'_> {
         let value = self.first_value + number as u64;
         match step {
             Step::Write(first, sectors) => {
-                let data: Vec<u8> = (first..first + sectors).flat_map(|lba| fill(lba, value)).collect();
-                let done = request(&self.store, number, (first, sectors, value), || writer.write_at(Lba(first), &data));
+                let done = write(&self.store, writer, number, (first, sectors, value));
                 self.note(first, sectors, value, done)
             }
             Step::Zero(first, sectors, unmap) => {
-                let range = Lba(first)..Lba(first + sectors);
-                let done = request(&self.store, number, (first, sectors, 0), || writer.zero(range, unmap));
+                let done = zero(&self.store, writer, number, (first, sectors, unmap));
                 self.note(first, sectors, 0, done)
             }
-            Step::Flush | Step::Close => {
-                flushing(&self.store, number, writer, matches!(step, Step::Close))?;
-                self.flushed.clone_from(&self.shows);
-                Ok(())
-            }
+            Step::Flush => flushing(&self.store, number, writer, false),
+            Step::Close => flushing(&self.store, number, writer, true),
             Step::Reopen => {
-                let done = flushing(&self.store, number, writer, true);
-                self.disk = None;
-                if done.is_err() {
-                    return self.step(number, Step::Kill).and(done);
-                }
-                self.flushed.clone_from(&self.shows);
-                self.disk = Some(open_writable(&self.store, self.image.top)?);
-                Ok(())
+                let closed = flushing(&self.store, number, writer, true);
+                self.kill();
+                self.open()?;
+                closed
             }
             Step::Kill | Step::Fail(_) => Ok(()),
         }
     }
 
-    /// Notes what a request has done to what the disk shows, and reads it.
-    fn note(&mut self, first: u64, sectors: u64, value: u64, done: vmdkfuse::error::Result<()>) -> Outcome {
-        let range = first as usize..(first + sectors) as usize;
-        match done {
-            Ok(()) => self.shows[range].fill(Some(value)),
-            Err(e) => {
-                self.shows[range].fill(None);
-                return Err(told(e));
+    /// Ends the process that has the disk open.
+    fn kill(&mut self) {
+        self.disk = None;
+        self.store.note(Event::Killed);
+        self.shows.fill(None);
+    }
+
+    /// Opens it, and sees what is there.
+    fn open(&mut self) -> Outcome {
+        let disk = self.disk.insert(open_writable(&self.store, self.image.top)?);
+        match values(disk, self.image.values.len()) {
+            Ok(values) => {
+                self.shows = values.iter().copied().map(Some).collect();
+                self.store.note(Event::Shown(values));
+                Ok(())
             }
+            Err(_) if self.faulty => Ok(()),
+            Err(e) => Err((ErrorKind::Corrupt, e)),
         }
-        Ok(())
+    }
+
+    /// Notes what a request has done to what the disk shows, and reads it.
+    fn note(&mut self, first: u64, sectors: u64, value: u64, done: Outcome) -> Outcome {
+        let shows = done.is_ok().then_some(value);
+        self.shows[first as usize..(first + sectors) as usize].fill(shows);
+        done
     }
 
     /// Compares all that the disk shows, if it is open, with what was written to it.
@@ -258,16 +259,30 @@ fn open_writable(store: &SimStore, name: &str) -> Result<VmdkDisk, (ErrorKind, S
     VmdkDisk::open_writable(file, OpenOptions::default()).map_err(told)
 }
 
-fn request(
+fn write(
     store: &SimStore,
+    writer: &dyn BlockWrite,
     ticket: usize,
     (first, sectors, value): (u64, u64, u64),
-    work: impl FnOnce() -> vmdkfuse::error::Result<()>,
-) -> vmdkfuse::error::Result<()> {
+) -> Outcome {
+    let mut data = Vec::new();
+    (first..first + sectors).for_each(|lba| data.extend_from_slice(&fill(lba, value)));
     store.mark(Mark::Begin { ticket, first, sectors, value });
-    let done = work();
+    let done = writer.write_at(Lba(first), &data);
     store.mark(Mark::End { ticket, ok: done.is_ok() });
-    done
+    done.map_err(told)
+}
+
+fn zero(
+    store: &SimStore,
+    writer: &dyn BlockWrite,
+    ticket: usize,
+    (first, sectors, unmap): (u64, u64, bool),
+) -> Outcome {
+    store.mark(Mark::Begin { ticket, first, sectors, value: 0 });
+    let done = writer.zero(Lba(first)..Lba(first + sectors), unmap);
+    store.mark(Mark::End { ticket, ok: done.is_ok() });
+    done.map_err(told)
 }
 
 fn flushing(store: &SimStore, ticket: usize, writer: &dyn BlockWrite, close: bool) -> Outcome {
@@ -275,6 +290,32 @@ fn flushing(store: &SimStore, ticket: usize, writer: &dyn BlockWrite, close: boo
     let done = if close { writer.close() } else { writer.flush() };
     store.mark(Mark::FlushEnd { ticket, ok: done.is_ok() });
     done.map_err(told)
+}
+
+/// Several threads write to one disk by chance, and one flushes it.
+pub fn record_threads(image: &Image, seed: u64, threads: usize, count: usize) -> Run {
+    let store = SimStore::new(&image.files);
+    let disk = open_writable(&store, image.top).unwrap_or_else(|e| panic!("{}", e.1));
+    let writer = disk.writer().expect("a writer");
+    thread::scope(|scope| {
+        for thread in 0..threads {
+            let (store, steps) = (&store, random_steps(image, seed + thread as u64, count, false));
+            scope.spawn(move || {
+                for (step, ticket) in steps.into_iter().zip(thread * count..) {
+                    let done = match step {
+                        Step::Write(first, sectors) => {
+                            write(store, writer, ticket, (first, sectors, ticket as u64 + 1))
+                        }
+                        Step::Zero(first, sectors, unmap) => zero(store, writer, ticket, (first, sectors, unmap)),
+                        _ => flushing(store, ticket, writer, false),
+                    };
+                    done.unwrap_or_else(|e| panic!("{step:?}: {}", e.1));
+                }
+            });
+        }
+    });
+    drop(disk);
+    Run { image: image.clone(), steps: Vec::new(), log: store.log(), broken: None, outcomes: Vec::new() }
 }
 
 /// Crashes everywhere in the log of `run`, and judges what is left.
@@ -287,8 +328,9 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     let mut random = Random::new(effort.seed);
     let mut machine = Machine::new(&run.image.files);
     let mut judge = Judge::new(&run.image.values, &run.image.repaired);
+    let start = judge.clone();
     if let Some(what) = &run.broken {
-        report.violation = Some(violation(what.clone(), run, run.log.len(), &machine, Style::All));
+        report.violation = Some(violation(what, run, run.log.len(), &machine, Style::All));
         return report;
     }
     for place in 0..=run.log.len() {
@@ -301,13 +343,13 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
             let one_of = |n: u64, random: &mut Random| n > 0 && random.below(n) == 0;
             let qemu = one_of(effort.qemu, &mut random);
             report.qemu += u64::from(qemu);
-            let mut judged = judge_crash(&run.image, &crash, &judge, qemu);
+            let mut judged = judge_crash(&run.image, &crash, &judge, &start, qemu);
             if judged.is_ok() && depth < 2 && one_of(effort.nested, &mut random) {
                 report.nested += 1;
-                judged = go_on(&run.image, &crash, &judge, effort, depth, random.next(), &mut report);
+                judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
             }
             if let Err(what) = judged {
-                report.violation = Some(violation(what, run, place, &machine, style));
+                report.violation = Some(violation(&what, run, place, &machine, style));
                 return report;
             }
         }
@@ -332,7 +374,7 @@ fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Rand
     [Style::All, Style::Nothing].into_iter().chain(chances).collect()
 }
 
-fn violation(what: String, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
+fn violation(what: &str, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
     Violation {
         what: format!("{:?}: {what}", run.image.kind),
         steps: run.steps.clone(),
@@ -347,15 +389,16 @@ fn violation(what: String, run: &Run, place: usize, machine: &Machine, style: St
 fn go_on(
     image: &Image,
     crash: &Crash,
-    judge: &Judge,
     effort: Effort,
     depth: u64,
     seed: u64,
     report: &mut Report,
 ) -> Result<(), String> {
-    let values = judge.values(&open(&SimStore::new(&crash.files), image.top)?)?;
+    let sectors = image.values.len();
+    let before = values(&open(&SimStore::new(&crash.files), image.top)?, sectors)?;
     let repaired = open_writable(&SimStore::new(&crash.files), image.top).map_err(|e| e.1)?;
-    let left = Image { files: crash.files.clone(), values, repaired: judge.values(&repaired)?, ..image.clone() };
+    let repaired = values(&repaired, sectors)?.to_vec();
+    let left = Image { files: crash.files.clone(), values: before.to_vec(), repaired, ..image.clone() };
     let mut steps = random_steps(&left, seed, 6, false);
     steps.insert(0, Step::Kill);
     let run = record(&left, &steps, FIRST + 0x1000 * (depth + 1));
@@ -375,13 +418,14 @@ fn open(store: &SimStore, name: &str) -> Result<VmdkDisk, String> {
 }
 
 /// Judges what a crash has left: as it is, while it is opened for writing, and after that.
-fn judge_crash(image: &Image, crash: &Crash, judge: &Judge, qemu: bool) -> Result<(), String> {
+/// `start` knows what was there before the run.
+fn judge_crash(image: &Image, crash: &Crash, judge: &Judge, start: &Judge, qemu: bool) -> Result<(), String> {
     let store = SimStore::new(&crash.files);
     {
         let disk = open(&store, image.top)?;
         sound(&disk, false)?;
         judge.verify(&disk)?;
-        same_cid_same_content(image, crash, &disk)?;
+        same_cid_same_content(image, crash, start, &disk)?;
         if qemu {
             show_qemu(image, &crash.files, &disk).map_err(|e| format!("before a repair: {e}"))?;
         }
@@ -424,7 +468,7 @@ fn sound(disk: &VmdkDisk, closed: bool) -> Result<(), String> {
 }
 
 /// Who remembers the CID of the start must find the content of the start.
-fn same_cid_same_content(image: &Image, crash: &Crash, disk: &VmdkDisk) -> Result<(), String> {
+fn same_cid_same_content(image: &Image, crash: &Crash, start: &Judge, disk: &VmdkDisk) -> Result<(), String> {
     let cid = |files: &[(String, super::Bytes)]| {
         let (_, bytes) = files.iter().find(|(name, _)| name == image.top).expect("the file");
         let mut head = vec![0; bytes.len().min(8192) as usize];
@@ -435,8 +479,7 @@ fn same_cid_same_content(image: &Image, crash: &Crash, disk: &VmdkDisk) -> Resul
     if cid(&crash.files) != cid(&image.files) {
         return Ok(());
     }
-    let same = Judge::new(&image.values, &image.repaired).verify(disk);
-    same.map_err(|e| format!("the content has changed, the CID has not: {e}"))
+    start.verify(disk).map_err(|e| format!("the content has changed, the CID has not: {e}"))
 }
 
 /// qemu-img finds no fault, and reads the same.

@@ -93,8 +93,14 @@ pub enum Event {
     Sync(usize, bool),
     /// A file was made; it has the next number. That it is there is durable at once.
     Made(String),
+    /// A file was taken out; it keeps its number. That it is gone is durable at once.
+    Removed(usize),
     /// Something was done to the disk.
     Disk(Mark),
+    /// The process that wrote to the disk is gone, and with it what it had only in memory.
+    Killed,
+    /// Who has opened the disk after that sees these values.
+    Shown(Arc<[u64]>),
 }
 
 /// What shall go wrong. Counters count down from now, 1 is the next call; each fires once.
@@ -129,19 +135,34 @@ struct Named {
     bytes: Bytes,
     /// Counts its changes, in the place of a time.
     changes: u64,
+    /// It has no name any more.
+    removed: bool,
+}
+
+impl Named {
+    fn new(name: String, bytes: Bytes) -> Self {
+        Self { name, bytes, changes: 0, removed: false }
+    }
+}
+
+impl State {
+    /// The number of the file that is called `name`.
+    fn named(&self, name: &str) -> Option<usize> {
+        self.files.iter().position(|file| file.name == name && !file.removed)
+    }
 }
 
 impl SimStore {
     /// A folder with these files, all durable.
     pub fn new(files: &[(String, Bytes)]) -> Self {
-        let files = files.iter().map(|(name, bytes)| Named { name: name.clone(), bytes: bytes.clone(), changes: 0 });
+        let files = files.iter().map(|(name, bytes)| Named::new(name.clone(), bytes.clone()));
         Self { state: Arc::new(Mutex::new(State { files: files.collect(), ..State::default() })) }
     }
 
     /// Opens a file.
     pub fn file(&self, name: &str, access: Access) -> Result<Arc<dyn StoredFile>> {
         let state = self.lock();
-        let number = state.files.iter().position(|file| file.name == name);
+        let number = state.named(name);
         let number = number.ok_or_else(|| Error::new(ErrorKind::NotFound, name))?;
         Ok(Arc::new(self.opened(&state, number, access)))
     }
@@ -153,7 +174,12 @@ impl SimStore {
 
     /// Notes what is done to the disk.
     pub fn mark(&self, mark: Mark) {
-        self.lock().log.push(Event::Disk(mark));
+        self.note(Event::Disk(mark));
+    }
+
+    /// Notes what is not done to a file.
+    pub fn note(&self, event: Event) {
+        self.lock().log.push(event);
     }
 
     /// What goes wrong from now on.
@@ -168,13 +194,15 @@ impl SimStore {
 
     /// What the files hold now, durable or not.
     pub fn files(&self) -> Vec<(String, Bytes)> {
-        self.lock().files.iter().map(|file| (file.name.clone(), file.bytes.clone())).collect()
+        let state = self.lock();
+        state.files.iter().filter(|file| !file.removed).map(|file| (file.name.clone(), file.bytes.clone())).collect()
     }
 
     /// Cuts a file behind the back of those who have it open. It is not logged.
     pub fn cut(&self, name: &str, len: u64) {
         let mut state = self.lock();
-        let file = state.files.iter_mut().find(|file| file.name == name).expect("a file of that name");
+        let number = state.named(name).expect("a file of that name");
+        let file = &mut state.files[number];
         file.bytes.set_len(len);
         file.changes += 1;
     }
@@ -203,26 +231,31 @@ impl Store for SimStore {
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
         let name = String::from_utf8_lossy(name.as_bytes()).into_owned();
         let mut state = self.lock();
-        if state.files.iter().any(|file| file.name == name) {
+        if state.named(&name).is_some() {
             return Err(Error::new(ErrorKind::Os(libc::EEXIST), name));
         }
         state.log.push(Event::Made(name.clone()));
-        state.files.push(Named { name, bytes: Bytes::default(), changes: 0 });
+        state.files.push(Named::new(name, Bytes::default()));
         let number = state.files.len() - 1;
         Ok(Arc::new(self.opened(&state, number, Access::Write)))
     }
 
-    fn remove(&self, name: &ExtentName, _identity: &Identity) -> Result<()> {
-        Err(Error::new(ErrorKind::Unsupported, format!("{name}: files are never removed here")))
+    fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
+        let mut state = self.lock();
+        let number = state.named(&String::from_utf8_lossy(name.as_bytes()));
+        let number = number.filter(|&number| identity.file == (0, number as u64));
+        let number = number.ok_or_else(|| Error::new(ErrorKind::NotFound, name.to_string()))?;
+        state.files[number].removed = true;
+        state.log.push(Event::Removed(number));
+        Ok(())
     }
 
     fn sync(&self) -> Result<()> {
-        // names are durable at once: what is searched is what becomes of contents
         Ok(())
     }
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
-        self.lock().files.iter().take(most).map(|file| ExtentName::new(&file.name)).collect()
+        self.files().iter().take(most).map(|(name, _)| ExtentName::new(name)).collect()
     }
 }
 

@@ -32,6 +32,7 @@ pub struct MountCmd<'s> {
     args: Vec<OsString>,
     foreground: bool,
     pidfile: Option<PathBuf>,
+    env: Vec<(String, String)>,
     memory: Option<u64>,
     deadline: Duration,
 }
@@ -41,7 +42,8 @@ impl<'s> MountCmd<'s> {
     pub(super) fn new(scratch: &'s Scratch) -> Self {
         let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
         let (point, args) = (scratch.path("mnt"), Vec::new());
-        Self { scratch, point, args, foreground: false, pidfile, memory: None, deadline: Duration::from_secs(60) }
+        let (env, deadline) = (Vec::new(), Duration::from_secs(60));
+        Self { scratch, point, args, foreground: false, pidfile, env, memory: None, deadline }
     }
 
     /// Another mount point, below the test's folder. Nothing is made there.
@@ -85,6 +87,13 @@ impl<'s> MountCmd<'s> {
     #[must_use]
     pub fn without_pidfile(mut self) -> Self {
         self.pidfile = None;
+        self
+    }
+
+    /// See [`Cmd::env`].
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -187,6 +196,7 @@ impl<'s> MountCmd<'s> {
             cmd = cmd.arg("-f");
         }
         cmd = cmd.arg(&self.point).args(&self.args);
+        cmd = self.env.iter().fold(cmd, |cmd, (name, value)| cmd.env(name, value));
         match self.memory {
             Some(bytes) => cmd.memory(bytes),
             None => cmd,
