@@ -11,7 +11,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # PACKAGE:COMMAND or PACKAGE:/FILE; the package counts as there if dpkg says so or the command or file is found.
 DEMO="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
-TEST="$DEMO fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL"
+TEST="$DEMO erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL"
 BENCH="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-common:qemu-storage-daemon fio:fio python3:python3 libnbd-bin:nbdfuse libvmdk-utils:vmdkmount"
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -5,7 +5,8 @@
 //! nanoseconds, a hop to another thread some ten microseconds.
 
 use std::fmt;
-use std::ops::Range;
+use std::num::NonZeroU64;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::BorrowedFd;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -97,12 +98,52 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Where its sectors lie in files; `None`: they don't lie there as they are read (compressed data).
+    fn runs(&self) -> Option<&dyn Runs> {
+        None
+    }
+
     /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
     /// read it without us, and write it where there is a [`writer`](Self::writer) (after
     /// [`begin`](BlockWrite::begin)).
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+}
+
+/// A disk whose sectors lie in files as they are read, or read as zeroes.
+pub trait Runs {
+    /// The files, in the order of their numbers.
+    fn files(&self) -> Vec<RunFile<'_>>;
+
+    /// Tells where all sectors of the disk lie, run by run, from the first to the last, until `each` breaks. It keeps the
+    /// caches of readers as they are.
+    ///
+    /// Errors: damaged tables, a run that does not lie in a file as it is read.
+    fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()>;
+}
+
+/// A file that holds sectors of a disk.
+#[derive(Debug, Clone, Copy)]
+pub struct RunFile<'a> {
+    /// Its length in bytes.
+    pub len: u64,
+    /// Its descriptor, where it is a regular file of this machine.
+    pub fd: Option<BorrowedFd<'a>>,
+}
+
+/// Where a run of sectors lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunPlace {
+    /// In a file.
+    Stored {
+        /// Its number in [`Runs::files`].
+        file: usize,
+        /// The sector of the file that the run starts at.
+        sector: u64,
+    },
+    /// Nowhere: zeroes.
+    Zero,
 }
 
 /// A disk that can be written to. Each sector of a request that failed or was cut short by a crash is old or new.

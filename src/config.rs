@@ -188,6 +188,8 @@ pub struct LocalConfig {
     pub force: bool,
     /// Make it first.
     pub create: Option<CreateConfig>,
+    /// Whether the kernel reads its files by itself.
+    pub view: ViewConfig,
 }
 
 impl LocalConfig {
@@ -201,8 +203,38 @@ impl LocalConfig {
             lock: true,
             force: false,
             create: None,
+            view: ViewConfig::default(),
         }
     }
+}
+
+/// How the kernel may read a disk by itself, without a request to us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ViewConfig {
+    /// Whether it may.
+    pub mode: KernelView,
+    /// The most bytes of memory for the index that it needs where the disk is not one flat file.
+    pub size: u64,
+    /// Where that index goes; `None`: into memory.
+    pub dir: Option<PathBuf>,
+}
+
+impl Default for ViewConfig {
+    fn default() -> Self {
+        Self { mode: KernelView::Auto, size: 256 << 20, dir: None }
+    }
+}
+
+/// Whether the kernel reads a disk by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KernelView {
+    /// Where it can.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always; a mount that can't is an error.
+    Required,
 }
 
 /// A VMDK that is to be made.
@@ -234,7 +266,7 @@ pub enum CreateType {
     VmfsFlat,
     /// The same without room that was not written to.
     VmfsThin,
-    /// One file of compressed grains, written once from start to end.
+    /// One file of compressed grains, written once from start to end. A mount of it never delays writes.
     StreamOptimized,
 }
 

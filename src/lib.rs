@@ -13,6 +13,7 @@
 //!    built-in engine               a plain file or device
 //!    store/  local
 //! ```
+//! Beside it, `kernel_view/` describes a read-only disk to the kernel, which then reads it without us.
 //! Dependencies point downwards only; `image/stack.rs` alone knows all sides. `cli` turns words into a
 //! [`config::Config`], and `run` is the order of life of a process.
 
@@ -24,10 +25,12 @@ pub mod daemon;
 pub mod error;
 pub mod fuse;
 pub mod image;
+pub mod kernel_view;
 pub mod layer;
 pub mod log;
 pub mod pidfile;
 pub mod query;
+mod ranges;
 pub mod run;
 pub mod signals;
 pub mod source;

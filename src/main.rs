@@ -55,7 +55,8 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
     let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
     let loops = session::loops(mount.threads);
-    let filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    filesystem.make_required_views()?;
     Ok(Opened {
         faults: filesystem.faults(),
         disks: filesystem.disks(),

@@ -259,6 +259,7 @@ fn info_text(described: &Described, out: &mut String) {
             line!(out, "  link {i:<4} {} CID {cid}{parent}{unclean}: {}", link.create_type, link.file);
         }
     }
+    line!(out, "  read by   {}", d.read_by);
     if let Some(overlay) = &described.overlay {
         let parent = overlay.parent_cid.as_deref().unwrap_or("none");
         let unclean = if overlay.unclean { ", was not closed after writing" } else { "" };

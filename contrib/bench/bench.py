@@ -31,10 +31,12 @@ INSIDE = "VMDKFUSE_BENCH_INSIDE"
 MEASURES = {
     "start": ("start to first byte, ms", False, 1),
     "cold": ("sequential 1 MiB, page cache cold, MiB/s", True, 0),
+    "warm": ("the same again, page cache warm, MiB/s", True, 0),
     "direct": ("O_DIRECT 1 MiB QD4, MiB/s", True, 0),
     "all": ("whole disk with holes, O_DIRECT 1 MiB QD4, MiB/s", True, 0),
     "r1": ("random 4 KiB O_DIRECT QD1, IOPS", True, 0),
     "r16": ("random 4 KiB O_DIRECT QD16, IOPS", True, 0),
+    "rb": ("random 4 KiB buffered, page cache cold, IOPS", True, 0),
     "cpu": ("daemon CPU of cold, s/GiB", False, 2),
     "rss": ("peak RSS, MiB", False, 0),
 }
@@ -194,7 +196,7 @@ class Bench:
                     self.fail(kind, spec, "start", e)
                     mount.end()
                     running.remove(mount)
-            for what in ("cold", "direct", "all", "r1", "r16"):
+            for what in ("cold", "direct", "all", "r1", "r16", "rb"):
                 if what in self.o.measures:
                     for mount in rounds(running, self.o.rounds):
                         self.measure(kind, mount, what)
@@ -235,6 +237,19 @@ class Bench:
         got = {"cold": read["bw_bytes"] / MIB}
         if mount.pids and "cpu" in self.o.measures:
             got["cpu"] = (mount.cpu_seconds() - before) / (read["io_bytes"] / GIB)
+        if "warm" in self.o.measures:
+            words = ["--ioengine=psync", "--invalidate=0", f"--size={read['io_bytes'] // MIB * MIB}"]
+            got["warm"] = self.fio(mount, "read", "1M", words, self.o.cap)["bw_bytes"] / MIB
+        mount.drop_cache()
+        return got
+
+    def rb(self, mount):
+        """Each page once, so that all of them are cold."""
+        size = images.dense(self.o.size)
+        mount.drop_cache()
+        pretouch(size)
+        words = ["--ioengine=psync", "--norandommap=0", f"--size={size}"]
+        got = {"rb": self.fio(mount, "randread", "4k", words, self.o.time)["iops"]}
         mount.drop_cache()
         return got
 

@@ -51,7 +51,7 @@ PEERS = [
 
 def contender(name, program, user=False):
     """A build of vmdkfuse, as one starts it in daily use."""
-    return Spec(name, "{bin} {mnt} file={img}", "{mnt}/{stem}.raw", role="contender", user=user, program=program)
+    return Spec(name, "{bin} -r {mnt} file={img}", "{mnt}/{stem}.raw", role="contender", user=user, program=program)
 
 
 class Failed(Exception):
@@ -117,8 +117,10 @@ class Mount:
         return subprocess.run(self.prefix + command, capture_output=True, text=True, timeout=timeout)
 
     def drop_cache(self):
-        """Has the kernel forget the file's pages."""
+        """Has the kernel forget the file's pages; all that it can, as a file that it reads by itself has them elsewhere."""
         self.run(["dd", f"if={self.file}", "of=/dev/null", "iflag=nocache", "count=0", "status=none"])
+        with open("/proc/sys/vm/drop_caches", "w") as f:
+            f.write("1")
 
     def same_as(self, raw, length):
         """Whether the first bytes of the file are those of the raw disk."""

@@ -1,5 +1,7 @@
-//! What the integration tests share: a maker of VMDK variants, files in memory, and the entry points of the fuzzers.
+//! What the integration tests share: a maker of VMDK variants, crashes of a simulated
+//! store, files in memory, and the entry points of the fuzzers.
 
+pub mod crash;
 pub mod fuzz;
 pub mod harness;
 pub mod make;

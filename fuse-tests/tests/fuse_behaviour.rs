@@ -46,7 +46,8 @@ fn disks(options: &[&str]) -> Option<Disks> {
         let (out, option) = (scratch.path(format!("{name}.vmdk")), format!("subformat={subformat}"));
         qemu_img(["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()]);
     }
-    let start = options.iter().fold(scratch.mount(), |mount, option| mount.arg(option));
+    // others change the images, and qemu reads them meanwhile
+    let start = options.iter().fold(scratch.mount().arg("readonly=true"), |mount, option| mount.arg(option));
     let mount = start.file("sparse.vmdk").file("stream.vmdk").file("flat.vmdk").start();
     Some(Disks { mount, scratch, raw })
 }
@@ -417,7 +418,7 @@ fn a_damaged_grain_is_an_io_error_in_its_place_only() {
     let grain = image.first_stored();
     image.set_entry(grain, 0x7000_0000);
     image.write(&bad);
-    let mount = disks.scratch.mount().at("mnt2").file(&bad);
+    let mount = disks.scratch.mount().at("mnt2").arg("readonly=true").file(&bad);
     disks.scratch.mkdir("mnt2");
     let mount = mount.start();
     let file = File::open(mount.file("bad.raw")).unwrap();

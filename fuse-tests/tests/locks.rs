@@ -157,7 +157,8 @@ fn readers_go_together() {
         let format = format_of(Path::new(name));
         let server = Server::start(&scratch, Path::new(name), &["--read-only", "-f", format]);
         // the same image twice in one mount, and in two mounts
-        let two = |at: &str| scratch.mount().at(at).file(name).arg("name=a").file(name).arg("name=b");
+        let two =
+            |at: &str| scratch.mount().at(at).arg("readonly=true").file(name).arg("name=a").file(name).arg("name=b");
         scratch.mkdir("other");
         let (one, other) = (two("mnt").start(), two("other").start());
         let image = scratch.path(name);
@@ -170,7 +171,7 @@ fn readers_go_together() {
     }
     // A writer of a snapshot only reads its parent.
     let _server = Server::writes(&scratch, "top.vmdk");
-    scratch.mount().file("base.vmdk").start().unmount();
+    scratch.mount().arg("readonly=true").file("base.vmdk").start().unmount();
 }
 
 #[test]
@@ -179,7 +180,7 @@ fn an_image_that_is_opened_anew_stays_locked() {
         return;
     }
     let scratch = images();
-    let mount = scratch.mount().file("plain.img").start();
+    let mount = scratch.mount().arg("readonly=true").file("plain.img").start();
     let file = File::options().write(true).open(scratch.path("plain.img")).unwrap();
     for byte in [1, 2] {
         file.write_all_at(&[byte; 512], 0).unwrap();
@@ -288,7 +289,8 @@ fn marks_of_vmware_are_warned_of() {
     let esx = format!(".lck-{:016x}", inode.swap_bytes());
     scratch.write(&esx, [&[0; 20][..], b"esx7.example.com\0"].concat());
     let log = |name: &str, more: &str| {
-        let mount = scratch.mount().file("flat.vmdk").arg("--log-file").arg(name).arg(more).start();
+        let mount =
+            scratch.mount().arg("readonly=true").file("flat.vmdk").arg("--log-file").arg(name).arg(more).start();
         // changed, so that it is opened anew
         fs::write(scratch.path("flat.vmdk"), fs::read(scratch.path("flat.vmdk")).unwrap()).unwrap();
         read_range(&mount.file("flat.raw"), 0, 512);

@@ -103,7 +103,7 @@ fn a_config_file_describes_two_disks() {
     let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
     assert_eq!(ended.code, Some(0));
     assert_eq!((first.unwrap(), second.unwrap()), (disk(6), disk(5)));
-    assert_eq!(mode.unwrap(), 0o440, "the command line's umask goes before the file's");
+    assert_eq!(mode.unwrap(), 0o640, "the command line's umask goes before the file's");
     assert!(entries.iter().any(|entry| entry.point == point && entry.source == "described"), "{entries:?}");
     assert_eq!(fs::read(raw).unwrap(), disk(5));
 }

@@ -80,7 +80,7 @@ fn assert_one_of(file: &File, versions: [&Layer; 2]) {
 
 /// Mounts one disk as `disk`.
 fn mount(scratch: &Scratch, open: &Path) -> Mount {
-    scratch.mount().file(open).arg("name=disk").start()
+    scratch.mount().arg("readonly=true").file(open).arg("name=disk").start()
 }
 
 #[test]
@@ -368,9 +368,9 @@ fn regression_a_disk_of_which_nothing_can_be_read_is_one_error() {
     damage_table(&table.path, [table.at.tables[&0], table.at.rtables[&0]], 0..64);
     for (path, cause) in [(&directory.path, "grain directory entry 0"), (&table.path, "of grain table 0")] {
         for arg in ["-v", "-f"] {
-            let outcome = scratch.mount().arg("name=disk").file(path).refused(1);
+            let outcome = scratch.mount().arg("readonly=true").arg("name=disk").file(path).refused(1);
             outcome.one_error(1, &[cause, "disk.vmdk", "byte"]);
-            let outcome = scratch.mount().arg(arg).arg("name=disk").file(path).refused(1);
+            let outcome = scratch.mount().arg("readonly=true").arg(arg).arg("name=disk").file(path).refused(1);
             let errors = outcome.stderr.lines().filter(|l| l.contains(cause)).count();
             assert_eq!(errors, 1, "{arg}: {outcome}");
         }
@@ -396,7 +396,15 @@ fn regression_the_log_of_a_damaged_disk_is_short() {
     let made = c.simple_of(512 * 8, 8, &[0, 1, 2], &Hosted::default()).unwrap();
     damage_table(&made.path, [made.at.tables[&0], made.at.rtables[&0]], 2..512);
     let log = scratch.path("log");
-    let mount = scratch.mount().arg("--log-file").arg(&log).arg("cache=none").arg("name=disk").file(&made.path).start();
+    let mount = scratch
+        .mount()
+        .arg("readonly=true")
+        .arg("--log-file")
+        .arg(&log)
+        .arg("cache=none")
+        .arg("name=disk")
+        .file(&made.path)
+        .start();
     let path = mount.file("disk");
     let dd = Cmd::new("dd").args(["bs=4096", "conv=noerror,sync", "of=/dev/null"]);
     let outcome = dd.arg(format!("if={}", path.display())).run();

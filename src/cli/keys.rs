@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use super::params::{Settings, SourceSpec};
 use super::{UsageError, values, writing};
-use crate::config::Format;
+use crate::config::{Format, KernelView};
 
 /// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
 pub(super) const HELP_WIDTH: usize = 96;
@@ -352,8 +352,19 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.force = Some(values::boolean(v)?); Ok(()) }),
     Key::local("lock", Group::Local, one_of(&["on", "off"]), "keep writers out of the image's files (default: on)",
         |s, v| { s.lock = Some(v == "on"); Ok(()) }),
-    Key::later("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the files itself"),
-    Key::later("view-size", Group::Local, Kind::Size, "bound of the kernel view's index"),
+    Key::local("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the files itself",
+        |s, v| {
+            s.view = Some(match v.to_str() {
+                Some("off") => KernelView::Off,
+                Some("required") => KernelView::Required,
+                _ => KernelView::Auto,
+            });
+            Ok(())
+        }),
+    Key::local("view-size", Group::Local, Kind::Size, "memory for what tells it where the data lie (default: 256M)",
+        |s, v| { s.view_size = Some(values::size(v)?); Ok(()) }),
+    Key::local("view-dir", Group::Local, Kind::Path, "folder for it, on a disk's file system (default: in memory)",
+        |s, v| { s.view_dir = Some(values::path(v)?); Ok(()) }),
 
     Key::later("server", Group::VMware, Kind::Text, "ESXi or vCenter host"),
     Key::later("port", Group::VMware, Kind::Text, "its port (also of an NBD server: number or service)"),
@@ -423,12 +434,12 @@ mod tests {
     const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
         password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
         transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
-        create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size dir partitions \
+        create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size view-dir dir partitions \
         descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
         shared tls tls-certificates tls-verify tls-username tls-psk";
 
     const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
-        force create create-size create-type create-adapter-type create-hwversion";
+        force create create-size create-type create-adapter-type create-hwversion kernel-view view-size view-dir";
 
     #[test]
     fn the_table_is_the_contract() {

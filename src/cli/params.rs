@@ -19,7 +19,7 @@ use super::{
     values::{self, shown},
     writing::{self, Creation, Purpose},
 };
-use crate::config::{DiskConfig, Format, LocalConfig, Overlay, PageCache, SourceConfig};
+use crate::config::{DiskConfig, Format, KernelView, LocalConfig, Overlay, PageCache, SourceConfig, ViewConfig};
 
 /// What was said about one disk, or about all.
 #[derive(Debug, Clone, Default)]
@@ -44,6 +44,12 @@ pub(super) struct Settings {
     pub(super) accept_cid_mismatch: Option<bool>,
     /// `lock=`
     pub(super) lock: Option<bool>,
+    /// `kernel-view=`
+    pub(super) view: Option<KernelView>,
+    /// `view-size=`
+    pub(super) view_size: Option<u64>,
+    /// `view-dir=`
+    pub(super) view_dir: Option<PathBuf>,
     /// `cow=`
     pub(super) overlay: Option<Overlay>,
     /// `force=`
@@ -103,6 +109,9 @@ impl Settings {
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
             accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
             lock: self.lock.or(common.lock),
+            view: self.view.or(common.view),
+            view_size: self.view_size.or(common.view_size),
+            view_dir: self.view_dir.clone().or_else(|| common.view_dir.clone()),
             overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
             force: self.force.or(common.force),
             creation: self.creation.over(common.creation),
@@ -151,6 +160,11 @@ impl Requested {
                 lock: settings.lock.unwrap_or(true),
                 force: settings.force.unwrap_or_default(),
                 create,
+                view: ViewConfig {
+                    mode: settings.view.unwrap_or_default(),
+                    size: settings.view_size.unwrap_or(ViewConfig::default().size),
+                    dir: settings.view_dir,
+                },
             }),
         };
         writing::check_disk(&disk, purpose)?;
@@ -382,6 +396,9 @@ mod tests {
             "allow-dir=/two",
             "degraded=cid",
             "lock=off",
+            "kernel-view=required",
+            "view-size=4M",
+            "view-dir=/v",
             "cow=/c.vmdk",
             "force=yes",
         ]);
@@ -400,6 +417,7 @@ mod tests {
                 lock: false,
                 force: true,
                 create: None,
+                view: ViewConfig { mode: KernelView::Required, size: 4 << 20, dir: Some("/v".into()) },
             }),
         };
         assert_eq!(disks, Ok(vec![expected]));
@@ -415,6 +433,7 @@ mod tests {
         assert_eq!(local(&disks[0]).format, Format::Auto);
         assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
         assert!(local(&disks[0]).lock);
+        assert_eq!(local(&disks[0]).view, ViewConfig::default());
     }
 
     #[test]

@@ -51,7 +51,7 @@ impl Attributes {
     }
 
     /// Sets what is wished for.
-    pub(super) fn set(&self, wish: Wish) {
+    pub(super) fn set(&self, wish: &Wish) {
         let mut set = self.settled();
         // setuid and the like mean nothing on a disk
         set.mode = wish.mode.map(|mode| (mode & 0o777) as u16).or(set.mode);

@@ -112,7 +112,7 @@ impl Node {
                 faults.note(e.clone().within(format!("{name}: making it durable")));
             }
         });
-        self.flushes.flush(self.image(), context.spare, answer);
+        self.flushes.flush(&self.image(), context.spare, answer);
     }
 }
 

@@ -68,7 +68,7 @@ impl std::fmt::Debug for Flushes {
 impl Flushes {
     /// Flushes `image`, and answers when everything that was written to it before is durable. Returns at once where
     /// somebody else does the work.
-    pub(super) fn flush(self: &Arc<Self>, image: Arc<Image>, spare: &Spare, answer: Answer) {
+    pub(super) fn flush(self: &Arc<Self>, image: &Arc<Image>, spare: &Spare, answer: Answer) {
         {
             let mut queue = self.queue();
             if queue.running {
@@ -77,11 +77,11 @@ impl Flushes {
             queue.running = true;
         }
         if let Some(_busy) = spare.take() {
-            return self.work(&image, answer);
+            return self.work(image, answer);
         }
         // shared with the thread, so that it is not lost where there is none to be had
         let first = Arc::new(Mutex::new(Some(answer)));
-        let (this, theirs, its_image) = (Arc::clone(self), Arc::clone(&first), Arc::clone(&image));
+        let (this, theirs, its_image) = (Arc::clone(self), Arc::clone(&first), Arc::clone(image));
         let begun = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
             if let Some(answer) = take(&theirs) {
                 this.work(&its_image, answer);
@@ -90,7 +90,7 @@ impl Flushes {
         if begun.is_err()
             && let Some(answer) = take(&first)
         {
-            self.work(&image, answer);
+            self.work(image, answer);
         }
     }
 

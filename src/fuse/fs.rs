@@ -1,7 +1,8 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`, what changes a disk is in `change.rs`.
+//! the root is the disk. How an open is served is decided in `node.rs`, which of its two
+//! nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in `change.rs`.
 //!
 //! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
@@ -13,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
@@ -26,6 +27,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
 use crate::fuse::node::{Node, Passthrough, is_aligned};
+use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
 
 /// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
@@ -52,6 +54,7 @@ pub struct DiskFs {
     umask: u16,
     mounted: SystemTime,
     passthrough: Passthrough,
+    views: view::Builder,
     faults: Arc<Faults>,
     spare: Spare,
 }
@@ -79,7 +82,7 @@ impl Disks {
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
-        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image));
+        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -88,9 +91,20 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
+            views: view::Builder::default(),
             faults: Arc::default(),
             spare: Spare::of(loops),
         }
+    }
+
+    /// Makes the kernel views that are required; the others come behind the mount. Errors: why a disk can't have one.
+    pub fn make_required_views(&mut self) -> Done<()> {
+        let disks = self.views_wanted();
+        self.views.required(&disks, self.shape)
+    }
+
+    fn views_wanted(&self) -> Vec<view::Wanted> {
+        self.nodes.iter().map(|n| (Arc::clone(&n.view), n.image())).collect()
     }
 
     /// Where failed requests are noted.
@@ -118,7 +132,19 @@ impl DiskFs {
             );
             return false;
         }
+        if let Some(stream) = self.stream().filter(|_| asks(PageCache::WriteBack)) {
+            let name = stream.config.name.display();
+            tracing::warn!(
+                "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
+            );
+            return false;
+        }
         asks(PageCache::WriteBack)
+    }
+
+    /// A disk that has to be written in order.
+    fn stream(&self) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.in_order())
     }
 
     fn context(&self) -> Context<'_> {
@@ -131,7 +157,7 @@ impl DiskFs {
     }
 
     fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
-        let index = match (self.shape, ino) {
+        let index = match (self.shape, view::disk_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
@@ -142,7 +168,7 @@ impl DiskFs {
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
         match self.node(ino) {
-            Ok(node) => Ok(self.file_attr(ino, node)),
+            Ok(node) => Ok(self.file_attr(view::disk_of(ino), node)),
             Err(_) if ino == ROOT => Ok(self.directory_attr()),
             Err(e) => Err(e),
         }
@@ -202,12 +228,12 @@ fn time_of(ns: i128) -> SystemTime {
 impl Filesystem for DiskFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // each is wanted where the kernel has it, and done without where it doesn't
-        for wanted in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_MAX_PAGES,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-        ] {
+        if self.stream().is_none() {
+            // with it the parts of one direct write are sent all at once, and several loops may take them in any order
+            let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        }
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_MAX_PAGES, InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP]
+        {
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_write(MAX_READ as u32);
@@ -221,9 +247,12 @@ impl Filesystem for DiskFs {
         } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
             Err(NO_PASSTHROUGH)
         } else {
-            let _ = config.set_max_stack_depth(1);
+            // a view counts as one layer below us
+            let view = self.nodes.iter().any(|n| n.view.is_wanted());
+            let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
             if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
         };
+        self.views.start(self.views_wanted(), self.passthrough);
         Ok(())
     }
 
@@ -233,9 +262,9 @@ impl Filesystem for DiskFs {
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
-                    match self.attr(ino) {
-                        Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
-                        Err(e) => reply.error(e),
+                    match (self.node(ino), self.attr(ino)) {
+                        (Ok(node), Ok(attr)) => node.view.entry(&attr, &TTL, reply),
+                        (Err(e), _) | (_, Err(e)) => reply.error(e),
                     }
                 }
                 _ => reply.error(Errno::ENOENT),
@@ -252,6 +281,7 @@ impl Filesystem for DiskFs {
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         guarded(|| match self.node(ino) {
+            Ok(node) if view::is_view(ino) => node.open_view(flags, req.pid(), &self.faults, reply),
             Ok(node) => node.open(self.passthrough, flags, req.pid(), &self.faults, reply),
             Err(e) => reply.error(e),
         });
@@ -356,7 +386,7 @@ impl Filesystem for DiskFs {
             let set = self.node(ino).and_then(|node| {
                 match size {
                     Some(size) => node.cut(size, fh, req.pid())?,
-                    None => node.attributes.set(Wish { mode, uid, gid, atime, mtime }),
+                    None => node.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
                 }
                 self.attr(ino)
             });
@@ -380,8 +410,10 @@ impl Filesystem for DiskFs {
         reply: ReplyEmpty,
     ) {
         guarded(|| {
-            if let Ok(node) = self.node(ino) {
-                node.release(fh);
+            match self.node(ino) {
+                Ok(node) if view::is_view(ino) => node.view.release(fh),
+                Ok(node) => node.release(fh),
+                Err(_) => {}
             }
             reply.ok();
         });

@@ -6,6 +6,7 @@
 //!   session       serves the kernel's requests on threads of their own
 //!   fs            the answers ── errno, faults: what errors become
 //!   node          one disk: how an open is served ── change: writes ── flush: who makes them durable ── attr
+//!     view        its second node, which the kernel reads by itself
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
@@ -28,6 +29,7 @@ pub mod session;
 mod testfs;
 #[cfg(test)]
 mod tests;
+mod view;
 pub mod watcher;
 
 pub use faults::Faults;

@@ -7,6 +7,8 @@
 //!     ├─ O_DIRECT, or only for writing  DIRECT   no page would be read again
 //!     └─ else                           SERVED   the kernel keeps pages of what we answer
 //! ```
+//! A disk that is no flat file may have a second node, which the kernel reads by itself: `view.rs`.
+//!
 //! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
 //! goes with both.
 //!
@@ -22,12 +24,13 @@ use std::time::{Duration, Instant};
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
 use crate::block::SECTOR;
-use crate::config::{DiskConfig, PageCache, SourceConfig};
+use crate::config::{DiskConfig, MountKind, PageCache, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Flushes;
+use crate::fuse::view::Switch;
 use crate::image::{self, Image, Scratch};
 
 thread_local! {
@@ -51,14 +54,17 @@ pub(super) struct Node {
     /// Taken after `opens`, never before.
     image: RwLock<Arc<Image>>,
     opens: Mutex<Opens>,
+    /// Its second node, which the kernel reads by itself.
+    pub(super) view: Arc<Switch>,
     said_served: AtomicBool,
 }
 
 impl Node {
     /// An open disk.
-    pub(super) fn new(config: DiskConfig, image: Image) -> Self {
+    pub(super) fn new(config: DiskConfig, image: Image, shape: MountKind) -> Self {
         let writable = image.writable();
         Self {
+            view: Arc::new(Switch::new(&config, &image, shape)),
             // one that is opened anew is what it was
             config: DiskConfig { read_only: !writable, ..config },
             attributes: Attributes::default(),
@@ -69,6 +75,11 @@ impl Node {
             opens: Mutex::default(),
             said_served: AtomicBool::new(false),
         }
+    }
+
+    /// Whether it has to be written in order.
+    pub(super) fn in_order(&self) -> bool {
+        self.image().disk().writer().is_some_and(|disk| disk.in_order_only())
     }
 
     /// The disk as it is now.
@@ -116,7 +127,8 @@ impl Node {
         self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
         // an open for reading leaves nothing to be made durable when it is closed
         let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
-        let direct = quiet | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        let parallel = if self.in_order() { quiet } else { quiet | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES };
+        let direct = parallel | FopenFlags::FOPEN_DIRECT_IO;
         let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
             return reply.opened(handle(DIRECT, writes), direct);
@@ -140,8 +152,14 @@ impl Node {
                 }
                 opens.pass(&self.image(), handle(PASSED, writes), if streams { direct } else { quiet }, reply);
             }
+            Err(why) if self.view.refuses(&why, faults) => reply.error(Errno::EIO),
+            Err(_) if self.view.is_wanted() && flags.0 & libc::O_DIRECT != 0 => {
+                self.view.served(true, pid);
+                reply.opened(handle(VIEWLESS, writes), direct);
+            }
             Err(why) => {
-                if !self.said_served.swap(true, Ordering::Relaxed) {
+                self.view.served(false, pid);
+                if !self.view.is_wanted() && !self.said_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
                 // what is only written is written through anyhow, and gains nothing by pages
@@ -154,6 +172,17 @@ impl Node {
                 let keep = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
                 reply.opened(handle(SERVED, writes), quiet | keep);
             }
+        }
+    }
+
+    /// The same for the node that the kernel reads by itself.
+    pub(super) fn open_view(&self, flags: OpenFlags, pid: u32, faults: &Faults, reply: ReplyOpen) {
+        if let Err(e) = self.refresh() {
+            reply.error(errno(&e));
+            return faults.note(e);
+        }
+        if let Err(e) = self.view.open(&self.image(), flags.0 & libc::O_DIRECT != 0, pid, reply) {
+            faults.note(e);
         }
     }
 
@@ -173,6 +202,9 @@ impl Node {
         }
         let image = self.image();
         let fd = image.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
+        if self.view.is_off() {
+            return Err("kernel-view=off".to_owned());
+        }
         passthrough?;
         let id = reply.open_backing(fd).map_err(|e| match e.raw_os_error() {
             Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
@@ -194,6 +226,7 @@ impl Node {
                 }
             }
             SERVED => opens.served = opens.served.saturating_sub(1),
+            VIEWLESS => self.view.direct_ended(),
             _ => {}
         }
     }
@@ -278,6 +311,8 @@ const PASSED: u64 = 1;
 const SERVED: u64 = 0;
 /// Opens without pages, which we serve.
 const DIRECT: u64 = 2;
+/// The same of a disk that the kernel reads by itself where it can: they keep its name from that.
+const VIEWLESS: u64 = 3;
 /// Added where an open may write.
 const WRITES: u64 = 4;
 

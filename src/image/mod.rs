@@ -20,17 +20,16 @@ mod allocated;
 mod commit;
 mod new;
 mod overlay;
-mod ranges;
 mod scratch;
 mod settle;
 mod stack;
 mod write;
 
+use crate::ranges::Ranges;
 use allocated::Allocated;
 pub use commit::{Commit, Next, Step};
 pub use new::create;
 pub use overlay::{OverlayInfo, describe_overlay, open_overlay};
-use ranges::Ranges;
 pub use scratch::{MAX_READ, Scratch};
 use settle::Settler;
 pub use stack::{Description, Source, open, open_source};

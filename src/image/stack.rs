@@ -14,6 +14,7 @@ use crate::block::BlockRead;
 use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, new, open_overlay};
+use crate::kernel_view;
 use crate::layer::{BlockCache, CacheOptions};
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -51,6 +52,8 @@ pub struct Description {
     /// What a VMDK is made of.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub vmdk: Option<DiskInfo>,
+    /// Who reads its files in a mount of this user, and why not the kernel by itself.
+    pub read_by: String,
     /// Whether it can be written to.
     pub writable: bool,
     /// Why it can't.
@@ -218,6 +221,7 @@ impl Source {
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
+            read_by: kernel_view::outlook(&*self.disk(), &local.view, reason.is_none()),
             writable: reason.is_none(),
             reason,
         }

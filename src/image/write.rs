@@ -6,7 +6,7 @@
 //!                   head      body       tail
 //! ```
 //! The body goes to the disk as it is. Head and tail are parts of a granule whose other bytes are read and written
-//! back, so nobody else may write to that granule meanwhile: see [`super::ranges`].
+//! back, so nobody else may write to that granule meanwhile: see [`crate::ranges`].
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use crate::block::{BlockWrite, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::image::ranges::Mode;
+use crate::ranges::Mode;
 
 /// A range of bytes of a disk, as granules see it. Each part may be empty; together they are the range.
 #[derive(Debug, PartialEq, Eq)]

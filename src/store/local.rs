@@ -327,6 +327,10 @@ impl StoredFile for LocalFile {
         &self.label
     }
 
+    fn own_name(&self) -> String {
+        self.real.file_name().map(printable).unwrap_or_default()
+    }
+
     fn siblings(&self) -> Result<Arc<dyn Store>> {
         let gone = |why: &str| {
             let real = printable(&self.real);
@@ -384,7 +388,13 @@ impl StoredWrite for LocalFile {
             return Err(Error::new(ErrorKind::OutOfRange, context()));
         };
         let how = if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
-        match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+        let done = loop {
+            match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+                Err(Errno::EINTR) => {}
+                done => break done,
+            }
+        };
+        match done {
             Ok(()) => Ok(()),
             // tmpfs has holes but no ranges of zeroes, others have neither
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),

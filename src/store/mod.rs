@@ -121,6 +121,11 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     /// What to call it in messages: the path.
     fn label(&self) -> &str;
 
+    /// What it is called in its own folder, as messages show it, whatever name it was opened by.
+    fn own_name(&self) -> String {
+        self.label().rsplit('/').next().unwrap_or_default().to_owned()
+    }
+
     /// The store that holds the files beside this one, for the names inside of it.
     fn siblings(&self) -> Result<Arc<dyn Store>>;
 

@@ -123,7 +123,12 @@ impl Checker<'_> {
     fn run(mut self) -> Result<()> {
         if let Some(hosted) = &self.placed.hosted {
             for range in hosted.fixed() {
-                self.claims.claim(range.clone());
+                if self.claims.claim(range.clone()) {
+                    let (label, start) = (self.sparse.file.label(), range.start);
+                    self.report.error(|| {
+                        format!("{label}: header, descriptor and directories lie over each other at sector {start}")
+                    });
+                }
             }
             if hosted.redundant_is_lost() {
                 let label = self.sparse.file.label();

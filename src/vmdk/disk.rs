@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, Runs, SECTOR, check_range};
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
 use crate::vmdk::descriptor::Descriptor;
@@ -125,16 +125,24 @@ impl VmdkDisk {
         self.is_zero_in(self.links.get(1..).unwrap_or_default(), at, sectors)
     }
 
-    fn kind_at(&self, at: Lba, max: u64) -> Result<(Kind, u64)> {
-        let mut left = max;
-        for link in &self.links {
-            let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
-            match placed.extent.kind_at(within, sectors)? {
-                (Kind::Parent, sectors) => left = sectors,
-                found => return Ok(found),
-            }
+    /// Whether the links below the newest one, and the base, have zeroes at `at`, and for how many of `max` sectors.
+    pub(super) fn zeroes_below(&self, at: Lba, max: u64) -> Result<(bool, u64)> {
+        let (content, sectors) = self.content_in(self.links.get(1..).unwrap_or_default(), at, max)?;
+        Ok((content.is_zero(), sectors))
+    }
+
+    /// What `links` and the base have at `at`, and for how many of `max` sectors.
+    fn content_in(&self, links: &[Link], at: Lba, max: u64) -> Result<(Content, u64)> {
+        let (kind, sectors) = kind_in(links, at, max)?;
+        match (kind, &self.base) {
+            (Kind::Data, _) => Ok((Content::Data, sectors)),
+            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
+            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
+                (_, 0) => Ok((Content::Hole, sectors)),
+                (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
+            },
+            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
         }
-        Ok((Kind::Parent, left))
     }
 
     /// Reads from `links`, and from the base where they have nothing.
@@ -212,6 +220,19 @@ impl VmdkDisk {
     }
 }
 
+/// What `links` have at `at`, and for how many of `max` sectors.
+fn kind_in(links: &[Link], at: Lba, max: u64) -> Result<(Kind, u64)> {
+    let mut left = max;
+    for link in links {
+        let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+        match placed.extent.kind_at(within, sectors)? {
+            (Kind::Parent, sectors) => left = sectors,
+            found => return Ok(found),
+        }
+    }
+    Ok((Kind::Parent, left))
+}
+
 /// The run at `at` in a walk from lower to higher sectors that `passed` belongs to.
 fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'a>> {
     let mut left = max;
@@ -244,16 +265,7 @@ impl BlockRead for VmdkDisk {
 
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         check_range(&self.geometry, at, SECTOR as usize)?;
-        let (kind, sectors) = self.kind_at(at, self.geometry.sectors - at.0)?;
-        match (kind, &self.base) {
-            (Kind::Data, _) => Ok((Content::Data, sectors)),
-            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
-            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
-                (_, 0) => Ok((Content::Hole, sectors)),
-                (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
-            },
-            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
-        }
+        self.content_in(&self.links, at, self.geometry.sectors - at.0)
     }
 
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
@@ -262,6 +274,11 @@ impl BlockRead for VmdkDisk {
 
     fn writer(&self) -> Option<&dyn BlockWrite> {
         self.writer.as_ref().map(|_| self as &dyn BlockWrite)
+    }
+
+    fn runs(&self) -> Option<&dyn Runs> {
+        // compressed grains are preferred whole
+        (self.geometry.preferred == 1 && self.base.is_none()).then_some(self)
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {

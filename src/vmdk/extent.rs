@@ -96,6 +96,14 @@ impl Extent {
         }
     }
 
+    /// Like [`Self::run_at`], for one who walks: the table of the last run is at hand in `near`.
+    pub(crate) fn run_near(&self, sector: u64, max: u64, near: &mut Near) -> Result<Run<'_>> {
+        match self {
+            Extent::Sparse(sparse) => sparse.run_near(sector, max, near),
+            Extent::Flat { .. } | Extent::Zero => self.run_at(sector, max),
+        }
+    }
+
     /// Like [`Self::run_at`], but asks only what is there: runs of data don't end where the file's grains are
     /// not neighbours.
     pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
@@ -104,6 +112,22 @@ impl Extent {
             Extent::Zero => Ok((Kind::Zero, max)),
             Extent::Sparse(sparse) => sparse.kind_at(sector, max),
         }
+    }
+}
+
+/// The table that a walk looked at last: most of its steps stay in it, and those that leave it don't come back, so that the
+/// cache is not filled with it either.
+#[derive(Debug, Default)]
+pub(crate) struct Near(Option<(u32, u64, Option<Arc<Table>>)>);
+
+impl Near {
+    /// Table `number` of `extent`; `None` where there is no table.
+    fn table(&mut self, extent: &SparseExtent, number: u64) -> Result<Option<&Table>> {
+        if !matches!(self.0, Some((id, n, _)) if (id, n) == (extent.id, number)) {
+            let table = extent.cache.table_once(extent.id, &*extent.layout, number)?;
+            self.0 = Some((extent.id, number, table));
+        }
+        Ok(self.0.as_ref().and_then(|(.., table)| table.as_deref()))
     }
 }
 
@@ -204,7 +228,20 @@ impl SparseExtent {
         let Some(table) = self.table(p.table)? else {
             return Ok(Run::Parent { sectors: self.absent(sector, max)? });
         };
-        let (kind, grains) = self.stretch(&table, p, max, true);
+        self.run_in(&table, p, sector, max)
+    }
+
+    fn run_near(&self, sector: u64, max: u64, near: &mut Near) -> Result<Run<'_>> {
+        let p = self.position(sector);
+        match near.table(self, p.table)? {
+            Some(table) => self.run_in(table, p, sector, max),
+            None => Ok(Run::Parent { sectors: self.absent(sector, max)? }),
+        }
+    }
+
+    /// The run at `sector`, which has its entry at `p` in `table`.
+    fn run_in(&self, table: &Table, p: Position, sector: u64, max: u64) -> Result<Run<'_>> {
+        let (kind, grains) = self.stretch(table, p, max, true);
         let sectors = (grains * self.shape.grain - p.within).min(max);
         match (kind, table.slot(p.entry)) {
             (Some(Kind::Zero), _) => Ok(Run::Zero { sectors }),

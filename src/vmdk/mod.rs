@@ -4,6 +4,7 @@
 //!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
 //!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
 //!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   walk.rs        all runs of the disk, in order, for one who maps them elsewhere
 //!   write/         open for writing, allocate, flush, close
 //!   create.rs, stream.rs   new images; a compressed stream in the course of being written
 //!   info.rs, check.rs   what is there, and whether it is sound
@@ -27,6 +28,9 @@ mod sesparse;
 mod sparse;
 mod stream;
 mod tables;
+#[cfg(test)]
+mod test_store;
+mod walk;
 mod write;
 
 pub use check::{CheckReport, check};

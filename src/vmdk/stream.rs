@@ -8,6 +8,8 @@
 //!   the file    kdmv header · descriptor · ( grains of a table · GT marker · GT )… · GD marker · GD · footer · EOS
 //!                 └ becomes KDMV when the stream is closed         └──── written by `close` only ────┘
 //! ```
+//! A sync that fails is final: from then on nothing more is written or said to be whole; reads go on.
+//!
 //! States: unfinished (magic `kdmv`, which no program takes for an image) ⇄ closed (a whole stream). A write after
 //! `close` cuts the end off again and goes on where it stopped, so closing twice is no harm.
 //!
@@ -59,6 +61,8 @@ struct State {
     packed: Packed,
     window: Window,
     end: End,
+    /// Why nothing is written any more: a sync failed, and the system may have dropped what it was about.
+    lost: Option<Error>,
     /// The grain that was inflated last: who reads does so in small parts.
     last: Option<(u64, Vec<u8>)>,
 }
@@ -132,7 +136,7 @@ impl StreamDisk {
         out.sync()?;
         let packed = Packed { file, header, end: overhead, directory: Vec::new(), table: Vec::new() };
         let window = Window { first: 0, bytes: Vec::new() };
-        let state = State { packed, window, end: End::Open, last: None };
+        let state = State { packed, window, end: End::Open, lost: None, last: None };
         Ok(Self { geometry: Geometry { sectors, granule: 1, preferred: 1 }, state: Mutex::new(state) })
     }
 
@@ -174,8 +178,8 @@ impl BlockRead for StreamDisk {
             return Ok((Content::Hole, self.geometry.sectors - at.0));
         }
         let grain = at.0 / GRAIN;
-        let end = ((grain + 1) * GRAIN).min(next);
-        let stored = grain >= state.window.first || state.packed.entry(grain)? != 0;
+        let (stored, grains) = if grain >= state.window.first { (true, 1) } else { state.packed.content(grain)? };
+        let end = ((grain + grains) * GRAIN).min(next);
         Ok((if stored { Content::Data } else { Content::Hole }, end - at.0))
     }
 
@@ -198,6 +202,7 @@ impl BlockWrite for StreamDisk {
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
         let mut state = self.state();
+        state.refuse_lost()?;
         state.refuse_out_of_order(at.0)?;
         state.reopen()?;
         let mut done = 0;
@@ -233,8 +238,7 @@ impl BlockWrite for StreamDisk {
     /// Says whether the system kept what was given to it up to now. It cannot keep more than that: the newest grains are not
     /// in the file, and without its end no program reads it. Only [`close`](Self::close) makes the stream durable.
     fn flush(&self) -> Result<()> {
-        let file = self.file();
-        writer(&*file)?.sync()
+        self.state().sync()
     }
 
     /// Writes all that is still to come, tables and footer, and last the magic that makes an image of the file.
@@ -247,11 +251,15 @@ impl BlockWrite for StreamDisk {
         if state.end == End::Closed {
             return Ok(());
         }
+        state.refuse_lost()?;
         state.end = End::Tried;
         // of a copy, so that writing can go on behind what is in the file for good
         let mut packed = state.packed.clone();
         packed.append(state.window.first, &state.window.bytes)?;
         packed.finish()?;
+        state.sync()?;
+        writer(&*packed.file)?.write_all_at(0, KDMV_MAGIC)?;
+        state.sync()?;
         state.end = End::Closed;
         Ok(())
     }
@@ -267,12 +275,24 @@ impl State {
         if self.end == End::Open {
             return Ok(());
         }
-        let out = writer(&*self.packed.file)?;
+        let file = Arc::clone(&self.packed.file);
+        let out = writer(&*file)?;
         out.write_all_at(0, KDMV_UNFINISHED)?;
-        out.sync()?;
+        self.sync()?;
         out.set_len(self.packed.end * SECTOR)?;
         self.end = End::Open;
         Ok(())
+    }
+
+    /// Makes what is in the file durable.
+    fn sync(&mut self) -> Result<()> {
+        self.refuse_lost()?;
+        writer(&*self.packed.file)?.sync().inspect_err(|e| self.lost = Some(e.clone()))
+    }
+
+    fn refuse_lost(&self) -> Result<()> {
+        let lost = |e: &Error| e.clone().within("the stream cannot be finished: an earlier sync failed");
+        self.lost.as_ref().map_or(Ok(()), |e| Err(lost(e)))
     }
 
     fn refuse_out_of_order(&self, at: u64) -> Result<()> {
@@ -416,8 +436,8 @@ impl Packed {
         u32::try_from(self.end).ok().filter(|_| self.end + TAIL < MAX_FILE_SECTORS).ok_or_else(full)
     }
 
-    /// Writes the end of the stream, durably, and then the header that says that it is one.
-    fn finish(mut self) -> Result<()> {
+    /// Writes the end of the stream.
+    fn finish(&mut self) -> Result<()> {
         let start = self.end;
         let mut out = Vec::new();
         self.tables_before(self.header.tables(), &mut out)?;
@@ -432,10 +452,7 @@ impl Packed {
         let file = writer(&*self.file)?;
         file.write_all_at(start * SECTOR, &out)?;
         // the footer is found from the end: what a try before left behind it has to go
-        file.set_len(self.end * SECTOR)?;
-        file.sync()?;
-        file.write_all_at(0, KDMV_MAGIC)?;
-        file.sync()
+        file.set_len(self.end * SECTOR)
     }
 
     /// The entry of a grain; 0 where it has none.
@@ -453,18 +470,24 @@ impl Packed {
         }
     }
 
+    /// Whether a grain is in the file, and for how many grains on that holds at least.
+    fn content(&self, grain: u64) -> Result<(bool, u64)> {
+        match self.directory.get((grain / ENTRIES) as usize) {
+            // without a table to the end of what it would cover
+            Some(0) => Ok((false, ENTRIES - grain % ENTRIES)),
+            _ => Ok((self.entry(grain)? != 0, 1)),
+        }
+    }
+
     /// Whether any of these grains is in the file. A table that is there has one, so it is soon found.
     fn holds(&self, grains: Range<u64>) -> Result<bool> {
         let mut grain = grains.start;
         while grain < grains.end {
-            let table = grain / ENTRIES;
-            if self.directory.get(table as usize) == Some(&0) {
-                grain = (table + 1) * ENTRIES;
-            } else if self.entry(grain)? != 0 {
+            let (stored, grains) = self.content(grain)?;
+            if stored {
                 return Ok(true);
-            } else {
-                grain += 1;
             }
+            grain += grains;
         }
         Ok(false)
     }

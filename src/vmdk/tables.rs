@@ -280,14 +280,28 @@ impl TableCache {
             return Ok(Some(t));
         }
         // Two threads may load the same table at once: that costs a read, a lock across it would cost a wait.
+        let table = self.load(extent, layout, number)?;
+        if let Some(table) = &table {
+            self.0.insert(key, Cached::Table(Arc::clone(table)));
+        }
+        Ok(table)
+    }
+
+    /// The same for one who needs it only once: where it is not in the cache, it does not come there.
+    pub(crate) fn table_once(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
+        match self.0.get(&(u64::from(extent) << EXTENT_SHIFT | number)) {
+            Some(Cached::Table(t)) => Ok(Some(t)),
+            _ => self.load(extent, layout, number),
+        }
+    }
+
+    fn load(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
         let at = match self.place(extent, layout, number)? {
             Place::Absent => return Ok(None),
             Place::Bad => return Err(layout.explain_directory(number)),
             Place::At(sector) => sector,
         };
-        let table = Arc::new(layout.load_table(number, at)?);
-        self.0.insert(key, Cached::Table(Arc::clone(&table)));
-        Ok(Some(table))
+        Ok(Some(Arc::new(layout.load_table(number, at)?)))
     }
 }
 

@@ -8,6 +8,8 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::cmd::Cmd;
+
 /// The program under test: `VMDKFUSE_BIN`, else the newer one of `release/vmdkfuse` and `debug/vmdkfuse` in the target
 /// directory that this test was built in. Building it is the caller's work (`make test` does it).
 pub fn program() -> PathBuf {
@@ -50,6 +52,21 @@ pub fn need_root() -> bool {
 /// Whether this is root, asked without skipping anything.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+/// Whether the kernel can read disks by itself that are no flat files: root, Linux 6.12.2, EROFS.
+pub fn need_kernel_view() -> bool {
+    const KERNEL: [u32; 3] = [6, 12, 2];
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let numbers: Vec<u32> = release.split(|c: char| !c.is_ascii_digit()).flat_map(str::parse).take(3).collect();
+    let listed = || fs::read_to_string("/proc/filesystems").is_ok_and(|text| text.contains("\terofs\n"));
+    // a module is loaded by the first mount
+    let has_erofs =
+        || listed() || (find("modprobe").is_some() && Cmd::new("modprobe").arg("erofs").run().ended.code == Some(0));
+    need_root()
+        && (numbers.as_slice() >= KERNEL.as_slice()
+            || skip(&format!("Linux {} mounts no EROFS from files", release.trim())))
+        && (has_erofs() || skip("the kernel has no EROFS"))
 }
 
 /// Whether every user may say `allow_other` here: `user_allow_other` in fuse.conf.

@@ -38,7 +38,8 @@ fn an_unmount_keeps_dirty_pages() {
 #[test]
 fn a_signal_under_load_loses_nothing_that_was_written() {
     for_each_kind(|mut disk| {
-        let mut mount = disk.mount();
+        let log = disk.scratch.path("log");
+        let mut mount = disk.mount_with(&["-v", "--log-file", log.to_str().unwrap()]);
         let file = open(&mount.file("disk"));
         let written = AtomicU64::new(0);
         let place = |n: u64| (n * 7919 * 512) % (kinds::SIZE / 512 * 512);
@@ -59,7 +60,7 @@ fn a_signal_under_load_loses_nothing_that_was_written() {
         assert!(mount.is_running(), "the last user has not gone yet");
         file.write_all_at(&[0xaa; 512], 512).unwrap();
         drop(file);
-        assert_eq!(mount.wait_end().code, Some(0));
+        assert_eq!(mount.wait_end().code, Some(0), "{}", fs::read_to_string(log).unwrap());
         for n in 0..3000 {
             disk.bytes[place(n) as usize..][..512].fill(n as u8);
         }
@@ -110,6 +111,9 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
         assert_eq!(mount.wait_end().signal, Some(libc::SIGKILL));
         drop((mapped, file));
         drop(mount);
+        // the locks of a process last an instant longer than itself
+        let info = || disk.scratch.vmdkfuse().arg("--info").key("file", disk.image()).run().ended.code == Some(0);
+        assert!(poll_until(Duration::from_secs(20), info), "still locked");
         // opened for writing once, which repairs what was not closed properly
         disk.mount().unmount();
         disk.check();

@@ -7,8 +7,8 @@ use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::header::{Hosted, Role};
 use crate::vmdk::open::{FileKind, Link, file_kind, read_head};
 
-/// The most files of a folder that are looked at.
-const MAX_FILES: usize = 4096;
+/// The most files of a folder that are looked through for children.
+const MAX_FILES: usize = 1 << 16;
 
 /// The most bytes of a descriptor.
 const MAX_TEXT: u64 = 1 << 20;
@@ -23,8 +23,14 @@ pub(crate) const COMMIT_MARK: &str = "vmdkfuse.commit";
 pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn StoredFile>) -> Result<()> {
     let Some(cid) = link.descriptor.cid else { return Ok(()) };
     let store = link.file.siblings()?;
-    let own = file_name(link.file.label());
-    for name in store.names(MAX_FILES)? {
+    let own = link.file.own_name();
+    let names = store.names(MAX_FILES)?;
+    if names.len() == MAX_FILES {
+        let label = link.file.label();
+        let context = format!("{label}: its folder has too many files to look for snapshots based on it");
+        return Err(Error::new(ErrorKind::Policy, format!("{context}; force=true writes all the same")));
+    }
+    for name in names {
         let shown = name.to_string();
         if !shown.to_ascii_lowercase().ends_with(".vmdk") || shown == own {
             continue;
@@ -38,7 +44,9 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
         // a commit that was begun has told the overlay the next CID already, and its mark keeps the last one
         let before = child.ddb_value(COMMIT_MARK).and_then(|mark| u32::from_str_radix(mark, 16).ok());
         let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else { continue };
-        let named = parent.hint.candidates().iter().any(|hint| file_name(&hint.to_string()) == own);
+        let typed = file_name(link.file.label());
+        let named = |hint: &ExtentName| [own.as_str(), typed].contains(&file_name(&hint.to_string()));
+        let named = parent.hint.candidates().iter().any(named);
         if cid != FRESH || named {
             return Err(refusal(link, &name, cid));
         }

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ranges::{Mode, Ranges};
 use crate::store::{StoredFile, StoredWrite};
 use crate::vmdk::extent::{Run, SparseExtent};
 use crate::vmdk::header::UNCLEAN_AT;
@@ -25,13 +26,12 @@ use crate::vmdk::sparse::{Copy, HostedTables};
 use crate::vmdk::tables::{Layout, Shape, Slot};
 use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::{LiveTable, LiveTables, Places};
-use crate::vmdk::write::locks::GrainLocks;
 
 /// Entries that may wait in memory; a flush is due then. 8 bytes each.
 const MAX_WAITING: usize = 1 << 18;
 
-/// Tables with entries that may wait in memory: 8 MiB at the usual size.
-const MAX_WAITING_TABLES: usize = 4096;
+/// Bytes of tables with entries that may wait in memory.
+const MAX_WAITING_BYTES: usize = 8 << 20;
 
 /// The file grows by at least this many sectors at once, and by at most [`GROW_MAX`]: the room is a hole, and what is
 /// not used is cut off at the end.
@@ -50,6 +50,8 @@ pub(super) trait Below {
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
     /// Whether they are known to be zeroes.
     fn is_zero(&self, sector: u64, sectors: u64) -> bool;
+    /// Whether what is at `sector` is zeroes, and for how many of `sectors` that holds.
+    fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)>;
 }
 
 /// The writing half of a sparse extent.
@@ -60,7 +62,7 @@ pub(super) struct GrainWriter {
     live: Arc<LiveTables>,
     shape: Shape,
     /// Of grains that are being allocated. Taken before all others here.
-    locks: GrainLocks,
+    locks: Ranges,
     space: Mutex<Space>,
     waiting: Mutex<Waiting>,
     /// Whether the header says that the image is in use.
@@ -92,27 +94,28 @@ struct Space {
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
     entries: AtomicUsize,
-    tables: AtomicUsize,
+    /// Memory of the tables that the entries are of.
+    bytes: AtomicUsize,
 }
 
 impl Backlog {
     /// Whether anything waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.tables.load(Ordering::Relaxed) == 0
+        self.bytes.load(Ordering::Relaxed) == 0
     }
 
     /// Whether more waits than should.
     pub(super) fn is_full(&self) -> bool {
-        self.entries.load(Ordering::Relaxed) > MAX_WAITING || self.tables.load(Ordering::Relaxed) > MAX_WAITING_TABLES
+        self.entries.load(Ordering::Relaxed) > MAX_WAITING || self.bytes.load(Ordering::Relaxed) > MAX_WAITING_BYTES
     }
 
-    fn add(&self, tables: usize, entries: usize) {
-        self.tables.fetch_add(tables, Ordering::Relaxed);
+    fn add(&self, bytes: usize, entries: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.entries.fetch_add(entries, Ordering::Relaxed);
     }
 
-    fn sub(&self, tables: usize, entries: usize) {
-        self.tables.fetch_sub(tables, Ordering::Relaxed);
+    fn sub(&self, bytes: usize, entries: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.entries.fetch_sub(entries, Ordering::Relaxed);
     }
 }
@@ -167,7 +170,7 @@ impl GrainWriter {
             layout,
             live,
             shape,
-            locks: GrainLocks::default(),
+            locks: Ranges::default(),
             space: Mutex::new(space),
             waiting: Mutex::default(),
             marked: AtomicBool::new(unclean),
@@ -187,7 +190,10 @@ impl GrainWriter {
             let left = rest.len() as u64 / SECTOR;
             let done = match sparse.run_at(at, left)? {
                 Run::Stored { sector: place, sectors, .. } => {
-                    self.writer()?.write_all_at(place * SECTOR, part(rest, sectors))?;
+                    let written = self.writer()?.write_all_at(place * SECTOR, part(rest, sectors));
+                    // before it is said to be done or not: a flush that comes later must not miss what readers see
+                    self.dirty.store(true, Ordering::Release);
+                    written?;
                     sectors
                 }
                 Run::Zero { sectors } | Run::Parent { sectors } => {
@@ -195,8 +201,6 @@ impl GrainWriter {
                 }
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
-            // after the write, before it is said to be done: a flush that comes later must not miss it
-            self.dirty.store(true, Ordering::Release);
             rest = rest.get((done * SECTOR) as usize..).unwrap_or_default();
             at += done;
         }
@@ -218,14 +222,17 @@ impl GrainWriter {
             at += match sparse.run_at(at, end - at)? {
                 Run::Stored { sector: place, sectors, .. } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
-                    self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap)?;
+                    let zeroed = self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap);
                     self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
+                    zeroed?;
                     sectors
                 }
                 Run::Zero { sectors } => sectors,
-                Run::Parent { sectors } if below.is_zero(at, sectors) => sectors,
-                Run::Parent { sectors } => self.hide(at, sectors, below)?,
+                Run::Parent { sectors } => match below.zeroes(at, sectors)? {
+                    (true, sectors) => sectors,
+                    (false, sectors) => self.hide(at, sectors, below)?,
+                },
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
         }
@@ -249,7 +256,7 @@ impl GrainWriter {
         }
         self.mark()?;
         let (table, first, count) = self.cut(sector, whole);
-        let _held = self.locks.lock(sector / grain..sector / grain + count);
+        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
         let table = self.live.table_for_writing(table)?;
         let free = unallocated(&table, first, count);
         if free > 0 {
@@ -264,7 +271,7 @@ impl GrainWriter {
         self.mark()?;
         let grain = self.shape.grain;
         let (table, first, count) = self.cut(sector, sectors);
-        let _held = self.locks.lock(sector / grain..sector / grain + count);
+        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
         let table = self.live.table_for_writing(table)?;
         let count = unallocated(&table, first, count);
         if count == 0 {
@@ -338,7 +345,7 @@ impl GrainWriter {
             }
         }
         let more = known.entries.len() - had;
-        self.backlog.add(waiting.tables.len() - before, more);
+        self.backlog.add((waiting.tables.len() - before) * self.table_bytes(), more);
         self.dirty.store(true, Ordering::Release);
     }
 
@@ -421,21 +428,21 @@ impl GrainWriter {
     /// What waits now, for a flush. All data of it are written already, though not durable.
     pub(super) fn take_batch(&self) -> Batch {
         let waiting = std::mem::take(&mut *self.waiting());
-        waiting.count(|tables, entries| self.backlog.sub(tables, entries));
+        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
         Batch(waiting)
     }
 
     /// Lets a batch wait again after its flush failed.
     pub(super) fn put_back(&self, batch: Batch) {
         let mut waiting = self.waiting();
-        waiting.count(|tables, entries| self.backlog.sub(tables, entries));
+        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
         for (number, mut older) in batch.0.tables {
             if let Some(newer) = waiting.tables.remove(&number) {
                 older.entries.extend(newer.entries);
             }
             waiting.tables.insert(number, older);
         }
-        waiting.count(|tables, entries| self.backlog.add(tables, entries));
+        waiting.count(|tables, entries| self.backlog.add(tables * self.table_bytes(), entries));
     }
 
     /// Writes the tables of a batch that are new, where nothing refers to them yet.
@@ -523,6 +530,10 @@ impl GrainWriter {
             1 => Places { primary: first, redundant: 0 },
             _ => Places { redundant: first, primary: first + sectors as u32 },
         })
+    }
+
+    fn table_bytes(&self) -> usize {
+        self.shape.entries_per_table as usize * 4
     }
 
     fn writer(&self) -> Result<&dyn StoredWrite> {

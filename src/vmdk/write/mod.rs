@@ -33,7 +33,6 @@ mod failure;
 mod grains;
 mod identity;
 pub(super) mod live;
-mod locks;
 mod repair;
 
 pub(crate) use children::COMMIT_MARK;
@@ -80,6 +79,7 @@ impl Writer {
     pub(super) fn new(link: &mut Link) -> Result<Self> {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
+        refuse_large_directories(link)?;
         repair::make_sound(link)?;
         let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
@@ -258,6 +258,25 @@ impl VmdkDisk {
         if full { self.flush() } else { Ok(()) }
     }
 
+    fn zero_piece(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+        self.change(range, |placed, extent, start, sectors| {
+            let within = start - placed.start;
+            match (extent, &placed.extent) {
+                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
+                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
+                }
+                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
+                    let zeroed = writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
+                    dirty.store(true, Ordering::Release);
+                    zeroed
+                }
+                // it is zeroes
+                (_, Extent::Zero) => Ok(()),
+                _ => Err(read_only_extent(placed, start)),
+            }
+        })
+    }
+
     fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
         BelowNewest { disk: self, start: placed.start, end: placed.start + placed.sectors }
     }
@@ -266,6 +285,7 @@ impl VmdkDisk {
 impl BlockWrite for VmdkDisk {
     fn begin(&self) -> Result<()> {
         let (writer, _) = self.writing()?;
+        let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
         writer.behind_us.store(true, Ordering::Release);
         writer.begin(None)
     }
@@ -281,9 +301,9 @@ impl BlockWrite for VmdkDisk {
                     grains.write(sparse, within, part, &self.below(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    writer(&**file)?.write_all_at((offset + within) * SECTOR, part)?;
+                    let written = writer(&**file)?.write_all_at((offset + within) * SECTOR, part);
                     dirty.store(true, Ordering::Release);
-                    Ok(())
+                    written
                 }
                 _ => Err(read_only_extent(placed, start)),
             }
@@ -293,22 +313,11 @@ impl BlockWrite for VmdkDisk {
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
         let bytes = range.end.0.checked_sub(range.start.0).and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
         check_range(&self.geometry(), range.start, bytes.unwrap_or(usize::MAX))?;
-        self.change(range.start.0..range.end.0, |placed, extent, start, sectors| {
-            let within = start - placed.start;
-            match (extent, &placed.extent) {
-                (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
-                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
-                }
-                (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap)?;
-                    dirty.store(true, Ordering::Release);
-                    Ok(())
-                }
-                // it is zeroes
-                (_, Extent::Zero) => Ok(()),
-                _ => Err(read_only_extent(placed, start)),
-            }
-        })
+        // piece by piece, as each may leave entries in memory that have to be written before there are too many
+        for start in (range.start.0..range.end.0).step_by(ZERO_AT_ONCE as usize) {
+            self.zero_piece(start..range.end.0.min(start + ZERO_AT_ONCE), unmap)?;
+        }
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {
@@ -363,6 +372,10 @@ impl Below for BelowNewest<'_> {
         let at = self.start + sector;
         self.disk.is_zero_below(Lba(at), sectors.min(self.end.saturating_sub(at)))
     }
+
+    fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)> {
+        self.disk.zeroes_below(Lba(self.start + sector), sectors)
+    }
 }
 
 /// Refuses links whose format can't be written in place.
@@ -406,9 +419,31 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
     Ok(())
 }
 
+/// Refuses links whose directories would take too much memory, at 8 bytes a table.
+fn refuse_large_directories(link: &Link) -> Result<()> {
+    let tables = link.extents.iter().filter_map(|p| match &p.extent {
+        Extent::Sparse(sparse) if p.access == ExtentAccess::ReadWrite => Some(sparse.shape().tables()),
+        _ => None,
+    });
+    let tables = tables.fold(0, u64::saturating_add);
+    if tables <= MAX_TABLES {
+        return Ok(());
+    }
+    let label = link.file.label();
+    let context = format!("{label}: its directories have {tables} entries, and only {MAX_TABLES} are written to");
+    Err(Error::new(ErrorKind::ReadOnly, format!("{context}; cow=FILE writes to an overlay instead")))
+}
+
+/// The most tables of a link that is written to: 64 MiB of directories, 256 TiB of disk at the usual table size.
+const MAX_TABLES: u64 = 1 << 23;
+
 /// Refuses extents that lie over each other in one file: a write to one would change the other.
 fn refuse_shared_room(link: &Link) -> Result<()> {
     let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
+    let is_own = |p: &PlacedExtent| file_of(&p.extent).is_some_and(|file| Arc::ptr_eq(file, &link.file));
+    if !link.extents.iter().any(is_own) {
+        taken.entry(link.file.identity_at_open().file).or_default().push(0..u64::MAX);
+    }
     for placed in &link.extents {
         let (file, range) = match &placed.extent {
             Extent::Flat { file, offset } => (file, *offset..*offset + placed.sectors),
@@ -426,6 +461,9 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     }
     Ok(())
 }
+
+/// Sectors that are made zeroes between two looks at how much waits: 1 GiB.
+const ZERO_AT_ONCE: u64 = 1 << 21;
 
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;

@@ -11,6 +11,7 @@
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vmdk::check::{CheckReport, check_link};
+use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::extent::{Extent, SparseExtent};
 use crate::vmdk::open::Link;
 use crate::vmdk::sparse::{Copy, HostedTables};
@@ -39,7 +40,7 @@ pub(super) fn make_sound(link: &Link) -> Result<()> {
 
 /// The extents of a link that were not closed.
 fn repairs_of(link: &Link) -> Vec<Repair<'_>> {
-    let unclean = link.extents.iter().filter(|placed| placed.unclean);
+    let unclean = link.extents.iter().filter(|p| p.unclean && p.access == ExtentAccess::ReadWrite);
     let repair = unclean.filter_map(|placed| match (&placed.extent, &placed.hosted) {
         (Extent::Sparse(sparse), Some(hosted)) => Some(Repair { sparse, hosted }),
         _ => None,

@@ -1,20 +1,23 @@
-//! Who is writing where: keeps a read-modify-write apart from every other write to the same granules.
+//! Who is changing what: locks on ranges of numbers.
+//!
+//! Used for the granules of a disk, so that a read-modify-write keeps every other write to the same granules away, and
+//! for the grains of a sparse extent, so that each is allocated once.
 //!
 //! ```text
-//!   whole granules   shared     beside each other, as the kernel may send them at once
-//!   unaligned ends   alone      its neighbours' bytes in the granule are read and written back
+//!   shared   beside others that are shared: whole granules, as the kernel may send them at once
+//!   alone    a granule whose other bytes are read and written back; a grain that gets its room
 //! ```
 //! A list under a mutex, in the order of arrival: there are never more writes under way than threads that serve.
 //! Each waits for those before it that it overlaps and does not go with, so nobody is overtaken for ever; and as each
-//! asks for one range, once, nobody waits in a circle. Whoever holds a range ends when its I/O ends, and that has a
-//! deadline of its own.
+//! asks for one range of one list, once, nobody waits in a circle. Granules are taken before grains. Whoever holds a
+//! range ends when its I/O ends, and that has a deadline of its own.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// How a range is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(crate) enum Mode {
     /// Beside others that do the same.
     Shared,
     /// By nobody else.
@@ -23,7 +26,7 @@ pub(super) enum Mode {
 
 /// The ranges that are being written.
 #[derive(Debug, Default)]
-pub(super) struct Ranges {
+pub(crate) struct Ranges {
     list: Mutex<List>,
     ended: Condvar,
 }
@@ -48,14 +51,14 @@ struct Entry {
 /// The use of a range, until it is dropped.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Held<'a> {
+pub(crate) struct Held<'a> {
     ranges: &'a Ranges,
     number: u64,
 }
 
 impl Ranges {
     /// Waits for those before that `range`, which is not empty, does not go with.
-    pub(super) fn take(&self, range: Range<u64>, mode: Mode) -> Held<'_> {
+    pub(crate) fn take(&self, range: Range<u64>, mode: Mode) -> Held<'_> {
         let mut list = self.list();
         let number = list.next;
         list.next += 1;
@@ -75,7 +78,7 @@ impl Ranges {
 
     /// How many wait.
     #[cfg(test)]
-    pub(super) fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.list().waiting
     }
 

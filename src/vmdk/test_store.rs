@@ -1,0 +1,177 @@
+//! A store for tests: a folder of its own, and a budget of changes after which every further one fails.
+
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tempfile::TempDir;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Access, ExtentName, Identity, LocalStore, OpenPolicy, Store, StoredFile, StoredWrite};
+use crate::vmdk::{OpenOptions, VmdkDisk};
+
+/// A name of a file of the store.
+pub(super) fn name(text: &str) -> ExtentName {
+    ExtentName::new(text).unwrap()
+}
+
+/// A folder, and how many changes of its files still succeed.
+#[derive(Debug)]
+pub(super) struct TestStore {
+    dir: TempDir,
+    inner: LocalStore,
+    budget: Arc<AtomicU64>,
+}
+
+impl TestStore {
+    pub(super) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let policy = OpenPolicy { allow: Vec::new(), lock: true };
+        let inner = LocalStore::new(dir.path(), Arc::new(policy)).unwrap();
+        Self { dir, inner, budget: Arc::new(AtomicU64::new(u64::MAX)) }
+    }
+
+    /// From now on so many changes succeed: files made, writes, lengths, syncs. Removing always does.
+    pub(super) fn allow(&self, changes: u64) {
+        self.budget.store(changes, Ordering::Relaxed);
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The names in the folder, sorted.
+    pub(super) fn files(&self) -> Vec<String> {
+        let names = std::fs::read_dir(self.dir.path()).unwrap();
+        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Opens an image of it for reading.
+    pub(super) fn open_disk(&self, text: &str) -> Result<VmdkDisk> {
+        VmdkDisk::open(self.inner.open(&name(text), Access::Read)?, OpenOptions::default())
+    }
+}
+
+/// Takes one change off the budget.
+fn spend(budget: &AtomicU64, label: &str) -> Result<()> {
+    match budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Os(libc::ENOSPC), format!("{label}: no room is left"))),
+    }
+}
+
+impl Store for TestStore {
+    fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
+        self.inner.open(name, access)
+    }
+
+    fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+        spend(&self.budget, "create")?;
+        Ok(Arc::new(TestFile { inner: self.inner.create(name)?, budget: Arc::clone(&self.budget) }))
+    }
+
+    fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
+        self.inner.remove(name, identity)
+    }
+
+    fn sync(&self) -> Result<()> {
+        spend(&self.budget, "sync")?;
+        self.inner.sync()
+    }
+
+    fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
+        self.inner.names(most)
+    }
+}
+
+/// A file of it.
+#[derive(Debug)]
+struct TestFile {
+    inner: Arc<dyn StoredFile>,
+    budget: Arc<AtomicU64>,
+}
+
+impl TestFile {
+    fn change(&self) -> Result<&dyn StoredWrite> {
+        spend(&self.budget, self.inner.label())?;
+        Ok(self.inner.writer().unwrap())
+    }
+}
+
+impl StoredFile for TestFile {
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    fn writer(&self) -> Option<&dyn StoredWrite> {
+        Some(self)
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.inner.read_exact_at(offset, buf)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.inner.identity()
+    }
+
+    fn identity_at_open(&self) -> Identity {
+        self.inner.identity_at_open()
+    }
+
+    fn shows_changes(&self) -> bool {
+        self.inner.shows_changes()
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        self.inner.allocated()
+    }
+
+    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
+        self.inner.data_at(offset)
+    }
+
+    fn label(&self) -> &str {
+        self.inner.label()
+    }
+
+    fn siblings(&self) -> Result<Arc<dyn Store>> {
+        self.inner.siblings()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.fd()
+    }
+}
+
+impl StoredWrite for TestFile {
+    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.change()?.write_all_at(offset, buf)
+    }
+
+    fn len_now(&self) -> Result<u64> {
+        self.inner.writer().unwrap().len_now()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.change()?.set_len(len)
+    }
+
+    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.change()?.zero(offset, len, unmap)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.change()?.sync()
+    }
+}
+
+/// The first bytes of a file.
+pub(super) fn head(path: &Path, len: usize) -> Vec<u8> {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes.truncate(len);
+    bytes
+}
