@@ -169,6 +169,9 @@ mod tests {
             self.begun.lock().unwrap().send(thread).unwrap();
             self.results.lock().unwrap().recv().unwrap()
         }
+        fn holds_back(&self) -> bool {
+            false
+        }
         fn close(&self) -> Result<()> {
             self.flush()
         }
@@ -196,11 +199,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer("first");
-            scope.spawn(|| flushes.flush(Arc::clone(&image), &spare, first));
+            scope.spawn(|| flushes.flush(&image, &spare, first));
             begun.recv().unwrap();
             // both return at once, though nothing is flushed yet
-            flushes.flush(Arc::clone(&image), &spare, answer("second"));
-            flushes.flush(Arc::clone(&image), &spare, answer("third"));
+            flushes.flush(&image, &spare, answer("second"));
+            flushes.flush(&image, &spare, answer("third"));
             give.send(Ok(())).unwrap();
             assert_eq!(answered.recv().unwrap(), ("first", true));
             begun.recv().unwrap();
@@ -222,16 +225,17 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer();
-            scope.spawn(|| Arc::new(Flushes::default()).flush(one, &spare, first));
+            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &spare, first));
             one_begun.recv().unwrap();
             // this thread is the last loop, and goes on
-            Arc::new(Flushes::default()).flush(two, &spare, answer());
+            Arc::new(Flushes::default()).flush(&two, &spare, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
             one_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
         });
-        assert!(spare.take().is_some() && spare.take().is_none(), "the loop is free again");
+        let busy = spare.take();
+        assert!(busy.is_some() && spare.take().is_none(), "one loop, no more and no less, can be spared again");
     }
 }
