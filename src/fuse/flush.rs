@@ -235,6 +235,7 @@ mod tests {
             one_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
         });
-        assert!(spare.take().is_some() && spare.take().is_none(), "the loop is free again");
+        let busy = spare.take();
+        assert!(busy.is_some() && spare.take().is_none(), "one loop, no more and no less, can be spared again");
     }
 }
