@@ -91,7 +91,7 @@ fn disk(base: &Path, cow: &Path) -> DiskConfig {
 }
 
 fn local(disk: &mut DiskConfig) -> &mut LocalConfig {
-    let SourceConfig::Local(local) = &mut disk.source;
+    let SourceConfig::Local(local) = &mut disk.source else { panic!("no local file") };
     local
 }
 
