@@ -186,6 +186,11 @@ impl SourceConfig {
         }
     }
 
+    /// Whether it may be on another machine.
+    pub fn is_far(&self) -> bool {
+        matches!(self, Self::Nbd(nbd) if nbd.is_far())
+    }
+
     /// What was named, for messages.
     pub fn label(&self) -> String {
         match self {
@@ -237,6 +242,15 @@ impl NbdConfig {
             tls_psk: None,
             timeout: None,
             retry: None,
+        }
+    }
+
+    /// Whether the server may be on another machine.
+    pub fn is_far(&self) -> bool {
+        match &self.address {
+            NbdAddress::Tcp { .. } => true,
+            NbdAddress::Uri(uri) => uri.split(':').next().is_some_and(|scheme| !scheme.contains('+')),
+            _ => false,
         }
     }
 

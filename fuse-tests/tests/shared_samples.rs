@@ -12,11 +12,12 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Answer, Cmd, Mount, Scratch, assert_same_at_random, data_ranges, digest_grains, digest_range, each, need,
-    need_fuse, need_qemu, open_hostile, qemu_img, sha256,
+    Answer, Cmd, Mount, Scratch, assert_same_at_random, check_runs, data_ranges, digest_grains, digest_range, each,
+    need, need_fuse, need_kernel_view, need_qemu, open_hostile, open_read_only, qemu_img, sha256,
 };
 use nix::libc;
 use serde::Deserialize;
@@ -104,7 +105,7 @@ fn samples_read_as_their_hash_or_are_refused() {
 fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     let point = format!("mnt-{}", name(sample));
     scratch.mkdir(&point);
-    let mount = scratch.mount().at(&point).file(&sample.path).arg("name=disk").start();
+    let mount = scratch.mount().at(&point).file(&sample.path).arg("name=disk").arg("-r").start();
     let path = mount.file("disk");
     assert_eq!(Some(fs::metadata(&path).unwrap().len()), sample.size, "size");
     match &sample.grains {
@@ -117,6 +118,78 @@ fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
         assert_same_at_random(&path, &raw, 5, 300);
     }
     mount.unmount();
+}
+
+/// Samples and variants that the kernel reads by itself: so many at least are no streams.
+const BY_KERNEL: usize = 5;
+
+/// Mounts an image read-only once the kernel reads it; `None` where it says that it can't, as for compressed grains.
+fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Option<Mount> {
+    let point = format!("view-{name}");
+    scratch.mkdir(&point);
+    let mut command = scratch.mount().at(&point).file(image).arg("name=disk").arg("-r").arg("kernel-view=required");
+    for dir in allow {
+        command = command.arg(format!("allow-dir={}", dir.display()));
+    }
+    match command.try_start() {
+        Ok(mount) => Some(mount),
+        Err(outcome) => {
+            let why = ["not stored as they are read", "whole sectors", "view-size= allows"];
+            assert!(why.iter().any(|why| outcome.stderr.contains(why)), "{outcome}");
+            None
+        }
+    }
+}
+
+#[test]
+fn samples_read_as_their_hash_by_the_kernel() {
+    let Some(dir) = shared("samples") else { return };
+    if !need_fuse() || !need_kernel_view() {
+        return;
+    }
+    let (scratch, seen) = (Scratch::new(), AtomicUsize::new(0));
+    let good: Vec<_> = samples(&dir).into_iter().filter(|sample| sample.whole.is_some()).collect();
+    each(&good, name, |sample| {
+        let Some(mount) = mount_view(&scratch, &name(sample), &sample.path, &[]) else { return };
+        let path = mount.file("disk");
+        match &sample.grains {
+            Some(grains) => assert_eq!(&digest_grains(&path), grains, "grain digest"),
+            None => assert_eq!(Some(sha256(&path)), sample.whole, "SHA-256"),
+        }
+        seen.fetch_add(1, Ordering::Relaxed);
+        mount.unmount();
+    });
+    assert!(seen.into_inner() >= BY_KERNEL, "only so many were read by the kernel");
+}
+
+#[test]
+fn valid_variants_of_the_second_maker_by_the_kernel() {
+    let scratch = Scratch::new();
+    let Some(entries) = make(&scratch, "valid") else { return };
+    if !need_kernel_view() {
+        return;
+    }
+    let seen = AtomicUsize::new(0);
+    each(&entries, title, |entry| {
+        let made = scratch.path("made");
+        let allow = [made.join(&entry.name)];
+        let Some(mount) = mount_view(&scratch, &entry.name, &made.join(&entry.open), &allow) else { return };
+        read_entry(&mount, "disk", entry);
+        seen.fetch_add(1, Ordering::Relaxed);
+        mount.unmount();
+    });
+    assert!(seen.into_inner() >= BY_KERNEL, "only so many were read by the kernel");
+}
+
+#[test]
+fn hostile_variants_of_the_second_maker_have_no_run_outside_of_their_files() {
+    let scratch = Scratch::new();
+    let Some(entries) = make(&scratch, "hostile") else { return };
+    each(&entries, title, |entry| {
+        if let Ok(image) = open_read_only(&scratch.path("made").join(&entry.open), &[]) {
+            check_runs(&image);
+        }
+    });
 }
 
 /// qemu's own test of this file: 100 sectors of one digit each.
@@ -198,22 +271,22 @@ fn valid_variants_of_the_second_maker() {
         |(number, group)| {
             let point = format!("mnt{number}");
             scratch.mkdir(&point);
-            let mut command = scratch.mount().at(&point);
+            let mut command = scratch.mount().at(&point).arg("-r");
             for entry in *group {
                 let own = scratch.path("made").join(&entry.name);
                 command = command.file(scratch.path("made").join(&entry.open));
                 command = command.arg(format!("name={}", entry.name)).arg(format!("allow-dir={}", own.display()));
             }
             let mount = command.start();
-            each(group, title, |entry| read_entry(&mount, entry));
+            each(group, title, |entry| read_entry(&mount, &entry.name, entry));
             mount.unmount();
         },
     );
 }
 
 /// Compares a valid variant with the manifest.
-fn read_entry(mount: &Mount, entry: &Entry) {
-    let path = mount.file(&entry.name);
+fn read_entry(mount: &Mount, name: &str, entry: &Entry) {
+    let path = mount.file(name);
     assert_eq!(fs::metadata(&path).unwrap().len(), entry.size.unwrap(), "size");
     let hash = entry.sha256.as_deref().unwrap();
     if hash != "skip" {

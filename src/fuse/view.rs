@@ -240,6 +240,12 @@ impl Switch {
                 tracing::info!("{}: read by the kernel itself: {view}", self.name);
                 Way::Ready(Arc::new(view), Arc::clone(image))
             }
+            // reading tells what exactly, and once is enough
+            Err(why) if why.kind() == ErrorKind::Corrupt => {
+                tracing::info!("{}: no kernel view: the image is damaged", self.name);
+                tracing::debug!("{}: {why}", self.name);
+                Way::Served
+            }
             Err(why) => {
                 tracing::info!("{}: no kernel view: {why}", self.name);
                 Way::Served

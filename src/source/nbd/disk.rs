@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_NO_HOLE};
 
-use super::dial::{Dialer, never};
+use super::dial::Dialer;
 use super::export::Export;
+use super::ffi::is_ending;
 use super::generation::MAX_TIMEOUT;
 use super::link::{Link, Manners};
 use super::map::{REGION, content};
@@ -84,13 +85,19 @@ impl NbdDisk {
         let mut left = if dialer.can_repeat() { config.retry.unwrap_or(0) } else { 0 };
         let mut pause = Duration::from_millis(100);
         let (handle, export) = loop {
-            match dialer.open(true, Instant::now() + timeout, &never) {
+            match dialer.open(true, Instant::now() + timeout, &is_ending) {
                 Ok(open) => break open,
                 Err(e) if left == 0 => return Err(e),
                 Err(e) => tracing::info!("{left} attempts are left: {e}"),
             }
             left -= 1;
-            std::thread::sleep(pause);
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !is_ending() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if is_ending() {
+                left = 0;
+            }
             pause = (pause * 2).min(Duration::from_secs(2));
         };
         let writable = writable && !export.read_only;

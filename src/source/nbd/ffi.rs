@@ -453,6 +453,18 @@ impl Drop for Handle {
     }
 }
 
+/// Whether a signal that ends us has come and waits to be read: long work before the mount is to end then.
+pub(super) fn is_ending() -> bool {
+    // SAFETY: an all-zero set is a valid one, and only that is written to.
+    let pending = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&raw mut set);
+        set
+    };
+    // SAFETY: the set was filled in above.
+    [libc::SIGTERM, libc::SIGINT].iter().any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
+}
+
 /// Takes a connected socket over that was handed to this process by its number. Errors: it is none.
 pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
     let bad = |e: nix::errno::Errno| Error::io(format!("socket-fd={number}"), e.into());
@@ -476,7 +488,7 @@ pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
 pub(super) fn failure(what: &str) -> Error {
     // SAFETY: the text is valid until the next call of this thread.
     let (said, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
-    let said = if said.is_null() { "failed".into() } else { text(said).to_string_lossy() };
+    let said = if said.is_null() { "the server closed the connection".into() } else { text(said).to_string_lossy() };
     // Each text starts with the name of a function of the library, or several.
     let said = said.rsplit_once("nbd_aio_").map_or(&*said, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
     Error::new(ErrorKind::Os(if errno > 0 { errno } else { libc::EIO }), format!("{what}: {said}"))

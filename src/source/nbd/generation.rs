@@ -11,6 +11,8 @@
 //! `notify_read` is called only where there is something to read, and by the driver alone: a handle that was told to read
 //! and found nothing holds new commands back until an answer comes, which may never be asked for then.
 //!
+//! The first connection has structured replies, which block status needs; the others do without.
+//!
 //! A connection that breaks, or on which an answer is overdue, ends the whole generation: its sockets are shut down, upon
 //! which libnbd gives back every command, and all are sent again on the next one.
 
@@ -25,7 +27,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::ffi::{Handle, Retired};
-use super::op::Op;
+use super::op::{Kind, Op};
 use crate::error::{Error, Result};
 
 /// How often it is looked whether an answer is overdue, and the step in which deadlines are counted.
@@ -48,6 +50,8 @@ struct Conn {
     socket: OwnedFd,
     retired: Arc<Retired>,
     in_flight: AtomicUsize,
+    /// Block status can be asked for. Without it replies are short, and a read takes half the system calls.
+    structured: bool,
 }
 
 /// See the module.
@@ -108,7 +112,8 @@ impl Generation {
         let no_socket = || Error::corrupt("a connection that is up has no socket");
         let socket = handle.fd().ok_or_else(no_socket)?.try_clone_to_owned();
         let socket = socket.map_err(|e| Error::io("descriptor of a connection", e))?;
-        let conn = Conn { handle, socket, retired: Arc::default(), in_flight: AtomicUsize::new(0) };
+        let structured = handle.is_structured();
+        let conn = Conn { handle, socket, retired: Arc::default(), in_flight: AtomicUsize::new(0), structured };
         let at = self.count.load(Ordering::SeqCst);
         if self.conns.get(at).is_some_and(|place| place.set(conn).is_ok()) {
             self.count.store(at + 1, Ordering::SeqCst);
@@ -153,7 +158,8 @@ impl Generation {
 
     /// Sends an operation. What comes back at once (because it could not be sent) is put into `back`.
     pub(super) fn submit(&self, op: Box<Op>, back: &mut Vec<Answer>) {
-        let Some(conn) = self.conns().min_by_key(|c| c.in_flight.load(Ordering::Relaxed)) else {
+        let fit = self.conns().filter(|c| op.kind != Kind::Status || c.structured);
+        let Some(conn) = fit.min_by_key(|c| (c.in_flight.load(Ordering::Relaxed), c.structured)) else {
             return back.push((op, Some(libc::ENOTCONN)));
         };
         self.in_flight.fetch_add(1, Ordering::SeqCst);

@@ -495,7 +495,7 @@ impl Link {
             }
             let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
             let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
-            let added = self.dialer.open(true, deadline, &needed).and_then(|(handle, export)| {
+            let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
                 export.check_same(&self.export, self.manners.writable)?;
                 generation.add(handle)
             });

@@ -23,7 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{OFlag, open};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
@@ -65,9 +65,11 @@ impl Server {
         command.args(["-c", ACTIVATE, "sh"]).args(words);
         command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
         let parent = Pid::this();
-        // SAFETY: prctl and getppid are async-signal-safe, and nothing is allocated.
+        // SAFETY: sigprocmask, prctl and getppid are async-signal-safe, and nothing is allocated.
         unsafe {
             command.pre_exec(move || {
+                // ours are blocked, and a server that never sees a SIGTERM would not end with us
+                SigSet::empty().thread_set_mask()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 // it may have died before it could be told
                 if Pid::parent() == parent { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::ESRCH)) }
