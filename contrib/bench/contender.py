@@ -9,7 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-ALL = ("sparse", "flat", "stream")
+ALL = ("sparse", "chain", "flat", "stream")
 TICKS = os.sysconf("SC_CLK_TCK")
 # Who an "ordinary user" is: Debian's nobody and nogroup.
 AS_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
