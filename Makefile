@@ -27,6 +27,7 @@ test: ## formatting, lints, docs and every test
 	./contrib/setup.sh test
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	cargo build --release --locked
 	cargo test --locked --workspace --doc

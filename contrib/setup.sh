@@ -10,9 +10,11 @@ export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # PACKAGE:COMMAND or PACKAGE:/FILE; the package counts as there if dpkg says so or the command or file is found.
-DEMO="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
-TEST="$DEMO erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL"
-BENCH="gcc:cc libc6-dev:/usr/include/stdio.h fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-common:qemu-storage-daemon fio:fio python3:python3 libnbd-bin:nbdfuse libvmdk-utils:vmdkmount"
+# What the build itself needs.
+BUILD="gcc:cc libc6-dev:/usr/include/stdio.h pkg-config:pkg-config libnbd-dev:/usr/include/libnbd.h"
+DEMO="$BUILD fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
+TEST="$DEMO erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL nbdkit:nbdkit libnbd-bin:nbdcopy nbd-server:nbd-server gnutls-bin:certtool xz-utils:xz"
+BENCH="$BUILD nbdkit:nbdkit fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-common:qemu-storage-daemon fio:fio python3:python3 libnbd-bin:nbdfuse libvmdk-utils:vmdkmount"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }

@@ -103,6 +103,11 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The way to read and write without waiting; `None`: it has none, and its calls return soon.
+    fn queue(&self) -> Option<&dyn BlockQueue> {
+        None
+    }
+
     /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
     /// read it without us, and write it where there is a [`writer`](Self::writer) (after
     /// [`begin`](BlockWrite::begin)).
@@ -176,6 +181,31 @@ pub trait BlockWrite: BlockRead {
     fn in_order_only(&self) -> bool {
         false
     }
+}
+
+/// Given the bytes that were read, or why there are none.
+pub type ReadDone = Box<dyn FnOnce(Result<&[u8]>) + Send>;
+
+/// Given the result.
+pub type Done = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// A disk behind a network: requests are begun, and their results told later. So one that hangs holds no thread.
+///
+/// Each `done` is called once, in bounded time, by whatever thread, maybe before the call returns. It must not wait for
+/// the disk. After one or more calls [`attend`](Self::attend) is called, or nobody may read the answers.
+pub trait BlockQueue: BlockRead {
+    /// Begins [`BlockRead::read_at`].
+    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone);
+
+    /// Begins [`BlockWrite::write_at`]; `data` is copied. An error where the disk has no writer.
+    fn begin_write(&self, at: Lba, data: &[u8], done: Done);
+
+    /// Begins [`BlockWrite::flush`].
+    fn begin_flush(&self, done: Done);
+
+    /// Sees to it that answers are read. `may_stay`: this thread may do it for as long as answers come soon one after the
+    /// other, which spares the change to another thread.
+    fn attend(&self, may_stay: bool);
 }
 
 /// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.

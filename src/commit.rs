@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::config::{DiskConfig, Overlay, SourceConfig};
+use crate::config::{DiskConfig, Overlay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Next, Step};
 use crate::signals::Signals;
@@ -62,12 +62,11 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
 
 /// What overlay and base are called.
 fn names(disk: &DiskConfig) -> (String, String) {
-    let SourceConfig::Local(local) = &disk.source;
     let overlay = match &disk.overlay {
         Some(Overlay::File(path)) => path.display().to_string(),
         _ => "the overlay".to_owned(),
     };
-    (overlay, local.path.display().to_string())
+    (overlay, disk.source.label())
 }
 
 /// How far a commit is, for people.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Everything about one run of the program.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +20,8 @@ pub enum Action {
     Mount(MountConfig),
     /// Say what a source is.
     Info(Query),
+    /// Say what a server offers.
+    List(Query),
     /// Say where data, holes and zeroes lie.
     Map(Query),
     /// Verify tables and chain.
@@ -138,8 +141,9 @@ impl DiskConfig {
     #[must_use]
     pub fn made(&self) -> Self {
         let mut disk = self.clone();
-        let SourceConfig::Local(local) = &mut disk.source;
-        local.create = None;
+        if let SourceConfig::Local(local) = &mut disk.source {
+            local.create = None;
+        }
         disk
     }
 }
@@ -169,6 +173,160 @@ pub enum PageCache {
 pub enum SourceConfig {
     /// Files on this machine, read by the built-in engine.
     Local(LocalConfig),
+    /// An export of an NBD server.
+    Nbd(NbdConfig),
+}
+
+impl SourceConfig {
+    /// The local files, where it is made of such.
+    pub fn local(&self) -> Option<&LocalConfig> {
+        match self {
+            Self::Local(local) => Some(local),
+            Self::Nbd(_) => None,
+        }
+    }
+
+    /// Whether it may be on another machine.
+    pub fn is_far(&self) -> bool {
+        matches!(self, Self::Nbd(nbd) if nbd.is_far())
+    }
+
+    /// What was named, for messages.
+    pub fn label(&self) -> String {
+        match self {
+            Self::Local(local) => local.path.display().to_string(),
+            Self::Nbd(nbd) => nbd.label(),
+        }
+    }
+}
+
+/// An export of an NBD server.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NbdConfig {
+    /// Where the server is.
+    pub address: NbdAddress,
+    /// The export's name; `None`: what a URI says, else the one without a name.
+    pub export: Option<OsString>,
+    /// Every export of the server is a disk.
+    pub dynamic: bool,
+    /// Connections at most, where the server takes several; `None`: the usual number.
+    pub connections: Option<usize>,
+    /// Whether to encrypt.
+    pub tls: NbdTls,
+    /// The folder of certificates; `None`: where the TLS library looks.
+    pub tls_certificates: Option<PathBuf>,
+    /// Whether the server's certificate is verified; `None`: it is.
+    pub tls_verify: Option<bool>,
+    /// The user of a pre-shared key.
+    pub tls_username: Option<String>,
+    /// The file of pre-shared keys.
+    pub tls_psk: Option<PathBuf>,
+    /// After which a request fails; `None`: the usual time.
+    pub timeout: Option<Duration>,
+    /// How often it is tried again to connect; `None`: not at the start, and later until a request's time is over.
+    pub retry: Option<u32>,
+}
+
+impl NbdConfig {
+    /// The export at an address, with every setting at its default.
+    pub fn new(address: NbdAddress) -> Self {
+        Self {
+            address,
+            export: None,
+            dynamic: false,
+            connections: None,
+            tls: NbdTls::Off,
+            tls_certificates: None,
+            tls_verify: None,
+            tls_username: None,
+            tls_psk: None,
+            timeout: None,
+            retry: None,
+        }
+    }
+
+    /// Whether the server may be on another machine.
+    pub fn is_far(&self) -> bool {
+        match &self.address {
+            NbdAddress::Tcp { .. } => true,
+            NbdAddress::Uri(uri) => uri.split(':').next().is_some_and(|scheme| !scheme.contains('+')),
+            _ => false,
+        }
+    }
+
+    /// The server and export, for messages. What may be a secret in a URI is left out.
+    pub fn label(&self) -> String {
+        let address = match &self.address {
+            NbdAddress::Uri(uri) => without_secrets(uri),
+            NbdAddress::Tcp { host, port: None } => format!("NBD server {host}"),
+            NbdAddress::Tcp { host, port: Some(port) } => format!("NBD server {host}:{port}"),
+            NbdAddress::Unix(path) => format!("NBD server {}", path.display()),
+            NbdAddress::Fd(number) => format!("NBD server on descriptor {number}"),
+            NbdAddress::Vsock { cid, port: None } => format!("NBD server vsock:{cid}"),
+            NbdAddress::Vsock { cid, port: Some(port) } => format!("NBD server vsock:{cid}:{port}"),
+            NbdAddress::Command(words) => {
+                format!("NBD server {}", words.first().map(|w| w.display().to_string()).unwrap_or_default())
+            }
+        };
+        match &self.export {
+            Some(name) if !name.is_empty() => {
+                format!("{address}, export {}", name.display().to_string().escape_debug())
+            }
+            _ => address,
+        }
+    }
+}
+
+/// A URI without a password before its host.
+fn without_secrets(uri: &str) -> String {
+    let Some((scheme, rest)) = uri.split_once("://") else { return uri.to_owned() };
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    match authority.rsplit_once('@') {
+        Some((user, host)) => {
+            let name = user.split(':').next().unwrap_or_default();
+            format!("{scheme}://{name}@{host}{path}")
+        }
+        None => uri.to_owned(),
+    }
+}
+
+/// Where an NBD server is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NbdAddress {
+    /// What a URI says.
+    Uri(String),
+    /// TCP.
+    Tcp {
+        /// Name or number.
+        host: String,
+        /// Number or name of a service; `None`: the usual one.
+        port: Option<String>,
+    },
+    /// A Unix socket, made absolute.
+    Unix(PathBuf),
+    /// A connected socket that was handed over.
+    Fd(i32),
+    /// A virtual machine's socket.
+    Vsock {
+        /// The machine.
+        cid: u32,
+        /// `None`: the usual one.
+        port: Option<u32>,
+    },
+    /// A program that we run, with its arguments, and that is told its socket by socket activation.
+    Command(Vec<OsString>),
+}
+
+/// Whether a connection is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NbdTls {
+    /// Never.
+    #[default]
+    Off,
+    /// Where the server offers it.
+    On,
+    /// Always.
+    Require,
 }
 
 /// A disk in local files.

@@ -92,9 +92,19 @@ pub(crate) fn fork() -> Result<ForkResult> {
 /// that mount busy; a file of its own mount it could not even close without waiting for itself.
 ///
 /// To be called first of all: nothing of this process may be open yet.
-pub fn close_inherited() {
-    // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+pub fn close_inherited(kept: &[u32]) {
+    let mut kept: Vec<u32> = kept.iter().copied().filter(|fd| *fd >= 3).collect();
+    kept.sort_unstable();
+    kept.dedup();
+    let mut first = 3;
+    for fd in kept.into_iter().map(Some).chain([None]) {
+        let last = fd.map_or(libc::c_uint::MAX, |fd| fd - 1);
+        if first <= last {
+            // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
+            unsafe { libc::close_range(first, last, 0) };
+        }
+        first = fd.map_or(first, |fd| fd.saturating_add(1));
+    }
 }
 
 /// Has all threads share one heap. Blocks of the cache are made by one thread and given back by another, so heaps of

@@ -5,6 +5,7 @@
 //!         │  read at any byte
 //!    fuse/      fuser's Filesystem, thin: inode → Image, errno at this border only
 //!    image/     Image: bytes above, sectors below; builds the stack of a disk
+//!    image/overlay   where asked for: a delta that takes the writes
 //!    layer/     block cache + read-ahead, for sources whose blocks are dear
 //!    block.rs   trait BlockRead: sectors, never bytes
 //!    ┌──────────────┴──────────────┐

@@ -14,7 +14,7 @@ use vmdkfuse::{commit, daemon, image, query};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    daemon::close_inherited();
+    daemon::close_inherited(&cli::inherited(std::env::args_os()));
     daemon::raise_file_limit();
     daemon::share_heap();
     match cli::parse(std::env::args_os()) {
@@ -35,6 +35,7 @@ fn act(config: Config) -> ExitCode {
     match action {
         Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
         Action::Info(q) => status(query::info(&q)),
+        Action::List(q) => status(query::list(&q)),
         Action::Map(q) => status(query::map(&q)),
         Action::Check(q) => status(query::check(&q)),
         Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
@@ -45,13 +46,12 @@ fn act(config: Config) -> ExitCode {
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let open = |disk: &DiskConfig| {
-        let disk = DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
-        image::open(&disk).map(|image| (disk.made(), image))
-    };
-    let disks: Vec<_> = mount.disks.iter().map(open).collect::<Result<_>>()?;
+    let wanted =
+        |disk: &DiskConfig| DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
+    let disks = image::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
     let source = mount.disks.first().map(query::source_name).unwrap_or_default();
-    let files = mount.disks.iter().map(|d| d.name.clone()).collect();
+    // Exports that are found are connected to when they are used: the first read is not to do it.
+    let files = mount.disks.iter().filter(|d| !image::is_dynamic(d)).map(|d| d.name.clone()).collect();
     let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
     let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
     let loops = session::loops(mount.threads);

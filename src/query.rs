@@ -13,6 +13,7 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, Query, SourceConfig};
 use crate::error::{Error, Result};
 use crate::image::{Description, OverlayInfo, Source, describe_overlay, open_overlay, open_source};
+use crate::source::nbd;
 use crate::store::Access;
 use crate::vmdk::{self, CheckReport};
 
@@ -22,16 +23,52 @@ const CORRUPT: u8 = 4;
 
 /// `--info`: prints what each disk is.
 pub fn info(query: &Query) -> Result<u8> {
-    let described = each(query, |disk, source| {
-        let (mut described, delta) = (source.describe(disk), open_overlay(disk, source, Access::Read)?);
-        if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
-            described.reason = delta.refuses_writing(false).map(|e| e.to_string());
-            described.writable = described.reason.is_none();
+    let described = query.disks.iter().map(describe).collect::<Result<Vec<_>>>()?;
+    print(query.json, &described, |out| {
+        for described in &described {
+            match described {
+                Described::Disk(d) => info_text(d, out),
+                Described::Server(s) => server_text(s, out),
+            }
         }
-        Ok(Described { disk: described, overlay: delta.as_ref().map(describe_overlay).transpose()? })
     })?;
-    print(query.json, &described, |out| described.iter().for_each(|d| info_text(d, out)))?;
     Ok(0)
+}
+
+/// `--list`: prints what each server offers.
+pub fn list(query: &Query) -> Result<u8> {
+    let servers = query.disks.iter().filter_map(|disk| match &disk.source {
+        SourceConfig::Nbd(server) => Some(nbd::list(server)),
+        SourceConfig::Local(_) => None,
+    });
+    let servers = servers.collect::<Result<Vec<_>>>()?;
+    print(query.json, &servers, |out| servers.iter().for_each(|s| server_text(s, out)))?;
+    Ok(0)
+}
+
+/// What `--info` tells of a disk: of an NBD server's what the server says.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Described {
+    Disk(Box<DescribedDisk>),
+    Server(nbd::Server),
+}
+
+fn describe(disk: &DiskConfig) -> Result<Described> {
+    match &disk.source {
+        SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
+        SourceConfig::Nbd(server) => nbd::info(server).map(Described::Server),
+        SourceConfig::Local(_) => {
+            let source = open_source(disk)?;
+            let (mut described, delta) = (source.describe(disk), open_overlay(disk, &source, Access::Read)?);
+            if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
+                described.reason = delta.refuses_writing(false).map(|e| e.to_string());
+                described.writable = described.reason.is_none();
+            }
+            let overlay = delta.as_ref().map(describe_overlay).transpose()?;
+            Ok(Described::Disk(Box::new(DescribedDisk { disk: described, overlay })))
+        }
+    }
 }
 
 /// `--map`: prints where data, holes and zeroes lie; of a disk with an overlay, what that one has changed.
@@ -70,7 +107,7 @@ pub fn dump(json: bool) -> Result<u8> {
     let build = Build {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        backends: ["native"],
+        backends: BACKENDS,
         formats: ["vmdk", "raw"],
         extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
         writable: [],
@@ -90,11 +127,14 @@ pub fn dump(json: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// The ways to a disk that this build has.
+const BACKENDS: &[&str] = if cfg!(feature = "nbd") { &["native", "nbd"] } else { &["native"] };
+
 #[derive(Debug, Serialize)]
 struct Build {
     name: &'static str,
     version: &'static str,
-    backends: [&'static str; 1],
+    backends: &'static [&'static str],
     formats: [&'static str; 2],
     extents: [&'static str; 7],
     writable: [&'static str; 0],
@@ -119,7 +159,7 @@ impl Stretch {
 }
 
 #[derive(Debug, Serialize)]
-struct Described {
+struct DescribedDisk {
     #[serde(flatten)]
     disk: Description,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -207,7 +247,7 @@ fn report_of(disk: &DiskConfig) -> Result<CheckReport> {
     let source = open_source(disk)?;
     let mut report = match &source {
         Source::Vmdk(vmdk) => vmdk::check(vmdk),
-        Source::Raw(..) | Source::Stream(_) => CheckReport::default(),
+        Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
     };
     if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
         report.add(vmdk::check(&delta));
@@ -240,7 +280,7 @@ macro_rules! line {
     ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out, $($arg)*); }};
 }
 
-fn info_text(described: &Described, out: &mut String) {
+fn info_text(described: &DescribedDisk, out: &mut String) {
     let d = &described.disk;
     line!(out, "{}: {}", d.name, d.file);
     line!(out, "  format    {}", d.format);
@@ -269,6 +309,35 @@ fn info_text(described: &Described, out: &mut String) {
     }
     let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
+}
+
+/// As `nbdinfo` shows it. Names and words of the server are shown without what a terminal would obey.
+fn server_text(s: &nbd::Server, out: &mut String) {
+    let yes = |yes: bool| if yes { "yes" } else { "no" };
+    line!(out, "{}:", s.server);
+    line!(out, "  protocol  {}, {} TLS", s.protocol, if s.tls { "with" } else { "without" });
+    line!(out, "  replies   {}", if s.structured { "structured" } else { "simple" });
+    for e in &s.exports {
+        line!(out, "  export \"{}\":", e.export.escape_debug());
+        if !e.description.is_empty() {
+            line!(out, "    description      {}", e.description.escape_debug());
+        }
+        if let Some(error) = &e.error {
+            line!(out, "    error            {}", error.escape_debug());
+            continue;
+        }
+        line!(out, "    size             {} bytes", e.size);
+        for (flag, is) in &e.flags {
+            line!(out, "    {flag:16} {}", yes(*is));
+        }
+        for (name, size) in ["minimum", "preferred", "maximum"].iter().zip(e.block_sizes) {
+            let size = if size == 0 { "not said".to_owned() } else { format!("{size} bytes") };
+            line!(out, "    block_size {name:9} {size}");
+        }
+        if !e.contexts.is_empty() {
+            line!(out, "    contexts         {}", e.contexts.join(", ").escape_debug());
+        }
+    }
 }
 
 fn map_text(disks: &[Mapped], out: &mut impl Write) -> Result<()> {
@@ -323,6 +392,5 @@ fn check_text(c: &Checked, out: &mut String) {
 
 /// The file that a disk comes from, for messages.
 pub fn source_name(disk: &DiskConfig) -> String {
-    let SourceConfig::Local(local) = &disk.source;
-    local.path.display().to_string()
+    disk.source.label()
 }

@@ -76,6 +76,29 @@ impl Ranges {
         held
     }
 
+    /// The same without waiting: a number to be given back by [`Self::give`]; `None`: somebody is in the way.
+    pub(super) fn try_take(&self, range: Range<u64>, mode: Mode) -> Option<u64> {
+        let mut list = self.list();
+        let number = list.next;
+        if list.is_in_the_way(number, &range, mode) {
+            return None;
+        }
+        list.next += 1;
+        list.entries.push(Entry { number, range, mode });
+        Some(number)
+    }
+
+    /// Ends the use of a range.
+    pub(super) fn give(&self, number: u64) {
+        let mut list = self.list();
+        list.entries.retain(|e| e.number != number);
+        let waiting = list.waiting;
+        drop(list);
+        if waiting > 0 {
+            self.ended.notify_all();
+        }
+    }
+
     /// How many wait.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {
@@ -100,13 +123,7 @@ impl List {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        let mut list = self.ranges.list();
-        list.entries.retain(|e| e.number != self.number);
-        let waiting = list.waiting;
-        drop(list);
-        if waiting > 0 {
-            self.ranges.ended.notify_all();
-        }
+        self.ranges.give(self.number);
     }
 }
 

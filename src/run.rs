@@ -194,7 +194,8 @@ impl Life {
             watcher.start(&mount)?;
         }
         let session = Running::start(filesystem, device, options, config.threads)?;
-        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead))) {
+        let far = config.disks.iter().any(|d| d.source.is_far());
+        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead), far)) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
         }

@@ -21,7 +21,7 @@ import time
 
 import images
 import plot
-from contender import ALL, LIMITS, PEERS, Failed, Mount, contender
+from contender import ALL, LIMITS, PEERS, Failed, Mount, Spec, contender, nbd_contender
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MIB, GIB = 1 << 20, 1 << 30
@@ -122,6 +122,7 @@ def specs(words, error):
         name = name or os.path.basename(program)
         new.append(contender(name, os.path.abspath(program)))
         new.append(contender(name + ", ordinary user", os.path.abspath(program), user=True))
+        new.append(nbd_contender(name + ", NBD", os.path.abspath(program)))
     return [*LIMITS, *peers.values(), *new]
 
 
@@ -154,6 +155,10 @@ class Bench:
         subprocess.run(command, check=True)
         o.specs = [self.installed(s) for s in o.specs]
         for kind in o.kinds:
+            if kind == "nbd":
+                with images.served(raw, f"{o.work}/nbd.sock"):
+                    self.kind(kind, raw, raw)
+                continue
             image = f"{o.work}/{kind}.vmdk"
             images.make_vmdk(raw, image, kind)
             try:
@@ -164,19 +169,20 @@ class Bench:
             "size": o.size, "rounds": o.rounds, "kernel": os.uname().release, "processors": len(os.sched_getaffinity(0)),
             "seconds": round(time.time() - began), "load": [round(load, 2), round(os.getloadavg()[0], 2)],
             "contenders": [s.name for s in o.specs if s.role == "contender"],
-            "limits": [s.name for s in o.specs if s.role == "limit"],
+            "limits": [*(s.name for s in o.specs if s.role == "limit"), "nbdcopy to null"],
             "values": {kind: self.in_order(rows) for kind, rows in self.values.items()}, "failures": self.failures,
         }
 
     def in_order(self, rows):
         """The rows as the programs are listed, whatever was measured first."""
-        return {s.name: rows[s.name] for s in self.o.specs if s.name in rows}
+        order = [s.name for s in self.o.specs]
+        return {name: rows[name] for name in sorted(rows, key=lambda n: order.index(n) if n in order else 0)}
 
     def installed(self, spec):
         """The spec with its program copied to where an ordinary user may run it too (a home may be closed)."""
         if not spec.program:
             return spec
-        copy = f"{self.o.work}/{spec.name.removesuffix(', ordinary user').replace('/', '_')}"
+        copy = f"{self.o.work}/{spec.name.removesuffix(', ordinary user').removesuffix(', NBD').replace('/', '_')}"
         shutil.copy(spec.program, copy)
         os.chmod(copy, 0o755)
         return type(spec)(**{**vars(spec), "program": copy})
@@ -198,6 +204,11 @@ class Bench:
                     running.remove(mount)
             for what in ("cold", "direct", "all", "r1", "r16", "rb"):
                 if what in self.o.measures:
+                    if kind == "nbd" and what == "all":
+                        limit = Spec("nbdcopy to null", None, "", role="limit")
+                        for _ in range(self.o.rounds):
+                            speed = images.copy_speed(f"{self.o.work}/nbd.sock", self.o.size)
+                            self.add(kind, limit, {"all": speed})
                     for mount in rounds(running, self.o.rounds):
                         self.measure(kind, mount, what)
             for mount in running:

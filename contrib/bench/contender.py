@@ -1,7 +1,7 @@
 """What is measured: command templates, and a running mount of one of them.
 
 Words in a template: {img} the image, {fmt} its format as qemu calls it, {mnt} a fresh directory, {cover} a fresh
-empty file, {stem} the image's name without its extension, {floor} the bare server, {bin} the contender's program.
+empty file, {stem} the image's name without its extension, {uri} and {sock} the NBD server of the kind nbd, {floor} the bare server, {bin} the contender's program.
 """
 import os
 import signal
@@ -9,7 +9,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-ALL = ("sparse", "chain", "flat", "stream")
+VMDK = ("sparse", "chain", "flat", "stream")
+# and the raw disk behind an NBD server
+ALL = (*VMDK, "nbd")
 TICKS = os.sysconf("SC_CLK_TCK")
 # Who an "ordinary user" is: Debian's nobody and nogroup.
 AS_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
@@ -36,7 +38,12 @@ LIMITS = [
     Spec("bare FUSE server", "{floor} -t 2 {img} {mnt}", "{mnt}/disk", role="limit", raw=True),
 ]
 PEERS = [
-    Spec("nbdfuse + qemu-nbd", "nbdfuse -r {mnt}/disk --socket-activation qemu-nbd -r -f {fmt} {img}", "{mnt}/disk"),
+    Spec(
+        "nbdfuse + qemu-nbd",
+        "nbdfuse -r {mnt}/disk --socket-activation qemu-nbd -r -f {fmt} {img}",
+        "{mnt}/disk",
+        kinds=VMDK,
+    ),
     Spec(
         "qemu-storage-daemon",
         "qemu-storage-daemon"
@@ -44,6 +51,16 @@ PEERS = [
         " --blockdev driver={fmt},file=f,node-name=d,read-only=on"
         " --export type=fuse,id=e,node-name=d,mountpoint={cover},writable=off",
         "{cover}",
+        kinds=VMDK,
+    ),
+    Spec("nbdfuse", "nbdfuse -r {mnt}/disk {uri}", "{mnt}/disk", kinds=("nbd",)),
+    Spec(
+        "qemu-storage-daemon, NBD",
+        "qemu-storage-daemon"
+        " --blockdev driver=nbd,server.type=unix,server.path={sock},node-name=d,read-only=on"
+        " --export type=fuse,id=e,node-name=d,mountpoint={cover},writable=off",
+        "{cover}",
+        kinds=("nbd",),
     ),
     Spec("vmdkmount", "vmdkmount {img} {mnt}", "{mnt}/vmdk1", kinds=("sparse", "stream")),
 ]
@@ -51,7 +68,13 @@ PEERS = [
 
 def contender(name, program, user=False):
     """A build of vmdkfuse, as one starts it in daily use."""
-    return Spec(name, "{bin} -r {mnt} file={img}", "{mnt}/{stem}.raw", role="contender", user=user, program=program)
+    command, file = "{bin} -r {mnt} file={img}", "{mnt}/{stem}.raw"
+    return Spec(name, command, file, kinds=VMDK, role="contender", user=user, program=program)
+
+
+def nbd_contender(name, program):
+    """The same over NBD."""
+    return Spec(name, "{bin} -r {mnt} {uri}", "{mnt}/disk.raw", kinds=("nbd",), role="contender", program=program)
 
 
 class Failed(Exception):
@@ -70,6 +93,7 @@ class Mount:
         self.mnt, self.cover, self.log = (f"{work}/{self.token}.{end}" for end in ("mnt", "cover", "log"))
         stem = os.path.basename(image).rsplit(".", 1)[0]
         words = {"img": image, "fmt": "raw" if spec.raw else "vmdk", "mnt": self.mnt, "cover": self.cover}
+        words |= {"sock": f"{work}/nbd.sock", "uri": f"nbd+unix:///?socket={work}/nbd.sock"}
         words |= {"stem": stem, "floor": f"{work}/fusefloor", "bin": spec.program}
         self.file = spec.file.format(**words)
         self.command = [part.format(**words) for part in spec.command.split()] if spec.command else None

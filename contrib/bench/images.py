@@ -4,9 +4,11 @@ The front quarter of the disk is all data (what the speed measures read). The re
 islands of 64 KiB to 16 MiB with holes between. Seven parts in ten of the data don't compress, the others are text-like. The
 same size gives the same bytes.
 """
+import contextlib
 import os
 import random
 import subprocess
+import time
 
 KIB64 = 64 << 10
 MIB = 1 << 20
@@ -49,6 +51,29 @@ def make_vmdk(raw, path, kind):
         return _make_chain(raw, path)
     command = ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={KINDS[kind]}", raw, path]
     subprocess.run(command, check=True)
+
+
+@contextlib.contextmanager
+def served(raw, sock):
+    """The raw disk behind an NBD server that listens on the Unix socket `sock`."""
+    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", sock, "file", raw], stdin=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 10
+        while not os.path.exists(sock):
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("nbdkit did not start")
+            time.sleep(0.01)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def copy_speed(sock, size):
+    """MiB/s of nbdcopy, which throws everything away: the most that a client of this server gets."""
+    began = time.perf_counter()
+    subprocess.run(["nbdcopy", "--no-extents", f"nbd+unix:///?socket={sock}", "null:"], check=True)
+    return size / MIB / (time.perf_counter() - began)
 
 
 def remove_vmdk(path):

@@ -113,14 +113,7 @@ fn an_unknown_key_names_the_nearest_one() {
 fn keys_of_other_back_ends_say_that_this_build_has_none() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 4096]);
-    for word in [
-        "uri=nbd://localhost",
-        "nbd://localhost/x",
-        "https://host/x.vmdk",
-        "server=host",
-        "libdir=/opt/vddk",
-        "timeout=5",
-    ] {
+    for word in ["https://host/x.vmdk", "server=host", "libdir=/opt/vddk"] {
         let outcome = scratch.vmdkfuse().args(["--info", "file=disk.img", word]).run();
         assert!(matches!(outcome.ended.code, Some(1 | 2)), "{outcome}");
         outcome.error_names(&["not in this build"]);

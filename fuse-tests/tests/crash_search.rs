@@ -339,9 +339,8 @@ fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
     let lost = all(&disk);
     assert!(lost > 0, "nothing was lost");
     // new grains go where nothing was, and old ones don't come back as zeroes without a word
-    let _ = writer.write_at(Lba(1600), &[8; 512]);
-    let _ = writer.flush();
-    let _ = writer.close();
+    assert_eq!(writer.write_at(Lba(1600), &[8; 512]).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(writer.close().unwrap_err().kind(), ErrorKind::Corrupt);
     drop(disk);
     match open_writable(&store, image.top) {
         Err(e) => assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}"),

@@ -564,7 +564,7 @@ impl Failing {
     fn fails(&self) -> bool {
         match self.one_in.load(Ordering::Relaxed) {
             0 => false,
-            n => self.draw() % n == 0,
+            n => self.draw().is_multiple_of(n),
         }
     }
     fn error(&self) -> vmdkfuse::error::Error {
@@ -687,7 +687,7 @@ fn what_fails_now_and_then_loses_nothing() {
                     _ => (0..bytes.len()).map(|i| (i / 512) as u8 ^ step as u8 | 1).collect(),
                 };
                 let done = match draw % 5 {
-                    0 => writer.zero(Lba(at)..Lba(at + sectors), draw % 2 == 0),
+                    0 => writer.zero(Lba(at)..Lba(at + sectors), draw.is_multiple_of(2)),
                     _ => writer.write_at(Lba(at), &data),
                 };
                 let mut seen = vec![0xee; bytes.len()];
@@ -707,9 +707,9 @@ fn what_fails_now_and_then_loses_nothing() {
             assert!(failed > 5);
             file.one_in.store(0, Ordering::Relaxed);
             if round == 1 {
-                writer.close().unwrap()
+                writer.close().unwrap();
             } else {
-                writer.flush().unwrap()
+                writer.flush().unwrap();
             }
             drop(disk);
             drop(file);

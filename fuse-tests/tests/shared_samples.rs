@@ -124,7 +124,7 @@ fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
 const BY_KERNEL: usize = 5;
 
 /// Mounts an image read-only once the kernel reads it; `None` where it says that it can't, as for compressed grains.
-fn mount_view<'s>(scratch: &'s Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Option<Mount> {
+fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Option<Mount> {
     let point = format!("view-{name}");
     scratch.mkdir(&point);
     let mut command = scratch.mount().at(&point).file(image).arg("name=disk").arg("-r").arg("kernel-view=required");

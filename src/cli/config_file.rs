@@ -173,7 +173,7 @@ impl Document<'_> {
         }
         match source {
             Some(_) => Ok(words),
-            None => Err(self.error(at, "this [[disk]] has neither file nor dir")),
+            None => Err(self.error(at, "this [[disk]] has neither file nor dir nor uri")),
         }
     }
 
@@ -368,7 +368,7 @@ mod tests {
 
     use super::super::{Parsed, parse};
     use super::*;
-    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache, SourceConfig};
+    use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
 
     /// A folder with `vms.toml` and a mount point `mnt`.
     fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -409,8 +409,7 @@ mod tests {
     }
 
     fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
-        let SourceConfig::Local(local) = &mount.disks[disk].source;
-        local
+        mount.disks[disk].source.local().unwrap()
     }
 
     #[test]
@@ -556,14 +555,25 @@ mod tests {
     fn keys_that_are_still_to_come_give_the_one_answer() {
         for (text, message) in [
             ("password = \"hunter2\"\n", "vms.toml:1: password= is not in this build yet"),
-            ("timeout = { a = 1 }\n", "vms.toml:1: timeout= is not in this build yet"),
-            ("uri = \"nbd://h\"\n", "vms.toml:1: uri= is not in this build yet"),
-            ("backend = \"nbd\"\n", "vms.toml:1: backend=nbd is not in this build yet"),
-            ("[[disk]]\nuri = \"nbd://h\"\n", "vms.toml:2: uri= is not in this build yet"),
+            ("backend = \"vddk\"\n", "vms.toml:1: backend=vddk is not in this build yet"),
+            ("[[disk]]\nurl = \"https://h\"\n", "vms.toml:2: url= is not in this build yet"),
             ("[mount]\noptions = \"server=h\"\n", "vms.toml:2: server= is not in this build yet"),
         ] {
             assert_eq!(error(text), message, "{text}");
         }
+    }
+
+    #[test]
+    fn servers_are_described_as_well() {
+        let dir =
+            folder("[[disk]]\nuri = \"nbd://h/x\"\ntimeout = 5\n[[disk]]\nuri = \"nbd://h/y\"\ntls-psk = \"keys\"\n");
+        let mount = mount_of(run_in(&dir, &[]).unwrap());
+        let server = |disk: usize| match &mount.disks[disk].source {
+            crate::config::SourceConfig::Nbd(server) => server.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(server(0).timeout, Some(std::time::Duration::from_secs(5)));
+        assert_eq!(server(1).tls_psk, Some(dir.path().join("keys")));
     }
 
     #[test]
@@ -613,7 +623,7 @@ mod tests {
         let both = error("[[disk]]\nfile = \"a\"\ndir = \"b\"\n");
         assert_eq!(both, "vms.toml:3: a disk has one source, but this one has file and dir");
         let none = error("[[disk]]\nfile = \"a\"\n[[disk]]\nname = \"x\"\n");
-        assert_eq!(none, "vms.toml:3: this [[disk]] has neither file nor dir");
+        assert_eq!(none, "vms.toml:3: this [[disk]] has neither file nor dir nor uri");
         for text in ["", "cache = \"none\"\n", "disk = []\n"] {
             assert_eq!(error(text), "vms.toml: no disk is described: add a [[disk]] table with file or dir");
         }

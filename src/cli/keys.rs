@@ -6,8 +6,8 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 
-use super::params::{Settings, SourceSpec};
-use super::{UsageError, values, writing};
+use super::params::{Backend, Settings, SourceSpec};
+use super::{UsageError, nbd, values, writing};
 use crate::config::{Format, KernelView};
 
 /// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
@@ -328,15 +328,17 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
     Key::local("readahead", Group::Every, Kind::Size, "upper bound of read-ahead",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
-    Key::local("backend", Group::Every, Kind::OneOf { words: &["native"], later: &["vddk", "https", "nbd"] },
+    Key::local("backend", Group::Every, Kind::OneOf { words: &["native", "nbd"], later: &["vddk", "https"] },
         "force the way to the disk",
-        |_, _| Ok(())), // one back end: nothing to choose
+        |s, v| { s.backend = Some(if v == "nbd" { Backend::Nbd } else { Backend::Native }); Ok(()) }),
     Key::local("cow", Group::Every, Kind::PathOr(writing::TEMPORARY), "writes go to this overlay, a VMDK that is made where there is none (tmp: \
         thrown away at the end); the disk itself is only read",
         |s, v| { s.overlay = Some(writing::overlay(v)?); Ok(()) }),
     Key::later("cache-dir", Group::Every, Kind::Path, "keep fetched blocks there across mounts"),
-    Key::later("timeout", Group::Every, Kind::Seconds, "deadline after which a request fails"),
-    Key::later("retry", Group::Every, Kind::Count, "how often to try again"),
+    Key::local("timeout", Group::Every, Kind::Seconds, "deadline after which a request of an NBD server fails (default: 30)",
+        |s, v| { s.nbd.timeout = Some(nbd::timeout(v)?); Ok(()) }),
+    Key::local("retry", Group::Every, Kind::Count, "how often to try again to connect to an NBD server",
+        |s, v| { s.nbd.retry = Some(nbd::retry(v)?); Ok(()) }),
 
     Key::local("file", Group::Local, Kind::Path, "a disk (wildcards * ? [ make several); starts another disk",
         |s, v| { s.source = Some(SourceSpec::File(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
@@ -367,7 +369,8 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.view_dir = Some(values::path(v)?); Ok(()) }),
 
     Key::later("server", Group::VMware, Kind::Text, "ESXi or vCenter host"),
-    Key::later("port", Group::VMware, Kind::Text, "its port (also of an NBD server: number or service)"),
+    Key::local("port", Group::Nbd, Kind::Text, "its port: a number, or a service (default: 10809)",
+        |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }),
     Key::later("user", Group::VMware, Kind::Text, "who logs in"),
     Key::later("password", Group::VMware, Kind::Text, "`-` asks, `+FILE` and `-FD` read it"),
     Key::later("cookie", Group::VMware, Kind::Text, "session cookie"),
@@ -406,22 +409,38 @@ pub(super) static KEYS: &[Key] = &[
     Key::later("partitions", Group::Views, Kind::Bool, "one file for each partition as well"),
     Key::later("descriptor", Group::Views, Kind::Bool, "a .vmdk that describes the raw file"),
 
-    Key::later("uri", Group::Nbd, Kind::Text, "an NBD server; starts another disk").scope(Scope::Starts),
-    Key::later("hostname", Group::Nbd, Kind::Text, "its host"),
-    Key::later("socket", Group::Nbd, Kind::Path, "its Unix socket"),
-    Key::later("socket-fd", Group::Nbd, Kind::Count, "its connected socket"),
-    Key::later("vsock-cid", Group::Nbd, Kind::Count, "its VSOCK address").alias(&["vhost-cid"]),
-    Key::later("command", Group::Nbd, Kind::Text, "program to run as the server"),
-    Key::later("arg", Group::Nbd, Kind::Text, "an argument for it").repeats(),
-    Key::later("export", Group::Nbd, Kind::Text, "name of the export"),
-    Key::later("dynamic-export", Group::Nbd, Kind::Bool, "every export is a file"),
-    Key::later("connections", Group::Nbd, Kind::Count, "connections to it"),
-    Key::later("shared", Group::Nbd, Kind::Bool, "one connection for all"),
-    Key::later("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt"),
-    Key::later("tls-certificates", Group::Nbd, Kind::Path, "folder of certificates"),
-    Key::later("tls-verify", Group::Nbd, Kind::Bool, "verify the server"),
-    Key::later("tls-username", Group::Nbd, Kind::Text, "user of the key"),
-    Key::later("tls-psk", Group::Nbd, Kind::Path, "file of keys"),
+    Key::local("uri", Group::Nbd, Kind::Text, "nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://; starts another disk",
+        |s, v| { s.source = Some(SourceSpec::Nbd(nbd::uri(v)?)); Ok(()) }).scope(Scope::Starts),
+    Key::local("hostname", Group::Nbd, Kind::Text, "its host",
+        |s, v| { s.nbd.hostname = Some(nbd::hostname(v)?); Ok(()) }),
+    Key::local("socket", Group::Nbd, Kind::Path, "its Unix socket",
+        |s, v| { s.nbd.socket = Some(values::path(v)?); Ok(()) }),
+    Key::local("socket-fd", Group::Nbd, Kind::Count, "a connected socket that is handed over",
+        |s, v| { s.nbd.socket_fd = Some(nbd::socket_fd(v)?); Ok(()) }),
+    Key::local("vsock-cid", Group::Nbd, Kind::Count, "its VSOCK address",
+        |s, v| { s.nbd.vsock_cid = Some(nbd::vsock_cid(v)?); Ok(()) }).alias(&["vhost-cid"]),
+    Key::local("command", Group::Nbd, Kind::Text, "program to run as the server, by socket activation; it ends with the mount",
+        |s, v| { s.nbd.command = Some(nbd::word(v)?); Ok(()) }),
+    Key::local("arg", Group::Nbd, Kind::Text, "an argument for it",
+        |s, v| { s.nbd.args.push(nbd::word(v)?); Ok(()) }).repeats(),
+    Key::local("export", Group::Nbd, Kind::Text, "name of the export",
+        |s, v| { s.nbd.export = Some(nbd::export(v)?); Ok(()) }),
+    Key::local("dynamic-export", Group::Nbd, Kind::Bool, "every export of the server is a file",
+        |s, v| { s.nbd.dynamic = Some(values::boolean(v)?); Ok(()) }),
+    Key::local("connections", Group::Nbd, Kind::Count, "connections to it, where it takes several (default: 4)",
+        |s, v| { s.nbd.connections = Some(nbd::connections(v)?); Ok(()) }),
+    Key::local("shared", Group::Nbd, Kind::Bool, "one connection for all",
+        |s, v| { s.nbd.shared = Some(values::boolean(v)?); Ok(()) }),
+    Key::local("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt: never, where it can, always",
+        |s, v| { s.nbd.tls = Some(nbd::tls(v)); Ok(()) }),
+    Key::local("tls-certificates", Group::Nbd, Kind::Path, "folder of certificates",
+        |s, v| { s.nbd.tls_certificates = Some(values::path(v)?); Ok(()) }),
+    Key::local("tls-verify", Group::Nbd, Kind::Bool, "verify the server (default: true)",
+        |s, v| { s.nbd.tls_verify = Some(values::boolean(v)?); Ok(()) }),
+    Key::local("tls-username", Group::Nbd, Kind::Text, "user of the key",
+        |s, v| { s.nbd.tls_username = Some(values::text(v)?.to_owned()); Ok(()) }),
+    Key::local("tls-psk", Group::Nbd, Kind::Path, "file of pre-shared keys",
+        |s, v| { s.nbd.tls_psk = Some(values::path(v)?); Ok(()) }),
 ];
 
 #[cfg(test)]
@@ -439,7 +458,9 @@ mod tests {
         shared tls tls-certificates tls-verify tls-username tls-psk";
 
     const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
-        force create create-size create-type create-adapter-type create-hwversion kernel-view view-size view-dir";
+        force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
+        socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
+        tls-username tls-psk kernel-view view-size view-dir";
 
     #[test]
     fn the_table_is_the_contract() {
@@ -462,7 +483,7 @@ mod tests {
 
     #[test]
     fn words_of_a_key_that_are_still_to_come_say_so() {
-        for (name, word) in [("backend", "vddk"), ("backend", "https"), ("backend", "nbd")] {
+        for (name, word) in [("backend", "vddk"), ("backend", "https")] {
             let error = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(word)).unwrap_err();
             assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
         }

@@ -6,6 +6,7 @@
 //!      │            └─ target.rs    MOUNTPOINT ────────┘
 //!      └ --config: config_file.rs turns the file into the words and options that it stands for
 //!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
+//!          nbd.rs: the keys of NBD servers
 //!          writing.rs: the keys of writing, and which of them go together
 //! ```
 //! Called as `mount.vmdkfuse` it is the helper of mount(8). Nothing here opens an image, except that `dir=` looks at the
@@ -20,6 +21,7 @@ use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKin
 mod config_file;
 mod helper;
 mod keys;
+mod nbd;
 mod options;
 mod params;
 mod program;
@@ -71,6 +73,21 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     let mut args = args.into_iter();
     let name = args.next().unwrap_or_default();
     if helper::is_name_of(Path::new(&name)) { helper::parse(args) } else { program::parse(args) }
+}
+
+/// The descriptors that the words name as handed over: they are not to be closed at the start.
+pub fn inherited(args: impl IntoIterator<Item = OsString>) -> Vec<u32> {
+    use std::os::unix::ffi::OsStrExt;
+    let mut kept = Vec::new();
+    for arg in args {
+        // also within the list of a `-o`
+        for word in arg.as_bytes().split(|b| *b == b',') {
+            let word = word.strip_prefix(b"-o").unwrap_or(word);
+            let number = word.strip_prefix(b"socket-fd=").and_then(|n| std::str::from_utf8(n).ok());
+            kept.extend(number.and_then(|n| n.parse::<u32>().ok()));
+        }
+    }
+    kept
 }
 
 /// What a mount is made of, before it is understood; of the program or of the helper.

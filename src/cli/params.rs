@@ -11,11 +11,11 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::keys::{self, Key, Scope};
 use super::{
-    UsageError, sources,
+    UsageError, nbd, sources,
     values::{self, shown},
     writing::{self, Creation, Purpose},
 };
@@ -56,8 +56,21 @@ pub(super) struct Settings {
     pub(super) force: Option<bool>,
     /// `create=` and its company
     pub(super) creation: Creation,
+    /// The keys of an NBD server.
+    pub(super) nbd: nbd::Server,
+    /// `backend=`
+    pub(super) backend: Option<Backend>,
     /// The keys that were given, to find the one that was given twice.
     given: Vec<&'static str>,
+}
+
+/// `backend=`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backend {
+    /// The built-in engine.
+    Native,
+    /// An NBD server.
+    Nbd,
 }
 
 /// A source as it was written.
@@ -67,13 +80,24 @@ pub(super) enum SourceSpec {
     File(PathBuf),
     /// All disks of a folder.
     Dir(PathBuf),
+    /// An NBD server's URI.
+    Nbd(String),
 }
 
 /// One disk, all its settings gathered; its name is still open.
 #[derive(Debug)]
 pub(super) struct Requested {
-    path: PathBuf,
+    place: Place,
     settings: Settings,
+}
+
+/// Where one disk comes from.
+#[derive(Debug)]
+enum Place {
+    /// A file.
+    File(PathBuf),
+    /// An NBD server; its URI, if it has one.
+    Nbd(Option<String>),
 }
 
 /// A word, taken apart.
@@ -115,6 +139,8 @@ impl Settings {
             overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
             force: self.force.or(common.force),
             creation: self.creation.over(common.creation),
+            nbd: self.nbd.over(&common.nbd),
+            backend: self.backend.or(common.backend),
             given: Vec::new(),
         }
     }
@@ -128,7 +154,29 @@ impl Settings {
             Some(SourceSpec::File(path)) if self.creation.is_wanted(purpose) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => sources::expand(path),
             Some(SourceSpec::Dir(dir)) => sources::disks_of(dir),
-            None => Ok(Vec::new()),
+            Some(SourceSpec::Nbd(_)) | None => Ok(Vec::new()),
+        }
+    }
+
+    /// The disks that the source stands for.
+    fn places(&self, purpose: Purpose) -> Result<Vec<Place>, UsageError> {
+        let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
+        match (self.backend, &self.source) {
+            (Some(Backend::Native), _) if is_nbd => {
+                Err(UsageError::new("backend=native reads files, but no file is named"))
+            }
+            (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
+                Err(UsageError::new("backend=nbd needs a server, but a file is named"))
+            }
+            (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![Place::Nbd(Some(uri.clone()))]),
+            (_, Some(_)) => {
+                if let Some(key) = self.nbd.first_key() {
+                    return Err(UsageError::new(format!("{key}= is for NBD servers, but the disk is a local file")));
+                }
+                Ok(self.files(purpose)?.into_iter().map(Place::File).collect())
+            }
+            (_, None) if self.nbd.is_named() => Ok(vec![Place::Nbd(None)]),
+            (_, None) => Ok(Vec::new()),
         }
     }
 }
@@ -141,7 +189,11 @@ impl Requested {
 
     /// The finished disk; `fixed` is a name that the mount point gives it.
     fn into_config(self, fixed: Option<&OsStr>, purpose: Purpose) -> Result<DiskConfig, UsageError> {
-        let Self { path, settings } = self;
+        let Self { place, settings } = self;
+        let path = match place {
+            Place::File(path) => path,
+            Place::Nbd(uri) => return nbd_config(uri, settings, fixed, purpose),
+        };
         let wanted = fixed.map(OsStr::to_owned).or(settings.name);
         let create = settings.creation.config(purpose);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
@@ -194,18 +246,22 @@ pub(super) fn disks(
     words: &[OsString],
     purpose: Purpose,
 ) -> Result<Vec<Requested>, UsageError> {
-    let (common, groups) = settings(options, words)?;
+    let (common, mut groups) = settings(options, words)?;
+    // Keys that name a server start no disk by themselves: they may stand in any order.
+    if groups.is_empty() && common.nbd.is_named() {
+        groups.push(Settings::default());
+    }
     let mut disks = Vec::new();
     for group in &groups {
         let settings = group.over(&common);
-        let files = settings.files(purpose)?;
-        if let (Some(name), 2..) = (&group.name, files.len()) {
-            return Err(name_of_many(name, files.len()));
+        let places = settings.places(purpose)?;
+        if let (Some(name), 2..) = (&group.name, places.len()) {
+            return Err(name_of_many(name, places.len()));
         }
-        disks.extend(files.into_iter().map(|path| Requested { path, settings: settings.clone() }));
+        disks.extend(places.into_iter().map(|place| Requested { place, settings: settings.clone() }));
     }
     match (&common.name, disks.len()) {
-        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH")),
+        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH, or uri= of an NBD server")),
         (Some(name), many @ 2..) => Err(name_of_many(name, many)),
         _ => Ok(disks),
     }
@@ -215,13 +271,13 @@ pub(super) fn disks(
 pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
     let mut seen: HashMap<&OsStr, &DiskConfig> = HashMap::new();
     for disk in disks {
-        let path = source_path(disk).display();
+        let path = disk.source.label();
         values::file_name(&disk.name)
             .map_err(|e| UsageError::new(format!("{path} cannot be called {}: {e}; use name=", shown(&disk.name))))?;
         if let Some(other) = seen.insert(&disk.name, disk) {
             return Err(UsageError::new(format!(
                 "{} and {path} would both be called {}: use name= for one of them",
-                source_path(other).display(),
+                other.source.label(),
                 shown(&disk.name),
             )));
         }
@@ -326,9 +382,45 @@ fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
     UsageError::new(format!("name={} would be the name of {disks} disks: it can be given to one only", shown(name)))
 }
 
-fn source_path(disk: &DiskConfig) -> &Path {
-    let SourceConfig::Local(local) = &disk.source;
-    &local.path
+/// The finished disk of an NBD server.
+fn nbd_config(
+    uri: Option<String>,
+    settings: Settings,
+    fixed: Option<&OsStr>,
+    purpose: Purpose,
+) -> Result<DiskConfig, UsageError> {
+    let (format, allow) = (settings.format.is_some(), !settings.allow_dirs.is_empty());
+    let local = [
+        ("format", format),
+        ("allow-dir", allow),
+        ("degraded", settings.accept_cid_mismatch.is_some()),
+        ("lock", settings.lock.is_some()),
+        ("force", settings.force.is_some()),
+        ("create", settings.creation.asked.is_some()),
+    ];
+    if let Some((key, _)) = local.into_iter().find(|(_, given)| *given) {
+        return Err(UsageError::new(format!("{key}= is for local files, but the disk is an NBD server's")));
+    }
+    if purpose == Purpose::Create {
+        return Err(UsageError::new("--create makes VMDKs, but an NBD server is named"));
+    }
+    let nbd = settings.nbd.config(uri)?;
+    let wanted = fixed.map(OsStr::to_owned).or(settings.name);
+    if nbd.dynamic && (wanted.is_some() || settings.overlay.is_some()) {
+        let key = if wanted.is_some() { "one name" } else { "cow=" };
+        return Err(UsageError::new(format!("dynamic-export=true makes a file of every export, but {key} is for one")));
+    }
+    let disk = DiskConfig {
+        name: wanted.unwrap_or_else(|| sources::export_name(&nbd)),
+        read_only: settings.read_only.unwrap_or_default(),
+        cache: settings.cache,
+        cache_size: settings.cache_size,
+        readahead: settings.readahead,
+        overlay: settings.overlay,
+        source: SourceConfig::Nbd(nbd),
+    };
+    writing::check_disk(&disk, purpose)?;
+    Ok(disk)
 }
 
 #[cfg(test)]
@@ -336,6 +428,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::config::{NbdAddress, NbdConfig, NbdTls};
 
     fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
         parse_with(&[], words)
@@ -350,8 +443,7 @@ mod tests {
     }
 
     fn local(disk: &DiskConfig) -> &LocalConfig {
-        let SourceConfig::Local(local) = &disk.source;
-        local
+        disk.source.local().unwrap()
     }
 
     #[test]
@@ -370,7 +462,8 @@ mod tests {
     #[test]
     fn bare_values_find_their_key() {
         for uri in ["nbd://h", "nbds://h/x", "nbd+unix:///x?socket=/s", "nbds+unix:///", "nbd+vsock://2", "NBD://h"] {
-            assert_eq!(parse(&[uri]).unwrap_err(), "uri= is not in this build yet", "{uri}");
+            let disk = parse(&[uri]).unwrap().remove(0);
+            assert!(matches!(&disk.source, SourceConfig::Nbd(n) if n.address == NbdAddress::Uri(uri.into())), "{uri}");
         }
         for url in ["https://h/folder/x?dcPath=d", "http://h/x"] {
             assert_eq!(parse(&[url]).unwrap_err(), "url= is not in this build yet", "{url}");
@@ -534,9 +627,121 @@ mod tests {
 
     #[test]
     fn no_disk_is_an_error() {
-        assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH");
-        assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         assert_eq!(parse(&[""]).unwrap_err(), "file=: a path is missing");
+    }
+
+    fn server(words: &[&str]) -> Result<NbdConfig, String> {
+        match parse(words)?.remove(0).source {
+            SourceConfig::Nbd(server) => Ok(server),
+            other => panic!("no server: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_way_to_name_a_server_is_understood() {
+        let of = |words: &[&str]| server(words).unwrap().address;
+        let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp { host: host.into(), port: port.map(str::to_owned) };
+        assert_eq!(of(&["hostname=h"]), tcp("h", None));
+        assert_eq!(of(&["port=nbd", "hostname=::1"]), tcp("::1", Some("nbd")));
+        assert_eq!(of(&["socket=/s", "export=a"]), NbdAddress::Unix("/s".into()));
+        assert_eq!(of(&["socket-fd=7"]), NbdAddress::Fd(7));
+        assert_eq!(of(&["vsock-cid=2"]), NbdAddress::Vsock { cid: 2, port: None });
+        assert_eq!(of(&["vhost-cid=4294967295", "port=99"]), NbdAddress::Vsock { cid: u32::MAX, port: Some(99) });
+        let words = ["nbdkit", "memory", "", "1G"].map(OsString::from).to_vec();
+        assert_eq!(of(&["arg=memory", "command=nbdkit", "arg=", "arg=1G"]), NbdAddress::Command(words));
+        assert_eq!(of(&["nbd+vsock://2:1/x"]), NbdAddress::Uri("nbd+vsock://2:1/x".into()));
+    }
+
+    #[test]
+    fn every_setting_of_a_server_arrives() {
+        let all = server(&[
+            "nbds://h/a",
+            "export=b",
+            "connections=2",
+            "tls-certificates=/c",
+            "tls-verify=no",
+            "tls-username=u",
+            "tls-psk=/p",
+            "timeout=7",
+            "retry=3",
+        ]);
+        let expected = NbdConfig {
+            export: Some("b".into()),
+            connections: Some(2),
+            tls: NbdTls::Require,
+            tls_certificates: Some("/c".into()),
+            tls_verify: Some(false),
+            tls_username: Some("u".into()),
+            tls_psk: Some("/p".into()),
+            timeout: Some(std::time::Duration::from_secs(7)),
+            retry: Some(3),
+            ..NbdConfig::new(NbdAddress::Uri("nbds://h/a".into()))
+        };
+        assert_eq!(all, Ok(expected));
+        assert_eq!(server(&["nbd://h", "shared=1"]).unwrap().connections, Some(1));
+        assert_eq!(server(&["nbd://h"]).unwrap().tls, NbdTls::Off);
+        assert_eq!(server(&["nbd://h", "tls=on"]).unwrap().tls, NbdTls::On);
+        assert_eq!(server(&["nbd://h", "tls-psk=/p"]).unwrap().tls, NbdTls::Require);
+        assert!(server(&["nbd://h", "dynamic-export=1"]).unwrap().dynamic);
+    }
+
+    #[test]
+    fn words_about_servers_that_do_not_go_together_are_refused() {
+        for (words, said) in [
+            (&["nbd://h", "socket=/s"][..], "uri= and socket= both say where"),
+            (&["hostname=h", "command=c"], "hostname= and command= both say where"),
+            (&["socket=/s", "port=1"], "port= goes with hostname="),
+            (&["nbd://h", "arg=x"], "arg= is an argument for command="),
+            (&["vsock-cid=2", "port=nbd"], "port=nbd: a VSOCK port is a number"),
+            (&["nbd://h", "dynamic-export=1", "export=a"], "but export= names one"),
+            (&["nbd://h", "dynamic-export=1", "name=a"], "one name"),
+            (&["nbd://h", "dynamic-export=1", "cow=/a"], "cow="),
+            (&["nbd://h", "shared=1", "connections=2"], "shared=true means one connection"),
+            (&["socket-fd=7", "connections=2"], "socket-fd= means one connection"),
+            (&["nbds://h", "tls=off"], "the URI asks for TLS"),
+            (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= says how to encrypt"),
+            (&["nbd://h", "format=raw"], "format= is for local files"),
+            (&["nbd://h", "create=1"], "create= is for local files"),
+            (&["nbd://h", "backend=native"], "backend=native reads files"),
+            (&["/x", "backend=nbd"], "backend=nbd needs a server"),
+            (&["/x", "socket=/s"], "socket= is for NBD servers"),
+            (&["/x", "timeout=3"], "timeout= is for NBD servers"),
+            (&["uri=http://h"], "must start with nbd://"),
+            (&["uri="], "a value is missing"),
+            (&["socket-fd=2"], "must be a number from 3 to"),
+            (&["nbd://h", "connections=0"], "must be a number from 1 to 16"),
+            (&["nbd://h", "timeout=0"], "must be a number from 1 to 1800"),
+            (&["hostname=a b"], "holds no blanks"),
+            (&["nbd://h", "tls=maybe"], "must be off or on or require"),
+        ] {
+            let error = parse(words).unwrap_err();
+            assert!(error.contains(said), "{words:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_file_of_an_export_is_called_after_it() {
+        for (words, name) in [
+            (&["nbd://h"][..], "disk.raw"),
+            (&["nbd://h/vm1"], "vm1.raw"),
+            (&["nbd+unix:///a%2Fb?socket=/s/x"], "a%2Fb.raw"),
+            (&["nbd+unix:///?socket=/s/x"], "disk.raw"),
+            (&["nbd://h/a", "export=../b"], "..%2Fb.raw"),
+            (&["hostname=h", "export=v"], "v.raw"),
+            (&["hostname=h", "name=n"], "n"),
+        ] {
+            assert_eq!(parse(words).unwrap()[0].name, name, "{words:?}");
+        }
+    }
+
+    #[test]
+    fn two_servers_are_two_disks_and_secrets_are_not_shown() {
+        let disks = parse(&["timeout=9", "nbd://a/x", "retry=1", "nbd://b/y"]).unwrap();
+        assert_eq!(disks.len(), 2);
+        let label = server(&["nbd://user:hunter2@h/x"]).unwrap().label();
+        assert_eq!(label, "nbd://user@h/x");
     }
 
     #[test]

@@ -10,11 +10,12 @@ use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 use super::options::Options;
 use super::writing::Purpose;
 use super::{MountWords, Parsed, UsageError, commit, config_file, keys, one_line, params, query, unmounted, values};
-use crate::config::{Action, Config, LogConfig};
+use crate::config::{Action, Config, LogConfig, Query};
 
 /// The forms of the command, for the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
+       vmdkfuse --list [--json] uri=URI
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
@@ -31,7 +32,7 @@ umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Those that mount(8) handles it
 ";
 
 /// Actions that are known but not in this build.
-const LATER: [&str; 5] = ["list", "status", "watch", "doctor", "fingerprint"];
+const LATER: [&str; 4] = ["status", "watch", "doctor", "fingerprint"];
 
 /// The most event loops; beyond the number of processors they bring nothing.
 const MAX_THREADS: u64 = 64;
@@ -106,7 +107,9 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     let manner = Manner::of(matches)?;
     let json = matches.get_flag("json");
     let asked = |name: &str| matches.get_flag(name);
-    let action = if asked("info") {
+    let action = if asked("list") {
+        Action::List(list(&words, json)?)
+    } else if asked("info") {
         Action::Info(query(&words, json)?)
     } else if asked("map") {
         Action::Map(query(&words, json)?)
@@ -115,7 +118,7 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else if asked("dump") {
         dump(&words, json)?
     } else if json {
-        return Err(UsageError::new("--json goes with --info, --map, --check or --dump"));
+        return Err(UsageError::new("--json goes with --list, --info, --map, --check or --dump"));
     } else if asked("create") {
         Action::Create(unmounted(&words, Purpose::Create)?)
     } else if asked("commit") {
@@ -162,6 +165,18 @@ fn check_no_disk(words: &[OsString], manner: &Manner) -> Result<(), UsageError> 
     }
 }
 
+/// `--list` takes servers; which export is meant there does not matter.
+fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
+    let query = query(words, json)?;
+    match query.disks.iter().find(|disk| disk.source.local().is_some()) {
+        Some(disk) => {
+            let file = disk.source.label();
+            Err(UsageError::new(format!("--list asks an NBD server, but {file} is a local file")))
+        }
+        None => Ok(query),
+    }
+}
+
 fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
     if words.is_empty() {
         return Ok(Action::Dump { json });
@@ -194,7 +209,7 @@ fn command() -> Command {
         .args(mount_args())
         .args(log_args())
         .args(action_args())
-        .group(ArgGroup::new("action").args(["info", "map", "check", "create", "commit", "dump"]))
+        .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "dump"]))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
 }
@@ -228,8 +243,9 @@ fn log_args() -> [Arg; 3] {
     ]
 }
 
-fn action_args() -> [Arg; 7] {
+fn action_args() -> [Arg; 8] {
     [
+        flag("list", "Say what an NBD server offers"),
         flag("info", "Say what a source is: size, format, extents, chain"),
         flag("map", "Say where data, holes and zeroes lie"),
         flag("check", "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt"),
@@ -257,7 +273,7 @@ fn after_help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MountConfig, SourceConfig};
+    use crate::config::MountConfig;
 
     fn run(args: &[&str]) -> Result<Config, String> {
         match parse(args.iter().map(OsString::from)) {
@@ -284,7 +300,7 @@ mod tests {
         assert_eq!(mount_config.pidfile, Some(here.join("pid")));
         assert_eq!(mount_config.threads, Some(64));
         assert_eq!(mount_config.target.path, here.join("src"));
-        let SourceConfig::Local(local) = &mount_config.disks[0].source;
+        let local = mount_config.disks[0].source.local().unwrap();
         assert_eq!(local.path, here.join("a=b"));
     }
 
@@ -313,10 +329,12 @@ mod tests {
         assert!(
             matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))
         );
+        assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
+        assert_eq!(run(&["--list", "/x"]).unwrap_err(), "--list asks an NBD server, but /x is a local file");
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
         assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
         assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
-        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
         assert_eq!(run(&["--dump", "libdir=/x"]).unwrap_err(), "libdir= is not in this build yet");
     }
@@ -353,7 +371,7 @@ mod tests {
     #[test]
     fn what_is_missing_or_unknown_is_named() {
         assert!(run(&[]).unwrap_err().contains("no mount point"));
-        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH");
+        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
         let error = run(&["file=/x", "src"]).unwrap_err();
         assert_eq!(error, "the mount point comes before the keys, but the first word is file=...");
         let error = run(&["--forground", "src", "/x"]).unwrap_err();

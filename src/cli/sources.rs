@@ -6,13 +6,14 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use glob::{MatchOptions, Pattern};
 
 use super::UsageError;
+use crate::config::{NbdAddress, NbdConfig};
 
 /// `*` must not reach the names that start with a dot, as in a shell.
 const LIKE_A_SHELL: MatchOptions =
@@ -78,6 +79,39 @@ pub(super) fn default_name(path: &Path) -> OsString {
         return name.into();
     }
     name.with_extension("raw").into()
+}
+
+/// The file name of an NBD disk in the mount: the export's, with what a file name can't hold escaped.
+pub(super) fn export_name(nbd: &NbdConfig) -> OsString {
+    let name = match (&nbd.export, &nbd.address) {
+        (Some(name), _) => name.clone(),
+        (None, NbdAddress::Uri(uri)) => uri_export(uri),
+        (None, _) => OsString::new(),
+    };
+    crate::source::export_file_name(&name)
+}
+
+/// The export that a URI names: its path without the slash. Over a Unix socket it is the same.
+fn uri_export(uri: &str) -> OsString {
+    let rest = uri.split_once("://").map_or("", |(_, rest)| rest);
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let path = rest.split_once('/').map_or("", |(_, path)| path);
+    let mut bytes = Vec::new();
+    let mut left = path.as_bytes();
+    while let Some((first, rest)) = left.split_first() {
+        let hex = rest.get(..2).filter(|_| *first == b'%').and_then(|h| std::str::from_utf8(h).ok());
+        match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                left = &rest[2..];
+            }
+            None => {
+                bytes.push(*first);
+                left = rest;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
 }
 
 /// A search through the components of a pattern.

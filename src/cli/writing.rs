@@ -10,7 +10,7 @@ use std::path::Path;
 use super::UsageError;
 use super::values;
 use crate::block::{MAX_SECTORS, SECTOR};
-use crate::config::{AdapterType, CreateConfig, CreateType, DiskConfig, Format, Overlay, PageCache, SourceConfig};
+use crate::config::{AdapterType, CreateConfig, CreateType, DiskConfig, Format, Overlay, PageCache};
 
 /// The value of `cow=` that is no file.
 pub(super) const TEMPORARY: &str = "tmp";
@@ -191,10 +191,10 @@ fn names<T>(words: &[(&str, T)]) -> String {
 
 /// Checks that what was said of one disk goes together.
 pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), UsageError> {
-    let SourceConfig::Local(local) = &disk.source;
-    let error = |reason: &str| Err(UsageError::new(format!("{}: {reason}", local.path.display())));
+    let local = disk.source.local();
+    let error = |reason: &str| Err(UsageError::new(format!("{}: {reason}", disk.source.label())));
     let read_only = disk.read_only || purpose == Purpose::Mount { read_only: true };
-    if let Some(create) = &local.create {
+    if let Some((local, create)) = local.and_then(|local| Some((local, local.create.as_ref()?))) {
         if disk.overlay.is_some() {
             return error("cow= puts an overlay over a disk that exists, but create=true makes a new one");
         }
@@ -211,7 +211,9 @@ pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), Usag
         }
     }
     match (&disk.overlay, purpose) {
-        (Some(Overlay::File(cow)), _) if *cow == local.path => error("cow= names the disk itself"),
+        (Some(Overlay::File(cow)), _) if local.is_some_and(|local| *cow == local.path) => {
+            error("cow= names the disk itself")
+        }
         (Some(Overlay::Temporary), Purpose::Query) => {
             error("cow=tmp is a new overlay with nothing in it: name the overlay's file with cow=FILE")
         }
@@ -230,10 +232,10 @@ pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), Usag
 pub(super) fn check_files(disks: &[DiskConfig]) -> Result<(), UsageError> {
     let mut written: HashMap<&Path, &DiskConfig> = HashMap::new();
     for disk in disks {
-        let SourceConfig::Local(local) = &disk.source;
-        let (key, file) = match (&disk.overlay, &local.create) {
+        let local = disk.source.local();
+        let (key, file) = match (&disk.overlay, local) {
             (Some(Overlay::File(cow)), _) => ("cow", cow.as_path()),
-            (_, Some(_)) => ("file", local.path.as_path()),
+            (_, Some(local)) if local.create.is_some() => ("file", local.path.as_path()),
             _ => continue,
         };
         if written.insert(file, disk).is_some() {
@@ -242,14 +244,13 @@ pub(super) fn check_files(disks: &[DiskConfig]) -> Result<(), UsageError> {
         }
     }
     for disk in disks {
-        let SourceConfig::Local(local) = &disk.source;
+        let Some(local) = disk.source.local() else { continue };
         let other = written.get(local.path.as_path()).filter(|other| !std::ptr::eq(**other, disk));
         if let Some(other) = other {
-            let SourceConfig::Local(source) = &other.source;
             return Err(UsageError::new(format!(
                 "{} is both a disk of its own and written for {}",
                 local.path.display(),
-                source.path.display()
+                other.source.label()
             )));
         }
     }
@@ -275,7 +276,7 @@ mod tests {
     fn disks(args: &[&str]) -> Vec<DiskConfig> {
         match action(args).unwrap() {
             Action::Mount(mount) => mount.disks,
-            Action::Info(query) | Action::Map(query) | Action::Check(query) => query.disks,
+            Action::Info(query) | Action::List(query) | Action::Map(query) | Action::Check(query) => query.disks,
             Action::Create(disks) => disks,
             Action::Commit(disk) => vec![disk],
             Action::Dump { .. } => Vec::new(),
@@ -283,7 +284,7 @@ mod tests {
     }
 
     fn create(disk: &DiskConfig) -> Option<&CreateConfig> {
-        let SourceConfig::Local(local) = &disk.source;
+        let local = disk.source.local().unwrap();
         local.create.as_ref()
     }
 
@@ -299,7 +300,7 @@ mod tests {
         };
         let made = disks(&args);
         assert_eq!(create(&made[0]), Some(&expected));
-        let SourceConfig::Local(local) = &made[0].source;
+        let local = made[0].source.local().unwrap();
         assert_eq!(local.path, Path::new("/a*.vmdk"), "a new name is no pattern");
         let mounted = disks(&[&["src"], &args[1..], &["create=yes"]].concat());
         assert_eq!(create(&mounted[0]), Some(&expected));
@@ -340,7 +341,7 @@ mod tests {
             panic!("no commit")
         };
         assert_eq!(disk.overlay, Some(Overlay::File("/c.vmdk".into())));
-        let SourceConfig::Local(local) = &disk.source;
+        let local = disk.source.local().unwrap();
         assert!(local.force && local.path == Path::new("/a.vmdk"));
     }
 

@@ -5,17 +5,57 @@ use std::sync::atomic::Ordering;
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
+use crate::block::BlockQueue;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
+use crate::fuse::lane::Stay;
 use crate::fuse::node::{Node, writes};
+use crate::image::Written;
 
 /// What a request that makes something durable needs beside it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) faults: &'a Arc<Faults>,
-    pub(super) spare: &'a Spare,
+    pub(super) spare: &'a Arc<Spare>,
+    pub(super) stay: &'a Arc<Stay>,
+    pub(super) nodes: &'a Arc<[Node]>,
+}
+
+impl Context<'_> {
+    /// Has the answers of a network read: by this loop, if it can be spared.
+    pub(super) fn attend(&self, queue: &dyn BlockQueue) {
+        let staying = self.stay.take();
+        queue.attend(staying.is_some());
+    }
+
+    /// The same for an answer that comes later, in another thread.
+    pub(super) fn later(&self) -> Later {
+        let (faults, spare) = (Arc::clone(self.faults), Arc::clone(self.spare));
+        Later { faults, spare, stay: Arc::clone(self.stay), nodes: Arc::clone(self.nodes) }
+    }
+}
+
+/// A [`Context`] that is kept.
+#[derive(Debug)]
+pub(super) struct Later {
+    faults: Arc<Faults>,
+    spare: Arc<Spare>,
+    stay: Arc<Stay>,
+    nodes: Arc<[Node]>,
+}
+
+impl Later {
+    /// As it was.
+    pub(super) fn context(&self) -> Context<'_> {
+        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+    }
+
+    /// A disk of the mount.
+    pub(super) fn node(&self, index: usize) -> Option<&Node> {
+        self.nodes.get(index)
+    }
 }
 
 impl Node {
@@ -29,11 +69,39 @@ impl Node {
         context: Context<'_>,
         reply: ReplyWrite,
     ) {
-        let image = self.image();
         // pages are written back whole, and nobody looks at how much of one was: too little has to be an error
         let late = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let written = image.write(offset, data).and_then(|n| match n {
-            n if late && n < data.len() => Err(behind_the_end(offset + n as u64, image.len())),
+        let request = Request { offset, len: data.len(), late, flags };
+        let image = self.image();
+        if !image.is_remote() {
+            return self.written(request, image.write(offset, data), context, reply);
+        }
+        let (later, index) = (context.later(), self.index);
+        let done: Written = Box::new(move |result| {
+            if let Some(node) = later.node(index) {
+                node.written(request, result, later.context(), reply);
+            }
+        });
+        let begun = match image.queue() {
+            Some(queue) => image.begin_write(queue, offset, data, done).map(|()| context.attend(queue)),
+            None => Err(done),
+        };
+        match begun {
+            Ok(()) => {}
+            // it may have to wait for others, or to read first
+            Err(done) => {
+                let (data, image) = (data.to_vec(), Arc::clone(&image));
+                self.lane.run(Box::new(move || done(image.write(offset, &data))));
+            }
+        }
+    }
+
+    /// Answers a write that was done.
+    fn written(&self, request: Request, result: Result<usize>, context: Context<'_>, reply: ReplyWrite) {
+        let Request { offset, len, late, flags } = request;
+        let end = self.image().len();
+        let written = result.and_then(|n| match n {
+            n if late && n < len => Err(behind_the_end(offset + n as u64, end)),
             n => Ok(n as u32),
         });
         self.attributes.changed();
@@ -42,8 +110,8 @@ impl Node {
             Err(e) => {
                 reply.error(errno(&e));
                 // whoever writes too much is told so; of a page that is written late nobody may be left to hear it
-                if late || e.kind() != ErrorKind::Os(libc::ENOSPC) || offset < image.len() {
-                    context.faults.note(e.within(format!("{name}: write of {} bytes at {offset}", data.len())));
+                if late || e.kind() != ErrorKind::Os(libc::ENOSPC) || offset < end {
+                    context.faults.note(e.within(format!("{name}: write of {len} bytes at {offset}")));
                 }
             }
             // O_SYNC has the bit of O_DSYNC and another one
@@ -114,6 +182,16 @@ impl Node {
         });
         self.flushes.flush(&self.image(), context.spare, answer);
     }
+}
+
+/// A write that was asked for.
+#[derive(Debug, Clone, Copy)]
+struct Request {
+    offset: u64,
+    len: usize,
+    /// Of a page that was changed some time ago.
+    late: bool,
+    flags: OpenFlags,
 }
 
 /// Why a request was not done.

@@ -37,7 +37,7 @@ impl Spare {
 
     fn take(&self) -> Option<Taken<'_>> {
         let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then_some(Taken(self))
+        taken.is_ok().then(|| Taken(self))
     }
 }
 
@@ -76,7 +76,9 @@ impl Flushes {
             }
             queue.running = true;
         }
-        if let Some(_busy) = spare.take() {
+        // a disk behind a network may take any time, so it is never given a loop
+        let busy = if image.is_remote() { None } else { spare.take() };
+        if let Some(_busy) = busy {
             return self.work(image, answer);
         }
         // shared with the thread, so that it is not lost where there is none to be had
@@ -116,4 +118,124 @@ impl Flushes {
 
 fn take(answer: &Mutex<Option<Answer>>) -> Option<Answer> {
     answer.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread;
+
+    use super::*;
+    use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba};
+
+    /// A disk of which each flush tells that it was begun, and waits for its result.
+    #[derive(Debug)]
+    struct Slow {
+        begun: Mutex<Sender<String>>,
+        results: Mutex<Receiver<Result<()>>>,
+    }
+
+    impl BlockRead for Slow {
+        fn geometry(&self) -> Geometry {
+            Geometry { sectors: 8, granule: 1, preferred: 1 }
+        }
+        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+        fn content_at(&self, _at: Lba) -> Result<(Content, u64)> {
+            Ok((Content::Data, 1))
+        }
+        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+            false
+        }
+        fn writer(&self) -> Option<&dyn BlockWrite> {
+            Some(self)
+        }
+    }
+
+    impl BlockWrite for Slow {
+        fn begin(&self) -> Result<()> {
+            Ok(())
+        }
+        fn write_at(&self, _at: Lba, _buf: &[u8]) -> Result<()> {
+            Ok(())
+        }
+        fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<()> {
+            let thread = thread::current().name().unwrap_or_default().to_owned();
+            self.begun.lock().unwrap().send(thread).unwrap();
+            self.results.lock().unwrap().recv().unwrap()
+        }
+        fn holds_back(&self) -> bool {
+            false
+        }
+        fn close(&self) -> Result<()> {
+            self.flush()
+        }
+    }
+
+    /// The image, the threads that begin a flush of it, and what gives each its result.
+    fn slow() -> (Arc<Image>, Receiver<String>, Sender<Result<()>>) {
+        let ((say, begun), (give, results)) = (channel(), channel());
+        let disk = Arc::new(Slow { begun: Mutex::new(say), results: Mutex::new(results) });
+        (Arc::new(Image::new(disk, Vec::new())), begun, give)
+    }
+
+    fn failure() -> Result<()> {
+        Err(Error::new(ErrorKind::Os(libc::EIO), "broken"))
+    }
+
+    #[test]
+    fn who_comes_during_a_flush_shares_the_next_one_and_its_error() {
+        let (image, begun, give) = slow();
+        let (flushes, spare) = (Arc::new(Flushes::default()), Spare::of(2));
+        let (answers, answered) = channel();
+        let answer = |name: &'static str| -> Answer {
+            let answers = answers.clone();
+            Box::new(move |result| answers.send((name, result.is_ok())).unwrap())
+        };
+        thread::scope(|scope| {
+            let first = answer("first");
+            scope.spawn(|| flushes.flush(&image, &spare, first));
+            begun.recv().unwrap();
+            // both return at once, though nothing is flushed yet
+            flushes.flush(&image, &spare, answer("second"));
+            flushes.flush(&image, &spare, answer("third"));
+            give.send(Ok(())).unwrap();
+            assert_eq!(answered.recv().unwrap(), ("first", true));
+            begun.recv().unwrap();
+            assert!(answered.try_recv().is_err());
+            give.send(failure()).unwrap();
+        });
+        assert_eq!((answered.recv().unwrap(), answered.recv().unwrap()), (("second", false), ("third", false)));
+        assert!(begun.try_recv().is_err(), "one more flush than was needed");
+    }
+
+    #[test]
+    fn the_last_loop_is_never_busy_with_a_flush() {
+        let ((one, one_begun, one_give), (two, two_begun, two_give)) = (slow(), slow());
+        let spare = Spare::of(2);
+        let (answers, answered) = channel();
+        let answer = || -> Answer {
+            let answers = answers.clone();
+            Box::new(move |result| answers.send(result.is_ok()).unwrap())
+        };
+        thread::scope(|scope| {
+            let first = answer();
+            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &spare, first));
+            one_begun.recv().unwrap();
+            // this thread is the last loop, and goes on
+            Arc::new(Flushes::default()).flush(&two, &spare, answer());
+            assert_eq!(two_begun.recv().unwrap(), "flush");
+            two_give.send(Ok(())).unwrap();
+            assert!(answered.recv().unwrap());
+            one_give.send(Ok(())).unwrap();
+            assert!(answered.recv().unwrap());
+        });
+        let busy = spare.take();
+        assert!(busy.is_some() && spare.take().is_none(), "one loop, no more and no less, can be spared again");
+    }
 }

@@ -26,6 +26,7 @@ use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
+use crate::fuse::lane::Stay;
 use crate::fuse::node::{Node, Passthrough, is_aligned};
 use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
@@ -56,7 +57,9 @@ pub struct DiskFs {
     passthrough: Passthrough,
     views: view::Builder,
     faults: Arc<Faults>,
-    spare: Spare,
+    spare: Arc<Spare>,
+    /// Loops that may serve a network's answers.
+    stay: Arc<Stay>,
 }
 
 /// The disks of a mount, for its end.
@@ -82,7 +85,7 @@ impl Disks {
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
-        let nodes = disks.into_iter().map(|(config, image)| Node::new(config, image, shape));
+        let nodes = disks.into_iter().enumerate().map(|(i, (config, image))| Node::new(i, config, image, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -93,7 +96,8 @@ impl DiskFs {
             passthrough: Err(NO_PASSTHROUGH),
             views: view::Builder::default(),
             faults: Arc::default(),
-            spare: Spare::of(loops),
+            spare: Arc::new(Spare::of(loops)),
+            stay: Arc::new(Stay::of(loops)),
         }
     }
 
@@ -148,7 +152,22 @@ impl DiskFs {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare }
+        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+    }
+
+    /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
+    fn may_wait(&self, ino: INodeNo, answer: Waiting) {
+        // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
+        let Ok(node) = self.node(ino) else { return };
+        if !node.image().is_remote() {
+            return guarded(|| answer(node, &self.faults));
+        }
+        let (later, index) = (self.context().later(), node.index);
+        node.lane.run(Box::new(move || {
+            if let Some(node) = later.node(index) {
+                answer(node, later.context().faults);
+            }
+        }));
     }
 
     /// What cannot be done to names: they are fixed.
@@ -177,10 +196,12 @@ impl DiskFs {
     fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
         let image = node.image();
         let perm = if node.writable { 0o644 } else { 0o444 };
+        // what has no files does not tell its age
+        let time = Some(image.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
         node.attributes.apply(FileAttr {
             size: image.len(),
             blocks: image.allocated().div_ceil(512),
-            ..self.plain_attr(ino, FileType::RegularFile, perm, time_of(image.mtime_ns()))
+            ..self.plain_attr(ino, FileType::RegularFile, perm, time)
         })
     }
 
@@ -210,6 +231,9 @@ impl DiskFs {
         }
     }
 }
+
+/// The answer to a request that may have to wait for its disk.
+type Waiting = Box<dyn FnOnce(&Node, &Faults) + Send>;
 
 /// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
 /// end of the thread, behind which the kernel would wait for ever.
@@ -299,7 +323,7 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         guarded(|| match self.node(ino) {
-            Ok(node) => node.read(fh, offset, size, flags, &self.faults, reply),
+            Ok(node) => node.read(fh, offset, size, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
@@ -354,14 +378,15 @@ impl Filesystem for DiskFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        guarded(|| match self.node(ino).map(|node| node.fallocate(offset, length, mode)) {
-            Ok(Ok(())) => reply.ok(),
-            Ok(Err(Failed::Image(e))) => {
+        let answer = move |node: &Node, faults: &Faults| match node.fallocate(offset, length, mode) {
+            Ok(()) => reply.ok(),
+            Err(Failed::Image(e)) => {
                 reply.error(errno(&e));
-                self.faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
+                faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
             }
-            Ok(Err(Failed::Refused(e))) | Err(e) => reply.error(e),
-        });
+            Err(Failed::Refused(e)) => reply.error(e),
+        };
+        self.may_wait(ino, Box::new(answer));
     }
 
     fn setattr(
@@ -427,15 +452,15 @@ impl Filesystem for DiskFs {
                 _ => return reply.error(Errno::EINVAL),
             };
             let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            match self.node(ino).map(|n| n.image().seek(from, what)) {
-                Ok(Ok(Some(at))) => reply.offset(at as i64),
-                Ok(Ok(None)) => reply.error(Errno::ENXIO),
-                Ok(Err(e)) => {
+            let answer = move |node: &Node, faults: &Faults| match node.image().seek(from, what) {
+                Ok(Some(at)) => reply.offset(at as i64),
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(e) => {
                     reply.error(errno(&e));
-                    self.faults.note(e.within(format!("looking for data or a hole from {offset} on")));
+                    faults.note(e.within(format!("looking for data or a hole from {offset} on")));
                 }
-                Err(e) => reply.error(e),
-            }
+            };
+            self.may_wait(ino, Box::new(answer));
         });
     }
 

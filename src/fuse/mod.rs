@@ -19,6 +19,7 @@ mod faults;
 mod flush;
 pub mod fs;
 mod fusermount;
+mod lane;
 pub mod mount;
 pub mod mountinfo;
 mod node;

@@ -17,19 +17,22 @@
 //! us all the same; any other write behind the end is cut off with the next flush, which says so.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
 
-use crate::block::SECTOR;
-use crate::config::{DiskConfig, MountKind, PageCache, SourceConfig};
+use crate::block::{ReadDone, SECTOR};
+use crate::config::{DiskConfig, MountKind, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attr::Attributes;
+use crate::fuse::change::Context;
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Flushes;
+use crate::fuse::lane::Lane;
 use crate::fuse::view::Switch;
 use crate::image::{self, Image, Scratch};
 
@@ -46,6 +49,10 @@ pub(super) struct Node {
     pub(super) config: DiskConfig,
     pub(super) attributes: Attributes,
     pub(super) flushes: Arc<Flushes>,
+    /// What may have to wait for a network.
+    pub(super) lane: Arc<Lane>,
+    /// Which of the mount's disks it is.
+    pub(super) index: usize,
     /// Whether it can be written to; that stays as it is.
     pub(super) writable: bool,
     /// Who opened it for writing just now, and may go on to cut it: that is what O_TRUNC looks like. 0: nobody.
@@ -61,7 +68,7 @@ pub(super) struct Node {
 
 impl Node {
     /// An open disk.
-    pub(super) fn new(config: DiskConfig, image: Image, shape: MountKind) -> Self {
+    pub(super) fn new(index: usize, config: DiskConfig, image: Image, shape: MountKind) -> Self {
         let writable = image.writable();
         Self {
             view: Arc::new(Switch::new(&config, &image, shape)),
@@ -69,6 +76,8 @@ impl Node {
             config: DiskConfig { read_only: !writable, ..config },
             attributes: Attributes::default(),
             flushes: Arc::default(),
+            lane: Arc::default(),
+            index,
             writable,
             opener: AtomicU32::new(0),
             image: RwLock::new(Arc::new(image)),
@@ -188,8 +197,8 @@ impl Node {
 
     /// Whether a change of the content by somebody else would be noticed, or can't be.
     fn shows_changes(&self) -> bool {
-        let SourceConfig::Local(local) = &self.config.source;
-        self.image().shows_changes() && (local.lock || !self.writable)
+        let locked = self.config.source.local().is_some_and(|local| local.lock);
+        self.image().shows_changes() && self.config.source.local().is_some() && (locked || !self.writable)
     }
 
     /// Has the backing file there for one more open, or says why there is none.
@@ -238,12 +247,37 @@ impl Node {
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        faults: &Faults,
+        context: Context<'_>,
         reply: ReplyData,
     ) {
         if !is_aligned(handle, flags, offset, size as usize) {
             return reply.error(Errno::EINVAL);
         }
+        let image = self.image();
+        if !image.is_remote() {
+            return self.read_now(offset, size, context.faults, reply);
+        }
+        let (later, index) = (context.later(), self.index);
+        let Some(queue) = image.queue() else {
+            return self.lane.run(Box::new(move || {
+                if let Some(node) = later.node(index) {
+                    node.read_now(offset, size, later.context().faults, reply);
+                }
+            }));
+        };
+        let done: ReadDone = Box::new(move |read| match read {
+            Ok(bytes) => reply.data(bytes),
+            Err(e) => {
+                reply.error(errno(&e));
+                let name = later.node(index).map_or_else(OsString::new, |node| node.config.name.clone());
+                later.context().faults.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+            }
+        });
+        image.begin_read(queue, offset, size as usize, done);
+        context.attend(queue);
+    }
+
+    fn read_now(&self, offset: u64, size: u32, faults: &Faults, reply: ReplyData) {
         SCRATCH.with_borrow_mut(|scratch| {
             let image = self.image();
             match image.read(offset, size as usize, scratch) {

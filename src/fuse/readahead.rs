@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 /// A window above which sequential reads gain no more.
 pub const DEFAULT_KIB: u64 = 1024;
 
+/// The same where an answer takes some milliseconds: what a network of 10 Gbit/s carries in six of them.
+pub const FAR_KIB: u64 = 8192;
+
 /// What a window is to be, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Window {
@@ -24,11 +27,13 @@ pub enum Window {
 impl Window {
     /// What the disks of a mount want: they share its one window, so the largest bound of `readahead=` that was given,
     /// and the usual one where some disk has none.
-    pub fn of(bounds: impl Iterator<Item = Option<u64>>) -> Self {
+    ///
+    /// `far`: some disk is on another machine, and what it sends has to be on its way before it is wanted.
+    pub fn of(bounds: impl Iterator<Item = Option<u64>>, far: bool) -> Self {
         let bounds: Option<Vec<u64>> = bounds.collect();
         match bounds.and_then(|b| b.into_iter().max()) {
             Some(bytes) => Self::Exactly(bytes / 1024),
-            None => Self::AtLeast(DEFAULT_KIB),
+            None => Self::AtLeast(if far { FAR_KIB } else { DEFAULT_KIB }),
         }
     }
 }
@@ -62,8 +67,9 @@ mod tests {
 
     #[test]
     fn the_largest_bound_counts_and_a_disk_without_one_has_the_usual_window() {
-        assert_eq!(Window::of([Some(0)].into_iter()), Window::Exactly(0));
-        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter()), Window::Exactly(2048));
-        assert_eq!(Window::of([Some(65536), None].into_iter()), Window::AtLeast(DEFAULT_KIB));
+        assert_eq!(Window::of([Some(0)].into_iter(), true), Window::Exactly(0));
+        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter(), false), Window::Exactly(2048));
+        assert_eq!(Window::of([Some(65536), None].into_iter(), false), Window::AtLeast(DEFAULT_KIB));
+        assert_eq!(Window::of([None].into_iter(), true), Window::AtLeast(FAR_KIB));
     }
 }

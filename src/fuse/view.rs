@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyEntry, ReplyOpen};
 
-use crate::config::{DiskConfig, KernelView, MountKind, PageCache, SourceConfig, ViewConfig};
+use crate::config::{DiskConfig, KernelView, MountKind, PageCache, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::faults::Faults;
 use crate::fuse::node::Passthrough;
@@ -123,9 +123,11 @@ enum Answer {
 impl Switch {
     /// For a disk in a mount of this shape: the view is still to come, or will never come.
     pub(super) fn new(config: &DiskConfig, image: &Image, shape: MountKind) -> Self {
-        let SourceConfig::Local(local) = &config.source;
         let name = config.name.to_string_lossy().into_owned();
-        let way = match no_view(config, &local.view, image, shape) {
+        // what is no local disk has no files that the kernel could read
+        let off = ViewConfig { mode: KernelView::Off, ..ViewConfig::default() };
+        let view = config.source.local().map_or(off, |local| local.view.clone());
+        let way = match no_view(config, &view, image, shape) {
             None => Way::Building,
             Some(why) => {
                 tracing::debug!("{name}: no kernel view: {why}");
@@ -134,7 +136,7 @@ impl Switch {
         };
         let never = matches!(way, Way::Served);
         let state = State { way, backing: None, passed: 0, direct: 0, turned: None, waited_for: Vec::new() };
-        Self { name, config: local.view.clone(), never, state: Mutex::new(state) }
+        Self { name, config: view, never, state: Mutex::new(state) }
     }
 
     /// Whether a view may come or is there: then the file system below it counts as one more layer.
@@ -528,7 +530,10 @@ mod tests {
         let config = |mode| {
             let view = ViewConfig { mode, ..ViewConfig::default() };
             let local = LocalConfig { view, ..LocalConfig::new("/x") };
-            DiskConfig { cache: Some(PageCache::None), ..DiskConfig::new("x.raw", SourceConfig::Local(local)) }
+            DiskConfig {
+                cache: Some(PageCache::None),
+                ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local))
+            }
         };
         let image = Arc::new(Image::new(Arc::new(Unread), Vec::new()));
         for (mode, good) in [(KernelView::Auto, true), (KernelView::Off, true), (KernelView::Required, false)] {

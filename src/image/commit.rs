@@ -102,7 +102,10 @@ impl Commit {
     /// Errors: `ReadOnly` where the base can't be written to, `Policy` where it has other children, `Corrupt` where the
     /// overlay belongs to another disk, `Busy` where somebody uses one of both.
     pub fn open(config: &DiskConfig) -> Result<Self> {
-        let SourceConfig::Local(local) = &config.source;
+        let Some(local) = config.source.local() else {
+            let context = format!("{}: a commit writes to local files only", config.source.label());
+            return Err(Error::unsupported(context));
+        };
         let Some(overlay @ Overlay::File(path)) = &config.overlay else {
             return Err(Error::new(ErrorKind::Usage, "a commit needs the file of an overlay (cow=FILE)"));
         };
@@ -227,7 +230,8 @@ fn look(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> R
     } else {
         Source::Raw(Arc::new(RawDisk::new(Arc::clone(file))?), Arc::clone(file))
     };
-    Ok((Base::of(&source, local, overlay)?, source))
+    let config = SourceConfig::Local(local.clone());
+    Ok((Base::of(&source, &config, overlay)?, source))
 }
 
 /// Why the base can't be written to, in the words of somebody who has an overlay already.

@@ -20,6 +20,7 @@ mod allocated;
 mod commit;
 mod new;
 mod overlay;
+mod queue;
 mod scratch;
 mod settle;
 mod stack;
@@ -30,9 +31,10 @@ use allocated::Allocated;
 pub use commit::{Commit, Next, Step};
 pub use new::create;
 pub use overlay::{OverlayInfo, describe_overlay, open_overlay};
+pub use queue::Written;
 pub use scratch::{MAX_READ, Scratch};
 use settle::Settler;
-pub use stack::{Description, Source, open, open_source};
+pub use stack::{Description, Source, is_dynamic, open, open_all, open_source};
 
 /// Bytes from which on it is cheaper to ask whether they are zeroes than to fill a buffer with them.
 const WORTH_ASKING: usize = 16 << 10;
@@ -54,6 +56,8 @@ pub struct Image {
     read_only: Option<String>,
     /// Somebody else may write to the backing file, with our leave.
     behind: AtomicBool,
+    /// Requests may have to wait for a network.
+    remote: bool,
 }
 
 /// What to look for from an offset on.
@@ -69,6 +73,7 @@ impl Image {
     /// The bytes of `disk`, which is made of `files`.
     pub fn new(disk: Arc<dyn BlockRead>, mut files: Vec<Arc<dyn StoredFile>>) -> Self {
         let mut seen = HashSet::new();
+        let remote = disk.queue().is_some();
         files.retain(|f| seen.insert(f.identity_at_open().file));
         let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
         let allocated = Allocated::new(stored.min(disk.geometry().bytes()));
@@ -80,7 +85,20 @@ impl Image {
             settler: Settler::default(),
             read_only: None,
             behind: AtomicBool::new(false),
+            remote,
         }
+    }
+
+    /// The same, with parts behind a network although its disk has no way without waiting.
+    #[must_use]
+    pub(crate) fn remote(mut self, remote: bool) -> Self {
+        self.remote |= remote;
+        self
+    }
+
+    /// Whether requests may have to wait for a network.
+    pub fn is_remote(&self) -> bool {
+        self.remote
     }
 
     /// The same, read-only for a reason that the user has to be told.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::SECTOR;
-use crate::config::{CreateConfig, CreateType, DiskConfig, LocalConfig, SourceConfig};
+use crate::config::{CreateConfig, CreateType, DiskConfig, LocalConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{ExtentName, LocalStore, OpenPolicy};
 use crate::vmdk::{self, NewDisk, StreamDisk};
@@ -16,8 +16,9 @@ use crate::vmdk::{self, NewDisk, StreamDisk};
 /// disk that it is about is left then.
 pub fn create(disks: &[DiskConfig]) -> Result<()> {
     for disk in disks {
-        let SourceConfig::Local(local) = &disk.source;
-        if let Some(wanted) = &local.create {
+        if let Some(local) = disk.source.local()
+            && let Some(wanted) = &local.create
+        {
             let (store, name) = place(local)?;
             vmdk::create(&store, &name, &new_disk(wanted)).map_err(|e| failed(local, e))?;
         }

@@ -79,9 +79,11 @@ pub struct OverlayInfo {
 /// Errors: `Corrupt` where it belongs to another base, `Usage` where it is no overlay, `Busy` where somebody uses it,
 /// `NotFound` for reading, or what the engine or the system says.
 pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Result<Option<VmdkDisk>> {
-    let SourceConfig::Local(local) = &config.source;
     let Some(overlay) = &config.overlay else { return Ok(None) };
-    let base = Base::of(source, local, overlay)?;
+    let base = Base::of(source, &config.source, overlay)?;
+    // what is said of a disk's files holds for its overlay's; a server's disk has none
+    let usual = LocalConfig::new("");
+    let local = config.source.local().unwrap_or(&usual);
     match overlay {
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {
@@ -212,9 +214,12 @@ pub(super) struct Base {
 
 impl Base {
     /// What `overlay` is to remember of `source`.
-    pub(super) fn of(source: &Source, local: &LocalConfig, overlay: &Overlay) -> Result<Self> {
-        let shown = local.path.display().to_string();
-        let real = fs::canonicalize(&local.path).map_err(|e| Error::io(shown.clone(), e))?;
+    pub(super) fn of(source: &Source, config: &SourceConfig, overlay: &Overlay) -> Result<Self> {
+        let shown = config.label();
+        let real = match config {
+            SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(shown.clone(), e))?,
+            SourceConfig::Nbd(_) => PathBuf::from(&shown),
+        };
         let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
             Some(below) => below.to_path_buf(),
             None => real,

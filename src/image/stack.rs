@@ -1,5 +1,7 @@
 //! Builds the stack of a disk from its configuration: the one place that knows all sides.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
@@ -11,12 +13,12 @@ use nix::unistd::{AccessFlags, faccessat};
 use serde::Serialize;
 
 use crate::block::BlockRead;
-use crate::config::{DiskConfig, Format, LocalConfig, SourceConfig};
+use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, new, open_overlay};
 use crate::kernel_view;
 use crate::layer::{BlockCache, CacheOptions};
-use crate::source::RawDisk;
+use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 
@@ -34,6 +36,8 @@ pub enum Source {
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
+    /// An export of an NBD server.
+    Nbd(Arc<nbd::NbdDisk>),
     /// A compressed stream that was just made, to be written in order.
     Stream(Arc<StreamDisk>),
 }
@@ -61,6 +65,37 @@ pub struct Description {
     pub reason: Option<String>,
 }
 
+/// Opens all disks of a mount. Where one stands for every export of a server, it becomes several, whose names are found
+/// here; those are not connected to yet.
+pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Image)>> {
+    let mut taken: HashSet<OsString> = configs.iter().filter(|c| !is_dynamic(c)).map(|c| c.name.clone()).collect();
+    let mut disks = Vec::new();
+    for config in configs {
+        let SourceConfig::Nbd(server) = &config.source else {
+            disks.push((config.made(), open(config)?));
+            continue;
+        };
+        if !server.dynamic {
+            disks.push((config.made(), open(config)?));
+            continue;
+        }
+        let exports = nbd::exports(server, !config.read_only)?;
+        let names = export_file_names(exports.iter().map(|(export, _)| export.as_os_str()), &taken);
+        for ((export, disk), name) in exports.into_iter().zip(names) {
+            taken.insert(name.clone());
+            let server = NbdConfig { export: Some(export), dynamic: false, ..server.clone() };
+            let config = DiskConfig { name, source: SourceConfig::Nbd(server), ..config.clone() };
+            disks.push((config, Image::new(Arc::new(disk), Vec::new())));
+        }
+    }
+    Ok(disks)
+}
+
+/// Whether a disk stands for every export of a server.
+pub fn is_dynamic(config: &DiskConfig) -> bool {
+    matches!(&config.source, SourceConfig::Nbd(server) if server.dynamic)
+}
+
 /// Opens a disk with all its layers; for writing, unless it was asked for otherwise.
 ///
 /// What can't be written to is opened for reading, with the reason in [`Image::why_read_only`]: files and file systems
@@ -70,13 +105,15 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
     if config.overlay.is_some() {
         return open_with_overlay(config);
     }
-    let (source, why_read_only) = match (new::make(local(config))?, config.read_only) {
+    let made = config.source.local().map_or(Ok(None), new::make)?;
+    let (source, why_read_only) = match (made, config.read_only) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
     };
     let files = source.files();
-    Ok(Image::new(cached(config, source.disk())?, files).read_only_because(why_read_only))
+    let remote = source.is_remote();
+    Ok(Image::new(cached(config, source.disk())?, files).remote(remote).read_only_because(why_read_only))
 }
 
 /// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
@@ -86,9 +123,10 @@ fn open_with_overlay(config: &DiskConfig) -> Result<Image> {
     let access = if config.read_only { Access::Read } else { Access::Write };
     let delta = open_overlay(config, &source, access)?;
     let base = cached(config, source.disk())?;
-    let Some(delta) = delta else { return Ok(Image::new(base, files)) };
+    let remote = source.is_remote();
+    let Some(delta) = delta else { return Ok(Image::new(base, files).remote(remote)) };
     files.extend(delta.files());
-    Ok(Image::new(Arc::new(delta.over(base)), files))
+    Ok(Image::new(Arc::new(delta.over(base)), files).remote(remote))
 }
 
 /// The disk, with a cache over it where its blocks are dear.
@@ -110,7 +148,10 @@ fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn Bloc
 
 /// Opens only the source of a disk, for reading.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
-    let local = local(config);
+    if let SourceConfig::Nbd(server) = &config.source {
+        return nbd_disk(server, false).map(|(source, _)| source);
+    }
+    let local = local(config)?;
     let file = open_file(local, Access::Read)?;
     if !is_vmdk(local, &*file)? {
         return raw(file);
@@ -127,7 +168,10 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
 /// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
 /// is in the way of a writer is told by the image and not by the locks of its readers.
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
-    let local = local(config);
+    if let SourceConfig::Nbd(server) = &config.source {
+        return nbd_disk(server, true);
+    }
+    let local = local(config)?;
     let source = open_source(config)?;
     if let Some(refusal) = source.refuses_writing(local) {
         return only_read(refusal, source);
@@ -150,10 +194,17 @@ fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)>
     if refusal.kind() == ErrorKind::ReadOnly { Ok((source, Some(refusal.to_string()))) } else { Err(refusal) }
 }
 
+/// The export of a server; why it can't be written to, where that was wanted.
+fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String>)> {
+    let disk = nbd::NbdDisk::connect(server, writable)?;
+    let why = (writable && disk.is_read_only()).then(|| "the server says so".to_owned());
+    Ok((Source::Nbd(Arc::new(disk)), why))
+}
+
 /// The files that a disk comes from.
-fn local(config: &DiskConfig) -> &LocalConfig {
-    let SourceConfig::Local(local) = &config.source;
-    local
+fn local(config: &DiskConfig) -> Result<&LocalConfig> {
+    let none = || Error::unsupported(format!("{}: this is no local file", config.source.label()));
+    config.source.local().ok_or_else(none)
 }
 
 fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
@@ -170,11 +221,17 @@ fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
 }
 
 impl Source {
+    /// Whether its answers come over a network.
+    fn is_remote(&self) -> bool {
+        matches!(self, Source::Nbd(_))
+    }
+
     /// The disk.
     pub fn disk(&self) -> Arc<dyn BlockRead> {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
+            Source::Nbd(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Source::Stream(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
         }
     }
@@ -184,6 +241,7 @@ impl Source {
         match self {
             Source::Vmdk(disk) => disk.files(),
             Source::Raw(_, file) => vec![Arc::clone(file)],
+            Source::Nbd(_) => Vec::new(),
             Source::Stream(disk) => vec![disk.file()],
         }
     }
@@ -198,30 +256,34 @@ impl Source {
                 disk.files_written()
             }
             Source::Raw(_, file) => vec![Arc::clone(file)],
-            Source::Stream(_) => Vec::new(),
+            Source::Nbd(_) | Source::Stream(_) => Vec::new(),
         };
         files.iter().find_map(|file| not_permitted(&**file))
     }
 
     /// Describes it under its name in a mount.
     pub fn describe(&self, config: &DiskConfig) -> Description {
-        let SourceConfig::Local(local) = &config.source;
-        let reason = match config.read_only {
-            true => Some("readonly=true was asked for".to_owned()),
-            false => self.refuses_writing(local).map(|e| e.to_string()),
+        let reason = match (config.read_only, config.source.local()) {
+            (true, _) => Some("readonly=true was asked for".to_owned()),
+            (false, Some(local)) => self.refuses_writing(local).map(|e| e.to_string()),
+            (false, None) => None,
         };
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Nbd(_) => ("nbd", None),
             Source::Stream(_) => ("vmdk", None),
         };
         Description {
             name: config.name.to_string_lossy().into_owned(),
-            file: local.path.display().to_string(),
+            file: config.source.label(),
             format,
             size: self.disk().geometry().bytes(),
             vmdk,
-            read_by: kernel_view::outlook(&*self.disk(), &local.view, reason.is_none()),
+            read_by: match config.source.local() {
+                Some(local) => kernel_view::outlook(&*self.disk(), &local.view, reason.is_none()),
+                None => "this program: it is behind a network".to_owned(),
+            },
             writable: reason.is_none(),
             reason,
         }

@@ -18,17 +18,17 @@ use crate::ranges::Mode;
 
 /// A range of bytes of a disk, as granules see it. Each part may be empty; together they are the range.
 #[derive(Debug, PartialEq, Eq)]
-struct Parts {
+pub(super) struct Parts {
     head: Range<u64>,
     body: Range<u64>,
     tail: Range<u64>,
     /// The granules that it touches, by number.
-    granules: Range<u64>,
+    pub(super) granules: Range<u64>,
 }
 
 impl Parts {
     /// The parts of `range`, which is not empty and within a disk of `len` bytes.
-    fn of(range: Range<u64>, granule: u64, len: u64) -> Self {
+    pub(super) fn of(range: Range<u64>, granule: u64, len: u64) -> Self {
         let Range { start, end } = range;
         let granules = start / granule..end.div_ceil(granule);
         let whole = |at: u64| at.is_multiple_of(granule) || at == len;
@@ -38,7 +38,7 @@ impl Parts {
     }
 
     /// How the granules have to be taken.
-    fn mode(&self) -> Mode {
+    pub(super) fn mode(&self) -> Mode {
         if self.head.is_empty() && self.tail.is_empty() { Mode::Shared } else { Mode::Alone }
     }
 }
@@ -138,7 +138,7 @@ impl Image {
     }
 
     /// Bytes of a granule.
-    fn granule(&self) -> u64 {
+    pub(super) fn granule(&self) -> u64 {
         self.disk.geometry().granule * SECTOR
     }
 

@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(machine.atoms(), 1);
         let expected: [&[u8]; 2] = [&[0, 2], &[1, 2]];
         assert_eq!(seen(&machine, (0..100).map(Style::Random)), expected.iter().map(|s| s.to_vec()).collect());
-        let mut later = machine.clone();
+        let mut later = machine;
         later.step(&write(0, 3, 512));
         later.step(&Event::Sync(0, true));
         assert_eq!(seen(&later, (0..100).map(Style::Random)), BTreeSet::from([vec![3, 2]]));

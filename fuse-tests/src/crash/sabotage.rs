@@ -120,7 +120,7 @@ impl Places {
             let directory = directory * 512;
             let tables = (0..tables).map(|table| word((directory + table * 4) as usize) * 512);
             let tables = tables.filter(|&at| at != 0).map(|at| at..at + entries * 4);
-            tables.chain([directory..directory + 512]).collect()
+            tables.chain(std::iter::once(directory..directory + 512)).collect()
         };
         Self { descriptor: long(28) * 512..(long(28) + long(36)) * 512, primary: of(long(56)), redundant: of(long(48)) }
     }

@@ -10,6 +10,7 @@ use vmdkfuse::error::ErrorKind;
 use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
 
+use super::bytes::Bytes;
 use super::images::Image;
 use super::judge::{Judge, fill, values};
 use super::replay::{Crash, Machine, Style};
@@ -107,7 +108,12 @@ impl fmt::Display for Violation {
             "{}\nrun: {:?}\ncrash at event {}, {:?}; before it:",
             self.what, self.steps, self.place, self.style
         )?;
-        self.before.iter().try_for_each(|event| writeln!(f, "  {event:?}"))?;
+        for event in &self.before {
+            match event {
+                Event::Shown(_) => writeln!(f, "  opened again")?,
+                event => writeln!(f, "  {event:?}")?,
+            }
+        }
         writeln!(f, "not durable there:")?;
         self.pending.iter().try_for_each(|op| writeln!(f, "  {op}"))
     }
@@ -165,6 +171,7 @@ pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
 
 type Outcome = Result<(), (ErrorKind, String)>;
 
+#[allow(clippy::needless_pass_by_value, reason = "it stands where errors are mapped")]
 fn told(e: vmdkfuse::error::Error) -> (ErrorKind, String) {
     (e.kind(), e.to_string())
 }
@@ -329,7 +336,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     let mut judge = Judge::new(&run.image.values, &run.image.repaired);
     let start = judge.clone();
     if let Some(what) = &run.broken {
-        report.violation = Some(violation(what.clone(), run, run.log.len(), &machine, Style::All));
+        report.violation = Some(violation(what, run, run.log.len(), &machine, Style::All));
         return report;
     }
     for place in 0..=run.log.len() {
@@ -348,7 +355,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
                 judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
             }
             if let Err(what) = judged {
-                report.violation = Some(violation(what, run, place, &machine, style));
+                report.violation = Some(violation(&what, run, place, &machine, style));
                 return report;
             }
         }
@@ -373,7 +380,7 @@ fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Rand
     [Style::All, Style::Nothing].into_iter().chain(chances).collect()
 }
 
-fn violation(what: String, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
+fn violation(what: &str, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
     Violation {
         what: format!("{:?}: {what}", run.image.kind),
         steps: run.steps.clone(),
@@ -422,11 +429,12 @@ fn judge_crash(image: &Image, crash: &Crash, judge: &Judge, start: &Judge, qemu:
     let store = SimStore::new(&crash.files);
     {
         let disk = open(&store, image.top)?;
-        sound(&disk, false)?;
+        let unfinished = sound(&disk, false)?;
         judge.verify(&disk)?;
         same_cid_same_content(image, crash, start, &disk)?;
         if qemu {
-            show_qemu(image, &crash.files, &disk).map_err(|e| format!("before a repair: {e}"))?;
+            // qemu knows the primary tables only: old where we say new
+            show_qemu(image, &crash.files, &disk, !unfinished).map_err(|e| format!("before a repair: {e}"))?;
         }
     }
     {
@@ -440,19 +448,20 @@ fn judge_crash(image: &Image, crash: &Crash, judge: &Judge, start: &Judge, qemu:
     judge.verify(&disk).map_err(|e| format!("after a repair: {e}"))?;
     let left = store.files();
     for parent in &image.parents {
-        let bytes = |files: &[(String, super::Bytes)]| files.iter().find(|(name, _)| name == parent).cloned();
+        let bytes = |files: &[(String, Bytes)]| files.iter().find(|(name, _)| name == parent).cloned();
         if bytes(&left) != bytes(&image.files) {
             return Err(format!("the parent {parent} was written to"));
         }
     }
     if qemu {
-        show_qemu(image, &left, &disk).map_err(|e| format!("after a repair: {e}"))?;
+        show_qemu(image, &left, &disk, true).map_err(|e| format!("after a repair: {e}"))?;
     }
     Ok(())
 }
 
-/// Whether the tables are sound; leaked grains are no fault. Once it was closed nothing may be unfinished.
-fn sound(disk: &VmdkDisk, closed: bool) -> Result<(), String> {
+/// Errors where the tables are not sound; leaked grains are no fault. Whether there are entries in one table only, which
+/// must not be once it was closed.
+fn sound(disk: &VmdkDisk, closed: bool) -> Result<bool, String> {
     let report = check(disk);
     if let Some(error) = report.errors.first() {
         return Err(format!("--check: {error}"));
@@ -462,13 +471,13 @@ fn sound(disk: &VmdkDisk, closed: bool) -> Result<(), String> {
     }
     match disk.unclean_files().next() {
         Some(file) if closed => Err(format!("{file} is marked as in use, but was closed")),
-        _ => Ok(()),
+        _ => Ok(report.unfinished > 0),
     }
 }
 
 /// Who remembers the CID of the start must find the content of the start.
 fn same_cid_same_content(image: &Image, crash: &Crash, start: &Judge, disk: &VmdkDisk) -> Result<(), String> {
-    let cid = |files: &[(String, super::Bytes)]| {
+    let cid = |files: &[(String, Bytes)]| {
         let (_, bytes) = files.iter().find(|(name, _)| name == image.top).expect("the file");
         let mut head = vec![0; bytes.len().min(8192) as usize];
         assert!(bytes.read(0, &mut head));
@@ -481,8 +490,8 @@ fn same_cid_same_content(image: &Image, crash: &Crash, start: &Judge, disk: &Vmd
     start.verify(disk).map_err(|e| format!("the content has changed, the CID has not: {e}"))
 }
 
-/// qemu-img finds no fault, and reads the same.
-fn show_qemu(image: &Image, files: &[(String, super::Bytes)], disk: &VmdkDisk) -> Result<(), String> {
+/// qemu-img finds no fault, and (`same`) reads the same.
+fn show_qemu(image: &Image, files: &[(String, Bytes)], disk: &VmdkDisk, same: bool) -> Result<(), String> {
     let dir = tempfile::tempdir().expect("a folder");
     for (name, bytes) in files {
         fs::write(dir.path().join(name), bytes.to_vec()).expect("a file");
@@ -490,10 +499,9 @@ fn show_qemu(image: &Image, files: &[(String, super::Bytes)], disk: &VmdkDisk) -
     let mut raw = vec![0; disk.geometry().bytes() as usize];
     disk.read_at(Lba(0), &mut raw).map_err(|e| e.to_string())?;
     fs::write(dir.path().join("expected.raw"), raw).expect("a file");
-    for words in [
-        &["check", "-q", "-f", "vmdk", image.top][..],
-        &["compare", "-q", "-f", "raw", "-F", "vmdk", "expected.raw", image.top],
-    ] {
+    let check = &["check", "-q", "-f", "vmdk", image.top][..];
+    let compare = &["compare", "-q", "-f", "raw", "-F", "vmdk", "expected.raw", image.top];
+    for words in [Some(check), same.then_some(compare)].into_iter().flatten() {
         let outcome = Cmd::new("qemu-img").args(words).dir(dir.path()).run();
         if outcome.ended.code != Some(0) {
             return Err(outcome.to_string());

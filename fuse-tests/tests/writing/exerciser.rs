@@ -114,9 +114,9 @@ impl<'a> Exerciser<'a> {
     fn write(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Ways, u64, &[u8])) {
         let bytes = &mut self.buffer.bytes()[..len];
         if self.random.random_range(0..8) == 0 {
-            bytes.fill(0)
+            bytes.fill(0);
         } else {
-            self.random.fill_bytes(bytes)
+            self.random.fill_bytes(bytes);
         }
         self.model[at..at + len].copy_from_slice(bytes);
         how(&mut self.ways, at as u64, bytes);

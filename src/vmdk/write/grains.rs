@@ -352,6 +352,7 @@ impl GrainWriter {
     /// Room for `count` grains, in the file and all zeroes.
     fn take(&self, count: u64) -> Result<u64> {
         let mut space = self.space();
+        self.check_uncut(&space)?;
         if let (1, Some(place)) = (count, space.spare.pop()) {
             return Ok(place);
         }
@@ -375,6 +376,17 @@ impl GrainWriter {
         }
         space.next = end;
         Ok(place)
+    }
+
+    /// Refuses a file that somebody else has cut: its grains are lost, and to make it longer again would show zeroes
+    /// in their place, as if nothing had happened.
+    fn check_uncut(&self, space: &Space) -> Result<()> {
+        let (len, known) = (self.writer()?.len_now()?, space.len);
+        if len.div_ceil(SECTOR) >= known {
+            return Ok(());
+        }
+        let label = self.file.label();
+        Err(Error::corrupt(format!("{label}: has {len} bytes, expected {known} sectors: somebody else has cut it")))
     }
 
     /// Gives back room of grains that nothing names. It may hold anything; where it can't be made zeroes, it is lost.
@@ -414,6 +426,7 @@ impl GrainWriter {
         let writer = self.writer()?;
         {
             let mut space = self.space();
+            self.check_uncut(&space)?;
             if space.len > space.next {
                 writer.set_len(space.next * SECTOR)?;
                 space.len = space.next;

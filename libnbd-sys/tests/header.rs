@@ -1,0 +1,126 @@
+//! Has a C compiler compare every declaration with the installed `libnbd.h`.
+
+use std::collections::HashSet;
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::mem::{offset_of, size_of};
+use std::process::Command;
+
+use libnbd_sys::{CALLBACKS, CONSTANTS, FUNCTIONS, LIBNBD_CONTEXT_BASE_ALLOCATION, nbd_completion_callback};
+
+/// Each Rust type that the declarations use, and the C type that it stands for.
+const TYPES: &[(&str, &str)] = &[
+    ("", "void"),
+    ("bool", "bool"),
+    ("c_int", "int"),
+    ("c_uint", "unsigned"),
+    ("i64", "int64_t"),
+    ("u32", "uint32_t"),
+    ("u64", "uint64_t"),
+    ("usize", "size_t"),
+    ("*const c_char", "const char *"),
+    ("*mut c_char", "char *"),
+    ("*const c_void", "const void *"),
+    ("*mut c_void", "void *"),
+    ("*mut c_int", "int *"),
+    ("*mut u32", "uint32_t *"),
+    ("*mut nbd_handle", "struct nbd_handle *"),
+];
+
+fn c_type(rust: &str) -> &str {
+    let known = TYPES.iter().find(|(name, _)| *name == rust).map(|(_, c)| *c);
+    known.unwrap_or_else(|| {
+        assert!(CALLBACKS.iter().any(|(name, _)| *name == rust), "no C type is known for {rust}");
+        rust
+    })
+}
+
+fn c_types(rust: &[&str]) -> String {
+    if rust.is_empty() { "void".to_owned() } else { rust.iter().map(|t| c_type(t)).collect::<Vec<_>>().join(", ") }
+}
+
+/// A program whose assertions are the declarations.
+fn source() -> String {
+    let mut out = String::from("#include <libnbd.h>\n#include <stddef.h>\n#include <string.h>\n");
+    out.push_str(
+        "#define SAME(what, ...) _Static_assert(__builtin_types_compatible_p(__typeof__(what), __VA_ARGS__), #what)\n",
+    );
+    for (name, arguments, result) in FUNCTIONS {
+        let _ = writeln!(out, "SAME(&{name}, {} (*)({}));", c_type(result), c_types(arguments));
+    }
+    for (name, value) in CONSTANTS {
+        let _ = writeln!(out, "_Static_assert((unsigned)({name}) == {value}u, \"{name}\");");
+    }
+    for (name, arguments) in CALLBACKS {
+        let _ = writeln!(out, "SAME((({name} *)0)->callback, int (*)(void *, {}));", c_types(arguments));
+        let _ = writeln!(out, "SAME((({name} *)0)->free, void (*)(void *));");
+        let layout = [
+            ("callback", offset_of!(nbd_completion_callback, callback)),
+            ("user_data", offset_of!(nbd_completion_callback, user_data)),
+            ("free", offset_of!(nbd_completion_callback, free)),
+        ];
+        for (field, offset) in layout {
+            let _ = writeln!(out, "_Static_assert(offsetof({name}, {field}) == {offset}, \"{name}.{field}\");");
+        }
+        let size = size_of::<nbd_completion_callback>();
+        let _ = writeln!(out, "_Static_assert(sizeof({name}) == {size}, \"{name}\");");
+    }
+    let context = LIBNBD_CONTEXT_BASE_ALLOCATION.to_str().unwrap();
+    let _ =
+        writeln!(out, "_Static_assert(__builtin_strcmp(LIBNBD_CONTEXT_BASE_ALLOCATION, \"{context}\") == 0, \"\");");
+    out
+}
+
+/// Whether the C compiler takes `source`; what it says.
+fn compiles(name: &str, source: &str) -> (bool, String) {
+    let file = env::temp_dir().join(format!("libnbd-sys-{}-{name}.c", std::process::id()));
+    fs::write(&file, source).unwrap();
+    let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
+    let done = Command::new(compiler).args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-nonnull"]).arg(&file).output();
+    fs::remove_file(&file).unwrap();
+    let done = done.expect("a C compiler is needed (CC, or cc)");
+    (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+}
+
+#[test]
+fn the_declarations_are_those_of_the_installed_header() {
+    let (good, said) = compiles("good", &source());
+    assert!(good, "{said}");
+}
+
+#[test]
+fn a_declaration_that_differs_is_found() {
+    let good = source();
+    for (right, wrong) in [
+        ("SAME(&nbd_get_size, int64_t (*)(struct nbd_handle *))", "SAME(&nbd_get_size, int (*)(struct nbd_handle *))"),
+        ("(unsigned)(LIBNBD_TLS_REQUIRE) == 2u", "(unsigned)(LIBNBD_TLS_REQUIRE) == 1u"),
+        (
+            "nbd_list_callback *)0)->callback, int (*)(void *, const char *",
+            "nbd_list_callback *)0)->callback, int (*)(void *, char *",
+        ),
+    ] {
+        let bad = good.replace(right, wrong);
+        assert_ne!(bad, good, "{right} is not in the program");
+        assert!(!compiles("bad", &bad).0, "{wrong} was taken");
+    }
+}
+
+#[test]
+fn nothing_is_declared_twice() {
+    let names: HashSet<&str> = FUNCTIONS.iter().map(|(name, ..)| *name).collect();
+    assert_eq!(names.len(), FUNCTIONS.len());
+}
+
+#[test]
+fn the_library_that_is_linked_answers() {
+    // SAFETY: a fresh handle is used by this thread alone, and closed once; the version is a static text.
+    let version = unsafe {
+        let handle = libnbd_sys::nbd_create();
+        assert!(!handle.is_null());
+        let version = std::ffi::CStr::from_ptr(libnbd_sys::nbd_get_version(handle)).to_str().unwrap().to_owned();
+        libnbd_sys::nbd_close(handle);
+        version
+    };
+    assert!(version.starts_with("1."), "{version}");
+}

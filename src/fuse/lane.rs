@@ -1,0 +1,143 @@
+//! Work for a disk behind a network that may have to wait, away from the event loops.
+//!
+//! ```text
+//!   read, aligned write     begun by the loop, answered when the answer comes: no thread waits
+//!   everything else ─► Lane ─► a thread of this disk, at most [`THREADS`]
+//! ```
+//! So a disk that hangs holds no loop, and no other disk's work stands behind its own. Waiting work is bounded by those
+//! who wait for its answers: each is a task in a system call.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Threads of a disk.
+const THREADS: usize = 4;
+
+/// Something to do.
+pub(super) type Job = Box<dyn FnOnce() + Send>;
+
+/// The work of one disk.
+#[derive(Default)]
+pub(super) struct Lane(Mutex<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    threads: usize,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let queue = self.queue();
+        f.debug_struct("Lane").field("jobs", &queue.jobs.len()).field("threads", &queue.threads).finish()
+    }
+}
+
+impl Lane {
+    /// Has a thread do it, soon. Where there is no thread to be had, and none at work, it is done at once.
+    pub(super) fn run(self: &Arc<Self>, job: Job) {
+        let mut queue = self.queue();
+        queue.jobs.push_back(job);
+        if queue.threads >= THREADS {
+            return;
+        }
+        queue.threads += 1;
+        drop(queue);
+        let this = Arc::clone(self);
+        let begun = std::thread::Builder::new().name("lane".to_owned()).spawn(move || this.work());
+        if begun.is_err() {
+            self.work();
+        }
+    }
+
+    fn work(&self) {
+        loop {
+            let mut queue = self.queue();
+            let Some(job) = queue.jobs.pop_front() else {
+                queue.threads -= 1;
+                return;
+            };
+            drop(queue);
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
+                tracing::error!("a request was given up after a panic");
+            }
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many event loops may serve a network's answers at the same time: all but one, which goes on taking requests.
+#[derive(Debug)]
+pub(super) struct Stay(AtomicUsize);
+
+/// A loop that may serve answers, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Staying<'a>(&'a Stay);
+
+impl Stay {
+    /// Of so many loops.
+    pub(super) fn of(loops: usize) -> Self {
+        Self(AtomicUsize::new(loops.saturating_sub(1)))
+    }
+
+    /// The right to it, if a loop can be spared.
+    pub(super) fn take(&self) -> Option<Staying<'_>> {
+        let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+        taken.is_ok().then(|| Staying(self))
+    }
+}
+
+impl Drop for Staying<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn jobs_that_hang_hold_nobody_up_but_their_own_lane() {
+        let (one, other) = (Arc::new(Lane::default()), Arc::new(Lane::default()));
+        let (release, hang) = mpsc::channel::<()>();
+        let hang = Arc::new(Mutex::new(hang));
+        for _ in 0..2 * THREADS {
+            let hang = Arc::clone(&hang);
+            one.run(Box::new(move || {
+                let _ = hang.lock().unwrap().recv();
+            }));
+        }
+        let (tell, told) = mpsc::channel();
+        other.run(Box::new(move || tell.send(()).unwrap()));
+        told.recv().unwrap();
+        assert!(one.queue().threads <= THREADS);
+        drop(release);
+    }
+
+    #[test]
+    fn a_job_that_panics_is_the_end_of_that_job() {
+        let lane = Arc::new(Lane::default());
+        lane.run(Box::new(|| panic!("this is meant")));
+        let (tell, told) = mpsc::channel();
+        lane.run(Box::new(move || tell.send(()).unwrap()));
+        told.recv().unwrap();
+    }
+
+    #[test]
+    fn one_loop_never_stays() {
+        let stay = Stay::of(2);
+        let first = stay.take();
+        assert!(first.is_some() && stay.take().is_none());
+        drop(first);
+        assert!(stay.take().is_some());
+        assert!(Stay::of(1).take().is_none());
+    }
+}

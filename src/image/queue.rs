@@ -1,0 +1,86 @@
+//! Reading and writing without waiting, for disks behind a network ([`BlockQueue`]).
+//!
+//! What goes to the disk as it is goes this way. What doesn't (a write of a part of a granule, one in the way of
+//! another) is left to who may wait.
+
+use std::sync::Arc;
+
+use super::write::Parts;
+use super::{Image, MAX_READ, Scratch, WORTH_ASKING, out_of_range};
+use crate::block::{BlockQueue, Done, Lba, ReadDone, SECTOR};
+use crate::error::Result;
+use crate::ranges::Mode;
+
+/// Told how many bytes were written.
+pub type Written = Box<dyn FnOnce(Result<usize>) + Send>;
+
+/// The right to a range, held until the write's end.
+struct Kept {
+    image: Arc<Image>,
+    number: u64,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.image.ranges.give(self.number);
+        self.image.allocated.changed();
+    }
+}
+
+impl Image {
+    /// The way without waiting, where the disk has one.
+    pub fn queue(&self) -> Option<&dyn BlockQueue> {
+        self.disk.queue()
+    }
+
+    /// Begins [`read`](Self::read). Afterwards the queue wants to be attended to.
+    pub fn begin_read(&self, queue: &dyn BlockQueue, offset: u64, len: usize, done: ReadDone) {
+        let len = len.min(MAX_READ).min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
+        if len == 0 {
+            return done(Ok(&[]));
+        }
+        let granule = self.disk.geometry().granule * SECTOR;
+        let start = offset / granule * granule;
+        let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
+        if len >= WORTH_ASKING && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
+            return done(Ok(Scratch::zeroes(len)));
+        }
+        let skip = (offset - start) as usize;
+        let whole = skip == 0 && end - start == len as u64;
+        let cut: ReadDone = match whole {
+            true => done,
+            false => Box::new(move |read| {
+                done(read.and_then(|bytes| bytes.get(skip..skip + len).ok_or_else(|| out_of_range(offset))));
+            }),
+        };
+        queue.begin_read(Lba(start / SECTOR), (end - start) / SECTOR, cut);
+    }
+
+    /// Begins a [`write`](Self::write) of all of `buf`, if it is whole granules within the disk and nobody is in the way.
+    /// Gives `done`, which is told how many bytes were written, back otherwise. Afterwards the queue wants to be attended to.
+    pub fn begin_write(
+        self: &Arc<Self>,
+        queue: &dyn BlockQueue,
+        offset: u64,
+        buf: &[u8],
+        done: Written,
+    ) -> std::result::Result<(), Written> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if buf.is_empty() || end > self.len() || self.disk.writer().is_none() {
+            return Err(done);
+        }
+        let parts = Parts::of(offset..end, self.granule(), self.len());
+        if parts.mode() != Mode::Shared {
+            return Err(done);
+        }
+        let Some(number) = self.ranges.try_take(parts.granules, Mode::Shared) else { return Err(done) };
+        let kept = Kept { image: Arc::clone(self), number };
+        let len = buf.len();
+        let finish: Done = Box::new(move |result| {
+            drop(kept);
+            done(result.map(|()| len));
+        });
+        queue.begin_write(Lba(offset / SECTOR), buf, finish);
+        Ok(())
+    }
+}

@@ -1,0 +1,545 @@
+//! An export as a disk: sectors above, commands below.
+
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_NO_HOLE};
+
+use super::dial::Dialer;
+use super::export::Export;
+use super::ffi::is_ending;
+use super::generation::MAX_TIMEOUT;
+use super::link::{Link, Manners};
+use super::map::{REGION, content};
+use super::op::{Finish, Kind, Op};
+use super::pool::{Buffer, Pool};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, check_range};
+use crate::config::NbdConfig;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Connections where the server takes several, as nbdfuse and nbdcopy have them.
+const CONNECTIONS: usize = 4;
+
+/// After which a request fails, where nothing else was said: before the kernel calls a task hung.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How much longer than its deadline a result may take to reach who waits for it.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Bytes from which on it is worth to ask for holes ahead of a read.
+const WORTH_ASKING: u64 = 64 << 10;
+
+/// Bytes of zeroes that one command writes at most.
+const MAX_ZERO: u64 = 1 << 30;
+
+/// Bytes of zeroes that are sent as data at once, where the server can't write them by itself.
+const ZERO_DATA: u64 = 1 << 20;
+
+/// A disk of an NBD server.
+#[derive(Debug)]
+pub struct NbdDisk {
+    link: Arc<Link>,
+    geometry: Geometry,
+    writable: bool,
+}
+
+/// A place where a result is waited for.
+#[derive(Debug)]
+struct Slot<T> {
+    value: Mutex<Option<T>>,
+    there: Condvar,
+}
+
+impl<T: Send + 'static> Slot<T> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { value: Mutex::new(None), there: Condvar::new() })
+    }
+
+    fn put(&self, value: T) {
+        *self.value.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+        self.there.notify_all();
+    }
+
+    fn is_there(&self) -> bool {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Waits for it, serving the connections meanwhile, if nobody else does.
+    fn wait(&self, link: &Link, until: Instant) -> Option<T> {
+        link.attend_until(true, None, || self.is_there());
+        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = until.saturating_duration_since(Instant::now());
+        let waited = self.there.wait_timeout_while(value, left, |v| v.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.take()
+    }
+}
+
+impl NbdDisk {
+    /// Connects to the export of `config`.
+    ///
+    /// Where that fails it is tried again as often as `retry=` says, and once where it says nothing.
+    pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
+        let dialer = Dialer::new(config)?;
+        let timeout = timeout(config);
+        let mut left = if dialer.can_repeat() { config.retry.unwrap_or(0) } else { 0 };
+        let mut pause = Duration::from_millis(100);
+        let (handle, export) = loop {
+            match dialer.open(true, Instant::now() + timeout, &is_ending) {
+                Ok(open) => break open,
+                Err(e) if left == 0 => return Err(e),
+                Err(e) => tracing::info!("{left} attempts are left: {e}"),
+            }
+            left -= 1;
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !is_ending() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if is_ending() {
+                left = 0;
+            }
+            pause = (pause * 2).min(Duration::from_secs(2));
+        };
+        let writable = writable && !export.read_only;
+        let link = Link::start(dialer, export, manners(config, writable), Some(handle))?;
+        Ok(Self { geometry: export.geometry(), link, writable })
+    }
+
+    /// An export of a server that is known already; connected to when it is first used.
+    pub(super) fn later(dialer: Dialer, export: Export, config: &NbdConfig, writable: bool) -> Result<Self> {
+        let writable = writable && !export.read_only;
+        let link = Link::start(dialer, export, manners(config, writable), None)?;
+        Ok(Self { geometry: export.geometry(), link, writable })
+    }
+
+    /// Whether the server takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        self.link.export().read_only
+    }
+
+    /// The server, for messages.
+    pub fn label(&self) -> String {
+        self.link.label()
+    }
+
+    /// Connections that there are now.
+    #[cfg(test)]
+    pub(super) fn connections(&self) -> usize {
+        self.link.connections()
+    }
+
+    /// Bytes of the export: up to a sector fewer than of the disk.
+    fn size(&self) -> u64 {
+        self.link.export().size
+    }
+
+    /// Begins a command of any length; `done` is given the operation that was made.
+    fn begin(&self, kind: Kind, offset: u64, len: u64, buf: Buffer, done: Finish) {
+        self.link.submit(Op::new(kind, offset, len, buf, self.link.deadline(), done));
+    }
+
+    /// A command without data, and its end waited for.
+    fn run(&self, kind: Kind, offset: u64, len: u64) -> Result<Vec<(u64, u32)>> {
+        let slot = Slot::new();
+        let there = Arc::clone(&slot);
+        let finish: Finish = Box::new(move |op, result| there.put(result.map(|()| op.extents)));
+        self.begin(kind, offset, len, Buffer::default(), finish);
+        self.waited(&slot)
+    }
+
+    fn waited<T: Send + 'static>(&self, slot: &Slot<Result<T>>) -> Result<T> {
+        let late = || Err(Error::new(ErrorKind::Os(libc::EIO), format!("{}: a command has no end", self.label())));
+        slot.wait(&self.link, self.link.deadline() + GRACE).unwrap_or_else(late)
+    }
+
+    fn pool(&self) -> &Pool {
+        &self.link.pool
+    }
+
+    fn buffer(&self, len: u64) -> Result<Buffer> {
+        let none = || Error::new(ErrorKind::Os(libc::ENOMEM), format!("no memory for {len} bytes"));
+        self.pool().take(usize::try_from(len).ok().ok_or_else(none)?).ok_or_else(none)
+    }
+
+    /// Asks for what is at `byte` and after it.
+    fn ask(&self, byte: u64) -> (Content, u64) {
+        let stamp = self.link.map.stamp();
+        let end = ((byte / REGION + 1) * REGION).min(self.size());
+        // A server that can't tell just now: to say that there is data is never wrong.
+        let extents = self.run(Kind::Status, byte, end - byte).unwrap_or_default();
+        self.link.map.learn(stamp, byte, &extents);
+        let mut at = byte;
+        let mut found = None;
+        for (len, flags) in extents {
+            let content = content(flags);
+            if len == 0 || *found.get_or_insert(content) != content {
+                break;
+            }
+            at = at.saturating_add(len).min(end);
+        }
+        found.filter(|_| at > byte).map_or((Content::Data, end), |content| (content, at))
+    }
+
+    /// Asks for the region of a read ahead of the next ones. Nobody waits for the answer.
+    fn ask_ahead(&self, byte: u64) {
+        let export = self.link.export();
+        if !export.block_status || byte >= export.size || !self.link.map.ask_ahead(byte) {
+            return;
+        }
+        let stamp = self.link.map.stamp();
+        let end = ((byte / REGION + 1) * REGION).min(export.size);
+        let link = Arc::downgrade(&self.link);
+        let finish: Finish = Box::new(move |op, result| {
+            if let (Ok(()), Some(link)) = (result, link.upgrade()) {
+                link.map.learn(stamp, op.offset, &op.extents);
+            }
+        });
+        self.begin(Kind::Status, byte, end - byte, Buffer::default(), finish);
+    }
+
+    /// Makes a range of the export read as zeroes.
+    fn zero_bytes(&self, from: u64, to: u64, unmap: bool) -> Result<()> {
+        let export = *self.link.export();
+        let mut at = from;
+        while at < to {
+            let len = (to - at).min(MAX_ZERO);
+            if !export.zero {
+                self.zero_without(at, len, unmap)?;
+            } else if unmap && export.fast_zero {
+                // Giving room back is fast or not possible; writing zeroes may take long, but keeps the promise.
+                match self.run(Kind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO }, at, len) {
+                    Err(e) if is_unsupported(&e) => self.run(Kind::Zero { flags: 0 }, at, len),
+                    other => other,
+                }?;
+            } else {
+                let flags = if unmap { 0 } else { LIBNBD_CMD_FLAG_NO_HOLE };
+                self.run(Kind::Zero { flags }, at, len)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// The same where the server has no command for it: a trim, where it can be seen that it made zeroes, else zeroes sent
+    /// as data.
+    fn zero_without(&self, from: u64, len: u64, unmap: bool) -> Result<()> {
+        let export = *self.link.export();
+        if unmap && export.trim && export.block_status {
+            self.run(Kind::Trim, from, len)?;
+        }
+        let mut at = from;
+        let end = from + len;
+        while at < end {
+            if export.block_status {
+                let (content, until) = self.ask(at);
+                if content.is_zero() && until / export.granule() > at / export.granule() {
+                    at = if until >= end { end } else { until - until % export.granule() };
+                    continue;
+                }
+            }
+            let most = ZERO_DATA.min(export.maximum);
+            let len = (end - at).min(most - at % export.granule());
+            let mut buf = self.buffer(len)?;
+            buf.bytes().fill(0);
+            self.write_buffer(at, len, buf)?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn write_buffer(&self, offset: u64, len: u64, buf: Buffer) -> Result<()> {
+        let slot = Slot::new();
+        let (there, link) = (Arc::clone(&slot), Arc::downgrade(&self.link));
+        let finish: Finish = Box::new(move |op, result| {
+            if let Some(link) = link.upgrade() {
+                link.pool.give(op.buf);
+            }
+            there.put(result);
+        });
+        self.begin(Kind::Write, offset, len, buf, finish);
+        self.waited(&slot)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        let why = if self.is_read_only() { "the export is read-only" } else { "it was opened read-only" };
+        Err(Error::new(ErrorKind::ReadOnly, format!("{}: {why}", self.label())))
+    }
+}
+
+impl Drop for NbdDisk {
+    fn drop(&mut self) {
+        self.link.close();
+    }
+}
+
+impl BlockRead for NbdDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        let sectors = check_range(&self.geometry, at, buf.len())?;
+        let slot = Slot::new();
+        let there = Arc::clone(&slot);
+        // The bytes are copied once more: a buffer of the caller's would have to outlive a command that is given up.
+        self.begin_read(at, sectors, Box::new(move |read| there.put(read.map(<[u8]>::to_vec))));
+        let read = self.waited(&slot)?;
+        match buf.get_mut(..read.len()) {
+            Some(part) if part.len() == read.len() => part.copy_from_slice(&read),
+            _ => return Err(Error::corrupt("more was read than asked for")),
+        }
+        Ok(())
+    }
+
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+        check_range(&self.geometry, at, SECTOR as usize)?;
+        let left = self.geometry.sectors - at.0;
+        let byte = at.bytes();
+        if !self.link.export().block_status {
+            return Ok((Content::Data, left));
+        }
+        // A server tells of whole blocks of its own only.
+        let granule = self.link.export().granule();
+        let first = byte - byte % granule;
+        let (content, end) = match self.link.map.at(byte) {
+            Some(known) => known,
+            None => self.ask(first),
+        };
+        let sectors = match content {
+            // A sector that is zeroes in part is none.
+            _ if end >= self.size() => left,
+            Content::Data => end.div_ceil(SECTOR).saturating_sub(at.0),
+            _ => (end / SECTOR).saturating_sub(at.0),
+        };
+        Ok(if sectors == 0 { (Content::Data, 1) } else { (content, sectors.min(left)) })
+    }
+
+    fn is_zero(&self, at: Lba, sectors: u64) -> bool {
+        let end = (at + sectors).bytes().min(self.size());
+        at.bytes() < end && self.link.map.is_zero(at.bytes(), end)
+    }
+
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        self.writable.then_some(self)
+    }
+
+    fn queue(&self) -> Option<&dyn BlockQueue> {
+        Some(self)
+    }
+}
+
+impl BlockWrite for NbdDisk {
+    fn begin(&self) -> Result<()> {
+        self.check_writable()
+    }
+
+    fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
+        let slot = Slot::new();
+        let there = Arc::clone(&slot);
+        self.begin_write(at, buf, Box::new(move |result| there.put(result)));
+        self.waited(&slot)
+    }
+
+    fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
+        self.check_writable()?;
+        if range.end.0 > self.geometry.sectors || range.start > range.end {
+            let text = format!("sectors {} to {} are not on the disk", range.start.0, range.end.0);
+            return Err(Error::new(ErrorKind::OutOfRange, text));
+        }
+        self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
+    }
+
+    fn holds_back(&self) -> bool {
+        // the journal is only for a server that is restarted: the server has all of it
+        false
+    }
+
+    fn flush(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        let slot = Slot::new();
+        let there = Arc::clone(&slot);
+        self.begin_flush(Box::new(move |result| there.put(result)));
+        self.waited(&slot)
+    }
+
+    fn close(&self) -> Result<()> {
+        BlockWrite::flush(self)
+    }
+}
+
+impl BlockQueue for NbdDisk {
+    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone) {
+        let bytes = sectors * SECTOR;
+        let export = *self.link.export();
+        let len = bytes.min(export.size.saturating_sub(at.bytes()));
+        if let Err(e) = check_range(&self.geometry, at, usize::try_from(bytes).unwrap_or(usize::MAX)) {
+            return done(Err(e));
+        }
+        if bytes >= WORTH_ASKING {
+            self.ask_ahead(at.bytes());
+        }
+        let buf = match self.buffer(bytes) {
+            Ok(buf) => buf,
+            Err(e) => return done(Err(e)),
+        };
+        if len > export.maximum {
+            return self.begin_long_read(at, bytes, len, buf, done);
+        }
+        let link = Arc::downgrade(&self.link);
+        let finish: Finish = Box::new(move |mut op, result| {
+            let (len, bytes) = (op.len as usize, bytes as usize);
+            done(result.map(|()| {
+                let read = &mut op.buf.bytes()[..bytes];
+                read[len..].fill(0);
+                &*read
+            }));
+            if let Some(link) = link.upgrade() {
+                link.pool.give(op.buf);
+            }
+        });
+        self.begin(Kind::Read, at.bytes(), len, buf, finish);
+    }
+
+    fn begin_write(&self, at: Lba, data: &[u8], done: Done) {
+        let checked = self.check_writable().and_then(|()| check_range(&self.geometry, at, data.len()));
+        if let Err(e) = checked {
+            return done(Err(e));
+        }
+        let export = *self.link.export();
+        let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(at.bytes())) as usize));
+        // The last sector has bytes that the export does not: they can't be kept.
+        if past.iter().any(|b| *b != 0) {
+            let text = format!("{}: the export ends at byte {}, within a sector", self.label(), export.size);
+            return done(Err(Error::new(ErrorKind::Os(libc::ENOSPC), text)));
+        }
+        let most = export.maximum as usize;
+        let parts = Parts::new(data.len().div_ceil(most).max(1), done);
+        if data.is_empty() {
+            return parts.done(Ok(()));
+        }
+        for (i, part) in data.chunks(most).enumerate() {
+            let mut buf = match self.buffer(part.len() as u64) {
+                Ok(buf) => buf,
+                Err(e) => {
+                    parts.done(Err(e));
+                    continue;
+                }
+            };
+            buf.bytes()[..part.len()].copy_from_slice(part);
+            let (parts, link) = (Arc::clone(&parts), Arc::downgrade(&self.link));
+            let finish: Finish = Box::new(move |op, result| {
+                if let Some(link) = link.upgrade() {
+                    link.pool.give(op.buf);
+                }
+                parts.done(result);
+            });
+            self.begin(Kind::Write, at.bytes() + (i * most) as u64, part.len() as u64, buf, finish);
+        }
+    }
+
+    fn begin_flush(&self, done: Done) {
+        // Without the command all that was answered is durable, as far as anybody can know.
+        if !self.writable || !self.link.export().flush || self.link.is_durable() {
+            return done(Ok(()));
+        }
+        self.begin(Kind::Flush, 0, 0, Buffer::default(), Box::new(move |_, result| done(result)));
+    }
+
+    fn attend(&self, may_stay: bool) {
+        self.link.attend(may_stay);
+    }
+}
+
+impl NbdDisk {
+    /// A read of more than the server gives at once.
+    fn begin_long_read(&self, at: Lba, bytes: u64, len: u64, buf: Buffer, done: ReadDone) {
+        let most = self.link.export().maximum;
+        let whole = Arc::new(Mutex::new(buf));
+        let (to, link) = (Arc::clone(&whole), Arc::downgrade(&self.link));
+        let all = move |result: Result<()>| {
+            let mut buf = to.lock().unwrap_or_else(PoisonError::into_inner);
+            done(result.map(|()| {
+                let read = &mut buf.bytes()[..bytes as usize];
+                read[len as usize..].fill(0);
+                &*read
+            }));
+            if let Some(link) = link.upgrade() {
+                link.pool.give(std::mem::take(&mut buf));
+            }
+        };
+        let parts = Parts::new(len.div_ceil(most) as usize, Box::new(all));
+        for start in (0..len).step_by(most as usize) {
+            let part = most.min(len - start);
+            let buf = match self.buffer(part) {
+                Ok(buf) => buf,
+                Err(e) => {
+                    parts.done(Err(e));
+                    continue;
+                }
+            };
+            let (parts, whole, link) = (Arc::clone(&parts), Arc::clone(&whole), Arc::downgrade(&self.link));
+            let finish: Finish = Box::new(move |mut op, result| {
+                if result.is_ok() {
+                    let mut whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
+                    let (start, part) = (start as usize, part as usize);
+                    whole.bytes()[start..start + part].copy_from_slice(&op.buf.bytes()[..part]);
+                }
+                if let Some(link) = link.upgrade() {
+                    link.pool.give(op.buf);
+                }
+                drop(whole);
+                parts.done(result);
+            });
+            self.begin(Kind::Read, at.bytes() + start, part, buf, finish);
+        }
+    }
+}
+
+/// A request of several commands: its result is that of the last one, or the first failure.
+struct Parts(Mutex<Counted>);
+
+struct Counted {
+    left: usize,
+    failed: Option<Error>,
+    done: Option<Done>,
+}
+
+impl Parts {
+    fn new(parts: usize, done: Done) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Counted { left: parts, failed: None, done: Some(done) })))
+    }
+
+    fn done(&self, result: Result<()>) {
+        let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.left = counted.left.saturating_sub(1);
+        if let Err(e) = result {
+            counted.failed.get_or_insert(e);
+        }
+        if counted.left > 0 {
+            return;
+        }
+        let (done, failed) = (counted.done.take(), counted.failed.take());
+        drop(counted);
+        if let Some(done) = done {
+            done(failed.map_or(Ok(()), Err));
+        }
+    }
+}
+
+fn is_unsupported(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::Os(libc::EOPNOTSUPP | libc::EINVAL))
+}
+
+pub(super) fn timeout(config: &NbdConfig) -> Duration {
+    config.timeout.unwrap_or(TIMEOUT).min(MAX_TIMEOUT)
+}
+
+fn manners(config: &NbdConfig, writable: bool) -> Manners {
+    let connections = config.connections.unwrap_or(CONNECTIONS);
+    Manners { connections, timeout: timeout(config), retry: config.retry, writable }
+}

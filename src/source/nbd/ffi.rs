@@ -1,0 +1,607 @@
+//! The one place that calls libnbd: a handle whose methods are safe.
+//!
+//! Who may touch what: libnbd locks a handle during each call, so any thread may call any method. A command's buffer
+//! lives in its [`Op`], which belongs to the library from [`Handle::submit`] on until it calls one of the two
+//! functions of [`Ticket`]; then the operation goes to the list of those that are [`Retired`]. The library retires every
+//! command: when it is answered, when the connection dies, and when the handle is closed.
+//!
+//! The functions of a ticket run inside of a call of the library, under the handle's lock. They do nothing but move
+//! the operation to the list; whoever made the call looks into the list afterwards.
+
+#![allow(unsafe_code)] // Calls of a C library, and its callbacks.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libnbd_sys as sys;
+
+use super::op::{Kind, Op};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The most exports, and metadata contexts of an export, that are taken from a server.
+const MAX_LISTED: usize = 4096;
+
+/// The most extents that are taken from one answer about block status.
+const MAX_EXTENTS: usize = 1 << 16;
+
+/// A handle of libnbd.
+#[derive(Debug)]
+pub(super) struct Handle(NonNull<sys::nbd_handle>);
+
+// SAFETY: libnbd's functions may be called from any thread; they lock the handle.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+/// Operations that the library has let go of, each with what it failed with.
+#[derive(Debug, Default)]
+pub(super) struct Retired {
+    list: Mutex<Vec<(Box<Op>, Option<i32>)>>,
+    len: AtomicUsize,
+}
+
+impl Retired {
+    fn push(&self, op: Box<Op>, error: Option<i32>) {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.push((op, error));
+        self.len.store(list.len(), Ordering::Release);
+    }
+
+    /// Moves them to the end of `out`.
+    pub(super) fn take(&self, out: &mut Vec<(Box<Op>, Option<i32>)>) {
+        if self.len.load(Ordering::Acquire) > 0 {
+            let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+            out.append(&mut list);
+            self.len.store(0, Ordering::Release);
+        }
+    }
+}
+
+/// What the library holds for a command: the operation, and where it goes afterwards.
+#[derive(Debug)]
+struct Ticket {
+    op: Option<Box<Op>>,
+    retired: Arc<Retired>,
+}
+
+impl Ticket {
+    fn retire(&mut self, error: Option<i32>) {
+        if let Some(op) = self.op.take() {
+            self.retired.push(op, error);
+        }
+    }
+}
+
+/// An option of the handshake under way: -1, and its `errno` or 0 when it is done.
+#[derive(Debug)]
+pub(super) struct OptDone(AtomicI32);
+
+impl OptDone {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(AtomicI32::new(-1)))
+    }
+
+    /// Its `errno` or 0; `None`: not done yet.
+    pub(super) fn get(&self) -> Option<i32> {
+        Some(self.0.load(Ordering::Acquire)).filter(|e| *e >= 0)
+    }
+}
+
+/// Texts that a server lists: a name and, of an export, its description.
+pub(super) type Listed = Arc<Mutex<Vec<(CString, CString)>>>;
+
+/// Numbers and abilities of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// See `nbd_is_read_only`, and so on.
+    ReadOnly,
+    Rotational,
+    Flush,
+    Fua,
+    Trim,
+    Zero,
+    FastZero,
+    Df,
+    MultiConn,
+    Cache,
+}
+
+impl Handle {
+    /// A new one that is not connected.
+    pub(super) fn new() -> Result<Self> {
+        // SAFETY: it takes nothing.
+        let made = NonNull::new(unsafe { sys::nbd_create() }).map(Self).ok_or_else(|| failure("a handle of libnbd"))?;
+        // Every answer fills the buffer or is an error, and the library need not refuse for the server what it can do itself.
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_pread_initialize(made.raw(), false) }, "nbd_set_pread_initialize")?;
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_opt_mode(made.raw(), true) }, "nbd_set_opt_mode")?;
+        Ok(made)
+    }
+
+    fn raw(&self) -> *mut sys::nbd_handle {
+        self.0.as_ptr()
+    }
+
+    /// The version of the library.
+    pub(super) fn version(&self) -> String {
+        // SAFETY: the handle is alive; the text is static.
+        text(unsafe { sys::nbd_get_version(self.raw()) }).to_string_lossy().into_owned()
+    }
+
+    /// Names the export.
+    pub(super) fn set_export(&self, name: &CStr) -> Result<()> {
+        // SAFETY: handle and text are alive.
+        done(unsafe { sys::nbd_set_export_name(self.raw(), name.as_ptr()) }, "export name")
+    }
+
+    /// The name of the export.
+    pub(super) fn export(&self) -> CString {
+        // SAFETY: the handle is alive; the text is ours.
+        owned(unsafe { sys::nbd_get_export_name(self.raw()) })
+    }
+
+    /// The description of the export, empty where there is none.
+    pub(super) fn description(&self) -> CString {
+        // SAFETY: the handle is alive; the text is ours.
+        owned(unsafe { sys::nbd_get_export_description(self.raw()) })
+    }
+
+    /// Asks for descriptions.
+    pub(super) fn set_full_info(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_full_info(self.raw(), true) }, "nbd_set_full_info")
+    }
+
+    /// Asks for block status, or (`false`) for the short replies, which have none.
+    pub(super) fn set_block_status(&self, wanted: bool) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_request_structured_replies(self.raw(), wanted) }, "structured replies")?;
+        if wanted {
+            let context = sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr();
+            // SAFETY: handle and text are alive.
+            done(unsafe { sys::nbd_add_meta_context(self.raw(), context) }, "nbd_add_meta_context")?;
+        }
+        Ok(())
+    }
+
+    /// Asks for no metadata context any more.
+    pub(super) fn clear_contexts(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_clear_meta_contexts(self.raw()) }, "nbd_clear_meta_contexts")
+    }
+
+    /// One of `LIBNBD_TLS_*`.
+    pub(super) fn set_tls(&self, tls: c_int) -> Result<()> {
+        // SAFETY: the handle is alive.
+        if tls != sys::LIBNBD_TLS_DISABLE && unsafe { sys::nbd_supports_tls(self.raw()) } != 1 {
+            return Err(Error::unsupported("this libnbd is built without TLS"));
+        }
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_tls(self.raw(), tls) }, "tls")
+    }
+
+    /// The folder of certificates.
+    pub(super) fn set_tls_certificates(&self, dir: &CStr) -> Result<()> {
+        // SAFETY: handle and text are alive.
+        done(unsafe { sys::nbd_set_tls_certificates(self.raw(), dir.as_ptr()) }, "tls-certificates")
+    }
+
+    /// Whether the server's certificate is verified.
+    pub(super) fn set_tls_verify(&self, verify: bool) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_tls_verify_peer(self.raw(), verify) }, "tls-verify")
+    }
+
+    /// The user of a pre-shared key.
+    pub(super) fn set_tls_username(&self, name: &CStr) -> Result<()> {
+        // SAFETY: handle and text are alive.
+        done(unsafe { sys::nbd_set_tls_username(self.raw(), name.as_ptr()) }, "tls-username")
+    }
+
+    /// The file of pre-shared keys.
+    pub(super) fn set_tls_psk(&self, file: &CStr) -> Result<()> {
+        // SAFETY: handle and text are alive.
+        done(unsafe { sys::nbd_set_tls_psk_file(self.raw(), file.as_ptr()) }, "tls-psk")
+    }
+
+    /// Whether what goes over the connection is encrypted.
+    pub(super) fn is_encrypted(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_get_tls_negotiated(self.raw()) == 1 }
+    }
+
+    /// Begins to connect to what a URI says. The user wrote it, so it may name files and use every transport.
+    pub(super) fn connect_uri(&self, uri: &CStr) -> Result<()> {
+        // SAFETY: the handle is alive.
+        if unsafe { sys::nbd_supports_uri(self.raw()) } != 1 {
+            return Err(Error::unsupported("this libnbd is built without URIs"));
+        }
+        // SAFETY: handle and text are alive.
+        unsafe {
+            done(sys::nbd_set_uri_allow_transports(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK), "transports")?;
+            done(sys::nbd_set_uri_allow_tls(self.raw(), sys::LIBNBD_TLS_ALLOW), "nbd_set_uri_allow_tls")?;
+            done(sys::nbd_set_uri_allow_local_file(self.raw(), true), "nbd_set_uri_allow_local_file")?;
+            done(sys::nbd_aio_connect_uri(self.raw(), uri.as_ptr()), "connect")
+        }
+    }
+
+    /// Begins to connect to a Unix socket.
+    pub(super) fn connect_unix(&self, path: &CStr) -> Result<()> {
+        // SAFETY: handle and text are alive.
+        done(unsafe { sys::nbd_aio_connect_unix(self.raw(), path.as_ptr()) }, "connect")
+    }
+
+    /// Begins to connect by TCP.
+    pub(super) fn connect_tcp(&self, host: &CStr, port: &CStr) -> Result<()> {
+        // SAFETY: handle and texts are alive.
+        done(unsafe { sys::nbd_aio_connect_tcp(self.raw(), host.as_ptr(), port.as_ptr()) }, "connect")
+    }
+
+    /// Begins to connect by VSOCK.
+    pub(super) fn connect_vsock(&self, cid: u32, port: u32) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_aio_connect_vsock(self.raw(), cid, port) }, "connect")
+    }
+
+    /// Begins the handshake on a connected socket.
+    pub(super) fn connect_socket(&self, socket: OwnedFd) -> Result<()> {
+        // SAFETY: the handle is alive; the library closes the descriptor, whatever becomes of the call.
+        done(unsafe { sys::nbd_aio_connect_socket(self.raw(), socket.into_raw_fd()) }, "connect")
+    }
+
+    /// Begins to open the export.
+    pub(super) fn opt_go(&self) -> Result<Arc<OptDone>> {
+        let opt = OptDone::new();
+        // SAFETY: the handle is alive, and the callback holds all it needs.
+        done(unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) }, "open the export")?;
+        Ok(opt)
+    }
+
+    /// Begins to ask for the export's size and abilities.
+    pub(super) fn opt_info(&self) -> Result<Arc<OptDone>> {
+        let opt = OptDone::new();
+        // SAFETY: the handle is alive, and the callback holds all it needs.
+        done(unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) }, "ask for the export")?;
+        Ok(opt)
+    }
+
+    /// Begins to list the exports; the list may be read when it is done.
+    pub(super) fn opt_list(&self) -> Result<(Arc<OptDone>, Listed)> {
+        let (opt, listed) = (OptDone::new(), Listed::default());
+        let list = sys::nbd_list_callback {
+            callback: Some(on_export),
+            user_data: Arc::into_raw(Arc::clone(&listed)).cast_mut().cast(),
+            free: Some(free_listed),
+        };
+        // SAFETY: the handle is alive, and the callbacks hold all they need.
+        done(unsafe { sys::nbd_aio_opt_list(self.raw(), list, option_callback(&opt)) }, "list the exports")?;
+        Ok((opt, listed))
+    }
+
+    /// Begins to list the metadata contexts of the export.
+    pub(super) fn opt_contexts(&self) -> Result<(Arc<OptDone>, Listed)> {
+        let (opt, listed) = (OptDone::new(), Listed::default());
+        let list = sys::nbd_context_callback {
+            callback: Some(on_context),
+            user_data: Arc::into_raw(Arc::clone(&listed)).cast_mut().cast(),
+            free: Some(free_listed),
+        };
+        // SAFETY: the handle is alive, and the callbacks hold all they need.
+        let begun = unsafe { sys::nbd_aio_opt_list_meta_context(self.raw(), list, option_callback(&opt)) };
+        done(begun, "list the contexts")?;
+        Ok((opt, listed))
+    }
+
+    /// Ends a handshake politely.
+    pub(super) fn opt_abort(&self) {
+        // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
+        unsafe { sys::nbd_aio_opt_abort(self.raw()) };
+    }
+
+    /// Tells the server that the connection ends, once all commands are answered.
+    pub(super) fn disconnect(&self) {
+        // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
+        unsafe { sys::nbd_aio_disconnect(self.raw(), 0) };
+    }
+
+    /// Whether the export has an ability.
+    pub(super) fn can(&self, what: Ask) -> bool {
+        let ask = match what {
+            Ask::ReadOnly => sys::nbd_is_read_only,
+            Ask::Rotational => sys::nbd_is_rotational,
+            Ask::Flush => sys::nbd_can_flush,
+            Ask::Fua => sys::nbd_can_fua,
+            Ask::Trim => sys::nbd_can_trim,
+            Ask::Zero => sys::nbd_can_zero,
+            Ask::FastZero => sys::nbd_can_fast_zero,
+            Ask::Df => sys::nbd_can_df,
+            Ask::MultiConn => sys::nbd_can_multi_conn,
+            Ask::Cache => sys::nbd_can_cache,
+        };
+        // SAFETY: the handle is alive.
+        unsafe { ask(self.raw()) == 1 }
+    }
+
+    /// Whether the server tells holes and zeroes.
+    pub(super) fn can_block_status(&self) -> bool {
+        // SAFETY: handle and text are alive.
+        unsafe { sys::nbd_can_meta_context(self.raw(), sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr()) == 1 }
+    }
+
+    /// Whether the server gives structured replies.
+    pub(super) fn is_structured(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_get_structured_replies_negotiated(self.raw()) == 1 }
+    }
+
+    /// The variant of the protocol.
+    pub(super) fn protocol(&self) -> String {
+        // SAFETY: the handle is alive; the text is static.
+        text(unsafe { sys::nbd_get_protocol(self.raw()) }).to_string_lossy().into_owned()
+    }
+
+    /// Bytes of the export.
+    pub(super) fn size(&self) -> Result<u64> {
+        // SAFETY: the handle is alive.
+        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) }).ok().ok_or_else(|| failure("size of the export"))
+    }
+
+    /// Minimum, preferred and maximum bytes of a request; 0: not said.
+    pub(super) fn block_sizes(&self) -> [u64; 3] {
+        [sys::LIBNBD_SIZE_MINIMUM, sys::LIBNBD_SIZE_PREFERRED, sys::LIBNBD_SIZE_MAXIMUM].map(|which| {
+            // SAFETY: the handle is alive.
+            u64::try_from(unsafe { sys::nbd_get_block_size(self.raw(), which) }).unwrap_or(0)
+        })
+    }
+
+    /// The descriptor to poll, while the connection is not closed.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the handle is alive.
+        let fd = unsafe { sys::nbd_aio_get_fd(self.raw()) };
+        // SAFETY: the library keeps it open until the handle is dropped or the server has closed the connection; then
+        // polling another file in its place, or none, does no harm.
+        (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// Whether it waits to read, and whether to write.
+    pub(super) fn direction(&self) -> (bool, bool) {
+        // SAFETY: the handle is alive.
+        let direction = unsafe { sys::nbd_aio_get_direction(self.raw()) };
+        (direction & sys::LIBNBD_AIO_DIRECTION_READ != 0, direction & sys::LIBNBD_AIO_DIRECTION_WRITE != 0)
+    }
+
+    /// Goes on after the descriptor became readable. An error: the connection is dead, or the option failed.
+    pub(super) fn readable(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_aio_notify_read(self.raw()) }, "connection")
+    }
+
+    /// Goes on after the descriptor became writable. An error as for [`Self::readable`].
+    pub(super) fn writable(&self) -> Result<()> {
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_aio_notify_write(self.raw()) }, "connection")
+    }
+
+    /// Whether the connection is being made.
+    pub(super) fn is_connecting(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_aio_is_connecting(self.raw()) == 1 }
+    }
+
+    /// Whether options can be sent.
+    pub(super) fn is_negotiating(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_aio_is_negotiating(self.raw()) == 1 }
+    }
+
+    /// Whether commands can be sent.
+    pub(super) fn is_up(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_aio_is_ready(self.raw()) == 1 || sys::nbd_aio_is_processing(self.raw()) == 1 }
+    }
+
+    /// Whether the connection is over.
+    pub(super) fn is_over(&self) -> bool {
+        // SAFETY: the handle is alive.
+        unsafe { sys::nbd_aio_is_dead(self.raw()) == 1 || sys::nbd_aio_is_closed(self.raw()) == 1 }
+    }
+
+    /// Sends an operation. It comes back in `retired`, exactly once, whatever happens; maybe before this returns.
+    pub(super) fn submit(&self, mut op: Box<Op>, retired: &Arc<Retired>) {
+        let (kind, offset, len) = (op.kind, op.offset, op.len);
+        let buf = op.buf.bytes();
+        let count = if matches!(kind, Kind::Read | Kind::Write) { len as usize } else { 0 };
+        if count > buf.len() {
+            return retired.push(op, Some(libc::EINVAL));
+        }
+        let buf = buf.as_mut_ptr();
+        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), retired: Arc::clone(retired) }));
+        let completion = sys::nbd_completion_callback {
+            callback: Some(on_completion),
+            user_data: ticket.cast(),
+            free: Some(free_ticket),
+        };
+        let raw = self.raw();
+        // SAFETY: the handle is alive. The buffer is at least `count` bytes on the heap, which belong to the ticket; the library frees the
+        // ticket when it is done with the command, also where this call fails, and nobody else touches it before.
+        // The extent callback is called before the completion callback, so the ticket is there.
+        unsafe {
+            match kind {
+                Kind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
+                Kind::Write => sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, 0),
+                Kind::Zero { flags } => sys::nbd_aio_zero(raw, len, offset, completion, flags),
+                Kind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
+                Kind::Flush => sys::nbd_aio_flush(raw, completion, 0),
+                Kind::Status => {
+                    let extents =
+                        sys::nbd_extent_callback { callback: Some(on_extents), user_data: ticket.cast(), free: None };
+                    sys::nbd_aio_block_status(raw, len, offset, extents, completion, 0)
+                }
+            }
+        };
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the handle any more.
+        unsafe { sys::nbd_close(self.raw()) };
+    }
+}
+
+/// Whether a signal that ends us has come and waits to be read: long work before the mount is to end then.
+pub(super) fn is_ending() -> bool {
+    // SAFETY: an all-zero set is a valid one, and only that is written to.
+    let pending = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&raw mut set);
+        set
+    };
+    // SAFETY: the set was filled in above.
+    [libc::SIGTERM, libc::SIGINT].iter().any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
+}
+
+/// Takes a connected socket over that was handed to this process by its number. Errors: it is none.
+pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
+    let bad = |e: nix::errno::Errno| Error::io(format!("socket-fd={number}"), e.into());
+    // SAFETY: only looked at.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    let kind = nix::sys::stat::fstat(borrowed).map_err(bad)?.st_mode & libc::S_IFMT;
+    if number < 3 || kind != libc::S_IFSOCK {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("socket-fd={number}: this is no socket that was handed over"),
+        ));
+    }
+    // Not for children of ours; the number itself is nobody's any more afterwards.
+    let copy = borrowed.try_clone_to_owned().map_err(|e| Error::io(format!("socket-fd={number}"), e))?;
+    // SAFETY: whoever started us handed it over, and nothing in this process uses the number.
+    drop(unsafe { OwnedFd::from_raw_fd(number) });
+    Ok(copy)
+}
+
+/// What the library says of the last failure of this thread.
+pub(super) fn failure(what: &str) -> Error {
+    // SAFETY: the text is valid until the next call of this thread.
+    let (said, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
+    let said = if said.is_null() { "the server closed the connection".into() } else { text(said).to_string_lossy() };
+    // Each text starts with the name of a function of the library, or several.
+    let said = said.rsplit_once("nbd_aio_").map_or(&*said, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
+    Error::new(ErrorKind::Os(if errno > 0 { errno } else { libc::EIO }), format!("{what}: {said}"))
+}
+
+fn done(result: c_int, what: &str) -> Result<()> {
+    if result == -1 { Err(failure(what)) } else { Ok(()) }
+}
+
+/// A text of the library; empty for a null pointer.
+fn text<'a>(text: *const c_char) -> &'a CStr {
+    // SAFETY: callers pass texts of the library that live long enough.
+    if text.is_null() { c"" } else { unsafe { CStr::from_ptr(text) } }
+}
+
+/// A text that is ours to free.
+fn owned(raw: *mut c_char) -> CString {
+    let copy = text(raw).to_owned();
+    // SAFETY: it was allocated by the library with malloc, for us; free takes a null pointer.
+    unsafe { libc::free(raw.cast()) };
+    copy
+}
+
+fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
+    sys::nbd_completion_callback {
+        callback: Some(on_option),
+        user_data: Arc::into_raw(Arc::clone(opt)).cast_mut().cast(),
+        free: Some(free_option),
+    }
+}
+
+/// The value behind a callback's number.
+///
+/// # Safety
+/// `error` is null or valid, as the library passes it.
+unsafe fn errno_at(error: *mut c_int) -> i32 {
+    // SAFETY: see above.
+    if error.is_null() { 0 } else { unsafe { *error } }
+}
+
+unsafe extern "C" fn on_option(data: *mut c_void, error: *mut c_int) -> c_int {
+    // SAFETY: `data` is the pointer of `option_callback`, not freed yet; `error` is the library's.
+    unsafe { (*data.cast::<OptDone>()).0.store(errno_at(error).max(0), Ordering::Release) };
+    1
+}
+
+unsafe extern "C" fn free_option(data: *mut c_void) {
+    // SAFETY: `data` is the pointer of `option_callback`; it is freed once.
+    drop(unsafe { Arc::from_raw(data.cast_const().cast::<OptDone>()) });
+}
+
+unsafe extern "C" fn on_export(data: *mut c_void, name: *const c_char, description: *const c_char) -> c_int {
+    // SAFETY: `data` is the pointer of `opt_list`, not freed yet; the texts are valid during this call.
+    unsafe { add_listed(data, text(name), text(description)) };
+    0
+}
+
+unsafe extern "C" fn on_context(data: *mut c_void, name: *const c_char) -> c_int {
+    // SAFETY: `data` is the pointer of `opt_contexts`, not freed yet; the text is valid during this call.
+    unsafe { add_listed(data, text(name), c"") };
+    0
+}
+
+/// # Safety
+/// `data` is a [`Listed`] made into a pointer.
+unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
+    // SAFETY: see above.
+    let listed = unsafe { &*data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>() };
+    let mut listed = listed.lock().unwrap_or_else(PoisonError::into_inner);
+    if listed.len() < MAX_LISTED {
+        listed.push((name.to_owned(), description.to_owned()));
+    }
+}
+
+unsafe extern "C" fn free_listed(data: *mut c_void) {
+    // SAFETY: `data` is a `Listed` made into a pointer; it is freed once.
+    drop(unsafe { Arc::from_raw(data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>()) });
+}
+
+unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
+    let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
+    ticket.retire((error != 0).then_some(error));
+    1
+}
+
+unsafe extern "C" fn free_ticket(data: *mut c_void) {
+    // SAFETY: `data` is the ticket of `submit`; it is freed once.
+    let mut ticket = unsafe { Box::from_raw(data.cast::<Ticket>()) };
+    // Only where the command was never completed: it could not be sent, or the handle was closed.
+    ticket.retire(Some(libc::ENOTCONN));
+}
+
+unsafe extern "C" fn on_extents(
+    data: *mut c_void,
+    context: *const c_char,
+    _offset: u64,
+    entries: *mut u32,
+    count: usize,
+    _error: *mut c_int,
+) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it; `entries` are
+    // `count` numbers, valid during this call.
+    let (ticket, entries) = unsafe {
+        if entries.is_null() || text(context) != sys::LIBNBD_CONTEXT_BASE_ALLOCATION {
+            return 0;
+        }
+        (&mut *data.cast::<Ticket>(), std::slice::from_raw_parts(entries, count))
+    };
+    if let Some(op) = &mut ticket.op {
+        op.extents.clear();
+        let pairs = entries.chunks_exact(2).take(MAX_EXTENTS);
+        op.extents.extend(pairs.map(|p| (u64::from(p[0]), p[1])));
+    }
+    0
+}

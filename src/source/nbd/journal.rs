@@ -1,0 +1,178 @@
+//! Changes that a server has answered but not yet made durable: what a server that is restarted may have forgotten.
+//!
+//! ```text
+//!   change answered ─► entry ─ flush answered ─► gone
+//!                        │ connection lost, flush failed
+//!                        └─► sent again, in order, before anything else on the new connection
+//! ```
+//! It is bounded. From [`SOFT`] on a flush is asked for that nobody ordered; at [`HARD`] changes wait for it. Where that does
+//! not help, because flushes fail, or where a change can't be sent again, what was written is lost, and from then
+//! on every flush says so: none pretends.
+
+use std::collections::VecDeque;
+
+use super::op::{Kind, Op};
+use super::pool::{Buffer, Pool};
+use crate::error::Error;
+
+/// Bytes from which on a flush is made without being asked for.
+pub(super) const SOFT: usize = 64 << 20;
+
+/// Bytes at which changes wait for that flush.
+pub(super) const HARD: usize = 128 << 20;
+
+/// What an entry without data counts for.
+const ENTRY: usize = 256;
+
+/// A change that was answered.
+pub(super) struct Entry {
+    number: u64,
+    pub(super) kind: Kind,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) buf: Buffer,
+}
+
+impl Entry {
+    fn cost(&self) -> usize {
+        ENTRY + self.buf.len()
+    }
+
+    /// Whether both change a byte.
+    pub(super) fn overlaps(&self, other: &(u64, u64)) -> bool {
+        self.offset < other.0 + other.1 && other.0 < self.offset + self.len
+    }
+}
+
+/// The changes since the last flush; see the module.
+#[derive(Default)]
+pub(super) struct Journal {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    next: u64,
+    /// A flush that nobody ordered is under way.
+    pub(super) flushing: bool,
+    lost: Option<Error>,
+}
+
+impl Journal {
+    /// Takes what a change that was answered has written. It has to be flushed after `true`.
+    pub(super) fn add(&mut self, op: &mut Op) -> bool {
+        let number = self.next;
+        self.next += 1;
+        let entry = Entry { number, kind: op.kind, offset: op.offset, len: op.len, buf: std::mem::take(&mut op.buf) };
+        self.bytes += entry.cost();
+        self.entries.push_back(entry);
+        self.wants_flush()
+    }
+
+    /// Whether a flush has to be made now that nobody asked for; says so once.
+    pub(super) fn wants_flush(&mut self) -> bool {
+        self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true)
+    }
+
+    /// The number that a flush covers which is sent now.
+    pub(super) fn mark(&self) -> u64 {
+        self.next
+    }
+
+    /// Whether a further change has to wait.
+    pub(super) fn is_full(&self) -> bool {
+        self.bytes > HARD
+    }
+
+    /// A flush was answered that was sent at `mark`.
+    pub(super) fn flushed(&mut self, mark: u64, pool: &Pool) {
+        while self.entries.front().is_some_and(|e| e.number < mark) {
+            if let Some(entry) = self.entries.pop_front() {
+                self.bytes -= entry.cost();
+                pool.give(entry.buf);
+            }
+        }
+    }
+
+    /// Takes everything out, to send it again; what is not lost comes back by [`Self::add`].
+    pub(super) fn drain(&mut self) -> VecDeque<Entry> {
+        self.bytes = 0;
+        self.flushing = false;
+        std::mem::take(&mut self.entries)
+    }
+
+    /// Puts back what was not sent again, before what there is.
+    pub(super) fn restore(&mut self, mut rest: VecDeque<Entry>) {
+        self.bytes += rest.iter().map(Entry::cost).sum::<usize>();
+        rest.append(&mut self.entries);
+        // Later numbers than any mark that was given out.
+        for entry in &mut rest {
+            entry.number = self.next;
+            self.next += 1;
+        }
+        self.entries = rest;
+    }
+
+    /// What was written is lost.
+    pub(super) fn lose(&mut self, error: Error) {
+        self.lost.get_or_insert(error);
+    }
+
+    /// The server has refused a flush. Where more is kept than can be for long, all is forgotten, and lost.
+    pub(super) fn flush_failed(&mut self, error: &Error, pool: &Pool) {
+        if self.bytes > SOFT {
+            self.lose(error.clone().within("too many writes were not made durable"));
+            self.flushed(self.next, pool);
+        }
+    }
+
+    /// Why flushes fail.
+    pub(super) fn lost(&self) -> Option<Error> {
+        self.lost.clone()
+    }
+
+    /// Whether everything is durable.
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn write(pool: &Pool, offset: u64, len: usize) -> Box<Op> {
+        let buf = pool.take(len).unwrap();
+        Op::new(Kind::Write, offset, len as u64, buf, Instant::now(), Box::new(|_, _| ()))
+    }
+
+    #[test]
+    fn a_flush_forgets_what_was_answered_before_it_was_sent_and_no_more() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        journal.add(&mut write(&pool, 0, 512));
+        let mark = journal.mark();
+        journal.add(&mut write(&pool, 512, 512));
+        journal.flushed(mark, &pool);
+        let left = journal.drain();
+        assert_eq!(left.iter().map(|e| e.offset).collect::<Vec<_>>(), [512]);
+        journal.restore(left);
+        journal.flushed(mark, &pool);
+        assert!(!journal.is_empty(), "an old flush covers nothing that is sent again");
+        journal.flushed(journal.mark(), &pool);
+        assert!(journal.is_empty());
+        assert_eq!(journal.bytes, 0);
+    }
+
+    #[test]
+    fn it_asks_once_for_a_flush_and_is_full_some_time() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        let mut asked = 0;
+        while !journal.is_full() {
+            asked += usize::from(journal.add(&mut write(&pool, 0, 1 << 20)));
+        }
+        assert_eq!(asked, 1);
+        assert!(journal.bytes < HARD + (2 << 20));
+        let e = Error::corrupt("no");
+        journal.flush_failed(&e, &pool);
+        assert!(journal.is_empty() && journal.lost().is_some());
+    }
+}

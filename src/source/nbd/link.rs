@@ -1,0 +1,623 @@
+//! The way to one export, over all connections that it ever has.
+//!
+//! ```text
+//!   submit ─┬─ up: sent at once ──────────────────────────► answered ─► result
+//!           └─ down: waits ─┐                                   │ connection lost
+//!                           ▼                                   ▼
+//!   manager   connect, with back-off ─ unflushed changes sent again ─ what waits is sent ─ up
+//!                           └─ deadline of what waits passed, or too many tries: an I/O error
+//! ```
+//! Two threads belong to it. The *manager* connects, and is the only one that waits for a connection; the *driver* serves
+//! connections where nobody else does. Nobody holds a lock while a command is under way.
+//!
+//! Locks, in this order: `state`, `live`, `journal`.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::dial::Dialer;
+use super::export::Export;
+use super::ffi::Handle;
+use super::generation::{Answer, Driven, Generation};
+use super::journal::{Entry, Journal};
+use super::map::Map;
+use super::op::{Kind, Op};
+use super::pool::{Buffer, Pool};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The first pause between two attempts to connect, and the longest.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// How long a thread that has other work waits for an answer before it leaves that to the driver: as long as a server on
+/// this machine may take that has the data in memory.
+const PATIENCE: Duration = Duration::from_millis(2);
+
+/// Changes that are sent again at the same time.
+const REPLAY: usize = 32;
+
+/// How long a further connection may take: a server that has enough may let it wait for ever.
+const WIDEN: Duration = Duration::from_secs(5);
+
+/// How long the threads may take to end.
+const END: Duration = Duration::from_secs(3);
+
+/// How the way behaves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Manners {
+    /// Connections at most.
+    pub(super) connections: usize,
+    /// After which a command fails.
+    pub(super) timeout: Duration,
+    /// Attempts to connect after a failed one; `None`: until the deadline.
+    pub(super) retry: Option<u32>,
+    /// Changes are made.
+    pub(super) writable: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Link {
+    dialer: Dialer,
+    export: Export,
+    manners: Manners,
+    state: Mutex<State>,
+    /// For the manager: something waits, or it shall end.
+    wanted: Condvar,
+    live: RwLock<Option<Arc<Generation>>>,
+    journal: Mutex<Journal>,
+    /// For the driver.
+    kicked: Mutex<bool>,
+    kick: Condvar,
+    closing: AtomicBool,
+    pub(super) map: Map,
+    pub(super) pool: Pool,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// To be sent when there is a connection.
+    waiting: VecDeque<Box<Op>>,
+    /// To be sent when the journal has room.
+    parked: VecDeque<Box<Op>>,
+}
+
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Journal(from {})", self.mark())
+    }
+}
+
+impl Link {
+    /// A way to `export`, up if there is a `first` connection, else connected when it is first used.
+    pub(super) fn start(dialer: Dialer, export: Export, manners: Manners, first: Option<Handle>) -> Result<Arc<Self>> {
+        let connections = if export.multi_conn && dialer.can_repeat() { manners.connections } else { 1 };
+        let link = Arc::new(Self {
+            dialer,
+            export,
+            manners: Manners { connections, ..manners },
+            state: Mutex::default(),
+            wanted: Condvar::new(),
+            live: RwLock::new(None),
+            journal: Mutex::default(),
+            kicked: Mutex::new(false),
+            kick: Condvar::new(),
+            closing: AtomicBool::new(false),
+            map: Map::default(),
+            pool: Pool::default(),
+            threads: Mutex::default(),
+        });
+        if let Some(handle) = first {
+            let generation = Generation::new(connections)?;
+            generation.add(handle)?;
+            link.publish(Arc::new(generation));
+        }
+        link.spawn("nbd-manage", Self::manage)?;
+        link.spawn("nbd-drive", Self::drive_on)?;
+        Ok(link)
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, work: fn(&Self)) -> Result<()> {
+        let link = Arc::clone(self);
+        let thread = thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(move || work(&link));
+        let thread = thread.map_err(|e| Error::io("a thread for an NBD server", e))?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    /// What the server says of the export.
+    pub(super) fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// For messages.
+    pub(super) fn label(&self) -> String {
+        self.dialer.label()
+    }
+
+    /// When a command that begins now fails.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.manners.timeout
+    }
+
+    /// Connections that there are now.
+    #[cfg(test)]
+    pub(super) fn connections(&self) -> usize {
+        self.generation().map_or(0, |g| g.count())
+    }
+
+    fn generation(&self) -> Option<Arc<Generation>> {
+        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn publish(&self, generation: Arc<Generation>) {
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = Some(generation);
+    }
+
+    /// Begins a command. It is finished in bounded time, maybe before this returns. [`Self::attend`] has to be called
+    /// afterwards, so that somebody serves the connection.
+    pub(super) fn submit(&self, mut op: Box<Op>) {
+        if op.kind.is_change() {
+            self.map.change_begins(op.offset, op.offset + op.len);
+            if self.must_wait(&op) {
+                lock(&self.state).parked.push_back(op);
+                // It may have become free just now.
+                return self.unpark();
+            }
+        }
+        if op.kind == Kind::Flush {
+            let journal = lock(&self.journal);
+            if let Some(e) = journal.lost() {
+                drop(journal);
+                return op.finish(Err(e));
+            }
+            op.covers = journal.mark();
+        }
+        self.send(op);
+    }
+
+    /// Whether all changes that were answered are durable.
+    pub(super) fn is_durable(&self) -> bool {
+        let journal = lock(&self.journal);
+        journal.is_empty() && journal.lost().is_none()
+    }
+
+    fn must_wait(&self, op: &Op) -> bool {
+        self.export.flush && op.deadline > Instant::now() && lock(&self.journal).is_full()
+    }
+
+    /// Sends what is ready to be sent.
+    fn send(&self, op: Box<Op>) {
+        match self.generation() {
+            Some(generation) if !generation.is_dead() => {
+                let mut back = Vec::new();
+                generation.submit(op, &mut back);
+                self.told(&generation, &mut back);
+            }
+            _ => self.wait_for_connection(op),
+        }
+    }
+
+    fn wait_for_connection(&self, op: Box<Op>) {
+        let mut state = lock(&self.state);
+        if self.closing.load(Ordering::SeqCst) {
+            drop(state);
+            let e = self.error(&op, "the disk is closed");
+            return self.finish(op, Err(e));
+        }
+        state.waiting.push_back(op);
+        drop(state);
+        self.wanted.notify_all();
+    }
+
+    /// Sees to it that what was submitted is served: by this thread, if `may_stay` and nobody does it, as long as
+    /// answers come; else by the driver.
+    pub(super) fn attend(&self, may_stay: bool) {
+        self.attend_until(may_stay, Some(PATIENCE), || false);
+    }
+
+    /// The same until `enough` is true; with no patience given until then.
+    pub(super) fn attend_until(&self, may_stay: bool, patience: Option<Duration>, enough: impl Fn() -> bool) {
+        let Some(generation) = self.generation() else { return };
+        if may_stay && let Some(driver) = generation.driver() {
+            driver.drive(patience, enough, |back| self.told(&generation, back));
+            drop(driver);
+        }
+        if !generation.is_idle() {
+            self.kick(&generation);
+        }
+    }
+
+    /// Has the driver serve a generation that nobody serves.
+    fn kick(&self, generation: &Generation) {
+        // Who has the right looks for commands once more after giving it back.
+        if let Some(driver) = generation.driver() {
+            drop(driver);
+            *lock(&self.kicked) = true;
+            self.kick.notify_one();
+        }
+    }
+
+    /// The driver's work.
+    fn drive_on(&self) {
+        loop {
+            let mut kicked = lock(&self.kicked);
+            while !std::mem::take(&mut *kicked) {
+                if self.closing.load(Ordering::SeqCst) {
+                    return;
+                }
+                kicked = self.kick.wait(kicked).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(kicked);
+            let Some(generation) = self.generation() else { continue };
+            // What is told a result may panic: that is its own affair, but the others want theirs.
+            let turn = || loop {
+                let Some(driver) = generation.driver() else { return };
+                let why = driver.drive(None, || false, |back| self.told(&generation, back));
+                drop(driver);
+                if why != Driven::Idle || generation.is_idle() {
+                    return;
+                }
+            };
+            if catch_unwind(AssertUnwindSafe(turn)).is_err() {
+                tracing::error!("the end of a command for an NBD server panicked");
+                *lock(&self.kicked) = true;
+            }
+        }
+    }
+
+    /// Takes what came back from a generation.
+    fn told(&self, generation: &Generation, back: &mut Vec<Answer>) {
+        for (op, error) in back.drain(..) {
+            match error {
+                None => self.succeeded(op),
+                Some(libc::ENOTCONN | libc::ESHUTDOWN) => {
+                    generation.fail();
+                    self.again(op);
+                }
+                Some(errno) => {
+                    let e = op.refused(errno);
+                    if op.kind == Kind::Flush {
+                        // Nobody knows what of it the server has forgotten, so all of it is sent again.
+                        generation.fail();
+                        lock(&self.journal).flush_failed(&e, &self.pool);
+                    }
+                    self.finish(op, Err(e));
+                }
+            }
+        }
+    }
+
+    fn succeeded(&self, mut op: Box<Op>) {
+        let mut flush = false;
+        if op.kind.is_change() && self.export.flush {
+            flush = lock(&self.journal).add(&mut op);
+        } else if op.kind == Kind::Flush {
+            lock(&self.journal).flushed(op.covers, &self.pool);
+        }
+        let flushed = op.kind == Kind::Flush;
+        self.finish(op, Ok(()));
+        if flush {
+            self.flush_unasked();
+        } else if flushed {
+            self.unpark();
+        }
+    }
+
+    /// Ends a command.
+    fn finish(&self, op: Box<Op>, result: Result<()>) {
+        if op.kind.is_change() {
+            self.map.change_ends();
+        } else if op.kind == Kind::Flush {
+            lock(&self.journal).flushing = false;
+        }
+        op.finish(result);
+    }
+
+    /// Sends an operation again that a lost connection gave back.
+    fn again(&self, op: Box<Op>) {
+        if op.deadline <= Instant::now() {
+            let e = self.late(&op);
+            return self.finish(op, Err(e));
+        }
+        self.wait_for_connection(op);
+    }
+
+    fn flush_unasked(&self) {
+        let done = |_: Box<Op>, _| {};
+        let mut op = Op::new(Kind::Flush, 0, 0, Buffer::default(), self.deadline(), Box::new(done));
+        op.covers = lock(&self.journal).mark();
+        self.send(op);
+    }
+
+    /// Sends what waited for room in the journal.
+    fn unpark(&self) {
+        loop {
+            let mut state = lock(&self.state);
+            let full = lock(&self.journal).is_full();
+            let Some(op) = (if full { None } else { state.parked.pop_front() }) else { return };
+            drop(state);
+            self.send(op);
+        }
+    }
+
+    fn late(&self, op: &Op) -> Error {
+        self.error(op, &format!("no answer within {} s", self.manners.timeout.as_secs_f32()))
+    }
+
+    fn error(&self, op: &Op, why: &str) -> Error {
+        Error::new(ErrorKind::Os(libc::EIO), format!("{}: {}: {why}", self.dialer.label(), op.describe()))
+    }
+
+    /// The manager's work.
+    fn manage(&self) {
+        let mut failures = 0;
+        loop {
+            if let Some(generation) = self.generation().filter(|g| !g.is_dead()) {
+                self.widen(&generation);
+            }
+            if !self.wait_until_wanted() {
+                return;
+            }
+            match self.connect() {
+                Ok(()) => failures = 0,
+                Err(e) => {
+                    failures += 1;
+                    self.after_failure(&e, failures);
+                }
+            }
+        }
+    }
+
+    /// Waits until something waits for a connection; `false`: for the end. Fails what is late meanwhile.
+    fn wait_until_wanted(&self) -> bool {
+        let mut state = lock(&self.state);
+        loop {
+            if self.closing.load(Ordering::SeqCst) {
+                return false;
+            }
+            let over = self.take_late(&mut state);
+            if !over.is_empty() {
+                drop(state);
+                self.fail_late(over);
+                state = lock(&self.state);
+            } else if state.waiting.is_empty() {
+                let wait = if state.parked.is_empty() { Duration::from_secs(3600) } else { BACK_OFF.1 };
+                let waited = self.wanted.wait_timeout(state, wait);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            } else {
+                return true;
+            }
+        }
+    }
+
+    fn take_late(&self, state: &mut State) -> VecDeque<Box<Op>> {
+        let now = Instant::now();
+        let mut late = VecDeque::new();
+        let State { waiting, parked } = state;
+        for queue in [waiting, parked] {
+            // mostly none is
+            if queue.iter().any(|op| op.deadline <= now) {
+                let (over, left): (VecDeque<_>, VecDeque<_>) = queue.drain(..).partition(|op| op.deadline <= now);
+                late.extend(over);
+                queue.extend(left);
+            }
+        }
+        late
+    }
+
+    fn fail_late(&self, late: VecDeque<Box<Op>>) {
+        for op in late {
+            let e = self.late(&op);
+            self.finish(op, Err(e));
+        }
+    }
+
+    /// Connects, sends the unflushed changes again and then what waits.
+    fn connect(&self) -> Result<()> {
+        let old = self.generation();
+        if let Some(old) = old.as_ref().filter(|g| g.is_dead()) {
+            // Its commands come back by themselves; before the last one did, their order is not known.
+            self.attend_until(true, None, || old.is_idle());
+            while !old.is_idle() && !self.closing.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        if old.as_ref().is_none_or(|g| g.is_dead()) {
+            let deadline = self.earliest().unwrap_or_else(|| self.deadline());
+            let closing = || self.closing.load(Ordering::SeqCst);
+            let (handle, export) = self.dialer.open(true, deadline, &closing)?;
+            export.check_same(&self.export, self.manners.writable)?;
+            self.map.clear();
+            let generation = Arc::new(Generation::new(self.manners.connections)?);
+            generation.add(handle)?;
+            self.replay(&generation)?;
+            self.publish(Arc::clone(&generation));
+            if old.is_some() {
+                tracing::warn!("{}: connected again", self.dialer.label());
+            }
+            if lock(&self.journal).wants_flush() {
+                self.flush_unasked();
+            }
+        }
+        let waiting = std::mem::take(&mut lock(&self.state).waiting);
+        for mut op in waiting {
+            if op.kind == Kind::Flush {
+                op.covers = lock(&self.journal).mark();
+            }
+            self.send(op);
+        }
+        self.attend(false);
+        Ok(())
+    }
+
+    fn earliest(&self) -> Option<Instant> {
+        lock(&self.state).waiting.iter().map(|op| op.deadline).min()
+    }
+
+    /// After an attempt that failed: a pause, and the end of what waits where there were too many.
+    fn after_failure(&self, e: &Error, failures: u32) {
+        tracing::info!("attempt {failures} to connect again: {e}");
+        let hopeless = e.kind() == ErrorKind::Corrupt || self.manners.retry.is_some_and(|most| failures > most);
+        if hopeless || !self.dialer.can_repeat() {
+            let waiting = std::mem::take(&mut lock(&self.state).waiting);
+            for op in waiting {
+                let failed = self.error(&op, &e.to_string());
+                self.finish(op, Err(failed));
+            }
+        }
+        let pause = BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1);
+        let until = Instant::now() + pause;
+        let mut state = lock(&self.state);
+        while Instant::now() < until && !self.closing.load(Ordering::SeqCst) {
+            let late = self.take_late(&mut state);
+            if !late.is_empty() {
+                drop(state);
+                self.fail_late(late);
+                state = lock(&self.state);
+                continue;
+            }
+            let next = state.waiting.iter().map(|op| op.deadline).min().map_or(until, |d| d.min(until));
+            let wait = next.saturating_duration_since(Instant::now());
+            state = self.wanted.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Adds connections up to what was asked for. A server that takes fewer is no failure.
+    fn widen(&self, generation: &Generation) {
+        while generation.count() < self.manners.connections && !generation.is_dead() {
+            if self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty() {
+                return;
+            }
+            let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
+            let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
+            let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
+                export.check_same(&self.export, self.manners.writable)?;
+                generation.add(handle)
+            });
+            if let Err(e) = added {
+                if needed() {
+                    return;
+                }
+                let count = generation.count();
+                tracing::info!("{count} connections and no more: {e}");
+                return;
+            }
+        }
+    }
+
+    /// Sends all changes again that no flush has covered, in their order; those that overlap one after the other.
+    fn replay(&self, generation: &Generation) -> Result<()> {
+        let mut rest = lock(&self.journal).drain();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        tracing::info!("{}: {} unflushed changes are sent again", self.dialer.label(), rest.len());
+        while !rest.is_empty() {
+            let mut batch: Vec<Entry> = Vec::new();
+            while batch.len() < REPLAY
+                && let Some(next) = rest.pop_front()
+            {
+                if batch.iter().any(|e| e.overlaps(&(next.offset, next.len))) {
+                    rest.push_front(next);
+                    break;
+                }
+                batch.push(next);
+            }
+            if let Err((e, unsent)) = self.replay_batch(generation, batch) {
+                for entry in unsent.into_iter().rev() {
+                    rest.push_front(entry);
+                }
+                lock(&self.journal).restore(rest);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends changes that don't overlap. What was not answered, where the connection is lost, comes back.
+    fn replay_batch(&self, generation: &Generation, batch: Vec<Entry>) -> Result<(), (Error, Vec<Entry>)> {
+        let mut back = Vec::new();
+        let count = batch.len();
+        for entry in batch {
+            let Entry { kind, offset, len, buf, .. } = entry;
+            let op = Op::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
+            generation.submit(op, &mut back);
+        }
+        let mut answers: Vec<Answer> = Vec::with_capacity(count);
+        answers.append(&mut back);
+        while answers.len() < count {
+            match generation.driver() {
+                Some(driver) => {
+                    driver.drive(None, || false, |back| answers.append(back));
+                }
+                None => thread::yield_now(),
+            }
+        }
+        let mut unsent = Vec::new();
+        let mut journal = lock(&self.journal);
+        for (mut op, error) in answers {
+            match error {
+                None => {
+                    journal.add(&mut op);
+                }
+                Some(libc::ENOTCONN | libc::ESHUTDOWN) => unsent.push(op),
+                Some(errno) => {
+                    let e = op.refused(errno).within(format!("{}: a write that was lost", self.dialer.label()));
+                    tracing::error!("{e}");
+                    journal.lose(e);
+                }
+            }
+        }
+        drop(journal);
+        if unsent.is_empty() {
+            return Ok(());
+        }
+        let e = Error::new(ErrorKind::Os(libc::ENOTCONN), "the connection broke while changes were sent again");
+        let mut journal = Journal::default();
+        unsent.iter_mut().for_each(|op| {
+            journal.add(op);
+        });
+        Err((e, Vec::from(journal.drain())))
+    }
+
+    /// Ends the way: what is under way fails, the threads end.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+        if let Some(generation) = self.generation() {
+            if generation.is_idle() {
+                generation.disconnect();
+            } else {
+                generation.fail();
+                self.attend_until(true, Some(PATIENCE), || false);
+            }
+        }
+        let State { waiting, parked } = std::mem::take(&mut *lock(&self.state));
+        for op in waiting.into_iter().chain(parked) {
+            let e = self.error(&op, "the disk is closed");
+            self.finish(op, Err(e));
+        }
+        self.wanted.notify_all();
+        *lock(&self.kicked) = true;
+        self.kick.notify_all();
+        let until = Instant::now() + END;
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            while !thread.is_finished() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
+        }
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Locks; a panic of another thread has left nothing half done behind these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,176 @@
+//! A look at a server: what `--list` and `--info` show, and the exports of a mount of all of them.
+
+use std::ffi::{CStr, CString, OsString};
+use std::os::unix::ffi::OsStringExt;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::dial::{Dialer, never};
+use super::disk::{NbdDisk, timeout};
+use super::ffi::{Ask, Handle};
+use crate::config::NbdConfig;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a server offers.
+#[derive(Debug, Clone, Serialize)]
+pub struct Server {
+    /// Where it is.
+    pub server: String,
+    /// The variant of the protocol.
+    pub protocol: String,
+    /// Whether the connection is encrypted.
+    pub tls: bool,
+    /// Whether it gives structured replies.
+    pub structured: bool,
+    /// One or all of its exports.
+    pub exports: Vec<Facts>,
+}
+
+/// What a server says of an export.
+#[derive(Debug, Clone, Serialize)]
+pub struct Facts {
+    /// Its name, as far as it is text.
+    pub export: String,
+    /// The server's words about it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Bytes; 0 where nothing is known.
+    pub size: u64,
+    /// Minimum, preferred and maximum bytes of a request; 0: not said.
+    pub block_sizes: [u64; 3],
+    /// Names of its abilities, each with whether it has it.
+    pub flags: Vec<(&'static str, bool)>,
+    /// Metadata contexts.
+    pub contexts: Vec<String>,
+    /// Why nothing is known of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Abilities, as `nbdinfo` calls them.
+const FLAGS: [(&str, Ask); 10] = [
+    ("is_rotational", Ask::Rotational),
+    ("is_read_only", Ask::ReadOnly),
+    ("can_cache", Ask::Cache),
+    ("can_df", Ask::Df),
+    ("can_fast_zero", Ask::FastZero),
+    ("can_flush", Ask::Flush),
+    ("can_fua", Ask::Fua),
+    ("can_multi_conn", Ask::MultiConn),
+    ("can_trim", Ask::Trim),
+    ("can_zero", Ask::Zero),
+];
+
+/// All exports that the server lists.
+pub fn list(config: &NbdConfig) -> Result<Server> {
+    let dialer = Dialer::new(config)?;
+    let until = Instant::now() + timeout(config);
+    let names = dialer.list(until)?;
+    look(&dialer, &names, until)
+}
+
+/// The one export of `config`.
+pub fn info(config: &NbdConfig) -> Result<Server> {
+    let dialer = Dialer::new(config)?;
+    let until = Instant::now() + timeout(config);
+    let handle = dialer.negotiate(true, until, &never)?;
+    let names = [(handle.export(), CString::default())];
+    let server = facts_of(&dialer, &handle, &names, until)?;
+    match server.exports.first().and_then(|e| e.error.clone()) {
+        Some(e) => Err(Error::new(ErrorKind::NotFound, e)),
+        None => Ok(server),
+    }
+}
+
+/// The disks of all exports that the server lists, by the exports' names. Each is connected to when it is first used.
+/// What the server lists but then says nothing of is left out, with a warning.
+pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
+    let dialer = Dialer::new(config)?;
+    let until = Instant::now() + timeout(config);
+    let names = dialer.list(until)?;
+    let handle = dialer.negotiate(true, until, &never)?;
+    let mut disks = Vec::new();
+    for (name, _) in names {
+        let export = match dialer.info(&handle, &name, until) {
+            Ok(export) => export,
+            Err(e) => {
+                tracing::warn!("the export {} is left out: {e}", name.to_string_lossy().escape_debug());
+                continue;
+            }
+        };
+        let name = OsString::from_vec(name.into_bytes());
+        let disk = NbdDisk::later(dialer.for_export(&name), export, config, writable)?;
+        disks.push((name, disk));
+    }
+    handle.opt_abort();
+    if disks.is_empty() {
+        return Err(Error::new(ErrorKind::NotFound, format!("{}: it lists no export", dialer.label())));
+    }
+    Ok(disks)
+}
+
+fn look(dialer: &Dialer, names: &[(CString, CString)], until: Instant) -> Result<Server> {
+    let handle = dialer.negotiate(true, until, &never)?;
+    facts_of(dialer, &handle, names, until)
+}
+
+fn facts_of(dialer: &Dialer, handle: &Handle, names: &[(CString, CString)], until: Instant) -> Result<Server> {
+    // The oldest variant of the protocol has no options: there is one export, and it is open.
+    let open = handle.is_up();
+    let mut exports = Vec::new();
+    if !open {
+        handle.set_full_info()?;
+    }
+    for (name, description) in names {
+        exports.push(if open { facts(handle, name) } else { ask(dialer, handle, name, description, until) });
+    }
+    let server = Server {
+        server: dialer.label(),
+        protocol: handle.protocol(),
+        tls: handle.is_encrypted(),
+        structured: handle.is_structured(),
+        exports,
+    };
+    if open {
+        handle.disconnect();
+    } else {
+        handle.opt_abort();
+    }
+    Ok(server)
+}
+
+fn ask(dialer: &Dialer, handle: &Handle, name: &CStr, description: &CStr, until: Instant) -> Facts {
+    match dialer.info(handle, name, until) {
+        Err(e) => Facts { error: Some(e.to_string()), ..unknown(name, description) },
+        Ok(_) => {
+            let told = handle.description();
+            let description = if told.is_empty() { description } else { &told };
+            let found = Facts { description: description.to_string_lossy().into_owned(), ..facts(handle, name) };
+            // A server without metadata contexts refuses the question.
+            let contexts = dialer.contexts(handle, until).unwrap_or_default();
+            Facts { contexts, ..found }
+        }
+    }
+}
+
+fn unknown(name: &CStr, description: &CStr) -> Facts {
+    Facts {
+        export: name.to_string_lossy().into_owned(),
+        description: description.to_string_lossy().into_owned(),
+        size: 0,
+        block_sizes: [0; 3],
+        flags: Vec::new(),
+        contexts: Vec::new(),
+        error: None,
+    }
+}
+
+fn facts(handle: &Handle, name: &CStr) -> Facts {
+    let (size, error) = match handle.size() {
+        Ok(size) => (size, None),
+        Err(e) => (0, Some(e.to_string())),
+    };
+    let flags = FLAGS.map(|(flag, ask)| (flag, handle.can(ask))).to_vec();
+    Facts { size, error, block_sizes: handle.block_sizes(), flags, ..unknown(name, c"") }
+}

@@ -1,0 +1,36 @@
+//! Exports of NBD servers as disks. libnbd is the client.
+//!
+//! ```text
+//!   disk.rs        sectors ─► commands, split as the server wants them; zeroes that are known are not fetched (map.rs)
+//!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
+//!   journal.rs     changes that no flush has covered, to be sent again
+//!   generation.rs  the connections of now: who sends, who reads answers
+//!   dial.rs        from an address to a connection        server.rs   a server that we run ourselves
+//!   look.rs        --list, --info, all exports as files   export.rs   size and abilities
+//!   ffi.rs         the only calls of libnbd
+//! ```
+//! All numbers of a server are checked where they come in (`export.rs`, `map.rs`), and how long and how many names there
+//! are is bounded (`ffi.rs`). A server that breaks the protocol loses its connection, as libnbd decides.
+
+mod dial;
+mod disk;
+mod export;
+mod ffi;
+mod generation;
+mod journal;
+mod link;
+mod look;
+mod map;
+mod op;
+mod pool;
+mod server;
+#[cfg(test)]
+mod tests;
+
+pub use disk::NbdDisk;
+pub use look::{Facts, Server, exports, info, list};
+
+/// The version of libnbd.
+pub fn version() -> crate::error::Result<String> {
+    Ok(ffi::Handle::new()?.version())
+}

@@ -1,0 +1,104 @@
+//! One command for a server, from its submission to its result.
+
+use std::fmt;
+use std::time::Instant;
+
+use super::pool::Buffer;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a command does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Fills the buffer.
+    Read,
+    /// Writes the buffer.
+    Write,
+    /// Writes zeroes, with `LIBNBD_CMD_FLAG_*`.
+    Zero {
+        /// See there.
+        flags: u32,
+    },
+    /// Gives room back; what is read afterwards is not said.
+    Trim,
+    /// Makes all that was answered before it durable.
+    Flush,
+    /// Asks where data, holes and zeroes are.
+    Status,
+}
+
+impl Kind {
+    /// Whether it changes the export's content.
+    pub(super) fn is_change(self) -> bool {
+        matches!(self, Self::Write | Self::Zero { .. } | Self::Trim)
+    }
+
+    /// For messages.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Zero { .. } => "write of zeroes",
+            Self::Trim => "trim",
+            Self::Flush => "flush",
+            Self::Status => "block status",
+        }
+    }
+}
+
+/// Told the result once, in whatever thread. The operation comes with it, for its buffer and extents.
+pub(super) type Finish = Box<dyn FnOnce(Box<Op>, Result<()>) + Send>;
+
+/// One command.
+pub(super) struct Op {
+    pub(super) kind: Kind,
+    /// Byte of the export.
+    pub(super) offset: u64,
+    /// Bytes of the range.
+    pub(super) len: u64,
+    /// What is read or written: its first `len` bytes; empty for the other kinds.
+    pub(super) buf: Buffer,
+    /// What a question about the status was answered: lengths and flags, from `offset` on.
+    pub(super) extents: Vec<(u64, u32)>,
+    /// When it fails, however often it was sent.
+    pub(super) deadline: Instant,
+    /// For a flush: changes with a lower number were answered when it was sent.
+    pub(super) covers: u64,
+    pub(super) finish: Option<Finish>,
+}
+
+impl Op {
+    /// A command with a buffer of at least that length, or none.
+    pub(super) fn new(kind: Kind, offset: u64, len: u64, buf: Buffer, deadline: Instant, finish: Finish) -> Box<Self> {
+        Box::new(Self { kind, offset, len, buf, extents: Vec::new(), deadline, covers: 0, finish: Some(finish) })
+    }
+
+    /// Tells the result.
+    pub(super) fn finish(mut self: Box<Self>, result: Result<()>) {
+        if let Some(finish) = self.finish.take() {
+            finish(self, result);
+        }
+    }
+
+    /// What it is, for messages.
+    pub(super) fn describe(&self) -> String {
+        match self.kind {
+            Kind::Flush => "flush".to_owned(),
+            kind => format!("{} of {} bytes at {}", kind.name(), self.len, self.offset),
+        }
+    }
+
+    /// The error that the server answered it with.
+    pub(super) fn refused(&self, errno: i32) -> Error {
+        let what = format!("the NBD server's answer to a {}", self.describe());
+        match (errno, self.kind.is_change()) {
+            (libc::EPERM, true) => Error::new(ErrorKind::ReadOnly, format!("{what}: not permitted")),
+            _ => Error::io(what, std::io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+impl fmt::Debug for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Op({})", self.describe())
+    }
+}

@@ -1,0 +1,94 @@
+//! Buffers of commands, kept from one command to the next: fresh memory costs a page fault for each page.
+//!
+//! They start at pages, which the kernel copies faster, and belong to one disk: what an earlier command left in one is
+//! never another disk's.
+
+use std::sync::{Mutex, PoisonError};
+
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
+/// The sizes that are kept, in pages, and how many of each: single sectors up to pages; the kernel's usual read-ahead;
+/// its largest request with a granule at each end.
+const KEPT: [(usize, usize); 3] = [(1, 256), (32, 64), (256 + 32, 24)];
+
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE]);
+
+/// Whole pages.
+#[derive(Default)]
+pub(super) struct Buffer(Vec<Page>);
+
+impl Buffer {
+    /// Its bytes.
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        self.0.as_mut_slice().as_mut_bytes()
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len() * PAGE
+    }
+}
+
+/// Buffers that nobody uses.
+#[derive(Default)]
+pub(super) struct Pool([Mutex<Vec<Buffer>>; KEPT.len()]);
+
+impl Pool {
+    /// A buffer of at least `len` bytes. What it holds is not said. `None`: there is no memory.
+    pub(super) fn take(&self, len: usize) -> Option<Buffer> {
+        let pages = len.div_ceil(PAGE);
+        let class = KEPT.iter().position(|(size, _)| *size >= pages);
+        let kept = class.and_then(|c| self.0[c].lock().unwrap_or_else(PoisonError::into_inner).pop());
+        kept.or_else(|| Page::new_vec_zeroed(class.map_or(pages, |c| KEPT[c].0)).ok().map(Buffer))
+    }
+
+    /// Takes a buffer back.
+    pub(super) fn give(&self, buffer: Buffer) {
+        if let Some(class) = KEPT.iter().position(|(size, _)| *size == buffer.0.len()) {
+            let mut kept = self.0[class].lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() < KEPT[class].1 {
+                kept.push(buffer);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pool")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_start_at_pages_are_long_enough_and_come_back() {
+        let pool = Pool::default();
+        for len in [1, 512, 4096, 4097, 131_072, 131_073, 1 << 20, (1 << 20) + 131_072, 3 << 20] {
+            let mut buffer = pool.take(len).unwrap();
+            assert!(buffer.len() >= len);
+            let place = buffer.bytes().as_ptr();
+            assert_eq!(place.align_offset(PAGE), 0);
+            buffer.bytes()[0] = 7;
+            pool.give(buffer);
+            if len < 2 << 20 {
+                assert_eq!(pool.take(len).unwrap().bytes()[0], 7, "{len}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_so_many_are_kept() {
+        let pool = Pool::default();
+        let many: Vec<Buffer> = (0..300).map(|_| pool.take(1).unwrap()).collect();
+        many.into_iter().for_each(|b| pool.give(b));
+        assert_eq!(pool.0[0].lock().unwrap().len(), KEPT[0].1);
+    }
+}

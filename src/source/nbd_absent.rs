@@ -1,0 +1,96 @@
+//! In the place of NBD servers where this build has none (`--no-default-features`): all that is asked for is refused.
+
+use std::ffi::OsString;
+
+use serde::Serialize;
+
+use crate::block::{BlockRead, Content, Geometry, Lba};
+use crate::config::NbdConfig;
+use crate::error::{Error, Result};
+
+/// A disk that there is none of.
+#[derive(Debug)]
+pub enum NbdDisk {}
+
+/// What there is none of.
+#[derive(Debug, Clone, Serialize)]
+pub struct Server {
+    /// Where it is.
+    pub server: String,
+    /// The variant of the protocol.
+    pub protocol: String,
+    /// Whether the connection is encrypted.
+    pub tls: bool,
+    /// Whether it gives structured replies.
+    pub structured: bool,
+    /// None.
+    pub exports: Vec<Facts>,
+}
+
+/// What there is none of.
+#[derive(Debug, Clone, Serialize)]
+pub struct Facts {
+    /// Its name.
+    pub export: String,
+    /// The server's words about it.
+    pub description: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of requests.
+    pub block_sizes: [u64; 3],
+    /// Its abilities.
+    pub flags: Vec<(&'static str, bool)>,
+    /// Metadata contexts.
+    pub contexts: Vec<String>,
+    /// Why nothing is known of it.
+    pub error: Option<String>,
+}
+
+fn absent<T>(config: &NbdConfig) -> Result<T> {
+    Err(Error::unsupported(format!("{}: NBD is not built in (the feature `nbd` was left out)", config.label())))
+}
+
+impl NbdDisk {
+    /// Refuses.
+    pub fn connect(config: &NbdConfig, _writable: bool) -> Result<Self> {
+        absent(config)
+    }
+
+    /// Not to be asked.
+    pub fn is_read_only(&self) -> bool {
+        match *self {}
+    }
+}
+
+impl BlockRead for NbdDisk {
+    fn geometry(&self) -> Geometry {
+        match *self {}
+    }
+
+    fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+
+    fn content_at(&self, _at: Lba) -> Result<(Content, u64)> {
+        match *self {}
+    }
+
+    fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+        match *self {}
+    }
+}
+
+/// Refuses.
+pub fn list(config: &NbdConfig) -> Result<Server> {
+    absent(config)
+}
+
+/// Refuses.
+pub fn info(config: &NbdConfig) -> Result<Server> {
+    absent(config)
+}
+
+/// Refuses.
+pub fn exports(config: &NbdConfig, _writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
+    absent(config)
+}
