@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, need_qemu, need_root, qemu_img, read_range, wait_end};
+use fuse_tests::harness::{
+    Cmd, Scratch, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, read_range, wait_end,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmdkfuse::error::ErrorKind;
@@ -196,6 +198,17 @@ fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<
     open_user_path(path, Arc::new(OpenPolicy { allow: Vec::new(), lock }), access)
 }
 
+/// Opens a file that nobody else has locked. A program that another test starts has, until it is executed, all open files
+/// of this process and with them their locks, so it may take a moment.
+fn open_soon(path: &Path, access: Access) -> Arc<dyn StoredFile> {
+    let mut opened = None;
+    poll_until(Duration::from_secs(20), || {
+        opened = Some(open(path, access, true));
+        opened.as_ref().is_some_and(Result::is_ok)
+    });
+    opened.unwrap().unwrap()
+}
+
 /// "Two writers, or a writer beside a reader of ours or of qemu, are refused"
 #[test]
 fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
@@ -206,7 +219,7 @@ fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
     for name in ["sparse.vmdk", "flat-flat.vmdk", "plain.img"] {
         let format = if name == "sparse.vmdk" { "vmdk" } else { "raw" };
         let read = || Cmd::new("qemu-io").args(["-r", "-f", format, "-c", "read 0 4k", name]).dir(scratch.root()).run();
-        let writer = open(&scratch.path(name), Access::Write, true).unwrap();
+        let writer = open_soon(&scratch.path(name), Access::Write);
         write(&scratch, name, format, false);
         match format {
             "vmdk" => drop(read().expect_code(1).error_names(&["failed to get", "lock"])),
@@ -214,7 +227,7 @@ fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
             _ => drop(read().ok()),
         }
         drop(writer);
-        let reader = open(&scratch.path(name), Access::Read, true).unwrap();
+        let reader = open_soon(&scratch.path(name), Access::Read);
         write(&scratch, name, format, false);
         read().ok();
         drop(reader);
@@ -246,7 +259,7 @@ fn whoever_uses_an_image_keeps_our_writers_out_and_is_named() {
             }
             open(&path, Access::Write, false).unwrap();
             drop(server);
-            open(&path, Access::Write, true).unwrap();
+            open_soon(&path, Access::Write);
         }
     }
 }

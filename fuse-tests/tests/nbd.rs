@@ -43,7 +43,29 @@ impl Server {
         let _ = fs::remove_file(&socket);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().expect("starting a server");
-        let mut server = Self { child, socket };
+        Self { child, socket }.awaited()
+    }
+
+    /// A process that becomes nbdkit on the same socket when it is released.
+    ///
+    /// For a test that has a file of the mount open for writing: a process that it starts closes that file before it
+    /// becomes another program, a close waits for the server, and so it would wait for itself.
+    fn nbdkit_later(scratch: &Scratch, words: &[&str]) -> Self {
+        let socket = scratch.path("s");
+        let mut command = Command::new("sh");
+        command.args(["-c", "read go && rm -f \"$2\" && exec nbdkit \"$@\"", "sh", "-fU"]).arg(&socket).args(words);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self { child: command.spawn().expect("starting a shell"), socket }
+    }
+
+    fn release(mut self) -> Self {
+        let go = self.child.stdin.as_mut().map(|pipe| pipe.write_all(b"go\n"));
+        assert!(matches!(go, Some(Ok(()))), "{go:?}");
+        self.awaited()
+    }
+
+    fn awaited(self) -> Self {
+        let mut server = self;
         let up = poll_until(SOON, || UnixStream::connect(&server.socket).is_ok());
         assert!(up, "the server did not come up: {:?}", server.child.try_wait());
         server
@@ -259,6 +281,7 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     let disk = scratch.write("disk", vec![0; 4 << 20]);
     let file = format!("file={}", disk.display());
     let server = Server::nbdkit(&scratch, &["file", &file]);
+    let next = Server::nbdkit_later(&scratch, &["file", &file]);
     let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
     let data = noise(4 << 20, 11);
     let through = File::options().write(true).open(mount.file("disk.raw")).unwrap();
@@ -266,7 +289,7 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     server.crash();
     // a machine that went down with what it had not written
     fs::write(&disk, vec![0; 4 << 20]).unwrap();
-    let _server = Server::nbdkit(&scratch, &["file", &file]);
+    let _server = next.release();
     through.sync_all().unwrap();
     assert_eq!(sha256(&disk), sha256(&scratch.write("wanted", &data)));
 }
