@@ -9,7 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-VMDK = ("sparse", "flat", "stream")
+VMDK = ("sparse", "chain", "flat", "stream")
 # and the raw disk behind an NBD server
 ALL = (*VMDK, "nbd")
 TICKS = os.sysconf("SC_CLK_TCK")

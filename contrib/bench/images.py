@@ -15,7 +15,11 @@ MIB = 1 << 20
 SEED = 20261120
 
 # kind -> qemu-img's name of it
-KINDS = {"sparse": "monolithicSparse", "flat": "monolithicFlat", "stream": "streamOptimized"}
+KINDS = {
+    "sparse": "monolithicSparse", "flat": "monolithicFlat", "stream": "streamOptimized", "chain": "monolithicSparse",
+}  # fmt: skip
+# deltas of a chain over its base, each with pieces of one MiB in every so many of the dense front
+DELTAS, STRIDE = 3, 8
 
 
 def dense(size):
@@ -42,7 +46,9 @@ def make_raw(path, size):
 
 
 def make_vmdk(raw, path, kind):
-    """Converts the raw disk into a VMDK of one of `KINDS`."""
+    """Converts the raw disk into a VMDK of one of `KINDS`; a chain's newest delta has the name, its base another."""
+    if kind == "chain":
+        return _make_chain(raw, path)
     command = ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={KINDS[kind]}", raw, path]
     subprocess.run(command, check=True)
 
@@ -71,10 +77,32 @@ def copy_speed(sock, size):
 
 
 def remove_vmdk(path):
-    """Removes a VMDK and its extent file."""
-    for name in (path, path.replace(".vmdk", "-flat.vmdk")):
+    """Removes a VMDK, its extent file and its parents."""
+    for name in (path, path.replace(".vmdk", "-flat.vmdk"), *(_link(path, n) for n in range(DELTAS))):
         if os.path.exists(name):
             os.unlink(name)
+
+
+def _link(path, number):
+    """The name of a link of the chain: 0 is the base, the last one has the name of the whole."""
+    return path if number == DELTAS else path.replace(".vmdk", f"-{number}.vmdk")
+
+
+def _make_chain(raw, path):
+    """A base with all data, and deltas that hold some of them once more, so that a read meets all links."""
+    make_vmdk(raw, _link(path, 0), "sparse")
+    size = os.path.getsize(raw)
+    for number in range(1, DELTAS + 1):
+        delta, piece = _link(path, number), path + ".piece"
+        parent = os.path.basename(_link(path, number - 1))
+        command = ["qemu-img", "create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", parent, delta]
+        subprocess.run(command, check=True)
+        for at in range(number * MIB, dense(size), STRIDE * MIB):
+            with open(raw, "rb") as source, open(piece, "wb") as f:
+                source.seek(at)
+                f.write(source.read(MIB))
+            subprocess.run(["qemu-io", "-f", "vmdk", "-c", f"write -q -s {piece} {at} {MIB}", delta], check=True)
+        os.unlink(piece)
 
 
 def _islands(rng, size):

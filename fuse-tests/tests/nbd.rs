@@ -35,7 +35,7 @@ impl Server {
     fn nbdkit(scratch: &Scratch, words: &[&str]) -> Self {
         let socket = scratch.path("s");
         let mut command = Command::new("nbdkit");
-        command.args(["-f", "--exit-with-parent", "-U"]).arg(&socket).args(words);
+        command.args(["-f", "-U"]).arg(&socket).args(words);
         Self::start(command, socket)
     }
 

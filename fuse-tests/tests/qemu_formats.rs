@@ -18,7 +18,7 @@ const SIZE: u64 = 64 << 20;
 
 /// Mounts the images in `scratch` together and compares each with the original.
 fn compare(scratch: &Scratch, original: &Path, images: &[&str]) {
-    let mount = images.iter().fold(scratch.mount(), |mount, name| mount.file(format!("{name}.vmdk"))).start();
+    let mount = images.iter().fold(scratch.mount().arg("-r"), |mount, name| mount.file(format!("{name}.vmdk"))).start();
     let wanted = sha256(original);
     for (seed, name) in images.iter().enumerate() {
         let raw = mount.file(format!("{name}.raw"));
@@ -98,7 +98,8 @@ fn sizes_that_are_no_whole_grains() {
             qemu_img(words);
             names.push(subformat);
         }
-        let mount = names.iter().fold(scratch.mount(), |mount, name| mount.file(format!("{name}.vmdk"))).start();
+        let mount =
+            names.iter().fold(scratch.mount().arg("-r"), |mount, name| mount.file(format!("{name}.vmdk"))).start();
         for name in names {
             assert_same(&mount.file(format!("{name}.raw")), &raw);
         }
@@ -123,7 +124,7 @@ fn a_split_disk_of_several_pieces() {
         qemu_img(["create", "-f", "vmdk", "-o", &option, name.to_str().unwrap(), "5G"]);
         let commands = writes.iter().flat_map(|command| ["-c", command]);
         Cmd::new("qemu-io").args(["-f", "vmdk"]).args(commands).arg(&name).run().ok();
-        let mount = scratch.mount().file(&name).start();
+        let mount = scratch.mount().arg("-r").file(&name).start();
         let raw = mount.file(format!("{subformat}.raw"));
         assert_eq!(fs::metadata(&raw).unwrap().len(), 5 << 30);
         for (seed, at) in [(1, 0), (2, border - (64 << 10)), (3, 2 * border - (128 << 10)), (4, 2 * border + 65536)] {

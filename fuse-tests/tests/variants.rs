@@ -110,7 +110,7 @@ fn valid_variants_read_as_their_model() {
         let point = format!("mnt{number}");
         scratch.mkdir(&point);
         // what the kernel reads by itself is for another test
-        let mut command = scratch.mount().at(&point).arg("kernel-view=off");
+        let mut command = scratch.mount().at(&point).arg("-r").arg("kernel-view=off");
         for (variant, made) in *group {
             command = command.file(&made.open).arg(format!("name={}", variant.name));
             for dir in &made.allow_dirs {

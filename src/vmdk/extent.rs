@@ -108,7 +108,10 @@ impl Extent {
     /// not neighbours.
     pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         match self {
-            Extent::Flat { file, offset } => stored_at(&**file, (offset + sector) * SECTOR, max),
+            Extent::Flat { file, offset } => {
+                let at = (offset + sector) * SECTOR;
+                Ok(stored(&**file, at, file.data_at(at)?, max))
+            }
             Extent::Zero => Ok((Kind::Zero, max)),
             Extent::Sparse(sparse) => sparse.kind_at(sector, max),
         }
@@ -131,14 +134,14 @@ impl Near {
     }
 }
 
-/// Whether a file has data at byte `at` or a hole, and for how many of `max` sectors.
-fn stored_at(file: &dyn StoredFile, at: u64, max: u64) -> Result<(Kind, u64)> {
-    let (stored, bytes) = file.data_at(at)?;
+/// Whether a file has data at byte `at` or a hole, and for how many of `max` sectors, by what
+/// [`StoredFile::data_at`] says.
+fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64) -> (Kind, u64) {
     // a sector of which a part is stored is no hole
     let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
     // a hole of the file hides the parent like a zeroed grain does
     let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
-    Ok((kind, (bytes / SECTOR).clamp(1, max)))
+    (kind, (bytes / SECTOR).clamp(1, max))
 }
 
 /// What an extent has at a place.
@@ -289,7 +292,13 @@ impl SparseExtent {
             && live.has_holes()
         {
             let left = (self.shape.grain - p.within).min(max);
-            return stored_at(&*self.file, (at + p.within) * SECTOR, left);
+            let at = (at + p.within) * SECTOR;
+            let known = live.data_known_from(at).filter(|&bytes| bytes >= SECTOR);
+            let answer = known.map_or_else(|| self.file.data_at(at), |bytes| Ok((true, bytes)))?;
+            if known.is_none() {
+                live.note_data(at, answer);
+            }
+            return Ok(stored(&*self.file, at, answer, left));
         }
         let (kind, grains) = self.stretch(&table, p, max, false);
         // a damaged entry is data: reading it is what tells

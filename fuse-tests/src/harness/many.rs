@@ -66,7 +66,8 @@ impl Answer {
 pub fn open_hostile(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Answer {
     let point = format!("mnt-{name}");
     scratch.mkdir(&point);
-    let mut command = scratch.mount().at(&point).memory(MEMORY).deadline(DEADLINE).file(image).arg("name=disk");
+    let mut command =
+        scratch.mount().at(&point).memory(MEMORY).deadline(DEADLINE).file(image).arg("name=disk").arg("-r");
     for dir in allow {
         command = command.arg(format!("allow-dir={}", dir.display()));
     }

@@ -11,8 +11,9 @@
 //! to be written holds it too, and only a table that nobody holds is dropped to keep memory bounded.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::Result;
 use crate::vmdk::sparse::{Copy, HostedTables};
@@ -66,6 +67,10 @@ pub(crate) struct LiveTables {
     shard_max: usize,
     /// Grains may lie in holes of the file.
     holes: AtomicBool,
+    /// Bytes of the file that were found to be stored, not holes. The store is not asked for each grain, as its answer may
+    /// cost a walk to the end of the file. Only what makes holes has to correct this; a hole that is not known of is data
+    /// that is zeroes, which is never wrong.
+    data: Mutex<Range<u64>>,
 }
 
 impl LiveTables {
@@ -90,6 +95,7 @@ impl LiveTables {
             directory: directory.into(),
             shards: Default::default(),
             holes: AtomicBool::new(holes),
+            data: Mutex::new(0..0),
             shard_max: (KEPT_BYTES / table_bytes).max(64) as usize / SHARDS,
             layout,
         })
@@ -140,6 +146,24 @@ impl LiveTables {
     /// Notes that room of a grain was given back.
     pub(super) fn note_hole(&self) {
         self.holes.store(true, Ordering::Relaxed);
+        *self.data() = 0..0;
+    }
+
+    /// How many bytes from `at` of the file on are known to be stored.
+    pub(crate) fn data_known_from(&self, at: u64) -> Option<u64> {
+        let data = self.data();
+        data.contains(&at).then(|| data.end - at)
+    }
+
+    /// Notes what the store said of byte `at`: whether it is stored, and for how many bytes on that holds.
+    pub(crate) fn note_data(&self, at: u64, (stored, bytes): (bool, u64)) {
+        if stored {
+            *self.data() = at..at.saturating_add(bytes);
+        }
+    }
+
+    fn data(&self) -> MutexGuard<'_, Range<u64>> {
+        self.data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn raw(&self, number: u64) -> u64 {
