@@ -8,6 +8,9 @@ use vmdkfuse::store::{Access, ExtentName, Identity, Store, StoredFile, StoredWri
 
 use super::bytes::Bytes;
 
+/// Bytes that are written whole or not at all.
+const SECTOR: u64 = 512;
+
 /// A change of a file.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Op {
@@ -417,14 +420,17 @@ fn fires(counter: &mut Option<u64>) -> bool {
     }
 }
 
-/// The part of a change that is done before it fails.
+/// The part of a change that is done before it fails: half of it, no sector in part.
 fn half(op: &Op) -> Option<Op> {
+    let part =
+        |offset: u64, len: u64| ((offset + len / 2) / SECTOR * SECTOR).checked_sub(offset).filter(|&len| len > 0);
     match op {
         Op::Write { offset, data } => {
-            (data.len() > 1).then(|| Op::Write { offset: *offset, data: data[..data.len() / 2].into() })
+            let len = part(*offset, data.len() as u64)?;
+            Some(Op::Write { offset: *offset, data: data[..len as usize].into() })
         }
         Op::SetLen { .. } => None,
-        Op::Zero { offset, len, unmap } => Some(Op::Zero { offset: *offset, len: len / 2, unmap: *unmap }),
+        Op::Zero { offset, len, unmap } => Some(Op::Zero { offset: *offset, len: part(*offset, *len)?, unmap: *unmap }),
     }
 }
 
@@ -434,8 +440,9 @@ fn fitting(op: &Op, bytes: &Bytes, room: Option<u64>) -> Option<Option<Op>> {
     if bytes.room_for(*offset, data.len() as u64) <= room {
         return None;
     }
-    let fits = (0..data.len()).rev().step_by(512).find(|&len| bytes.room_for(*offset, len as u64) <= room);
-    Some(fits.filter(|&len| len > 0).map(|len| Op::Write { offset: *offset, data: data[..len].into() }))
+    let to_border = |len: &u64| (*offset + len).is_multiple_of(SECTOR);
+    let fits = (1..data.len() as u64).rev().filter(to_border).find(|&len| bytes.room_for(*offset, len) <= room);
+    Some(fits.map(|len| Op::Write { offset: *offset, data: data[..len as usize].into() }))
 }
 
 #[cfg(test)]
@@ -489,12 +496,13 @@ mod tests {
         let write = file.writer().unwrap();
         let eio = |result: Result<()>| assert_eq!(result.unwrap_err().kind(), ErrorKind::Os(libc::EIO));
         store.fail(Faults { change: Some(2), read: Some(1), sync: Some(2), room: None });
-        write.write_all_at(0, &[1; 10]).unwrap();
-        eio(write.write_all_at(0, &[2; 10]));
+        write.write_all_at(0, &[1; 2048]).unwrap();
+        eio(write.write_all_at(100, &[2; 1900]));
         eio(file.read_exact_at(0, &mut [0; 10]));
-        let mut now = [0; 10];
+        let mut now = [0; 2048];
         file.read_exact_at(0, &mut now).unwrap();
-        assert_eq!(now, [2, 2, 2, 2, 2, 1, 1, 1, 1, 1]);
+        assert_eq!(now.iter().position(|&byte| byte == 2), Some(100));
+        assert_eq!(now.iter().rposition(|&byte| byte == 2), Some(1023));
         write.sync().unwrap();
         eio(write.sync());
         write.sync().unwrap();
