@@ -43,29 +43,7 @@ impl Server {
         let _ = fs::remove_file(&socket);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().expect("starting a server");
-        Self { child, socket }.awaited()
-    }
-
-    /// A process that becomes nbdkit on the same socket when it is released.
-    ///
-    /// For a test that has a file of the mount open for writing: a process that it starts closes that file before it
-    /// becomes another program, a close waits for the server, and so it would wait for itself.
-    fn nbdkit_later(scratch: &Scratch, words: &[&str]) -> Self {
-        let socket = scratch.path("s");
-        let mut command = Command::new("sh");
-        command.args(["-c", "read go && rm -f \"$2\" && exec nbdkit \"$@\"", "sh", "-fU"]).arg(&socket).args(words);
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self { child: command.spawn().expect("starting a shell"), socket }
-    }
-
-    fn release(mut self) -> Self {
-        let go = self.child.stdin.as_mut().map(|pipe| pipe.write_all(b"go\n"));
-        assert!(matches!(go, Some(Ok(()))), "{go:?}");
-        self.awaited()
-    }
-
-    fn awaited(self) -> Self {
-        let mut server = self;
+        let mut server = Self { child, socket };
         let up = poll_until(SOON, || UnixStream::connect(&server.socket).is_ok());
         assert!(up, "the server did not come up: {:?}", server.child.try_wait());
         server
@@ -93,6 +71,16 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// A process that ends with the test.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -282,17 +270,23 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     let disk = scratch.write("disk", vec![0; 4 << 20]);
     let file = format!("file={}", disk.display());
     let server = Server::nbdkit(&scratch, &["file", &file]);
-    let next = Server::nbdkit_later(&scratch, &["file", &file]);
     let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
-    let data = noise(4 << 20, 11);
-    let through = File::options().write(true).open(mount.file("disk.raw")).unwrap();
-    through.write_all_at(&data, 0).unwrap();
+    let data = scratch.write("wanted", noise(4 << 20, 11));
+    // Not by this process: each program that another test starts would close the file once, and so flush it.
+    let code = "import os,sys; f=os.open(sys.argv[1],os.O_WRONLY); d=open(sys.argv[2],'rb').read()\nfor at in range(0,len(d),65536): \
+                os.pwrite(f,d[at:at+65536],at)\nprint('written',flush=True); sys.stdin.readline(); os.fsync(f)";
+    let mut python = Command::new("python3");
+    python.args(["-c", code]).arg(mount.file("disk.raw")).arg(&data).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut writer = Reaped(python.spawn().unwrap());
+    let mut said = [0; 7];
+    writer.0.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
     server.crash();
     // a machine that went down with what it had not written
     fs::write(&disk, vec![0; 4 << 20]).unwrap();
-    let _server = next.release();
-    through.sync_all().unwrap();
-    assert_eq!(sha256(&disk), sha256(&scratch.write("wanted", &data)));
+    let _server = Server::nbdkit(&scratch, &["file", &file]);
+    drop(writer.0.stdin.take());
+    assert!(writer.0.wait().unwrap().success(), "fsync");
+    assert_eq!(sha256(&disk), sha256(&data));
 }
 
 #[test]
