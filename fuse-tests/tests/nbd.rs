@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -41,7 +42,8 @@ impl Server {
 
     fn start(mut command: Command, socket: PathBuf) -> Self {
         let _ = fs::remove_file(&socket);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // In a process group of its own: the system ends one that is stopped in a group that others leave.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         let child = command.spawn().expect("starting a server");
         let mut server = Self { child, socket };
         let up = poll_until(SOON, || UnixStream::connect(&server.socket).is_ok());

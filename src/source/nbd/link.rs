@@ -42,6 +42,15 @@ const REPLAY: usize = 32;
 /// How long a further connection may take: a server that has enough may let it wait for ever.
 const WIDEN: Duration = Duration::from_secs(5);
 
+/// How often the driver looks for commands that nobody serves, however that may have come.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// How long a lost connection is kept, for a thread that was about to send something on it.
+const RETIRED: Duration = Duration::from_secs(10);
+
+/// How many of them are kept: each has open sockets.
+const MAX_RETIRED: usize = 8;
+
 /// How long the threads may take to end.
 const END: Duration = Duration::from_secs(3);
 
@@ -69,6 +78,8 @@ pub(super) struct Link {
     wanted: Condvar,
     live: RwLock<Option<Arc<Generation>>>,
     journal: Mutex<Journal>,
+    /// Connections that were lost, and until when they are kept.
+    retired: Mutex<Vec<(Arc<Generation>, Instant)>>,
     /// For the driver.
     kicked: Mutex<bool>,
     kick: Condvar,
@@ -105,6 +116,7 @@ impl Link {
             live: RwLock::new(None),
             journal: Mutex::default(),
             kicked: Mutex::new(false),
+            retired: Mutex::default(),
             kick: Condvar::new(),
             closing: AtomicBool::new(false),
             map: Map::default(),
@@ -250,9 +262,14 @@ impl Link {
                 if self.closing.load(Ordering::SeqCst) {
                     return;
                 }
-                kicked = self.kick.wait(kicked).unwrap_or_else(PoisonError::into_inner);
+                let waited = self.kick.wait_timeout(kicked, LOOK).unwrap_or_else(PoisonError::into_inner);
+                kicked = waited.0;
+                if waited.1.timed_out() && self.has_unserved() {
+                    break;
+                }
             }
             drop(kicked);
+            self.serve_retired();
             let Some(generation) = self.generation() else { continue };
             // What is told a result may panic: that is its own affair, but the others want theirs.
             let turn = || loop {
@@ -266,6 +283,24 @@ impl Link {
             if catch_unwind(AssertUnwindSafe(turn)).is_err() {
                 tracing::error!("the end of a command for an NBD server panicked");
                 *lock(&self.kicked) = true;
+            }
+        }
+    }
+
+    /// Whether commands are under way that nobody may be serving.
+    fn has_unserved(&self) -> bool {
+        self.generation().is_some_and(|g| !g.is_idle()) || !lock(&self.retired).is_empty()
+    }
+
+    /// Takes back what was sent on a lost connection by somebody who had looked just before it was lost.
+    fn serve_retired(&self) {
+        let retired = std::mem::take(&mut *lock(&self.retired));
+        for (generation, until) in retired {
+            if let Some(driver) = generation.driver() {
+                driver.drive(None, || false, |back| self.told(&generation, back));
+            }
+            if Instant::now() < until {
+                lock(&self.retired).push((generation, until));
             }
         }
     }
@@ -437,7 +472,12 @@ impl Link {
             generation.add(handle)?;
             self.replay(&generation)?;
             self.publish(Arc::clone(&generation));
-            if old.is_some() {
+            if let Some(old) = &old {
+                let mut retired = lock(&self.retired);
+                if retired.len() >= MAX_RETIRED {
+                    retired.remove(0);
+                }
+                retired.push((Arc::clone(old), Instant::now() + RETIRED));
                 tracing::warn!("{}: connected again", self.dialer.label());
             }
             if lock(&self.journal).wants_flush() {
