@@ -330,7 +330,8 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
     }
     let scratch = Scratch::new();
     let other = scratch.write("other.img", noise(1 << 20, 2));
-    let server = Server::nbdkit(&scratch, &["memory", "8M"]);
+    // One thread: nbdkit 1.32 ends itself (an assertion in raw_send_socket) where two answer on a connection that is lost.
+    let server = Server::nbdkit(&scratch, &["--threads=1", "memory", "8M"]);
     let mount = scratch.mount().arg(server.uri()).arg("timeout=2").file("other.img").arg("cache=none").start();
     let disk = mount.file("disk.raw");
     server.signal(Signal::SIGSTOP);
