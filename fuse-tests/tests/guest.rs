@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, Scratch, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256, skip,
+    Cmd, Mount, Outcome, Scratch, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256,
+    skip,
 };
 
 /// What is in the file system.
@@ -86,26 +87,36 @@ fn guestfish_reads_the_file_system() {
     let scratch = Scratch::new();
     let Some(mount) = guest(&scratch, "streamOptimized") else { return };
     let disk: PathBuf = mount.file("guest.raw");
-    let fish = Cmd::new("guestfish").args(["--ro", "--format=raw", "-a"]).arg(&disk);
-    // The appliance runs without KVM too, only slowly.
-    let fish = fish.env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    let words = [
-        "run",
-        ":",
-        "list-filesystems",
-        ":",
-        "mount-ro",
-        "/dev/sda",
-        "/",
-        ":",
-        "ls",
-        "/etc",
-        ":",
-        "cat",
-        "/etc/greeting",
-    ];
-    let seen = fish.args(words).deadline(Duration::from_secs(200)).run().ok();
+    let words = ["--ro", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "list-filesystems", ":"];
+    let look = ["mount-ro", "/dev/sda", "/", ":", "ls", "/etc", ":", "cat", "/etc/greeting"];
+    let seen = guestfish(&[&words[..], &look].concat());
     assert!(seen.stdout.contains("/dev/sda: ext4"), "{seen}");
     assert!(seen.stdout.contains("noise\n") && seen.stdout.contains(GREETING), "{seen}");
     mount.unmount();
+}
+
+/// Runs guestfish; its appliance runs without KVM too, only slowly.
+fn guestfish(words: &[&str]) -> Outcome {
+    let fish =
+        Cmd::new("guestfish").env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+    fish.args(words).deadline(Duration::from_secs(200)).run().ok()
+}
+
+/// "guestfish writes a file into an image, qemu-img check and a second guestfish read agree"
+#[test]
+fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
+    if !need("guestfish") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let Some(mount) = guest(&scratch, "monolithicSparse") else { return };
+    let disk: PathBuf = mount.file("guest.raw");
+    let words = ["--rw", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "mount", "/dev/sda", "/", ":"];
+    guestfish(&[&words[..], &["write", "/etc/written", "by a guest"]].concat());
+    mount.unmount();
+    let image = scratch.path("guest.vmdk");
+    qemu_img(["check", image.to_str().unwrap()]);
+    let words = ["--ro", "--format=vmdk", "-a", image.to_str().unwrap(), "run", ":", "mount-ro", "/dev/sda", "/", ":"];
+    let seen = guestfish(&[&words[..], &["cat", "/etc/written", ":", "cat", "/etc/greeting"]].concat());
+    assert!(seen.stdout.contains("by a guest") && seen.stdout.contains(GREETING), "{seen}");
 }
