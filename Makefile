@@ -17,19 +17,20 @@ help: ## show this list
 build: ## build the release binary
 	cargo build --release --locked
 
-demo: ## make a VMDK with a file system in it, mount it, read it, unmount it
+demo: ## make a VMDK with a file system in it, mount it, read it, write to it, unmount it
 	./contrib/demo.sh
 
 # With VMDKFUSE_REQUIRE=all what a test needs and is missing (a tool, root) fails the test instead of skipping it;
 # an ordinary user can say `make test VMDKFUSE_REQUIRE=` to skip, loudly, what needs root.
 test: export VMDKFUSE_REQUIRE ?= all
-test: ## formatting, lints, docs and every test
+test: ## formatting, lints, docs, the demo and every test
 	./contrib/setup.sh test
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	cargo build --release --locked
+	./contrib/demo.sh
 	cargo test --locked --workspace --doc
 	cargo test --locked --workspace --no-fail-fast --lib --tests
 

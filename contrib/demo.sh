@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows the whole way once: a VMDK with a file system in it, the mount, the raw file, a read that matches, the unmount.
+# Shows the whole way once: a VMDK with a file system in it, the mount, the raw file, a read that matches, a write, the unmount.
 # Works as root and as an ordinary user. Everything lies in a temporary directory that is removed at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -42,10 +42,18 @@ run mkfs.ext4 -q -F -L demo -d tree original.raw 64M
 run qemu-img convert -f raw -O vmdk -o subformat=monolithicSparse original.raw sample.vmdk
 run ls -lh original.raw sample.vmdk
 
-step "Mount it"
+# The process ends an instant after the unmount, and its locks with it.
+unmount() {
+  local daemon
+  daemon=$(<"$dir/pid")
+  run fusermount3 -u mnt
+  timeout 10 tail --pid="$daemon" -f /dev/null || fail "process $daemon is still there"
+  ! mountpoint -q mnt || fail "still mounted"
+}
+
+step "Mount it, read-only: then others may read the image too"
 PATH=$(dirname "$bin"):$PATH
-run vmdkfuse -P "$dir/pid" mnt/ file=sample.vmdk
-daemon=$(<"$dir/pid")
+run vmdkfuse -r -P "$dir/pid" mnt/ file=sample.vmdk
 run ls -l mnt
 
 step "Read it: the raw file is the disk, byte for byte"
@@ -60,9 +68,19 @@ run debugfs -R 'cat /hello.txt' mnt/sample.raw
 [[ $(debugfs -R 'cat /hello.txt' mnt/sample.raw 2>/dev/null) == "$(<tree/hello.txt)" ]] || fail "hello.txt reads differently"
 
 step "Unmount it"
-run fusermount3 -u mnt
-timeout 10 tail --pid="$daemon" -f /dev/null || fail "process $daemon is still there"
-! mountpoint -q mnt || fail "still mounted"
+unmount
 run ls -l mnt
+
+step "Mount it again, and write a file into its file system"
+run vmdkfuse -P "$dir/pid" mnt/ file=sample.vmdk
+echo "Written through the raw file" >written.txt
+run debugfs -w -R 'write written.txt written.txt' mnt/sample.raw
+unmount
+
+step "qemu finds it in the VMDK"
+run qemu-img check sample.vmdk
+run qemu-img convert -f vmdk -O raw sample.vmdk by-qemu.raw
+run debugfs -R 'cat /written.txt' by-qemu.raw
+[[ $(debugfs -R 'cat /written.txt' by-qemu.raw 2>/dev/null) == "$(<written.txt)" ]] || fail "written.txt reads differently"
 
 step "All of it matched."
