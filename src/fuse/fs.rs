@@ -8,6 +8,7 @@
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
 
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::fuse::change::{Context, Failed};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
-use crate::fuse::lane::Stay;
+use crate::fuse::lane::Loops;
 use crate::fuse::node::{Node, Passthrough, is_aligned};
 use crate::fuse::view;
 use crate::image::{Image, MAX_READ, Seek};
@@ -58,8 +59,7 @@ pub struct DiskFs {
     views: view::Builder,
     faults: Arc<Faults>,
     spare: Arc<Spare>,
-    /// Loops that may serve a network's answers.
-    stay: Arc<Stay>,
+    loops: Arc<Loops>,
 }
 
 /// The disks of a mount, for its end.
@@ -82,6 +82,17 @@ impl Disks {
     }
 }
 
+/// What wants to know where requests come from.
+#[derive(Debug)]
+pub struct Requests(Arc<Loops>);
+
+impl Requests {
+    /// The kernel's device, a copy of that of the session.
+    pub fn from(&self, device: OwnedFd) {
+        self.0.begin(device);
+    }
+}
+
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
@@ -97,7 +108,7 @@ impl DiskFs {
             views: view::Builder::default(),
             faults: Arc::default(),
             spare: Arc::new(Spare::of(loops)),
-            stay: Arc::new(Stay::of(loops)),
+            loops: Arc::new(Loops::new(loops)),
         }
     }
 
@@ -114,6 +125,11 @@ impl DiskFs {
     /// Where failed requests are noted.
     pub fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
+    }
+
+    /// To be told where requests come from.
+    pub fn requests(&self) -> Requests {
+        Requests(Arc::clone(&self.loops))
     }
 
     /// The disks, which outlive the session.
@@ -152,7 +168,7 @@ impl DiskFs {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+        Context { faults: &self.faults, spare: &self.spare, loops: &self.loops, nodes: &self.nodes }
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
