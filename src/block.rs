@@ -197,8 +197,13 @@ pub trait BlockQueue: BlockRead {
     /// Begins [`BlockRead::read_at`].
     fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone);
 
-    /// Begins [`BlockWrite::write_at`]; `data` is copied. An error where the disk has no writer.
-    fn begin_write(&self, at: Lba, data: &[u8], done: Done);
+    /// Bytes at whose multiples a write may begin and end: a power of two, at most the granule. Not only sectors, as who can
+    /// write less need not read before.
+    fn write_unit(&self) -> u64;
+
+    /// Begins a write of `data` from byte `offset` on, in whole [units](Self::write_unit) within the disk; `data` is copied.
+    /// An error where the disk has no writer.
+    fn begin_write(&self, offset: u64, data: &[u8], done: Done);
 
     /// Begins [`BlockWrite::flush`].
     fn begin_flush(&self, done: Done);

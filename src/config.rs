@@ -177,6 +177,17 @@ pub enum SourceConfig {
     Nbd(NbdConfig),
 }
 
+/// How far away the bytes of a disk are; the farther, the greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Distance {
+    /// In files that we read.
+    Here,
+    /// With another process of this machine.
+    OtherProcess,
+    /// Maybe with another machine.
+    OtherMachine,
+}
+
 impl SourceConfig {
     /// The local files, where it is made of such.
     pub fn local(&self) -> Option<&LocalConfig> {
@@ -186,9 +197,13 @@ impl SourceConfig {
         }
     }
 
-    /// Whether it may be on another machine.
-    pub fn is_far(&self) -> bool {
-        matches!(self, Self::Nbd(nbd) if nbd.is_far())
+    /// How far away its bytes are.
+    pub fn distance(&self) -> Distance {
+        match self {
+            Self::Local(_) => Distance::Here,
+            Self::Nbd(nbd) if nbd.is_far() => Distance::OtherMachine,
+            Self::Nbd(_) => Distance::OtherProcess,
+        }
     }
 
     /// What was named, for messages.

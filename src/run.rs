@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use fuser::Filesystem;
 use nix::sys::signal::Signal;
 
-use crate::config::{LogConfig, MountConfig, MountOptions};
+use crate::config::{Distance, LogConfig, MountConfig, MountOptions};
 use crate::daemon::{self, Started, Status, Verdict};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::mount::{Mount, Target, Unmounted};
@@ -199,8 +199,8 @@ impl Life {
         }
         requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
         let session = Running::start(filesystem, device, options, loops)?;
-        let far = config.disks.iter().any(|d| d.source.is_far());
-        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead), far)) {
+        let distance = config.disks.iter().map(|d| d.source.distance()).max().unwrap_or(Distance::Here);
+        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead), distance)) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
         }

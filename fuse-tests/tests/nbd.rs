@@ -303,8 +303,17 @@ fn restarts_of_the_server_under_load_lose_nothing() {
     let mount = scratch.mount().arg(server.uri()).start();
     let seen = mount.file("disk.raw");
     let fio = std::thread::spawn(move || {
-        let words = ["--name=v", "--rw=randwrite", "--bs=8k", "--size=64M", "--direct=1", "--ioengine=libaio"];
-        let verify = ["--iodepth=16", "--fsync=64", "--verify=crc32c", "--verify_fatal=1", "--rate_iops=2500"];
+        // small ones on a connection for all, long ones each with a connection for itself
+        let split = "--bssplit=8k/60:64k/20:256k/10:1m/10";
+        let words = ["--name=v", "--rw=randwrite", split, "--size=64M", "--direct=1", "--ioengine=libaio"];
+        let verify = [
+            "--iodepth=16",
+            "--fsync=64",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--rate=,20M",
+        ];
         let name = format!("--filename={}", seen.display());
         Cmd::new("fio").args(words).args(verify).arg(name).deadline(Duration::from_secs(120)).run()
     });

@@ -7,10 +7,14 @@ use std::fs;
 use std::io;
 
 use super::mountinfo::Device;
+use crate::config::Distance;
 use crate::error::{Error, Result};
 
 /// A window above which sequential reads gain no more.
 pub const DEFAULT_KIB: u64 = 1024;
+
+/// The same where another process of this machine has to read first.
+const BESIDE_KIB: u64 = 2048;
 
 /// The same where an answer takes some milliseconds: what a network of 10 Gbit/s carries in six of them.
 pub const FAR_KIB: u64 = 8192;
@@ -28,12 +32,16 @@ impl Window {
     /// What the disks of a mount want: they share its one window, so the largest bound of `readahead=` that was given,
     /// and the usual one where some disk has none.
     ///
-    /// `far`: some disk is on another machine, and what it sends has to be on its way before it is wanted.
-    pub fn of(bounds: impl Iterator<Item = Option<u64>>, far: bool) -> Self {
+    /// `distance`: that of the farthest disk; what it sends has to be on its way before it is wanted.
+    pub fn of(bounds: impl Iterator<Item = Option<u64>>, distance: Distance) -> Self {
         let bounds: Option<Vec<u64>> = bounds.collect();
         match bounds.and_then(|b| b.into_iter().max()) {
             Some(bytes) => Self::Exactly(bytes / 1024),
-            None => Self::AtLeast(if far { FAR_KIB } else { DEFAULT_KIB }),
+            None => Self::AtLeast(match distance {
+                Distance::Here => DEFAULT_KIB,
+                Distance::OtherProcess => BESIDE_KIB,
+                Distance::OtherMachine => FAR_KIB,
+            }),
         }
     }
 }
@@ -67,9 +75,10 @@ mod tests {
 
     #[test]
     fn the_largest_bound_counts_and_a_disk_without_one_has_the_usual_window() {
-        assert_eq!(Window::of([Some(0)].into_iter(), true), Window::Exactly(0));
-        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter(), false), Window::Exactly(2048));
-        assert_eq!(Window::of([Some(65536), None].into_iter(), false), Window::AtLeast(DEFAULT_KIB));
-        assert_eq!(Window::of([None].into_iter(), true), Window::AtLeast(FAR_KIB));
+        assert_eq!(Window::of([Some(0)].into_iter(), Distance::OtherMachine), Window::Exactly(0));
+        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter(), Distance::Here), Window::Exactly(2048));
+        assert_eq!(Window::of([Some(65536), None].into_iter(), Distance::Here), Window::AtLeast(DEFAULT_KIB));
+        assert_eq!(Window::of([None].into_iter(), Distance::OtherMachine), Window::AtLeast(FAR_KIB));
+        assert_eq!(Window::of([None].into_iter(), Distance::OtherProcess), Window::AtLeast(BESIDE_KIB));
     }
 }

@@ -56,7 +56,7 @@ impl Image {
         queue.begin_read(Lba(start / SECTOR), (end - start) / SECTOR, cut);
     }
 
-    /// Begins a [`write`](Self::write) of all of `buf`, if it is whole granules within the disk and nobody is in the way.
+    /// Begins a [`write`](Self::write) of all of `buf`, if the disk takes it as it is and nobody is in the way.
     /// Gives `done`, which is told how many bytes were written, back otherwise. Afterwards the queue wants to be attended to.
     pub fn begin_write(
         self: &Arc<Self>,
@@ -70,7 +70,9 @@ impl Image {
             return Err(done);
         }
         let parts = Parts::of(offset..end, self.granule(), self.len());
-        if parts.mode() != Mode::Shared {
+        let unit = queue.write_unit();
+        let fits = offset.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == self.len());
+        if parts.mode() != Mode::Shared && !fits {
             return Err(done);
         }
         let Some(number) = self.ranges.try_take(parts.granules, Mode::Shared) else { return Err(done) };
@@ -80,7 +82,7 @@ impl Image {
             drop(kept);
             done(result.map(|()| len));
         });
-        queue.begin_write(Lba(offset / SECTOR), buf, finish);
+        queue.begin_write(offset, buf, finish);
         Ok(())
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_NO_HOLE};
 
+use super::carry::Load;
 use super::dial::Dialer;
 use super::export::Export;
 use super::ffi::is_ending;
@@ -130,6 +131,12 @@ impl NbdDisk {
         self.link.connections()
     }
 
+    /// Long requests that had a connection for themselves.
+    #[cfg(test)]
+    pub(super) fn carried(&self) -> usize {
+        self.link.carried()
+    }
+
     /// Bytes of the export: up to a sector fewer than of the disk.
     fn size(&self) -> u64 {
         self.link.export().size
@@ -137,7 +144,11 @@ impl NbdDisk {
 
     /// Begins a command of any length; `done` is given the operation that was made.
     fn begin(&self, kind: Kind, offset: u64, len: u64, buf: impl Into<Place>, done: Finish) {
-        self.link.submit(Op::new(kind, offset, len, buf, self.link.deadline(), done));
+        self.link.submit(self.op(kind, offset, len, buf, done));
+    }
+
+    fn op(&self, kind: Kind, offset: u64, len: u64, buf: impl Into<Place>, done: Finish) -> Box<Op> {
+        Op::new(kind, offset, len, buf, self.link.deadline(), done)
     }
 
     /// A command without data, and its end waited for.
@@ -341,7 +352,8 @@ impl BlockWrite for NbdDisk {
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         let slot = Slot::new();
         let there = Arc::clone(&slot);
-        self.begin_write(at, buf, Box::new(move |result| there.put(result)));
+        check_range(&self.geometry, at, buf.len())?;
+        self.begin_write(at.bytes(), buf, Box::new(move |result| there.put(result)));
         self.waited(&slot)
     }
 
@@ -410,21 +422,29 @@ impl BlockQueue for NbdDisk {
         let all = Arc::clone(&whole);
         let (from, to) = (at.bytes(), at.bytes() + len);
         let parts = Parts::new(pieces(from, to, piece).count(), Box::new(move |result| give(all.take(), result)));
-        for (start, end) in pieces(from, to, piece) {
-            let (parts, place) =
-                (Arc::clone(&parts), Place::Part { of: Arc::clone(&whole), start: (start - from) as usize });
-            let finish: Finish = Box::new(move |_, result| parts.done(result));
-            self.begin(Kind::Read, start, end - start, place, finish);
-        }
+        let ops = pieces(from, to, piece).map(|(start, end)| {
+            let parts = Arc::clone(&parts);
+            let place = Place::Part { of: Arc::clone(&whole), start: (start - from) as usize };
+            self.op(Kind::Read, start, end - start, place, Box::new(move |_, result| parts.done(result)))
+        });
+        self.link.submit_all(ops.collect());
     }
 
-    fn begin_write(&self, at: Lba, data: &[u8], done: Done) {
-        let checked = self.check_writable().and_then(|()| check_range(&self.geometry, at, data.len()));
-        if let Err(e) = checked {
+    fn write_unit(&self) -> u64 {
+        self.link.export().minimum
+    }
+
+    fn begin_write(&self, offset: u64, data: &[u8], done: Done) {
+        if let Err(e) = self.check_writable() {
             return done(Err(e));
         }
+        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= self.geometry.bytes());
+        if end.is_none() {
+            let text = format!("{} bytes at {offset} are not on a disk of {}", data.len(), self.geometry.bytes());
+            return done(Err(Error::new(ErrorKind::OutOfRange, text)));
+        }
         let export = *self.link.export();
-        let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(at.bytes())) as usize));
+        let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(offset)) as usize));
         // The last sector has bytes that the export does not: they can't be kept.
         if past.iter().any(|b| *b != 0) {
             let text = format!("{}: the export ends at byte {}, within a sector", self.label(), export.size);
@@ -433,7 +453,7 @@ impl BlockQueue for NbdDisk {
         if data.is_empty() {
             return done(Ok(()));
         }
-        let (from, to) = (at.bytes(), at.bytes() + data.len() as u64);
+        let (from, to) = (offset, offset + data.len() as u64);
         let parts = Parts::new(pieces(from, to, export.piece()).count(), done);
         for (start, end) in pieces(from, to, export.piece()) {
             let part = &data[(start - from) as usize..(end - from) as usize];
@@ -452,7 +472,8 @@ impl BlockQueue for NbdDisk {
                 }
                 parts.done(result);
             });
-            self.begin(Kind::Write, start, end - start, buf, finish);
+            // Each by itself: it is on its way while the next one is copied.
+            self.link.submit_all(Load::from([self.op(Kind::Write, start, end - start, buf, finish)]));
         }
     }
 

@@ -50,7 +50,7 @@ pub(super) enum Leave<'a> {
 /// Why driving ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Driven {
-    /// Nothing is under way any more.
+    /// Nothing is under way any more that a driver has to serve.
     Idle,
     /// As [`Leave`] said.
     Left,
@@ -76,7 +76,7 @@ impl<'g> Driver<'g> {
     pub(super) fn drive(&self, leave: Leave<'_>, mut told: impl FnMut(&mut Vec<Answer>)) -> Driven {
         let mut back = Vec::new();
         let mut quiet = Duration::ZERO;
-        let mut looked = Instant::now();
+        let (mut looked, mut served) = (Instant::now(), false);
         if let Leave::Called(other) = leave
             && is_readable(other)
         {
@@ -97,8 +97,10 @@ impl<'g> Driver<'g> {
             if over {
                 return Driven::Left;
             }
-            if self.0.is_idle() {
-                if let Leave::Called(other) = leave {
+            if self.0.loose() == 0 {
+                if let Leave::Called(other) = leave
+                    && served
+                {
                     look_for(other);
                 }
                 return Driven::Idle;
@@ -106,6 +108,7 @@ impl<'g> Driver<'g> {
             let most = if let Leave::Quiet(patience) = leave { patience.min(TICK) } else { TICK };
             let seen = self.turn(most, leave, &mut back);
             quiet = if seen.served { Duration::ZERO } else { quiet + most };
+            served |= seen.served;
             told(&mut back);
             if looked.elapsed() >= TICK {
                 looked = Instant::now();
@@ -120,14 +123,11 @@ impl<'g> Driver<'g> {
 
     /// Waits once for answers, `most` at most, and reads them.
     fn turn(&self, most: Duration, leave: Leave<'_>, back: &mut Vec<Answer>) -> Seen {
-        // All connections: a command may be sent on an idle one meanwhile.
-        let conns: Vec<&Conn> = self.0.conns().collect();
+        let conns = self.0.to_serve();
         let mut fds = Vec::with_capacity(2 + conns.len());
         fds.push(PollFd::new(self.0.waker(), PollFlags::POLLIN));
         for conn in &conns {
-            let (_, write) = conn.handle.direction();
-            let events = if write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            fds.push(PollFd::new(conn.socket(), events));
+            fds.push(PollFd::new(conn.socket(), events_of(conn)));
         }
         if let Leave::Called(other) = leave {
             fds.push(PollFd::new(other, PollFlags::POLLIN));
@@ -140,7 +140,7 @@ impl<'g> Driver<'g> {
                 self.0.fail();
             }
         }
-        let ready: Vec<PollFlags> = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect();
+        let ready: Vec<PollFlags> = fds.iter().map(ready).collect();
         if !ready[0].is_empty() {
             self.0.woken();
         }
@@ -148,16 +148,18 @@ impl<'g> Driver<'g> {
         for (conn, got) in conns.iter().zip(&ready[1..]) {
             if !got.is_empty() {
                 seen.served = true;
-                self.serve(conn, *got);
+                serve(self.0, conn, *got);
             }
             self.0.collect(conn, back);
         }
+        // The connections are free for others only now.
+        drop(fds);
         seen
     }
 
     /// Polls; before it goes to sleep it looks for a while.
     fn wait(&self, fds: &mut [PollFd<'_>], most: Duration) -> nix::Result<i32> {
-        if self.0.under_way() <= FEW {
+        if self.0.loose() <= FEW {
             let until = Instant::now() + LOOK_FOR;
             while Instant::now() < until && !self.0.has_queued() {
                 match poll(fds, PollTimeout::ZERO) {
@@ -169,23 +171,35 @@ impl<'g> Driver<'g> {
         let timeout = PollTimeout::try_from(most.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
         self.0.asleep(|may_sleep| poll(fds, if may_sleep { timeout } else { PollTimeout::ZERO }))
     }
+}
 
-    fn serve(&self, conn: &Conn, got: PollFlags) {
-        let (read, write) = conn.handle.direction();
-        let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
-        let went = if read && (broken || got.contains(PollFlags::POLLIN)) {
-            conn.handle.readable()
-        } else if write && (broken || got.contains(PollFlags::POLLOUT)) {
-            conn.handle.writable()
-        } else {
-            Ok(())
-        };
-        if conn.handle.is_over() {
-            if let Err(e) = went {
-                tracing::info!("a connection to an NBD server broke: {e}");
-            }
-            self.0.fail();
+/// What a connection is polled for.
+pub(super) fn events_of(conn: &Conn) -> PollFlags {
+    let (_, write) = conn.handle.direction();
+    if write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN }
+}
+
+/// What a poll has found.
+pub(super) fn ready(fd: &PollFd<'_>) -> PollFlags {
+    fd.revents().unwrap_or(PollFlags::empty())
+}
+
+/// Reads what a connection has to be read, or goes on with sending.
+pub(super) fn serve(generation: &Generation, conn: &Conn, got: PollFlags) {
+    let (read, write) = conn.handle.direction();
+    let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
+    let went = if read && (broken || got.contains(PollFlags::POLLIN)) {
+        conn.handle.readable()
+    } else if write && (broken || got.contains(PollFlags::POLLOUT)) {
+        conn.handle.writable()
+    } else {
+        Ok(())
+    };
+    if conn.handle.is_over() {
+        if let Err(e) = went {
+            tracing::info!("a connection to an NBD server broke: {e}");
         }
+        generation.fail();
     }
 }
 

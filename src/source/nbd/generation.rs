@@ -14,13 +14,14 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{Shutdown, shutdown};
 
+use super::carry::Claim;
 use super::drive::Driver;
 use super::ffi::{Handle, Retired};
 use super::op::{Kind, Op};
@@ -35,11 +36,11 @@ const STEPS: usize = 1 << 14;
 /// The longest `timeout=`, seconds: less than half of [`STEPS`].
 pub(crate) const MAX_TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// Bytes up to which a command is small: what it costs is the command, not its data.
-const SMALL: u64 = 32 << 10;
-
 /// Small commands that are sent on one connection before another is used: so many does any server take at the same time.
 const TOGETHER: usize = 16;
+
+/// A server that has answered a small command in fewer microseconds is near: what a request costs is the processors' work.
+const NEAR_US: u64 = 500;
 
 /// An operation that came back, and what it failed with.
 pub(super) type Answer = (Box<Op>, Option<i32>);
@@ -52,6 +53,11 @@ pub(super) struct Conn {
     socket: OwnedFd,
     retired: Arc<Retired>,
     in_flight: AtomicUsize,
+    /// Somebody polls and reads it. That is one at a time: who finds nothing because another has read it makes libnbd
+    /// wait for an answer before it sends the next command.
+    served: AtomicBool,
+    /// He has it for himself.
+    claimed: AtomicBool,
     /// Block status can be asked for. Without it replies are short, and a read takes half the system calls.
     structured: bool,
 }
@@ -60,6 +66,46 @@ impl Conn {
     /// What to poll.
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// Whether no command is under way on it.
+    pub(super) fn is_idle(&self) -> bool {
+        self.in_flight.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether a thread has it for itself.
+    fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::SeqCst)
+    }
+
+    /// The right to poll and to read it, if nobody has it.
+    fn serve(&self) -> Option<Serving<'_>> {
+        (!self.served.swap(true, Ordering::SeqCst)).then(|| Serving(self))
+    }
+
+    /// The same, and what others send goes elsewhere.
+    fn claim(&self) -> Option<Serving<'_>> {
+        let serving = self.serve()?;
+        self.claimed.store(true, Ordering::SeqCst);
+        Some(serving)
+    }
+}
+
+/// The right to poll and to read a connection, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Serving<'g>(&'g Conn);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.claimed.store(false, Ordering::SeqCst);
+        self.0.served.store(false, Ordering::SeqCst);
+    }
+}
+
+impl std::ops::Deref for Serving<'_> {
+    type Target = Conn;
+    fn deref(&self) -> &Conn {
+        self.0
     }
 }
 
@@ -79,6 +125,9 @@ pub(super) struct Generation {
     queued: Mutex<VecDeque<Box<Op>>>,
     queued_len: AtomicUsize,
     in_flight: AtomicUsize,
+    /// Microseconds of the fastest answer to a small command.
+    nearest: AtomicU64,
+    claims: AtomicUsize,
     dead: AtomicBool,
     /// Commands under way by the tick of their deadline, as a ring.
     due: Box<[AtomicU32]>,
@@ -100,6 +149,8 @@ impl Generation {
             queued: Mutex::default(),
             queued_len: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
+            nearest: AtomicU64::new(u64::MAX),
+            claims: AtomicUsize::new(0),
             dead: AtomicBool::new(false),
             due: (0..STEPS).map(|_| AtomicU32::new(0)).collect(),
             born: Instant::now(),
@@ -112,7 +163,15 @@ impl Generation {
         let socket = handle.fd().ok_or_else(no_socket)?.try_clone_to_owned();
         let socket = socket.map_err(|e| Error::io("descriptor of a connection", e))?;
         let structured = handle.is_structured();
-        let conn = Conn { handle, socket, retired: Arc::default(), in_flight: AtomicUsize::new(0), structured };
+        let conn = Conn {
+            handle,
+            socket,
+            retired: Arc::default(),
+            in_flight: AtomicUsize::new(0),
+            served: AtomicBool::new(false),
+            claimed: AtomicBool::new(false),
+            structured,
+        };
         let at = self.count.load(Ordering::SeqCst);
         if self.conns.get(at).is_some_and(|place| place.set(conn).is_ok()) {
             self.count.store(at + 1, Ordering::SeqCst);
@@ -158,8 +217,7 @@ impl Generation {
 
     /// Sends an operation, or has the driver do it. What comes back at once (because it could not be sent) is put into `back`.
     pub(super) fn submit(&self, op: Box<Op>, back: &mut Vec<Answer>) {
-        self.in_flight.fetch_add(1, Ordering::SeqCst);
-        self.due(op.deadline).fetch_add(1, Ordering::Relaxed);
+        self.begins(&op);
         if !self.awake.load(Ordering::SeqCst) {
             return self.send(op, back);
         }
@@ -172,6 +230,12 @@ impl Generation {
         if !self.awake.load(Ordering::SeqCst) {
             self.send_queued(back);
         }
+    }
+
+    /// Counts a command that is about to be sent.
+    pub(super) fn begins(&self, op: &Op) {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.due(op.deadline).fetch_add(1, Ordering::Relaxed);
     }
 
     fn queued(&self) -> MutexGuard<'_, VecDeque<Box<Op>>> {
@@ -197,20 +261,27 @@ impl Generation {
             self.came_back(&op, None);
             return back.push((op, Some(libc::ENOTCONN)));
         };
-        conn.in_flight.fetch_add(1, Ordering::Relaxed);
-        conn.handle.submit(op, &conn.retired);
-        self.collect(conn, back);
-        // Where not all could be sent at once, whoever polls has to know. That one may poll for reading only.
-        if conn.handle.direction().1 && self.driven.load(Ordering::SeqCst) && !self.awake.load(Ordering::SeqCst) {
+        self.send_on(conn, op, back);
+        // Whoever polls may do without this connection, or poll it for reading only where not all could be sent at once.
+        let unseen = conn.handle.direction().1 || (!conn.is_idle() && !conn.served.load(Ordering::SeqCst));
+        if unseen && self.driven.load(Ordering::SeqCst) && !self.awake.load(Ordering::SeqCst) {
             self.wake();
         }
+    }
+
+    /// Sends a command on that connection.
+    pub(super) fn send_on(&self, conn: &Conn, mut op: Box<Op>, back: &mut Vec<Answer>) {
+        op.sent = Some(Instant::now());
+        conn.in_flight.fetch_add(1, Ordering::SeqCst);
+        conn.handle.submit(op, &conn.retired);
+        self.collect(conn, back);
     }
 
     /// The connection to send it on. Small ones go together, as long as the server may have them all under way at the same
     /// time: one thread is less awake on either side for each connection that is not used.
     fn connection_for(&self, op: &Op) -> Option<&Conn> {
-        let fit = self.conns().filter(|c| op.kind != Kind::Status || c.structured);
-        let small = op.len <= SMALL || !op.kind.has_data();
+        let fit = self.conns().filter(|c| !c.is_claimed() && (op.kind != Kind::Status || c.structured));
+        let small = op.is_small();
         fit.min_by_key(|c| {
             let load = c.in_flight.load(Ordering::Relaxed);
             let load = if small && load < TOGETHER { 0 } else { load };
@@ -274,10 +345,22 @@ impl Generation {
         self.hurried.load(Ordering::Relaxed)
     }
 
-    /// Lets the driver sleep in `wait`, which is told whether it may: not where there is something to send.
+    /// The connections that a driver polls: the first one, on which the next command is most likely sent, and those with
+    /// commands under way.
+    pub(super) fn to_serve(&self) -> Vec<Serving<'_>> {
+        let wanted = self.conns().enumerate().filter(|(i, c)| *i == 0 || !c.is_idle());
+        wanted.filter_map(|(_, conn)| conn.serve()).collect()
+    }
+
+    /// Whether a command is under way on a connection that nobody serves.
+    fn is_unserved(&self) -> bool {
+        self.conns().any(|c| !c.is_idle() && !c.served.load(Ordering::SeqCst))
+    }
+
+    /// Lets the driver sleep in `wait`, which is told whether it may: not where there is something to send or to serve.
     pub(super) fn asleep<T>(&self, wait: impl FnOnce(bool) -> T) -> T {
         self.awake.store(false, Ordering::SeqCst);
-        let waited = wait(!self.has_queued());
+        let waited = wait(!self.has_queued() && !self.is_unserved());
         self.awake.store(true, Ordering::SeqCst);
         waited
     }
@@ -287,9 +370,30 @@ impl Generation {
         self.queued_len.load(Ordering::SeqCst) > 0
     }
 
-    /// Commands under way.
-    pub(super) fn under_way(&self) -> usize {
-        self.in_flight.load(Ordering::Relaxed)
+    /// Commands under way that a driver has to send or to serve.
+    pub(super) fn loose(&self) -> usize {
+        let sent = self.conns().filter(|c| !c.is_claimed()).map(|c| c.in_flight.load(Ordering::SeqCst));
+        self.queued_len.load(Ordering::SeqCst) + sent.sum::<usize>()
+    }
+
+    /// How many threads may have a connection for themselves: none where the server is far away, or has one connection.
+    pub(super) fn claimable(&self) -> usize {
+        let near = self.nearest.load(Ordering::Relaxed) < NEAR_US;
+        if near && !self.is_dead() { self.count().saturating_sub(1) } else { 0 }
+    }
+
+    /// A connection for a thread alone, if there is a free one. The first one is always for all.
+    pub(super) fn claim(&self) -> Option<Claim<'_>> {
+        let mut free = self.conns().skip(1).take(self.claimable()).filter(|c| c.is_idle());
+        let claim = free.find_map(Conn::claim).map(|conn| Claim::of(self, conn))?;
+        self.claims.fetch_add(1, Ordering::Relaxed);
+        Some(claim)
+    }
+
+    /// How often that was.
+    #[cfg(test)]
+    pub(super) fn claims(&self) -> usize {
+        self.claims.load(Ordering::Relaxed)
     }
 
     /// What [`Self::wake`] makes readable.
@@ -313,15 +417,19 @@ impl Generation {
     pub(super) fn collect(&self, conn: &Conn, back: &mut Vec<Answer>) {
         let before = back.len();
         conn.retired.take(back);
-        for (op, _) in &back[before..] {
+        for (op, error) in &back[before..] {
             self.came_back(op, Some(conn));
+            if let (None, true, Some(sent)) = (error, op.is_small(), op.sent) {
+                let took = u64::try_from(sent.elapsed().as_micros()).unwrap_or(u64::MAX);
+                self.nearest.fetch_min(took, Ordering::Relaxed);
+            }
         }
     }
 
     fn came_back(&self, op: &Op, from: Option<&Conn>) {
         self.due(op.deadline).fetch_sub(1, Ordering::Relaxed);
         if let Some(conn) = from {
-            conn.in_flight.fetch_sub(1, Ordering::Relaxed);
+            conn.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
         self.in_flight.fetch_sub(1, Ordering::SeqCst);
     }

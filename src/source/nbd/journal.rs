@@ -16,7 +16,7 @@ use super::pool::{Buffer, Pool};
 use crate::error::Error;
 
 /// Bytes from which on a flush is made without being asked for.
-pub(super) const SOFT: usize = 64 << 20;
+pub(super) const SOFT: usize = 24 << 20;
 
 /// Bytes at which changes wait for that flush.
 pub(super) const HARD: usize = 128 << 20;

@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::carry::{Carriers, Load};
 use super::dial::Dialer;
 use super::drive::{Driven, Leave};
 use super::export::Export;
@@ -37,6 +38,9 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::fro
 /// How long a thread that has other work waits for an answer before it leaves that to the driver: as long as a server on
 /// this machine may take that has the data in memory.
 const PATIENCE: Duration = Duration::from_millis(2);
+
+/// Bytes of a request from which on it is long: more than the change to another thread costs.
+const LONG: u64 = 128 << 10;
 
 /// Changes that are sent again at the same time.
 const REPLAY: usize = 32;
@@ -94,6 +98,7 @@ pub(super) struct Link {
     closing: AtomicBool,
     pub(super) map: Map,
     pub(super) pool: Pool,
+    carriers: Carriers,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -130,6 +135,7 @@ impl Link {
             closing: AtomicBool::new(false),
             map: Map::default(),
             pool: Pool::default(),
+            carriers: Carriers::default(),
             threads: Mutex::default(),
         });
         if let Some(handle) = first {
@@ -146,7 +152,9 @@ impl Link {
         let link = Arc::clone(self);
         let thread = thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(move || work(&link));
         let thread = thread.map_err(|e| Error::io("a thread for an NBD server", e))?;
-        lock(&self.threads).push(thread);
+        let mut threads = lock(&self.threads);
+        threads.retain(|t| !t.is_finished());
+        threads.push(thread);
         Ok(())
     }
 
@@ -171,6 +179,12 @@ impl Link {
         self.generation().map_or(0, |g| g.count())
     }
 
+    /// Long requests that had a connection for themselves.
+    #[cfg(test)]
+    pub(super) fn carried(&self) -> usize {
+        self.generation().map_or(0, |g| g.claims())
+    }
+
     fn generation(&self) -> Option<Arc<Generation>> {
         self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -181,24 +195,67 @@ impl Link {
 
     /// Begins a command. It is finished in bounded time, maybe before this returns. [`Self::attend`] has to be called
     /// afterwards, so that somebody serves the connection.
-    pub(super) fn submit(&self, mut op: Box<Op>) {
+    pub(super) fn submit(&self, op: Box<Op>) {
+        if let Some(op) = self.admit(op) {
+            self.send(op);
+        }
+    }
+
+    /// Begins the commands of one request. Long ones to a near server are done by a thread of their own.
+    pub(super) fn submit_all(self: &Arc<Self>, ops: Load) {
+        let most = self.generation().map_or(0, |g| g.claimable());
+        if most == 0 || ops.iter().map(|op| op.len).sum::<u64>() < LONG {
+            return ops.into_iter().for_each(|op| self.submit(op));
+        }
+        let load: Load = ops.into_iter().filter_map(|op| self.admit(op)).collect();
+        if self.carriers.push(load, most) && self.spawn("nbd-carry", Self::carry).is_err() {
+            self.carriers.not_started().into_iter().flatten().for_each(|op| self.send(op));
+        }
+    }
+
+    /// The work of a thread for long requests.
+    fn carry(&self) {
+        while let Some(load) = self.carriers.next() {
+            let work = || {
+                let generation = self.generation();
+                let claim = generation.as_ref().and_then(|g| g.claim().map(|claim| (g, claim)));
+                for op in load {
+                    match &claim {
+                        Some((generation, claim)) if !generation.is_dead() && op.deadline > Instant::now() => {
+                            claim.run(op, |back| self.told(generation, back));
+                        }
+                        // The manager sends it, or says that it is too late.
+                        _ => self.again(op),
+                    }
+                }
+            };
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                tracing::error!("the end of a command for an NBD server panicked");
+            }
+        }
+    }
+
+    /// What has to be done before a command is sent; `None`: it is sent later, or came to an end.
+    fn admit(&self, mut op: Box<Op>) -> Option<Box<Op>> {
         if op.kind.is_change() {
             self.map.change_begins(op.offset, op.offset + op.len);
             if self.must_wait(&op) {
                 lock(&self.state).parked.push_back(op);
                 // It may have become free just now.
-                return self.unpark();
+                self.unpark();
+                return None;
             }
         }
         if op.kind == Kind::Flush {
             let journal = lock(&self.journal);
             if let Some(e) = journal.lost() {
                 drop(journal);
-                return op.finish(Err(e));
+                op.finish(Err(e));
+                return None;
             }
             op.covers = journal.mark();
         }
-        self.send(op);
+        Some(op)
     }
 
     /// Whether all changes that were answered are durable.
@@ -249,7 +306,7 @@ impl Link {
                 None => generation.hurry(),
             },
         }
-        if !generation.is_idle() {
+        if generation.loose() > 0 {
             self.kick(&generation);
         }
     }
@@ -258,7 +315,7 @@ impl Link {
     pub(super) fn attend_until(&self, enough: impl Fn() -> bool) {
         let Some(generation) = self.generation() else { return };
         self.drive(&generation, Leave::Enough(&enough));
-        if !generation.is_idle() {
+        if generation.loose() > 0 {
             self.kick(&generation);
         }
     }
@@ -285,7 +342,7 @@ impl Link {
             let before = std::mem::replace(&mut turns, generation.turns());
             if before != turns {
                 idle = 0;
-            } else if !generation.is_idle() {
+            } else if generation.loose() > 0 {
                 return true;
             } else if idle > GUARD_IDLE {
                 break;
@@ -295,7 +352,7 @@ impl Link {
             thread::sleep(GUARD);
         }
         self.guarding.store(false, Ordering::SeqCst);
-        self.generation().is_some_and(|g| !g.is_idle())
+        self.generation().is_some_and(|g| g.loose() > 0)
     }
 
     /// Has the driver serve a generation that nobody serves.
@@ -312,7 +369,8 @@ impl Link {
     fn drive_on(&self) {
         loop {
             let mut kicked = lock(&self.kicked);
-            while !std::mem::take(&mut *kicked) {
+            // Who stands guard has not been relieved yet, where he was called away to serve.
+            while !std::mem::take(&mut *kicked) && !self.guarding.load(Ordering::SeqCst) {
                 if self.closing.load(Ordering::SeqCst) {
                     return;
                 }
@@ -331,7 +389,7 @@ impl Link {
             // What is told a result may panic: that is its own affair, but the others want theirs.
             let turn = || loop {
                 let why = self.drive(&generation, Leave::Hurried);
-                if why != Some(Driven::Idle) || generation.is_idle() {
+                if why != Some(Driven::Idle) || generation.loose() == 0 {
                     return;
                 }
             };
@@ -344,7 +402,7 @@ impl Link {
 
     /// Whether commands are under way that nobody may be serving.
     fn has_unserved(&self) -> bool {
-        self.generation().is_some_and(|g| !g.is_idle()) || !lock(&self.retired).is_empty()
+        self.generation().is_some_and(|g| g.loose() > 0) || !lock(&self.retired).is_empty()
     }
 
     /// Takes back what was sent on a lost connection by somebody who had looked just before it was lost.
@@ -694,6 +752,7 @@ impl Link {
             let e = self.error(&op, "the disk is closed");
             self.finish(op, Err(e));
         }
+        self.carriers.close();
         self.wanted.notify_all();
         *lock(&self.kicked) = true;
         self.kick.notify_all();

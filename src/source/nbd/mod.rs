@@ -5,6 +5,7 @@
 //!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
 //!   journal.rs     changes that no flush has covered, to be sent again
 //!   generation.rs  the connections of now: who sends      drive.rs    who reads answers
+//!   carry.rs       long requests, each by a thread with a connection of its own
 //!   dial.rs        from an address to a connection        server.rs   a server that we run ourselves
 //!   look.rs        --list, --info, all exports as files   export.rs   size and abilities
 //!   ffi.rs         the only calls of libnbd
@@ -12,6 +13,7 @@
 //! All numbers of a server are checked where they come in (`export.rs`, `map.rs`), and how long and how many names there
 //! are is bounded (`ffi.rs`). A server that breaks the protocol loses its connection, as libnbd decides.
 
+mod carry;
 mod dial;
 mod disk;
 mod drive;

@@ -6,6 +6,9 @@ use std::time::Instant;
 use super::pool::Place;
 use crate::error::{Error, ErrorKind, Result};
 
+/// Bytes up to which a command is small.
+const SMALL: u64 = 32 << 10;
+
 /// What a command does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -68,6 +71,8 @@ pub(super) struct Op {
     pub(super) deadline: Instant,
     /// For a flush: changes with a lower number were answered when it was sent.
     pub(super) covers: u64,
+    /// When it was sent last.
+    pub(super) sent: Option<Instant>,
     pub(super) finish: Option<Finish>,
 }
 
@@ -82,7 +87,22 @@ impl Op {
         finish: Finish,
     ) -> Box<Self> {
         let buf = buf.into();
-        Box::new(Self { kind, offset, len, buf, extents: Vec::new(), deadline, covers: 0, finish: Some(finish) })
+        Box::new(Self {
+            kind,
+            offset,
+            len,
+            buf,
+            extents: Vec::new(),
+            deadline,
+            covers: 0,
+            sent: None,
+            finish: Some(finish),
+        })
+    }
+
+    /// Whether what it costs is the command, not its data.
+    pub(super) fn is_small(&self) -> bool {
+        self.len <= SMALL || !self.kind.has_data()
     }
 
     /// Tells the result.

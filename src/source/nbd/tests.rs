@@ -1,11 +1,15 @@
 //! Disks of real servers, without a mount: nbdkit by a command that ends with the disk.
 
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::process::Command;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::NbdDisk;
-use crate::block::{BlockRead, BlockWrite, Content, Lba, SECTOR};
+use nix::sys::eventfd::EventFd;
+
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Lba, SECTOR, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::ErrorKind;
 
@@ -62,6 +66,88 @@ fn reads_are_exact_and_several_connections_come_up() {
     });
     std::thread::scope(|scope| threads.for_each(|t| drop(scope.spawn(t))));
     assert_eq!(disk.read_at(Lba(131_072), &mut [0; 512]).unwrap_err().kind(), ErrorKind::OutOfRange);
+}
+
+/// Begins a read, and serves until `other` is readable. Where the result comes.
+fn begin(disk: &NbdDisk, at: Lba, sectors: u64, other: &EventFd) -> mpsc::Receiver<bool> {
+    let (tell, told) = mpsc::channel();
+    let done = move |read: crate::error::Result<&[u8]>| {
+        let _ = tell.send(read.is_ok_and(|bytes| bytes == pattern(at, sectors)));
+    };
+    disk.begin_read(at, sectors, Box::new(done));
+    disk.attend(Stay::Until(other.as_fd()));
+    told
+}
+
+#[test]
+fn regression_who_is_called_away_from_a_command_is_stood_in_for_each_time() {
+    if !need_nbdkit() {
+        return;
+    }
+    let disk = open(&["pattern", "64M"]);
+    let called = EventFd::from_value(1).unwrap();
+    let begun = Instant::now();
+    for i in 0..200 {
+        let told = begin(&disk, Lba(i * 8), 8, &called);
+        assert!(told.recv_timeout(Duration::from_secs(20)).unwrap());
+    }
+    // Each took half a second: then somebody looks in any case.
+    assert!(begun.elapsed() < Duration::from_secs(60), "nobody stood in");
+}
+
+#[test]
+fn long_requests_and_small_ones_share_the_connections() {
+    if !need_nbdkit() {
+        return;
+    }
+    let disk = open(&["pattern", "64M"]);
+    wait_until(|| disk.connections() == 4);
+    let called = EventFd::from_value(0).unwrap();
+    let mut at = 1;
+    for round in 0..100 {
+        // At first the server is not known to be near; a small read tells.
+        let lens = [8, 2048, 1, 300, 2048, 64, 777, 2048, 8, 16];
+        let told: Vec<_> = lens
+            .iter()
+            .map(|len| {
+                at = (at * 31 + 7) % (131_072 - 2048);
+                begin(&disk, Lba(at), *len, &called)
+            })
+            .collect();
+        for (told, len) in told.into_iter().zip(lens) {
+            assert!(told.recv_timeout(Duration::from_secs(20)).unwrap(), "{len} sectors in round {round}");
+        }
+    }
+    assert!(disk.carried() > 100, "long requests were not carried");
+}
+
+#[test]
+fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
+    if !need_nbdkit() {
+        return;
+    }
+    let disk = open(&["memory", "8M"]);
+    assert_eq!(disk.write_unit(), 1);
+    let mut expected = vec![0u8; 8 << 20];
+    let mut read = [0; 8 * 512];
+    disk.read_at(Lba(0), &mut read).unwrap();
+    wait_until(|| disk.connections() == 4);
+    for (i, (offset, len)) in
+        [(3, 5), (1000, 700_001), (512 * 9 - 1, 2), (4_000_001, 1 << 20), ((8 << 20) - 1, 1)].into_iter().enumerate()
+    {
+        let data: Vec<u8> = (0..len).map(|b| (b % 251) as u8 ^ i as u8).collect();
+        let (tell, told) = mpsc::channel();
+        disk.begin_write(offset as u64, &data, Box::new(move |result| tell.send(result).unwrap()));
+        disk.attend(Stay::No);
+        told.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+        expected[offset..offset + len].copy_from_slice(&data);
+    }
+    let mut back = vec![0; 8 << 20];
+    disk.read_at(Lba(0), &mut back).unwrap();
+    assert!(back == expected);
+    let (tell, told) = mpsc::channel();
+    disk.begin_write((8 << 20) - 1, &[1, 2], Box::new(move |result| tell.send(result).unwrap()));
+    assert_eq!(told.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
 }
 
 #[test]
