@@ -25,8 +25,8 @@ use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::UsageError;
 use super::keys::{self, Key, Kind, Scope};
-use super::params::Settings;
 use super::program::Manner;
+use super::settings::Settings;
 use super::values::{self, shown};
 
 /// The largest file that is read, bytes: thousands of disks. A disk image given by mistake is larger.

@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, Command};
 
 use super::options::Options;
 use super::program::verbosity;
-use super::{MountWords, Parsed, UsageError, one_line, params};
+use super::{MountWords, Parsed, UsageError, one_line, words};
 use crate::config::LogConfig;
 
 /// The names that mount(8) calls it by.
@@ -29,7 +29,7 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
     let word = |name: &str| matches.get_one::<OsString>(name).cloned().unwrap_or_default();
     let lists = matches.get_many::<OsString>("options").into_iter().flatten();
     let options = Options::parse(lists.map(OsString::as_os_str), matches.get_flag("sloppy"))?;
-    let source = params::with_key(&word("source"));
+    let source = words::with_key(&word("source"));
     let mount = MountWords {
         mountpoint: &word("mountpoint"),
         words: &[source],

@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 
-use super::params::{Backend, Settings, SourceSpec};
+use super::settings::{Backend, Settings, SourceSpec};
 use super::{UsageError, nbd, values, writing};
 use crate::config::{Format, KernelView};
 

@@ -6,6 +6,7 @@
 //!      │            └─ target.rs    MOUNTPOINT ────────┘
 //!      └ --config: config_file.rs turns the file into the words and options that it stands for
 //!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
+//!          words.rs: one word → a key and its value    settings.rs: what is said about a disk → its configuration
 //!          nbd.rs: the keys of NBD servers
 //!          writing.rs: the keys of writing, and which of them go together
 //! ```
@@ -25,9 +26,11 @@ mod nbd;
 mod options;
 mod params;
 mod program;
+mod settings;
 mod sources;
 mod target;
 mod values;
+mod words;
 mod writing;
 
 use options::Options;

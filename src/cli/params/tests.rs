@@ -1,7 +1,12 @@
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use super::*;
-use crate::config::{NbdAddress, NbdConfig, NbdTls};
+use crate::cli::keys;
+use crate::config::{
+    Format, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache, SourceConfig, ViewConfig,
+};
 
 fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
     parse_with(&[], words)
@@ -17,19 +22,6 @@ fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig
 
 fn local(disk: &DiskConfig) -> &LocalConfig {
     disk.source.local().unwrap()
-}
-
-#[test]
-fn a_word_is_a_key_only_where_it_looks_like_one() {
-    let key = |word, name, value| assert_eq!(classify(OsStr::new(word)), Word::Key(name, OsStr::new(value)));
-    key("file=x", "file", "x");
-    key("vm=moref=42", "vm", "moref=42");
-    key("no-such-1=", "no-such-1", "");
-    for bare in ["/a=b", "./a=b", "a/b=c", "A=b", "=a", "-a=b", "1a=b", "a_b=c", "a b=c", "x.vmdk", ""] {
-        assert_eq!(classify(OsStr::new(bare)), Word::Bare(OsStr::new(bare)));
-    }
-    let odd = OsStr::from_bytes(b"a\xff=b");
-    assert_eq!(classify(odd), Word::Bare(odd));
 }
 
 #[test]
