@@ -4,17 +4,14 @@
 //! [`Key::available`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 
 use super::settings::{Backend, Settings, SourceSpec};
 use super::{UsageError, nbd, values, writing};
 use crate::config::{Format, KernelView};
 
-/// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
-pub(super) const HELP_WIDTH: usize = 96;
+mod help;
 
-/// Columns before the explanation of a key.
-const HELP_INDENT: usize = 32;
+pub(super) use help::{HELP_WIDTH, help, help_later, wrapped};
 
 /// One key.
 #[derive(Debug)]
@@ -241,73 +238,6 @@ pub(super) fn nearest_of(name: &str, words: impl Iterator<Item = &'static str>) 
     let shorter = name.chars().count().min(known.len());
     // A name of two letters is near to every other one, so it must share half.
     (distance <= (shorter / 3).max(1) && distance < shorter).then_some(known)
-}
-
-/// The keys as a section of the help.
-pub(super) fn help() -> String {
-    let mut out = String::from("Keys (before the first file= they hold for all disks, after it for its disk):\n");
-    for group in Group::ALL {
-        let mut keys = KEYS.iter().filter(|key| key.group == group && key.is_local()).peekable();
-        if keys.peek().is_some() {
-            _ = writeln!(out, "  {}:", group.title());
-        }
-        for key in keys {
-            let head = format!("    {}={}", key.name, key.kind.placeholder());
-            let repeats = if key.repeats { " (repeatable)" } else { "" };
-            _ = write!(out, "{}", explained(&head, &format!("{}{repeats}", key.help)));
-        }
-    }
-    out.push_str("\nSIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0.\n");
-    out
-}
-
-/// The form of a key and its explanation beside it, in lines of the help's width.
-fn explained(form: &str, explanation: &str) -> String {
-    let mut out = String::new();
-    let mut line = form.to_owned();
-    if form.len() > HELP_INDENT {
-        _ = writeln!(out, "{line}");
-        line.clear();
-    }
-    line = format!("{line:HELP_INDENT$}");
-    for word in explanation.split(' ') {
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = " ".repeat(HELP_INDENT);
-        }
-        _ = write!(line, " {word}");
-    }
-    _ = writeln!(out, "{line}");
-    out
-}
-
-/// The keys that are not in this build yet, by heading, as lines for the help.
-pub(super) fn help_later() -> String {
-    let mut out = String::new();
-    for group in Group::ALL {
-        let names = KEYS.iter().filter(|key| key.group == group && !key.is_local()).map(|key| format!("{}=", key.name));
-        out.push_str(&wrapped(group.title(), names));
-    }
-    out
-}
-
-/// `title: word word …` in lines of the help's width; nothing where there are no words.
-pub(super) fn wrapped(title: &str, words: impl Iterator<Item = String>) -> String {
-    let mut out = String::new();
-    let mut line = format!("  {title}:");
-    let mut empty = true;
-    for word in words {
-        empty = false;
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = String::from("   ");
-        }
-        _ = write!(line, " {word}");
-    }
-    if !empty {
-        _ = writeln!(out, "{line}");
-    }
-    out
 }
 
 /// A kind of words that all work where their key does.
