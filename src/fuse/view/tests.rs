@@ -1,25 +1,6 @@
 use super::*;
-use crate::block::{BlockRead, Content, Geometry, Lba};
 use crate::config::LocalConfig;
-
-/// A disk that nobody reads.
-#[derive(Debug)]
-struct Unread;
-
-impl BlockRead for Unread {
-    fn geometry(&self) -> Geometry {
-        Geometry { sectors: 8, granule: 1, preferred: 1 }
-    }
-    fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
-        Err(Error::unsupported("it is not read"))
-    }
-    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
-        Ok((Content::Hole, 8 - at.0))
-    }
-    fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-        true
-    }
-}
+use crate::test_disk::TestDisk;
 
 fn state() -> State {
     State { way: Way::Building, backing: None, passed: 0, direct: 0, turned: None, waited_for: Vec::new() }
@@ -95,7 +76,7 @@ fn a_required_view_that_can_not_be_is_an_error_that_says_why() {
             ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local))
         }
     };
-    let image = Arc::new(Image::new(Arc::new(Unread), Vec::new()));
+    let image = Arc::new(Image::new(Arc::new(TestDisk::new(8)), Vec::new()));
     for (mode, good) in [(KernelView::Auto, true), (KernelView::Off, true), (KernelView::Required, false)] {
         let switch = Arc::new(Switch::new(&config(mode), &image, MountKind::Dir));
         assert!(!switch.is_wanted());
