@@ -29,6 +29,8 @@ mod program;
 mod settings;
 mod sources;
 mod target;
+#[cfg(test)]
+mod test_words;
 mod values;
 mod words;
 mod writing;
@@ -171,18 +173,12 @@ mod tests {
     use std::fs;
     use std::os::unix::ffi::OsStrExt;
 
+    use super::test_words::{config_of, mount_of};
     use super::*;
     use crate::config::{MountOptions, MountTarget};
 
     fn mount(args: &[&str]) -> Result<MountConfig, String> {
-        let args = ["vmdkfuse"].iter().chain(args).map(OsString::from);
-        match parse(args).map_err(|e| e.to_string())? {
-            Parsed::Run(config) => match config.action {
-                Action::Mount(mount) => Ok(mount),
-                other => panic!("not a mount: {other:?}"),
-            },
-            Parsed::Print(text) => panic!("not a mount: {text}"),
-        }
+        config_of(parse(["vmdkfuse"].iter().chain(args).map(OsString::from))).map(mount_of)
     }
 
     #[test]

@@ -274,22 +274,16 @@ fn after_help() -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_words::{config_of, mount_of};
     use super::*;
     use crate::config::MountConfig;
 
     fn run(args: &[&str]) -> Result<Config, String> {
-        match parse(args.iter().map(OsString::from)) {
-            Ok(Parsed::Run(config)) => Ok(*config),
-            Ok(Parsed::Print(text)) => panic!("only prints {text}"),
-            Err(e) => Err(e.to_string()),
-        }
+        config_of(parse(args.iter().map(OsString::from)))
     }
 
     fn mount(args: &[&str]) -> MountConfig {
-        match run(args).map(|config| config.action) {
-            Ok(Action::Mount(mount)) => mount,
-            other => panic!("no mount: {other:?}"),
-        }
+        mount_of(run(args).unwrap())
     }
 
     #[test]

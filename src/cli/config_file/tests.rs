@@ -4,9 +4,10 @@ use std::os::unix::fs::symlink;
 
 use tempfile::TempDir;
 
+use super::super::test_words::{config_of, mount_of};
 use super::super::{Parsed, parse};
 use super::*;
-use crate::config::{Action, Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
+use crate::config::{Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
 
 /// A folder with `vms.toml` and a mount point `mnt`.
 fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -20,18 +21,7 @@ fn run_in(dir: &TempDir, more: &[&str]) -> Result<Config, String> {
     let (file, mnt) = (dir.path().join("vms.toml"), dir.path().join("mnt"));
     let args = [OsStr::new("vmdkfuse"), OsStr::new("--config"), file.as_os_str(), mnt.as_os_str()];
     let args = args.into_iter().chain(more.iter().map(OsStr::new)).map(OsStr::to_owned);
-    match parse(args) {
-        Ok(Parsed::Run(config)) => Ok(*config),
-        Ok(Parsed::Print(text)) => panic!("only prints {text}"),
-        Err(e) => Err(e.to_string()),
-    }
-}
-
-fn mount_of(config: Config) -> MountConfig {
-    match config.action {
-        Action::Mount(mount) => mount,
-        other => panic!("no mount: {other:?}"),
-    }
+    config_of(parse(args))
 }
 
 fn mount(text: &str, more: &[&str]) -> MountConfig {

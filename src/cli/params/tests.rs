@@ -2,8 +2,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use super::super::keys;
 use super::*;
-use crate::cli::keys;
 use crate::config::{
     Format, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache, SourceConfig, ViewConfig,
 };
