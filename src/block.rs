@@ -203,9 +203,19 @@ pub trait BlockQueue: BlockRead {
     /// Begins [`BlockWrite::flush`].
     fn begin_flush(&self, done: Done);
 
-    /// Sees to it that answers are read. `may_stay`: this thread may do it for as long as answers come soon one after the
-    /// other, which spares the change to another thread.
-    fn attend(&self, may_stay: bool);
+    /// Sees to it that answers are read, by this thread as far as it may stay, which spares the change to another thread.
+    fn attend(&self, stay: Stay<'_>);
+}
+
+/// How long a thread may read the answers of a [`BlockQueue`].
+#[derive(Debug, Clone, Copy)]
+pub enum Stay<'a> {
+    /// Not at all: it has other work.
+    No,
+    /// For as long as they come soon one after the other.
+    Patiently,
+    /// Until the descriptor is readable: there comes its other work. Such a thread attends to the queue again soon.
+    Until(BorrowedFd<'a>),
 }
 
 /// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.

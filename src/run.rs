@@ -31,7 +31,7 @@ use crate::fuse::probe::Prober;
 use crate::fuse::readahead::{self, Window};
 use crate::fuse::session::Running;
 use crate::fuse::watcher::Watcher;
-use crate::fuse::{Disks, Faults};
+use crate::fuse::{Disks, Faults, Requests};
 use crate::log;
 use crate::pidfile::Pidfile;
 use crate::signals::{self, Signals};
@@ -59,6 +59,10 @@ pub struct Opened<F> {
     pub warnings: Vec<String>,
     /// The disks, to be closed at the end.
     pub disks: Disks,
+    /// What wants to know where requests come from.
+    pub requests: Requests,
+    /// Event loops that it is made for.
+    pub loops: usize,
     /// Where the file system notes requests that failed.
     pub faults: Arc<Faults>,
 }
@@ -179,7 +183,7 @@ impl Life {
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
         let mut watcher = if config.options.auto_unmount { Some(Watcher::fork()?) } else { None };
-        let Opened { filesystem, source, files, read_only, warnings, disks, faults } = open(target)?;
+        let Opened { filesystem, source, files, read_only, warnings, disks, requests, loops, faults } = open(target)?;
         let disks = Closing(Some(disks));
         warnings.iter().for_each(|warning| warn(warning));
         let wanted = &config.options;
@@ -193,7 +197,8 @@ impl Life {
         if let Some(watcher) = &mut watcher {
             watcher.start(&mount)?;
         }
-        let session = Running::start(filesystem, device, options, config.threads)?;
+        requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
+        let session = Running::start(filesystem, device, options, loops)?;
         let far = config.disks.iter().any(|d| d.source.is_far());
         match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead), far)) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
-use crate::fuse::lane::Stay;
+use crate::fuse::lane::Loops;
 use crate::fuse::node::{Node, writes};
 use crate::image::Written;
 
@@ -19,21 +19,20 @@ use crate::image::Written;
 pub(super) struct Context<'a> {
     pub(super) faults: &'a Arc<Faults>,
     pub(super) spare: &'a Arc<Spare>,
-    pub(super) stay: &'a Arc<Stay>,
+    pub(super) loops: &'a Arc<Loops>,
     pub(super) nodes: &'a Arc<[Node]>,
 }
 
 impl Context<'_> {
-    /// Has the answers of a network read: by this loop, if it can be spared.
+    /// Has the answers of a network read: by this loop, as far as it can be spared.
     pub(super) fn attend(&self, queue: &dyn BlockQueue) {
-        let staying = self.stay.take();
-        queue.attend(staying.is_some());
+        self.loops.attend(queue);
     }
 
     /// The same for an answer that comes later, in another thread.
     pub(super) fn later(&self) -> Later {
         let (faults, spare) = (Arc::clone(self.faults), Arc::clone(self.spare));
-        Later { faults, spare, stay: Arc::clone(self.stay), nodes: Arc::clone(self.nodes) }
+        Later { faults, spare, loops: Arc::clone(self.loops), nodes: Arc::clone(self.nodes) }
     }
 }
 
@@ -42,14 +41,14 @@ impl Context<'_> {
 pub(super) struct Later {
     faults: Arc<Faults>,
     spare: Arc<Spare>,
-    stay: Arc<Stay>,
+    loops: Arc<Loops>,
     nodes: Arc<[Node]>,
 }
 
 impl Later {
     /// As it was.
     pub(super) fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+        Context { faults: &self.faults, spare: &self.spare, loops: &self.loops, nodes: &self.nodes }
     }
 
     /// A disk of the mount.

@@ -1,13 +1,14 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. The kernel's requests are answered in `requests.rs`. How an open is served is decided in
+//! the root is the disk. The kernel's requests are answered in `answers.rs`. How an open is served is decided in
 //! `node.rs`, which of its two nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in
 //! `change.rs`.
 //!
 //! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,12 +20,12 @@ use crate::error::Result as Done;
 use crate::fuse::change::Context;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
-use crate::fuse::lane::Stay;
+use crate::fuse::lane::Loops;
 use crate::fuse::node::{Node, Passthrough};
 use crate::fuse::view;
 use crate::image::Image;
 
-mod requests;
+mod answers;
 
 /// Block size in `stat` and `statfs`.
 const BLOCK: u32 = 4096;
@@ -46,8 +47,7 @@ pub struct DiskFs {
     views: view::Builder,
     faults: Arc<Faults>,
     spare: Arc<Spare>,
-    /// Loops that may serve a network's answers.
-    stay: Arc<Stay>,
+    loops: Arc<Loops>,
 }
 
 /// The disks of a mount, for its end.
@@ -70,6 +70,17 @@ impl Disks {
     }
 }
 
+/// What wants to know where requests come from.
+#[derive(Debug)]
+pub struct Requests(Arc<Loops>);
+
+impl Requests {
+    /// The kernel's device, a copy of that of the session.
+    pub fn from(&self, device: OwnedFd) {
+        self.0.begin(device);
+    }
+}
+
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
@@ -85,7 +96,7 @@ impl DiskFs {
             views: view::Builder::default(),
             faults: Arc::default(),
             spare: Arc::new(Spare::of(loops)),
-            stay: Arc::new(Stay::of(loops)),
+            loops: Arc::new(Loops::new(loops)),
         }
     }
 
@@ -102,6 +113,11 @@ impl DiskFs {
     /// Where failed requests are noted.
     pub fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
+    }
+
+    /// To be told where requests come from.
+    pub fn requests(&self) -> Requests {
+        Requests(Arc::clone(&self.loops))
     }
 
     /// The disks, which outlive the session.
@@ -140,7 +156,7 @@ impl DiskFs {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare, stay: &self.stay, nodes: &self.nodes }
+        Context { faults: &self.faults, spare: &self.spare, loops: &self.loops, nodes: &self.nodes }
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.

@@ -34,4 +34,4 @@ mod view;
 pub mod watcher;
 
 pub use faults::Faults;
-pub use fs::{DiskFs, Disks};
+pub use fs::{DiskFs, Disks, Requests};

@@ -48,16 +48,10 @@ impl Drop for TellOnDrop {
 impl Running {
     /// Agrees with the kernel on the protocol, then serves `filesystem` until it is unmounted.
     ///
-    /// `threads`: event loops; `None`: by the number of processors. A loop that panics is lost, so `filesystem` has to
+    /// `loops`: how many event loops. A loop that panics is lost, so `filesystem` has to
     /// catch what panics while it answers.
-    pub fn start<F: Filesystem>(
-        filesystem: F,
-        device: OwnedFd,
-        options: &MountOptions,
-        threads: Option<usize>,
-    ) -> Result<Self> {
+    pub fn start<F: Filesystem>(filesystem: F, device: OwnedFd, options: &MountOptions, loops: usize) -> Result<Self> {
         let mut config = fuser::Config::default();
-        let loops = loops(threads);
         config.n_threads = Some(loops);
         config.clone_fd = loops > 1 && may_clone();
         let session = fuser::Session::from_fd(filesystem, device, acl(options), config)
@@ -98,8 +92,14 @@ fn acl(options: &MountOptions) -> SessionACL {
     if options.allow_root && !options.allow_other { SessionACL::RootAndOwner } else { SessionACL::All }
 }
 
-/// How many event loops a session has.
-pub fn loops(threads: Option<usize>) -> usize {
+/// How many event loops a session has: `threads`, if that was asked for.
+///
+/// Where all disks are behind networks (`far`) one is best: it never waits, and two would stand in each other's way at the
+/// connections.
+pub fn loops(threads: Option<usize>, far: bool) -> usize {
+    if far && threads.is_none() {
+        return 1;
+    }
     let by_processors = || thread::available_parallelism().map_or(MIN_LOOPS, |n| n.get().clamp(MIN_LOOPS, MAX_LOOPS));
     threads.unwrap_or_else(by_processors).max(1)
 }

@@ -51,7 +51,7 @@ impl Mounted {
         let target = Target::resolve(&point).unwrap();
         assert_eq!(target.is_file, is_file);
         let (mount, device) = Mount::new(&target, options, "a, b\\c.vmdk").unwrap();
-        let session = Running::start(TestFs { size: SIZE, is_file, fault }, device, options, Some(2)).unwrap();
+        let session = Running::start(TestFs { size: SIZE, is_file, fault }, device, options, 2).unwrap();
         Some(Self { session: Some(session), mount, point, _dir: dir })
     }
 
@@ -125,7 +125,7 @@ fn mount_through_the_helper_shows_the_same_type_and_source() {
     m.end().unwrap();
     let device = super::fusermount::mount(&m.point, &options(), "a, b\\c.vmdk").unwrap();
     let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
-    m.session = Some(Running::start(fs, device, &options(), None).unwrap());
+    m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
     let entry = m.entry().unwrap();
     assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
     check_whole_disk(&m.disk());
@@ -168,7 +168,7 @@ fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
     let target = Target::resolve(&m.point).unwrap();
     let (mut other, device) = Mount::new(&target, &options(), "other").unwrap();
     let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
-    let session = Running::start(fs, device, &options(), None).unwrap();
+    let session = Running::start(fs, device, &options(), 2).unwrap();
     // The kernel may have given it the numbers of ours.
     assert!(!m.mount.clear_dead().unwrap());
     assert_eq!(m.mount.unmount().unwrap(), Unmounted::Gone);
@@ -211,7 +211,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     let target = Target { point: m.point.clone(), is_file: false };
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;
-    m.session = Some(Running::start(fs, device, &options(), None).unwrap());
+    m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
     let file = File::open(m.disk()).unwrap();
     let mut sector = [0; 512];
     // more often than there are loops to be lost

@@ -13,8 +13,10 @@ use super::generation::MAX_TIMEOUT;
 use super::link::{Link, Manners};
 use super::map::{REGION, content};
 use super::op::{Finish, Kind, Op};
-use super::pool::{Buffer, Pool};
-use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, check_range};
+use super::pool::{Buffer, Place, Pool, Shared};
+use crate::block::{
+    BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, Stay, check_range,
+};
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -67,7 +69,7 @@ impl<T: Send + 'static> Slot<T> {
 
     /// Waits for it, serving the connections meanwhile, if nobody else does.
     fn wait(&self, link: &Link, until: Instant) -> Option<T> {
-        link.attend_until(true, None, || self.is_there());
+        link.attend_until(|| self.is_there());
         let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
         let left = until.saturating_duration_since(Instant::now());
         let waited = self.there.wait_timeout_while(value, left, |v| v.is_none());
@@ -134,7 +136,7 @@ impl NbdDisk {
     }
 
     /// Begins a command of any length; `done` is given the operation that was made.
-    fn begin(&self, kind: Kind, offset: u64, len: u64, buf: Buffer, done: Finish) {
+    fn begin(&self, kind: Kind, offset: u64, len: u64, buf: impl Into<Place>, done: Finish) {
         self.link.submit(Op::new(kind, offset, len, buf, self.link.deadline(), done));
     }
 
@@ -250,9 +252,9 @@ impl NbdDisk {
     fn write_buffer(&self, offset: u64, len: u64, buf: Buffer) -> Result<()> {
         let slot = Slot::new();
         let (there, link) = (Arc::clone(&slot), Arc::downgrade(&self.link));
-        let finish: Finish = Box::new(move |op, result| {
+        let finish: Finish = Box::new(move |mut op, result| {
             if let Some(link) = link.upgrade() {
-                link.pool.give(op.buf);
+                link.pool.give(op.buf.take());
             }
             there.put(result);
         });
@@ -387,22 +389,33 @@ impl BlockQueue for NbdDisk {
             Ok(buf) => buf,
             Err(e) => return done(Err(e)),
         };
-        if len > export.maximum {
-            return self.begin_long_read(at, bytes, len, buf, done);
-        }
         let link = Arc::downgrade(&self.link);
-        let finish: Finish = Box::new(move |mut op, result| {
-            let (len, bytes) = (op.len as usize, bytes as usize);
+        let give = move |mut buf: Buffer, result: Result<()>| {
+            let (len, bytes) = (len as usize, bytes as usize);
             done(result.map(|()| {
-                let read = &mut op.buf.bytes()[..bytes];
+                let read = &mut buf.bytes()[..bytes];
                 read[len..].fill(0);
                 &*read
             }));
             if let Some(link) = link.upgrade() {
-                link.pool.give(op.buf);
+                link.pool.give(buf);
             }
-        });
-        self.begin(Kind::Read, at.bytes(), len, buf, finish);
+        };
+        let piece = export.piece();
+        if len <= piece {
+            let finish: Finish = Box::new(move |mut op, result| give(op.buf.take(), result));
+            return self.begin(Kind::Read, at.bytes(), len, buf, finish);
+        }
+        let whole = Shared::new(buf);
+        let all = Arc::clone(&whole);
+        let (from, to) = (at.bytes(), at.bytes() + len);
+        let parts = Parts::new(pieces(from, to, piece).count(), Box::new(move |result| give(all.take(), result)));
+        for (start, end) in pieces(from, to, piece) {
+            let (parts, place) =
+                (Arc::clone(&parts), Place::Part { of: Arc::clone(&whole), start: (start - from) as usize });
+            let finish: Finish = Box::new(move |_, result| parts.done(result));
+            self.begin(Kind::Read, start, end - start, place, finish);
+        }
     }
 
     fn begin_write(&self, at: Lba, data: &[u8], done: Done) {
@@ -417,12 +430,13 @@ impl BlockQueue for NbdDisk {
             let text = format!("{}: the export ends at byte {}, within a sector", self.label(), export.size);
             return done(Err(Error::new(ErrorKind::Os(libc::ENOSPC), text)));
         }
-        let most = export.maximum as usize;
-        let parts = Parts::new(data.len().div_ceil(most).max(1), done);
         if data.is_empty() {
-            return parts.done(Ok(()));
+            return done(Ok(()));
         }
-        for (i, part) in data.chunks(most).enumerate() {
+        let (from, to) = (at.bytes(), at.bytes() + data.len() as u64);
+        let parts = Parts::new(pieces(from, to, export.piece()).count(), done);
+        for (start, end) in pieces(from, to, export.piece()) {
+            let part = &data[(start - from) as usize..(end - from) as usize];
             let mut buf = match self.buffer(part.len() as u64) {
                 Ok(buf) => buf,
                 Err(e) => {
@@ -432,13 +446,13 @@ impl BlockQueue for NbdDisk {
             };
             buf.bytes()[..part.len()].copy_from_slice(part);
             let (parts, link) = (Arc::clone(&parts), Arc::downgrade(&self.link));
-            let finish: Finish = Box::new(move |op, result| {
+            let finish: Finish = Box::new(move |mut op, result| {
                 if let Some(link) = link.upgrade() {
-                    link.pool.give(op.buf);
+                    link.pool.give(op.buf.take());
                 }
                 parts.done(result);
             });
-            self.begin(Kind::Write, at.bytes() + (i * most) as u64, part.len() as u64, buf, finish);
+            self.begin(Kind::Write, start, end - start, buf, finish);
         }
     }
 
@@ -450,54 +464,19 @@ impl BlockQueue for NbdDisk {
         self.begin(Kind::Flush, 0, 0, Buffer::default(), Box::new(move |_, result| done(result)));
     }
 
-    fn attend(&self, may_stay: bool) {
-        self.link.attend(may_stay);
+    fn attend(&self, stay: Stay<'_>) {
+        self.link.attend(stay);
     }
 }
 
-impl NbdDisk {
-    /// A read of more than the server gives at once.
-    fn begin_long_read(&self, at: Lba, bytes: u64, len: u64, buf: Buffer, done: ReadDone) {
-        let most = self.link.export().maximum;
-        let whole = Arc::new(Mutex::new(buf));
-        let (to, link) = (Arc::clone(&whole), Arc::downgrade(&self.link));
-        let all = move |result: Result<()>| {
-            let mut buf = to.lock().unwrap_or_else(PoisonError::into_inner);
-            done(result.map(|()| {
-                let read = &mut buf.bytes()[..bytes as usize];
-                read[len as usize..].fill(0);
-                &*read
-            }));
-            if let Some(link) = link.upgrade() {
-                link.pool.give(std::mem::take(&mut buf));
-            }
-        };
-        let parts = Parts::new(len.div_ceil(most) as usize, Box::new(all));
-        for start in (0..len).step_by(most as usize) {
-            let part = most.min(len - start);
-            let buf = match self.buffer(part) {
-                Ok(buf) => buf,
-                Err(e) => {
-                    parts.done(Err(e));
-                    continue;
-                }
-            };
-            let (parts, whole, link) = (Arc::clone(&parts), Arc::clone(&whole), Arc::downgrade(&self.link));
-            let finish: Finish = Box::new(move |mut op, result| {
-                if result.is_ok() {
-                    let mut whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (start, part) = (start as usize, part as usize);
-                    whole.bytes()[start..start + part].copy_from_slice(&op.buf.bytes()[..part]);
-                }
-                if let Some(link) = link.upgrade() {
-                    link.pool.give(op.buf);
-                }
-                drop(whole);
-                parts.done(result);
-            });
-            self.begin(Kind::Read, at.bytes() + start, part, buf, finish);
-        }
-    }
+/// Splits a range at the multiples of `piece`.
+fn pieces(from: u64, to: u64, piece: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = (start / piece + 1).saturating_mul(piece).min(to);
+        (start < to).then_some((start, at))
+    })
 }
 
 /// A request of several commands: its result is that of the last one, or the first failure.

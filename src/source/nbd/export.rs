@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 /// Where a server names no maximum, a client may assume this (NBD protocol, "Block size constraints").
 const USUAL_MAXIMUM: u64 = 32 << 20;
 
+/// Bytes of one command where there is more to read or write.
+const PIECE: u64 = 256 << 10;
+
 /// The largest minimum that a server may name (NBD protocol, the same place).
 const LARGEST_MINIMUM: u64 = 64 << 10;
 
@@ -80,6 +83,12 @@ impl Export {
     /// Bytes of the smallest request that we make: whole sectors.
     pub(super) fn granule(&self) -> u64 {
         self.minimum.max(SECTOR)
+    }
+
+    /// Bytes of one command where there is more to read or write than that: parts of a long request go to several
+    /// connections, and what the server and the kernel copy stays in the processor's cache.
+    pub(super) fn piece(&self) -> u64 {
+        PIECE.max(self.preferred.min(self.maximum)).next_multiple_of(self.granule()).min(self.maximum)
     }
 
     /// As a disk. What is missing at the last sector reads as zeroes.

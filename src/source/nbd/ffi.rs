@@ -413,12 +413,11 @@ impl Handle {
     /// Sends an operation. It comes back in `retired`, exactly once, whatever happens; maybe before this returns.
     pub(super) fn submit(&self, mut op: Box<Op>, retired: &Arc<Retired>) {
         let (kind, offset, len) = (op.kind, op.offset, op.len);
-        let buf = op.buf.bytes();
+        let (buf, room) = op.buf.bytes();
         let count = if matches!(kind, Kind::Read | Kind::Write) { len as usize } else { 0 };
-        if count > buf.len() {
+        if count > room {
             return retired.push(op, Some(libc::EINVAL));
         }
-        let buf = buf.as_mut_ptr();
         let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), retired: Arc::clone(retired) }));
         let completion = sys::nbd_completion_callback {
             callback: Some(on_completion),
@@ -426,7 +425,7 @@ impl Handle {
             free: Some(free_ticket),
         };
         let raw = self.raw();
-        // SAFETY: the handle is alive. The buffer is at least `count` bytes on the heap, which belong to the ticket; the library frees the
+        // SAFETY: the handle is alive. There are at least `count` bytes on the heap, which belong to the ticket alone; the library frees the
         // ticket when it is done with the command, also where this call fails, and nobody else touches it before.
         // The extent callback is called before the completion callback, so the ticket is there.
         unsafe {

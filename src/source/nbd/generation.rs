@@ -4,34 +4,30 @@
 //!   submit ─► the connection with the fewest commands under way ─► sent by the submitting thread itself
 //!   drive  ─► poll all descriptors ─ read answers ─ tell results     by one thread at a time
 //! ```
-//! libnbd keeps a handle locked while its own `nbd_poll` sleeps, so the descriptors are polled here. Who drives is whoever
-//! waits or has just submitted: at depth 1 no thread is woken but by the answer itself. Where nobody has the
-//! time, the disk's own thread does it (see `link.rs`).
-//!
-//! `notify_read` is called only where there is something to read, and by the driver alone: a handle that was told to read
-//! and found nothing holds new commands back until an answer comes, which may never be asked for then.
+//! Who drives (`drive.rs`) is whoever waits or has just submitted: at depth 1 no thread is woken but by the answer itself.
+//! Where nobody has the time, the disk's own thread does it (see `link.rs`).
 //!
 //! The first connection has structured replies, which block status needs; the others do without.
 //!
 //! A connection that breaks, or on which an answer is overdue, ends the whole generation: its sockets are shut down, upon
 //! which libnbd gives back every command, and all are sent again on the next one.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{Shutdown, shutdown};
 
+use super::drive::Driver;
 use super::ffi::{Handle, Retired};
 use super::op::{Kind, Op};
 use crate::error::{Error, Result};
 
 /// How often it is looked whether an answer is overdue, and the step in which deadlines are counted.
-const TICK: Duration = Duration::from_millis(250);
+pub(super) const TICK: Duration = Duration::from_millis(250);
 
 /// Steps of deadlines that are told apart: the longest `timeout=` in ticks, and as many again for what is overdue.
 const STEPS: usize = 1 << 14;
@@ -39,19 +35,32 @@ const STEPS: usize = 1 << 14;
 /// The longest `timeout=`, seconds: less than half of [`STEPS`].
 pub(crate) const MAX_TIMEOUT: Duration = Duration::from_secs(1800);
 
+/// Bytes up to which a command is small: what it costs is the command, not its data.
+const SMALL: u64 = 32 << 10;
+
+/// Small commands that are sent on one connection before another is used: so many does any server take at the same time.
+const TOGETHER: usize = 16;
+
 /// An operation that came back, and what it failed with.
 pub(super) type Answer = (Box<Op>, Option<i32>);
 
 /// One connection.
 #[derive(Debug)]
-struct Conn {
-    handle: Handle,
+pub(super) struct Conn {
+    pub(super) handle: Handle,
     /// The socket, ours too: libnbd closes its own as soon as the connection breaks, and its number may be another file's then.
     socket: OwnedFd,
     retired: Arc<Retired>,
     in_flight: AtomicUsize,
     /// Block status can be asked for. Without it replies are short, and a read takes half the system calls.
     structured: bool,
+}
+
+impl Conn {
+    /// What to poll.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 /// See the module.
@@ -63,32 +72,17 @@ pub(super) struct Generation {
     /// Wakes a driver that polls for too little.
     event: EventFd,
     driven: AtomicBool,
+    /// The driver is awake: what is submitted meanwhile it sends itself, so that nobody waits for the lock of a handle.
+    awake: AtomicBool,
+    hurried: AtomicBool,
+    turns: AtomicUsize,
+    queued: Mutex<VecDeque<Box<Op>>>,
+    queued_len: AtomicUsize,
     in_flight: AtomicUsize,
     dead: AtomicBool,
     /// Commands under way by the tick of their deadline, as a ring.
     due: Box<[AtomicU32]>,
     born: Instant,
-}
-
-/// The right to drive; there is one.
-#[derive(Debug)]
-pub(super) struct Driver<'g>(&'g Generation);
-
-impl Drop for Driver<'_> {
-    fn drop(&mut self) {
-        self.0.driven.store(false, Ordering::SeqCst);
-    }
-}
-
-/// Why driving ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Driven {
-    /// Nothing is under way any more.
-    Idle,
-    /// What was waited for is there.
-    Enough,
-    /// Nothing came for as long as the driver has patience.
-    Quiet,
 }
 
 impl Generation {
@@ -100,6 +94,11 @@ impl Generation {
             count: AtomicUsize::new(0),
             event: event.map_err(|e| Error::io("eventfd", e.into()))?,
             driven: AtomicBool::new(false),
+            awake: AtomicBool::new(false),
+            hurried: AtomicBool::new(false),
+            turns: AtomicUsize::new(0),
+            queued: Mutex::default(),
+            queued_len: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             dead: AtomicBool::new(false),
             due: (0..STEPS).map(|_| AtomicU32::new(0)).collect(),
@@ -122,7 +121,8 @@ impl Generation {
         Ok(())
     }
 
-    fn conns(&self) -> impl Iterator<Item = &Conn> {
+    /// All connections.
+    pub(super) fn conns(&self) -> impl Iterator<Item = &Conn> {
         self.conns.iter().take(self.count.load(Ordering::SeqCst)).filter_map(OnceLock::get)
     }
 
@@ -156,21 +156,66 @@ impl Generation {
         self.conns().for_each(|c| c.handle.disconnect());
     }
 
-    /// Sends an operation. What comes back at once (because it could not be sent) is put into `back`.
+    /// Sends an operation, or has the driver do it. What comes back at once (because it could not be sent) is put into `back`.
     pub(super) fn submit(&self, op: Box<Op>, back: &mut Vec<Answer>) {
-        let fit = self.conns().filter(|c| op.kind != Kind::Status || c.structured);
-        let Some(conn) = fit.min_by_key(|c| (c.in_flight.load(Ordering::Relaxed), c.structured)) else {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.due(op.deadline).fetch_add(1, Ordering::Relaxed);
+        if !self.awake.load(Ordering::SeqCst) {
+            return self.send(op, back);
+        }
+        {
+            let mut queued = self.queued();
+            queued.push_back(op);
+            self.queued_len.store(queued.len(), Ordering::SeqCst);
+        }
+        // The driver looks into the queue after it has said that it goes to sleep.
+        if !self.awake.load(Ordering::SeqCst) {
+            self.send_queued(back);
+        }
+    }
+
+    fn queued(&self) -> MutexGuard<'_, VecDeque<Box<Op>>> {
+        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what was left to the driver.
+    pub(super) fn send_queued(&self, back: &mut Vec<Answer>) {
+        while self.has_queued() {
+            let ops = {
+                let mut queued = self.queued();
+                self.queued_len.store(0, Ordering::SeqCst);
+                std::mem::take(&mut *queued)
+            };
+            for op in ops {
+                self.send(op, back);
+            }
+        }
+    }
+
+    fn send(&self, op: Box<Op>, back: &mut Vec<Answer>) {
+        let Some(conn) = self.connection_for(&op) else {
+            self.came_back(&op, None);
             return back.push((op, Some(libc::ENOTCONN)));
         };
-        self.in_flight.fetch_add(1, Ordering::SeqCst);
         conn.in_flight.fetch_add(1, Ordering::Relaxed);
-        self.due(op.deadline).fetch_add(1, Ordering::Relaxed);
         conn.handle.submit(op, &conn.retired);
         self.collect(conn, back);
         // Where not all could be sent at once, whoever polls has to know. That one may poll for reading only.
-        if conn.handle.direction().1 && self.driven.load(Ordering::SeqCst) {
+        if conn.handle.direction().1 && self.driven.load(Ordering::SeqCst) && !self.awake.load(Ordering::SeqCst) {
             self.wake();
         }
+    }
+
+    /// The connection to send it on. Small ones go together, as long as the server may have them all under way at the same
+    /// time: one thread is less awake on either side for each connection that is not used.
+    fn connection_for(&self, op: &Op) -> Option<&Conn> {
+        let fit = self.conns().filter(|c| op.kind != Kind::Status || c.structured);
+        let small = op.len <= SMALL || !op.kind.has_data();
+        fit.min_by_key(|c| {
+            let load = c.in_flight.load(Ordering::Relaxed);
+            let load = if small && load < TOGETHER { 0 } else { load };
+            (load, c.structured)
+        })
     }
 
     /// The counter of the commands that are due in the same tick.
@@ -200,114 +245,84 @@ impl Generation {
     pub(super) fn driver(&self) -> Option<Driver<'_>> {
         let free = self.driven.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         // made only where it is free: the end of a driver gives the right back
-        free.then(|| Driver(self))
+        free.then(|| {
+            self.awake.store(true, Ordering::SeqCst);
+            self.hurried.store(false, Ordering::Relaxed);
+            Driver::of(self)
+        })
+    }
+
+    /// Gives it back, for the end of a driver.
+    pub(super) fn give_right(&self) {
+        self.awake.store(false, Ordering::SeqCst);
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        self.driven.store(false, Ordering::SeqCst);
+    }
+
+    /// How often the right was given back.
+    pub(super) fn turns(&self) -> usize {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Asks a driver that needs not drive to leave.
+    pub(super) fn hurry(&self) {
+        self.hurried.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has asked for that since it has begun.
+    pub(super) fn is_hurried(&self) -> bool {
+        self.hurried.load(Ordering::Relaxed)
+    }
+
+    /// Lets the driver sleep in `wait`, which is told whether it may: not where there is something to send.
+    pub(super) fn asleep<T>(&self, wait: impl FnOnce(bool) -> T) -> T {
+        self.awake.store(false, Ordering::SeqCst);
+        let waited = wait(!self.has_queued());
+        self.awake.store(true, Ordering::SeqCst);
+        waited
+    }
+
+    /// Whether something was left to the driver.
+    pub(super) fn has_queued(&self) -> bool {
+        self.queued_len.load(Ordering::SeqCst) > 0
+    }
+
+    /// Commands under way.
+    pub(super) fn under_way(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// What [`Self::wake`] makes readable.
+    pub(super) fn waker(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Makes it unreadable again.
+    pub(super) fn woken(&self) {
+        let _ = self.event.read();
+    }
+
+    /// Ends the generation if an answer is overdue.
+    pub(super) fn end_if_overdue(&self) {
+        if self.is_overdue() {
+            self.fail();
+        }
     }
 
     /// Moves what a connection has given back to `back`.
-    fn collect(&self, conn: &Conn, back: &mut Vec<Answer>) {
+    pub(super) fn collect(&self, conn: &Conn, back: &mut Vec<Answer>) {
         let before = back.len();
         conn.retired.take(back);
         for (op, _) in &back[before..] {
-            self.due(op.deadline).fetch_sub(1, Ordering::Relaxed);
-        }
-        let came = back.len() - before;
-        if came > 0 {
-            conn.in_flight.fetch_sub(came, Ordering::Relaxed);
-            self.in_flight.fetch_sub(came, Ordering::SeqCst);
-        }
-    }
-}
-
-impl Driver<'_> {
-    /// Serves the connections until nothing is under way, `enough` says so, or nothing came for `patience`.
-    ///
-    /// What came back is given to `told`, outside of all locks.
-    pub(super) fn drive(
-        &self,
-        patience: Option<Duration>,
-        mut enough: impl FnMut() -> bool,
-        mut told: impl FnMut(&mut Vec<Answer>),
-    ) -> Driven {
-        let mut back = Vec::new();
-        let mut quiet = Duration::ZERO;
-        let mut looked = Instant::now();
-        loop {
-            if enough() {
-                return Driven::Enough;
-            }
-            if self.0.is_idle() {
-                return Driven::Idle;
-            }
-            let most = patience.map_or(TICK, |p| p.saturating_sub(quiet).min(TICK));
-            if self.turn(most, &mut back) {
-                quiet = Duration::ZERO;
-            } else {
-                quiet += most;
-            }
-            told(&mut back);
-            if looked.elapsed() >= TICK {
-                looked = Instant::now();
-                if self.0.is_overdue() {
-                    self.0.fail();
-                }
-            }
-            if patience.is_some_and(|p| quiet >= p) {
-                return Driven::Quiet;
-            }
+            self.came_back(op, Some(conn));
         }
     }
 
-    /// Waits once for answers, `most` at most, and reads them. Whether anything happened.
-    fn turn(&self, most: Duration, back: &mut Vec<Answer>) -> bool {
-        let mut happened = false;
-        let mut fds = Vec::with_capacity(1 + self.0.count());
-        // All of them: a command may be sent on an idle one meanwhile.
-        let conns: Vec<&Conn> = self.0.conns().collect();
-        fds.push(PollFd::new(self.0.event.as_fd(), PollFlags::POLLIN));
-        for conn in &conns {
-            let (_, write) = conn.handle.direction();
-            let events = if write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            fds.push(PollFd::new(conn.socket.as_fd(), events));
+    fn came_back(&self, op: &Op, from: Option<&Conn>) {
+        self.due(op.deadline).fetch_sub(1, Ordering::Relaxed);
+        if let Some(conn) = from {
+            conn.in_flight.fetch_sub(1, Ordering::Relaxed);
         }
-        let timeout = PollTimeout::try_from(most.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            // No memory in the kernel, say: told as any loss.
-            Err(e) => {
-                tracing::error!("polling the connections to an NBD server: {e}");
-                self.0.fail();
-            }
-        }
-        let ready = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
-        if !ready(&fds[0]).is_empty() {
-            let _ = self.0.event.read();
-        }
-        for (conn, fd) in conns.iter().zip(&fds[1..]) {
-            let got = ready(fd);
-            if !got.is_empty() {
-                happened = true;
-                self.serve(conn, got);
-            }
-            self.0.collect(conn, back);
-        }
-        happened
-    }
-
-    fn serve(&self, conn: &Conn, got: PollFlags) {
-        let (read, write) = conn.handle.direction();
-        let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
-        let went = if read && (broken || got.contains(PollFlags::POLLIN)) {
-            conn.handle.readable()
-        } else if write && (broken || got.contains(PollFlags::POLLOUT)) {
-            conn.handle.writable()
-        } else {
-            Ok(())
-        };
-        if conn.handle.is_over() {
-            if let Err(e) = went {
-                tracing::info!("a connection to an NBD server broke: {e}");
-            }
-            self.0.fail();
-        }
+        self.in_flight.fetch_sub(1, Ordering::SeqCst);
     }
 }

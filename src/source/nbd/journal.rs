@@ -60,7 +60,7 @@ impl Journal {
     pub(super) fn add(&mut self, op: &mut Op) -> bool {
         let number = self.next;
         self.next += 1;
-        let entry = Entry { number, kind: op.kind, offset: op.offset, len: op.len, buf: std::mem::take(&mut op.buf) };
+        let entry = Entry { number, kind: op.kind, offset: op.offset, len: op.len, buf: op.buf.take() };
         self.bytes += entry.cost();
         self.entries.push_back(entry);
         self.wants_flush()

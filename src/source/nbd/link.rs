@@ -20,13 +20,15 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::dial::Dialer;
+use super::drive::{Driven, Leave};
 use super::export::Export;
 use super::ffi::Handle;
-use super::generation::{Answer, Driven, Generation};
+use super::generation::{Answer, Generation};
 use super::journal::{Entry, Journal};
 use super::map::Map;
 use super::op::{Kind, Op};
 use super::pool::{Buffer, Pool};
+use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The first pause between two attempts to connect, and the longest.
@@ -44,6 +46,10 @@ const WIDEN: Duration = Duration::from_secs(5);
 
 /// How often the driver looks for commands that nobody serves, however that may have come.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How often the driver's thread looks after those who come and go, and after how many looks without traffic it stops.
+const GUARD: Duration = Duration::from_millis(1);
+const GUARD_IDLE: usize = 50;
 
 /// How long a lost connection is kept, for a thread that was about to send something on it.
 const RETIRED: Duration = Duration::from_secs(10);
@@ -83,6 +89,8 @@ pub(super) struct Link {
     /// For the driver.
     kicked: Mutex<bool>,
     kick: Condvar,
+    /// The driver's thread looks after those who come and go.
+    guarding: AtomicBool,
     closing: AtomicBool,
     pub(super) map: Map,
     pub(super) pool: Pool,
@@ -118,6 +126,7 @@ impl Link {
             kicked: Mutex::new(false),
             retired: Mutex::default(),
             kick: Condvar::new(),
+            guarding: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             map: Map::default(),
             pool: Pool::default(),
@@ -226,22 +235,67 @@ impl Link {
         self.wanted.notify_all();
     }
 
-    /// Sees to it that what was submitted is served: by this thread, if `may_stay` and nobody does it, as long as
-    /// answers come; else by the driver.
-    pub(super) fn attend(&self, may_stay: bool) {
-        self.attend_until(may_stay, Some(PATIENCE), || false);
-    }
-
-    /// The same until `enough` is true; with no patience given until then.
-    pub(super) fn attend_until(&self, may_stay: bool, patience: Option<Duration>, enough: impl Fn() -> bool) {
+    /// Sees to it that what was submitted is served: by this thread, as long as it may stay and nobody else does it, else by
+    /// the driver.
+    pub(super) fn attend(&self, stay: Stay<'_>) {
         let Some(generation) = self.generation() else { return };
-        if may_stay && let Some(driver) = generation.driver() {
-            driver.drive(patience, enough, |back| self.told(&generation, back));
-            drop(driver);
+        match stay {
+            Stay::No => {}
+            Stay::Patiently => drop(self.drive(&generation, Leave::Quiet(PATIENCE))),
+            Stay::Until(other) => match self.drive(&generation, Leave::Called(other)) {
+                // It comes back, or else the guard will notice.
+                Some(Driven::Left) => return self.guard(),
+                Some(Driven::Idle) => {}
+                None => generation.hurry(),
+            },
         }
         if !generation.is_idle() {
             self.kick(&generation);
         }
+    }
+
+    /// Serves what was submitted until `enough` is true.
+    pub(super) fn attend_until(&self, enough: impl Fn() -> bool) {
+        let Some(generation) = self.generation() else { return };
+        self.drive(&generation, Leave::Enough(&enough));
+        if !generation.is_idle() {
+            self.kick(&generation);
+        }
+    }
+
+    /// Serves a generation, if nobody else does.
+    fn drive(&self, generation: &Generation, leave: Leave<'_>) -> Option<Driven> {
+        let driver = generation.driver()?;
+        Some(driver.drive(leave, |back| self.told(generation, back)))
+    }
+
+    /// Has the driver's thread look from time to time whether somebody serves what is under way: who has left to do
+    /// something else may have found that to be longer work.
+    fn guard(&self) {
+        if !self.guarding.swap(true, Ordering::SeqCst) {
+            *lock(&self.kicked) = true;
+            self.kick.notify_one();
+        }
+    }
+
+    /// Looks for as long as there is traffic. Whether somebody has to serve.
+    fn stand_guard(&self) -> bool {
+        let (mut turns, mut idle) = (0, 0);
+        while let Some(generation) = self.generation().filter(|_| !self.closing.load(Ordering::SeqCst)) {
+            let before = std::mem::replace(&mut turns, generation.turns());
+            if before != turns {
+                idle = 0;
+            } else if !generation.is_idle() {
+                return true;
+            } else if idle > GUARD_IDLE {
+                break;
+            } else {
+                idle += 1;
+            }
+            thread::sleep(GUARD);
+        }
+        self.guarding.store(false, Ordering::SeqCst);
+        self.generation().is_some_and(|g| !g.is_idle())
     }
 
     /// Has the driver serve a generation that nobody serves.
@@ -270,13 +324,14 @@ impl Link {
             }
             drop(kicked);
             self.serve_retired();
+            if self.guarding.load(Ordering::SeqCst) && !self.stand_guard() {
+                continue;
+            }
             let Some(generation) = self.generation() else { continue };
             // What is told a result may panic: that is its own affair, but the others want theirs.
             let turn = || loop {
-                let Some(driver) = generation.driver() else { return };
-                let why = driver.drive(None, || false, |back| self.told(&generation, back));
-                drop(driver);
-                if why != Driven::Idle || generation.is_idle() {
+                let why = self.drive(&generation, Leave::Hurried);
+                if why != Some(Driven::Idle) || generation.is_idle() {
                     return;
                 }
             };
@@ -296,9 +351,7 @@ impl Link {
     fn serve_retired(&self) {
         let retired = std::mem::take(&mut *lock(&self.retired));
         for (generation, until) in retired {
-            if let Some(driver) = generation.driver() {
-                driver.drive(None, || false, |back| self.told(&generation, back));
-            }
+            self.drive(&generation, Leave::Idle);
             if Instant::now() < until {
                 lock(&self.retired).push((generation, until));
             }
@@ -457,7 +510,7 @@ impl Link {
         let old = self.generation();
         if let Some(old) = old.as_ref().filter(|g| g.is_dead()) {
             // Its commands come back by themselves; before the last one did, their order is not known.
-            self.attend_until(true, None, || old.is_idle());
+            self.attend_until(|| old.is_idle());
             while !old.is_idle() && !self.closing.load(Ordering::SeqCst) {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -491,7 +544,7 @@ impl Link {
             }
             self.send(op);
         }
-        self.attend(false);
+        self.attend(Stay::No);
         Ok(())
     }
 
@@ -593,7 +646,7 @@ impl Link {
         while answers.len() < count {
             match generation.driver() {
                 Some(driver) => {
-                    driver.drive(None, || false, |back| answers.append(back));
+                    driver.drive(Leave::Idle, |back| answers.append(back));
                 }
                 None => thread::yield_now(),
             }
@@ -633,7 +686,7 @@ impl Link {
                 generation.disconnect();
             } else {
                 generation.fail();
-                self.attend_until(true, Some(PATIENCE), || false);
+                self.attend(Stay::Patiently);
             }
         }
         let State { waiting, parked } = std::mem::take(&mut *lock(&self.state));

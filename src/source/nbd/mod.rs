@@ -4,7 +4,7 @@
 //!   disk.rs        sectors ─► commands, split as the server wants them; zeroes that are known are not fetched (map.rs)
 //!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
 //!   journal.rs     changes that no flush has covered, to be sent again
-//!   generation.rs  the connections of now: who sends, who reads answers
+//!   generation.rs  the connections of now: who sends      drive.rs    who reads answers
 //!   dial.rs        from an address to a connection        server.rs   a server that we run ourselves
 //!   look.rs        --list, --info, all exports as files   export.rs   size and abilities
 //!   ffi.rs         the only calls of libnbd
@@ -14,6 +14,7 @@
 
 mod dial;
 mod disk;
+mod drive;
 mod export;
 mod ffi;
 mod generation;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Instant;
 
-use super::pool::Buffer;
+use super::pool::Place;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a command does.
@@ -32,6 +32,11 @@ impl Kind {
         matches!(self, Self::Write | Self::Zero { .. } | Self::Trim)
     }
 
+    /// Whether data goes with it, in either direction.
+    pub(super) fn has_data(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+
     /// For messages.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -56,7 +61,7 @@ pub(super) struct Op {
     /// Bytes of the range.
     pub(super) len: u64,
     /// What is read or written: its first `len` bytes; empty for the other kinds.
-    pub(super) buf: Buffer,
+    pub(super) buf: Place,
     /// What a question about the status was answered: lengths and flags, from `offset` on.
     pub(super) extents: Vec<(u64, u32)>,
     /// When it fails, however often it was sent.
@@ -68,7 +73,15 @@ pub(super) struct Op {
 
 impl Op {
     /// A command with a buffer of at least that length, or none.
-    pub(super) fn new(kind: Kind, offset: u64, len: u64, buf: Buffer, deadline: Instant, finish: Finish) -> Box<Self> {
+    pub(super) fn new(
+        kind: Kind,
+        offset: u64,
+        len: u64,
+        buf: impl Into<Place>,
+        deadline: Instant,
+        finish: Finish,
+    ) -> Box<Self> {
+        let buf = buf.into();
         Box::new(Self { kind, offset, len, buf, extents: Vec::new(), deadline, covers: 0, finish: Some(finish) })
     }
 

@@ -3,7 +3,10 @@
 //! They start at pages, which the kernel copies faster, and belong to one disk: what an earlier command left in one is
 //! never another disk's.
 
-use std::sync::{Mutex, PoisonError};
+#![allow(unsafe_code)] // Several commands of a C library write to one buffer.
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -31,6 +34,74 @@ impl Buffer {
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.0.len() * PAGE
+    }
+}
+
+/// A buffer that several commands fill, each its own part of it.
+pub(super) struct Shared {
+    /// Its first byte. The buffer is not touched otherwise as long as commands may be under way.
+    first: NonNull<u8>,
+    len: usize,
+    buffer: Mutex<Buffer>,
+}
+
+// SAFETY: the memory belongs to `buffer`, which may go to any thread; who writes to it by `first` keeps to its part.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// To be filled in parts.
+    pub(super) fn new(mut buffer: Buffer) -> Arc<Self> {
+        let bytes = buffer.bytes();
+        let (first, len) = (NonNull::from(&mut *bytes).cast(), bytes.len());
+        Arc::new(Self { first, len, buffer: Mutex::new(buffer) })
+    }
+
+    /// The buffer again, once all commands have ended.
+    pub(super) fn take(&self) -> Buffer {
+        std::mem::take(&mut *self.buffer.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Where a command reads to, or writes from.
+pub(super) enum Place {
+    /// A buffer of its own.
+    Own(Buffer),
+    /// A part of one, which no other command has: from `start` on.
+    Part {
+        /// The buffer.
+        of: Arc<Shared>,
+        /// Its byte that the part starts at.
+        start: usize,
+    },
+}
+
+impl Place {
+    /// The first byte, and how many there are.
+    pub(super) fn bytes(&mut self) -> (*mut u8, usize) {
+        match self {
+            Self::Own(buffer) => (buffer.bytes().as_mut_ptr(), buffer.len()),
+            Self::Part { of, start } => {
+                let start = (*start).min(of.len);
+                // SAFETY: the place is within the memory of the buffer, or its end.
+                (unsafe { of.first.add(start) }.as_ptr(), of.len - start)
+            }
+        }
+    }
+
+    /// Takes a buffer of its own out; of a shared one nothing.
+    pub(super) fn take(&mut self) -> Buffer {
+        match self {
+            Self::Own(buffer) => std::mem::take(buffer),
+            Self::Part { .. } => Buffer::default(),
+        }
+    }
+}
+
+impl From<Buffer> for Place {
+    fn from(buffer: Buffer) -> Self {
+        Self::Own(buffer)
     }
 }
 
