@@ -16,6 +16,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
@@ -76,8 +77,24 @@ pub fn start(foreground: bool) -> Result<Started> {
     }
 }
 
+/// Forks a process that does `work` with its end of a socket, and ends then. The other end, and the process. `socket`
+/// says what it is for.
+///
+/// Errors: as of every fork, where more than one thread runs.
+pub(crate) fn helper(socket: &str, work: impl FnOnce(UnixStream)) -> Result<(UnixStream, Pid)> {
+    let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io(socket, e))?;
+    match fork()? {
+        ForkResult::Parent { child } => Ok((ours, child)),
+        ForkResult::Child => {
+            drop(ours);
+            work(theirs);
+            leave();
+        }
+    }
+}
+
 /// Forks, if that is safe: an error where more than one thread runs.
-pub(crate) fn fork() -> Result<ForkResult> {
+fn fork() -> Result<ForkResult> {
     let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
     if tasks != 1 {
         let text = format!("{tasks} threads run already, where a process has to be forked from one");
@@ -130,7 +147,7 @@ pub fn raise_file_limit() {
 }
 
 /// Ends a forked child where it stands: what it copied belongs to its parent, and no destructor may run on it.
-pub(crate) fn leave() -> ! {
+fn leave() -> ! {
     // SAFETY: _exit only ends the process; nothing of ours waits for an atexit handler.
     unsafe { libc::_exit(0) }
 }

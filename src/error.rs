@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 /// A result whose error is [`Error`].
@@ -82,12 +81,6 @@ impl Error {
     #[must_use]
     pub fn within(self, context: impl Into<String>) -> Self {
         Self(Arc::new(Inner { kind: self.kind(), context: context.into(), source: Some(Source::Error(self)) }))
-    }
-
-    /// The same error with the path in front of it.
-    #[must_use]
-    pub fn in_file(self, path: &Path) -> Self {
-        self.within(path.display().to_string())
     }
 
     /// Its kind.

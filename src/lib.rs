@@ -35,4 +35,6 @@ pub mod run;
 pub mod signals;
 pub mod source;
 pub mod store;
+#[cfg(test)]
+mod test_disk;
 pub mod vmdk;

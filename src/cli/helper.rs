@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, Command};
 
 use super::options::Options;
 use super::program::verbosity;
-use super::{MountWords, Parsed, UsageError, one_line, params};
+use super::{MountWords, Parsed, UsageError, one_line, words};
 use crate::config::LogConfig;
 
 /// The names that mount(8) calls it by.
@@ -29,7 +29,7 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
     let word = |name: &str| matches.get_one::<OsString>(name).cloned().unwrap_or_default();
     let lists = matches.get_many::<OsString>("options").into_iter().flatten();
     let options = Options::parse(lists.map(OsString::as_os_str), matches.get_flag("sloppy"))?;
-    let source = params::with_key(&word("source"));
+    let source = words::with_key(&word("source"));
     let mount = MountWords {
         mountpoint: &word("mountpoint"),
         words: &[source],
@@ -60,22 +60,16 @@ fn command() -> Command {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_words::{config_of, mount_of};
     use super::*;
-    use crate::config::{Action, Config, MountConfig};
+    use crate::config::{Config, MountConfig};
 
     fn run(args: &[&str]) -> Result<Config, String> {
-        match parse(args.iter().map(OsString::from)) {
-            Ok(Parsed::Run(config)) => Ok(*config),
-            Ok(Parsed::Print(text)) => panic!("only prints {text:?}"),
-            Err(e) => Err(e.to_string()),
-        }
+        config_of(parse(args.iter().map(OsString::from)))
     }
 
     fn mount(args: &[&str]) -> MountConfig {
-        match run(args).map(|config| config.action) {
-            Ok(Action::Mount(mount)) => mount,
-            other => panic!("no mount: {other:?}"),
-        }
+        mount_of(run(args).unwrap())
     }
 
     #[test]

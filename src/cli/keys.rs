@@ -4,17 +4,14 @@
 //! [`Key::available`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 
-use super::params::{Backend, Settings, SourceSpec};
+use super::settings::{Backend, Settings, SourceSpec};
 use super::{UsageError, nbd, values, writing};
 use crate::config::{Format, KernelView};
 
-/// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
-pub(super) const HELP_WIDTH: usize = 96;
+mod help;
 
-/// Columns before the explanation of a key.
-const HELP_INDENT: usize = 32;
+pub(super) use help::{HELP_WIDTH, help, help_later, wrapped};
 
 /// One key.
 #[derive(Debug)]
@@ -243,73 +240,6 @@ pub(super) fn nearest_of(name: &str, words: impl Iterator<Item = &'static str>) 
     (distance <= (shorter / 3).max(1) && distance < shorter).then_some(known)
 }
 
-/// The keys as a section of the help.
-pub(super) fn help() -> String {
-    let mut out = String::from("Keys (before the first file= they hold for all disks, after it for its disk):\n");
-    for group in Group::ALL {
-        let mut keys = KEYS.iter().filter(|key| key.group == group && key.is_local()).peekable();
-        if keys.peek().is_some() {
-            _ = writeln!(out, "  {}:", group.title());
-        }
-        for key in keys {
-            let head = format!("    {}={}", key.name, key.kind.placeholder());
-            let repeats = if key.repeats { " (repeatable)" } else { "" };
-            _ = write!(out, "{}", explained(&head, &format!("{}{repeats}", key.help)));
-        }
-    }
-    out.push_str("\nSIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0.\n");
-    out
-}
-
-/// The form of a key and its explanation beside it, in lines of the help's width.
-fn explained(form: &str, explanation: &str) -> String {
-    let mut out = String::new();
-    let mut line = form.to_owned();
-    if form.len() > HELP_INDENT {
-        _ = writeln!(out, "{line}");
-        line.clear();
-    }
-    line = format!("{line:HELP_INDENT$}");
-    for word in explanation.split(' ') {
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = " ".repeat(HELP_INDENT);
-        }
-        _ = write!(line, " {word}");
-    }
-    _ = writeln!(out, "{line}");
-    out
-}
-
-/// The keys that are not in this build yet, by heading, as lines for the help.
-pub(super) fn help_later() -> String {
-    let mut out = String::new();
-    for group in Group::ALL {
-        let names = KEYS.iter().filter(|key| key.group == group && !key.is_local()).map(|key| format!("{}=", key.name));
-        out.push_str(&wrapped(group.title(), names));
-    }
-    out
-}
-
-/// `title: word word …` in lines of the help's width; nothing where there are no words.
-pub(super) fn wrapped(title: &str, words: impl Iterator<Item = String>) -> String {
-    let mut out = String::new();
-    let mut line = format!("  {title}:");
-    let mut empty = true;
-    for word in words {
-        empty = false;
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = String::from("   ");
-        }
-        _ = write!(line, " {word}");
-    }
-    if !empty {
-        _ = writeln!(out, "{line}");
-    }
-    out
-}
-
 /// A kind of words that all work where their key does.
 const fn one_of(words: &'static [&'static str]) -> Kind {
     Kind::OneOf { words, later: &[] }
@@ -444,140 +374,4 @@ pub(super) static KEYS: &[Key] = &[
 ];
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-
-    /// The contract's keys, so that none gets lost from the table.
-    const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
-        password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
-        transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
-        create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size view-dir dir partitions \
-        descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
-        shared tls tls-certificates tls-verify tls-username tls-psk";
-
-    const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
-        force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
-        socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
-        tls-username tls-psk kernel-view view-size view-dir";
-
-    #[test]
-    fn the_table_is_the_contract() {
-        let spellings: Vec<&str> =
-            KEYS.iter().flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied())).collect();
-        let unique: HashSet<&str> = spellings.iter().copied().collect();
-        assert_eq!(unique.len(), spellings.len(), "a key stands twice in the table");
-        assert_eq!(unique, CONTRACT.split_whitespace().collect());
-        let local: HashSet<&str> = KEYS.iter().filter(|key| key.is_local()).map(|key| key.name).collect();
-        assert_eq!(local, LOCAL.split_whitespace().collect());
-    }
-
-    #[test]
-    fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
-        for key in KEYS.iter().filter(|key| !key.is_local()) {
-            let error = key.apply(&mut Settings::default(), OsStr::new("?")).unwrap_err().to_string();
-            assert_eq!(error, format!("{}= is not in this build yet", key.name));
-        }
-    }
-
-    #[test]
-    fn words_of_a_key_that_are_still_to_come_say_so() {
-        for (name, word) in [("backend", "vddk"), ("backend", "https")] {
-            let error = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(word)).unwrap_err();
-            assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
-        }
-    }
-
-    #[test]
-    fn a_value_must_fit_its_key() {
-        for (name, value, good) in [
-            ("readonly", "yes", true),
-            ("readonly", "maybe", false),
-            ("cache", "none", true),
-            ("cache", "writethrough", true),
-            ("cache", "writeback", true),
-            ("cache", "None", false),
-            ("cow", "tmp", true),
-            ("cow", "x.vmdk", true),
-            ("cow", "", false),
-            ("force", "maybe", false),
-            ("create", "1", true),
-            ("create", "x.vmdk", false),
-            ("create-size", "512", true),
-            ("create-size", "0", false),
-            ("create-size", "513", false),
-            ("create-size", "8388608T", false),
-            ("create-type", "split-flat", true),
-            ("create-type", "splitflat", false),
-            ("create-adapter-type", "legacyESX", true),
-            ("create-adapter-type", "scsi-buslogic", true),
-            ("create-adapter-type", "nvme", false),
-            ("create-hwversion", "21", true),
-            ("create-hwversion", "esx65", true),
-            ("create-hwversion", "2", false),
-            ("create-hwversion", "+4", false),
-            ("create-hwversion", "esx", false),
-            ("cache-size", "1G", true),
-            ("cache-size", "1Q", false),
-            ("readahead", "128K", true),
-            ("readahead", "", false),
-            ("backend", "native", true),
-            ("backend", "magic", false),
-            ("format", "vmdk", true),
-            ("format", "raw", true),
-            ("format", "qcow2", false),
-            ("degraded", "cid", true),
-            ("degraded", "yes", false),
-            ("lock", "on", true),
-            ("lock", "off", true),
-            ("lock", "yes", false),
-            ("name", "x.raw", true),
-            ("name", "a/b", false),
-            ("file", "", false),
-            ("dir", "", false),
-            ("allow-dir", "", false),
-        ] {
-            let outcome = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(value));
-            assert_eq!(outcome.is_ok(), good, "{name}={value}: {outcome:?}");
-            if let Err(e) = outcome {
-                assert!(e.to_string().starts_with(&format!("{name}={value}: ")), "{e}");
-            }
-        }
-    }
-
-    #[test]
-    fn nearest_is_only_near() {
-        for (typed, meant) in [
-            ("cashe", "cache"),
-            ("read-only", "readonly"),
-            ("fiel", "file"),
-            ("File", "file"),
-            ("readahaed", "readahead"),
-            ("allowdir", "allow-dir"),
-            ("vhost-cidd", "vhost-cid"),
-            ("pasword", "password"),
-        ] {
-            assert_eq!(nearest(typed), Some(meant), "{typed}");
-        }
-        for typed in ["x", "zz", "banana", "completely-else", ""] {
-            assert_eq!(nearest(typed), None, "{typed}");
-        }
-    }
-
-    #[test]
-    fn help_holds_every_key_where_it_belongs_and_fits() {
-        let (now, later) = (help(), help_later());
-        for key in KEYS {
-            let (place, form) = if key.is_local() {
-                (&now, format!("    {}={}", key.name, key.kind.placeholder()))
-            } else {
-                (&later, format!(" {}=", key.name))
-            };
-            assert!(place.contains(&form), "{form} is not in:\n{place}");
-        }
-        for line in now.lines().chain(later.lines()) {
-            assert!(line.len() <= HELP_WIDTH, "too long: {line}");
-        }
-    }
-}
+mod tests;

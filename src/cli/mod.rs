@@ -6,6 +6,7 @@
 //!      │            └─ target.rs    MOUNTPOINT ────────┘
 //!      └ --config: config_file.rs turns the file into the words and options that it stands for
 //!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
+//!          words.rs: one word → a key and its value    settings.rs: what is said about a disk → its configuration
 //!          nbd.rs: the keys of NBD servers
 //!          writing.rs: the keys of writing, and which of them go together
 //! ```
@@ -25,9 +26,13 @@ mod nbd;
 mod options;
 mod params;
 mod program;
+mod settings;
 mod sources;
 mod target;
+#[cfg(test)]
+mod test_words;
 mod values;
+mod words;
 mod writing;
 
 use options::Options;
@@ -168,18 +173,12 @@ mod tests {
     use std::fs;
     use std::os::unix::ffi::OsStrExt;
 
+    use super::test_words::{config_of, mount_of};
     use super::*;
     use crate::config::{MountOptions, MountTarget};
 
     fn mount(args: &[&str]) -> Result<MountConfig, String> {
-        let args = ["vmdkfuse"].iter().chain(args).map(OsString::from);
-        match parse(args).map_err(|e| e.to_string())? {
-            Parsed::Run(config) => match config.action {
-                Action::Mount(mount) => Ok(mount),
-                other => panic!("not a mount: {other:?}"),
-            },
-            Parsed::Print(text) => panic!("not a mount: {text}"),
-        }
+        config_of(parse(["vmdkfuse"].iter().chain(args).map(OsString::from))).map(mount_of)
     }
 
     #[test]

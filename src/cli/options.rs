@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::keys::{self, Key, Scope};
-use super::params::{split_key, unknown_key};
+use super::words::{split_key, unknown_key};
 use super::{UsageError, values};
 use crate::config::MountOptions;
 

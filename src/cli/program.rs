@@ -9,7 +9,9 @@ use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 
 use super::options::Options;
 use super::writing::Purpose;
-use super::{MountWords, Parsed, UsageError, commit, config_file, keys, one_line, params, query, unmounted, values};
+use super::{
+    MountWords, Parsed, UsageError, commit, config_file, keys, one_line, params, query, unmounted, values, words,
+};
 use crate::config::{Action, Config, LogConfig, Query};
 
 /// The forms of the command, for the help.
@@ -133,7 +135,7 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut manner: Manner) -> Result
     let Some((mountpoint, words)) = words.split_first() else {
         return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
     };
-    if let Some(key) = params::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
+    if let Some(key) = words::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
         // Without its value: it may be a secret.
         return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {key}=...")));
     }
@@ -272,22 +274,16 @@ fn after_help() -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_words::{config_of, mount_of};
     use super::*;
     use crate::config::MountConfig;
 
     fn run(args: &[&str]) -> Result<Config, String> {
-        match parse(args.iter().map(OsString::from)) {
-            Ok(Parsed::Run(config)) => Ok(*config),
-            Ok(Parsed::Print(text)) => panic!("only prints {text}"),
-            Err(e) => Err(e.to_string()),
-        }
+        config_of(parse(args.iter().map(OsString::from)))
     }
 
     fn mount(args: &[&str]) -> MountConfig {
-        match run(args).map(|config| config.action) {
-            Ok(Action::Mount(mount)) => mount,
-            other => panic!("no mount: {other:?}"),
-        }
+        mount_of(run(args).unwrap())
     }
 
     #[test]

@@ -261,16 +261,13 @@ pub(super) fn check_files(disks: &[DiskConfig]) -> Result<(), UsageError> {
 mod tests {
     use std::ffi::OsString;
 
-    use super::super::{Parsed, parse};
+    use super::super::parse;
+    use super::super::test_words::config_of;
     use super::*;
     use crate::config::Action;
 
     fn action(args: &[&str]) -> Result<Action, String> {
-        match parse(["vmdkfuse"].iter().chain(args).map(OsString::from)) {
-            Ok(Parsed::Run(config)) => Ok(config.action),
-            Ok(Parsed::Print(text)) => panic!("only prints {text}"),
-            Err(e) => Err(e.to_string()),
-        }
+        config_of(parse(["vmdkfuse"].iter().chain(args).map(OsString::from))).map(|config| config.action)
     }
 
     fn disks(args: &[&str]) -> Vec<DiskConfig> {

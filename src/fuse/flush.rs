@@ -122,66 +122,22 @@ fn take(answer: &Mutex<Option<Answer>>) -> Option<Answer> {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::thread;
 
     use super::*;
-    use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba};
+    use crate::test_disk::TestDisk;
 
-    /// A disk of which each flush tells that it was begun, and waits for its result.
-    #[derive(Debug)]
-    struct Slow {
-        begun: Mutex<Sender<String>>,
-        results: Mutex<Receiver<Result<()>>>,
-    }
-
-    impl BlockRead for Slow {
-        fn geometry(&self) -> Geometry {
-            Geometry { sectors: 8, granule: 1, preferred: 1 }
-        }
-        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
-            Ok(())
-        }
-        fn content_at(&self, _at: Lba) -> Result<(Content, u64)> {
-            Ok((Content::Data, 1))
-        }
-        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-            false
-        }
-        fn writer(&self) -> Option<&dyn BlockWrite> {
-            Some(self)
-        }
-    }
-
-    impl BlockWrite for Slow {
-        fn begin(&self) -> Result<()> {
-            Ok(())
-        }
-        fn write_at(&self, _at: Lba, _buf: &[u8]) -> Result<()> {
-            Ok(())
-        }
-        fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            let thread = thread::current().name().unwrap_or_default().to_owned();
-            self.begun.lock().unwrap().send(thread).unwrap();
-            self.results.lock().unwrap().recv().unwrap()
-        }
-        fn holds_back(&self) -> bool {
-            false
-        }
-        fn close(&self) -> Result<()> {
-            self.flush()
-        }
-    }
-
-    /// The image, the threads that begin a flush of it, and what gives each its result.
+    /// An image of which each flush tells its thread and waits for its result: the image, the threads, and what gives
+    /// the results.
     fn slow() -> (Arc<Image>, Receiver<String>, Sender<Result<()>>) {
         let ((say, begun), (give, results)) = (channel(), channel());
-        let disk = Arc::new(Slow { begun: Mutex::new(say), results: Mutex::new(results) });
-        (Arc::new(Image::new(disk, Vec::new())), begun, give)
+        let results = Mutex::new(results);
+        let disk = TestDisk::new(8).flushing(move || {
+            say.send(thread::current().name().unwrap_or_default().to_owned()).unwrap();
+            results.lock().unwrap().recv().unwrap()
+        });
+        (Arc::new(Image::new(Arc::new(disk), Vec::new())), begun, give)
     }
 
     fn failure() -> Result<()> {

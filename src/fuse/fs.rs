@@ -1,43 +1,31 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. How an open is served is decided in `node.rs`, which of its two
-//! nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in `change.rs`.
+//! the root is the disk. The kernel's requests are answered in `answers.rs`. How an open is served is decided in
+//! `node.rs`, which of its two nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in
+//! `change.rs`.
 //!
 //! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
 
-use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
-};
+use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::Result as Done;
-use crate::fuse::attr::Wish;
-use crate::fuse::change::{Context, Failed};
-use crate::fuse::errno::errno;
+use crate::fuse::change::Context;
 use crate::fuse::faults::Faults;
 use crate::fuse::flush::Spare;
 use crate::fuse::lane::Loops;
-use crate::fuse::node::{Node, Passthrough, is_aligned};
+use crate::fuse::node::{Node, Passthrough};
 use crate::fuse::view;
-use crate::image::{Image, MAX_READ, Seek};
+use crate::image::Image;
 
-/// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
-/// allocation of an image that is written by somebody else) may be seen this much later.
-const TTL: Duration = Duration::from_secs(1);
-
-/// Requests that the kernel may have under way for read-ahead and asynchronous I/O.
-const MAX_BACKGROUND: u16 = 64;
+mod answers;
 
 /// Block size in `stat` and `statfs`.
 const BLOCK: u32 = 4096;
@@ -263,307 +251,4 @@ fn time_of(ns: i128) -> SystemTime {
     let magnitude = Duration::from_nanos(u64::try_from(ns.unsigned_abs()).unwrap_or(0));
     let time = if ns >= 0 { UNIX_EPOCH.checked_add(magnitude) } else { UNIX_EPOCH.checked_sub(magnitude) };
     time.unwrap_or(UNIX_EPOCH)
-}
-
-impl Filesystem for DiskFs {
-    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        // each is wanted where the kernel has it, and done without where it doesn't
-        if self.stream().is_none() {
-            // with it the parts of one direct write are sent all at once, and several loops may take them in any order
-            let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        }
-        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_MAX_PAGES, InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP]
-        {
-            let _ = config.add_capabilities(wanted);
-        }
-        let _ = config.set_max_write(MAX_READ as u32);
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
-            let _ = config.set_max_readahead(most);
-        }
-        self.passthrough = if self.wants_writeback() {
-            let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
-            Err("a disk of the mount has cache=writeback, which excludes FUSE passthrough")
-        } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
-            Err(NO_PASSTHROUGH)
-        } else {
-            // a view counts as one layer below us
-            let view = self.nodes.iter().any(|n| n.view.is_wanted());
-            let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
-            if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
-        };
-        self.views.start(self.views_wanted(), self.passthrough);
-        Ok(())
-    }
-
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded(|| {
-            let found = self.nodes.iter().position(|n| self.shape == MountKind::Dir && name == n.config.name);
-            match found {
-                Some(i) if parent == ROOT => {
-                    let ino = INodeNo(FIRST_DISK + i as u64);
-                    match (self.node(ino), self.attr(ino)) {
-                        (Ok(node), Ok(attr)) => node.view.entry(&attr, &TTL, reply),
-                        (Err(e), _) | (_, Err(e)) => reply.error(e),
-                    }
-                }
-                _ => reply.error(Errno::ENOENT),
-            }
-        });
-    }
-
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        guarded(|| match self.attr(ino) {
-            Ok(attr) => reply.attr(&TTL, &attr),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        guarded(|| match self.node(ino) {
-            Ok(node) if view::is_view(ino) => node.open_view(flags, req.pid(), &self.faults, reply),
-            Ok(node) => node.open(self.passthrough, flags, req.pid(), &self.faults, reply),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn read(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        fh: FileHandle,
-        offset: u64,
-        size: u32,
-        flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        guarded(|| match self.node(ino) {
-            Ok(node) => node.read(fh, offset, size, flags, self.context(), reply),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn write(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        fh: FileHandle,
-        offset: u64,
-        data: &[u8],
-        write_flags: WriteFlags,
-        flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
-        guarded(|| match self.node(ino) {
-            Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
-            Ok(node) => node.write(offset, data, write_flags, flags, self.context(), reply),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn flush(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        guarded(|| match self.node(ino) {
-            // nothing is ever dirty; the kernel does not ask again
-            Ok(_) if !self.is_writable() => reply.error(Errno::ENOSYS),
-            Ok(node) => node.flush(fh, self.context(), reply),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        guarded(|| match self.node(ino) {
-            Ok(node) => node.sync(self.context(), reply),
-            Err(e) => reply.error(e),
-        });
-    }
-
-    fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        // names don't change
-        reply.ok();
-    }
-
-    fn fallocate(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        length: u64,
-        mode: i32,
-        reply: ReplyEmpty,
-    ) {
-        let answer = move |node: &Node, faults: &Faults| match node.fallocate(offset, length, mode) {
-            Ok(()) => reply.ok(),
-            Err(Failed::Image(e)) => {
-                reply.error(errno(&e));
-                faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
-            }
-            Err(Failed::Refused(e)) => reply.error(e),
-        };
-        self.may_wait(ino, Box::new(answer));
-    }
-
-    fn setattr(
-        &self,
-        req: &Request,
-        ino: INodeNo,
-        mode: Option<u32>,
-        uid: Option<u32>,
-        gid: Option<u32>,
-        size: Option<u64>,
-        atime: Option<TimeOrNow>,
-        mtime: Option<TimeOrNow>,
-        _ctime: Option<SystemTime>,
-        fh: Option<FileHandle>,
-        _crtime: Option<SystemTime>,
-        _chgtime: Option<SystemTime>,
-        _bkuptime: Option<SystemTime>,
-        _flags: Option<BsdFileFlags>,
-        reply: ReplyAttr,
-    ) {
-        guarded(|| {
-            let set = self.node(ino).and_then(|node| {
-                match size {
-                    Some(size) => node.cut(size, fh, req.pid())?,
-                    None => node.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
-                }
-                self.attr(ino)
-            });
-            match set {
-                Ok(attr) => reply.attr(&TTL, &attr),
-                // the folder itself
-                Err(e) if e == Errno::EISDIR => reply.error(self.fixed()),
-                Err(e) => reply.error(e),
-            }
-        });
-    }
-
-    fn release(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        fh: FileHandle,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        _flush: bool,
-        reply: ReplyEmpty,
-    ) {
-        guarded(|| {
-            match self.node(ino) {
-                Ok(node) if view::is_view(ino) => node.view.release(fh),
-                Ok(node) => node.release(fh),
-                Err(_) => {}
-            }
-            reply.ok();
-        });
-    }
-
-    fn lseek(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        guarded(|| {
-            let what = match whence {
-                libc::SEEK_DATA => Seek::Data,
-                libc::SEEK_HOLE => Seek::Hole,
-                _ => return reply.error(Errno::EINVAL),
-            };
-            let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            let answer = move |node: &Node, faults: &Faults| match node.image().seek(from, what) {
-                Ok(Some(at)) => reply.offset(at as i64),
-                Ok(None) => reply.error(Errno::ENXIO),
-                Err(e) => {
-                    reply.error(errno(&e));
-                    faults.note(e.within(format!("looking for data or a hole from {offset} on")));
-                }
-            };
-            self.may_wait(ino, Box::new(answer));
-        });
-    }
-
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        guarded(|| {
-            if self.shape == MountKind::File || ino != ROOT {
-                return reply.error(Errno::ENOTDIR);
-            }
-            let dots = [".", ".."].into_iter().map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
-            let files = self
-                .nodes
-                .iter()
-                .enumerate()
-                .map(|(i, n)| (INodeNo(FIRST_DISK + i as u64), FileType::RegularFile, n.config.name.as_os_str()));
-            for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
-                if reply.add(ino, i as u64 + 1, kind, name) {
-                    break;
-                }
-            }
-            reply.ok();
-        });
-    }
-
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        guarded(|| {
-            let bytes = self.nodes.iter().map(|n| n.image().len()).fold(0u64, u64::saturating_add);
-            let blocks = bytes.div_ceil(BLOCK.into());
-            reply.statfs(blocks, 0, 0, self.nodes.len() as u64, 0, BLOCK, 255, BLOCK);
-        });
-    }
-
-    fn create(
-        &self,
-        _req: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        _flags: i32,
-        reply: ReplyCreate,
-    ) {
-        reply.error(self.fixed());
-    }
-
-    fn mknod(
-        &self,
-        _req: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        _rdev: u32,
-        reply: ReplyEntry,
-    ) {
-        reply.error(self.fixed());
-    }
-
-    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
-        reply.error(self.fixed());
-    }
-
-    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
-        reply.error(self.fixed());
-    }
-
-    fn link(&self, _req: &Request, _ino: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
-        reply.error(self.fixed());
-    }
-
-    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(self.fixed());
-    }
-
-    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(self.fixed());
-    }
-
-    fn rename(
-        &self,
-        _req: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _new_parent: INodeNo,
-        _new_name: &OsStr,
-        _flags: RenameFlags,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(self.fixed());
-    }
 }

@@ -20,9 +20,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::Pid;
 
-use crate::daemon::{fork, leave, receive, send};
+use crate::daemon::{helper, receive, send};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of the read: a page, what the smallest cached read takes.
@@ -45,16 +45,11 @@ pub struct Prober {
 impl Prober {
     /// Forks it; an error where threads run already.
     pub fn fork() -> Result<Self> {
-        let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket of the first read", e))?;
-        match fork()? {
-            ForkResult::Parent { child } => Ok(Self { socket: ours, process: child }),
-            ForkResult::Child => {
-                drop(ours);
-                // An error means that the daemon is gone: nobody is left to be told.
-                let _ = answer(theirs);
-                leave();
-            }
-        }
+        let (socket, process) = helper("socket of the first read", |socket| {
+            // An error means that the daemon is gone: nobody is left to be told.
+            let _ = answer(socket);
+        })?;
+        Ok(Self { socket, process })
     }
 
     /// Lets it read every one of `files`.

@@ -17,13 +17,11 @@ use super::probe::probe_file;
 use super::readahead::{self, Window};
 use super::session::Running;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
-use crate::block::{BlockRead, Content, Geometry, Lba};
-use crate::config::MountOptions;
-use crate::config::{DiskConfig, Format, LocalConfig, MountKind, PageCache, SourceConfig};
-use crate::error::Result;
+use crate::config::{DiskConfig, Format, LocalConfig, MountKind, MountOptions, PageCache, SourceConfig};
 use crate::fuse::DiskFs;
 use crate::image::Image;
 use crate::signals::wait;
+use crate::test_disk::TestDisk;
 
 const SIZE: u64 = 1 << 20;
 
@@ -192,27 +190,6 @@ fn mount_read_ahead_is_raised_and_never_lowered() {
     assert_eq!(readahead::set(device, Window::Exactly(64)).unwrap(), 64);
 }
 
-/// A disk whose second half panics when it is read.
-#[derive(Debug)]
-struct Panicking;
-
-impl BlockRead for Panicking {
-    fn geometry(&self) -> Geometry {
-        Geometry { sectors: 256, granule: 1, preferred: 1 }
-    }
-    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
-        assert!(at.0 < 128, "a fault on purpose");
-        buf.fill(7);
-        Ok(())
-    }
-    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
-        Ok((Content::Data, 256 - at.0))
-    }
-    fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-        false
-    }
-}
-
 #[test]
 fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
@@ -224,7 +201,12 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         cache: Some(PageCache::None),
         ..DiskConfig::new(DISK, SourceConfig::Local(local))
     };
-    let image = Image::new(Arc::new(Panicking), Vec::new());
+    let disk = TestDisk::new(256).reading(|at, buf| {
+        assert!(at.0 < 128, "a fault on purpose");
+        buf.fill(7);
+        Ok(())
+    });
+    let image = Image::new(Arc::new(disk), Vec::new());
     let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options(), 2);
     let target = Target { point: m.point.clone(), is_file: false };
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();

@@ -16,7 +16,6 @@
 //!
 //! A mount over a file has no name to look up, its root is the disk: it is served.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,9 +24,12 @@ use fuser::{BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INod
 use crate::config::{DiskConfig, KernelView, MountKind, PageCache, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::faults::Faults;
-use crate::fuse::node::Passthrough;
 use crate::image::Image;
-use crate::kernel_view::{self, View};
+use crate::kernel_view::View;
+
+mod builder;
+
+pub(super) use builder::{Builder, Wanted};
 
 /// How long a name stays with the served node, at least, after an open was turned away from the view.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -360,190 +362,5 @@ fn refused(name: &str, why: Error) -> Error {
     why.within(format!("{name}: kernel-view=required, but the kernel does not read the disk by itself"))
 }
 
-/// A disk of a mount, and its view that is to be made.
-pub(super) type Wanted = (Arc<Switch>, Arc<Image>);
-
-/// Makes the views of a mount. Dropped, it gives up those that are not there yet.
-#[derive(Debug, Default)]
-pub(super) struct Builder(Work);
-
-/// What a builder and its thread share.
-#[derive(Debug, Clone, Default)]
-struct Work {
-    stop: Arc<AtomicBool>,
-    /// Bytes of the indexes that are there. All of a mount together take no more than the largest `view-size=` allows.
-    taken: u64,
-}
-
-impl Builder {
-    /// Makes the views that are required, at once. Errors: why there is none of a disk that must have one.
-    pub(super) fn required(&mut self, disks: &[Wanted], shape: MountKind) -> Result<()> {
-        for (switch, image) in disks.iter().filter(|(s, _)| s.is_required()) {
-            if switch.is_wanted() {
-                let view = self.0.build(disks, switch, image).map_err(|why| refused(&switch.name, why))?;
-                switch.built(Ok(view), image);
-            } else if image.disk().backing_fd().is_none() || image.disk().writer().is_some() {
-                let why = match shape {
-                    MountKind::File => "a mount over a file has no second node for it; mount at a folder",
-                    MountKind::Dir => "it takes a disk that is read-only (-r), and not cache=none",
-                };
-                return Err(refused(&switch.name, Error::new(ErrorKind::Usage, why)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes all others, one after the other, behind the mount that is ready already; none where `passthrough` says why
-    /// the kernel takes no file of ours.
-    pub(super) fn start(&mut self, mut disks: Vec<Wanted>, passthrough: Passthrough) {
-        disks.retain(|(switch, _)| matches!(switch.lock().way, Way::Building));
-        if disks.is_empty() {
-            return;
-        }
-        if let Err(why) = passthrough {
-            return disks.iter().for_each(|(switch, image)| switch.built(Err(Error::unsupported(why)), image));
-        }
-        let mut work = self.0.clone();
-        let build = move || {
-            for (switch, image) in &disks {
-                let view = work.build(&disks, switch, image);
-                if work.stop.load(Ordering::Relaxed) {
-                    break;
-                }
-                switch.built(view, image);
-            }
-        };
-        // where no thread is to be had the disks are served
-        if let Err(e) = std::thread::Builder::new().name("view".to_owned()).spawn(build) {
-            tracing::info!("no kernel view: a thread to make it: {e}");
-        }
-    }
-}
-
-impl Drop for Builder {
-    fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-impl Work {
-    fn build(&mut self, disks: &[Wanted], switch: &Switch, image: &Arc<Image>) -> Result<View> {
-        let all = disks.iter().map(|(s, _)| s.config.size).max().unwrap_or(0);
-        let budget = switch.config.size.min(all.saturating_sub(self.taken));
-        let view = kernel_view::build(&**image.disk(), &switch.config, budget, &self.stop)?;
-        self.taken += view.index_bytes();
-        Ok(view)
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::block::{BlockRead, Content, Geometry, Lba};
-    use crate::config::LocalConfig;
-
-    /// A disk that nobody reads.
-    #[derive(Debug)]
-    struct Unread;
-
-    impl BlockRead for Unread {
-        fn geometry(&self) -> Geometry {
-            Geometry { sectors: 8, granule: 1, preferred: 1 }
-        }
-        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
-            Err(Error::unsupported("it is not read"))
-        }
-        fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
-            Ok((Content::Hole, 8 - at.0))
-        }
-        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-            true
-        }
-    }
-
-    fn state() -> State {
-        State { way: Way::Building, backing: None, passed: 0, direct: 0, turned: None, waited_for: Vec::new() }
-    }
-
-    #[test]
-    fn numbers_of_nodes_lead_to_the_disk() {
-        let disk = INodeNo(2);
-        assert!(!is_view(disk) && is_view(view_of(disk)));
-        assert_eq!((disk_of(view_of(disk)), disk_of(disk)), (disk, disk));
-    }
-
-    #[test]
-    fn who_is_turned_away_twice_in_a_row_gets_what_there_is() {
-        let mut s = state();
-        let now = Instant::now();
-        assert_eq!(s.answer(true, 7, now), Answer::Again);
-        assert_eq!(s.answer(true, 8, now), Answer::Again, "another one");
-        assert_eq!(s.answer(true, 7, now), Answer::Ask { with_backing: false });
-        s.passed = 1;
-        assert_eq!(s.answer(true, 8, now), Answer::Refuse);
-        assert_eq!(s.answer(false, 9, now), Answer::Again);
-        assert_eq!(s.answer(false, 9, now), Answer::Ask { with_backing: true });
-        assert_eq!(s.passed, 2, "the kernel was given the file once more");
-        for _ in 0..3 {
-            assert_eq!(s.answer(true, 0, now), Answer::Again, "nobody knows whether it is the same one");
-        }
-    }
-
-    #[test]
-    fn who_came_again_by_the_name_is_turned_away_the_next_time_too() {
-        let mut s = state();
-        let now = Instant::now();
-        assert_eq!(s.answer(true, 7, now), Answer::Again);
-        s.served(true, 7);
-        assert_eq!((s.direct, s.waited_for.len()), (1, 0));
-        assert_eq!(s.answer(true, 7, now), Answer::Again);
-    }
-
-    #[test]
-    fn the_name_waits_for_direct_opens_for_who_was_turned_away_and_a_second() {
-        let mut s = state();
-        let begun = Instant::now();
-        assert!(!s.is_turned(begun));
-        assert_eq!(s.answer(true, 7, begun), Answer::Again);
-        assert!(s.is_turned(begun + SETTLE * 2), "7 has not come again");
-        assert!(!s.is_turned(begun + COME_AGAIN), "and will not");
-        s.served(true, 7);
-        assert!(s.is_turned(begun + COME_AGAIN), "it is open");
-        s.direct = 0;
-        assert!(s.is_turned(begun + SETTLE / 2) && !s.is_turned(begun + SETTLE));
-    }
-
-    #[test]
-    fn those_who_never_come_again_are_forgotten() {
-        let mut s = state();
-        let begun = Instant::now();
-        for pid in 1..=MOST_TURNED as u32 + 5 {
-            assert_eq!(s.answer(true, pid, begun), Answer::Again);
-        }
-        assert_eq!(s.waited_for.len(), MOST_TURNED);
-        assert_eq!(s.answer(true, 9999, begun + COME_AGAIN), Answer::Again);
-        assert_eq!(s.waited_for.len(), 1);
-    }
-
-    #[test]
-    fn a_required_view_that_can_not_be_is_an_error_that_says_why() {
-        let config = |mode| {
-            let view = ViewConfig { mode, ..ViewConfig::default() };
-            let local = LocalConfig { view, ..LocalConfig::new("/x") };
-            DiskConfig {
-                cache: Some(PageCache::None),
-                ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local))
-            }
-        };
-        let image = Arc::new(Image::new(Arc::new(Unread), Vec::new()));
-        for (mode, good) in [(KernelView::Auto, true), (KernelView::Off, true), (KernelView::Required, false)] {
-            let switch = Arc::new(Switch::new(&config(mode), &image, MountKind::Dir));
-            assert!(!switch.is_wanted());
-            let done = Builder::default().required(&[(switch, Arc::clone(&image))], MountKind::Dir);
-            assert_eq!(done.is_ok(), good);
-            if let Err(e) = done {
-                assert!(e.to_string().contains("x.raw: kernel-view=required") && e.to_string().contains("cache=none"));
-            }
-        }
-    }
-}
+mod tests;

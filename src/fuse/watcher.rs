@@ -12,11 +12,11 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::Pid;
 
 use super::mount::{Identity, Mount};
 use super::mountinfo::Device;
-use crate::daemon::{detach, fork, leave, receive, send};
+use crate::daemon::{detach, helper, receive, send};
 use crate::error::{Error, Result};
 
 /// Kinds of messages: the mount to watch; nothing is left to be done.
@@ -33,18 +33,13 @@ pub struct Watcher {
 impl Watcher {
     /// Forks it; an error where threads run already.
     pub fn fork() -> Result<Self> {
-        let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket of the watcher", e))?;
-        match fork()? {
-            ForkResult::Parent { child } => Ok(Self { socket: ours, process: child }),
-            ForkResult::Child => {
-                drop(ours);
-                // It must not hold the caller's standard error, nor die with the daemon's terminal. What fails
-                // here can be told to nobody, and is no reason not to watch.
-                let _ = detach().and_then(|()| crate::daemon::silence());
-                let _ = watch(theirs);
-                leave();
-            }
-        }
+        let (socket, process) = helper("socket of the watcher", |socket| {
+            // It must not hold the caller's standard error, nor die with the daemon's terminal. What fails here can
+            // be told to nobody, and is no reason not to watch.
+            let _ = detach().and_then(|()| crate::daemon::silence());
+            let _ = watch(socket);
+        })?;
+        Ok(Self { socket, process })
     }
 
     /// Gives it `mount` to watch.

@@ -95,69 +95,28 @@ impl Drop for Settler {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-    use std::sync::mpsc::{Sender, channel};
+    use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
-    use crate::block::{Content, Geometry, Lba};
-    use crate::error::Result;
+    use crate::test_disk::TestDisk;
 
-    /// Holds something back until it is flushed, and tells of each flush.
-    #[derive(Debug)]
-    struct Holding {
-        held: AtomicBool,
-        flushed: Mutex<Sender<()>>,
-    }
-
-    impl BlockRead for Holding {
-        fn geometry(&self) -> Geometry {
-            Geometry { sectors: 8, granule: 1, preferred: 1 }
-        }
-        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
+    /// A disk, and what hears of each flush of it.
+    fn disk() -> (Arc<TestDisk>, Receiver<()>) {
+        let (say, heard) = channel();
+        let disk = TestDisk::new(8).flushing(move || {
+            say.send(()).unwrap();
             Ok(())
-        }
-        fn content_at(&self, _at: Lba) -> Result<(Content, u64)> {
-            Ok((Content::Data, 8))
-        }
-        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-            false
-        }
-        fn writer(&self) -> Option<&dyn BlockWrite> {
-            Some(self)
-        }
-    }
-
-    impl BlockWrite for Holding {
-        fn begin(&self) -> Result<()> {
-            Ok(())
-        }
-        fn write_at(&self, _at: Lba, _buf: &[u8]) -> Result<()> {
-            Ok(())
-        }
-        fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<()> {
-            self.held.store(false, Ordering::Relaxed);
-            self.flushed.lock().unwrap().send(()).unwrap();
-            Ok(())
-        }
-        fn holds_back(&self) -> bool {
-            self.held.load(Ordering::Relaxed)
-        }
-        fn close(&self) -> Result<()> {
-            Ok(())
-        }
+        });
+        (Arc::new(disk), heard)
     }
 
     #[test]
     fn what_is_held_back_is_flushed_by_itself_each_time() {
-        let (say, heard) = channel();
-        let disk = Arc::new(Holding { held: AtomicBool::new(true), flushed: Mutex::new(say) });
+        let (disk, heard) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
         let settler = Settler::default();
         for _ in 0..2 {
-            disk.held.store(true, Ordering::Relaxed);
+            disk.hold_back();
             settler.written(&shared);
             heard.recv_timeout(Duration::from_secs(60)).unwrap();
         }
@@ -167,13 +126,12 @@ mod tests {
 
     #[test]
     fn nothing_is_started_where_nothing_is_held_back_and_an_end_waits_for_no_interval() {
-        let (say, heard) = channel();
-        let disk = Arc::new(Holding { held: AtomicBool::new(false), flushed: Mutex::new(say) });
+        let (disk, heard) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
         let settler = Settler::default();
         settler.written(&shared);
         assert!(settler.thread.lock().unwrap().is_none());
-        disk.held.store(true, Ordering::Relaxed);
+        disk.hold_back();
         settler.written(&shared);
         drop(settler);
         assert_eq!(Arc::strong_count(&disk), 2);

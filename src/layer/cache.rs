@@ -310,44 +310,22 @@ mod tests {
 
     use super::*;
     use crate::error::Error;
-
-    /// A disk that can't be read, and on which workers are held up while `gate` is locked.
-    #[derive(Debug)]
-    struct Damaged {
-        geometry: Geometry,
-        gate: RwLock<()>,
-    }
-
-    impl Damaged {
-        fn new(sectors: u64, preferred: u64) -> Arc<Self> {
-            Arc::new(Self { geometry: Geometry { sectors, granule: 1, preferred }, gate: RwLock::new(()) })
-        }
-    }
-
-    impl BlockRead for Damaged {
-        fn geometry(&self) -> Geometry {
-            self.geometry
-        }
-        fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
-            if std::thread::current().name().is_some_and(|n| n.starts_with("fetch-")) {
-                let _held_up = self.gate.read();
-            }
-            Err(Error::corrupt("damaged"))
-        }
-        fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
-            Ok((Content::Data, self.geometry.sectors - at.0))
-        }
-        fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
-            false
-        }
-    }
+    use crate::test_disk::TestDisk;
 
     #[test]
     fn regression_reads_of_a_damaged_place_leave_no_endless_queue() {
-        let source = Damaged::new(64, 1);
-        let held = source.gate.write().unwrap();
+        // workers are held up while it is locked
+        let gate = Arc::new(RwLock::new(()));
+        let held = gate.write().unwrap();
+        let workers_gate = Arc::clone(&gate);
+        let source = TestDisk::new(64).reading(move |_, _| {
+            if std::thread::current().name().is_some_and(|n| n.starts_with("fetch-")) {
+                let _held_up = workers_gate.read();
+            }
+            Err(Error::corrupt("damaged"))
+        });
         let options = CacheOptions { size: 0, readahead: 0, workers: 1 };
-        let cache = BlockCache::new(Arc::clone(&source) as Arc<dyn BlockRead>, options).unwrap();
+        let cache = BlockCache::new(Arc::new(source), options).unwrap();
         let mut buf = [0; 64 * 512];
         for _ in 0..2 * MAX_QUEUED / 64 {
             cache.read_at(Lba(0), &mut buf).unwrap_err();

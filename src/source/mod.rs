@@ -6,6 +6,7 @@ pub mod nbd;
 #[cfg(not(feature = "nbd"))]
 #[path = "nbd_absent.rs"]
 pub mod nbd;
+mod nbd_facts;
 mod raw;
 
 pub use export_name::{export_file_name, export_file_names};

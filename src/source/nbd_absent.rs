@@ -2,49 +2,14 @@
 
 use std::ffi::OsString;
 
-use serde::Serialize;
-
 use crate::block::{BlockRead, Content, Geometry, Lba};
 use crate::config::NbdConfig;
 use crate::error::{Error, Result};
+pub use crate::source::nbd_facts::{Facts, Server};
 
 /// A disk that there is none of.
 #[derive(Debug)]
 pub enum NbdDisk {}
-
-/// What there is none of.
-#[derive(Debug, Clone, Serialize)]
-pub struct Server {
-    /// Where it is.
-    pub server: String,
-    /// The variant of the protocol.
-    pub protocol: String,
-    /// Whether the connection is encrypted.
-    pub tls: bool,
-    /// Whether it gives structured replies.
-    pub structured: bool,
-    /// None.
-    pub exports: Vec<Facts>,
-}
-
-/// What there is none of.
-#[derive(Debug, Clone, Serialize)]
-pub struct Facts {
-    /// Its name.
-    pub export: String,
-    /// The server's words about it.
-    pub description: String,
-    /// Bytes.
-    pub size: u64,
-    /// Bytes of requests.
-    pub block_sizes: [u64; 3],
-    /// Its abilities.
-    pub flags: Vec<(&'static str, bool)>,
-    /// Metadata contexts.
-    pub contexts: Vec<String>,
-    /// Why nothing is known of it.
-    pub error: Option<String>,
-}
 
 fn absent<T>(config: &NbdConfig) -> Result<T> {
     Err(Error::unsupported(format!("{}: NBD is not built in (the feature `nbd` was left out)", config.label())))

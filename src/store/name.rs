@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, Path};
+use std::path::Path;
 
 use crate::error::{Error, Result};
 
@@ -48,16 +48,6 @@ impl ExtentName {
     pub fn raw_path(&self) -> Option<&Path> {
         self.raw.as_deref().map(Path::new)
     }
-
-    /// Whether it starts at the root of the file system.
-    pub fn is_absolute(&self) -> bool {
-        self.as_path().is_absolute()
-    }
-
-    /// Whether a component of it is `..`.
-    pub fn has_parent_step(&self) -> bool {
-        self.as_path().components().any(|c| c == Component::ParentDir)
-    }
 }
 
 impl fmt::Display for ExtentName {
@@ -97,6 +87,8 @@ fn checked(name: &[u8]) -> Result<OsString> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Component;
+
     use super::*;
     use crate::error::ErrorKind;
 
@@ -120,10 +112,11 @@ mod tests {
     }
 
     #[test]
-    fn it_knows_where_it_starts_and_steps() {
+    fn its_path_shows_where_it_starts_and_steps() {
         let flags = |s: &str| {
             let name = ExtentName::new(s).unwrap();
-            (name.is_absolute(), name.has_parent_step())
+            let path = name.as_path();
+            (path.is_absolute(), path.components().any(|c| c == Component::ParentDir))
         };
         assert_eq!(flags("a/b..c"), (false, false));
         assert_eq!(flags("/a"), (true, false));

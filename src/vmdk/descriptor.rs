@@ -76,11 +76,6 @@ impl Descriptor {
         })
     }
 
-    /// Sectors of the disk: the sum of the extents.
-    pub fn sectors(&self) -> u64 {
-        self.extents.iter().map(|extent| extent.sectors).sum()
-    }
-
     /// The first value of that name in the disk data base; the name is without `ddb.` and has no case.
     pub fn ddb_value(&self, name: &str) -> Option<&str> {
         self.ddb.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())

@@ -109,12 +109,6 @@ impl VmdkDisk {
         unclean.filter_map(|p| file_of(&p.extent)).map(|f| f.label())
     }
 
-    /// The run at `at`, of at most `max` sectors, which lie inside of the disk. `Parent` means here that no link
-    /// has anything.
-    pub fn run_at(&self, at: Lba, max: u64) -> Result<Run<'_>> {
-        next_run(&self.links, at, max, &mut Passed::new())
-    }
-
     /// Reads what the links below the newest one have.
     pub(super) fn read_below(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         self.read_from(self.links.get(1..).unwrap_or_default(), at, buf)
@@ -233,7 +227,8 @@ fn kind_in(links: &[Link], at: Lba, max: u64) -> Result<(Kind, u64)> {
     Ok((Kind::Parent, left))
 }
 
-/// The run at `at` in a walk from lower to higher sectors that `passed` belongs to.
+/// The run at `at`, of at most `max` sectors, in a walk from lower to higher sectors that `passed` belongs to. `Parent`
+/// means here that no link has anything.
 fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'a>> {
     let mut left = max;
     for (link, nothing_before) in links.iter().zip(&mut passed.0) {

@@ -13,7 +13,7 @@ use crate::vmdk::write::live::LiveTables;
 
 /// Where a range of sectors is to be read.
 #[derive(Debug, Clone, Copy)]
-pub enum Run<'a> {
+pub(crate) enum Run<'a> {
     /// In a file, as it is.
     Stored {
         /// The file.
@@ -46,7 +46,7 @@ pub enum Run<'a> {
 
 impl Run<'_> {
     /// Its length.
-    pub fn sectors(&self) -> u64 {
+    pub(crate) fn sectors(&self) -> u64 {
         match *self {
             Run::Stored { sectors, .. }
             | Run::Deflate { sectors, .. }
@@ -58,21 +58,21 @@ impl Run<'_> {
 
 /// A compressed grain: where it is and what it must be.
 #[derive(Debug, Clone, Copy)]
-pub struct PackedGrain<'a> {
+pub(crate) struct PackedGrain<'a> {
     /// The file.
-    pub file: &'a Arc<dyn StoredFile>,
+    pub(crate) file: &'a Arc<dyn StoredFile>,
     /// Sector of the file at which its header starts.
-    pub sector: u64,
+    pub(crate) sector: u64,
     /// Sectors up to where the next grain starts, where the table lets suppose that. A hint for the first read.
-    pub likely_sectors: Option<u64>,
+    pub(crate) likely_sectors: Option<u64>,
     /// Its first sector in the extent, which its header must repeat.
-    pub lba: u64,
+    pub(crate) lba: u64,
     /// Sectors of a whole grain.
-    pub grain: u64,
+    pub(crate) grain: u64,
     /// Sectors of it that lie inside of the extent: the least that it must inflate to.
-    pub inside: u64,
+    pub(crate) inside: u64,
     /// Whether its header has the LBA before the length.
-    pub markers: bool,
+    pub(crate) markers: bool,
 }
 
 /// An extent of a link of the chain.

@@ -36,7 +36,6 @@ mod write;
 pub use check::{CheckReport, check};
 pub use create::{DeltaParent, NewDelta, NewDisk, create, create_delta, create_stream};
 pub use disk::VmdkDisk;
-pub use extent::{PackedGrain, Run};
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
 pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
 pub use stream::StreamDisk;

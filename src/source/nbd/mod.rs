@@ -30,8 +30,9 @@ mod server;
 #[cfg(test)]
 mod tests;
 
+pub use crate::source::nbd_facts::{Facts, Server};
 pub use disk::NbdDisk;
-pub use look::{Facts, Server, exports, info, list};
+pub use look::{exports, info, list};
 
 /// The version of libnbd.
 pub fn version() -> crate::error::Result<String> {

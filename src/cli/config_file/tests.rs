@@ -1,0 +1,320 @@
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::symlink;
+
+use tempfile::TempDir;
+
+use super::super::test_words::{config_of, mount_of};
+use super::super::{Parsed, parse};
+use super::*;
+use crate::config::{Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
+
+/// A folder with `vms.toml` and a mount point `mnt`.
+fn folder(text: impl AsRef<[u8]>) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("vms.toml"), text).unwrap();
+    fs::create_dir(dir.path().join("mnt")).unwrap();
+    dir
+}
+
+fn run_in(dir: &TempDir, more: &[&str]) -> Result<Config, String> {
+    let (file, mnt) = (dir.path().join("vms.toml"), dir.path().join("mnt"));
+    let args = [OsStr::new("vmdkfuse"), OsStr::new("--config"), file.as_os_str(), mnt.as_os_str()];
+    let args = args.into_iter().chain(more.iter().map(OsStr::new)).map(OsStr::to_owned);
+    config_of(parse(args))
+}
+
+fn mount(text: &str, more: &[&str]) -> MountConfig {
+    mount_of(run_in(&folder(text), more).unwrap())
+}
+
+/// The error for a text, without the folder of the file.
+fn error(text: impl AsRef<[u8]>) -> String {
+    let dir = folder(text);
+    let error = run_in(&dir, &[]).unwrap_err();
+    assert!(!error.contains('\n'), "{error}");
+    error.replace(&format!("{}/", dir.path().display()), "")
+}
+
+fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
+    mount.disks[disk].source.local().unwrap()
+}
+
+#[test]
+fn a_file_says_what_words_say() {
+    let dir = folder(
+        "cache = \"none\"\ncache-size = \"64M\"\nreadahead = 1_048_576\nreadonly = true\nallow-dir = [\"/a\", \"b\"]\n\
+         [[disk]]\nname = \"n a=m,e\"\nfile = \"sub/x.vmdk\"\nformat = \"raw\"\nallow-dir = \"/c\"\ndegraded = \"cid\"\n\
+         [[disk]]\nfile = '/abs/y\\z=1, 2.img'\nreadonly = false\nlock = \"off\"\ncache-size = 0x1000\nbackend = 'native'\n",
+    );
+    let (here, mnt) = (dir.path().display(), dir.path().join("mnt"));
+    let mut words: Vec<OsString> = ["vmdkfuse", mnt.to_str().unwrap()].map(OsString::from).to_vec();
+    let said = format!(
+        "cache=none|cache-size=64M|readahead=1048576|readonly=true|allow-dir=/a|allow-dir={here}/b|\
+         file={here}/sub/x.vmdk|name=n a=m,e|format=raw|allow-dir=/c|degraded=cid|\
+         file=/abs/y\\z=1, 2.img|readonly=false|lock=off|cache-size=4096|backend=native"
+    );
+    words.extend(said.split('|').map(OsString::from));
+    let Ok(Parsed::Run(expected)) = parse(words) else { panic!("the words are refused") };
+    let config = run_in(&dir, &[]).unwrap();
+    assert_eq!(config, *expected);
+    let mount = mount_of(config);
+    assert_eq!((mount.disks[0].cache, mount.disks[1].cache_size), (Some(PageCache::None), Some(4096)));
+    assert_eq!((local(&mount, 0).format, local(&mount, 1).lock), (Format::Raw, false));
+}
+
+#[test]
+fn every_key_of_mount_arrives_and_paths_count_from_the_file() {
+    let dir = folder(
+        "[mount]\noptions = \"allow_other,umask=027,fsname=a=b,allow-dir=d\"\nread-only = true\nthreads = 3\n\
+         pidfile = \"run/pid\"\nlog-file = \"/log\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n",
+    );
+    let config = run_in(&dir, &["-v"]).unwrap();
+    assert_eq!((config.log.verbosity, config.log.file.clone(), config.log.json), (1, Some("/log".into()), true));
+    let mount = mount_of(config);
+    let options = &mount.options;
+    assert!(options.allow_other && options.read_only && !mount.foreground);
+    assert_eq!((options.umask, options.fsname.as_deref()), (Some(0o27), Some("a=b")));
+    assert_eq!((mount.threads, &mount.pidfile), (Some(3), &Some(dir.path().join("run/pid"))));
+    assert_eq!(local(&mount, 0).allow_dirs, [dir.path().join("d")]);
+    let nothing = self::mount("[mount]\nread-only = false\noptions = \"\"\n[[disk]]\nfile = \"a\"\n", &[]);
+    assert!(!nothing.options.read_only && nothing.threads.is_none());
+}
+
+#[test]
+fn the_command_line_wins_over_the_file() {
+    let text = "cache = \"none\"\nallow-dir = \"/f\"\n[mount]\noptions = \"uid=1,gid=2,allow_root\"\nread-only = true\n\
+        threads = 3\npidfile = \"p\"\nlog-file = \"l\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n\
+        [[disk]]\nfile = \"b\"\ncache = \"none\"\n";
+    let more = ["-o", "rw,uid=9,allow_other,cache=writethrough,allow-dir=/c", "--threads=5", "-P", "/p", "-f"];
+    let config = run_in(&folder(text), &[&more[..], &["--log-file=/l", "--log-format=text"]].concat()).unwrap();
+    assert_eq!((config.log.file.clone(), config.log.json), (Some("/l".into()), false));
+    let mount = mount_of(config);
+    let options = &mount.options;
+    assert_eq!((options.uid, options.gid, options.read_only), (Some(9), Some(2), false));
+    assert_eq!((options.allow_other, options.allow_root), (true, false));
+    assert_eq!((mount.threads, mount.pidfile.clone(), mount.foreground), (Some(5), Some("/p".into()), true));
+    // What a disk says for itself is nearer to it than what holds for all.
+    let caches: Vec<_> = mount.disks.iter().map(|disk| disk.cache).collect();
+    assert_eq!(caches, [Some(PageCache::WriteThrough), Some(PageCache::None)]);
+    assert_eq!(local(&mount, 0).allow_dirs, [PathBuf::from("/f"), "/c".into()]);
+    assert!(self::mount("[mount]\noptions = \"rw\"\n[[disk]]\nfile = \"a\"\n", &["-r"]).options.read_only);
+}
+
+#[test]
+fn patterns_and_folders_count_from_the_file() {
+    let dir = folder("[[disk]]\nfile = \"vm/*.img\"\n[[disk]]\ndir = \"vm\"\n");
+    fs::create_dir(dir.path().join("vm")).unwrap();
+    for name in ["b.img", "a.img", "c.vmdk"] {
+        fs::write(dir.path().join("vm").join(name), "# Disk DescriptorFile\n").unwrap();
+    }
+    let names: Vec<_> = mount_of(run_in(&dir, &[]).unwrap()).disks.into_iter().map(|disk| disk.name).collect();
+    assert_eq!(names, ["a.raw", "b.raw", "c.raw"]);
+    fs::remove_file(dir.path().join("vm/c.vmdk")).unwrap();
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vm: there is no VMDK"));
+}
+
+#[test]
+fn a_folder_that_is_not_utf8_goes_through() {
+    let dir = folder("");
+    let odd = dir.path().join(OsStr::from_bytes(b"\xff"));
+    fs::create_dir(&odd).unwrap();
+    fs::write(odd.join("c"), "[[disk]]\nfile = \"ü=x\"\n").unwrap();
+    let described = read(odd.join("c").as_os_str()).unwrap();
+    let expected = [b"file=".as_slice(), odd.as_os_str().as_bytes(), "/ü=x".as_bytes()].concat();
+    assert_eq!(described.words, [OsString::from_vec(expected)]);
+}
+
+#[test]
+fn writing_is_described_as_well() {
+    let dir = folder(
+        "[[disk]]\nfile = \"a\"\ncow = \"tmp\"\nforce = true\n[[disk]]\nfile = \"b\"\ncow = \"sub/c.vmdk\"\n\
+         [[disk]]\nfile = \"d\"\ncreate = true\ncreate-size = 1024\ncreate-hwversion = 13\n\
+         [[disk]]\nfile = \"e\"\ncreate = true\ncreate-size = \"1G\"\ncreate-hwversion = \"esx50\"\n",
+    );
+    let mount = mount_of(run_in(&dir, &["-o", "cache=writeback"]).unwrap());
+    assert!(local(&mount, 0).force && mount.disks.iter().all(|disk| disk.cache == Some(PageCache::WriteBack)));
+    let overlays: Vec<_> = mount.disks.iter().map(|disk| disk.overlay.clone()).collect();
+    let kept = Overlay::File(dir.path().join("sub/c.vmdk"));
+    assert_eq!(overlays, [Some(Overlay::Temporary), Some(kept), None, None]);
+    let made = |disk| local(&mount, disk).create.clone().map(|c| (c.size, c.hardware_version));
+    assert_eq!((made(1), made(2), made(3)), (None, Some((1024, 13)), Some((1 << 30, 8))));
+    for (text, message) in [
+        ("cow = true\n", "vms.toml:1: cow: must be a path or \"tmp\", in quotes"),
+        ("create-hwversion = 2\n", "vms.toml:1: create-hwversion=2: must be a number from 3 to 99, or one of"),
+        ("create-hwversion = 1.5\n", "vms.toml:1: create-hwversion: must be a whole number, or a name in quotes"),
+        ("[[disk]]\nfile = \"a\"\ncreate-size = \"1G\"\n", "create-size= says how to make a disk"),
+    ] {
+        assert!(error(text).contains(message), "{text}: {}", error(text));
+    }
+}
+
+#[test]
+fn unknown_keys_and_tables_name_line_and_nearest() {
+    for (text, message) in [
+        ("# c\ncashe = \"x\"\n", "vms.toml:2: unknown key cashe; did you mean cache?"),
+        ("\nread-only = true\n", "vms.toml:2: read-only belongs into the [mount] table"),
+        ("banana = \"secret\"\n", "vms.toml:1: unknown key banana; vmdkfuse --help lists the keys"),
+        ("[[disk]]\nfile = \"a\"\nnmae = 'x'\n", "vms.toml:3: unknown key nmae; did you mean name?"),
+        ("[[disk]]\nfile = \"a\"\n[moutn]\nx = 1\n", "vms.toml:3: unknown table moutn; did you mean mount?"),
+        ("[[disks]]\nfile = \"a\"\n", "vms.toml:1: unknown table disks; did you mean disk?"),
+        ("[mount]\nthreds = 1\n", "vms.toml:2: unknown key threds; did you mean threads?"),
+        ("\"a\\nb\" = 1\n", "vms.toml:1: unknown key a\\nb; vmdkfuse --help lists the keys"),
+    ] {
+        assert_eq!(error(text), message, "{text}");
+    }
+    let misplaced = error("[mount]\ncache = \"none\"\n");
+    assert_eq!(
+        misplaced,
+        "vms.toml:2: cache is a key of disks: it belongs above the first table, or into a [[disk]] table"
+    );
+    for key in ["name", "file", "dir"] {
+        let message = format!("vms.toml:1: {key} is for one disk: it belongs into a [[disk]] table");
+        assert_eq!(error(format!("{key} = \"x\"\n")), message);
+    }
+}
+
+#[test]
+fn the_first_error_of_the_file_is_told() {
+    assert!(error("zebra = 1\napple = 2\n").starts_with("vms.toml:1: unknown key zebra;"));
+}
+
+#[test]
+fn keys_that_are_still_to_come_give_the_one_answer() {
+    for (text, message) in [
+        ("password = \"hunter2\"\n", "vms.toml:1: password= is not in this build yet"),
+        ("backend = \"vddk\"\n", "vms.toml:1: backend=vddk is not in this build yet"),
+        ("[[disk]]\nurl = \"https://h\"\n", "vms.toml:2: url= is not in this build yet"),
+        ("[mount]\noptions = \"server=h\"\n", "vms.toml:2: server= is not in this build yet"),
+    ] {
+        assert_eq!(error(text), message, "{text}");
+    }
+}
+
+#[test]
+fn servers_are_described_as_well() {
+    let dir = folder("[[disk]]\nuri = \"nbd://h/x\"\ntimeout = 5\n[[disk]]\nuri = \"nbd://h/y\"\ntls-psk = \"keys\"\n");
+    let mount = mount_of(run_in(&dir, &[]).unwrap());
+    let server = |disk: usize| match &mount.disks[disk].source {
+        crate::config::SourceConfig::Nbd(server) => server.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(server(0).timeout, Some(std::time::Duration::from_secs(5)));
+    assert_eq!(server(1).tls_psk, Some(dir.path().join("keys")));
+}
+
+#[test]
+fn values_must_have_the_type_of_their_key() {
+    for (text, message) in [
+        ("readonly = \"yes\"\n", "readonly: must be true or false"),
+        ("readonly = 1\n", "readonly: must be true or false"),
+        ("cache = true\n", "cache: must be \"none\" or \"writethrough\" or \"writeback\""),
+        ("cache-size = 1.5\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
+        ("cache-size = [1]\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
+        ("cache-size = \"12Q\"\n", "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M"),
+        ("cache-size = -1\n", "cache-size=-1: must be a size: digits with K, M, G or T, as in 64M"),
+        ("cache = \"often\"\n", "cache=often: must be none or writethrough or writeback"),
+        ("allow-dir = [\"/a\", 7]\n", "allow-dir: must be a path in quotes, or a list of such"),
+        ("allow-dir = [\"\"]\n", "allow-dir=: a path is missing"),
+        ("disk = [{ file = 1979-05-27 }]\n", "file: must be a path in quotes"),
+        ("disk = [{ file = [\"a\"] }]\n", "file: must be a path in quotes"),
+        ("disk = [{ file = \"a\", name = \"b/c\" }]\n", "name=b/c: a file name cannot hold `/` or a NUL byte"),
+        ("disk = { file = \"a\" }\n", "disk: must be written as [[disk]] tables"),
+        ("disk = [1]\n", "disk: must be written as [[disk]] tables"),
+        ("[[mount]]\n", "mount: must be written as one [mount] table"),
+        ("mount.options = [\"ro\"]\n", "options: must be a text in quotes"),
+        ("mount.threads = \"3\"\n", "threads: must be a whole number"),
+        ("mount.log-file = false\n", "log-file: must be a path in quotes"),
+        ("mount.log-file = \"\"\n", "--log-file : a path is missing"),
+        ("mount.options = \"uid=me\"\n", "-o uid=me: must be a number from 0 to 4294967294"),
+        ("mount.options = \"cache=often\"\n", "cache=often: must be none or writethrough or writeback"),
+        ("mount.options = \"file=a\"\n", "-o file= names a disk: write a [[disk]] table"),
+    ] {
+        assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
+    }
+    for (text, part) in [
+        ("mount.threads = 65\n", "65 is not in 1..=64"),
+        ("mount.threads = -1\n", "'-1' for '--threads"),
+        ("mount.log-format = \"xml\"\n", "xml"),
+        ("mount.options = \"nope\"\n", "unknown mount option nope"),
+        ("mount.options = \"ro,rw\"\n", "both read-only"),
+        ("mount = { options = \"rw\", read-only = true }\n", "both read-only"),
+    ] {
+        let error = error(text);
+        assert!(error.starts_with("vms.toml:1: ") && error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_disk_has_one_source() {
+    let both = error("[[disk]]\nfile = \"a\"\ndir = \"b\"\n");
+    assert_eq!(both, "vms.toml:3: a disk has one source, but this one has file and dir");
+    let none = error("[[disk]]\nfile = \"a\"\n[[disk]]\nname = \"x\"\n");
+    assert_eq!(none, "vms.toml:3: this [[disk]] has neither file nor dir nor uri");
+    for text in ["", "cache = \"none\"\n", "disk = []\n"] {
+        assert_eq!(error(text), "vms.toml: no disk is described: add a [[disk]] table with file or dir");
+    }
+}
+
+#[test]
+fn a_key_for_all_disks_that_is_said_twice_is_refused() {
+    let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
+    assert_eq!(twice, "vms.toml: cache stands above the tables and in the options of [mount]");
+    let repeats = "allow-dir = \"/a\"\n[mount]\noptions = \"allow-dir=/b\"\n[[disk]]\nfile = \"a\"\n";
+    assert_eq!(local(&mount(repeats, &[]), 0).allow_dirs.len(), 2);
+    assert!(error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "), "TOML has it so");
+}
+
+#[test]
+fn what_is_no_toml_names_its_line_and_none_of_its_text() {
+    let broken = error("cache = \"none\"\npassword = hunter2\n");
+    assert!(broken.starts_with("vms.toml:2: ") && !broken.contains("hunter2"), "{broken}");
+    assert_eq!(error(b"# a\n# \xff\n"), "vms.toml:2: this is not UTF-8");
+    assert!(error("a = ".to_owned() + &"[".repeat(10_000)).starts_with("vms.toml:1: "));
+}
+
+#[test]
+fn only_a_regular_file_of_bounded_size_is_read() {
+    let dir = folder("");
+    let file = dir.path().join("vms.toml");
+    let disk = "[[disk]]\nfile = \"a\"\n#";
+    fs::write(&file, disk.to_owned() + &"x".repeat((1 << 20) - disk.len())).unwrap();
+    assert!(run_in(&dir, &[]).is_ok());
+    fs::write(&file, disk.to_owned() + &"x".repeat((1 << 20) + 1 - disk.len())).unwrap();
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: larger than 1 MiB"));
+    fs::remove_file(&file).unwrap();
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: No such file"));
+    symlink("mnt", &file).unwrap();
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: not a regular file"));
+    fs::remove_file(&file).unwrap();
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vms.toml: not a regular file"));
+}
+
+#[test]
+fn config_goes_with_a_mount_point_alone() {
+    let dir = folder("[[disk]]\nfile = \"a\"\n");
+    for (more, part) in [
+        (&["/x"][..], "the mount point alone"),
+        (&["file=/x"], "the mount point alone"),
+        (&["cache=none"], "-o KEY=VALUE"),
+        (&["-o", "file=/x"], "-o file= names one"),
+        (&["--info"], "--info"),
+        (&["--map"], "--map"),
+        (&["--check"], "--check"),
+        (&["--create"], "--create"),
+        (&["--commit"], "--commit"),
+        (&["--dump"], "--dump"),
+        (&["--json"], "--json goes with"),
+        (&["--config", "b"], "--config"),
+        (&["-o", "ro,rw"], "both read-only"),
+    ] {
+        let error = run_in(&dir, more).unwrap_err();
+        assert!(error.contains(part), "{more:?}: {error}");
+    }
+    let alone = parse(["vmdkfuse", "--config", "x.toml"].map(OsString::from)).unwrap_err().to_string();
+    assert!(alone.contains("no mount point"), "{alone}");
+    let empty = parse(["vmdkfuse", "--config", "", "/mnt"].map(OsString::from)).unwrap_err().to_string();
+    assert_eq!(empty, "--config : a path is missing");
+    assert!(run_in(&dir, &["-o", "name=n"]).is_ok());
+}

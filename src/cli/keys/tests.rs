@@ -1,0 +1,135 @@
+use std::collections::HashSet;
+
+use super::*;
+
+/// The contract's keys, so that none gets lost from the table.
+const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
+    password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
+    transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
+    create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size view-dir dir partitions \
+    descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
+    shared tls tls-certificates tls-verify tls-username tls-psk";
+
+const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
+    force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
+    socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
+    tls-username tls-psk kernel-view view-size view-dir";
+
+#[test]
+fn the_table_is_the_contract() {
+    let spellings: Vec<&str> =
+        KEYS.iter().flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied())).collect();
+    let unique: HashSet<&str> = spellings.iter().copied().collect();
+    assert_eq!(unique.len(), spellings.len(), "a key stands twice in the table");
+    assert_eq!(unique, CONTRACT.split_whitespace().collect());
+    let local: HashSet<&str> = KEYS.iter().filter(|key| key.is_local()).map(|key| key.name).collect();
+    assert_eq!(local, LOCAL.split_whitespace().collect());
+}
+
+#[test]
+fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
+    for key in KEYS.iter().filter(|key| !key.is_local()) {
+        let error = key.apply(&mut Settings::default(), OsStr::new("?")).unwrap_err().to_string();
+        assert_eq!(error, format!("{}= is not in this build yet", key.name));
+    }
+}
+
+#[test]
+fn words_of_a_key_that_are_still_to_come_say_so() {
+    for (name, word) in [("backend", "vddk"), ("backend", "https")] {
+        let error = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(word)).unwrap_err();
+        assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
+    }
+}
+
+#[test]
+fn a_value_must_fit_its_key() {
+    for (name, value, good) in [
+        ("readonly", "yes", true),
+        ("readonly", "maybe", false),
+        ("cache", "none", true),
+        ("cache", "writethrough", true),
+        ("cache", "writeback", true),
+        ("cache", "None", false),
+        ("cow", "tmp", true),
+        ("cow", "x.vmdk", true),
+        ("cow", "", false),
+        ("force", "maybe", false),
+        ("create", "1", true),
+        ("create", "x.vmdk", false),
+        ("create-size", "512", true),
+        ("create-size", "0", false),
+        ("create-size", "513", false),
+        ("create-size", "8388608T", false),
+        ("create-type", "split-flat", true),
+        ("create-type", "splitflat", false),
+        ("create-adapter-type", "legacyESX", true),
+        ("create-adapter-type", "scsi-buslogic", true),
+        ("create-adapter-type", "nvme", false),
+        ("create-hwversion", "21", true),
+        ("create-hwversion", "esx65", true),
+        ("create-hwversion", "2", false),
+        ("create-hwversion", "+4", false),
+        ("create-hwversion", "esx", false),
+        ("cache-size", "1G", true),
+        ("cache-size", "1Q", false),
+        ("readahead", "128K", true),
+        ("readahead", "", false),
+        ("backend", "native", true),
+        ("backend", "magic", false),
+        ("format", "vmdk", true),
+        ("format", "raw", true),
+        ("format", "qcow2", false),
+        ("degraded", "cid", true),
+        ("degraded", "yes", false),
+        ("lock", "on", true),
+        ("lock", "off", true),
+        ("lock", "yes", false),
+        ("name", "x.raw", true),
+        ("name", "a/b", false),
+        ("file", "", false),
+        ("dir", "", false),
+        ("allow-dir", "", false),
+    ] {
+        let outcome = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(value));
+        assert_eq!(outcome.is_ok(), good, "{name}={value}: {outcome:?}");
+        if let Err(e) = outcome {
+            assert!(e.to_string().starts_with(&format!("{name}={value}: ")), "{e}");
+        }
+    }
+}
+
+#[test]
+fn nearest_is_only_near() {
+    for (typed, meant) in [
+        ("cashe", "cache"),
+        ("read-only", "readonly"),
+        ("fiel", "file"),
+        ("File", "file"),
+        ("readahaed", "readahead"),
+        ("allowdir", "allow-dir"),
+        ("vhost-cidd", "vhost-cid"),
+        ("pasword", "password"),
+    ] {
+        assert_eq!(nearest(typed), Some(meant), "{typed}");
+    }
+    for typed in ["x", "zz", "banana", "completely-else", ""] {
+        assert_eq!(nearest(typed), None, "{typed}");
+    }
+}
+
+#[test]
+fn help_holds_every_key_where_it_belongs_and_fits() {
+    let (now, later) = (help(), help_later());
+    for key in KEYS {
+        let (place, form) = if key.is_local() {
+            (&now, format!("    {}={}", key.name, key.kind.placeholder()))
+        } else {
+            (&later, format!(" {}=", key.name))
+        };
+        assert!(place.contains(&form), "{form} is not in:\n{place}");
+    }
+    for line in now.lines().chain(later.lines()) {
+        assert!(line.len() <= HELP_WIDTH, "too long: {line}");
+    }
+}

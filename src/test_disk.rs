@@ -1,0 +1,101 @@
+//! A disk for tests: what a test does not say, it does in the simplest way.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba};
+use crate::error::{Error, Result};
+
+type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
+type Flush = dyn Fn() -> Result<()> + Send + Sync;
+
+/// A disk of which only reads and flushes matter: all of it is data, and writes come to nothing.
+pub(crate) struct TestDisk {
+    sectors: u64,
+    read: Box<Read>,
+    /// `None`: it can't be written to.
+    flush: Option<Box<Flush>>,
+    /// Whether something waits for a flush.
+    held: AtomicBool,
+}
+
+impl TestDisk {
+    /// Of so many sectors, read-only, and every read of it fails.
+    pub(crate) fn new(sectors: u64) -> Self {
+        let read = Box::new(|_: Lba, _: &mut [u8]| Err(Error::corrupt("damaged")));
+        Self { sectors, read, flush: None, held: AtomicBool::new(false) }
+    }
+
+    /// The same, read so.
+    pub(crate) fn reading(mut self, read: impl Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync + 'static) -> Self {
+        self.read = Box::new(read);
+        self
+    }
+
+    /// The same, writable, and flushed so.
+    pub(crate) fn flushing(mut self, flush: impl Fn() -> Result<()> + Send + Sync + 'static) -> Self {
+        self.flush = Some(Box::new(flush));
+        self
+    }
+
+    /// From now on it holds something back, until it is flushed.
+    pub(crate) fn hold_back(&self) {
+        self.held.store(true, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for TestDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TestDisk").field("sectors", &self.sectors).finish_non_exhaustive()
+    }
+}
+
+impl BlockRead for TestDisk {
+    fn geometry(&self) -> Geometry {
+        Geometry { sectors: self.sectors, granule: 1, preferred: 1 }
+    }
+
+    fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
+        (self.read)(at, buf)
+    }
+
+    fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
+        Ok((Content::Data, self.sectors - at.0))
+    }
+
+    fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
+        false
+    }
+
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        self.flush.is_some().then_some(self as &dyn BlockWrite)
+    }
+}
+
+impl BlockWrite for TestDisk {
+    fn begin(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&self, _at: Lba, _buf: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.held.store(false, Ordering::Relaxed);
+        self.flush.as_ref().map_or(Ok(()), |flush| flush())
+    }
+
+    fn holds_back(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+}
