@@ -12,8 +12,9 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use fuse_tests::written::{alone, policy, readable, writable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::{ErrorKind, Result};
@@ -21,13 +22,6 @@ use vmdkfuse::store::{Access, Identity, OpenPolicy, Store, StoredFile, StoredWri
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 const SECTOR: u64 = 512;
-
-/// One after the other: some look at the memory of the process.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A hosted sparse file of which every number can be chosen.
 #[derive(Clone, Copy)]
@@ -104,18 +98,6 @@ fn descriptor(cid: &str, parent: &str, hint: &str, kind: &str, extents: &str) ->
 
 fn put_u32(file: &File, sector: u64, index: u64, value: u64) {
     file.write_all_at(&u32::try_from(value).unwrap().to_le_bytes(), sector * SECTOR + index * 4).unwrap();
-}
-
-fn policy() -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy { allow: Vec::new(), lock: true })
-}
-
-fn writable(path: &Path) -> Result<VmdkDisk> {
-    VmdkDisk::open_writable(open_user_path(path, policy(), Access::Write)?, OpenOptions::default())
-}
-
-fn readable(path: &Path) -> VmdkDisk {
-    VmdkDisk::open(open_user_path(path, policy(), Access::Read).unwrap(), OpenOptions::default()).unwrap()
 }
 
 fn read(disk: &VmdkDisk, at: u64) -> Result<[u8; 512]> {
@@ -297,7 +279,7 @@ fn repair_is_bounded(primary_too: bool) {
     let path = dir.path().join("x.vmdk");
     one_table_for_all(&path, primary_too);
     let before = fs::metadata(&path).unwrap().len();
-    let file = open_user_path(&path, policy(), Access::Write).unwrap();
+    let file = open_user_path(&path, policy(&[]), Access::Write).unwrap();
     let file = Arc::new(Counting { file, moved: AtomicU64::new(0) });
     let error = VmdkDisk::open_writable(file, OpenOptions::default()).map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
@@ -670,7 +652,7 @@ fn what_fails_now_and_then_loses_nothing() {
         let mut model = vec![0; (capacity * SECTOR) as usize];
         readable(&child).read_at(Lba(0), &mut model).unwrap();
         for round in 0..3 {
-            let file = open_user_path(&child, policy(), Access::Write).unwrap();
+            let file = open_user_path(&child, policy(&[]), Access::Write).unwrap();
             let random = Mutex::new(seed * 1000 + round + 7);
             let file = Arc::new(Failing { file, random, one_in: 0.into() });
             let disk = VmdkDisk::open_writable(Arc::clone(&file) as _, OpenOptions::default()).unwrap();

@@ -13,7 +13,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -22,6 +21,7 @@ use fuse_tests::harness::{
 };
 use fuse_tests::make::model::Random;
 use fuse_tests::make::{self, SECTOR};
+use fuse_tests::written::{Model, alone, data, read, writable};
 use tempfile::tempdir;
 use vmdkfuse::block::Lba;
 use vmdkfuse::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
@@ -29,55 +29,6 @@ use vmdkfuse::error::{Error, ErrorKind, Result};
 use vmdkfuse::image::{self, Commit, Image, Next, Step, describe_overlay, open_overlay, open_source};
 use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{self, VmdkDisk};
-
-/// What a disk must hold: what it held, and sectors written since.
-struct Model {
-    base: Box<dyn Fn(u64, u64) -> Vec<u8>>,
-    written: BTreeMap<u64, [u8; SECTOR as usize]>,
-    sectors: u64,
-}
-
-impl Model {
-    fn new(sectors: u64, base: impl Fn(u64, u64) -> Vec<u8> + 'static) -> Self {
-        Self { base: Box::new(base), written: BTreeMap::new(), sectors }
-    }
-
-    /// Over the bytes of a file, of which the last sector may be a part.
-    fn of_file(path: &Path) -> Self {
-        let mut bytes = fs::read(path).unwrap();
-        bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
-        let sectors = bytes.len() as u64 / SECTOR;
-        Self::new(sectors, move |at, n| bytes[(at * SECTOR) as usize..((at + n) * SECTOR) as usize].to_vec())
-    }
-
-    fn read(&self, at: u64, sectors: u64) -> Vec<u8> {
-        let mut bytes = (self.base)(at, sectors);
-        for (&sector, data) in self.written.range(at..at + sectors) {
-            let from = ((sector - at) * SECTOR) as usize;
-            bytes[from..from + SECTOR as usize].copy_from_slice(data);
-        }
-        bytes
-    }
-
-    fn write(&mut self, at: u64, bytes: &[u8]) {
-        for (sector, data) in (at..).zip(bytes.chunks_exact(SECTOR as usize)) {
-            self.written.insert(sector, data.try_into().unwrap());
-        }
-    }
-
-    /// All of it, in a file.
-    fn save(&self, path: &Path) {
-        fs::write(path, self.read(0, self.sectors)).unwrap();
-    }
-}
-
-/// The tests run one after the other: a program that one of them starts has, until it is executed, all open files of this
-/// process, and with them their locks.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -118,46 +69,24 @@ fn place(random: &mut Random, sectors: u64) -> (u64, u64) {
     (at, len.min(sectors - at))
 }
 
-fn read(image: &Image, at: u64, sectors: u64) -> Vec<u8> {
-    let mut seen = vec![0xee; (sectors * SECTOR) as usize];
-    image.disk().read_at(Lba(at), &mut seen).unwrap();
-    seen
-}
-
 /// Some writes, zeroes, reads and flushes.
 fn exercise(image: &Image, model: &mut Model, random: &mut Random, steps: u64) {
-    let writer = image.disk().writer().expect("a disk with an overlay can be written to");
+    let disk = image.disk().as_ref();
+    let writer = disk.writer().expect("a disk with an overlay can be written to");
     for step in 0..steps {
-        let (at, sectors) = place(random, model.sectors);
-        let bytes = (sectors * SECTOR) as usize;
+        let (at, sectors) = place(random, model.sectors());
         match random.below(8) {
             0..=3 => {
-                let data: Vec<u8> = (0..bytes).map(|i| (i as u64 / SECTOR * 7 + step * 13 + 1) as u8).collect();
+                let data = data(step, sectors);
                 writer.write_at(Lba(at), &data).unwrap();
                 model.write(at, &data);
             }
             4 => {
                 writer.zero(Lba(at)..Lba(at + sectors), random.below(2) == 0).unwrap();
-                model.write(at, &vec![0; bytes]);
+                model.write(at, &vec![0; (sectors * SECTOR) as usize]);
             }
             5 if step % 9 == 0 => writer.flush().unwrap(),
-            _ => assert!(read(image, at, sectors) == model.read(at, sectors), "step {step}: {at}, {sectors} sectors"),
-        }
-    }
-}
-
-/// Every sector that was written, and what lies around it.
-#[track_caller]
-fn compare(image: &Image, model: &Model, what: &str) {
-    let mut next = 0;
-    for &sector in model.written.keys() {
-        if sector >= next {
-            let (start, end) = (sector.saturating_sub(40), (sector + 140).min(model.sectors));
-            assert!(
-                read(image, start, end - start) == model.read(start, end - start),
-                "{what}: sectors {start}..{end}"
-            );
-            next = end;
+            _ => assert!(read(disk, at, sectors) == model.read(at, sectors), "step {step}: {at}, {sectors} sectors"),
         }
     }
 }
@@ -167,7 +96,7 @@ fn compare(image: &Image, model: &Model, what: &str) {
 fn same(disk: &DiskConfig, model: &Model, what: &str) {
     let mut reading = disk.clone();
     reading.read_only = true;
-    compare(&image::open(&reading).unwrap_or_else(|e| panic!("{what}: {e}")), model, what);
+    model.compare(image::open(&reading).unwrap_or_else(|e| panic!("{what}: {e}")).disk().as_ref(), what);
     let report = vmdk::check(&delta(disk).unwrap());
     assert_eq!(report.errors, Vec::<String>::new(), "{what}");
 }
@@ -316,7 +245,7 @@ fn qemu_reads_the_chain_of_an_overlay_and_gets_the_same_bytes() {
             let mut alone = DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(&cow)));
             local(&mut alone).allow_dirs = vec![dir.path().to_path_buf()];
             alone.read_only = true;
-            compare(&image::open(&alone).unwrap(), &model, "the chain");
+            model.compare(image::open(&alone).unwrap().disk().as_ref(), "the chain");
             assert_eq!(sha256(base), before);
             fs::remove_file(&cow).unwrap();
             if !near {
@@ -387,7 +316,7 @@ fn a_raw_base_that_was_changed_is_refused_and_one_that_was_moved_along_is_not() 
     drop(image);
     fs::rename(&old, &new).unwrap();
     let disk = disk(&new.join("base.img"), &new.join("cow.vmdk"));
-    assert_eq!(read(&image::open(&disk).unwrap(), 3, 1), [1; 512]);
+    assert_eq!(read(image::open(&disk).unwrap().disk().as_ref(), 3, 1), [1; 512]);
     let base = File::options().write(true).open(new.join("base.img")).unwrap();
     base.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
     let error = image::open(&disk).unwrap_err();
@@ -494,7 +423,7 @@ fn merged(disk: &DiskConfig, model: &Model, what: &str) {
     assert!(!describe_overlay(&delta(disk).unwrap()).unwrap().unfinished_commit, "{what}: the mark is still there");
     let mut alone = disk.clone();
     (alone.overlay, alone.read_only) = (None, true);
-    compare(&image::open(&alone).unwrap(), model, &format!("{what}: the base alone"));
+    model.compare(image::open(&alone).unwrap().disk().as_ref(), &format!("{what}: the base alone"));
 }
 
 #[test]
@@ -712,12 +641,7 @@ fn a_base_whose_commit_is_unfinished_is_protected_under_both_cids() {
         qemu_img(["convert", "-O", "vmdk", text(&raw), text(&base)]);
         let (disk, _) = changed(&base, &cow, &raw, 1, 60);
         cut_off(&disk, *cut, true).unwrap_err();
-        let file = vmdkfuse::store::open_user_path(
-            &base,
-            std::sync::Arc::new(vmdkfuse::store::OpenPolicy { allow: Vec::new(), lock: true }),
-            Access::Write,
-        );
-        let error = VmdkDisk::open_writable(file.unwrap(), vmdk::OpenOptions::default()).unwrap_err();
+        let error = writable(&base).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Policy, "{}: {error}", cut.0);
         fs::remove_file(&cow).unwrap();
     }
@@ -911,7 +835,7 @@ fn a_commit_that_is_asked_to_end_stops_between_two_ranges() {
     read_only.read_only = true;
     let image = image::open(&read_only).unwrap();
     for mib in [0, 100, 255] {
-        assert!(read(&image, mib << 11, 2048) == data);
+        assert!(read(image.disk().as_ref(), mib << 11, 2048) == data);
     }
     drop(image);
     assert!(Commit::open(&disk).unwrap().run(&mut go_on).unwrap());
