@@ -2,102 +2,16 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use fuse_tests::make::SECTOR;
-use fuse_tests::written::{self, alone, policy, readable};
+use fuse_tests::written::{self, alone, readable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
-use vmdkfuse::error::{Error, ErrorKind, Result};
-use vmdkfuse::store::{Access, Identity, Store, StoredFile, StoredWrite, open_user_path};
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
-use super::draw;
 use super::hosted::{BASE, Hosted, flat_base};
-
-/// A file of which some calls fail, in whole or after a part was done.
-#[derive(Debug)]
-struct Failing {
-    file: Arc<dyn StoredFile>,
-    random: Mutex<u64>,
-    /// One of so many calls fails; 0: none.
-    one_in: AtomicU64,
-}
-
-impl Failing {
-    fn draw(&self) -> u64 {
-        draw(&mut self.random.lock().unwrap())
-    }
-    fn fails(&self) -> bool {
-        match self.one_in.load(Ordering::Relaxed) {
-            0 => false,
-            n => self.draw().is_multiple_of(n),
-        }
-    }
-    fn error(&self) -> Error {
-        Error::new(ErrorKind::Os(libc::ENOSPC), "full")
-    }
-    fn inner(&self) -> &dyn StoredWrite {
-        self.file.writer().unwrap()
-    }
-}
-
-impl StoredFile for Failing {
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-    fn writer(&self) -> Option<&dyn StoredWrite> {
-        Some(self)
-    }
-    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(offset, buf)
-    }
-    fn identity(&self) -> Result<Identity> {
-        self.file.identity()
-    }
-    fn identity_at_open(&self) -> Identity {
-        self.file.identity_at_open()
-    }
-    fn shows_changes(&self) -> bool {
-        true
-    }
-    fn allocated(&self) -> Result<u64> {
-        self.file.allocated()
-    }
-    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        self.file.data_at(offset)
-    }
-    fn label(&self) -> &str {
-        self.file.label()
-    }
-    fn siblings(&self) -> Result<Arc<dyn Store>> {
-        self.file.siblings()
-    }
-}
-
-impl StoredWrite for Failing {
-    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        if self.fails() {
-            let part = (self.draw() % (buf.len() as u64 + 1)) as usize / 512 * 512;
-            self.inner().write_all_at(offset, &buf[..part])?;
-            return Err(self.error());
-        }
-        self.inner().write_all_at(offset, buf)
-    }
-    fn len_now(&self) -> Result<u64> {
-        self.inner().len_now()
-    }
-    fn set_len(&self, len: u64) -> Result<()> {
-        if self.fails() { Err(self.error()) } else { self.inner().set_len(len) }
-    }
-    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        if self.fails() { Err(self.error()) } else { self.inner().zero(offset, len, unmap) }
-    }
-    fn sync(&self) -> Result<()> {
-        Ok(())
-    }
-}
+use super::watched::Watched;
 
 /// Small tables over a parent with data in every other grain.
 fn small_chain(dir: &Path, zeroed: bool, redundant: bool) -> (PathBuf, u64) {
@@ -141,13 +55,12 @@ fn step(disk: &VmdkDisk, model: &mut [u8], draw: u64, step: u64) -> bool {
 
 /// Goes on for a while on a file of which some calls fail, and ends well.
 fn write_while_it_fails(child: &Path, model: &mut [u8], seed: u64, close: bool) {
-    let file = open_user_path(child, policy(&[]), Access::Write).unwrap();
-    let file = Arc::new(Failing { file, random: Mutex::new(seed), one_in: 0.into() });
+    let file = Watched::open(child, seed);
     let disk = VmdkDisk::open_writable(Arc::clone(&file) as _, OpenOptions::default()).unwrap();
     let writer = disk.writer().unwrap();
     let mut failed = 0;
     for number in 0..300u64 {
-        file.one_in.store([0, 3, 12, 60][(number / 50 % 4) as usize], Ordering::Relaxed);
+        file.fail_one_in([0, 3, 12, 60][(number / 50 % 4) as usize]);
         failed += u64::from(step(&disk, model, file.draw(), number));
         if number % 37 == 0 {
             failed += u64::from(writer.flush().is_err());
@@ -157,7 +70,7 @@ fn write_while_it_fails(child: &Path, model: &mut [u8], seed: u64, close: bool) 
         }
     }
     assert!(failed > 5);
-    file.one_in.store(0, Ordering::Relaxed);
+    file.fail_one_in(0);
     if close {
         writer.close().unwrap();
     } else {

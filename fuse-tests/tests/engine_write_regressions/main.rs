@@ -14,6 +14,7 @@ mod hosted;
 mod layout;
 mod parallel;
 mod repair;
+mod watched;
 
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::Result;

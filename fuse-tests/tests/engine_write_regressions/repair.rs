@@ -1,22 +1,19 @@
 //! A repair keeps what could be read, and its work is bounded by the file.
 
 use std::fs::{self, File};
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_tests::make::SECTOR;
-use fuse_tests::written::{alone, policy, readable, writable};
+use fuse_tests::written::{alone, readable, writable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
-use vmdkfuse::error::{ErrorKind, Result};
-use vmdkfuse::store::{Access, Identity, Store, StoredFile, StoredWrite, open_user_path};
+use vmdkfuse::error::ErrorKind;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::hosted::{BASE, Hosted, descriptor, put_u32};
 use super::read;
+use super::watched::Watched;
 
 /// An unclean image with a grain in either table, the second one's at the end of the file.
 fn two_tables(path: &Path) -> File {
@@ -87,83 +84,6 @@ fn regression_repair_keeps_directories_and_descriptor_behind_the_grains() {
     }
 }
 
-/// A file that counts what is read of it and written to it.
-#[derive(Debug)]
-struct Counting {
-    file: Arc<dyn StoredFile>,
-    moved: AtomicU64,
-}
-
-/// More than this nobody needs for the small files here.
-const MOST: u64 = 1 << 30;
-
-impl Counting {
-    fn count(&self, bytes: usize) {
-        let moved = self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
-        assert!(moved < MOST, "more than {MOST} bytes were read and written");
-    }
-
-    fn inner(&self) -> &dyn StoredWrite {
-        self.file.writer().unwrap()
-    }
-}
-
-impl StoredFile for Counting {
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-    fn writer(&self) -> Option<&dyn StoredWrite> {
-        Some(self)
-    }
-    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.count(buf.len());
-        self.file.read_exact_at(offset, buf)
-    }
-    fn identity(&self) -> Result<Identity> {
-        self.file.identity()
-    }
-    fn identity_at_open(&self) -> Identity {
-        self.file.identity_at_open()
-    }
-    fn shows_changes(&self) -> bool {
-        true
-    }
-    fn allocated(&self) -> Result<u64> {
-        self.file.allocated()
-    }
-    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        self.file.data_at(offset)
-    }
-    fn label(&self) -> &str {
-        self.file.label()
-    }
-    fn siblings(&self) -> Result<Arc<dyn Store>> {
-        self.file.siblings()
-    }
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.file.fd()
-    }
-}
-
-impl StoredWrite for Counting {
-    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.count(buf.len());
-        self.inner().write_all_at(offset, buf)
-    }
-    fn len_now(&self) -> Result<u64> {
-        self.inner().len_now()
-    }
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.inner().set_len(len)
-    }
-    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.inner().zero(offset, len, unmap)
-    }
-    fn sync(&self) -> Result<()> {
-        Ok(())
-    }
-}
-
 /// An unclean image of 3 MiB, all of whose directory entries name one table of 256 KiB.
 fn one_table_for_all(path: &Path, primary_too: bool) {
     const TABLES: u64 = 16 << 10;
@@ -191,9 +111,7 @@ fn repair_is_bounded(primary_too: bool) {
     let path = dir.path().join("x.vmdk");
     one_table_for_all(&path, primary_too);
     let before = fs::metadata(&path).unwrap().len();
-    let file = open_user_path(&path, policy(&[]), Access::Write).unwrap();
-    let file = Arc::new(Counting { file, moved: AtomicU64::new(0) });
-    let error = VmdkDisk::open_writable(file, OpenOptions::default()).map(drop).unwrap_err();
+    let error = VmdkDisk::open_writable(Watched::open(&path, 1), OpenOptions::default()).map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert!(fs::metadata(&path).unwrap().len() <= 2 * before, "a refused image grew");
 }
