@@ -1,8 +1,9 @@
 //! What the integration tests share: a maker of VMDK variants, crashes of a simulated
-//! store, files in memory, and the entry points of the fuzzers.
+//! store, files in memory, models of written disks, and the entry points of the fuzzers.
 
 pub mod crash;
 pub mod fuzz;
 pub mod harness;
 pub mod make;
 pub mod memory;
+pub mod written;

@@ -11,16 +11,16 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_tests::harness::{
     Cmd, Mount, NOBODY, Scratch, assert_same, data_ranges, need, need_fuse, need_root, qemu_data_ranges, qemu_img,
     raw_with_islands, read_range,
 };
+use fuse_tests::written::{alone, policy, readable};
 use vmdkfuse::block::{BlockRead, BlockWrite, Lba};
 use vmdkfuse::config::{AdapterType, CreateType};
-use vmdkfuse::store::{Access, ExtentName, LocalStore, OpenPolicy, open_user_path};
-use vmdkfuse::vmdk::{self, DeltaParent, NewDelta, NewDisk, OpenOptions, VmdkDisk};
+use vmdkfuse::store::{ExtentName, LocalStore};
+use vmdkfuse::vmdk::{self, DeltaParent, NewDelta, NewDisk};
 
 /// Each kind with the name that qemu knows it by.
 const KINDS: [(&str, &str); 7] = [
@@ -32,14 +32,6 @@ const KINDS: [(&str, &str); 7] = [
     ("vmfs-thin", "vmfs"),
     ("stream-optimized", "streamOptimized"),
 ];
-
-/// The tests run one after the other: a program that one of them starts has, until it is executed, all open files of this
-/// process, and with them their locks.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Makes a disk by the program.
 #[track_caller]
@@ -59,7 +51,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 fn store(scratch: &Scratch) -> LocalStore {
-    LocalStore::new(scratch.root(), Arc::new(OpenPolicy { allow: Vec::new(), lock: true })).unwrap()
+    LocalStore::new(scratch.root(), policy(&[])).unwrap()
 }
 
 #[test]
@@ -130,9 +122,7 @@ fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
         let path = create(&scratch, &format!("{kind}.vmdk"), size, kind);
         let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
         qemu_img(["convert", "-n", "-f", "raw", "-O", "vmdk", from, to]);
-        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
-        let disk =
-            VmdkDisk::open(open_user_path(&path, policy, Access::Read).unwrap(), OpenOptions::default()).unwrap();
+        let disk = readable(&path);
         assert_same_bytes(&disk, &file, kind);
         drop(disk);
         scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
@@ -319,9 +309,7 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
         let back = scratch.path("back");
         qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
         assert_same(&back, &raw);
-        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
-        let disk =
-            VmdkDisk::open(open_user_path(&path, policy, Access::Read).unwrap(), OpenOptions::default()).unwrap();
+        let disk = readable(&path);
         assert_same_bytes(&disk, &File::open(&raw).unwrap(), "our reader");
         // about as small as qemu's
         let theirs = scratch.path("theirs.vmdk");
@@ -478,9 +466,7 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
         let mut expected = fs::read(&raw).unwrap();
         expected[12_345_344..12_415_344].fill(0xa5);
         assert!(fs::read(&back).unwrap() == expected, "zeroed_grains={zeroed_grains}: qemu reads something else");
-        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
-        let disk =
-            VmdkDisk::open(open_user_path(&path, policy, Access::Read).unwrap(), OpenOptions::default()).unwrap();
+        let disk = readable(&path);
         assert_same_bytes(&disk, &File::open(&back).unwrap(), "our reader");
     }
 }

@@ -8,65 +8,23 @@
     reason = "helpers of tests, in which a panic is the verdict"
 )]
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_tests::harness::{need, qemu_img, raw_with_islands};
 use fuse_tests::make::model::Random;
 use fuse_tests::make::{self, SECTOR};
+use fuse_tests::written::{self, Model, alone, read};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::ErrorKind;
-use vmdkfuse::store::{Access, OpenPolicy, open_user_path};
+use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
-/// What a disk must hold: what it held, and sectors written since.
-struct Model {
-    base: Box<dyn Fn(u64, u64) -> Vec<u8>>,
-    written: BTreeMap<u64, [u8; SECTOR as usize]>,
-    sectors: u64,
-}
-
-impl Model {
-    fn read(&self, at: u64, sectors: u64) -> Vec<u8> {
-        let mut bytes = (self.base)(at, sectors);
-        for (&sector, data) in self.written.range(at..at + sectors) {
-            let from = ((sector - at) * SECTOR) as usize;
-            bytes[from..from + SECTOR as usize].copy_from_slice(data);
-        }
-        bytes
-    }
-
-    fn write(&mut self, at: u64, bytes: &[u8]) {
-        for (sector, data) in (at..).zip(bytes.chunks_exact(SECTOR as usize)) {
-            self.written.insert(sector, data.try_into().unwrap());
-        }
-    }
-}
-
-/// The tests run one after the other: a program that one of them starts has, until it is executed, all open files of this
-/// process, and with them their locks.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy { allow: allow.to_vec(), lock: true })
-}
-
+/// Opens a VMDK, whatever is based on it.
 fn open(path: &Path, allow: &[PathBuf], access: Access) -> vmdkfuse::error::Result<VmdkDisk> {
-    let options = OpenOptions { force: true, ..OpenOptions::default() };
-    let file = open_user_path(path, policy(allow), access)?;
-    match access {
-        Access::Read => VmdkDisk::open(file, options),
-        Access::Write => VmdkDisk::open_writable(file, options),
-    }
+    written::open(path, allow, access, OpenOptions { force: true, ..OpenOptions::default() })
 }
 
 /// A place to write at: anywhere, but often where something ends.
@@ -91,9 +49,8 @@ fn place(random: &mut Random, sectors: u64) -> Range<u64> {
 fn changed(disk: &VmdkDisk, model: &mut Model, range: &Range<u64>, data: &[u8], done: vmdkfuse::error::Result<()>) {
     let Err(e) = done else { return model.write(range.start, data) };
     assert_eq!(e.kind(), ErrorKind::ReadOnly, "{e}");
-    let old = model.read(range.start, range.end - range.start);
-    let mut seen = vec![0; data.len()];
-    disk.read_at(Lba(range.start), &mut seen).unwrap();
+    let sectors = range.end - range.start;
+    let (old, seen) = (model.read(range.start, sectors), read(disk, range.start, sectors));
     for (i, sector) in seen.chunks_exact(SECTOR as usize).enumerate() {
         let at = i * SECTOR as usize..(i + 1) * SECTOR as usize;
         assert!(*sector == old[at.clone()] || *sector == data[at], "sector {} is neither", range.start + i as u64);
@@ -105,41 +62,24 @@ fn changed(disk: &VmdkDisk, model: &mut Model, range: &Range<u64>, data: &[u8], 
 fn exercise(disk: &VmdkDisk, model: &mut Model, random: &mut Random, steps: u64) {
     let writer = disk.writer().expect("a disk opened for writing has a writer");
     for step in 0..steps {
-        let range = place(random, model.sectors);
-        let bytes = ((range.end - range.start) * SECTOR) as usize;
+        let range = place(random, model.sectors());
+        let sectors = range.end - range.start;
         match random.below(10) {
             0..=5 => {
-                let data: Vec<u8> = (0..bytes).map(|i| (i as u64 / SECTOR * 7 + step * 13 + 1) as u8).collect();
+                let data = written::data(step, sectors);
                 changed(disk, model, &range, &data, writer.write_at(Lba(range.start), &data));
             }
             6 => {
                 let done = writer.zero(Lba(range.start)..Lba(range.end), random.below(2) == 0);
-                changed(disk, model, &range, &vec![0; bytes], done);
+                changed(disk, model, &range, &vec![0; (sectors * SECTOR) as usize], done);
             }
             7 if step % 5 == 0 => writer.flush().unwrap(),
             8 if step % 40 == 0 => writer.close().unwrap(),
             _ => {
-                let mut seen = vec![0xee; bytes];
-                disk.read_at(Lba(range.start), &mut seen).unwrap();
-                assert!(seen == model.read(range.start, range.end - range.start), "step {step}: {range:?}");
+                let wanted = model.read(range.start, sectors);
+                assert!(read(disk, range.start, sectors) == wanted, "step {step}: {range:?}");
             }
         }
-    }
-}
-
-/// Every sector that was written, and what lies around it.
-fn compare(disk: &VmdkDisk, model: &Model, what: &str) {
-    let mut next = 0;
-    for &sector in model.written.keys() {
-        if sector < next {
-            continue;
-        }
-        let start = sector.saturating_sub(130);
-        let end = (sector + 130).min(model.sectors);
-        let mut seen = vec![0xee; ((end - start) * SECTOR) as usize];
-        disk.read_at(Lba(start), &mut seen).unwrap();
-        assert!(seen == model.read(start, end - start), "{what}: sectors {start}..{end}");
-        next = end;
     }
 }
 
@@ -157,7 +97,7 @@ fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64)
             Err(e) => panic!("{}: {e}", path.display()),
         }
         let disk = open(path, allow, Access::Read).unwrap();
-        compare(&disk, model, &format!("{}, round {round}", path.display()));
+        model.compare(&disk, &format!("{}, round {round}", path.display()));
         let report = vmdk::check(&disk);
         assert_eq!(report.errors, Vec::<String>::new(), "{}", path.display());
         assert_eq!(report.unfinished, 0);
@@ -174,7 +114,7 @@ fn every_valid_variant_keeps_what_is_written_or_is_read_only() {
     for (variant, seed) in make::valid().iter().zip(1..) {
         let made = variant.make(dir.path(), seed).unwrap();
         let (path, allow, sectors) = (made.open.clone(), made.allow_dirs.clone(), made.sectors());
-        let mut model = Model { base: Box::new(move |at, n| made.read(at, n)), written: BTreeMap::new(), sectors };
+        let mut model = Model::new(sectors, move |at, n| made.read(at, n));
         let before: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().flatten().map(|e| e.path()).collect();
         let keep: Vec<_> = before.iter().map(|p| fs::metadata(p).unwrap().modified().unwrap()).collect();
         if run(&path, &allow, &mut model, seed, 150) {
@@ -215,28 +155,17 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
         let words = ["convert", "-O", "vmdk", "-o", &options, raw.to_str().unwrap(), path.to_str().unwrap()];
         qemu_img(words);
         for over_a_parent in [false, true] {
-            let (open, sectors) = if over_a_parent {
-                let child = dir.path().join(format!("{kind}-000001.vmdk"));
-                let [parent, child_text] = [&path, &child].map(|p| p.to_str().unwrap());
-                qemu_img(["create", "-f", "vmdk", "-b", parent, "-F", "vmdk", child_text]);
-                (child, fs::metadata(&raw).unwrap().len() / SECTOR)
-            } else {
-                (path.clone(), fs::metadata(&raw).unwrap().len() / SECTOR)
-            };
-            let base = if over_a_parent { fs::read(&expected).unwrap() } else { fs::read(&raw).unwrap() };
-            fs::write(&expected, &base).unwrap();
-            let keep = over_a_parent.then(|| fs::read(&path).unwrap());
-            let mut model = Model {
-                base: Box::new(move |at, n| base[(at * SECTOR) as usize..((at + n) * SECTOR) as usize].to_vec()),
-                written: BTreeMap::new(),
-                sectors,
-            };
-            assert!(run(&open, &[], &mut model, seed, 400), "{kind} can be written to");
-            let file = File::options().write(true).open(&expected).unwrap();
-            for (sector, data) in &model.written {
-                file.write_all_at(data, sector * SECTOR).unwrap();
+            let child = dir.path().join(format!("{kind}-000001.vmdk"));
+            let (open, base) = if over_a_parent { (&child, &expected) } else { (&path, &raw) };
+            if over_a_parent {
+                let [parent, child] = [&path, &child].map(|p| p.to_str().unwrap());
+                qemu_img(["create", "-f", "vmdk", "-b", parent, "-F", "vmdk", child]);
             }
-            let [seen, wanted] = [&open, &expected].map(|p| p.to_str().unwrap());
+            let keep = over_a_parent.then(|| fs::read(&path).unwrap());
+            let mut model = Model::of_file(base);
+            assert!(run(open, &[], &mut model, seed, 400), "{kind} can be written to");
+            model.save(&expected);
+            let [seen, wanted] = [open, &expected].map(|p| p.to_str().unwrap());
             qemu_img(["compare", "-f", "vmdk", "-F", "raw", seen, wanted]);
             qemu_img(["check", seen]);
             assert!(keep.is_none_or(|keep| keep == fs::read(&path).unwrap()), "{kind}: the parent was changed");
@@ -253,10 +182,8 @@ fn a_base_with_children_is_not_written_to_without_force() {
     let dir = tempdir().unwrap();
     let [base, child] = ["base.vmdk", "base-000001.vmdk"].map(|n| dir.path().join(n).to_str().unwrap().to_owned());
     qemu_img(["create", "-f", "vmdk", &base, "4M"]);
-    let writable = |force| {
-        let file = open_user_path(Path::new(&base), policy(&[]), Access::Write).unwrap();
-        VmdkDisk::open_writable(file, OpenOptions { force, ..OpenOptions::default() }).map(|_| ())
-    };
+    let options = |force| OpenOptions { force, ..OpenOptions::default() };
+    let writable = |force| written::open(Path::new(&base), &[], Access::Write, options(force)).map(drop);
     writable(false).unwrap();
     qemu_img(["create", "-f", "vmdk", "-b", &base, "-F", "vmdk", &child]);
     let error = writable(false).unwrap_err();

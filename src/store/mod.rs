@@ -21,6 +21,8 @@ mod lck;
 mod local;
 mod lock;
 mod name;
+#[cfg(test)]
+pub(crate) mod watched;
 
 pub use local::{LocalStore, make_user_path, open_user_path, unnamed};
 pub(crate) use name::printable;

@@ -1,6 +1,5 @@
 //! A store for tests: a folder of its own, and a budget of changes after which every further one fails.
 
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::TempDir;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Access, ExtentName, Identity, LocalStore, OpenPolicy, Store, StoredFile, StoredWrite};
+use crate::store::watched::Watched;
+use crate::store::{Access, ExtentName, Identity, LocalStore, OpenPolicy, Store, StoredFile};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 
 /// A name of a file of the store.
@@ -70,7 +70,9 @@ impl Store for TestStore {
 
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
         spend(&self.budget, "create")?;
-        Ok(Arc::new(TestFile { inner: self.inner.create(name)?, budget: Arc::clone(&self.budget) }))
+        let (file, budget) = (self.inner.create(name)?, Arc::clone(&self.budget));
+        let label = file.label().to_owned();
+        Ok(Arc::new(Watched::new(file, move |_| spend(&budget, &label))))
     }
 
     fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
@@ -84,88 +86,6 @@ impl Store for TestStore {
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
         self.inner.names(most)
-    }
-}
-
-/// A file of it.
-#[derive(Debug)]
-struct TestFile {
-    inner: Arc<dyn StoredFile>,
-    budget: Arc<AtomicU64>,
-}
-
-impl TestFile {
-    fn change(&self) -> Result<&dyn StoredWrite> {
-        spend(&self.budget, self.inner.label())?;
-        Ok(self.inner.writer().unwrap())
-    }
-}
-
-impl StoredFile for TestFile {
-    fn len(&self) -> u64 {
-        self.inner.len()
-    }
-
-    fn writer(&self) -> Option<&dyn StoredWrite> {
-        Some(self)
-    }
-
-    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_exact_at(offset, buf)
-    }
-
-    fn identity(&self) -> Result<Identity> {
-        self.inner.identity()
-    }
-
-    fn identity_at_open(&self) -> Identity {
-        self.inner.identity_at_open()
-    }
-
-    fn shows_changes(&self) -> bool {
-        self.inner.shows_changes()
-    }
-
-    fn allocated(&self) -> Result<u64> {
-        self.inner.allocated()
-    }
-
-    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        self.inner.data_at(offset)
-    }
-
-    fn label(&self) -> &str {
-        self.inner.label()
-    }
-
-    fn siblings(&self) -> Result<Arc<dyn Store>> {
-        self.inner.siblings()
-    }
-
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.fd()
-    }
-}
-
-impl StoredWrite for TestFile {
-    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.change()?.write_all_at(offset, buf)
-    }
-
-    fn len_now(&self) -> Result<u64> {
-        self.inner.writer().unwrap().len_now()
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.change()?.set_len(len)
-    }
-
-    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.change()?.zero(offset, len, unmap)
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.change()?.sync()
     }
 }
 

@@ -4,12 +4,12 @@
 //!   images    small disks of each kind, every sector telling which write it came from
 //!     │
 //!   store     files in memory that log each operation, and fail when told to ──┐
-//!     │  a run: writes, zeroes, flushes, closes, opens (search)                │ sabotage: the log as a store that
+//!     │  run: writes, zeroes, flushes, closes, opens                           │ sabotage: the log as a store that
 //!     ▼                                                                        ▼ breaks the engine's order would have it
 //!   replay    walks the log; at each place knows what is durable and what is not, and makes crashes of it:
 //!     │       any subset of the operations not yet synced, in any order, torn at sectors
 //!     ▼
-//!   judge     opens what is left anew: sectors old or new, tables sound, after a repair as well; qemu-img for some
+//!   left      opens what is left anew: sectors old or new (judge), tables sound, after a repair as well; qemu-img for some
 //! ```
 //! The search need not interrupt anything: a run is recorded once, and every place of its log is a crash. Everything
 //! follows from seeds, so that a violation can be made again and its run made shorter.
@@ -23,7 +23,9 @@
 mod bytes;
 mod images;
 mod judge;
+mod left;
 mod replay;
+mod run;
 mod sabotage;
 mod search;
 mod store;
@@ -32,6 +34,7 @@ pub use bytes::{Bytes, PAGE};
 pub use images::{Image, Kind};
 pub use judge::{Judge, fill, value_of};
 pub use replay::{Crash, Machine, Style};
+pub use run::{Run, Step, random_steps, record, record_threads};
 pub use sabotage::Sabotage;
-pub use search::{Effort, Report, Run, Step, Violation, random_steps, record, record_threads, search, shrink};
+pub use search::{Effort, Report, Violation, search, shrink};
 pub use store::{Event, Faults, Mark, Op, SimStore};

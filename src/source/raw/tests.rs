@@ -3,83 +3,38 @@ use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::store::{Access, Identity, OpenPolicy, Store, open_user_path};
+use crate::store::watched::{Change, Watched};
+use crate::store::{Access, OpenPolicy, open_user_path};
 
-/// A file of this machine whose syncs are counted and can be made to fail.
-#[derive(Debug)]
-struct Watched {
-    file: Arc<dyn StoredFile>,
-    syncs: AtomicUsize,
-    fails: AtomicBool,
+/// The syncs of a file.
+#[derive(Debug, Default)]
+struct Syncs {
+    count: AtomicUsize,
+    fail: AtomicBool,
 }
 
-impl StoredFile for Watched {
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-    fn writer(&self) -> Option<&dyn StoredWrite> {
-        self.file.writer().is_some().then_some(self as &dyn StoredWrite)
-    }
-    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(offset, buf)
-    }
-    fn identity(&self) -> Result<Identity> {
-        self.file.identity()
-    }
-    fn identity_at_open(&self) -> Identity {
-        self.file.identity_at_open()
-    }
-    fn shows_changes(&self) -> bool {
-        self.file.shows_changes()
-    }
-    fn allocated(&self) -> Result<u64> {
-        self.file.allocated()
-    }
-    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        self.file.data_at(offset)
-    }
-    fn label(&self) -> &str {
-        self.file.label()
-    }
-    fn siblings(&self) -> Result<Arc<dyn Store>> {
-        self.file.siblings()
-    }
-}
-
-impl StoredWrite for Watched {
-    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.file.writer().unwrap().write_all_at(offset, buf)
-    }
-    fn len_now(&self) -> Result<u64> {
-        self.file.writer().unwrap().len_now()
-    }
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.file.writer().unwrap().set_len(len)
-    }
-    fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.file.writer().unwrap().zero(offset, len, unmap)
-    }
-    fn sync(&self) -> Result<()> {
-        self.syncs.fetch_add(1, Ordering::Relaxed);
-        match self.fails.load(Ordering::Relaxed) {
-            true => Err(Error::new(ErrorKind::Os(libc::EIO), "the disk below is broken")),
-            false => self.file.writer().unwrap().sync(),
-        }
-    }
-}
-
-fn open(path: &Path, access: Access) -> Arc<Watched> {
+fn open(path: &Path, access: Access) -> (Arc<dyn StoredFile>, Arc<Syncs>) {
     let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
-    let file = open_user_path(path, policy, access).unwrap();
-    Arc::new(Watched { file, syncs: AtomicUsize::new(0), fails: AtomicBool::new(false) })
+    let syncs = Arc::new(Syncs::default());
+    let watch = Arc::clone(&syncs);
+    let file = Watched::new(open_user_path(path, policy, access).unwrap(), move |change| {
+        if change == Change::Sync {
+            watch.count.fetch_add(1, Ordering::Relaxed);
+            if watch.fail.load(Ordering::Relaxed) {
+                return Err(Error::new(ErrorKind::Os(libc::EIO), "the disk below is broken"));
+            }
+        }
+        Ok(())
+    });
+    (Arc::new(file), syncs)
 }
 
 /// A disk of `len` bytes of 1, in a folder of its own.
-fn disk(len: usize) -> (RawDisk, Arc<Watched>, tempfile::TempDir) {
+fn disk(len: usize) -> (RawDisk, Arc<Syncs>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("disk"), vec![1; len]).unwrap();
-    let file = open(&dir.path().join("disk"), Access::Write);
-    (RawDisk::new(Arc::clone(&file) as Arc<dyn StoredFile>).unwrap(), file, dir)
+    let (file, syncs) = open(&dir.path().join("disk"), Access::Write);
+    (RawDisk::new(file).unwrap(), syncs, dir)
 }
 
 fn bytes(dir: &tempfile::TempDir) -> Vec<u8> {
@@ -124,7 +79,7 @@ fn a_part_of_a_sector_at_the_end_becomes_whole_with_the_first_write_to_it_and_no
 fn a_file_that_was_opened_for_reading_has_no_writer() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("disk"), [1; 512]).unwrap();
-    let disk = RawDisk::new(open(&dir.path().join("disk"), Access::Read)).unwrap();
+    let disk = RawDisk::new(open(&dir.path().join("disk"), Access::Read).0).unwrap();
     assert!(disk.writer().is_none());
     assert_eq!(disk.write_at(Lba(0), &[2; 512]).unwrap_err().kind(), ErrorKind::ReadOnly);
     assert_eq!(bytes(&dir), [1; 512]);
@@ -143,8 +98,8 @@ fn a_file_that_was_cut_is_not_made_longer_again() {
 
 #[test]
 fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
-    let (disk, file, _dir) = disk(4096);
-    let syncs = || file.syncs.load(Ordering::Relaxed);
+    let (disk, syncs, _dir) = disk(4096);
+    let syncs = || syncs.count.load(Ordering::Relaxed);
     disk.flush().unwrap();
     assert_eq!(syncs(), 0);
     disk.write_at(Lba(0), &[2; 512]).unwrap();
@@ -166,11 +121,11 @@ fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
 
 #[test]
 fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
-    let (disk, file, dir) = disk(1024);
+    let (disk, syncs, dir) = disk(1024);
     disk.write_at(Lba(0), &[2; 512]).unwrap();
-    file.fails.store(true, Ordering::Relaxed);
+    syncs.fail.store(true, Ordering::Relaxed);
     disk.flush().unwrap_err();
-    file.fails.store(false, Ordering::Relaxed);
+    syncs.fail.store(false, Ordering::Relaxed);
     for refused in
         [disk.flush(), disk.close(), disk.begin(), disk.write_at(Lba(1), &[3; 512]), disk.zero(Lba(1)..Lba(2), false)]
     {
@@ -178,6 +133,6 @@ fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
         assert!(error.to_string().contains("the disk below is broken"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Os(libc::EIO));
     }
-    assert_eq!(file.syncs.load(Ordering::Relaxed), 1);
+    assert_eq!(syncs.count.load(Ordering::Relaxed), 1);
     assert_eq!(bytes(&dir)[512..], [1; 512]);
 }

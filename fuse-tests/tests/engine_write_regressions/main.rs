@@ -1,0 +1,35 @@
+//! Writing to images that are damaged, unusual or hostile: nothing that could be read before may be lost by it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests, in which a panic is the verdict"
+)]
+
+mod children;
+mod cost;
+mod failures;
+mod hosted;
+mod layout;
+mod parallel;
+mod repair;
+mod watched;
+
+use vmdkfuse::block::{BlockRead, Lba};
+use vmdkfuse::error::Result;
+use vmdkfuse::vmdk::VmdkDisk;
+
+/// One sector of a disk.
+fn read(disk: &VmdkDisk, at: u64) -> Result<[u8; 512]> {
+    let mut sector = [0xee; 512];
+    disk.read_at(Lba(at), &mut sector).map(|()| sector)
+}
+
+/// The next number of a sequence that looks like chance (xorshift).
+fn draw(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
