@@ -273,6 +273,12 @@ impl NbdDisk {
         self.waited(&slot)
     }
 
+    /// Bytes of one command where there is more to read or write. To a server far away as much as it takes: there only
+    /// the number of commands counts.
+    fn piece(&self) -> u64 {
+        if self.link.is_near() { self.link.export().piece() } else { self.link.export().maximum }
+    }
+
     fn check_writable(&self) -> Result<()> {
         if self.writable {
             return Ok(());
@@ -413,7 +419,7 @@ impl BlockQueue for NbdDisk {
                 link.pool.give(buf);
             }
         };
-        let piece = export.piece();
+        let piece = self.piece();
         if len <= piece {
             let finish: Finish = Box::new(move |mut op, result| give(op.buf.take(), result));
             return self.begin(Kind::Read, at.bytes(), len, buf, finish);
@@ -454,8 +460,8 @@ impl BlockQueue for NbdDisk {
             return done(Ok(()));
         }
         let (from, to) = (offset, offset + data.len() as u64);
-        let parts = Parts::new(pieces(from, to, export.piece()).count(), done);
-        for (start, end) in pieces(from, to, export.piece()) {
+        let parts = Parts::new(pieces(from, to, self.piece()).count(), done);
+        for (start, end) in pieces(from, to, self.piece()) {
             let part = &data[(start - from) as usize..(end - from) as usize];
             let mut buf = match self.buffer(part.len() as u64) {
                 Ok(buf) => buf,

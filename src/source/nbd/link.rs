@@ -163,6 +163,11 @@ impl Link {
         &self.export
     }
 
+    /// Whether long requests are better done in pieces, each by a thread of its own.
+    pub(super) fn is_near(&self) -> bool {
+        self.generation().is_some_and(|g| g.claimable() > 0)
+    }
+
     /// For messages.
     pub(super) fn label(&self) -> String {
         self.dialer.label()
