@@ -613,6 +613,49 @@ fn a_socket_that_is_handed_over_is_used() {
 }
 
 #[test]
+fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_handed_over() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = Command::new("nbdkit");
+    command.args(["-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", &port.to_string(), "memory", "2M"]);
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let _other = Server { child, socket: PathBuf::new() };
+    // paths count from the folder of the file
+    let text = format!(
+        "retry = 50\n[[disk]]\nname = \"socket\"\nsocket = \"s\"\n[[disk]]\nhostname = \"127.0.0.1\"\nport = {port}\n\
+         name = \"port\"\n[[disk]]\ncommand = \"nbdkit\"\narg = [\"memory\", \"3M\"]\nname = \"command\"\n"
+    );
+    let mount = scratch.mount().arg("--config").arg(scratch.write("vms.toml", text)).start();
+    assert_eq!(mount.names(), ["command", "port", "socket"]);
+    for (name, size) in [("socket", 1u64), ("port", 2), ("command", 3)] {
+        assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), size << 20, "{name}");
+    }
+    assert_eq!(read_range(&mount.file("socket"), 4096, 8), 4096u64.to_be_bytes());
+    let data = scratch.write("data", noise(1 << 20, 12));
+    for name in ["port", "command"] {
+        put(&data, &mount.file(name));
+        assert_eq!(read_range(&mount.file(name), 0, 1 << 20), fs::read(&data).unwrap(), "{name}");
+    }
+    let captive = children(mount.pid()).pop().expect("a server");
+    mount.unmount();
+    assert!(poll_until(SOON, || !is_running(captive)), "the server lives on");
+    // a descriptor that only the file names is not closed at the start
+    let code = "import os,socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\nos.dup2(s.fileno(),9)\n\
+                os.execv(sys.argv[2],sys.argv[2:])";
+    let config = scratch.write("fd.toml", "[[disk]]\nsocket-fd = 9\nname = \"fd\"\n");
+    let mnt = scratch.mkdir("handed");
+    let words = Cmd::new("python3").args(["-c", code]).arg(&server.socket).arg(fuse_tests::harness::program());
+    words.arg("--config").arg(config).arg(&mnt).run().ok();
+    let read = read_range(&mnt.join("fd"), 8, 8);
+    Cmd::new("fusermount3").arg("-u").arg(&mnt).run().ok();
+    assert_eq!(read, 8u64.to_be_bytes());
+}
+
+#[test]
 fn an_overlay_takes_the_writes_of_an_export() {
     if !ready() {
         return;
