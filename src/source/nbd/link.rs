@@ -418,6 +418,7 @@ impl Link {
 
     /// Takes what came back from a generation.
     fn told(&self, generation: &Generation, back: &mut Vec<Answer>) {
+        let _settling = generation.settle(back.len());
         for (op, error) in back.drain(..) {
             match error {
                 None => self.succeeded(op),
@@ -709,6 +710,7 @@ impl Link {
                 None => thread::yield_now(),
             }
         }
+        drop(generation.settle(answers.len()));
         let mut unsent = Vec::new();
         let mut journal = lock(&self.journal);
         for (mut op, error) in answers {

@@ -7,6 +7,11 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::NbdDisk;
+use super::dial::Dialer;
+use super::drive::Leave;
+use super::generation::{Answer, Generation};
+use super::op::{Kind, Op};
+use super::pool::Buffer;
 use nix::sys::eventfd::EventFd;
 
 use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Lba, SECTOR, Stay};
@@ -77,6 +82,30 @@ fn begin(disk: &NbdDisk, at: Lba, sectors: u64, other: &EventFd) -> mpsc::Receiv
     disk.begin_read(at, sectors, Box::new(done));
     disk.attend(Stay::Until(other.as_fd()));
     told
+}
+
+#[test]
+fn regression_a_generation_is_idle_only_when_what_came_back_was_dealt_with() {
+    if !need_nbdkit() {
+        return;
+    }
+    let config = nbdkit(&["memory", "1M"]);
+    let dialer = Dialer::new(&config).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let generation = Generation::new(1).unwrap();
+    generation.add(dialer.open(true, deadline, &|| false).unwrap().0).unwrap();
+    let op = Op::new(Kind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
+    let (mut back, mut came) = (Vec::new(), 0);
+    generation.submit(op, &mut back);
+    // As a connection that is lost: who waits for its end sends all changes again that he knows of.
+    let mut deal = |back: &mut Vec<Answer>| {
+        assert!(back.is_empty() || !generation.is_idle(), "what came back is not known yet");
+        let _settling = generation.settle(back.len());
+        came += back.drain(..).count();
+    };
+    deal(&mut back);
+    generation.driver().unwrap().drive(Leave::Idle, deal);
+    assert!(came == 1 && generation.is_idle());
 }
 
 #[test]
