@@ -291,6 +291,102 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     assert_eq!(sha256(&disk), sha256(&data));
 }
 
+/// What nbdkit's log filter has seen: writes, how many of them with FUA, and flushes.
+fn logged(log: &Path) -> (usize, usize, usize) {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let writes = text.lines().filter(|line| line.contains(" Write id="));
+    let durable = writes.clone().filter(|line| line.contains("fua=1"));
+    (writes.count(), durable.count(), text.lines().filter(|line| line.contains(" Flush id=")).count())
+}
+
+/// `dd` of so many blocks to a file that is opened with O_DSYNC or O_SYNC.
+fn write_synced(from: &Path, to: &Path, flag: &str, block: &str, count: usize) -> Cmd {
+    let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
+    let words = [format!("bs={block}"), format!("count={count}"), format!("oflag={flag}")];
+    Cmd::new("dd").args([&input, &output]).args(&words).args(["conv=notrunc", "status=none"]).deadline(SOON)
+}
+
+#[test]
+fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed_where_not() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (log, data) = (scratch.path("log"), scratch.write("data", noise(1 << 20, 13)));
+    let logfile = format!("logfile={}", log.display());
+    for flag in ["dsync", "sync", "dsync,direct"] {
+        let server = Server::nbdkit(&scratch, &["--filter=log", "memory", "8M", &logfile]);
+        let mount = scratch.mount().arg(server.uri()).start();
+        write_synced(&data, &mount.file("disk.raw"), flag, "4k", 8).run().ok();
+        assert_eq!(logged(&log), (8, 8, 0), "{flag}: one write with FUA each, and nothing to flush at the close");
+        // of several commands each would be made durable by itself
+        write_synced(&data, &mount.file("disk.raw"), flag, "1M", 1).run().ok();
+        let (writes, durable, flushes) = logged(&log);
+        assert!(writes > 9 && flushes >= 1, "{flag}: {:?}", (writes, durable, flushes));
+        assert_eq!(durable, 8, "{flag}");
+        mount.unmount();
+    }
+    // the filter takes FUA away
+    let server = Server::nbdkit(&scratch, &["--filter=log", "--filter=fua", "memory", "8M", &logfile]);
+    let mount = scratch.mount().arg(server.uri()).start();
+    write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 8).run().ok();
+    assert_eq!(logged(&log), (8, 0, 8), "a write and a flush each");
+    assert_eq!(read_range(&mount.file("disk.raw"), 0, 32 << 10), fs::read(&data).unwrap()[..32 << 10]);
+}
+
+#[test]
+fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", vec![0; 1 << 20]);
+    let (first, second) = (scratch.path("first"), scratch.path("second"));
+    let file = format!("file={}", disk.display());
+    let log = |path: &Path| format!("logfile={}", path.display());
+    // a server that has the write, and never answers it
+    let slow = ["--filter=log", "--filter=delay", "file", &file, &log(&first), "wdelay=1000"];
+    let server = Server::nbdkit(&scratch, &slow);
+    let mount = scratch.mount().arg(server.uri()).start();
+    let data = scratch.write("data", noise(4096, 14));
+    let writer = write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 1);
+    let writer = std::thread::spawn(move || writer.run());
+    assert!(poll_until(SOON, || logged(&first) == (1, 1, 0)), "{:?}", logged(&first));
+    server.crash();
+    let _server = Server::nbdkit(&scratch, &["--filter=log", "file", &file, &log(&second)]);
+    writer.join().unwrap().ok();
+    assert_eq!(logged(&second), (1, 1, 0));
+    assert_eq!(read_range(&disk, 0, 4096), fs::read(&data).unwrap());
+}
+
+#[test]
+fn a_durable_write_over_an_unflushed_one_is_not_undone_by_a_restart() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", vec![0; 1 << 20]);
+    let file = format!("file={}", disk.display());
+    let server = Server::nbdkit(&scratch, &["file", &file]);
+    let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
+    // in a process of its own, as above
+    let code = "import os,sys; f=os.open(sys.argv[1],os.O_WRONLY); d=os.open(sys.argv[1],os.O_WRONLY|os.O_DSYNC)\n\
+                os.pwrite(f,b'A'*8192,0); os.pwrite(d,b'B'*4096,4096)\n\
+                print('written',flush=True); sys.stdin.readline(); os.fsync(f)";
+    let mut python = Command::new("python3");
+    python.args(["-c", code]).arg(mount.file("disk.raw")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut writer = Reaped(python.spawn().unwrap());
+    let mut said = [0; 7];
+    writer.0.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    server.crash();
+    // what was durable is there, the rest is not
+    fs::write(&disk, [vec![0; 4096], vec![b'B'; 4096], vec![0; (1 << 20) - 8192]].concat()).unwrap();
+    let _server = Server::nbdkit(&scratch, &["file", &file]);
+    drop(writer.0.stdin.take());
+    assert!(writer.0.wait().unwrap().success(), "fsync");
+    assert!(read_range(&disk, 0, 8192) == [vec![b'A'; 4096], vec![b'B'; 4096]].concat());
+}
+
 #[test]
 fn restarts_of_the_server_under_load_lose_nothing() {
     if !ready() || !need("fio") {

@@ -456,7 +456,7 @@ impl Link {
     fn succeeded(&self, mut op: Box<Op>) {
         let mut flush = false;
         if op.kind.is_change() && self.export.flush {
-            flush = lock(&self.journal).add(&mut op);
+            flush = lock(&self.journal).answered(&mut op);
         } else if op.kind == Kind::Flush {
             lock(&self.journal).flushed(op.covers, &self.pool);
         }

@@ -166,7 +166,7 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
     {
         let data: Vec<u8> = (0..len).map(|b| (b % 251) as u8 ^ i as u8).collect();
         let (tell, told) = mpsc::channel();
-        disk.begin_write(offset as u64, &data, Box::new(move |result| tell.send(result).unwrap()));
+        disk.begin_write(offset as u64, &data, false, Box::new(move |result| tell.send(result).unwrap()));
         disk.attend(Stay::No);
         told.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
         expected[offset..offset + len].copy_from_slice(&data);
@@ -175,7 +175,7 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
     disk.read_at(Lba(0), &mut back).unwrap();
     assert!(back == expected);
     let (tell, told) = mpsc::channel();
-    disk.begin_write((8 << 20) - 1, &[1, 2], Box::new(move |result| tell.send(result).unwrap()));
+    disk.begin_write((8 << 20) - 1, &[1, 2], false, Box::new(move |result| tell.send(result).unwrap()));
     assert_eq!(told.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
 }
 
