@@ -201,9 +201,13 @@ pub trait BlockQueue: BlockRead {
     /// write less need not read before.
     fn write_unit(&self) -> u64;
 
+    /// Whether a write of that range can be durable when it is done, for less than a flush after it.
+    fn writes_durably(&self, offset: u64, len: u64) -> bool;
+
     /// Begins a write of `data` from byte `offset` on, in whole [units](Self::write_unit) within the disk; `data` is copied.
+    /// `durable`: it is durable when it is done; only where [`writes_durably`](Self::writes_durably) says that this can be.
     /// An error where the disk has no writer.
-    fn begin_write(&self, offset: u64, data: &[u8], done: Done);
+    fn begin_write(&self, offset: u64, data: &[u8], durable: bool, done: Done);
 
     /// Begins [`BlockWrite::flush`].
     fn begin_flush(&self, done: Done);

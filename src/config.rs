@@ -37,6 +37,24 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// The descriptors that were handed over, as sockets of NBD servers: they are not to be closed at the start.
+    pub fn handed_over(&self) -> Vec<u32> {
+        let disks = match self {
+            Self::Mount(mount) => &*mount.disks,
+            Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &*query.disks,
+            Self::Create(disks) => disks,
+            Self::Commit(disk) => std::slice::from_ref(disk),
+            Self::Dump { .. } => &[],
+        };
+        let number = |disk: &DiskConfig| match &disk.source {
+            SourceConfig::Nbd(NbdConfig { address: NbdAddress::Fd(number), .. }) => u32::try_from(*number).ok(),
+            _ => None,
+        };
+        disks.iter().filter_map(number).collect()
+    }
+}
+
 /// The disks of an action that only looks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Query {

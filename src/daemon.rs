@@ -108,7 +108,7 @@ fn fork() -> Result<ForkResult> {
 /// Closes what the caller left open beyond the standard descriptors. A daemon that kept a file of a mount would keep
 /// that mount busy; a file of its own mount it could not even close without waiting for itself.
 ///
-/// To be called first of all: nothing of this process may be open yet.
+/// To be called once the words are read, before all else: nothing of this process may be open yet.
 pub fn close_inherited(kept: &[u32]) {
     let mut kept: Vec<u32> = kept.iter().copied().filter(|fd| *fd >= 3).collect();
     kept.sort_unstable();

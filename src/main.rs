@@ -14,10 +14,12 @@ use vmdkfuse::{commit, daemon, image, query};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    daemon::close_inherited(&cli::inherited(std::env::args_os()));
+    let parsed = cli::parse(std::env::args_os());
+    let handed_over = if let Ok(Parsed::Run(config)) = &parsed { config.action.handed_over() } else { Vec::new() };
+    daemon::close_inherited(&handed_over);
     daemon::raise_file_limit();
     daemon::share_heap();
-    match cli::parse(std::env::args_os()) {
+    match parsed {
         Ok(Parsed::Run(config)) => act(*config),
         Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
             Ok(()) => ExitCode::SUCCESS,

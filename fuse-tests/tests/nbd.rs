@@ -291,6 +291,102 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     assert_eq!(sha256(&disk), sha256(&data));
 }
 
+/// What nbdkit's log filter has seen: writes, how many of them with FUA, and flushes.
+fn logged(log: &Path) -> (usize, usize, usize) {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let writes = text.lines().filter(|line| line.contains(" Write id="));
+    let durable = writes.clone().filter(|line| line.contains("fua=1"));
+    (writes.count(), durable.count(), text.lines().filter(|line| line.contains(" Flush id=")).count())
+}
+
+/// `dd` of so many blocks to a file that is opened with O_DSYNC or O_SYNC.
+fn write_synced(from: &Path, to: &Path, flag: &str, block: &str, count: usize) -> Cmd {
+    let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
+    let words = [format!("bs={block}"), format!("count={count}"), format!("oflag={flag}")];
+    Cmd::new("dd").args([&input, &output]).args(&words).args(["conv=notrunc", "status=none"]).deadline(SOON)
+}
+
+#[test]
+fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed_where_not() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (log, data) = (scratch.path("log"), scratch.write("data", noise(1 << 20, 13)));
+    let logfile = format!("logfile={}", log.display());
+    for flag in ["dsync", "sync", "dsync,direct"] {
+        let server = Server::nbdkit(&scratch, &["--filter=log", "memory", "8M", &logfile]);
+        let mount = scratch.mount().arg(server.uri()).start();
+        write_synced(&data, &mount.file("disk.raw"), flag, "4k", 8).run().ok();
+        assert_eq!(logged(&log), (8, 8, 0), "{flag}: one write with FUA each, and nothing to flush at the close");
+        // of several commands each would be made durable by itself
+        write_synced(&data, &mount.file("disk.raw"), flag, "1M", 1).run().ok();
+        let (writes, durable, flushes) = logged(&log);
+        assert!(writes > 9 && flushes >= 1, "{flag}: {:?}", (writes, durable, flushes));
+        assert_eq!(durable, 8, "{flag}");
+        mount.unmount();
+    }
+    // the filter takes FUA away
+    let server = Server::nbdkit(&scratch, &["--filter=log", "--filter=fua", "memory", "8M", &logfile]);
+    let mount = scratch.mount().arg(server.uri()).start();
+    write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 8).run().ok();
+    assert_eq!(logged(&log), (8, 0, 8), "a write and a flush each");
+    assert_eq!(read_range(&mount.file("disk.raw"), 0, 32 << 10), fs::read(&data).unwrap()[..32 << 10]);
+}
+
+#[test]
+fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", vec![0; 1 << 20]);
+    let (first, second) = (scratch.path("first"), scratch.path("second"));
+    let file = format!("file={}", disk.display());
+    let log = |path: &Path| format!("logfile={}", path.display());
+    // a server that has the write, and never answers it
+    let slow = ["--filter=log", "--filter=delay", "file", &file, &log(&first), "wdelay=1000"];
+    let server = Server::nbdkit(&scratch, &slow);
+    let mount = scratch.mount().arg(server.uri()).start();
+    let data = scratch.write("data", noise(4096, 14));
+    let writer = write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 1);
+    let writer = std::thread::spawn(move || writer.run());
+    assert!(poll_until(SOON, || logged(&first) == (1, 1, 0)), "{:?}", logged(&first));
+    server.crash();
+    let _server = Server::nbdkit(&scratch, &["--filter=log", "file", &file, &log(&second)]);
+    writer.join().unwrap().ok();
+    assert_eq!(logged(&second), (1, 1, 0));
+    assert_eq!(read_range(&disk, 0, 4096), fs::read(&data).unwrap());
+}
+
+#[test]
+fn a_durable_write_over_an_unflushed_one_is_not_undone_by_a_restart() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", vec![0; 1 << 20]);
+    let file = format!("file={}", disk.display());
+    let server = Server::nbdkit(&scratch, &["file", &file]);
+    let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
+    // in a process of its own, as above
+    let code = "import os,sys; f=os.open(sys.argv[1],os.O_WRONLY); d=os.open(sys.argv[1],os.O_WRONLY|os.O_DSYNC)\n\
+                os.pwrite(f,b'A'*8192,0); os.pwrite(d,b'B'*4096,4096)\n\
+                print('written',flush=True); sys.stdin.readline(); os.fsync(f)";
+    let mut python = Command::new("python3");
+    python.args(["-c", code]).arg(mount.file("disk.raw")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut writer = Reaped(python.spawn().unwrap());
+    let mut said = [0; 7];
+    writer.0.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    server.crash();
+    // what was durable is there, the rest is not
+    fs::write(&disk, [vec![0; 4096], vec![b'B'; 4096], vec![0; (1 << 20) - 8192]].concat()).unwrap();
+    let _server = Server::nbdkit(&scratch, &["file", &file]);
+    drop(writer.0.stdin.take());
+    assert!(writer.0.wait().unwrap().success(), "fsync");
+    assert!(read_range(&disk, 0, 8192) == [vec![b'A'; 4096], vec![b'B'; 4096]].concat());
+}
+
 #[test]
 fn restarts_of_the_server_under_load_lose_nothing() {
     if !ready() || !need("fio") {
@@ -610,6 +706,49 @@ fn a_socket_that_is_handed_over_is_used() {
     assert!(shown.ok().stdout.contains("size             1048576 bytes"));
     let refused = scratch.mount().arg("socket-fd=9").refused(1);
     refused.one_error(1, &["socket-fd=9"]);
+}
+
+#[test]
+fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_handed_over() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = Command::new("nbdkit");
+    command.args(["-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", &port.to_string(), "memory", "2M"]);
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let _other = Server { child, socket: PathBuf::new() };
+    // paths count from the folder of the file
+    let text = format!(
+        "retry = 50\n[[disk]]\nname = \"socket\"\nsocket = \"s\"\n[[disk]]\nhostname = \"127.0.0.1\"\nport = {port}\n\
+         name = \"port\"\n[[disk]]\ncommand = \"nbdkit\"\narg = [\"memory\", \"3M\"]\nname = \"command\"\n"
+    );
+    let mount = scratch.mount().arg("--config").arg(scratch.write("vms.toml", text)).start();
+    assert_eq!(mount.names(), ["command", "port", "socket"]);
+    for (name, size) in [("socket", 1u64), ("port", 2), ("command", 3)] {
+        assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), size << 20, "{name}");
+    }
+    assert_eq!(read_range(&mount.file("socket"), 4096, 8), 4096u64.to_be_bytes());
+    let data = scratch.write("data", noise(1 << 20, 12));
+    for name in ["port", "command"] {
+        put(&data, &mount.file(name));
+        assert_eq!(read_range(&mount.file(name), 0, 1 << 20), fs::read(&data).unwrap(), "{name}");
+    }
+    let captive = children(mount.pid()).pop().expect("a server");
+    mount.unmount();
+    assert!(poll_until(SOON, || !is_running(captive)), "the server lives on");
+    // a descriptor that only the file names is not closed at the start
+    let code = "import os,socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\nos.dup2(s.fileno(),9)\n\
+                os.execv(sys.argv[2],sys.argv[2:])";
+    let config = scratch.write("fd.toml", "[[disk]]\nsocket-fd = 9\nname = \"fd\"\n");
+    let mnt = scratch.mkdir("handed");
+    let words = Cmd::new("python3").args(["-c", code]).arg(&server.socket).arg(fuse_tests::harness::program());
+    words.arg("--config").arg(config).arg(&mnt).run().ok();
+    let read = read_range(&mnt.join("fd"), 8, 8);
+    Cmd::new("fusermount3").arg("-u").arg(&mnt).run().ok();
+    assert_eq!(read, 8u64.to_be_bytes());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `--config FILE.toml`: a file that describes a mount → the words and options that would say the same.
+//! `--config FILE.toml`: a file that describes a mount → the keys and options that would say the same.
 //!
 //! ```text
 //!   readonly = true              keys above the first table ─► keys of `-o`: they hold for all disks
@@ -9,9 +9,14 @@
 //!   [[disk]]
 //!   file = "a.vmdk"              ─► file=/where/the/file/is/a.vmdk
 //!   name = "a.img"               ─► name=a.img
+//!
+//!   [[disk]]
+//!   command = "nbdkit"           ─► command=nbdkit
+//!   arg = ["memory", "1G"]       ─► arg=memory arg=1G
 //! ```
-//! What a key or option means, and which values it takes, is not known here: the table of keys and the reader of the
-//! command line try each value once so that the error can tell its line, and the words then go the way of all words.
+//! What a key or option means, which values it takes and which keys go together is not known here: the table of keys and
+//! the reader of the command line try each value once so that the error can tell its line, and the keys then go the way
+//! of all keys; what is wrong with those of a table as a whole is told with its place.
 //! Values that are no path are not repeated in an error from here: they may be secrets.
 
 use std::ffi::{OsStr, OsString};
@@ -25,6 +30,7 @@ use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::UsageError;
 use super::keys::{self, Key, Kind, Scope};
+use super::params::Table;
 use super::program::Manner;
 use super::settings::Settings;
 use super::values::{self, shown};
@@ -50,8 +56,8 @@ const MOUNT_KEYS: [(&str, Kind); 6] = [
 pub(super) struct Described {
     /// How to mount, with the keys that hold for all disks.
     pub(super) manner: Manner,
-    /// The disks, as `KEY=VALUE` words; each one's source first.
-    pub(super) words: Vec<OsString>,
+    /// The disks; at least one.
+    pub(super) disks: Vec<Table>,
 }
 
 /// Reads the file of that name. Its relative paths count from the folder that this name is in, also where it is a link.
@@ -94,11 +100,11 @@ impl Document<'_> {
             Some(span) => self.error(span.start, e.message()),
             None => UsageError::new(format!("{}: {}", shown(self.name), e.message())),
         })?;
-        let mut described = Described { manner: Manner::default(), words: Vec::new() };
+        let mut described = Described { manner: Manner::default(), disks: Vec::new() };
         let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
-                "disk" => described.words = self.disks(&entry)?,
+                "disk" => described.disks = self.disks(&entry)?,
                 "mount" => described.manner = self.mount(&entry)?,
                 _ => common.extend(self.common(&entry)?),
             }
@@ -113,10 +119,10 @@ impl Document<'_> {
             )));
         }
         options.keys.extend(common);
-        if described.words.is_empty() {
+        if described.disks.is_empty() {
             let name = shown(self.name);
             return Err(UsageError::new(format!(
-                "{name}: no disk is described: add a [[disk]] table with file or dir"
+                "{name}: no disk is described: add a [[disk]] table with file, dir or uri, or an NBD server's keys"
             )));
         }
         Ok(described)
@@ -137,44 +143,35 @@ impl Document<'_> {
     }
 
     /// All `[[disk]]` tables.
-    fn disks(&self, entry: &Entry<'_>) -> Result<Vec<OsString>, UsageError> {
+    fn disks(&self, entry: &Entry<'_>) -> Result<Vec<Table>, UsageError> {
         let wrong = || self.error(entry.at, "disk: must be written as [[disk]] tables");
         let DeValue::Array(items) = entry.value else {
             return Err(wrong());
         };
-        let mut words = Vec::new();
-        for item in items.iter() {
-            let DeValue::Table(table) = item.get_ref() else {
-                return Err(wrong());
-            };
-            words.extend(self.disk(table, item.span().start)?);
-        }
-        Ok(words)
+        let disk = |item: &toml::Spanned<DeValue<'_>>| match item.get_ref() {
+            DeValue::Table(table) => self.disk(table, item.span().start),
+            _ => Err(wrong()),
+        };
+        items.iter().map(disk).collect()
     }
 
-    /// One disk: its source, then its keys.
-    fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<Vec<OsString>, UsageError> {
+    /// One disk.
+    fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<Table, UsageError> {
         let mut source: Option<&Key> = None;
-        let mut words = Vec::new();
+        let mut keys = Vec::new();
         for entry in in_order(table) {
             let key = self.key(&entry, keys::spellings())?;
-            let pairs = self.pairs(key, &entry)?.into_iter().map(|(key, value)| word(key.name, &value));
+            keys.extend(self.pairs(key, &entry)?);
             match (key.scope, source) {
                 (Scope::Starts, Some(other)) => {
                     let reason = format!("a disk has one source, but this one has {} and {}", other.name, key.name);
                     return Err(self.error(entry.at, reason));
                 }
-                (Scope::Starts, None) => {
-                    source = Some(key);
-                    words.splice(..0, pairs);
-                }
-                (Scope::OneDisk | Scope::Common, _) => words.extend(pairs),
+                (Scope::Starts, None) => source = Some(key),
+                (Scope::OneDisk | Scope::Common, _) => {}
             }
         }
-        match source {
-            Some(_) => Ok(words),
-            None => Err(self.error(at, "this [[disk]] has neither file nor dir nor uri")),
-        }
+        Ok(Table { place: self.error(at, "[[disk]]").to_string(), keys })
     }
 
     /// The key that an entry names, if this build has it.
@@ -327,9 +324,9 @@ fn is_table(value: &DeValue<'_>) -> bool {
 fn as_text(kind: Kind, value: &DeValue<'_>) -> Option<OsString> {
     match (kind, value) {
         (Kind::Bool, DeValue::Boolean(yes)) => Some(yes.to_string().into()),
-        (Kind::Size | Kind::Seconds | Kind::Count | Kind::Version, DeValue::Integer(number)) => decimal(number),
+        (Kind::Size | Kind::Seconds | Kind::Count | Kind::Named(_), DeValue::Integer(number)) => decimal(number),
         (
-            Kind::Size | Kind::Path | Kind::PathOr(_) | Kind::Text | Kind::Version | Kind::OneOf { .. },
+            Kind::Size | Kind::Path | Kind::PathOr(_) | Kind::Text | Kind::Named(_) | Kind::OneOf { .. },
             DeValue::String(text),
         ) => Some(OsString::from(text.as_ref())),
         _ => None,

@@ -8,6 +8,7 @@ use clap::builder::OsStringValueParser;
 use clap::{Arg, ArgAction, Command};
 
 use super::options::Options;
+use super::params::Asked;
 use super::program::verbosity;
 use super::{MountWords, Parsed, UsageError, one_line, words};
 use crate::config::LogConfig;
@@ -32,7 +33,7 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
     let source = words::with_key(&word("source"));
     let mount = MountWords {
         mountpoint: &word("mountpoint"),
-        words: &[source],
+        asked: Asked::Words(&[source]),
         options: &options,
         foreground: false,
         pidfile: None,

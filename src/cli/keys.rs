@@ -68,8 +68,8 @@ pub(super) enum Kind {
     Path,
     /// A file, or this word in its place.
     PathOr(&'static str),
-    /// A number, or a name for it.
-    Version,
+    /// A number, or a name for it; called so in the help.
+    Named(&'static str),
     /// Anything else.
     Text,
     /// One of some words.
@@ -130,7 +130,7 @@ impl Kind {
             Self::Count => "N".into(),
             Self::Path => "PATH".into(),
             Self::PathOr(word) => format!("PATH|{word}"),
-            Self::Version => "VERSION".into(),
+            Self::Named(what) => what.into(),
             Self::Text => "TEXT".into(),
             Self::OneOf { words, .. } => words.join("|"),
         }
@@ -144,7 +144,7 @@ impl Kind {
             Self::Seconds | Self::Count => "a whole number".into(),
             Self::Path => "a path in quotes".into(),
             Self::PathOr(word) => format!("a path or \"{word}\", in quotes"),
-            Self::Version => "a whole number, or a name in quotes".into(),
+            Self::Named(_) => "a whole number, or a name in quotes".into(),
             Self::Text => "a text in quotes".into(),
             Self::OneOf { words, .. } => {
                 words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ")
@@ -299,7 +299,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.view_dir = Some(values::path(v)?); Ok(()) }),
 
     Key::later("server", Group::VMware, Kind::Text, "ESXi or vCenter host"),
-    Key::local("port", Group::Nbd, Kind::Text, "its port: a number, or a service (default: 10809)",
+    Key::local("port", Group::Nbd, Kind::Named("PORT"), "its port: a number, or a service (default: 10809)",
         |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }),
     Key::later("user", Group::VMware, Kind::Text, "who logs in"),
     Key::later("password", Group::VMware, Kind::Text, "`-` asks, `+FILE` and `-FD` read it"),
@@ -332,7 +332,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.creation.kind = Some(writing::create_type(v)?); Ok(()) }),
     Key::local("create-adapter-type", Group::Create, Kind::Text, "lsilogic (the default), buslogic, ide, legacyESX, pvscsi",
         |s, v| { s.creation.adapter = Some(writing::adapter(v)?); Ok(()) }),
-    Key::local("create-hwversion", Group::Create, Kind::Version, "its hardware version: a number (default: 4), or a product: workstation5, \
+    Key::local("create-hwversion", Group::Create, Kind::Named("VERSION"), "its hardware version: a number (default: 4), or a product: workstation5, \
         esx50, esx65 and the like",
         |s, v| { s.creation.hardware_version = Some(writing::hardware_version(v)?); Ok(()) }),
 

@@ -36,6 +36,7 @@ mod words;
 mod writing;
 
 use options::Options;
+use params::Asked;
 use values::shown;
 use writing::Purpose;
 
@@ -80,26 +81,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     if helper::is_name_of(Path::new(&name)) { helper::parse(args) } else { program::parse(args) }
 }
 
-/// The descriptors that the words name as handed over: they are not to be closed at the start.
-pub fn inherited(args: impl IntoIterator<Item = OsString>) -> Vec<u32> {
-    use std::os::unix::ffi::OsStrExt;
-    let mut kept = Vec::new();
-    for arg in args {
-        // also within the list of a `-o`
-        for word in arg.as_bytes().split(|b| *b == b',') {
-            let word = word.strip_prefix(b"-o").unwrap_or(word);
-            let number = word.strip_prefix(b"socket-fd=").and_then(|n| std::str::from_utf8(n).ok());
-            kept.extend(number.and_then(|n| n.parse::<u32>().ok()));
-        }
-    }
-    kept
-}
-
 /// What a mount is made of, before it is understood; of the program or of the helper.
 #[derive(Debug)]
 struct MountWords<'a> {
     mountpoint: &'a OsStr,
-    words: &'a [OsString],
+    asked: Asked<'a>,
     options: &'a Options,
     foreground: bool,
     pidfile: Option<PathBuf>,
@@ -110,7 +96,7 @@ impl MountWords<'_> {
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
         let options = self.options.mount()?;
         let purpose = Purpose::Mount { read_only: options.read_only };
-        let requested = params::disks(&self.options.keys, self.words, purpose)?;
+        let requested = params::disks(&self.options.keys, self.asked, purpose)?;
         let resolved = target::resolve(self.mountpoint)?;
         let fixed = resolved.file_name.as_deref();
         if let Some(name) = fixed {
@@ -143,7 +129,7 @@ fn check_one_file(name: &OsStr, kind: MountKind, disks: &[params::Requested]) ->
 
 /// The disks of an action that mounts none.
 fn unmounted(words: &[OsString], purpose: Purpose) -> Result<Vec<DiskConfig>, UsageError> {
-    params::configs(params::disks(&[], words, purpose)?, None, purpose)
+    params::configs(params::disks(&[], Asked::Words(words), purpose)?, None, purpose)
 }
 
 fn query(words: &[OsString], json: bool) -> Result<Query, UsageError> {

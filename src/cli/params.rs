@@ -1,4 +1,4 @@
-//! The words after the mount point: `KEY=VALUE` and bare sources → disks.
+//! The words after the mount point, `KEY=VALUE` and bare sources, or the tables of a file → disks.
 //!
 //! ```text
 //!   words ─ words.rs ─► (key, value) ─ keys table ─► Settings: common, then one a source
@@ -21,11 +21,42 @@ use super::{
 };
 use crate::config::DiskConfig;
 
+/// What names a disk, for messages.
+const SOURCES: &str = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
+
+/// Where disks are asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Asked<'a> {
+    /// In `KEY=VALUE` words and bare sources.
+    Words(&'a [OsString]),
+    /// In the tables of a file.
+    Tables(&'a [Table]),
+}
+
+/// A table of a file that describes one source.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// The file, the line and what it is called, for messages.
+    pub(super) place: String,
+    /// Its keys, in their order.
+    pub(super) keys: Vec<(&'static Key, OsString)>,
+}
+
+/// What was said about one source.
+#[derive(Debug, Default)]
+struct Group {
+    settings: Settings,
+    /// See [`Table`].
+    place: Option<String>,
+}
+
 /// One disk, all its settings gathered; its name is still open.
 #[derive(Debug)]
 pub(super) struct Requested {
     place: Place,
     settings: Settings,
+    /// The place of its table.
+    table: Option<String>,
 }
 
 impl Requested {
@@ -35,7 +66,7 @@ impl Requested {
     }
 
     fn into_config(self, fixed: Option<&OsStr>, purpose: Purpose) -> Result<DiskConfig, UsageError> {
-        self.settings.config(self.place, fixed, purpose)
+        self.settings.config(self.place, fixed, purpose).map_err(|e| within(self.table.as_deref(), e))
     }
 }
 
@@ -52,28 +83,33 @@ pub(super) fn configs(
     Ok(disks)
 }
 
-/// The disks that `words` ask for, in their order. The keys of `options` (from `-o`) hold for all disks, wherever they
+/// The disks that are asked for, in their order. The keys of `options` (from `-o`) hold for all disks, wherever they
 /// stood; a source among them is a disk before those of the words.
 ///
-/// Errors: unknown and unfit keys, a source that gives no file, `name=` for several disks, no disk at all.
+/// Errors: unknown and unfit keys, a source that gives no file, `name=` for several disks, no disk at all. Those of a
+/// table tell its place.
 pub(super) fn disks(
     options: &[(&'static Key, OsString)],
-    words: &[OsString],
+    asked: Asked<'_>,
     purpose: Purpose,
 ) -> Result<Vec<Requested>, UsageError> {
-    let (common, mut groups) = settings(options, words)?;
+    let (common, mut groups) = settings(options, asked)?;
     // Keys that name a server start no disk by themselves: they may stand in any order.
     if groups.is_empty() && common.nbd.is_named() {
-        groups.push(Settings::default());
+        groups.push(Group::default());
     }
     let mut disks = Vec::new();
     for group in &groups {
-        let settings = group.over(&common);
-        let places = settings.places(purpose)?;
-        if let (Some(name), 2..) = (&group.name, places.len()) {
-            return Err(name_of_many(name, places.len()));
+        let failed = |e| within(group.place.as_deref(), e);
+        let settings = group.settings.over(&common);
+        let places = settings.places(purpose).map_err(failed)?;
+        match (&group.settings.name, places.len()) {
+            (Some(name), many @ 2..) => return Err(failed(name_of_many(name, many))),
+            (_, 0) => return Err(failed(UsageError::new(format!("no disk is named: {SOURCES}")))),
+            _ => {}
         }
-        disks.extend(places.into_iter().map(|place| Requested { place, settings: settings.clone() }));
+        let requested = |place| Requested { place, settings: settings.clone(), table: group.place.clone() };
+        disks.extend(places.into_iter().map(requested));
     }
     match (&common.name, disks.len()) {
         (_, 0) => Err(UsageError::new("no disk is given: add file=PATH, or uri= of an NBD server")),
@@ -101,32 +137,52 @@ pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
 }
 
 /// What holds for all disks, and what for each source.
-fn settings(options: &[(&'static Key, OsString)], words: &[OsString]) -> Result<(Settings, Vec<Settings>), UsageError> {
+fn settings(options: &[(&'static Key, OsString)], asked: Asked<'_>) -> Result<(Settings, Vec<Group>), UsageError> {
     let mut common = Settings::default();
-    let mut groups: Vec<Settings> = Vec::new();
+    let mut groups: Vec<Group> = Vec::new();
     for (key, value) in options {
         match key.scope {
             Scope::Starts => start(&mut groups, key, value)?,
             Scope::OneDisk | Scope::Common => common.add(key, value)?,
         }
     }
-    let from_options = groups.len();
-    for word in words {
-        let (key, value) = words::read(word)?;
-        match (key.scope, groups.len() > from_options) {
-            (Scope::Starts, _) => start(&mut groups, key, value)?,
-            (_, true) => groups.last_mut().map_or(Ok(()), |last| last.add(key, value))?,
-            (_, false) => common.add(key, value)?,
+    match asked {
+        Asked::Words(words) => {
+            let from_options = groups.len();
+            for word in words {
+                let (key, value) = words::read(word)?;
+                match (key.scope, groups.len() > from_options) {
+                    (Scope::Starts, _) => start(&mut groups, key, value)?,
+                    (_, true) => groups.last_mut().map_or(Ok(()), |last| last.settings.add(key, value))?,
+                    (_, false) => common.add(key, value)?,
+                }
+            }
+        }
+        Asked::Tables(tables) => {
+            for Table { place, keys } in tables {
+                let mut group = Group { place: Some(place.clone()), ..Group::default() };
+                let added = keys.iter().try_for_each(|(key, value)| group.settings.add(key, value));
+                added.map_err(|e| within(Some(place), e))?;
+                groups.push(group);
+            }
         }
     }
     Ok((common, groups))
 }
 
-fn start(groups: &mut Vec<Settings>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
-    let mut group = Settings::default();
-    group.add(key, value)?;
+fn start(groups: &mut Vec<Group>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
+    let mut group = Group::default();
+    group.settings.add(key, value)?;
     groups.push(group);
     Ok(())
+}
+
+/// An error with the place of the table that it is in.
+fn within(table: Option<&str>, e: UsageError) -> UsageError {
+    match table {
+        Some(place) => UsageError::new(format!("{place}: {e}")),
+        None => e,
+    }
 }
 
 fn name_of_many(name: &OsStr, disks: usize) -> UsageError {

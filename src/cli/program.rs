@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 
 use super::options::Options;
+use super::params::Asked;
 use super::writing::Purpose;
 use super::{
     MountWords, Parsed, UsageError, commit, config_file, keys, one_line, params, query, unmounted, values, words,
@@ -139,18 +140,20 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut manner: Manner) -> Result
         // Without its value: it may be a secret.
         return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {key}=...")));
     }
-    let mut words = words.to_vec();
+    let tables;
+    let mut asked = Asked::Words(words);
     if let Some(file) = matches.get_one::<OsString>("config") {
-        check_no_disk(&words, &manner)?;
+        check_no_disk(words, &manner)?;
         let described = config_file::read(file)?;
         // Contradictions are those of one place; between the two, the command line wins.
         manner.options.mount()?;
-        (words, manner) = (described.words, manner.over(described.manner));
+        (tables, manner) = (described.disks, manner.over(described.manner));
+        asked = Asked::Tables(&tables);
     }
     let log = manner.log(matches);
     let Manner { options, pidfile, threads, .. } = manner;
     let foreground = matches.get_flag("foreground");
-    MountWords { mountpoint, words: &words, options: &options, foreground, pidfile, threads }.into_config(log)
+    MountWords { mountpoint, asked, options: &options, foreground, pidfile, threads }.into_config(log)
 }
 
 /// Beside a config file the command line names no disk and no key of one.
@@ -184,7 +187,7 @@ fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
         return Ok(Action::Dump { json });
     }
     // For the better error of a key that is unknown or not in this build.
-    params::disks(&[], words, Purpose::Query)?;
+    params::disks(&[], Asked::Words(words), Purpose::Query)?;
     Err(UsageError::new("--dump takes no disk"))
 }
 

@@ -73,16 +73,18 @@ impl Node {
         let request = Request { offset, len: data.len(), late, flags };
         let image = self.image();
         if !image.is_remote() {
-            return self.written(request, image.write(offset, data), context, reply);
+            return self.written(request, image.write(offset, data), false, context, reply);
         }
         let (later, index) = (context.later(), self.index);
-        let done: Written = Box::new(move |result| {
+        let done: Written = Box::new(move |result, durable| {
             if let Some(node) = later.node(index) {
-                node.written(request, result, later.context(), reply);
+                node.written(request, result, durable, later.context(), reply);
             }
         });
         let begun = match image.queue() {
-            Some(queue) => image.begin_write(queue, offset, data, done).map(|()| context.attend(queue)),
+            Some(queue) => {
+                image.begin_write(queue, offset, data, request.is_sync(), done).map(|()| context.attend(queue))
+            }
             None => Err(done),
         };
         match begun {
@@ -90,14 +92,14 @@ impl Node {
             // it may have to wait for others, or to read first
             Err(done) => {
                 let (data, image) = (data.to_vec(), Arc::clone(&image));
-                self.lane.run(Box::new(move || done(image.write(offset, &data))));
+                self.lane.run(Box::new(move || done(image.write(offset, &data), false)));
             }
         }
     }
 
-    /// Answers a write that was done.
-    fn written(&self, request: Request, result: Result<usize>, context: Context<'_>, reply: ReplyWrite) {
-        let Request { offset, len, late, flags } = request;
+    /// Answers a write that was done; `durable`: it needs no flush any more.
+    fn written(&self, request: Request, result: Result<usize>, durable: bool, context: Context<'_>, reply: ReplyWrite) {
+        let Request { offset, len, late, .. } = request;
         let end = self.image().len();
         let written = result.and_then(|n| match n {
             n if late && n < len => Err(behind_the_end(offset + n as u64, end)),
@@ -113,8 +115,7 @@ impl Node {
                     context.faults.note(e.within(format!("{name}: write of {len} bytes at {offset}")));
                 }
             }
-            // O_SYNC has the bit of O_DSYNC and another one
-            Ok(n) if flags.0 & libc::O_DSYNC != 0 => self.durable(context, move |result| match result {
+            Ok(n) if request.is_sync() && !durable => self.durable(context, move |result| match result {
                 Ok(()) => reply.written(n),
                 Err(e) => reply.error(errno(e)),
             }),
@@ -191,6 +192,14 @@ struct Request {
     /// Of a page that was changed some time ago.
     late: bool,
     flags: OpenFlags,
+}
+
+impl Request {
+    /// Whether it is answered only once it is durable.
+    fn is_sync(&self) -> bool {
+        // O_SYNC has the bit of O_DSYNC and another one
+        self.flags.0 & libc::O_DSYNC != 0
+    }
 }
 
 /// Why a request was not done.

@@ -11,8 +11,8 @@ use crate::block::{BlockQueue, Done, Lba, ReadDone, SECTOR};
 use crate::error::Result;
 use crate::ranges::Mode;
 
-/// Told how many bytes were written.
-pub type Written = Box<dyn FnOnce(Result<usize>) + Send>;
+/// Told how many bytes were written, and whether they are durable already.
+pub type Written = Box<dyn FnOnce(Result<usize>, bool) + Send>;
 
 /// The right to a range, held until the write's end.
 struct Kept {
@@ -57,12 +57,14 @@ impl Image {
     }
 
     /// Begins a [`write`](Self::write) of all of `buf`, if the disk takes it as it is and nobody is in the way.
-    /// Gives `done`, which is told how many bytes were written, back otherwise. Afterwards the queue wants to be attended to.
+    /// Gives `done` back otherwise. `sync`: it shall be durable when it is done, where the disk can do that for less than a
+    /// flush costs. Afterwards the queue wants to be attended to.
     pub fn begin_write(
         self: &Arc<Self>,
         queue: &dyn BlockQueue,
         offset: u64,
         buf: &[u8],
+        sync: bool,
         done: Written,
     ) -> std::result::Result<(), Written> {
         let end = offset.saturating_add(buf.len() as u64);
@@ -78,11 +80,12 @@ impl Image {
         let Some(number) = self.ranges.try_take(parts.granules, Mode::Shared) else { return Err(done) };
         let kept = Kept { image: Arc::clone(self), number };
         let len = buf.len();
+        let durable = sync && queue.writes_durably(offset, len as u64);
         let finish: Done = Box::new(move |result| {
             drop(kept);
-            done(result.map(|()| len));
+            done(result.map(|()| len), durable);
         });
-        queue.begin_write(offset, buf, finish);
+        queue.begin_write(offset, buf, durable, finish);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::super::test_words::{config_of, mount_of};
 use super::super::{Parsed, parse};
 use super::*;
-use crate::config::{Config, Format, LocalConfig, MountConfig, Overlay, PageCache};
+use crate::config::{Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};
 
 /// A folder with `vms.toml` and a mount point `mnt`.
 fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -121,8 +121,9 @@ fn a_folder_that_is_not_utf8_goes_through() {
     fs::create_dir(&odd).unwrap();
     fs::write(odd.join("c"), "[[disk]]\nfile = \"ü=x\"\n").unwrap();
     let described = read(odd.join("c").as_os_str()).unwrap();
-    let expected = [b"file=".as_slice(), odd.as_os_str().as_bytes(), "/ü=x".as_bytes()].concat();
-    assert_eq!(described.words, [OsString::from_vec(expected)]);
+    let expected = [odd.as_os_str().as_bytes(), "/ü=x".as_bytes()].concat();
+    let (key, value) = &described.disks[0].keys[0];
+    assert_eq!((key.name, value), ("file", &OsString::from_vec(expected)));
 }
 
 #[test]
@@ -193,14 +194,89 @@ fn keys_that_are_still_to_come_give_the_one_answer() {
 
 #[test]
 fn servers_are_described_as_well() {
-    let dir = folder("[[disk]]\nuri = \"nbd://h/x\"\ntimeout = 5\n[[disk]]\nuri = \"nbd://h/y\"\ntls-psk = \"keys\"\n");
-    let mount = mount_of(run_in(&dir, &[]).unwrap());
-    let server = |disk: usize| match &mount.disks[disk].source {
-        crate::config::SourceConfig::Nbd(server) => server.clone(),
+    let tables = [
+        "uri = \"nbd://h/x\"\ntimeout = 5\n",
+        "uri = \"nbd://h/y\"\ntls-psk = \"keys\"\ntls-username = \"me\"\n",
+        "hostname = \"h\"\nport = 10810\nexport = \"a b\"\nretry = 7\nconnections = 2\n",
+        "port = \"nbd\"\nhostname = \"h\"\nexport = \"\"\nname = \"n\"\nshared = true\n",
+        "socket = \"s\"\ntls = \"require\"\ntls-certificates = \"c\"\ntls-verify = false\nexport = \"e\"\n",
+        "socket-fd = 9\nexport = \"f\"\n",
+        "vhost-cid = 3\nport = 5\nexport = \"v\"\n",
+        "command = \"nbdkit\"\narg = [\"memory\", \"\", \"a=b, c\"]\nexport = \"k\"\n",
+        "hostname = \"h\"\ndynamic-export = true\n",
+    ];
+    let dir = folder(tables.map(|table| format!("[[disk]]\n{table}")).concat());
+    let config = run_in(&dir, &[]).unwrap();
+    assert_eq!(config.action.handed_over(), [9]);
+    let mount = mount_of(config);
+    // The same words, disk by disk.
+    let here = dir.path().display();
+    let words = [
+        "uri=nbd://h/x|timeout=5".to_owned(),
+        format!("uri=nbd://h/y|tls-psk={here}/keys|tls-username=me"),
+        "hostname=h|port=10810|export=a b|retry=7|connections=2".to_owned(),
+        "port=nbd|hostname=h|export=|name=n|shared=true".to_owned(),
+        format!("socket={here}/s|tls=require|tls-certificates={here}/c|tls-verify=false|export=e"),
+        "socket-fd=9|export=f".to_owned(),
+        "vsock-cid=3|port=5|export=v".to_owned(),
+        "command=nbdkit|arg=memory|arg=|arg=a=b, c|export=k".to_owned(),
+        "hostname=h|dynamic-export=true".to_owned(),
+    ];
+    assert_eq!(mount.disks.len(), words.len());
+    for (disk, said) in mount.disks.iter().zip(words) {
+        let mnt = dir.path().join("mnt").into_os_string();
+        let words = ["vmdkfuse".into(), mnt].into_iter().chain(said.split('|').map(OsString::from));
+        let expected = mount_of(config_of(parse(words)).unwrap());
+        assert_eq!(disk, &expected.disks[0], "{said}");
+    }
+}
+
+#[test]
+fn a_server_above_the_tables_is_that_of_the_tables_without_one() {
+    let text =
+        "hostname = \"h\"\nport = 1\ntimeout = 3\n[[disk]]\nexport = \"a\"\n[[disk]]\nexport = \"b\"\ntimeout = 4\n";
+    let disks = mount(text, &[]).disks;
+    let server = |disk: usize| match &disks[disk].source {
+        SourceConfig::Nbd(server) => (server.address.clone(), server.timeout.map(|t| t.as_secs())),
         other => panic!("{other:?}"),
     };
-    assert_eq!(server(0).timeout, Some(std::time::Duration::from_secs(5)));
-    assert_eq!(server(1).tls_psk, Some(dir.path().join("keys")));
+    let address = NbdAddress::Tcp { host: "h".to_owned(), port: Some("1".to_owned()) };
+    assert_eq!((server(0), server(1)), ((address.clone(), Some(3)), (address, Some(4))));
+}
+
+#[test]
+fn keys_of_servers_that_do_not_go_together_name_the_table() {
+    let file = "[[disk]]\nfile = \"a\"\n";
+    for (table, message) in [
+        ("hostname = \"h\"\nsocket = \"s\"\n", "hostname= and socket= both say where the NBD server is"),
+        ("uri = \"nbd://h\"\ncommand = \"x\"\n", "uri= and command= both say where the NBD server is"),
+        ("arg = [\"x\"]\nhostname = \"h\"\n", "arg= is an argument for command=, which is not given"),
+        ("socket = \"s\"\nport = 1\n", "port= goes with hostname= or vsock-cid="),
+        ("file = \"a\"\nhostname = \"h\"\n", "hostname= is for NBD servers, but the disk is a local file"),
+        ("socket = \"s\"\nformat = \"raw\"\n", "format= is for local files, but the disk is an NBD server's"),
+        ("vsock-cid = 1\nport = \"nbd\"\n", "port=nbd: a VSOCK port is a number of 32 bits"),
+        ("vsock-cid = 1\nvhost-cid = 2\n", "vsock-cid= is given twice for the same disk"),
+        ("socket-fd = 5\nconnections = 2\n", "socket-fd= means one connection, but connections= says otherwise"),
+    ] {
+        assert_eq!(
+            error(file.to_owned() + "[[disk]]\n" + table),
+            format!("vms.toml:3: [[disk]]: {message}"),
+            "{table}"
+        );
+    }
+    for (table, message) in [
+        ("hostnam = \"h\"\n", "vms.toml:2: unknown key hostnam; did you mean hostname?"),
+        (
+            "command = \"x\"\narg = \"a\"\nport = true\n",
+            "vms.toml:4: port: must be a whole number, or a name in quotes",
+        ),
+        ("command = \"x\"\narg = [1]\n", "vms.toml:3: arg: must be a text in quotes, or a list of such"),
+        ("socket-fd = \"5\"\n", "vms.toml:2: socket-fd: must be a whole number"),
+        ("socket-fd = 1\n", "vms.toml:2: socket-fd=1: must be a number from 3 to 2147483647"),
+        ("tls = \"maybe\"\n", "vms.toml:2: tls=maybe: must be off or on or require"),
+    ] {
+        assert_eq!(error("[[disk]]\n".to_owned() + table), message, "{table}");
+    }
 }
 
 #[test]
@@ -250,9 +326,12 @@ fn a_disk_has_one_source() {
     let both = error("[[disk]]\nfile = \"a\"\ndir = \"b\"\n");
     assert_eq!(both, "vms.toml:3: a disk has one source, but this one has file and dir");
     let none = error("[[disk]]\nfile = \"a\"\n[[disk]]\nname = \"x\"\n");
-    assert_eq!(none, "vms.toml:3: this [[disk]] has neither file nor dir nor uri");
+    let sources = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
+    assert_eq!(none, format!("vms.toml:3: [[disk]]: no disk is named: {sources}"));
     for text in ["", "cache = \"none\"\n", "disk = []\n"] {
-        assert_eq!(error(text), "vms.toml: no disk is described: add a [[disk]] table with file or dir");
+        let message =
+            "vms.toml: no disk is described: add a [[disk]] table with file, dir or uri, or an NBD server's keys";
+        assert_eq!(error(text), message);
     }
 }
 

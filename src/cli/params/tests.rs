@@ -16,7 +16,7 @@ fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig
     let options: Vec<_> = options.iter().map(|(key, value)| (keys::find(key).unwrap(), value.into())).collect();
     let words: Vec<OsString> = words.iter().map(OsString::from).collect();
     let purpose = Purpose::Mount { read_only: false };
-    let requested = disks(&options, &words, purpose).map_err(|e| e.to_string())?;
+    let requested = disks(&options, Asked::Words(&words), purpose).map_err(|e| e.to_string())?;
     configs(requested, None, purpose).map_err(|e| e.to_string())
 }
 
@@ -325,7 +325,9 @@ fn paths_that_are_not_utf8_go_through() {
     let mut word = OsString::from("file=");
     word.push(OsStr::from_bytes(b"/\xff.vmdk"));
     for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
-        let disk = configs(disks(&[], &[word], Purpose::Query).unwrap(), None, Purpose::Query).unwrap().remove(0);
+        let disk = configs(disks(&[], Asked::Words(&[word]), Purpose::Query).unwrap(), None, Purpose::Query)
+            .unwrap()
+            .remove(0);
         assert_eq!(disk.name, OsStr::from_bytes(b"\xff.raw"));
         assert_eq!(local(&disk).path.as_os_str(), OsStr::from_bytes(b"/\xff.vmdk"));
     }

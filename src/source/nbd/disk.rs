@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_NO_HOLE};
+use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_FUA, LIBNBD_CMD_FLAG_NO_HOLE};
 
 use super::carry::Load;
 use super::dial::Dialer;
@@ -269,7 +269,7 @@ impl NbdDisk {
             }
             there.put(result);
         });
-        self.begin(Kind::Write, offset, len, buf, finish);
+        self.begin(Kind::Write { flags: 0 }, offset, len, buf, finish);
         self.waited(&slot)
     }
 
@@ -359,7 +359,7 @@ impl BlockWrite for NbdDisk {
         let slot = Slot::new();
         let there = Arc::clone(&slot);
         check_range(&self.geometry, at, buf.len())?;
-        self.begin_write(at.bytes(), buf, Box::new(move |result| there.put(result)));
+        self.begin_write(at.bytes(), buf, false, Box::new(move |result| there.put(result)));
         self.waited(&slot)
     }
 
@@ -440,7 +440,13 @@ impl BlockQueue for NbdDisk {
         self.link.export().minimum
     }
 
-    fn begin_write(&self, offset: u64, data: &[u8], done: Done) {
+    fn writes_durably(&self, offset: u64, len: u64) -> bool {
+        // Of several commands each would wait for the disk; one flush after them waits once.
+        let export = self.link.export();
+        export.fua && pieces(offset, offset.saturating_add(len), export.piece()).count() <= 1
+    }
+
+    fn begin_write(&self, offset: u64, data: &[u8], durable: bool, done: Done) {
         if let Err(e) = self.check_writable() {
             return done(Err(e));
         }
@@ -459,6 +465,7 @@ impl BlockQueue for NbdDisk {
         if data.is_empty() {
             return done(Ok(()));
         }
+        let flags = if durable { LIBNBD_CMD_FLAG_FUA } else { 0 };
         let (from, to) = (offset, offset + data.len() as u64);
         let parts = Parts::new(pieces(from, to, self.piece()).count(), done);
         for (start, end) in pieces(from, to, self.piece()) {
@@ -479,7 +486,7 @@ impl BlockQueue for NbdDisk {
                 parts.done(result);
             });
             // Each by itself: it is on its way while the next one is copied.
-            self.link.submit_all(Load::from([self.op(Kind::Write, start, end - start, buf, finish)]));
+            self.link.submit_all(Load::from([self.op(Kind::Write { flags }, start, end - start, buf, finish)]));
         }
     }
 

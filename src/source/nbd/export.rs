@@ -30,6 +30,8 @@ pub(super) struct Export {
     pub(super) read_only: bool,
     /// Has a flush command.
     pub(super) flush: bool,
+    /// Makes a write durable before it answers, where it is asked to.
+    pub(super) fua: bool,
     /// Has a trim command.
     pub(super) trim: bool,
     /// Has a command that writes zeroes.
@@ -53,6 +55,7 @@ impl Export {
             maximum: if maximum == 0 { USUAL_MAXIMUM } else { maximum },
             read_only: handle.can(Ask::ReadOnly),
             flush: handle.can(Ask::Flush),
+            fua: handle.can(Ask::Fua),
             trim: handle.can(Ask::Trim),
             zero: handle.can(Ask::Zero),
             fast_zero: handle.can(Ask::FastZero),
@@ -112,6 +115,9 @@ impl Export {
         if writable && before.flush && !self.flush {
             return changed("it can't flush any more".to_owned());
         }
+        if writable && before.fua && !self.fua {
+            return changed("it can't write durably (FUA) any more".to_owned());
+        }
         Ok(())
     }
 }
@@ -128,6 +134,7 @@ mod tests {
             maximum: USUAL_MAXIMUM,
             read_only: false,
             flush: true,
+            fua: true,
             trim: true,
             zero: true,
             fast_zero: true,
@@ -171,5 +178,7 @@ mod tests {
         assert!(Export { read_only: true, ..before }.check_same(&before, true).is_err());
         assert!(Export { minimum: 4096, ..before }.check_same(&before, false).is_err());
         assert!(Export { flush: false, ..before }.check_same(&before, true).is_err());
+        assert!(Export { fua: false, ..before }.check_same(&before, true).is_err());
+        assert!(Export { fua: false, ..before }.check_same(&before, false).is_ok());
     }
 }

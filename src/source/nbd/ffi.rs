@@ -414,7 +414,7 @@ impl Handle {
     pub(super) fn submit(&self, mut op: Box<Op>, retired: &Arc<Retired>) {
         let (kind, offset, len) = (op.kind, op.offset, op.len);
         let (buf, room) = op.buf.bytes();
-        let count = if matches!(kind, Kind::Read | Kind::Write) { len as usize } else { 0 };
+        let count = if kind.has_data() { len as usize } else { 0 };
         if count > room {
             return retired.push(op, Some(libc::EINVAL));
         }
@@ -431,7 +431,9 @@ impl Handle {
         unsafe {
             match kind {
                 Kind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
-                Kind::Write => sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, 0),
+                Kind::Write { flags } => {
+                    sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, flags)
+                }
                 Kind::Zero { flags } => sys::nbd_aio_zero(raw, len, offset, completion, flags),
                 Kind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
                 Kind::Flush => sys::nbd_aio_flush(raw, completion, 0),

@@ -109,6 +109,19 @@ impl std::ops::Deref for Serving<'_> {
     }
 }
 
+/// Commands that came back and are being dealt with, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Settling<'g> {
+    in_flight: &'g AtomicUsize,
+    count: usize,
+}
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        self.in_flight.fetch_sub(self.count, Ordering::SeqCst);
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Generation {
@@ -124,6 +137,7 @@ pub(super) struct Generation {
     turns: AtomicUsize,
     queued: Mutex<VecDeque<Box<Op>>>,
     queued_len: AtomicUsize,
+    /// Commands that were begun and not dealt with yet.
     in_flight: AtomicUsize,
     /// Microseconds of the fastest answer to a small command.
     nearest: AtomicU64,
@@ -195,7 +209,7 @@ impl Generation {
         self.dead.load(Ordering::SeqCst)
     }
 
-    /// Whether no command is under way.
+    /// Whether no command is under way, and all that came back were dealt with.
     pub(super) fn is_idle(&self) -> bool {
         self.in_flight.load(Ordering::SeqCst) == 0
     }
@@ -431,6 +445,11 @@ impl Generation {
         if let Some(conn) = from {
             conn.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
-        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// So many commands that came back are dealt with, when what this returns is dropped. What they have changed has to
+    /// be kept by then: once all are, it is sent again on the next connections.
+    pub(super) fn settle(&self, count: usize) -> Settling<'_> {
+        Settling { in_flight: &self.in_flight, count }
     }
 }

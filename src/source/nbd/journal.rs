@@ -5,6 +5,9 @@
 //!                        │ connection lost, flush failed
 //!                        └─► sent again, in order, before anything else on the new connection
 //! ```
+//! A write that was durable when it was answered (FUA) is not kept, unless it lies on an earlier change that is kept: when
+//! that is sent again, it has to follow.
+//!
 //! It is bounded. From [`SOFT`] on a flush is asked for that nobody ordered; at [`HARD`] changes wait for it. Where that does
 //! not help, because flushes fail, or where a change can't be sent again, what was written is lost, and from then
 //! on every flush says so: none pretends.
@@ -56,7 +59,16 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Takes what a change that was answered has written. It has to be flushed after `true`.
+    /// Takes what a change that was answered has written, if it has to be kept. It has to be flushed after `true`.
+    pub(super) fn answered(&mut self, op: &mut Op) -> bool {
+        let over = (op.offset, op.len);
+        if op.kind.is_durable() && !self.entries.iter().any(|e| e.overlaps(&over)) {
+            return false;
+        }
+        self.add(op)
+    }
+
+    /// Takes what a change has written, in any case. It has to be flushed after `true`.
     pub(super) fn add(&mut self, op: &mut Op) -> bool {
         let number = self.next;
         self.next += 1;
@@ -142,7 +154,7 @@ mod tests {
 
     fn write(pool: &Pool, offset: u64, len: usize) -> Box<Op> {
         let buf = pool.take(len).unwrap();
-        Op::new(Kind::Write, offset, len as u64, buf, Instant::now(), Box::new(|_, _| ()))
+        Op::new(Kind::Write { flags: 0 }, offset, len as u64, buf, Instant::now(), Box::new(|_, _| ()))
     }
 
     #[test]
@@ -160,6 +172,24 @@ mod tests {
         journal.flushed(journal.mark(), &pool);
         assert!(journal.is_empty());
         assert_eq!(journal.bytes, 0);
+    }
+
+    #[test]
+    fn a_durable_write_is_kept_only_where_it_has_to_follow_an_earlier_change() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        let durable = |offset| {
+            let mut op = write(&pool, offset, 512);
+            op.kind = Kind::Write { flags: libnbd_sys::LIBNBD_CMD_FLAG_FUA };
+            op
+        };
+        assert!(!journal.answered(&mut durable(0)) && journal.is_empty());
+        journal.answered(&mut write(&pool, 512, 512));
+        let mut beside = durable(1024);
+        journal.answered(&mut beside);
+        assert!(beside.buf.take().len() > 0, "its buffer is not taken");
+        journal.answered(&mut durable(768));
+        let kept: Vec<_> = journal.drain().iter().map(|e| (e.offset, e.kind.is_durable())).collect();
+        assert_eq!(kept, [(512, false), (768, true)]);
     }
 
     #[test]

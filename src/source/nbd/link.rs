@@ -7,6 +7,20 @@
 //!   manager   connect, with back-off ─ unflushed changes sent again ─ what waits is sent ─ up
 //!                           └─ deadline of what waits passed, or too many tries: an I/O error
 //! ```
+//! What it can't do is to end a command at the server. That of a lost connection may still be carried out: the server may
+//! be at work on it, or hang before it, and what it has not even read yet it still can read after our end of the socket was
+//! shut down. So a write that was not answered may happen at any time until the server's side of the old connection is
+//! over; also after it was sent again, or has failed; and also after newer writes to the same bytes were answered on the
+//! new connection and flushed, which are lost then. It needs a server that outlives its connection: one that hung or
+//! was slow beyond the deadline, or whose connection was cut by the network. A process that has ended does nothing more.
+//!
+//! There is no way to prevent that from here. The protocol can neither take a command back nor say that those of another
+//! connection are over: a flush covers what was answered, and nothing has a server close its end of a socket only after
+//! the commands that it has begun. To wait for that end would be to wait for ever for a server that hangs, or is behind a
+//! broken network. To send newer writes once more some time later would only move the time from which on it can
+//! happen. Other clients that send again what a lost connection did not answer, as qemu's does, have the same limit. The
+//! user is told (README, limits).
+//!
 //! Two threads belong to it. The *manager* connects, and is the only one that waits for a connection; the *driver* serves
 //! connections where nobody else does. Nobody holds a lock while a command is under way.
 //!
@@ -423,6 +437,7 @@ impl Link {
 
     /// Takes what came back from a generation.
     fn told(&self, generation: &Generation, back: &mut Vec<Answer>) {
+        let _settling = generation.settle(back.len());
         for (op, error) in back.drain(..) {
             match error {
                 None => self.succeeded(op),
@@ -446,7 +461,7 @@ impl Link {
     fn succeeded(&self, mut op: Box<Op>) {
         let mut flush = false;
         if op.kind.is_change() && self.export.flush {
-            flush = lock(&self.journal).add(&mut op);
+            flush = lock(&self.journal).answered(&mut op);
         } else if op.kind == Kind::Flush {
             lock(&self.journal).flushed(op.covers, &self.pool);
         }
@@ -714,6 +729,7 @@ impl Link {
                 None => thread::yield_now(),
             }
         }
+        drop(generation.settle(answers.len()));
         let mut unsent = Vec::new();
         let mut journal = lock(&self.journal);
         for (mut op, error) in answers {

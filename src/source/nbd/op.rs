@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Instant;
 
+use libnbd_sys::LIBNBD_CMD_FLAG_FUA;
+
 use super::pool::Place;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -14,8 +16,11 @@ const SMALL: u64 = 32 << 10;
 pub(super) enum Kind {
     /// Fills the buffer.
     Read,
-    /// Writes the buffer.
-    Write,
+    /// Writes the buffer, with `LIBNBD_CMD_FLAG_*`.
+    Write {
+        /// See there.
+        flags: u32,
+    },
     /// Writes zeroes, with `LIBNBD_CMD_FLAG_*`.
     Zero {
         /// See there.
@@ -32,19 +37,24 @@ pub(super) enum Kind {
 impl Kind {
     /// Whether it changes the export's content.
     pub(super) fn is_change(self) -> bool {
-        matches!(self, Self::Write | Self::Zero { .. } | Self::Trim)
+        matches!(self, Self::Write { .. } | Self::Zero { .. } | Self::Trim)
     }
 
     /// Whether data goes with it, in either direction.
     pub(super) fn has_data(self) -> bool {
-        matches!(self, Self::Read | Self::Write)
+        matches!(self, Self::Read | Self::Write { .. })
+    }
+
+    /// Whether what it changes is durable when it is answered.
+    pub(super) fn is_durable(self) -> bool {
+        matches!(self, Self::Write { flags } if flags & LIBNBD_CMD_FLAG_FUA != 0)
     }
 
     /// For messages.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
-            Self::Write => "write",
+            Self::Write { .. } => "write",
             Self::Zero { .. } => "write of zeroes",
             Self::Trim => "trim",
             Self::Flush => "flush",
