@@ -369,7 +369,14 @@ impl StoredWrite for LocalFile {
     }
 
     fn len_now(&self) -> Result<u64> {
-        if self.device { Ok(self.len) } else { Ok(self.metadata()?.len()) }
+        if self.device {
+            return Ok(self.len);
+        }
+        // Asked for each write, so not by fstat: it tells the time of the last change too, for which NFS first sends all
+        // that was written to the server. The position that it moves is nobody's (see `data_at`).
+        let end = lseek(&self.file, 0, Whence::SeekEnd);
+        let end = end.map_err(|e| Error::io(format!("{}: lseek to the end", self.label), e.into()))?;
+        Ok(u64::try_from(end).unwrap_or(0))
     }
 
     fn set_len(&self, len: u64) -> Result<()> {

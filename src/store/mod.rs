@@ -145,7 +145,7 @@ pub trait StoredWrite: StoredFile {
     /// Errors: `Os(ENOSPC)` and the like; then any part of it may have been written.
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
 
-    /// Its length now.
+    /// Its length now. Cheap: it is asked for each write.
     fn len_now(&self) -> Result<u64>;
 
     /// Cuts it, or makes it longer with zeroes that take no room.
