@@ -316,7 +316,14 @@ impl StoredFile for LocalFile {
         match next {
             Ok(next) => Ok((stored, u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left))),
             // no data from here on
-            Err(Errno::ENXIO) => Ok((stored, left)),
+            Err(Errno::ENXIO) => {
+                let end = u64::try_from(lseek(&self.file, 0, Whence::SeekEnd).unwrap_or(0)).unwrap_or(0);
+                match end.saturating_sub(offset) {
+                    // behind the end of a file that was cut nothing is known to be zeroes: reading it is what tells
+                    0 => Ok((true, left)),
+                    hole => Ok((false, hole.min(left))),
+                }
+            }
             // devices and some file systems can't tell
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok((true, left)),
             Err(e) => Err(Error::io(format!("{}: lseek from byte {offset}", self.label), e.into())),

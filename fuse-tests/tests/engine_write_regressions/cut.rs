@@ -108,3 +108,18 @@ fn regression_what_was_cut_before_a_flush_is_not_durable() {
     tells(&disk.writer().unwrap().flush().unwrap_err(), &path, whole - 512, whole);
     is_over(&disk, &path, whole);
 }
+
+#[test]
+fn regression_a_sector_that_was_cut_in_the_middle_is_no_zeroes() {
+    let _alone = alone();
+    let (_dir, path) = closed();
+    let disk = writable(&path).unwrap();
+    // grows beyond what it was when it was opened
+    let at = (GRAINS + 1) * GRAIN;
+    disk.writer().unwrap().write_at(Lba(at), &[0xcc; (GRAIN * SECTOR) as usize]).unwrap();
+    disk.writer().unwrap().close().unwrap();
+    assert_eq!(read(&disk, at + GRAIN - 1).unwrap(), [0xcc; 512]);
+    cut(&path, len(&path) - 100);
+    assert_eq!(read(&disk, at + GRAIN - 2).unwrap(), [0xcc; 512]);
+    assert!(read(&disk, at + GRAIN - 1).is_err(), "the lost bytes are shown as zeroes");
+}
