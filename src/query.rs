@@ -108,12 +108,14 @@ pub fn dump(json: bool) -> Result<u8> {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
         backends: BACKENDS,
+        libnbd: nbd::version()?,
         formats: ["vmdk", "raw"],
         extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
         writable: [],
         max_links: vmdk::MAX_LINKS,
     };
     print(json, &build, |out| {
+        let libnbd = build.libnbd.as_ref().map(|version| format!("libnbd={version}"));
         let lines = [
             format!("{}={}", build.name, build.version),
             format!("backends={}", build.backends.join(",")),
@@ -122,7 +124,9 @@ pub fn dump(json: bool) -> Result<u8> {
             format!("writable={}", build.writable.join(",")),
             format!("max_links={}", build.max_links),
         ];
-        out.push_str(&(lines.join("\n") + "\n"));
+        for line in lines.into_iter().chain(libnbd) {
+            out.push_str(&(line + "\n"));
+        }
     })?;
     Ok(0)
 }
@@ -135,6 +139,9 @@ struct Build {
     name: &'static str,
     version: &'static str,
     backends: &'static [&'static str],
+    /// The version of the library that is there now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    libnbd: Option<String>,
     formats: [&'static str; 2],
     extents: [&'static str; 7],
     writable: [&'static str; 0],

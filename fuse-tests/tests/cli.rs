@@ -66,6 +66,12 @@ fn dump_tells_the_version_and_the_back_ends() {
     assert!(version.is_some_and(|version| !version.is_empty()), "{text}");
     assert_eq!(json["version"].as_str(), version, "{text}");
     assert!(json.to_string().contains("native"), "the built-in engine is not named: {json}");
+    let libnbd = text.stdout.lines().find_map(|line| line.strip_prefix("libnbd="));
+    assert_eq!(json["libnbd"].as_str(), libnbd, "{text}");
+    let built_in = json["backends"].as_array().is_some_and(|backends| backends.iter().any(|name| name == "nbd"));
+    // "1.14.2"
+    let told = libnbd.is_some_and(|version| version.split('.').all(|number| number.parse::<u32>().is_ok()));
+    assert_eq!(told, built_in, "{text}");
 }
 
 #[test]

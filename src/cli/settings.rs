@@ -211,6 +211,9 @@ impl Settings {
             ("degraded", self.accept_cid_mismatch.is_some()),
             ("lock", self.lock.is_some()),
             ("force", self.force.is_some()),
+            ("kernel-view", self.view.is_some()),
+            ("view-size", self.view_size.is_some()),
+            ("view-dir", self.view_dir.is_some()),
             ("create", self.creation.asked.is_some()),
         ];
         if let Some((key, _)) = local.into_iter().find(|(_, given)| *given) {

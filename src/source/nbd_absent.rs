@@ -45,6 +45,11 @@ impl BlockRead for NbdDisk {
     }
 }
 
+/// There is none.
+pub fn version() -> Result<Option<String>> {
+    Ok(None)
+}
+
 /// Refuses.
 pub fn list(config: &NbdConfig) -> Result<Server> {
     absent(config)

@@ -316,7 +316,14 @@ impl StoredFile for LocalFile {
         match next {
             Ok(next) => Ok((stored, u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left))),
             // no data from here on
-            Err(Errno::ENXIO) => Ok((stored, left)),
+            Err(Errno::ENXIO) => {
+                let end = u64::try_from(lseek(&self.file, 0, Whence::SeekEnd).unwrap_or(0)).unwrap_or(0);
+                match end.saturating_sub(offset) {
+                    // behind the end of a file that was cut nothing is known to be zeroes: reading it is what tells
+                    0 => Ok((true, left)),
+                    hole => Ok((false, hole.min(left))),
+                }
+            }
             // devices and some file systems can't tell
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok((true, left)),
             Err(e) => Err(Error::io(format!("{}: lseek from byte {offset}", self.label), e.into())),
@@ -369,7 +376,14 @@ impl StoredWrite for LocalFile {
     }
 
     fn len_now(&self) -> Result<u64> {
-        if self.device { Ok(self.len) } else { Ok(self.metadata()?.len()) }
+        if self.device {
+            return Ok(self.len);
+        }
+        // Asked for each write, so not by fstat: it tells the time of the last change too, for which NFS first sends all
+        // that was written to the server. The position that it moves is nobody's (see `data_at`).
+        let end = lseek(&self.file, 0, Whence::SeekEnd);
+        let end = end.map_err(|e| Error::io(format!("{}: lseek to the end", self.label), e.into()))?;
+        Ok(u64::try_from(end).unwrap_or(0))
     }
 
     fn set_len(&self, len: u64) -> Result<()> {

@@ -117,7 +117,8 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     fn allocated(&self) -> Result<u64>;
 
     /// Whether the byte at `offset` is stored or in a hole of the file, and for how many bytes on that holds
-    /// (at least 1, not past the end). A store that can't tell says that all is stored.
+    /// (at least 1, not past the end). A store that can't tell says that all is stored; so it is behind the end of a file
+    /// that was cut since it was opened, where a read is an error.
     fn data_at(&self, offset: u64) -> Result<(bool, u64)>;
 
     /// What to call it in messages: the path.
@@ -145,7 +146,7 @@ pub trait StoredWrite: StoredFile {
     /// Errors: `Os(ENOSPC)` and the like; then any part of it may have been written.
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
 
-    /// Its length now.
+    /// Its length now. Cheap: it is asked for each write.
     fn len_now(&self) -> Result<u64>;
 
     /// Cuts it, or makes it longer with zeroes that take no room.

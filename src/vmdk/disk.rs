@@ -325,8 +325,10 @@ fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()
     let short_of = |len: u64| (part.len() as u64).saturating_sub(len.saturating_sub(offset));
     let mut short = short_of(file.len());
     if let Some(writer) = file.writer().filter(|_| short > 0) {
-        // it may have grown
-        short = short_of(writer.len_now()?);
+        // it may have grown, to whole sectors: where it ends inside of any but its old last one, somebody has cut it
+        let now = writer.len_now()?;
+        let as_before = (file.len()..file.len().next_multiple_of(SECTOR)).contains(&now);
+        short = if as_before { short_of(now) } else { 0 };
     }
     if short == 0 || short >= SECTOR {
         return file.read_exact_at(offset, part);

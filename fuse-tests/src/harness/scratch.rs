@@ -52,8 +52,9 @@ impl Scratch {
     pub fn of(user: User) -> Self {
         let mut scratch = Self::new();
         let own = scratch.path("vmdkfuse");
-        fs::copy(program(), &own).expect("a copy of the program");
-        fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).expect("its mode");
+        // Not by this process: what another test starts meanwhile would have the copy open for writing until it is
+        // executed itself, and till then the copy can't be executed ("Text file busy").
+        Cmd::new("install").args(["-m", "755"]).arg(program()).arg(&own).run().ok();
         scratch.user = Some(user);
         scratch.give(Path::new(""));
         scratch

@@ -9,6 +9,7 @@
 
 mod children;
 mod cost;
+mod cut;
 mod failures;
 mod hosted;
 mod layout;

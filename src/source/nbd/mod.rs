@@ -34,7 +34,7 @@ pub use crate::source::nbd_facts::{Facts, Server};
 pub use disk::NbdDisk;
 pub use look::{exports, info, list};
 
-/// The version of libnbd.
-pub fn version() -> crate::error::Result<String> {
-    Ok(ffi::Handle::new()?.version())
+/// The version of libnbd, which need not be the one that was there for the build. `None`: it is not built in.
+pub fn version() -> crate::error::Result<Option<String>> {
+    Ok(Some(ffi::Handle::new()?.version()))
 }

@@ -529,6 +529,25 @@ fn names_are_those_of_the_folder_itself() {
     assert_eq!(store.names(100).unwrap().len(), 3);
 }
 
+/// Whoever copies a file of which the end is lost must not be told that there is a hole.
+#[test]
+fn regression_behind_the_end_of_a_file_that_was_cut_is_no_hole() {
+    let folders = Folders::new();
+    let path = folders.path("image/a.bin");
+    for access in [Access::Read, Access::Write] {
+        fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let file = open_user_path(&path, policy(&[]), access).unwrap();
+        let other = OpenOptions::new().write(true).open(&path).unwrap();
+        other.set_len(1 << 16).unwrap();
+        assert_eq!(file.data_at(0).unwrap(), (true, 1 << 16), "{access:?}");
+        assert!(file.data_at(1 << 16).unwrap().0 && file.data_at(1 << 19).unwrap().0, "{access:?}");
+        // a hole ends where the file does
+        other.set_len(0).unwrap();
+        other.set_len(1 << 16).unwrap();
+        assert_eq!(file.data_at(4096).unwrap(), (false, (1 << 16) - 4096), "{access:?}");
+    }
+}
+
 #[test]
 fn what_is_written_is_read_and_grows_the_file() {
     let folders = Folders::new();

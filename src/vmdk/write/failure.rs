@@ -1,7 +1,8 @@
-//! The end of trust: a sync that failed.
+//! The end of trust: a sync that failed, or a file that somebody else has cut.
 //!
 //! The system tells an error of writing to one sync only, and drops the pages that it was about. So whichever sync is
-//! told, for whatever reason it was done, nothing may be called durable afterwards.
+//! told, for whatever reason it was done, nothing may be called durable afterwards. And a file that was cut has lost
+//! grains: what is written behind its end would make zeroes of them, without a trace.
 
 use std::sync::OnceLock;
 
@@ -17,14 +18,17 @@ impl Failure {
     /// Syncs `file`. An error is kept, and is the answer to every later [`check`](Self::check).
     pub(super) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
         self.check()?;
-        writer(file)?.sync().map_err(|e| {
-            tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
-            self.0.get_or_init(|| e.clone());
-            e
-        })
+        writer(file)?.sync().map_err(|e| self.keep(e))
     }
 
-    /// Errors: a sync failed.
+    /// Keeps `e`, the first one for all that come later, and answers it.
+    pub(super) fn keep(&self, e: Error) -> Error {
+        tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
+        self.0.get_or_init(|| e.clone());
+        e
+    }
+
+    /// Errors: something was kept.
     pub(super) fn check(&self) -> Result<()> {
         match self.0.get() {
             Some(e) => Err(e.clone().within("nothing more is written after an error that may have lost data")),

@@ -6,7 +6,8 @@
 //!                    └► entry: in memory at once, in the file with the next flush
 //! ```
 //! A grain that was allocated never moves and is never given to another, so what is in place needs no lock. Where new
-//! grains go is in `room.rs`, how their entries get into the file in `entries.rs`.
+//! grains go is in `room.rs`, which also knows whether the file is as long as it has to be; how their entries get into
+//! the file is in `entries.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -78,7 +79,7 @@ impl GrainWriter {
         };
         let shape = sparse.shape();
         let file = Arc::clone(&sparse.file);
-        let room = Room::new(Arc::clone(&file), Arc::clone(&layout), shape.grain)?;
+        let room = Room::new(Arc::clone(&file), Arc::clone(&layout), shape.grain, Arc::clone(&failure))?;
         Ok(Self {
             file,
             layout,
@@ -104,7 +105,7 @@ impl GrainWriter {
             let left = rest.len() as u64 / SECTOR;
             let done = match sparse.run_at(at, left)? {
                 Run::Stored { sector: place, sectors, .. } => {
-                    let written = self.writer()?.write_all_at(place * SECTOR, part(rest, sectors));
+                    let written = self.room.uncut()?.write_all_at(place * SECTOR, part(rest, sectors));
                     // before it is said to be done or not: a flush that comes later must not miss what readers see
                     self.dirty.store(true, Ordering::Release);
                     written?;
@@ -136,7 +137,7 @@ impl GrainWriter {
             at += match sparse.run_at(at, end - at)? {
                 Run::Stored { sector: place, sectors, .. } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
-                    let zeroed = self.writer()?.zero(place * SECTOR, sectors * SECTOR, unmap);
+                    let zeroed = self.room.uncut()?.zero(place * SECTOR, sectors * SECTOR, unmap);
                     self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     zeroed?;
@@ -247,7 +248,7 @@ impl GrainWriter {
         }
         let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.marked.load(Ordering::Acquire) {
-            self.writer()?.write_all_at(UNCLEAN_AT, &[1])?;
+            self.room.uncut()?.write_all_at(UNCLEAN_AT, &[1])?;
             self.failure.sync(&*self.file)?;
             self.marked.store(true, Ordering::Release);
         }
@@ -261,17 +262,24 @@ impl GrainWriter {
             return Ok(false);
         }
         self.room.cut_unused()?;
-        self.writer()?.write_all_at(UNCLEAN_AT, &[0])?;
+        self.room.uncut()?.write_all_at(UNCLEAN_AT, &[0])?;
         self.marked.store(false, Ordering::Release);
         self.dirty.store(true, Ordering::Release);
         Ok(true)
     }
 
     /// Makes durable what was written since the last time.
+    ///
+    /// Errors: also where it was cut since then.
     pub(super) fn sync(&self) -> Result<()> {
+        if !self.dirty.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.room.uncut()?;
         if self.dirty.swap(false, Ordering::AcqRel) { self.failure.sync(&*self.file) } else { Ok(()) }
     }
 
+    /// For what was taken just now: to take it asked whether the file was cut.
     fn writer(&self) -> Result<&dyn StoredWrite> {
         writer(&*self.file)
     }

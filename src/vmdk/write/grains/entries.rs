@@ -13,6 +13,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use super::GrainWriter;
 use crate::block::SECTOR;
 use crate::error::Result;
+use crate::store::StoredWrite;
 use crate::vmdk::sparse::Copy;
 use crate::vmdk::tables::Layout;
 use crate::vmdk::write::live::{LiveTable, Places};
@@ -135,6 +136,7 @@ impl GrainWriter {
 
     /// Writes the tables of a batch that are new, where nothing refers to them yet.
     pub(in crate::vmdk::write) fn write_new_tables(&self, batch: &mut Batch) -> Result<()> {
+        let writer = self.room.uncut()?;
         for (&number, table) in &mut batch.0.tables {
             if table.named || self.live.places(number).is_some() {
                 continue;
@@ -151,7 +153,7 @@ impl GrainWriter {
                 }
             }
             for place in copies(places) {
-                self.writer()?.write_all_at(u64::from(place) * SECTOR, &content)?;
+                writer.write_all_at(u64::from(place) * SECTOR, &content)?;
             }
             self.dirty.store(true, Ordering::Release);
         }
@@ -161,29 +163,21 @@ impl GrainWriter {
     /// Writes the entries of a batch, whose data are durable now, into both tables, and those of new tables into both
     /// directories.
     pub(in crate::vmdk::write) fn write_entries(&self, batch: &mut Batch) -> Result<()> {
+        let writer = self.room.uncut()?;
         for (&number, table) in &mut batch.0.tables {
             if let Some(places) = table.new {
                 if std::mem::replace(&mut table.named, true) {
-                    self.write_runs(places, &table.entries)?;
+                    write_runs(writer, places, &table.entries)?;
                 }
                 for (copy, place) in [(Copy::Redundant, places.redundant), (Copy::Primary, places.primary)] {
                     if let Some(at) = self.layout.directory(copy) {
-                        self.writer()?.write_all_at(at * SECTOR + number * 4, &place.to_le_bytes())?;
+                        writer.write_all_at(at * SECTOR + number * 4, &place.to_le_bytes())?;
                     }
                 }
             } else if let Some(places) = self.live.places(number) {
-                self.write_runs(places, &table.entries)?;
+                write_runs(writer, places, &table.entries)?;
             }
             self.dirty.store(true, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    fn write_runs(&self, places: Places, entries: &[(u32, u32)]) -> Result<()> {
-        for (entry, run) in runs(entries) {
-            for place in copies(places) {
-                self.writer()?.write_all_at(u64::from(place) * SECTOR + u64::from(entry) * 4, &run)?;
-            }
         }
         Ok(())
     }
@@ -204,6 +198,16 @@ impl GrainWriter {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Writes entries into each copy of their table.
+fn write_runs(writer: &dyn StoredWrite, places: Places, entries: &[(u32, u32)]) -> Result<()> {
+    for (entry, run) in runs(entries) {
+        for place in copies(places) {
+            writer.write_all_at(u64::from(place) * SECTOR + u64::from(entry) * 4, &run)?;
+        }
+    }
+    Ok(())
 }
 
 /// The copies of a table that there are, the redundant one first.

@@ -6,7 +6,10 @@
 //! ```
 //! The file grows by more than is wanted at once. What is new reads as zeroes, and what is behind the last grain is cut
 //! off at the end.
+//!
+//! How long the file has to be is known here, so whatever changes it asks here first whether it still is.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::writer;
@@ -15,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{StoredFile, StoredWrite};
 use crate::vmdk::sparse::HostedTables;
 use crate::vmdk::tables::Layout;
+use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::Places;
 
 /// The file grows by at least this many sectors at once, and by at most [`GROW_MAX`]: the room is a hole, and what is
@@ -33,6 +37,10 @@ pub(super) struct Room {
     /// Sectors of one.
     grain: u64,
     space: Mutex<Space>,
+    /// Bytes that the file has at least, unless somebody else has cut it. What was taken lies within.
+    known: AtomicU64,
+    /// Shared by all files of the disk.
+    failure: Arc<Failure>,
 }
 
 /// What of the file is taken.
@@ -50,17 +58,23 @@ struct Space {
 
 impl Room {
     /// All from the end of `file` on.
-    pub(super) fn new(file: Arc<dyn StoredFile>, layout: Arc<HostedTables>, grain: u64) -> Result<Self> {
-        let len = writer(&*file)?.len_now()?.div_ceil(SECTOR);
+    pub(super) fn new(
+        file: Arc<dyn StoredFile>,
+        layout: Arc<HostedTables>,
+        grain: u64,
+        failure: Arc<Failure>,
+    ) -> Result<Self> {
+        let known = writer(&*file)?.len_now()?;
+        let len = known.div_ceil(SECTOR);
         let next = len.max(layout.data_start()).next_multiple_of(grain);
         let space = Mutex::new(Space { next, len, spare: Vec::new(), tables: 0..0 });
-        Ok(Self { file, layout, grain, space })
+        Ok(Self { file, layout, grain, space, known: known.into(), failure })
     }
 
     /// Room for `count` grains, in the file and all zeroes.
     pub(super) fn take(&self, count: u64) -> Result<u64> {
         let mut space = self.space();
-        self.check_uncut(&space)?;
+        let writer = self.uncut()?;
         if let (1, Some(place)) = (count, space.spare.pop()) {
             return Ok(place);
         }
@@ -73,13 +87,14 @@ impl Room {
         if end > space.len {
             let step = (space.len / 8).clamp(GROW_MIN, GROW_MAX);
             let wanted = (end + step).min(LAST_SECTOR);
-            let writer = self.writer()?;
             // where so much is too much, just enough may do
             let len = match writer.set_len(wanted * SECTOR) {
                 Ok(()) => wanted,
                 Err(_) => writer.set_len(end * SECTOR).map(|()| end)?,
             };
             space.len = len;
+            // it is longer already, so who compares at this moment finds more than is known
+            self.known.store(len * SECTOR, Ordering::Release);
             self.layout.grew_to(len);
         }
         space.next = end;
@@ -89,7 +104,7 @@ impl Room {
     /// Gives back room of grains that nothing names. It may hold anything; where it can't be made zeroes, it is lost.
     pub(super) fn give_back(&self, place: u64, count: u64) {
         let bytes = count * self.grain * SECTOR;
-        if self.writer().and_then(|w| w.zero(place * SECTOR, bytes, true)).is_err() {
+        if self.uncut().and_then(|w| w.zero(place * SECTOR, bytes, true)).is_err() {
             return;
         }
         let mut space = self.space();
@@ -118,30 +133,34 @@ impl Room {
         })
     }
 
-    /// Gives the file's room behind the last grain back.
+    /// Gives the file's room behind the last grain back. Nobody changes the file meanwhile.
     pub(super) fn cut_unused(&self) -> Result<()> {
         let mut space = self.space();
-        self.check_uncut(&space)?;
+        let writer = self.uncut()?;
         if space.len > space.next {
-            self.writer()?.set_len(space.next * SECTOR)?;
+            writer.set_len(space.next * SECTOR)?;
             space.len = space.next;
+            self.known.store(space.len * SECTOR, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Refuses a file that somebody else has cut: its grains are lost, and to make it longer again would show zeroes
-    /// in their place, as if nothing had happened.
-    fn check_uncut(&self, space: &Space) -> Result<()> {
-        let (len, known) = (self.writer()?.len_now()?, space.len);
-        if len.div_ceil(SECTOR) >= known {
-            return Ok(());
+    /// The file, for a change. Refuses one that somebody else has cut, for good: its grains are lost, and to make it
+    /// longer again would show zeroes in their place, as if nothing had happened.
+    ///
+    /// Whatever changes the file asks, also in place: a change behind the end makes the file longer, and one that reaches
+    /// the end that it had would hide the cut from all who ask later.
+    pub(super) fn uncut(&self) -> Result<&dyn StoredWrite> {
+        let writer = writer(&*self.file)?;
+        // before the file's length: that may only grow meanwhile
+        let known = self.known.load(Ordering::Acquire);
+        let len = writer.len_now()?;
+        if len >= known {
+            return Ok(writer);
         }
         let label = self.file.label();
-        Err(Error::corrupt(format!("{label}: has {len} bytes, expected {known} sectors: somebody else has cut it")))
-    }
-
-    fn writer(&self) -> Result<&dyn StoredWrite> {
-        writer(&*self.file)
+        let context = format!("{label}: has {len} bytes, expected {known} or more: somebody else has cut it");
+        Err(self.failure.keep(Error::corrupt(context)))
     }
 
     fn space(&self) -> MutexGuard<'_, Space> {
