@@ -276,6 +276,8 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
     let scratch = Scratch::new();
     sparse(&scratch);
     let kill = |mount: &mut Mount| {
+        // which the kernel knows for a while, with nobody left to ask
+        fs::metadata(mount.point()).unwrap();
         mount.signal(Signal::SIGKILL);
         mount.wait_end();
         assert!(mount.is_mounted() && fs::read_dir(mount.point()).is_err(), "no stale mount to look at");

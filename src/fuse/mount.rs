@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
+use nix::sys::statvfs::statvfs;
 
 use super::fusermount;
 use super::mountinfo::{self, Device, Entry};
@@ -255,9 +256,8 @@ fn refuse_ours(point: &Path) -> Result<()> {
         Some(entry) if entry.fstype == FSTYPE => {}
         _ => return Ok(()),
     }
-    if let Err(e) = fs::metadata(point)
-        && e.raw_os_error() == Some(libc::ENOTCONN)
-    {
+    // Not its attributes: the kernel may know those for a while yet.
+    if statvfs(point) == Err(Errno::ENOTCONN) {
         return Err(stale(point));
     }
     let text = format!("{}: is a vmdkfuse mount already; unmount it first: {}", point.display(), clearing(point));
