@@ -22,12 +22,14 @@
 //! user is told (README, limits).
 //!
 //! Two threads belong to it. The *manager* connects, and is the only one that waits for a connection; the *driver* serves
-//! connections where nobody else does. Nobody holds a lock while a command is under way.
+//! connections where nobody else does (`link/connect.rs`, `link/attend.rs`). Nobody holds a lock while a command is under way.
 //!
 //! Locks, in this order: `state`, `live`, `journal`.
 
+mod attend;
+mod connect;
+
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
@@ -35,45 +37,18 @@ use std::time::{Duration, Instant};
 
 use super::carry::{Carriers, Load};
 use super::dial::Dialer;
-use super::drive::{Driven, Leave};
 use super::export::Export;
 use super::ffi::Handle;
 use super::generation::{Answer, Generation};
-use super::journal::{Entry, Journal};
+use super::journal::Journal;
 use super::map::Map;
 use super::op::{Kind, Op};
 use super::pool::{Buffer, Pool};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The first pause between two attempts to connect, and the longest.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-
-/// How long a thread that has other work waits for an answer before it leaves that to the driver: as long as a server on
-/// this machine may take that has the data in memory.
-const PATIENCE: Duration = Duration::from_millis(2);
-
 /// Bytes of a request from which on it is long: more than the change to another thread costs.
 const LONG: u64 = 128 << 10;
-
-/// Changes that are sent again at the same time.
-const REPLAY: usize = 32;
-
-/// How long a further connection may take: a server that has enough may let it wait for ever.
-const WIDEN: Duration = Duration::from_secs(5);
-
-/// How often the driver looks for commands that nobody serves, however that may have come.
-const LOOK: Duration = Duration::from_millis(500);
-
-/// How often the driver's thread looks after those who come and go, and after how many looks without traffic it stops.
-const GUARD: Duration = Duration::from_millis(1);
-const GUARD_IDLE: usize = 50;
-
-/// How long a lost connection is kept, for a thread that was about to send something on it.
-const RETIRED: Duration = Duration::from_secs(10);
-
-/// How many of them are kept: each has open sockets.
-const MAX_RETIRED: usize = 8;
 
 /// How long the threads may take to end.
 const END: Duration = Duration::from_secs(3);
@@ -232,28 +207,6 @@ impl Link {
         }
     }
 
-    /// The work of a thread for long requests.
-    fn carry(&self) {
-        while let Some(load) = self.carriers.next() {
-            let work = || {
-                let generation = self.generation();
-                let claim = generation.as_ref().and_then(|g| g.claim().map(|claim| (g, claim)));
-                for op in load {
-                    match &claim {
-                        Some((generation, claim)) if !generation.is_dead() && op.deadline > Instant::now() => {
-                            claim.run(op, |back| self.told(generation, back));
-                        }
-                        // The manager sends it, or says that it is too late.
-                        _ => self.again(op),
-                    }
-                }
-            };
-            if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                tracing::error!("the end of a command for an NBD server panicked");
-            }
-        }
-    }
-
     /// What has to be done before a command is sent; `None`: it is sent later, or came to an end.
     fn admit(&self, mut op: Box<Op>) -> Option<Box<Op>> {
         if op.kind.is_change() {
@@ -309,130 +262,6 @@ impl Link {
         state.waiting.push_back(op);
         drop(state);
         self.wanted.notify_all();
-    }
-
-    /// Sees to it that what was submitted is served: by this thread, as long as it may stay and nobody else does it, else by
-    /// the driver.
-    pub(super) fn attend(&self, stay: Stay<'_>) {
-        let Some(generation) = self.generation() else { return };
-        match stay {
-            Stay::No => {}
-            Stay::Patiently => drop(self.drive(&generation, Leave::Quiet(PATIENCE))),
-            Stay::Until(other) => match self.drive(&generation, Leave::Called(other)) {
-                // It comes back, or else the guard will notice.
-                Some(Driven::Left) => return self.guard(),
-                Some(Driven::Idle) => {}
-                None => generation.hurry(),
-            },
-        }
-        if generation.loose() > 0 {
-            self.kick(&generation);
-        }
-    }
-
-    /// Serves what was submitted until `enough` is true.
-    pub(super) fn attend_until(&self, enough: impl Fn() -> bool) {
-        let Some(generation) = self.generation() else { return };
-        self.drive(&generation, Leave::Enough(&enough));
-        if generation.loose() > 0 {
-            self.kick(&generation);
-        }
-    }
-
-    /// Serves a generation, if nobody else does.
-    fn drive(&self, generation: &Generation, leave: Leave<'_>) -> Option<Driven> {
-        let driver = generation.driver()?;
-        Some(driver.drive(leave, |back| self.told(generation, back)))
-    }
-
-    /// Has the driver's thread look from time to time whether somebody serves what is under way: who has left to do
-    /// something else may have found that to be longer work.
-    fn guard(&self) {
-        if !self.guarding.swap(true, Ordering::SeqCst) {
-            *lock(&self.kicked) = true;
-            self.kick.notify_one();
-        }
-    }
-
-    /// Looks for as long as there is traffic. Whether somebody has to serve.
-    fn stand_guard(&self) -> bool {
-        let (mut turns, mut idle) = (0, 0);
-        while let Some(generation) = self.generation().filter(|_| !self.closing.load(Ordering::SeqCst)) {
-            let before = std::mem::replace(&mut turns, generation.turns());
-            if before != turns {
-                idle = 0;
-            } else if generation.loose() > 0 {
-                return true;
-            } else if idle > GUARD_IDLE {
-                break;
-            } else {
-                idle += 1;
-            }
-            thread::sleep(GUARD);
-        }
-        self.guarding.store(false, Ordering::SeqCst);
-        self.generation().is_some_and(|g| g.loose() > 0)
-    }
-
-    /// Has the driver serve a generation that nobody serves.
-    fn kick(&self, generation: &Generation) {
-        // Who has the right looks for commands once more after giving it back.
-        if let Some(driver) = generation.driver() {
-            drop(driver);
-            *lock(&self.kicked) = true;
-            self.kick.notify_one();
-        }
-    }
-
-    /// The driver's work.
-    fn drive_on(&self) {
-        loop {
-            let mut kicked = lock(&self.kicked);
-            // Who stands guard has not been relieved yet, where he was called away to serve.
-            while !std::mem::take(&mut *kicked) && !self.guarding.load(Ordering::SeqCst) {
-                if self.closing.load(Ordering::SeqCst) {
-                    return;
-                }
-                let waited = self.kick.wait_timeout(kicked, LOOK).unwrap_or_else(PoisonError::into_inner);
-                kicked = waited.0;
-                if waited.1.timed_out() && self.has_unserved() {
-                    break;
-                }
-            }
-            drop(kicked);
-            self.serve_retired();
-            if self.guarding.load(Ordering::SeqCst) && !self.stand_guard() {
-                continue;
-            }
-            let Some(generation) = self.generation() else { continue };
-            // What is told a result may panic: that is its own affair, but the others want theirs.
-            let turn = || loop {
-                let why = self.drive(&generation, Leave::Hurried);
-                if why != Some(Driven::Idle) || generation.loose() == 0 {
-                    return;
-                }
-            };
-            if catch_unwind(AssertUnwindSafe(turn)).is_err() {
-                tracing::error!("the end of a command for an NBD server panicked");
-                *lock(&self.kicked) = true;
-            }
-        }
-    }
-
-    /// Whether commands are under way that nobody may be serving.
-    fn has_unserved(&self) -> bool {
-        self.generation().is_some_and(|g| g.loose() > 0) || !lock(&self.retired).is_empty()
-    }
-
-    /// Takes back what was sent on a lost connection by somebody who had looked just before it was lost.
-    fn serve_retired(&self) {
-        let retired = std::mem::take(&mut *lock(&self.retired));
-        for (generation, until) in retired {
-            self.drive(&generation, Leave::Idle);
-            if Instant::now() < until {
-                lock(&self.retired).push((generation, until));
-            }
-        }
     }
 
     /// Takes what came back from a generation.
@@ -517,244 +346,6 @@ impl Link {
 
     fn error(&self, op: &Op, why: &str) -> Error {
         Error::new(ErrorKind::Os(libc::EIO), format!("{}: {}: {why}", self.dialer.label(), op.describe()))
-    }
-
-    /// The manager's work.
-    fn manage(&self) {
-        let mut failures = 0;
-        loop {
-            if let Some(generation) = self.generation().filter(|g| !g.is_dead()) {
-                self.widen(&generation);
-            }
-            if !self.wait_until_wanted() {
-                return;
-            }
-            match self.connect() {
-                Ok(()) => failures = 0,
-                Err(e) => {
-                    failures += 1;
-                    self.after_failure(&e, failures);
-                }
-            }
-        }
-    }
-
-    /// Waits until something waits for a connection; `false`: for the end. Fails what is late meanwhile.
-    fn wait_until_wanted(&self) -> bool {
-        let mut state = lock(&self.state);
-        loop {
-            if self.closing.load(Ordering::SeqCst) {
-                return false;
-            }
-            let over = self.take_late(&mut state);
-            if !over.is_empty() {
-                drop(state);
-                self.fail_late(over);
-                state = lock(&self.state);
-            } else if state.waiting.is_empty() {
-                let wait = if state.parked.is_empty() { Duration::from_secs(3600) } else { BACK_OFF.1 };
-                let waited = self.wanted.wait_timeout(state, wait);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            } else {
-                return true;
-            }
-        }
-    }
-
-    fn take_late(&self, state: &mut State) -> VecDeque<Box<Op>> {
-        let now = Instant::now();
-        let mut late = VecDeque::new();
-        let State { waiting, parked } = state;
-        for queue in [waiting, parked] {
-            // mostly none is
-            if queue.iter().any(|op| op.deadline <= now) {
-                let (over, left): (VecDeque<_>, VecDeque<_>) = queue.drain(..).partition(|op| op.deadline <= now);
-                late.extend(over);
-                queue.extend(left);
-            }
-        }
-        late
-    }
-
-    fn fail_late(&self, late: VecDeque<Box<Op>>) {
-        for op in late {
-            let e = self.late(&op);
-            self.finish(op, Err(e));
-        }
-    }
-
-    /// Connects, sends the unflushed changes again and then what waits.
-    fn connect(&self) -> Result<()> {
-        let old = self.generation();
-        if let Some(old) = old.as_ref().filter(|g| g.is_dead()) {
-            // Its commands come back by themselves; before the last one did, their order is not known.
-            self.attend_until(|| old.is_idle());
-            while !old.is_idle() && !self.closing.load(Ordering::SeqCst) {
-                thread::sleep(Duration::from_millis(1));
-            }
-        }
-        if old.as_ref().is_none_or(|g| g.is_dead()) {
-            let deadline = self.earliest().unwrap_or_else(|| self.deadline());
-            let closing = || self.closing.load(Ordering::SeqCst);
-            let (handle, export) = self.dialer.open(true, deadline, &closing)?;
-            export.check_same(&self.export, self.manners.writable)?;
-            self.map.clear();
-            let generation = Arc::new(Generation::new(self.manners.connections)?);
-            generation.add(handle)?;
-            self.replay(&generation)?;
-            self.publish(Arc::clone(&generation));
-            if let Some(old) = &old {
-                let mut retired = lock(&self.retired);
-                if retired.len() >= MAX_RETIRED {
-                    retired.remove(0);
-                }
-                retired.push((Arc::clone(old), Instant::now() + RETIRED));
-                tracing::warn!("{}: connected again", self.dialer.label());
-            }
-            if lock(&self.journal).wants_flush() {
-                self.flush_unasked();
-            }
-        }
-        let waiting = std::mem::take(&mut lock(&self.state).waiting);
-        for mut op in waiting {
-            if op.kind == Kind::Flush {
-                op.covers = lock(&self.journal).mark();
-            }
-            self.send(op);
-        }
-        self.attend(Stay::No);
-        Ok(())
-    }
-
-    fn earliest(&self) -> Option<Instant> {
-        lock(&self.state).waiting.iter().map(|op| op.deadline).min()
-    }
-
-    /// After an attempt that failed: a pause, and the end of what waits where there were too many.
-    fn after_failure(&self, e: &Error, failures: u32) {
-        tracing::info!("attempt {failures} to connect again: {e}");
-        let hopeless = e.kind() == ErrorKind::Corrupt || self.manners.retry.is_some_and(|most| failures > most);
-        if hopeless || !self.dialer.can_repeat() {
-            let waiting = std::mem::take(&mut lock(&self.state).waiting);
-            for op in waiting {
-                let failed = self.error(&op, &e.to_string());
-                self.finish(op, Err(failed));
-            }
-        }
-        let pause = BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1);
-        let until = Instant::now() + pause;
-        let mut state = lock(&self.state);
-        while Instant::now() < until && !self.closing.load(Ordering::SeqCst) {
-            let late = self.take_late(&mut state);
-            if !late.is_empty() {
-                drop(state);
-                self.fail_late(late);
-                state = lock(&self.state);
-                continue;
-            }
-            let next = state.waiting.iter().map(|op| op.deadline).min().map_or(until, |d| d.min(until));
-            let wait = next.saturating_duration_since(Instant::now());
-            state = self.wanted.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Adds connections up to what was asked for. A server that takes fewer is no failure.
-    fn widen(&self, generation: &Generation) {
-        while generation.count() < self.manners.connections && !generation.is_dead() {
-            if self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty() {
-                return;
-            }
-            let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
-            let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
-            let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
-                export.check_same(&self.export, self.manners.writable)?;
-                generation.add(handle)
-            });
-            if let Err(e) = added {
-                if needed() {
-                    return;
-                }
-                let count = generation.count();
-                tracing::info!("{count} connections and no more: {e}");
-                return;
-            }
-        }
-    }
-
-    /// Sends all changes again that no flush has covered, in their order; those that overlap one after the other.
-    fn replay(&self, generation: &Generation) -> Result<()> {
-        let mut rest = lock(&self.journal).drain();
-        if rest.is_empty() {
-            return Ok(());
-        }
-        tracing::info!("{}: {} unflushed changes are sent again", self.dialer.label(), rest.len());
-        while !rest.is_empty() {
-            let mut batch: Vec<Entry> = Vec::new();
-            while batch.len() < REPLAY
-                && let Some(next) = rest.pop_front()
-            {
-                if batch.iter().any(|e| e.overlaps(&(next.offset, next.len))) {
-                    rest.push_front(next);
-                    break;
-                }
-                batch.push(next);
-            }
-            if let Err((e, unsent)) = self.replay_batch(generation, batch) {
-                for entry in unsent.into_iter().rev() {
-                    rest.push_front(entry);
-                }
-                lock(&self.journal).restore(rest);
-                return Err(e);
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends changes that don't overlap. What was not answered, where the connection is lost, comes back.
-    fn replay_batch(&self, generation: &Generation, batch: Vec<Entry>) -> Result<(), (Error, Vec<Entry>)> {
-        let mut back = Vec::new();
-        let count = batch.len();
-        for entry in batch {
-            let Entry { kind, offset, len, buf, .. } = entry;
-            let op = Op::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
-            generation.submit(op, &mut back);
-        }
-        let mut answers: Vec<Answer> = Vec::with_capacity(count);
-        answers.append(&mut back);
-        while answers.len() < count {
-            match generation.driver() {
-                Some(driver) => {
-                    driver.drive(Leave::Idle, |back| answers.append(back));
-                }
-                None => thread::yield_now(),
-            }
-        }
-        drop(generation.settle(answers.len()));
-        let mut unsent = Vec::new();
-        let mut journal = lock(&self.journal);
-        for (mut op, error) in answers {
-            match error {
-                None => {
-                    journal.add(&mut op);
-                }
-                Some(libc::ENOTCONN | libc::ESHUTDOWN) => unsent.push(op),
-                Some(errno) => {
-                    let e = op.refused(errno).within(format!("{}: a write that was lost", self.dialer.label()));
-                    tracing::error!("{e}");
-                    journal.lose(e);
-                }
-            }
-        }
-        drop(journal);
-        if unsent.is_empty() {
-            return Ok(());
-        }
-        let e = Error::new(ErrorKind::Os(libc::ENOTCONN), "the connection broke while changes were sent again");
-        let mut journal = Journal::default();
-        unsent.iter_mut().for_each(|op| {
-            journal.add(op);
-        });
-        Err((e, Vec::from(journal.drain())))
     }
 
     /// Ends the way: what is under way fails, the threads end.

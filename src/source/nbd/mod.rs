@@ -3,6 +3,7 @@
 //! ```text
 //!   disk.rs        sectors ─► commands, split as the server wants them; zeroes that are known are not fetched (map.rs)
 //!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
+//!   link/          attend.rs: who serves the connections; connect.rs: who makes new ones
 //!   journal.rs     changes that no flush has covered, to be sent again
 //!   generation.rs  the connections of now: who sends      drive.rs    who reads answers
 //!   carry.rs       long requests, each by a thread with a connection of its own

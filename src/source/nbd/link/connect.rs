@@ -1,0 +1,270 @@
+//! The manager: connects, has sent again what was not flushed, and ends what waited too long.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Link, State, lock};
+use crate::block::Stay;
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::nbd::drive::Leave;
+use crate::source::nbd::generation::{Answer, Generation};
+use crate::source::nbd::journal::{Entry, Journal};
+use crate::source::nbd::op::{Kind, Op};
+
+/// The first pause between two attempts to connect, and the longest.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// Changes that are sent again at the same time.
+const REPLAY: usize = 32;
+
+/// How long a further connection may take: a server that has enough may let it wait for ever.
+const WIDEN: Duration = Duration::from_secs(5);
+
+/// How long a lost connection is kept, for a thread that was about to send something on it.
+const RETIRED: Duration = Duration::from_secs(10);
+
+/// How many of them are kept: each has open sockets.
+const MAX_RETIRED: usize = 8;
+
+impl Link {
+    /// The manager's work.
+    pub(super) fn manage(&self) {
+        let mut failures = 0;
+        loop {
+            if let Some(generation) = self.generation().filter(|g| !g.is_dead()) {
+                self.widen(&generation);
+            }
+            if !self.wait_until_wanted() {
+                return;
+            }
+            match self.connect() {
+                Ok(()) => failures = 0,
+                Err(e) => {
+                    failures += 1;
+                    self.after_failure(&e, failures);
+                }
+            }
+        }
+    }
+
+    /// Waits until something waits for a connection; `false`: for the end. Fails what is late meanwhile.
+    fn wait_until_wanted(&self) -> bool {
+        let mut state = lock(&self.state);
+        loop {
+            if self.closing.load(Ordering::SeqCst) {
+                return false;
+            }
+            let over = self.take_late(&mut state);
+            if !over.is_empty() {
+                drop(state);
+                self.fail_late(over);
+                state = lock(&self.state);
+            } else if state.waiting.is_empty() {
+                let wait = if state.parked.is_empty() { Duration::from_secs(3600) } else { BACK_OFF.1 };
+                let waited = self.wanted.wait_timeout(state, wait);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            } else {
+                return true;
+            }
+        }
+    }
+
+    fn take_late(&self, state: &mut State) -> VecDeque<Box<Op>> {
+        let now = Instant::now();
+        let mut late = VecDeque::new();
+        let State { waiting, parked } = state;
+        for queue in [waiting, parked] {
+            // mostly none is
+            if queue.iter().any(|op| op.deadline <= now) {
+                let (over, left): (VecDeque<_>, VecDeque<_>) = queue.drain(..).partition(|op| op.deadline <= now);
+                late.extend(over);
+                queue.extend(left);
+            }
+        }
+        late
+    }
+
+    fn fail_late(&self, late: VecDeque<Box<Op>>) {
+        for op in late {
+            let e = self.late(&op);
+            self.finish(op, Err(e));
+        }
+    }
+
+    /// Connects, sends the unflushed changes again and then what waits.
+    fn connect(&self) -> Result<()> {
+        let old = self.generation();
+        if let Some(old) = old.as_ref().filter(|g| g.is_dead()) {
+            // Its commands come back by themselves; before the last one did, their order is not known.
+            self.attend_until(|| old.is_idle());
+            while !old.is_idle() && !self.closing.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        if old.as_ref().is_none_or(|g| g.is_dead()) {
+            let deadline = self.earliest().unwrap_or_else(|| self.deadline());
+            let closing = || self.closing.load(Ordering::SeqCst);
+            let (handle, export) = self.dialer.open(true, deadline, &closing)?;
+            export.check_same(&self.export, self.manners.writable)?;
+            self.map.clear();
+            let generation = Arc::new(Generation::new(self.manners.connections)?);
+            generation.add(handle)?;
+            self.replay(&generation)?;
+            self.publish(Arc::clone(&generation));
+            if let Some(old) = &old {
+                let mut retired = lock(&self.retired);
+                if retired.len() >= MAX_RETIRED {
+                    retired.remove(0);
+                }
+                retired.push((Arc::clone(old), Instant::now() + RETIRED));
+                tracing::warn!("{}: connected again", self.dialer.label());
+            }
+            if lock(&self.journal).wants_flush() {
+                self.flush_unasked();
+            }
+        }
+        let waiting = std::mem::take(&mut lock(&self.state).waiting);
+        for mut op in waiting {
+            if op.kind == Kind::Flush {
+                op.covers = lock(&self.journal).mark();
+            }
+            self.send(op);
+        }
+        self.attend(Stay::No);
+        Ok(())
+    }
+
+    fn earliest(&self) -> Option<Instant> {
+        lock(&self.state).waiting.iter().map(|op| op.deadline).min()
+    }
+
+    /// After an attempt that failed: a pause, and the end of what waits where there were too many.
+    fn after_failure(&self, e: &Error, failures: u32) {
+        tracing::info!("attempt {failures} to connect again: {e}");
+        let hopeless = e.kind() == ErrorKind::Corrupt || self.manners.retry.is_some_and(|most| failures > most);
+        if hopeless || !self.dialer.can_repeat() {
+            let waiting = std::mem::take(&mut lock(&self.state).waiting);
+            for op in waiting {
+                let failed = self.error(&op, &e.to_string());
+                self.finish(op, Err(failed));
+            }
+        }
+        let pause = BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1);
+        let until = Instant::now() + pause;
+        let mut state = lock(&self.state);
+        while Instant::now() < until && !self.closing.load(Ordering::SeqCst) {
+            let late = self.take_late(&mut state);
+            if !late.is_empty() {
+                drop(state);
+                self.fail_late(late);
+                state = lock(&self.state);
+                continue;
+            }
+            let next = state.waiting.iter().map(|op| op.deadline).min().map_or(until, |d| d.min(until));
+            let wait = next.saturating_duration_since(Instant::now());
+            state = self.wanted.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Adds connections up to what was asked for. A server that takes fewer is no failure.
+    fn widen(&self, generation: &Generation) {
+        while generation.count() < self.manners.connections && !generation.is_dead() {
+            if self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty() {
+                return;
+            }
+            let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
+            let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
+            let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
+                export.check_same(&self.export, self.manners.writable)?;
+                generation.add(handle)
+            });
+            if let Err(e) = added {
+                if needed() {
+                    return;
+                }
+                let count = generation.count();
+                tracing::info!("{count} connections and no more: {e}");
+                return;
+            }
+        }
+    }
+
+    /// Sends all changes again that no flush has covered, in their order; those that overlap one after the other.
+    fn replay(&self, generation: &Generation) -> Result<()> {
+        let mut rest = lock(&self.journal).drain();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        tracing::info!("{}: {} unflushed changes are sent again", self.dialer.label(), rest.len());
+        while !rest.is_empty() {
+            let mut batch: Vec<Entry> = Vec::new();
+            while batch.len() < REPLAY
+                && let Some(next) = rest.pop_front()
+            {
+                if batch.iter().any(|e| e.overlaps(&(next.offset, next.len))) {
+                    rest.push_front(next);
+                    break;
+                }
+                batch.push(next);
+            }
+            if let Err((e, unsent)) = self.replay_batch(generation, batch) {
+                for entry in unsent.into_iter().rev() {
+                    rest.push_front(entry);
+                }
+                lock(&self.journal).restore(rest);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends changes that don't overlap. What was not answered, where the connection is lost, comes back.
+    fn replay_batch(&self, generation: &Generation, batch: Vec<Entry>) -> Result<(), (Error, Vec<Entry>)> {
+        let mut back = Vec::new();
+        let count = batch.len();
+        for entry in batch {
+            let Entry { kind, offset, len, buf, .. } = entry;
+            let op = Op::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
+            generation.submit(op, &mut back);
+        }
+        let mut answers: Vec<Answer> = Vec::with_capacity(count);
+        answers.append(&mut back);
+        while answers.len() < count {
+            match generation.driver() {
+                Some(driver) => {
+                    driver.drive(Leave::Idle, |back| answers.append(back));
+                }
+                None => thread::yield_now(),
+            }
+        }
+        drop(generation.settle(answers.len()));
+        let mut unsent = Vec::new();
+        let mut journal = lock(&self.journal);
+        for (mut op, error) in answers {
+            match error {
+                None => {
+                    journal.add(&mut op);
+                }
+                Some(libc::ENOTCONN | libc::ESHUTDOWN) => unsent.push(op),
+                Some(errno) => {
+                    let e = op.refused(errno).within(format!("{}: a write that was lost", self.dialer.label()));
+                    tracing::error!("{e}");
+                    journal.lose(e);
+                }
+            }
+        }
+        drop(journal);
+        if unsent.is_empty() {
+            return Ok(());
+        }
+        let e = Error::new(ErrorKind::Os(libc::ENOTCONN), "the connection broke while changes were sent again");
+        let mut journal = Journal::default();
+        unsent.iter_mut().for_each(|op| {
+            journal.add(op);
+        });
+        Err((e, Vec::from(journal.drain())))
+    }
+}
