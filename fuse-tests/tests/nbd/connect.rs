@@ -1,0 +1,75 @@
+//! The ways to a server: late ones, sockets that are handed over, files of settings.
+
+use std::fs;
+use std::process::Command;
+
+use fuse_tests::harness::{Cmd, Scratch, is_running, poll_until, read_range};
+
+use crate::{SOON, Server, can_read, children, free_port, handed, noise, put, ready};
+
+#[test]
+fn a_mount_waits_for_its_server_as_often_as_retry_says() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let uri = format!("nbd+unix:///?socket={}", scratch.path("s").display());
+    scratch.mount().arg(&uri).refused(1).one_error(1, &["connect", "s"]);
+    // a server that comes up late
+    let script = format!("sleep 0.5; exec nbdkit -f -U {} memory 1M", scratch.path("s").display());
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]);
+    let _server = Server::unseen(command);
+    let mount = scratch.mount().arg(&uri).arg("retry=100").start();
+    assert!(can_read(&mount.file("disk.raw"), SOON));
+}
+
+#[test]
+fn a_socket_that_is_handed_over_is_used() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
+    let shown = handed(&server).args(["--info", "socket-fd=9"]).run();
+    assert!(shown.ok().stdout.contains("size             1048576 bytes"));
+    let refused = scratch.mount().arg("socket-fd=9").refused(1);
+    refused.one_error(1, &["socket-fd=9"]);
+}
+
+#[test]
+fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_handed_over() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
+    let port = free_port();
+    let _other = Server::nbdkit_on(port, &["memory", "2M"]);
+    // paths count from the folder of the file
+    let text = format!(
+        "retry = 50\n[[disk]]\nname = \"socket\"\nsocket = \"s\"\n[[disk]]\nhostname = \"127.0.0.1\"\nport = {port}\n\
+         name = \"port\"\n[[disk]]\ncommand = \"nbdkit\"\narg = [\"memory\", \"3M\"]\nname = \"command\"\n"
+    );
+    let mount = scratch.mount().arg("--config").arg(scratch.write("vms.toml", text)).start();
+    assert_eq!(mount.names(), ["command", "port", "socket"]);
+    for (name, size) in [("socket", 1u64), ("port", 2), ("command", 3)] {
+        assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), size << 20, "{name}");
+    }
+    assert_eq!(read_range(&mount.file("socket"), 4096, 8), 4096u64.to_be_bytes());
+    let data = scratch.write("data", noise(1 << 20, 12));
+    for name in ["port", "command"] {
+        put(&data, &mount.file(name));
+        assert_eq!(read_range(&mount.file(name), 0, 1 << 20), fs::read(&data).unwrap(), "{name}");
+    }
+    let captive = children(mount.pid()).pop().expect("a server");
+    mount.unmount();
+    assert!(poll_until(SOON, || !is_running(captive)), "the server lives on");
+    // a descriptor that only the file names is not closed at the start
+    let config = scratch.write("fd.toml", "[[disk]]\nsocket-fd = 9\nname = \"fd\"\n");
+    let mnt = scratch.mkdir("handed");
+    handed(&server).arg("--config").arg(config).arg(&mnt).run().ok();
+    let read = read_range(&mnt.join("fd"), 8, 8);
+    Cmd::new("fusermount3").arg("-u").arg(&mnt).run().ok();
+    assert_eq!(read, 8u64.to_be_bytes());
+}

@@ -1,0 +1,59 @@
+//! What a server offers: `--list`, `--info`, every export as a file.
+
+use std::fs;
+
+use fuse_tests::harness::{Cmd, Scratch, need, read_range};
+
+use crate::{Server, ready};
+
+#[test]
+fn every_export_is_a_file_and_no_name_leaves_the_folder() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let list = "list_exports=echo NAMES; echo ../../etc/passwd; echo a/b; echo a%2Fb; echo vm1; echo vm1.raw; echo ..";
+    let words = [
+        "eval",
+        list,
+        "open=echo \"$3\"",
+        "get_size=echo 1048576",
+        "pread=printf %s \"$2\" | dd bs=$3 count=1 conv=sync status=none",
+    ];
+    let server = Server::nbdkit(&scratch, &words);
+    let mount = scratch.mount().arg(server.uri()).arg("dynamic-export=true").start();
+    let names = ["..%2F..%2Fetc%2Fpasswd.raw", "...raw", "a%252Fb.raw", "a%2Fb.raw", "vm1.raw", "vm1~2.raw"];
+    assert_eq!(mount.names(), names);
+    for (name, export) in [("a%2Fb.raw", "a/b"), ("vm1.raw", "vm1"), ("vm1~2.raw", "vm1.raw"), ("...raw", "..")] {
+        assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), 1 << 20);
+        let read = read_range(&mount.file(name), 0, export.len());
+        assert_eq!(String::from_utf8_lossy(&read), export, "{name}");
+    }
+    let listed = scratch.vmdkfuse().args(["--list", "--json"]).arg(server.uri()).run().ok().json();
+    let exports: Vec<_> = listed[0]["exports"].as_array().unwrap().iter().map(|e| e["export"].clone()).collect();
+    assert_eq!(exports, ["../../etc/passwd", "a/b", "a%2Fb", "vm1", "vm1.raw", ".."]);
+    assert_eq!(listed[0]["exports"][3]["size"], 1 << 20);
+}
+
+#[test]
+fn info_tells_what_nbdinfo_does() {
+    if !ready() || !need("nbdinfo") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let sizes = ["blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=1M"];
+    let server = Server::nbdkit(&scratch, &[&["--filter=blocksize-policy", "memory", "5M"][..], &sizes].concat());
+    let ours = scratch.vmdkfuse().args(["--info", "--json"]).arg(server.uri()).run().ok().json();
+    let theirs = Cmd::new("nbdinfo").arg("--json").arg(server.uri()).run().ok().json();
+    let (export, wanted) = (&ours[0]["exports"][0], &theirs["exports"][0]);
+    assert_eq!(export["size"], wanted["export-size"]);
+    assert_eq!(export["contexts"], wanted["contexts"]);
+    let sizes = ["block_size_minimum", "block_size_preferred", "block_size_maximum"].map(|k| wanted[k].clone());
+    assert_eq!(export["block_sizes"], serde_json::Value::from(sizes.to_vec()));
+    for flag in export["flags"].as_array().unwrap() {
+        assert_eq!(flag[1], wanted[flag[0].as_str().unwrap()], "{flag}");
+    }
+    assert_eq!(ours[0]["protocol"], theirs["protocol"]);
+    let text = scratch.vmdkfuse().arg("--info").arg(server.uri()).run().ok().stdout;
+    assert!(text.contains("size             5242880 bytes") && text.contains("can_multi_conn   yes"), "{text}");
+}

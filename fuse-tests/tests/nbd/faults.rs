@@ -1,0 +1,163 @@
+//! Servers that restart, hang, are gone, lie, fail or are slow.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use fuse_tests::harness::{Cmd, Scratch, assert_same, need, need_fuse, poll_until, read_range, sha256};
+use nix::sys::signal::Signal;
+
+use crate::{SOON, Server, can_read, noise, ready};
+
+#[test]
+fn restarts_of_the_server_under_load_lose_nothing() {
+    if !ready() || !need("fio") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", vec![0; 64 << 20]);
+    let file = format!("file={}", disk.display());
+    let mut server = Server::nbdkit(&scratch, &["file", &file]);
+    let mount = scratch.mount().arg(server.uri()).start();
+    let seen = mount.file("disk.raw");
+    let fio = std::thread::spawn(move || {
+        // small ones on a connection for all, long ones each with a connection for itself
+        let split = "--bssplit=8k/60:64k/20:256k/10:1m/10";
+        let words = ["--name=v", "--rw=randwrite", split, "--size=64M", "--direct=1", "--ioengine=libaio"];
+        let verify = [
+            "--iodepth=16",
+            "--fsync=64",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--rate=,20M",
+        ];
+        let name = format!("--filename={}", seen.display());
+        Cmd::new("fio").args(words).args(verify).arg(name).deadline(Duration::from_secs(120)).run()
+    });
+    let mut restarts = 0;
+    while !fio.is_finished() {
+        // at any moment of the load
+        std::thread::sleep(Duration::from_millis(700));
+        server.crash();
+        server = Server::nbdkit(&scratch, &["file", &file]);
+        restarts += 1;
+    }
+    fio.join().unwrap().ok();
+    assert!(restarts >= 2, "{restarts} restarts");
+    let copy = sha256(&mount.file("disk.raw"));
+    mount.unmount();
+    assert_eq!(copy, sha256(&disk));
+}
+
+#[test]
+fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let other = scratch.write("other.img", noise(1 << 20, 2));
+    // One thread: nbdkit 1.32 ends itself (an assertion in raw_send_socket) where two answer on a connection that is lost.
+    let server = Server::nbdkit(&scratch, &["--threads=1", "memory", "8M"]);
+    let mount = scratch.mount().arg(server.uri()).arg("timeout=2").file("other.img").arg("cache=none").start();
+    let disk = mount.file("disk.raw");
+    server.signal(Signal::SIGSTOP);
+    // more readers and seekers than there are loops
+    let hung: Vec<_> = (0..12)
+        .map(|i| {
+            let disk = disk.clone();
+            std::thread::spawn(move || {
+                if i % 3 == 0 {
+                    let code = "import os,sys; f=os.open(sys.argv[1],0); os.lseek(f,0,os.SEEK_HOLE)";
+                    Cmd::new("python3").args(["-c", code]).arg(&disk).run();
+                    return;
+                }
+                assert!(!can_read(&disk, SOON), "a read without a server");
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        assert_eq!(mount.names(), ["disk.raw", "other.raw"]);
+        assert_eq!(fs::metadata(&disk).unwrap().len(), 8 << 20);
+        assert_same(&mount.file("other.raw"), &other);
+    }
+    hung.into_iter().for_each(|t| t.join().unwrap());
+    server.signal(Signal::SIGCONT);
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "it does not recover");
+    server.signal(Signal::SIGSTOP);
+    let reader = std::thread::spawn(move || can_read(&disk, SOON));
+    mount.signal(Signal::SIGTERM);
+    mount.wait_unmounted();
+    reader.join().unwrap();
+    server.signal(Signal::SIGCONT);
+}
+
+#[test]
+fn a_server_that_is_gone_is_an_error_after_the_deadline_and_another_size_at_once() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["memory", "8M"]);
+    let log = scratch.path("log");
+    let mount = scratch.mount().arg(server.uri()).arg("timeout=1").arg(format!("--log-file={}", log.display())).start();
+    let disk = mount.file("disk.raw");
+    server.crash();
+    assert!(!can_read(&disk, SOON));
+    let larger = Server::nbdkit(&scratch, &["memory", "9M"]);
+    assert!(!can_read(&disk, SOON));
+    let said = || fs::read_to_string(&log).unwrap();
+    assert!(poll_until(SOON, || {
+        can_read(&disk, SOON);
+        said().contains("its size was 8388608 bytes and is 9437184 now")
+    }));
+    assert_eq!(fs::metadata(&disk).unwrap().len(), 8 << 20);
+    larger.crash();
+    let _same = Server::nbdkit(&scratch, &["memory", "8M"]);
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "{}", said());
+}
+
+#[test]
+fn garbage_and_lies_in_place_of_an_answer_are_errors() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let greeting = b"NBDMAGICIHAVEOPT\x00\x03";
+    // a size that no file can have, told in the oldest variant of the protocol
+    let lie = [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &[0xff; 8], &[0; 128]].concat();
+    for answer in [noise(4096, 1), [&greeting[..], &noise(4096, 2)].concat(), lie, Vec::new()] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let liar = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(&answer);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let start = scratch.mount().arg("hostname=127.0.0.1").arg(format!("port={port}")).arg("timeout=5");
+        start.refused(1).one_error(1, &["127.0.0.1"]);
+        liar.join().unwrap();
+    }
+}
+
+#[test]
+fn slow_servers_and_their_errors_are_borne() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let errors = scratch.path("errors");
+    let word = format!("error-pread-file={}", errors.display());
+    let filters = ["--filter=delay", "--filter=rate", "--filter=error", "pattern", "4M", "rdelay=5ms", "rate=400M"];
+    let fails = ["error-pread-rate=100%", "error-pread=EIO", &word];
+    let server = Server::nbdkit(&scratch, &[&filters[..], &fails[..]].concat());
+    let mount = scratch.mount().arg(server.uri()).start();
+    let disk = mount.file("disk.raw");
+    assert_eq!(read_range(&disk, 1 << 20, 8), (1u64 << 20).to_be_bytes());
+    fs::write(&errors, "").unwrap();
+    assert!(!can_read(&disk, SOON));
+    fs::remove_file(&errors).unwrap();
+    assert!(can_read(&disk, SOON));
+}
