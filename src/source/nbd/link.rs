@@ -307,6 +307,9 @@ impl Link {
     fn finish(&self, op: Box<Op>, result: Result<()>) {
         if op.kind.is_change() {
             self.map.change_ends();
+            if result.is_ok() && matches!(op.kind, Kind::Zero { .. } | Kind::Trim) {
+                self.map.emptied(op.offset, op.offset + op.len);
+            }
         } else if op.kind == Kind::Flush {
             lock(&self.journal).flushing = false;
         }

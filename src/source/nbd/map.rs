@@ -142,6 +142,11 @@ impl Map {
         inner.changing = inner.changing.saturating_sub(1);
     }
 
+    /// What was written is zeroes, or nothing: where there was data may be a hole now.
+    pub(super) fn emptied(&self, from: u64, to: u64) {
+        self.inner().forget_in(from, to, |_| true);
+    }
+
     /// Forgets everything: another server may answer from now on.
     pub(super) fn clear(&self) {
         let mut inner = self.inner();
@@ -161,15 +166,17 @@ impl Inner {
 
     /// Drops regions of which something changes that was no data before.
     fn touch(&mut self, from: u64, to: u64) {
-        let affected = |index: u64, region: &Region| {
-            let (first, last) = (index * REGION, (index + 1).saturating_mul(REGION));
-            from < last && to > first && !region.is_data(from.max(region.start), to.min(region.end))
-        };
-        let touched = from / REGION..=to.saturating_sub(1) / REGION;
-        let gone: Vec<u64> = if touched.end() - touched.start() < self.regions.len() as u64 {
-            touched.filter(|i| self.regions.get(i).is_some_and(|r| affected(*i, r))).collect()
+        let begins = |region: &Region| from.max(region.start);
+        self.forget_in(from, to, |region| !region.is_data(begins(region), to.min(region.end)));
+    }
+
+    /// Drops regions that the range meets, of those for which it is `wanted`.
+    fn forget_in(&mut self, from: u64, to: u64, wanted: impl Fn(&Region) -> bool) {
+        let met = from / REGION..=to.saturating_sub(1) / REGION;
+        let gone: Vec<u64> = if met.end().saturating_sub(*met.start()) < self.regions.len() as u64 {
+            met.filter(|i| self.regions.get(i).is_some_and(&wanted)).collect()
         } else {
-            self.regions.iter().filter(|(i, r)| affected(**i, r)).map(|(i, _)| *i).collect()
+            self.regions.iter().filter(|(i, r)| met.contains(i) && wanted(r)).map(|(i, _)| *i).collect()
         };
         gone.into_iter().for_each(|index| self.forget(index));
     }
@@ -222,6 +229,20 @@ mod tests {
         map.change_begins(999, 1001);
         map.change_ends();
         assert_eq!(map.at(0), None);
+    }
+
+    #[test]
+    fn data_that_was_made_zeroes_is_asked_for_again() {
+        let map = Map::default();
+        for region in [0, REGION, 5 * REGION] {
+            map.learn(map.stamp(), region, &[(1000, 0)]);
+        }
+        map.emptied(500, REGION + 1);
+        assert_eq!((map.at(0), map.at(REGION)), (None, None));
+        assert_eq!(map.at(5 * REGION), Some((Content::Data, 5 * REGION + 1000)));
+        map.emptied(0, u64::MAX);
+        assert_eq!(map.at(5 * REGION), None);
+        assert_eq!(map.inner().runs, 0);
     }
 
     #[test]
