@@ -46,6 +46,8 @@ macro_rules! callbacks {
 callbacks! {
     /// Told that a command is done; 1 lets the library forget the command by itself.
     nbd_completion_callback(error: *mut c_int);
+    /// Told a part of what was read, which is in the buffer already: `status` says what it is.
+    nbd_chunk_callback(subbuf: *const c_void, count: usize, offset: u64, status: c_uint, error: *mut c_int);
     /// Told ranges of a metadata context: pairs of length and flags, one after the other from `offset` on.
     nbd_extent_callback(
         metacontext: *const c_char, offset: u64, entries: *mut u32, nr_entries: usize, error: *mut c_int
@@ -85,12 +87,8 @@ constants! {
     LIBNBD_CMD_FLAG_NO_HOLE: u32 = 0x02;
     /// Zeroes only where that is faster than writing them.
     LIBNBD_CMD_FLAG_FAST_ZERO: u32 = 0x10;
-    /// Refuse commands that the server did not offer.
-    LIBNBD_STRICT_COMMANDS: u32 = 0x01;
-    /// Refuse flags that the server did not offer.
-    LIBNBD_STRICT_FLAGS: u32 = 0x02;
-    /// Refuse ranges outside of the export.
-    LIBNBD_STRICT_BOUNDS: u32 = 0x04;
+    /// Refuse ranges that do not begin and end at the server's blocks.
+    LIBNBD_STRICT_ALIGN: u32 = 0x10;
     /// URIs may say TCP.
     LIBNBD_ALLOW_TRANSPORT_TCP: u32 = 0x01;
     /// URIs may say Unix sockets.
@@ -167,7 +165,9 @@ functions! {
     fn nbd_get_structured_replies_negotiated(h: *mut nbd_handle) -> c_int;
     /// Whether the library clears a buffer before it reads into it.
     fn nbd_set_pread_initialize(h: *mut nbd_handle, request: bool) -> c_int;
-    /// What the library refuses by itself: bits of `LIBNBD_STRICT_*`.
+    /// What the library refuses by itself: bits of `LIBNBD_STRICT_*`, some of which have no name here.
+    fn nbd_get_strict_mode(h: *mut nbd_handle) -> u32;
+    /// Sets that.
     fn nbd_set_strict_mode(h: *mut nbd_handle, flags: u32) -> c_int;
     /// Stops the handshake where options can be sent.
     fn nbd_set_opt_mode(h: *mut nbd_handle, enable: bool) -> c_int;
@@ -240,6 +240,11 @@ functions! {
     /// Begins to read; `buf` belongs to the library until the command is retired.
     fn nbd_aio_pread(
         h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64,
+        completion_callback: nbd_completion_callback, flags: u32
+    ) -> i64;
+    /// Begins to read, and tells each part that comes; `buf` belongs to the library until the command is retired.
+    fn nbd_aio_pread_structured(
+        h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64, chunk_callback: nbd_chunk_callback,
         completion_callback: nbd_completion_callback, flags: u32
     ) -> i64;
     /// Begins to write; `buf` must stay as it is until the command is retired.

@@ -467,8 +467,10 @@ impl BlockQueue for NbdDisk {
         }
         let flags = if durable { LIBNBD_CMD_FLAG_FUA } else { 0 };
         let (from, to) = (offset, offset + data.len() as u64);
-        let parts = Parts::new(pieces(from, to, self.piece()).count(), done);
-        for (start, end) in pieces(from, to, self.piece()) {
+        // asked once: it may be another one a moment later
+        let piece = self.piece();
+        let parts = Parts::new(pieces(from, to, piece).count(), done);
+        for (start, end) in pieces(from, to, piece) {
             let part = &data[(start - from) as usize..(end - from) as usize];
             let mut buf = match self.buffer(part.len() as u64) {
                 Ok(buf) => buf,

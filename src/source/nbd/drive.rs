@@ -76,7 +76,9 @@ impl<'g> Driver<'g> {
     pub(super) fn drive(&self, leave: Leave<'_>, mut told: impl FnMut(&mut Vec<Answer>)) -> Driven {
         let mut back = Vec::new();
         let mut quiet = Duration::ZERO;
-        let (mut looked, mut served) = (Instant::now(), false);
+        let mut served = false;
+        // Who is called away each time looks too.
+        self.0.end_if_overdue();
         if let Leave::Called(other) = leave
             && is_readable(other)
         {
@@ -110,10 +112,7 @@ impl<'g> Driver<'g> {
             quiet = if seen.served { Duration::ZERO } else { quiet + most };
             served |= seen.served;
             told(&mut back);
-            if looked.elapsed() >= TICK {
-                looked = Instant::now();
-                self.0.end_if_overdue();
-            }
+            self.0.end_if_overdue();
             // First all answers that are there: each batch wakes others once, which costs more than the answers.
             if seen.called && !seen.served {
                 return Driven::Left;

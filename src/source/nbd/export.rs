@@ -100,8 +100,9 @@ impl Export {
         Geometry { sectors: self.size.div_ceil(SECTOR), granule, preferred: granule }
     }
 
-    /// Whether what it was before can be read and written on in it. Errors: say what differs.
-    pub(super) fn check_same(&self, before: &Self, writable: bool) -> Result<()> {
+    /// Whether what it was before can be read and written on in it. `first`: on the connection that is asked for block
+    /// status. Errors: say what differs.
+    pub(super) fn check_same(&self, before: &Self, writable: bool, first: bool) -> Result<()> {
         let changed = |what: String| Err(Error::corrupt(format!("the NBD export has changed: {what}")));
         if self.size != before.size {
             return changed(format!("its size was {} bytes and is {} now", before.size, self.size));
@@ -112,13 +113,22 @@ impl Export {
         if writable && self.read_only && !before.read_only {
             return changed("it is read-only now".to_owned());
         }
-        if writable && before.flush && !self.flush {
-            return changed("it can't flush any more".to_owned());
+        if first && before.block_status && !self.block_status {
+            return changed("it can't tell its holes any more".to_owned());
         }
-        if writable && before.fua && !self.fua {
-            return changed("it can't write durably (FUA) any more".to_owned());
+        let needed = [
+            (before.flush, self.flush, "flush"),
+            (before.fua, self.fua, "write durably (FUA)"),
+            (before.trim, self.trim, "trim"),
+            (before.zero, self.zero, "write zeroes"),
+            (before.fast_zero, self.fast_zero, "write zeroes fast or not at all"),
+            // A flush on one of them is to cover the writes on all.
+            (before.multi_conn, self.multi_conn, "be written on several connections"),
+        ];
+        match needed.iter().find(|(before, now, _)| writable && *before && !now) {
+            Some((.., what)) => changed(format!("it can't {what} any more")),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -172,13 +182,24 @@ mod tests {
     #[test]
     fn another_size_or_less_ability_is_a_change() {
         let before = export(4096);
-        assert!(before.check_same(&before, true).is_ok());
-        assert!(Export { size: 8192, ..before }.check_same(&before, false).is_err());
-        assert!(Export { read_only: true, ..before }.check_same(&before, false).is_ok());
-        assert!(Export { read_only: true, ..before }.check_same(&before, true).is_err());
-        assert!(Export { minimum: 4096, ..before }.check_same(&before, false).is_err());
-        assert!(Export { flush: false, ..before }.check_same(&before, true).is_err());
-        assert!(Export { fua: false, ..before }.check_same(&before, true).is_err());
-        assert!(Export { fua: false, ..before }.check_same(&before, false).is_ok());
+        assert!(before.check_same(&before, true, true).is_ok());
+        assert!(Export { size: 8192, ..before }.check_same(&before, false, true).is_err());
+        assert!(Export { read_only: true, ..before }.check_same(&before, false, true).is_ok());
+        assert!(Export { read_only: true, ..before }.check_same(&before, true, true).is_err());
+        assert!(Export { minimum: 4096, ..before }.check_same(&before, false, true).is_err());
+        assert!(Export { flush: false, ..before }.check_same(&before, true, true).is_err());
+        assert!(Export { fua: false, ..before }.check_same(&before, true, true).is_err());
+        assert!(Export { fua: false, ..before }.check_same(&before, false, true).is_ok());
+        for less in [
+            Export { trim: false, ..before },
+            Export { zero: false, ..before },
+            Export { fast_zero: false, ..before },
+            Export { multi_conn: false, ..before },
+        ] {
+            assert!(less.check_same(&before, true, true).is_err(), "{less:?}");
+            assert!(less.check_same(&before, false, true).is_ok(), "{less:?}");
+        }
+        let mute = Export { block_status: false, ..before };
+        assert!(mute.check_same(&before, false, true).is_err() && mute.check_same(&before, false, false).is_ok());
     }
 }

@@ -10,7 +10,7 @@
 
 #![allow(unsafe_code)] // Calls of a C library, and its callbacks.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
@@ -26,6 +26,9 @@ const MAX_LISTED: usize = 4096;
 
 /// The most extents that are taken from one answer about block status.
 const MAX_EXTENTS: usize = 1 << 16;
+
+/// What a command failed with that was never completed: the library refused it, or the connection is over.
+pub(super) const UNSENT: i32 = -1;
 
 /// A handle of libnbd.
 #[derive(Debug)]
@@ -64,6 +67,8 @@ impl Retired {
 #[derive(Debug)]
 struct Ticket {
     op: Option<Box<Op>>,
+    /// Bytes that a read of several chunks has not been given yet.
+    missing: usize,
     retired: Arc<Retired>,
 }
 
@@ -114,9 +119,14 @@ impl Handle {
     pub(super) fn new() -> Result<Self> {
         // SAFETY: it takes nothing.
         let made = NonNull::new(unsafe { sys::nbd_create() }).map(Self).ok_or_else(|| failure("a handle of libnbd"))?;
-        // Every answer fills the buffer or is an error, and the library need not refuse for the server what it can do itself.
+        // Every answer fills the buffer or is an error; where it comes in chunks they are counted.
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_set_pread_initialize(made.raw(), false) }, "nbd_set_pread_initialize")?;
+        // The end of an export may be no multiple of its blocks; whether it can be read then the server has to say.
+        // SAFETY: the handle is alive.
+        let strict = unsafe { sys::nbd_get_strict_mode(made.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_strict_mode(made.raw(), strict) }, "nbd_set_strict_mode")?;
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_set_opt_mode(made.raw(), true) }, "nbd_set_opt_mode")?;
         Ok(made)
@@ -411,14 +421,17 @@ impl Handle {
     }
 
     /// Sends an operation. It comes back in `retired`, exactly once, whatever happens; maybe before this returns.
-    pub(super) fn submit(&self, mut op: Box<Op>, retired: &Arc<Retired>) {
+    /// `structured`: answers to reads come in chunks.
+    pub(super) fn submit(&self, mut op: Box<Op>, structured: bool, retired: &Arc<Retired>) {
         let (kind, offset, len) = (op.kind, op.offset, op.len);
         let (buf, room) = op.buf.bytes();
         let count = if kind.has_data() { len as usize } else { 0 };
         if count > room {
             return retired.push(op, Some(libc::EINVAL));
         }
-        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), retired: Arc::clone(retired) }));
+        let chunked = structured && kind == Kind::Read;
+        let missing = if chunked { count } else { 0 };
+        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), missing, retired: Arc::clone(retired) }));
         let completion = sys::nbd_completion_callback {
             callback: Some(on_completion),
             user_data: ticket.cast(),
@@ -427,9 +440,14 @@ impl Handle {
         let raw = self.raw();
         // SAFETY: the handle is alive. There are at least `count` bytes on the heap, which belong to the ticket alone; the library frees the
         // ticket when it is done with the command, also where this call fails, and nobody else touches it before.
-        // The extent callback is called before the completion callback, so the ticket is there.
+        // The extent and chunk callbacks are called before the completion callback, so the ticket is there.
         unsafe {
             match kind {
+                Kind::Read if chunked => {
+                    let chunk =
+                        sys::nbd_chunk_callback { callback: Some(on_chunk), user_data: ticket.cast(), free: None };
+                    sys::nbd_aio_pread_structured(raw, buf.cast(), count, offset, chunk, completion, 0)
+                }
                 Kind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
                 Kind::Write { flags } => {
                     sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, flags)
@@ -572,15 +590,31 @@ unsafe extern "C" fn free_listed(data: *mut c_void) {
 unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
     // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
     let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
+    // The library counts only where it is asked for the end of a command later.
+    let error = if error == 0 && ticket.missing > 0 { libc::EPROTO } else { error };
     ticket.retire((error != 0).then_some(error));
     1
+}
+
+unsafe extern "C" fn on_chunk(
+    data: *mut c_void,
+    _bytes: *const c_void,
+    count: usize,
+    _offset: u64,
+    _status: c_uint,
+    _error: *mut c_int,
+) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
+    let ticket = unsafe { &mut *data.cast::<Ticket>() };
+    ticket.missing = ticket.missing.saturating_sub(count);
+    0
 }
 
 unsafe extern "C" fn free_ticket(data: *mut c_void) {
     // SAFETY: `data` is the ticket of `submit`; it is freed once.
     let mut ticket = unsafe { Box::from_raw(data.cast::<Ticket>()) };
-    // Only where the command was never completed: it could not be sent, or the handle was closed.
-    ticket.retire(Some(libc::ENOTCONN));
+    // Only where the command was never completed.
+    ticket.retire(Some(UNSENT));
 }
 
 unsafe extern "C" fn on_extents(

@@ -23,7 +23,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::carry::Claim;
 use super::drive::Driver;
-use super::ffi::{Handle, Retired};
+use super::ffi::{Handle, Retired, UNSENT};
 use super::op::{Kind, Op};
 use crate::error::{Error, Result};
 
@@ -142,7 +142,10 @@ pub(super) struct Generation {
     /// Microseconds of the fastest answer to a small command.
     nearest: AtomicU64,
     claims: AtomicUsize,
+    answered: AtomicBool,
     dead: AtomicBool,
+    /// The tick in which it was looked last whether one is overdue.
+    looked: AtomicUsize,
     /// Commands under way by the tick of their deadline, as a ring.
     due: Box<[AtomicU32]>,
     born: Instant,
@@ -165,7 +168,9 @@ impl Generation {
             in_flight: AtomicUsize::new(0),
             nearest: AtomicU64::new(u64::MAX),
             claims: AtomicUsize::new(0),
+            answered: AtomicBool::new(false),
             dead: AtomicBool::new(false),
+            looked: AtomicUsize::new(0),
             due: (0..STEPS).map(|_| AtomicU32::new(0)).collect(),
             born: Instant::now(),
         })
@@ -189,6 +194,10 @@ impl Generation {
         let at = self.count.load(Ordering::SeqCst);
         if self.conns.get(at).is_some_and(|place| place.set(conn).is_ok()) {
             self.count.store(at + 1, Ordering::SeqCst);
+            if self.is_dead() {
+                // maybe only since its connections were ended
+                self.shut();
+            }
             self.wake();
         }
         Ok(())
@@ -217,11 +226,20 @@ impl Generation {
     /// Ends it: every command comes back.
     pub(super) fn fail(&self) {
         if !self.dead.swap(true, Ordering::SeqCst) {
-            for conn in self.conns() {
-                let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&conn.socket), Shutdown::Both);
-            }
+            self.shut();
             self.wake();
         }
+    }
+
+    fn shut(&self) {
+        for conn in self.conns() {
+            let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&conn.socket), Shutdown::Both);
+        }
+    }
+
+    /// Whether any command was answered.
+    pub(super) fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Says goodbye to the server on all connections.
@@ -277,8 +295,8 @@ impl Generation {
         };
         self.send_on(conn, op, back);
         // Whoever polls may do without this connection, or poll it for reading only where not all could be sent at once.
-        let unseen = conn.handle.direction().1 || (!conn.is_idle() && !conn.served.load(Ordering::SeqCst));
-        if unseen && self.driven.load(Ordering::SeqCst) && !self.awake.load(Ordering::SeqCst) {
+        let asleep = self.driven.load(Ordering::SeqCst) && !self.awake.load(Ordering::SeqCst);
+        if asleep && (conn.handle.direction().1 || (!conn.is_idle() && !conn.served.load(Ordering::SeqCst))) {
             self.wake();
         }
     }
@@ -287,7 +305,7 @@ impl Generation {
     pub(super) fn send_on(&self, conn: &Conn, mut op: Box<Op>, back: &mut Vec<Answer>) {
         op.sent = Some(Instant::now());
         conn.in_flight.fetch_add(1, Ordering::SeqCst);
-        conn.handle.submit(op, &conn.retired);
+        conn.handle.submit(op, conn.structured, &conn.retired);
         self.collect(conn, back);
     }
 
@@ -314,8 +332,7 @@ impl Generation {
         usize::try_from(since.as_millis() / TICK.as_millis()).unwrap_or(0) + 1
     }
 
-    fn is_overdue(&self) -> bool {
-        let now = self.tick(Instant::now());
+    fn is_overdue(&self, now: usize) -> bool {
         // As far back as the longest silence between two looks, and no further than the ring tells apart.
         let first = now.saturating_sub(STEPS / 2);
         (first..now).any(|tick| self.due[tick % STEPS].load(Ordering::Relaxed) > 0)
@@ -420,9 +437,13 @@ impl Generation {
         let _ = self.event.read();
     }
 
-    /// Ends the generation if an answer is overdue.
+    /// Ends the generation if an answer is overdue. Looks once in a tick.
     pub(super) fn end_if_overdue(&self) {
-        if self.is_overdue() {
+        let now = self.tick(Instant::now());
+        if self.looked.load(Ordering::Relaxed) != now
+            && self.looked.swap(now, Ordering::Relaxed) != now
+            && self.is_overdue(now)
+        {
             self.fail();
         }
     }
@@ -431,8 +452,14 @@ impl Generation {
     pub(super) fn collect(&self, conn: &Conn, back: &mut Vec<Answer>) {
         let before = back.len();
         conn.retired.take(back);
-        for (op, error) in &back[before..] {
+        for (op, error) in &mut back[before..] {
             self.came_back(op, Some(conn));
+            if *error == Some(UNSENT) {
+                *error = Some(if conn.handle.is_over() { libc::ENOTCONN } else { libc::EINVAL });
+            }
+            if *error != Some(libc::ENOTCONN) && !self.has_answered() {
+                self.answered.store(true, Ordering::Relaxed);
+            }
             if let (None, true, Some(sent)) = (error, op.is_small(), op.sent) {
                 let took = u64::try_from(sent.elapsed().as_micros()).unwrap_or(u64::MAX);
                 self.nearest.fetch_min(took, Ordering::Relaxed);

@@ -53,8 +53,12 @@ pub(super) struct Journal {
     entries: VecDeque<Entry>,
     bytes: usize,
     next: u64,
+    /// Entries are out, to be sent again.
+    replaying: bool,
     /// A flush that nobody ordered is under way.
-    pub(super) flushing: bool,
+    flushing: bool,
+    /// Another one was answered meanwhile, and what it covered forgotten.
+    overtaken: bool,
     lost: Option<Error>,
 }
 
@@ -65,22 +69,29 @@ impl Journal {
         if op.kind.is_durable() && !self.entries.iter().any(|e| e.overlaps(&over)) {
             return false;
         }
-        self.add(op)
+        self.add(op);
+        self.wants_flush()
     }
 
-    /// Takes what a change has written, in any case. It has to be flushed after `true`.
-    pub(super) fn add(&mut self, op: &mut Op) -> bool {
+    /// Takes what a change has written, in any case.
+    pub(super) fn add(&mut self, op: &mut Op) {
         let number = self.next;
         self.next += 1;
         let entry = Entry { number, kind: op.kind, offset: op.offset, len: op.len, buf: op.buf.take() };
         self.bytes += entry.cost();
         self.entries.push_back(entry);
-        self.wants_flush()
     }
 
-    /// Whether a flush has to be made now that nobody asked for; says so once.
+    /// Whether a flush has to be made now that nobody asked for; says so once, until [`Self::flush_ended`].
     pub(super) fn wants_flush(&mut self) -> bool {
-        self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true)
+        let wanted = self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true);
+        self.overtaken &= !wanted;
+        wanted
+    }
+
+    /// That flush is over, however it ended.
+    pub(super) fn flush_ended(&mut self) {
+        self.flushing = false;
     }
 
     /// The number that a flush covers which is sent now.
@@ -99,27 +110,28 @@ impl Journal {
             if let Some(entry) = self.entries.pop_front() {
                 self.bytes -= entry.cost();
                 pool.give(entry.buf);
+                self.overtaken = true;
             }
         }
     }
 
-    /// Takes everything out, to send it again; what is not lost comes back by [`Self::add`].
+    /// Takes everything out, to send it again; what is not lost comes back by [`Self::add`], up to [`Self::restore`].
     pub(super) fn drain(&mut self) -> VecDeque<Entry> {
         self.bytes = 0;
-        self.flushing = false;
+        self.replaying = !self.entries.is_empty();
         std::mem::take(&mut self.entries)
     }
 
-    /// Puts back what was not sent again, before what there is.
+    /// Puts back what could not be sent again, if anything. What there is was sent again before it, so it comes first.
     pub(super) fn restore(&mut self, mut rest: VecDeque<Entry>) {
         self.bytes += rest.iter().map(Entry::cost).sum::<usize>();
-        rest.append(&mut self.entries);
         // Later numbers than any mark that was given out.
         for entry in &mut rest {
             entry.number = self.next;
             self.next += 1;
         }
-        self.entries = rest;
+        self.entries.append(&mut rest);
+        self.replaying = false;
     }
 
     /// What was written is lost.
@@ -127,9 +139,11 @@ impl Journal {
         self.lost.get_or_insert(error);
     }
 
-    /// The server has refused a flush. Where more is kept than can be for long, all is forgotten, and lost.
-    pub(super) fn flush_failed(&mut self, error: &Error, pool: &Pool) {
-        if self.bytes > SOFT {
+    /// The server has refused a flush. Where more is kept than can be for long, all is forgotten, and lost. So it is where
+    /// nobody is told this failure (`unasked`) and what it was to cover was forgotten: a server tells of what it could not
+    /// store once, and the flush that was answered meanwhile may not have been the one to be told.
+    pub(super) fn flush_failed(&mut self, error: &Error, unasked: bool, pool: &Pool) {
+        if self.bytes > SOFT || (unasked && self.overtaken) {
             self.lose(error.clone().within("too many writes were not made durable"));
             self.flushed(self.next, pool);
         }
@@ -142,7 +156,7 @@ impl Journal {
 
     /// Whether everything is durable.
     pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && !self.replaying
     }
 }
 
@@ -197,12 +211,53 @@ mod tests {
         let (pool, mut journal) = (Pool::default(), Journal::default());
         let mut asked = 0;
         while !journal.is_full() {
-            asked += usize::from(journal.add(&mut write(&pool, 0, 1 << 20)));
+            asked += usize::from(journal.answered(&mut write(&pool, 0, 1 << 20)));
         }
         assert_eq!(asked, 1);
         assert!(journal.bytes < HARD + (2 << 20));
         let e = Error::corrupt("no");
-        journal.flush_failed(&e, &pool);
+        journal.flush_failed(&e, true, &pool);
         assert!(journal.is_empty() && journal.lost().is_some());
+    }
+
+    #[test]
+    fn regression_a_failed_flush_that_nobody_asked_for_is_told_where_another_has_forgotten_the_writes() {
+        for overtaken in [false, true] {
+            let (pool, mut journal) = (Pool::default(), Journal::default());
+            while !journal.answered(&mut write(&pool, 0, 1 << 20)) {}
+            if overtaken {
+                journal.flushed(journal.mark(), &pool);
+            } else {
+                journal.drain();
+            }
+            journal.flush_failed(&Error::corrupt("no"), true, &pool);
+            assert_eq!(journal.lost().is_some(), overtaken);
+        }
+    }
+
+    #[test]
+    fn regression_what_was_not_sent_again_yet_follows_what_was() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        journal.add(&mut write(&pool, 0, 512));
+        journal.add(&mut write(&pool, 0, 1024));
+        let mut rest = journal.drain();
+        let Entry { kind, offset, len, buf, .. } = rest.pop_front().unwrap();
+        journal.add(&mut Op::new(kind, offset, len, buf, Instant::now(), Box::new(|_, _| ())));
+        // the connection breaks
+        journal.restore(rest);
+        assert_eq!(journal.drain().iter().map(|e| e.len).collect::<Vec<_>>(), [512, 1024]);
+    }
+
+    #[test]
+    fn regression_what_was_sent_again_still_wants_a_flush() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        for _ in 0..26 {
+            journal.add(&mut write(&pool, 0, 1 << 20));
+        }
+        for entry in journal.drain() {
+            let Entry { kind, offset, len, buf, .. } = entry;
+            journal.add(&mut Op::new(kind, offset, len, buf, Instant::now(), Box::new(|_, _| ())));
+        }
+        assert!(journal.wants_flush() && !journal.wants_flush());
     }
 }

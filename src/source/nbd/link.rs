@@ -43,7 +43,7 @@ use super::generation::{Answer, Generation};
 use super::journal::Journal;
 use super::map::Map;
 use super::op::{Kind, Op};
-use super::pool::{Buffer, Pool};
+use super::pool::Pool;
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -276,31 +276,45 @@ impl Link {
                 }
                 Some(errno) => {
                     let e = op.refused(errno);
-                    if op.kind == Kind::Flush {
-                        // Nobody knows what of it the server has forgotten, so all of it is sent again.
-                        generation.fail();
-                        lock(&self.journal).flush_failed(&e, &self.pool);
+                    if op.kind != Kind::Flush {
+                        self.finish(op, Err(e));
+                        continue;
                     }
+                    // Nobody knows what of it the server has forgotten, so all of it is sent again.
+                    generation.fail();
+                    lock(&self.journal).flush_failed(&e, op.is_unasked(), &self.pool);
                     self.finish(op, Err(e));
+                    self.make_room();
                 }
             }
         }
     }
 
     fn succeeded(&self, mut op: Box<Op>) {
-        let mut flush = false;
-        if op.kind.is_change() && self.export.flush {
-            flush = lock(&self.journal).answered(&mut op);
-        } else if op.kind == Kind::Flush {
-            lock(&self.journal).flushed(op.covers, &self.pool);
+        if op.kind == Kind::Flush {
+            let lost = {
+                let mut journal = lock(&self.journal);
+                journal.flushed(op.covers, &self.pool);
+                // maybe only after this one was sent
+                journal.lost()
+            };
+            self.finish(op, lost.map_or(Ok(()), Err));
+            return self.make_room();
         }
-        let flushed = op.kind == Kind::Flush;
+        let flush = op.kind.is_change() && self.export.flush && lock(&self.journal).answered(&mut op);
         self.finish(op, Ok(()));
         if flush {
             self.flush_unasked();
-        } else if flushed {
-            self.unpark();
         }
+    }
+
+    /// After a flush: has sent what waited for room in the journal, and the next flush, where that is still too little.
+    fn make_room(&self) {
+        let flush = lock(&self.journal).wants_flush();
+        if flush {
+            self.flush_unasked();
+        }
+        self.unpark();
     }
 
     /// Ends a command.
@@ -310,8 +324,8 @@ impl Link {
             if result.is_ok() && matches!(op.kind, Kind::Zero { .. } | Kind::Trim) {
                 self.map.emptied(op.offset, op.offset + op.len);
             }
-        } else if op.kind == Kind::Flush {
-            lock(&self.journal).flushing = false;
+        } else if op.is_unasked() {
+            lock(&self.journal).flush_ended();
         }
         op.finish(result);
     }
@@ -326,8 +340,7 @@ impl Link {
     }
 
     fn flush_unasked(&self) {
-        let done = |_: Box<Op>, _| {};
-        let mut op = Op::new(Kind::Flush, 0, 0, Buffer::default(), self.deadline(), Box::new(done));
+        let mut op = Op::unasked_flush(self.deadline());
         op.covers = lock(&self.journal).mark();
         self.send(op);
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use libnbd_sys::LIBNBD_CMD_FLAG_FUA;
 
-use super::pool::Place;
+use super::pool::{Buffer, Place};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes up to which a command is small.
@@ -83,7 +83,8 @@ pub(super) struct Op {
     pub(super) covers: u64,
     /// When it was sent last.
     pub(super) sent: Option<Instant>,
-    pub(super) finish: Option<Finish>,
+    /// `None`: nobody waits for the result.
+    finish: Option<Finish>,
 }
 
 impl Op {
@@ -108,6 +109,18 @@ impl Op {
             sent: None,
             finish: Some(finish),
         })
+    }
+
+    /// A flush that nobody waits for.
+    pub(super) fn unasked_flush(deadline: Instant) -> Box<Self> {
+        let mut op = Self::new(Kind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
+        op.finish = None;
+        op
+    }
+
+    /// Whether nobody waits for its result.
+    pub(super) fn is_unasked(&self) -> bool {
+        self.finish.is_none()
     }
 
     /// Whether what it costs is the command, not its data.

@@ -1,5 +1,7 @@
 //! Disks of real servers, without a mount: nbdkit by a command that ends with the disk.
 
+mod lost;
+
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::process::Command;

@@ -10,7 +10,7 @@ use super::{Link, State, lock};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::nbd::drive::Leave;
-use crate::source::nbd::generation::{Answer, Generation};
+use crate::source::nbd::generation::{Answer, Generation, TICK};
 use crate::source::nbd::journal::{Entry, Journal};
 use crate::source::nbd::op::{Kind, Op};
 
@@ -32,7 +32,8 @@ const MAX_RETIRED: usize = 8;
 impl Link {
     /// The manager's work.
     pub(super) fn manage(&self) {
-        let mut failures = 0;
+        // whether there was a connection since the last look at how it has ended
+        let (mut failures, mut came_up) = (0, true);
         loop {
             if let Some(generation) = self.generation().filter(|g| !g.is_dead()) {
                 self.widen(&generation);
@@ -40,8 +41,22 @@ impl Link {
             if !self.wait_until_wanted() {
                 return;
             }
+            if std::mem::take(&mut came_up)
+                && let Some(generation) = self.generation().filter(|g| g.is_dead())
+            {
+                if !generation.has_answered() {
+                    failures += 1;
+                    let e = Error::new(
+                        ErrorKind::Os(libc::ENOTCONN),
+                        "the connection was lost before it answered anything",
+                    );
+                    self.after_failure(&e, failures);
+                    continue;
+                }
+                failures = 0;
+            }
             match self.connect() {
-                Ok(()) => failures = 0,
+                Ok(()) => came_up = true,
                 Err(e) => {
                     failures += 1;
                     self.after_failure(&e, failures);
@@ -87,6 +102,12 @@ impl Link {
         late
     }
 
+    /// Fails what has waited too long.
+    fn end_late(&self) {
+        let late = self.take_late(&mut lock(&self.state));
+        self.fail_late(late);
+    }
+
     fn fail_late(&self, late: VecDeque<Box<Op>>) {
         for op in late {
             let e = self.late(&op);
@@ -108,7 +129,7 @@ impl Link {
             let deadline = self.earliest().unwrap_or_else(|| self.deadline());
             let closing = || self.closing.load(Ordering::SeqCst);
             let (handle, export) = self.dialer.open(true, deadline, &closing)?;
-            export.check_same(&self.export, self.manners.writable)?;
+            export.check_same(&self.export, self.manners.writable, true)?;
             self.map.clear();
             let generation = Arc::new(Generation::new(self.manners.connections)?);
             generation.add(handle)?;
@@ -126,6 +147,8 @@ impl Link {
                 self.flush_unasked();
             }
         }
+        // A command that is late already would end the connection at the next look.
+        self.end_late();
         let waiting = std::mem::take(&mut lock(&self.state).waiting);
         for mut op in waiting {
             if op.kind == Kind::Flush {
@@ -178,7 +201,7 @@ impl Link {
             let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
             let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
             let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
-                export.check_same(&self.export, self.manners.writable)?;
+                export.check_same(&self.export, self.manners.writable, false)?;
                 generation.add(handle)
             });
             if let Err(e) = added {
@@ -200,6 +223,7 @@ impl Link {
         }
         tracing::info!("{}: {} unflushed changes are sent again", self.dialer.label(), rest.len());
         while !rest.is_empty() {
+            self.end_late();
             let mut batch: Vec<Entry> = Vec::new();
             while batch.len() < REPLAY
                 && let Some(next) = rest.pop_front()
@@ -218,6 +242,7 @@ impl Link {
                 return Err(e);
             }
         }
+        lock(&self.journal).restore(rest);
         Ok(())
     }
 
@@ -233,21 +258,22 @@ impl Link {
         let mut answers: Vec<Answer> = Vec::with_capacity(count);
         answers.append(&mut back);
         while answers.len() < count {
+            let until = Instant::now() + TICK;
             match generation.driver() {
                 Some(driver) => {
-                    driver.drive(Leave::Idle, |back| answers.append(back));
+                    driver.drive(Leave::Enough(&|| Instant::now() >= until), |back| answers.append(back));
                 }
                 None => thread::yield_now(),
             }
+            // Others wait for something else meanwhile.
+            self.end_late();
         }
         drop(generation.settle(answers.len()));
         let mut unsent = Vec::new();
         let mut journal = lock(&self.journal);
         for (mut op, error) in answers {
             match error {
-                None => {
-                    journal.add(&mut op);
-                }
+                None => journal.add(&mut op),
                 Some(libc::ENOTCONN | libc::ESHUTDOWN) => unsent.push(op),
                 Some(errno) => {
                     let e = op.refused(errno).within(format!("{}: a write that was lost", self.dialer.label()));
@@ -262,9 +288,7 @@ impl Link {
         }
         let e = Error::new(ErrorKind::Os(libc::ENOTCONN), "the connection broke while changes were sent again");
         let mut journal = Journal::default();
-        unsent.iter_mut().for_each(|op| {
-            journal.add(op);
-        });
+        unsent.iter_mut().for_each(|op| journal.add(op));
         Err((e, Vec::from(journal.drain())))
     }
 }

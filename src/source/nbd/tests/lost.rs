@@ -1,0 +1,391 @@
+//! What becomes of changes and waiting commands where flushes fail, connections break and servers err.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{begin, nbdkit, need_nbdkit, open, wait_until};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Lba, Stay};
+use crate::config::{NbdAddress, NbdConfig};
+use crate::error::{ErrorKind, Result};
+use crate::source::nbd::NbdDisk;
+use crate::source::nbd::dial::Dialer;
+use crate::source::nbd::drive::Leave;
+use crate::source::nbd::generation::Generation;
+use crate::source::nbd::op::{Kind, Op};
+use crate::source::nbd::pool::Buffer;
+
+/// A server whose operations (`pread`, `pwrite`, `flush`) are shell commands that wait while there is a file `hold-…`, fail while
+/// there is `fail-…`, are slow while there is `slow-…`, and leave a file `began-…`.
+struct Scripted {
+    dir: tempfile::TempDir,
+    timeout: Duration,
+}
+
+impl Scripted {
+    fn new(timeout: Duration) -> Self {
+        let scripted = Self { dir: tempfile::tempdir().unwrap(), timeout };
+        scripted.forget();
+        scripted
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn set(&self, name: &str) {
+        std::fs::write(self.path(name), "").unwrap();
+    }
+
+    fn clear(&self, name: &str) {
+        std::fs::remove_file(self.path(name)).unwrap();
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.path(name).exists()
+    }
+
+    /// Makes the server's disk one of zeroes, as one is that lost what was never flushed.
+    fn forget(&self) {
+        std::fs::write(self.path("disk"), vec![0; 1 << 20]).unwrap();
+    }
+
+    fn stored(&self, at: usize) -> [u8; 512] {
+        std::fs::read(self.path("disk")).unwrap()[at..at + 512].try_into().unwrap()
+    }
+
+    /// Connections that there were.
+    fn connections(&self) -> usize {
+        std::fs::read_to_string(self.path("opened")).unwrap_or_default().lines().count()
+    }
+
+    /// Of an export of that size, and what becomes of what is written.
+    fn config(&self, size: &str, pwrite: &str) -> NbdConfig {
+        let dir = self.dir.path().display();
+        let at = |operation: &str, then: &str| {
+            format!(
+                "{operation}=cd {dir}; : >began-{operation}; while [ -e hold-{operation} ]; do sleep 0.02; done; \
+                 if [ -e slow-{operation} ]; then sleep 0.5; fi; \
+                 if [ -e fail-{operation} ]; then echo EIO meant >&2; exit 1; fi; {then}"
+            )
+        };
+        let words = [
+            "eval".to_owned(),
+            "thread_model=echo parallel".to_owned(),
+            format!("open=echo x >>{dir}/opened"),
+            format!("get_size=echo {size}"),
+            "can_write=exit 0".to_owned(),
+            "can_flush=exit 0".to_owned(),
+            at("pread", "dd if=disk iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none"),
+            at("pwrite", pwrite),
+            at("flush", ""),
+        ];
+        let mut config = nbdkit(&words.each_ref().map(String::as_str));
+        config.timeout = Some(self.timeout);
+        config
+    }
+
+    fn open(&self) -> NbdDisk {
+        let config = self.config("1M", "dd of=disk conv=notrunc oflag=seek_bytes seek=$4 status=none");
+        NbdDisk::connect(&config, true).unwrap()
+    }
+
+    /// A disk whose connection was ended by a flush that failed, with writes that are to be sent again.
+    fn open_unflushed(&self, writes: &[(u64, [u8; 512])]) -> NbdDisk {
+        let disk = self.open();
+        for (at, bytes) in writes {
+            disk.write_at(Lba(*at), bytes).unwrap();
+        }
+        self.set("fail-flush");
+        assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Os(libc::EIO));
+        self.clear("fail-flush");
+        for began in ["began-pwrite", "began-flush"] {
+            self.clear(began);
+        }
+        disk
+    }
+}
+
+#[test]
+fn regression_a_flush_that_waits_for_the_connection_tells_what_could_not_be_sent_again() {
+    if !need_nbdkit() {
+        return;
+    }
+    let server = Scripted::new(Duration::from_secs(20));
+    let disk = server.open_unflushed(&[(3, [5; 512])]);
+    server.forget();
+    server.set("fail-pwrite");
+    assert!(disk.flush().is_err(), "the write is lost");
+    assert!(disk.flush().is_err(), "and stays so");
+}
+
+#[test]
+fn regression_a_flush_waits_for_what_is_being_sent_again() {
+    if !need_nbdkit() {
+        return;
+    }
+    let server = Scripted::new(Duration::from_secs(20));
+    let disk = server.open_unflushed(&[(3, [5; 512])]);
+    server.forget();
+    server.set("hold-pwrite");
+    thread::scope(|scope| {
+        // connects
+        scope.spawn(|| disk.read_at(Lba(0), &mut [0; 512]).unwrap());
+        wait_until(|| server.has("began-pwrite"));
+        let flush = scope.spawn(|| {
+            disk.flush().unwrap();
+            server.stored(3 * 512)
+        });
+        let hurried = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < hurried && !flush.is_finished() {
+            thread::yield_now();
+        }
+        server.clear("hold-pwrite");
+        assert!(flush.join().unwrap() == [5; 512], "flushed before it was there");
+    });
+    assert!(server.has("began-flush"));
+}
+
+#[test]
+fn regression_writes_that_wait_for_room_are_not_left_waiting() {
+    if !need_nbdkit() {
+        return;
+    }
+    let server = Scripted::new(Duration::from_secs(15));
+    let disk = NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap();
+    server.set("hold-flush");
+    let (tell, told) = mpsc::channel();
+    let write = |at: u64| {
+        let tell = tell.clone();
+        disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(move |result| tell.send(result.is_ok()).unwrap()));
+        disk.attend(Stay::No);
+    };
+    // more than the journal holds, of which the first flush covers the least
+    (0..192).for_each(write);
+    for i in 0..192 {
+        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+    }
+    write(192);
+    assert!(told.recv_timeout(Duration::from_millis(300)).is_err(), "there is no room");
+    server.clear("hold-flush");
+    assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
+    disk.flush().unwrap();
+}
+
+#[test]
+fn regression_what_waits_during_a_long_way_back_ends_at_its_deadline_and_harms_nobody() {
+    if !need_nbdkit() {
+        return;
+    }
+    let server = Scripted::new(Duration::from_secs(1));
+    // one after the other, as they overlap
+    let disk = server.open_unflushed(&[(3, [5; 512]), (3, [6; 512]), (3, [7; 512])]);
+    server.forget();
+    server.set("slow-pwrite");
+    server.set("slow-pread");
+    assert!(disk.read_at(Lba(0), &mut [0; 512]).is_err(), "it takes longer than the deadline");
+    wait_until(|| disk.read_at(Lba(0), &mut [0; 512]).is_ok());
+    disk.flush().unwrap();
+    assert!(server.stored(3 * 512) == [7; 512]);
+    assert_eq!(server.connections(), 2, "the new connection was given up for what was late before it was up");
+}
+
+#[test]
+fn regression_a_hung_read_ends_at_its_deadline_while_a_loop_goes_on_with_others() {
+    if !need_nbdkit() {
+        return;
+    }
+    let hold = tempfile::NamedTempFile::new().unwrap();
+    let script = format!(
+        "pread=while [ $4 -ge 524288 ] && [ -e {} ]; do sleep 0.05; done; dd if=/dev/zero bs=$3 count=1 status=none",
+        hold.path().display()
+    );
+    let mut config = nbdkit(&["eval", "get_size=echo 1M", "thread_model=echo parallel", &script]);
+    config.timeout = Some(Duration::from_secs(1));
+    let disk = NbdDisk::connect(&config, false).unwrap();
+    let called = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    let over = AtomicBool::new(false);
+    let ended = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                called.write(1).unwrap();
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let (tell, told) = mpsc::channel();
+        let done = move |read: Result<&[u8]>| tell.send(read.is_ok()).unwrap();
+        disk.begin_read(Lba(1024), 1, Box::new(done));
+        let until = Instant::now() + Duration::from_secs(15);
+        let mut ended = None;
+        while ended.is_none() && Instant::now() < until {
+            drop(begin(&disk, Lba(0), 1, &called));
+            let _ = called.read();
+            ended = told.try_recv().ok();
+        }
+        over.store(true, Ordering::SeqCst);
+        ended
+    });
+    hold.close().unwrap();
+    assert_eq!(ended, Some(false), "it goes on waiting");
+}
+
+#[test]
+fn regression_a_driver_that_is_called_away_from_a_command_is_stood_in_for() {
+    if !need_nbdkit() {
+        return;
+    }
+    let script = "pread=[ $4 -lt 524288 ] || sleep 0.03; dd if=/dev/zero bs=$3 count=1 status=none";
+    let disk = open(&["eval", "get_size=echo 1M", "thread_model=echo parallel", script]);
+    let never = EventFd::new().unwrap();
+    let begun = Instant::now();
+    for _ in 0..100 {
+        let (tell, slow) = mpsc::channel();
+        disk.begin_read(Lba(1024), 1, Box::new(move |read| tell.send(read.is_ok()).unwrap()));
+        // the disk's own thread serves it, and is sent away by the next one's
+        disk.attend(Stay::No);
+        thread::sleep(Duration::from_millis(1));
+        let fast = begin(&disk, Lba(0), 1, &never);
+        assert!(slow.recv_timeout(Duration::from_secs(20)).unwrap());
+        fast.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+    // Each took half a second: then somebody looks in any case.
+    assert!(begun.elapsed() < Duration::from_secs(35), "nobody stood in");
+}
+
+#[test]
+fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
+    if !need_nbdkit() {
+        return;
+    }
+    let dialer = Dialer::new(&nbdkit(&["-r", "memory", "1M"])).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let generation = Generation::new(1).unwrap();
+    generation.add(dialer.open(true, deadline, &|| false).unwrap().0).unwrap();
+    let submit = |kind| {
+        let mut back = Vec::new();
+        generation.submit(Op::new(kind, 0, 512, Buffer::default(), deadline, Box::new(|_, _| ())), &mut back);
+        if back.is_empty() {
+            generation.driver().unwrap().drive(Leave::Idle, |came| back.append(came));
+        }
+        drop(generation.settle(back.len()));
+        back.pop().unwrap().1
+    };
+    assert_eq!(submit(Kind::Trim), Some(libc::EINVAL), "the export is read-only");
+    assert_eq!(submit(Kind::Status), None);
+    generation.fail();
+    assert_eq!(submit(Kind::Status), Some(libc::ENOTCONN));
+}
+
+#[test]
+fn regression_the_end_of_an_export_that_is_no_multiple_of_its_blocks_can_be_read() {
+    if !need_nbdkit() {
+        return;
+    }
+    let mut config = nbdkit(&["--filter=blocksize-policy", "pattern", "10000", "blocksize-minimum=4096"]);
+    config.timeout = Some(Duration::from_secs(3));
+    let disk = NbdDisk::connect(&config, false).unwrap();
+    let mut tail = [0xee; 4 * 512];
+    disk.read_at(Lba(16), &mut tail).unwrap();
+    assert_eq!(tail[..8], 8192u64.to_be_bytes());
+    assert_eq!(tail[10_000 - 8192 - 8..10_000 - 8192], 9992u64.to_be_bytes());
+    assert!(tail[10_000 - 8192..].iter().all(|b| *b == 0));
+}
+
+/// A server of the protocol's oldest variant, with an export of 1 MiB; what it does at the first command, and how often somebody
+/// connected.
+fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&accepted);
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(std::result::Result::ok) {
+            count.fetch_add(1, Ordering::SeqCst);
+            thread::spawn(move || {
+                let mut stream = stream;
+                let size = (1u64 << 20).to_be_bytes();
+                // has flags
+                let hello =
+                    [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &size, &[0, 0, 0, 1], &[0; 124]].concat();
+                let mut command = [0; 28];
+                if stream.write_all(&hello).is_ok() && stream.read_exact(&mut command).is_ok() {
+                    at_command(stream, command);
+                }
+            });
+        }
+    });
+    let mut config = NbdConfig::new(NbdAddress::Tcp { host: "127.0.0.1".into(), port: Some(port.to_string()) });
+    config.timeout = Some(Duration::from_secs(2));
+    (config, accepted)
+}
+
+#[test]
+fn regression_a_server_that_hangs_up_at_each_command_is_not_called_without_a_pause() {
+    let (config, accepted) = oldest(|_, _| ());
+    let disk = NbdDisk::connect(&config, false).unwrap();
+    assert!(disk.read_at(Lba(0), &mut [0; 512]).is_err());
+    let calls = accepted.load(Ordering::SeqCst);
+    assert!((2..20).contains(&calls), "{calls} connections in two seconds");
+}
+
+/// A server of today's protocol with structured replies, of whose answers to reads half is missing.
+fn halving() -> NbdConfig {
+    const OPTION_REPLY: &[u8] = &0x0003_e889_0455_65a9u64.to_be_bytes();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let serve = |mut stream: TcpStream| -> std::io::Result<()> {
+        stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
+        stream.read_exact(&mut [0; 4])?;
+        loop {
+            let mut head = [0; 16];
+            stream.read_exact(&mut head)?;
+            let option = &head[8..12];
+            let len = u32::from_be_bytes(head[12..].try_into().unwrap());
+            stream.read_exact(&mut vec![0; len as usize])?;
+            let mut reply = |kind: u32, data: &[u8]| {
+                let len = data.len() as u32;
+                stream.write_all(&[OPTION_REPLY, option, &kind.to_be_bytes(), &len.to_be_bytes(), data].concat())
+            };
+            match option[3] {
+                // go: an export of 1 MiB, then done
+                7 => {
+                    reply(3, &[&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0, 1]].concat())?;
+                    reply(1, &[])?;
+                    break;
+                }
+                // structured replies
+                8 => reply(1, &[])?,
+                _ => reply(0x8000_0001, &[])?,
+            }
+        }
+        loop {
+            let mut command = [0; 28];
+            stream.read_exact(&mut command)?;
+            let len = u32::from_be_bytes(command[24..].try_into().unwrap()) / 2;
+            let head = [&[0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 1][..], &command[8..16], &(len + 8).to_be_bytes()].concat();
+            stream.write_all(&[&head[..], &command[16..24], &vec![0x77; len as usize]].concat())?;
+        }
+    };
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(std::result::Result::ok) {
+            thread::spawn(move || drop(serve(stream)));
+        }
+    });
+    let mut config = NbdConfig::new(NbdAddress::Tcp { host: "127.0.0.1".into(), port: Some(port.to_string()) });
+    config.timeout = Some(Duration::from_secs(2));
+    config
+}
+
+#[test]
+fn regression_an_answer_of_which_a_part_is_missing_is_an_error() {
+    let disk = NbdDisk::connect(&halving(), false).unwrap();
+    let e = disk.read_at(Lba(0), &mut [0; 1024]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Os(libc::EPROTO), "{e}");
+}
