@@ -14,10 +14,12 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 /// Bytes of a page.
 const PAGE: usize = 4096;
 
-/// The sizes that are kept, in pages, and how many of each: single sectors up to pages; the kernel's usual read-ahead; a
-/// piece of a long write, as many as are written from one flush to the next; the kernel's largest request with a granule at
-/// each end.
-const KEPT: [(usize, usize); 4] = [(1, 256), (32, 64), (64, SOFT / (64 * PAGE)), (256 + 32, 24)];
+/// The sizes that are kept, in pages, and how many of each: single sectors up to pages; blocks of file systems and
+/// databases, none in a buffer of more than twice its size, which a write keeps until it is flushed; the kernel's usual
+/// read-ahead; a piece of a long write, as many as are written from one flush to the next; the kernel's largest request
+/// with a granule at each end.
+const KEPT: [(usize, usize); 8] =
+    [(1, 256), (2, 128), (4, 64), (8, 64), (16, 64), (32, 64), (64, SOFT / (64 * PAGE)), (256 + 32, 24)];
 
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
