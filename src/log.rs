@@ -50,7 +50,9 @@ impl Sink {
             Some(file) => BoxMakeWriter::new(Arc::new(file)),
             None => BoxMakeWriter::new(io::stderr),
         };
-        let builder = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(writer);
+        // Its complaint about a message that can't be written would go to standard error, and panic where that is closed.
+        let builder = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).log_internal_errors(false);
+        let builder = builder.with_writer(writer);
         let result = if json {
             install(builder.json().finish(), level)
         } else {

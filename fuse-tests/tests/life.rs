@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, qemu_img, raw_with_islands, read_range, wait_end,
+    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, poll_until, qemu_img, raw_with_islands, read_range, wait_end,
 };
 use nix::sys::signal::Signal;
 
@@ -139,6 +139,27 @@ fn messages_go_to_the_log_file() {
             assert_eq!(parsed.is_ok_and(|value| value.is_object()), json, "{format}: {line}");
         }
     }
+}
+
+/// Messages that nobody reads are no reason to end, and no panic.
+#[test]
+fn regression_a_closed_standard_error_ends_no_mount() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    scratch.mkdir("mnt");
+    let script = "(\"$0\" -f -vvv mnt file=disk.vmdk; echo $? >status) 2>&1 | true";
+    let run = Cmd::new("sh").args(["-c", script]).arg(fuse_tests::harness::program()).dir(scratch.root());
+    let run = thread::spawn(move || run.deadline(DEADLINE).run());
+    let disk = scratch.path("mnt/disk.raw");
+    assert!(poll_until(DEADLINE, || disk.exists() || run.is_finished()));
+    let (read, unmounted) = (fs::read(&disk), Cmd::new("fusermount3").arg("-u").arg(scratch.path("mnt")).run());
+    run.join().unwrap();
+    assert!(read.is_ok(), "{read:?}");
+    unmounted.ok();
+    assert_eq!(fs::read_to_string(scratch.path("status")).unwrap().trim(), "0");
 }
 
 #[test]

@@ -166,8 +166,7 @@ impl Mount {
     /// Somebody may have unmounted ours and mounted another one since, and the kernel gives its numbers again.
     /// So only a mount that answers "not connected" is taken for ours here.
     pub fn clear_dead(&mut self) -> Result<bool> {
-        let dead = |p: &PathBuf| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-        let found = self.identity.find()?.filter(dead);
+        let found = self.identity.find()?.filter(|point| is_dead(point));
         if let Some(point) = &found {
             unmount_once(point, true)?;
         }
@@ -256,18 +255,21 @@ fn refuse_ours(point: &Path) -> Result<()> {
         Some(entry) if entry.fstype == FSTYPE => {}
         _ => return Ok(()),
     }
-    // Not its attributes: the kernel may know those for a while yet.
-    if statvfs(point) == Err(Errno::ENOTCONN) {
+    if is_dead(point) {
         return Err(stale(point));
     }
     let text = format!("{}: is a vmdkfuse mount already; unmount it first: {}", point.display(), clearing(point));
     Err(Error::new(ErrorKind::Os(libc::EBUSY), text))
 }
 
+/// Whether a mount without a process lies there. Not its attributes: the kernel may know those for a while yet.
+fn is_dead(point: &Path) -> bool {
+    statvfs(point) == Err(Errno::ENOTCONN)
+}
+
 /// The error for `path`; where it leads through a dead mount, one that names that mount.
 fn stale_or(path: &Path, error: io::Error) -> Error {
-    let dead = |p: &&Path| fs::metadata(p).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
-    match path.ancestors().filter(dead).last() {
+    match path.ancestors().filter(|p| is_dead(p)).last() {
         // The topmost one that is dead is the mount point itself.
         Some(point) => stale(point),
         None => Error::io(path.display().to_string(), error),

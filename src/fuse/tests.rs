@@ -146,6 +146,8 @@ fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
     let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
     let minor = m.mount.device().minor;
     let abort = format!("/sys/fs/fuse/connections/{minor}/abort");
+    // The kernel knows its attributes for a while yet.
+    fs::metadata(&m.point).unwrap();
     if fs::write(&abort, "1").is_err() {
         eprintln!("SKIPPED: no {abort}");
         return;

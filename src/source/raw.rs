@@ -63,18 +63,25 @@ impl RawDisk {
     fn target(&self, end: u64) -> Result<&dyn StoredWrite> {
         let file = self.writable()?;
         if let Some(failed) = self.failed.get() {
-            return Err(failed.clone().within("nothing more is written after a flush that failed"));
+            return Err(failed.clone().within("nothing more is written after an error that may have lost data"));
         }
-        // written past its end, a file that somebody cut would seem whole and hold zeroes
-        let now = file.len_now()?;
-        if now < self.len() {
-            let text = format!("{}: the file was cut from {} to {now} bytes", self.file.label(), self.len());
-            return Err(Error::corrupt(text));
-        }
+        self.check_uncut(file)?;
         if end > self.len() {
             self.grow(file)?;
         }
         Ok(file)
+    }
+
+    /// Written past its end, a file that somebody cut would seem whole and hold zeroes. An error is kept.
+    fn check_uncut(&self, file: &dyn StoredWrite) -> Result<()> {
+        // before the file's length: that may only grow meanwhile
+        let known = self.len();
+        let now = file.len_now()?;
+        if now >= known {
+            return Ok(());
+        }
+        let text = format!("{}: the file was cut from {known} to {now} bytes", self.file.label());
+        Err(self.failed.get_or_init(|| Error::corrupt(text)).clone())
     }
 
     fn writable(&self) -> Result<&dyn StoredWrite> {
@@ -171,9 +178,9 @@ impl BlockWrite for RawDisk {
         if *synced == written && !self.behind.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.check_uncut(file)?;
         match file.sync() {
             Ok(()) => *synced = written,
-            // the lock is held, so the cell is empty
             Err(e) => return Err(self.failed.get_or_init(|| e).clone()),
         }
         Ok(())

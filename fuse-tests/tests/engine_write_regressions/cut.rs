@@ -123,3 +123,30 @@ fn regression_a_sector_that_was_cut_in_the_middle_is_no_zeroes() {
     assert_eq!(read(&disk, at + GRAIN - 2).unwrap(), [0xcc; 512]);
     assert!(read(&disk, at + GRAIN - 1).is_err(), "the lost bytes are shown as zeroes");
 }
+
+#[test]
+fn regression_a_flat_extent_that_was_cut_is_not_made_longer() {
+    let _alone = alone();
+    for how in ["write", "zero", "flush"] {
+        let dir = tempdir().unwrap();
+        let (path, flat) = (dir.path().join("x.vmdk"), dir.path().join("x-flat.vmdk"));
+        let text = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
+                    RW 4096 FLAT \"x-flat.vmdk\" 0\n";
+        std::fs::write(&path, text).unwrap();
+        std::fs::write(&flat, vec![0xaa; 4096 * 512]).unwrap();
+        let disk = writable(&path).unwrap();
+        let writer = disk.writer().unwrap();
+        writer.write_at(Lba(0), &[0xbb; 512]).unwrap();
+        cut(&flat, 4096 * 512 - 8192);
+        let e = match how {
+            "write" => writer.write_at(Lba(4095), &[1; 512]),
+            "zero" => writer.zero(Lba(4088)..Lba(4096), false),
+            _ => writer.flush(),
+        };
+        tells(&e.unwrap_err(), &flat, 4096 * 512 - 8192, 4096 * 512);
+        assert!(read(&disk, 4088).is_err(), "a sector that is lost can be read");
+        // for good, also where the file is whole
+        tells(&writer.write_at(Lba(0), &[1; 512]).unwrap_err(), &flat, 4096 * 512 - 8192, 4096 * 512);
+        assert_eq!(len(&flat), 4096 * 512 - 8192, "{how}");
+    }
+}

@@ -94,6 +94,10 @@ fn a_file_that_was_cut_is_not_made_longer_again() {
     assert_eq!(refused.kind(), ErrorKind::Corrupt);
     assert!(refused.to_string().contains("was cut from 4096 to 1024 bytes"), "{refused}");
     assert_eq!(bytes(&dir).len(), 1024);
+    // for good: what was lost does not come back with the length
+    file.set_len(4096).unwrap();
+    assert_eq!(disk.write_at(Lba(0), &[2; 512]).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Corrupt);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
-use crate::store::StoredFile;
+use crate::store::{StoredFile, StoredWrite};
 use crate::vmdk::write::grains::writer;
 
 /// Why nothing more is written to a disk.
@@ -19,6 +19,18 @@ impl Failure {
     pub(super) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
         self.check()?;
         writer(file)?.sync().map_err(|e| self.keep(e))
+    }
+
+    /// The writing half of `file`, which had `known` bytes or more. An error is kept: somebody else has cut it.
+    pub(super) fn uncut<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
+        let writer = writer(file)?;
+        let len = writer.len_now()?;
+        if len >= known {
+            return Ok(writer);
+        }
+        let label = file.label();
+        let context = format!("{label}: has {len} bytes, expected {known} or more: somebody else has cut it");
+        Err(self.keep(Error::corrupt(context)))
     }
 
     /// Keeps `e`, the first one for all that come later, and answers it.

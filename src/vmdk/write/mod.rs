@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::StoredFile;
+use crate::store::{StoredFile, StoredWrite};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
@@ -164,6 +164,7 @@ impl Writer {
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
                     if dirty.swap(false, Ordering::AcqRel) || behind_us =>
                 {
+                    self.failure.uncut(&**file, file.len())?;
                     self.failure.sync(&**file)?;
                 }
                 _ => {}
@@ -266,7 +267,7 @@ impl VmdkDisk {
                     grains.zero(sparse, within, sectors, unmap, &self.below(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    let zeroed = writer(&**file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
+                    let zeroed = self.flat(file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
                     dirty.store(true, Ordering::Release);
                     zeroed
                 }
@@ -275,6 +276,12 @@ impl VmdkDisk {
                 _ => Err(read_only_extent(placed, start)),
             }
         })
+    }
+
+    /// The writing half of a flat extent's file. Behind the end of one that somebody has cut nothing is written: it would
+    /// be as long as before, and hold zeroes.
+    fn flat<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
+        self.writing()?.0.failure.uncut(&**file, file.len())
     }
 
     fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
@@ -301,7 +308,7 @@ impl BlockWrite for VmdkDisk {
                     grains.write(sparse, within, part, &self.below(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    let written = writer(&**file)?.write_all_at((offset + within) * SECTOR, part);
+                    let written = self.flat(file)?.write_all_at((offset + within) * SECTOR, part);
                     dirty.store(true, Ordering::Release);
                     written
                 }

@@ -73,8 +73,8 @@ impl Room {
 
     /// Room for `count` grains, in the file and all zeroes.
     pub(super) fn take(&self, count: u64) -> Result<u64> {
-        let mut space = self.space();
         let writer = self.uncut()?;
+        let mut space = self.space();
         if let (1, Some(place)) = (count, space.spare.pop()) {
             return Ok(place);
         }
@@ -151,16 +151,9 @@ impl Room {
     /// Whatever changes the file asks, also in place: a change behind the end makes the file longer, and one that reaches
     /// the end that it had would hide the cut from all who ask later.
     pub(super) fn uncut(&self) -> Result<&dyn StoredWrite> {
-        let writer = writer(&*self.file)?;
         // before the file's length: that may only grow meanwhile
         let known = self.known.load(Ordering::Acquire);
-        let len = writer.len_now()?;
-        if len >= known {
-            return Ok(writer);
-        }
-        let label = self.file.label();
-        let context = format!("{label}: has {len} bytes, expected {known} or more: somebody else has cut it");
-        Err(self.failure.keep(Error::corrupt(context)))
+        self.failure.uncut(&*self.file, known)
     }
 
     fn space(&self) -> MutexGuard<'_, Space> {
