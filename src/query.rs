@@ -1,4 +1,4 @@
-//! The actions that only look: `--info`, `--map`, `--check`, `--dump`.
+//! The actions that only look: `--info`, `--list`, `--map`, `--check`, `--dump`.
 //!
 //! Each makes a value that serde can write, and prints it as JSON or as text. A disk that can't be opened ends the
 //! action: what was asked for can't be told.
@@ -57,8 +57,8 @@ enum Described {
 fn describe(disk: &DiskConfig) -> Result<Described> {
     match &disk.source {
         SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
-        SourceConfig::Nbd(server) => nbd::info(server).map(Described::Server),
-        SourceConfig::Local(_) => {
+        SourceConfig::Nbd(server) if disk.overlay.is_none() => nbd::info(server).map(Described::Server),
+        _ => {
             let source = open_source(disk)?;
             let (mut described, delta) = (source.describe(disk), open_overlay(disk, &source, Access::Read)?);
             if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
@@ -111,7 +111,7 @@ pub fn dump(json: bool) -> Result<u8> {
         libnbd: nbd::version()?,
         formats: ["vmdk", "raw"],
         extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
-        writable: [],
+        writable: ["raw", "FLAT", "VMFS", "SPARSE"],
         max_links: vmdk::MAX_LINKS,
     };
     print(json, &build, |out| {
@@ -144,7 +144,7 @@ struct Build {
     libnbd: Option<String>,
     formats: [&'static str; 2],
     extents: [&'static str; 7],
-    writable: [&'static str; 0],
+    writable: [&'static str; 4],
     max_links: usize,
 }
 

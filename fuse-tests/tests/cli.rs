@@ -68,6 +68,8 @@ fn dump_tells_the_version_and_the_back_ends() {
     assert!(json.to_string().contains("native"), "the built-in engine is not named: {json}");
     let libnbd = text.stdout.lines().find_map(|line| line.strip_prefix("libnbd="));
     assert_eq!(json["libnbd"].as_str(), libnbd, "{text}");
+    let writable: Vec<_> = json["writable"].as_array().unwrap().iter().filter_map(|w| w.as_str()).collect();
+    assert_eq!(writable, ["raw", "FLAT", "VMFS", "SPARSE"]);
     let built_in = json["backends"].as_array().is_some_and(|backends| backends.iter().any(|name| name == "nbd"));
     // "1.14.2"
     let told = libnbd.is_some_and(|version| version.split('.').all(|number| number.parse::<u32>().is_ok()));

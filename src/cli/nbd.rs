@@ -105,27 +105,6 @@ impl Server {
         !self.places().is_empty()
     }
 
-    /// The first key that was given, of those that only an NBD server has.
-    pub(super) fn first_key(&self) -> Option<&'static str> {
-        let given = [
-            ("port", self.port.is_some()),
-            ("arg", !self.args.is_empty()),
-            ("export", self.export.is_some()),
-            ("dynamic-export", self.dynamic.is_some()),
-            ("connections", self.connections.is_some()),
-            ("shared", self.shared.is_some()),
-            ("tls", self.tls.is_some()),
-            ("tls-certificates", self.tls_certificates.is_some()),
-            ("tls-verify", self.tls_verify.is_some()),
-            ("tls-username", self.tls_username.is_some()),
-            ("tls-psk", self.tls_psk.is_some()),
-            ("timeout", self.timeout.is_some()),
-            ("retry", self.retry.is_some()),
-        ];
-        let rest = given.into_iter().find(|(_, given)| *given).map(|(key, _)| key);
-        self.places().first().copied().or(rest)
-    }
-
     /// All that is to be known about the server; `uri`: what `uri=` says.
     ///
     /// Errors: keys that don't go together.

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
-use super::keys::Key;
+use super::keys::{Group, Key};
 use super::writing::{self, Creation, Purpose};
 use super::{UsageError, nbd, sources};
 use crate::config::{
@@ -49,8 +49,8 @@ pub(super) struct Settings {
     pub(super) nbd: nbd::Server,
     /// `backend=`
     pub(super) backend: Option<Backend>,
-    /// The keys that were given, to find the one that was given twice.
-    given: Vec<&'static str>,
+    /// The keys that were given, to find one that was given twice, or is of no use for such a source.
+    given: Vec<&'static Key>,
 }
 
 /// `backend=`
@@ -86,10 +86,10 @@ impl Settings {
     /// Takes one more key. Errors: see [`Key::apply`]; also a key given twice that may not be.
     pub(super) fn add(&mut self, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
         key.apply(self, value)?;
-        if !key.repeats && self.given.contains(&key.name) {
+        if !key.repeats && self.given.iter().any(|given| given.name == key.name) {
             return Err(UsageError::new(format!("{}= is given twice for the same disk", key.name)));
         }
-        self.given.push(key.name);
+        self.given.push(key);
         Ok(())
     }
 
@@ -114,8 +114,13 @@ impl Settings {
             creation: self.creation.over(common.creation),
             nbd: self.nbd.over(&common.nbd),
             backend: self.backend.or(common.backend),
-            given: Vec::new(),
+            given: [common.given.as_slice(), &self.given].concat(),
         }
+    }
+
+    /// The first key that was given, of those that only some sources have.
+    fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
+        self.given.iter().find(|key| groups.contains(&key.group)).map(|key| key.name)
     }
 
     /// The files that the source stands for; a disk that is to be made is one, whatever its name looks like.
@@ -143,7 +148,7 @@ impl Settings {
             }
             (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![Place::Nbd(Some(uri.clone()))]),
             (_, Some(_)) => {
-                if let Some(key) = self.nbd.first_key() {
+                if let Some(key) = self.first_of(&[Group::Nbd]) {
                     return Err(UsageError::new(format!("{key}= is for NBD servers, but the disk is a local file")));
                 }
                 Ok(self.files(purpose)?.into_iter().map(Place::File).collect())
@@ -205,18 +210,7 @@ impl Settings {
 
     /// The NBD server as a source; `named`: its file has a name.
     fn server(&self, uri: Option<String>, named: bool, purpose: Purpose) -> Result<NbdConfig, UsageError> {
-        let local = [
-            ("format", self.format.is_some()),
-            ("allow-dir", !self.allow_dirs.is_empty()),
-            ("degraded", self.accept_cid_mismatch.is_some()),
-            ("lock", self.lock.is_some()),
-            ("force", self.force.is_some()),
-            ("kernel-view", self.view.is_some()),
-            ("view-size", self.view_size.is_some()),
-            ("view-dir", self.view_dir.is_some()),
-            ("create", self.creation.asked.is_some()),
-        ];
-        if let Some((key, _)) = local.into_iter().find(|(_, given)| *given) {
+        if let Some(key) = self.first_of(&[Group::Local, Group::Create]) {
             return Err(UsageError::new(format!("{key}= is for local files, but the disk is an NBD server's")));
         }
         if purpose == Purpose::Create {

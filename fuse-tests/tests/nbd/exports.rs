@@ -57,3 +57,19 @@ fn info_tells_what_nbdinfo_does() {
     let text = scratch.vmdkfuse().arg("--info").arg(server.uri()).run().ok().stdout;
     assert!(text.contains("size             5242880 bytes") && text.contains("can_multi_conn   yes"), "{text}");
 }
+
+#[test]
+fn info_tells_of_an_overlay_over_an_export() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "5M"]);
+    let cow = format!("cow={}", scratch.path("cow.vmdk").display());
+    let info = || scratch.vmdkfuse().args(["--info", "--json"]).arg(server.uri()).arg(&cow).run();
+    assert_eq!(info().ended.code, Some(1), "there is none yet");
+    scratch.mount().arg(server.uri()).arg(&cow).start().unmount();
+    let told = info().ok().json();
+    assert_eq!(told[0]["size"], 5 << 20, "{told}");
+    assert!(told[0]["overlay"].is_object(), "{told}");
+}

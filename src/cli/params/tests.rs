@@ -267,6 +267,9 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["socket-fd=7", "connections=2"], "socket-fd= means one connection"),
         (&["nbds://h", "tls=off"], "the URI asks for TLS"),
         (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= says how to encrypt"),
+        (&["nbd://h", "allow-dir=/a"], "allow-dir= is for local files"),
+        (&["nbd://h", "degraded=cid"], "degraded= is for local files"),
+        (&["nbd://h", "force=yes"], "force= is for local files"),
         (&["nbd://h", "format=raw"], "format= is for local files"),
         (&["nbd://h", "create=1"], "create= is for local files"),
         (&["nbd://h", "kernel-view=required"], "kernel-view= is for local files"),
@@ -280,7 +283,10 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["nbd://h", "backend=native"], "backend=native reads files"),
         (&["/x", "backend=nbd"], "backend=nbd needs a server"),
         (&["/x", "socket=/s"], "socket= is for NBD servers"),
-        (&["/x", "timeout=3"], "timeout= is for NBD servers"),
+        (&["/x", "tls=on"], "tls= is for NBD servers"),
+        (&["/x", "export=a"], "export= is for NBD servers"),
+        (&["nbd://h", "create-size=1M"], "create-size= is for local files"),
+        (&["create-hwversion=4", "nbd://h"], "create-hwversion= is for local files"),
         (&["uri=http://h"], "must start with nbd://"),
         (&["uri="], "a value is missing"),
         (&["socket-fd=2"], "must be a number from 3 to"),
@@ -291,6 +297,13 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
     ] {
         let error = parse(words).unwrap_err();
         assert!(error.contains(said), "{words:?}: {error}");
+    }
+}
+
+#[test]
+fn deadlines_and_retries_are_for_every_source() {
+    for words in [&["timeout=3", "/x", "nbd://h"][..], &["/x", "timeout=3", "retry=2", "nbd://h"]] {
+        assert!(parse(words).is_ok(), "{words:?}");
     }
 }
 
