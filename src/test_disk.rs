@@ -3,8 +3,9 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 
-use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, Stay};
 use crate::error::{Error, Result};
 
 type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
@@ -16,6 +17,8 @@ pub(crate) struct TestDisk {
     read: Box<Read>,
     /// `None`: it can't be written to.
     flush: Option<Box<Flush>>,
+    /// Where flushes go that are begun; `None`: it has no queue.
+    begun: Option<Sender<Done>>,
     /// Whether something waits for a flush.
     held: AtomicBool,
 }
@@ -24,7 +27,7 @@ impl TestDisk {
     /// Of so many sectors, read-only, and every read of it fails.
     pub(crate) fn new(sectors: u64) -> Self {
         let read = Box::new(|_: Lba, _: &mut [u8]| Err(Error::corrupt("damaged")));
-        Self { sectors, read, flush: None, held: AtomicBool::new(false) }
+        Self { sectors, read, flush: None, begun: None, held: AtomicBool::new(false) }
     }
 
     /// The same, read so.
@@ -37,6 +40,12 @@ impl TestDisk {
     pub(crate) fn flushing(mut self, flush: impl Fn() -> Result<()> + Send + Sync + 'static) -> Self {
         self.flush = Some(Box::new(flush));
         self
+    }
+
+    /// The same, writable, with a queue whose flushes are ended by whoever is given them.
+    pub(crate) fn queueing(mut self, begun: Sender<Done>) -> Self {
+        self.begun = Some(begun);
+        self.flushing(|| Ok(()))
     }
 
     /// From now on it holds something back, until it is flushed.
@@ -71,6 +80,37 @@ impl BlockRead for TestDisk {
     fn writer(&self) -> Option<&dyn BlockWrite> {
         self.flush.is_some().then_some(self as &dyn BlockWrite)
     }
+
+    fn queue(&self) -> Option<&dyn BlockQueue> {
+        self.begun.is_some().then_some(self as &dyn BlockQueue)
+    }
+}
+
+impl BlockQueue for TestDisk {
+    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone) {
+        let mut buf = vec![0; (sectors * SECTOR) as usize];
+        done(self.read_at(at, &mut buf).map(|()| &*buf));
+    }
+
+    fn write_unit(&self) -> u64 {
+        SECTOR
+    }
+
+    fn writes_durably(&self, _offset: u64, _len: u64) -> bool {
+        false
+    }
+
+    fn begin_write(&self, _offset: u64, _data: &[u8], _durable: bool, done: Done) {
+        done(Ok(()));
+    }
+
+    fn begin_flush(&self, done: Done) {
+        if let Some(begun) = &self.begun {
+            let _ = begun.send(done);
+        }
+    }
+
+    fn attend(&self, _stay: Stay<'_>) {}
 }
 
 impl BlockWrite for TestDisk {

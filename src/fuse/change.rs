@@ -9,8 +9,7 @@ use crate::block::BlockQueue;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
-use crate::fuse::flush::Spare;
-use crate::fuse::lane::Loops;
+use crate::fuse::loops::Loops;
 use crate::fuse::node::{Node, writes};
 use crate::image::Written;
 
@@ -18,7 +17,6 @@ use crate::image::Written;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) faults: &'a Arc<Faults>,
-    pub(super) spare: &'a Arc<Spare>,
     pub(super) loops: &'a Arc<Loops>,
     pub(super) nodes: &'a Arc<[Node]>,
 }
@@ -31,8 +29,8 @@ impl Context<'_> {
 
     /// The same for an answer that comes later, in another thread.
     pub(super) fn later(&self) -> Later {
-        let (faults, spare) = (Arc::clone(self.faults), Arc::clone(self.spare));
-        Later { faults, spare, loops: Arc::clone(self.loops), nodes: Arc::clone(self.nodes) }
+        let (faults, loops) = (Arc::clone(self.faults), Arc::clone(self.loops));
+        Later { faults, loops, nodes: Arc::clone(self.nodes) }
     }
 }
 
@@ -40,7 +38,6 @@ impl Context<'_> {
 #[derive(Debug)]
 pub(super) struct Later {
     faults: Arc<Faults>,
-    spare: Arc<Spare>,
     loops: Arc<Loops>,
     nodes: Arc<[Node]>,
 }
@@ -48,7 +45,7 @@ pub(super) struct Later {
 impl Later {
     /// As it was.
     pub(super) fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare, loops: &self.loops, nodes: &self.nodes }
+        Context { faults: &self.faults, loops: &self.loops, nodes: &self.nodes }
     }
 
     /// A disk of the mount.
@@ -180,7 +177,7 @@ impl Node {
                 faults.note(e.clone().within(format!("{name}: making it durable")));
             }
         });
-        self.flushes.flush(&self.image(), context.spare, answer);
+        self.flushes.flush(&self.image(), context.loops, answer);
     }
 }
 

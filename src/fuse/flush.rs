@@ -3,6 +3,7 @@
 //! ```text
 //!   fsync, close, O_SYNC ─► one under way? ─ yes ─► joins those that the next one is for
 //!                              │ no
+//!                              ├─ the disk has a queue ─► begun here, answered when the answer comes: no thread waits
 //!                              ├─ a loop can be spared ─► here: no hop between threads
 //!                              └─ else                 ─► a thread of its own
 //!                              ▼
@@ -13,39 +14,15 @@
 //! share the next one. So there are never more threads than disks.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::loops::Loops;
 use crate::image::Image;
 
 /// Gives somebody the result of the flush that he waits for.
 pub(super) type Answer = Box<dyn FnOnce(&Result<()>) + Send>;
-
-/// How many event loops more may be busy with flushes.
-#[derive(Debug)]
-pub(super) struct Spare(AtomicUsize);
-
-/// A loop that is busy with a flush, until it is dropped.
-struct Taken<'a>(&'a Spare);
-
-impl Spare {
-    /// All of `loops` but one.
-    pub(super) fn of(loops: usize) -> Self {
-        Self(AtomicUsize::new(loops.saturating_sub(1)))
-    }
-
-    fn take(&self) -> Option<Taken<'_>> {
-        let taken = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then(|| Taken(self))
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        self.0.0.fetch_add(1, Ordering::AcqRel);
-    }
-}
 
 /// The flushes of a disk.
 #[derive(Default)]
@@ -68,7 +45,7 @@ impl std::fmt::Debug for Flushes {
 impl Flushes {
     /// Flushes `image`, and answers when everything that was written to it before is durable. Returns at once where
     /// somebody else does the work.
-    pub(super) fn flush(self: &Arc<Self>, image: &Arc<Image>, spare: &Spare, answer: Answer) {
+    pub(super) fn flush(self: &Arc<Self>, image: &Arc<Image>, loops: &Loops, answer: Answer) {
         {
             let mut queue = self.queue();
             if queue.running {
@@ -76,8 +53,12 @@ impl Flushes {
             }
             queue.running = true;
         }
+        if let Some(queue) = image.queue() {
+            self.begin(image, queue, vec![answer]);
+            return loops.attend(queue);
+        }
         // a disk behind a network may take any time, so it is never given a loop
-        let busy = if image.is_remote() { None } else { spare.take() };
+        let busy = if image.is_remote() { None } else { loops.spare() };
         if let Some(_busy) = busy {
             return self.work(image, answer);
         }
@@ -96,6 +77,20 @@ impl Flushes {
         }
     }
 
+    /// Begins a flush for those who wait for it, and when it is over the next one, for those who joined meanwhile.
+    fn begin(self: &Arc<Self>, image: &Arc<Image>, queue: &dyn BlockQueue, answers: Vec<Answer>) {
+        let mut turn = Turn { flushes: Arc::clone(self), image: Arc::clone(image), answers };
+        queue.begin_flush(Box::new(move |result| turn.end(&result)));
+    }
+
+    /// Who joined since the last flush was begun; with nobody none is running any more.
+    fn next(&self) -> Vec<Answer> {
+        let mut queue = self.queue();
+        let joined = std::mem::take(&mut queue.joined);
+        queue.running = !joined.is_empty();
+        joined
+    }
+
     /// Flushes for `first`, and for those who join until nobody does.
     fn work(&self, image: &Image, first: Answer) {
         let mut answers = vec![first];
@@ -105,14 +100,40 @@ impl Flushes {
             for answer in answers {
                 answer(&result);
             }
-            let mut queue = self.queue();
-            answers = std::mem::take(&mut queue.joined);
-            queue.running = !answers.is_empty();
+            answers = self.next();
         }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A flush that was begun. One that is given up (its end panicked, say) is an error: nobody waits for ever.
+struct Turn {
+    flushes: Arc<Flushes>,
+    image: Arc<Image>,
+    answers: Vec<Answer>,
+}
+
+impl Turn {
+    fn end(&mut self, result: &Result<()>) {
+        for answer in std::mem::take(&mut self.answers) {
+            answer(result);
+        }
+        let joined = self.flushes.next();
+        if let Some(queue) = self.image.queue().filter(|_| !joined.is_empty()) {
+            self.flushes.begin(&self.image, queue, joined);
+            queue.attend(Stay::No);
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !self.answers.is_empty() {
+            self.end(&Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up")));
+        }
     }
 }
 
@@ -147,7 +168,7 @@ mod tests {
     #[test]
     fn who_comes_during_a_flush_shares_the_next_one_and_its_error() {
         let (image, begun, give) = slow();
-        let (flushes, spare) = (Arc::new(Flushes::default()), Spare::of(2));
+        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(2));
         let (answers, answered) = channel();
         let answer = |name: &'static str| -> Answer {
             let answers = answers.clone();
@@ -155,11 +176,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer("first");
-            scope.spawn(|| flushes.flush(&image, &spare, first));
+            scope.spawn(|| flushes.flush(&image, &loops, first));
             begun.recv().unwrap();
             // both return at once, though nothing is flushed yet
-            flushes.flush(&image, &spare, answer("second"));
-            flushes.flush(&image, &spare, answer("third"));
+            flushes.flush(&image, &loops, answer("second"));
+            flushes.flush(&image, &loops, answer("third"));
             give.send(Ok(())).unwrap();
             assert_eq!(answered.recv().unwrap(), ("first", true));
             begun.recv().unwrap();
@@ -173,7 +194,7 @@ mod tests {
     #[test]
     fn the_last_loop_is_never_busy_with_a_flush() {
         let ((one, one_begun, one_give), (two, two_begun, two_give)) = (slow(), slow());
-        let spare = Spare::of(2);
+        let loops = Loops::new(2);
         let (answers, answered) = channel();
         let answer = || -> Answer {
             let answers = answers.clone();
@@ -181,17 +202,44 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer();
-            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &spare, first));
+            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &loops, first));
             one_begun.recv().unwrap();
             // this thread is the last loop, and goes on
-            Arc::new(Flushes::default()).flush(&two, &spare, answer());
+            Arc::new(Flushes::default()).flush(&two, &loops, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
             one_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
         });
-        let busy = spare.take();
-        assert!(busy.is_some() && spare.take().is_none(), "one loop, no more and no less, can be spared again");
+        let busy = loops.spare();
+        assert!(busy.is_some() && loops.spare().is_none(), "one loop, no more and no less, can be spared again");
+    }
+
+    #[test]
+    fn flushes_that_are_begun_are_shared_too_and_one_that_is_given_up_is_an_error() {
+        let (say, begun) = channel();
+        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(say)), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let (answers, answered) = channel();
+        let flush = |name: &'static str| {
+            let answers = answers.clone();
+            let answer = Box::new(move |result: &Result<()>| answers.send((name, result.is_ok())).unwrap());
+            flushes.flush(&image, &loops, answer);
+        };
+        ["first", "second", "third"].into_iter().for_each(flush);
+        let done = begun.try_recv().unwrap();
+        assert!(begun.try_recv().is_err(), "one at a time");
+        done(Ok(()));
+        assert_eq!(answered.try_recv(), Ok(("first", true)));
+        let shared = begun.try_recv().unwrap();
+        assert!(answered.try_recv().is_err());
+        drop(shared);
+        assert_eq!((answered.try_recv(), answered.try_recv()), (Ok(("second", false)), Ok(("third", false))));
+        // and all is as before
+        flush("fourth");
+        begun.try_recv().unwrap()(failure());
+        assert_eq!(answered.try_recv(), Ok(("fourth", false)));
+        assert!(begun.try_recv().is_err());
     }
 }

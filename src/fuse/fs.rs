@@ -19,8 +19,7 @@ use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::Result as Done;
 use crate::fuse::change::Context;
 use crate::fuse::faults::Faults;
-use crate::fuse::flush::Spare;
-use crate::fuse::lane::Loops;
+use crate::fuse::loops::Loops;
 use crate::fuse::node::{Node, Passthrough};
 use crate::fuse::view;
 use crate::image::Image;
@@ -46,7 +45,6 @@ pub struct DiskFs {
     passthrough: Passthrough,
     views: view::Builder,
     faults: Arc<Faults>,
-    spare: Arc<Spare>,
     loops: Arc<Loops>,
 }
 
@@ -95,7 +93,6 @@ impl DiskFs {
             passthrough: Err(NO_PASSTHROUGH),
             views: view::Builder::default(),
             faults: Arc::default(),
-            spare: Arc::new(Spare::of(loops)),
             loops: Arc::new(Loops::new(loops)),
         }
     }
@@ -156,7 +153,7 @@ impl DiskFs {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, spare: &self.spare, loops: &self.loops, nodes: &self.nodes }
+        Context { faults: &self.faults, loops: &self.loops, nodes: &self.nodes }
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.

@@ -8,12 +8,8 @@
 //! who wait for its answers: each is a task in a system call.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-
-use crate::block::{BlockQueue, Stay};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Threads of a disk.
 const THREADS: usize = 4;
@@ -74,54 +70,6 @@ impl Lane {
     }
 }
 
-/// Which event loops may serve a network's answers: all but one, which goes on taking requests; where there is one only, that
-/// one until a request comes.
-#[derive(Debug)]
-pub(super) struct Loops {
-    alone: bool,
-    spare: AtomicUsize,
-    /// Readable when there is a request, from the beginning of the session on.
-    device: OnceLock<OwnedFd>,
-}
-
-/// A loop that may serve answers, until it is dropped.
-#[derive(Debug)]
-pub(super) struct Staying<'a>(&'a Loops);
-
-impl Loops {
-    /// So many.
-    pub(super) fn new(count: usize) -> Self {
-        Self { alone: count == 1, spare: AtomicUsize::new(count.saturating_sub(1)), device: OnceLock::new() }
-    }
-
-    /// Told where requests come from.
-    pub(super) fn begin(&self, device: OwnedFd) {
-        // the first one holds
-        let _ = self.device.set(device);
-    }
-
-    /// Has the answers of a network read.
-    pub(super) fn attend(&self, queue: &dyn BlockQueue) {
-        if self.alone {
-            return queue.attend(self.device.get().map_or(Stay::No, |device| Stay::Until(device.as_fd())));
-        }
-        let staying = self.take();
-        queue.attend(if staying.is_some() { Stay::Patiently } else { Stay::No });
-    }
-
-    /// The right to it, if a loop can be spared.
-    fn take(&self) -> Option<Staying<'_>> {
-        let taken = self.spare.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        taken.is_ok().then(|| Staying(self))
-    }
-}
-
-impl Drop for Staying<'_> {
-    fn drop(&mut self) {
-        self.0.spare.fetch_add(1, Ordering::AcqRel);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
@@ -153,15 +101,5 @@ mod tests {
         let (tell, told) = mpsc::channel();
         lane.run(Box::new(move || tell.send(()).unwrap()));
         told.recv().unwrap();
-    }
-
-    #[test]
-    fn one_loop_never_stays() {
-        let loops = Loops::new(2);
-        let first = loops.take();
-        assert!(first.is_some() && loops.take().is_none());
-        drop(first);
-        assert!(loops.take().is_some());
-        assert!(Loops::new(1).take().is_none());
     }
 }

@@ -7,6 +7,7 @@
 //!   fs            the answers ── errno, faults: what errors become
 //!   node          one disk: how an open is served ── change: writes ── flush: who makes them durable ── attr
 //!     view        its second node, which the kernel reads by itself
+//!   lane          work for remote disks that may wait ── loops: which event loops may be busy with something else
 //!   readahead     the mount's read-ahead window
 //!   probe         a first read through the mount, by a process of its own
 //!   watcher       auto_unmount, by another one
@@ -20,6 +21,7 @@ mod flush;
 pub mod fs;
 mod fusermount;
 mod lane;
+mod loops;
 pub mod mount;
 pub mod mountinfo;
 mod node;

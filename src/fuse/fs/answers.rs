@@ -160,7 +160,8 @@ impl Filesystem for DiskFs {
             Ok(()) => reply.ok(),
             Err(Failed::Image(e)) => {
                 reply.error(errno(&e));
-                faults.note(e.within(format!("zeroes for {length} bytes at {offset}")));
+                let name = node.config.name.display();
+                faults.note(e.within(format!("{name}: zeroes for {length} bytes at {offset}")));
             }
             Err(Failed::Refused(e)) => reply.error(e),
         };
@@ -235,7 +236,8 @@ impl Filesystem for DiskFs {
                 Ok(None) => reply.error(Errno::ENXIO),
                 Err(e) => {
                     reply.error(errno(&e));
-                    faults.note(e.within(format!("looking for data or a hole from {offset} on")));
+                    let name = node.config.name.display();
+                    faults.note(e.within(format!("{name}: looking for data or a hole from {offset} on")));
                 }
             };
             self.may_wait(ino, Box::new(answer));
