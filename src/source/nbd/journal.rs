@@ -24,8 +24,9 @@ pub(super) const SOFT: usize = 24 << 20;
 /// Bytes at which changes wait for that flush.
 pub(super) const HARD: usize = 128 << 20;
 
-/// What an entry without data counts for.
+/// What an entry counts for beside its data, and what it counts for at least: a durable write looks through all.
 const ENTRY: usize = 256;
+const LEAST: usize = 4096;
 
 /// A change that was answered.
 pub(super) struct Entry {
@@ -38,7 +39,7 @@ pub(super) struct Entry {
 
 impl Entry {
     fn cost(&self) -> usize {
-        ENTRY + self.buf.len()
+        ENTRY + self.buf.len().max(LEAST)
     }
 
     /// Whether both change a byte.
