@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fuse_tests::fuzz;
+use fuse_tests::harness::peak_memory;
 use fuse_tests::make::model::Random;
 use fuse_tests::make::write::{self, Descriptor, Hosted, Stream, se_entry};
 use fuse_tests::make::{Layer, hostile, valid};
@@ -94,7 +95,7 @@ fn run(name: &str, target: Target, fits: fn(&[u8]) -> bool) -> Result<()> {
         one(&mutate(&seeds, &mut random))?;
         done += 1;
     }
-    let peak = peak_memory()?;
+    let peak = peak_memory(std::process::id() as i32);
     println!("{name}: {} seeds, {done} mutations, slowest {slowest:?}, peak {} MiB", seeds.len(), peak >> 20);
     ensure!(peak <= MEMORY_MAX, "{name}: the process took {} MiB", peak >> 20);
     Ok(())
@@ -105,14 +106,6 @@ fn keep(name: &str, data: &[u8]) -> Result<String> {
     let (_, path) = tempfile::Builder::new().prefix(&format!("vmdkfuse-fuzz-{name}-")).tempfile()?.keep()?;
     fs::write(&path, data)?;
     Ok(path.display().to_string())
-}
-
-/// The most memory that this process had.
-fn peak_memory() -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib << 10)
 }
 
 fn looks_like_text(data: &[u8]) -> bool {

@@ -43,6 +43,6 @@ pub use many::{Answer, each, open_hostile};
 pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
 pub use need::{is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, program, skip};
-pub use process::{Ended, is_running, poll_until, wait_end};
+pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
 pub use runs::{check_runs, open_read_only};
 pub use scratch::{NOBODY, STRANGER, Scratch, User};

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::cmd::{Cmd, Outcome, Running};
 use super::mounts::{MountEntry, mounts_below};
-use super::process::{Ended, is_running, poll_until, wait_end};
+use super::process::{Ended, is_running, peak_memory, poll_until, wait_end};
 use super::scratch::{Scratch, detach};
 
 /// How long a mount may take to appear or to go.
@@ -249,9 +249,7 @@ impl Mount {
 
     /// The most memory that the process has had, in bytes.
     pub fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("the status of the process");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
-        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+        peak_memory(self.pid)
     }
 
     /// What the program has said, if it runs in the foreground.

@@ -35,6 +35,13 @@ pub fn poll_until(limit: Duration, mut event: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// The most memory that a process has had, in bytes; of our own since `/proc/self/clear_refs` was told to count anew.
+pub fn peak_memory(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of the process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
 /// Waits until the process `pid` has ended, and reaps it; `None` after `limit`.
 ///
 /// Where it is not a child of ours (and nobody's orphan either) only the end itself is seen: both fields are `None`.

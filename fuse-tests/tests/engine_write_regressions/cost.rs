@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use fuse_tests::harness::peak_memory;
 use fuse_tests::make::SECTOR;
 use fuse_tests::written::{alone, writable};
 use tempfile::tempdir;
@@ -44,9 +45,7 @@ fn regression_zeroes_take_no_room_where_the_parent_has_zeroes() {
 
 /// The most memory, in bytes, that the process had since the last [`forget_peak`].
 fn peak() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    peak_memory(std::process::id() as i32)
 }
 
 /// Begins to count anew; what the process has now.

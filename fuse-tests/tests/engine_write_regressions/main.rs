@@ -26,11 +26,3 @@ fn read(disk: &VmdkDisk, at: u64) -> Result<[u8; 512]> {
     let mut sector = [0xee; 512];
     disk.read_at(Lba(at), &mut sector).map(|()| sector)
 }
-
-/// The next number of a sequence that looks like chance (xorshift).
-fn draw(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread;
 
+use fuse_tests::make::model::Random;
 use fuse_tests::written::{alone, writable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
@@ -11,7 +12,7 @@ use vmdkfuse::store::{Access, OpenPolicy, open_user_path};
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
 use super::hosted::Hosted;
-use super::{draw, read};
+use super::read;
 
 const THREADS: u64 = 4;
 
@@ -23,9 +24,9 @@ const COVERAGE: u64 = 65536 * 8;
 fn write_alone(disk: &VmdkDisk, me: u64, seed: u64) -> BTreeMap<u64, u8> {
     let writer = disk.writer().unwrap();
     let mut model = BTreeMap::new();
-    let mut state = seed * 7919 + me + 1;
+    let mut random = Random::new(seed * 7919 + me);
     for step in 0..800u64 {
-        draw(&mut state);
+        let state = random.next();
         // few grains of many tables, so that they meet
         let table = if step % 4 == 0 { state / 64 % 3 } else { state / 64 % 400 };
         let at = table * COVERAGE + state % 5 * 8 + (state / 5 % 2) * THREADS + me;

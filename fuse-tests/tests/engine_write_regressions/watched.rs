@@ -4,11 +4,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use fuse_tests::make::model::Random;
 use fuse_tests::written::policy;
 use vmdkfuse::error::{Error, ErrorKind, Result};
 use vmdkfuse::store::{Access, Identity, Store, StoredFile, StoredWrite, open_user_path};
-
-use super::draw;
 
 /// More bytes than this nobody needs to read and write for the small files here.
 const MOST: u64 = 1 << 30;
@@ -19,16 +18,16 @@ const MOST: u64 = 1 << 30;
 pub(crate) struct Watched {
     file: Arc<dyn StoredFile>,
     moved: AtomicU64,
-    random: Mutex<u64>,
+    random: Mutex<Random>,
     /// One of so many changes fails; 0: none.
     one_in: AtomicU64,
 }
 
 impl Watched {
-    /// Opens a file for writing, of which nothing fails yet; `seed` is not 0.
+    /// Opens a file for writing, of which nothing fails yet.
     pub(crate) fn open(path: &Path, seed: u64) -> Arc<Self> {
         let file = open_user_path(path, policy(&[]), Access::Write).unwrap();
-        Arc::new(Self { file, moved: 0.into(), random: Mutex::new(seed), one_in: 0.into() })
+        Arc::new(Self { file, moved: 0.into(), random: Mutex::new(Random::new(seed)), one_in: 0.into() })
     }
 
     /// From now on one of so many changes fails; 0: none.
@@ -38,7 +37,7 @@ impl Watched {
 
     /// The next number of what it decides by.
     pub(crate) fn draw(&self) -> u64 {
-        draw(&mut self.random.lock().unwrap())
+        self.random.lock().unwrap().next()
     }
 
     fn count(&self, bytes: usize) {
