@@ -38,20 +38,24 @@ pub enum Action {
 }
 
 impl Action {
-    /// The descriptors that were handed over, as sockets of NBD servers: they are not to be closed at the start.
-    pub fn handed_over(&self) -> Vec<u32> {
-        let disks = match self {
-            Self::Mount(mount) => &*mount.disks,
-            Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &*query.disks,
+    /// The disks that it is about.
+    pub fn disks(&self) -> &[DiskConfig] {
+        match self {
+            Self::Mount(mount) => &mount.disks,
+            Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &query.disks,
             Self::Create(disks) => disks,
             Self::Commit(disk) => std::slice::from_ref(disk),
             Self::Dump { .. } => &[],
-        };
+        }
+    }
+
+    /// The descriptors that were handed over, as sockets of NBD servers: they are not to be closed at the start.
+    pub fn handed_over(&self) -> Vec<u32> {
         let number = |disk: &DiskConfig| match &disk.source {
             SourceConfig::Nbd(NbdConfig { address: NbdAddress::Fd(number), .. }) => u32::try_from(*number).ok(),
             _ => None,
         };
-        disks.iter().filter_map(number).collect()
+        self.disks().iter().filter_map(number).collect()
     }
 }
 

@@ -56,8 +56,8 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let files = mount.disks.iter().filter(|d| !image::is_dynamic(d)).map(|d| d.name.clone()).collect();
     let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
     let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
-    let far = disks.iter().all(|(_, image)| image.is_remote());
-    let loops = session::loops(mount.threads, far);
+    let remote = disks.iter().all(|(_, image)| image.is_remote());
+    let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
     filesystem.make_required_views()?;
     Ok(Opened {

@@ -271,13 +271,7 @@ mod tests {
     }
 
     fn disks(args: &[&str]) -> Vec<DiskConfig> {
-        match action(args).unwrap() {
-            Action::Mount(mount) => mount.disks,
-            Action::Info(query) | Action::List(query) | Action::Map(query) | Action::Check(query) => query.disks,
-            Action::Create(disks) => disks,
-            Action::Commit(disk) => vec![disk],
-            Action::Dump { .. } => Vec::new(),
-        }
+        action(args).unwrap().disks().to_vec()
     }
 
     fn create(disk: &DiskConfig) -> Option<&CreateConfig> {

@@ -1,7 +1,7 @@
 //! Work for a disk behind a network that may have to wait, away from the event loops.
 //!
 //! ```text
-//!   read, aligned write     begun by the loop, answered when the answer comes: no thread waits
+//!   read, write, flush      begun by the loop, answered when the answer comes: no thread waits
 //!   everything else ─► Lane ─► a thread of this disk, at most [`THREADS`]
 //! ```
 //! So a disk that hangs holds no loop, and no other disk's work stands behind its own. Waiting work is bounded by those

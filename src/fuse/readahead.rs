@@ -11,13 +11,13 @@ use crate::config::Distance;
 use crate::error::{Error, Result};
 
 /// A window above which sequential reads gain no more.
-pub const DEFAULT_KIB: u64 = 1024;
+const DEFAULT_KIB: u64 = 1024;
 
 /// The same where another process of this machine has to read first.
 const BESIDE_KIB: u64 = 2048;
 
 /// The same where an answer takes some milliseconds: what a network of 10 Gbit/s carries in six of them.
-pub const FAR_KIB: u64 = 8192;
+const FAR_KIB: u64 = 8192;
 
 /// What a window is to be, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

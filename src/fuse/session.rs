@@ -94,10 +94,10 @@ fn acl(options: &MountOptions) -> SessionACL {
 
 /// How many event loops a session has: `threads`, if that was asked for.
 ///
-/// Where all disks are behind networks (`far`) one is best: it never waits, and two would stand in each other's way at the
+/// Where all disks are `remote` (answers of other processes are waited for) one is best: it never waits, and two would stand in each other's way at the
 /// connections.
-pub fn loops(threads: Option<usize>, far: bool) -> usize {
-    if far && threads.is_none() {
+pub fn loops(threads: Option<usize>, remote: bool) -> usize {
+    if remote && threads.is_none() {
         return 1;
     }
     let by_processors = || thread::available_parallelism().map_or(MIN_LOOPS, |n| n.get().clamp(MIN_LOOPS, MAX_LOOPS));

@@ -1,7 +1,7 @@
 //! Reading and writing without waiting, for disks behind a network ([`BlockQueue`]).
 //!
-//! What goes to the disk as it is goes this way. What doesn't (a write of a part of a granule, one in the way of
-//! another) is left to who may wait.
+//! What goes to the disk as it is goes this way. What doesn't (a write of a part of what the disk can write, one in the way
+//! of another) is left to who may wait.
 
 use std::sync::Arc;
 
