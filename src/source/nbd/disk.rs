@@ -1,7 +1,7 @@
 //! An export as a disk: sectors above, commands below.
 
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_FUA, LIBNBD_CMD_FLAG_NO_HOLE};
@@ -14,6 +14,7 @@ use super::generation::MAX_TIMEOUT;
 use super::link::{Link, Manners};
 use super::map::{REGION, content};
 use super::op::{Finish, Kind, Op};
+use super::parts::{Parts, Slot, pieces};
 use super::pool::{Buffer, Place, Pool, Shared};
 use crate::block::{
     BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, Stay, check_range,
@@ -45,37 +46,6 @@ pub struct NbdDisk {
     link: Arc<Link>,
     geometry: Geometry,
     writable: bool,
-}
-
-/// A place where a result is waited for.
-#[derive(Debug)]
-struct Slot<T> {
-    value: Mutex<Option<T>>,
-    there: Condvar,
-}
-
-impl<T: Send + 'static> Slot<T> {
-    fn new() -> Arc<Self> {
-        Arc::new(Self { value: Mutex::new(None), there: Condvar::new() })
-    }
-
-    fn put(&self, value: T) {
-        *self.value.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
-        self.there.notify_all();
-    }
-
-    fn is_there(&self) -> bool {
-        self.value.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
-    /// Waits for it, serving the connections meanwhile, if nobody else does.
-    fn wait(&self, link: &Link, until: Instant) -> Option<T> {
-        link.attend_until(|| self.is_there());
-        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = until.saturating_duration_since(Instant::now());
-        let waited = self.there.wait_timeout_while(value, left, |v| v.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.take()
-    }
 }
 
 impl NbdDisk {
@@ -502,47 +472,6 @@ impl BlockQueue for NbdDisk {
 
     fn attend(&self, stay: Stay<'_>) {
         self.link.attend(stay);
-    }
-}
-
-/// Splits a range at the multiples of `piece`.
-fn pieces(from: u64, to: u64, piece: u64) -> impl Iterator<Item = (u64, u64)> {
-    let mut at = from;
-    std::iter::from_fn(move || {
-        let start = at;
-        at = (start / piece + 1).saturating_mul(piece).min(to);
-        (start < to).then_some((start, at))
-    })
-}
-
-/// A request of several commands: its result is that of the last one, or the first failure.
-struct Parts(Mutex<Counted>);
-
-struct Counted {
-    left: usize,
-    failed: Option<Error>,
-    done: Option<Done>,
-}
-
-impl Parts {
-    fn new(parts: usize, done: Done) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Counted { left: parts, failed: None, done: Some(done) })))
-    }
-
-    fn done(&self, result: Result<()>) {
-        let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counted.left = counted.left.saturating_sub(1);
-        if let Err(e) = result {
-            counted.failed.get_or_insert(e);
-        }
-        if counted.left > 0 {
-            return;
-        }
-        let (done, failed) = (counted.done.take(), counted.failed.take());
-        drop(counted);
-        if let Some(done) = done {
-            done(failed.map_or(Ok(()), Err));
-        }
     }
 }
 

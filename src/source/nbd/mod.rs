@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   disk.rs        sectors ─► commands, split as the server wants them; zeroes that are known are not fetched (map.rs)
+//!   parts.rs       requests of several commands
 //!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
 //!   link/          attend.rs: who serves the connections; connect.rs: who makes new ones
 //!   journal.rs     changes that no flush has covered, to be sent again
@@ -26,6 +27,7 @@ mod link;
 mod look;
 mod map;
 mod op;
+mod parts;
 mod pool;
 mod server;
 #[cfg(test)]

@@ -1,0 +1,119 @@
+//! What libnbd calls, inside of a call of ours and under the handle's lock.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libnbd_sys as sys;
+
+use super::{MAX_EXTENTS, MAX_LISTED, OptDone, Ticket, UNSENT, text};
+
+pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
+    sys::nbd_completion_callback {
+        callback: Some(on_option),
+        user_data: Arc::into_raw(Arc::clone(opt)).cast_mut().cast(),
+        free: Some(free_option),
+    }
+}
+
+/// The value behind a callback's number.
+///
+/// # Safety
+/// `error` is null or valid, as the library passes it.
+unsafe fn errno_at(error: *mut c_int) -> i32 {
+    // SAFETY: see above.
+    if error.is_null() { 0 } else { unsafe { *error } }
+}
+
+unsafe extern "C" fn on_option(data: *mut c_void, error: *mut c_int) -> c_int {
+    // SAFETY: `data` is the pointer of `option_callback`, not freed yet; `error` is the library's.
+    unsafe { (*data.cast::<OptDone>()).0.store(errno_at(error).max(0), Ordering::Release) };
+    1
+}
+
+unsafe extern "C" fn free_option(data: *mut c_void) {
+    // SAFETY: `data` is the pointer of `option_callback`; it is freed once.
+    drop(unsafe { Arc::from_raw(data.cast_const().cast::<OptDone>()) });
+}
+
+pub(super) unsafe extern "C" fn on_export(data: *mut c_void, name: *const c_char, description: *const c_char) -> c_int {
+    // SAFETY: `data` is the pointer of `opt_list`, not freed yet; the texts are valid during this call.
+    unsafe { add_listed(data, text(name), text(description)) };
+    0
+}
+
+pub(super) unsafe extern "C" fn on_context(data: *mut c_void, name: *const c_char) -> c_int {
+    // SAFETY: `data` is the pointer of `opt_contexts`, not freed yet; the text is valid during this call.
+    unsafe { add_listed(data, text(name), c"") };
+    0
+}
+
+/// # Safety
+/// `data` is a [`Listed`] made into a pointer.
+unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
+    // SAFETY: see above.
+    let listed = unsafe { &*data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>() };
+    let mut listed = listed.lock().unwrap_or_else(PoisonError::into_inner);
+    if listed.len() < MAX_LISTED {
+        listed.push((name.to_owned(), description.to_owned()));
+    }
+}
+
+pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {
+    // SAFETY: `data` is a `Listed` made into a pointer; it is freed once.
+    drop(unsafe { Arc::from_raw(data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>()) });
+}
+
+pub(super) unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
+    let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
+    // The library counts only where it is asked for the end of a command later.
+    let error = if error == 0 && ticket.missing > 0 { libc::EPROTO } else { error };
+    ticket.retire((error != 0).then_some(error));
+    1
+}
+
+pub(super) unsafe extern "C" fn on_chunk(
+    data: *mut c_void,
+    _bytes: *const c_void,
+    count: usize,
+    _offset: u64,
+    _status: c_uint,
+    _error: *mut c_int,
+) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
+    let ticket = unsafe { &mut *data.cast::<Ticket>() };
+    ticket.missing = ticket.missing.saturating_sub(count);
+    0
+}
+
+pub(super) unsafe extern "C" fn free_ticket(data: *mut c_void) {
+    // SAFETY: `data` is the ticket of `submit`; it is freed once.
+    let mut ticket = unsafe { Box::from_raw(data.cast::<Ticket>()) };
+    // Only where the command was never completed.
+    ticket.retire(Some(UNSENT));
+}
+
+pub(super) unsafe extern "C" fn on_extents(
+    data: *mut c_void,
+    context: *const c_char,
+    _offset: u64,
+    entries: *mut u32,
+    count: usize,
+    _error: *mut c_int,
+) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it; `entries` are
+    // `count` numbers, valid during this call.
+    let (ticket, entries) = unsafe {
+        if entries.is_null() || text(context) != sys::LIBNBD_CONTEXT_BASE_ALLOCATION {
+            return 0;
+        }
+        (&mut *data.cast::<Ticket>(), std::slice::from_raw_parts(entries, count))
+    };
+    if let Some(op) = &mut ticket.op {
+        op.extents.clear();
+        let pairs = entries.chunks_exact(2).take(MAX_EXTENTS);
+        op.extents.extend(pairs.map(|p| (u64::from(p[0]), p[1])));
+    }
+    0
+}
