@@ -17,7 +17,9 @@ pub(crate) struct TestDisk {
     read: Box<Read>,
     /// `None`: it can't be written to.
     flush: Option<Box<Flush>>,
-    /// Where flushes go that are begun; `None`: it has no queue.
+    /// It has a queue.
+    queues: bool,
+    /// Where flushes go that are begun; `None`: they are over at once.
     begun: Option<Sender<Done>>,
     /// Whether something waits for a flush.
     held: AtomicBool,
@@ -27,7 +29,7 @@ impl TestDisk {
     /// Of so many sectors, read-only, and every read of it fails.
     pub(crate) fn new(sectors: u64) -> Self {
         let read = Box::new(|_: Lba, _: &mut [u8]| Err(Error::corrupt("damaged")));
-        Self { sectors, read, flush: None, begun: None, held: AtomicBool::new(false) }
+        Self { sectors, read, flush: None, queues: false, begun: None, held: AtomicBool::new(false) }
     }
 
     /// The same, read so.
@@ -42,9 +44,9 @@ impl TestDisk {
         self
     }
 
-    /// The same, writable, with a queue whose flushes are ended by whoever is given them.
-    pub(crate) fn queueing(mut self, begun: Sender<Done>) -> Self {
-        self.begun = Some(begun);
+    /// The same, writable, with a queue whose flushes are ended by whoever is given them, or else at once.
+    pub(crate) fn queueing(mut self, begun: Option<Sender<Done>>) -> Self {
+        (self.queues, self.begun) = (true, begun);
         self.flushing(|| Ok(()))
     }
 
@@ -82,7 +84,7 @@ impl BlockRead for TestDisk {
     }
 
     fn queue(&self) -> Option<&dyn BlockQueue> {
-        self.begun.is_some().then_some(self as &dyn BlockQueue)
+        self.queues.then_some(self as &dyn BlockQueue)
     }
 }
 
@@ -105,8 +107,9 @@ impl BlockQueue for TestDisk {
     }
 
     fn begin_flush(&self, done: Done) {
-        if let Some(begun) = &self.begun {
-            let _ = begun.send(done);
+        match &self.begun {
+            Some(begun) => drop(begun.send(done)),
+            None => done(self.flush()),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
-use crate::block::BlockQueue;
+use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::errno::errno;
 use crate::fuse::faults::Faults;
@@ -112,10 +112,16 @@ impl Node {
                     context.faults.note(e.within(format!("{name}: write of {len} bytes at {offset}")));
                 }
             }
-            Ok(n) if request.is_sync() && !durable => self.durable(context, move |result| match result {
-                Ok(()) => reply.written(n),
-                Err(e) => reply.error(errno(e)),
-            }),
+            Ok(n) if request.is_sync() && !durable => {
+                self.durable(context, move |result| match result {
+                    Ok(()) => reply.written(n),
+                    Err(e) => reply.error(errno(e)),
+                });
+                // by whatever thread had the answer, which has other work
+                if let Some(queue) = self.image().queue() {
+                    queue.attend(Stay::No);
+                }
+            }
             Ok(n) => reply.written(n),
         }
     }
@@ -134,6 +140,9 @@ impl Node {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(errno(e)),
         });
+        if let Some(queue) = self.image().queue() {
+            context.attend(queue);
+        }
     }
 
     /// Gives a range back, or fills it with zeroes, as fallocate(2) says by `mode`.

@@ -31,6 +31,10 @@ pub(super) struct Flushes(Mutex<Queue>);
 #[derive(Default)]
 struct Queue {
     running: bool,
+    /// One is being begun just now.
+    beginning: bool,
+    /// It was over at once: who joined meanwhile.
+    next: Vec<Answer>,
     /// Who came since the one that runs was begun.
     joined: Vec<Answer>,
 }
@@ -44,7 +48,7 @@ impl std::fmt::Debug for Flushes {
 
 impl Flushes {
     /// Flushes `image`, and answers when everything that was written to it before is durable. Returns at once where
-    /// somebody else does the work.
+    /// somebody else does the work. Afterwards the disk's queue, if it has one, wants to be attended to.
     pub(super) fn flush(self: &Arc<Self>, image: &Arc<Image>, loops: &Loops, answer: Answer) {
         {
             let mut queue = self.queue();
@@ -54,8 +58,7 @@ impl Flushes {
             queue.running = true;
         }
         if let Some(queue) = image.queue() {
-            self.begin(image, queue, vec![answer]);
-            return loops.attend(queue);
+            return self.begin(image, queue, vec![answer]);
         }
         // a disk behind a network may take any time, so it is never given a loop
         let busy = if image.is_remote() { None } else { loops.spare() };
@@ -78,9 +81,16 @@ impl Flushes {
     }
 
     /// Begins a flush for those who wait for it, and when it is over the next one, for those who joined meanwhile.
-    fn begin(self: &Arc<Self>, image: &Arc<Image>, queue: &dyn BlockQueue, answers: Vec<Answer>) {
-        let mut turn = Turn { flushes: Arc::clone(self), image: Arc::clone(image), answers };
-        queue.begin_flush(Box::new(move |result| turn.end(&result)));
+    fn begin(self: &Arc<Self>, image: &Arc<Image>, queue: &dyn BlockQueue, mut answers: Vec<Answer>) {
+        while !answers.is_empty() {
+            self.queue().beginning = true;
+            let mut turn = Turn { flushes: Arc::clone(self), image: Arc::clone(image), answers };
+            queue.begin_flush(Box::new(move |result| turn.end(&result)));
+            let mut queue = self.queue();
+            queue.beginning = false;
+            // of one that is over already the next ones are begun here, not within each other
+            answers = std::mem::take(&mut queue.next);
+        }
     }
 
     /// Who joined since the last flush was begun; with nobody none is running any more.
@@ -88,6 +98,10 @@ impl Flushes {
         let mut queue = self.queue();
         let joined = std::mem::take(&mut queue.joined);
         queue.running = !joined.is_empty();
+        if queue.beginning {
+            queue.next = joined;
+            return Vec::new();
+        }
         joined
     }
 
@@ -97,9 +111,7 @@ impl Flushes {
         while !answers.is_empty() {
             let result = catch_unwind(AssertUnwindSafe(|| image.flush()))
                 .unwrap_or_else(|_| Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up after a panic")));
-            for answer in answers {
-                answer(&result);
-            }
+            tell(answers, &result);
             answers = self.next();
         }
     }
@@ -109,7 +121,7 @@ impl Flushes {
     }
 }
 
-/// A flush that was begun. One that is given up (its end panicked, say) is an error: nobody waits for ever.
+/// A flush that was begun. One that is given up without an end is an error: nobody waits for ever.
 struct Turn {
     flushes: Arc<Flushes>,
     image: Arc<Image>,
@@ -118,9 +130,7 @@ struct Turn {
 
 impl Turn {
     fn end(&mut self, result: &Result<()>) {
-        for answer in std::mem::take(&mut self.answers) {
-            answer(result);
-        }
+        tell(std::mem::take(&mut self.answers), result);
         let joined = self.flushes.next();
         if let Some(queue) = self.image.queue().filter(|_| !joined.is_empty()) {
             self.flushes.begin(&self.image, queue, joined);
@@ -133,6 +143,15 @@ impl Drop for Turn {
     fn drop(&mut self) {
         if !self.answers.is_empty() {
             self.end(&Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up")));
+        }
+    }
+}
+
+/// Answers all; one that panics is that one's affair alone.
+fn tell(answers: Vec<Answer>, result: &Result<()>) {
+    for answer in answers {
+        if catch_unwind(AssertUnwindSafe(|| answer(result))).is_err() {
+            tracing::error!("the answer to a flush was given up after a panic");
         }
     }
 }
@@ -219,7 +238,7 @@ mod tests {
     #[test]
     fn flushes_that_are_begun_are_shared_too_and_one_that_is_given_up_is_an_error() {
         let (say, begun) = channel();
-        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(say)), Vec::new()));
+        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
         let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
         let (answers, answered) = channel();
         let flush = |name: &'static str| {
@@ -241,5 +260,48 @@ mod tests {
         begun.try_recv().unwrap()(failure());
         assert_eq!(answered.try_recv(), Ok(("fourth", false)));
         assert!(begun.try_recv().is_err());
+    }
+
+    #[test]
+    fn regression_an_answer_that_panics_leaves_the_others_and_later_flushes_alone() {
+        let (say, begun) = channel();
+        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let (answers, answered) = channel();
+        let flush = |panics: bool| {
+            let answers = answers.clone();
+            let answer = move |result: &Result<()>| {
+                assert!(!panics, "this is meant");
+                answers.send(result.is_ok()).unwrap();
+            };
+            flushes.flush(&image, &loops, Box::new(answer));
+        };
+        flush(false);
+        [true, false].into_iter().for_each(flush);
+        for _ in 0..2 {
+            begun.try_recv().unwrap()(Ok(()));
+            assert_eq!(answered.try_recv(), Ok(true));
+        }
+        flush(false);
+        begun.try_recv().unwrap()(Ok(()));
+        assert_eq!(answered.try_recv(), Ok(true));
+    }
+
+    #[test]
+    fn regression_flushes_that_are_over_at_once_do_not_lie_within_each_other() {
+        /// Flushes once more, when it is answered, and so on.
+        fn flush(flushes: &Arc<Flushes>, image: &Arc<Image>, left: usize, end: Sender<()>) {
+            let (again, its_image) = (Arc::clone(flushes), Arc::clone(image));
+            let answer = move |_: &Result<()>| match left {
+                0 => end.send(()).unwrap(),
+                _ => flush(&again, &its_image, left - 1, end),
+            };
+            flushes.flush(image, &Loops::new(1), Box::new(answer));
+        }
+        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
+        let (end, ended) = channel();
+        let work = move || flush(&Arc::new(Flushes::default()), &image, 50_000, end);
+        thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
+        ended.try_recv().unwrap();
     }
 }

@@ -105,8 +105,8 @@ fn setting(path: &Path, key: &str) -> (u64, String) {
     let bytes = fs::read(path).unwrap();
     let key = format!("\n{key}");
     let at = bytes.windows(key.len()).position(|w| w == key.as_bytes()).unwrap() + key.len();
-    let text: String = bytes[at..at + 8].iter().map(|&b| char::from(b)).collect();
-    (at as u64, text)
+    let end = bytes[at..].iter().position(|b| *b == b'\n').unwrap();
+    (at as u64, String::from_utf8(bytes[at..at + end].to_vec()).unwrap())
 }
 
 #[test]
@@ -117,9 +117,11 @@ fn a_cid_of_which_a_power_cut_left_a_mixture_is_accepted_while_a_commit_is_unfin
     let pair = folder.changed(&base, 1, 60);
     cut_off(&pair.disk, CUTS[1], true).unwrap_err();
     let ((at, old), (_, new)) = (setting(&base, "CID="), setting(&folder.cow, "parentCID="));
+    // qemu leaves out zeroes at the front
+    let new = format!("{:0width$x}", u32::from_str_radix(&new, 16).unwrap(), width = old.len());
     assert_ne!(old, new);
     let write = |cid: &str| File::options().write(true).open(&base).unwrap().write_all_at(cid.as_bytes(), at).unwrap();
-    for cut in 0..=8 {
+    for cut in 0..=old.len() {
         write(&format!("{}{}", &new[..cut], &old[cut..]));
         pair.same(&format!("{cut} digits"));
     }

@@ -187,13 +187,16 @@ fn an_image_that_was_cut_is_not_written_past_its_end() {
         return;
     }
     let disk = kinds::Disk::new(kinds::KINDS[1]);
-    let mount = disk.mount();
+    let mut mount = disk.mount();
     let file = open(&mount.file("disk"));
     OpenOptions::new().write(true).open(disk.image()).unwrap().set_len(1 << 20).unwrap();
     assert_eq!(file.write_at(&[1; 4096], 2 << 20).unwrap_err().raw_os_error(), Some(libc::EIO));
     assert_eq!(fs::metadata(disk.image()).unwrap().len(), 1 << 20);
+    // nothing is called durable that may be lost
+    assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
     drop(file);
-    mount.unmount();
+    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    assert_eq!(mount.wait_end().code, Some(1));
 }
 
 /// A deleted image is written to as long as it is mounted, as any open file.

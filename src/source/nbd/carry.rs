@@ -119,7 +119,7 @@ impl<'g> Claim<'g> {
     fn turn(&self, back: &mut Vec<Answer>) {
         let mut fds = [PollFd::new(self.conn.socket(), events_of(&self.conn))];
         match poll(&mut fds, PollTimeout::try_from(TICK.as_millis()).unwrap_or(PollTimeout::MAX)) {
-            Ok(0) => self.generation.end_if_overdue(),
+            Ok(0) => {}
             Ok(_) => serve(self.generation, &self.conn, ready(&fds[0])),
             Err(Errno::EINTR) => {}
             Err(e) => {
@@ -127,6 +127,7 @@ impl<'g> Claim<'g> {
                 self.generation.fail();
             }
         }
+        self.generation.end_if_overdue();
         self.generation.collect(&self.conn, back);
     }
 }

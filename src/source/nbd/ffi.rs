@@ -72,9 +72,46 @@ impl Retired {
 #[derive(Debug)]
 struct Ticket {
     op: Option<Box<Op>>,
-    /// Bytes that a read of several chunks has not been given yet.
-    missing: usize,
+    /// What a read that comes in chunks has been given.
+    chunks: Option<Chunks>,
     retired: Arc<Retired>,
+}
+
+/// The parts of an answer, which the library does not compare with what was asked for.
+#[derive(Debug)]
+struct Chunks {
+    /// From there on nothing has come yet, but for what is in `beyond`.
+    next: u64,
+    end: u64,
+    /// Where parts that came out of order begin and end.
+    beyond: Vec<(u64, u64)>,
+}
+
+impl Chunks {
+    /// None yet, of a range.
+    fn of(offset: u64, len: u64) -> Self {
+        Self { next: offset, end: offset + len, beyond: Vec::new() }
+    }
+
+    fn add(&mut self, offset: u64, count: u64) {
+        if offset == self.next {
+            self.next += count;
+        } else if self.beyond.len() < MAX_EXTENTS {
+            self.beyond.push((offset, offset + count));
+        }
+    }
+
+    /// Whether each byte came, and came once.
+    fn are_all(&mut self) -> bool {
+        self.beyond.sort_unstable();
+        for (start, end) in self.beyond.drain(..) {
+            if start != self.next {
+                return false;
+            }
+            self.next = end;
+        }
+        self.next == self.end
+    }
 }
 
 impl Ticket {
@@ -435,8 +472,8 @@ impl Handle {
             return retired.push(op, Some(libc::EINVAL));
         }
         let chunked = structured && kind == Kind::Read;
-        let missing = if chunked { count } else { 0 };
-        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), missing, retired: Arc::clone(retired) }));
+        let chunks = chunked.then(|| Chunks::of(offset, len));
+        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), chunks, retired: Arc::clone(retired) }));
         let completion = sys::nbd_completion_callback {
             callback: Some(on_completion),
             user_data: ticket.cast(),
@@ -534,4 +571,23 @@ fn owned(raw: *mut c_char) -> CString {
     // SAFETY: it was allocated by the library with malloc, for us; free takes a null pointer.
     unsafe { libc::free(raw.cast()) };
     copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_in_any_order_are_all_where_each_byte_came_once() {
+        let whole = |parts: &[(u64, u64)]| {
+            let mut chunks = Chunks::of(100, 50);
+            parts.iter().for_each(|(offset, count)| chunks.add(*offset, *count));
+            chunks.are_all()
+        };
+        assert!(whole(&[(100, 50)]) && whole(&[(100, 20), (120, 30)]));
+        assert!(whole(&[(120, 10), (130, 20), (100, 20)]));
+        for wrong in [&[(100, 49)][..], &[(100, 25), (100, 25)], &[(110, 40)], &[(100, 30), (120, 20)], &[]] {
+            assert!(!whole(wrong), "{wrong:?}");
+        }
+    }
 }

@@ -237,9 +237,19 @@ impl Generation {
         }
     }
 
-    /// Whether any command was answered.
+    /// Whether any command was answered, otherwise than by a loss of the connection.
     pub(super) fn has_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Takes no notice of the answers so far.
+    pub(super) fn forget_answers(&self) {
+        self.answered.store(false, Ordering::Relaxed);
+    }
+
+    /// Since when it is there.
+    pub(super) fn age(&self) -> Duration {
+        self.born.elapsed()
     }
 
     /// Says goodbye to the server on all connections.
@@ -454,10 +464,11 @@ impl Generation {
         conn.retired.take(back);
         for (op, error) in &mut back[before..] {
             self.came_back(op, Some(conn));
+            let is_answer = !matches!(*error, Some(UNSENT | libc::ENOTCONN | libc::ESHUTDOWN));
             if *error == Some(UNSENT) {
                 *error = Some(if conn.handle.is_over() { libc::ENOTCONN } else { libc::EINVAL });
             }
-            if *error != Some(libc::ENOTCONN) && !self.has_answered() {
+            if is_answer && !self.has_answered() {
                 self.answered.store(true, Ordering::Relaxed);
             }
             if let (None, true, Some(sent)) = (error, op.is_small(), op.sent) {

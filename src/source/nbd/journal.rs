@@ -14,6 +14,8 @@
 
 use std::collections::VecDeque;
 
+use libnbd_sys::LIBNBD_CMD_FLAG_FAST_ZERO;
+
 use super::op::{Kind, Op};
 use super::pool::{Buffer, Pool};
 use crate::error::Error;
@@ -48,6 +50,15 @@ impl Entry {
     }
 }
 
+/// What a flush covers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// Changes with a lower number.
+    number: u64,
+    /// How often something had been forgotten when it was sent.
+    forgotten: u64,
+}
+
 /// The changes since the last flush; see the module.
 #[derive(Default)]
 pub(super) struct Journal {
@@ -58,8 +69,8 @@ pub(super) struct Journal {
     replaying: bool,
     /// A flush that nobody ordered is under way.
     flushing: bool,
-    /// Another one was answered meanwhile, and what it covered forgotten.
-    overtaken: bool,
+    /// How often a flush has made it forget something.
+    forgotten: u64,
     lost: Option<Error>,
 }
 
@@ -78,16 +89,19 @@ impl Journal {
     pub(super) fn add(&mut self, op: &mut Op) {
         let number = self.next;
         self.next += 1;
-        let entry = Entry { number, kind: op.kind, offset: op.offset, len: op.len, buf: op.buf.take() };
+        let kind = match op.kind {
+            // The next time it may be slow.
+            Kind::Zero { flags } => Kind::Zero { flags: flags & !LIBNBD_CMD_FLAG_FAST_ZERO },
+            kind => kind,
+        };
+        let entry = Entry { number, kind, offset: op.offset, len: op.len, buf: op.buf.take() };
         self.bytes += entry.cost();
         self.entries.push_back(entry);
     }
 
     /// Whether a flush has to be made now that nobody asked for; says so once, until [`Self::flush_ended`].
     pub(super) fn wants_flush(&mut self) -> bool {
-        let wanted = self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true);
-        self.overtaken &= !wanted;
-        wanted
+        self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true)
     }
 
     /// That flush is over, however it ended.
@@ -95,9 +109,9 @@ impl Journal {
         self.flushing = false;
     }
 
-    /// The number that a flush covers which is sent now.
-    pub(super) fn mark(&self) -> u64 {
-        self.next
+    /// What a flush covers which is sent now.
+    pub(super) fn mark(&self) -> Mark {
+        Mark { number: self.next, forgotten: self.forgotten }
     }
 
     /// Whether a further change has to wait.
@@ -106,14 +120,15 @@ impl Journal {
     }
 
     /// A flush was answered that was sent at `mark`.
-    pub(super) fn flushed(&mut self, mark: u64, pool: &Pool) {
-        while self.entries.front().is_some_and(|e| e.number < mark) {
+    pub(super) fn flushed(&mut self, mark: Mark, pool: &Pool) {
+        let before = self.entries.len();
+        while self.entries.front().is_some_and(|e| e.number < mark.number) {
             if let Some(entry) = self.entries.pop_front() {
                 self.bytes -= entry.cost();
                 pool.give(entry.buf);
-                self.overtaken = true;
             }
         }
+        self.forgotten += u64::from(self.entries.len() < before);
     }
 
     /// Takes everything out, to send it again; what is not lost comes back by [`Self::add`], up to [`Self::restore`].
@@ -140,13 +155,13 @@ impl Journal {
         self.lost.get_or_insert(error);
     }
 
-    /// The server has refused a flush. Where more is kept than can be for long, all is forgotten, and lost. So it is where
-    /// nobody is told this failure (`unasked`) and what it was to cover was forgotten: a server tells of what it could not
-    /// store once, and the flush that was answered meanwhile may not have been the one to be told.
-    pub(super) fn flush_failed(&mut self, error: &Error, unasked: bool, pool: &Pool) {
-        if self.bytes > SOFT || (unasked && self.overtaken) {
+    /// The server has refused a flush that was sent at `mark`. Where more is kept than can be for long, all is forgotten,
+    /// and lost. So it is where another flush was answered meanwhile and what it covered forgotten: a server tells once of
+    /// what it could not store, and it may not be the other flush that was told.
+    pub(super) fn flush_failed(&mut self, error: &Error, mark: Mark, pool: &Pool) {
+        if self.bytes > SOFT || self.forgotten != mark.forgotten {
             self.lose(error.clone().within("too many writes were not made durable"));
-            self.flushed(self.next, pool);
+            self.flushed(self.mark(), pool);
         }
     }
 
@@ -217,23 +232,32 @@ mod tests {
         assert_eq!(asked, 1);
         assert!(journal.bytes < HARD + (2 << 20));
         let e = Error::corrupt("no");
-        journal.flush_failed(&e, true, &pool);
+        journal.flush_failed(&e, journal.mark(), &pool);
         assert!(journal.is_empty() && journal.lost().is_some());
     }
 
     #[test]
-    fn regression_a_failed_flush_that_nobody_asked_for_is_told_where_another_has_forgotten_the_writes() {
+    fn regression_a_failed_flush_is_the_loss_of_what_another_one_has_made_it_forget() {
         for overtaken in [false, true] {
             let (pool, mut journal) = (Pool::default(), Journal::default());
-            while !journal.answered(&mut write(&pool, 0, 1 << 20)) {}
+            journal.add(&mut write(&pool, 0, 512));
+            let (failing, other) = (journal.mark(), journal.mark());
             if overtaken {
-                journal.flushed(journal.mark(), &pool);
-            } else {
-                journal.drain();
+                journal.flushed(other, &pool);
             }
-            journal.flush_failed(&Error::corrupt("no"), true, &pool);
+            journal.flush_failed(&Error::corrupt("no"), failing, &pool);
             assert_eq!(journal.lost().is_some(), overtaken);
+            assert_eq!(journal.is_empty(), overtaken);
         }
+    }
+
+    #[test]
+    fn regression_zeroes_are_not_sent_again_as_fast_or_nothing() {
+        let (pool, mut journal) = (Pool::default(), Journal::default());
+        let mut op = write(&pool, 0, 512);
+        op.kind = Kind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO | libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE };
+        journal.add(&mut op);
+        assert_eq!(journal.drain()[0].kind, Kind::Zero { flags: libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE });
     }
 
     #[test]

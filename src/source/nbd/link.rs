@@ -101,7 +101,7 @@ struct State {
 
 impl std::fmt::Debug for Journal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Journal(from {})", self.mark())
+        write!(f, "Journal({:?})", self.mark())
     }
 }
 
@@ -213,6 +213,8 @@ impl Link {
             self.map.change_begins(op.offset, op.offset + op.len);
             if self.must_wait(&op) {
                 lock(&self.state).parked.push_back(op);
+                // The manager has to end it in time, and to see to a flush that nobody else does.
+                self.wanted.notify_all();
                 // It may have become free just now.
                 self.unpark();
                 return None;
@@ -282,7 +284,7 @@ impl Link {
                     }
                     // Nobody knows what of it the server has forgotten, so all of it is sent again.
                     generation.fail();
-                    lock(&self.journal).flush_failed(&e, op.is_unasked(), &self.pool);
+                    lock(&self.journal).flush_failed(&e, op.covers, &self.pool);
                     self.finish(op, Err(e));
                     self.make_room();
                 }
@@ -352,6 +354,12 @@ impl Link {
             let full = lock(&self.journal).is_full();
             let Some(op) = (if full { None } else { state.parked.pop_front() }) else { return };
             drop(state);
+            if op.deadline <= Instant::now() {
+                // Sent now, it would end the connection at the next look, and who waited for it has gone.
+                let e = self.late(&op);
+                self.finish(op, Err(e));
+                continue;
+            }
             self.send(op);
         }
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use libnbd_sys::LIBNBD_CMD_FLAG_FUA;
 
+use super::journal::Mark;
 use super::pool::{Buffer, Place};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -79,8 +80,8 @@ pub(super) struct Op {
     pub(super) extents: Vec<(u64, u32)>,
     /// When it fails, however often it was sent.
     pub(super) deadline: Instant,
-    /// For a flush: changes with a lower number were answered when it was sent.
-    pub(super) covers: u64,
+    /// For a flush: what was answered when it was sent.
+    pub(super) covers: Mark,
     /// When it was sent last.
     pub(super) sent: Option<Instant>,
     /// `None`: nobody waits for the result.
@@ -105,7 +106,7 @@ impl Op {
             buf,
             extents: Vec::new(),
             deadline,
-            covers: 0,
+            covers: Mark::default(),
             sent: None,
             finish: Some(finish),
         })

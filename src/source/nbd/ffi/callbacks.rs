@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use libnbd_sys as sys;
 
-use super::{MAX_EXTENTS, MAX_LISTED, OptDone, Ticket, UNSENT, text};
+use super::{Chunks, MAX_EXTENTS, MAX_LISTED, OptDone, Ticket, UNSENT, text};
 
 pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
     sys::nbd_completion_callback {
@@ -67,8 +67,8 @@ pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {
 pub(super) unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
     // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
     let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
-    // The library counts only where it is asked for the end of a command later.
-    let error = if error == 0 && ticket.missing > 0 { libc::EPROTO } else { error };
+    let whole = ticket.chunks.as_mut().is_none_or(Chunks::are_all);
+    let error = if error == 0 && !whole { libc::EPROTO } else { error };
     ticket.retire((error != 0).then_some(error));
     1
 }
@@ -77,13 +77,15 @@ pub(super) unsafe extern "C" fn on_chunk(
     data: *mut c_void,
     _bytes: *const c_void,
     count: usize,
-    _offset: u64,
+    offset: u64,
     _status: c_uint,
     _error: *mut c_int,
 ) -> c_int {
     // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
     let ticket = unsafe { &mut *data.cast::<Ticket>() };
-    ticket.missing = ticket.missing.saturating_sub(count);
+    if let Some(chunks) = &mut ticket.chunks {
+        chunks.add(offset, count as u64);
+    }
     0
 }
 

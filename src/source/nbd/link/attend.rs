@@ -72,7 +72,8 @@ impl Link {
 
     /// Looks for as long as there is traffic. Whether somebody has to serve.
     fn stand_guard(&self) -> bool {
-        let (mut turns, mut idle) = (0, 0);
+        // no number of turns: at first it is not known whether somebody is at it
+        let (mut turns, mut idle) = (usize::MAX, 0);
         while let Some(generation) = self.generation().filter(|_| !self.closing.load(Ordering::SeqCst)) {
             let before = std::mem::replace(&mut turns, generation.turns());
             if before != turns {

@@ -32,8 +32,8 @@ const MAX_RETIRED: usize = 8;
 impl Link {
     /// The manager's work.
     pub(super) fn manage(&self) {
-        // whether there was a connection since the last look at how it has ended
-        let (mut failures, mut came_up) = (0, true);
+        // whether there was a connection since the last look at how it has ended; the first one was no attempt of ours
+        let (mut failures, mut came_up) = (0, false);
         loop {
             if let Some(generation) = self.generation().filter(|g| !g.is_dead()) {
                 self.widen(&generation);
@@ -44,16 +44,17 @@ impl Link {
             if std::mem::take(&mut came_up)
                 && let Some(generation) = self.generation().filter(|g| g.is_dead())
             {
-                if !generation.has_answered() {
+                let at_once = generation.age() < BACK_OFF.1;
+                if at_once && !generation.has_answered() {
                     failures += 1;
-                    let e = Error::new(
-                        ErrorKind::Os(libc::ENOTCONN),
-                        "the connection was lost before it answered anything",
-                    );
-                    self.after_failure(&e, failures);
+                    let text = "the connection was lost before it answered anything";
+                    self.after_failure(&Error::new(ErrorKind::Os(libc::ENOTCONN), text), failures);
                     continue;
                 }
                 failures = 0;
+                if at_once {
+                    self.pause(BACK_OFF.0);
+                }
             }
             match self.connect() {
                 Ok(()) => came_up = true,
@@ -76,6 +77,12 @@ impl Link {
             if !over.is_empty() {
                 drop(state);
                 self.fail_late(over);
+                state = lock(&self.state);
+            } else if state.waiting.is_empty() && !state.parked.is_empty() && lock(&self.journal).wants_flush() {
+                // The last one has come to nothing.
+                drop(state);
+                self.flush_unasked();
+                self.attend(Stay::No);
                 state = lock(&self.state);
             } else if state.waiting.is_empty() {
                 let wait = if state.parked.is_empty() { Duration::from_secs(3600) } else { BACK_OFF.1 };
@@ -175,7 +182,11 @@ impl Link {
                 self.finish(op, Err(failed));
             }
         }
-        let pause = BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1);
+        self.pause(BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1));
+    }
+
+    /// Waits, and fails what is late meanwhile.
+    fn pause(&self, pause: Duration) {
         let until = Instant::now() + pause;
         let mut state = lock(&self.state);
         while Instant::now() < until && !self.closing.load(Ordering::SeqCst) {
@@ -243,6 +254,8 @@ impl Link {
             }
         }
         lock(&self.journal).restore(rest);
+        // That it takes changes says nothing of what it does with the commands that wait.
+        generation.forget_answers();
         Ok(())
     }
 

@@ -153,6 +153,16 @@ fn regression_a_flush_waits_for_what_is_being_sent_again() {
     assert!(server.has("began-flush"));
 }
 
+/// Begins to write a MiB, and tells whether that worked.
+fn write_mib(disk: &NbdDisk, at: u64, tell: &mpsc::Sender<bool>) {
+    let tell = tell.clone();
+    let done = move |result: Result<()>| {
+        let _ = tell.send(result.is_ok());
+    };
+    disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(done));
+    disk.attend(Stay::No);
+}
+
 #[test]
 fn regression_writes_that_wait_for_room_are_not_left_waiting() {
     if !need_nbdkit() {
@@ -162,11 +172,7 @@ fn regression_writes_that_wait_for_room_are_not_left_waiting() {
     let disk = NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap();
     server.set("hold-flush");
     let (tell, told) = mpsc::channel();
-    let write = |at: u64| {
-        let tell = tell.clone();
-        disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(move |result| tell.send(result.is_ok()).unwrap()));
-        disk.attend(Stay::No);
-    };
+    let write = |at| write_mib(&disk, at, &tell);
     // more than the journal holds, of which the first flush covers the least
     (0..192).for_each(write);
     for i in 0..192 {
@@ -177,6 +183,27 @@ fn regression_writes_that_wait_for_room_are_not_left_waiting() {
     server.clear("hold-flush");
     assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
     disk.flush().unwrap();
+}
+
+#[test]
+fn regression_writes_that_wait_for_room_end_where_the_flush_hangs_and_later_ones_are_not_stuck_behind_them() {
+    if !need_nbdkit() {
+        return;
+    }
+    let server = Scripted::new(Duration::from_secs(8));
+    let disk = NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap();
+    server.set("hold-flush");
+    let (tell, told) = mpsc::channel();
+    let write = |at| write_mib(&disk, at, &tell);
+    (0..160).for_each(write);
+    for i in 0..160 {
+        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+    }
+    write(160);
+    assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it has no end");
+    server.clear("hold-flush");
+    write(161);
+    assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok(true), "nobody flushes");
 }
 
 #[test]
@@ -335,12 +362,25 @@ fn regression_a_server_that_hangs_up_at_each_command_is_not_called_without_a_pau
     assert!((2..20).contains(&calls), "{calls} connections in two seconds");
 }
 
-/// A server of today's protocol with structured replies, of whose answers to reads half is missing.
-fn halving() -> NbdConfig {
+#[test]
+fn regression_a_server_that_only_says_that_it_shuts_down_is_not_called_without_a_pause() {
+    let (config, accepted) = oldest(|mut stream, command| {
+        let reply = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, libc::ESHUTDOWN as u8], &command[8..16]].concat();
+        let _ = stream.write_all(&reply);
+    });
+    let disk = NbdDisk::connect(&config, false).unwrap();
+    assert!(disk.read_at(Lba(0), &mut [0; 512]).is_err());
+    let calls = accepted.load(Ordering::SeqCst);
+    assert!((2..20).contains(&calls), "{calls} connections in two seconds");
+}
+
+/// A server of today's protocol with structured replies, of whose answers to reads the second half is missing; or the first
+/// one comes in its place.
+fn halving(twice: bool) -> NbdConfig {
     const OPTION_REPLY: &[u8] = &0x0003_e889_0455_65a9u64.to_be_bytes();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let serve = |mut stream: TcpStream| -> std::io::Result<()> {
+    let serve = move |mut stream: TcpStream| -> std::io::Result<()> {
         stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
         stream.read_exact(&mut [0; 4])?;
         loop {
@@ -369,8 +409,11 @@ fn halving() -> NbdConfig {
             let mut command = [0; 28];
             stream.read_exact(&mut command)?;
             let len = u32::from_be_bytes(command[24..].try_into().unwrap()) / 2;
-            let head = [&[0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 1][..], &command[8..16], &(len + 8).to_be_bytes()].concat();
-            stream.write_all(&[&head[..], &command[16..24], &vec![0x77; len as usize]].concat())?;
+            for last in if twice { &[0, 1][..] } else { &[1] } {
+                let head = [0x66, 0x8e, 0x33, 0xef, 0, *last, 0, 1];
+                let head = [&head[..], &command[8..16], &(len + 8).to_be_bytes()].concat();
+                stream.write_all(&[&head[..], &command[16..24], &vec![0x77; len as usize]].concat())?;
+            }
         }
     };
     thread::spawn(move || {
@@ -385,7 +428,9 @@ fn halving() -> NbdConfig {
 
 #[test]
 fn regression_an_answer_of_which_a_part_is_missing_is_an_error() {
-    let disk = NbdDisk::connect(&halving(), false).unwrap();
-    let e = disk.read_at(Lba(0), &mut [0; 1024]).unwrap_err();
-    assert_eq!(e.kind(), ErrorKind::Os(libc::EPROTO), "{e}");
+    for twice in [false, true] {
+        let disk = NbdDisk::connect(&halving(twice), false).unwrap();
+        let e = disk.read_at(Lba(0), &mut [0; 1024]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Os(libc::EPROTO), "{e}");
+    }
 }
