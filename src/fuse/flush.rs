@@ -85,7 +85,10 @@ impl Flushes {
         while !answers.is_empty() {
             self.queue().beginning = true;
             let mut turn = Turn { flushes: Arc::clone(self), image: Arc::clone(image), answers };
-            queue.begin_flush(Box::new(move |result| turn.end(&result)));
+            let begun = || queue.begin_flush(Box::new(move |result| turn.end(&result)));
+            if catch_unwind(AssertUnwindSafe(begun)).is_err() {
+                tracing::error!("a flush was given up after a panic");
+            }
             let mut queue = self.queue();
             queue.beginning = false;
             // of one that is over already the next ones are begun here, not within each other
@@ -303,5 +306,22 @@ mod tests {
         let work = move || flush(&Arc::new(Flushes::default()), &image, 50_000, end);
         thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
         ended.try_recv().unwrap();
+    }
+
+    #[test]
+    fn regression_a_panic_while_a_flush_is_begun_is_an_error_of_that_one() {
+        let first = std::sync::atomic::AtomicBool::new(true);
+        let flush = move || {
+            assert!(!first.swap(false, std::sync::atomic::Ordering::Relaxed), "this is meant");
+            Ok(())
+        };
+        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(None).flushing(flush)), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let (answers, answered) = channel();
+        for wanted in [false, true, true] {
+            let answers = answers.clone();
+            flushes.flush(&image, &loops, Box::new(move |result| answers.send(result.is_ok()).unwrap()));
+            assert_eq!(answered.try_recv(), Ok(wanted));
+        }
     }
 }

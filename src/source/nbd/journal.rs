@@ -57,6 +57,8 @@ pub(super) struct Mark {
     number: u64,
     /// How often something had been forgotten when it was sent.
     forgotten: u64,
+    /// How often a flush had failed.
+    failed: u64,
 }
 
 /// The changes since the last flush; see the module.
@@ -71,6 +73,8 @@ pub(super) struct Journal {
     flushing: bool,
     /// How often a flush has made it forget something.
     forgotten: u64,
+    /// How often one has failed.
+    failed: u64,
     lost: Option<Error>,
 }
 
@@ -111,12 +115,18 @@ impl Journal {
 
     /// What a flush covers which is sent now.
     pub(super) fn mark(&self) -> Mark {
-        Mark { number: self.next, forgotten: self.forgotten }
+        Mark { number: self.next, forgotten: self.forgotten, failed: self.failed }
     }
 
     /// Whether a further change has to wait.
     pub(super) fn is_full(&self) -> bool {
         self.bytes > HARD
+    }
+
+    /// Whether a flush that was sent at `mark` says nothing, as another one has failed since: a server tells of what it
+    /// could not store once.
+    pub(super) fn is_void(&self, mark: Mark) -> bool {
+        self.failed != mark.failed
     }
 
     /// A flush was answered that was sent at `mark`.
@@ -159,6 +169,7 @@ impl Journal {
     /// and lost. So it is where another flush was answered meanwhile and what it covered forgotten: a server tells once of
     /// what it could not store, and it may not be the other flush that was told.
     pub(super) fn flush_failed(&mut self, error: &Error, mark: Mark, pool: &Pool) {
+        self.failed += 1;
         if self.bytes > SOFT || self.forgotten != mark.forgotten {
             self.lose(error.clone().within("too many writes were not made durable"));
             self.flushed(self.mark(), pool);
@@ -245,7 +256,9 @@ mod tests {
             if overtaken {
                 journal.flushed(other, &pool);
             }
+            assert!(!journal.is_void(other));
             journal.flush_failed(&Error::corrupt("no"), failing, &pool);
+            assert!(journal.is_void(other) && !journal.is_void(journal.mark()));
             assert_eq!(journal.lost().is_some(), overtaken);
             assert_eq!(journal.is_empty(), overtaken);
         }

@@ -30,6 +30,7 @@ mod attend;
 mod connect;
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
@@ -296,6 +297,10 @@ impl Link {
         if op.kind == Kind::Flush {
             let lost = {
                 let mut journal = lock(&self.journal);
+                if journal.is_void(op.covers) {
+                    drop(journal);
+                    return self.again(op);
+                }
                 journal.flushed(op.covers, &self.pool);
                 // maybe only after this one was sent
                 journal.lost()
@@ -329,7 +334,10 @@ impl Link {
         } else if op.is_unasked() {
             lock(&self.journal).flush_ended();
         }
-        op.finish(result);
+        // What is told a result may panic: that is its own affair, but the others want theirs.
+        if catch_unwind(AssertUnwindSafe(|| op.finish(result))).is_err() {
+            tracing::error!("the end of a command for an NBD server panicked");
+        }
     }
 
     /// Sends an operation again that a lost connection gave back.

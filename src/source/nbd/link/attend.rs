@@ -122,7 +122,7 @@ impl Link {
                 continue;
             }
             let Some(generation) = self.generation() else { continue };
-            // What is told a result may panic: that is its own affair, but the others want theirs.
+            // A flaw of ours must not end the thread that all rely on.
             let turn = || loop {
                 let why = self.drive(&generation, Leave::Hurried);
                 if why != Some(Driven::Idle) || generation.loose() == 0 {
@@ -130,7 +130,7 @@ impl Link {
                 }
             };
             if catch_unwind(AssertUnwindSafe(turn)).is_err() {
-                tracing::error!("the end of a command for an NBD server panicked");
+                tracing::error!("serving an NBD server panicked");
                 *lock(&self.kicked) = true;
             }
         }
@@ -178,7 +178,7 @@ impl Link {
                 }
             };
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                tracing::error!("the end of a command for an NBD server panicked");
+                tracing::error!("serving an NBD server panicked");
             }
         }
     }

@@ -44,15 +44,14 @@ impl Link {
             if std::mem::take(&mut came_up)
                 && let Some(generation) = self.generation().filter(|g| g.is_dead())
             {
-                let at_once = generation.age() < BACK_OFF.1;
-                if at_once && !generation.has_answered() {
+                if !generation.has_answered() {
                     failures += 1;
                     let text = "the connection was lost before it answered anything";
                     self.after_failure(&Error::new(ErrorKind::Os(libc::ENOTCONN), text), failures);
                     continue;
                 }
                 failures = 0;
-                if at_once {
+                if generation.age() < BACK_OFF.1 {
                     self.pause(BACK_OFF.0);
                 }
             }
@@ -134,7 +133,11 @@ impl Link {
         }
         if old.as_ref().is_none_or(|g| g.is_dead()) {
             let deadline = self.earliest().unwrap_or_else(|| self.deadline());
-            let closing = || self.closing.load(Ordering::SeqCst);
+            // It is asked every now and then while the connection is made.
+            let closing = || {
+                self.end_late();
+                self.closing.load(Ordering::SeqCst)
+            };
             let (handle, export) = self.dialer.open(true, deadline, &closing)?;
             export.check_same(&self.export, self.manners.writable, true)?;
             self.map.clear();
@@ -150,9 +153,7 @@ impl Link {
                 retired.push((Arc::clone(old), Instant::now() + RETIRED));
                 tracing::warn!("{}: connected again", self.dialer.label());
             }
-            if lock(&self.journal).wants_flush() {
-                self.flush_unasked();
-            }
+            self.make_room();
         }
         // A command that is late already would end the connection at the next look.
         self.end_late();
@@ -210,7 +211,10 @@ impl Link {
                 return;
             }
             let deadline = Instant::now() + self.manners.timeout.min(WIDEN);
-            let needed = || self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty();
+            let needed = || {
+                self.end_late();
+                self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty()
+            };
             let added = self.dialer.open(false, deadline, &needed).and_then(|(handle, export)| {
                 export.check_same(&self.export, self.manners.writable, false)?;
                 generation.add(handle)

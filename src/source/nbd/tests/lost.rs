@@ -325,6 +325,22 @@ fn regression_the_end_of_an_export_that_is_no_multiple_of_its_blocks_can_be_read
     assert!(tail[10_000 - 8192..].iter().all(|b| *b == 0));
 }
 
+#[test]
+fn regression_a_result_whose_taker_panics_harms_no_other() {
+    if !need_nbdkit() {
+        return;
+    }
+    let disk = open(&["memory", "1M"]);
+    for _ in 0..3 {
+        disk.begin_read(Lba(0), 1, Box::new(|_| panic!("this is meant")));
+        disk.write_at(Lba(1), &[3; 512]).unwrap();
+        disk.flush().unwrap();
+    }
+    let mut back = [0; 512];
+    disk.read_at(Lba(1), &mut back).unwrap();
+    assert!(back == [3; 512]);
+}
+
 /// A server of the protocol's oldest variant, with an export of 1 MiB; what it does at the first command, and how often somebody
 /// connected.
 fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) {
