@@ -77,6 +77,9 @@ impl Running {
     /// Waits for its end, and tells how it ended.
     pub fn result(self) -> Result<()> {
         match self.thread.join() {
+            // Like ENODEV, which fuser takes for the end: the kernel has ended the connection, now and then with this error
+            // where the last user of a detached mount has gone. Who cares whether it was an abort looks at the mount.
+            Ok(Err(e)) if e.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
             Ok(result) => result.map_err(|e| Error::io("session", e)),
             Err(_) => Err(Error::new(ErrorKind::Os(libc::EIO), "the thread of the session panicked")),
         }
