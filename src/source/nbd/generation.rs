@@ -45,6 +45,11 @@ const NEAR_US: u64 = 500;
 /// An operation that came back, and what it failed with.
 pub(super) type Answer = (Box<Op>, Option<i32>);
 
+/// Whether that is no answer, but the end of the connection: the command has to be sent again on another one.
+pub(super) fn is_loss(errno: i32) -> bool {
+    matches!(errno, libc::ENOTCONN | libc::ESHUTDOWN)
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Conn {
@@ -464,7 +469,7 @@ impl Generation {
         conn.retired.take(back);
         for (op, error) in &mut back[before..] {
             self.came_back(op, Some(conn));
-            let is_answer = !matches!(*error, Some(UNSENT | libc::ENOTCONN | libc::ESHUTDOWN));
+            let is_answer = error.is_none_or(|errno| errno != UNSENT && !is_loss(errno));
             if *error == Some(UNSENT) {
                 *error = Some(if conn.handle.is_over() { libc::ENOTCONN } else { libc::EINVAL });
             }

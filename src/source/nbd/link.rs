@@ -40,7 +40,7 @@ use super::carry::{Carriers, Load};
 use super::dial::Dialer;
 use super::export::Export;
 use super::ffi::Handle;
-use super::generation::{Answer, Generation};
+use super::generation::{Answer, Generation, is_loss};
 use super::journal::Journal;
 use super::map::Map;
 use super::op::{Kind, Op};
@@ -225,7 +225,7 @@ impl Link {
             let journal = lock(&self.journal);
             if let Some(e) = journal.lost() {
                 drop(journal);
-                op.finish(Err(e));
+                self.finish(op, Err(e));
                 return None;
             }
             op.covers = journal.mark();
@@ -273,7 +273,7 @@ impl Link {
         for (op, error) in back.drain(..) {
             match error {
                 None => self.succeeded(op),
-                Some(libc::ENOTCONN | libc::ESHUTDOWN) => {
+                Some(errno) if is_loss(errno) => {
                     generation.fail();
                     self.again(op);
                 }

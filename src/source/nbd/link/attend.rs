@@ -157,25 +157,19 @@ impl Link {
         while let Some(load) = self.carriers.next() {
             let work = || {
                 let generation = self.generation();
-                let mut left = false;
                 let claim = generation.as_ref().and_then(|g| g.claim().map(|claim| (g, claim)));
                 for op in load {
                     match &claim {
                         Some((generation, claim)) if !generation.is_dead() && op.deadline > Instant::now() => {
                             claim.run(op, |back| self.told(generation, back));
                         }
-                        _ if op.deadline > Instant::now() => {
-                            self.send(op);
-                            left = true;
-                        }
+                        _ if op.deadline > Instant::now() => self.send(op),
                         _ => self.again(op),
                     }
                 }
                 drop(claim);
-                // Also what others have sent on that connection just before it was taken.
-                if left || generation.as_ref().is_some_and(|g| g.loose() > 0) {
-                    self.attend(Stay::No);
-                }
+                // Also for what others have sent on that connection just before it was taken.
+                self.attend(Stay::No);
             };
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
                 tracing::error!("serving an NBD server panicked");

@@ -10,7 +10,7 @@ use super::{Link, State, lock};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::nbd::drive::Leave;
-use crate::source::nbd::generation::{Answer, Generation, TICK};
+use crate::source::nbd::generation::{Answer, Generation, TICK, is_loss};
 use crate::source::nbd::journal::{Entry, Journal};
 use crate::source::nbd::op::{Kind, Op};
 
@@ -238,7 +238,6 @@ impl Link {
         }
         tracing::info!("{}: {} unflushed changes are sent again", self.dialer.label(), rest.len());
         while !rest.is_empty() {
-            self.end_late();
             let mut batch: Vec<Entry> = Vec::new();
             while batch.len() < REPLAY
                 && let Some(next) = rest.pop_front()
@@ -291,7 +290,7 @@ impl Link {
         for (mut op, error) in answers {
             match error {
                 None => journal.add(&mut op),
-                Some(libc::ENOTCONN | libc::ESHUTDOWN) => unsent.push(op),
+                Some(errno) if is_loss(errno) => unsent.push(op),
                 Some(errno) => {
                     let e = op.refused(errno).within(format!("{}: a write that was lost", self.dialer.label()));
                     tracing::error!("{e}");

@@ -153,14 +153,29 @@ fn regression_a_flush_waits_for_what_is_being_sent_again() {
     assert!(server.has("began-flush"));
 }
 
-/// Begins to write a MiB, and tells whether that worked.
-fn write_mib(disk: &NbdDisk, at: u64, tell: &mpsc::Sender<bool>) {
-    let tell = tell.clone();
-    let done = move |result: Result<()>| {
-        let _ = tell.send(result.is_ok());
+/// A disk with more unflushed MiB than the journal holds, of which the first flush covers the least and hangs; what begins to
+/// write another one, and what the further writes tell.
+fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>) {
+    let disk = Arc::new(NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap());
+    server.set("hold-flush");
+    let (tell, told) = mpsc::channel();
+    let write = {
+        let disk = Arc::clone(&disk);
+        move |at: u64| {
+            let tell = tell.clone();
+            let done = move |result: Result<()>| {
+                let _ = tell.send(result.is_ok());
+            };
+            disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(done));
+            disk.attend(Stay::No);
+        }
     };
-    disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(done));
-    disk.attend(Stay::No);
+    (0..192).for_each(&write);
+    for i in 0..192 {
+        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+    }
+    write(192);
+    (disk, write, told)
 }
 
 #[test]
@@ -169,16 +184,7 @@ fn regression_writes_that_wait_for_room_are_not_left_waiting() {
         return;
     }
     let server = Scripted::new(Duration::from_secs(15));
-    let disk = NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap();
-    server.set("hold-flush");
-    let (tell, told) = mpsc::channel();
-    let write = |at| write_mib(&disk, at, &tell);
-    // more than the journal holds, of which the first flush covers the least
-    (0..192).for_each(write);
-    for i in 0..192 {
-        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
-    }
-    write(192);
+    let (disk, _, told) = full(&server);
     assert!(told.recv_timeout(Duration::from_millis(300)).is_err(), "there is no room");
     server.clear("hold-flush");
     assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
@@ -191,18 +197,10 @@ fn regression_writes_that_wait_for_room_end_where_the_flush_hangs_and_later_ones
         return;
     }
     let server = Scripted::new(Duration::from_secs(8));
-    let disk = NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap();
-    server.set("hold-flush");
-    let (tell, told) = mpsc::channel();
-    let write = |at| write_mib(&disk, at, &tell);
-    (0..160).for_each(write);
-    for i in 0..160 {
-        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
-    }
-    write(160);
+    let (_disk, write, told) = full(&server);
     assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it has no end");
     server.clear("hold-flush");
-    write(161);
+    write(193);
     assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok(true), "nobody flushes");
 }
 
