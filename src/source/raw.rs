@@ -11,11 +11,11 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
-use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, StoredWrite};
+use crate::error::{Error, Result};
+use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 
 /// A raw image; see the module.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub struct RawDisk {
     /// How many changes are durable. Held during a sync, so that of several flushes one does the work.
     synced: Mutex<u64>,
     /// Why nothing is known to be durable any more.
-    failed: OnceLock<Error>,
+    latch: WriteLatch,
 }
 
 impl RawDisk {
@@ -51,7 +51,7 @@ impl RawDisk {
             written: AtomicU64::new(0),
             behind: AtomicBool::new(false),
             synced: Mutex::new(0),
-            failed: OnceLock::new(),
+            latch: WriteLatch::default(),
         })
     }
 
@@ -61,32 +61,19 @@ impl RawDisk {
 
     /// The file's writing half, if nothing speaks against a write of bytes up to `end`.
     fn target(&self, end: u64) -> Result<&dyn StoredWrite> {
-        let file = self.writable()?;
-        if let Some(failed) = self.failed.get() {
-            return Err(failed.clone().within("nothing more is written after an error that may have lost data"));
-        }
-        self.check_uncut(file)?;
+        self.latch.check()?;
+        let file = self.uncut()?;
         if end > self.len() {
             self.grow(file)?;
         }
         Ok(file)
     }
 
-    /// Written past its end, a file that somebody cut would seem whole and hold zeroes. An error is kept.
-    fn check_uncut(&self, file: &dyn StoredWrite) -> Result<()> {
+    /// Written past its end, a file that somebody cut would seem whole and hold zeroes.
+    fn uncut(&self) -> Result<&dyn StoredWrite> {
         // before the file's length: that may only grow meanwhile
         let known = self.len();
-        let now = file.len_now()?;
-        if now >= known {
-            return Ok(());
-        }
-        let text = format!("{}: the file was cut from {known} to {now} bytes", self.file.label());
-        Err(self.failed.get_or_init(|| Error::corrupt(text)).clone())
-    }
-
-    fn writable(&self) -> Result<&dyn StoredWrite> {
-        let refusal = || Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", self.file.label()));
-        self.file.writer().ok_or_else(refusal)
+        self.latch.uncut(&*self.file, known)
     }
 
     /// Makes room for the rest of the last sector.
@@ -169,20 +156,16 @@ impl BlockWrite for RawDisk {
     }
 
     fn flush(&self) -> Result<()> {
-        let file = self.writable()?;
+        writer(&*self.file)?;
         let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(failed) = self.failed.get() {
-            return Err(failed.clone());
-        }
+        self.latch.check()?;
         let written = self.written.load(Ordering::Acquire);
         if *synced == written && !self.behind.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.check_uncut(file)?;
-        match file.sync() {
-            Ok(()) => *synced = written,
-            Err(e) => return Err(self.failed.get_or_init(|| e).clone()),
-        }
+        self.uncut()?;
+        self.latch.sync(&*self.file)?;
+        *synced = written;
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 mod lck;
 mod local;
@@ -23,10 +23,12 @@ mod lock;
 mod name;
 #[cfg(test)]
 pub(crate) mod watched;
+mod write_latch;
 
 pub use local::{LocalStore, make_user_path, open_user_path, unnamed};
 pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
+pub(crate) use write_latch::WriteLatch;
 
 /// What the files of an image may be, and what is done with each when it is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,4 +161,10 @@ pub trait StoredWrite: StoredFile {
     /// Makes everything written before durable, the length included. An error is final: what it was about may be lost
     /// although a later call succeeds.
     fn sync(&self) -> Result<()>;
+}
+
+/// The writing half of a file. Errors: `ReadOnly` where it has none.
+pub(crate) fn writer(file: &dyn StoredFile) -> Result<&dyn StoredWrite> {
+    let refusal = || Error::new(ErrorKind::ReadOnly, format!("{}: the file is not opened for writing", file.label()));
+    file.writer().ok_or_else(refusal)
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use crate::block::{BlockWrite, MAX_SECTORS, SECTOR};
 use crate::config::{AdapterType, CreateType};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{ExtentName, Identity, Store, StoredFile, StoredWrite};
+use crate::store::{ExtentName, Identity, Store, StoredFile, writer};
 use crate::vmdk::descriptor::{ExtentAccess, ExtentKind};
 use crate::vmdk::header::KDMV_MAGIC;
 use crate::vmdk::stream::StreamDisk;
@@ -303,11 +303,6 @@ fn check_size(sectors: u64) -> Result<()> {
         return Ok(());
     }
     Err(usage(format!("a disk of {sectors} sectors, expected 1 to {MAX_SECTORS}")))
-}
-
-/// The writing half of a file that was just made.
-pub(super) fn writer(file: &dyn StoredFile) -> Result<&dyn StoredWrite> {
-    file.writer().ok_or_else(|| Error::new(ErrorKind::ReadOnly, format!("{}: is not open for writing", file.label())))
 }
 
 fn usage(why: String) -> Error {

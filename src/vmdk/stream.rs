@@ -25,8 +25,8 @@ use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::StoredFile;
-use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS, writer};
+use crate::store::{StoredFile, writer};
+use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
 
 /// Sectors of a grain; every program writes streams with it.

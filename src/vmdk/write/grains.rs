@@ -15,12 +15,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranges::{Mode, Ranges};
-use crate::store::{StoredFile, StoredWrite};
+use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::extent::{Run, SparseExtent};
 use crate::vmdk::header::UNCLEAN_AT;
 use crate::vmdk::sparse::HostedTables;
 use crate::vmdk::tables::{Shape, Slot};
-use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::{LiveTable, LiveTables};
 
 mod entries;
@@ -61,7 +60,7 @@ pub(super) struct GrainWriter {
     /// Written to since the last sync.
     dirty: AtomicBool,
     /// Shared by all files of the disk.
-    failure: Arc<Failure>,
+    latch: Arc<WriteLatch>,
     /// Shared by all extents of the disk.
     backlog: Arc<Backlog>,
 }
@@ -72,14 +71,14 @@ impl GrainWriter {
         sparse: &SparseExtent,
         layout: Arc<HostedTables>,
         unclean: bool,
-        (failure, backlog): (Arc<Failure>, Arc<Backlog>),
+        (latch, backlog): (Arc<WriteLatch>, Arc<Backlog>),
     ) -> Result<Self> {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
         };
         let shape = sparse.shape();
         let file = Arc::clone(&sparse.file);
-        let room = Room::new(Arc::clone(&file), Arc::clone(&layout), shape.grain, Arc::clone(&failure))?;
+        let room = Room::new(Arc::clone(&file), Arc::clone(&layout), shape.grain, Arc::clone(&latch))?;
         Ok(Self {
             file,
             layout,
@@ -92,7 +91,7 @@ impl GrainWriter {
             marking: Mutex::default(),
             // a process before this one may have ended without
             dirty: AtomicBool::new(true),
-            failure,
+            latch,
             backlog,
         })
     }
@@ -249,7 +248,7 @@ impl GrainWriter {
         let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.marked.load(Ordering::Acquire) {
             self.room.uncut()?.write_all_at(UNCLEAN_AT, &[1])?;
-            self.failure.sync(&*self.file)?;
+            self.latch.sync(&*self.file)?;
             self.marked.store(true, Ordering::Release);
         }
         Ok(())
@@ -276,7 +275,7 @@ impl GrainWriter {
             return Ok(());
         }
         self.room.uncut()?;
-        if self.dirty.swap(false, Ordering::AcqRel) { self.failure.sync(&*self.file) } else { Ok(()) }
+        if self.dirty.swap(false, Ordering::AcqRel) { self.latch.sync(&*self.file) } else { Ok(()) }
     }
 
     /// For what was taken just now: to take it asked whether the file was cut.
@@ -298,12 +297,6 @@ struct NewGrains {
     /// Where the first grain is in the file, and how many follow each other.
     place: u64,
     count: u64,
-}
-
-/// The writing half of a file.
-pub(super) fn writer(file: &dyn StoredFile) -> Result<&dyn StoredWrite> {
-    file.writer()
-        .ok_or_else(|| Error::new(ErrorKind::ReadOnly, format!("{}: the file is not opened for writing", file.label())))
 }
 
 /// The first `sectors` of `buf`.

@@ -9,11 +9,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::store::StoredFile;
+use crate::store::{StoredFile, WriteLatch, writer};
 use crate::vmdk::descriptor;
 use crate::vmdk::open::Link;
-use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::writer;
 
 /// CIDs with a meaning of their own: of a fresh disk, and none.
 const RESERVED: [u32; 2] = [0xffff_fffe, 0xffff_ffff];
@@ -47,19 +45,19 @@ impl DescriptorWriter {
     }
 
     /// Writes a CID that was drawn, durably.
-    pub(super) fn write_cid(&self, cid: u32, failure: &Failure) -> Result<()> {
+    pub(super) fn write_cid(&self, cid: u32, latch: &WriteLatch) -> Result<()> {
         let writer = writer(&*self.file)?;
         for range in &self.digits {
             let len = (range.end - range.start) as usize;
             writer.write_all_at(range.start, format!("{cid:0len$x}").as_bytes())?;
         }
-        failure.sync(&*self.file).map_err(|e| e.within(format!("{}: new CID", self.file.label())))
+        latch.sync(&*self.file).map_err(|e| e.within(format!("{}: new CID", self.file.label())))
     }
 
     /// Writes another value of the same length where a setting has one, durably.
     ///
     /// Errors: `Unsupported` where there is no such setting, or one of another length.
-    pub(super) fn replace(&self, key: &str, value: &str, failure: &Failure) -> Result<()> {
+    pub(super) fn replace(&self, key: &str, value: &str, latch: &WriteLatch) -> Result<()> {
         let text = read(&*self.file, &self.text)?;
         let spans = descriptor::value_spans(&text, key);
         if spans.is_empty() || spans.iter().any(|span| span.len() != value.len()) {
@@ -70,7 +68,7 @@ impl DescriptorWriter {
         for span in spans {
             writer.write_all_at(self.text.start + span.start as u64, value.as_bytes())?;
         }
-        failure.sync(&*self.file).map_err(|e| e.within(format!("{}: {key}", self.file.label())))
+        latch.sync(&*self.file).map_err(|e| e.within(format!("{}: {key}", self.file.label())))
     }
 }
 

@@ -19,17 +19,15 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, StoredWrite};
+use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::disk::{VmdkDisk, file_of};
 use crate::vmdk::extent::{Extent, Packing};
 use crate::vmdk::open::{Link, PlacedExtent};
-use crate::vmdk::write::failure::Failure;
-use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter, writer};
+use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter};
 use crate::vmdk::write::identity::DescriptorWriter;
 
 mod children;
-mod failure;
 mod grains;
 mod identity;
 pub(super) mod live;
@@ -52,7 +50,7 @@ pub(crate) struct Writer {
     /// Somebody writes to the files without us: a flush has to sync them whatever we know.
     behind_us: AtomicBool,
     /// Taken note of by whoever syncs.
-    failure: Arc<Failure>,
+    latch: Arc<WriteLatch>,
     backlog: Arc<Backlog>,
     /// Shared by writes; `close` has it alone.
     gate: RwLock<()>,
@@ -81,14 +79,14 @@ impl Writer {
         refuse_shared_room(link)?;
         refuse_large_directories(link)?;
         repair::make_sound(link)?;
-        let (failure, backlog) = (Arc::<Failure>::default(), Arc::<Backlog>::default());
+        let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, (Arc::clone(&failure), Arc::clone(&backlog)))?);
+            extents.push(extent_writer(placed, (Arc::clone(&latch), Arc::clone(&backlog)))?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
-            failure,
+            latch,
             backlog,
             extents,
             begun: AtomicBool::new(false),
@@ -103,7 +101,7 @@ impl Writer {
     /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
     /// which was drawn before; `None`: any.
     fn begin(&self, cid: Option<u32>) -> Result<()> {
-        self.failure.check()?;
+        self.latch.check()?;
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -111,7 +109,7 @@ impl Writer {
         if !self.begun.load(Ordering::Acquire) {
             let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
             if let Some(cid) = cid {
-                self.descriptor.write_cid(cid, &self.failure)?;
+                self.descriptor.write_cid(cid, &self.latch)?;
             }
             self.begun.store(true, Ordering::Release);
         }
@@ -164,8 +162,8 @@ impl Writer {
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
                     if dirty.swap(false, Ordering::AcqRel) || behind_us =>
                 {
-                    self.failure.uncut(&**file, file.len())?;
-                    self.failure.sync(&**file)?;
+                    self.latch.uncut(&**file, file.len())?;
+                    self.latch.sync(&**file)?;
                 }
                 _ => {}
             }
@@ -228,8 +226,8 @@ impl VmdkDisk {
     /// Errors: `Unsupported` where there is no such setting, or one of another length.
     pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
         let (writer, _) = self.writing()?;
-        writer.failure.check()?;
-        writer.descriptor.replace(key, value, &writer.failure)
+        writer.latch.check()?;
+        writer.descriptor.replace(key, value, &writer.latch)
     }
 
     /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
@@ -281,7 +279,7 @@ impl VmdkDisk {
     /// The writing half of a flat extent's file. Behind the end of one that somebody has cut nothing is written: it would
     /// be as long as before, and hold zeroes.
     fn flat<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
-        self.writing()?.0.failure.uncut(&**file, file.len())
+        self.writing()?.0.latch.uncut(&**file, file.len())
     }
 
     fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
@@ -332,7 +330,7 @@ impl BlockWrite for VmdkDisk {
         // a flush that is begun after this covers what this one is asked for
         let before = writer.started.load(Ordering::Acquire);
         let mut last = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.failure.check()?;
+        writer.latch.check()?;
         if *last > before {
             return Ok(());
         }
@@ -475,7 +473,7 @@ const ZERO_AT_ONCE: u64 = 1 << 21;
 /// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
 const MIN_GRAIN: u64 = 8;
 
-fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<Failure>, Arc<Backlog>)) -> Result<ExtentWriter> {
+fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }

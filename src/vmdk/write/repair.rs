@@ -10,13 +10,13 @@
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::writer;
 use crate::vmdk::check::{CheckReport, check_link};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::extent::{Extent, SparseExtent};
 use crate::vmdk::open::Link;
 use crate::vmdk::sparse::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, Layout, Slot};
-use crate::vmdk::write::grains::writer;
 
 /// Checks all tables of the link, and repairs extents that were not closed.
 ///

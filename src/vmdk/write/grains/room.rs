@@ -12,13 +12,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::writer;
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, StoredWrite};
+use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::sparse::HostedTables;
 use crate::vmdk::tables::Layout;
-use crate::vmdk::write::failure::Failure;
 use crate::vmdk::write::live::Places;
 
 /// The file grows by at least this many sectors at once, and by at most [`GROW_MAX`]: the room is a hole, and what is
@@ -40,7 +38,7 @@ pub(super) struct Room {
     /// Bytes that the file has at least, unless somebody else has cut it. What was taken lies within.
     known: AtomicU64,
     /// Shared by all files of the disk.
-    failure: Arc<Failure>,
+    latch: Arc<WriteLatch>,
 }
 
 /// What of the file is taken.
@@ -62,13 +60,13 @@ impl Room {
         file: Arc<dyn StoredFile>,
         layout: Arc<HostedTables>,
         grain: u64,
-        failure: Arc<Failure>,
+        latch: Arc<WriteLatch>,
     ) -> Result<Self> {
         let known = writer(&*file)?.len_now()?;
         let len = known.div_ceil(SECTOR);
         let next = len.max(layout.data_start()).next_multiple_of(grain);
         let space = Mutex::new(Space { next, len, spare: Vec::new(), tables: 0..0 });
-        Ok(Self { file, layout, grain, space, known: known.into(), failure })
+        Ok(Self { file, layout, grain, space, known: known.into(), latch })
     }
 
     /// Room for `count` grains, in the file and all zeroes.
@@ -153,7 +151,7 @@ impl Room {
     pub(super) fn uncut(&self) -> Result<&dyn StoredWrite> {
         // before the file's length: that may only grow meanwhile
         let known = self.known.load(Ordering::Acquire);
-        self.failure.uncut(&*self.file, known)
+        self.latch.uncut(&*self.file, known)
     }
 
     fn space(&self) -> MutexGuard<'_, Space> {

@@ -6,23 +6,22 @@
 
 use std::sync::OnceLock;
 
+use super::{StoredFile, StoredWrite, writer};
 use crate::error::{Error, Result};
-use crate::store::{StoredFile, StoredWrite};
-use crate::vmdk::write::grains::writer;
 
 /// Why nothing more is written to a disk.
 #[derive(Debug, Default)]
-pub(super) struct Failure(OnceLock<Error>);
+pub(crate) struct WriteLatch(OnceLock<Error>);
 
-impl Failure {
+impl WriteLatch {
     /// Syncs `file`. An error is kept, and is the answer to every later [`check`](Self::check).
-    pub(super) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
+    pub(crate) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
         self.check()?;
         writer(file)?.sync().map_err(|e| self.keep(e))
     }
 
     /// The writing half of `file`, which had `known` bytes or more. An error is kept: somebody else has cut it.
-    pub(super) fn uncut<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
+    pub(crate) fn uncut<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
         let writer = writer(file)?;
         let len = writer.len_now()?;
         if len >= known {
@@ -34,14 +33,14 @@ impl Failure {
     }
 
     /// Keeps `e`, the first one for all that come later, and answers it.
-    pub(super) fn keep(&self, e: Error) -> Error {
+    pub(crate) fn keep(&self, e: Error) -> Error {
         tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
         self.0.get_or_init(|| e.clone());
         e
     }
 
     /// Errors: something was kept.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match self.0.get() {
             Some(e) => Err(e.clone().within("nothing more is written after an error that may have lost data")),
             None => Ok(()),
