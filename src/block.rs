@@ -1,6 +1,6 @@
 //! A disk as sectors: the trait that every source and layer has, and its units.
 //!
-//! Above [`crate::image::Image`] everything counts bytes, below it sectors of 512 bytes. [`Lba`] keeps the
+//! Above [`crate::volume::Image`] everything counts bytes, below it sectors of 512 bytes. [`Lba`] keeps the
 //! two apart. The traits are synchronous on purpose: FUSE threads block anyway, a layer costs some ten
 //! nanoseconds, a hop to another thread some ten microseconds.
 
@@ -110,7 +110,7 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
 
     /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
     /// read it without us, and write it where there is a [`writer`](Self::writer) (after
-    /// [`begin`](BlockWrite::begin)).
+    /// [`prepare_external_write`](BlockWrite::begin)).
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -155,7 +155,7 @@ pub enum RunPlace {
 pub trait BlockWrite: BlockRead {
     /// Does what has to be durable before the first change of content: a new CID, the mark of an image in use. Every
     /// other call does it by itself; who changes the content behind our back (a backing file) calls it before.
-    fn begin(&self) -> Result<()>;
+    fn prepare_external_write(&self) -> Result<()>;
 
     /// Writes `buf` from sector `at` on; whole sectors, whole granules, and within the disk. Readers see it at once.
     ///
@@ -171,49 +171,49 @@ pub trait BlockWrite: BlockRead {
 
     /// Whether something that was written is only in the memory of this process yet, and would be lost if it was killed:
     /// then somebody should flush soon.
-    fn holds_back(&self) -> bool;
+    fn has_unflushed_metadata(&self) -> bool;
 
     /// Flushes, and marks the image as closed properly. A later write begins anew.
     fn close(&self) -> Result<()>;
 
     /// Whether it takes writes only in order, from the first sector up and each once (a compressed stream): nobody above
     /// may hold writes back to send them in another order, so a page cache with delayed writes must be off.
-    fn in_order_only(&self) -> bool {
+    fn sequential_write_only(&self) -> bool {
         false
     }
 }
 
 /// Given the bytes that were read, or why there are none.
-pub type ReadDone = Box<dyn FnOnce(Result<&[u8]>) + Send>;
+pub type ReadCompletion = Box<dyn FnOnce(Result<&[u8]>) + Send>;
 
 /// Given the result.
-pub type Done = Box<dyn FnOnce(Result<()>) + Send>;
+pub type Completion = Box<dyn FnOnce(Result<()>) + Send>;
 
 /// A disk behind a network: requests are begun, and their results told later. So one that hangs holds no thread.
 ///
 /// Each `done` is called once, in bounded time, by whatever thread, maybe before the call returns. It must not wait for
-/// the disk. After one or more calls [`attend`](Self::attend) is called, or nobody may read the answers.
+/// the disk. After one or more calls [`poll_completions`](Self::attend) is called, or nobody may read the answers.
 pub trait BlockQueue: BlockRead {
     /// Begins [`BlockRead::read_at`].
-    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone);
+    fn submit_read(&self, at: Lba, sectors: u64, done: ReadCompletion);
 
     /// Bytes at whose multiples a write may begin and end: a power of two, at most the granule. Not only sectors, as who can
     /// write less need not read before.
-    fn write_unit(&self) -> u64;
+    fn write_alignment(&self) -> u64;
 
     /// Whether a write of that range can be durable when it is done, for less than a flush after it.
-    fn writes_durably(&self, offset: u64, len: u64) -> bool;
+    fn supports_fua(&self, offset: u64, len: u64) -> bool;
 
     /// Begins a write of `data` from byte `offset` on, in whole [units](Self::write_unit) within the disk; `data` is copied.
-    /// `durable`: it is durable when it is done; only where [`writes_durably`](Self::writes_durably) says that this can be.
+    /// `durable`: it is durable when it is done; only where [`supports_fua`](Self::writes_durably) says that this can be.
     /// An error where the disk has no writer.
-    fn begin_write(&self, offset: u64, data: &[u8], durable: bool, done: Done);
+    fn submit_write(&self, offset: u64, data: &[u8], durable: bool, done: Completion);
 
     /// Begins [`BlockWrite::flush`].
-    fn begin_flush(&self, done: Done);
+    fn submit_flush(&self, done: Completion);
 
     /// Sees to it that answers are read, by this thread as far as it may stay, which spares the change to another thread.
-    fn attend(&self, stay: Stay<'_>);
+    fn poll_completions(&self, stay: Stay<'_>);
 }
 
 /// How long a thread may read the answers of a [`BlockQueue`].

@@ -18,23 +18,20 @@
 //! [`config::Config`], and `run` is the order of life of a process.
 
 pub mod block;
+pub mod cache;
 pub mod cli;
-pub mod commit;
 pub mod config;
-pub mod daemon;
 pub mod error;
+pub mod error_log;
 pub mod fuse;
-pub mod image;
+pub mod inspect;
 pub mod kernel_view;
-pub mod layer;
-pub mod log;
-pub mod pidfile;
-pub mod query;
-mod ranges;
-pub mod run;
-pub mod signals;
+pub mod overlay;
+pub mod process;
+mod range_lock;
 pub mod source;
 pub mod store;
 #[cfg(test)]
 mod test_disk;
 pub mod vmdk;
+pub mod volume;

@@ -7,8 +7,10 @@ use vmdkfuse::cli::{self, Parsed};
 use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
-use vmdkfuse::run::{self, Opened};
-use vmdkfuse::{commit, daemon, image, query};
+use vmdkfuse::overlay::commit_command;
+use vmdkfuse::process::daemon;
+use vmdkfuse::process::run::{self, Opened};
+use vmdkfuse::{inspect, volume};
 
 /// The words can't be understood.
 const USAGE: u8 = 2;
@@ -36,13 +38,13 @@ fn act(config: Config) -> ExitCode {
     let Config { action, log } = config;
     match action {
         Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
-        Action::Info(q) => status(query::info(&q)),
-        Action::List(q) => status(query::list(&q)),
-        Action::Map(q) => status(query::map(&q)),
-        Action::Check(q) => status(query::check(&q)),
-        Action::Create(disks) => status(image::create(&disks).map(|()| 0)),
-        Action::Commit(disk) => status(commit::commit(&disk)),
-        Action::Dump { json } => status(query::dump(json)),
+        Action::Info(q) => status(inspect::info(&q)),
+        Action::List(q) => status(inspect::list(&q)),
+        Action::Map(q) => status(inspect::map(&q)),
+        Action::Check(q) => status(inspect::check(&q)),
+        Action::Create(disks) => status(volume::create(&disks).map(|()| 0)),
+        Action::Commit(disk) => status(commit_command::commit(&disk)),
+        Action::Dump { json } => status(inspect::dump(json)),
     }
 }
 
@@ -50,18 +52,18 @@ fn act(config: Config) -> ExitCode {
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let wanted =
         |disk: &DiskConfig| DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
-    let disks = image::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
-    let source = mount.disks.first().map(query::source_name).unwrap_or_default();
+    let disks = volume::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
+    let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
     // Exports that are found are connected to when they are used: the first read is not to do it.
-    let files = mount.disks.iter().filter(|d| !image::is_dynamic(d)).map(|d| d.name.clone()).collect();
-    let why = disks.iter().filter_map(|(disk, image)| Some((disk.name.display(), image.why_read_only()?)));
+    let files = mount.disks.iter().filter(|d| !volume::is_dynamic(d)).map(|d| d.name.clone()).collect();
+    let why = disks.iter().filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
     let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
-    let remote = disks.iter().all(|(_, image)| image.is_remote());
+    let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
     filesystem.make_required_views()?;
     Ok(Opened {
-        faults: filesystem.faults(),
+        error_log: filesystem.error_log(),
         disks: filesystem.disks(),
         requests: filesystem.requests(),
         loops,

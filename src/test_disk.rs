@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
-use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, Stay};
+use crate::block::{
+    BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay,
+};
 use crate::error::{Error, Result};
 
 type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
@@ -20,7 +22,7 @@ pub(crate) struct TestDisk {
     /// It has a queue.
     queues: bool,
     /// Where flushes go that are begun; `None`: they are over at once.
-    begun: Option<Sender<Done>>,
+    begun: Option<Sender<Completion>>,
     /// Whether something waits for a flush.
     held: AtomicBool,
 }
@@ -45,7 +47,7 @@ impl TestDisk {
     }
 
     /// The same, writable, with a queue whose flushes are ended by whoever is given them, or else at once.
-    pub(crate) fn queueing(mut self, begun: Option<Sender<Done>>) -> Self {
+    pub(crate) fn queueing(mut self, begun: Option<Sender<Completion>>) -> Self {
         (self.queues, self.begun) = (true, begun);
         self.flushing(|| Ok(()))
     }
@@ -89,35 +91,35 @@ impl BlockRead for TestDisk {
 }
 
 impl BlockQueue for TestDisk {
-    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone) {
+    fn submit_read(&self, at: Lba, sectors: u64, done: ReadCompletion) {
         let mut buf = vec![0; (sectors * SECTOR) as usize];
         done(self.read_at(at, &mut buf).map(|()| &*buf));
     }
 
-    fn write_unit(&self) -> u64 {
+    fn write_alignment(&self) -> u64 {
         SECTOR
     }
 
-    fn writes_durably(&self, _offset: u64, _len: u64) -> bool {
+    fn supports_fua(&self, _offset: u64, _len: u64) -> bool {
         false
     }
 
-    fn begin_write(&self, _offset: u64, _data: &[u8], _durable: bool, done: Done) {
+    fn submit_write(&self, _offset: u64, _data: &[u8], _durable: bool, done: Completion) {
         done(Ok(()));
     }
 
-    fn begin_flush(&self, done: Done) {
+    fn submit_flush(&self, done: Completion) {
         match &self.begun {
             Some(begun) => drop(begun.send(done)),
             None => done(self.flush()),
         }
     }
 
-    fn attend(&self, _stay: Stay<'_>) {}
+    fn poll_completions(&self, _stay: Stay<'_>) {}
 }
 
 impl BlockWrite for TestDisk {
-    fn begin(&self) -> Result<()> {
+    fn prepare_external_write(&self) -> Result<()> {
         Ok(())
     }
 
@@ -134,7 +136,7 @@ impl BlockWrite for TestDisk {
         self.flush.as_ref().map_or(Ok(()), |flush| flush())
     }
 
-    fn holds_back(&self) -> bool {
+    fn has_unflushed_metadata(&self) -> bool {
         self.held.load(Ordering::Relaxed)
     }
 

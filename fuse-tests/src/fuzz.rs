@@ -11,9 +11,9 @@
 use std::sync::Arc;
 
 use vmdkfuse::block::{BlockRead, Lba, SECTOR};
-use vmdkfuse::image::{Image, MAX_READ, Scratch, Seek};
 use vmdkfuse::vmdk::descriptor::{Descriptor, looks_like};
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
+use vmdkfuse::volume::{MAX_READ, ReadBuffer, Seek, Volume};
 
 use crate::memory::MemoryStore;
 
@@ -76,9 +76,9 @@ fn open(store: &MemoryStore) {
 /// Reads, walks and checks a disk. Errors are fine; what is said about one sector must not contradict itself.
 fn exercise(disk: &Arc<VmdkDisk>) {
     disk.info();
-    let image = Image::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files());
+    let image = Volume::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files());
     let end = image.len();
-    let mut scratch = Scratch::new();
+    let mut scratch = ReadBuffer::new();
     for offset in [0, 511, end / 2, end.saturating_sub(MAX_READ as u64), end.saturating_sub(1), end] {
         if let Ok(bytes) = image.read(offset, MAX_READ, &mut scratch) {
             assert_eq!(bytes.len() as u64, (end - offset).min(MAX_READ as u64), "a read is whole");
@@ -108,7 +108,7 @@ fn walk(disk: &VmdkDisk, mut at: u64) {
     }
 }
 
-fn seek(image: &Image, mut at: u64) {
+fn seek(image: &Volume, mut at: u64) {
     for what in [Seek::Data, Seek::Hole] {
         match image.seek(at, what) {
             Ok(Some(found)) => {

@@ -6,4 +6,4 @@ pub mod fuzz;
 pub mod harness;
 pub mod make;
 pub mod memory;
-pub mod written;
+pub mod model;

@@ -90,7 +90,7 @@ impl StoredFile for MemoryFile {
         Identity { file: (0, self.number), len: self.len(), mtime_ns: 0, ctime_ns: 0 }
     }
 
-    fn shows_changes(&self) -> bool {
+    fn detects_modification(&self) -> bool {
         true
     }
 

@@ -29,9 +29,9 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::UsageError;
+use super::args::MountArgs;
+use super::disk_args::Table;
 use super::keys::{self, Key, Kind, Scope};
-use super::params::Table;
-use super::program::Manner;
 use super::settings::Settings;
 use super::values::{self, shown};
 
@@ -55,7 +55,7 @@ const MOUNT_KEYS: [(&str, Kind); 6] = [
 #[derive(Debug)]
 pub(super) struct Described {
     /// How to mount, with the keys that hold for all disks.
-    pub(super) manner: Manner,
+    pub(super) manner: MountArgs,
     /// The disks; at least one.
     pub(super) disks: Vec<Table>,
 }
@@ -100,7 +100,7 @@ impl Document<'_> {
             Some(span) => self.error(span.start, e.message()),
             None => UsageError::new(format!("{}: {}", shown(self.name), e.message())),
         })?;
-        let mut described = Described { manner: Manner::default(), disks: Vec::new() };
+        let mut described = Described { manner: MountArgs::default(), disks: Vec::new() };
         let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
@@ -196,7 +196,7 @@ impl Document<'_> {
     }
 
     /// The `[mount]` table.
-    fn mount(&self, entry: &Entry<'_>) -> Result<Manner, UsageError> {
+    fn mount(&self, entry: &Entry<'_>) -> Result<MountArgs, UsageError> {
         let DeValue::Table(table) = entry.value else {
             return Err(self.error(entry.at, "mount: must be written as one [mount] table"));
         };
@@ -209,11 +209,11 @@ impl Document<'_> {
                 continue;
             };
             // Alone first, for an error that tells the line.
-            let alone = Manner::parse([option.clone()]).map_err(|e| self.error(entry.at, e))?;
+            let alone = MountArgs::parse([option.clone()]).map_err(|e| self.error(entry.at, e))?;
             self.check_keys(&alone, entry.at)?;
             options.push(option);
         }
-        let mut manner = Manner::parse(options).map_err(|e| self.error(entry.at, e))?;
+        let mut manner = MountArgs::parse(options).map_err(|e| self.error(entry.at, e))?;
         manner.options.mount().map_err(|e| self.error(entry.at, e))?;
         for (key, value) in &mut manner.options.keys {
             *value = self.located(key.kind, value);
@@ -222,7 +222,7 @@ impl Document<'_> {
     }
 
     /// Checks the keys that stand in `options`.
-    fn check_keys(&self, manner: &Manner, at: usize) -> Result<(), UsageError> {
+    fn check_keys(&self, manner: &MountArgs, at: usize) -> Result<(), UsageError> {
         if let Some(key) = manner.options.source() {
             return Err(self.error(at, format_args!("-o {}= names a disk: write a [[disk]] table", key.name)));
         }

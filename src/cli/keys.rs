@@ -324,7 +324,7 @@ pub(super) static KEYS: &[Key] = &[
     Key::later("vimapiver", Group::Vddk, Kind::Text, "ignored"),
 
     Key::local("create", Group::Create, Kind::Bool, "make file= first: a VMDK with nothing in it",
-        |s, v| { s.creation.asked = Some(values::boolean(v)?); Ok(()) }),
+        |s, v| { s.creation.disk_args_given = Some(values::boolean(v)?); Ok(()) }),
     Key::local("create-size", Group::Create, Kind::Size, "its size, whole sectors of 512 bytes",
         |s, v| { s.creation.size = Some(writing::size(v)?); Ok(()) }),
     Key::local("create-type", Group::Create, Kind::Text, "monolithic-sparse (the default), monolithic-flat, split-sparse, split-flat, \

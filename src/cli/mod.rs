@@ -19,26 +19,26 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKind, Query};
 
+mod args;
+mod argument;
 mod config_file;
-mod helper;
+mod disk_args;
+mod expand;
 mod keys;
+mod mount_helper;
 mod nbd;
 mod options;
-mod params;
-mod program;
 mod settings;
-mod sources;
 mod target;
 #[cfg(test)]
-mod test_words;
+mod test_args;
 mod values;
-mod words;
 mod writing;
 
+use disk_args::DiskArgs;
 use options::Options;
-use params::Asked;
 use values::shown;
-use writing::Purpose;
+use writing::Subcommand;
 
 /// What the words ask for.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,40 +78,40 @@ impl std::error::Error for UsageError {}
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let mut args = args.into_iter();
     let name = args.next().unwrap_or_default();
-    if helper::is_name_of(Path::new(&name)) { helper::parse(args) } else { program::parse(args) }
+    if mount_helper::is_name_of(Path::new(&name)) { mount_helper::parse(args) } else { args::parse(args) }
 }
 
 /// What a mount is made of, before it is understood; of the program or of the helper.
 #[derive(Debug)]
-struct MountWords<'a> {
+struct MountRequest<'a> {
     mountpoint: &'a OsStr,
-    asked: Asked<'a>,
+    disk_args_given: DiskArgs<'a>,
     options: &'a Options,
     foreground: bool,
     pidfile: Option<PathBuf>,
     threads: Option<usize>,
 }
 
-impl MountWords<'_> {
+impl MountRequest<'_> {
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
         let options = self.options.mount()?;
-        let purpose = Purpose::Mount { read_only: options.read_only };
-        let requested = params::disks(&self.options.keys, self.asked, purpose)?;
-        let resolved = target::resolve(self.mountpoint)?;
-        let fixed = resolved.file_name.as_deref();
+        let subcommand = Subcommand::Mount { read_only: options.read_only };
+        let resolved = disk_args::disks(&self.options.keys, self.disk_args_given, subcommand)?;
+        let target = target::resolve(self.mountpoint)?;
+        let fixed = target.file_name.as_deref();
         if let Some(name) = fixed {
-            check_one_file(name, resolved.target.kind, &requested)?;
+            check_one_file(name, target.target.kind, &resolved)?;
         }
-        let disks = params::configs(requested, fixed, purpose)?;
-        params::check_names(&disks)?;
+        let disks = disk_args::configs(resolved, fixed, subcommand)?;
+        disk_args::check_names(&disks)?;
         let Self { foreground, pidfile, threads, .. } = self;
-        let mount = MountConfig { target: resolved.target, disks, foreground, pidfile, options, threads };
+        let mount = MountConfig { target: target.target, disks, foreground, pidfile, options, threads };
         Ok(Config { action: Action::Mount(mount), log })
     }
 }
 
 /// A mount point that is one file's takes one disk, and nobody else names that.
-fn check_one_file(name: &OsStr, kind: MountKind, disks: &[params::Requested]) -> Result<(), UsageError> {
+fn check_one_file(name: &OsStr, kind: MountKind, disks: &[disk_args::ResolvedDisk]) -> Result<(), UsageError> {
     let place = match kind {
         MountKind::Dir => "does not exist, so it would be the name of one file",
         MountKind::File => "is a regular file, so the mount would show one disk in its place",
@@ -128,16 +128,16 @@ fn check_one_file(name: &OsStr, kind: MountKind, disks: &[params::Requested]) ->
 }
 
 /// The disks of an action that mounts none.
-fn unmounted(words: &[OsString], purpose: Purpose) -> Result<Vec<DiskConfig>, UsageError> {
-    params::configs(params::disks(&[], Asked::Words(words), purpose)?, None, purpose)
+fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
+    disk_args::configs(disk_args::disks(&[], DiskArgs::Words(words), subcommand)?, None, subcommand)
 }
 
 fn query(words: &[OsString], json: bool) -> Result<Query, UsageError> {
-    Ok(Query { disks: unmounted(words, Purpose::Query)?, json })
+    Ok(Query { disks: unmounted(words, Subcommand::Query)?, json })
 }
 
 fn commit(words: &[OsString]) -> Result<Action, UsageError> {
-    let mut disks = unmounted(words, Purpose::Commit)?;
+    let mut disks = unmounted(words, Subcommand::Commit)?;
     match (disks.pop(), disks.len()) {
         (Some(disk), 0) => Ok(Action::Commit(disk)),
         (_, more) => Err(UsageError::new(format!("--commit takes one disk, but there are {}", more + 1))),
@@ -159,7 +159,7 @@ mod tests {
     use std::fs;
     use std::os::unix::ffi::OsStrExt;
 
-    use super::test_words::{config_of, mount_of};
+    use super::test_args::{config_of, mount_of};
     use super::*;
     use crate::config::{MountOptions, MountTarget};
 

@@ -5,8 +5,8 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use super::argument::{split_key, unknown_key};
 use super::keys::{self, Key, Scope};
-use super::words::{split_key, unknown_key};
 use super::{UsageError, values};
 use crate::config::MountOptions;
 

@@ -4,8 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use super::keys::{Group, Key};
-use super::writing::{self, Creation, Purpose};
-use super::{UsageError, nbd, sources};
+use super::writing::{self, Creation, Subcommand};
+use super::{UsageError, expand, nbd};
 use crate::config::{
     DiskConfig, Format, KernelView, LocalConfig, NbdConfig, Overlay, PageCache, SourceConfig, ViewConfig,
 };
@@ -124,20 +124,20 @@ impl Settings {
     }
 
     /// The files that the source stands for; a disk that is to be made is one, whatever its name looks like.
-    fn files(&self, purpose: Purpose) -> Result<Vec<PathBuf>, UsageError> {
+    fn files(&self, subcommand: Subcommand) -> Result<Vec<PathBuf>, UsageError> {
         match &self.source {
-            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(purpose) => {
+            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(subcommand) => {
                 Err(UsageError::new("a new disk is named with file=PATH, but dir= means the disks of a folder"))
             }
-            Some(SourceSpec::File(path)) if self.creation.is_wanted(purpose) => Ok(vec![path.clone()]),
-            Some(SourceSpec::File(path)) => sources::expand(path),
-            Some(SourceSpec::Dir(dir)) => sources::disks_of(dir),
+            Some(SourceSpec::File(path)) if self.creation.is_wanted(subcommand) => Ok(vec![path.clone()]),
+            Some(SourceSpec::File(path)) => expand::expand(path),
+            Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
             Some(SourceSpec::Nbd(_)) | None => Ok(Vec::new()),
         }
     }
 
     /// The disks that the source stands for.
-    pub(super) fn places(&self, purpose: Purpose) -> Result<Vec<Place>, UsageError> {
+    pub(super) fn places(&self, subcommand: Subcommand) -> Result<Vec<Place>, UsageError> {
         let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
         match (self.backend, &self.source) {
             (Some(Backend::Native), _) if is_nbd => {
@@ -151,7 +151,7 @@ impl Settings {
                 if let Some(key) = self.first_of(&[Group::Nbd]) {
                     return Err(UsageError::new(format!("{key}= is for NBD servers, but the disk is a local file")));
                 }
-                Ok(self.files(purpose)?.into_iter().map(Place::File).collect())
+                Ok(self.files(subcommand)?.into_iter().map(Place::File).collect())
             }
             (_, None) if self.nbd.is_named() => Ok(vec![Place::Nbd(None)]),
             (_, None) => Ok(Vec::new()),
@@ -165,14 +165,14 @@ impl Settings {
         &self,
         place: Place,
         fixed: Option<&OsStr>,
-        purpose: Purpose,
+        subcommand: Subcommand,
     ) -> Result<DiskConfig, UsageError> {
         let wanted = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
         let (usual, source) = match place {
-            Place::File(path) => (sources::default_name(&path), SourceConfig::Local(self.local(path, purpose)?)),
+            Place::File(path) => (expand::default_name(&path), SourceConfig::Local(self.local(path, subcommand)?)),
             Place::Nbd(uri) => {
-                let server = self.server(uri, wanted.is_some(), purpose)?;
-                (sources::export_name(&server), SourceConfig::Nbd(server))
+                let server = self.server(uri, wanted.is_some(), subcommand)?;
+                (expand::export_name(&server), SourceConfig::Nbd(server))
             }
         };
         let disk = DiskConfig {
@@ -184,13 +184,13 @@ impl Settings {
             overlay: self.overlay.clone(),
             source,
         };
-        writing::check_disk(&disk, purpose)?;
+        writing::check_disk(&disk, subcommand)?;
         Ok(disk)
     }
 
     /// The file as a source.
-    fn local(&self, path: PathBuf, purpose: Purpose) -> Result<LocalConfig, UsageError> {
-        let create = self.creation.config(purpose);
+    fn local(&self, path: PathBuf, subcommand: Subcommand) -> Result<LocalConfig, UsageError> {
+        let create = self.creation.config(subcommand);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
         Ok(LocalConfig {
             path,
@@ -209,11 +209,11 @@ impl Settings {
     }
 
     /// The NBD server as a source; `named`: its file has a name.
-    fn server(&self, uri: Option<String>, named: bool, purpose: Purpose) -> Result<NbdConfig, UsageError> {
+    fn server(&self, uri: Option<String>, named: bool, subcommand: Subcommand) -> Result<NbdConfig, UsageError> {
         if let Some(key) = self.first_of(&[Group::Local, Group::Create]) {
             return Err(UsageError::new(format!("{key}= is for local files, but the disk is an NBD server's")));
         }
-        if purpose == Purpose::Create {
+        if subcommand == Subcommand::Create {
             return Err(UsageError::new("--create makes VMDKs, but an NBD server is named"));
         }
         let server = self.nbd.clone().config(uri)?;

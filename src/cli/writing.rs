@@ -1,6 +1,6 @@
 //! The keys of writing: `create=` with its company, `cow=` and `force=`, and which of them go together.
 //!
-//! Whether a key fits depends on what the disk is wanted for, so [`Purpose`] goes along wherever disks are made of words.
+//! Whether a key fits depends on what the disk is wanted for, so [`Subcommand`] goes along wherever disks are made of words.
 //! What needs a look at the files (whether a base has children, whether a name is taken) is left to whoever opens them.
 
 use std::collections::HashMap;
@@ -58,7 +58,7 @@ const HARDWARE_RANGE: std::ops::RangeInclusive<u32> = 3..=99;
 
 /// What disks are wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub(super) enum Subcommand {
     /// To be mounted.
     Mount {
         /// Read-only, all of them.
@@ -76,7 +76,7 @@ pub(super) enum Purpose {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Creation {
     /// `create=`
-    pub(super) asked: Option<bool>,
+    pub(super) disk_args_given: Option<bool>,
     /// `create-size=`
     pub(super) size: Option<u64>,
     /// `create-type=`
@@ -91,7 +91,7 @@ impl Creation {
     /// These words, with `common` where they are silent.
     pub(super) fn over(self, common: Self) -> Self {
         Self {
-            asked: self.asked.or(common.asked),
+            disk_args_given: self.disk_args_given.or(common.disk_args_given),
             size: self.size.or(common.size),
             kind: self.kind.or(common.kind),
             adapter: self.adapter.or(common.adapter),
@@ -100,16 +100,16 @@ impl Creation {
     }
 
     /// Whether the disk is to be made.
-    pub(super) fn is_wanted(self, purpose: Purpose) -> bool {
-        self.asked.unwrap_or(purpose == Purpose::Create)
+    pub(super) fn is_wanted(self, subcommand: Subcommand) -> bool {
+        self.disk_args_given.unwrap_or(subcommand == Subcommand::Create)
     }
 
     /// What is to be made, if anything.
     ///
     /// Errors: words about a disk that is not to be made, or none about its size.
-    pub(super) fn config(self, purpose: Purpose) -> Result<Option<CreateConfig>, UsageError> {
-        if !self.is_wanted(purpose) {
-            if purpose == Purpose::Create {
+    pub(super) fn config(self, subcommand: Subcommand) -> Result<Option<CreateConfig>, UsageError> {
+        if !self.is_wanted(subcommand) {
+            if subcommand == Subcommand::Create {
                 return Err(UsageError::new("--create makes disks, but create=false says otherwise"));
             }
             return match self.first_detail() {
@@ -117,7 +117,7 @@ impl Creation {
                 None => Ok(None),
             };
         }
-        if matches!(purpose, Purpose::Query | Purpose::Commit) {
+        if matches!(subcommand, Subcommand::Query | Subcommand::Commit) {
             return Err(UsageError::new("create=true goes with a mount or with --create"));
         }
         let size = self.size.ok_or_else(|| UsageError::new("a new disk needs its size: add create-size=SIZE"))?;
@@ -190,10 +190,10 @@ fn names<T>(words: &[(&str, T)]) -> String {
 }
 
 /// Checks that what was said of one disk goes together.
-pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), UsageError> {
+pub(super) fn check_disk(disk: &DiskConfig, subcommand: Subcommand) -> Result<(), UsageError> {
     let local = disk.source.local();
     let error = |reason: &str| Err(UsageError::new(format!("{}: {reason}", disk.source.label())));
-    let read_only = disk.read_only || purpose == Purpose::Mount { read_only: true };
+    let read_only = disk.read_only || subcommand == Subcommand::Mount { read_only: true };
     if let Some((local, create)) = local.and_then(|local| Some((local, local.create.as_ref()?))) {
         if disk.overlay.is_some() {
             return error("cow= puts an overlay over a disk that exists, but create=true makes a new one");
@@ -210,18 +210,18 @@ pub(super) fn check_disk(disk: &DiskConfig, purpose: Purpose) -> Result<(), Usag
             );
         }
     }
-    match (&disk.overlay, purpose) {
+    match (&disk.overlay, subcommand) {
         (Some(Overlay::File(cow)), _) if local.is_some_and(|local| *cow == local.path) => {
             error("cow= names the disk itself")
         }
-        (Some(Overlay::Temporary), Purpose::Query) => {
+        (Some(Overlay::Temporary), Subcommand::Query) => {
             error("cow=tmp is a new overlay with nothing in it: name the overlay's file with cow=FILE")
         }
-        (Some(Overlay::Temporary), Purpose::Commit) => {
+        (Some(Overlay::Temporary), Subcommand::Commit) => {
             error("--commit merges an overlay that was kept, and cow=tmp never is: name its file with cow=FILE")
         }
-        (None, Purpose::Commit) => error("--commit needs the overlay: add cow=FILE"),
-        (Some(_), Purpose::Commit) if read_only => {
+        (None, Subcommand::Commit) => error("--commit needs the overlay: add cow=FILE"),
+        (Some(_), Subcommand::Commit) if read_only => {
             error("--commit writes to the base, but readonly=true says otherwise")
         }
         _ => Ok(()),
@@ -262,7 +262,7 @@ mod tests {
     use std::ffi::OsString;
 
     use super::super::parse;
-    use super::super::test_words::config_of;
+    use super::super::test_args::config_of;
     use super::*;
     use crate::config::Action;
 

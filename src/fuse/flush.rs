@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::loops::Loops;
-use crate::image::Image;
+use crate::fuse::loop_budget::LoopBudget;
+use crate::volume::Volume;
 
 /// Gives somebody the result of the flush that he waits for.
 pub(super) type Answer = Box<dyn FnOnce(&Result<()>) + Send>;
@@ -47,9 +47,9 @@ impl std::fmt::Debug for Flushes {
 }
 
 impl Flushes {
-    /// Flushes `image`, and answers when everything that was written to it before is durable. Returns at once where
+    /// Flushes `volume`, and answers when everything that was written to it before is durable. Returns at once where
     /// somebody else does the work. Afterwards the disk's queue, if it has one, wants to be attended to.
-    pub(super) fn flush(self: &Arc<Self>, image: &Arc<Image>, loops: &Loops, answer: Answer) {
+    pub(super) fn flush(self: &Arc<Self>, volume: &Arc<Volume>, loops: &LoopBudget, answer: Answer) {
         {
             let mut queue = self.queue();
             if queue.running {
@@ -57,17 +57,17 @@ impl Flushes {
             }
             queue.running = true;
         }
-        if let Some(queue) = image.queue() {
-            return self.begin(image, queue, vec![answer]);
+        if let Some(queue) = volume.queue() {
+            return self.begin(volume, queue, vec![answer]);
         }
         // a disk behind a network may take any time, so it is never given a loop
-        let busy = if image.is_remote() { None } else { loops.spare() };
+        let busy = if volume.is_remote() { None } else { loops.spare() };
         if let Some(_busy) = busy {
-            return self.work(image, answer);
+            return self.work(volume, answer);
         }
         // shared with the thread, so that it is not lost where there is none to be had
         let first = Arc::new(Mutex::new(Some(answer)));
-        let (this, theirs, its_image) = (Arc::clone(self), Arc::clone(&first), Arc::clone(image));
+        let (this, theirs, its_image) = (Arc::clone(self), Arc::clone(&first), Arc::clone(volume));
         let begun = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
             if let Some(answer) = take(&theirs) {
                 this.work(&its_image, answer);
@@ -76,16 +76,16 @@ impl Flushes {
         if begun.is_err()
             && let Some(answer) = take(&first)
         {
-            self.work(image, answer);
+            self.work(volume, answer);
         }
     }
 
     /// Begins a flush for those who wait for it, and when it is over the next one, for those who joined meanwhile.
-    fn begin(self: &Arc<Self>, image: &Arc<Image>, queue: &dyn BlockQueue, mut answers: Vec<Answer>) {
+    fn begin(self: &Arc<Self>, volume: &Arc<Volume>, queue: &dyn BlockQueue, mut answers: Vec<Answer>) {
         while !answers.is_empty() {
             self.queue().beginning = true;
-            let mut turn = Turn { flushes: Arc::clone(self), image: Arc::clone(image), answers };
-            let begun = || queue.begin_flush(Box::new(move |result| turn.end(&result)));
+            let mut turn = Turn { flushes: Arc::clone(self), volume: Arc::clone(volume), answers };
+            let begun = || queue.submit_flush(Box::new(move |result| turn.end(&result)));
             if catch_unwind(AssertUnwindSafe(begun)).is_err() {
                 tracing::error!("a flush was given up after a panic");
             }
@@ -109,10 +109,10 @@ impl Flushes {
     }
 
     /// Flushes for `first`, and for those who join until nobody does.
-    fn work(&self, image: &Image, first: Answer) {
+    fn work(&self, volume: &Volume, first: Answer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
-            let result = catch_unwind(AssertUnwindSafe(|| image.flush()))
+            let result = catch_unwind(AssertUnwindSafe(|| volume.flush()))
                 .unwrap_or_else(|_| Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up after a panic")));
             tell(answers, &result);
             answers = self.next();
@@ -127,7 +127,7 @@ impl Flushes {
 /// A flush that was begun. One that is given up without an end is an error: nobody waits for ever.
 struct Turn {
     flushes: Arc<Flushes>,
-    image: Arc<Image>,
+    volume: Arc<Volume>,
     answers: Vec<Answer>,
 }
 
@@ -135,9 +135,9 @@ impl Turn {
     fn end(&mut self, result: &Result<()>) {
         tell(std::mem::take(&mut self.answers), result);
         let joined = self.flushes.next();
-        if let Some(queue) = self.image.queue().filter(|_| !joined.is_empty()) {
-            self.flushes.begin(&self.image, queue, joined);
-            queue.attend(Stay::No);
+        if let Some(queue) = self.volume.queue().filter(|_| !joined.is_empty()) {
+            self.flushes.begin(&self.volume, queue, joined);
+            queue.poll_completions(Stay::No);
         }
     }
 }
@@ -173,14 +173,14 @@ mod tests {
 
     /// An image of which each flush tells its thread and waits for its result: the image, the threads, and what gives
     /// the results.
-    fn slow() -> (Arc<Image>, Receiver<String>, Sender<Result<()>>) {
+    fn slow() -> (Arc<Volume>, Receiver<String>, Sender<Result<()>>) {
         let ((say, begun), (give, results)) = (channel(), channel());
         let results = Mutex::new(results);
         let disk = TestDisk::new(8).flushing(move || {
             say.send(thread::current().name().unwrap_or_default().to_owned()).unwrap();
             results.lock().unwrap().recv().unwrap()
         });
-        (Arc::new(Image::new(Arc::new(disk), Vec::new())), begun, give)
+        (Arc::new(Volume::new(Arc::new(disk), Vec::new())), begun, give)
     }
 
     fn failure() -> Result<()> {
@@ -189,8 +189,8 @@ mod tests {
 
     #[test]
     fn who_comes_during_a_flush_shares_the_next_one_and_its_error() {
-        let (image, begun, give) = slow();
-        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(2));
+        let (volume, begun, give) = slow();
+        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(2));
         let (answers, answered) = channel();
         let answer = |name: &'static str| -> Answer {
             let answers = answers.clone();
@@ -198,11 +198,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer("first");
-            scope.spawn(|| flushes.flush(&image, &loops, first));
+            scope.spawn(|| flushes.flush(&volume, &loops, first));
             begun.recv().unwrap();
             // both return at once, though nothing is flushed yet
-            flushes.flush(&image, &loops, answer("second"));
-            flushes.flush(&image, &loops, answer("third"));
+            flushes.flush(&volume, &loops, answer("second"));
+            flushes.flush(&volume, &loops, answer("third"));
             give.send(Ok(())).unwrap();
             assert_eq!(answered.recv().unwrap(), ("first", true));
             begun.recv().unwrap();
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn the_last_loop_is_never_busy_with_a_flush() {
         let ((one, one_begun, one_give), (two, two_begun, two_give)) = (slow(), slow());
-        let loops = Loops::new(2);
+        let loops = LoopBudget::new(2);
         let (answers, answered) = channel();
         let answer = || -> Answer {
             let answers = answers.clone();
@@ -241,13 +241,13 @@ mod tests {
     #[test]
     fn flushes_that_are_begun_are_shared_too_and_one_that_is_given_up_is_an_error() {
         let (say, begun) = channel();
-        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
-        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |name: &'static str| {
             let answers = answers.clone();
             let answer = Box::new(move |result: &Result<()>| answers.send((name, result.is_ok())).unwrap());
-            flushes.flush(&image, &loops, answer);
+            flushes.flush(&volume, &loops, answer);
         };
         ["first", "second", "third"].into_iter().for_each(flush);
         let done = begun.try_recv().unwrap();
@@ -268,8 +268,8 @@ mod tests {
     #[test]
     fn regression_an_answer_that_panics_leaves_the_others_and_later_flushes_alone() {
         let (say, begun) = channel();
-        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
-        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |panics: bool| {
             let answers = answers.clone();
@@ -277,7 +277,7 @@ mod tests {
                 assert!(!panics, "this is meant");
                 answers.send(result.is_ok()).unwrap();
             };
-            flushes.flush(&image, &loops, Box::new(answer));
+            flushes.flush(&volume, &loops, Box::new(answer));
         };
         flush(false);
         [true, false].into_iter().for_each(flush);
@@ -293,17 +293,17 @@ mod tests {
     #[test]
     fn regression_flushes_that_are_over_at_once_do_not_lie_within_each_other() {
         /// Flushes once more, when it is answered, and so on.
-        fn flush(flushes: &Arc<Flushes>, image: &Arc<Image>, left: usize, end: Sender<()>) {
-            let (again, its_image) = (Arc::clone(flushes), Arc::clone(image));
+        fn flush(flushes: &Arc<Flushes>, volume: &Arc<Volume>, left: usize, end: Sender<()>) {
+            let (again, its_image) = (Arc::clone(flushes), Arc::clone(volume));
             let answer = move |_: &Result<()>| match left {
                 0 => end.send(()).unwrap(),
                 _ => flush(&again, &its_image, left - 1, end),
             };
-            flushes.flush(image, &Loops::new(1), Box::new(answer));
+            flushes.flush(volume, &LoopBudget::new(1), Box::new(answer));
         }
-        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
+        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
         let (end, ended) = channel();
-        let work = move || flush(&Arc::new(Flushes::default()), &image, 50_000, end);
+        let work = move || flush(&Arc::new(Flushes::default()), &volume, 50_000, end);
         thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
         ended.try_recv().unwrap();
     }
@@ -315,12 +315,12 @@ mod tests {
             assert!(!first.swap(false, std::sync::atomic::Ordering::Relaxed), "this is meant");
             Ok(())
         };
-        let image = Arc::new(Image::new(Arc::new(TestDisk::new(8).queueing(None).flushing(flush)), Vec::new()));
-        let (flushes, loops) = (Arc::new(Flushes::default()), Loops::new(1));
+        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None).flushing(flush)), Vec::new()));
+        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         for wanted in [false, true, true] {
             let answers = answers.clone();
-            flushes.flush(&image, &loops, Box::new(move |result| answers.send(result.is_ok()).unwrap()));
+            flushes.flush(&volume, &loops, Box::new(move |result| answers.send(result.is_ok()).unwrap()));
             assert_eq!(answered.try_recv(), Ok(wanted));
         }
     }

@@ -2,11 +2,13 @@
 //!
 //! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
 //! the root is the disk. The kernel's requests are answered in `answers.rs`. How an open is served is decided in
-//! `node.rs`, which of its two nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in
+//! `file.rs`, which of its two nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in
 //! `change.rs`.
 //!
 //! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
 //! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
+
+mod operations;
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,14 +19,12 @@ use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
 use crate::error::Result as Done;
-use crate::fuse::change::Context;
-use crate::fuse::faults::Faults;
-use crate::fuse::loops::Loops;
-use crate::fuse::node::{Node, Passthrough};
-use crate::fuse::view;
-use crate::image::Image;
-
-mod answers;
+use crate::error_log::ErrorLog;
+use crate::fuse::disk_file::{DiskFile, Passthrough};
+use crate::fuse::kernel_view_node;
+use crate::fuse::loop_budget::LoopBudget;
+use crate::fuse::write::RequestContext;
+use crate::volume::Volume;
 
 /// Block size in `stat` and `statfs`.
 const BLOCK: u32 = 4096;
@@ -38,28 +38,28 @@ const FIRST_DISK: u64 = 2;
 #[derive(Debug)]
 pub struct DiskFs {
     shape: MountKind,
-    nodes: Arc<[Node]>,
+    files: Arc<[DiskFile]>,
     owner: (u32, u32),
     umask: u16,
     mounted: SystemTime,
     passthrough: Passthrough,
-    views: view::Builder,
-    faults: Arc<Faults>,
-    loops: Arc<Loops>,
+    views: kernel_view_node::Builder,
+    error_log: Arc<ErrorLog>,
+    loops: Arc<LoopBudget>,
 }
 
 /// The disks of a mount, for its end.
 #[derive(Debug, Clone)]
-pub struct Disks(Arc<[Node]>);
+pub struct Disks(Arc<[DiskFile]>);
 
 impl Disks {
     /// Makes everything durable that was written, and closes every disk. All are, whatever becomes of one; the first
     /// error, after each was logged.
     pub fn close(&self) -> Done<()> {
         let mut first = Ok(());
-        for node in self.0.iter().filter(|node| node.writable) {
-            if let Err(e) = node.image().close() {
-                let e = e.within(format!("{}: not closed properly", node.config.name.display()));
+        for file in self.0.iter().filter(|file| file.writable) {
+            if let Err(e) = file.volume().close() {
+                let e = e.within(format!("{}: not closed properly", file.config.name.display()));
                 tracing::error!("{e}");
                 first = first.and(Err(e));
             }
@@ -70,7 +70,7 @@ impl Disks {
 
 /// What wants to know where requests come from.
 #[derive(Debug)]
-pub struct Requests(Arc<Loops>);
+pub struct Requests(Arc<LoopBudget>);
 
 impl Requests {
     /// The kernel's device, a copy of that of the session.
@@ -81,19 +81,19 @@ impl Requests {
 
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
-    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Image)>, options: &MountOptions, loops: usize) -> Self {
-        let nodes = disks.into_iter().enumerate().map(|(i, (config, image))| Node::new(i, config, image, shape));
+    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
+        let files = disks.into_iter().enumerate().map(|(i, (config, volume))| DiskFile::new(i, config, volume, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
-            nodes: nodes.collect(),
+            files: files.collect(),
             owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mounted: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
-            views: view::Builder::default(),
-            faults: Arc::default(),
-            loops: Arc::new(Loops::new(loops)),
+            views: kernel_view_node::Builder::default(),
+            error_log: Arc::default(),
+            loops: Arc::new(LoopBudget::new(loops)),
         }
     }
 
@@ -103,13 +103,13 @@ impl DiskFs {
         self.views.required(&disks, self.shape)
     }
 
-    fn views_wanted(&self) -> Vec<view::Wanted> {
-        self.nodes.iter().map(|n| (Arc::clone(&n.view), n.image())).collect()
+    fn views_wanted(&self) -> Vec<kernel_view_node::Wanted> {
+        self.files.iter().map(|n| (Arc::clone(&n.view), n.volume())).collect()
     }
 
     /// Where failed requests are noted.
-    pub fn faults(&self) -> Arc<Faults> {
-        Arc::clone(&self.faults)
+    pub fn error_log(&self) -> Arc<ErrorLog> {
+        Arc::clone(&self.error_log)
     }
 
     /// To be told where requests come from.
@@ -119,18 +119,18 @@ impl DiskFs {
 
     /// The disks, which outlive the session.
     pub fn disks(&self) -> Disks {
-        Disks(Arc::clone(&self.nodes))
+        Disks(Arc::clone(&self.files))
     }
 
     /// Whether any disk can be written to.
     pub fn is_writable(&self) -> bool {
-        self.nodes.iter().any(|node| node.writable)
+        self.files.iter().any(|file| file.writable)
     }
 
     /// Whether the kernel is to keep what is written for a while: some disk asks for it, and none that the kernel would
     /// have to keep writes of forbids it.
     fn wants_writeback(&self) -> bool {
-        let asks = |cache| self.nodes.iter().any(|node| node.writable && node.config.cache == Some(cache));
+        let asks = |cache| self.files.iter().any(|file| file.writable && file.config.cache == Some(cache));
         if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
             tracing::warn!(
                 "cache=writeback holds for a whole mount, and another disk has cache=writethrough: so have all"
@@ -148,25 +148,25 @@ impl DiskFs {
     }
 
     /// A disk that has to be written in order.
-    fn stream(&self) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.in_order())
+    fn stream(&self) -> Option<&DiskFile> {
+        self.files.iter().find(|file| file.in_order())
     }
 
-    fn context(&self) -> Context<'_> {
-        Context { faults: &self.faults, loops: &self.loops, nodes: &self.nodes }
+    fn context(&self) -> RequestContext<'_> {
+        RequestContext { error_log: &self.error_log, loops: &self.loops, files: &self.files }
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
-    fn may_wait(&self, ino: INodeNo, answer: Waiting) {
+    fn run_blocking(&self, ino: INodeNo, answer: Waiting) {
         // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
-        let Ok(node) = self.node(ino) else { return };
-        if !node.image().is_remote() {
-            return guarded(|| answer(node, &self.faults));
+        let Ok(file) = self.file(ino) else { return };
+        if !file.volume().is_remote() {
+            return guarded(|| answer(file, &self.error_log));
         }
-        let (later, index) = (self.context().later(), node.index);
-        node.lane.run(Box::new(move || {
-            if let Some(node) = later.node(index) {
-                answer(node, later.context().faults);
+        let (later, index) = (self.context().later(), file.index);
+        file.pool.run(Box::new(move || {
+            if let Some(file) = later.file(index) {
+                answer(file, later.context().error_log);
             }
         }));
     }
@@ -176,32 +176,32 @@ impl DiskFs {
         if self.is_writable() { Errno::EPERM } else { Errno::EROFS }
     }
 
-    fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
-        let index = match (self.shape, view::disk_of(ino)) {
+    fn file(&self, ino: INodeNo) -> Result<&DiskFile, Errno> {
+        let index = match (self.shape, kernel_view_node::disk_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
         };
         let index = index.and_then(|i| usize::try_from(i).ok());
-        index.and_then(|i| self.nodes.get(i)).ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
+        index.and_then(|i| self.files.get(i)).ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
     }
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
-        match self.node(ino) {
-            Ok(node) => Ok(self.file_attr(view::disk_of(ino), node)),
+        match self.file(ino) {
+            Ok(file) => Ok(self.file_attr(kernel_view_node::disk_of(ino), file)),
             Err(_) if ino == ROOT => Ok(self.directory_attr()),
             Err(e) => Err(e),
         }
     }
 
-    fn file_attr(&self, ino: INodeNo, node: &Node) -> FileAttr {
-        let image = node.image();
-        let perm = if node.writable { 0o644 } else { 0o444 };
+    fn file_attr(&self, ino: INodeNo, file: &DiskFile) -> FileAttr {
+        let volume = file.volume();
+        let perm = if file.writable { 0o644 } else { 0o444 };
         // what has no files does not tell its age
-        let time = Some(image.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
-        node.attributes.apply(FileAttr {
-            size: image.len(),
-            blocks: image.allocated().div_ceil(512),
+        let time = Some(volume.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
+        file.attributes.apply(FileAttr {
+            size: volume.len(),
+            blocks: volume.allocated().div_ceil(512),
             ..self.plain_attr(ino, FileType::RegularFile, perm, time)
         })
     }
@@ -234,7 +234,7 @@ impl DiskFs {
 }
 
 /// The answer to a request that may have to wait for its disk.
-type Waiting = Box<dyn FnOnce(&Node, &Faults) + Send>;
+type Waiting = Box<dyn FnOnce(&DiskFile, &ErrorLog) + Send>;
 
 /// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
 /// end of the thread, behind which the kernel would wait for ever.

@@ -13,18 +13,17 @@
 //!   watcher       auto_unmount, by another one
 //! ```
 
-mod attr;
-mod change;
+mod attributes;
+pub mod auto_unmount;
+mod disk_file;
 mod errno;
-mod faults;
 mod flush;
 pub mod fs;
 mod fusermount;
-mod lane;
-mod loops;
+mod kernel_view_node;
+mod loop_budget;
 pub mod mount;
 pub mod mountinfo;
-mod node;
 pub mod probe;
 pub mod readahead;
 pub mod session;
@@ -32,8 +31,6 @@ pub mod session;
 mod testfs;
 #[cfg(test)]
 mod tests;
-mod view;
-pub mod watcher;
+mod write;
 
-pub use faults::Faults;
 pub use fs::{DiskFs, Disks, Requests};

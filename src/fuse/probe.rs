@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::Pid;
 
-use crate::daemon::{helper, receive, send};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::daemon::{helper, receive, send};
 
 /// Bytes of the read: a page, what the smallest cached read takes.
 const PROBE: u64 = 4096;

@@ -19,9 +19,9 @@ use super::session::Running;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
 use crate::config::{DiskConfig, Format, LocalConfig, MountKind, MountOptions, PageCache, SourceConfig};
 use crate::fuse::DiskFs;
-use crate::image::Image;
-use crate::signals::wait;
+use crate::process::signals::wait;
 use crate::test_disk::TestDisk;
+use crate::volume::Volume;
 
 const SIZE: u64 = 1 << 20;
 
@@ -208,8 +208,8 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         buf.fill(7);
         Ok(())
     });
-    let image = Image::new(Arc::new(disk), Vec::new());
-    let fs = DiskFs::new(MountKind::Dir, vec![(config, image)], &options(), 2);
+    let volume = Volume::new(Arc::new(disk), Vec::new());
+    let fs = DiskFs::new(MountKind::Dir, vec![(config, volume)], &options(), 2);
     let target = Target { point: m.point.clone(), is_file: false };
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;

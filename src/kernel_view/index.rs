@@ -20,7 +20,7 @@ use crate::kernel_view::format::{Block, Entry, HOLE, Head, MAX_CHUNK_BITS, MAX_D
 
 /// Where a run of the disk lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum RunTarget {
     /// From a sector of a file on.
     Stored {
         /// Number of the file, from 0.
@@ -58,7 +58,7 @@ pub(super) struct Builder {
 struct Pending {
     start: u64,
     sectors: u64,
-    place: Place,
+    place: RunTarget,
 }
 
 /// A finished image.
@@ -109,7 +109,7 @@ impl Builder {
     ///
     /// Errors: `Corrupt` where it leaves the disk, `Unsupported` where it leaves its file, or the image would exceed its
     /// budget or the format.
-    pub(super) fn add(&mut self, sectors: NonZeroU64, place: Place) -> Result<()> {
+    pub(super) fn add(&mut self, sectors: NonZeroU64, place: RunTarget) -> Result<()> {
         let sectors = sectors.get();
         let start = self.told;
         self.told = start.checked_add(sectors).filter(|&end| end <= self.sectors).ok_or_else(|| {
@@ -148,8 +148,8 @@ impl Builder {
 
     /// Checks that the run lies inside of its file and that its blocks have numbers. Only whole sectors of a file count:
     /// the kernel does not read a block that is there in part.
-    fn check(&mut self, place: Place, sectors: u64) -> Result<()> {
-        let Place::Stored { device, sector } = place else { return Ok(()) };
+    fn check(&mut self, place: RunTarget, sectors: u64) -> Result<()> {
+        let RunTarget::Stored { device, sector } = place else { return Ok(()) };
         let have = self.devices.get(device).copied().unwrap_or(0);
         let end = sector.checked_add(sectors).filter(|&end| end <= have).ok_or_else(|| {
             let text = format!("{sectors} sectors at sector {sector} leave extent {device} of {have} whole sectors");
@@ -184,8 +184,8 @@ impl Builder {
         let chunks = end.div_ceil(1 << self.chunk_bits) - first;
         let blocks = self.block.sector_bits();
         let entry = |chunk: u64| match run.place {
-            Place::Zero => Entry::hole(),
-            Place::Stored { device, sector } => {
+            RunTarget::Zero => Entry::hole(),
+            RunTarget::Stored { device, sector } => {
                 Entry::at(device as u16, ((sector + (chunk << self.chunk_bits)) >> blocks) as u32)
             }
         };
@@ -260,10 +260,10 @@ impl Builder {
 
 impl Pending {
     /// Whether a run at `place` goes on where this one ends, on the disk and in its file.
-    fn is_continued_by(&self, place: Place) -> bool {
+    fn is_continued_by(&self, place: RunTarget) -> bool {
         match (self.place, place) {
-            (Place::Zero, Place::Zero) => true,
-            (Place::Stored { device: a, sector: from }, Place::Stored { device: b, sector }) => {
+            (RunTarget::Zero, RunTarget::Zero) => true,
+            (RunTarget::Stored { device: a, sector: from }, RunTarget::Stored { device: b, sector }) => {
                 a == b && from + self.sectors == sector
             }
             _ => false,

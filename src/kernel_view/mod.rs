@@ -29,9 +29,9 @@ use nix::sys::utsname::uname;
 use crate::block::{BlockRead, RunFile, RunPlace, Runs, SECTOR};
 use crate::config::{KernelView, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
-use index::{Builder, Index, Place};
-use store::{Home, Stored};
-use sys::{Context, Resident};
+use index::{Builder, Index, RunTarget};
+use store::{IndexBacking, Stored};
+use sys::{Context, LockedMapping};
 
 mod format;
 mod index;
@@ -58,7 +58,7 @@ pub struct View {
     bytes: u64,
     chunk: u64,
     home: String,
-    _resident: Option<Resident>,
+    _resident: Option<LockedMapping>,
 }
 
 impl View {
@@ -92,8 +92,8 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
     let mut refused = Ok(());
     let walked = runs.walk(&mut |sectors: NonZeroU64, place| {
         let place = match place {
-            RunPlace::Stored { file, sector } => Place::Stored { device: file, sector },
-            RunPlace::Zero => Place::Zero,
+            RunPlace::Stored { file, sector } => RunTarget::Stored { device: file, sector },
+            RunPlace::Zero => RunTarget::Zero,
         };
         refused = watch.look().and_then(|()| builder.add(sectors, place));
         if refused.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -103,7 +103,7 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
 }
 
 /// Who would read the files of a disk in a mount, as far as that is known without walking its tables: for people.
-pub fn outlook(disk: &dyn BlockRead, config: &ViewConfig, writable: bool) -> String {
+pub fn describe(disk: &dyn BlockRead, config: &ViewConfig, writable: bool) -> String {
     if config.mode == KernelView::Off {
         return "this program: kernel-view=off".to_owned();
     }
@@ -199,7 +199,7 @@ fn mount(index: Index, files: &[RunFile<'_>], config: &ViewConfig) -> Result<Vie
 
 /// The first place that the kernel reads an index from, and an empty file there. A tiny one is tried first, which costs
 /// little and spares the large one where it would be in vain.
-fn settle(config: &ViewConfig) -> Result<(Home, File)> {
+fn settle(config: &ViewConfig) -> Result<(IndexBacking, File)> {
     let mut why = Vec::new();
     for home in store::homes(config.dir.as_deref()) {
         match try_home(&home) {
@@ -213,11 +213,11 @@ fn settle(config: &ViewConfig) -> Result<(Home, File)> {
 /// Mounts a disk of one sector from `home`, and reads it, where its extent is shorter than was said. The kernel has to
 /// tell that as an error. One that makes zeroes of it (6.12 and later, until it was repaired) would do the same where a
 /// read of an extent is cut short by the end of its reader, and show them to all others.
-fn try_home(home: &Home) -> Result<File> {
+fn try_home(home: &IndexBacking) -> Result<File> {
     let extent = home.file()?;
     extent.set_len(SECTOR / 2).map_err(|e| Error::io(format!("an extent in {}", home.name()), e))?;
     let mut builder = Builder::new(1, &[SECTOR], u64::MAX)?;
-    builder.add(NonZeroU64::MIN, Place::Stored { device: 0, sector: 0 })?;
+    builder.add(NonZeroU64::MIN, RunTarget::Stored { device: 0, sector: 0 })?;
     let stored = Stored::write(home, home.file()?, builder.finish()?)?;
     let extents = [RunFile { len: SECTOR, fd: Some(extent.as_fd()) }];
     let disk = mount_index(stored.fd(), &extents).map_err(|e| e.within(format!("an index in {}", home.name())))?;

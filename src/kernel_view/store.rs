@@ -18,11 +18,11 @@ use nix::sys::stat::Mode;
 
 use crate::error::{Error, Result};
 use crate::kernel_view::index::Index;
-use crate::kernel_view::sys::{Context, Resident};
+use crate::kernel_view::sys::{Context, LockedMapping};
 
 /// A place for the index.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Home {
+pub(super) enum IndexBacking {
     /// A ramfs of our own.
     Memory,
     /// An unnamed file in this folder.
@@ -34,23 +34,23 @@ pub(super) enum Home {
 pub(super) struct Stored {
     file: File,
     /// Keeps its pages in memory, where the file system alone does not.
-    resident: Option<Resident>,
+    resident: Option<LockedMapping>,
 }
 
 /// The places to try, in order.
-pub(super) fn homes(view_dir: Option<&Path>) -> Vec<Home> {
-    let folder = |path: &Path| Home::Folder(path.to_owned());
+pub(super) fn homes(view_dir: Option<&Path>) -> Vec<IndexBacking> {
+    let folder = |path: &Path| IndexBacking::Folder(path.to_owned());
     match view_dir {
         Some(dir) => vec![folder(dir)],
         None => {
             let tmp = std::env::var_os("TMPDIR").filter(|dir| Path::new(dir).is_absolute());
-            let tmp = tmp.map(|dir| Home::Folder(dir.into()));
-            [Some(Home::Memory), tmp, Some(folder(Path::new("/var/tmp")))].into_iter().flatten().collect()
+            let tmp = tmp.map(|dir| IndexBacking::Folder(dir.into()));
+            [Some(IndexBacking::Memory), tmp, Some(folder(Path::new("/var/tmp")))].into_iter().flatten().collect()
         }
     }
 }
 
-impl Home {
+impl IndexBacking {
     /// An empty file there. Errors: what the system says.
     pub(super) fn file(&self) -> Result<File> {
         match self {
@@ -76,14 +76,14 @@ impl Home {
 
 impl Stored {
     /// Writes `index` into `file`, an empty one of `home`.
-    pub(super) fn write(home: &Home, file: File, index: Index) -> Result<Self> {
+    pub(super) fn write(home: &IndexBacking, file: File, index: Index) -> Result<Self> {
         let bytes = index.bytes();
         let context = |e| Error::io(format!("writing {bytes} bytes of index to {}", home.name()), e);
         file.set_len(bytes).map_err(context)?;
         index.drain(|offset, part| file.write_all_at(part, offset).map_err(context))?;
         let resident = match home {
-            Home::Memory => None,
-            Home::Folder(_) => match Resident::new(&file, bytes as usize) {
+            IndexBacking::Memory => None,
+            IndexBacking::Folder(_) => match LockedMapping::new(&file, bytes as usize) {
                 Ok(resident) => Some(resident),
                 Err(e) => {
                     tracing::debug!("the index is not kept in memory, which costs speed: {e}");
@@ -100,7 +100,7 @@ impl Stored {
     }
 
     /// What has to live as long as the index is read; the file is the reader's own matter.
-    pub(super) fn into_resident(self) -> Option<Resident> {
+    pub(super) fn into_resident(self) -> Option<LockedMapping> {
         self.resident
     }
 }

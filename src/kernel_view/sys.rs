@@ -80,17 +80,17 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
 
 /// A file whose pages stay in memory as long as this lives. Nobody reads them through it.
 #[derive(Debug)]
-pub(super) struct Resident {
+pub(super) struct LockedMapping {
     start: *mut c_void,
     len: usize,
 }
 
 // SAFETY: it is an address that is only ever given back to the kernel, from whatever thread.
-unsafe impl Send for Resident {}
+unsafe impl Send for LockedMapping {}
 // SAFETY: nothing can be done with a shared one.
-unsafe impl Sync for Resident {}
+unsafe impl Sync for LockedMapping {}
 
-impl Resident {
+impl LockedMapping {
     /// Maps and locks all of `file`, `len` bytes.
     pub(super) fn new(file: impl AsFd, len: usize) -> io::Result<Self> {
         let fd = file.as_fd().as_raw_fd();
@@ -105,7 +105,7 @@ impl Resident {
     }
 }
 
-impl Drop for Resident {
+impl Drop for LockedMapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, made in `new`, and nothing points into it.
         unsafe { libc::munmap(self.start, self.len) };

@@ -6,8 +6,8 @@ pub mod nbd;
 #[cfg(not(feature = "nbd"))]
 #[path = "nbd_absent.rs"]
 pub mod nbd;
-mod nbd_facts;
 mod raw;
+mod server_info;
 
 pub use export_name::{export_file_name, export_file_names};
 pub use raw::RawDisk;

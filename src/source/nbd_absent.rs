@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use crate::block::{BlockRead, Content, Geometry, Lba};
 use crate::config::NbdConfig;
 use crate::error::{Error, Result};
-pub use crate::source::nbd_facts::{Facts, Server};
+pub use crate::source::server_info::{ExportInfo, ServerInfo};
 
 /// A disk that there is none of.
 #[derive(Debug)]
@@ -51,12 +51,12 @@ pub fn version() -> Result<Option<String>> {
 }
 
 /// Refuses.
-pub fn list(config: &NbdConfig) -> Result<Server> {
+pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
     absent(config)
 }
 
 /// Refuses.
-pub fn info(config: &NbdConfig) -> Result<Server> {
+pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
     absent(config)
 }
 

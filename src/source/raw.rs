@@ -62,7 +62,7 @@ impl RawDisk {
     /// The file's writing half, if nothing speaks against a write of bytes up to `end`.
     fn target(&self, end: u64) -> Result<&dyn StoredWrite> {
         self.latch.check()?;
-        let file = self.uncut()?;
+        let file = self.check_not_truncated()?;
         if end > self.len() {
             self.grow(file)?;
         }
@@ -70,10 +70,10 @@ impl RawDisk {
     }
 
     /// Written past its end, a file that somebody cut would seem whole and hold zeroes.
-    fn uncut(&self) -> Result<&dyn StoredWrite> {
+    fn check_not_truncated(&self) -> Result<&dyn StoredWrite> {
         // before the file's length: that may only grow meanwhile
         let known = self.len();
-        self.latch.uncut(&*self.file, known)
+        self.latch.check_not_truncated(&*self.file, known)
     }
 
     /// Makes room for the rest of the last sector.
@@ -81,7 +81,7 @@ impl RawDisk {
         let _one_at_a_time = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = self.geometry.bytes();
         if self.len() < whole {
-            if file.len_now()? < whole {
+            if file.current_len()? < whole {
                 file.set_len(whole)?;
             }
             self.len.store(whole, Ordering::Release);
@@ -133,7 +133,7 @@ impl BlockRead for RawDisk {
 }
 
 impl BlockWrite for RawDisk {
-    fn begin(&self) -> Result<()> {
+    fn prepare_external_write(&self) -> Result<()> {
         self.target(0)?;
         self.behind.store(true, Ordering::Release);
         Ok(())
@@ -163,13 +163,13 @@ impl BlockWrite for RawDisk {
         if *synced == written && !self.behind.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.uncut()?;
+        self.check_not_truncated()?;
         self.latch.sync(&*self.file)?;
         *synced = written;
         Ok(())
     }
 
-    fn holds_back(&self) -> bool {
+    fn has_unflushed_metadata(&self) -> bool {
         false
     }
 

@@ -28,12 +28,10 @@ use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
-use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, lck, lock, printable};
+use super::{
+    Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, StoredWrite, ofd_lock, printable, vmware_lock_file,
+};
 use crate::error::{Error, ErrorKind, Result};
-
-mod fresh;
-
-pub use fresh::{make_user_path, unnamed};
 
 /// How often a name may lead from one allowed folder to another.
 const HOPS_MAX: usize = 8;
@@ -203,7 +201,7 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> R
 
 /// An open file of this machine.
 #[derive(Debug)]
-struct LocalFile {
+pub(super) struct LocalFile {
     file: File,
     /// The path it was found by.
     label: String,
@@ -231,14 +229,20 @@ impl LocalFile {
     }
 
     /// An open file; locks it if `policy` says so.
-    fn new(mut file: File, label: String, real: PathBuf, policy: Arc<OpenPolicy>, access: Access) -> Result<Self> {
+    pub(super) fn new(
+        mut file: File,
+        label: String,
+        real: PathBuf,
+        policy: Arc<OpenPolicy>,
+        access: Access,
+    ) -> Result<Self> {
         if policy.lock {
-            lock::lock(&file, access, &label)?;
+            ofd_lock::lock(&file, access, &label)?;
         }
         // after the lock: a writer may have ended just now
         let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
         if policy.lock && metadata.is_file() {
-            lck::look(&real, metadata.ino(), access)?;
+            vmware_lock_file::look(&real, metadata.ino(), access)?;
         }
         let device = metadata.file_type().is_block_device();
         let len = if device {
@@ -292,7 +296,7 @@ impl StoredFile for LocalFile {
         self.opened
     }
 
-    fn shows_changes(&self) -> bool {
+    fn detects_modification(&self) -> bool {
         !self.device
     }
 
@@ -376,7 +380,7 @@ impl StoredWrite for LocalFile {
         })
     }
 
-    fn len_now(&self) -> Result<u64> {
+    fn current_len(&self) -> Result<u64> {
         if self.device {
             return Ok(self.len);
         }

@@ -17,15 +17,17 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 
-mod lck;
-mod local;
-mod lock;
-mod name;
+mod atomic_create;
 #[cfg(test)]
-pub(crate) mod watched;
+pub(crate) mod fault_injection;
+mod local;
+mod name;
+mod ofd_lock;
+mod vmware_lock_file;
 mod write_latch;
 
-pub use local::{LocalStore, make_user_path, open_user_path, unnamed};
+pub use atomic_create::{make_user_path, unnamed};
+pub use local::{LocalStore, open_user_path};
 pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
 pub(crate) use write_latch::WriteLatch;
@@ -113,7 +115,7 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     fn identity_at_open(&self) -> Identity;
 
     /// Whether [`Self::identity`] shows a change of the content: it does not for a device.
-    fn shows_changes(&self) -> bool;
+    fn detects_modification(&self) -> bool;
 
     /// Bytes that it takes in its store now, where that is known (sparse files take less than their length).
     fn allocated(&self) -> Result<u64>;
@@ -149,7 +151,7 @@ pub trait StoredWrite: StoredFile {
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
 
     /// Its length now. Cheap: it is asked for each write.
-    fn len_now(&self) -> Result<u64>;
+    fn current_len(&self) -> Result<u64>;
 
     /// Cuts it, or makes it longer with zeroes that take no room.
     fn set_len(&self, len: u64) -> Result<()>;

@@ -17,23 +17,23 @@ impl WriteLatch {
     /// Syncs `file`. An error is kept, and is the answer to every later [`check`](Self::check).
     pub(crate) fn sync(&self, file: &dyn StoredFile) -> Result<()> {
         self.check()?;
-        writer(file)?.sync().map_err(|e| self.keep(e))
+        writer(file)?.sync().map_err(|e| self.set(e))
     }
 
     /// The writing half of `file`, which had `known` bytes or more. An error is kept: somebody else has cut it.
-    pub(crate) fn uncut<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
+    pub(crate) fn check_not_truncated<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
         let writer = writer(file)?;
-        let len = writer.len_now()?;
+        let len = writer.current_len()?;
         if len >= known {
             return Ok(writer);
         }
         let label = file.label();
         let context = format!("{label}: has {len} bytes, expected {known} or more: somebody else has cut it");
-        Err(self.keep(Error::corrupt(context)))
+        Err(self.set(Error::corrupt(context)))
     }
 
     /// Keeps `e`, the first one for all that come later, and answers it.
-    pub(crate) fn keep(&self, e: Error) -> Error {
+    pub(crate) fn set(&self, e: Error) -> Error {
         tracing::error!("{e}: what was written may be lost, so nothing more is written to this disk");
         self.0.get_or_init(|| e.clone());
         e

@@ -12,11 +12,11 @@ use serde::Serialize;
 use crate::block::SECTOR;
 use crate::error::Result;
 use crate::vmdk::disk::VmdkDisk;
-use crate::vmdk::extent::{Extent, Packing, Run, SparseExtent};
+use crate::vmdk::extent::{Encoding, Extent, Run, SparseExtent};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, PlacedExtent};
-use crate::vmdk::sparse::{Copy, HostedTables};
-use crate::vmdk::tables::{CHUNK, Layout, Place, Slot};
+use crate::vmdk::tables::hosted::{Copy, HostedTables};
+use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout};
 
 /// The most messages of a report; what is over is counted.
 const MAX_MESSAGES: usize = 100;
@@ -136,8 +136,8 @@ impl Checker<'_> {
                     .error(|| format!("{label}: the header names a redundant grain directory that is not in the file"));
             }
         }
-        let shape = self.sparse.shape();
-        let tables = shape.tables();
+        let geometry = self.sparse.geometry();
+        let tables = geometry.tables();
         for first in (0..tables).step_by(CHUNK as usize) {
             let range = first..tables.min(first + CHUNK);
             let places = self.sparse.layout.load_directory(range.clone())?;
@@ -146,9 +146,9 @@ impl Checker<'_> {
             }
             for (table, place) in range.zip(places) {
                 match place {
-                    Place::Absent => {}
-                    Place::Bad => self.report.error(|| self.sparse.explain(table, None).to_string()),
-                    Place::At(at) => self.table(table, at)?,
+                    DirectoryEntry::Absent => {}
+                    DirectoryEntry::Bad => self.report.error(|| self.sparse.explain(table, None).to_string()),
+                    DirectoryEntry::At(at) => self.table(table, at)?,
                 }
             }
         }
@@ -156,7 +156,7 @@ impl Checker<'_> {
     }
 
     fn table(&mut self, number: u64, at: u64) -> Result<()> {
-        let shape = self.sparse.shape();
+        let geometry = self.sparse.geometry();
         // a table that is another one's as well was looked at there: its size bounds the work, not the directory's
         if !self.claim(at..at + self.sparse.layout.table_sectors(), "grain table", number) {
             return Ok(());
@@ -166,11 +166,11 @@ impl Checker<'_> {
         }
         let table = self.sparse.layout.load_table(number, at)?;
         for entry in 0..table.len() {
-            let grain = number * shape.entries_per_table + entry as u64;
+            let grain = number * geometry.entries_per_table + entry as u64;
             match table.slot(entry) {
-                Slot::Unallocated | Slot::Zero => {}
-                Slot::Bad => self.report.error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
-                Slot::At(sector) => self.grain(grain, sector)?,
+                GrainEntry::Unallocated | GrainEntry::Zero => {}
+                GrainEntry::Bad => self.report.error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
+                GrainEntry::At(sector) => self.grain(grain, sector)?,
             }
         }
         Ok(())
@@ -190,17 +190,17 @@ impl Checker<'_> {
     }
 
     fn grain(&mut self, grain: u64, sector: u64) -> Result<()> {
-        let shape = self.sparse.shape();
+        let geometry = self.sparse.geometry();
         self.report.grains += 1;
-        if self.sparse.packing == Packing::Plain {
-            self.claim(sector..sector + shape.grain_sectors(grain), "grain", grain);
+        if self.sparse.packing == Encoding::Plain {
+            self.claim(sector..sector + geometry.grain_sectors(grain), "grain", grain);
             return Ok(());
         }
         if !self.claim(sector..sector + 1, "grain", grain) {
             return Ok(());
         }
-        if let Run::Deflate { grain: packed, .. } = self.placed.extent.run_at(grain * shape.grain, 1)? {
-            let mut whole = vec![0; (shape.grain * SECTOR) as usize];
+        if let Run::Deflate { grain: packed, .. } = self.placed.extent.run_at(grain * geometry.grain, 1)? {
+            let mut whole = vec![0; (geometry.grain * SECTOR) as usize];
             if let Err(e) = inflate(&packed, &mut whole) {
                 self.report.error(|| e.to_string());
             }
@@ -268,8 +268,8 @@ impl Checker<'_> {
         first: &[u32],
         second: &[u32],
     ) -> Option<u64> {
-        let from = table * hosted.shape().entries_per_table;
-        let names = |raw, grain| matches!(hosted.slot(raw, grain, &own), Slot::At(_) | Slot::Zero);
+        let from = table * hosted.geometry().entries_per_table;
+        let names = |raw, grain| matches!(hosted.slot(raw, grain, &own), GrainEntry::At(_) | GrainEntry::Zero);
         let mut entries = 0;
         for (grain, (&a, &b)) in (from..).zip(first.iter().zip(second)).filter(|(_, (a, b))| a != b) {
             let whole = [a, b].into_iter().all(|raw| raw == 0 || names(raw, grain));
@@ -283,12 +283,12 @@ impl Checker<'_> {
 
     /// Room that nothing claims. Only hosted files are written without gaps: ESX grows its own in steps.
     fn leaks(&mut self) -> Result<()> {
-        let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Packing::Plain) else {
+        let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Encoding::Plain) else {
             return Ok(());
         };
         // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
         let file_sectors = (self.sparse.file.len() / SECTOR).min(1 << 32);
-        let grain = self.sparse.shape().grain;
+        let grain = self.sparse.geometry().grain;
         if self.claims.full {
             let label = self.sparse.file.label();
             self.report.notes.push(format!("{label}: is too large: not all overlaps were looked for, and no leaks"));

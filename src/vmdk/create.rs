@@ -160,10 +160,10 @@ struct Piece {
 }
 
 enum PieceContent {
-    /// Zeroes; `room`: which take their room at once.
+    /// Zeroes; `allocator`: which take their room at once.
     Flat {
         sectors: u64,
-        room: bool,
+        allocator: bool,
     },
     Sparse(HostedLayout),
 }
@@ -192,8 +192,8 @@ impl Plan {
     }
 
     /// A descriptor and one file of data.
-    fn beside(name: &ExtentName, disk: &NewDisk, label: &str, kind: ExtentKind, room: bool) -> Result<Self> {
-        let content = PieceContent::Flat { sectors: disk.sectors, room };
+    fn beside(name: &ExtentName, disk: &NewDisk, label: &str, kind: ExtentKind, allocator: bool) -> Result<Self> {
+        let content = PieceContent::Flat { sectors: disk.sectors, allocator };
         let piece = Piece { name: text::sibling(name, "-flat.vmdk")?, content };
         Self::pieces(disk, label, kind, vec![piece])
     }
@@ -210,7 +210,7 @@ impl Plan {
             let sectors = PIECE.min(disk.sectors - start);
             let content = match letter {
                 's' => PieceContent::Sparse(HostedLayout::new(sectors, GRAIN, None, false)?),
-                _ => PieceContent::Flat { sectors, room: false },
+                _ => PieceContent::Flat { sectors, allocator: false },
             };
             pieces.push(Piece { name: text::sibling(name, &format!("-{letter}{number:03}.vmdk"))?, content });
         }
@@ -269,9 +269,9 @@ impl<'s> Making<'s> {
         let out = writer(&*file)?;
         match &piece.content {
             PieceContent::Sparse(layout) => layout.write(out, None, KDMV_MAGIC),
-            PieceContent::Flat { sectors, room } => {
+            PieceContent::Flat { sectors, allocator } => {
                 out.set_len(sectors * SECTOR)?;
-                if *room {
+                if *allocator {
                     out.zero(0, sectors * SECTOR, false)?;
                 }
                 out.sync()

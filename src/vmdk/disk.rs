@@ -7,7 +7,7 @@ use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, Runs, SECTOR, 
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
 use crate::vmdk::descriptor::Descriptor;
-use crate::vmdk::extent::{Extent, Kind, PackedGrain, Packing, Run};
+use crate::vmdk::extent::{CompressedGrain, Encoding, Extent, Kind, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
 use crate::vmdk::write::{Writer, refuse_with_children};
@@ -326,7 +326,7 @@ fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()
     let mut short = short_of(file.len());
     if let Some(writer) = file.writer().filter(|_| short > 0) {
         // it may have grown, to whole sectors: where it ends inside of any but its old last one, somebody has cut it
-        let now = writer.len_now()?;
+        let now = writer.current_len()?;
         let as_before = (file.len()..file.len().next_multiple_of(SECTOR)).contains(&now);
         short = if as_before { short_of(now) } else { 0 };
     }
@@ -340,7 +340,7 @@ fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()
 }
 
 /// Sectors `skip …` of a compressed grain.
-fn read_packed(grain: &PackedGrain<'_>, skip: u64, part: &mut [u8]) -> Result<()> {
+fn read_packed(grain: &CompressedGrain<'_>, skip: u64, part: &mut [u8]) -> Result<()> {
     if skip == 0 && part.len() as u64 >= grain.inside * SECTOR {
         return inflate(grain, part);
     }
@@ -375,7 +375,7 @@ pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
 /// Sectors of a grain of a compressed extent.
 fn packed_grain(extent: &Extent) -> Option<u64> {
     match extent {
-        Extent::Sparse(s) if s.packing != Packing::Plain => Some(s.shape().grain),
+        Extent::Sparse(s) if s.packing != Encoding::Plain => Some(s.geometry().grain),
         _ => None,
     }
 }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
 use crate::store::StoredFile;
-use crate::vmdk::tables::{CHUNK, Layout, Place, Shape, Slot, Table, TableCache};
-use crate::vmdk::write::live::LiveTables;
+use crate::vmdk::tables::writable::WritableTables;
+use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout, Table, TableCache, TableGeometry};
 
 /// Where a range of sectors is to be read.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +26,7 @@ pub(crate) enum Run<'a> {
     /// In one compressed grain.
     Deflate {
         /// The grain.
-        grain: PackedGrain<'a>,
+        grain: CompressedGrain<'a>,
         /// Sector inside of the inflated grain.
         skip: u64,
         /// Length of the run; it ends with the grain, at the latest.
@@ -58,7 +58,7 @@ impl Run<'_> {
 
 /// A compressed grain: where it is and what it must be.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct PackedGrain<'a> {
+pub(crate) struct CompressedGrain<'a> {
     /// The file.
     pub(crate) file: &'a Arc<dyn StoredFile>,
     /// Sector of the file at which its header starts.
@@ -160,16 +160,16 @@ pub(crate) struct SparseExtent {
     pub(crate) file: Arc<dyn StoredFile>,
     pub(crate) layout: Arc<dyn Layout>,
     pub(crate) cache: TableCache,
-    pub(crate) packing: Packing,
+    pub(crate) packing: Encoding,
     /// The tables of an extent that is written to, instead of those of the cache.
-    pub(crate) live: Option<Arc<LiveTables>>,
-    /// `layout.shape()`, at hand.
-    shape: Shape,
+    pub(crate) live: Option<Arc<WritableTables>>,
+    /// `layout.geometry()`, at hand.
+    geometry: TableGeometry,
 }
 
 /// How grains are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Packing {
+pub(crate) enum Encoding {
     Plain,
     /// Compressed; `markers`: with the LBA in front.
     Deflate {
@@ -197,15 +197,15 @@ impl SparseExtent {
         file: Arc<dyn StoredFile>,
         layout: Arc<dyn Layout>,
         cache: TableCache,
-        packing: Packing,
+        packing: Encoding,
     ) -> Self {
-        let shape = layout.shape();
-        Self { id, file, layout, cache, packing, live: None, shape }
+        let geometry = layout.geometry();
+        Self { id, file, layout, cache, packing, live: None, geometry }
     }
 
     /// Its numbers.
-    pub(crate) fn shape(&self) -> Shape {
-        self.shape
+    pub(crate) fn geometry(&self) -> TableGeometry {
+        self.geometry
     }
 
     /// Table `number`; `None` where there is none.
@@ -217,11 +217,11 @@ impl SparseExtent {
     }
 
     fn position(&self, sector: u64) -> Position {
-        let grain = sector / self.shape.grain;
+        let grain = sector / self.geometry.grain;
         Position {
-            table: grain / self.shape.entries_per_table,
-            entry: (grain % self.shape.entries_per_table) as usize,
-            within: sector % self.shape.grain,
+            table: grain / self.geometry.entries_per_table,
+            entry: (grain % self.geometry.entries_per_table) as usize,
+            within: sector % self.geometry.grain,
         }
     }
 
@@ -245,31 +245,31 @@ impl SparseExtent {
     /// The run at `sector`, which has its entry at `p` in `table`.
     fn run_in(&self, table: &Table, p: Position, sector: u64, max: u64) -> Result<Run<'_>> {
         let (kind, grains) = self.stretch(table, p, max, true);
-        let sectors = (grains * self.shape.grain - p.within).min(max);
+        let sectors = (grains * self.geometry.grain - p.within).min(max);
         match (kind, table.slot(p.entry)) {
             (Some(Kind::Zero), _) => Ok(Run::Zero { sectors }),
             (Some(Kind::Parent), _) => Ok(Run::Parent { sectors }),
-            (Some(Kind::Data), Slot::At(at)) => Ok(self.data_run(sector, sectors, at, table.slot(p.entry + 1))),
+            (Some(Kind::Data), GrainEntry::At(at)) => Ok(self.data_run(sector, sectors, at, table.slot(p.entry + 1))),
             _ => Err(self.layout.explain_entry(p.table, p.entry as u64)),
         }
     }
 
-    fn data_run(&self, sector: u64, sectors: u64, at: u64, next: Slot) -> Run<'_> {
-        let within = sector % self.shape.grain;
+    fn data_run(&self, sector: u64, sectors: u64, at: u64, next: GrainEntry) -> Run<'_> {
+        let within = sector % self.geometry.grain;
         match self.packing {
-            Packing::Plain => Run::Stored { file: &self.file, sector: at + within, sectors },
-            Packing::Deflate { markers } => {
+            Encoding::Plain => Run::Stored { file: &self.file, sector: at + within, sectors },
+            Encoding::Deflate { markers } => {
                 let lba = sector - within;
-                let grain = PackedGrain {
+                let grain = CompressedGrain {
                     file: &self.file,
                     sector: at,
                     likely_sectors: match next {
-                        Slot::At(n) if n > at && n - at <= 2 * self.shape.grain => Some(n - at),
+                        GrainEntry::At(n) if n > at && n - at <= 2 * self.geometry.grain => Some(n - at),
                         _ => None,
                     },
                     lba,
-                    grain: self.shape.grain,
-                    inside: self.shape.grain_sectors(lba / self.shape.grain),
+                    grain: self.geometry.grain,
+                    inside: self.geometry.grain_sectors(lba / self.geometry.grain),
                     markers,
                 };
                 Run::Deflate { grain, skip: within, sectors }
@@ -280,18 +280,18 @@ impl SparseExtent {
     fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
         let p = self.position(sector);
         // what is written to was checked before
-        if self.live.is_none() && self.cache.place(self.id, &*self.layout, p.table)? == Place::Bad {
+        if self.live.is_none() && self.cache.place(self.id, &*self.layout, p.table)? == DirectoryEntry::Bad {
             // like a damaged entry of a table: reading it is what tells
-            let coverage = self.shape.coverage();
+            let coverage = self.geometry.coverage();
             return Ok((Kind::Data, max.min(coverage - sector % coverage)));
         }
         let Some(table) = self.table(p.table)? else {
             return Ok((Kind::Parent, self.absent(sector, max)?));
         };
-        if let (Some(live), Slot::At(at)) = (&self.live, table.slot(p.entry))
+        if let (Some(live), GrainEntry::At(at)) = (&self.live, table.slot(p.entry))
             && live.has_holes()
         {
-            let left = (self.shape.grain - p.within).min(max);
+            let left = (self.geometry.grain - p.within).min(max);
             let at = (at + p.within) * SECTOR;
             let known = live.data_known_from(at).filter(|&bytes| bytes >= SECTOR);
             let answer = known.map_or_else(|| self.file.data_at(at), |bytes| Ok((true, bytes)))?;
@@ -302,7 +302,7 @@ impl SparseExtent {
         }
         let (kind, grains) = self.stretch(&table, p, max, false);
         // a damaged entry is data: reading it is what tells
-        Ok((kind.unwrap_or(Kind::Data), (grains * self.shape.grain - p.within).min(max)))
+        Ok((kind.unwrap_or(Kind::Data), (grains * self.geometry.grain - p.within).min(max)))
     }
 
     /// The kind of the grain at `p` (`None`: damaged), and how many grains of this table go on like it within
@@ -310,20 +310,20 @@ impl SparseExtent {
     /// compressed grain stands alone.
     fn stretch(&self, table: &Table, p: Position, max: u64, adjacent: bool) -> (Option<Kind>, u64) {
         let kind = |slot| match slot {
-            Slot::Unallocated => Some(Kind::Parent),
-            Slot::Zero => Some(Kind::Zero),
-            Slot::At(_) => Some(Kind::Data),
-            Slot::Bad => None,
+            GrainEntry::Unallocated => Some(Kind::Parent),
+            GrainEntry::Zero => Some(Kind::Zero),
+            GrainEntry::At(_) => Some(Kind::Data),
+            GrainEntry::Bad => None,
         };
         let first = table.slot(p.entry);
-        let wanted = (p.within + max).div_ceil(self.shape.grain);
-        let alone =
-            first == Slot::Bad || (adjacent && self.packing != Packing::Plain && kind(first) == Some(Kind::Data));
+        let wanted = (p.within + max).div_ceil(self.geometry.grain);
+        let alone = first == GrainEntry::Bad
+            || (adjacent && self.packing != Encoding::Plain && kind(first) == Some(Kind::Data));
         let most = if alone { 1 } else { wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1) };
         let mut n = 1;
         while n < most {
             let goes_on = match (first, table.slot(p.entry + n as usize)) {
-                (Slot::At(a), Slot::At(b)) => !adjacent || a + n * self.shape.grain == b,
+                (GrainEntry::At(a), GrainEntry::At(b)) => !adjacent || a + n * self.geometry.grain == b,
                 (a, b) => kind(a) == kind(b),
             };
             if !goes_on {
@@ -337,7 +337,7 @@ impl SparseExtent {
     /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
     /// It looks no further than [`ABSENT_CHUNKS`]: whoever wants to know more asks again.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
-        let coverage = self.shape.coverage();
+        let coverage = self.geometry.coverage();
         let mut table = sector / coverage + 1;
         let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
         if let Some(live) = &self.live {
@@ -348,7 +348,7 @@ impl SparseExtent {
             let chunk = self.cache.chunk(self.id, &*self.layout, table / CHUNK)?;
             let inside = (table % CHUNK) as usize;
             let rest = chunk.get(inside..).unwrap_or_default();
-            let n = rest.iter().take_while(|p| **p == Place::Absent).count();
+            let n = rest.iter().take_while(|p| **p == DirectoryEntry::Absent).count();
             table += n as u64;
             if n < rest.len() || rest.is_empty() {
                 break;
@@ -382,18 +382,18 @@ mod tests {
     }
 
     impl Layout for Growing {
-        fn shape(&self) -> Shape {
-            Shape { capacity: 8 * 1024, grain: 8, entries_per_table: 128 }
+        fn geometry(&self) -> TableGeometry {
+            TableGeometry { capacity: 8 * 1024, grain: 8, entries_per_table: 128 }
         }
         fn table_sectors(&self) -> u64 {
             1
         }
-        fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
+        fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
             let there = self.was_read.swap(true, Ordering::Relaxed);
-            Ok(tables.map(|t| if there { Place::At(t + 10) } else { Place::Absent }).collect())
+            Ok(tables.map(|t| if there { DirectoryEntry::At(t + 10) } else { DirectoryEntry::Absent }).collect())
         }
         fn load_table(&self, _table: u64, _at: u64) -> Result<Table> {
-            Ok(Table::narrow((0..128).map(|_| Slot::Zero)))
+            Ok(Table::narrow((0..128).map(|_| GrainEntry::Zero)))
         }
         fn explain_directory(&self, table: u64) -> Error {
             Error::corrupt(format!("{table}"))
@@ -413,7 +413,7 @@ mod tests {
             // nothing fits this cache, so each look reads the directory
             let cache = TableCache::with_bytes(1);
             let layout = Arc::new(Growing::default());
-            let extent = SparseExtent::new(1, Arc::clone(&file), layout, cache, Packing::Plain);
+            let extent = SparseExtent::new(1, Arc::clone(&file), layout, cache, Encoding::Plain);
             match extent.run_at(sector, 8 * 1024 - sector).unwrap() {
                 Run::Parent { sectors } => assert_eq!(sectors, 1024 - sector),
                 other => panic!("{other:?}"),

@@ -448,7 +448,7 @@ impl SeSparse {
                 "seSparse header: a capacity of {capacity} sectors (byte 16) needs {tables} grain tables, more than {MAX_DIRECTORY_ENTRIES}"
             )));
         }
-        let room = raw.directory_size.get().checked_mul(SECTOR / 8);
+        let allocator = raw.directory_size.get().checked_mul(SECTOR / 8);
         let (gd, gd_size) = (raw.directory_offset.get(), raw.directory_size.get());
         let (gt, gt_size) = (raw.tables_offset.get(), raw.tables_size.get());
         for (what, at, size) in [("grain directory", gd, gd_size), ("grain tables", gt, gt_size)] {
@@ -458,7 +458,7 @@ impl SeSparse {
                 )));
             }
         }
-        if room.is_none_or(|entries| entries < tables) {
+        if allocator.is_none_or(|entries| entries < tables) {
             return Err(Error::corrupt(format!(
                 "seSparse header: a directory of {gd_size} sectors (byte 136) is too small for {tables} grain tables"
             )));

@@ -9,7 +9,7 @@ use libdeflater::{DecompressionError, Decompressor};
 
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
-use crate::vmdk::extent::PackedGrain;
+use crate::vmdk::extent::CompressedGrain;
 
 /// What is read at first where nothing tells the length of the grain.
 const FIRST_READ: usize = 8 << 10;
@@ -23,7 +23,7 @@ thread_local! {
 /// behind its `inside` sectors is zero.
 ///
 /// Errors: `Corrupt` for a wrong LBA, a size out of bounds, damaged data, a wrong checksum or length.
-pub(crate) fn inflate(grain: &PackedGrain<'_>, out: &mut [u8]) -> Result<()> {
+pub(crate) fn inflate(grain: &CompressedGrain<'_>, out: &mut [u8]) -> Result<()> {
     TOOLS.with_borrow_mut(|(decompressor, packed)| {
         let (start, size) = load(grain, packed)?;
         let body = packed.get(start..start + size).unwrap_or_default();
@@ -55,7 +55,7 @@ pub(crate) fn inflate(grain: &PackedGrain<'_>, out: &mut [u8]) -> Result<()> {
 }
 
 /// Reads header and body of the grain into `packed`; where in it the body starts, and its length.
-fn load(grain: &PackedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usize)> {
+fn load(grain: &CompressedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usize)> {
     let at = grain.sector * SECTOR;
     let left = usize::try_from(grain.file.len().saturating_sub(at)).unwrap_or(usize::MAX);
     let header = if grain.markers { 12 } else { 4 };
@@ -78,7 +78,7 @@ fn load(grain: &PackedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usize)>
 }
 
 /// Checks LBA and size in the grain's header; the size of the body.
-fn check_header(grain: &PackedGrain<'_>, bytes: &[u8]) -> Result<usize> {
+fn check_header(grain: &CompressedGrain<'_>, bytes: &[u8]) -> Result<usize> {
     let mut rest = bytes;
     if grain.markers {
         let lba = take::<8>(&mut rest).map_or(0, u64::from_le_bytes);
@@ -101,7 +101,7 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-fn damaged(grain: &PackedGrain<'_>, what: &str) -> Error {
+fn damaged(grain: &CompressedGrain<'_>, what: &str) -> Error {
     Error::corrupt(format!(
         "{}: compressed grain of sector {} (byte {}): {what}",
         grain.file.label(),

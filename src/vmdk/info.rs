@@ -91,7 +91,7 @@ fn extent_info(placed: &PlacedExtent) -> ExtentInfo {
     let (file, grain, offset) = match &placed.extent {
         Extent::Flat { file, offset } => (Some(file.label().to_owned()), None, Some(*offset)),
         Extent::Zero => (None, None, None),
-        Extent::Sparse(s) => (Some(s.file.label().to_owned()), Some(s.shape().grain * SECTOR), None),
+        Extent::Sparse(s) => (Some(s.file.label().to_owned()), Some(s.geometry().grain * SECTOR), None),
     };
     ExtentInfo {
         kind: placed.kind.to_owned(),

@@ -15,22 +15,19 @@
 #![forbid(unsafe_code)]
 
 mod check;
-mod cowd;
 mod create;
 pub mod descriptor;
 mod disk;
 mod extent;
+mod extent_walk;
 mod header;
 mod inflate;
 mod info;
 mod open;
-mod sesparse;
-mod sparse;
 mod stream;
 mod tables;
 #[cfg(test)]
 mod test_store;
-mod walk;
 mod write;
 
 pub use check::{CheckReport, check};

@@ -16,16 +16,16 @@ use std::sync::Arc;
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Store, StoredFile};
-use crate::vmdk::cowd::CowdTables;
 use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint};
-use crate::vmdk::extent::{Extent, Packing, SparseExtent};
+use crate::vmdk::extent::{Encoding, Extent, SparseExtent};
 use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
     StreamTail,
 };
-use crate::vmdk::sesparse::SeSparseTables;
-use crate::vmdk::sparse::HostedTables;
 use crate::vmdk::tables::TableCache;
+use crate::vmdk::tables::cowd::CowdTables;
+use crate::vmdk::tables::hosted::HostedTables;
+use crate::vmdk::tables::sesparse::SeSparseTables;
 
 /// The most links of a chain. vSphere allows 32 (31 snapshots).
 pub const MAX_LINKS: usize = 64;
@@ -317,7 +317,7 @@ impl Opener {
         }
         let header = if header.directory == DirectoryAt::Footer { read_footer(&*file, &header)? } else { header };
         check_line(line, header.capacity)?;
-        let packing = if header.compressed { Packing::Deflate { markers: header.markers } } else { Packing::Plain };
+        let packing = if header.compressed { Encoding::Deflate { markers: header.markers } } else { Encoding::Plain };
         let hosted = Arc::new(HostedTables::new(Arc::clone(&file), &header)?);
         let kind = if header.compressed { "SPARSE (compressed)" } else { "SPARSE" };
         let extent = SparseExtent::new(self.extent_id(), file, Arc::clone(&hosted) as _, self.cache.clone(), packing);
@@ -328,7 +328,7 @@ impl Opener {
         let header = Cowd::parse(head.get(..HEAD_BYTES).unwrap_or(head))?;
         check_line(line, header.capacity)?;
         let layout = Arc::new(CowdTables::new(Arc::clone(&file), &header)?);
-        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
+        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
         Ok(PlacedExtent { unclean: header.unclean, ..placed(Extent::Sparse(extent), line, "VMFSSPARSE") })
     }
 
@@ -336,7 +336,7 @@ impl Opener {
         let header = SeSparse::parse(head, file.len())?;
         check_line(line, header.capacity)?;
         let layout = Arc::new(SeSparseTables::new(Arc::clone(&file), header));
-        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Packing::Plain);
+        let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
         Ok(placed(Extent::Sparse(extent), line, "SESPARSE"))
     }
 

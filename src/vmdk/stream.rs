@@ -194,7 +194,7 @@ impl BlockRead for StreamDisk {
 
 impl BlockWrite for StreamDisk {
     /// Makes a closed stream unfinished again.
-    fn begin(&self) -> Result<()> {
+    fn prepare_external_write(&self) -> Result<()> {
         self.state().reopen()
     }
 
@@ -242,7 +242,7 @@ impl BlockWrite for StreamDisk {
     }
 
     /// Writes all that is still to come, tables and footer, and last the magic that makes an image of the file.
-    fn holds_back(&self) -> bool {
+    fn has_unflushed_metadata(&self) -> bool {
         false
     }
 
@@ -264,7 +264,7 @@ impl BlockWrite for StreamDisk {
         Ok(())
     }
 
-    fn in_order_only(&self) -> bool {
+    fn sequential_write_only(&self) -> bool {
         true
     }
 }

@@ -12,6 +12,11 @@
 //!
 //! A [`Layout`] is what the three formats differ in. It only translates addresses.
 
+pub(crate) mod cowd;
+pub(crate) mod hosted;
+pub(crate) mod sesparse;
+pub(crate) mod writable;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,7 +36,7 @@ pub(crate) const CHUNK: u64 = 4096;
 
 /// What a grain table entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Slot {
+pub(crate) enum GrainEntry {
     /// Nothing here: the parent's, or zeroes.
     Unallocated,
     /// Zeroes that hide the parent.
@@ -44,7 +49,7 @@ pub(crate) enum Slot {
 
 /// What a directory entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum DirectoryEntry {
     /// No table: all its grains are unallocated.
     Absent,
     /// The table starts at this sector of the file.
@@ -69,27 +74,27 @@ const ZERO: u64 = 1;
 
 impl Table {
     /// A table of 32-bit entries.
-    pub(crate) fn narrow(slots: impl Iterator<Item = Slot>) -> Self {
+    pub(crate) fn narrow(slots: impl Iterator<Item = GrainEntry>) -> Self {
         Self::Narrow(
             slots
                 .map(|s| match s {
-                    Slot::Unallocated => UNALLOCATED as u32,
-                    Slot::Zero => ZERO as u32,
-                    Slot::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
-                    Slot::Bad => u32::MAX,
+                    GrainEntry::Unallocated => UNALLOCATED as u32,
+                    GrainEntry::Zero => ZERO as u32,
+                    GrainEntry::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
+                    GrainEntry::Bad => u32::MAX,
                 })
                 .collect(),
         )
     }
 
     /// A table whose entries can change, with those of `self`, and as many unallocated ones as `len` asks for.
-    pub(crate) fn into_live(self, len: usize) -> Self {
+    pub(crate) fn into_writable(self, len: usize) -> Self {
         let entry = |i| match self.slot(i) {
             _ if i >= self.len() => UNALLOCATED as u32,
-            Slot::Unallocated => UNALLOCATED as u32,
-            Slot::Zero => ZERO as u32,
-            Slot::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
-            Slot::Bad => u32::MAX,
+            GrainEntry::Unallocated => UNALLOCATED as u32,
+            GrainEntry::Zero => ZERO as u32,
+            GrainEntry::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
+            GrainEntry::Bad => u32::MAX,
         };
         Self::Live((0..len).map(|i| AtomicU32::new(entry(i))).collect())
     }
@@ -105,21 +110,21 @@ impl Table {
     }
 
     /// A table of 64-bit entries.
-    pub(crate) fn wide(slots: impl Iterator<Item = Slot>) -> Self {
+    pub(crate) fn wide(slots: impl Iterator<Item = GrainEntry>) -> Self {
         Self::Wide(
             slots
                 .map(|s| match s {
-                    Slot::Unallocated => UNALLOCATED,
-                    Slot::Zero => ZERO,
-                    Slot::At(sector) => sector,
-                    Slot::Bad => u64::MAX,
+                    GrainEntry::Unallocated => UNALLOCATED,
+                    GrainEntry::Zero => ZERO,
+                    GrainEntry::At(sector) => sector,
+                    GrainEntry::Bad => u64::MAX,
                 })
                 .collect(),
         )
     }
 
     /// Entry `i`; an index past the table is `Bad`.
-    pub(crate) fn slot(&self, i: usize) -> Slot {
+    pub(crate) fn slot(&self, i: usize) -> GrainEntry {
         let (value, bad) = match self {
             Self::Narrow(e) => (e.get(i).map_or(u64::from(u32::MAX), |&v| v.into()), u64::from(u32::MAX)),
             Self::Wide(e) => (e.get(i).copied().unwrap_or(u64::MAX), u64::MAX),
@@ -128,10 +133,10 @@ impl Table {
             }
         };
         match value {
-            UNALLOCATED => Slot::Unallocated,
-            ZERO => Slot::Zero,
-            v if v == bad => Slot::Bad,
-            sector => Slot::At(sector),
+            UNALLOCATED => GrainEntry::Unallocated,
+            ZERO => GrainEntry::Zero,
+            v if v == bad => GrainEntry::Bad,
+            sector => GrainEntry::At(sector),
         }
     }
 
@@ -155,7 +160,7 @@ impl Table {
 
 /// The numbers that say which table and entry a sector has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
+pub(crate) struct TableGeometry {
     /// Sectors of the extent.
     pub(crate) capacity: u64,
     /// Sectors of a grain, a power of two.
@@ -164,7 +169,7 @@ pub(crate) struct Shape {
     pub(crate) entries_per_table: u64,
 }
 
-impl Shape {
+impl TableGeometry {
     /// Sectors that one table covers.
     pub(crate) fn coverage(&self) -> u64 {
         self.grain * self.entries_per_table
@@ -184,11 +189,11 @@ impl Shape {
 /// A sparse format: where its directory and tables lie, and what their entries mean.
 pub(crate) trait Layout: fmt::Debug + Send + Sync {
     /// Its numbers; they never change.
-    fn shape(&self) -> Shape;
+    fn geometry(&self) -> TableGeometry;
     /// Sectors of a table in the file.
     fn table_sectors(&self) -> u64;
     /// The directory entries of `tables` (at most [`CHUNK`]), each checked.
-    fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>>;
+    fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>>;
     /// The table whose directory entry said `at`, each entry checked. It has as many entries as the table has
     /// grains inside of the capacity, at least.
     fn load_table(&self, table: u64, at: u64) -> Result<Table>;
@@ -201,7 +206,7 @@ pub(crate) trait Layout: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone)]
 enum Cached {
     Table(Arc<Table>),
-    Directory(Arc<[Place]>),
+    Directory(Arc<[DirectoryEntry]>),
 }
 
 #[derive(Debug, Clone)]
@@ -214,7 +219,7 @@ impl Weighter<u64, Cached> for ByBytes {
         OVERHEAD
             + match value {
                 Cached::Table(t) => t.bytes(),
-                Cached::Directory(d) => size_of_val::<[Place]>(d) as u64,
+                Cached::Directory(d) => size_of_val::<[DirectoryEntry]>(d) as u64,
             }
     }
 }
@@ -256,19 +261,20 @@ impl TableCache {
     }
 
     /// Where table `number` of the extent lies.
-    pub(crate) fn place(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Place> {
+    pub(crate) fn place(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<DirectoryEntry> {
         let chunk = self.chunk(extent, layout, number / CHUNK)?;
-        Ok(chunk.get((number % CHUNK) as usize).copied().unwrap_or(Place::Bad))
+        Ok(chunk.get((number % CHUNK) as usize).copied().unwrap_or(DirectoryEntry::Bad))
     }
 
     /// The directory entries `n × CHUNK …` of the extent.
-    pub(crate) fn chunk(&self, extent: u32, layout: &dyn Layout, n: u64) -> Result<Arc<[Place]>> {
+    pub(crate) fn chunk(&self, extent: u32, layout: &dyn Layout, n: u64) -> Result<Arc<[DirectoryEntry]>> {
         let key = u64::from(extent) << EXTENT_SHIFT | DIRECTORY_BIT | n;
         if let Some(Cached::Directory(d)) = self.0.get(&key) {
             return Ok(d);
         }
         let first = n * CHUNK;
-        let chunk: Arc<[Place]> = layout.load_directory(first..layout.shape().tables().min(first + CHUNK))?.into();
+        let chunk: Arc<[DirectoryEntry]> =
+            layout.load_directory(first..layout.geometry().tables().min(first + CHUNK))?.into();
         self.0.insert(key, Cached::Directory(Arc::clone(&chunk)));
         Ok(chunk)
     }
@@ -297,9 +303,9 @@ impl TableCache {
 
     fn load(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
         let at = match self.place(extent, layout, number)? {
-            Place::Absent => return Ok(None),
-            Place::Bad => return Err(layout.explain_directory(number)),
-            Place::At(sector) => sector,
+            DirectoryEntry::Absent => return Ok(None),
+            DirectoryEntry::Bad => return Err(layout.explain_directory(number)),
+            DirectoryEntry::At(sector) => sector,
         };
         Ok(Some(Arc::new(layout.load_table(number, at)?)))
     }
@@ -311,14 +317,20 @@ mod tests {
 
     #[test]
     fn slots_survive_both_widths() {
-        let slots = [Slot::Unallocated, Slot::Zero, Slot::At(2), Slot::At(0xffff_fffe), Slot::Bad];
+        let slots = [
+            GrainEntry::Unallocated,
+            GrainEntry::Zero,
+            GrainEntry::At(2),
+            GrainEntry::At(0xffff_fffe),
+            GrainEntry::Bad,
+        ];
         let (narrow, wide) = (Table::narrow(slots.into_iter()), Table::wide(slots.into_iter()));
         for (i, s) in slots.into_iter().enumerate() {
             assert_eq!(narrow.slot(i), s);
             assert_eq!(wide.slot(i), s);
         }
-        assert_eq!(narrow.slot(5), Slot::Bad);
-        assert_eq!(wide.slot(5), Slot::Bad);
+        assert_eq!(narrow.slot(5), GrainEntry::Bad);
+        assert_eq!(wide.slot(5), GrainEntry::Bad);
     }
 
     /// Every table exists, at its number + 10, and says so in its entries.
@@ -326,19 +338,19 @@ mod tests {
     struct Regular;
 
     impl Layout for Regular {
-        fn shape(&self) -> Shape {
-            Shape { capacity: 1 << 36, grain: 128, entries_per_table: 512 }
+        fn geometry(&self) -> TableGeometry {
+            TableGeometry { capacity: 1 << 36, grain: 128, entries_per_table: 512 }
         }
         fn table_sectors(&self) -> u64 {
             4
         }
-        fn load_directory(&self, tables: Range<u64>) -> Result<Vec<Place>> {
+        fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
             assert!(tables.end - tables.start <= CHUNK);
-            Ok(tables.map(|t| Place::At(t + 10)).collect())
+            Ok(tables.map(|t| DirectoryEntry::At(t + 10)).collect())
         }
         fn load_table(&self, table: u64, at: u64) -> Result<Table> {
             assert_eq!(at, table + 10);
-            Ok(Table::narrow((0..512).map(|_| Slot::At(table + 2))))
+            Ok(Table::narrow((0..512).map(|_| GrainEntry::At(table + 2))))
         }
         fn explain_directory(&self, table: u64) -> crate::error::Error {
             crate::error::Error::corrupt(format!("{table}"))
@@ -351,10 +363,10 @@ mod tests {
     #[test]
     fn memory_stays_bounded_over_a_huge_disk() {
         let cache = TableCache::with_bytes(1 << 20);
-        for table in (0..Regular.shape().tables()).step_by(97) {
+        for table in (0..Regular.geometry().tables()).step_by(97) {
             for extent in [0, 1] {
                 let got = cache.table(extent, &Regular, table).unwrap().unwrap();
-                assert_eq!(got.slot(511), Slot::At(table + 2));
+                assert_eq!(got.slot(511), GrainEntry::At(table + 2));
                 assert!(cache.0.weight() <= 1 << 20);
             }
         }

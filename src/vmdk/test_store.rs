@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::TempDir;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::watched::Watched;
+use crate::store::fault_injection::Watched;
 use crate::store::{Access, ExtentName, Identity, LocalStore, OpenPolicy, Store, StoredFile};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::bytes::Bytes;
-use super::judge::fill;
+use super::oracle::fill;
 use crate::make::model::Layer;
 use crate::make::write::{Descriptor, Hosted, flat, hosted};
 
@@ -261,7 +261,7 @@ mod tests {
     use vmdkfuse::store::Access;
     use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
 
-    use super::super::{Judge, SimStore};
+    use super::super::{Oracle, SimStore};
     use super::*;
 
     #[test]
@@ -270,7 +270,7 @@ mod tests {
             let image = kind.image();
             let file = SimStore::new(&image.files).file(image.top, Access::Read).unwrap();
             let disk = VmdkDisk::open(file, OpenOptions::default()).unwrap();
-            Judge::new(&image.values, &image.repaired).verify(&disk).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+            Oracle::new(&image.values, &image.repaired).verify(&disk).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
             let report = check(&disk);
             assert_eq!(report.errors, [""; 0], "{kind:?}");
             assert_eq!(report.leaks > 0, kind == Kind::Unclean, "{kind:?}: {report:?}");

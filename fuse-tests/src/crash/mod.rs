@@ -22,19 +22,19 @@
 
 mod bytes;
 mod images;
-mod judge;
-mod left;
+mod mutation;
+mod oracle;
+mod recovery_check;
 mod replay;
 mod run;
-mod sabotage;
 mod search;
 mod store;
 
 pub use bytes::{Bytes, PAGE};
 pub use images::{Image, Kind};
-pub use judge::{Judge, fill, value_of};
+pub use mutation::Mutation;
+pub use oracle::{Oracle, fill, value_of};
 pub use replay::{Crash, Machine, Style};
 pub use run::{Run, Step, random_steps, record, record_threads};
-pub use sabotage::Sabotage;
 pub use search::{Effort, Report, Violation, search, shrink};
 pub use store::{Event, Faults, Mark, Op, SimStore};

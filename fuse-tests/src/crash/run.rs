@@ -8,7 +8,7 @@ use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::images::Image;
-use super::judge::{fill, value_of, values};
+use super::oracle::{fill, value_of, values};
 use super::store::{Event, Faults, Mark, SimStore};
 use crate::make::model::Random;
 

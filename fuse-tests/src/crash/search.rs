@@ -4,11 +4,11 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::images::Image;
-use super::judge::{Judge, values};
-use super::left::{judge_crash, open};
+use super::mutation::Mutation;
+use super::oracle::{Oracle, values};
+use super::recovery_check::{judge_crash, open};
 use super::replay::{Crash, Machine, Style};
 use super::run::{Run, Step, open_writable, random_steps, record};
-use super::sabotage::Sabotage;
 use super::store::{Event, SimStore};
 use crate::make::model::Random;
 
@@ -103,8 +103,8 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     let mut report = Report::default();
     let mut random = Random::new(effort.seed);
     let mut machine = Machine::new(&run.image.files);
-    let mut judge = Judge::new(&run.image.values, &run.image.repaired);
-    let start = judge.clone();
+    let mut oracle = Oracle::new(&run.image.values, &run.image.repaired);
+    let start = oracle.clone();
     if let Some(what) = &run.broken {
         report.violation = Some(violation(what, run, run.log.len(), &machine, Style::All));
         return report;
@@ -119,7 +119,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
             let one_of = |n: u64, random: &mut Random| n > 0 && random.below(n) == 0;
             let qemu = one_of(effort.qemu, &mut random);
             report.qemu += u64::from(qemu);
-            let mut judged = judge_crash(&run.image, &crash, &judge, &start, qemu);
+            let mut judged = judge_crash(&run.image, &crash, &oracle, &start, qemu);
             if judged.is_ok() && depth < 2 && one_of(effort.nested, &mut random) {
                 report.nested += 1;
                 judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
@@ -131,7 +131,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
         }
         if let Some(event) = run.log.get(place) {
             machine.step(event);
-            judge.step(event);
+            oracle.step(event);
         }
     }
     report
@@ -186,12 +186,12 @@ fn go_on(
 }
 
 /// The same violation, or another one, with as few steps as leaving out single ones gets to. Gives up after a while.
-pub fn shrink(image: &Image, steps: &[Step], effort: Effort, sabotage: Option<Sabotage>) -> Option<Violation> {
+pub fn shrink(image: &Image, steps: &[Step], effort: Effort, mutation: Option<Mutation>) -> Option<Violation> {
     let until = Instant::now() + Duration::from_secs(60);
     let fails = |steps: &[Step]| {
         let mut run = record(image, steps, FIRST);
-        if let Some(sabotage) = sabotage {
-            run.log = sabotage.apply(image, &run.log);
+        if let Some(mutation) = mutation {
+            run.log = mutation.apply(image, &run.log);
         }
         search(&run, effort).violation
     };

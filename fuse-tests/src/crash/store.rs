@@ -340,7 +340,7 @@ impl StoredFile for SimFile {
         self.opened
     }
 
-    fn shows_changes(&self) -> bool {
+    fn detects_modification(&self) -> bool {
         true
     }
 
@@ -370,7 +370,7 @@ impl StoredWrite for SimFile {
         self.change(Op::Write { offset, data: buf.into() })
     }
 
-    fn len_now(&self) -> Result<u64> {
+    fn current_len(&self) -> Result<u64> {
         Ok(self.store.lock().files[self.number].bytes.len())
     }
 
@@ -481,7 +481,7 @@ mod tests {
         store.fail(Faults { room: Some(8192), ..Faults::default() });
         let error = write.write_all_at(0, &[1; 5 * 4096]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Os(libc::ENOSPC));
-        assert!(write.len_now().unwrap() > 8192 && write.len_now().unwrap() <= 3 * 4096);
+        assert!(write.current_len().unwrap() > 8192 && write.current_len().unwrap() <= 3 * 4096);
         write.write_all_at(0, &[2; 4096]).unwrap();
         write.set_len(1 << 30).unwrap();
         assert!(write.write_all_at(1 << 20, &[1]).is_err());

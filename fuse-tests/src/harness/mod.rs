@@ -24,12 +24,12 @@
 
 mod bytes;
 mod cmd;
+mod hostile_matrix;
 mod images;
-mod many;
 mod mount;
 mod mounts;
-mod need;
 mod process;
+mod requirements;
 mod runs;
 mod scratch;
 
@@ -38,11 +38,13 @@ pub use bytes::{
     read_range, sha256,
 };
 pub use cmd::{Cmd, Outcome};
+pub use hostile_matrix::{Answer, each, open_hostile};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};
-pub use many::{Answer, each, open_hostile};
 pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
-pub use need::{is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, program, skip};
 pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
+pub use requirements::{
+    is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, program, skip,
+};
 pub use runs::{check_runs, open_read_only};
 pub use scratch::{NOBODY, STRANGER, Scratch, User};

@@ -7,18 +7,18 @@ use std::sync::atomic::AtomicBool;
 
 use vmdkfuse::block::RunPlace;
 use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig, ViewConfig};
-use vmdkfuse::image::{self, Image};
 use vmdkfuse::kernel_view;
+use vmdkfuse::volume::{self, Volume};
 
 /// The image at `path`, opened for reading by the library.
-pub fn open_read_only(path: &Path, allow: &[PathBuf]) -> vmdkfuse::error::Result<Image> {
+pub fn open_read_only(path: &Path, allow: &[PathBuf]) -> vmdkfuse::error::Result<Volume> {
     let local = LocalConfig { allow_dirs: allow.to_vec(), ..LocalConfig::new(path) };
-    image::open(&DiskConfig { read_only: true, ..DiskConfig::new("disk", SourceConfig::Local(local)) })
+    volume::open(&DiskConfig { read_only: true, ..DiskConfig::new("disk", SourceConfig::Local(local)) })
 }
 
 /// Walks the runs of a disk, none of which may lie outside of its file, and makes its kernel view if this process may.
 #[track_caller]
-pub fn check_runs(image: &Image) {
+pub fn check_runs(image: &Volume) {
     let Some(runs) = image.disk().runs() else { return };
     let files: Vec<u64> = runs.files().iter().map(|f| f.len).collect();
     let (mut told, mut steps) = (0, 0);

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::cmd::Cmd;
 use super::mount::MountCmd;
 use super::mounts::mounts_below;
-use super::need::{is_root, program};
+use super::requirements::{is_root, program};
 
 /// Somebody to run as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 
 use tempfile::TempDir;
 
-use super::super::test_words::{config_of, mount_of};
+use super::super::test_args::{config_of, mount_of};
 use super::super::{Parsed, parse};
 use super::*;
 use crate::config::{Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};

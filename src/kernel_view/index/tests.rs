@@ -84,7 +84,7 @@ impl Reader {
     }
 }
 
-fn build(sectors: u64, devices: &[u64], budget: u64, runs: &[(u64, Place)]) -> Result<Index> {
+fn build(sectors: u64, devices: &[u64], budget: u64, runs: &[(u64, RunTarget)]) -> Result<Index> {
     let mut builder = Builder::new(sectors, devices, budget)?;
     for &(sectors, place) in runs {
         builder.add(NonZeroU64::new(sectors).unwrap(), place)?;
@@ -92,8 +92,8 @@ fn build(sectors: u64, devices: &[u64], budget: u64, runs: &[(u64, Place)]) -> R
     builder.finish()
 }
 
-fn stored(device: usize, sector: u64) -> Place {
-    Place::Stored { device, sector }
+fn stored(device: usize, sector: u64) -> RunTarget {
+    RunTarget::Stored { device, sector }
 }
 
 const NO_BOUND: u64 = u64::MAX;
@@ -119,21 +119,21 @@ fn chunks_are_as_large_as_the_runs_let_them_be() {
     let row: Vec<_> = (0..64).map(|i| (128, stored(0, 1000 + i * 128))).collect();
     assert_eq!(build(128 * 64, &[1 << 30], NO_BOUND, &row).unwrap().chunk(), 128 * 64 * 512);
     // a disk of any size that is one hole
-    let hole = build(1 << 50, &[], NO_BOUND, &[(1 << 50, Place::Zero)]).unwrap();
+    let hole = build(1 << 50, &[], NO_BOUND, &[(1 << 50, RunTarget::Zero)]).unwrap();
     assert_eq!(hole.chunk(), 1 << 40, "the largest that the format has");
     // one odd border at the end
-    let odd = build(1001, &[1 << 30], NO_BOUND, &[(1000, Place::Zero), (1, stored(0, 5))]).unwrap();
+    let odd = build(1001, &[1 << 30], NO_BOUND, &[(1000, RunTarget::Zero), (1, stored(0, 5))]).unwrap();
     assert_eq!(odd.chunk(), 8 * 512);
 }
 
 #[test]
 fn an_index_that_would_exceed_its_budget_is_refused_before_it_takes_memory() {
-    let runs = [(1, stored(0, 7)), ((1 << 40) - 1, Place::Zero)];
+    let runs = [(1, stored(0, 7)), ((1 << 40) - 1, RunTarget::Zero)];
     let e = build(1 << 40, &[1 << 20], 256 << 20, &runs).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unsupported);
     assert!(e.to_string().contains("view-size= allows 262144 KiB"), "{e}");
     // 4096 entries, and less than four pages in front of them
-    let runs = [(1, stored(0, 7)), (4095, Place::Zero)];
+    let runs = [(1, stored(0, 7)), (4095, RunTarget::Zero)];
     assert!(build(4096, &[1 << 20], 48 << 10, &runs).unwrap().bytes() <= 48 << 10);
     assert!(build(4096, &[1 << 20], 32 << 10, &runs).is_err());
 }
@@ -146,8 +146,8 @@ fn a_run_outside_of_its_file_or_disk_is_refused() {
         (4096, vec![(8, stored(1, 0))], "leave extent 1 of 0"),
         // a last sector that is there in part
         (4095, vec![(8, stored(0, 0))], "leave extent 0 of 7 whole sectors"),
-        (4096, vec![(9, Place::Zero)], "leaves the disk"),
-        (4096, vec![(4, Place::Zero), (u64::MAX, Place::Zero)], "leaves the disk"),
+        (4096, vec![(9, RunTarget::Zero)], "leaves the disk"),
+        (4096, vec![(4, RunTarget::Zero), (u64::MAX, RunTarget::Zero)], "leaves the disk"),
         (4096, vec![(7, stored(0, 0))], "the runs end at sector 7"),
     ] {
         let e = build(8, &[bytes], NO_BOUND, &runs).unwrap_err();
@@ -171,14 +171,14 @@ fn blocks_of_4_kib_reach_16_tib_where_everything_is_aligned_to_them() {
 }
 
 /// A disk of random runs over random files, in units of sectors.
-fn runs() -> impl Strategy<Value = (Vec<u64>, Vec<(u64, Place)>)> {
+fn runs() -> impl Strategy<Value = (Vec<u64>, Vec<(u64, RunTarget)>)> {
     let unit = prop_oneof![Just(1u64), Just(8), Just(128)];
     (proptest::collection::vec(1u64..4096, 1..5), unit).prop_flat_map(|(files, unit)| {
         let bytes: Vec<u64> = files.iter().map(|f| f * unit * 512 + f % 3).collect();
         let place = (0..files.len(), 0u64..4096, any::<bool>(), 1u64..40).prop_map(move |(device, at, zero, units)| {
             let units = units.min(files[device]);
             let sector = at % (files[device] - units + 1) * unit;
-            (units * unit, if zero { Place::Zero } else { stored(device, sector) })
+            (units * unit, if zero { RunTarget::Zero } else { stored(device, sector) })
         });
         (Just(bytes), proptest::collection::vec(place, 1..60))
     })
@@ -200,8 +200,8 @@ proptest! {
         for (len, place) in runs {
             for i in 0..len {
                 let wanted = match place {
-                    Place::Zero => None,
-                    Place::Stored { device, sector } => Some((device, (sector + i) * 512)),
+                    RunTarget::Zero => None,
+                    RunTarget::Stored { device, sector } => Some((device, (sector + i) * 512)),
                 };
                 prop_assert_eq!(r.at((at + i) * 512), wanted);
                 if let Some((device, byte)) = wanted {
@@ -221,7 +221,7 @@ proptest! {
     ) {
         let runs: Vec<_> = runs
             .into_iter()
-            .map(|(len, device, sector, zero)| (len, if zero { Place::Zero } else { stored(device, sector) }))
+            .map(|(len, device, sector, zero)| (len, if zero { RunTarget::Zero } else { stored(device, sector) }))
             .collect();
         let sectors = runs.iter().map(|r| r.0).sum();
         if let Ok(index) = build(sectors, &files, 1 << 20, &runs) {
@@ -246,7 +246,7 @@ fn fsck_erofs_and_dump_erofs_agree() {
     for (i, bytes) in devices.iter().enumerate() {
         std::fs::write(path(&format!("device{i}")), bytes).unwrap();
     }
-    let runs = [(16, stored(1, 8)), (8, Place::Zero), (40, stored(0, 64)), (8, stored(1, 0))];
+    let runs = [(16, stored(1, 8)), (8, RunTarget::Zero), (40, stored(0, 64)), (8, stored(1, 0))];
     let index = build(72, &devices.each_ref().map(|d| d.len() as u64), NO_BOUND, &runs).unwrap();
     std::fs::write(path("image"), Reader::of(index).image).unwrap();
     let run = |tool: &str, words: &[String]| {

@@ -6,18 +6,18 @@ use std::time::{Duration, Instant};
 
 use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_FUA, LIBNBD_CMD_FLAG_NO_HOLE};
 
-use super::carry::Load;
-use super::dial::Dialer;
+use super::buffer_pool::{Buffer, BufferPool, CommandBuffer, Shared};
+use super::bulk::BulkRequest;
+use super::command::{Command, CommandCompletion, CommandKind};
+use super::connect::Connector;
+use super::connection::MAX_TIMEOUT;
 use super::export::Export;
+use super::extent_cache::{REGION, content};
 use super::ffi::is_ending;
-use super::generation::MAX_TIMEOUT;
-use super::link::{Link, Manners};
-use super::map::{REGION, content};
-use super::op::{Finish, Kind, Op};
-use super::parts::{Parts, Slot, pieces};
-use super::pool::{Buffer, Place, Pool, Shared};
+use super::session::{Session, SessionOptions};
+use super::split_request::{Oneshot, SplitRequest, pieces};
 use crate::block::{
-    BlockQueue, BlockRead, BlockWrite, Content, Done, Geometry, Lba, ReadDone, SECTOR, Stay, check_range,
+    BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay, check_range,
 };
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,7 +43,7 @@ const ZERO_DATA: u64 = 1 << 20;
 /// A disk of an NBD server.
 #[derive(Debug)]
 pub struct NbdDisk {
-    link: Arc<Link>,
+    session: Arc<Session>,
     geometry: Geometry,
     writable: bool,
 }
@@ -53,12 +53,12 @@ impl NbdDisk {
     ///
     /// Where that fails it is tried again as often as `retry=` says, and once where it says nothing.
     pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
-        let dialer = Dialer::new(config)?;
+        let connector = Connector::new(config)?;
         let timeout = timeout(config);
-        let mut left = if dialer.can_repeat() { config.retry.unwrap_or(0) } else { 0 };
+        let mut left = if connector.can_repeat() { config.retry.unwrap_or(0) } else { 0 };
         let mut pause = Duration::from_millis(100);
         let (handle, export) = loop {
-            match dialer.open(true, Instant::now() + timeout, &is_ending) {
+            match connector.open(true, Instant::now() + timeout, &is_ending) {
                 Ok(open) => break open,
                 Err(e) if left == 0 => return Err(e),
                 Err(e) => tracing::info!("{left} attempts are left: {e}"),
@@ -74,69 +74,83 @@ impl NbdDisk {
             pause = (pause * 2).min(Duration::from_secs(2));
         };
         let writable = writable && !export.read_only;
-        let link = Link::start(dialer, export, manners(config, writable), Some(handle))?;
-        Ok(Self { geometry: export.geometry(), link, writable })
+        let session = Session::start(connector, export, options(config, writable), Some(handle))?;
+        Ok(Self { geometry: export.geometry(), session, writable })
     }
 
     /// An export of a server that is known already; connected to when it is first used.
-    pub(super) fn later(dialer: Dialer, export: Export, config: &NbdConfig, writable: bool) -> Result<Self> {
+    pub(super) fn later(connector: Connector, export: Export, config: &NbdConfig, writable: bool) -> Result<Self> {
         let writable = writable && !export.read_only;
-        let link = Link::start(dialer, export, manners(config, writable), None)?;
-        Ok(Self { geometry: export.geometry(), link, writable })
+        let session = Session::start(connector, export, options(config, writable), None)?;
+        Ok(Self { geometry: export.geometry(), session, writable })
     }
 
     /// Whether the server takes no writes.
     pub fn is_read_only(&self) -> bool {
-        self.link.export().read_only
+        self.session.export().read_only
     }
 
     /// The server, for messages.
     pub fn label(&self) -> String {
-        self.link.label()
+        self.session.label()
     }
 
     /// Connections that there are now.
     #[cfg(test)]
     pub(super) fn connections(&self) -> usize {
-        self.link.connections()
+        self.session.connections()
     }
 
     /// Long requests that had a connection for themselves.
     #[cfg(test)]
     pub(super) fn carried(&self) -> usize {
-        self.link.carried()
+        self.session.carried()
     }
 
     /// Bytes of the export: up to a sector fewer than of the disk.
     fn size(&self) -> u64 {
-        self.link.export().size
+        self.session.export().size
     }
 
     /// Begins a command of any length; `done` is given the operation that was made.
-    fn begin(&self, kind: Kind, offset: u64, len: u64, buf: impl Into<Place>, done: Finish) {
-        self.link.submit(self.op(kind, offset, len, buf, done));
+    fn prepare_external_write(
+        &self,
+        kind: CommandKind,
+        offset: u64,
+        len: u64,
+        buf: impl Into<CommandBuffer>,
+        done: CommandCompletion,
+    ) {
+        self.session.submit(self.command(kind, offset, len, buf, done));
     }
 
-    fn op(&self, kind: Kind, offset: u64, len: u64, buf: impl Into<Place>, done: Finish) -> Box<Op> {
-        Op::new(kind, offset, len, buf, self.link.deadline(), done)
+    fn command(
+        &self,
+        kind: CommandKind,
+        offset: u64,
+        len: u64,
+        buf: impl Into<CommandBuffer>,
+        done: CommandCompletion,
+    ) -> Box<Command> {
+        Command::new(kind, offset, len, buf, self.session.deadline(), done)
     }
 
     /// A command without data, and its end waited for.
-    fn run(&self, kind: Kind, offset: u64, len: u64) -> Result<Vec<(u64, u32)>> {
-        let slot = Slot::new();
+    fn run(&self, kind: CommandKind, offset: u64, len: u64) -> Result<Vec<(u64, u32)>> {
+        let slot = Oneshot::new();
         let there = Arc::clone(&slot);
-        let finish: Finish = Box::new(move |op, result| there.put(result.map(|()| op.extents)));
-        self.begin(kind, offset, len, Buffer::default(), finish);
+        let finish: CommandCompletion = Box::new(move |command, result| there.put(result.map(|()| command.extents)));
+        self.prepare_external_write(kind, offset, len, Buffer::default(), finish);
         self.waited(&slot)
     }
 
-    fn waited<T: Send + 'static>(&self, slot: &Slot<Result<T>>) -> Result<T> {
-        let late = || Err(Error::new(ErrorKind::Os(libc::EIO), format!("{}: a command has no end", self.label())));
-        slot.wait(&self.link, self.link.deadline() + GRACE).unwrap_or_else(late)
+    fn waited<T: Send + 'static>(&self, slot: &Oneshot<Result<T>>) -> Result<T> {
+        let timed_out = || Err(Error::new(ErrorKind::Os(libc::EIO), format!("{}: a command has no end", self.label())));
+        slot.wait(&self.session, self.session.deadline() + GRACE).unwrap_or_else(timed_out)
     }
 
-    fn pool(&self) -> &Pool {
-        &self.link.pool
+    fn pool(&self) -> &BufferPool {
+        &self.session.pool
     }
 
     fn buffer(&self, len: u64) -> Result<Buffer> {
@@ -146,11 +160,11 @@ impl NbdDisk {
 
     /// Asks for what is at `byte` and after it.
     fn ask(&self, byte: u64) -> (Content, u64) {
-        let stamp = self.link.map.stamp();
+        let stamp = self.session.map.stamp();
         let end = ((byte / REGION + 1) * REGION).min(self.size());
         // A server that can't tell just now: to say that there is data is never wrong.
-        let extents = self.run(Kind::Status, byte, end - byte).unwrap_or_default();
-        self.link.map.learn(stamp, byte, &extents);
+        let extents = self.run(CommandKind::Status, byte, end - byte).unwrap_or_default();
+        self.session.map.learn(stamp, byte, &extents);
         let mut at = byte;
         let mut found = None;
         for (len, flags) in extents {
@@ -165,24 +179,24 @@ impl NbdDisk {
 
     /// Asks for the region of a read ahead of the next ones. Nobody waits for the answer.
     fn ask_ahead(&self, byte: u64) {
-        let export = self.link.export();
-        if !export.block_status || byte >= export.size || !self.link.map.ask_ahead(byte) {
+        let export = self.session.export();
+        if !export.block_status || byte >= export.size || !self.session.map.ask_ahead(byte) {
             return;
         }
-        let stamp = self.link.map.stamp();
+        let stamp = self.session.map.stamp();
         let end = ((byte / REGION + 1) * REGION).min(export.size);
-        let link = Arc::downgrade(&self.link);
-        let finish: Finish = Box::new(move |op, result| {
-            if let (Ok(()), Some(link)) = (result, link.upgrade()) {
-                link.map.learn(stamp, op.offset, &op.extents);
+        let session = Arc::downgrade(&self.session);
+        let finish: CommandCompletion = Box::new(move |command, result| {
+            if let (Ok(()), Some(session)) = (result, session.upgrade()) {
+                session.map.learn(stamp, command.offset, &command.extents);
             }
         });
-        self.begin(Kind::Status, byte, end - byte, Buffer::default(), finish);
+        self.prepare_external_write(CommandKind::Status, byte, end - byte, Buffer::default(), finish);
     }
 
     /// Makes a range of the export read as zeroes.
     fn zero_bytes(&self, from: u64, to: u64, unmap: bool) -> Result<()> {
-        let export = *self.link.export();
+        let export = *self.session.export();
         let mut at = from;
         while at < to {
             let len = (to - at).min(MAX_ZERO);
@@ -190,13 +204,13 @@ impl NbdDisk {
                 self.zero_without(at, len, unmap)?;
             } else if unmap && export.fast_zero {
                 // Giving room back is fast or not possible; writing zeroes may take long, but keeps the promise.
-                match self.run(Kind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO }, at, len) {
-                    Err(e) if is_unsupported(&e) => self.run(Kind::Zero { flags: 0 }, at, len),
+                match self.run(CommandKind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO }, at, len) {
+                    Err(e) if is_unsupported(&e) => self.run(CommandKind::Zero { flags: 0 }, at, len),
                     other => other,
                 }?;
             } else {
                 let flags = if unmap { 0 } else { LIBNBD_CMD_FLAG_NO_HOLE };
-                self.run(Kind::Zero { flags }, at, len)?;
+                self.run(CommandKind::Zero { flags }, at, len)?;
             }
             at += len;
         }
@@ -206,9 +220,9 @@ impl NbdDisk {
     /// The same where the server has no command for it: a trim, where it can be seen that it made zeroes, else zeroes sent
     /// as data.
     fn zero_without(&self, from: u64, len: u64, unmap: bool) -> Result<()> {
-        let export = *self.link.export();
+        let export = *self.session.export();
         if unmap && export.trim && export.block_status {
-            self.run(Kind::Trim, from, len)?;
+            self.run(CommandKind::Trim, from, len)?;
         }
         let mut at = from;
         let end = from + len;
@@ -231,22 +245,22 @@ impl NbdDisk {
     }
 
     fn write_buffer(&self, offset: u64, len: u64, buf: Buffer) -> Result<()> {
-        let slot = Slot::new();
-        let (there, link) = (Arc::clone(&slot), Arc::downgrade(&self.link));
-        let finish: Finish = Box::new(move |mut op, result| {
-            if let Some(link) = link.upgrade() {
-                link.pool.give(op.buf.take());
+        let slot = Oneshot::new();
+        let (there, session) = (Arc::clone(&slot), Arc::downgrade(&self.session));
+        let finish: CommandCompletion = Box::new(move |mut command, result| {
+            if let Some(session) = session.upgrade() {
+                session.pool.give(command.buf.take());
             }
             there.put(result);
         });
-        self.begin(Kind::Write { flags: 0 }, offset, len, buf, finish);
+        self.prepare_external_write(CommandKind::Write { flags: 0 }, offset, len, buf, finish);
         self.waited(&slot)
     }
 
     /// Bytes of one command where there is more to read or write. To a server far away as much as it takes: there only
     /// the number of commands counts.
     fn piece(&self) -> u64 {
-        if self.link.is_near() { self.link.export().piece() } else { self.link.export().maximum }
+        if self.session.is_near() { self.session.export().piece() } else { self.session.export().maximum }
     }
 
     fn check_writable(&self) -> Result<()> {
@@ -260,7 +274,7 @@ impl NbdDisk {
 
 impl Drop for NbdDisk {
     fn drop(&mut self) {
-        self.link.close();
+        self.session.close();
     }
 }
 
@@ -271,10 +285,10 @@ impl BlockRead for NbdDisk {
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         let sectors = check_range(&self.geometry, at, buf.len())?;
-        let slot = Slot::new();
+        let slot = Oneshot::new();
         let there = Arc::clone(&slot);
         // The bytes are copied once more: a buffer of the caller's would have to outlive a command that is given up.
-        self.begin_read(at, sectors, Box::new(move |read| there.put(read.map(<[u8]>::to_vec))));
+        self.submit_read(at, sectors, Box::new(move |read| there.put(read.map(<[u8]>::to_vec))));
         let read = self.waited(&slot)?;
         match buf.get_mut(..read.len()) {
             Some(part) if part.len() == read.len() => part.copy_from_slice(&read),
@@ -287,13 +301,13 @@ impl BlockRead for NbdDisk {
         check_range(&self.geometry, at, SECTOR as usize)?;
         let left = self.geometry.sectors - at.0;
         let byte = at.bytes();
-        if !self.link.export().block_status {
+        if !self.session.export().block_status {
             return Ok((Content::Data, left));
         }
         // A server tells of whole blocks of its own only.
-        let granule = self.link.export().granule();
+        let granule = self.session.export().granule();
         let first = byte - byte % granule;
-        let (content, end) = match self.link.map.at(byte) {
+        let (content, end) = match self.session.map.at(byte) {
             Some(known) => known,
             None => self.ask(first),
         };
@@ -308,7 +322,7 @@ impl BlockRead for NbdDisk {
 
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
         let end = (at + sectors).bytes().min(self.size());
-        at.bytes() < end && self.link.map.is_zero(at.bytes(), end)
+        at.bytes() < end && self.session.map.is_zero(at.bytes(), end)
     }
 
     fn writer(&self) -> Option<&dyn BlockWrite> {
@@ -321,15 +335,15 @@ impl BlockRead for NbdDisk {
 }
 
 impl BlockWrite for NbdDisk {
-    fn begin(&self) -> Result<()> {
+    fn prepare_external_write(&self) -> Result<()> {
         self.check_writable()
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
-        let slot = Slot::new();
+        let slot = Oneshot::new();
         let there = Arc::clone(&slot);
         check_range(&self.geometry, at, buf.len())?;
-        self.begin_write(at.bytes(), buf, false, Box::new(move |result| there.put(result)));
+        self.submit_write(at.bytes(), buf, false, Box::new(move |result| there.put(result)));
         self.waited(&slot)
     }
 
@@ -342,7 +356,7 @@ impl BlockWrite for NbdDisk {
         self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
     }
 
-    fn holds_back(&self) -> bool {
+    fn has_unflushed_metadata(&self) -> bool {
         // the journal is only for a server that is restarted: the server has all of it
         false
     }
@@ -351,9 +365,9 @@ impl BlockWrite for NbdDisk {
         if !self.writable {
             return Ok(());
         }
-        let slot = Slot::new();
+        let slot = Oneshot::new();
         let there = Arc::clone(&slot);
-        self.begin_flush(Box::new(move |result| there.put(result)));
+        self.submit_flush(Box::new(move |result| there.put(result)));
         self.waited(&slot)
     }
 
@@ -363,9 +377,9 @@ impl BlockWrite for NbdDisk {
 }
 
 impl BlockQueue for NbdDisk {
-    fn begin_read(&self, at: Lba, sectors: u64, done: ReadDone) {
+    fn submit_read(&self, at: Lba, sectors: u64, done: ReadCompletion) {
         let bytes = sectors * SECTOR;
-        let export = *self.link.export();
+        let export = *self.session.export();
         let len = bytes.min(export.size.saturating_sub(at.bytes()));
         if let Err(e) = check_range(&self.geometry, at, usize::try_from(bytes).unwrap_or(usize::MAX)) {
             return done(Err(e));
@@ -377,7 +391,7 @@ impl BlockQueue for NbdDisk {
             Ok(buf) => buf,
             Err(e) => return done(Err(e)),
         };
-        let link = Arc::downgrade(&self.link);
+        let session = Arc::downgrade(&self.session);
         let give = move |mut buf: Buffer, result: Result<()>| {
             let (len, bytes) = (len as usize, bytes as usize);
             done(result.map(|()| {
@@ -385,38 +399,39 @@ impl BlockQueue for NbdDisk {
                 read[len..].fill(0);
                 &*read
             }));
-            if let Some(link) = link.upgrade() {
-                link.pool.give(buf);
+            if let Some(session) = session.upgrade() {
+                session.pool.give(buf);
             }
         };
         let piece = self.piece();
         if len <= piece {
-            let finish: Finish = Box::new(move |mut op, result| give(op.buf.take(), result));
-            return self.begin(Kind::Read, at.bytes(), len, buf, finish);
+            let finish: CommandCompletion = Box::new(move |mut command, result| give(command.buf.take(), result));
+            return self.prepare_external_write(CommandKind::Read, at.bytes(), len, buf, finish);
         }
         let whole = Shared::new(buf);
         let all = Arc::clone(&whole);
         let (from, to) = (at.bytes(), at.bytes() + len);
-        let parts = Parts::new(pieces(from, to, piece).count(), Box::new(move |result| give(all.take(), result)));
-        let ops = pieces(from, to, piece).map(|(start, end)| {
+        let parts =
+            SplitRequest::new(pieces(from, to, piece).count(), Box::new(move |result| give(all.take(), result)));
+        let commands = pieces(from, to, piece).map(|(start, end)| {
             let parts = Arc::clone(&parts);
-            let place = Place::Part { of: Arc::clone(&whole), start: (start - from) as usize };
-            self.op(Kind::Read, start, end - start, place, Box::new(move |_, result| parts.done(result)))
+            let place = CommandBuffer::Part { of: Arc::clone(&whole), start: (start - from) as usize };
+            self.command(CommandKind::Read, start, end - start, place, Box::new(move |_, result| parts.done(result)))
         });
-        self.link.submit_all(ops.collect());
+        self.session.submit_all(commands.collect());
     }
 
-    fn write_unit(&self) -> u64 {
-        self.link.export().minimum
+    fn write_alignment(&self) -> u64 {
+        self.session.export().minimum
     }
 
-    fn writes_durably(&self, offset: u64, len: u64) -> bool {
+    fn supports_fua(&self, offset: u64, len: u64) -> bool {
         // Of several commands each would wait for the disk; one flush after them waits once.
-        let export = self.link.export();
+        let export = self.session.export();
         export.fua && pieces(offset, offset.saturating_add(len), export.piece()).count() <= 1
     }
 
-    fn begin_write(&self, offset: u64, data: &[u8], durable: bool, done: Done) {
+    fn submit_write(&self, offset: u64, data: &[u8], durable: bool, done: Completion) {
         if let Err(e) = self.check_writable() {
             return done(Err(e));
         }
@@ -425,7 +440,7 @@ impl BlockQueue for NbdDisk {
             let text = format!("{} bytes at {offset} are not on a disk of {}", data.len(), self.geometry.bytes());
             return done(Err(Error::new(ErrorKind::OutOfRange, text)));
         }
-        let export = *self.link.export();
+        let export = *self.session.export();
         let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(offset)) as usize));
         // The last sector has bytes that the export does not: they can't be kept.
         if past.iter().any(|b| *b != 0) {
@@ -439,7 +454,7 @@ impl BlockQueue for NbdDisk {
         let (from, to) = (offset, offset + data.len() as u64);
         // asked once: it may be another one a moment later
         let piece = self.piece();
-        let parts = Parts::new(pieces(from, to, piece).count(), done);
+        let parts = SplitRequest::new(pieces(from, to, piece).count(), done);
         for (start, end) in pieces(from, to, piece) {
             let part = &data[(start - from) as usize..(end - from) as usize];
             let mut buf = match self.buffer(part.len() as u64) {
@@ -450,28 +465,40 @@ impl BlockQueue for NbdDisk {
                 }
             };
             buf.bytes()[..part.len()].copy_from_slice(part);
-            let (parts, link) = (Arc::clone(&parts), Arc::downgrade(&self.link));
-            let finish: Finish = Box::new(move |mut op, result| {
-                if let Some(link) = link.upgrade() {
-                    link.pool.give(op.buf.take());
+            let (parts, session) = (Arc::clone(&parts), Arc::downgrade(&self.session));
+            let finish: CommandCompletion = Box::new(move |mut command, result| {
+                if let Some(session) = session.upgrade() {
+                    session.pool.give(command.buf.take());
                 }
                 parts.done(result);
             });
             // Each by itself: it is on its way while the next one is copied.
-            self.link.submit_all(Load::from([self.op(Kind::Write { flags }, start, end - start, buf, finish)]));
+            self.session.submit_all(BulkRequest::from([self.command(
+                CommandKind::Write { flags },
+                start,
+                end - start,
+                buf,
+                finish,
+            )]));
         }
     }
 
-    fn begin_flush(&self, done: Done) {
+    fn submit_flush(&self, done: Completion) {
         // Without the command all that was answered is durable, as far as anybody can know.
-        if !self.writable || !self.link.export().flush || self.link.is_durable() {
+        if !self.writable || !self.session.export().flush || self.session.is_durable() {
             return done(Ok(()));
         }
-        self.begin(Kind::Flush, 0, 0, Buffer::default(), Box::new(move |_, result| done(result)));
+        self.prepare_external_write(
+            CommandKind::Flush,
+            0,
+            0,
+            Buffer::default(),
+            Box::new(move |_, result| done(result)),
+        );
     }
 
-    fn attend(&self, stay: Stay<'_>) {
-        self.link.attend(stay);
+    fn poll_completions(&self, stay: Stay<'_>) {
+        self.session.poll_completions(stay);
     }
 }
 
@@ -483,7 +510,7 @@ pub(super) fn timeout(config: &NbdConfig) -> Duration {
     config.timeout.unwrap_or(TIMEOUT).min(MAX_TIMEOUT)
 }
 
-fn manners(config: &NbdConfig, writable: bool) -> Manners {
+fn options(config: &NbdConfig, writable: bool) -> SessionOptions {
     let connections = config.connections.unwrap_or(CONNECTIONS);
-    Manners { connections, timeout: timeout(config), retry: config.retry, writable }
+    SessionOptions { connections, timeout: timeout(config), retry: config.retry, writable }
 }

@@ -1,8 +1,8 @@
 //! The one place that calls libnbd: a handle whose methods are safe.
 //!
 //! Who may touch what: libnbd locks a handle during each call, so any thread may call any method. A command's buffer
-//! lives in its [`Op`], which belongs to the library from [`Handle::submit`] on until it calls one of the two
-//! functions of [`Ticket`]; then the operation goes to the list of those that are [`Retired`]. The library retires every
+//! lives in its [`Command`], which belongs to the library from [`Handle::submit`] on until it calls one of the two
+//! functions of [`Ticket`]; then the operation goes to the list of those that are [`CompletionQueue`]. The library retires every
 //! command: when it is answered, when the connection dies, and when the handle is closed.
 //!
 //! The functions of a ticket run inside of a call of the library, under the handle's lock. They do nothing but move
@@ -23,7 +23,7 @@ use libnbd_sys as sys;
 use self::callbacks::{
     free_listed, free_ticket, on_chunk, on_completion, on_context, on_export, on_extents, option_callback,
 };
-use super::op::{Kind, Op};
+use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most exports, and metadata contexts of an export, that are taken from a server.
@@ -46,20 +46,20 @@ unsafe impl Sync for Handle {}
 
 /// Operations that the library has let go of, each with what it failed with.
 #[derive(Debug, Default)]
-pub(super) struct Retired {
-    list: Mutex<Vec<(Box<Op>, Option<i32>)>>,
+pub(super) struct CompletionQueue {
+    list: Mutex<Vec<(Box<Command>, Option<i32>)>>,
     len: AtomicUsize,
 }
 
-impl Retired {
-    fn push(&self, op: Box<Op>, error: Option<i32>) {
+impl CompletionQueue {
+    fn push(&self, command: Box<Command>, error: Option<i32>) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        list.push((op, error));
+        list.push((command, error));
         self.len.store(list.len(), Ordering::Release);
     }
 
     /// Moves them to the end of `out`.
-    pub(super) fn take(&self, out: &mut Vec<(Box<Op>, Option<i32>)>) {
+    pub(super) fn take(&self, out: &mut Vec<(Box<Command>, Option<i32>)>) {
         if self.len.load(Ordering::Acquire) > 0 {
             let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
             out.append(&mut list);
@@ -71,10 +71,10 @@ impl Retired {
 /// What the library holds for a command: the operation, and where it goes afterwards.
 #[derive(Debug)]
 struct Ticket {
-    op: Option<Box<Op>>,
+    command: Option<Box<Command>>,
     /// What a read that comes in chunks has been given.
     chunks: Option<Chunks>,
-    retired: Arc<Retired>,
+    completions: Arc<CompletionQueue>,
 }
 
 /// The parts of an answer, which the library does not compare with what was asked for.
@@ -116,8 +116,8 @@ impl Chunks {
 
 impl Ticket {
     fn retire(&mut self, error: Option<i32>) {
-        if let Some(op) = self.op.take() {
-            self.retired.push(op, error);
+        if let Some(command) = self.command.take() {
+            self.completions.push(command, error);
         }
     }
 }
@@ -462,18 +462,19 @@ impl Handle {
         unsafe { sys::nbd_aio_is_dead(self.raw()) == 1 || sys::nbd_aio_is_closed(self.raw()) == 1 }
     }
 
-    /// Sends an operation. It comes back in `retired`, exactly once, whatever happens; maybe before this returns.
+    /// Sends an operation. It comes back in `completions`, exactly once, whatever happens; maybe before this returns.
     /// `structured`: answers to reads come in chunks.
-    pub(super) fn submit(&self, mut op: Box<Op>, structured: bool, retired: &Arc<Retired>) {
-        let (kind, offset, len) = (op.kind, op.offset, op.len);
-        let (buf, room) = op.buf.bytes();
+    pub(super) fn submit(&self, mut command: Box<Command>, structured: bool, completions: &Arc<CompletionQueue>) {
+        let (kind, offset, len) = (command.kind, command.offset, command.len);
+        let (buf, room) = command.buf.bytes();
         let count = if kind.has_data() { len as usize } else { 0 };
         if count > room {
-            return retired.push(op, Some(libc::EINVAL));
+            return completions.push(command, Some(libc::EINVAL));
         }
-        let chunked = structured && kind == Kind::Read;
+        let chunked = structured && kind == CommandKind::Read;
         let chunks = chunked.then(|| Chunks::of(offset, len));
-        let ticket = Box::into_raw(Box::new(Ticket { op: Some(op), chunks, retired: Arc::clone(retired) }));
+        let ticket =
+            Box::into_raw(Box::new(Ticket { command: Some(command), chunks, completions: Arc::clone(completions) }));
         let completion = sys::nbd_completion_callback {
             callback: Some(on_completion),
             user_data: ticket.cast(),
@@ -485,19 +486,19 @@ impl Handle {
         // The extent and chunk callbacks are called before the completion callback, so the ticket is there.
         unsafe {
             match kind {
-                Kind::Read if chunked => {
+                CommandKind::Read if chunked => {
                     let chunk =
                         sys::nbd_chunk_callback { callback: Some(on_chunk), user_data: ticket.cast(), free: None };
                     sys::nbd_aio_pread_structured(raw, buf.cast(), count, offset, chunk, completion, 0)
                 }
-                Kind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
-                Kind::Write { flags } => {
+                CommandKind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
+                CommandKind::Write { flags } => {
                     sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, flags)
                 }
-                Kind::Zero { flags } => sys::nbd_aio_zero(raw, len, offset, completion, flags),
-                Kind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
-                Kind::Flush => sys::nbd_aio_flush(raw, completion, 0),
-                Kind::Status => {
+                CommandKind::Zero { flags } => sys::nbd_aio_zero(raw, len, offset, completion, flags),
+                CommandKind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
+                CommandKind::Flush => sys::nbd_aio_flush(raw, completion, 0),
+                CommandKind::Status => {
                     let extents =
                         sys::nbd_extent_callback { callback: Some(on_extents), user_data: ticket.cast(), free: None };
                     sys::nbd_aio_block_status(raw, len, offset, extents, completion, 0)

@@ -15,27 +15,27 @@
 //! All numbers of a server are checked where they come in (`export.rs`, `map.rs`), and how long and how many names there
 //! are is bounded (`ffi.rs`). A server that breaks the protocol loses its connection, as libnbd decides.
 
-mod carry;
-mod dial;
+mod buffer_pool;
+mod bulk;
+mod captive;
+mod command;
+mod connect;
+mod connection;
+mod discover;
 mod disk;
-mod drive;
 mod export;
+mod extent_cache;
 mod ffi;
-mod generation;
-mod journal;
-mod link;
-mod look;
-mod map;
-mod op;
-mod parts;
-mod pool;
-mod server;
+mod poller;
+mod replay_log;
+mod session;
+mod split_request;
 #[cfg(test)]
 mod tests;
 
-pub use crate::source::nbd_facts::{Facts, Server};
+pub use crate::source::server_info::{ExportInfo, ServerInfo};
+pub use discover::{exports, info, list};
 pub use disk::NbdDisk;
-pub use look::{exports, info, list};
 
 /// The version of libnbd, which need not be the one that was there for the build. `None`: it is not built in.
 pub fn version() -> crate::error::Result<Option<String>> {

@@ -4,16 +4,15 @@ mod lost;
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::process::Command;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::NbdDisk;
-use super::dial::Dialer;
-use super::drive::Leave;
-use super::generation::{Answer, Generation};
-use super::op::{Kind, Op};
-use super::pool::Buffer;
+use super::buffer_pool::Buffer;
+use super::command::{Command, CommandKind};
+use super::connect::Connector;
+use super::connection::{Answer, Connection};
+use super::poller::PollUntil;
 use nix::sys::eventfd::EventFd;
 
 use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Lba, SECTOR, Stay};
@@ -22,7 +21,7 @@ use crate::error::ErrorKind;
 
 /// Whether nbdkit is there; where everything is required its absence is a failure.
 fn need_nbdkit() -> bool {
-    let there = Command::new("nbdkit").arg("--version").output().is_ok_and(|o| o.status.success());
+    let there = std::process::Command::new("nbdkit").arg("--version").output().is_ok_and(|o| o.status.success());
     let all = std::env::var("VMDKFUSE_REQUIRE").is_ok_and(|v| v == "all");
     assert!(there || !all, "nbdkit is not installed and VMDKFUSE_REQUIRE=all");
     if !there {
@@ -77,13 +76,13 @@ fn reads_are_exact_and_several_connections_come_up() {
 
 /// Begins a read, and serves until `other` is readable. Where the result comes.
 fn begin(disk: &NbdDisk, at: Lba, sectors: u64, other: &EventFd) -> mpsc::Receiver<bool> {
-    let (tell, told) = mpsc::channel();
+    let (tell, on_completions) = mpsc::channel();
     let done = move |read: crate::error::Result<&[u8]>| {
         let _ = tell.send(read.is_ok_and(|bytes| bytes == pattern(at, sectors)));
     };
-    disk.begin_read(at, sectors, Box::new(done));
-    disk.attend(Stay::Until(other.as_fd()));
-    told
+    disk.submit_read(at, sectors, Box::new(done));
+    disk.poll_completions(Stay::Until(other.as_fd()));
+    on_completions
 }
 
 #[test]
@@ -92,22 +91,22 @@ fn regression_a_generation_is_idle_only_when_what_came_back_was_dealt_with() {
         return;
     }
     let config = nbdkit(&["memory", "1M"]);
-    let dialer = Dialer::new(&config).unwrap();
+    let connector = Connector::new(&config).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
-    let generation = Generation::new(1).unwrap();
-    generation.add(dialer.open(true, deadline, &|| false).unwrap().0).unwrap();
-    let op = Op::new(Kind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
+    let connection = Connection::new(1).unwrap();
+    connection.add(connector.open(true, deadline, &|| false).unwrap().0).unwrap();
+    let command = Command::new(CommandKind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
     let (mut back, mut came) = (Vec::new(), 0);
-    generation.submit(op, &mut back);
+    connection.submit(command, &mut back);
     // As a connection that is lost: who waits for its end sends all changes again that he knows of.
     let mut deal = |back: &mut Vec<Answer>| {
-        assert!(back.is_empty() || !generation.is_idle(), "what came back is not known yet");
-        let _settling = generation.settle(back.len());
+        assert!(back.is_empty() || !connection.is_idle(), "what came back is not known yet");
+        let _settling = connection.completion_guard(back.len());
         came += back.drain(..).count();
     };
     deal(&mut back);
-    generation.driver().unwrap().drive(Leave::Idle, deal);
-    assert!(came == 1 && generation.is_idle());
+    connection.poller().unwrap().poll_sockets(PollUntil::Idle, deal);
+    assert!(came == 1 && connection.is_idle());
 }
 
 #[test]
@@ -119,8 +118,8 @@ fn regression_who_is_called_away_from_a_command_is_stood_in_for_each_time() {
     let called = EventFd::from_value(1).unwrap();
     let begun = Instant::now();
     for i in 0..200 {
-        let told = begin(&disk, Lba(i * 8), 8, &called);
-        assert!(told.recv_timeout(Duration::from_secs(20)).unwrap());
+        let on_completions = begin(&disk, Lba(i * 8), 8, &called);
+        assert!(on_completions.recv_timeout(Duration::from_secs(20)).unwrap());
     }
     // Each took half a second: then somebody looks in any case.
     assert!(begun.elapsed() < Duration::from_secs(60), "nobody stood in");
@@ -138,15 +137,15 @@ fn long_requests_and_small_ones_share_the_connections() {
     for round in 0..100 {
         // At first the server is not known to be near; a small read tells.
         let lens = [8, 2048, 1, 300, 2048, 64, 777, 2048, 8, 16];
-        let told: Vec<_> = lens
+        let on_completions: Vec<_> = lens
             .iter()
             .map(|len| {
                 at = (at * 31 + 7) % (131_072 - 2048);
                 begin(&disk, Lba(at), *len, &called)
             })
             .collect();
-        for (told, len) in told.into_iter().zip(lens) {
-            assert!(told.recv_timeout(Duration::from_secs(20)).unwrap(), "{len} sectors in round {round}");
+        for (on_completions, len) in on_completions.into_iter().zip(lens) {
+            assert!(on_completions.recv_timeout(Duration::from_secs(20)).unwrap(), "{len} sectors in round {round}");
         }
     }
     assert!(disk.carried() > 100, "long requests were not carried");
@@ -158,7 +157,7 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
         return;
     }
     let disk = open(&["memory", "8M"]);
-    assert_eq!(disk.write_unit(), 1);
+    assert_eq!(disk.write_alignment(), 1);
     let mut expected = vec![0u8; 8 << 20];
     let mut read = [0; 8 * 512];
     disk.read_at(Lba(0), &mut read).unwrap();
@@ -167,18 +166,18 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
         [(3, 5), (1000, 700_001), (512 * 9 - 1, 2), (4_000_001, 1 << 20), ((8 << 20) - 1, 1)].into_iter().enumerate()
     {
         let data: Vec<u8> = (0..len).map(|b| (b % 251) as u8 ^ i as u8).collect();
-        let (tell, told) = mpsc::channel();
-        disk.begin_write(offset as u64, &data, false, Box::new(move |result| tell.send(result).unwrap()));
-        disk.attend(Stay::No);
-        told.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+        let (tell, on_completions) = mpsc::channel();
+        disk.submit_write(offset as u64, &data, false, Box::new(move |result| tell.send(result).unwrap()));
+        disk.poll_completions(Stay::No);
+        on_completions.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
         expected[offset..offset + len].copy_from_slice(&data);
     }
     let mut back = vec![0; 8 << 20];
     disk.read_at(Lba(0), &mut back).unwrap();
     assert!(back == expected);
-    let (tell, told) = mpsc::channel();
-    disk.begin_write((8 << 20) - 1, &[1, 2], false, Box::new(move |result| tell.send(result).unwrap()));
-    assert_eq!(told.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
+    let (tell, on_completions) = mpsc::channel();
+    disk.submit_write((8 << 20) - 1, &[1, 2], false, Box::new(move |result| tell.send(result).unwrap()));
+    assert_eq!(on_completions.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicUsize;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::store::watched::{Change, Watched};
+use crate::store::fault_injection::{Change, Watched};
 use crate::store::{Access, OpenPolicy, open_user_path};
 
 /// The syncs of a file.
@@ -115,7 +115,7 @@ fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
     disk.close().unwrap();
     assert_eq!(syncs(), 2);
     // whoever writes behind our back is not counted
-    disk.begin().unwrap();
+    disk.prepare_external_write().unwrap();
     disk.flush().unwrap();
     disk.flush().unwrap();
     assert_eq!(syncs(), 4);
@@ -131,9 +131,13 @@ fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
     syncs.fail.store(true, Ordering::Relaxed);
     disk.flush().unwrap_err();
     syncs.fail.store(false, Ordering::Relaxed);
-    for refused in
-        [disk.flush(), disk.close(), disk.begin(), disk.write_at(Lba(1), &[3; 512]), disk.zero(Lba(1)..Lba(2), false)]
-    {
+    for refused in [
+        disk.flush(),
+        disk.close(),
+        disk.prepare_external_write(),
+        disk.write_at(Lba(1), &[3; 512]),
+        disk.zero(Lba(1)..Lba(2), false),
+    ] {
         let error = refused.unwrap_err();
         assert!(error.to_string().contains("the disk below is broken"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Os(libc::EIO));

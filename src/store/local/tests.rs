@@ -505,7 +505,7 @@ fn new_files_are_made_in_the_folder_itself_and_only_where_there_is_none() {
     assert_eq!(fs::read(folders.path("image/a.bin")).unwrap(), b"image/a.bin");
     assert!(!folders.path("image/nowhere").exists() && !folders.path("image/new").exists());
     let made = create("new").unwrap();
-    assert_eq!((made.len(), made.writer().unwrap().len_now().unwrap()), (0, 0));
+    assert_eq!((made.len(), made.writer().unwrap().current_len().unwrap()), (0, 0));
     assert!(made.label().ends_with("image/new"), "{}", made.label());
     refused(&store, "new", ErrorKind::Busy, &["in use for writing"]);
     made.writer().unwrap().write_all_at(0, b"made").unwrap();
@@ -557,12 +557,15 @@ fn what_is_written_is_read_and_grows_the_file() {
     assert_eq!(content(file.as_ref()), "imXXe/a.bin");
     // past the end: the gap is zeroes
     write.write_all_at(5000, b"end").unwrap();
-    assert_eq!((write.len_now().unwrap(), file.len()), (5003, 11), "the length at the open stays");
+    assert_eq!((write.current_len().unwrap(), file.len()), (5003, 11), "the length at the open stays");
     let mut gap = vec![1; 4992];
     file.read_exact_at(11, &mut gap[..4989]).unwrap();
     assert_eq!(gap.iter().position(|&byte| byte != 0), Some(4989));
     write.set_len(7).unwrap();
-    assert_eq!((write.len_now().unwrap(), fs::read(folders.path("image/a.bin")).unwrap()), (7, b"imXXe/a".to_vec()));
+    assert_eq!(
+        (write.current_len().unwrap(), fs::read(folders.path("image/a.bin")).unwrap()),
+        (7, b"imXXe/a".to_vec())
+    );
     // longer again: what was cut does not come back
     write.set_len(9000).unwrap();
     let mut tail = vec![1; 8993];
@@ -574,7 +577,7 @@ fn what_is_written_is_read_and_grows_the_file() {
     }
     assert!(write.write_all_at(i64::MAX as u64, b"xx").is_err());
     assert!(write.set_len(u64::MAX).is_err());
-    assert_eq!(write.len_now().unwrap(), 9000);
+    assert_eq!(write.current_len().unwrap(), 9000);
 }
 
 #[test]
@@ -597,7 +600,7 @@ fn zeroed_ranges_give_their_room_back_only_where_asked() {
         expected[1000..701_000].fill(0);
         expected[LEN - 10..].fill(0);
         assert!(fs::read(&path).unwrap() == expected, "unmap: {unmap}");
-        assert_eq!(write.len_now().unwrap(), LEN as u64);
+        assert_eq!(write.current_len().unwrap(), LEN as u64);
         let after = file.allocated().unwrap();
         assert!(if unmap { after < before - 600_000 } else { after >= before }, "{before} → {after}, unmap: {unmap}");
         // and the way of file systems that can do neither
@@ -627,7 +630,7 @@ fn a_device_is_written_in_place_and_has_an_end() {
     write.set_len(8192).unwrap();
     write.set_len(100).unwrap();
     write.sync().unwrap();
-    assert_eq!(write.len_now().unwrap(), 8192);
+    assert_eq!(write.current_len().unwrap(), 8192);
     let mut expected = vec![7; 8192];
     expected[512..1024].fill(1);
     expected[4096..5632].fill(0);

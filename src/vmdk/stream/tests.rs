@@ -43,7 +43,7 @@ fn assert_closes_as(store: &TestStore, disk: &StreamDisk, expected: &[u8]) {
     disk.close().unwrap();
     let sectors = disk.geometry().sectors;
     let file = disk.file();
-    assert_eq!(file.writer().unwrap().len_now().unwrap() % SECTOR, 0);
+    assert_eq!(file.writer().unwrap().current_len().unwrap() % SECTOR, 0);
     // beside the writer, whose lock it does not ask for
     let copy = store.path("copy.vmdk");
     fs::copy(store.path("x.vmdk"), &copy).unwrap();
@@ -164,7 +164,7 @@ fn written_once_and_in_order() {
     let mut expected = pattern(0, WIDE + KEPT + 10);
     expected[..SECTOR as usize].copy_from_slice(&pattern(9, 1));
     assert_closes_as(&store, &disk, &expected);
-    assert!(disk.in_order_only() && disk.writer().is_some());
+    assert!(disk.sequential_write_only() && disk.writer().is_some());
 }
 
 #[test]

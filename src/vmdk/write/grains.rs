@@ -6,7 +6,7 @@
 //!                    └► entry: in memory at once, in the file with the next flush
 //! ```
 //! A grain that was allocated never moves and is never given to another, so what is in place needs no lock. Where new
-//! grains go is in `room.rs`, which also knows whether the file is as long as it has to be; how their entries get into
+//! grains go is in `allocator.rs`, which also knows whether the file is as long as it has to be; how their entries get into
 //! the file is in `entries.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,26 +14,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ranges::{Mode, Ranges};
+use crate::range_lock::{Mode, RangeLock};
 use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::extent::{Run, SparseExtent};
 use crate::vmdk::header::UNCLEAN_AT;
-use crate::vmdk::sparse::HostedTables;
-use crate::vmdk::tables::{Shape, Slot};
-use crate::vmdk::write::live::{LiveTable, LiveTables};
+use crate::vmdk::tables::hosted::HostedTables;
+use crate::vmdk::tables::writable::{WritableTable, WritableTables};
+use crate::vmdk::tables::{GrainEntry, TableGeometry};
 
-mod entries;
-mod room;
+mod grain_allocator;
+mod pending_updates;
 
-use entries::Waiting;
-pub(super) use entries::{Backlog, Batch};
-use room::Room;
+use grain_allocator::GrainAllocator;
+use pending_updates::PendingUpdates;
+pub(super) use pending_updates::{Backlog, Batch};
 
 /// A table entry of a zeroed grain.
 const ZEROED: u32 = 1;
 
 /// What an unallocated grain shows: the links below, or zeroes. Sectors count from the start of the extent.
-pub(super) trait Below {
+pub(super) trait Backing {
     /// Reads whole sectors.
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
     /// Whether they are known to be zeroes.
@@ -47,12 +47,12 @@ pub(super) trait Below {
 pub(super) struct GrainWriter {
     file: Arc<dyn StoredFile>,
     layout: Arc<HostedTables>,
-    live: Arc<LiveTables>,
-    shape: Shape,
+    live: Arc<WritableTables>,
+    geometry: TableGeometry,
     /// Of grains that are being allocated. Taken before all others here.
-    locks: Ranges,
-    room: Room,
-    waiting: Mutex<Waiting>,
+    locks: RangeLock,
+    allocator: GrainAllocator,
+    waiting: Mutex<PendingUpdates>,
     /// Whether the header says that the image is in use.
     marked: AtomicBool,
     /// Held while that is written.
@@ -76,16 +76,17 @@ impl GrainWriter {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
         };
-        let shape = sparse.shape();
+        let geometry = sparse.geometry();
         let file = Arc::clone(&sparse.file);
-        let room = Room::new(Arc::clone(&file), Arc::clone(&layout), shape.grain, Arc::clone(&latch))?;
+        let allocator =
+            GrainAllocator::new(Arc::clone(&file), Arc::clone(&layout), geometry.grain, Arc::clone(&latch))?;
         Ok(Self {
             file,
             layout,
             live,
-            shape,
-            locks: Ranges::default(),
-            room,
+            geometry,
+            locks: RangeLock::default(),
+            allocator,
             waiting: Mutex::default(),
             marked: AtomicBool::new(unclean),
             marking: Mutex::default(),
@@ -97,14 +98,15 @@ impl GrainWriter {
     }
 
     /// Writes `buf` from `sector` of the extent on. `sparse` is the extent that this writes to.
-    pub(super) fn write(&self, sparse: &SparseExtent, sector: u64, buf: &[u8], below: &dyn Below) -> Result<()> {
+    pub(super) fn write(&self, sparse: &SparseExtent, sector: u64, buf: &[u8], below: &dyn Backing) -> Result<()> {
         let mut rest = buf;
         let mut at = sector;
         while !rest.is_empty() {
             let left = rest.len() as u64 / SECTOR;
             let done = match sparse.run_at(at, left)? {
                 Run::Stored { sector: place, sectors, .. } => {
-                    let written = self.room.uncut()?.write_all_at(place * SECTOR, part(rest, sectors));
+                    let written =
+                        self.allocator.check_not_truncated()?.write_all_at(place * SECTOR, part(rest, sectors));
                     // before it is said to be done or not: a flush that comes later must not miss what readers see
                     self.dirty.store(true, Ordering::Release);
                     written?;
@@ -128,7 +130,7 @@ impl GrainWriter {
         sector: u64,
         sectors: u64,
         unmap: bool,
-        below: &dyn Below,
+        below: &dyn Backing,
     ) -> Result<()> {
         let end = sector + sectors;
         let mut at = sector;
@@ -136,7 +138,7 @@ impl GrainWriter {
             at += match sparse.run_at(at, end - at)? {
                 Run::Stored { sector: place, sectors, .. } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
-                    let zeroed = self.room.uncut()?.zero(place * SECTOR, sectors * SECTOR, unmap);
+                    let zeroed = self.allocator.check_not_truncated()?.zero(place * SECTOR, sectors * SECTOR, unmap);
                     self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     zeroed?;
@@ -154,23 +156,23 @@ impl GrainWriter {
     }
 
     /// Hides what is below with zeroes, in at most `sectors` from `sector` on; how many it did.
-    fn hide(&self, sector: u64, sectors: u64, below: &dyn Below) -> Result<u64> {
-        let grain = self.shape.grain;
+    fn hide(&self, sector: u64, sectors: u64, below: &dyn Backing) -> Result<u64> {
+        let grain = self.geometry.grain;
         let within = sector % grain;
-        let inside = self.shape.grain_sectors(sector / grain);
+        let inside = self.geometry.grain_sectors(sector / grain);
         if within != 0 || sectors < inside {
             let sectors = sectors.min(inside - within);
             return self.allocate(sector, sectors, None, below);
         }
         // whole grains, of which the last one of the extent may be short
         let end = sector + sectors;
-        let whole = if end == self.shape.capacity { sectors } else { sectors / grain * grain };
+        let whole = if end == self.geometry.capacity { sectors } else { sectors / grain * grain };
         if !self.layout.has_zeroed_grains() {
             return self.allocate(sector, whole, None, below);
         }
         self.mark()?;
-        let (table, first, count) = self.cut(sector, whole);
-        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
+        let (table, first, count) = self.split_at_table(sector, whole);
+        let _held = self.locks.lock(sector / grain..sector / grain + count, Mode::Exclusive);
         let table = self.live.table_for_writing(table)?;
         let free = unallocated(&table, first, count);
         if free > 0 {
@@ -181,21 +183,21 @@ impl GrainWriter {
 
     /// Allocates grains for `data` (`None`: zeroes) at `sector`, of at most `sectors`, and writes them, together with
     /// what was below around the data. How many sectors it did: none where another thread was faster.
-    fn allocate(&self, sector: u64, sectors: u64, data: Option<&[u8]>, below: &dyn Below) -> Result<u64> {
+    fn allocate(&self, sector: u64, sectors: u64, data: Option<&[u8]>, below: &dyn Backing) -> Result<u64> {
         self.mark()?;
-        let grain = self.shape.grain;
-        let (table, first, count) = self.cut(sector, sectors);
-        let _held = self.locks.take(sector / grain..sector / grain + count, Mode::Alone);
+        let grain = self.geometry.grain;
+        let (table, first, count) = self.split_at_table(sector, sectors);
+        let _held = self.locks.lock(sector / grain..sector / grain + count, Mode::Exclusive);
         let table = self.live.table_for_writing(table)?;
         let count = unallocated(&table, first, count);
         if count == 0 {
             return Ok(0);
         }
         let sectors = sectors.min(count * grain - sector % grain);
-        let place = self.room.take(count)?;
+        let place = self.allocator.take(count)?;
         let new = NewGrains { sector, sectors, place, count };
         if let Err(e) = self.fill(&new, data, &table, first, below) {
-            self.room.give_back(place, count);
+            self.allocator.give_back(place, count);
             return Err(e);
         }
         self.publish(&table, first, (0..count).map(|i| (place + i * grain) as u32));
@@ -203,11 +205,11 @@ impl GrainWriter {
     }
 
     /// Table and entry of `sector`, and how many grains of that table `sectors` from there on touch.
-    fn cut(&self, sector: u64, sectors: u64) -> (u64, u64, u64) {
-        let grain = sector / self.shape.grain;
-        let (table, entry) = (grain / self.shape.entries_per_table, grain % self.shape.entries_per_table);
-        let touched = (sector % self.shape.grain + sectors).div_ceil(self.shape.grain);
-        (table, entry, touched.min(self.shape.entries_per_table - entry))
+    fn split_at_table(&self, sector: u64, sectors: u64) -> (u64, u64, u64) {
+        let grain = sector / self.geometry.grain;
+        let (table, entry) = (grain / self.geometry.entries_per_table, grain % self.geometry.entries_per_table);
+        let touched = (sector % self.geometry.grain + sectors).div_ceil(self.geometry.grain);
+        (table, entry, touched.min(self.geometry.entries_per_table - entry))
     }
 
     /// Writes data into new grains, and what is below where the first and the last one are not covered whole. What
@@ -216,16 +218,16 @@ impl GrainWriter {
         &self,
         new: &NewGrains,
         data: Option<&[u8]>,
-        table: &LiveTable,
+        table: &WritableTable,
         first: u64,
-        below: &dyn Below,
+        below: &dyn Backing,
     ) -> Result<()> {
-        let grain = self.shape.grain;
+        let grain = self.geometry.grain;
         let start = new.sector / grain * grain;
-        let end = (start + new.count * grain).min(self.shape.capacity);
+        let end = (start + new.count * grain).min(self.geometry.capacity);
         let behind = new.sector + new.sectors;
         for (from, to, entry) in [(start, new.sector, first), (behind, end, first + new.count - 1)] {
-            let zeroed = slot(table, entry) == Slot::Zero;
+            let zeroed = slot(table, entry) == GrainEntry::Zero;
             if from < to && !zeroed && !below.is_zero(from, to - from) {
                 let mut around = vec![0; ((to - from) * SECTOR) as usize];
                 below.read(from, &mut around)?;
@@ -247,7 +249,7 @@ impl GrainWriter {
         }
         let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.marked.load(Ordering::Acquire) {
-            self.room.uncut()?.write_all_at(UNCLEAN_AT, &[1])?;
+            self.allocator.check_not_truncated()?.write_all_at(UNCLEAN_AT, &[1])?;
             self.latch.sync(&*self.file)?;
             self.marked.store(true, Ordering::Release);
         }
@@ -260,8 +262,8 @@ impl GrainWriter {
         if !self.marked.load(Ordering::Acquire) {
             return Ok(false);
         }
-        self.room.cut_unused()?;
-        self.room.uncut()?.write_all_at(UNCLEAN_AT, &[0])?;
+        self.allocator.truncate_unused()?;
+        self.allocator.check_not_truncated()?.write_all_at(UNCLEAN_AT, &[0])?;
         self.marked.store(false, Ordering::Release);
         self.dirty.store(true, Ordering::Release);
         Ok(true)
@@ -274,7 +276,7 @@ impl GrainWriter {
         if !self.dirty.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.room.uncut()?;
+        self.allocator.check_not_truncated()?;
         if self.dirty.swap(false, Ordering::AcqRel) { self.latch.sync(&*self.file) } else { Ok(()) }
     }
 
@@ -304,12 +306,12 @@ fn part(buf: &[u8], sectors: u64) -> &[u8] {
     buf.get(..(sectors * SECTOR) as usize).unwrap_or(buf)
 }
 
-fn slot(table: &LiveTable, entry: u64) -> Slot {
-    table.entries().map_or(Slot::Bad, |entries| entries.slot(entry as usize))
+fn slot(table: &WritableTable, entry: u64) -> GrainEntry {
+    table.entries().map_or(GrainEntry::Bad, |entries| entries.slot(entry as usize))
 }
 
 /// How many of `count` grains from entry `first` on have no room yet.
-fn unallocated(table: &LiveTable, first: u64, count: u64) -> u64 {
-    let free = |entry: &u64| matches!(slot(table, *entry), Slot::Unallocated | Slot::Zero);
+fn unallocated(table: &WritableTable, first: u64, count: u64) -> u64 {
+    let free = |entry: &u64| matches!(slot(table, *entry), GrainEntry::Unallocated | GrainEntry::Zero);
     (first..first + count).take_while(free).count() as u64
 }

@@ -22,20 +22,19 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::disk::{VmdkDisk, file_of};
-use crate::vmdk::extent::{Extent, Packing};
+use crate::vmdk::extent::{Encoding, Extent};
 use crate::vmdk::open::{Link, PlacedExtent};
-use crate::vmdk::write::grains::{Backlog, Batch, Below, GrainWriter};
-use crate::vmdk::write::identity::DescriptorWriter;
+use crate::vmdk::write::cid::DescriptorWriter;
+use crate::vmdk::write::grains::{Backing, Backlog, Batch, GrainWriter};
 
-mod children;
+mod cid;
 mod grains;
-mod identity;
-pub(super) mod live;
-mod repair;
+mod recover;
+mod snapshot_guard;
 
-pub(crate) use children::COMMIT_MARK;
-pub(super) use children::refuse_with_children;
-use live::LiveTables;
+use crate::vmdk::tables::writable::WritableTables;
+pub(crate) use snapshot_guard::COMMIT_MARK;
+pub(super) use snapshot_guard::refuse_with_children;
 
 /// The writing half of a disk.
 #[derive(Debug)]
@@ -78,7 +77,7 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_shared_room(link)?;
         refuse_large_directories(link)?;
-        repair::make_sound(link)?;
+        recover::recover(link)?;
         let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
@@ -162,7 +161,7 @@ impl Writer {
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
                     if dirty.swap(false, Ordering::AcqRel) || behind_us =>
                 {
-                    self.latch.uncut(&**file, file.len())?;
+                    self.latch.check_not_truncated(&**file, file.len())?;
                     self.latch.sync(&**file)?;
                 }
                 _ => {}
@@ -279,16 +278,16 @@ impl VmdkDisk {
     /// The writing half of a flat extent's file. Behind the end of one that somebody has cut nothing is written: it would
     /// be as long as before, and hold zeroes.
     fn flat<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
-        self.writing()?.0.latch.uncut(&**file, file.len())
+        self.writing()?.0.latch.check_not_truncated(&**file, file.len())
     }
 
-    fn below<'a>(&'a self, placed: &PlacedExtent) -> BelowNewest<'a> {
-        BelowNewest { disk: self, start: placed.start, end: placed.start + placed.sectors }
+    fn below<'a>(&'a self, placed: &PlacedExtent) -> BackingChain<'a> {
+        BackingChain { disk: self, start: placed.start, end: placed.start + placed.sectors }
     }
 }
 
 impl BlockWrite for VmdkDisk {
-    fn begin(&self) -> Result<()> {
+    fn prepare_external_write(&self) -> Result<()> {
         let (writer, _) = self.writing()?;
         let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
         writer.behind_us.store(true, Ordering::Release);
@@ -340,7 +339,7 @@ impl BlockWrite for VmdkDisk {
         Ok(())
     }
 
-    fn holds_back(&self) -> bool {
+    fn has_unflushed_metadata(&self) -> bool {
         self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
     }
 
@@ -356,14 +355,14 @@ impl BlockWrite for VmdkDisk {
 }
 
 /// What an extent of the newest link shows where it has nothing: the links below.
-struct BelowNewest<'a> {
+struct BackingChain<'a> {
     disk: &'a VmdkDisk,
     /// The sectors of the disk that the extent holds.
     start: u64,
     end: u64,
 }
 
-impl Below for BelowNewest<'_> {
+impl Backing for BackingChain<'_> {
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()> {
         // what a grain has behind the end of its extent is shown by nobody
         let inside = self.end.saturating_sub(self.start + sector) * SECTOR;
@@ -400,17 +399,17 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
             Extent::Sparse(sparse) => {
                 let label = sparse.file.label();
                 match &placed.hosted {
-                    _ if sparse.packing != Packing::Plain => {
+                    _ if sparse.packing != Encoding::Plain => {
                         return refuse(label, "its grains are compressed (streamOptimized), they are only read");
                     }
                     None => return refuse(label, &format!("{} extents are only read", placed.kind)),
                     Some(hosted) if hosted.version() > 2 => {
                         return refuse(label, "header version 3 is written by programs that track changed blocks");
                     }
-                    Some(_) if !sparse.file.shows_changes() => {
+                    Some(_) if !sparse.file.detects_modification() => {
                         return refuse(label, "a sparse extent on a device can't grow");
                     }
-                    Some(_) if sparse.shape().grain < MIN_GRAIN => {
+                    Some(_) if sparse.geometry().grain < MIN_GRAIN => {
                         return refuse(label, "grains of less than 4 KiB are only read");
                     }
                     Some(_) => {}
@@ -427,7 +426,7 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
 /// Refuses links whose directories would take too much memory, at 8 bytes a table.
 fn refuse_large_directories(link: &Link) -> Result<()> {
     let tables = link.extents.iter().filter_map(|p| match &p.extent {
-        Extent::Sparse(sparse) if p.access == ExtentAccess::ReadWrite => Some(sparse.shape().tables()),
+        Extent::Sparse(sparse) if p.access == ExtentAccess::ReadWrite => Some(sparse.geometry().tables()),
         _ => None,
     });
     let tables = tables.fold(0, u64::saturating_add);
@@ -485,7 +484,7 @@ fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlo
         (Extent::Sparse(sparse), Some(hosted)) => {
             let file = &sparse.file;
             let holes = file.allocated()? < file.len();
-            sparse.live = Some(Arc::new(LiveTables::load(Arc::clone(hosted), holes)?));
+            sparse.live = Some(Arc::new(WritableTables::load(Arc::clone(hosted), holes)?));
             let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }

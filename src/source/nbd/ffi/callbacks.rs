@@ -112,10 +112,10 @@ pub(super) unsafe extern "C" fn on_extents(
         }
         (&mut *data.cast::<Ticket>(), std::slice::from_raw_parts(entries, count))
     };
-    if let Some(op) = &mut ticket.op {
-        op.extents.clear();
+    if let Some(command) = &mut ticket.command {
+        command.extents.clear();
         let pairs = entries.chunks_exact(2).take(MAX_EXTENTS);
-        op.extents.extend(pairs.map(|p| (u64::from(p[0]), p[1])));
+        command.extents.extend(pairs.map(|p| (u64::from(p[0]), p[1])));
     }
     0
 }

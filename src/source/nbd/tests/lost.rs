@@ -16,11 +16,11 @@ use crate::block::{BlockQueue, BlockRead, BlockWrite, Lba, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::{ErrorKind, Result};
 use crate::source::nbd::NbdDisk;
-use crate::source::nbd::dial::Dialer;
-use crate::source::nbd::drive::Leave;
-use crate::source::nbd::generation::Generation;
-use crate::source::nbd::op::{Kind, Op};
-use crate::source::nbd::pool::Buffer;
+use crate::source::nbd::buffer_pool::Buffer;
+use crate::source::nbd::command::{Command, CommandKind};
+use crate::source::nbd::connect::Connector;
+use crate::source::nbd::connection::Connection;
+use crate::source::nbd::poller::PollUntil;
 
 /// A server whose operations (`pread`, `pwrite`, `flush`) are shell commands that wait while there is a file `hold-…`, fail while
 /// there is `fail-…`, are slow while there is `slow-…`, and leave a file `began-…`.
@@ -143,8 +143,8 @@ fn regression_a_flush_waits_for_what_is_being_sent_again() {
             disk.flush().unwrap();
             server.stored(3 * 512)
         });
-        let hurried = Instant::now() + Duration::from_millis(200);
-        while Instant::now() < hurried && !flush.is_finished() {
+        let yield_requested = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < yield_requested && !flush.is_finished() {
             thread::yield_now();
         }
         server.clear("hold-pwrite");
@@ -158,7 +158,7 @@ fn regression_a_flush_waits_for_what_is_being_sent_again() {
 fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>) {
     let disk = Arc::new(NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap());
     server.set("hold-flush");
-    let (tell, told) = mpsc::channel();
+    let (tell, on_completions) = mpsc::channel();
     let write = {
         let disk = Arc::clone(&disk);
         move |at: u64| {
@@ -166,16 +166,16 @@ fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>)
             let done = move |result: Result<()>| {
                 let _ = tell.send(result.is_ok());
             };
-            disk.begin_write(at << 20, &[1; 1 << 20], false, Box::new(done));
-            disk.attend(Stay::No);
+            disk.submit_write(at << 20, &[1; 1 << 20], false, Box::new(done));
+            disk.poll_completions(Stay::No);
         }
     };
     (0..192).for_each(&write);
     for i in 0..192 {
-        assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+        assert!(on_completions.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
     }
     write(192);
-    (disk, write, told)
+    (disk, write, on_completions)
 }
 
 #[test]
@@ -184,10 +184,10 @@ fn regression_writes_that_wait_for_room_are_not_left_waiting() {
         return;
     }
     let server = Scripted::new(Duration::from_secs(15));
-    let (disk, _, told) = full(&server);
-    assert!(told.recv_timeout(Duration::from_millis(300)).is_err(), "there is no room");
+    let (disk, _, on_completions) = full(&server);
+    assert!(on_completions.recv_timeout(Duration::from_millis(300)).is_err(), "there is no room");
     server.clear("hold-flush");
-    assert!(told.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
+    assert!(on_completions.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
     disk.flush().unwrap();
 }
 
@@ -197,11 +197,11 @@ fn regression_writes_that_wait_for_room_end_where_the_flush_hangs_and_later_ones
         return;
     }
     let server = Scripted::new(Duration::from_secs(8));
-    let (_disk, write, told) = full(&server);
-    assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it has no end");
+    let (_disk, write, on_completions) = full(&server);
+    assert!(on_completions.recv_timeout(Duration::from_secs(20)).is_ok(), "it has no end");
     server.clear("hold-flush");
     write(193);
-    assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok(true), "nobody flushes");
+    assert_eq!(on_completions.recv_timeout(Duration::from_secs(20)), Ok(true), "nobody flushes");
 }
 
 #[test]
@@ -244,15 +244,15 @@ fn regression_a_hung_read_ends_at_its_deadline_while_a_loop_goes_on_with_others(
                 thread::sleep(Duration::from_millis(5));
             }
         });
-        let (tell, told) = mpsc::channel();
+        let (tell, on_completions) = mpsc::channel();
         let done = move |read: Result<&[u8]>| tell.send(read.is_ok()).unwrap();
-        disk.begin_read(Lba(1024), 1, Box::new(done));
+        disk.submit_read(Lba(1024), 1, Box::new(done));
         let until = Instant::now() + Duration::from_secs(15);
         let mut ended = None;
         while ended.is_none() && Instant::now() < until {
             drop(begin(&disk, Lba(0), 1, &called));
             let _ = called.read();
-            ended = told.try_recv().ok();
+            ended = on_completions.try_recv().ok();
         }
         over.store(true, Ordering::SeqCst);
         ended
@@ -272,9 +272,9 @@ fn regression_a_driver_that_is_called_away_from_a_command_is_stood_in_for() {
     let begun = Instant::now();
     for _ in 0..100 {
         let (tell, slow) = mpsc::channel();
-        disk.begin_read(Lba(1024), 1, Box::new(move |read| tell.send(read.is_ok()).unwrap()));
+        disk.submit_read(Lba(1024), 1, Box::new(move |read| tell.send(read.is_ok()).unwrap()));
         // the disk's own thread serves it, and is sent away by the next one's
-        disk.attend(Stay::No);
+        disk.poll_completions(Stay::No);
         thread::sleep(Duration::from_millis(1));
         let fast = begin(&disk, Lba(0), 1, &never);
         assert!(slow.recv_timeout(Duration::from_secs(20)).unwrap());
@@ -289,23 +289,23 @@ fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
     if !need_nbdkit() {
         return;
     }
-    let dialer = Dialer::new(&nbdkit(&["-r", "memory", "1M"])).unwrap();
+    let connector = Connector::new(&nbdkit(&["-r", "memory", "1M"])).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
-    let generation = Generation::new(1).unwrap();
-    generation.add(dialer.open(true, deadline, &|| false).unwrap().0).unwrap();
+    let connection = Connection::new(1).unwrap();
+    connection.add(connector.open(true, deadline, &|| false).unwrap().0).unwrap();
     let submit = |kind| {
         let mut back = Vec::new();
-        generation.submit(Op::new(kind, 0, 512, Buffer::default(), deadline, Box::new(|_, _| ())), &mut back);
+        connection.submit(Command::new(kind, 0, 512, Buffer::default(), deadline, Box::new(|_, _| ())), &mut back);
         if back.is_empty() {
-            generation.driver().unwrap().drive(Leave::Idle, |came| back.append(came));
+            connection.poller().unwrap().poll_sockets(PollUntil::Idle, |came| back.append(came));
         }
-        drop(generation.settle(back.len()));
+        drop(connection.completion_guard(back.len()));
         back.pop().unwrap().1
     };
-    assert_eq!(submit(Kind::Trim), Some(libc::EINVAL), "the export is read-only");
-    assert_eq!(submit(Kind::Status), None);
-    generation.fail();
-    assert_eq!(submit(Kind::Status), Some(libc::ENOTCONN));
+    assert_eq!(submit(CommandKind::Trim), Some(libc::EINVAL), "the export is read-only");
+    assert_eq!(submit(CommandKind::Status), None);
+    connection.fail();
+    assert_eq!(submit(CommandKind::Status), Some(libc::ENOTCONN));
 }
 
 #[test]
@@ -330,7 +330,7 @@ fn regression_a_result_whose_taker_panics_harms_no_other() {
     }
     let disk = open(&["memory", "1M"]);
     for _ in 0..3 {
-        disk.begin_read(Lba(0), 1, Box::new(|_| panic!("this is meant")));
+        disk.submit_read(Lba(0), 1, Box::new(|_| panic!("this is meant")));
         disk.write_at(Lba(1), &[3; 512]).unwrap();
         disk.flush().unwrap();
     }

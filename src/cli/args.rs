@@ -1,0 +1,401 @@
+//! The options of `vmdkfuse` itself, by clap.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::builder::OsStringValueParser;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
+
+use super::disk_args::DiskArgs;
+use super::options::Options;
+use super::writing::Subcommand;
+use super::{
+    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmounted,
+    values,
+};
+use crate::config::{Action, Config, LogConfig, Query};
+
+/// The forms of the command, for the help.
+const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
+       vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
+       vmdkfuse --list [--json] uri=URI
+       vmdkfuse --info|--map|--check [--json] KEY=VALUE...
+       vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
+       vmdkfuse --commit cow=FILE file=BASE
+       vmdkfuse --dump [--json]";
+
+/// What the help says of MOUNTPOINT and bare values.
+const FORMS: &str = "\
+MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory
+(the disk is a file of that name), or a regular file (the mount covers it: it shows the disk).
+A value without KEY= is a file= (nbd:// and the like a uri=, https:// a url=).
+
+Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_unmount, uid=N, gid=N,
+umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Those that mount(8) handles itself are ignored.
+";
+
+/// Actions that are known but not in this build.
+const LATER: [&str; 4] = ["status", "watch", "doctor", "fingerprint"];
+
+/// The most event loops; beyond the number of processors they bring nothing.
+const MAX_THREADS: u64 = 64;
+
+/// More than trace there is not.
+const MAX_VERBOSITY: u8 = 3;
+
+/// How to mount, whatever the disks are: of the command line, or of a config file.
+#[derive(Debug, Default)]
+pub(super) struct MountArgs {
+    /// What `-o` and `-r` say.
+    pub(super) options: Options,
+    pidfile: Option<PathBuf>,
+    threads: Option<usize>,
+    log_file: Option<PathBuf>,
+    log_json: Option<bool>,
+}
+
+impl MountArgs {
+    /// Reads options alone, as they would stand on a command line. Errors: what an error there would be.
+    pub(super) fn parse(options: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        Self::of(&command().try_get_matches_from(options).map_err(|e| one_line(&e))?)
+    }
+
+    fn of(matches: &ArgMatches) -> Result<Self, UsageError> {
+        let lists = matches.get_many::<OsString>("options").into_iter().flatten();
+        let options = Options::parse(lists.map(OsString::as_os_str), false)?;
+        Ok(Self {
+            options: options.read_only(matches.get_flag("read-only")),
+            pidfile: path(matches, "pidfile")?,
+            threads: matches.get_one::<u64>("threads").and_then(|n| usize::try_from(*n).ok()),
+            log_file: path(matches, "log-file")?,
+            log_json: matches.get_one::<String>("log-format").map(|format| format == "json"),
+        })
+    }
+
+    /// This, and what `below` says where this is silent.
+    fn over(self, below: Self) -> Self {
+        Self {
+            options: self.options.over(below.options),
+            pidfile: self.pidfile.or(below.pidfile),
+            threads: self.threads.or(below.threads),
+            log_file: self.log_file.or(below.log_file),
+            log_json: self.log_json.or(below.log_json),
+        }
+    }
+
+    fn log(&self, matches: &ArgMatches) -> LogConfig {
+        let (file, json) = (self.log_file.clone(), self.log_json.unwrap_or_default());
+        LogConfig { verbosity: verbosity(matches), file, json }
+    }
+}
+
+/// Reads the words after the program's name.
+pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            return Ok(Parsed::Print(e.render().to_string()));
+        }
+        Err(e) => return Err(one_line(&e)),
+    };
+    config(&matches).map(|config| Parsed::Run(Box::new(config)))
+}
+
+fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
+    let later = LATER.iter().find(|name| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
+    if let Some(name) = later {
+        return Err(UsageError::not_yet(format_args!("--{name}")));
+    }
+    let words: Vec<OsString> = matches.get_many("words").into_iter().flatten().cloned().collect();
+    let manner = MountArgs::of(matches)?;
+    let json = matches.get_flag("json");
+    let disk_args_given = |name: &str| matches.get_flag(name);
+    let action = if disk_args_given("list") {
+        Action::List(list(&words, json)?)
+    } else if disk_args_given("info") {
+        Action::Info(query(&words, json)?)
+    } else if disk_args_given("map") {
+        Action::Map(query(&words, json)?)
+    } else if disk_args_given("check") {
+        Action::Check(query(&words, json)?)
+    } else if disk_args_given("dump") {
+        dump(&words, json)?
+    } else if json {
+        return Err(UsageError::new("--json goes with --list, --info, --map, --check or --dump"));
+    } else if disk_args_given("create") {
+        Action::Create(unmounted(&words, Subcommand::Create)?)
+    } else if disk_args_given("commit") {
+        commit(&words)?
+    } else {
+        return mount(matches, &words, manner);
+    };
+    Ok(Config { action, log: manner.log(matches) })
+}
+
+fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Result<Config, UsageError> {
+    let Some((mountpoint, words)) = words.split_first() else {
+        return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
+    };
+    if let Some(key) = argument::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
+        // Without its value: it may be a secret.
+        return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {key}=...")));
+    }
+    let tables;
+    let mut disk_args_given = DiskArgs::Words(words);
+    if let Some(file) = matches.get_one::<OsString>("config") {
+        check_no_disk(words, &manner)?;
+        let described = config_file::read(file)?;
+        // Contradictions are those of one place; between the two, the command line wins.
+        manner.options.mount()?;
+        (tables, manner) = (described.disks, manner.over(described.manner));
+        disk_args_given = DiskArgs::Tables(&tables);
+    }
+    let log = manner.log(matches);
+    let MountArgs { options, pidfile, threads, .. } = manner;
+    let foreground = matches.get_flag("foreground");
+    MountRequest { mountpoint, disk_args_given, options: &options, foreground, pidfile, threads }.into_config(log)
+}
+
+/// Beside a config file the command line names no disk and no key of one.
+fn check_no_disk(words: &[OsString], manner: &MountArgs) -> Result<(), UsageError> {
+    if !words.is_empty() {
+        let hint = "the file describes the disks, and -o KEY=VALUE holds for all of them";
+        return Err(UsageError::new(format!("--config goes with the mount point alone: {hint}")));
+    }
+    match manner.options.source() {
+        Some(key) => {
+            Err(UsageError::new(format!("--config goes with no further disk, but -o {}= names one", key.name)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// `--list` takes servers; which export is meant there does not matter.
+fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
+    let query = query(words, json)?;
+    match query.disks.iter().find(|disk| disk.source.local().is_some()) {
+        Some(disk) => {
+            let file = disk.source.label();
+            Err(UsageError::new(format!("--list asks an NBD server, but {file} is a local file")))
+        }
+        None => Ok(query),
+    }
+}
+
+fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
+    if words.is_empty() {
+        return Ok(Action::Dump { json });
+    }
+    // For the better error of a key that is unknown or not in this build.
+    disk_args::disks(&[], DiskArgs::Words(words), Subcommand::Query)?;
+    Err(UsageError::new("--dump takes no disk"))
+}
+
+/// How often `-v` was given, as far as it counts.
+pub(super) fn verbosity(matches: &ArgMatches) -> u8 {
+    matches.get_count("verbose").min(MAX_VERBOSITY)
+}
+
+fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError> {
+    let Some(value) = matches.get_one::<OsString>(name) else {
+        return Ok(None);
+    };
+    values::path(value).map(Some).map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::shown(value))))
+}
+
+fn command() -> Command {
+    Command::new("vmdkfuse")
+        .about(env!("CARGO_PKG_DESCRIPTION"))
+        .version(env!("CARGO_PKG_VERSION"))
+        .no_binary_name(true)
+        .override_usage(USAGE)
+        .max_term_width(keys::HELP_WIDTH + 4)
+        .after_help(after_help())
+        .args(mount_args())
+        .args(log_args())
+        .args(action_args())
+        .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "dump"]))
+        .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
+        .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
+}
+
+fn mount_args() -> [Arg; 6] {
+    [
+        flag("read-only", "Mount read-only").short('r'),
+        flag("foreground", "Stay in the foreground").short('f'),
+        valued("options", "OPT[,OPT...]", "Mount options, and keys that hold for all disks")
+            .short('o')
+            .action(ArgAction::Append),
+        valued("pidfile", "FILE", "Write the process id there").short('P').long("pidfile"),
+        valued("threads", "N", "Number of event loops")
+            .long("threads")
+            .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
+        valued("config", "FILE", "Mount the disks that this TOML file describes").long("config"),
+    ]
+    // They say how to mount, so they do not go with another action.
+    .map(|arg| arg.conflicts_with("action"))
+}
+
+fn log_args() -> [Arg; 3] {
+    [
+        Arg::new("verbose")
+            .short('v')
+            .long("verbose")
+            .action(ArgAction::Count)
+            .help("Say more; repeat it for still more"),
+        valued("log-file", "FILE", "Append messages to it").long("log-file"),
+        valued("log-format", "FORMAT", "How to write messages").long("log-format").value_parser(["text", "json"]),
+    ]
+}
+
+fn action_args() -> [Arg; 8] {
+    [
+        flag("list", "Say what an NBD server offers"),
+        flag("info", "Say what a source is: size, format, extents, chain"),
+        flag("map", "Say where data, holes and zeroes lie"),
+        flag("check", "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt"),
+        flag("create", "Make a VMDK without mounting it"),
+        flag("commit", "Merge the overlay cow=FILE into its base"),
+        flag("dump", "Print versions and back ends"),
+        flag("json", "Answer in JSON"),
+    ]
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+}
+
+fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).value_name(placeholder).value_parser(OsStringValueParser::new()).help(help)
+}
+
+fn after_help() -> String {
+    let later = LATER.iter().map(|name| format!("--{name}"));
+    let later = keys::wrapped("Options", later);
+    format!("{FORMS}\n{}\nNot in this build yet:\n{later}{}", keys::help(), keys::help_later())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_args::{config_of, mount_of};
+    use super::*;
+    use crate::config::MountConfig;
+
+    fn run(args: &[&str]) -> Result<Config, String> {
+        config_of(parse(args.iter().map(OsString::from)))
+    }
+
+    fn mount(args: &[&str]) -> MountConfig {
+        mount_of(run(args).unwrap())
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let here = std::env::current_dir().unwrap();
+        let mount_config =
+            mount(&["-r", "-f", "-P", "pid", "--threads", "64", "-oallow_other", "-o", "uid=5", "src", "./a=b"]);
+        assert!(mount_config.options.read_only && mount_config.foreground && mount_config.options.allow_other);
+        assert_eq!(mount_config.options.uid, Some(5));
+        assert_eq!(mount_config.pidfile, Some(here.join("pid")));
+        assert_eq!(mount_config.threads, Some(64));
+        assert_eq!(mount_config.target.path, here.join("src"));
+        let local = mount_config.disks[0].source.local().unwrap();
+        assert_eq!(local.path, here.join("a=b"));
+    }
+
+    #[test]
+    fn options_may_stand_after_the_words() {
+        let config = mount(&["src", "/x", "--read-only", "cache=none", "--foreground"]);
+        assert!(config.options.read_only && config.foreground);
+        let config = mount(&["--", "src", "/x"]);
+        assert!(!config.options.read_only);
+    }
+
+    #[test]
+    fn logging() {
+        let log = run(&["-vv", "--log-file", "/l", "--log-format", "json", "src", "/x"]).unwrap().log;
+        assert_eq!(log, LogConfig { verbosity: 2, file: Some("/l".into()), json: true });
+        assert_eq!(run(&["-vvvvv", "--log-format=text", "src", "/x"]).unwrap().log.verbosity, 3);
+        assert_eq!(run(&["--info", "/x"]).unwrap().log, LogConfig::default());
+        assert!(run(&["--log-format", "xml", "src", "/x"]).unwrap_err().contains("xml"));
+        assert!(run(&["--log-file", "", "src", "/x"]).is_err());
+    }
+
+    #[test]
+    fn queries() {
+        let disks = |query: super::super::Query| (query.disks.len(), query.json);
+        assert!(matches!(run(&["--info", "/x"]).unwrap().action, Action::Info(q) if disks(q.clone()) == (1, false)));
+        assert!(
+            matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))
+        );
+        assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
+        assert_eq!(run(&["--list", "/x"]).unwrap_err(), "--list asks an NBD server, but /x is a local file");
+        assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
+        assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
+        assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
+        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
+        assert_eq!(run(&["--dump", "libdir=/x"]).unwrap_err(), "libdir= is not in this build yet");
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for args in [
+            &["--info", "--map", "/x"][..],
+            &["--json", "src", "/x"],
+            &["--info", "-f", "/x"],
+            &["--check", "-o", "ro", "/x"],
+            &["--dump", "-P", "p"],
+            &["-r", "-o", "rw", "src", "/x"],
+            &["-o", "ro", "-o", "rw", "src", "/x"],
+            &["-o", "allow_other,allow_root", "src", "/x"],
+            &["--threads", "0", "src", "/x"],
+            &["--threads", "65", "src", "/x"],
+            &["--threads", "many", "src", "/x"],
+            &["-P", "a", "-P", "b", "src", "/x"],
+        ] {
+            let error = run(args).unwrap_err();
+            assert!(!error.is_empty() && !error.contains('\n') && !error.contains("Usage"), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_this_build_says_so() {
+        for name in LATER {
+            let option = format!("--{name}");
+            assert_eq!(run(&[&option, "src"]).unwrap_err(), format!("{option} is not in this build yet"));
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_unknown_is_named() {
+        assert!(run(&[]).unwrap_err().contains("no mount point"));
+        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        let error = run(&["file=/x", "src"]).unwrap_err();
+        assert_eq!(error, "the mount point comes before the keys, but the first word is file=...");
+        let error = run(&["--forground", "src", "/x"]).unwrap_err();
+        assert_eq!(error, "unexpected argument '--forground' found; tip: a similar argument exists: '--foreground'");
+    }
+
+    #[test]
+    fn version_and_help_are_printed() {
+        for option in ["-V", "--version"] {
+            let printed = parse([OsString::from(option)].into_iter());
+            assert_eq!(printed, Ok(Parsed::Print(format!("vmdkfuse {}\n", env!("CARGO_PKG_VERSION")))));
+        }
+        let Ok(Parsed::Print(help)) = parse([OsString::from("--help")].into_iter()) else { panic!("no help") };
+        for word in [
+            "Usage:",
+            "MOUNTPOINT[/FILENAME]",
+            "--read-only",
+            "--log-format",
+            "    allow-dir=PATH",
+            " --doctor",
+            " server=",
+        ] {
+            assert!(help.contains(word), "{word} is not in:\n{help}");
+        }
+        assert_eq!(parse([OsString::from("-h")].into_iter()), Ok(Parsed::Print(help)));
+    }
+}

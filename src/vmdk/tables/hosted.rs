@@ -1,0 +1,304 @@
+//! Hosted sparse extents (KDMV): directory and tables of 32-bit entries, and a redundant copy of both.
+//!
+//! Everybody reads the primary copy, and so do we. Where an entry of it cannot be right (outside of the file,
+//! or inside of the metadata), or a directory entry is 0 while the redundant one is good, the redundant copy
+//! is used instead, read-only, and the log says so once.
+//!
+//! Streams (`streamOptimized`) have the same tables; their entries name compressed grains.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::block::SECTOR;
+use crate::error::{Error, Result};
+use crate::store::StoredFile;
+use crate::vmdk::header::{DirectoryAt, Hosted};
+use crate::vmdk::tables::{DirectoryEntry, GrainEntry, Layout, Table, TableGeometry};
+
+/// Directory and tables of one hosted sparse file.
+#[derive(Debug)]
+pub(crate) struct HostedTables {
+    file: Arc<dyn StoredFile>,
+    geometry: TableGeometry,
+    zeroed_grains: bool,
+    compressed: bool,
+    version: u32,
+    /// Sectors of the file, the last one perhaps not whole. Grows while it is written to.
+    file_sectors: AtomicU64,
+    /// Sectors of metadata at the front, as the header says it.
+    overhead: u64,
+    /// Sector of the primary directory.
+    directory: u64,
+    /// Sector of the redundant directory, where there is one inside of the file.
+    redundant: Option<u64>,
+    /// Sectors that no grain and no table may touch: header, descriptor, directories.
+    fixed: Vec<Range<u64>>,
+    redundant_is_lost: bool,
+    said_redundant: AtomicBool,
+}
+
+/// Which copy of directory and tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Copy {
+    Primary,
+    Redundant,
+}
+
+impl HostedTables {
+    /// The tables of `file`, whose checked header (or footer) is `header`.
+    pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Hosted) -> Result<Self> {
+        let file_sectors = file.len().div_ceil(SECTOR);
+        let directory_sectors = (header.tables() * 4).div_ceil(SECTOR);
+        let inside = |at: u64| at >= 1 && at.checked_add(directory_sectors).is_some_and(|end| end <= file_sectors);
+        let DirectoryAt::Sector(directory) = header.directory else {
+            return Err(Error::corrupt("header: gdOffset (byte 56) is GD_AT_END in an extent without a footer"));
+        };
+        let redundant = header.redundant.filter(|&at| inside(at));
+        // with the primary directory out of the file, the redundant one alone is read
+        let (directory, redundant) = match redundant {
+            Some(spare) if !inside(directory) => {
+                tracing::warn!(
+                    "{}: the grain directory lies outside of the file, the redundant one is read",
+                    file.label()
+                );
+                (spare, None)
+            }
+            _ => (directory, redundant),
+        };
+        if !inside(directory) {
+            return Err(Error::corrupt(format!(
+                "header: the grain directory is {directory_sectors} sectors at sector {directory} (byte 56), but the file has {file_sectors}"
+            )));
+        }
+        let mut fixed = vec![0..1, directory..directory + directory_sectors];
+        fixed.extend(redundant.map(|at| at..at + directory_sectors));
+        fixed.extend(header.descriptor.map(|(at, n)| at..at + n));
+        Ok(Self {
+            geometry: TableGeometry {
+                capacity: header.capacity,
+                grain: header.grain,
+                entries_per_table: header.entries_per_table,
+            },
+            zeroed_grains: header.zeroed_grains,
+            compressed: header.compressed,
+            version: header.version,
+            file_sectors: file_sectors.into(),
+            overhead: header.overhead,
+            directory,
+            redundant,
+            fixed,
+            file,
+            redundant_is_lost: header.redundant.is_some() && redundant.is_none(),
+            said_redundant: AtomicBool::new(false),
+        })
+    }
+
+    /// Version of the header.
+    pub(crate) fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Whether an entry of 1 means a zeroed grain.
+    pub(crate) fn has_zeroed_grains(&self) -> bool {
+        self.zeroed_grains
+    }
+
+    /// Sector of a directory; `None`: there is no redundant one.
+    pub(crate) fn directory(&self, copy: Copy) -> Option<u64> {
+        match copy {
+            Copy::Primary => Some(self.directory),
+            Copy::Redundant => self.redundant,
+        }
+    }
+
+    /// The file has at least so many sectors now.
+    pub(crate) fn grew_to(&self, sectors: u64) {
+        self.file_sectors.fetch_max(sectors, Ordering::AcqRel);
+    }
+
+    fn file_sectors(&self) -> u64 {
+        self.file_sectors.load(Ordering::Acquire)
+    }
+
+    /// Whether the header names a redundant directory that does not lie inside of the file.
+    pub(crate) fn redundant_is_lost(&self) -> bool {
+        self.redundant_is_lost
+    }
+
+    /// Whether the header names a redundant directory that lies inside of the file.
+    pub(crate) fn has_redundant(&self) -> bool {
+        self.redundant.is_some()
+    }
+
+    /// The directory entries of one copy as they are in the file.
+    pub(crate) fn raw_directory(&self, copy: Copy, tables: Range<u64>) -> Result<Vec<u32>> {
+        match self.directory(copy) {
+            Some(at) => self.read_u32s(at * SECTOR + tables.start * 4, tables.end - tables.start),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The entries of the table at sector `at` as they are in the file.
+    pub(crate) fn raw_table(&self, at: u64) -> Result<Vec<u32>> {
+        self.read_u32s(at * SECTOR, self.geometry.entries_per_table)
+    }
+
+    /// Whether a table may start at this sector.
+    pub(crate) fn table_fits(&self, at: u64) -> bool {
+        let end = at + self.table_sectors();
+        end <= self.file_sectors() && !self.in_fixed(at..end)
+    }
+
+    /// The sectors of header, descriptor and directories.
+    pub(crate) fn fixed(&self) -> &[Range<u64>] {
+        &self.fixed
+    }
+
+    /// The first sector behind the metadata at the front of the file, as the header says it.
+    pub(crate) fn data_start(&self) -> u64 {
+        self.overhead
+    }
+
+    /// What `raw`, entry `grain` of the table at one of `own`, means.
+    pub(crate) fn slot(&self, raw: u32, grain: u64, own: &[u64]) -> GrainEntry {
+        match raw {
+            0 => GrainEntry::Unallocated,
+            1 if self.zeroed_grains => GrainEntry::Zero,
+            // sector 1 is never a grain, wherever the metadata lie
+            1 => GrainEntry::Bad,
+            raw if self.grain_fits(raw.into(), grain, own) => GrainEntry::At(raw.into()),
+            _ => GrainEntry::Bad,
+        }
+    }
+
+    /// Whether the grain may start at sector `at`: inside of the file, outside of what is known to be metadata.
+    fn grain_fits(&self, at: u64, grain: u64, own: &[u64]) -> bool {
+        // a compressed grain has its length in front of it: one sector is all that is known here
+        let sectors = if self.compressed { 1 } else { self.geometry.grain_sectors(grain) };
+        let range = at..at + sectors;
+        let own_table = |&t: &u64| t < range.end && range.start < t + self.table_sectors();
+        range.end <= self.file_sectors() && !self.in_fixed(range.clone()) && !own.iter().any(own_table)
+    }
+
+    fn in_fixed(&self, range: Range<u64>) -> bool {
+        self.fixed.iter().any(|f| f.start < range.end && range.start < f.end)
+    }
+
+    fn read_u32s(&self, offset: u64, count: u64) -> Result<Vec<u32>> {
+        let mut bytes = vec![0; count as usize * 4];
+        self.file.read_exact_at(offset, &mut bytes)?;
+        Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    /// The redundant table of `table`, if its directory entry is good.
+    fn redundant_place(&self, table: u64) -> Result<Option<u64>> {
+        let raw = self.raw_directory(Copy::Redundant, table..table + 1)?;
+        Ok(raw.first().map(|&at| at.into()).filter(|&at| at != 0 && self.table_fits(at)))
+    }
+
+    fn say_redundant(&self, what: &str) {
+        if !self.said_redundant.swap(true, Ordering::Relaxed) {
+            tracing::warn!("{}: {what} is damaged, the redundant copy is read instead", self.file.label());
+        }
+    }
+}
+
+impl Layout for HostedTables {
+    fn geometry(&self) -> TableGeometry {
+        self.geometry
+    }
+
+    fn table_sectors(&self) -> u64 {
+        (self.geometry.entries_per_table * 4).div_ceil(SECTOR)
+    }
+
+    fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
+        let redundant = self.raw_directory(Copy::Redundant, tables.clone());
+        let (primary, redundant) = match (self.raw_directory(Copy::Primary, tables), redundant) {
+            (Ok(primary), redundant) => (primary, redundant.unwrap_or_default()),
+            (Err(_), Ok(spare)) if !spare.is_empty() => {
+                self.say_redundant("the grain directory cannot be read and");
+                (spare, Vec::new())
+            }
+            (Err(e), _) => return Err(e),
+        };
+        let good = |raw: u32| raw != 0 && self.table_fits(raw.into());
+        let places = primary.iter().enumerate().map(|(i, &raw)| {
+            let spare = redundant.get(i).copied().unwrap_or(0);
+            if good(raw) {
+                DirectoryEntry::At(raw.into())
+            } else if good(spare) {
+                self.say_redundant("an entry of the grain directory");
+                DirectoryEntry::At(spare.into())
+            } else if raw == 0 {
+                DirectoryEntry::Absent
+            } else {
+                DirectoryEntry::Bad
+            }
+        });
+        Ok(places.collect())
+    }
+
+    fn load_table(&self, table: u64, at: u64) -> Result<Table> {
+        let raw = match self.raw_table(at) {
+            Ok(raw) => raw,
+            Err(e) => match self.redundant_place(table)?.filter(|&spare| spare != at) {
+                Some(spare) => {
+                    self.say_redundant("a grain table cannot be read and");
+                    self.raw_table(spare)?
+                }
+                None => return Err(e),
+            },
+        };
+        let first = table * self.geometry.entries_per_table;
+        let mut slots: Vec<GrainEntry> =
+            raw.iter().enumerate().map(|(i, &raw)| self.slot(raw, first + i as u64, &[at])).collect();
+        let inside = self.geometry.capacity.div_ceil(self.geometry.grain).saturating_sub(first);
+        slots.truncate(inside as usize);
+        if slots.contains(&GrainEntry::Bad)
+            && let Some(spare_at) = self.redundant_place(table)?
+        {
+            let spare = self.raw_table(spare_at)?;
+            for (i, slot) in slots.iter_mut().enumerate().filter(|(_, s)| **s == GrainEntry::Bad) {
+                let other =
+                    spare.get(i).map_or(GrainEntry::Bad, |&raw| self.slot(raw, first + i as u64, &[at, spare_at]));
+                // an unallocated entry would show other data than were there: only a grain can replace a grain
+                if let GrainEntry::At(_) | GrainEntry::Zero = other {
+                    self.say_redundant("an entry of a grain table");
+                    *slot = other;
+                }
+            }
+        }
+        Ok(Table::narrow(slots.into_iter()))
+    }
+
+    fn explain_directory(&self, table: u64) -> Error {
+        let at = self.directory * SECTOR + table * 4;
+        let raw = self.raw_directory(Copy::Primary, table..table + 1).ok().and_then(|d| d.first().copied());
+        let raw = raw.map_or_else(|| "unreadable".to_owned(), |raw| format!("{raw:#x}"));
+        Error::corrupt(format!(
+            "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
+            self.file.label(),
+            self.file_sectors()
+        ))
+    }
+
+    fn explain_entry(&self, table: u64, entry: u64) -> Error {
+        let place = match self.load_directory(table..table + 1).as_deref() {
+            Ok([DirectoryEntry::At(sector)]) => *sector,
+            _ => return self.explain_directory(table),
+        };
+        let at = place * SECTOR + entry * 4;
+        let mut raw = [0; 4];
+        let value = match self.file.read_exact_at(at, &mut raw) {
+            Ok(()) => format!("{:#x}", u32::from_le_bytes(raw)),
+            Err(e) => format!("unreadable ({e})"),
+        };
+        Error::corrupt(format!(
+            "{}: entry {entry} of grain table {table} (byte {at}) is {value}, expected the sector of a grain inside of the file's {} sectors and outside of its metadata",
+            self.file.label(),
+            self.file_sectors()
+        ))
+    }
+}

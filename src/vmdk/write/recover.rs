@@ -1,0 +1,215 @@
+//! Before writing: what is damaged is refused, and what an unclean stop left is put right.
+//!
+//! A writer that ended badly leaves, if it kept the order of things, at most
+//! - entries that are in one copy of a table only: the grain they name is there, so the other copy gets it;
+//! - tables that are in one directory only: likewise;
+//! - a last grain that the file holds only a part of: the rest was never written, so it is zeroes;
+//! - room behind the last grain that nothing names: cut off.
+//!
+//! Everything else is damage, and damage is not written to.
+
+use crate::block::SECTOR;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::writer;
+use crate::vmdk::check::{CheckReport, check_link};
+use crate::vmdk::descriptor::ExtentAccess;
+use crate::vmdk::extent::{Extent, SparseExtent};
+use crate::vmdk::open::Link;
+use crate::vmdk::tables::hosted::{Copy, HostedTables};
+use crate::vmdk::tables::{CHUNK, GrainEntry, Layout};
+
+/// Checks all tables of the link, and repairs extents that were not closed.
+///
+/// Errors: `Corrupt` where something is wrong that can't be repaired; the file is not shorter then than it was.
+pub(super) fn recover(link: &Link) -> Result<()> {
+    let mut report = check_link(link);
+    let repairs = repairs_of(link);
+    if report.error_count > 0 && complete_last_grains(&repairs)? {
+        report = check_link(link);
+    }
+    refuse_damaged(&report)?;
+    // From here on each table is known to be named once and each grain to be in the file.
+    for repair in &repairs {
+        let (fixes, end) = repair.run()?;
+        repair.cut_tail(end)?;
+        let label = repair.sparse.file.label();
+        tracing::warn!("{label}: was not closed after writing; its tables were checked, {fixes} repairs made");
+    }
+    if repairs.is_empty() { Ok(()) } else { refuse_damaged(&check_link(link)) }
+}
+
+/// The extents of a link that were not closed.
+fn repairs_of(link: &Link) -> Vec<Repair<'_>> {
+    let unclean = link.extents.iter().filter(|p| p.unclean && p.access == ExtentAccess::ReadWrite);
+    let repair = unclean.filter_map(|placed| match (&placed.extent, &placed.hosted) {
+        (Extent::Sparse(sparse), Some(hosted)) => Some(Repair { sparse, hosted }),
+        _ => None,
+    });
+    repair.collect()
+}
+
+/// Whether any of the files was made longer.
+fn complete_last_grains(repairs: &[Repair<'_>]) -> Result<bool> {
+    let mut longer = false;
+    for repair in repairs {
+        longer |= repair.complete_last_grain()?;
+    }
+    Ok(longer)
+}
+
+fn refuse_damaged(report: &CheckReport) -> Result<()> {
+    let Some(first) = report.errors.first() else { return Ok(()) };
+    let more = match report.error_count {
+        1 => String::new(),
+        n => format!(" and {} more errors", n - 1),
+    };
+    let way_out = "an image that is damaged is not written to: readonly=true reads what can be read, --check lists all";
+    Err(Error::new(ErrorKind::Corrupt, format!("{first}{more}; {way_out}")))
+}
+
+/// The repair of one extent.
+struct Repair<'a> {
+    sparse: &'a SparseExtent,
+    hosted: &'a HostedTables,
+}
+
+impl Repair<'_> {
+    /// Puts right what an unclean stop leaves: how many repairs that were, and the sector behind the last one that
+    /// something has, as far as all of it is sound.
+    fn run(&self) -> Result<(u64, u64)> {
+        let mut fixes = 0;
+        let fixed = self.hosted.fixed().iter().map(|range| range.end);
+        let mut end = fixed.fold(self.hosted.data_start(), u64::max);
+        let tables = self.hosted.geometry().tables();
+        for first in (0..tables).step_by(CHUNK as usize) {
+            let range = first..tables.min(first + CHUNK);
+            let primary = self.hosted.raw_directory(Copy::Primary, range.clone())?;
+            let redundant = self.hosted.raw_directory(Copy::Redundant, range.clone())?;
+            for (i, (table, primary)) in range.zip(primary).enumerate() {
+                let redundant = redundant.get(i).copied();
+                fixes += self.table(table, primary, redundant, &mut end)?;
+            }
+        }
+        if fixes > 0 {
+            writer(&*self.sparse.file)?.sync()?;
+        }
+        Ok((fixes, end))
+    }
+
+    /// Makes the file as long as its last grain, where it ends inside of it; whether it did. Nothing is known to be sound
+    /// yet.
+    fn complete_last_grain(&self) -> Result<bool> {
+        let writer = writer(&*self.sparse.file)?;
+        let sectors = writer.current_len()?.div_ceil(SECTOR);
+        let mut end = 0;
+        for table in self.tables()? {
+            let inside = |raw: &u32| *raw > 1 && u64::from(*raw) < sectors;
+            let last = self.hosted.raw_table(table.into())?.into_iter().filter(inside).max();
+            end = end.max(last.map_or(0, |raw| u64::from(raw) + self.hosted.geometry().grain));
+        }
+        if end <= sectors {
+            return Ok(false);
+        }
+        writer.set_len(end * SECTOR)?;
+        self.hosted.grew_to(end);
+        Ok(true)
+    }
+
+    /// The places of the primary tables, each once: many directory entries may name one.
+    fn tables(&self) -> Result<Vec<u32>> {
+        let tables = self.hosted.geometry().tables();
+        let mut places = Vec::new();
+        for first in (0..tables).step_by(CHUNK as usize) {
+            let chunk = self.hosted.raw_directory(Copy::Primary, first..tables.min(first + CHUNK))?;
+            places.extend(chunk.into_iter().filter(|&place| place != 0 && self.hosted.table_fits(place.into())));
+        }
+        places.sort_unstable();
+        places.dedup();
+        Ok(places)
+    }
+
+    /// Makes both copies of a table agree. `end` becomes the last sector that something has, if that is larger.
+    fn table(&self, number: u64, primary: u32, redundant: Option<u32>, end: &mut u64) -> Result<u64> {
+        let good = |place: u32| place != 0 && self.hosted.table_fits(place.into());
+        let (place, spare) = match (good(primary), redundant.map(|r| (r, good(r)))) {
+            (true, None) => (primary, None),
+            (true, Some((spare, true))) => (primary, Some(spare)),
+            // only one directory has it
+            (true, Some((0, _))) => return self.adopt(Copy::Redundant, number, primary, end),
+            (false, Some((spare, true))) if primary == 0 => return self.adopt(Copy::Primary, number, spare, end),
+            // none, or damage that the check names
+            _ => return Ok(0),
+        };
+        let sectors = self.hosted.table_sectors();
+        *end = (*end).max(u64::from(place.max(spare.unwrap_or(0))) + sectors);
+        let first = self.hosted.raw_table(place.into())?;
+        let mut fixes = 0;
+        let second = spare.map(|spare| self.hosted.raw_table(spare.into())).transpose()?;
+        for (entry, &a) in first.iter().enumerate() {
+            let mut kept = a;
+            if let Some(b) = second.as_ref().and_then(|second| second.get(entry)).copied().filter(|&b| b != a) {
+                kept = self.choose(number, entry as u64, a, b, &[place.into(), spare.unwrap_or(place).into()])?;
+                for table in [Some(place), spare].into_iter().flatten() {
+                    let at = u64::from(table) * SECTOR + entry as u64 * 4;
+                    writer(&*self.sparse.file)?.write_all_at(at, &kept.to_le_bytes())?;
+                }
+                fixes += 1;
+            }
+            if kept > 1 {
+                *end = (*end).max(u64::from(kept) + self.hosted.geometry().grain);
+            }
+        }
+        Ok(fixes)
+    }
+
+    /// Of two different entries the one that names a grain; the primary one where both do.
+    fn choose(&self, table: u64, entry: u64, primary: u32, redundant: u32, own: &[u64]) -> Result<u32> {
+        let grain = table * self.hosted.geometry().entries_per_table + entry;
+        let names = |raw| matches!(self.hosted.slot(raw, grain, own), GrainEntry::At(_) | GrainEntry::Zero);
+        match (names(primary), names(redundant)) {
+            (true, _) => Ok(primary),
+            (false, true) => Ok(redundant),
+            (false, false) => Err(Error::corrupt(format!(
+                "{}: entry {entry} of grain table {table} is {primary:#x}, and {redundant:#x} in the redundant copy: \
+                 neither names a grain inside of the file",
+                self.sparse.file.label()
+            ))),
+        }
+    }
+
+    /// Gives a table that only one directory names to the other one as well, as a copy at the end of the file.
+    fn adopt(&self, missing: Copy, number: u64, place: u32, end: &mut u64) -> Result<u64> {
+        let Some(directory) = self.hosted.directory(missing) else { return Ok(0) };
+        let writer = writer(&*self.sparse.file)?;
+        let at = writer.current_len()?.div_ceil(SECTOR).next_multiple_of(self.hosted.geometry().grain);
+        let entries = self.hosted.raw_table(place.into())?;
+        let content: Vec<u8> = entries.iter().flat_map(|raw| raw.to_le_bytes()).collect();
+        let new = u32::try_from(at).ok().filter(|&at| at < u32::MAX - 8);
+        let Some(new) = new else {
+            let context = format!("{}: no room for grain table {number}", self.sparse.file.label());
+            return Err(Error::new(ErrorKind::Os(libc::ENOSPC), context));
+        };
+        writer.write_all_at(at * SECTOR, &content)?;
+        // the copy before what names it
+        writer.sync()?;
+        writer.write_all_at(directory * SECTOR + number * 4, &new.to_le_bytes())?;
+        let sectors = self.hosted.table_sectors();
+        self.hosted.grew_to(at + sectors);
+        *end = (*end).max(at + sectors).max(u64::from(place) + sectors);
+        for raw in entries.into_iter().filter(|&raw| raw > 1) {
+            *end = (*end).max(u64::from(raw) + self.hosted.geometry().grain);
+        }
+        Ok(1)
+    }
+
+    /// Cuts off room that nothing names.
+    fn cut_tail(&self, end: u64) -> Result<()> {
+        let writer = writer(&*self.sparse.file)?;
+        let end = end.next_multiple_of(self.hosted.geometry().grain);
+        if end * SECTOR < writer.current_len()? {
+            writer.set_len(end * SECTOR)?;
+            writer.sync()?;
+        }
+        Ok(())
+    }
+}
