@@ -1,0 +1,343 @@
+//! The life of a mount: its start, every way to its end, and what is left after it.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use fuse_tests::harness::{
+    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, poll_until, qemu_img, raw_with_islands, read_range, wait_end,
+};
+use nix::sys::signal::Signal;
+
+/// How long an event may take.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A sparse image of 16 MiB and its raw original: sparse, so that every read passes through the process.
+fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
+    let (raw, vmdk) = (scratch.path("disk.orig"), scratch.path("disk.vmdk"));
+    raw_with_islands(&raw, 16 << 20, 5);
+    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    (raw, vmdk)
+}
+
+/// Whether the machine can run these tests.
+fn ready() -> bool {
+    need_fuse() && need_qemu()
+}
+
+/// "returns once the file can be read, status 0"
+#[test]
+fn the_background_command_returns_when_the_file_can_be_read() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (raw, _) = sparse(&scratch);
+    for _ in 0..5 {
+        let mount = scratch.mount().file("disk.vmdk").start();
+        assert_eq!(read_range(&mount.file("disk.raw"), 1, 4000), read_range(&raw, 1, 4000));
+        mount.unmount();
+    }
+}
+
+/// A shell's `$(vmdkfuse …)` ends when nobody holds the pipe any more: the daemon must let go of it.
+#[test]
+fn the_daemon_lets_go_of_its_starter() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    let mount_dir = scratch.mkdir("mnt");
+    let pidfile = scratch.path("pid");
+    let mut command = Command::new(fuse_tests::harness::program());
+    command.current_dir(scratch.root()).arg("--pidfile").arg(&pidfile).args(["mnt", "file=disk.vmdk"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (sender, receiver) = channel();
+    thread::spawn(move || sender.send(command.output()));
+    let output = receiver.recv_timeout(DEADLINE).expect("the daemon holds the pipes of its starter").unwrap();
+    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    let pid: i32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
+    let stdin = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+    assert_eq!((cwd.as_path(), stdin.as_path()), (Path::new("/"), Path::new("/dev/null")));
+    Cmd::new("fusermount3").arg("-u").arg(&mount_dir).run().ok();
+    assert!(wait_end(pid, DEADLINE).is_some(), "the daemon still runs");
+}
+
+/// "`fusermount3 -u` ends the process with status 0"
+#[test]
+fn fusermount_ends_it_with_status_0() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    scratch.mount().file("disk.vmdk").start().unmount();
+    scratch.mount().foreground().file("disk.vmdk").start().unmount();
+    scratch.assert_no_mounts();
+}
+
+#[test]
+fn umount_ends_it_with_status_0() {
+    if !ready() || !need_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    let mut mount = scratch.mount().file("disk.vmdk").start();
+    Cmd::new("umount").arg(mount.point()).run().ok();
+    assert_eq!(mount.wait_end().code, Some(0));
+}
+
+#[test]
+fn the_pidfile_names_the_process_and_goes_with_it() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    for foreground in [false, true] {
+        let pidfile = scratch.path("my.pid");
+        let command = scratch.mount().pidfile("my.pid").file("disk.vmdk");
+        let mount = if foreground { command.foreground() } else { command }.start();
+        assert_eq!(fs::read_to_string(&pidfile).unwrap(), format!("{}\n", mount.pid()));
+        mount.unmount();
+        assert!(!pidfile.exists(), "the pidfile is left (foreground: {foreground})");
+    }
+}
+
+#[test]
+fn messages_go_to_the_log_file() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    scratch.mkdir("mnt");
+    for (format, json) in [("text", false), ("json", true)] {
+        let log = scratch.path(format);
+        // A relative name is one of the folder that the command was given in.
+        let options = ["-v", "-v", "--log-file", format, "--log-format", format];
+        let mount = options.iter().fold(scratch.mount(), |mount, word| mount.arg(word)).file("disk.vmdk").start();
+        mount.unmount();
+        let text = fs::read_to_string(&log).unwrap();
+        assert!(text.lines().count() > 0, "nothing in the log");
+        for line in text.lines() {
+            let parsed = serde_json::from_str::<serde_json::Value>(line);
+            assert_eq!(parsed.is_ok_and(|value| value.is_object()), json, "{format}: {line}");
+        }
+    }
+}
+
+/// Messages that nobody reads are no reason to end, and no panic.
+#[test]
+fn regression_a_closed_standard_error_ends_no_mount() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    scratch.mkdir("mnt");
+    let script = "(\"$0\" -f -vvv mnt file=disk.vmdk; echo $? >status) 2>&1 | true";
+    let run = Cmd::new("sh").args(["-c", script]).arg(fuse_tests::harness::program()).dir(scratch.root());
+    let run = thread::spawn(move || run.deadline(DEADLINE).run());
+    let disk = scratch.path("mnt/disk.raw");
+    assert!(poll_until(DEADLINE, || disk.exists() || run.is_finished()));
+    let (read, unmounted) = (fs::read(&disk), Cmd::new("fusermount3").arg("-u").arg(scratch.path("mnt")).run());
+    run.join().unwrap();
+    assert!(read.is_ok(), "{read:?}");
+    unmounted.ok();
+    assert_eq!(fs::read_to_string(scratch.path("status")).unwrap().trim(), "0");
+}
+
+#[test]
+fn a_log_file_that_cannot_be_written_is_an_error() {
+    let scratch = Scratch::new();
+    scratch.write("disk.img", vec![0; 512]);
+    scratch
+        .mount()
+        .arg("--log-file=/proc/no/such/file")
+        .file("disk.img")
+        .refused(1)
+        .error_names(&["/proc/no/such/file"]);
+    scratch
+        .mount()
+        .without_pidfile()
+        .arg("--pidfile=/proc/no/pid")
+        .file("disk.img")
+        .refused(1)
+        .error_names(&["/proc/no/pid"]);
+}
+
+/// "SIGTERM/SIGINT/SIGHUP unmount cleanly"
+#[test]
+fn signals_unmount_and_end_it_with_status_0() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        for foreground in [false, true] {
+            let command = scratch.mount().file("disk.vmdk");
+            let mut mount = if foreground { command.foreground() } else { command }.start();
+            mount.signal(signal);
+            let ended = mount.wait_end();
+            assert_eq!(ended.code, Some(0), "{signal} (foreground: {foreground}): {ended:?} {:?}", mount.output());
+            assert!(!mount.is_mounted(), "{signal} (foreground: {foreground}) left the mount");
+        }
+    }
+}
+
+/// "a busy mount is detached lazily and the process ends when the last user is gone"
+#[test]
+fn a_busy_mount_is_detached_and_served_until_its_last_user_is_gone() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (raw, _) = sparse(&scratch);
+    let original = File::open(raw).unwrap();
+    for foreground in [false, true] {
+        let command = scratch.mount().file("disk.vmdk");
+        let mut mount = if foreground { command.foreground() } else { command }.start();
+        let user = File::open(mount.file("disk.raw")).unwrap();
+        mount.signal(Signal::SIGTERM);
+        mount.wait_unmounted();
+        for offset in (0..16 << 20).step_by(1 << 20) {
+            let (mut seen, mut wanted) = (vec![0; 65536], vec![0; 65536]);
+            if let Err(e) = user.read_exact_at(&mut seen, offset) {
+                let (alive, said) = (mount.is_running(), mount.output());
+                panic!("an open file must be served ({e} at {offset}); the process runs: {alive}; {said:?}");
+            }
+            original.read_exact_at(&mut wanted, offset).unwrap();
+            assert!(seen == wanted, "wrong bytes at {offset} after the unmount");
+        }
+        assert!(mount.is_running(), "it ended while a file was open");
+        drop(user);
+        assert_eq!(mount.wait_end().code, Some(0));
+    }
+}
+
+#[test]
+fn a_lazy_unmount_ends_it_when_the_last_user_is_gone() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (raw, _) = sparse(&scratch);
+    let mut mount = scratch.mount().file("disk.vmdk").start();
+    let mut user = File::open(mount.file("disk.raw")).unwrap();
+    let refused = Cmd::new("fusermount3").arg("-u").arg(mount.point()).run();
+    assert_ne!(refused.ended.code, Some(0), "a busy mount was unmounted: {refused}");
+    assert!(mount.is_mounted() && mount.is_running());
+    Cmd::new("fusermount3").arg("-uz").arg(mount.point()).run().ok();
+    assert!(!mount.is_mounted());
+    let mut seen = Vec::new();
+    user.read_to_end(&mut seen).expect("an open file must be served");
+    assert!(seen == fs::read(raw).unwrap(), "wrong bytes after the lazy unmount");
+    assert!(mount.is_running());
+    drop(user);
+    assert_eq!(mount.wait_end().code, Some(0));
+}
+
+/// A shell whose folder is in the mount is a user too.
+#[test]
+fn a_working_directory_inside_is_a_user() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    let mut mount = scratch.mount().file("disk.vmdk").start();
+    let mut shell = Command::new("cat").current_dir(mount.point()).stdin(Stdio::piped()).spawn().unwrap();
+    mount.signal(Signal::SIGTERM);
+    mount.wait_unmounted();
+    assert!(mount.is_running());
+    shell.stdin.take().unwrap().flush().unwrap();
+    shell.wait().unwrap();
+    assert_eq!(mount.wait_end().code, Some(0));
+}
+
+#[test]
+fn auto_unmount_clears_the_mount_of_a_killed_process() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    let mut mount = scratch.mount().arg("-o").arg("auto_unmount").file("disk.vmdk").start();
+    assert!(read_range(&mount.file("disk.raw"), 0, 512).len() == 512);
+    mount.signal(Signal::SIGKILL);
+    assert_eq!(mount.wait_end().signal, Some(Signal::SIGKILL as i32));
+    mount.wait_unmounted();
+    assert!(fs::read_dir(mount.point()).is_ok());
+    // And it does not stand in the way of an ordinary end.
+    scratch.mount().arg("-o").arg("auto_unmount").file("disk.vmdk").start().unmount();
+}
+
+/// "a mount over a stale mount point is refused with the command that clears it"
+#[test]
+fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    let kill = |mount: &mut Mount| {
+        // which the kernel knows for a while, with nobody left to ask
+        fs::metadata(mount.point()).unwrap();
+        mount.signal(Signal::SIGKILL);
+        mount.wait_end();
+        assert!(mount.is_mounted() && fs::read_dir(mount.point()).is_err(), "no stale mount to look at");
+    };
+    let mut stale = scratch.mount().file("disk.vmdk").start();
+    kill(&mut stale);
+    let outcome = scratch.vmdkfuse().arg(stale.point()).arg("file=disk.vmdk").run().one_error(1, &["clear it with"]);
+    // The command ends the line; it is another one for root.
+    let command = outcome.stderr.trim().rsplit(": ").next().unwrap().to_owned();
+    let words: Vec<_> = command.split_whitespace().collect();
+    assert_eq!(words.last().map(Path::new), Some(stale.point()), "{outcome}");
+    Cmd::new(words[0]).args(&words[1..]).run().ok();
+    assert!(!stale.is_mounted(), "`{command}` did not clear it");
+    drop(stale);
+    scratch.mount().file("disk.vmdk").start().unmount();
+}
+
+#[test]
+fn a_second_mount_at_the_same_place_is_refused() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (raw, _) = sparse(&scratch);
+    let mount = scratch.mount().file("disk.vmdk").start();
+    scratch.mount().file("disk.vmdk").arg("name=other").refused(1).one_error(1, &["mnt"]);
+    assert_eq!(mount.names(), ["disk.raw"]);
+    assert_eq!(read_range(&mount.file("disk.raw"), 5, 99), read_range(&raw, 5, 99));
+    mount.unmount();
+}
+
+/// Many short lives in a row leave nothing: no mount, no process, no file.
+#[test]
+fn nothing_is_left_after_many_lives() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    sparse(&scratch);
+    scratch.mkdir("mnt");
+    let count = || fs::read_dir(scratch.root()).unwrap().count();
+    let before = count();
+    for _ in 0..10 {
+        scratch.mount().file("disk.vmdk").start().unmount();
+    }
+    assert_eq!(count(), before, "files were left");
+    scratch.assert_no_mounts();
+}

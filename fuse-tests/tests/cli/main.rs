@@ -1,0 +1,12 @@
+//! The command line and the life of a mount: arguments, exit statuses, mount points, users, start and end.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
+
+mod commands;
+mod life;
+mod mount_forms;
+mod user;

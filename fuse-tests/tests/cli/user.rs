@@ -1,0 +1,153 @@
+//! "Works as root and as an ordinary user by fusermount3": who may mount, and who may look in.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use fuse_tests::harness::{
+    Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need_allow_other, need_fuse, need_root, sha256,
+};
+
+/// A raw image that everybody may read, and its hash.
+fn image(scratch: &Scratch) -> String {
+    let bytes: Vec<u8> = (0..1_000_448u32).map(|i| (i / 3) as u8).collect();
+    let path = scratch.write("disk.img", bytes);
+    scratch.open_to_all();
+    sha256(&path)
+}
+
+/// sha256sum as somebody.
+fn hash_as(user: User, path: &Path) -> Outcome {
+    Cmd::new("sha256sum").arg(path).user(Some(user)).run()
+}
+
+/// These tests change users, which only root can.
+fn ready() -> bool {
+    need_fuse() && need_root()
+}
+
+#[test]
+fn an_ordinary_user_mounts_reads_and_unmounts() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    let hash = image(&scratch);
+    for at in ["mnt", "dir/new-name", "covered"] {
+        scratch.mkdir("dir");
+        scratch.write("covered", "x");
+        let mut mount = scratch.mount().at(at).file("disk.img").start();
+        let path = if at == "mnt" { mount.file("disk.raw") } else { scratch.path(at) };
+        assert!(hash_as(NOBODY, &path).ok().stdout.starts_with(&hash), "{at}");
+        let listed = Cmd::new("stat").args(["-c", "%u %g %s"]).arg(&path).user(Some(NOBODY)).run().ok();
+        assert_eq!(listed.stdout.trim(), "65534 65534 1000448", "{at}");
+        Cmd::new("fusermount3").arg("-u").arg(&mount.entry().point).user(Some(NOBODY)).run().ok();
+        assert!(!mount.is_mounted(), "{at}");
+        let ended = mount.wait_end();
+        assert_eq!(ended.code, Some(0), "{at}: {ended:?}");
+    }
+}
+
+#[test]
+fn an_ordinary_user_ends_it_by_a_signal() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    image(&scratch);
+    let mut mount = scratch.mount().file("disk.img").start();
+    Cmd::new("kill").arg(mount.pid().to_string()).user(Some(NOBODY)).run().ok();
+    assert_eq!(mount.wait_end().code, Some(0));
+    assert!(!mount.is_mounted());
+}
+
+#[test]
+fn an_ordinary_user_may_use_auto_unmount_or_is_told_why_not() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    image(&scratch);
+    let mut mount = scratch.mount().arg("-o").arg("auto_unmount").file("disk.img").start();
+    mount.signal(nix::sys::signal::Signal::SIGKILL);
+    mount.wait_end();
+    mount.wait_unmounted();
+}
+
+#[test]
+fn an_image_that_the_user_may_not_read_is_one_line() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    let secret = scratch.write("secret.img", vec![0; 512]);
+    std::os::unix::fs::chown(&secret, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    scratch.mount().file("secret.img").refused(1).one_error(1, &["secret.img", "permission denied"]);
+}
+
+#[test]
+fn a_mount_point_of_somebody_else_is_refused() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    image(&scratch);
+    let point = scratch.mkdir("roots");
+    std::os::unix::fs::chown(&point, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&point, fs::Permissions::from_mode(0o755)).unwrap();
+    scratch.mount().at("roots").file("disk.img").refused(1).error_names(&["roots"]);
+}
+
+/// "`allow_other` refused by fuse.conf gives the reason"
+#[test]
+fn allow_other_of_an_ordinary_user_is_up_to_fuse_conf() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    let hash = image(&scratch);
+    for option in ["allow_other", "allow_root"] {
+        let command = scratch.mount().arg("-o").arg(option).file("disk.img");
+        if need_allow_other(false) {
+            command.refused(1).error_names(&["user_allow_other", "fuse.conf"]);
+        } else {
+            let mount = command.start();
+            let who = if option == "allow_other" { STRANGER } else { User { uid: 0, gid: 0 } };
+            assert!(hash_as(who, &mount.file("disk.raw")).ok().stdout.starts_with(&hash));
+            mount.unmount();
+        }
+    }
+}
+
+#[test]
+fn others_cannot_look_in_without_allow_other() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let hash = image(&scratch);
+    let mount = scratch.mount().file("disk.img").start();
+    hash_as(NOBODY, &mount.file("disk.raw")).error_names(&["permission denied"]);
+    mount.unmount();
+    let mount = scratch.mount().arg("-o").arg("allow_other").file("disk.img").start();
+    assert!(hash_as(NOBODY, &mount.file("disk.raw")).ok().stdout.starts_with(&hash));
+    mount.unmount();
+}
+
+#[test]
+fn owner_and_umask_decide_with_default_permissions() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let hash = image(&scratch);
+    let options = "allow_other,default_permissions,uid=12345,gid=12345,umask=077";
+    let mount = scratch.mount().arg("-o").arg(options).file("disk.img").start();
+    let path = mount.file("disk.raw");
+    let seen = fs::metadata(&path).unwrap();
+    assert_eq!((seen.uid(), seen.gid(), seen.mode() & 0o077), (12345, 12345, 0), "mode {:o}", seen.mode());
+    assert!(hash_as(STRANGER, &path).ok().stdout.starts_with(&hash));
+    hash_as(NOBODY, &path).error_names(&["permission denied"]);
+    mount.unmount();
+}

@@ -1,0 +1,11 @@
+//! The engine as a library: properties against a plain model, crash states, regressions.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
+
+mod crash_search;
+mod model;
+mod regressions;

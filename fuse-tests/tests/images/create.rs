@@ -1,0 +1,465 @@
+//! `--create` and `create=true`: what is made is what qemu, our reader and the descriptor say it is, and nothing else is
+//! touched.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use fuse_tests::harness::{
+    Cmd, Mount, NOBODY, Scratch, assert_same, data_ranges, need, need_fuse, need_root, qemu_data_ranges, qemu_img,
+    raw_with_islands, read_range,
+};
+use fuse_tests::model::{alone, policy, readable};
+use vmdkfuse::block::{BlockRead, BlockWrite, Lba};
+use vmdkfuse::config::{AdapterType, CreateType};
+use vmdkfuse::store::{ExtentName, LocalStore};
+use vmdkfuse::vmdk::{self, DeltaParent, NewDelta, NewDisk};
+
+/// Each kind with the name that qemu knows it by.
+const KINDS: [(&str, &str); 7] = [
+    ("monolithic-sparse", "monolithicSparse"),
+    ("monolithic-flat", "monolithicFlat"),
+    ("split-sparse", "twoGbMaxExtentSparse"),
+    ("split-flat", "twoGbMaxExtentFlat"),
+    ("vmfs-flat", "vmfs"),
+    ("vmfs-thin", "vmfs"),
+    ("stream-optimized", "streamOptimized"),
+];
+
+/// Makes a disk by the program.
+#[track_caller]
+fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
+    let size = format!("create-size={size}");
+    let outcome = scratch.vmdkfuse().args(["--create", file, &size]).key("create-type", kind).run().ok();
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""), "it says something");
+    scratch.path(file)
+}
+
+/// The names in the folder, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn store(scratch: &Scratch) -> LocalStore {
+    LocalStore::new(scratch.root(), policy(&[])).unwrap()
+}
+
+#[test]
+fn every_kind_is_empty_for_qemu_and_for_us() {
+    let _alone = alone();
+    if !need("qemu-img") {
+        return;
+    }
+    let sizes = [512, 64 << 10, (64 << 10) + 512, (33 << 20) + 1536, (2047 << 20) + 512, 3 << 40];
+    for (kind, create_type) in KINDS {
+        for size in sizes {
+            let taken = kind == "vmfs-flat" && size > 64 << 20;
+            // 3 TiB in pieces of 2 GB are 1537 files, which says no more than two
+            let pieces = kind.starts_with("split") && size > 1 << 40;
+            if taken || pieces {
+                continue;
+            }
+            let scratch = Scratch::new();
+            let path = create(&scratch, "x.vmdk", size, kind);
+            let info = qemu_img(["info", "--output=json", path.to_str().unwrap()]).json();
+            assert_eq!(info["virtual-size"], size, "{kind} {size}");
+            assert_eq!(info["format-specific"]["data"]["create-type"], create_type, "{kind}");
+            let ours = scratch.vmdkfuse().args(["--info", "--json"]).arg(&path).run().ok().json();
+            assert_eq!(ours[0]["size"], size, "{kind} {size}");
+            // all tables of a large one take long in a debug build
+            if size < 1 << 40 || kind == "stream-optimized" {
+                scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+            }
+            // qemu-img has no check of flat ones, and says so with 63
+            let checked = Cmd::new("qemu-img").args(["check", "-q"]).arg(&path).run();
+            assert!(matches!(checked.ended.code, Some(0 | 63)), "{kind} {size}: {checked}");
+            // which takes half a minute for 3 TiB
+            if size < 1 << 40 && (kind.ends_with("sparse") || kind == "stream-optimized") {
+                assert_eq!(qemu_data_ranges(&path, "vmdk"), [], "{kind} {size}");
+            }
+            // what is larger differs in the number of tables or pieces only
+            if size <= 1 << 31 && (size < 1 << 30 || kind == "split-sparse") {
+                let raw = scratch.path("x.raw");
+                qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()]);
+                assert_eq!(fs::metadata(&raw).unwrap().len(), size, "{kind} {size}");
+                for range in data_ranges(&raw) {
+                    let bytes = read_range(&raw, range.start, (range.end - range.start) as usize);
+                    assert!(bytes.iter().all(|byte| *byte == 0), "{kind} {size}: not all zeroes");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
+    let _alone = alone();
+    if !need("qemu-img") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let size = (2047 << 20) + (5 << 20) + 512;
+    let raw = scratch.path("raw");
+    raw_with_islands(&raw, 40 << 20, 7);
+    // the islands also at the border of the pieces
+    let islands = fs::read(&raw).unwrap();
+    let file = File::options().read(true).write(true).truncate(true).open(&raw).unwrap();
+    file.set_len(size).unwrap();
+    file.write_all_at(&islands[..8 << 20], 0).unwrap();
+    file.write_all_at(&islands[8 << 20..12 << 20], (2047 << 20) - (1 << 20)).unwrap();
+    file.write_all_at(&islands[..512], size - 512).unwrap();
+    for kind in ["monolithic-sparse", "split-sparse", "split-flat"] {
+        let path = create(&scratch, &format!("{kind}.vmdk"), size, kind);
+        let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
+        qemu_img(["convert", "-n", "-f", "raw", "-O", "vmdk", from, to]);
+        let disk = readable(&path);
+        assert_same_bytes(&disk, &file, kind);
+        drop(disk);
+        scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+    }
+}
+
+/// Compares a disk with a raw file of its size.
+#[track_caller]
+fn assert_same_bytes(disk: &dyn BlockRead, raw: &File, what: &str) {
+    const STEP: u64 = 2048;
+    let sectors = disk.geometry().sectors;
+    assert_eq!(sectors * 512, raw.metadata().unwrap().len(), "{what}");
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for at in (0..sectors).step_by(STEP as usize) {
+        let len = (STEP.min(sectors - at) * 512) as usize;
+        ours.resize(len, 0);
+        theirs.resize(len, 0);
+        disk.read_at(Lba(at), &mut ours).unwrap();
+        raw.read_exact_at(&mut theirs, at * 512).unwrap();
+        assert!(ours == theirs, "{what}: the content differs in the MiB from sector {at} on");
+    }
+}
+
+#[test]
+fn adapter_and_version_stand_in_the_descriptor() {
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let words = ["--create", "x.vmdk", "create-size=1G", "create-type=vmfs-thin"];
+    scratch.vmdkfuse().args(words).args(["create-adapter-type=pvscsi", "create-hwversion=esx65"]).run().ok();
+    let text = fs::read_to_string(scratch.path("x.vmdk")).unwrap();
+    for line in [
+        "ddb.adapterType = \"pvscsi\"",
+        "ddb.virtualHWVersion = \"13\"",
+        "ddb.geometry.cylinders = \"512\"",
+        "ddb.geometry.heads = \"128\"",
+        "ddb.geometry.sectors = \"32\"",
+        "ddb.thinProvisioned = \"1\"",
+        "RW 2097152 VMFS \"x-flat.vmdk\"",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in:\n{text}");
+    }
+}
+
+#[test]
+fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
+    let _alone = alone();
+    let scratch = Scratch::new();
+    scratch.write("b-flat.vmdk", "mine");
+    let words = ["--create", "create-size=1M", "a.vmdk", "b.vmdk", "create-type=monolithic-flat", "c.vmdk"];
+    scratch
+        .vmdkfuse()
+        .args(words)
+        .run()
+        .one_error(1, &["b.vmdk: cannot be made", "never takes the place", "b-flat.vmdk"]);
+    assert_eq!(names(scratch.root()), ["a.vmdk", "b-flat.vmdk"]);
+    assert_eq!(fs::read(scratch.path("b-flat.vmdk")).unwrap(), b"mine");
+}
+
+#[test]
+fn an_existing_file_is_an_error_that_says_so() {
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let mnt = scratch.mkdir("mnt");
+    let path = scratch.write("x.vmdk", "mine");
+    std::os::unix::fs::symlink("nowhere", scratch.path("link.vmdk")).unwrap();
+    for (kind, _) in KINDS {
+        for name in ["x.vmdk", "link.vmdk"] {
+            let words = ["create-size=1M", &format!("create-type={kind}")].map(str::to_owned);
+            let says = [name, "cannot be made", "File exists"];
+            scratch.vmdkfuse().args(["--create", name]).args(&words).run().one_error(1, &says);
+            let mount = scratch.vmdkfuse().arg(&mnt).args([name, "create=true"]).args(&words).run();
+            mount.expect_code(1).error_names(&says);
+        }
+    }
+    scratch.assert_no_mounts();
+    assert_eq!(fs::read(&path).unwrap(), b"mine");
+    assert_eq!(names(scratch.root()), ["link.vmdk", "mnt", "x.vmdk"]);
+}
+
+#[test]
+fn a_full_file_system_leaves_nothing() {
+    let _alone = alone();
+    if !need_root() || !need("mount") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let small = scratch.mkdir("small");
+    // the scratch folder undoes every mount below it
+    Cmd::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "none"]).arg(&small).run().ok();
+    for (kind, size) in [("vmfs-flat", "1M"), ("monolithic-sparse", "3T"), ("stream-optimized", "1G")] {
+        // what is left for it is less than its metadata
+        let ballast = if kind == "vmfs-flat" { 0 } else { 60 << 10 };
+        fs::write(small.join("ballast"), vec![1; ballast]).unwrap();
+        let words = ["--create", "small/x.vmdk", &format!("create-size={size}"), &format!("create-type={kind}")];
+        scratch.vmdkfuse().args(words).run().one_error(1, &["x.vmdk", "No space left"]);
+        assert_eq!(names(&small), ["ballast"], "{kind}");
+        fs::remove_file(small.join("ballast")).unwrap();
+    }
+}
+
+#[test]
+fn a_folder_that_is_missing_or_closed_is_an_error() {
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let create = |scratch: &Scratch, file: &str| scratch.vmdkfuse().args(["--create", file, "create-size=1M"]).run();
+    create(&scratch, "none/x.vmdk").one_error(1, &["none", "No such file"]);
+    scratch.mkdir("dir");
+    create(&scratch, "dir/..").one_error(1, &["no name of a new file"]);
+    if need_root() {
+        let scratch = Scratch::of(NOBODY);
+        fs::create_dir(scratch.path("roots")).unwrap();
+        create(&scratch, "roots/x.vmdk").one_error(1, &["x.vmdk", "Permission denied"]);
+        create(&scratch, "mine.vmdk").ok();
+        assert_eq!(fs::metadata(scratch.path("mine.vmdk")).unwrap().uid(), NOBODY.uid);
+    }
+}
+
+#[test]
+fn a_new_disk_is_mounted() {
+    let _alone = alone();
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for (kind, _) in KINDS.iter().filter(|(kind, _)| *kind != "stream-optimized") {
+        let file = format!("file={kind}.vmdk");
+        let words = [file, "create=true".to_owned(), "create-size=5M".to_owned(), format!("create-type={kind}")];
+        let mount = words.into_iter().fold(scratch.mount(), |mount, word| mount.arg(word)).start();
+        let raw = mount.file(format!("{kind}.raw"));
+        let bytes = fs::read(&raw).unwrap();
+        assert!(bytes.len() == 5 << 20 && bytes.iter().all(|byte| *byte == 0), "{kind}");
+        mount.unmount();
+        scratch.vmdkfuse().arg("--check").arg(scratch.path(format!("{kind}.vmdk"))).run().ok();
+    }
+}
+
+/// Writes a raw file to a stream as a copier does: in order, without what is a hole.
+fn write_stream(stream: &dyn BlockWrite, raw: &Path, step: u64) {
+    let file = File::open(raw).unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut bytes = Vec::new();
+    for range in data_ranges(raw) {
+        // holes begin and end where pages do
+        let mut at = range.start / 512 * 512;
+        let end = range.end.next_multiple_of(512).min(len);
+        while at < end {
+            bytes.resize(step.min(end - at) as usize, 0);
+            file.read_exact_at(&mut bytes, at).unwrap();
+            stream.write_at(Lba(at / 512), &bytes).unwrap();
+            at += bytes.len() as u64;
+        }
+    }
+}
+
+#[test]
+fn a_stream_reads_the_same_for_qemu_and_for_us() {
+    let _alone = alone();
+    if !need("qemu-img") {
+        return;
+    }
+    for (number, (size, step)) in
+        [(90 << 20, 1 << 20), ((33 << 20) + 512, 4096), (100 << 10, 512)].into_iter().enumerate()
+    {
+        let scratch = Scratch::new();
+        let raw = scratch.path("raw");
+        raw_with_islands(&raw, size, number as u64);
+        let disk = NewDisk {
+            sectors: size / 512,
+            kind: CreateType::StreamOptimized,
+            adapter: AdapterType::LsiLogic,
+            hardware_version: 4,
+        };
+        let stream = vmdk::create_stream(&store(&scratch), &ExtentName::new("x.vmdk").unwrap(), &disk).unwrap();
+        write_stream(&stream, &raw, step);
+        assert_same_bytes(&stream, &File::open(&raw).unwrap(), "read back");
+        let path = scratch.path("x.vmdk");
+        let unfinished = scratch.vmdkfuse().args(["--info", "lock=off"]).arg(&path).run();
+        unfinished.one_error(1, &["x.vmdk", "did not finish"]);
+        stream.close().unwrap();
+        let written = stream.file().identity().unwrap().len;
+        drop(stream);
+        scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+        qemu_img(["check", "-q", path.to_str().unwrap()]);
+        let back = scratch.path("back");
+        qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+        assert_same(&back, &raw);
+        let disk = readable(&path);
+        assert_same_bytes(&disk, &File::open(&raw).unwrap(), "our reader");
+        // about as small as qemu's
+        let theirs = scratch.path("theirs.vmdk");
+        let option = "subformat=streamOptimized";
+        let words =
+            ["convert", "-f", "raw", "-O", "vmdk", "-o", option, raw.to_str().unwrap(), theirs.to_str().unwrap()];
+        qemu_img(words);
+        let theirs = fs::metadata(theirs).unwrap().len();
+        assert!(written < theirs + theirs / 50 + (256 << 10), "{written} bytes, qemu's has {theirs}");
+    }
+}
+
+/// Mounts a new stream for a disk of so many bytes.
+fn mount_stream(scratch: &Scratch, size: u64, more: &[&str]) -> Mount {
+    let words = ["file=x.vmdk", "create=true", "create-type=stream-optimized", &format!("create-size={size}")];
+    words.iter().chain(more).fold(scratch.mount(), |mount, word| mount.arg(word)).start()
+}
+
+/// Panics unless the stream is sound and qemu reads `raw` from it.
+#[track_caller]
+fn assert_stream_is(scratch: &Scratch, raw: &Path) {
+    let (path, back) = (scratch.path("x.vmdk"), scratch.path("back"));
+    scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+    qemu_img(["check", "-q", path.to_str().unwrap()]);
+    qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+    assert_same(&back, raw);
+}
+
+#[test]
+fn a_stream_is_written_through_a_mount_and_closed_with_it() {
+    let _alone = alone();
+    if !need("qemu-img") || !need_fuse() {
+        return;
+    }
+    let size = (70 << 20) + 512;
+    let original = Scratch::new();
+    let raw = original.path("raw");
+    raw_with_islands(&raw, size, 5);
+    let from = format!("if={}", raw.display());
+    let ways: [(&[&str], &[&str]); 6] = [
+        (&["cp", "RAW", "MNT"], &[]),
+        (&["dd", "IF", "OF", "bs=777", "conv=notrunc", "count=40000"], &[]),
+        (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
+        (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
+        // one write of many requests, which the kernel would send all at once
+        (&["dd", "IF", "OF", "bs=35M", "conv=notrunc", "iflag=fullblock", "oflag=direct"], &[]),
+        (&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"], &[]),
+    ];
+    for (way, more) in ways {
+        let scratch = Scratch::new();
+        let mount = mount_stream(&scratch, size, more);
+        let file = mount.file("x.raw");
+        let to = format!("of={}", file.display());
+        let words = way.iter().map(|word| match *word {
+            "RAW" => raw.as_os_str(),
+            "MNT" => file.as_os_str(),
+            "IF" => from.as_ref(),
+            "OF" => to.as_ref(),
+            other => other.as_ref(),
+        });
+        let words: Vec<_> = words.collect();
+        Cmd::new(words[0]).args(&words[1..]).run().ok();
+        let expected = if way.contains(&"count=40000") {
+            // a part, in pieces that no sector fits
+            let part = original.path("part");
+            fs::copy(&raw, &part).unwrap();
+            let file = File::options().write(true).open(&part).unwrap();
+            file.set_len(777 * 40_000).unwrap();
+            file.set_len(size).unwrap();
+            part
+        } else {
+            raw.clone()
+        };
+        assert_same(&file, &expected);
+        mount.unmount();
+        assert_stream_is(&scratch, &expected);
+    }
+}
+
+#[test]
+fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
+    let _alone = alone();
+    if !need("qemu-img") || !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let raw = scratch.path("raw");
+    raw_with_islands(&raw, 20 << 20, 9);
+    // the other disk asks for delayed writes, which the stream cannot have
+    scratch.write("other.img", vec![0; 4096]);
+    let mount = mount_stream(&scratch, 20 << 20, &["file=other.img", "cache=writeback"]);
+    let path = mount.file("x.raw");
+    Cmd::new("cp").arg(&raw).arg(&path).run().ok();
+    let file = File::options().write(true).open(&path).unwrap();
+    let error = file.write_all_at(&[1; 4096], 0).and_then(|()| file.sync_all()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
+    drop(file);
+    assert_same(&path, &raw);
+    mount.unmount();
+    assert_stream_is(&scratch, &raw);
+}
+
+#[test]
+fn a_stream_whose_writer_was_killed_is_no_image() {
+    let _alone = alone();
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut mount = mount_stream(&scratch, 20 << 20, &[]);
+    let file = File::options().write(true).open(mount.file("x.raw")).unwrap();
+    file.write_all_at(&[7; 10 << 20], 0).unwrap();
+    file.sync_all().unwrap();
+    mount.signal(nix::sys::signal::Signal::SIGKILL);
+    mount.wait_end();
+    drop((file, mount));
+    scratch.vmdkfuse().args(["--info", "x.vmdk"]).run().one_error(1, &["x.vmdk", "did not finish"]);
+}
+
+#[test]
+fn qemu_follows_a_delta_of_ours_to_its_parent() {
+    let _alone = alone();
+    if !need("qemu-img") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let raw = scratch.path("raw");
+    raw_with_islands(&raw, (20 << 20) + 1536, 3);
+    let base = scratch.path("base.vmdk");
+    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), base.to_str().unwrap()]);
+    let info = qemu_img(["info", "--output=json", base.to_str().unwrap()]).json();
+    let cid = info["format-specific"]["data"]["cid"].as_u64().unwrap() as u32;
+    for zeroed_grains in [false, true] {
+        let name = format!("delta-{zeroed_grains}.vmdk");
+        let delta = NewDelta {
+            sectors: ((20 << 20) + 1536) / 512,
+            grain: 16,
+            zeroed_grains,
+            parent: Some(DeltaParent { cid, hint: "base.vmdk".to_owned() }),
+            ddb: vec![("vmdkfuse.state".to_owned(), "0000".to_owned())],
+        };
+        vmdk::create_delta(&store(&scratch), &ExtentName::new(&name).unwrap(), &delta).unwrap();
+        let path = scratch.path(&name);
+        let info = qemu_img(["info", "--output=json", path.to_str().unwrap()]).json();
+        assert_eq!(info["backing-filename"], "base.vmdk", "{info}");
+        assert_eq!(info["format-specific"]["data"]["parent-cid"], cid, "{info}");
+        qemu_img(["check", "-q", path.to_str().unwrap()]);
+        scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
+        // written to by qemu, read by both
+        let write = ["-f", "vmdk", "-c", "write -P 0xa5 12345344 70000", path.to_str().unwrap()];
+        Cmd::new("qemu-io").args(write).run().ok();
+        let back = scratch.path("back");
+        qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+        let mut expected = fs::read(&raw).unwrap();
+        expected[12_345_344..12_415_344].fill(0xa5);
+        assert!(fs::read(&back).unwrap() == expected, "zeroed_grains={zeroed_grains}: qemu reads something else");
+        let disk = readable(&path);
+        assert_same_bytes(&disk, &File::open(&back).unwrap(), "our reader");
+    }
+}

@@ -1,0 +1,132 @@
+//! The program itself: mounts with overlays, and what it tells about them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use fuse_tests::harness::{Cmd, Scratch, assert_same, need_fuse, sha256};
+use fuse_tests::make::model::Random;
+use fuse_tests::model::alone;
+use vmdkfuse::block::Lba;
+use vmdkfuse::volume::{self};
+
+use super::folder::Folder;
+use super::pair::disk;
+use super::text;
+
+/// An action of the program on a disk with its overlay.
+fn act(scratch: &Scratch, action: &str, base: &Path, cow: &Path) -> Cmd {
+    scratch.vmdkfuse().arg(action).key("cow", cow).key("file", base)
+}
+
+#[test]
+fn a_temporary_overlay_leaves_no_file_however_it_ends() {
+    let _alone = alone();
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = scratch.write("base.img", vec![7; 1 << 20]);
+    let tmp = scratch.mkdir("tmp");
+    let names = || fs::read_dir(&tmp).unwrap().count();
+    for kill in [false, true] {
+        let mut mount = scratch.mount().env("TMPDIR", text(&tmp)).arg("cow=tmp").file(&base).foreground().start();
+        assert_eq!(names(), 0, "the overlay has a name");
+        let deleted = format!("{}/#", text(&tmp));
+        let open = fs::read_dir(format!("/proc/{}/fd", mount.pid())).unwrap();
+        let links = open.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+        assert!(links.into_iter().any(|link| text(&link).starts_with(&deleted)), "no overlay is open");
+        if kill {
+            mount.signal(nix::sys::signal::Signal::SIGKILL);
+            mount.wait_end();
+        } else {
+            mount.unmount();
+        }
+        assert_eq!(names(), 0);
+    }
+    assert!(fs::read(&base).unwrap() == vec![7; 1 << 20]);
+}
+
+/// Random writes of any length at any byte through a mount, into `model` as well.
+fn write_through(file: &File, model: &File, random: &mut Random, len: u64) {
+    for step in 0..200 {
+        let at = random.below(len);
+        let count = (1 + random.below(if step % 10 == 0 { 200_000 } else { 6_000 })).min(len - at);
+        let data: Vec<u8> = (0..count).map(|i| (i / 100 + step) as u8).collect();
+        for file in [file, model] {
+            file.write_all_at(&data, at).unwrap();
+        }
+        if step % 50 == 0 {
+            file.sync_all().unwrap();
+        }
+    }
+}
+
+/// Mounts a disk twice and writes to it, and to `expected` as well.
+fn mount_and_write(folder: &Folder, base: &Path, expected: &Path, seed: u64) {
+    let mut random = Random::new(seed);
+    let len = fs::metadata(expected).unwrap().len();
+    for _ in 0..2 {
+        let cow = format!("cow={}", text(&folder.cow));
+        let mount = folder.scratch.mount().arg(cow).arg("name=disk").file(base).start();
+        let disk = mount.file("disk");
+        let [file, model] = [&disk, expected].map(|path| File::options().write(true).open(path).unwrap());
+        write_through(&file, &model, &mut random, len);
+        drop(file);
+        assert_same(&disk, expected);
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
+    let _alone = alone();
+    if !need_fuse() {
+        return;
+    }
+    let Some(folder) = Folder::new((6 << 20) + 512 * 5) else { return };
+    let expected = folder.scratch.path("expected.raw");
+    let mut all = folder.bases();
+    all.push(folder.scratch.path("stream.vmdk"));
+    for (base, seed) in all.iter().zip(1..) {
+        let before = sha256(base);
+        fs::copy(&folder.raw, &expected).unwrap();
+        mount_and_write(&folder, base, &expected, seed);
+        assert_eq!(sha256(base), before, "{}: the source was changed", base.display());
+        let act = |action: &str| act(&folder.scratch, action, base, &folder.cow);
+        act("--check").run().ok();
+        let info = act("--info").arg("--json").run().ok().json();
+        assert!(info[0]["overlay"]["changed"].as_u64().unwrap() > 0, "{info}");
+        assert_eq!(info[0]["writable"], true, "{info}");
+        if base.ends_with("stream.vmdk") {
+            act("--commit").run().expect_code(1).error_names(&["streamOptimized"]);
+            continue;
+        }
+        let done = act("--commit").run().ok();
+        assert!(done.stdout.contains("may be removed"), "{}", done.stdout);
+        let mount = folder.scratch.mount().arg("name=disk").arg("readonly=true").file(base).start();
+        assert_same(&mount.file("disk"), &expected);
+        mount.unmount();
+        fs::remove_file(&folder.cow).unwrap();
+    }
+}
+
+#[test]
+fn the_map_of_an_overlay_lists_what_it_changed() {
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let base = scratch.write("base.img", vec![7; 1 << 20]);
+    let cow = scratch.path("cow.vmdk");
+    let image = volume::open(&disk(&base, &cow)).unwrap();
+    let writer = image.disk().writer().unwrap();
+    writer.write_at(Lba(17), &[1; 512]).unwrap();
+    writer.zero(Lba(160)..Lba(192), true).unwrap();
+    writer.close().unwrap();
+    drop(image);
+    let map = act(&scratch, "--map", &base, &cow).arg("--json").run().ok().json();
+    let wanted = serde_json::json!([
+        { "start": 8192, "length": 8192, "content": "data" },
+        { "start": 81920, "length": 16384, "content": "zero" },
+    ]);
+    assert_eq!(map[0]["map"], wanted, "{map}");
+}

@@ -1,0 +1,116 @@
+//! File systems inside of a disk, read by those who read disks: the kernel through a loop device, and guestfish.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fuse_tests::harness::{
+    Cmd, Mount, Outcome, Scratch, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256,
+    skip,
+};
+
+/// What is in the file system.
+const GREETING: &str = "Hello from inside of the disk.\n";
+
+/// Makes `guest.vmdk`, an ext4 file system with a few files, and mounts it; `None` where the machine cannot.
+fn guest(scratch: &Scratch, subformat: &str) -> Option<Mount> {
+    if !need_fuse() || !need_qemu() || !need("mkfs.ext4") {
+        return None;
+    }
+    let tree = scratch.mkdir("tree/etc");
+    fs::write(tree.join("greeting"), GREETING).unwrap();
+    fs::write(tree.join("noise"), noise()).unwrap();
+    let (raw, vmdk) = (scratch.path("guest.orig"), scratch.path("guest.vmdk"));
+    let root = scratch.path("tree");
+    Cmd::new("mkfs.ext4").args(["-q", "-F", "-L", "guest", "-d"]).arg(&root).arg(&raw).arg("32M").run().ok();
+    let option = format!("subformat={subformat}");
+    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), vmdk.to_str().unwrap()];
+    qemu_img(words);
+    Some(scratch.mount().file(vmdk).start())
+}
+
+/// Five MiB that no two sectors share.
+fn noise() -> Vec<u8> {
+    (0..5u32 << 18).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
+}
+
+/// The loop devices whose file is this one.
+fn loops(file: &Path) -> String {
+    Cmd::new("losetup").arg("-j").arg(file).run().ok().stdout
+}
+
+#[test]
+fn the_kernel_mounts_the_file_system() {
+    if !need_root() || !need("losetup") {
+        return;
+    }
+    for subformat in ["monolithicSparse", "streamOptimized", "monolithicFlat"] {
+        let scratch = Scratch::new();
+        let Some(mount) = guest(&scratch, subformat) else { return };
+        let disk = mount.file("guest.raw");
+        let inside = scratch.mkdir("inside");
+        let mounted = Cmd::new("mount").args(["-t", "ext4", "-o", "loop,ro"]).arg(&disk).arg(&inside).run();
+        if mounted.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
+            skip("there are no loop devices");
+            return;
+        }
+        mounted.ok();
+        compare_tree(&inside);
+        Cmd::new("umount").arg(&inside).run().ok();
+        assert!(mounts_below(&inside).is_empty());
+        assert!(
+            poll_until(Duration::from_secs(10), || loops(&disk).is_empty()),
+            "a loop device is left: {}",
+            loops(&disk)
+        );
+        mount.unmount();
+    }
+}
+
+/// The files are what was put in.
+fn compare_tree(root: &Path) {
+    assert_eq!(fs::read_to_string(root.join("etc/greeting")).unwrap(), GREETING);
+    assert!(fs::read(root.join("etc/noise")).unwrap() == noise(), "{}", sha256(&root.join("etc/noise")));
+}
+
+#[test]
+fn guestfish_reads_the_file_system() {
+    if !need("guestfish") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let Some(mount) = guest(&scratch, "streamOptimized") else { return };
+    let disk: PathBuf = mount.file("guest.raw");
+    let words = ["--ro", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "list-filesystems", ":"];
+    let look = ["mount-ro", "/dev/sda", "/", ":", "ls", "/etc", ":", "cat", "/etc/greeting"];
+    let seen = guestfish(&[&words[..], &look].concat());
+    assert!(seen.stdout.contains("/dev/sda: ext4"), "{seen}");
+    assert!(seen.stdout.contains("noise\n") && seen.stdout.contains(GREETING), "{seen}");
+    mount.unmount();
+}
+
+/// Runs guestfish; its appliance runs without KVM too, only slowly.
+fn guestfish(words: &[&str]) -> Outcome {
+    let fish =
+        Cmd::new("guestfish").env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+    fish.args(words).deadline(Duration::from_secs(200)).run().ok()
+}
+
+/// "guestfish writes a file into an image, qemu-img check and a second guestfish read agree"
+#[test]
+fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
+    if !need("guestfish") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let Some(mount) = guest(&scratch, "monolithicSparse") else { return };
+    let disk: PathBuf = mount.file("guest.raw");
+    let words = ["--rw", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "mount", "/dev/sda", "/", ":"];
+    guestfish(&[&words[..], &["write", "/etc/written", "by a guest"]].concat());
+    mount.unmount();
+    let image = scratch.path("guest.vmdk");
+    qemu_img(["check", image.to_str().unwrap()]);
+    let words = ["--ro", "--format=vmdk", "-a", image.to_str().unwrap(), "run", ":", "mount-ro", "/dev/sda", "/", ":"];
+    let seen = guestfish(&[&words[..], &["cat", "/etc/written", ":", "cat", "/etc/greeting"]].concat());
+    assert!(seen.stdout.contains("by a guest") && seen.stdout.contains(GREETING), "{seen}");
+}

@@ -1,0 +1,18 @@
+//! Real mounts over every kind of image: reading, writing, holes, locks, the kernel view, guests.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step of a test is a panic that names it"
+)]
+
+mod fuse_behaviour;
+mod guest;
+mod kernel_view;
+mod kill;
+mod locks;
+mod qemu_formats;
+mod regressions;
+mod shared_samples;
+mod variants;
+mod writing;

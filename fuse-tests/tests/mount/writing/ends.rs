@@ -1,0 +1,219 @@
+//! Every orderly end keeps what was written; an error of a late write is told.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use fuse_tests::harness::{Cmd, Mapped, Scratch, need_root, poll_until};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::signal::Signal;
+
+use crate::writing::kinds::{self, for_each_kind};
+use crate::writing::open;
+
+/// "unmount with dirty pages"
+#[test]
+fn an_unmount_keeps_dirty_pages() {
+    for_each_kind(|mut disk| {
+        let mount = disk.mount();
+        let file = open(&mount.file("disk"));
+        let mut mapped = Mapped::new(&file);
+        for (n, byte) in mapped.bytes().iter_mut().enumerate().step_by(5000) {
+            *byte = n as u8;
+        }
+        file.write_all_at(&[9; 70_000], 1_000_001).unwrap();
+        drop((mapped, file));
+        mount.unmount();
+        (0..disk.bytes.len()).step_by(5000).for_each(|n| disk.bytes[n] = n as u8);
+        disk.bytes[1_000_001..][..70_000].fill(9);
+        disk.check();
+    });
+}
+
+/// A detached mount goes on until its last user has closed the file, and what he writes until then is kept.
+#[test]
+fn a_signal_under_load_loses_nothing_that_was_written() {
+    for_each_kind(|mut disk| {
+        let log = disk.scratch.path("log");
+        let mut mount = disk.mount_with(&["-v", "--log-file", log.to_str().unwrap()]);
+        let file = open(&mount.file("disk"));
+        let written = AtomicU64::new(0);
+        let place = |n: u64| (n * 7919 * 512) % (kinds::SIZE / 512 * 512);
+        thread::scope(|scope| {
+            let load = scope.spawn(|| {
+                // the signal comes somewhere in between; the mount is busy, so all of it is served
+                for n in 0..3000u64 {
+                    file.write_all_at(&[n as u8; 512], place(n)).unwrap();
+                    written.store(n + 1, Ordering::Relaxed);
+                }
+                file.sync_all().unwrap();
+            });
+            assert!(poll_until(Duration::from_secs(20), || written.load(Ordering::Relaxed) >= 500));
+            mount.signal(Signal::SIGTERM);
+            mount.wait_unmounted();
+            load.join().unwrap();
+        });
+        assert!(mount.is_running(), "the last user has not gone yet");
+        file.write_all_at(&[0xaa; 512], 512).unwrap();
+        drop(file);
+        assert_eq!(mount.wait_end().code, Some(0), "{}", fs::read_to_string(log).unwrap());
+        for n in 0..3000 {
+            disk.bytes[place(n) as usize..][..512].fill(n as u8);
+        }
+        disk.bytes[512..1024].fill(0xaa);
+        disk.check();
+    });
+}
+
+/// "the second signal still flushes": nobody waits for the last user, but what has reached us is kept.
+#[test]
+fn a_second_signal_ends_it_with_what_was_written() {
+    for_each_kind(|mut disk| {
+        let mut mount = disk.mount();
+        let file = open(&mount.file("disk"));
+        file.write_all_at(&[5; 300_000], 4096).unwrap();
+        // what the kernel still keeps to itself goes with the mount
+        file.sync_all().unwrap();
+        mount.signal(Signal::SIGTERM);
+        mount.wait_unmounted();
+        mount.signal(Signal::SIGTERM);
+        assert_eq!(mount.wait_end().code, Some(1));
+        drop(file);
+        disk.bytes[4096..][..300_000].fill(5);
+        disk.check();
+    });
+}
+
+/// "fsync/FUSE_FLUSH/O_SYNC/unmount mean durable in the image": after a close or an fsync even a killed process has lost
+/// nothing.
+#[test]
+fn what_was_closed_or_synced_outlives_a_killed_process() {
+    for_each_kind(|mut disk| {
+        let mut mount = disk.mount();
+        let path = mount.file("disk");
+        OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[1; 100_000], 1).unwrap();
+        disk.bytes[1..100_001].fill(1);
+        let file = open(&path);
+        file.write_all_at(&[2; 100_000], 2_000_000).unwrap();
+        file.sync_data().unwrap();
+        disk.bytes[2_000_000..2_100_000].fill(2);
+        let sync = OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
+        drop(sync);
+        let mut mapped = Mapped::new(&file);
+        mapped.bytes()[5_000_000..5_000_100].fill(3);
+        mapped.sync().unwrap();
+        disk.bytes[5_000_000..5_000_100].fill(3);
+        mount.signal(Signal::SIGKILL);
+        assert_eq!(mount.wait_end().signal, Some(libc::SIGKILL));
+        drop((mapped, file));
+        drop(mount);
+        // the locks of a process last an instant longer than itself
+        let info = || disk.scratch.vmdkfuse().arg("--info").key("file", disk.image()).run().ended.code == Some(0);
+        assert!(poll_until(Duration::from_secs(20), info), "still locked");
+        // opened for writing once, which repairs what was not closed properly
+        disk.mount().unmount();
+        disk.check();
+    });
+}
+
+/// A raw image with more bytes than its file system has room for, mounted with `words`.
+fn on_a_small_file_system(words: &[&str]) -> (Scratch, fuse_tests::harness::Mount) {
+    let scratch = Scratch::new();
+    scratch.mkdir("small");
+    Cmd::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(scratch.path("small")).run().ok();
+    let image = scratch.write("small/disk.img", "");
+    fs::OpenOptions::new().write(true).open(image).unwrap().set_len(32 << 20).unwrap();
+    scratch.write("small/ballast", vec![1; 4 << 20]);
+    let start = scratch.mount().file("small/disk.img").arg("name=disk");
+    let mount = words.iter().fold(start, |start, word| start.arg(word)).start();
+    (scratch, mount)
+}
+
+/// "Disk full of the host: ENOSPC to the writer, … later writes work again after space is freed"
+#[test]
+fn a_full_host_is_told_and_can_be_mended() {
+    if !kinds::ready() || !need_root() {
+        return;
+    }
+    for words in [&[] as &[&str], &["cache=none"]] {
+        let (scratch, mount) = on_a_small_file_system(words);
+        let mut file = OpenOptions::new().write(true).open(mount.file("disk")).unwrap();
+        let mut written = 0;
+        let refused = loop {
+            match file.write(&[7; 65536]) {
+                Ok(n) => written += n,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
+        assert!((1 << 20..5 << 20).contains(&written), "{written} bytes were taken");
+        fs::remove_file(scratch.path("small/ballast")).unwrap();
+        file.write_all(&[8; 65536]).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        mount.unmount();
+        let bytes = fs::read(scratch.path("small/disk.img")).unwrap();
+        assert!(bytes[..written].iter().all(|&b| b == 7) && bytes[written..written + 65536].iter().all(|&b| b == 8));
+        assert!(bytes[written + 65536..].iter().all(|&b| b == 0));
+    }
+}
+
+/// "errors of late writes must reach fsync/close"
+#[test]
+fn an_error_of_a_late_write_is_told_by_fsync() {
+    if !kinds::ready() || !need_root() {
+        return;
+    }
+    let (_scratch, mount) = on_a_small_file_system(&["cache=writeback"]);
+    let file = open(&mount.file("disk"));
+    let mut mapped = Mapped::new(&file);
+    mapped.bytes()[..16 << 20].fill(7);
+    assert!(matches!(mapped.sync(), Err(Errno::ENOSPC | Errno::EIO)));
+    drop(mapped);
+    file.write_all_at(&[8; 8 << 20], 16 << 20).unwrap();
+    assert!(matches!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::ENOSPC | libc::EIO)));
+    drop(file);
+    mount.unmount();
+}
+
+/// "image deleted or truncated underneath"
+#[test]
+fn an_image_that_was_cut_is_not_written_past_its_end() {
+    if !kinds::ready() {
+        return;
+    }
+    let disk = kinds::Disk::new(kinds::KINDS[1]);
+    let mut mount = disk.mount();
+    let file = open(&mount.file("disk"));
+    OpenOptions::new().write(true).open(disk.image()).unwrap().set_len(1 << 20).unwrap();
+    assert_eq!(file.write_at(&[1; 4096], 2 << 20).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(fs::metadata(disk.image()).unwrap().len(), 1 << 20);
+    // nothing is called durable that may be lost
+    assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
+    drop(file);
+    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    assert_eq!(mount.wait_end().code, Some(1));
+}
+
+/// A deleted image is written to as long as it is mounted, as any open file.
+#[test]
+fn an_image_that_was_deleted_is_served_to_the_end() {
+    if !kinds::ready() {
+        return;
+    }
+    let disk = kinds::Disk::new(kinds::KINDS[0]);
+    let mount = disk.mount();
+    fs::remove_file(disk.image()).unwrap();
+    let file = open(&mount.file("disk"));
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    file.sync_all().unwrap();
+    let mut seen = [0; 4096];
+    file.read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(seen, [1; 4096]);
+    drop(file);
+    mount.unmount();
+}

@@ -1,0 +1,256 @@
+//! What a disk does not take: more than it holds, another size, other names, writes without permission.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+
+use fuse_tests::harness::{Cmd, NOBODY, Scratch, need_fuse, need_root};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc;
+use nix::unistd::truncate;
+
+use crate::writing::kinds::{self, Disk, SIZE, for_each_kind};
+use crate::writing::open;
+
+/// The number of an error; panics where there is none.
+#[track_caller]
+fn errno<T>(what: &str, result: io::Result<T>) -> i32 {
+    match result {
+        Ok(_) => panic!("{what} succeeded"),
+        Err(e) => e.raw_os_error().unwrap_or_else(|| panic!("{what}: {e}")),
+    }
+}
+
+/// "writing past it ENOSPC", and what is before the end is written.
+#[test]
+fn writes_past_the_end_have_no_room() {
+    for_each_kind(|mut disk| {
+        let mount = disk.mount();
+        let path = mount.file("disk");
+        let late = disk.kind.name.ends_with("late");
+        // as cp, dd and a shell write; with O_APPEND every write is one past the end
+        let mut appending = OpenOptions::new().append(true).open(&path).unwrap();
+        if !late {
+            assert_eq!(errno("appending", appending.write(b"x")), libc::ENOSPC);
+            let file = OpenOptions::new().write(true).open(&path).unwrap();
+            assert_eq!(file.write_at(&[3; 1000], SIZE - 300).unwrap(), 300);
+            disk.bytes[SIZE as usize - 300..].fill(3);
+            assert_eq!(errno("behind", file.write_at(b"x", SIZE)), libc::ENOSPC);
+            assert_eq!(errno("far behind", file.write_at(b"x", 1 << 50)), libc::ENOSPC);
+            file.sync_all().unwrap();
+        }
+        drop(appending);
+        // whoever may read as well may be served by the kernel, which does not know of the end: he hears of it no later
+        // than from fsync
+        let file = open(&path);
+        let written = file.write_at(&[4; 1000], SIZE - 200);
+        let synced = file.sync_all();
+        match written {
+            Ok(200) => synced.unwrap(),
+            Ok(1000) => assert_eq!(errno("fsync after a write behind the end", synced), libc::ENOSPC),
+            other => panic!("{}: {other:?}", disk.kind.name),
+        }
+        disk.bytes[SIZE as usize - 200..].fill(4);
+        drop(file);
+        if !late {
+            assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
+            disk.holds(&path);
+        }
+        mount.unmount();
+        disk.check();
+    });
+}
+
+/// "truncating to another size EINVAL, except that O_TRUNC on open is accepted and changes nothing"
+#[test]
+fn the_size_is_fixed() {
+    for_each_kind(|disk| {
+        let mount = disk.mount();
+        let path = mount.file("disk");
+        let file = open(&path);
+        for size in [0, 1, SIZE - 1, SIZE + 1, 1 << 40] {
+            assert_eq!(errno("ftruncate", file.set_len(size)), libc::EINVAL, "{size}");
+            assert_eq!(truncate(&path, size as i64), Err(Errno::EINVAL), "{size}");
+        }
+        file.set_len(SIZE).unwrap();
+        truncate(&path, SIZE as i64).unwrap();
+        let cut = |how: &mut OpenOptions| drop(how.truncate(true).open(&path).unwrap());
+        cut(OpenOptions::new().write(true));
+        cut(OpenOptions::new().read(true).write(true));
+        cut(OpenOptions::new().write(true).create(true));
+        assert_eq!(truncate(&path, 0), Err(Errno::EINVAL));
+        for (flags, at, len, wanted) in [
+            (FallocateFlags::empty(), 0, SIZE + 1, Errno::ENOSPC),
+            (FallocateFlags::FALLOC_FL_KEEP_SIZE, SIZE, 4096, Errno::ENOSPC),
+            (FallocateFlags::FALLOC_FL_ZERO_RANGE, SIZE - 512, 4096, Errno::ENOSPC),
+            (FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, 0, 4096, Errno::EOPNOTSUPP),
+            (FallocateFlags::FALLOC_FL_INSERT_RANGE, 0, 4096, Errno::EOPNOTSUPP),
+        ] {
+            assert_eq!(fallocate(&file, flags, at as i64, len as i64), Err(wanted), "{flags:?}");
+        }
+        drop(file);
+        assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
+        disk.holds(&path);
+        mount.unmount();
+        disk.check();
+    });
+}
+
+/// "creating, renaming or removing files EPERM (EROFS on a read-only mount)"
+#[test]
+fn names_are_fixed() {
+    if !kinds::ready() {
+        return;
+    }
+    let disk = Disk::new(kinds::KINDS[0]);
+    for (words, wanted) in [(&[] as &[&str], libc::EPERM), (&["readonly=true"], libc::EROFS)] {
+        let mount = disk.mount_with(words);
+        let (path, new) = (mount.file("disk"), mount.file("new"));
+        assert_eq!(errno("create", File::create(&new)), wanted);
+        assert_eq!(errno("mkdir", fs::create_dir(&new)), wanted);
+        assert_eq!(errno("symlink", symlink("x", &new)), wanted);
+        assert_eq!(errno("link", fs::hard_link(&path, &new)), wanted);
+        assert_eq!(errno("rename", fs::rename(&path, &new)), wanted);
+        assert_eq!(errno("unlink", fs::remove_file(&path)), wanted);
+        assert_eq!(mount.names(), ["disk"]);
+        mount.unmount();
+    }
+    disk.check();
+}
+
+/// A mount in the foreground, which ends with what it has said on standard error.
+fn said(scratch: &Scratch, image: &str, look: impl FnOnce(&std::path::Path)) -> String {
+    let mut mount = scratch.mount().file(image).arg("name=disk").foreground().start();
+    look(&mount.file("disk"));
+    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    assert_eq!(mount.wait_end().code, Some(0));
+    mount.output().1
+}
+
+/// Panics unless the disk can be read and nobody is let in to write.
+fn only_read(disk: &std::path::Path) {
+    assert_eq!(fs::metadata(disk).unwrap().mode() & 0o777, 0o444);
+    File::open(disk).unwrap();
+    for flags in [0, libc::O_TRUNC] {
+        let open = OpenOptions::new().write(true).custom_flags(flags).open(disk);
+        assert_eq!(errno("open for writing", open), libc::EROFS);
+    }
+}
+
+/// "permission denied or read-only file system → opened read-only with one warning at mount that says why"
+#[test]
+fn an_image_on_a_read_only_file_system_is_read_only_with_one_warning() {
+    if !kinds::ready() || !need_root() {
+        return;
+    }
+    let disk = Disk::new(kinds::KINDS[0]);
+    let scratch = Scratch::new();
+    scratch.mkdir("ro");
+    Cmd::new("mount").arg("--bind").arg(disk.scratch.root()).arg(scratch.path("ro")).run().ok();
+    Cmd::new("mount").args(["-o", "remount,bind,ro"]).arg(scratch.path("ro")).run().ok();
+    let warning = said(&scratch, "ro/disk.img", |disk| {
+        assert_eq!(errno("create", File::create(disk.with_file_name("new"))), libc::EROFS);
+        only_read(disk);
+    });
+    assert_eq!(warning.lines().count(), 1, "{warning}");
+    assert!(
+        warning.contains("warning: disk: it is read-only") && warning.contains("Read-only file system"),
+        "{warning}"
+    );
+    let info = scratch.vmdkfuse().args(["--info", "--json"]).key("file", scratch.path("ro/disk.img")).run().ok().json();
+    assert_eq!(info[0]["writable"], false);
+    assert!(info[0]["reason"].as_str().unwrap().contains("Read-only file system"), "{info}");
+}
+
+#[test]
+fn an_image_that_the_user_may_only_read_is_read_only_with_one_warning() {
+    if !need_fuse() || !need_root() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    let image = scratch.write("disk.img", [1; 8192]);
+    scratch.open_to_all();
+    std::os::unix::fs::chown(&image, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
+    // only the user himself may look in, so he does it by a command
+    let warning = said(&scratch, "disk.img", |disk| {
+        let write = Cmd::new("dd").args(["if=/dev/zero", "bs=512", "count=1", "conv=notrunc"]).key("of", disk);
+        write.user(Some(NOBODY)).run().one_error_of_dd();
+    });
+    assert_eq!(warning.lines().count(), 1, "{warning}");
+    assert!(warning.contains("warning: disk: it is read-only") && warning.contains("Permission denied"), "{warning}");
+    assert_eq!(fs::read(&image).unwrap(), [1; 8192]);
+    let info = scratch.vmdkfuse().args(["--info", "--json"]).key("file", &image).run().ok().json();
+    assert_eq!(info[0]["writable"], false);
+}
+
+/// What dd says where it can't open its output.
+trait OfDd {
+    fn one_error_of_dd(self);
+}
+
+impl OfDd for fuse_tests::harness::Outcome {
+    #[track_caller]
+    fn one_error_of_dd(self) {
+        self.expect_code(1).error_names(&["read-only file system"]);
+    }
+}
+
+/// "streamOptimized … are read-only: EROFS at open, and the message at mount says that `cow=` makes them writable"
+#[test]
+fn formats_that_are_only_read_say_so() {
+    if !kinds::ready() {
+        return;
+    }
+    let disk = Disk::new(kinds::KINDS[0]);
+    let words = ["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "disk.img", "stream.vmdk"];
+    Cmd::new("qemu-img").args(words).dir(disk.scratch.root()).run().ok();
+    let warning = said(&disk.scratch, "stream.vmdk", |seen| {
+        only_read(seen);
+        // it is locked as by a reader: another one may come
+        disk.scratch.mkdir("second");
+        disk.scratch.mount().at("second").file("stream.vmdk").start().unmount();
+    });
+    assert_eq!(warning.lines().count(), 1, "{warning}");
+    assert!(warning.contains("streamOptimized") && warning.contains("cow="), "{warning}");
+}
+
+/// `--info` says "writable or why not, and must not lock for writing or change anything".
+#[test]
+fn info_tells_without_a_change() {
+    for_each_kind(|disk| {
+        let before = fs::metadata(disk.image()).unwrap();
+        let info = || disk.scratch.vmdkfuse().args(["--info", "--json"]).key("file", disk.image()).run().ok().json();
+        assert_eq!(info()[0]["writable"], true, "{}", disk.kind.name);
+        let reader = disk.mount_with(&["readonly=true"]);
+        assert_eq!(info()[0]["writable"], true, "beside a reader");
+        reader.unmount();
+        let after = fs::metadata(disk.image()).unwrap();
+        assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
+        let asked = disk.scratch.vmdkfuse().args(["--info", "--json"]).key("file", disk.image()).arg("readonly=true");
+        assert_eq!(asked.run().ok().json()[0]["writable"], false);
+    });
+}
+
+/// "two mounts of one image" where one writes
+#[test]
+fn a_second_mount_of_an_image_that_is_written_is_refused() {
+    for_each_kind(|disk| {
+        let name = disk.image().file_name().unwrap().to_string_lossy().into_owned();
+        let second = |words: &[&str]| {
+            disk.scratch.mkdir("second");
+            words.iter().fold(disk.scratch.mount().at("second").file(&name), |start, word| start.arg(word))
+        };
+        let mount = disk.mount();
+        for words in [&[] as &[&str], &["readonly=true"]] {
+            second(words).refused(1).one_error(1, &[&name, "in use for writing"]);
+        }
+        mount.unmount();
+        let reader = disk.mount_with(&["readonly=true"]);
+        second(&[]).refused(1).one_error(1, &[&name, "in use"]);
+        second(&["readonly=true"]).start().unmount();
+        reader.unmount();
+        disk.check();
+    });
+}
