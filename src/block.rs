@@ -235,7 +235,10 @@ pub fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
         Some(end) if whole && end <= geometry.sectors => Ok(sectors),
         _ => Err(Error::new(
             ErrorKind::OutOfRange,
-            format!("{bytes} bytes at {at} are not whole sectors of a disk of {} sectors", geometry.sectors),
+            format!(
+                "{bytes} bytes at {at} are not whole sectors of a disk of {} sectors",
+                geometry.sectors
+            ),
         )),
     }
 }

@@ -52,7 +52,10 @@ impl Action {
     /// The descriptors that were handed over, as sockets of NBD servers: they are not to be closed at the start.
     pub fn handed_over(&self) -> Vec<u32> {
         let number = |disk: &DiskConfig| match &disk.source {
-            SourceConfig::Nbd(NbdConfig { address: NbdAddress::Fd(number), .. }) => u32::try_from(*number).ok(),
+            SourceConfig::Nbd(NbdConfig {
+                address: NbdAddress::Fd(number),
+                ..
+            }) => u32::try_from(*number).ok(),
             _ => None,
         };
         self.disks().iter().filter_map(number).collect()
@@ -302,7 +305,10 @@ impl NbdConfig {
             NbdAddress::Vsock { cid, port: None } => format!("NBD server vsock:{cid}"),
             NbdAddress::Vsock { cid, port: Some(port) } => format!("NBD server vsock:{cid}:{port}"),
             NbdAddress::Command(words) => {
-                format!("NBD server {}", words.first().map(|w| w.display().to_string()).unwrap_or_default())
+                format!(
+                    "NBD server {}",
+                    words.first().map(|w| w.display().to_string()).unwrap_or_default()
+                )
             }
         };
         match &self.export {
@@ -316,7 +322,9 @@ impl NbdConfig {
 
 /// A URI without a password before its host.
 fn without_secrets(uri: &str) -> String {
-    let Some((scheme, rest)) = uri.split_once("://") else { return uri.to_owned() };
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return uri.to_owned();
+    };
     let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     match authority.rsplit_once('@') {
         Some((user, host)) => {
@@ -416,7 +424,11 @@ pub struct ViewConfig {
 
 impl Default for ViewConfig {
     fn default() -> Self {
-        Self { mode: KernelView::Auto, size: 256 << 20, dir: None }
+        Self {
+            mode: KernelView::Auto,
+            size: 256 << 20,
+            dir: None,
+        }
     }
 }
 

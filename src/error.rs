@@ -54,7 +54,11 @@ enum Source {
 impl Error {
     /// An error of `kind`; `context` is a whole sentence that names the file and the position.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, context: context.into(), source: None }))
+        Self(Arc::new(Inner {
+            kind,
+            context: context.into(),
+            source: None,
+        }))
     }
 
     /// A broken format; see [`ErrorKind::Corrupt`].
@@ -74,13 +78,21 @@ impl Error {
             (_, Some(errno)) => ErrorKind::Os(errno),
             (_, None) => ErrorKind::Corrupt,
         };
-        Self(Arc::new(Inner { kind, context: context.into(), source: Some(Source::Io(source)) }))
+        Self(Arc::new(Inner {
+            kind,
+            context: context.into(),
+            source: Some(Source::Io(source)),
+        }))
     }
 
     /// The same kind of error with a wider context in front.
     #[must_use]
     pub fn within(self, context: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind: self.kind(), context: context.into(), source: Some(Source::Error(self)) }))
+        Self(Arc::new(Inner {
+            kind: self.kind(),
+            context: context.into(),
+            source: Some(Source::Error(self)),
+        }))
     }
 
     /// Its kind.
@@ -113,6 +125,9 @@ mod tests {
         let e = Error::io("disk.vmdk: read of 512 bytes at 1024", io).within("reading sector 2");
         assert_eq!(e.kind(), ErrorKind::Os(libc::EIO));
         let text = e.to_string();
-        assert!(text.starts_with("reading sector 2: disk.vmdk: read of 512 bytes at 1024: "), "{text}");
+        assert!(
+            text.starts_with("reading sector 2: disk.vmdk: read of 512 bytes at 1024: "),
+            "{text}"
+        );
     }
 }

@@ -17,7 +17,11 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let parsed = cli::parse(std::env::args_os());
-    let handed_over = if let Ok(Parsed::Run(config)) = &parsed { config.action.handed_over() } else { Vec::new() };
+    let handed_over = if let Ok(Parsed::Run(config)) = &parsed {
+        config.action.handed_over()
+    } else {
+        Vec::new()
+    };
     daemon::close_inherited(&handed_over);
     daemon::raise_file_limit();
     daemon::share_heap();
@@ -50,14 +54,25 @@ fn act(config: Config) -> ExitCode {
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let wanted =
-        |disk: &DiskConfig| DiskConfig { read_only: disk.read_only || mount.options.read_only, ..disk.clone() };
+    let wanted = |disk: &DiskConfig| DiskConfig {
+        read_only: disk.read_only || mount.options.read_only,
+        ..disk.clone()
+    };
     let disks = volume::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
     let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
     // Exports that are found are connected to when they are used: the first read is not to do it.
-    let files = mount.disks.iter().filter(|d| !volume::is_dynamic(d)).map(|d| d.name.clone()).collect();
-    let why = disks.iter().filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
-    let warnings = why.map(|(name, why)| format!("{name}: it is read-only: {why}")).collect();
+    let files = mount
+        .disks
+        .iter()
+        .filter(|d| !volume::is_dynamic(d))
+        .map(|d| d.name.clone())
+        .collect();
+    let why = disks
+        .iter()
+        .filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
+    let warnings = why
+        .map(|(name, why)| format!("{name}: it is read-only: {why}"))
+        .collect();
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);

@@ -63,13 +63,20 @@ impl RangeLock {
         let number = list.next;
         list.next += 1;
         let wait = list.is_in_the_way(number, &range, mode);
-        list.entries.push(Entry { number, range: range.clone(), mode });
+        list.entries.push(Entry {
+            number,
+            range: range.clone(),
+            mode,
+        });
         // from here on it is on the list, whatever happens
         let held = RangeGuard { ranges: self, number };
         if wait {
             list.waiting += 1;
             let waits = |list: &mut Queue| list.is_in_the_way(number, &range, mode);
-            list = self.ended.wait_while(list, waits).unwrap_or_else(PoisonError::into_inner);
+            list = self
+                .ended
+                .wait_while(list, waits)
+                .unwrap_or_else(PoisonError::into_inner);
             list.waiting -= 1;
         }
         drop(list);
@@ -149,7 +156,11 @@ mod tests {
         ] {
             let held = ranges.lock(0..10, first);
             let number = ranges.list().next;
-            assert_eq!(ranges.list().is_in_the_way(number, &range, second), waits, "{first:?} {second:?} {range:?}");
+            assert_eq!(
+                ranges.list().is_in_the_way(number, &range, second),
+                waits,
+                "{first:?} {second:?} {range:?}"
+            );
             drop(held);
             assert!(ranges.list().entries.is_empty());
         }

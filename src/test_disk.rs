@@ -31,7 +31,14 @@ impl TestDisk {
     /// Of so many sectors, read-only, and every read of it fails.
     pub(crate) fn new(sectors: u64) -> Self {
         let read = Box::new(|_: Lba, _: &mut [u8]| Err(Error::corrupt("damaged")));
-        Self { sectors, read, flush: None, queues: false, begun: None, held: AtomicBool::new(false) }
+        Self {
+            sectors,
+            read,
+            flush: None,
+            queues: false,
+            begun: None,
+            held: AtomicBool::new(false),
+        }
     }
 
     /// The same, read so.
@@ -60,13 +67,19 @@ impl TestDisk {
 
 impl fmt::Debug for TestDisk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TestDisk").field("sectors", &self.sectors).finish_non_exhaustive()
+        f.debug_struct("TestDisk")
+            .field("sectors", &self.sectors)
+            .finish_non_exhaustive()
     }
 }
 
 impl BlockRead for TestDisk {
     fn geometry(&self) -> Geometry {
-        Geometry { sectors: self.sectors, granule: 1, preferred: 1 }
+        Geometry {
+            sectors: self.sectors,
+            granule: 1,
+            preferred: 1,
+        }
     }
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {

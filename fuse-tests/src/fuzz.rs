@@ -32,8 +32,9 @@ pub fn descriptor(data: &[u8]) {
     let Ok(text) = Descriptor::parse(data) else { return };
     let flat: Arc<[u8]> = vec![0; FLAT].into();
     let names = text.extents.iter().filter_map(|e| e.name.as_ref()).take(NAMES);
-    let mut files: Vec<(Vec<u8>, Arc<[u8]>)> =
-        names.map(|name| (name.as_bytes().to_vec(), Arc::clone(&flat))).collect();
+    let mut files: Vec<(Vec<u8>, Arc<[u8]>)> = names
+        .map(|name| (name.as_bytes().to_vec(), Arc::clone(&flat)))
+        .collect();
     if let Some(parent) = &text.parent {
         let good = format!(
             "# Disk DescriptorFile\nversion=1\nCID={:08x}\nparentCID=ffffffff\ncreateType=\"custom\"\nRW 64 ZERO\n",
@@ -79,9 +80,20 @@ fn exercise(disk: &Arc<VmdkDisk>) {
     let image = Volume::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files());
     let end = image.len();
     let mut scratch = ReadBuffer::new();
-    for offset in [0, 511, end / 2, end.saturating_sub(MAX_READ as u64), end.saturating_sub(1), end] {
+    for offset in [
+        0,
+        511,
+        end / 2,
+        end.saturating_sub(MAX_READ as u64),
+        end.saturating_sub(1),
+        end,
+    ] {
         if let Ok(bytes) = image.read(offset, MAX_READ, &mut scratch) {
-            assert_eq!(bytes.len() as u64, (end - offset).min(MAX_READ as u64), "a read is whole");
+            assert_eq!(
+                bytes.len() as u64,
+                (end - offset).min(MAX_READ as u64),
+                "a read is whole"
+            );
         }
     }
     for start in [0, end / 2] {
@@ -98,7 +110,9 @@ fn walk(disk: &VmdkDisk, mut at: u64) {
         if at >= end {
             return;
         }
-        let Ok((content, sectors)) = disk.content_at(Lba(at)) else { return };
+        let Ok((content, sectors)) = disk.content_at(Lba(at)) else {
+            return;
+        };
         assert!((1..=end - at).contains(&sectors), "{sectors} sectors at {at} of {end}");
         let mut one = [1; SECTOR as usize];
         if content.is_zero() && disk.read_at(Lba(at), &mut one).is_ok() {

@@ -25,15 +25,28 @@ pub struct MemoryFile {
 impl MemoryStore {
     /// A folder with these files; of several with one name the last one counts.
     pub fn new<N: Into<Vec<u8>>, D: Into<Arc<[u8]>>>(files: impl IntoIterator<Item = (N, D)>) -> Self {
-        let files = files.into_iter().map(|(name, data)| (name.into(), data.into())).collect();
+        let files = files
+            .into_iter()
+            .map(|(name, data)| (name.into(), data.into()))
+            .collect();
         Self { files: Arc::new(files) }
     }
 
     /// The file of that name.
     pub fn file(&self, name: &[u8]) -> Result<MemoryFile> {
         let label = String::from_utf8_lossy(name).into_owned();
-        match self.files.iter().zip(0..).find(|((known, _), _)| known.as_slice() == name) {
-            Some(((_, data), number)) => Ok(MemoryFile { label, number, data: Arc::clone(data), store: self.clone() }),
+        match self
+            .files
+            .iter()
+            .zip(0..)
+            .find(|((known, _), _)| known.as_slice() == name)
+        {
+            Some(((_, data), number)) => Ok(MemoryFile {
+                label,
+                number,
+                data: Arc::clone(data),
+                store: self.clone(),
+            }),
             None => Err(Error::new(ErrorKind::NotFound, label)),
         }
     }
@@ -43,16 +56,25 @@ impl Store for MemoryStore {
     fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
         match access {
             Access::Read => Ok(Arc::new(self.file(name.as_bytes())?)),
-            Access::Write => Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read"))),
+            Access::Write => Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{name}: these files are only read"),
+            )),
         }
     }
 
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read")))
+        Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!("{name}: these files are only read"),
+        ))
     }
 
     fn remove(&self, name: &ExtentName, _: &Identity) -> Result<()> {
-        Err(Error::new(ErrorKind::ReadOnly, format!("{name}: these files are only read")))
+        Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!("{name}: these files are only read"),
+        ))
     }
 
     fn sync(&self) -> Result<()> {
@@ -76,7 +98,10 @@ impl StoredFile for MemoryFile {
             Some(part) => buf.copy_from_slice(part),
             None => {
                 let context = format!("{}: read of {} bytes at byte {offset}", self.label, buf.len());
-                return Err(Error::corrupt(format!("{context}: the file ends at byte {}", self.len())));
+                return Err(Error::corrupt(format!(
+                    "{context}: the file ends at byte {}",
+                    self.len()
+                )));
             }
         }
         Ok(())
@@ -87,7 +112,12 @@ impl StoredFile for MemoryFile {
     }
 
     fn identity_at_open(&self) -> Identity {
-        Identity { file: (0, self.number), len: self.len(), mtime_ns: 0, ctime_ns: 0 }
+        Identity {
+            file: (0, self.number),
+            len: self.len(),
+            mtime_ns: 0,
+            ctime_ns: 0,
+        }
     }
 
     fn detects_modification(&self) -> bool {

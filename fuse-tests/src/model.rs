@@ -38,7 +38,10 @@ pub fn alone() -> MutexGuard<'static, ()> {
 
 /// Locks, and lets names in an image lead into the folders `allow` besides its own.
 pub fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy { allow: allow.to_vec(), lock: true })
+    Arc::new(OpenPolicy {
+        allow: allow.to_vec(),
+        lock: true,
+    })
 }
 
 /// Opens the VMDK at `path` by [`policy`].
@@ -72,7 +75,9 @@ pub fn read(disk: &dyn BlockRead, at: u64, sectors: u64) -> Vec<u8> {
 
 /// Sectors that differ from their neighbours, and from those of the steps before and after.
 pub fn data(step: u64, sectors: u64) -> Vec<u8> {
-    (0..sectors * SECTOR).map(|i| (i / SECTOR * 7 + step * 13 + 1) as u8).collect()
+    (0..sectors * SECTOR)
+        .map(|i| (i / SECTOR * 7 + step * 13 + 1) as u8)
+        .collect()
 }
 
 /// What a disk must hold: what it held, and sectors written since.
@@ -85,14 +90,21 @@ pub struct Model {
 impl fmt::Debug for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let written = self.written.len();
-        f.debug_struct("Model").field("sectors", &self.sectors).field("written", &written).finish_non_exhaustive()
+        f.debug_struct("Model")
+            .field("sectors", &self.sectors)
+            .field("written", &written)
+            .finish_non_exhaustive()
     }
 }
 
 impl Model {
     /// Over what `base` answers for a first sector and a number of sectors.
     pub fn new(sectors: u64, base: impl Fn(u64, u64) -> Vec<u8> + 'static) -> Self {
-        Self { base: Box::new(base), written: BTreeMap::new(), sectors }
+        Self {
+            base: Box::new(base),
+            written: BTreeMap::new(),
+            sectors,
+        }
     }
 
     /// Over the bytes of a file, of which the last sector may be a part.
@@ -100,7 +112,9 @@ impl Model {
         let mut bytes = fs::read(path).unwrap();
         bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
         let sectors = bytes.len() as u64 / SECTOR;
-        Self::new(sectors, move |at, n| bytes[(at * SECTOR) as usize..((at + n) * SECTOR) as usize].to_vec())
+        Self::new(sectors, move |at, n| {
+            bytes[(at * SECTOR) as usize..((at + n) * SECTOR) as usize].to_vec()
+        })
     }
 
     /// Sectors of the disk.
@@ -135,7 +149,9 @@ impl Model {
     pub fn compare(&self, disk: &dyn BlockRead, what: &str) {
         for Range { start, end } in self.touched() {
             let (seen, wanted) = (read(disk, start, end - start), self.read(start, end - start));
-            let pairs = seen.chunks_exact(SECTOR as usize).zip(wanted.chunks_exact(SECTOR as usize));
+            let pairs = seen
+                .chunks_exact(SECTOR as usize)
+                .zip(wanted.chunks_exact(SECTOR as usize));
             for (sector, (seen, wanted)) in (start..end).zip(pairs) {
                 assert!(seen == wanted, "{what}: sector {sector}");
             }

@@ -31,13 +31,20 @@ const TYPES: &[(&str, &str)] = &[
 fn c_type(rust: &str) -> &str {
     let known = TYPES.iter().find(|(name, _)| *name == rust).map(|(_, c)| *c);
     known.unwrap_or_else(|| {
-        assert!(CALLBACKS.iter().any(|(name, _)| *name == rust), "no C type is known for {rust}");
+        assert!(
+            CALLBACKS.iter().any(|(name, _)| *name == rust),
+            "no C type is known for {rust}"
+        );
         rust
     })
 }
 
 fn c_types(rust: &[&str]) -> String {
-    if rust.is_empty() { "void".to_owned() } else { rust.iter().map(|t| c_type(t)).collect::<Vec<_>>().join(", ") }
+    if rust.is_empty() {
+        "void".to_owned()
+    } else {
+        rust.iter().map(|t| c_type(t)).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// A program whose assertions are the declarations.
@@ -53,7 +60,11 @@ fn source() -> String {
         let _ = writeln!(out, "_Static_assert((unsigned)({name}) == {value}u, \"{name}\");");
     }
     for (name, arguments) in CALLBACKS {
-        let _ = writeln!(out, "SAME((({name} *)0)->callback, int (*)(void *, {}));", c_types(arguments));
+        let _ = writeln!(
+            out,
+            "SAME((({name} *)0)->callback, int (*)(void *, {}));",
+            c_types(arguments)
+        );
         let _ = writeln!(out, "SAME((({name} *)0)->free, void (*)(void *));");
         let layout = [
             ("callback", offset_of!(nbd_completion_callback, callback)),
@@ -61,14 +72,19 @@ fn source() -> String {
             ("free", offset_of!(nbd_completion_callback, free)),
         ];
         for (field, offset) in layout {
-            let _ = writeln!(out, "_Static_assert(offsetof({name}, {field}) == {offset}, \"{name}.{field}\");");
+            let _ = writeln!(
+                out,
+                "_Static_assert(offsetof({name}, {field}) == {offset}, \"{name}.{field}\");"
+            );
         }
         let size = size_of::<nbd_completion_callback>();
         let _ = writeln!(out, "_Static_assert(sizeof({name}) == {size}, \"{name}\");");
     }
     let context = LIBNBD_CONTEXT_BASE_ALLOCATION.to_str().unwrap();
-    let _ =
-        writeln!(out, "_Static_assert(__builtin_strcmp(LIBNBD_CONTEXT_BASE_ALLOCATION, \"{context}\") == 0, \"\");");
+    let _ = writeln!(
+        out,
+        "_Static_assert(__builtin_strcmp(LIBNBD_CONTEXT_BASE_ALLOCATION, \"{context}\") == 0, \"\");"
+    );
     out
 }
 
@@ -77,10 +93,16 @@ fn compiles(name: &str, source: &str) -> (bool, String) {
     let file = env::temp_dir().join(format!("libnbd-sys-{}-{name}.c", std::process::id()));
     fs::write(&file, source).unwrap();
     let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
-    let done = Command::new(compiler).args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-nonnull"]).arg(&file).output();
+    let done = Command::new(compiler)
+        .args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-nonnull"])
+        .arg(&file)
+        .output();
     fs::remove_file(&file).unwrap();
     let done = done.expect("a C compiler is needed (CC, or cc)");
-    (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+    (
+        done.status.success(),
+        String::from_utf8_lossy(&done.stderr).into_owned(),
+    )
 }
 
 #[test]
@@ -93,8 +115,14 @@ fn the_declarations_are_those_of_the_installed_header() {
 fn a_declaration_that_differs_is_found() {
     let good = source();
     for (right, wrong) in [
-        ("SAME(&nbd_get_size, int64_t (*)(struct nbd_handle *))", "SAME(&nbd_get_size, int (*)(struct nbd_handle *))"),
-        ("(unsigned)(LIBNBD_TLS_REQUIRE) == 2u", "(unsigned)(LIBNBD_TLS_REQUIRE) == 1u"),
+        (
+            "SAME(&nbd_get_size, int64_t (*)(struct nbd_handle *))",
+            "SAME(&nbd_get_size, int (*)(struct nbd_handle *))",
+        ),
+        (
+            "(unsigned)(LIBNBD_TLS_REQUIRE) == 2u",
+            "(unsigned)(LIBNBD_TLS_REQUIRE) == 1u",
+        ),
         (
             "nbd_list_callback *)0)->callback, int (*)(void *, const char *",
             "nbd_list_callback *)0)->callback, int (*)(void *, char *",
@@ -118,7 +146,10 @@ fn the_library_that_is_linked_answers() {
     let version = unsafe {
         let handle = libnbd_sys::nbd_create();
         assert!(!handle.is_null());
-        let version = std::ffi::CStr::from_ptr(libnbd_sys::nbd_get_version(handle)).to_str().unwrap().to_owned();
+        let version = std::ffi::CStr::from_ptr(libnbd_sys::nbd_get_version(handle))
+            .to_str()
+            .unwrap()
+            .to_owned();
         libnbd_sys::nbd_close(handle);
         version
     };

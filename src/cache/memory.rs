@@ -85,7 +85,10 @@ impl Weighter<u64, Block> for ByBytes {
 
 impl fmt::Debug for BlockCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BlockCache").field("source", &self.shared.source).field("block", &self.shared.block).finish()
+        f.debug_struct("BlockCache")
+            .field("source", &self.shared.source)
+            .field("block", &self.shared.block)
+            .finish()
     }
 }
 
@@ -115,10 +118,15 @@ impl BlockCache {
             geometry,
             source,
         });
-        let mut cache = Self { workers: Vec::new(), shared: Arc::clone(&shared) };
+        let mut cache = Self {
+            workers: Vec::new(),
+            shared: Arc::clone(&shared),
+        };
         for n in 0..options.workers {
             let shared = Arc::clone(&shared);
-            let worker = std::thread::Builder::new().name(format!("fetch-{n}")).spawn(move || shared.work())?;
+            let worker = std::thread::Builder::new()
+                .name(format!("fetch-{n}"))
+                .spawn(move || shared.work())?;
             cache.workers.push(worker);
         }
         Ok(cache)
@@ -199,7 +207,11 @@ impl Shared {
         queue.wanted.extend(wanted.into_iter().take(for_wanted));
         queue.ahead.extend(ahead.into_iter().take(for_ahead));
         drop(queue);
-        if wake > 1 { self.wake.notify_all() } else { self.wake.notify_one() }
+        if wake > 1 {
+            self.wake.notify_all()
+        } else {
+            self.wake.notify_one()
+        }
     }
 
     fn zero(&self, block: u64) -> bool {
@@ -237,7 +249,10 @@ impl Shared {
     fn fetch(&self, block: u64, claim: Claim) -> Result<Block> {
         let remove = Removal { shared: self, block };
         let mut data = vec![0; self.block_bytes(block)];
-        let result = self.source.read_at(Lba(block * self.block), &mut data).map(|()| Block::new(data));
+        let result = self
+            .source
+            .read_at(Lba(block * self.block), &mut data)
+            .map(|()| Block::new(data));
         if let Ok(data) = &result {
             self.cache.insert(block, Arc::clone(data));
         }
@@ -324,7 +339,11 @@ mod tests {
             }
             Err(Error::corrupt("damaged"))
         });
-        let options = CacheOptions { size: 0, readahead: 0, workers: 1 };
+        let options = CacheOptions {
+            size: 0,
+            readahead: 0,
+            workers: 1,
+        };
         let cache = BlockCache::new(Arc::new(source), options).unwrap();
         let mut buf = [0; 64 * 512];
         for _ in 0..2 * MAX_QUEUED / 64 {

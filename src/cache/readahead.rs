@@ -33,7 +33,11 @@ pub(crate) struct Streams {
 impl Streams {
     /// Follows reads with windows of at most `most` blocks; 0: nothing is fetched ahead.
     pub(crate) fn new(most: u64) -> Self {
-        Self { streams: [Stream::default(); STREAMS], clock: 0, most }
+        Self {
+            streams: [Stream::default(); STREAMS],
+            clock: 0,
+            most,
+        }
     }
 
     /// Notes a read of `blocks`; the blocks to fetch ahead for it.
@@ -60,7 +64,12 @@ impl Streams {
             return from..to;
         }
         if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.used) {
-            *oldest = Stream { next: blocks.end, fetched: blocks.end, window: 0, used: clock };
+            *oldest = Stream {
+                next: blocks.end,
+                fetched: blocks.end,
+                window: 0,
+                used: clock,
+            };
         }
         0..0
     }

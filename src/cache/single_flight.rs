@@ -37,7 +37,10 @@ pub(crate) struct Claim(Option<Arc<Flight>>);
 
 impl Flight {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State::Queued), done: Condvar::new() })
+        Arc::new(Self {
+            state: Mutex::new(State::Queued),
+            done: Condvar::new(),
+        })
     }
 
     /// Takes the fetch over, if nobody has begun it.
@@ -53,7 +56,9 @@ impl Flight {
     /// Waits for the result of a fetch that somebody else has claimed.
     pub(crate) fn wait(&self) -> Result<Block> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.done.wait_timeout_while(state, DEADLINE, |s| !matches!(s, State::Done(_)));
+        let waited = self
+            .done
+            .wait_timeout_while(state, DEADLINE, |s| !matches!(s, State::Done(_)));
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &*state {
             State::Done(result) => result.clone(),
@@ -82,7 +87,10 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(flight) = self.0.take() {
-            flight.set(Err(Error::new(ErrorKind::Os(libc::EIO), "the fetch of a block was given up")));
+            flight.set(Err(Error::new(
+                ErrorKind::Os(libc::EIO),
+                "the fetch of a block was given up",
+            )));
         }
     }
 }

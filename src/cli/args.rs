@@ -86,7 +86,11 @@ impl MountArgs {
 
     fn log(&self, matches: &ArgMatches) -> LogConfig {
         let (file, json) = (self.log_file.clone(), self.log_json.unwrap_or_default());
-        LogConfig { verbosity: verbosity(matches), file, json }
+        LogConfig {
+            verbosity: verbosity(matches),
+            file,
+            json,
+        }
     }
 }
 
@@ -103,7 +107,9 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
 }
 
 fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
-    let later = LATER.iter().find(|name| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
+    let later = LATER
+        .iter()
+        .find(|name| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
     if let Some(name) = later {
         return Err(UsageError::not_yet(format_args!("--{name}")));
     }
@@ -122,7 +128,9 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else if disk_args_given("dump") {
         dump(&words, json)?
     } else if json {
-        return Err(UsageError::new("--json goes with --list, --info, --map, --check or --dump"));
+        return Err(UsageError::new(
+            "--json goes with --list, --info, --map, --check or --dump",
+        ));
     } else if disk_args_given("create") {
         Action::Create(unmounted(&words, Subcommand::Create)?)
     } else if disk_args_given("commit") {
@@ -130,7 +138,10 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else {
         return mount(matches, &words, manner);
     };
-    Ok(Config { action, log: manner.log(matches) })
+    Ok(Config {
+        action,
+        log: manner.log(matches),
+    })
 }
 
 fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Result<Config, UsageError> {
@@ -139,7 +150,9 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Res
     };
     if let Some(key) = argument::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
         // Without its value: it may be a secret.
-        return Err(UsageError::new(format!("the mount point comes before the keys, but the first word is {key}=...")));
+        return Err(UsageError::new(format!(
+            "the mount point comes before the keys, but the first word is {key}=..."
+        )));
     }
     let tables;
     let mut disk_args_given = DiskArgs::Words(words);
@@ -152,21 +165,37 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Res
         disk_args_given = DiskArgs::Tables(&tables);
     }
     let log = manner.log(matches);
-    let MountArgs { options, pidfile, threads, .. } = manner;
+    let MountArgs {
+        options,
+        pidfile,
+        threads,
+        ..
+    } = manner;
     let foreground = matches.get_flag("foreground");
-    MountRequest { mountpoint, disk_args_given, options: &options, foreground, pidfile, threads }.into_config(log)
+    MountRequest {
+        mountpoint,
+        disk_args_given,
+        options: &options,
+        foreground,
+        pidfile,
+        threads,
+    }
+    .into_config(log)
 }
 
 /// Beside a config file the command line names no disk and no key of one.
 fn check_no_disk(words: &[OsString], manner: &MountArgs) -> Result<(), UsageError> {
     if !words.is_empty() {
         let hint = "the file describes the disks, and -o KEY=VALUE holds for all of them";
-        return Err(UsageError::new(format!("--config goes with the mount point alone: {hint}")));
+        return Err(UsageError::new(format!(
+            "--config goes with the mount point alone: {hint}"
+        )));
     }
     match manner.options.source() {
-        Some(key) => {
-            Err(UsageError::new(format!("--config goes with no further disk, but -o {}= names one", key.name)))
-        }
+        Some(key) => Err(UsageError::new(format!(
+            "--config goes with no further disk, but -o {}= names one",
+            key.name
+        ))),
         None => Ok(()),
     }
 }
@@ -177,7 +206,9 @@ fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     match query.disks.iter().find(|disk| disk.source.local().is_some()) {
         Some(disk) => {
             let file = disk.source.label();
-            Err(UsageError::new(format!("--list asks an NBD server, but {file} is a local file")))
+            Err(UsageError::new(format!(
+                "--list asks an NBD server, but {file} is a local file"
+            )))
         }
         None => Ok(query),
     }
@@ -201,7 +232,9 @@ fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError>
     let Some(value) = matches.get_one::<OsString>(name) else {
         return Ok(None);
     };
-    values::path(value).map(Some).map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::shown(value))))
+    values::path(value)
+        .map(Some)
+        .map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::shown(value))))
 }
 
 fn command() -> Command {
@@ -217,17 +250,28 @@ fn command() -> Command {
         .args(action_args())
         .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "dump"]))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
-        .arg(Arg::new("words").num_args(0..).value_parser(OsStringValueParser::new()).hide(true))
+        .arg(
+            Arg::new("words")
+                .num_args(0..)
+                .value_parser(OsStringValueParser::new())
+                .hide(true),
+        )
 }
 
 fn mount_args() -> [Arg; 6] {
     [
         flag("read-only", "Mount read-only").short('r'),
         flag("foreground", "Stay in the foreground").short('f'),
-        valued("options", "OPT[,OPT...]", "Mount options, and keys that hold for all disks")
-            .short('o')
-            .action(ArgAction::Append),
-        valued("pidfile", "FILE", "Write the process id there").short('P').long("pidfile"),
+        valued(
+            "options",
+            "OPT[,OPT...]",
+            "Mount options, and keys that hold for all disks",
+        )
+        .short('o')
+        .action(ArgAction::Append),
+        valued("pidfile", "FILE", "Write the process id there")
+            .short('P')
+            .long("pidfile"),
         valued("threads", "N", "Number of event loops")
             .long("threads")
             .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
@@ -245,7 +289,9 @@ fn log_args() -> [Arg; 3] {
             .action(ArgAction::Count)
             .help("Say more; repeat it for still more"),
         valued("log-file", "FILE", "Append messages to it").long("log-file"),
-        valued("log-format", "FORMAT", "How to write messages").long("log-format").value_parser(["text", "json"]),
+        valued("log-format", "FORMAT", "How to write messages")
+            .long("log-format")
+            .value_parser(["text", "json"]),
     ]
 }
 
@@ -254,7 +300,10 @@ fn action_args() -> [Arg; 8] {
         flag("list", "Say what an NBD server offers"),
         flag("info", "Say what a source is: size, format, extents, chain"),
         flag("map", "Say where data, holes and zeroes lie"),
-        flag("check", "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt"),
+        flag(
+            "check",
+            "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt",
+        ),
         flag("create", "Make a VMDK without mounting it"),
         flag("commit", "Merge the overlay cow=FILE into its base"),
         flag("dump", "Print versions and back ends"),
@@ -267,13 +316,20 @@ fn flag(name: &'static str, help: &'static str) -> Arg {
 }
 
 fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> Arg {
-    Arg::new(name).value_name(placeholder).value_parser(OsStringValueParser::new()).help(help)
+    Arg::new(name)
+        .value_name(placeholder)
+        .value_parser(OsStringValueParser::new())
+        .help(help)
 }
 
 fn after_help() -> String {
     let later = LATER.iter().map(|name| format!("--{name}"));
     let later = keys::wrapped("Options", later);
-    format!("{FORMS}\n{}\nNot in this build yet:\n{later}{}", keys::help(), keys::help_later())
+    format!(
+        "{FORMS}\n{}\nNot in this build yet:\n{later}{}",
+        keys::help(),
+        keys::help_later()
+    )
 }
 
 #[cfg(test)]
@@ -293,8 +349,19 @@ mod tests {
     #[test]
     fn every_option_arrives() {
         let here = std::env::current_dir().unwrap();
-        let mount_config =
-            mount(&["-r", "-f", "-P", "pid", "--threads", "64", "-oallow_other", "-o", "uid=5", "src", "./a=b"]);
+        let mount_config = mount(&[
+            "-r",
+            "-f",
+            "-P",
+            "pid",
+            "--threads",
+            "64",
+            "-oallow_other",
+            "-o",
+            "uid=5",
+            "src",
+            "./a=b",
+        ]);
         assert!(mount_config.options.read_only && mount_config.foreground && mount_config.options.allow_other);
         assert_eq!(mount_config.options.uid, Some(5));
         assert_eq!(mount_config.pidfile, Some(here.join("pid")));
@@ -314,9 +381,24 @@ mod tests {
 
     #[test]
     fn logging() {
-        let log = run(&["-vv", "--log-file", "/l", "--log-format", "json", "src", "/x"]).unwrap().log;
-        assert_eq!(log, LogConfig { verbosity: 2, file: Some("/l".into()), json: true });
-        assert_eq!(run(&["-vvvvv", "--log-format=text", "src", "/x"]).unwrap().log.verbosity, 3);
+        let log = run(&["-vv", "--log-file", "/l", "--log-format", "json", "src", "/x"])
+            .unwrap()
+            .log;
+        assert_eq!(
+            log,
+            LogConfig {
+                verbosity: 2,
+                file: Some("/l".into()),
+                json: true
+            }
+        );
+        assert_eq!(
+            run(&["-vvvvv", "--log-format=text", "src", "/x"])
+                .unwrap()
+                .log
+                .verbosity,
+            3
+        );
         assert_eq!(run(&["--info", "/x"]).unwrap().log, LogConfig::default());
         assert!(run(&["--log-format", "xml", "src", "/x"]).unwrap_err().contains("xml"));
         assert!(run(&["--log-file", "", "src", "/x"]).is_err());
@@ -330,13 +412,22 @@ mod tests {
             matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))
         );
         assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
-        assert_eq!(run(&["--list", "/x"]).unwrap_err(), "--list asks an NBD server, but /x is a local file");
+        assert_eq!(
+            run(&["--list", "/x"]).unwrap_err(),
+            "--list asks an NBD server, but /x is a local file"
+        );
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
         assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
         assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
-        assert_eq!(run(&["--info"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        assert_eq!(
+            run(&["--info"]).unwrap_err(),
+            "no disk is given: add file=PATH, or uri= of an NBD server"
+        );
         assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
-        assert_eq!(run(&["--dump", "libdir=/x"]).unwrap_err(), "libdir= is not in this build yet");
+        assert_eq!(
+            run(&["--dump", "libdir=/x"]).unwrap_err(),
+            "libdir= is not in this build yet"
+        );
     }
 
     #[test]
@@ -356,7 +447,10 @@ mod tests {
             &["-P", "a", "-P", "b", "src", "/x"],
         ] {
             let error = run(args).unwrap_err();
-            assert!(!error.is_empty() && !error.contains('\n') && !error.contains("Usage"), "{args:?}: {error}");
+            assert!(
+                !error.is_empty() && !error.contains('\n') && !error.contains("Usage"),
+                "{args:?}: {error}"
+            );
         }
     }
 
@@ -364,27 +458,44 @@ mod tests {
     fn what_is_not_in_this_build_says_so() {
         for name in LATER {
             let option = format!("--{name}");
-            assert_eq!(run(&[&option, "src"]).unwrap_err(), format!("{option} is not in this build yet"));
+            assert_eq!(
+                run(&[&option, "src"]).unwrap_err(),
+                format!("{option} is not in this build yet")
+            );
         }
     }
 
     #[test]
     fn what_is_missing_or_unknown_is_named() {
         assert!(run(&[]).unwrap_err().contains("no mount point"));
-        assert_eq!(run(&["src"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+        assert_eq!(
+            run(&["src"]).unwrap_err(),
+            "no disk is given: add file=PATH, or uri= of an NBD server"
+        );
         let error = run(&["file=/x", "src"]).unwrap_err();
-        assert_eq!(error, "the mount point comes before the keys, but the first word is file=...");
+        assert_eq!(
+            error,
+            "the mount point comes before the keys, but the first word is file=..."
+        );
         let error = run(&["--forground", "src", "/x"]).unwrap_err();
-        assert_eq!(error, "unexpected argument '--forground' found; tip: a similar argument exists: '--foreground'");
+        assert_eq!(
+            error,
+            "unexpected argument '--forground' found; tip: a similar argument exists: '--foreground'"
+        );
     }
 
     #[test]
     fn version_and_help_are_printed() {
         for option in ["-V", "--version"] {
             let printed = parse([OsString::from(option)].into_iter());
-            assert_eq!(printed, Ok(Parsed::Print(format!("vmdkfuse {}\n", env!("CARGO_PKG_VERSION")))));
+            assert_eq!(
+                printed,
+                Ok(Parsed::Print(format!("vmdkfuse {}\n", env!("CARGO_PKG_VERSION"))))
+            );
         }
-        let Ok(Parsed::Print(help)) = parse([OsString::from("--help")].into_iter()) else { panic!("no help") };
+        let Ok(Parsed::Print(help)) = parse([OsString::from("--help")].into_iter()) else {
+            panic!("no help")
+        };
         for word in [
             "Usage:",
             "MOUNTPOINT[/FILENAME]",

@@ -37,7 +37,9 @@ pub(super) fn with_key(source: &OsStr) -> OsString {
 
 /// The known key that a word starts with; then it is hardly a path.
 pub(super) fn known_key(word: &OsStr) -> Option<&'static str> {
-    split_key(word).and_then(|(name, _)| keys::find(name)).map(|key| key.name)
+    split_key(word)
+        .and_then(|(name, _)| keys::find(name))
+        .map(|key| key.name)
 }
 
 /// The error for a key that is not in the table. The value is not repeated: it may be a secret.
@@ -46,7 +48,9 @@ pub(super) fn unknown_key(name: &str) -> UsageError {
         Some(known) => format!("did you mean {known}=?"),
         None => "--help lists the keys.".into(),
     };
-    UsageError::new(format!("unknown key {name}=; {hint} A file whose name holds a = is written file={name}=..."))
+    UsageError::new(format!(
+        "unknown key {name}=; {hint} A file whose name holds a = is written file={name}=..."
+    ))
 }
 
 /// A word is `KEY=VALUE` only where what stands before the first `=` has the shape of a key.
@@ -76,9 +80,15 @@ fn key_of_bare(value: &OsStr) -> &'static str {
         ("http://", "url"),
     ];
     let starts = |scheme: &str| {
-        value.as_bytes().get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme.as_bytes()))
+        value
+            .as_bytes()
+            .get(..scheme.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(scheme.as_bytes()))
     };
-    SCHEMES.iter().find(|(scheme, _)| starts(scheme)).map_or("file", |(_, key)| key)
+    SCHEMES
+        .iter()
+        .find(|(scheme, _)| starts(scheme))
+        .map_or("file", |(_, key)| key)
 }
 
 #[cfg(test)]
@@ -91,7 +101,9 @@ mod tests {
         key("file=x", "file", "x");
         key("vm=moref=42", "vm", "moref=42");
         key("no-such-1=", "no-such-1", "");
-        for bare in ["/a=b", "./a=b", "a/b=c", "A=b", "=a", "-a=b", "1a=b", "a_b=c", "a b=c", "x.vmdk", ""] {
+        for bare in [
+            "/a=b", "./a=b", "a/b=c", "A=b", "=a", "-a=b", "1a=b", "a_b=c", "a b=c", "x.vmdk", "",
+        ] {
             assert_eq!(classify(OsStr::new(bare)), Word::Bare(OsStr::new(bare)));
         }
         let odd = OsStr::from_bytes(b"a\xff=b");

@@ -48,7 +48,13 @@ const MOUNT_KEYS: [(&str, Kind); 6] = [
     ("threads", Kind::Count),
     ("pidfile", Kind::Path),
     ("log-file", Kind::Path),
-    ("log-format", Kind::OneOf { words: &["text", "json"], later: &[] }),
+    (
+        "log-format",
+        Kind::OneOf {
+            words: &["text", "json"],
+            later: &[],
+        },
+    ),
 ];
 
 /// What a file describes.
@@ -100,7 +106,10 @@ impl Document<'_> {
             Some(span) => self.error(span.start, e.message()),
             None => UsageError::new(format!("{}: {}", shown(self.name), e.message())),
         })?;
-        let mut described = Described { manner: MountArgs::default(), disks: Vec::new() };
+        let mut described = Described {
+            manner: MountArgs::default(),
+            disks: Vec::new(),
+        };
         let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
@@ -111,7 +120,9 @@ impl Document<'_> {
         }
         let options = &mut described.manner.options;
         // Here, since options of the command line may hide one or both.
-        let twice = common.iter().find(|(key, _)| !key.repeats && options.keys.iter().any(|(o, _)| o.name == key.name));
+        let twice = common
+            .iter()
+            .find(|(key, _)| !key.repeats && options.keys.iter().any(|(o, _)| o.name == key.name));
         if let Some((key, _)) = twice {
             let (name, key) = (shown(self.name), key.name);
             return Err(UsageError::new(format!(
@@ -164,14 +175,20 @@ impl Document<'_> {
             keys.extend(self.pairs(key, &entry)?);
             match (key.scope, source) {
                 (Scope::Starts, Some(other)) => {
-                    let reason = format!("a disk has one source, but this one has {} and {}", other.name, key.name);
+                    let reason = format!(
+                        "a disk has one source, but this one has {} and {}",
+                        other.name, key.name
+                    );
                     return Err(self.error(entry.at, reason));
                 }
                 (Scope::Starts, None) => source = Some(key),
                 (Scope::OneDisk | Scope::Common, _) => {}
             }
         }
-        Ok(Table { place: self.error(at, "[[disk]]").to_string(), keys })
+        Ok(Table {
+            place: self.error(at, "[[disk]]").to_string(),
+            keys,
+        })
     }
 
     /// The key that an entry names, if this build has it.
@@ -224,21 +241,32 @@ impl Document<'_> {
     /// Checks the keys that stand in `options`.
     fn check_keys(&self, manner: &MountArgs, at: usize) -> Result<(), UsageError> {
         if let Some(key) = manner.options.source() {
-            return Err(self.error(at, format_args!("-o {}= names a disk: write a [[disk]] table", key.name)));
+            return Err(self.error(
+                at,
+                format_args!("-o {}= names a disk: write a [[disk]] table", key.name),
+            ));
         }
-        manner.options.keys.iter().try_for_each(|(key, value)| self.try_value(at, key, value))
+        manner
+            .options
+            .keys
+            .iter()
+            .try_for_each(|(key, value)| self.try_value(at, key, value))
     }
 
     /// Lets the table of keys look at a value.
     fn try_value(&self, at: usize, key: &Key, value: &OsStr) -> Result<(), UsageError> {
-        key.apply(&mut Settings::default(), value).map_err(|e| self.error(at, e))
+        key.apply(&mut Settings::default(), value)
+            .map_err(|e| self.error(at, e))
     }
 
     /// A value as a command line has it. Errors: another type than `kind` takes.
     fn value(&self, entry: &Entry<'_>, kind: Kind, value: &DeValue<'_>, list: bool) -> Result<OsString, UsageError> {
         let text = as_text(kind, value).ok_or_else(|| {
             let list = if list { ", or a list of such" } else { "" };
-            self.error(entry.at, format_args!("{}: must be {}{list}", entry.name, kind.in_toml()))
+            self.error(
+                entry.at,
+                format_args!("{}: must be {}{list}", entry.name, kind.in_toml()),
+            )
         })?;
         Ok(self.located(kind, &text))
     }
@@ -267,26 +295,41 @@ impl Document<'_> {
         };
         let what = if is_table(entry.value) { "table" } else { "key" };
         // TOML allows any text for a key, line ends too.
-        self.error(entry.at, format_args!("unknown {what} {}; {hint}", entry.name.escape_debug()))
+        self.error(
+            entry.at,
+            format_args!("unknown {what} {}; {hint}", entry.name.escape_debug()),
+        )
     }
 
     fn error(&self, at: usize, what: impl Display) -> UsageError {
-        UsageError::new(format!("{}:{}: {what}", shown(self.name), line_of(self.text.as_bytes(), at)))
+        UsageError::new(format!(
+            "{}:{}: {what}",
+            shown(self.name),
+            line_of(self.text.as_bytes(), at)
+        ))
     }
 }
 
 /// The content of a regular file of bounded size.
 fn load(path: &PathBuf) -> Result<Vec<u8>, String> {
     // Without waiting, should it be a FIFO.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
     let file = file.map_err(|e| e.to_string())?;
     if !file.metadata().map_err(|e| e.to_string())?.is_file() {
         return Err("not a regular file".into());
     }
     let mut bytes = Vec::new();
-    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    file.take(MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| e.to_string())?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(format!("larger than {} MiB, so it is hardly a config file", MAX_BYTES >> 20));
+        return Err(format!(
+            "larger than {} MiB, so it is hardly a config file",
+            MAX_BYTES >> 20
+        ));
     }
     Ok(bytes)
 }
@@ -309,7 +352,10 @@ fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<Entry<'t>> {
 }
 
 fn mount_key(name: &str) -> Option<Kind> {
-    MOUNT_KEYS.into_iter().find(|(known, _)| *known == name).map(|(_, kind)| kind)
+    MOUNT_KEYS
+        .into_iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, kind)| kind)
 }
 
 fn is_table(value: &DeValue<'_>) -> bool {
@@ -335,7 +381,9 @@ fn as_text(kind: Kind, value: &DeValue<'_>) -> Option<OsString> {
 
 /// TOML has hexadecimal numbers and the like; the keys do not.
 fn decimal(number: &DeInteger<'_>) -> Option<OsString> {
-    i128::from_str_radix(number.as_str(), number.radix()).ok().map(|number| number.to_string().into())
+    i128::from_str_radix(number.as_str(), number.radix())
+        .ok()
+        .map(|number| number.to_string().into())
 }
 
 /// `KEY=VALUE`, whatever the value holds.

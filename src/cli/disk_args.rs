@@ -65,7 +65,9 @@ impl ResolvedDisk {
     }
 
     fn into_config(self, fixed: Option<&OsStr>, subcommand: Subcommand) -> Result<DiskConfig, UsageError> {
-        self.settings.config(self.place, fixed, subcommand).map_err(|e| within(self.table.as_deref(), e))
+        self.settings
+            .config(self.place, fixed, subcommand)
+            .map_err(|e| within(self.table.as_deref(), e))
     }
 }
 
@@ -77,7 +79,10 @@ pub(super) fn configs(
     fixed: Option<&OsStr>,
     subcommand: Subcommand,
 ) -> Result<Vec<DiskConfig>, UsageError> {
-    let disks = resolved.into_iter().map(|disk| disk.into_config(fixed, subcommand)).collect::<Result<Vec<_>, _>>()?;
+    let disks = resolved
+        .into_iter()
+        .map(|disk| disk.into_config(fixed, subcommand))
+        .collect::<Result<Vec<_>, _>>()?;
     writing::check_files(&disks)?;
     Ok(disks)
 }
@@ -107,11 +112,17 @@ pub(super) fn disks(
             (_, 0) => return Err(failed(UsageError::new(format!("no disk is named: {SOURCES}")))),
             _ => {}
         }
-        let resolved = |place| ResolvedDisk { place, settings: settings.clone(), table: group.place.clone() };
+        let resolved = |place| ResolvedDisk {
+            place,
+            settings: settings.clone(),
+            table: group.place.clone(),
+        };
         disks.extend(places.into_iter().map(resolved));
     }
     match (&common.name, disks.len()) {
-        (_, 0) => Err(UsageError::new("no disk is given: add file=PATH, or uri= of an NBD server")),
+        (_, 0) => Err(UsageError::new(
+            "no disk is given: add file=PATH, or uri= of an NBD server",
+        )),
         (Some(name), many @ 2..) => Err(name_of_many(name, many)),
         _ => Ok(disks),
     }
@@ -162,7 +173,10 @@ fn settings(
         }
         DiskArgs::Tables(tables) => {
             for Table { place, keys } in tables {
-                let mut group = Group { place: Some(place.clone()), ..Group::default() };
+                let mut group = Group {
+                    place: Some(place.clone()),
+                    ..Group::default()
+                };
                 let added = keys.iter().try_for_each(|(key, value)| group.settings.add(key, value));
                 added.map_err(|e| within(Some(place), e))?;
                 groups.push(group);
@@ -188,7 +202,10 @@ fn within(table: Option<&str>, e: UsageError) -> UsageError {
 }
 
 fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
-    UsageError::new(format!("name={} would be the name of {disks} disks: it can be given to one only", shown(name)))
+    UsageError::new(format!(
+        "name={} would be the name of {disks} disks: it can be given to one only",
+        shown(name)
+    ))
 }
 
 #[cfg(test)]

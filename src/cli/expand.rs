@@ -16,8 +16,11 @@ use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 
 /// `*` must not reach the names that start with a dot, as in a shell.
-const LIKE_A_SHELL: MatchOptions =
-    MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+const LIKE_A_SHELL: MatchOptions = MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: true,
+};
 
 /// First code point of a private-use block; stands with the value of a byte that is no part of UTF-8.
 const NO_UTF8: u32 = 0xF700;
@@ -37,12 +40,19 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
     if !has_wildcard(path.as_os_str()) || exists(path) {
         return Ok(vec![path.to_owned()]);
     }
-    let mut walk = Walk { found: Vec::new(), trouble: None };
+    let mut walk = Walk {
+        found: Vec::new(),
+        trouble: None,
+    };
     let components: Vec<Component<'_>> = path.components().collect();
-    walk.descend(PathBuf::new(), &components).map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?;
+    walk.descend(PathBuf::new(), &components)
+        .map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?;
     if walk.found.is_empty() {
         let why = walk.trouble.map_or_else(String::new, |trouble| format!(" ({trouble})"));
-        return Err(UsageError::new(format!("file={}: no file matches{why}", path.display())));
+        return Err(UsageError::new(format!(
+            "file={}: no file matches{why}",
+            path.display()
+        )));
     }
     walk.found.sort();
     Ok(walk.found)
@@ -63,7 +73,10 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
         }
     }
     if disks.is_empty() {
-        return Err(UsageError::new(format!("dir={}: there is no VMDK that is a disk of its own", dir.display())));
+        return Err(UsageError::new(format!(
+            "dir={}: there is no VMDK that is a disk of its own",
+            dir.display()
+        )));
     }
     disks.sort();
     Ok(disks)
@@ -99,7 +112,10 @@ fn uri_export(uri: &str) -> OsString {
     let mut bytes = Vec::new();
     let mut left = path.as_bytes();
     while let Some((first, rest)) = left.split_first() {
-        let hex = rest.get(..2).filter(|_| *first == b'%').and_then(|h| std::str::from_utf8(h).ok());
+        let hex = rest
+            .get(..2)
+            .filter(|_| *first == b'%')
+            .and_then(|h| std::str::from_utf8(h).ok());
         match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
             Some(byte) => {
                 bytes.push(byte);
@@ -164,7 +180,8 @@ fn has_wildcard(text: &OsStr) -> bool {
 /// opening it tells the reason.
 fn exists(path: &Path) -> bool {
     let absent = [libc::ENOENT, libc::ENOTDIR, libc::ENAMETOOLONG].map(Some);
-    path.symlink_metadata().map_or_else(|e| !absent.contains(&e.raw_os_error()), |_| true)
+    path.symlink_metadata()
+        .map_or_else(|e| !absent.contains(&e.raw_os_error()), |_| true)
 }
 
 /// A name as text that keeps different bytes different: pattern and name go through the same mapping.
@@ -172,7 +189,12 @@ fn as_text(name: &OsStr) -> String {
     let mut text = String::new();
     for chunk in name.as_bytes().utf8_chunks() {
         text.push_str(chunk.valid());
-        text.extend(chunk.invalid().iter().filter_map(|byte| char::from_u32(NO_UTF8 + u32::from(*byte))));
+        text.extend(
+            chunk
+                .invalid()
+                .iter()
+                .filter_map(|byte| char::from_u32(NO_UTF8 + u32::from(*byte))),
+        );
     }
     text
 }
@@ -234,7 +256,10 @@ mod tests {
 
     fn expanded(dir: &TempDir, pattern: &[u8]) -> Vec<Vec<u8>> {
         let found = expand(&dir.path().join(OsStr::from_bytes(pattern))).unwrap();
-        found.iter().map(|path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().to_vec()).collect()
+        found
+            .iter()
+            .map(|path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().to_vec())
+            .collect()
     }
 
     #[test]
@@ -291,7 +316,10 @@ mod tests {
         let error = expand(&dir.path().join("*.vmdk")).unwrap_err().to_string();
         assert_eq!(error, format!("file={}/*.vmdk: no file matches", dir.path().display()));
         let error = expand(&dir.path().join("none/*.vmdk")).unwrap_err().to_string();
-        assert!(error.contains("no file matches (") && error.contains("No such file"), "{error}");
+        assert!(
+            error.contains("no file matches (") && error.contains("No such file"),
+            "{error}"
+        );
         let error = expand(&dir.path().join("a[")).unwrap_err().to_string();
         assert!(error.contains("a[: ") && error.contains("attern"), "{error}");
     }
@@ -299,7 +327,10 @@ mod tests {
     #[test]
     fn names_that_are_not_utf8_match() {
         let dir = folder(&[b"\xff.vmdk", b"\xfe.vmdk", "é.vmdk".as_bytes()]);
-        assert_eq!(expanded(&dir, b"?.vmdk"), ["é.vmdk".as_bytes(), b"\xfe.vmdk", b"\xff.vmdk"]);
+        assert_eq!(
+            expanded(&dir, b"?.vmdk"),
+            ["é.vmdk".as_bytes(), b"\xfe.vmdk", b"\xff.vmdk"]
+        );
         assert_eq!(expanded(&dir, b"\xff.*"), [b"\xff.vmdk"]);
     }
 
@@ -316,7 +347,10 @@ mod tests {
         put("b-text.vmdk", b"# Disk DescriptorFile\nversion=1\n");
         put("a-embedded.vmdk", &sparse(1));
         put("UPPER.VMDK", b"\xef\xbb\xbf#Disk DescriptorFile\r\nCID=1\r\n");
-        put("stream.vmdk", b"# Description file created by VMDK stream converter\r\n\r\nVersion = 1 \r\n");
+        put(
+            "stream.vmdk",
+            b"# Description file created by VMDK stream converter\r\n\r\nVersion = 1 \r\n",
+        );
         put("x-s001.vmdk", &sparse(0));
         put("x-delta.vmdk", b"COWD\x01\0\0\0");
         put("x-sesparse.vmdk", b"\xbe\xba\xfe\xca\0\0\0\0");
@@ -358,6 +392,9 @@ mod tests {
         ] {
             assert_eq!(default_name(Path::new(source)), name, "{source}");
         }
-        assert_eq!(default_name(Path::new(OsStr::from_bytes(b"/\xff.vmdk"))), OsStr::from_bytes(b"\xff.raw"));
+        assert_eq!(
+            default_name(Path::new(OsStr::from_bytes(b"/\xff.vmdk"))),
+            OsStr::from_bytes(b"\xff.raw")
+        );
     }
 }

@@ -105,7 +105,15 @@ pub(super) enum Availability {
 }
 
 impl Group {
-    const ALL: [Self; 7] = [Self::Every, Self::Local, Self::VMware, Self::Vddk, Self::Create, Self::Views, Self::Nbd];
+    const ALL: [Self; 7] = [
+        Self::Every,
+        Self::Local,
+        Self::VMware,
+        Self::Vddk,
+        Self::Create,
+        Self::Views,
+        Self::Nbd,
+    ];
 
     const fn title(self) -> &'static str {
         match self {
@@ -146,9 +154,11 @@ impl Kind {
             Self::PathOr(word) => format!("a path or \"{word}\", in quotes"),
             Self::Named(_) => "a whole number, or a name in quotes".into(),
             Self::Text => "a text in quotes".into(),
-            Self::OneOf { words, .. } => {
-                words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ")
-            }
+            Self::OneOf { words, .. } => words
+                .iter()
+                .map(|word| format!("\"{word}\""))
+                .collect::<Vec<_>>()
+                .join(" or "),
         }
     }
 }
@@ -156,13 +166,25 @@ impl Kind {
 impl Key {
     /// A key that works now.
     const fn local(name: &'static str, group: Group, kind: Kind, help: &'static str, apply: Apply) -> Self {
-        Self { availability: Availability::Local(apply), ..Self::later(name, group, kind, help) }
+        Self {
+            availability: Availability::Local(apply),
+            ..Self::later(name, group, kind, help)
+        }
     }
 
     /// A key whose time is still to come.
     const fn later(name: &'static str, group: Group, kind: Kind, help: &'static str) -> Self {
         let availability = Availability::NotYet;
-        Self { name, aliases: &[], group, kind, help, repeats: false, scope: Scope::Common, availability }
+        Self {
+            name,
+            aliases: &[],
+            group,
+            kind,
+            help,
+            repeats: false,
+            scope: Scope::Common,
+            availability,
+        }
     }
 
     const fn alias(mut self, aliases: &'static [&'static str]) -> Self {
@@ -227,7 +249,9 @@ pub(super) fn nearest(name: &str) -> Option<&'static str> {
 
 /// All names of keys, and their aliases.
 pub(super) fn spellings() -> impl Iterator<Item = &'static str> {
-    KEYS.iter().flat_map(|key| std::iter::once(&key.name).chain(key.aliases)).copied()
+    KEYS.iter()
+        .flat_map(|key| std::iter::once(&key.name).chain(key.aliases))
+        .copied()
 }
 
 /// The word that is nearest to `name`, if one is near: one slip, or one in three letters.

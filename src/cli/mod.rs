@@ -78,7 +78,11 @@ impl std::error::Error for UsageError {}
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let mut args = args.into_iter();
     let name = args.next().unwrap_or_default();
-    if mount_helper::is_name_of(Path::new(&name)) { mount_helper::parse(args) } else { args::parse(args) }
+    if mount_helper::is_name_of(Path::new(&name)) {
+        mount_helper::parse(args)
+    } else {
+        args::parse(args)
+    }
 }
 
 /// What a mount is made of, before it is understood; of the program or of the helper.
@@ -95,7 +99,9 @@ struct MountRequest<'a> {
 impl MountRequest<'_> {
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
         let options = self.options.mount()?;
-        let subcommand = Subcommand::Mount { read_only: options.read_only };
+        let subcommand = Subcommand::Mount {
+            read_only: options.read_only,
+        };
         let resolved = disk_args::disks(&self.options.keys, self.disk_args_given, subcommand)?;
         let target = target::resolve(self.mountpoint)?;
         let fixed = target.file_name.as_deref();
@@ -104,9 +110,24 @@ impl MountRequest<'_> {
         }
         let disks = disk_args::configs(resolved, fixed, subcommand)?;
         disk_args::check_names(&disks)?;
-        let Self { foreground, pidfile, threads, .. } = self;
-        let mount = MountConfig { target: target.target, disks, foreground, pidfile, options, threads };
-        Ok(Config { action: Action::Mount(mount), log })
+        let Self {
+            foreground,
+            pidfile,
+            threads,
+            ..
+        } = self;
+        let mount = MountConfig {
+            target: target.target,
+            disks,
+            foreground,
+            pidfile,
+            options,
+            threads,
+        };
+        Ok(Config {
+            action: Action::Mount(mount),
+            log,
+        })
     }
 }
 
@@ -118,29 +139,46 @@ fn check_one_file(name: &OsStr, kind: MountKind, disks: &[disk_args::ResolvedDis
     };
     if disks.len() > 1 {
         let (name, count) = (shown(name), disks.len());
-        return Err(UsageError::new(format!("mount point {name} {place}, but there are {count} disks")));
+        return Err(UsageError::new(format!(
+            "mount point {name} {place}, but there are {count} disks"
+        )));
     }
-    let wanted = disks.iter().find_map(|disk| disk.wanted_name()).filter(|wanted| *wanted != name);
+    let wanted = disks
+        .iter()
+        .find_map(|disk| disk.wanted_name())
+        .filter(|wanted| *wanted != name);
     wanted.map_or(Ok(()), |wanted| {
         let (name, wanted) = (shown(name), shown(wanted));
-        Err(UsageError::new(format!("mount point {name} {place}, but name={wanted} says otherwise")))
+        Err(UsageError::new(format!(
+            "mount point {name} {place}, but name={wanted} says otherwise"
+        )))
     })
 }
 
 /// The disks of an action that mounts none.
 fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
-    disk_args::configs(disk_args::disks(&[], DiskArgs::Words(words), subcommand)?, None, subcommand)
+    disk_args::configs(
+        disk_args::disks(&[], DiskArgs::Words(words), subcommand)?,
+        None,
+        subcommand,
+    )
 }
 
 fn query(words: &[OsString], json: bool) -> Result<Query, UsageError> {
-    Ok(Query { disks: unmounted(words, Subcommand::Query)?, json })
+    Ok(Query {
+        disks: unmounted(words, Subcommand::Query)?,
+        json,
+    })
 }
 
 fn commit(words: &[OsString]) -> Result<Action, UsageError> {
     let mut disks = unmounted(words, Subcommand::Commit)?;
     match (disks.pop(), disks.len()) {
         (Some(disk), 0) => Ok(Action::Commit(disk)),
-        (_, more) => Err(UsageError::new(format!("--commit takes one disk, but there are {}", more + 1))),
+        (_, more) => Err(UsageError::new(format!(
+            "--commit takes one disk, but there are {}",
+            more + 1
+        ))),
     }
 }
 
@@ -150,7 +188,9 @@ fn one_line(error: &clap::Error) -> UsageError {
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let ends = ["\n\nUsage:", "\n\nFor more information"];
     let end = ends.iter().filter_map(|end| text.find(end)).min().unwrap_or(text.len());
-    let sentences = text[..end].split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+    let sentences = text[..end]
+        .split("\n\n")
+        .map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
     UsageError::new(sentences.collect::<Vec<_>>().join("; "))
 }
 
@@ -172,8 +212,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().to_str().unwrap();
         let mount = mount(&[mnt, "/a/Fedora.vmdk", "/b/y.img", "name=z", "-o", "uid=1,cache-size=1M"]).unwrap();
-        assert_eq!(mount.target, MountTarget { path: dir.path().into(), kind: MountKind::Dir });
-        assert_eq!(mount.options, MountOptions { uid: Some(1), ..MountOptions::default() });
+        assert_eq!(
+            mount.target,
+            MountTarget {
+                path: dir.path().into(),
+                kind: MountKind::Dir
+            }
+        );
+        assert_eq!(
+            mount.options,
+            MountOptions {
+                uid: Some(1),
+                ..MountOptions::default()
+            }
+        );
         let names: Vec<_> = mount.disks.iter().map(|disk| disk.name.as_os_str()).collect();
         assert_eq!(names, ["Fedora.raw", "z"]);
         assert!(mount.disks.iter().all(|disk| disk.cache_size == Some(1 << 20)));
@@ -193,7 +245,13 @@ mod tests {
         let new = dir.path().join("new.img");
         let new = new.to_str().unwrap();
         let config = mount(&[new, "/a/x.vmdk"]).unwrap();
-        assert_eq!(config.target, MountTarget { path: dir.path().into(), kind: MountKind::Dir });
+        assert_eq!(
+            config.target,
+            MountTarget {
+                path: dir.path().into(),
+                kind: MountKind::Dir
+            }
+        );
         assert_eq!(config.disks[0].name, "new.img");
         assert!(mount(&[new, "/a/x.vmdk", "name=new.img"]).is_ok());
         let error = mount(&[new, "/a/x.vmdk", "name=other"]).unwrap_err();
@@ -209,7 +267,13 @@ mod tests {
         fs::write(&file, "").unwrap();
         let path = file.to_str().unwrap();
         let config = mount(&[path, "/a/x.vmdk"]).unwrap();
-        assert_eq!(config.target, MountTarget { path: file.clone(), kind: MountKind::File });
+        assert_eq!(
+            config.target,
+            MountTarget {
+                path: file.clone(),
+                kind: MountKind::File
+            }
+        );
         assert_eq!(config.disks[0].name, "cover");
         let error = mount(&[path, "/a/x.vmdk", "/a/y.vmdk"]).unwrap_err();
         assert!(error.contains("regular file") && error.contains("2 disks"), "{error}");
@@ -228,8 +292,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let odd = OsStr::from_bytes(b"/\xff.vmdk");
         let args = [OsStr::new("vmdkfuse"), dir.path().as_os_str(), odd];
-        let Ok(Parsed::Run(config)) = parse(args.map(OsString::from)) else { panic!("refused") };
-        let Action::Mount(mount) = config.action else { panic!("no mount") };
+        let Ok(Parsed::Run(config)) = parse(args.map(OsString::from)) else {
+            panic!("refused")
+        };
+        let Action::Mount(mount) = config.action else {
+            panic!("no mount")
+        };
         assert_eq!(mount.disks[0].name, OsStr::from_bytes(b"\xff.raw"));
     }
 

@@ -18,7 +18,9 @@ const NAMES: [&str; 2] = ["mount.vmdkfuse", "mount.fuse.vmdkfuse"];
 
 /// Whether a program called so is the helper.
 pub(super) fn is_name_of(program: &Path) -> bool {
-    program.file_name().is_some_and(|name| NAMES.iter().any(|helper| name == *helper))
+    program
+        .file_name()
+        .is_some_and(|name| NAMES.iter().any(|helper| name == *helper))
 }
 
 /// Reads the words after the helper's name.
@@ -39,7 +41,10 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
         pidfile: None,
         threads: None,
     };
-    let log = LogConfig { verbosity: verbosity(&matches), ..LogConfig::default() };
+    let log = LogConfig {
+        verbosity: verbosity(&matches),
+        ..LogConfig::default()
+    };
     mount.into_config(log).map(|config| Parsed::Run(Box::new(config)))
 }
 
@@ -87,8 +92,16 @@ mod tests {
     fn as_mount_calls_it() {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().to_str().unwrap();
-        let config =
-            mount(&["/a/x.vmdk", mnt, "-n", "-v", "-o", "ro,nofail,x-y=z,uid=7,name=n.raw", "-t", "fuse.vmdkfuse"]);
+        let config = mount(&[
+            "/a/x.vmdk",
+            mnt,
+            "-n",
+            "-v",
+            "-o",
+            "ro,nofail,x-y=z,uid=7,name=n.raw",
+            "-t",
+            "fuse.vmdkfuse",
+        ]);
         assert_eq!(config.target.path, dir.path());
         assert!(config.options.read_only && !config.foreground);
         assert_eq!((config.options.uid, config.disks.len()), (Some(7), 1));
@@ -123,7 +136,13 @@ mod tests {
 
     #[test]
     fn all_else_is_refused() {
-        for args in [&[][..], &["/x"], &["/x", "/", "cache=none"], &["/x", "/", "-z"], &["/x", "/", "--info"]] {
+        for args in [
+            &[][..],
+            &["/x"],
+            &["/x", "/", "cache=none"],
+            &["/x", "/", "-z"],
+            &["/x", "/", "--info"],
+        ] {
             let error = run(args).unwrap_err();
             assert!(!error.is_empty() && !error.contains('\n'), "{error}");
         }

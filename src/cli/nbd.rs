@@ -65,7 +65,11 @@ pub(super) struct Server {
 impl Server {
     /// These words, with `common` where they are silent. Arguments go with their command.
     pub(super) fn over(&self, common: &Self) -> Self {
-        let args = if self.command.is_some() { self.args.clone() } else { [&*common.args, &*self.args].concat() };
+        let args = if self.command.is_some() {
+            self.args.clone()
+        } else {
+            [&*common.args, &*self.args].concat()
+        };
         Self {
             hostname: self.hostname.clone().or_else(|| common.hostname.clone()),
             port: self.port.clone().or_else(|| common.port.clone()),
@@ -79,7 +83,10 @@ impl Server {
             connections: self.connections.or(common.connections),
             shared: self.shared.or(common.shared),
             tls: self.tls.or(common.tls),
-            tls_certificates: self.tls_certificates.clone().or_else(|| common.tls_certificates.clone()),
+            tls_certificates: self
+                .tls_certificates
+                .clone()
+                .or_else(|| common.tls_certificates.clone()),
             tls_verify: self.tls_verify.or(common.tls_verify),
             tls_username: self.tls_username.clone().or_else(|| common.tls_username.clone()),
             tls_psk: self.tls_psk.clone().or_else(|| common.tls_psk.clone()),
@@ -97,7 +104,11 @@ impl Server {
             ("vsock-cid", self.vsock_cid.is_some()),
             ("command", self.command.is_some()),
         ];
-        given.into_iter().filter(|(_, given)| *given).map(|(key, _)| key).collect()
+        given
+            .into_iter()
+            .filter(|(_, given)| *given)
+            .map(|(key, _)| key)
+            .collect()
     }
 
     /// Whether a server is named, without a URI.
@@ -128,7 +139,11 @@ impl Server {
         }
         let single = self.shared == Some(true) || self.socket_fd.is_some();
         if single && self.connections.is_some_and(|n| n > 1) {
-            let key = if self.shared == Some(true) { "shared=true" } else { "socket-fd=" };
+            let key = if self.shared == Some(true) {
+                "shared=true"
+            } else {
+                "socket-fd="
+            };
             return error(format!("{key} means one connection, but connections= says otherwise"));
         }
         if self.dynamic == Some(true) && self.socket_fd.is_some() {
@@ -145,12 +160,18 @@ impl Server {
             return error(format!("{key}= says how to encrypt, but tls=off says otherwise"));
         }
         // A URI says by its scheme whether to encrypt.
-        let secure = uri.as_ref().is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
+        let secure = uri
+            .as_ref()
+            .is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
         if secure && self.tls == Some(NbdTls::Off) {
             return error("the URI asks for TLS, but tls=off says otherwise".into());
         }
         let by_key = if detail.is_some() { NbdTls::Require } else { NbdTls::Off };
-        let tls = if secure { NbdTls::Require } else { self.tls.unwrap_or(by_key) };
+        let tls = if secure {
+            NbdTls::Require
+        } else {
+            self.tls.unwrap_or(by_key)
+        };
         let connections = if single { Some(1) } else { self.connections };
         Ok(NbdConfig {
             tls,
@@ -176,10 +197,16 @@ impl Server {
         }
         if let Some(cid) = self.vsock_cid {
             let port = self.port.map(|port| {
-                let number = port.parse::<u32>().ok().filter(|_| port.bytes().all(|b| b.is_ascii_digit()));
+                let number = port
+                    .parse::<u32>()
+                    .ok()
+                    .filter(|_| port.bytes().all(|b| b.is_ascii_digit()));
                 number.ok_or_else(|| UsageError::new(format!("port={port}: a VSOCK port is a number of 32 bits")))
             });
-            return Ok(NbdAddress::Vsock { cid, port: port.transpose()? });
+            return Ok(NbdAddress::Vsock {
+                cid,
+                port: port.transpose()?,
+            });
         }
         if let Some(path) = self.socket {
             return Ok(NbdAddress::Unix(path));
@@ -189,7 +216,9 @@ impl Server {
         }
         match self.command {
             Some(command) => Ok(NbdAddress::Command(std::iter::once(command).chain(self.args).collect())),
-            None => Err(UsageError::new("no NBD server is named: add uri=, hostname=, socket= or command=")),
+            None => Err(UsageError::new(
+                "no NBD server is named: add uri=, hostname=, socket= or command=",
+            )),
         }
     }
 }
@@ -198,7 +227,10 @@ impl Server {
 pub(super) fn uri(value: &OsStr) -> Result<String, String> {
     const SCHEMES: [&str; 6] = ["nbd:", "nbds:", "nbd+unix:", "nbds+unix:", "nbd+vsock:", "nbds+vsock:"];
     let text = values::text(value)?;
-    let known = |scheme: &str| text.get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme));
+    let known = |scheme: &str| {
+        text.get(..scheme.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(scheme))
+    };
     if !SCHEMES.iter().any(|scheme| known(scheme)) {
         return Err("must start with nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://".into());
     }
@@ -220,7 +252,9 @@ pub(super) fn hostname(value: &OsStr) -> Result<String, String> {
 /// The value of `port=`: a number, or the name of a service.
 pub(super) fn port(value: &OsStr) -> Result<String, String> {
     let text = values::text(value)?;
-    let named = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    let named = text
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
     if !named {
         return Err("must be a number, or the name of a service in /etc/services".into());
     }
@@ -230,8 +264,10 @@ pub(super) fn port(value: &OsStr) -> Result<String, String> {
 /// A number that is at most `most`, and at least `least`.
 pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
     let text = values::text(value)?;
-    let number =
-        text.parse::<u32>().ok().filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
+    let number = text
+        .parse::<u32>()
+        .ok()
+        .filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
     number.ok_or_else(|| format!("must be a number from {least} to {most}"))
 }
 
@@ -247,7 +283,11 @@ pub(super) fn vsock_cid(value: &OsStr) -> Result<u32, String> {
 
 /// The value of `command=` and of `arg=`, which may be empty.
 pub(super) fn word(value: &OsStr) -> Result<OsString, String> {
-    if value.as_bytes().contains(&0) { Err("it cannot hold a NUL byte".into()) } else { Ok(value.to_owned()) }
+    if value.as_bytes().contains(&0) {
+        Err("it cannot hold a NUL byte".into())
+    } else {
+        Ok(value.to_owned())
+    }
 }
 
 /// The value of `export=`, which may be empty.

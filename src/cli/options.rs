@@ -58,7 +58,11 @@ impl Options {
         } else {
             (other.read_only, below.read_write)
         };
-        let allows = if mine.allow_other || mine.allow_root { &mine } else { &other };
+        let allows = if mine.allow_other || mine.allow_root {
+            &mine
+        } else {
+            &other
+        };
         let allowed = (allows.allow_other, allows.allow_root);
         let mount = MountOptions {
             read_only: access.0,
@@ -74,22 +78,33 @@ impl Options {
         let silent = |key: &Key| key.repeats || self.keys.iter().all(|(mine, _)| mine.name != key.name);
         let mut keys: Vec<_> = below.keys.into_iter().filter(|(key, _)| silent(key)).collect();
         keys.extend(self.keys);
-        Self { mount, read_write: access.1, keys }
+        Self {
+            mount,
+            read_write: access.1,
+            keys,
+        }
     }
 
     /// The first key among them that names a disk.
     pub(super) fn source(&self) -> Option<&'static Key> {
-        self.keys.iter().map(|(key, _)| *key).find(|key| key.scope == Scope::Starts)
+        self.keys
+            .iter()
+            .map(|(key, _)| *key)
+            .find(|key| key.scope == Scope::Starts)
     }
 
     /// The mount's options. Errors: options that contradict each other.
     pub(super) fn mount(&self) -> Result<MountOptions, UsageError> {
         let mount = self.mount.clone();
         if mount.read_only && self.read_write {
-            return Err(UsageError::new("the mount cannot be both read-only (-r, -o ro) and read-write (-o rw)"));
+            return Err(UsageError::new(
+                "the mount cannot be both read-only (-r, -o ro) and read-write (-o rw)",
+            ));
         }
         if mount.allow_other && mount.allow_root {
-            return Err(UsageError::new("-o allow_other and -o allow_root cannot be used together"));
+            return Err(UsageError::new(
+                "-o allow_other and -o allow_root cannot be used together",
+            ));
         }
         Ok(mount)
     }
@@ -154,7 +169,11 @@ fn split(list: &OsStr) -> Vec<OsString> {
             (_, None) => {}
         }
     }
-    options.into_iter().filter(|option| !option.is_empty()).map(OsString::from_vec).collect()
+    options
+        .into_iter()
+        .filter(|option| !option.is_empty())
+        .map(OsString::from_vec)
+        .collect()
 }
 
 #[cfg(test)]
@@ -244,7 +263,11 @@ mod tests {
     #[test]
     fn keys_are_handed_on() {
         let options = parse("ro,cache=none,file=/a\\,b\\\\c\\d").unwrap();
-        let keys: Vec<_> = options.keys.iter().map(|(key, value)| (key.name, value.to_str().unwrap())).collect();
+        let keys: Vec<_> = options
+            .keys
+            .iter()
+            .map(|(key, value)| (key.name, value.to_str().unwrap()))
+            .collect();
         assert_eq!(keys, [("cache", "none"), ("file", "/a,b\\c\\d")]);
     }
 
@@ -276,8 +299,16 @@ mod tests {
     #[test]
     fn options_over_others_win_and_leave_the_rest() {
         let over = |above: &str, below: &str| parse(above).unwrap().over(parse(below).unwrap());
-        let options = over("uid=1,default_permissions", "uid=2,gid=3,umask=027,fsname=f,auto_unmount").mount().unwrap();
-        assert_eq!((options.uid, options.gid, options.umask), (Some(1), Some(3), Some(0o27)));
+        let options = over(
+            "uid=1,default_permissions",
+            "uid=2,gid=3,umask=027,fsname=f,auto_unmount",
+        )
+        .mount()
+        .unwrap();
+        assert_eq!(
+            (options.uid, options.gid, options.umask),
+            (Some(1), Some(3), Some(0o27))
+        );
         assert_eq!(options.fsname.as_deref(), Some("f"));
         assert!(options.default_permissions && options.auto_unmount);
         assert!(!over("rw", "ro").mount().unwrap().read_only);
@@ -293,10 +324,25 @@ mod tests {
     fn keys_over_others_win_and_those_that_repeat_gather() {
         let options = parse("cache=none,allow-dir=/b").unwrap();
         let options = options.over(parse("cache=writethrough,cache-size=1M,allow-dir=/a").unwrap());
-        let keys: Vec<_> = options.keys.iter().map(|(key, value)| (key.name, value.to_str().unwrap())).collect();
-        assert_eq!(keys, [("cache-size", "1M"), ("allow-dir", "/a"), ("cache", "none"), ("allow-dir", "/b")]);
+        let keys: Vec<_> = options
+            .keys
+            .iter()
+            .map(|(key, value)| (key.name, value.to_str().unwrap()))
+            .collect();
+        assert_eq!(
+            keys,
+            [
+                ("cache-size", "1M"),
+                ("allow-dir", "/a"),
+                ("cache", "none"),
+                ("allow-dir", "/b")
+            ]
+        );
         assert!(options.source().is_none());
-        assert_eq!(parse("ro,cache=none,dir=/x").unwrap().source().map(|key| key.name), Some("dir"));
+        assert_eq!(
+            parse("ro,cache=none,dir=/x").unwrap().source().map(|key| key.name),
+            Some("dir")
+        );
     }
 
     #[test]

@@ -87,7 +87,10 @@ impl Settings {
     pub(super) fn add(&mut self, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
         key.apply(self, value)?;
         if !key.repeats && self.given.iter().any(|given| given.name == key.name) {
-            return Err(UsageError::new(format!("{}= is given twice for the same disk", key.name)));
+            return Err(UsageError::new(format!(
+                "{}= is given twice for the same disk",
+                key.name
+            )));
         }
         self.given.push(key);
         Ok(())
@@ -120,15 +123,18 @@ impl Settings {
 
     /// The first key that was given, of those that only some sources have.
     fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
-        self.given.iter().find(|key| groups.contains(&key.group)).map(|key| key.name)
+        self.given
+            .iter()
+            .find(|key| groups.contains(&key.group))
+            .map(|key| key.name)
     }
 
     /// The files that the source stands for; a disk that is to be made is one, whatever its name looks like.
     fn files(&self, subcommand: Subcommand) -> Result<Vec<PathBuf>, UsageError> {
         match &self.source {
-            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(subcommand) => {
-                Err(UsageError::new("a new disk is named with file=PATH, but dir= means the disks of a folder"))
-            }
+            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(subcommand) => Err(UsageError::new(
+                "a new disk is named with file=PATH, but dir= means the disks of a folder",
+            )),
             Some(SourceSpec::File(path)) if self.creation.is_wanted(subcommand) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => expand::expand(path),
             Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
@@ -149,7 +155,9 @@ impl Settings {
             (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![Place::Nbd(Some(uri.clone()))]),
             (_, Some(_)) => {
                 if let Some(key) = self.first_of(&[Group::Nbd]) {
-                    return Err(UsageError::new(format!("{key}= is for NBD servers, but the disk is a local file")));
+                    return Err(UsageError::new(format!(
+                        "{key}= is for NBD servers, but the disk is a local file"
+                    )));
                 }
                 Ok(self.files(subcommand)?.into_iter().map(Place::File).collect())
             }
@@ -169,7 +177,10 @@ impl Settings {
     ) -> Result<DiskConfig, UsageError> {
         let wanted = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
         let (usual, source) = match place {
-            Place::File(path) => (expand::default_name(&path), SourceConfig::Local(self.local(path, subcommand)?)),
+            Place::File(path) => (
+                expand::default_name(&path),
+                SourceConfig::Local(self.local(path, subcommand)?),
+            ),
             Place::Nbd(uri) => {
                 let server = self.server(uri, wanted.is_some(), subcommand)?;
                 (expand::export_name(&server), SourceConfig::Nbd(server))
@@ -211,7 +222,9 @@ impl Settings {
     /// The NBD server as a source; `named`: its file has a name.
     fn server(&self, uri: Option<String>, named: bool, subcommand: Subcommand) -> Result<NbdConfig, UsageError> {
         if let Some(key) = self.first_of(&[Group::Local, Group::Create]) {
-            return Err(UsageError::new(format!("{key}= is for local files, but the disk is an NBD server's")));
+            return Err(UsageError::new(format!(
+                "{key}= is for local files, but the disk is an NBD server's"
+            )));
         }
         if subcommand == Subcommand::Create {
             return Err(UsageError::new("--create makes VMDKs, but an NBD server is named"));

@@ -50,12 +50,24 @@ fn resolve_by(mountpoint: &OsStr, look: impl Fn(&Path) -> io::Result<Found>) -> 
     let path = values::path(mountpoint).map_err(|e| fail(&e))?;
     // Without the slash that may stand at its end: mount tables show none.
     let path: PathBuf = path.components().collect();
-    let dir = |path: &Path| MountTarget { path: path.to_owned(), kind: MountKind::Dir };
+    let dir = |path: &Path| MountTarget {
+        path: path.to_owned(),
+        kind: MountKind::Dir,
+    };
     match look(&path)? {
-        Found::Dir => Ok(Resolved { target: dir(&path), file_name: None }),
+        Found::Dir => Ok(Resolved {
+            target: dir(&path),
+            file_name: None,
+        }),
         Found::File => {
             let file_name = path.file_name().map(OsStr::to_owned);
-            Ok(Resolved { target: MountTarget { path, kind: MountKind::File }, file_name })
+            Ok(Resolved {
+                target: MountTarget {
+                    path,
+                    kind: MountKind::File,
+                },
+                file_name,
+            })
         }
         Found::Other => Err(fail("neither a directory nor a regular file")),
         Found::BrokenLink => Err(fail("a symbolic link that leads nowhere")),
@@ -63,13 +75,20 @@ fn resolve_by(mountpoint: &OsStr, look: impl Fn(&Path) -> io::Result<Found>) -> 
         // A name below a stale mount cannot be looked at either, and the mount above is the one to report.
         found @ (Found::Stale | Found::Nothing) => match (path.parent(), path.file_name()) {
             (Some(parent), Some(name)) => match (look(parent)?, found) {
-                (Found::Dir, Found::Nothing) | (Found::Stale, _) => {
-                    Ok(Resolved { target: dir(parent), file_name: Some(name.to_owned()) })
-                }
-                (_, Found::Stale) => Ok(Resolved { target: dir(&path), file_name: None }),
+                (Found::Dir, Found::Nothing) | (Found::Stale, _) => Ok(Resolved {
+                    target: dir(parent),
+                    file_name: Some(name.to_owned()),
+                }),
+                (_, Found::Stale) => Ok(Resolved {
+                    target: dir(&path),
+                    file_name: None,
+                }),
                 _ => Err(fail(&format!("neither it nor a directory {} exists", parent.display()))),
             },
-            _ => Ok(Resolved { target: dir(&path), file_name: None }),
+            _ => Ok(Resolved {
+                target: dir(&path),
+                file_name: None,
+            }),
         },
     }
 }
@@ -94,8 +113,14 @@ mod tests {
     use super::*;
 
     fn resolved(path: &Path, kind: MountKind, name: Option<&str>) -> Resolved {
-        let target = MountTarget { path: path.to_owned(), kind };
-        Resolved { target, file_name: name.map(OsString::from) }
+        let target = MountTarget {
+            path: path.to_owned(),
+            kind,
+        };
+        Resolved {
+            target,
+            file_name: name.map(OsString::from),
+        }
     }
 
     fn error(mountpoint: &Path) -> String {
@@ -107,9 +132,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let expected = resolved(dir.path(), MountKind::Dir, None);
         assert_eq!(resolve(dir.path().as_os_str()).as_ref(), Ok(&expected));
-        assert_eq!(resolve(dir.path().join("").as_os_str()), Ok(expected), "a slash at the end");
+        assert_eq!(
+            resolve(dir.path().join("").as_os_str()),
+            Ok(expected),
+            "a slash at the end"
+        );
         let here = std::env::current_dir().unwrap();
-        assert_eq!(resolve(OsStr::new("src")), Ok(resolved(&here.join("src"), MountKind::Dir, None)));
+        assert_eq!(
+            resolve(OsStr::new("src")),
+            Ok(resolved(&here.join("src"), MountKind::Dir, None))
+        );
     }
 
     #[test]
@@ -128,19 +160,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("disk.img");
         fs::write(&file, "").unwrap();
-        assert_eq!(resolve(file.as_os_str()), Ok(resolved(&file, MountKind::File, Some("disk.img"))));
+        assert_eq!(
+            resolve(file.as_os_str()),
+            Ok(resolved(&file, MountKind::File, Some("disk.img")))
+        );
     }
 
     #[test]
     fn a_new_name_in_a_directory_is_the_files() {
         let dir = tempfile::tempdir().unwrap();
         let new = dir.path().join("new.img");
-        assert_eq!(resolve(new.as_os_str()), Ok(resolved(dir.path(), MountKind::Dir, Some("new.img"))));
+        assert_eq!(
+            resolve(new.as_os_str()),
+            Ok(resolved(dir.path(), MountKind::Dir, Some("new.img")))
+        );
         let odd = dir.path().join(OsStr::from_bytes(b"\xff"));
         let name = resolve(odd.as_os_str()).unwrap().file_name;
         assert_eq!(name.as_deref(), Some(OsStr::from_bytes(b"\xff")));
         let here = std::env::current_dir().unwrap();
-        assert_eq!(resolve(OsStr::new("new.img")), Ok(resolved(&here, MountKind::Dir, Some("new.img"))));
+        assert_eq!(
+            resolve(OsStr::new("new.img")),
+            Ok(resolved(&here, MountKind::Dir, Some("new.img")))
+        );
     }
 
     #[test]
@@ -159,11 +200,20 @@ mod tests {
     #[test]
     fn a_stale_mount_is_left_for_the_mount_to_report() {
         let stale_at = |stale: &'static str| {
-            move |path: &Path| Ok(if path.starts_with(stale) { Found::Stale } else { Found::Dir })
+            move |path: &Path| {
+                Ok(if path.starts_with(stale) {
+                    Found::Stale
+                } else {
+                    Found::Dir
+                })
+            }
         };
         let found = resolve_by(OsStr::new("/a/mnt"), stale_at("/a/mnt"));
         assert_eq!(found, Ok(resolved(Path::new("/a/mnt"), MountKind::Dir, None)));
         let found = resolve_by(OsStr::new("/a/mnt/new.raw"), stale_at("/a/mnt"));
-        assert_eq!(found, Ok(resolved(Path::new("/a/mnt"), MountKind::Dir, Some("new.raw"))));
+        assert_eq!(
+            found,
+            Ok(resolved(Path::new("/a/mnt"), MountKind::Dir, Some("new.raw")))
+        );
     }
 }

@@ -113,7 +113,10 @@ pub(super) fn file_name(value: &OsStr) -> Result<(), String> {
 
 /// Digits alone; `parse` would also take a `+`.
 fn decimal(text: &str) -> Option<u32> {
-    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+    text.bytes()
+        .all(|b| b.is_ascii_digit())
+        .then(|| text.parse().ok())
+        .flatten()
 }
 
 #[cfg(test)]
@@ -187,7 +190,10 @@ mod tests {
         let here = std::env::current_dir().unwrap();
         assert_eq!(path(os("a/../b")), Ok(here.join("a/../b")));
         assert_eq!(path(os("/a/b")), Ok("/a/b".into()));
-        assert_eq!(path(OsStr::from_bytes(b"\xff")), Ok(here.join(OsStr::from_bytes(b"\xff"))));
+        assert_eq!(
+            path(OsStr::from_bytes(b"\xff")),
+            Ok(here.join(OsStr::from_bytes(b"\xff")))
+        );
         assert!(path(os("")).is_err());
         assert!(path(os("a\0b")).is_err());
     }

@@ -113,14 +113,18 @@ impl Creation {
                 return Err(UsageError::new("--create makes disks, but create=false says otherwise"));
             }
             return match self.first_detail() {
-                Some(key) => Err(UsageError::new(format!("{key}= says how to make a disk: it goes with create=true"))),
+                Some(key) => Err(UsageError::new(format!(
+                    "{key}= says how to make a disk: it goes with create=true"
+                ))),
                 None => Ok(None),
             };
         }
         if matches!(subcommand, Subcommand::Query | Subcommand::Commit) {
             return Err(UsageError::new("create=true goes with a mount or with --create"));
         }
-        let size = self.size.ok_or_else(|| UsageError::new("a new disk needs its size: add create-size=SIZE"))?;
+        let size = self
+            .size
+            .ok_or_else(|| UsageError::new("a new disk needs its size: add create-size=SIZE"))?;
         Ok(Some(CreateConfig {
             size,
             kind: self.kind.unwrap_or_default(),
@@ -143,14 +147,20 @@ impl Creation {
 
 /// The value of `cow=`. A file that is called `tmp` is written `./tmp`.
 pub(super) fn overlay(value: &OsStr) -> Result<Overlay, String> {
-    if value == TEMPORARY { Ok(Overlay::Temporary) } else { values::path(value).map(Overlay::File) }
+    if value == TEMPORARY {
+        Ok(Overlay::Temporary)
+    } else {
+        values::path(value).map(Overlay::File)
+    }
 }
 
 /// The value of `create-size=`.
 pub(super) fn size(value: &OsStr) -> Result<u64, String> {
     let bytes = values::size(value)?;
     if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
-        return Err(format!("a disk has whole sectors: a multiple of {SECTOR} bytes, and at least one"));
+        return Err(format!(
+            "a disk has whole sectors: a multiple of {SECTOR} bytes, and at least one"
+        ));
     }
     if bytes / SECTOR > MAX_SECTORS {
         return Err(format!("a disk has at most {MAX_SECTORS} sectors of {SECTOR} bytes"));
@@ -175,9 +185,17 @@ pub(super) fn hardware_version(value: &OsStr) -> Result<u32, String> {
         return Ok(*version);
     }
     let digits = text.bytes().all(|b| b.is_ascii_digit());
-    let number = text.parse().ok().filter(|number| digits && HARDWARE_RANGE.contains(number));
+    let number = text
+        .parse()
+        .ok()
+        .filter(|number| digits && HARDWARE_RANGE.contains(number));
     let (first, last) = (HARDWARE_RANGE.start(), HARDWARE_RANGE.end());
-    number.ok_or_else(|| format!("must be a number from {first} to {last}, or one of {}", names(&HARDWARE)))
+    number.ok_or_else(|| {
+        format!(
+            "must be a number from {first} to {last}, or one of {}",
+            names(&HARDWARE)
+        )
+    })
 }
 
 fn word<T: Copy>(value: &OsStr, words: &[(&str, T)]) -> Result<T, String> {
@@ -239,13 +257,22 @@ pub(super) fn check_files(disks: &[DiskConfig]) -> Result<(), UsageError> {
             _ => continue,
         };
         if written.insert(file, disk).is_some() {
-            let why = if key == "cow" { "an overlay belongs to one disk" } else { "it can be made only once" };
-            return Err(UsageError::new(format!("{key}={} is given for two disks: {why}", file.display())));
+            let why = if key == "cow" {
+                "an overlay belongs to one disk"
+            } else {
+                "it can be made only once"
+            };
+            return Err(UsageError::new(format!(
+                "{key}={} is given for two disks: {why}",
+                file.display()
+            )));
         }
     }
     for disk in disks {
         let Some(local) = disk.source.local() else { continue };
-        let other = written.get(local.path.as_path()).filter(|other| !std::ptr::eq(**other, disk));
+        let other = written
+            .get(local.path.as_path())
+            .filter(|other| !std::ptr::eq(**other, disk));
         if let Some(other) = other {
             return Err(UsageError::new(format!(
                 "{} is both a disk of its own and written for {}",
@@ -281,7 +308,11 @@ mod tests {
 
     #[test]
     fn a_new_disk_with_all_that_can_be_said_of_it() {
-        let said = ["create-type=split-flat", "create-adapter-type=ide", "create-hwversion=esx65"];
+        let said = [
+            "create-type=split-flat",
+            "create-adapter-type=ide",
+            "create-hwversion=esx65",
+        ];
         let args = [&["--create", "file=/a*.vmdk", "create-size=3G"][..], &said].concat();
         let expected = CreateConfig {
             size: 3 << 30,
@@ -305,9 +336,15 @@ mod tests {
             adapter: AdapterType::LsiLogic,
             hardware_version: 4,
         };
-        assert_eq!(create(&disks(&["--create", "/a.vmdk", "create-size=512"])[0]), Some(&expected));
+        assert_eq!(
+            create(&disks(&["--create", "/a.vmdk", "create-size=512"])[0]),
+            Some(&expected)
+        );
         let common = disks(&["--create", "create-size=512", "/a.vmdk", "/b.vmdk", "create-size=1M"]);
-        assert_eq!(common.iter().map(|disk| create(disk).unwrap().size).collect::<Vec<_>>(), [512, 1 << 20]);
+        assert_eq!(
+            common.iter().map(|disk| create(disk).unwrap().size).collect::<Vec<_>>(),
+            [512, 1 << 20]
+        );
         assert_eq!(create(&disks(&["src", "/a.vmdk", "create=no"])[0]), None);
     }
 
@@ -317,9 +354,15 @@ mod tests {
         let overlay = |args: &[&str]| disks(args)[0].overlay.clone();
         assert_eq!(overlay(&["src", "/a", "cow=tmp"]), Some(Overlay::Temporary));
         assert_eq!(overlay(&["src", "/a", "-o", "cow=tmp"]), Some(Overlay::Temporary));
-        assert_eq!(overlay(&["src", "/a", "cow=./tmp"]), Some(Overlay::File(here.join("tmp"))));
+        assert_eq!(
+            overlay(&["src", "/a", "cow=./tmp"]),
+            Some(Overlay::File(here.join("tmp")))
+        );
         for looks in ["--info", "--map", "--check"] {
-            assert_eq!(overlay(&[looks, "/a", "cow=c.vmdk"]), Some(Overlay::File(here.join("c.vmdk"))));
+            assert_eq!(
+                overlay(&[looks, "/a", "cow=c.vmdk"]),
+                Some(Overlay::File(here.join("c.vmdk")))
+            );
         }
         let all = disks(&["src", "cow=tmp", "/a", "/b", "cow=/c"]);
         assert_eq!(all[0].overlay, Some(Overlay::Temporary));
@@ -340,39 +383,97 @@ mod tests {
     fn what_does_not_go_together_is_said_in_a_sentence() {
         let (size, cow) = ("create-size=1M", "cow=/c.vmdk");
         let cases: &[(&[&str], &str)] = &[
-            (&["src", "/a", size], "create-size= says how to make a disk: it goes with create=true"),
-            (&["src", "/a", "create-type=split-flat"], "create-type= says how to make a disk"),
-            (&["src", "/a", "create=no", "create-hwversion=4"], "create-hwversion= says how to make a disk"),
-            (&["--info", "/a", "create-adapter-type=ide"], "create-adapter-type= says how to make a disk"),
-            (&["src", "/a", "create=yes"], "/a: a new disk needs its size: add create-size=SIZE"),
+            (
+                &["src", "/a", size],
+                "create-size= says how to make a disk: it goes with create=true",
+            ),
+            (
+                &["src", "/a", "create-type=split-flat"],
+                "create-type= says how to make a disk",
+            ),
+            (
+                &["src", "/a", "create=no", "create-hwversion=4"],
+                "create-hwversion= says how to make a disk",
+            ),
+            (
+                &["--info", "/a", "create-adapter-type=ide"],
+                "create-adapter-type= says how to make a disk",
+            ),
+            (
+                &["src", "/a", "create=yes"],
+                "/a: a new disk needs its size: add create-size=SIZE",
+            ),
             (&["--create", "/a"], "/a: a new disk needs its size"),
-            (&["--create", "/a", size, "create=no"], "--create makes disks, but create=false says otherwise"),
+            (
+                &["--create", "/a", size, "create=no"],
+                "--create makes disks, but create=false says otherwise",
+            ),
             (&["--create", size], "no disk is given"),
             (&["--create", "dir=/a", size], "a new disk is named with file=PATH"),
             (&["--create", "--json", "/a", size], "--json goes with"),
             (&["--create", "-r", "/a", size], "cannot be used with"),
             (&["--create", "--commit", "/a", size], "cannot be used with"),
-            (&["--create", "/a", size, cow], "/a: cow= puts an overlay over a disk that exists"),
-            (&["src", "/a", "create=1", size, "cow=tmp"], "/a: cow= puts an overlay over a disk that exists"),
-            (&["src", "/a", "create=1", size, "format=raw"], "makes a VMDK, but format=raw says otherwise"),
+            (
+                &["--create", "/a", size, cow],
+                "/a: cow= puts an overlay over a disk that exists",
+            ),
+            (
+                &["src", "/a", "create=1", size, "cow=tmp"],
+                "/a: cow= puts an overlay over a disk that exists",
+            ),
+            (
+                &["src", "/a", "create=1", size, "format=raw"],
+                "makes a VMDK, but format=raw says otherwise",
+            ),
             (&["src", "/a", "create=1", size, "readonly=1"], "cannot be read-only"),
             (&["-r", "src", "/a", "create=1", size], "cannot be read-only"),
-            (&["--create", size, "/a", "/a"], "file=/a is given for two disks: it can be made only once"),
-            (&["--info", "/a", "create=1", size], "create=true goes with a mount or with --create"),
-            (&["--commit", "/a", cow, "create=1", size], "create=true goes with a mount or with --create"),
             (
-                &["src", "/a", "create=1", size, "create-type=stream-optimized", "cache=writeback"],
+                &["--create", size, "/a", "/a"],
+                "file=/a is given for two disks: it can be made only once",
+            ),
+            (
+                &["--info", "/a", "create=1", size],
+                "create=true goes with a mount or with --create",
+            ),
+            (
+                &["--commit", "/a", cow, "create=1", size],
+                "create=true goes with a mount or with --create",
+            ),
+            (
+                &[
+                    "src",
+                    "/a",
+                    "create=1",
+                    size,
+                    "create-type=stream-optimized",
+                    "cache=writeback",
+                ],
                 "a stream-optimized disk is written in order",
             ),
             (&["--commit", "/a"], "/a: --commit needs the overlay: add cow=FILE"),
-            (&["--commit", "/a", "cow=tmp"], "/a: --commit merges an overlay that was kept"),
+            (
+                &["--commit", "/a", "cow=tmp"],
+                "/a: --commit merges an overlay that was kept",
+            ),
             (&["--commit", "/a", cow, "readonly=1"], "--commit writes to the base"),
-            (&["--commit", "/a", cow, "/b", "cow=/d"], "--commit takes one disk, but there are 2"),
+            (
+                &["--commit", "/a", cow, "/b", "cow=/d"],
+                "--commit takes one disk, but there are 2",
+            ),
             (&["--commit", cow], "no disk is given"),
-            (&["--check", "/a", "cow=tmp"], "cow=tmp is a new overlay with nothing in it"),
+            (
+                &["--check", "/a", "cow=tmp"],
+                "cow=tmp is a new overlay with nothing in it",
+            ),
             (&["src", "/a", "cow=/a"], "/a: cow= names the disk itself"),
-            (&["src", "cow=/c", "/a", "/b"], "cow=/c is given for two disks: an overlay belongs to one disk"),
-            (&["src", "/a", "cow=/b", "/b"], "/b is both a disk of its own and written for /a"),
+            (
+                &["src", "cow=/c", "/a", "/b"],
+                "cow=/c is given for two disks: an overlay belongs to one disk",
+            ),
+            (
+                &["src", "/a", "cow=/b", "/b"],
+                "/b is both a disk of its own and written for /a",
+            ),
         ];
         for (args, message) in cases {
             let error = action(args).unwrap_err();
@@ -383,9 +484,15 @@ mod tests {
     #[test]
     fn words_that_are_none_name_those_that_are() {
         for (word, part) in [
-            ("create-type=flat", "create-type=flat: must be one of monolithic-sparse, "),
+            (
+                "create-type=flat",
+                "create-type=flat: must be one of monolithic-sparse, ",
+            ),
             ("create-adapter-type=scsi", "lsilogic, legacyESX"),
-            ("create-hwversion=100", "a number from 3 to 99, or one of workstation4, "),
+            (
+                "create-hwversion=100",
+                "a number from 3 to 99, or one of workstation4, ",
+            ),
             ("create-size=1000", "a multiple of 512 bytes"),
             ("crate-size=1M", "did you mean create-size=?"),
         ] {

@@ -64,7 +64,9 @@ impl Attributes {
     /// `attr` with what was set, and with a time of change not before the last one that is known of.
     pub(super) fn apply(&self, attr: FileAttr) -> FileAttr {
         let set = self.settled();
-        let mtime = set.mtime.unwrap_or_else(|| attr.mtime.max(set.changed.unwrap_or(attr.mtime)));
+        let mtime = set
+            .mtime
+            .unwrap_or_else(|| attr.mtime.max(set.changed.unwrap_or(attr.mtime)));
         FileAttr {
             mtime,
             ctime: attr.ctime.max(set.changed.unwrap_or(attr.ctime)),

@@ -83,7 +83,10 @@ fn encode(mount: Identity) -> String {
 fn decode(numbers: &[u8]) -> Option<Identity> {
     let mut words = std::str::from_utf8(numbers).ok()?.split(' ');
     let id = words.next()?.parse().ok()?;
-    let device = Device { major: words.next()?.parse().ok()?, minor: words.next()?.parse().ok()? };
+    let device = Device {
+        major: words.next()?.parse().ok()?,
+        minor: words.next()?.parse().ok()?,
+    };
     Some(Identity { id, device })
 }
 
@@ -93,7 +96,10 @@ mod tests {
 
     #[test]
     fn numbers_survive_the_socket() {
-        let mount = Identity { id: 77, device: Device { major: 0, minor: 54 } };
+        let mount = Identity {
+            id: 77,
+            device: Device { major: 0, minor: 54 },
+        };
         assert_eq!(decode(encode(mount).as_bytes()), Some(mount));
         assert_eq!(decode(b"77 0"), None);
     }
@@ -105,7 +111,13 @@ mod tests {
         assert!(!watch(watcher).unwrap());
 
         let (mut daemon, watcher) = UnixStream::pair().unwrap();
-        let nothing = Identity { id: u64::MAX, device: Device { major: 0, minor: u32::MAX } };
+        let nothing = Identity {
+            id: u64::MAX,
+            device: Device {
+                major: 0,
+                minor: u32::MAX,
+            },
+        };
         send(&mut daemon, MOUNT, encode(nothing)).unwrap();
         drop(daemon);
         assert!(!watch(watcher).unwrap(), "no such mount");

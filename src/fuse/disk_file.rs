@@ -73,7 +73,10 @@ impl DiskFile {
         Self {
             view: Arc::new(KernelViewNode::new(&config, &volume, shape)),
             // one that is opened anew is what it was
-            config: DiskConfig { read_only: !writable, ..config },
+            config: DiskConfig {
+                read_only: !writable,
+                ..config
+            },
             attributes: Attributes::default(),
             flushes: Arc::default(),
             pool: Arc::default(),
@@ -88,7 +91,10 @@ impl DiskFile {
 
     /// Whether it has to be written in order.
     pub(super) fn in_order(&self) -> bool {
-        self.volume().disk().writer().is_some_and(|disk| disk.sequential_write_only())
+        self.volume()
+            .disk()
+            .writer()
+            .is_some_and(|disk| disk.sequential_write_only())
     }
 
     /// The disk as it is now.
@@ -105,12 +111,20 @@ impl DiskFile {
         if old.is_unchanged() {
             return Ok(());
         }
-        tracing::info!("{}: the image was changed underneath, it is opened anew", self.config.name.display());
+        tracing::info!(
+            "{}: the image was changed underneath, it is opened anew",
+            self.config.name.display()
+        );
         let new = volume::open(&self.config)?;
         if new.len() != old.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("{}: its size changed from {} to {} bytes", self.config.name.display(), old.len(), new.len()),
+                format!(
+                    "{}: its size changed from {} to {} bytes",
+                    self.config.name.display(),
+                    old.len(),
+                    new.len()
+                ),
             ));
         }
         // under the lock of the opens: who sees the new image knows that there was another
@@ -142,8 +156,16 @@ impl DiskFile {
         }
         self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
         // an open for reading leaves nothing to be made durable when it is closed
-        let quiet = if writes { FopenFlags::empty() } else { FopenFlags::FOPEN_NOFLUSH };
-        let parallel = if self.in_order() { quiet } else { quiet | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES };
+        let quiet = if writes {
+            FopenFlags::empty()
+        } else {
+            FopenFlags::FOPEN_NOFLUSH
+        };
+        let parallel = if self.in_order() {
+            quiet
+        } else {
+            quiet | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+        };
         let direct = parallel | FopenFlags::FOPEN_DIRECT_IO;
         let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
@@ -166,7 +188,12 @@ impl DiskFile {
                     opens.pages_are_old = true;
                     self.attributes.passed();
                 }
-                opens.pass(&self.volume(), handle(PASSED, writes), if streams { direct } else { quiet }, reply);
+                opens.pass(
+                    &self.volume(),
+                    handle(PASSED, writes),
+                    if streams { direct } else { quiet },
+                    reply,
+                );
             }
             Err(why) if self.view.refuses(&why, error_log) => reply.error(Errno::EIO),
             Err(_) if self.view.is_wanted() && flags.0 & libc::O_DIRECT != 0 => {
@@ -185,7 +212,11 @@ impl DiskFile {
                 }
                 let keep = opens.keeps_pages() && self.detects_modification();
                 opens.served += 1;
-                let keep = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                let keep = if keep {
+                    FopenFlags::FOPEN_KEEP_CACHE
+                } else {
+                    FopenFlags::empty()
+                };
                 reply.opened(handle(SERVED, writes), quiet | keep);
             }
         }
@@ -197,7 +228,10 @@ impl DiskFile {
             reply.error(errno(&e));
             return error_log.note(e);
         }
-        if let Err(e) = self.view.open(&self.volume(), flags.0 & libc::O_DIRECT != 0, pid, reply) {
+        if let Err(e) = self
+            .view
+            .open(&self.volume(), flags.0 & libc::O_DIRECT != 0, pid, reply)
+        {
             error_log.note(e);
         }
     }
@@ -217,7 +251,10 @@ impl DiskFile {
             return Err("it is open in the other mode".to_owned());
         }
         let volume = self.volume();
-        let fd = volume.disk().backing_fd().ok_or("it is not one flat file from its first to its last byte")?;
+        let fd = volume
+            .disk()
+            .backing_fd()
+            .ok_or("it is not one flat file from its first to its last byte")?;
         if self.view.is_off() {
             return Err("kernel-view=off".to_owned());
         }
@@ -226,7 +263,10 @@ impl DiskFile {
             Some(libc::EPERM) => "FUSE passthrough needs root".to_owned(),
             _ => format!("FUSE passthrough was refused: {e}"),
         })?;
-        tracing::info!("{}: served by the kernel itself (FUSE passthrough)", self.config.name.display());
+        tracing::info!(
+            "{}: served by the kernel itself (FUSE passthrough)",
+            self.config.name.display()
+        );
         opens.backing = Some((id, Arc::clone(&volume)));
         Ok(())
     }
@@ -276,8 +316,13 @@ impl DiskFile {
             Ok(bytes) => reply.data(bytes),
             Err(e) => {
                 reply.error(errno(&e));
-                let name = later.file(index).map_or_else(OsString::new, |file| file.config.name.clone());
-                later.context().error_log.note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+                let name = later
+                    .file(index)
+                    .map_or_else(OsString::new, |file| file.config.name.clone());
+                later
+                    .context()
+                    .error_log
+                    .note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
             }
         });
         volume.submit_read(queue, offset, size as usize, done);
@@ -322,8 +367,14 @@ impl OpenState {
     /// Answers with the backing file. Where it is of an image that has been replaced since, the kernel is told to ask us
     /// all the same: it must be given the backing file while there are opens of it, but need not use it.
     fn pass(&mut self, volume: &Arc<Volume>, handle: FileHandle, flags: FopenFlags, reply: ReplyOpen) {
-        let Some((id, of)) = &self.backing else { return reply.error(Errno::EIO) };
-        let ask = if same_file(of, volume) { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
+        let Some((id, of)) = &self.backing else {
+            return reply.error(Errno::EIO);
+        };
+        let ask = if same_file(of, volume) {
+            FopenFlags::empty()
+        } else {
+            FopenFlags::FOPEN_DIRECT_IO
+        };
         self.passed += 1;
         reply.opened_passthrough(handle, flags | ask, id);
     }

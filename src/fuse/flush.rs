@@ -42,7 +42,10 @@ struct Queue {
 impl std::fmt::Debug for Flushes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let queue = self.queue();
-        f.debug_struct("Flushes").field("running", &queue.running).field("joined", &queue.joined.len()).finish()
+        f.debug_struct("Flushes")
+            .field("running", &queue.running)
+            .field("joined", &queue.joined.len())
+            .finish()
     }
 }
 
@@ -84,7 +87,11 @@ impl Flushes {
     fn begin(self: &Arc<Self>, volume: &Arc<Volume>, queue: &dyn BlockQueue, mut answers: Vec<Answer>) {
         while !answers.is_empty() {
             self.queue().beginning = true;
-            let mut turn = Turn { flushes: Arc::clone(self), volume: Arc::clone(volume), answers };
+            let mut turn = Turn {
+                flushes: Arc::clone(self),
+                volume: Arc::clone(volume),
+                answers,
+            };
             let begun = || queue.submit_flush(Box::new(move |result| turn.end(&result)));
             if catch_unwind(AssertUnwindSafe(begun)).is_err() {
                 tracing::error!("a flush was given up after a panic");
@@ -112,8 +119,12 @@ impl Flushes {
     fn work(&self, volume: &Volume, first: Answer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
-            let result = catch_unwind(AssertUnwindSafe(|| volume.flush()))
-                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up after a panic")));
+            let result = catch_unwind(AssertUnwindSafe(|| volume.flush())).unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorKind::Os(libc::EIO),
+                    "a flush was given up after a panic",
+                ))
+            });
             tell(answers, &result);
             answers = self.next();
         }
@@ -177,7 +188,8 @@ mod tests {
         let ((say, begun), (give, results)) = (channel(), channel());
         let results = Mutex::new(results);
         let disk = TestDisk::new(8).flushing(move || {
-            say.send(thread::current().name().unwrap_or_default().to_owned()).unwrap();
+            say.send(thread::current().name().unwrap_or_default().to_owned())
+                .unwrap();
             results.lock().unwrap().recv().unwrap()
         });
         (Arc::new(Volume::new(Arc::new(disk), Vec::new())), begun, give)
@@ -209,7 +221,10 @@ mod tests {
             assert!(answered.try_recv().is_err());
             give.send(failure()).unwrap();
         });
-        assert_eq!((answered.recv().unwrap(), answered.recv().unwrap()), (("second", false), ("third", false)));
+        assert_eq!(
+            (answered.recv().unwrap(), answered.recv().unwrap()),
+            (("second", false), ("third", false))
+        );
         assert!(begun.try_recv().is_err(), "one more flush than was needed");
     }
 
@@ -235,7 +250,10 @@ mod tests {
             assert!(answered.recv().unwrap());
         });
         let busy = loops.spare();
-        assert!(busy.is_some() && loops.spare().is_none(), "one loop, no more and no less, can be spared again");
+        assert!(
+            busy.is_some() && loops.spare().is_none(),
+            "one loop, no more and no less, can be spared again"
+        );
     }
 
     #[test]
@@ -257,7 +275,10 @@ mod tests {
         let shared = begun.try_recv().unwrap();
         assert!(answered.try_recv().is_err());
         drop(shared);
-        assert_eq!((answered.try_recv(), answered.try_recv()), (Ok(("second", false)), Ok(("third", false))));
+        assert_eq!(
+            (answered.try_recv(), answered.try_recv()),
+            (Ok(("second", false)), Ok(("third", false)))
+        );
         // and all is as before
         flush("fourth");
         begun.try_recv().unwrap()(failure());
@@ -304,7 +325,12 @@ mod tests {
         let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
         let (end, ended) = channel();
         let work = move || flush(&Arc::new(Flushes::default()), &volume, 50_000, end);
-        thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
+        thread::Builder::new()
+            .stack_size(256 << 10)
+            .spawn(work)
+            .unwrap()
+            .join()
+            .unwrap();
         ended.try_recv().unwrap();
     }
 
@@ -312,15 +338,25 @@ mod tests {
     fn regression_a_panic_while_a_flush_is_begun_is_an_error_of_that_one() {
         let first = std::sync::atomic::AtomicBool::new(true);
         let flush = move || {
-            assert!(!first.swap(false, std::sync::atomic::Ordering::Relaxed), "this is meant");
+            assert!(
+                !first.swap(false, std::sync::atomic::Ordering::Relaxed),
+                "this is meant"
+            );
             Ok(())
         };
-        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None).flushing(flush)), Vec::new()));
+        let volume = Arc::new(Volume::new(
+            Arc::new(TestDisk::new(8).queueing(None).flushing(flush)),
+            Vec::new(),
+        ));
         let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         for wanted in [false, true, true] {
             let answers = answers.clone();
-            flushes.flush(&volume, &loops, Box::new(move |result| answers.send(result.is_ok()).unwrap()));
+            flushes.flush(
+                &volume,
+                &loops,
+                Box::new(move |result| answers.send(result.is_ok()).unwrap()),
+            );
             assert_eq!(answered.try_recv(), Ok(wanted));
         }
     }

@@ -82,7 +82,10 @@ impl Requests {
 impl DiskFs {
     /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
     pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
-        let files = disks.into_iter().enumerate().map(|(i, (config, volume))| DiskFile::new(i, config, volume, shape));
+        let files = disks
+            .into_iter()
+            .enumerate()
+            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, shape));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             shape,
@@ -130,7 +133,11 @@ impl DiskFs {
     /// Whether the kernel is to keep what is written for a while: some disk asks for it, and none that the kernel would
     /// have to keep writes of forbids it.
     fn wants_writeback(&self) -> bool {
-        let asks = |cache| self.files.iter().any(|file| file.writable && file.config.cache == Some(cache));
+        let asks = |cache| {
+            self.files
+                .iter()
+                .any(|file| file.writable && file.config.cache == Some(cache))
+        };
         if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
             tracing::warn!(
                 "cache=writeback holds for a whole mount, and another disk has cache=writethrough: so have all"
@@ -153,7 +160,11 @@ impl DiskFs {
     }
 
     fn context(&self) -> RequestContext<'_> {
-        RequestContext { error_log: &self.error_log, loops: &self.loops, files: &self.files }
+        RequestContext {
+            error_log: &self.error_log,
+            loops: &self.loops,
+            files: &self.files,
+        }
     }
 
     /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
@@ -183,7 +194,9 @@ impl DiskFs {
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
         };
         let index = index.and_then(|i| usize::try_from(i).ok());
-        index.and_then(|i| self.files.get(i)).ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
+        index
+            .and_then(|i| self.files.get(i))
+            .ok_or(if ino == ROOT { Errno::EISDIR } else { Errno::ENOENT })
     }
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
@@ -198,7 +211,9 @@ impl DiskFs {
         let volume = file.volume();
         let perm = if file.writable { 0o644 } else { 0o444 };
         // what has no files does not tell its age
-        let time = Some(volume.mtime_ns()).filter(|ns| *ns != 0).map_or(self.mounted, time_of);
+        let time = Some(volume.mtime_ns())
+            .filter(|ns| *ns != 0)
+            .map_or(self.mounted, time_of);
         file.attributes.apply(FileAttr {
             size: volume.len(),
             blocks: volume.allocated().div_ceil(512),
@@ -209,7 +224,10 @@ impl DiskFs {
     fn directory_attr(&self) -> FileAttr {
         // who makes a file in it shall hear from us that this can't be
         let perm = if self.is_writable() { 0o755 } else { 0o555 };
-        FileAttr { nlink: 2, ..self.plain_attr(ROOT, FileType::Directory, perm, self.mounted) }
+        FileAttr {
+            nlink: 2,
+            ..self.plain_attr(ROOT, FileType::Directory, perm, self.mounted)
+        }
     }
 
     fn plain_attr(&self, ino: INodeNo, kind: FileType, perm: u16, time: SystemTime) -> FileAttr {
@@ -246,6 +264,10 @@ fn guarded(what: impl FnOnce()) {
 
 fn time_of(ns: i128) -> SystemTime {
     let magnitude = Duration::from_nanos(u64::try_from(ns.unsigned_abs()).unwrap_or(0));
-    let time = if ns >= 0 { UNIX_EPOCH.checked_add(magnitude) } else { UNIX_EPOCH.checked_sub(magnitude) };
+    let time = if ns >= 0 {
+        UNIX_EPOCH.checked_add(magnitude)
+    } else {
+        UNIX_EPOCH.checked_sub(magnitude)
+    };
     time.unwrap_or(UNIX_EPOCH)
 }

@@ -27,7 +27,11 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
     let theirs = OwnedFd::from(theirs);
     let mut helper = spawn(|command| {
         let stdin = theirs.try_clone()?;
-        command.arg("-o").arg(option_words(options, source)).arg("--").arg(point);
+        command
+            .arg("-o")
+            .arg(option_words(options, source))
+            .arg("--")
+            .arg(point);
         command.env("_FUSE_COMMFD", "0").stdin(stdin);
         Ok(())
     })?;
@@ -45,11 +49,20 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
 /// Unmounts `point`, at once or (`lazy`) as soon as its last user is gone.
 pub(super) fn unmount(point: &Path, lazy: bool) -> Result<()> {
     let helper = spawn(|command| {
-        command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(point).stdin(Stdio::null());
+        command
+            .arg("-u")
+            .args(lazy.then_some("-z"))
+            .arg("--")
+            .arg(point)
+            .stdin(Stdio::null());
         Ok(())
     })?;
     let Output { status, stderr, .. } = helper.wait_with_output().map_err(|e| Error::io("fusermount3", e))?;
-    if status.success() { Ok(()) } else { Err(Error::new(ErrorKind::Os(libc::EBUSY), said(&stderr))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Error::new(ErrorKind::Os(libc::EBUSY), said(&stderr)))
+    }
 }
 
 /// Starts the helper with what `arguments` adds.
@@ -69,7 +82,11 @@ fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
 
 /// Options as the helper reads them.
 fn option_words(options: &MountOptions, source: &str) -> String {
-    let mut words = format!("fsname={},subtype={},nosuid,nodev", escape(source), super::mount::SUBTYPE);
+    let mut words = format!(
+        "fsname={},subtype={},nosuid,nodev",
+        escape(source),
+        super::mount::SUBTYPE
+    );
     words.push_str(if options.read_only { ",ro" } else { ",rw" });
     for (on, word) in [
         (options.allow_other || options.allow_root, ",allow_other"),
@@ -98,7 +115,12 @@ fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
     let mut iov = [IoSliceMut::new(&mut byte)];
     let mut space = nix::cmsg_space!(RawFd);
     let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+        match recvmsg::<()>(
+            socket.as_raw_fd(),
+            &mut iov,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
             Err(Errno::EINTR) => {}
             other => break other?,
         }
@@ -145,7 +167,11 @@ fn refusal(point: &Path, mut helper: Child, errno: Errno) -> Error {
 /// What the helper printed, on one line.
 fn said(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
-    text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ")
+    text.lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 #[cfg(test)]
@@ -154,12 +180,19 @@ mod tests {
 
     #[test]
     fn option_words_escape_the_source() {
-        let options = MountOptions { read_only: true, allow_root: true, ..Default::default() };
+        let options = MountOptions {
+            read_only: true,
+            allow_root: true,
+            ..Default::default()
+        };
         assert_eq!(
             option_words(&options, "a,b\\c.vmdk"),
             "fsname=a\\,b\\\\c.vmdk,subtype=vmdkfuse,nosuid,nodev,ro,allow_other"
         );
-        assert_eq!(option_words(&MountOptions::default(), "x"), "fsname=x,subtype=vmdkfuse,nosuid,nodev,rw");
+        assert_eq!(
+            option_words(&MountOptions::default(), "x"),
+            "fsname=x,subtype=vmdkfuse,nosuid,nodev,rw"
+        );
     }
 
     #[test]

@@ -127,7 +127,10 @@ impl KernelViewNode {
     pub(super) fn new(config: &DiskConfig, volume: &Volume, shape: MountKind) -> Self {
         let name = config.name.to_string_lossy().into_owned();
         // what is no local disk has no files that the kernel could read
-        let off = ViewConfig { mode: KernelView::Off, ..ViewConfig::default() };
+        let off = ViewConfig {
+            mode: KernelView::Off,
+            ..ViewConfig::default()
+        };
         let view = config.source.local().map_or(off, |local| local.view.clone());
         let way = match no_view(config, &view, volume, shape) {
             None => Way::Building,
@@ -137,8 +140,20 @@ impl KernelViewNode {
             }
         };
         let never = matches!(way, Way::Served);
-        let state = State { way, backing: None, passed: 0, direct: 0, turned: None, waited_for: Vec::new() };
-        Self { name, config: view, never, state: Mutex::new(state) }
+        let state = State {
+            way,
+            backing: None,
+            passed: 0,
+            direct: 0,
+            turned: None,
+            waited_for: Vec::new(),
+        };
+        Self {
+            name,
+            config: view,
+            never,
+            state: Mutex::new(state),
+        }
     }
 
     /// Whether a view may come or is there: then the file system below it counts as one more layer.
@@ -174,7 +189,10 @@ impl KernelViewNode {
             Now::Served => reply.entry_with_ttls(ttl, asked_again, attr, Generation(0)),
             // the library takes the node's number from the attributes; those with the right one are asked for next
             Now::View => {
-                let attr = FileAttr { ino: view_of(attr.ino), ..*attr };
+                let attr = FileAttr {
+                    ino: view_of(attr.ino),
+                    ..*attr
+                };
                 reply.entry_with_ttls(asked_again, asked_again, &attr, Generation(0));
             }
         }
@@ -186,7 +204,10 @@ impl KernelViewNode {
     pub(super) fn open(&self, volume: &Arc<Volume>, direct: bool, pid: u32, reply: ReplyOpen) -> Result<()> {
         let mut state = self.lock();
         if state.outdate(volume) {
-            tracing::warn!("{}: the image was changed underneath, the kernel view is given up", self.name);
+            tracing::warn!(
+                "{}: the image was changed underneath, the kernel view is given up",
+                self.name
+            );
         }
         if !direct
             && let Way::Ready(view, _) = &state.way
@@ -307,7 +328,8 @@ impl State {
 
     /// Whether process `pid` is told to look the name up again: not if it was told so just now.
     fn turn_away(&mut self, pid: u32, now: Instant) -> bool {
-        self.waited_for.retain(|(_, at)| now.saturating_duration_since(*at) < COME_AGAIN);
+        self.waited_for
+            .retain(|(_, at)| now.saturating_duration_since(*at) < COME_AGAIN);
         // 0 stands for every process of another PID namespace
         let known = self.waited_for.iter().position(|&(who, _)| who == pid && pid != 0);
         if let Some(i) = known {
@@ -359,7 +381,9 @@ fn no_view(config: &DiskConfig, view: &ViewConfig, volume: &Volume, shape: Mount
 }
 
 fn refused(name: &str, why: Error) -> Error {
-    why.within(format!("{name}: kernel-view=required, but the kernel does not read the disk by itself"))
+    why.within(format!(
+        "{name}: kernel-view=required, but the kernel does not read the disk by itself"
+    ))
 }
 
 #[cfg(test)]

@@ -24,7 +24,11 @@ pub(super) struct Spared<'a>(&'a LoopBudget);
 impl LoopBudget {
     /// So many.
     pub(super) fn new(count: usize) -> Self {
-        Self { alone: count == 1, spare: AtomicUsize::new(count.saturating_sub(1)), device: OnceLock::new() }
+        Self {
+            alone: count == 1,
+            spare: AtomicUsize::new(count.saturating_sub(1)),
+            device: OnceLock::new(),
+        }
     }
 
     /// Told where requests come from.
@@ -49,7 +53,9 @@ impl LoopBudget {
 
     /// The right to be busy, if a loop can be spared.
     pub(super) fn spare(&self) -> Option<Spared<'_>> {
-        let taken = self.spare.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+        let taken = self
+            .spare
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
         taken.is_ok().then(|| Spared(self))
     }
 }

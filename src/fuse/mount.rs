@@ -60,11 +60,18 @@ impl Target {
         refuse_ours(&point)?;
         let kind = fs::metadata(&point).map_err(|e| stale_or(&point, e))?.file_type();
         if !kind.is_dir() && !kind.is_file() {
-            let what = if kind.is_block_device() || kind.is_char_device() { "a device" } else { "a pipe or socket" };
+            let what = if kind.is_block_device() || kind.is_char_device() {
+                "a device"
+            } else {
+                "a pipe or socket"
+            };
             let text = format!("{}: is {what}; mount on a directory or a regular file", point.display());
             return Err(Error::new(ErrorKind::Usage, text));
         }
-        Ok(Self { point, is_file: kind.is_file() })
+        Ok(Self {
+            point,
+            is_file: kind.is_file(),
+        })
     }
 }
 
@@ -102,9 +109,14 @@ impl Identity {
     fn find(self) -> Result<Option<PathBuf>> {
         let table = mountinfo::read()?;
         let same = |e: &&Entry| e.id == self.id && e.device == self.device && e.fstype == FSTYPE;
-        let Some(ours) = table.iter().find(same) else { return Ok(None) };
+        let Some(ours) = table.iter().find(same) else {
+            return Ok(None);
+        };
         if table.iter().any(|e| e.parent == ours.id && e.point == ours.point) {
-            let text = format!("{}: another mount covers ours; unmount that one first", ours.point.display());
+            let text = format!(
+                "{}: another mount covers ours; unmount that one first",
+                ours.point.display()
+            );
             return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
         }
         Ok(Some(ours.point.clone()))
@@ -130,12 +142,24 @@ impl Mount {
         };
         let entry = mountinfo::of(&target.point)?;
         if entry.fstype != FSTYPE {
-            let text = format!("{}: something else was mounted there at the same time", target.point.display());
+            let text = format!(
+                "{}: something else was mounted there at the same time",
+                target.point.display()
+            );
             return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
         }
         tracing::debug!("mounted on {} as {} {}", entry.point.display(), entry.id, entry.device);
-        let identity = Identity { id: entry.id, device: entry.device };
-        Ok((Self { identity, unmounted: false }, device))
+        let identity = Identity {
+            id: entry.id,
+            device: entry.device,
+        };
+        Ok((
+            Self {
+                identity,
+                unmounted: false,
+            },
+            device,
+        ))
     }
 
     /// The device of the mount.
@@ -223,7 +247,10 @@ fn open_device() -> io::Result<File> {
 }
 
 fn no_fuse(e: io::Error) -> Error {
-    Error::io("/dev/fuse: this kernel has no FUSE (try `modprobe fuse`; in a container, pass the device in)", e)
+    Error::io(
+        "/dev/fuse: this kernel has no FUSE (try `modprobe fuse`; in a container, pass the device in)",
+        e,
+    )
 }
 
 /// The options that the kernel parses.
@@ -258,7 +285,11 @@ fn refuse_ours(point: &Path) -> Result<()> {
     if is_dead(point) {
         return Err(stale(point));
     }
-    let text = format!("{}: is a vmdkfuse mount already; unmount it first: {}", point.display(), clearing(point));
+    let text = format!(
+        "{}: is a vmdkfuse mount already; unmount it first: {}",
+        point.display(),
+        clearing(point)
+    );
     Err(Error::new(ErrorKind::Os(libc::EBUSY), text))
 }
 
@@ -289,7 +320,15 @@ fn stale(point: &Path) -> Error {
 fn clearing(point: &Path) -> String {
     let text = point.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
-    let word = if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) };
-    let program = if nix::unistd::geteuid().is_root() { "umount" } else { "fusermount3 -u" };
+    let word = if text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    };
+    let program = if nix::unistd::geteuid().is_root() {
+        "umount"
+    } else {
+        "fusermount3 -u"
+    };
     format!("{program} {word}")
 }

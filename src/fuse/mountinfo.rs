@@ -70,14 +70,22 @@ pub fn mount_id_of(path: &Path) -> Result<u64> {
         .map_err(|e| Error::io(context(), e))?;
     let fdinfo = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
     let text = fs::read_to_string(&fdinfo).map_err(|e| Error::io(context(), e))?;
-    let id = text.lines().find_map(|l| l.strip_prefix("mnt_id:")).and_then(|v| v.trim().parse().ok());
+    let id = text
+        .lines()
+        .find_map(|l| l.strip_prefix("mnt_id:"))
+        .and_then(|v| v.trim().parse().ok());
     id.ok_or_else(|| Error::io(context(), io::Error::from(io::ErrorKind::InvalidData)))
 }
 
 /// The entry of the mount that `path` lies on.
 pub fn of(path: &Path) -> Result<Entry> {
     let id = mount_id_of(path)?;
-    let gone = || Error::new(ErrorKind::NotFound, format!("{}: its mount is not in the mount table", path.display()));
+    let gone = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("{}: its mount is not in the mount table", path.display()),
+        )
+    };
     read()?.into_iter().find(|e| e.id == id).ok_or_else(gone)
 }
 
@@ -92,7 +100,14 @@ fn parse_line(line: &[u8]) -> Option<Entry> {
     let mut fields = fields.skip_while(|f| *f != b"-").skip(1);
     let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?);
-    Some(Entry { id, parent, device, point, fstype, source })
+    Some(Entry {
+        id,
+        parent,
+        device,
+        point,
+        fstype,
+        source,
+    })
 }
 
 fn number<T: std::str::FromStr>(field: &[u8]) -> Option<T> {
@@ -101,7 +116,10 @@ fn number<T: std::str::FromStr>(field: &[u8]) -> Option<T> {
 
 fn parse_device(field: &[u8]) -> Option<Device> {
     let colon = field.iter().position(|&b| b == b':')?;
-    Some(Device { major: number(&field[..colon])?, minor: number(&field[colon + 1..])? })
+    Some(Device {
+        major: number(&field[..colon])?,
+        minor: number(&field[colon + 1..])?,
+    })
 }
 
 /// Undoes the kernel's `\040` for blank, tab, newline, `\` and `#`.
@@ -145,9 +163,13 @@ mod tests {
 
     #[test]
     fn short_or_odd_lines_are_left_out() {
-        for line in
-            [&b""[..], b"36", b"x 35 0:54 / /a rw - ext4 s", b"36 35 054 / /a rw - ext4 s", b"36 35 0:54 / /a rw"]
-        {
+        for line in [
+            &b""[..],
+            b"36",
+            b"x 35 0:54 / /a rw - ext4 s",
+            b"36 35 054 / /a rw - ext4 s",
+            b"36 35 0:54 / /a rw",
+        ] {
             assert_eq!(parse_line(line), None, "{}", String::from_utf8_lossy(line));
         }
         assert_eq!(unescape(b"a\\04"), "a\\04");

@@ -56,7 +56,8 @@ impl Prober {
     pub fn start(&mut self, files: &[PathBuf]) -> Result<()> {
         let mut tell = |kind, text: &[u8]| send(&mut self.socket, kind, text);
         let told = files.iter().try_for_each(|f| tell(FILE, f.as_os_str().as_bytes()));
-        told.and_then(|()| tell(GO, b"")).map_err(|e| Error::io("process of the first read", e))
+        told.and_then(|()| tell(GO, b""))
+            .map_err(|e| Error::io("process of the first read", e))
     }
 
     /// Readable as soon as it has something to say.
@@ -72,7 +73,10 @@ impl Prober {
             Some((WARNING, t)) => Ok(Some(text(t))),
             Some((DONE, _)) => Ok(None),
             Some((_, t)) => Err(Error::new(ErrorKind::Os(libc::EIO), text(t))),
-            None => Err(Error::new(ErrorKind::Os(libc::EIO), "the process of the first read died")),
+            None => Err(Error::new(
+                ErrorKind::Os(libc::EIO),
+                "the process of the first read died",
+            )),
         }
     }
 
@@ -111,7 +115,10 @@ pub(super) fn probe_file(path: &Path) -> Result<Option<String>> {
     let context = |what: &str| format!("{}: {what}", path.display());
     let open = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path);
     let file = open.map_err(|e| Error::io(context("first open through the mount"), e))?;
-    let size = file.metadata().map_err(|e| Error::io(context("first look through the mount"), e))?.len();
+    let size = file
+        .metadata()
+        .map_err(|e| Error::io(context("first look through the mount"), e))?
+        .len();
     // Without it the kernel would read ahead for a reader that never comes back.
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM)
         .map_err(|e| Error::io(context("advice on reading"), e.into()))?;
@@ -122,7 +129,10 @@ pub(super) fn probe_file(path: &Path) -> Result<Option<String>> {
     if error.raw_os_error() == Some(libc::EIO) {
         for at in [size / 2 / PROBE * PROBE, size.saturating_sub(1) / PROBE * PROBE] {
             if read_page(&file, at, size).is_ok() {
-                return Ok(Some(format!("{}: the start of the disk cannot be read ({error})", path.display())));
+                return Ok(Some(format!(
+                    "{}: the start of the disk cannot be read ({error})",
+                    path.display()
+                )));
             }
         }
     }

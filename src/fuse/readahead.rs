@@ -70,15 +70,33 @@ mod tests {
     #[test]
     fn a_device_without_a_window_is_an_error_that_names_the_file() {
         let e = set(Device { major: 4095, minor: 1 }, Window::AtLeast(DEFAULT_KIB)).unwrap_err();
-        assert!(e.to_string().starts_with("/sys/class/bdi/4095:1/read_ahead_kb: "), "{e}");
+        assert!(
+            e.to_string().starts_with("/sys/class/bdi/4095:1/read_ahead_kb: "),
+            "{e}"
+        );
     }
 
     #[test]
     fn the_largest_bound_counts_and_a_disk_without_one_has_the_usual_window() {
-        assert_eq!(Window::of([Some(0)].into_iter(), Distance::OtherMachine), Window::Exactly(0));
-        assert_eq!(Window::of([Some(65536), Some(2 << 20)].into_iter(), Distance::Here), Window::Exactly(2048));
-        assert_eq!(Window::of([Some(65536), None].into_iter(), Distance::Here), Window::AtLeast(DEFAULT_KIB));
-        assert_eq!(Window::of([None].into_iter(), Distance::OtherMachine), Window::AtLeast(FAR_KIB));
-        assert_eq!(Window::of([None].into_iter(), Distance::OtherProcess), Window::AtLeast(BESIDE_KIB));
+        assert_eq!(
+            Window::of([Some(0)].into_iter(), Distance::OtherMachine),
+            Window::Exactly(0)
+        );
+        assert_eq!(
+            Window::of([Some(65536), Some(2 << 20)].into_iter(), Distance::Here),
+            Window::Exactly(2048)
+        );
+        assert_eq!(
+            Window::of([Some(65536), None].into_iter(), Distance::Here),
+            Window::AtLeast(DEFAULT_KIB)
+        );
+        assert_eq!(
+            Window::of([None].into_iter(), Distance::OtherMachine),
+            Window::AtLeast(FAR_KIB)
+        );
+        assert_eq!(
+            Window::of([None].into_iter(), Distance::OtherProcess),
+            Window::AtLeast(BESIDE_KIB)
+        );
     }
 }

@@ -81,7 +81,10 @@ impl Running {
             // where the last user of a detached mount has gone. Who cares whether it was an abort looks at the mount.
             Ok(Err(e)) if e.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
             Ok(result) => result.map_err(|e| Error::io("session", e)),
-            Err(_) => Err(Error::new(ErrorKind::Os(libc::EIO), "the thread of the session panicked")),
+            Err(_) => Err(Error::new(
+                ErrorKind::Os(libc::EIO),
+                "the thread of the session panicked",
+            )),
         }
     }
 }
@@ -92,7 +95,11 @@ impl Running {
 /// who was handed an open file (a loop device's thread, qemu started by libvirt) and asks for `SEEK_HOLE`, say.
 /// `allow_root` is not known to the kernel: it is `allow_other` there, and fuser keeps the others out.
 fn acl(options: &MountOptions) -> SessionACL {
-    if options.allow_root && !options.allow_other { SessionACL::RootAndOwner } else { SessionACL::All }
+    if options.allow_root && !options.allow_other {
+        SessionACL::RootAndOwner
+    } else {
+        SessionACL::All
+    }
 }
 
 /// How many event loops a session has: `threads`, if that was asked for.
@@ -125,7 +132,11 @@ mod tests {
 
     #[test]
     fn only_allow_root_alone_needs_our_own_check() {
-        let options = |allow_other, allow_root| MountOptions { allow_other, allow_root, ..Default::default() };
+        let options = |allow_other, allow_root| MountOptions {
+            allow_other,
+            allow_root,
+            ..Default::default()
+        };
         assert_eq!(acl(&options(false, false)), SessionACL::All);
         assert_eq!(acl(&options(true, false)), SessionACL::All);
         assert_eq!(acl(&options(false, true)), SessionACL::RootAndOwner);

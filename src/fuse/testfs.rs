@@ -57,7 +57,11 @@ impl TestFs {
             mtime: time,
             ctime: time,
             crtime: time,
-            kind: if folder { FileType::Directory } else { FileType::RegularFile },
+            kind: if folder {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            },
             perm: if folder { 0o755 } else { 0o644 },
             nlink: 1,
             uid: nix::unistd::getuid().as_raw(),

@@ -51,19 +51,42 @@ impl Mounted {
         let target = Target::resolve(&point).unwrap();
         assert_eq!(target.is_file, is_file);
         let (mount, device) = Mount::new(&target, options, "a, b\\c.vmdk").unwrap();
-        let session = Running::start(TestFs { size: SIZE, is_file, fault }, device, options, 2).unwrap();
-        Some(Self { session: Some(session), mount, point, _dir: dir })
+        let session = Running::start(
+            TestFs {
+                size: SIZE,
+                is_file,
+                fault,
+            },
+            device,
+            options,
+            2,
+        )
+        .unwrap();
+        Some(Self {
+            session: Some(session),
+            mount,
+            point,
+            _dir: dir,
+        })
     }
 
     fn disk(&self) -> PathBuf {
-        if self.point.is_file() { self.point.clone() } else { self.point.join(DISK) }
+        if self.point.is_file() {
+            self.point.clone()
+        } else {
+            self.point.join(DISK)
+        }
     }
 
     /// The session's end, which has to come by itself.
     fn end(&mut self) -> crate::error::Result<()> {
         let session = self.session.take().unwrap();
         let soon = Instant::now() + Duration::from_secs(20);
-        assert_eq!(wait([session.ended()], Some(soon)).unwrap(), [true], "the session goes on");
+        assert_eq!(
+            wait([session.ended()], Some(soon)).unwrap(),
+            [true],
+            "the session goes on"
+        );
         session.result()
     }
 
@@ -73,7 +96,10 @@ impl Mounted {
 }
 
 fn options() -> MountOptions {
-    MountOptions { read_only: true, ..Default::default() }
+    MountOptions {
+        read_only: true,
+        ..Default::default()
+    }
 }
 
 fn check_whole_disk(path: &Path) {
@@ -84,9 +110,14 @@ fn check_whole_disk(path: &Path) {
 
 #[test]
 fn mount_of_a_folder_shows_its_type_and_source_and_ends_cleanly() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     let entry = m.entry().unwrap();
-    assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
+    assert_eq!(
+        (entry.fstype.as_str(), entry.source.to_str()),
+        (FSTYPE, Some("a, b\\c.vmdk"))
+    );
     check_whole_disk(&m.disk());
     assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
     m.end().unwrap();
@@ -97,7 +128,9 @@ fn mount_of_a_folder_shows_its_type_and_source_and_ends_cleanly() {
 
 #[test]
 fn mount_over_a_regular_file_covers_it() {
-    let Some(mut m) = Mounted::new(true, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(true, Fault::None, &options()) else {
+        return;
+    };
     check_whole_disk(&m.disk());
     assert_eq!(m.mount.unmount().unwrap(), Unmounted::Clean);
     m.end().unwrap();
@@ -106,28 +139,42 @@ fn mount_over_a_regular_file_covers_it() {
 
 #[test]
 fn mount_that_is_busy_is_detached_and_its_session_ends_with_the_last_user() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     let file = File::open(m.disk()).unwrap();
     assert_eq!(m.mount.unmount().unwrap(), Unmounted::Detached);
     assert_eq!(m.entry(), None);
     let mut byte = [0];
     file.read_exact_at(&mut byte, 512 * 5).unwrap();
     assert_eq!(byte, [5]);
-    assert_eq!(wait([m.session.as_ref().unwrap().ended()], Some(Instant::now())).unwrap(), [false]);
+    assert_eq!(
+        wait([m.session.as_ref().unwrap().ended()], Some(Instant::now())).unwrap(),
+        [false]
+    );
     drop(file);
     m.end().unwrap();
 }
 
 #[test]
 fn mount_through_the_helper_shows_the_same_type_and_source() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     m.mount.unmount().unwrap();
     m.end().unwrap();
     let device = super::fusermount::mount(&m.point, &options(), "a, b\\c.vmdk").unwrap();
-    let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
+    let fs = TestFs {
+        size: SIZE,
+        is_file: false,
+        fault: Fault::None,
+    };
     m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
     let entry = m.entry().unwrap();
-    assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some("a, b\\c.vmdk")));
+    assert_eq!(
+        (entry.fstype.as_str(), entry.source.to_str()),
+        (FSTYPE, Some("a, b\\c.vmdk"))
+    );
     check_whole_disk(&m.disk());
     super::fusermount::unmount(&m.point, false).unwrap();
     m.end().unwrap();
@@ -136,14 +183,21 @@ fn mount_through_the_helper_shows_the_same_type_and_source() {
 
 #[test]
 fn mount_that_is_taken_is_refused_with_the_command() {
-    let Some(m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     let e = Target::resolve(&m.point).unwrap_err().to_string();
-    assert!(e.contains("is a vmdkfuse mount already; unmount it first: umount '"), "{e}");
+    assert!(
+        e.contains("is a vmdkfuse mount already; unmount it first: umount '"),
+        "{e}"
+    );
 }
 
 #[test]
 fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     let minor = m.mount.device().minor;
     let abort = format!("/sys/fs/fuse/connections/{minor}/abort");
     // The kernel knows its attributes for a while yet.
@@ -164,12 +218,18 @@ fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
 
 #[test]
 fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     nix::mount::umount(&m.point).unwrap();
     m.end().unwrap();
     let target = Target::resolve(&m.point).unwrap();
     let (mut other, device) = Mount::new(&target, &options(), "other").unwrap();
-    let fs = TestFs { size: SIZE, is_file: false, fault: Fault::None };
+    let fs = TestFs {
+        size: SIZE,
+        is_file: false,
+        fault: Fault::None,
+    };
     let session = Running::start(fs, device, &options(), 2).unwrap();
     // The kernel may have given it the numbers of ours.
     assert!(!m.mount.clear_dead().unwrap());
@@ -181,7 +241,9 @@ fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
 
 #[test]
 fn mount_read_ahead_is_raised_and_never_lowered() {
-    let Some(m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     let device = m.mount.device();
     if !Path::new(&format!("/sys/class/bdi/{device}")).exists() {
         eprintln!("SKIPPED: no /sys/class/bdi/{device}");
@@ -194,10 +256,15 @@ fn mount_read_ahead_is_raised_and_never_lowered() {
 
 #[test]
 fn mount_outlives_requests_that_panic_with_an_i_o_error() {
-    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else { return };
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
     m.mount.unmount().unwrap();
     m.end().unwrap();
-    let local = LocalConfig { format: Format::Raw, ..LocalConfig::new("none") };
+    let local = LocalConfig {
+        format: Format::Raw,
+        ..LocalConfig::new("none")
+    };
     let config = DiskConfig {
         read_only: true,
         cache: Some(PageCache::None),
@@ -210,7 +277,10 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     });
     let volume = Volume::new(Arc::new(disk), Vec::new());
     let fs = DiskFs::new(MountKind::Dir, vec![(config, volume)], &options(), 2);
-    let target = Target { point: m.point.clone(), is_file: false };
+    let target = Target {
+        point: m.point.clone(),
+        is_file: false,
+    };
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;
     m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
@@ -218,7 +288,10 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     let mut sector = [0; 512];
     // more often than there are loops to be lost
     for _ in 0..64 {
-        assert_eq!(file.read_exact_at(&mut sector, 65536).unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(
+            file.read_exact_at(&mut sector, 65536).unwrap_err().raw_os_error(),
+            Some(libc::EIO)
+        );
         file.read_exact_at(&mut sector, 512).unwrap();
         assert_eq!(sector, [7; 512]);
     }
@@ -229,13 +302,20 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
 
 #[test]
 fn mount_probe_accepts_a_damaged_start_with_a_warning_and_nothing_less() {
-    for (fault, start) in [(Fault::None, None), (Fault::Start, Some("the start of the disk cannot be read"))] {
-        let Some(m) = Mounted::new(false, fault, &options()) else { return };
+    for (fault, start) in [
+        (Fault::None, None),
+        (Fault::Start, Some("the start of the disk cannot be read")),
+    ] {
+        let Some(m) = Mounted::new(false, fault, &options()) else {
+            return;
+        };
         let warning = probe_file(&m.disk()).unwrap();
         assert_eq!(warning.is_some(), start.is_some());
         assert!(warning.is_none_or(|w| w.contains(DISK) && w.contains(start.unwrap())));
     }
-    let Some(m) = Mounted::new(false, Fault::All, &options()) else { return };
+    let Some(m) = Mounted::new(false, Fault::All, &options()) else {
+        return;
+    };
     let e = probe_file(&m.disk()).unwrap_err().to_string();
     assert!(e.contains(DISK) && e.contains("first read through the mount"), "{e}");
 }
@@ -253,5 +333,10 @@ fn mount_points_that_cannot_be_used() {
         let e = Target::resolve(&root.join(name)).unwrap_err().to_string();
         assert!(e.starts_with(root.to_str().unwrap()), "{name}: {e}");
     }
-    assert!(Target::resolve(Path::new("/dev/null")).unwrap_err().to_string().contains("is a device"));
+    assert!(
+        Target::resolve(Path::new("/dev/null"))
+            .unwrap_err()
+            .to_string()
+            .contains("is a device")
+    );
 }

@@ -30,7 +30,11 @@ impl RequestContext<'_> {
     /// The same for an answer that comes later, in another thread.
     pub(super) fn later(&self) -> OwnedContext {
         let (error_log, loops) = (Arc::clone(self.error_log), Arc::clone(self.loops));
-        OwnedContext { error_log, loops, files: Arc::clone(self.files) }
+        OwnedContext {
+            error_log,
+            loops,
+            files: Arc::clone(self.files),
+        }
     }
 }
 
@@ -45,7 +49,11 @@ pub(super) struct OwnedContext {
 impl OwnedContext {
     /// As it was.
     pub(super) fn context(&self) -> RequestContext<'_> {
-        RequestContext { error_log: &self.error_log, loops: &self.loops, files: &self.files }
+        RequestContext {
+            error_log: &self.error_log,
+            loops: &self.loops,
+            files: &self.files,
+        }
     }
 
     /// A disk of the mount.
@@ -67,7 +75,12 @@ impl DiskFile {
     ) {
         // pages are written back whole, and nobody looks at how much of one was: too little has to be an error
         let late = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let request = Request { offset, len: data.len(), late, flags };
+        let request = Request {
+            offset,
+            len: data.len(),
+            late,
+            flags,
+        };
         let volume = self.volume();
         if !volume.is_remote() {
             return self.written(request, volume.write(offset, data), false, context, reply);
@@ -89,7 +102,8 @@ impl DiskFile {
             // it may have to wait for others, or to read first
             Err(done) => {
                 let (data, volume) = (data.to_vec(), Arc::clone(&volume));
-                self.pool.run(Box::new(move || done(volume.write(offset, &data), false)));
+                self.pool
+                    .run(Box::new(move || done(volume.write(offset, &data), false)));
             }
         }
     }
@@ -116,7 +130,9 @@ impl DiskFile {
                 reply.error(errno(&e));
                 // whoever writes too much is told so; of a page that is written late nobody may be left to hear it
                 if late || e.kind() != ErrorKind::Os(libc::ENOSPC) || offset < end {
-                    context.error_log.note(e.within(format!("{name}: write of {len} bytes at {offset}")));
+                    context
+                        .error_log
+                        .note(e.within(format!("{name}: write of {len} bytes at {offset}")));
                 }
             }
             Ok(n) if request.is_sync() && !durable => {
@@ -135,7 +151,11 @@ impl DiskFile {
 
     /// Answers a close: who has written may rely on it afterwards.
     pub(super) fn flush(&self, handle: FileHandle, context: RequestContext<'_>, reply: ReplyEmpty) {
-        if writes(handle) { self.sync(context, reply) } else { reply.ok() }
+        if writes(handle) {
+            self.sync(context, reply)
+        } else {
+            reply.ok()
+        }
     }
 
     /// Answers once everything that was written before is durable.
@@ -167,7 +187,9 @@ impl DiskFile {
             libc::FALLOC_FL_ZERO_RANGE if grows => Err(Failed::Refused(Errno::ENOSPC)),
             how @ (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) => {
                 self.attributes.changed();
-                volume.zero_range(offset, len, how == libc::FALLOC_FL_PUNCH_HOLE).map_err(Failed::Volume)
+                volume
+                    .zero_range(offset, len, how == libc::FALLOC_FL_PUNCH_HOLE)
+                    .map_err(Failed::Volume)
             }
             _ => Err(Failed::Refused(Errno::EOPNOTSUPP)),
         }
@@ -181,7 +203,11 @@ impl DiskFile {
             return Err(Errno::EROFS);
         }
         let is_open = size == 0 && handle.is_none() && opener != 0 && opener == pid;
-        if is_open || size == self.volume().len() { Ok(()) } else { Err(Errno::EINVAL) }
+        if is_open || size == self.volume().len() {
+            Ok(())
+        } else {
+            Err(Errno::EINVAL)
+        }
     }
 
     /// Makes everything durable for somebody who waits.
@@ -225,5 +251,8 @@ pub(super) enum Failed {
 }
 
 fn behind_the_end(at: u64, len: u64) -> Error {
-    Error::new(ErrorKind::Os(libc::ENOSPC), format!("byte {at} is behind the end of the disk, which has {len} bytes"))
+    Error::new(
+        ErrorKind::Os(libc::ENOSPC),
+        format!("byte {at} is behind the end of the disk, which has {len} bytes"),
+    )
 }

@@ -43,7 +43,9 @@ pub fn list(query: &Query) -> Result<u8> {
         SourceConfig::Local(_) => None,
     });
     let servers = servers.collect::<Result<Vec<_>>>()?;
-    print(query.json, &servers, |out| servers.iter().for_each(|s| server_text(s, out)))?;
+    print(query.json, &servers, |out| {
+        servers.iter().for_each(|s| server_text(s, out))
+    })?;
     Ok(0)
 }
 
@@ -67,7 +69,10 @@ fn describe(disk: &DiskConfig) -> Result<Described> {
                 described.writable = described.reason.is_none();
             }
             let overlay = delta.as_ref().map(describe_overlay).transpose()?;
-            Ok(Described::Disk(Box::new(DescribedDisk { disk: described, overlay })))
+            Ok(Described::Disk(Box::new(DescribedDisk {
+                disk: described,
+                overlay,
+            })))
         }
     }
 }
@@ -77,12 +82,24 @@ pub fn map(query: &Query) -> Result<u8> {
     let sources = each(query, |disk, source| {
         let name = disk.name.to_string_lossy().into_owned();
         Ok(match open_overlay(disk, source, Access::Read)? {
-            Some(delta) => Mapped { name, disk: Arc::new(delta), holes: false },
-            None => Mapped { name, disk: source.disk(), holes: true },
+            Some(delta) => Mapped {
+                name,
+                disk: Arc::new(delta),
+                holes: false,
+            },
+            None => Mapped {
+                name,
+                disk: source.disk(),
+                holes: true,
+            },
         })
     })?;
     let mut out = io::BufWriter::new(io::stdout().lock());
-    let written = if query.json { map_json(&sources, &mut out) } else { map_text(&sources, &mut out) };
+    let written = if query.json {
+        map_json(&sources, &mut out)
+    } else {
+        map_text(&sources, &mut out)
+    };
     written?;
     written_to_stdout(out.flush())?;
     Ok(0)
@@ -94,7 +111,9 @@ pub fn check(query: &Query) -> Result<u8> {
     for disk in &query.disks {
         checked.push(check_one(disk)?);
     }
-    print(query.json, &checked, |out| checked.iter().for_each(|c| check_text(c, out)))?;
+    print(query.json, &checked, |out| {
+        checked.iter().for_each(|c| check_text(c, out))
+    })?;
     let status = |c: &Checked| match c.status {
         Status::Clean => 0,
         Status::Leaks => LEAKS,
@@ -111,7 +130,15 @@ pub fn dump(json: bool) -> Result<u8> {
         backends: BACKENDS,
         libnbd: nbd::version()?,
         formats: ["vmdk", "raw"],
-        extents: ["FLAT", "VMFS", "ZERO", "SPARSE", "SPARSE (compressed)", "VMFSSPARSE", "SESPARSE"],
+        extents: [
+            "FLAT",
+            "VMFS",
+            "ZERO",
+            "SPARSE",
+            "SPARSE (compressed)",
+            "VMFSSPARSE",
+            "SESPARSE",
+        ],
         writable: ["raw", "FLAT", "VMFS", "SPARSE"],
         max_links: vmdk::MAX_LINKS,
     };
@@ -133,7 +160,11 @@ pub fn dump(json: bool) -> Result<u8> {
 }
 
 /// The ways to a disk that this build has.
-const BACKENDS: &[&str] = if cfg!(feature = "nbd") { &["native", "nbd"] } else { &["native"] };
+const BACKENDS: &[&str] = if cfg!(feature = "nbd") {
+    &["native", "nbd"]
+} else {
+    &["native"]
+};
 
 #[derive(Debug, Serialize)]
 struct Build {
@@ -207,7 +238,13 @@ fn each<T>(query: &Query, what: impl Fn(&DiskConfig, &Source) -> Result<T>) -> R
 /// they are joined here. Nothing is collected: how many stretches there are is up to the image.
 fn stretches(mapped: &Mapped, mut each: impl FnMut(Stretch) -> io::Result<()>) -> Result<()> {
     let disk = &mapped.disk;
-    let mut each = |s: Stretch| if mapped.holes || s.content != HOLE { each(s) } else { Ok(()) };
+    let mut each = |s: Stretch| {
+        if mapped.holes || s.content != HOLE {
+            each(s)
+        } else {
+            Ok(())
+        }
+    };
     let end = disk.geometry().sectors;
     let mut open: Option<Stretch> = None;
     let mut at = 0;
@@ -237,9 +274,11 @@ fn check_one(disk: &DiskConfig) -> Result<Checked> {
     let name = disk.name.to_string_lossy().into_owned();
     let report = match report_of(disk) {
         Ok(report) => report,
-        Err(e) if e.kind() == crate::error::ErrorKind::Corrupt => {
-            CheckReport { errors: vec![e.to_string()], error_count: 1, ..CheckReport::default() }
-        }
+        Err(e) if e.kind() == crate::error::ErrorKind::Corrupt => CheckReport {
+            errors: vec![e.to_string()],
+            error_count: 1,
+            ..CheckReport::default()
+        },
         Err(e) => return Err(e),
     };
     let status = match (&report.error_count, report.leaks + report.unfinished) {
@@ -298,22 +337,52 @@ fn info_text(described: &DescribedDisk, out: &mut String) {
         for e in &vmdk.extents {
             let file = e.file.as_deref().unwrap_or("-");
             let grain = e.grain.map_or_else(String::new, |g| format!(", grains of {g} bytes"));
-            line!(out, "  extent    {} {} sectors {}{grain}: {file}", e.access, e.sectors, e.kind);
+            line!(
+                out,
+                "  extent    {} {} sectors {}{grain}: {file}",
+                e.access,
+                e.sectors,
+                e.kind
+            );
         }
         for (i, link) in vmdk.chain.iter().enumerate() {
             let cid = link.cid.as_deref().unwrap_or("none");
-            let parent = link.parent_cid.as_ref().map_or_else(String::new, |p| format!(", parent {p}"));
-            let unclean = if link.unclean { ", was not closed after writing" } else { "" };
-            line!(out, "  link {i:<4} {} CID {cid}{parent}{unclean}: {}", link.create_type, link.file);
+            let parent = link
+                .parent_cid
+                .as_ref()
+                .map_or_else(String::new, |p| format!(", parent {p}"));
+            let unclean = if link.unclean {
+                ", was not closed after writing"
+            } else {
+                ""
+            };
+            line!(
+                out,
+                "  link {i:<4} {} CID {cid}{parent}{unclean}: {}",
+                link.create_type,
+                link.file
+            );
         }
     }
     line!(out, "  read by   {}", d.read_by);
     if let Some(overlay) = &described.overlay {
         let parent = overlay.parent_cid.as_deref().unwrap_or("none");
-        let unclean = if overlay.unclean { ", was not closed after writing" } else { "" };
-        let commit = if overlay.unfinished_commit { ", a commit was begun and not finished" } else { "" };
+        let unclean = if overlay.unclean {
+            ", was not closed after writing"
+        } else {
+            ""
+        };
+        let commit = if overlay.unfinished_commit {
+            ", a commit was begun and not finished"
+        } else {
+            ""
+        };
         let file = &overlay.file;
-        line!(out, "  overlay   {} bytes changed, parent {parent}{unclean}{commit}: {file}", overlay.changed);
+        line!(
+            out,
+            "  overlay   {} bytes changed, parent {parent}{unclean}{commit}: {file}",
+            overlay.changed
+        );
     }
     let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
@@ -323,8 +392,17 @@ fn info_text(described: &DescribedDisk, out: &mut String) {
 fn server_text(s: &nbd::ServerInfo, out: &mut String) {
     let yes = |yes: bool| if yes { "yes" } else { "no" };
     line!(out, "{}:", s.server);
-    line!(out, "  protocol  {}, {} TLS", s.protocol, if s.tls { "with" } else { "without" });
-    line!(out, "  replies   {}", if s.structured { "structured" } else { "simple" });
+    line!(
+        out,
+        "  protocol  {}, {} TLS",
+        s.protocol,
+        if s.tls { "with" } else { "without" }
+    );
+    line!(
+        out,
+        "  replies   {}",
+        if s.structured { "structured" } else { "simple" }
+    );
     for e in &s.exports {
         line!(out, "  export \"{}\":", e.export.escape_debug());
         if !e.description.is_empty() {
@@ -339,7 +417,11 @@ fn server_text(s: &nbd::ServerInfo, out: &mut String) {
             line!(out, "    {flag:16} {}", yes(*is));
         }
         for (name, size) in ["minimum", "preferred", "maximum"].iter().zip(e.block_sizes) {
-            let size = if size == 0 { "not said".to_owned() } else { format!("{size} bytes") };
+            let size = if size == 0 {
+                "not said".to_owned()
+            } else {
+                format!("{size} bytes")
+            };
             line!(out, "    block_size {name:9} {size}");
         }
         if !e.contexts.is_empty() {
@@ -350,8 +432,14 @@ fn server_text(s: &nbd::ServerInfo, out: &mut String) {
 
 fn map_text(disks: &[Mapped], out: &mut impl Write) -> Result<()> {
     for disk in disks {
-        written_to_stdout(writeln!(out, "{}:\n  {:>16} {:>16}  content", disk.name, "start", "length"))?;
-        stretches(disk, |s| writeln!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content))?;
+        written_to_stdout(writeln!(
+            out,
+            "{}:\n  {:>16} {:>16}  content",
+            disk.name, "start", "length"
+        ))?;
+        stretches(disk, |s| {
+            writeln!(out, "  {:>16} {:>16}  {}", s.start, s.length, s.content)
+        })?;
     }
     Ok(())
 }
@@ -393,7 +481,10 @@ fn check_text(c: &Checked, out: &mut String) {
             c.report.leaks, c.report.unfinished
         ),
         Status::Leaks => format!("{} leaked grains, nothing else", c.report.leaks),
-        Status::Corrupt => format!("corrupt: {} errors, {} leaked grains", c.report.error_count, c.report.leaks),
+        Status::Corrupt => format!(
+            "corrupt: {} errors, {} leaked grains",
+            c.report.error_count, c.report.leaks
+        ),
     };
     line!(out, "{}: {verdict} ({} grains looked at)", c.name, c.report.grains);
 }

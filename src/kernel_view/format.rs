@@ -80,12 +80,20 @@ impl Entry {
 
     /// A chunk that reads as zeroes.
     pub(super) const fn hole() -> Self {
-        Self { high: U16::ZERO, device: U16::ZERO, block: U32::new(HOLE) }
+        Self {
+            high: U16::ZERO,
+            device: U16::ZERO,
+            block: U32::new(HOLE),
+        }
     }
 
     /// A chunk that starts at `block` of a device; devices count from 0 here.
     pub(super) const fn at(device: u16, block: u32) -> Self {
-        Self { high: U16::ZERO, device: U16::new(device + 1), block: U32::new(block) }
+        Self {
+            high: U16::ZERO,
+            device: U16::new(device + 1),
+            block: U32::new(block),
+        }
     }
 
     /// The block that it starts at; `None`: a hole.
@@ -95,7 +103,10 @@ impl Entry {
 
     /// The same device at another block.
     pub(super) fn moved_to(self, block: u32) -> Self {
-        Self { block: U32::new(block), ..self }
+        Self {
+            block: U32::new(block),
+            ..self
+        }
     }
 }
 
@@ -204,13 +215,21 @@ impl Head {
         out.extend_from_slice(self.superblock().as_bytes());
         for sectors in &self.devices {
             let blocks = sectors.div_ceil(1 << self.block.sector_bits());
-            let slot = Slot { tag: [0; 64], blocks: U32::new(blocks as u32), mapped: U32::ZERO, rest: [0; 56] };
+            let slot = Slot {
+                tag: [0; 64],
+                blocks: U32::new(blocks as u32),
+                mapped: U32::ZERO,
+                rest: [0; 56],
+            };
             out.extend_from_slice(slot.as_bytes());
         }
         out.resize(folder_at(self.block, count) as usize, 0);
         let names = names();
         out.extend_from_slice(&names);
-        out.resize(meta_at(self.block, count) as usize + usize::from(ROOT_NID) * NID as usize, 0);
+        out.resize(
+            meta_at(self.block, count) as usize + usize::from(ROOT_NID) * NID as usize,
+            0,
+        );
         let folder_block = (folder_at(self.block, count) / self.block.bytes()) as u32;
         out.extend_from_slice(inode(FORMAT_PLAIN, 0o040_555, names.len() as u64, folder_block, ROOT_NID).as_bytes());
         let chunks = self.chunk_bits | CHUNK_INDEXES;
@@ -267,11 +286,20 @@ fn inode(format: u16, mode: u16, size: u64, place: u32, number: u16) -> Inode {
 fn names() -> Vec<u8> {
     const KIND_FILE: u8 = 1;
     const KIND_FOLDER: u8 = 2;
-    let entries = [(".", ROOT_NID, KIND_FOLDER), ("..", ROOT_NID, KIND_FOLDER), (FILE, FILE_NID, KIND_FILE)];
+    let entries = [
+        (".", ROOT_NID, KIND_FOLDER),
+        ("..", ROOT_NID, KIND_FOLDER),
+        (FILE, FILE_NID, KIND_FILE),
+    ];
     let mut at = entries.len() * size_of::<Name>();
     let (mut out, mut text) = (Vec::new(), Vec::new());
     for (name, nid, kind) in entries {
-        let entry = Name { nid: U64::new(nid.into()), at: U16::new(at as u16), kind, rest: 0 };
+        let entry = Name {
+            nid: U64::new(nid.into()),
+            at: U16::new(at as u16),
+            kind,
+            rest: 0,
+        };
         out.extend_from_slice(entry.as_bytes());
         text.extend_from_slice(name.as_bytes());
         at += name.len();

@@ -79,11 +79,18 @@ impl Builder {
             return Err(Error::unsupported("the disk is empty"));
         }
         if devices.len() > MAX_DEVICES {
-            return Err(Error::unsupported(format!("{} extents, at most {MAX_DEVICES} are possible", devices.len())));
+            return Err(Error::unsupported(format!(
+                "{} extents, at most {MAX_DEVICES} are possible",
+                devices.len()
+            )));
         }
         let devices: Vec<u64> = devices.iter().map(|bytes| bytes / SECTOR).collect();
         let fits = |sectors: &u64| *sectors <= u64::from(HOLE);
-        let block = if devices.iter().all(fits) { Block::Sector } else { Block::Page };
+        let block = if devices.iter().all(fits) {
+            Block::Sector
+        } else {
+            Block::Page
+        };
         // the power of two that holds the disk
         let wanted = u64::BITS - (sectors - 1).leading_zeros();
         let chunk_bits = wanted.clamp(block.sector_bits(), MAX_CHUNK_BITS + block.sector_bits());
@@ -112,9 +119,15 @@ impl Builder {
     pub(super) fn add(&mut self, sectors: NonZeroU64, place: RunTarget) -> Result<()> {
         let sectors = sectors.get();
         let start = self.told;
-        self.told = start.checked_add(sectors).filter(|&end| end <= self.sectors).ok_or_else(|| {
-            Error::corrupt(format!("a run of {sectors} sectors at sector {start} leaves the disk of {}", self.sectors))
-        })?;
+        self.told = start
+            .checked_add(sectors)
+            .filter(|&end| end <= self.sectors)
+            .ok_or_else(|| {
+                Error::corrupt(format!(
+                    "a run of {sectors} sectors at sector {start} leaves the disk of {}",
+                    self.sectors
+                ))
+            })?;
         self.check(place, sectors)?;
         match &mut self.pending {
             Some(pending) if pending.is_continued_by(place) => pending.sectors += sectors,
@@ -149,7 +162,9 @@ impl Builder {
     /// Checks that the run lies inside of its file and that its blocks have numbers. Only whole sectors of a file count:
     /// the kernel does not read a block that is there in part.
     fn check(&mut self, place: RunTarget, sectors: u64) -> Result<()> {
-        let RunTarget::Stored { device, sector } = place else { return Ok(()) };
+        let RunTarget::Stored { device, sector } = place else {
+            return Ok(());
+        };
         let have = self.devices.get(device).copied().unwrap_or(0);
         let end = sector.checked_add(sectors).filter(|&end| end <= have).ok_or_else(|| {
             let text = format!("{sectors} sectors at sector {sector} leave extent {device} of {have} whole sectors");
@@ -207,7 +222,9 @@ impl Builder {
         for i in (0..old).rev() {
             let Some(&entry) = self.entries.get(i) else { continue };
             for (k, piece) in self.entries.iter_mut().skip(i * pieces).take(pieces).enumerate() {
-                *piece = entry.block().map_or(entry, |block| entry.moved_to(block.wrapping_add(k as u32 * step)));
+                *piece = entry
+                    .block()
+                    .map_or(entry, |block| entry.moved_to(block.wrapping_add(k as u32 * step)));
             }
         }
         self.chunk_bits = bits;
@@ -229,7 +246,9 @@ impl Builder {
             )));
         }
         let more = chunks.saturating_sub(self.entries.len() as u64) as usize;
-        self.entries.try_reserve_exact(more).map_err(|e| Error::unsupported(format!("memory for its index: {e}")))
+        self.entries
+            .try_reserve_exact(more)
+            .map_err(|e| Error::unsupported(format!("memory for its index: {e}")))
     }
 
     /// Lets blocks be pages, where all addresses are multiples of them.
@@ -263,9 +282,13 @@ impl Pending {
     fn is_continued_by(&self, place: RunTarget) -> bool {
         match (self.place, place) {
             (RunTarget::Zero, RunTarget::Zero) => true,
-            (RunTarget::Stored { device: a, sector: from }, RunTarget::Stored { device: b, sector }) => {
-                a == b && from + self.sectors == sector
-            }
+            (
+                RunTarget::Stored {
+                    device: a,
+                    sector: from,
+                },
+                RunTarget::Stored { device: b, sector },
+            ) => a == b && from + self.sectors == sector,
             _ => false,
         }
     }

@@ -75,7 +75,13 @@ impl View {
 
 impl std::fmt::Display for View {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "an index of {} KiB in {}, chunks of {} bytes", self.bytes.div_ceil(1024), self.home, self.chunk)
+        write!(
+            f,
+            "an index of {} KiB in {}, chunks of {} bytes",
+            self.bytes.div_ceil(1024),
+            self.home,
+            self.chunk
+        )
     }
 }
 
@@ -96,7 +102,11 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
             RunPlace::Zero => RunTarget::Zero,
         };
         refused = watch.look().and_then(|()| builder.add(sectors, place));
-        if refused.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if refused.is_ok() {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     });
     refused.and(walked)?;
     mount(builder.finish()?, &files, config)
@@ -138,10 +148,16 @@ fn check(disk: &dyn BlockRead) -> Result<&dyn Runs> {
 
 /// Whether this process may make such a mount, and the kernel knows the file system.
 fn privileged() -> Result<()> {
-    let release = uname().map_err(|e| Error::io("uname", e.into()))?.release().to_string_lossy().into_owned();
+    let release = uname()
+        .map_err(|e| Error::io("uname", e.into()))?
+        .release()
+        .to_string_lossy()
+        .into_owned();
     if version(&release) < KERNEL {
         let (major, minor, patch) = KERNEL;
-        return Err(Error::unsupported(format!("it needs Linux {major}.{minor}.{patch}, this is {release}")));
+        return Err(Error::unsupported(format!(
+            "it needs Linux {major}.{minor}.{patch}, this is {release}"
+        )));
     }
     match Context::open(c"erofs") {
         Ok(_) => Ok(()),
@@ -155,7 +171,9 @@ fn privileged() -> Result<()> {
 
 /// The numbers of a release, `6.12.48+deb13-amd64` for example; 0 where there are none.
 fn version(release: &str) -> (u32, u32, u32) {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse().unwrap_or(0));
     let mut next = || numbers.next().unwrap_or(0);
     (next(), next(), next())
 }
@@ -169,7 +187,11 @@ struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     fn new(stop: &'a AtomicBool) -> Self {
-        Self { stop, begun: Instant::now(), left: 0 }
+        Self {
+            stop,
+            begun: Instant::now(),
+            left: 0,
+        }
     }
 
     fn look(&mut self) -> Result<()> {
@@ -182,7 +204,10 @@ impl<'a> Watch<'a> {
             return Err(Error::new(ErrorKind::Os(libc::EINTR), "it was not wanted any more"));
         }
         if self.begun.elapsed() > WALK_TIME {
-            return Err(Error::unsupported(format!("its tables took more than {} s to read", WALK_TIME.as_secs())));
+            return Err(Error::unsupported(format!(
+                "its tables took more than {} s to read",
+                WALK_TIME.as_secs()
+            )));
         }
         Ok(())
     }
@@ -194,7 +219,13 @@ fn mount(index: Index, files: &[RunFile<'_>], config: &ViewConfig) -> Result<Vie
     let (home, file) = settle(config)?;
     let stored = Stored::write(&home, file, index)?;
     let opened = mount_index(stored.fd(), files)?;
-    Ok(View { file: opened.into(), bytes, chunk, home: home.name(), _resident: stored.into_resident() })
+    Ok(View {
+        file: opened.into(),
+        bytes,
+        chunk,
+        home: home.name(),
+        _resident: stored.into_resident(),
+    })
 }
 
 /// The first place that the kernel reads an index from, and an empty file there. A tiny one is tried first, which costs
@@ -215,16 +246,23 @@ fn settle(config: &ViewConfig) -> Result<(IndexBacking, File)> {
 /// read of an extent is cut short by the end of its reader, and show them to all others.
 fn try_home(home: &IndexBacking) -> Result<File> {
     let extent = home.file()?;
-    extent.set_len(SECTOR / 2).map_err(|e| Error::io(format!("an extent in {}", home.name()), e))?;
+    extent
+        .set_len(SECTOR / 2)
+        .map_err(|e| Error::io(format!("an extent in {}", home.name()), e))?;
     let mut builder = Builder::new(1, &[SECTOR], u64::MAX)?;
     builder.add(NonZeroU64::MIN, RunTarget::Stored { device: 0, sector: 0 })?;
     let stored = Stored::write(home, home.file()?, builder.finish()?)?;
-    let extents = [RunFile { len: SECTOR, fd: Some(extent.as_fd()) }];
+    let extents = [RunFile {
+        len: SECTOR,
+        fd: Some(extent.as_fd()),
+    }];
     let disk = mount_index(stored.fd(), &extents).map_err(|e| e.within(format!("an index in {}", home.name())))?;
     let mut sector = [0; SECTOR as usize];
     match File::from(disk).read_exact_at(&mut sector, 0) {
         Err(_) => home.file(),
-        Ok(()) => Err(Error::unsupported("the kernel makes zeroes of what it could not read; a newer one does not")),
+        Ok(()) => Err(Error::unsupported(
+            "the kernel makes zeroes of what it could not read; a newer one does not",
+        )),
     }
 }
 
@@ -240,7 +278,10 @@ fn mount_index(index: BorrowedFd<'_>, files: &[RunFile<'_>]) -> Result<OwnedFd> 
     };
     let set = || {
         erofs.set_file(c"source", index)?;
-        files.iter().filter_map(|f| f.fd).try_for_each(|fd| erofs.set_file(c"device", fd))?;
+        files
+            .iter()
+            .filter_map(|f| f.fd)
+            .try_for_each(|fd| erofs.set_file(c"device", fd))?;
         erofs.set_flag(c"ro")
     };
     set().map_err(|e| said(e, &erofs))?;

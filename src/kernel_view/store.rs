@@ -45,7 +45,10 @@ pub(super) fn homes(view_dir: Option<&Path>) -> Vec<IndexBacking> {
         None => {
             let tmp = std::env::var_os("TMPDIR").filter(|dir| Path::new(dir).is_absolute());
             let tmp = tmp.map(|dir| IndexBacking::Folder(dir.into()));
-            [Some(IndexBacking::Memory), tmp, Some(folder(Path::new("/var/tmp")))].into_iter().flatten().collect()
+            [Some(IndexBacking::Memory), tmp, Some(folder(Path::new("/var/tmp")))]
+                .into_iter()
+                .flatten()
+                .collect()
         }
     }
 }
@@ -112,5 +115,7 @@ fn in_memory() -> Result<File> {
     let root = root.map_err(|e| Error::io("a ramfs for the index", e))?;
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let opened = openat(&root, NAME, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-    opened.map(File::from).map_err(|e| Error::io("a file for the index in memory", e.into()))
+    opened
+        .map(File::from)
+        .map_err(|e| Error::io("a file for the index in memory", e.into()))
 }

@@ -46,7 +46,14 @@ impl Context {
     pub(super) fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
         self.config(FSCONFIG_CMD_CREATE, null(), null())?;
         // SAFETY: it takes three numbers; the descriptor is open as long as `self`.
-        let fd = unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes as c_uint) };
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_fsmount,
+                self.0.as_raw_fd(),
+                FSMOUNT_CLOEXEC,
+                attributes as c_uint,
+            )
+        };
         owned(fd)
     }
 
@@ -65,7 +72,11 @@ impl Context {
         // SAFETY: the kernel reads the two strings, which the callers (all in this file) take from a `CStr` that they
         // hold, or are null where the command takes none.
         let done = unsafe { libc::syscall(libc::SYS_fsconfig, self.0.as_raw_fd(), command, key, value, aux) };
-        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if done == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 
@@ -101,7 +112,11 @@ impl LockedMapping {
         }
         let resident = Self { start, len };
         // SAFETY: the range is the mapping that was just made.
-        if unsafe { libc::mlock(start, len) } == 0 { Ok(resident) } else { Err(io::Error::last_os_error()) }
+        if unsafe { libc::mlock(start, len) } == 0 {
+            Ok(resident)
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 

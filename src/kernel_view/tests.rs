@@ -21,19 +21,29 @@ struct Told {
 impl Told {
     /// Over files of the given content in `dir`.
     fn new(dir: &Path, files: &[&[u8]], runs: Vec<(u64, RunPlace)>) -> Self {
-        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
+        let policy = Arc::new(OpenPolicy {
+            allow: Vec::new(),
+            lock: true,
+        });
         let open = |(i, bytes): (usize, &&[u8])| {
             let path = dir.join(i.to_string());
             fs::write(&path, bytes).unwrap();
             open_user_path(&path, Arc::clone(&policy), Access::Read).unwrap()
         };
-        Self { files: files.iter().enumerate().map(open).collect(), runs }
+        Self {
+            files: files.iter().enumerate().map(open).collect(),
+            runs,
+        }
     }
 }
 
 impl BlockRead for Told {
     fn geometry(&self) -> Geometry {
-        Geometry { sectors: self.runs.iter().map(|r| r.0).sum(), granule: 1, preferred: 1 }
+        Geometry {
+            sectors: self.runs.iter().map(|r| r.0).sum(),
+            granule: 1,
+            preferred: 1,
+        }
     }
     fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
         panic!("it is read by the kernel");
@@ -51,7 +61,13 @@ impl BlockRead for Told {
 
 impl Runs for Told {
     fn files(&self) -> Vec<RunFile<'_>> {
-        self.files.iter().map(|f| RunFile { len: f.len(), fd: f.fd() }).collect()
+        self.files
+            .iter()
+            .map(|f| RunFile {
+                len: f.len(),
+                fd: f.fd(),
+            })
+            .collect()
     }
     fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()> {
         for &(sectors, place) in &self.runs {
@@ -69,7 +85,9 @@ fn run(disk: &Told, config: &ViewConfig) -> Result<View> {
 
 fn content(view: &View) -> Vec<u8> {
     let mut bytes = Vec::new();
-    File::from(view.fd().try_clone_to_owned().unwrap()).read_to_end(&mut bytes).unwrap();
+    File::from(view.fd().try_clone_to_owned().unwrap())
+        .read_to_end(&mut bytes)
+        .unwrap();
     bytes
 }
 
@@ -97,7 +115,12 @@ fn three_runs(dir: &Path) -> (Told, Vec<u8>) {
     // it ends inside of a sector, behind what is read of it
     let b: Vec<u8> = (0..5 * 512 + 100).map(|i| (i % 251) as u8).collect();
     let stored = |file, sector| RunPlace::Stored { file, sector };
-    let runs = vec![(100, stored(0, 7)), (33, RunPlace::Zero), (5, stored(1, 0)), (10, stored(0, 0))];
+    let runs = vec![
+        (100, stored(0, 7)),
+        (33, RunPlace::Zero),
+        (5, stored(1, 0)),
+        (10, stored(0, 0)),
+    ];
     let mut wanted = a[7 * 512..107 * 512].to_vec();
     wanted.resize(133 * 512, 0);
     wanted.extend(&b[..5 * 512]);
@@ -124,7 +147,10 @@ fn an_index_in_a_folder_has_no_name_there() {
     }
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let (disk, wanted) = three_runs(dir.path());
-    let config = ViewConfig { dir: Some(dir.path().to_owned()), ..ViewConfig::default() };
+    let config = ViewConfig {
+        dir: Some(dir.path().to_owned()),
+        ..ViewConfig::default()
+    };
     let view = run(&disk, &config).unwrap();
     assert_eq!(content(&view), wanted);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "only the two extents");
@@ -138,7 +164,10 @@ fn a_folder_that_cannot_hold_an_index_is_named_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, _) = three_runs(dir.path());
     for (folder, word) in [("/dev/shm", "not from tmpfs"), ("/no/such/folder", "No such file")] {
-        let config = ViewConfig { dir: Some(folder.into()), ..ViewConfig::default() };
+        let config = ViewConfig {
+            dir: Some(folder.into()),
+            ..ViewConfig::default()
+        };
         let e = run(&disk, &config).unwrap_err().to_string();
         assert!(e.contains(folder) && e.contains(word), "{e}");
     }
@@ -164,6 +193,11 @@ fn nothing_of_a_view_is_in_the_table_of_mounts() {
     let (disk, _) = three_runs(dir.path());
     let view = run(&disk, &ViewConfig::default()).unwrap();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!mounts.lines().any(|l| l.contains(" - erofs ") || l.contains(" - ramfs ")), "{mounts}");
+    assert!(
+        !mounts
+            .lines()
+            .any(|l| l.contains(" - erofs ") || l.contains(" - ramfs ")),
+        "{mounts}"
+    );
     drop(view);
 }

@@ -107,15 +107,24 @@ impl Commit {
             return Err(Error::unsupported(context));
         };
         let Some(overlay @ Overlay::File(path)) = &config.overlay else {
-            return Err(Error::new(ErrorKind::Usage, "a commit needs the file of an overlay (cow=FILE)"));
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "a commit needs the file of an overlay (cow=FILE)",
+            ));
         };
         let child = overlay_file(path, local, Access::Write)?;
-        let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
+        let policy = OpenPolicy {
+            allow: local.allow_dirs.clone(),
+            lock: local.lock,
+        };
         let file = open_user_path(&local.path, Arc::new(policy), Access::Write)?;
         let (base, source) = look(local, overlay, &file)?;
         let overlay = open_tied(Arc::clone(&child), &base, local, Access::Write)?;
         let descriptor = descriptor(&overlay)?;
-        if descriptor.ddb_value(MARK).is_none_or(|mark| mark.len() != NO_MARK.len()) {
+        if descriptor
+            .ddb_value(MARK)
+            .is_none_or(|mark| mark.len() != NO_MARK.len())
+        {
             return Err(Error::unsupported(format!(
                 "{}: was not made by this program and has no room for the mark of a commit (ddb.{MARK}); the program \
                  that made it can merge it (qemu-img commit)",
@@ -126,14 +135,23 @@ impl Commit {
         let target = match source {
             Source::Vmdk(seen) => {
                 drop(seen);
-                let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
+                let options = OpenOptions {
+                    accept_cid_mismatch: local.accept_cid_mismatch,
+                    force: local.force,
+                };
                 let disk = VmdkDisk::open_base(file, options, &*child);
                 Target::Vmdk(Arc::new(disk.map_err(|e| refused(&overlay, &e))?))
             }
             _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
         };
         let total = changed(&overlay)? * SECTOR;
-        Ok(Self { overlay, base, target, total, resumed })
+        Ok(Self {
+            overlay,
+            base,
+            target,
+            total,
+            resumed,
+        })
     }
 
     /// Bytes to be merged.
@@ -151,7 +169,8 @@ impl Commit {
         }
         let writer = self.writer()?;
         let mark = format!("ddb.{MARK}");
-        self.overlay.rewrite(&mark, &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), digits))?;
+        self.overlay
+            .rewrite(&mark, &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), digits))?;
         if watch(Step::Marked)? == Next::Stop {
             return Ok(false);
         }
@@ -174,14 +193,23 @@ impl Commit {
     }
 
     fn overlay_writer(&self) -> Result<&dyn BlockWrite> {
-        let none = || Error::new(ErrorKind::ReadOnly, format!("{}: is open for reading", label(&self.overlay)));
+        let none = || {
+            Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: is open for reading", label(&self.overlay)),
+            )
+        };
         self.overlay.writer().ok_or_else(none)
     }
 
     /// Gives the base its new CID, after the overlay knows it.
     fn renew_cid(&self, watch: &mut dyn FnMut(Step) -> Result<Next>) -> Result<()> {
-        let Target::Vmdk(disk) = &self.target else { return Ok(()) };
-        let Some(cid) = self.base.cid.map_or(Ok(None), |_| disk.draw_cid())? else { return Ok(()) };
+        let Target::Vmdk(disk) = &self.target else {
+            return Ok(());
+        };
+        let Some(cid) = self.base.cid.map_or(Ok(None), |_| disk.draw_cid())? else {
+            return Ok(());
+        };
         self.overlay.rewrite("parentCID", &digits(cid))?;
         watch(Step::Told)?;
         disk.begin_with(cid)?;
@@ -201,7 +229,11 @@ impl Commit {
                 if zero {
                     writer.zero(from..from + part, true)?;
                 } else {
-                    self.copy_data(writer, from, buf.get_mut(..(part * SECTOR) as usize).unwrap_or_default())?;
+                    self.copy_data(
+                        writer,
+                        from,
+                        buf.get_mut(..(part * SECTOR) as usize).unwrap_or_default(),
+                    )?;
                 }
                 at += part;
                 done += part;
@@ -225,7 +257,10 @@ impl Commit {
 /// What the base in `file`, which is open for writing, is: nothing of it is changed yet.
 fn look(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
     let source = if is_vmdk(local, &**file)? {
-        let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
+        let options = OpenOptions {
+            accept_cid_mismatch: local.accept_cid_mismatch,
+            force: local.force,
+        };
         Source::Vmdk(Arc::new(VmdkDisk::open(Arc::clone(file), options)?))
     } else {
         Source::Raw(Arc::new(RawDisk::new(Arc::clone(file))?), Arc::clone(file))

@@ -44,8 +44,15 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
         Err(e) => Err(e.within(unfinished)),
         Ok(false) => {
             let name = ended.map_or("a signal", Signal::as_str);
-            let merged = format!("ended by {name} after {} of {} MiB", progress.done >> 20, progress.total >> 20);
-            Err(Error::new(ErrorKind::Os(libc::EINTR), format!("{merged}; {unfinished}")))
+            let merged = format!(
+                "ended by {name} after {} of {} MiB",
+                progress.done >> 20,
+                progress.total >> 20
+            );
+            Err(Error::new(
+                ErrorKind::Os(libc::EINTR),
+                format!("{merged}; {unfinished}"),
+            ))
         }
         Ok(true) => {
             let mib = progress.total.div_ceil(1 << 20);
@@ -54,7 +61,9 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
             );
             match io::stdout().lock().write_all(line.as_bytes()) {
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
-                written => written.map(|()| 0).map_err(|e| Error::io("writing to standard output", e)),
+                written => written
+                    .map(|()| 0)
+                    .map_err(|e| Error::io("writing to standard output", e)),
             }
         }
     }
@@ -82,7 +91,13 @@ struct Progress {
 
 impl Progress {
     fn new(total: u64) -> Self {
-        Self { total, done: 0, begun: Instant::now(), shown: None, terminal: io::stderr().is_terminal() }
+        Self {
+            total,
+            done: 0,
+            begun: Instant::now(),
+            shown: None,
+            terminal: io::stderr().is_terminal(),
+        }
     }
 
     /// Shows it, if it is time. Nobody is told where it can't be shown.
@@ -113,12 +128,20 @@ impl Progress {
 
 /// One state of progress; for a terminal it is written over the last one.
 fn line(total: u64, done: u64, time: Duration, terminal: bool) -> String {
-    let share = |of: u64| (u128::from(done) * u128::from(of)).checked_div(total.into()).unwrap_or(0) as usize;
+    let share = |of: u64| {
+        (u128::from(done) * u128::from(of))
+            .checked_div(total.into())
+            .unwrap_or(0) as usize
+    };
     let mib = (done >> 20, total >> 20);
     let rate = done as f64 / f64::from(1 << 20) / time.as_secs_f64().max(0.001);
     let text = format!("{:3} %  {} of {} MiB  {rate:.0} MiB/s", share(100), mib.0, mib.1);
     match terminal {
-        true => format!("\r[{}{}] {text}\x1b[K", "#".repeat(share(BAR)), " ".repeat(BAR as usize - share(BAR))),
+        true => format!(
+            "\r[{}{}] {text}\x1b[K",
+            "#".repeat(share(BAR)),
+            " ".repeat(BAR as usize - share(BAR))
+        ),
         false => text + "\n",
     }
 }
@@ -130,9 +153,18 @@ mod tests {
     #[test]
     fn progress_in_a_line_and_in_a_bar() {
         let second = Duration::from_secs(2);
-        assert_eq!(line(200 << 20, 50 << 20, second, false), " 25 %  50 of 200 MiB  25 MiB/s\n");
+        assert_eq!(
+            line(200 << 20, 50 << 20, second, false),
+            " 25 %  50 of 200 MiB  25 MiB/s\n"
+        );
         let bar = line(200 << 20, 100 << 20, second, true);
-        assert!(bar.starts_with("\r[###############               ]  50 %  100 of 200 MiB  50 MiB/s"), "{bar:?}");
-        assert!(line(0, 0, Duration::ZERO, true).contains("  0 %"), "nothing to do is no division");
+        assert!(
+            bar.starts_with("\r[###############               ]  50 %  100 of 200 MiB  50 MiB/s"),
+            "{bar:?}"
+        );
+        assert!(
+            line(0, 0, Duration::ZERO, true).contains("  0 %"),
+            "nothing to do is no division"
+        );
     }
 }

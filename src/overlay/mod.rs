@@ -82,7 +82,9 @@ pub struct OverlayInfo {
 /// Errors: `Corrupt` where it belongs to another base, `Usage` where it is no overlay, `Busy` where somebody uses it,
 /// `NotFound` for reading, or what the engine or the system says.
 pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Result<Option<VmdkDisk>> {
-    let Some(overlay) = &config.overlay else { return Ok(None) };
+    let Some(overlay) = &config.overlay else {
+        return Ok(None);
+    };
     let base = Base::of(source, &config.source, overlay)?;
     // what is said of a disk's files holds for its overlay's; a server's disk has none
     let usual = LocalConfig::new("");
@@ -95,8 +97,10 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
                 match access {
                     Access::Write => make(path, &base)?,
                     Access::Read => {
-                        let context =
-                            format!("{}: there is no such overlay, and for reading none is made", path.display());
+                        let context = format!(
+                            "{}: there is no such overlay, and for reading none is made",
+                            path.display()
+                        );
                         return Err(Error::new(ErrorKind::NotFound, context));
                     }
                 }
@@ -109,7 +113,10 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
 
 /// Opens the file of an overlay.
 pub(super) fn overlay_file(path: &Path, local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
+    let policy = OpenPolicy {
+        allow: local.allow_dirs.clone(),
+        lock: local.lock,
+    };
     open_user_path(path, Arc::new(policy), access).map_err(|e| e.within("overlay"))
 }
 
@@ -121,10 +128,16 @@ pub(super) fn open_tied(
     access: Access,
 ) -> Result<VmdkDisk> {
     if base.files.contains(&file.identity_at_open().file) {
-        let context = format!("{}: is a file of the disk itself and can't be its overlay", file.label());
+        let context = format!(
+            "{}: is a file of the disk itself and can't be its overlay",
+            file.label()
+        );
         return Err(Error::new(ErrorKind::Usage, context));
     }
-    let options = OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force };
+    let options = OpenOptions {
+        accept_cid_mismatch: local.accept_cid_mismatch,
+        force: local.force,
+    };
     let seen = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
     base.check(&seen, local.accept_cid_mismatch)?;
     match access {
@@ -180,12 +193,16 @@ pub(super) fn each_change(delta: &VmdkDisk, mut each: impl FnMut(Lba, u64, bool)
 
 /// The descriptor of a disk that has one.
 pub(super) fn descriptor(delta: &VmdkDisk) -> Result<&Descriptor> {
-    delta.descriptor().ok_or_else(|| Error::corrupt("an overlay without a descriptor"))
+    delta
+        .descriptor()
+        .ok_or_else(|| Error::corrupt("an overlay without a descriptor"))
 }
 
 /// What a commit that was begun and not finished left in the descriptor.
 pub(super) fn mark_of(descriptor: &Descriptor) -> Option<&str> {
-    descriptor.ddb_value(MARK).filter(|mark| mark.bytes().any(|b| b != b'-'))
+    descriptor
+        .ddb_value(MARK)
+        .filter(|mark| mark.bytes().any(|b| b != b'-'))
 }
 
 /// A CID as descriptors have it.
@@ -195,7 +212,11 @@ pub(super) fn digits(cid: u32) -> String {
 
 /// The file of an overlay, for messages.
 pub(super) fn label(delta: &VmdkDisk) -> String {
-    delta.files().first().map(|file| file.label().to_owned()).unwrap_or_default()
+    delta
+        .files()
+        .first()
+        .map(|file| file.label().to_owned())
+        .unwrap_or_default()
 }
 
 /// What an overlay remembers of its source.
@@ -235,7 +256,15 @@ impl Base {
         let files = source.files();
         let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
         let files = files.iter().map(|file| file.identity_at_open().file).collect();
-        Ok(Self { shown, path, sectors: geometry.sectors, granule: geometry.granule, cid, time, files })
+        Ok(Self {
+            shown,
+            path,
+            sectors: geometry.sectors,
+            granule: geometry.granule,
+            cid,
+            time,
+            files,
+        })
     }
 
     /// Size and path as text, for a base without a CID.
@@ -248,7 +277,10 @@ impl Base {
         if self.cid.is_some() {
             return Ok(());
         }
-        let now: Vec<_> = files.iter().map(|file| Ok((file, file.identity()?))).collect::<Result<_>>()?;
+        let now: Vec<_> = files
+            .iter()
+            .map(|file| Ok((file, file.identity()?)))
+            .collect::<Result<_>>()?;
         delta.rewrite(&format!("ddb.{TIME}"), &last_change(now.into_iter()))
     }
 
@@ -275,12 +307,16 @@ impl Base {
             let base = &self.shown;
             tracing::warn!("{label}: a commit to {base} was begun and not finished; --commit completes it");
         }
-        let Some(message) = self.difference(descriptor, parent.cid, mark, &label) else { return Ok(()) };
+        let Some(message) = self.difference(descriptor, parent.cid, mark, &label) else {
+            return Ok(());
+        };
         if accept {
             tracing::warn!("{message}; accepted, as degraded=cid says");
             return Ok(());
         }
-        Err(Error::corrupt(format!("{message} (degraded=cid accepts it all the same)")))
+        Err(Error::corrupt(format!(
+            "{message} (degraded=cid accepts it all the same)"
+        )))
     }
 
     /// A part of a grain that is new is read from the base, in the base's units.
@@ -312,7 +348,9 @@ impl Base {
         let (identity, wanted) = (self.identity(), descriptor.ddb_value(BASE));
         if wanted != Some(&identity) {
             let wanted = wanted.map_or_else(|| format!("a disk with the CID {}", digits(parent_cid)), str::to_owned);
-            return Some(format!("{label}: is an overlay over {wanted}, but {base} is {identity}"));
+            return Some(format!(
+                "{label}: is an overlay over {wanted}, but {base} is {identity}"
+            ));
         }
         // a commit changes it
         let changed = mark.is_none() && descriptor.ddb_value(TIME) != Some(&self.time);
@@ -324,7 +362,10 @@ impl Base {
     /// A new delta over it.
     fn delta(&self) -> Result<NewDelta> {
         let hint = self.path.to_string_lossy();
-        let hint: String = hint.chars().map(|c| if c.is_control() || c == '"' { '_' } else { c }).collect();
+        let hint: String = hint
+            .chars()
+            .map(|c| if c.is_control() || c == '"' { '_' } else { c })
+            .collect();
         let mut ddb = vec![(MARK.to_owned(), NO_MARK.to_owned())];
         if self.cid.is_none() {
             ddb.push((BASE.to_owned(), self.identity()));
@@ -343,7 +384,9 @@ impl Base {
 
 /// The last change of files of which all that can tell are asked, as digits.
 fn last_change<'a>(files: impl Iterator<Item = (&'a Arc<dyn StoredFile>, Identity)>) -> String {
-    let times = files.filter(|(file, _)| file.detects_modification()).map(|(_, identity)| identity.mtime_ns);
+    let times = files
+        .filter(|(file, _)| file.detects_modification())
+        .map(|(_, identity)| identity.mtime_ns);
     format!("{:020}", times.max().unwrap_or(0).max(0))
 }
 
@@ -366,12 +409,17 @@ fn make(path: &Path, base: &Base) -> Result<()> {
 
 /// An overlay that nobody sees and that ends with this process.
 fn temporary(base: &Base) -> Result<VmdkDisk> {
-    let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or("/var/tmp".into(), PathBuf::from);
+    let folder = std::env::var_os("TMPDIR")
+        .filter(|dir| !dir.is_empty())
+        .map_or("/var/tmp".into(), PathBuf::from);
     let store: Arc<dyn Store> = unnamed(&folder, "temporary overlay")?;
     let name = ExtentName::new("overlay.vmdk")?;
     vmdk::create_delta(&*store, &name, &base.delta()?)?;
     // no folder holds it, so none has children of it
-    let options = OpenOptions { accept_cid_mismatch: false, force: true };
+    let options = OpenOptions {
+        accept_cid_mismatch: false,
+        force: true,
+    };
     VmdkDisk::open_alone(store.open(&name, Access::Write)?, options, Access::Write)
 }
 
@@ -392,7 +440,10 @@ fn grain(sectors: u64, granule: u64) -> u64 {
 fn is_between(cid: &str, one: &str, other: &str) -> bool {
     let same_length = cid.len() == one.len() && cid.len() == other.len();
     same_length
-        && cid.bytes().zip(one.bytes().zip(other.bytes())).all(|(c, (a, b))| c == a.to_ascii_lowercase() || c == b)
+        && cid
+            .bytes()
+            .zip(one.bytes().zip(other.bytes()))
+            .all(|(c, (a, b))| c == a.to_ascii_lowercase() || c == b)
 }
 
 /// A path as text for the value of a setting: what can't stand there is written as `%` and two digits.

@@ -61,7 +61,11 @@ pub fn start(foreground: bool) -> Result<Started> {
     match fork()? {
         ForkResult::Parent { child } => {
             drop(to_parent);
-            Ok(Started::Parent(listen(File::from(from_child), child, &mut io::stderr())))
+            Ok(Started::Parent(listen(
+                File::from(from_child),
+                child,
+                &mut io::stderr(),
+            )))
         }
         ForkResult::Child => {
             drop(from_child);
@@ -95,7 +99,9 @@ pub(crate) fn helper(socket: &str, work: impl FnOnce(UnixStream)) -> Result<(Uni
 
 /// Forks, if that is safe: an error where more than one thread runs.
 fn fork() -> Result<ForkResult> {
-    let tasks = fs::read_dir("/proc/self/task").map_err(|e| Error::io("/proc/self/task", e))?.count();
+    let tasks = fs::read_dir("/proc/self/task")
+        .map_err(|e| Error::io("/proc/self/task", e))?
+        .count();
     if tasks != 1 {
         let text = format!("{tasks} threads run already, where a process has to be forked from one");
         return Err(Error::new(ErrorKind::Unsupported, text));
@@ -291,7 +297,10 @@ mod tests {
     fn a_failure_is_one_line_and_silence_is_a_failure() {
         let mut bytes = Vec::new();
         send(&mut bytes, b'E', "disk.vmdk: no such file").unwrap();
-        assert_eq!(hear(&bytes), (Verdict::Failed, "vmdkfuse: disk.vmdk: no such file\n".into()));
+        assert_eq!(
+            hear(&bytes),
+            (Verdict::Failed, "vmdkfuse: disk.vmdk: no such file\n".into())
+        );
         for end in 0..3 {
             let (verdict, text) = hear(&bytes[..end]);
             assert_eq!(verdict, Verdict::Failed);
@@ -299,7 +308,10 @@ mod tests {
         }
         let (verdict, text) = hear(&bytes[..8]);
         assert_eq!(verdict, Verdict::Failed);
-        assert!(text.starts_with("vmdkfuse: the background process cannot be heard"), "{text}");
+        assert!(
+            text.starts_with("vmdkfuse: the background process cannot be heard"),
+            "{text}"
+        );
     }
 
     #[test]

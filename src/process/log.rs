@@ -34,7 +34,11 @@ impl Sink {
             Some(path) => Some(open(path).map_err(|e| Error::io(format!("log file {}", path.display()), e))?),
             None => None,
         };
-        Ok(Self { file, json: config.json, verbosity: config.verbosity })
+        Ok(Self {
+            file,
+            json: config.json,
+            verbosity: config.verbosity,
+        })
     }
 
     /// Whether messages go elsewhere than to standard error.
@@ -51,7 +55,10 @@ impl Sink {
             None => BoxMakeWriter::new(io::stderr),
         };
         // Its complaint about a message that can't be written would go to standard error, and panic where that is closed.
-        let builder = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).log_internal_errors(false);
+        let builder = tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_ansi(false)
+            .log_internal_errors(false);
         let builder = builder.with_writer(writer);
         let result = if json {
             install(builder.json().finish(), level)
@@ -98,7 +105,10 @@ mod tests {
     #[test]
     fn a_file_is_opened_at_once_and_an_error_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        let config = |name: &str| LogConfig { file: Some(dir.path().join(name)), ..Default::default() };
+        let config = |name: &str| LogConfig {
+            file: Some(dir.path().join(name)),
+            ..Default::default()
+        };
         assert!(Sink::open(&config("log")).unwrap().is_file());
         assert!(dir.path().join("log").exists());
         let e = Sink::open(&config("none/log")).unwrap_err();
@@ -108,7 +118,13 @@ mod tests {
 
     #[test]
     fn levels() {
-        let levels = [LevelFilter::WARN, LevelFilter::INFO, LevelFilter::DEBUG, LevelFilter::TRACE, LevelFilter::TRACE];
+        let levels = [
+            LevelFilter::WARN,
+            LevelFilter::INFO,
+            LevelFilter::DEBUG,
+            LevelFilter::TRACE,
+            LevelFilter::TRACE,
+        ];
         for (verbosity, expected) in (0..).zip(levels) {
             assert_eq!(level(verbosity), expected);
         }

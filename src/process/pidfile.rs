@@ -32,7 +32,10 @@ impl Pidfile {
             }
             return Err(Error::io(format!("pidfile {}", path.display()), e));
         }
-        Ok(Self { path: path.to_owned(), content })
+        Ok(Self {
+            path: path.to_owned(),
+            content,
+        })
     }
 }
 

@@ -183,9 +183,22 @@ impl MountedDaemon {
     {
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
-        let mut watcher = if config.options.auto_unmount { Some(AutoUnmount::fork()?) } else { None };
-        let Opened { filesystem, source, files, read_only, warnings, disks, requests, loops, error_log } =
-            open(target)?;
+        let mut watcher = if config.options.auto_unmount {
+            Some(AutoUnmount::fork()?)
+        } else {
+            None
+        };
+        let Opened {
+            filesystem,
+            source,
+            files,
+            read_only,
+            warnings,
+            disks,
+            requests,
+            loops,
+            error_log,
+        } = open(target)?;
         let disks = CloseOnDrop(Some(disks));
         warnings.iter().for_each(|warning| warn(warning));
         let wanted = &config.options;
@@ -201,8 +214,16 @@ impl MountedDaemon {
         }
         requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
         let session = Running::start(filesystem, device, options, loops)?;
-        let distance = config.disks.iter().map(|d| d.source.distance()).max().unwrap_or(Distance::Here);
-        match readahead::set(mount.device(), Window::of(config.disks.iter().map(|d| d.readahead), distance)) {
+        let distance = config
+            .disks
+            .iter()
+            .map(|d| d.source.distance())
+            .max()
+            .unwrap_or(Distance::Here);
+        match readahead::set(
+            mount.device(),
+            Window::of(config.disks.iter().map(|d| d.readahead), distance),
+        ) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
         }
@@ -215,13 +236,24 @@ impl MountedDaemon {
         let deadline = Instant::now() + FIRST_READ;
         let caused = |e: Error| error_log.cause().map_or(e.clone(), |cause| cause.within(e.to_string()));
         while let Some(warning) = first_read(&mut prober, &signals, &session, deadline).map_err(caused)? {
-            warn(&error_log.cause().map_or(warning.clone(), |cause| format!("{warning}: {cause}")));
+            warn(
+                &error_log
+                    .cause()
+                    .map_or(warning.clone(), |cause| format!("{warning}: {cause}")),
+            );
         }
         error_log.started();
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
         tracing::info!("ready: {}", target.point.display());
-        Ok(Self { mount, session, watcher, signals, disks, _pidfile })
+        Ok(Self {
+            mount,
+            session,
+            watcher,
+            signals,
+            disks,
+            _pidfile,
+        })
     }
 
     /// From "ready" to the end.
@@ -246,7 +278,14 @@ impl MountedDaemon {
                 }
             }
         }
-        let Self { mut mount, session, watcher, mut disks, _pidfile, .. } = self;
+        let Self {
+            mut mount,
+            session,
+            watcher,
+            mut disks,
+            _pidfile,
+            ..
+        } = self;
         let served = session.result();
         // whatever became of the session, what was written is kept; each error was logged
         let closed = disks.close();
@@ -295,7 +334,10 @@ fn first_read(prober: &mut Prober, signals: &Signals, session: &Running, deadlin
         }
         [false, false, false] => {
             let seconds = FIRST_READ.as_secs();
-            no_mount(libc::ETIMEDOUT, format!("no answer to the first read within {seconds} s"))
+            no_mount(
+                libc::ETIMEDOUT,
+                format!("no answer to the first read within {seconds} s"),
+            )
         }
     }
 }

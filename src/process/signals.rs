@@ -27,13 +27,19 @@ impl Signals {
             set.add(signal);
         }
         set.thread_block().map_err(context)?;
-        SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map(Self).map_err(context)
+        SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map(Self)
+            .map_err(context)
     }
 
     /// The next one that came, if there is one.
     pub fn take(&self) -> Result<Option<Signal>> {
         let next = self.0.read_signal().map_err(|e| Error::io("signalfd", e.into()))?;
-        Ok(next.and_then(|info| i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())))
+        Ok(next.and_then(|info| {
+            i32::try_from(info.ssi_signo)
+                .ok()
+                .and_then(|n| Signal::try_from(n).ok())
+        }))
     }
 }
 

@@ -95,7 +95,10 @@ mod tests {
         assert_eq!(name(b"a%2Fb"), "a%252Fb.raw");
         for export in [&b"/"[..], b".", b"..", b"%", b"\x01", &[0xff, b'/']] {
             let name = name(export);
-            assert!(!name.as_bytes().contains(&b'/') && name != "." && name != "..", "{name:?}");
+            assert!(
+                !name.as_bytes().contains(&b'/') && name != "." && name != "..",
+                "{name:?}"
+            );
         }
     }
 
@@ -103,8 +106,11 @@ mod tests {
     fn names_are_short_enough_and_unique() {
         let long: Vec<OsString> = (0..50).map(|i| format!("{}{i}", "ü".repeat(200)).into()).collect();
         let taken = HashSet::from([OsString::from("a.raw")]);
-        let exports: Vec<&OsStr> =
-            long.iter().map(OsString::as_os_str).chain([OsStr::new("a"), OsStr::new("a.raw")]).collect();
+        let exports: Vec<&OsStr> = long
+            .iter()
+            .map(OsString::as_os_str)
+            .chain([OsStr::new("a"), OsStr::new("a.raw")])
+            .collect();
         let names = export_file_names(exports.iter().copied(), &taken);
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), 52);
         assert!(names.iter().all(|n| n.len() <= NAME_MAX && !taken.contains(n)));

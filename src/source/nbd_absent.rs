@@ -12,7 +12,10 @@ pub use crate::source::server_info::{ExportInfo, ServerInfo};
 pub enum NbdDisk {}
 
 fn absent<T>(config: &NbdConfig) -> Result<T> {
-    Err(Error::unsupported(format!("{}: NBD is not built in (the feature `nbd` was left out)", config.label())))
+    Err(Error::unsupported(format!(
+        "{}: NBD is not built in (the feature `nbd` was left out)",
+        config.label()
+    )))
 }
 
 impl NbdDisk {

@@ -41,12 +41,19 @@ impl RawDisk {
     pub fn new(file: Arc<dyn StoredFile>) -> Result<Self> {
         let sectors = file.len().div_ceil(SECTOR);
         if sectors > MAX_SECTORS {
-            return Err(Error::unsupported(format!("{}: longer than a disk can be", file.label())));
+            return Err(Error::unsupported(format!(
+                "{}: longer than a disk can be",
+                file.label()
+            )));
         }
         Ok(Self {
             len: file.len().into(),
             file,
-            geometry: Geometry { sectors, granule: 1, preferred: 1 },
+            geometry: Geometry {
+                sectors,
+                granule: 1,
+                preferred: 1,
+            },
             growth: Mutex::default(),
             written: AtomicU64::new(0),
             behind: AtomicBool::new(false),

@@ -24,9 +24,15 @@ const TRIES: u32 = 100;
 pub fn make_user_path(path: &Path, make: impl FnOnce(&dyn Store, &ExtentName) -> Result<()>) -> Result<()> {
     let label = printable(path);
     let Some(name) = path.file_name() else {
-        return Err(Error::new(ErrorKind::Usage, format!("{label}: expected the name of a new file")));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("{label}: expected the name of a new file"),
+        ));
     };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let temp_dir = PrivateTempDir::new(folder, name).map_err(|e| Error::io(format!("{label}: making the file"), e))?;
     let store = LocalStore::new(&temp_dir.folder, no_locks())?;
     make(&store, &ExtentName::new(name.as_bytes())?)?;
@@ -55,11 +61,18 @@ pub fn unnamed(folder: &Path, label: &str) -> Result<Arc<dyn Store>> {
         // what the file system, or an old kernel, says that has no such files
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
             let temp_dir = PrivateTempDir::new(folder, OsStr::new("overlay")).map_err(|e| Error::io(context(), e))?;
-            options().create_new(true).open(&temp_dir.file).map_err(|e| Error::io(context(), e))?
+            options()
+                .create_new(true)
+                .open(&temp_dir.file)
+                .map_err(|e| Error::io(context(), e))?
         }
         Err(e) => return Err(Error::io(context(), e)),
     };
-    Ok(Arc::new(Unnamed { file, label: label.to_owned(), folder: folder.to_path_buf() }))
+    Ok(Arc::new(Unnamed {
+        file,
+        label: label.to_owned(),
+        folder: folder.to_path_buf(),
+    }))
 }
 
 /// A folder that only this process uses, for one file; both go away with this.
@@ -75,7 +88,12 @@ impl PrivateTempDir {
         for n in 0..TRIES {
             let folder = parent.join(format!(".vmdkfuse-{}-{n}.new", std::process::id()));
             match fs::DirBuilder::new().mode(0o700).create(&folder) {
-                Ok(()) => return Ok(Self { file: folder.join(name), folder }),
+                Ok(()) => {
+                    return Ok(Self {
+                        file: folder.join(name),
+                        folder,
+                    });
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => last = Some(e),
                 Err(e) => return Err(e),
             }
@@ -89,7 +107,10 @@ impl Drop for PrivateTempDir {
         // mostly it has its name elsewhere by now
         fs::remove_file(&self.file).ok();
         if let Err(e) = fs::remove_dir(&self.folder) {
-            tracing::warn!("{}: a folder that is not needed any more is left: {e}", printable(&self.folder));
+            tracing::warn!(
+                "{}: a folder that is not needed any more is left: {e}",
+                printable(&self.folder)
+            );
         }
     }
 }
@@ -105,7 +126,13 @@ struct Unnamed {
 impl Unnamed {
     fn again(&self, access: Access) -> Result<Arc<dyn StoredFile>> {
         let file = self.file.try_clone().map_err(|e| Error::io(self.label.clone(), e))?;
-        Ok(Arc::new(LocalFile::new(file, self.label.clone(), self.folder.clone(), no_locks(), access)?))
+        Ok(Arc::new(LocalFile::new(
+            file,
+            self.label.clone(),
+            self.folder.clone(),
+            no_locks(),
+            access,
+        )?))
     }
 }
 
@@ -133,7 +160,10 @@ impl Store for Unnamed {
 
 /// Nobody else has a way to such a file.
 fn no_locks() -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy { allow: Vec::new(), lock: false })
+    Arc::new(OpenPolicy {
+        allow: Vec::new(),
+        lock: false,
+    })
 }
 
 #[cfg(test)]

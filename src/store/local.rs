@@ -52,19 +52,27 @@ impl LocalStore {
     ///
     /// Errors: `NotFound` or what the system says of `dir`.
     pub fn new(dir: &Path, policy: Arc<OpenPolicy>) -> Result<Self> {
-        Ok(Self { folder: Folder::open(dir)?, policy })
+        Ok(Self {
+            folder: Folder::open(dir)?,
+            policy,
+        })
     }
 
     /// Opens the file that is called `path` from the folder.
     fn open_path(&self, path: &Path, access: Access) -> Result<LocalFile> {
-        let allowed = Allowed { own: &self.folder, paths: &self.policy.allow };
+        let allowed = Allowed {
+            own: &self.folder,
+            paths: &self.policy.allow,
+        };
         let mut other: Option<Folder> = None;
         let mut rest = path.to_path_buf();
         for _ in 0..HOPS_MAX {
             let folder = other.as_ref().unwrap_or(&self.folder);
             if let Some(fd) = folder.beneath(&rest)? {
                 let label = printable(folder.real.join(&rest));
-                return self.admit(Found::new(fd, label)?, access, || Ok(other.is_some() || allowed.holds_own()?));
+                return self.admit(Found::new(fd, label)?, access, || {
+                    Ok(other.is_some() || allowed.holds_own()?)
+                });
             }
             let place = leads_to(&folder.real, &rest);
             (other, rest) = allowed.find(&place)?.ok_or_else(|| self.refusal(path, &place))?;
@@ -148,7 +156,10 @@ impl Store for LocalStore {
         let there = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
         let there = there.map_err(|e| Error::io(context(), e.into()))?;
         if (there.st_dev, there.st_ino) != identity.file {
-            return Err(Error::new(ErrorKind::NotFound, format!("{}: another file has its name now", context())));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("{}: another file has its name now", context()),
+            ));
         }
         unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).map_err(|e| Error::io(context(), e.into()))
     }
@@ -193,7 +204,10 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> R
     if let Kind::Other(what) = found.kind() {
         return Err(Error::new(
             ErrorKind::Usage,
-            format!("{}: it is a {what}, expected a regular file or a block device", found.label),
+            format!(
+                "{}: it is a {what}, expected a regular file or a block device",
+                found.label
+            ),
         ));
     }
     Ok(Arc::new(found.reopen(policy, access)?))
@@ -246,17 +260,29 @@ impl LocalFile {
         }
         let device = metadata.file_type().is_block_device();
         let len = if device {
-            file.seek(SeekFrom::End(0)).map_err(|e| Error::io(format!("{label}: size of the device"), e))?
+            file.seek(SeekFrom::End(0))
+                .map_err(|e| Error::io(format!("{label}: size of the device"), e))?
         } else {
             metadata.len()
         };
         let opened = identity(&metadata, len);
-        Ok(Self { file, label, real, len, device, writable: access == Access::Write, opened, policy })
+        Ok(Self {
+            file,
+            label,
+            real,
+            len,
+            device,
+            writable: access == Access::Write,
+            opened,
+            policy,
+        })
     }
 
     /// Its attributes now.
     fn metadata(&self) -> Result<fs::Metadata> {
-        self.file.metadata().map_err(|e| Error::io(format!("{}: fstat", self.label), e))
+        self.file
+            .metadata()
+            .map_err(|e| Error::io(format!("{}: fstat", self.label), e))
     }
 }
 
@@ -272,8 +298,14 @@ impl StoredFile for LocalFile {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let wanted = buf.len();
         let context = || format!("{}: read of {wanted} bytes at byte {offset}", self.label);
-        if offset.checked_add(wanted as u64).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(Error::new(ErrorKind::OutOfRange, format!("{}: no file is that long", context())));
+        if offset
+            .checked_add(wanted as u64)
+            .is_none_or(|end| end > i64::MAX as u64)
+        {
+            return Err(Error::new(
+                ErrorKind::OutOfRange,
+                format!("{}: no file is that long", context()),
+            ));
         }
         let mut done = 0;
         while done < wanted {
@@ -310,7 +342,11 @@ impl StoredFile for LocalFile {
 
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
         // what is written to may have grown
-        let end = if self.writable && !self.device { i64::MAX as u64 } else { self.len };
+        let end = if self.writable && !self.device {
+            i64::MAX as u64
+        } else {
+            self.len
+        };
         let left = end.saturating_sub(offset).max(1);
         let from = i64::try_from(offset).unwrap_or(i64::MAX);
         // The file's own position is moved by this; nobody reads at it.
@@ -319,7 +355,10 @@ impl StoredFile for LocalFile {
             other => (false, other),
         };
         match next {
-            Ok(next) => Ok((stored, u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left))),
+            Ok(next) => Ok((
+                stored,
+                u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left),
+            )),
             // no data from here on
             Err(Errno::ENXIO) => {
                 let end = u64::try_from(lseek(&self.file, 0, Whence::SeekEnd).unwrap_or(0)).unwrap_or(0);
@@ -346,7 +385,10 @@ impl StoredFile for LocalFile {
     fn siblings(&self) -> Result<Arc<dyn Store>> {
         let gone = |why: &str| {
             let real = printable(&self.real);
-            Error::new(ErrorKind::NotFound, format!("{}: the folder of {real} cannot be found: {why}", self.label))
+            Error::new(
+                ErrorKind::NotFound,
+                format!("{}: the folder of {real} cannot be found: {why}", self.label),
+            )
         };
         let (Some(dir), Some(name)) = (self.real.parent(), self.real.file_name()) else {
             return Err(gone("the file has no path"));
@@ -356,9 +398,10 @@ impl StoredFile for LocalFile {
         let there = nix::sys::stat::fstatat(&folder.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
         let now = self.metadata()?;
         match there {
-            Ok(there) if (there.st_dev, there.st_ino) == (now.dev(), now.ino()) => {
-                Ok(Arc::new(LocalStore { folder, policy: Arc::clone(&self.policy) }))
-            }
+            Ok(there) if (there.st_dev, there.st_ino) == (now.dev(), now.ino()) => Ok(Arc::new(LocalStore {
+                folder,
+                policy: Arc::clone(&self.policy),
+            })),
             _ => Err(gone("the file was moved or deleted")),
         }
     }
@@ -398,7 +441,9 @@ impl StoredWrite for LocalFile {
         if self.device && len <= self.len {
             return Ok(());
         }
-        self.file.set_len(len).map_err(|e| Error::io(format!("{}: set its length to {len} bytes", self.label), e))
+        self.file
+            .set_len(len)
+            .map_err(|e| Error::io(format!("{}: set its length to {len} bytes", self.label), e))
     }
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
@@ -409,7 +454,11 @@ impl StoredWrite for LocalFile {
         let (Ok(from), Ok(bytes)) = (i64::try_from(offset), i64::try_from(len)) else {
             return Err(Error::new(ErrorKind::OutOfRange, context()));
         };
-        let how = if unmap { FallocateFlags::FALLOC_FL_PUNCH_HOLE } else { FallocateFlags::FALLOC_FL_ZERO_RANGE };
+        let how = if unmap {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        } else {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE
+        };
         let done = loop {
             match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
                 Err(Errno::EINTR) => {}
@@ -425,7 +474,9 @@ impl StoredWrite for LocalFile {
     }
 
     fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|e| Error::io(format!("{}: fdatasync", self.label), e))
+        self.file
+            .sync_data()
+            .map_err(|e| Error::io(format!("{}: fdatasync", self.label), e))
     }
 }
 
@@ -471,7 +522,10 @@ impl Folder {
             Err(Errno::ENOTDIR) => Err(system(printable(self.real.join(name)), Errno::ENOENT)),
             Err(Errno::ELOOP) => Err(Error::new(
                 ErrorKind::Policy,
-                format!("{}: the name runs through too many links, or one of /proc", printable(self.real.join(name))),
+                format!(
+                    "{}: the name runs through too many links, or one of /proc",
+                    printable(self.real.join(name))
+                ),
             )),
             Err(e) => Err(system(printable(self.real.join(name)), e)),
         }
@@ -495,7 +549,10 @@ impl Allowed<'_> {
         for path in self.paths {
             let folder = Folder::open(path).map_err(|e| e.within("allow-dir"))?;
             let said = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            let rest = place.strip_prefix(&folder.real).or_else(|_| place.strip_prefix(said)).map(or_dot);
+            let rest = place
+                .strip_prefix(&folder.real)
+                .or_else(|_| place.strip_prefix(said))
+                .map(or_dot);
             if let Ok(rest) = rest {
                 return Ok(Some((Some(folder), rest)));
             }
@@ -536,7 +593,12 @@ impl Found {
         let real = real_path(&fd)?;
         let file = File::from(fd);
         let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
-        Ok(Self { fd: file.into(), label, real, metadata })
+        Ok(Self {
+            fd: file.into(),
+            label,
+            real,
+            metadata,
+        })
     }
 
     fn kind(&self) -> Kind {
@@ -586,7 +648,11 @@ fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
     let device = now.file_type().is_block_device();
     Identity {
         // several nodes may stand for one device, so a device is known by its number, not by its node
-        file: if device { (u64::MAX, now.rdev()) } else { (now.dev(), now.ino()) },
+        file: if device {
+            (u64::MAX, now.rdev())
+        } else {
+            (now.dev(), now.ino())
+        },
         len: if device { device_len } else { now.len() },
         mtime_ns: i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec()),
         ctime_ns: i128::from(now.ctime()) * 1_000_000_000 + i128::from(now.ctime_nsec()),
@@ -607,7 +673,9 @@ fn lookup(dir: impl AsFd, path: &Path, flags: OFlag, resolve: ResolveFlag) -> st
 /// What the kernel answered to a lookup.
 fn system(context: String, errno: Errno) -> Error {
     if errno == Errno::ENOSYS {
-        return Error::unsupported(format!("{context}: no system call openat2; Linux 5.6 or later is needed"));
+        return Error::unsupported(format!(
+            "{context}: no system call openat2; Linux 5.6 or later is needed"
+        ));
     }
     Error::io(context, io::Error::from(errno))
 }
@@ -629,7 +697,11 @@ fn real_path(fd: &OwnedFd) -> Result<PathBuf> {
 /// Where `name` leads, from `folder` on: reads symlinks only inside of `folder`, and goes by the text outside. It
 /// decides nothing by itself; what it says is opened beneath a folder again.
 fn leads_to(folder: &Path, name: &Path) -> PathBuf {
-    let steps = |path: &Path| path.components().map(|c| c.as_os_str().to_owned()).collect::<VecDeque<OsString>>();
+    let steps = |path: &Path| {
+        path.components()
+            .map(|c| c.as_os_str().to_owned())
+            .collect::<VecDeque<OsString>>()
+    };
     let mut todo = steps(name);
     let mut at = folder.to_path_buf();
     let mut symlinks = 0;
@@ -659,7 +731,11 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
 
 /// A way from a folder; the folder itself is `.`.
 fn or_dot(rest: &Path) -> PathBuf {
-    if rest.as_os_str().is_empty() { PathBuf::from(".") } else { rest.to_path_buf() }
+    if rest.as_os_str().is_empty() {
+        PathBuf::from(".")
+    } else {
+        rest.to_path_buf()
+    }
 }
 
 #[cfg(test)]

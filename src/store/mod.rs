@@ -167,6 +167,11 @@ pub trait StoredWrite: StoredFile {
 
 /// The writing half of a file. Errors: `ReadOnly` where it has none.
 pub(crate) fn writer(file: &dyn StoredFile) -> Result<&dyn StoredWrite> {
-    let refusal = || Error::new(ErrorKind::ReadOnly, format!("{}: the file is not opened for writing", file.label()));
+    let refusal = || {
+        Error::new(
+            ErrorKind::ReadOnly,
+            format!("{}: the file is not opened for writing", file.label()),
+        )
+    };
     file.writer().ok_or_else(refusal)
 }

@@ -23,7 +23,10 @@ pub struct ExtentName {
 impl ExtentName {
     /// A name as it is called on this machine (UTF-8 where the image's encoding was known). Errors: `Corrupt`.
     pub fn new(name: impl AsRef<[u8]>) -> Result<Self> {
-        Ok(Self { name: checked(name.as_ref())?, raw: None })
+        Ok(Self {
+            name: checked(name.as_ref())?,
+            raw: None,
+        })
     }
 
     /// The same name, and the bytes that stood for it in an image of another encoding: a file copied by a program
@@ -77,7 +80,10 @@ fn checked(name: &[u8]) -> Result<OsString> {
         return Err(Error::corrupt("the file name is empty"));
     }
     if name.len() > NAME_MAX {
-        return Err(Error::corrupt(format!("the file name has {} bytes, more than {NAME_MAX}", name.len())));
+        return Err(Error::corrupt(format!(
+            "the file name has {} bytes, more than {NAME_MAX}",
+            name.len()
+        )));
     }
     if name.contains(&0) {
         return Err(Error::corrupt("the file name holds a NUL byte"));
@@ -96,7 +102,10 @@ mod tests {
     fn the_shape_is_checked() {
         for bad in [&b""[..], b"a\0b", &[b'x'; NAME_MAX + 1]] {
             assert_eq!(ExtentName::new(bad).unwrap_err().kind(), ErrorKind::Corrupt);
-            assert_eq!(ExtentName::new("good").unwrap().or_raw(bad).unwrap_err().kind(), ErrorKind::Corrupt);
+            assert_eq!(
+                ExtentName::new("good").unwrap().or_raw(bad).unwrap_err().kind(),
+                ErrorKind::Corrupt
+            );
         }
         assert!(ExtentName::new([b'x'; NAME_MAX]).is_ok());
     }

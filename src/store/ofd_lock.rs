@@ -37,7 +37,13 @@ const RESIZE: i64 = 3;
 fn held(access: Access) -> &'static [i64] {
     match access {
         Access::Read => &[USES + READ, FORBIDS + WRITE, FORBIDS + RESIZE],
-        Access::Write => &[USES + READ, USES + WRITE, USES + RESIZE, FORBIDS + WRITE, FORBIDS + RESIZE],
+        Access::Write => &[
+            USES + READ,
+            USES + WRITE,
+            USES + RESIZE,
+            FORBIDS + WRITE,
+            FORBIDS + RESIZE,
+        ],
     }
 }
 
@@ -45,7 +51,13 @@ fn held(access: Access) -> &'static [i64] {
 fn tested(access: Access) -> &'static [i64] {
     match access {
         Access::Read => &[FORBIDS + READ, USES + WRITE, USES + RESIZE],
-        Access::Write => &[FORBIDS + READ, FORBIDS + WRITE, FORBIDS + RESIZE, USES + WRITE, USES + RESIZE],
+        Access::Write => &[
+            FORBIDS + READ,
+            FORBIDS + WRITE,
+            FORBIDS + RESIZE,
+            USES + WRITE,
+            USES + RESIZE,
+        ],
     }
 }
 
@@ -90,13 +102,22 @@ fn look(file: &File, byte: i64) -> nix::Result<Option<Conflict>> {
     let mut lock = of_byte(byte, libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     let free = libc::c_int::from(lock.l_type) == libc::F_UNLCK;
-    Ok((!free).then_some(Conflict { byte, pid: u32::try_from(lock.l_pid).ok() }))
+    Ok((!free).then_some(Conflict {
+        byte,
+        pid: u32::try_from(lock.l_pid).ok(),
+    }))
 }
 
 /// A lock of one byte.
 fn of_byte(byte: i64, kind: libc::c_int) -> libc::flock {
     // The constants are small numbers of another width than the field.
-    libc::flock { l_type: kind as _, l_whence: libc::SEEK_SET as _, l_start: byte, l_len: 1, l_pid: 0 }
+    libc::flock {
+        l_type: kind as _,
+        l_whence: libc::SEEK_SET as _,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
 }
 
 /// Somebody else's lock.
@@ -146,8 +167,14 @@ fn search(file: &File, byte: i64) -> Option<u32> {
     };
     let until = Instant::now() + SEARCH;
     for process in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        for open in fs::read_dir(process.path().join("fdinfo")).into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        for open in fs::read_dir(process.path().join("fdinfo"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if Instant::now() > until {
                 return None;
             }
@@ -171,8 +198,14 @@ struct Listed<'a> {
 fn listed(fdinfo: &str) -> impl Iterator<Item = Listed<'_>> {
     fdinfo.lines().filter_map(|line| {
         let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
-        let &[_, _, _, _, _, inode, first, last] = words.as_slice() else { return None };
-        Some(Listed { inode, first: first.parse().ok()?, last: last.parse().unwrap_or(i64::MAX) })
+        let &[_, _, _, _, _, inode, first, last] = words.as_slice() else {
+            return None;
+        };
+        Some(Listed {
+            inode,
+            first: first.parse().ok()?,
+            last: last.parse().unwrap_or(i64::MAX),
+        })
     })
 }
 
@@ -218,14 +251,22 @@ mod tests {
         lock(&b, Access::Read, "b again").unwrap();
         assert_eq!(locked(&other), [100, 201, 203]);
         drop(a);
-        assert_eq!(locked(&other), [100, 201, 203], "the close of one open took the lock of the other");
+        assert_eq!(
+            locked(&other),
+            [100, 201, 203],
+            "the close of one open took the lock of the other"
+        );
         drop(b);
         assert!(locked(&other).is_empty());
     }
 
     #[test]
     fn a_writer_is_in_the_way_and_is_named() {
-        for (byte, says) in [(101, "for writing"), (103, "for writing"), (200, "lets nobody else read it")] {
+        for (byte, says) in [
+            (101, "for writing"),
+            (103, "for writing"),
+            (200, "lets nobody else read it"),
+        ] {
             let [other, reader] = opens();
             hold(&other, byte);
             refused(&reader, says);
@@ -241,7 +282,11 @@ mod tests {
         lock(&writer, Access::Write, "w again").unwrap();
         assert_eq!(locked(&other), [100, 101, 103, 201, 203]);
         refused(&reader, "in use for writing by another program");
-        let ways_out = ["lets nobody else write to it", "readonly=true", "lock=off writes to it all the same"];
+        let ways_out = [
+            "lets nobody else write to it",
+            "readonly=true",
+            "lock=off writes to it all the same",
+        ];
         refused_to(Access::Write, &other, &ways_out);
         drop((writer, reader, other));
         let [reader, writer] = opens();

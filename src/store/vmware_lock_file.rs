@@ -56,8 +56,16 @@ fn hosted(path: &Path) -> Option<(PathBuf, String)> {
     if !fs::symlink_metadata(&folder).ok()?.is_dir() {
         return None;
     }
-    let names: Vec<_> = fs::read_dir(&folder).ok()?.take(MAX_MARKS).flatten().map(|entry| entry.file_name()).collect();
-    let first = names.iter().find(|name| name.as_encoded_bytes().starts_with(b"M")).or(names.first())?;
+    let names: Vec<_> = fs::read_dir(&folder)
+        .ok()?
+        .take(MAX_MARKS)
+        .flatten()
+        .map(|entry| entry.file_name())
+        .collect();
+    let first = names
+        .iter()
+        .find(|name| name.as_encoded_bytes().starts_with(b"M"))
+        .or(names.first())?;
     let mark = folder.join(first);
     let text = read(&mark).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
@@ -76,9 +84,17 @@ fn esx(path: &Path, inode: u64) -> Option<(PathBuf, String)> {
         return None;
     }
     let bytes = read(&mark).unwrap_or_default();
-    let host = bytes.get(HOST..).unwrap_or_default().split(|&byte| byte == 0).next().unwrap_or_default();
-    let who =
-        if host.is_empty() { String::new() } else { format!(", of host {}", shown(&String::from_utf8_lossy(host))) };
+    let host = bytes
+        .get(HOST..)
+        .unwrap_or_default()
+        .split(|&byte| byte == 0)
+        .next()
+        .unwrap_or_default();
+    let who = if host.is_empty() {
+        String::new()
+    } else {
+        format!(", of host {}", shown(&String::from_utf8_lossy(host)))
+    };
     Some((mark, who))
 }
 
@@ -88,7 +104,11 @@ fn read(mark: &Path) -> Option<Vec<u8>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = File::options().read(true).custom_flags(flags).open(mark).ok()?;
     let mut text = Vec::new();
-    file.metadata().ok()?.is_file().then(|| file.take(MAX_TEXT).read_to_end(&mut text))?.ok()?;
+    file.metadata()
+        .ok()?
+        .is_file()
+        .then(|| file.take(MAX_TEXT).read_to_end(&mut text))?
+        .ok()?;
     Some(text)
 }
 
@@ -147,7 +167,10 @@ mod tests {
         let (inode, mark) = (0x1_0009_03e0, dir.path().join(".lck-e003090001000000"));
         assert_eq!(esx(&disk, inode), None);
         fs::write(&mark, [&[0; 16][..], &[1, 0, 0, 0], b"esx.example.com\0\0\0"].concat()).unwrap();
-        assert_eq!(esx(&disk, inode), Some((mark.clone(), ", of host esx.example.com".to_owned())));
+        assert_eq!(
+            esx(&disk, inode),
+            Some((mark.clone(), ", of host esx.example.com".to_owned()))
+        );
         assert_eq!(esx(&disk, inode + 1), None);
         fs::write(&mark, "").unwrap();
         assert_eq!(esx(&disk, inode), Some((mark, String::new())));
@@ -160,14 +183,23 @@ mod tests {
         look(&disk, 7, Access::Write).unwrap();
         let esx = dir.path().join(".lck-0700000000000000");
         for (mark, text, who) in [
-            (folder.join("M1.lck"), &b"anna 4711-99(vmware-vmx) 1 X\0"[..], "of machine anna, process 4711-99"),
+            (
+                folder.join("M1.lck"),
+                &b"anna 4711-99(vmware-vmx) 1 X\0"[..],
+                "of machine anna, process 4711-99",
+            ),
             (esx, b"                    esx.example.com\0", "of host esx.example.com"),
         ] {
             fs::create_dir_all(mark.parent().unwrap()).unwrap();
             fs::write(&mark, text).unwrap();
             let error = look(&disk, 7, Access::Write).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Busy);
-            for says in [disk.to_str().unwrap(), mark.to_str().unwrap(), who, "lock=off writes to it all the same"] {
+            for says in [
+                disk.to_str().unwrap(),
+                mark.to_str().unwrap(),
+                who,
+                "lock=off writes to it all the same",
+            ] {
                 assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
             }
             look(&disk, 7, Access::Read).unwrap();

@@ -42,7 +42,9 @@ impl WriteLatch {
     /// Errors: something was kept.
     pub(crate) fn check(&self) -> Result<()> {
         match self.0.get() {
-            Some(e) => Err(e.clone().within("nothing more is written after an error that may have lost data")),
+            Some(e) => Err(e
+                .clone()
+                .within("nothing more is written after an error that may have lost data")),
             None => Ok(()),
         }
     }

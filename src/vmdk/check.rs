@@ -84,7 +84,9 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
                 continue;
             }
             if placed.unclean {
-                report.notes.push(format!("{}: was not closed after writing", sparse.file.label()));
+                report
+                    .notes
+                    .push(format!("{}: was not closed after writing", sparse.file.label()));
             }
             let checked = Checker {
                 placed,
@@ -169,7 +171,9 @@ impl Checker<'_> {
             let grain = number * geometry.entries_per_table + entry as u64;
             match table.slot(entry) {
                 GrainEntry::Unallocated | GrainEntry::Zero => {}
-                GrainEntry::Bad => self.report.error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
+                GrainEntry::Bad => self
+                    .report
+                    .error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
                 GrainEntry::At(sector) => self.grain(grain, sector)?,
             }
         }
@@ -184,7 +188,10 @@ impl Checker<'_> {
         if !stretch.bytes.contains(&start) {
             // where that can't be told, it is read
             let (stored, bytes) = self.sparse.file.data_at(start).unwrap_or((true, 1));
-            *stretch = Stretch { bytes: start..start + bytes, stored };
+            *stretch = Stretch {
+                bytes: start..start + bytes,
+                stored,
+            };
         }
         !stretch.stored && end <= stretch.bytes.end
     }
@@ -214,7 +221,8 @@ impl Checker<'_> {
         let taken = self.claims.claim(range);
         if taken {
             let label = self.sparse.file.label();
-            self.report.error(|| format!("{label}: {what} {number} at sector {start} overlaps something else"));
+            self.report
+                .error(|| format!("{label}: {what} {number} at sector {start} overlaps something else"));
         }
         !taken
     }
@@ -240,7 +248,8 @@ impl Checker<'_> {
             if (a == 0) != (b == 0) && self.placed.unclean && (good(a) || good(b)) {
                 self.report.unfinished += 1;
             } else if (a == 0) != (b == 0) {
-                self.report.error(|| format!("{label}: grain table {table} is in one of both directories only"));
+                self.report
+                    .error(|| format!("{label}: grain table {table} is in one of both directories only"));
             } else if a != 0 && (!good(a) || !good(b)) {
                 self.report.error(|| format!(
                     "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
@@ -250,7 +259,8 @@ impl Checker<'_> {
                 match self.unfinished(hosted, table, [a.into(), b.into()], &first, &second) {
                     Some(entries) => self.report.unfinished += entries,
                     None => {
-                        self.report.error(|| format!("{label}: grain table {table} differs from its redundant copy"));
+                        self.report
+                            .error(|| format!("{label}: grain table {table} differs from its redundant copy"));
                     }
                 }
             }
@@ -283,7 +293,12 @@ impl Checker<'_> {
 
     /// Room that nothing claims. Only hosted files are written without gaps: ESX grows its own in steps.
     fn leaks(&mut self) -> Result<()> {
-        let Some(hosted) = self.placed.hosted.as_ref().filter(|_| self.sparse.packing == Encoding::Plain) else {
+        let Some(hosted) = self
+            .placed
+            .hosted
+            .as_ref()
+            .filter(|_| self.sparse.packing == Encoding::Plain)
+        else {
             return Ok(());
         };
         // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
@@ -291,7 +306,9 @@ impl Checker<'_> {
         let grain = self.sparse.geometry().grain;
         if self.claims.full {
             let label = self.sparse.file.label();
-            self.report.notes.push(format!("{label}: is too large: not all overlaps were looked for, and no leaks"));
+            self.report.notes.push(format!(
+                "{label}: is too large: not all overlaps were looked for, and no leaks"
+            ));
             return Ok(());
         }
         let free = self.claims.free(hosted.data_start()..file_sectors);
@@ -341,7 +358,10 @@ impl Claims {
                 at = (at / Self::PAGE + 1) * Self::PAGE;
                 continue;
             }
-            let page = self.pages.entry(at / Self::PAGE).or_insert_with(|| Box::new([0; Self::WORDS]));
+            let page = self
+                .pages
+                .entry(at / Self::PAGE)
+                .or_insert_with(|| Box::new([0; Self::WORDS]));
             let end = range.end.min((at / 64 + 1) * 64);
             let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
             if let Some(word) = page.get_mut((at % Self::PAGE / 64) as usize) {
@@ -367,7 +387,11 @@ impl Claims {
             let word = page.get((at % Self::PAGE / 64) as usize).copied().unwrap_or(u64::MAX) >> (at % 64);
             let left = 64 - at % 64;
             let claimed = u64::from(word.trailing_ones()).min(left);
-            let open = if claimed > 0 { 0 } else { u64::from(word.trailing_zeros()).min(left) };
+            let open = if claimed > 0 {
+                0
+            } else {
+                u64::from(word.trailing_zeros()).min(left)
+            };
             let end = range.end.min(at + claimed.max(open));
             if open > 0 {
                 push(&mut free, at..end);
@@ -398,7 +422,10 @@ mod tests {
         }
         assert!(claims.full);
         assert_eq!(claims.pages.len(), Claims::MAX_PAGES);
-        assert!(claims.claim(5 * Claims::PAGE..5 * Claims::PAGE + 1), "what is noted stays known");
+        assert!(
+            claims.claim(5 * Claims::PAGE..5 * Claims::PAGE + 1),
+            "what is noted stays known"
+        );
     }
 
     #[test]

@@ -135,7 +135,9 @@ pub fn create_delta(store: &dyn Store, name: &ExtentName, delta: &NewDelta) -> R
     check_size(delta.sectors)?;
     if !delta.grain.is_power_of_two() || delta.grain < 8 {
         let grain = delta.grain;
-        return Err(usage(format!("a grain of {grain} sectors, expected a power of two from 8 on")));
+        return Err(usage(format!(
+            "a grain of {grain} sectors, expected a power of two from 8 on"
+        )));
     }
     let text = NewText::delta(delta, text::label(name))?.to_text();
     let layout = HostedLayout::new(delta.sectors, delta.grain, Some(text.len()), delta.zeroed_grains)?;
@@ -181,7 +183,11 @@ impl Plan {
                 };
                 let text = NewText::disk("monolithicSparse", disk, vec![extent]).to_text();
                 let whole = Some(HostedLayout::new(sectors, GRAIN, Some(text.len()), false)?);
-                Ok(Self { text, whole, pieces: Vec::new() })
+                Ok(Self {
+                    text,
+                    whole,
+                    pieces: Vec::new(),
+                })
             }
             CreateType::MonolithicFlat => Self::beside(name, disk, "monolithicFlat", ExtentKind::Flat, false),
             CreateType::VmfsFlat => Self::beside(name, disk, "vmfs", ExtentKind::Vmfs, true),
@@ -193,8 +199,14 @@ impl Plan {
 
     /// A descriptor and one file of data.
     fn beside(name: &ExtentName, disk: &NewDisk, label: &str, kind: ExtentKind, allocator: bool) -> Result<Self> {
-        let content = PieceContent::Flat { sectors: disk.sectors, allocator };
-        let piece = Piece { name: text::sibling(name, "-flat.vmdk")?, content };
+        let content = PieceContent::Flat {
+            sectors: disk.sectors,
+            allocator,
+        };
+        let piece = Piece {
+            name: text::sibling(name, "-flat.vmdk")?,
+            content,
+        };
         Self::pieces(disk, label, kind, vec![piece])
     }
 
@@ -210,11 +222,21 @@ impl Plan {
             let sectors = PIECE.min(disk.sectors - start);
             let content = match letter {
                 's' => PieceContent::Sparse(HostedLayout::new(sectors, GRAIN, None, false)?),
-                _ => PieceContent::Flat { sectors, allocator: false },
+                _ => PieceContent::Flat {
+                    sectors,
+                    allocator: false,
+                },
             };
-            pieces.push(Piece { name: text::sibling(name, &format!("-{letter}{number:03}.vmdk"))?, content });
+            pieces.push(Piece {
+                name: text::sibling(name, &format!("-{letter}{number:03}.vmdk"))?,
+                content,
+            });
         }
-        let kind = if letter == 's' { ExtentKind::Sparse } else { ExtentKind::Flat };
+        let kind = if letter == 's' {
+            ExtentKind::Sparse
+        } else {
+            ExtentKind::Flat
+        };
         Self::pieces(disk, label, kind, pieces)
     }
 
@@ -229,7 +251,11 @@ impl Plan {
         if text.len() > MAX_TEXT {
             return Err(too_many_pieces());
         }
-        Ok(Self { text, whole: None, pieces })
+        Ok(Self {
+            text,
+            whole: None,
+            pieces,
+        })
     }
 }
 
@@ -250,7 +276,10 @@ struct Making<'s> {
 
 impl<'s> Making<'s> {
     fn new(store: &'s dyn Store) -> Self {
-        Self { store, made: Vec::new() }
+        Self {
+            store,
+            made: Vec::new(),
+        }
     }
 
     /// Makes an empty file.
@@ -302,7 +331,9 @@ fn check_size(sectors: u64) -> Result<()> {
     if VALID.contains(&sectors) {
         return Ok(());
     }
-    Err(usage(format!("a disk of {sectors} sectors, expected 1 to {MAX_SECTORS}")))
+    Err(usage(format!(
+        "a disk of {sectors} sectors, expected 1 to {MAX_SECTORS}"
+    )))
 }
 
 fn usage(why: String) -> Error {

@@ -78,7 +78,10 @@ impl Descriptor {
 
     /// The first value of that name in the disk data base; the name is without `ddb.` and has no case.
     pub fn ddb_value(&self, name: &str) -> Option<&str> {
-        self.ddb.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.ddb
+            .iter()
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -90,7 +93,9 @@ pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
         let start = part.as_ptr() as usize - bytes.as_ptr() as usize;
         start..start + part.len()
     };
-    let Some(digits) = lines.first("CID").and_then(|setting| setting.unquoted().ok()) else { return Vec::new() };
+    let Some(digits) = lines.first("CID").and_then(|setting| setting.unquoted().ok()) else {
+        return Vec::new();
+    };
     let mut found: Vec<_> = lines.all("CID").filter_map(|s| s.unquoted().ok()).map(within).collect();
     let long = lines.ddb.iter().find(|s| s.key.eq_ignore_ascii_case(b"longContentID"));
     if let Some(long) = long.and_then(|s| s.unquoted().ok())
@@ -114,7 +119,10 @@ pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
         None => lines.all(key).filter_map(|s| s.unquoted().ok()).collect(),
     };
     let start = |part: &[u8]| part.as_ptr() as usize - bytes.as_ptr() as usize;
-    found.into_iter().map(|part| start(part)..start(part) + part.len()).collect()
+    found
+        .into_iter()
+        .map(|part| start(part)..start(part) + part.len())
+        .collect()
 }
 
 /// Whether a file that starts with `bytes` is a descriptor: its first line says so, or its first setting is
@@ -124,7 +132,13 @@ pub fn looks_like(bytes: &[u8]) -> bool {
     let mut meant = text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii).enumerate();
     meant
         .find_map(|(index, line)| match line.first() {
-            Some(b'#') if index == 0 && line.to_ascii_lowercase().windows(19).any(|w| w == b"disk descriptorfile") => {
+            Some(b'#')
+                if index == 0
+                    && line
+                        .to_ascii_lowercase()
+                        .windows(19)
+                        .any(|w| w == b"disk descriptorfile") =>
+            {
                 Some(true)
             }
             None | Some(b'#') => None,
@@ -177,12 +191,21 @@ const CREATE_TYPES: [(&str, CreateType); 18] = [
 ];
 
 /// Kinds that only point to a device of an ESX host.
-const DEVICE_MAPS: [&str; 5] = ["vmfsRDM", "vmfsRawDeviceMap", "vmfsRDMP", "vmfsPassthroughRawDeviceMap", "vmfsRaw"];
+const DEVICE_MAPS: [&str; 5] = [
+    "vmfsRDM",
+    "vmfsRawDeviceMap",
+    "vmfsRDMP",
+    "vmfsPassthroughRawDeviceMap",
+    "vmfsRaw",
+];
 
 impl CreateType {
     /// Its usual name.
     pub fn as_str(self) -> &'static str {
-        CREATE_TYPES.iter().find(|(_, kind)| *kind == self).map_or("custom", |(name, _)| name)
+        CREATE_TYPES
+            .iter()
+            .find(|(_, kind)| *kind == self)
+            .map_or("custom", |(name, _)| name)
     }
 }
 
@@ -238,13 +261,20 @@ fn create_type(lines: &Lines<'_>) -> Result<CreateType> {
         let is = |name: &str| name.as_bytes().eq_ignore_ascii_case(value);
         let refuse = |why| {
             let line = setting.line;
-            Error::new(ErrorKind::Unsupported, format!("line {line}: createType `{}` {why}", shown(value)))
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("line {line}: createType `{}` {why}", shown(value)),
+            )
         };
         if DEVICE_MAPS.into_iter().any(is) {
-            return Err(refuse("is an RDM pointer: it maps a device of an ESX host and holds no data"));
+            return Err(refuse(
+                "is an RDM pointer: it maps a device of an ESX host and holds no data",
+            ));
         }
         let known = CREATE_TYPES.iter().find(|(name, _)| is(name));
-        known.map(|(_, kind)| *kind).ok_or_else(|| refuse("is not known, expected one like monolithicSparse"))
+        known
+            .map(|(_, kind)| *kind)
+            .ok_or_else(|| refuse("is not known, expected one like monolithicSparse"))
     })?;
     found.map(|(_, kind)| kind).ok_or_else(|| missing("createType"))
 }
@@ -256,7 +286,9 @@ fn cid(setting: &Setting<'_>) -> Result<u32> {
     if !(1..=8).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_hexdigit) {
         return Err(wrong());
     }
-    let number = std::str::from_utf8(digits).ok().and_then(|digits| u32::from_str_radix(digits, 16).ok());
+    let number = std::str::from_utf8(digits)
+        .ok()
+        .and_then(|digits| u32::from_str_radix(digits, 16).ok());
     number.ok_or_else(wrong)
 }
 
@@ -267,7 +299,9 @@ fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<Paren
         (Some((_, NO_CID)), _) | (None, None) => return Ok(None),
         (Some(found), _) => found,
         (None, Some(line)) => {
-            return Err(Error::corrupt(format!("line {line}: a parentFileNameHint, but expected a parentCID too")));
+            return Err(Error::corrupt(format!(
+                "line {line}: a parentFileNameHint, but expected a parentCID too"
+            )));
         }
     };
     let hint = lines.get("parentFileNameHint", |setting| {
@@ -275,7 +309,10 @@ fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<Paren
         name.map_err(|e| e.within(format!("line {}, parentFileNameHint", setting.line)))
     })?;
     match hint {
-        Some((_, name)) => Ok(Some(ParentLink { cid, hint: ParentHint::new(name, encoding) })),
+        Some((_, name)) => Ok(Some(ParentLink {
+            cid,
+            hint: ParentHint::new(name, encoding),
+        })),
         None => Err(Error::corrupt(format!(
             "line {line}: parentCID={cid:08x} says that there is a parent, but expected a parentFileNameHint too"
         ))),
@@ -286,21 +323,34 @@ fn extents(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Vec<ExtentL
     let mut extents = Vec::new();
     let mut sum: u64 = 0;
     for &(line, text) in &lines.extents {
-        let Some(extent) = extent::parse(line, text, encoding)? else { continue };
-        sum = sum.checked_add(extent.sectors).filter(|sum| *sum <= MAX_SECTORS).ok_or_else(|| {
-            Error::corrupt(format!("line {line}: expected extents of at most {MAX_SECTORS} sectors together"))
-        })?;
+        let Some(extent) = extent::parse(line, text, encoding)? else {
+            continue;
+        };
+        sum = sum
+            .checked_add(extent.sectors)
+            .filter(|sum| *sum <= MAX_SECTORS)
+            .ok_or_else(|| {
+                Error::corrupt(format!(
+                    "line {line}: expected extents of at most {MAX_SECTORS} sectors together"
+                ))
+            })?;
         extents.push(extent);
     }
     if extents.is_empty() {
-        return Err(Error::corrupt("no extent, expected a line like `RW 8192 FLAT \"disk-flat.vmdk\" 0`"));
+        return Err(Error::corrupt(
+            "no extent, expected a line like `RW 8192 FLAT \"disk-flat.vmdk\" 0`",
+        ));
     }
     Ok(extents)
 }
 
 fn ddb(lines: &Lines<'_>, encoding: &'static Encoding) -> Vec<(String, String)> {
     let text = |bytes| lines::decode(encoding, bytes);
-    lines.ddb.iter().map(|setting| (text(setting.key), text(setting.leniently_unquoted()))).collect()
+    lines
+        .ddb
+        .iter()
+        .map(|setting| (text(setting.key), text(setting.leniently_unquoted())))
+        .collect()
 }
 
 fn missing(key: &str) -> Error {

@@ -56,27 +56,48 @@ impl VmdkDisk {
     }
 
     fn writable(mut links: Vec<Link>, options: OpenOptions, child: Option<&dyn StoredFile>) -> Result<Self> {
-        let Some(newest) = links.first_mut() else { return Self::of(links) };
+        let Some(newest) = links.first_mut() else {
+            return Self::of(links);
+        };
         if !options.force {
             refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
-        Ok(Self { writer: Some(writer), ..Self::of(links)? })
+        Ok(Self {
+            writer: Some(writer),
+            ..Self::of(links)?
+        })
     }
 
     /// The same disk over `base`, which is seen where no link has anything; behind its end are zeroes.
     #[must_use]
     pub fn over(self, base: Arc<dyn BlockRead>) -> Self {
         let granule = self.geometry.granule.max(base.geometry().granule);
-        let geometry = Geometry { granule, preferred: self.geometry.preferred.max(granule), ..self.geometry };
-        Self { geometry, base: Some(base), ..self }
+        let geometry = Geometry {
+            granule,
+            preferred: self.geometry.preferred.max(granule),
+            ..self.geometry
+        };
+        Self {
+            geometry,
+            base: Some(base),
+            ..self
+        }
     }
 
     fn of(links: Vec<Link>) -> Result<Self> {
         let sectors = links.first().map_or(0, |l| l.sectors);
-        let preferred = links.iter().flat_map(|l| &l.extents).filter_map(|p| packed_grain(&p.extent)).max();
+        let preferred = links
+            .iter()
+            .flat_map(|l| &l.extents)
+            .filter_map(|p| packed_grain(&p.extent))
+            .max();
         Ok(Self {
-            geometry: Geometry { sectors, granule: 1, preferred: preferred.unwrap_or(1) },
+            geometry: Geometry {
+                sectors,
+                granule: 1,
+                preferred: preferred.unwrap_or(1),
+            },
             links,
             base: None,
             writer: None,
@@ -156,7 +177,12 @@ impl VmdkDisk {
                         if let Some(p) = other.take() {
                             p.read(buf)?;
                         }
-                        *other = Some(Pending { file, sector, start: done, len });
+                        *other = Some(Pending {
+                            file,
+                            sector,
+                            start: done,
+                            len,
+                        });
                     }
                 }
             } else {
@@ -207,10 +233,12 @@ impl VmdkDisk {
     }
 
     fn base_is_zero(&self, at: Lba, sectors: u64) -> bool {
-        self.base.as_ref().is_none_or(|base| match self.inside_base(&**base, at, sectors) {
-            (_, 0) => true,
-            (base, inside) => base.is_zero(at, inside),
-        })
+        self.base
+            .as_ref()
+            .is_none_or(|base| match self.inside_base(&**base, at, sectors) {
+                (_, 0) => true,
+                (base, inside) => base.is_zero(at, inside),
+            })
     }
 }
 
@@ -218,7 +246,9 @@ impl VmdkDisk {
 fn kind_in(links: &[Link], at: Lba, max: u64) -> Result<(Kind, u64)> {
     let mut left = max;
     for link in links {
-        let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+        let Some((placed, within, sectors)) = find(link, at.0, left) else {
+            break;
+        };
         match placed.extent.kind_at(within, sectors)? {
             (Kind::Parent, sectors) => left = sectors,
             found => return Ok(found),
@@ -236,7 +266,9 @@ fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Re
             left = left.min(*nothing_before - at.0);
             continue;
         }
-        let Some((placed, within, sectors)) = find(link, at.0, left) else { break };
+        let Some((placed, within, sectors)) = find(link, at.0, left) else {
+            break;
+        };
         match placed.extent.run_at(within, sectors)? {
             Run::Parent { sectors } => {
                 left = sectors;
@@ -280,9 +312,12 @@ impl BlockRead for VmdkDisk {
         let extents = &self.links.first()?.extents;
         match extents.as_slice() {
             // a file that is longer would show what is behind the disk
-            [PlacedExtent { extent: Extent::Flat { file, offset: 0 }, .. }] if file.len() == self.geometry.bytes() => {
-                file.fd()
-            }
+            [
+                PlacedExtent {
+                    extent: Extent::Flat { file, offset: 0 },
+                    ..
+                },
+            ] if file.len() == self.geometry.bytes() => file.fd(),
             _ => None,
         }
     }

@@ -90,7 +90,11 @@ impl Extent {
     /// The run at `sector` of the extent, of at most `max` sectors, which lie inside of it.
     pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
         match self {
-            Extent::Flat { file, offset } => Ok(Run::Stored { file, sector: offset + sector, sectors: max }),
+            Extent::Flat { file, offset } => Ok(Run::Stored {
+                file,
+                sector: offset + sector,
+                sectors: max,
+            }),
             Extent::Zero => Ok(Run::Zero { sectors: max }),
             Extent::Sparse(sparse) => sparse.run_at(sector, max),
         }
@@ -200,7 +204,15 @@ impl SparseExtent {
         packing: Encoding,
     ) -> Self {
         let geometry = layout.geometry();
-        Self { id, file, layout, cache, packing, live: None, geometry }
+        Self {
+            id,
+            file,
+            layout,
+            cache,
+            packing,
+            live: None,
+            geometry,
+        }
     }
 
     /// Its numbers.
@@ -229,7 +241,9 @@ impl SparseExtent {
     pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
         let p = self.position(sector);
         let Some(table) = self.table(p.table)? else {
-            return Ok(Run::Parent { sectors: self.absent(sector, max)? });
+            return Ok(Run::Parent {
+                sectors: self.absent(sector, max)?,
+            });
         };
         self.run_in(&table, p, sector, max)
     }
@@ -238,7 +252,9 @@ impl SparseExtent {
         let p = self.position(sector);
         match near.table(self, p.table)? {
             Some(table) => self.run_in(table, p, sector, max),
-            None => Ok(Run::Parent { sectors: self.absent(sector, max)? }),
+            None => Ok(Run::Parent {
+                sectors: self.absent(sector, max)?,
+            }),
         }
     }
 
@@ -257,7 +273,11 @@ impl SparseExtent {
     fn data_run(&self, sector: u64, sectors: u64, at: u64, next: GrainEntry) -> Run<'_> {
         let within = sector % self.geometry.grain;
         match self.packing {
-            Encoding::Plain => Run::Stored { file: &self.file, sector: at + within, sectors },
+            Encoding::Plain => Run::Stored {
+                file: &self.file,
+                sector: at + within,
+                sectors,
+            },
             Encoding::Deflate { markers } => {
                 let lba = sector - within;
                 let grain = CompressedGrain {
@@ -272,7 +292,11 @@ impl SparseExtent {
                     inside: self.geometry.grain_sectors(lba / self.geometry.grain),
                     markers,
                 };
-                Run::Deflate { grain, skip: within, sectors }
+                Run::Deflate {
+                    grain,
+                    skip: within,
+                    sectors,
+                }
             }
         }
     }
@@ -302,7 +326,10 @@ impl SparseExtent {
         }
         let (kind, grains) = self.stretch(&table, p, max, false);
         // a damaged entry is data: reading it is what tells
-        Ok((kind.unwrap_or(Kind::Data), (grains * self.geometry.grain - p.within).min(max)))
+        Ok((
+            kind.unwrap_or(Kind::Data),
+            (grains * self.geometry.grain - p.within).min(max),
+        ))
     }
 
     /// The kind of the grain at `p` (`None`: damaged), and how many grains of this table go on like it within
@@ -319,7 +346,11 @@ impl SparseExtent {
         let wanted = (p.within + max).div_ceil(self.geometry.grain);
         let alone = first == GrainEntry::Bad
             || (adjacent && self.packing != Encoding::Plain && kind(first) == Some(Kind::Data));
-        let most = if alone { 1 } else { wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1) };
+        let most = if alone {
+            1
+        } else {
+            wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1)
+        };
         let mut n = 1;
         while n < most {
             let goes_on = match (first, table.slot(p.entry + n as usize)) {
@@ -383,14 +414,26 @@ mod tests {
 
     impl Layout for Growing {
         fn geometry(&self) -> TableGeometry {
-            TableGeometry { capacity: 8 * 1024, grain: 8, entries_per_table: 128 }
+            TableGeometry {
+                capacity: 8 * 1024,
+                grain: 8,
+                entries_per_table: 128,
+            }
         }
         fn table_sectors(&self) -> u64 {
             1
         }
         fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
             let there = self.was_read.swap(true, Ordering::Relaxed);
-            Ok(tables.map(|t| if there { DirectoryEntry::At(t + 10) } else { DirectoryEntry::Absent }).collect())
+            Ok(tables
+                .map(|t| {
+                    if there {
+                        DirectoryEntry::At(t + 10)
+                    } else {
+                        DirectoryEntry::Absent
+                    }
+                })
+                .collect())
         }
         fn load_table(&self, _table: u64, _at: u64) -> Result<Table> {
             Ok(Table::narrow((0..128).map(|_| GrainEntry::Zero)))
@@ -407,8 +450,15 @@ mod tests {
     #[test]
     fn regression_a_directory_that_changes_between_two_looks() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let file =
-            open_user_path(file.path(), Arc::new(OpenPolicy { allow: Vec::new(), lock: true }), Access::Read).unwrap();
+        let file = open_user_path(
+            file.path(),
+            Arc::new(OpenPolicy {
+                allow: Vec::new(),
+                lock: true,
+            }),
+            Access::Read,
+        )
+        .unwrap();
         for sector in [0, 1, 1023] {
             // nothing fits this cache, so each look reads the directory
             let cache = TableCache::with_bytes(1);

@@ -27,7 +27,12 @@ impl Runs for VmdkDisk {
         let extents = self.links().iter().flat_map(|l| &l.extents);
         let files = extents.filter_map(|placed| file_of(&placed.extent));
         // a device shows no changes
-        files.map(|file| RunFile { len: file.len(), fd: file.fd().filter(|_| file.detects_modification()) }).collect()
+        files
+            .map(|file| RunFile {
+                len: file.len(),
+                fd: file.fd().filter(|_| file.detects_modification()),
+            })
+            .collect()
     }
 
     fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()> {
@@ -38,7 +43,10 @@ impl Runs for VmdkDisk {
             next_file += usize::from(file_of(&placed.extent).is_some());
             number
         };
-        let cursor = |l: &Link| Cursor { files: l.extents.iter().map(&mut number).collect(), ..Cursor::default() };
+        let cursor = |l: &Link| Cursor {
+            files: l.extents.iter().map(&mut number).collect(),
+            ..Cursor::default()
+        };
         let mut cursors: Vec<Cursor> = self.links().iter().map(cursor).collect();
         let mut at = 0;
         while at < end {
@@ -63,13 +71,18 @@ fn next(links: &[Link], at: u64, max: u64, cursors: &mut [Cursor]) -> Result<(Ru
             left = left.min(cursor.nothing_before - at);
             continue;
         }
-        let Some(number) = link.extents.partition_point(|p| p.start <= at).checked_sub(1) else { break };
+        let Some(number) = link.extents.partition_point(|p| p.start <= at).checked_sub(1) else {
+            break;
+        };
         let Some(placed) = link.extents.get(number) else { break };
         let within = at - placed.start;
         if within >= placed.sectors {
             break;
         }
-        match placed.extent.run_near(within, left.min(placed.sectors - within), &mut cursor.near)? {
+        match placed
+            .extent
+            .run_near(within, left.min(placed.sectors - within), &mut cursor.near)?
+        {
             Run::Parent { sectors } => {
                 left = sectors;
                 cursor.nothing_before = at + sectors;
@@ -80,7 +93,10 @@ fn next(links: &[Link], at: u64, max: u64, cursors: &mut [Cursor]) -> Result<(Ru
             }
             Run::Zero { sectors } => return Ok((RunPlace::Zero, sectors)),
             Run::Deflate { grain, .. } => {
-                return Err(Error::unsupported(format!("{} has compressed grains", grain.file.label())));
+                return Err(Error::unsupported(format!(
+                    "{} has compressed grains",
+                    grain.file.label()
+                )));
             }
         }
     }

@@ -185,8 +185,11 @@ impl Hosted {
         };
         let file_sectors = file_len.div_ceil(SECTOR);
         if raw.descriptor_offset.get() != 0 && role == Role::Header {
-            header.descriptor =
-                Some(check_descriptor(raw.descriptor_offset.get(), raw.descriptor_size.get(), file_sectors)?);
+            header.descriptor = Some(check_descriptor(
+                raw.descriptor_offset.get(),
+                raw.descriptor_size.get(),
+                file_sectors,
+            )?);
         }
         if header.capacity == 0 && header.descriptor.is_some() {
             return Ok(header);
@@ -267,7 +270,9 @@ impl Hosted {
 fn check_hosted_flags(raw: &RawHosted, place: &str) -> Result<u32> {
     let (version, flags) = (raw.version.get(), raw.flags.get());
     if !(1..=3).contains(&version) {
-        return Err(Error::unsupported(format!("{place}: version {version} (byte 4), expected 1 to 3")));
+        return Err(Error::unsupported(format!(
+            "{place}: version {version} (byte 4), expected 1 to 3"
+        )));
     }
     if flags & UNKNOWN_INCOMPATIBLE != 0 {
         return Err(Error::unsupported(format!(
@@ -282,7 +287,9 @@ fn check_hosted_flags(raw: &RawHosted, place: &str) -> Result<u32> {
         )));
     }
     if flags & FLAG_MARKERS != 0 && flags & FLAG_COMPRESSED == 0 {
-        return Err(Error::corrupt(format!("{place}: flags {flags:#x} (byte 8) have markers without compression")));
+        return Err(Error::corrupt(format!(
+            "{place}: flags {flags:#x} (byte 8) have markers without compression"
+        )));
     }
     let compression = raw.compression.get();
     if flags & FLAG_COMPRESSED != 0 && compression != 1 {
@@ -314,7 +321,9 @@ fn check_grain(grain: u64, place: &str) -> Result<()> {
 
 fn check_capacity(capacity: u64, place: &str) -> Result<()> {
     if capacity == 0 || capacity > MAX_SECTORS {
-        return Err(Error::corrupt(format!("{place}: a capacity of {capacity} sectors, expected 1 to {MAX_SECTORS}")));
+        return Err(Error::corrupt(format!(
+            "{place}: a capacity of {capacity} sectors, expected 1 to {MAX_SECTORS}"
+        )));
     }
     Ok(())
 }
@@ -347,7 +356,10 @@ impl Cowd {
             return Err(Error::corrupt("COWD header: no COWD magic"));
         }
         if raw.version.get() != 1 {
-            return Err(Error::unsupported(format!("COWD header: version {} (byte 4), expected 1", raw.version)));
+            return Err(Error::unsupported(format!(
+                "COWD header: version {} (byte 4), expected 1",
+                raw.version
+            )));
         }
         let (capacity, grain) = (u64::from(raw.sectors.get()), u64::from(raw.grain_size.get()));
         check_grain(grain, "COWD header (byte 16)")?;
@@ -359,8 +371,15 @@ impl Cowd {
                 "COWD header: {entries} directory entries (byte 24), expected {need} for {capacity} sectors"
             )));
         }
-        let unclean = bytes.get(Self::UNCLEAN_AT..Self::UNCLEAN_AT + 4).is_some_and(|b| b != [0; 4]);
-        Ok(Self { capacity, grain, directory: raw.gd_offset.get().into(), unclean })
+        let unclean = bytes
+            .get(Self::UNCLEAN_AT..Self::UNCLEAN_AT + 4)
+            .is_some_and(|b| b != [0; 4]);
+        Ok(Self {
+            capacity,
+            grain,
+            directory: raw.gd_offset.get().into(),
+            unclean,
+        })
     }
 
     /// Number of grain tables that the capacity needs.
@@ -402,7 +421,10 @@ impl SeSparse {
             )));
         }
         if raw.flags.get() != 0 {
-            return Err(Error::unsupported(format!("seSparse header: unknown flags {:#x} (byte 40)", raw.flags)));
+            return Err(Error::unsupported(format!(
+                "seSparse header: unknown flags {:#x} (byte 40)",
+                raw.flags
+            )));
         }
         if raw.grain_size.get() != Self::GRAIN || raw.table_size.get() != Self::TABLE_SECTORS {
             return Err(Error::unsupported(format!(
@@ -469,7 +491,13 @@ impl SeSparse {
                 "seSparse header: grains start at sector {grains_offset} (byte 192), but the file has {file_sectors}"
             )));
         }
-        Ok(Self { capacity, directory: gd, tables_offset: gt, tables_size: gt_size, grains_offset })
+        Ok(Self {
+            capacity,
+            directory: gd,
+            tables_offset: gt,
+            tables_size: gt_size,
+            grains_offset,
+        })
     }
 }
 
@@ -507,12 +535,19 @@ impl StreamTail {
         let bytes = tail.get(512..1024).unwrap_or_default();
         let footer = Hosted::parse(bytes, file_len, Role::Footer)?;
         if footer.directory == DirectoryAt::Footer {
-            return Err(Error::corrupt("footer: gdOffset (byte 56) is GD_AT_END, which only the first header may say"));
+            return Err(Error::corrupt(
+                "footer: gdOffset (byte 56) is GD_AT_END, which only the first header may say",
+            ));
         }
         let same = |h: &Hosted| (h.grain, h.entries_per_table, h.compressed, h.markers);
         if same(&footer) != same(first) {
-            return Err(Error::corrupt("footer: grain size, table size or compression differ from the first header"));
+            return Err(Error::corrupt(
+                "footer: grain size, table size or compression differ from the first header",
+            ));
         }
-        Ok(Hosted { descriptor: first.descriptor, ..footer })
+        Ok(Hosted {
+            descriptor: first.descriptor,
+            ..footer
+        })
     }
 }

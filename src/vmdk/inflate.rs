@@ -43,10 +43,14 @@ pub(crate) fn inflate(grain: &CompressedGrain<'_>, out: &mut [u8]) -> Result<()>
                 out.get_mut(n..).unwrap_or_default().fill(0);
                 Ok(())
             }
-            Ok(n) => Err(damaged(grain, &format!("inflates to {n} bytes, expected {whole} or {inside}"))),
-            Err(DecompressionError::InsufficientSpace) => {
-                Err(damaged(grain, &format!("inflates to more than the {whole} bytes of a grain")))
-            }
+            Ok(n) => Err(damaged(
+                grain,
+                &format!("inflates to {n} bytes, expected {whole} or {inside}"),
+            )),
+            Err(DecompressionError::InsufficientSpace) => Err(damaged(
+                grain,
+                &format!("inflates to more than the {whole} bytes of a grain"),
+            )),
             Err(DecompressionError::BadData) => {
                 Err(damaged(grain, &format!("{size} bytes that are no intact zlib stream")))
             }
@@ -59,7 +63,10 @@ fn load(grain: &CompressedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usi
     let at = grain.sector * SECTOR;
     let left = usize::try_from(grain.file.len().saturating_sub(at)).unwrap_or(usize::MAX);
     let header = if grain.markers { 12 } else { 4 };
-    let guess = grain.likely_sectors.map_or(FIRST_READ, |s| (s * SECTOR) as usize).min(left);
+    let guess = grain
+        .likely_sectors
+        .map_or(FIRST_READ, |s| (s * SECTOR) as usize)
+        .min(left);
     if guess < header {
         return Err(damaged(grain, "the file ends inside of its header"));
     }
@@ -68,11 +75,16 @@ fn load(grain: &CompressedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usi
     let size = check_header(grain, packed)?;
     let end = header + size;
     if end > left {
-        return Err(damaged(grain, &format!("is said to be {size} bytes, but the file ends {left} bytes on")));
+        return Err(damaged(
+            grain,
+            &format!("is said to be {size} bytes, but the file ends {left} bytes on"),
+        ));
     }
     if end > guess {
         packed.resize(end, 0);
-        grain.file.read_exact_at(at + guess as u64, packed.get_mut(guess..).unwrap_or_default())?;
+        grain
+            .file
+            .read_exact_at(at + guess as u64, packed.get_mut(guess..).unwrap_or_default())?;
     }
     Ok((header, size))
 }
@@ -83,14 +95,20 @@ fn check_header(grain: &CompressedGrain<'_>, bytes: &[u8]) -> Result<usize> {
     if grain.markers {
         let lba = take::<8>(&mut rest).map_or(0, u64::from_le_bytes);
         if lba != grain.lba {
-            return Err(damaged(grain, &format!("its header says sector {lba} of the extent, expected {}", grain.lba)));
+            return Err(damaged(
+                grain,
+                &format!("its header says sector {lba} of the extent, expected {}", grain.lba),
+            ));
         }
     }
     let size = take::<4>(&mut rest).map_or(0, u32::from_le_bytes);
     // incompressible data grow a little; twice the grain is what qemu and VirtualBox allow
     let most = 2 * grain.grain * SECTOR;
     if size == 0 || u64::from(size) > most {
-        return Err(damaged(grain, &format!("is said to be {size} bytes, expected 1 to {most}")));
+        return Err(damaged(
+            grain,
+            &format!("is said to be {size} bytes, expected 1 to {most}"),
+        ));
     }
     Ok(size as usize)
 }

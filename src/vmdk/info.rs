@@ -66,8 +66,12 @@ impl VmdkDisk {
         let newest = self.links().first();
         let geometry = self.geometry();
         DiskInfo {
-            create_type: newest.map(|l| l.descriptor.create_type.as_str().to_owned()).unwrap_or_default(),
-            extents: newest.map(|l| l.extents.iter().map(extent_info).collect()).unwrap_or_default(),
+            create_type: newest
+                .map(|l| l.descriptor.create_type.as_str().to_owned())
+                .unwrap_or_default(),
+            extents: newest
+                .map(|l| l.extents.iter().map(extent_info).collect())
+                .unwrap_or_default(),
             chain: self.links().iter().map(link_info).collect(),
             compressed_grain: (geometry.preferred > geometry.granule).then_some(geometry.preferred * SECTOR),
             ddb: newest.map(|l| l.descriptor.ddb.clone()).unwrap_or_default(),

@@ -129,7 +129,13 @@ pub(crate) struct Opener {
 impl Opener {
     /// Opens the newest link for `access`; its parents are only ever read.
     pub(crate) fn new(options: OpenOptions, access: Access) -> Self {
-        Self { options, cache: TableCache::new(), next_extent: 0, extents: 0, access }
+        Self {
+            options,
+            cache: TableCache::new(),
+            next_extent: 0,
+            extents: 0,
+            access,
+        }
     }
 
     /// Opens `file` and all its parents.
@@ -140,14 +146,21 @@ impl Opener {
         loop {
             let Some(child) = links.last() else { return Ok(links) };
             seen.push(child.file.identity()?.file);
-            let Some(parent) = &child.descriptor.parent else { return Ok(links) };
+            let Some(parent) = &child.descriptor.parent else {
+                return Ok(links);
+            };
             let within = |e: Error| e.within(format!("{}: its parent", child.file.label()));
             if links.len() == MAX_LINKS {
-                return Err(within(Error::unsupported(format!("the chain has more than {MAX_LINKS} links"))));
+                return Err(within(Error::unsupported(format!(
+                    "the chain has more than {MAX_LINKS} links"
+                ))));
             }
             let file = open_parent(child, &parent.hint).map_err(within)?;
             if seen.contains(&file.identity()?.file) {
-                return Err(within(Error::corrupt(format!("the chain comes back to {}", file.label()))));
+                return Err(within(Error::corrupt(format!(
+                    "the chain comes back to {}",
+                    file.label()
+                ))));
             }
             let link = self.link(file).map_err(within)?;
             self.check_cid(child, &link)?;
@@ -190,7 +203,13 @@ impl Opener {
             kind => Err(no_disk(kind, &head)),
         };
         // errors that name the file already (of I/O, of tables) are not given it twice
-        opened.map_err(|e| if e.to_string().contains(&label) { e } else { e.within(label) })
+        opened.map_err(|e| {
+            if e.to_string().contains(&label) {
+                e
+            } else {
+                e.within(label)
+            }
+        })
     }
 
     /// A KDMV file with its descriptor inside.
@@ -228,13 +247,22 @@ impl Opener {
                 )));
             }
         };
-        Ok(Link { sectors: line.sectors, extents: vec![extent], file, text, descriptor })
+        Ok(Link {
+            sectors: line.sectors,
+            extents: vec![extent],
+            file,
+            text,
+            descriptor,
+        })
     }
 
     /// A descriptor file.
     fn text_link(&mut self, file: Arc<dyn StoredFile>) -> Result<Link> {
         if file.len() > MAX_TEXT {
-            return Err(Error::corrupt(format!("a descriptor of {} bytes, expected at most {MAX_TEXT}", file.len())));
+            return Err(Error::corrupt(format!(
+                "a descriptor of {} bytes, expected at most {MAX_TEXT}",
+                file.len()
+            )));
         }
         let mut text = vec![0; file.len() as usize];
         file.read_exact_at(0, &mut text)?;
@@ -258,12 +286,24 @@ impl Opener {
                 .listed_extent(&*store, &mut opened, line)
                 .map_err(|e| e.within(format!("{}: line {}: extent", file.label(), line.line)))?;
             placed.start = start;
-            start = start.checked_add(line.sectors).filter(|&s| s <= MAX_SECTORS).ok_or_else(|| {
-                Error::corrupt(format!("line {}: the extents add up to more than {MAX_SECTORS} sectors", line.line))
-            })?;
+            start = start
+                .checked_add(line.sectors)
+                .filter(|&s| s <= MAX_SECTORS)
+                .ok_or_else(|| {
+                    Error::corrupt(format!(
+                        "line {}: the extents add up to more than {MAX_SECTORS} sectors",
+                        line.line
+                    ))
+                })?;
             extents.push(placed);
         }
-        Ok(Link { sectors: start, extents, file, text, descriptor })
+        Ok(Link {
+            sectors: start,
+            extents,
+            file,
+            text,
+            descriptor,
+        })
     }
 
     /// `opened`: the files of the link so far. Each is opened once, as two opens for writing exclude each other.
@@ -280,7 +320,11 @@ impl Opener {
         let file = match opened.get(name) {
             Some(file) => Arc::clone(file),
             None => {
-                let access = if line.access == ExtentAccess::ReadWrite { self.access } else { Access::Read };
+                let access = if line.access == ExtentAccess::ReadWrite {
+                    self.access
+                } else {
+                    Access::Read
+                };
                 let file = store.open(name, access)?;
                 opened.insert(name.clone(), Arc::clone(&file));
                 file
@@ -308,20 +352,52 @@ impl Opener {
                 describe(kind, &head)
             ))),
         };
-        opened.map_err(|e| if e.to_string().contains(&label) { e } else { e.within(label) })
+        opened.map_err(|e| {
+            if e.to_string().contains(&label) {
+                e
+            } else {
+                e.within(label)
+            }
+        })
     }
 
     fn hosted_extent(&mut self, file: Arc<dyn StoredFile>, header: Hosted, line: &ExtentLine) -> Result<PlacedExtent> {
         if header.capacity == 0 {
-            return Err(Error::corrupt("an envelope (capacity 0) inside of another one is no extent"));
+            return Err(Error::corrupt(
+                "an envelope (capacity 0) inside of another one is no extent",
+            ));
         }
-        let header = if header.directory == DirectoryAt::Footer { read_footer(&*file, &header)? } else { header };
+        let header = if header.directory == DirectoryAt::Footer {
+            read_footer(&*file, &header)?
+        } else {
+            header
+        };
         check_line(line, header.capacity)?;
-        let packing = if header.compressed { Encoding::Deflate { markers: header.markers } } else { Encoding::Plain };
+        let packing = if header.compressed {
+            Encoding::Deflate {
+                markers: header.markers,
+            }
+        } else {
+            Encoding::Plain
+        };
         let hosted = Arc::new(HostedTables::new(Arc::clone(&file), &header)?);
-        let kind = if header.compressed { "SPARSE (compressed)" } else { "SPARSE" };
-        let extent = SparseExtent::new(self.extent_id(), file, Arc::clone(&hosted) as _, self.cache.clone(), packing);
-        Ok(PlacedExtent { unclean: header.unclean, hosted: Some(hosted), ..placed(Extent::Sparse(extent), line, kind) })
+        let kind = if header.compressed {
+            "SPARSE (compressed)"
+        } else {
+            "SPARSE"
+        };
+        let extent = SparseExtent::new(
+            self.extent_id(),
+            file,
+            Arc::clone(&hosted) as _,
+            self.cache.clone(),
+            packing,
+        );
+        Ok(PlacedExtent {
+            unclean: header.unclean,
+            hosted: Some(hosted),
+            ..placed(Extent::Sparse(extent), line, kind)
+        })
     }
 
     fn cowd_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
@@ -329,7 +405,10 @@ impl Opener {
         check_line(line, header.capacity)?;
         let layout = Arc::new(CowdTables::new(Arc::clone(&file), &header)?);
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
-        Ok(PlacedExtent { unclean: header.unclean, ..placed(Extent::Sparse(extent), line, "VMFSSPARSE") })
+        Ok(PlacedExtent {
+            unclean: header.unclean,
+            ..placed(Extent::Sparse(extent), line, "VMFSSPARSE")
+        })
     }
 
     fn sesparse_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
@@ -347,14 +426,32 @@ impl Opener {
 }
 
 fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent {
-    PlacedExtent { start: 0, sectors: line.sectors, access: line.access, extent, kind, unclean: false, hosted: None }
+    PlacedExtent {
+        start: 0,
+        sectors: line.sectors,
+        access: line.access,
+        extent,
+        kind,
+        unclean: false,
+        hosted: None,
+    }
 }
 
 /// A flat extent; its sectors must all be in the file.
 fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str) -> Result<PlacedExtent> {
-    let end = line.offset.checked_add(line.sectors).and_then(|s| s.checked_mul(SECTOR));
+    let end = line
+        .offset
+        .checked_add(line.sectors)
+        .and_then(|s| s.checked_mul(SECTOR));
     match end {
-        Some(end) if end <= file.len() => Ok(placed(Extent::Flat { file, offset: line.offset }, line, kind)),
+        Some(end) if end <= file.len() => Ok(placed(
+            Extent::Flat {
+                file,
+                offset: line.offset,
+            },
+            line,
+            kind,
+        )),
         _ => Err(Error::corrupt(format!(
             "{}: the file has {} bytes, but the extent is {} sectors from sector {} on",
             file.label(),
@@ -418,9 +515,11 @@ fn describe(kind: FileKind, head: &[u8]) -> String {
 fn no_disk(kind: FileKind, head: &[u8]) -> Error {
     let what = describe(kind, head);
     match kind {
-        FileKind::Cowd | FileKind::SeSparse => {
-            Error::unsupported(format!("is {what}, a piece of a disk: name the .vmdk file that lists it"))
-        }
-        _ => Error::corrupt(format!("is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside")),
+        FileKind::Cowd | FileKind::SeSparse => Error::unsupported(format!(
+            "is {what}, a piece of a disk: name the .vmdk file that lists it"
+        )),
+        _ => Error::corrupt(format!(
+            "is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside"
+        )),
     }
 }

@@ -134,10 +134,32 @@ impl StreamDisk {
         out.write_all_at(0, &header.to_bytes(KDMV_UNFINISHED))?;
         out.write_all_at(SECTOR, text)?;
         out.sync()?;
-        let packed = Packed { file, header, end: overhead, directory: Vec::new(), table: Vec::new() };
-        let window = Window { first: 0, bytes: Vec::new() };
-        let state = State { packed, window, end: End::Open, lost: None, last: None };
-        Ok(Self { geometry: Geometry { sectors, granule: 1, preferred: 1 }, state: Mutex::new(state) })
+        let packed = Packed {
+            file,
+            header,
+            end: overhead,
+            directory: Vec::new(),
+            table: Vec::new(),
+        };
+        let window = Window {
+            first: 0,
+            bytes: Vec::new(),
+        };
+        let state = State {
+            packed,
+            window,
+            end: End::Open,
+            lost: None,
+            last: None,
+        };
+        Ok(Self {
+            geometry: Geometry {
+                sectors,
+                granule: 1,
+                preferred: 1,
+            },
+            state: Mutex::new(state),
+        })
     }
 
     /// Its file.
@@ -178,7 +200,11 @@ impl BlockRead for StreamDisk {
             return Ok((Content::Hole, self.geometry.sectors - at.0));
         }
         let grain = at.0 / GRAIN;
-        let (stored, grains) = if grain >= state.window.first { (true, 1) } else { state.packed.content(grain)? };
+        let (stored, grains) = if grain >= state.window.first {
+            (true, 1)
+        } else {
+            state.packed.content(grain)?
+        };
         let end = ((grain + grains) * GRAIN).min(next);
         Ok((if stored { Content::Data } else { Content::Hole }, end - at.0))
     }
@@ -221,7 +247,11 @@ impl BlockWrite for StreamDisk {
         check_range(&self.geometry, range.end, 0)?;
         let mut state = self.state();
         let window = state.window.first * GRAIN;
-        if sectors > 0 && state.packed.holds(range.start.0 / GRAIN..range.end.0.min(window).div_ceil(GRAIN))? {
+        if sectors > 0
+            && state
+                .packed
+                .holds(range.start.0 / GRAIN..range.end.0.min(window).div_ceil(GRAIN))?
+        {
             return Err(state.out_of_order("zeroing", range.start.0));
         }
         let part = range.start.0.max(window)..range.end.0.min(state.window.next());
@@ -287,16 +317,25 @@ impl State {
     /// Makes what is in the file durable.
     fn sync(&mut self) -> Result<()> {
         self.refuse_lost()?;
-        writer(&*self.packed.file)?.sync().inspect_err(|e| self.lost = Some(e.clone()))
+        writer(&*self.packed.file)?
+            .sync()
+            .inspect_err(|e| self.lost = Some(e.clone()))
     }
 
     fn refuse_lost(&self) -> Result<()> {
-        let lost = |e: &Error| e.clone().within("the stream cannot be finished: an earlier sync failed");
+        let lost = |e: &Error| {
+            e.clone()
+                .within("the stream cannot be finished: an earlier sync failed")
+        };
         self.lost.as_ref().map_or(Ok(()), |e| Err(lost(e)))
     }
 
     fn refuse_out_of_order(&self, at: u64) -> Result<()> {
-        if at >= self.window.first * GRAIN { Ok(()) } else { Err(self.out_of_order("a write", at)) }
+        if at >= self.window.first * GRAIN {
+            Ok(())
+        } else {
+            Err(self.out_of_order("a write", at))
+        }
     }
 
     fn out_of_order(&self, what: &str, at: u64) -> Error {
@@ -314,10 +353,15 @@ impl State {
             return Ok(());
         }
         let first = grain - KEEP;
-        let moved = usize::try_from(first - self.window.first).unwrap_or(usize::MAX).saturating_mul(GRAIN_BYTES);
+        let moved = usize::try_from(first - self.window.first)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(GRAIN_BYTES);
         let moved = moved.min(self.window.bytes.len());
         let before = self.packed.position();
-        if let Err(e) = self.packed.append(self.window.first, self.window.bytes.get(..moved).unwrap_or_default()) {
+        if let Err(e) = self
+            .packed
+            .append(self.window.first, self.window.bytes.get(..moved).unwrap_or_default())
+        {
             self.packed.go_back(before);
             return Err(e);
         }
@@ -374,7 +418,11 @@ struct Position {
 
 impl Packed {
     fn position(&self) -> Position {
-        Position { end: self.end, tables: self.directory.len(), table: self.table.clone() }
+        Position {
+            end: self.end,
+            tables: self.directory.len(),
+            table: self.table.clone(),
+        }
     }
 
     /// Forgets what was appended since: the room is written again by the next try.
@@ -433,7 +481,10 @@ impl Packed {
             let context = format!("{}: the stream is as long as its tables can tell", self.file.label());
             Error::new(ErrorKind::Os(libc::ENOSPC), context)
         };
-        u32::try_from(self.end).ok().filter(|_| self.end + TAIL < MAX_FILE_SECTORS).ok_or_else(full)
+        u32::try_from(self.end)
+            .ok()
+            .filter(|_| self.end + TAIL < MAX_FILE_SECTORS)
+            .ok_or_else(full)
     }
 
     /// Writes the end of the stream.
@@ -442,11 +493,17 @@ impl Packed {
         let mut out = Vec::new();
         self.tables_before(self.header.tables(), &mut out)?;
         let directory = le_bytes(&self.directory);
-        self.take(&marker((directory.len() as u64).div_ceil(SECTOR), MARK_DIRECTORY), &mut out);
+        self.take(
+            &marker((directory.len() as u64).div_ceil(SECTOR), MARK_DIRECTORY),
+            &mut out,
+        );
         let at = u64::from(self.sector()?);
         self.take(&directory, &mut out);
         self.take(&marker(1, MARK_FOOTER), &mut out);
-        let footer = Hosted { directory: DirectoryAt::Sector(at), ..self.header.clone() };
+        let footer = Hosted {
+            directory: DirectoryAt::Sector(at),
+            ..self.header.clone()
+        };
         self.take(&footer.to_bytes(KDMV_MAGIC), &mut out);
         self.take(&[0; SECTOR as usize], &mut out);
         let file = writer(&*self.file)?;
@@ -525,12 +582,19 @@ impl Packed {
 /// Packs grains, each with its header; nothing of one that is all zeroes. The last one may be a part: zeroes follow.
 fn pack(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
     let grains: Vec<(u64, &[u8])> = (first..).zip(bytes.chunks(GRAIN_BYTES)).collect();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(MAX_THREADS);
     let share = grains.len().div_ceil(threads).max(1);
-    let Some((own, others)) = grains.split_at_checked(share.min(grains.len())) else { return Ok(Vec::new()) };
+    let Some((own, others)) = grains.split_at_checked(share.min(grains.len())) else {
+        return Ok(Vec::new());
+    };
     std::thread::scope(|scope| {
-        let spawn =
-            |part| std::thread::Builder::new().name("pack".to_owned()).spawn_scoped(scope, move || pack_all(part));
+        let spawn = |part| {
+            std::thread::Builder::new()
+                .name("pack".to_owned())
+                .spawn_scoped(scope, move || pack_all(part))
+        };
         let others: Vec<_> = others.chunks(share).map(|part| (part, spawn(part))).collect();
         let mut packed = pack_all(own)?;
         for (part, thread) in others {
@@ -545,7 +609,10 @@ fn pack(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
 fn pack_all(grains: &[(u64, &[u8])]) -> Result<Vec<Vec<u8>>> {
     let level = CompressionLvl::new(LEVEL).unwrap_or_default();
     let mut compressor = Compressor::new(level);
-    grains.iter().map(|(number, grain)| pack_one(&mut compressor, *number, grain)).collect()
+    grains
+        .iter()
+        .map(|(number, grain)| pack_one(&mut compressor, *number, grain))
+        .collect()
 }
 
 fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Vec<u8>> {
@@ -566,7 +633,11 @@ fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Ve
     let size = compressor
         .zlib_compress(grain, body)
         .map_err(|e| Error::corrupt(format!("grain {number} cannot be compressed: {e}")))?;
-    let header = [(number * GRAIN).to_le_bytes().as_slice(), (size as u32).to_le_bytes().as_slice()].concat();
+    let header = [
+        (number * GRAIN).to_le_bytes().as_slice(),
+        (size as u32).to_le_bytes().as_slice(),
+    ]
+    .concat();
     out.get_mut(..GRAIN_HEADER).unwrap_or_default().copy_from_slice(&header);
     out.truncate(GRAIN_HEADER + size);
     Ok(out)
@@ -574,7 +645,9 @@ fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Ve
 
 /// Whether all bytes are zero; by words, which the compiler makes wide.
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(64).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+    bytes
+        .chunks(64)
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// A marker: what follows it, and how many sectors that is.

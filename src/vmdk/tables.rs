@@ -128,9 +128,11 @@ impl Table {
         let (value, bad) = match self {
             Self::Narrow(e) => (e.get(i).map_or(u64::from(u32::MAX), |&v| v.into()), u64::from(u32::MAX)),
             Self::Wide(e) => (e.get(i).copied().unwrap_or(u64::MAX), u64::MAX),
-            Self::Live(e) => {
-                (e.get(i).map_or(u64::from(u32::MAX), |v| v.load(Ordering::Acquire).into()), u64::from(u32::MAX))
-            }
+            Self::Live(e) => (
+                e.get(i)
+                    .map_or(u64::from(u32::MAX), |v| v.load(Ordering::Acquire).into()),
+                u64::from(u32::MAX),
+            ),
         };
         match value {
             UNALLOCATED => GrainEntry::Unallocated,
@@ -263,7 +265,10 @@ impl TableCache {
     /// Where table `number` of the extent lies.
     pub(crate) fn place(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<DirectoryEntry> {
         let chunk = self.chunk(extent, layout, number / CHUNK)?;
-        Ok(chunk.get((number % CHUNK) as usize).copied().unwrap_or(DirectoryEntry::Bad))
+        Ok(chunk
+            .get((number % CHUNK) as usize)
+            .copied()
+            .unwrap_or(DirectoryEntry::Bad))
     }
 
     /// The directory entries `n × CHUNK …` of the extent.
@@ -273,8 +278,9 @@ impl TableCache {
             return Ok(d);
         }
         let first = n * CHUNK;
-        let chunk: Arc<[DirectoryEntry]> =
-            layout.load_directory(first..layout.geometry().tables().min(first + CHUNK))?.into();
+        let chunk: Arc<[DirectoryEntry]> = layout
+            .load_directory(first..layout.geometry().tables().min(first + CHUNK))?
+            .into();
         self.0.insert(key, Cached::Directory(Arc::clone(&chunk)));
         Ok(chunk)
     }
@@ -339,7 +345,11 @@ mod tests {
 
     impl Layout for Regular {
         fn geometry(&self) -> TableGeometry {
-            TableGeometry { capacity: 1 << 36, grain: 128, entries_per_table: 512 }
+            TableGeometry {
+                capacity: 1 << 36,
+                grain: 128,
+                entries_per_table: 512,
+            }
         }
         fn table_sectors(&self) -> u64 {
             4

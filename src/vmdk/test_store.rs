@@ -27,9 +27,16 @@ pub(super) struct TestStore {
 impl TestStore {
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let policy = OpenPolicy { allow: Vec::new(), lock: true };
+        let policy = OpenPolicy {
+            allow: Vec::new(),
+            lock: true,
+        };
         let inner = LocalStore::new(dir.path(), Arc::new(policy)).unwrap();
-        Self { dir, inner, budget: Arc::new(AtomicU64::new(u64::MAX)) }
+        Self {
+            dir,
+            inner,
+            budget: Arc::new(AtomicU64::new(u64::MAX)),
+        }
     }
 
     /// From now on so many changes succeed: files made, writes, lengths, syncs. Removing always does.
@@ -44,7 +51,9 @@ impl TestStore {
     /// The names in the folder, sorted.
     pub(super) fn files(&self) -> Vec<String> {
         let names = std::fs::read_dir(self.dir.path()).unwrap();
-        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = names
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -59,7 +68,10 @@ impl TestStore {
 fn spend(budget: &AtomicU64, label: &str) -> Result<()> {
     match budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)) {
         Ok(_) => Ok(()),
-        Err(_) => Err(Error::new(ErrorKind::Os(libc::ENOSPC), format!("{label}: no room is left"))),
+        Err(_) => Err(Error::new(
+            ErrorKind::Os(libc::ENOSPC),
+            format!("{label}: no room is left"),
+        )),
     }
 }
 

@@ -40,7 +40,12 @@ impl BlockCount {
     /// `estimate` is said until the first count is done.
     pub(super) fn new(estimate: u64) -> Self {
         let (changes, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self(Arc::new(State { bytes: estimate.into(), changes, last: Mutex::default(), stop }))
+        Self(Arc::new(State {
+            bytes: estimate.into(),
+            changes,
+            last: Mutex::default(),
+            stop,
+        }))
     }
 
     /// Notes a change of the disk.
@@ -52,7 +57,9 @@ impl BlockCount {
     pub(super) fn bytes(&self, disk: &Arc<dyn BlockRead>) -> u64 {
         if self.begins() {
             let (disk, state) = (Arc::clone(disk), Arc::clone(&self.0));
-            let begun = std::thread::Builder::new().name("count".to_owned()).spawn(move || state.count(&*disk));
+            let begun = std::thread::Builder::new()
+                .name("count".to_owned())
+                .spawn(move || state.count(&*disk));
             if begun.is_err() {
                 // no thread is to be had: what is known stays
                 self.0.last.lock().unwrap_or_else(PoisonError::into_inner).running = false;
@@ -84,7 +91,10 @@ impl State {
             self.bytes.store(bytes, Ordering::Relaxed);
         }
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = Last { running: false, ended: Some((changes, Instant::now(), begun.elapsed())) };
+        *last = Last {
+            running: false,
+            ended: Some((changes, Instant::now(), begun.elapsed())),
+        };
     }
 
     /// Counts what is data. Neither an error nor a disk that goes away or takes too long matters to anybody: what was

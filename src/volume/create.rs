@@ -33,7 +33,9 @@ pub(super) fn make(local: &LocalConfig) -> Result<Option<StreamDisk>> {
     let (store, name) = place(local)?;
     let disk = new_disk(wanted);
     if wanted.kind == CreateType::StreamOptimized {
-        return vmdk::create_stream(&store, &name, &disk).map(Some).map_err(|e| failed(local, e));
+        return vmdk::create_stream(&store, &name, &disk)
+            .map(Some)
+            .map_err(|e| failed(local, e));
     }
     vmdk::create(&store, &name, &disk).map_err(|e| failed(local, e))?;
     Ok(None)
@@ -46,7 +48,10 @@ fn place(local: &LocalConfig) -> Result<(LocalStore, ExtentName)> {
         let context = format!("{}: is no name of a new file", path.display());
         return Err(Error::new(ErrorKind::Usage, context));
     };
-    let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
+    let policy = OpenPolicy {
+        allow: local.allow_dirs.clone(),
+        lock: local.lock,
+    };
     let store = LocalStore::new(dir, Arc::new(policy)).map_err(|e| failed(local, e))?;
     Ok((store, ExtentName::new(name.as_bytes())?))
 }

@@ -72,7 +72,10 @@ impl Volume {
         let mut seen = HashSet::new();
         let remote = disk.queue().is_some();
         files.retain(|f| seen.insert(f.identity_at_open().file));
-        let stored = files.iter().map(|f| f.allocated().unwrap_or(0)).fold(0u64, u64::saturating_add);
+        let stored = files
+            .iter()
+            .map(|f| f.allocated().unwrap_or(0))
+            .fold(0u64, u64::saturating_add);
         let allocated = BlockCount::new(stored.min(disk.geometry().bytes()));
         Self {
             disk,
@@ -128,7 +131,9 @@ impl Volume {
     /// The bytes from `offset` on: `len` of them ([`MAX_READ`] at most), fewer at the end of the disk, none behind it. They lie
     /// in `read_buffer`, or are zeroes that lie nowhere.
     pub fn read<'s>(&self, offset: u64, len: usize, read_buffer: &'s mut ReadBuffer) -> Result<&'s [u8]> {
-        let len = len.min(MAX_READ).min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
+        let len = len
+            .min(MAX_READ)
+            .min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
         if len == 0 {
             return Ok(&[]);
         }
@@ -181,7 +186,11 @@ impl Volume {
     /// Whether none of its files was changed or replaced since it was opened, by somebody else. What is open for writing
     /// is changed by us, and locked against all others.
     pub fn is_unchanged(&self) -> bool {
-        self.writable() || self.files.iter().all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
+        self.writable()
+            || self
+                .files
+                .iter()
+                .all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
     /// Whether [`Self::is_unchanged`] would notice any change.

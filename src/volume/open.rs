@@ -69,7 +69,11 @@ pub struct Description {
 /// Opens all disks of a mount. Where one stands for every export of a server, it becomes several, whose names are found
 /// here; those are not connected to yet.
 pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
-    let mut taken: HashSet<OsString> = configs.iter().filter(|c| !is_dynamic(c)).map(|c| c.name.clone()).collect();
+    let mut taken: HashSet<OsString> = configs
+        .iter()
+        .filter(|c| !is_dynamic(c))
+        .map(|c| c.name.clone())
+        .collect();
     let mut disks = Vec::new();
     for config in configs {
         let SourceConfig::Nbd(server) = &config.source else {
@@ -84,8 +88,16 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
         let names = export_file_names(exports.iter().map(|(export, _)| export.as_os_str()), &taken);
         for ((export, disk), name) in exports.into_iter().zip(names) {
             taken.insert(name.clone());
-            let server = NbdConfig { export: Some(export), dynamic: false, ..server.clone() };
-            let config = DiskConfig { name, source: SourceConfig::Nbd(server), ..config.clone() };
+            let server = NbdConfig {
+                export: Some(export),
+                dynamic: false,
+                ..server.clone()
+            };
+            let config = DiskConfig {
+                name,
+                source: SourceConfig::Nbd(server),
+                ..config.clone()
+            };
             disks.push((config, Volume::new(Arc::new(disk), Vec::new())));
         }
     }
@@ -114,7 +126,9 @@ pub fn open(config: &DiskConfig) -> Result<Volume> {
     };
     let files = source.files();
     let remote = source.is_remote();
-    Ok(Volume::new(cached(config, source.disk())?, files).remote(remote).read_only_because(why_read_only))
+    Ok(Volume::new(cached(config, source.disk())?, files)
+        .remote(remote)
+        .read_only_because(why_read_only))
 }
 
 /// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
@@ -125,7 +139,9 @@ fn open_with_overlay(config: &DiskConfig) -> Result<Volume> {
     let delta = open_overlay(config, &source, access)?;
     let base = cached(config, source.disk())?;
     let remote = source.is_remote();
-    let Some(delta) = delta else { return Ok(Volume::new(base, files).remote(remote)) };
+    let Some(delta) = delta else {
+        return Ok(Volume::new(base, files).remote(remote));
+    };
     files.extend(delta.files());
     Ok(Volume::new(Arc::new(delta.over(base)), files).remote(remote))
 }
@@ -137,7 +153,9 @@ fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn Bloc
     if geometry.preferred <= geometry.granule || plain.writer().is_some() {
         return Ok(plain);
     }
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+    let workers = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(MAX_WORKERS);
     let options = CacheOptions {
         size: config.cache_size.unwrap_or(GRAIN_CACHE),
         readahead: config.readahead.unwrap_or(GRAIN_READAHEAD),
@@ -181,7 +199,11 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     // its locks would be in our own way
     drop(source);
     let written = open_file(local, Access::Write).and_then(|file| {
-        if is_vmdk { Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))) } else { raw(file) }
+        if is_vmdk {
+            Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?)))
+        } else {
+            raw(file)
+        }
     });
     match written {
         Ok(source) => Ok((source, None)),
@@ -192,7 +214,11 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
 
 /// The source for reading, if that is what the refusal to write to it leaves.
 fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)> {
-    if refusal.kind() == ErrorKind::ReadOnly { Ok((source, Some(refusal.to_string()))) } else { Err(refusal) }
+    if refusal.kind() == ErrorKind::ReadOnly {
+        Ok((source, Some(refusal.to_string())))
+    } else {
+        Err(refusal)
+    }
 }
 
 /// The export of a server; why it can't be written to, where that was wanted.
@@ -209,12 +235,18 @@ fn local(config: &DiskConfig) -> Result<&LocalConfig> {
 }
 
 fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let policy = OpenPolicy { allow: local.allow_dirs.clone(), lock: local.lock };
+    let policy = OpenPolicy {
+        allow: local.allow_dirs.clone(),
+        lock: local.lock,
+    };
     open_user_path(&local.path, Arc::new(policy), access)
 }
 
 fn options(local: &LocalConfig) -> OpenOptions {
-    OpenOptions { accept_cid_mismatch: local.accept_cid_mismatch, force: local.force }
+    OpenOptions {
+        accept_cid_mismatch: local.accept_cid_mismatch,
+        force: local.force,
+    }
 }
 
 fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
@@ -311,5 +343,6 @@ pub(crate) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool
 }
 
 fn has_vmdk_name(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"vmdk"))
+    path.extension()
+        .is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"vmdk"))
 }

@@ -35,7 +35,9 @@ impl Volume {
 
     /// Begins [`read`](Self::read). Afterwards the queue wants to be attended to.
     pub fn submit_read(&self, queue: &dyn BlockQueue, offset: u64, len: usize, done: ReadCompletion) {
-        let len = len.min(MAX_READ).min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
+        let len = len
+            .min(MAX_READ)
+            .min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
         if len == 0 {
             return done(Ok(&[]));
         }
@@ -77,8 +79,13 @@ impl Volume {
         if parts.mode() != Mode::Shared && !fits {
             return Err(done);
         }
-        let Some(number) = self.ranges.try_lock(parts.granules, Mode::Shared) else { return Err(done) };
-        let kept = Kept { volume: Arc::clone(self), number };
+        let Some(number) = self.ranges.try_lock(parts.granules, Mode::Shared) else {
+            return Err(done);
+        };
+        let kept = Kept {
+            volume: Arc::clone(self),
+            number,
+        };
         let len = buf.len();
         let durable = sync && queue.supports_fua(offset, len as u64);
         let finish: Completion = Box::new(move |result| {

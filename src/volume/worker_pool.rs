@@ -30,7 +30,10 @@ struct Queue {
 impl std::fmt::Debug for WorkerPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let queue = self.queue();
-        f.debug_struct("Lane").field("jobs", &queue.jobs.len()).field("threads", &queue.threads).finish()
+        f.debug_struct("Lane")
+            .field("jobs", &queue.jobs.len())
+            .field("threads", &queue.threads)
+            .finish()
     }
 }
 
@@ -45,7 +48,9 @@ impl WorkerPool {
         queue.threads += 1;
         drop(queue);
         let this = Arc::clone(self);
-        let begun = std::thread::Builder::new().name("lane".to_owned()).spawn(move || this.work());
+        let begun = std::thread::Builder::new()
+            .name("lane".to_owned())
+            .spawn(move || this.work());
         if begun.is_err() {
             self.work();
         }

@@ -32,14 +32,31 @@ impl Parts {
         let Range { start, end } = range;
         let granules = start / granule..end.div_ceil(granule);
         let whole = |at: u64| at.is_multiple_of(granule) || at == len;
-        let body_start = if whole(start) { start } else { (granules.start + 1).saturating_mul(granule).min(end) };
-        let body_end = if whole(end) { end } else { (end / granule * granule).max(body_start) };
-        Self { head: start..body_start, body: body_start..body_end, tail: body_end..end, granules }
+        let body_start = if whole(start) {
+            start
+        } else {
+            (granules.start + 1).saturating_mul(granule).min(end)
+        };
+        let body_end = if whole(end) {
+            end
+        } else {
+            (end / granule * granule).max(body_start)
+        };
+        Self {
+            head: start..body_start,
+            body: body_start..body_end,
+            tail: body_end..end,
+            granules,
+        }
     }
 
     /// How the granules have to be taken.
     pub(super) fn mode(&self) -> Mode {
-        if self.head.is_empty() && self.tail.is_empty() { Mode::Shared } else { Mode::Exclusive }
+        if self.head.is_empty() && self.tail.is_empty() {
+            Mode::Shared
+        } else {
+            Mode::Exclusive
+        }
     }
 }
 
@@ -119,7 +136,9 @@ impl Volume {
     /// Cuts what was written behind the end of the disk: the kernel, which writes to the backing file itself, does not
     /// know of the end.
     fn trim(&self) -> Result<()> {
-        let Some(fd) = self.disk.backing_fd().filter(|_| self.behind.load(Ordering::Acquire)) else { return Ok(()) };
+        let Some(fd) = self.disk.backing_fd().filter(|_| self.behind.load(Ordering::Acquire)) else {
+            return Ok(());
+        };
         self.allocated.changed();
         let context = || format!("the end of the backing file, at byte {}", self.len());
         let stat = nix::sys::stat::fstat(fd).map_err(|e| Error::io(context(), e.into()))?;
@@ -134,7 +153,9 @@ impl Volume {
     }
 
     fn writer(&self) -> Result<&dyn BlockWrite> {
-        self.disk.writer().ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the disk was opened for reading"))
+        self.disk
+            .writer()
+            .ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the disk was opened for reading"))
     }
 
     /// Bytes of a granule.

@@ -47,7 +47,9 @@ impl WritebackTimer {
             None => {
                 let (state, disk) = (Arc::clone(&self.state), Arc::clone(disk));
                 // without a thread it waits for the next flush of somebody
-                let begun = std::thread::Builder::new().name("settle".to_owned()).spawn(move || state.run(&*disk));
+                let begun = std::thread::Builder::new()
+                    .name("settle".to_owned())
+                    .spawn(move || state.run(&*disk));
                 *thread = begun.ok();
             }
         }
@@ -66,7 +68,9 @@ impl State {
                 return;
             }
             self.due.store(false, Ordering::Relaxed);
-            let Some(writer) = disk.writer().filter(|writer| writer.has_unflushed_metadata()) else { continue };
+            let Some(writer) = disk.writer().filter(|writer| writer.has_unflushed_metadata()) else {
+                continue;
+            };
             if let Err(e) = writer.flush() {
                 // it is held back still, or the disk says so to everybody from now on
                 tracing::debug!("a flush in the background failed: {e}");
@@ -135,6 +139,9 @@ mod tests {
         settler.written(&shared);
         drop(settler);
         assert_eq!(Arc::strong_count(&disk), 2);
-        assert!(heard.try_recv().is_err(), "the end is no flush: who closes the disk does that");
+        assert!(
+            heard.try_recv().is_err(),
+            "the end is no flush: who closes the disk does that"
+        );
     }
 }

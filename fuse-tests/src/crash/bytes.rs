@@ -43,7 +43,8 @@ impl Bytes {
             true => (page + 1..).find(|page| !self.pages.contains_key(page)),
             false => self.pages.range(page..).next().map(|(page, _)| *page),
         };
-        next.map_or(self.len, |next| self.len.min(next * PAGE)).saturating_sub(offset)
+        next.map_or(self.len, |next| self.len.min(next * PAGE))
+            .saturating_sub(offset)
     }
 
     /// Bytes of pages that a write would take.
@@ -80,7 +81,9 @@ impl Bytes {
     /// Makes a range zeroes, whole pages of it holes if `unmap`. What lies past the end stays there.
     pub fn zero(&mut self, offset: u64, len: u64, unmap: bool) {
         let end = offset.saturating_add(len).min(self.len);
-        let Some(bytes) = end.checked_sub(offset).filter(|&bytes| bytes > 0) else { return };
+        let Some(bytes) = end.checked_sub(offset).filter(|&bytes| bytes > 0) else {
+            return;
+        };
         each_page(offset, bytes as usize, |page, inside, _| {
             let to_its_end = inside.len() as u64 == PAGE || end == self.len && end <= (page + 1) * PAGE;
             let whole = inside.start == 0 && to_its_end;
@@ -112,7 +115,11 @@ impl Bytes {
 impl From<&[u8]> for Bytes {
     fn from(all: &[u8]) -> Self {
         let mut bytes = Self::default();
-        for (page, data) in all.chunks(PAGE as usize).enumerate().filter(|(_, data)| data.iter().any(|&b| b != 0)) {
+        for (page, data) in all
+            .chunks(PAGE as usize)
+            .enumerate()
+            .filter(|(_, data)| data.iter().any(|&b| b != 0))
+        {
             bytes.write(page as u64 * PAGE, data);
         }
         bytes.set_len(all.len() as u64);

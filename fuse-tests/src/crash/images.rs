@@ -118,13 +118,23 @@ impl Kind {
 
     /// The options of its sparse files.
     fn hosted(self) -> Hosted {
-        let usual = Hosted { ngte: ENTRIES, ..Hosted::default() };
-        let one_table = |options: Hosted| Hosted { redundant: false, flags: options.flags & !2, ..options };
+        let usual = Hosted {
+            ngte: ENTRIES,
+            ..Hosted::default()
+        };
+        let one_table = |options: Hosted| Hosted {
+            redundant: false,
+            flags: options.flags & !2,
+            ..options
+        };
         match self {
             Self::OneTable => one_table(usual),
             Self::Lazy | Self::SplitSparse | Self::Delta => Hosted { lazy: true, ..usual },
             Self::LazyOneTable => one_table(Hosted { lazy: true, ..usual }),
-            Self::Zeroed | Self::Chain => Hosted { ngte: ENTRIES, ..Hosted::zeroed() },
+            Self::Zeroed | Self::Chain => Hosted {
+                ngte: ENTRIES,
+                ..Hosted::zeroed()
+            },
             Self::Unclean => Hosted { unclean: true, ..usual },
             _ => usual,
         }
@@ -155,7 +165,11 @@ impl Kind {
                     flat(&dir.join("disk-f002.vmdk"), &Layer::from_raw("f2", 1, &second), gap).expect("a flat file");
                     lines.push(format!("RW {} FLAT \"disk-f002.vmdk\" {gap}", sectors - cut));
                 }
-                let kind = if cut < sectors { "twoGbMaxExtentFlat" } else { "monolithicFlat" };
+                let kind = if cut < sectors {
+                    "twoGbMaxExtentFlat"
+                } else {
+                    "monolithicFlat"
+                };
                 fs::write(dir.join("disk.vmdk"), Descriptor::new(kind, lines).text()).expect("a descriptor");
             }
             Self::SplitSparse => {
@@ -173,7 +187,11 @@ impl Kind {
             _ => {
                 let lines = [format!("RW {sectors} SPARSE \"disk.vmdk\"")];
                 let text = Descriptor::new("monolithicSparse", lines).text();
-                write("disk.vmdk", &Layer::from_raw("disk", grain, &raw(&values, 0..sectors)), Some(&text));
+                write(
+                    "disk.vmdk",
+                    &Layer::from_raw("disk", grain, &raw(&values, 0..sectors)),
+                    Some(&text),
+                );
                 if self == Self::Unclean {
                     add_tail(&dir.join("disk.vmdk"));
                 }
@@ -197,8 +215,15 @@ impl Kind {
                 0 => number(lba) % 7 != 0,
                 _ => number(lba) % 5 == depth && number(lba) / u64::from(ENTRIES) != 1,
             };
-            let values: Vec<_> =
-                (0..sectors).map(|lba| if stored(lba) { FIRST_VALUE * (depth + 1) + lba } else { 0 }).collect();
+            let values: Vec<_> = (0..sectors)
+                .map(|lba| {
+                    if stored(lba) {
+                        FIRST_VALUE * (depth + 1) + lba
+                    } else {
+                        0
+                    }
+                })
+                .collect();
             let mut layer = Layer::from_raw(name, grain, &raw(&values, 0..sectors));
             for (lba, value) in values.iter().enumerate().filter(|(_, value)| **value != 0) {
                 seen[lba] = *value;
@@ -226,7 +251,10 @@ impl Kind {
 impl Image {
     /// Whether it has sparse files with two tables each.
     pub fn has_both_tables(&self) -> bool {
-        !matches!(self.kind, Kind::OneTable | Kind::LazyOneTable | Kind::Flat | Kind::SplitFlat)
+        !matches!(
+            self.kind,
+            Kind::OneTable | Kind::LazyOneTable | Kind::Flat | Kind::SplitFlat
+        )
     }
 }
 
@@ -249,7 +277,10 @@ fn load(dir: &Path) -> Vec<(String, Bytes)> {
         .map(|entry| {
             let entry = entry.expect("a name");
             let bytes = fs::read(entry.path()).expect("a file");
-            (entry.file_name().into_string().expect("text"), Bytes::from(bytes.as_slice()))
+            (
+                entry.file_name().into_string().expect("text"),
+                Bytes::from(bytes.as_slice()),
+            )
         })
         .collect();
     files.sort_by(|a, b| a.0.cmp(&b.0));
@@ -270,7 +301,9 @@ mod tests {
             let image = kind.image();
             let file = SimStore::new(&image.files).file(image.top, Access::Read).unwrap();
             let disk = VmdkDisk::open(file, OpenOptions::default()).unwrap();
-            Oracle::new(&image.values, &image.repaired).verify(&disk).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+            Oracle::new(&image.values, &image.repaired)
+                .verify(&disk)
+                .unwrap_or_else(|e| panic!("{kind:?}: {e}"));
             let report = check(&disk);
             assert_eq!(report.errors, [""; 0], "{kind:?}");
             assert_eq!(report.leaks > 0, kind == Kind::Unclean, "{kind:?}: {report:?}");

@@ -41,7 +41,11 @@ impl Mutation {
 
     /// What becomes of the log of a run over `image`, a sparse disk in one file with all its tables.
     pub fn apply(self, image: &Image, log: &[Event]) -> Vec<Event> {
-        let file = image.files.iter().position(|(name, _)| name == image.top).expect("the file");
+        let file = image
+            .files
+            .iter()
+            .position(|(name, _)| name == image.top)
+            .expect("the file");
         let places = Places::of(image);
         let drop_writes = |into: &dyn Fn(u64) -> bool| -> Vec<Event> {
             let dropped = |event: &&Event| written(event, file).is_some_and(into);
@@ -109,7 +113,11 @@ struct Places {
 
 impl Places {
     fn of(image: &Image) -> Self {
-        let (_, bytes) = image.files.iter().find(|(name, _)| name == image.top).expect("the file");
+        let (_, bytes) = image
+            .files
+            .iter()
+            .find(|(name, _)| name == image.top)
+            .expect("the file");
         let bytes = bytes.to_vec();
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         let word = |at: usize| u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")));
@@ -122,11 +130,18 @@ impl Places {
             let tables = tables.filter(|&at| at != 0).map(|at| at..at + entries * 4);
             tables.chain(std::iter::once(directory..directory + 512)).collect()
         };
-        Self { descriptor: long(28) * 512..(long(28) + long(36)) * 512, primary: of(long(56)), redundant: of(long(48)) }
+        Self {
+            descriptor: long(28) * 512..(long(28) + long(36)) * 512,
+            primary: of(long(56)),
+            redundant: of(long(48)),
+        }
     }
 
     fn is_table(&self, at: u64) -> bool {
-        self.primary.iter().chain(&self.redundant).any(|range| range.contains(&at))
+        self.primary
+            .iter()
+            .chain(&self.redundant)
+            .any(|range| range.contains(&at))
     }
 }
 

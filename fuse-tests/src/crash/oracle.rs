@@ -41,7 +41,10 @@ pub fn value_of(sector: &[u8]) -> String {
         _ if bits & 0xffff == 0x5a => {
             let (value, lba) = (bits >> 40, bits >> 16 & 0xff_ffff);
             let whole = sector == fill(lba, value);
-            format!("value {value} of sector {lba}{}", if whole { "" } else { ", not all of it" })
+            format!(
+                "value {value} of sector {lba}{}",
+                if whole { "" } else { ", not all of it" }
+            )
         }
         _ => format!("foreign bytes {:02x?}…", &sector[..8]),
     }
@@ -93,7 +96,12 @@ impl Request {
 
     /// What was there from `now` on.
     fn found(now: usize, values: Arc<[u64]>) -> Self {
-        Self { begin: now, end: Some(now), ok: true, values: Values::Each(values) }
+        Self {
+            begin: now,
+            end: Some(now),
+            ok: true,
+            values: Values::Each(values),
+        }
     }
 }
 
@@ -101,8 +109,14 @@ impl Oracle {
     /// A disk whose sectors hold the values `before`, or `repaired` once it is opened for writing.
     pub fn new(before: &[u64], repaired: &[u64]) -> Self {
         let mut likely = Vec::with_capacity(before.len() * SECTOR);
-        repaired.iter().zip(0..).for_each(|(&value, lba)| likely.extend_from_slice(&fill(lba, value)));
-        let differ = before.iter().zip(repaired).map(|(a, b)| if a == b { vec![0] } else { vec![0, 1] });
+        repaired
+            .iter()
+            .zip(0..)
+            .for_each(|(&value, lba)| likely.extend_from_slice(&fill(lba, value)));
+        let differ = before
+            .iter()
+            .zip(repaired)
+            .map(|(a, b)| if a == b { vec![0] } else { vec![0, 1] });
         Self {
             requests: vec![Request::found(0, before.into()), Request::found(0, repaired.into())],
             tickets: Default::default(),
@@ -126,18 +140,31 @@ impl Oracle {
             Event::Shown(values) => {
                 let number = self.requests.len() as u32;
                 self.requests.push(Request::found(self.now, Arc::clone(values)));
-                self.sectors.iter_mut().filter(|may| may.len() > 1).for_each(|may| may.push(number));
+                self.sectors
+                    .iter_mut()
+                    .filter(|may| may.len() > 1)
+                    .for_each(|may| may.push(number));
                 return;
             }
             _ => return,
         };
         match *mark {
-            Mark::Begin { ticket, first, sectors, value } => {
+            Mark::Begin {
+                ticket,
+                first,
+                sectors,
+                value,
+            } => {
                 self.tickets.insert(ticket, self.requests.len());
                 for sector in first..first + sectors {
                     self.sectors[sector as usize].push(self.requests.len() as u32);
                 }
-                self.requests.push(Request { begin: self.now, end: None, ok: false, values: Values::One(value) });
+                self.requests.push(Request {
+                    begin: self.now,
+                    end: None,
+                    ok: false,
+                    values: Values::One(value),
+                });
             }
             Mark::End { ticket, ok } => {
                 let request = &mut self.requests[self.tickets[&ticket]];
@@ -162,8 +189,13 @@ impl Oracle {
                 continue;
             }
             let of = |number: &u32| &self.requests[*number as usize];
-            let durable = may.iter().map(of).filter(|request| request.ok && request.end.is_some_and(|end| end < began));
-            let Some(newest) = durable.map(|request| request.begin).max() else { continue };
+            let durable = may
+                .iter()
+                .map(of)
+                .filter(|request| request.ok && request.end.is_some_and(|end| end < began));
+            let Some(newest) = durable.map(|request| request.begin).max() else {
+                continue;
+            };
             may.retain(|number| of(number).end.is_none_or(|end| end >= newest));
             if let Some(&number) = may.first() {
                 let value = self.requests[number as usize].value(lba);
@@ -176,13 +208,17 @@ impl Oracle {
     pub fn verify(&self, disk: &dyn BlockRead) -> Result<(), String> {
         let sectors = self.sectors.len() as u64;
         if disk.geometry().sectors != sectors {
-            return Err(format!("the disk has {} sectors, expected {sectors}", disk.geometry().sectors));
+            return Err(format!(
+                "the disk has {} sectors, expected {sectors}",
+                disk.geometry().sectors
+            ));
         }
         let mut buf = vec![0; STEP as usize * SECTOR];
         for first in (0..sectors).step_by(STEP as usize) {
             let count = STEP.min(sectors - first);
             let part = &mut buf[..count as usize * SECTOR];
-            disk.read_at(Lba(first), part).map_err(|e| format!("reading {count} sectors at {first}: {e}"))?;
+            disk.read_at(Lba(first), part)
+                .map_err(|e| format!("reading {count} sectors at {first}: {e}"))?;
             let start = first as usize * SECTOR;
             if part == &self.likely[start..start + part.len()] {
                 continue;
@@ -202,19 +238,28 @@ impl Oracle {
             return Ok(());
         }
         let may: Vec<_> = may.iter().map(|number| value(number).to_string()).collect();
-        Err(format!("sector {lba} holds {}, and may hold value {}", value_of(sector), may.join(" or ")))
+        Err(format!(
+            "sector {lba} holds {}, and may hold value {}",
+            value_of(sector),
+            may.join(" or ")
+        ))
     }
 }
 
 /// The values that a disk of `sectors` holds now.
 pub(super) fn values(disk: &dyn BlockRead, sectors: usize) -> Result<Arc<[u64]>, String> {
     let mut all = vec![0; sectors * SECTOR];
-    disk.read_at(Lba(0), &mut all).map_err(|e| format!("reading all: {e}"))?;
+    disk.read_at(Lba(0), &mut all)
+        .map_err(|e| format!("reading all: {e}"))?;
     let value = |(lba, sector): (usize, &[u8])| {
         let word: [u8; 8] = sector[..8].try_into().expect("eight bytes");
         let value = u64::from_le_bytes(word) >> 40;
         let whole = sector == fill(lba as u64, value);
-        if whole { Ok(value) } else { Err(format!("sector {lba} holds {}", value_of(sector))) }
+        if whole {
+            Ok(value)
+        } else {
+            Err(format!("sector {lba} holds {}", value_of(sector)))
+        }
     };
     all.chunks_exact(SECTOR).enumerate().map(value).collect()
 }
@@ -225,12 +270,19 @@ mod tests {
 
     /// Values that sector 0 may hold.
     fn may(oracle: &Oracle) -> Vec<u64> {
-        (0..10).filter(|&value| oracle.check(0, &fill(0, value)).is_ok()).collect()
+        (0..10)
+            .filter(|&value| oracle.check(0, &fill(0, value)).is_ok())
+            .collect()
     }
 
     fn write(oracle: &mut Oracle, value: u64, ok: bool) {
         let ticket = value as usize;
-        oracle.step(&Event::Disk(Mark::Begin { ticket, first: 0, sectors: 1, value }));
+        oracle.step(&Event::Disk(Mark::Begin {
+            ticket,
+            first: 0,
+            sectors: 1,
+            value,
+        }));
         oracle.step(&Event::Disk(Mark::End { ticket, ok }));
     }
 
@@ -262,7 +314,12 @@ mod tests {
     #[test]
     fn what_was_written_during_a_flush_may_or_may_not_be_durable() {
         let mut oracle = Oracle::new(&[1], &[1]);
-        oracle.step(&Event::Disk(Mark::Begin { ticket: 1, first: 0, sectors: 1, value: 2 }));
+        oracle.step(&Event::Disk(Mark::Begin {
+            ticket: 1,
+            first: 0,
+            sectors: 1,
+            value: 2,
+        }));
         oracle.step(&Event::Disk(Mark::FlushBegin { ticket: 100 }));
         oracle.step(&Event::Disk(Mark::End { ticket: 1, ok: true }));
         oracle.step(&Event::Disk(Mark::FlushEnd { ticket: 100, ok: true }));

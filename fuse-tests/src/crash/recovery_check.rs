@@ -79,12 +79,16 @@ fn same_cid_same_content(image: &Image, crash: &Crash, start: &Oracle, disk: &Vm
         let mut head = vec![0; bytes.len().min(8192) as usize];
         assert!(bytes.read(0, &mut head));
         let text = String::from_utf8_lossy(&head).into_owned();
-        text.lines().find_map(|line| line.strip_prefix("CID=").map(str::to_owned)).expect("a CID")
+        text.lines()
+            .find_map(|line| line.strip_prefix("CID=").map(str::to_owned))
+            .expect("a CID")
     };
     if cid(&crash.files) != cid(&image.files) {
         return Ok(());
     }
-    start.verify(disk).map_err(|e| format!("the content has changed, the CID has not: {e}"))
+    start
+        .verify(disk)
+        .map_err(|e| format!("the content has changed, the CID has not: {e}"))
 }
 
 /// qemu-img finds no fault, and (`same`) reads the same.

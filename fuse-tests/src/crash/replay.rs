@@ -54,7 +54,12 @@ pub struct Crash {
 impl Machine {
     /// The files before the first event.
     pub fn new(start: &[(String, Bytes)]) -> Self {
-        Self { files: start.iter().map(|(name, bytes)| Sim::new(name, bytes.clone())).collect() }
+        Self {
+            files: start
+                .iter()
+                .map(|(name, bytes)| Sim::new(name, bytes.clone()))
+                .collect(),
+        }
     }
 
     /// Goes on by one event.
@@ -77,15 +82,23 @@ impl Machine {
     pub fn crash(&self, style: Style) -> Crash {
         let mut choice = Choice::new(style);
         let left = self.files.iter().filter(|file| !file.removed);
-        Crash { files: left.map(|file| (file.name.clone(), file.crash(&mut choice))).collect() }
+        Crash {
+            files: left.map(|file| (file.name.clone(), file.crash(&mut choice))).collect(),
+        }
     }
 
     /// The operations that are not durable.
     pub fn pending(&self) -> Vec<String> {
         let of = |file: &Sim| {
-            let doubtful = file.doubtful.iter().filter(|(_, durable)| !durable).map(|(op, _)| format!("lost? {op:?}"));
+            let doubtful = file
+                .doubtful
+                .iter()
+                .filter(|(_, durable)| !durable)
+                .map(|(op, _)| format!("lost? {op:?}"));
             let all: Vec<_> = doubtful.chain(file.open.iter().map(|op| format!("{op:?}"))).collect();
-            all.into_iter().map(|op| format!("{}: {op}", file.name)).collect::<Vec<_>>()
+            all.into_iter()
+                .map(|op| format!("{}: {op}", file.name))
+                .collect::<Vec<_>>()
         };
         self.files.iter().flat_map(of).collect()
     }
@@ -93,7 +106,13 @@ impl Machine {
 
 impl Sim {
     fn new(name: &str, sure: Bytes) -> Self {
-        Self { name: name.to_owned(), sure, doubtful: Vec::new(), open: Vec::new(), removed: false }
+        Self {
+            name: name.to_owned(),
+            sure,
+            doubtful: Vec::new(),
+            open: Vec::new(),
+            removed: false,
+        }
     }
 
     fn sync(&mut self, ok: bool) {
@@ -107,7 +126,12 @@ impl Sim {
     }
 
     fn atoms(&self) -> u64 {
-        let doubtful = self.doubtful.iter().filter(|(_, durable)| !durable).map(|(op, _)| atoms(op)).sum::<u64>();
+        let doubtful = self
+            .doubtful
+            .iter()
+            .filter(|(_, durable)| !durable)
+            .map(|(op, _)| atoms(op))
+            .sum::<u64>();
         doubtful + self.open.iter().map(atoms).sum::<u64>()
     }
 
@@ -122,7 +146,12 @@ impl Sim {
             }
         }
         let last = self.open.len();
-        let kept: Vec<_> = self.open.iter().enumerate().map(|(i, op)| choice.keep(atoms(op), last - i)).collect();
+        let kept: Vec<_> = self
+            .open
+            .iter()
+            .enumerate()
+            .map(|(i, op)| choice.keep(atoms(op), last - i))
+            .collect();
         for i in choice.order(last) {
             apply_part(&self.open[i], &kept[i], &mut bytes);
         }
@@ -166,7 +195,12 @@ impl Choice {
             5 => Manner::Prefix,
             _ => Manner::Suffix(chances),
         };
-        Self { style, atom: 0, random, manner }
+        Self {
+            style,
+            atom: 0,
+            random,
+            manner,
+        }
     }
 
     /// Which of `atoms` are kept of an operation that has `behind` operations of its file from it to the end.
@@ -178,7 +212,9 @@ impl Choice {
             Style::Exactly(bits, _) => {
                 let first = self.atom;
                 self.atom += atoms as u32;
-                (first..self.atom).map(|atom| bits.checked_shr(atom).unwrap_or(0) & 1 == 1).collect()
+                (first..self.atom)
+                    .map(|atom| bits.checked_shr(atom).unwrap_or(0) & 1 == 1)
+                    .collect()
             }
             Style::Random(_) => match self.manner {
                 Manner::Whole(chances) => all(self.random.below(16) < chances),
@@ -217,7 +253,11 @@ fn atoms(op: &Op) -> u64 {
 }
 
 fn sectors(offset: u64, len: u64) -> u64 {
-    if len == 0 { 0 } else { (offset + len).div_ceil(ATOM) - offset / ATOM }
+    if len == 0 {
+        0
+    } else {
+        (offset + len).div_ceil(ATOM) - offset / ATOM
+    }
 }
 
 /// Does the parts of an operation that are kept.
@@ -230,7 +270,12 @@ fn apply_part(op: &Op, keep: &[bool], bytes: &mut Bytes) {
         Op::Zero { offset, len, .. } => (*offset, *offset + *len),
         Op::SetLen { .. } => return,
     };
-    for atom in keep.iter().enumerate().filter(|(_, keep)| **keep).map(|(atom, _)| atom as u64) {
+    for atom in keep
+        .iter()
+        .enumerate()
+        .filter(|(_, keep)| **keep)
+        .map(|(atom, _)| atom as u64)
+    {
         let from = (start / ATOM + atom) * ATOM;
         let (from, to) = (from.max(start), (from + ATOM).min(end));
         match op {
@@ -248,7 +293,13 @@ mod tests {
     use super::*;
 
     fn write(offset: u64, byte: u8, len: usize) -> Event {
-        Event::Op(0, Op::Write { offset, data: vec![byte; len].into() })
+        Event::Op(
+            0,
+            Op::Write {
+                offset,
+                data: vec![byte; len].into(),
+            },
+        )
     }
 
     fn machine(events: &[Event]) -> Machine {
@@ -276,8 +327,16 @@ mod tests {
         assert_eq!(heads(&machine.crash(Style::All)), [1, 2, 2, 0]);
         assert_eq!(heads(&machine.crash(Style::Nothing)), [1]);
         let all = seen(&machine, (0..8).map(|bits| Style::Exactly(bits, false)));
-        let expected: [&[u8]; 8] =
-            [&[1], &[1, 2], &[1, 0, 2], &[1, 2, 2], &[1, 0, 0, 0], &[1, 2, 0, 0], &[1, 0, 2, 0], &[1, 2, 2, 0]];
+        let expected: [&[u8]; 8] = [
+            &[1],
+            &[1, 2],
+            &[1, 0, 2],
+            &[1, 2, 2],
+            &[1, 0, 0, 0],
+            &[1, 2, 0, 0],
+            &[1, 0, 2, 0],
+            &[1, 2, 2, 0],
+        ];
         assert_eq!(all, expected.iter().map(|sectors| sectors.to_vec()).collect());
         let random = seen(&machine, (0..500).map(Style::Random));
         assert_eq!(random, all, "chance finds every subset, and nothing else");
@@ -293,11 +352,19 @@ mod tests {
 
     #[test]
     fn after_a_sync_that_failed_nothing_before_it_is_sure_any_more() {
-        let events = [write(0, 1, 512), Event::Sync(0, false), write(512, 2, 512), Event::Sync(0, true)];
+        let events = [
+            write(0, 1, 512),
+            Event::Sync(0, false),
+            write(512, 2, 512),
+            Event::Sync(0, true),
+        ];
         let machine = machine(&events);
         assert_eq!(machine.atoms(), 1);
         let expected: [&[u8]; 2] = [&[0, 2], &[1, 2]];
-        assert_eq!(seen(&machine, (0..100).map(Style::Random)), expected.iter().map(|s| s.to_vec()).collect());
+        assert_eq!(
+            seen(&machine, (0..100).map(Style::Random)),
+            expected.iter().map(|s| s.to_vec()).collect()
+        );
         let mut later = machine;
         later.step(&write(0, 3, 512));
         later.step(&Event::Sync(0, true));
@@ -307,7 +374,13 @@ mod tests {
     #[test]
     fn files_have_their_own_syncs() {
         let mut machine = machine(&[write(0, 1, 512), Event::Made("b".to_owned())]);
-        machine.step(&Event::Op(1, Op::Write { offset: 0, data: vec![2; 512].into() }));
+        machine.step(&Event::Op(
+            1,
+            Op::Write {
+                offset: 0,
+                data: vec![2; 512].into(),
+            },
+        ));
         machine.step(&Event::Sync(1, true));
         let crash = machine.crash(Style::Nothing);
         assert_eq!((crash.files[0].1.len(), crash.files[1].1.len()), (0, 512));

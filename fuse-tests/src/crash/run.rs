@@ -62,7 +62,14 @@ struct Runner<'a> {
 pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
     let store = SimStore::new(&image.files);
     let shows: Vec<_> = image.repaired.iter().map(|&value| Some(value)).collect();
-    let mut runner = Runner { image, store, disk: None, shows, faulty: false, first_value };
+    let mut runner = Runner {
+        image,
+        store,
+        disk: None,
+        shows,
+        faulty: false,
+        first_value,
+    };
     let mut outcomes = Vec::new();
     let mut broken = None;
     for (number, step) in steps.iter().enumerate() {
@@ -78,7 +85,13 @@ pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
     if let Err(e) = runner.compare() {
         broken = broken.or(Some(e));
     }
-    Run { image: image.clone(), steps: steps.to_vec(), log: runner.store.log(), broken, outcomes }
+    Run {
+        image: image.clone(),
+        steps: steps.to_vec(),
+        log: runner.store.log(),
+        broken,
+        outcomes,
+    }
 }
 
 impl Runner<'_> {
@@ -95,7 +108,10 @@ impl Runner<'_> {
             self.open()?;
         }
         let Some(writer) = self.disk.as_ref().and_then(|disk| disk.writer()) else {
-            return Err((ErrorKind::ReadOnly, "a disk that was opened for writing has no writer".to_owned()));
+            return Err((
+                ErrorKind::ReadOnly,
+                "a disk that was opened for writing has no writer".to_owned(),
+            ));
         };
         let value = self.first_value + number as u64;
         match step {
@@ -154,11 +170,17 @@ impl Runner<'_> {
         for (lba, shows) in (0..).zip(&self.shows) {
             let Some(value) = shows else { continue };
             if let Err(e) = disk.read_at(Lba(lba), &mut sector) {
-                return if self.faulty { Ok(()) } else { Err(format!("before any crash: {e}")) };
+                return if self.faulty {
+                    Ok(())
+                } else {
+                    Err(format!("before any crash: {e}"))
+                };
             }
             if sector != fill(lba, *value) {
                 let shows = value_of(&sector);
-                return Err(format!("before any crash, sector {lba} holds {shows}, expected value {value}"));
+                return Err(format!(
+                    "before any crash, sector {lba} holds {shows}, expected value {value}"
+                ));
             }
         }
         Ok(())
@@ -173,9 +195,17 @@ fn write(
 ) -> Outcome {
     let mut data = Vec::new();
     (first..first + sectors).for_each(|lba| data.extend_from_slice(&fill(lba, value)));
-    store.mark(Mark::Begin { ticket, first, sectors, value });
+    store.mark(Mark::Begin {
+        ticket,
+        first,
+        sectors,
+        value,
+    });
     let done = writer.write_at(Lba(first), &data);
-    store.mark(Mark::End { ticket, ok: done.is_ok() });
+    store.mark(Mark::End {
+        ticket,
+        ok: done.is_ok(),
+    });
     done.map_err(told)
 }
 
@@ -185,16 +215,27 @@ fn zero(
     ticket: usize,
     (first, sectors, unmap): (u64, u64, bool),
 ) -> Outcome {
-    store.mark(Mark::Begin { ticket, first, sectors, value: 0 });
+    store.mark(Mark::Begin {
+        ticket,
+        first,
+        sectors,
+        value: 0,
+    });
     let done = writer.zero(Lba(first)..Lba(first + sectors), unmap);
-    store.mark(Mark::End { ticket, ok: done.is_ok() });
+    store.mark(Mark::End {
+        ticket,
+        ok: done.is_ok(),
+    });
     done.map_err(told)
 }
 
 fn flushing(store: &SimStore, ticket: usize, writer: &dyn BlockWrite, close: bool) -> Outcome {
     store.mark(Mark::FlushBegin { ticket });
     let done = if close { writer.close() } else { writer.flush() };
-    store.mark(Mark::FlushEnd { ticket, ok: done.is_ok() });
+    store.mark(Mark::FlushEnd {
+        ticket,
+        ok: done.is_ok(),
+    });
     done.map_err(told)
 }
 
@@ -221,7 +262,13 @@ pub fn record_threads(image: &Image, seed: u64, threads: usize, count: usize) ->
         }
     });
     drop(disk);
-    Run { image: image.clone(), steps: Vec::new(), log: store.log(), broken: None, outcomes: Vec::new() }
+    Run {
+        image: image.clone(),
+        steps: Vec::new(),
+        log: store.log(),
+        broken: None,
+        outcomes: Vec::new(),
+    }
 }
 
 /// Steps by chance: mostly around the borders of grains, tables and what was touched before.
@@ -256,7 +303,9 @@ fn range(image: &Image, sectors: u64, focus: &mut Vec<u64>, random: &mut Random)
         _ if !focus.is_empty() => focus[random.below(focus.len() as u64) as usize],
         _ => random.below(sectors),
     };
-    let first = (around + random.below(4)).saturating_sub(random.below(4)).min(sectors - 1);
+    let first = (around + random.below(4))
+        .saturating_sub(random.below(4))
+        .min(sectors - 1);
     focus.push(first);
     let length = match random.below(5) {
         0 => 1,

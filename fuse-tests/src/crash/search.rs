@@ -144,7 +144,9 @@ fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Rand
     }
     if exhaustive {
         let all = 0..1 << machine.atoms();
-        return all.flat_map(|bits| [Style::Exactly(bits, false), Style::Exactly(bits, true)]).collect();
+        return all
+            .flat_map(|bits| [Style::Exactly(bits, false), Style::Exactly(bits, true)])
+            .collect();
     }
     let chances = (0..effort.random).map(|_| Style::Random(random.next()));
     [Style::All, Style::Nothing].into_iter().chain(chances).collect()
@@ -174,15 +176,27 @@ fn go_on(
     let before = values(&open(&SimStore::new(&crash.files), image.top)?, sectors)?;
     let repaired = open_writable(&SimStore::new(&crash.files), image.top).map_err(|e| e.1)?;
     let repaired = values(&repaired, sectors)?.to_vec();
-    let left = Image { files: crash.files.clone(), values: before.to_vec(), repaired, ..image.clone() };
+    let left = Image {
+        files: crash.files.clone(),
+        values: before.to_vec(),
+        repaired,
+        ..image.clone()
+    };
     let mut steps = random_steps(&left, seed, 6, false);
     steps.insert(0, Step::Kill);
     let run = record(&left, &steps, FIRST + 0x1000 * (depth + 1));
-    let effort = Effort { random: 3, exhaustive: effort.exhaustive.min(3), seed, ..effort };
+    let effort = Effort {
+        random: 3,
+        exhaustive: effort.exhaustive.min(3),
+        seed,
+        ..effort
+    };
     let mut below = search_deep(&run, effort, depth + 1);
     let violation = below.violation.take();
     report.add(below);
-    violation.map_or(Ok(()), |violation| Err(format!("in a run after the crash: {violation}")))
+    violation.map_or(Ok(()), |violation| {
+        Err(format!("in a run after the crash: {violation}"))
+    })
 }
 
 /// The same violation, or another one, with as few steps as leaving out single ones gets to. Gives up after a while.

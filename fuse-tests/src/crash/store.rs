@@ -44,7 +44,12 @@ impl fmt::Debug for Op {
         match self {
             Self::Write { offset, data } => {
                 let head: Vec<_> = data.iter().take(8).collect();
-                write!(f, "write {} bytes at {offset:#x} (sector {}) {head:02x?}", data.len(), offset / 512)
+                write!(
+                    f,
+                    "write {} bytes at {offset:#x} (sector {}) {head:02x?}",
+                    data.len(),
+                    offset / 512
+                )
             }
             Self::SetLen { from, to } => write!(f, "length {from:#x} → {to:#x}"),
             Self::Zero { offset, len, unmap } => write!(f, "zero {len} bytes at {offset:#x}, unmap {unmap}"),
@@ -144,7 +149,12 @@ struct Named {
 
 impl Named {
     fn new(name: String, bytes: Bytes) -> Self {
-        Self { name, bytes, changes: 0, removed: false }
+        Self {
+            name,
+            bytes,
+            changes: 0,
+            removed: false,
+        }
     }
 }
 
@@ -158,8 +168,15 @@ impl State {
 impl SimStore {
     /// A folder with these files, all durable.
     pub fn new(files: &[(String, Bytes)]) -> Self {
-        let files = files.iter().map(|(name, bytes)| Named::new(name.clone(), bytes.clone()));
-        Self { state: Arc::new(Mutex::new(State { files: files.collect(), ..State::default() })) }
+        let files = files
+            .iter()
+            .map(|(name, bytes)| Named::new(name.clone(), bytes.clone()));
+        Self {
+            state: Arc::new(Mutex::new(State {
+                files: files.collect(),
+                ..State::default()
+            })),
+        }
     }
 
     /// Opens a file.
@@ -198,7 +215,12 @@ impl SimStore {
     /// What the files hold now, durable or not.
     pub fn files(&self) -> Vec<(String, Bytes)> {
         let state = self.lock();
-        state.files.iter().filter(|file| !file.removed).map(|file| (file.name.clone(), file.bytes.clone())).collect()
+        state
+            .files
+            .iter()
+            .filter(|file| !file.removed)
+            .map(|file| (file.name.clone(), file.bytes.clone()))
+            .collect()
     }
 
     /// Cuts a file behind the back of those who have it open. It is not logged.
@@ -258,7 +280,11 @@ impl Store for SimStore {
     }
 
     fn names(&self, most: usize) -> Result<Vec<ExtentName>> {
-        self.files().iter().take(most).map(|(name, _)| ExtentName::new(name)).collect()
+        self.files()
+            .iter()
+            .take(most)
+            .map(|(name, _)| ExtentName::new(name))
+            .collect()
     }
 }
 
@@ -329,7 +355,10 @@ impl StoredFile for SimFile {
             return Ok(());
         }
         let context = format!("{}: read of {} bytes at byte {offset}", self.label, buf.len());
-        Err(Error::corrupt(format!("{context}: the file ends at byte {}", bytes.len())))
+        Err(Error::corrupt(format!(
+            "{context}: the file ends at byte {}",
+            bytes.len()
+        )))
     }
 
     fn identity(&self) -> Result<Identity> {
@@ -352,7 +381,11 @@ impl StoredFile for SimFile {
         let state = self.store.lock();
         let bytes = &state.files[self.number].bytes;
         // it may have been cut since
-        let left = if offset < bytes.len() { bytes.same_until(offset) } else { self.len().saturating_sub(offset) };
+        let left = if offset < bytes.len() {
+            bytes.same_until(offset)
+        } else {
+            self.len().saturating_sub(offset)
+        };
         Ok((bytes.is_stored(offset), left.max(1)))
     }
 
@@ -367,7 +400,10 @@ impl StoredFile for SimFile {
 
 impl StoredWrite for SimFile {
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.change(Op::Write { offset, data: buf.into() })
+        self.change(Op::Write {
+            offset,
+            data: buf.into(),
+        })
     }
 
     fn current_len(&self) -> Result<u64> {
@@ -386,7 +422,11 @@ impl StoredWrite for SimFile {
         let mut state = self.store.lock();
         let failed = fires(&mut state.faults.sync);
         state.log.push(Event::Sync(self.number, !failed));
-        if failed { Err(self.failed(libc::EIO, "fdatasync")) } else { Ok(()) }
+        if failed {
+            Err(self.failed(libc::EIO, "fdatasync"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -405,7 +445,12 @@ impl Op {
 
 fn identity(number: usize, file: &Named) -> Identity {
     let changes = i128::from(file.changes);
-    Identity { file: (0, number as u64), len: file.bytes.len(), mtime_ns: changes, ctime_ns: changes }
+    Identity {
+        file: (0, number as u64),
+        len: file.bytes.len(),
+        mtime_ns: changes,
+        ctime_ns: changes,
+    }
 }
 
 /// Whether a counter is at its end.
@@ -422,27 +467,45 @@ fn fires(counter: &mut Option<u64>) -> bool {
 
 /// The part of a change that is done before it fails: half of it, no sector in part.
 fn half(op: &Op) -> Option<Op> {
-    let part =
-        |offset: u64, len: u64| ((offset + len / 2) / SECTOR * SECTOR).checked_sub(offset).filter(|&len| len > 0);
+    let part = |offset: u64, len: u64| {
+        ((offset + len / 2) / SECTOR * SECTOR)
+            .checked_sub(offset)
+            .filter(|&len| len > 0)
+    };
     match op {
         Op::Write { offset, data } => {
             let len = part(*offset, data.len() as u64)?;
-            Some(Op::Write { offset: *offset, data: data[..len as usize].into() })
+            Some(Op::Write {
+                offset: *offset,
+                data: data[..len as usize].into(),
+            })
         }
         Op::SetLen { .. } => None,
-        Op::Zero { offset, len, unmap } => Some(Op::Zero { offset: *offset, len: part(*offset, *len)?, unmap: *unmap }),
+        Op::Zero { offset, len, unmap } => Some(Op::Zero {
+            offset: *offset,
+            len: part(*offset, *len)?,
+            unmap: *unmap,
+        }),
     }
 }
 
 /// `None`: there is room for it; else the part that there is room for.
 fn fitting(op: &Op, bytes: &Bytes, room: Option<u64>) -> Option<Option<Op>> {
-    let (Op::Write { offset, data }, Some(room)) = (op, room) else { return None };
+    let (Op::Write { offset, data }, Some(room)) = (op, room) else {
+        return None;
+    };
     if bytes.room_for(*offset, data.len() as u64) <= room {
         return None;
     }
     let to_border = |len: &u64| (*offset + len).is_multiple_of(SECTOR);
-    let fits = (1..data.len() as u64).rev().filter(to_border).find(|&len| bytes.room_for(*offset, len) <= room);
-    Some(fits.map(|len| Op::Write { offset: *offset, data: data[..len as usize].into() }))
+    let fits = (1..data.len() as u64)
+        .rev()
+        .filter(to_border)
+        .find(|&len| bytes.room_for(*offset, len) <= room);
+    Some(fits.map(|len| Op::Write {
+        offset: *offset,
+        data: data[..len as usize].into(),
+    }))
 }
 
 #[cfg(test)]
@@ -478,7 +541,10 @@ mod tests {
     fn a_full_disk_takes_a_part_and_gives_room_back() {
         let (store, file) = one(&[7; 4096]);
         let write = file.writer().unwrap();
-        store.fail(Faults { room: Some(8192), ..Faults::default() });
+        store.fail(Faults {
+            room: Some(8192),
+            ..Faults::default()
+        });
         let error = write.write_all_at(0, &[1; 5 * 4096]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Os(libc::ENOSPC));
         assert!(write.current_len().unwrap() > 8192 && write.current_len().unwrap() <= 3 * 4096);
@@ -495,7 +561,12 @@ mod tests {
         let (store, file) = one(&[7; 4096]);
         let write = file.writer().unwrap();
         let eio = |result: Result<()>| assert_eq!(result.unwrap_err().kind(), ErrorKind::Os(libc::EIO));
-        store.fail(Faults { change: Some(2), read: Some(1), sync: Some(2), room: None });
+        store.fail(Faults {
+            change: Some(2),
+            read: Some(1),
+            sync: Some(2),
+            room: None,
+        });
         write.write_all_at(0, &[1; 2048]).unwrap();
         eio(write.write_all_at(100, &[2; 1900]));
         eio(file.read_exact_at(0, &mut [0; 10]));
@@ -506,6 +577,9 @@ mod tests {
         write.sync().unwrap();
         eio(write.sync());
         write.sync().unwrap();
-        assert_eq!(store.log()[2..], [Event::Sync(0, true), Event::Sync(0, false), Event::Sync(0, true)]);
+        assert_eq!(
+            store.log()[2..],
+            [Event::Sync(0, true), Event::Sync(0, false), Event::Sync(0, true)]
+        );
     }
 }

@@ -27,9 +27,21 @@ const DIGEST_BLOCK: u64 = 65536;
 /// The SHA-256 of a whole file, read by coreutils.
 #[track_caller]
 pub fn sha256(path: &Path) -> String {
-    let outcome = Cmd::new("sha256sum").arg("-b").arg("--").arg(path).deadline(Duration::from_secs(180)).run().ok();
+    let outcome = Cmd::new("sha256sum")
+        .arg("-b")
+        .arg("--")
+        .arg(path)
+        .deadline(Duration::from_secs(180))
+        .run()
+        .ok();
     // A name with a backslash is escaped, and the line then starts with one.
-    outcome.stdout.trim_start_matches('\\').split(' ').next().unwrap_or_default().to_owned()
+    outcome
+        .stdout
+        .trim_start_matches('\\')
+        .split(' ')
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// The SHA-256 of some bytes.
@@ -101,10 +113,19 @@ pub fn assert_same_at_random(seen: &Path, wanted: &Path, seed: u64, count: usize
         // Small and large ones alike; every eighth ends at the end of the file, or runs past it.
         let limit = 1usize << rng.random_range(1..=18);
         let want = rng.random_range(1..=limit);
-        let start = if round % 8 == 0 { len.saturating_sub(want as u64 / 2) } else { rng.random_range(0..len.max(1)) };
+        let start = if round % 8 == 0 {
+            len.saturating_sub(want as u64 / 2)
+        } else {
+            rng.random_range(0..len.max(1))
+        };
         let seen_len = read_some(&a, seen, start, &mut x[..want]);
         let wanted_len = read_some(&b, wanted, start, &mut y[..want]);
-        assert_eq!(seen_len, wanted_len, "bytes read from {} at {start} (of {want})", seen.display());
+        assert_eq!(
+            seen_len,
+            wanted_len,
+            "bytes read from {} at {start} (of {want})",
+            seen.display()
+        );
         assert_equal(seen, start, &x[..seen_len], &y[..wanted_len]);
     }
 }
@@ -126,7 +147,11 @@ pub fn data_ranges(path: &Path) -> Vec<Range<u64>> {
         let end =
             seek(start, Whence::SeekHole).unwrap_or_else(|e| panic!("{}: SEEK_HOLE from {start}: {e}", path.display()));
         let end = end as u64;
-        assert!(start >= at && end > start && end <= len, "{}: data {start}..{end} from {at}", path.display());
+        assert!(
+            start >= at && end > start && end <= len,
+            "{}: data {start}..{end} from {at}",
+            path.display()
+        );
         found.push(start..end);
         at = end;
     }
@@ -229,7 +254,8 @@ fn length(file: &File) -> u64 {
 #[track_caller]
 fn read_exact(file: &File, path: &Path, offset: u64, buf: &mut [u8]) {
     let len = buf.len();
-    file.read_exact_at(buf, offset).unwrap_or_else(|e| panic!("{}: {len} bytes at {offset}: {e}", path.display()));
+    file.read_exact_at(buf, offset)
+        .unwrap_or_else(|e| panic!("{}: {len} bytes at {offset}: {e}", path.display()));
 }
 
 /// As much as there is.
@@ -252,7 +278,11 @@ fn assert_equal(path: &Path, offset: u64, seen: &[u8], wanted: &[u8]) {
     if seen != wanted {
         let at = seen.iter().zip(wanted).position(|(a, b)| a != b).unwrap_or(0);
         let (a, b) = (seen[at], wanted[at]);
-        panic!("{} is wrong at byte {}: {a:#04x}, not {b:#04x}", path.display(), offset + at as u64);
+        panic!(
+            "{} is wrong at byte {}: {a:#04x}, not {b:#04x}",
+            path.display(),
+            offset + at as u64
+        );
     }
 }
 
@@ -276,7 +306,10 @@ mod tests {
         assert!(map_bytes(file.path()) == all);
         assert_eq!(sha256(file.path()), digest(&all));
         assert_eq!(digest_range(file.path(), 7, 200_000), digest(&all[7..200_007]));
-        let data: u64 = data_ranges(file.path()).iter().map(|range| range.end - range.start).sum();
+        let data: u64 = data_ranges(file.path())
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
         assert!((200 << 10..=300 << 10).contains(&data), "{data} bytes of data");
     }
 

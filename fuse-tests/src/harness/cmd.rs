@@ -35,7 +35,14 @@ impl Cmd {
     /// The program with this name or path, found as a shell finds it (and in the `sbin` folders).
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let program = program.as_ref().to_owned();
-        Self { program, args: Vec::new(), dir: None, env: Vec::new(), user: None, deadline: DEADLINE }
+        Self {
+            program,
+            args: Vec::new(),
+            dir: None,
+            env: Vec::new(),
+            user: None,
+            deadline: DEADLINE,
+        }
     }
 
     /// One more argument.
@@ -115,7 +122,10 @@ impl Cmd {
     }
 
     /// Starts it and leaves it running.
-    #[allow(clippy::zombie_processes, reason = "`wait_end` reaps it: it can wait with a deadline, `Child` cannot")]
+    #[allow(
+        clippy::zombie_processes,
+        reason = "`wait_end` reaps it: it can wait with a deadline, `Child` cannot"
+    )]
     #[track_caller]
     pub(super) fn start(self) -> Running {
         reap_orphans();
@@ -123,8 +133,13 @@ impl Cmd {
         let (stdout, stderr) = (unnamed(), unnamed());
         let mut command = Command::new(&self.program);
         let path = std::env::var("PATH").unwrap_or_default();
-        command.args(&self.args).env("PATH", format!("{path}:/usr/sbin:/sbin")).stdin(Stdio::null());
-        command.stdout(stdout.try_clone().expect("stdout")).stderr(stderr.try_clone().expect("stderr"));
+        command
+            .args(&self.args)
+            .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+            .stdin(Stdio::null());
+        command
+            .stdout(stdout.try_clone().expect("stdout"))
+            .stderr(stderr.try_clone().expect("stderr"));
         command.env("LC_ALL", "C.UTF-8").envs(self.env);
         if let Some(dir) = &self.dir {
             command.current_dir(dir);
@@ -136,15 +151,24 @@ impl Cmd {
                 command.current_dir("/");
             }
         }
-        let child = command.spawn().unwrap_or_else(|e| panic!("`{shown}` cannot be started: {e}"));
-        Running { pid: i32::try_from(child.id()).expect("a process id"), shown, stdout, stderr }
+        let child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("`{shown}` cannot be started: {e}"));
+        Running {
+            pid: i32::try_from(child.id()).expect("a process id"),
+            shown,
+            stdout,
+            stderr,
+        }
     }
 }
 
 impl fmt::Display for Cmd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.program.to_string_lossy())?;
-        self.args.iter().try_for_each(|arg| write!(f, " {}", arg.to_string_lossy()))
+        self.args
+            .iter()
+            .try_for_each(|arg| write!(f, " {}", arg.to_string_lossy()))
     }
 }
 
@@ -172,7 +196,12 @@ impl Running {
     /// Its outcome, now that it has ended.
     fn outcome(self, ended: Ended) -> Outcome {
         let (stdout, stderr) = self.output();
-        Outcome { shown: self.shown, ended, stdout, stderr }
+        Outcome {
+            shown: self.shown,
+            ended,
+            stdout,
+            stderr,
+        }
     }
 }
 
@@ -218,7 +247,10 @@ impl Outcome {
         let low = self.stderr.to_lowercase();
         assert!(!low.contains("panicked"), "{self}");
         for word in words {
-            assert!(low.contains(&word.to_lowercase()), "the error does not say {word:?}: {self}");
+            assert!(
+                low.contains(&word.to_lowercase()),
+                "the error does not say {word:?}: {self}"
+            );
         }
         self
     }
@@ -232,8 +264,17 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Outcome { shown, ended, stdout, stderr } = self;
-        let stdout = if stdout.len() > 4000 { &format!("{} bytes", stdout.len()) } else { stdout };
+        let Outcome {
+            shown,
+            ended,
+            stdout,
+            stderr,
+        } = self;
+        let stdout = if stdout.len() > 4000 {
+            &format!("{} bytes", stdout.len())
+        } else {
+            stdout
+        };
         write!(f, "`{shown}` ended with {ended:?}\nstdout: {stdout}\nstderr: {stderr}")
     }
 }
@@ -257,17 +298,27 @@ mod tests {
 
     #[test]
     fn output_and_status_are_kept() {
-        let outcome = Cmd::new("sh").args(["-c", "echo out; echo It failed >&2; exit 7"]).run();
+        let outcome = Cmd::new("sh")
+            .args(["-c", "echo out; echo It failed >&2; exit 7"])
+            .run();
         assert_eq!(outcome.stdout, "out\n");
         outcome.one_error(7, &["it failed"]);
     }
 
     #[test]
     fn a_daemon_does_not_keep_its_reader_waiting() {
-        let outcome = Cmd::new("sh").args(["-c", "sleep 30 & echo $!"]).deadline(Duration::from_secs(20)).run().ok();
+        let outcome = Cmd::new("sh")
+            .args(["-c", "sleep 30 & echo $!"])
+            .deadline(Duration::from_secs(20))
+            .run()
+            .ok();
         let pid: i32 = outcome.stdout.trim().parse().unwrap();
         kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-        assert_eq!(wait_end(pid, Duration::from_secs(20)).unwrap().signal, Some(9), "the orphan is reaped");
+        assert_eq!(
+            wait_end(pid, Duration::from_secs(20)).unwrap().signal,
+            Some(9),
+            "the orphan is reaped"
+        );
     }
 
     #[test]
@@ -279,6 +330,9 @@ mod tests {
     #[test]
     #[should_panic(expected = "not one line of error")]
     fn two_lines_are_not_one() {
-        Cmd::new("sh").args(["-c", "echo a >&2; echo b >&2; exit 1"]).run().one_error(1, &[]);
+        Cmd::new("sh")
+            .args(["-c", "echo a >&2; echo b >&2; exit 1"])
+            .run()
+            .one_error(1, &[]);
     }
 }

@@ -30,7 +30,10 @@ pub fn each<T: Sync>(items: &[T], name: impl Fn(&T) -> String + Sync, check: imp
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(item))) {
                 let said = panic.downcast_ref::<String>().cloned();
                 let said = said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()));
-                failed.lock().expect("the list").push(format!("{}: {}", name(item), said.unwrap_or_default()));
+                failed
+                    .lock()
+                    .expect("the list")
+                    .push(format!("{}: {}", name(item), said.unwrap_or_default()));
             }
         }
     };
@@ -66,8 +69,14 @@ impl Answer {
 pub fn open_hostile(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Answer {
     let point = format!("mnt-{name}");
     scratch.mkdir(&point);
-    let mut command =
-        scratch.mount().at(&point).memory(MEMORY).deadline(DEADLINE).file(image).arg("name=disk").arg("-r");
+    let mut command = scratch
+        .mount()
+        .at(&point)
+        .memory(MEMORY)
+        .deadline(DEADLINE)
+        .file(image)
+        .arg("name=disk")
+        .arg("-r");
     for dir in allow {
         command = command.arg(format!("allow-dir={}", dir.display()));
     }
@@ -81,7 +90,12 @@ pub fn open_hostile(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBu
             assert!(left.is_empty(), "refused, but left a mount: {outcome}");
             let outcome = outcome.one_error(1, &[]);
             let line = outcome.stderr.trim();
-            assert!(line.len() < 1000, "the error is no clear line, it has {} bytes: {:.300}", line.len(), line);
+            assert!(
+                line.len() < 1000,
+                "the error is no clear line, it has {} bytes: {:.300}",
+                line.len(),
+                line
+            );
             Answer::Refused(outcome)
         }
     }

@@ -15,13 +15,19 @@ use super::cmd::{Cmd, Outcome};
 /// Runs qemu-img to its successful end.
 #[track_caller]
 pub fn qemu_img(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Outcome {
-    Cmd::new("qemu-img").args(args).deadline(Duration::from_secs(120)).run().ok()
+    Cmd::new("qemu-img")
+        .args(args)
+        .deadline(Duration::from_secs(120))
+        .run()
+        .ok()
 }
 
 /// Makes a raw file of `len` bytes with islands of noise, text and explicit zeroes in it.
 #[track_caller]
 pub fn raw_with_islands(path: &Path, len: u64, seed: u64) {
-    File::create(path).and_then(|file| file.set_len(len)).expect("a raw file");
+    File::create(path)
+        .and_then(|file| file.set_len(len))
+        .expect("a raw file");
     fill_islands(path, seed);
 }
 
@@ -35,7 +41,9 @@ pub fn fill_islands(path: &Path, seed: u64) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut noise = vec![0; 200_000];
     for island in 0..len / (1 << 20) + 2 {
-        let size = rng.random_range(1..=noise.len()).min(usize::try_from(len).unwrap_or(usize::MAX));
+        let size = rng
+            .random_range(1..=noise.len())
+            .min(usize::try_from(len).unwrap_or(usize::MAX));
         let start = match island {
             0 => 0,
             1 => len - size as u64,
@@ -53,7 +61,13 @@ pub fn fill_islands(path: &Path, seed: u64) {
 /// The ranges that hold data by `qemu-img map`, in bytes, joined where they touch.
 #[track_caller]
 pub fn qemu_data_ranges(path: &Path, format: &str) -> Vec<Range<u64>> {
-    let args = [OsStr::new("map"), OsStr::new("--output=json"), OsStr::new("-f"), OsStr::new(format), path.as_os_str()];
+    let args = [
+        OsStr::new("map"),
+        OsStr::new("--output=json"),
+        OsStr::new("-f"),
+        OsStr::new(format),
+        path.as_os_str(),
+    ];
     let map = qemu_img(args).json();
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for entry in map.as_array().expect("an array") {
@@ -103,7 +117,9 @@ impl Hosted {
     pub fn first_stored(&self) -> usize {
         let directory = self.u64_at(56) as usize * 512;
         let table = self.u32_at(directory) as usize * 512;
-        (0..512).find(|number| self.u32_at(table + number * 4) > 1).expect("a stored grain")
+        (0..512)
+            .find(|number| self.u32_at(table + number * 4) > 1)
+            .expect("a stored grain")
     }
 
     /// Writes it.

@@ -43,7 +43,16 @@ impl<'s> MountCmd<'s> {
         let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
         let (point, args) = (scratch.path("mnt"), Vec::new());
         let (env, deadline) = (Vec::new(), Duration::from_secs(60));
-        Self { scratch, point, args, foreground: false, pidfile, env, memory: None, deadline }
+        Self {
+            scratch,
+            point,
+            args,
+            foreground: false,
+            pidfile,
+            env,
+            memory: None,
+            deadline,
+        }
     }
 
     /// Another mount point, below the test's folder. Nothing is made there.
@@ -141,12 +150,26 @@ impl<'s> MountCmd<'s> {
             }
             (read_pid(pidfile.as_deref(), &outcome), None)
         };
-        let entry = mounts_below(&root).into_iter().find(|entry| !before.contains(entry) && serves(&point, entry));
+        let entry = mounts_below(&root)
+            .into_iter()
+            .find(|entry| !before.contains(entry) && serves(&point, entry));
         let Some(entry) = entry else {
             kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
-            panic!("status 0, but nothing is mounted at {}: {:?}", point.display(), mounts_below(&root));
+            panic!(
+                "status 0, but nothing is mounted at {}: {:?}",
+                point.display(),
+                mounts_below(&root)
+            );
         };
-        Ok(Mount { point, root, pid, running, entry, ended: None, watchdog: Some(watch(pid)) })
+        Ok(Mount {
+            point,
+            root,
+            pid,
+            running,
+            entry,
+            ended: None,
+            watchdog: Some(watch(pid)),
+        })
     }
 
     /// Panics unless the program refuses with status `code` and leaves no mount, no new name and no pidfile.
@@ -165,10 +188,24 @@ impl<'s> MountCmd<'s> {
         match self.in_background().try_start() {
             Ok(mount) => panic!("mounted at {} where it had to refuse", mount.point.display()),
             Err(outcome) => {
-                assert_eq!(mounts_below(scratch.root()), before, "a failed mount left a mount: {outcome}");
-                assert_eq!(point.exists(), was_there, "a failed mount changed its mount point: {outcome}");
-                assert!(!pidfile.is_some_and(|path| path.exists()), "a failed mount left its pidfile: {outcome}");
-                assert!(outcome.ended.code.is_some_and(|code| codes.contains(&code)), "{outcome}");
+                assert_eq!(
+                    mounts_below(scratch.root()),
+                    before,
+                    "a failed mount left a mount: {outcome}"
+                );
+                assert_eq!(
+                    point.exists(),
+                    was_there,
+                    "a failed mount changed its mount point: {outcome}"
+                );
+                assert!(
+                    !pidfile.is_some_and(|path| path.exists()),
+                    "a failed mount left its pidfile: {outcome}"
+                );
+                assert!(
+                    outcome.ended.code.is_some_and(|code| codes.contains(&code)),
+                    "{outcome}"
+                );
                 outcome
             }
         }
@@ -236,8 +273,9 @@ impl Mount {
     #[track_caller]
     pub fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.entry.point).expect("listing the mount");
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.expect("a name").file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.expect("a name").file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         names
     }
@@ -275,7 +313,11 @@ impl Mount {
     /// Waits for the mount to go from the table of mounts.
     #[track_caller]
     pub fn wait_unmounted(&self) {
-        assert!(poll_until(DEADLINE, || !self.is_mounted()), "still mounted after {DEADLINE:?}: {:?}", self.entry);
+        assert!(
+            poll_until(DEADLINE, || !self.is_mounted()),
+            "still mounted after {DEADLINE:?}: {:?}",
+            self.entry
+        );
     }
 
     /// Waits for the process to end by itself; panics if it does not.
@@ -287,7 +329,11 @@ impl Mount {
         }
         match self.ended {
             Some(ended) => ended,
-            None => panic!("process {} still runs after {DEADLINE:?}\n{:?}", self.pid, self.output()),
+            None => panic!(
+                "process {} still runs after {DEADLINE:?}\n{:?}",
+                self.pid,
+                self.output()
+            ),
         }
     }
 
@@ -310,7 +356,12 @@ impl Mount {
         outcome.ok();
         assert!(!self.is_mounted(), "still mounted: {:?}", self.entry);
         let ended = self.wait_end();
-        assert_eq!(ended.code, Some(0), "after fusermount3 -u: {ended:?} {:?}", self.output());
+        assert_eq!(
+            ended.code,
+            Some(0),
+            "after fusermount3 -u: {ended:?} {:?}",
+            self.output()
+        );
     }
 }
 
@@ -359,8 +410,14 @@ fn wait_for_pidfile(pidfile: Option<&Path>, running: &Running) {
 fn read_pid(pidfile: Option<&Path>, outcome: &Outcome) -> i32 {
     let pidfile = pidfile.unwrap_or_else(|| panic!("a background mount without pidfile cannot be followed: {outcome}"));
     let text = fs::read_to_string(pidfile).unwrap_or_else(|e| panic!("status 0 without pidfile ({e}): {outcome}"));
-    let pid = text.trim().parse().unwrap_or_else(|e| panic!("{text:?} in the pidfile ({e})"));
-    assert!(is_running(pid), "the pidfile names process {pid}, which does not run: {outcome}");
+    let pid = text
+        .trim()
+        .parse()
+        .unwrap_or_else(|e| panic!("{text:?} in the pidfile ({e})"));
+    assert!(
+        is_running(pid),
+        "the pidfile names process {pid}, which does not run: {outcome}"
+    );
     pid
 }
 

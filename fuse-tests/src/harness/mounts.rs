@@ -22,7 +22,10 @@ pub struct MountEntry {
 pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
     let text = fs::read("/proc/self/mountinfo").expect("the table of mounts");
     let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let mut found: Vec<_> = lines.filter_map(parse).filter(|entry| entry.point.starts_with(dir)).collect();
+    let mut found: Vec<_> = lines
+        .filter_map(parse)
+        .filter(|entry| entry.point.starts_with(dir))
+        .collect();
     found.reverse();
     found
 }
@@ -69,7 +72,10 @@ mod tests {
         let line = br"36 35 0:44 / /tmp/a\040b rw,nosuid shared:7 - fuse.vmdkfuse disk.vmdk ro,user_id=0";
         let entry = parse(line).unwrap();
         assert_eq!(entry.point, Path::new("/tmp/a b"));
-        assert_eq!((entry.kind.as_str(), entry.source.as_str()), ("fuse.vmdkfuse", "disk.vmdk"));
+        assert_eq!(
+            (entry.kind.as_str(), entry.source.as_str()),
+            ("fuse.vmdkfuse", "disk.vmdk")
+        );
         assert_eq!(entry.options, "rw,nosuid,ro,user_id=0");
     }
 }

@@ -38,7 +38,10 @@ pub fn poll_until(limit: Duration, mut event: impl FnMut() -> bool) -> bool {
 /// The most memory that a process has had, in bytes; of our own since `/proc/self/clear_refs` was told to count anew.
 pub fn peak_memory(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of the process");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .expect("its peak");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
 }
 
@@ -49,9 +52,18 @@ pub fn wait_end(pid: i32, limit: Duration) -> Option<Ended> {
     let mut ended = None;
     poll_until(limit, || {
         ended = match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => Some(Ended { code: Some(code), signal: None }),
-            Ok(WaitStatus::Signaled(_, signal, _)) => Some(Ended { code: None, signal: Some(signal as i32) }),
-            Err(Errno::ECHILD) if !is_running(pid) => Some(Ended { code: None, signal: None }),
+            Ok(WaitStatus::Exited(_, code)) => Some(Ended {
+                code: Some(code),
+                signal: None,
+            }),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(Ended {
+                code: None,
+                signal: Some(signal as i32),
+            }),
+            Err(Errno::ECHILD) if !is_running(pid) => Some(Ended {
+                code: None,
+                signal: None,
+            }),
             _ => None,
         };
         ended.is_some()
@@ -61,9 +73,13 @@ pub fn wait_end(pid: i32, limit: Duration) -> Option<Ended> {
 
 /// Whether a process of this number runs (a zombie does not).
 pub fn is_running(pid: i32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
     // The state follows the name, which is in parentheses and may hold anything.
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
     !matches!(state, Some('Z' | 'X') | None)
 }
 

@@ -15,17 +15,31 @@ use super::cmd::Cmd;
 pub fn program() -> PathBuf {
     if let Some(path) = env::var_os("VMDKFUSE_BIN") {
         let path = PathBuf::from(path);
-        assert!(path.is_file(), "VMDKFUSE_BIN names {}, which is no file", path.display());
+        assert!(
+            path.is_file(),
+            "VMDKFUSE_BIN names {}, which is no file",
+            path.display()
+        );
         return path;
     }
     // target/<profile>/deps/<test>-<hash>
     let test = env::current_exe().expect("the path of this test");
-    let target = test.ancestors().nth(3).expect("a test lies three folders below the target directory").to_path_buf();
+    let target = test
+        .ancestors()
+        .nth(3)
+        .expect("a test lies three folders below the target directory")
+        .to_path_buf();
     let built = ["release", "debug"].map(|profile| target.join(profile).join("vmdkfuse"));
-    let newest = built.iter().filter_map(|path| Some((fs::metadata(path).ok()?.modified().ok()?, path))).max();
+    let newest = built
+        .iter()
+        .filter_map(|path| Some((fs::metadata(path).ok()?.modified().ok()?, path)))
+        .max();
     match newest {
         Some((_, path)) => path.clone(),
-        None => panic!("no vmdkfuse in {}: run `cargo build` first, or set VMDKFUSE_BIN", target.display()),
+        None => panic!(
+            "no vmdkfuse in {}: run `cargo build` first, or set VMDKFUSE_BIN",
+            target.display()
+        ),
     }
 }
 
@@ -58,7 +72,11 @@ pub fn is_root() -> bool {
 pub fn need_kernel_view() -> bool {
     const KERNEL: [u32; 3] = [6, 12, 2];
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let numbers: Vec<u32> = release.split(|c: char| !c.is_ascii_digit()).flat_map(str::parse).take(3).collect();
+    let numbers: Vec<u32> = release
+        .split(|c: char| !c.is_ascii_digit())
+        .flat_map(str::parse)
+        .take(3)
+        .collect();
     let listed = || fs::read_to_string("/proc/filesystems").is_ok_and(|text| text.contains("\terofs\n"));
     // a module is loaded by the first mount
     let has_erofs =
@@ -89,6 +107,10 @@ pub fn skip(reason: &str) -> bool {
 /// The full path of a program, looked for where login shells and root look.
 fn find(tool: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let dirs = env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from)).collect::<Vec<_>>();
-    dirs.into_iter().map(|dir| dir.join(OsStr::new(tool))).find(|path| path.is_file())
+    let dirs = env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .collect::<Vec<_>>();
+    dirs.into_iter()
+        .map(|dir| dir.join(OsStr::new(tool)))
+        .find(|path| path.is_file())
 }

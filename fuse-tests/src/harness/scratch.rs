@@ -42,10 +42,18 @@ pub struct Scratch {
 impl Scratch {
     /// A folder of the user who runs the tests.
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("vmdkfuse-test-").tempdir().expect("a folder for the test");
+        let dir = tempfile::Builder::new()
+            .prefix("vmdkfuse-test-")
+            .tempdir()
+            .expect("a folder for the test");
         // The kernel's table of mounts shows the real path.
         let root = fs::canonicalize(dir.path()).expect("the folder's path");
-        Self { dir: Some(dir), root, user: None, count: AtomicU32::new(0) }
+        Self {
+            dir: Some(dir),
+            root,
+            user: None,
+            count: AtomicU32::new(0),
+        }
     }
 
     /// A folder of somebody else, with the program copied into it: the target directory may be closed to others. Needs root.
@@ -54,7 +62,12 @@ impl Scratch {
         let own = scratch.path("vmdkfuse");
         // Not by this process: what another test starts meanwhile would have the copy open for writing until it is
         // executed itself, and till then the copy can't be executed ("Text file busy").
-        Cmd::new("install").args(["-m", "755"]).arg(program()).arg(&own).run().ok();
+        Cmd::new("install")
+            .args(["-m", "755"])
+            .arg(program())
+            .arg(&own)
+            .run()
+            .ok();
         scratch.user = Some(user);
         scratch.give(Path::new(""));
         scratch

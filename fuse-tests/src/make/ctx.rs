@@ -33,14 +33,22 @@ pub struct Made {
 impl Made {
     /// A disk that needs nothing further.
     pub fn new(open: PathBuf, disk: Arc<dyn Content>) -> Self {
-        Self { open, disk, allow_dirs: Vec::new(), probes: Vec::new() }
+        Self {
+            open,
+            disk,
+            allow_dirs: Vec::new(),
+            probes: Vec::new(),
+        }
     }
 
     /// The same, with ranges around `sectors` as its probes.
     #[must_use]
     pub fn probing(mut self, sectors: &[u64]) -> Self {
         let end = self.sectors();
-        self.probes = sectors.iter().map(|s| s * SECTOR..(s + 256).min(end) * SECTOR).collect();
+        self.probes = sectors
+            .iter()
+            .map(|s| s * SECTOR..(s + 256).min(end) * SECTOR)
+            .collect();
         self
     }
 
@@ -62,7 +70,10 @@ impl Made {
 
 impl fmt::Debug for Made {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Made").field("open", &self.open).field("sectors", &self.sectors()).finish_non_exhaustive()
+        f.debug_struct("Made")
+            .field("open", &self.open)
+            .field("sectors", &self.sectors())
+            .finish_non_exhaustive()
     }
 }
 
@@ -95,7 +106,10 @@ impl Ctx {
     /// Makes the folder, which must not exist.
     pub fn new(dir: &Path, seed: u64) -> Result<Self> {
         fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
-        Ok(Self { dir: dir.to_owned(), seed })
+        Ok(Self {
+            dir: dir.to_owned(),
+            seed,
+        })
     }
 
     /// The folder.
@@ -136,7 +150,9 @@ impl Ctx {
     }
 
     fn flat_disk(&self, name: &str, capacity: u64, kind: &'static str, word: &str, offset: &str) -> Result<Arc<Layer>> {
-        let layer = self.layer(name, capacity, 16).fill([0, 3, 4, 5, 100, capacity / 16 - 1]);
+        let layer = self
+            .layer(name, capacity, 16)
+            .fill([0, 3, 4, 5, 100, capacity / 16 - 1]);
         write::flat(&self.at(&format!("{name}-flat.vmdk")), &layer, 0)?;
         let line = format!("RW {capacity} {word} \"{name}-flat.vmdk\"{offset}");
         self.text(&format!("{name}.vmdk"), &Descriptor::new(kind, [line]).cid(BASE_CID))?;
@@ -180,7 +196,10 @@ impl Ctx {
     /// A streamOptimized disk in "disk.vmdk", whose extent line says `name`.
     pub fn stream_of(&self, layer: Layer, name: &str, options: &Stream) -> Result<Good> {
         let line = format!("RDONLY {} SPARSE \"{name}\"", layer.sectors());
-        let text = Descriptor { encoding: None, ..Descriptor::new("streamOptimized", [line]) };
+        let text = Descriptor {
+            encoding: None,
+            ..Descriptor::new("streamOptimized", [line])
+        };
         let path = self.at("disk.vmdk");
         let at = write::stream(&path, &layer, &text.bytes()?, options)?;
         Ok(Good { path, layer, at })

@@ -101,7 +101,14 @@ impl Layer {
     /// An empty layer; `seed` and `label` decide about its noise. Capacity and grain are in sectors.
     pub fn new(seed: u64, label: &str, capacity: u64, grain: u64) -> Self {
         let key = label.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
-        Self { key, label: label.to_owned(), capacity, grain, parent: None, grains: BTreeMap::new() }
+        Self {
+            key,
+            label: label.to_owned(),
+            capacity,
+            grain,
+            parent: None,
+            grains: BTreeMap::new(),
+        }
     }
 
     /// The same layer over a parent.
@@ -115,7 +122,11 @@ impl Layer {
     pub fn from_raw(label: &str, grain: u64, raw: &[u8]) -> Self {
         let mut layer = Self::new(0, label, raw.len() as u64 / SECTOR, grain);
         let bytes = (grain * SECTOR) as usize;
-        for (number, data) in raw.chunks(bytes).enumerate().filter(|(_, data)| data.iter().any(|b| *b != 0)) {
+        for (number, data) in raw
+            .chunks(bytes)
+            .enumerate()
+            .filter(|(_, data)| data.iter().any(|b| *b != 0))
+        {
             let mut whole = data.to_vec();
             whole.resize(bytes, 0);
             layer.grains.insert(number as u64, Some(whole));
@@ -208,7 +219,9 @@ impl Layer {
         let rest = self.capacity - sector;
         match self.grains.range(number..).next() {
             Some((n, data)) if *n == number => {
-                let piece = data.as_ref().map_or(Piece::Zero, |data| Piece::Data(&data[(inside * SECTOR) as usize..]));
+                let piece = data
+                    .as_ref()
+                    .map_or(Piece::Zero, |data| Piece::Data(&data[(inside * SECTOR) as usize..]));
                 (piece, rest.min(self.grain - inside))
             }
             Some((n, _)) => (Piece::Parent, rest.min(n * self.grain - sector)),
@@ -237,7 +250,11 @@ impl Content for Layer {
     }
 
     fn borders(&self) -> Vec<u64> {
-        let mut all: Vec<u64> = self.grains.keys().flat_map(|n| [n * self.grain, (n + 1) * self.grain]).collect();
+        let mut all: Vec<u64> = self
+            .grains
+            .keys()
+            .flat_map(|n| [n * self.grain, (n + 1) * self.grain])
+            .collect();
         all.extend(self.parent.iter().flat_map(|parent| parent.borders()));
         all.push(self.capacity);
         all.retain(|sector| *sector <= self.capacity);
@@ -340,7 +357,11 @@ impl Content for Shifted {
     }
 
     fn borders(&self) -> Vec<u64> {
-        self.of.borders().into_iter().filter_map(|sector| sector.checked_sub(self.by)).collect()
+        self.of
+            .borders()
+            .into_iter()
+            .filter_map(|sector| sector.checked_sub(self.by))
+            .collect()
     }
 }
 
@@ -355,7 +376,10 @@ impl Random {
     }
 
     /// The next number.
-    #[allow(clippy::should_implement_trait, reason = "the sequence never ends, an Option would only be in the way")]
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "the sequence never ends, an Option would only be in the way"
+    )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(STEP);
         mix(self.0)
@@ -397,7 +421,10 @@ mod tests {
     #[test]
     fn a_child_hides_its_parent_where_it_has_grains() {
         let base: Arc<dyn Content> = Arc::new(Layer::new(1, "base", 64, 8).fill([0, 1, 2]));
-        let top = Layer::new(1, "top", 80, 16).over(Arc::clone(&base)).write(3, 2).zero([1]);
+        let top = Layer::new(1, "top", 80, 16)
+            .over(Arc::clone(&base))
+            .write(3, 2)
+            .zero([1]);
         assert_eq!(top.read(0, 3), base.read(0, 3));
         assert_ne!(top.read(3, 1), base.read(3, 1));
         assert_eq!(top.read(5, 11), base.read(5, 11));
@@ -423,7 +450,10 @@ mod tests {
 
     #[test]
     fn joined_extents_lie_in_a_row() {
-        let (a, b) = (Arc::new(Layer::new(1, "a", 5, 8).fill([0])), Arc::new(Layer::new(1, "b", 7, 8).fill([0])));
+        let (a, b) = (
+            Arc::new(Layer::new(1, "a", 5, 8).fill([0])),
+            Arc::new(Layer::new(1, "b", 7, 8).fill([0])),
+        );
         let disk = Joined::new().then(a.clone()).then_zero(3).then(b.clone());
         assert_eq!(disk.sectors(), 15);
         assert_eq!(disk.read(0, 5), a.read(0, 5));
@@ -451,7 +481,11 @@ mod tests {
         let layer = Layer::new(1, "x", 133_143_986_176, 128).fill([0, 1_000_000]);
         let ranges = layer.random_ranges(3, 200, 1 << 20);
         assert_eq!(ranges, layer.random_ranges(3, 200, 1 << 20));
-        assert!(ranges.iter().all(|r| r.start < r.end && r.end <= layer.sectors() * SECTOR));
+        assert!(
+            ranges
+                .iter()
+                .all(|r| r.start < r.end && r.end <= layer.sectors() * SECTOR)
+        );
     }
 
     #[test]

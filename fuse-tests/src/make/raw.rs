@@ -15,7 +15,9 @@ const SBIN: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
 pub fn mkfs_ext4() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(SBIN.iter().map(PathBuf::from));
-    folders.map(|folder| folder.join("mkfs.ext4")).find(|program| program.is_file())
+    folders
+        .map(|folder| folder.join("mkfs.ext4"))
+        .find(|program| program.is_file())
 }
 
 /// Writes an ext4 image of `bytes` (whole sectors) with the files of `folder` in it; needs no privileges.
@@ -28,7 +30,11 @@ pub fn ext4(image: &Path, bytes: u64, folder: &Path) -> Result<()> {
         .args([folder, image])
         .output()?;
     if !output.status.success() {
-        bail!("mkfs.ext4 on {}: {}", image.display(), String::from_utf8_lossy(&output.stderr));
+        bail!(
+            "mkfs.ext4 on {}: {}",
+            image.display(),
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(())
 }
@@ -46,6 +52,10 @@ pub fn sample_files(folder: &Path, seed: u64) -> Result<()> {
 /// Reads a raw image (whole sectors) as a layer, to be written as a VMDK.
 pub fn layer_of(image: &Path, grain: u64) -> Result<Layer> {
     let raw = fs::read(image).with_context(|| image.display().to_string())?;
-    ensure!((raw.len() as u64).is_multiple_of(SECTOR), "{} is not whole sectors", image.display());
+    ensure!(
+        (raw.len() as u64).is_multiple_of(SECTOR),
+        "{} is not whole sectors",
+        image.display()
+    );
     Ok(Layer::from_raw("image", grain, &raw))
 }

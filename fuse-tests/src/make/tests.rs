@@ -30,7 +30,10 @@ const NOT_QEMU: &[(&str, &str)] = &[
     ("extent_default_offset", "it refuses the type custom"),
     ("alias_2gb", "it refuses the type 2GbMaxExtentFlat"),
     ("partitioned", "it refuses the type partitionedDevice"),
-    ("split_unaligned", "it reads past the end of an extent that ends inside a grain"),
+    (
+        "split_unaligned",
+        "it reads past the end of an extent that ends inside a grain",
+    ),
     ("split_access", "it drops extents that are not RW"),
     ("crlf_descriptor", "it compares keywords exactly"),
     ("enc_windows1252", "it does not decode the text"),
@@ -44,15 +47,26 @@ const NOT_QEMU: &[(&str, &str)] = &[
 
 /// Says loudly that a test is skipped, or fails where nothing may be skipped.
 fn skip(what: &str) {
-    assert!(std::env::var("VMDKFUSE_REQUIRE").as_deref() != Ok("all"), "VMDKFUSE_REQUIRE=all, but {what}");
+    assert!(
+        std::env::var("VMDKFUSE_REQUIRE").as_deref() != Ok("all"),
+        "VMDKFUSE_REQUIRE=all, but {what}"
+    );
     eprintln!("######## SKIPPED: {what}");
 }
 
 #[test]
 fn names_are_unique_and_make_good_folders() {
-    let names: Vec<&str> = valid().iter().map(|v| v.name).chain(hostile().iter().map(|h| h.name)).collect();
+    let names: Vec<&str> = valid()
+        .iter()
+        .map(|v| v.name)
+        .chain(hostile().iter().map(|h| h.name))
+        .collect();
     assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
-    assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')));
+    assert!(
+        names
+            .iter()
+            .all(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'))
+    );
 }
 
 #[test]
@@ -66,7 +80,12 @@ fn every_valid_variant_is_made_the_same_again() -> Result<()> {
         assert_eq!(made.is_hashable(), made.probes.is_empty(), "{}", variant.name);
         let relative = made.open.strip_prefix(one.path())?;
         assert_eq!(again.open.strip_prefix(two.path())?, relative);
-        assert_eq!(std::fs::read(&made.open)?, std::fs::read(&again.open)?, "{}", variant.name);
+        assert_eq!(
+            std::fs::read(&made.open)?,
+            std::fs::read(&again.open)?,
+            "{}",
+            variant.name
+        );
         let has_data = |range| made.disk.read_bytes(&range).iter().any(|b| *b != 0);
         assert!(has_data(0..made.sectors().min(8192) * SECTOR), "{}", variant.name);
     }
@@ -80,7 +99,11 @@ fn every_hostile_file_is_made() -> Result<()> {
         let bad = file.make(dir.path(), 1)?;
         assert!(bad.open.is_file(), "{}", file.name);
         if let (Expect::Eio { damaged: Some(range) }, Some(content)) = (&file.expect, &bad.content) {
-            assert!(range.start < range.end && range.end <= content.sectors() * SECTOR, "{}", file.name);
+            assert!(
+                range.start < range.end && range.end <= content.sectors() * SECTOR,
+                "{}",
+                file.name
+            );
         }
     }
     Ok(())
@@ -92,7 +115,11 @@ fn large_disks_take_little_room() -> Result<()> {
     let dir = tempdir()?;
     for variant in valid().iter().filter(|v| v.name.starts_with("big_")) {
         let made = variant.make(dir.path(), 1)?;
-        assert!(std::fs::metadata(&made.open)?.blocks() * 512 < 2 << 20, "{}", variant.name);
+        assert!(
+            std::fs::metadata(&made.open)?.blocks() * 512 < 2 << 20,
+            "{}",
+            variant.name
+        );
     }
     Ok(())
 }
@@ -129,7 +156,10 @@ fn qemu_img_reads_the_content_of_harmless_hostile_files() -> Result<()> {
     }
     let dir = tempdir()?;
     let mut compared = 0;
-    for file in hostile().iter().filter(|file| file.expect == Expect::Warn && !NOT.contains(&file.name)) {
+    for file in hostile()
+        .iter()
+        .filter(|file| file.expect == Expect::Warn && !NOT.contains(&file.name))
+    {
         let bad = file.make(dir.path(), 1)?;
         if let Some(content) = bad.content {
             qemu_agrees(&Made::new(bad.open, content), dir.path()).context(file.name)?;
@@ -147,7 +177,11 @@ fn an_ext4_image_becomes_a_vmdk() -> Result<()> {
         return Ok(());
     }
     let dir = tempdir()?;
-    let (files, image, disk) = (dir.path().join("files"), dir.path().join("fs.img"), dir.path().join("fs.vmdk"));
+    let (files, image, disk) = (
+        dir.path().join("files"),
+        dir.path().join("fs.img"),
+        dir.path().join("fs.vmdk"),
+    );
     raw::sample_files(&files, 1)?;
     raw::ext4(&image, 8 << 20, &files)?;
     let layer = raw::layer_of(&image, 128)?;
@@ -172,10 +206,19 @@ fn has_qemu_img() -> bool {
 
 /// Whether qemu-img makes the same raw image of it, whole or at its probes.
 fn qemu_agrees(made: &Made, dir: &Path) -> Result<()> {
-    let format = if made.open.extension().is_some_and(|e| e == "vmdk") { "vmdk" } else { "raw" };
+    let format = if made.open.extension().is_some_and(|e| e == "vmdk") {
+        "vmdk"
+    } else {
+        "raw"
+    };
     let out = dir.join("out.raw");
     if made.probes.is_empty() {
-        qemu_img(Command::new("qemu-img").args(["convert", "-f", format, "-O", "raw"]).arg(&made.open).arg(&out))?;
+        qemu_img(
+            Command::new("qemu-img")
+                .args(["convert", "-f", format, "-O", "raw"])
+                .arg(&made.open)
+                .arg(&out),
+        )?;
         return same(made, 0, made.sectors(), &out);
     }
     for range in &made.probes {
@@ -184,7 +227,9 @@ fn qemu_agrees(made: &Made, dir: &Path) -> Result<()> {
         command.args(["dd", "-f", format, "-O", "raw", "bs=512"]);
         // The count is that of blocks up to the end, skipped ones among them.
         command.args([format!("skip={first}"), format!("count={}", first + count)]);
-        command.arg(format!("if={}", made.open.display())).arg(format!("of={}", out.display()));
+        command
+            .arg(format!("if={}", made.open.display()))
+            .arg(format!("of={}", out.display()));
         qemu_img(&mut command)?;
         same(made, first, count, &out)?;
     }
@@ -203,13 +248,21 @@ fn qemu_img(command: &mut Command) -> Result<()> {
 fn same(made: &Made, first: u64, sectors: u64, file: &Path) -> Result<()> {
     const STEP: u64 = 2048;
     let out = File::open(file).context("qemu-img made no file")?;
-    ensure!(out.metadata()?.len() == sectors * SECTOR, "{} bytes", out.metadata()?.len());
+    ensure!(
+        out.metadata()?.len() == sectors * SECTOR,
+        "{} bytes",
+        out.metadata()?.len()
+    );
     let mut buffer = vec![0; (STEP * SECTOR) as usize];
     for at in (0..sectors).step_by(STEP as usize) {
         let n = STEP.min(sectors - at);
         let part = &mut buffer[..(n * SECTOR) as usize];
         out.read_exact_at(part, at * SECTOR)?;
-        ensure!(*part == made.read(first + at, n), "differs within {n} sectors from {}", first + at);
+        ensure!(
+            *part == made.read(first + at, n),
+            "differs within {n} sectors from {}",
+            first + at
+        );
     }
     Ok(())
 }

@@ -53,7 +53,9 @@ type Target = fn(&[u8]);
 
 #[test]
 fn descriptors_never_panic_nor_hang() -> Result<()> {
-    run("descriptor", fuzz::descriptor, |data| data.len() <= 64 << 10 && looks_like_text(data))
+    run("descriptor", fuzz::descriptor, |data| {
+        data.len() <= 64 << 10 && looks_like_text(data)
+    })
 }
 
 #[test]
@@ -96,20 +98,31 @@ fn run(name: &str, target: Target, fits: fn(&[u8]) -> bool) -> Result<()> {
         done += 1;
     }
     let peak = peak_memory(std::process::id() as i32);
-    println!("{name}: {} seeds, {done} mutations, slowest {slowest:?}, peak {} MiB", seeds.len(), peak >> 20);
+    println!(
+        "{name}: {} seeds, {done} mutations, slowest {slowest:?}, peak {} MiB",
+        seeds.len(),
+        peak >> 20
+    );
     ensure!(peak <= MEMORY_MAX, "{name}: the process took {} MiB", peak >> 20);
     Ok(())
 }
 
 /// Writes the input that failed where it stays.
 fn keep(name: &str, data: &[u8]) -> Result<String> {
-    let (_, path) = tempfile::Builder::new().prefix(&format!("vmdkfuse-fuzz-{name}-")).tempfile()?.keep()?;
+    let (_, path) = tempfile::Builder::new()
+        .prefix(&format!("vmdkfuse-fuzz-{name}-"))
+        .tempfile()?
+        .keep()?;
     fs::write(&path, data)?;
     Ok(path.display().to_string())
 }
 
 fn looks_like_text(data: &[u8]) -> bool {
-    !data.is_empty() && data.iter().take(64).all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace())
+    !data.is_empty()
+        && data
+            .iter()
+            .take(64)
+            .all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace())
 }
 
 /// All small files of the maker, and some that are smaller still. The same seeds in the same order at every run.
@@ -160,12 +173,23 @@ fn small(dir: &Path) -> Result<Vec<Vec<u8>>> {
     for (grain, ngte) in [(1, 128), (8, 512), (16, 128)] {
         let layer = Layer::new(1, "small", 8000, grain).fill([0, 1, 5]);
         let text = Descriptor::new("monolithicSparse", ["RW 8000 SPARSE \"disk.vmdk\""]).bytes()?;
-        for base in [Hosted { ngte, ..Hosted::zeroed() }, Hosted { ngte, ..Hosted::lazy() }] {
+        for base in [
+            Hosted {
+                ngte,
+                ..Hosted::zeroed()
+            },
+            Hosted { ngte, ..Hosted::lazy() },
+        ] {
             write::hosted(&path, &layer.clone().zero([7]), Some(&text), &base)?;
             take(&path)?;
         }
         for footer in [true, false] {
-            let options = Stream { footer, ngte, desc_len: 2, ..Stream::default() };
+            let options = Stream {
+                footer,
+                ngte,
+                desc_len: 2,
+                ..Stream::default()
+            };
             write::stream(&path, &layer, &text, &options)?;
             take(&path)?;
         }
@@ -187,11 +211,38 @@ fn sesparse() -> Vec<u8> {
             file[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
     };
-    put(0, &[0xcafe_babe, 0x2_0000_0001, 8000, 8, 64, 0, 0, 0, 0, 0, 1, 1, 2, 0, 2, 0, DIRECTORY, 1, TABLE, 64]);
+    put(
+        0,
+        &[
+            0xcafe_babe,
+            0x2_0000_0001,
+            8000,
+            8,
+            64,
+            0,
+            0,
+            0,
+            0,
+            0,
+            1,
+            1,
+            2,
+            0,
+            2,
+            0,
+            DIRECTORY,
+            1,
+            TABLE,
+            64,
+        ],
+    );
     put(160, &[GRAINS, 0, GRAINS, 0, GRAINS, 8000]);
     put(512, &[0xcafe_cafe, 1, 1, 0]);
     put(DIRECTORY * 512, &[1 << 60]);
-    put(TABLE * 512, &[se_entry(3, 0), se_entry(2, 0), se_entry(1, 5), 0, se_entry(3, 1)]);
+    put(
+        TABLE * 512,
+        &[se_entry(3, 0), se_entry(2, 0), se_entry(1, 5), 0, se_entry(3, 1)],
+    );
     put(GRAINS * 512, &[7; 1024]);
     file
 }
@@ -243,7 +294,9 @@ fn number(data: &mut [u8], random: &mut Random) {
         1 => random.below(data.len() as u64 / 512 + 1) as usize * 512 + random.below(8) as usize * 4,
         _ => place(data.len(), random),
     };
-    let Some(old) = data.get_mut(at..at + width) else { return };
+    let Some(old) = data.get_mut(at..at + width) else {
+        return;
+    };
     let mut word = [0; 8];
     word[..width].copy_from_slice(old);
     let new = match random.below(4) {
@@ -258,7 +311,9 @@ fn number(data: &mut [u8], random: &mut Random) {
 /// Fills a stretch with one entry again and again: many names for one place.
 fn repeat(data: &mut [u8], random: &mut Random) {
     let start = random.below(data.len() as u64 / 512 + 1) as usize * 512;
-    let Some(rest) = data.get_mut(start..).filter(|rest| rest.len() >= 8) else { return };
+    let Some(rest) = data.get_mut(start..).filter(|rest| rest.len() >= 8) else {
+        return;
+    };
     let width = if random.below(2) == 0 { 4 } else { 8 };
     let mut entry = [0; 8];
     entry.copy_from_slice(&rest[..8]);

@@ -69,8 +69,18 @@ fn one_table(flags: u32) -> Sectors {
     let gd: Range<u64> = 2..2 + (u64::from(TABLES) * 4).div_ceil(512);
     let (table, grain) = (gd.end, gd.end + 512);
     let mut file = Sectors::new(grain + 1);
-    let header = Header { flags, ..header(u64::from(TABLES) << 16, 1, 1 << 16) };
-    file.put(0, &Header { compression: u16::from(flags & F_COMPRESSED != 0), ..header }.bytes());
+    let header = Header {
+        flags,
+        ..header(u64::from(TABLES) << 16, 1, 1 << 16)
+    };
+    file.put(
+        0,
+        &Header {
+            compression: u16::from(flags & F_COMPRESSED != 0),
+            ..header
+        }
+        .bytes(),
+    );
     file.put_words(gd.start, std::iter::repeat_n(table as u32, TABLES as usize));
     file.put_words(table, std::iter::repeat_n(grain as u32, 1 << 16));
     file.put(grain, &raw_grain(0, 100, &[1; 100]));
@@ -87,7 +97,11 @@ fn regression_a_check_walks_a_table_once_however_often_it_is_named() {
 
 #[test]
 fn regression_a_check_inflates_a_grain_once_however_often_it_is_named() {
-    let report = check(&disk("SPARSE", 1 << 32, &one_table(F_NEWLINE | F_COMPRESSED | F_MARKERS)));
+    let report = check(&disk(
+        "SPARSE",
+        1 << 32,
+        &one_table(F_NEWLINE | F_COMPRESSED | F_MARKERS),
+    ));
     let inflated = report.errors.iter().filter(|e| e.contains("compressed grain")).count();
     assert_eq!(inflated, 1, "{:?}", report.errors.first());
 }
@@ -98,7 +112,24 @@ fn regression_a_check_walks_an_sesparse_table_once() {
     let gd = 2..2 + (TABLES * 8).div_ceil(512);
     let (table, grains) = (gd.end, gd.end + 64);
     let mut file = Sectors::new(grains + 8);
-    let regions = [1, 1, 2, 0, 2, 0, gd.start, gd.end - gd.start, table, 64, grains, 0, grains, 0, grains, 8];
+    let regions = [
+        1,
+        1,
+        2,
+        0,
+        2,
+        0,
+        gd.start,
+        gd.end - gd.start,
+        table,
+        64,
+        grains,
+        0,
+        grains,
+        0,
+        grains,
+        8,
+    ];
     let constant = [0xcafe_babe, 0x2_0000_0001, TABLES << 15, 8, 64, 0, 0, 0, 0, 0];
     file.put_longs(0, constant.into_iter().chain(regions));
     file.put_longs(1, [0xcafe_cafe, 1, 1, 0]);
@@ -153,7 +184,10 @@ fn regression_a_deep_chain_of_short_runs_is_read_in_one_pass() {
         let (parent, extent) = if n == 0 {
             ("parentCID=ffffffff".to_owned(), "base")
         } else {
-            (format!("parentCID={n:08x}\nparentFileNameHint=\"{}.vmdk\"", n - 1), "empty")
+            (
+                format!("parentCID={n:08x}\nparentFileNameHint=\"{}.vmdk\"", n - 1),
+                "empty",
+            )
         };
         let cid = n + 1;
         let text =
@@ -166,6 +200,9 @@ fn regression_a_deep_chain_of_short_runs_is_read_in_one_pass() {
     let mut all = vec![1; SECTORS as usize * 512];
     disk.read_at(Lba(0), &mut all).unwrap();
     for (n, sector) in all.chunks(512).enumerate() {
-        assert!(sector.iter().all(|b| *b == if n % 2 == 0 { 7 } else { 0 }), "sector {n}");
+        assert!(
+            sector.iter().all(|b| *b == if n % 2 == 0 { 7 } else { 0 }),
+            "sector {n}"
+        );
     }
 }

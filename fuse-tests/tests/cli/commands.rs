@@ -12,7 +12,17 @@ fn image(scratch: &Scratch, subformat: &str) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("x.raw"), scratch.path("x.vmdk"));
     raw_with_islands(&raw, 8 << 20, 1);
     let option = format!("subformat={subformat}");
-    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), vmdk.to_str().unwrap()];
+    let words = [
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        "-o",
+        &option,
+        raw.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ];
     qemu_img(words);
     (raw, vmdk)
 }
@@ -31,9 +41,17 @@ fn help_and_version_end_with_status_0() {
     let scratch = Scratch::new();
     for word in ["--help", "-h"] {
         let help = scratch.vmdkfuse().arg(word).run().ok();
-        for part in
-            ["MOUNTPOINT", "KEY=VALUE", "--info", "--map", "--check", "--dump", "--pidfile", "--config", "file="]
-        {
+        for part in [
+            "MOUNTPOINT",
+            "KEY=VALUE",
+            "--info",
+            "--map",
+            "--check",
+            "--dump",
+            "--pidfile",
+            "--config",
+            "file=",
+        ] {
             assert!(help.stdout.contains(part), "{word} does not show {part}: {help}");
         }
     }
@@ -46,8 +64,21 @@ fn help_and_version_end_with_status_0() {
 #[test]
 fn help_shows_every_key_of_local_disks() {
     let help = Scratch::new().vmdkfuse().arg("--help").run().ok();
-    for key in ["file", "name", "readonly", "cache", "cache-size", "readahead", "format", "allow-dir", "degraded"] {
-        assert!(help.stdout.contains(&format!("{key}=")), "--help does not show {key}=: {help}");
+    for key in [
+        "file",
+        "name",
+        "readonly",
+        "cache",
+        "cache-size",
+        "readahead",
+        "format",
+        "allow-dir",
+        "degraded",
+    ] {
+        assert!(
+            help.stdout.contains(&format!("{key}=")),
+            "--help does not show {key}=: {help}"
+        );
     }
 }
 
@@ -59,12 +90,22 @@ fn dump_tells_the_version_and_the_back_ends() {
     let json = scratch.vmdkfuse().args(["--dump", "--json"]).run().ok().json();
     assert!(version.is_some_and(|version| !version.is_empty()), "{text}");
     assert_eq!(json["version"].as_str(), version, "{text}");
-    assert!(json.to_string().contains("native"), "the built-in engine is not named: {json}");
+    assert!(
+        json.to_string().contains("native"),
+        "the built-in engine is not named: {json}"
+    );
     let libnbd = text.stdout.lines().find_map(|line| line.strip_prefix("libnbd="));
     assert_eq!(json["libnbd"].as_str(), libnbd, "{text}");
-    let writable: Vec<_> = json["writable"].as_array().unwrap().iter().filter_map(|w| w.as_str()).collect();
+    let writable: Vec<_> = json["writable"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|w| w.as_str())
+        .collect();
     assert_eq!(writable, ["raw", "FLAT", "VMFS", "SPARSE"]);
-    let built_in = json["backends"].as_array().is_some_and(|backends| backends.iter().any(|name| name == "nbd"));
+    let built_in = json["backends"]
+        .as_array()
+        .is_some_and(|backends| backends.iter().any(|name| name == "nbd"));
     // "1.14.2"
     let told = libnbd.is_some_and(|version| version.split('.').all(|number| number.parse::<u32>().is_ok()));
     assert_eq!(told, built_in, "{text}");
@@ -92,7 +133,10 @@ fn usage_errors_end_with_status_2() {
     ];
     for words in wrong {
         let outcome = scratch.vmdkfuse().args(words).run().expect_code(2);
-        assert!(!outcome.stderr.trim().is_empty() && !outcome.stderr.contains("panicked"), "{outcome}");
+        assert!(
+            !outcome.stderr.trim().is_empty() && !outcome.stderr.contains("panicked"),
+            "{outcome}"
+        );
         scratch.assert_no_mounts();
     }
 }
@@ -102,10 +146,17 @@ fn usage_errors_end_with_status_2() {
 fn an_unknown_key_names_the_nearest_one() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 4096]);
-    for (wrong, right) in
-        [("fiel=disk.img", "file"), ("nmae=x", "name"), ("read-only=true", "readonly"), ("alow-dir=/", "allow-dir")]
-    {
-        let outcome = scratch.vmdkfuse().args(["--info", "file=disk.img", wrong]).run().expect_code(2);
+    for (wrong, right) in [
+        ("fiel=disk.img", "file"),
+        ("nmae=x", "name"),
+        ("read-only=true", "readonly"),
+        ("alow-dir=/", "allow-dir"),
+    ] {
+        let outcome = scratch
+            .vmdkfuse()
+            .args(["--info", "file=disk.img", wrong])
+            .run()
+            .expect_code(2);
         let key = wrong.split('=').next().unwrap();
         outcome.error_names(&[key, right]);
     }
@@ -126,7 +177,13 @@ fn keys_of_other_back_ends_say_that_this_build_has_none() {
 fn a_bare_value_is_a_file() {
     let scratch = Scratch::new();
     let disk = scratch.write("disk with blank.img", vec![7; 4096]);
-    let info = scratch.vmdkfuse().args(["--info", "--json"]).arg(&disk).run().ok().json();
+    let info = scratch
+        .vmdkfuse()
+        .args(["--info", "--json"])
+        .arg(&disk)
+        .run()
+        .ok()
+        .json();
     assert_eq!(only(&info)["size"], 4096);
 }
 
@@ -134,7 +191,11 @@ fn a_bare_value_is_a_file() {
 fn a_missing_file_is_one_line_and_status_1() {
     let scratch = Scratch::new();
     for action in ["--info", "--map", "--check"] {
-        scratch.vmdkfuse().args([action, "file=gone.vmdk"]).run().one_error(1, &["gone.vmdk", "no such file"]);
+        scratch
+            .vmdkfuse()
+            .args([action, "file=gone.vmdk"])
+            .run()
+            .one_error(1, &["gone.vmdk", "no such file"]);
     }
 }
 
@@ -152,23 +213,46 @@ fn info_describes_every_subformat() {
     ] {
         let scratch = Scratch::new();
         let (_, vmdk) = image(&scratch, subformat);
-        let json = scratch.vmdkfuse().args(["--info", "--json"]).key("file", &vmdk).run().ok().json();
+        let json = scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .key("file", &vmdk)
+            .run()
+            .ok()
+            .json();
         let disk = only(&json);
         assert_eq!(disk["name"], "x.raw", "{subformat}: {json}");
-        assert_eq!(disk["file"].as_str().unwrap(), vmdk.to_str().unwrap(), "{subformat}: {json}");
+        assert_eq!(
+            disk["file"].as_str().unwrap(),
+            vmdk.to_str().unwrap(),
+            "{subformat}: {json}"
+        );
         assert_eq!(disk["format"], "vmdk", "{subformat}: {json}");
         assert_eq!(disk["size"], 8 << 20, "{subformat}: {json}");
         assert_eq!(disk["create_type"], subformat, "{json}");
         let writable = subformat != "streamOptimized";
         assert_eq!(disk["writable"], writable, "{subformat}: {json}");
         assert_eq!(disk["reason"].is_string(), !writable, "{subformat}: {json}");
-        assert_eq!(disk["extents"].as_array().unwrap().len(), extents, "{subformat}: {json}");
+        assert_eq!(
+            disk["extents"].as_array().unwrap().len(),
+            extents,
+            "{subformat}: {json}"
+        );
         let extent = &disk["extents"][0];
-        assert!(extent["kind"].as_str().unwrap().starts_with(kind), "{subformat}: {json}");
+        assert!(
+            extent["kind"].as_str().unwrap().starts_with(kind),
+            "{subformat}: {json}"
+        );
         assert_eq!(extent["sectors"], (8 << 20) / 512, "{subformat}: {json}");
-        assert!(extent["access"].is_string() && extent["file"].is_string(), "{subformat}: {json}");
+        assert!(
+            extent["access"].is_string() && extent["file"].is_string(),
+            "{subformat}: {json}"
+        );
         let link = only(&disk["chain"]);
-        assert!(link["cid"].is_string() && link["file"].as_str().unwrap().ends_with("x.vmdk"), "{subformat}: {json}");
+        assert!(
+            link["cid"].is_string() && link["file"].as_str().unwrap().ends_with("x.vmdk"),
+            "{subformat}: {json}"
+        );
         let text = scratch.vmdkfuse().arg("--info").key("file", &vmdk).run().ok();
         for part in ["x.vmdk", "8388608", subformat] {
             assert!(text.stdout.contains(part), "--info does not say {part}: {text}");
@@ -184,7 +268,16 @@ fn info_lists_the_links_of_a_chain() {
     let scratch = Scratch::new();
     let (_, base) = image(&scratch, "monolithicSparse");
     let top = scratch.path("top.vmdk");
-    let words = ["create", "-f", "vmdk", "-F", "vmdk", "-b", base.to_str().unwrap(), top.to_str().unwrap()];
+    let words = [
+        "create",
+        "-f",
+        "vmdk",
+        "-F",
+        "vmdk",
+        "-b",
+        base.to_str().unwrap(),
+        top.to_str().unwrap(),
+    ];
     qemu_img(words);
     let json = scratch
         .vmdkfuse()
@@ -205,7 +298,12 @@ fn info_of_a_raw_image_and_of_several_disks() {
     let scratch = Scratch::new();
     scratch.write("a.img", vec![1; 5 * 512]);
     scratch.write("b.img", vec![2; 9 * 512]);
-    let json = scratch.vmdkfuse().args(["--info", "--json", "file=a.img", "file=b.img"]).run().ok().json();
+    let json = scratch
+        .vmdkfuse()
+        .args(["--info", "--json", "file=a.img", "file=b.img"])
+        .run()
+        .ok()
+        .json();
     let disks = json.as_array().unwrap();
     assert_eq!(disks.len(), 2, "{json}");
     for (disk, (name, size)) in disks.iter().zip([("a.raw", 5 * 512), ("b.raw", 9 * 512)]) {
@@ -225,7 +323,13 @@ fn map_covers_the_disk_and_agrees_with_qemu() {
     for subformat in ["monolithicSparse", "streamOptimized", "twoGbMaxExtentSparse"] {
         let scratch = Scratch::new();
         let (_, vmdk) = image(&scratch, subformat);
-        let json = scratch.vmdkfuse().args(["--map", "--json"]).key("file", &vmdk).run().ok().json();
+        let json = scratch
+            .vmdkfuse()
+            .args(["--map", "--json"])
+            .key("file", &vmdk)
+            .run()
+            .ok()
+            .json();
         let disk = only(&json);
         assert_eq!(disk["name"], "x.raw", "{json}");
         let (mut at, mut data) = (0, Vec::<Range<u64>>::new());
@@ -260,7 +364,11 @@ fn check_tells_clean_from_leaks_from_corrupt() {
     };
     check(false).ok();
     let clean = check(true).ok().json();
-    assert_eq!((only(&clean)["status"].as_str(), &only(&clean)["leaks"]), (Some("clean"), &0.into()), "{clean}");
+    assert_eq!(
+        (only(&clean)["status"].as_str(), &only(&clean)["leaks"]),
+        (Some("clean"), &0.into()),
+        "{clean}"
+    );
 
     let mut image = Hosted::read(&vmdk);
     let grain = image.first_stored();
@@ -277,7 +385,10 @@ fn check_tells_clean_from_leaks_from_corrupt() {
     assert_eq!(only(&corrupt)["status"], "corrupt", "{corrupt}");
     assert!(!only(&corrupt)["errors"].as_array().unwrap().is_empty(), "{corrupt}");
     let text = check(false).expect_code(4);
-    assert!(text.stdout.contains("x.vmdk") || text.stderr.contains("x.vmdk"), "{text}");
+    assert!(
+        text.stdout.contains("x.vmdk") || text.stderr.contains("x.vmdk"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -294,8 +405,20 @@ fn the_worst_of_several_checked_disks_decides() {
     damaged.set_entry(grain, 0x7000_0000);
     damaged.write(&bad);
     let words = ["--check", "--json"];
-    let json = scratch.vmdkfuse().args(words).key("file", &bad).key("file", &vmdk).run().expect_code(4).json();
-    let states: Vec<_> = json.as_array().unwrap().iter().map(|disk| disk["status"].as_str().unwrap()).collect();
+    let json = scratch
+        .vmdkfuse()
+        .args(words)
+        .key("file", &bad)
+        .key("file", &vmdk)
+        .run()
+        .expect_code(4)
+        .json();
+    let states: Vec<_> = json
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|disk| disk["status"].as_str().unwrap())
+        .collect();
     assert_eq!(states, ["corrupt", "clean"], "{json}");
 }
 
@@ -311,7 +434,11 @@ fn mount_options_of_fstab_are_accepted() {
     let mount = scratch.mount().arg("-o").arg(options).file(&disk).start();
     assert_eq!(mount.names(), ["d.bin"]);
     assert_eq!(mount.entry().source, "my-disk");
-    assert!(mount.entry().options.split(',').any(|option| option == "ro"), "{:?}", mount.entry());
+    assert!(
+        mount.entry().options.split(',').any(|option| option == "ro"),
+        "{:?}",
+        mount.entry()
+    );
     assert_eq!(fs::read(mount.file("d.bin")).unwrap(), vec![9; 1024]);
     mount.unmount();
 }
@@ -320,5 +447,11 @@ fn mount_options_of_fstab_are_accepted() {
 fn an_unknown_mount_option_is_refused() {
     let scratch = Scratch::new();
     let disk = scratch.write("disk.img", vec![9; 1024]);
-    scratch.mount().arg("-o").arg("alow_other").file(&disk).refused(2).error_names(&["alow_other"]);
+    scratch
+        .mount()
+        .arg("-o")
+        .arg("alow_other")
+        .file(&disk)
+        .refused(2)
+        .error_names(&["alow_other"]);
 }

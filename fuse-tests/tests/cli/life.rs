@@ -21,7 +21,15 @@ const DEADLINE: Duration = Duration::from_secs(20);
 fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("disk.orig"), scratch.path("disk.vmdk"));
     raw_with_islands(&raw, 16 << 20, 5);
-    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    qemu_img([
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        raw.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ]);
     (raw, vmdk)
 }
 
@@ -56,16 +64,32 @@ fn the_daemon_lets_go_of_its_starter() {
     let mount_dir = scratch.mkdir("mnt");
     let pidfile = scratch.path("pid");
     let mut command = Command::new(fuse_tests::harness::program());
-    command.current_dir(scratch.root()).arg("--pidfile").arg(&pidfile).args(["mnt", "file=disk.vmdk"]);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .current_dir(scratch.root())
+        .arg("--pidfile")
+        .arg(&pidfile)
+        .args(["mnt", "file=disk.vmdk"]);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let (sender, receiver) = channel();
     thread::spawn(move || sender.send(command.output()));
-    let output = receiver.recv_timeout(DEADLINE).expect("the daemon holds the pipes of its starter").unwrap();
-    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    let output = receiver
+        .recv_timeout(DEADLINE)
+        .expect("the daemon holds the pipes of its starter")
+        .unwrap();
+    assert!(
+        output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),
+        "{output:?}"
+    );
     let pid: i32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
     let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
     let stdin = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
-    assert_eq!((cwd.as_path(), stdin.as_path()), (Path::new("/"), Path::new("/dev/null")));
+    assert_eq!(
+        (cwd.as_path(), stdin.as_path()),
+        (Path::new("/"), Path::new("/dev/null"))
+    );
     Cmd::new("fusermount3").arg("-u").arg(&mount_dir).run().ok();
     assert!(wait_end(pid, DEADLINE).is_some(), "the daemon still runs");
 }
@@ -124,7 +148,11 @@ fn messages_go_to_the_log_file() {
         let log = scratch.path(format);
         // A relative name is one of the folder that the command was given in.
         let options = ["-v", "-v", "--log-file", format, "--log-format", format];
-        let mount = options.iter().fold(scratch.mount(), |mount, word| mount.arg(word)).file("disk.vmdk").start();
+        let mount = options
+            .iter()
+            .fold(scratch.mount(), |mount, word| mount.arg(word))
+            .file("disk.vmdk")
+            .start();
         mount.unmount();
         let text = fs::read_to_string(&log).unwrap();
         assert!(text.lines().count() > 0, "nothing in the log");
@@ -145,11 +173,17 @@ fn regression_a_closed_standard_error_ends_no_mount() {
     sparse(&scratch);
     scratch.mkdir("mnt");
     let script = "(\"$0\" -f -vvv mnt file=disk.vmdk; echo $? >status) 2>&1 | true";
-    let run = Cmd::new("sh").args(["-c", script]).arg(fuse_tests::harness::program()).dir(scratch.root());
+    let run = Cmd::new("sh")
+        .args(["-c", script])
+        .arg(fuse_tests::harness::program())
+        .dir(scratch.root());
     let run = thread::spawn(move || run.deadline(DEADLINE).run());
     let disk = scratch.path("mnt/disk.raw");
     assert!(poll_until(DEADLINE, || disk.exists() || run.is_finished()));
-    let (read, unmounted) = (fs::read(&disk), Cmd::new("fusermount3").arg("-u").arg(scratch.path("mnt")).run());
+    let (read, unmounted) = (
+        fs::read(&disk),
+        Cmd::new("fusermount3").arg("-u").arg(scratch.path("mnt")).run(),
+    );
     run.join().unwrap();
     assert!(read.is_ok(), "{read:?}");
     unmounted.ok();
@@ -189,8 +223,16 @@ fn signals_unmount_and_end_it_with_status_0() {
             let mut mount = if foreground { command.foreground() } else { command }.start();
             mount.signal(signal);
             let ended = mount.wait_end();
-            assert_eq!(ended.code, Some(0), "{signal} (foreground: {foreground}): {ended:?} {:?}", mount.output());
-            assert!(!mount.is_mounted(), "{signal} (foreground: {foreground}) left the mount");
+            assert_eq!(
+                ended.code,
+                Some(0),
+                "{signal} (foreground: {foreground}): {ended:?} {:?}",
+                mount.output()
+            );
+            assert!(
+                !mount.is_mounted(),
+                "{signal} (foreground: {foreground}) left the mount"
+            );
         }
     }
 }
@@ -256,7 +298,11 @@ fn a_working_directory_inside_is_a_user() {
     let scratch = Scratch::new();
     sparse(&scratch);
     let mut mount = scratch.mount().file("disk.vmdk").start();
-    let mut shell = Command::new("cat").current_dir(mount.point()).stdin(Stdio::piped()).spawn().unwrap();
+    let mut shell = Command::new("cat")
+        .current_dir(mount.point())
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
     mount.signal(Signal::SIGTERM);
     mount.wait_unmounted();
     assert!(mount.is_running());
@@ -279,7 +325,13 @@ fn auto_unmount_clears_the_mount_of_a_killed_process() {
     mount.wait_unmounted();
     assert!(fs::read_dir(mount.point()).is_ok());
     // And it does not stand in the way of an ordinary end.
-    scratch.mount().arg("-o").arg("auto_unmount").file("disk.vmdk").start().unmount();
+    scratch
+        .mount()
+        .arg("-o")
+        .arg("auto_unmount")
+        .file("disk.vmdk")
+        .start()
+        .unmount();
 }
 
 /// "a mount over a stale mount point is refused with the command that clears it"
@@ -295,11 +347,19 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
         fs::metadata(mount.point()).unwrap();
         mount.signal(Signal::SIGKILL);
         mount.wait_end();
-        assert!(mount.is_mounted() && fs::read_dir(mount.point()).is_err(), "no stale mount to look at");
+        assert!(
+            mount.is_mounted() && fs::read_dir(mount.point()).is_err(),
+            "no stale mount to look at"
+        );
     };
     let mut stale = scratch.mount().file("disk.vmdk").start();
     kill(&mut stale);
-    let outcome = scratch.vmdkfuse().arg(stale.point()).arg("file=disk.vmdk").run().one_error(1, &["clear it with"]);
+    let outcome = scratch
+        .vmdkfuse()
+        .arg(stale.point())
+        .arg("file=disk.vmdk")
+        .run()
+        .one_error(1, &["clear it with"]);
     // The command ends the line; it is another one for root.
     let command = outcome.stderr.trim().rsplit(": ").next().unwrap().to_owned();
     let words: Vec<_> = command.split_whitespace().collect();
@@ -318,7 +378,12 @@ fn a_second_mount_at_the_same_place_is_refused() {
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
     let mount = scratch.mount().file("disk.vmdk").start();
-    scratch.mount().file("disk.vmdk").arg("name=other").refused(1).one_error(1, &["mnt"]);
+    scratch
+        .mount()
+        .file("disk.vmdk")
+        .arg("name=other")
+        .refused(1)
+        .one_error(1, &["mnt"]);
     assert_eq!(mount.names(), ["disk.raw"]);
     assert_eq!(read_range(&mount.file("disk.raw"), 5, 99), read_range(&raw, 5, 99));
     mount.unmount();

@@ -36,12 +36,23 @@ fn a_relative_directory_with_a_slash_works_from_any_folder() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(1));
     scratch.mkdir("sub/mnt");
-    let cmd = scratch.vmdkfuse().dir(scratch.path("sub")).args(["--pidfile", "pid", "mnt/", "file=../a.img"]);
+    let cmd = scratch
+        .vmdkfuse()
+        .dir(scratch.path("sub"))
+        .args(["--pidfile", "pid", "mnt/", "file=../a.img"]);
     cmd.run().ok();
     // The daemon's own folder is another one: every path was made absolute before.
     assert_eq!(fs::read(scratch.path("sub/mnt/a.raw")).unwrap(), disk(1));
-    let pid: i32 = fs::read_to_string(scratch.path("sub/pid")).unwrap().trim().parse().unwrap();
-    Cmd::new("fusermount3").arg("-u").arg(scratch.path("sub/mnt")).run().ok();
+    let pid: i32 = fs::read_to_string(scratch.path("sub/pid"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    Cmd::new("fusermount3")
+        .arg("-u")
+        .arg(scratch.path("sub/mnt"))
+        .run()
+        .ok();
     let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
     assert_eq!(ended.code, Some(0));
 }
@@ -59,14 +70,23 @@ fn a_new_name_in_a_directory_is_the_file() {
     assert!(fs::metadata(&path).unwrap().is_file());
     assert_eq!(fs::read(&path).unwrap(), disk(2));
     mount.unmount();
-    assert_eq!(fs::read_dir(scratch.path("dir")).unwrap().count(), 0, "the name is still there");
+    assert_eq!(
+        fs::read_dir(scratch.path("dir")).unwrap().count(),
+        0,
+        "the name is still there"
+    );
 }
 
 #[test]
 fn a_name_in_a_directory_that_is_missing_is_refused() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(2));
-    scratch.mount().at("nowhere/mnt").file("a.img").refused(2).one_error(2, &["nowhere"]);
+    scratch
+        .mount()
+        .at("nowhere/mnt")
+        .file("a.img")
+        .refused(2)
+        .one_error(2, &["nowhere"]);
 }
 
 /// "vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT: mount what the file describes"
@@ -81,24 +101,44 @@ fn a_config_file_describes_two_disks() {
     let raw = scratch.write("vms/data.img", disk(5));
     scratch.write("system.img", disk(6));
     let (system, vmdk) = (scratch.path("system.img"), scratch.path("vms/system.vmdk"));
-    qemu_img(["convert", "-O", "vmdk", system.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    qemu_img([
+        "convert",
+        "-O",
+        "vmdk",
+        system.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ]);
     let text = "cache-size = \"1M\"\n[mount]\noptions = \"umask=077,fsname=described\"\nthreads = 2\npidfile = \"pid\"\n\
         [[disk]]\nfile = \"system.vmdk\"\n[[disk]]\nfile = \"*.img\"\nname = \"data, 2=x\"\n";
     scratch.write("vms/two.toml", text);
     // From another folder than the file's, so that its paths can only be right if they count from there.
-    scratch.vmdkfuse().dir(scratch.root()).args(["-o", "umask=027", "--config", "vms/two.toml", "mnt"]).run().ok();
+    scratch
+        .vmdkfuse()
+        .dir(scratch.root())
+        .args(["-o", "umask=027", "--config", "vms/two.toml", "mnt"])
+        .run()
+        .ok();
     let point = scratch.path("mnt");
     let entries = fuse_tests::harness::mounts_below(scratch.root());
     let read = |name: &str| fs::read(point.join(name));
     let (first, second) = (read("system.raw"), read("data, 2=x"));
     let mode = fs::metadata(point.join("system.raw")).map(|meta| meta.permissions().mode() & 0o777);
-    let pid: i32 = fs::read_to_string(scratch.path("vms/pid")).unwrap().trim().parse().unwrap();
+    let pid: i32 = fs::read_to_string(scratch.path("vms/pid"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
     let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
     assert_eq!(ended.code, Some(0));
     assert_eq!((first.unwrap(), second.unwrap()), (disk(6), disk(5)));
     assert_eq!(mode.unwrap(), 0o640, "the command line's umask goes before the file's");
-    assert!(entries.iter().any(|entry| entry.point == point && entry.source == "described"), "{entries:?}");
+    assert!(
+        entries
+            .iter()
+            .any(|entry| entry.point == point && entry.source == "described"),
+        "{entries:?}"
+    );
     assert_eq!(fs::read(raw).unwrap(), disk(5));
 }
 
@@ -107,9 +147,18 @@ fn a_config_file_that_is_wrong_is_refused_with_its_line() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(1));
     scratch.write("wrong.toml", "[[disk]]\nfile = \"a.img\"\ncashe = \"none\"\n");
-    scratch.mount().arg("--config").arg(scratch.path("wrong.toml")).refused(2).one_error(2, &["wrong.toml:3", "cache"]);
+    scratch
+        .mount()
+        .arg("--config")
+        .arg(scratch.path("wrong.toml"))
+        .refused(2)
+        .one_error(2, &["wrong.toml:3", "cache"]);
     scratch.write("right.toml", "[[disk]]\nfile = \"a.img\"\n");
-    let twice = scratch.mount().arg("--config").arg(scratch.path("right.toml")).file("a.img");
+    let twice = scratch
+        .mount()
+        .arg("--config")
+        .arg(scratch.path("right.toml"))
+        .file("a.img");
     twice.refused(2).one_error(2, &["--config"]);
 }
 
@@ -154,7 +203,13 @@ fn several_disks_and_their_names() {
     for (name, seed) in [("a.img", 1), ("b.img", 2), ("c.disk.img", 3)] {
         scratch.write(name, disk(seed));
     }
-    let mount = scratch.mount().file("a.img").arg("name=first").file("b.img").file("c.disk.img").start();
+    let mount = scratch
+        .mount()
+        .file("a.img")
+        .arg("name=first")
+        .file("b.img")
+        .file("c.disk.img")
+        .start();
     assert_eq!(mount.names(), ["b.raw", "c.disk.raw", "first"]);
     for (name, seed) in [("first", 1), ("b.raw", 2), ("c.disk.raw", 3)] {
         assert_eq!(fs::read(mount.file(name)).unwrap(), disk(seed), "{name}");
@@ -176,7 +231,13 @@ fn keys_before_the_first_file_hold_for_all() {
     assert_eq!(fs::read(mount.file("b.raw")).unwrap(), disk(2));
     drop(mount);
     // After it, the key holds for the second disk only, so the first one is no VMDK.
-    scratch.mount().file("a.vmdk").file("b.vmdk").arg("format=raw").refused(1).one_error(1, &["a.vmdk"]);
+    scratch
+        .mount()
+        .file("a.vmdk")
+        .file("b.vmdk")
+        .arg("format=raw")
+        .refused(1)
+        .one_error(1, &["a.vmdk"]);
 }
 
 #[test]
@@ -192,7 +253,11 @@ fn a_glob_names_every_file_that_fits() {
     assert_eq!(mount.names(), ["vm-1.raw", "vm-2.raw"]);
     assert_eq!(fs::read(mount.file("vm-2.raw")).unwrap(), disk(2));
     mount.unmount();
-    scratch.mount().file("none-*.img").refused(2).one_error(2, &["none-*.img"]);
+    scratch
+        .mount()
+        .file("none-*.img")
+        .refused(2)
+        .one_error(2, &["none-*.img"]);
 }
 
 /// "`dir=DIR` (all disks of a folder)": descriptors and files with one inside, but not their extents.
@@ -205,12 +270,32 @@ fn dir_shows_every_disk_of_a_folder() {
     scratch.mkdir("vm");
     scratch.write("a.img", disk(1));
     let raw = scratch.path("a.img");
-    for (name, subformat) in [("one", "monolithicSparse"), ("two", "monolithicFlat"), ("three", "streamOptimized")] {
-        let (out, option) = (scratch.path(format!("vm/{name}.vmdk")), format!("subformat={subformat}"));
-        let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()];
+    for (name, subformat) in [
+        ("one", "monolithicSparse"),
+        ("two", "monolithicFlat"),
+        ("three", "streamOptimized"),
+    ] {
+        let (out, option) = (
+            scratch.path(format!("vm/{name}.vmdk")),
+            format!("subformat={subformat}"),
+        );
+        let words = [
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "vmdk",
+            "-o",
+            &option,
+            raw.to_str().unwrap(),
+            out.to_str().unwrap(),
+        ];
         qemu_img(words);
     }
-    let mount = scratch.mount().arg(format!("dir={}", scratch.path("vm").display())).start();
+    let mount = scratch
+        .mount()
+        .arg(format!("dir={}", scratch.path("vm").display()))
+        .start();
     assert_eq!(mount.names(), ["one.raw", "three.raw", "two.raw"]);
     for name in mount.names() {
         assert_eq!(fs::read(mount.file(&name)).unwrap(), disk(1), "{name}");
@@ -230,7 +315,13 @@ fn the_mount_helper_mounts() {
     symlink(fuse_tests::harness::program(), &helper).unwrap();
     let point = scratch.mkdir("mnt");
     let words = ["-n", "-o", "ro,noauto,x-systemd.automount,name=disk.bin"];
-    Cmd::new(&helper).arg(scratch.path("a.img")).arg(&point).args(words).dir(scratch.root()).run().ok();
+    Cmd::new(&helper)
+        .arg(scratch.path("a.img"))
+        .arg(&point)
+        .args(words)
+        .dir(scratch.root())
+        .run()
+        .ok();
     assert_eq!(fs::read(point.join("disk.bin")).unwrap(), disk(9));
     Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
     scratch.assert_no_mounts();
@@ -257,7 +348,12 @@ fn two_disks_of_one_name_are_a_usage_error() {
     scratch.mkdir("x");
     scratch.write("a.img", disk(1));
     scratch.write("x/a.img", disk(2));
-    scratch.mount().file("a.img").file("x/a.img").refused(2).error_names(&["a.raw", "name="]);
+    scratch
+        .mount()
+        .file("a.img")
+        .file("x/a.img")
+        .refused(2)
+        .error_names(&["a.raw", "name="]);
 }
 
 #[test]
@@ -267,7 +363,12 @@ fn several_disks_need_a_directory() {
     scratch.write("b.img", disk(2));
     scratch.write("covered", "x");
     for at in ["covered", "new-name"] {
-        let outcome = scratch.mount().at(at).file("a.img").file("b.img").refused_with_any(&[1, 2]);
+        let outcome = scratch
+            .mount()
+            .at(at)
+            .file("a.img")
+            .file("b.img")
+            .refused_with_any(&[1, 2]);
         assert!(!outcome.stderr.is_empty(), "{outcome}");
     }
 }
@@ -279,13 +380,32 @@ fn a_mount_that_fails_leaves_nothing() {
     scratch.write("text.vmdk", "this is no image at all");
     scratch.write("empty.vmdk", "");
     scratch.mkdir("folder.vmdk");
-    scratch.mount().file("gone.vmdk").refused(1).one_error(1, &["gone.vmdk"]);
-    scratch.mount().file("good.img").file("gone.vmdk").refused(1).one_error(1, &["gone.vmdk"]);
+    scratch
+        .mount()
+        .file("gone.vmdk")
+        .refused(1)
+        .one_error(1, &["gone.vmdk"]);
+    scratch
+        .mount()
+        .file("good.img")
+        .file("gone.vmdk")
+        .refused(1)
+        .one_error(1, &["gone.vmdk"]);
     for name in ["text.vmdk", "empty.vmdk", "folder.vmdk"] {
         scratch.mount().file(name).refused(1).one_error(1, &[name]);
-        scratch.mount().at("new-name").file(name).refused(1).one_error(1, &[name]);
+        scratch
+            .mount()
+            .at("new-name")
+            .file(name)
+            .refused(1)
+            .one_error(1, &[name]);
     }
-    scratch.mount().foreground().file("gone.vmdk").refused(1).one_error(1, &["gone.vmdk"]);
+    scratch
+        .mount()
+        .foreground()
+        .file("gone.vmdk")
+        .refused(1)
+        .one_error(1, &["gone.vmdk"]);
 }
 
 #[test]
@@ -315,9 +435,18 @@ fn a_parent_that_changed_is_refused_unless_accepted() {
     let scratch = Scratch::new();
     let run = |tool: &str, words: &[&str]| Cmd::new(tool).args(words).dir(scratch.root()).run().ok();
     run("qemu-img", &["create", "-f", "vmdk", "base.vmdk", "4M"]);
-    run("qemu-img", &["create", "-f", "vmdk", "-F", "vmdk", "-b", "base.vmdk", "top.vmdk"]);
+    run(
+        "qemu-img",
+        &["create", "-f", "vmdk", "-F", "vmdk", "-b", "base.vmdk", "top.vmdk"],
+    );
     let cid = |name: &str| {
-        let json = scratch.vmdkfuse().args(["--info", "--json"]).key("file", scratch.path(name)).run().ok().json();
+        let json = scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .key("file", scratch.path(name))
+            .run()
+            .ok()
+            .json();
         json[0]["chain"][0].clone()
     };
     let remembered = cid("top.vmdk")["parent_cid"].as_str().unwrap().to_owned();
@@ -325,9 +454,16 @@ fn a_parent_that_changed_is_refused_unless_accepted() {
     run("qemu-io", &["-f", "vmdk", "-c", "write -P 0x55 0 64k", "base.vmdk"]);
     let now = cid("base.vmdk")["cid"].as_str().unwrap().to_owned();
     assert_ne!(now, remembered);
-    scratch.mount().file("top.vmdk").refused(1).one_error(1, &[&remembered, &now]);
+    scratch
+        .mount()
+        .file("top.vmdk")
+        .refused(1)
+        .one_error(1, &[&remembered, &now]);
     let mount = scratch.mount().file("top.vmdk").arg("degraded=cid").start();
-    assert_eq!(fuse_tests::harness::read_range(&mount.file("top.raw"), 100, 1000), vec![0x55; 1000]);
+    assert_eq!(
+        fuse_tests::harness::read_range(&mount.file("top.raw"), 100, 1000),
+        vec![0x55; 1000]
+    );
     mount.unmount();
 }
 
@@ -354,7 +490,11 @@ fn an_extent_elsewhere_needs_allow_dir() {
     scratch.write("images/link.vmdk", extents("link.bin"));
     for name in ["absolute", "dotdot", "link"] {
         let file = Path::new("images").join(format!("{name}.vmdk"));
-        scratch.mount().file(&file).refused(1).one_error(1, &[name, "allow-dir"]);
+        scratch
+            .mount()
+            .file(&file)
+            .refused(1)
+            .one_error(1, &[name, "allow-dir"]);
         let allowed = format!("allow-dir={}", scratch.path("store").display());
         let mount = scratch.mount().file(&file).arg(allowed).start();
         assert_eq!(fs::read(mount.file(format!("{name}.raw"))).unwrap(), disk(7), "{name}");
@@ -362,7 +502,12 @@ fn an_extent_elsewhere_needs_allow_dir() {
     }
     // Another folder allowed does not help.
     let elsewhere = format!("allow-dir={}", scratch.mkdir("other").display());
-    scratch.mount().file("images/absolute.vmdk").arg(elsewhere).refused(1).one_error(1, &["allow-dir"]);
+    scratch
+        .mount()
+        .file("images/absolute.vmdk")
+        .arg(elsewhere)
+        .refused(1)
+        .one_error(1, &["allow-dir"]);
 }
 
 /// "a raw file only when asked or when its name does not end in .vmdk"
@@ -381,5 +526,10 @@ fn the_format_is_found_by_content() {
     let mount = scratch.mount().file("hidden.bin").arg("format=raw").start();
     assert_eq!(fs::read(mount.file("hidden.raw")).unwrap(), fs::read(&vmdk).unwrap());
     mount.unmount();
-    scratch.mount().file("a.img").arg("format=vmdk").refused(1).one_error(1, &["a.img"]);
+    scratch
+        .mount()
+        .file("a.img")
+        .arg("format=vmdk")
+        .refused(1)
+        .one_error(1, &["a.img"]);
 }

@@ -37,11 +37,25 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
         scratch.mkdir("dir");
         scratch.write("covered", "x");
         let mut mount = scratch.mount().at(at).file("disk.img").start();
-        let path = if at == "mnt" { mount.file("disk.raw") } else { scratch.path(at) };
+        let path = if at == "mnt" {
+            mount.file("disk.raw")
+        } else {
+            scratch.path(at)
+        };
         assert!(hash_as(NOBODY, &path).ok().stdout.starts_with(&hash), "{at}");
-        let listed = Cmd::new("stat").args(["-c", "%u %g %s"]).arg(&path).user(Some(NOBODY)).run().ok();
+        let listed = Cmd::new("stat")
+            .args(["-c", "%u %g %s"])
+            .arg(&path)
+            .user(Some(NOBODY))
+            .run()
+            .ok();
         assert_eq!(listed.stdout.trim(), "65534 65534 1000448", "{at}");
-        Cmd::new("fusermount3").arg("-u").arg(&mount.entry().point).user(Some(NOBODY)).run().ok();
+        Cmd::new("fusermount3")
+            .arg("-u")
+            .arg(&mount.entry().point)
+            .user(Some(NOBODY))
+            .run()
+            .ok();
         assert!(!mount.is_mounted(), "{at}");
         let ended = mount.wait_end();
         assert_eq!(ended.code, Some(0), "{at}: {ended:?}");
@@ -56,7 +70,11 @@ fn an_ordinary_user_ends_it_by_a_signal() {
     let scratch = Scratch::of(NOBODY);
     image(&scratch);
     let mut mount = scratch.mount().file("disk.img").start();
-    Cmd::new("kill").arg(mount.pid().to_string()).user(Some(NOBODY)).run().ok();
+    Cmd::new("kill")
+        .arg(mount.pid().to_string())
+        .user(Some(NOBODY))
+        .run()
+        .ok();
     assert_eq!(mount.wait_end().code, Some(0));
     assert!(!mount.is_mounted());
 }
@@ -83,7 +101,11 @@ fn an_image_that_the_user_may_not_read_is_one_line() {
     let secret = scratch.write("secret.img", vec![0; 512]);
     std::os::unix::fs::chown(&secret, Some(0), Some(0)).unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
-    scratch.mount().file("secret.img").refused(1).one_error(1, &["secret.img", "permission denied"]);
+    scratch
+        .mount()
+        .file("secret.img")
+        .refused(1)
+        .one_error(1, &["secret.img", "permission denied"]);
 }
 
 #[test]
@@ -96,7 +118,12 @@ fn a_mount_point_of_somebody_else_is_refused() {
     let point = scratch.mkdir("roots");
     std::os::unix::fs::chown(&point, Some(0), Some(0)).unwrap();
     fs::set_permissions(&point, fs::Permissions::from_mode(0o755)).unwrap();
-    scratch.mount().at("roots").file("disk.img").refused(1).error_names(&["roots"]);
+    scratch
+        .mount()
+        .at("roots")
+        .file("disk.img")
+        .refused(1)
+        .error_names(&["roots"]);
 }
 
 /// "`allow_other` refused by fuse.conf gives the reason"
@@ -113,7 +140,11 @@ fn allow_other_of_an_ordinary_user_is_up_to_fuse_conf() {
             command.refused(1).error_names(&["user_allow_other", "fuse.conf"]);
         } else {
             let mount = command.start();
-            let who = if option == "allow_other" { STRANGER } else { User { uid: 0, gid: 0 } };
+            let who = if option == "allow_other" {
+                STRANGER
+            } else {
+                User { uid: 0, gid: 0 }
+            };
             assert!(hash_as(who, &mount.file("disk.raw")).ok().stdout.starts_with(&hash));
             mount.unmount();
         }
@@ -146,7 +177,12 @@ fn owner_and_umask_decide_with_default_permissions() {
     let mount = scratch.mount().arg("-o").arg(options).file("disk.img").start();
     let path = mount.file("disk.raw");
     let seen = fs::metadata(&path).unwrap();
-    assert_eq!((seen.uid(), seen.gid(), seen.mode() & 0o077), (12345, 12345, 0), "mode {:o}", seen.mode());
+    assert_eq!(
+        (seen.uid(), seen.gid(), seen.mode() & 0o077),
+        (12345, 12345, 0),
+        "mode {:o}",
+        seen.mode()
+    );
     assert!(hash_as(STRANGER, &path).ok().stdout.starts_with(&hash));
     hash_as(NOBODY, &path).error_names(&["permission denied"]);
     mount.unmount();

@@ -14,17 +14,29 @@ use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 /// Runs of each kind: few, as everybody waits for them; `CRASH_RUNS` says another number.
 fn runs() -> u64 {
-    std::env::var("CRASH_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
+    std::env::var("CRASH_RUNS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(2)
 }
 
 /// Where the seeds start; `CRASH_SEED` says another place.
 fn first_seed() -> u64 {
-    std::env::var("CRASH_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+    std::env::var("CRASH_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1)
 }
 
 fn effort(seed: u64) -> Effort {
     let qemu = if need_qemu() { 400 } else { 0 };
-    Effort { random: 6, exhaustive: 3, qemu, nested: 100, seed }
+    Effort {
+        random: 6,
+        exhaustive: 3,
+        qemu,
+        nested: 100,
+        seed,
+    }
 }
 
 /// Searches random runs of a kind; panics with the shortest run that breaks it.
@@ -40,7 +52,14 @@ fn all_hold(kind: Kind, faults: bool) -> Report {
             panic!("{kind:?}, seed {seed}: {}", shortest.as_ref().unwrap_or(violation));
         }
     }
-    let Report { places, states, exhaustive, qemu, nested, .. } = report;
+    let Report {
+        places,
+        states,
+        exhaustive,
+        qemu,
+        nested,
+        ..
+    } = report;
     println!(
         "{kind:?}, faults {faults}: {states} states at {places} places, {exhaustive} of them exhaustive, {qemu} shown to \
          qemu-img, {nested} runs after a crash"
@@ -84,7 +103,13 @@ each_kind! {
 #[track_caller]
 fn holds(image: &Image, steps: &[Step]) -> Run {
     let run = record(image, steps, 1);
-    let effort = Effort { random: 2, exhaustive: 2, qemu: 0, nested: 0, seed: 5 };
+    let effort = Effort {
+        random: 2,
+        exhaustive: 2,
+        qemu: 0,
+        nested: 0,
+        seed: 5,
+    };
     if let Some(violation) = search(&run, effort).violation {
         panic!("{violation}");
     }
@@ -97,8 +122,14 @@ fn fail(faults: Faults) -> Step {
 }
 
 /// Kinds that differ where the host fails.
-const FEW: [Kind; 6] =
-    [Kind::Sparse, Kind::LazyOneTable, Kind::Zeroed, Kind::SplitSparse, Kind::SplitFlat, Kind::Delta];
+const FEW: [Kind; 6] = [
+    Kind::Sparse,
+    Kind::LazyOneTable,
+    Kind::Zeroed,
+    Kind::SplitSparse,
+    Kind::SplitFlat,
+    Kind::Delta,
+];
 
 const FULL: ErrorKind = ErrorKind::Os(libc::ENOSPC);
 const EIO: ErrorKind = ErrorKind::Os(libc::EIO);
@@ -110,12 +141,21 @@ fn threads_that_write_and_flush_at_once() {
         let mut report = Report::default();
         for seed in first_seed()..first_seed() + runs().div_ceil(3) {
             let run = record_threads(&image, seed * 100, 4, 8);
-            report.add(search(&run, Effort { nested: 0, ..effort(seed) }));
+            report.add(search(
+                &run,
+                Effort {
+                    nested: 0,
+                    ..effort(seed)
+                },
+            ));
             if let Some(violation) = &report.violation {
                 panic!("{kind:?}, seed {seed}: {violation}");
             }
         }
-        println!("{kind:?}, four threads: {} states at {} places", report.states, report.places);
+        println!(
+            "{kind:?}, four threads: {} states at {} places",
+            report.states, report.places
+        );
     }
 }
 
@@ -126,13 +166,30 @@ mod a_store_that_breaks_the_order_is_found_out {
     fn found(mutation: Mutation, says: &[&str]) {
         let image = Kind::Delta.image();
         // grains of the parent alone, in tables that are there already
-        let steps = [Step::Write(17, 3), Step::Write(2200, 9), Step::Flush, Step::Write(33, 1), Step::Close];
+        let steps = [
+            Step::Write(17, 3),
+            Step::Write(2200, 9),
+            Step::Flush,
+            Step::Write(33, 1),
+            Step::Close,
+        ];
         holds(&image, &steps);
-        let effort = Effort { random: 40, exhaustive: 8, qemu: 0, nested: 0, seed: 5 };
+        let effort = Effort {
+            random: 40,
+            exhaustive: 8,
+            qemu: 0,
+            nested: 0,
+            seed: 5,
+        };
         let violation = shrink(&image, &steps, effort, Some(mutation));
-        let violation = violation.unwrap_or_else(|| panic!("{mutation:?} was not found")).to_string();
+        let violation = violation
+            .unwrap_or_else(|| panic!("{mutation:?} was not found"))
+            .to_string();
         println!("{mutation:?}: {violation}");
-        assert!(says.iter().any(|says| violation.contains(says)), "none of {says:?} is in {violation}");
+        assert!(
+            says.iter().any(|says| violation.contains(says)),
+            "none of {says:?} is in {violation}"
+        );
     }
 
     #[test]
@@ -157,7 +214,10 @@ mod a_store_that_breaks_the_order_is_found_out {
 
     #[test]
     fn only_the_redundant_table() {
-        found(Mutation::OnlyRedundant, &["differs from its redundant copy", "and may hold value"]);
+        found(
+            Mutation::OnlyRedundant,
+            &["differs from its redundant copy", "and may hold value"],
+        );
     }
 
     #[test]
@@ -191,7 +251,10 @@ fn after_a_sync_that_failed_nothing_is_said_to_be_durable() {
         for nth in 1..=6 {
             let steps = [
                 Step::Write(0, 3),
-                fail(Faults { sync: Some(nth), ..Faults::default() }),
+                fail(Faults {
+                    sync: Some(nth),
+                    ..Faults::default()
+                }),
                 Step::Write(9, 2),
                 Step::Write(40, 2),
                 Step::Flush,
@@ -217,7 +280,10 @@ fn regression_a_sync_that_failed_before_a_flush_is_final() {
     let image = Kind::Sparse.image();
     let steps = [
         Step::Write(0, 3),
-        fail(Faults { sync: Some(1), ..Faults::default() }),
+        fail(Faults {
+            sync: Some(1),
+            ..Faults::default()
+        }),
         // allocates, which marks the image
         Step::Write(9, 2),
         Step::Flush,
@@ -235,7 +301,10 @@ fn regression_a_flush_that_failed_halfway_is_done_again_in_order() {
         for nth in 1..=8 {
             let steps = [
                 Step::Write(1027, 1),
-                fail(Faults { change: Some(nth), ..Faults::default() }),
+                fail(Faults {
+                    change: Some(nth),
+                    ..Faults::default()
+                }),
                 Step::Flush,
                 fail(Faults::default()),
                 Step::Write(1045, 2),
@@ -261,7 +330,10 @@ fn a_full_disk_of_the_host_is_told_and_got_over() {
             let steps = [
                 Step::Write(9, 2),
                 Step::Flush,
-                fail(Faults { room: Some(pages * 4096), ..Faults::default() }),
+                fail(Faults {
+                    room: Some(pages * 4096),
+                    ..Faults::default()
+                }),
                 Step::Write(33, 12),
                 Step::Write(1027, 1),
                 Step::Flush,
@@ -279,10 +351,17 @@ fn a_full_disk_of_the_host_is_told_and_got_over() {
             });
             let run = holds(&image, &steps.collect::<Vec<_>>());
             for (step, outcome) in run.steps.iter().zip(&run.outcomes) {
-                assert!(matches!(outcome, Ok(()) | Err(FULL)), "{kind:?}, {pages} pages: {step:?} {outcome:?}");
+                assert!(
+                    matches!(outcome, Ok(()) | Err(FULL)),
+                    "{kind:?}, {pages} pages: {step:?} {outcome:?}"
+                );
                 told[usize::from(matches!(step, Step::Flush))] += u32::from(outcome.is_err());
             }
-            assert_eq!(run.outcomes[run.outcomes.len() - 5..], [Ok(()); 5], "{kind:?}, {pages} pages");
+            assert_eq!(
+                run.outcomes[run.outcomes.len() - 5..],
+                [Ok(()); 5],
+                "{kind:?}, {pages} pages"
+            );
         }
         let flat = matches!(kind, Kind::Flat | Kind::SplitFlat);
         // flat files have all their room
@@ -298,7 +377,10 @@ fn an_error_of_the_host_is_told_and_got_over() {
         let image = kind.image();
         for nth in [1, 2, 3, 4, 5, 7, 9, 11, 14] {
             let steps = [
-                fail(Faults { change: Some(nth), ..Faults::default() }),
+                fail(Faults {
+                    change: Some(nth),
+                    ..Faults::default()
+                }),
                 Step::Write(9, 2),
                 Step::Write(33, 12),
                 Step::Flush,
@@ -310,7 +392,11 @@ fn an_error_of_the_host_is_told_and_got_over() {
                 Step::Close,
             ];
             let run = holds(&image, &steps);
-            assert!(run.outcomes.iter().all(|outcome| matches!(outcome, Ok(()) | Err(EIO))), "{:?}", run.outcomes);
+            assert!(
+                run.outcomes.iter().all(|outcome| matches!(outcome, Ok(()) | Err(EIO))),
+                "{:?}",
+                run.outcomes
+            );
             assert_eq!(run.outcomes[6..], [Ok(()); 4], "{kind:?}, change {nth}");
         }
     }
@@ -329,7 +415,9 @@ fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
     let writer = disk.writer().unwrap();
     let all = |disk: &VmdkDisk| {
         let mut sector = [0; 512];
-        (0..image.values.len() as u64).filter(|&lba| disk.read_at(Lba(lba), &mut sector).is_err()).count()
+        (0..image.values.len() as u64)
+            .filter(|&lba| disk.read_at(Lba(lba), &mut sector).is_err())
+            .count()
     };
     writer.write_at(Lba(9), &[7; 1024]).unwrap();
     writer.flush().unwrap();
@@ -337,11 +425,17 @@ fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
     let lost = all(&disk);
     assert!(lost > 0, "nothing was lost");
     // new grains go where nothing was, and old ones don't come back as zeroes without a word
-    assert_eq!(writer.write_at(Lba(1600), &[8; 512]).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(
+        writer.write_at(Lba(1600), &[8; 512]).unwrap_err().kind(),
+        ErrorKind::Corrupt
+    );
     assert_eq!(writer.close().unwrap_err().kind(), ErrorKind::Corrupt);
     drop(disk);
     match open_writable(&store, image.top) {
         Err(e) => assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}"),
-        Ok(disk) => panic!("a damaged image was opened for writing: {} of {lost} sectors are lost", all(&disk)),
+        Ok(disk) => panic!(
+            "a damaged image was opened for writing: {} of {lost} sectors are lost",
+            all(&disk)
+        ),
     }
 }

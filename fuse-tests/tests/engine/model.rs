@@ -80,12 +80,27 @@ fn form() -> impl Strategy<Value = Form> {
     let ngte = || select(vec![128, 512, 4096]);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let hosted = (grain(), ngte(), flags).prop_map(|(grain, ngte, (lazy, redundant, shuffle, cut_tail))| {
-        let options = Hosted { ngte, lazy, redundant, shuffle, cut_tail, ..Hosted::zeroed() };
+        let options = Hosted {
+            ngte,
+            lazy,
+            redundant,
+            shuffle,
+            cut_tail,
+            ..Hosted::zeroed()
+        };
         Form::Hosted { grain, options }
     });
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let stream = (grain(), ngte(), flags).prop_map(|(grain, ngte, (footer, short_last, progress, lba_header))| {
-        let options = Stream { ngte, footer, short_last, progress, lba_header, desc_len: 2, ..Stream::default() };
+        let options = Stream {
+            ngte,
+            footer,
+            short_last,
+            progress,
+            lba_header,
+            desc_len: 2,
+            ..Stream::default()
+        };
         Form::Stream { grain, options }
     });
     prop_oneof![
@@ -100,7 +115,11 @@ fn form() -> impl Strategy<Value = Form> {
 
 /// Options of a hosted file without redundant copies must not say that there are some.
 fn flags_of(options: &Hosted) -> u32 {
-    if options.redundant { options.flags } else { options.flags & !write::F_REDUNDANT }
+    if options.redundant {
+        options.flags
+    } else {
+        options.flags & !write::F_REDUNDANT
+    }
 }
 
 /// Writes an extent whose descriptor, if it holds one, is `text`; its content over the `parent`, and its line.
@@ -133,12 +152,29 @@ fn write_extent(
         Form::Flat { offset } => write::flat(path, &layer, *offset)?,
         Form::Zero => {}
         Form::Hosted { options, .. } => {
-            write::hosted(path, &layer, text, &Hosted { flags: flags_of(options), ..options.clone() }).map(drop)?;
+            write::hosted(
+                path,
+                &layer,
+                text,
+                &Hosted {
+                    flags: flags_of(options),
+                    ..options.clone()
+                },
+            )
+            .map(drop)?;
         }
         Form::Stream { options, .. } => write::stream(path, &layer, text.unwrap_or_default(), options).map(drop)?,
         Form::Cowd { .. } => write::cowd(path, &layer).map(drop)?,
         Form::SeSparse { first_index } => {
-            write::sesparse(path, &layer, &SeSparse { first_index: *first_index, ..SeSparse::default() }).map(drop)?;
+            write::sesparse(
+                path,
+                &layer,
+                &SeSparse {
+                    first_index: *first_index,
+                    ..SeSparse::default()
+                },
+            )
+            .map(drop)?;
         }
     }
     // What the line leaves out is not part of the disk.
@@ -166,21 +202,41 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
     for (number, link) in links.iter().enumerate() {
         let path = dir.join(format!("link{number}.vmdk"));
         let file = |extent: usize| format!("link{number}-{extent}.bin");
-        let lines: Vec<String> = link.extents.iter().enumerate().map(|(i, e)| line(e, &file(i))).collect();
+        let lines: Vec<String> = link
+            .extents
+            .iter()
+            .enumerate()
+            .map(|(i, e)| line(e, &file(i)))
+            .collect();
         let parent_cid = if number == 0 { NO_PARENT } else { number as u32 };
-        let text = Descriptor { parent_cid, ..Descriptor::new("custom", lines).cid(number as u32 + 1) };
+        let text = Descriptor {
+            parent_cid,
+            ..Descriptor::new("custom", lines).cid(number as u32 + 1)
+        };
         let hint = number.checked_sub(1).map(|below| format!("link{below}.vmdk"));
-        let text = Descriptor { hint, encoding: None, ..text }.bytes()?;
+        let text = Descriptor {
+            hint,
+            encoding: None,
+            ..text
+        }
+        .bytes()?;
         let parent = newest.as_ref().map(|(_, content)| Arc::clone(content));
-        let lone =
-            matches!(link.extents.as_slice(), [ExtentSpec { form: Form::Hosted { .. } | Form::Stream { .. }, .. }]);
+        let lone = matches!(
+            link.extents.as_slice(),
+            [ExtentSpec {
+                form: Form::Hosted { .. } | Form::Stream { .. },
+                ..
+            }]
+        );
         let content: Arc<dyn Content> = if lone && link.embedded {
             write_extent(&path, &link.extents[0], parent, Some(&text))?
         } else {
             let mut joined = Joined::new();
             let mut start = 0;
             for (i, extent) in link.extents.iter().enumerate() {
-                let below = parent.as_ref().map(|p| Arc::new(Shifted::new(Arc::clone(p), start)) as Arc<dyn Content>);
+                let below = parent
+                    .as_ref()
+                    .map(|p| Arc::new(Shifted::new(Arc::clone(p), start)) as Arc<dyn Content>);
                 joined = match extent.form {
                     Form::Zero => joined.then_zero(extent.sectors),
                     _ => joined.then(write_extent(&dir.join(file(i)), extent, below, None)?),
@@ -197,12 +253,19 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
 
 fn config(path: &Path, cache_size: Option<u64>) -> DiskConfig {
     let source = SourceConfig::Local(LocalConfig::new(path));
-    DiskConfig { read_only: true, cache_size, ..DiskConfig::new("disk", source) }
+    DiskConfig {
+        read_only: true,
+        cache_size,
+        ..DiskConfig::new("disk", source)
+    }
 }
 
 /// Sectors that are not zero: what no reader may call a hole.
 fn nonzero(whole: &[u8]) -> Vec<bool> {
-    whole.chunks(SECTOR as usize).map(|sector| sector.iter().any(|b| *b != 0)).collect()
+    whole
+        .chunks(SECTOR as usize)
+        .map(|sector| sector.iter().any(|b| *b != 0))
+        .collect()
 }
 
 /// Walks the whole disk by `content_at`; for each sector whether it is data.
@@ -230,7 +293,8 @@ fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCas
     let sectors = expected.whole.len() as u64 / SECTOR;
     prop_assert_eq!(disk.geometry().sectors, sectors);
     let mut all = vec![1; expected.whole.len()];
-    disk.read_at(Lba(0), &mut all).map_err(|e| TestCaseError::fail(e.to_string()))?;
+    disk.read_at(Lba(0), &mut all)
+        .map_err(|e| TestCaseError::fail(e.to_string()))?;
     prop_assert!(all == expected.whole, "the disk read at once");
     let data = walk(disk).map_err(|e| TestCaseError::fail(e.to_string()))?;
     let full = nonzero(&expected.whole);
@@ -242,16 +306,28 @@ fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCas
         let (first, end) = (range.start / SECTOR, range.end.div_ceil(SECTOR));
         let bytes = (first * SECTOR) as usize..(end * SECTOR) as usize;
         let mut part = vec![1; bytes.len()];
-        disk.read_at(Lba(first), &mut part).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        disk.read_at(Lba(first), &mut part)
+            .map_err(|e| TestCaseError::fail(e.to_string()))?;
         prop_assert!(part == expected.whole[bytes], "sectors {}..{}", first, end);
         let zero = !full[first as usize..end as usize].contains(&true);
         let said = disk.is_zero(Lba(first), end - first);
         prop_assert!(!said || zero, "sectors {}..{} are not zero", first, end);
-        prop_assert!(!expected.exact_holes || said == zero, "sectors {}..{} are zero", first, end);
-        let (content, run) = disk.content_at(Lba(first)).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        prop_assert!(
+            !expected.exact_holes || said == zero,
+            "sectors {}..{} are zero",
+            first,
+            end
+        );
+        let (content, run) = disk
+            .content_at(Lba(first))
+            .map_err(|e| TestCaseError::fail(e.to_string()))?;
         prop_assert!(run >= 1 && first + run <= sectors);
         let said = &data[first as usize..(first + run) as usize];
-        prop_assert!(said.iter().all(|d| *d != content.is_zero()), "content from sector {} on", first);
+        prop_assert!(
+            said.iter().all(|d| *d != content.is_zero()),
+            "content from sector {} on",
+            first
+        );
     }
     Ok(())
 }
@@ -264,16 +340,34 @@ fn same_bytes(image: &Volume, expected: &Expected, scratch: &mut ReadBuffer) -> 
         let wanted = (range.end - range.start) as usize;
         // past the end as well, where the range begins near to it
         for ask in [wanted, wanted + 5000] {
-            let got = image.read(range.start, ask, scratch).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            let got = image
+                .read(range.start, ask, scratch)
+                .map_err(|e| TestCaseError::fail(e.to_string()))?;
             let end = (range.start + ask as u64).min(len);
-            prop_assert!(got == &expected.whole[range.start as usize..end as usize], "{:?} of {} bytes", range, ask);
+            prop_assert!(
+                got == &expected.whole[range.start as usize..end as usize],
+                "{:?} of {} bytes",
+                range,
+                ask
+            );
         }
         for (what, data_wanted) in [(Seek::Data, true), (Seek::Hole, false)] {
-            let found = image.seek(range.start, what).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            let found = image
+                .seek(range.start, what)
+                .map_err(|e| TestCaseError::fail(e.to_string()))?;
             let first = (range.start / SECTOR) as usize;
-            let next = data[first..].iter().position(|d| *d == data_wanted).map(|n| (first + n) as u64 * SECTOR);
+            let next = data[first..]
+                .iter()
+                .position(|d| *d == data_wanted)
+                .map(|n| (first + n) as u64 * SECTOR);
             let end = (what == Seek::Hole).then_some(len);
-            prop_assert_eq!(found, next.map(|at| at.max(range.start)).or(end), "{:?} from {}", what, range.start);
+            prop_assert_eq!(
+                found,
+                next.map(|at| at.max(range.start)).or(end),
+                "{:?} from {}",
+                what,
+                range.start
+            );
         }
     }
     prop_assert_eq!(image.read(len, 1, scratch).map(<[u8]>::len).ok(), Some(0));
@@ -313,10 +407,19 @@ fn regression_read_across_a_hole_between_grains_that_touch_in_the_file() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("disk.vmdk");
     let layer = Layer::new(1, "disk", 3 * 128, 128).fill([0, 2]);
-    let text = Descriptor::new("monolithicSparse", ["RW 384 SPARSE \"disk.vmdk\""]).bytes().unwrap();
-    let options = Hosted { shuffle: false, ..Hosted::default() };
+    let text = Descriptor::new("monolithicSparse", ["RW 384 SPARSE \"disk.vmdk\""])
+        .bytes()
+        .unwrap();
+    let options = Hosted {
+        shuffle: false,
+        ..Hosted::default()
+    };
     let places = write::hosted(&path, &layer, Some(&text), &options).unwrap();
-    assert_eq!(places.grains[&0] + 128, places.grains[&2], "the grains are neighbours in the file");
+    assert_eq!(
+        places.grains[&0] + 128,
+        places.grains[&2],
+        "the grains are neighbours in the file"
+    );
     let image = volume::open(&config(&path, None)).unwrap();
     let mut scratch = ReadBuffer::new();
     let got = image.read(0, 3 * 128 * 512, &mut scratch).unwrap();
@@ -329,8 +432,19 @@ fn readers_at_once_see_the_same_disk_through_a_small_cache() {
     let path = dir.path().join("disk.vmdk");
     // 1200 grains of 8 KiB, in the smallest cache there is: less than half of it
     let layer = Layer::new(1, "stream", 1200 * 16 - 5, 16).fill((0..1200).filter(|n| n % 7 != 3));
-    let text = Descriptor::new("streamOptimized", ["RW 19195 SPARSE \"disk.vmdk\""]).bytes().unwrap();
-    write::stream(&path, &layer, &text, &Stream { desc_len: 2, ..Stream::default() }).unwrap();
+    let text = Descriptor::new("streamOptimized", ["RW 19195 SPARSE \"disk.vmdk\""])
+        .bytes()
+        .unwrap();
+    write::stream(
+        &path,
+        &layer,
+        &text,
+        &Stream {
+            desc_len: 2,
+            ..Stream::default()
+        },
+    )
+    .unwrap();
     let image = volume::open(&config(&path, Some(1 << 20))).unwrap();
     let whole = layer.read(0, layer.sectors());
     std::thread::scope(|scope| {
@@ -339,15 +453,23 @@ fn readers_at_once_see_the_same_disk_through_a_small_cache() {
             scope.spawn(move || {
                 let mut scratch = ReadBuffer::new();
                 let mut same = |range: Range<u64>| {
-                    let got = image.read(range.start, (range.end - range.start) as usize, &mut scratch).unwrap();
-                    assert!(got == &whole[range.start as usize..range.end as usize], "reader {reader}: {range:?}");
+                    let got = image
+                        .read(range.start, (range.end - range.start) as usize, &mut scratch)
+                        .unwrap();
+                    assert!(
+                        got == &whole[range.start as usize..range.end as usize],
+                        "reader {reader}: {range:?}"
+                    );
                 };
                 // two go through it in order, at two paces; all jump about
                 let pace = 100_000 + reader * 7777;
                 for start in (0..whole.len() as u64).step_by(pace as usize).filter(|_| reader < 2) {
                     same(start..(start + pace).min(whole.len() as u64));
                 }
-                layer.random_ranges(reader, 150, 300_000).into_iter().for_each(&mut same);
+                layer
+                    .random_ranges(reader, 150, 300_000)
+                    .into_iter()
+                    .for_each(&mut same);
             });
         }
     });

@@ -35,7 +35,10 @@ fn ctx(scratch: &Scratch, name: &str) -> Ctx {
 
 /// A disk with every option at its default.
 fn config(path: &Path) -> DiskConfig {
-    DiskConfig { read_only: true, ..DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(path))) }
+    DiskConfig {
+        read_only: true,
+        ..DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(path)))
+    }
 }
 
 fn open(path: &Path) -> Result<Volume> {
@@ -53,7 +56,9 @@ fn checked(path: &Path) -> CheckReport {
 
 fn read(image: &Volume, sector: u64, sectors: u64) -> Result<Vec<u8>> {
     let mut buffer = ReadBuffer::new();
-    Ok(image.read(sector * SECTOR, (sectors * SECTOR) as usize, &mut buffer)?.to_vec())
+    Ok(image
+        .read(sector * SECTOR, (sectors * SECTOR) as usize, &mut buffer)?
+        .to_vec())
 }
 
 /// Panics unless the whole disk reads as the model.
@@ -63,7 +68,10 @@ fn assert_reads_as(image: &Volume, model: &Layer) {
     assert_eq!(image.len(), model.sectors() * SECTOR);
     for at in (0..model.sectors()).step_by(STEP as usize) {
         let n = STEP.min(model.sectors() - at);
-        assert!(read(image, at, n).unwrap() == model.read(at, n), "wrong from sector {at} on");
+        assert!(
+            read(image, at, n).unwrap() == model.read(at, n),
+            "wrong from sector {at} on"
+        );
     }
 }
 
@@ -75,7 +83,9 @@ fn assert_refused(path: &Path, kind: ErrorKind, words: &[&str]) {
         Err(e) => e,
     };
     assert_eq!(error.kind(), kind, "{error}");
-    words.iter().for_each(|word| assert!(error.to_string().contains(word), "no {word:?} in: {error}"));
+    words
+        .iter()
+        .for_each(|word| assert!(error.to_string().contains(word), "no {word:?} in: {error}"));
 }
 
 /// What `work` answers, or a panic when that takes too long.
@@ -95,22 +105,44 @@ fn regression_alternating_tables_read_right_at_every_border() {
     let c = ctx(&scratch, "alternating");
     // the first and the last grain of every odd table, and three absent ones in a row at the border of the chunk
     let present = |table: u64| table % 2 == 1 && table != 4095;
-    let grains = (0..TABLES).filter(|t| present(*t)).flat_map(|t| [t * TABLE, (t + 1) * TABLE - 1]);
-    let layer = c.layer("disk", TABLES * TABLE - 5, 1).fill(grains.filter(|g| *g < TABLES * TABLE - 5));
-    let options = Hosted { ngte: TABLE as u32, ..Hosted::lazy() };
+    let grains = (0..TABLES)
+        .filter(|t| present(*t))
+        .flat_map(|t| [t * TABLE, (t + 1) * TABLE - 1]);
+    let layer = c
+        .layer("disk", TABLES * TABLE - 5, 1)
+        .fill(grains.filter(|g| *g < TABLES * TABLE - 5));
+    let options = Hosted {
+        ngte: TABLE as u32,
+        ..Hosted::lazy()
+    };
     let (path, _) = c.sparse("disk.vmdk", &layer, &options, |text| text).unwrap();
     let image = open(&path).unwrap();
     for border in (TABLE..layer.sectors() - 2).step_by(TABLE as usize) {
         let (from, n) = (border - 2, 4.min(layer.sectors() - border + 2));
-        assert!(read(&image, from, n).unwrap() == layer.read(from, n), "wrong around sector {border}");
+        assert!(
+            read(&image, from, n).unwrap() == layer.read(from, n),
+            "wrong around sector {border}"
+        );
     }
     assert!(read(&image, 4093 * TABLE, 5 * TABLE).unwrap() == layer.read(4093 * TABLE, 5 * TABLE));
     let mut at = 0;
     while at < layer.sectors() {
         let (content, sectors) = image.disk().content_at(Lba(at)).unwrap();
-        let wanted = |sector: u64| if layer.grains().contains_key(&sector) { Content::Data } else { Content::Hole };
-        assert!(sectors >= 1 && at + sectors <= layer.sectors(), "{sectors} sectors from {at} on");
-        assert!((at..at + sectors).all(|s| wanted(s) == content), "{content:?} from {at} on, {sectors} sectors");
+        let wanted = |sector: u64| {
+            if layer.grains().contains_key(&sector) {
+                Content::Data
+            } else {
+                Content::Hole
+            }
+        };
+        assert!(
+            sectors >= 1 && at + sectors <= layer.sectors(),
+            "{sectors} sectors from {at} on"
+        );
+        assert!(
+            (at..at + sectors).all(|s| wanted(s) == content),
+            "{content:?} from {at} on, {sectors} sectors"
+        );
         at += sectors;
     }
 }
@@ -155,8 +187,11 @@ fn shared_table(path: &Path, redundant: bool, entry: Entry) {
 type Entry = fn(u32, u32) -> u32;
 
 /// What the one table of [`shared_table`] may hold: nothing, the same grain everywhere, that grain by turns.
-const SHARED: [(&str, Entry); 3] =
-    [("empty", |_, _| 0), ("full", |_, grain| grain), ("turns", |i, grain| if i % 2 == 0 { grain } else { 0 })];
+const SHARED: [(&str, Entry); 3] = [
+    ("empty", |_, _| 0),
+    ("full", |_, grain| grain),
+    ("turns", |i, grain| if i % 2 == 0 { grain } else { 0 }),
+];
 
 #[test]
 fn regression_check_of_a_table_that_many_entries_name_ends() {
@@ -165,13 +200,27 @@ fn regression_check_of_a_table_that_many_entries_name_ends() {
         let path = scratch.path(format!("{name}.vmdk"));
         shared_table(&path, false, entry);
         let report = in_time(move || checked(&path));
-        assert!(report.error_count >= (1 << 18) - 1, "{name}: {} errors", report.error_count);
+        assert!(
+            report.error_count >= (1 << 18) - 1,
+            "{name}: {} errors",
+            report.error_count
+        );
         assert!(report.errors.len() <= 100, "{name}: {} messages", report.errors.len());
-        assert!(report.errors.iter().any(|e| e.contains("overlaps")), "{name}: {:?}", report.errors.first());
+        assert!(
+            report.errors.iter().any(|e| e.contains("overlaps")),
+            "{name}: {:?}",
+            report.errors.first()
+        );
         assert!(report.grains <= 1 << 16, "{name}: {} grains looked at", report.grains);
     }
     let path = scratch.path("turns.vmdk");
-    let outcome = scratch.vmdkfuse().arg("--check").key("file", path).memory(256 << 20).deadline(DEADLINE).run();
+    let outcome = scratch
+        .vmdkfuse()
+        .arg("--check")
+        .key("file", path)
+        .memory(256 << 20)
+        .deadline(DEADLINE)
+        .run();
     outcome.expect_code(4);
 }
 
@@ -182,7 +231,11 @@ fn regression_check_of_redundant_tables_that_many_entries_name_ends() {
     let path = scratch.path("redundant.vmdk");
     shared_table(&path, true, SHARED[2].1);
     let report = in_time(move || checked(&path));
-    assert!(report.error_count >= 2 * ((1 << 18) - 1), "{} errors", report.error_count);
+    assert!(
+        report.error_count >= 2 * ((1 << 18) - 1),
+        "{} errors",
+        report.error_count
+    );
 }
 
 /// 64 links of 2^25 absent tables each: a search ends although all their directories together take a minute.
@@ -192,7 +245,12 @@ fn regression_a_search_for_data_in_huge_directories_ends() {
     let scratch = Scratch::new();
     let c = ctx(&scratch, "huge");
     let layer = c.layer("disk", 1 << 32, 1);
-    let options = Hosted { ngte: 128, redundant: false, flags: F_NEWLINE, ..Hosted::lazy() };
+    let options = Hosted {
+        ngte: 128,
+        redundant: false,
+        flags: F_NEWLINE,
+        ..Hosted::lazy()
+    };
     for n in 0..LINKS {
         let child = |text: Descriptor| text.child(n, n - 1, format!("disk{}.vmdk", n - 1));
         let edit = |text: Descriptor| if n == 0 { text.cid(0) } else { child(text) };
@@ -214,8 +272,12 @@ fn regression_a_search_for_data_in_a_table_that_many_entries_name_ends() {
         shared_table(&path, false, entry);
         let image = open(&path).unwrap();
         let end = image.len();
-        let (data, hole) =
-            in_time(move || (image.seek(0, Seek::Data).unwrap().unwrap(), image.seek(0, Seek::Hole).unwrap().unwrap()));
+        let (data, hole) = in_time(move || {
+            (
+                image.seek(0, Seek::Data).unwrap().unwrap(),
+                image.seek(0, Seek::Hole).unwrap().unwrap(),
+            )
+        });
         match name {
             // data that may be there is said no earlier than where the search ended
             "empty" => assert_eq!((data < end, hole), (true, 0)),
@@ -235,8 +297,10 @@ fn regression_map_streams_and_ends_with_its_reader() {
     let path = scratch.path("turns.vmdk");
     shared_table(&path, false, SHARED[2].1);
     for json in ["", "--json"] {
-        let script =
-            format!("prlimit --data={} \"$0\" --map {json} \"file=$1\" | head -3; echo ${{PIPESTATUS[0]}}", 256 << 20);
+        let script = format!(
+            "prlimit --data={} \"$0\" --map {json} \"file=$1\" | head -3; echo ${{PIPESTATUS[0]}}",
+            256 << 20
+        );
         let outcome = Cmd::new("bash")
             .args(["-c", &script])
             .arg(program())
@@ -259,7 +323,10 @@ fn regression_entry_1_is_no_grain() {
     let c = ctx(&scratch, "one");
     let layer = c.layer("disk", 4096, 8).fill([0, 1, 9]);
     // room for a descriptor of 8 sectors, which the header then does not name
-    let options = Hosted { desc_len: 8, ..Hosted::default() };
+    let options = Hosted {
+        desc_len: 8,
+        ..Hosted::default()
+    };
     let extent = c.at("disk-s001.vmdk");
     let at = write::hosted(&extent, &layer, Some(&[b'x'; 4096]), &options).unwrap();
     assert!(at.rgd >= 9 && at.gd >= 9);
@@ -295,7 +362,11 @@ fn regression_a_redundant_directory_outside_of_the_file_is_not_needed() {
     write::poke(&good.path, RGD, &(1u64 << 30).to_le_bytes()).unwrap();
     assert_reads_as(&open(&good.path).unwrap(), &good.layer);
     let report = checked(&good.path);
-    assert!(report.errors.iter().any(|e| e.contains("redundant")), "{:?}", report.errors);
+    assert!(
+        report.errors.iter().any(|e| e.contains("redundant")),
+        "{:?}",
+        report.errors
+    );
 }
 
 /// A primary directory or table that the file ends inside of: its first sector is there, its bytes are not.
@@ -338,7 +409,12 @@ fn regression_a_volatile_header_elsewhere_is_refused() {
     let layer = c.layer("disk", 4096, 8).fill([0, 7]);
     let extent = c.at("disk-sesparse.vmdk");
     write::sesparse(&extent, &layer, &SeSparse::default()).unwrap();
-    let path = c.text("disk.vmdk", &Descriptor::new("seSparse", ["RW 4096 SESPARSE \"disk-sesparse.vmdk\""])).unwrap();
+    let path = c
+        .text(
+            "disk.vmdk",
+            &Descriptor::new("seSparse", ["RW 4096 SESPARSE \"disk-sesparse.vmdk\""]),
+        )
+        .unwrap();
     assert_reads_as(&open(&path).unwrap(), &layer);
     write::poke(&extent, 80, &2u64.to_le_bytes()).unwrap();
     assert_refused(&path, ErrorKind::Unsupported, &["volatile", "sesparse.vmdk"]);
@@ -352,7 +428,9 @@ fn regression_the_extents_of_a_chain_are_bounded() {
         let c = ctx(&scratch, name);
         let lines = || vec!["RW 1 ZERO"; extents];
         c.text("base.vmdk", &Descriptor::new("custom", lines()).cid(7)).unwrap();
-        let top = c.text("top.vmdk", &Descriptor::new("custom", lines()).child(8, 7, "base.vmdk")).unwrap();
+        let top = c
+            .text("top.vmdk", &Descriptor::new("custom", lines()).child(8, 7, "base.vmdk"))
+            .unwrap();
         if opens {
             assert_eq!(open(&top).unwrap().len(), extents as u64 * SECTOR);
         } else {
@@ -365,10 +443,15 @@ fn regression_the_extents_of_a_chain_are_bounded() {
 #[test]
 fn regression_the_room_of_a_monolithic_file_is_not_counted_twice() {
     let scratch = Scratch::new();
-    let good = ctx(&scratch, "room").simple_of(1 << 20, 128, &[0, 1, 2, 900], &Hosted::default()).unwrap();
+    let good = ctx(&scratch, "room")
+        .simple_of(1 << 20, 128, &[0, 1, 2, 900], &Hosted::default())
+        .unwrap();
     let takes = fs::metadata(&good.path).unwrap().blocks() * 512;
     let first = open(&good.path).unwrap().allocated();
-    assert!(first > 0 && first <= takes, "{first} bytes before they are counted, but the file takes {takes}");
+    assert!(
+        first > 0 && first <= takes,
+        "{first} bytes before they are counted, but the file takes {takes}"
+    );
 }
 
 /// A damaged directory entry far from the start, with both copies wrong.
@@ -386,20 +469,42 @@ fn regression_holes_before_a_damaged_directory_entry_are_found() {
     const TABLE: u64 = 512 * 8;
     let scratch = Scratch::new();
     let damage = 7 * TABLE..8 * TABLE;
-    for (name, grains, first) in [("data", vec![3 * 512 + 5], (3 * 512 + 5) * 8), ("holes", vec![], damage.start)] {
+    for (name, grains, first) in [
+        ("data", vec![3 * 512 + 5], (3 * 512 + 5) * 8),
+        ("holes", vec![], damage.start),
+    ] {
         let (path, layer) = bad_entry(&ctx(&scratch, name), &grains, 7);
         let image = open(&path).unwrap();
         assert_eq!(image.seek(0, Seek::Data).unwrap(), Some(first * SECTOR), "{name}");
         assert_eq!(image.seek(0, Seek::Hole).unwrap(), Some(0), "{name}");
-        assert_eq!(image.seek(damage.start * SECTOR, Seek::Hole).unwrap(), Some(damage.end * SECTOR), "{name}");
+        assert_eq!(
+            image.seek(damage.start * SECTOR, Seek::Hole).unwrap(),
+            Some(damage.end * SECTOR),
+            "{name}"
+        );
         for at in [damage.start, damage.end - 1] {
             assert_eq!(read(&image, at, 1).unwrap_err().kind(), ErrorKind::Corrupt, "{name}");
         }
-        for at in [0, first & !7, damage.start - 1, damage.end].into_iter().filter(|at| !damage.contains(at)) {
+        for at in [0, first & !7, damage.start - 1, damage.end]
+            .into_iter()
+            .filter(|at| !damage.contains(at))
+        {
             assert_eq!(read(&image, at, 1).unwrap(), layer.read(at, 1), "{name}");
         }
-        let map = scratch.vmdkfuse().args(["--map", "--json"]).key("file", &path).run().ok().json();
-        let last = map[0]["map"].as_array().unwrap().iter().rfind(|s| s["content"] == "data").unwrap().clone();
+        let map = scratch
+            .vmdkfuse()
+            .args(["--map", "--json"])
+            .key("file", &path)
+            .run()
+            .ok()
+            .json();
+        let last = map[0]["map"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .rfind(|s| s["content"] == "data")
+            .unwrap()
+            .clone();
         assert_eq!(
             (last["start"].as_u64(), last["length"].as_u64()),
             (Some(damage.start * SECTOR), Some(TABLE * SECTOR))
@@ -460,7 +565,12 @@ fn regression_no_key_of_info_stands_twice() {
     let raw = scratch.write("disk.img", [1; 512]);
     for path in [c.at("base.vmdk"), c.at("flat.vmdk"), sparse, raw] {
         for action in ["--info", "--map", "--check"] {
-            let outcome = scratch.vmdkfuse().args([action, "--json"]).key("file", &path).run().ok();
+            let outcome = scratch
+                .vmdkfuse()
+                .args([action, "--json"])
+                .key("file", &path)
+                .run()
+                .ok();
             serde_json::from_str::<Unique>(&outcome.stdout).unwrap_or_else(|e| panic!("{e}: {outcome}"));
         }
     }

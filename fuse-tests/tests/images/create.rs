@@ -30,15 +30,26 @@ const KINDS: [(&str, &str); 7] = [
 #[track_caller]
 fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
     let size = format!("create-size={size}");
-    let outcome = scratch.vmdkfuse().args(["--create", file, &size]).key("create-type", kind).run().ok();
-    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""), "it says something");
+    let outcome = scratch
+        .vmdkfuse()
+        .args(["--create", file, &size])
+        .key("create-type", kind)
+        .run()
+        .ok();
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.stderr.as_str()),
+        ("", ""),
+        "it says something"
+    );
     scratch.path(file)
 }
 
 /// The names in the folder, sorted.
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -53,7 +64,14 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
     if !need("qemu-img") {
         return;
     }
-    let sizes = [512, 64 << 10, (64 << 10) + 512, (33 << 20) + 1536, (2047 << 20) + 512, 3 << 40];
+    let sizes = [
+        512,
+        64 << 10,
+        (64 << 10) + 512,
+        (33 << 20) + 1536,
+        (2047 << 20) + 512,
+        3 << 40,
+    ];
     for (kind, create_type) in KINDS {
         for size in sizes {
             let taken = kind == "vmfs-flat" && size > 64 << 20;
@@ -67,7 +85,13 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
             let info = qemu_img(["info", "--output=json", path.to_str().unwrap()]).json();
             assert_eq!(info["virtual-size"], size, "{kind} {size}");
             assert_eq!(info["format-specific"]["data"]["create-type"], create_type, "{kind}");
-            let ours = scratch.vmdkfuse().args(["--info", "--json"]).arg(&path).run().ok().json();
+            let ours = scratch
+                .vmdkfuse()
+                .args(["--info", "--json"])
+                .arg(&path)
+                .run()
+                .ok()
+                .json();
             assert_eq!(ours[0]["size"], size, "{kind} {size}");
             // all tables of a large one take long in a debug build
             if size < 1 << 40 || kind == "stream-optimized" {
@@ -83,7 +107,15 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
             // what is larger differs in the number of tables or pieces only
             if size <= 1 << 31 && (size < 1 << 30 || kind == "split-sparse") {
                 let raw = scratch.path("x.raw");
-                qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()]);
+                qemu_img([
+                    "convert",
+                    "-f",
+                    "vmdk",
+                    "-O",
+                    "raw",
+                    path.to_str().unwrap(),
+                    raw.to_str().unwrap(),
+                ]);
                 assert_eq!(fs::metadata(&raw).unwrap().len(), size, "{kind} {size}");
                 for range in data_ranges(&raw) {
                     let bytes = read_range(&raw, range.start, (range.end - range.start) as usize);
@@ -106,10 +138,16 @@ fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
     raw_with_islands(&raw, 40 << 20, 7);
     // the islands also at the border of the pieces
     let islands = fs::read(&raw).unwrap();
-    let file = File::options().read(true).write(true).truncate(true).open(&raw).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .truncate(true)
+        .open(&raw)
+        .unwrap();
     file.set_len(size).unwrap();
     file.write_all_at(&islands[..8 << 20], 0).unwrap();
-    file.write_all_at(&islands[8 << 20..12 << 20], (2047 << 20) - (1 << 20)).unwrap();
+    file.write_all_at(&islands[8 << 20..12 << 20], (2047 << 20) - (1 << 20))
+        .unwrap();
     file.write_all_at(&islands[..512], size - 512).unwrap();
     for kind in ["monolithic-sparse", "split-sparse", "split-flat"] {
         let path = create(&scratch, &format!("{kind}.vmdk"), size, kind);
@@ -135,7 +173,10 @@ fn assert_same_bytes(disk: &dyn BlockRead, raw: &File, what: &str) {
         theirs.resize(len, 0);
         disk.read_at(Lba(at), &mut ours).unwrap();
         raw.read_exact_at(&mut theirs, at * 512).unwrap();
-        assert!(ours == theirs, "{what}: the content differs in the MiB from sector {at} on");
+        assert!(
+            ours == theirs,
+            "{what}: the content differs in the MiB from sector {at} on"
+        );
     }
 }
 
@@ -144,7 +185,12 @@ fn adapter_and_version_stand_in_the_descriptor() {
     let _alone = alone();
     let scratch = Scratch::new();
     let words = ["--create", "x.vmdk", "create-size=1G", "create-type=vmfs-thin"];
-    scratch.vmdkfuse().args(words).args(["create-adapter-type=pvscsi", "create-hwversion=esx65"]).run().ok();
+    scratch
+        .vmdkfuse()
+        .args(words)
+        .args(["create-adapter-type=pvscsi", "create-hwversion=esx65"])
+        .run()
+        .ok();
     let text = fs::read_to_string(scratch.path("x.vmdk")).unwrap();
     for line in [
         "ddb.adapterType = \"pvscsi\"",
@@ -164,7 +210,14 @@ fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
     let _alone = alone();
     let scratch = Scratch::new();
     scratch.write("b-flat.vmdk", "mine");
-    let words = ["--create", "create-size=1M", "a.vmdk", "b.vmdk", "create-type=monolithic-flat", "c.vmdk"];
+    let words = [
+        "--create",
+        "create-size=1M",
+        "a.vmdk",
+        "b.vmdk",
+        "create-type=monolithic-flat",
+        "c.vmdk",
+    ];
     scratch
         .vmdkfuse()
         .args(words)
@@ -185,8 +238,18 @@ fn an_existing_file_is_an_error_that_says_so() {
         for name in ["x.vmdk", "link.vmdk"] {
             let words = ["create-size=1M", &format!("create-type={kind}")].map(str::to_owned);
             let says = [name, "cannot be made", "File exists"];
-            scratch.vmdkfuse().args(["--create", name]).args(&words).run().one_error(1, &says);
-            let mount = scratch.vmdkfuse().arg(&mnt).args([name, "create=true"]).args(&words).run();
+            scratch
+                .vmdkfuse()
+                .args(["--create", name])
+                .args(&words)
+                .run()
+                .one_error(1, &says);
+            let mount = scratch
+                .vmdkfuse()
+                .arg(&mnt)
+                .args([name, "create=true"])
+                .args(&words)
+                .run();
             mount.expect_code(1).error_names(&says);
         }
     }
@@ -204,13 +267,30 @@ fn a_full_file_system_leaves_nothing() {
     let scratch = Scratch::new();
     let small = scratch.mkdir("small");
     // the scratch folder undoes every mount below it
-    Cmd::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "none"]).arg(&small).run().ok();
-    for (kind, size) in [("vmfs-flat", "1M"), ("monolithic-sparse", "3T"), ("stream-optimized", "1G")] {
+    Cmd::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=64k", "none"])
+        .arg(&small)
+        .run()
+        .ok();
+    for (kind, size) in [
+        ("vmfs-flat", "1M"),
+        ("monolithic-sparse", "3T"),
+        ("stream-optimized", "1G"),
+    ] {
         // what is left for it is less than its metadata
         let ballast = if kind == "vmfs-flat" { 0 } else { 60 << 10 };
         fs::write(small.join("ballast"), vec![1; ballast]).unwrap();
-        let words = ["--create", "small/x.vmdk", &format!("create-size={size}"), &format!("create-type={kind}")];
-        scratch.vmdkfuse().args(words).run().one_error(1, &["x.vmdk", "No space left"]);
+        let words = [
+            "--create",
+            "small/x.vmdk",
+            &format!("create-size={size}"),
+            &format!("create-type={kind}"),
+        ];
+        scratch
+            .vmdkfuse()
+            .args(words)
+            .run()
+            .one_error(1, &["x.vmdk", "No space left"]);
         assert_eq!(names(&small), ["ballast"], "{kind}");
         fs::remove_file(small.join("ballast")).unwrap();
     }
@@ -242,13 +322,26 @@ fn a_new_disk_is_mounted() {
     let scratch = Scratch::new();
     for (kind, _) in KINDS.iter().filter(|(kind, _)| *kind != "stream-optimized") {
         let file = format!("file={kind}.vmdk");
-        let words = [file, "create=true".to_owned(), "create-size=5M".to_owned(), format!("create-type={kind}")];
-        let mount = words.into_iter().fold(scratch.mount(), |mount, word| mount.arg(word)).start();
+        let words = [
+            file,
+            "create=true".to_owned(),
+            "create-size=5M".to_owned(),
+            format!("create-type={kind}"),
+        ];
+        let mount = words
+            .into_iter()
+            .fold(scratch.mount(), |mount, word| mount.arg(word))
+            .start();
         let raw = mount.file(format!("{kind}.raw"));
         let bytes = fs::read(&raw).unwrap();
         assert!(bytes.len() == 5 << 20 && bytes.iter().all(|byte| *byte == 0), "{kind}");
         mount.unmount();
-        scratch.vmdkfuse().arg("--check").arg(scratch.path(format!("{kind}.vmdk"))).run().ok();
+        scratch
+            .vmdkfuse()
+            .arg("--check")
+            .arg(scratch.path(format!("{kind}.vmdk")))
+            .run()
+            .ok();
     }
 }
 
@@ -276,8 +369,9 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
     if !need("qemu-img") {
         return;
     }
-    for (number, (size, step)) in
-        [(90 << 20, 1 << 20), ((33 << 20) + 512, 4096), (100 << 10, 512)].into_iter().enumerate()
+    for (number, (size, step)) in [(90 << 20, 1 << 20), ((33 << 20) + 512, 4096), (100 << 10, 512)]
+        .into_iter()
+        .enumerate()
     {
         let scratch = Scratch::new();
         let raw = scratch.path("raw");
@@ -300,25 +394,54 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
         scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
         qemu_img(["check", "-q", path.to_str().unwrap()]);
         let back = scratch.path("back");
-        qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+        qemu_img([
+            "convert",
+            "-f",
+            "vmdk",
+            "-O",
+            "raw",
+            path.to_str().unwrap(),
+            back.to_str().unwrap(),
+        ]);
         assert_same(&back, &raw);
         let disk = readable(&path);
         assert_same_bytes(&disk, &File::open(&raw).unwrap(), "our reader");
         // about as small as qemu's
         let theirs = scratch.path("theirs.vmdk");
         let option = "subformat=streamOptimized";
-        let words =
-            ["convert", "-f", "raw", "-O", "vmdk", "-o", option, raw.to_str().unwrap(), theirs.to_str().unwrap()];
+        let words = [
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "vmdk",
+            "-o",
+            option,
+            raw.to_str().unwrap(),
+            theirs.to_str().unwrap(),
+        ];
         qemu_img(words);
         let theirs = fs::metadata(theirs).unwrap().len();
-        assert!(written < theirs + theirs / 50 + (256 << 10), "{written} bytes, qemu's has {theirs}");
+        assert!(
+            written < theirs + theirs / 50 + (256 << 10),
+            "{written} bytes, qemu's has {theirs}"
+        );
     }
 }
 
 /// Mounts a new stream for a disk of so many bytes.
 fn mount_stream(scratch: &Scratch, size: u64, more: &[&str]) -> Mount {
-    let words = ["file=x.vmdk", "create=true", "create-type=stream-optimized", &format!("create-size={size}")];
-    words.iter().chain(more).fold(scratch.mount(), |mount, word| mount.arg(word)).start()
+    let words = [
+        "file=x.vmdk",
+        "create=true",
+        "create-type=stream-optimized",
+        &format!("create-size={size}"),
+    ];
+    words
+        .iter()
+        .chain(more)
+        .fold(scratch.mount(), |mount, word| mount.arg(word))
+        .start()
 }
 
 /// Panics unless the stream is sound and qemu reads `raw` from it.
@@ -327,7 +450,15 @@ fn assert_stream_is(scratch: &Scratch, raw: &Path) {
     let (path, back) = (scratch.path("x.vmdk"), scratch.path("back"));
     scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
     qemu_img(["check", "-q", path.to_str().unwrap()]);
-    qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+    qemu_img([
+        "convert",
+        "-f",
+        "vmdk",
+        "-O",
+        "raw",
+        path.to_str().unwrap(),
+        back.to_str().unwrap(),
+    ]);
     assert_same(&back, raw);
 }
 
@@ -348,8 +479,22 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
         (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
         (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
         // one write of many requests, which the kernel would send all at once
-        (&["dd", "IF", "OF", "bs=35M", "conv=notrunc", "iflag=fullblock", "oflag=direct"], &[]),
-        (&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"], &[]),
+        (
+            &[
+                "dd",
+                "IF",
+                "OF",
+                "bs=35M",
+                "conv=notrunc",
+                "iflag=fullblock",
+                "oflag=direct",
+            ],
+            &[],
+        ),
+        (
+            &["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "RAW", "MNT"],
+            &[],
+        ),
     ];
     for (way, more) in ways {
         let scratch = Scratch::new();
@@ -397,7 +542,10 @@ fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
     let path = mount.file("x.raw");
     Cmd::new("cp").arg(&raw).arg(&path).run().ok();
     let file = File::options().write(true).open(&path).unwrap();
-    let error = file.write_all_at(&[1; 4096], 0).and_then(|()| file.sync_all()).unwrap_err();
+    let error = file
+        .write_all_at(&[1; 4096], 0)
+        .and_then(|()| file.sync_all())
+        .unwrap_err();
     assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
     drop(file);
     assert_same(&path, &raw);
@@ -419,7 +567,11 @@ fn a_stream_whose_writer_was_killed_is_no_image() {
     mount.signal(nix::sys::signal::Signal::SIGKILL);
     mount.wait_end();
     drop((file, mount));
-    scratch.vmdkfuse().args(["--info", "x.vmdk"]).run().one_error(1, &["x.vmdk", "did not finish"]);
+    scratch
+        .vmdkfuse()
+        .args(["--info", "x.vmdk"])
+        .run()
+        .one_error(1, &["x.vmdk", "did not finish"]);
 }
 
 #[test]
@@ -432,7 +584,15 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
     let raw = scratch.path("raw");
     raw_with_islands(&raw, (20 << 20) + 1536, 3);
     let base = scratch.path("base.vmdk");
-    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), base.to_str().unwrap()]);
+    qemu_img([
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        raw.to_str().unwrap(),
+        base.to_str().unwrap(),
+    ]);
     let info = qemu_img(["info", "--output=json", base.to_str().unwrap()]).json();
     let cid = info["format-specific"]["data"]["cid"].as_u64().unwrap() as u32;
     for zeroed_grains in [false, true] {
@@ -441,7 +601,10 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
             sectors: ((20 << 20) + 1536) / 512,
             grain: 16,
             zeroed_grains,
-            parent: Some(DeltaParent { cid, hint: "base.vmdk".to_owned() }),
+            parent: Some(DeltaParent {
+                cid,
+                hint: "base.vmdk".to_owned(),
+            }),
             ddb: vec![("vmdkfuse.state".to_owned(), "0000".to_owned())],
         };
         vmdk::create_delta(&store(&scratch), &ExtentName::new(&name).unwrap(), &delta).unwrap();
@@ -452,13 +615,30 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
         qemu_img(["check", "-q", path.to_str().unwrap()]);
         scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
         // written to by qemu, read by both
-        let write = ["-f", "vmdk", "-c", "write -P 0xa5 12345344 70000", path.to_str().unwrap()];
+        let write = [
+            "-f",
+            "vmdk",
+            "-c",
+            "write -P 0xa5 12345344 70000",
+            path.to_str().unwrap(),
+        ];
         Cmd::new("qemu-io").args(write).run().ok();
         let back = scratch.path("back");
-        qemu_img(["convert", "-f", "vmdk", "-O", "raw", path.to_str().unwrap(), back.to_str().unwrap()]);
+        qemu_img([
+            "convert",
+            "-f",
+            "vmdk",
+            "-O",
+            "raw",
+            path.to_str().unwrap(),
+            back.to_str().unwrap(),
+        ]);
         let mut expected = fs::read(&raw).unwrap();
         expected[12_345_344..12_415_344].fill(0xa5);
-        assert!(fs::read(&back).unwrap() == expected, "zeroed_grains={zeroed_grains}: qemu reads something else");
+        assert!(
+            fs::read(&back).unwrap() == expected,
+            "zeroed_grains={zeroed_grains}: qemu reads something else"
+        );
         let disk = readable(&path);
         assert_same_bytes(&disk, &File::open(&back).unwrap(), "our reader");
     }

@@ -17,7 +17,15 @@ use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
 /// Opens a VMDK, whatever is based on it.
 fn open(path: &Path, allow: &[PathBuf], access: Access) -> vmdkfuse::error::Result<VmdkDisk> {
-    model::open(path, allow, access, OpenOptions { force: true, ..OpenOptions::default() })
+    model::open(
+        path,
+        allow,
+        access,
+        OpenOptions {
+            force: true,
+            ..OpenOptions::default()
+        },
+    )
 }
 
 /// A place to write at: anywhere, but often where something ends.
@@ -40,13 +48,19 @@ fn place(random: &mut Random, sectors: u64) -> Range<u64> {
 
 /// Notes what a write did. Where an extent of the disk can't be written to, each sector is old or new.
 fn changed(disk: &VmdkDisk, model: &mut Model, range: &Range<u64>, data: &[u8], done: vmdkfuse::error::Result<()>) {
-    let Err(e) = done else { return model.write(range.start, data) };
+    let Err(e) = done else {
+        return model.write(range.start, data);
+    };
     assert_eq!(e.kind(), ErrorKind::ReadOnly, "{e}");
     let sectors = range.end - range.start;
     let (old, seen) = (model.read(range.start, sectors), read(disk, range.start, sectors));
     for (i, sector) in seen.chunks_exact(SECTOR as usize).enumerate() {
         let at = i * SECTOR as usize..(i + 1) * SECTOR as usize;
-        assert!(*sector == old[at.clone()] || *sector == data[at], "sector {} is neither", range.start + i as u64);
+        assert!(
+            *sector == old[at.clone()] || *sector == data[at],
+            "sector {} is neither",
+            range.start + i as u64
+        );
     }
     model.write(range.start, &seen);
 }
@@ -94,7 +108,11 @@ fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64)
         let report = vmdk::check(&disk);
         assert_eq!(report.errors, Vec::<String>::new(), "{}", path.display());
         assert_eq!(report.unfinished, 0);
-        assert!(disk.unclean_files().next().is_none(), "{}: closed, but marked as in use", path.display());
+        assert!(
+            disk.unclean_files().next().is_none(),
+            "{}: closed, but marked as in use",
+            path.display()
+        );
     }
     true
 }
@@ -108,12 +126,22 @@ fn every_valid_variant_keeps_what_is_written_or_is_read_only() {
         let made = variant.make(dir.path(), seed).unwrap();
         let (path, allow, sectors) = (made.open.clone(), made.allow_dirs.clone(), made.sectors());
         let mut model = Model::new(sectors, move |at, n| made.read(at, n));
-        let before: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().flatten().map(|e| e.path()).collect();
-        let keep: Vec<_> = before.iter().map(|p| fs::metadata(p).unwrap().modified().unwrap()).collect();
+        let before: Vec<_> = fs::read_dir(path.parent().unwrap())
+            .unwrap()
+            .flatten()
+            .map(|e| e.path())
+            .collect();
+        let keep: Vec<_> = before
+            .iter()
+            .map(|p| fs::metadata(p).unwrap().modified().unwrap())
+            .collect();
         if run(&path, &allow, &mut model, seed, 150) {
             written.push(variant.name);
         } else {
-            let now: Vec<_> = before.iter().map(|p| fs::metadata(p).unwrap().modified().unwrap()).collect();
+            let now: Vec<_> = before
+                .iter()
+                .map(|p| fs::metadata(p).unwrap().modified().unwrap())
+                .collect();
             assert_eq!(now, keep, "{}: refused, but changed", variant.name);
             refused.push(variant.name);
         }
@@ -121,14 +149,26 @@ fn every_valid_variant_keeps_what_is_written_or_is_read_only() {
     }
     println!("written: {written:?}\nread-only: {refused:?}");
     assert!(written.len() >= 20, "only {written:?} can be written to");
-    for name in ["stream_footer", "stream_no_footer", "cowd_delta", "sesparse_delta", "version3_cbt", "rgd_only_zero"] {
+    for name in [
+        "stream_footer",
+        "stream_no_footer",
+        "cowd_delta",
+        "sesparse_delta",
+        "version3_cbt",
+        "rgd_only_zero",
+    ] {
         assert!(refused.contains(&name), "{name} must be read-only: {refused:?}");
     }
 }
 
 /// The kinds that qemu makes, small enough to be compared whole.
-const KINDS: [&str; 5] =
-    ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "zeroed_grain"];
+const KINDS: [&str; 5] = [
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "zeroed_grain",
+];
 
 #[test]
 fn what_qemu_made_is_written_to_and_read_by_qemu() {
@@ -145,11 +185,23 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
             "zeroed_grain" => "zeroed_grain=on".to_owned(),
             kind => format!("subformat={kind}"),
         };
-        let words = ["convert", "-O", "vmdk", "-o", &options, raw.to_str().unwrap(), path.to_str().unwrap()];
+        let words = [
+            "convert",
+            "-O",
+            "vmdk",
+            "-o",
+            &options,
+            raw.to_str().unwrap(),
+            path.to_str().unwrap(),
+        ];
         qemu_img(words);
         for over_a_parent in [false, true] {
             let child = dir.path().join(format!("{kind}-000001.vmdk"));
-            let (open, base) = if over_a_parent { (&child, &expected) } else { (&path, &raw) };
+            let (open, base) = if over_a_parent {
+                (&child, &expected)
+            } else {
+                (&path, &raw)
+            };
             if over_a_parent {
                 let [parent, child] = [&path, &child].map(|p| p.to_str().unwrap());
                 qemu_img(["create", "-f", "vmdk", "-b", parent, "-F", "vmdk", child]);
@@ -161,7 +213,10 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
             let [seen, wanted] = [open, &expected].map(|p| p.to_str().unwrap());
             qemu_img(["compare", "-f", "vmdk", "-F", "raw", seen, wanted]);
             qemu_img(["check", seen]);
-            assert!(keep.is_none_or(|keep| keep == fs::read(&path).unwrap()), "{kind}: the parent was changed");
+            assert!(
+                keep.is_none_or(|keep| keep == fs::read(&path).unwrap()),
+                "{kind}: the parent was changed"
+            );
         }
     }
 }
@@ -175,7 +230,10 @@ fn a_base_with_children_is_not_written_to_without_force() {
     let dir = tempdir().unwrap();
     let [base, child] = ["base.vmdk", "base-000001.vmdk"].map(|n| dir.path().join(n).to_str().unwrap().to_owned());
     qemu_img(["create", "-f", "vmdk", &base, "4M"]);
-    let options = |force| OpenOptions { force, ..OpenOptions::default() };
+    let options = |force| OpenOptions {
+        force,
+        ..OpenOptions::default()
+    };
     let writable = |force| model::open(Path::new(&base), &[], Access::Write, options(force)).map(drop);
     writable(false).unwrap();
     qemu_img(["create", "-f", "vmdk", "-b", &base, "-F", "vmdk", &child]);
@@ -191,7 +249,11 @@ fn a_base_with_children_is_not_written_to_without_force() {
 fn cid(path: &Path) -> String {
     let bytes = fs::read(path).unwrap();
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    text.lines().find_map(|line| line.strip_prefix("CID=")).unwrap().trim().to_owned()
+    text.lines()
+        .find_map(|line| line.strip_prefix("CID="))
+        .unwrap()
+        .trim()
+        .to_owned()
 }
 
 #[test]
@@ -203,13 +265,24 @@ fn the_cid_changes_with_the_first_write_and_not_before() {
         if !need("qemu-img") {
             return;
         }
-        qemu_img(["create", "-f", "vmdk", "-o", &format!("subformat={kind}"), path.to_str().unwrap(), "4M"]);
+        qemu_img([
+            "create",
+            "-f",
+            "vmdk",
+            "-o",
+            &format!("subformat={kind}"),
+            path.to_str().unwrap(),
+            "4M",
+        ]);
         let before = (cid(&path), fs::read(&path).unwrap());
         let disk = open(&path, &[], Access::Write).unwrap();
         let writer = disk.writer().unwrap();
         writer.flush().unwrap();
         writer.close().unwrap();
-        assert!(before == (cid(&path), fs::read(&path).unwrap()), "{kind}: changed without a write");
+        assert!(
+            before == (cid(&path), fs::read(&path).unwrap()),
+            "{kind}: changed without a write"
+        );
         writer.write_at(Lba(3), &[1; 512]).unwrap();
         let after = cid(&path);
         assert_ne!(after, before.0);

@@ -35,13 +35,28 @@ fn disks(options: &[&str]) -> Option<Disks> {
     let scratch = Scratch::new();
     let raw = scratch.path("original");
     raw_with_islands(&raw, SIZE, 11);
-    for (name, subformat) in [("sparse", "monolithicSparse"), ("stream", "streamOptimized"), ("flat", "monolithicFlat")]
-    {
+    for (name, subformat) in [
+        ("sparse", "monolithicSparse"),
+        ("stream", "streamOptimized"),
+        ("flat", "monolithicFlat"),
+    ] {
         let (out, option) = (scratch.path(format!("{name}.vmdk")), format!("subformat={subformat}"));
-        qemu_img(["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()]);
+        qemu_img([
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "vmdk",
+            "-o",
+            &option,
+            raw.to_str().unwrap(),
+            out.to_str().unwrap(),
+        ]);
     }
     // others change the images, and qemu reads them meanwhile
-    let start = options.iter().fold(scratch.mount().arg("readonly=true"), |mount, option| mount.arg(option));
+    let start = options
+        .iter()
+        .fold(scratch.mount().arg("readonly=true"), |mount, option| mount.arg(option));
     let mount = start.file("sparse.vmdk").file("stream.vmdk").file("flat.vmdk").start();
     Some(Disks { mount, scratch, raw })
 }
@@ -71,12 +86,20 @@ fn attributes_are_those_of_the_disk_and_its_image() {
         let image = fs::metadata(disks.scratch.path(name.replace(".raw", ".vmdk"))).unwrap();
         assert!(seen.is_file() && !seen.file_type().is_block_device(), "{name}");
         assert_eq!(seen.len(), SIZE, "{name}");
-        assert_eq!((seen.uid(), seen.gid()), (image.uid(), image.gid()), "{name}: the owner is who mounts");
+        assert_eq!(
+            (seen.uid(), seen.gid()),
+            (image.uid(), image.gid()),
+            "{name}: the owner is who mounts"
+        );
         assert_eq!(seen.mode() & 0o111, 0, "{name}: mode {:o}", seen.mode());
         assert_eq!(seen.mode() & 0o400, 0o400, "{name}: mode {:o}", seen.mode());
         assert_eq!(seen.nlink(), 1, "{name}");
         if name != "flat.raw" {
-            assert_eq!((seen.mtime(), seen.mtime_nsec()), (image.mtime(), image.mtime_nsec()), "{name}: mtime");
+            assert_eq!(
+                (seen.mtime(), seen.mtime_nsec()),
+                (image.mtime(), image.mtime_nsec()),
+                "{name}: mtime"
+            );
         }
     }
     let dir = fs::metadata(disks.mount.point()).unwrap();
@@ -85,7 +108,9 @@ fn attributes_are_those_of_the_disk_and_its_image() {
 
 #[test]
 fn uid_gid_and_umask_are_shown() {
-    let Some(disks) = disks(&["-o", "uid=1234,gid=4321,umask=037"]) else { return };
+    let Some(disks) = disks(&["-o", "uid=1234,gid=4321,umask=037"]) else {
+        return;
+    };
     for path in [disks.path("sparse.raw"), disks.mount.point().to_owned()] {
         let seen = fs::metadata(&path).unwrap();
         assert_eq!((seen.uid(), seen.gid()), (1234, 4321), "{}", path.display());
@@ -98,14 +123,21 @@ fn uid_gid_and_umask_are_shown() {
 #[test]
 fn blocks_are_what_is_allocated() {
     let Some(disks) = disks(&[]) else { return };
-    let data: u64 = qemu_data_ranges(&disks.scratch.path("sparse.vmdk"), "vmdk").iter().map(|r| r.end - r.start).sum();
+    let data: u64 = qemu_data_ranges(&disks.scratch.path("sparse.vmdk"), "vmdk")
+        .iter()
+        .map(|r| r.end - r.start)
+        .sum();
     let seen = || fs::metadata(disks.path("sparse.raw")).unwrap().blocks() * 512;
     // Until everything is counted there is an estimate, which the kernel keeps for a moment.
     let counted = poll_until(Duration::from_secs(20), || seen() == data);
     assert!(counted, "sparse: {} bytes allocated, not {data}", seen());
     assert!(data < SIZE, "the image has no holes, so the test shows nothing");
     let stream = fs::metadata(disks.path("stream.raw")).unwrap();
-    assert!(stream.blocks() > 0 && stream.blocks() * 512 < SIZE, "stream: {}", stream.blocks());
+    assert!(
+        stream.blocks() > 0 && stream.blocks() * 512 < SIZE,
+        "stream: {}",
+        stream.blocks()
+    );
 }
 
 #[test]
@@ -193,7 +225,11 @@ fn direct_reads_are_right_aligned_and_not() {
     let Some(disks) = disks(&[]) else { return };
     let wanted = fs::read(&disks.raw).unwrap();
     for name in NAMES {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(disks.path(name)).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(disks.path(name))
+            .unwrap();
         let mut buf = Aligned::new(1 << 20);
         for start in (0..SIZE).step_by(1 << 20) {
             let n = file.read_at(buf.bytes(), start).unwrap();
@@ -208,7 +244,10 @@ fn direct_reads_are_right_aligned_and_not() {
         for (start, len) in [(1, 1), (511, 2), (513, 70_001), (65_535, 131_073), (SIZE - 3, 3)] {
             let bytes = &mut buf.bytes()[1..=len];
             assert_eq!(file.read_at(bytes, start).unwrap(), len, "{name} at {start}");
-            assert!(bytes == &wanted[start as usize..][..len], "{name}: {len} bytes at {start}");
+            assert!(
+                bytes == &wanted[start as usize..][..len],
+                "{name}: {len} bytes at {start}"
+            );
         }
     }
 }
@@ -243,20 +282,32 @@ fn nothing_can_be_changed() {
         let (path, new) = (disks.path("sparse.raw"), disks.path("new"));
         let before = sha256(&disks.scratch.path("sparse.vmdk"));
         refused("opening for writing", OpenOptions::new().write(true).open(&path));
-        refused("opening for both", OpenOptions::new().read(true).write(true).open(&path));
+        refused(
+            "opening for both",
+            OpenOptions::new().read(true).write(true).open(&path),
+        );
         refused("opening to append", OpenOptions::new().append(true).open(&path));
         refused("truncating at open", File::create(&path));
         refused("creating", File::create(&new));
         refused("making a folder", fs::create_dir(&new));
         refused("making a link", symlink("x", &new));
         refused("making a second name", fs::hard_link(&path, &new));
-        refused("making a FIFO", nix::unistd::mkfifo(&new, nix::sys::stat::Mode::S_IRWXU).map_err(io::Error::from));
+        refused(
+            "making a FIFO",
+            nix::unistd::mkfifo(&new, nix::sys::stat::Mode::S_IRWXU).map_err(io::Error::from),
+        );
         refused("renaming", fs::rename(&path, &new));
         refused("removing", fs::remove_file(&path));
-        refused("changing the mode", fs::set_permissions(&path, fs::Permissions::from_mode(0o777)));
+        refused(
+            "changing the mode",
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o777)),
+        );
         refused("changing the owner", std::os::unix::fs::chown(&path, Some(1), Some(1)));
         refused("truncating", nix::unistd::truncate(&path, 0).map_err(io::Error::from));
-        refused("growing", nix::unistd::truncate(&path, SIZE as i64 + 512).map_err(io::Error::from));
+        refused(
+            "growing",
+            nix::unistd::truncate(&path, SIZE as i64 + 512).map_err(io::Error::from),
+        );
         assert_eq!(disks.mount.names(), ["flat.raw", "sparse.raw", "stream.raw"]);
         assert_eq!(sha256(&disks.scratch.path("sparse.vmdk")), before);
     }
@@ -267,7 +318,11 @@ fn names_that_are_not_there_are_not_found() {
     let Some(disks) = disks(&[]) else { return };
     let long = "x".repeat(255);
     for name in ["nothing", "sparse", "sparse.raw.x", "SPARSE.RAW", &long] {
-        assert_eq!(fs::metadata(disks.path(name)).unwrap_err().kind(), io::ErrorKind::NotFound, "{name}");
+        assert_eq!(
+            fs::metadata(disks.path(name)).unwrap_err().kind(),
+            io::ErrorKind::NotFound,
+            "{name}"
+        );
     }
     let below = fs::metadata(disks.path("sparse.raw/x")).unwrap_err();
     assert_eq!(below.raw_os_error(), Some(libc::ENOTDIR));
@@ -295,17 +350,27 @@ fn a_new_open_sees_what_changed_in_the_image() {
         // The first sectors are data; where the image keeps them is found by their bytes.
         let image = disks.scratch.path(file);
         let stored = fs::read(&image).unwrap();
-        let at =
-            stored.windows(64).position(|window| window == &original[..64]).expect("the first sector in the image");
+        let at = stored
+            .windows(64)
+            .position(|window| window == &original[..64])
+            .expect("the first sector in the image");
         change(&image, at as u64, &marker);
         assert_eq!(read_range(&path, 0, marker.len()), marker, "{name} after the change");
-        assert_eq!(read_range(&path, 64, 448), original[64..512], "{name} beside the change");
+        assert_eq!(
+            read_range(&path, 64, 448),
+            original[64..512],
+            "{name} beside the change"
+        );
     }
 }
 
 /// Bytes of the file that the kernel has in memory. `fincore` opens the file itself, as any later reader would.
 fn kept(path: &Path) -> u64 {
-    let out = Cmd::new("fincore").args(["--bytes", "--noheadings", "--output", "RES"]).arg(path).run().ok();
+    let out = Cmd::new("fincore")
+        .args(["--bytes", "--noheadings", "--output", "RES"])
+        .arg(path)
+        .run()
+        .ok();
     out.stdout.trim().parse().expect("a number of bytes")
 }
 
@@ -315,7 +380,9 @@ fn pages_are_kept_across_opens_until_the_image_changes() {
         return;
     }
     // what the kernel reads by itself it keeps elsewhere
-    let Some(disks) = disks(&["kernel-view=off"]) else { return };
+    let Some(disks) = disks(&["kernel-view=off"]) else {
+        return;
+    };
     for (name, file) in [("sparse.raw", "sparse.vmdk"), ("stream.raw", "stream.vmdk")] {
         let path = disks.path(name);
         fs::read(&path).unwrap();
@@ -351,11 +418,23 @@ fn cp_and_dd_copy_the_disk() {
     for name in NAMES {
         let path = disks.path(name);
         for sparse in ["auto", "always", "never"] {
-            Cmd::new("cp").arg(format!("--sparse={sparse}")).arg(&path).arg(&copy).run().ok();
+            Cmd::new("cp")
+                .arg(format!("--sparse={sparse}"))
+                .arg(&path)
+                .arg(&copy)
+                .run()
+                .ok();
             assert_same(&copy, &disks.raw);
         }
-        let dd =
-            |words: &[&str]| Cmd::new("dd").key("if", &path).key("of", &copy).arg("status=none").args(words).run().ok();
+        let dd = |words: &[&str]| {
+            Cmd::new("dd")
+                .key("if", &path)
+                .key("of", &copy)
+                .arg("status=none")
+                .args(words)
+                .run()
+                .ok()
+        };
         for words in [&["bs=1M"][..], &["bs=4k", "iflag=direct"], &["bs=65537"]] {
             if name == "flat.raw" && words.contains(&"iflag=direct") {
                 continue;
@@ -365,7 +444,11 @@ fn cp_and_dd_copy_the_disk() {
         }
         fs::remove_file(&copy).unwrap();
         dd(&["bs=512", "skip=777", "count=3"]);
-        assert_eq!(fs::read(&copy).unwrap(), read_range(&disks.raw, 777 * 512, 3 * 512), "{name}");
+        assert_eq!(
+            fs::read(&copy).unwrap(),
+            read_range(&disks.raw, 777 * 512, 3 * 512),
+            "{name}"
+        );
         fs::remove_file(&copy).unwrap();
     }
 }
@@ -399,7 +482,11 @@ fn qemu_reads_the_raw_file() {
         qemu_img(["convert", "-f", "raw", "-O", "raw", path, copy.to_str().unwrap()]);
         assert_same(&copy, &disks.raw);
         if name != "flat.raw" {
-            assert_eq!(qemu_data_ranges(Path::new(path), "raw"), qemu_data_ranges(&image, "vmdk"), "{name}");
+            assert_eq!(
+                qemu_data_ranges(Path::new(path), "raw"),
+                qemu_data_ranges(&image, "vmdk"),
+                "{name}"
+            );
         }
     }
 }
@@ -420,7 +507,11 @@ fn a_damaged_grain_is_an_io_error_in_its_place_only() {
     let mut buf = [0; 512];
     let at = grain as u64 * 65536;
     for offset in [at, at + 65536 - 512] {
-        assert_eq!(file.read_at(&mut buf, offset).unwrap_err().raw_os_error(), Some(libc::EIO), "at {offset}");
+        assert_eq!(
+            file.read_at(&mut buf, offset).unwrap_err().raw_os_error(),
+            Some(libc::EIO),
+            "at {offset}"
+        );
     }
     let last = SIZE - 512;
     file.read_exact_at(&mut buf, last).unwrap();

@@ -22,16 +22,34 @@ fn guest(scratch: &Scratch, subformat: &str) -> Option<Mount> {
     fs::write(tree.join("noise"), noise()).unwrap();
     let (raw, vmdk) = (scratch.path("guest.orig"), scratch.path("guest.vmdk"));
     let root = scratch.path("tree");
-    Cmd::new("mkfs.ext4").args(["-q", "-F", "-L", "guest", "-d"]).arg(&root).arg(&raw).arg("32M").run().ok();
+    Cmd::new("mkfs.ext4")
+        .args(["-q", "-F", "-L", "guest", "-d"])
+        .arg(&root)
+        .arg(&raw)
+        .arg("32M")
+        .run()
+        .ok();
     let option = format!("subformat={subformat}");
-    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), vmdk.to_str().unwrap()];
+    let words = [
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        "-o",
+        &option,
+        raw.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ];
     qemu_img(words);
     Some(scratch.mount().file(vmdk).start())
 }
 
 /// Five MiB that no two sectors share.
 fn noise() -> Vec<u8> {
-    (0..5u32 << 18).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
+    (0..5u32 << 18)
+        .flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect()
 }
 
 /// The loop devices whose file is this one.
@@ -46,10 +64,16 @@ fn the_kernel_mounts_the_file_system() {
     }
     for subformat in ["monolithicSparse", "streamOptimized", "monolithicFlat"] {
         let scratch = Scratch::new();
-        let Some(mount) = guest(&scratch, subformat) else { return };
+        let Some(mount) = guest(&scratch, subformat) else {
+            return;
+        };
         let disk = mount.file("guest.raw");
         let inside = scratch.mkdir("inside");
-        let mounted = Cmd::new("mount").args(["-t", "ext4", "-o", "loop,ro"]).arg(&disk).arg(&inside).run();
+        let mounted = Cmd::new("mount")
+            .args(["-t", "ext4", "-o", "loop,ro"])
+            .arg(&disk)
+            .arg(&inside)
+            .run();
         if mounted.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
             skip("there are no loop devices");
             return;
@@ -70,7 +94,11 @@ fn the_kernel_mounts_the_file_system() {
 /// The files are what was put in.
 fn compare_tree(root: &Path) {
     assert_eq!(fs::read_to_string(root.join("etc/greeting")).unwrap(), GREETING);
-    assert!(fs::read(root.join("etc/noise")).unwrap() == noise(), "{}", sha256(&root.join("etc/noise")));
+    assert!(
+        fs::read(root.join("etc/noise")).unwrap() == noise(),
+        "{}",
+        sha256(&root.join("etc/noise"))
+    );
 }
 
 #[test]
@@ -79,20 +107,45 @@ fn guestfish_reads_the_file_system() {
         return;
     }
     let scratch = Scratch::new();
-    let Some(mount) = guest(&scratch, "streamOptimized") else { return };
+    let Some(mount) = guest(&scratch, "streamOptimized") else {
+        return;
+    };
     let disk: PathBuf = mount.file("guest.raw");
-    let words = ["--ro", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "list-filesystems", ":"];
-    let look = ["mount-ro", "/dev/sda", "/", ":", "ls", "/etc", ":", "cat", "/etc/greeting"];
+    let words = [
+        "--ro",
+        "--format=raw",
+        "-a",
+        disk.to_str().unwrap(),
+        "run",
+        ":",
+        "list-filesystems",
+        ":",
+    ];
+    let look = [
+        "mount-ro",
+        "/dev/sda",
+        "/",
+        ":",
+        "ls",
+        "/etc",
+        ":",
+        "cat",
+        "/etc/greeting",
+    ];
     let seen = guestfish(&[&words[..], &look].concat());
     assert!(seen.stdout.contains("/dev/sda: ext4"), "{seen}");
-    assert!(seen.stdout.contains("noise\n") && seen.stdout.contains(GREETING), "{seen}");
+    assert!(
+        seen.stdout.contains("noise\n") && seen.stdout.contains(GREETING),
+        "{seen}"
+    );
     mount.unmount();
 }
 
 /// Runs guestfish; its appliance runs without KVM too, only slowly.
 fn guestfish(words: &[&str]) -> Outcome {
-    let fish =
-        Cmd::new("guestfish").env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+    let fish = Cmd::new("guestfish")
+        .env("LIBGUESTFS_BACKEND", "direct")
+        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
     fish.args(words).deadline(Duration::from_secs(200)).run().ok()
 }
 
@@ -103,14 +156,41 @@ fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
         return;
     }
     let scratch = Scratch::new();
-    let Some(mount) = guest(&scratch, "monolithicSparse") else { return };
+    let Some(mount) = guest(&scratch, "monolithicSparse") else {
+        return;
+    };
     let disk: PathBuf = mount.file("guest.raw");
-    let words = ["--rw", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":", "mount", "/dev/sda", "/", ":"];
+    let words = [
+        "--rw",
+        "--format=raw",
+        "-a",
+        disk.to_str().unwrap(),
+        "run",
+        ":",
+        "mount",
+        "/dev/sda",
+        "/",
+        ":",
+    ];
     guestfish(&[&words[..], &["write", "/etc/written", "by a guest"]].concat());
     mount.unmount();
     let image = scratch.path("guest.vmdk");
     qemu_img(["check", image.to_str().unwrap()]);
-    let words = ["--ro", "--format=vmdk", "-a", image.to_str().unwrap(), "run", ":", "mount-ro", "/dev/sda", "/", ":"];
+    let words = [
+        "--ro",
+        "--format=vmdk",
+        "-a",
+        image.to_str().unwrap(),
+        "run",
+        ":",
+        "mount-ro",
+        "/dev/sda",
+        "/",
+        ":",
+    ];
     let seen = guestfish(&[&words[..], &["cat", "/etc/written", ":", "cat", "/etc/greeting"]].concat());
-    assert!(seen.stdout.contains("by a guest") && seen.stdout.contains(GREETING), "{seen}");
+    assert!(
+        seen.stdout.contains("by a guest") && seen.stdout.contains(GREETING),
+        "{seen}"
+    );
 }

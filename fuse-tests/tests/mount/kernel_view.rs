@@ -43,13 +43,26 @@ fn ready() -> bool {
 fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("disk.orig"), scratch.path("disk.vmdk"));
     raw_with_islands(&raw, DISK, SEED);
-    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    qemu_img([
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        raw.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ]);
     (raw, vmdk)
 }
 
 /// A mount that shows nothing before the kernel reads the disk.
 fn required(command: MountCmd<'_>) -> Mount {
-    let mount = command.arg("kernel-view=required").arg("-r").arg("-v").foreground().start();
+    let mount = command
+        .arg("kernel-view=required")
+        .arg("-r")
+        .arg("-v")
+        .foreground()
+        .start();
     assert!(mount.output().1.contains(BY_KERNEL), "{:?}", mount.output());
     mount
 }
@@ -62,7 +75,12 @@ fn open_direct(path: &Path) -> io::Result<File> {
 /// System calls for reading that the process has made: at least one for each request that it was sent.
 fn reads(mount: &Mount) -> u64 {
     let io = fs::read_to_string(format!("/proc/{}/io", mount.pid())).unwrap();
-    io.lines().find_map(|line| line.strip_prefix("syscr: ")).unwrap().trim().parse().unwrap()
+    io.lines()
+        .find_map(|line| line.strip_prefix("syscr: "))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap()
 }
 
 /// Whether the process has a part in reading the file, which is opened anew for it and has [`DISK`] bytes.
@@ -78,7 +96,11 @@ fn is_served(mount: &Mount, path: &Path) -> bool {
 fn compare_direct(file: &File, offset: u64, wanted: &[u8]) {
     let mut buf = Aligned::new(wanted.len());
     file.read_exact_at(buf.bytes(), offset).unwrap();
-    assert!(buf.bytes() == wanted, "{} bytes at {offset} with O_DIRECT", wanted.len());
+    assert!(
+        buf.bytes() == wanted,
+        "{} bytes at {offset} with O_DIRECT",
+        wanted.len()
+    );
 }
 
 /// "Every valid read-only sample and variant read through the view (as root) equals its SHA-256"
@@ -92,7 +114,11 @@ fn valid_variants_read_as_their_model_through_the_view() {
     let name = |v: &Variant| format!("{} ({})", v.name, v.note);
     each(valid(), name, |variant| {
         let made = variant.make(scratch.root(), SEED).unwrap();
-        let mut command = scratch.mount().at(format!("mnt-{}", variant.name)).file(&made.open).arg("name=disk");
+        let mut command = scratch
+            .mount()
+            .at(format!("mnt-{}", variant.name))
+            .file(&made.open)
+            .arg("name=disk");
         scratch.mkdir(format!("mnt-{}", variant.name));
         for dir in &made.allow_dirs {
             command = command.arg(format!("allow-dir={}", dir.display()));
@@ -118,9 +144,13 @@ fn valid_variants_read_as_their_model_through_the_view() {
         for range in ranges {
             let wanted = made.disk.read_bytes(&range);
             let mut seen = vec![0; wanted.len()];
-            view.read_exact_at(&mut seen, range.start).unwrap_or_else(|e| panic!("{range:?}: {e}"));
+            view.read_exact_at(&mut seen, range.start)
+                .unwrap_or_else(|e| panic!("{range:?}: {e}"));
             assert!(seen == wanted, "{range:?} through the view");
-            let (start, end) = (range.start / SECTOR * SECTOR, range.end.next_multiple_of(SECTOR).min(size));
+            let (start, end) = (
+                range.start / SECTOR * SECTOR,
+                range.end.next_multiple_of(SECTOR).min(size),
+            );
             compare_direct(&served, start, &made.disk.read_bytes(&(start..end)));
         }
         through.fetch_add(1, Ordering::Relaxed);
@@ -153,10 +183,18 @@ fn mixed_opens_from_four_processes_all_read_right() {
     let child = |number: u64| {
         let told = format!("{number}\n{}\n{}", path.display(), raw.display());
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", test, "--nocapture"]).env(CHILD, told).spawn().unwrap()
+        command
+            .args(["--exact", test, "--nocapture"])
+            .env(CHILD, told)
+            .spawn()
+            .unwrap()
     };
     let children: Vec<_> = (0..4).map(child).collect();
-    let failed = children.into_iter().map(|mut c| c.wait().unwrap()).filter(|status| !status.success()).count();
+    let failed = children
+        .into_iter()
+        .map(|mut c| c.wait().unwrap())
+        .filter(|status| !status.success())
+        .count();
     assert_eq!(failed, 0, "processes that did not read what is there");
     mount.unmount();
 }
@@ -165,14 +203,21 @@ fn mixed_opens_from_four_processes_all_read_right() {
 fn mixed_opens(told: &str) {
     let mut told = told.lines();
     let mut next = || told.next().unwrap();
-    let (number, path, raw) = (next().parse::<u64>().unwrap(), PathBuf::from(next()), PathBuf::from(next()));
+    let (number, path, raw) = (
+        next().parse::<u64>().unwrap(),
+        PathBuf::from(next()),
+        PathBuf::from(next()),
+    );
     let wanted = fs::read(raw).unwrap();
     let mut rng = SmallRng::seed_from_u64(SEED + number);
     let mut open: Vec<(File, bool)> = Vec::new();
     for round in 0..50 {
         let direct = rng.random_bool(0.4);
         let file = if direct { open_direct(&path) } else { File::open(&path) };
-        open.push((file.unwrap_or_else(|e| panic!("open {round}, direct: {direct}: {e}")), direct));
+        open.push((
+            file.unwrap_or_else(|e| panic!("open {round}, direct: {direct}: {e}")),
+            direct,
+        ));
         if rng.random_bool(0.1) {
             assert!(map_bytes(&path) == wanted, "mapping {round}");
         }
@@ -211,13 +256,22 @@ fn the_name_is_the_view_again_when_no_direct_open_is_left() {
         assert_eq!(file.metadata().unwrap().ino(), number, "one name, one number");
     }
     assert_eq!(fs::metadata(&path).unwrap().ino(), number);
-    let listed = fs::read_dir(mount.point()).unwrap().map(|entry| entry.unwrap().ino()).collect::<Vec<_>>();
+    let listed = fs::read_dir(mount.point())
+        .unwrap()
+        .map(|entry| entry.unwrap().ino())
+        .collect::<Vec<_>>();
     assert_eq!(listed, [number]);
-    assert!(is_served(&mount, &path), "beside an O_DIRECT open the name is the served node");
+    assert!(
+        is_served(&mount, &path),
+        "beside an O_DIRECT open the name is the served node"
+    );
     compare_direct(&direct, 8192, &read_range(&raw, 8192, 65536));
     assert_same(&path, &raw);
     drop(direct);
-    assert!(poll_until(DEADLINE, || !is_served(&mount, &path)), "the name did not come back to the view");
+    assert!(
+        poll_until(DEADLINE, || !is_served(&mount, &path)),
+        "the name did not come back to the view"
+    );
     assert_same(&path, &raw);
     drop(view);
     mount.unmount();
@@ -231,10 +285,20 @@ fn a_mount_moves_to_the_view_by_itself() {
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    let mount = scratch.mount().file("disk.vmdk").arg("-r").arg("-v").foreground().start();
+    let mount = scratch
+        .mount()
+        .file("disk.vmdk")
+        .arg("-r")
+        .arg("-v")
+        .foreground()
+        .start();
     let path = mount.file("disk.raw");
     let early = File::open(&path).unwrap();
-    assert!(poll_until(DEADLINE, || mount.output().1.contains(BY_KERNEL)), "{:?}", mount.output());
+    assert!(
+        poll_until(DEADLINE, || mount.output().1.contains(BY_KERNEL)),
+        "{:?}",
+        mount.output()
+    );
     assert!(!is_served(&mount, &path));
     for file in [early, File::open(&path).unwrap()] {
         let mut seen = vec![0; DISK as usize];
@@ -262,9 +326,18 @@ fn an_image_that_was_changed_is_served_again_with_its_new_bytes() {
     let (mut bytes, first) = (fs::read(&vmdk).unwrap(), read_range(&raw, 0, 512));
     let at = bytes.windows(512).position(|sector| sector == first).unwrap();
     bytes[at..at + 512].fill(0x5a);
-    File::options().write(true).open(&vmdk).unwrap().write_all_at(&bytes[at..at + 512], at as u64).unwrap();
+    File::options()
+        .write(true)
+        .open(&vmdk)
+        .unwrap()
+        .write_all_at(&bytes[at..at + 512], at as u64)
+        .unwrap();
     assert_eq!(read_range(&path, 0, 512), [0x5a; 512]);
-    assert!(mount.output().1.contains("the kernel view is given up"), "{:?}", mount.output());
+    assert!(
+        mount.output().1.contains("the kernel view is given up"),
+        "{:?}",
+        mount.output()
+    );
     assert!(is_served(&mount, &path));
     let mut rest = vec![0; DISK as usize - 4096];
     old.read_exact_at(&mut rest, 4096).unwrap();
@@ -275,7 +348,12 @@ fn an_image_that_was_changed_is_served_again_with_its_new_bytes() {
 
     // a new time alone is a change too
     let mount = required(scratch.mount().file("disk.vmdk"));
-    File::options().write(true).open(&vmdk).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    File::options()
+        .write(true)
+        .open(&vmdk)
+        .unwrap()
+        .set_modified(SystemTime::UNIX_EPOCH)
+        .unwrap();
     assert!(is_served(&mount, &mount.file("disk.raw")));
     mount.unmount();
 }
@@ -290,7 +368,12 @@ fn opens_through_a_bind_mount_read_right_or_are_refused_clearly() {
     let (raw, _) = sparse(&scratch);
     let mount = required(scratch.mount().file("disk.vmdk"));
     let bound = scratch.write("bound", "");
-    Cmd::new("mount").arg("--bind").arg(mount.file("disk.raw")).arg(&bound).run().ok();
+    Cmd::new("mount")
+        .arg("--bind")
+        .arg(mount.file("disk.raw"))
+        .arg(&bound)
+        .run()
+        .ok();
     assert_same(&bound, &raw);
     let direct = open_direct(&bound).unwrap();
     compare_direct(&direct, 4096, &read_range(&raw, 4096, 8192));
@@ -301,7 +384,11 @@ fn opens_through_a_bind_mount_read_right_or_are_refused_clearly() {
         Some(libc::EINVAL),
         "as by a file system without O_DIRECT"
     );
-    compare_direct(&open_direct(&mount.file("disk.raw")).unwrap(), 0, &read_range(&raw, 0, 4096));
+    compare_direct(
+        &open_direct(&mount.file("disk.raw")).unwrap(),
+        0,
+        &read_range(&raw, 0, 4096),
+    );
     drop(buffered);
     Cmd::new("umount").arg(&bound).run().ok();
     mount.unmount();
@@ -331,7 +418,10 @@ fn a_killed_process_leaves_nothing() {
         assert!(half == fs::read(&raw).unwrap()[DISK as usize / 2..]);
         drop(file);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(" - erofs ") && !mounts.contains(" - ramfs "), "{mounts}");
+        assert!(
+            !mounts.contains(" - erofs ") && !mounts.contains(" - ramfs "),
+            "{mounts}"
+        );
         let loops = Cmd::new("losetup").arg("-a").run().ok().stdout;
         assert!(!loops.contains(scratch.root().to_str().unwrap()), "{loops}");
         if let Some(dir) = dir {
@@ -353,7 +443,13 @@ fn without_root_or_with_off_the_disk_is_served() {
     let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
     qemu_img(words.into_iter().chain([raw.to_str().unwrap(), flat.to_str().unwrap()]));
     for image in ["disk.vmdk", "flat.vmdk"] {
-        let mount = scratch.mount().file(image).arg("kernel-view=off").arg("-r").foreground().start();
+        let mount = scratch
+            .mount()
+            .file(image)
+            .arg("kernel-view=off")
+            .arg("-r")
+            .foreground()
+            .start();
         let path = mount.file(image.replace("vmdk", "raw"));
         assert!(is_served(&mount, &path), "{image}");
         assert_same(&path, &raw);
@@ -363,13 +459,29 @@ fn without_root_or_with_off_the_disk_is_served() {
     fs::copy(&vmdk, nobody.path("disk.vmdk")).unwrap();
     nobody.open_to_all();
     nobody.give(Path::new("disk.vmdk"));
-    let mount = nobody.mount().file("disk.vmdk").arg("-r").arg("-v").foreground().start();
-    let hash = Cmd::new("sha256sum").arg(mount.file("disk.raw")).user(Some(NOBODY)).run().ok().stdout;
+    let mount = nobody
+        .mount()
+        .file("disk.vmdk")
+        .arg("-r")
+        .arg("-v")
+        .foreground()
+        .start();
+    let hash = Cmd::new("sha256sum")
+        .arg(mount.file("disk.raw"))
+        .user(Some(NOBODY))
+        .run()
+        .ok()
+        .stdout;
     assert!(hash.starts_with(&sha256(&raw)), "{hash}");
     let said = || mount.output().1.contains("no kernel view: FUSE passthrough needs root");
     assert!(poll_until(DEADLINE, said), "{:?}", mount.output());
     mount.unmount();
-    let refused = nobody.mount().file("disk.vmdk").arg("-r").arg("kernel-view=required").refused(1);
+    let refused = nobody
+        .mount()
+        .file("disk.vmdk")
+        .arg("-r")
+        .arg("kernel-view=required")
+        .refused(1);
     refused.one_error(1, &["disk.raw: kernel-view=required", "needs root"]);
 }
 
@@ -382,7 +494,11 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
     let (raw, _) = sparse(&scratch);
     let stream = scratch.path("stream.vmdk");
     let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"];
-    qemu_img(words.into_iter().chain([raw.to_str().unwrap(), stream.to_str().unwrap()]));
+    qemu_img(
+        words
+            .into_iter()
+            .chain([raw.to_str().unwrap(), stream.to_str().unwrap()]),
+    );
     scratch.write("covered", "");
     let required = |image: &str| scratch.mount().file(image).arg("-r").arg("kernel-view=required");
     for (command, word) in [
@@ -391,12 +507,21 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
         (required("disk.vmdk").arg("view-dir=/dev/shm"), "/dev/shm"),
         (required("disk.vmdk").arg("cache=none"), "cache=none"),
         (required("disk.vmdk").at("covered"), "mount at a folder"),
-        (scratch.mount().file("disk.vmdk").arg("kernel-view=required"), "read-only (-r)"),
+        (
+            scratch.mount().file("disk.vmdk").arg("kernel-view=required"),
+            "read-only (-r)",
+        ),
     ] {
         command.refused(1).one_error(1, &["kernel-view=required", word]);
     }
     // one flat file needs no view: the kernel reads it anyway
-    let mount = scratch.mount().file("disk.orig").arg("name=flat").arg("-r").arg("kernel-view=required").start();
+    let mount = scratch
+        .mount()
+        .file("disk.orig")
+        .arg("name=flat")
+        .arg("-r")
+        .arg("kernel-view=required")
+        .start();
     assert!(!is_served(&mount, &mount.file("flat")));
     mount.unmount();
     // a mount over a file is served
@@ -414,7 +539,13 @@ fn info_says_who_reads_a_disk() {
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
     let read_by = |words: &[&str]| {
-        let json = scratch.vmdkfuse().args(["--info", "--json"]).args(words).run().ok().json();
+        let json = scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .args(words)
+            .run()
+            .ok()
+            .json();
         json[0]["read_by"].as_str().unwrap().to_owned()
     };
     assert!(read_by(&["disk.vmdk", "readonly=true"]).starts_with("the kernel itself, by an index"));
@@ -434,13 +565,34 @@ fn several_disks_of_a_mount_share_one_budget() {
     let (raw, vmdk) = sparse(&scratch);
     fs::copy(&vmdk, scratch.path("two.vmdk")).unwrap();
     // each index takes 8 KiB for its 768 chunks, and less than as much again
-    let command =
-        scratch.mount().arg("view-size=24K").file("disk.vmdk").file("two.vmdk").arg("-r").arg("-v").foreground();
+    let command = scratch
+        .mount()
+        .arg("view-size=24K")
+        .file("disk.vmdk")
+        .file("two.vmdk")
+        .arg("-r")
+        .arg("-v")
+        .foreground();
     let mount = command.start();
-    let both = || mount.output().1.lines().filter(|l| l.contains(BY_KERNEL) || l.contains("no kernel view")).count();
+    let both = || {
+        mount
+            .output()
+            .1
+            .lines()
+            .filter(|l| l.contains(BY_KERNEL) || l.contains("no kernel view"))
+            .count()
+    };
     assert!(poll_until(DEADLINE, || both() == 2), "{:?}", mount.output());
-    assert!(mount.output().1.contains("disk.raw: read by the kernel itself"), "{:?}", mount.output());
-    assert!(mount.output().1.contains("two.raw: no kernel view"), "{:?}", mount.output());
+    assert!(
+        mount.output().1.contains("disk.raw: read by the kernel itself"),
+        "{:?}",
+        mount.output()
+    );
+    assert!(
+        mount.output().1.contains("two.raw: no kernel view"),
+        "{:?}",
+        mount.output()
+    );
     for name in ["disk.raw", "two.raw"] {
         assert_same(&mount.file(name), &raw);
     }
@@ -457,8 +609,22 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
     let (raw, vmdk) = (scratch.path("guest.orig"), scratch.path("guest.vmdk"));
     let tree = scratch.mkdir("tree");
     fs::write(tree.join("greeting"), "Hello from inside of the disk.\n").unwrap();
-    Cmd::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(&tree).arg(&raw).arg("64M").run().ok();
-    qemu_img(["convert", "-f", "raw", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
+    Cmd::new("mkfs.ext4")
+        .args(["-q", "-F", "-d"])
+        .arg(&tree)
+        .arg(&raw)
+        .arg("64M")
+        .run()
+        .ok();
+    qemu_img([
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vmdk",
+        raw.to_str().unwrap(),
+        vmdk.to_str().unwrap(),
+    ]);
     let mount = required(scratch.mount().file("guest.vmdk"));
     let disk = mount.file("guest.raw");
     let stop = AtomicBool::new(false);
@@ -471,12 +637,24 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
                 copies += 1;
             }
         });
-        let words = ["compare", "-T", "none", "-f", "raw", "-F", "raw", disk.to_str().unwrap(), raw.to_str().unwrap()];
+        let words = [
+            "compare",
+            "-T",
+            "none",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            disk.to_str().unwrap(),
+            raw.to_str().unwrap(),
+        ];
         for _ in 0..5 {
             qemu_img(words);
         }
         let fish = Cmd::new("guestfish").args(["--ro", "--format=raw", "-a"]).arg(&disk);
-        let fish = fish.env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+        let fish = fish
+            .env("LIBGUESTFS_BACKEND", "direct")
+            .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
         let words = ["run", ":", "mount-ro", "/dev/sda", "/", ":", "cat", "/greeting"];
         let seen = fish.args(words).deadline(Duration::from_secs(100)).run();
         stop.store(true, Ordering::Relaxed);
@@ -528,7 +706,11 @@ fn a_walk_agrees_with_single_questions() {
             }
             let wanted = made.disk.read_bytes(&(from * SECTOR..from * SECTOR + len));
             assert!(seen == wanted, "{} sectors from {from}", len / SECTOR);
-            if at < 1 << 28 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            if at < 1 << 28 {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
         });
         walked.unwrap_or_else(|e| panic!("{e}"));
         fs::remove_dir_all(scratch.path(variant.name)).unwrap();
@@ -547,12 +729,29 @@ fn a_chain_of_deltas_is_one_view() {
     for number in 1..=3u64 {
         let delta = scratch.path(format!("delta{number}.vmdk"));
         let backing = parent.to_str().unwrap();
-        qemu_img(["create", "-f", "vmdk", "-F", "vmdk", "-b", backing, delta.to_str().unwrap()]);
+        qemu_img([
+            "create",
+            "-f",
+            "vmdk",
+            "-F",
+            "vmdk",
+            "-b",
+            backing,
+            delta.to_str().unwrap(),
+        ]);
         for (path, format) in [(&delta, "vmdk"), (&raw, "raw")] {
             for write in 0..6u64 {
                 let at = (number * 7 + write * 13) % 47 * (1 << 20) + number * 4096;
-                let command = format!("write -P {} {at} {}", 16 * number + write, 512 * (number + 40 * write + 1));
-                Cmd::new("qemu-io").args(["-f", format, "-c", &command]).arg(path).run().ok();
+                let command = format!(
+                    "write -P {} {at} {}",
+                    16 * number + write,
+                    512 * (number + 40 * write + 1)
+                );
+                Cmd::new("qemu-io")
+                    .args(["-f", format, "-c", &command])
+                    .arg(path)
+                    .run()
+                    .ok();
             }
         }
         parent = delta;

@@ -108,7 +108,9 @@ fn what_was_synced_survives_a_mount_that_is_killed_at_any_time() {
         let size = (SECTORS * 512).to_string();
         for (name, options) in [("base.vmdk", "subformat=monolithicSparse"), ("disk.vmdk", options)] {
             let size = (!options.starts_with("backing")).then_some(size.as_str());
-            let words = ["create", "-q", "-f", "vmdk", "-o", options, name].into_iter().chain(size);
+            let words = ["create", "-q", "-f", "vmdk", "-o", options, name]
+                .into_iter()
+                .chain(size);
             Cmd::new("qemu-img").args(words).dir(scratch.root()).run().ok();
         }
         let mut slots = vec![Slot::default(); (SECTORS / SLOT) as usize];
@@ -136,7 +138,11 @@ fn what_was_synced_survives_a_mount_that_is_killed_at_any_time() {
 
 /// Mounts the disk of the folder.
 fn mounted(scratch: &Scratch, words: &[&str], more: &[&str]) -> Mount {
-    words.iter().chain(more).fold(scratch.mount().file("disk.vmdk"), |mount, word| mount.arg(word)).start()
+    words
+        .iter()
+        .chain(more)
+        .fold(scratch.mount().file("disk.vmdk"), |mount, word| mount.arg(word))
+        .start()
 }
 
 /// Mounts the disk, writes to it from several threads, and kills the mount in the middle of that; the syncs that were done.
@@ -150,7 +156,13 @@ fn killed(scratch: &Scratch, words: &[&str], slots: &mut [Slot], random: &mut Ra
         for (writer, slots) in (0..).zip(slots.chunks_mut(per_writer)) {
             let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
             let (random, first) = (Random::new(random.next()), writer * per_writer as u64 * SLOT);
-            let writer = Writer { file, slots, first, random, syncs: &syncs };
+            let writer = Writer {
+                file,
+                slots,
+                first,
+                random,
+                syncs: &syncs,
+            };
             scope.spawn(move || writer.run());
         }
         poll_until(Duration::from_secs(20), || syncs.load(Ordering::Relaxed) >= wanted);
@@ -159,7 +171,16 @@ fn killed(scratch: &Scratch, words: &[&str], slots: &mut [Slot], random: &mut Ra
     assert_eq!(mount.wait_end().signal, Some(libc::SIGKILL));
     drop(mount);
     // the locks of a process last an instant longer than itself
-    let free = || scratch.vmdkfuse().arg("--info").key("file", "disk.vmdk").run().ended.code == Some(0);
+    let free = || {
+        scratch
+            .vmdkfuse()
+            .arg("--info")
+            .key("file", "disk.vmdk")
+            .run()
+            .ended
+            .code
+            == Some(0)
+    };
     assert!(poll_until(Duration::from_secs(20), free), "still locked");
     let syncs = syncs.load(Ordering::Relaxed);
     assert!(syncs >= wanted, "{syncs} syncs of {wanted} in time");

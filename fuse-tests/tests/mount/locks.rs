@@ -41,7 +41,11 @@ fn images() -> Scratch {
 }
 
 fn format_of(name: &Path) -> &'static str {
-    if name.extension().is_some_and(|extension| extension == "vmdk") { "vmdk" } else { "raw" }
+    if name.extension().is_some_and(|extension| extension == "vmdk") {
+        "vmdk"
+    } else {
+        "raw"
+    }
 }
 
 /// A server of qemu that has an image open, until it is dropped.
@@ -54,9 +58,21 @@ impl Server {
     #[track_caller]
     fn start(scratch: &Scratch, image: &Path, words: &[&str]) -> Self {
         let (socket, pidfile) = (scratch.path("nbd.socket"), scratch.path("nbd.pid"));
-        let server = Cmd::new("qemu-nbd").args(["--fork", "--persistent"]).args(words).dir(scratch.root());
-        server.arg("--socket").arg(&socket).arg("--pid-file").arg(&pidfile).arg(image).run().ok();
-        Self { pid: fs::read_to_string(pidfile).unwrap().trim().parse().unwrap() }
+        let server = Cmd::new("qemu-nbd")
+            .args(["--fork", "--persistent"])
+            .args(words)
+            .dir(scratch.root());
+        server
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--pid-file")
+            .arg(&pidfile)
+            .arg(image)
+            .run()
+            .ok();
+        Self {
+            pid: fs::read_to_string(pidfile).unwrap().trim().parse().unwrap(),
+        }
     }
 
     /// One that writes.
@@ -77,7 +93,10 @@ impl Drop for Server {
 /// qemu writes to the image, or says that somebody has locked it.
 #[track_caller]
 fn write(scratch: &Scratch, image: &str, format: &str, allowed: bool) {
-    let outcome = Cmd::new("qemu-io").args(["-f", format, "-c", "write -P 7 0 64k", image]).dir(scratch.root()).run();
+    let outcome = Cmd::new("qemu-io")
+        .args(["-f", format, "-c", "write -P 7 0 64k", image])
+        .dir(scratch.root())
+        .run();
     if allowed {
         outcome.ok();
     } else {
@@ -122,8 +141,18 @@ fn a_writer_of_qemu_keeps_mounts_out() {
         let who = format!("process {}, qemu-nbd", server.pid);
         let says = [name, "in use for writing by another program", &who, "lock=off"];
         scratch.mount().file(name).refused(1).one_error(1, &says);
-        scratch.vmdkfuse().arg("--info").key("file", name).run().one_error(1, &says);
-        scratch.vmdkfuse().args(["--info", "lock=off"]).key("file", name).run().ok();
+        scratch
+            .vmdkfuse()
+            .arg("--info")
+            .key("file", name)
+            .run()
+            .one_error(1, &says);
+        scratch
+            .vmdkfuse()
+            .args(["--info", "lock=off"])
+            .key("file", name)
+            .run()
+            .ok();
         scratch.mount().file(name).arg("lock=off").start().unmount();
         drop(server);
         scratch.mount().file(name).start().unmount();
@@ -136,10 +165,17 @@ fn a_writer_of_one_file_of_an_image_keeps_mounts_out() {
         return;
     }
     let scratch = images();
-    for (name, file) in [("flat.vmdk", "flat-flat.vmdk"), ("split.vmdk", "split-s001.vmdk"), ("top.vmdk", "base.vmdk")]
-    {
+    for (name, file) in [
+        ("flat.vmdk", "flat-flat.vmdk"),
+        ("split.vmdk", "split-s001.vmdk"),
+        ("top.vmdk", "base.vmdk"),
+    ] {
         let _server = Server::start(&scratch, Path::new(file), &["-f", "raw"]);
-        scratch.mount().file(name).refused(1).one_error(1, &[file, "in use for writing"]);
+        scratch
+            .mount()
+            .file(name)
+            .refused(1)
+            .one_error(1, &[file, "in use for writing"]);
     }
 }
 
@@ -153,14 +189,34 @@ fn readers_go_together() {
         let format = format_of(Path::new(name));
         let server = Server::start(&scratch, Path::new(name), &["--read-only", "-f", format]);
         // the same image twice in one mount, and in two mounts
-        let two =
-            |at: &str| scratch.mount().at(at).arg("readonly=true").file(name).arg("name=a").file(name).arg("name=b");
+        let two = |at: &str| {
+            scratch
+                .mount()
+                .at(at)
+                .arg("readonly=true")
+                .file(name)
+                .arg("name=a")
+                .file(name)
+                .arg("name=b")
+        };
         scratch.mkdir("other");
         let (one, other) = (two("mnt").start(), two("other").start());
         let image = scratch.path(name);
         let raw = one.file("a");
-        qemu_img(["compare", "-f", "raw", "-F", format, raw.to_str().unwrap(), image.to_str().unwrap()]);
-        Cmd::new("qemu-io").args(["-r", "-f", format, "-c", "read 0 4k"]).arg(&image).run().ok();
+        qemu_img([
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            format,
+            raw.to_str().unwrap(),
+            image.to_str().unwrap(),
+        ]);
+        Cmd::new("qemu-io")
+            .args(["-r", "-f", format, "-c", "read 0 4k"])
+            .arg(&image)
+            .run()
+            .ok();
         one.unmount();
         other.unmount();
         drop(server);
@@ -180,7 +236,8 @@ fn an_image_that_is_opened_anew_stays_locked() {
     let file = File::options().write(true).open(scratch.path("plain.img")).unwrap();
     for byte in [1, 2] {
         file.write_all_at(&[byte; 512], 0).unwrap();
-        file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(u64::from(byte))).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(u64::from(byte)))
+            .unwrap();
         assert_eq!(read_range(&mount.file("plain.raw"), 0, 512), [byte; 512]);
         write(&scratch, "plain.img", "raw", false);
     }
@@ -189,7 +246,14 @@ fn an_image_that_is_opened_anew_stays_locked() {
 
 /// Opens a file as the engine does.
 fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<dyn StoredFile>> {
-    open_user_path(path, Arc::new(OpenPolicy { allow: Vec::new(), lock }), access)
+    open_user_path(
+        path,
+        Arc::new(OpenPolicy {
+            allow: Vec::new(),
+            lock,
+        }),
+        access,
+    )
 }
 
 /// Opens a file that nobody else has locked. A program that another test starts has, until it is executed, all open files
@@ -212,7 +276,12 @@ fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
     let scratch = images();
     for name in ["sparse.vmdk", "flat-flat.vmdk", "plain.img"] {
         let format = if name == "sparse.vmdk" { "vmdk" } else { "raw" };
-        let read = || Cmd::new("qemu-io").args(["-r", "-f", format, "-c", "read 0 4k", name]).dir(scratch.root()).run();
+        let read = || {
+            Cmd::new("qemu-io")
+                .args(["-r", "-f", format, "-c", "read 0 4k", name])
+                .dir(scratch.root())
+                .run()
+        };
         let writer = open_soon(&scratch.path(name), Access::Write);
         write(&scratch, name, format, false);
         match format {
@@ -273,14 +342,22 @@ fn a_block_device_is_locked_as_well() {
         return;
     }
     let scratch = images();
-    let device = Cmd::new("losetup").args(["--find", "--show"]).arg(scratch.path("plain.img")).run().ok();
+    let device = Cmd::new("losetup")
+        .args(["--find", "--show"])
+        .arg(scratch.path("plain.img"))
+        .run()
+        .ok();
     let device = Loop(PathBuf::from(device.stdout.trim()));
     let path = device.0.to_str().unwrap();
     let mount = scratch.mount().file(path).start();
     write(&scratch, path, "raw", false);
     mount.unmount();
     let _server = Server::writes(&scratch, path);
-    scratch.mount().file(path).refused(1).one_error(1, &[path, "in use for writing", "qemu-nbd"]);
+    scratch
+        .mount()
+        .file(path)
+        .refused(1)
+        .one_error(1, &[path, "in use for writing", "qemu-nbd"]);
 }
 
 /// "VMware's `.lck` marks … only give a warning"
@@ -296,8 +373,14 @@ fn marks_of_vmware_are_warned_of() {
     let esx = format!(".lck-{:016x}", inode.swap_bytes());
     scratch.write(&esx, [&[0; 20][..], b"esx7.example.com\0"].concat());
     let log = |name: &str, more: &str| {
-        let mount =
-            scratch.mount().arg("readonly=true").file("flat.vmdk").arg("--log-file").arg(name).arg(more).start();
+        let mount = scratch
+            .mount()
+            .arg("readonly=true")
+            .file("flat.vmdk")
+            .arg("--log-file")
+            .arg(name)
+            .arg(more)
+            .start();
         // changed, so that it is opened anew
         fs::write(scratch.path("flat.vmdk"), fs::read(scratch.path("flat.vmdk")).unwrap()).unwrap();
         read_range(&mount.file("flat.raw"), 0, 512);
@@ -305,9 +388,11 @@ fn marks_of_vmware_are_warned_of() {
         fs::read_to_string(scratch.path(name)).unwrap()
     };
     let text = log("log", "lock=on");
-    for says in
-        ["M12345.lck is there, of machine anna, process 4711-99(vmware-vmx)", ", of host esx7.example.com", &esx]
-    {
+    for says in [
+        "M12345.lck is there, of machine anna, process 4711-99(vmware-vmx)",
+        ", of host esx7.example.com",
+        &esx,
+    ] {
         assert_eq!(text.matches(says).count(), 1, "{says}: {text}");
     }
     assert!(!log("quiet", "lock=off").contains(".lck"));

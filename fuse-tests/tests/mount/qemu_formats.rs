@@ -12,14 +12,27 @@ const SIZE: u64 = 64 << 20;
 
 /// Mounts the images in `scratch` together and compares each with the original.
 fn compare(scratch: &Scratch, original: &Path, images: &[&str]) {
-    let mount = images.iter().fold(scratch.mount().arg("-r"), |mount, name| mount.file(format!("{name}.vmdk"))).start();
+    let mount = images
+        .iter()
+        .fold(scratch.mount().arg("-r"), |mount, name| {
+            mount.file(format!("{name}.vmdk"))
+        })
+        .start();
     let wanted = sha256(original);
     for (seed, name) in images.iter().enumerate() {
         let raw = mount.file(format!("{name}.raw"));
         assert_same_at_random(&raw, original, seed as u64, 200);
         assert_eq!(sha256(&raw), wanted, "{name}");
         let image = scratch.path(format!("{name}.vmdk"));
-        let words = ["compare", "-f", "raw", "-F", "vmdk", raw.to_str().unwrap(), image.to_str().unwrap()];
+        let words = [
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "vmdk",
+            raw.to_str().unwrap(),
+            image.to_str().unwrap(),
+        ];
         assert!(qemu_img(words).stdout.contains("identical"), "{name}");
     }
     mount.unmount();
@@ -41,7 +54,17 @@ fn convert_and_compare(variants: &[(&str, &str)]) {
     let raw = original(&scratch, SIZE);
     for (name, options) in variants {
         let out = scratch.path(format!("{name}.vmdk"));
-        let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", options, raw.to_str().unwrap(), out.to_str().unwrap()];
+        let words = [
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "vmdk",
+            "-o",
+            options,
+            raw.to_str().unwrap(),
+            out.to_str().unwrap(),
+        ];
         qemu_img(words);
     }
     let names: Vec<_> = variants.iter().map(|(name, _)| *name).collect();
@@ -52,7 +75,10 @@ fn convert_and_compare(variants: &[(&str, &str)]) {
 fn monolithic_sparse() {
     convert_and_compare(&[
         ("ide", "subformat=monolithicSparse,adapter_type=ide"),
-        ("lsilogic", "subformat=monolithicSparse,adapter_type=lsilogic,hwversion=6"),
+        (
+            "lsilogic",
+            "subformat=monolithicSparse,adapter_type=lsilogic,hwversion=6",
+        ),
         ("zeroed", "subformat=monolithicSparse,zeroed_grain=on"),
     ]);
 }
@@ -86,14 +112,30 @@ fn sizes_that_are_no_whole_grains() {
         raw_with_islands(&raw, sectors * 512, sectors);
         let mut names = Vec::new();
         for subformat in ["monolithicSparse", "streamOptimized", "twoGbMaxExtentFlat"] {
-            let (out, option) = (scratch.path(format!("{subformat}.vmdk")), format!("subformat={subformat}"));
-            let words =
-                ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, raw.to_str().unwrap(), out.to_str().unwrap()];
+            let (out, option) = (
+                scratch.path(format!("{subformat}.vmdk")),
+                format!("subformat={subformat}"),
+            );
+            let words = [
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "vmdk",
+                "-o",
+                &option,
+                raw.to_str().unwrap(),
+                out.to_str().unwrap(),
+            ];
             qemu_img(words);
             names.push(subformat);
         }
-        let mount =
-            names.iter().fold(scratch.mount().arg("-r"), |mount, name| mount.file(format!("{name}.vmdk"))).start();
+        let mount = names
+            .iter()
+            .fold(scratch.mount().arg("-r"), |mount, name| {
+                mount.file(format!("{name}.vmdk"))
+            })
+            .start();
         for name in names {
             assert_same(&mount.file(format!("{name}.raw")), &raw);
         }
@@ -110,22 +152,40 @@ fn a_split_disk_of_several_pieces() {
     let scratch = Scratch::new();
     let border = 2u64 << 30;
     let write = |seed: u8, at: u64| format!("write -P {seed:#x} {at} 192k");
-    let writes =
-        [write(1, 0), write(2, border - (64 << 10)), write(3, 2 * border - (128 << 10)), write(4, 2 * border + 65536)];
+    let writes = [
+        write(1, 0),
+        write(2, border - (64 << 10)),
+        write(3, 2 * border - (128 << 10)),
+        write(4, 2 * border + 65536),
+    ];
     for subformat in ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
         let name = scratch.path(format!("{subformat}.vmdk"));
         let option = format!("subformat={subformat}");
         qemu_img(["create", "-f", "vmdk", "-o", &option, name.to_str().unwrap(), "5G"]);
         let commands = writes.iter().flat_map(|command| ["-c", command]);
-        Cmd::new("qemu-io").args(["-f", "vmdk"]).args(commands).arg(&name).run().ok();
+        Cmd::new("qemu-io")
+            .args(["-f", "vmdk"])
+            .args(commands)
+            .arg(&name)
+            .run()
+            .ok();
         let mount = scratch.mount().arg("-r").file(&name).start();
         let raw = mount.file(format!("{subformat}.raw"));
         assert_eq!(fs::metadata(&raw).unwrap().len(), 5 << 30);
-        for (seed, at) in [(1, 0), (2, border - (64 << 10)), (3, 2 * border - (128 << 10)), (4, 2 * border + 65536)] {
+        for (seed, at) in [
+            (1, 0),
+            (2, border - (64 << 10)),
+            (3, 2 * border - (128 << 10)),
+            (4, 2 * border + 65536),
+        ] {
             let seen = fuse_tests::harness::read_range(&raw, at, 192 << 10);
             assert!(seen.iter().all(|byte| *byte == seed), "{subformat}: the write at {at}");
         }
-        assert!(fuse_tests::harness::read_range(&raw, border + (200 << 10), 65536).iter().all(|byte| *byte == 0));
+        assert!(
+            fuse_tests::harness::read_range(&raw, border + (200 << 10), 65536)
+                .iter()
+                .all(|byte| *byte == 0)
+        );
         mount.unmount();
     }
 }
@@ -140,10 +200,26 @@ fn a_chain_of_three_deltas() {
         let raw = original(&scratch, SIZE / 4);
         let run = |tool: &str, words: &[&str]| Cmd::new(tool).args(words).dir(scratch.root()).run().ok();
         let option = format!("subformat={base}");
-        run("qemu-img", &["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "original", "link0.vmdk"]);
+        run(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "vmdk",
+                "-o",
+                &option,
+                "original",
+                "link0.vmdk",
+            ],
+        );
         for link in 1..=3u32 {
             let (parent, child) = (format!("link{}.vmdk", link - 1), format!("link{link}.vmdk"));
-            run("qemu-img", &["create", "-f", "vmdk", "-F", "vmdk", "-b", &parent, &child]);
+            run(
+                "qemu-img",
+                &["create", "-f", "vmdk", "-F", "vmdk", "-b", &parent, &child],
+            );
             // Unaligned, across grains, and over what the link below has written; zeroes too.
             let commands = [
                 format!("write -P {:#x} {} 200k", 0x10 * link, 512 * (100 + 37 * link)),

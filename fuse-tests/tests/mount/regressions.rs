@@ -32,21 +32,33 @@ const KINDS: [&str; 4] = ["sparse", "stream", "flat", "raw"];
 /// Writes a version of a disk of some kind into a folder. The path is that of the file to open; the other is that of the file
 /// with the content, which may be the same.
 fn write_disk(dir: &Path, kind: &str, layer: &Layer) -> (PathBuf, PathBuf) {
-    let (open, sectors) = (dir.join(if kind == "raw" { "disk.img" } else { "disk.vmdk" }), layer.sectors());
+    let (open, sectors) = (
+        dir.join(if kind == "raw" { "disk.img" } else { "disk.vmdk" }),
+        layer.sectors(),
+    );
     let line = |word: &str, name: &str| format!("RW {sectors} {word} \"{name}\"");
     match kind {
         "sparse" => {
-            let text = Descriptor::new("monolithicSparse", [line("SPARSE", "disk.vmdk")]).bytes().unwrap();
+            let text = Descriptor::new("monolithicSparse", [line("SPARSE", "disk.vmdk")])
+                .bytes()
+                .unwrap();
             // the order of the grains in the file is the same for every version
-            let options = Hosted { shuffle: false, ..Hosted::default() };
+            let options = Hosted {
+                shuffle: false,
+                ..Hosted::default()
+            };
             write::hosted(&open, layer, Some(&text), &options).unwrap();
         }
         "stream" => {
-            let text = Descriptor::new("streamOptimized", [line("SPARSE", "disk.vmdk")]).bytes().unwrap();
+            let text = Descriptor::new("streamOptimized", [line("SPARSE", "disk.vmdk")])
+                .bytes()
+                .unwrap();
             write::stream(&open, layer, &text, &Stream::default()).unwrap();
         }
         "flat" => {
-            let text = Descriptor::new("monolithicFlat", [line("FLAT", "disk-flat.vmdk") + " 0"]).bytes().unwrap();
+            let text = Descriptor::new("monolithicFlat", [line("FLAT", "disk-flat.vmdk") + " 0"])
+                .bytes()
+                .unwrap();
             write::flat(&dir.join("disk-flat.vmdk"), layer, 0).unwrap();
             write::put(open.clone(), &text).unwrap();
             return (open, dir.join("disk-flat.vmdk"));
@@ -66,9 +78,13 @@ fn whole(layer: &Layer) -> Vec<u8> {
 fn assert_one_of(file: &File, versions: [&Layer; 2]) {
     for grain in GRAINS {
         let mut seen = vec![0; (GRAIN * SECTOR) as usize];
-        file.read_exact_at(&mut seen, grain * GRAIN * SECTOR).unwrap_or_else(|e| panic!("grain {grain}: {e}"));
+        file.read_exact_at(&mut seen, grain * GRAIN * SECTOR)
+            .unwrap_or_else(|e| panic!("grain {grain}: {e}"));
         let known = versions.iter().any(|v| v.read(grain * GRAIN, GRAIN) == seen);
-        assert!(known, "grain {grain} of an open file is neither the old nor the new one");
+        assert!(
+            known,
+            "grain {grain} of an open file is neither the old nor the new one"
+        );
     }
 }
 
@@ -93,7 +109,10 @@ fn regression_an_image_that_is_replaced_by_a_rename_is_seen() {
         let held = File::open(&path).unwrap();
         let (_, other) = write_disk(&next, kind, &new);
         fs::rename(other, content).unwrap();
-        assert!(fs::read(&path).unwrap() == whole(&new), "{kind}: a new open does not see the new image");
+        assert!(
+            fs::read(&path).unwrap() == whole(&new),
+            "{kind}: a new open does not see the new image"
+        );
         assert_one_of(&held, [&old, &new]);
         drop(held);
         assert!(fs::read(&path).unwrap() == whole(&new), "{kind}");
@@ -113,21 +132,36 @@ fn regression_a_change_with_a_restored_time_is_seen() {
         let (old, new) = (version(1, DISK), version(2, DISK));
         let (open, content) = write_disk(&images, kind, &old);
         let past = SystemTime::now() - Duration::from_secs(3600);
-        let set_back =
-            || File::options().write(true).open(&content).unwrap().set_times(FileTimes::new().set_modified(past));
+        let set_back = || {
+            File::options()
+                .write(true)
+                .open(&content)
+                .unwrap()
+                .set_times(FileTimes::new().set_modified(past))
+        };
         set_back().unwrap();
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
         assert!(fs::read(&path).unwrap() == whole(&old), "{kind}");
         let held = File::open(&path).unwrap();
-        let (before, ino) = (fs::metadata(&content).unwrap().len(), fs::metadata(&content).unwrap().ino());
+        let (before, ino) = (
+            fs::metadata(&content).unwrap().len(),
+            fs::metadata(&content).unwrap().ino(),
+        );
         write_disk(&scratch.mkdir("next"), kind, &new);
         let bytes = fs::read(scratch.path("next").join(content.file_name().unwrap())).unwrap();
         write::poke(&content, 0, &bytes).unwrap();
         set_back().unwrap();
         let after = fs::metadata(&content).unwrap();
-        assert_eq!((after.len(), after.ino(), after.modified().unwrap()), (before, ino, past), "the test is wrong");
-        assert!(fs::read(&path).unwrap() == whole(&new), "{kind}: a new open does not see the new bytes");
+        assert_eq!(
+            (after.len(), after.ino(), after.modified().unwrap()),
+            (before, ino, past),
+            "the test is wrong"
+        );
+        assert!(
+            fs::read(&path).unwrap() == whole(&new),
+            "{kind}: a new open does not see the new bytes"
+        );
         assert_one_of(&held, [&old, &new]);
         drop(held);
         mount.unmount();
@@ -155,10 +189,17 @@ fn regression_an_image_of_another_size_is_refused_while_the_mount_lives() {
         let error = File::open(&path).map(|_| ()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{kind}: {error}");
         assert!(mount.is_running() && mount.is_mounted(), "{kind}");
-        assert_eq!(fs::metadata(&path).unwrap().len(), DISK * SECTOR, "{kind}: the size of the disk");
+        assert_eq!(
+            fs::metadata(&path).unwrap().len(),
+            DISK * SECTOR,
+            "{kind}: the size of the disk"
+        );
         assert_one_of(&held, [&old, &new]);
         write_disk(&images, kind, &old);
-        assert!(fs::read(&path).unwrap() == whole(&old), "{kind}: the old size opens again");
+        assert!(
+            fs::read(&path).unwrap() == whole(&old),
+            "{kind}: the old size opens again"
+        );
         drop(held);
         mount.unmount();
     }
@@ -190,13 +231,25 @@ impl Switch {
         write::flat(&c.at("two.bin"), &flats[1], 0).unwrap();
         write::hosted(&c.at("sparse.bin"), &sparse, None, &Hosted::default()).unwrap();
         let descriptor = write::put(c.at("disk.vmdk"), &[b'\n'; 1024]).unwrap();
-        Self { scratch, flats, sparse, descriptor }
+        Self {
+            scratch,
+            flats,
+            sparse,
+            descriptor,
+        }
     }
 
     /// Lets the descriptor name a file.
     fn to(&self, name: &str) {
-        let extent = if name == "sparse.bin" { "SPARSE \"sparse.bin\"" } else { &format!("FLAT \"{name}\" 0") };
-        rewrite(&self.descriptor, &Descriptor::new("custom", [format!("RW {DISK} {extent}")]));
+        let extent = if name == "sparse.bin" {
+            "SPARSE \"sparse.bin\""
+        } else {
+            &format!("FLAT \"{name}\" 0")
+        };
+        rewrite(
+            &self.descriptor,
+            &Descriptor::new("custom", [format!("RW {DISK} {extent}")]),
+        );
     }
 }
 
@@ -223,7 +276,10 @@ fn regression_a_flat_disk_that_becomes_another_one_while_it_is_open() {
             assert!(fs::read(&path).unwrap() == whole(new), "{next}");
         }
         drop(held);
-        assert!(fs::read(&path).unwrap() == whole(new), "{next}: when nobody holds the old one");
+        assert!(
+            fs::read(&path).unwrap() == whole(new),
+            "{next}: when nobody holds the old one"
+        );
         mount.unmount();
     }
 }
@@ -260,8 +316,11 @@ fn regression_umask_holds_for_others() {
     let scratch = Scratch::new();
     scratch.open_to_all();
     let (open, _) = write_disk(&scratch.mkdir("images"), "raw", &version(1, DISK));
-    for (option, allowed) in [("allow_other,umask=077", false), ("allow_other,umask=022", true), ("allow_other", true)]
-    {
+    for (option, allowed) in [
+        ("allow_other,umask=077", false),
+        ("allow_other,umask=022", true),
+        ("allow_other", true),
+    ] {
         let mount = scratch.mount().arg("-o").arg(option).file(&open).start();
         let outcome = Cmd::new("cat").arg(mount.file("disk.raw")).user(Some(STRANGER)).run();
         if allowed {
@@ -286,14 +345,23 @@ fn regression_a_small_cache_stays_small() {
         let c = Ctx::new(&scratch.path("images"), 1).unwrap();
         let block = |n: u64| format!("{n:>16}").repeat((grain * SECTOR / 16) as usize).into_bytes();
         let empty = c.layer("disk", blocks * grain - 77, grain);
-        let layer = (0..blocks).filter(|n| n % 10 != 3).fold(empty, |layer, n| layer.with_grain(n, block(n)));
+        let layer = (0..blocks)
+            .filter(|n| n % 10 != 3)
+            .fold(empty, |layer, n| layer.with_grain(n, block(n)));
         let made = c.stream_of(layer, "disk.vmdk", &Stream::default()).unwrap();
-        let mount = scratch.mount().arg("cache-size=1M").memory(memory).file(&made.path).arg("name=disk").start();
+        let mount = scratch
+            .mount()
+            .arg("cache-size=1M")
+            .memory(memory)
+            .file(&made.path)
+            .arg("name=disk")
+            .start();
         let file = File::open(mount.file("disk")).unwrap();
         for n in [0..blocks, 0..blocks].into_iter().flatten() {
             let sectors = grain.min(made.layer.sectors() - n * grain);
             let mut seen = vec![0; (sectors * SECTOR) as usize];
-            file.read_exact_at(&mut seen, n * grain * SECTOR).unwrap_or_else(|e| panic!("block {n} of {grain}: {e}"));
+            file.read_exact_at(&mut seen, n * grain * SECTOR)
+                .unwrap_or_else(|e| panic!("block {n} of {grain}: {e}"));
             assert!(seen == made.layer.read(n * grain, sectors), "block {n} of {grain}");
         }
         drop(file);
@@ -312,12 +380,24 @@ fn regression_the_time_of_the_image_is_followed() {
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
         fs::metadata(&path).unwrap();
-        let times = [SystemTime::now() + Duration::from_secs(7200), SystemTime::now() + Duration::from_secs(3600)];
+        let times = [
+            SystemTime::now() + Duration::from_secs(7200),
+            SystemTime::now() + Duration::from_secs(3600),
+        ];
         for time in times {
             let times = FileTimes::new().set_modified(time);
-            File::options().write(true).open(&content).unwrap().set_times(times).unwrap();
+            File::options()
+                .write(true)
+                .open(&content)
+                .unwrap()
+                .set_times(times)
+                .unwrap();
             let seen = || fs::metadata(&path).unwrap().modified().unwrap();
-            assert!(poll_until(SOON, || seen() == time), "{kind}: {:?}, not {time:?}", seen());
+            assert!(
+                poll_until(SOON, || seen() == time),
+                "{kind}: {:?}, not {time:?}",
+                seen()
+            );
         }
         mount.unmount();
     }
@@ -339,8 +419,14 @@ fn regression_data_before_a_damaged_directory_entry_are_found() {
     let mount = mount(&scratch, &made.path);
     let path = mount.file("disk");
     let bytes = |sectors: std::ops::Range<u64>| sectors.start * SECTOR..sectors.end * SECTOR;
-    assert_eq!(data_ranges(&path), [bytes(2 * TABLE + 64..2 * TABLE + 72), bytes(7 * TABLE..8 * TABLE)]);
-    let error = File::open(&path).unwrap().read_at(&mut [0; 4096], 7 * TABLE * SECTOR).unwrap_err();
+    assert_eq!(
+        data_ranges(&path),
+        [bytes(2 * TABLE + 64..2 * TABLE + 72), bytes(7 * TABLE..8 * TABLE)]
+    );
+    let error = File::open(&path)
+        .unwrap()
+        .read_at(&mut [0; 4096], 7 * TABLE * SECTOR)
+        .unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     assert!(read_range(&path, 0, (7 * TABLE * SECTOR) as usize) == made.layer.read(0, 7 * TABLE));
     assert!(read_range(&path, 8 * TABLE * SECTOR, 4096) == [0; 4096]);
@@ -360,11 +446,25 @@ fn regression_a_disk_of_which_nothing_can_be_read_is_one_error() {
     }
     let table = Ctx::new(&scratch.path("table"), 1).unwrap().simple().unwrap();
     damage_table(&table.path, [table.at.tables[&0], table.at.rtables[&0]], 0..64);
-    for (path, cause) in [(&directory.path, "grain directory entry 0"), (&table.path, "of grain table 0")] {
+    for (path, cause) in [
+        (&directory.path, "grain directory entry 0"),
+        (&table.path, "of grain table 0"),
+    ] {
         for arg in ["-v", "-f"] {
-            let outcome = scratch.mount().arg("readonly=true").arg("name=disk").file(path).refused(1);
+            let outcome = scratch
+                .mount()
+                .arg("readonly=true")
+                .arg("name=disk")
+                .file(path)
+                .refused(1);
             outcome.one_error(1, &[cause, "disk.vmdk", "byte"]);
-            let outcome = scratch.mount().arg("readonly=true").arg(arg).arg("name=disk").file(path).refused(1);
+            let outcome = scratch
+                .mount()
+                .arg("readonly=true")
+                .arg(arg)
+                .arg("name=disk")
+                .file(path)
+                .refused(1);
             let errors = outcome.stderr.lines().filter(|l| l.contains(cause)).count();
             assert_eq!(errors, 1, "{arg}: {outcome}");
         }
@@ -375,7 +475,9 @@ fn regression_a_disk_of_which_nothing_can_be_read_is_one_error() {
 /// Lets entries of both copies of a table point past the end of the file.
 fn damage_table(path: &Path, copies: [u64; 2], entries: std::ops::Range<u64>) {
     for at in copies {
-        let bad = 0x7fff_ff80u32.to_le_bytes().repeat((entries.end - entries.start) as usize);
+        let bad = 0x7fff_ff80u32
+            .to_le_bytes()
+            .repeat((entries.end - entries.start) as usize);
         write::poke(path, at * SECTOR + entries.start * 4, &bad).unwrap();
     }
 }
@@ -402,7 +504,10 @@ fn regression_the_log_of_a_damaged_disk_is_short() {
     let path = mount.file("disk");
     let dd = Cmd::new("dd").args(["bs=4096", "conv=noerror,sync", "of=/dev/null"]);
     let outcome = dd.arg(format!("if={}", path.display())).run();
-    assert!(outcome.stderr.contains("2+510 records in"), "not all the damage was read: {outcome}");
+    assert!(
+        outcome.stderr.contains("2+510 records in"),
+        "not all the damage was read: {outcome}"
+    );
     assert!(read_range(&path, 0, 4096) == made.layer.read(0, 8));
     mount.unmount();
     let text = fs::read_to_string(&log).unwrap();

@@ -40,13 +40,17 @@ struct Sample {
 
 /// The rows of the tables, by their cells.
 fn rows(readme: &str) -> impl Iterator<Item = Vec<&str>> {
-    let lines = readme.lines().filter(|line| line.starts_with("| ") && line.contains('/'));
+    let lines = readme
+        .lines()
+        .filter(|line| line.starts_with("| ") && line.contains('/'));
     lines.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
 }
 
 /// The first word of 64 hex digits.
 fn hash(cell: &str) -> Option<String> {
-    let word = cell.split_whitespace().find(|word| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit()));
+    let word = cell
+        .split_whitespace()
+        .find(|word| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit()));
     word.map(str::to_owned)
 }
 
@@ -58,18 +62,37 @@ fn samples(dir: &Path) -> Vec<Sample> {
     for cells in rows(&readme).filter(is_file) {
         let path = dir.join(cells[0].split_whitespace().next().unwrap());
         assert!(path.is_file(), "{} is in the table but not there", path.display());
-        found.push(Sample { path, size: cells[5].parse().ok(), whole: None, grains: None });
+        found.push(Sample {
+            path,
+            size: cells[5].parse().ok(),
+            whole: None,
+            grains: None,
+        });
     }
     for cells in rows(&readme).filter(|cells| cells.len() == 3) {
         // Long names are cut with an ellipsis.
         let start = cells[0].split_whitespace().next().unwrap().trim_end_matches('…');
-        let fits = |sample: &&mut Sample| sample.path.strip_prefix(dir).unwrap().to_str().unwrap().starts_with(start);
-        let sample = found.iter_mut().find(fits).unwrap_or_else(|| panic!("{start} has a hash but no row"));
+        let fits = |sample: &&mut Sample| {
+            sample
+                .path
+                .strip_prefix(dir)
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with(start)
+        };
+        let sample = found
+            .iter_mut()
+            .find(fits)
+            .unwrap_or_else(|| panic!("{start} has a hash but no row"));
         sample.whole = hash(cells[1]);
         sample.grains = cells[2].split_once("grain digest").and_then(|(_, rest)| hash(rest));
         assert!(sample.whole.is_some(), "no hash in {cells:?}");
     }
-    assert!(found.len() >= 10 && found.iter().filter(|sample| sample.whole.is_some()).count() >= 10, "{found:?}");
+    assert!(
+        found.len() >= 10 && found.iter().filter(|sample| sample.whole.is_some()).count() >= 10,
+        "{found:?}"
+    );
     found
 }
 
@@ -99,7 +122,13 @@ fn samples_read_as_their_hash_or_are_refused() {
 fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     let point = format!("mnt-{}", name(sample));
     scratch.mkdir(&point);
-    let mount = scratch.mount().at(&point).file(&sample.path).arg("name=disk").arg("-r").start();
+    let mount = scratch
+        .mount()
+        .at(&point)
+        .file(&sample.path)
+        .arg("name=disk")
+        .arg("-r")
+        .start();
     let path = mount.file("disk");
     assert_eq!(Some(fs::metadata(&path).unwrap().len()), sample.size, "size");
     match &sample.grains {
@@ -108,7 +137,15 @@ fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     }
     if need_qemu() {
         let raw = scratch.path(format!("{}.raw", name(sample)));
-        qemu_img(["convert", "-f", "vmdk", "-O", "raw", sample.path.to_str().unwrap(), raw.to_str().unwrap()]);
+        qemu_img([
+            "convert",
+            "-f",
+            "vmdk",
+            "-O",
+            "raw",
+            sample.path.to_str().unwrap(),
+            raw.to_str().unwrap(),
+        ]);
         assert_same_at_random(&path, &raw, 5, 300);
     }
     mount.unmount();
@@ -121,7 +158,13 @@ const BY_KERNEL: usize = 5;
 fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Option<Mount> {
     let point = format!("view-{name}");
     scratch.mkdir(&point);
-    let mut command = scratch.mount().at(&point).file(image).arg("name=disk").arg("-r").arg("kernel-view=required");
+    let mut command = scratch
+        .mount()
+        .at(&point)
+        .file(image)
+        .arg("name=disk")
+        .arg("-r")
+        .arg("kernel-view=required");
     for dir in allow {
         command = command.arg(format!("allow-dir={}", dir.display()));
     }
@@ -142,9 +185,14 @@ fn samples_read_as_their_hash_by_the_kernel() {
         return;
     }
     let (scratch, seen) = (Scratch::new(), AtomicUsize::new(0));
-    let good: Vec<_> = samples(&dir).into_iter().filter(|sample| sample.whole.is_some()).collect();
+    let good: Vec<_> = samples(&dir)
+        .into_iter()
+        .filter(|sample| sample.whole.is_some())
+        .collect();
     each(&good, name, |sample| {
-        let Some(mount) = mount_view(&scratch, &name(sample), &sample.path, &[]) else { return };
+        let Some(mount) = mount_view(&scratch, &name(sample), &sample.path, &[]) else {
+            return;
+        };
         let path = mount.file("disk");
         match &sample.grains {
             Some(grains) => assert_eq!(&digest_grains(&path), grains, "grain digest"),
@@ -167,7 +215,9 @@ fn valid_variants_of_the_second_maker_by_the_kernel() {
     each(&entries, title, |entry| {
         let made = scratch.path("made");
         let allow = [made.join(&entry.name)];
-        let Some(mount) = mount_view(&scratch, &entry.name, &made.join(&entry.open), &allow) else { return };
+        let Some(mount) = mount_view(&scratch, &entry.name, &made.join(&entry.open), &allow) else {
+            return;
+        };
         read_entry(&mount, "disk", entry);
         seen.fetch_add(1, Ordering::Relaxed);
         mount.unmount();
@@ -178,7 +228,9 @@ fn valid_variants_of_the_second_maker_by_the_kernel() {
 #[test]
 fn hostile_variants_of_the_second_maker_have_no_run_outside_of_their_files() {
     let scratch = Scratch::new();
-    let Some(entries) = make(&scratch, "hostile") else { return };
+    let Some(entries) = make(&scratch, "hostile") else {
+        return;
+    };
     each(&entries, title, |entry| {
         if let Ok(image) = open_read_only(&scratch.path("made").join(&entry.open), &[]) {
             check_runs(&image);
@@ -189,7 +241,9 @@ fn hostile_variants_of_the_second_maker_have_no_run_outside_of_their_files() {
 /// qemu's own test of this file: 100 sectors of one digit each.
 #[test]
 fn the_sample_of_qemu_has_its_pattern() {
-    let Some(sample) = shared("samples/qemu/iotest-version3.vmdk") else { return };
+    let Some(sample) = shared("samples/qemu/iotest-version3.vmdk") else {
+        return;
+    };
     if !need_fuse() {
         return;
     }
@@ -210,7 +264,11 @@ fn info_of_every_sample_is_json_or_one_line() {
     let Some(dir) = shared("samples") else { return };
     let scratch = Scratch::new();
     each(&samples(&dir), name, |sample| {
-        let outcome = scratch.vmdkfuse().args(["--info", "--json"]).key("file", &sample.path).run();
+        let outcome = scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .key("file", &sample.path)
+            .run();
         if sample.whole.is_none() {
             outcome.one_error(1, &[]);
             return;
@@ -242,10 +300,17 @@ fn make(scratch: &Scratch, set: &str) -> Option<Vec<Entry>> {
         return None;
     }
     let made = scratch.path("made");
-    let cmd = Cmd::new("python3").arg(&script).args(["--set", set, "--out"]).arg(&made);
+    let cmd = Cmd::new("python3")
+        .arg(&script)
+        .args(["--set", set, "--out"])
+        .arg(&made);
     cmd.deadline(Duration::from_secs(120)).run().ok();
     let manifest: Vec<Entry> = serde_json::from_str(&fs::read_to_string(made.join("manifest.json")).unwrap()).unwrap();
-    assert!(manifest.len() > 30 && manifest.iter().all(|entry| entry.set == set), "{} entries", manifest.len());
+    assert!(
+        manifest.len() > 30 && manifest.iter().all(|entry| entry.set == set),
+        "{} entries",
+        manifest.len()
+    );
     Some(manifest)
 }
 
@@ -269,7 +334,9 @@ fn valid_variants_of_the_second_maker() {
             for entry in *group {
                 let own = scratch.path("made").join(&entry.name);
                 command = command.file(scratch.path("made").join(&entry.open));
-                command = command.arg(format!("name={}", entry.name)).arg(format!("allow-dir={}", own.display()));
+                command = command
+                    .arg(format!("name={}", entry.name))
+                    .arg(format!("allow-dir={}", own.display()));
             }
             let mount = command.start();
             each(group, title, |entry| read_entry(&mount, &entry.name, entry));
@@ -295,7 +362,9 @@ fn read_entry(mount: &Mount, name: &str, entry: &Entry) {
 #[test]
 fn hostile_variants_of_the_second_maker() {
     let scratch = Scratch::new();
-    let Some(entries) = make(&scratch, "hostile") else { return };
+    let Some(entries) = make(&scratch, "hostile") else {
+        return;
+    };
     each(&entries, title, |entry| {
         let answer = open_hostile(&scratch, &entry.name, &scratch.path("made").join(&entry.open), &[]);
         match entry.expect.as_deref() {
@@ -303,7 +372,11 @@ fn hostile_variants_of_the_second_maker() {
             Some("eio") => {
                 if let Answer::Mounted(mount, path) = &answer {
                     assert!(meets_eio(path), "the damage reads as if it were good");
-                    assert!(mount.peak_memory() <= 128 << 20, "{} bytes in memory", mount.peak_memory());
+                    assert!(
+                        mount.peak_memory() <= 128 << 20,
+                        "{} bytes in memory",
+                        mount.peak_memory()
+                    );
                 }
             }
             Some("warn") => {
@@ -331,7 +404,13 @@ fn meets_eio(path: &Path) -> bool {
             _ => false,
         }
     };
-    let first = (0..size.min(8 << 20)).step_by(65536).any(|at| is_bad(at, 65536.min(size - at)));
+    let first = (0..size.min(8 << 20))
+        .step_by(65536)
+        .any(|at| is_bad(at, 65536.min(size - at)));
     // A damaged table may fail the walk itself; then the start of the disk has failed before.
-    first || data_ranges(path).iter().take(64).any(|range| is_bad(range.start, (range.end - range.start).min(1 << 20)))
+    first
+        || data_ranges(path)
+            .iter()
+            .take(64)
+            .any(|range| is_bad(range.start, (range.end - range.start).min(1 << 20)))
 }

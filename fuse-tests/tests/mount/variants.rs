@@ -23,7 +23,8 @@ const CHUNK: u64 = 1 << 20;
 #[track_caller]
 fn compare_range(file: &File, disk: &dyn Content, range: &Range<u64>) {
     let mut seen = vec![0; (range.end - range.start) as usize];
-    file.read_exact_at(&mut seen, range.start).unwrap_or_else(|e| panic!("bytes {range:?}: {e}"));
+    file.read_exact_at(&mut seen, range.start)
+        .unwrap_or_else(|e| panic!("bytes {range:?}: {e}"));
     let wanted = disk.read_bytes(range);
     if seen != wanted {
         let at = seen.iter().zip(&wanted).position(|(a, b)| a != b).unwrap_or(0);
@@ -47,17 +48,32 @@ fn compare(path: &Path, disk: &dyn Content, whole: bool, damaged: Option<&Range<
     let size = disk.sectors() * SECTOR;
     assert_eq!(file.metadata().unwrap().len(), size, "size");
     let damaged = damaged.map(|bad| bad.start / PAGE * PAGE..bad.end.next_multiple_of(PAGE).min(size));
-    let intact =
-        |range: &Range<u64>| damaged.as_ref().is_none_or(|bad| range.end <= bad.start || bad.end <= range.start);
+    let intact = |range: &Range<u64>| {
+        damaged
+            .as_ref()
+            .is_none_or(|bad| range.end <= bad.start || bad.end <= range.start)
+    };
     let mut ranges = disk.random_ranges(SEED, 150, 1 << 17);
     if whole {
         // Cut at the damage too, so that all but it is read.
         let mut cuts: Vec<u64> = (0..size).step_by(CHUNK as usize).chain([size]).collect();
-        cuts.extend(damaged.iter().flat_map(|bad| [bad.start, bad.end]).filter(|at| *at < size));
+        cuts.extend(
+            damaged
+                .iter()
+                .flat_map(|bad| [bad.start, bad.end])
+                .filter(|at| *at < size),
+        );
         cuts.sort_unstable();
-        ranges.extend(cuts.windows(2).map(|pair| pair[0]..pair[1]).filter(|range| range.start < range.end));
+        ranges.extend(
+            cuts.windows(2)
+                .map(|pair| pair[0]..pair[1])
+                .filter(|range| range.start < range.end),
+        );
     }
-    ranges.iter().filter(|range| intact(range)).for_each(|range| compare_range(&file, disk, range));
+    ranges
+        .iter()
+        .filter(|range| intact(range))
+        .for_each(|range| compare_range(&file, disk, range));
 }
 
 /// Whether reading a range, piece by piece, fails with an I/O error somewhere. Any other error is a panic.
@@ -94,11 +110,17 @@ fn valid_variants_read_as_their_model() {
         return;
     }
     let scratch = Scratch::new();
-    let made: Vec<(&Variant, Made)> =
-        valid().iter().map(|variant| (variant, variant.make(scratch.root(), SEED).unwrap())).collect();
+    let made: Vec<(&Variant, Made)> = valid()
+        .iter()
+        .map(|variant| (variant, variant.make(scratch.root(), SEED).unwrap()))
+        .collect();
     let groups: Vec<_> = made.chunks(GROUP).enumerate().collect();
     let name = |(_, group): &(usize, &[(&Variant, Made)])| {
-        group.iter().map(|(variant, _)| variant.name).collect::<Vec<_>>().join(", ")
+        group
+            .iter()
+            .map(|(variant, _)| variant.name)
+            .collect::<Vec<_>>()
+            .join(", ")
     };
     each(&groups, name, |(number, group)| {
         let point = format!("mnt{number}");
@@ -116,9 +138,15 @@ fn valid_variants_read_as_their_model() {
             let path = mount.file(variant.name);
             compare(&path, &*made.disk, made.is_hashable(), None);
             let file = File::open(&path).unwrap();
-            made.probes.iter().for_each(|probe| compare_range(&file, &*made.disk, probe));
+            made.probes
+                .iter()
+                .for_each(|probe| compare_range(&file, &*made.disk, probe));
         };
-        each(group, |(variant, _)| format!("{} ({})", variant.name, variant.note), compare_one);
+        each(
+            group,
+            |(variant, _)| format!("{} ({})", variant.name, variant.note),
+            compare_one,
+        );
         mount.unmount();
     });
 }
@@ -152,17 +180,37 @@ fn valid_variants_are_not_corrupt() {
         |variant| variant.name.to_owned(),
         |variant| {
             let made = variant.make(scratch.root(), SEED).unwrap();
-            let allow: Vec<_> = made.allow_dirs.iter().map(|dir| format!("allow-dir={}", dir.display())).collect();
-            let outcome = scratch.vmdkfuse().args(["--check", "--json"]).key("file", &made.open).args(allow).run();
-            let wanted: &[i32] = if variant.name.starts_with("rgd_only") { &[4] } else { &[0, 3] };
-            assert!(outcome.ended.code.is_some_and(|code| wanted.contains(&code)), "{outcome}");
+            let allow: Vec<_> = made
+                .allow_dirs
+                .iter()
+                .map(|dir| format!("allow-dir={}", dir.display()))
+                .collect();
+            let outcome = scratch
+                .vmdkfuse()
+                .args(["--check", "--json"])
+                .key("file", &made.open)
+                .args(allow)
+                .run();
+            let wanted: &[i32] = if variant.name.starts_with("rgd_only") {
+                &[4]
+            } else {
+                &[0, 3]
+            };
+            assert!(
+                outcome.ended.code.is_some_and(|code| wanted.contains(&code)),
+                "{outcome}"
+            );
         },
     );
 }
 
 /// What must become of one hostile file.
 fn try_hostile(scratch: &Scratch, entry: &Hostile) {
-    let Bad { open, allow_dirs, content } = entry.make(scratch.root(), SEED).unwrap();
+    let Bad {
+        open,
+        allow_dirs,
+        content,
+    } = entry.make(scratch.root(), SEED).unwrap();
     let answer = open_hostile(scratch, entry.name, &open, &[]);
     match &entry.expect {
         Expect::Reject => drop(answer.refused(entry.note)),
@@ -173,7 +221,10 @@ fn try_hostile(scratch: &Scratch, entry: &Hostile) {
         Expect::Warn => compare_if_mounted(&answer, content.as_deref(), None),
         Expect::Eio { damaged } => {
             if let (Answer::Mounted(_, path), Some(range)) = (&answer, damaged) {
-                assert!(fails_with_eio(path, range), "the damage at {range:?} reads as if it were good");
+                assert!(
+                    fails_with_eio(path, range),
+                    "the damage at {range:?} reads as if it were good"
+                );
             }
             compare_if_mounted(&answer, content.as_deref(), damaged.as_ref());
         }
@@ -207,7 +258,11 @@ fn hostile_files_do_no_harm() {
         return;
     }
     let scratch = Scratch::new();
-    each(hostile(), |entry| format!("{} ({})", entry.name, entry.note), |entry| try_hostile(&scratch, entry));
+    each(
+        hostile(),
+        |entry| format!("{} ({})", entry.name, entry.note),
+        |entry| try_hostile(&scratch, entry),
+    );
     scratch.assert_no_mounts();
 }
 
@@ -221,8 +276,12 @@ fn hostile_files_are_looked_at_without_harm() {
         |entry| {
             let bad = entry.make(scratch.root(), SEED).unwrap();
             for action in ["--info", "--check"] {
-                let outcome =
-                    scratch.vmdkfuse().args([action, "--json"]).key("file", &bad.open).memory(128 << 20).run();
+                let outcome = scratch
+                    .vmdkfuse()
+                    .args([action, "--json"])
+                    .key("file", &bad.open)
+                    .memory(128 << 20)
+                    .run();
                 assert!(matches!(outcome.ended.code, Some(0 | 1 | 3 | 4)), "{outcome}");
                 if outcome.ended.code == Some(1) {
                     outcome.one_error(1, &[]);

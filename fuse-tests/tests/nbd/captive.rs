@@ -15,7 +15,12 @@ fn a_qcow2_is_edited_by_a_server_that_ends_with_the_mount() {
     }
     let scratch = Scratch::new();
     let image = scratch.path("x.qcow2");
-    Cmd::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("64M").run().ok();
+    Cmd::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg("64M")
+        .run()
+        .ok();
     let data = scratch.write("data", noise(3 << 20, 5));
     let words = ["command=qemu-nbd", "arg=-f", "arg=qcow2"];
     let mut start = scratch.mount();
@@ -29,7 +34,11 @@ fn a_qcow2_is_edited_by_a_server_that_ends_with_the_mount() {
     assert!(poll_until(SOON, || !is_running(server)), "the server lives on");
     Cmd::new("qemu-img").args(["check", "-q"]).arg(&image).run().ok();
     let raw = scratch.path("raw");
-    Cmd::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&image, &raw]).run().ok();
+    Cmd::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .args([&image, &raw])
+        .run()
+        .ok();
     assert_eq!(read_range(&raw, 0, 3 << 20), fs::read(&data).unwrap());
 }
 
@@ -39,7 +48,12 @@ fn a_server_of_ours_ends_also_when_the_mount_is_killed() {
         return;
     }
     let scratch = Scratch::new();
-    let mut mount = scratch.mount().arg("command=nbdkit").arg("arg=memory").arg("arg=1M").start();
+    let mut mount = scratch
+        .mount()
+        .arg("command=nbdkit")
+        .arg("arg=memory")
+        .arg("arg=1M")
+        .start();
     let server = children(mount.pid()).pop().expect("a server");
     assert!(is_running(server));
     mount.signal(Signal::SIGKILL);
@@ -54,11 +68,19 @@ fn a_compressed_image_is_read_by_a_captive_filter() {
     }
     let scratch = Scratch::new();
     let image = scratch.write("x.img", noise(6 << 20, 9));
-    Cmd::new("xz").args(["-k", "-0", "--block-size=1MiB"]).arg(&image).run().ok();
+    Cmd::new("xz")
+        .args(["-k", "-0", "--block-size=1MiB"])
+        .arg(&image)
+        .run()
+        .ok();
     let file = format!("arg={}", scratch.path("x.img.xz").display());
     let words = ["command=nbdkit", "arg=-r", "arg=--filter=xz", "arg=file"];
     let start = words.iter().fold(scratch.mount(), |mount, word| mount.arg(word));
     let mount = start.arg(file).start();
     assert_same(&mount.file("disk.raw"), &image);
-    assert_eq!(fs::metadata(mount.file("disk.raw")).unwrap().mode() & 0o222, 0, "a read-only export");
+    assert_eq!(
+        fs::metadata(mount.file("disk.raw")).unwrap().mode() & 0o222,
+        0,
+        "a read-only export"
+    );
 }

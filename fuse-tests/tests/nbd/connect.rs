@@ -51,7 +51,11 @@ fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_h
         "retry = 50\n[[disk]]\nname = \"socket\"\nsocket = \"s\"\n[[disk]]\nhostname = \"127.0.0.1\"\nport = {port}\n\
          name = \"port\"\n[[disk]]\ncommand = \"nbdkit\"\narg = [\"memory\", \"3M\"]\nname = \"command\"\n"
     );
-    let mount = scratch.mount().arg("--config").arg(scratch.write("vms.toml", text)).start();
+    let mount = scratch
+        .mount()
+        .arg("--config")
+        .arg(scratch.write("vms.toml", text))
+        .start();
     assert_eq!(mount.names(), ["command", "port", "socket"]);
     for (name, size) in [("socket", 1u64), ("port", 2), ("command", 3)] {
         assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), size << 20, "{name}");
@@ -60,7 +64,11 @@ fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_h
     let data = scratch.write("data", noise(1 << 20, 12));
     for name in ["port", "command"] {
         put(&data, &mount.file(name));
-        assert_eq!(read_range(&mount.file(name), 0, 1 << 20), fs::read(&data).unwrap(), "{name}");
+        assert_eq!(
+            read_range(&mount.file(name), 0, 1 << 20),
+            fs::read(&data).unwrap(),
+            "{name}"
+        );
     }
     let captive = children(mount.pid()).pop().expect("a server");
     mount.unmount();

@@ -31,7 +31,12 @@ fn what_is_written_through_the_mount_is_on_the_server_after_fsync() {
     for (at, len) in [(0u64, 1usize), (511, 2), (1_000_003, 70_001), ((32 << 20) - 5, 5)] {
         let bytes = noise(len, at);
         file.write_all_at(&bytes, at).unwrap();
-        File::options().write(true).open(&image).unwrap().write_all_at(&bytes, at).unwrap();
+        File::options()
+            .write(true)
+            .open(&image)
+            .unwrap()
+            .write_all_at(&bytes, at)
+            .unwrap();
     }
     file.sync_all().unwrap();
     drop(file);
@@ -78,10 +83,18 @@ fn a_copy_of_a_mostly_empty_export_moves_only_its_data() {
     file.sync_all().unwrap();
     drop(file);
     let found = data_ranges(&disk);
-    assert!(found.iter().map(|r| r.end - r.start).sum::<u64>() < 8 << 20, "{found:?}");
+    assert!(
+        found.iter().map(|r| r.end - r.start).sum::<u64>() < 8 << 20,
+        "{found:?}"
+    );
     let copy = scratch.path("copy");
     let words = ["convert", "-f", "raw", "-O", "raw"];
-    Cmd::new("qemu-img").args(words).args([&disk, &copy]).deadline(Duration::from_secs(120)).run().ok();
+    Cmd::new("qemu-img")
+        .args(words)
+        .args([&disk, &copy])
+        .deadline(Duration::from_secs(120))
+        .run()
+        .ok();
     for at in islands {
         assert_eq!(read_range(&copy, at, 1 << 20), noise(1 << 20, at), "{at}");
     }
@@ -126,7 +139,11 @@ fn what_is_punched_out_of_an_export_is_no_longer_stored_by_its_server() {
     assert_same(&seen, &wanted);
     assert_same(&disk, &wanted);
     for path in [&seen, &disk] {
-        assert!(!data_ranges(path).iter().any(|r| r.start < 12 << 20 && r.end > 4 << 20), "{:?}", data_ranges(path));
+        assert!(
+            !data_ranges(path).iter().any(|r| r.start < 12 << 20 && r.end > 4 << 20),
+            "{:?}",
+            data_ranges(path)
+        );
         // the mount counts in the background
         let stored = || fs::metadata(path).unwrap().blocks() * 512;
         assert!(
@@ -153,10 +170,18 @@ fn nbd_server_is_read_and_written() {
     );
     let config = scratch.write("config", config);
     let mut command = Command::new("nbd-server");
-    command.arg("-d").arg("-C").arg(config).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+    command
+        .arg("-d")
+        .arg("-C")
+        .arg(config)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
     // it serves the first client only, so nobody else may look whether it is up
     let _server = Server::unseen(command);
-    let start = scratch.mount().arg("hostname=127.0.0.1").arg(format!("port={port}")).arg("export=vm");
+    let start = scratch
+        .mount()
+        .arg("hostname=127.0.0.1")
+        .arg(format!("port={port}"))
+        .arg("export=vm");
     let mount = start.arg("retry=20").start();
     let seen = mount.file("vm.raw");
     assert_same(&seen, &disk);
@@ -178,6 +203,12 @@ fn an_overlay_takes_the_writes_of_an_export() {
     put(&data, &mount.file("disk.raw"));
     mount.unmount();
     let mount = start().start();
-    assert_eq!(read_range(&mount.file("disk.raw"), 0, 1 << 20), fs::read(&data).unwrap());
-    assert_eq!(read_range(&mount.file("disk.raw"), 4 << 20, 8), (4u64 << 20).to_be_bytes());
+    assert_eq!(
+        read_range(&mount.file("disk.raw"), 0, 1 << 20),
+        fs::read(&data).unwrap()
+    );
+    assert_eq!(
+        read_range(&mount.file("disk.raw"), 4 << 20, 8),
+        (4u64 << 20).to_be_bytes()
+    );
 }

@@ -21,7 +21,11 @@ impl Writer {
              os.fsync(f)"
         );
         let mut python = Command::new("python3");
-        python.args(["-c", &code]).arg(file).stdin(Stdio::piped()).stdout(Stdio::piped());
+        python
+            .args(["-c", &code])
+            .arg(file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut writer = Self(python.spawn().unwrap());
         writer.0.stdout.as_mut().unwrap().read_exact(&mut [0; 7]).unwrap();
         writer
@@ -46,14 +50,22 @@ fn logged(log: &Path) -> (usize, usize, usize) {
     let text = fs::read_to_string(log).unwrap_or_default();
     let writes = text.lines().filter(|line| line.contains(" Write id="));
     let durable = writes.clone().filter(|line| line.contains("fua=1"));
-    (writes.count(), durable.count(), text.lines().filter(|line| line.contains(" Flush id=")).count())
+    (
+        writes.count(),
+        durable.count(),
+        text.lines().filter(|line| line.contains(" Flush id=")).count(),
+    )
 }
 
 /// `dd` of so many blocks to a file that is opened with O_DSYNC or O_SYNC.
 fn write_synced(from: &Path, to: &Path, flag: &str, block: &str, count: usize) -> Cmd {
     let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
     let words = [format!("bs={block}"), format!("count={count}"), format!("oflag={flag}")];
-    Cmd::new("dd").args([&input, &output]).args(&words).args(["conv=notrunc", "status=none"]).deadline(SOON)
+    Cmd::new("dd")
+        .args([&input, &output])
+        .args(&words)
+        .args(["conv=notrunc", "status=none"])
+        .deadline(SOON)
 }
 
 #[test]
@@ -92,7 +104,11 @@ fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed
         let server = Server::nbdkit(&scratch, &["--filter=log", "memory", "8M", &logfile]);
         let mount = scratch.mount().arg(server.uri()).start();
         write_synced(&data, &mount.file("disk.raw"), flag, "4k", 8).run().ok();
-        assert_eq!(logged(&log), (8, 8, 0), "{flag}: one write with FUA each, and nothing to flush at the close");
+        assert_eq!(
+            logged(&log),
+            (8, 8, 0),
+            "{flag}: one write with FUA each, and nothing to flush at the close"
+        );
         // of several commands each would be made durable by itself
         write_synced(&data, &mount.file("disk.raw"), flag, "1M", 1).run().ok();
         let (writes, durable, flushes) = logged(&log);
@@ -103,9 +119,14 @@ fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed
     // the filter takes FUA away
     let server = Server::nbdkit(&scratch, &["--filter=log", "--filter=fua", "memory", "8M", &logfile]);
     let mount = scratch.mount().arg(server.uri()).start();
-    write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 8).run().ok();
+    write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 8)
+        .run()
+        .ok();
     assert_eq!(logged(&log), (8, 0, 8), "a write and a flush each");
-    assert_eq!(read_range(&mount.file("disk.raw"), 0, 32 << 10), fs::read(&data).unwrap()[..32 << 10]);
+    assert_eq!(
+        read_range(&mount.file("disk.raw"), 0, 32 << 10),
+        fs::read(&data).unwrap()[..32 << 10]
+    );
 }
 
 #[test]
@@ -119,7 +140,14 @@ fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
     let file = format!("file={}", disk.display());
     let log = |path: &Path| format!("logfile={}", path.display());
     // a server that has the write, and never answers it
-    let slow = ["--filter=log", "--filter=delay", "file", &file, &log(&first), "wdelay=1000"];
+    let slow = [
+        "--filter=log",
+        "--filter=delay",
+        "file",
+        &file,
+        &log(&first),
+        "wdelay=1000",
+    ];
     let server = Server::nbdkit(&scratch, &slow);
     let mount = scratch.mount().arg(server.uri()).start();
     let data = scratch.write("data", noise(4096, 14));
@@ -147,7 +175,11 @@ fn a_durable_write_over_an_unflushed_one_is_not_undone_by_a_restart() {
     let writer = Writer::start(code, &mount.file("disk.raw"));
     server.crash();
     // what was durable is there, the rest is not
-    fs::write(&disk, [vec![0; 4096], vec![b'B'; 4096], vec![0; (1 << 20) - 8192]].concat()).unwrap();
+    fs::write(
+        &disk,
+        [vec![0; 4096], vec![b'B'; 4096], vec![0; (1 << 20) - 8192]].concat(),
+    )
+    .unwrap();
     let _server = Server::nbdkit(&scratch, &["file", &file]);
     writer.fsync();
     assert!(read_range(&disk, 0, 8192) == [vec![b'A'; 4096], vec![b'B'; 4096]].concat());

@@ -22,15 +22,38 @@ fn every_export_is_a_file_and_no_name_leaves_the_folder() {
     ];
     let server = Server::nbdkit(&scratch, &words);
     let mount = scratch.mount().arg(server.uri()).arg("dynamic-export=true").start();
-    let names = ["..%2F..%2Fetc%2Fpasswd.raw", "...raw", "a%252Fb.raw", "a%2Fb.raw", "vm1.raw", "vm1~2.raw"];
+    let names = [
+        "..%2F..%2Fetc%2Fpasswd.raw",
+        "...raw",
+        "a%252Fb.raw",
+        "a%2Fb.raw",
+        "vm1.raw",
+        "vm1~2.raw",
+    ];
     assert_eq!(mount.names(), names);
-    for (name, export) in [("a%2Fb.raw", "a/b"), ("vm1.raw", "vm1"), ("vm1~2.raw", "vm1.raw"), ("...raw", "..")] {
+    for (name, export) in [
+        ("a%2Fb.raw", "a/b"),
+        ("vm1.raw", "vm1"),
+        ("vm1~2.raw", "vm1.raw"),
+        ("...raw", ".."),
+    ] {
         assert_eq!(fs::metadata(mount.file(name)).unwrap().len(), 1 << 20);
         let read = read_range(&mount.file(name), 0, export.len());
         assert_eq!(String::from_utf8_lossy(&read), export, "{name}");
     }
-    let listed = scratch.vmdkfuse().args(["--list", "--json"]).arg(server.uri()).run().ok().json();
-    let exports: Vec<_> = listed[0]["exports"].as_array().unwrap().iter().map(|e| e["export"].clone()).collect();
+    let listed = scratch
+        .vmdkfuse()
+        .args(["--list", "--json"])
+        .arg(server.uri())
+        .run()
+        .ok()
+        .json();
+    let exports: Vec<_> = listed[0]["exports"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["export"].clone())
+        .collect();
     assert_eq!(exports, ["../../etc/passwd", "a/b", "a%2Fb", "vm1", "vm1.raw", ".."]);
     assert_eq!(listed[0]["exports"][3]["size"], 1 << 20);
 }
@@ -41,9 +64,22 @@ fn info_tells_what_nbdinfo_does() {
         return;
     }
     let scratch = Scratch::new();
-    let sizes = ["blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=1M"];
-    let server = Server::nbdkit(&scratch, &[&["--filter=blocksize-policy", "memory", "5M"][..], &sizes].concat());
-    let ours = scratch.vmdkfuse().args(["--info", "--json"]).arg(server.uri()).run().ok().json();
+    let sizes = [
+        "blocksize-minimum=4096",
+        "blocksize-preferred=64K",
+        "blocksize-maximum=1M",
+    ];
+    let server = Server::nbdkit(
+        &scratch,
+        &[&["--filter=blocksize-policy", "memory", "5M"][..], &sizes].concat(),
+    );
+    let ours = scratch
+        .vmdkfuse()
+        .args(["--info", "--json"])
+        .arg(server.uri())
+        .run()
+        .ok()
+        .json();
     let theirs = Cmd::new("nbdinfo").arg("--json").arg(server.uri()).run().ok().json();
     let (export, wanted) = (&ours[0]["exports"][0], &theirs["exports"][0]);
     assert_eq!(export["size"], wanted["export-size"]);
@@ -55,7 +91,10 @@ fn info_tells_what_nbdinfo_does() {
     }
     assert_eq!(ours[0]["protocol"], theirs["protocol"]);
     let text = scratch.vmdkfuse().arg("--info").arg(server.uri()).run().ok().stdout;
-    assert!(text.contains("size             5242880 bytes") && text.contains("can_multi_conn   yes"), "{text}");
+    assert!(
+        text.contains("size             5242880 bytes") && text.contains("can_multi_conn   yes"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -66,7 +105,14 @@ fn info_tells_of_an_overlay_over_an_export() {
     let scratch = Scratch::new();
     let server = Server::nbdkit(&scratch, &["pattern", "5M"]);
     let cow = format!("cow={}", scratch.path("cow.vmdk").display());
-    let info = || scratch.vmdkfuse().args(["--info", "--json"]).arg(server.uri()).arg(&cow).run();
+    let info = || {
+        scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .arg(server.uri())
+            .arg(&cow)
+            .run()
+    };
     assert_eq!(info().ended.code, Some(1), "there is none yet");
     scratch.mount().arg(server.uri()).arg(&cow).start().unmount();
     let told = info().ok().json();

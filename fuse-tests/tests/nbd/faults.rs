@@ -24,7 +24,14 @@ fn restarts_of_the_server_under_load_lose_nothing() {
     let fio = std::thread::spawn(move || {
         // small ones on a connection for all, long ones each with a connection for itself
         let split = "--bssplit=8k/60:64k/20:256k/10:1m/10";
-        let words = ["--name=v", "--rw=randwrite", split, "--size=64M", "--direct=1", "--ioengine=libaio"];
+        let words = [
+            "--name=v",
+            "--rw=randwrite",
+            split,
+            "--size=64M",
+            "--direct=1",
+            "--ioengine=libaio",
+        ];
         let verify = [
             "--iodepth=16",
             "--fsync=64",
@@ -34,7 +41,12 @@ fn restarts_of_the_server_under_load_lose_nothing() {
             "--rate=,20M",
         ];
         let name = format!("--filename={}", seen.display());
-        Cmd::new("fio").args(words).args(verify).arg(name).deadline(Duration::from_secs(120)).run()
+        Cmd::new("fio")
+            .args(words)
+            .args(verify)
+            .arg(name)
+            .deadline(Duration::from_secs(120))
+            .run()
     });
     let mut restarts = 0;
     while !fio.is_finished() {
@@ -60,7 +72,13 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
     let other = scratch.write("other.img", noise(1 << 20, 2));
     // One thread: nbdkit 1.32 ends itself (an assertion in raw_send_socket) where two answer on a connection that is lost.
     let server = Server::nbdkit(&scratch, &["--threads=1", "memory", "8M"]);
-    let mount = scratch.mount().arg(server.uri()).arg("timeout=2").file("other.img").arg("cache=none").start();
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("timeout=2")
+        .file("other.img")
+        .arg("cache=none")
+        .start();
     let disk = mount.file("disk.raw");
     server.signal(Signal::SIGSTOP);
     // more readers and seekers than there are loops
@@ -101,7 +119,12 @@ fn a_server_that_is_gone_is_an_error_after_the_deadline_and_another_size_at_once
     let scratch = Scratch::new();
     let server = Server::nbdkit(&scratch, &["memory", "8M"]);
     let log = scratch.path("log");
-    let mount = scratch.mount().arg(server.uri()).arg("timeout=1").arg(format!("--log-file={}", log.display())).start();
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("timeout=1")
+        .arg(format!("--log-file={}", log.display()))
+        .start();
     let disk = mount.file("disk.raw");
     server.crash();
     assert!(!can_read(&disk, SOON));
@@ -127,7 +150,12 @@ fn garbage_and_lies_in_place_of_an_answer_are_errors() {
     let greeting = b"NBDMAGICIHAVEOPT\x00\x03";
     // a size that no file can have, told in the oldest variant of the protocol
     let lie = [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &[0xff; 8], &[0; 128]].concat();
-    for answer in [noise(4096, 1), [&greeting[..], &noise(4096, 2)].concat(), lie, Vec::new()] {
+    for answer in [
+        noise(4096, 1),
+        [&greeting[..], &noise(4096, 2)].concat(),
+        lie,
+        Vec::new(),
+    ] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let liar = std::thread::spawn(move || {
@@ -136,7 +164,11 @@ fn garbage_and_lies_in_place_of_an_answer_are_errors() {
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        let start = scratch.mount().arg("hostname=127.0.0.1").arg(format!("port={port}")).arg("timeout=5");
+        let start = scratch
+            .mount()
+            .arg("hostname=127.0.0.1")
+            .arg(format!("port={port}"))
+            .arg("timeout=5");
         start.refused(1).one_error(1, &["127.0.0.1"]);
         liar.join().unwrap();
     }
@@ -150,7 +182,15 @@ fn slow_servers_and_their_errors_are_borne() {
     let scratch = Scratch::new();
     let errors = scratch.path("errors");
     let word = format!("error-pread-file={}", errors.display());
-    let filters = ["--filter=delay", "--filter=rate", "--filter=error", "pattern", "4M", "rdelay=5ms", "rate=400M"];
+    let filters = [
+        "--filter=delay",
+        "--filter=rate",
+        "--filter=error",
+        "pattern",
+        "4M",
+        "rdelay=5ms",
+        "rate=400M",
+    ];
     let fails = ["error-pread-rate=100%", "error-pread=EIO", &word];
     let server = Server::nbdkit(&scratch, &[&filters[..], &fails[..]].concat());
     let mount = scratch.mount().arg(server.uri()).start();

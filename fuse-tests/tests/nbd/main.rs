@@ -55,15 +55,24 @@ impl Server {
     /// Starts nbdkit on a port of this machine.
     fn nbdkit_on(port: u16, words: &[&str]) -> Self {
         let mut command = Command::new("nbdkit");
-        command.args(["-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", &port.to_string()]).args(words);
+        command
+            .args(["-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", &port.to_string()])
+            .args(words);
         Self::unseen(command)
     }
 
     /// Starts a server of which nobody knows yet whether it is up.
     fn unseen(mut command: Command) -> Self {
         // In a process group of its own: the system ends one that is stopped in a group that others leave.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        Self { child: command.spawn().expect("starting a server"), socket: PathBuf::new() }
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        Self {
+            child: command.spawn().expect("starting a server"),
+            socket: PathBuf::new(),
+        }
     }
 
     fn uri(&self) -> String {
@@ -100,7 +109,10 @@ fn free_port() -> u16 {
 fn handed(server: &Server) -> Cmd {
     let code = "import os,socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\nos.dup2(s.fileno(),9)\n\
                 os.execv(sys.argv[2],sys.argv[2:])";
-    Cmd::new("python3").args(["-c", code]).arg(&server.socket).arg(program())
+    Cmd::new("python3")
+        .args(["-c", code])
+        .arg(&server.socket)
+        .arg(program())
 }
 
 fn ready() -> bool {
@@ -112,7 +124,9 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         bytes.extend(state.to_be_bytes());
     }
     bytes.truncate(len);
@@ -122,14 +136,25 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
 /// Writes a file as `dd` does, and makes it durable.
 fn put(from: &Path, to: &Path) {
     let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
-    Cmd::new("dd").args([&input, &output]).args(["bs=1M", "conv=notrunc,fsync", "status=none"]).run().ok();
+    Cmd::new("dd")
+        .args([&input, &output])
+        .args(["bs=1M", "conv=notrunc,fsync", "status=none"])
+        .run()
+        .ok();
 }
 
 /// Whether `dd` can read a file.
 fn can_read(path: &Path, deadline: Duration) -> bool {
     let input = format!("if={}", path.display());
     let words = ["of=/dev/null", "bs=4k", "count=1", "iflag=direct", "status=none"];
-    Cmd::new("dd").arg(input).args(words).deadline(deadline).run().ended.code == Some(0)
+    Cmd::new("dd")
+        .arg(input)
+        .args(words)
+        .deadline(deadline)
+        .run()
+        .ended
+        .code
+        == Some(0)
 }
 
 /// The processes that `pid` has started.

@@ -11,17 +11,43 @@ use crate::{SOON, Server, free_port, ready};
 fn certificates(dir: &Path) {
     let write = |name: &str, text: &str| fs::write(dir.join(name), text).unwrap();
     write("ca.info", "cn = Test\nca\ncert_signing_key\nexpiration_days = 2\n");
-    write("server.info", "cn = localhost\ndns_name = localhost\ntls_www_server\nexpiration_days = 2\n");
+    write(
+        "server.info",
+        "cn = localhost\ndns_name = localhost\ntls_www_server\nexpiration_days = 2\n",
+    );
     let certtool = |words: &[&str], out: &str| {
-        Cmd::new("certtool").args(words).arg("--outfile").arg(out).dir(dir).run().ok();
+        Cmd::new("certtool")
+            .args(words)
+            .arg("--outfile")
+            .arg(out)
+            .dir(dir)
+            .run()
+            .ok();
     };
     let key = ["--generate-privkey", "--key-type=ecdsa"];
     certtool(&key, "ca-key.pem");
-    let authority = ["--generate-self-signed", "--load-privkey", "ca-key.pem", "--template", "ca.info"];
+    let authority = [
+        "--generate-self-signed",
+        "--load-privkey",
+        "ca-key.pem",
+        "--template",
+        "ca.info",
+    ];
     certtool(&authority, "ca-cert.pem");
     certtool(&key, "server-key.pem");
-    let by = ["--load-ca-certificate", "ca-cert.pem", "--load-ca-privkey", "ca-key.pem"];
-    let server = ["--generate-certificate", "--load-privkey", "server-key.pem", "--template", "server.info"];
+    let by = [
+        "--load-ca-certificate",
+        "ca-cert.pem",
+        "--load-ca-privkey",
+        "ca-key.pem",
+    ];
+    let server = [
+        "--generate-certificate",
+        "--load-privkey",
+        "server-key.pem",
+        "--template",
+        "server.info",
+    ];
     certtool(&[&server[..], &by[..]].concat(), "server-cert.pem");
 }
 
@@ -37,9 +63,17 @@ fn tls_by_certificates_is_verified() {
     let dir = format!("--tls-certificates={}", good.display());
     let port = free_port();
     let _server = Server::nbdkit_on(port, &["--tls=require", &dir, "pattern", "1M"]);
-    assert!(poll_until(SOON, || std::net::TcpStream::connect(format!("127.0.0.1:{port}")).is_ok()));
+    assert!(poll_until(SOON, || std::net::TcpStream::connect(format!(
+        "127.0.0.1:{port}"
+    ))
+    .is_ok()));
     let uri = format!("nbds://localhost:{port}");
-    let with = |dir: &Path| scratch.mount().arg(&uri).arg(format!("tls-certificates={}", dir.display()));
+    let with = |dir: &Path| {
+        scratch
+            .mount()
+            .arg(&uri)
+            .arg(format!("tls-certificates={}", dir.display()))
+    };
     let mount = with(&good).start();
     assert_eq!(read_range(&mount.file("disk.raw"), 8, 8), 8u64.to_be_bytes());
     mount.unmount();
@@ -63,7 +97,10 @@ fn tls_by_a_shared_key_and_a_server_without_tls_is_refused() {
     let log = scratch.path("log");
     let with = |keys: &Path| {
         let mount = scratch.mount().arg(format!("socket={}", server.socket.display()));
-        let mount = mount.arg("tls=require").arg("tls-username=alice").arg(format!("tls-psk={}", keys.display()));
+        let mount = mount
+            .arg("tls=require")
+            .arg("tls-username=alice")
+            .arg(format!("tls-psk={}", keys.display()));
         mount.arg("-vvv").arg(format!("--log-file={}", log.display()))
     };
     let mount = with(&keys).start();
@@ -72,9 +109,17 @@ fn tls_by_a_shared_key_and_a_server_without_tls_is_refused() {
     with(&wrong).refused(1);
     let key = fs::read_to_string(&keys).unwrap();
     let secret = key.trim().rsplit(':').next().unwrap();
-    assert!(!fs::read_to_string(&log).unwrap().contains(secret), "the key is in the log");
+    assert!(
+        !fs::read_to_string(&log).unwrap().contains(secret),
+        "the key is in the log"
+    );
     drop(server);
     let plain = Server::nbdkit(&scratch, &["pattern", "1M"]);
-    scratch.mount().arg(plain.uri()).arg("tls=require").refused(1).one_error(1, &["TLS"]);
+    scratch
+        .mount()
+        .arg(plain.uri())
+        .arg("tls=require")
+        .refused(1)
+        .one_error(1, &["TLS"]);
     scratch.mount().arg(plain.uri()).arg("tls=on").start().unmount();
 }

@@ -19,7 +19,12 @@ fn folder(text: impl AsRef<[u8]>) -> TempDir {
 
 fn run_in(dir: &TempDir, more: &[&str]) -> Result<Config, String> {
     let (file, mnt) = (dir.path().join("vms.toml"), dir.path().join("mnt"));
-    let args = [OsStr::new("vmdkfuse"), OsStr::new("--config"), file.as_os_str(), mnt.as_os_str()];
+    let args = [
+        OsStr::new("vmdkfuse"),
+        OsStr::new("--config"),
+        file.as_os_str(),
+        mnt.as_os_str(),
+    ];
     let args = args.into_iter().chain(more.iter().map(OsStr::new)).map(OsStr::to_owned);
     config_of(parse(args))
 }
@@ -55,11 +60,16 @@ fn a_file_says_what_words_say() {
          file=/abs/y\\z=1, 2.img|readonly=false|lock=off|cache-size=4096|backend=native"
     );
     words.extend(said.split('|').map(OsString::from));
-    let Ok(Parsed::Run(expected)) = parse(words) else { panic!("the words are refused") };
+    let Ok(Parsed::Run(expected)) = parse(words) else {
+        panic!("the words are refused")
+    };
     let config = run_in(&dir, &[]).unwrap();
     assert_eq!(config, *expected);
     let mount = mount_of(config);
-    assert_eq!((mount.disks[0].cache, mount.disks[1].cache_size), (Some(PageCache::None), Some(4096)));
+    assert_eq!(
+        (mount.disks[0].cache, mount.disks[1].cache_size),
+        (Some(PageCache::None), Some(4096))
+    );
     assert_eq!((local(&mount, 0).format, local(&mount, 1).lock), (Format::Raw, false));
 }
 
@@ -70,14 +80,23 @@ fn every_key_of_mount_arrives_and_paths_count_from_the_file() {
          pidfile = \"run/pid\"\nlog-file = \"/log\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n",
     );
     let config = run_in(&dir, &["-v"]).unwrap();
-    assert_eq!((config.log.verbosity, config.log.file.clone(), config.log.json), (1, Some("/log".into()), true));
+    assert_eq!(
+        (config.log.verbosity, config.log.file.clone(), config.log.json),
+        (1, Some("/log".into()), true)
+    );
     let mount = mount_of(config);
     let options = &mount.options;
     assert!(options.allow_other && options.read_only && !mount.foreground);
     assert_eq!((options.umask, options.fsname.as_deref()), (Some(0o27), Some("a=b")));
-    assert_eq!((mount.threads, &mount.pidfile), (Some(3), &Some(dir.path().join("run/pid"))));
+    assert_eq!(
+        (mount.threads, &mount.pidfile),
+        (Some(3), &Some(dir.path().join("run/pid")))
+    );
     assert_eq!(local(&mount, 0).allow_dirs, [dir.path().join("d")]);
-    let nothing = self::mount("[mount]\nread-only = false\noptions = \"\"\n[[disk]]\nfile = \"a\"\n", &[]);
+    let nothing = self::mount(
+        "[mount]\nread-only = false\noptions = \"\"\n[[disk]]\nfile = \"a\"\n",
+        &[],
+    );
     assert!(!nothing.options.read_only && nothing.threads.is_none());
 }
 
@@ -86,19 +105,37 @@ fn the_command_line_wins_over_the_file() {
     let text = "cache = \"none\"\nallow-dir = \"/f\"\n[mount]\noptions = \"uid=1,gid=2,allow_root\"\nread-only = true\n\
         threads = 3\npidfile = \"p\"\nlog-file = \"l\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n\
         [[disk]]\nfile = \"b\"\ncache = \"none\"\n";
-    let more = ["-o", "rw,uid=9,allow_other,cache=writethrough,allow-dir=/c", "--threads=5", "-P", "/p", "-f"];
-    let config = run_in(&folder(text), &[&more[..], &["--log-file=/l", "--log-format=text"]].concat()).unwrap();
+    let more = [
+        "-o",
+        "rw,uid=9,allow_other,cache=writethrough,allow-dir=/c",
+        "--threads=5",
+        "-P",
+        "/p",
+        "-f",
+    ];
+    let config = run_in(
+        &folder(text),
+        &[&more[..], &["--log-file=/l", "--log-format=text"]].concat(),
+    )
+    .unwrap();
     assert_eq!((config.log.file.clone(), config.log.json), (Some("/l".into()), false));
     let mount = mount_of(config);
     let options = &mount.options;
     assert_eq!((options.uid, options.gid, options.read_only), (Some(9), Some(2), false));
     assert_eq!((options.allow_other, options.allow_root), (true, false));
-    assert_eq!((mount.threads, mount.pidfile.clone(), mount.foreground), (Some(5), Some("/p".into()), true));
+    assert_eq!(
+        (mount.threads, mount.pidfile.clone(), mount.foreground),
+        (Some(5), Some("/p".into()), true)
+    );
     // What a disk says for itself is nearer to it than what holds for all.
     let caches: Vec<_> = mount.disks.iter().map(|disk| disk.cache).collect();
     assert_eq!(caches, [Some(PageCache::WriteThrough), Some(PageCache::None)]);
     assert_eq!(local(&mount, 0).allow_dirs, [PathBuf::from("/f"), "/c".into()]);
-    assert!(self::mount("[mount]\noptions = \"rw\"\n[[disk]]\nfile = \"a\"\n", &["-r"]).options.read_only);
+    assert!(
+        self::mount("[mount]\noptions = \"rw\"\n[[disk]]\nfile = \"a\"\n", &["-r"])
+            .options
+            .read_only
+    );
 }
 
 #[test]
@@ -108,7 +145,11 @@ fn patterns_and_folders_count_from_the_file() {
     for name in ["b.img", "a.img", "c.vmdk"] {
         fs::write(dir.path().join("vm").join(name), "# Disk DescriptorFile\n").unwrap();
     }
-    let names: Vec<_> = mount_of(run_in(&dir, &[]).unwrap()).disks.into_iter().map(|disk| disk.name).collect();
+    let names: Vec<_> = mount_of(run_in(&dir, &[]).unwrap())
+        .disks
+        .into_iter()
+        .map(|disk| disk.name)
+        .collect();
     assert_eq!(names, ["a.raw", "b.raw", "c.raw"]);
     fs::remove_file(dir.path().join("vm/c.vmdk")).unwrap();
     assert!(run_in(&dir, &[]).unwrap_err().contains("vm: there is no VMDK"));
@@ -139,12 +180,24 @@ fn writing_is_described_as_well() {
     let kept = Overlay::File(dir.path().join("sub/c.vmdk"));
     assert_eq!(overlays, [Some(Overlay::Temporary), Some(kept), None, None]);
     let made = |disk| local(&mount, disk).create.clone().map(|c| (c.size, c.hardware_version));
-    assert_eq!((made(1), made(2), made(3)), (None, Some((1024, 13)), Some((1 << 30, 8))));
+    assert_eq!(
+        (made(1), made(2), made(3)),
+        (None, Some((1024, 13)), Some((1 << 30, 8)))
+    );
     for (text, message) in [
         ("cow = true\n", "vms.toml:1: cow: must be a path or \"tmp\", in quotes"),
-        ("create-hwversion = 2\n", "vms.toml:1: create-hwversion=2: must be a number from 3 to 99, or one of"),
-        ("create-hwversion = 1.5\n", "vms.toml:1: create-hwversion: must be a whole number, or a name in quotes"),
-        ("[[disk]]\nfile = \"a\"\ncreate-size = \"1G\"\n", "create-size= says how to make a disk"),
+        (
+            "create-hwversion = 2\n",
+            "vms.toml:1: create-hwversion=2: must be a number from 3 to 99, or one of",
+        ),
+        (
+            "create-hwversion = 1.5\n",
+            "vms.toml:1: create-hwversion: must be a whole number, or a name in quotes",
+        ),
+        (
+            "[[disk]]\nfile = \"a\"\ncreate-size = \"1G\"\n",
+            "create-size= says how to make a disk",
+        ),
     ] {
         assert!(error(text).contains(message), "{text}: {}", error(text));
     }
@@ -153,14 +206,38 @@ fn writing_is_described_as_well() {
 #[test]
 fn unknown_keys_and_tables_name_line_and_nearest() {
     for (text, message) in [
-        ("# c\ncashe = \"x\"\n", "vms.toml:2: unknown key cashe; did you mean cache?"),
-        ("\nread-only = true\n", "vms.toml:2: read-only belongs into the [mount] table"),
-        ("banana = \"secret\"\n", "vms.toml:1: unknown key banana; vmdkfuse --help lists the keys"),
-        ("[[disk]]\nfile = \"a\"\nnmae = 'x'\n", "vms.toml:3: unknown key nmae; did you mean name?"),
-        ("[[disk]]\nfile = \"a\"\n[moutn]\nx = 1\n", "vms.toml:3: unknown table moutn; did you mean mount?"),
-        ("[[disks]]\nfile = \"a\"\n", "vms.toml:1: unknown table disks; did you mean disk?"),
-        ("[mount]\nthreds = 1\n", "vms.toml:2: unknown key threds; did you mean threads?"),
-        ("\"a\\nb\" = 1\n", "vms.toml:1: unknown key a\\nb; vmdkfuse --help lists the keys"),
+        (
+            "# c\ncashe = \"x\"\n",
+            "vms.toml:2: unknown key cashe; did you mean cache?",
+        ),
+        (
+            "\nread-only = true\n",
+            "vms.toml:2: read-only belongs into the [mount] table",
+        ),
+        (
+            "banana = \"secret\"\n",
+            "vms.toml:1: unknown key banana; vmdkfuse --help lists the keys",
+        ),
+        (
+            "[[disk]]\nfile = \"a\"\nnmae = 'x'\n",
+            "vms.toml:3: unknown key nmae; did you mean name?",
+        ),
+        (
+            "[[disk]]\nfile = \"a\"\n[moutn]\nx = 1\n",
+            "vms.toml:3: unknown table moutn; did you mean mount?",
+        ),
+        (
+            "[[disks]]\nfile = \"a\"\n",
+            "vms.toml:1: unknown table disks; did you mean disk?",
+        ),
+        (
+            "[mount]\nthreds = 1\n",
+            "vms.toml:2: unknown key threds; did you mean threads?",
+        ),
+        (
+            "\"a\\nb\" = 1\n",
+            "vms.toml:1: unknown key a\\nb; vmdkfuse --help lists the keys",
+        ),
     ] {
         assert_eq!(error(text), message, "{text}");
     }
@@ -183,10 +260,22 @@ fn the_first_error_of_the_file_is_told() {
 #[test]
 fn keys_that_are_still_to_come_give_the_one_answer() {
     for (text, message) in [
-        ("password = \"hunter2\"\n", "vms.toml:1: password= is not in this build yet"),
-        ("backend = \"vddk\"\n", "vms.toml:1: backend=vddk is not in this build yet"),
-        ("[[disk]]\nurl = \"https://h\"\n", "vms.toml:2: url= is not in this build yet"),
-        ("[mount]\noptions = \"server=h\"\n", "vms.toml:2: server= is not in this build yet"),
+        (
+            "password = \"hunter2\"\n",
+            "vms.toml:1: password= is not in this build yet",
+        ),
+        (
+            "backend = \"vddk\"\n",
+            "vms.toml:1: backend=vddk is not in this build yet",
+        ),
+        (
+            "[[disk]]\nurl = \"https://h\"\n",
+            "vms.toml:2: url= is not in this build yet",
+        ),
+        (
+            "[mount]\noptions = \"server=h\"\n",
+            "vms.toml:2: server= is not in this build yet",
+        ),
     ] {
         assert_eq!(error(text), message, "{text}");
     }
@@ -225,7 +314,9 @@ fn servers_are_described_as_well() {
     assert_eq!(mount.disks.len(), words.len());
     for (disk, said) in mount.disks.iter().zip(words) {
         let mnt = dir.path().join("mnt").into_os_string();
-        let words = ["vmdkfuse".into(), mnt].into_iter().chain(said.split('|').map(OsString::from));
+        let words = ["vmdkfuse".into(), mnt]
+            .into_iter()
+            .chain(said.split('|').map(OsString::from));
         let expected = mount_of(config_of(parse(words)).unwrap());
         assert_eq!(disk, &expected.disks[0], "{said}");
     }
@@ -240,7 +331,10 @@ fn a_server_above_the_tables_is_that_of_the_tables_without_one() {
         SourceConfig::Nbd(server) => (server.address.clone(), server.timeout.map(|t| t.as_secs())),
         other => panic!("{other:?}"),
     };
-    let address = NbdAddress::Tcp { host: "h".to_owned(), port: Some("1".to_owned()) };
+    let address = NbdAddress::Tcp {
+        host: "h".to_owned(),
+        port: Some("1".to_owned()),
+    };
     assert_eq!((server(0), server(1)), ((address.clone(), Some(3)), (address, Some(4))));
 }
 
@@ -248,15 +342,39 @@ fn a_server_above_the_tables_is_that_of_the_tables_without_one() {
 fn keys_of_servers_that_do_not_go_together_name_the_table() {
     let file = "[[disk]]\nfile = \"a\"\n";
     for (table, message) in [
-        ("hostname = \"h\"\nsocket = \"s\"\n", "hostname= and socket= both say where the NBD server is"),
-        ("uri = \"nbd://h\"\ncommand = \"x\"\n", "uri= and command= both say where the NBD server is"),
-        ("arg = [\"x\"]\nhostname = \"h\"\n", "arg= is an argument for command=, which is not given"),
+        (
+            "hostname = \"h\"\nsocket = \"s\"\n",
+            "hostname= and socket= both say where the NBD server is",
+        ),
+        (
+            "uri = \"nbd://h\"\ncommand = \"x\"\n",
+            "uri= and command= both say where the NBD server is",
+        ),
+        (
+            "arg = [\"x\"]\nhostname = \"h\"\n",
+            "arg= is an argument for command=, which is not given",
+        ),
         ("socket = \"s\"\nport = 1\n", "port= goes with hostname= or vsock-cid="),
-        ("file = \"a\"\nhostname = \"h\"\n", "hostname= is for NBD servers, but the disk is a local file"),
-        ("socket = \"s\"\nformat = \"raw\"\n", "format= is for local files, but the disk is an NBD server's"),
-        ("vsock-cid = 1\nport = \"nbd\"\n", "port=nbd: a VSOCK port is a number of 32 bits"),
-        ("vsock-cid = 1\nvhost-cid = 2\n", "vsock-cid= is given twice for the same disk"),
-        ("socket-fd = 5\nconnections = 2\n", "socket-fd= means one connection, but connections= says otherwise"),
+        (
+            "file = \"a\"\nhostname = \"h\"\n",
+            "hostname= is for NBD servers, but the disk is a local file",
+        ),
+        (
+            "socket = \"s\"\nformat = \"raw\"\n",
+            "format= is for local files, but the disk is an NBD server's",
+        ),
+        (
+            "vsock-cid = 1\nport = \"nbd\"\n",
+            "port=nbd: a VSOCK port is a number of 32 bits",
+        ),
+        (
+            "vsock-cid = 1\nvhost-cid = 2\n",
+            "vsock-cid= is given twice for the same disk",
+        ),
+        (
+            "socket-fd = 5\nconnections = 2\n",
+            "socket-fd= means one connection, but connections= says otherwise",
+        ),
     ] {
         assert_eq!(
             error(file.to_owned() + "[[disk]]\n" + table),
@@ -265,15 +383,27 @@ fn keys_of_servers_that_do_not_go_together_name_the_table() {
         );
     }
     for (table, message) in [
-        ("hostnam = \"h\"\n", "vms.toml:2: unknown key hostnam; did you mean hostname?"),
+        (
+            "hostnam = \"h\"\n",
+            "vms.toml:2: unknown key hostnam; did you mean hostname?",
+        ),
         (
             "command = \"x\"\narg = \"a\"\nport = true\n",
             "vms.toml:4: port: must be a whole number, or a name in quotes",
         ),
-        ("command = \"x\"\narg = [1]\n", "vms.toml:3: arg: must be a text in quotes, or a list of such"),
+        (
+            "command = \"x\"\narg = [1]\n",
+            "vms.toml:3: arg: must be a text in quotes, or a list of such",
+        ),
         ("socket-fd = \"5\"\n", "vms.toml:2: socket-fd: must be a whole number"),
-        ("socket-fd = 1\n", "vms.toml:2: socket-fd=1: must be a number from 3 to 2147483647"),
-        ("tls = \"maybe\"\n", "vms.toml:2: tls=maybe: must be off or on or require"),
+        (
+            "socket-fd = 1\n",
+            "vms.toml:2: socket-fd=1: must be a number from 3 to 2147483647",
+        ),
+        (
+            "tls = \"maybe\"\n",
+            "vms.toml:2: tls=maybe: must be off or on or require",
+        ),
     ] {
         assert_eq!(error("[[disk]]\n".to_owned() + table), message, "{table}");
     }
@@ -284,17 +414,41 @@ fn values_must_have_the_type_of_their_key() {
     for (text, message) in [
         ("readonly = \"yes\"\n", "readonly: must be true or false"),
         ("readonly = 1\n", "readonly: must be true or false"),
-        ("cache = true\n", "cache: must be \"none\" or \"writethrough\" or \"writeback\""),
-        ("cache-size = 1.5\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
-        ("cache-size = [1]\n", "cache-size: must be a text such as \"64M\", or a number of bytes"),
-        ("cache-size = \"12Q\"\n", "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M"),
-        ("cache-size = -1\n", "cache-size=-1: must be a size: digits with K, M, G or T, as in 64M"),
-        ("cache = \"often\"\n", "cache=often: must be none or writethrough or writeback"),
-        ("allow-dir = [\"/a\", 7]\n", "allow-dir: must be a path in quotes, or a list of such"),
+        (
+            "cache = true\n",
+            "cache: must be \"none\" or \"writethrough\" or \"writeback\"",
+        ),
+        (
+            "cache-size = 1.5\n",
+            "cache-size: must be a text such as \"64M\", or a number of bytes",
+        ),
+        (
+            "cache-size = [1]\n",
+            "cache-size: must be a text such as \"64M\", or a number of bytes",
+        ),
+        (
+            "cache-size = \"12Q\"\n",
+            "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M",
+        ),
+        (
+            "cache-size = -1\n",
+            "cache-size=-1: must be a size: digits with K, M, G or T, as in 64M",
+        ),
+        (
+            "cache = \"often\"\n",
+            "cache=often: must be none or writethrough or writeback",
+        ),
+        (
+            "allow-dir = [\"/a\", 7]\n",
+            "allow-dir: must be a path in quotes, or a list of such",
+        ),
         ("allow-dir = [\"\"]\n", "allow-dir=: a path is missing"),
         ("disk = [{ file = 1979-05-27 }]\n", "file: must be a path in quotes"),
         ("disk = [{ file = [\"a\"] }]\n", "file: must be a path in quotes"),
-        ("disk = [{ file = \"a\", name = \"b/c\" }]\n", "name=b/c: a file name cannot hold `/` or a NUL byte"),
+        (
+            "disk = [{ file = \"a\", name = \"b/c\" }]\n",
+            "name=b/c: a file name cannot hold `/` or a NUL byte",
+        ),
         ("disk = { file = \"a\" }\n", "disk: must be written as [[disk]] tables"),
         ("disk = [1]\n", "disk: must be written as [[disk]] tables"),
         ("[[mount]]\n", "mount: must be written as one [mount] table"),
@@ -302,9 +456,18 @@ fn values_must_have_the_type_of_their_key() {
         ("mount.threads = \"3\"\n", "threads: must be a whole number"),
         ("mount.log-file = false\n", "log-file: must be a path in quotes"),
         ("mount.log-file = \"\"\n", "--log-file : a path is missing"),
-        ("mount.options = \"uid=me\"\n", "-o uid=me: must be a number from 0 to 4294967294"),
-        ("mount.options = \"cache=often\"\n", "cache=often: must be none or writethrough or writeback"),
-        ("mount.options = \"file=a\"\n", "-o file= names a disk: write a [[disk]] table"),
+        (
+            "mount.options = \"uid=me\"\n",
+            "-o uid=me: must be a number from 0 to 4294967294",
+        ),
+        (
+            "mount.options = \"cache=often\"\n",
+            "cache=often: must be none or writethrough or writeback",
+        ),
+        (
+            "mount.options = \"file=a\"\n",
+            "-o file= names a disk: write a [[disk]] table",
+        ),
     ] {
         assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
     }
@@ -338,16 +501,25 @@ fn a_disk_has_one_source() {
 #[test]
 fn a_key_for_all_disks_that_is_said_twice_is_refused() {
     let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
-    assert_eq!(twice, "vms.toml: cache stands above the tables and in the options of [mount]");
+    assert_eq!(
+        twice,
+        "vms.toml: cache stands above the tables and in the options of [mount]"
+    );
     let repeats = "allow-dir = \"/a\"\n[mount]\noptions = \"allow-dir=/b\"\n[[disk]]\nfile = \"a\"\n";
     assert_eq!(local(&mount(repeats, &[]), 0).allow_dirs.len(), 2);
-    assert!(error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "), "TOML has it so");
+    assert!(
+        error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "),
+        "TOML has it so"
+    );
 }
 
 #[test]
 fn what_is_no_toml_names_its_line_and_none_of_its_text() {
     let broken = error("cache = \"none\"\npassword = hunter2\n");
-    assert!(broken.starts_with("vms.toml:2: ") && !broken.contains("hunter2"), "{broken}");
+    assert!(
+        broken.starts_with("vms.toml:2: ") && !broken.contains("hunter2"),
+        "{broken}"
+    );
     assert_eq!(error(b"# a\n# \xff\n"), "vms.toml:2: this is not UTF-8");
     assert!(error("a = ".to_owned() + &"[".repeat(10_000)).starts_with("vms.toml:1: "));
 }
@@ -391,9 +563,13 @@ fn config_goes_with_a_mount_point_alone() {
         let error = run_in(&dir, more).unwrap_err();
         assert!(error.contains(part), "{more:?}: {error}");
     }
-    let alone = parse(["vmdkfuse", "--config", "x.toml"].map(OsString::from)).unwrap_err().to_string();
+    let alone = parse(["vmdkfuse", "--config", "x.toml"].map(OsString::from))
+        .unwrap_err()
+        .to_string();
     assert!(alone.contains("no mount point"), "{alone}");
-    let empty = parse(["vmdkfuse", "--config", "", "/mnt"].map(OsString::from)).unwrap_err().to_string();
+    let empty = parse(["vmdkfuse", "--config", "", "/mnt"].map(OsString::from))
+        .unwrap_err()
+        .to_string();
     assert_eq!(empty, "--config : a path is missing");
     assert!(run_in(&dir, &["-o", "name=n"]).is_ok());
 }

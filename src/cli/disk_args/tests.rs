@@ -13,7 +13,10 @@ fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
 }
 
 fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig>, String> {
-    let options: Vec<_> = options.iter().map(|(key, value)| (keys::find(key).unwrap(), value.into())).collect();
+    let options: Vec<_> = options
+        .iter()
+        .map(|(key, value)| (keys::find(key).unwrap(), value.into()))
+        .collect();
     let words: Vec<OsString> = words.iter().map(OsString::from).collect();
     let subcommand = Subcommand::Mount { read_only: false };
     let resolved = disks(&options, DiskArgs::Words(&words), subcommand).map_err(|e| e.to_string())?;
@@ -26,9 +29,19 @@ fn local(disk: &DiskConfig) -> &LocalConfig {
 
 #[test]
 fn bare_values_find_their_key() {
-    for uri in ["nbd://h", "nbds://h/x", "nbd+unix:///x?socket=/s", "nbds+unix:///", "nbd+vsock://2", "NBD://h"] {
+    for uri in [
+        "nbd://h",
+        "nbds://h/x",
+        "nbd+unix:///x?socket=/s",
+        "nbds+unix:///",
+        "nbd+vsock://2",
+        "NBD://h",
+    ] {
         let disk = parse(&[uri]).unwrap().remove(0);
-        assert!(matches!(&disk.source, SourceConfig::Nbd(n) if n.address == NbdAddress::Uri(uri.into())), "{uri}");
+        assert!(
+            matches!(&disk.source, SourceConfig::Nbd(n) if n.address == NbdAddress::Uri(uri.into())),
+            "{uri}"
+        );
     }
     for url in ["https://h/folder/x?dcPath=d", "http://h/x"] {
         assert_eq!(parse(&[url]).unwrap_err(), "url= is not in this build yet", "{url}");
@@ -75,7 +88,11 @@ fn every_setting_arrives() {
             lock: false,
             force: true,
             create: None,
-            view: ViewConfig { mode: KernelView::Required, size: 4 << 20, dir: Some("/v".into()) },
+            view: ViewConfig {
+                mode: KernelView::Required,
+                size: 4 << 20,
+                dir: Some("/v".into()),
+            },
         }),
     };
     assert_eq!(disks, Ok(vec![expected]));
@@ -86,7 +103,10 @@ fn nothing_said_is_the_default() {
     let disks = parse(&["/a.vmdk"]).unwrap();
     assert_eq!(disks[0].name, "a.raw");
     assert_eq!((disks[0].read_only, disks[0].cache), (false, None));
-    assert_eq!((disks[0].cache_size, disks[0].readahead, &disks[0].overlay), (None, None, &None));
+    assert_eq!(
+        (disks[0].cache_size, disks[0].readahead, &disks[0].overlay),
+        (None, None, &None)
+    );
     assert!(!local(&disks[0]).force && local(&disks[0]).create.is_none());
     assert_eq!(local(&disks[0]).format, Format::Auto);
     assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
@@ -111,16 +131,25 @@ fn a_second_source_starts_another_disk_and_common_keys_hold_for_all() {
     let formats: Vec<_> = disks.iter().map(|disk| local(disk).format).collect();
     assert_eq!(formats, [Format::Raw, Format::Vmdk, Format::Vmdk]);
     assert!(disks.iter().all(|disk| disk.cache == Some(PageCache::None)));
-    assert_eq!(disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(), [true, false, false]);
+    assert_eq!(
+        disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(),
+        [true, false, false]
+    );
     assert_eq!(local(&disks[0]).allow_dirs, [PathBuf::from("/all")]);
     assert_eq!(local(&disks[1]).allow_dirs, [PathBuf::from("/all"), "/b-only".into()]);
 }
 
 #[test]
 fn keys_of_options_are_common_and_their_sources_are_disks() {
-    let disks =
-        parse_with(&[("cache", "none"), ("file", "/o")], &["readonly=yes", "/a", "cache=writethrough"]).unwrap();
-    assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["o.raw", "a.raw"]);
+    let disks = parse_with(
+        &[("cache", "none"), ("file", "/o")],
+        &["readonly=yes", "/a", "cache=writethrough"],
+    )
+    .unwrap();
+    assert_eq!(
+        disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(),
+        ["o.raw", "a.raw"]
+    );
     assert_eq!(
         disks.iter().map(|disk| disk.cache).collect::<Vec<_>>(),
         [Some(PageCache::None), Some(PageCache::WriteThrough)]
@@ -130,7 +159,10 @@ fn keys_of_options_are_common_and_their_sources_are_disks() {
 
 #[test]
 fn a_key_given_twice_is_refused() {
-    for words in [&["/a", "cache=none", "cache=none"][..], &["cache=none", "cache=none", "/a"]] {
+    for words in [
+        &["/a", "cache=none", "cache=none"][..],
+        &["cache=none", "cache=none", "/a"],
+    ] {
         assert_eq!(parse(words).unwrap_err(), "cache= is given twice for the same disk");
     }
     assert!(parse(&["cache=none", "/a", "cache=none", "/b", "cache=none"]).is_ok());
@@ -140,10 +172,16 @@ fn a_key_given_twice_is_refused() {
 #[test]
 fn an_unknown_key_names_the_nearest_and_how_to_write_a_file_name() {
     let error = parse(&["/a", "cashe=none"]).unwrap_err();
-    assert!(error.starts_with("unknown key cashe=; did you mean cache=? "), "{error}");
+    assert!(
+        error.starts_with("unknown key cashe=; did you mean cache=? "),
+        "{error}"
+    );
     assert!(error.contains("file=cashe="), "{error}");
     let error = parse(&["banana=secret"]).unwrap_err();
-    assert!(error.contains("--help") && !error.contains("did you mean") && !error.contains("secret"), "{error}");
+    assert!(
+        error.contains("--help") && !error.contains("did you mean") && !error.contains("secret"),
+        "{error}"
+    );
     let disks = parse(&["file=cashe=none.vmdk"]).unwrap();
     assert!(local(&disks[0]).path.ends_with("cashe=none.vmdk"));
 }
@@ -164,10 +202,16 @@ fn keys_after_a_pattern_hold_for_each_match_but_a_name_only_for_one() {
     assert_eq!(parse(&[&pattern, "name=one"]).unwrap()[0].name, "one");
     fs::write(dir.path().join("b.img"), "").unwrap();
     let disks = parse(&[&pattern, "cache=none"]).unwrap();
-    assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["a.raw", "b.raw"]);
+    assert_eq!(
+        disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(),
+        ["a.raw", "b.raw"]
+    );
     assert!(disks.iter().all(|disk| disk.cache == Some(PageCache::None)));
     let error = parse(&[&pattern, "name=one"]).unwrap_err();
-    assert_eq!(error, "name=one would be the name of 2 disks: it can be given to one only");
+    assert_eq!(
+        error,
+        "name=one would be the name of 2 disks: it can be given to one only"
+    );
 }
 
 #[test]
@@ -185,15 +229,27 @@ fn a_folder_gives_a_disk_for_each_of_its_images() {
     }
     let word = format!("dir={}", dir.path().display());
     let disks = parse(&[&word, "readonly=yes", "/c"]).unwrap();
-    assert_eq!(disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(), ["a.raw", "b.raw", "c.raw"]);
-    assert_eq!(disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(), [true, true, false]);
+    assert_eq!(
+        disks.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(),
+        ["a.raw", "b.raw", "c.raw"]
+    );
+    assert_eq!(
+        disks.iter().map(|disk| disk.read_only).collect::<Vec<_>>(),
+        [true, true, false]
+    );
     assert!(parse(&[&word, "name=n"]).is_err());
 }
 
 #[test]
 fn no_disk_is_an_error() {
-    assert_eq!(parse(&[]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
-    assert_eq!(parse(&["cache=none"]).unwrap_err(), "no disk is given: add file=PATH, or uri= of an NBD server");
+    assert_eq!(
+        parse(&[]).unwrap_err(),
+        "no disk is given: add file=PATH, or uri= of an NBD server"
+    );
+    assert_eq!(
+        parse(&["cache=none"]).unwrap_err(),
+        "no disk is given: add file=PATH, or uri= of an NBD server"
+    );
     assert_eq!(parse(&[""]).unwrap_err(), "file=: a path is missing");
 }
 
@@ -207,15 +263,27 @@ fn server(words: &[&str]) -> Result<NbdConfig, String> {
 #[test]
 fn every_way_to_name_a_server_is_understood() {
     let of = |words: &[&str]| server(words).unwrap().address;
-    let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp { host: host.into(), port: port.map(str::to_owned) };
+    let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp {
+        host: host.into(),
+        port: port.map(str::to_owned),
+    };
     assert_eq!(of(&["hostname=h"]), tcp("h", None));
     assert_eq!(of(&["port=nbd", "hostname=::1"]), tcp("::1", Some("nbd")));
     assert_eq!(of(&["socket=/s", "export=a"]), NbdAddress::Unix("/s".into()));
     assert_eq!(of(&["socket-fd=7"]), NbdAddress::Fd(7));
     assert_eq!(of(&["vsock-cid=2"]), NbdAddress::Vsock { cid: 2, port: None });
-    assert_eq!(of(&["vhost-cid=4294967295", "port=99"]), NbdAddress::Vsock { cid: u32::MAX, port: Some(99) });
+    assert_eq!(
+        of(&["vhost-cid=4294967295", "port=99"]),
+        NbdAddress::Vsock {
+            cid: u32::MAX,
+            port: Some(99)
+        }
+    );
     let words = ["nbdkit", "memory", "", "1G"].map(OsString::from).to_vec();
-    assert_eq!(of(&["arg=memory", "command=nbdkit", "arg=", "arg=1G"]), NbdAddress::Command(words));
+    assert_eq!(
+        of(&["arg=memory", "command=nbdkit", "arg=", "arg=1G"]),
+        NbdAddress::Command(words)
+    );
     assert_eq!(of(&["nbd+vsock://2:1/x"]), NbdAddress::Uri("nbd+vsock://2:1/x".into()));
 }
 
@@ -263,7 +331,10 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["nbd://h", "dynamic-export=1", "export=a"], "but export= names one"),
         (&["nbd://h", "dynamic-export=1", "name=a"], "one name"),
         (&["nbd://h", "dynamic-export=1", "cow=/a"], "cow="),
-        (&["nbd://h", "shared=1", "connections=2"], "shared=true means one connection"),
+        (
+            &["nbd://h", "shared=1", "connections=2"],
+            "shared=true means one connection",
+        ),
         (&["socket-fd=7", "connections=2"], "socket-fd= means one connection"),
         (&["nbds://h", "tls=off"], "the URI asks for TLS"),
         (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= says how to encrypt"),
@@ -286,7 +357,10 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["/x", "tls=on"], "tls= is for NBD servers"),
         (&["/x", "export=a"], "export= is for NBD servers"),
         (&["nbd://h", "create-size=1M"], "create-size= is for local files"),
-        (&["create-hwversion=4", "nbd://h"], "create-hwversion= is for local files"),
+        (
+            &["create-hwversion=4", "nbd://h"],
+            "create-hwversion= is for local files",
+        ),
         (&["uri=http://h"], "must start with nbd://"),
         (&["uri="], "a value is missing"),
         (&["socket-fd=2"], "must be a number from 3 to"),
@@ -302,7 +376,10 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
 
 #[test]
 fn deadlines_and_retries_are_for_every_source() {
-    for words in [&["timeout=3", "/x", "nbd://h"][..], &["/x", "timeout=3", "retry=2", "nbd://h"]] {
+    for words in [
+        &["timeout=3", "/x", "nbd://h"][..],
+        &["/x", "timeout=3", "retry=2", "nbd://h"],
+    ] {
         assert!(parse(words).is_ok(), "{words:?}");
     }
 }
@@ -333,8 +410,13 @@ fn two_servers_are_two_disks_and_secrets_are_not_shown() {
 #[test]
 fn names_in_a_mount_differ_and_are_possible() {
     assert!(check_names(&parse(&["/a/x.vmdk", "/b/y.vmdk"]).unwrap()).is_ok());
-    let error = check_names(&parse(&["/a/x.vmdk", "/b/x.img"]).unwrap()).unwrap_err().to_string();
-    assert_eq!(error, "/a/x.vmdk and /b/x.img would both be called x.raw: use name= for one of them");
+    let error = check_names(&parse(&["/a/x.vmdk", "/b/x.img"]).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "/a/x.vmdk and /b/x.img would both be called x.raw: use name= for one of them"
+    );
     assert!(check_names(&parse(&["/a/x.vmdk", "/b/x.img", "name=z"]).unwrap()).is_ok());
     let long = format!("/{}", "x".repeat(255));
     let error = check_names(&parse(&[&long]).unwrap()).unwrap_err().to_string();
@@ -346,9 +428,13 @@ fn paths_that_are_not_utf8_go_through() {
     let mut word = OsString::from("file=");
     word.push(OsStr::from_bytes(b"/\xff.vmdk"));
     for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
-        let disk = configs(disks(&[], DiskArgs::Words(&[word]), Subcommand::Query).unwrap(), None, Subcommand::Query)
-            .unwrap()
-            .remove(0);
+        let disk = configs(
+            disks(&[], DiskArgs::Words(&[word]), Subcommand::Query).unwrap(),
+            None,
+            Subcommand::Query,
+        )
+        .unwrap()
+        .remove(0);
         assert_eq!(disk.name, OsStr::from_bytes(b"\xff.raw"));
         assert_eq!(local(&disk).path.as_os_str(), OsStr::from_bytes(b"/\xff.vmdk"));
     }

@@ -14,7 +14,10 @@ const HELP_INDENT: usize = 32;
 pub(in crate::cli) fn help() -> String {
     let mut out = String::from("Keys (before the first file= they hold for all disks, after it for its disk):\n");
     for group in Group::ALL {
-        let mut keys = KEYS.iter().filter(|key| key.group == group && key.is_local()).peekable();
+        let mut keys = KEYS
+            .iter()
+            .filter(|key| key.group == group && key.is_local())
+            .peekable();
         if keys.peek().is_some() {
             _ = writeln!(out, "  {}:", group.title());
         }
@@ -52,7 +55,10 @@ fn explained(form: &str, explanation: &str) -> String {
 pub(in crate::cli) fn help_later() -> String {
     let mut out = String::new();
     for group in Group::ALL {
-        let names = KEYS.iter().filter(|key| key.group == group && !key.is_local()).map(|key| format!("{}=", key.name));
+        let names = KEYS
+            .iter()
+            .filter(|key| key.group == group && !key.is_local())
+            .map(|key| format!("{}=", key.name));
         out.push_str(&wrapped(group.title(), names));
     }
     out

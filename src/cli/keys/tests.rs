@@ -17,8 +17,10 @@ const LOCAL: &str = "name readonly cache cache-size readahead backend file dir f
 
 #[test]
 fn the_table_is_the_contract() {
-    let spellings: Vec<&str> =
-        KEYS.iter().flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied())).collect();
+    let spellings: Vec<&str> = KEYS
+        .iter()
+        .flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied()))
+        .collect();
     let unique: HashSet<&str> = spellings.iter().copied().collect();
     assert_eq!(unique.len(), spellings.len(), "a key stands twice in the table");
     assert_eq!(unique, CONTRACT.split_whitespace().collect());
@@ -29,7 +31,10 @@ fn the_table_is_the_contract() {
 #[test]
 fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
     for key in KEYS.iter().filter(|key| !key.is_local()) {
-        let error = key.apply(&mut Settings::default(), OsStr::new("?")).unwrap_err().to_string();
+        let error = key
+            .apply(&mut Settings::default(), OsStr::new("?"))
+            .unwrap_err()
+            .to_string();
         assert_eq!(error, format!("{}= is not in this build yet", key.name));
     }
 }
@@ -37,7 +42,10 @@ fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
 #[test]
 fn words_of_a_key_that_are_still_to_come_say_so() {
     for (name, word) in [("backend", "vddk"), ("backend", "https")] {
-        let error = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(word)).unwrap_err();
+        let error = find(name)
+            .unwrap()
+            .apply(&mut Settings::default(), OsStr::new(word))
+            .unwrap_err();
         assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
     }
 }

@@ -34,8 +34,11 @@ impl Filesystem for DiskFs {
             // with it the parts of one direct write are sent all at once, and several loops may take them in any order
             let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         }
-        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_MAX_PAGES, InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP]
-        {
+        for wanted in [
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_MAX_PAGES,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ] {
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_write(MAX_READ as u32);
@@ -52,7 +55,11 @@ impl Filesystem for DiskFs {
             // a view counts as one layer below us
             let view = self.files.iter().any(|n| n.view.is_wanted());
             let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
-            if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("FUSE passthrough needs root") }
+            if nix::unistd::geteuid().is_root() {
+                Ok(())
+            } else {
+                Err("FUSE passthrough needs root")
+            }
         };
         self.views.start(self.views_wanted(), self.passthrough);
         Ok(())
@@ -60,7 +67,10 @@ impl Filesystem for DiskFs {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         guarded(|| {
-            let found = self.files.iter().position(|n| self.shape == MountKind::Dir && name == n.config.name);
+            let found = self
+                .files
+                .iter()
+                .position(|n| self.shape == MountKind::Dir && name == n.config.name);
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
@@ -190,7 +200,13 @@ impl Filesystem for DiskFs {
             let set = self.file(ino).and_then(|file| {
                 match size {
                     Some(size) => file.truncate(size, fh, req.pid())?,
-                    None => file.attributes.set(&Wish { mode, uid, gid, atime, mtime }),
+                    None => file.attributes.set(&Wish {
+                        mode,
+                        uid,
+                        gid,
+                        atime,
+                        mtime,
+                    }),
                 }
                 self.attr(ino)
             });
@@ -230,7 +246,9 @@ impl Filesystem for DiskFs {
                 libc::SEEK_HOLE => Seek::Hole,
                 _ => return reply.error(Errno::EINVAL),
             };
-            let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            let Ok(from) = u64::try_from(offset) else {
+                return reply.error(Errno::ENXIO);
+            };
             let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.volume().seek(from, what) {
                 Ok(Some(at)) => reply.offset(at as i64),
                 Ok(None) => reply.error(Errno::ENXIO),
@@ -249,12 +267,16 @@ impl Filesystem for DiskFs {
             if self.shape == MountKind::File || ino != ROOT {
                 return reply.error(Errno::ENOTDIR);
             }
-            let dots = [".", ".."].into_iter().map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
-            let files = self
-                .files
-                .iter()
-                .enumerate()
-                .map(|(i, n)| (INodeNo(FIRST_DISK + i as u64), FileType::RegularFile, n.config.name.as_os_str()));
+            let dots = [".", ".."]
+                .into_iter()
+                .map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
+            let files = self.files.iter().enumerate().map(|(i, n)| {
+                (
+                    INodeNo(FIRST_DISK + i as u64),
+                    FileType::RegularFile,
+                    n.config.name.as_os_str(),
+                )
+            });
             for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
                 if reply.add(ino, i as u64 + 1, kind, name) {
                     break;
@@ -266,7 +288,11 @@ impl Filesystem for DiskFs {
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         guarded(|| {
-            let bytes = self.files.iter().map(|n| n.volume().len()).fold(0u64, u64::saturating_add);
+            let bytes = self
+                .files
+                .iter()
+                .map(|n| n.volume().len())
+                .fold(0u64, u64::saturating_add);
             let blocks = bytes.div_ceil(BLOCK.into());
             reply.statfs(blocks, 0, 0, self.files.len() as u64, 0, BLOCK, 255, BLOCK);
         });

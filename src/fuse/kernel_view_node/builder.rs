@@ -30,7 +30,10 @@ impl Builder {
     pub(in crate::fuse) fn required(&mut self, disks: &[Wanted], shape: MountKind) -> Result<()> {
         for (switch, volume) in disks.iter().filter(|(s, _)| s.is_required()) {
             if switch.is_wanted() {
-                let view = self.0.build(disks, switch, volume).map_err(|why| refused(&switch.name, why))?;
+                let view = self
+                    .0
+                    .build(disks, switch, volume)
+                    .map_err(|why| refused(&switch.name, why))?;
                 switch.built(Ok(view), volume);
             } else if volume.disk().backing_fd().is_none() || volume.disk().writer().is_some() {
                 let why = match shape {
@@ -51,7 +54,9 @@ impl Builder {
             return;
         }
         if let Err(why) = passthrough {
-            return disks.iter().for_each(|(switch, volume)| switch.built(Err(Error::unsupported(why)), volume));
+            return disks
+                .iter()
+                .for_each(|(switch, volume)| switch.built(Err(Error::unsupported(why)), volume));
         }
         let mut work = self.0.clone();
         let build = move || {

@@ -3,7 +3,14 @@ use crate::config::LocalConfig;
 use crate::test_disk::TestDisk;
 
 fn state() -> State {
-    State { way: Way::Building, backing: None, passed: 0, direct: 0, turned: None, waited_for: Vec::new() }
+    State {
+        way: Way::Building,
+        backing: None,
+        passed: 0,
+        direct: 0,
+        turned: None,
+        waited_for: Vec::new(),
+    }
 }
 
 #[test]
@@ -26,7 +33,11 @@ fn who_is_turned_away_twice_in_a_row_gets_what_there_is() {
     assert_eq!(s.answer(false, 9, now), Answer::Ask { with_backing: true });
     assert_eq!(s.passed, 2, "the kernel was given the file once more");
     for _ in 0..3 {
-        assert_eq!(s.answer(true, 0, now), Answer::Again, "nobody knows whether it is the same one");
+        assert_eq!(
+            s.answer(true, 0, now),
+            Answer::Again,
+            "nobody knows whether it is the same one"
+        );
     }
 }
 
@@ -69,15 +80,25 @@ fn those_who_never_come_again_are_forgotten() {
 #[test]
 fn a_required_view_that_can_not_be_is_an_error_that_says_why() {
     let config = |mode| {
-        let view = ViewConfig { mode, ..ViewConfig::default() };
-        let local = LocalConfig { view, ..LocalConfig::new("/x") };
+        let view = ViewConfig {
+            mode,
+            ..ViewConfig::default()
+        };
+        let local = LocalConfig {
+            view,
+            ..LocalConfig::new("/x")
+        };
         DiskConfig {
             cache: Some(PageCache::None),
             ..DiskConfig::new("x.raw", crate::config::SourceConfig::Local(local))
         }
     };
     let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8)), Vec::new()));
-    for (mode, good) in [(KernelView::Auto, true), (KernelView::Off, true), (KernelView::Required, false)] {
+    for (mode, good) in [
+        (KernelView::Auto, true),
+        (KernelView::Off, true),
+        (KernelView::Required, false),
+    ] {
         let switch = Arc::new(KernelViewNode::new(&config(mode), &volume, MountKind::Dir));
         assert!(!switch.is_wanted());
         let done = Builder::default().required(&[(switch, Arc::clone(&volume))], MountKind::Dir);

@@ -23,7 +23,11 @@ impl Reader {
                 Ok(())
             })
             .unwrap();
-        let mut reader = Self { image, file: 0, chunk: 0 };
+        let mut reader = Self {
+            image,
+            file: 0,
+            chunk: 0,
+        };
         reader.file = reader.find();
         let place = reader.number(reader.file + 16, 4);
         assert_eq!(place & !0x3f, 0, "no further format bits");
@@ -33,7 +37,10 @@ impl Reader {
     }
 
     fn number(&self, at: usize, bytes: usize) -> u64 {
-        self.image[at..at + bytes].iter().rev().fold(0, |n, &b| n << 8 | u64::from(b))
+        self.image[at..at + bytes]
+            .iter()
+            .rev()
+            .fold(0, |n, &b| n << 8 | u64::from(b))
     }
 
     fn block(&self) -> usize {
@@ -48,11 +55,18 @@ impl Reader {
     fn find(&self) -> usize {
         let root = self.inode(self.number(1024 + 14, 2));
         assert_eq!(self.number(root, 2), 1, "a long inode with plain data");
-        let (at, len) = (self.number(root + 16, 4) as usize * self.block(), self.number(root + 8, 8) as usize);
+        let (at, len) = (
+            self.number(root + 16, 4) as usize * self.block(),
+            self.number(root + 8, 8) as usize,
+        );
         let entries = self.number(at + 8, 2) as usize / 12;
         let name = |i: usize| {
             let start = self.number(at + i * 12 + 8, 2) as usize;
-            let end = if i + 1 < entries { self.number(at + (i + 1) * 12 + 8, 2) as usize } else { len };
+            let end = if i + 1 < entries {
+                self.number(at + (i + 1) * 12 + 8, 2) as usize
+            } else {
+                len
+            };
             &self.image[at + start..at + end]
         };
         let found = (0..entries).find(|&i| name(i) == b"disk").expect("a file of that name");
@@ -117,12 +131,21 @@ fn chunks_are_as_large_as_the_runs_let_them_be() {
     assert_eq!(index.chunk(), 65536);
     // neighbours in the file are one run
     let row: Vec<_> = (0..64).map(|i| (128, stored(0, 1000 + i * 128))).collect();
-    assert_eq!(build(128 * 64, &[1 << 30], NO_BOUND, &row).unwrap().chunk(), 128 * 64 * 512);
+    assert_eq!(
+        build(128 * 64, &[1 << 30], NO_BOUND, &row).unwrap().chunk(),
+        128 * 64 * 512
+    );
     // a disk of any size that is one hole
     let hole = build(1 << 50, &[], NO_BOUND, &[(1 << 50, RunTarget::Zero)]).unwrap();
     assert_eq!(hole.chunk(), 1 << 40, "the largest that the format has");
     // one odd border at the end
-    let odd = build(1001, &[1 << 30], NO_BOUND, &[(1000, RunTarget::Zero), (1, stored(0, 5))]).unwrap();
+    let odd = build(
+        1001,
+        &[1 << 30],
+        NO_BOUND,
+        &[(1000, RunTarget::Zero), (1, stored(0, 5))],
+    )
+    .unwrap();
     assert_eq!(odd.chunk(), 8 * 512);
 }
 
@@ -147,7 +170,11 @@ fn a_run_outside_of_its_file_or_disk_is_refused() {
         // a last sector that is there in part
         (4095, vec![(8, stored(0, 0))], "leave extent 0 of 7 whole sectors"),
         (4096, vec![(9, RunTarget::Zero)], "leaves the disk"),
-        (4096, vec![(4, RunTarget::Zero), (u64::MAX, RunTarget::Zero)], "leaves the disk"),
+        (
+            4096,
+            vec![(4, RunTarget::Zero), (u64::MAX, RunTarget::Zero)],
+            "leaves the disk",
+        ),
         (4096, vec![(7, stored(0, 0))], "the runs end at sector 7"),
     ] {
         let e = build(8, &[bytes], NO_BOUND, &runs).unwrap_err();
@@ -178,7 +205,10 @@ fn runs() -> impl Strategy<Value = (Vec<u64>, Vec<(u64, RunTarget)>)> {
         let place = (0..files.len(), 0u64..4096, any::<bool>(), 1u64..40).prop_map(move |(device, at, zero, units)| {
             let units = units.min(files[device]);
             let sector = at % (files[device] - units + 1) * unit;
-            (units * unit, if zero { RunTarget::Zero } else { stored(device, sector) })
+            (
+                units * unit,
+                if zero { RunTarget::Zero } else { stored(device, sector) },
+            )
         });
         (Just(bytes), proptest::collection::vec(place, 1..60))
     })
@@ -246,7 +276,12 @@ fn fsck_erofs_and_dump_erofs_agree() {
     for (i, bytes) in devices.iter().enumerate() {
         std::fs::write(path(&format!("device{i}")), bytes).unwrap();
     }
-    let runs = [(16, stored(1, 8)), (8, RunTarget::Zero), (40, stored(0, 64)), (8, stored(1, 0))];
+    let runs = [
+        (16, stored(1, 8)),
+        (8, RunTarget::Zero),
+        (40, stored(0, 64)),
+        (8, stored(1, 0)),
+    ];
     let index = build(72, &devices.each_ref().map(|d| d.len() as u64), NO_BOUND, &runs).unwrap();
     std::fs::write(path("image"), Reader::of(index).image).unwrap();
     let run = |tool: &str, words: &[String]| {
@@ -269,12 +304,18 @@ fn fsck_erofs_and_dump_erofs_agree() {
         }
     };
     let to = format!("--extract={}", path("out").display());
-    let Some(_) = run("fsck.erofs", &[to, "--no-preserve".to_owned()]) else { return };
+    let Some(_) = run("fsck.erofs", &[to, "--no-preserve".to_owned()]) else {
+        return;
+    };
     let part = |device: usize, from: usize, n: usize| devices[device][from * 512..(from + n) * 512].to_vec();
     // version 1.5 takes out what is stored, one after the other, and forgets the holes
     let with = |hole: usize| [part(1, 8, 16), vec![0; hole * 512], part(0, 64, 40), part(1, 0, 8)].concat();
     let taken = std::fs::read(path("out/disk")).unwrap();
-    assert!(taken == with(8) || taken == with(0), "what fsck.erofs took out, {} bytes", taken.len());
+    assert!(
+        taken == with(8) || taken == with(0),
+        "what fsck.erofs took out, {} bytes",
+        taken.len()
+    );
     let said = run("dump.erofs", &["-e".to_owned(), "--path=/disk".to_owned()]).unwrap();
     assert!(said.contains("36864"), "{said}");
 }

@@ -18,8 +18,16 @@ const PAGE: usize = 4096;
 /// databases, none in a buffer of more than twice its size, which a write keeps until it is flushed; the kernel's usual
 /// read-ahead; a piece of a long write, as many as are written from one flush to the next; the kernel's largest request
 /// with a granule at each end.
-const KEPT: [(usize, usize); 8] =
-    [(1, 256), (2, 128), (4, 64), (8, 64), (16, 64), (32, 64), (64, SOFT / (64 * PAGE)), (256 + 32, 24)];
+const KEPT: [(usize, usize); 8] = [
+    (1, 256),
+    (2, 128),
+    (4, 64),
+    (8, 64),
+    (16, 64),
+    (32, 64),
+    (64, SOFT / (64 * PAGE)),
+    (256 + 32, 24),
+];
 
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
@@ -59,7 +67,11 @@ impl Shared {
     pub(super) fn new(mut buffer: Buffer) -> Arc<Self> {
         let bytes = buffer.bytes();
         let (first, len) = (NonNull::from(&mut *bytes).cast(), bytes.len());
-        Arc::new(Self { first, len, buffer: Mutex::new(buffer) })
+        Arc::new(Self {
+            first,
+            len,
+            buffer: Mutex::new(buffer),
+        })
     }
 
     /// The buffer again, once all commands have ended.
@@ -119,7 +131,11 @@ impl BufferPool {
         let pages = len.div_ceil(PAGE);
         let class = KEPT.iter().position(|(size, _)| *size >= pages);
         let kept = class.and_then(|c| self.0[c].lock().unwrap_or_else(PoisonError::into_inner).pop());
-        kept.or_else(|| Page::new_vec_zeroed(class.map_or(pages, |c| KEPT[c].0)).ok().map(Buffer))
+        kept.or_else(|| {
+            Page::new_vec_zeroed(class.map_or(pages, |c| KEPT[c].0))
+                .ok()
+                .map(Buffer)
+        })
     }
 
     /// Takes a buffer back.
@@ -146,7 +162,17 @@ mod tests {
     #[test]
     fn buffers_start_at_pages_are_long_enough_and_come_back() {
         let pool = BufferPool::default();
-        for len in [1, 512, 4096, 4097, 131_072, 131_073, 1 << 20, (1 << 20) + 131_072, 3 << 20] {
+        for len in [
+            1,
+            512,
+            4096,
+            4097,
+            131_072,
+            131_073,
+            1 << 20,
+            (1 << 20) + 131_072,
+            3 << 20,
+        ] {
             let mut buffer = pool.take(len).unwrap();
             assert!(buffer.len() >= len);
             let place = buffer.bytes().as_ptr();

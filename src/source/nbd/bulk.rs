@@ -59,7 +59,11 @@ impl BulkThreads {
     pub(super) fn not_started(&self) -> VecDeque<BulkRequest> {
         let mut queue = self.queue();
         queue.threads -= 1;
-        if queue.threads == 0 { std::mem::take(&mut queue.requests) } else { VecDeque::new() }
+        if queue.threads == 0 {
+            std::mem::take(&mut queue.requests)
+        } else {
+            VecDeque::new()
+        }
     }
 
     /// The next request; `None`: the thread is to end.
@@ -73,7 +77,10 @@ impl BulkThreads {
                 break;
             }
             queue.idle += 1;
-            let (woken, waited) = self.more.wait_timeout(queue, IDLE).unwrap_or_else(PoisonError::into_inner);
+            let (woken, waited) = self
+                .more
+                .wait_timeout(queue, IDLE)
+                .unwrap_or_else(PoisonError::into_inner);
             queue = woken;
             queue.idle -= 1;
             if waited.timed_out() && queue.requests.is_empty() {
@@ -118,7 +125,10 @@ impl<'g> ClaimedSocket<'g> {
 
     fn turn(&self, back: &mut Vec<Answer>) {
         let mut fds = [PollFd::new(self.socket.socket(), events_of(&self.socket))];
-        match poll(&mut fds, PollTimeout::try_from(TICK.as_millis()).unwrap_or(PollTimeout::MAX)) {
+        match poll(
+            &mut fds,
+            PollTimeout::try_from(TICK.as_millis()).unwrap_or(PollTimeout::MAX),
+        ) {
             Ok(0) => {}
             Ok(_) => serve(self.connection, &self.socket, ready(&fds[0])),
             Err(Errno::EINTR) => {}
@@ -141,7 +151,14 @@ mod tests {
     use crate::source::nbd::command::CommandKind;
 
     fn request() -> BulkRequest {
-        let command = Command::new(CommandKind::Flush, 0, 0, Buffer::default(), Instant::now(), Box::new(|_, _| ()));
+        let command = Command::new(
+            CommandKind::Flush,
+            0,
+            0,
+            Buffer::default(),
+            Instant::now(),
+            Box::new(|_, _| ()),
+        );
         VecDeque::from([command])
     }
 

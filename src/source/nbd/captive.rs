@@ -58,12 +58,19 @@ impl Server {
     ///
     /// To be called from a thread that lives as long as the server shall: its end is taken for ours.
     pub(super) fn start(words: &[OsString]) -> Result<Self> {
-        let name = words.first().map(|w| w.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = words
+            .first()
+            .map(|w| w.to_string_lossy().into_owned())
+            .unwrap_or_default();
         let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
         let (listener, place) = listen().map_err(context)?;
         let mut command = Command::new("/bin/sh");
         command.args(["-c", ACTIVATE, "sh"]).args(words);
-        command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+        command
+            .stdin(OwnedFd::from(listener))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0);
         let parent = Pid::this();
         // SAFETY: sigprocmask, prctl and getppid are async-signal-safe, and nothing is allocated.
         unsafe {
@@ -72,17 +79,28 @@ impl Server {
                 SigSet::empty().thread_set_mask()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 // it may have died before it could be told
-                if Pid::parent() == parent { Ok(()) } else { Err(std::io::Error::from_raw_os_error(libc::ESRCH)) }
+                if Pid::parent() == parent {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::from_raw_os_error(libc::ESRCH))
+                }
             })
         };
         let mut child = command.spawn().map_err(context)?;
         let said = Arc::new(Mutex::new(String::new()));
         if let Some(stderr) = child.stderr.take() {
             let (from, last) = (name.clone(), Arc::clone(&said));
-            let reader = thread::Builder::new().name("nbd-stderr".into()).spawn(move || log(&from, stderr, &last));
+            let reader = thread::Builder::new()
+                .name("nbd-stderr".into())
+                .spawn(move || log(&from, stderr, &last));
             reader.map_err(context)?;
         }
-        Ok(Self { child: Mutex::new(child), place, name, said })
+        Ok(Self {
+            child: Mutex::new(child),
+            place,
+            name,
+            said,
+        })
     }
 
     /// A new connection to it. The system queues connections until it accepts them.
@@ -112,7 +130,11 @@ impl Server {
             Ok(None) => None,
             Ok(Some(status)) => {
                 let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-                let last = if said.is_empty() { String::new() } else { format!("; it said: {said}") };
+                let last = if said.is_empty() {
+                    String::new()
+                } else {
+                    format!("; it said: {said}")
+                };
                 Some(format!("{} has ended: {status}{last}", self.name))
             }
             Err(e) => Some(format!("{}: {e}", self.name)),
@@ -162,7 +184,9 @@ fn private_dir() -> std::io::Result<PathBuf> {
     let base = std::env::temp_dir();
     let mut tries = 0u32;
     loop {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.subsec_nanos());
         let dir = base.join(format!("vmdkfuse-{}-{now}-{tries}", std::process::id()));
         match fs::DirBuilder::new().mode(0o700).create(&dir) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && tries < 100 => tries += 1,

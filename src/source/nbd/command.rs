@@ -114,7 +114,14 @@ impl Command {
 
     /// A flush that nobody waits for.
     pub(super) fn unasked_flush(deadline: Instant) -> Box<Self> {
-        let mut command = Self::new(CommandKind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
+        let mut command = Self::new(
+            CommandKind::Flush,
+            0,
+            0,
+            Buffer::default(),
+            deadline,
+            Box::new(|_, _| ()),
+        );
         command.finish = None;
         command
     }

@@ -54,13 +54,24 @@ impl Connector {
             NbdAddress::Fd(number) => Some(adopt(number)?),
             _ => None,
         };
-        Ok(Self { config: config.clone(), server, socket: Mutex::new(socket) })
+        Ok(Self {
+            config: config.clone(),
+            server,
+            socket: Mutex::new(socket),
+        })
     }
 
     /// The same server, for another export of it.
     pub(super) fn for_export(&self, name: &OsStr) -> Self {
-        let config = NbdConfig { export: Some(name.to_owned()), ..self.config.clone() };
-        Self { config, server: self.server.clone(), socket: Mutex::default() }
+        let config = NbdConfig {
+            export: Some(name.to_owned()),
+            ..self.config.clone()
+        };
+        Self {
+            config,
+            server: self.server.clone(),
+            socket: Mutex::default(),
+        }
     }
 
     /// For messages.
@@ -137,7 +148,9 @@ impl Connector {
             NbdAddress::Vsock { cid, port } => handle.connect_vsock(*cid, port.unwrap_or(DEFAULT_PORT)),
             NbdAddress::Fd(_) => match self.socket.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 Some(socket) => handle.connect_socket(socket),
-                None => Err(lost("the connection that was handed over is used up, and another one can't be made")),
+                None => Err(lost(
+                    "the connection that was handed over is used up, and another one can't be made",
+                )),
             },
             NbdAddress::Command(_) => match &self.server {
                 Some(server) => handle.connect_socket(OwnedFd::from(server.connect()?)),
@@ -150,7 +163,8 @@ impl Connector {
     pub(super) fn list(&self, deadline: Instant) -> Result<Vec<(CString, CString)>> {
         let handle = self.negotiate(true, deadline, &never)?;
         let (opt, listed) = handle.opt_list().map_err(|e| self.failed(e))?;
-        self.option(&handle, &opt, deadline, &never).map_err(|e| e.within("listing the exports"))?;
+        self.option(&handle, &opt, deadline, &never)
+            .map_err(|e| e.within("listing the exports"))?;
         handle.opt_abort();
         Ok(taken(&listed))
     }
@@ -168,7 +182,10 @@ impl Connector {
         handle.clear_contexts()?;
         let (opt, listed) = handle.opt_contexts()?;
         self.option(handle, &opt, deadline, &never)?;
-        Ok(taken(&listed).into_iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect())
+        Ok(taken(&listed)
+            .into_iter()
+            .map(|(name, _)| name.to_string_lossy().into_owned())
+            .collect())
     }
 
     /// Waits for an option's answer.
@@ -209,7 +226,11 @@ impl Connector {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let what = if handle.is_connecting() { "no connection" } else { "no end of the handshake" };
+                let what = if handle.is_connecting() {
+                    "no connection"
+                } else {
+                    "no end of the handshake"
+                };
                 return Err(self.failed(Error::new(ErrorKind::Os(libc::ETIMEDOUT), format!("{what} in time"))));
             }
             if stop() {
@@ -241,7 +262,9 @@ impl Connector {
 
 /// Waits until the descriptor is ready for what the handle waits for.
 fn wait(handle: &Handle, most: Duration) -> Result<(bool, bool)> {
-    let Some(fd) = handle.fd() else { return Ok((false, false)) };
+    let Some(fd) = handle.fd() else {
+        return Ok((false, false));
+    };
     let (read, write) = handle.direction();
     let mut events = PollFlags::empty();
     events.set(PollFlags::POLLIN, read);
@@ -254,7 +277,10 @@ fn wait(handle: &Handle, most: Duration) -> Result<(bool, bool)> {
     }
     let got = polled[0].revents().unwrap_or(PollFlags::empty());
     let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
-    Ok((got.contains(PollFlags::POLLIN) || (broken && read), got.contains(PollFlags::POLLOUT) || (broken && write)))
+    Ok((
+        got.contains(PollFlags::POLLIN) || (broken && read),
+        got.contains(PollFlags::POLLOUT) || (broken && write),
+    ))
 }
 
 fn taken(listed: &Listed) -> Vec<(CString, CString)> {

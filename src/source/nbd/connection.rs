@@ -210,7 +210,10 @@ impl Connection {
 
     /// All connections.
     pub(super) fn sockets(&self) -> impl Iterator<Item = &Socket> {
-        self.sockets.iter().take(self.count.load(Ordering::SeqCst)).filter_map(OnceLock::get)
+        self.sockets
+            .iter()
+            .take(self.count.load(Ordering::SeqCst))
+            .filter_map(OnceLock::get)
     }
 
     /// Connections that there are.
@@ -327,7 +330,9 @@ impl Connection {
     /// The connection to send it on. Small ones go together, as long as the server may have them all under way at the same
     /// time: one thread is less awake on either side for each connection that is not used.
     fn connection_for(&self, command: &Command) -> Option<&Socket> {
-        let fit = self.sockets().filter(|c| !c.is_claimed() && (command.kind != CommandKind::Status || c.structured));
+        let fit = self
+            .sockets()
+            .filter(|c| !c.is_claimed() && (command.kind != CommandKind::Status || c.structured));
         let small = command.is_small();
         fit.min_by_key(|c| {
             let request = c.in_flight.load(Ordering::Relaxed);
@@ -360,7 +365,10 @@ impl Connection {
 
     /// The right to drive, if nobody has it.
     pub(super) fn poller(&self) -> Option<Poller<'_>> {
-        let free = self.polled.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let free = self
+            .polled
+            .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok();
         // made only where it is free: the end of a driver gives the right back
         free.then(|| {
             self.awake.store(true, Ordering::SeqCst);
@@ -418,20 +426,29 @@ impl Connection {
 
     /// Commands under way that a driver has to send or to serve.
     pub(super) fn unserved(&self) -> usize {
-        let sent = self.sockets().filter(|c| !c.is_claimed()).map(|c| c.in_flight.load(Ordering::SeqCst));
+        let sent = self
+            .sockets()
+            .filter(|c| !c.is_claimed())
+            .map(|c| c.in_flight.load(Ordering::SeqCst));
         self.queued_len.load(Ordering::SeqCst) + sent.sum::<usize>()
     }
 
     /// How many threads may have a connection for themselves: none where the server is far away, or has one connection.
     pub(super) fn claimable(&self) -> usize {
         let near = self.nearest.load(Ordering::Relaxed) < NEAR_US;
-        if near && !self.is_dead() { self.count().saturating_sub(1) } else { 0 }
+        if near && !self.is_dead() {
+            self.count().saturating_sub(1)
+        } else {
+            0
+        }
     }
 
     /// A connection for a thread alone, if there is a free one. The first one is always for all.
     pub(super) fn claim(&self) -> Option<ClaimedSocket<'_>> {
         let mut free = self.sockets().skip(1).take(self.claimable()).filter(|c| c.is_idle());
-        let claim = free.find_map(Socket::claim).map(|socket| ClaimedSocket::of(self, socket))?;
+        let claim = free
+            .find_map(Socket::claim)
+            .map(|socket| ClaimedSocket::of(self, socket))?;
         self.claims.fetch_add(1, Ordering::Relaxed);
         Some(claim)
     }
@@ -471,7 +488,11 @@ impl Connection {
             self.came_back(command, Some(socket));
             let is_answer = error.is_none_or(|errno| errno != UNSENT && !is_loss(errno));
             if *error == Some(UNSENT) {
-                *error = Some(if socket.handle.is_over() { libc::ENOTCONN } else { libc::EINVAL });
+                *error = Some(if socket.handle.is_over() {
+                    libc::ENOTCONN
+                } else {
+                    libc::EINVAL
+                });
             }
             if is_answer && !self.has_answered() {
                 self.answered.store(true, Ordering::Relaxed);
@@ -493,6 +514,9 @@ impl Connection {
     /// So many commands that came back are dealt with, when what this returns is dropped. What they have changed has to
     /// be kept by then: once all are, it is sent again on the next connections.
     pub(super) fn completion_guard(&self, count: usize) -> CompletionGuard<'_> {
-        CompletionGuard { in_flight: &self.in_flight, count }
+        CompletionGuard {
+            in_flight: &self.in_flight,
+            count,
+        }
     }
 }

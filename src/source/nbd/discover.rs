@@ -68,7 +68,10 @@ pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdD
     }
     handle.opt_abort();
     if disks.is_empty() {
-        return Err(Error::new(ErrorKind::NotFound, format!("{}: it lists no export", connector.label())));
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("{}: it lists no export", connector.label()),
+        ));
     }
     Ok(disks)
 }
@@ -91,7 +94,11 @@ fn facts_of(
         handle.set_full_info()?;
     }
     for (name, description) in names {
-        exports.push(if open { facts(handle, name) } else { ask(connector, handle, name, description, until) });
+        exports.push(if open {
+            facts(handle, name)
+        } else {
+            ask(connector, handle, name, description, until)
+        });
     }
     let server = ServerInfo {
         server: connector.label(),
@@ -110,11 +117,21 @@ fn facts_of(
 
 fn ask(connector: &Connector, handle: &Handle, name: &CStr, description: &CStr, until: Instant) -> ExportInfo {
     match connector.info(handle, name, until) {
-        Err(e) => ExportInfo { error: Some(e.to_string()), ..unknown(name, description) },
+        Err(e) => ExportInfo {
+            error: Some(e.to_string()),
+            ..unknown(name, description)
+        },
         Ok(_) => {
             let on_completions = handle.description();
-            let description = if on_completions.is_empty() { description } else { &on_completions };
-            let found = ExportInfo { description: description.to_string_lossy().into_owned(), ..facts(handle, name) };
+            let description = if on_completions.is_empty() {
+                description
+            } else {
+                &on_completions
+            };
+            let found = ExportInfo {
+                description: description.to_string_lossy().into_owned(),
+                ..facts(handle, name)
+            };
             // A server without metadata contexts refuses the question.
             let contexts = connector.contexts(handle, until).unwrap_or_default();
             ExportInfo { contexts, ..found }
@@ -140,5 +157,11 @@ fn facts(handle: &Handle, name: &CStr) -> ExportInfo {
         Err(e) => (0, Some(e.to_string())),
     };
     let flags = FLAGS.map(|(flag, ask)| (flag, handle.can(ask))).to_vec();
-    ExportInfo { size, error, block_sizes: handle.block_sizes(), flags, ..unknown(name, c"") }
+    ExportInfo {
+        size,
+        error,
+        block_sizes: handle.block_sizes(),
+        flags,
+        ..unknown(name, c"")
+    }
 }

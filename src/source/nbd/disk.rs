@@ -55,7 +55,11 @@ impl NbdDisk {
     pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
         let connector = Connector::new(config)?;
         let timeout = timeout(config);
-        let mut left = if connector.can_repeat() { config.retry.unwrap_or(0) } else { 0 };
+        let mut left = if connector.can_repeat() {
+            config.retry.unwrap_or(0)
+        } else {
+            0
+        };
         let mut pause = Duration::from_millis(100);
         let (handle, export) = loop {
             match connector.open(true, Instant::now() + timeout, &is_ending) {
@@ -75,14 +79,22 @@ impl NbdDisk {
         };
         let writable = writable && !export.read_only;
         let session = Session::start(connector, export, options(config, writable), Some(handle))?;
-        Ok(Self { geometry: export.geometry(), session, writable })
+        Ok(Self {
+            geometry: export.geometry(),
+            session,
+            writable,
+        })
     }
 
     /// An export of a server that is known already; connected to when it is first used.
     pub(super) fn later(connector: Connector, export: Export, config: &NbdConfig, writable: bool) -> Result<Self> {
         let writable = writable && !export.read_only;
         let session = Session::start(connector, export, options(config, writable), None)?;
-        Ok(Self { geometry: export.geometry(), session, writable })
+        Ok(Self {
+            geometry: export.geometry(),
+            session,
+            writable,
+        })
     }
 
     /// Whether the server takes no writes.
@@ -145,8 +157,14 @@ impl NbdDisk {
     }
 
     fn waited<T: Send + 'static>(&self, slot: &Oneshot<Result<T>>) -> Result<T> {
-        let timed_out = || Err(Error::new(ErrorKind::Os(libc::EIO), format!("{}: a command has no end", self.label())));
-        slot.wait(&self.session, self.session.deadline() + GRACE).unwrap_or_else(timed_out)
+        let timed_out = || {
+            Err(Error::new(
+                ErrorKind::Os(libc::EIO),
+                format!("{}: a command has no end", self.label()),
+            ))
+        };
+        slot.wait(&self.session, self.session.deadline() + GRACE)
+            .unwrap_or_else(timed_out)
     }
 
     fn pool(&self) -> &BufferPool {
@@ -155,7 +173,9 @@ impl NbdDisk {
 
     fn buffer(&self, len: u64) -> Result<Buffer> {
         let none = || Error::new(ErrorKind::Os(libc::ENOMEM), format!("no memory for {len} bytes"));
-        self.pool().take(usize::try_from(len).ok().ok_or_else(none)?).ok_or_else(none)
+        self.pool()
+            .take(usize::try_from(len).ok().ok_or_else(none)?)
+            .ok_or_else(none)
     }
 
     /// Asks for what is at `byte` and after it.
@@ -174,7 +194,9 @@ impl NbdDisk {
             }
             at = at.saturating_add(len).min(end);
         }
-        found.filter(|_| at > byte).map_or((Content::Data, end), |content| (content, at))
+        found
+            .filter(|_| at > byte)
+            .map_or((Content::Data, end), |content| (content, at))
     }
 
     /// Asks for the region of a read ahead of the next ones. Nobody waits for the answer.
@@ -204,7 +226,13 @@ impl NbdDisk {
                 self.zero_without(at, len, unmap)?;
             } else if unmap && export.fast_zero {
                 // Giving room back is fast or not possible; writing zeroes may take long, but keeps the promise.
-                match self.run(CommandKind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO }, at, len) {
+                match self.run(
+                    CommandKind::Zero {
+                        flags: LIBNBD_CMD_FLAG_FAST_ZERO,
+                    },
+                    at,
+                    len,
+                ) {
                     Err(e) if is_unsupported(&e) => self.run(CommandKind::Zero { flags: 0 }, at, len),
                     other => other,
                 }?;
@@ -230,7 +258,11 @@ impl NbdDisk {
             if export.block_status {
                 let (content, until) = self.ask(at);
                 if content.is_zero() && until / export.granule() > at / export.granule() {
-                    at = if until >= end { end } else { until - until % export.granule() };
+                    at = if until >= end {
+                        end
+                    } else {
+                        until - until % export.granule()
+                    };
                     continue;
                 }
             }
@@ -260,14 +292,22 @@ impl NbdDisk {
     /// Bytes of one command where there is more to read or write. To a server far away as much as it takes: there only
     /// the number of commands counts.
     fn piece(&self) -> u64 {
-        if self.session.is_near() { self.session.export().piece() } else { self.session.export().maximum }
+        if self.session.is_near() {
+            self.session.export().piece()
+        } else {
+            self.session.export().maximum
+        }
     }
 
     fn check_writable(&self) -> Result<()> {
         if self.writable {
             return Ok(());
         }
-        let why = if self.is_read_only() { "the export is read-only" } else { "it was opened read-only" };
+        let why = if self.is_read_only() {
+            "the export is read-only"
+        } else {
+            "it was opened read-only"
+        };
         Err(Error::new(ErrorKind::ReadOnly, format!("{}: {why}", self.label())))
     }
 }
@@ -317,7 +357,11 @@ impl BlockRead for NbdDisk {
             Content::Data => end.div_ceil(SECTOR).saturating_sub(at.0),
             _ => (end / SECTOR).saturating_sub(at.0),
         };
-        Ok(if sectors == 0 { (Content::Data, 1) } else { (content, sectors.min(left)) })
+        Ok(if sectors == 0 {
+            (Content::Data, 1)
+        } else {
+            (content, sectors.min(left))
+        })
     }
 
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
@@ -411,12 +455,23 @@ impl BlockQueue for NbdDisk {
         let whole = Shared::new(buf);
         let all = Arc::clone(&whole);
         let (from, to) = (at.bytes(), at.bytes() + len);
-        let parts =
-            SplitRequest::new(pieces(from, to, piece).count(), Box::new(move |result| give(all.take(), result)));
+        let parts = SplitRequest::new(
+            pieces(from, to, piece).count(),
+            Box::new(move |result| give(all.take(), result)),
+        );
         let commands = pieces(from, to, piece).map(|(start, end)| {
             let parts = Arc::clone(&parts);
-            let place = CommandBuffer::Part { of: Arc::clone(&whole), start: (start - from) as usize };
-            self.command(CommandKind::Read, start, end - start, place, Box::new(move |_, result| parts.done(result)))
+            let place = CommandBuffer::Part {
+                of: Arc::clone(&whole),
+                start: (start - from) as usize,
+            };
+            self.command(
+                CommandKind::Read,
+                start,
+                end - start,
+                place,
+                Box::new(move |_, result| parts.done(result)),
+            )
         });
         self.session.submit_all(commands.collect());
     }
@@ -435,16 +490,26 @@ impl BlockQueue for NbdDisk {
         if let Err(e) = self.check_writable() {
             return done(Err(e));
         }
-        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= self.geometry.bytes());
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|end| *end <= self.geometry.bytes());
         if end.is_none() {
-            let text = format!("{} bytes at {offset} are not on a disk of {}", data.len(), self.geometry.bytes());
+            let text = format!(
+                "{} bytes at {offset} are not on a disk of {}",
+                data.len(),
+                self.geometry.bytes()
+            );
             return done(Err(Error::new(ErrorKind::OutOfRange, text)));
         }
         let export = *self.session.export();
         let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(offset)) as usize));
         // The last sector has bytes that the export does not: they can't be kept.
         if past.iter().any(|b| *b != 0) {
-            let text = format!("{}: the export ends at byte {}, within a sector", self.label(), export.size);
+            let text = format!(
+                "{}: the export ends at byte {}, within a sector",
+                self.label(),
+                export.size
+            );
             return done(Err(Error::new(ErrorKind::Os(libc::ENOSPC), text)));
         }
         if data.is_empty() {
@@ -512,5 +577,10 @@ pub(super) fn timeout(config: &NbdConfig) -> Duration {
 
 fn options(config: &NbdConfig, writable: bool) -> SessionOptions {
     let connections = config.connections.unwrap_or(CONNECTIONS);
-    SessionOptions { connections, timeout: timeout(config), retry: config.retry, writable }
+    SessionOptions {
+        connections,
+        timeout: timeout(config),
+        retry: config.retry,
+        writable,
+    }
 }

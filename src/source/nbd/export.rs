@@ -73,7 +73,9 @@ impl Export {
         }
         if !self.minimum.is_power_of_two() || self.minimum > LARGEST_MINIMUM {
             let least = self.minimum;
-            return bad(format!("a minimum block size of {least} bytes: no power of two up to {LARGEST_MINIMUM}"));
+            return bad(format!(
+                "a minimum block size of {least} bytes: no power of two up to {LARGEST_MINIMUM}"
+            ));
         }
         if self.maximum < self.granule() {
             let (most, least) = (self.maximum, self.granule());
@@ -91,13 +93,20 @@ impl Export {
     /// Bytes of one command where there is more to read or write than that: parts of a long request go to several
     /// connections, and what the server and the kernel copy stays in the processor's cache.
     pub(super) fn piece(&self) -> u64 {
-        PIECE.max(self.preferred.min(self.maximum)).next_multiple_of(self.granule()).min(self.maximum)
+        PIECE
+            .max(self.preferred.min(self.maximum))
+            .next_multiple_of(self.granule())
+            .min(self.maximum)
     }
 
     /// As a disk. What is missing at the last sector reads as zeroes.
     pub(super) fn geometry(&self) -> Geometry {
         let granule = self.granule() / SECTOR;
-        Geometry { sectors: self.size.div_ceil(SECTOR), granule, preferred: granule }
+        Geometry {
+            sectors: self.size.div_ceil(SECTOR),
+            granule,
+            preferred: granule,
+        }
     }
 
     /// Whether what it was before can be read and written on in it. `first`: on the connection that is asked for block
@@ -156,8 +165,15 @@ mod tests {
     #[test]
     fn the_granule_is_the_minimum_and_at_least_a_sector() {
         for (minimum, granule) in [(1, 1), (512, 1), (4096, 8), (65536, 128)] {
-            let export = Export { minimum, ..export(1 << 20) };
-            let of = Geometry { sectors: 2048, granule, preferred: granule };
+            let export = Export {
+                minimum,
+                ..export(1 << 20)
+            };
+            let of = Geometry {
+                sectors: 2048,
+                granule,
+                preferred: granule,
+            };
             assert_eq!(export.geometry(), of);
         }
         assert_eq!(export(1000).geometry().sectors, 2, "the last sector is whole");
@@ -166,15 +182,37 @@ mod tests {
     #[test]
     fn numbers_that_cannot_be_are_refused() {
         for (bad, what) in [
-            (Export { minimum: 131_072, ..export(0) }, "minimum block size of 131072"),
-            (Export { minimum: 513, ..export(0) }, "minimum block size of 513"),
-            (Export { maximum: 511, ..export(0) }, "maximum block size of 511"),
+            (
+                Export {
+                    minimum: 131_072,
+                    ..export(0)
+                },
+                "minimum block size of 131072",
+            ),
+            (
+                Export {
+                    minimum: 513,
+                    ..export(0)
+                },
+                "minimum block size of 513",
+            ),
+            (
+                Export {
+                    maximum: 511,
+                    ..export(0)
+                },
+                "maximum block size of 511",
+            ),
             (export(u64::MAX), "a size of"),
         ] {
             let said = Export::check(&mut { bad }).unwrap_err().to_string();
             assert!(said.contains(what), "{said}");
         }
-        let mut odd = Export { minimum: 4096, maximum: 10_000, ..export(0) };
+        let mut odd = Export {
+            minimum: 4096,
+            maximum: 10_000,
+            ..export(0)
+        };
         odd.check().unwrap();
         assert_eq!(odd.maximum, 8192);
     }
@@ -183,23 +221,61 @@ mod tests {
     fn another_size_or_less_ability_is_a_change() {
         let before = export(4096);
         assert!(before.check_same(&before, true, true).is_ok());
-        assert!(Export { size: 8192, ..before }.check_same(&before, false, true).is_err());
-        assert!(Export { read_only: true, ..before }.check_same(&before, false, true).is_ok());
-        assert!(Export { read_only: true, ..before }.check_same(&before, true, true).is_err());
-        assert!(Export { minimum: 4096, ..before }.check_same(&before, false, true).is_err());
-        assert!(Export { flush: false, ..before }.check_same(&before, true, true).is_err());
+        assert!(
+            Export { size: 8192, ..before }
+                .check_same(&before, false, true)
+                .is_err()
+        );
+        assert!(
+            Export {
+                read_only: true,
+                ..before
+            }
+            .check_same(&before, false, true)
+            .is_ok()
+        );
+        assert!(
+            Export {
+                read_only: true,
+                ..before
+            }
+            .check_same(&before, true, true)
+            .is_err()
+        );
+        assert!(
+            Export {
+                minimum: 4096,
+                ..before
+            }
+            .check_same(&before, false, true)
+            .is_err()
+        );
+        assert!(
+            Export { flush: false, ..before }
+                .check_same(&before, true, true)
+                .is_err()
+        );
         assert!(Export { fua: false, ..before }.check_same(&before, true, true).is_err());
         assert!(Export { fua: false, ..before }.check_same(&before, false, true).is_ok());
         for less in [
             Export { trim: false, ..before },
             Export { zero: false, ..before },
-            Export { fast_zero: false, ..before },
-            Export { multi_conn: false, ..before },
+            Export {
+                fast_zero: false,
+                ..before
+            },
+            Export {
+                multi_conn: false,
+                ..before
+            },
         ] {
             assert!(less.check_same(&before, true, true).is_err(), "{less:?}");
             assert!(less.check_same(&before, false, true).is_ok(), "{less:?}");
         }
-        let mute = Export { block_status: false, ..before };
+        let mute = Export {
+            block_status: false,
+            ..before
+        };
         assert!(mute.check_same(&before, false, true).is_err() && mute.check_same(&before, false, false).is_ok());
     }
 }

@@ -124,7 +124,15 @@ impl ExtentCache {
         }
         runs.truncate(MAX_RUNS);
         inner.runs += runs.len();
-        inner.regions.insert(index, Region { learnt: Instant::now(), start, end: at, runs });
+        inner.regions.insert(
+            index,
+            Region {
+                learnt: Instant::now(),
+                start,
+                end: at,
+                runs,
+            },
+        );
     }
 
     /// A change of a range is about to be sent.
@@ -176,7 +184,11 @@ impl Inner {
         let gone: Vec<u64> = if met.end().saturating_sub(*met.start()) < self.regions.len() as u64 {
             met.filter(|i| self.regions.get(i).is_some_and(&wanted)).collect()
         } else {
-            self.regions.iter().filter(|(i, r)| met.contains(i) && wanted(r)).map(|(i, _)| *i).collect()
+            self.regions
+                .iter()
+                .filter(|(i, r)| met.contains(i) && wanted(r))
+                .map(|(i, _)| *i)
+                .collect()
         };
         gone.into_iter().for_each(|index| self.forget(index));
     }
@@ -187,7 +199,9 @@ impl Region {
     fn is_data(&self, from: u64, to: u64) -> bool {
         let first = self.runs.partition_point(|(start, _)| *start <= from).saturating_sub(1);
         let runs = self.runs.get(first..).unwrap_or_default();
-        runs.iter().take_while(|(start, _)| *start < to).all(|(_, content)| *content == Content::Data)
+        runs.iter()
+            .take_while(|(start, _)| *start < to)
+            .all(|(_, content)| *content == Content::Data)
     }
 }
 
@@ -209,7 +223,11 @@ mod tests {
     #[test]
     fn answers_are_found_and_neighbours_joined() {
         let map = ExtentCache::default();
-        map.learn(map.stamp(), 1000, &[(1000, 0), (500, 0), (4000, HOLE), (100, LIBNBD_STATE_ZERO)]);
+        map.learn(
+            map.stamp(),
+            1000,
+            &[(1000, 0), (500, 0), (4000, HOLE), (100, LIBNBD_STATE_ZERO)],
+        );
         assert_eq!(map.at(999), None);
         assert_eq!(map.at(1000), Some((Content::Data, 2500)));
         assert_eq!(map.at(2499), Some((Content::Data, 2500)));
@@ -266,7 +284,9 @@ mod tests {
         map.learn(map.stamp(), REGION - 100, &[(200, HOLE)]);
         assert_eq!(map.at(REGION - 1), Some((Content::Hole, REGION)));
         assert_eq!(map.at(REGION), None);
-        let many: Vec<(u64, u32)> = (0..MAX_RUNS as u32).map(|i| (512, if i % 2 == 0 { 0 } else { HOLE })).collect();
+        let many: Vec<(u64, u32)> = (0..MAX_RUNS as u32)
+            .map(|i| (512, if i % 2 == 0 { 0 } else { HOLE }))
+            .collect();
         map.learn(map.stamp(), 0, &many);
         map.learn(map.stamp(), REGION, &many);
         assert!(map.inner().runs <= MAX_RUNS);

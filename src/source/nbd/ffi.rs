@@ -90,7 +90,11 @@ struct Chunks {
 impl Chunks {
     /// None yet, of a range.
     fn of(offset: u64, len: u64) -> Self {
-        Self { next: offset, end: offset + len, beyond: Vec::new() }
+        Self {
+            next: offset,
+            end: offset + len,
+            beyond: Vec::new(),
+        }
     }
 
     fn add(&mut self, offset: u64, count: u64) {
@@ -160,15 +164,23 @@ impl Handle {
     /// A new one that is not connected.
     pub(super) fn new() -> Result<Self> {
         // SAFETY: it takes nothing.
-        let made = NonNull::new(unsafe { sys::nbd_create() }).map(Self).ok_or_else(|| failure("a handle of libnbd"))?;
+        let made = NonNull::new(unsafe { sys::nbd_create() })
+            .map(Self)
+            .ok_or_else(|| failure("a handle of libnbd"))?;
         // Every answer fills the buffer or is an error; where it comes in chunks they are counted.
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_pread_initialize(made.raw(), false) }, "nbd_set_pread_initialize")?;
+        done(
+            unsafe { sys::nbd_set_pread_initialize(made.raw(), false) },
+            "nbd_set_pread_initialize",
+        )?;
         // The end of an export may be no multiple of its blocks; whether it can be read then the server has to say.
         // SAFETY: the handle is alive.
         let strict = unsafe { sys::nbd_get_strict_mode(made.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_strict_mode(made.raw(), strict) }, "nbd_set_strict_mode")?;
+        done(
+            unsafe { sys::nbd_set_strict_mode(made.raw(), strict) },
+            "nbd_set_strict_mode",
+        )?;
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_set_opt_mode(made.raw(), true) }, "nbd_set_opt_mode")?;
         Ok(made)
@@ -181,13 +193,18 @@ impl Handle {
     /// The version of the library.
     pub(super) fn version(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
-        text(unsafe { sys::nbd_get_version(self.raw()) }).to_string_lossy().into_owned()
+        text(unsafe { sys::nbd_get_version(self.raw()) })
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// Names the export.
     pub(super) fn set_export(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
-        done(unsafe { sys::nbd_set_export_name(self.raw(), name.as_ptr()) }, "export name")
+        done(
+            unsafe { sys::nbd_set_export_name(self.raw(), name.as_ptr()) },
+            "export name",
+        )
     }
 
     /// The name of the export.
@@ -211,11 +228,17 @@ impl Handle {
     /// Asks for block status, or (`false`) for the short replies, which have none.
     pub(super) fn set_block_status(&self, wanted: bool) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_request_structured_replies(self.raw(), wanted) }, "structured replies")?;
+        done(
+            unsafe { sys::nbd_set_request_structured_replies(self.raw(), wanted) },
+            "structured replies",
+        )?;
         if wanted {
             let context = sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr();
             // SAFETY: handle and text are alive.
-            done(unsafe { sys::nbd_add_meta_context(self.raw(), context) }, "nbd_add_meta_context")?;
+            done(
+                unsafe { sys::nbd_add_meta_context(self.raw(), context) },
+                "nbd_add_meta_context",
+            )?;
         }
         Ok(())
     }
@@ -223,7 +246,10 @@ impl Handle {
     /// Asks for no metadata context any more.
     pub(super) fn clear_contexts(&self) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_clear_meta_contexts(self.raw()) }, "nbd_clear_meta_contexts")
+        done(
+            unsafe { sys::nbd_clear_meta_contexts(self.raw()) },
+            "nbd_clear_meta_contexts",
+        )
     }
 
     /// One of `LIBNBD_TLS_*`.
@@ -239,25 +265,37 @@ impl Handle {
     /// The folder of certificates.
     pub(super) fn set_tls_certificates(&self, dir: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
-        done(unsafe { sys::nbd_set_tls_certificates(self.raw(), dir.as_ptr()) }, "tls-certificates")
+        done(
+            unsafe { sys::nbd_set_tls_certificates(self.raw(), dir.as_ptr()) },
+            "tls-certificates",
+        )
     }
 
     /// Whether the server's certificate is verified.
     pub(super) fn set_tls_verify(&self, verify: bool) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_tls_verify_peer(self.raw(), verify) }, "tls-verify")
+        done(
+            unsafe { sys::nbd_set_tls_verify_peer(self.raw(), verify) },
+            "tls-verify",
+        )
     }
 
     /// The user of a pre-shared key.
     pub(super) fn set_tls_username(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
-        done(unsafe { sys::nbd_set_tls_username(self.raw(), name.as_ptr()) }, "tls-username")
+        done(
+            unsafe { sys::nbd_set_tls_username(self.raw(), name.as_ptr()) },
+            "tls-username",
+        )
     }
 
     /// The file of pre-shared keys.
     pub(super) fn set_tls_psk(&self, file: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
-        done(unsafe { sys::nbd_set_tls_psk_file(self.raw(), file.as_ptr()) }, "tls-psk")
+        done(
+            unsafe { sys::nbd_set_tls_psk_file(self.raw(), file.as_ptr()) },
+            "tls-psk",
+        )
     }
 
     /// Whether what goes over the connection is encrypted.
@@ -274,9 +312,18 @@ impl Handle {
         }
         // SAFETY: handle and text are alive.
         unsafe {
-            done(sys::nbd_set_uri_allow_transports(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK), "transports")?;
-            done(sys::nbd_set_uri_allow_tls(self.raw(), sys::LIBNBD_TLS_ALLOW), "nbd_set_uri_allow_tls")?;
-            done(sys::nbd_set_uri_allow_local_file(self.raw(), true), "nbd_set_uri_allow_local_file")?;
+            done(
+                sys::nbd_set_uri_allow_transports(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK),
+                "transports",
+            )?;
+            done(
+                sys::nbd_set_uri_allow_tls(self.raw(), sys::LIBNBD_TLS_ALLOW),
+                "nbd_set_uri_allow_tls",
+            )?;
+            done(
+                sys::nbd_set_uri_allow_local_file(self.raw(), true),
+                "nbd_set_uri_allow_local_file",
+            )?;
             done(sys::nbd_aio_connect_uri(self.raw(), uri.as_ptr()), "connect")
         }
     }
@@ -284,13 +331,19 @@ impl Handle {
     /// Begins to connect to a Unix socket.
     pub(super) fn connect_unix(&self, path: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
-        done(unsafe { sys::nbd_aio_connect_unix(self.raw(), path.as_ptr()) }, "connect")
+        done(
+            unsafe { sys::nbd_aio_connect_unix(self.raw(), path.as_ptr()) },
+            "connect",
+        )
     }
 
     /// Begins to connect by TCP.
     pub(super) fn connect_tcp(&self, host: &CStr, port: &CStr) -> Result<()> {
         // SAFETY: handle and texts are alive.
-        done(unsafe { sys::nbd_aio_connect_tcp(self.raw(), host.as_ptr(), port.as_ptr()) }, "connect")
+        done(
+            unsafe { sys::nbd_aio_connect_tcp(self.raw(), host.as_ptr(), port.as_ptr()) },
+            "connect",
+        )
     }
 
     /// Begins to connect by VSOCK.
@@ -302,14 +355,20 @@ impl Handle {
     /// Begins the handshake on a connected socket.
     pub(super) fn connect_socket(&self, socket: OwnedFd) -> Result<()> {
         // SAFETY: the handle is alive; the library closes the descriptor, whatever becomes of the call.
-        done(unsafe { sys::nbd_aio_connect_socket(self.raw(), socket.into_raw_fd()) }, "connect")
+        done(
+            unsafe { sys::nbd_aio_connect_socket(self.raw(), socket.into_raw_fd()) },
+            "connect",
+        )
     }
 
     /// Begins to open the export.
     pub(super) fn opt_go(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
         // SAFETY: the handle is alive, and the callback holds all it needs.
-        done(unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) }, "open the export")?;
+        done(
+            unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) },
+            "open the export",
+        )?;
         Ok(opt)
     }
 
@@ -317,7 +376,10 @@ impl Handle {
     pub(super) fn opt_info(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
         // SAFETY: the handle is alive, and the callback holds all it needs.
-        done(unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) }, "ask for the export")?;
+        done(
+            unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) },
+            "ask for the export",
+        )?;
         Ok(opt)
     }
 
@@ -330,7 +392,10 @@ impl Handle {
             free: Some(free_listed),
         };
         // SAFETY: the handle is alive, and the callbacks hold all they need.
-        done(unsafe { sys::nbd_aio_opt_list(self.raw(), list, option_callback(&opt)) }, "list the exports")?;
+        done(
+            unsafe { sys::nbd_aio_opt_list(self.raw(), list, option_callback(&opt)) },
+            "list the exports",
+        )?;
         Ok((opt, listed))
     }
 
@@ -393,18 +458,27 @@ impl Handle {
     /// The variant of the protocol.
     pub(super) fn protocol(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
-        text(unsafe { sys::nbd_get_protocol(self.raw()) }).to_string_lossy().into_owned()
+        text(unsafe { sys::nbd_get_protocol(self.raw()) })
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// Bytes of the export.
     pub(super) fn size(&self) -> Result<u64> {
         // SAFETY: the handle is alive.
-        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) }).ok().ok_or_else(|| failure("size of the export"))
+        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) })
+            .ok()
+            .ok_or_else(|| failure("size of the export"))
     }
 
     /// Minimum, preferred and maximum bytes of a request; 0: not said.
     pub(super) fn block_sizes(&self) -> [u64; 3] {
-        [sys::LIBNBD_SIZE_MINIMUM, sys::LIBNBD_SIZE_PREFERRED, sys::LIBNBD_SIZE_MAXIMUM].map(|which| {
+        [
+            sys::LIBNBD_SIZE_MINIMUM,
+            sys::LIBNBD_SIZE_PREFERRED,
+            sys::LIBNBD_SIZE_MAXIMUM,
+        ]
+        .map(|which| {
             // SAFETY: the handle is alive.
             u64::try_from(unsafe { sys::nbd_get_block_size(self.raw(), which) }).unwrap_or(0)
         })
@@ -423,7 +497,10 @@ impl Handle {
     pub(super) fn direction(&self) -> (bool, bool) {
         // SAFETY: the handle is alive.
         let direction = unsafe { sys::nbd_aio_get_direction(self.raw()) };
-        (direction & sys::LIBNBD_AIO_DIRECTION_READ != 0, direction & sys::LIBNBD_AIO_DIRECTION_WRITE != 0)
+        (
+            direction & sys::LIBNBD_AIO_DIRECTION_READ != 0,
+            direction & sys::LIBNBD_AIO_DIRECTION_WRITE != 0,
+        )
     }
 
     /// Goes on after the descriptor became readable. An error: the connection is dead, or the option failed.
@@ -473,8 +550,11 @@ impl Handle {
         }
         let chunked = structured && kind == CommandKind::Read;
         let chunks = chunked.then(|| Chunks::of(offset, len));
-        let ticket =
-            Box::into_raw(Box::new(Ticket { command: Some(command), chunks, completions: Arc::clone(completions) }));
+        let ticket = Box::into_raw(Box::new(Ticket {
+            command: Some(command),
+            chunks,
+            completions: Arc::clone(completions),
+        }));
         let completion = sys::nbd_completion_callback {
             callback: Some(on_completion),
             user_data: ticket.cast(),
@@ -487,8 +567,11 @@ impl Handle {
         unsafe {
             match kind {
                 CommandKind::Read if chunked => {
-                    let chunk =
-                        sys::nbd_chunk_callback { callback: Some(on_chunk), user_data: ticket.cast(), free: None };
+                    let chunk = sys::nbd_chunk_callback {
+                        callback: Some(on_chunk),
+                        user_data: ticket.cast(),
+                        free: None,
+                    };
                     sys::nbd_aio_pread_structured(raw, buf.cast(), count, offset, chunk, completion, 0)
                 }
                 CommandKind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
@@ -499,8 +582,11 @@ impl Handle {
                 CommandKind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
                 CommandKind::Flush => sys::nbd_aio_flush(raw, completion, 0),
                 CommandKind::Status => {
-                    let extents =
-                        sys::nbd_extent_callback { callback: Some(on_extents), user_data: ticket.cast(), free: None };
+                    let extents = sys::nbd_extent_callback {
+                        callback: Some(on_extents),
+                        user_data: ticket.cast(),
+                        free: None,
+                    };
                     sys::nbd_aio_block_status(raw, len, offset, extents, completion, 0)
                 }
             }
@@ -524,7 +610,9 @@ pub(super) fn is_ending() -> bool {
         set
     };
     // SAFETY: the set was filled in above.
-    [libc::SIGTERM, libc::SIGINT].iter().any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
+    [libc::SIGTERM, libc::SIGINT]
+        .iter()
+        .any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
 }
 
 /// Takes a connected socket over that was handed to this process by its number. Errors: it is none.
@@ -540,7 +628,9 @@ pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
         ));
     }
     // Not for children of ours; the number itself is nobody's any more afterwards.
-    let copy = borrowed.try_clone_to_owned().map_err(|e| Error::io(format!("socket-fd={number}"), e))?;
+    let copy = borrowed
+        .try_clone_to_owned()
+        .map_err(|e| Error::io(format!("socket-fd={number}"), e))?;
     // SAFETY: whoever started us handed it over, and nothing in this process uses the number.
     drop(unsafe { OwnedFd::from_raw_fd(number) });
     Ok(copy)
@@ -550,10 +640,19 @@ pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
 pub(super) fn failure(what: &str) -> Error {
     // SAFETY: the text is valid until the next call of this thread.
     let (said, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
-    let said = if said.is_null() { "the server closed the connection".into() } else { text(said).to_string_lossy() };
+    let said = if said.is_null() {
+        "the server closed the connection".into()
+    } else {
+        text(said).to_string_lossy()
+    };
     // Each text starts with the name of a function of the library, or several.
-    let said = said.rsplit_once("nbd_aio_").map_or(&*said, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
-    Error::new(ErrorKind::Os(if errno > 0 { errno } else { libc::EIO }), format!("{what}: {said}"))
+    let said = said
+        .rsplit_once("nbd_aio_")
+        .map_or(&*said, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
+    Error::new(
+        ErrorKind::Os(if errno > 0 { errno } else { libc::EIO }),
+        format!("{what}: {said}"),
+    )
 }
 
 fn done(result: c_int, what: &str) -> Result<()> {
@@ -563,7 +662,11 @@ fn done(result: c_int, what: &str) -> Result<()> {
 /// A text of the library; empty for a null pointer.
 fn text<'a>(text: *const c_char) -> &'a CStr {
     // SAFETY: callers pass texts of the library that live long enough.
-    if text.is_null() { c"" } else { unsafe { CStr::from_ptr(text) } }
+    if text.is_null() {
+        c""
+    } else {
+        unsafe { CStr::from_ptr(text) }
+    }
 }
 
 /// A text that is ours to free.
@@ -587,7 +690,13 @@ mod tests {
         };
         assert!(whole(&[(100, 50)]) && whole(&[(100, 20), (120, 30)]));
         assert!(whole(&[(120, 10), (130, 20), (100, 20)]));
-        for wrong in [&[(100, 49)][..], &[(100, 25), (100, 25)], &[(110, 40)], &[(100, 30), (120, 20)], &[]] {
+        for wrong in [
+            &[(100, 49)][..],
+            &[(100, 25), (100, 25)],
+            &[(110, 40)],
+            &[(100, 30), (120, 20)],
+            &[],
+        ] {
             assert!(!whole(wrong), "{wrong:?}");
         }
     }

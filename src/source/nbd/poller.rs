@@ -111,7 +111,11 @@ impl<'g> Poller<'g> {
                 }
                 return PollEnd::Idle;
             }
-            let most = if let PollUntil::Quiet(patience) = leave { patience.min(TICK) } else { TICK };
+            let most = if let PollUntil::Quiet(patience) = leave {
+                patience.min(TICK)
+            } else {
+                TICK
+            };
             let seen = self.turn(most, leave, &mut back);
             quiet = if seen.served { Duration::ZERO } else { quiet + most };
             served |= seen.served;
@@ -147,8 +151,10 @@ impl<'g> Poller<'g> {
         if !ready[0].is_empty() {
             self.0.woken();
         }
-        let mut seen =
-            PollOutcome { served: false, called: ready.get(1 + sockets.len()).is_some_and(|r| !r.is_empty()) };
+        let mut seen = PollOutcome {
+            served: false,
+            called: ready.get(1 + sockets.len()).is_some_and(|r| !r.is_empty()),
+        };
         for (socket, got) in sockets.iter().zip(&ready[1..]) {
             if !got.is_empty() {
                 seen.served = true;
@@ -173,14 +179,19 @@ impl<'g> Poller<'g> {
             }
         }
         let timeout = PollTimeout::try_from(most.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-        self.0.asleep(|may_sleep| poll(fds, if may_sleep { timeout } else { PollTimeout::ZERO }))
+        self.0
+            .asleep(|may_sleep| poll(fds, if may_sleep { timeout } else { PollTimeout::ZERO }))
     }
 }
 
 /// What a connection is polled for.
 pub(super) fn events_of(socket: &Socket) -> PollFlags {
     let (_, write) = socket.handle.direction();
-    if write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN }
+    if write {
+        PollFlags::POLLIN | PollFlags::POLLOUT
+    } else {
+        PollFlags::POLLIN
+    }
 }
 
 /// What a poll has found.

@@ -95,10 +95,18 @@ impl ReplayLog {
         self.next += 1;
         let kind = match command.kind {
             // The next time it may be slow.
-            CommandKind::Zero { flags } => CommandKind::Zero { flags: flags & !LIBNBD_CMD_FLAG_FAST_ZERO },
+            CommandKind::Zero { flags } => CommandKind::Zero {
+                flags: flags & !LIBNBD_CMD_FLAG_FAST_ZERO,
+            },
             kind => kind,
         };
-        let entry = Entry { number, kind, offset: command.offset, len: command.len, buf: command.buf.take() };
+        let entry = Entry {
+            number,
+            kind,
+            offset: command.offset,
+            len: command.len,
+            buf: command.buf.take(),
+        };
         self.bytes += entry.cost();
         self.entries.push_back(entry);
     }
@@ -115,7 +123,11 @@ impl ReplayLog {
 
     /// What a flush covers which is sent now.
     pub(super) fn flush_token(&self) -> FlushToken {
-        FlushToken { number: self.next, forgotten: self.forgotten, failed: self.failed }
+        FlushToken {
+            number: self.next,
+            forgotten: self.forgotten,
+            failed: self.failed,
+        }
     }
 
     /// Whether a further change has to wait.
@@ -195,7 +207,14 @@ mod tests {
 
     fn write(pool: &BufferPool, offset: u64, len: usize) -> Box<Command> {
         let buf = pool.take(len).unwrap();
-        Command::new(CommandKind::Write { flags: 0 }, offset, len as u64, buf, Instant::now(), Box::new(|_, _| ()))
+        Command::new(
+            CommandKind::Write { flags: 0 },
+            offset,
+            len as u64,
+            buf,
+            Instant::now(),
+            Box::new(|_, _| ()),
+        )
     }
 
     #[test]
@@ -220,7 +239,9 @@ mod tests {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         let durable = |offset| {
             let mut command = write(&pool, offset, 512);
-            command.kind = CommandKind::Write { flags: libnbd_sys::LIBNBD_CMD_FLAG_FUA };
+            command.kind = CommandKind::Write {
+                flags: libnbd_sys::LIBNBD_CMD_FLAG_FUA,
+            };
             command
         };
         assert!(!replay_log.answered(&mut durable(0)) && replay_log.is_empty());
@@ -229,7 +250,11 @@ mod tests {
         replay_log.answered(&mut beside);
         assert!(beside.buf.take().len() > 0, "its buffer is not taken");
         replay_log.answered(&mut durable(768));
-        let kept: Vec<_> = replay_log.drain().iter().map(|e| (e.offset, e.kind.is_durable())).collect();
+        let kept: Vec<_> = replay_log
+            .drain()
+            .iter()
+            .map(|e| (e.offset, e.kind.is_durable()))
+            .collect();
         assert_eq!(kept, [(512, false), (768, true)]);
     }
 
@@ -268,9 +293,16 @@ mod tests {
     fn regression_zeroes_are_not_sent_again_as_fast_or_nothing() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         let mut command = write(&pool, 0, 512);
-        command.kind = CommandKind::Zero { flags: LIBNBD_CMD_FLAG_FAST_ZERO | libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE };
+        command.kind = CommandKind::Zero {
+            flags: LIBNBD_CMD_FLAG_FAST_ZERO | libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE,
+        };
         replay_log.add(&mut command);
-        assert_eq!(replay_log.drain()[0].kind, CommandKind::Zero { flags: libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE });
+        assert_eq!(
+            replay_log.drain()[0].kind,
+            CommandKind::Zero {
+                flags: libnbd_sys::LIBNBD_CMD_FLAG_NO_HOLE
+            }
+        );
     }
 
     #[test]
@@ -279,11 +311,23 @@ mod tests {
         replay_log.add(&mut write(&pool, 0, 512));
         replay_log.add(&mut write(&pool, 0, 1024));
         let mut rest = replay_log.drain();
-        let Entry { kind, offset, len, buf, .. } = rest.pop_front().unwrap();
-        replay_log.add(&mut Command::new(kind, offset, len, buf, Instant::now(), Box::new(|_, _| ())));
+        let Entry {
+            kind, offset, len, buf, ..
+        } = rest.pop_front().unwrap();
+        replay_log.add(&mut Command::new(
+            kind,
+            offset,
+            len,
+            buf,
+            Instant::now(),
+            Box::new(|_, _| ()),
+        ));
         // the connection breaks
         replay_log.restore(rest);
-        assert_eq!(replay_log.drain().iter().map(|e| e.len).collect::<Vec<_>>(), [512, 1024]);
+        assert_eq!(
+            replay_log.drain().iter().map(|e| e.len).collect::<Vec<_>>(),
+            [512, 1024]
+        );
     }
 
     #[test]
@@ -293,8 +337,17 @@ mod tests {
             replay_log.add(&mut write(&pool, 0, 1 << 20));
         }
         for entry in replay_log.drain() {
-            let Entry { kind, offset, len, buf, .. } = entry;
-            replay_log.add(&mut Command::new(kind, offset, len, buf, Instant::now(), Box::new(|_, _| ())));
+            let Entry {
+                kind, offset, len, buf, ..
+            } = entry;
+            replay_log.add(&mut Command::new(
+                kind,
+                offset,
+                len,
+                buf,
+                Instant::now(),
+                Box::new(|_, _| ()),
+            ));
         }
         assert!(replay_log.wants_flush() && !replay_log.wants_flush());
     }

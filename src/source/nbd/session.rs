@@ -114,7 +114,11 @@ impl Session {
         options: SessionOptions,
         first: Option<Handle>,
     ) -> Result<Arc<Self>> {
-        let connections = if export.multi_conn && connector.can_repeat() { options.connections } else { 1 };
+        let connections = if export.multi_conn && connector.can_repeat() {
+            options.connections
+        } else {
+            1
+        };
         let session = Arc::new(Self {
             connector,
             export,
@@ -145,7 +149,10 @@ impl Session {
 
     fn spawn(self: &Arc<Self>, name: &str, work: fn(&Self)) -> Result<()> {
         let session = Arc::clone(self);
-        let thread = thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(move || work(&session));
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || work(&session));
         let thread = thread.map_err(|e| Error::io("a thread for an NBD server", e))?;
         let mut threads = lock(&self.threads);
         threads.retain(|t| !t.is_finished());
@@ -209,7 +216,11 @@ impl Session {
         }
         let request: BulkRequest = commands.into_iter().filter_map(|command| self.admit(command)).collect();
         if self.bulk.push(request, most) && self.spawn("nbd-carry", Self::run_bulk).is_err() {
-            self.bulk.not_started().into_iter().flatten().for_each(|command| self.send(command));
+            self.bulk
+                .not_started()
+                .into_iter()
+                .flatten()
+                .for_each(|command| self.send(command));
         }
     }
 
@@ -365,7 +376,9 @@ impl Session {
         loop {
             let mut state = lock(&self.state);
             let full = lock(&self.replay_log).is_full();
-            let Some(command) = (if full { None } else { state.awaiting_flush.pop_front() }) else { return };
+            let Some(command) = (if full { None } else { state.awaiting_flush.pop_front() }) else {
+                return;
+            };
             drop(state);
             if command.deadline <= Instant::now() {
                 // Sent now, it would end the connection at the next look, and who waited for it has gone.
@@ -378,11 +391,17 @@ impl Session {
     }
 
     fn timed_out(&self, command: &Command) -> Error {
-        self.error(command, &format!("no answer within {} s", self.options.timeout.as_secs_f32()))
+        self.error(
+            command,
+            &format!("no answer within {} s", self.options.timeout.as_secs_f32()),
+        )
     }
 
     fn error(&self, command: &Command, why: &str) -> Error {
-        Error::new(ErrorKind::Os(libc::EIO), format!("{}: {}: {why}", self.connector.label(), command.describe()))
+        Error::new(
+            ErrorKind::Os(libc::EIO),
+            format!("{}: {}: {why}", self.connector.label(), command.describe()),
+        )
     }
 
     /// Ends the way: what is under way fails, the threads end.
@@ -396,7 +415,10 @@ impl Session {
                 self.poll_completions(Stay::Patiently);
             }
         }
-        let State { waiting, awaiting_flush } = std::mem::take(&mut *lock(&self.state));
+        let State {
+            waiting,
+            awaiting_flush,
+        } = std::mem::take(&mut *lock(&self.state));
         for command in waiting.into_iter().chain(awaiting_flush) {
             let e = self.error(&command, "the disk is closed");
             self.finish(command, Err(e));

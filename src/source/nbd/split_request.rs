@@ -17,7 +17,10 @@ pub(super) struct Oneshot<T> {
 impl<T: Send + 'static> Oneshot<T> {
     /// With nothing in it.
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { value: Mutex::new(None), there: Condvar::new() })
+        Arc::new(Self {
+            value: Mutex::new(None),
+            there: Condvar::new(),
+        })
     }
 
     /// Puts it there.
@@ -62,7 +65,11 @@ struct Counted {
 impl SplitRequest {
     /// Of so many.
     pub(super) fn new(parts: usize, done: Completion) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Counted { left: parts, failed: None, done: Some(done) })))
+        Arc::new(Self(Mutex::new(Counted {
+            left: parts,
+            failed: None,
+            done: Some(done),
+        })))
     }
 
     /// One of them has ended.

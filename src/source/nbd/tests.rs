@@ -21,7 +21,10 @@ use crate::error::ErrorKind;
 
 /// Whether nbdkit is there; where everything is required its absence is a failure.
 fn need_nbdkit() -> bool {
-    let there = std::process::Command::new("nbdkit").arg("--version").output().is_ok_and(|o| o.status.success());
+    let there = std::process::Command::new("nbdkit")
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success());
     let all = std::env::var("VMDKFUSE_REQUIRE").is_ok_and(|v| v == "all");
     assert!(there || !all, "nbdkit is not installed and VMDKFUSE_REQUIRE=all");
     if !there {
@@ -31,7 +34,11 @@ fn need_nbdkit() -> bool {
 }
 
 fn nbdkit(words: &[&str]) -> NbdConfig {
-    let words = ["nbdkit", "-f", "--exit-with-parent"].iter().chain(words).map(OsString::from).collect();
+    let words = ["nbdkit", "-f", "--exit-with-parent"]
+        .iter()
+        .chain(words)
+        .map(OsString::from)
+        .collect();
     NbdConfig::new(NbdAddress::Command(words))
 }
 
@@ -41,7 +48,9 @@ fn open(words: &[&str]) -> NbdDisk {
 
 fn pattern(at: Lba, sectors: u64) -> Vec<u8> {
     let start = at.bytes();
-    (start..start + sectors * SECTOR).map(|b| (b & !7).to_be_bytes()[(b & 7) as usize]).collect()
+    (start..start + sectors * SECTOR)
+        .map(|b| (b & !7).to_be_bytes()[(b & 7) as usize])
+        .collect()
 }
 
 fn wait_until(what: impl Fn() -> bool) {
@@ -71,7 +80,10 @@ fn reads_are_exact_and_several_connections_come_up() {
         }
     });
     std::thread::scope(|scope| threads.for_each(|t| drop(scope.spawn(t))));
-    assert_eq!(disk.read_at(Lba(131_072), &mut [0; 512]).unwrap_err().kind(), ErrorKind::OutOfRange);
+    assert_eq!(
+        disk.read_at(Lba(131_072), &mut [0; 512]).unwrap_err().kind(),
+        ErrorKind::OutOfRange
+    );
 }
 
 /// Begins a read, and serves until `other` is readable. Where the result comes.
@@ -94,13 +106,25 @@ fn regression_a_generation_is_idle_only_when_what_came_back_was_dealt_with() {
     let connector = Connector::new(&config).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     let connection = Connection::new(1).unwrap();
-    connection.add(connector.open(true, deadline, &|| false).unwrap().0).unwrap();
-    let command = Command::new(CommandKind::Flush, 0, 0, Buffer::default(), deadline, Box::new(|_, _| ()));
+    connection
+        .add(connector.open(true, deadline, &|| false).unwrap().0)
+        .unwrap();
+    let command = Command::new(
+        CommandKind::Flush,
+        0,
+        0,
+        Buffer::default(),
+        deadline,
+        Box::new(|_, _| ()),
+    );
     let (mut back, mut came) = (Vec::new(), 0);
     connection.submit(command, &mut back);
     // As a connection that is lost: who waits for its end sends all changes again that he knows of.
     let mut deal = |back: &mut Vec<Answer>| {
-        assert!(back.is_empty() || !connection.is_idle(), "what came back is not known yet");
+        assert!(
+            back.is_empty() || !connection.is_idle(),
+            "what came back is not known yet"
+        );
         let _settling = connection.completion_guard(back.len());
         came += back.drain(..).count();
     };
@@ -145,7 +169,10 @@ fn long_requests_and_small_ones_share_the_connections() {
             })
             .collect();
         for (on_completions, len) in on_completions.into_iter().zip(lens) {
-            assert!(on_completions.recv_timeout(Duration::from_secs(20)).unwrap(), "{len} sectors in round {round}");
+            assert!(
+                on_completions.recv_timeout(Duration::from_secs(20)).unwrap(),
+                "{len} sectors in round {round}"
+            );
         }
     }
     assert!(disk.carried() > 100, "long requests were not carried");
@@ -162,12 +189,24 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
     let mut read = [0; 8 * 512];
     disk.read_at(Lba(0), &mut read).unwrap();
     wait_until(|| disk.connections() == 4);
-    for (i, (offset, len)) in
-        [(3, 5), (1000, 700_001), (512 * 9 - 1, 2), (4_000_001, 1 << 20), ((8 << 20) - 1, 1)].into_iter().enumerate()
+    for (i, (offset, len)) in [
+        (3, 5),
+        (1000, 700_001),
+        (512 * 9 - 1, 2),
+        (4_000_001, 1 << 20),
+        ((8 << 20) - 1, 1),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let data: Vec<u8> = (0..len).map(|b| (b % 251) as u8 ^ i as u8).collect();
         let (tell, on_completions) = mpsc::channel();
-        disk.submit_write(offset as u64, &data, false, Box::new(move |result| tell.send(result).unwrap()));
+        disk.submit_write(
+            offset as u64,
+            &data,
+            false,
+            Box::new(move |result| tell.send(result).unwrap()),
+        );
         disk.poll_completions(Stay::No);
         on_completions.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
         expected[offset..offset + len].copy_from_slice(&data);
@@ -176,8 +215,16 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
     disk.read_at(Lba(0), &mut back).unwrap();
     assert!(back == expected);
     let (tell, on_completions) = mpsc::channel();
-    disk.submit_write((8 << 20) - 1, &[1, 2], false, Box::new(move |result| tell.send(result).unwrap()));
-    assert_eq!(on_completions.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
+    disk.submit_write(
+        (8 << 20) - 1,
+        &[1, 2],
+        false,
+        Box::new(move |result| tell.send(result).unwrap()),
+    );
+    assert_eq!(
+        on_completions.recv().unwrap().unwrap_err().kind(),
+        ErrorKind::OutOfRange
+    );
 }
 
 #[test]
@@ -197,7 +244,10 @@ fn a_size_that_is_no_multiple_of_512_is_rounded_up_and_its_tail_is_zero() {
     assert_eq!(back, sector);
     // bytes that the export does not have can't be kept, and that is not hidden
     sector[488] = 1;
-    assert_eq!(disk.write_at(Lba(1), &sector).unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
+    assert_eq!(
+        disk.write_at(Lba(1), &sector).unwrap_err().kind(),
+        ErrorKind::Os(libc::ENOSPC)
+    );
     disk.zero(Lba(0)..Lba(2), true).unwrap();
     disk.flush().unwrap();
     disk.read_at(Lba(1), &mut back).unwrap();
@@ -209,8 +259,17 @@ fn block_sizes_of_the_server_are_kept_to() {
     if !need_nbdkit() {
         return;
     }
-    let policy = ["--filter=blocksize-policy", "memory", "16M", "blocksize-error-policy=error"];
-    let sizes = ["blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=128K"];
+    let policy = [
+        "--filter=blocksize-policy",
+        "memory",
+        "16M",
+        "blocksize-error-policy=error",
+    ];
+    let sizes = [
+        "blocksize-minimum=4096",
+        "blocksize-preferred=64K",
+        "blocksize-maximum=128K",
+    ];
     let disk = open(&[&policy[..], &sizes[..]].concat());
     assert_eq!(disk.geometry().granule, 8);
     // the longest goes in parts of the maximum; one beyond it would be refused
@@ -252,7 +311,10 @@ fn a_server_without_zeroes_or_with_slow_ones_is_given_zeroes_all_the_same() {
     if !need_nbdkit() {
         return;
     }
-    for words in [&["--filter=nozero", "memory", "8M"][..], &["--filter=nozero", "memory", "8M", "zeromode=notrim"]] {
+    for words in [
+        &["--filter=nozero", "memory", "8M"][..],
+        &["--filter=nozero", "memory", "8M", "zeromode=notrim"],
+    ] {
         let disk = open(words);
         disk.write_at(Lba(0), &vec![1; 8 << 20]).unwrap();
         for unmap in [true, false] {
@@ -270,8 +332,17 @@ fn an_error_of_the_server_is_that_requests_alone() {
     if !need_nbdkit() {
         return;
     }
-    let disk = open(&["--filter=error", "memory", "8M", "error-pread=ENOSPC", "error-pread-rate=100%"]);
-    assert_eq!(disk.read_at(Lba(0), &mut [0; 512]).unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
+    let disk = open(&[
+        "--filter=error",
+        "memory",
+        "8M",
+        "error-pread=ENOSPC",
+        "error-pread-rate=100%",
+    ]);
+    assert_eq!(
+        disk.read_at(Lba(0), &mut [0; 512]).unwrap_err().kind(),
+        ErrorKind::Os(libc::ENOSPC)
+    );
     disk.write_at(Lba(0), &[1; 512]).unwrap();
     disk.flush().unwrap();
 }
@@ -299,8 +370,18 @@ fn a_failed_flush_is_told_and_the_writes_are_sent_again() {
     disk.write_at(Lba(3), &[5; 512]).unwrap();
     assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Os(libc::EIO));
     // what a server does that lost what it could not write
-    std::fs::File::options().write(true).open(&file).unwrap().set_len(0).unwrap();
-    std::fs::File::options().write(true).open(&file).unwrap().set_len(1 << 20).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
     assert!(disk.flush().is_err());
     std::fs::remove_file(&failing).unwrap();
     disk.flush().unwrap();
@@ -316,7 +397,10 @@ fn a_request_that_is_not_answered_ends_at_its_deadline_and_the_disk_lives_on() {
     let gate = dir.path().join("gate");
     std::fs::write(&gate, "").unwrap();
     // reads wait while the file is there
-    let script = format!("pread=while [ -e {} ]; do sleep 0.05; done; dd if=/dev/zero bs=$3 count=1", gate.display());
+    let script = format!(
+        "pread=while [ -e {} ]; do sleep 0.05; done; dd if=/dev/zero bs=$3 count=1",
+        gate.display()
+    );
     let mut config = nbdkit(&["eval", "get_size=echo 1M", &script]);
     config.timeout = Some(Duration::from_secs(1));
     let disk = NbdDisk::connect(&config, false).unwrap();
@@ -334,7 +418,10 @@ fn writes_need_a_disk_that_was_opened_for_them() {
     }
     let disk = NbdDisk::connect(&nbdkit(&["memory", "1M"]), false).unwrap();
     assert!(disk.writer().is_none());
-    assert_eq!(disk.write_at(Lba(0), &[0; 512]).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(
+        disk.write_at(Lba(0), &[0; 512]).unwrap_err().kind(),
+        ErrorKind::ReadOnly
+    );
     let disk = open(&["-r", "memory", "1M"]);
     assert!(disk.is_read_only() && disk.writer().is_none());
 }

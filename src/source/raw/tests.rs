@@ -15,7 +15,10 @@ struct Syncs {
 }
 
 fn open(path: &Path, access: Access) -> (Arc<dyn StoredFile>, Arc<Syncs>) {
-    let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: true });
+    let policy = Arc::new(OpenPolicy {
+        allow: Vec::new(),
+        lock: true,
+    });
     let syncs = Arc::new(Syncs::default());
     let watch = Arc::clone(&syncs);
     let file = Watched::new(open_user_path(path, policy, access).unwrap(), move |change| {
@@ -56,7 +59,10 @@ fn writes_go_to_their_place_and_the_file_keeps_its_length() {
     for (at, sectors) in [(7, 2), (8, 1), (u64::MAX, 1)] {
         let refused = disk.write_at(Lba(at), &vec![3; sectors * 512]).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::OutOfRange);
-        assert_eq!(disk.zero(Lba(at)..Lba(at.saturating_add(2)), true).unwrap_err().kind(), ErrorKind::OutOfRange);
+        assert_eq!(
+            disk.zero(Lba(at)..Lba(at.saturating_add(2)), true).unwrap_err().kind(),
+            ErrorKind::OutOfRange
+        );
     }
     assert_eq!(bytes(&dir), wanted);
 }
@@ -82,18 +88,27 @@ fn a_file_that_was_opened_for_reading_has_no_writer() {
     fs::write(dir.path().join("disk"), [1; 512]).unwrap();
     let disk = RawDisk::new(open(&dir.path().join("disk"), Access::Read).0).unwrap();
     assert!(disk.writer().is_none());
-    assert_eq!(disk.write_at(Lba(0), &[2; 512]).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(
+        disk.write_at(Lba(0), &[2; 512]).unwrap_err().kind(),
+        ErrorKind::ReadOnly
+    );
     assert_eq!(bytes(&dir), [1; 512]);
 }
 
 #[test]
 fn a_file_that_was_cut_is_not_made_longer_again() {
     let (disk, _, dir) = disk(4096);
-    let file = fs::OpenOptions::new().write(true).open(dir.path().join("disk")).unwrap();
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(dir.path().join("disk"))
+        .unwrap();
     file.set_len(1024).unwrap();
     let refused = disk.write_at(Lba(4), &[2; 512]).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Corrupt);
-    assert!(refused.to_string().contains("has 1024 bytes, expected 4096 or more"), "{refused}");
+    assert!(
+        refused.to_string().contains("has 1024 bytes, expected 4096 or more"),
+        "{refused}"
+    );
     assert_eq!(bytes(&dir).len(), 1024);
     // for good: what was lost does not come back with the length
     file.set_len(4096).unwrap();

@@ -21,7 +21,13 @@ impl Folders {
         for folder in ["image/sub", "other/deep"] {
             fs::create_dir_all(root.path().join(folder)).unwrap();
         }
-        for file in ["image/disk.vmdk", "image/a.bin", "image/sub/b.bin", "other/secret.bin", "other/deep/c.bin"] {
+        for file in [
+            "image/disk.vmdk",
+            "image/a.bin",
+            "image/sub/b.bin",
+            "other/secret.bin",
+            "other/deep/c.bin",
+        ] {
             fs::write(root.path().join(file), file).unwrap();
         }
         Self { root }
@@ -41,7 +47,10 @@ impl Folders {
 }
 
 fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy { allow: allow.to_vec(), lock: true })
+    Arc::new(OpenPolicy {
+        allow: allow.to_vec(),
+        lock: true,
+    })
 }
 
 fn open(store: &dyn Store, name: impl AsRef<[u8]>) -> Result<Arc<dyn StoredFile>> {
@@ -86,7 +95,10 @@ fn names_inside_the_folder_open() {
     }
     // Out of the folder and back into it.
     assert_eq!(reads(&store, "../image/a.bin"), "image/a.bin");
-    assert_eq!(reads(&store, store.folder.real.join("a.bin").as_os_str().as_bytes()), "image/a.bin");
+    assert_eq!(
+        reads(&store, store.folder.real.join("a.bin").as_os_str().as_bytes()),
+        "image/a.bin"
+    );
 }
 
 #[test]
@@ -98,14 +110,34 @@ fn names_that_lead_out_are_refused() {
     folders.link("../other", "image/folder");
     folders.link("relative.bin", "image/twice.bin");
     let store = folders.store(&[]);
-    let (to, option) = (secret.to_str().unwrap(), format!("allow-dir={}", secret.parent().unwrap().display()));
-    for name in ["../other/secret.bin", "absolute.bin", "relative.bin", "twice.bin", "folder/secret.bin", to] {
+    let (to, option) = (
+        secret.to_str().unwrap(),
+        format!("allow-dir={}", secret.parent().unwrap().display()),
+    );
+    for name in [
+        "../other/secret.bin",
+        "absolute.bin",
+        "relative.bin",
+        "twice.bin",
+        "folder/secret.bin",
+        to,
+    ] {
         refused(&store, name, ErrorKind::Policy, &[name, to, &option]);
     }
-    refused(&store, "/etc/passwd", ErrorKind::Policy, &["/etc/passwd", "allow-dir=/etc "]);
+    refused(
+        &store,
+        "/etc/passwd",
+        ErrorKind::Policy,
+        &["/etc/passwd", "allow-dir=/etc "],
+    );
     // Refused before it is known whether it exists.
     refused(&store, "/nowhere/x", ErrorKind::Policy, &["/nowhere/x"]);
-    refused(&store, "../../../../../../../../etc/passwd", ErrorKind::Policy, &["leads to /etc/passwd"]);
+    refused(
+        &store,
+        "../../../../../../../../etc/passwd",
+        ErrorKind::Policy,
+        &["leads to /etc/passwd"],
+    );
 }
 
 #[test]
@@ -116,18 +148,37 @@ fn allowed_folders_open() {
     folders.link("other", "alias");
     let secret = folders.path("other/secret.bin");
     let by_alias = folders.path("alias/secret.bin");
-    for allow in [folders.path("other"), folders.path("alias"), folders.root.path().to_path_buf()] {
+    for allow in [
+        folders.path("other"),
+        folders.path("alias"),
+        folders.root.path().to_path_buf(),
+    ] {
         let store = folders.store(&[allow]);
-        for name in ["../other/secret.bin", "relative.bin", "folder/secret.bin", secret.to_str().unwrap()] {
+        for name in [
+            "../other/secret.bin",
+            "relative.bin",
+            "folder/secret.bin",
+            secret.to_str().unwrap(),
+        ] {
             assert_eq!(reads(&store, name), "other/secret.bin", "{name}");
         }
     }
     let store = folders.store(&[PathBuf::from("/nowhere-else-usr"), folders.path("alias")]);
-    refused(&store, by_alias.to_str().unwrap(), ErrorKind::NotFound, &["allow-dir", "/nowhere-else-usr"]);
+    refused(
+        &store,
+        by_alias.to_str().unwrap(),
+        ErrorKind::NotFound,
+        &["allow-dir", "/nowhere-else-usr"],
+    );
     let store = folders.store(&[folders.path("alias")]);
     assert_eq!(reads(&store, by_alias.to_str().unwrap()), "other/secret.bin");
     let missing = folders.path("other/missing.bin");
-    refused(&store, missing.to_str().unwrap(), ErrorKind::NotFound, &["other/missing.bin"]);
+    refused(
+        &store,
+        missing.to_str().unwrap(),
+        ErrorKind::NotFound,
+        &["other/missing.bin"],
+    );
 }
 
 #[test]
@@ -136,7 +187,12 @@ fn an_allowed_folder_is_no_way_out_either() {
     folders.link("/etc/passwd", "other/out.bin");
     folders.link("../../image/a.bin", "other/deep/back.bin");
     let store = folders.store(&[folders.path("other")]);
-    refused(&store, "../other/out.bin", ErrorKind::Policy, &["leads to /etc/passwd", "allow-dir=/etc "]);
+    refused(
+        &store,
+        "../other/out.bin",
+        ErrorKind::Policy,
+        &["leads to /etc/passwd", "allow-dir=/etc "],
+    );
     refused(&store, "../other/../../x", ErrorKind::Policy, &["allow-dir="]);
     assert_eq!(reads(&store, "../other/deep/back.bin"), "image/a.bin");
     // `other-not` only starts like `other`.
@@ -170,10 +226,19 @@ fn missing_files_are_named() {
     folders.link("nothing", "image/dangling.bin");
     let store = folders.store(&[]);
     let full = |name: &str| store.folder.real.join(name).display().to_string();
-    for name in ["missing.bin", "dangling.bin", "a.bin/x", "sub/../missing", "nbd:localhost:10809"] {
+    for name in [
+        "missing.bin",
+        "dangling.bin",
+        "a.bin/x",
+        "sub/../missing",
+        "nbd:localhost:10809",
+    ] {
         refused(&store, name, ErrorKind::NotFound, &[&full(name)]);
     }
-    assert_eq!(LocalStore::new(&folders.path("none"), policy(&[])).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        LocalStore::new(&folders.path("none"), policy(&[])).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
 }
 
 #[test]
@@ -183,7 +248,10 @@ fn the_raw_spelling_is_tried_second() {
     let name = ExtentName::new("café.bin").unwrap().or_raw(raw.as_bytes()).unwrap();
     let store = folders.store(&[]);
     let error = store.open(&name, Access::Read).unwrap_err();
-    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("café.bin"), "{error}");
+    assert!(
+        error.kind() == ErrorKind::NotFound && error.to_string().contains("café.bin"),
+        "{error}"
+    );
     fs::write(folders.path("image").join(raw), "raw").unwrap();
     assert_eq!(content(store.open(&name, Access::Read).unwrap().as_ref()), "raw");
     fs::write(folders.path("image/café.bin"), "decoded").unwrap();
@@ -213,15 +281,29 @@ fn refuse_other_kinds() {
         refused(&store, "socket", ErrorKind::Policy, &["socket"]);
         refused(&store, "sub", ErrorKind::Policy, &["directory"]);
         refused(&store, ".", ErrorKind::Policy, &["directory"]);
-        let says = if allow.is_empty() { "allow-dir=/dev" } else { "character device" };
+        let says = if allow.is_empty() {
+            "allow-dir=/dev"
+        } else {
+            "character device"
+        };
         refused(&store, "/dev/null", ErrorKind::Policy, &[says]);
     }
-    for (path, says) in [("image/fifo", "FIFO"), ("image/to-fifo", "FIFO"), ("image", "directory")] {
+    for (path, says) in [
+        ("image/fifo", "FIFO"),
+        ("image/to-fifo", "FIFO"),
+        ("image", "directory"),
+    ] {
         let error = open_user_path(&folders.path(path), policy(&[]), Access::Read).unwrap_err();
-        assert!(error.kind() == ErrorKind::Usage && error.to_string().contains(says), "{error}");
+        assert!(
+            error.kind() == ErrorKind::Usage && error.to_string().contains(says),
+            "{error}"
+        );
     }
     let error = open_user_path(Path::new("/dev/null"), policy(&[]), Access::Read).unwrap_err();
-    assert!(error.kind() == ErrorKind::Usage && error.to_string().contains("character device"), "{error}");
+    assert!(
+        error.kind() == ErrorKind::Usage && error.to_string().contains("character device"),
+        "{error}"
+    );
 }
 
 /// A loop device, detached at the end.
@@ -230,7 +312,11 @@ struct Loop(PathBuf);
 impl Loop {
     /// `None` where this process may not make one.
     fn over(file: &Path) -> Option<Self> {
-        Self::made(Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file))
+        Self::made(
+            Command::new("losetup")
+                .args(["--find", "--show", "--read-only"])
+                .arg(file),
+        )
     }
 
     /// The same, to be written to.
@@ -283,7 +369,13 @@ fn block_devices_open_where_they_are_allowed() {
     }
 
     let again = folders.path("again");
-    nix::sys::stat::mknod(&again, SFlag::S_IFBLK, Mode::S_IRWXU, fs::metadata(&device.0).unwrap().rdev()).unwrap();
+    nix::sys::stat::mknod(
+        &again,
+        SFlag::S_IFBLK,
+        Mode::S_IRWXU,
+        fs::metadata(&device.0).unwrap().rdev(),
+    )
+    .unwrap();
     match open_user_path(&again, policy(&[]), Access::Read) {
         Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
         Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
@@ -302,16 +394,26 @@ fn the_file_of_the_user_may_be_a_symlink() {
     assert_eq!(reads(siblings.as_ref(), "a.bin"), "image/a.bin");
     refused(siblings.as_ref(), "../mine.vmdk", ErrorKind::Policy, &["allow-dir="]);
     let error = open_user_path(&folders.path("none.vmdk"), policy(&[]), Access::Read).unwrap_err();
-    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("none.vmdk"), "{error}");
+    assert!(
+        error.kind() == ErrorKind::NotFound && error.to_string().contains("none.vmdk"),
+        "{error}"
+    );
 }
 
 #[test]
 fn siblings_follow_the_file_and_keep_what_is_allowed() {
     let folders = Folders::new();
-    let file =
-        open_user_path(&folders.path("image/disk.vmdk"), policy(&[folders.path("other")]), Access::Read).unwrap();
+    let file = open_user_path(
+        &folders.path("image/disk.vmdk"),
+        policy(&[folders.path("other")]),
+        Access::Read,
+    )
+    .unwrap();
     let beside = file.siblings().unwrap();
-    let deep = open(beside.as_ref(), "../other/deep/c.bin").unwrap().siblings().unwrap();
+    let deep = open(beside.as_ref(), "../other/deep/c.bin")
+        .unwrap()
+        .siblings()
+        .unwrap();
     assert_eq!(reads(deep.as_ref(), "c.bin"), "other/deep/c.bin");
     assert_eq!(reads(deep.as_ref(), "../secret.bin"), "other/secret.bin");
     refused(deep.as_ref(), "../../image/a.bin", ErrorKind::Policy, &["allow-dir="]);
@@ -357,7 +459,10 @@ fn reads_are_exact_or_an_error_that_names_the_place() {
     let says = "image/a.bin: read of 4 bytes at byte 7: the file ends at byte 10";
     assert!(error.to_string().ends_with(says), "{error}");
     for far in [u64::MAX, u64::MAX - 3, i64::MAX as u64 - 3] {
-        assert_eq!(file.read_exact_at(far, &mut four).unwrap_err().kind(), ErrorKind::OutOfRange);
+        assert_eq!(
+            file.read_exact_at(far, &mut four).unwrap_err().kind(),
+            ErrorKind::OutOfRange
+        );
     }
 }
 
@@ -373,11 +478,21 @@ fn identity_tells_files_and_their_states_apart() {
     assert_eq!(before, identity("link.bin"));
     assert_ne!(before.file, identity("disk.vmdk").file);
     let held = open(&store, "a.bin").unwrap();
-    OpenOptions::new().write(true).open(folders.path("image/a.bin")).unwrap().set_len(4096).unwrap();
+    OpenOptions::new()
+        .write(true)
+        .open(folders.path("image/a.bin"))
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
     let after = held.identity().unwrap();
     assert_eq!((after.file, after.len, held.len()), (before.file, 4096, 11));
     let past = std::time::SystemTime::UNIX_EPOCH - Duration::from_nanos(1_500_000_000);
-    OpenOptions::new().write(true).open(folders.path("image/a.bin")).unwrap().set_modified(past).unwrap();
+    OpenOptions::new()
+        .write(true)
+        .open(folders.path("image/a.bin"))
+        .unwrap()
+        .set_modified(past)
+        .unwrap();
     assert_eq!(held.identity().unwrap().mtime_ns, -1_500_000_000);
 }
 
@@ -422,7 +537,10 @@ fn not_writable(folders: &Folders, name: &str, kind: ErrorKind, says: &[&str]) {
 }
 
 fn open_to_write(folders: &Folders, name: &str) -> Arc<dyn StoredFile> {
-    folders.store(&[]).open(&ExtentName::new(name).unwrap(), Access::Write).unwrap()
+    folders
+        .store(&[])
+        .open(&ExtentName::new(name).unwrap(), Access::Write)
+        .unwrap()
 }
 
 #[test]
@@ -436,10 +554,18 @@ fn a_writer_is_alone() {
     let writer = open_to_write(&folders, "a.bin");
     assert!(writer.writer().is_some());
     not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "lets nobody else write"]);
-    refused(&folders.store(&[]), "a.bin", ErrorKind::Busy, &["a.bin", "in use for writing"]);
+    refused(
+        &folders.store(&[]),
+        "a.bin",
+        ErrorKind::Busy,
+        &["a.bin", "in use for writing"],
+    );
     // Its siblings are other files.
     drop(open_to_write(&folders, "disk.vmdk"));
-    let off = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+    let off = Arc::new(OpenPolicy {
+        allow: Vec::new(),
+        lock: false,
+    });
     drop(open_user_path(&folders.path("image/a.bin"), Arc::clone(&off), Access::Write).unwrap());
     drop(open_user_path(&folders.path("image/a.bin"), off, Access::Read).unwrap());
     drop(writer);
@@ -452,9 +578,17 @@ fn a_mark_of_vmware_keeps_writers_out_unless_locks_are_off() {
     fs::create_dir(folders.path("image/a.bin.lck")).unwrap();
     drop(open_to_write(&folders, "a.bin"));
     fs::write(folders.path("image/a.bin.lck/M1.lck"), "anna 4711 1 X").unwrap();
-    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin.lck/M1.lck", "machine anna", "lock=off"]);
+    not_writable(
+        &folders,
+        "a.bin",
+        ErrorKind::Busy,
+        &["a.bin.lck/M1.lck", "machine anna", "lock=off"],
+    );
     drop(open(&folders.store(&[]), "a.bin").unwrap());
-    let off = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+    let off = Arc::new(OpenPolicy {
+        allow: Vec::new(),
+        lock: false,
+    });
     drop(open_user_path(&folders.path("image/a.bin"), off, Access::Write).unwrap());
     // Not even a new file: another host may be making it.
     fs::create_dir(folders.path("image/new.lck")).unwrap();
@@ -494,7 +628,16 @@ fn new_files_are_made_in_the_folder_itself_and_only_where_there_is_none() {
     folders.link("nowhere", "image/dangling");
     let store = folders.store(&[folders.path("other")]);
     let create = |name: &str| store.create(&ExtentName::new(name).unwrap());
-    for name in ["sub/new", "../other/new", "../new", "/tmp/vmdkfuse-new", "./new", "new/", ".", ".."] {
+    for name in [
+        "sub/new",
+        "../other/new",
+        "../new",
+        "/tmp/vmdkfuse-new",
+        "./new",
+        "new/",
+        ".",
+        "..",
+    ] {
         let error = create(name).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Policy, "{name}: {error}");
     }
@@ -519,7 +662,12 @@ fn names_are_those_of_the_folder_itself() {
     let folders = Folders::new();
     fs::write(folders.path("image").join(std::ffi::OsStr::from_bytes(b"caf\xe9")), "").unwrap();
     let store = folders.store(&[]);
-    let mut names: Vec<_> = store.names(100).unwrap().iter().map(|name| name.as_bytes().to_vec()).collect();
+    let mut names: Vec<_> = store
+        .names(100)
+        .unwrap()
+        .iter()
+        .map(|name| name.as_bytes().to_vec())
+        .collect();
     names.sort();
     assert_eq!(names, [&b"a.bin"[..], b"caf\xe9", b"disk.vmdk"]);
     assert_eq!(store.names(2).unwrap().len(), 2);
@@ -540,7 +688,10 @@ fn regression_behind_the_end_of_a_file_that_was_cut_is_no_hole() {
         let other = OpenOptions::new().write(true).open(&path).unwrap();
         other.set_len(1 << 16).unwrap();
         assert_eq!(file.data_at(0).unwrap(), (true, 1 << 16), "{access:?}");
-        assert!(file.data_at(1 << 16).unwrap().0 && file.data_at(1 << 19).unwrap().0, "{access:?}");
+        assert!(
+            file.data_at(1 << 16).unwrap().0 && file.data_at(1 << 19).unwrap().0,
+            "{access:?}"
+        );
         // a hole ends where the file does
         other.set_len(0).unwrap();
         other.set_len(1 << 16).unwrap();
@@ -557,13 +708,20 @@ fn what_is_written_is_read_and_grows_the_file() {
     assert_eq!(content(file.as_ref()), "imXXe/a.bin");
     // past the end: the gap is zeroes
     write.write_all_at(5000, b"end").unwrap();
-    assert_eq!((write.current_len().unwrap(), file.len()), (5003, 11), "the length at the open stays");
+    assert_eq!(
+        (write.current_len().unwrap(), file.len()),
+        (5003, 11),
+        "the length at the open stays"
+    );
     let mut gap = vec![1; 4992];
     file.read_exact_at(11, &mut gap[..4989]).unwrap();
     assert_eq!(gap.iter().position(|&byte| byte != 0), Some(4989));
     write.set_len(7).unwrap();
     assert_eq!(
-        (write.current_len().unwrap(), fs::read(folders.path("image/a.bin")).unwrap()),
+        (
+            write.current_len().unwrap(),
+            fs::read(folders.path("image/a.bin")).unwrap()
+        ),
         (7, b"imXXe/a".to_vec())
     );
     // longer again: what was cut does not come back
@@ -573,7 +731,10 @@ fn what_is_written_is_read_and_grows_the_file() {
     assert!(tail.iter().all(|&byte| byte == 0));
     write.sync().unwrap();
     for (offset, len) in [(u64::MAX, 1), (1, u64::MAX), (i64::MAX as u64, 2)] {
-        assert!(write.zero(offset, len, true).is_err() && write.zero(offset, len, false).is_err(), "{offset} {len}");
+        assert!(
+            write.zero(offset, len, true).is_err() && write.zero(offset, len, false).is_err(),
+            "{offset} {len}"
+        );
     }
     assert!(write.write_all_at(i64::MAX as u64, b"xx").is_err());
     assert!(write.set_len(u64::MAX).is_err());
@@ -602,7 +763,14 @@ fn zeroed_ranges_give_their_room_back_only_where_asked() {
         assert!(fs::read(&path).unwrap() == expected, "unmap: {unmap}");
         assert_eq!(write.current_len().unwrap(), LEN as u64);
         let after = file.allocated().unwrap();
-        assert!(if unmap { after < before - 600_000 } else { after >= before }, "{before} → {after}, unmap: {unmap}");
+        assert!(
+            if unmap {
+                after < before - 600_000
+            } else {
+                after >= before
+            },
+            "{before} → {after}, unmap: {unmap}"
+        );
         // and the way of file systems that can do neither
         file.writer().unwrap().write_all_at(0, &vec![0xa5; LEN]).unwrap();
     }

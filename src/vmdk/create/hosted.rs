@@ -67,7 +67,12 @@ impl HostedLayout {
             compressed: false,
             markers: false,
         };
-        Ok(Self { header, redundant, directory, directory_sectors })
+        Ok(Self {
+            header,
+            redundant,
+            directory,
+            directory_sectors,
+        })
     }
 
     /// Sectors of the disk that it holds.

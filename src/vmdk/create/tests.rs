@@ -26,11 +26,22 @@ const TWO_PIECES: u64 = PIECE + 1000;
 const LARGE: u64 = 6 << 30;
 
 fn disk(kind: CreateType, sectors: u64) -> NewDisk {
-    NewDisk { sectors, kind, adapter: AdapterType::LsiLogic, hardware_version: 4 }
+    NewDisk {
+        sectors,
+        kind,
+        adapter: AdapterType::LsiLogic,
+        hardware_version: 4,
+    }
 }
 
 fn delta(sectors: u64) -> NewDelta {
-    NewDelta { sectors, grain: 16, zeroed_grains: true, parent: None, ddb: Vec::new() }
+    NewDelta {
+        sectors,
+        grain: 16,
+        zeroed_grains: true,
+        parent: None,
+        ddb: Vec::new(),
+    }
 }
 
 /// The descriptor that stands in a file, without the random digits.
@@ -53,7 +64,12 @@ fn assert_empty_and_clean(disk: &VmdkDisk, sectors: u64) {
     // all tables of a large one take long in a debug build
     if sectors < LARGE {
         let report = check(disk);
-        assert_eq!((report.error_count, report.leaks, &report.notes), (0, 0, &Vec::new()), "{:?}", report.errors);
+        assert_eq!(
+            (report.error_count, report.leaks, &report.notes),
+            (0, 0, &Vec::new()),
+            "{:?}",
+            report.errors
+        );
     }
     for at in [0, sectors / 2, sectors - 1] {
         let mut sector = [1; SECTOR as usize];
@@ -73,7 +89,9 @@ fn every_kind_of_every_size_is_empty_and_clean() {
             let many = matches!(kind, CreateType::SplitSparse | CreateType::SplitFlat) && sectors == LARGE;
             if !taken && !many {
                 create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap();
-                let made = store.open_disk("x.vmdk").unwrap_or_else(|e| panic!("{kind:?} {sectors}: {e}"));
+                let made = store
+                    .open_disk("x.vmdk")
+                    .unwrap_or_else(|e| panic!("{kind:?} {sectors}: {e}"));
                 if kind == CreateType::VmfsFlat {
                     assert_eq!(made.geometry().sectors, sectors);
                 } else {
@@ -106,8 +124,16 @@ fn files_are_called_as_vmware_calls_them() {
         (CreateType::MonolithicFlat, TWO_PIECES, &["x-flat.vmdk", "x.vmdk"]),
         (CreateType::VmfsThin, TWO_PIECES, &["x-flat.vmdk", "x.vmdk"]),
         (CreateType::SplitSparse, PIECE, &["x-s001.vmdk", "x.vmdk"]),
-        (CreateType::SplitSparse, TWO_PIECES, &["x-s001.vmdk", "x-s002.vmdk", "x.vmdk"]),
-        (CreateType::SplitFlat, TWO_PIECES, &["x-f001.vmdk", "x-f002.vmdk", "x.vmdk"]),
+        (
+            CreateType::SplitSparse,
+            TWO_PIECES,
+            &["x-s001.vmdk", "x-s002.vmdk", "x.vmdk"],
+        ),
+        (
+            CreateType::SplitFlat,
+            TWO_PIECES,
+            &["x-f001.vmdk", "x-f002.vmdk", "x.vmdk"],
+        ),
     ] {
         let store = TestStore::new();
         create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap();
@@ -118,7 +144,11 @@ fn files_are_called_as_vmware_calls_them() {
     assert_eq!(beside("disk").unwrap(), "disk-flat.vmdk");
     assert_eq!(beside(".vmdk").unwrap(), ".vmdk-flat.vmdk");
     assert_eq!(beside("é.vmdk").unwrap(), "é-flat.vmdk");
-    assert_eq!(beside("a\u{e9}\u{20ac}mdk").unwrap(), "a\u{e9}\u{20ac}mdk-flat.vmdk", "cut only between characters");
+    assert_eq!(
+        beside("a\u{e9}\u{20ac}mdk").unwrap(),
+        "a\u{e9}\u{20ac}mdk-flat.vmdk",
+        "cut only between characters"
+    );
     for odd in [&b"a\".vmdk"[..], b"a\n.vmdk", b"\xff.vmdk"] {
         let error = sibling(&ExtentName::new(odd).unwrap(), "-flat.vmdk").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
@@ -128,7 +158,11 @@ fn files_are_called_as_vmware_calls_them() {
 #[test]
 fn the_text_is_that_of_vmware() {
     let store = TestStore::new();
-    let wanted = NewDisk { adapter: AdapterType::Ide, hardware_version: 13, ..disk(CreateType::SplitFlat, TWO_PIECES) };
+    let wanted = NewDisk {
+        adapter: AdapterType::Ide,
+        hardware_version: 13,
+        ..disk(CreateType::SplitFlat, TWO_PIECES)
+    };
     create(&store, &name("x.vmdk"), &wanted).unwrap();
     let expected = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=........\nparentCID=ffffffff\n\
         isNativeSnapshot=\"no\"\ncreateType=\"twoGbMaxExtentFlat\"\n\n# Extent description\n\
@@ -139,12 +173,37 @@ fn the_text_is_that_of_vmware() {
         ddb.virtualHWVersion = \"13\"\n";
     assert_eq!(text_of(&fs::read(store.path("x.vmdk")).unwrap()), expected);
     for (kind, create_type, line, more) in [
-        (CreateType::MonolithicSparse, "monolithicSparse", "RW 9 SPARSE \"y.vmdk\"\n", ""),
-        (CreateType::StreamOptimized, "streamOptimized", "RDONLY 9 SPARSE \"y.vmdk\"\n", ""),
-        (CreateType::MonolithicFlat, "monolithicFlat", "RW 9 FLAT \"y-flat.vmdk\" 0\n", ""),
-        (CreateType::SplitSparse, "twoGbMaxExtentSparse", "RW 9 SPARSE \"y-s001.vmdk\"\n", ""),
+        (
+            CreateType::MonolithicSparse,
+            "monolithicSparse",
+            "RW 9 SPARSE \"y.vmdk\"\n",
+            "",
+        ),
+        (
+            CreateType::StreamOptimized,
+            "streamOptimized",
+            "RDONLY 9 SPARSE \"y.vmdk\"\n",
+            "",
+        ),
+        (
+            CreateType::MonolithicFlat,
+            "monolithicFlat",
+            "RW 9 FLAT \"y-flat.vmdk\" 0\n",
+            "",
+        ),
+        (
+            CreateType::SplitSparse,
+            "twoGbMaxExtentSparse",
+            "RW 9 SPARSE \"y-s001.vmdk\"\n",
+            "",
+        ),
         (CreateType::VmfsFlat, "vmfs", "RW 9 VMFS \"y-flat.vmdk\"\n", ""),
-        (CreateType::VmfsThin, "vmfs", "RW 9 VMFS \"y-flat.vmdk\"\n", "ddb.thinProvisioned = \"1\"\n"),
+        (
+            CreateType::VmfsThin,
+            "vmfs",
+            "RW 9 VMFS \"y-flat.vmdk\"\n",
+            "ddb.thinProvisioned = \"1\"\n",
+        ),
     ] {
         let store = TestStore::new();
         create(&store, &name("y.vmdk"), &disk(kind, 9)).unwrap();
@@ -168,7 +227,10 @@ fn numbers_that_tell_disks_apart_differ_and_agree_with_each_other() {
         assert!(cid < 0xffff_fffe);
         assert!(d.ddb_value("longContentID").unwrap().ends_with(&format!("{cid:08x}")));
         let uuid = d.ddb_value("uuid").unwrap();
-        assert!(uuid.starts_with("60 00 C2 9") && uuid.len() == 47 && uuid.as_bytes()[23] == b'-', "{uuid}");
+        assert!(
+            uuid.starts_with("60 00 C2 9") && uuid.len() == 47 && uuid.as_bytes()[23] == b'-',
+            "{uuid}"
+        );
     }
     assert_ne!(a.cid, b.cid);
     assert_ne!(a.ddb_value("uuid"), b.ddb_value("uuid"));
@@ -227,7 +289,10 @@ fn the_metadata_lie_as_vmware_lays_them() {
     create(&store, &name("y.vmdk"), &disk(CreateType::SplitSparse, 1)).unwrap();
     let piece = head(&store.path("y-s001.vmdk"), HEAD_BYTES);
     let header = Hosted::parse(&piece, 1 << 16, Role::Header).unwrap();
-    assert_eq!((header.descriptor, header.redundant, header.directory), (None, Some(1), DirectoryAt::Sector(6)));
+    assert_eq!(
+        (header.descriptor, header.redundant, header.directory),
+        (None, Some(1), DirectoryAt::Sector(6))
+    );
     assert!(store.open_disk("y-s001.vmdk").is_err());
 }
 
@@ -249,7 +314,12 @@ fn sizes_that_no_image_can_have_are_refused_before_anything_is_made() {
     assert!(refused(CreateType::SplitSparse, MAX_SECTORS).contains("another create-type"));
     assert!(refused(CreateType::SplitFlat, PIECE << 15).contains("another create-type"));
     let error = create_delta(&store, &name("x.vmdk"), &delta(1 << 39)).unwrap_err();
-    assert!(error.to_string().contains("grains of 16 sectors has tables for 274877906944"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("grains of 16 sectors has tables for 274877906944"),
+        "{error}"
+    );
     assert_eq!(store.files(), [""; 0]);
 }
 
@@ -267,7 +337,10 @@ fn nothing_that_exists_is_touched_and_nothing_half_made_stays() {
         fs::write(store.path(taken), "mine").unwrap();
         let error = create(&store, &name("x.vmdk"), &disk(kind, TWO_PIECES)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Os(libc::EEXIST), "{error}");
-        assert!(error.to_string().contains(taken) && error.to_string().contains("never takes the place"), "{error}");
+        assert!(
+            error.to_string().contains(taken) && error.to_string().contains("never takes the place"),
+            "{error}"
+        );
         assert_eq!(store.files(), [taken], "{kind:?}");
         assert_eq!(fs::read(store.path(taken)).unwrap(), b"mine");
     }
@@ -300,10 +373,20 @@ fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
     let store = TestStore::new();
     create(&store, &name("base.vmdk"), &disk(CreateType::MonolithicFlat, 4096)).unwrap();
     fs::write(store.path("base-flat.vmdk"), vec![7; 4096 * 512]).unwrap();
-    let cid = Descriptor::parse(&fs::read(store.path("base.vmdk")).unwrap()).unwrap().cid.unwrap();
+    let cid = Descriptor::parse(&fs::read(store.path("base.vmdk")).unwrap())
+        .unwrap()
+        .cid
+        .unwrap();
     let ddb = vec![("vmdkfuse.state".to_owned(), "00000000".to_owned())];
-    let parent = Some(DeltaParent { cid, hint: "base.vmdk".to_owned() });
-    let wanted = NewDelta { parent, ddb, ..delta(4096) };
+    let parent = Some(DeltaParent {
+        cid,
+        hint: "base.vmdk".to_owned(),
+    });
+    let wanted = NewDelta {
+        parent,
+        ddb,
+        ..delta(4096)
+    };
     create_delta(&store, &name("x.vmdk"), &wanted).unwrap();
     let opened = store.open_disk("x.vmdk").unwrap();
     let mut sector = [0; SECTOR as usize];
@@ -312,7 +395,10 @@ fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
     assert_eq!(check(&opened).error_count, 0);
     let bytes = fs::read(store.path("x.vmdk")).unwrap();
     let header = Hosted::parse(&bytes, bytes.len() as u64, Role::Header).unwrap();
-    assert_eq!((header.version, header.grain, header.zeroed_grains, header.overhead % 16), (2, 16, true, 0));
+    assert_eq!(
+        (header.version, header.grain, header.zeroed_grains, header.overhead % 16),
+        (2, 16, true, 0)
+    );
     let text = text_of(&bytes);
     for line in [
         format!("parentCID={cid:08x}\n"),
@@ -327,7 +413,15 @@ fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
 #[test]
 fn a_delta_without_a_parent_is_a_disk_by_itself() {
     let store = TestStore::new();
-    create_delta(&store, &name("x.vmdk"), &NewDelta { zeroed_grains: false, ..delta(70_001) }).unwrap();
+    create_delta(
+        &store,
+        &name("x.vmdk"),
+        &NewDelta {
+            zeroed_grains: false,
+            ..delta(70_001)
+        },
+    )
+    .unwrap();
     let opened = store.open_disk("x.vmdk").unwrap();
     assert_empty_and_clean(&opened, 70_001);
     let bytes = head(&store.path("x.vmdk"), HEAD_BYTES);
@@ -338,7 +432,13 @@ fn a_delta_without_a_parent_is_a_disk_by_itself() {
 fn a_long_hint_gets_the_room_it_needs() {
     let store = TestStore::new();
     let hint = format!("{}/base.vmdk", "d".repeat(12_000));
-    let wanted = NewDelta { parent: Some(DeltaParent { cid: 1, hint: hint.clone() }), ..delta(1) };
+    let wanted = NewDelta {
+        parent: Some(DeltaParent {
+            cid: 1,
+            hint: hint.clone(),
+        }),
+        ..delta(1)
+    };
     create_delta(&store, &name("x.vmdk"), &wanted).unwrap();
     let text = text_of(&fs::read(store.path("x.vmdk")).unwrap());
     assert!(text.contains(&hint) && text.ends_with("\"\n"), "{text}");
@@ -347,14 +447,34 @@ fn a_long_hint_gets_the_room_it_needs() {
 #[test]
 fn what_a_descriptor_cannot_hold_is_refused() {
     let store = TestStore::new();
-    let parent = |cid, hint: &str| Some(DeltaParent { cid, hint: hint.to_owned() });
+    let parent = |cid, hint: &str| {
+        Some(DeltaParent {
+            cid,
+            hint: hint.to_owned(),
+        })
+    };
     let ddb = |key: &str, value: &str| vec![(key.to_owned(), value.to_owned())];
     for wanted in [
-        NewDelta { parent: parent(1, "a\"b"), ..delta(1) },
-        NewDelta { parent: parent(1, "a\nb"), ..delta(1) },
-        NewDelta { parent: parent(NO_CID, "a"), ..delta(1) },
-        NewDelta { ddb: ddb("key", "a\"b"), ..delta(1) },
-        NewDelta { ddb: ddb("ke\ny", "v"), ..delta(1) },
+        NewDelta {
+            parent: parent(1, "a\"b"),
+            ..delta(1)
+        },
+        NewDelta {
+            parent: parent(1, "a\nb"),
+            ..delta(1)
+        },
+        NewDelta {
+            parent: parent(NO_CID, "a"),
+            ..delta(1)
+        },
+        NewDelta {
+            ddb: ddb("key", "a\"b"),
+            ..delta(1)
+        },
+        NewDelta {
+            ddb: ddb("ke\ny", "v"),
+            ..delta(1)
+        },
         NewDelta { grain: 4, ..delta(1) },
         NewDelta { grain: 24, ..delta(1) },
         NewDelta { grain: 0, ..delta(1) },

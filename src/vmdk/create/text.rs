@@ -64,7 +64,13 @@ impl NewText {
         ddb.push(("uuid", uuid()));
         ddb.push(("virtualHWVersion", disk.hardware_version.to_string()));
         let ddb = ddb.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        Self { create_type: create_type.to_owned(), cid, parent: None, extents, ddb }
+        Self {
+            create_type: create_type.to_owned(),
+            cid,
+            parent: None,
+            extents,
+            ddb,
+        }
     }
 
     /// The descriptor of a delta in the file called `name`. Geometry and adapter are the parent's.
@@ -73,19 +79,34 @@ impl NewText {
     pub(super) fn delta(delta: &NewDelta, name: String) -> Result<Self> {
         let cid = random_cid();
         let hint = delta.parent.iter().map(|parent| parent.hint.as_str());
-        let words = delta.ddb.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]);
+        let words = delta
+            .ddb
+            .iter()
+            .flat_map(|(name, value)| [name.as_str(), value.as_str()]);
         for word in hint.chain(words) {
             check_value(word)?;
         }
         if delta.parent.as_ref().is_some_and(|parent| parent.cid == NO_CID) {
-            return Err(usage(format!("a delta cannot name a parent of the CID {NO_CID:08x}, which means none")));
+            return Err(usage(format!(
+                "a delta cannot name a parent of the CID {NO_CID:08x}, which means none"
+            )));
         }
-        let extent =
-            NewExtent { access: ExtentAccess::ReadWrite, sectors: delta.sectors, kind: ExtentKind::Sparse, name };
+        let extent = NewExtent {
+            access: ExtentAccess::ReadWrite,
+            sectors: delta.sectors,
+            kind: ExtentKind::Sparse,
+            name,
+        };
         let mut ddb = vec![("longContentID".to_owned(), long_content_id(cid))];
         ddb.extend(delta.ddb.iter().cloned());
         let parent = delta.parent.clone();
-        Ok(Self { create_type: "monolithicSparse".to_owned(), cid, parent, extents: vec![extent], ddb })
+        Ok(Self {
+            create_type: "monolithicSparse".to_owned(),
+            cid,
+            parent,
+            extents: vec![extent],
+            ddb,
+        })
     }
 
     /// The text.
@@ -98,7 +119,13 @@ impl NewText {
             _ = writeln!(out, "parentFileNameHint=\"{}\"", parent.hint);
         }
         out.push_str("\n# Extent description\n");
-        for NewExtent { access, sectors, kind, name } in &self.extents {
+        for NewExtent {
+            access,
+            sectors,
+            kind,
+            name,
+        } in &self.extents
+        {
             _ = write!(out, "{} {sectors} {kind} \"{name}\"", access.as_str());
             // qemu wants the offset of a flat extent, and none of any other
             out.push_str(if *kind == ExtentKind::Flat { " 0\n" } else { "\n" });
@@ -129,7 +156,9 @@ pub(super) fn geometry(sectors: u64, adapter: AdapterType) -> (u64, u64, u64) {
 /// The name of a file as text in a descriptor that does not have to lead to it: the file that holds the descriptor.
 pub(super) fn label(name: &ExtentName) -> String {
     let text = String::from_utf8_lossy(name.as_bytes()).into_owned();
-    text.chars().map(|c| if c.is_control() || c == '"' { '_' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() || c == '"' { '_' } else { c })
+        .collect()
 }
 
 /// The name of a file beside `name`, which ends in `suffix` for its `.vmdk`.
@@ -137,18 +166,31 @@ pub(super) fn label(name: &ExtentName) -> String {
 /// Errors: `Usage` where the descriptor could not name it.
 pub(super) fn sibling(name: &ExtentName, suffix: &str) -> Result<ExtentName> {
     const EXTENSION: &str = ".vmdk";
-    let text = std::str::from_utf8(name.as_bytes()).ok().filter(|text| check_value(text).is_ok()).ok_or_else(|| {
-        usage(format!("{name}: a descriptor can name files only in UTF-8, without `\"` or line ends"))
-    })?;
-    let (stem, extension) = text.split_at_checked(text.len().saturating_sub(EXTENSION.len())).unwrap_or((text, ""));
-    let stem = if extension.eq_ignore_ascii_case(EXTENSION) && !stem.is_empty() { stem } else { text };
+    let text = std::str::from_utf8(name.as_bytes())
+        .ok()
+        .filter(|text| check_value(text).is_ok())
+        .ok_or_else(|| {
+            usage(format!(
+                "{name}: a descriptor can name files only in UTF-8, without `\"` or line ends"
+            ))
+        })?;
+    let (stem, extension) = text
+        .split_at_checked(text.len().saturating_sub(EXTENSION.len()))
+        .unwrap_or((text, ""));
+    let stem = if extension.eq_ignore_ascii_case(EXTENSION) && !stem.is_empty() {
+        stem
+    } else {
+        text
+    };
     ExtentName::new(format!("{stem}{suffix}"))
 }
 
 /// Text that can stand between quotes. The format has no escapes.
 fn check_value(text: &str) -> Result<()> {
     if text.chars().any(|c| c.is_control() || c == '"') {
-        return Err(usage(format!("a descriptor cannot hold {text:?}: it has a `\"` or a control character")));
+        return Err(usage(format!(
+            "a descriptor cannot hold {text:?}: it has a `\"` or a control character"
+        )));
     }
     Ok(())
 }

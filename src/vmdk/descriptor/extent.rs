@@ -106,7 +106,10 @@ impl<'a> Words<'a> {
     fn quoted(&mut self) -> Result<&'a [u8]> {
         let rest = self.0.trim_ascii_start();
         let Some(inner) = rest.strip_prefix(b"\"") else {
-            return Err(Error::corrupt(format!("expected a file name in quotes, not `{}`", shown(rest))));
+            return Err(Error::corrupt(format!(
+                "expected a file name in quotes, not `{}`",
+                shown(rest)
+            )));
         };
         let Some(end) = inner.iter().position(|&b| b == b'"') else {
             return Err(Error::corrupt("expected a closing `\"` behind the file name"));
@@ -121,11 +124,20 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
     let sectors = number(words.word(), "a number of sectors")?;
     let kind = kind(words.word())?;
     if kind == ExtentKind::Zero {
-        let extent = ExtentLine { access, sectors, kind, name: None, offset: 0, line };
+        let extent = ExtentLine {
+            access,
+            sectors,
+            kind,
+            name: None,
+            offset: 0,
+            line,
+        };
         return Ok((sectors > 0).then_some(extent));
     }
     if sectors == 0 {
-        return Err(Error::corrupt(format!("expected more than 0 sectors of a {kind} extent")));
+        return Err(Error::corrupt(format!(
+            "expected more than 0 sectors of a {kind} extent"
+        )));
     }
     let name = lines::name(encoding, words.quoted()?)?;
     let offset = match words.word() {
@@ -133,20 +145,34 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
         word => number(word, "the first sector in the file")?,
     };
     if offset != 0 && kind != ExtentKind::Flat {
-        return Err(Error::corrupt(format!("expected no offset, or 0, of a {kind} extent, not {offset}")));
+        return Err(Error::corrupt(format!(
+            "expected no offset, or 0, of a {kind} extent, not {offset}"
+        )));
     }
     if offset.checked_add(sectors).is_none_or(|end| end > MAX_SECTORS) {
         return Err(Error::corrupt(format!(
             "expected the extent to end before sector {MAX_SECTORS} of its file, not {sectors} sectors from {offset} on"
         )));
     }
-    Ok(Some(ExtentLine { access, sectors, kind, name: Some(name), offset, line }))
+    Ok(Some(ExtentLine {
+        access,
+        sectors,
+        kind,
+        name: Some(name),
+        offset,
+        line,
+    }))
 }
 
 fn access(word: &[u8]) -> Result<ExtentAccess> {
-    const WORDS: [(&str, ExtentAccess); 3] =
-        [("RW", ExtentAccess::ReadWrite), ("RDONLY", ExtentAccess::ReadOnly), ("NOACCESS", ExtentAccess::None)];
-    let found = WORDS.iter().find(|(text, _)| text.as_bytes().eq_ignore_ascii_case(word));
+    const WORDS: [(&str, ExtentAccess); 3] = [
+        ("RW", ExtentAccess::ReadWrite),
+        ("RDONLY", ExtentAccess::ReadOnly),
+        ("NOACCESS", ExtentAccess::None),
+    ];
+    let found = WORDS
+        .iter()
+        .find(|(text, _)| text.as_bytes().eq_ignore_ascii_case(word));
     found
         .map(|(_, access)| *access)
         .ok_or_else(|| Error::corrupt(format!("expected RW, RDONLY or NOACCESS, not `{}`", shown(word))))
@@ -161,10 +187,16 @@ fn kind(word: &[u8]) -> Result<ExtentKind> {
         ExtentKind::SeSparse,
         ExtentKind::Zero,
     ];
-    if let Some(kind) = KINDS.into_iter().find(|k| k.as_str().as_bytes().eq_ignore_ascii_case(word)) {
+    if let Some(kind) = KINDS
+        .into_iter()
+        .find(|k| k.as_str().as_bytes().eq_ignore_ascii_case(word))
+    {
         return Ok(kind);
     }
-    if [&b"VMFSRDM"[..], b"VMFSRAW"].iter().any(|raw| raw.eq_ignore_ascii_case(word)) {
+    if [&b"VMFSRDM"[..], b"VMFSRAW"]
+        .iter()
+        .any(|raw| raw.eq_ignore_ascii_case(word))
+    {
         return Err(Error::unsupported(format!(
             "a {} extent is an RDM pointer: it maps a device of an ESX host and holds no data",
             shown(word).to_ascii_uppercase()
@@ -178,7 +210,12 @@ fn kind(word: &[u8]) -> Result<ExtentKind> {
 
 /// Decimal digits and nothing else, at most [`MAX_SECTORS`].
 fn number(word: &[u8], what: &str) -> Result<u64> {
-    let wrong = || Error::corrupt(format!("expected {what} from 0 to {MAX_SECTORS}, not `{}`", shown(word)));
+    let wrong = || {
+        Error::corrupt(format!(
+            "expected {what} from 0 to {MAX_SECTORS}, not `{}`",
+            shown(word)
+        ))
+    };
     if word.is_empty() || !word.iter().all(u8::is_ascii_digit) {
         return Err(wrong());
     }

@@ -30,13 +30,18 @@ pub(super) struct Setting<'a> {
 impl<'a> Setting<'a> {
     /// The value without its quotes. Errors: no closing quote, or something behind it that is no comment.
     pub(super) fn unquoted(&self) -> Result<&'a [u8]> {
-        let Some(inner) = self.value.strip_prefix(b"\"") else { return Ok(self.value) };
+        let Some(inner) = self.value.strip_prefix(b"\"") else {
+            return Ok(self.value);
+        };
         let Some(end) = inner.iter().position(|&b| b == b'"') else {
             return Err(self.error("expected a closing `\"` behind the value"));
         };
         let rest = inner[end + 1..].trim_ascii_start();
         if !rest.is_empty() && rest[0] != b'#' {
-            return Err(self.error(&format!("expected nothing behind the quoted value, not `{}`", shown(rest))));
+            return Err(self.error(&format!(
+                "expected nothing behind the quoted value, not `{}`",
+                shown(rest)
+            )));
         }
         Ok(&inner[..end])
     }
@@ -76,7 +81,9 @@ impl<'a> Lines<'a> {
         let mut lines = Self::default();
         for (index, line) in text.split(|&b| b == b'\n').enumerate() {
             if index >= LINES_MAX {
-                return Err(Error::corrupt(format!("the descriptor has more than {LINES_MAX} lines")));
+                return Err(Error::corrupt(format!(
+                    "the descriptor has more than {LINES_MAX} lines"
+                )));
             }
             lines.add(index + 1, line.trim_ascii())?;
         }
@@ -90,7 +97,9 @@ impl<'a> Lines<'a> {
         }
         if is_extent(line) {
             if self.extents.len() >= EXTENTS_MAX {
-                return Err(Error::corrupt(format!("line {number}: more than {EXTENTS_MAX} extents")));
+                return Err(Error::corrupt(format!(
+                    "line {number}: more than {EXTENTS_MAX} extents"
+                )));
             }
             self.extents.push((number, line));
             return Ok(());
@@ -112,12 +121,16 @@ impl<'a> Lines<'a> {
 
     /// The first setting of that name, whatever its value.
     pub(super) fn first(&self, key: &str) -> Option<&Setting<'a>> {
-        self.settings.iter().find(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
+        self.settings
+            .iter()
+            .find(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
     /// All settings of that name.
     pub(super) fn all(&self, key: &str) -> impl Iterator<Item = &Setting<'a>> {
-        self.settings.iter().filter(move |s| s.key.eq_ignore_ascii_case(key.as_bytes()))
+        self.settings
+            .iter()
+            .filter(move |s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
     /// The setting of that name with its value read by `parse`. Two that say different things are an error.
@@ -127,7 +140,11 @@ impl<'a> Lines<'a> {
         parse: impl Fn(&Setting<'a>) -> Result<T>,
     ) -> Result<Option<(usize, T)>> {
         let mut found: Option<(usize, T)> = None;
-        for setting in self.settings.iter().filter(|s| s.key.eq_ignore_ascii_case(key.as_bytes())) {
+        for setting in self
+            .settings
+            .iter()
+            .filter(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
+        {
             let value = parse(setting)?;
             match &found {
                 None => found = Some((setting.line, value)),
@@ -153,7 +170,11 @@ pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
     let equals = line.iter().position(|&b| b == b'=')?;
     let key = line[..equals].trim_ascii();
     let is_word = !key.is_empty() && !key.iter().any(|b| b.is_ascii_whitespace() || *b == b'"');
-    is_word.then(|| Setting { line: number, key, value: line[equals + 1..].trim_ascii() })
+    is_word.then(|| Setting {
+        line: number,
+        key,
+        value: line[equals + 1..].trim_ascii(),
+    })
 }
 
 /// The encoding that a descriptor names; UTF-8 if none. Errors: an unknown one, or one in which ASCII is not ASCII.
@@ -161,8 +182,10 @@ pub(super) fn encoding(lines: &Lines<'_>) -> Result<&'static Encoding> {
     let found = lines.get("encoding", |setting| {
         let label = setting.unquoted()?;
         by_label(label).ok_or_else(|| {
-            setting
-                .error(&format!("expected an encoding like UTF-8, windows-1252 or Shift_JIS, not `{}`", shown(label)))
+            setting.error(&format!(
+                "expected an encoding like UTF-8, windows-1252 or Shift_JIS, not `{}`",
+                shown(label)
+            ))
         })
     })?;
     Ok(found.map_or(UTF_8, |(_, encoding)| encoding))
@@ -194,7 +217,9 @@ pub(super) fn shown(bytes: &[u8]) -> String {
 /// Whether the line starts with a word of access and is no setting of that name.
 fn is_extent(line: &[u8]) -> bool {
     let word = line.split(u8::is_ascii_whitespace).next().unwrap_or(line);
-    let access = [&b"RW"[..], b"RDONLY", b"NOACCESS"].iter().any(|a| a.eq_ignore_ascii_case(word));
+    let access = [&b"RW"[..], b"RDONLY", b"NOACCESS"]
+        .iter()
+        .any(|a| a.eq_ignore_ascii_case(word));
     access && line[word.len()..].trim_ascii_start().first() != Some(&b'=')
 }
 
@@ -209,7 +234,14 @@ fn by_label(label: &[u8]) -> Option<&'static Encoding> {
     ];
     let lower = label.to_ascii_lowercase();
     let lower = std::str::from_utf8(&lower).ok()?;
-    let number = ["windows-", "cp", "ms"].iter().find_map(|p| lower.strip_prefix(p)).unwrap_or(lower);
-    let page = CODE_PAGES.iter().find(|(page, _)| *page == number).map(|(_, encoding)| *encoding);
-    page.or_else(|| Encoding::for_label_no_replacement(label)).filter(|e| e.is_ascii_compatible())
+    let number = ["windows-", "cp", "ms"]
+        .iter()
+        .find_map(|p| lower.strip_prefix(p))
+        .unwrap_or(lower);
+    let page = CODE_PAGES
+        .iter()
+        .find(|(page, _)| *page == number)
+        .map(|(_, encoding)| *encoding);
+    page.or_else(|| Encoding::for_label_no_replacement(label))
+        .filter(|e| e.is_ascii_compatible())
 }

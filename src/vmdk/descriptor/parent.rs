@@ -91,5 +91,7 @@ fn last(path: &[u8]) -> &[u8] {
 fn folder(path: &[u8]) -> Option<&[u8]> {
     let parts: Vec<_> = path.split(|&b| b == b'/').collect();
     // "", vmfs, volumes, the volume, at least one folder, the file
-    (parts.len() >= 6).then(|| parts[parts.len() - 2]).filter(|folder| !folder.is_empty())
+    (parts.len() >= 6)
+        .then(|| parts[parts.len() - 2])
+        .filter(|folder| !folder.is_empty())
 }

@@ -31,8 +31,14 @@ fn sectors(descriptor: &Descriptor) -> u64 {
 #[test]
 fn a_plain_descriptor() {
     let d = parse(text(""));
-    assert_eq!((d.version, d.create_type, d.cid), (1, CreateType::MonolithicFlat, Some(0x0123_abcd)));
-    assert_eq!((d.parent.clone(), d.change_tracking.clone(), sectors(&d)), (None, None, 2048));
+    assert_eq!(
+        (d.version, d.create_type, d.cid),
+        (1, CreateType::MonolithicFlat, Some(0x0123_abcd))
+    );
+    assert_eq!(
+        (d.parent.clone(), d.change_tracking.clone(), sectors(&d)),
+        (None, None, 2048)
+    );
     assert_eq!(d.ddb, [("adapterType".to_owned(), "ide".to_owned())]);
     assert_eq!(d.ddb_value("ADAPTERTYPE"), Some("ide"));
     let extent = &d.extents[0];
@@ -51,9 +57,16 @@ fn order_case_blanks_and_line_ends_do_not_matter() {
          rdonly 3 Sparse \"s.vmdk\"\r\ncid=a454774a \r\nVERSION=3 \r\nnoAccess 0 ZERO\r\nNOACCESS 9 zero \"ignored\" 4\r\n\
          changetrackpath=\"x-ctk.vmdk\"\r\nRW=unknown settings are ignored",
     );
-    assert_eq!((d.version, d.create_type, d.cid, sectors(&d)), (3, CreateType::Custom, Some(0xa454_774a), 17));
+    assert_eq!(
+        (d.version, d.create_type, d.cid, sectors(&d)),
+        (3, CreateType::Custom, Some(0xa454_774a), 17)
+    );
     assert_eq!(d.change_tracking.as_deref(), Some("x-ctk.vmdk"));
-    let seen: Vec<_> = d.extents.iter().map(|e| (e.access, e.sectors, e.kind, e.offset)).collect();
+    let seen: Vec<_> = d
+        .extents
+        .iter()
+        .map(|e| (e.access, e.sectors, e.kind, e.offset))
+        .collect();
     assert_eq!(
         seen,
         [
@@ -100,7 +113,11 @@ fn extent_lines_that_are_refused() {
     corrupt("RW 1 VMFS \"x\" 1", "no offset, or 0");
     corrupt("RW 1 SPARSE \"x\" 1", "no offset, or 0");
     corrupt(&format!("RW 1 FLAT \"{}\" 0", "x".repeat(4096)), "4096 bytes");
-    refused(text("RW 1 QCOW \"x\""), ErrorKind::Unsupported, "line 6: expected the extent type");
+    refused(
+        text("RW 1 QCOW \"x\""),
+        ErrorKind::Unsupported,
+        "line 6: expected the extent type",
+    );
     refused(text("RW 1 VMFSRDM \"x\""), ErrorKind::Unsupported, "RDM pointer");
     refused(text("RW 1 vmfsraw \"x\""), ErrorKind::Unsupported, "RDM pointer");
 }
@@ -111,7 +128,14 @@ fn extent_lines_at_their_bounds() {
     assert_eq!(first("RW 1 VMFS \"x\" 0").offset, 0);
     assert_eq!(first("RW 1 FLAT \"x\"").offset, 0);
     assert_eq!(first("RW 1 FLAT \"x\" 18014398509481982").offset, MAX_SECTORS - 1);
-    assert_eq!(first(&format!("RW 1 FLAT \"{}\" 0", "x".repeat(4095))).name.unwrap().as_bytes().len(), 4095);
+    assert_eq!(
+        first(&format!("RW 1 FLAT \"{}\" 0", "x".repeat(4095)))
+            .name
+            .unwrap()
+            .as_bytes()
+            .len(),
+        4095
+    );
     assert_eq!(first("RW 1 VMFSSPARSE \"x\"").kind, ExtentKind::VmfsSparse);
     assert_eq!(first("RW 1 SESPARSE \"x\"").kind, ExtentKind::SeSparse);
     let most = format!("version=1\ncreateType=custom\nRW {MAX_SECTORS} ZERO");
@@ -121,8 +145,16 @@ fn extent_lines_at_their_bounds() {
 
 #[test]
 fn bounds_of_the_text() {
-    refused(text(&format!("#{}", "x".repeat(lines::TEXT_MAX))), ErrorKind::Corrupt, "more than 1048576");
-    refused(text(&"\n".repeat(lines::LINES_MAX)), ErrorKind::Corrupt, "more than 65536 lines");
+    refused(
+        text(&format!("#{}", "x".repeat(lines::TEXT_MAX))),
+        ErrorKind::Corrupt,
+        "more than 1048576",
+    );
+    refused(
+        text(&"\n".repeat(lines::LINES_MAX)),
+        ErrorKind::Corrupt,
+        "more than 65536 lines",
+    );
     let lines_over = text(&"\n".repeat(lines::LINES_MAX)).lines().count() - lines::LINES_MAX;
     // The end of the last line is the start of an empty one.
     parse(text(&"\n".repeat(lines::LINES_MAX - lines_over - 1)));
@@ -133,7 +165,11 @@ fn bounds_of_the_text() {
 #[test]
 fn no_extent_is_refused() {
     for extents in ["", "NOACCESS 0 ZERO\n", "# RW 1 ZERO\n"] {
-        refused(format!("version=1\ncreateType=custom\n{extents}"), ErrorKind::Corrupt, "no extent");
+        refused(
+            format!("version=1\ncreateType=custom\n{extents}"),
+            ErrorKind::Corrupt,
+            "no extent",
+        );
     }
     refused("", ErrorKind::Corrupt, "no createType");
 }
@@ -141,7 +177,11 @@ fn no_extent_is_refused() {
 #[test]
 fn lines_that_cannot_be_understood_are_refused() {
     for line in ["RWX 1 FLAT \"x\" 0", "W 1 FLAT \"x\"", "garbage", "=1", "two words = 1"] {
-        refused(text(line), ErrorKind::Corrupt, "line 6: expected a comment, a setting or an extent");
+        refused(
+            text(line),
+            ErrorKind::Corrupt,
+            "line 6: expected a comment, a setting or an extent",
+        );
     }
 }
 
@@ -157,29 +197,58 @@ fn duplicates_may_not_contradict() {
         refused(text(other), ErrorKind::Corrupt, "line 6, ");
         refused(text(other), ErrorKind::Corrupt, "contradicts line");
     }
-    refused(text("changeTrackPath=\"a\"\nchangeTrackPath=\"b\""), ErrorKind::Corrupt, "contradicts line 6");
+    refused(
+        text("changeTrackPath=\"a\"\nchangeTrackPath=\"b\""),
+        ErrorKind::Corrupt,
+        "contradicts line 6",
+    );
     parse(text("encoding=UTF-8\nencoding=\"utf8\""));
-    refused(text("encoding=UTF-8\nencoding=\"GBK\""), ErrorKind::Corrupt, "contradicts line 6");
+    refused(
+        text("encoding=UTF-8\nencoding=\"GBK\""),
+        ErrorKind::Corrupt,
+        "contradicts line 6",
+    );
 }
 
 #[test]
 fn values_of_settings() {
-    for bad in ["CID=", "CID=123456789", "CID=xyz", "CID=-1", "parentCID=\"0\" 1", "CID=\"12"] {
+    for bad in [
+        "CID=",
+        "CID=123456789",
+        "CID=xyz",
+        "CID=-1",
+        "parentCID=\"0\" 1",
+        "CID=\"12",
+    ] {
         let plain = "version=1\ncreateType=custom\nRW 1 ZERO\n";
         refused(format!("{plain}{bad}"), ErrorKind::Corrupt, "line 4, ");
     }
-    assert_eq!(parse("version=\"2\" # why\ncreateType=custom\nRW 1 ZERO\nCID=0").cid, Some(0));
+    assert_eq!(
+        parse("version=\"2\" # why\ncreateType=custom\nRW 1 ZERO\nCID=0").cid,
+        Some(0)
+    );
     assert_eq!(parse("version=1\ncreateType=custom\nRW 1 ZERO").cid, None);
-    refused("version=4\ncreateType=custom\nRW 1 ZERO", ErrorKind::Unsupported, "line 1: expected version 1, 2 or 3");
+    refused(
+        "version=4\ncreateType=custom\nRW 1 ZERO",
+        ErrorKind::Unsupported,
+        "line 1: expected version 1, 2 or 3",
+    );
     refused("createType=custom\nRW 1 ZERO", ErrorKind::Corrupt, "no version");
     refused("version=1\nRW 1 ZERO", ErrorKind::Corrupt, "no createType");
-    refused("version=1\ncreateType=\"vhdx\"\nRW 1 ZERO", ErrorKind::Unsupported, "line 2: createType `vhdx`");
+    refused(
+        "version=1\ncreateType=\"vhdx\"\nRW 1 ZERO",
+        ErrorKind::Unsupported,
+        "line 2: createType `vhdx`",
+    );
 }
 
 #[test]
 fn every_create_type_is_known_by_all_its_names() {
     for (name, kind) in CREATE_TYPES {
-        let d = parse(format!("version=1\ncreateType=\"{}\"\nRW 1 ZERO", name.to_ascii_uppercase()));
+        let d = parse(format!(
+            "version=1\ncreateType=\"{}\"\nRW 1 ZERO",
+            name.to_ascii_uppercase()
+        ));
         assert_eq!(d.create_type, kind);
         let usual = CREATE_TYPES.iter().find(|(_, k)| *k == kind).unwrap().0;
         assert_eq!(kind.to_string(), usual);
@@ -192,13 +261,29 @@ fn every_create_type_is_known_by_all_its_names() {
 
 #[test]
 fn unreadable_disks_are_refused_by_name_whatever_else_is_wrong() {
-    for line in ["encryptionKeys=\"vmware:key/list/(…)\"", "KEYID = \"x\"", "ddb.iofilters = \"a,VMwareVMcrypt\""] {
+    for line in [
+        "encryptionKeys=\"vmware:key/list/(…)\"",
+        "KEYID = \"x\"",
+        "ddb.iofilters = \"a,VMwareVMcrypt\"",
+    ] {
         refused(text(line), ErrorKind::Unsupported, "encrypted");
-        refused(format!("version=7\nRW nonsense\n{line}"), ErrorKind::Unsupported, "encrypted");
+        refused(
+            format!("version=7\nRW nonsense\n{line}"),
+            ErrorKind::Unsupported,
+            "encrypted",
+        );
     }
-    refused(text("ddb.iofilters = \"cache\"\nddb.iofilters = \"vmwarevmcrypt\""), ErrorKind::Unsupported, "encrypted");
+    refused(
+        text("ddb.iofilters = \"cache\"\nddb.iofilters = \"vmwarevmcrypt\""),
+        ErrorKind::Unsupported,
+        "encrypted",
+    );
     parse(text("ddb.iofilters = \"cache\""));
-    refused(text("isNativeSnapshot=\"YES\""), ErrorKind::Unsupported, "native snapshot");
+    refused(
+        text("isNativeSnapshot=\"YES\""),
+        ErrorKind::Unsupported,
+        "native snapshot",
+    );
     parse(text("isNativeSnapshot=\"no\""));
 }
 
@@ -211,14 +296,39 @@ fn child(hint: &[u8], more: &str) -> Descriptor {
 #[test]
 fn parents() {
     let link = child(b"base disk.vmdk", "").parent.unwrap();
-    assert_eq!((link.cid, link.hint.name().to_string()), (1, "base disk.vmdk".to_owned()));
+    assert_eq!(
+        (link.cid, link.hint.name().to_string()),
+        (1, "base disk.vmdk".to_owned())
+    );
     let plain = "version=1\ncreateType=custom\nRW 1 ZERO\n";
-    assert_eq!(parse(format!("{plain}parentCID=ffffffff\nparentFileNameHint=\"x\"")).parent, None);
-    assert_eq!(parse(format!("{plain}parentCID=ffffffff\nparentFileNameHint=\"\"")).parent, None);
-    refused(format!("{plain}parentCID=fffffffe"), ErrorKind::Corrupt, "line 4: parentCID=fffffffe");
-    refused(format!("{plain}parentCID=1\nparentFileNameHint=\"\""), ErrorKind::Corrupt, "line 5, parentFileNameHint");
-    refused(format!("{plain}parentCID=1\nparentFileNameHint=\"x"), ErrorKind::Corrupt, "closing");
-    refused(format!("{plain}parentFileNameHint=\"x\""), ErrorKind::Corrupt, "line 4: a parentFileNameHint");
+    assert_eq!(
+        parse(format!("{plain}parentCID=ffffffff\nparentFileNameHint=\"x\"")).parent,
+        None
+    );
+    assert_eq!(
+        parse(format!("{plain}parentCID=ffffffff\nparentFileNameHint=\"\"")).parent,
+        None
+    );
+    refused(
+        format!("{plain}parentCID=fffffffe"),
+        ErrorKind::Corrupt,
+        "line 4: parentCID=fffffffe",
+    );
+    refused(
+        format!("{plain}parentCID=1\nparentFileNameHint=\"\""),
+        ErrorKind::Corrupt,
+        "line 5, parentFileNameHint",
+    );
+    refused(
+        format!("{plain}parentCID=1\nparentFileNameHint=\"x"),
+        ErrorKind::Corrupt,
+        "closing",
+    );
+    refused(
+        format!("{plain}parentFileNameHint=\"x\""),
+        ErrorKind::Corrupt,
+        "line 4: a parentFileNameHint",
+    );
 }
 
 #[test]
@@ -262,7 +372,11 @@ fn names_are_decoded_and_keep_their_bytes() {
         let d = parse([head.as_bytes(), bytes, tail.as_bytes(), bytes, end.as_bytes()].concat());
         let name = d.extents[0].name.clone().unwrap();
         assert_eq!(name.as_bytes(), decoded.as_bytes(), "{label}");
-        assert_eq!(name.raw_path().unwrap().as_os_str().as_encoded_bytes(), bytes, "{label}");
+        assert_eq!(
+            name.raw_path().unwrap().as_os_str().as_encoded_bytes(),
+            bytes,
+            "{label}"
+        );
         assert_eq!(d.ddb_value("comment"), Some(decoded), "{label}");
     }
 }
@@ -272,7 +386,10 @@ fn utf8_is_the_default_and_broken_utf8_stays() {
     for encoding in ["", "encoding=\"UTF-8\"\n"] {
         for bytes in ["диск.vmdk".as_bytes(), b"caf\xe9.vmdk"] {
             let head = format!("version=1\ncreateType=custom\n{encoding}RW 1 SPARSE \"");
-            let name = parse([head.as_bytes(), bytes, b"\""].concat()).extents[0].name.clone().unwrap();
+            let name = parse([head.as_bytes(), bytes, b"\""].concat()).extents[0]
+                .name
+                .clone()
+                .unwrap();
             assert_eq!((name.as_bytes(), name.raw_path()), (bytes, None));
         }
     }
@@ -282,7 +399,11 @@ fn utf8_is_the_default_and_broken_utf8_stays() {
 fn encodings_that_are_refused() {
     // In the last two an ASCII byte is not always ASCII.
     for label in ["klingon", "", "windows-9999", "replacement", "utf-16le", "iso-2022-jp"] {
-        refused(text(&format!("encoding=\"{label}\"")), ErrorKind::Corrupt, "line 6, encoding: expected an encoding");
+        refused(
+            text(&format!("encoding=\"{label}\"")),
+            ErrorKind::Corrupt,
+            "line 6, encoding: expected an encoding",
+        );
     }
 }
 
@@ -293,14 +414,19 @@ fn parent_hints_are_decoded_before_they_are_cut() {
     assert_eq!(tries(b"C:\\d\\\x95\x5c.vmdk"), [name("表.vmdk", b"\x95\x5c.vmdk")]);
     assert_eq!(
         tries(b"\x95\x5c\\x.vmdk"),
-        [name("表/x.vmdk", b"\x95\x5c/x.vmdk"), name("表\\x.vmdk", b"\x95\x5c\\x.vmdk")]
+        [
+            name("表/x.vmdk", b"\x95\x5c/x.vmdk"),
+            name("表\\x.vmdk", b"\x95\x5c\\x.vmdk")
+        ]
     );
     assert_eq!(tries(b"\x95\x5c.vmdk"), [name("表.vmdk", b"\x95\x5c.vmdk")]);
 }
 
 #[test]
 fn messages_show_no_control_characters_and_are_short() {
-    let error = Descriptor::parse(text(&format!("\x1b[2J{}", "x".repeat(5000))).as_bytes()).unwrap_err().to_string();
+    let error = Descriptor::parse(text(&format!("\x1b[2J{}", "x".repeat(5000))).as_bytes())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("\\u{1b}[2Jxxx") && error.len() < 200, "{error}");
 }
 

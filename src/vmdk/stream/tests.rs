@@ -15,7 +15,12 @@ const KEPT: u64 = KEEP * GRAIN;
 
 fn stream(store: &TestStore, sectors: u64) -> StreamDisk {
     let kind = CreateType::StreamOptimized;
-    let disk = NewDisk { sectors, kind, adapter: AdapterType::LsiLogic, hardware_version: 4 };
+    let disk = NewDisk {
+        sectors,
+        kind,
+        adapter: AdapterType::LsiLogic,
+        hardware_version: 4,
+    };
     create_stream(store, &name("x.vmdk"), &disk).unwrap()
 }
 
@@ -25,7 +30,11 @@ fn pattern(at: u64, sectors: u64) -> Vec<u8> {
         let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         (0..SECTOR).map(move |byte| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            if byte < 256 { (state >> 56) as u8 } else { number as u8 | 1 }
+            if byte < 256 {
+                (state >> 56) as u8
+            } else {
+                number as u8 | 1
+            }
         })
     };
     (at..at + sectors).flat_map(sector).collect()
@@ -123,7 +132,13 @@ fn gaps_are_zeroes_and_take_no_room() {
     let store = TestStore::new();
     let sectors = 5 * GRAIN * ENTRIES;
     let disk = stream(&store, sectors);
-    let islands = [(3, 5), (200, 1), (WIDE + 1, 300), (3 * GRAIN * ENTRIES - 2, 4), (sectors - 1, 1)];
+    let islands = [
+        (3, 5),
+        (200, 1),
+        (WIDE + 1, 300),
+        (3 * GRAIN * ENTRIES - 2, 4),
+        (sectors - 1, 1),
+    ];
     for (at, len) in islands {
         disk.write_at(Lba(at), &pattern(at, len)).unwrap();
     }
@@ -152,10 +167,15 @@ fn written_once_and_in_order() {
         let before = read(&disk, at, 1);
         let error = disk.write_at(Lba(at), &pattern(1, 1)).unwrap_err().to_string();
         assert!(
-            error.contains(&format!("a write at sector {at}, but the stream is compressed up to sector {first}")),
+            error.contains(&format!(
+                "a write at sector {at}, but the stream is compressed up to sector {first}"
+            )),
             "{error}"
         );
-        assert!(error.contains("x.vmdk") && error.contains("written once, in order"), "{error}");
+        assert!(
+            error.contains("x.vmdk") && error.contains("written once, in order"),
+            "{error}"
+        );
         assert_eq!(read(&disk, at, 1), before, "it stays as it was");
     }
     // two requests that overtook each other
@@ -254,8 +274,14 @@ fn a_range_outside_of_the_disk_is_refused() {
     let store = TestStore::new();
     let disk = stream(&store, 100);
     for (at, bytes) in [(100, 512), (99, 1024), (u64::MAX, 512), (0, 100)] {
-        assert_eq!(disk.write_at(Lba(at), &vec![1; bytes]).unwrap_err().kind(), ErrorKind::OutOfRange);
-        assert_eq!(disk.read_at(Lba(at), &mut vec![1; bytes]).unwrap_err().kind(), ErrorKind::OutOfRange);
+        assert_eq!(
+            disk.write_at(Lba(at), &vec![1; bytes]).unwrap_err().kind(),
+            ErrorKind::OutOfRange
+        );
+        assert_eq!(
+            disk.read_at(Lba(at), &mut vec![1; bytes]).unwrap_err().kind(),
+            ErrorKind::OutOfRange
+        );
     }
     assert_closes_as(&store, &disk, &[]);
 }

@@ -41,13 +41,22 @@ impl CowdTables {
             grain: header.grain,
             entries_per_table: Cowd::ENTRIES_PER_TABLE,
         };
-        Ok(Self { file, geometry, file_sectors, directory: header.directory, data })
+        Ok(Self {
+            file,
+            geometry,
+            file_sectors,
+            directory: header.directory,
+            data,
+        })
     }
 
     fn read_u32s(&self, offset: u64, count: u64) -> Result<Vec<u32>> {
         let mut bytes = vec![0; count as usize * 4];
         self.file.read_exact_at(offset, &mut bytes)?;
-        Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(bytes
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     }
 
     /// The entry at a byte of the file, for messages.
@@ -92,10 +101,18 @@ impl Layout for CowdTables {
 
     fn load_table(&self, table: u64, at: u64) -> Result<Table> {
         let first = table * self.geometry.entries_per_table;
-        let inside = self.geometry.capacity.div_ceil(self.geometry.grain).saturating_sub(first);
+        let inside = self
+            .geometry
+            .capacity
+            .div_ceil(self.geometry.grain)
+            .saturating_sub(first);
         let count = self.geometry.entries_per_table.min(inside);
         let raw = self.read_u32s(at * SECTOR, count)?;
-        Ok(Table::narrow(raw.into_iter().enumerate().map(|(i, raw)| self.slot(raw, first + i as u64))))
+        Ok(Table::narrow(
+            raw.into_iter()
+                .enumerate()
+                .map(|(i, raw)| self.slot(raw, first + i as u64)),
+        ))
     }
 
     fn explain_directory(&self, table: u64) -> Error {

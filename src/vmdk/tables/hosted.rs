@@ -52,7 +52,9 @@ impl HostedTables {
         let directory_sectors = (header.tables() * 4).div_ceil(SECTOR);
         let inside = |at: u64| at >= 1 && at.checked_add(directory_sectors).is_some_and(|end| end <= file_sectors);
         let DirectoryAt::Sector(directory) = header.directory else {
-            return Err(Error::corrupt("header: gdOffset (byte 56) is GD_AT_END in an extent without a footer"));
+            return Err(Error::corrupt(
+                "header: gdOffset (byte 56) is GD_AT_END in an extent without a footer",
+            ));
         };
         let redundant = header.redundant.filter(|&at| inside(at));
         // with the primary directory out of the file, the redundant one alone is read
@@ -175,7 +177,11 @@ impl HostedTables {
     /// Whether the grain may start at sector `at`: inside of the file, outside of what is known to be metadata.
     fn grain_fits(&self, at: u64, grain: u64, own: &[u64]) -> bool {
         // a compressed grain has its length in front of it: one sector is all that is known here
-        let sectors = if self.compressed { 1 } else { self.geometry.grain_sectors(grain) };
+        let sectors = if self.compressed {
+            1
+        } else {
+            self.geometry.grain_sectors(grain)
+        };
         let range = at..at + sectors;
         let own_table = |&t: &u64| t < range.end && range.start < t + self.table_sectors();
         range.end <= self.file_sectors() && !self.in_fixed(range.clone()) && !own.iter().any(own_table)
@@ -188,18 +194,27 @@ impl HostedTables {
     fn read_u32s(&self, offset: u64, count: u64) -> Result<Vec<u32>> {
         let mut bytes = vec![0; count as usize * 4];
         self.file.read_exact_at(offset, &mut bytes)?;
-        Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(bytes
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     }
 
     /// The redundant table of `table`, if its directory entry is good.
     fn redundant_place(&self, table: u64) -> Result<Option<u64>> {
         let raw = self.raw_directory(Copy::Redundant, table..table + 1)?;
-        Ok(raw.first().map(|&at| at.into()).filter(|&at| at != 0 && self.table_fits(at)))
+        Ok(raw
+            .first()
+            .map(|&at| at.into())
+            .filter(|&at| at != 0 && self.table_fits(at)))
     }
 
     fn say_redundant(&self, what: &str) {
         if !self.said_redundant.swap(true, Ordering::Relaxed) {
-            tracing::warn!("{}: {what} is damaged, the redundant copy is read instead", self.file.label());
+            tracing::warn!(
+                "{}: {what} is damaged, the redundant copy is read instead",
+                self.file.label()
+            );
         }
     }
 }
@@ -252,17 +267,25 @@ impl Layout for HostedTables {
             },
         };
         let first = table * self.geometry.entries_per_table;
-        let mut slots: Vec<GrainEntry> =
-            raw.iter().enumerate().map(|(i, &raw)| self.slot(raw, first + i as u64, &[at])).collect();
-        let inside = self.geometry.capacity.div_ceil(self.geometry.grain).saturating_sub(first);
+        let mut slots: Vec<GrainEntry> = raw
+            .iter()
+            .enumerate()
+            .map(|(i, &raw)| self.slot(raw, first + i as u64, &[at]))
+            .collect();
+        let inside = self
+            .geometry
+            .capacity
+            .div_ceil(self.geometry.grain)
+            .saturating_sub(first);
         slots.truncate(inside as usize);
         if slots.contains(&GrainEntry::Bad)
             && let Some(spare_at) = self.redundant_place(table)?
         {
             let spare = self.raw_table(spare_at)?;
             for (i, slot) in slots.iter_mut().enumerate().filter(|(_, s)| **s == GrainEntry::Bad) {
-                let other =
-                    spare.get(i).map_or(GrainEntry::Bad, |&raw| self.slot(raw, first + i as u64, &[at, spare_at]));
+                let other = spare.get(i).map_or(GrainEntry::Bad, |&raw| {
+                    self.slot(raw, first + i as u64, &[at, spare_at])
+                });
                 // an unallocated entry would show other data than were there: only a grain can replace a grain
                 if let GrainEntry::At(_) | GrainEntry::Zero = other {
                     self.say_redundant("an entry of a grain table");
@@ -275,7 +298,10 @@ impl Layout for HostedTables {
 
     fn explain_directory(&self, table: u64) -> Error {
         let at = self.directory * SECTOR + table * 4;
-        let raw = self.raw_directory(Copy::Primary, table..table + 1).ok().and_then(|d| d.first().copied());
+        let raw = self
+            .raw_directory(Copy::Primary, table..table + 1)
+            .ok()
+            .and_then(|d| d.first().copied());
         let raw = raw.map_or_else(|| "unreadable".to_owned(), |raw| format!("{raw:#x}"));
         Error::corrupt(format!(
             "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",

@@ -28,7 +28,11 @@ impl SeSparseTables {
     /// The tables of `file`, whose checked header is `header`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: SeSparse) -> Self {
         let file_sectors = file.len() / SECTOR;
-        Self { file, header, file_sectors }
+        Self {
+            file,
+            header,
+            file_sectors,
+        }
     }
 
     fn read_u64s(&self, offset: u64, count: u64) -> Result<Vec<u64>> {
@@ -74,9 +78,16 @@ impl SeSparseTables {
     fn grain(&self, bits: u64) -> GrainEntry {
         const LOW_BITS: u32 = 12;
         let index = bits >> 48 | (bits & ((1 << 48) - 1)) << LOW_BITS;
-        let sector = index.checked_mul(SeSparse::GRAIN).and_then(|s| s.checked_add(self.header.grains_offset));
+        let sector = index
+            .checked_mul(SeSparse::GRAIN)
+            .and_then(|s| s.checked_add(self.header.grains_offset));
         match sector {
-            Some(s) if s.checked_add(SeSparse::GRAIN).is_some_and(|end| end <= self.file_sectors) => GrainEntry::At(s),
+            Some(s)
+                if s.checked_add(SeSparse::GRAIN)
+                    .is_some_and(|end| end <= self.file_sectors) =>
+            {
+                GrainEntry::At(s)
+            }
             _ => GrainEntry::Bad,
         }
     }
@@ -96,7 +107,10 @@ impl Layout for SeSparseTables {
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
-        let raw = self.read_u64s(self.header.directory * SECTOR + tables.start * 8, tables.end - tables.start)?;
+        let raw = self.read_u64s(
+            self.header.directory * SECTOR + tables.start * 8,
+            tables.end - tables.start,
+        )?;
         Ok(raw.into_iter().map(|raw| self.place(raw)).collect())
     }
 

@@ -86,7 +86,10 @@ impl WritableTables {
             let primary = layout.raw_directory(Copy::Primary, range)?;
             let pairs = primary.iter().enumerate();
             directory.extend(pairs.map(|(i, &primary)| {
-                AtomicU64::new(packed(TableCopies { primary, redundant: redundant.get(i).copied().unwrap_or(0) }))
+                AtomicU64::new(packed(TableCopies {
+                    primary,
+                    redundant: redundant.get(i).copied().unwrap_or(0),
+                }))
             }));
         }
         let table_bytes = geometry.entries_per_table * 4;
@@ -105,7 +108,10 @@ impl WritableTables {
     pub(in crate::vmdk) fn places(&self, number: u64) -> Option<TableCopies> {
         match self.raw(number) {
             0 | NEW => None,
-            raw => Some(TableCopies { primary: raw as u32, redundant: (raw >> 32) as u32 }),
+            raw => Some(TableCopies {
+                primary: raw as u32,
+                redundant: (raw >> 32) as u32,
+            }),
         }
     }
 
@@ -135,7 +141,10 @@ impl WritableTables {
     /// How many tables from `number` on, below `end`, do not exist.
     pub(crate) fn absent(&self, number: u64, end: u64) -> u64 {
         let range = self.directory.get(number as usize..end as usize).unwrap_or_default();
-        range.iter().take_while(|entry| entry.load(Ordering::Acquire) == 0).count() as u64
+        range
+            .iter()
+            .take_while(|entry| entry.load(Ordering::Acquire) == 0)
+            .count() as u64
     }
 
     /// Whether a grain may lie in a hole of the file, wholly or in part.
@@ -167,7 +176,9 @@ impl WritableTables {
     }
 
     fn raw(&self, number: u64) -> u64 {
-        self.directory.get(number as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.directory
+            .get(number as usize)
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 
     /// The table, loaded.
@@ -181,7 +192,11 @@ impl WritableTables {
                     if tables.len() >= self.shard_max {
                         drop_some(&mut tables);
                     }
-                    let live = Arc::new(WritableTable { number, loaded: OnceLock::new(), loading: Mutex::new(()) });
+                    let live = Arc::new(WritableTable {
+                        number,
+                        loaded: OnceLock::new(),
+                        loading: Mutex::new(()),
+                    });
                     tables.insert(number, Arc::clone(&live));
                     live
                 }
@@ -201,7 +216,10 @@ impl WritableTables {
         let grains = self.geometry.capacity.div_ceil(self.geometry.grain);
         let len = grains.saturating_sub(first).min(self.geometry.entries_per_table) as usize;
         match self.places(number) {
-            Some(places) => Ok(self.layout.load_table(number, places.primary.into())?.into_writable(len)),
+            Some(places) => Ok(self
+                .layout
+                .load_table(number, places.primary.into())?
+                .into_writable(len)),
             None => Ok(Table::narrow(std::iter::empty()).into_writable(len)),
         }
     }

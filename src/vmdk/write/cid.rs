@@ -32,14 +32,26 @@ impl DescriptorWriter {
     pub(super) fn new(link: &Link) -> Result<Self> {
         let text = read(&*link.file, &link.text)?;
         let spans = descriptor::cid_digits(&text);
-        let digits = spans.into_iter().map(|s| link.text.start + s.start as u64..link.text.start + s.end as u64);
-        Ok(Self { file: Arc::clone(&link.file), text: link.text.clone(), digits: digits.collect() })
+        let digits = spans
+            .into_iter()
+            .map(|s| link.text.start + s.start as u64..link.text.start + s.end as u64);
+        Ok(Self {
+            file: Arc::clone(&link.file),
+            text: link.text.clone(),
+            digits: digits.collect(),
+        })
     }
 
     /// A random CID that it does not have now, of as many digits; `None`: it has none.
     pub(super) fn draw_cid(&self) -> Result<Option<u32>> {
-        let old: Vec<_> = self.digits.iter().map(|range| read(&*self.file, range)).collect::<Result<_>>()?;
-        let Some(width) = old.iter().map(Vec::len).min() else { return Ok(None) };
+        let old: Vec<_> = self
+            .digits
+            .iter()
+            .map(|range| read(&*self.file, range))
+            .collect::<Result<_>>()?;
+        let Some(width) = old.iter().map(Vec::len).min() else {
+            return Ok(None);
+        };
         let new = random_digits(width, &old);
         Ok(u32::from_str_radix(&String::from_utf8_lossy(&new), 16).ok())
     }
@@ -51,7 +63,9 @@ impl DescriptorWriter {
             let len = (range.end - range.start) as usize;
             writer.write_all_at(range.start, format!("{cid:0len$x}").as_bytes())?;
         }
-        latch.sync(&*self.file).map_err(|e| e.within(format!("{}: new CID", self.file.label())))
+        latch
+            .sync(&*self.file)
+            .map_err(|e| e.within(format!("{}: new CID", self.file.label())))
     }
 
     /// Writes another value of the same length where a setting has one, durably.
@@ -62,13 +76,17 @@ impl DescriptorWriter {
         let spans = descriptor::value_spans(&text, key);
         if spans.is_empty() || spans.iter().any(|span| span.len() != value.len()) {
             let (file, len) = (self.file.label(), value.len());
-            return Err(Error::unsupported(format!("{file}: its descriptor has no room of {len} bytes for {key}")));
+            return Err(Error::unsupported(format!(
+                "{file}: its descriptor has no room of {len} bytes for {key}"
+            )));
         }
         let writer = writer(&*self.file)?;
         for span in spans {
             writer.write_all_at(self.text.start + span.start as u64, value.as_bytes())?;
         }
-        latch.sync(&*self.file).map_err(|e| e.within(format!("{}: {key}", self.file.label())))
+        latch
+            .sync(&*self.file)
+            .map_err(|e| e.within(format!("{}: {key}", self.file.label())))
     }
 }
 

@@ -74,12 +74,19 @@ impl GrainWriter {
         (latch, backlog): (Arc<WriteLatch>, Arc<Backlog>),
     ) -> Result<Self> {
         let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
-            return Err(Error::new(ErrorKind::ReadOnly, format!("{}: opened for reading", sparse.file.label())));
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: opened for reading", sparse.file.label()),
+            ));
         };
         let geometry = sparse.geometry();
         let file = Arc::clone(&sparse.file);
-        let allocator =
-            GrainAllocator::new(Arc::clone(&file), Arc::clone(&layout), geometry.grain, Arc::clone(&latch))?;
+        let allocator = GrainAllocator::new(
+            Arc::clone(&file),
+            Arc::clone(&layout),
+            geometry.grain,
+            Arc::clone(&latch),
+        )?;
         Ok(Self {
             file,
             layout,
@@ -104,9 +111,13 @@ impl GrainWriter {
         while !rest.is_empty() {
             let left = rest.len() as u64 / SECTOR;
             let done = match sparse.run_at(at, left)? {
-                Run::Stored { sector: place, sectors, .. } => {
-                    let written =
-                        self.allocator.check_not_truncated()?.write_all_at(place * SECTOR, part(rest, sectors));
+                Run::Stored {
+                    sector: place, sectors, ..
+                } => {
+                    let written = self
+                        .allocator
+                        .check_not_truncated()?
+                        .write_all_at(place * SECTOR, part(rest, sectors));
                     // before it is said to be done or not: a flush that comes later must not miss what readers see
                     self.dirty.store(true, Ordering::Release);
                     written?;
@@ -136,9 +147,14 @@ impl GrainWriter {
         let mut at = sector;
         while at < end {
             at += match sparse.run_at(at, end - at)? {
-                Run::Stored { sector: place, sectors, .. } => {
+                Run::Stored {
+                    sector: place, sectors, ..
+                } => {
                     // the grain keeps its entry: it can't be given to another while somebody still reads it
-                    let zeroed = self.allocator.check_not_truncated()?.zero(place * SECTOR, sectors * SECTOR, unmap);
+                    let zeroed = self
+                        .allocator
+                        .check_not_truncated()?
+                        .zero(place * SECTOR, sectors * SECTOR, unmap);
                     self.live.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     zeroed?;
@@ -166,7 +182,11 @@ impl GrainWriter {
         }
         // whole grains, of which the last one of the extent may be short
         let end = sector + sectors;
-        let whole = if end == self.geometry.capacity { sectors } else { sectors / grain * grain };
+        let whole = if end == self.geometry.capacity {
+            sectors
+        } else {
+            sectors / grain * grain
+        };
         if !self.layout.has_zeroed_grains() {
             return self.allocate(sector, whole, None, below);
         }
@@ -195,7 +215,12 @@ impl GrainWriter {
         }
         let sectors = sectors.min(count * grain - sector % grain);
         let place = self.allocator.take(count)?;
-        let new = NewGrains { sector, sectors, place, count };
+        let new = NewGrains {
+            sector,
+            sectors,
+            place,
+            count,
+        };
         if let Err(e) = self.fill(&new, data, &table, first, below) {
             self.allocator.give_back(place, count);
             return Err(e);
@@ -207,7 +232,10 @@ impl GrainWriter {
     /// Table and entry of `sector`, and how many grains of that table `sectors` from there on touch.
     fn split_at_table(&self, sector: u64, sectors: u64) -> (u64, u64, u64) {
         let grain = sector / self.geometry.grain;
-        let (table, entry) = (grain / self.geometry.entries_per_table, grain % self.geometry.entries_per_table);
+        let (table, entry) = (
+            grain / self.geometry.entries_per_table,
+            grain % self.geometry.entries_per_table,
+        );
         let touched = (sector % self.geometry.grain + sectors).div_ceil(self.geometry.grain);
         (table, entry, touched.min(self.geometry.entries_per_table - entry))
     }
@@ -231,13 +259,14 @@ impl GrainWriter {
             if from < to && !zeroed && !below.is_zero(from, to - from) {
                 let mut around = vec![0; ((to - from) * SECTOR) as usize];
                 below.read(from, &mut around)?;
-                self.writer()?.write_all_at((new.place + from - start) * SECTOR, &around)?;
+                self.writer()?
+                    .write_all_at((new.place + from - start) * SECTOR, &around)?;
             }
         }
         match data {
-            Some(data) => {
-                self.writer()?.write_all_at((new.place + new.sector - start) * SECTOR, part(data, new.sectors))
-            }
+            Some(data) => self
+                .writer()?
+                .write_all_at((new.place + new.sector - start) * SECTOR, part(data, new.sectors)),
             None => Ok(()),
         }
     }
@@ -277,7 +306,11 @@ impl GrainWriter {
             return Ok(());
         }
         self.allocator.check_not_truncated()?;
-        if self.dirty.swap(false, Ordering::AcqRel) { self.latch.sync(&*self.file) } else { Ok(()) }
+        if self.dirty.swap(false, Ordering::AcqRel) {
+            self.latch.sync(&*self.file)
+        } else {
+            Ok(())
+        }
     }
 
     /// For what was taken just now: to take it asked whether the file was cut.
@@ -286,7 +319,10 @@ impl GrainWriter {
     }
 
     fn read_only(&self) -> Error {
-        Error::new(ErrorKind::ReadOnly, format!("{}: compressed grains are not written in place", self.file.label()))
+        Error::new(
+            ErrorKind::ReadOnly,
+            format!("{}: compressed grains are not written in place", self.file.label()),
+        )
     }
 }
 
@@ -307,7 +343,9 @@ fn part(buf: &[u8], sectors: u64) -> &[u8] {
 }
 
 fn slot(table: &WritableTable, entry: u64) -> GrainEntry {
-    table.entries().map_or(GrainEntry::Bad, |entries| entries.slot(entry as usize))
+    table
+        .entries()
+        .map_or(GrainEntry::Bad, |entries| entries.slot(entry as usize))
 }
 
 /// How many of `count` grains from entry `first` on have no room yet.

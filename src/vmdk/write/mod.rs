@@ -187,13 +187,24 @@ impl VmdkDisk {
     /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
     pub fn refuses_writing(&self, force: bool) -> Option<Error> {
         let link = self.links().first()?;
-        let children = |()| if force { Ok(()) } else { refuse_with_children(link, None) };
-        refuse_unwritable(link).and_then(|()| refuse_shared_room(link)).and_then(children).err()
+        let children = |()| {
+            if force {
+                Ok(())
+            } else {
+                refuse_with_children(link, None)
+            }
+        };
+        refuse_unwritable(link)
+            .and_then(|()| refuse_shared_room(link))
+            .and_then(children)
+            .err()
     }
 
     /// The files that a write to it may change: those of its newest link.
     pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
-        let Some(link) = self.links().first() else { return Vec::new() };
+        let Some(link) = self.links().first() else {
+            return Vec::new();
+        };
         let written = link.extents.iter().filter(|p| p.access == ExtentAccess::ReadWrite);
         let extents = written.filter_map(|p| file_of(&p.extent)).map(Arc::clone);
         std::iter::once(Arc::clone(&link.file)).chain(extents).collect()
@@ -243,11 +254,18 @@ impl VmdkDisk {
             let mut at = range.start;
             while at < range.end {
                 let after = link.extents.partition_point(|p| p.start <= at);
-                let found = after.checked_sub(1).and_then(|i| Some((link.extents.get(i)?, writer.extents.get(i)?)));
+                let found = after
+                    .checked_sub(1)
+                    .and_then(|i| Some((link.extents.get(i)?, writer.extents.get(i)?)));
                 let Some((placed, extent)) = found else {
-                    return Err(Error::new(ErrorKind::OutOfRange, format!("{}: no extent holds it", Lba(at))));
+                    return Err(Error::new(
+                        ErrorKind::OutOfRange,
+                        format!("{}: no extent holds it", Lba(at)),
+                    ));
                 };
-                let sectors = (range.end - at).min((placed.start + placed.sectors).saturating_sub(at)).max(1);
+                let sectors = (range.end - at)
+                    .min((placed.start + placed.sectors).saturating_sub(at))
+                    .max(1);
                 change(placed, extent, at, sectors)?;
                 at += sectors;
             }
@@ -264,7 +282,9 @@ impl VmdkDisk {
                     grains.zero(sparse, within, sectors, unmap, &self.below(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    let zeroed = self.flat(file)?.zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
+                    let zeroed = self
+                        .flat(file)?
+                        .zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
                     dirty.store(true, Ordering::Release);
                     zeroed
                 }
@@ -282,7 +302,11 @@ impl VmdkDisk {
     }
 
     fn below<'a>(&'a self, placed: &PlacedExtent) -> BackingChain<'a> {
-        BackingChain { disk: self, start: placed.start, end: placed.start + placed.sectors }
+        BackingChain {
+            disk: self,
+            start: placed.start,
+            end: placed.start + placed.sectors,
+        }
     }
 }
 
@@ -315,7 +339,11 @@ impl BlockWrite for VmdkDisk {
     }
 
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
-        let bytes = range.end.0.checked_sub(range.start.0).and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
+        let bytes = range
+            .end
+            .0
+            .checked_sub(range.start.0)
+            .and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
         check_range(&self.geometry(), range.start, bytes.unwrap_or(usize::MAX))?;
         // piece by piece, as each may leave entries in memory that have to be written before there are too many
         for start in (range.start.0..range.end.0).step_by(ZERO_AT_ONCE as usize) {
@@ -374,7 +402,8 @@ impl Backing for BackingChain<'_> {
 
     fn is_zero(&self, sector: u64, sectors: u64) -> bool {
         let at = self.start + sector;
-        self.disk.is_zero_below(Lba(at), sectors.min(self.end.saturating_sub(at)))
+        self.disk
+            .is_zero_below(Lba(at), sectors.min(self.end.saturating_sub(at)))
     }
 
     fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)> {
@@ -404,7 +433,10 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
                     }
                     None => return refuse(label, &format!("{} extents are only read", placed.kind)),
                     Some(hosted) if hosted.version() > 2 => {
-                        return refuse(label, "header version 3 is written by programs that track changed blocks");
+                        return refuse(
+                            label,
+                            "header version 3 is written by programs that track changed blocks",
+                        );
                     }
                     Some(_) if !sparse.file.detects_modification() => {
                         return refuse(label, "a sparse extent on a device can't grow");
@@ -417,8 +449,15 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
             }
         }
     }
-    if link.extents.iter().all(|p| p.access != ExtentAccess::ReadWrite || matches!(p.extent, Extent::Zero)) {
-        return refuse(link.file.label(), "its descriptor says that none of its extents is to be written (RDONLY)");
+    if link
+        .extents
+        .iter()
+        .all(|p| p.access != ExtentAccess::ReadWrite || matches!(p.extent, Extent::Zero))
+    {
+        return refuse(
+            link.file.label(),
+            "its descriptor says that none of its extents is to be written (RDONLY)",
+        );
     }
     Ok(())
 }
@@ -435,7 +474,10 @@ fn refuse_large_directories(link: &Link) -> Result<()> {
     }
     let label = link.file.label();
     let context = format!("{label}: its directories have {tables} entries, and only {MAX_TABLES} are written to");
-    Err(Error::new(ErrorKind::ReadOnly, format!("{context}; cow=FILE writes to an overlay instead")))
+    Err(Error::new(
+        ErrorKind::ReadOnly,
+        format!("{context}; cow=FILE writes to an overlay instead"),
+    ))
 }
 
 /// The most tables of a link that is written to: 64 MiB of directories, 256 TiB of disk at the usual table size.
@@ -446,7 +488,10 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
     let is_own = |p: &PlacedExtent| file_of(&p.extent).is_some_and(|file| Arc::ptr_eq(file, &link.file));
     if !link.extents.iter().any(is_own) {
-        taken.entry(link.file.identity_at_open().file).or_default().push(0..u64::MAX);
+        taken
+            .entry(link.file.identity_at_open().file)
+            .or_default()
+            .push(0..u64::MAX);
     }
     for placed in &link.extents {
         let (file, range) = match &placed.extent {
@@ -459,8 +504,14 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     for ranges in taken.values_mut() {
         ranges.sort_by_key(|range| range.start);
         if ranges.windows(2).any(|pair| matches!(pair, [a, b] if b.start < a.end)) {
-            let context = format!("{}: two of its extents lie over each other in one file", link.file.label());
-            return Err(Error::new(ErrorKind::ReadOnly, format!("{context}; cow=FILE writes to an overlay instead")));
+            let context = format!(
+                "{}: two of its extents lie over each other in one file",
+                link.file.label()
+            );
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{context}; cow=FILE writes to an overlay instead"),
+            ));
         }
     }
     Ok(())
@@ -494,5 +545,8 @@ fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlo
 
 fn read_only_extent(placed: &PlacedExtent, at: u64) -> Error {
     let (kind, access) = (placed.kind, placed.access.as_str());
-    Error::new(ErrorKind::ReadOnly, format!("{}: lies in a {kind} extent ({access}) that is not written", Lba(at)))
+    Error::new(
+        ErrorKind::ReadOnly,
+        format!("{}: lies in a {kind} extent ({access}) that is not written", Lba(at)),
+    )
 }

@@ -35,12 +35,19 @@ pub(super) fn recover(link: &Link) -> Result<()> {
         let label = repair.sparse.file.label();
         tracing::warn!("{label}: was not closed after writing; its tables were checked, {fixes} repairs made");
     }
-    if repairs.is_empty() { Ok(()) } else { refuse_damaged(&check_link(link)) }
+    if repairs.is_empty() {
+        Ok(())
+    } else {
+        refuse_damaged(&check_link(link))
+    }
 }
 
 /// The extents of a link that were not closed.
 fn repairs_of(link: &Link) -> Vec<Repair<'_>> {
-    let unclean = link.extents.iter().filter(|p| p.unclean && p.access == ExtentAccess::ReadWrite);
+    let unclean = link
+        .extents
+        .iter()
+        .filter(|p| p.unclean && p.access == ExtentAccess::ReadWrite);
     let repair = unclean.filter_map(|placed| match (&placed.extent, &placed.hosted) {
         (Extent::Sparse(sparse), Some(hosted)) => Some(Repair { sparse, hosted }),
         _ => None,
@@ -58,7 +65,9 @@ fn complete_last_grains(repairs: &[Repair<'_>]) -> Result<bool> {
 }
 
 fn refuse_damaged(report: &CheckReport) -> Result<()> {
-    let Some(first) = report.errors.first() else { return Ok(()) };
+    let Some(first) = report.errors.first() else {
+        return Ok(());
+    };
     let more = match report.error_count {
         1 => String::new(),
         n => format!(" and {} more errors", n - 1),
@@ -120,8 +129,14 @@ impl Repair<'_> {
         let tables = self.hosted.geometry().tables();
         let mut places = Vec::new();
         for first in (0..tables).step_by(CHUNK as usize) {
-            let chunk = self.hosted.raw_directory(Copy::Primary, first..tables.min(first + CHUNK))?;
-            places.extend(chunk.into_iter().filter(|&place| place != 0 && self.hosted.table_fits(place.into())));
+            let chunk = self
+                .hosted
+                .raw_directory(Copy::Primary, first..tables.min(first + CHUNK))?;
+            places.extend(
+                chunk
+                    .into_iter()
+                    .filter(|&place| place != 0 && self.hosted.table_fits(place.into())),
+            );
         }
         places.sort_unstable();
         places.dedup();
@@ -147,8 +162,19 @@ impl Repair<'_> {
         let second = spare.map(|spare| self.hosted.raw_table(spare.into())).transpose()?;
         for (entry, &a) in first.iter().enumerate() {
             let mut kept = a;
-            if let Some(b) = second.as_ref().and_then(|second| second.get(entry)).copied().filter(|&b| b != a) {
-                kept = self.choose(number, entry as u64, a, b, &[place.into(), spare.unwrap_or(place).into()])?;
+            if let Some(b) = second
+                .as_ref()
+                .and_then(|second| second.get(entry))
+                .copied()
+                .filter(|&b| b != a)
+            {
+                kept = self.choose(
+                    number,
+                    entry as u64,
+                    a,
+                    b,
+                    &[place.into(), spare.unwrap_or(place).into()],
+                )?;
                 for table in [Some(place), spare].into_iter().flatten() {
                     let at = u64::from(table) * SECTOR + entry as u64 * 4;
                     writer(&*self.sparse.file)?.write_all_at(at, &kept.to_le_bytes())?;
@@ -179,9 +205,14 @@ impl Repair<'_> {
 
     /// Gives a table that only one directory names to the other one as well, as a copy at the end of the file.
     fn adopt(&self, missing: Copy, number: u64, place: u32, end: &mut u64) -> Result<u64> {
-        let Some(directory) = self.hosted.directory(missing) else { return Ok(0) };
+        let Some(directory) = self.hosted.directory(missing) else {
+            return Ok(0);
+        };
         let writer = writer(&*self.sparse.file)?;
-        let at = writer.current_len()?.div_ceil(SECTOR).next_multiple_of(self.hosted.geometry().grain);
+        let at = writer
+            .current_len()?
+            .div_ceil(SECTOR)
+            .next_multiple_of(self.hosted.geometry().grain);
         let entries = self.hosted.raw_table(place.into())?;
         let content: Vec<u8> = entries.iter().flat_map(|raw| raw.to_le_bytes()).collect();
         let new = u32::try_from(at).ok().filter(|&at| at < u32::MAX - 8);

@@ -28,7 +28,10 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
     if names.len() == MAX_FILES {
         let label = link.file.label();
         let context = format!("{label}: its folder has too many files to look for snapshots based on it");
-        return Err(Error::new(ErrorKind::Policy, format!("{context}; force=true writes all the same")));
+        return Err(Error::new(
+            ErrorKind::Policy,
+            format!("{context}; force=true writes all the same"),
+        ));
     }
     for name in names {
         let shown = name.to_string();
@@ -36,14 +39,20 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
             continue;
         }
         // what can't be read is no child that could be found
-        let Ok(file) = store.open(&name, Access::Read) else { continue };
+        let Ok(file) = store.open(&name, Access::Read) else {
+            continue;
+        };
         if except.is_some_and(|except| except.identity_at_open().file == file.identity_at_open().file) {
             continue;
         }
         let Some(child) = descriptor_of(&*file) else { continue };
         // a commit that was begun has told the overlay the next CID already, and its mark keeps the last one
-        let before = child.ddb_value(COMMIT_MARK).and_then(|mark| u32::from_str_radix(mark, 16).ok());
-        let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else { continue };
+        let before = child
+            .ddb_value(COMMIT_MARK)
+            .and_then(|mark| u32::from_str_radix(mark, 16).ok());
+        let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else {
+            continue;
+        };
         let typed = file_name(link.file.label());
         let named = |hint: &ExtentName| [own.as_str(), typed].contains(&file_name(&hint.to_string()));
         let named = parent.hint.candidates().iter().any(named);
@@ -77,7 +86,10 @@ fn descriptor_of(file: &dyn StoredFile) -> Option<Descriptor> {
         FileKind::Descriptor => (0, file.len()),
         FileKind::Hosted => {
             let (at, sectors) = Hosted::parse(&head, file.len(), Role::Header).ok()?.descriptor?;
-            (at * SECTOR, (sectors * SECTOR).min(file.len().saturating_sub(at * SECTOR)))
+            (
+                at * SECTOR,
+                (sectors * SECTOR).min(file.len().saturating_sub(at * SECTOR)),
+            )
         }
         _ => return None,
     };
@@ -86,5 +98,7 @@ fn descriptor_of(file: &dyn StoredFile) -> Option<Descriptor> {
     }
     let mut text = vec![0; len as usize];
     file.read_exact_at(at, &mut text).ok()?;
-    Descriptor::parse(&text).map_err(|e| tracing::debug!("{}: {e}", printable(file.label()))).ok()
+    Descriptor::parse(&text)
+        .map_err(|e| tracing::debug!("{}: {e}", printable(file.label())))
+        .ok()
 }

@@ -22,15 +22,30 @@ struct Memory {
 impl Memory {
     fn new(sectors: u64, granule: u64) -> Arc<Self> {
         let bytes = Mutex::new(vec![0; (sectors * SECTOR) as usize]);
-        let (geometry, reads) = (Geometry { sectors, granule, preferred: granule }, AtomicUsize::new(0));
-        Arc::new(Self { geometry, bytes, reads, pause: Mutex::default() })
+        let (geometry, reads) = (
+            Geometry {
+                sectors,
+                granule,
+                preferred: granule,
+            },
+            AtomicUsize::new(0),
+        );
+        Arc::new(Self {
+            geometry,
+            bytes,
+            reads,
+            pause: Mutex::default(),
+        })
     }
 
     /// Where a request lies; panics where it is not whole granules.
     fn place(&self, at: Lba, bytes: usize) -> Range<usize> {
         let end = at.0 + check_range(&self.geometry, at, bytes).unwrap();
         assert!(at.0.is_multiple_of(self.geometry.granule), "{at}");
-        assert!(end.is_multiple_of(self.geometry.granule) || end == self.geometry.sectors, "{at}, {bytes} bytes");
+        assert!(
+            end.is_multiple_of(self.geometry.granule) || end == self.geometry.sectors,
+            "{at}, {bytes} bytes"
+        );
         at.bytes() as usize..(end * SECTOR) as usize
     }
 }
@@ -55,7 +70,14 @@ impl BlockRead for Memory {
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         let bytes = self.bytes.lock().unwrap();
         let sector = &bytes[at.bytes() as usize..][..SECTOR as usize];
-        Ok((if sector.iter().all(|&b| b == 0) { Content::Hole } else { Content::Data }, 1))
+        Ok((
+            if sector.iter().all(|&b| b == 0) {
+                Content::Hole
+            } else {
+                Content::Data
+            },
+            1,
+        ))
     }
     fn is_zero(&self, _at: Lba, _sectors: u64) -> bool {
         false
@@ -108,7 +130,10 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let end = SECTORS * SECTOR + 1500;
     // near the border of a granule as often as anywhere
-    let offset = prop_oneof![0..end, (0..end / 4096, 0..5u64).prop_map(|(g, d)| (g * 4096 + d).saturating_sub(2))];
+    let offset = prop_oneof![
+        0..end,
+        (0..end / 4096, 0..5u64).prop_map(|(g, d)| (g * 4096 + d).saturating_sub(2))
+    ];
     prop_oneof![
         (offset.clone(), 1..9000usize, 1..=255u8).prop_map(|(offset, len, byte)| Step::Write { offset, len, byte }),
         (offset, 0..9000u64).prop_map(|(offset, len)| Step::Zero { offset, len }),
@@ -180,7 +205,10 @@ fn parallel_writers_of_neighbouring_bytes_lose_none() {
         for thread in 0..THREADS {
             let byte = ((ROUNDS - 1) * THREADS + thread) as u8;
             for at in pieces(thread) {
-                assert!(seen[at..at + 100].iter().all(|&b| b == byte), "bytes from {at} on, granule {granule}");
+                assert!(
+                    seen[at..at + 100].iter().all(|&b| b == byte),
+                    "bytes from {at} on, granule {granule}"
+                );
             }
         }
     }
@@ -231,7 +259,11 @@ fn what_is_said_to_be_data_follows_writes() {
     let becomes = |bytes: u64| {
         let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while volume.allocated() != bytes {
-            assert!(std::time::Instant::now() < until, "{} bytes are data", volume.allocated());
+            assert!(
+                std::time::Instant::now() < until,
+                "{} bytes are data",
+                volume.allocated()
+            );
             thread::yield_now();
         }
     };

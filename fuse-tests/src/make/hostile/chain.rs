@@ -22,15 +22,29 @@ pub(super) const FILES: &[Hostile] = &[
         child(c, "disk.vmdk", Some("/etc/passwd"), BASE_CID, 2)
     }),
     Hostile::policy("parent_dotdot", "the parent hint climbs out of the directory", |c| {
-        child(c, "disk.vmdk", Some(&format!("{}etc/passwd", "../".repeat(16))), BASE_CID, 2)
+        child(
+            c,
+            "disk.vmdk",
+            Some(&format!("{}etc/passwd", "../".repeat(16))),
+            BASE_CID,
+            2,
+        )
     }),
-    Hostile::policy("parent_dotdot_allowed", "the parent hint climbs to another folder, which may be allowed", |c| {
-        c.subdir("inside")?;
-        let base = c.base(8192)?;
-        let bad = child(c, "inside/disk.vmdk", Some("../base.vmdk"), BASE_CID, 2)?;
-        let content = empty(c).over(base);
-        Ok(Bad { allow_dirs: vec![c.dir().to_owned()], content: Some(Arc::new(content)), ..bad })
-    }),
+    Hostile::policy(
+        "parent_dotdot_allowed",
+        "the parent hint climbs to another folder, which may be allowed",
+        |c| {
+            c.subdir("inside")?;
+            let base = c.base(8192)?;
+            let bad = child(c, "inside/disk.vmdk", Some("../base.vmdk"), BASE_CID, 2)?;
+            let content = empty(c).over(base);
+            Ok(Bad {
+                allow_dirs: vec![c.dir().to_owned()],
+                content: Some(Arc::new(content)),
+                ..bad
+            })
+        },
+    ),
     Hostile::reject(
         "parent_cid_wrong",
         "parentCID does not match the CID of the parent (may be accepted on request)",
@@ -46,15 +60,23 @@ pub(super) const FILES: &[Hostile] = &[
     Hostile::reject("parent_no_hint", "parentCID names a parent but there is no hint", |c| {
         child(c, "disk.vmdk", None, BASE_CID, 2)
     }),
-    Hostile::warn("parent_hint_without_cid", "parentCID says no parent, but there is a hint (qemu follows it)", |c| {
-        c.base(8192)?;
-        let bad = child(c, "disk.vmdk", Some("base.vmdk"), NO_PARENT, 2)?;
-        Ok(Bad::holding(bad.open, Arc::new(empty(c))))
-    }),
-    Hostile::reject("parent_raw", "the parent is a raw file of the right size, no VMDK", |c| {
-        write::flat(&c.at("base.img"), &c.layer("base", 8192, 16).fill([0, 3]), 0)?;
-        child(c, "disk.vmdk", Some("base.img"), BASE_CID, 2)
-    }),
+    Hostile::warn(
+        "parent_hint_without_cid",
+        "parentCID says no parent, but there is a hint (qemu follows it)",
+        |c| {
+            c.base(8192)?;
+            let bad = child(c, "disk.vmdk", Some("base.vmdk"), NO_PARENT, 2)?;
+            Ok(Bad::holding(bad.open, Arc::new(empty(c))))
+        },
+    ),
+    Hostile::reject(
+        "parent_raw",
+        "the parent is a raw file of the right size, no VMDK",
+        |c| {
+            write::flat(&c.at("base.img"), &c.layer("base", 8192, 16).fill([0, 3]), 0)?;
+            child(c, "disk.vmdk", Some("base.img"), BASE_CID, 2)
+        },
+    ),
 ];
 
 /// What the child holds itself.

@@ -18,8 +18,12 @@ const SE_DISK: u64 = 16_384 * SECTOR;
 const SE_GRAIN: u64 = 8 * SECTOR;
 
 pub(super) const FILES: &[Hostile] = &[
-    Hostile::reject("cowd_gd_huge", "COWD: numGDEntries 0xffffffff", |c| cowd_field(c, 24, u32::MAX)),
-    Hostile::reject("cowd_gd_short", "COWD: numGDEntries is 1, the capacity needs 5", |c| cowd_field(c, 24, 1)),
+    Hostile::reject("cowd_gd_huge", "COWD: numGDEntries 0xffffffff", |c| {
+        cowd_field(c, 24, u32::MAX)
+    }),
+    Hostile::reject("cowd_gd_short", "COWD: numGDEntries is 1, the capacity needs 5", |c| {
+        cowd_field(c, 24, 1)
+    }),
     Hostile::reject("cowd_grain_zero", "COWD: grainSize 0", |c| cowd_field(c, 16, 0)),
     Hostile::reject("cowd_version", "COWD: version 2", |c| cowd_field(c, 4, 2)),
     Hostile::eio(
@@ -52,28 +56,50 @@ pub(super) const FILES: &[Hostile] = &[
         },
     ),
     Hostile::reject("se_version", "seSparse: version 3.0", |c| se_field(c, 8, 0x3_0000_0000)),
-    Hostile::reject("se_dirty", "seSparse: the journal must be replayed", |c| se_field(c, 512 + 24, 1)),
-    Hostile::reject("se_volatile_magic", "seSparse: wrong magic in the volatile header", |c| {
-        se_field(c, 512, 0xcafe_babe)
+    Hostile::reject("se_dirty", "seSparse: the journal must be replayed", |c| {
+        se_field(c, 512 + 24, 1)
     }),
+    Hostile::reject(
+        "se_volatile_magic",
+        "seSparse: wrong magic in the volatile header",
+        |c| se_field(c, 512, 0xcafe_babe),
+    ),
     Hostile::reject("se_grain_size", "seSparse: grain size 0", |c| se_field(c, 24, 0)),
-    Hostile::reject("se_table_size", "seSparse: grain table size 2^40", |c| se_field(c, 32, 1 << 40)),
-    Hostile::reject("se_gd_size", "seSparse: grain directory size 2^60", |c| se_field(c, 136, 1 << 60)),
-    Hostile::reject("se_gd_short", "seSparse: capacity 2^40 sectors, directory for 64 GiB", |c| {
-        se_field(c, 16, 1 << 40)
+    Hostile::reject("se_table_size", "seSparse: grain table size 2^40", |c| {
+        se_field(c, 32, 1 << 40)
     }),
-    Hostile::eio("se_gde_range", "seSparse: directory entry with a table index out of range", Some(0..SE_DISK), |c| {
-        se_damaged(c, |at| at.gd, 1 << 60 | 0xff_ffff)
+    Hostile::reject("se_gd_size", "seSparse: grain directory size 2^60", |c| {
+        se_field(c, 136, 1 << 60)
     }),
-    Hostile::eio("se_gde_type", "seSparse: directory entry of type 5", Some(0..SE_DISK), |c| {
-        se_damaged(c, |at| at.gd, 5 << 60)
-    }),
-    Hostile::eio("se_gte_type", "seSparse: grain entry of type 4", Some(0..SE_GRAIN), |c| {
-        se_damaged(c, |at| at.tables[&0], 4 << 60 | 1)
-    }),
-    Hostile::eio("se_gte_range", "seSparse: grain index past the end of the file", Some(0..SE_GRAIN), |c| {
-        se_damaged(c, |at| at.tables[&0], se_entry(3, 1 << 40))
-    }),
+    Hostile::reject(
+        "se_gd_short",
+        "seSparse: capacity 2^40 sectors, directory for 64 GiB",
+        |c| se_field(c, 16, 1 << 40),
+    ),
+    Hostile::eio(
+        "se_gde_range",
+        "seSparse: directory entry with a table index out of range",
+        Some(0..SE_DISK),
+        |c| se_damaged(c, |at| at.gd, 1 << 60 | 0xff_ffff),
+    ),
+    Hostile::eio(
+        "se_gde_type",
+        "seSparse: directory entry of type 5",
+        Some(0..SE_DISK),
+        |c| se_damaged(c, |at| at.gd, 5 << 60),
+    ),
+    Hostile::eio(
+        "se_gte_type",
+        "seSparse: grain entry of type 4",
+        Some(0..SE_GRAIN),
+        |c| se_damaged(c, |at| at.tables[&0], 4 << 60 | 1),
+    ),
+    Hostile::eio(
+        "se_gte_range",
+        "seSparse: grain index past the end of the file",
+        Some(0..SE_GRAIN),
+        |c| se_damaged(c, |at| at.tables[&0], se_entry(3, 1 << 40)),
+    ),
     Hostile::eio(
         "se_gte_overflow",
         "seSparse: grain index with all bits set, the offset passes 2^64",
@@ -84,7 +110,11 @@ pub(super) const FILES: &[Hostile] = &[
 
 /// A good COWD delta over a flat base, to be damaged in "disk-delta.vmdk".
 fn cowd(c: &Ctx) -> Result<(Bad, Layer, Places)> {
-    let layer = c.layer("delta", 20_000, 1).over(c.base(20_000)?).write(7, 3).write(19_999, 1);
+    let layer = c
+        .layer("delta", 20_000, 1)
+        .over(c.base(20_000)?)
+        .write(7, 3)
+        .write(19_999, 1);
     let at = write::cowd(&c.at("disk-delta.vmdk"), &layer)?;
     let text = Descriptor::new("vmfsSparse", ["RW 20000 VMFSSPARSE \"disk-delta.vmdk\""]);
     let open = c.text("disk.vmdk", &text.child(2, BASE_CID, "base.vmdk"))?;

@@ -9,27 +9,41 @@ use crate::make::ctx::Ctx;
 use crate::make::write::{self, Descriptor, GD_AT_END, Hosted};
 
 pub(super) const FILES: &[Hostile] = &[
-    Hostile::reject("magic_lower_case", "magic \"kdmv\", which open-vmdk writes while a file is unfinished", |c| {
-        patched(c, &[(0, b"kdmv")])
-    }),
+    Hostile::reject(
+        "magic_lower_case",
+        "magic \"kdmv\", which open-vmdk writes while a file is unfinished",
+        |c| patched(c, &[(0, b"kdmv")]),
+    ),
     Hostile::reject("grain_zero", "grainSize 0", |c| patched(c, &[(GRAIN, &long(0))])),
-    Hostile::reject("grain_not_pow2", "grainSize 100", |c| patched(c, &[(GRAIN, &long(100))])),
-    Hostile::reject("grain_2_63", "grainSize 2^63: shifts overflow", |c| patched(c, &[(GRAIN, &long(1 << 63))])),
+    Hostile::reject("grain_not_pow2", "grainSize 100", |c| {
+        patched(c, &[(GRAIN, &long(100))])
+    }),
+    Hostile::reject("grain_2_63", "grainSize 2^63: shifts overflow", |c| {
+        patched(c, &[(GRAIN, &long(1 << 63))])
+    }),
     Hostile::reject("grain_2_30", "grainSize 2^30 sectors: a grain buffer of 512 GiB", |c| {
         patched(c, &[(GRAIN, &long(1 << 30))])
     }),
-    Hostile::reject("gte_zero", "numGTEsPerGT 0: division by zero", |c| patched(c, &[(NGTE, &word(0))])),
+    Hostile::reject("gte_zero", "numGTEsPerGT 0: division by zero", |c| {
+        patched(c, &[(NGTE, &word(0))])
+    }),
     Hostile::reject("gte_max", "numGTEsPerGT 0xffffffff: a table of 16 GiB", |c| {
         patched(c, &[(NGTE, &word(u32::MAX))])
     }),
     Hostile::reject("gte_513", "numGTEsPerGT 513: neither 512 nor a power of two", |c| {
         patched(c, &[(NGTE, &word(513))])
     }),
-    Hostile::reject("cover_wraps", "grainSize * numGTEsPerGT is 2^32: 0 in 32-bit arithmetic", |c| {
-        patched(c, &[(GRAIN, &long(1 << 23)), (NGTE, &word(512))])
+    Hostile::reject(
+        "cover_wraps",
+        "grainSize * numGTEsPerGT is 2^32: 0 in 32-bit arithmetic",
+        |c| patched(c, &[(GRAIN, &long(1 << 23)), (NGTE, &word(512))]),
+    ),
+    Hostile::reject("capacity_max", "capacity 2^64 - 1", |c| {
+        patched(c, &[(CAPACITY, &long(u64::MAX))])
     }),
-    Hostile::reject("capacity_max", "capacity 2^64 - 1", |c| patched(c, &[(CAPACITY, &long(u64::MAX))])),
-    Hostile::reject("capacity_2_55", "capacity 2^55: times 512 is 2^64", |c| patched(c, &[(CAPACITY, &long(1 << 55))])),
+    Hostile::reject("capacity_2_55", "capacity 2^55: times 512 is 2^64", |c| {
+        patched(c, &[(CAPACITY, &long(1 << 55))])
+    }),
     Hostile::reject("directory_huge", "capacity 2^52: directory of 2^36 entries", |c| {
         patched(c, &[(CAPACITY, &long(1 << 52))])
     }),
@@ -49,16 +63,22 @@ pub(super) const FILES: &[Hostile] = &[
     Hostile::reject("gd_wraps", "gdOffset 2^55: times 512 is 0 in 64 bits", |c| {
         patched(c, &[(RGD, &long(1 << 55)), (GD, &long(1 << 55))])
     }),
-    Hostile::reject("gd_at_end_uncompressed", "gdOffset GD_AT_END but no footer, not compressed", |c| {
-        patched(c, &[(GD, &long(GD_AT_END))])
-    }),
+    Hostile::reject(
+        "gd_at_end_uncompressed",
+        "gdOffset GD_AT_END but no footer, not compressed",
+        |c| patched(c, &[(GD, &long(GD_AT_END))]),
+    ),
     Hostile::reject("desc_past_end", "descriptorOffset past the end of the file", |c| {
         patched(c, &[(DESC_AT, &long(1 << 40))])
     }),
-    Hostile::reject("desc_size_huge", "descriptorSize 2^40 sectors", |c| patched(c, &[(DESC_LEN, &long(1 << 40))])),
-    Hostile::reject("newline_mangled", "the four newline bytes show a text-mode transfer (flag bit 0 set)", |c| {
-        patched(c, &[(NEWLINE, b"\n \n\n")])
+    Hostile::reject("desc_size_huge", "descriptorSize 2^40 sectors", |c| {
+        patched(c, &[(DESC_LEN, &long(1 << 40))])
     }),
+    Hostile::reject(
+        "newline_mangled",
+        "the four newline bytes show a text-mode transfer (flag bit 0 set)",
+        |c| patched(c, &[(NEWLINE, b"\n \n\n")]),
+    ),
     Hostile::reject("version_4", "header version 4", |c| patched(c, &[(VERSION, &word(4))])),
     Hostile::reject("flag_unknown_high", "unknown incompatible flag bit 18", |c| {
         patched(c, &[(FLAGS, &word(0x4_0003))])

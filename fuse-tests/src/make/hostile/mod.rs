@@ -48,12 +48,19 @@ pub struct Bad {
 impl Bad {
     /// A file with nothing good in it.
     pub fn new(open: PathBuf) -> Self {
-        Self { open, allow_dirs: Vec::new(), content: None }
+        Self {
+            open,
+            allow_dirs: Vec::new(),
+            content: None,
+        }
     }
 
     /// A file that reads as `content` outside of the damage.
     pub fn holding(open: PathBuf, content: Arc<dyn Content>) -> Self {
-        Self { content: Some(content), ..Self::new(open) }
+        Self {
+            content: Some(content),
+            ..Self::new(open)
+        }
     }
 }
 
@@ -65,7 +72,10 @@ impl From<Good> for Bad {
 
 impl fmt::Debug for Bad {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Bad").field("open", &self.open).field("allow_dirs", &self.allow_dirs).finish_non_exhaustive()
+        f.debug_struct("Bad")
+            .field("open", &self.open)
+            .field("allow_dirs", &self.allow_dirs)
+            .finish_non_exhaustive()
     }
 }
 
@@ -84,7 +94,12 @@ pub struct Hostile {
 
 impl Hostile {
     const fn reject(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result<Bad>) -> Self {
-        Self { name, note, expect: Expect::Reject, build }
+        Self {
+            name,
+            note,
+            expect: Expect::Reject,
+            build,
+        }
     }
 
     const fn eio(
@@ -93,15 +108,30 @@ impl Hostile {
         damaged: Option<Range<u64>>,
         build: fn(&Ctx) -> Result<Bad>,
     ) -> Self {
-        Self { name, note, expect: Expect::Eio { damaged }, build }
+        Self {
+            name,
+            note,
+            expect: Expect::Eio { damaged },
+            build,
+        }
     }
 
     const fn policy(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result<Bad>) -> Self {
-        Self { name, note, expect: Expect::Policy, build }
+        Self {
+            name,
+            note,
+            expect: Expect::Policy,
+            build,
+        }
     }
 
     const fn warn(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result<Bad>) -> Self {
-        Self { name, note, expect: Expect::Warn, build }
+        Self {
+            name,
+            note,
+            expect: Expect::Warn,
+            build,
+        }
     }
 
     /// Writes it into a new folder of its name below `under`.
@@ -114,7 +144,15 @@ impl Hostile {
 /// All hostile files.
 pub fn hostile() -> &'static [Hostile] {
     static ALL: LazyLock<Vec<Hostile>> = LazyLock::new(|| {
-        [header::FILES, tables::FILES, text::FILES, chain::FILES, stream::FILES, delta::FILES].concat()
+        [
+            header::FILES,
+            tables::FILES,
+            text::FILES,
+            chain::FILES,
+            stream::FILES,
+            delta::FILES,
+        ]
+        .concat()
     });
     &ALL
 }

@@ -18,16 +18,24 @@ const GRAIN: u64 = 128 * SECTOR;
 const LBA: u64 = 128;
 
 pub(super) const FILES: &[Hostile] = &[
-    grain("grain_size_zero", "compressed size 0 (looks like a metadata marker)", |c| {
-        with_grain(c, raw_grain(LBA, 0, b""))
+    grain(
+        "grain_size_zero",
+        "compressed size 0 (looks like a metadata marker)",
+        |c| with_grain(c, raw_grain(LBA, 0, b"")),
+    ),
+    grain("grain_size_max", "compressed size 0xffffffff", |c| {
+        with_grain(c, raw_grain(LBA, u32::MAX, &[b'x'; 300]))
     }),
-    grain("grain_size_max", "compressed size 0xffffffff", |c| with_grain(c, raw_grain(LBA, u32::MAX, &[b'x'; 300]))),
-    grain("grain_size_2gib", "compressed size 2^31 - 1", |c| with_grain(c, raw_grain(LBA, 0x7fff_ffff, &[b'x'; 300]))),
+    grain("grain_size_2gib", "compressed size 2^31 - 1", |c| {
+        with_grain(c, raw_grain(LBA, 0x7fff_ffff, &[b'x'; 300]))
+    }),
     grain("grain_bomb", "64 MiB of zeroes in one grain", |c| {
         let body = bomb()?;
         with_grain(c, raw_grain(LBA, u32::try_from(body.len())?, &body))
     }),
-    grain("grain_garbage", "no zlib data", |c| with_grain(c, raw_grain(LBA, 300, &[0x5a; 300]))),
+    grain("grain_garbage", "no zlib data", |c| {
+        with_grain(c, raw_grain(LBA, 300, &[0x5a; 300]))
+    }),
     grain("grain_cut", "zlib stream cut short", |c| {
         let packed = zlib(&c.layer("cut", 8, 8).fill([0]).read(0, 8))?;
         with_grain(c, raw_grain(LBA, 200, &packed[..200]))
@@ -41,9 +49,11 @@ pub(super) const FILES: &[Hostile] = &[
         packed[sum..].fill(0);
         with_grain(c, raw_grain(LBA, u32::try_from(packed.len())?, &packed))
     }),
-    grain("grain_lba_wrong", "the header of the grain has the LBA of another grain", |c| {
-        with_grain(c, pack_grain(999 * 128, &vec![b'w'; GRAIN as usize], true)?)
-    }),
+    grain(
+        "grain_lba_wrong",
+        "the header of the grain has the LBA of another grain",
+        |c| with_grain(c, pack_grain(999 * 128, &vec![b'w'; GRAIN as usize], true)?),
+    ),
     grain("grain_one_more", "inflates to one byte more than a grain", |c| {
         with_grain(c, pack_grain(LBA, &vec![b'm'; GRAIN as usize + 1], true)?)
     }),
@@ -58,16 +68,26 @@ pub(super) const FILES: &[Hostile] = &[
         write::poke(&good.path, footer + 56, &GD_AT_END.to_le_bytes())?;
         Ok(Bad::new(good.path))
     }),
-    Hostile::reject("footer_grain", "the footer has another grain size than the first header", |c| {
-        let good = c.stream(&Stream::default())?;
-        let footer = write::length(&good.path)? - 2 * SECTOR;
-        write::poke(&good.path, footer + 20, &64_u64.to_le_bytes())?;
-        Ok(Bad::new(good.path))
-    }),
+    Hostile::reject(
+        "footer_grain",
+        "the footer has another grain size than the first header",
+        |c| {
+            let good = c.stream(&Stream::default())?;
+            let footer = write::length(&good.path)? - 2 * SECTOR;
+            write::poke(&good.path, footer + 20, &64_u64.to_le_bytes())?;
+            Ok(Bad::new(good.path))
+        },
+    ),
     Hostile::warn(
         "footer_capacity",
         "the footer has a smaller capacity than the first header (the footer counts)",
-        |c| Ok(c.stream(&Stream { header_capacity: Some(1 << 32), ..Stream::default() })?.into()),
+        |c| {
+            Ok(c.stream(&Stream {
+                header_capacity: Some(1 << 32),
+                ..Stream::default()
+            })?
+            .into())
+        },
     ),
     Hostile::eio(
         "stream_gde_to_grain",
@@ -89,7 +109,10 @@ const fn grain(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result
 
 /// A good stream with other bytes for its grain 1.
 fn with_grain(c: &Ctx, bytes: Vec<u8>) -> Result<Bad> {
-    let options = Stream { replace: BTreeMap::from([(1, bytes)]), ..Stream::default() };
+    let options = Stream {
+        replace: BTreeMap::from([(1, bytes)]),
+        ..Stream::default()
+    };
     Ok(c.stream(&options)?.into())
 }
 

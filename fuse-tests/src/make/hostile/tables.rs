@@ -27,10 +27,15 @@ pub(super) const FILES: &[Hostile] = &[
         Some(0..DISK),
         |c| directory_entry(c, 1),
     ),
-    Hostile::eio("gte_past_end", "a grain entry points past the end of the file", Some(0..GRAIN), |c| {
-        let good = grain_entry(c, 0, |_| 0x7fff_ff80)?;
-        Ok(good.into())
-    }),
+    Hostile::eio(
+        "gte_past_end",
+        "a grain entry points past the end of the file",
+        Some(0..GRAIN),
+        |c| {
+            let good = grain_entry(c, 0, |_| 0x7fff_ff80)?;
+            Ok(good.into())
+        },
+    ),
     Hostile::eio(
         "gte_into_metadata",
         "a grain entry points into the metadata (the table itself)",
@@ -40,11 +45,15 @@ pub(super) const FILES: &[Hostile] = &[
             Ok(good.into())
         },
     ),
-    Hostile::warn("gte_shared", "two entries share one grain: a write to one would change the other", |c| {
-        let good = grain_entry(c, 9, |good| good.at.grains[&0])?;
-        let data = good.layer.read(0, 128);
-        Ok(Bad::holding(good.path, Arc::new(good.layer.with_grain(9, data))))
-    }),
+    Hostile::warn(
+        "gte_shared",
+        "two entries share one grain: a write to one would change the other",
+        |c| {
+            let good = grain_entry(c, 9, |good| good.at.grains[&0])?;
+            let data = good.layer.read(0, 128);
+            Ok(Bad::holding(good.path, Arc::new(good.layer.with_grain(9, data))))
+        },
+    ),
     Hostile::warn(
         "gte_overlap",
         "a grain entry is not aligned and overlaps its neighbour: never write in place",
@@ -85,22 +94,37 @@ pub(super) const FILES: &[Hostile] = &[
         write::cut(&good.path, good.at.rgd * SECTOR + 10)?;
         Ok(Bad::new(good.path))
     }),
-    Hostile::eio("cut_in_grain", "the file is cut inside a grain, the disk's last", Some(DISK - GRAIN..DISK), |c| {
-        let good = in_order(c)?;
-        write::cut(&good.path, good.at.grains[&63] * SECTOR + 1000)?;
-        Ok(good.into())
-    }),
+    Hostile::eio(
+        "cut_in_grain",
+        "the file is cut inside a grain, the disk's last",
+        Some(DISK - GRAIN..DISK),
+        |c| {
+            let good = in_order(c)?;
+            write::cut(&good.path, good.at.grains[&63] * SECTOR + 1000)?;
+            Ok(good.into())
+        },
+    ),
     Hostile::reject("cut_header", "100 bytes of a good header", |c| {
         let good = c.simple()?;
         write::cut(&good.path, 100)?;
         Ok(Bad::new(good.path))
     }),
-    Hostile::reject("empty", "an empty file", |c| Ok(Bad::new(write::put(c.at("disk.vmdk"), b"")?))),
+    Hostile::reject("empty", "an empty file", |c| {
+        Ok(Bad::new(write::put(c.at("disk.vmdk"), b"")?))
+    }),
 ];
 
 /// A good file whose grains lie in order.
 fn in_order(c: &Ctx) -> Result<Good> {
-    c.simple_of(8192, 128, &[0, 1, 5, 63], &Hosted { shuffle: false, ..Hosted::default() })
+    c.simple_of(
+        8192,
+        128,
+        &[0, 1, 5, 63],
+        &Hosted {
+            shuffle: false,
+            ..Hosted::default()
+        },
+    )
 }
 
 /// A good file whose directory entry is replaced in both copies.

@@ -42,7 +42,15 @@ impl Variant {
 /// All valid variants.
 pub fn valid() -> &'static [Variant] {
     static ALL: LazyLock<Vec<Variant>> = LazyLock::new(|| {
-        [delta::VARIANTS, sparse::VARIANTS, stream::VARIANTS, split::VARIANTS, text::VARIANTS, chain::VARIANTS].concat()
+        [
+            delta::VARIANTS,
+            sparse::VARIANTS,
+            stream::VARIANTS,
+            split::VARIANTS,
+            text::VARIANTS,
+            chain::VARIANTS,
+        ]
+        .concat()
     });
     &ALL
 }

@@ -16,7 +16,11 @@ pub(super) const VARIANTS: &[Variant] = &[
         "version 2 child with zeroed-grain entries (value 1) that hide data of the parent",
         zero_gte,
     ),
-    Variant::new("sparse_zero_gte_alone", "zeroed-grain entries (value 1) in a disk without a parent", zero_gte_alone),
+    Variant::new(
+        "sparse_zero_gte_alone",
+        "zeroed-grain entries (value 1) in a disk without a parent",
+        zero_gte_alone,
+    ),
     Variant::new(
         "rgd_only_zero",
         "only the redundant directory is good: every primary directory entry is 0 (flag bit 1 set)",
@@ -27,16 +31,27 @@ pub(super) const VARIANTS: &[Variant] = &[
         "only the redundant directory is good: the primary entries point past the end of the file",
         |c| rgd_only(c, 0x7fff_ff00),
     ),
-    Variant::new("rgd_unused", "flag bit 1 is clear, rgdOffset is garbage and must be ignored", rgd_unused),
+    Variant::new(
+        "rgd_unused",
+        "flag bit 1 is clear, rgdOffset is garbage and must be ignored",
+        rgd_unused,
+    ),
     Variant::new(
         "partial_last_grain",
         "capacity is no multiple of the grain and the file ends with the last real sector",
         |c| {
-            let options = Hosted { cut_tail: true, ..Hosted::default() };
+            let options = Hosted {
+                cut_tail: true,
+                ..Hosted::default()
+            };
             Ok(c.simple_of(1001, 128, &[0, 7], &options)?.made())
         },
     ),
-    Variant::new("big_3tib", "3 TiB sparse extent with four grains; tables made lazily", big_3tib),
+    Variant::new(
+        "big_3tib",
+        "3 TiB sparse extent with four grains; tables made lazily",
+        big_3tib,
+    ),
     Variant::new(
         "big_62tib",
         "62 TiB sparse extent with five grains; the directories (8 MiB each) are file holes but for five entries",
@@ -51,7 +66,10 @@ pub(super) const VARIANTS: &[Variant] = &[
         "nominal_smaller",
         "header capacity is rounded up to the grain, the descriptor has the real size (VirtualBox)",
         |c| {
-            let options = Hosted { capacity: Some(1024), ..Hosted::default() };
+            let options = Hosted {
+                capacity: Some(1024),
+                ..Hosted::default()
+            };
             Ok(c.simple_of(1000, 128, &[0, 7], &options)?.made())
         },
     ),
@@ -78,12 +96,22 @@ pub(super) const VARIANTS: &[Variant] = &[
     Variant::new("grain_2048", "grain of 1 MiB", |c| {
         Ok(c.simple_of(20_480, 2048, &[0, 9], &Hosted::default())?.made())
     }),
-    Variant::new("gte_1024", "tables of 1024 entries (qemu refuses more than 512, open-vmdk allows them)", |c| {
-        let options = Hosted { ngte: 1024, ..Hosted::default() };
-        Ok(c.simple_of(200_000, 128, &[0, 1, 1100, 1562], &options)?.made())
-    }),
+    Variant::new(
+        "gte_1024",
+        "tables of 1024 entries (qemu refuses more than 512, open-vmdk allows them)",
+        |c| {
+            let options = Hosted {
+                ngte: 1024,
+                ..Hosted::default()
+            };
+            Ok(c.simple_of(200_000, 128, &[0, 1, 1100, 1562], &options)?.made())
+        },
+    ),
     Variant::new("unclean", "uncleanShutdown is set, the content is consistent", |c| {
-        let options = Hosted { unclean: true, ..Hosted::default() };
+        let options = Hosted {
+            unclean: true,
+            ..Hosted::default()
+        };
         Ok(c.simple_of(8192, 128, &[0, 1, 5, 63], &options)?.made())
     }),
     Variant::new(
@@ -96,8 +124,14 @@ pub(super) const VARIANTS: &[Variant] = &[
 fn zero_gte(c: &Ctx) -> Result<Made> {
     let base = c.layer("base", 8192, 128).fill([0, 1, 2, 63]);
     c.sparse("base.vmdk", &base, &Hosted::default(), |text| text.cid(BASE_CID))?;
-    let top = c.layer("top", 8192, 128).over(Arc::new(base)).zero([1, 3, 63]).write(600, 2);
-    let (open, _) = c.sparse("disk.vmdk", &top, &Hosted::zeroed(), |text| text.child(2, BASE_CID, "base.vmdk"))?;
+    let top = c
+        .layer("top", 8192, 128)
+        .over(Arc::new(base))
+        .zero([1, 3, 63])
+        .write(600, 2);
+    let (open, _) = c.sparse("disk.vmdk", &top, &Hosted::zeroed(), |text| {
+        text.child(2, BASE_CID, "base.vmdk")
+    })?;
     Ok(Made::new(open, Arc::new(top)))
 }
 
@@ -115,7 +149,11 @@ fn rgd_only(c: &Ctx, entry: u32) -> Result<Made> {
 }
 
 fn rgd_unused(c: &Ctx) -> Result<Made> {
-    let options = Hosted { flags: F_NEWLINE, redundant: false, ..Hosted::default() };
+    let options = Hosted {
+        flags: F_NEWLINE,
+        redundant: false,
+        ..Hosted::default()
+    };
     let good = c.simple_of(8192, 128, &[0, 1, 5, 63], &options)?;
     write::poke(&good.path, 48, &0x12_3456_789a_u64.to_le_bytes())?;
     Ok(good.made())
@@ -130,10 +168,23 @@ fn big_3tib(c: &Ctx) -> Result<Made> {
 
 fn big_62tib(c: &Ctx) -> Result<Made> {
     let (tib, capacity) = (1 << 31, 62 << 31);
-    let grains = [0, tib / 128 + 7, 31 * tib / 128, 61 * tib / 128 + 513, capacity / 128 - 1];
+    let grains = [
+        0,
+        tib / 128 + 7,
+        31 * tib / 128,
+        61 * tib / 128 + 513,
+        capacity / 128 - 1,
+    ];
     let made = c.simple_of(capacity, 128, &grains, &Hosted::lazy())?.made();
     let first = |grain: u64| grain * 128 - 64;
-    let probes = [0, first(grains[1]), first(grains[2]), first(grains[3]), capacity - 256, 45 * tib];
+    let probes = [
+        0,
+        first(grains[1]),
+        first(grains[2]),
+        first(grains[3]),
+        capacity - 256,
+        45 * tib,
+    ];
     Ok(made.probing(&probes))
 }
 
@@ -165,7 +216,10 @@ fn wrapped(c: &Ctx) -> Result<Made> {
 
 fn version3(c: &Ctx) -> Result<Made> {
     let layer = c.layer("disk", 8192, 128).fill([0, 63]);
-    let options = Hosted { version: 3, ..Hosted::default() };
+    let options = Hosted {
+        version: 3,
+        ..Hosted::default()
+    };
     let (open, _) = c.sparse("disk.vmdk", &layer, &options, |text| Descriptor {
         version: 3,
         middle: vec!["# Change Tracking File", "changeTrackPath=\"disk-ctk.vmdk\"", ""],

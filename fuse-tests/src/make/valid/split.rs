@@ -30,7 +30,11 @@ pub(super) const VARIANTS: &[Variant] = &[
         "partitionedDevice over ordinary files: partition table file, part of a raw file, hidden rest",
         partitioned,
     ),
-    Variant::new("split_flat", "twoGbMaxExtentFlat with three extents, one of them with an offset", split_flat),
+    Variant::new(
+        "split_flat",
+        "twoGbMaxExtentFlat with three extents, one of them with an offset",
+        split_flat,
+    ),
     Variant::new("vmfs_flat", "vmfs: one VMFS extent without an offset", |c| {
         let layer = c.base(8192)?;
         Ok(Made::new(c.at("base.vmdk"), layer))
@@ -65,8 +69,16 @@ fn zero(c: &Ctx) -> Result<Made> {
         "RW 63 ZERO",
         "RW 2048 SPARSE \"disk-s003.vmdk\"",
     ];
-    let disk = Joined::new().then(Arc::new(a)).then_zero(3000).then(Arc::new(b)).then_zero(63).then(Arc::new(d));
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("custom", lines))?, Arc::new(disk)))
+    let disk = Joined::new()
+        .then(Arc::new(a))
+        .then_zero(3000)
+        .then(Arc::new(b))
+        .then_zero(63)
+        .then(Arc::new(d));
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("custom", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 fn unaligned(c: &Ctx) -> Result<Made> {
@@ -78,7 +90,10 @@ fn unaligned(c: &Ctx) -> Result<Made> {
         disk = disk.then(Arc::new(layer));
         lines.push(format!("RW {sectors} SPARSE \"{name}\""));
     }
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentSparse", lines))?, Arc::new(disk)))
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentSparse", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 fn access(c: &Ctx) -> Result<Made> {
@@ -86,9 +101,16 @@ fn access(c: &Ctx) -> Result<Made> {
     let b = c.layer("b", 2048, 128).fill([3]);
     bare_sparse(c, "disk-s001.vmdk", &a)?;
     bare_sparse(c, "disk-s003.vmdk", &b)?;
-    let lines = ["RW 2048 SPARSE \"disk-s001.vmdk\"", "NOACCESS 512 ZERO", "RDONLY 2048 SPARSE \"disk-s003.vmdk\""];
+    let lines = [
+        "RW 2048 SPARSE \"disk-s001.vmdk\"",
+        "NOACCESS 512 ZERO",
+        "RDONLY 2048 SPARSE \"disk-s003.vmdk\"",
+    ];
     let disk = Joined::new().then(Arc::new(a)).then_zero(512).then(Arc::new(b));
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentSparse", lines))?, Arc::new(disk)))
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentSparse", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 fn partitioned(c: &Ctx) -> Result<Made> {
@@ -96,9 +118,16 @@ fn partitioned(c: &Ctx) -> Result<Made> {
     let raw = c.layer("raw", 5000, 8).fill([0, 624]);
     write::flat(&c.at("disk-pt.vmdk"), &table, 0)?;
     write::flat(&c.at("raw.img"), &raw, 63)?;
-    let lines = ["RW 63 FLAT \"disk-pt.vmdk\" 0", "RW 5000 FLAT \"raw.img\" 63", "RW 2168 ZERO"];
+    let lines = [
+        "RW 63 FLAT \"disk-pt.vmdk\" 0",
+        "RW 5000 FLAT \"raw.img\" 63",
+        "RW 2168 ZERO",
+    ];
     let disk = Joined::new().then(Arc::new(table)).then(Arc::new(raw)).then_zero(2168);
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("partitionedDevice", lines))?, Arc::new(disk)))
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("partitionedDevice", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 fn split_flat(c: &Ctx) -> Result<Made> {
@@ -110,7 +139,10 @@ fn split_flat(c: &Ctx) -> Result<Made> {
         disk = disk.then(Arc::new(layer));
         lines.push(format!("RW {sectors} FLAT \"{name}\" {offset}"));
     }
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentFlat", lines))?, Arc::new(disk)))
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("twoGbMaxExtentFlat", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 /// Extents of 40 to 60 sectors; every fourth one is a piece of one shared file, which lies there back to front.
@@ -142,7 +174,10 @@ fn custom_500(c: &Ctx) -> Result<Made> {
         lines.push(line);
         disk = disk.then(Arc::new(part));
     }
-    Ok(Made::new(c.text("disk.vmdk", &Descriptor::new("custom", lines))?, Arc::new(disk)))
+    Ok(Made::new(
+        c.text("disk.vmdk", &Descriptor::new("custom", lines))?,
+        Arc::new(disk),
+    ))
 }
 
 /// A sparse extent without a descriptor.

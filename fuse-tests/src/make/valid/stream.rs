@@ -28,7 +28,15 @@ pub(super) const VARIANTS: &[Variant] = &[
         "streamOptimized with marker type 4 between the grains and tables, whole tables missing",
         |c| {
             let layer = c.layer("stream", 5 << 16, 128).fill([3, 512, 2048, 2559]);
-            Ok(c.stream_of(layer, "disk.vmdk", &Stream { progress: true, ..Stream::default() })?.made())
+            Ok(c.stream_of(
+                layer,
+                "disk.vmdk",
+                &Stream {
+                    progress: true,
+                    ..Stream::default()
+                },
+            )?
+            .made())
         },
     ),
     Variant::new(
@@ -54,7 +62,10 @@ pub(super) const VARIANTS: &[Variant] = &[
         "stream_grain_16",
         "streamOptimized with grains of 8 KiB, seven tables of which three are missing",
         |c| {
-            let layer = c.layer("stream", 50_003, 16).fill([0, 511, 512, 1600, 3125]).fill(2560..2600);
+            let layer = c
+                .layer("stream", 50_003, 16)
+                .fill([0, 511, 512, 1600, 3125])
+                .fill(2560..2600);
             Ok(c.stream_of(layer, "disk.vmdk", &Stream::default())?.made())
         },
     ),
@@ -70,7 +81,10 @@ fn padded(c: &Ctx) -> Result<Made> {
     let text = Descriptor::new("streamOptimized", ["RDONLY 140001 SPARSE \"disk.vmdk\""]);
     let text = Descriptor { encoding: None, ..text };
     let whole = layer.clone().resized(layer.sectors().next_multiple_of(128));
-    let options = Stream { short_last: false, ..Stream::default() };
+    let options = Stream {
+        short_last: false,
+        ..Stream::default()
+    };
     let open = c.at("disk.vmdk");
     write::stream(&open, &whole, &text.bytes()?, &options)?;
     Ok(Made::new(open, Arc::new(layer)))
@@ -83,16 +97,32 @@ fn trailing_blanks(c: &Ctx) -> Result<Made> {
         first: "# Description file created by VMDK stream converter",
         ..Descriptor::new("streamOptimized", ["RDONLY 8192 SPARSE \"generated-stream.vmdk\" "])
     };
-    let text = text.text().replace("version=1", "version=1 ").replace("CID=1234abcd", "CID=1234abcd ");
+    let text = text
+        .text()
+        .replace("version=1", "version=1 ")
+        .replace("CID=1234abcd", "CID=1234abcd ");
     let open = c.at("disk.vmdk");
-    write::stream(&open, &layer, text.as_bytes(), &Stream { desc_len: 2, ..Stream::default() })?;
+    write::stream(
+        &open,
+        &layer,
+        text.as_bytes(),
+        &Stream {
+            desc_len: 2,
+            ..Stream::default()
+        },
+    )?;
     Ok(Made::new(open, Arc::new(layer)))
 }
 
 fn without_footer(c: &Ctx, lba_header: bool) -> Result<Made> {
     let layer = c.layer("stream", 8192, 128).fill([0, 2, 63]);
     let text = Descriptor::new("streamOptimized", ["RW 8192 SPARSE \"disk.vmdk\""]);
-    let options = Stream { footer: false, desc_len: 20, lba_header, ..Stream::default() };
+    let options = Stream {
+        footer: false,
+        desc_len: 20,
+        lba_header,
+        ..Stream::default()
+    };
     let open = c.at("disk.vmdk");
     write::stream(&open, &layer, &text.bytes()?, &options)?;
     Ok(Made::new(open, Arc::new(layer)))

@@ -24,7 +24,11 @@ const SPARE: u64 = 128;
 pub fn cowd(path: &Path, layer: &Layer) -> Result<Places> {
     let entries = layer.sectors().div_ceil(layer.grain() * TABLE);
     let mut free = HEADER_SECTORS + (entries * 4).div_ceil(SECTOR);
-    let mut places = Places { gd: HEADER_SECTORS, entries, ..Places::default() };
+    let mut places = Places {
+        gd: HEADER_SECTORS,
+        entries,
+        ..Places::default()
+    };
     let mut tables: BTreeMap<u64, (u64, Vec<u32>)> = BTreeMap::new();
     let file = create(path)?;
     for (number, data) in layer.grains() {
@@ -33,7 +37,9 @@ pub fn cowd(path: &Path, layer: &Layer) -> Result<Places> {
             free += TABLE_SECTORS;
             (at, vec![0; TABLE as usize])
         });
-        let data = data.as_ref().with_context(|| format!("COWD has no zeroed grains (grain {number})"))?;
+        let data = data
+            .as_ref()
+            .with_context(|| format!("COWD has no zeroed grains (grain {number})"))?;
         table[(number % TABLE) as usize] = entry(free)?;
         file.write_all_at(data, free * SECTOR)?;
         places.grains.insert(*number, free);
@@ -46,7 +52,15 @@ pub fn cowd(path: &Path, layer: &Layer) -> Result<Places> {
     places.tables = tables.iter().map(|(t, (at, _))| (*t, *at)).collect();
     places.rtables = places.tables.clone();
     file.set_len((free + SPARE) * SECTOR)?;
-    let fields = [1, 3, entry(layer.sectors())?, entry(layer.grain())?, 4, entry(entries)?, entry(free)?];
+    let fields = [
+        1,
+        3,
+        entry(layer.sectors())?,
+        entry(layer.grain())?,
+        4,
+        entry(entries)?,
+        entry(free)?,
+    ];
     file.write_all_at(&[b"COWD", &words(&fields)[..]].concat(), 0)?;
     file.write_all_at(&1u32.to_le_bytes(), GENERATION)?;
     Ok(places)

@@ -57,7 +57,12 @@ impl Descriptor {
     /// The same with a CID, and a parent by its CID and hint.
     #[must_use]
     pub fn child(self, cid: u32, parent_cid: u32, hint: impl Into<String>) -> Self {
-        Self { cid, parent_cid, hint: Some(hint.into()), ..self }
+        Self {
+            cid,
+            parent_cid,
+            hint: Some(hint.into()),
+            ..self
+        }
     }
 
     /// The same with a CID.
@@ -101,7 +106,10 @@ impl Descriptor {
 
     /// The sum of the extent lines as far as they are numbers (for the geometry, which nobody reads).
     fn sectors(&self) -> u64 {
-        let counts = self.extents.iter().filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        let counts = self
+            .extents
+            .iter()
+            .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
         counts.fold(0, u64::saturating_add)
     }
 }

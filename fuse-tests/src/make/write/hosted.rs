@@ -128,12 +128,19 @@ impl Default for Hosted {
 impl Hosted {
     /// With zeroed-grain entries, which need version 2.
     pub fn zeroed() -> Self {
-        Self { version: 2, flags: F_NEWLINE | F_REDUNDANT | F_ZEROED, ..Self::default() }
+        Self {
+            version: 2,
+            flags: F_NEWLINE | F_REDUNDANT | F_ZEROED,
+            ..Self::default()
+        }
     }
 
     /// With tables only where there are grains.
     pub fn lazy() -> Self {
-        Self { lazy: true, ..Self::default() }
+        Self {
+            lazy: true,
+            ..Self::default()
+        }
     }
 }
 
@@ -143,7 +150,11 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
     let (mut places, end) = plan(layer, options, 1 + desc_len);
     let overhead = end.next_multiple_of(layer.grain());
     let order = file_order(layer, options);
-    places.grains = order.iter().zip(0..).map(|(n, i)| (*n, overhead + i * layer.grain())).collect();
+    places.grains = order
+        .iter()
+        .zip(0..)
+        .map(|(n, i)| (*n, overhead + i * layer.grain()))
+        .collect();
     let header = Header {
         version: options.version,
         flags: options.flags,
@@ -162,7 +173,11 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
     file.set_len((overhead + order.len() as u64 * layer.grain()) * SECTOR)?;
     file.write_all_at(&header.bytes(), 0)?;
     if let Some(desc) = desc {
-        ensure!(desc.len() as u64 <= desc_len * SECTOR, "a descriptor of {} bytes is too long", desc.len());
+        ensure!(
+            desc.len() as u64 <= desc_len * SECTOR,
+            "a descriptor of {} bytes is too long",
+            desc.len()
+        );
         file.write_all_at(desc, SECTOR)?;
     }
     write_tables(&file, layer, options, &places)?;
@@ -171,7 +186,10 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
             file.write_all_at(data, at * SECTOR)?;
         }
     }
-    if let Some(last) = order.last().filter(|last| options.cut_tail && (*last + 1) * layer.grain() > layer.sectors()) {
+    if let Some(last) = order
+        .last()
+        .filter(|last| options.cut_tail && (*last + 1) * layer.grain() > layer.sectors())
+    {
         file.set_len((places.grains[last] + layer.sectors() - last * layer.grain()) * SECTOR)?;
     }
     Ok(places)
@@ -189,11 +207,20 @@ fn plan(layer: &Layer, options: &Hosted, at: u64) -> (Places, u64) {
         used = (0..entries).collect();
     }
     let copy = |at: u64| -> (u64, BTreeMap<u64, u64>, u64) {
-        let tables = used.iter().zip(0..).map(|(t, i)| (*t, at + gd_len + i * gt_len)).collect();
+        let tables = used
+            .iter()
+            .zip(0..)
+            .map(|(t, i)| (*t, at + gd_len + i * gt_len))
+            .collect();
         (at, tables, at + gd_len + used.len() as u64 * gt_len)
     };
     let (first, first_tables, end) = copy(at);
-    let mut places = Places { gd: first, entries, rtables: first_tables.clone(), ..Places::default() };
+    let mut places = Places {
+        gd: first,
+        entries,
+        rtables: first_tables.clone(),
+        ..Places::default()
+    };
     if !options.redundant {
         places.tables = first_tables;
         return (places, end);
@@ -205,7 +232,12 @@ fn plan(layer: &Layer, options: &Hosted, at: u64) -> (Places, u64) {
 
 /// The stored grains in the order in which they lie in the file.
 fn file_order(layer: &Layer, options: &Hosted) -> Vec<u64> {
-    let mut order: Vec<u64> = layer.grains().iter().filter(|(_, data)| data.is_some()).map(|(n, _)| *n).collect();
+    let mut order: Vec<u64> = layer
+        .grains()
+        .iter()
+        .filter(|(_, data)| data.is_some())
+        .map(|(n, _)| *n)
+        .collect();
     if options.shuffle && !options.cut_tail {
         Random::new(layer.key()).shuffle(&mut order);
     }
@@ -217,8 +249,14 @@ fn write_tables(file: &File, layer: &Layer, options: &Hosted, places: &Places) -
     let ngte = u64::from(options.ngte);
     let mut tables: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
     for (number, data) in layer.grains() {
-        let table = tables.entry(number / ngte).or_insert_with(|| vec![0; options.ngte as usize]);
-        table[(number % ngte) as usize] = if data.is_none() { 1 } else { entry(places.grains[number])? };
+        let table = tables
+            .entry(number / ngte)
+            .or_insert_with(|| vec![0; options.ngte as usize]);
+        table[(number % ngte) as usize] = if data.is_none() {
+            1
+        } else {
+            entry(places.grains[number])?
+        };
     }
     let mut copies = vec![(places.gd, &places.tables)];
     if places.rgd != 0 {

@@ -50,7 +50,10 @@ pub fn put(path: PathBuf, data: &[u8]) -> Result<PathBuf> {
 
 /// Overwrites bytes of a file in place.
 pub fn poke(path: &Path, offset: u64, data: &[u8]) -> Result<()> {
-    let file = OpenOptions::new().write(true).open(path).with_context(|| path.display().to_string())?;
+    let file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .with_context(|| path.display().to_string())?;
     Ok(file.write_all_at(data, offset)?)
 }
 

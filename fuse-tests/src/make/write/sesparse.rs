@@ -55,9 +55,19 @@ pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places
     let entries = layer.sectors().div_ceil(TABLE * GRAIN);
     let gd_len = (entries * 8).div_ceil(SECTOR).max(REGION);
     let highest = order.values().copied().max().unwrap_or(0);
-    let layout = Layout { gd_len, gt_len: ((highest + 1) * TABLE_SECTORS).next_multiple_of(REGION) };
-    let mut places = Places { gd: DIRECTORY, entries, ..Places::default() };
-    places.tables = order.iter().map(|(t, i)| (*t, layout.tables() + i * TABLE_SECTORS)).collect();
+    let layout = Layout {
+        gd_len,
+        gt_len: ((highest + 1) * TABLE_SECTORS).next_multiple_of(REGION),
+    };
+    let mut places = Places {
+        gd: DIRECTORY,
+        entries,
+        ..Places::default()
+    };
+    places.tables = order
+        .iter()
+        .map(|(t, i)| (*t, layout.tables() + i * TABLE_SECTORS))
+        .collect();
     places.rtables = places.tables.clone();
     let file = create(path)?;
     for t in &used {
@@ -76,7 +86,10 @@ pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places
             }
             Some(None) | None => se_entry(2, 0),
         };
-        file.write_all_at(&value.to_le_bytes(), places.tables[&(number / TABLE)] * SECTOR + number % TABLE * 8)?;
+        file.write_all_at(
+            &value.to_le_bytes(),
+            places.tables[&(number / TABLE)] * SECTOR + number % TABLE * 8,
+        )?;
     }
     file.set_len((layout.grains() + (index.max(1) * GRAIN).next_multiple_of(REGION)) * SECTOR)?;
     write_headers(&file, layer.sectors(), used.len() as u64, &layout)?;
@@ -109,10 +122,39 @@ impl Layout {
 
 /// Writes the constant and the volatile header.
 fn write_headers(file: &File, capacity: u64, used_tables: u64, layout: &Layout) -> Result<()> {
-    let mut constant = vec![0xcafe_babe, 0x2_0000_0001, capacity, GRAIN, TABLE_SECTORS, 0, 0, 0, 0, 0];
+    let mut constant = vec![
+        0xcafe_babe,
+        0x2_0000_0001,
+        capacity,
+        GRAIN,
+        TABLE_SECTORS,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ];
     // Offset and size of each region: volatile header, journal header, journal, and so on.
-    constant.extend([1, 1, 2, 2, REGION, REGION, DIRECTORY, layout.gd_len, layout.tables(), layout.gt_len]);
-    constant.extend([layout.bitmap(), REGION, layout.back_map(), REGION, layout.grains(), capacity]);
+    constant.extend([
+        1,
+        1,
+        2,
+        2,
+        REGION,
+        REGION,
+        DIRECTORY,
+        layout.gd_len,
+        layout.tables(),
+        layout.gt_len,
+    ]);
+    constant.extend([
+        layout.bitmap(),
+        REGION,
+        layout.back_map(),
+        REGION,
+        layout.grains(),
+        capacity,
+    ]);
     let longs = |values: &[u64]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
     file.write_all_at(&longs(&constant), 0)?;
     file.write_all_at(&longs(&[0xcafe_cafe, used_tables, 1, 0]), SECTOR)?;

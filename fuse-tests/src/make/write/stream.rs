@@ -67,7 +67,11 @@ impl Default for Stream {
 
 /// Writes a streamOptimized extent. Zero grains are left out, as writers do.
 pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Result<Places> {
-    ensure!(desc.len() as u64 <= options.desc_len * SECTOR, "a descriptor of {} bytes is too long", desc.len());
+    ensure!(
+        desc.len() as u64 <= options.desc_len * SECTOR,
+        "a descriptor of {} bytes is too long",
+        desc.len()
+    );
     let overhead = (1 + options.desc_len).next_multiple_of(128);
     let first = Header {
         version: options.version,
@@ -87,9 +91,16 @@ pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Resu
     out.extend_from_slice(desc);
     out.resize((overhead * SECTOR) as usize, 0);
     let coverage = layer.grain() * u64::from(options.ngte);
-    let mut places = Places { entries: layer.sectors().div_ceil(coverage), ..Places::default() };
+    let mut places = Places {
+        entries: layer.sectors().div_ceil(coverage),
+        ..Places::default()
+    };
     write_tables(&mut out, layer, options, &mut places)?;
-    let last = Header { capacity: layer.sectors(), gd: places.gd, ..first };
+    let last = Header {
+        capacity: layer.sectors(),
+        gd: places.gd,
+        ..first
+    };
     if options.footer {
         out.extend_from_slice(&marker(1, MARK_FOOTER));
         out.extend_from_slice(&last.bytes());
@@ -163,7 +174,11 @@ fn packed(layer: &Layer, options: &Stream, number: u64, data: &[u8]) -> Result<V
     }
     let start = number * layer.grain();
     let real = (layer.sectors() - start).min(layer.grain()) * SECTOR;
-    let data = if options.short_last { &data[..real as usize] } else { data };
+    let data = if options.short_last {
+        &data[..real as usize]
+    } else {
+        data
+    };
     pack_grain(start, data, options.lba_header)
 }
 

@@ -16,7 +16,9 @@ use super::text;
 #[test]
 fn a_commit_merges_into_every_kind_of_base() {
     let _alone = alone();
-    let Some(folder) = Folder::new((12 << 20) + 512 * 5) else { return };
+    let Some(folder) = Folder::new((12 << 20) + 512 * 5) else {
+        return;
+    };
     let expected = folder.scratch.path("expected.raw");
     for (base, seed) in folder.bases().iter().zip(1..) {
         let pair = folder.changed(base, seed, 400);
@@ -34,7 +36,11 @@ fn a_commit_merges_into_every_kind_of_base() {
                 qemu_img(["check", text(base)]);
             }
         }
-        assert_eq!(sha256(&folder.scratch.path("bottom.vmdk")), bottom, "a parent was changed");
+        assert_eq!(
+            sha256(&folder.scratch.path("bottom.vmdk")),
+            bottom,
+            "a parent was changed"
+        );
         fs::remove_file(&folder.cow).unwrap();
     }
 }

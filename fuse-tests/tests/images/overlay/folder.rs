@@ -18,7 +18,11 @@ const KINDS: [(&str, &str); 4] = [
 
 /// The format of an image, as qemu calls it.
 pub(crate) fn format(path: &Path) -> &'static str {
-    if path.extension().is_some_and(|extension| extension == "vmdk") { "vmdk" } else { "raw" }
+    if path.extension().is_some_and(|extension| extension == "vmdk") {
+        "vmdk"
+    } else {
+        "raw"
+    }
 }
 
 /// A folder of one test.

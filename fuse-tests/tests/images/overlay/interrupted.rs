@@ -59,7 +59,9 @@ fn cut_off(disk: &DiskConfig, (_, at, nth): Cut, crash: bool) -> Result<bool> {
 #[test]
 fn a_commit_that_is_cut_off_anywhere_is_completed_by_the_next() {
     let _alone = alone();
-    let Some(folder) = Folder::new((3 << 20) + 512 * 5) else { return };
+    let Some(folder) = Folder::new((3 << 20) + 512 * 5) else {
+        return;
+    };
     for base in &folder.bases() {
         let keep = tempdir().unwrap();
         copy_all(folder.scratch.root(), keep.path());
@@ -121,13 +123,28 @@ fn a_cid_of_which_a_power_cut_left_a_mixture_is_accepted_while_a_commit_is_unfin
     // qemu leaves out zeroes at the front
     let new = format!("{:0width$x}", u32::from_str_radix(&new, 16).unwrap(), width = old.len());
     assert_ne!(old, new);
-    let write = |cid: &str| File::options().write(true).open(&base).unwrap().write_all_at(cid.as_bytes(), at).unwrap();
+    let write = |cid: &str| {
+        File::options()
+            .write(true)
+            .open(&base)
+            .unwrap()
+            .write_all_at(cid.as_bytes(), at)
+            .unwrap()
+    };
     for cut in 0..=old.len() {
         write(&format!("{}{}", &new[..cut], &old[cut..]));
         pair.same(&format!("{cut} digits"));
     }
-    let other = if old.starts_with('0') || new.starts_with('0') { "1" } else { "0" };
-    let other = if old.starts_with(other) || new.starts_with(other) { "2" } else { other };
+    let other = if old.starts_with('0') || new.starts_with('0') {
+        "1"
+    } else {
+        "0"
+    };
+    let other = if old.starts_with(other) || new.starts_with(other) {
+        "2"
+    } else {
+        other
+    };
     write(&format!("{other}{}", &old[1..]));
     assert_eq!(volume::open(&pair.disk).unwrap_err().kind(), ErrorKind::Corrupt);
     write(&format!("{}{}", &new[..4], &old[4..]));
@@ -158,7 +175,12 @@ fn begin(base: &Path, cow: &Path, stderr: Stdio) -> Child {
     });
     let mut command = Command::new(program());
     command.args(["--commit".into(), overlay, file]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap()
 }
 
 /// A commit, killed after some time unless it has ended; whether it had, well.
@@ -211,7 +233,12 @@ fn a_commit_that_is_killed_at_any_moment_is_completed_by_the_next() {
 /// Whether a process holds SIGTERM back.
 fn blocks_sigterm(pid: u32) -> bool {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mask = text.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap_or("0").trim().to_owned();
+    let mask = text
+        .lines()
+        .find_map(|line| line.strip_prefix("SigBlk:"))
+        .unwrap_or("0")
+        .trim()
+        .to_owned();
     u64::from_str_radix(&mask, 16).unwrap_or(0) & (1 << (libc::SIGTERM - 1)) != 0
 }
 
@@ -236,7 +263,12 @@ fn a_commit_that_is_asked_to_end_stops_between_two_ranges() {
     assert!(blocked, "the signal was never blocked");
     let says = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{says}");
-    for part in ["SIGTERM", "of 256 MiB", "is not merged whole", "--commit again completes it"] {
+    for part in [
+        "SIGTERM",
+        "of 256 MiB",
+        "is not merged whole",
+        "--commit again completes it",
+    ] {
         assert!(says.contains(part), "`{says}` does not say {part}");
     }
     let image = volume::open(&reading(&disk)).unwrap();

@@ -30,12 +30,21 @@ fn a_temporary_overlay_leaves_no_file_however_it_ends() {
     let tmp = scratch.mkdir("tmp");
     let names = || fs::read_dir(&tmp).unwrap().count();
     for kill in [false, true] {
-        let mut mount = scratch.mount().env("TMPDIR", text(&tmp)).arg("cow=tmp").file(&base).foreground().start();
+        let mut mount = scratch
+            .mount()
+            .env("TMPDIR", text(&tmp))
+            .arg("cow=tmp")
+            .file(&base)
+            .foreground()
+            .start();
         assert_eq!(names(), 0, "the overlay has a name");
         let deleted = format!("{}/#", text(&tmp));
         let open = fs::read_dir(format!("/proc/{}/fd", mount.pid())).unwrap();
         let links = open.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
-        assert!(links.into_iter().any(|link| text(&link).starts_with(&deleted)), "no overlay is open");
+        assert!(
+            links.into_iter().any(|link| text(&link).starts_with(&deleted)),
+            "no overlay is open"
+        );
         if kill {
             mount.signal(nix::sys::signal::Signal::SIGKILL);
             mount.wait_end();
@@ -84,7 +93,9 @@ fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
     if !need_fuse() {
         return;
     }
-    let Some(folder) = Folder::new((6 << 20) + 512 * 5) else { return };
+    let Some(folder) = Folder::new((6 << 20) + 512 * 5) else {
+        return;
+    };
     let expected = folder.scratch.path("expected.raw");
     let mut all = folder.bases();
     all.push(folder.scratch.path("stream.vmdk"));
@@ -104,7 +115,13 @@ fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
         }
         let done = act("--commit").run().ok();
         assert!(done.stdout.contains("may be removed"), "{}", done.stdout);
-        let mount = folder.scratch.mount().arg("name=disk").arg("readonly=true").file(base).start();
+        let mount = folder
+            .scratch
+            .mount()
+            .arg("name=disk")
+            .arg("readonly=true")
+            .file(base)
+            .start();
         assert_same(&mount.file("disk"), &expected);
         mount.unmount();
         fs::remove_file(&folder.cow).unwrap();

@@ -23,13 +23,18 @@ pub(crate) fn disk(base: &Path, cow: &Path) -> DiskConfig {
 
 /// How its base is opened.
 pub(crate) fn local(disk: &mut DiskConfig) -> &mut LocalConfig {
-    let SourceConfig::Local(local) = &mut disk.source else { panic!("a disk in a file") };
+    let SourceConfig::Local(local) = &mut disk.source else {
+        panic!("a disk in a file")
+    };
     local
 }
 
 /// The same disk, only to be read.
 pub(crate) fn reading(disk: &DiskConfig) -> DiskConfig {
-    DiskConfig { read_only: true, ..disk.clone() }
+    DiskConfig {
+        read_only: true,
+        ..disk.clone()
+    }
 }
 
 /// The overlay of a disk, without what is below.
@@ -60,7 +65,10 @@ impl Pair {
     /// The disk in `base`, which holds what the file `raw` does, after `steps` of changes.
     #[track_caller]
     pub(crate) fn changed(base: &Path, cow: &Path, raw: &Path, seed: u64, steps: u64) -> Self {
-        let mut pair = Self { disk: disk(base, cow), model: Model::of_file(raw) };
+        let mut pair = Self {
+            disk: disk(base, cow),
+            model: Model::of_file(raw),
+        };
         pair.change(&mut Random::new(seed), steps);
         pair
     }
@@ -99,7 +107,10 @@ impl Pair {
                 5 if step % 9 == 0 => writer.flush().unwrap(),
                 _ => {
                     let wanted = self.model.read(at, sectors);
-                    assert!(read(disk, at, sectors) == wanted, "step {step}: {at}, {sectors} sectors");
+                    assert!(
+                        read(disk, at, sectors) == wanted,
+                        "step {step}: {at}, {sectors} sectors"
+                    );
                 }
             }
         }
@@ -127,8 +138,14 @@ impl Pair {
         self.same(&format!("{what}: both"));
         let overlay = describe_overlay(&delta(&self.disk).unwrap()).unwrap();
         assert!(!overlay.unfinished_commit, "{what}: the mark is still there");
-        let alone = DiskConfig { overlay: None, ..reading(&self.disk) };
-        self.model.compare(volume::open(&alone).unwrap().disk().as_ref(), &format!("{what}: the base alone"));
+        let alone = DiskConfig {
+            overlay: None,
+            ..reading(&self.disk)
+        };
+        self.model.compare(
+            volume::open(&alone).unwrap().disk().as_ref(),
+            &format!("{what}: the base alone"),
+        );
     }
 }
 
@@ -144,6 +161,10 @@ fn place(random: &mut Random, sectors: u64) -> (u64, u64) {
         2 => at = sectors - 1 - random.below(sectors.min(40)),
         _ => {}
     }
-    let len = if random.below(8) == 0 { 1 + random.below(300) } else { 1 + random.below(24) };
+    let len = if random.below(8) == 0 {
+        1 + random.below(300)
+    } else {
+        1 + random.below(24)
+    };
     (at, len.min(sectors - at))
 }

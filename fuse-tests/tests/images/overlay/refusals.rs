@@ -51,12 +51,22 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
             for says in [text(&at(cow)), says] {
                 assert!(error.to_string().contains(says), "`{error}` does not say {says}");
             }
-            assert!(kind == ErrorKind::Usage || error.to_string().contains(text(&at(base))), "{error}");
+            assert!(
+                kind == ErrorKind::Usage || error.to_string().contains(text(&at(base))),
+                "{error}"
+            );
         }
-        assert!(fs::read(at(cow)).unwrap() == before, "{cow} over {base}: refused, but changed");
+        assert!(
+            fs::read(at(cow)).unwrap() == before,
+            "{cow} over {base}: refused, but changed"
+        );
     }
     // `degraded=cid` accepts another state of the disk, but no other size
-    for (base, cow, accepted) in [("b.vmdk", "v.cow", true), ("b.img", "r.cow", true), ("large.img", "r.cow", false)] {
+    for (base, cow, accepted) in [
+        ("b.vmdk", "v.cow", true),
+        ("b.img", "r.cow", true),
+        ("large.img", "r.cow", false),
+    ] {
         let mut disk = disk(&at(base), &at(cow));
         local(&mut disk).accept_cid_mismatch = true;
         assert_eq!(volume::open(&disk).is_ok(), accepted, "{cow} over {base}");
@@ -79,7 +89,10 @@ fn a_raw_base_that_was_changed_is_refused_and_one_that_was_moved_along_is_not() 
     let base = File::options().write(true).open(new.join("base.img")).unwrap();
     base.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
     let error = volume::open(&disk).unwrap_err();
-    assert!(error.to_string().contains("was changed since") && error.to_string().contains("degraded=cid"), "{error}");
+    assert!(
+        error.to_string().contains("was changed since") && error.to_string().contains("degraded=cid"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -124,7 +137,10 @@ fn a_base_with_an_overlay_beside_it_is_not_written_to_without_force() {
     let mut disk = disk(&base, &cow);
     let error = Commit::open(&disk).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Policy);
-    assert!(error.to_string().contains("other.vmdk") && error.to_string().contains("force=true"), "{error}");
+    assert!(
+        error.to_string().contains("other.vmdk") && error.to_string().contains("force=true"),
+        "{error}"
+    );
     local(&mut disk).force = true;
     Commit::open(&disk).unwrap();
     fs::remove_file(&other).unwrap();

@@ -59,26 +59,49 @@ fn every_kind_of_source_takes_writes_in_an_overlay_and_stays_as_it_is() {
             }
             pair.same(&format!("{}, round {round}", variant.name));
         }
-        assert_eq!(content(&dir.path().join(variant.name)), before, "{}: the source was changed", variant.name);
+        assert_eq!(
+            content(&dir.path().join(variant.name)),
+            before,
+            "{}: the source was changed",
+            variant.name
+        );
         fs::remove_dir_all(dir.path().join(variant.name)).unwrap();
         fs::remove_file(cow).unwrap();
         seen += 1;
     }
     assert!(seen >= 30, "only {seen} variants");
-    assert!(fs::read_dir(dir.path()).unwrap().next().is_none(), "something is left beside the overlays");
+    assert!(
+        fs::read_dir(dir.path()).unwrap().next().is_none(),
+        "something is left beside the overlays"
+    );
 }
 
 #[test]
 fn raw_images_of_any_length_take_writes_in_an_overlay() {
     let _alone = alone();
     let dir = tempdir().unwrap();
-    for (len, seed) in
-        [1, 511, 512, 513, 700, 8191, 8192, 8704, (4 << 20) + 77, (9 << 20) + 512 * 37].into_iter().zip(1..)
+    for (len, seed) in [
+        1,
+        511,
+        512,
+        513,
+        700,
+        8191,
+        8192,
+        8704,
+        (4 << 20) + 77,
+        (9 << 20) + 512 * 37,
+    ]
+    .into_iter()
+    .zip(1..)
     {
         let [raw, cow] = ["base.img", "cow.vmdk"].map(|name| dir.path().join(name));
         raw_with_islands(&raw, len, seed);
         let before = fs::read(&raw).unwrap();
-        let mut pair = Pair { disk: disk(&raw, &cow), model: Model::of_file(&raw) };
+        let mut pair = Pair {
+            disk: disk(&raw, &cow),
+            model: Model::of_file(&raw),
+        };
         for round in 0..3 {
             pair.change(&mut Random::new(seed * 10 + round), 150);
             pair.same(&format!("{len} bytes, round {round}"));
@@ -100,17 +123,27 @@ fn chain_is_read(folder: &Folder, base: &Path, cow: &Path, pair: &Pair) {
     assert!(chain.as_array().unwrap().len() >= 2, "{chain}");
     let hint = chain[0]["backing-filename"].as_str().unwrap();
     let near = cow.parent() == base.parent();
-    assert_eq!(hint, if near { base.file_name().unwrap().to_str().unwrap() } else { text(base) });
+    assert_eq!(
+        hint,
+        if near {
+            base.file_name().unwrap().to_str().unwrap()
+        } else {
+            text(base)
+        }
+    );
     let mut alone = DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(cow)));
     local(&mut alone).allow_dirs = vec![folder.scratch.root().to_path_buf()];
     alone.read_only = true;
-    pair.model.compare(volume::open(&alone).unwrap().disk().as_ref(), "the chain");
+    pair.model
+        .compare(volume::open(&alone).unwrap().disk().as_ref(), "the chain");
 }
 
 #[test]
 fn qemu_reads_the_chain_of_an_overlay_and_gets_the_same_bytes() {
     let _alone = alone();
-    let Some(folder) = Folder::new((20 << 20) + 512 * 5) else { return };
+    let Some(folder) = Folder::new((20 << 20) + 512 * 5) else {
+        return;
+    };
     let elsewhere = tempdir().unwrap();
     for (base, seed) in folder.vmdks().iter().zip(1..) {
         for cow in [&folder.cow, &elsewhere.path().join("elsewhere.vmdk")] {

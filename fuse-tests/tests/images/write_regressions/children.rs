@@ -16,13 +16,25 @@ fn regression_a_fresh_base_is_protected_whatever_link_it_is_opened_by() {
     fs::create_dir(&folder).unwrap();
     let base = folder.join("base.vmdk");
     flat_base(&folder, "fffffffe", 2048);
-    let hosted = Hosted { capacity: 2048, redundant: None, unclean: false, ..Hosted::default() };
-    let text = descriptor("fffffffe", Some("fffffffe"), "monolithicSparse", "RW 2048 SPARSE \"c.vmdk\"");
+    let hosted = Hosted {
+        capacity: 2048,
+        redundant: None,
+        unclean: false,
+        ..Hosted::default()
+    };
+    let text = descriptor(
+        "fffffffe",
+        Some("fffffffe"),
+        "monolithicSparse",
+        "RW 2048 SPARSE \"c.vmdk\"",
+    );
     hosted.make(&folder.join("base-000001.vmdk"), &text, 128);
     assert_eq!(writable(&base).map(drop).unwrap_err().kind(), ErrorKind::Policy);
     let link = dir.path().join("disk.vmdk");
     std::os::unix::fs::symlink(&base, &link).unwrap();
-    let error = writable(&link).map(drop).expect_err("the base of a snapshot was opened for writing");
+    let error = writable(&link)
+        .map(drop)
+        .expect_err("the base of a snapshot was opened for writing");
     assert_eq!(error.kind(), ErrorKind::Policy);
 }
 
@@ -36,9 +48,19 @@ fn regression_a_child_is_found_in_a_folder_of_many_files() {
     let base = dir.path().join("base.vmdk");
     flat_base(dir.path(), BASE, 2048);
     let last = fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.path());
-    let last = last.filter(|p| !p.ends_with("base.vmdk") && !p.ends_with("base-flat.vmdk")).last().unwrap();
-    let hosted = Hosted { capacity: 2048, redundant: None, unclean: false, ..Hosted::default() };
+    let last = last
+        .filter(|p| !p.ends_with("base.vmdk") && !p.ends_with("base-flat.vmdk"))
+        .last()
+        .unwrap();
+    let hosted = Hosted {
+        capacity: 2048,
+        redundant: None,
+        unclean: false,
+        ..Hosted::default()
+    };
     hosted.make_child(&last, 128);
-    let error = writable(&base).map(drop).expect_err("the base of a snapshot was opened for writing");
+    let error = writable(&base)
+        .map(drop)
+        .expect_err("the base of a snapshot was opened for writing");
     assert_eq!(error.kind(), ErrorKind::Policy);
 }

@@ -15,13 +15,22 @@ use super::read;
 
 /// A child over a parent with one grain, at the end of both.
 fn chain(dir: &Path, capacity: u64, grain: u64) -> PathBuf {
-    let plain = Hosted { capacity, grain, redundant: None, unclean: false, overhead: 16384, ..Hosted::default() };
+    let plain = Hosted {
+        capacity,
+        grain,
+        redundant: None,
+        unclean: false,
+        overhead: 16384,
+        ..Hosted::default()
+    };
     let parent = plain.make_base(&dir.join("base.vmdk"), 16384 + 2 * grain);
     let table = 16384;
     let grains = capacity / grain;
     put_u32(&parent, 30, (grains - 1) / 512, table);
     put_u32(&parent, table, (grains - 1) % 512, 16384 + grain);
-    parent.write_all_at(&vec![0xaa; (grain * SECTOR) as usize], (16384 + grain) * SECTOR).unwrap();
+    parent
+        .write_all_at(&vec![0xaa; (grain * SECTOR) as usize], (16384 + grain) * SECTOR)
+        .unwrap();
     let child = dir.join("child.vmdk");
     plain.make_child(&child, 16384);
     child
@@ -69,7 +78,9 @@ fn regression_large_directories_of_several_extents_take_bounded_memory() {
         unclean: false,
         ..Hosted::default()
     };
-    let lines: Vec<String> = (0..3).map(|i| format!("RW {} SPARSE \"e{i}.vmdk\"", hosted.capacity)).collect();
+    let lines: Vec<String> = (0..3)
+        .map(|i| format!("RW {} SPARSE \"e{i}.vmdk\"", hosted.capacity))
+        .collect();
     for i in 0..3 {
         hosted.make(&dir.path().join(format!("e{i}.vmdk")), "", 8 + tables * 4 / SECTOR);
     }
@@ -80,7 +91,10 @@ fn regression_large_directories_of_several_extents_take_bounded_memory() {
     let disk = writable(&path);
     let taken = peak().saturating_sub(before);
     drop(disk);
-    assert!(taken < 400 << 20, "opening three small files took {taken} bytes of memory");
+    assert!(
+        taken < 400 << 20,
+        "opening three small files took {taken} bytes of memory"
+    );
 }
 
 #[test]
@@ -102,7 +116,10 @@ fn regression_tables_of_many_entries_wait_in_bounded_memory() {
     let disk = writable(&path).unwrap();
     let before = forget_peak();
     for table in 0..2048 {
-        disk.writer().unwrap().write_at(Lba(table * coverage), &[1; 4096]).unwrap();
+        disk.writer()
+            .unwrap()
+            .write_at(Lba(table * coverage), &[1; 4096])
+            .unwrap();
     }
     let taken = peak().saturating_sub(before);
     assert!(taken < 128 << 20, "2048 small writes took {taken} bytes of memory");
@@ -117,14 +134,28 @@ fn regression_zeroes_over_a_large_range_take_bounded_memory() {
     flat.write_all_at(&[0xaa; 512], (capacity - 1) * SECTOR).unwrap();
     for zeroed in [true, false] {
         let child = dir.path().join("child.vmdk");
-        let directory = Hosted { capacity, grain: 8, redundant: None, directory: 32, ..Hosted::default() };
-        let hosted = Hosted { unclean: false, overhead: 256, zeroed, ..directory };
+        let directory = Hosted {
+            capacity,
+            grain: 8,
+            redundant: None,
+            directory: 32,
+            ..Hosted::default()
+        };
+        let hosted = Hosted {
+            unclean: false,
+            overhead: 256,
+            zeroed,
+            ..directory
+        };
         hosted.make_child(&child, 256);
         let disk = writable(&child).unwrap();
         let before = forget_peak();
         disk.writer().unwrap().zero(Lba(0)..Lba(capacity), true).unwrap();
         let taken = peak().saturating_sub(before);
         assert_eq!(read(&disk, capacity - 1).unwrap(), [0; 512]);
-        assert!(taken < 48 << 20, "zeroes (entries of 1: {zeroed}) took {taken} bytes of memory");
+        assert!(
+            taken < 48 << 20,
+            "zeroes (entries of 1: {zeroed}) took {taken} bytes of memory"
+        );
     }
 }

@@ -25,8 +25,20 @@ fn small_chain(dir: &Path, zeroed: bool, redundant: bool) -> (PathBuf, u64) {
     flat_base(dir, BASE, capacity).write_all_at(&base, 0).unwrap();
     let child = dir.join("child.vmdk");
     let redundant = redundant.then_some(21);
-    let small = Hosted { capacity, grain: 8, entries: 128, redundant, overhead: 33, ..Hosted::default() };
-    Hosted { unclean: false, zeroed, ..small }.make_child(&child, 33);
+    let small = Hosted {
+        capacity,
+        grain: 8,
+        entries: 128,
+        redundant,
+        overhead: 33,
+        ..Hosted::default()
+    };
+    Hosted {
+        unclean: false,
+        zeroed,
+        ..small
+    }
+    .make_child(&child, 33);
     (child, capacity)
 }
 
@@ -46,7 +58,11 @@ fn step(disk: &VmdkDisk, model: &mut [u8], draw: u64, step: u64) -> bool {
         _ => writer.write_at(Lba(at), &data),
     };
     let seen = model::read(disk, at, sectors);
-    for ((new, old), now) in data.chunks(512).zip(model[bytes.clone()].chunks(512)).zip(seen.chunks(512)) {
+    for ((new, old), now) in data
+        .chunks(512)
+        .zip(model[bytes.clone()].chunks(512))
+        .zip(seen.chunks(512))
+    {
         assert!(now == new || (done.is_err() && now == old), "step {step}: {done:?}");
     }
     model[bytes].copy_from_slice(&seen);

@@ -62,7 +62,13 @@ impl Hosted {
 
     /// Writes header and, where it has room, descriptor; the file gets `sectors`.
     pub(crate) fn make(&self, path: &Path, text: &str, sectors: u64) -> File {
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .unwrap();
         file.set_len(sectors * SECTOR).unwrap();
         file.write_all_at(&self.header().bytes(), 0).unwrap();
         if self.descriptor.0 != 0 {
@@ -81,7 +87,11 @@ impl Hosted {
     /// [`make`](Self::make) of a child of the base.
     pub(crate) fn make_child(&self, path: &Path, sectors: u64) -> File {
         let extent = format!("RW {} SPARSE \"child.vmdk\"", self.capacity);
-        self.make(path, &descriptor("00000001", Some(BASE), "monolithicSparse", &extent), sectors)
+        self.make(
+            path,
+            &descriptor("00000001", Some(BASE), "monolithicSparse", &extent),
+            sectors,
+        )
     }
 }
 
@@ -90,7 +100,11 @@ pub(crate) const BASE: &str = "12345678";
 
 /// A descriptor; `parent` is the CID of `base.vmdk`, which it is a child of.
 pub(crate) fn descriptor(cid: &str, parent: Option<&str>, kind: &str, extents: &str) -> String {
-    let hint = if parent.is_some() { "parentFileNameHint=\"base.vmdk\"\n" } else { "" };
+    let hint = if parent.is_some() {
+        "parentFileNameHint=\"base.vmdk\"\n"
+    } else {
+        ""
+    };
     let parent = parent.unwrap_or("ffffffff");
     format!(
         "# Disk DescriptorFile\nversion=1\nCID={cid}\nparentCID={parent}\ncreateType=\"{kind}\"\n{hint}{extents}\n\
@@ -109,5 +123,9 @@ pub(crate) fn flat_base(dir: &Path, cid: &str, capacity: u64) -> File {
 
 /// Writes an entry of a directory or a table.
 pub(crate) fn put_u32(file: &File, sector: u64, index: u64, value: u64) {
-    file.write_all_at(&u32::try_from(value).unwrap().to_le_bytes(), sector * SECTOR + index * 4).unwrap();
+    file.write_all_at(
+        &u32::try_from(value).unwrap().to_le_bytes(),
+        sector * SECTOR + index * 4,
+    )
+    .unwrap();
 }

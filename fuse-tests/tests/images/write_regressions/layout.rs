@@ -15,7 +15,12 @@ fn regression_the_last_sector_of_a_file_of_odd_length_is_read_while_it_is_writab
     let _alone = alone();
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
-    let hosted = Hosted { capacity: 100, redundant: None, unclean: false, ..Hosted::default() };
+    let hosted = Hosted {
+        capacity: 100,
+        redundant: None,
+        unclean: false,
+        ..Hosted::default()
+    };
     let file = hosted.make_base(&path, 128 + 100);
     put_u32(&file, 30, 0, 31);
     put_u32(&file, 31, 0, 128);
@@ -34,9 +39,20 @@ fn regression_metadata_that_lie_over_each_other_are_not_written_to() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
     // two sectors of directory each, no table yet
-    let plain = Hosted { capacity: 200 * 512 * 128, unclean: false, ..Hosted::default() };
-    let over_directory = Hosted { redundant: Some(31), ..plain };
-    let over_descriptor = Hosted { redundant: None, directory: 15, ..plain };
+    let plain = Hosted {
+        capacity: 200 * 512 * 128,
+        unclean: false,
+        ..Hosted::default()
+    };
+    let over_directory = Hosted {
+        redundant: Some(31),
+        ..plain
+    };
+    let over_descriptor = Hosted {
+        redundant: None,
+        directory: 15,
+        ..plain
+    };
     plain.make_base(&path, 128);
     writable(&path).map(drop).unwrap();
     for hosted in [over_directory, over_descriptor] {
@@ -50,7 +66,11 @@ fn regression_metadata_that_lie_over_each_other_are_not_written_to() {
         let disk = readable(&path);
         assert_eq!(read(&disk, 0).unwrap(), [0xaa; 512]);
         for table in 1..200 {
-            assert_eq!(read(&disk, table * 512 * 128).unwrap(), [0; 512], "a write shows in table {table}");
+            assert_eq!(
+                read(&disk, table * 512 * 128).unwrap(),
+                [0; 512],
+                "a write shows in table {table}"
+            );
         }
         panic!("directories or a descriptor that lie over each other were accepted");
     }

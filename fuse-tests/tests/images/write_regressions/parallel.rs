@@ -28,7 +28,11 @@ fn write_alone(disk: &VmdkDisk, me: u64, seed: u64) -> BTreeMap<u64, u8> {
     for step in 0..800u64 {
         let state = random.next();
         // few grains of many tables, so that they meet
-        let table = if step % 4 == 0 { state / 64 % 3 } else { state / 64 % 400 };
+        let table = if step % 4 == 0 {
+            state / 64 % 3
+        } else {
+            state / 64 % 400
+        };
         let at = table * COVERAGE + state % 5 * 8 + (state / 5 % 2) * THREADS + me;
         let fill = (step % 255) as u8 + 1;
         match state % 16 {
@@ -57,13 +61,26 @@ fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
     for seed in 1..=2u64 {
         let dir = tempdir().unwrap();
         let path = dir.path().join("x.vmdk");
-        let plain = Hosted { capacity: 400 * COVERAGE, grain: 8, entries: 65536, unclean: false, ..Hosted::default() };
-        let hosted = Hosted { redundant: Some(21), directory: 25, zeroed: seed % 2 == 0, ..plain };
+        let plain = Hosted {
+            capacity: 400 * COVERAGE,
+            grain: 8,
+            entries: 65536,
+            unclean: false,
+            ..Hosted::default()
+        };
+        let hosted = Hosted {
+            redundant: Some(21),
+            directory: 25,
+            zeroed: seed % 2 == 0,
+            ..plain
+        };
         hosted.make_base(&path, 128);
         let disk = writable(&path).unwrap();
         let models: Vec<BTreeMap<u64, u8>> = thread::scope(|scope| {
             let disk = &disk;
-            let threads: Vec<_> = (0..THREADS).map(|me| scope.spawn(move || write_alone(disk, me, seed))).collect();
+            let threads: Vec<_> = (0..THREADS)
+                .map(|me| scope.spawn(move || write_alone(disk, me, seed)))
+                .collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
         disk.writer().unwrap().flush().unwrap();
@@ -75,7 +92,10 @@ fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
         compare(&disk);
         disk.writer().unwrap().close().unwrap();
         // a second look, through the locks of the first
-        let policy = Arc::new(OpenPolicy { allow: Vec::new(), lock: false });
+        let policy = Arc::new(OpenPolicy {
+            allow: Vec::new(),
+            lock: false,
+        });
         let again = open_user_path(&path, policy, Access::Read).unwrap();
         let again = VmdkDisk::open(again, OpenOptions::default()).unwrap();
         compare(&again);

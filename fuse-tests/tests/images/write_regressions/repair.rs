@@ -45,7 +45,11 @@ fn one_directory_entry_is_bad(directory: u64) {
     if let Err(e) = writable(&path).map(drop) {
         assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     }
-    assert_eq!(file.metadata().unwrap().len(), before, "the end of the file was cut off");
+    assert_eq!(
+        file.metadata().unwrap().len(),
+        before,
+        "the end of the file was cut off"
+    );
     assert_eq!(read(&readable(&path), IN_SECOND).unwrap(), [0xbb; 512]);
 }
 
@@ -67,7 +71,11 @@ fn regression_repair_keeps_directories_and_descriptor_behind_the_grains() {
     for descriptor_last in [false, true] {
         let dir = tempdir().unwrap();
         let path = dir.path().join("x.vmdk");
-        let mut hosted = Hosted { redundant: None, overhead: 128, ..Hosted::default() };
+        let mut hosted = Hosted {
+            redundant: None,
+            overhead: 128,
+            ..Hosted::default()
+        };
         if descriptor_last {
             hosted.descriptor = (400, 20);
         } else {
@@ -79,7 +87,10 @@ fn regression_repair_keeps_directories_and_descriptor_behind_the_grains() {
         file.write_all_at(&[0xaa; 512], 256 * SECTOR).unwrap();
         assert_eq!(read(&readable(&path), 5 * 128).unwrap(), [0xaa; 512]);
         writable(&path).map(drop).ok();
-        assert!(file.metadata().unwrap().len() >= 420 * SECTOR, "directory or descriptor was cut off");
+        assert!(
+            file.metadata().unwrap().len() >= 420 * SECTOR,
+            "directory or descriptor was cut off"
+        );
         assert_eq!(read(&readable(&path), 5 * 128).unwrap(), [0xaa; 512]);
     }
 }
@@ -98,7 +109,9 @@ fn one_table_for_all(path: &Path, primary_too: bool) {
     };
     let table = 21 + 2 * directory_sectors;
     let file = hosted.make_base(path, 6 << 11);
-    let entries: Vec<u8> = (0..TABLES).flat_map(|_| u32::try_from(table).unwrap().to_le_bytes()).collect();
+    let entries: Vec<u8> = (0..TABLES)
+        .flat_map(|_| u32::try_from(table).unwrap().to_le_bytes())
+        .collect();
     file.write_all_at(&entries, 21 * SECTOR).unwrap();
     if primary_too {
         file.write_all_at(&entries, (21 + directory_sectors) * SECTOR).unwrap();
@@ -111,7 +124,9 @@ fn repair_is_bounded(primary_too: bool) {
     let path = dir.path().join("x.vmdk");
     one_table_for_all(&path, primary_too);
     let before = fs::metadata(&path).unwrap().len();
-    let error = VmdkDisk::open_writable(Watched::open(&path, 1), OpenOptions::default()).map(drop).unwrap_err();
+    let error = VmdkDisk::open_writable(Watched::open(&path, 1), OpenOptions::default())
+        .map(drop)
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert!(fs::metadata(&path).unwrap().len() <= 2 * before, "a refused image grew");
 }
@@ -132,8 +147,15 @@ fn regression_repair_does_not_copy_one_table_for_the_whole_directory() {
 fn regression_extents_that_are_only_read_are_not_repaired() {
     let _alone = alone();
     let dir = tempdir().unwrap();
-    let plain = Hosted { descriptor: (0, 0), ..Hosted::default() };
-    Hosted { unclean: false, ..plain }.make(&dir.path().join("a.vmdk"), "", 128);
+    let plain = Hosted {
+        descriptor: (0, 0),
+        ..Hosted::default()
+    };
+    Hosted {
+        unclean: false,
+        ..plain
+    }
+    .make(&dir.path().join("a.vmdk"), "", 128);
     plain.make(&dir.path().join("b.vmdk"), "", 256);
     let lines = format!("RW {0} SPARSE \"a.vmdk\"\nRDONLY {0} SPARSE \"b.vmdk\"", plain.capacity);
     let path = dir.path().join("x.vmdk");

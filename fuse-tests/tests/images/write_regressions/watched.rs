@@ -27,7 +27,12 @@ impl Watched {
     /// Opens a file for writing, of which nothing fails yet.
     pub(crate) fn open(path: &Path, seed: u64) -> Arc<Self> {
         let file = open_user_path(path, policy(&[]), Access::Write).unwrap();
-        Arc::new(Self { file, moved: 0.into(), random: Mutex::new(Random::new(seed)), one_in: 0.into() })
+        Arc::new(Self {
+            file,
+            moved: 0.into(),
+            random: Mutex::new(Random::new(seed)),
+            one_in: 0.into(),
+        })
     }
 
     /// From now on one of so many changes fails; 0: none.

@@ -28,7 +28,9 @@ fn an_unmount_keeps_dirty_pages() {
         file.write_all_at(&[9; 70_000], 1_000_001).unwrap();
         drop((mapped, file));
         mount.unmount();
-        (0..disk.bytes.len()).step_by(5000).for_each(|n| disk.bytes[n] = n as u8);
+        (0..disk.bytes.len())
+            .step_by(5000)
+            .for_each(|n| disk.bytes[n] = n as u8);
         disk.bytes[1_000_001..][..70_000].fill(9);
         disk.check();
     });
@@ -95,7 +97,12 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
     for_each_kind(|mut disk| {
         let mut mount = disk.mount();
         let path = mount.file("disk");
-        OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[1; 100_000], 1).unwrap();
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .write_all_at(&[1; 100_000], 1)
+            .unwrap();
         disk.bytes[1..100_001].fill(1);
         let file = open(&path);
         file.write_all_at(&[2; 100_000], 2_000_000).unwrap();
@@ -112,7 +119,16 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
         drop((mapped, file));
         drop(mount);
         // the locks of a process last an instant longer than itself
-        let info = || disk.scratch.vmdkfuse().arg("--info").key("file", disk.image()).run().ended.code == Some(0);
+        let info = || {
+            disk.scratch
+                .vmdkfuse()
+                .arg("--info")
+                .key("file", disk.image())
+                .run()
+                .ended
+                .code
+                == Some(0)
+        };
         assert!(poll_until(Duration::from_secs(20), info), "still locked");
         // opened for writing once, which repairs what was not closed properly
         disk.mount().unmount();
@@ -124,9 +140,18 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
 fn on_a_small_file_system(words: &[&str]) -> (Scratch, fuse_tests::harness::Mount) {
     let scratch = Scratch::new();
     scratch.mkdir("small");
-    Cmd::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(scratch.path("small")).run().ok();
+    Cmd::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
+        .arg(scratch.path("small"))
+        .run()
+        .ok();
     let image = scratch.write("small/disk.img", "");
-    fs::OpenOptions::new().write(true).open(image).unwrap().set_len(32 << 20).unwrap();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(image)
+        .unwrap()
+        .set_len(32 << 20)
+        .unwrap();
     scratch.write("small/ballast", vec![1; 4 << 20]);
     let start = scratch.mount().file("small/disk.img").arg("name=disk");
     let mount = words.iter().fold(start, |start, word| start.arg(word)).start();
@@ -175,7 +200,10 @@ fn an_error_of_a_late_write_is_told_by_fsync() {
     assert!(matches!(mapped.sync(), Err(Errno::ENOSPC | Errno::EIO)));
     drop(mapped);
     file.write_all_at(&[8; 8 << 20], 16 << 20).unwrap();
-    assert!(matches!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::ENOSPC | libc::EIO)));
+    assert!(matches!(
+        file.sync_all().unwrap_err().raw_os_error(),
+        Some(libc::ENOSPC | libc::EIO)
+    ));
     drop(file);
     mount.unmount();
 }
@@ -189,8 +217,16 @@ fn an_image_that_was_cut_is_not_written_past_its_end() {
     let disk = kinds::Disk::new(kinds::KINDS[1]);
     let mut mount = disk.mount();
     let file = open(&mount.file("disk"));
-    OpenOptions::new().write(true).open(disk.image()).unwrap().set_len(1 << 20).unwrap();
-    assert_eq!(file.write_at(&[1; 4096], 2 << 20).unwrap_err().raw_os_error(), Some(libc::EIO));
+    OpenOptions::new()
+        .write(true)
+        .open(disk.image())
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    assert_eq!(
+        file.write_at(&[1; 4096], 2 << 20).unwrap_err().raw_os_error(),
+        Some(libc::EIO)
+    );
     assert_eq!(fs::metadata(disk.image()).unwrap().len(), 1 << 20);
     // nothing is called durable that may be lost
     assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));

@@ -24,7 +24,14 @@ struct Ways {
 
 impl Ways {
     fn open(path: &Path) -> Self {
-        let with = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).unwrap();
+        let with = |flags| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(flags)
+                .open(path)
+                .unwrap()
+        };
         let plain = with(0);
         Self {
             direct: with(libc::O_DIRECT),
@@ -50,7 +57,14 @@ impl<'a> Exerciser<'a> {
     pub(crate) fn new(path: PathBuf, model: &'a mut Vec<u8>, seed: u64) -> Self {
         let ways = Ways::open(&path);
         let random = SmallRng::seed_from_u64(seed);
-        Self { path, model, random, ways, buffer: Aligned::new(LONGEST + 4096), done: 0 }
+        Self {
+            path,
+            model,
+            random,
+            ways,
+            buffer: Aligned::new(LONGEST + 4096),
+            done: 0,
+        }
     }
 
     /// Does that many operations; panics at the first byte that is wrong.
@@ -69,7 +83,9 @@ impl<'a> Exerciser<'a> {
         match self.random.random_range(0..100) {
             0..15 => self.write(at, len, |ways, at, bytes| ways.plain.write_all_at(bytes, at).unwrap()),
             15..20 => self.write(at, len, |ways, at, bytes| ways.sync.write_all_at(bytes, at).unwrap()),
-            20..27 => self.write(at, len, |ways, at, bytes| ways.only_write.write_all_at(bytes, at).unwrap()),
+            20..27 => self.write(at, len, |ways, at, bytes| {
+                ways.only_write.write_all_at(bytes, at).unwrap()
+            }),
             27..37 => {
                 let (at, len) = whole_pages(at, len, self.model.len());
                 self.write(at, len, |ways, at, bytes| ways.direct.write_all_at(bytes, at).unwrap());
@@ -134,7 +150,13 @@ impl<'a> Exerciser<'a> {
         how(&mut self.ways, at as u64, bytes);
         let wrong = bytes.iter().zip(&self.model[at..]).position(|(a, b)| a != b);
         let place = wrong.map(|n| at + n);
-        assert_eq!(place, None, "{} is wrong, read from {at} on after {} operations", self.path.display(), self.done);
+        assert_eq!(
+            place,
+            None,
+            "{} is wrong, read from {at} on after {} operations",
+            self.path.display(),
+            self.done
+        );
     }
 }
 

@@ -21,15 +21,51 @@ pub(crate) struct Kind {
 /// All of them. `raw` and `flat` are written by the kernel itself where it may (FUSE passthrough), the others by us,
 /// in each mode of the kernel's cache.
 pub(crate) const KINDS: [Kind; 9] = [
-    Kind { name: "raw", make: raw, words: &[] },
-    Kind { name: "raw, no cache", make: raw, words: &["cache=none"] },
-    Kind { name: "raw, late", make: raw, words: &["cache=writeback"] },
-    Kind { name: "flat", make: flat, words: &[] },
-    Kind { name: "split flat", make: split_flat, words: &[] },
-    Kind { name: "sparse", make: sparse, words: &[] },
-    Kind { name: "sparse, late", make: sparse, words: &["cache=writeback"] },
-    Kind { name: "split", make: split, words: &["cache=none"] },
-    Kind { name: "delta", make: delta, words: &[] },
+    Kind {
+        name: "raw",
+        make: raw,
+        words: &[],
+    },
+    Kind {
+        name: "raw, no cache",
+        make: raw,
+        words: &["cache=none"],
+    },
+    Kind {
+        name: "raw, late",
+        make: raw,
+        words: &["cache=writeback"],
+    },
+    Kind {
+        name: "flat",
+        make: flat,
+        words: &[],
+    },
+    Kind {
+        name: "split flat",
+        make: split_flat,
+        words: &[],
+    },
+    Kind {
+        name: "sparse",
+        make: sparse,
+        words: &[],
+    },
+    Kind {
+        name: "sparse, late",
+        make: sparse,
+        words: &["cache=writeback"],
+    },
+    Kind {
+        name: "split",
+        make: split,
+        words: &["cache=none"],
+    },
+    Kind {
+        name: "delta",
+        make: delta,
+        words: &[],
+    },
 ];
 
 fn raw(scratch: &Scratch) -> &'static str {
@@ -55,7 +91,17 @@ fn split(scratch: &Scratch) -> &'static str {
 
 fn delta(scratch: &Scratch) -> &'static str {
     vmdk(scratch, "base.vmdk", "monolithicSparse");
-    let words = ["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "top.vmdk"];
+    let words = [
+        "create",
+        "-q",
+        "-f",
+        "vmdk",
+        "-b",
+        "base.vmdk",
+        "-F",
+        "vmdk",
+        "top.vmdk",
+    ];
     Cmd::new("qemu-img").args(words).dir(scratch.root()).run().ok();
     "top.vmdk"
 }
@@ -83,7 +129,12 @@ impl Disk {
         raw_with_islands(&scratch.path("original"), SIZE, 5);
         let bytes = fs::read(scratch.path("original")).unwrap();
         let image = (kind.make)(&scratch);
-        Self { scratch, kind, image, bytes }
+        Self {
+            scratch,
+            kind,
+            image,
+            bytes,
+        }
     }
 
     /// The file that is named to mount it.
@@ -101,7 +152,12 @@ impl Disk {
     #[track_caller]
     pub(crate) fn mount_with(&self, words: &[&str]) -> Mount {
         let start = self.scratch.mount().file(self.image).arg("name=disk");
-        self.kind.words.iter().chain(words).fold(start, |start, word| start.arg(word)).start()
+        self.kind
+            .words
+            .iter()
+            .chain(words)
+            .fold(start, |start, word| start.arg(word))
+            .start()
     }
 
     /// Panics unless the image, which nobody has open, is sound and holds [`Self::bytes`], as qemu and as we read it.
@@ -112,7 +168,15 @@ impl Disk {
         if format == "vmdk" {
             self.scratch.vmdkfuse().arg("--check").key("file", &image).run().ok();
         }
-        qemu_img(["convert", "-f", format, "-O", "raw", image.to_str().unwrap(), seen.to_str().unwrap()]);
+        qemu_img([
+            "convert",
+            "-f",
+            format,
+            "-O",
+            "raw",
+            image.to_str().unwrap(),
+            seen.to_str().unwrap(),
+        ]);
         self.holds(&seen);
         fs::remove_file(&seen).unwrap();
         let mount = self.mount_with(&["readonly=true"]);

@@ -23,7 +23,11 @@ use kinds::{Disk, SIZE, for_each_kind};
 
 /// Opens for reading and writing.
 fn open(path: &std::path::Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// Operations of the exerciser on each kind: another number by `VMDKFUSE_OPERATIONS`.
@@ -59,7 +63,8 @@ fn writers_of_neighbouring_bytes_lose_none() {
                     // only for writing: past the kernel's pages, which would put the pieces together
                     let file = OpenOptions::new().write(true).open(path).unwrap();
                     for piece in (n..2000).step_by(4) {
-                        file.write_all_at(&[piece as u8; 100], piece as u64 * 100 + 65_000).unwrap();
+                        file.write_all_at(&[piece as u8; 100], piece as u64 * 100 + 65_000)
+                            .unwrap();
                     }
                 });
             }
@@ -104,12 +109,19 @@ fn punched_ranges_are_holes_and_zeroed_ones_are_zero() {
         // a part behind the end is no part of the disk
         change(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, SIZE as i64 - 700, 1 << 20).unwrap();
         disk.bytes[..4 << 20].fill(7);
-        for (at, len) in [(1 << 20, 1 << 20), (3 << 20, 12_345), (17, 600), (SIZE as usize - 700, 700)] {
+        for (at, len) in [
+            (1 << 20, 1 << 20),
+            (3 << 20, 12_345),
+            (17, 600),
+            (SIZE as usize - 700, 700),
+        ] {
             disk.bytes[at..at + len].fill(0);
         }
         disk.holds(&path);
         file.sync_all().unwrap();
-        let hole = data_ranges(&path).into_iter().all(|data| data.end <= 1 << 20 || data.start >= 2 << 20);
+        let hole = data_ranges(&path)
+            .into_iter()
+            .all(|data| data.end <= 1 << 20 || data.start >= 2 << 20);
         assert!(hole, "{:?}", data_ranges(&path));
         drop(file);
         mount.unmount();
@@ -125,11 +137,21 @@ fn attributes_follow_writes_and_wishes() {
         let path = mount.file("disk");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o644);
         let long_ago = TimeSpec::new(1_000_000_000, 0);
-        utimensat(nix::fcntl::AT_FDCWD, &path, &long_ago, &long_ago, UtimensatFlags::FollowSymlink).unwrap();
+        utimensat(
+            nix::fcntl::AT_FDCWD,
+            &path,
+            &long_ago,
+            &long_ago,
+            UtimensatFlags::FollowSymlink,
+        )
+        .unwrap();
         chown(&path, Some(Uid::current()), Some(Gid::current())).unwrap();
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         let seen = fs::metadata(&path).unwrap();
-        assert_eq!((seen.mtime(), seen.mode() & 0o7777, seen.len()), (1_000_000_000, 0o600, SIZE));
+        assert_eq!(
+            (seen.mtime(), seen.mode() & 0o7777, seen.len()),
+            (1_000_000_000, 0o600, SIZE)
+        );
         let before = SystemTime::now() - Duration::from_secs(2);
         let file = open(&path);
         file.write_all_at(b"now", 100).unwrap();
@@ -149,7 +171,11 @@ fn blocks_follow_what_is_written_and_punched() {
         let file = open(&path);
         let becomes = |what: &str, right: &dyn Fn(u64) -> bool| {
             let blocks = || fs::metadata(&path).unwrap().blocks() * 512;
-            assert!(poll_until(Duration::from_secs(20), || right(blocks())), "{what}: {} bytes", blocks());
+            assert!(
+                poll_until(Duration::from_secs(20), || right(blocks())),
+                "{what}: {} bytes",
+                blocks()
+            );
         };
         file.write_all_at(&vec![1; SIZE as usize], 0).unwrap();
         file.sync_all().unwrap();
@@ -171,7 +197,13 @@ fn a_read_only_disk_beside_one_that_is_written() {
     }
     let mut disk = Disk::new(kinds::KINDS[0]);
     disk.scratch.write("other.img", [1; 4096]);
-    let mount = disk.scratch.mount().file("disk.img").file("other.img").arg("readonly=true").start();
+    let mount = disk
+        .scratch
+        .mount()
+        .file("disk.img")
+        .file("other.img")
+        .arg("readonly=true")
+        .start();
     let (written, other) = (mount.file("disk.raw"), mount.file("other.raw"));
     assert_eq!(fs::metadata(&written).unwrap().mode() & 0o777, 0o644);
     assert_eq!(fs::metadata(&other).unwrap().mode() & 0o777, 0o444);

@@ -147,8 +147,17 @@ fn an_image_on_a_read_only_file_system_is_read_only_with_one_warning() {
     let disk = Disk::new(kinds::KINDS[0]);
     let scratch = Scratch::new();
     scratch.mkdir("ro");
-    Cmd::new("mount").arg("--bind").arg(disk.scratch.root()).arg(scratch.path("ro")).run().ok();
-    Cmd::new("mount").args(["-o", "remount,bind,ro"]).arg(scratch.path("ro")).run().ok();
+    Cmd::new("mount")
+        .arg("--bind")
+        .arg(disk.scratch.root())
+        .arg(scratch.path("ro"))
+        .run()
+        .ok();
+    Cmd::new("mount")
+        .args(["-o", "remount,bind,ro"])
+        .arg(scratch.path("ro"))
+        .run()
+        .ok();
     let warning = said(&scratch, "ro/disk.img", |disk| {
         assert_eq!(errno("create", File::create(disk.with_file_name("new"))), libc::EROFS);
         only_read(disk);
@@ -158,9 +167,18 @@ fn an_image_on_a_read_only_file_system_is_read_only_with_one_warning() {
         warning.contains("warning: disk: it is read-only") && warning.contains("Read-only file system"),
         "{warning}"
     );
-    let info = scratch.vmdkfuse().args(["--info", "--json"]).key("file", scratch.path("ro/disk.img")).run().ok().json();
+    let info = scratch
+        .vmdkfuse()
+        .args(["--info", "--json"])
+        .key("file", scratch.path("ro/disk.img"))
+        .run()
+        .ok()
+        .json();
     assert_eq!(info[0]["writable"], false);
-    assert!(info[0]["reason"].as_str().unwrap().contains("Read-only file system"), "{info}");
+    assert!(
+        info[0]["reason"].as_str().unwrap().contains("Read-only file system"),
+        "{info}"
+    );
 }
 
 #[test]
@@ -175,13 +193,24 @@ fn an_image_that_the_user_may_only_read_is_read_only_with_one_warning() {
     fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
     // only the user himself may look in, so he does it by a command
     let warning = said(&scratch, "disk.img", |disk| {
-        let write = Cmd::new("dd").args(["if=/dev/zero", "bs=512", "count=1", "conv=notrunc"]).key("of", disk);
+        let write = Cmd::new("dd")
+            .args(["if=/dev/zero", "bs=512", "count=1", "conv=notrunc"])
+            .key("of", disk);
         write.user(Some(NOBODY)).run().one_error_of_dd();
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
-    assert!(warning.contains("warning: disk: it is read-only") && warning.contains("Permission denied"), "{warning}");
+    assert!(
+        warning.contains("warning: disk: it is read-only") && warning.contains("Permission denied"),
+        "{warning}"
+    );
     assert_eq!(fs::read(&image).unwrap(), [1; 8192]);
-    let info = scratch.vmdkfuse().args(["--info", "--json"]).key("file", &image).run().ok().json();
+    let info = scratch
+        .vmdkfuse()
+        .args(["--info", "--json"])
+        .key("file", &image)
+        .run()
+        .ok()
+        .json();
     assert_eq!(info[0]["writable"], false);
 }
 
@@ -204,7 +233,15 @@ fn formats_that_are_only_read_say_so() {
         return;
     }
     let disk = Disk::new(kinds::KINDS[0]);
-    let words = ["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "disk.img", "stream.vmdk"];
+    let words = [
+        "convert",
+        "-O",
+        "vmdk",
+        "-o",
+        "subformat=streamOptimized",
+        "disk.img",
+        "stream.vmdk",
+    ];
     Cmd::new("qemu-img").args(words).dir(disk.scratch.root()).run().ok();
     let warning = said(&disk.scratch, "stream.vmdk", |seen| {
         only_read(seen);
@@ -213,7 +250,10 @@ fn formats_that_are_only_read_say_so() {
         disk.scratch.mount().at("second").file("stream.vmdk").start().unmount();
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
-    assert!(warning.contains("streamOptimized") && warning.contains("cow="), "{warning}");
+    assert!(
+        warning.contains("streamOptimized") && warning.contains("cow="),
+        "{warning}"
+    );
 }
 
 /// `--info` says "writable or why not, and must not lock for writing or change anything".
@@ -221,14 +261,30 @@ fn formats_that_are_only_read_say_so() {
 fn info_tells_without_a_change() {
     for_each_kind(|disk| {
         let before = fs::metadata(disk.image()).unwrap();
-        let info = || disk.scratch.vmdkfuse().args(["--info", "--json"]).key("file", disk.image()).run().ok().json();
+        let info = || {
+            disk.scratch
+                .vmdkfuse()
+                .args(["--info", "--json"])
+                .key("file", disk.image())
+                .run()
+                .ok()
+                .json()
+        };
         assert_eq!(info()[0]["writable"], true, "{}", disk.kind.name);
         let reader = disk.mount_with(&["readonly=true"]);
         assert_eq!(info()[0]["writable"], true, "beside a reader");
         reader.unmount();
         let after = fs::metadata(disk.image()).unwrap();
-        assert_eq!((before.mtime_nsec(), before.ctime_nsec()), (after.mtime_nsec(), after.ctime_nsec()));
-        let asked = disk.scratch.vmdkfuse().args(["--info", "--json"]).key("file", disk.image()).arg("readonly=true");
+        assert_eq!(
+            (before.mtime_nsec(), before.ctime_nsec()),
+            (after.mtime_nsec(), after.ctime_nsec())
+        );
+        let asked = disk
+            .scratch
+            .vmdkfuse()
+            .args(["--info", "--json"])
+            .key("file", disk.image())
+            .arg("readonly=true");
         assert_eq!(asked.run().ok().json()[0]["writable"], false);
     });
 }
@@ -240,7 +296,11 @@ fn a_second_mount_of_an_image_that_is_written_is_refused() {
         let name = disk.image().file_name().unwrap().to_string_lossy().into_owned();
         let second = |words: &[&str]| {
             disk.scratch.mkdir("second");
-            words.iter().fold(disk.scratch.mount().at("second").file(&name), |start, word| start.arg(word))
+            words
+                .iter()
+                .fold(disk.scratch.mount().at("second").file(&name), |start, word| {
+                    start.arg(word)
+                })
         };
         let mount = disk.mount();
         for words in [&[] as &[&str], &["readonly=true"]] {

@@ -16,11 +16,23 @@ fn cp_and_dd_write_a_disk() {
         let (other, path) = (disk.scratch.path("other"), mount.file("disk"));
         raw_with_islands(&other, SIZE, 6);
         disk.bytes = fs::read(&other).unwrap();
-        Cmd::new("cp").args(["--sparse=never", "-p"]).arg(&other).arg(&path).run().ok();
+        Cmd::new("cp")
+            .args(["--sparse=never", "-p"])
+            .arg(&other)
+            .arg(&path)
+            .run()
+            .ok();
         disk.holds(&path);
         let part = &mut disk.bytes[3 * 65_536..5 * 65_536];
         part.fill(0);
-        let words = ["if=/dev/zero", "bs=64k", "count=2", "seek=3", "conv=notrunc,fsync", "status=none"];
+        let words = [
+            "if=/dev/zero",
+            "bs=64k",
+            "count=2",
+            "seek=3",
+            "conv=notrunc,fsync",
+            "status=none",
+        ];
         Cmd::new("dd").args(words).key("of", &path).run().ok();
         disk.holds(&path);
         mount.unmount();
@@ -59,7 +71,11 @@ fn a_file_system_on_the_disk_is_sound() {
         let path = mount.file("disk");
         Cmd::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).run().ok();
         let inside = disk.scratch.mkdir("inside");
-        let mounted = Cmd::new("mount").args(["-t", "ext4", "-o", "loop"]).arg(&path).arg(&inside).run();
+        let mounted = Cmd::new("mount")
+            .args(["-t", "ext4", "-o", "loop"])
+            .arg(&path)
+            .arg(&inside)
+            .run();
         if mounted.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
             skip("there are no loop devices");
             return;
@@ -70,16 +86,36 @@ fn a_file_system_on_the_disk_is_sound() {
         fs::remove_dir_all(inside.join("gone")).unwrap();
         Cmd::new("fstrim").arg(&inside).run().ok();
         Cmd::new("umount").arg(&inside).run().ok();
-        let free = || !Cmd::new("losetup").arg("-j").arg(&path).run().stdout.contains("/dev/loop");
-        assert!(fuse_tests::harness::poll_until(Duration::from_secs(20), free), "the loop device is left");
+        let free = || {
+            !Cmd::new("losetup")
+                .arg("-j")
+                .arg(&path)
+                .run()
+                .stdout
+                .contains("/dev/loop")
+        };
+        assert!(
+            fuse_tests::harness::poll_until(Duration::from_secs(20), free),
+            "the loop device is left"
+        );
         Cmd::new("e2fsck").arg("-fn").arg(&path).run().ok();
         disk.bytes = fs::read(&path).unwrap();
         mount.unmount();
         disk.check();
 
         let mount = disk.mount_with(&["readonly=true"]);
-        Cmd::new("mount").args(["-t", "ext4", "-o", "loop,ro"]).arg(mount.file("disk")).arg(&inside).run().ok();
-        Cmd::new("diff").arg("-r").arg(&tree).arg(inside.join("tree")).run().ok();
+        Cmd::new("mount")
+            .args(["-t", "ext4", "-o", "loop,ro"])
+            .arg(mount.file("disk"))
+            .arg(&inside)
+            .run()
+            .ok();
+        Cmd::new("diff")
+            .arg("-r")
+            .arg(&tree)
+            .arg(inside.join("tree"))
+            .run()
+            .ok();
         Cmd::new("umount").arg(&inside).run().ok();
         mount.unmount();
     });

@@ -27,7 +27,11 @@ unsafe fn errno_at(error: *mut c_int) -> i32 {
 
 unsafe extern "C" fn on_option(data: *mut c_void, error: *mut c_int) -> c_int {
     // SAFETY: `data` is the pointer of `option_callback`, not freed yet; `error` is the library's.
-    unsafe { (*data.cast::<OptDone>()).0.store(errno_at(error).max(0), Ordering::Release) };
+    unsafe {
+        (*data.cast::<OptDone>())
+            .0
+            .store(errno_at(error).max(0), Ordering::Release)
+    };
     1
 }
 

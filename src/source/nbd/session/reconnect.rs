@@ -87,7 +87,11 @@ impl Session {
                 self.poll_completions(Stay::No);
                 state = lock(&self.state);
             } else if state.waiting.is_empty() {
-                let wait = if state.awaiting_flush.is_empty() { Duration::from_secs(3600) } else { BACK_OFF.1 };
+                let wait = if state.awaiting_flush.is_empty() {
+                    Duration::from_secs(3600)
+                } else {
+                    BACK_OFF.1
+                };
                 let waited = self.wanted.wait_timeout(state, wait);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             } else {
@@ -99,7 +103,10 @@ impl Session {
     fn take_late(&self, state: &mut State) -> VecDeque<Box<Command>> {
         let now = Instant::now();
         let mut timed_out = VecDeque::new();
-        let State { waiting, awaiting_flush } = state;
+        let State {
+            waiting,
+            awaiting_flush,
+        } = state;
         for queue in [waiting, awaiting_flush] {
             // mostly none is
             if queue.iter().any(|command| command.deadline <= now) {
@@ -187,7 +194,12 @@ impl Session {
                 self.finish(command, Err(failed));
             }
         }
-        self.pause(BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1)).min(BACK_OFF.1));
+        self.pause(
+            BACK_OFF
+                .0
+                .saturating_mul(1 << failures.min(10).saturating_sub(1))
+                .min(BACK_OFF.1),
+        );
     }
 
     /// Waits, and fails what is late meanwhile.
@@ -202,9 +214,18 @@ impl Session {
                 state = lock(&self.state);
                 continue;
             }
-            let next = state.waiting.iter().map(|command| command.deadline).min().map_or(until, |d| d.min(until));
+            let next = state
+                .waiting
+                .iter()
+                .map(|command| command.deadline)
+                .min()
+                .map_or(until, |d| d.min(until));
             let wait = next.saturating_duration_since(Instant::now());
-            state = self.wanted.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .wanted
+                .wait_timeout(state, wait)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -219,10 +240,13 @@ impl Session {
                 self.end_late();
                 self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty()
             };
-            let added = self.connector.open(false, deadline, &needed).and_then(|(handle, export)| {
-                export.check_same(&self.export, self.options.writable, false)?;
-                connection.add(handle)
-            });
+            let added = self
+                .connector
+                .open(false, deadline, &needed)
+                .and_then(|(handle, export)| {
+                    export.check_same(&self.export, self.options.writable, false)?;
+                    connection.add(handle)
+                });
             if let Err(e) = added {
                 if needed() {
                     return;
@@ -240,7 +264,11 @@ impl Session {
         if rest.is_empty() {
             return Ok(());
         }
-        tracing::info!("{}: {} unflushed changes are sent again", self.connector.label(), rest.len());
+        tracing::info!(
+            "{}: {} unflushed changes are sent again",
+            self.connector.label(),
+            rest.len()
+        );
         while !rest.is_empty() {
             let mut batch: Vec<Entry> = Vec::new();
             while batch.len() < REPLAY
@@ -271,7 +299,9 @@ impl Session {
         let mut back = Vec::new();
         let count = batch.len();
         for entry in batch {
-            let Entry { kind, offset, len, buf, .. } = entry;
+            let Entry {
+                kind, offset, len, buf, ..
+            } = entry;
             let command = Command::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
             connection.submit(command, &mut back);
         }
@@ -281,7 +311,9 @@ impl Session {
             let until = Instant::now() + TICK;
             match connection.poller() {
                 Some(poller) => {
-                    poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| answers.append(back));
+                    poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| {
+                        answers.append(back)
+                    });
                 }
                 None => thread::yield_now(),
             }
@@ -296,7 +328,9 @@ impl Session {
                 None => replay_log.add(&mut command),
                 Some(errno) if is_loss(errno) => unsent.push(command),
                 Some(errno) => {
-                    let e = command.refused(errno).within(format!("{}: a write that was lost", self.connector.label()));
+                    let e = command
+                        .refused(errno)
+                        .within(format!("{}: a write that was lost", self.connector.label()));
                     tracing::error!("{e}");
                     replay_log.lose(e);
                 }
@@ -306,7 +340,10 @@ impl Session {
         if unsent.is_empty() {
             return Ok(());
         }
-        let e = Error::new(ErrorKind::Os(libc::ENOTCONN), "the connection broke while changes were sent again");
+        let e = Error::new(
+            ErrorKind::Os(libc::ENOTCONN),
+            "the connection broke while changes were sent again",
+        );
         let mut replay_log = ReplayLog::default();
         unsent.iter_mut().for_each(|command| replay_log.add(command));
         Err((e, Vec::from(replay_log.drain())))

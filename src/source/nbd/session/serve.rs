@@ -110,7 +110,10 @@ impl Session {
                 if self.closing.load(Ordering::SeqCst) {
                     return;
                 }
-                let waited = self.wake_poller.wait_timeout(poller_woken, LOOK).unwrap_or_else(PoisonError::into_inner);
+                let waited = self
+                    .wake_poller
+                    .wait_timeout(poller_woken, LOOK)
+                    .unwrap_or_else(PoisonError::into_inner);
                 poller_woken = waited.0;
                 if waited.1.timed_out() && self.has_unserved() {
                     break;

@@ -31,7 +31,10 @@ struct Scripted {
 
 impl Scripted {
     fn new(timeout: Duration) -> Self {
-        let scripted = Self { dir: tempfile::tempdir().unwrap(), timeout };
+        let scripted = Self {
+            dir: tempfile::tempdir().unwrap(),
+            timeout,
+        };
         scripted.forget();
         scripted
     }
@@ -58,12 +61,17 @@ impl Scripted {
     }
 
     fn stored(&self, at: usize) -> [u8; 512] {
-        std::fs::read(self.path("disk")).unwrap()[at..at + 512].try_into().unwrap()
+        std::fs::read(self.path("disk")).unwrap()[at..at + 512]
+            .try_into()
+            .unwrap()
     }
 
     /// Connections that there were.
     fn connections(&self) -> usize {
-        std::fs::read_to_string(self.path("opened")).unwrap_or_default().lines().count()
+        std::fs::read_to_string(self.path("opened"))
+            .unwrap_or_default()
+            .lines()
+            .count()
     }
 
     /// Of an export of that size, and what becomes of what is written.
@@ -83,7 +91,10 @@ impl Scripted {
             format!("get_size=echo {size}"),
             "can_write=exit 0".to_owned(),
             "can_flush=exit 0".to_owned(),
-            at("pread", "dd if=disk iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none"),
+            at(
+                "pread",
+                "dd if=disk iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
+            ),
             at("pwrite", pwrite),
             at("flush", ""),
         ];
@@ -172,7 +183,10 @@ fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>)
     };
     (0..192).for_each(&write);
     for i in 0..192 {
-        assert!(on_completions.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+        assert!(
+            on_completions.recv_timeout(Duration::from_secs(40)).unwrap(),
+            "write {i}"
+        );
     }
     write(192);
     (disk, write, on_completions)
@@ -185,9 +199,15 @@ fn regression_writes_that_wait_for_room_are_not_left_waiting() {
     }
     let server = Scripted::new(Duration::from_secs(15));
     let (disk, _, on_completions) = full(&server);
-    assert!(on_completions.recv_timeout(Duration::from_millis(300)).is_err(), "there is no room");
+    assert!(
+        on_completions.recv_timeout(Duration::from_millis(300)).is_err(),
+        "there is no room"
+    );
     server.clear("hold-flush");
-    assert!(on_completions.recv_timeout(Duration::from_secs(40)).unwrap(), "nobody made room");
+    assert!(
+        on_completions.recv_timeout(Duration::from_secs(40)).unwrap(),
+        "nobody made room"
+    );
     disk.flush().unwrap();
 }
 
@@ -198,10 +218,17 @@ fn regression_writes_that_wait_for_room_end_where_the_flush_hangs_and_later_ones
     }
     let server = Scripted::new(Duration::from_secs(8));
     let (_disk, write, on_completions) = full(&server);
-    assert!(on_completions.recv_timeout(Duration::from_secs(20)).is_ok(), "it has no end");
+    assert!(
+        on_completions.recv_timeout(Duration::from_secs(20)).is_ok(),
+        "it has no end"
+    );
     server.clear("hold-flush");
     write(193);
-    assert_eq!(on_completions.recv_timeout(Duration::from_secs(20)), Ok(true), "nobody flushes");
+    assert_eq!(
+        on_completions.recv_timeout(Duration::from_secs(20)),
+        Ok(true),
+        "nobody flushes"
+    );
 }
 
 #[test]
@@ -215,11 +242,18 @@ fn regression_what_waits_during_a_long_way_back_ends_at_its_deadline_and_harms_n
     server.forget();
     server.set("slow-pwrite");
     server.set("slow-pread");
-    assert!(disk.read_at(Lba(0), &mut [0; 512]).is_err(), "it takes longer than the deadline");
+    assert!(
+        disk.read_at(Lba(0), &mut [0; 512]).is_err(),
+        "it takes longer than the deadline"
+    );
     wait_until(|| disk.read_at(Lba(0), &mut [0; 512]).is_ok());
     disk.flush().unwrap();
     assert!(server.stored(3 * 512) == [7; 512]);
-    assert_eq!(server.connections(), 2, "the new connection was given up for what was late before it was up");
+    assert_eq!(
+        server.connections(),
+        2,
+        "the new connection was given up for what was late before it was up"
+    );
 }
 
 #[test]
@@ -292,12 +326,20 @@ fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
     let connector = Connector::new(&nbdkit(&["-r", "memory", "1M"])).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     let connection = Connection::new(1).unwrap();
-    connection.add(connector.open(true, deadline, &|| false).unwrap().0).unwrap();
+    connection
+        .add(connector.open(true, deadline, &|| false).unwrap().0)
+        .unwrap();
     let submit = |kind| {
         let mut back = Vec::new();
-        connection.submit(Command::new(kind, 0, 512, Buffer::default(), deadline, Box::new(|_, _| ())), &mut back);
+        connection.submit(
+            Command::new(kind, 0, 512, Buffer::default(), deadline, Box::new(|_, _| ())),
+            &mut back,
+        );
         if back.is_empty() {
-            connection.poller().unwrap().poll_sockets(PollUntil::Idle, |came| back.append(came));
+            connection
+                .poller()
+                .unwrap()
+                .poll_sockets(PollUntil::Idle, |came| back.append(came));
         }
         drop(connection.completion_guard(back.len()));
         back.pop().unwrap().1
@@ -313,7 +355,12 @@ fn regression_the_end_of_an_export_that_is_no_multiple_of_its_blocks_can_be_read
     if !need_nbdkit() {
         return;
     }
-    let mut config = nbdkit(&["--filter=blocksize-policy", "pattern", "10000", "blocksize-minimum=4096"]);
+    let mut config = nbdkit(&[
+        "--filter=blocksize-policy",
+        "pattern",
+        "10000",
+        "blocksize-minimum=4096",
+    ]);
     config.timeout = Some(Duration::from_secs(3));
     let disk = NbdDisk::connect(&config, false).unwrap();
     let mut tail = [0xee; 4 * 512];
@@ -353,8 +400,13 @@ fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) 
                 let mut stream = stream;
                 let size = (1u64 << 20).to_be_bytes();
                 // has flags
-                let hello =
-                    [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &size, &[0, 0, 0, 1], &[0; 124]].concat();
+                let hello = [
+                    &b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..],
+                    &size,
+                    &[0, 0, 0, 1],
+                    &[0; 124],
+                ]
+                .concat();
                 let mut command = [0; 28];
                 if stream.write_all(&hello).is_ok() && stream.read_exact(&mut command).is_ok() {
                     at_command(stream, command);
@@ -362,7 +414,10 @@ fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) 
             });
         }
     });
-    let mut config = NbdConfig::new(NbdAddress::Tcp { host: "127.0.0.1".into(), port: Some(port.to_string()) });
+    let mut config = NbdConfig::new(NbdAddress::Tcp {
+        host: "127.0.0.1".into(),
+        port: Some(port.to_string()),
+    });
     config.timeout = Some(Duration::from_secs(2));
     (config, accepted)
 }
@@ -379,7 +434,11 @@ fn regression_a_server_that_hangs_up_at_each_command_is_not_called_without_a_pau
 #[test]
 fn regression_a_server_that_only_says_that_it_shuts_down_is_not_called_without_a_pause() {
     let (config, accepted) = oldest(|mut stream, command| {
-        let reply = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, libc::ESHUTDOWN as u8], &command[8..16]].concat();
+        let reply = [
+            &[0x67, 0x44, 0x66, 0x98, 0, 0, 0, libc::ESHUTDOWN as u8],
+            &command[8..16],
+        ]
+        .concat();
         let _ = stream.write_all(&reply);
     });
     let disk = NbdDisk::connect(&config, false).unwrap();
@@ -435,7 +494,10 @@ fn halving(twice: bool) -> NbdConfig {
             thread::spawn(move || drop(serve(stream)));
         }
     });
-    let mut config = NbdConfig::new(NbdAddress::Tcp { host: "127.0.0.1".into(), port: Some(port.to_string()) });
+    let mut config = NbdConfig::new(NbdAddress::Tcp {
+        host: "127.0.0.1".into(),
+        port: Some(port.to_string()),
+    });
     config.timeout = Some(Duration::from_secs(2));
     config
 }

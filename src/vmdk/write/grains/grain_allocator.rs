@@ -65,8 +65,20 @@ impl GrainAllocator {
         let known = writer(&*file)?.current_len()?;
         let len = known.div_ceil(SECTOR);
         let next = len.max(layout.data_start()).next_multiple_of(grain);
-        let space = Mutex::new(Space { next, len, spare: Vec::new(), tables: 0..0 });
-        Ok(Self { file, layout, grain, space, known: known.into(), latch })
+        let space = Mutex::new(Space {
+            next,
+            len,
+            spare: Vec::new(),
+            tables: 0..0,
+        });
+        Ok(Self {
+            file,
+            layout,
+            grain,
+            space,
+            known: known.into(),
+            latch,
+        })
     }
 
     /// Room for `count` grains, in the file and all zeroes.
@@ -79,7 +91,10 @@ impl GrainAllocator {
         let place = space.next;
         let end = place + count * self.grain;
         if end > LAST_SECTOR {
-            let context = format!("{}: a sparse extent can't use more than 2 TiB of its file", self.file.label());
+            let context = format!(
+                "{}: a sparse extent can't use more than 2 TiB of its file",
+                self.file.label()
+            );
             return Err(Error::new(ErrorKind::Os(libc::ENOSPC), context));
         }
         if end > space.len {
@@ -102,7 +117,11 @@ impl GrainAllocator {
     /// Gives back room of grains that nothing names. It may hold anything; where it can't be made zeroes, it is lost.
     pub(super) fn give_back(&self, place: u64, count: u64) {
         let bytes = count * self.grain * SECTOR;
-        if self.check_not_truncated().and_then(|w| w.zero(place * SECTOR, bytes, true)).is_err() {
+        if self
+            .check_not_truncated()
+            .and_then(|w| w.zero(place * SECTOR, bytes, true))
+            .is_err()
+        {
             return;
         }
         let mut space = self.space();
@@ -126,8 +145,14 @@ impl GrainAllocator {
         self.space().tables = allocator.start + sectors * copies..allocator.end;
         let first = allocator.start as u32;
         Ok(match copies {
-            1 => TableCopies { primary: first, redundant: 0 },
-            _ => TableCopies { redundant: first, primary: first + sectors as u32 },
+            1 => TableCopies {
+                primary: first,
+                redundant: 0,
+            },
+            _ => TableCopies {
+                redundant: first,
+                primary: first + sectors as u32,
+            },
         })
     }
 

@@ -62,7 +62,10 @@ pub(super) struct PendingUpdates {
 
 impl PendingUpdates {
     fn count(&self, backlog: impl FnOnce(usize, usize)) {
-        backlog(self.tables.len(), self.tables.values().map(|table| table.entries.len()).sum());
+        backlog(
+            self.tables.len(),
+            self.tables.values().map(|table| table.entries.len()).sum(),
+        );
     }
 }
 
@@ -110,7 +113,8 @@ impl GrainWriter {
             }
         }
         let more = known.entries.len() - had;
-        self.backlog.add((waiting.tables.len() - before) * self.table_bytes(), more);
+        self.backlog
+            .add((waiting.tables.len() - before) * self.table_bytes(), more);
         self.dirty.store(true, Ordering::Release);
     }
 
@@ -212,7 +216,9 @@ fn write_runs(writer: &dyn StoredWrite, places: TableCopies, entries: &[(u32, u3
 
 /// The copies of a table that there are, the redundant one first.
 fn copies(places: TableCopies) -> impl Iterator<Item = u32> {
-    [places.redundant, places.primary].into_iter().filter(|&place| place != 0)
+    [places.redundant, places.primary]
+        .into_iter()
+        .filter(|&place| place != 0)
 }
 
 /// Entries as stretches of bytes that follow each other in the table; of two for one place the later one counts.
