@@ -7,9 +7,14 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:$(HOME)/.cargo/bin
 # The binary that the tests mount with and that demo and bench run.
 export VMDKFUSE_BIN := $(TARGET_DIR)/release/vmdkfuse
 
+# A mount namespace of their own for the tests, where this user may create one: a namespace that another process creates
+# meanwhile then holds no copy of their mounts, which would keep a daemon alive after its mount was unmounted.
+UNSHARE := $(shell unshare -m true 2>/dev/null && echo unshare -m)
+CARGO_DENY := $(TARGET_DIR)/tools/bin/cargo-deny
+
 BENCH_ARGS ?=
 
-.PHONY: help build demo test bench bench-quick clean
+.PHONY: help build demo test deny bench bench-quick clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,10 +34,21 @@ test: ## formatting, lints, docs, the demo and every test
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
+	$(MAKE) deny
 	cargo build --release --locked
 	./contrib/demo.sh
 	cargo test --locked --workspace --doc
-	cargo test --locked --workspace --no-fail-fast --lib --tests
+	cargo test --locked --no-default-features --lib
+	$(UNSHARE) cargo test --locked --workspace --no-fail-fast --lib --tests
+
+deny: $(CARGO_DENY) ## licences, sources and bans of the dependencies; advisories where their database can be fetched
+	$(CARGO_DENY) --locked check licenses bans sources
+	@if timeout 60 $(CARGO_DENY) fetch db 2>/dev/null; then $(CARGO_DENY) --locked check --disable-fetch advisories; \
+	else echo 'deny: the database of advisories cannot be fetched here, so advisories are NOT checked'; fi
+
+# Built without optimization: that takes a fifth of the time, and it runs for a second.
+$(CARGO_DENY):
+	cargo install --locked --debug --root '$(TARGET_DIR)/tools' --version 0.20.2 cargo-deny
 
 bench: ## measure beside the peers that Debian packages (root; some 20 minutes); BENCH_ARGS='--help' for more
 	./contrib/setup.sh bench
