@@ -1,8 +1,16 @@
-//! A disk as sectors: the trait that every source and layer has, and its units.
+//! Disks as sectors: the traits that every source and layer implements, and their units.
 //!
-//! Above [`crate::volume::Image`] everything counts bytes, below it sectors of 512 bytes. [`Lba`] keeps the
-//! two apart. The traits are synchronous on purpose: FUSE threads block anyway, a layer costs some ten
-//! nanoseconds, a hop to another thread some ten microseconds.
+//! [`Volume`](crate::volume::Volume) is the border: the code above it counts bytes, the code below it counts sectors of
+//! 512 bytes. [`Lba`] keeps the two apart.
+//!
+//! - [`BlockRead`]: every disk. Optional abilities are methods that return `Option<&dyn …>`.
+//! - [`BlockWrite`]: a disk that can be written. Failure semantics: after an error each sector of the request has its
+//!   old or its new content, and a failed flush is final.
+//! - [`BlockQueue`]: a disk behind a network, whose requests are submitted and completed later.
+//! - [`Runs`]: a disk whose sectors are stored in files as they are read, for the kernel view.
+//!
+//! The first two are synchronous on purpose: the threads that serve FUSE requests block anyway, and a call through a
+//! layer costs some ten nanoseconds, a switch to another thread some ten microseconds.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -11,18 +19,18 @@ use std::os::fd::BorrowedFd;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes of a sector.
+/// Size of a sector in bytes.
 pub const SECTOR: u64 = 512;
 
-/// The most sectors of a disk: its bytes must fit an `i64`, which is what a file offset can be.
+/// Maximum number of sectors of a disk: its size in bytes must fit an `i64`, as a file offset must.
 pub const MAX_SECTORS: u64 = (i64::MAX as u64) / SECTOR;
 
-/// A sector number of a disk, counted from 0.
+/// Number of a sector of a disk, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lba(pub u64);
 
 impl Lba {
-    /// The byte at which the sector starts. The sector must lie on a disk ([`MAX_SECTORS`]).
+    /// Returns the byte offset of the sector. The number must be at most [`MAX_SECTORS`], so that the product fits.
     pub fn bytes(self) -> u64 {
         self.0 * SECTOR
     }
@@ -41,193 +49,212 @@ impl fmt::Display for Lba {
     }
 }
 
-/// The size of a disk and the units it likes to be read in.
+/// Size of a disk and the units of its requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Number of sectors, at most [`MAX_SECTORS`].
     pub sectors: u64,
-    /// Sectors of the smallest request; requests must start and end at its multiples (or at the end of the disk).
+    /// Smallest request in sectors. Requests must start and end at multiples of it or at the end of the disk.
     pub granule: u64,
-    /// Sectors of a request that costs little more than a smaller one (a compressed grain, say); ≥ granule.
+    /// Number of sectors up to which a request costs little more than a smaller one, for example a compressed grain. At
+    /// least the granule.
     pub preferred: u64,
 }
 
 impl Geometry {
-    /// Bytes of the disk.
+    /// Returns the size of the disk in bytes.
     pub fn bytes(&self) -> u64 {
         self.sectors * SECTOR
     }
 }
 
-/// What a range of sectors holds, as far as it is known without reading it.
+/// Content of a range of sectors, as far as it is known without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// Stored data (which may be zeroes all the same).
+    /// Stored data, which may happen to be zeroes.
     Data,
-    /// Zeroes that the image says are there: a zeroed grain, a ZERO extent.
+    /// A range that the image declares as zero: a zeroed grain or a zero extent.
     Zero,
-    /// Nothing was ever written: reads as zeroes.
+    /// A range that was never written. Reads as zeroes.
     Hole,
 }
 
 impl Content {
-    /// Whether it reads as zeroes without any I/O.
+    /// Returns true if the range reads as zeroes without any I/O.
     pub fn is_zero(self) -> bool {
         self != Content::Data
     }
 }
 
-/// A disk that can be read, as 512-byte sectors. Size and granule never change while it is open.
+/// Disk that can be read, as 512-byte sectors. Its size and its granule never change while it is open.
 pub trait BlockRead: fmt::Debug + Send + Sync {
-    /// Size and units; does no I/O.
+    /// Returns size and units. Does no I/O.
     fn geometry(&self) -> Geometry;
 
-    /// Fills `buf` from sector `at`; never short. `buf` is whole sectors, whole granules, and within the disk.
+    /// Reads from sector `at` on and fills `buf` completely. The range must be whole granules within the disk.
+    ///
+    /// Errors: `OutOfRange` for a range that is not on the disk, otherwise why the content can't be read. `buf` is then
+    /// unspecified.
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()>;
 
-    /// What is at `at`, and for how many sectors on (at least 1, within the disk), without reading data.
-    /// The answer may stop early: neighbours of the same content may follow.
+    /// Returns the content at sector `at` and the number of sectors that have it, at least 1 and within the disk. Reads
+    /// no data. The sectors after the range may have the same content.
     fn content_at(&self, at: Lba) -> Result<(Content, u64)>;
 
-    /// Whether the sectors read as zeroes, where memory alone can tell; `false`: they have to be read. Asked for
-    /// every request, so that zeroes need no buffer.
+    /// Returns true if memory alone shows that the sectors read as zeroes; false if they have to be read. Does no I/O:
+    /// it is called for every request, so that zeroes need no buffer.
     fn is_zero(&self, at: Lba, sectors: u64) -> bool;
 
-    /// Its writing half; `None`: it is opened read-only.
+    /// Returns the write interface, or `None` if the disk was opened read-only.
     fn writer(&self) -> Option<&dyn BlockWrite> {
         None
     }
 
-    /// Where its sectors lie in files; `None`: they don't lie there as they are read (compressed data).
+    /// Returns the runs of the disk, or `None` if files do not hold its sectors as they are read, for example
+    /// compressed.
     fn runs(&self) -> Option<&dyn Runs> {
         None
     }
 
-    /// The way to read and write without waiting; `None`: it has none, and its calls return soon.
+    /// Returns the interface that submits requests without waiting, or `None` if there is none: the calls above return
+    /// soon.
     fn queue(&self) -> Option<&dyn BlockQueue> {
         None
     }
 
-    /// The open file whose bytes are this disk one to one from offset 0, and no byte more: lets the kernel
-    /// read it without us, and write it where there is a [`writer`](Self::writer) (after
-    /// [`prepare_external_write`](BlockWrite::begin)).
+    /// Returns the descriptor of the open file whose bytes are exactly the bytes of this disk, from offset 0 to the
+    /// end. With it the kernel reads the disk without this process (passthrough), and writes it if there is a
+    /// [`writer`](Self::writer), after [`prepare_external_write`](BlockWrite::prepare_external_write).
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
 
-/// A disk whose sectors lie in files as they are read, or read as zeroes.
+/// Disk whose sectors are stored in files as they are read, or read as zeroes.
 pub trait Runs {
-    /// The files, in the order of their numbers.
+    /// Returns the files. [`RunPlace::Stored`] refers to them by index.
     fn files(&self) -> Vec<RunFile<'_>>;
 
-    /// Tells where all sectors of the disk lie, run by run, from the first to the last, until `each` breaks. It keeps the
-    /// caches of readers as they are.
+    /// Calls `each` with length and location of every run of the disk, in order, until it breaks. Does not change the
+    /// caches that readers use.
     ///
-    /// Errors: damaged tables, a run that does not lie in a file as it is read.
+    /// Errors: damaged tables; a run that no file holds as it is read.
     fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()>;
 }
 
-/// A file that holds sectors of a disk.
+/// File that holds sectors of a disk.
 #[derive(Debug, Clone, Copy)]
 pub struct RunFile<'a> {
-    /// Its length in bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// Its descriptor, where it is a regular file of this machine.
+    /// Descriptor, if it is a regular file of this machine.
     pub fd: Option<BorrowedFd<'a>>,
 }
 
-/// Where a run of sectors lies.
+/// Location of a run of sectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunPlace {
-    /// In a file.
+    /// Stored in a file.
     Stored {
-        /// Its number in [`Runs::files`].
+        /// Index in [`Runs::files`].
         file: usize,
-        /// The sector of the file that the run starts at.
+        /// Sector of the file at which the run starts.
         sector: u64,
     },
-    /// Nowhere: zeroes.
+    /// Stored nowhere: reads as zeroes.
     Zero,
 }
 
-/// A disk that can be written to. Each sector of a request that failed or was cut short by a crash is old or new.
+/// Disk that can be written. If a request fails or a crash interrupts it, each of its sectors has the old or the new
+/// content.
 pub trait BlockWrite: BlockRead {
-    /// Does what has to be durable before the first change of content: a new CID, the mark of an image in use. Every
-    /// other call does it by itself; who changes the content behind our back (a backing file) calls it before.
+    /// Makes durable what must be durable before the first change of content: a new CID, the mark of an image in use.
+    ///
+    /// All methods that write do this on their own. The caller must call it before the content is changed from outside,
+    /// by the kernel through [`backing_fd`](BlockRead::backing_fd).
     fn prepare_external_write(&self) -> Result<()>;
 
-    /// Writes `buf` from sector `at` on; whole sectors, whole granules, and within the disk. Readers see it at once.
+    /// Writes `buf` from sector `at` on: whole granules within the disk. Later reads return the new content.
     ///
-    /// Errors: `ReadOnly` where this part of the disk can't be written, `Os(ENOSPC)` where its store is full, others.
+    /// Errors: `ReadOnly` if this part of the disk can't be written, `Os(ENOSPC)` if its store is full, and others.
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()>;
 
-    /// Makes a range read as zeroes. `unmap`: and gives its room back where that can be done.
+    /// Makes a range read as zeroes. `unmap`: also discards it, to free its space, where that is possible.
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()>;
 
-    /// On return everything that was written before the call is durable. After an error nothing is known to be,
-    /// and no later call pretends otherwise.
+    /// Makes durable everything that was written before the call.
+    ///
+    /// An error is final, except for a [`BlockQueue`] that can replay its writes: all later flushes fail too, because
+    /// the kernel reports a failed writeback only once and then forgets the data.
     fn flush(&self) -> Result<()>;
 
-    /// Whether something that was written is only in the memory of this process yet, and would be lost if it was killed:
-    /// then somebody should flush soon.
+    /// Returns true if metadata of answered writes is only in the memory of this process and would be lost with it. The
+    /// writeback timer then flushes.
     fn has_unflushed_metadata(&self) -> bool;
 
-    /// Flushes, and marks the image as closed properly. A later write begins anew.
+    /// Flushes, and marks the image as properly closed. A later write is possible and marks it as in use again.
     fn close(&self) -> Result<()>;
 
-    /// Whether it takes writes only in order, from the first sector up and each once (a compressed stream): nobody above
-    /// may hold writes back to send them in another order, so a page cache with delayed writes must be off.
+    /// Returns true if the disk accepts writes only in order, from the first sector on and each sector once (a stream).
+    /// No layer above may reorder writes, so the page cache must not delay them (write-back).
     fn sequential_write_only(&self) -> bool {
         false
     }
 }
 
-/// Given the bytes that were read, or why there are none.
+/// Called once with the bytes that were read, or the error.
 pub type ReadCompletion = Box<dyn FnOnce(Result<&[u8]>) + Send>;
 
-/// Given the result.
+/// Called once with the result.
 pub type Completion = Box<dyn FnOnce(Result<()>) + Send>;
 
-/// A disk behind a network: requests are begun, and their results told later. So one that hangs holds no thread.
+/// Disk behind a network: requests are submitted, and completed later, so a request that hangs blocks no thread.
 ///
-/// Each `done` is called once, in bounded time, by whatever thread, maybe before the call returns. It must not wait for
-/// the disk. After one or more calls [`poll_completions`](Self::attend) is called, or nobody may read the answers.
+/// Each `done` is called once, within bounded time, by any thread, possibly before the submitting call returns. It must
+/// not wait for this disk.
+///
+/// After one or more submissions the caller must call [`poll_completions`](Self::poll_completions); otherwise it may
+/// take long until a thread reads the answers.
 pub trait BlockQueue: BlockRead {
-    /// Begins [`BlockRead::read_at`].
+    /// Submits a read, as [`BlockRead::read_at`].
     fn submit_read(&self, at: Lba, sectors: u64, done: ReadCompletion);
 
-    /// Bytes at whose multiples a write may begin and end: a power of two, at most the granule. Not only sectors, as who can
-    /// write less need not read before.
+    /// Returns the unit in bytes at whose multiples writes may begin and end: a power of two, at most the granule. It
+    /// may be less than a sector, which spares the caller a read-modify-write.
     fn write_alignment(&self) -> u64;
 
-    /// Whether a write of that range can be durable when it is done, for less than a flush after it.
+    /// Returns true if a write of that range can be made durable by the write itself (FUA), at a lower cost than a
+    /// flush after it.
     fn supports_fua(&self, offset: u64, len: u64) -> bool;
 
-    /// Begins a write of `data` from byte `offset` on, in whole [units](Self::write_unit) within the disk; `data` is copied.
-    /// `durable`: it is durable when it is done; only where [`supports_fua`](Self::writes_durably) says that this can be.
-    /// An error where the disk has no writer.
+    /// Submits a write of `data` from byte `offset` on: whole [units](Self::write_alignment) within the disk. Copies
+    /// `data`.
+    ///
+    /// `durable`: completes when the data is durable. Allowed only if [`supports_fua`](Self::supports_fua) returns true
+    /// for the range. Fails if the disk has no writer.
     fn submit_write(&self, offset: u64, data: &[u8], durable: bool, done: Completion);
 
-    /// Begins [`BlockWrite::flush`].
+    /// Submits a flush, as [`BlockWrite::flush`].
     fn submit_flush(&self, done: Completion);
 
-    /// Sees to it that answers are read, by this thread as far as it may stay, which spares the change to another thread.
+    /// Ensures that answers are read: by this thread for as long as `stay` allows, which saves the switch to another
+    /// thread, and by another thread afterwards.
     fn poll_completions(&self, stay: Stay<'_>);
 }
 
-/// How long a thread may read the answers of a [`BlockQueue`].
+/// Time for which a thread may read the answers of a [`BlockQueue`].
 #[derive(Debug, Clone, Copy)]
 pub enum Stay<'a> {
-    /// Not at all: it has other work.
+    /// Not at all: the thread has other work.
     No,
-    /// For as long as they come soon one after the other.
+    /// For as long as the next answer arrives soon.
     Patiently,
-    /// Until the descriptor is readable: there comes its other work. Such a thread attends to the queue again soon.
+    /// Until the descriptor is readable, which announces other work for the thread. Such a thread calls
+    /// [`BlockQueue::poll_completions`] again soon.
     Until(BorrowedFd<'a>),
 }
 
-/// Checks that `buf` at `at` is whole sectors and inside of a disk of `geometry`; the number of its sectors.
+/// Checks that `bytes` at sector `at` are whole sectors on a disk of `geometry`. Returns the number of sectors.
 pub fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
     let sectors = bytes as u64 / SECTOR;
     let whole = (bytes as u64).is_multiple_of(SECTOR);

@@ -1,24 +1,25 @@
-//! What became of requests that failed: told once, and not told a thousand times.
+//! Log of failed requests, limited in rate.
 //!
-//! While a mount starts, the first failure is kept as the cause of a start that fails, and nothing is logged: there
-//! is to be one error. Afterwards failures are logged, but of a damaged disk that somebody copies whole only so
-//! many in a while.
+//! While a mount starts, the first failure is kept as the cause of a failed start and nothing is logged: the user gets
+//! one error. Afterwards failures are logged, but a copy of a damaged disk fails thousands of times, so each window of
+//! time has a limit.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
 
-/// Failures that are logged in each [`WINDOW`].
-const MOST: u64 = 20;
+/// Number of failures that are logged per [`WINDOW`].
+const MAX_PER_WINDOW: u64 = 20;
+/// Length of a window. It starts with the first failure after the previous one has ended.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// The failures of a mount.
+/// The failed requests of a mount.
 #[derive(Debug, Default)]
-pub struct ErrorLog(Mutex<Repeats>);
+pub struct ErrorLog(Mutex<LogState>);
 
 #[derive(Debug, Default)]
-struct Repeats {
+struct LogState {
     started: bool,
     first: Option<Error>,
     window: Option<Instant>,
@@ -26,7 +27,7 @@ struct Repeats {
 }
 
 impl ErrorLog {
-    /// Notes a request that failed.
+    /// Records a failed request: keeps it while the mount starts, logs it afterwards.
     pub fn note(&self, error: Error) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !state.started {
@@ -35,26 +36,27 @@ impl ErrorLog {
         }
         let now = Instant::now();
         if state.window.is_none_or(|began| now.duration_since(began) >= WINDOW) {
-            if state.in_window > MOST {
-                tracing::error!("{} more errors were not logged", state.in_window - MOST);
+            // There is no timer: the failure that opens a window reports what the last one suppressed.
+            if state.in_window > MAX_PER_WINDOW {
+                tracing::error!("{} more errors were not logged", state.in_window - MAX_PER_WINDOW);
             }
             state.window = Some(now);
             state.in_window = 0;
         }
         state.in_window += 1;
-        if state.in_window <= MOST {
+        if state.in_window <= MAX_PER_WINDOW {
             tracing::error!("{error}");
-        } else if state.in_window == MOST + 1 {
+        } else if state.in_window == MAX_PER_WINDOW + 1 {
             tracing::error!("further errors are not logged for a minute");
         }
     }
 
-    /// What failed while the mount started.
+    /// Returns the first failure while the mount started.
     pub fn cause(&self) -> Option<Error> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).first.clone()
     }
 
-    /// From now on failures are logged.
+    /// Ends the start of the mount: from now on failures are logged.
     pub fn started(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).started = true;
     }

@@ -1,126 +1,129 @@
-//! Who is changing what: locks on ranges of numbers.
+//! Range locks over numbers.
 //!
-//! Used for the granules of a disk, so that a read-modify-write keeps every other write to the same granules away, and
+//! Used for the granules of a disk, so that a read-modify-write excludes every other write to the same granules, and
 //! for the grains of a sparse extent, so that each is allocated once.
 //!
 //! ```text
-//!   shared   beside others that are shared: whole granules, as the kernel may send them at once
-//!   alone    a granule whose other bytes are read and written back; a grain that gets its room
+//!   shared      writes of whole granules, several of which the kernel may send at once
+//!   exclusive   a granule whose other bytes are read and written back; a grain that is allocated
 //! ```
-//! A list under a mutex, in the order of arrival: there are never more writes under way than threads that serve.
-//! Each waits for those before it that it overlaps and does not go with, so nobody is overtaken for ever; and as each
-//! asks for one range of one list, once, nobody waits in a circle. Granules are taken before grains. Whoever holds a
-//! range ends when its I/O ends, and that has a deadline of its own.
+//! The locks are a list under a mutex, in order of arrival. It is short: there are never more entries than writes in
+//! flight. Each request waits for the earlier ones that overlap it, unless both are shared, so it is never overtaken
+//! and cannot starve.
+//!
+//! Deadlocks: a caller locks one range of one list at a time, so waits cannot form a cycle. Lock order between lists:
+//! granules before grains. A lock is released when its I/O ends, which has a deadline of its own.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// How a range is used.
+/// Mode of a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Beside others that do the same.
+    /// Excludes exclusive locks only.
     Shared,
-    /// By nobody else.
+    /// Excludes every other lock.
     Exclusive,
 }
 
-/// The ranges that are being written.
+/// List of range locks, held and waited for.
 #[derive(Debug, Default)]
 pub(crate) struct RangeLock {
-    list: Mutex<Queue>,
-    ended: Condvar,
+    list: Mutex<LockList>,
+    released: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    /// Number of the next who comes.
+struct LockList {
+    /// Number of the next request.
     next: u64,
-    /// How many wait.
+    /// Number of threads that wait.
     waiting: usize,
-    /// Held or waited for, in the order of arrival.
-    entries: Vec<Entry>,
+    /// Locks held or waited for, in order of arrival.
+    entries: Vec<LockEntry>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct LockEntry {
     number: u64,
     range: Range<u64>,
     mode: Mode,
 }
 
-/// The use of a range, until it is dropped.
+/// A held lock, released on drop.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct RangeGuard<'a> {
-    ranges: &'a RangeLock,
+    lock: &'a RangeLock,
     number: u64,
 }
 
 impl RangeLock {
-    /// Waits for those before that `range`, which is not empty, does not go with.
+    /// Locks `range`, which must not be empty. Waits for the earlier locks that conflict with it.
     pub(crate) fn lock(&self, range: Range<u64>, mode: Mode) -> RangeGuard<'_> {
         let mut list = self.list();
         let number = list.next;
         list.next += 1;
-        let wait = list.is_in_the_way(number, &range, mode);
-        list.entries.push(Entry {
+        let must_wait = list.conflicts(number, &range, mode);
+        list.entries.push(LockEntry {
             number,
             range: range.clone(),
             mode,
         });
-        // from here on it is on the list, whatever happens
-        let held = RangeGuard { ranges: self, number };
-        if wait {
+        // From here on the guard removes the entry, even if the wait below panics.
+        let guard = RangeGuard { lock: self, number };
+        if must_wait {
             list.waiting += 1;
-            let waits = |list: &mut Queue| list.is_in_the_way(number, &range, mode);
+            let waits = |list: &mut LockList| list.conflicts(number, &range, mode);
             list = self
-                .ended
+                .released
                 .wait_while(list, waits)
                 .unwrap_or_else(PoisonError::into_inner);
             list.waiting -= 1;
         }
         drop(list);
-        held
+        guard
     }
 
-    /// The same without waiting: a number to be given back by [`Self::unlock`]; `None`: somebody is in the way.
+    /// Locks `range` without waiting. Returns the number for [`Self::unlock`], or `None` if an earlier lock conflicts.
     pub(super) fn try_lock(&self, range: Range<u64>, mode: Mode) -> Option<u64> {
         let mut list = self.list();
         let number = list.next;
-        if list.is_in_the_way(number, &range, mode) {
+        if list.conflicts(number, &range, mode) {
             return None;
         }
         list.next += 1;
-        list.entries.push(Entry { number, range, mode });
+        list.entries.push(LockEntry { number, range, mode });
         Some(number)
     }
 
-    /// Ends the use of a range.
+    /// Releases the lock with this number.
     pub(super) fn unlock(&self, number: u64) {
         let mut list = self.list();
         list.entries.retain(|e| e.number != number);
         let waiting = list.waiting;
         drop(list);
+        // A wake-up without waiting threads would cost a system call for each write.
         if waiting > 0 {
-            self.ended.notify_all();
+            self.released.notify_all();
         }
     }
 
-    /// How many wait.
+    /// Returns the number of waiting threads.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {
         self.list().waiting
     }
 
-    fn list(&self) -> MutexGuard<'_, Queue> {
-        // nothing is left half done under it
+    fn list(&self) -> MutexGuard<'_, LockList> {
+        // A panic cannot leave the list half changed, so poisoning means nothing.
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Queue {
-    /// Whether somebody who came before `number` keeps it from `range`.
-    fn is_in_the_way(&self, number: u64, range: &Range<u64>, mode: Mode) -> bool {
+impl LockList {
+    /// Returns true if a lock that arrived before `number` conflicts with `range` in `mode`.
+    fn conflicts(&self, number: u64, range: &Range<u64>, mode: Mode) -> bool {
         let before = self.entries.iter().take_while(|e| e.number < number);
         before
             .filter(|e| e.mode == Mode::Exclusive || mode == Mode::Exclusive)
@@ -130,7 +133,7 @@ impl Queue {
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        self.ranges.unlock(self.number);
+        self.lock.unlock(self.number);
     }
 }
 
@@ -142,9 +145,9 @@ mod tests {
 
     use super::*;
 
-    /// What goes together, and what does not, for a second who comes while `0..10` is held.
+    /// Conflicts of a second request while `0..10` is locked.
     #[test]
-    fn only_what_overlaps_and_is_alone_waits() {
+    fn only_overlapping_ranges_with_an_exclusive_lock_conflict() {
         let ranges = RangeLock::default();
         for (first, second, range, waits) in [
             (Mode::Shared, Mode::Shared, 0..10, false),
@@ -157,7 +160,7 @@ mod tests {
             let held = ranges.lock(0..10, first);
             let number = ranges.list().next;
             assert_eq!(
-                ranges.list().is_in_the_way(number, &range, second),
+                ranges.list().conflicts(number, &range, second),
                 waits,
                 "{first:?} {second:?} {range:?}"
             );
@@ -167,36 +170,36 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_goes_on_when_the_range_is_free_and_keeps_those_behind_waiting() {
+    fn a_waiting_lock_is_granted_on_release_and_keeps_later_ones_waiting() {
         let ranges = RangeLock::default();
-        let (say, heard) = channel();
+        let (acquired, order) = channel();
         thread::scope(|scope| {
             let first = ranges.lock(0..1, Mode::Shared);
-            let (ranges, alone) = (&ranges, say.clone());
+            let (ranges, exclusive) = (&ranges, acquired.clone());
             scope.spawn(move || {
                 let _held = ranges.lock(0..1, Mode::Exclusive);
-                alone.send("alone").unwrap();
+                exclusive.send("exclusive").unwrap();
             });
             while ranges.list().waiting < 1 {
                 thread::yield_now();
             }
-            // goes with the first, but came after one that does not
+            // Compatible with the first lock, but it arrived after one that is not.
             scope.spawn(move || {
                 let _held = ranges.lock(0..1, Mode::Shared);
-                say.send("shared").unwrap();
+                acquired.send("shared").unwrap();
             });
             while ranges.list().waiting < 2 {
                 thread::yield_now();
             }
-            assert_eq!(heard.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
+            assert_eq!(order.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
             drop(first);
-            assert_eq!((heard.recv(), heard.recv()), (Ok("alone"), Ok("shared")));
+            assert_eq!((order.recv(), order.recv()), (Ok("exclusive"), Ok("shared")));
         });
         assert!(ranges.list().entries.is_empty());
     }
 
     #[test]
-    fn a_panic_gives_the_range_back() {
+    fn a_panic_releases_the_lock() {
         let ranges = RangeLock::default();
         let panics = thread::scope(|scope| {
             let panics = || {

@@ -1,12 +1,12 @@
-//! Entry points of the fuzzers: bytes in, nothing out. None of them may panic, take more than 256 MiB, or more than
-//! a second for a MiB of input.
+//! Entry points of the fuzzers. Each takes arbitrary bytes and returns nothing; none may panic, use more than 256 MiB
+//! of memory, or take more than a second for each MiB of input.
 //!
 //! ```text
-//!   descriptor   the bytes are the text; all files that it names exist
-//!   header       the bytes are an extent, named by a good descriptor
-//!   image        the bytes are the file that the user names
+//!   descriptor   the input is the text of a descriptor; all files that it names exist
+//!   header       the input is an extent, named by a valid descriptor
+//!   image        the input is the file that the user names
 //! ```
-//! What opens is read at its borders, walked for holes, and checked.
+//! A disk that opens is read at its borders, walked for holes, and checked.
 
 use std::sync::Arc;
 
@@ -17,69 +17,82 @@ use vmdkfuse::volume::{MAX_READ, ReadBuffer, Seek, Volume};
 
 use crate::memory::MemoryStore;
 
-/// What the descriptor is called.
+/// Name of the descriptor in the store.
 const DISK: &[u8] = b"disk.vmdk";
-/// Files that are made for the names in a descriptor; more names than that are left missing.
-const NAMES: usize = 64;
-/// Bytes of each.
-const FLAT: usize = 64 << 10;
-/// Steps of a walk over holes and data.
-const STEPS: usize = 64;
+/// Largest number of extent files that are created for a descriptor; the files of further names do not exist.
+const MAX_EXTENTS: usize = 64;
+/// Bytes of each extent file.
+const EXTENT_LEN: usize = 64 << 10;
+/// Largest number of steps of a walk over holes and data.
+const MAX_STEPS: usize = 64;
 
-/// The bytes are the text of a descriptor. Every file that it names exists and is zero, every parent is a good disk.
+/// Opens `data` as the text of a descriptor.
+///
+/// The first 64 extents that it names exist and hold zeroes; every parent that it names is a valid disk.
 pub fn descriptor(data: &[u8]) {
     looks_like(data);
-    let Ok(text) = Descriptor::parse(data) else { return };
-    let flat: Arc<[u8]> = vec![0; FLAT].into();
-    let names = text.extents.iter().filter_map(|e| e.name.as_ref()).take(NAMES);
+    let Ok(descriptor_text) = Descriptor::parse(data) else {
+        return;
+    };
+    let flat: Arc<[u8]> = vec![0; EXTENT_LEN].into();
+    let names = descriptor_text
+        .extents
+        .iter()
+        .filter_map(|e| e.name.as_ref())
+        .take(MAX_EXTENTS);
     let mut files: Vec<(Vec<u8>, Arc<[u8]>)> = names
         .map(|name| (name.as_bytes().to_vec(), Arc::clone(&flat)))
         .collect();
-    if let Some(parent) = &text.parent {
-        let good = format!(
+    if let Some(parent) = &descriptor_text.parent {
+        let valid = format!(
             "# Disk DescriptorFile\nversion=1\nCID={:08x}\nparentCID=ffffffff\ncreateType=\"custom\"\nRW 64 ZERO\n",
             parent.cid
         );
         let hints = parent.hint.candidates().into_iter();
-        files.extend(hints.map(|name| (name.as_bytes().to_vec(), good.as_bytes().into())));
+        files.extend(hints.map(|name| (name.as_bytes().to_vec(), valid.as_bytes().into())));
     }
     files.push((DISK.to_vec(), data.into()));
     open(&MemoryStore::new(files));
 }
 
-/// The bytes are an extent file, named by good descriptors of each kind and of several sizes.
+/// Opens `data` as an extent file, named by valid descriptors of each sparse type and of several sizes.
 pub fn header(data: &[u8]) {
     let extent: Arc<[u8]> = data.into();
     for (kind, sectors) in [("SESPARSE", 1), ("VMFSSPARSE", 8000), ("SPARSE", 1 << 24)] {
-        let text = format!(
+        let descriptor_text = format!(
             "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\nRW {sectors} {kind} \"extent\"\n"
         );
-        let files: [(&[u8], Arc<[u8]>); 2] = [(DISK, text.into_bytes().into()), (b"extent", Arc::clone(&extent))];
+        let files: [(&[u8], Arc<[u8]>); 2] = [
+            (DISK, descriptor_text.into_bytes().into()),
+            (b"extent", Arc::clone(&extent)),
+        ];
         open(&MemoryStore::new(files));
     }
 }
 
-/// The bytes are the file that the user names; it stands alone.
+/// Opens `data` as the file that the user names; no other file exists.
 pub fn image(data: &[u8]) {
     vmdk::file_kind(data);
     open(&MemoryStore::new([(DISK, data)]));
 }
 
-/// Opens the disk and uses it if it opens.
+/// Opens the disk, and exercises it if that succeeds.
 fn open(store: &MemoryStore) {
     let Ok(file) = store.file(DISK) else { return };
     match VmdkDisk::open(Arc::new(file), OpenOptions::default()) {
         Ok(disk) => exercise(&Arc::new(disk)),
-        Err(e) => assert!(!e.to_string().is_empty(), "an error says what is wrong"),
+        Err(e) => assert!(!e.to_string().is_empty(), "the error has no text"),
     }
 }
 
-/// Reads, walks and checks a disk. Errors are fine; what is said about one sector must not contradict itself.
+/// Reads, walks and checks a disk.
+///
+/// Errors are allowed. Two answers about the same sector must not contradict each other.
 fn exercise(disk: &Arc<VmdkDisk>) {
     disk.info();
     let image = Volume::new(Arc::clone(disk) as Arc<dyn BlockRead>, disk.files());
     let end = image.len();
-    let mut scratch = ReadBuffer::new();
+    let mut buffer = ReadBuffer::new();
     for offset in [
         0,
         511,
@@ -88,11 +101,11 @@ fn exercise(disk: &Arc<VmdkDisk>) {
         end.saturating_sub(1),
         end,
     ] {
-        if let Ok(bytes) = image.read(offset, MAX_READ, &mut scratch) {
+        if let Ok(bytes) = image.read(offset, MAX_READ, &mut buffer) {
             assert_eq!(
                 bytes.len() as u64,
                 (end - offset).min(MAX_READ as u64),
-                "a read is whole"
+                "a successful read is complete"
             );
         }
     }
@@ -100,13 +113,14 @@ fn exercise(disk: &Arc<VmdkDisk>) {
         walk(disk, start / SECTOR);
         seek(&image, start);
     }
-    // errors are expected here; that it ends is the point
+    // A damaged image may have any number of errors; the fuzzer only requires that the check ends.
     vmdk::check(disk);
 }
 
+/// Queries the mapping from sector `at` on and reads one sector of each range that is reported as zero.
 fn walk(disk: &VmdkDisk, mut at: u64) {
     let end = disk.geometry().sectors;
-    for _ in 0..STEPS {
+    for _ in 0..MAX_STEPS {
         if at >= end {
             return;
         }
@@ -116,12 +130,16 @@ fn walk(disk: &VmdkDisk, mut at: u64) {
         assert!((1..=end - at).contains(&sectors), "{sectors} sectors at {at} of {end}");
         let mut one = [1; SECTOR as usize];
         if content.is_zero() && disk.read_at(Lba(at), &mut one).is_ok() {
-            assert_eq!(one, [0; SECTOR as usize], "sector {at} is said to be zero");
+            assert_eq!(
+                one, [0; SECTOR as usize],
+                "sector {at} is reported as zero but reads as data"
+            );
         }
         at += sectors;
     }
 }
 
+/// Seeks to the next data and then to the next hole from byte `at`; the results must lie in `at..=len`.
 fn seek(image: &Volume, mut at: u64) {
     for what in [Seek::Data, Seek::Hole] {
         match image.seek(at, what) {

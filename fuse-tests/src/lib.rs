@@ -1,5 +1,5 @@
-//! What the integration tests share: a maker of VMDK variants, crashes of a simulated
-//! store, files in memory, models of written disks, and the entry points of the fuzzers.
+//! Shared code of the integration tests: a generator of VMDK variants, crashes of a simulated store, files in memory,
+//! models of written disks, the black-box harness, and the entry points of the fuzzers.
 
 pub mod crash;
 pub mod fuzz;

@@ -1,4 +1,4 @@
-//! Files in memory in the place of a folder: what the fuzzers open.
+//! A read-only store whose files are in memory. The fuzzers open images from it, so that no file system is involved.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,7 +6,9 @@ use std::sync::Arc;
 use vmdkfuse::error::{Error, ErrorKind, Result};
 use vmdkfuse::store::{Access, ExtentName, Identity, Store, StoredFile};
 
-/// A folder in memory. It has no gate: what it does not hold is not found, whatever the name looks like.
+/// A store of files in memory, cheap to clone.
+///
+/// It needs no gate for names: no name, whatever it looks like, can lead to a file outside of the store.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore {
     files: Arc<BTreeMap<Vec<u8>, Arc<[u8]>>>,
@@ -16,14 +18,14 @@ pub struct MemoryStore {
 #[derive(Debug, Clone)]
 pub struct MemoryFile {
     label: String,
-    /// Its place among the names of the store.
-    number: u64,
+    /// Index of the file among the names of the store; serves as its inode number.
+    index: u64,
     data: Arc<[u8]>,
     store: MemoryStore,
 }
 
 impl MemoryStore {
-    /// A folder with these files; of several with one name the last one counts.
+    /// Creates a store with these files. If a name occurs more than once, the last file wins.
     pub fn new<N: Into<Vec<u8>>, D: Into<Arc<[u8]>>>(files: impl IntoIterator<Item = (N, D)>) -> Self {
         let files = files
             .into_iter()
@@ -32,7 +34,7 @@ impl MemoryStore {
         Self { files: Arc::new(files) }
     }
 
-    /// The file of that name.
+    /// Returns the file with this name, or [`ErrorKind::NotFound`].
     pub fn file(&self, name: &[u8]) -> Result<MemoryFile> {
         let label = String::from_utf8_lossy(name).into_owned();
         match self
@@ -41,9 +43,9 @@ impl MemoryStore {
             .zip(0..)
             .find(|((known, _), _)| known.as_slice() == name)
         {
-            Some(((_, data), number)) => Ok(MemoryFile {
+            Some(((_, data), index)) => Ok(MemoryFile {
                 label,
-                number,
+                index,
                 data: Arc::clone(data),
                 store: self.clone(),
             }),
@@ -58,7 +60,7 @@ impl Store for MemoryStore {
             Access::Read => Ok(Arc::new(self.file(name.as_bytes())?)),
             Access::Write => Err(Error::new(
                 ErrorKind::ReadOnly,
-                format!("{name}: these files are only read"),
+                format!("{name}: a store in memory is read-only"),
             )),
         }
     }
@@ -66,14 +68,14 @@ impl Store for MemoryStore {
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
         Err(Error::new(
             ErrorKind::ReadOnly,
-            format!("{name}: these files are only read"),
+            format!("{name}: a store in memory is read-only"),
         ))
     }
 
     fn remove(&self, name: &ExtentName, _: &Identity) -> Result<()> {
         Err(Error::new(
             ErrorKind::ReadOnly,
-            format!("{name}: these files are only read"),
+            format!("{name}: a store in memory is read-only"),
         ))
     }
 
@@ -93,9 +95,9 @@ impl StoredFile for MemoryFile {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let start = usize::try_from(offset).ok();
-        let part = start.and_then(|start| self.data.get(start..start.checked_add(buf.len())?));
-        match part {
-            Some(part) => buf.copy_from_slice(part),
+        let bytes = start.and_then(|start| self.data.get(start..start.checked_add(buf.len())?));
+        match bytes {
+            Some(bytes) => buf.copy_from_slice(bytes),
             None => {
                 let context = format!("{}: read of {} bytes at byte {offset}", self.label, buf.len());
                 return Err(Error::corrupt(format!(
@@ -113,13 +115,14 @@ impl StoredFile for MemoryFile {
 
     fn identity_at_open(&self) -> Identity {
         Identity {
-            file: (0, self.number),
+            file: (0, self.index),
             len: self.len(),
             mtime_ns: 0,
             ctime_ns: 0,
         }
     }
 
+    // The bytes never change, so the identity is always up to date.
     fn detects_modification(&self) -> bool {
         true
     }

@@ -1,9 +1,9 @@
-//! Disks that a test writes to by the library: how they are opened, and what they must hold.
+//! Disks that a test writes to through the library: functions that open them, and a model of their expected content.
 //!
 //! ```text
-//!   alone              one test of a program at a time
-//!   open, writable …   a VMDK as the engine opens it, with locks
-//!   Model              what a disk held, and the sectors written since: what every reader is compared with
+//!   alone              runs one test of a test program at a time
+//!   open, writable …   open a VMDK as the daemon does, with locks
+//!   Model              the original content of a disk and the sectors written since; every reader is compared with it
 //! ```
 #![allow(
     clippy::unwrap_used,
@@ -26,17 +26,19 @@ use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use crate::make::SECTOR;
 
+/// Held by the test that runs alone.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// Keeps the other tests of this program that call it waiting for as long as the answer lives.
+/// Blocks the other callers in this test program until the returned guard is dropped.
 ///
-/// A program that one of them starts has, until it is executed, all open files of this process, and with them their
-/// locks; and the memory that one takes can be told only while no other takes some.
+/// A child process inherits all open files of this process, and with them their locks, between fork and exec: a test
+/// that checks locks must not run while another test starts a program. A test that measures the memory of this process
+/// must not run while another test allocates.
 pub fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Locks, and lets names in an image lead into the folders `allow` besides its own.
+/// Returns a policy that takes image locks and lets names in an image lead into the folders `allow` as well as its own.
 pub fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
     Arc::new(OpenPolicy {
         allow: allow.to_vec(),
@@ -44,7 +46,7 @@ pub fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
     })
 }
 
-/// Opens the VMDK at `path` by [`policy`].
+/// Opens the VMDK at `path` with [`policy`].
 pub fn open(path: &Path, allow: &[PathBuf], access: Access, options: OpenOptions) -> Result<VmdkDisk> {
     let file = open_user_path(path, policy(allow), access)?;
     match access {
@@ -53,34 +55,34 @@ pub fn open(path: &Path, allow: &[PathBuf], access: Access, options: OpenOptions
     }
 }
 
-/// Opens a VMDK for writing, if its rules let it.
+/// Opens a VMDK for writing; fails if the format or a lock does not allow it.
 pub fn writable(path: &Path) -> Result<VmdkDisk> {
     open(path, &[], Access::Write, OpenOptions::default())
 }
 
-/// Opens a VMDK for reading.
+/// Opens a VMDK for reading; panics if that fails.
 #[track_caller]
 pub fn readable(path: &Path) -> VmdkDisk {
     open(path, &[], Access::Read, OpenOptions::default()).unwrap()
 }
 
-/// What a disk shows.
+/// Reads `sectors` sectors from sector `at` on; panics if that fails.
 #[track_caller]
 pub fn read(disk: &dyn BlockRead, at: u64, sectors: u64) -> Vec<u8> {
-    // not what a reader that leaves a part out would seem to have read
-    let mut seen = vec![0xee; (sectors * SECTOR) as usize];
-    disk.read_at(Lba(at), &mut seen).unwrap();
-    seen
+    // Not zeroes: a reader that skips a part of the buffer must not seem to have read zeroes.
+    let mut actual = vec![0xee; (sectors * SECTOR) as usize];
+    disk.read_at(Lba(at), &mut actual).unwrap();
+    actual
 }
 
-/// Sectors that differ from their neighbours, and from those of the steps before and after.
+/// Returns test data in which each sector differs from its neighbours and from the same sector of adjacent steps.
 pub fn data(step: u64, sectors: u64) -> Vec<u8> {
     (0..sectors * SECTOR)
         .map(|i| (i / SECTOR * 7 + step * 13 + 1) as u8)
         .collect()
 }
 
-/// What a disk must hold: what it held, and sectors written since.
+/// Expected content of a disk: its original content, overlaid with the sectors written since.
 pub struct Model {
     base: Box<dyn Fn(u64, u64) -> Vec<u8>>,
     written: BTreeMap<u64, [u8; SECTOR as usize]>,
@@ -98,7 +100,7 @@ impl fmt::Debug for Model {
 }
 
 impl Model {
-    /// Over what `base` answers for a first sector and a number of sectors.
+    /// Creates a model of a disk whose original content is `base(first sector, number of sectors)`.
     pub fn new(sectors: u64, base: impl Fn(u64, u64) -> Vec<u8> + 'static) -> Self {
         Self {
             base: Box::new(base),
@@ -107,7 +109,7 @@ impl Model {
         }
     }
 
-    /// Over the bytes of a file, of which the last sector may be a part.
+    /// Creates a model of the raw file at `path`. A partial last sector is padded with zeroes.
     pub fn of_file(path: &Path) -> Self {
         let mut bytes = fs::read(path).unwrap();
         bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
@@ -117,12 +119,12 @@ impl Model {
         })
     }
 
-    /// Sectors of the disk.
+    /// Returns the size of the disk in sectors.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// What `sectors` hold from `at` on.
+    /// Returns the expected bytes of `sectors` sectors from sector `at` on.
     pub fn read(&self, at: u64, sectors: u64) -> Vec<u8> {
         let mut bytes = (self.base)(at, sectors);
         for (&sector, data) in self.written.range(at..at + sectors) {
@@ -132,39 +134,39 @@ impl Model {
         bytes
     }
 
-    /// Notes whole sectors that were written from `at` on.
+    /// Records a write of whole sectors from sector `at` on.
     pub fn write(&mut self, at: u64, bytes: &[u8]) {
         for (sector, data) in (at..).zip(bytes.chunks_exact(SECTOR as usize)) {
             self.written.insert(sector, data.try_into().unwrap());
         }
     }
 
-    /// Writes all of it to a file.
+    /// Writes the whole expected content to a file.
     pub fn save(&self, path: &Path) {
         fs::write(path, self.read(0, self.sectors)).unwrap();
     }
 
-    /// Panics unless `disk` shows every sector that was written and what lies around it.
+    /// Panics unless `disk` holds the expected bytes in every sector that was written and around it.
     #[track_caller]
     pub fn compare(&self, disk: &dyn BlockRead, what: &str) {
         for Range { start, end } in self.touched() {
-            let (seen, wanted) = (read(disk, start, end - start), self.read(start, end - start));
-            let pairs = seen
+            let (actual, expected) = (read(disk, start, end - start), self.read(start, end - start));
+            let pairs = actual
                 .chunks_exact(SECTOR as usize)
-                .zip(wanted.chunks_exact(SECTOR as usize));
-            for (sector, (seen, wanted)) in (start..end).zip(pairs) {
-                assert!(seen == wanted, "{what}: sector {sector}");
+                .zip(expected.chunks_exact(SECTOR as usize));
+            for (sector, (actual, expected)) in (start..end).zip(pairs) {
+                assert!(actual == expected, "{what}: sector {sector}");
             }
         }
     }
 
-    /// What [`compare`](Self::compare) looks at, as ranges that lie apart.
+    /// Returns the sectors that [`compare`](Self::compare) reads, as disjoint ranges in ascending order.
     fn touched(&self) -> Vec<Range<u64>> {
-        // more than a grain of the usual size before and behind
-        const AROUND: u64 = 140;
+        // More than a grain of the usual size (128 sectors) on each side.
+        const MARGIN: u64 = 140;
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for sector in self.written.keys() {
-            let (start, end) = (sector.saturating_sub(AROUND), (sector + AROUND).min(self.sectors));
+            let (start, end) = (sector.saturating_sub(MARGIN), (sector + MARGIN).min(self.sectors));
             match ranges.last_mut() {
                 Some(last) if start <= last.end => last.end = end,
                 _ => ranges.push(start..end),
@@ -179,7 +181,7 @@ mod tests {
     use super::*;
     use crate::harness::open_read_only;
 
-    /// A disk of 1000 sectors, and what it holds once two of them were written.
+    /// Creates a disk of 1000 sectors of which two were written, and its model.
     fn written() -> (tempfile::TempDir, PathBuf, Model) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img");
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_holds_what_was_written_is_the_same() {
+    fn a_disk_with_the_written_data_passes() {
         let (_dir, path, model) = written();
         model.compare(open_read_only(&path, &[]).unwrap().disk().as_ref(), "a disk");
         assert_eq!(model.touched(), [160..440, 560..840]);
@@ -200,7 +202,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "a disk: sector 600")]
-    fn a_wrong_byte_beside_what_was_written_is_found() {
+    fn a_wrong_byte_next_to_written_data_is_found() {
         let (_dir, path, model) = written();
         let mut bytes = fs::read(&path).unwrap();
         bytes[600 * SECTOR as usize + 511] ^= 1;

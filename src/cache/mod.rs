@@ -1,7 +1,8 @@
-//! What lies between a source and the bytes of its file.
 //!
-//! [`BlockCache`] keeps blocks that are dear to get (compressed grains) and gets the next ones ahead of time.
-//! Plain local files go without it: the kernel has their pages already.
+//! Block cache with single-flight fetches and read-ahead, between a source and its volume.
+//!
+//! [`BlockCache`] keeps blocks of expensive sources (compressed grains) in memory and prefetches the next ones for
+//! sequential readers. Plain local files have no cache: the kernel has their pages in its page cache already.
 
 mod memory;
 mod readahead;

@@ -1,82 +1,85 @@
-//! Fetches under way: one for a block, shared by all who want it.
+//! Single-flight: one fetch for a block, shared by all threads that want it.
 //!
 //! ```text
-//!   wanted ─► Queued ─claimed by whoever comes first─► Running ─► Done(block or error)
-//!                │ a worker, or the reader that needs it now      └─► every waiter gets the same
+//!   created ─► Queued ── claimed by a worker or a reader ──► Running ──► Done(block or error)
+//!                        (the first that claims it)                        └─► every waiter gets the result
 //! ```
-//! A reader never waits for a fetch that nobody has begun: it claims it and does it itself.
+//! A reader never waits for a fetch that no thread has started: it claims the flight and fetches the block itself. The
+//! claim ends the flight also if the fetch panics, so a waiter always gets a result.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The bytes of a block. A vector behind a counter: bytes that were inflated into one are not copied once more.
+/// Bytes of a block. `Arc<Vec<u8>>` instead of `Arc<[u8]>`: the latter would copy the bytes that were read into a vector.
 pub(crate) type Block = Arc<Vec<u8>>;
 
-/// The longest that a reader waits for somebody else's fetch.
+/// Maximum time that a reader waits for the fetch of another thread.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-enum State {
+enum FlightState {
     Queued,
     Running,
     Done(Result<Block>),
 }
 
-/// One fetch.
+/// One fetch of a block.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    state: Mutex<State>,
+    state: Mutex<FlightState>,
+    /// Notified when the state becomes `Done`.
     done: Condvar,
 }
 
-/// The right to do a fetch. Dropped without [`Claim::finish`] (a panic), it tells the waiters so.
+/// Right and duty to do a fetch. If it is dropped without [`Claim::finish`] (a panic), the flight fails.
 #[derive(Debug)]
 pub(crate) struct Claim(Option<Arc<Flight>>);
 
 impl Flight {
     pub(crate) fn new() -> Arc<Self> {
+        // Created unclaimed: a queued block belongs to the first thread that gets to it.
         Arc::new(Self {
-            state: Mutex::new(State::Queued),
+            state: Mutex::new(FlightState::Queued),
             done: Condvar::new(),
         })
     }
 
-    /// Takes the fetch over, if nobody has begun it.
+    /// Claims the fetch for the calling thread. Returns `None` if another thread has claimed it.
     pub(crate) fn claim(self: &Arc<Self>) -> Option<Claim> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, State::Queued) {
-            *state = State::Running;
+        if matches!(*state, FlightState::Queued) {
+            *state = FlightState::Running;
             return Some(Claim(Some(Arc::clone(self))));
         }
         None
     }
 
-    /// Waits for the result of a fetch that somebody else has claimed.
+    /// Waits for the result of a fetch that another thread has claimed. Errors: that of the fetch, or `ETIMEDOUT`.
     pub(crate) fn wait(&self) -> Result<Block> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self
             .done
-            .wait_timeout_while(state, DEADLINE, |s| !matches!(s, State::Done(_)));
+            .wait_timeout_while(state, DEADLINE, |s| !matches!(s, FlightState::Done(_)));
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &*state {
-            State::Done(result) => result.clone(),
+            FlightState::Done(result) => result.clone(),
             _ => Err(Error::new(
                 ErrorKind::Os(libc::ETIMEDOUT),
-                format!("a block did not arrive within {} seconds", DEADLINE.as_secs()),
+                format!("another thread did not fetch the block within {} s", DEADLINE.as_secs()),
             )),
         }
     }
 
     fn set(&self, result: Result<Block>) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::Done(result);
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = FlightState::Done(result);
         self.done.notify_all();
     }
 }
 
 impl Claim {
-    /// Ends the fetch with its result.
+    /// Ends the flight with the result of the fetch, and wakes the waiters.
     pub(crate) fn finish(mut self, result: Result<Block>) {
         if let Some(flight) = self.0.take() {
             flight.set(result);
@@ -89,7 +92,7 @@ impl Drop for Claim {
         if let Some(flight) = self.0.take() {
             flight.set(Err(Error::new(
                 ErrorKind::Os(libc::EIO),
-                "the fetch of a block was given up",
+                "the fetch of the block panicked",
             )));
         }
     }

@@ -1,8 +1,11 @@
-//! The attributes of a disk that can be set: they last as long as the mount.
+//! Attributes of a disk file that can be set. They last as long as the mount.
 //!
-//! Programs that copy set mode, owner and times afterwards (`cp -p`, rsync), and take a refusal for a failed copy. None
-//! of them has a place in an image, so they are kept here. Whether somebody may set them the kernel decides, where
-//! others than the owner of the mount may look in.
+//! Programs that copy (`cp -p`, rsync) set mode, owner and times afterwards, and report a failed copy if that is
+//! refused. An image cannot store any of them, so they are kept in memory. The kernel decides which process may set
+//! them, where users other than the owner of the mount have access.
+//!
+//! Order of the two members: a write only sets the flag, which costs no lock. The next access to the attributes takes
+//! the lock and turns the flag into a time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,28 +13,28 @@ use std::time::SystemTime;
 
 use fuser::{FileAttr, TimeOrNow};
 
-/// What was set, and when the content was changed by us.
+/// Attributes that were set, and the time of the last write through the daemon.
 #[derive(Debug, Default)]
 pub(super) struct Attributes {
-    set: Mutex<Set>,
-    /// Content was changed since somebody looked.
+    set: Mutex<SetAttributes>,
+    /// The content was changed since the attributes were last accessed.
     changed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
-struct Set {
+struct SetAttributes {
     mode: Option<u16>,
     uid: Option<u32>,
     gid: Option<u32>,
     atime: Option<SystemTime>,
     mtime: Option<SystemTime>,
-    /// When somebody looked first after a change.
+    /// When the attributes were first accessed after a change, which stands for the time of the change.
     changed: Option<SystemTime>,
 }
 
-/// A wish to set some of them.
+/// The attributes of a setattr request.
 #[derive(Debug, Default)]
-pub(super) struct Wish {
+pub(super) struct SetRequest {
     pub(super) mode: Option<u32>,
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,
@@ -40,30 +43,31 @@ pub(super) struct Wish {
 }
 
 impl Attributes {
-    /// Notes a change of the content: a time that was set before holds no longer. Costs next to nothing.
+    /// Records a change of the content, which ends a modification time that was set before. One atomic store.
     pub(super) fn changed(&self) {
         self.changed.store(true, Ordering::Release);
     }
 
-    /// Notes that the content may be changed without us: its own time is the right one from now on.
+    /// Records that the kernel may change the content without the daemon: from now on the image's own time counts.
     pub(super) fn passed(&self) {
-        self.settled().mtime = None;
+        self.current().mtime = None;
     }
 
-    /// Sets what is wished for.
-    pub(super) fn set(&self, wish: &Wish) {
-        let mut set = self.settled();
-        // setuid and the like mean nothing on a disk
-        set.mode = wish.mode.map(|mode| (mode & 0o777) as u16).or(set.mode);
-        set.uid = wish.uid.or(set.uid);
-        set.gid = wish.gid.or(set.gid);
-        set.atime = wish.atime.map(time).or(set.atime);
-        set.mtime = wish.mtime.map(time).or(set.mtime);
+    /// Sets the attributes that the request names.
+    pub(super) fn set(&self, request: &SetRequest) {
+        let mut set = self.current();
+        // Setuid, setgid and sticky mean nothing on a disk.
+        set.mode = request.mode.map(|mode| (mode & 0o777) as u16).or(set.mode);
+        set.uid = request.uid.or(set.uid);
+        set.gid = request.gid.or(set.gid);
+        set.atime = request.atime.map(time).or(set.atime);
+        set.mtime = request.mtime.map(time).or(set.mtime);
     }
 
-    /// `attr` with what was set, and with a time of change not before the last one that is known of.
+    /// Returns `attr` with the attributes that were set, and with modification and change times not before the last
+    /// known change.
     pub(super) fn apply(&self, attr: FileAttr) -> FileAttr {
-        let set = self.settled();
+        let set = self.current();
         let mtime = set
             .mtime
             .unwrap_or_else(|| attr.mtime.max(set.changed.unwrap_or(attr.mtime)));
@@ -78,9 +82,10 @@ impl Attributes {
         }
     }
 
-    /// What was set, without what a change has ended.
-    fn settled(&self) -> MutexGuard<'_, Set> {
+    /// Locks the attributes after applying a recorded change of the content.
+    fn current(&self) -> MutexGuard<'_, SetAttributes> {
         let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, so that a change never ends a time that was set after it.
         if self.changed.swap(false, Ordering::AcqRel) {
             set.mtime = None;
             set.changed = Some(SystemTime::now());
@@ -89,8 +94,8 @@ impl Attributes {
     }
 }
 
-fn time(wish: TimeOrNow) -> SystemTime {
-    match wish {
+fn time(value: TimeOrNow) -> SystemTime {
+    match value {
         TimeOrNow::SpecificTime(time) => time,
         TimeOrNow::Now => SystemTime::now(),
     }

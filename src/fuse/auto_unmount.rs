@@ -1,13 +1,15 @@
-//! auto_unmount: a process that outlives the daemon by one unmount.
+//! auto_unmount: a process that outlives the daemon and removes its mount.
 //!
 //! ```text
 //!   daemon ── fork ── watcher            before any thread, and before /dev/fuse is opened
-//!      │  "this mount" ──► │             once it is mounted
-//!      │  "all is done" ─► │ leaves      the daemon has unmounted, or somebody else has
+//!      │  MOUNT id dev  ─► │             once it is mounted
+//!      │  DONE          ─► │ exits       the daemon or another process has unmounted
 //!      ✗  end of socket ─► │ detaches    the daemon was killed
 //! ```
-//! `fusermount3 -o auto_unmount` does the same, but up to libfuse 3.14 (Debian 12) it looks at the mount as root
-//! and is refused, so for ordinary users without allow_other it leaves the dead mount where it is.
+//! The kernel closes the daemon's end of the socket however the daemon ends, SIGKILL included.
+//!
+//! `fusermount3 -o auto_unmount` does the same, but up to libfuse 3.14 (Debian 12) it examines the mount as root and is
+//! refused, so for ordinary users without allow_other it leaves the dead mount in place.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -19,11 +21,11 @@ use super::mountinfo::Device;
 use crate::error::{Error, Result};
 use crate::process::daemon::{detach, helper, receive, send};
 
-/// Kinds of messages: the mount to watch; nothing is left to be done.
+/// Message types: the mount to watch; nothing is left to do.
 const MOUNT: u8 = b'M';
 const DONE: u8 = b'D';
 
-/// The daemon's end. Dropped without [`Self::dismiss`], the mount is detached.
+/// The daemon's end of the watcher. If it is dropped without [`Self::dismiss`], the watcher detaches the mount.
 #[derive(Debug)]
 pub struct AutoUnmount {
     socket: UnixStream,
@@ -31,37 +33,39 @@ pub struct AutoUnmount {
 }
 
 impl AutoUnmount {
-    /// Forks it; an error where threads run already.
+    /// Forks the watcher. Errors: a thread is running already, or the fork failed.
     pub fn fork() -> Result<Self> {
-        let (socket, process) = helper("socket of the watcher", |socket| {
-            // It must not hold the caller's standard error, nor die with the daemon's terminal. What fails here can
-            // be told to nobody, and is no reason not to watch.
+        let (socket, process) = helper("socket of the auto_unmount process", |socket| {
+            // The watcher must not hold the caller's standard error, nor exit with the daemon's terminal. A failure
+            // cannot be reported to any process, and does not keep it from watching.
             let _ = detach().and_then(|()| crate::process::daemon::silence());
             let _ = watch(socket);
         })?;
         Ok(Self { socket, process })
     }
 
-    /// Gives it `mount` to watch.
+    /// Sends `mount` to the watcher.
     pub fn start(&mut self, mount: &Mount) -> Result<()> {
-        let told = send(&mut self.socket, MOUNT, encode(mount.identity()));
-        told.map_err(|e| Error::io("process that watches the mount", e))
+        let sent = send(&mut self.socket, MOUNT, encode(mount.identity()));
+        sent.map_err(|e| Error::io("process that unmounts after a crash", e))
     }
 
-    /// Ends it: the mount is gone.
+    /// Ends the watcher and waits for its exit: the mount is gone.
     pub fn dismiss(mut self) {
         if let Err(e) = send(&mut self.socket, DONE, "") {
-            tracing::debug!("watcher: {e}");
+            tracing::debug!("auto_unmount process: {e}");
         }
         drop(self.socket);
         if let Err(e) = nix::sys::wait::waitpid(self.process, None) {
-            tracing::debug!("watcher: {e}");
+            tracing::debug!("auto_unmount process: {e}");
         }
     }
 }
 
-/// The watcher's whole work. Whether it detached a mount.
+/// Main function of the watcher. Returns true if it detached a mount.
 fn watch(mut socket: UnixStream) -> io::Result<bool> {
+    // DONE ends the watcher without an unmount. The end of the socket, or an error of it, means that the daemon is
+    // gone.
     let mut mount = None;
     loop {
         match receive(&mut socket) {
@@ -105,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn it_touches_nothing_that_it_was_not_told_of_or_that_is_done() {
+    fn nothing_is_unmounted_without_a_mount_message_or_after_done() {
         let (daemon, watcher) = UnixStream::pair().unwrap();
         drop(daemon);
         assert!(!watch(watcher).unwrap());
@@ -120,6 +124,6 @@ mod tests {
         };
         send(&mut daemon, MOUNT, encode(nothing)).unwrap();
         drop(daemon);
-        assert!(!watch(watcher).unwrap(), "no such mount");
+        assert!(!watch(watcher).unwrap(), "a mount that does not exist");
     }
 }

@@ -1,20 +1,24 @@
-//! One disk of a mount, and the one place that decides how an open of it is served.
+//! One disk among the files of a mount, and the one place that decides how an open of it is served.
 //!
 //! ```text
-//!   open ─► may it? ─► files changed? ─► image opened anew (never one that we write to)
-//!     ├─ cache=none                     DIRECT   every request reaches us
-//!     ├─ one flat file, root, 6.9+      PASSED   the kernel reads and writes the file itself
-//!     ├─ O_DIRECT, or only for writing  DIRECT   no page would be read again
-//!     └─ else                           SERVED   the kernel keeps pages of what we answer
+//!   open ─► permitted? ─► image files modified? ─► reopen the volume (never one that this process writes to)
+//!     ├─ cache=none                     DIRECT       every request reaches the daemon
+//!     ├─ one flat file, root, 6.9+      PASSTHROUGH  the kernel reads and writes the backing file itself
+//!     ├─ O_DIRECT, or only for writing  DIRECT       no page would be read again
+//!     └─ else                           CACHED       the kernel keeps pages of the daemon's answers
 //! ```
-//! A disk that is no flat file may have a second node, which the kernel reads by itself: `view.rs`.
+//! A disk that is not one flat file may have a second inode, which the kernel reads without the daemon: see
+//! `kernel_view_node.rs`.
 //!
-//! The kernel has an inode in one mode at a time, so PASSED and SERVED don't mix: whoever comes first decides. DIRECT
-//! goes with both.
+//! The kernel has an inode in one mode at a time, so PASSTHROUGH and CACHED exclude each other: the first open decides.
+//! DIRECT goes with both.
 //!
-//! The kernel writes to a backing file without asking where the disk ends. An open only for writing (`cp`, `dd`, a
-//! shell's `>`), which is how more than a disk holds gets written, or for appending, is therefore PASSED but reaches
-//! us all the same; any other write behind the end is cut off with the next flush, which says so.
+//! The kernel writes to a backing file without knowing where the disk ends. An open only for writing (`cp`, `dd`, the
+//! `>` of a shell), which is how data beyond the end usually gets written, or for appending, is therefore PASSTHROUGH
+//! with `FOPEN_DIRECT_IO`: its requests reach the daemon all the same. Any other write beyond the end is truncated by
+//! the next flush, which reports it as an error.
+//!
+//! Lock order: `opens` before `volume`. Neither is held while an image is opened.
 
 use std::cell::RefCell;
 use std::ffi::OsString;
@@ -40,39 +44,42 @@ thread_local! {
     static READ_BUFFER: RefCell<ReadBuffer> = RefCell::new(ReadBuffer::new());
 }
 
-/// Whether the kernel takes a file of ours to read and write by itself, or why not.
+/// `Ok` if the kernel accepts a backing file for FUSE passthrough, otherwise the reason why not.
 pub(super) type Passthrough = Result<(), &'static str>;
 
-/// One disk of the mount.
+/// One disk among the files of a mount.
 #[derive(Debug)]
 pub(super) struct DiskFile {
     pub(super) config: DiskConfig,
     pub(super) attributes: Attributes,
     pub(super) flushes: Arc<Flushes>,
-    /// What may have to wait for a network.
+    /// Runs the requests of a remote disk that may block.
     pub(super) pool: Arc<WorkerPool>,
-    /// Which of the mount's disks it is.
+    /// Position among the disks of the mount.
     pub(super) index: usize,
-    /// Whether it can be written to; that stays as it is.
+    /// True if the disk can be written to. Does not change while the mount exists.
     pub(super) writable: bool,
-    /// Who opened it for writing just now, and may go on to cut it: that is what O_TRUNC looks like. 0: nobody.
+    /// Process that opened the disk for writing last and may follow up with a truncation: the kernel sends O_TRUNC as
+    /// an open and a setattr of size 0. 0: no such open.
     pub(super) opener: AtomicU32,
-    /// Replaced when the files below have changed: their tables are to be read anew.
-    /// Taken after `opens`, never before.
+    /// The disk's content. Replaced when the image files were modified, since their tables must be read again.
+    ///
+    /// Lock order: after `opens`, never before it.
     volume: RwLock<Arc<Volume>>,
     opens: Mutex<OpenState>,
-    /// Its second node, which the kernel reads by itself.
+    /// The second inode, which the kernel reads without the daemon.
     pub(super) view: Arc<KernelViewNode>,
-    said_served: AtomicBool,
+    /// True once the log has the reason why this disk is not served by passthrough.
+    logged_served: AtomicBool,
 }
 
 impl DiskFile {
-    /// An open disk.
-    pub(super) fn new(index: usize, config: DiskConfig, volume: Volume, shape: MountKind) -> Self {
+    /// Creates the file of an open disk, `index` in the order of the mount.
+    pub(super) fn new(index: usize, config: DiskConfig, volume: Volume, mount_kind: MountKind) -> Self {
         let writable = volume.writable();
         Self {
-            view: Arc::new(KernelViewNode::new(&config, &volume, shape)),
-            // one that is opened anew is what it was
+            view: Arc::new(KernelViewNode::new(&config, &volume, mount_kind)),
+            // A volume that is reopened later must not become writable when this one is not.
             config: DiskConfig {
                 read_only: !writable,
                 ..config
@@ -85,49 +92,51 @@ impl DiskFile {
             opener: AtomicU32::new(0),
             volume: RwLock::new(Arc::new(volume)),
             opens: Mutex::default(),
-            said_served: AtomicBool::new(false),
+            logged_served: AtomicBool::new(false),
         }
     }
 
-    /// Whether it has to be written in order.
-    pub(super) fn in_order(&self) -> bool {
+    /// Returns true if the disk accepts sequential writes only.
+    pub(super) fn sequential_write_only(&self) -> bool {
         self.volume()
             .disk()
             .writer()
             .is_some_and(|disk| disk.sequential_write_only())
     }
 
-    /// The disk as it is now.
+    /// Returns the current volume.
     pub(super) fn volume(&self) -> Arc<Volume> {
         Arc::clone(&self.volume.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Opens the disk anew if its files have changed.
+    /// Reopens the volume if the image files were modified.
     ///
-    /// No lock is held meanwhile, so that opens of one disk never wait for the files of it. Of several that find the
-    /// change at once, the first one's image stays.
+    /// Errors: the image cannot be opened any more, or its size changed, which the kernel could not follow.
     fn refresh(&self) -> Result<()> {
         let old = self.volume();
         if old.is_unchanged() {
             return Ok(());
         }
         tracing::info!(
-            "{}: the image was changed underneath, it is opened anew",
+            "{}: the image was modified by another process: reopening it",
             self.config.name.display()
         );
+        // No lock is held here: an open of one disk must not wait for the image files of another open. Where several
+        // opens find the modification at once, the first volume that gets installed stays.
         let new = volume::open(&self.config)?;
         if new.len() != old.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(
-                    "{}: its size changed from {} to {} bytes",
+                    "{}: the size changed from {} to {} bytes; unmount, then mount again",
                     self.config.name.display(),
                     old.len(),
                     new.len()
                 ),
             ));
         }
-        // under the lock of the opens: who sees the new image knows that there was another
+        // Both changes under the lock of `opens`: an open that sees the new volume also sees that it replaced another
+        // one.
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         let mut volume = self.volume.write().unwrap_or_else(PoisonError::into_inner);
         if Arc::ptr_eq(&volume, &old) {
@@ -137,7 +146,8 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Decides how an open is served: by the kernel from the backing file, from its pages, or by us alone.
+    /// Answers an open. Decides whether the kernel serves it from the backing file or from its pages, or the daemon
+    /// does.
     pub(super) fn open(
         &self,
         passthrough: Passthrough,
@@ -155,23 +165,24 @@ impl DiskFile {
             return error_log.note(e);
         }
         self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
-        // an open for reading leaves nothing to be made durable when it is closed
-        let quiet = if writes {
+        // A read-only open leaves nothing to flush when it is closed, which saves the kernel a request.
+        let no_flush = if writes {
             FopenFlags::empty()
         } else {
             FopenFlags::FOPEN_NOFLUSH
         };
-        let parallel = if self.in_order() {
-            quiet
+        let parallel = if self.sequential_write_only() {
+            no_flush
         } else {
-            quiet | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            no_flush | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
         };
         let direct = parallel | FopenFlags::FOPEN_DIRECT_IO;
-        let streams = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
+        let streaming = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
         if self.config.cache == Some(PageCache::None) {
             return reply.opened(handle(DIRECT, writes), direct);
         }
-        // before the lock, as it writes to files; done by whoever finds no backing file there, and then free
+        // Runs before `opens` is locked, as it writes to the image files. The order matters: the kernel may write to
+        // the backing file as soon as the open is answered.
         let volume = self.volume();
         if writes
             && passthrough.is_ok()
@@ -181,48 +192,52 @@ impl DiskFile {
             reply.error(errno(&e));
             return error_log.note(e);
         }
+        // Locked until the reply is sent: two opens that decide at once could otherwise give the inode two modes.
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.backing(&mut opens, passthrough, &reply) {
+        match self.acquire_backing(&mut opens, passthrough, &reply) {
             Ok(()) => {
                 if writes {
-                    opens.pages_are_old = true;
+                    // From here on the kernel changes the file without a request that would tell the daemon.
+                    opens.pages_are_stale = true;
                     self.attributes.passed();
                 }
-                opens.pass(
+                opens.reply_passthrough(
                     &self.volume(),
-                    handle(PASSED, writes),
-                    if streams { direct } else { quiet },
+                    handle(PASSTHROUGH, writes),
+                    if streaming { direct } else { no_flush },
                     reply,
                 );
             }
             Err(why) if self.view.refuses(&why, error_log) => reply.error(Errno::EIO),
             Err(_) if self.view.is_wanted() && flags.0 & libc::O_DIRECT != 0 => {
-                self.view.served(true, pid);
-                reply.opened(handle(VIEWLESS, writes), direct);
+                self.view.disk_inode_opened(true, pid);
+                reply.opened(handle(DIRECT_BESIDE_VIEW, writes), direct);
             }
             Err(why) => {
-                self.view.served(false, pid);
-                if !self.view.is_wanted() && !self.said_served.swap(true, Ordering::Relaxed) {
+                self.view.disk_inode_opened(false, pid);
+                if !self.view.is_wanted() && !self.logged_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
-                // what is only written is written through anyhow, and gains nothing by pages
-                let late = self.config.cache == Some(PageCache::WriteBack);
-                if flags.0 & libc::O_DIRECT != 0 || (streams && !late) {
+                // Pages of a streaming write would be written through at once and gain nothing, except with write-back.
+                let write_back = self.config.cache == Some(PageCache::WriteBack);
+                if flags.0 & libc::O_DIRECT != 0 || (streaming && !write_back) {
                     return reply.opened(handle(DIRECT, writes), direct);
                 }
-                let keep = opens.keeps_pages() && self.detects_modification();
-                opens.served += 1;
+                // Without FOPEN_KEEP_CACHE the kernel drops its pages of the inode at this open, which is the only way
+                // to get rid of pages from before an unnoticed modification.
+                let keep = opens.may_keep_pages() && self.detects_modification();
+                opens.cached_opens += 1;
                 let keep = if keep {
                     FopenFlags::FOPEN_KEEP_CACHE
                 } else {
                     FopenFlags::empty()
                 };
-                reply.opened(handle(SERVED, writes), quiet | keep);
+                reply.opened(handle(CACHED, writes), no_flush | keep);
             }
         }
     }
 
-    /// The same for the node that the kernel reads by itself.
+    /// Answers an open of the kernel view's inode.
     pub(super) fn open_view(&self, flags: OpenFlags, pid: u32, error_log: &ErrorLog, reply: ReplyOpen) {
         if let Err(e) = self.refresh() {
             reply.error(errno(&e));
@@ -236,19 +251,25 @@ impl DiskFile {
         }
     }
 
-    /// Whether a change of the content by somebody else would be noticed, or can't be.
+    /// Returns true if a modification of the content by another process would be noticed, or is excluded by a lock.
     fn detects_modification(&self) -> bool {
         let locked = self.config.source.local().is_some_and(|local| local.lock);
         self.volume().detects_modification() && self.config.source.local().is_some() && (locked || !self.writable)
     }
 
-    /// Has the backing file there for one more open, or says why there is none.
-    fn backing(&self, opens: &mut OpenState, passthrough: Passthrough, reply: &ReplyOpen) -> Result<(), String> {
+    /// Provides the backing file for one more passthrough open, or returns the reason why there is none.
+    fn acquire_backing(
+        &self,
+        opens: &mut OpenState,
+        passthrough: Passthrough,
+        reply: &ReplyOpen,
+    ) -> Result<(), String> {
         if opens.backing.is_some() {
             return Ok(());
         }
-        if opens.served > 0 {
-            return Err("it is open in the other mode".to_owned());
+        // The kernel answers EIO to a passthrough open of an inode that has cached opens.
+        if opens.cached_opens > 0 {
+            return Err("it is open with cached pages, which excludes passthrough".to_owned());
         }
         let volume = self.volume();
         let fd = volume
@@ -275,19 +296,20 @@ impl DiskFile {
     pub(super) fn release(&self, handle: FileHandle) {
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match mode(handle) {
-            PASSED => {
-                opens.passed = opens.passed.saturating_sub(1);
-                if opens.passed == 0 {
+            PASSTHROUGH => {
+                opens.passthrough_opens = opens.passthrough_opens.saturating_sub(1);
+                // Dropping the backing ID lets the next open start in the other mode.
+                if opens.passthrough_opens == 0 {
                     opens.backing = None;
                 }
             }
-            SERVED => opens.served = opens.served.saturating_sub(1),
-            VIEWLESS => self.view.direct_ended(),
+            CACHED => opens.cached_opens = opens.cached_opens.saturating_sub(1),
+            DIRECT_BESIDE_VIEW => self.view.direct_open_ended(),
             _ => {}
         }
     }
 
-    /// Answers a read.
+    /// Answers a read. A local disk is read on this thread; a remote one through its queue or its worker pool.
     pub(super) fn read(
         &self,
         handle: FileHandle,
@@ -312,6 +334,7 @@ impl DiskFile {
                 }
             }));
         };
+        // The completion may run on another thread, after the borrows of this call have ended: it owns what it needs.
         let done: ReadCompletion = Box::new(move |read| match read {
             Ok(bytes) => reply.data(bytes),
             Err(e) => {
@@ -343,52 +366,57 @@ impl DiskFile {
     }
 }
 
-/// How the opens that there are now are served. The kernel has an inode in one mode at a time, either with pages of its
-/// own or with a backing file, which must be the same for all opens; an open that doesn't fit it answers EIO.
+/// The current opens, and how they are served.
+///
+/// The kernel has an inode in one mode at a time: either with pages of its own, or with a backing file that is the same
+/// for all opens. It answers EIO to an open that does not fit.
 #[derive(Debug, Default)]
 struct OpenState {
-    /// The file that the kernel reads itself, and the image that it is of.
+    /// The file that the kernel reads itself, and the volume that it belongs to. Dropped with the last passthrough
+    /// open.
     backing: Option<(BackingId, Arc<Volume>)>,
-    /// Opens that use it.
-    passed: u64,
-    /// Opens with pages.
-    served: u64,
-    /// When the image was last replaced, or its pages became old.
+    /// Number of opens that use `backing`.
+    passthrough_opens: u64,
+    /// Number of opens with cached pages.
+    cached_opens: u64,
+    /// When the volume was last replaced, or its cached pages became stale.
     replaced: Option<Instant>,
-    /// The kernel may have written to the backing file, and knows nothing of that in the pages of the inode.
-    pages_are_old: bool,
+    /// The kernel may have written to the backing file, which does not update the cached pages of the inode.
+    pages_are_stale: bool,
 }
 
-/// How long after a change of the image no open may keep the kernel's pages: another open may still be about to drop
-/// them.
-const SETTLE: Duration = Duration::from_secs(1);
+/// For how long after a change of the image no open may keep the kernel's pages: another open that saw the old pages
+/// may still be about to drop them.
+const DROP_PAGES_FOR: Duration = Duration::from_secs(1);
 
 impl OpenState {
-    /// Answers with the backing file. Where it is of an image that has been replaced since, the kernel is told to ask us
-    /// all the same: it must be given the backing file while there are opens of it, but need not use it.
-    fn pass(&mut self, volume: &Arc<Volume>, handle: FileHandle, flags: FopenFlags, reply: ReplyOpen) {
+    /// Answers an open with the backing file.
+    ///
+    /// The kernel must be given the same backing file while there are opens of it. Where that file belongs to a volume
+    /// that has been replaced since, `FOPEN_DIRECT_IO` sends the requests to the daemon all the same.
+    fn reply_passthrough(&mut self, volume: &Arc<Volume>, handle: FileHandle, flags: FopenFlags, reply: ReplyOpen) {
         let Some((id, of)) = &self.backing else {
             return reply.error(Errno::EIO);
         };
-        let ask = if same_file(of, volume) {
+        let direct = if same_file(of, volume) {
             FopenFlags::empty()
         } else {
             FopenFlags::FOPEN_DIRECT_IO
         };
-        self.passed += 1;
-        reply.opened_passthrough(handle, flags | ask, id);
+        self.passthrough_opens += 1;
+        reply.opened_passthrough(handle, flags | direct, id);
     }
 
-    /// Whether an open with pages may find those that there are.
-    fn keeps_pages(&mut self) -> bool {
-        if std::mem::take(&mut self.pages_are_old) {
+    /// Returns true if an open with cached pages may use the pages that the kernel has.
+    fn may_keep_pages(&mut self) -> bool {
+        if std::mem::take(&mut self.pages_are_stale) {
             self.replaced = Some(Instant::now());
         }
-        self.replaced.is_none_or(|at| at.elapsed() > SETTLE)
+        self.replaced.is_none_or(|at| at.elapsed() > DROP_PAGES_FOR)
     }
 }
 
-/// Whether the kernel reads the same file for both.
+/// Returns true if both volumes have the same backing file, by device and inode.
 fn same_file(a: &Arc<Volume>, b: &Arc<Volume>) -> bool {
     let file = |volume: &Arc<Volume>| {
         let stat = nix::sys::stat::fstat(volume.disk().backing_fd()?).ok()?;
@@ -397,35 +425,37 @@ fn same_file(a: &Arc<Volume>, b: &Arc<Volume>) -> bool {
     Arc::ptr_eq(a, b) || (file(a).is_some() && file(a) == file(b))
 }
 
-/// Opens that the kernel serves from the backing file.
-const PASSED: u64 = 1;
-/// Opens with pages, which we serve.
-const SERVED: u64 = 0;
-/// Opens without pages, which we serve.
+/// Mode of an open that the kernel serves from the backing file.
+const PASSTHROUGH: u64 = 1;
+/// Mode of an open that the daemon serves through the kernel's pages.
+const CACHED: u64 = 0;
+/// Mode of an open that the daemon serves without pages.
 const DIRECT: u64 = 2;
-/// The same of a disk that the kernel reads by itself where it can: they keep its name from that.
-const VIEWLESS: u64 = 3;
-/// Added where an open may write.
+/// `DIRECT`, for a disk that may have a kernel view: while such an open exists the name does not lead to the view.
+const DIRECT_BESIDE_VIEW: u64 = 3;
+/// Bit that is set in the handle of an open that may write.
 const WRITES: u64 = 4;
 
-/// The handle of an open.
+/// Encodes mode and access of an open as its file handle.
 fn handle(mode: u64, writes: bool) -> FileHandle {
     FileHandle(if writes { mode | WRITES } else { mode })
 }
 
-/// How an open is served.
+/// Returns the mode of an open.
 fn mode(handle: FileHandle) -> u64 {
     handle.0 & !WRITES
 }
 
-/// Whether an open may write.
+/// Returns true if the open may write.
 pub(super) fn writes(handle: FileHandle) -> bool {
     handle.0 & WRITES != 0
 }
 
-/// Whether a request is one that an open for writing with O_DIRECT takes: whole sectors, as of a disk. Programs find out
-/// what they have to keep to by trying, and some (qemu) take a file with no such rule for one of whole pages, and write
-/// the last ones of those behind the end of the disk.
+/// Returns true unless the open is for writing with O_DIRECT and the request is not whole sectors, as on a block
+/// device.
+///
+/// Programs find the alignment rule of a file by trying. Some (qemu) take a file without such a rule for one of whole
+/// pages, and would write the last page beyond the end of the disk.
 pub(super) fn is_aligned(handle: FileHandle, flags: OpenFlags, offset: u64, len: usize) -> bool {
     !writes(handle) || flags.0 & libc::O_DIRECT == 0 || (offset | len as u64).is_multiple_of(SECTOR)
 }

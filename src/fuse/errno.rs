@@ -1,14 +1,14 @@
-//! Errors become numbers here, and nowhere else.
+//! Conversion of errors to errno. No other module does this.
 
 use fuser::Errno;
 
 use crate::error::{Error, ErrorKind};
 
-/// What the kernel is told.
+/// Returns the errno that answers a request which failed with `error`.
 pub(crate) fn errno(error: &Error) -> Errno {
     match error.kind() {
-        // of a source's own failures only these mean the same to a reader of the file; a file that is
-        // gone or not permitted below is an I/O error above
+        // Of a source's own errors only these mean the same to a reader of the file. A source file that is missing or
+        // not accessible is an I/O error of the disk: the disk's own name is there and was opened.
         ErrorKind::Os(code @ (libc::ENOSPC | libc::EDQUOT | libc::ENOMEM | libc::ETIMEDOUT | libc::EINTR)) => {
             Errno::from_i32(code)
         }

@@ -1,17 +1,24 @@
-//! Flushes: one at a time for a disk, shared by all who wait, and never on the last event loop.
+//! Group flush: one flush at a time for a disk, shared by all requests that wait, and never on the last event loop.
 //!
 //! ```text
-//!   fsync, close, O_SYNC ─► one under way? ─ yes ─► joins those that the next one is for
+//!   fsync, close, O_SYNC ─► one in flight? ─ yes ─► waits for the next one, with all others that do
 //!                              │ no
-//!                              ├─ the disk has a queue ─► begun here, answered when the answer comes: no thread waits
-//!                              ├─ a loop can be spared ─► here: no hop between threads
-//!                              └─ else                 ─► a thread of its own
+//!                              ├─ the disk has a queue ─► submitted here, answered on completion: no thread blocks
+//!                              ├─ a loop can be spared ─► runs here: no hop between threads
+//!                              └─ else                 ─► runs in a thread of its own
 //!                              ▼
-//!                           flush ─► answers ─► somebody joined meanwhile? ─► flush again
+//!                           flush ─► answers ─► requests waiting meanwhile? ─► flush again
 //! ```
-//! A flush may take seconds, and requests of all disks wait for the loops, so at least one loop is kept free of
-//! flushes. Whoever comes while a flush runs can't share it (it may have begun before his write), but all who do so
-//! share the next one. So there are never more threads than disks.
+//! A flush may take seconds, and the requests of all disks need the event loops, so at least one loop is kept free of
+//! flushes. A request that arrives while a flush is in flight cannot share it, because that flush may have started
+//! before the write that the request covers. All such requests share the next flush. So there are never more flush
+//! threads than disks.
+//!
+//! States of a [`FlushQueue`]: idle, or `running` with one flush in flight. `submitting` marks the part of `running` in
+//! which [`Flushes::submit`] is on the stack: a flush that completes within it hands the waiting requests over in
+//! `resubmit` instead of submitting from inside of the completion.
+//!
+//! The mutex is held only to change the queue, never across a flush or an answer.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,22 +28,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::Volume;
 
-/// Gives somebody the result of the flush that he waits for.
-pub(super) type Answer = Box<dyn FnOnce(&Result<()>) + Send>;
+/// Called with the result of the flush that a request waits for.
+pub(super) type FlushAnswer = Box<dyn FnOnce(&Result<()>) + Send>;
 
-/// The flushes of a disk.
+/// Group flush of one disk.
 #[derive(Default)]
-pub(super) struct Flushes(Mutex<Queue>);
+pub(super) struct Flushes(Mutex<FlushQueue>);
 
 #[derive(Default)]
-struct Queue {
+struct FlushQueue {
+    /// A flush is in flight.
     running: bool,
-    /// One is being begun just now.
-    beginning: bool,
-    /// It was over at once: who joined meanwhile.
-    next: Vec<Answer>,
-    /// Who came since the one that runs was begun.
-    joined: Vec<Answer>,
+    /// The flush is being submitted, so its completion may be called on the stack of `submit`.
+    submitting: bool,
+    /// Requests for the next flush, left by a flush that completed while it was submitted.
+    resubmit: Vec<FlushAnswer>,
+    /// Requests that arrived while the current flush was in flight.
+    waiting: Vec<FlushAnswer>,
 }
 
 impl std::fmt::Debug for Flushes {
@@ -44,133 +52,142 @@ impl std::fmt::Debug for Flushes {
         let queue = self.queue();
         f.debug_struct("Flushes")
             .field("running", &queue.running)
-            .field("joined", &queue.joined.len())
+            .field("waiting", &queue.waiting.len())
             .finish()
     }
 }
 
 impl Flushes {
-    /// Flushes `volume`, and answers when everything that was written to it before is durable. Returns at once where
-    /// somebody else does the work. Afterwards the disk's queue, if it has one, wants to be attended to.
-    pub(super) fn flush(self: &Arc<Self>, volume: &Arc<Volume>, loops: &LoopBudget, answer: Answer) {
+    /// Flushes `volume`, and calls `answer` once everything that was written before is durable.
+    ///
+    /// Returns at once if the work is done by another thread or by the disk's queue. The caller has to poll that queue
+    /// afterwards, if there is one.
+    pub(super) fn flush(self: &Arc<Self>, volume: &Arc<Volume>, loops: &LoopBudget, answer: FlushAnswer) {
         {
             let mut queue = self.queue();
             if queue.running {
-                return queue.joined.push(answer);
+                return queue.waiting.push(answer);
             }
             queue.running = true;
         }
         if let Some(queue) = volume.queue() {
-            return self.begin(volume, queue, vec![answer]);
+            return self.submit(volume, queue, vec![answer]);
         }
-        // a disk behind a network may take any time, so it is never given a loop
+        // A remote flush may take arbitrarily long, so it never gets an event loop.
         let busy = if volume.is_remote() { None } else { loops.spare() };
         if let Some(_busy) = busy {
             return self.work(volume, answer);
         }
-        // shared with the thread, so that it is not lost where there is none to be had
+        // Shared with the thread, so that the request is not lost if the thread cannot be started.
         let first = Arc::new(Mutex::new(Some(answer)));
-        let (this, theirs, its_image) = (Arc::clone(self), Arc::clone(&first), Arc::clone(volume));
-        let begun = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
-            if let Some(answer) = take(&theirs) {
-                this.work(&its_image, answer);
+        let (this, shared, its_volume) = (Arc::clone(self), Arc::clone(&first), Arc::clone(volume));
+        let spawned = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
+            if let Some(answer) = take(&shared) {
+                this.work(&its_volume, answer);
             }
         });
-        if begun.is_err()
+        if spawned.is_err()
             && let Some(answer) = take(&first)
         {
             self.work(volume, answer);
         }
     }
 
-    /// Begins a flush for those who wait for it, and when it is over the next one, for those who joined meanwhile.
-    fn begin(self: &Arc<Self>, volume: &Arc<Volume>, queue: &dyn BlockQueue, mut answers: Vec<Answer>) {
+    /// Submits a flush for `answers`. When it completes at once, submits the next one for the requests that waited.
+    fn submit(self: &Arc<Self>, volume: &Arc<Volume>, queue: &dyn BlockQueue, mut answers: Vec<FlushAnswer>) {
         while !answers.is_empty() {
-            self.queue().beginning = true;
-            let mut turn = Turn {
+            self.queue().submitting = true;
+            let mut flush = SubmittedFlush {
                 flushes: Arc::clone(self),
                 volume: Arc::clone(volume),
                 answers,
             };
-            let begun = || queue.submit_flush(Box::new(move |result| turn.end(&result)));
-            if catch_unwind(AssertUnwindSafe(begun)).is_err() {
-                tracing::error!("a flush was given up after a panic");
+            let submit = || queue.submit_flush(Box::new(move |result| flush.complete(&result)));
+            if catch_unwind(AssertUnwindSafe(submit)).is_err() {
+                tracing::error!("submitting a flush panicked; its requests are answered with EIO");
             }
             let mut queue = self.queue();
-            queue.beginning = false;
-            // of one that is over already the next ones are begun here, not within each other
-            answers = std::mem::take(&mut queue.next);
+            queue.submitting = false;
+            // A loop rather than a recursion: a queue that completes at once would otherwise nest one flush in another
+            // until the stack overflows.
+            answers = std::mem::take(&mut queue.resubmit);
         }
     }
 
-    /// Who joined since the last flush was begun; with nobody none is running any more.
-    fn next(&self) -> Vec<Answer> {
+    /// Takes the requests that wait for the next flush. If there are none, the queue becomes idle.
+    fn take_waiting(&self) -> Vec<FlushAnswer> {
         let mut queue = self.queue();
-        let joined = std::mem::take(&mut queue.joined);
-        queue.running = !joined.is_empty();
-        if queue.beginning {
-            queue.next = joined;
+        let waiting = std::mem::take(&mut queue.waiting);
+        queue.running = !waiting.is_empty();
+        // `running` changes under the same lock as `waiting` is emptied. Otherwise a request could join a queue that no
+        // thread flushes any more.
+        if queue.submitting {
+            queue.resubmit = waiting;
             return Vec::new();
         }
-        joined
+        waiting
     }
 
-    /// Flushes for `first`, and for those who join until nobody does.
-    fn work(&self, volume: &Volume, first: Answer) {
+    /// Flushes for `first`, then for the requests that waited meanwhile, until none is left.
+    fn work(&self, volume: &Volume, first: FlushAnswer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
             let result = catch_unwind(AssertUnwindSafe(|| volume.flush())).unwrap_or_else(|_| {
                 Err(Error::new(
                     ErrorKind::Os(libc::EIO),
-                    "a flush was given up after a panic",
+                    "the flush panicked; what was written may not be durable",
                 ))
             });
-            tell(answers, &result);
-            answers = self.next();
+            answer_all(answers, &result);
+            answers = self.take_waiting();
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, FlushQueue> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A flush that was begun. One that is given up without an end is an error: nobody waits for ever.
-struct Turn {
+/// A submitted flush. Dropped without completion it answers with EIO, so that no request waits forever.
+struct SubmittedFlush {
     flushes: Arc<Flushes>,
     volume: Arc<Volume>,
-    answers: Vec<Answer>,
+    answers: Vec<FlushAnswer>,
 }
 
-impl Turn {
-    fn end(&mut self, result: &Result<()>) {
-        tell(std::mem::take(&mut self.answers), result);
-        let joined = self.flushes.next();
-        if let Some(queue) = self.volume.queue().filter(|_| !joined.is_empty()) {
-            self.flushes.begin(&self.volume, queue, joined);
+impl SubmittedFlush {
+    fn complete(&mut self, result: &Result<()>) {
+        answer_all(std::mem::take(&mut self.answers), result);
+        let waiting = self.flushes.take_waiting();
+        if let Some(queue) = self.volume.queue().filter(|_| !waiting.is_empty()) {
+            self.flushes.submit(&self.volume, queue, waiting);
             queue.poll_completions(Stay::No);
         }
     }
 }
 
-impl Drop for Turn {
+impl Drop for SubmittedFlush {
     fn drop(&mut self) {
         if !self.answers.is_empty() {
-            self.end(&Err(Error::new(ErrorKind::Os(libc::EIO), "a flush was given up")));
+            self.complete(&Err(Error::new(
+                ErrorKind::Os(libc::EIO),
+                "the flush was dropped before it completed",
+            )));
         }
     }
 }
 
-/// Answers all; one that panics is that one's affair alone.
-fn tell(answers: Vec<Answer>, result: &Result<()>) {
+/// Answers all requests. An answer that panics does not keep the others from being called.
+fn answer_all(answers: Vec<FlushAnswer>, result: &Result<()>) {
     for answer in answers {
         if catch_unwind(AssertUnwindSafe(|| answer(result))).is_err() {
-            tracing::error!("the answer to a flush was given up after a panic");
+            tracing::error!("the answer to a flush panicked");
         }
     }
 }
 
-fn take(answer: &Mutex<Option<Answer>>) -> Option<Answer> {
+/// Takes the answer unless the other thread has taken it already.
+fn take(answer: &Mutex<Option<FlushAnswer>>) -> Option<FlushAnswer> {
     answer.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
@@ -182,13 +199,14 @@ mod tests {
     use super::*;
     use crate::test_disk::TestDisk;
 
-    /// An image of which each flush tells its thread and waits for its result: the image, the threads, and what gives
-    /// the results.
+    /// Returns a volume whose flushes report the name of their thread and wait for a result, the receiver of the names,
+    /// and the sender of the results.
     fn slow() -> (Arc<Volume>, Receiver<String>, Sender<Result<()>>) {
-        let ((say, begun), (give, results)) = (channel(), channel());
+        let ((starts, begun), (give, results)) = (channel(), channel());
         let results = Mutex::new(results);
         let disk = TestDisk::new(8).flushing(move || {
-            say.send(thread::current().name().unwrap_or_default().to_owned())
+            starts
+                .send(thread::current().name().unwrap_or_default().to_owned())
                 .unwrap();
             results.lock().unwrap().recv().unwrap()
         });
@@ -200,11 +218,11 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_during_a_flush_shares_the_next_one_and_its_error() {
+    fn requests_during_a_flush_share_the_next_one_and_its_error() {
         let (volume, begun, give) = slow();
         let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(2));
         let (answers, answered) = channel();
-        let answer = |name: &'static str| -> Answer {
+        let answer = |name: &'static str| -> FlushAnswer {
             let answers = answers.clone();
             Box::new(move |result| answers.send((name, result.is_ok())).unwrap())
         };
@@ -212,7 +230,7 @@ mod tests {
             let first = answer("first");
             scope.spawn(|| flushes.flush(&volume, &loops, first));
             begun.recv().unwrap();
-            // both return at once, though nothing is flushed yet
+            // Both return at once, although nothing has been flushed yet.
             flushes.flush(&volume, &loops, answer("second"));
             flushes.flush(&volume, &loops, answer("third"));
             give.send(Ok(())).unwrap();
@@ -225,15 +243,15 @@ mod tests {
             (answered.recv().unwrap(), answered.recv().unwrap()),
             (("second", false), ("third", false))
         );
-        assert!(begun.try_recv().is_err(), "one more flush than was needed");
+        assert!(begun.try_recv().is_err(), "one flush more than necessary");
     }
 
     #[test]
-    fn the_last_loop_is_never_busy_with_a_flush() {
+    fn the_last_loop_is_never_used_for_a_flush() {
         let ((one, one_begun, one_give), (two, two_begun, two_give)) = (slow(), slow());
         let loops = LoopBudget::new(2);
         let (answers, answered) = channel();
-        let answer = || -> Answer {
+        let answer = || -> FlushAnswer {
             let answers = answers.clone();
             Box::new(move |result| answers.send(result.is_ok()).unwrap())
         };
@@ -241,7 +259,7 @@ mod tests {
             let first = answer();
             scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &loops, first));
             one_begun.recv().unwrap();
-            // this thread is the last loop, and goes on
+            // This thread stands for the last loop, and must not block.
             Arc::new(Flushes::default()).flush(&two, &loops, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
@@ -257,9 +275,12 @@ mod tests {
     }
 
     #[test]
-    fn flushes_that_are_begun_are_shared_too_and_one_that_is_given_up_is_an_error() {
-        let (say, begun) = channel();
-        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
+    fn submitted_flushes_are_shared_and_a_dropped_one_is_an_error() {
+        let (starts, begun) = channel();
+        let volume = Arc::new(Volume::new(
+            Arc::new(TestDisk::new(8).queueing(Some(starts))),
+            Vec::new(),
+        ));
         let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |name: &'static str| {
@@ -279,7 +300,7 @@ mod tests {
             (answered.try_recv(), answered.try_recv()),
             (Ok(("second", false)), Ok(("third", false)))
         );
-        // and all is as before
+        // The queue is idle again.
         flush("fourth");
         begun.try_recv().unwrap()(failure());
         assert_eq!(answered.try_recv(), Ok(("fourth", false)));
@@ -287,15 +308,18 @@ mod tests {
     }
 
     #[test]
-    fn regression_an_answer_that_panics_leaves_the_others_and_later_flushes_alone() {
-        let (say, begun) = channel();
-        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(Some(say))), Vec::new()));
+    fn regression_an_answer_that_panics_does_not_affect_others_or_later_flushes() {
+        let (starts, begun) = channel();
+        let volume = Arc::new(Volume::new(
+            Arc::new(TestDisk::new(8).queueing(Some(starts))),
+            Vec::new(),
+        ));
         let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |panics: bool| {
             let answers = answers.clone();
             let answer = move |result: &Result<()>| {
-                assert!(!panics, "this is meant");
+                assert!(!panics, "panic on purpose");
                 answers.send(result.is_ok()).unwrap();
             };
             flushes.flush(&volume, &loops, Box::new(answer));
@@ -312,13 +336,13 @@ mod tests {
     }
 
     #[test]
-    fn regression_flushes_that_are_over_at_once_do_not_lie_within_each_other() {
-        /// Flushes once more, when it is answered, and so on.
+    fn regression_flushes_that_complete_at_once_do_not_nest() {
+        /// Flushes again from each answer, `left` times.
         fn flush(flushes: &Arc<Flushes>, volume: &Arc<Volume>, left: usize, end: Sender<()>) {
-            let (again, its_image) = (Arc::clone(flushes), Arc::clone(volume));
+            let (again, its_volume) = (Arc::clone(flushes), Arc::clone(volume));
             let answer = move |_: &Result<()>| match left {
                 0 => end.send(()).unwrap(),
-                _ => flush(&again, &its_image, left - 1, end),
+                _ => flush(&again, &its_volume, left - 1, end),
             };
             flushes.flush(volume, &LoopBudget::new(1), Box::new(answer));
         }
@@ -335,12 +359,12 @@ mod tests {
     }
 
     #[test]
-    fn regression_a_panic_while_a_flush_is_begun_is_an_error_of_that_one() {
+    fn regression_a_panic_during_the_submission_is_an_error_of_that_flush_only() {
         let first = std::sync::atomic::AtomicBool::new(true);
         let flush = move || {
             assert!(
                 !first.swap(false, std::sync::atomic::Ordering::Relaxed),
-                "this is meant"
+                "panic on purpose"
             );
             Ok(())
         };
@@ -350,14 +374,14 @@ mod tests {
         ));
         let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
-        for wanted in [false, true, true] {
+        for expected in [false, true, true] {
             let answers = answers.clone();
             flushes.flush(
                 &volume,
                 &loops,
                 Box::new(move |result| answers.send(result.is_ok()).unwrap()),
             );
-            assert_eq!(answered.try_recv(), Ok(wanted));
+            assert_eq!(answered.try_recv(), Ok(expected));
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The file system: a directory with one raw file for each disk, or, over a plain file, that one raw file alone.
 //!
-//! It is thin. Inodes never change, so there is no table to keep: the root is 1, disk `i` is `2 + i`; over a file
-//! the root is the disk. The kernel's requests are answered in `answers.rs`. How an open is served is decided in
-//! `file.rs`, which of its two nodes a disk with a kernel view is just now in `view.rs`, what changes a disk is in
-//! `change.rs`.
+//! It is thin. Inodes never change, so there is no inode table: the root is 1, disk `i` is `2 + i`; over a file the
+//! root is the disk. `operations.rs` answers the kernel's requests. `disk_file.rs` decides how an open is served,
+//! `kernel_view_node.rs` which of its two inodes the name of a disk with a kernel view leads to, and `write.rs` has
+//! writes and flushes.
 //!
-//! FUSE_WRITEBACK_CACHE is for a whole mount and excludes passthrough. With it the kernel takes writes behind the end of
-//! a disk, too, and only learns later that there is no room; so it is on only where it was asked for.
+//! FUSE_WRITEBACK_CACHE applies to a whole mount and excludes passthrough. With it the kernel also accepts writes
+//! beyond the end of a disk, and only learns later that there is no space; so it is on only where the configuration
+//! asks for it.
 
 mod operations;
 
@@ -18,7 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fuser::{Errno, FileAttr, FileType, INodeNo};
 
 use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
-use crate::error::Result as Done;
+use crate::error::Result as CrateResult;
 use crate::error_log::ErrorLog;
 use crate::fuse::disk_file::{DiskFile, Passthrough};
 use crate::fuse::kernel_view_node;
@@ -26,7 +27,7 @@ use crate::fuse::loop_budget::LoopBudget;
 use crate::fuse::write::RequestContext;
 use crate::volume::Volume;
 
-/// Block size in `stat` and `statfs`.
+/// Block size that `stat` and `statfs` report.
 const BLOCK: u32 = 4096;
 
 const NO_PASSTHROUGH: &str = "the kernel has no FUSE passthrough (Linux 6.9)";
@@ -37,29 +38,30 @@ const FIRST_DISK: u64 = 2;
 /// The file system of a mount.
 #[derive(Debug)]
 pub struct DiskFs {
-    shape: MountKind,
+    mount_kind: MountKind,
     files: Arc<[DiskFile]>,
     owner: (u32, u32),
     umask: u16,
-    mounted: SystemTime,
+    mount_time: SystemTime,
     passthrough: Passthrough,
     views: kernel_view_node::Builder,
     error_log: Arc<ErrorLog>,
     loops: Arc<LoopBudget>,
 }
 
-/// The disks of a mount, for its end.
+/// The disks of a mount. They outlive the session, so that they can be closed after it.
 #[derive(Debug, Clone)]
 pub struct Disks(Arc<[DiskFile]>);
 
 impl Disks {
-    /// Makes everything durable that was written, and closes every disk. All are, whatever becomes of one; the first
-    /// error, after each was logged.
-    pub fn close(&self) -> Done<()> {
+    /// Flushes and closes every disk. An error does not keep the others from being closed.
+    ///
+    /// Errors: the first one; each is logged.
+    pub fn close(&self) -> CrateResult<()> {
         let mut first = Ok(());
         for file in self.0.iter().filter(|file| file.writable) {
             if let Err(e) = file.volume().close() {
-                let e = e.within(format!("{}: not closed properly", file.config.name.display()));
+                let e = e.within(format!("{}: closing the disk", file.config.name.display()));
                 tracing::error!("{e}");
                 first = first.and(Err(e));
             }
@@ -68,31 +70,32 @@ impl Disks {
     }
 }
 
-/// What wants to know where requests come from.
+/// Receives the FUSE device once the session has it.
 #[derive(Debug)]
 pub struct Requests(Arc<LoopBudget>);
 
 impl Requests {
-    /// The kernel's device, a copy of that of the session.
+    /// Sets the device that requests come from: a duplicate of the session's descriptor.
     pub fn from(&self, device: OwnedFd) {
-        self.0.begin(device);
+        self.0.set_device(device);
     }
 }
 
 impl DiskFs {
-    /// A file system of open disks, each with its configuration, which is to be served by so many event loops.
-    pub fn new(shape: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
+    /// Creates the file system of open disks, each with its configuration. `loops` is the number of event loops that
+    /// will serve it.
+    pub fn new(mount_kind: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
         let files = disks
             .into_iter()
             .enumerate()
-            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, shape));
+            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, mount_kind));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
-            shape,
+            mount_kind,
             files: files.collect(),
             owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
-            mounted: SystemTime::now(),
+            mount_time: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
             views: kernel_view_node::Builder::default(),
             error_log: Arc::default(),
@@ -100,38 +103,43 @@ impl DiskFs {
         }
     }
 
-    /// Makes the kernel views that are required; the others come behind the mount. Errors: why a disk can't have one.
-    pub fn make_required_views(&mut self) -> Done<()> {
-        let disks = self.views_wanted();
-        self.views.required(&disks, self.shape)
+    /// Builds the required kernel views before the mount is ready; the others are built once it serves requests.
+    ///
+    /// Errors: the reason why a disk that must have a view has none.
+    pub fn make_required_views(&mut self) -> CrateResult<()> {
+        let disks = self.planned_views();
+        self.views.required(&disks, self.mount_kind)
     }
 
-    fn views_wanted(&self) -> Vec<kernel_view_node::Wanted> {
-        self.files.iter().map(|n| (Arc::clone(&n.view), n.volume())).collect()
+    fn planned_views(&self) -> Vec<kernel_view_node::PlannedView> {
+        self.files
+            .iter()
+            .map(|file| (Arc::clone(&file.view), file.volume()))
+            .collect()
     }
 
-    /// Where failed requests are noted.
+    /// Returns the log of failed requests.
     pub fn error_log(&self) -> Arc<ErrorLog> {
         Arc::clone(&self.error_log)
     }
 
-    /// To be told where requests come from.
+    /// Returns the receiver of the FUSE device.
     pub fn requests(&self) -> Requests {
         Requests(Arc::clone(&self.loops))
     }
 
-    /// The disks, which outlive the session.
+    /// Returns the disks, which outlive the session.
     pub fn disks(&self) -> Disks {
         Disks(Arc::clone(&self.files))
     }
 
-    /// Whether any disk can be written to.
+    /// Returns true if any disk can be written to.
     pub fn is_writable(&self) -> bool {
         self.files.iter().any(|file| file.writable)
     }
 
-    /// Whether the kernel is to keep what is written for a while: some disk asks for it, and none that the kernel would
-    /// have to keep writes of forbids it.
+    /// Returns true if the kernel may delay writes (`cache=writeback`): a disk asks for it, and no other disk excludes
+    /// it.
     fn wants_writeback(&self) -> bool {
         let asks = |cache| {
             self.files
@@ -140,23 +148,23 @@ impl DiskFs {
         };
         if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
             tracing::warn!(
-                "cache=writeback holds for a whole mount, and another disk has cache=writethrough: so have all"
+                "cache=writeback applies to a whole mount, but another disk has cache=writethrough: using that for all"
             );
             return false;
         }
-        if let Some(stream) = self.stream().filter(|_| asks(PageCache::WriteBack)) {
+        if let Some(stream) = self.sequential_disk().filter(|_| asks(PageCache::WriteBack)) {
             let name = stream.config.name.display();
             tracing::warn!(
-                "cache=writeback holds for a whole mount, and {name} has to be written in order: so it is off"
+                "cache=writeback applies to a whole mount, but {name} must be written in order: using writethrough"
             );
             return false;
         }
         asks(PageCache::WriteBack)
     }
 
-    /// A disk that has to be written in order.
-    fn stream(&self) -> Option<&DiskFile> {
-        self.files.iter().find(|file| file.in_order())
+    /// Returns a disk that must be written in order, if there is one.
+    fn sequential_disk(&self) -> Option<&DiskFile> {
+        self.files.iter().find(|file| file.sequential_write_only())
     }
 
     fn context(&self) -> RequestContext<'_> {
@@ -167,12 +175,12 @@ impl DiskFs {
         }
     }
 
-    /// Answers a request that may have to wait for the disk: here, or where that is behind a network, by its own threads.
-    fn run_blocking(&self, ino: INodeNo, answer: Waiting) {
-        // Without a node the answer is dropped, which is an I/O error: the kernel knows no such inode.
+    /// Runs the answer to a request that may block: here for a local disk, in the worker pool of a remote one.
+    fn run_blocking(&self, ino: INodeNo, answer: BlockingAnswer) {
+        // An unknown inode drops the answer, and with it the reply, which fuser answers with EIO.
         let Ok(file) = self.file(ino) else { return };
         if !file.volume().is_remote() {
-            return guarded(|| answer(file, &self.error_log));
+            return catch_panic(|| answer(file, &self.error_log));
         }
         let (later, index) = (self.context().later(), file.index);
         file.pool.run(Box::new(move || {
@@ -182,13 +190,13 @@ impl DiskFs {
         }));
     }
 
-    /// What cannot be done to names: they are fixed.
-    fn fixed(&self) -> Errno {
+    /// Returns the errno for a change of names or of the directory, which are fixed.
+    fn name_change_errno(&self) -> Errno {
         if self.is_writable() { Errno::EPERM } else { Errno::EROFS }
     }
 
     fn file(&self, ino: INodeNo) -> Result<&DiskFile, Errno> {
-        let index = match (self.shape, kernel_view_node::disk_of(ino)) {
+        let index = match (self.mount_kind, kernel_view_node::disk_inode_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
             (MountKind::Dir, INodeNo(n)) => n.checked_sub(FIRST_DISK),
@@ -201,7 +209,7 @@ impl DiskFs {
 
     fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
         match self.file(ino) {
-            Ok(file) => Ok(self.file_attr(kernel_view_node::disk_of(ino), file)),
+            Ok(file) => Ok(self.file_attr(kernel_view_node::disk_inode_of(ino), file)),
             Err(_) if ino == ROOT => Ok(self.directory_attr()),
             Err(e) => Err(e),
         }
@@ -210,10 +218,10 @@ impl DiskFs {
     fn file_attr(&self, ino: INodeNo, file: &DiskFile) -> FileAttr {
         let volume = file.volume();
         let perm = if file.writable { 0o644 } else { 0o444 };
-        // what has no files does not tell its age
+        // 0: the source has no files, or does not report their age.
         let time = Some(volume.mtime_ns())
             .filter(|ns| *ns != 0)
-            .map_or(self.mounted, time_of);
+            .map_or(self.mount_time, time_of);
         file.attributes.apply(FileAttr {
             size: volume.len(),
             blocks: volume.allocated().div_ceil(512),
@@ -222,11 +230,11 @@ impl DiskFs {
     }
 
     fn directory_attr(&self) -> FileAttr {
-        // who makes a file in it shall hear from us that this can't be
+        // A writable directory lets the kernel forward a creation, so that the daemon can answer it with EPERM.
         let perm = if self.is_writable() { 0o755 } else { 0o555 };
         FileAttr {
             nlink: 2,
-            ..self.plain_attr(ROOT, FileType::Directory, perm, self.mounted)
+            ..self.plain_attr(ROOT, FileType::Directory, perm, self.mount_time)
         }
     }
 
@@ -251,17 +259,20 @@ impl DiskFs {
     }
 }
 
-/// The answer to a request that may have to wait for its disk.
-type Waiting = Box<dyn FnOnce(&DiskFile, &ErrorLog) + Send>;
+/// Answer to a request that may block on its disk.
+type BlockingAnswer = Box<dyn FnOnce(&DiskFile, &ErrorLog) + Send>;
 
-/// Does what answers a request. A panic is an I/O error of this request (its reply, dropped, says so) and not the
-/// end of the thread, behind which the kernel would wait for ever.
-fn guarded(what: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(what)).is_err() {
-        tracing::error!("a request was given up after a panic");
+/// Runs the handler of a request and catches its panic.
+///
+/// The dropped reply answers EIO. Without this the panic would end the event loop's thread, and the kernel would wait
+/// forever for the requests that the loop had taken.
+fn catch_panic(handler: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(handler)).is_err() {
+        tracing::error!("request handler panicked; the request is answered with EIO");
     }
 }
 
+/// Returns the time `ns` nanoseconds after (or, if negative, before) the epoch; the epoch itself if it is out of range.
 fn time_of(ns: i128) -> SystemTime {
     let magnitude = Duration::from_nanos(u64::try_from(ns.unsigned_abs()).unwrap_or(0));
     let time = if ns >= 0 {

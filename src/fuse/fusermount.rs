@@ -1,8 +1,8 @@
 //! The setuid helper `fusermount3`, which mounts and unmounts for ordinary users.
 //!
-//! It sends the FUSE device over a socket that we name in its environment. That socket is its standard input
-//! (`_FUSE_COMMFD=0`), so no descriptor has to be made inheritable for all children. Its own auto_unmount is not
-//! used; `watcher.rs` says why.
+//! The helper sends the descriptor of `/dev/fuse` over a socket whose number is in its environment. That socket is its
+//! standard input (`_FUSE_COMMFD=0`), so no descriptor has to be made inheritable, which other child processes would
+//! inherit too. Its own auto_unmount is not used; `auto_unmount.rs` says why.
 
 #![allow(unsafe_code)] // Only for taking ownership of the descriptor that the helper sends.
 
@@ -18,10 +18,10 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Looked for in PATH first; services often run with a short one.
+/// Names to try: first in PATH, then by full path, since services often run with a short PATH.
 const PROGRAMS: [&str; 3] = ["fusermount3", "/usr/bin/fusermount3", "/bin/fusermount3"];
 
-/// Mounts at `point`: the FUSE device.
+/// Mounts at `point` and returns the FUSE device.
 pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket for fusermount3", e))?;
     let theirs = OwnedFd::from(theirs);
@@ -35,7 +35,7 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
         command.env("_FUSE_COMMFD", "0").stdin(stdin);
         Ok(())
     })?;
-    // Only the helper may hold its end now, or its death would not end our wait.
+    // Only the helper may hold its end from now on. Otherwise its exit would not end the receive below.
     drop(theirs);
     match receive(&ours) {
         Ok(device) => {
@@ -46,7 +46,7 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
     }
 }
 
-/// Unmounts `point`, at once or (`lazy`) as soon as its last user is gone.
+/// Unmounts `point` at once, or, if `lazy`, detaches it, so that it ends with its last user.
 pub(super) fn unmount(point: &Path, lazy: bool) -> Result<()> {
     let helper = spawn(|command| {
         command
@@ -61,11 +61,11 @@ pub(super) fn unmount(point: &Path, lazy: bool) -> Result<()> {
     if status.success() {
         Ok(())
     } else {
-        Err(Error::new(ErrorKind::Os(libc::EBUSY), said(&stderr)))
+        Err(Error::new(ErrorKind::Os(libc::EBUSY), stderr_text(&stderr)))
     }
 }
 
-/// Starts the helper with what `arguments` adds.
+/// Starts the helper, with the arguments and descriptors that `arguments` adds.
 fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
     for program in PROGRAMS {
         let mut command = Command::new(program);
@@ -80,7 +80,7 @@ fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
     Err(Error::new(ErrorKind::NotFound, hint))
 }
 
-/// Options as the helper reads them.
+/// Formats the options for the helper's `-o`.
 fn option_words(options: &MountOptions, source: &str) -> String {
     let mut words = format!(
         "fsname={},subtype={},nosuid,nodev",
@@ -97,7 +97,8 @@ fn option_words(options: &MountOptions, source: &str) -> String {
     words
 }
 
-/// The helper splits at commas and takes `\` as "the next one is meant as it is".
+/// Escapes a value for the helper's option parser, which splits at commas and takes `\` as the escape of the next
+/// character.
 fn escape(value: &str) -> String {
     let mut out = String::with_capacity(value.len());
     for c in value.chars() {
@@ -109,7 +110,7 @@ fn escape(value: &str) -> String {
     out
 }
 
-/// Waits for the descriptor; `ECONNRESET` when the helper ends without one.
+/// Receives the descriptor. Errors: `ECONNRESET` if the helper exits without sending one.
 fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
     let mut byte = [0u8; 1];
     let mut iov = [IoSliceMut::new(&mut byte)];
@@ -129,24 +130,24 @@ fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
         if let ControlMessageOwned::ScmRights(fds) = control
             && let Some(&fd) = fds.first()
         {
-            // SAFETY: the kernel has just made this descriptor for us, the space above holds one only,
-            // and nothing else knows its number.
+            // SAFETY: the kernel has just created this descriptor for this process, the control buffer has space for
+            // one only, and no other code knows its number.
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
     Err(Errno::ECONNRESET)
 }
 
-/// Why the helper sent nothing, in its words, and what to do where we know it.
+/// Returns the error of a helper that sent no descriptor: its own message, with advice where the cause is known.
 fn refusal(point: &Path, mut helper: Child, errno: Errno) -> Error {
     let mut text = Vec::new();
     if let Some(mut stderr) = helper.stderr.take()
         && let Err(e) = stderr.read_to_end(&mut text)
     {
-        tracing::debug!("fusermount3: its messages: {e}");
+        tracing::debug!("fusermount3: reading its error output: {e}");
     }
     let status = helper.wait();
-    let text = said(&text);
+    let text = stderr_text(&text);
     let point = point.display();
     if text.contains("user_allow_other") {
         return Error::new(
@@ -164,8 +165,8 @@ fn refusal(point: &Path, mut helper: Child, errno: Errno) -> Error {
     }
 }
 
-/// What the helper printed, on one line.
-fn said(stderr: &[u8]) -> String {
+/// Returns the helper's standard error as one line.
+fn stderr_text(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     text.lines()
         .map(str::trim)
@@ -197,11 +198,11 @@ mod tests {
 
     #[test]
     fn messages_become_one_line() {
-        assert_eq!(said(b"fusermount3: one\n\n two \n"), "fusermount3: one; two");
+        assert_eq!(stderr_text(b"fusermount3: one\n\n two \n"), "fusermount3: one; two");
     }
 
     #[test]
-    fn an_end_without_a_descriptor_is_no_device() {
+    fn an_exit_without_a_descriptor_is_an_error() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert_eq!(receive(&ours).unwrap_err(), Errno::ECONNRESET);

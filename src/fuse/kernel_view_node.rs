@@ -1,20 +1,27 @@
-//! One name, two nodes: how a disk is read by the kernel itself although some opens of it can't be.
+//! One name, two inodes: lets the kernel read a disk itself although it cannot serve every open of it.
 //!
 //! ```text
-//!   lookup of the name ──► node B, served by us: at first, and while an open needs it
-//!                    └──► node A, the kernel view: once its index is there
-//!   open of A ─► fits ──► passed: the kernel reads the file of the view
-//!         └──► O_DIRECT, or the image was changed ──► ESTALE: the kernel looks the name up once more, and gets B
+//!   lookup of the name ──► disk inode, served by the daemon: at first, and while an open needs it
+//!                    └──► view inode: once the index of the kernel view is ready
+//!   open of the view inode ─► fits ──► passthrough: the kernel reads the file of the view
+//!              └──► O_DIRECT, or the image was modified ──► ESTALE: the kernel repeats the lookup, which returns the
+//!                                                           disk inode
 //! ```
-//! Two nodes, because the kernel has an inode in one mode at a time, and opens the file of a view never with
-//! `O_DIRECT`; B takes every kind of open. Names of such disks are looked up for each open, so that a switch holds
-//! from the next open on. Both nodes have one inode number in `stat`.
+//! There are two inodes because the kernel has an inode in one mode at a time, and never opens the file of a view with
+//! `O_DIRECT`; the disk inode accepts every kind of open. Names of such disks have a lookup timeout of zero, so that a
+//! change of the inode takes effect from the next open on. `stat` shows one inode number for both.
 //!
-//! The name stays with B while an `O_DIRECT` open is left, and for a while after an open was turned away: the kernel
-//! looks only once more. Who comes to A without a lookup (a bind mount of the file, `/proc/PID/fd`) would be turned away
-//! again and again; the second time he gets what can be had on A.
+//! States of the view: `Building` → `Ready` → `Unavailable`, or directly `Unavailable`. There is no way back: a view
+//! that was discarded is not built again.
 //!
-//! A mount over a file has no name to look up, its root is the disk: it is served.
+//! The name stays with the disk inode while an `O_DIRECT` open exists, and for a while after an open was rejected with
+//! ESTALE, because the kernel repeats the lookup only once. A process that reaches the view inode without a lookup
+//! (through a bind mount of the file, or `/proc/PID/fd`) would be rejected again and again; its second attempt gets the
+//! best answer that the view inode has.
+//!
+//! A mount over a file has no name to look up, its root is the disk: the daemon serves it.
+//!
+//! Lock order: the mutex of a node is taken last, under the `opens` of its disk file.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,342 +36,366 @@ use crate::volume::Volume;
 
 mod builder;
 
-pub(super) use builder::{Builder, Wanted};
+pub(super) use builder::{Builder, PlannedView};
 
-/// How long a name stays with the served node, at least, after an open was turned away from the view.
-const SETTLE: Duration = Duration::from_secs(1);
+/// For how long, at least, a name stays with the disk inode after an open of the view was rejected.
+const DISK_INODE_TIME: Duration = Duration::from_secs(1);
 
-/// How long it is waited for one that was turned away to come again.
-const COME_AGAIN: Duration = Duration::from_secs(10);
+/// For how long a retry by a rejected process is expected.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The most that are waited for; more at once only risk to be turned away twice.
-const MOST_TURNED: usize = 256;
+/// Largest number of expected retries. Processes beyond it only risk being rejected twice.
+const MAX_EXPECTED_RETRIES: usize = 256;
 
-/// Added to the number of a disk's node, it is that of its view.
+/// Bit that turns the inode number of a disk into that of its view.
 const VIEW_NODE: u64 = 1 << 32;
 
-/// The node of the view of the disk whose node is `ino`.
-fn view_of(ino: INodeNo) -> INodeNo {
+/// Returns the view inode of the disk whose inode is `ino`.
+fn view_inode_of(ino: INodeNo) -> INodeNo {
     INodeNo(ino.0 | VIEW_NODE)
 }
 
-/// Whether `ino` is the node of a view.
-pub(super) fn is_view(ino: INodeNo) -> bool {
+/// Returns true if `ino` is a view inode.
+pub(super) fn is_view_inode(ino: INodeNo) -> bool {
     ino.0 & VIEW_NODE != 0
 }
 
-/// The disk's node, whichever of the two `ino` is. It is what `stat` shows for both.
-pub(super) fn disk_of(ino: INodeNo) -> INodeNo {
+/// Returns the disk inode of either inode of a disk. `stat` shows it for both.
+pub(super) fn disk_inode_of(ino: INodeNo) -> INodeNo {
     INodeNo(ino.0 & !VIEW_NODE)
 }
 
-/// Opens of a view that the kernel serves from its file.
-const PASSED: FileHandle = FileHandle(1);
-/// Opens of a view that reach us.
-const ASKED: FileHandle = FileHandle(2);
+/// Handle of an open of the view that the kernel serves from the view's file.
+const PASSTHROUGH: FileHandle = FileHandle(1);
+/// Handle of an open of the view whose reads reach the daemon only.
+const DIRECT: FileHandle = FileHandle(2);
 
-/// Nothing is to be made durable when an open of a view ends.
-const QUIET: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
+/// A view is read-only, so closing it needs no flush request.
+const NO_FLUSH: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 
-/// The two nodes of a disk.
+/// The two inodes of a disk, and the state of its kernel view.
 #[derive(Debug)]
 pub(super) struct KernelViewNode {
     name: String,
     config: ViewConfig,
-    /// The disk has no need of a view: the kernel reads its one file, or nobody but us does.
-    never: bool,
-    state: Mutex<State>,
+    /// The disk can have no view: the kernel reads its one file, or the daemon has to serve it.
+    never_has_view: bool,
+    state: Mutex<NodeState>,
 }
 
 #[derive(Debug)]
-struct State {
-    way: Way,
-    /// What the kernel was given for the opens of the view that there are; it must be the same for all.
+struct NodeState {
+    view_state: ViewState,
+    /// Backing file that the kernel was given for the current opens of the view; it must be the same for all of them.
+    /// Kept after the view was discarded, until the last of these opens ends.
     backing: Option<(BackingId, Arc<View>)>,
-    /// Opens of the view that have it.
-    passed: u64,
-    /// `O_DIRECT` opens of the served node.
-    direct: u64,
-    /// When an open was last turned away.
-    turned: Option<Instant>,
-    /// Who was turned away, and has not come again.
-    waited_for: Vec<(u32, Instant)>,
+    /// Number of opens of the view inode that use `backing`.
+    passthrough_opens: u64,
+    /// Number of `O_DIRECT` opens of the disk inode.
+    direct_opens: u64,
+    /// When an open was last rejected with ESTALE.
+    last_rejected: Option<Instant>,
+    /// Processes that were rejected and have not retried yet.
+    expected_retries: Vec<(u32, Instant)>,
 }
 
 #[derive(Debug)]
-enum Way {
-    /// No view, now and later.
-    Served,
-    /// One may come.
+enum ViewState {
+    /// There is no view and will be none.
+    Unavailable,
+    /// The index is not built yet.
     Building,
-    /// The view, and the image that it is of.
+    /// The view, and the volume that it describes.
     Ready(Arc<View>, Arc<Volume>),
 }
 
-/// Which node a name is, and whether that may change.
+/// The inode that a lookup of the name returns.
 #[derive(Debug, PartialEq, Eq)]
-enum Now {
-    Fixed,
-    Served,
+enum NameTarget {
+    /// The disk inode, for good.
+    OnlyDisk,
+    /// The disk inode, for this open.
+    DiskForNow,
+    /// The view inode.
     View,
 }
 
-/// What is answered to an open of a view.
+/// Answer to an open of the view inode.
 #[derive(Debug, PartialEq, Eq)]
-enum Answer {
-    /// The kernel reads the view.
-    Pass,
-    /// The name is to be looked up once more.
-    Again,
-    /// Every read reaches us. `with_backing`: there are opens that don't, so the kernel has to be given their file as well.
-    Ask { with_backing: bool },
-    /// There is no such open.
+enum OpenAnswer {
+    /// The kernel reads the view's file.
+    Passthrough,
+    /// ESTALE: the kernel repeats the lookup of the name.
+    LookupAgain,
+    /// Every read reaches the daemon. `with_backing`: the inode has passthrough opens, so that the kernel requires
+    /// their backing file for this open as well.
+    Daemon { with_backing: bool },
+    /// EINVAL: `O_DIRECT` is not possible beside passthrough opens.
     Refuse,
 }
 
 impl KernelViewNode {
-    /// For a disk in a mount of this shape: the view is still to come, or will never come.
-    pub(super) fn new(config: &DiskConfig, volume: &Volume, shape: MountKind) -> Self {
+    /// Creates the node of a disk. The view is built later, unless the configuration or the disk excludes it.
+    pub(super) fn new(config: &DiskConfig, volume: &Volume, mount_kind: MountKind) -> Self {
         let name = config.name.to_string_lossy().into_owned();
-        // what is no local disk has no files that the kernel could read
+        // Only a local disk has files that the kernel could read.
         let off = ViewConfig {
             mode: KernelView::Off,
             ..ViewConfig::default()
         };
         let view = config.source.local().map_or(off, |local| local.view.clone());
-        let way = match no_view(config, &view, volume, shape) {
-            None => Way::Building,
+        let view_state = match reason_without_view(config, &view, volume, mount_kind) {
+            None => ViewState::Building,
             Some(why) => {
                 tracing::debug!("{name}: no kernel view: {why}");
-                Way::Served
+                ViewState::Unavailable
             }
         };
-        let never = matches!(way, Way::Served);
-        let state = State {
-            way,
+        let never_has_view = matches!(view_state, ViewState::Unavailable);
+        let state = NodeState {
+            view_state,
             backing: None,
-            passed: 0,
-            direct: 0,
-            turned: None,
-            waited_for: Vec::new(),
+            passthrough_opens: 0,
+            direct_opens: 0,
+            last_rejected: None,
+            expected_retries: Vec::new(),
         };
         Self {
             name,
             config: view,
-            never,
+            never_has_view,
             state: Mutex::new(state),
         }
     }
 
-    /// Whether a view may come or is there: then the file system below it counts as one more layer.
+    /// Returns true if the disk has a view or may get one. The file system below a view counts as one more layer of the
+    /// kernel's stack limit.
     pub(super) fn is_wanted(&self) -> bool {
-        !matches!(self.lock().way, Way::Served)
+        !matches!(self.lock().view_state, ViewState::Unavailable)
     }
 
-    /// Whether the mount is only good where the kernel reads the disk.
+    /// Returns true for `kernel-view=required`: an open fails if the kernel cannot read the disk itself.
     pub(super) fn is_required(&self) -> bool {
         self.config.mode == KernelView::Required
     }
 
-    /// Whether the kernel must not read the disk by itself.
+    /// Returns true for `kernel-view=off`: the daemon serves every read.
     pub(super) fn is_off(&self) -> bool {
         self.config.mode == KernelView::Off
     }
 
-    /// Whether an open that the kernel can't serve by itself, because of `why`, is to fail. Not where there is a view: the
-    /// opens that don't fit it are served.
+    /// Returns true if an open that gets no backing file, for the reason `why`, must fail, and logs the error.
+    ///
+    /// False for a disk with a view: opens that do not fit the view are served by the daemon.
     pub(super) fn refuses(&self, why: &str, error_log: &ErrorLog) -> bool {
-        let refuses = self.is_required() && matches!(self.lock().way, Way::Served) && self.never;
+        let refuses =
+            self.is_required() && matches!(self.lock().view_state, ViewState::Unavailable) && self.never_has_view;
         if refuses {
-            error_log.note(refused(&self.name, Error::unsupported(why)));
+            error_log.note(required_but_unavailable(&self.name, Error::unsupported(why)));
         }
         refuses
     }
 
-    /// Answers a lookup of the name; `attr` are those of the disk's node.
-    pub(super) fn entry(&self, attr: &FileAttr, ttl: &Duration, reply: ReplyEntry) {
-        let asked_again = &Duration::ZERO;
-        match self.lock().now() {
-            Now::Fixed => reply.entry(ttl, attr, Generation(0)),
-            Now::Served => reply.entry_with_ttls(ttl, asked_again, attr, Generation(0)),
-            // the library takes the node's number from the attributes; those with the right one are asked for next
-            Now::View => {
+    /// Answers a lookup of the name. `attr` are the attributes of the disk inode.
+    pub(super) fn reply_lookup(&self, attr: &FileAttr, ttl: &Duration, reply: ReplyEntry) {
+        // A timeout of zero: the next open looks the name up again and sees a change of the inode.
+        let no_timeout = &Duration::ZERO;
+        match self.lock().name_target() {
+            NameTarget::OnlyDisk => reply.entry(ttl, attr, Generation(0)),
+            NameTarget::DiskForNow => reply.entry_with_ttls(ttl, no_timeout, attr, Generation(0)),
+            // fuser takes the inode number from the attributes. This reply therefore shows the view's number in `stat`,
+            // which the zero attribute timeout corrects: the following getattr answers with the disk's number.
+            NameTarget::View => {
                 let attr = FileAttr {
-                    ino: view_of(attr.ino),
+                    ino: view_inode_of(attr.ino),
                     ..*attr
                 };
-                reply.entry_with_ttls(asked_again, asked_again, &attr, Generation(0));
+                reply.entry_with_ttls(no_timeout, no_timeout, &attr, Generation(0));
             }
         }
     }
 
-    /// Answers an open of the view's node by process `pid`; `volume` is the disk as it is now.
+    /// Answers an open of the view inode by process `pid`. `volume` is the current volume of the disk.
     ///
-    /// Errors: where the disk has to be read by the kernel, why it can't be. Then nothing was answered to the reader but EIO.
+    /// Errors: the view is required, but the kernel refuses its file. The open was answered with EIO.
     pub(super) fn open(&self, volume: &Arc<Volume>, direct: bool, pid: u32, reply: ReplyOpen) -> Result<()> {
+        // Locked until the reply is sent: concurrent opens of the view must get the same backing file.
         let mut state = self.lock();
-        if state.outdate(volume) {
+        if state.discard_if_outdated(volume) {
             tracing::warn!(
-                "{}: the image was changed underneath, the kernel view is given up",
+                "{}: the image was modified by another process: the kernel view is dropped",
                 self.name
             );
         }
         if !direct
-            && let Way::Ready(view, _) = &state.way
+            && let ViewState::Ready(view, _) = &state.view_state
             && state.backing.is_none()
         {
+            // Ends the borrow of the state, which the result is stored in.
             let view = Arc::clone(view);
             match reply.open_backing(view.fd()) {
                 Ok(id) => state.backing = Some((id, view)),
                 Err(e) if self.is_required() => {
                     reply.error(Errno::EIO);
-                    return Err(refused(&self.name, Error::io("FUSE passthrough was refused", e)));
+                    return Err(required_but_unavailable(
+                        &self.name,
+                        Error::io("FUSE passthrough was refused", e),
+                    ));
                 }
                 Err(e) => {
                     tracing::info!("{}: no kernel view: FUSE passthrough was refused: {e}", self.name);
-                    state.way = Way::Served;
+                    state.view_state = ViewState::Unavailable;
                 }
             }
         }
         match (state.answer(direct, pid, Instant::now()), &state.backing) {
-            (Answer::Pass, Some((id, _))) => reply.opened_passthrough(PASSED, QUIET, id),
-            (Answer::Ask { with_backing: true }, Some((id, _))) => {
-                reply.opened_passthrough(PASSED, QUIET | FopenFlags::FOPEN_DIRECT_IO, id);
+            (OpenAnswer::Passthrough, Some((id, _))) => reply.opened_passthrough(PASSTHROUGH, NO_FLUSH, id),
+            (OpenAnswer::Daemon { with_backing: true }, Some((id, _))) => {
+                reply.opened_passthrough(PASSTHROUGH, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO, id);
             }
-            (Answer::Ask { .. }, _) => reply.opened(ASKED, QUIET | FopenFlags::FOPEN_DIRECT_IO),
-            (Answer::Refuse, _) => reply.error(Errno::EINVAL),
-            (Answer::Again | Answer::Pass, _) => reply.error(Errno::ESTALE),
+            (OpenAnswer::Daemon { .. }, _) => reply.opened(DIRECT, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO),
+            (OpenAnswer::Refuse, _) => reply.error(Errno::EINVAL),
+            // `Passthrough` implies a backing file, so this arm answers `LookupAgain`.
+            (OpenAnswer::LookupAgain | OpenAnswer::Passthrough, _) => reply.error(Errno::ESTALE),
         }
         Ok(())
     }
 
-    /// Ends an open of the view's node.
+    /// Ends an open of the view inode.
     pub(super) fn release(&self, handle: FileHandle) {
-        if handle == PASSED {
-            self.lock().passed_ended();
+        if handle == PASSTHROUGH {
+            self.lock().passthrough_open_ended();
         }
     }
 
-    /// Notes an open of the served node, which came by the name.
-    pub(super) fn served(&self, direct: bool, pid: u32) {
-        self.lock().served(direct, pid);
+    /// Counts an open of the disk inode that came by the name.
+    pub(super) fn disk_inode_opened(&self, direct: bool, pid: u32) {
+        self.lock().disk_inode_opened(direct, pid);
     }
 
-    /// Notes the end of an `O_DIRECT` open of the served node.
-    pub(super) fn direct_ended(&self) {
+    /// Counts the end of an `O_DIRECT` open of the disk inode.
+    pub(super) fn direct_open_ended(&self) {
         let mut state = self.lock();
-        state.direct = state.direct.saturating_sub(1);
+        state.direct_opens = state.direct_opens.saturating_sub(1);
     }
 
-    /// The view is there, of `volume`; or there will be none.
-    fn built(&self, view: Result<View>, volume: &Arc<Volume>) {
-        let way = match view {
+    /// Installs the view that was built of `volume`, or logs why there will be none.
+    fn set_view(&self, view: Result<View>, volume: &Arc<Volume>) {
+        let view_state = match view {
             Ok(view) => {
                 tracing::info!("{}: read by the kernel itself: {view}", self.name);
-                Way::Ready(Arc::new(view), Arc::clone(volume))
+                ViewState::Ready(Arc::new(view), Arc::clone(volume))
             }
-            // reading tells what exactly, and once is enough
+            // A read of the damaged part reports the details; the log has the error once.
             Err(why) if why.kind() == ErrorKind::Corrupt => {
                 tracing::info!("{}: no kernel view: the image is damaged", self.name);
                 tracing::debug!("{}: {why}", self.name);
-                Way::Served
+                ViewState::Unavailable
             }
             Err(why) => {
                 tracing::info!("{}: no kernel view: {why}", self.name);
-                Way::Served
+                ViewState::Unavailable
             }
         };
-        self.lock().way = way;
+        self.lock().view_state = view_state;
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, NodeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    fn now(&self) -> Now {
-        match self.way {
-            Way::Served => Now::Fixed,
-            Way::Building => Now::Served,
-            Way::Ready(..) if self.is_turned(Instant::now()) => Now::Served,
-            Way::Ready(..) => Now::View,
+impl NodeState {
+    fn name_target(&self) -> NameTarget {
+        match self.view_state {
+            ViewState::Unavailable => NameTarget::OnlyDisk,
+            ViewState::Building => NameTarget::DiskForNow,
+            ViewState::Ready(..) if self.keeps_disk_inode(Instant::now()) => NameTarget::DiskForNow,
+            ViewState::Ready(..) => NameTarget::View,
         }
     }
 
-    /// Whether the name has to stay with the served node for a while.
-    fn is_turned(&self, now: Instant) -> bool {
+    /// Returns true if the name has to lead to the disk inode for now.
+    fn keeps_disk_inode(&self, now: Instant) -> bool {
         let within = |at: &Instant, time| now.saturating_duration_since(*at) < time;
-        self.direct > 0
-            || self.turned.is_some_and(|at| within(&at, SETTLE))
-            || self.waited_for.iter().any(|(_, at)| within(at, COME_AGAIN))
+        self.direct_opens > 0
+            || self.last_rejected.is_some_and(|at| within(&at, DISK_INODE_TIME))
+            || self.expected_retries.iter().any(|(_, at)| within(at, RETRY_TIMEOUT))
     }
 
-    /// Gives the view up where it is not of `volume`; whether it was.
-    fn outdate(&mut self, volume: &Arc<Volume>) -> bool {
-        let outdated = matches!(&self.way, Way::Ready(_, of) if !Arc::ptr_eq(of, volume));
+    /// Discards the view if it does not describe `volume`. Returns true if it was discarded.
+    fn discard_if_outdated(&mut self, volume: &Arc<Volume>) -> bool {
+        let outdated = matches!(&self.view_state, ViewState::Ready(_, of) if !Arc::ptr_eq(of, volume));
         if outdated {
-            self.way = Way::Served;
+            self.view_state = ViewState::Unavailable;
             self.drop_backing();
         }
         outdated
     }
 
-    /// Decides on an open of the view's node, and counts it.
-    fn answer(&mut self, direct: bool, pid: u32, now: Instant) -> Answer {
-        let with_backing = self.passed > 0;
-        if matches!(self.way, Way::Ready(..)) && self.backing.is_some() && !direct {
-            self.passed += 1;
-            Answer::Pass
-        } else if self.turn_away(pid, now) {
-            Answer::Again
+    /// Decides on an open of the view inode, and counts it.
+    fn answer(&mut self, direct: bool, pid: u32, now: Instant) -> OpenAnswer {
+        let with_backing = self.passthrough_opens > 0;
+        if matches!(self.view_state, ViewState::Ready(..)) && self.backing.is_some() && !direct {
+            self.passthrough_opens += 1;
+            OpenAnswer::Passthrough
+        } else if self.reject_once(pid, now) {
+            OpenAnswer::LookupAgain
         } else if direct && with_backing {
-            Answer::Refuse
+            OpenAnswer::Refuse
         } else {
-            self.passed += u64::from(with_backing);
-            Answer::Ask { with_backing }
+            self.passthrough_opens += u64::from(with_backing);
+            OpenAnswer::Daemon { with_backing }
         }
     }
 
-    /// Whether process `pid` is told to look the name up again: not if it was told so just now.
-    fn turn_away(&mut self, pid: u32, now: Instant) -> bool {
-        self.waited_for
-            .retain(|(_, at)| now.saturating_duration_since(*at) < COME_AGAIN);
-        // 0 stands for every process of another PID namespace
-        let known = self.waited_for.iter().position(|&(who, _)| who == pid && pid != 0);
+    /// Returns true if process `pid` gets ESTALE, and expects its retry; false if this is the retry.
+    fn reject_once(&mut self, pid: u32, now: Instant) -> bool {
+        self.expected_retries
+            .retain(|(_, at)| now.saturating_duration_since(*at) < RETRY_TIMEOUT);
+        // PID 0 stands for every process of another PID namespace, so it says nothing about a retry.
+        let known = self
+            .expected_retries
+            .iter()
+            .position(|&(waiting, _)| waiting == pid && pid != 0);
         if let Some(i) = known {
-            self.waited_for.swap_remove(i);
+            self.expected_retries.swap_remove(i);
             return false;
         }
-        self.turned = Some(now);
-        if self.waited_for.len() < MOST_TURNED {
-            self.waited_for.push((pid, now));
+        self.last_rejected = Some(now);
+        if self.expected_retries.len() < MAX_EXPECTED_RETRIES {
+            self.expected_retries.push((pid, now));
         }
         true
     }
 
-    fn served(&mut self, direct: bool, pid: u32) {
-        self.direct += u64::from(direct);
-        if let Some(i) = self.waited_for.iter().position(|&(who, _)| who == pid) {
-            self.waited_for.swap_remove(i);
+    fn disk_inode_opened(&mut self, direct: bool, pid: u32) {
+        self.direct_opens += u64::from(direct);
+        if let Some(i) = self.expected_retries.iter().position(|&(waiting, _)| waiting == pid) {
+            self.expected_retries.swap_remove(i);
         }
     }
 
-    fn passed_ended(&mut self) {
-        self.passed = self.passed.saturating_sub(1);
+    fn passthrough_open_ended(&mut self) {
+        self.passthrough_opens = self.passthrough_opens.saturating_sub(1);
         self.drop_backing();
     }
 
-    /// Lets go of the file of a view that was given up, after its last open.
+    /// Releases the backing file of a discarded view after its last open.
     fn drop_backing(&mut self) {
-        if self.passed == 0 && matches!(self.way, Way::Served) {
+        if self.passthrough_opens == 0 && matches!(self.view_state, ViewState::Unavailable) {
             self.backing = None;
         }
     }
 }
 
-/// Why a disk will have no view in this mount, whatever the kernel offers.
-fn no_view(config: &DiskConfig, view: &ViewConfig, volume: &Volume, shape: MountKind) -> Option<&'static str> {
+/// Returns the reason why a disk has no view in this mount, whatever the kernel supports.
+fn reason_without_view(
+    config: &DiskConfig,
+    view: &ViewConfig,
+    volume: &Volume,
+    mount_kind: MountKind,
+) -> Option<&'static str> {
     if view.mode == KernelView::Off {
         Some("kernel-view=off")
     } else if volume.disk().writer().is_some() {
@@ -373,16 +404,16 @@ fn no_view(config: &DiskConfig, view: &ViewConfig, volume: &Volume, shape: Mount
         Some("cache=none")
     } else if volume.disk().backing_fd().is_some() {
         Some("it is one flat file, which needs none")
-    } else if shape == MountKind::File {
+    } else if mount_kind == MountKind::File {
         Some("the mount covers a file")
     } else {
         None
     }
 }
 
-fn refused(name: &str, why: Error) -> Error {
+fn required_but_unavailable(name: &str, why: Error) -> Error {
     why.within(format!(
-        "{name}: kernel-view=required, but the kernel does not read the disk by itself"
+        "{name}: kernel-view=required, but the kernel cannot read the disk itself"
     ))
 }
 

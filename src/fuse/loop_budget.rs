@@ -1,5 +1,7 @@
-//! Which event loops may do something else than take requests: all but one. Where there is one only, it may serve a network's
-//! answers until a request comes.
+//! Budget of event loops: how many may do something else than take requests from the kernel.
+//!
+//! All but one may, so that the requests of all disks are taken while a loop flushes or polls a network. A session with
+//! a single loop may poll too, but only until the kernel's device has a request: it polls both descriptors.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
@@ -7,51 +9,52 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::block::{BlockQueue, Stay};
 
-/// The event loops of a session.
+/// The event loops of one session.
 #[derive(Debug)]
 pub(super) struct LoopBudget {
-    alone: bool,
-    /// How many more may be busy.
+    single_loop: bool,
+    /// Number of loops that may still become busy.
     spare: AtomicUsize,
-    /// Readable when there is a request, from the beginning of the session on.
+    /// A duplicate of the FUSE device, readable while a request is queued. Set when the session begins.
     device: OnceLock<OwnedFd>,
 }
 
-/// A loop that is busy, until it is dropped.
+/// One loop's right to be busy. Returned to the budget on drop.
 #[derive(Debug)]
 pub(super) struct Spared<'a>(&'a LoopBudget);
 
 impl LoopBudget {
-    /// So many.
+    /// Creates the budget of a session with `count` event loops.
     pub(super) fn new(count: usize) -> Self {
         Self {
-            alone: count == 1,
+            single_loop: count == 1,
             spare: AtomicUsize::new(count.saturating_sub(1)),
             device: OnceLock::new(),
         }
     }
 
-    /// Told where requests come from.
-    pub(super) fn begin(&self, device: OwnedFd) {
-        // the first one holds
+    /// Sets the device that requests come from.
+    pub(super) fn set_device(&self, device: OwnedFd) {
+        // A second call changes nothing: a session has one device.
         let _ = self.device.set(device);
     }
 
-    /// Has the answers of a network read.
+    /// Polls `queue` for completions, for as long as this loop can be spared.
     pub(super) fn poll_completions(&self, queue: &dyn BlockQueue) {
         self.stay(|stay| queue.poll_completions(stay));
     }
 
-    /// Does something in this loop that is told for how long.
+    /// Calls `work` with the time that this loop may stay in it.
     fn stay(&self, work: impl FnOnce(Stay<'_>)) {
-        if self.alone {
+        if self.single_loop {
+            // No other loop takes requests, so the poll has to return as soon as the device has one.
             return work(self.device.get().map_or(Stay::No, |device| Stay::Until(device.as_fd())));
         }
         let spared = self.spare();
         work(if spared.is_some() { Stay::Patiently } else { Stay::No });
     }
 
-    /// The right to be busy, if a loop can be spared.
+    /// Takes the right to be busy. `None` if this is the last loop that takes requests.
     pub(super) fn spare(&self) -> Option<Spared<'_>> {
         let taken = self
             .spare
@@ -71,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_loop_is_never_spared() {
+    fn the_last_loop_is_never_spared() {
         let loops = LoopBudget::new(2);
         let first = loops.spare();
         assert!(first.is_some() && loops.spare().is_none());
@@ -81,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn regression_a_loop_that_flushes_and_one_that_waits_are_counted_together() {
+    fn regression_flushing_and_polling_loops_share_one_budget() {
         let loops = LoopBudget::new(2);
         loops.stay(|stay| assert!(matches!(stay, Stay::Patiently)));
         let _flushing = loops.spare();

@@ -1,17 +1,24 @@
-//! The FUSE side: the mount, the threads that serve it, and what the kernel asks, answered from images.
+//! The FUSE side: creates the mount, runs the threads that serve it, and answers the kernel's requests from volumes.
 //!
 //! ```text
-//!   mountinfo     what is mounted where
-//!   mount         makes and removes the mount ── fusermount: the same by the setuid helper
-//!   session       serves the kernel's requests on threads of their own
-//!   fs            the answers ── errno, faults: what errors become
-//!   node          one disk: how an open is served ── change: writes ── flush: who makes them durable ── attr
-//!     view        its second node, which the kernel reads by itself
-//!   lane          work for remote disks that may wait ── loops: which event loops may be busy with something else
-//!   readahead     the mount's read-ahead window
-//!   probe         a first read through the mount, by a process of its own
-//!   watcher       auto_unmount, by another one
+//!   mountinfo          the mount table of this process
+//!   mount              creates and removes the mount ── fusermount: the same through the setuid helper
+//!   session            the threads that take requests
+//!   fs                 the file system ── operations: its requests ── errno: conversion of errors
+//!   disk_file          one disk: how an open is served ── write ── flush: group flush ── attributes
+//!     kernel_view_node its second inode, which the kernel reads without the daemon
+//!   loop_budget        how many event loops may be busy with something else than requests
+//!   readahead          the mount's read-ahead window
+//!   probe              a first read through the mount, by a separate process
+//!   auto_unmount       removes the mount of a killed daemon, by a separate process
 //! ```
+//!
+//! Threads: the main thread only handles signals and the unmount. Event loops take requests and answer them at once
+//! where no network is involved; requests of remote disks are answered by completions or by the disk's worker pool
+//! (`volume::worker_pool`). At least one loop is always free to take requests.
+//!
+//! Lock order: `opens` of a disk file first. Its `volume`, its attributes and the state of its kernel view node are
+//! leaf locks below that. The lock of a flush queue is never held together with another one.
 
 mod attributes;
 pub mod auto_unmount;

@@ -1,18 +1,19 @@
-//! The mount's entry in the mount table: made, known again, removed.
+//! Creates the mount, identifies it later, and removes it.
 //!
-//! We do this ourselves and hand fuser only the descriptor, because fuser's own mounting cannot show the type
-//! `fuse.vmdkfuse`, cover a regular file, do auto_unmount without allow_other (`watcher.rs`), or detach a busy mount.
+//! fuser gets only the descriptor. Its own mounting cannot show the type `fuse.vmdkfuse`, cover a regular file, do
+//! auto_unmount without allow_other (see `auto_unmount.rs`), or detach a busy mount.
 //!
 //! ```text
-//!   Target::resolve  what the user named ── stale or taken: refused
+//!   Target::resolve  the path that the user named ── stale mount, or already mounted: refused
 //!        ▼
-//!   Mount::new       mount(2); where that is not permitted: fusermount3
-//!        ▼           → /dev/fuse for the session, number and device of the mount noted
-//!   unmount          ours still? ─ no → Gone
+//!   Mount::new       mount(2); without permission: fusermount3
+//!        ▼           → /dev/fuse for the session; ID and device of the mount are kept
+//!   unmount          still in the mount table? ─ no → Gone
 //!                       │ yes → umount2 / fusermount3 -u → Clean
 //!                       └ busy → the same lazily → Detached: the session ends with the last user
 //! ```
-//! [`Mount`] unmounts when it is dropped, so that an error or a panic leaves nothing behind.
+//! Before every unmount the mount table is read again: another process may have removed this mount, and mounted another
+//! file system at the same path. [`Mount`] unmounts when it is dropped, so that an error or a panic leaves no mount.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -25,30 +26,30 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::statvfs::statvfs;
 
 use super::fusermount;
-use super::mountinfo::{self, Device, Entry};
+use super::mountinfo::{self, Device, MountEntry};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The part of the type after `fuse.`.
+/// Subtype: the part of the type after `fuse.`.
 pub(super) const SUBTYPE: &str = "vmdkfuse";
 
-/// The type that mount tables show.
+/// Type that mount tables show.
 pub const FSTYPE: &str = "fuse.vmdkfuse";
 
-/// Where to mount, and what shows there.
+/// Checked mount point.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// The mount point: absolute, without links; it exists.
+    /// The mount point: absolute, without symbolic links; it exists.
     pub point: PathBuf,
-    /// Whether it is a regular file, so that the root of the mount has to be the disk itself.
+    /// True if it is a regular file, so that the root of the mount has to be the disk itself.
     pub is_file: bool,
 }
 
 impl Target {
-    /// Looks at what is to be mounted on: a directory, or a regular file to cover.
+    /// Checks a path to mount on: a directory, or a regular file to cover.
     ///
-    /// Errors: it is nothing to mount on, it is a vmdkfuse mount already, or one whose process is gone (with
-    /// the command that clears it).
+    /// Errors: the path does not exist or is another type of file; it is a vmdkfuse mount already, or a stale one whose
+    /// process is gone (the error names the command that clears it).
     pub fn resolve(path: &Path) -> Result<Self> {
         match fs::canonicalize(path) {
             Ok(point) => Self::existing(point),
@@ -75,28 +76,28 @@ impl Target {
     }
 }
 
-/// How a mount went away.
+/// Result of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unmounted {
-    /// Nobody used it; the session is over.
+    /// The mount was not in use; the session has ended.
     Clean,
-    /// It was busy: nobody finds it any more, and the session ends with its last user.
+    /// The mount was busy: no new open reaches it, and the session ends when its last user closes its files.
     Detached,
-    /// Somebody else had unmounted it before.
+    /// Another process had unmounted it before.
     Gone,
 }
 
-/// What a mount is known again by, as long as it exists.
+/// Identity of a mount while it exists. The kernel reuses both numbers afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Its number in the mount table.
+    /// ID in the mount table.
     pub id: u64,
-    /// Its device.
+    /// Device of the file system.
     pub device: Device,
 }
 
 impl Identity {
-    /// Detaches it if it is in the mount table still. Whether it was.
+    /// Detaches the mount if it is still in the mount table. Returns true if it was.
     pub fn detach(self) -> Result<bool> {
         let found = self.find()?;
         if let Some(point) = &found {
@@ -105,10 +106,12 @@ impl Identity {
         Ok(found.is_some())
     }
 
-    /// Where it is now; `None` when it is gone.
+    /// Returns the current mount point; `None` if the mount is gone.
+    ///
+    /// Errors: another mount covers it, so that an unmount by path would hit that one.
     fn find(self) -> Result<Option<PathBuf>> {
         let table = mountinfo::read()?;
-        let same = |e: &&Entry| e.id == self.id && e.device == self.device && e.fstype == FSTYPE;
+        let same = |e: &&MountEntry| e.id == self.id && e.device == self.device && e.fstype == FSTYPE;
         let Some(ours) = table.iter().find(same) else {
             return Ok(None);
         };
@@ -123,7 +126,7 @@ impl Identity {
     }
 }
 
-/// A mount of ours.
+/// A mount that this process created.
 #[derive(Debug)]
 pub struct Mount {
     identity: Identity,
@@ -131,15 +134,16 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts on `target`; the descriptor is for the session.
+    /// Mounts on `target`. The descriptor is for the session.
     ///
-    /// `source` is what mount tables show, where `options` name nothing else.
+    /// `source` is what mount tables show, unless `options` has a name (`fsname`).
     pub fn new(target: &Target, options: &MountOptions, source: &str) -> Result<(Self, OwnedFd)> {
         let source = options.fsname.as_deref().unwrap_or(source);
         let device = match mount_directly(target, options, source)? {
             Some(device) => device,
             None => fusermount::mount(&target.point, options, source)?,
         };
+        // The ID comes from the path, which another process may have mounted on meanwhile: check the type.
         let entry = mountinfo::of(&target.point)?;
         if entry.fstype != FSTYPE {
             let text = format!(
@@ -162,17 +166,17 @@ impl Mount {
         ))
     }
 
-    /// The device of the mount.
+    /// Returns the device of the mount.
     pub fn device(&self) -> Device {
         self.identity.device
     }
 
-    /// What it is known again by.
+    /// Returns the identity of the mount.
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// Removes it from the mount table, if it is there still; lazily where it is busy.
+    /// Removes the mount from the mount table if it is still there. A busy mount is detached.
     pub fn unmount(&mut self) -> Result<Unmounted> {
         if self.unmounted {
             return Ok(Unmounted::Gone);
@@ -185,10 +189,10 @@ impl Mount {
         Ok(how)
     }
 
-    /// For after the session's end: detaches the mount if it is there still, dead. Whether it was.
+    /// Detaches the dead mount after the session has ended, if it is still there. Returns true if it was.
     ///
-    /// Somebody may have unmounted ours and mounted another one since, and the kernel gives its numbers again.
-    /// So only a mount that answers "not connected" is taken for ours here.
+    /// Another process may have unmounted it and mounted another file system since, and the kernel reuses the ID and
+    /// the device. So only a mount that answers ENOTCONN ("transport endpoint is not connected") is taken for this one.
     pub fn clear_dead(&mut self) -> Result<bool> {
         let found = self.identity.find()?.filter(|point| is_dead(point));
         if let Some(point) = &found {
@@ -201,9 +205,9 @@ impl Mount {
     fn unmount_at(&self, point: &Path) -> Result<Unmounted> {
         match unmount_once(point, false) {
             Ok(()) => return Ok(Unmounted::Clean),
-            Err(e) => tracing::debug!("not unmounted at once: {e}"),
+            Err(e) => tracing::debug!("unmounting failed, trying again lazily: {e}"),
         }
-        // Somebody else may have been quicker, and the next mount there would not be ours.
+        // Another process may have unmounted it in the meantime; the mount below must not be detached in its place.
         if self.identity.find()?.is_none() {
             return Ok(Unmounted::Gone);
         }
@@ -216,12 +220,12 @@ impl Drop for Mount {
     fn drop(&mut self) {
         match self.unmount() {
             Ok(how) => tracing::trace!("mount dropped: {how:?}"),
-            Err(e) => tracing::error!("the mount stays: {e}"),
+            Err(e) => tracing::error!("could not unmount: {e}"),
         }
     }
 }
 
-/// Mounts by mount(2). `None` where that is not permitted to us.
+/// Mounts with mount(2). `None` if this process has no permission.
 fn mount_directly(target: &Target, options: &MountOptions, source: &str) -> Result<Option<OwnedFd>> {
     let device = match open_device() {
         Ok(file) => file,
@@ -242,7 +246,7 @@ fn mount_directly(target: &Target, options: &MountOptions, source: &str) -> Resu
 }
 
 fn open_device() -> io::Result<File> {
-    // std opens everything close-on-exec.
+    // The standard library opens every file with O_CLOEXEC.
     OpenOptions::new().read(true).write(true).open("/dev/fuse")
 }
 
@@ -253,7 +257,7 @@ fn no_fuse(e: io::Error) -> Error {
     )
 }
 
-/// The options that the kernel parses.
+/// Returns the mount options that the kernel parses.
 fn mount_data(fd: i32, is_file: bool, options: &MountOptions) -> String {
     let rootmode = if is_file { libc::S_IFREG } else { libc::S_IFDIR };
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
@@ -276,7 +280,7 @@ fn unmount_once(point: &Path, lazy: bool) -> Result<()> {
     }
 }
 
-/// Refuses a point on which a mount of this program lies, alive or stale.
+/// Refuses a mount point that has a vmdkfuse mount on it, alive or stale.
 fn refuse_ours(point: &Path) -> Result<()> {
     match mountinfo::at(point)? {
         Some(entry) if entry.fstype == FSTYPE => {}
@@ -288,20 +292,21 @@ fn refuse_ours(point: &Path) -> Result<()> {
     let text = format!(
         "{}: is a vmdkfuse mount already; unmount it first: {}",
         point.display(),
-        clearing(point)
+        unmount_command(point)
     );
     Err(Error::new(ErrorKind::Os(libc::EBUSY), text))
 }
 
-/// Whether a mount without a process lies there. Not its attributes: the kernel may know those for a while yet.
+/// Returns true if a mount without a process is at `point`. Uses statfs: the kernel may still have cached attributes,
+/// so that stat would succeed.
 fn is_dead(point: &Path) -> bool {
     statvfs(point) == Err(Errno::ENOTCONN)
 }
 
-/// The error for `path`; where it leads through a dead mount, one that names that mount.
+/// Returns the error for `path`. If the path leads through a dead mount, the error names that mount.
 fn stale_or(path: &Path, error: io::Error) -> Error {
     match path.ancestors().filter(|p| is_dead(p)).last() {
-        // The topmost one that is dead is the mount point itself.
+        // The shortest dead ancestor is the mount point itself.
         Some(point) => stale(point),
         None => Error::io(path.display().to_string(), error),
     }
@@ -311,13 +316,13 @@ fn stale(point: &Path) -> Error {
     let text = format!(
         "{}: a mount whose process is gone (transport endpoint is not connected); clear it with: {}",
         point.display(),
-        clearing(point)
+        unmount_command(point)
     );
     Error::new(ErrorKind::Os(libc::ENOTCONN), text)
 }
 
-/// The command that unmounts `point`, for a shell.
-fn clearing(point: &Path) -> String {
+/// Returns the shell command that unmounts `point`.
+fn unmount_command(point: &Path) -> String {
     let text = point.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
     let word = if text.chars().all(plain) {

@@ -1,7 +1,7 @@
-//! The mount table of this process, `/proc/self/mountinfo`.
+//! Reads the mount table of this process, `/proc/self/mountinfo`.
 //!
-//! A mount is known by its number and its device, not by its path: a path can be renamed or covered, and
-//! asking the mount itself (`stat`) would need the daemon that may be gone.
+//! A mount is identified by its ID and its device, not by its path. A path can be renamed or covered, and asking the
+//! mount itself (`stat`) sends a request to a daemon that may be gone.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// Device number of a file system, as `stat` of its files and sysfs name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Device {
-    /// Major number; 0 for all that lies on no block device.
+    /// Major number; 0 for every file system without a block device.
     pub major: u32,
     /// Minor number.
     pub minor: u32,
@@ -31,38 +31,39 @@ impl fmt::Display for Device {
 
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
-    /// Number of the mount; used again after it is gone.
+pub struct MountEntry {
+    /// ID of the mount. The kernel reuses it after the mount is gone.
     pub id: u64,
-    /// Number of the mount that it lies in.
+    /// ID of the parent mount.
     pub parent: u64,
-    /// The file system's device.
+    /// Device of the file system.
     pub device: Device,
-    /// Where it is now.
+    /// Current mount point.
     pub point: PathBuf,
     /// Type with subtype, `fuse.vmdkfuse`.
     pub fstype: String,
-    /// What it shows as its source.
+    /// Source, as the mount names it.
     pub source: OsString,
 }
 
-/// All mounts that this process sees, in the order of the kernel: what covers a mount comes after it.
-pub fn read() -> Result<Vec<Entry>> {
+/// Returns all mounts that this process sees, in the order of the kernel: a mount that covers another comes after it.
+pub fn read() -> Result<Vec<MountEntry>> {
     let path = "/proc/self/mountinfo";
     let text = fs::read(path).map_err(|e| Error::io(path, e))?;
-    // A line that is not understood is somebody else's mount; it must not keep us from finding ours.
+    // A line that cannot be parsed belongs to a foreign mount, and must not hide the mount of this process.
     Ok(text.split(|&b| b == b'\n').filter_map(parse_line).collect())
 }
 
-/// The topmost mount whose mount point is exactly `point` (an absolute path without links).
-pub fn at(point: &Path) -> Result<Option<Entry>> {
+/// Returns the topmost mount whose mount point is exactly `point` (an absolute path without symbolic links).
+pub fn at(point: &Path) -> Result<Option<MountEntry>> {
     Ok(read()?.into_iter().rfind(|e| e.point == point))
 }
 
-/// Number of the mount that `path` lies on. Asks the mount itself nothing.
+/// Returns the ID of the mount that `path` lies on. Sends no request to the mount itself.
 pub fn mount_id_of(path: &Path) -> Result<u64> {
-    let context = || format!("{}: number of its mount", path.display());
-    // O_PATH opens no file of the mount: no request is sent, so this works before the session runs.
+    let context = || format!("{}: reading the ID of its mount", path.display());
+    // O_PATH opens the path without opening the file: the kernel sends no request, so this works before the session
+    // serves.
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
@@ -77,8 +78,8 @@ pub fn mount_id_of(path: &Path) -> Result<u64> {
     id.ok_or_else(|| Error::io(context(), io::Error::from(io::ErrorKind::InvalidData)))
 }
 
-/// The entry of the mount that `path` lies on.
-pub fn of(path: &Path) -> Result<Entry> {
+/// Returns the table entry of the mount that `path` lies on.
+pub fn of(path: &Path) -> Result<MountEntry> {
     let id = mount_id_of(path)?;
     let gone = || {
         Error::new(
@@ -89,18 +90,18 @@ pub fn of(path: &Path) -> Result<Entry> {
     read()?.into_iter().find(|e| e.id == id).ok_or_else(gone)
 }
 
-fn parse_line(line: &[u8]) -> Option<Entry> {
+fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&b| b == b' ');
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
     let device = parse_device(fields.next()?)?;
     let _root = fields.next()?;
     let point = PathBuf::from(unescape(fields.next()?));
-    // Mount options, then any number of tags, then a lone dash.
+    // Mount options, then any number of optional tags, then a lone dash.
     let mut fields = fields.skip_while(|f| *f != b"-").skip(1);
     let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?);
-    Some(Entry {
+    Some(MountEntry {
         id,
         parent,
         device,
@@ -122,7 +123,7 @@ fn parse_device(field: &[u8]) -> Option<Device> {
     })
 }
 
-/// Undoes the kernel's `\040` for blank, tab, newline, `\` and `#`.
+/// Replaces the kernel's octal escapes (`\040` and others: blank, tab, newline, `\` and `#`).
 fn unescape(field: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn short_or_odd_lines_are_left_out() {
+    fn short_or_malformed_lines_are_skipped() {
         for line in [
             &b""[..],
             b"36",
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_found_by_path_and_by_number() {
+    fn the_root_is_found_by_path_and_by_id() {
         let by_number = of(Path::new("/")).unwrap();
         assert_eq!(by_number.point, Path::new("/"));
         assert_eq!(at(Path::new("/")).unwrap().unwrap().id, by_number.id);

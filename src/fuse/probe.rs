@@ -1,14 +1,14 @@
-//! A first read through the mount: the proof that it answers, before anybody is told so.
+//! A first read through the mount, which proves that the mount answers before it is reported as ready.
 //!
 //! ```text
 //!   daemon ── fork ── prober             before any thread, so before the sources are opened
-//!      │  "read these" ──► │             once the session runs
-//!      │ ◄── warning…  then done | error │
+//!      │  FILE…, GO  ──► │               once the session serves
+//!      │ ◄── WARNING…, then DONE | ERROR │
 //! ```
-//! It is a process of its own, because no process may read what it serves: a read that is not answered cannot
-//! be interrupted, not even by SIGKILL, and the connection is cut only when the server's process has ended.
-//! Reader and server in one would wait for each other for ever. The prober holds nothing of the mount; when
-//! the daemon ends, its read fails and it ends too.
+//! The prober is a separate process, because no process may read from the mount that it serves. A read without an
+//! answer cannot be interrupted, not even by SIGKILL, and the kernel aborts the connection only when the serving
+//! process has exited. If the reader and the server were one process, they would wait for each other forever. The
+//! prober holds nothing of the mount: when the daemon exits, its read fails and it exits too.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -25,17 +25,17 @@ use nix::unistd::Pid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::daemon::{helper, receive, send};
 
-/// Bytes of the read: a page, what the smallest cached read takes.
+/// Bytes per read: one page, which the smallest cached read takes.
 const PROBE: u64 = 4096;
 
-/// Kinds of messages: a file to read, the end of the list; a warning, an error, the end of the work.
+/// Message types: a file to read, the end of the list; a warning, an error, the end of the work.
 const FILE: u8 = b'F';
 const GO: u8 = b'G';
 const WARNING: u8 = b'W';
 const ERROR: u8 = b'E';
 const DONE: u8 = b'D';
 
-/// A process that waits to be told what to read.
+/// The daemon's end of the process that does the first read.
 #[derive(Debug)]
 pub struct Prober {
     socket: UnixStream,
@@ -43,30 +43,33 @@ pub struct Prober {
 }
 
 impl Prober {
-    /// Forks it; an error where threads run already.
+    /// Forks the prober. Errors: a thread is running already, or the fork failed.
     pub fn fork() -> Result<Self> {
         let (socket, process) = helper("socket of the first read", |socket| {
-            // An error means that the daemon is gone: nobody is left to be told.
-            let _ = answer(socket);
+            // An error means that the daemon is gone, so that there is no process to report it to.
+            let _ = probe_files(socket);
         })?;
         Ok(Self { socket, process })
     }
 
-    /// Lets it read every one of `files`.
+    /// Sends the list of files, and lets the prober read each of them.
     pub fn start(&mut self, files: &[PathBuf]) -> Result<()> {
-        let mut tell = |kind, text: &[u8]| send(&mut self.socket, kind, text);
-        let told = files.iter().try_for_each(|f| tell(FILE, f.as_os_str().as_bytes()));
-        told.and_then(|()| tell(GO, b""))
+        let mut send_message = |kind, text: &[u8]| send(&mut self.socket, kind, text);
+        let sent = files
+            .iter()
+            .try_for_each(|f| send_message(FILE, f.as_os_str().as_bytes()));
+        sent.and_then(|()| send_message(GO, b""))
             .map_err(|e| Error::io("process of the first read", e))
     }
 
-    /// Readable as soon as it has something to say.
+    /// Returns a descriptor that is readable once the prober has sent a message.
     pub fn answered(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// What it says next: a warning (a disk that is readable in part only), or `None` when all has been read.
-    /// An error names the disk that cannot be read.
+    /// Receives the next message: a warning (a disk that is readable in part only), or `None` once all files were read.
+    ///
+    /// Errors: the disk that cannot be read, or the prober died.
     pub fn hear(&mut self) -> Result<Option<String>> {
         let text = |t: Vec<u8>| String::from_utf8_lossy(&t).into_owned();
         match receive(&mut self.socket).map_err(|e| Error::io("process of the first read", e))? {
@@ -75,12 +78,12 @@ impl Prober {
             Some((_, t)) => Err(Error::new(ErrorKind::Os(libc::EIO), text(t))),
             None => Err(Error::new(
                 ErrorKind::Os(libc::EIO),
-                "the process of the first read died",
+                "the process of the first read died before it had read every disk",
             )),
         }
     }
 
-    /// Waits for its end, after it said that all has been read.
+    /// Waits for the exit of the prober, after it has reported that all files were read.
     pub fn finish(self) {
         let Self { socket, process } = self;
         drop(socket);
@@ -90,8 +93,8 @@ impl Prober {
     }
 }
 
-/// The prober's whole work.
-fn answer(mut socket: UnixStream) -> io::Result<()> {
+/// Main function of the prober.
+fn probe_files(mut socket: UnixStream) -> io::Result<()> {
     let mut files = Vec::new();
     loop {
         match receive(&mut socket)? {
@@ -110,18 +113,19 @@ fn answer(mut socket: UnixStream) -> io::Result<()> {
     send(&mut socket, DONE, "")
 }
 
-/// Reads the first page; where that answers EIO, any other is good enough, with a warning.
+/// Reads the first page of a file. If that fails with EIO, a page in the middle or the last one suffices, with a
+/// warning: a disk with a damaged start is worth mounting.
 pub(super) fn probe_file(path: &Path) -> Result<Option<String>> {
-    let context = |what: &str| format!("{}: {what}", path.display());
+    let context = |step: &str| format!("{}: {step}", path.display());
     let open = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path);
     let file = open.map_err(|e| Error::io(context("first open through the mount"), e))?;
     let size = file
         .metadata()
-        .map_err(|e| Error::io(context("first look through the mount"), e))?
+        .map_err(|e| Error::io(context("first stat through the mount"), e))?
         .len();
-    // Without it the kernel would read ahead for a reader that never comes back.
+    // Without this advice the kernel would read ahead for a reader that never comes back.
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM)
-        .map_err(|e| Error::io(context("advice on reading"), e.into()))?;
+        .map_err(|e| Error::io(context("posix_fadvise through the mount"), e.into()))?;
     let error = match read_page(&file, 0, size) {
         Ok(()) => return Ok(None),
         Err(e) => e,
@@ -160,21 +164,21 @@ mod tests {
         }
         let (mut second, prober_2) = (daemon.try_clone().unwrap(), prober.try_clone().unwrap());
         send(&mut daemon, GO, "").unwrap();
-        answer(prober).unwrap();
+        probe_files(prober).unwrap();
         assert_eq!(receive(&mut daemon).unwrap(), Some((DONE, Vec::new())));
 
         send(&mut second, FILE, "/no/such/disk.raw").unwrap();
         send(&mut second, GO, "").unwrap();
-        answer(prober_2).unwrap();
+        probe_files(prober_2).unwrap();
         let (kind, text) = receive(&mut second).unwrap().unwrap();
         assert_eq!(kind, ERROR);
         assert!(text.starts_with(b"/no/such/disk.raw: first open"));
     }
 
     #[test]
-    fn a_daemon_that_is_gone_ends_it() {
+    fn a_daemon_that_is_gone_ends_the_prober() {
         let (daemon, prober) = UnixStream::pair().unwrap();
         drop(daemon);
-        answer(prober).unwrap();
+        probe_files(prober).unwrap();
     }
 }

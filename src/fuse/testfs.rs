@@ -1,4 +1,4 @@
-//! A file system of one disk, for tests of the mount: the root is a folder with `disk.raw`, or the disk itself.
+//! A file system with one disk, for tests of the mount: the root is a directory with `disk.raw`, or the disk itself.
 
 use std::ffi::OsStr;
 use std::time::{Duration, SystemTime};
@@ -8,10 +8,10 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
 
-/// What goes wrong on purpose.
+/// Fault that the file system injects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nothing.
+    /// No fault.
     None,
     /// EIO for every read that touches the first 64 KiB.
     Start,
@@ -19,26 +19,26 @@ pub(crate) enum Fault {
     All,
 }
 
-/// The file system; byte `n` of its disk is `n / 512 % 251`.
+/// The file system. Byte `n` of its disk is `n / 512 % 251`.
 #[derive(Debug)]
 pub(crate) struct TestFs {
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub(crate) size: u64,
-    /// Whether the root is the disk.
+    /// True if the root is the disk.
     pub(crate) is_file: bool,
-    /// What goes wrong.
+    /// Injected fault.
     pub(crate) fault: Fault,
 }
 
-/// The name of the disk in a folder.
+/// Name of the disk in the directory.
 pub(crate) const DISK: &str = "disk.raw";
 
-/// The byte at `offset` of the disk.
+/// Returns the byte at `offset` of the disk.
 pub(crate) fn byte_at(offset: u64) -> u8 {
     (offset / 512 % 251) as u8
 }
 
-/// How far [`Fault`] tells the start from the rest.
+/// Size of the range that [`Fault::Start`] damages.
 const START: u64 = 64 << 10;
 
 const ROOT: u64 = 1;

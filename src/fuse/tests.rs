@@ -1,7 +1,7 @@
-//! Real mounts. They need root and `/dev/fuse`, and say so where these are missing.
+//! Tests on real mounts. They need root and `/dev/fuse`, and print `SKIPPED` without them.
 //!
-//! These tests read what their own process serves, which only goes well because every request is answered (see
-//! `probe.rs`): no fault that leaves one unanswered belongs here.
+//! These tests read from a mount that their own process serves, which only works because every request is answered (see
+//! `probe.rs`). A fault that leaves a request unanswered would hang the test process for good.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -25,7 +25,7 @@ use crate::volume::Volume;
 
 const SIZE: u64 = 1 << 20;
 
-/// A mount in a folder of its own; nothing of it stays, however the test ends.
+/// A mount in a directory of its own, removed however the test ends.
 struct Mounted {
     session: Option<Running>,
     mount: Mount,
@@ -34,7 +34,7 @@ struct Mounted {
 }
 
 impl Mounted {
-    /// `None`, loudly, where this machine lets us mount nothing.
+    /// Creates the mount. `None`, with a message, where this machine allows no mounts.
     fn new(is_file: bool, fault: Fault, options: &MountOptions) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
             eprintln!("SKIPPED: real mounts need root and /dev/fuse");
@@ -78,19 +78,19 @@ impl Mounted {
         }
     }
 
-    /// The session's end, which has to come by itself.
+    /// Waits until the session has ended on its own, and returns its result.
     fn end(&mut self) -> crate::error::Result<()> {
         let session = self.session.take().unwrap();
         let soon = Instant::now() + Duration::from_secs(20);
         assert_eq!(
             wait([session.ended()], Some(soon)).unwrap(),
             [true],
-            "the session goes on"
+            "the session still runs"
         );
         session.result()
     }
 
-    fn entry(&self) -> Option<mountinfo::Entry> {
+    fn entry(&self) -> Option<mountinfo::MountEntry> {
         mountinfo::at(&self.point).unwrap()
     }
 }
@@ -200,7 +200,7 @@ fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
     };
     let minor = m.mount.device().minor;
     let abort = format!("/sys/fs/fuse/connections/{minor}/abort");
-    // The kernel knows its attributes for a while yet.
+    // The kernel now has cached attributes, which must not make the mount look alive.
     fs::metadata(&m.point).unwrap();
     if fs::write(&abort, "1").is_err() {
         eprintln!("SKIPPED: no {abort}");
@@ -217,7 +217,7 @@ fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
 }
 
 #[test]
-fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
+fn mount_of_another_process_at_the_same_point_is_left_alone() {
     let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
         return;
     };
@@ -231,7 +231,7 @@ fn mount_of_somebody_else_at_the_same_place_is_left_alone() {
         fault: Fault::None,
     };
     let session = Running::start(fs, device, &options(), 2).unwrap();
-    // The kernel may have given it the numbers of ours.
+    // The kernel may have given the new mount the ID and device of ours.
     assert!(!m.mount.clear_dead().unwrap());
     assert_eq!(m.mount.unmount().unwrap(), Unmounted::Gone);
     assert_eq!(m.entry().unwrap().source, "other");
@@ -271,7 +271,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         ..DiskConfig::new(DISK, SourceConfig::Local(local))
     };
     let disk = TestDisk::new(256).reading(|at, buf| {
-        assert!(at.0 < 128, "a fault on purpose");
+        assert!(at.0 < 128, "panic on purpose");
         buf.fill(7);
         Ok(())
     });
@@ -286,7 +286,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
     let file = File::open(m.disk()).unwrap();
     let mut sector = [0; 512];
-    // more often than there are loops to be lost
+    // More often than there are loops, so that a lost loop would show.
     for _ in 0..64 {
         assert_eq!(
             file.read_exact_at(&mut sector, 65536).unwrap_err().raw_os_error(),

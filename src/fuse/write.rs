@@ -1,4 +1,9 @@
-//! What changes a disk of the mount, and what makes that durable.
+//! Writes to a disk of the mount, truncation, fallocate, and the requests that flush.
+//!
+//! A write to a local disk runs on the event loop. A write to a remote disk is submitted to the disk's queue and
+//! answered by its completion; one that may block (it overlaps another write, or has to read first) runs in the disk's
+//! worker pool. A completion runs on another thread, so it gets an [`OwnedContext`], which keeps the mount's state
+//! alive.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +18,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::WriteCompletion;
 
-/// What a request that makes something durable needs beside it.
+/// State of the mount that a request needs besides its disk, borrowed for the request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RequestContext<'a> {
     pub(super) error_log: &'a Arc<ErrorLog>,
@@ -22,12 +27,12 @@ pub(super) struct RequestContext<'a> {
 }
 
 impl RequestContext<'_> {
-    /// Has the answers of a network read: by this loop, as far as it can be spared.
+    /// Polls the queue for completions on this event loop, as long as the loop can be spared.
     pub(super) fn poll_completions(&self, queue: &dyn BlockQueue) {
         self.loops.poll_completions(queue);
     }
 
-    /// The same for an answer that comes later, in another thread.
+    /// Returns a context for an answer that is given later, by another thread.
     pub(super) fn later(&self) -> OwnedContext {
         let (error_log, loops) = (Arc::clone(self.error_log), Arc::clone(self.loops));
         OwnedContext {
@@ -38,7 +43,7 @@ impl RequestContext<'_> {
     }
 }
 
-/// A [`RequestContext`] that is kept.
+/// A [`RequestContext`] that owns its parts.
 #[derive(Debug)]
 pub(super) struct OwnedContext {
     error_log: Arc<ErrorLog>,
@@ -47,7 +52,7 @@ pub(super) struct OwnedContext {
 }
 
 impl OwnedContext {
-    /// As it was.
+    /// Borrows the context.
     pub(super) fn context(&self) -> RequestContext<'_> {
         RequestContext {
             error_log: &self.error_log,
@@ -56,14 +61,14 @@ impl OwnedContext {
         }
     }
 
-    /// A disk of the mount.
+    /// Returns the disk at `index` in the order of the mount.
     pub(super) fn file(&self, index: usize) -> Option<&DiskFile> {
         self.files.get(index)
     }
 }
 
 impl DiskFile {
-    /// Answers a write; where the file was opened with O_SYNC or O_DSYNC, once it is durable.
+    /// Answers a write. An open with O_SYNC or O_DSYNC gets the answer once the data is durable.
     pub(super) fn write(
         &self,
         offset: u64,
@@ -73,33 +78,35 @@ impl DiskFile {
         context: RequestContext<'_>,
         reply: ReplyWrite,
     ) {
-        // pages are written back whole, and nobody looks at how much of one was: too little has to be an error
-        let late = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let request = Request {
+        // The kernel writes a dirty page back as a whole and ignores how much of it was accepted, so a short write has
+        // to become an error.
+        let write_back = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let request = WriteRequest {
             offset,
             len: data.len(),
-            late,
+            write_back,
             flags,
         };
         let volume = self.volume();
         if !volume.is_remote() {
-            return self.written(request, volume.write(offset, data), false, context, reply);
+            return self.reply_written(request, volume.write(offset, data), false, context, reply);
         }
         let (later, index) = (context.later(), self.index);
         let done: WriteCompletion = Box::new(move |result, durable| {
             if let Some(file) = later.file(index) {
-                file.written(request, result, durable, later.context(), reply);
+                file.reply_written(request, result, durable, later.context(), reply);
             }
         });
-        let begun = match volume.queue() {
+        let submitted = match volume.queue() {
             Some(queue) => volume
                 .submit_write(queue, offset, data, request.is_sync(), done)
                 .map(|()| context.poll_completions(queue)),
             None => Err(done),
         };
-        match begun {
+        match submitted {
             Ok(()) => {}
-            // it may have to wait for others, or to read first
+            // The queue refused the request: it has to wait for an overlapping write, or to read first. The kernel's
+            // buffer ends with this call, so the worker gets a copy.
             Err(done) => {
                 let (data, volume) = (data.to_vec(), Arc::clone(&volume));
                 self.pool
@@ -108,19 +115,24 @@ impl DiskFile {
         }
     }
 
-    /// Answers a write that was done; `durable`: it needs no flush any more.
-    fn written(
+    /// Answers a completed write. `durable`: it needs no flush any more.
+    fn reply_written(
         &self,
-        request: Request,
+        request: WriteRequest,
         result: Result<usize>,
         durable: bool,
         context: RequestContext<'_>,
         reply: ReplyWrite,
     ) {
-        let Request { offset, len, late, .. } = request;
+        let WriteRequest {
+            offset,
+            len,
+            write_back,
+            ..
+        } = request;
         let end = self.volume().len();
         let written = result.and_then(|n| match n {
-            n if late && n < len => Err(behind_the_end(offset + n as u64, end)),
+            n if write_back && n < len => Err(beyond_the_end(offset + n as u64, end)),
             n => Ok(n as u32),
         });
         self.attributes.changed();
@@ -128,19 +140,20 @@ impl DiskFile {
         match written {
             Err(e) => {
                 reply.error(errno(&e));
-                // whoever writes too much is told so; of a page that is written late nobody may be left to hear it
-                if late || e.kind() != ErrorKind::Os(libc::ENOSPC) || offset < end {
+                // ENOSPC at or beyond the end is the mistake of the writer, which gets the error: not worth a log line.
+                // A page is written back when its writer may have exited, so its failure is always logged.
+                if write_back || e.kind() != ErrorKind::Os(libc::ENOSPC) || offset < end {
                     context
                         .error_log
                         .note(e.within(format!("{name}: write of {len} bytes at {offset}")));
                 }
             }
             Ok(n) if request.is_sync() && !durable => {
-                self.durable(context, move |result| match result {
+                self.flush_then(context, move |result| match result {
                     Ok(()) => reply.written(n),
                     Err(e) => reply.error(errno(e)),
                 });
-                // by whatever thread had the answer, which has other work
+                // The completion runs on a thread with other work, which must not stay to poll.
                 if let Some(queue) = self.volume().queue() {
                     queue.poll_completions(Stay::No);
                 }
@@ -149,7 +162,7 @@ impl DiskFile {
         }
     }
 
-    /// Answers a close: who has written may rely on it afterwards.
+    /// Answers a close. A process that has written relies on its data being durable once close returns.
     pub(super) fn flush(&self, handle: FileHandle, context: RequestContext<'_>, reply: ReplyEmpty) {
         if writes(handle) {
             self.sync(context, reply)
@@ -163,7 +176,7 @@ impl DiskFile {
         if !self.writable {
             return reply.ok();
         }
-        self.durable(context, move |result| match result {
+        self.flush_then(context, move |result| match result {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(errno(e)),
         });
@@ -172,7 +185,10 @@ impl DiskFile {
         }
     }
 
-    /// Gives a range back, or fills it with zeroes, as fallocate(2) says by `mode`.
+    /// Discards a range, or fills it with zeroes, as the `mode` of fallocate(2) requests.
+    ///
+    /// Errors: [`Failed::Refused`] for a disk that is read-only, an unsupported mode, or a range beyond the end: a disk
+    /// does not grow.
     pub(super) fn fallocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Failed> {
         if !self.writable {
             return Err(Failed::Refused(Errno::EROFS));
@@ -181,78 +197,80 @@ impl DiskFile {
         let end = offset.checked_add(len).ok_or(Failed::Refused(Errno::EFBIG))?;
         let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0 && end > volume.len();
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
-            // room for it is there or will be found, as for any write
+            // Nothing to do: a write allocates its space, as on any sparse file.
             0 if end <= volume.len() => Ok(()),
             0 => Err(Failed::Refused(Errno::ENOSPC)),
             libc::FALLOC_FL_ZERO_RANGE if grows => Err(Failed::Refused(Errno::ENOSPC)),
-            how @ (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) => {
+            operation @ (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) => {
                 self.attributes.changed();
                 volume
-                    .zero_range(offset, len, how == libc::FALLOC_FL_PUNCH_HOLE)
+                    .zero_range(offset, len, operation == libc::FALLOC_FL_PUNCH_HOLE)
                     .map_err(Failed::Volume)
             }
             _ => Err(Failed::Refused(Errno::EOPNOTSUPP)),
         }
     }
 
-    /// Answers a wish for another size: there is none. O_TRUNC of an open for writing reaches us as one for size 0,
-    /// by the same thread and without the handle; it is taken and changes nothing.
+    /// Answers a truncation: the size of a disk is fixed.
+    ///
+    /// The kernel sends O_TRUNC of an open for writing as a truncation to 0 by the same process, without a handle. That
+    /// one is accepted and changes nothing.
     pub(super) fn truncate(&self, size: u64, handle: Option<FileHandle>, pid: u32) -> Result<(), Errno> {
         let opener = self.opener.swap(0, Ordering::AcqRel);
         if !self.writable {
             return Err(Errno::EROFS);
         }
-        let is_open = size == 0 && handle.is_none() && opener != 0 && opener == pid;
-        if is_open || size == self.volume().len() {
+        let is_o_trunc = size == 0 && handle.is_none() && opener != 0 && opener == pid;
+        if is_o_trunc || size == self.volume().len() {
             Ok(())
         } else {
             Err(Errno::EINVAL)
         }
     }
 
-    /// Makes everything durable for somebody who waits.
-    fn durable(&self, context: RequestContext<'_>, answer: impl FnOnce(&Result<()>) + Send + 'static) {
+    /// Flushes the disk, then calls `answer`. A failure is logged too.
+    fn flush_then(&self, context: RequestContext<'_>, answer: impl FnOnce(&Result<()>) + Send + 'static) {
         let (error_log, name) = (Arc::clone(context.error_log), self.config.name.display().to_string());
         let answer = Box::new(move |result: &Result<()>| {
             answer(result);
             if let Err(e) = result {
-                error_log.note(e.clone().within(format!("{name}: making it durable")));
+                error_log.note(e.clone().within(format!("{name}: flush")));
             }
         });
         self.flushes.flush(&self.volume(), context.loops, answer);
     }
 }
 
-/// A write that was asked for.
+/// A write request.
 #[derive(Debug, Clone, Copy)]
-struct Request {
+struct WriteRequest {
     offset: u64,
     len: usize,
-    /// Of a page that was changed some time ago.
-    late: bool,
+    /// Written back from the page cache, some time after the process changed the page.
+    write_back: bool,
     flags: OpenFlags,
 }
 
-impl Request {
-    /// Whether it is answered only once it is durable.
+impl WriteRequest {
+    /// Returns true if the answer has to wait until the data is durable.
     fn is_sync(&self) -> bool {
-        // O_SYNC has the bit of O_DSYNC and another one
+        // O_SYNC includes the bit of O_DSYNC.
         self.flags.0 & libc::O_DSYNC != 0
     }
 }
 
-/// Why a request was not done.
+/// Reason why a fallocate was not done.
 #[derive(Debug)]
 pub(super) enum Failed {
-    /// It is not possible as it was asked.
+    /// Not possible as requested; not logged.
     Refused(Errno),
-    /// The image failed.
+    /// The volume failed.
     Volume(Error),
 }
 
-fn behind_the_end(at: u64, len: u64) -> Error {
+fn beyond_the_end(at: u64, len: u64) -> Error {
     Error::new(
         ErrorKind::Os(libc::ENOSPC),
-        format!("byte {at} is behind the end of the disk, which has {len} bytes"),
+        format!("byte {at} is beyond the end of the disk, which has {len} bytes"),
     )
 }

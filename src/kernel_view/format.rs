@@ -1,57 +1,61 @@
-//! The on-disk form of EROFS, as far as one file in chunks over other files needs it.
+//! On-disk format of EROFS, as far as one file in chunks over other files needs it.
 //!
 //! ```text
-//!   1024   superblock (128 bytes) ─ one slot a device (128 bytes each)
-//!   next block   the root folder: ".", "..", "disk"
-//!   next block   inodes: the root folder's, the disk's ─ directly behind it one entry (8 bytes) a chunk
+//!   1024   superblock (128 bytes) ─ one slot per device (128 bytes each)
+//!   next block   the root directory: ".", "..", "disk"
+//!   next block   inodes: the root directory's, the disk's ─ directly after it one entry (8 bytes) per chunk
 //! ```
 //! All numbers are little endian; addresses count blocks. The source is the kernel's documentation of EROFS
 //! (`Documentation/filesystems/erofs.rst`) and the layout that it links to.
+//!
+//! Only code that writes the format is here: the kernel reads it. `index.rs` checks block addresses, the size of a
+//! chunk and the number of devices against the bounds below.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::block::SECTOR;
 
-/// The name of the one file.
+/// Name of the only file.
 pub(super) const FILE: &str = "disk";
 
-/// The block address that means a hole.
+/// Block address that marks a hole.
 pub(super) const HOLE: u32 = u32::MAX;
 
-/// The largest chunk, as a power of two of blocks: five bits hold it.
+/// Largest chunk, as a power of two of blocks: the format has five bits for it.
 pub(super) const MAX_CHUNK_BITS: u32 = 31;
 
-/// The most devices: their number is 16 bits wide, and 0 is the index itself.
+/// Largest number of devices: the format has 16 bits for their number, and 0 is the index itself.
 pub(super) const MAX_DEVICES: usize = u16::MAX as usize;
 
 const SUPERBLOCK_AT: u64 = 1024;
-const SLOT: u64 = 128;
+/// Bytes of the superblock, and of each device slot after it.
+const SLOT_BYTES: u64 = 128;
 const MAGIC: u32 = 0xe0f5_e1e2;
-/// Incompatible features: files in chunks, a table of devices.
+/// Incompatible features: chunked files (0x4), device table (0x8).
 const FEATURES: u32 = 0x4 | 0x8;
-/// Inode numbers count 32 bytes from the first block of inodes; 0 and 1 stay empty, some tools take 0 for none.
-const NID: u64 = 32;
+/// Bytes that an inode number counts, from the first block of inodes. 0 and 1 stay unused: some tools take 0 for none.
+const NID_BYTES: u64 = 32;
 const ROOT_NID: u16 = 2;
 const FILE_NID: u16 = 4;
-const INODE: u64 = 64;
-/// Inodes are of the long form; the data of the folder lie in whole blocks, those of the file in chunks.
+const INODE_BYTES: u64 = 64;
+/// Format of an inode: bit 0 set for the extended form, then the data layout: 0 for plain blocks, 4 for chunks.
 const FORMAT_PLAIN: u16 = 1;
 const FORMAT_CHUNKS: u16 = 1 | 4 << 1;
-/// Chunk entries have a device.
+/// Bit of the chunk format: chunk entries have a device.
 const CHUNK_INDEXES: u32 = 0x20;
 
-/// Blocks of the file system: a power of two of bytes.
+/// Block size of the file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Block {
-    /// 512 bytes: a grain may start at any sector of the first 2 TiB of its file.
+    /// 512 bytes: a chunk may start at any sector in the first 2 TiB of its file.
     Sector,
-    /// 4096 bytes: all grains start at multiples of it, in the first 16 TiB of their files.
+    /// 4096 bytes: every chunk starts at a multiple of it, in the first 16 TiB of its file.
     Page,
 }
 
 impl Block {
-    /// log2 of its sectors.
+    /// Returns log2 of the sectors of a block.
     pub(super) fn sector_bits(self) -> u32 {
         match self {
             Self::Sector => 0,
@@ -59,26 +63,26 @@ impl Block {
         }
     }
 
-    /// Its bytes.
+    /// Returns the bytes of a block.
     pub(super) fn bytes(self) -> u64 {
         SECTOR << self.sector_bits()
     }
 }
 
-/// Where a chunk is.
+/// Location of a chunk, as in the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoBytes, Immutable)]
 #[repr(C)]
-pub(super) struct Entry {
+pub(super) struct ChunkEntry {
     high: U16,
     device: U16,
     block: U32,
 }
 
-impl Entry {
-    /// Bytes of one.
+impl ChunkEntry {
+    /// Bytes of one entry.
     pub(super) const BYTES: u64 = size_of::<Self>() as u64;
 
-    /// A chunk that reads as zeroes.
+    /// Creates the entry of a chunk that reads as zeroes.
     pub(super) const fn hole() -> Self {
         Self {
             high: U16::ZERO,
@@ -87,7 +91,7 @@ impl Entry {
         }
     }
 
-    /// A chunk that starts at `block` of a device; devices count from 0 here.
+    /// Creates the entry of a chunk that starts at `block` of a device. Devices count from 0 here, from 1 in the image.
     pub(super) const fn at(device: u16, block: u32) -> Self {
         Self {
             high: U16::ZERO,
@@ -96,12 +100,12 @@ impl Entry {
         }
     }
 
-    /// The block that it starts at; `None`: a hole.
+    /// Returns the first block of the chunk; `None` for a hole.
     pub(super) fn block(self) -> Option<u32> {
         Some(self.block.get()).filter(|&b| b != HOLE)
     }
 
-    /// The same device at another block.
+    /// Returns an entry of the same device at another block.
     pub(super) fn moved_to(self, block: u32) -> Self {
         Self {
             block: U32::new(block),
@@ -110,17 +114,17 @@ impl Entry {
     }
 }
 
-/// All that stands before the entries.
-pub(super) struct Head {
-    /// Of the file system.
+/// Everything before the chunk entries.
+pub(super) struct ImageHead {
+    /// Block size of the file system.
     pub(super) block: Block,
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub(super) bytes: u64,
     /// log2 of the blocks of a chunk.
     pub(super) chunk_bits: u32,
     /// Number of chunks.
     pub(super) chunks: u64,
-    /// Sectors of each device.
+    /// Size of each device in sectors.
     pub(super) devices: Vec<u64>,
 }
 
@@ -151,7 +155,7 @@ struct Superblock {
 
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
-struct Slot {
+struct DeviceSlot {
     tag: [u8; 64],
     blocks: U32,
     mapped: U32,
@@ -166,7 +170,7 @@ struct Inode {
     mode: U16,
     high: U16,
     size: U64,
-    place: U32,
+    data: U32,
     number: U32,
     uid: U32,
     gid: U32,
@@ -178,44 +182,44 @@ struct Inode {
 
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
-struct Name {
+struct DirEntry {
     nid: U64,
     at: U16,
     kind: u8,
     rest: u8,
 }
 
-const _: () = assert!(size_of::<Superblock>() as u64 == SLOT && size_of::<Slot>() as u64 == SLOT);
-const _: () = assert!(size_of::<Inode>() as u64 == INODE);
+const _: () = assert!(size_of::<Superblock>() as u64 == SLOT_BYTES && size_of::<DeviceSlot>() as u64 == SLOT_BYTES);
+const _: () = assert!(size_of::<Inode>() as u64 == INODE_BYTES);
 
-/// Where the entries start, in bytes of the image, with so many devices.
-pub(super) fn entries_at(block: Block, devices: usize) -> u64 {
-    meta_at(block, devices) + u64::from(FILE_NID) * NID + INODE
+/// Returns the offset of the chunk entries in the image, in bytes.
+pub(super) fn chunk_entries_at(block: Block, devices: usize) -> u64 {
+    inodes_at(block, devices) + u64::from(FILE_NID) * NID_BYTES + INODE_BYTES
 }
 
-fn folder_at(block: Block, devices: usize) -> u64 {
-    (SUPERBLOCK_AT + SLOT + devices as u64 * SLOT).next_multiple_of(block.bytes())
+fn directory_at(block: Block, devices: usize) -> u64 {
+    (SUPERBLOCK_AT + SLOT_BYTES + devices as u64 * SLOT_BYTES).next_multiple_of(block.bytes())
 }
 
-fn meta_at(block: Block, devices: usize) -> u64 {
-    folder_at(block, devices) + block.bytes()
+fn inodes_at(block: Block, devices: usize) -> u64 {
+    directory_at(block, devices) + block.bytes()
 }
 
-impl Head {
-    /// Bytes of the whole image, in whole blocks.
+impl ImageHead {
+    /// Returns the size of the whole image in bytes, a multiple of the block size.
     pub(super) fn image_bytes(&self) -> u64 {
-        let end = entries_at(self.block, self.devices.len()) + self.chunks * Entry::BYTES;
+        let end = chunk_entries_at(self.block, self.devices.len()) + self.chunks * ChunkEntry::BYTES;
         end.next_multiple_of(self.block.bytes())
     }
 
-    /// The bytes before the entries.
+    /// Returns the bytes of the image before the chunk entries.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let count = self.devices.len();
         let mut out = vec![0; SUPERBLOCK_AT as usize];
         out.extend_from_slice(self.superblock().as_bytes());
         for sectors in &self.devices {
             let blocks = sectors.div_ceil(1 << self.block.sector_bits());
-            let slot = Slot {
+            let slot = DeviceSlot {
                 tag: [0; 64],
                 blocks: U32::new(blocks as u32),
                 mapped: U32::ZERO,
@@ -223,15 +227,15 @@ impl Head {
             };
             out.extend_from_slice(slot.as_bytes());
         }
-        out.resize(folder_at(self.block, count) as usize, 0);
-        let names = names();
+        out.resize(directory_at(self.block, count) as usize, 0);
+        let names = root_directory();
         out.extend_from_slice(&names);
         out.resize(
-            meta_at(self.block, count) as usize + usize::from(ROOT_NID) * NID as usize,
+            inodes_at(self.block, count) as usize + usize::from(ROOT_NID) * NID_BYTES as usize,
             0,
         );
-        let folder_block = (folder_at(self.block, count) / self.block.bytes()) as u32;
-        out.extend_from_slice(inode(FORMAT_PLAIN, 0o040_555, names.len() as u64, folder_block, ROOT_NID).as_bytes());
+        let directory_block = (directory_at(self.block, count) / self.block.bytes()) as u32;
+        out.extend_from_slice(inode(FORMAT_PLAIN, 0o040_555, names.len() as u64, directory_block, ROOT_NID).as_bytes());
         let chunks = self.chunk_bits | CHUNK_INDEXES;
         out.extend_from_slice(inode(FORMAT_CHUNKS, 0o100_444, self.bytes, chunks, FILE_NID).as_bytes());
         out
@@ -250,28 +254,28 @@ impl Head {
             build_time: U64::ZERO,
             build_nanoseconds: U32::ZERO,
             blocks: U32::new((self.image_bytes() / self.block.bytes()) as u32),
-            meta_block: U32::new((meta_at(self.block, count) / self.block.bytes()) as u32),
+            meta_block: U32::new((inodes_at(self.block, count) / self.block.bytes()) as u32),
             xattr_block: U32::ZERO,
             uuid: [0; 16],
             volume: [0; 16],
             incompatible: U32::new(FEATURES),
             algorithms: U16::ZERO,
             devices: U16::new(count as u16),
-            device_slot: U16::new(((SUPERBLOCK_AT + SLOT) / SLOT) as u16),
+            device_slot: U16::new(((SUPERBLOCK_AT + SLOT_BYTES) / SLOT_BYTES) as u16),
             directory_bits: 0,
             rest: [0; 37],
         }
     }
 }
 
-fn inode(format: u16, mode: u16, size: u64, place: u32, number: u16) -> Inode {
+fn inode(format: u16, mode: u16, size: u64, data: u32, number: u16) -> Inode {
     Inode {
         format: U16::new(format),
         xattrs: U16::ZERO,
         mode: U16::new(mode),
         high: U16::ZERO,
         size: U64::new(size),
-        place: U32::new(place),
+        data: U32::new(data),
         number: U32::new(number.into()),
         uid: U32::ZERO,
         gid: U32::ZERO,
@@ -282,19 +286,19 @@ fn inode(format: u16, mode: u16, size: u64, place: u32, number: u16) -> Inode {
     }
 }
 
-/// The block of the root folder: entries in byte order of their names, then the names.
-fn names() -> Vec<u8> {
+/// Returns the block of the root directory: entries in byte order of their names, then the names.
+fn root_directory() -> Vec<u8> {
     const KIND_FILE: u8 = 1;
-    const KIND_FOLDER: u8 = 2;
+    const KIND_DIRECTORY: u8 = 2;
     let entries = [
-        (".", ROOT_NID, KIND_FOLDER),
-        ("..", ROOT_NID, KIND_FOLDER),
+        (".", ROOT_NID, KIND_DIRECTORY),
+        ("..", ROOT_NID, KIND_DIRECTORY),
         (FILE, FILE_NID, KIND_FILE),
     ];
-    let mut at = entries.len() * size_of::<Name>();
+    let mut at = entries.len() * size_of::<DirEntry>();
     let (mut out, mut text) = (Vec::new(), Vec::new());
     for (name, nid, kind) in entries {
-        let entry = Name {
+        let entry = DirEntry {
             nid: U64::new(nid.into()),
             at: U16::new(at as u16),
             kind,

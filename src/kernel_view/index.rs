@@ -1,14 +1,17 @@
-//! From the runs of a disk to an EROFS image: a pure function, fed run by run.
+//! Builds an EROFS image from the runs of a disk: a pure function, fed run by run.
 //!
 //! ```text
-//!   runs ── joined where one continues the other ──► pending run ──► entries, one a chunk
+//!   runs ── merged where one continues the other ──► pending run ──► entries, one per chunk
 //!                                                        │ starts or ends inside of a chunk
 //!                                                        ▼
 //!                                                 chunks are halved until it does not
 //! ```
-//! Chunks start as large as the disk, so the result has the largest chunks that describe it, whatever the order of
-//! surprises. An address is written only after it was found to lie inside of its file; an index that would grow
-//! beyond its budget is given up at once.
+//! Chunks start as large as the disk and only shrink, so the result has the largest chunks that can describe it, in
+//! whatever order small runs appear.
+//!
+//! Invariants: an address is stored only after it was found to lie inside of its file. The entries cover the disk from
+//! its start without gaps, up to the pending run. An index that would exceed its budget is abandoned before the memory
+//! is allocated.
 
 use std::num::NonZeroU64;
 
@@ -16,64 +19,65 @@ use zerocopy::IntoBytes;
 
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
-use crate::kernel_view::format::{Block, Entry, HOLE, Head, MAX_CHUNK_BITS, MAX_DEVICES, entries_at};
+use crate::kernel_view::format::{Block, ChunkEntry, HOLE, ImageHead, MAX_CHUNK_BITS, MAX_DEVICES, chunk_entries_at};
 
-/// Where a run of the disk lies.
+/// Location of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RunTarget {
-    /// From a sector of a file on.
+    /// In a file, from a sector on.
     Stored {
         /// Number of the file, from 0.
         device: usize,
-        /// Its sector.
+        /// First sector in the file.
         sector: u64,
     },
-    /// Nowhere: zeroes.
+    /// Not stored: reads as zeroes.
     Zero,
 }
 
-/// Gathers the runs of a disk.
+/// Collects the runs of a disk.
 #[derive(Debug)]
 pub(super) struct Builder {
-    /// Of the disk.
+    /// Size of the disk in sectors.
     sectors: u64,
-    /// Whole sectors of each file.
+    /// Size of each file in whole sectors.
     devices: Vec<u64>,
-    /// What entries count while runs are gathered.
+    /// Block size that the entries count in while runs are added.
     block: Block,
-    /// The most bytes of the image.
+    /// Largest size of the image in bytes.
     budget: u64,
     /// log2 of the sectors of a chunk.
     chunk_bits: u32,
-    entries: Vec<Entry>,
-    /// The run that the next one may continue.
-    pending: Option<Pending>,
-    /// How far the runs reach.
-    told: u64,
-    /// All sectors that stored runs start at, or-ed: what they are multiples of.
+    entries: Vec<ChunkEntry>,
+    /// The last run, which the next one may continue.
+    pending: Option<PendingRun>,
+    /// End of the runs added so far, as a sector of the disk.
+    end: u64,
+    /// Bitwise OR of the first sectors of all stored runs: its trailing zeroes are the alignment that all of them have.
     starts: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Pending {
+struct PendingRun {
     start: u64,
     sectors: u64,
-    place: RunTarget,
+    target: RunTarget,
 }
 
 /// A finished image.
 #[derive(Debug)]
 pub(super) struct Index {
     head: Vec<u8>,
-    entries: Vec<Entry>,
+    entries: Vec<ChunkEntry>,
     bytes: u64,
     chunk: u64,
 }
 
 impl Builder {
-    /// For a disk of `sectors` over files of these lengths, in bytes. The image takes `budget` bytes at most.
+    /// Creates a builder for a disk of `sectors` over files of these sizes in bytes. The image takes at most `budget`
+    /// bytes.
     ///
-    /// Errors: `Unsupported` where no such image is possible.
+    /// Errors: `Unsupported` if the format cannot describe such a disk, or not within the budget.
     pub(super) fn new(sectors: u64, devices: &[u64], budget: u64) -> Result<Self> {
         if sectors == 0 {
             return Err(Error::unsupported("the disk is empty"));
@@ -91,9 +95,9 @@ impl Builder {
         } else {
             Block::Page
         };
-        // the power of two that holds the disk
-        let wanted = u64::BITS - (sectors - 1).leading_zeros();
-        let chunk_bits = wanted.clamp(block.sector_bits(), MAX_CHUNK_BITS + block.sector_bits());
+        // The power of two that holds the whole disk.
+        let disk_bits = u64::BITS - (sectors - 1).leading_zeros();
+        let chunk_bits = disk_bits.clamp(block.sector_bits(), MAX_CHUNK_BITS + block.sector_bits());
         let mut builder = Self {
             sectors,
             devices,
@@ -102,24 +106,24 @@ impl Builder {
             chunk_bits,
             entries: Vec::new(),
             pending: None,
-            told: 0,
+            end: 0,
             starts: 0,
         };
         if block == Block::Page && !sectors.is_multiple_of(1 << block.sector_bits()) {
-            return Err(builder.too_far());
+            return Err(builder.unaddressable());
         }
-        builder.room_for(chunk_bits)?;
+        builder.reserve_entries(chunk_bits)?;
         Ok(builder)
     }
 
-    /// The next run; they come in order, without gaps.
+    /// Adds the next run. Runs come in order of the disk, without gaps.
     ///
-    /// Errors: `Corrupt` where it leaves the disk, `Unsupported` where it leaves its file, or the image would exceed its
-    /// budget or the format.
-    pub(super) fn add(&mut self, sectors: NonZeroU64, place: RunTarget) -> Result<()> {
+    /// Errors: `Corrupt` where it leaves the disk, `Unsupported` where it leaves its file, or the image would exceed
+    /// its budget or the format.
+    pub(super) fn add(&mut self, sectors: NonZeroU64, target: RunTarget) -> Result<()> {
         let sectors = sectors.get();
-        let start = self.told;
-        self.told = start
+        let start = self.end;
+        self.end = start
             .checked_add(sectors)
             .filter(|&end| end <= self.sectors)
             .ok_or_else(|| {
@@ -128,28 +132,28 @@ impl Builder {
                     self.sectors
                 ))
             })?;
-        self.check(place, sectors)?;
+        self.check(target, sectors)?;
         match &mut self.pending {
-            Some(pending) if pending.is_continued_by(place) => pending.sectors += sectors,
+            Some(pending) if pending.is_continued_by(target) => pending.sectors += sectors,
             pending => {
-                if let Some(done) = pending.replace(Pending { start, sectors, place }) {
-                    self.put(done)?;
+                if let Some(done) = pending.replace(PendingRun { start, sectors, target }) {
+                    self.append(done)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The image, after the last run.
+    /// Completes the image after the last run.
     pub(super) fn finish(mut self) -> Result<Index> {
-        if self.told != self.sectors {
-            let text = format!("the runs end at sector {} of a disk of {}", self.told, self.sectors);
+        if self.end != self.sectors {
+            let text = format!("the runs end at sector {} of a disk of {}", self.end, self.sectors);
             return Err(Error::corrupt(text));
         }
         if let Some(last) = self.pending.take() {
-            self.put(last)?;
+            self.append(last)?;
         }
-        self.widen();
+        self.use_page_blocks();
         let head = self.head(self.chunk_bits);
         Ok(Index {
             bytes: head.image_bytes(),
@@ -159,26 +163,30 @@ impl Builder {
         })
     }
 
-    /// Checks that the run lies inside of its file and that its blocks have numbers. Only whole sectors of a file count:
-    /// the kernel does not read a block that is there in part.
-    fn check(&mut self, place: RunTarget, sectors: u64) -> Result<()> {
-        let RunTarget::Stored { device, sector } = place else {
+    /// Checks that the run lies inside of its file, and that the format has numbers for its blocks. Only whole sectors
+    /// of a file count: the kernel does not read a block that the file holds in part.
+    fn check(&mut self, target: RunTarget, sectors: u64) -> Result<()> {
+        let RunTarget::Stored { device, sector } = target else {
             return Ok(());
         };
-        let have = self.devices.get(device).copied().unwrap_or(0);
-        let end = sector.checked_add(sectors).filter(|&end| end <= have).ok_or_else(|| {
-            let text = format!("{sectors} sectors at sector {sector} leave extent {device} of {have} whole sectors");
-            Error::unsupported(text)
-        })?;
+        let available = self.devices.get(device).copied().unwrap_or(0);
+        let end = sector
+            .checked_add(sectors)
+            .filter(|&end| end <= available)
+            .ok_or_else(|| {
+                let text =
+                    format!("{sectors} sectors at sector {sector} leave extent {device} of {available} whole sectors");
+                Error::unsupported(text)
+            })?;
         self.starts |= sector;
         let bits = self.block.sector_bits();
         if sector.is_multiple_of(1 << bits) && (end - 1) >> bits < u64::from(HOLE) {
             return Ok(());
         }
-        Err(self.too_far())
+        Err(self.unaddressable())
     }
 
-    fn too_far(&self) -> Error {
+    fn unaddressable(&self) -> Error {
         match self.block {
             Block::Sector => Error::unsupported("an extent is larger than 2 TiB"),
             Block::Page => {
@@ -187,9 +195,10 @@ impl Builder {
         }
     }
 
-    /// Writes the entries of a run, with chunks that are small enough for it.
-    fn put(&mut self, run: Pending) -> Result<()> {
+    /// Appends the entries of a run, after halving the chunks if they are too large for it.
+    fn append(&mut self, run: PendingRun) -> Result<()> {
         let end = run.start + run.sectors;
+        // The last chunk may end beyond the disk, so the end of the disk is no border.
         let borders = run.start | if end == self.sectors { 0 } else { end };
         let fit = borders.trailing_zeros();
         if fit < self.chunk_bits {
@@ -198,45 +207,48 @@ impl Builder {
         let first = run.start >> self.chunk_bits;
         let chunks = end.div_ceil(1 << self.chunk_bits) - first;
         let blocks = self.block.sector_bits();
-        let entry = |chunk: u64| match run.place {
-            RunTarget::Zero => Entry::hole(),
+        let entry = |chunk: u64| match run.target {
+            RunTarget::Zero => ChunkEntry::hole(),
             RunTarget::Stored { device, sector } => {
-                Entry::at(device as u16, ((sector + (chunk << self.chunk_bits)) >> blocks) as u32)
+                ChunkEntry::at(device as u16, ((sector + (chunk << self.chunk_bits)) >> blocks) as u32)
             }
         };
         self.entries.extend((0..chunks).map(entry));
         Ok(())
     }
 
-    /// Makes chunks of 2^`bits` sectors of those that there are.
+    /// Splits all chunks into chunks of 2^`bits` sectors.
     fn halve_to(&mut self, bits: u32) -> Result<()> {
         if bits < self.block.sector_bits() {
-            return Err(self.too_far());
+            return Err(self.unaddressable());
         }
         let pieces = 1usize << (self.chunk_bits - bits);
-        let step = 1u32 << (bits - self.block.sector_bits());
+        let blocks_per_piece = 1u32 << (bits - self.block.sector_bits());
         let old = self.entries.len();
-        self.room_for(bits)?;
-        self.entries.resize(old * pieces, Entry::hole());
-        // from the end, so that no entry is overwritten before it was read
+        self.reserve_entries(bits)?;
+        self.entries.resize(old * pieces, ChunkEntry::hole());
+        // In place and from the end: piece `i * pieces` is never before entry `i`, so no entry is overwritten before it
+        // was read.
         for i in (0..old).rev() {
             let Some(&entry) = self.entries.get(i) else { continue };
             for (k, piece) in self.entries.iter_mut().skip(i * pieces).take(pieces).enumerate() {
-                *piece = entry
-                    .block()
-                    .map_or(entry, |block| entry.moved_to(block.wrapping_add(k as u32 * step)));
+                *piece = entry.block().map_or(entry, |block| {
+                    entry.moved_to(block.wrapping_add(k as u32 * blocks_per_piece))
+                });
             }
         }
         self.chunk_bits = bits;
         Ok(())
     }
 
-    /// Takes the memory for chunks of 2^`bits` sectors, if the budget has it.
-    fn room_for(&mut self, bits: u32) -> Result<()> {
+    /// Reserves the memory for chunks of 2^`bits` sectors.
+    ///
+    /// Errors: the image would exceed the budget, or there is not enough memory.
+    fn reserve_entries(&mut self, bits: u32) -> Result<()> {
         let chunks = self.sectors.div_ceil(1 << bits);
-        // the head is larger where blocks are pages, which may still come
-        let head = entries_at(Block::Page, self.devices.len());
-        let bytes = (head + chunks * Entry::BYTES).next_multiple_of(Block::Page.bytes());
+        // The head is larger with page blocks, which `finish` may still choose.
+        let head = chunk_entries_at(Block::Page, self.devices.len());
+        let bytes = (head + chunks * ChunkEntry::BYTES).next_multiple_of(Block::Page.bytes());
         if bytes > self.budget {
             return Err(Error::unsupported(format!(
                 "its index would take {} KiB for chunks of {} bytes, view-size= allows {} KiB",
@@ -251,8 +263,9 @@ impl Builder {
             .map_err(|e| Error::unsupported(format!("memory for its index: {e}")))
     }
 
-    /// Lets blocks be pages, where all addresses are multiples of them.
-    fn widen(&mut self) {
+    /// Changes to page blocks if all addresses are multiples of a page. The EROFS tools of Debian 12 know no other
+    /// blocks; only chunks that are not aligned to pages need blocks of a sector.
+    fn use_page_blocks(&mut self) {
         let page = Block::Page.sector_bits();
         let fit = (self.starts | self.sectors | 1 << self.chunk_bits).trailing_zeros();
         if self.block == Block::Page || fit < page {
@@ -266,8 +279,8 @@ impl Builder {
         self.block = Block::Page;
     }
 
-    fn head(&self, chunk_bits: u32) -> Head {
-        Head {
+    fn head(&self, chunk_bits: u32) -> ImageHead {
+        ImageHead {
             block: self.block,
             bytes: self.sectors * SECTOR,
             chunk_bits: chunk_bits - self.block.sector_bits(),
@@ -277,10 +290,10 @@ impl Builder {
     }
 }
 
-impl Pending {
-    /// Whether a run at `place` goes on where this one ends, on the disk and in its file.
-    fn is_continued_by(&self, place: RunTarget) -> bool {
-        match (self.place, place) {
+impl PendingRun {
+    /// Returns true if a run at `target` continues this one, on the disk and in its file.
+    fn is_continued_by(&self, target: RunTarget) -> bool {
+        match (self.target, target) {
             (RunTarget::Zero, RunTarget::Zero) => true,
             (
                 RunTarget::Stored {
@@ -295,30 +308,30 @@ impl Pending {
 }
 
 impl Index {
-    /// Bytes of the image.
+    /// Returns the size of the image in bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Bytes of a chunk.
+    /// Returns the size of a chunk in bytes.
     pub(super) fn chunk(&self) -> u64 {
         self.chunk
     }
 
-    /// Gives all of the image to `write`, as (offset, bytes), from its end to its start, and its memory back on the
-    /// way: it is not to be there twice.
+    /// Passes the whole image to `write` as (offset, bytes), from its end to its start. Frees the memory of each part
+    /// after it was written, so that the image does not exist twice in memory.
     pub(super) fn drain(mut self, mut write: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-        /// 8 MiB at a time.
-        const STEP: usize = 1 << 20;
+        /// Entries per write: 8 MiB.
+        const ENTRIES_PER_WRITE: usize = 1 << 20;
         let base = self.head.len() as u64;
-        let end = base + self.entries.len() as u64 * Entry::BYTES;
+        let end = base + self.entries.len() as u64 * ChunkEntry::BYTES;
         if end < self.bytes {
             write(end, &vec![0; (self.bytes - end) as usize])?;
         }
         while !self.entries.is_empty() {
-            let from = (self.entries.len() - 1) / STEP * STEP;
+            let from = (self.entries.len() - 1) / ENTRIES_PER_WRITE * ENTRIES_PER_WRITE;
             let part = self.entries.get(from..).unwrap_or_default();
-            write(base + from as u64 * Entry::BYTES, part.as_bytes())?;
+            write(base + from as u64 * ChunkEntry::BYTES, part.as_bytes())?;
             self.entries.truncate(from);
             self.entries.shrink_to_fit();
         }

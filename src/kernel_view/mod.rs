@@ -1,18 +1,20 @@
-//! A disk that the kernel reads by itself, although it is not one flat file.
+//! Kernel view: lets the kernel read a disk itself, although the disk is not one flat file.
 //!
-//! EROFS can describe a file whose chunks lie anywhere in other files, with holes between: that is what the tables of
-//! a VMDK and of its parents say. So the disk is described once, in an *index*, which is mounted nowhere over the very
-//! extents; the one file in it is the disk, and `fuse/` hands it to the kernel as a backing file.
+//! EROFS can describe a file whose chunks lie anywhere in other files, with holes between them. The tables of a VMDK
+//! and of its parents say just that. So the disk is described once, in an *index*: an EROFS image whose devices are the
+//! VMDK's own extents. It is mounted without a mount point. The one file in it is the disk, and `fuse/` passes that
+//! file to the kernel as a backing file.
 //!
 //! ```text
 //!   the engine's runs ── index.rs ──► EROFS image in memory (format.rs, store.rs)
-//!                                         │ fsopen, fsconfig, fsmount (sys.rs): source = the image, devices = the extents
+//!                                         │ fsopen, fsconfig, fsmount (sys.rs): source = the image, devices = the
+//!                                         extents
 //!                                         ▼
 //!   reader ─► FUSE (passthrough) ─► file of the EROFS ─► pages of the VMDK's own extents
 //! ```
-//! It is only ever an offer: whatever is missing (privilege, kernel, budget), the disk is read the usual way, and the
-//! error of [`build`] is the reason that is told. It is right only as long as nothing writes to the disk, which is for
-//! `fuse/` to watch.
+//! A view is optional: if anything is missing (privilege, kernel, budget), the daemon serves the disk, and the error of
+//! [`build`] is the reason that is logged. A view is correct only as long as nothing writes to the disk; `fuse/` has to
+//! watch for that.
 
 use std::fs::File;
 use std::num::NonZeroU64;
@@ -30,7 +32,7 @@ use crate::block::{BlockRead, RunFile, RunPlace, Runs, SECTOR};
 use crate::config::{KernelView, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use index::{Builder, Index, RunTarget};
-use store::{IndexBacking, Stored};
+use store::{IndexBacking, StoredIndex};
 use sys::{Context, LockedMapping};
 
 mod format;
@@ -38,36 +40,36 @@ mod index;
 mod store;
 mod sys;
 
-/// The longest that the tables of a disk are walked. A terabyte takes a second; what takes so much longer is damaged,
-/// or lies where speed is not to be had by this.
+/// Longest time to walk the tables of a disk. A terabyte takes a second. Tables that take so much longer are damaged,
+/// or on storage so slow that a view would not help.
 const WALK_TIME: Duration = Duration::from_secs(60);
 
-/// Runs between two looks at the clock.
-const LOOK_EVERY: u32 = 1 << 12;
+/// Number of runs between two checks of the clock.
+const CLOCK_INTERVAL: u32 = 1 << 12;
 
-/// The first kernel that mounts EROFS from a file; 6.12 itself and 6.12.1 crash over blocks of 512 bytes.
+/// First kernel that mounts EROFS from a file without crashing: 6.12 and 6.12.1 crash with blocks of 512 bytes.
 const KERNEL: (u32, u32, u32) = (6, 12, 2);
 
 /// From `linux/mount.h`: read-only, no set-user-ID, no devices.
 const MOUNT_ATTRIBUTES: u64 = 0x1 | 0x2 | 0x4;
 
-/// A disk that the kernel can read by itself.
+/// A mounted index, and the file in it that has the content of the disk.
 #[derive(Debug)]
 pub struct View {
     file: File,
     bytes: u64,
     chunk: u64,
-    home: String,
-    _resident: Option<LockedMapping>,
+    backing: String,
+    _locked: Option<LockedMapping>,
 }
 
 impl View {
-    /// The file whose bytes are the disk. It can't be opened with `O_DIRECT`.
+    /// Returns the file whose bytes are the disk. It cannot be opened with `O_DIRECT`.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// Bytes of memory that its index takes.
+    /// Returns the bytes of memory that the index takes.
     pub fn index_bytes(&self) -> u64 {
         self.bytes
     }
@@ -79,29 +81,31 @@ impl std::fmt::Display for View {
             f,
             "an index of {} KiB in {}, chunks of {} bytes",
             self.bytes.div_ceil(1024),
-            self.home,
+            self.backing,
             self.chunk
         )
     }
 }
 
-/// Makes the view of a disk whose files do not change. `budget` bounds the bytes of its index; once `stop` is true it is given up.
+/// Builds the view of a disk whose files do not change.
 ///
-/// Errors: why there is none, as a clause that follows a colon.
+/// `budget` bounds the bytes of the index. Once `stop` is true, the build ends with an error.
+///
+/// Errors: the reason why there is no view, as a clause that follows a colon.
 pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &AtomicBool) -> Result<View> {
     let runs = check(disk)?;
     privileged()?;
     let files = runs.files();
     let lens: Vec<u64> = files.iter().map(|f| f.len).collect();
     let mut builder = Builder::new(disk.geometry().sectors, &lens, budget)?;
-    let mut watch = Watch::new(stop);
+    let mut limit = WalkLimit::new(stop);
     let mut refused = Ok(());
     let walked = runs.walk(&mut |sectors: NonZeroU64, place| {
         let place = match place {
             RunPlace::Stored { file, sector } => RunTarget::Stored { device: file, sector },
             RunPlace::Zero => RunTarget::Zero,
         };
-        refused = watch.look().and_then(|()| builder.add(sectors, place));
+        refused = limit.check().and_then(|()| builder.add(sectors, place));
         if refused.is_ok() {
             ControlFlow::Continue(())
         } else {
@@ -112,41 +116,42 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
     mount(builder.finish()?, &files, config)
 }
 
-/// Who would read the files of a disk in a mount, as far as that is known without walking its tables: for people.
+/// Describes, for people, which program would read the disk in a mount, as far as that is known without walking its
+/// tables.
 pub fn describe(disk: &dyn BlockRead, config: &ViewConfig, writable: bool) -> String {
     if config.mode == KernelView::Off {
         return "this program: kernel-view=off".to_owned();
     }
     if disk.backing_fd().is_some() {
         return match nix::unistd::geteuid().is_root() {
-            true => "the kernel itself (FUSE passthrough, where it has that)".to_owned(),
+            true => "the kernel itself (FUSE passthrough, if the kernel has it)".to_owned(),
             false => "this program: FUSE passthrough needs root".to_owned(),
         };
     }
     match check(disk).and_then(|_| privileged()) {
         Ok(()) if writable => "this program; read-only (-r), the kernel itself, by an index".to_owned(),
-        Ok(()) => "the kernel itself, by an index of where the data lie".to_owned(),
+        Ok(()) => "the kernel itself, by an index of its extents".to_owned(),
         Err(why) => format!("this program: {why}"),
     }
 }
 
-/// Looks at what needs no I/O.
+/// Checks the conditions that need no I/O, and returns the disk's runs.
 fn check(disk: &dyn BlockRead) -> Result<&dyn Runs> {
     if disk.writer().is_some() {
         return Err(Error::unsupported("the disk can be written to"));
     }
     let runs = disk.runs().ok_or_else(|| {
-        Error::unsupported("its data are not stored as they are read (compressed, or below an overlay)")
+        Error::unsupported("its data are not stored as the guest reads them (compressed, or below an overlay)")
     })?;
     for file in runs.files() {
         if file.fd.is_none() {
-            return Err(Error::unsupported("an extent is no regular file of this machine"));
+            return Err(Error::unsupported("an extent is not a regular file on this machine"));
         }
     }
     Ok(runs)
 }
 
-/// Whether this process may make such a mount, and the kernel knows the file system.
+/// Checks that this process may create such a mount, and that the kernel supports EROFS.
 fn privileged() -> Result<()> {
     let release = uname()
         .map_err(|e| Error::io("uname", e.into()))?
@@ -169,7 +174,7 @@ fn privileged() -> Result<()> {
     }
 }
 
-/// The numbers of a release, `6.12.48+deb13-amd64` for example; 0 where there are none.
+/// Parses the numbers of a kernel release such as `6.12.48+deb13-amd64`. A missing number is 0.
 fn version(release: &str) -> (u32, u32, u32) {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
@@ -178,30 +183,31 @@ fn version(release: &str) -> (u32, u32, u32) {
     (next(), next(), next())
 }
 
-/// Looks now and then whether a walk has to end.
-struct Watch<'a> {
+/// Checks at intervals if a walk has to end.
+struct WalkLimit<'a> {
     stop: &'a AtomicBool,
     begun: Instant,
-    left: u32,
+    calls_left: u32,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> WalkLimit<'a> {
     fn new(stop: &'a AtomicBool) -> Self {
         Self {
             stop,
             begun: Instant::now(),
-            left: 0,
+            calls_left: 0,
         }
     }
 
-    fn look(&mut self) -> Result<()> {
-        if let Some(left) = self.left.checked_sub(1) {
-            self.left = left;
+    /// Returns an error if the walk was stopped or takes too long. Reads the clock only every [`CLOCK_INTERVAL`] calls.
+    fn check(&mut self) -> Result<()> {
+        if let Some(left) = self.calls_left.checked_sub(1) {
+            self.calls_left = left;
             return Ok(());
         }
-        self.left = LOOK_EVERY;
+        self.calls_left = CLOCK_INTERVAL;
         if self.stop.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Os(libc::EINTR), "it was not wanted any more"));
+            return Err(Error::new(ErrorKind::Os(libc::EINTR), "the mount ended first"));
         }
         if self.begun.elapsed() > WALK_TIME {
             return Err(Error::unsupported(format!(
@@ -213,70 +219,74 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// Puts the index where the kernel takes it, and mounts it.
+/// Stores the index where the kernel can read it, and mounts it.
 fn mount(index: Index, files: &[RunFile<'_>], config: &ViewConfig) -> Result<View> {
     let (bytes, chunk) = (index.bytes(), index.chunk());
-    let (home, file) = settle(config)?;
-    let stored = Stored::write(&home, file, index)?;
+    let (backing, file) = choose_backing(config)?;
+    let stored = StoredIndex::write(&backing, file, index)?;
     let opened = mount_index(stored.fd(), files)?;
     Ok(View {
         file: opened.into(),
         bytes,
         chunk,
-        home: home.name(),
-        _resident: stored.into_resident(),
+        backing: backing.name(),
+        _locked: stored.into_locked_mapping(),
     })
 }
 
-/// The first place that the kernel reads an index from, and an empty file there. A tiny one is tried first, which costs
-/// little and spares the large one where it would be in vain.
-fn settle(config: &ViewConfig) -> Result<(IndexBacking, File)> {
-    let mut why = Vec::new();
-    for home in store::homes(config.dir.as_deref()) {
-        match try_home(&home) {
-            Ok(file) => return Ok((home, file)),
-            Err(e) => why.push(e.to_string()),
+/// Returns the first backing that the kernel reads an index from, and an empty file in it.
+///
+/// Each backing is probed with a tiny index, which costs little and saves writing a large one in vain.
+fn choose_backing(config: &ViewConfig) -> Result<(IndexBacking, File)> {
+    let mut reasons = Vec::new();
+    for backing in store::backings(config.dir.as_deref()) {
+        match probe_backing(&backing) {
+            Ok(file) => return Ok((backing, file)),
+            Err(e) => reasons.push(e.to_string()),
         }
     }
-    Err(Error::unsupported(why.join("; ")))
+    Err(Error::unsupported(reasons.join("; ")))
 }
 
-/// Mounts a disk of one sector from `home`, and reads it, where its extent is shorter than was said. The kernel has to
-/// tell that as an error. One that makes zeroes of it (6.12 and later, until it was repaired) would do the same where a
-/// read of an extent is cut short by the end of its reader, and show them to all others.
-fn try_home(home: &IndexBacking) -> Result<File> {
-    let extent = home.file()?;
+/// Checks a backing with an index of one sector, and returns an empty file in it.
+///
+/// The extent of the probe is shorter than its index says, and the kernel has to report that as an error on read. Some
+/// kernels (6.12 and later, until the fix) return zeroes instead. Such a kernel would do the same when the read of an
+/// extent is interrupted by the exit of its reader, and then serve those zeroes from the page cache to every other
+/// reader.
+fn probe_backing(backing: &IndexBacking) -> Result<File> {
+    let extent = backing.file()?;
     extent
         .set_len(SECTOR / 2)
-        .map_err(|e| Error::io(format!("an extent in {}", home.name()), e))?;
+        .map_err(|e| Error::io(format!("an extent in {}", backing.name()), e))?;
     let mut builder = Builder::new(1, &[SECTOR], u64::MAX)?;
     builder.add(NonZeroU64::MIN, RunTarget::Stored { device: 0, sector: 0 })?;
-    let stored = Stored::write(home, home.file()?, builder.finish()?)?;
+    let stored = StoredIndex::write(backing, backing.file()?, builder.finish()?)?;
     let extents = [RunFile {
         len: SECTOR,
         fd: Some(extent.as_fd()),
     }];
-    let disk = mount_index(stored.fd(), &extents).map_err(|e| e.within(format!("an index in {}", home.name())))?;
+    let disk = mount_index(stored.fd(), &extents).map_err(|e| e.within(format!("an index in {}", backing.name())))?;
     let mut sector = [0; SECTOR as usize];
     match File::from(disk).read_exact_at(&mut sector, 0) {
-        Err(_) => home.file(),
+        Err(_) => backing.file(),
         Ok(()) => Err(Error::unsupported(
-            "the kernel makes zeroes of what it could not read; a newer one does not",
+            "the kernel returns zeroes for a failed read (a bug of Linux 6.12 and later that newer kernels have fixed)",
         )),
     }
 }
 
-/// Mounts the image in `index` over `files`, nowhere, and opens the disk in it.
+/// Mounts the image in `index` over `files` without a mount point, and opens the disk in it.
 fn mount_index(index: BorrowedFd<'_>, files: &[RunFile<'_>]) -> Result<OwnedFd> {
     let erofs = Context::open(c"erofs").map_err(|e| Error::io("fsopen of EROFS", e))?;
-    let said = |e: std::io::Error, erofs: &Context| match (e.raw_os_error(), erofs.complaint()) {
+    let mount_error = |e: std::io::Error, erofs: &Context| match (e.raw_os_error(), erofs.message()) {
         (Some(libc::ENOTBLK), _) => {
             Error::unsupported("the kernel does not mount EROFS from such a file (Linux 6.12, not from tmpfs)")
         }
         (_, Some(text)) => Error::io(format!("mounting its index: {text}"), e),
         (_, None) => Error::io("mounting its index", e),
     };
-    let set = || {
+    let configure = || {
         erofs.set_file(c"source", index)?;
         files
             .iter()
@@ -284,8 +294,8 @@ fn mount_index(index: BorrowedFd<'_>, files: &[RunFile<'_>]) -> Result<OwnedFd> 
             .try_for_each(|fd| erofs.set_file(c"device", fd))?;
         erofs.set_flag(c"ro")
     };
-    set().map_err(|e| said(e, &erofs))?;
-    let root = erofs.mount(MOUNT_ATTRIBUTES).map_err(|e| said(e, &erofs))?;
+    configure().map_err(|e| mount_error(e, &erofs))?;
+    let root = erofs.mount(MOUNT_ATTRIBUTES).map_err(|e| mount_error(e, &erofs))?;
     openat(&root, format::FILE, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|e| Error::io("opening the disk in its index", e.into()))
 }

@@ -1,12 +1,12 @@
-//! Where the bytes of an index lie: a file without a name, in memory.
+//! Storage of an index: a file without a name, kept in memory.
 //!
-//! The kernel reads the index through the page cache of its file, page by page, so it takes no file of a tmpfs or a
-//! memfd. Tried in this order:
-//! 1. a ramfs of our own, mounted nowhere: its pages are the file, and they never leave memory;
-//! 2. an unnamed file in `$TMPDIR`, then in `/var/tmp`, mapped and locked. With `view-dir=` only that folder, and
-//!    no ramfs.
+//! The kernel reads the index through the page cache of its file, page by page. It does not accept a file of a tmpfs or
+//! a memfd. The backings are tried in this order:
+//! 1. a private ramfs without a mount point: its pages are the file, and they are never evicted;
+//! 2. an unnamed file in `$TMPDIR`, then in `/var/tmp`, mapped and locked. With `view-dir=` only that directory is
+//!    tried, and no ramfs.
 //!
-//! Nothing of it has a path, so however this process ends, nothing of it is left.
+//! None of them has a path, so nothing is left behind however this process ends.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,25 +20,25 @@ use crate::error::{Error, Result};
 use crate::kernel_view::index::Index;
 use crate::kernel_view::sys::{Context, LockedMapping};
 
-/// A place for the index.
+/// Backing of an index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum IndexBacking {
-    /// A ramfs of our own.
+    /// A private ramfs.
     Memory,
-    /// An unnamed file in this folder.
+    /// An unnamed file in this directory.
     Folder(PathBuf),
 }
 
-/// An index in its place.
+/// An index in its backing file.
 #[derive(Debug)]
-pub(super) struct Stored {
+pub(super) struct StoredIndex {
     file: File,
-    /// Keeps its pages in memory, where the file system alone does not.
-    resident: Option<LockedMapping>,
+    /// Keeps the pages in memory where the file system can evict them.
+    locked: Option<LockedMapping>,
 }
 
-/// The places to try, in order.
-pub(super) fn homes(view_dir: Option<&Path>) -> Vec<IndexBacking> {
+/// Returns the backings to try, in order.
+pub(super) fn backings(view_dir: Option<&Path>) -> Vec<IndexBacking> {
     let folder = |path: &Path| IndexBacking::Folder(path.to_owned());
     match view_dir {
         Some(dir) => vec![folder(dir)],
@@ -54,7 +54,7 @@ pub(super) fn homes(view_dir: Option<&Path>) -> Vec<IndexBacking> {
 }
 
 impl IndexBacking {
-    /// An empty file there. Errors: what the system says.
+    /// Creates an empty file in the backing. Errors: those of the system call.
     pub(super) fn file(&self) -> Result<File> {
         match self {
             Self::Memory => in_memory(),
@@ -68,7 +68,7 @@ impl IndexBacking {
         }
     }
 
-    /// What to call it in messages.
+    /// Returns the name for messages.
     pub(super) fn name(&self) -> String {
         match self {
             Self::Memory => "memory".to_owned(),
@@ -77,45 +77,45 @@ impl IndexBacking {
     }
 }
 
-impl Stored {
-    /// Writes `index` into `file`, an empty one of `home`.
-    pub(super) fn write(home: &IndexBacking, file: File, index: Index) -> Result<Self> {
+impl StoredIndex {
+    /// Writes `index` into `file`, an empty file of `backing`.
+    pub(super) fn write(backing: &IndexBacking, file: File, index: Index) -> Result<Self> {
         let bytes = index.bytes();
-        let context = |e| Error::io(format!("writing {bytes} bytes of index to {}", home.name()), e);
+        let context = |e| Error::io(format!("writing {bytes} bytes of index to {}", backing.name()), e);
         file.set_len(bytes).map_err(context)?;
         index.drain(|offset, part| file.write_all_at(part, offset).map_err(context))?;
-        let resident = match home {
+        let locked = match backing {
             IndexBacking::Memory => None,
             IndexBacking::Folder(_) => match LockedMapping::new(&file, bytes as usize) {
-                Ok(resident) => Some(resident),
+                Ok(locked) => Some(locked),
                 Err(e) => {
-                    tracing::debug!("the index is not kept in memory, which costs speed: {e}");
+                    tracing::debug!("the index is not locked in memory, which is slower: {e}");
                     None
                 }
             },
         };
-        Ok(Self { file, resident })
+        Ok(Self { file, locked })
     }
 
-    /// The file.
+    /// Returns the file for the kernel to mount.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// What has to live as long as the index is read; the file is the reader's own matter.
-    pub(super) fn into_resident(self) -> Option<LockedMapping> {
-        self.resident
+    /// Returns the lock that must live as long as the index is read. The file itself is kept open by its mount.
+    pub(super) fn into_locked_mapping(self) -> Option<LockedMapping> {
+        self.locked
     }
 }
 
-/// A file of a new ramfs, which lives as long as the file is open.
+/// Creates a file in a new ramfs, which lives as long as the file is open.
 fn in_memory() -> Result<File> {
     const NAME: &str = "index";
     let root = Context::open(c"ramfs").and_then(|ramfs| ramfs.mount(0));
-    let root = root.map_err(|e| Error::io("a ramfs for the index", e))?;
+    let root = root.map_err(|e| Error::io("creating a ramfs for the index", e))?;
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let opened = openat(&root, NAME, flags, Mode::S_IRUSR | Mode::S_IWUSR);
     opened
         .map(File::from)
-        .map_err(|e| Error::io("a file for the index in memory", e.into()))
+        .map_err(|e| Error::io("creating the index file in a ramfs", e.into()))
 }

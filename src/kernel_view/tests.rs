@@ -1,4 +1,4 @@
-//! Views of small disks, mounted where this is root and the kernel has what it takes.
+//! Views of small disks, mounted if the test runs as root and the kernel supports it.
 
 use std::fs;
 use std::io::Read;
@@ -11,15 +11,15 @@ use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 
 const MIB: u64 = 1 << 20;
 
-/// A disk whose runs are told by a test.
+/// A disk whose runs a test chooses.
 #[derive(Debug)]
-struct Told {
+struct ScriptedDisk {
     files: Vec<Arc<dyn StoredFile>>,
     runs: Vec<(u64, RunPlace)>,
 }
 
-impl Told {
-    /// Over files of the given content in `dir`.
+impl ScriptedDisk {
+    /// Creates the disk over files of the given content in `dir`.
     fn new(dir: &Path, files: &[&[u8]], runs: Vec<(u64, RunPlace)>) -> Self {
         let policy = Arc::new(OpenPolicy {
             allow: Vec::new(),
@@ -37,7 +37,7 @@ impl Told {
     }
 }
 
-impl BlockRead for Told {
+impl BlockRead for ScriptedDisk {
     fn geometry(&self) -> Geometry {
         Geometry {
             sectors: self.runs.iter().map(|r| r.0).sum(),
@@ -46,7 +46,7 @@ impl BlockRead for Told {
         }
     }
     fn read_at(&self, _at: Lba, _buf: &mut [u8]) -> Result<()> {
-        panic!("it is read by the kernel");
+        panic!("the kernel reads the disk, not the daemon");
     }
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         Ok((Content::Data, self.geometry().sectors - at.0))
@@ -59,7 +59,7 @@ impl BlockRead for Told {
     }
 }
 
-impl Runs for Told {
+impl Runs for ScriptedDisk {
     fn files(&self) -> Vec<RunFile<'_>> {
         self.files
             .iter()
@@ -79,7 +79,7 @@ impl Runs for Told {
     }
 }
 
-fn run(disk: &Told, config: &ViewConfig) -> Result<View> {
+fn run(disk: &ScriptedDisk, config: &ViewConfig) -> Result<View> {
     build(disk, config, config.size, &AtomicBool::new(false))
 }
 
@@ -91,7 +91,7 @@ fn content(view: &View) -> Vec<u8> {
     bytes
 }
 
-/// Whether views can be made here; says so where not.
+/// Returns true if views can be created here; otherwise prints `SKIPPED`.
 fn possible_here() -> bool {
     match (nix::unistd::geteuid().is_root(), privileged()) {
         (true, Ok(())) => true,
@@ -103,16 +103,16 @@ fn possible_here() -> bool {
 }
 
 #[test]
-fn releases_have_their_numbers() {
+fn kernel_releases_are_parsed() {
     assert_eq!(version("6.12.48+deb13-amd64"), (6, 12, 48));
     assert_eq!(version("6.18.44-fc-v595"), (6, 18, 44));
     assert_eq!(version("7.0-rc1"), (7, 0, 0));
     assert_eq!(version(""), (0, 0, 0));
 }
 
-fn three_runs(dir: &Path) -> (Told, Vec<u8>) {
+fn three_runs(dir: &Path) -> (ScriptedDisk, Vec<u8>) {
     let a: Vec<u8> = (0..MIB as u32).map(|i| (i >> 9) as u8).collect();
-    // it ends inside of a sector, behind what is read of it
+    // It ends inside of a sector, after the part that is read.
     let b: Vec<u8> = (0..5 * 512 + 100).map(|i| (i % 251) as u8).collect();
     let stored = |file, sector| RunPlace::Stored { file, sector };
     let runs = vec![
@@ -121,11 +121,11 @@ fn three_runs(dir: &Path) -> (Told, Vec<u8>) {
         (5, stored(1, 0)),
         (10, stored(0, 0)),
     ];
-    let mut wanted = a[7 * 512..107 * 512].to_vec();
-    wanted.resize(133 * 512, 0);
-    wanted.extend(&b[..5 * 512]);
-    wanted.extend(&a[..10 * 512]);
-    (Told::new(dir, &[&a, &b], runs), wanted)
+    let mut expected = a[7 * 512..107 * 512].to_vec();
+    expected.resize(133 * 512, 0);
+    expected.extend(&b[..5 * 512]);
+    expected.extend(&a[..10 * 512]);
+    (ScriptedDisk::new(dir, &[&a, &b], runs), expected)
 }
 
 #[test]
@@ -134,47 +134,47 @@ fn the_kernel_reads_runs_and_holes_of_any_size() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (disk, wanted) = three_runs(dir.path());
+    let (disk, expected) = three_runs(dir.path());
     let view = run(&disk, &ViewConfig::default()).unwrap();
     assert!(view.to_string().contains("in memory"), "{view}");
-    assert_eq!(content(&view), wanted);
+    assert_eq!(content(&view), expected);
 }
 
 #[test]
-fn an_index_in_a_folder_has_no_name_there() {
+fn an_index_in_a_directory_has_no_name_there() {
     if !possible_here() {
         return;
     }
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let (disk, wanted) = three_runs(dir.path());
+    let (disk, expected) = three_runs(dir.path());
     let config = ViewConfig {
         dir: Some(dir.path().to_owned()),
         ..ViewConfig::default()
     };
     let view = run(&disk, &config).unwrap();
-    assert_eq!(content(&view), wanted);
+    assert_eq!(content(&view), expected);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "only the two extents");
 }
 
 #[test]
-fn a_folder_that_cannot_hold_an_index_is_named_with_the_reason() {
+fn a_directory_that_cannot_hold_an_index_is_named_with_the_reason() {
     if !possible_here() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let (disk, _) = three_runs(dir.path());
-    for (folder, word) in [("/dev/shm", "not from tmpfs"), ("/no/such/folder", "No such file")] {
+    for (dir, word) in [("/dev/shm", "not from tmpfs"), ("/no/such/folder", "No such file")] {
         let config = ViewConfig {
-            dir: Some(folder.into()),
+            dir: Some(dir.into()),
             ..ViewConfig::default()
         };
         let e = run(&disk, &config).unwrap_err().to_string();
-        assert!(e.contains(folder) && e.contains(word), "{e}");
+        assert!(e.contains(dir) && e.contains(word), "{e}");
     }
 }
 
 #[test]
-fn a_walk_that_is_not_wanted_any_more_ends() {
+fn a_stopped_walk_ends() {
     if !possible_here() {
         return;
     }
@@ -185,7 +185,7 @@ fn a_walk_that_is_not_wanted_any_more_ends() {
 }
 
 #[test]
-fn nothing_of_a_view_is_in_the_table_of_mounts() {
+fn a_view_is_not_in_the_mount_table() {
     if !possible_here() {
         return;
     }

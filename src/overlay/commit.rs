@@ -1,18 +1,21 @@
-//! Merging an overlay into its base, so that the pair shows the same disk whenever it stops.
+//! Commit: merges an overlay into its base. The pair shows the same disk at every point, also after a crash.
 //!
 //! ```text
 //!   1 mark := CID of the base                    in the overlay, durable
 //!   2 parentCID := X, a new CID                  in the overlay, durable
 //!   3 CID of the base := X                       durable, before its content changes
-//!   4 every range of the overlay is written to the base, which is flushed and closed
+//!   4 write every range of the overlay to the base, then flush and close the base
 //!   5 mark := none                               in the overlay
 //! ```
-//! While the mark is there the overlay fits a base with the old CID, with X, and with any mixture of their digits that a
-//! power cut may leave. The overlay itself keeps all its ranges, which hide what was copied, so both together are the
-//! same disk after any part of step 4, and the whole may be done again from the start. Afterwards the overlay is a delta
-//! that repeats what its base has.
+//! While the overlay has the mark, it matches a base with the old CID, with X, and with any mixture of their digits
+//! that a power failure may leave. The overlay keeps all its ranges, and they hide the ranges of the base that were
+//! copied. So both together are the same disk after any part of step 4, and a commit may be repeated from the start.
+//! Afterwards the overlay is a delta whose content equals that of its base.
 //!
-//! A base without a CID (raw) has no steps 2 and 3; its mtime is noted before step 5.
+//! Crash states: before 1 nothing has changed; after 1 to 4 the commit is marked as unfinished, and `--commit` starts
+//! again from step 1 with the CID that the base has then; after 5 the commit is complete.
+//!
+//! A base without a CID (raw) has no steps 2 and 3; its mtime is stored in the overlay before step 5.
 
 use std::sync::Arc;
 
@@ -20,7 +23,8 @@ use crate::block::{BlockRead, BlockWrite, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::{
-    Base, MARK, NO_MARK, changed, descriptor, digits, each_change, label, mark_of, open_tied, overlay_file,
+    Base, MARK, NO_MARK, changed_sectors, cid_text, descriptor, for_each_change, label, mark_of, open_overlay_of,
+    overlay_file,
 };
 use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
@@ -28,40 +32,40 @@ use crate::vmdk::{OpenOptions, VmdkDisk};
 use crate::volume::Source;
 use crate::volume::open::is_vmdk;
 
-/// The most sectors that are copied at once: 1 MiB.
-const STEP: u64 = 2048;
+/// Maximum number of sectors copied at once: 1 MiB.
+const COPY_STEP: u64 = 2048;
 
-/// The most sectors that are made zeroes at once: 64 MiB, which has to be written where there are no holes.
+/// Maximum number of sectors zeroed at once: 64 MiB. A base without holes has to write them.
 const ZERO_STEP: u64 = 1 << 17;
 
-/// Sectors after which the base is flushed: so much is written to storage at once when somebody stops the commit.
-const FLUSH: u64 = 1 << 19;
+/// Number of sectors after which the base is flushed: 256 MiB. It bounds the wait when the user stops the commit.
+const FLUSH_STEP: u64 = 1 << 19;
 
-/// A place in a commit, after what it names.
+/// Point in a commit that was reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// The overlay has the mark.
     Marked,
-    /// The overlay remembers the CID that the base will have.
+    /// The overlay has the next CID of the base as its `parentCID`.
     Told,
-    /// The base has it.
+    /// The base has that CID.
     Begun,
-    /// So many bytes of all that are to be merged were written to the base.
+    /// This many bytes in total were written to the base.
     Copied(u64),
-    /// All of them are durable there.
+    /// All bytes are durable in the base, which is closed.
     Closed,
 }
 
-/// What to do after a step.
+/// Decision of the caller after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// The next one.
+    /// Continue with the next step.
     GoOn,
-    /// Close the base and stop. Not heeded when all is done.
+    /// Close the base and stop. Ignored after the last range was copied.
     Stop,
 }
 
-/// An overlay and its base, both open for writing.
+/// Commit of one overlay into its base. Both are open for writing and locked.
 #[derive(Debug)]
 pub struct Commit {
     overlay: VmdkDisk,
@@ -69,11 +73,11 @@ pub struct Commit {
     target: Target,
     /// Bytes to be merged.
     total: u64,
-    /// One that was begun before is completed.
+    /// True if an earlier commit was interrupted and is completed by this one.
     resumed: bool,
 }
 
-/// A base, open for writing.
+/// Base, open for writing.
 #[derive(Debug)]
 enum Target {
     Vmdk(Arc<VmdkDisk>),
@@ -97,54 +101,57 @@ impl Target {
 }
 
 impl Commit {
-    /// Opens both. Nothing is changed but what opening for writing repairs.
+    /// Opens the overlay and the base. The only changes are those of recovery, which is part of opening for writing.
     ///
-    /// Errors: `ReadOnly` where the base can't be written to, `Policy` where it has other children, `Corrupt` where the
-    /// overlay belongs to another disk, `Busy` where somebody uses one of both.
+    /// Errors: `ReadOnly` if the base can't be written to, `Policy` if it has other children, `Corrupt` if the overlay
+    /// belongs to another disk, `Busy` if another process uses one of both, `Unsupported` for an overlay of another
+    /// program.
     pub fn open(config: &DiskConfig) -> Result<Self> {
         let Some(local) = config.source.local() else {
-            let context = format!("{}: a commit writes to local files only", config.source.label());
+            let context = format!("{}: --commit can only write to local files", config.source.label());
             return Err(Error::unsupported(context));
         };
         let Some(overlay @ Overlay::File(path)) = &config.overlay else {
             return Err(Error::new(
                 ErrorKind::Usage,
-                "a commit needs the file of an overlay (cow=FILE)",
+                "--commit needs an overlay in a file (cow=FILE)",
             ));
         };
+        // The overlay first: its lock is taken before anything of the base is opened.
         let child = overlay_file(path, local, Access::Write)?;
         let policy = OpenPolicy {
             allow: local.allow_dirs.clone(),
             lock: local.lock,
         };
         let file = open_user_path(&local.path, Arc::new(policy), Access::Write)?;
-        let (base, source) = look(local, overlay, &file)?;
-        let overlay = open_tied(Arc::clone(&child), &base, local, Access::Write)?;
+        let (base, source) = open_for_check(local, overlay, &file)?;
+        let overlay = open_overlay_of(Arc::clone(&child), &base, local, Access::Write)?;
         let descriptor = descriptor(&overlay)?;
         if descriptor
             .ddb_value(MARK)
             .is_none_or(|mark| mark.len() != NO_MARK.len())
         {
             return Err(Error::unsupported(format!(
-                "{}: was not made by this program and has no room for the mark of a commit (ddb.{MARK}); the program \
-                 that made it can merge it (qemu-img commit)",
+                "{}: was not created by this program and has no space for the mark of a commit (ddb.{MARK}); merge it \
+                 with the program that created it (qemu-img commit)",
                 label(&overlay)
             )));
         }
         let resumed = mark_of(descriptor).is_some();
         let target = match source {
-            Source::Vmdk(seen) => {
-                drop(seen);
+            Source::Vmdk(read_only) => {
+                // Its locks on the extents would conflict with those for writing.
+                drop(read_only);
                 let options = OpenOptions {
                     accept_cid_mismatch: local.accept_cid_mismatch,
                     force: local.force,
                 };
                 let disk = VmdkDisk::open_base(file, options, &*child);
-                Target::Vmdk(Arc::new(disk.map_err(|e| refused(&overlay, &e))?))
+                Target::Vmdk(Arc::new(disk.map_err(|e| base_refused(&overlay, &e))?))
             }
             _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
         };
-        let total = changed(&overlay)? * SECTOR;
+        let total = changed_sectors(&overlay)? * SECTOR;
         Ok(Self {
             overlay,
             base,
@@ -154,41 +161,47 @@ impl Commit {
         })
     }
 
-    /// Bytes to be merged.
+    /// Returns the number of bytes to be merged.
     pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// Merges. `watch` is told each step, and says whether to go on; an error of it ends everything as it is, as a
-    /// crash would. Whether all was merged.
+    /// Runs the commit. `watch` is called after each step and decides if the commit continues; an error from it ends
+    /// the commit at once, like a crash. Returns true if everything was merged, false if `watch` stopped it.
     ///
-    /// Errors: what reading or writing says. Then, as after a stop, both together show the same disk as before.
+    /// Errors: those of reading and writing. After an error or a stop both together still show the same disk.
     pub fn run(&self, watch: &mut dyn FnMut(Step) -> Result<Next>) -> Result<bool> {
         if self.total == 0 && !self.resumed {
             return Ok(true);
         }
-        let writer = self.writer()?;
+        let writer = self.base_writer()?;
+        // Step 1. A base without a CID gets a mark too: it allows another mtime until the commit is finished.
         let mark = format!("ddb.{MARK}");
-        self.overlay
-            .rewrite(&mark, &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), digits))?;
+        self.overlay.rewrite(
+            &mark,
+            &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), cid_text),
+        )?;
         if watch(Step::Marked)? == Next::Stop {
             return Ok(false);
         }
+        // Steps 2 and 3.
         self.renew_cid(watch)?;
+        // Step 4. A stop closes the base; the mark stays.
         if !self.copy(writer, watch)? {
             writer.close()?;
             return Ok(false);
         }
         writer.close()?;
         watch(Step::Closed)?;
+        // Step 5. The mark is removed only after the base is durable: from here on the overlay must match exactly.
         self.base.renew_time(&self.overlay, &self.target.files())?;
         self.overlay.rewrite(&mark, NO_MARK)?;
         self.overlay_writer()?.close()?;
         Ok(true)
     }
 
-    fn writer(&self) -> Result<&dyn BlockWrite> {
-        let none = || Error::new(ErrorKind::ReadOnly, format!("{}: can't be written to", self.base.shown));
+    fn base_writer(&self) -> Result<&dyn BlockWrite> {
+        let none = || Error::new(ErrorKind::ReadOnly, format!("{}: can't be written to", self.base.label));
         self.target.disk().writer().ok_or_else(none)
     }
 
@@ -196,13 +209,14 @@ impl Commit {
         let none = || {
             Error::new(
                 ErrorKind::ReadOnly,
-                format!("{}: is open for reading", label(&self.overlay)),
+                format!("{}: is opened for reading only", label(&self.overlay)),
             )
         };
         self.overlay.writer().ok_or_else(none)
     }
 
-    /// Gives the base its new CID, after the overlay knows it.
+    /// Gives the base a new CID, after the overlay has stored it. In the other order a crash in between would leave a
+    /// base with a CID that the overlay does not know.
     fn renew_cid(&self, watch: &mut dyn FnMut(Step) -> Result<Next>) -> Result<()> {
         let Target::Vmdk(disk) = &self.target else {
             return Ok(());
@@ -210,21 +224,21 @@ impl Commit {
         let Some(cid) = self.base.cid.map_or(Ok(None), |_| disk.draw_cid())? else {
             return Ok(());
         };
-        self.overlay.rewrite("parentCID", &digits(cid))?;
+        self.overlay.rewrite("parentCID", &cid_text(cid))?;
         watch(Step::Told)?;
-        disk.begin_with(cid)?;
+        disk.change_cid(cid)?;
         watch(Step::Begun)?;
         Ok(())
     }
 
-    /// Writes every range of the overlay to the base. Whether it came to the end.
+    /// Writes every range of the overlay to the base. Returns false if `watch` stopped it.
     fn copy(&self, writer: &dyn BlockWrite, watch: &mut dyn FnMut(Step) -> Result<Next>) -> Result<bool> {
-        let mut buf = vec![0; (STEP * SECTOR) as usize];
-        let (mut done, mut flushed, mut whole) = (0, 0, true);
-        each_change(&self.overlay, |start, sectors, zero| {
+        let mut buf = vec![0; (COPY_STEP * SECTOR) as usize];
+        let (mut done, mut flushed, mut continues) = (0, 0, true);
+        for_each_change(&self.overlay, |start, sectors, zero| {
             let mut at = 0;
-            while at < sectors && whole {
-                let part = (sectors - at).min(if zero { ZERO_STEP } else { STEP });
+            while at < sectors && continues {
+                let part = (sectors - at).min(if zero { ZERO_STEP } else { COPY_STEP });
                 let from = start + at;
                 if zero {
                     writer.zero(from..from + part, true)?;
@@ -237,15 +251,15 @@ impl Commit {
                 }
                 at += part;
                 done += part;
-                if done - flushed >= FLUSH {
+                if done - flushed >= FLUSH_STEP {
                     writer.flush()?;
                     flushed = done;
                 }
-                whole = watch(Step::Copied(done * SECTOR))? == Next::GoOn;
+                continues = watch(Step::Copied(done * SECTOR))? == Next::GoOn;
             }
-            Ok(whole)
+            Ok(continues)
         })?;
-        Ok(whole)
+        Ok(continues)
     }
 
     fn copy_data(&self, writer: &dyn BlockWrite, at: Lba, buf: &mut [u8]) -> Result<()> {
@@ -254,8 +268,9 @@ impl Commit {
     }
 }
 
-/// What the base in `file`, which is open for writing, is: nothing of it is changed yet.
-fn look(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
+/// Opens the base in `file` for reading, although `file` itself is open for writing: it is not changed before the
+/// overlay is known to belong to it. Returns the values that the overlay must match, and the source.
+fn open_for_check(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
     let source = if is_vmdk(local, &**file)? {
         let options = OpenOptions {
             accept_cid_mismatch: local.accept_cid_mismatch,
@@ -269,12 +284,13 @@ fn look(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> R
     Ok((Base::of(&source, &config, overlay)?, source))
 }
 
-/// Why the base can't be written to, in the words of somebody who has an overlay already.
-fn refused(overlay: &VmdkDisk, e: &Error) -> Error {
+/// Adds the context of a commit to the error with which the base refuses writing. The advice differs from that of a
+/// mount, as the overlay exists already.
+fn base_refused(overlay: &VmdkDisk, e: &Error) -> Error {
     let context = format!("{} can't be merged into its base", label(overlay));
     match e.kind() {
         ErrorKind::ReadOnly => {
-            let way_out = "a copy of the disk as it is mounted with cow= holds both";
+            let way_out = "instead mount it with cow= and copy the disk: the copy holds both";
             e.clone().within(format!("{context} ({way_out})"))
         }
         _ => e.clone().within(context),

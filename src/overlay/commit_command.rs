@@ -1,7 +1,8 @@
-//! `--commit`: merges an overlay into its base, and says how far it is.
+//! `--commit`: merges an overlay into its base and shows the progress.
 //!
-//! On a terminal a line that is written over itself, else a line a second at most. SIGTERM, SIGINT and SIGHUP are heeded
-//! between ranges: the base is closed properly, and what is left to do is said.
+//! On a terminal the progress is one line that is overwritten, otherwise at most one line per second. SIGTERM, SIGINT
+//! and SIGHUP stop the commit after the current range: the base is closed, and the error says how to complete the
+//! commit.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -13,39 +14,43 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::commit::{Commit, Next, Step};
 use crate::process::signals::Signals;
 
-/// Between two lines of progress, and between two looks at a terminal's.
-const LINE_EVERY: Duration = Duration::from_secs(1);
-const BAR_EVERY: Duration = Duration::from_millis(100);
+/// Interval between two lines of progress.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval between two updates of the bar on a terminal.
+const BAR_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Cells of the bar.
-const BAR: u64 = 30;
+/// Width of the bar in characters.
+const BAR_WIDTH: u64 = 30;
 
-/// `--commit`: status 0 when all was merged.
+/// Runs `--commit`. Returns exit status 0 if everything was merged.
+///
+/// Errors: those of the commit, `Os(EINTR)` if a signal stopped it.
 pub fn commit(disk: &DiskConfig) -> Result<u8> {
     let (overlay, base) = names(disk);
-    // from here on a signal waits until it is looked for
+    // From here on signals stay pending, and the commit polls for them after each step. The default action would end
+    // the process with the base unclosed.
     let signals = Signals::block()?;
     let commit = Commit::open(disk)?;
     let mut progress = Progress::new(commit.total());
-    let mut ended = None;
-    let done = commit.run(&mut |step| {
-        if ended.is_none() {
-            ended = signals.take()?;
+    let mut stopped_by = None;
+    let result = commit.run(&mut |step| {
+        if stopped_by.is_none() {
+            stopped_by = signals.take()?;
         }
         if let Step::Copied(done) = step {
             progress.show(done);
         }
-        Ok(if ended.is_some() { Next::Stop } else { Next::GoOn })
+        Ok(if stopped_by.is_some() { Next::Stop } else { Next::GoOn })
     });
     progress.end();
     let unfinished =
         format!("{overlay} is not merged whole: with cow= the disk is as before, --commit again completes it");
-    match done {
+    match result {
         Err(e) => Err(e.within(unfinished)),
         Ok(false) => {
-            let name = ended.map_or("a signal", Signal::as_str);
+            let name = stopped_by.map_or("a signal", Signal::as_str);
             let merged = format!(
-                "ended by {name} after {} of {} MiB",
+                "stopped by {name} after {} of {} MiB",
                 progress.done >> 20,
                 progress.total >> 20
             );
@@ -57,8 +62,9 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
         Ok(true) => {
             let mib = progress.total.div_ceil(1 << 20);
             let line = format!(
-                "{overlay} was merged into {base}, {mib} MiB; the overlay is not needed any more and may be removed\n"
+                "{overlay} was merged into {base}, {mib} MiB; the overlay is no longer needed and may be removed\n"
             );
+            // The commit is done: a reader that closed the pipe is no error.
             match io::stdout().lock().write_all(line.as_bytes()) {
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
                 written => written
@@ -69,7 +75,7 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
     }
 }
 
-/// What overlay and base are called.
+/// Returns the names of the overlay and the base for messages.
 fn names(disk: &DiskConfig) -> (String, String) {
     let overlay = match &disk.overlay {
         Some(Overlay::File(path)) => path.display().to_string(),
@@ -78,14 +84,17 @@ fn names(disk: &DiskConfig) -> (String, String) {
     (overlay, disk.source.label())
 }
 
-/// How far a commit is, for people.
+/// Progress of a commit on standard error.
 #[derive(Debug)]
 struct Progress {
+    /// Bytes in total.
     total: u64,
+    /// Bytes done.
     done: u64,
-    begun: Instant,
-    /// When something was shown last.
-    shown: Option<Instant>,
+    started: Instant,
+    /// Time of the last output.
+    last_shown: Option<Instant>,
+    /// True if standard error is a terminal.
     terminal: bool,
 }
 
@@ -94,39 +103,39 @@ impl Progress {
         Self {
             total,
             done: 0,
-            begun: Instant::now(),
-            shown: None,
+            started: Instant::now(),
+            last_shown: None,
             terminal: io::stderr().is_terminal(),
         }
     }
 
-    /// Shows it, if it is time. Nobody is told where it can't be shown.
+    /// Shows the progress if the interval has passed. Errors of writing are ignored.
     fn show(&mut self, done: u64) {
         self.done = done;
-        let (every, since) = match self.shown {
-            Some(shown) if self.terminal => (BAR_EVERY, shown),
-            Some(shown) => (LINE_EVERY, shown),
-            None if self.terminal => (Duration::ZERO, self.begun),
-            // what takes less than a second needs no line
-            None => (LINE_EVERY, self.begun),
+        let (interval, since) = match self.last_shown {
+            Some(last) if self.terminal => (BAR_INTERVAL, last),
+            Some(last) => (LINE_INTERVAL, last),
+            None if self.terminal => (Duration::ZERO, self.started),
+            // A commit of less than a second shows no line.
+            None => (LINE_INTERVAL, self.started),
         };
-        if since.elapsed() >= every {
-            self.shown = Some(Instant::now());
-            let line = line(self.total, done, self.begun.elapsed(), self.terminal);
+        if since.elapsed() >= interval {
+            self.last_shown = Some(Instant::now());
+            let line = line(self.total, done, self.started.elapsed(), self.terminal);
             let _ = io::stderr().lock().write_all(line.as_bytes());
         }
     }
 
-    /// Leaves the last state on the terminal.
+    /// Shows the last progress on a terminal and ends its line.
     fn end(&self) {
-        if self.terminal && self.shown.is_some() {
-            let line = line(self.total, self.done, self.begun.elapsed(), true) + "\n";
+        if self.terminal && self.last_shown.is_some() {
+            let line = line(self.total, self.done, self.started.elapsed(), true) + "\n";
             let _ = io::stderr().lock().write_all(line.as_bytes());
         }
     }
 }
 
-/// One state of progress; for a terminal it is written over the last one.
+/// Returns the progress as a line. For a terminal the line overwrites the last one.
 fn line(total: u64, done: u64, time: Duration, terminal: bool) -> String {
     let share = |of: u64| {
         (u128::from(done) * u128::from(of))
@@ -139,8 +148,8 @@ fn line(total: u64, done: u64, time: Duration, terminal: bool) -> String {
     match terminal {
         true => format!(
             "\r[{}{}] {text}\x1b[K",
-            "#".repeat(share(BAR)),
-            " ".repeat(BAR as usize - share(BAR))
+            "#".repeat(share(BAR_WIDTH)),
+            " ".repeat(BAR_WIDTH as usize - share(BAR_WIDTH))
         ),
         false => text + "\n",
     }
@@ -164,7 +173,7 @@ mod tests {
         );
         assert!(
             line(0, 0, Duration::ZERO, true).contains("  0 %"),
-            "nothing to do is no division"
+            "a total of 0 is not divided by"
         );
     }
 }

@@ -1,22 +1,23 @@
-//! The overlay of a disk: a delta in a file of its own, which takes the writes, over a source that is only read.
+//! Overlay of a disk: a delta in a file of its own, which takes the writes, over a source that is only read
+//! (copy-on-write).
 //!
 //! ```text
-//!   image ─► delta (vmdk, writable) ─ has it? ─yes─► its grains
-//!                                      └no─► source, with its cache where it has one
+//!   volume ─► delta (VMDK, writable) ─ allocated? ─yes─► its grains
+//!                                         └no─► source, with its cache if it has one
 //! ```
-//! The delta is a hosted sparse VMDK whose parent is the source, so other programs read the chain as well where the
-//! source is a VMDK. What ties the two together:
+//! The delta is a hosted sparse VMDK whose parent is the source. If the source is a VMDK, other programs can read the
+//! chain too. The overlay must belong to exactly this content of the source, or the disk would be garbage:
 //!
-//! | source | in the delta | says that it is another one |
+//! | source | stored in the delta | changed by |
 //! | --- | --- | --- |
-//! | has a CID | `parentCID` | every writer that keeps to the format, ours and others |
-//! | has none (raw) | `ddb.vmdkfuse.base`: size and path, `parentCID` a hash of them; `ddb.vmdkfuse.baseTime`: its mtime | any write, and a mere `touch` |
+//! | has a CID | `parentCID` | every writer that keeps to the format |
+//! | has no CID (raw) | `ddb.vmdkfuse.base`: size and path, `parentCID` a hash of them; `ddb.vmdkfuse.baseTime`: its mtime | any write, and a mere `touch` |
 //!
-//! A path counts from the overlay's folder where the source lies there or below, so that both can be moved together. The
-//! mtime is compared although a `touch` changes it too: data that changed below an overlay mix with those in it, and
-//! there is no way back from that, while `degraded=cid` is a way past a `touch`.
+//! The path is relative to the overlay's folder if the source lies in it or below, so that both can be moved together.
+//! The mtime is compared although a `touch` changes it too: if data below an overlay change, they mix with the
+//! overlay's, and the disk can't be restored. A `touch` only needs `degraded=cid` once.
 //!
-//! `ddb.vmdkfuse.commit` marks a commit that was begun and not finished: see `commit.rs`.
+//! `ddb.vmdkfuse.commit` marks an unfinished commit: see `commit.rs`.
 
 pub mod commit;
 pub mod commit_command;
@@ -39,54 +40,56 @@ use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{self, DeltaParent, NewDelta, OpenOptions, VmdkDisk};
 use crate::volume::Source;
 
-/// Entries of the disk data base: the base of an overlay whose base has no CID, its mtime, and the mark of a commit.
-const BASE: &str = "vmdkfuse.base";
-const TIME: &str = "vmdkfuse.baseTime";
+/// Key of the base's size and path in the disk data base, for a base without a CID.
+const BASE_KEY: &str = "vmdkfuse.base";
+/// Key of the base's mtime, for a base without a CID.
+const BASE_TIME_KEY: &str = "vmdkfuse.baseTime";
+/// Key of the mark of an unfinished commit.
 pub(super) const MARK: &str = vmdk::COMMIT_MARK;
 
-/// The mark where there is no commit. As long as a CID, which takes its place.
+/// Value of the mark without a commit. It has the length of a CID, which replaces it in place.
 pub(super) const NO_MARK: &str = "--------";
 
-/// Stands for "no CID".
+/// CID that means "no CID".
 const NO_CID: u32 = 0xffff_ffff;
 
-/// Sectors of a grain: 8 KiB, as a write to a new grain writes the whole of it.
-const GRAIN: u64 = 16;
-/// As other programs make them: for disks of more than 128 GiB, whose tables would take long to check.
+/// Smallest grain in sectors: 8 KiB. A small write to a new grain writes the whole grain, so small grains are faster.
+const MIN_GRAIN: u64 = 16;
+/// Grain of other programs in sectors: 64 KiB. For disks above 128 GiB, whose tables would take long to check.
 const USUAL_GRAIN: u64 = 128;
-/// Tables from which on grains get larger: 64 MiB of them.
+/// Maximum number of tables with grains below the usual size: 64 MiB of tables.
 const MANY_TABLES: u64 = 1 << 15;
-/// Tables from which on even usual grains do: a directory of 4 MiB in memory.
-const MOST_TABLES: u64 = 1 << 19;
+/// Maximum number of tables with any grain: a directory of 4 MiB in memory.
+const MAX_TABLES: u64 = 1 << 19;
 /// Entries of a table.
 const ENTRIES: u64 = 512;
 
-/// What an overlay is, for `--info`.
+/// Description of an overlay for `--info`. The names of the fields are those of the JSON output.
 #[derive(Debug, Clone, Serialize)]
 pub struct OverlayInfo {
-    /// Its file.
+    /// File of the overlay.
     pub file: String,
-    /// Bytes of the disk that it holds: data, and zeroes that hide the base.
+    /// Bytes of the disk that the overlay holds: data, and zeroes that hide the base.
     pub changed: u64,
-    /// The CID that it remembers of its base, or a hash where the base has none.
+    /// CID of the base that the overlay stores, or a hash if the base has no CID.
     pub parent_cid: Option<String>,
-    /// It was not closed after writing.
+    /// True if the overlay was not closed after writing.
     pub unclean: bool,
-    /// A commit to its base was begun and not finished.
+    /// True if a commit to the base was started and not finished.
     pub unfinished_commit: bool,
 }
 
-/// Opens the overlay of a disk over `source`, without the source below it; `None`: it has none. For writing one that is
-/// absent is made.
+/// Opens the overlay of a disk over `source`, without the source below it. Returns `None` if the disk has no overlay.
+/// For writing, an overlay that does not exist is created.
 ///
-/// Errors: `Corrupt` where it belongs to another base, `Usage` where it is no overlay, `Busy` where somebody uses it,
-/// `NotFound` for reading, or what the engine or the system says.
+/// Errors: `Corrupt` if it belongs to another base, `Usage` if it is not an overlay, `Busy` if another process uses it,
+/// `NotFound` for reading if it does not exist, those of the engine and of I/O.
 pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Result<Option<VmdkDisk>> {
     let Some(overlay) = &config.overlay else {
         return Ok(None);
     };
     let base = Base::of(source, &config.source, overlay)?;
-    // what is said of a disk's files holds for its overlay's; a server's disk has none
+    // The options for the disk's files hold for the overlay's file too. A server's disk has no such options.
     let usual = LocalConfig::new("");
     let local = config.source.local().unwrap_or(&usual);
     match overlay {
@@ -95,10 +98,10 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
             let absent = || fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
             if absent() {
                 match access {
-                    Access::Write => make(path, &base)?,
+                    Access::Write => create_overlay(path, &base)?,
                     Access::Read => {
                         let context = format!(
-                            "{}: there is no such overlay, and for reading none is made",
+                            "{}: the overlay does not exist, and with readonly=true it is not created",
                             path.display()
                         );
                         return Err(Error::new(ErrorKind::NotFound, context));
@@ -106,7 +109,7 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
                 }
             }
             let file = overlay_file(path, local, access)?;
-            open_tied(file, &base, local, access).map(Some)
+            open_overlay_of(file, &base, local, access).map(Some)
         }
     }
 }
@@ -120,8 +123,8 @@ pub(super) fn overlay_file(path: &Path, local: &LocalConfig, access: Access) -> 
     open_user_path(path, Arc::new(policy), access).map_err(|e| e.within("overlay"))
 }
 
-/// Opens an overlay in `file` that must belong to `base`. Nothing is changed before that is known.
-pub(super) fn open_tied(
+/// Opens an overlay in `file`, which must belong to `base`. Nothing is changed before that is verified.
+pub(super) fn open_overlay_of(
     file: Arc<dyn StoredFile>,
     base: &Base,
     local: &LocalConfig,
@@ -129,7 +132,7 @@ pub(super) fn open_tied(
 ) -> Result<VmdkDisk> {
     if base.files.contains(&file.identity_at_open().file) {
         let context = format!(
-            "{}: is a file of the disk itself and can't be its overlay",
+            "{}: is a file of the disk itself and can't be its overlay too",
             file.label()
         );
         return Err(Error::new(ErrorKind::Usage, context));
@@ -138,52 +141,53 @@ pub(super) fn open_tied(
         accept_cid_mismatch: local.accept_cid_mismatch,
         force: local.force,
     };
-    let seen = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
-    base.check(&seen, local.accept_cid_mismatch)?;
+    // For reading first: opening for writing may recover the file, which must not happen to a file that is no overlay.
+    let overlay = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
+    base.check(&overlay, local.accept_cid_mismatch)?;
     match access {
-        Access::Read => Ok(seen),
+        Access::Read => Ok(overlay),
         Access::Write => {
-            drop(seen);
+            drop(overlay);
             VmdkDisk::open_alone(file, options, access)
         }
     }
 }
 
-/// Describes an overlay that was opened alone; reads its tables.
+/// Describes an overlay that was opened alone. Reads all its tables.
 pub fn describe_overlay(delta: &VmdkDisk) -> Result<OverlayInfo> {
     let descriptor = descriptor(delta)?;
     Ok(OverlayInfo {
         file: label(delta),
-        changed: changed(delta)? * SECTOR,
-        parent_cid: descriptor.parent.as_ref().map(|parent| digits(parent.cid)),
+        changed: changed_sectors(delta)? * SECTOR,
+        parent_cid: descriptor.parent.as_ref().map(|parent| cid_text(parent.cid)),
         unclean: delta.unclean_files().next().is_some(),
         unfinished_commit: mark_of(descriptor).is_some(),
     })
 }
 
-/// Sectors that an overlay has itself.
-pub(super) fn changed(delta: &VmdkDisk) -> Result<u64> {
+/// Returns the number of sectors that an overlay itself holds. Reads all its tables.
+pub(super) fn changed_sectors(delta: &VmdkDisk) -> Result<u64> {
     let mut sum = 0;
-    each_change(delta, |_, sectors, _| {
+    for_each_change(delta, |_, sectors, _| {
         sum += sectors;
         Ok(true)
     })?;
     Ok(sum)
 }
 
-/// Gives `each` the ranges that an overlay, opened alone, has itself: start, sectors, whether they are zeroes. It stops
-/// where `each` says false.
-pub(super) fn each_change(delta: &VmdkDisk, mut each: impl FnMut(Lba, u64, bool) -> Result<bool>) -> Result<()> {
+/// Calls `each` for every range that an overlay, opened alone, itself holds, with its start, its sectors, and true if
+/// they are zeroes. Stops when `each` returns false.
+pub(super) fn for_each_change(delta: &VmdkDisk, mut each: impl FnMut(Lba, u64, bool) -> Result<bool>) -> Result<()> {
     let end = delta.geometry().sectors;
     let mut at = Lba(0);
     while at.0 < end {
         let (content, sectors) = delta.content_at(at)?;
-        let go_on = match content {
-            // nothing is below here: a hole is what the base shows
+        let continues = match content {
+            // Opened alone, the overlay has no parent: a hole is a range that the base answers for.
             Content::Hole => true,
             content => each(at, sectors, content == Content::Zero)?,
         };
-        if !go_on {
+        if !continues {
             return Ok(());
         }
         at = at + sectors.max(1);
@@ -191,26 +195,26 @@ pub(super) fn each_change(delta: &VmdkDisk, mut each: impl FnMut(Lba, u64, bool)
     Ok(())
 }
 
-/// The descriptor of a disk that has one.
+/// Returns the descriptor of an overlay.
 pub(super) fn descriptor(delta: &VmdkDisk) -> Result<&Descriptor> {
     delta
         .descriptor()
         .ok_or_else(|| Error::corrupt("an overlay without a descriptor"))
 }
 
-/// What a commit that was begun and not finished left in the descriptor.
+/// Returns the mark of an unfinished commit, or `None` if there is none.
 pub(super) fn mark_of(descriptor: &Descriptor) -> Option<&str> {
     descriptor
         .ddb_value(MARK)
         .filter(|mark| mark.bytes().any(|b| b != b'-'))
 }
 
-/// A CID as descriptors have it.
-pub(super) fn digits(cid: u32) -> String {
+/// Formats a CID as in a descriptor.
+pub(super) fn cid_text(cid: u32) -> String {
     format!("{cid:08x}")
 }
 
-/// The file of an overlay, for messages.
+/// Returns the file of an overlay for messages.
 pub(super) fn label(delta: &VmdkDisk) -> String {
     delta
         .files()
@@ -219,33 +223,33 @@ pub(super) fn label(delta: &VmdkDisk) -> String {
         .unwrap_or_default()
 }
 
-/// What an overlay remembers of its source.
+/// Values by which an overlay recognizes its source.
 #[derive(Debug)]
 pub(super) struct Base {
-    /// Its path as the user said it.
-    pub(super) shown: String,
-    /// Its path as the overlay remembers it: from its own folder where it lies there or below, else the whole.
+    /// Path or URI as the user gave it, for messages.
+    pub(super) label: String,
+    /// Path as the overlay stores it: relative to its folder if the source lies in it or below, else absolute.
     path: PathBuf,
     sectors: u64,
     granule: u64,
-    /// Its CID, where it has one that tells something.
+    /// CID, if the source has one.
     pub(super) cid: Option<u32>,
-    /// When it was changed last, as digits.
+    /// Time of the last change, as digits.
     time: String,
-    /// Which files it is made of; none of them is kept open by this.
+    /// Device and inode of each file. Not the files themselves, so that this does not keep them open or locked.
     files: Vec<(u64, u64)>,
 }
 
 impl Base {
-    /// What `overlay` is to remember of `source`.
+    /// Returns the values that `overlay` stores of `source`.
     pub(super) fn of(source: &Source, config: &SourceConfig, overlay: &Overlay) -> Result<Self> {
-        let shown = config.label();
+        let label = config.label();
         let real = match config {
-            SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(shown.clone(), e))?,
-            SourceConfig::Nbd(_) => PathBuf::from(&shown),
+            SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
+            SourceConfig::Nbd(_) => PathBuf::from(&label),
         };
         let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
-            Some(below) => below.to_path_buf(),
+            Some(relative) => relative.to_path_buf(),
             None => real,
         };
         let geometry = source.disk().geometry();
@@ -257,7 +261,7 @@ impl Base {
         let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
         let files = files.iter().map(|file| file.identity_at_open().file).collect();
         Ok(Self {
-            shown,
+            label,
             path,
             sectors: geometry.sectors,
             granule: geometry.granule,
@@ -267,12 +271,13 @@ impl Base {
         })
     }
 
-    /// Size and path as text, for a base without a CID.
+    /// Returns size and path as text, for a base without a CID.
     fn identity(&self) -> String {
-        format!("{} sectors of {}", self.sectors, plain(&self.path))
+        format!("{} sectors of {}", self.sectors, percent_encode(&self.path))
     }
 
-    /// Notes in the overlay the state in which a commit left `files`, those of a base without a CID.
+    /// Stores in the overlay the current mtime of `files`, the files of the base, after a commit has written to them.
+    /// Does nothing for a base with a CID.
     pub(super) fn renew_time(&self, delta: &VmdkDisk, files: &[Arc<dyn StoredFile>]) -> Result<()> {
         if self.cid.is_some() {
             return Ok(());
@@ -281,15 +286,16 @@ impl Base {
             .iter()
             .map(|file| Ok((file, file.identity()?)))
             .collect::<Result<_>>()?;
-        delta.rewrite(&format!("ddb.{TIME}"), &last_change(now.into_iter()))
+        delta.rewrite(&format!("ddb.{BASE_TIME_KEY}"), &last_change(now.into_iter()))
     }
 
-    /// Checks that `delta` is an overlay over this very disk. `accept`: it may have changed since.
+    /// Checks that `delta` is an overlay over this base. With `accept` the base may have changed since, and a warning
+    /// is logged instead; the size must match in any case.
     fn check(&self, delta: &VmdkDisk, accept: bool) -> Result<()> {
         let (label, descriptor) = (label(delta), descriptor(delta)?);
         let Some(parent) = &descriptor.parent else {
             let context =
-                format!("{label}: is no overlay, as it has no parent (parentCID); cow= names a delta, or a new file");
+                format!("{label}: is not an overlay: it has no parent (parentCID); cow= takes a delta, or a new file");
             return Err(Error::new(ErrorKind::Usage, context));
         };
         let sectors = delta.geometry().sectors;
@@ -297,69 +303,74 @@ impl Base {
             return Err(Error::corrupt(format!(
                 "{label}: is an overlay over a disk of {sectors} sectors ({}), but {} has {} sectors",
                 parent.hint.name(),
-                self.shown,
+                self.label,
                 self.sectors
             )));
         }
         self.check_grain(delta, &label)?;
         let mark = mark_of(descriptor);
         if mark.is_some() {
-            let base = &self.shown;
-            tracing::warn!("{label}: a commit to {base} was begun and not finished; --commit completes it");
+            let base = &self.label;
+            tracing::warn!("{label}: a commit to {base} was started and not finished; --commit completes it");
         }
         let Some(message) = self.difference(descriptor, parent.cid, mark, &label) else {
             return Ok(());
         };
         if accept {
-            tracing::warn!("{message}; accepted, as degraded=cid says");
+            tracing::warn!("{message}; accepted because of degraded=cid");
             return Ok(());
         }
-        Err(Error::corrupt(format!(
-            "{message} (degraded=cid accepts it all the same)"
-        )))
+        Err(Error::corrupt(format!("{message} (degraded=cid accepts it anyway)")))
     }
 
-    /// A part of a grain that is new is read from the base, in the base's units.
+    /// Checks that a grain is not smaller than a granule of the base. The rest of a new grain is read from the base,
+    /// and such a read must be whole granules.
     fn check_grain(&self, delta: &VmdkDisk, label: &str) -> Result<()> {
         let grain = delta.info().extents.iter().filter_map(|extent| extent.grain).min();
         match grain {
             Some(grain) if grain < self.granule * SECTOR => Err(Error::unsupported(format!(
-                "{label}: has grains of {grain} bytes, but {} is read in units of {} bytes",
-                self.shown,
+                "{label}: has grains of {grain} bytes, expected at least the {1} bytes in which {0} is read",
+                self.label,
                 self.granule * SECTOR
             ))),
             _ => Ok(()),
         }
     }
 
-    /// What tells that the overlay was made over another disk, or another state of this one.
+    /// Returns a message if the overlay was created over another disk, or over another content of this one.
     fn difference(&self, descriptor: &Descriptor, parent_cid: u32, mark: Option<&str>, label: &str) -> Option<String> {
-        let base = &self.shown;
+        let base = &self.label;
         if let Some(cid) = self.cid {
-            let (cid, wanted) = (digits(cid), digits(parent_cid));
-            let fits = cid == wanted || mark.is_some_and(|mark| is_between(&cid, mark, &wanted));
+            let (cid, expected) = (cid_text(cid), cid_text(parent_cid));
+            // During a commit the base has the old CID (the mark), the next one (parentCID), or a mixture of both.
+            let fits = cid == expected || mark.is_some_and(|mark| is_mixture(&cid, mark, &expected));
             return (!fits).then(|| {
                 format!(
-                    "{label}: is an overlay over a disk with the CID {wanted}, but {base} has the CID {cid}: it is \
-                     another disk, or was changed since the overlay was made"
+                    "{label}: is an overlay over a disk with the CID {expected}, but {base} has the CID {cid}: it is \
+                     another disk, or was changed since the overlay was created"
                 )
             });
         }
-        let (identity, wanted) = (self.identity(), descriptor.ddb_value(BASE));
-        if wanted != Some(&identity) {
-            let wanted = wanted.map_or_else(|| format!("a disk with the CID {}", digits(parent_cid)), str::to_owned);
+        let (identity, expected) = (self.identity(), descriptor.ddb_value(BASE_KEY));
+        if expected != Some(&identity) {
+            let expected = expected.map_or_else(
+                || format!("a disk with the CID {}", cid_text(parent_cid)),
+                str::to_owned,
+            );
             return Some(format!(
-                "{label}: is an overlay over {wanted}, but {base} is {identity}"
+                "{label}: is an overlay over {expected}, but {base} is {identity}"
             ));
         }
-        // a commit changes it
-        let changed = mark.is_none() && descriptor.ddb_value(TIME) != Some(&self.time);
+        // An unfinished commit has changed the mtime on its own.
+        let changed = mark.is_none() && descriptor.ddb_value(BASE_TIME_KEY) != Some(&self.time);
         changed.then(|| {
-            format!("{label}: is an overlay over {base}, which was changed since the overlay was made (by its mtime)")
+            format!(
+                "{label}: is an overlay over {base}, which was changed since the overlay was created (by its mtime)"
+            )
         })
     }
 
-    /// A new delta over it.
+    /// Returns a new delta over this base.
     fn delta(&self) -> Result<NewDelta> {
         let hint = self.path.to_string_lossy();
         let hint: String = hint
@@ -368,13 +379,13 @@ impl Base {
             .collect();
         let mut ddb = vec![(MARK.to_owned(), NO_MARK.to_owned())];
         if self.cid.is_none() {
-            ddb.push((BASE.to_owned(), self.identity()));
-            ddb.push((TIME.to_owned(), self.time.clone()));
+            ddb.push((BASE_KEY.to_owned(), self.identity()));
+            ddb.push((BASE_TIME_KEY.to_owned(), self.time.clone()));
         }
-        let cid = self.cid.unwrap_or_else(|| hash(&self.identity()));
+        let cid = self.cid.unwrap_or_else(|| hash_cid(&self.identity()));
         Ok(NewDelta {
             sectors: self.sectors,
-            grain: grain(self.sectors, self.granule),
+            grain: grain_size(self.sectors, self.granule),
             zeroed_grains: true,
             parent: Some(DeltaParent { cid, hint }),
             ddb,
@@ -382,7 +393,7 @@ impl Base {
     }
 }
 
-/// The last change of files of which all that can tell are asked, as digits.
+/// Returns the latest mtime of the files as digits. Devices do not count: their mtime does not show writes.
 fn last_change<'a>(files: impl Iterator<Item = (&'a Arc<dyn StoredFile>, Identity)>) -> String {
     let times = files
         .filter(|(file, _)| file.detects_modification())
@@ -390,7 +401,7 @@ fn last_change<'a>(files: impl Iterator<Item = (&'a Arc<dyn StoredFile>, Identit
     format!("{:020}", times.max().unwrap_or(0).max(0))
 }
 
-/// The folder that holds the overlay's file, or will hold it.
+/// Returns the folder that holds the overlay's file, or will hold it.
 fn folder_of(overlay: &Overlay) -> Option<PathBuf> {
     let Overlay::File(path) = overlay else { return None };
     let real = fs::canonicalize(path).ok();
@@ -398,8 +409,9 @@ fn folder_of(overlay: &Overlay) -> Option<PathBuf> {
     real.and_then(|real| real.parent().map(Path::to_path_buf))
 }
 
-/// Makes the overlay `path`. Another one that appears meanwhile stays.
-fn make(path: &Path, base: &Base) -> Result<()> {
+/// Creates the overlay `path`. If another process creates a file there meanwhile, that file stays and is not an error:
+/// it is opened and checked like any other.
+fn create_overlay(path: &Path, base: &Base) -> Result<()> {
     let delta = base.delta()?;
     match make_user_path(path, |store, name| vmdk::create_delta(store, name, &delta)) {
         Err(e) if e.kind() == ErrorKind::Os(libc::EEXIST) => Ok(()),
@@ -407,7 +419,7 @@ fn make(path: &Path, base: &Base) -> Result<()> {
     }
 }
 
-/// An overlay that nobody sees and that ends with this process.
+/// Creates a temporary overlay in unnamed files, which the kernel removes when this process ends.
 fn temporary(base: &Base) -> Result<VmdkDisk> {
     let folder = std::env::var_os("TMPDIR")
         .filter(|dir| !dir.is_empty())
@@ -415,7 +427,7 @@ fn temporary(base: &Base) -> Result<VmdkDisk> {
     let store: Arc<dyn Store> = unnamed(&folder, "temporary overlay")?;
     let name = ExtentName::new("overlay.vmdk")?;
     vmdk::create_delta(&*store, &name, &base.delta()?)?;
-    // no folder holds it, so none has children of it
+    // `force` skips the search for children: no folder holds the overlay, so there is none to search.
     let options = OpenOptions {
         accept_cid_mismatch: false,
         force: true,
@@ -423,12 +435,12 @@ fn temporary(base: &Base) -> Result<VmdkDisk> {
     VmdkDisk::open_alone(store.open(&name, Access::Write)?, options, Access::Write)
 }
 
-/// Sectors of a grain of a new overlay over a disk of `sectors` that is read in units of `granule`.
-fn grain(sectors: u64, granule: u64) -> u64 {
-    let mut grain = GRAIN.max(granule.next_power_of_two());
+/// Returns the sectors of a grain for a new overlay over a disk of `sectors` with granules of `granule` sectors.
+fn grain_size(sectors: u64, granule: u64) -> u64 {
+    let mut grain = MIN_GRAIN.max(granule.next_power_of_two());
     loop {
         let tables = sectors.div_ceil(grain * ENTRIES);
-        if tables > MOST_TABLES || (tables > MANY_TABLES && grain < USUAL_GRAIN) {
+        if tables > MAX_TABLES || (tables > MANY_TABLES && grain < USUAL_GRAIN) {
             grain *= 2;
         } else {
             return grain;
@@ -436,8 +448,9 @@ fn grain(sectors: u64, granule: u64) -> u64 {
     }
 }
 
-/// Whether each digit of `cid` is that of one of both: what is left where a change of one into the other was cut short.
-fn is_between(cid: &str, one: &str, other: &str) -> bool {
+/// Returns true if each digit of `cid` is that of `one` or `other`: the result of an interrupted in-place change of one
+/// into the other.
+fn is_mixture(cid: &str, one: &str, other: &str) -> bool {
     let same_length = cid.len() == one.len() && cid.len() == other.len();
     same_length
         && cid
@@ -446,8 +459,8 @@ fn is_between(cid: &str, one: &str, other: &str) -> bool {
             .all(|(c, (a, b))| c == a.to_ascii_lowercase() || c == b)
 }
 
-/// A path as text for the value of a setting: what can't stand there is written as `%` and two digits.
-fn plain(path: &Path) -> String {
+/// Percent-encodes a path for the value of a setting: a quote, `%`, and bytes that are not printable ASCII.
+fn percent_encode(path: &Path) -> String {
     let mut out = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
@@ -459,9 +472,9 @@ fn plain(path: &Path) -> String {
     out
 }
 
-/// A CID that stands for a text.
-fn hash(text: &str) -> u32 {
-    // the two highest have a meaning of their own
+/// Returns a CID that is a hash of `text`.
+fn hash_cid(text: &str) -> u32 {
+    // Below 2^31, as the two highest CIDs are reserved.
     libdeflater::crc32(text.as_bytes()) & 0x7fff_ffff
 }
 
@@ -472,29 +485,33 @@ mod tests {
     #[test]
     fn grains_are_small_and_tables_few() {
         const GIB: u64 = 1 << 21;
-        assert_eq!(grain(1, 1), 16);
-        assert_eq!(grain(128 * GIB, 1), 16);
-        assert_eq!(grain(128 * GIB + 1, 1), 32);
-        assert_eq!(grain(1024 * GIB, 8), 128);
-        assert_eq!(grain(8 * 1024 * GIB, 1), 128, "the usual size does for long");
-        assert_eq!(grain(1, 64), 64, "the base is read in its own units");
+        assert_eq!(grain_size(1, 1), 16);
+        assert_eq!(grain_size(128 * GIB, 1), 16);
+        assert_eq!(grain_size(128 * GIB + 1, 1), 32);
+        assert_eq!(grain_size(1024 * GIB, 8), 128);
+        assert_eq!(
+            grain_size(8 * 1024 * GIB, 1),
+            128,
+            "the usual grain is enough up to here"
+        );
+        assert_eq!(grain_size(1, 64), 64, "at least a granule of the base");
         for tib in [16, 62] {
-            assert!((tib * 1024 * GIB).div_ceil(grain(tib * 1024 * GIB, 1) * ENTRIES) <= MOST_TABLES);
+            assert!((tib * 1024 * GIB).div_ceil(grain_size(tib * 1024 * GIB, 1) * ENTRIES) <= MAX_TABLES);
         }
     }
 
     #[test]
-    fn a_change_of_a_cid_that_was_cut_short_lies_between_both() {
-        assert!(!is_between("12cd56ef", "12345678", "abcd12ee"));
-        assert!(is_between("12cd56ef", "12345678", "abcd90ef"));
-        assert!(is_between("12345678", "12345678", "abcd90ef"));
-        assert!(!is_between("12345679", "12345678", "abcd90ef"));
-        assert!(!is_between("12345678", "--------", "abcd90ef"));
+    fn an_interrupted_change_of_a_cid_is_a_mixture_of_both() {
+        assert!(!is_mixture("12cd56ef", "12345678", "abcd12ee"));
+        assert!(is_mixture("12cd56ef", "12345678", "abcd90ef"));
+        assert!(is_mixture("12345678", "12345678", "abcd90ef"));
+        assert!(!is_mixture("12345679", "12345678", "abcd90ef"));
+        assert!(!is_mixture("12345678", "--------", "abcd90ef"));
     }
 
     #[test]
-    fn any_path_can_stand_in_a_setting() {
-        assert_eq!(plain(Path::new("/a b/c.img")), "/a b/c.img");
-        assert_eq!(plain(Path::new("\"ä%\n")), "%22%c3%a4%25%0a");
+    fn any_path_is_a_valid_setting() {
+        assert_eq!(percent_encode(Path::new("/a b/c.img")), "/a b/c.img");
+        assert_eq!(percent_encode(Path::new("\"ä%\n")), "%22%c3%a4%25%0a");
     }
 }

@@ -1,8 +1,11 @@
-//! `--check`: reads every directory and table of a chain and compares what they claim with each other and with
-//! their files. Compressed grains are inflated as well, as their checksums are there to be used.
+//! `--check`: reads every directory and table of a chain, and compares them with each other and with their files.
+//! Compressed grains are inflated too, which verifies their checksums.
 //!
-//! Every sector of a file that something claims is noted in a map of bits, so that two claims on one sector and
-//! space that nothing claims are both found. The map takes a 4096th of the claimed part of the file, up to a bound.
+//! Every sector of a file that a table or grain occupies is noted in a bitmap, so that both overlaps and leaks (space
+//! that nothing names) are found. The bitmap takes a 4096th of the occupied part of the file, up to a bound.
+//!
+//! The image is untrusted: no number in it may make the check take more time or memory than the file's size allows. So
+//! a table is examined once, however often it is named, and tables in holes of the file are not read.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -18,24 +21,24 @@ use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::tables::hosted::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout};
 
-/// The most messages of a report; what is over is counted.
+/// Maximum number of error messages in a report; further errors are only counted.
 const MAX_MESSAGES: usize = 100;
 
-/// What a check found.
+/// Result of a check.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct CheckReport {
-    /// What is wrong, at most a hundred sentences.
+    /// Error messages, at most 100.
     pub errors: Vec<String>,
-    /// How many faults there are.
+    /// Number of errors, including those without a message.
     pub error_count: u64,
-    /// Grains of a file that no table names: lost room, but no lost data.
+    /// Number of grains of space that no table names: lost space, no lost data.
     pub leaks: u64,
-    /// Entries and tables that only one of both copies has, in an image that was not closed: its writer came no
-    /// further. Opening it for writing completes them.
+    /// Number of entries and tables that only one of both copies has, in an image that was not closed. Its writer
+    /// crashed in the middle of a flush; opening the image for writing completes them.
     pub unfinished: u64,
-    /// What is unusual without being wrong.
+    /// Conditions that are unusual, but not errors.
     pub notes: Vec<String>,
-    /// Grains that were looked at.
+    /// Number of grains checked.
     pub grains: u64,
 }
 
@@ -49,7 +52,7 @@ impl CheckReport {
 }
 
 impl CheckReport {
-    /// Adds what was found in another disk.
+    /// Adds the report of another disk.
     pub fn add(&mut self, other: CheckReport) {
         self.errors.extend(other.errors);
         self.errors.truncate(MAX_MESSAGES);
@@ -61,12 +64,12 @@ impl CheckReport {
     }
 }
 
-/// Checks all links of the disk. What can't be read is an error of the report.
+/// Checks all links of the disk. A read error is an error in the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
     check_extents(disk.links().iter().flat_map(|l| &l.extents))
 }
 
-/// Checks one link alone.
+/// Checks one link without its parents.
 pub(super) fn check_link(link: &Link) -> CheckReport {
     check_extents(link.extents.iter())
 }
@@ -78,9 +81,7 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
         if let Extent::Sparse(sparse) = &placed.extent {
             if !seen.insert(sparse.file.identity_at_open().file) {
                 let label = sparse.file.label();
-                report.error(|| {
-                    format!("{label}: is the file of several extents: a write to one would change the other")
-                });
+                report.error(|| format!("{label}: is used by several extents: a write to one would change the other"));
                 continue;
             }
             if placed.unclean {
@@ -92,7 +93,7 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
                 placed,
                 sparse,
                 claims: Claims::default(),
-                stretches: Default::default(),
+                stored_ranges: Default::default(),
                 report: &mut report,
             }
             .run();
@@ -108,15 +109,15 @@ struct Checker<'a> {
     placed: &'a PlacedExtent,
     sparse: &'a SparseExtent,
     claims: Claims,
-    /// The last stretches of the file of which it is known whether they are stored: where primary tables are looked
-    /// for, and where redundant ones are.
-    stretches: [Stretch; 2],
+    /// Last answers of the store to "is this stored": one near the primary tables, one near the redundant ones. Each
+    /// kind of table is visited in order, so few queries are repeated.
+    stored_ranges: [StoredRange; 2],
     report: &'a mut CheckReport,
 }
 
-/// Bytes of a file that are all stored or all in a hole.
+/// Range of bytes of a file that are all stored or all in a hole.
 #[derive(Debug, Clone, Default)]
-struct Stretch {
+struct StoredRange {
     bytes: Range<u64>,
     stored: bool,
 }
@@ -127,15 +128,14 @@ impl Checker<'_> {
             for range in hosted.fixed() {
                 if self.claims.claim(range.clone()) {
                     let (label, start) = (self.sparse.file.label(), range.start);
-                    self.report.error(|| {
-                        format!("{label}: header, descriptor and directories lie over each other at sector {start}")
-                    });
+                    self.report
+                        .error(|| format!("{label}: header, descriptor and directories overlap at sector {start}"));
                 }
             }
             if hosted.redundant_is_lost() {
                 let label = self.sparse.file.label();
                 self.report
-                    .error(|| format!("{label}: the header names a redundant grain directory that is not in the file"));
+                    .error(|| format!("{label}: the redundant grain directory of the header lies outside of the file"));
             }
         }
         let geometry = self.sparse.geometry();
@@ -150,16 +150,17 @@ impl Checker<'_> {
                 match place {
                     DirectoryEntry::Absent => {}
                     DirectoryEntry::Bad => self.report.error(|| self.sparse.explain(table, None).to_string()),
-                    DirectoryEntry::At(at) => self.table(table, at)?,
+                    DirectoryEntry::At(at) => self.check_table(table, at)?,
                 }
             }
         }
         self.leaks()
     }
 
-    fn table(&mut self, number: u64, at: u64) -> Result<()> {
+    fn check_table(&mut self, number: u64, at: u64) -> Result<()> {
         let geometry = self.sparse.geometry();
-        // a table that is another one's as well was looked at there: its size bounds the work, not the directory's
+        // A table that overlaps an earlier one is reported and not examined again. So the size of the file bounds the
+        // work, and not the size of the directory.
         if !self.claim(at..at + self.sparse.layout.table_sectors(), "grain table", number) {
             return Ok(());
         }
@@ -169,40 +170,41 @@ impl Checker<'_> {
         let table = self.sparse.layout.load_table(number, at)?;
         for entry in 0..table.len() {
             let grain = number * geometry.entries_per_table + entry as u64;
-            match table.slot(entry) {
+            match table.entry(entry) {
                 GrainEntry::Unallocated | GrainEntry::Zero => {}
                 GrainEntry::Bad => self
                     .report
                     .error(|| self.sparse.explain(number, Some(entry as u64)).to_string()),
-                GrainEntry::At(sector) => self.grain(grain, sector)?,
+                GrainEntry::At(sector) => self.check_grain(grain, sector)?,
             }
         }
         Ok(())
     }
 
-    /// Whether the table at sector `at` lies in a hole of the file, so that nothing is allocated there. New images have
-    /// room for all their tables: of a large one most are holes.
+    /// Returns true if the table at sector `at` lies in a hole of the file, so that nothing is allocated in it. New
+    /// images have space for all their tables: in a large one most of them are holes.
     fn is_hole(&mut self, copy: Copy, at: u64) -> bool {
         let (start, end) = (at * SECTOR, (at + self.sparse.layout.table_sectors()) * SECTOR);
-        let stretch = &mut self.stretches[usize::from(copy == Copy::Redundant)];
-        if !stretch.bytes.contains(&start) {
-            // where that can't be told, it is read
+        let range = &mut self.stored_ranges[usize::from(copy == Copy::Redundant)];
+        if !range.bytes.contains(&start) {
+            // If the store can't answer, the table is read.
             let (stored, bytes) = self.sparse.file.data_at(start).unwrap_or((true, 1));
-            *stretch = Stretch {
+            *range = StoredRange {
                 bytes: start..start + bytes,
                 stored,
             };
         }
-        !stretch.stored && end <= stretch.bytes.end
+        !range.stored && end <= range.bytes.end
     }
 
-    fn grain(&mut self, grain: u64, sector: u64) -> Result<()> {
+    fn check_grain(&mut self, grain: u64, sector: u64) -> Result<()> {
         let geometry = self.sparse.geometry();
         self.report.grains += 1;
-        if self.sparse.packing == Encoding::Plain {
+        if self.sparse.encoding == Encoding::Plain {
             self.claim(sector..sector + geometry.grain_sectors(grain), "grain", grain);
             return Ok(());
         }
+        // Compressed: only the first sector is known before the header is read. Two grains at one sector are found.
         if !self.claim(sector..sector + 1, "grain", grain) {
             return Ok(());
         }
@@ -215,7 +217,8 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Claims sectors for a grain or table; `false`, and an error of the report, where something else has them.
+    /// Claims sectors for a grain or table. Returns false, and adds an error to the report, if any of them is claimed
+    /// already.
     fn claim(&mut self, range: Range<u64>, what: &str, number: u64) -> bool {
         let start = range.start;
         let taken = self.claims.claim(range);
@@ -227,7 +230,8 @@ impl Checker<'_> {
         !taken
     }
 
-    /// Both copies of the directory and of the tables must say the same.
+    /// Checks that both copies of the directory, and both copies of each table, are equal. In an image that was not
+    /// closed they may differ as a crash leaves them.
     fn compare_directories(&mut self, hosted: &HostedTables, tables: Range<u64>) -> Result<()> {
         if !hosted.has_redundant() {
             return Ok(());
@@ -237,8 +241,8 @@ impl Checker<'_> {
         let second = hosted.raw_directory(Copy::Redundant, tables.clone())?;
         for (table, (&a, &b)) in tables.zip(first.iter().zip(&second)) {
             let good = |raw: u32| raw != 0 && hosted.table_fits(raw.into());
-            // where the primary one is bad, the redundant table is the one that is read, and claimed there; one that is
-            // another one's as well was compared there
+            // If the primary entry is bad, the redundant table is the one that is read, and `check_table` claims it. A
+            // redundant table that overlaps an earlier table was compared there.
             if a != b && good(a) && good(b) {
                 let range = b.into()..u64::from(b) + hosted.table_sectors();
                 if !self.claim(range, "redundant grain table", table) {
@@ -249,11 +253,14 @@ impl Checker<'_> {
                 self.report.unfinished += 1;
             } else if (a == 0) != (b == 0) {
                 self.report
-                    .error(|| format!("{label}: grain table {table} is in one of both directories only"));
+                    .error(|| format!("{label}: grain table {table} is named by only one of both directories"));
             } else if a != 0 && (!good(a) || !good(b)) {
-                self.report.error(|| format!(
-                    "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one: no place for a table"
-                ));
+                self.report.error(|| {
+                    format!(
+                        "{label}: directory entry {table} is {a:#x}, and {b:#x} in the redundant one, expected the \
+                     sectors of two tables inside of the file"
+                    )
+                });
             } else if a != b && !(self.is_hole(Copy::Primary, a.into()) && self.is_hole(Copy::Redundant, b.into())) {
                 let (first, second) = (hosted.raw_table(a.into())?, hosted.raw_table(b.into())?);
                 match self.unfinished(hosted, table, [a.into(), b.into()], &first, &second) {
@@ -268,8 +275,8 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// How many entries differ between both copies of a table; `None`: in a way that no writer leaves that stopped
-    /// in between.
+    /// Returns the number of entries that differ between both copies of a table, or `None` if they differ in a way that
+    /// a crashed writer does not leave. `own` are the sectors of the copies.
     fn unfinished(
         &self,
         hosted: &HostedTables,
@@ -279,11 +286,17 @@ impl Checker<'_> {
         second: &[u32],
     ) -> Option<u64> {
         let from = table * hosted.geometry().entries_per_table;
-        let names = |raw, grain| matches!(hosted.slot(raw, grain, &own), GrainEntry::At(_) | GrainEntry::Zero);
+        let names_grain = |raw, grain| {
+            matches!(
+                hosted.decode_entry(raw, grain, &own),
+                GrainEntry::At(_) | GrainEntry::Zero
+            )
+        };
         let mut entries = 0;
         for (grain, (&a, &b)) in (from..).zip(first.iter().zip(second)).filter(|(_, (a, b))| a != b) {
-            let whole = [a, b].into_iter().all(|raw| raw == 0 || names(raw, grain));
-            if !self.placed.unclean || !whole {
+            // A crash leaves the old or the new value in each copy: each is unallocated, or names a grain that exists.
+            let plausible = [a, b].into_iter().all(|raw| raw == 0 || names_grain(raw, grain));
+            if !self.placed.unclean || !plausible {
                 return None;
             }
             entries += 1;
@@ -291,23 +304,25 @@ impl Checker<'_> {
         Some(entries)
     }
 
-    /// Room that nothing claims. Only hosted files are written without gaps: ESX grows its own in steps.
+    /// Counts the space that nothing claims. Only for hosted extents, which are written without gaps: ESX grows its
+    /// files in steps.
     fn leaks(&mut self) -> Result<()> {
         let Some(hosted) = self
             .placed
             .hosted
             .as_ref()
-            .filter(|_| self.sparse.packing == Encoding::Plain)
+            .filter(|_| self.sparse.encoding == Encoding::Plain)
         else {
             return Ok(());
         };
-        // entries are 32 bits: what lies behind can't be in use, and would take as long as the file is said to be
+        // Entries have 32 bits, so nothing after 2 TiB can be in use. A sparse file may have any length, and a search
+        // up to its end would take as long.
         let file_sectors = (self.sparse.file.len() / SECTOR).min(1 << 32);
         let grain = self.sparse.geometry().grain;
         if self.claims.full {
             let label = self.sparse.file.label();
             self.report.notes.push(format!(
-                "{label}: is too large: not all overlaps were looked for, and no leaks"
+                "{label}: is too large to find all overlaps; leaks were not searched for"
             ));
             return Ok(());
         }
@@ -318,7 +333,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Sectors of the range that take room: holes of the file are no loss.
+    /// Returns the number of sectors of the range that are stored: holes of the file are no lost space.
     fn stored(&self, range: Range<u64>) -> Result<u64> {
         let end = range.end * SECTOR;
         let (mut at, mut stored) = (range.start * SECTOR, 0);
@@ -334,26 +349,27 @@ impl Checker<'_> {
     }
 }
 
-/// Sectors of a file that something claims.
+/// Bitmap of the claimed sectors of a file, in pages that are allocated on demand.
 #[derive(Debug, Default)]
 struct Claims {
     pages: HashMap<u64, Box<[u64; Claims::WORDS]>>,
-    /// Something was not noted, as there are [`Claims::MAX_PAGES`].
+    /// True if a claim was not noted, because there are [`Claims::MAX_PAGES`] pages.
     full: bool,
 }
 
 impl Claims {
     const WORDS: usize = 512;
     const PAGE: u64 = Self::WORDS as u64 * 64;
-    /// 256 MiB of pages: a file of 1 TiB where all is claimed.
+    /// Maximum number of pages: 256 MiB of memory, a file of 1 TiB that is claimed everywhere.
     const MAX_PAGES: usize = 1 << 16;
 
-    /// Claims a range; whether some of it was claimed before.
+    /// Claims a range. Returns true if any sector of it was claimed before.
     fn claim(&mut self, range: Range<u64>) -> bool {
         let mut taken = false;
         let mut at = range.start;
         while at < range.end {
             if self.pages.len() >= Self::MAX_PAGES && !self.pages.contains_key(&(at / Self::PAGE)) {
+                // Existing pages continue to find overlaps; the rest of this page is skipped.
                 self.full = true;
                 at = (at / Self::PAGE + 1) * Self::PAGE;
                 continue;
@@ -362,6 +378,7 @@ impl Claims {
                 .pages
                 .entry(at / Self::PAGE)
                 .or_insert_with(|| Box::new([0; Self::WORDS]));
+            // Word by word: `at` to `end` lie in one word of 64 sectors.
             let end = range.end.min((at / 64 + 1) * 64);
             let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
             if let Some(word) = page.get_mut((at % Self::PAGE / 64) as usize) {
@@ -373,7 +390,7 @@ impl Claims {
         taken
     }
 
-    /// The stretches of `range` that are not claimed.
+    /// Returns the parts of `range` that are not claimed.
     fn free(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let mut free: Vec<Range<u64>> = Vec::new();
         let mut at = range.start;
@@ -384,6 +401,7 @@ impl Claims {
                 at = end;
                 continue;
             };
+            // The bits of the word from `at` on start with ones (claimed) or with zeroes (free).
             let word = page.get((at % Self::PAGE / 64) as usize).copied().unwrap_or(u64::MAX) >> (at % 64);
             let left = 64 - at % 64;
             let claimed = u64::from(word.trailing_ones()).min(left);
@@ -402,7 +420,7 @@ impl Claims {
     }
 }
 
-/// Appends a stretch, joined to the last one where they touch.
+/// Appends a range, joined to the last one if it follows it.
 fn push(free: &mut Vec<Range<u64>>, range: Range<u64>) {
     match free.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
@@ -424,7 +442,7 @@ mod tests {
         assert_eq!(claims.pages.len(), Claims::MAX_PAGES);
         assert!(
             claims.claim(5 * Claims::PAGE..5 * Claims::PAGE + 1),
-            "what is noted stays known"
+            "pages that exist keep their claims"
         );
     }
 

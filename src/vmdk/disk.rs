@@ -1,4 +1,10 @@
-//! A VMDK with all its parents as one disk: the only place of the engine that reads data.
+//! A VMDK with all its parents as one disk: the only module of the engine that reads data.
+//!
+//! ```text
+//!   sector ─► newest link ─► its parent ─► … ─► base (the source below an overlay) ─► zeroes
+//! ```
+//! The first link that has a grain, a zero range or flat data at a sector answers for it. Runs that follow each other
+//! in one file are coalesced into one read.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -7,46 +13,48 @@ use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, Runs, SECTOR, 
 use crate::error::{Error, Result};
 use crate::store::{Access, StoredFile};
 use crate::vmdk::descriptor::Descriptor;
-use crate::vmdk::extent::{CompressedGrain, Encoding, Extent, Kind, Run};
+use crate::vmdk::extent::{CompressedGrain, Encoding, Extent, MappingKind, Run};
 use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
 use crate::vmdk::write::{Writer, refuse_with_children};
 
-/// An open VMDK: the newest link of its chain first.
+/// An open VMDK with its chain.
 #[derive(Debug)]
 pub struct VmdkDisk {
+    /// The newest link first.
     links: Vec<Link>,
     geometry: Geometry,
-    /// What lies below the oldest link, where that is no VMDK of this chain: the source of an overlay.
+    /// Source below the oldest link, for an overlay that was opened alone.
     base: Option<Arc<dyn BlockRead>>,
+    /// Writing half, if the disk was opened for writing.
     pub(super) writer: Option<Writer>,
 }
 
 impl VmdkDisk {
-    /// Opens `file`, its extents and all its parents, which lie in the file's store.
+    /// Opens `file` for reading, with its extents and all its parents, which lie in the file's store.
     ///
-    /// Errors: `Corrupt`, `Unsupported`, `Policy`, `NotFound`, or what the system says; each names the file.
+    /// Errors: `Corrupt`, `Unsupported`, `Policy`, `NotFound`, those of I/O; each names the file.
     pub fn open(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
         Self::of(Opener::new(options, Access::Read).chain(file)?)
     }
 
-    /// Opens `file`, which is open for writing itself, its extents for writing too, and all its parents for reading.
-    /// The tables of the newest link are checked whole; an extent that was not closed properly is repaired.
+    /// Opens `file`, which itself must be open for writing, with its extents for writing and all its parents for
+    /// reading. All tables of the newest link are checked; an extent that was not closed is recovered.
     ///
-    /// Errors: as [`open`](Self::open); `ReadOnly` where a format can't be written in place, `Busy` where somebody uses
-    /// an extent, `Policy` where the disk has children, `Corrupt` where the tables are damaged.
+    /// Errors: as [`open`](Self::open); `ReadOnly` if a format can't be written in place, `Busy` if another process
+    /// uses an extent, `Policy` if the disk has children, `Corrupt` if the tables are damaged.
     pub fn open_writable(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
         Self::writable(Opener::new(options, Access::Write).chain(file)?, options, None)
     }
 
-    /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: that one is no reason to
-    /// refuse it.
+    /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: `child` does not count as a
+    /// child of the base.
     pub fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
         Self::writable(Opener::new(options, Access::Write).chain(file)?, options, Some(child))
     }
 
-    /// Opens `file` and its extents for `access`, and none of its parents: what lies below is told with
-    /// [`over`](Self::over), or not wanted. For writing as [`open_writable`](Self::open_writable).
+    /// Opens `file` and its extents for `access`, without its parents. The caller adds the source below with
+    /// [`over`](Self::over), or does without. For writing as [`open_writable`](Self::open_writable).
     pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
         let links = Opener::new(options, access).alone(file)?;
         match access {
@@ -69,7 +77,7 @@ impl VmdkDisk {
         })
     }
 
-    /// The same disk over `base`, which is seen where no link has anything; behind its end are zeroes.
+    /// Returns this disk over `base`, which shows where no link has anything. After the end of `base` are zeroes.
     #[must_use]
     pub fn over(self, base: Arc<dyn BlockRead>) -> Self {
         let granule = self.geometry.granule.max(base.geometry().granule);
@@ -90,7 +98,7 @@ impl VmdkDisk {
         let preferred = links
             .iter()
             .flat_map(|l| &l.extents)
-            .filter_map(|p| packed_grain(&p.extent))
+            .filter_map(|p| compressed_grain(&p.extent))
             .max();
         Ok(Self {
             geometry: Geometry {
@@ -104,17 +112,17 @@ impl VmdkDisk {
         })
     }
 
-    /// The links, the newest first.
+    /// Returns the links, the newest first.
     pub(crate) fn links(&self) -> &[Link] {
         &self.links
     }
 
-    /// The descriptor of the newest link, as it was when the disk was opened.
+    /// Returns the descriptor of the newest link, as it was when the disk was opened.
     pub fn descriptor(&self) -> Option<&Descriptor> {
         self.links.first().map(|link| &link.descriptor)
     }
 
-    /// Every file of the chain, descriptors and extents.
+    /// Returns every file of the chain: descriptors and extents. A file may occur more than once.
     pub fn files(&self) -> Vec<Arc<dyn StoredFile>> {
         let mut files = Vec::new();
         for link in &self.links {
@@ -124,51 +132,52 @@ impl VmdkDisk {
         files
     }
 
-    /// The names of the files that were not closed after writing.
+    /// Returns the names of the files that were not closed after writing.
     pub fn unclean_files(&self) -> impl Iterator<Item = &str> {
         let unclean = self.links.iter().flat_map(|l| &l.extents).filter(|p| p.unclean);
         unclean.filter_map(|p| file_of(&p.extent)).map(|f| f.label())
     }
 
-    /// Reads what the links below the newest one have.
+    /// Reads from the links below the newest one, and the base.
     pub(super) fn read_below(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         self.read_from(self.links.get(1..).unwrap_or_default(), at, buf)
     }
 
-    /// Whether the links below the newest one are known to have only zeroes there.
+    /// Returns true if the links below the newest one, and the base, are known to have only zeroes there.
     pub(super) fn is_zero_below(&self, at: Lba, sectors: u64) -> bool {
         self.is_zero_in(self.links.get(1..).unwrap_or_default(), at, sectors)
     }
 
-    /// Whether the links below the newest one, and the base, have zeroes at `at`, and for how many of `max` sectors.
+    /// Returns true if the links below the newest one, and the base, have zeroes at `at`, and for how many of `max`
+    /// sectors the answer holds.
     pub(super) fn zeroes_below(&self, at: Lba, max: u64) -> Result<(bool, u64)> {
         let (content, sectors) = self.content_in(self.links.get(1..).unwrap_or_default(), at, max)?;
         Ok((content.is_zero(), sectors))
     }
 
-    /// What `links` and the base have at `at`, and for how many of `max` sectors.
+    /// Returns the content of `links` and the base at `at`, and for how many of `max` sectors it holds.
     fn content_in(&self, links: &[Link], at: Lba, max: u64) -> Result<(Content, u64)> {
-        let (kind, sectors) = kind_in(links, at, max)?;
+        let (kind, sectors) = mapping_kind_in(links, at, max)?;
         match (kind, &self.base) {
-            (Kind::Data, _) => Ok((Content::Data, sectors)),
-            (Kind::Zero, _) => Ok((Content::Zero, sectors)),
-            (Kind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
+            (MappingKind::Data, _) => Ok((Content::Data, sectors)),
+            (MappingKind::Zero, _) => Ok((Content::Zero, sectors)),
+            (MappingKind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
                 (_, 0) => Ok((Content::Hole, sectors)),
                 (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
             },
-            (Kind::Parent, None) => Ok((Content::Hole, sectors)),
+            (MappingKind::Parent, None) => Ok((Content::Hole, sectors)),
         }
     }
 
     /// Reads from `links`, and from the base where they have nothing.
     fn read_from(&self, links: &[Link], at: Lba, buf: &mut [u8]) -> Result<()> {
-        // neighbours in the same file wait here for each other, to become one read
-        let mut pending: Option<Pending<'_>> = None;
-        let mut passed = Passed::new();
+        // A stored run is not read at once: if the next one follows it in the same file, both become one read.
+        let mut pending: Option<PendingRead<'_>> = None;
+        let mut cursor = ChainCursor::new();
         let mut done = 0;
         while done < buf.len() {
             let lba = at + done as u64 / SECTOR;
-            let run = next_run(links, lba, (buf.len() - done) as u64 / SECTOR, &mut passed)?;
+            let run = next_run(links, lba, (buf.len() - done) as u64 / SECTOR, &mut cursor)?;
             let len = (run.sectors() * SECTOR) as usize;
             if let Run::Stored { file, sector, .. } = run {
                 match &mut pending {
@@ -177,7 +186,7 @@ impl VmdkDisk {
                         if let Some(p) = other.take() {
                             p.read(buf)?;
                         }
-                        *other = Some(Pending {
+                        *other = Some(PendingRead {
                             file,
                             sector,
                             start: done,
@@ -188,7 +197,7 @@ impl VmdkDisk {
             } else {
                 let part = buf.get_mut(done..done + len).unwrap_or_default();
                 match run {
-                    Run::Deflate { grain, skip, .. } => read_packed(&grain, skip, part)?,
+                    Run::Deflate { grain, skip, .. } => read_compressed(&grain, skip, part)?,
                     Run::Parent { .. } => self.read_base(lba, part)?,
                     _ => part.fill(0),
                 }
@@ -199,10 +208,10 @@ impl VmdkDisk {
     }
 
     fn is_zero_in(&self, links: &[Link], at: Lba, sectors: u64) -> bool {
-        let mut passed = Passed::new();
+        let mut cursor = ChainCursor::new();
         let mut done = 0;
         while done < sectors {
-            match next_run(links, at + done, sectors - done, &mut passed) {
+            match next_run(links, at + done, sectors - done, &mut cursor) {
                 Ok(Run::Zero { sectors }) => done += sectors,
                 Ok(Run::Parent { sectors }) if self.base_is_zero(at + done, sectors) => done += sectors,
                 _ => return false,
@@ -211,7 +220,7 @@ impl VmdkDisk {
         true
     }
 
-    /// Sectors of the base from `at` on, of `sectors`.
+    /// Returns `base`, and how many of `sectors` from `at` on lie inside of it. A base may be smaller than its overlay.
     fn inside_base<'a>(&self, base: &'a dyn BlockRead, at: Lba, sectors: u64) -> (&'a dyn BlockRead, u64) {
         (base, base.geometry().sectors.saturating_sub(at.0).min(sectors))
     }
@@ -242,26 +251,27 @@ impl VmdkDisk {
     }
 }
 
-/// What `links` have at `at`, and for how many of `max` sectors.
-fn kind_in(links: &[Link], at: Lba, max: u64) -> Result<(Kind, u64)> {
+/// Returns the kind of mapping of `links` at `at`, and for how many of `max` sectors it holds. `Parent` means that no
+/// link has anything.
+fn mapping_kind_in(links: &[Link], at: Lba, max: u64) -> Result<(MappingKind, u64)> {
     let mut left = max;
     for link in links {
         let Some((placed, within, sectors)) = find(link, at.0, left) else {
             break;
         };
-        match placed.extent.kind_at(within, sectors)? {
-            (Kind::Parent, sectors) => left = sectors,
+        match placed.extent.mapping_kind_at(within, sectors)? {
+            (MappingKind::Parent, sectors) => left = sectors,
             found => return Ok(found),
         }
     }
-    Ok((Kind::Parent, left))
+    Ok((MappingKind::Parent, left))
 }
 
-/// The run at `at`, of at most `max` sectors, in a walk from lower to higher sectors that `passed` belongs to. `Parent`
-/// means here that no link has anything.
-fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, passed: &mut Passed) -> Result<Run<'a>> {
+/// Returns the run at `at`, of at most `max` sectors, for a walk from lower to higher sectors with its `cursor`.
+/// `Parent` means that no link has anything.
+fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, cursor: &mut ChainCursor) -> Result<Run<'a>> {
     let mut left = max;
-    for (link, nothing_before) in links.iter().zip(&mut passed.0) {
+    for (link, nothing_before) in links.iter().zip(&mut cursor.0) {
         if at.0 < *nothing_before {
             left = left.min(*nothing_before - at.0);
             continue;
@@ -304,14 +314,14 @@ impl BlockRead for VmdkDisk {
     }
 
     fn runs(&self) -> Option<&dyn Runs> {
-        // compressed grains are preferred whole
+        // A preferred size above one sector means compressed grains, which have no runs.
         (self.geometry.preferred == 1 && self.base.is_none()).then_some(self)
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         let extents = &self.links.first()?.extents;
         match extents.as_slice() {
-            // a file that is longer would show what is behind the disk
+            // The kernel reads the file up to its end, so a longer file would show bytes after the end of the disk.
             [
                 PlacedExtent {
                     extent: Extent::Flat { file, offset: 0 },
@@ -323,27 +333,29 @@ impl BlockRead for VmdkDisk {
     }
 }
 
-/// For each link the sector before which a walk found nothing in it, so that it is asked only once where a link
-/// below has many short runs. Else a deep chain of tiny grains would be asked for all of them again at each run.
-struct Passed([u64; MAX_LINKS]);
+/// For each link the sector before which a walk has found it empty. A link is queried once for an empty range, even if
+/// a link below has many short runs there. Without it every run of a deep chain of small grains would query all links
+/// again.
+struct ChainCursor([u64; MAX_LINKS]);
 
-impl Passed {
+impl ChainCursor {
     fn new() -> Self {
         Self([0; MAX_LINKS])
     }
 }
 
-/// A read that has not been done yet, because the next run may continue it.
-struct Pending<'a> {
+/// A read that is delayed, because the next run may continue it.
+struct PendingRead<'a> {
     file: &'a Arc<dyn StoredFile>,
     sector: u64,
-    /// Where in the buffer it goes, and its length in bytes so far.
+    /// Position in the buffer.
     start: usize,
+    /// Bytes so far.
     len: usize,
 }
 
-impl Pending<'_> {
-    /// Whether what is at `sector` of `file` and goes to `start` of the buffer lies behind it in both.
+impl PendingRead<'_> {
+    /// Returns true if `sector` of `file` and position `start` of the buffer both follow the end of this read.
     fn is_continued_by(&self, file: &Arc<dyn StoredFile>, sector: u64, start: usize) -> bool {
         let next = (self.sector + self.len as u64 / SECTOR, self.start + self.len);
         Arc::ptr_eq(self.file, file) && next == (sector, start)
@@ -355,12 +367,14 @@ impl Pending<'_> {
     }
 }
 
-/// Reads stored sectors. A file may end inside of the last one: what is missing of that sector reads as zero.
+/// Reads stored sectors. A file may end inside of its last sector: the missing part of that sector reads as zeroes.
+/// More than that missing is an error.
 fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()> {
     let short_of = |len: u64| (part.len() as u64).saturating_sub(len.saturating_sub(offset));
     let mut short = short_of(file.len());
     if let Some(writer) = file.writer().filter(|_| short > 0) {
-        // it may have grown, to whole sectors: where it ends inside of any but its old last one, somebody has cut it
+        // `len` is that of the open. A file that is written to may have grown since, always to whole sectors. If it now
+        // ends inside of any sector but its old last one, another process has truncated it, and the read has to fail.
         let now = writer.current_len()?;
         let as_before = (file.len()..file.len().next_multiple_of(SECTOR)).contains(&now);
         short = if as_before { short_of(now) } else { 0 };
@@ -374,8 +388,9 @@ fn read_stored(file: &dyn StoredFile, offset: u64, part: &mut [u8]) -> Result<()
     file.read_exact_at(offset, real)
 }
 
-/// Sectors `skip …` of a compressed grain.
-fn read_packed(grain: &CompressedGrain<'_>, skip: u64, part: &mut [u8]) -> Result<()> {
+/// Reads the sectors of a compressed grain from sector `skip` of the grain on.
+fn read_compressed(grain: &CompressedGrain<'_>, skip: u64, part: &mut [u8]) -> Result<()> {
+    // A whole grain is inflated in place, without a copy. The cache above asks for whole grains.
     if skip == 0 && part.len() as u64 >= grain.inside * SECTOR {
         return inflate(grain, part);
     }
@@ -383,14 +398,14 @@ fn read_packed(grain: &CompressedGrain<'_>, skip: u64, part: &mut [u8]) -> Resul
     inflate(grain, &mut whole)?;
     let from = (skip * SECTOR) as usize;
     match whole.get(from..from + part.len()) {
-        Some(wanted) => part.copy_from_slice(wanted),
+        Some(sectors) => part.copy_from_slice(sectors),
         None => return Err(Error::corrupt("a read past the end of a grain")),
     }
     Ok(())
 }
 
-/// The extent of a link that holds sector `at`, the sector inside of it, and how many of `max` it has from there.
-/// `None`: the link ends before.
+/// Returns the extent of a link that holds sector `at`, the sector inside of the extent, and how many of `max` sectors
+/// it holds from there. `None` if the link ends before: a parent may be smaller than its child.
 fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     let after = link.extents.partition_point(|p| p.start <= at);
     let placed = link.extents.get(after.checked_sub(1)?)?;
@@ -398,7 +413,7 @@ fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
     (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
 }
 
-/// The file that an extent lies in.
+/// Returns the file that an extent lies in.
 pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     match extent {
         Extent::Flat { file, .. } => Some(file),
@@ -407,10 +422,10 @@ pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
     }
 }
 
-/// Sectors of a grain of a compressed extent.
-fn packed_grain(extent: &Extent) -> Option<u64> {
+/// Returns the sectors of a grain, if the extent is compressed.
+fn compressed_grain(extent: &Extent) -> Option<u64> {
     match extent {
-        Extent::Sparse(s) if s.packing != Encoding::Plain => Some(s.geometry().grain),
+        Extent::Sparse(s) if s.encoding != Encoding::Plain => Some(s.geometry().grain),
         _ => None,
     }
 }

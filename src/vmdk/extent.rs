@@ -1,7 +1,10 @@
 //! One extent of a disk: maps its sectors to runs of a file.
 //!
-//! Extents only translate addresses; what does the I/O is [`super::disk`]. A run is as long as one entry after
-//! the other continues it, so that neighbouring grains become one read.
+//! Extents only translate addresses; [`super::disk`] does the I/O. A run continues over consecutive entries as long as
+//! their grains are neighbours in the file, so that they become one read.
+//!
+//! Tables are read through one of three ways: the shared cache ([`Extent::run_at`]), the table of the last step of a
+//! walk ([`TableCursor`]), or the tables of an extent that is written to ([`SparseExtent::writable`]).
 
 use std::sync::Arc;
 
@@ -11,14 +14,14 @@ use crate::store::StoredFile;
 use crate::vmdk::tables::writable::WritableTables;
 use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout, Table, TableCache, TableGeometry};
 
-/// Where a range of sectors is to be read.
+/// Mapping of a range of sectors: where it is read from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Run<'a> {
-    /// In a file, as it is.
+    /// Uncompressed in a file.
     Stored {
         /// The file.
         file: &'a Arc<dyn StoredFile>,
-        /// Its sector at which the run starts.
+        /// Sector of the file at which the run starts.
         sector: u64,
         /// Length of the run.
         sectors: u64,
@@ -27,9 +30,9 @@ pub(crate) enum Run<'a> {
     Deflate {
         /// The grain.
         grain: CompressedGrain<'a>,
-        /// Sector inside of the inflated grain.
+        /// Sectors of the inflated grain before the run.
         skip: u64,
-        /// Length of the run; it ends with the grain, at the latest.
+        /// Length of the run; it ends at the end of the grain or before.
         sectors: u64,
     },
     /// Zeroes that hide the parent.
@@ -45,7 +48,7 @@ pub(crate) enum Run<'a> {
 }
 
 impl Run<'_> {
-    /// Its length.
+    /// Returns the length of the run in sectors.
     pub(crate) fn sectors(&self) -> u64 {
         match *self {
             Run::Stored { sectors, .. }
@@ -56,26 +59,27 @@ impl Run<'_> {
     }
 }
 
-/// A compressed grain: where it is and what it must be.
+/// Compressed grain: its location, and the values that its header and content are checked against.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CompressedGrain<'a> {
     /// The file.
     pub(crate) file: &'a Arc<dyn StoredFile>,
     /// Sector of the file at which its header starts.
     pub(crate) sector: u64,
-    /// Sectors up to where the next grain starts, where the table lets suppose that. A hint for the first read.
+    /// Distance to the grain of the next entry, if that is plausible as the length of this one. A hint for the size of
+    /// the first read; never trusted.
     pub(crate) likely_sectors: Option<u64>,
-    /// Its first sector in the extent, which its header must repeat.
+    /// First sector of the grain in the extent, which its header must repeat.
     pub(crate) lba: u64,
     /// Sectors of a whole grain.
     pub(crate) grain: u64,
-    /// Sectors of it that lie inside of the extent: the least that it must inflate to.
+    /// Sectors of the grain that lie inside of the extent: the minimum that it must inflate to.
     pub(crate) inside: u64,
-    /// Whether its header has the LBA before the length.
+    /// True if the header has the LBA before the length.
     pub(crate) markers: bool,
 }
 
-/// An extent of a link of the chain.
+/// Extent of a link.
 #[derive(Debug)]
 pub(crate) enum Extent {
     /// Sectors of a file from `offset` on.
@@ -87,7 +91,10 @@ pub(crate) enum Extent {
 }
 
 impl Extent {
-    /// The run at `sector` of the extent, of at most `max` sectors, which lie inside of it.
+    /// Returns the run at `sector` of the extent, of at most `max` sectors. `sector` and `max` must lie inside of the
+    /// extent. The run may end before the mapping changes.
+    ///
+    /// Errors: `Corrupt` for a damaged table or entry, those of reading a table.
     pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
         match self {
             Extent::Flat { file, offset } => Ok(Run::Stored {
@@ -100,35 +107,35 @@ impl Extent {
         }
     }
 
-    /// Like [`Self::run_at`], for one who walks: the table of the last run is at hand in `near`.
-    pub(crate) fn run_near(&self, sector: u64, max: u64, near: &mut Near) -> Result<Run<'_>> {
+    /// Like [`Self::run_at`], for a walk: keeps the table of the last run in `cursor` and out of the cache.
+    pub(crate) fn run_at_cursor(&self, sector: u64, max: u64, cursor: &mut TableCursor) -> Result<Run<'_>> {
         match self {
-            Extent::Sparse(sparse) => sparse.run_near(sector, max, near),
+            Extent::Sparse(sparse) => sparse.run_at_cursor(sector, max, cursor),
             Extent::Flat { .. } | Extent::Zero => self.run_at(sector, max),
         }
     }
 
-    /// Like [`Self::run_at`], but asks only what is there: runs of data don't end where the file's grains are
-    /// not neighbours.
-    pub(crate) fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
+    /// Like [`Self::run_at`], but returns only the kind of mapping: data continues where the grains are not neighbours
+    /// in the file. A damaged entry counts as data; reading it returns the error.
+    pub(crate) fn mapping_kind_at(&self, sector: u64, max: u64) -> Result<(MappingKind, u64)> {
         match self {
             Extent::Flat { file, offset } => {
                 let at = (offset + sector) * SECTOR;
                 Ok(stored(&**file, at, file.data_at(at)?, max))
             }
-            Extent::Zero => Ok((Kind::Zero, max)),
-            Extent::Sparse(sparse) => sparse.kind_at(sector, max),
+            Extent::Zero => Ok((MappingKind::Zero, max)),
+            Extent::Sparse(sparse) => sparse.mapping_kind_at(sector, max),
         }
     }
 }
 
-/// The table that a walk looked at last: most of its steps stay in it, and those that leave it don't come back, so that the
-/// cache is not filled with it either.
+/// Table that a walk used last. Most steps of a walk stay in it, and those that leave it never come back, so the walk
+/// does not fill the cache with tables.
 #[derive(Debug, Default)]
-pub(crate) struct Near(Option<(u32, u64, Option<Arc<Table>>)>);
+pub(crate) struct TableCursor(Option<(u32, u64, Option<Arc<Table>>)>);
 
-impl Near {
-    /// Table `number` of `extent`; `None` where there is no table.
+impl TableCursor {
+    /// Returns table `number` of `extent`, or `None` if there is no table.
     fn table(&mut self, extent: &SparseExtent, number: u64) -> Result<Option<&Table>> {
         if !matches!(self.0, Some((id, n, _)) if (id, n) == (extent.id, number)) {
             let table = extent.cache.table_once(extent.id, &*extent.layout, number)?;
@@ -138,54 +145,58 @@ impl Near {
     }
 }
 
-/// Whether a file has data at byte `at` or a hole, and for how many of `max` sectors, by what
-/// [`StoredFile::data_at`] says.
-fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64) -> (Kind, u64) {
-    // a sector of which a part is stored is no hole
+/// Converts the answer of [`StoredFile::data_at`] for byte `at` to the kind of mapping, and for how many of `max`
+/// sectors it holds.
+fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64) -> (MappingKind, u64) {
+    // A hole that ends inside of a sector, and not at the end of the file: the rest of the sector may be stored.
     let mixed = bytes < SECTOR && bytes < file.len().saturating_sub(at);
-    // a hole of the file hides the parent like a zeroed grain does
-    let kind = if stored || mixed { Kind::Data } else { Kind::Zero };
+    // A hole of the file hides the parent, like a zeroed grain.
+    let kind = if stored || mixed {
+        MappingKind::Data
+    } else {
+        MappingKind::Zero
+    };
     (kind, (bytes / SECTOR).clamp(1, max))
 }
 
-/// What an extent has at a place.
+/// Kind of mapping at a sector of an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum MappingKind {
     Data,
     Zero,
     Parent,
 }
 
-/// A sparse extent of any format.
+/// Sparse extent of any format.
 #[derive(Debug)]
 pub(crate) struct SparseExtent {
-    /// Its number in the chain, for the shared cache.
+    /// Number in the chain: the key in the shared cache.
     pub(crate) id: u32,
     pub(crate) file: Arc<dyn StoredFile>,
     pub(crate) layout: Arc<dyn Layout>,
     pub(crate) cache: TableCache,
-    pub(crate) packing: Encoding,
-    /// The tables of an extent that is written to, instead of those of the cache.
-    pub(crate) live: Option<Arc<WritableTables>>,
-    /// `layout.geometry()`, at hand.
+    pub(crate) encoding: Encoding,
+    /// Tables of an extent that is written to; they replace those of the cache.
+    pub(crate) writable: Option<Arc<WritableTables>>,
+    /// Copy of `layout.geometry()`, without the virtual call.
     geometry: TableGeometry,
 }
 
-/// How grains are stored.
+/// Encoding of stored grains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Encoding {
     Plain,
-    /// Compressed; `markers`: with the LBA in front.
+    /// Compressed; with `markers` the LBA precedes the length.
     Deflate {
         markers: bool,
     },
 }
 
-/// Chunks of a directory that one question is answered from. A chain may have many directories of thousands of chunks,
-/// and a search has to come to its clock in between; four cover 512 GiB at the usual table size.
+/// Maximum number of directory chunks that one query reads. A chain may have many directories of thousands of chunks,
+/// and a search must be able to check its time limit in between; four chunks cover 512 GiB at the usual table size.
 const ABSENT_CHUNKS: u64 = 4;
 
-/// A sector's place in the tables.
+/// Position of a sector in the tables.
 #[derive(Debug, Clone, Copy)]
 struct Position {
     table: u64,
@@ -195,13 +206,13 @@ struct Position {
 }
 
 impl SparseExtent {
-    /// An extent of `file` with the tables `layout`.
+    /// Creates an extent of `file` with the tables `layout`.
     pub(crate) fn new(
         id: u32,
         file: Arc<dyn StoredFile>,
         layout: Arc<dyn Layout>,
         cache: TableCache,
-        packing: Encoding,
+        encoding: Encoding,
     ) -> Self {
         let geometry = layout.geometry();
         Self {
@@ -209,21 +220,21 @@ impl SparseExtent {
             file,
             layout,
             cache,
-            packing,
-            live: None,
+            encoding,
+            writable: None,
             geometry,
         }
     }
 
-    /// Its numbers.
+    /// Returns the geometry of the tables.
     pub(crate) fn geometry(&self) -> TableGeometry {
         self.geometry
     }
 
-    /// Table `number`; `None` where there is none.
+    /// Returns table `number`, or `None` if there is no table.
     fn table(&self, number: u64) -> Result<Option<Arc<Table>>> {
-        match &self.live {
-            Some(live) => live.table(number),
+        match &self.writable {
+            Some(writable) => writable.table(number),
             None => self.cache.table(self.id, &*self.layout, number),
         }
     }
@@ -237,7 +248,7 @@ impl SparseExtent {
         }
     }
 
-    /// The run at `sector` of the extent, of at most `max` sectors, which lie inside of it.
+    /// As [`Extent::run_at`].
     pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
         let p = self.position(sector);
         let Some(table) = self.table(p.table)? else {
@@ -248,9 +259,9 @@ impl SparseExtent {
         self.run_in(&table, p, sector, max)
     }
 
-    fn run_near(&self, sector: u64, max: u64, near: &mut Near) -> Result<Run<'_>> {
+    fn run_at_cursor(&self, sector: u64, max: u64, cursor: &mut TableCursor) -> Result<Run<'_>> {
         let p = self.position(sector);
-        match near.table(self, p.table)? {
+        match cursor.table(self, p.table)? {
             Some(table) => self.run_in(table, p, sector, max),
             None => Ok(Run::Parent {
                 sectors: self.absent(sector, max)?,
@@ -258,21 +269,25 @@ impl SparseExtent {
         }
     }
 
-    /// The run at `sector`, which has its entry at `p` in `table`.
+    /// Returns the run at `sector`, whose entry is at `p` in `table`.
     fn run_in(&self, table: &Table, p: Position, sector: u64, max: u64) -> Result<Run<'_>> {
-        let (kind, grains) = self.stretch(table, p, max, true);
+        let (kind, grains) = self.equal_grains(table, p, max, true);
         let sectors = (grains * self.geometry.grain - p.within).min(max);
-        match (kind, table.slot(p.entry)) {
-            (Some(Kind::Zero), _) => Ok(Run::Zero { sectors }),
-            (Some(Kind::Parent), _) => Ok(Run::Parent { sectors }),
-            (Some(Kind::Data), GrainEntry::At(at)) => Ok(self.data_run(sector, sectors, at, table.slot(p.entry + 1))),
+        // The entry of a writable table may have changed since `equal_grains` read it. It only changes from unallocated
+        // or zero to a grain, never between grains, so a run of data has its own sector here.
+        match (kind, table.entry(p.entry)) {
+            (Some(MappingKind::Zero), _) => Ok(Run::Zero { sectors }),
+            (Some(MappingKind::Parent), _) => Ok(Run::Parent { sectors }),
+            (Some(MappingKind::Data), GrainEntry::At(at)) => {
+                Ok(self.data_run(sector, sectors, at, table.entry(p.entry + 1)))
+            }
             _ => Err(self.layout.explain_entry(p.table, p.entry as u64)),
         }
     }
 
     fn data_run(&self, sector: u64, sectors: u64, at: u64, next: GrainEntry) -> Run<'_> {
         let within = sector % self.geometry.grain;
-        match self.packing {
+        match self.encoding {
             Encoding::Plain => Run::Stored {
                 file: &self.file,
                 sector: at + within,
@@ -301,63 +316,65 @@ impl SparseExtent {
         }
     }
 
-    fn kind_at(&self, sector: u64, max: u64) -> Result<(Kind, u64)> {
+    fn mapping_kind_at(&self, sector: u64, max: u64) -> Result<(MappingKind, u64)> {
         let p = self.position(sector);
-        // what is written to was checked before
-        if self.live.is_none() && self.cache.place(self.id, &*self.layout, p.table)? == DirectoryEntry::Bad {
-            // like a damaged entry of a table: reading it is what tells
+        // A writable extent has passed the check, so its directory has no bad entries.
+        if self.writable.is_none()
+            && self.cache.directory_entry(self.id, &*self.layout, p.table)? == DirectoryEntry::Bad
+        {
+            // As for a damaged entry of a table, reading returns the error.
             let coverage = self.geometry.coverage();
-            return Ok((Kind::Data, max.min(coverage - sector % coverage)));
+            return Ok((MappingKind::Data, max.min(coverage - sector % coverage)));
         }
         let Some(table) = self.table(p.table)? else {
-            return Ok((Kind::Parent, self.absent(sector, max)?));
+            return Ok((MappingKind::Parent, self.absent(sector, max)?));
         };
-        if let (Some(live), GrainEntry::At(at)) = (&self.live, table.slot(p.entry))
-            && live.has_holes()
+        // A discarded grain of a writable extent keeps its entry and is a hole of the file: then the file is queried.
+        if let (Some(writable), GrainEntry::At(at)) = (&self.writable, table.entry(p.entry))
+            && writable.has_holes()
         {
             let left = (self.geometry.grain - p.within).min(max);
             let at = (at + p.within) * SECTOR;
-            let known = live.data_known_from(at).filter(|&bytes| bytes >= SECTOR);
+            let known = writable.data_known_from(at).filter(|&bytes| bytes >= SECTOR);
             let answer = known.map_or_else(|| self.file.data_at(at), |bytes| Ok((true, bytes)))?;
             if known.is_none() {
-                live.note_data(at, answer);
+                writable.note_data(at, answer);
             }
             return Ok(stored(&*self.file, at, answer, left));
         }
-        let (kind, grains) = self.stretch(&table, p, max, false);
-        // a damaged entry is data: reading it is what tells
+        let (kind, grains) = self.equal_grains(&table, p, max, false);
         Ok((
-            kind.unwrap_or(Kind::Data),
+            kind.unwrap_or(MappingKind::Data),
             (grains * self.geometry.grain - p.within).min(max),
         ))
     }
 
-    /// The kind of the grain at `p` (`None`: damaged), and how many grains of this table go on like it within
-    /// `max` sectors. With `adjacent`, data only goes on where the next grain follows in the file, and a
-    /// compressed grain stands alone.
-    fn stretch(&self, table: &Table, p: Position, max: u64, adjacent: bool) -> (Option<Kind>, u64) {
-        let kind = |slot| match slot {
-            GrainEntry::Unallocated => Some(Kind::Parent),
-            GrainEntry::Zero => Some(Kind::Zero),
-            GrainEntry::At(_) => Some(Kind::Data),
+    /// Returns the kind of the grain at `p` (`None`: damaged), and the number of grains of this table from there on
+    /// that have the same kind, within `max` sectors. With `adjacent` data only continues where the next grain also
+    /// follows in the file, and a compressed grain is always alone.
+    fn equal_grains(&self, table: &Table, p: Position, max: u64, adjacent: bool) -> (Option<MappingKind>, u64) {
+        let kind = |entry| match entry {
+            GrainEntry::Unallocated => Some(MappingKind::Parent),
+            GrainEntry::Zero => Some(MappingKind::Zero),
+            GrainEntry::At(_) => Some(MappingKind::Data),
             GrainEntry::Bad => None,
         };
-        let first = table.slot(p.entry);
-        let wanted = (p.within + max).div_ceil(self.geometry.grain);
+        let first = table.entry(p.entry);
+        let requested = (p.within + max).div_ceil(self.geometry.grain);
         let alone = first == GrainEntry::Bad
-            || (adjacent && self.packing != Encoding::Plain && kind(first) == Some(Kind::Data));
+            || (adjacent && self.encoding != Encoding::Plain && kind(first) == Some(MappingKind::Data));
         let most = if alone {
             1
         } else {
-            wanted.min((table.len() - p.entry.min(table.len())) as u64).max(1)
+            requested.min((table.len() - p.entry.min(table.len())) as u64).max(1)
         };
         let mut n = 1;
         while n < most {
-            let goes_on = match (first, table.slot(p.entry + n as usize)) {
+            let continues = match (first, table.entry(p.entry + n as usize)) {
                 (GrainEntry::At(a), GrainEntry::At(b)) => !adjacent || a + n * self.geometry.grain == b,
                 (a, b) => kind(a) == kind(b),
             };
-            if !goes_on {
+            if !continues {
                 break;
             }
             n += 1;
@@ -365,14 +382,17 @@ impl SparseExtent {
         (kind(first), n)
     }
 
-    /// Sectors from `sector` on, at most `max`, that have no table, where it is known already that `sector` has none.
-    /// It looks no further than [`ABSENT_CHUNKS`]: whoever wants to know more asks again.
+    /// Returns the number of sectors from `sector` on, at most `max`, that have no table. The caller knows that
+    /// `sector` itself has none. Reads at most [`ABSENT_CHUNKS`] chunks of the directory; the caller repeats the query
+    /// for more.
     fn absent(&self, sector: u64, max: u64) -> Result<u64> {
         let coverage = self.geometry.coverage();
+        // The table of `sector` itself is not queried again: another program may have added it meanwhile, and the
+        // answer would be an empty run.
         let mut table = sector / coverage + 1;
         let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
-        if let Some(live) = &self.live {
-            table += live.absent(table, end.div_ceil(coverage));
+        if let Some(writable) = &self.writable {
+            table += writable.absent(table, end.div_ceil(coverage));
             return Ok((table * coverage).min(end) - sector);
         }
         while table * coverage < end {
@@ -388,7 +408,7 @@ impl SparseExtent {
         Ok((table * coverage).min(end) - sector)
     }
 
-    /// What a damaged directory or table entry is, for messages of `--check`.
+    /// Returns the error for a damaged directory entry, or for a damaged entry of a table.
     pub(crate) fn explain(&self, table: u64, entry: Option<u64>) -> Error {
         match entry {
             Some(entry) => self.layout.explain_entry(table, entry),
@@ -405,7 +425,7 @@ mod tests {
     use super::*;
     use crate::store::{Access, OpenPolicy, open_user_path};
 
-    /// A directory that somebody else writes: its tables are absent when it is read the first time, and there when it
+    /// A directory that another program writes: its tables are absent when it is read the first time, and exist when it
     /// is read again.
     #[derive(Debug, Default)]
     struct Growing {
@@ -446,9 +466,9 @@ mod tests {
         }
     }
 
-    /// What was found to be absent stays so for the request, however the directory looks a moment later.
+    /// A table that was found to be absent is absent for the whole request, even if the directory changes meanwhile.
     #[test]
-    fn regression_a_directory_that_changes_between_two_looks() {
+    fn regression_a_directory_that_changes_between_two_reads() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let file = open_user_path(
             file.path(),
@@ -460,7 +480,7 @@ mod tests {
         )
         .unwrap();
         for sector in [0, 1, 1023] {
-            // nothing fits this cache, so each look reads the directory
+            // Nothing fits this cache, so each lookup reads the directory.
             let cache = TableCache::with_bytes(1);
             let layout = Arc::new(Growing::default());
             let extent = SparseExtent::new(1, Arc::clone(&file), layout, cache, Encoding::Plain);

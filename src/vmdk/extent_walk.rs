@@ -1,7 +1,7 @@
-//! All runs of a disk, from its first sector to its last.
+//! Walk over all runs of a disk, from its first sector to its last.
 //!
-//! A read asks for a few runs and goes through the cache of tables; this goes through every table of every link once, as fast
-//! as they can be read (some 20 million grains a second), and leaves the cache to the readers.
+//! A read needs a few runs and uses the cache of tables. A walk reads every table of every link once, as fast as they
+//! can be read (some 20 million grains a second), and leaves the cache to the readers.
 
 use std::num::NonZeroU64;
 use std::ops::ControlFlow;
@@ -9,24 +9,26 @@ use std::ops::ControlFlow;
 use crate::block::{BlockRead, RunFile, RunPlace, Runs};
 use crate::error::{Error, Result};
 use crate::vmdk::disk::{VmdkDisk, file_of};
-use crate::vmdk::extent::{Near, Run};
+use crate::vmdk::extent::{Run, TableCursor};
 use crate::vmdk::open::{Link, PlacedExtent};
 
-/// How far a walk has come in one link.
+/// Position of a walk in one link.
 #[derive(Debug, Default)]
-struct Cursor {
-    /// For each extent of the link the number of its file; for those without a file that of the next one.
+struct LinkCursor {
+    /// For each extent of the link the number of its file in [`Runs::files`]. An extent without a file has the number
+    /// of the next file; it is not used.
     files: Vec<usize>,
-    /// Before this sector the link has nothing.
+    /// Sector before which the link is known to hold nothing, so that it is not queried again for each run of a link
+    /// below.
     nothing_before: u64,
-    near: Near,
+    table: TableCursor,
 }
 
 impl Runs for VmdkDisk {
     fn files(&self) -> Vec<RunFile<'_>> {
         let extents = self.links().iter().flat_map(|l| &l.extents);
         let files = extents.filter_map(|placed| file_of(&placed.extent));
-        // a device shows no changes
+        // A device gets no descriptor: a change of it can't be detected.
         files
             .map(|file| RunFile {
                 len: file.len(),
@@ -43,11 +45,11 @@ impl Runs for VmdkDisk {
             next_file += usize::from(file_of(&placed.extent).is_some());
             number
         };
-        let cursor = |l: &Link| Cursor {
+        let cursor = |l: &Link| LinkCursor {
             files: l.extents.iter().map(&mut number).collect(),
-            ..Cursor::default()
+            ..LinkCursor::default()
         };
-        let mut cursors: Vec<Cursor> = self.links().iter().map(cursor).collect();
+        let mut cursors: Vec<LinkCursor> = self.links().iter().map(cursor).collect();
         let mut at = 0;
         while at < end {
             let (place, sectors) = next(self.links(), at, end - at, &mut cursors)?;
@@ -63,8 +65,8 @@ impl Runs for VmdkDisk {
     }
 }
 
-/// The run at `at`, of at most `max` sectors.
-fn next(links: &[Link], at: u64, max: u64, cursors: &mut [Cursor]) -> Result<(RunPlace, u64)> {
+/// Returns the run at `at`, of at most `max` sectors, from the newest link that holds it.
+fn next(links: &[Link], at: u64, max: u64, cursors: &mut [LinkCursor]) -> Result<(RunPlace, u64)> {
     let mut left = max;
     for (link, cursor) in links.iter().zip(cursors) {
         if at < cursor.nothing_before {
@@ -81,7 +83,7 @@ fn next(links: &[Link], at: u64, max: u64, cursors: &mut [Cursor]) -> Result<(Ru
         }
         match placed
             .extent
-            .run_near(within, left.min(placed.sectors - within), &mut cursor.near)?
+            .run_at_cursor(within, left.min(placed.sectors - within), &mut cursor.table)?
         {
             Run::Parent { sectors } => {
                 left = sectors;
@@ -94,7 +96,7 @@ fn next(links: &[Link], at: u64, max: u64, cursors: &mut [Cursor]) -> Result<(Ru
             Run::Zero { sectors } => return Ok((RunPlace::Zero, sectors)),
             Run::Deflate { grain, .. } => {
                 return Err(Error::unsupported(format!(
-                    "{} has compressed grains",
+                    "{}: has compressed grains, which are not stored as they are read",
                     grain.file.label()
                 )));
             }

@@ -1,7 +1,10 @@
 //! Compressed grains: header, bounds, inflate.
 //!
-//! A grain is `u64 lba · u32 size` (or `u32 size` alone, in streams without markers) and `size` bytes of zlib
-//! data, in front of a sector border. Inflating is bounded by the grain: a stream that yields more is an attack.
+//! A grain is `u64 lba · u32 size` (or `u32 size` alone, in streams without markers), followed by `size` bytes of zlib
+//! data. It starts at a sector border.
+//!
+//! The data are untrusted: the size is checked against the grain and the file before memory is taken, and inflating
+//! stops at the size of a grain, so a decompression bomb yields an error.
 
 use std::cell::RefCell;
 
@@ -11,28 +14,28 @@ use crate::block::SECTOR;
 use crate::error::{Error, Result};
 use crate::vmdk::extent::CompressedGrain;
 
-/// What is read at first where nothing tells the length of the grain.
+/// Bytes of the first read if the length of the grain can't be guessed from the table.
 const FIRST_READ: usize = 8 << 10;
 
 thread_local! {
-    /// One inflater and one input buffer a thread: both are dear to make and cheap to keep.
+    /// Inflater and input buffer of each thread: expensive to create, cheap to keep.
     static TOOLS: RefCell<(Decompressor, Vec<u8>)> = RefCell::new((Decompressor::new(), Vec::new()));
 }
 
-/// Inflates `grain` into `out`, which is `grain.grain` or `grain.inside` sectors; what the grain does not fill
-/// behind its `inside` sectors is zero.
+/// Inflates `grain` into `out`, whose length is `grain.grain` or `grain.inside` sectors. If the grain inflates to its
+/// `inside` sectors only, the rest of `out` is zero.
 ///
 /// Errors: `Corrupt` for a wrong LBA, a size out of bounds, damaged data, a wrong checksum or length.
 pub(crate) fn inflate(grain: &CompressedGrain<'_>, out: &mut [u8]) -> Result<()> {
-    TOOLS.with_borrow_mut(|(decompressor, packed)| {
-        let (start, size) = load(grain, packed)?;
-        let body = packed.get(start..start + size).unwrap_or_default();
+    TOOLS.with_borrow_mut(|(decompressor, input)| {
+        let (start, size) = load(grain, input)?;
+        let body = input.get(start..start + size).unwrap_or_default();
         let whole = (grain.grain * SECTOR) as usize;
         let inside = (grain.inside * SECTOR) as usize;
         let got = if out.len() >= whole {
             decompressor.zlib_decompress(body, out)
         } else {
-            // only the part inside of the extent is wanted, but the grain may be stored whole
+            // The last grain of an extent may be stored whole, which does not fit into `out`.
             let mut full = vec![0; whole];
             let got = decompressor.zlib_decompress(body, &mut full);
             out.copy_from_slice(full.get(..out.len()).unwrap_or_default());
@@ -51,15 +54,18 @@ pub(crate) fn inflate(grain: &CompressedGrain<'_>, out: &mut [u8]) -> Result<()>
                 grain,
                 &format!("inflates to more than the {whole} bytes of a grain"),
             )),
-            Err(DecompressionError::BadData) => {
-                Err(damaged(grain, &format!("{size} bytes that are no intact zlib stream")))
-            }
+            Err(DecompressionError::BadData) => Err(damaged(
+                grain,
+                &format!("its {size} bytes are not an intact zlib stream"),
+            )),
         }
     })
 }
 
-/// Reads header and body of the grain into `packed`; where in it the body starts, and its length.
-fn load(grain: &CompressedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usize)> {
+/// Reads header and body of the grain into `input`. Returns the position of the body in it and its length.
+///
+/// One read if the guess covers the grain, else a second one for the rest.
+fn load(grain: &CompressedGrain<'_>, input: &mut Vec<u8>) -> Result<(usize, usize)> {
     let at = grain.sector * SECTOR;
     let left = usize::try_from(grain.file.len().saturating_sub(at)).unwrap_or(usize::MAX);
     let header = if grain.markers { 12 } else { 4 };
@@ -70,26 +76,28 @@ fn load(grain: &CompressedGrain<'_>, packed: &mut Vec<u8>) -> Result<(usize, usi
     if guess < header {
         return Err(damaged(grain, "the file ends inside of its header"));
     }
-    packed.resize(guess, 0);
-    grain.file.read_exact_at(at, packed)?;
-    let size = check_header(grain, packed)?;
+    input.resize(guess, 0);
+    grain.file.read_exact_at(at, input)?;
+    let size = check_header(grain, input)?;
     let end = header + size;
     if end > left {
         return Err(damaged(
             grain,
-            &format!("is said to be {size} bytes, but the file ends {left} bytes on"),
+            &format!(
+                "its size is {size} bytes, expected at most {left} bytes with the header, up to the end of the file"
+            ),
         ));
     }
     if end > guess {
-        packed.resize(end, 0);
+        input.resize(end, 0);
         grain
             .file
-            .read_exact_at(at + guess as u64, packed.get_mut(guess..).unwrap_or_default())?;
+            .read_exact_at(at + guess as u64, input.get_mut(guess..).unwrap_or_default())?;
     }
     Ok((header, size))
 }
 
-/// Checks LBA and size in the grain's header; the size of the body.
+/// Checks the LBA and the size in the grain's header. Returns the size of the body.
 fn check_header(grain: &CompressedGrain<'_>, bytes: &[u8]) -> Result<usize> {
     let mut rest = bytes;
     if grain.markers {
@@ -97,17 +105,17 @@ fn check_header(grain: &CompressedGrain<'_>, bytes: &[u8]) -> Result<usize> {
         if lba != grain.lba {
             return Err(damaged(
                 grain,
-                &format!("its header says sector {lba} of the extent, expected {}", grain.lba),
+                &format!("its header has sector {lba} of the extent, expected {}", grain.lba),
             ));
         }
     }
     let size = take::<4>(&mut rest).map_or(0, u32::from_le_bytes);
-    // incompressible data grow a little; twice the grain is what qemu and VirtualBox allow
+    // Incompressible data grow a little when they are compressed. qemu and VirtualBox allow twice the grain.
     let most = 2 * grain.grain * SECTOR;
     if size == 0 || u64::from(size) > most {
         return Err(damaged(
             grain,
-            &format!("is said to be {size} bytes, expected 1 to {most}"),
+            &format!("its size is {size} bytes, expected 1 to {most}"),
         ));
     }
     Ok(size as usize)

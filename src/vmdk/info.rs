@@ -1,4 +1,4 @@
-//! What an image is, for people and scripts.
+//! Description of an image for `--info`, as text and as JSON.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use crate::vmdk::disk::VmdkDisk;
 use crate::vmdk::extent::Extent;
 use crate::vmdk::open::{Link, PlacedExtent};
 
-/// A VMDK as a whole.
+/// Description of a VMDK. The names of the fields are those of the JSON output.
 #[derive(Debug, Clone, Serialize)]
 pub struct DiskInfo {
     /// The newest link's `createType`.
@@ -16,46 +16,46 @@ pub struct DiskInfo {
     pub extents: Vec<ExtentInfo>,
     /// The links, the newest first.
     pub chain: Vec<LinkInfo>,
-    /// Bytes of a compressed grain, if any link has such.
+    /// Bytes of a compressed grain, if any link has compressed grains.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compressed_grain: Option<u64>,
     /// The entries of the newest link's disk data base (`ddb.…`).
     pub ddb: Vec<(String, String)>,
 }
 
-/// A link of a chain.
+/// Description of a link.
 #[derive(Debug, Clone, Serialize)]
 pub struct LinkInfo {
-    /// The file with the descriptor.
+    /// File of the descriptor.
     pub file: String,
-    /// Its `createType`.
+    /// `createType` of the descriptor.
     pub create_type: String,
-    /// Content id, eight hex digits.
+    /// CID, eight hex digits.
     pub cid: Option<String>,
-    /// The parent's content id when this link was made.
+    /// CID that the parent had when this link was created.
     pub parent_cid: Option<String>,
     /// Bytes of the link's disk.
     pub size: u64,
-    /// Some extent was not closed after writing.
+    /// True if an extent was not closed after writing.
     pub unclean: bool,
 }
 
-/// An extent of a link.
+/// Description of an extent.
 #[derive(Debug, Clone, Serialize)]
 pub struct ExtentInfo {
-    /// `FLAT`, `SPARSE`, …
+    /// Type: `FLAT`, `SPARSE`, …
     pub kind: String,
-    /// Its file; none for `ZERO`.
+    /// File; `None` for `ZERO`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// Sectors of the disk that it holds.
+    /// Sectors of the disk that the extent holds.
     pub sectors: u64,
     /// `RW`, `RDONLY`, `NOACCESS`.
     pub access: String,
     /// Bytes of a grain, for sparse extents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grain: Option<u64>,
-    /// First sector inside of the file, for flat extents.
+    /// Sector of the file at which the extent starts, for flat extents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
 }

@@ -1,17 +1,19 @@
-//! The built-in VMDK engine: reads every kind of image that VMware's products write, and trusts none.
+//! The built-in VMDK engine: reads every kind of image that VMware's products write, and treats all as untrusted.
 //!
 //! ```text
-//!   open.rs        a file → links of a chain → extents     (descriptor.rs, header.rs)
-//!   extent.rs      sector of an extent → run               (tables.rs, with sparse.rs, cowd.rs, sesparse.rs)
-//!   disk.rs        sector of the disk → the link that has it → run → read   (inflate.rs)
-//!   walk.rs        all runs of the disk, in order, for one who maps them elsewhere
-//!   write/         open for writing, allocate, flush, close
-//!   create.rs, stream.rs   new images; a compressed stream in the course of being written
-//!   info.rs, check.rs   what is there, and whether it is sound
+//!   open.rs          a file → links of a chain → extents     (descriptor.rs, header.rs)
+//!   extent.rs        sector of an extent → run               (tables.rs, with hosted.rs, cowd.rs, sesparse.rs)
+//!   disk.rs          sector of the disk → the link that has it → run → read   (inflate.rs)
+//!   extent_walk.rs   all runs of the disk, in order, for the kernel view
+//!   write/           open for writing, allocate, flush, close   (tables/writable.rs)
+//!   create.rs        new images
+//!   stream.rs        a compressed stream while it is written
+//!   info.rs          description of an image
+//!   check.rs         verification of an image
 //! ```
-//! Format code maps addresses; `disk.rs` is the one place that reads data, `write/` the one that changes any of an image
-//! (a stream, which none can read yet, does both for itself). Names found inside of an image are opened by the store,
-//! which holds the gate.
+//! Format code maps addresses. `disk.rs` is the only module that reads data, and `write/` the only one that changes an
+//! existing image. A stream does both on its own, as it can't be opened before it is complete. Names found inside of an
+//! image are opened through the store, which holds the gate.
 #![forbid(unsafe_code)]
 
 mod check;

@@ -1,13 +1,17 @@
-//! Opening: from a file to the links of a chain.
+//! Opens a chain: from a file to its links and their extents.
 //!
 //! ```text
 //!   file ──magic──► KDMV ─► header ─► embedded descriptor ─► one extent, the file itself
-//!                     └──── capacity 0: only an envelope ──┐
+//!                     └──── capacity 0: only a container ──┐
 //!          ──text───► descriptor ◄──────────────────────────┘
 //!                        ├─► extent lines ─► files beside it ─► magic ─► KDMV, COWD, seSparse, flat
 //!                        └─► parentFileNameHint ─► the next link, checked by its CID
 //! ```
-//! Everything that can be checked without reading tables is checked here; what is opened passes the store's gate.
+//! Everything that can be checked without reading tables is checked here. The names come from untrusted files, so every
+//! file but the first is opened through the store, whose gate (`ExtentName`, `OpenPolicy`) may refuse it.
+//!
+//! Bounds: [`MAX_LINKS`], [`MAX_EXTENTS`] and [`MAX_TEXT`] limit the work that a hostile image can cause; a chain that
+//! comes back to one of its files is refused.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -27,25 +31,25 @@ use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::sesparse::SeSparseTables;
 
-/// The most links of a chain. vSphere allows 32 (31 snapshots).
+/// Maximum number of links of a chain. vSphere allows 32 (31 snapshots).
 pub const MAX_LINKS: usize = 64;
 
-/// The most extents of a whole chain; one descriptor may list as many.
+/// Maximum number of extents of a whole chain; a single descriptor may list as many.
 const MAX_EXTENTS: usize = 1 << 16;
 
-/// The most bytes of a descriptor in a file of its own.
+/// Maximum bytes of a descriptor in a file of its own.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// What the user accepts beyond a sound image.
+/// Defects and risks that the user accepts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpenOptions {
-    /// A parent whose CID is not the one that its child remembers.
+    /// Accept a parent whose CID is not the one that its child remembers.
     pub accept_cid_mismatch: bool,
-    /// Writing to a disk although a child of it lies in its folder.
+    /// Write to a disk although a child of it lies in its folder.
     pub force: bool,
 }
 
-/// What a file is, told by its first bytes.
+/// Kind of a file, from its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
     /// A hosted sparse extent, perhaps with its descriptor inside.
@@ -56,40 +60,42 @@ pub enum FileKind {
     SeSparse,
     /// A descriptor file.
     Descriptor,
-    /// A hosted sparse extent that its writer did not finish.
+    /// A hosted sparse extent that its writer did not finish (magic `kdmv`).
     Unfinished,
-    /// Nothing that belongs to a VMDK by its content.
+    /// Any other content: a flat extent, or no part of a VMDK.
     Other,
 }
 
 /// One link of a chain: a descriptor and its extents.
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// The descriptor's file (which may be the extent as well).
+    /// File of the descriptor; the extent itself if the descriptor is embedded.
     pub(crate) file: Arc<dyn StoredFile>,
-    /// The bytes of the file in which the text of the descriptor lies.
+    /// Bytes of the file that hold the text of the descriptor.
     pub(crate) text: Range<u64>,
     pub(crate) descriptor: Descriptor,
+    /// In the order of their sectors, without gaps.
     pub(crate) extents: Vec<PlacedExtent>,
     pub(crate) sectors: u64,
 }
 
-/// An extent at its place in the link.
+/// Extent with its position in the link.
 #[derive(Debug)]
 pub(crate) struct PlacedExtent {
-    /// First sector of the disk that it holds.
+    /// First sector of the disk that the extent holds.
     pub(crate) start: u64,
     pub(crate) sectors: u64,
     pub(crate) access: ExtentAccess,
     pub(crate) extent: Extent,
-    /// What it is called where extents are listed.
+    /// Type for lists and messages, as in descriptors: `FLAT`, `SPARSE`, …
     pub(crate) kind: &'static str,
+    /// True if the header has the in-use mark: the extent was not closed after writing.
     pub(crate) unclean: bool,
-    /// For `--check`: the tables of a hosted extent as they are in the file.
+    /// Layout of a hosted extent, for the check, the recovery and writing.
     pub(crate) hosted: Option<Arc<HostedTables>>,
 }
 
-/// Tells the kind of a file from its first bytes.
+/// Determines the kind of a file from its first bytes.
 pub fn file_kind(head: &[u8]) -> FileKind {
     if head.starts_with(KDMV_MAGIC) {
         FileKind::Hosted
@@ -106,10 +112,10 @@ pub fn file_kind(head: &[u8]) -> FileKind {
     }
 }
 
-/// The first bytes of a file, at most 4 KiB: enough for [`file_kind`] and every header.
+/// Reads the first bytes of a file, at most 4 KiB: enough for [`file_kind`] and every header.
 pub fn read_head(file: &dyn StoredFile) -> Result<Vec<u8>> {
-    const LOOK: u64 = 4096;
-    let mut head = vec![0; file.len().min(LOOK) as usize];
+    const HEAD: u64 = 4096;
+    let mut head = vec![0; file.len().min(HEAD) as usize];
     file.read_exact_at(0, &mut head)?;
     Ok(head)
 }
@@ -119,15 +125,16 @@ pub fn read_head(file: &dyn StoredFile) -> Result<Vec<u8>> {
 pub(crate) struct Opener {
     options: OpenOptions,
     cache: TableCache,
+    /// Number of the extent that was opened last, for the keys of the cache.
     next_extent: u32,
-    /// Extents of the whole chain so far.
+    /// Number of extents of the whole chain so far.
     extents: usize,
-    /// What the extents of the next link are opened for.
+    /// Access for the extents of the next link.
     access: Access,
 }
 
 impl Opener {
-    /// Opens the newest link for `access`; its parents are only ever read.
+    /// Creates an opener that opens the newest link for `access`. Its parents are always opened for reading.
     pub(crate) fn new(options: OpenOptions, access: Access) -> Self {
         Self {
             options,
@@ -138,13 +145,14 @@ impl Opener {
         }
     }
 
-    /// Opens `file` and all its parents.
+    /// Opens `file` and all its parents. Returns the links, the newest first.
     pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
         let mut links = vec![self.link(file)?];
         self.access = Access::Read;
         let mut seen = Vec::new();
         loop {
             let Some(child) = links.last() else { return Ok(links) };
+            // By device and inode, so that other names of a file are recognized.
             seen.push(child.file.identity()?.file);
             let Some(parent) = &child.descriptor.parent else {
                 return Ok(links);
@@ -168,29 +176,29 @@ impl Opener {
         }
     }
 
-    /// Opens `file` alone, whatever parent it has.
+    /// Opens `file` without its parents.
     pub(crate) fn alone(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
         Ok(vec![self.link(file)?])
     }
 
     fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
-        let wanted = child.descriptor.parent.as_ref().map(|p| p.cid);
-        if wanted == parent.descriptor.cid {
+        let expected = child.descriptor.parent.as_ref().map(|p| p.cid);
+        if expected == parent.descriptor.cid {
             return Ok(());
         }
         let cid = |c: Option<u32>| c.map_or_else(|| "none".to_owned(), |c| format!("{c:08x}"));
         let message = format!(
-            "{}: parentCID is {}, but the CID of its parent {} is {}: the parent was changed after the snapshot was made",
+            "{}: parentCID is {}, but the CID of its parent {} is {}: the parent was changed after the snapshot was created",
             child.file.label(),
-            cid(wanted),
+            cid(expected),
             parent.file.label(),
             cid(parent.descriptor.cid)
         );
         if self.options.accept_cid_mismatch {
-            tracing::warn!("{message}; accepted, as degraded=cid says");
+            tracing::warn!("{message}; accepted because of degraded=cid");
             return Ok(());
         }
-        Err(Error::corrupt(message + " (degraded=cid reads it all the same)"))
+        Err(Error::corrupt(message + " (degraded=cid reads it anyway)"))
     }
 
     /// Opens one link.
@@ -202,7 +210,7 @@ impl Opener {
             FileKind::Descriptor => self.text_link(file),
             kind => Err(no_disk(kind, &head)),
         };
-        // errors that name the file already (of I/O, of tables) are not given it twice
+        // Errors of I/O and of tables name the file already.
         opened.map_err(|e| {
             if e.to_string().contains(&label) {
                 e
@@ -212,7 +220,7 @@ impl Opener {
         })
     }
 
-    /// A KDMV file with its descriptor inside.
+    /// Opens a KDMV file with an embedded descriptor.
     fn hosted_link(&mut self, file: Arc<dyn StoredFile>, head: &[u8]) -> Result<Link> {
         let header = Hosted::parse(head, file.len(), Role::Header)?;
         let Some((at, sectors)) = header.descriptor else {
@@ -220,15 +228,17 @@ impl Opener {
                 "a sparse extent without a descriptor is a piece of a disk: name the .vmdk file that lists it",
             ));
         };
-        let wanted = sectors * SECTOR;
-        let have = file.len().saturating_sub(at * SECTOR).min(wanted);
-        let mut bytes = vec![0; have as usize];
+        // The file may end inside of the space for the descriptor, as the text rarely fills it.
+        let len = file.len().saturating_sub(at * SECTOR).min(sectors * SECTOR);
+        let mut bytes = vec![0; len as usize];
         file.read_exact_at(at * SECTOR, &mut bytes)?;
-        let text = at * SECTOR..at * SECTOR + have;
+        let text = at * SECTOR..at * SECTOR + len;
         let descriptor = Descriptor::parse(&bytes).map_err(|e| e.within("embedded descriptor"))?;
+        // A container: a header and a descriptor whose extents are other files.
         if header.capacity == 0 {
             return self.extents(file, text, descriptor);
         }
+        // The name in the line is not used, so a monolithic image may be renamed.
         let [line] = descriptor.extents.as_slice() else {
             return Err(Error::corrupt(format!(
                 "the embedded descriptor lists {} extents, expected one: the file itself",
@@ -256,7 +266,7 @@ impl Opener {
         })
     }
 
-    /// A descriptor file.
+    /// Opens a descriptor file.
     fn text_link(&mut self, file: Arc<dyn StoredFile>) -> Result<Link> {
         if file.len() > MAX_TEXT {
             return Err(Error::corrupt(format!(
@@ -271,7 +281,7 @@ impl Opener {
         self.extents(file, text, descriptor)
     }
 
-    /// Opens the files that the extent lines name.
+    /// Opens the files that the extent lines of a descriptor name.
     fn extents(&mut self, file: Arc<dyn StoredFile>, text: Range<u64>, descriptor: Descriptor) -> Result<Link> {
         let store = file.siblings()?;
         self.extents += descriptor.extents.len();
@@ -306,7 +316,8 @@ impl Opener {
         })
     }
 
-    /// `opened`: the files of the link so far. Each is opened once, as two opens for writing exclude each other.
+    /// Opens the extent of one line. `opened` holds the files of the link so far: each file is opened once, as a second
+    /// open for writing would fail on the lock of the first.
     fn listed_extent(
         &mut self,
         store: &dyn Store,
@@ -364,7 +375,7 @@ impl Opener {
     fn hosted_extent(&mut self, file: Arc<dyn StoredFile>, header: Hosted, line: &ExtentLine) -> Result<PlacedExtent> {
         if header.capacity == 0 {
             return Err(Error::corrupt(
-                "an envelope (capacity 0) inside of another one is no extent",
+                "header: the capacity (byte 12) is 0, which only the file with the descriptor may have; expected an extent",
             ));
         }
         let header = if header.directory == DirectoryAt::Footer {
@@ -373,7 +384,7 @@ impl Opener {
             header
         };
         check_line(line, header.capacity)?;
-        let packing = if header.compressed {
+        let encoding = if header.compressed {
             Encoding::Deflate {
                 markers: header.markers,
             }
@@ -391,7 +402,7 @@ impl Opener {
             file,
             Arc::clone(&hosted) as _,
             self.cache.clone(),
-            packing,
+            encoding,
         );
         Ok(PlacedExtent {
             unclean: header.unclean,
@@ -437,7 +448,7 @@ fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent
     }
 }
 
-/// A flat extent; its sectors must all be in the file.
+/// Creates a flat extent. All its sectors must lie in the file.
 fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str) -> Result<PlacedExtent> {
     let end = line
         .offset
@@ -453,7 +464,7 @@ fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str)
             kind,
         )),
         _ => Err(Error::corrupt(format!(
-            "{}: the file has {} bytes, but the extent is {} sectors from sector {} on",
+            "{}: has {} bytes, expected at least the extent's {} sectors from sector {} on",
             file.label(),
             file.len(),
             line.sectors,
@@ -462,21 +473,23 @@ fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str)
     }
 }
 
-/// The line gives the size of the extent, the header the most that its tables can hold.
+/// Checks the size of an extent in its line against the capacity of its header, which is the most that its tables can
+/// hold.
 fn check_line(line: &ExtentLine, capacity: u64) -> Result<()> {
     if line.sectors <= capacity {
         return Ok(());
     }
     Err(Error::corrupt(format!(
-        "the descriptor (line {}) gives the extent {} sectors, but its header has a capacity of {capacity}",
+        "the descriptor (line {}) gives the extent {} sectors, expected at most the header's capacity of {capacity}",
         line.line, line.sectors
     )))
 }
 
+/// Reads the footer of a stream, which replaces the header `first`: its directory is only known at the end.
 fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
     if !first.compressed {
         return Err(Error::corrupt(
-            "header: gdOffset (byte 56) is GD_AT_END, which only a stream (compressed grains) may say",
+            "header: gdOffset (byte 56) is GD_AT_END, which only a stream (compressed grains) may have",
         ));
     }
     let mut tail = vec![0; StreamTail::BYTES as usize];
@@ -484,20 +497,23 @@ fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
     StreamTail::parse(&tail, file.len(), first)
 }
 
-/// Opens the first of the places where the parent may be.
+/// Opens the parent, by the first of its possible names that exists.
+///
+/// Errors: `Policy` if a name was refused and no other one exists, `NotFound` with all names that were tried.
 fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
     let store = child.file.siblings()?;
-    let mut looked = Vec::new();
+    let mut missing = Vec::new();
     let mut refused = None;
     for name in hint.candidates() {
         match store.open(&name, Access::Read) {
             Ok(file) => return Ok(file),
-            Err(e) if e.kind() == ErrorKind::NotFound => looked.push(e.to_string()),
+            Err(e) if e.kind() == ErrorKind::NotFound => missing.push(e.to_string()),
+            // A later candidate may be allowed: often it is the file name alone, in the child's folder.
             Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
             Err(e) => return Err(e),
         }
     }
-    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, format!("is missing: {}", looked.join("; ")))))
+    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, format!("is missing: {}", missing.join("; ")))))
 }
 
 fn describe(kind: FileKind, head: &[u8]) -> String {

@@ -1,16 +1,18 @@
 //! Grain directories and grain tables, loaded on demand in bounded memory.
 //!
 //! ```text
-//!   sector ─► table number ─► TableCache ──hit──► entries[i] ─► Slot
+//!   sector ─► table number ─► TableCache ──hit──► entries[i] ─► GrainEntry
 //!                                 │ miss
 //!                                 ▼
-//!             directory chunk (4096 entries, cached as well) ─► place of the table ─► Layout::load_table
+//!             directory chunk (4096 entries, cached as well) ─► DirectoryEntry ─► Layout::load_table
 //! ```
-//! All extents of a chain share one cache, so its bound holds for the disk, however many files it has. A table
-//! is read whole, once, and its entries are checked while they are loaded: a lookup afterwards is a cached
-//! index and cannot fail, except where the entry was found to be bad.
+//! All extents of a chain share one cache, so its bound holds for the disk, however many files it has. A table is read
+//! as a whole, and its entries are checked while they are loaded: a lookup afterwards is a cached index and fails only
+//! if the entry was found to be damaged.
 //!
-//! A [`Layout`] is what the three formats differ in. It only translates addresses.
+//! A [`Layout`] holds the differences between the three formats. It only translates addresses.
+//!
+//! An extent that is written to has its tables in [`writable`] and not in the cache: its entries change.
 
 pub(crate) mod cowd;
 pub(crate) mod hosted;
@@ -27,56 +29,59 @@ use quick_cache::{OptionsBuilder, Weighter};
 
 use crate::error::Result;
 
-/// Bytes of tables and directory chunks kept for a whole chain: the tables of 128 GiB of disk at the usual
-/// 64 KiB grains.
+/// Maximum bytes of tables and directory chunks kept for a whole chain: the tables of 128 GiB of disk at the usual 64
+/// KiB grains.
 const CACHE_BYTES: u64 = 8 << 20;
 
 /// Directory entries loaded at once: 32 KiB of memory, 128 GiB of disk at the usual table size.
 pub(crate) const CHUNK: u64 = 4096;
 
-/// What a grain table entry says.
+/// Decoded grain table entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum GrainEntry {
-    /// Nothing here: the parent's, or zeroes.
+    /// Not allocated: shows the parent, or zeroes.
     Unallocated,
     /// Zeroes that hide the parent.
     Zero,
     /// The grain starts at this sector of the file.
     At(u64),
-    /// The entry is damaged; [`Layout::explain_entry`] says how.
+    /// The entry is damaged; [`Layout::explain_entry`] returns the error for it.
     Bad,
 }
 
-/// What a directory entry says.
+/// Decoded directory entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DirectoryEntry {
     /// No table: all its grains are unallocated.
     Absent,
     /// The table starts at this sector of the file.
     At(u64),
-    /// The entry is damaged; [`Layout::explain_directory`] says how.
+    /// The entry is damaged; [`Layout::explain_directory`] returns the error for it.
     Bad,
 }
 
-/// The entries of one grain table, in the narrowest form that holds them.
+/// Entries of one grain table, in the narrowest form that holds them.
+///
+/// In memory 0 is unallocated, 1 is zero, and the largest number is damaged; all others are sectors. No grain starts at
+/// sector 0 or 1 of a file, as the header lies there.
 #[derive(Debug)]
 pub(crate) enum Table {
     /// Sectors below 2^32 − 1.
     Narrow(Box<[u32]>),
     /// Any sector.
     Wide(Box<[u64]>),
-    /// Sectors below 2^32 − 1, which change while they are read: of an extent that is written to.
-    Live(Box<[AtomicU32]>),
+    /// Sectors below 2^32 − 1 of an extent that is written to: entries change while other threads read them.
+    Writable(Box<[AtomicU32]>),
 }
 
 const UNALLOCATED: u64 = 0;
 const ZERO: u64 = 1;
 
 impl Table {
-    /// A table of 32-bit entries.
-    pub(crate) fn narrow(slots: impl Iterator<Item = GrainEntry>) -> Self {
+    /// Creates a table of 32-bit entries. A sector that does not fit becomes a damaged entry.
+    pub(crate) fn narrow(entries: impl Iterator<Item = GrainEntry>) -> Self {
         Self::Narrow(
-            slots
+            entries
                 .map(|s| match s {
                     GrainEntry::Unallocated => UNALLOCATED as u32,
                     GrainEntry::Zero => ZERO as u32,
@@ -87,32 +92,32 @@ impl Table {
         )
     }
 
-    /// A table whose entries can change, with those of `self`, and as many unallocated ones as `len` asks for.
+    /// Creates a table of `len` entries that can change: those of `self`, followed by unallocated ones.
     pub(crate) fn into_writable(self, len: usize) -> Self {
-        let entry = |i| match self.slot(i) {
+        let entry = |i| match self.entry(i) {
             _ if i >= self.len() => UNALLOCATED as u32,
             GrainEntry::Unallocated => UNALLOCATED as u32,
             GrainEntry::Zero => ZERO as u32,
             GrainEntry::At(sector) => u32::try_from(sector).unwrap_or(u32::MAX),
             GrainEntry::Bad => u32::MAX,
         };
-        Self::Live((0..len).map(|i| AtomicU32::new(entry(i))).collect())
+        Self::Writable((0..len).map(|i| AtomicU32::new(entry(i))).collect())
     }
 
-    /// Changes entry `i` of a live table to `raw`, as it will be in the file. What was written to the grain before is
-    /// seen by whoever sees the entry.
+    /// Sets entry `i` of a writable table to `raw`, the value that the file will have. Does nothing for other tables.
     pub(crate) fn publish(&self, i: usize, raw: u32) {
-        if let Self::Live(entries) = self
+        if let Self::Writable(entries) = self
             && let Some(entry) = entries.get(i)
         {
+            // Pairs with the load in `entry`: a thread that sees the entry sees the writes to the grain before it.
             entry.store(raw, Ordering::Release);
         }
     }
 
-    /// A table of 64-bit entries.
-    pub(crate) fn wide(slots: impl Iterator<Item = GrainEntry>) -> Self {
+    /// Creates a table of 64-bit entries.
+    pub(crate) fn wide(entries: impl Iterator<Item = GrainEntry>) -> Self {
         Self::Wide(
-            slots
+            entries
                 .map(|s| match s {
                     GrainEntry::Unallocated => UNALLOCATED,
                     GrainEntry::Zero => ZERO,
@@ -123,12 +128,12 @@ impl Table {
         )
     }
 
-    /// Entry `i`; an index past the table is `Bad`.
-    pub(crate) fn slot(&self, i: usize) -> GrainEntry {
+    /// Returns entry `i`; an index past the table is `Bad`.
+    pub(crate) fn entry(&self, i: usize) -> GrainEntry {
         let (value, bad) = match self {
             Self::Narrow(e) => (e.get(i).map_or(u64::from(u32::MAX), |&v| v.into()), u64::from(u32::MAX)),
             Self::Wide(e) => (e.get(i).copied().unwrap_or(u64::MAX), u64::MAX),
-            Self::Live(e) => (
+            Self::Writable(e) => (
                 e.get(i)
                     .map_or(u64::from(u32::MAX), |v| v.load(Ordering::Acquire).into()),
                 u64::from(u32::MAX),
@@ -142,12 +147,12 @@ impl Table {
         }
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Narrow(e) => e.len(),
             Self::Wide(e) => e.len(),
-            Self::Live(e) => e.len(),
+            Self::Writable(e) => e.len(),
         }
     }
 
@@ -155,12 +160,12 @@ impl Table {
         match self {
             Self::Narrow(e) => size_of_val::<[u32]>(e) as u64,
             Self::Wide(e) => size_of_val::<[u64]>(e) as u64,
-            Self::Live(e) => size_of_val::<[AtomicU32]>(e) as u64,
+            Self::Writable(e) => size_of_val::<[AtomicU32]>(e) as u64,
         }
     }
 }
 
-/// The numbers that say which table and entry a sector has.
+/// Numbers that map a sector to its table and entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TableGeometry {
     /// Sectors of the extent.
@@ -172,36 +177,36 @@ pub(crate) struct TableGeometry {
 }
 
 impl TableGeometry {
-    /// Sectors that one table covers.
+    /// Returns the number of sectors that one table covers.
     pub(crate) fn coverage(&self) -> u64 {
         self.grain * self.entries_per_table
     }
 
-    /// Number of tables.
+    /// Returns the number of tables.
     pub(crate) fn tables(&self) -> u64 {
         self.capacity.div_ceil(self.coverage())
     }
 
-    /// Sectors of grain `number` that lie inside of the extent.
+    /// Returns the number of sectors of grain `number` that lie inside of the extent: fewer for the last grain.
     pub(crate) fn grain_sectors(&self, number: u64) -> u64 {
         self.grain.min(self.capacity.saturating_sub(number * self.grain))
     }
 }
 
-/// A sparse format: where its directory and tables lie, and what their entries mean.
+/// Sparse format: location of its directory and tables, and meaning of their entries.
 pub(crate) trait Layout: fmt::Debug + Send + Sync {
-    /// Its numbers; they never change.
+    /// Returns the geometry, which never changes.
     fn geometry(&self) -> TableGeometry;
-    /// Sectors of a table in the file.
+    /// Returns the number of sectors that a table takes in the file.
     fn table_sectors(&self) -> u64;
-    /// The directory entries of `tables` (at most [`CHUNK`]), each checked.
+    /// Reads and checks the directory entries of `tables` (at most [`CHUNK`]).
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>>;
-    /// The table whose directory entry said `at`, each entry checked. It has as many entries as the table has
-    /// grains inside of the capacity, at least.
+    /// Reads table `table`, which its directory entry places at sector `at`, and checks each entry. The result has at
+    /// least as many entries as the table has grains inside of the capacity.
     fn load_table(&self, table: u64, at: u64) -> Result<Table>;
-    /// Why the directory entry is bad.
+    /// Returns the error for a bad directory entry.
     fn explain_directory(&self, table: u64) -> crate::error::Error;
-    /// Why an entry of the table is bad.
+    /// Returns the error for a bad entry of a table.
     fn explain_entry(&self, table: u64, entry: u64) -> crate::error::Error;
 }
 
@@ -216,7 +221,7 @@ struct ByBytes;
 
 impl Weighter<u64, Cached> for ByBytes {
     fn weight(&self, _key: &u64, value: &Cached) -> u64 {
-        // what the entry takes in the cache beside its data, roughly
+        // Approximate memory of a cache entry without its data.
         const OVERHEAD: u64 = 96;
         OVERHEAD
             + match value {
@@ -226,7 +231,7 @@ impl Weighter<u64, Cached> for ByBytes {
     }
 }
 
-/// The tables and directory chunks of all extents of a chain.
+/// Cache of tables and directory chunks, shared by all extents of a chain.
 #[derive(Clone)]
 pub(crate) struct TableCache(Arc<Cache<u64, Cached, ByBytes>>);
 
@@ -236,23 +241,25 @@ impl fmt::Debug for TableCache {
     }
 }
 
-/// Which extent of the chain a key is of: extents are numbered from 0.
+/// Position of the extent's number in a key; the bits below are the number of the table or chunk.
 const EXTENT_SHIFT: u32 = 40;
+/// Set in the keys of directory chunks.
 const DIRECTORY_BIT: u64 = 1 << 39;
 
 impl TableCache {
-    /// An empty cache of the usual size.
+    /// Creates an empty cache of 8 MiB.
     pub(crate) fn new() -> Self {
         Self::with_bytes(CACHE_BYTES)
     }
 
-    /// An empty cache of at most `bytes`.
+    /// Creates an empty cache of at most `bytes`.
     pub(crate) fn with_bytes(bytes: u64) -> Self {
         const TYPICAL_TABLE: u64 = 2048;
         let options = OptionsBuilder::new()
             .estimated_items_capacity((bytes / TYPICAL_TABLE) as usize)
             .weight_capacity(bytes)
-            // one table may weigh as much as all of a shard of a larger number of shards
+            // Each shard has its part of the capacity, and rejects what is larger: with many shards a large table would
+            // never be cached.
             .shards(4)
             .build();
         let cache = match options {
@@ -262,8 +269,8 @@ impl TableCache {
         Self(Arc::new(cache))
     }
 
-    /// Where table `number` of the extent lies.
-    pub(crate) fn place(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<DirectoryEntry> {
+    /// Returns the directory entry of table `number` of the extent.
+    pub(crate) fn directory_entry(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<DirectoryEntry> {
         let chunk = self.chunk(extent, layout, number / CHUNK)?;
         Ok(chunk
             .get((number % CHUNK) as usize)
@@ -271,7 +278,7 @@ impl TableCache {
             .unwrap_or(DirectoryEntry::Bad))
     }
 
-    /// The directory entries `n × CHUNK …` of the extent.
+    /// Returns chunk `n` of the extent's directory: the entries from `n × CHUNK` on.
     pub(crate) fn chunk(&self, extent: u32, layout: &dyn Layout, n: u64) -> Result<Arc<[DirectoryEntry]>> {
         let key = u64::from(extent) << EXTENT_SHIFT | DIRECTORY_BIT | n;
         if let Some(Cached::Directory(d)) = self.0.get(&key) {
@@ -285,13 +292,14 @@ impl TableCache {
         Ok(chunk)
     }
 
-    /// Table `number` of the extent; `None` where there is no table.
+    /// Returns table `number` of the extent, or `None` if there is no table.
     pub(crate) fn table(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
         let key = u64::from(extent) << EXTENT_SHIFT | number;
         if let Some(Cached::Table(t)) = self.0.get(&key) {
             return Ok(Some(t));
         }
-        // Two threads may load the same table at once: that costs a read, a lock across it would cost a wait.
+        // Not single-flight: two threads may load the same table at once. That costs one read more; a lock held over
+        // the read would make other threads wait for it.
         let table = self.load(extent, layout, number)?;
         if let Some(table) = &table {
             self.0.insert(key, Cached::Table(Arc::clone(table)));
@@ -299,7 +307,7 @@ impl TableCache {
         Ok(table)
     }
 
-    /// The same for one who needs it only once: where it is not in the cache, it does not come there.
+    /// Like [`table`](Self::table), for a caller that needs the table only once: a miss is not put into the cache.
     pub(crate) fn table_once(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
         match self.0.get(&(u64::from(extent) << EXTENT_SHIFT | number)) {
             Some(Cached::Table(t)) => Ok(Some(t)),
@@ -308,7 +316,7 @@ impl TableCache {
     }
 
     fn load(&self, extent: u32, layout: &dyn Layout, number: u64) -> Result<Option<Arc<Table>>> {
-        let at = match self.place(extent, layout, number)? {
+        let at = match self.directory_entry(extent, layout, number)? {
             DirectoryEntry::Absent => return Ok(None),
             DirectoryEntry::Bad => return Err(layout.explain_directory(number)),
             DirectoryEntry::At(sector) => sector,
@@ -322,24 +330,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slots_survive_both_widths() {
-        let slots = [
+    fn entries_survive_both_widths() {
+        let entries = [
             GrainEntry::Unallocated,
             GrainEntry::Zero,
             GrainEntry::At(2),
             GrainEntry::At(0xffff_fffe),
             GrainEntry::Bad,
         ];
-        let (narrow, wide) = (Table::narrow(slots.into_iter()), Table::wide(slots.into_iter()));
-        for (i, s) in slots.into_iter().enumerate() {
-            assert_eq!(narrow.slot(i), s);
-            assert_eq!(wide.slot(i), s);
+        let (narrow, wide) = (Table::narrow(entries.into_iter()), Table::wide(entries.into_iter()));
+        for (i, s) in entries.into_iter().enumerate() {
+            assert_eq!(narrow.entry(i), s);
+            assert_eq!(wide.entry(i), s);
         }
-        assert_eq!(narrow.slot(5), GrainEntry::Bad);
-        assert_eq!(wide.slot(5), GrainEntry::Bad);
+        assert_eq!(narrow.entry(5), GrainEntry::Bad);
+        assert_eq!(wide.entry(5), GrainEntry::Bad);
     }
 
-    /// Every table exists, at its number + 10, and says so in its entries.
+    /// Every table exists, at sector number + 10, and all its entries name sector number + 2.
     #[derive(Debug)]
     struct Regular;
 
@@ -376,7 +384,7 @@ mod tests {
         for table in (0..Regular.geometry().tables()).step_by(97) {
             for extent in [0, 1] {
                 let got = cache.table(extent, &Regular, table).unwrap().unwrap();
-                assert_eq!(got.slot(511), GrainEntry::At(table + 2));
+                assert_eq!(got.entry(511), GrainEntry::At(table + 2));
                 assert!(cache.0.weight() <= 1 << 20);
             }
         }

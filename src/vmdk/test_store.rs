@@ -1,4 +1,4 @@
-//! A store for tests: a folder of its own, and a budget of changes after which every further one fails.
+//! Store for tests: a temporary folder, and a budget of changes after which every change fails.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::store::fault_injection::Watched;
 use crate::store::{Access, ExtentName, Identity, LocalStore, OpenPolicy, Store, StoredFile};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 
-/// A name of a file of the store.
+/// Returns the name of a file of the store.
 pub(super) fn name(text: &str) -> ExtentName {
     ExtentName::new(text).unwrap()
 }
 
-/// A folder, and how many changes of its files still succeed.
+/// Temporary folder with the number of changes of its files that still succeed.
 #[derive(Debug)]
 pub(super) struct TestStore {
     dir: TempDir,
@@ -39,7 +39,8 @@ impl TestStore {
         }
     }
 
-    /// From now on so many changes succeed: files made, writes, lengths, syncs. Removing always does.
+    /// Sets the number of changes that succeed from now on: files created, writes, changed lengths, syncs. Removing a
+    /// file always succeeds.
     pub(super) fn allow(&self, changes: u64) {
         self.budget.store(changes, Ordering::Relaxed);
     }
@@ -48,7 +49,7 @@ impl TestStore {
         self.dir.path().join(name)
     }
 
-    /// The names in the folder, sorted.
+    /// Returns the names in the folder, sorted.
     pub(super) fn files(&self) -> Vec<String> {
         let names = std::fs::read_dir(self.dir.path()).unwrap();
         let mut names: Vec<_> = names
@@ -58,7 +59,7 @@ impl TestStore {
         names
     }
 
-    /// Opens an image of it for reading.
+    /// Opens an image of the store for reading.
     pub(super) fn open_disk(&self, text: &str) -> Result<VmdkDisk> {
         VmdkDisk::open(self.inner.open(&name(text), Access::Read)?, OpenOptions::default())
     }
@@ -70,7 +71,7 @@ fn spend(budget: &AtomicU64, label: &str) -> Result<()> {
         Ok(_) => Ok(()),
         Err(_) => Err(Error::new(
             ErrorKind::Os(libc::ENOSPC),
-            format!("{label}: no room is left"),
+            format!("{label}: no space is left"),
         )),
     }
 }
@@ -101,7 +102,7 @@ impl Store for TestStore {
     }
 }
 
-/// The first bytes of a file.
+/// Returns the first bytes of a file.
 pub(super) fn head(path: &Path, len: usize) -> Vec<u8> {
     let mut bytes = std::fs::read(path).unwrap();
     bytes.truncate(len);

@@ -1,4 +1,8 @@
-//! How many bytes of a disk are data: counted by a thread of its own when somebody asks, and again after changes.
+//! Number of bytes of a disk that are data (`st_blocks`): counted by a background thread on the first query, and again
+//! after changes.
+//!
+//! A count walks the whole disk, which may take seconds, and a query must not block. So a query returns the last known
+//! number at once and starts a count if that number may be outdated. One count runs at a time.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,41 +10,42 @@ use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 
-/// The longest that data are counted.
+/// Maximum time of one count; a count that takes longer is abandoned.
 const COUNT_TIME: Duration = Duration::from_secs(10);
 
-/// The rest between two counts, at least.
-const REST: Duration = Duration::from_secs(1);
+/// Minimum pause between two counts.
+const MIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// The same in times that the last count took: counting shall take no more of a processor than that.
-const REST_SHARE: u32 = 20;
+/// Minimum pause as a multiple of the time of the last count: counting takes at most a 20th of a processor.
+const PAUSE_FACTOR: u32 = 20;
 
-/// The bytes of a disk that are data, as far as they are known.
+/// Last known number of bytes that are data.
 #[derive(Debug)]
-pub(super) struct BlockCount(Arc<State>);
+pub(super) struct BlockCount(Arc<CountState>);
 
 #[derive(Debug)]
-struct State {
-    /// What is said.
+struct CountState {
+    /// Result of queries.
     bytes: AtomicU64,
-    /// Changes of the disk.
+    /// Number of changes of the disk.
     changes: AtomicU64,
-    last: Mutex<Last>,
+    last: Mutex<LastCount>,
+    /// Set on drop; the thread checks it at each step.
     stop: AtomicBool,
 }
 
 #[derive(Debug, Default)]
-struct Last {
+struct LastCount {
     running: bool,
-    /// Of the last count: the changes before it, when it ended, how long it took.
+    /// Number of changes before the last count, its end, and its duration.
     ended: Option<(u64, Instant, Duration)>,
 }
 
 impl BlockCount {
-    /// `estimate` is said until the first count is done.
+    /// Creates a count that returns `estimate` until the first count is done.
     pub(super) fn new(estimate: u64) -> Self {
         let (changes, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self(Arc::new(State {
+        Self(Arc::new(CountState {
             bytes: estimate.into(),
             changes,
             last: Mutex::default(),
@@ -53,28 +58,28 @@ impl BlockCount {
         self.0.changes.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What is known. Begins to count in the background if that may have changed.
+    /// Returns the last known number. Starts a count in the background if it may be outdated.
     pub(super) fn bytes(&self, disk: &Arc<dyn BlockRead>) -> u64 {
-        if self.begins() {
+        if self.start_due() {
             let (disk, state) = (Arc::clone(disk), Arc::clone(&self.0));
-            let begun = std::thread::Builder::new()
+            let started = std::thread::Builder::new()
                 .name("count".to_owned())
                 .spawn(move || state.count(&*disk));
-            if begun.is_err() {
-                // no thread is to be had: what is known stays
+            if started.is_err() {
+                // No thread: the last number stays, and the next query tries again.
                 self.0.last.lock().unwrap_or_else(PoisonError::into_inner).running = false;
             }
         }
         self.0.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether a count has to be begun now, by the caller.
-    fn begins(&self) -> bool {
+    /// Returns true if the caller has to start a count now, and marks it as running.
+    fn start_due(&self) -> bool {
         let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let old = last.ended.is_none_or(|(changes, ended, took)| {
-            changes != self.0.changes.load(Ordering::Relaxed) && ended.elapsed() > REST.max(took * REST_SHARE)
+        let outdated = last.ended.is_none_or(|(changes, ended, took)| {
+            changes != self.0.changes.load(Ordering::Relaxed) && ended.elapsed() > MIN_PAUSE.max(took * PAUSE_FACTOR)
         });
-        old && !std::mem::replace(&mut last.running, true)
+        outdated && !std::mem::replace(&mut last.running, true)
     }
 }
 
@@ -84,26 +89,27 @@ impl Drop for BlockCount {
     }
 }
 
-impl State {
+impl CountState {
     fn count(&self, disk: &dyn BlockRead) {
-        let (changes, begun) = (self.changes.load(Ordering::Relaxed), Instant::now());
-        if let Some(bytes) = self.counted(disk, begun) {
+        // The number of changes before the count: a change during it makes the result outdated again.
+        let (changes, started) = (self.changes.load(Ordering::Relaxed), Instant::now());
+        if let Some(bytes) = self.counted(disk, started) {
             self.bytes.store(bytes, Ordering::Relaxed);
         }
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = Last {
+        *last = LastCount {
             running: false,
-            ended: Some((changes, Instant::now(), begun.elapsed())),
+            ended: Some((changes, Instant::now(), started.elapsed())),
         };
     }
 
-    /// Counts what is data. Neither an error nor a disk that goes away or takes too long matters to anybody: what was
-    /// said before stays.
-    fn counted(&self, disk: &dyn BlockRead, begun: Instant) -> Option<u64> {
+    /// Counts the bytes that are data. Returns `None` on an error, on timeout, and if the volume is dropped: the last
+    /// number stays then.
+    fn counted(&self, disk: &dyn BlockRead, started: Instant) -> Option<u64> {
         let end = disk.geometry().sectors;
         let (mut at, mut data) = (0, 0);
         while at < end {
-            if begun.elapsed() > COUNT_TIME || self.stop.load(Ordering::Relaxed) {
+            if started.elapsed() > COUNT_TIME || self.stop.load(Ordering::Relaxed) {
                 return None;
             }
             let (content, sectors) = disk.content_at(Lba(at)).ok()?;

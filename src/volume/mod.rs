@@ -1,11 +1,17 @@
-//! A disk as the bytes of a file: the border between bytes (above) and sectors (below).
+//! A disk as bytes: the border between byte offsets (above) and sectors (below).
 //!
 //! ```text
-//!   stack       builds the disk below from its configuration
-//!   write       bytes to sectors ── ranges: who writes where
-//!   allocated   how much of it is data
-//!   scratch     buffers for reads
+//!   open              builds the layers below from the configuration
+//!   create            new images
+//!   write             byte writes to sectors, under range locks
+//!   submit            reads and writes of a network disk without blocking
+//!   worker_pool       threads for requests of a network disk that block
+//!   writeback_timer   flush some seconds after a write
+//!   block_count       count of the bytes that are data
+//!   read_buffer       buffers for reads
 //! ```
+//! Reads take no lock: a read that overlaps a write in flight may return old or new bytes of each sector. Writes take a
+//! range lock over granules, see `write.rs`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -33,41 +39,41 @@ pub use read_buffer::{MAX_READ, ReadBuffer};
 pub use submit::WriteCompletion;
 use writeback_timer::WritebackTimer;
 
-/// Bytes from which on it is cheaper to ask whether they are zeroes than to fill a buffer with them.
-const WORTH_ASKING: usize = 16 << 10;
+/// Length of a read, in bytes, from which on a query for zeroes is cheaper than filling a buffer with them.
+const ZERO_QUERY_MIN: usize = 16 << 10;
 
-/// The longest that one search for data or a hole takes; it keeps an event loop busy.
+/// Maximum time of one search for data or a hole. The search occupies an event loop.
 const SEEK_TIME: Duration = Duration::from_secs(2);
 
-/// An open disk, byte by byte. Shared by all threads.
+/// An open disk as bytes. Shared by all threads.
 #[derive(Debug)]
 pub struct Volume {
     disk: Arc<dyn BlockRead>,
-    /// Every file that it is made of, once.
+    /// Every file of the disk, once.
     files: Vec<Arc<dyn StoredFile>>,
-    /// The writes under way.
+    /// Range lock over granule numbers, held by the writes in flight.
     ranges: RangeLock,
-    allocated: BlockCount,
-    settler: WritebackTimer,
-    /// Why it can't be written to although nobody asked for that.
+    block_count: BlockCount,
+    writeback: WritebackTimer,
+    /// Reason why the disk can't be written to, if it was opened read-only without a request for that.
     read_only: Option<String>,
-    /// Somebody else may write to the backing file, with our leave.
-    behind: AtomicBool,
-    /// Requests may have to wait for a network.
+    /// True once the kernel may write to the backing file directly.
+    external_writes: AtomicBool,
+    /// True if requests may have to wait for a network.
     remote: bool,
 }
 
-/// What to look for from an offset on.
+/// Target of a search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seek {
     /// The next byte that is stored.
     Data,
-    /// The next byte that is in a hole; the end of the file is one.
+    /// The next byte in a hole. The end of the file counts as one.
     Hole,
 }
 
 impl Volume {
-    /// The bytes of `disk`, which is made of `files`.
+    /// Creates the volume of `disk`, which consists of `files`.
     pub fn new(disk: Arc<dyn BlockRead>, mut files: Vec<Arc<dyn StoredFile>>) -> Self {
         let mut seen = HashSet::new();
         let remote = disk.queue().is_some();
@@ -76,60 +82,61 @@ impl Volume {
             .iter()
             .map(|f| f.allocated().unwrap_or(0))
             .fold(0u64, u64::saturating_add);
-        let allocated = BlockCount::new(stored.min(disk.geometry().bytes()));
+        let block_count = BlockCount::new(stored.min(disk.geometry().bytes()));
         Self {
             disk,
             files,
             ranges: RangeLock::default(),
-            allocated,
-            settler: WritebackTimer::default(),
+            block_count,
+            writeback: WritebackTimer::default(),
             read_only: None,
-            behind: AtomicBool::new(false),
+            external_writes: AtomicBool::new(false),
             remote,
         }
     }
 
-    /// The same, with parts behind a network although its disk has no way without waiting.
+    /// Sets the volume as remote if `remote` is true, although its disk has no queue: a layer or a base of it is
+    /// reached over a network.
     #[must_use]
     pub(crate) fn remote(mut self, remote: bool) -> Self {
         self.remote |= remote;
         self
     }
 
-    /// Whether requests may have to wait for a network.
+    /// Returns true if requests may have to wait for a network.
     pub fn is_remote(&self) -> bool {
         self.remote
     }
 
-    /// The same, read-only for a reason that the user has to be told.
+    /// Sets the reason for which the disk was opened read-only, for a message to the user.
     #[must_use]
     pub(crate) fn read_only_because(mut self, why: Option<String>) -> Self {
         self.read_only = why;
         self
     }
 
-    /// Why it can't be written to although nobody asked for that.
+    /// Returns the reason why the disk can't be written to, if it was opened read-only without a request for that.
     pub fn why_read_only(&self) -> Option<&str> {
         self.read_only.as_deref()
     }
 
-    /// Bytes of the disk.
+    /// Returns the size of the disk in bytes.
     pub fn len(&self) -> u64 {
         self.disk.geometry().bytes()
     }
 
-    /// Whether the disk has no byte.
+    /// Returns true if the disk has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The sectors below.
+    /// Returns the disk as sectors.
     pub fn disk(&self) -> &Arc<dyn BlockRead> {
         &self.disk
     }
 
-    /// The bytes from `offset` on: `len` of them ([`MAX_READ`] at most), fewer at the end of the disk, none behind it. They lie
-    /// in `read_buffer`, or are zeroes that lie nowhere.
+    /// Reads `len` bytes from `offset` on: at most [`MAX_READ`], fewer at the end of the disk, none after it. The
+    /// result lies in `read_buffer`, or is a shared page of zeroes.
     pub fn read<'s>(&self, offset: u64, len: usize, read_buffer: &'s mut ReadBuffer) -> Result<&'s [u8]> {
         let len = len
             .min(MAX_READ)
@@ -140,7 +147,8 @@ impl Volume {
         let granule = self.disk.geometry().granule * SECTOR;
         let start = offset / granule * granule;
         let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        if len >= WORTH_ASKING && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
+        // A hole costs no copy this way. For short reads the query would cost more than it saves.
+        if len >= ZERO_QUERY_MIN && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
             return Ok(ReadBuffer::zeroes(len));
         }
         let buf = read_buffer.bytes((end - start) as usize)?;
@@ -149,42 +157,43 @@ impl Volume {
         buf.get(skip..skip + len).ok_or_else(|| out_of_range(offset))
     }
 
-    /// Where the next data or hole is, from `offset` on. `None`: there is no more data, or `offset` is behind the end.
+    /// Returns the offset of the next data or hole from `offset` on. `None` if there is no more data, or if `offset` is
+    /// at the end or after it.
     ///
-    /// It does not look for ever: an image can say in few bytes what takes hours to walk. Then it says that there is
-    /// data, which is never wrong.
-    pub fn seek(&self, offset: u64, what: Seek) -> Result<Option<u64>> {
+    /// The search is limited to two seconds: an image of few bytes can describe a disk that takes hours to walk. On
+    /// timeout the rest counts as data, which is never wrong.
+    pub fn seek(&self, offset: u64, target: Seek) -> Result<Option<u64>> {
         let end = self.len();
-        let begun = Instant::now();
+        let started = Instant::now();
         let mut at = offset;
         while at < end {
-            if begun.elapsed() > SEEK_TIME {
-                return Ok(Some(if what == Seek::Data { at } else { end }));
+            if started.elapsed() > SEEK_TIME {
+                return Ok(Some(if target == Seek::Data { at } else { end }));
             }
             let lba = Lba(at / SECTOR);
             let (content, sectors) = self.disk.content_at(lba)?;
-            if content.is_zero() == (what == Seek::Hole) {
+            if content.is_zero() == (target == Seek::Hole) {
                 return Ok(Some(at));
             }
             at = (lba + sectors.max(1)).bytes();
         }
-        Ok((what == Seek::Hole && offset < end).then_some(end))
+        Ok((target == Seek::Hole && offset < end).then_some(end))
     }
 
-    /// Bytes that are data. Begins to count them in the background when it is first asked and some time after changes;
-    /// gives what the files take until the first count is done.
+    /// Returns the number of bytes that are data. The first call, and calls some time after a change, start a count in
+    /// the background. Until the first count is done this is the space that the files take.
     pub fn allocated(&self) -> u64 {
-        self.allocated.bytes(&self.disk)
+        self.block_count.bytes(&self.disk)
     }
 
-    /// Last change of the content now, nanoseconds since 1970: the latest of its files'.
+    /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.
     pub fn mtime_ns(&self) -> i128 {
         let now = |f: &Arc<dyn StoredFile>| f.identity().unwrap_or_else(|_| f.identity_at_open()).mtime_ns;
         self.files.iter().map(now).max().unwrap_or(0)
     }
 
-    /// Whether none of its files was changed or replaced since it was opened, by somebody else. What is open for writing
-    /// is changed by us, and locked against all others.
+    /// Returns true if no file was changed or replaced by another process since it was opened. Always true for a disk
+    /// that is open for writing: this process changes its files and locks them against others.
     pub fn is_unchanged(&self) -> bool {
         self.writable()
             || self
@@ -193,7 +202,7 @@ impl Volume {
                 .all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
-    /// Whether [`Self::is_unchanged`] would notice any change.
+    /// Returns true if [`Self::is_unchanged`] detects every change, which it does not for a device.
     pub fn detects_modification(&self) -> bool {
         self.files.iter().all(|f| f.detects_modification())
     }

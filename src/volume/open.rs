@@ -1,4 +1,10 @@
-//! Builds the stack of a disk from its configuration: the one place that knows all sides.
+//! Builds the layers of a disk from its configuration: the only module that knows all of them.
+//!
+//! ```text
+//!   config ─► source (VMDK, raw, NBD, new stream) ─► overlay? ─► cache, if blocks are expensive ─► Volume
+//! ```
+//! A disk that can't be written to is opened for reading, with a reason. A disk that must not be written to (used by
+//! another process, parent of a snapshot) is an error.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -23,51 +29,53 @@ use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::{Volume, create};
 
-/// Memory for inflated grains: the working set of a few readers, as whole grains of 64 KiB.
+/// Default size of the cache for inflated grains, in bytes: the working set of a few readers in grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
-/// As far ahead as the kernel reads itself where it is let.
+/// Default read-ahead in bytes: as far as the kernel itself reads ahead if it is allowed to.
 const GRAIN_READAHEAD: u64 = 2 << 20;
-/// More threads than this don't make one reader faster.
+/// Maximum number of threads that inflate: more do not make one reader faster.
 const MAX_WORKERS: usize = 8;
 
-/// A source without the layers above it.
+/// Source of a volume without the layers above it.
 #[derive(Debug)]
 pub enum Source {
-    /// A VMDK.
+    /// A VMDK with its chain.
     Vmdk(Arc<VmdkDisk>),
     /// A raw image.
     Raw(Arc<RawDisk>, Arc<dyn StoredFile>),
     /// An export of an NBD server.
     Nbd(Arc<nbd::NbdDisk>),
-    /// A compressed stream that was just made, to be written in order.
+    /// A new compressed stream, which is written in order.
     Stream(Arc<StreamDisk>),
 }
 
-/// What a source is, for `--info`.
+/// Description of a source for `--info`. The names of the fields are those of the JSON output.
 #[derive(Debug, Clone, Serialize)]
 pub struct Description {
-    /// Its file name in a mount.
+    /// File name in a mount.
     pub name: String,
-    /// The file that was named.
+    /// File or URI that the user named.
     pub file: String,
-    /// `vmdk` or `raw`.
+    /// `vmdk`, `raw` or `nbd`.
     pub format: &'static str,
     /// Bytes of the disk.
     pub size: u64,
-    /// What a VMDK is made of.
+    /// Description of a VMDK.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub vmdk: Option<DiskInfo>,
-    /// Who reads its files in a mount of this user, and why not the kernel by itself.
+    /// Reader of the files in a mount of this user: the kernel, or this program with the reason.
     pub read_by: String,
-    /// Whether it can be written to.
+    /// True if the disk can be written to.
     pub writable: bool,
-    /// Why it can't.
+    /// Reason why it can't be written to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// Opens all disks of a mount. Where one stands for every export of a server, it becomes several, whose names are found
-/// here; those are not connected to yet.
+/// Opens all disks of a mount. A configuration that stands for every export of a server becomes several disks, whose
+/// names are chosen here; they are not connected to yet.
+///
+/// Errors: those of [`open`] for the first disk that fails, those of listing the exports.
 pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
     let mut taken: HashSet<OsString> = configs
         .iter()
@@ -104,22 +112,23 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
     Ok(disks)
 }
 
-/// Whether a disk stands for every export of a server.
+/// Returns true if a configuration stands for every export of a server.
 pub fn is_dynamic(config: &DiskConfig) -> bool {
     matches!(&config.source, SourceConfig::Nbd(server) if server.dynamic)
 }
 
-/// Opens a disk with all its layers; for writing, unless it was asked for otherwise.
+/// Opens a disk with all its layers; for writing, unless the configuration is read-only.
 ///
-/// What can't be written to is opened for reading, with the reason in [`Volume::why_read_only`]: files and file systems
-/// that don't permit it, formats that are only read. What must not be written to is an error: files that somebody else
-/// uses, the parent of a snapshot.
+/// A disk that can't be written to is opened for reading, with the reason in [`Volume::why_read_only`]: its files or
+/// file system do not permit it, or its format can only be read.
+///
+/// Errors: a disk that must not be written to (used by another process, parent of a snapshot), and those of the source.
 pub fn open(config: &DiskConfig) -> Result<Volume> {
     if config.overlay.is_some() {
         return open_with_overlay(config);
     }
-    let made = config.source.local().map_or(Ok(None), create::make)?;
-    let (source, why_read_only) = match (made, config.read_only) {
+    let created = config.source.local().map_or(Ok(None), create::create_for_mount)?;
+    let (source, why_read_only) = match (created, config.read_only) {
         (Some(stream), _) => (Source::Stream(Arc::new(stream)), None),
         (None, true) => (open_source(config)?, None),
         (None, false) => open_for_writing(config)?,
@@ -131,7 +140,7 @@ pub fn open(config: &DiskConfig) -> Result<Volume> {
         .read_only_because(why_read_only))
 }
 
-/// Opens a disk whose writes go to an overlay: what is below is only read, and may be cached.
+/// Opens a disk whose writes go to an overlay. The source below is only read, so it may be cached.
 fn open_with_overlay(config: &DiskConfig) -> Result<Volume> {
     let source = open_source(config)?;
     let mut files = source.files();
@@ -146,10 +155,10 @@ fn open_with_overlay(config: &DiskConfig) -> Result<Volume> {
     Ok(Volume::new(Arc::new(delta.over(base)), files).remote(remote))
 }
 
-/// The disk, with a cache over it where its blocks are dear.
+/// Returns the disk with a cache over it if its blocks are expensive.
 fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn BlockRead>> {
     let geometry = plain.geometry();
-    // what is written to has no cache above it that would keep what was there before
+    // A writable disk gets no cache: writes would not go through it, and it would return old blocks.
     if geometry.preferred <= geometry.granule || plain.writer().is_some() {
         return Ok(plain);
     }
@@ -165,7 +174,7 @@ fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn Bloc
     Ok(Arc::new(cache))
 }
 
-/// Opens only the source of a disk, for reading.
+/// Opens the source of a disk for reading, without the layers above it.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     if let SourceConfig::Nbd(server) = &config.source {
         return nbd_disk(server, false).map(|(source, _)| source);
@@ -177,15 +186,15 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
     }
     let disk = VmdkDisk::open(file, options(local))?;
     for unclean in disk.unclean_files() {
-        tracing::info!("{unclean}: was not closed after writing; --check tells whether it is sound");
+        tracing::info!("{unclean}: was not closed after writing; --check verifies it");
     }
     Ok(Source::Vmdk(Arc::new(disk)))
 }
 
-/// Opens the source of a disk for writing; where that can't be, for reading, and says why.
+/// Opens the source of a disk for writing. If that can't be, opens it for reading and returns the reason too.
 ///
-/// It is opened for reading first. So nothing is locked against others that would not be written to anyway, and what
-/// is in the way of a writer is told by the image and not by the locks of its readers.
+/// The source is always opened for reading first. So a disk that would not be written to anyway is not locked against
+/// other readers, and the reason that the user gets comes from the image and not from the locks of its readers.
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     if let SourceConfig::Nbd(server) = &config.source {
         return nbd_disk(server, true);
@@ -196,7 +205,7 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
         return only_read(refusal, source);
     }
     let is_vmdk = matches!(source, Source::Vmdk(_));
-    // its locks would be in our own way
+    // The locks of the reading source would conflict with those of the writing one.
     drop(source);
     let written = open_file(local, Access::Write).and_then(|file| {
         if is_vmdk {
@@ -207,12 +216,13 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     });
     match written {
         Ok(source) => Ok((source, None)),
+        // Some reasons only show when the files are opened for writing.
         Err(e) if e.kind() == ErrorKind::ReadOnly => only_read(e, open_source(config)?),
         Err(e) => Err(e),
     }
 }
 
-/// The source for reading, if that is what the refusal to write to it leaves.
+/// Returns the source for reading with the reason, if `refusal` means "can't be written to"; else the error.
 fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)> {
     if refusal.kind() == ErrorKind::ReadOnly {
         Ok((source, Some(refusal.to_string())))
@@ -221,16 +231,16 @@ fn only_read(refusal: Error, source: Source) -> Result<(Source, Option<String>)>
     }
 }
 
-/// The export of a server; why it can't be written to, where that was wanted.
+/// Connects to the export of a server. If `writable` was requested and the export is read-only, returns the reason too.
 fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String>)> {
     let disk = nbd::NbdDisk::connect(server, writable)?;
-    let why = (writable && disk.is_read_only()).then(|| "the server says so".to_owned());
+    let why = (writable && disk.is_read_only()).then(|| "the server offers the export read-only".to_owned());
     Ok((Source::Nbd(Arc::new(disk)), why))
 }
 
-/// The files that a disk comes from.
+/// Returns the local configuration of a disk.
 fn local(config: &DiskConfig) -> Result<&LocalConfig> {
-    let none = || Error::unsupported(format!("{}: this is no local file", config.source.label()));
+    let none = || Error::unsupported(format!("{}: is not a local file", config.source.label()));
     config.source.local().ok_or_else(none)
 }
 
@@ -254,12 +264,12 @@ fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
 }
 
 impl Source {
-    /// Whether its answers come over a network.
+    /// Returns true if requests go over a network.
     fn is_remote(&self) -> bool {
         matches!(self, Source::Nbd(_))
     }
 
-    /// The disk.
+    /// Returns the disk.
     pub fn disk(&self) -> Arc<dyn BlockRead> {
         match self {
             Source::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
@@ -269,7 +279,7 @@ impl Source {
         }
     }
 
-    /// The files that it is made of.
+    /// Returns the files that the source consists of; none for an NBD export.
     pub fn files(&self) -> Vec<Arc<dyn StoredFile>> {
         match self {
             Source::Vmdk(disk) => disk.files(),
@@ -279,7 +289,8 @@ impl Source {
         }
     }
 
-    /// Why a mount would not write to it, as far as that can be told without opening it for writing.
+    /// Returns the error with which a mount would refuse to write to the source, as far as that shows without opening
+    /// it for writing.
     fn refuses_writing(&self, local: &LocalConfig) -> Option<Error> {
         let files = match self {
             Source::Vmdk(disk) => {
@@ -294,10 +305,10 @@ impl Source {
         files.iter().find_map(|file| not_permitted(&**file))
     }
 
-    /// Describes it under its name in a mount.
+    /// Describes the source for `--info`.
     pub fn describe(&self, config: &DiskConfig) -> Description {
         let reason = match (config.read_only, config.source.local()) {
-            (true, _) => Some("readonly=true was asked for".to_owned()),
+            (true, _) => Some("readonly=true was given".to_owned()),
             (false, Some(local)) => self.refuses_writing(local).map(|e| e.to_string()),
             (false, None) => None,
         };
@@ -315,7 +326,7 @@ impl Source {
             vmdk,
             read_by: match config.source.local() {
                 Some(local) => kernel_view::describe(&*self.disk(), &local.view, reason.is_none()),
-                None => "this program: it is behind a network".to_owned(),
+                None => "this program: the disk is on a server".to_owned(),
             },
             writable: reason.is_none(),
             reason,
@@ -323,16 +334,17 @@ impl Source {
     }
 }
 
-/// Why a file that is open can't be opened for writing: its permissions, or a read-only file system.
+/// Returns an error if an open file can't be opened for writing because of its permissions or a read-only file system.
 fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
+    // Through /proc, so that the file itself is checked and not another one that has its name by now.
     let open = PathBuf::from(format!("/proc/self/fd/{}", file.fd()?.as_raw_fd()));
     let refused = faccessat(AT_FDCWD, &open, AccessFlags::W_OK, AtFlags::AT_EACCESS).err()?;
     let text = format!("{}: open for writing: {}", file.label(), io::Error::from(refused));
     Some(Error::new(ErrorKind::ReadOnly, text))
 }
 
-/// Whether the file is to be read as a VMDK: as it was asked, else by its content. What is no VMDK by its content is
-/// a raw image only where its name does not promise a VMDK: the bytes of a damaged one must not pass for a disk.
+/// Returns true if the file has to be read as a VMDK: by the `format` option, else by its name or content. A file that
+/// is called `.vmdk` is never read as a raw image: the bytes of a damaged VMDK must not pass for a disk.
 pub(crate) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
     match local.format {
         Format::Vmdk => Ok(true),

@@ -1,36 +1,40 @@
-//! Work for a disk behind a network that may have to wait, away from the event loops.
+//! Worker threads for requests of a network disk that may block, away from the event loops.
 //!
 //! ```text
-//!   read, write, flush      begun by the loop, answered when the answer comes: no thread waits
-//!   everything else ─► Lane ─► a thread of this disk, at most [`THREADS`]
+//!   read, write, flush            submitted by the event loop, completed by a callback: no thread waits
+//!   everything else ─► WorkerPool ─► a thread of this disk, at most [`THREADS`]
 //! ```
-//! So a disk that hangs holds no loop, and no other disk's work stands behind its own. Waiting work is bounded by those
-//! who wait for its answers: each is a task in a system call.
+//! Each disk has its own pool. So a disk that hangs blocks no event loop, and no request of another disk. The queue
+//! needs no limit: each job is a request that a task waits for in a system call.
+//!
+//! States of a worker thread: started by a job → runs jobs → ends when the queue is empty. The mutex is held only to
+//! push or pop a job, never while a job runs.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Threads of a disk.
+/// Maximum number of worker threads of a disk.
 const THREADS: usize = 4;
 
-/// Something to do.
+/// A request that may block.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
-/// The work of one disk.
+/// Worker threads of one disk, started on demand.
 #[derive(Default)]
-pub(crate) struct WorkerPool(Mutex<Queue>);
+pub(crate) struct WorkerPool(Mutex<JobQueue>);
 
 #[derive(Default)]
-struct Queue {
+struct JobQueue {
     jobs: VecDeque<Job>,
+    /// Threads that run, including those that are being started.
     threads: usize,
 }
 
 impl std::fmt::Debug for WorkerPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let queue = self.queue();
-        f.debug_struct("Lane")
+        f.debug_struct("WorkerPool")
             .field("jobs", &queue.jobs.len())
             .field("threads", &queue.threads)
             .finish()
@@ -38,20 +42,22 @@ impl std::fmt::Debug for WorkerPool {
 }
 
 impl WorkerPool {
-    /// Has a thread do it, soon. Where there is no thread to be had, and none at work, it is done at once.
+    /// Queues `job` for a worker thread. If no thread can be started, the caller runs the queue itself.
     pub(crate) fn run(self: &Arc<Self>, job: Job) {
         let mut queue = self.queue();
         queue.jobs.push_back(job);
         if queue.threads >= THREADS {
             return;
         }
+        // Counted under the lock, so that concurrent callers do not start more than the maximum.
         queue.threads += 1;
         drop(queue);
         let this = Arc::clone(self);
-        let begun = std::thread::Builder::new()
-            .name("lane".to_owned())
+        let started = std::thread::Builder::new()
+            .name("worker".to_owned())
             .spawn(move || this.work());
-        if begun.is_err() {
+        if started.is_err() {
+            // Takes the place of the thread: `work` lowers the count again.
             self.work();
         }
     }
@@ -59,18 +65,22 @@ impl WorkerPool {
     fn work(&self) {
         loop {
             let mut queue = self.queue();
+            // The count is lowered under the lock under which the queue was found empty. A job that is pushed
+            // afterwards sees the lower count and starts a thread.
             let Some(job) = queue.jobs.pop_front() else {
                 queue.threads -= 1;
                 return;
             };
             drop(queue);
+            // A panic must not end the thread: the count would stay too high, and the jobs in the queue would wait for
+            // ever.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                tracing::error!("a request was given up after a panic");
+                tracing::error!("request handler panicked");
             }
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, JobQueue> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -82,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jobs_that_hang_hold_nobody_up_but_their_own_lane() {
+    fn jobs_that_hang_block_only_their_own_pool() {
         let (one, other) = (Arc::new(WorkerPool::default()), Arc::new(WorkerPool::default()));
         let (release, hang) = mpsc::channel::<()>();
         let hang = Arc::new(Mutex::new(hang));
@@ -92,19 +102,19 @@ mod tests {
                 let _ = hang.lock().unwrap().recv();
             }));
         }
-        let (tell, told) = mpsc::channel();
-        other.run(Box::new(move || tell.send(()).unwrap()));
-        told.recv().unwrap();
+        let (sender, done) = mpsc::channel();
+        other.run(Box::new(move || sender.send(()).unwrap()));
+        done.recv().unwrap();
         assert!(one.queue().threads <= THREADS);
         drop(release);
     }
 
     #[test]
-    fn a_job_that_panics_is_the_end_of_that_job() {
+    fn a_job_that_panics_fails_only_that_job() {
         let pool = Arc::new(WorkerPool::default());
         pool.run(Box::new(|| panic!("this is meant")));
-        let (tell, told) = mpsc::channel();
-        pool.run(Box::new(move || tell.send(()).unwrap()));
-        told.recv().unwrap();
+        let (sender, done) = mpsc::channel();
+        pool.run(Box::new(move || sender.send(()).unwrap()));
+        done.recv().unwrap();
     }
 }

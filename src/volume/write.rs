@@ -1,12 +1,16 @@
-//! Writing bytes to sectors.
+//! Byte writes to sectors.
 //!
 //! ```text
 //!   granules    |-------|-------|-------|-------|
 //!   a write         [===|=======|=======|==]
 //!                   head      body       tail
 //! ```
-//! The body goes to the disk as it is. Head and tail are parts of a granule whose other bytes are read and written
-//! back, so nobody else may write to that granule meanwhile: see [`crate::range_lock`].
+//! The body goes to the disk as it is. Head and tail cover a part of a granule and are a read-modify-write: the other
+//! bytes of the granule are read and written back. If another thread wrote to that granule in between, its write would
+//! be lost. So every write holds a range lock over its granules: shared if it has only a body, exclusive otherwise. Two
+//! whole writes to one granule may overlap, as they may on a real disk.
+//!
+//! Lock order: the range lock over granules comes before all locks of the disk below. See [`crate::range_lock`].
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -16,21 +20,22 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::Mode;
 use crate::volume::Volume;
 
-/// A range of bytes of a disk, as granules see it. Each part may be empty; together they are the range.
+/// A range of bytes, split at the borders of granules. Each part may be empty; together they are the range.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Parts {
     head: Range<u64>,
     body: Range<u64>,
     tail: Range<u64>,
-    /// The granules that it touches, by number.
+    /// Numbers of the granules that the range overlaps.
     pub(super) granules: Range<u64>,
 }
 
 impl Parts {
-    /// The parts of `range`, which is not empty and within a disk of `len` bytes.
+    /// Splits `range`, which must not be empty and must lie within a disk of `len` bytes.
     pub(super) fn of(range: Range<u64>, granule: u64, len: u64) -> Self {
         let Range { start, end } = range;
         let granules = start / granule..end.div_ceil(granule);
+        // The last granule may be short: the end of the disk is a border too.
         let whole = |at: u64| at.is_multiple_of(granule) || at == len;
         let body_start = if whole(start) {
             start
@@ -50,7 +55,7 @@ impl Parts {
         }
     }
 
-    /// How the granules have to be taken.
+    /// Returns the mode in which the granules must be locked.
     pub(super) fn mode(&self) -> Mode {
         if self.head.is_empty() && self.tail.is_empty() {
             Mode::Shared
@@ -61,22 +66,25 @@ impl Parts {
 }
 
 impl Volume {
-    /// Whether it can be written to at all.
+    /// Returns true if the disk was opened for writing.
     pub fn writable(&self) -> bool {
         self.disk.writer().is_some()
     }
 
-    /// Writes `buf` from byte `offset` on: how many bytes, which are fewer where the disk ends before. Readers see them
-    /// at once; they are durable after [`flush`](Self::flush).
+    /// Writes `buf` from byte `offset` on. Returns the number of bytes written, which is smaller than `buf` if the disk
+    /// ends before. Readers see the bytes at once; they are durable after [`flush`](Self::flush).
     ///
-    /// Errors: `Os(ENOSPC)` for a write that begins at the end or behind it, `ReadOnly`, what the disk says. After one
-    /// any part of it may have been written.
+    /// Errors: `Os(ENOSPC)` for a write that starts at the end of the disk or after it, `ReadOnly`, those of the disk.
+    /// After an error any part of `buf` may have been written.
     pub fn write(&self, offset: u64, buf: &[u8]) -> Result<usize> {
         let writer = self.writer()?;
         let len = (buf.len() as u64).min(self.len().saturating_sub(offset)) as usize;
         let buf = buf.get(..len).unwrap_or_default();
         if len == 0 {
-            let text = format!("a write at byte {offset} of a disk of {} bytes", self.len());
+            let text = format!(
+                "write at byte {offset}: after the end of the disk at byte {}",
+                self.len()
+            );
             return Err(Error::new(ErrorKind::Os(libc::ENOSPC), text));
         }
         let parts = Parts::of(offset..offset + len as u64, self.granule(), self.len());
@@ -84,7 +92,7 @@ impl Volume {
             let (from, to) = (part.start - offset, part.end - offset);
             buf.get(from as usize..to as usize).unwrap_or_default()
         };
-        self.change(
+        self.change_parts(
             &parts,
             |part| self.patch(writer, part.start, bytes(part)),
             |body| writer.write_at(Lba(body.start / SECTOR), bytes(body)),
@@ -92,8 +100,8 @@ impl Volume {
         Ok(len)
     }
 
-    /// Makes a range read as zeroes, as far as it is on the disk. `unmap`: and gives its room back where that can be
-    /// done.
+    /// Makes a range read as zeroes, as far as it lies on the disk. With `unmap` its space is discarded where the disk
+    /// can do that.
     pub fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let writer = self.writer()?;
         let end = offset.saturating_add(len).min(self.len());
@@ -102,51 +110,64 @@ impl Volume {
         }
         let parts = Parts::of(offset..end, self.granule(), self.len());
         let zeroes = |part: &Range<u64>| self.patch(writer, part.start, &vec![0; (part.end - part.start) as usize]);
-        self.change(&parts, zeroes, |body| {
-            // the disk may end within its last granule, never within a sector
+        self.change_parts(&parts, zeroes, |body| {
+            // Exact: the body starts and ends at borders of granules or at the end of the disk, which are whole
+            // sectors.
             writer.zero(Lba(body.start / SECTOR)..Lba(body.end / SECTOR), unmap)
         })
     }
 
-    /// Makes durable what was written before. Nearly free where that is nothing.
+    /// Makes all writes before the call durable. Cheap if nothing was written.
     ///
-    /// Errors: `Os(ENOSPC)` where somebody has written behind the end of the disk through its backing file (see
-    /// [`prepare_external_write`](Self::begin)); what is on the disk is durable all the same. What the disk says.
+    /// Errors: those of the disk. `Os(ENOSPC)` if the backing file was written to after the end of the disk (see
+    /// [`prepare_external_write`](Self::prepare_external_write)); the disk itself is durable then.
     pub fn flush(&self) -> Result<()> {
-        let trimmed = self.trim();
+        // Truncated first, so that the flush covers the new length; its error is returned last, as the flush matters
+        // more.
+        let trimmed = self.truncate_excess();
         self.disk.writer().map_or(Ok(()), BlockWrite::flush).and(trimmed)
     }
 
-    /// Makes everything durable and marks the disk as closed properly. Errors as [`flush`](Self::flush).
+    /// Makes everything durable and marks the image as closed. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
-        let trimmed = self.trim();
+        let trimmed = self.truncate_excess();
         self.disk.writer().map_or(Ok(()), BlockWrite::close).and(trimmed)
     }
 
-    /// To be called before the content is changed by somebody else, with our leave: the kernel, through
-    /// [`backing_fd`](crate::block::BlockRead::backing_fd).
+    /// Prepares the disk for writes by the kernel to its [`backing_fd`](crate::block::BlockRead::backing_fd). Must be
+    /// called before the kernel gets the file descriptor (FUSE passthrough).
     pub fn prepare_external_write(&self) -> Result<()> {
-        let begun = self.writer()?.prepare_external_write();
-        self.behind.store(true, Ordering::Release);
-        self.allocated.changed();
-        self.settler.written(&self.disk);
-        begun
+        let prepared = self.writer()?.prepare_external_write();
+        self.external_writes.store(true, Ordering::Release);
+        self.block_count.changed();
+        self.writeback.written(&self.disk);
+        prepared
     }
 
-    /// Cuts what was written behind the end of the disk: the kernel, which writes to the backing file itself, does not
-    /// know of the end.
-    fn trim(&self) -> Result<()> {
-        let Some(fd) = self.disk.backing_fd().filter(|_| self.behind.load(Ordering::Acquire)) else {
+    /// Truncates the backing file to the size of the disk. The kernel, which writes to the backing file directly, does
+    /// not know that size, so such a write may extend the file.
+    ///
+    /// Errors: `Os(ENOSPC)` if the file was longer: the write that extended it is lost, and had returned no error.
+    fn truncate_excess(&self) -> Result<()> {
+        let Some(fd) = self
+            .disk
+            .backing_fd()
+            .filter(|_| self.external_writes.load(Ordering::Acquire))
+        else {
             return Ok(());
         };
-        self.allocated.changed();
-        let context = || format!("the end of the backing file, at byte {}", self.len());
+        // The kernel may have written any number of times; this is where the count learns of it.
+        self.block_count.changed();
+        let context = || format!("truncating the backing file to the disk's {} bytes", self.len());
         let stat = nix::sys::stat::fstat(fd).map_err(|e| Error::io(context(), e.into()))?;
         match u64::try_from(stat.st_size).unwrap_or(0).checked_sub(self.len()) {
             None | Some(0) => Ok(()),
-            Some(behind) => {
+            Some(excess) => {
                 nix::unistd::ftruncate(fd, self.len() as i64).map_err(|e| Error::io(context(), e.into()))?;
-                let text = format!("{behind} bytes were written behind the end of the disk, and are gone");
+                let text = format!(
+                    "{excess} bytes were written after the end of the disk at byte {}, and are lost",
+                    self.len()
+                );
                 Err(Error::new(ErrorKind::Os(libc::ENOSPC), text))
             }
         }
@@ -158,36 +179,39 @@ impl Volume {
             .ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the disk was opened for reading"))
     }
 
-    /// Bytes of a granule.
+    /// Returns the bytes of a granule.
     pub(super) fn granule(&self) -> u64 {
         self.disk.geometry().granule * SECTOR
     }
 
-    /// Does a change part by part, with what it touches kept from others.
-    fn change(
+    /// Changes a range part by part, with its granules locked. `partial` changes head and tail, `body` the whole
+    /// granules.
+    fn change_parts(
         &self,
         parts: &Parts,
-        end: impl Fn(&Range<u64>) -> Result<()>,
+        partial: impl Fn(&Range<u64>) -> Result<()>,
         body: impl FnOnce(&Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let _held = self.ranges.lock(parts.granules.clone(), parts.mode());
         let done = (|| {
             if !parts.head.is_empty() {
-                end(&parts.head)?;
+                partial(&parts.head)?;
             }
             if !parts.body.is_empty() {
                 body(&parts.body)?;
             }
             if !parts.tail.is_empty() {
-                end(&parts.tail)?;
+                partial(&parts.tail)?;
             }
             Ok(())
         })();
-        self.allocated.changed();
+        // Also after an error: a part may have been written.
+        self.block_count.changed();
         done
     }
 
-    /// Changes a part of one granule, from byte `offset` on.
+    /// Writes a part of one granule from byte `offset` on (read-modify-write). The caller holds the granule
+    /// exclusively.
     fn patch(&self, writer: &dyn BlockWrite, offset: u64, bytes: &[u8]) -> Result<()> {
         let start = offset / self.granule() * self.granule();
         let mut granule = vec![0; self.granule().min(self.len() - start) as usize];

@@ -1,13 +1,15 @@
-//! Brings to the files, some seconds after a write, what only the memory of this process holds.
+//! Write-back: periodic flush of table entries that are only in memory.
 //!
-//! A write to a new grain is in the file at once, but the entry that names it waits for a flush. Nobody may ever ask for
-//! one, and the process may be killed. So a thread flushes by itself, as the kernel does with the pages of any file; a
-//! crash of the process costs no more of what was never flushed than a few seconds.
+//! The data of a new grain are in the file at once, but the entry that names it is a pending update until a flush. The
+//! guest may never flush, and the process may be killed. So a thread flushes on its own, as the kernel does with the
+//! dirty pages of any file: a crash of the process loses no more than a few seconds of unflushed writes.
 //!
 //! ```text
-//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ still held back? ─► flush
+//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ still pending? ─► flush
 //! ```
-//! The thread is started by the first write that leaves something behind, and ends with the image.
+//! States: not started → idle (parked, `due` is false) ⇄ waiting (`due` is true) → stopped (dropped with the volume).
+//! [`WritebackTimer::written`] starts the thread if updates are pending. Lock order: `thread`, then `stop`; the thread
+//! itself takes only `stop`, and holds neither over a flush.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,64 +18,72 @@ use std::time::Duration;
 
 use crate::block::{BlockRead, BlockWrite};
 
-/// How long a write may be in memory only. What the kernel's file systems take between two commits.
+/// Maximum time for which an update is only in memory: the commit interval of the kernel's file systems.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Flushes some time after a write.
+/// Timer that flushes a disk some seconds after a write.
 #[derive(Debug, Default)]
 pub(super) struct WritebackTimer {
-    state: Arc<State>,
+    state: Arc<TimerState>,
+    /// The thread, once it was started.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// A flush will come; read without the lock by each write.
+struct TimerState {
+    /// True from a write until the thread starts the flush for it. Every write reads it, without a lock.
     due: AtomicBool,
+    /// True when the thread has to end.
     stop: Mutex<bool>,
-    woken: Condvar,
+    /// Signalled when `stop` is set.
+    stopped: Condvar,
 }
 
 impl WritebackTimer {
-    /// Notes that `disk` was written to.
+    /// Starts the interval if `disk` has pending updates and none is running. The first call with pending updates
+    /// starts the thread.
     pub(super) fn written(&self, disk: &Arc<dyn BlockRead>) {
         if self.state.due.load(Ordering::Relaxed) || !disk.writer().is_some_and(BlockWrite::has_unflushed_metadata) {
             return;
         }
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        // Set before the unpark: the thread checks `due` before it parks, and an unpark before the park is not lost.
         self.state.due.store(true, Ordering::Relaxed);
         match &*thread {
             Some(thread) => thread.thread().unpark(),
             None => {
                 let (state, disk) = (Arc::clone(&self.state), Arc::clone(disk));
-                // without a thread it waits for the next flush of somebody
-                let begun = std::thread::Builder::new()
-                    .name("settle".to_owned())
+                // If no thread can be started, the updates stay pending until the next flush by the kernel.
+                let started = std::thread::Builder::new()
+                    .name("writeback".to_owned())
                     .spawn(move || state.run(&*disk));
-                *thread = begun.ok();
+                *thread = started.ok();
             }
         }
     }
 }
 
-impl State {
+impl TimerState {
     fn run(&self, disk: &dyn BlockRead) {
         while !*self.stop() {
             if !self.due.load(Ordering::Relaxed) {
                 std::thread::park();
                 continue;
             }
-            let stop = self.woken.wait_timeout_while(self.stop(), INTERVAL, |stop| !*stop);
+            // Waits for the whole interval, so that the writes of some seconds share one flush.
+            let stop = self.stopped.wait_timeout_while(self.stop(), INTERVAL, |stop| !*stop);
             if *stop.unwrap_or_else(PoisonError::into_inner).0 {
                 return;
             }
+            // Cleared before the flush: a write during the flush makes the next one due.
             self.due.store(false, Ordering::Relaxed);
             let Some(writer) = disk.writer().filter(|writer| writer.has_unflushed_metadata()) else {
                 continue;
             };
             if let Err(e) = writer.flush() {
-                // it is held back still, or the disk says so to everybody from now on
-                tracing::debug!("a flush in the background failed: {e}");
+                // The updates are pending again and the flush is retried after the interval. If the write latch is set,
+                // the next flush by the kernel reports the error.
+                tracing::debug!("write-back flush failed: {e}");
                 self.due.store(writer.has_unflushed_metadata(), Ordering::Relaxed);
             }
         }
@@ -87,11 +97,12 @@ impl State {
 impl Drop for WritebackTimer {
     fn drop(&mut self) {
         *self.state.stop() = true;
-        self.state.woken.notify_all();
+        self.state.stopped.notify_all();
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             thread.thread().unpark();
-            // it holds the disk, whose locks must be gone with the image
+            // The thread holds the disk, and the disk holds locks on its files. They must be released when the volume
+            // is gone.
             let _ = thread.join();
         }
     }
@@ -104,44 +115,44 @@ mod tests {
     use super::*;
     use crate::test_disk::TestDisk;
 
-    /// A disk, and what hears of each flush of it.
+    /// A disk, and a receiver that gets a message for each flush of it.
     fn disk() -> (Arc<TestDisk>, Receiver<()>) {
-        let (say, heard) = channel();
+        let (sender, flushes) = channel();
         let disk = TestDisk::new(8).flushing(move || {
-            say.send(()).unwrap();
+            sender.send(()).unwrap();
             Ok(())
         });
-        (Arc::new(disk), heard)
+        (Arc::new(disk), flushes)
     }
 
     #[test]
-    fn what_is_held_back_is_flushed_by_itself_each_time() {
-        let (disk, heard) = disk();
+    fn pending_updates_are_flushed_automatically_each_time() {
+        let (disk, flushes) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
-        let settler = WritebackTimer::default();
+        let timer = WritebackTimer::default();
         for _ in 0..2 {
             disk.hold_back();
-            settler.written(&shared);
-            heard.recv_timeout(Duration::from_secs(60)).unwrap();
+            timer.written(&shared);
+            flushes.recv_timeout(Duration::from_secs(60)).unwrap();
         }
-        drop(settler);
+        drop(timer);
         assert_eq!(Arc::strong_count(&disk), 2, "the thread has ended");
     }
 
     #[test]
-    fn nothing_is_started_where_nothing_is_held_back_and_an_end_waits_for_no_interval() {
-        let (disk, heard) = disk();
+    fn no_thread_starts_without_pending_updates_and_a_drop_does_not_wait_for_the_interval() {
+        let (disk, flushes) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
-        let settler = WritebackTimer::default();
-        settler.written(&shared);
-        assert!(settler.thread.lock().unwrap().is_none());
+        let timer = WritebackTimer::default();
+        timer.written(&shared);
+        assert!(timer.thread.lock().unwrap().is_none());
         disk.hold_back();
-        settler.written(&shared);
-        drop(settler);
+        timer.written(&shared);
+        drop(timer);
         assert_eq!(Arc::strong_count(&disk), 2);
         assert!(
-            heard.try_recv().is_err(),
-            "the end is no flush: who closes the disk does that"
+            flushes.try_recv().is_err(),
+            "a drop does not flush: the caller closes the disk"
         );
     }
 }

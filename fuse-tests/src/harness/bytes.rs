@@ -1,4 +1,4 @@
-//! What is compared: whole files, random ranges, data and holes.
+//! Comparison of files: whole files, random ranges, data and holes, digests, memory mappings.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -18,13 +18,13 @@ use sha2::{Digest, Sha256};
 
 use super::cmd::Cmd;
 
-/// Bytes that are compared at once.
+/// Bytes that are read and compared at a time.
 const CHUNK: usize = 1 << 20;
 
-/// Block of a grain digest.
+/// Bytes of a block of [`digest_grains`]: the usual grain size.
 const DIGEST_BLOCK: u64 = 65536;
 
-/// The SHA-256 of a whole file, read by coreutils.
+/// Returns the SHA-256 of a whole file in hexadecimal, computed by `sha256sum`.
 #[track_caller]
 pub fn sha256(path: &Path) -> String {
     let outcome = Cmd::new("sha256sum")
@@ -34,7 +34,7 @@ pub fn sha256(path: &Path) -> String {
         .deadline(Duration::from_secs(180))
         .run()
         .ok();
-    // A name with a backslash is escaped, and the line then starts with one.
+    // If the name contains a backslash, sha256sum escapes it and starts the line with a backslash.
     outcome
         .stdout
         .trim_start_matches('\\')
@@ -44,20 +44,20 @@ pub fn sha256(path: &Path) -> String {
         .to_owned()
 }
 
-/// The SHA-256 of some bytes.
+/// Returns the SHA-256 of `bytes` in hexadecimal.
 pub fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The SHA-256 of one range of a file.
+/// Returns the SHA-256 of `len` bytes of a file from byte `offset` on, in hexadecimal.
 #[track_caller]
 pub fn digest_range(path: &Path, offset: u64, len: u64) -> String {
     digest(&read_range(path, offset, usize::try_from(len).expect("a length")))
 }
 
-/// SHA-256 over number (64 bits, little endian) and bytes of every 64 KiB block that is not all zero.
+/// Returns the SHA-256 over number (64 bits, little endian) and bytes of every 64 KiB block that is not all zero.
 ///
-/// Only what the file calls data is read, so that a disk of many GiB takes a moment.
+/// Only ranges that `SEEK_DATA` reports as data are read, so that a sparse disk of many GiB is digested quickly.
 #[track_caller]
 pub fn digest_grains(path: &Path) -> String {
     let file = open(path);
@@ -79,7 +79,7 @@ pub fn digest_grains(path: &Path) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// One range of a file, all of it.
+/// Reads `len` bytes of a file from byte `offset` on; panics if the file is shorter.
 #[track_caller]
 pub fn read_range(path: &Path, offset: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0; len];
@@ -87,50 +87,58 @@ pub fn read_range(path: &Path, offset: u64, len: usize) -> Vec<u8> {
     buf
 }
 
-/// Panics at the first byte in which two files differ, or if one is longer.
+/// Panics at the first byte in which two files differ, or if their lengths differ.
 #[track_caller]
-pub fn assert_same(seen: &Path, wanted: &Path) {
-    let (a, b) = (open(seen), open(wanted));
+pub fn assert_same(actual: &Path, expected: &Path) {
+    let (a, b) = (open(actual), open(expected));
     let len = length(&a);
-    assert_eq!(len, length(&b), "sizes of {} and {}", seen.display(), wanted.display());
+    assert_eq!(
+        len,
+        length(&b),
+        "sizes of {} and {}",
+        actual.display(),
+        expected.display()
+    );
     let (mut x, mut y) = (vec![0; CHUNK], vec![0; CHUNK]);
     for offset in (0..len).step_by(CHUNK) {
         let n = CHUNK.min(usize::try_from(len - offset).unwrap_or(CHUNK));
-        read_exact(&a, seen, offset, &mut x[..n]);
-        read_exact(&b, wanted, offset, &mut y[..n]);
-        assert_equal(seen, offset, &x[..n], &y[..n]);
+        read_exact(&a, actual, offset, &mut x[..n]);
+        read_exact(&b, expected, offset, &mut y[..n]);
+        assert_equal(actual, offset, &x[..n], &y[..n]);
     }
 }
 
-/// Compares `count` ranges of odd offsets and lengths, the ends of the file among them.
+/// Compares `count` random, unaligned ranges of two files; panics at the first difference.
+///
+/// Every eighth range extends beyond the end of the file, so that short reads are compared as well.
 #[track_caller]
-pub fn assert_same_at_random(seen: &Path, wanted: &Path, seed: u64, count: usize) {
-    let (a, b) = (open(seen), open(wanted));
+pub fn assert_same_at_random(actual: &Path, expected: &Path, seed: u64, count: usize) {
+    let (a, b) = (open(actual), open(expected));
     let len = length(&b);
     let mut rng = SmallRng::seed_from_u64(seed);
     let (mut x, mut y) = (vec![0; 1 << 18], vec![0; 1 << 18]);
     for round in 0..count {
-        // Small and large ones alike; every eighth ends at the end of the file, or runs past it.
+        // The length is uniform in its logarithm, so that small and large ranges are equally frequent.
         let limit = 1usize << rng.random_range(1..=18);
-        let want = rng.random_range(1..=limit);
+        let requested = rng.random_range(1..=limit);
         let start = if round % 8 == 0 {
-            len.saturating_sub(want as u64 / 2)
+            len.saturating_sub(requested as u64 / 2)
         } else {
             rng.random_range(0..len.max(1))
         };
-        let seen_len = read_some(&a, seen, start, &mut x[..want]);
-        let wanted_len = read_some(&b, wanted, start, &mut y[..want]);
+        let actual_len = read_some(&a, actual, start, &mut x[..requested]);
+        let expected_len = read_some(&b, expected, start, &mut y[..requested]);
         assert_eq!(
-            seen_len,
-            wanted_len,
-            "bytes read from {} at {start} (of {want})",
-            seen.display()
+            actual_len,
+            expected_len,
+            "bytes read from {} at {start} (of {requested})",
+            actual.display()
         );
-        assert_equal(seen, start, &x[..seen_len], &y[..wanted_len]);
+        assert_equal(actual, start, &x[..actual_len], &y[..expected_len]);
     }
 }
 
-/// The ranges that `SEEK_DATA` and `SEEK_HOLE` call data, joined where they touch.
+/// Returns the ranges that `SEEK_DATA` and `SEEK_HOLE` report as data, in bytes and in ascending order.
 #[track_caller]
 pub fn data_ranges(path: &Path) -> Vec<Range<u64>> {
     let file = open(path);
@@ -158,7 +166,7 @@ pub fn data_ranges(path: &Path) -> Vec<Range<u64>> {
     found
 }
 
-/// A buffer whose start is aligned to a page, as `O_DIRECT` wants it.
+/// A buffer whose start is aligned to a page, as `O_DIRECT` requires.
 #[derive(Debug)]
 pub struct Aligned {
     bytes: Vec<u8>,
@@ -167,27 +175,27 @@ pub struct Aligned {
 }
 
 impl Aligned {
-    /// Zeroes.
+    /// Creates a buffer of `len` zeroes.
     pub fn new(len: usize) -> Self {
         let bytes = vec![0; len + 4096];
         let skip = bytes.as_ptr().align_offset(4096);
         Self { bytes, skip, len }
     }
 
-    /// The bytes.
+    /// Returns the bytes of the buffer.
     pub fn bytes(&mut self) -> &mut [u8] {
         &mut self.bytes[self.skip..self.skip + self.len]
     }
 }
 
-/// The whole file through a mapping of it.
+/// Reads the whole file through a private memory mapping.
 #[allow(unsafe_code, reason = "mapping a file is what is tested")]
 #[track_caller]
 pub fn map_bytes(path: &Path) -> Vec<u8> {
     let file = open(path);
     let len = NonZeroUsize::new(usize::try_from(length(&file)).expect("a size")).expect("a file with something in it");
     // SAFETY: a new private mapping at an address of the kernel's choice, read once while the file (whose size is
-    // fixed) is open and mounted, and given back before anybody can see its address.
+    // fixed) is open and mounted, and unmapped before the function returns; no reference into it remains.
     unsafe {
         let at = mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, &file, 0).expect("mmap");
         let bytes = std::slice::from_raw_parts(at.cast::<u8>().as_ptr(), len.get()).to_vec();
@@ -196,7 +204,7 @@ pub fn map_bytes(path: &Path) -> Vec<u8> {
     }
 }
 
-/// A whole file through a shared mapping of it, to read and to write; unmapped when it is dropped.
+/// Shared, writable memory mapping of a whole file; unmapped on drop.
 #[derive(Debug)]
 pub struct Mapped {
     at: NonNull<c_void>,
@@ -205,25 +213,25 @@ pub struct Mapped {
 
 #[allow(unsafe_code, reason = "mapping a file is what is tested")]
 impl Mapped {
-    /// Maps a file that is open for both, and whose size is fixed.
+    /// Maps a file that is open for reading and writing and whose size is fixed.
     #[track_caller]
     pub fn new(file: &File) -> Self {
         let len =
             NonZeroUsize::new(usize::try_from(length(file)).expect("a size")).expect("a file with something in it");
         let both = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice; nobody knows it but this value.
+        // SAFETY: a new mapping at an address of the kernel's choice; only this value knows the address.
         let at = unsafe { mmap(None, len, both, MapFlags::MAP_SHARED, file, 0) }.expect("mmap");
         Self { at, len: len.get() }
     }
 
     /// The bytes of the file.
     pub fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: the mapping is that long and lasts as long as this value; that others may write to the file at the
-        // same time is the tests' to exclude.
+        // SAFETY: the mapping is `len` bytes long and lasts as long as this value, which the slice borrows. The tests
+        // ensure that nothing else writes to the file while they hold the slice.
         unsafe { std::slice::from_raw_parts_mut(self.at.cast::<u8>().as_ptr(), self.len) }
     }
 
-    /// Waits until what was written is durable.
+    /// Flushes the mapping with `msync(MS_SYNC)`; returns once all writes through it are durable.
     pub fn sync(&self) -> nix::Result<()> {
         // SAFETY: the range is the mapping itself.
         unsafe { msync(self.at, self.len, MsFlags::MS_SYNC) }
@@ -233,24 +241,24 @@ impl Mapped {
 impl Drop for Mapped {
     #[allow(unsafe_code, reason = "mapping a file is what is tested")]
     fn drop(&mut self) {
-        // SAFETY: nobody has a reference into the mapping any more: each borrows this value.
+        // SAFETY: no reference into the mapping is left: each one borrows this value.
         unsafe { munmap(self.at, self.len) }.ok();
     }
 }
 
-/// Opens for reading, or panics with the path.
+/// Opens a file for reading; panics with its path if that fails.
 #[track_caller]
 fn open(path: &Path) -> File {
     File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Its length.
+/// Returns the length of a file in bytes.
 #[track_caller]
 fn length(file: &File) -> u64 {
     file.metadata().expect("its size").len()
 }
 
-/// Fills `buf` or panics.
+/// Fills `buf` from byte `offset` on; panics if the file is shorter.
 #[track_caller]
 fn read_exact(file: &File, path: &Path, offset: u64, buf: &mut [u8]) {
     let len = buf.len();
@@ -258,7 +266,7 @@ fn read_exact(file: &File, path: &Path, offset: u64, buf: &mut [u8]) {
         .unwrap_or_else(|e| panic!("{}: {len} bytes at {offset}: {e}", path.display()));
 }
 
-/// As much as there is.
+/// Reads from byte `offset` on until `buf` is full or the file ends; returns the number of bytes read.
 #[track_caller]
 fn read_some(file: &File, path: &Path, offset: u64, buf: &mut [u8]) -> usize {
     let mut got = 0;
@@ -272,12 +280,12 @@ fn read_some(file: &File, path: &Path, offset: u64, buf: &mut [u8]) -> usize {
     got
 }
 
-/// Panics at the first byte that differs.
+/// Panics at the first byte that differs; `offset` is the position of both slices in the file.
 #[track_caller]
-fn assert_equal(path: &Path, offset: u64, seen: &[u8], wanted: &[u8]) {
-    if seen != wanted {
-        let at = seen.iter().zip(wanted).position(|(a, b)| a != b).unwrap_or(0);
-        let (a, b) = (seen[at], wanted[at]);
+fn assert_equal(path: &Path, offset: u64, actual: &[u8], expected: &[u8]) {
+    if actual != expected {
+        let at = actual.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
+        let (a, b) = (actual[at], expected[at]);
         panic!(
             "{} is wrong at byte {}: {a:#04x}, not {b:#04x}",
             path.display(),
@@ -290,7 +298,7 @@ fn assert_equal(path: &Path, offset: u64, seen: &[u8], wanted: &[u8]) {
 mod tests {
     use super::*;
 
-    /// 300 KiB of which the second 100 KiB are a hole, where the file system has holes.
+    /// Creates a file of 300 KiB of which the middle 100 KiB are a hole, if the file system supports holes.
     fn file() -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(300 << 10).unwrap();
@@ -314,30 +322,30 @@ mod tests {
     }
 
     #[test]
-    fn a_grain_digest_leaves_out_zeroes() {
+    fn a_grain_digest_skips_zeroes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(3 * DIGEST_BLOCK).unwrap();
         file.as_file().write_all_at(&[9], 2 * DIGEST_BLOCK + 5).unwrap();
-        let mut wanted = 2u64.to_le_bytes().to_vec();
-        wanted.resize(8 + DIGEST_BLOCK as usize, 0);
-        wanted[8 + 5] = 9;
-        assert_eq!(digest_grains(file.path()), digest(&wanted));
+        let mut expected = 2u64.to_le_bytes().to_vec();
+        expected.resize(8 + DIGEST_BLOCK as usize, 0);
+        expected[8 + 5] = 9;
+        assert_eq!(digest_grains(file.path()), digest(&expected));
     }
 
     #[test]
     #[should_panic(expected = "is wrong at byte 250000: 0x02, not 0x03")]
     fn one_wrong_byte_is_found() {
-        let (seen, wanted) = (file(), file());
-        wanted.as_file().write_all_at(&[3], 250_000).unwrap();
-        assert_same(seen.path(), wanted.path());
+        let (actual, expected) = (file(), file());
+        expected.as_file().write_all_at(&[3], 250_000).unwrap();
+        assert_same(actual.path(), expected.path());
     }
 
     #[test]
     #[should_panic(expected = "bytes read from")]
     fn a_file_that_ends_too_early_is_found_at_random() {
-        let (seen, wanted) = (file(), file());
-        seen.as_file().set_len((300 << 10) - 1).unwrap();
-        assert_same_at_random(seen.path(), wanted.path(), 1, 100);
+        let (actual, expected) = (file(), file());
+        actual.as_file().set_len((300 << 10) - 1).unwrap();
+        assert_same_at_random(actual.path(), expected.path(), 1, 100);
     }
 
     #[test]

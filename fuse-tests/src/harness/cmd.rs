@@ -1,4 +1,7 @@
-//! Running a program to its end, with a deadline and its output kept.
+//! Programs run by a test, with a deadline and captured output.
+//!
+//! A [`Cmd`] is built, then run to its end ([`Cmd::run`]), which yields an [`Outcome`] with assertions on the exit
+//! status and the output. A foreground mount is started without waiting (`Cmd::start`).
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -15,12 +18,13 @@ use nix::unistd::Pid;
 use super::process::{Ended, reap_orphans, wait_end};
 use super::scratch::User;
 
-/// Long enough for a slow machine, short enough to end a hung test run.
+/// Default deadline: long enough for a slow machine, short enough to end a test run that hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A program to run.
 ///
-/// Its output goes to unnamed files, not pipes: a daemon that it leaves behind cannot keep the reader waiting.
+/// Its output goes to unnamed files, not pipes: a daemon that the program leaves behind would keep the write end of a
+/// pipe open, and the reader would never see its end.
 #[derive(Debug)]
 pub struct Cmd {
     program: OsString,
@@ -32,7 +36,7 @@ pub struct Cmd {
 }
 
 impl Cmd {
-    /// The program with this name or path, found as a shell finds it (and in the `sbin` folders).
+    /// Creates a command for this program name or path, looked up in `PATH`, `/usr/sbin` and `/sbin`.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let program = program.as_ref().to_owned();
         Self {
@@ -45,14 +49,14 @@ impl Cmd {
         }
     }
 
-    /// One more argument.
+    /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
         self
     }
 
-    /// `KEY=PATH` as one argument, whatever bytes the path holds.
+    /// Adds `KEY=PATH` as one argument; the path may hold any bytes.
     #[must_use]
     pub fn key(self, key: &str, path: impl AsRef<OsStr>) -> Self {
         let mut word = OsString::from(format!("{key}="));
@@ -60,35 +64,35 @@ impl Cmd {
         self.arg(word)
     }
 
-    /// More arguments.
+    /// Adds several arguments.
     #[must_use]
     pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
         self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
-    /// The working directory.
+    /// Sets the working directory.
     #[must_use]
     pub fn dir(mut self, dir: impl AsRef<Path>) -> Self {
         self.dir = Some(dir.as_ref().as_os_str().to_owned());
         self
     }
 
-    /// A variable of the environment.
+    /// Sets an environment variable.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// Runs as somebody else, without further groups. Needs root.
+    /// Runs the program as another user, without supplementary groups; `None` keeps the current user. Needs root.
     #[must_use]
     pub fn user(mut self, user: Option<User>) -> Self {
         self.user = user;
         self
     }
 
-    /// The whole thing under `prlimit`, with at most this much private writable memory (heap, stacks of threads).
+    /// Runs the command under `prlimit --data`, which limits its private writable memory (heap, stacks) to `bytes`.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         let mut args = vec![OsString::from(format!("--data={bytes}")), self.program];
@@ -98,17 +102,19 @@ impl Cmd {
         self
     }
 
-    /// Another deadline than one minute.
+    /// Sets the deadline of [`run`](Self::run); the default is one minute.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Runs it to its end. Panics if it cannot be started or its deadline passes; it is killed then.
+    /// Runs the program to its end.
+    ///
+    /// Panics if the program cannot be started, or if its deadline passes; it is then killed.
     #[track_caller]
     pub fn run(self) -> Outcome {
-        let shown = self.to_string();
+        let command_line = self.to_string();
         let deadline = self.deadline;
         let running = self.start();
         match wait_end(running.pid, deadline) {
@@ -116,12 +122,12 @@ impl Cmd {
             None => {
                 running.kill();
                 let (stdout, stderr) = running.output();
-                panic!("`{shown}` did not end within {deadline:?}\nstdout: {stdout}\nstderr: {stderr}");
+                panic!("`{command_line}` did not end within {deadline:?}\nstdout: {stdout}\nstderr: {stderr}");
             }
         }
     }
 
-    /// Starts it and leaves it running.
+    /// Starts the program and returns at once.
     #[allow(
         clippy::zombie_processes,
         reason = "`wait_end` reaps it: it can wait with a deadline, `Child` cannot"
@@ -129,7 +135,7 @@ impl Cmd {
     #[track_caller]
     pub(super) fn start(self) -> Running {
         reap_orphans();
-        let shown = self.to_string();
+        let command_line = self.to_string();
         let (stdout, stderr) = (unnamed(), unnamed());
         let mut command = Command::new(&self.program);
         let path = std::env::var("PATH").unwrap_or_default();
@@ -145,7 +151,7 @@ impl Cmd {
             command.current_dir(dir);
         }
         if let Some(user) = self.user {
-            // The standard library drops all other groups when root changes the user.
+            // The standard library also drops all supplementary groups if root sets another user.
             command.uid(user.uid).gid(user.gid).env("HOME", "/");
             if self.dir.is_none() {
                 command.current_dir("/");
@@ -153,10 +159,10 @@ impl Cmd {
         }
         let child = command
             .spawn()
-            .unwrap_or_else(|e| panic!("`{shown}` cannot be started: {e}"));
+            .unwrap_or_else(|e| panic!("`{command_line}` cannot be started: {e}"));
         Running {
             pid: i32::try_from(child.id()).expect("a process id"),
-            shown,
+            command_line,
             stdout,
             stderr,
         }
@@ -172,32 +178,32 @@ impl fmt::Display for Cmd {
     }
 }
 
-/// A program that was started.
+/// A program that was started and not yet reaped.
 #[derive(Debug)]
 pub(super) struct Running {
     pub(super) pid: i32,
-    shown: String,
+    command_line: String,
     stdout: File,
     stderr: File,
 }
 
 impl Running {
-    /// What it has printed up to now.
+    /// Returns the standard output and the standard error printed so far.
     pub(super) fn output(&self) -> (String, String) {
         (text(&self.stdout), text(&self.stderr))
     }
 
-    /// Ends it for good.
+    /// Kills the program and reaps it.
     fn kill(&self) {
         kill(Pid::from_raw(self.pid), Signal::SIGKILL).ok();
         wait_end(self.pid, DEADLINE);
     }
 
-    /// Its outcome, now that it has ended.
+    /// Collects the output of the program, which has ended.
     fn outcome(self, ended: Ended) -> Outcome {
         let (stdout, stderr) = self.output();
         Outcome {
-            shown: self.shown,
+            command_line: self.command_line,
             ended,
             stdout,
             stderr,
@@ -205,34 +211,34 @@ impl Running {
     }
 }
 
-/// What a program did.
+/// Exit status and output of a program that has ended.
 #[derive(Debug)]
 pub struct Outcome {
-    shown: String,
-    /// How it ended.
+    command_line: String,
+    /// Exit status or signal.
     pub ended: Ended,
-    /// What it printed.
+    /// Captured standard output.
     pub stdout: String,
-    /// What it complained about.
+    /// Captured standard error.
     pub stderr: String,
 }
 
 impl Outcome {
-    /// Panics unless its exit status is `code`.
+    /// Panics unless the exit status is `code`.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Self {
         assert_eq!(self.ended.code, Some(code), "{self}");
         self
     }
 
-    /// Panics unless its exit status is 0.
+    /// Panics unless the exit status is 0.
     #[track_caller]
     pub fn ok(self) -> Self {
         self.expect_code(0)
     }
 
-    /// Panics unless it failed with status `code` and one clear line: on stderr, not a panic's output, with each of `words`
-    /// in it (in any case).
+    /// Panics unless the exit status is `code` and stderr is a single error line that contains each of `words`, in
+    /// upper or lower case, and is not the output of a panic.
     #[track_caller]
     pub fn one_error(self, code: i32, words: &[&str]) -> Self {
         let outcome = self.expect_code(code);
@@ -241,7 +247,7 @@ impl Outcome {
         outcome.error_names(words)
     }
 
-    /// Panics unless stderr holds each of `words`, in any case, and shows no panic.
+    /// Panics unless stderr contains each of `words`, in upper or lower case, and shows no panic.
     #[track_caller]
     pub fn error_names(self, words: &[&str]) -> Self {
         let low = self.stderr.to_lowercase();
@@ -249,13 +255,13 @@ impl Outcome {
         for word in words {
             assert!(
                 low.contains(&word.to_lowercase()),
-                "the error does not say {word:?}: {self}"
+                "the error does not contain {word:?}: {self}"
             );
         }
         self
     }
 
-    /// What it printed, as JSON.
+    /// Parses the standard output as JSON; panics if it is not JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("no JSON ({e}): {self}"))
@@ -265,7 +271,7 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Outcome {
-            shown,
+            command_line,
             ended,
             stdout,
             stderr,
@@ -275,16 +281,19 @@ impl fmt::Display for Outcome {
         } else {
             stdout
         };
-        write!(f, "`{shown}` ended with {ended:?}\nstdout: {stdout}\nstderr: {stderr}")
+        write!(
+            f,
+            "`{command_line}` ended with {ended:?}\nstdout: {stdout}\nstderr: {stderr}"
+        )
     }
 }
 
-/// A file that nothing names.
+/// Creates a file without a name, which the kernel frees when its last descriptor is closed.
 fn unnamed() -> File {
     tempfile::tempfile().expect("an unnamed file")
 }
 
-/// Everything in it, read without moving the offset that the process shares.
+/// Reads a whole output file. Positioned reads leave the file offset alone, which the program shares and writes at.
 fn text(file: &File) -> String {
     let len = file.metadata().expect("the size of the output").len();
     let mut bytes = vec![0; usize::try_from(len).expect("a size")];
@@ -297,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_and_status_are_kept() {
+    fn output_and_status_are_captured() {
         let outcome = Cmd::new("sh")
             .args(["-c", "echo out; echo It failed >&2; exit 7"])
             .run();
@@ -306,16 +315,16 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_does_not_keep_its_reader_waiting() {
+    fn a_daemon_does_not_block_the_reader_of_its_output() {
         let outcome = Cmd::new("sh")
-            .args(["-c", "sleep 30 & echo $!"])
-            .deadline(Duration::from_secs(20))
+            .args(["-c", "sleep 300 & echo $!"])
+            .deadline(Duration::from_secs(60))
             .run()
             .ok();
         let pid: i32 = outcome.stdout.trim().parse().unwrap();
         kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         assert_eq!(
-            wait_end(pid, Duration::from_secs(20)).unwrap().signal,
+            wait_end(pid, Duration::from_secs(60)).unwrap().signal,
             Some(9),
             "the orphan is reaped"
         );
@@ -323,13 +332,13 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "did not end within")]
-    fn a_deadline_ends_it() {
+    fn a_program_is_killed_at_its_deadline() {
         Cmd::new("sleep").arg("60").deadline(Duration::from_millis(50)).run();
     }
 
     #[test]
     #[should_panic(expected = "not one line of error")]
-    fn two_lines_are_not_one() {
+    fn two_lines_are_not_one_error() {
         Cmd::new("sh")
             .args(["-c", "echo a >&2; echo b >&2; exit 1"])
             .run()

@@ -1,4 +1,7 @@
-//! Many images in one test: all are tried, and those that failed are named together.
+//! Many images in one test: all are tried, and the failed ones are reported together.
+//!
+//! [`each`] runs one check for every item on a few threads. [`open_hostile`] mounts an image that must not be trusted,
+//! with bounded memory and time, and reports whether the program refused it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -11,16 +14,18 @@ use super::cmd::Outcome;
 use super::mount::Mount;
 use super::scratch::Scratch;
 
-/// Threads that work on the images of one test: other tests run beside it.
+/// Threads of one test. A small number, since other tests run at the same time.
 const THREADS: usize = 2;
 
-/// The most memory of its own that the program may take for an image that wants more than it should get.
+/// Limit on the private memory of the program, in bytes: a hostile image must not make it allocate more.
 const MEMORY: u64 = 128 << 20;
 
-/// The most time for the answer to such an image. It is far above what is expected; speed is measured elsewhere.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// Deadline for the program's answer to a hostile image. It only ends a hang; speed is measured elsewhere.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Runs `check` for every item, also after one has failed, and panics with the names of those that did.
+/// Runs `check` for every item, continues after a failure, and panics at the end with the names of all failed items.
+///
+/// A check fails by a panic, whose message is reported. An empty list of items fails as well.
 #[track_caller]
 pub fn each<T: Sync>(items: &[T], name: impl Fn(&T) -> String + Sync, check: impl Fn(&T) + Sync) {
     let failed = Mutex::new(Vec::new());
@@ -28,12 +33,13 @@ pub fn each<T: Sync>(items: &[T], name: impl Fn(&T) -> String + Sync, check: imp
     let work = || {
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(item))) {
-                let said = panic.downcast_ref::<String>().cloned();
-                let said = said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()));
+                // The payload of a panic with format arguments is a `String`, without them a `&str`.
+                let message = panic.downcast_ref::<String>().cloned();
+                let message = message.or_else(|| panic.downcast_ref::<&str>().map(|message| (*message).to_owned()));
                 failed
                     .lock()
                     .expect("the list")
-                    .push(format!("{}: {}", name(item), said.unwrap_or_default()));
+                    .push(format!("{}: {}", name(item), message.unwrap_or_default()));
             }
         }
     };
@@ -41,20 +47,20 @@ pub fn each<T: Sync>(items: &[T], name: impl Fn(&T) -> String + Sync, check: imp
     let failed = failed.into_inner().expect("the list");
     let (bad, all) = (failed.len(), items.len());
     assert!(failed.is_empty(), "{bad} of {all} failed:\n\n{}", failed.join("\n\n"));
-    assert!(all > 0, "there was nothing to try");
+    assert!(all > 0, "no item to check");
 }
 
-/// What the program did with an image that nobody should trust.
+/// Reaction of the program to a hostile image.
 #[derive(Debug)]
 pub enum Answer {
-    /// It refused: status 1, one clear line, nothing left behind.
+    /// The program refused the image: exit status 1, one line of error, no mount left.
     Refused(Outcome),
-    /// It mounted; the path is that of the raw file. The mount goes with the answer.
+    /// The program mounted the image; the path is that of the raw file. Dropping the answer unmounts it.
     Mounted(Box<Mount>, PathBuf),
 }
 
 impl Answer {
-    /// Panics unless it refused.
+    /// Panics with `why` unless the program refused the image.
     #[track_caller]
     pub fn refused(self, why: &str) -> Outcome {
         match self {
@@ -64,7 +70,9 @@ impl Answer {
     }
 }
 
-/// Opens a hostile image, at the mount point `name` of its own, with bounded memory and time.
+/// Mounts a hostile image at a mount point `mnt-NAME` of its own, with bounded memory and time.
+///
+/// Panics if a refusal is not one line of error, or leaves a mount.
 #[track_caller]
 pub fn open_hostile(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Answer {
     let point = format!("mnt-{name}");
@@ -92,7 +100,7 @@ pub fn open_hostile(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBu
             let line = outcome.stderr.trim();
             assert!(
                 line.len() < 1000,
-                "the error is no clear line, it has {} bytes: {:.300}",
+                "the error line is too long, it has {} bytes: {:.300}",
                 line.len(),
                 line
             );

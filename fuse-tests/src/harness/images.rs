@@ -1,4 +1,4 @@
-//! Raw originals, and what qemu-img makes of them.
+//! Raw originals, images made of them by qemu-img, and deliberate damage to the tables of an image.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use rand::{Rng, RngCore, SeedableRng};
 
 use super::cmd::{Cmd, Outcome};
 
-/// Runs qemu-img to its successful end.
+/// Runs qemu-img; panics unless it succeeds.
 #[track_caller]
 pub fn qemu_img(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Outcome {
     Cmd::new("qemu-img")
@@ -22,7 +22,7 @@ pub fn qemu_img(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Outcome {
         .ok()
 }
 
-/// Makes a raw file of `len` bytes with islands of noise, text and explicit zeroes in it.
+/// Creates a raw file of `len` bytes with islands of random and compressible data; the rest is a hole.
 #[track_caller]
 pub fn raw_with_islands(path: &Path, len: u64, seed: u64) {
     File::create(path)
@@ -31,9 +31,10 @@ pub fn raw_with_islands(path: &Path, len: u64, seed: u64) {
     fill_islands(path, seed);
 }
 
-/// Writes about one island for each MiB into a file: at odd places, of up to 200 KB, the first and the last sectors among them.
+/// Writes about one island for each MiB into a file, at unaligned offsets and of up to 200 KB each.
 ///
-/// Half of the bytes compress well and half do not.
+/// The first island is at the start of the file and the second at its end. Every fourth island compresses well (one
+/// repeated letter); the others are random bytes.
 #[track_caller]
 pub fn fill_islands(path: &Path, seed: u64) {
     let file = File::options().write(true).open(path).expect("opening the raw file");
@@ -58,7 +59,7 @@ pub fn fill_islands(path: &Path, seed: u64) {
     }
 }
 
-/// The ranges that hold data by `qemu-img map`, in bytes, joined where they touch.
+/// Returns the ranges that `qemu-img map` reports as data, in bytes; adjacent ranges are merged.
 #[track_caller]
 pub fn qemu_data_ranges(path: &Path, format: &str) -> Vec<Range<u64>> {
     let args = [
@@ -84,14 +85,16 @@ pub fn qemu_data_ranges(path: &Path, format: &str) -> Vec<Range<u64>> {
     ranges
 }
 
-/// A monolithic sparse file, to look at its tables and to damage them. Little endian, offsets in sectors.
+/// The bytes of a monolithic sparse file, for reading and damaging its grain tables.
+///
+/// All fields are little endian; offsets in the file are in sectors of 512 bytes.
 #[derive(Debug)]
 pub struct Hosted {
     bytes: Vec<u8>,
 }
 
 impl Hosted {
-    /// Reads a file that qemu-img made.
+    /// Reads a file that qemu-img created; panics if it is not a hosted sparse extent.
     #[track_caller]
     pub fn read(path: &Path) -> Self {
         let bytes = fs::read(path).expect("the image");
@@ -99,41 +102,43 @@ impl Hosted {
         Self { bytes }
     }
 
-    /// Replaces the entry of grain `number` in both tables, and answers what it was.
+    /// Replaces the entry of grain `number` in the grain table and its redundant copy; returns the old entry.
     pub fn set_entry(&mut self, number: usize, value: u32) -> u32 {
-        // rgdOffset is at byte 48, gdOffset at 56; tables have 512 entries.
-        let places = [48, 56].map(|field| {
+        // The header names the redundant directory (rgdOffset, byte 48) and the directory (gdOffset, byte 56). Each
+        // directory entry names a grain table of 512 entries.
+        let offsets = [48, 56].map(|field| {
             let directory = self.u64_at(field) as usize * 512;
             self.u32_at(directory + number / 512 * 4) as usize * 512 + number % 512 * 4
         });
-        let old = self.u32_at(places[1]);
-        for place in places {
-            self.bytes[place..place + 4].copy_from_slice(&value.to_le_bytes());
+        let old = self.u32_at(offsets[1]);
+        for offset in offsets {
+            self.bytes[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
         }
         old
     }
 
-    /// The number of the first grain that is stored.
+    /// Returns the number of the first stored grain; panics if the first grain table has none.
     pub fn first_stored(&self) -> usize {
         let directory = self.u64_at(56) as usize * 512;
         let table = self.u32_at(directory) as usize * 512;
+        // Entry 0 is an unallocated grain, entry 1 a zeroed one; any larger value is the sector of a stored grain.
         (0..512)
             .find(|number| self.u32_at(table + number * 4) > 1)
             .expect("a stored grain")
     }
 
-    /// Writes it.
+    /// Writes the bytes to a file.
     #[track_caller]
     pub fn write(&self, path: &Path) {
         fs::write(path, &self.bytes).expect("the damaged image");
     }
 
-    /// A field of 64 bits.
+    /// Returns the 64-bit field at byte `at`.
     fn u64_at(&self, at: usize) -> u64 {
         u64::from_le_bytes(self.bytes[at..at + 8].try_into().expect("eight bytes"))
     }
 
-    /// A field of 32 bits.
+    /// Returns the 32-bit field at byte `at`.
     fn u32_at(&self, at: usize) -> u32 {
         u32::from_le_bytes(self.bytes[at..at + 4].try_into().expect("four bytes"))
     }

@@ -1,20 +1,23 @@
-//! Black-box tests of the program on real mounts: run it, look at the mount as a user would, leave nothing behind.
+//! Harness of the black-box tests: run the program, examine the mount as a user would, clean up everything.
 //!
 //! ```text
-//!   Scratch            a folder of its own for each test; ends with every mount below it undone
-//!     ├─ images        raw originals with islands of data, qemu-img's conversions of them
-//!     ├─ Cmd           any program, with a deadline and its output kept
-//!     └─ Mount         one run of `vmdkfuse`; its Drop unmounts and ends the process, also after a panic
-//!   runs               where a disk's sectors lie, by the library
-//!   bytes              what is compared: whole files, random ranges, data and holes
-//!   need               a tool that is missing skips loudly, or fails where everything is required
+//!   scratch            one folder for each test; its Drop unmounts everything below it, then removes it
+//!     ├─ images        raw originals with islands of data, conversions by qemu-img
+//!     ├─ cmd           any program, with a deadline and captured output
+//!     ├─ mount         one run of `vmdkfuse`; its Drop unmounts and ends the process, also after a panic
+//!     └─ hostile_matrix   many images in one test, on several threads
+//!   mounts             the kernel's mount table
+//!   process            exit statuses, peak memory, polling with a deadline
+//!   runs               the runs of a disk, as the library reports them
+//!   bytes              comparison of whole files, random ranges, data and holes
+//!   requirements       a missing tool skips the test loudly, or fails it where every test is required
 //! ```
-//! Three things keep a broken program from hanging the tests: every command has a deadline, every wait polls for
-//! an event until one, and each [`Mount`] has a watchdog that kills its process, so that a read that never comes
-//! back ends with an error instead.
+//! Three measures keep a broken program from hanging the tests. Every command has a deadline. Every wait polls for an
+//! event until a deadline. Each [`Mount`] has a watchdog that kills its process, so that a read that hangs ends with an
+//! error. The deadlines only bound a failure: they are generous, and a test that passes never waits for one.
 //!
-//! The test process makes itself the reaper of orphans: the daemon's exit status, which no shell ever sees, can then
-//! be asserted, and no zombies pile up.
+//! The test process is a child subreaper (`PR_SET_CHILD_SUBREAPER`): the daemon, which is orphaned when it goes into
+//! the background, becomes its child. Tests can then assert the daemon's exit status, and no zombies pile up.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

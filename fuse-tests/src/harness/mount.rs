@@ -1,4 +1,12 @@
 //! One run of the program that mounts, from its start to its clean end.
+//!
+//! ```text
+//!   MountCmd ──start──▶ Mount ──unmount──▶ exit status 0 asserted
+//!       │                  └──drop──▶ unmounted, by force if it must be; the process is ended and reaped
+//!       └─refused─▶ Outcome: no mount, no new name and no pidfile are left
+//! ```
+//! The process is known by its pidfile: in the background the test sees only the launching command, and the daemon is a
+//! grandchild that the test process reaps as a child subreaper.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -15,16 +23,16 @@ use super::mounts::{MountEntry, mounts_below};
 use super::process::{Ended, is_running, peak_memory, poll_until, wait_end};
 use super::scratch::{Scratch, detach};
 
-/// How long a mount may take to appear or to go.
-const DEADLINE: Duration = Duration::from_secs(20);
+/// Deadline for a mount to appear or disappear, and for its process to end.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long a process may take from its fork to the program that it executes.
-const STARTING: Duration = Duration::from_secs(2);
+/// Deadline for a mount to stop being busy because of a file that a child process inherited (see [`Mount::unmount`]).
+const INHERITED_FILES: Duration = Duration::from_secs(60);
 
-/// How long a test may hold one mount: after it a read that hangs is ended by ending the process.
+/// Longest lifetime of one mount in a test. Then its process is killed, which ends a read that hangs with an error.
 const WATCHDOG: Duration = Duration::from_secs(120);
 
-/// A mount to make.
+/// A mount to create: the command line of the program, and assertions about its result.
 #[derive(Debug)]
 pub struct MountCmd<'s> {
     scratch: &'s Scratch,
@@ -38,7 +46,7 @@ pub struct MountCmd<'s> {
 }
 
 impl<'s> MountCmd<'s> {
-    /// At the folder `mnt`, which is made when it is not there.
+    /// Creates a command that mounts at the folder `mnt`, which is created if it does not exist.
     pub(super) fn new(scratch: &'s Scratch) -> Self {
         let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
         let (point, args) = (scratch.path("mnt"), Vec::new());
@@ -55,72 +63,72 @@ impl<'s> MountCmd<'s> {
         }
     }
 
-    /// Another mount point, below the test's folder. Nothing is made there.
+    /// Sets another mount point, below the test's folder. It is not created.
     #[must_use]
     pub fn at(mut self, name: impl AsRef<Path>) -> Self {
         self.point = self.scratch.path(name);
         self
     }
 
-    /// An option or a `KEY=VALUE`.
+    /// Adds an option or a `KEY=VALUE`.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
         self
     }
 
-    /// `file=PATH`, a path below the test's folder or a full one.
+    /// Adds `file=PATH`; the path is absolute or relative to the test's folder.
     #[must_use]
     pub fn file(mut self, path: impl AsRef<Path>) -> Self {
-        let mut word = OsString::from("file=");
-        word.push(self.scratch.path(path));
-        self.args.push(word);
+        let mut argument = OsString::from("file=");
+        argument.push(self.scratch.path(path));
+        self.args.push(argument);
         self
     }
 
-    /// Stay in the foreground (`-f`).
+    /// Keeps the program in the foreground (`-f`), which captures its output.
     #[must_use]
     pub fn foreground(mut self) -> Self {
         self.foreground = true;
         self
     }
 
-    /// Another name for the pidfile, below the test's folder.
+    /// Sets another name for the pidfile, below the test's folder.
     #[must_use]
     pub fn pidfile(mut self, name: impl AsRef<Path>) -> Self {
         self.pidfile = Some(self.scratch.path(name));
         self
     }
 
-    /// No `--pidfile`: only for mounts that are refused, since the process is not known then.
+    /// Omits `--pidfile`. Only for mounts that are refused: without a pidfile the process is not known.
     #[must_use]
     pub fn without_pidfile(mut self) -> Self {
         self.pidfile = None;
         self
     }
 
-    /// See [`Cmd::env`].
+    /// Sets an environment variable, as [`Cmd::env`] does.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// How long the command may take.
+    /// Sets the deadline of the command.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// See [`Cmd::memory`].
+    /// Limits the private writable memory, as [`Cmd::memory`] does.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = Some(bytes);
         self
     }
 
-    /// Mounts, or panics with what the program said.
+    /// Mounts; panics with the program's output if that fails.
     #[track_caller]
     pub fn start(self) -> Mount {
         match self.try_start() {
@@ -129,10 +137,12 @@ impl<'s> MountCmd<'s> {
         }
     }
 
-    /// Mounts; `Err` if the program ended with another status than 0.
+    /// Mounts, or returns the outcome of a program that exited with a status other than 0.
     ///
-    /// In the background the program must have mounted when it returns. In the foreground its pidfile is waited for,
-    /// which it writes once the files can be read.
+    /// In the background the mount must exist when the program returns. In the foreground this function waits for the
+    /// pidfile, which the program writes once the files can be read.
+    ///
+    /// Panics if the program reports success without a mount, or if the foreground program ends.
     #[track_caller]
     pub fn try_start(self) -> Result<Mount, Outcome> {
         let before = mounts_below(self.scratch.root());
@@ -156,7 +166,7 @@ impl<'s> MountCmd<'s> {
         let Some(entry) = entry else {
             kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
             panic!(
-                "status 0, but nothing is mounted at {}: {:?}",
+                "exit status 0, but nothing is mounted at {}; the mounts are {:?}",
                 point.display(),
                 mounts_below(&root)
             );
@@ -168,7 +178,7 @@ impl<'s> MountCmd<'s> {
             running,
             entry,
             ended: None,
-            watchdog: Some(watch(pid)),
+            watchdog: Some(start_watchdog(pid)),
         })
     }
 
@@ -178,15 +188,15 @@ impl<'s> MountCmd<'s> {
         self.refused_with_any(&[code])
     }
 
-    /// The same, where one of several statuses will do.
+    /// Panics like [`refused`](Self::refused), but accepts any of several exit statuses.
     #[track_caller]
     pub fn refused_with_any(self, codes: &[i32]) -> Outcome {
         let (scratch, point, pidfile) = (self.scratch, self.point.clone(), self.pidfile.clone());
         let before = mounts_below(scratch.root());
-        let was_there = point == scratch.path("mnt") || point.exists();
-        // Also in the foreground the program must end by itself here, so both are waited for alike.
+        let existed = point == scratch.path("mnt") || point.exists();
+        // A refused program ends on its own in the foreground as well, so both cases wait for its end.
         match self.in_background().try_start() {
-            Ok(mount) => panic!("mounted at {} where it had to refuse", mount.point.display()),
+            Ok(mount) => panic!("mounted at {}, but a refusal was expected", mount.point.display()),
             Err(outcome) => {
                 assert_eq!(
                     mounts_below(scratch.root()),
@@ -195,7 +205,7 @@ impl<'s> MountCmd<'s> {
                 );
                 assert_eq!(
                     point.exists(),
-                    was_there,
+                    existed,
                     "a failed mount changed its mount point: {outcome}"
                 );
                 assert!(
@@ -211,7 +221,7 @@ impl<'s> MountCmd<'s> {
         }
     }
 
-    /// Passes `-f` on and waits for the end of the process all the same.
+    /// Replaces the foreground mode by a plain `-f` argument, so that the caller waits for the end of the process.
     fn in_background(mut self) -> Self {
         if self.foreground {
             self.foreground = false;
@@ -220,7 +230,7 @@ impl<'s> MountCmd<'s> {
         self
     }
 
-    /// The command line.
+    /// Builds the command line; creates the folder `mnt` if it is the mount point.
     fn command(self) -> Cmd {
         if self.point == self.scratch.path("mnt") && !self.point.exists() {
             self.scratch.mkdir("mnt");
@@ -241,7 +251,7 @@ impl<'s> MountCmd<'s> {
     }
 }
 
-/// A mount that is there. Its Drop unmounts it, ends its process and waits for that.
+/// An existing mount. Its Drop unmounts it and waits until its process has ended, or kills the process.
 #[derive(Debug)]
 pub struct Mount {
     point: PathBuf,
@@ -254,22 +264,22 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// The mount point as it was given.
+    /// Returns the mount point as it was given on the command line.
     pub fn point(&self) -> &Path {
         &self.point
     }
 
-    /// The kernel's line about it.
+    /// Returns the entry of the mount in the kernel's mount table.
     pub fn entry(&self) -> &MountEntry {
         &self.entry
     }
 
-    /// A file in it.
+    /// Returns the path of a file in the mount.
     pub fn file(&self, name: impl AsRef<Path>) -> PathBuf {
         self.entry.point.join(name)
     }
 
-    /// The names in it, in order.
+    /// Lists the names in the mount, sorted.
     #[track_caller]
     pub fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.entry.point).expect("listing the mount");
@@ -280,37 +290,37 @@ impl Mount {
         names
     }
 
-    /// The process that serves it.
+    /// Returns the process ID of the daemon.
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// The most memory that the process has had, in bytes.
+    /// Returns the peak resident memory of the daemon in bytes.
     pub fn peak_memory(&self) -> u64 {
         peak_memory(self.pid)
     }
 
-    /// What the program has said, if it runs in the foreground.
+    /// Returns stdout and stderr printed so far if the program runs in the foreground, else two empty strings.
     pub fn output(&self) -> (String, String) {
         self.running.as_ref().map(Running::output).unwrap_or_default()
     }
 
-    /// Whether it is in the table of mounts.
+    /// Returns true if the mount is in the kernel's mount table.
     pub fn is_mounted(&self) -> bool {
         mounts_below(&self.root).contains(&self.entry)
     }
 
-    /// Whether its process runs.
+    /// Returns true while the daemon runs.
     pub fn is_running(&self) -> bool {
         self.ended.is_none() && is_running(self.pid)
     }
 
-    /// Sends a signal to its process.
+    /// Sends a signal to the daemon.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid), signal).expect("sending a signal");
     }
 
-    /// Waits for the mount to go from the table of mounts.
+    /// Waits until the mount has disappeared from the kernel's mount table; panics after the deadline.
     #[track_caller]
     pub fn wait_unmounted(&self) {
         assert!(
@@ -320,7 +330,7 @@ impl Mount {
         );
     }
 
-    /// Waits for the process to end by itself; panics if it does not.
+    /// Waits until the daemon has ended on its own; panics after the deadline.
     #[track_caller]
     pub fn wait_end(&mut self) -> Ended {
         if self.ended.is_none() {
@@ -337,19 +347,20 @@ impl Mount {
         }
     }
 
-    fn ask_to_unmount(&self) -> Outcome {
+    fn fusermount(&self) -> Outcome {
         Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run()
     }
 
-    /// Unmounts as a user does, and waits for the process: it must end with status 0.
+    /// Unmounts with `fusermount3 -u` as a user does; panics unless the daemon then exits with status 0.
     #[track_caller]
     pub fn unmount(mut self) {
-        // a process that another thread starts just now has our open files for an instant, until it executes its program
-        let mut outcome = self.ask_to_unmount();
-        poll_until(STARTING, || {
+        // A child process that another thread starts at this moment inherits our open files until it calls exec, and
+        // keeps the mount busy for that time.
+        let mut outcome = self.fusermount();
+        poll_until(INHERITED_FILES, || {
             let busy = outcome.stderr.contains("busy");
             if busy {
-                outcome = self.ask_to_unmount();
+                outcome = self.fusermount();
             }
             !busy
         });
@@ -368,8 +379,8 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         if self.is_mounted() {
-            let polite = Cmd::new("fusermount3").arg("-uq").arg(&self.entry.point).run();
-            if polite.ended.code != Some(0) {
+            let unmounted = Cmd::new("fusermount3").arg("-uq").arg(&self.entry.point).run();
+            if unmounted.ended.code != Some(0) {
                 detach(&self.entry.point);
             }
         }
@@ -379,23 +390,27 @@ impl Drop for Mount {
             kill(Pid::from_raw(self.pid), Signal::SIGKILL).ok();
             wait_end(self.pid, DEADLINE);
         }
-        // A second panic while one is under way would hide the first.
+        // A panic during a panic aborts the process, which would hide the first message.
         if stuck && !thread::panicking() {
-            panic!("process {} did not end after its mount was gone", self.pid);
+            panic!(
+                "process {} still ran {DEADLINE:?} after its mount had disappeared",
+                self.pid
+            );
         }
     }
 }
 
-/// Whether this mount can be the one that was asked for: at the path itself, or at its folder for a new name in it.
+/// Returns true if `entry` can be the requested mount: a FUSE mount at `point`, or at its folder for a new name in it.
 fn serves(point: &Path, entry: &MountEntry) -> bool {
-    let kind = entry.kind.starts_with("fuse");
-    kind && (entry.point == point || Some(entry.point.as_path()) == point.parent())
+    let is_fuse = entry.fs_type.starts_with("fuse");
+    is_fuse && (entry.point == point || Some(entry.point.as_path()) == point.parent())
 }
 
-/// Waits for the pidfile of a foreground process, or panics when the program ends or takes too long.
+/// Waits until a foreground process has written its pidfile; panics if the process ends or the deadline passes.
 #[track_caller]
 fn wait_for_pidfile(pidfile: Option<&Path>, running: &Running) {
-    let pidfile = pidfile.expect("a foreground mount is waited for by its pidfile");
+    let pidfile = pidfile.expect("a foreground mount needs a pidfile");
+    // The line feed is the last byte: without it the file is still being written.
     let written = || fs::read_to_string(pidfile).is_ok_and(|text| text.ends_with('\n'));
     poll_until(DEADLINE, || written() || !is_running(running.pid));
     if !written() {
@@ -405,15 +420,15 @@ fn wait_for_pidfile(pidfile: Option<&Path>, running: &Running) {
     }
 }
 
-/// The process that the pidfile names.
+/// Reads the process ID from the pidfile; panics if that process does not run.
 #[track_caller]
 fn read_pid(pidfile: Option<&Path>, outcome: &Outcome) -> i32 {
-    let pidfile = pidfile.unwrap_or_else(|| panic!("a background mount without pidfile cannot be followed: {outcome}"));
-    let text = fs::read_to_string(pidfile).unwrap_or_else(|e| panic!("status 0 without pidfile ({e}): {outcome}"));
+    let pidfile = pidfile.unwrap_or_else(|| panic!("a background mount needs a pidfile: {outcome}"));
+    let text = fs::read_to_string(pidfile).unwrap_or_else(|e| panic!("status 0, but no pidfile ({e}): {outcome}"));
     let pid = text
         .trim()
         .parse()
-        .unwrap_or_else(|e| panic!("{text:?} in the pidfile ({e})"));
+        .unwrap_or_else(|e| panic!("the pidfile contains {text:?}, not a process ID ({e})"));
     assert!(
         is_running(pid),
         "the pidfile names process {pid}, which does not run: {outcome}"
@@ -421,12 +436,12 @@ fn read_pid(pidfile: Option<&Path>, outcome: &Outcome) -> i32 {
     pid
 }
 
-/// Kills the process after [`WATCHDOG`] unless the sender is dropped before.
-fn watch(pid: i32) -> Sender<()> {
+/// Starts a thread that kills the process after [`WATCHDOG`], unless the returned sender is dropped before.
+fn start_watchdog(pid: i32) -> Sender<()> {
     let (sender, receiver) = channel::<()>();
     thread::spawn(move || {
         if receiver.recv_timeout(WATCHDOG) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("WATCHDOG: process {pid} served a mount for {WATCHDOG:?}; it is killed");
+            eprintln!("WATCHDOG: process {pid} served a mount for {WATCHDOG:?} and is killed");
             kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
         }
     });

@@ -1,4 +1,4 @@
-//! The kernel's table of mounts.
+//! The kernel's mount table.
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountEntry {
-    /// Where it is mounted.
+    /// Mount point.
     pub point: PathBuf,
-    /// Its type, `fuse.vmdkfuse` for example.
-    pub kind: String,
-    /// What it calls its source.
+    /// File system type, for example `fuse.vmdkfuse`.
+    pub fs_type: String,
+    /// Source, as the file system reports it (`fsname=`).
     pub source: String,
-    /// Options of the mount and of its file system, joined by commas.
+    /// Options of the mount and of its superblock, separated by commas.
     pub options: String,
 }
 
-/// The mounts at `dir` and below it, the newest first.
+/// Returns the mounts at `dir` and below it, the newest first: the order in which they can be unmounted.
 pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
     let text = fs::read("/proc/self/mountinfo").expect("the table of mounts");
     let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
@@ -30,20 +30,22 @@ pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
     found
 }
 
-/// `36 35 98:0 / /point rw,noatime master:1 - kind source rw`; the fields before the dash vary in number.
+/// Parses one line of mountinfo: `36 35 98:0 / /point rw,noatime master:1 - type source rw`.
+///
+/// The number of optional fields before the dash varies.
 fn parse(line: &[u8]) -> Option<MountEntry> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let dash = fields.iter().position(|field| field == b"-")?;
-    let word = |at: usize| fields.get(at).map(|field| String::from_utf8_lossy(field).into_owned());
+    let field = |at: usize| fields.get(at).map(|field| String::from_utf8_lossy(field).into_owned());
     Some(MountEntry {
         point: PathBuf::from(OsString::from_vec(unescape(fields.get(4)?))),
-        kind: word(dash + 1)?,
-        source: word(dash + 2)?,
-        options: format!("{},{}", word(5)?, word(dash + 3)?),
+        fs_type: field(dash + 1)?,
+        source: field(dash + 2)?,
+        options: format!("{},{}", field(5)?, field(dash + 3)?),
     })
 }
 
-/// The kernel writes blanks and the like as `\040`.
+/// Decodes the kernel's octal escapes (`\040` for a blank).
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -73,7 +75,7 @@ mod tests {
         let entry = parse(line).unwrap();
         assert_eq!(entry.point, Path::new("/tmp/a b"));
         assert_eq!(
-            (entry.kind.as_str(), entry.source.as_str()),
+            (entry.fs_type.as_str(), entry.source.as_str()),
             ("fuse.vmdkfuse", "disk.vmdk")
         );
         assert_eq!(entry.options, "rw,nosuid,ro,user_id=0");

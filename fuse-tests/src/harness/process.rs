@@ -1,4 +1,4 @@
-//! Processes and events: waiting for them with a deadline.
+//! Processes: their end, their memory, and polling with a deadline for events that the system does not announce.
 
 use std::fs;
 use std::sync::Once;
@@ -9,19 +9,19 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// How often an event is looked for that the system does not announce.
-const TICK: Duration = Duration::from_millis(5);
+/// Poll interval.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
-    /// Its exit status, where it exited.
+    /// Exit status; `None` if a signal ended the process or the status is not known.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// Signal that ended the process, if any.
     pub signal: Option<i32>,
 }
 
-/// Looks at `event` until it is true; false after `limit`.
+/// Polls `event` until it returns true. Returns false if it does not within `limit`; `event` is polled at least once.
 pub fn poll_until(limit: Duration, mut event: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {
@@ -31,11 +31,13 @@ pub fn poll_until(limit: Duration, mut event: impl FnMut() -> bool) -> bool {
         if Instant::now() >= deadline {
             return false;
         }
-        thread::sleep(TICK);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
-/// The most memory that a process has had, in bytes; of our own since `/proc/self/clear_refs` was told to count anew.
+/// Returns the peak resident memory of a process (`VmHWM`) in bytes.
+///
+/// A process resets its own peak by writing 5 to `/proc/self/clear_refs`.
 pub fn peak_memory(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of the process");
     let line = status
@@ -45,9 +47,9 @@ pub fn peak_memory(pid: i32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
 }
 
-/// Waits until the process `pid` has ended, and reaps it; `None` after `limit`.
+/// Waits until the process `pid` has ended, and reaps it. Returns `None` if it still runs after `limit`.
 ///
-/// Where it is not a child of ours (and nobody's orphan either) only the end itself is seen: both fields are `None`.
+/// If the process is not a child of this process, its status is not known: both fields of the answer are `None`.
 pub fn wait_end(pid: i32, limit: Duration) -> Option<Ended> {
     let mut ended = None;
     poll_until(limit, || {
@@ -71,20 +73,20 @@ pub fn wait_end(pid: i32, limit: Duration) -> Option<Ended> {
     ended
 }
 
-/// Whether a process of this number runs (a zombie does not).
+/// Returns true if a process with this ID runs. A zombie does not run.
 pub fn is_running(pid: i32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return false;
     };
-    // The state follows the name, which is in parentheses and may hold anything.
+    // The state follows the program's name, which is in parentheses and may itself contain parentheses and blanks.
     let state = stat
         .rsplit_once(')')
         .and_then(|(_, rest)| rest.trim_start().chars().next());
     !matches!(state, Some('Z' | 'X') | None)
 }
 
-/// Makes orphans below this process its children, so that a daemon's exit status can be seen.
+/// Makes this process a child subreaper: an orphaned descendant becomes its child, so it can wait for a daemon.
 pub(super) fn reap_orphans() {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| nix::sys::prctl::set_child_subreaper(true).expect("becoming the reaper of orphans"));
+    ONCE.call_once(|| nix::sys::prctl::set_child_subreaper(true).expect("becoming a child subreaper"));
 }

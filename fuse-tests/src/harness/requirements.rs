@@ -1,7 +1,7 @@
-//! What a test needs from the machine, and the program under test.
+//! Requirements of tests on the machine, and the path of the program under test.
 //!
-//! A missing tool skips the test with a line that cannot be overlooked; where `VMDKFUSE_REQUIRE=all` is set (as in
-//! continuous integration) it fails instead, so that a green run there has run everything.
+//! If a requirement is missing, the test prints a `SKIPPED` line and returns. If `VMDKFUSE_REQUIRE=all` is set, as in
+//! continuous integration, the test fails instead, so that a successful run there has run every test.
 
 use std::env;
 use std::ffi::OsStr;
@@ -10,24 +10,26 @@ use std::path::{Path, PathBuf};
 
 use super::cmd::Cmd;
 
-/// The program under test: `VMDKFUSE_BIN`, else the newer one of `release/vmdkfuse` and `debug/vmdkfuse` in the target
-/// directory that this test was built in. Building it is the caller's work (`make test` does it).
+/// Returns the path of the program under test.
+///
+/// This is `VMDKFUSE_BIN`, else the newer one of `release/vmdkfuse` and `debug/vmdkfuse` in the target directory that
+/// this test was built in. The program must have been built before (`make test` does that).
 pub fn program() -> PathBuf {
     if let Some(path) = env::var_os("VMDKFUSE_BIN") {
         let path = PathBuf::from(path);
         assert!(
             path.is_file(),
-            "VMDKFUSE_BIN names {}, which is no file",
+            "VMDKFUSE_BIN names {}, which is not a file",
             path.display()
         );
         return path;
     }
-    // target/<profile>/deps/<test>-<hash>
+    // The test itself is target/<profile>/deps/<test>-<hash>.
     let test = env::current_exe().expect("the path of this test");
     let target = test
         .ancestors()
         .nth(3)
-        .expect("a test lies three folders below the target directory")
+        .expect("a test program is three levels below the target directory")
         .to_path_buf();
     let built = ["release", "debug"].map(|profile| target.join(profile).join("vmdkfuse"));
     let newest = built
@@ -43,32 +45,32 @@ pub fn program() -> PathBuf {
     }
 }
 
-/// Whether the program `tool` is there; if not, see the module.
+/// Returns true if the program `tool` is installed; otherwise skips or fails the test.
 pub fn need(tool: &str) -> bool {
     find(tool).is_some() || skip(&format!("{tool} is not installed"))
 }
 
-/// qemu-img and qemu-io, which belong together.
+/// Returns true if qemu-img and qemu-io are installed; otherwise skips or fails the test.
 pub fn need_qemu() -> bool {
     need("qemu-img") && need("qemu-io")
 }
 
-/// Whether FUSE file systems can be mounted here.
+/// Returns true if FUSE file systems can be mounted; otherwise skips or fails the test.
 pub fn need_fuse() -> bool {
-    need("fusermount3") && (Path::new("/dev/fuse").exists() || skip("there is no /dev/fuse"))
+    need("fusermount3") && (Path::new("/dev/fuse").exists() || skip("/dev/fuse does not exist"))
 }
 
-/// Whether this is root.
+/// Returns true if the test runs as root; otherwise skips or fails the test.
 pub fn need_root() -> bool {
     is_root() || skip("not root")
 }
 
-/// Whether this is root, asked without skipping anything.
+/// Returns true if the test runs as root; never skips it.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Whether the kernel can read disks by itself that are no flat files: root, Linux 6.12.2, EROFS.
+/// Returns true if kernel views work here: root, Linux 6.12.2 or newer, EROFS. Otherwise skips or fails the test.
 pub fn need_kernel_view() -> bool {
     const KERNEL: [u32; 3] = [6, 12, 2];
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -78,24 +80,24 @@ pub fn need_kernel_view() -> bool {
         .take(3)
         .collect();
     let listed = || fs::read_to_string("/proc/filesystems").is_ok_and(|text| text.contains("\terofs\n"));
-    // a module is loaded by the first mount
+    // The kernel would load the module at the first mount; until then /proc/filesystems does not list it.
     let has_erofs =
         || listed() || (find("modprobe").is_some() && Cmd::new("modprobe").arg("erofs").run().ended.code == Some(0));
     need_root()
         && (numbers.as_slice() >= KERNEL.as_slice()
-            || skip(&format!("Linux {} mounts no EROFS from files", release.trim())))
-        && (has_erofs() || skip("the kernel has no EROFS"))
+            || skip(&format!("Linux {} cannot mount EROFS from files", release.trim())))
+        && (has_erofs() || skip("the kernel does not support EROFS"))
 }
 
-/// Whether every user may say `allow_other` here: `user_allow_other` in fuse.conf.
-pub fn need_allow_other(wanted: bool) -> bool {
+/// Returns true if `user_allow_other` in fuse.conf, which lets every user mount with `allow_other`, is `expected`.
+pub fn need_allow_other(expected: bool) -> bool {
     let text = fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
     let allowed = text.lines().any(|line| line.trim() == "user_allow_other");
-    // Either state is a proper one, so this never fails: it only tells which half of a test applies.
-    allowed == wanted
+    // Both settings are valid, so this never skips the test: it only selects the part of the test that applies.
+    allowed == expected
 }
 
-/// Says loudly that a test did not run, and answers false; a failure where everything is required.
+/// Reports that a test is skipped, and returns false. Panics if `VMDKFUSE_REQUIRE=all` is set.
 pub fn skip(reason: &str) -> bool {
     let all = env::var("VMDKFUSE_REQUIRE").is_ok_and(|value| value == "all");
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
@@ -104,7 +106,7 @@ pub fn skip(reason: &str) -> bool {
     false
 }
 
-/// The full path of a program, looked for where login shells and root look.
+/// Returns the full path of a program, looked up in `PATH`, `/usr/sbin` and `/sbin`.
 fn find(tool: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let dirs = env::split_paths(&path)

@@ -1,4 +1,4 @@
-//! Where the sectors of a disk lie in its files, asked of the library: what a kernel view is made from.
+//! Runs of a disk in its files, as the library reports them. A kernel view is built from them.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -10,7 +10,7 @@ use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig, ViewConfig};
 use vmdkfuse::kernel_view;
 use vmdkfuse::volume::{self, Volume};
 
-/// The image at `path`, opened for reading by the library.
+/// Opens the image at `path` for reading, as the library does.
 pub fn open_read_only(path: &Path, allow: &[PathBuf]) -> vmdkfuse::error::Result<Volume> {
     let local = LocalConfig {
         allow_dirs: allow.to_vec(),
@@ -22,30 +22,34 @@ pub fn open_read_only(path: &Path, allow: &[PathBuf]) -> vmdkfuse::error::Result
     })
 }
 
-/// Walks the runs of a disk, none of which may lie outside of its file, and makes its kernel view if this process may.
+/// Walks the runs of a disk and builds its kernel view.
+///
+/// Panics if a run lies outside of its file, or if a view is built that does not cover the disk. A disk without runs
+/// passes, and so does a process that may not build a view.
 #[track_caller]
 pub fn check_runs(image: &Volume) {
     let Some(runs) = image.disk().runs() else { return };
     let files: Vec<u64> = runs.files().iter().map(|f| f.len).collect();
-    let (mut told, mut steps) = (0, 0);
+    let (mut covered, mut steps) = (0, 0);
     let walked = runs.walk(&mut |sectors, place| {
-        told += sectors.get();
+        covered += sectors.get();
         steps += 1;
         if let RunPlace::Stored { file, sector } = place {
             let end = (sector + sectors.get()) * 512;
             assert!(
                 end <= files[file].next_multiple_of(512),
-                "up to byte {end} of {}",
+                "a run ends at byte {end} of a file of {} bytes",
                 files[file]
             );
         }
+        // A hostile disk may have billions of short runs; a million of them are enough.
         if steps < 1 << 20 {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(())
         }
     });
-    assert!(told <= image.len() / 512);
+    assert!(covered <= image.len() / 512);
     let view = kernel_view::build(
         &**image.disk(),
         &ViewConfig::default(),
@@ -53,8 +57,8 @@ pub fn check_runs(image: &Volume) {
         &AtomicBool::new(false),
     );
     if let Ok(view) = view {
-        walked.expect("a view of a disk whose runs are not known");
-        assert_eq!(told, image.len() / 512);
+        walked.expect("a view was built although the walk failed");
+        assert_eq!(covered, image.len() / 512);
         assert_eq!(
             File::from(view.fd().try_clone_to_owned().expect("a descriptor"))
                 .metadata()

@@ -1,4 +1,4 @@
-//! A folder of its own for each test.
+//! One folder for each test, and the users that tests run as.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -13,24 +13,25 @@ use super::mount::MountCmd;
 use super::mounts::mounts_below;
 use super::requirements::{is_root, program};
 
-/// Somebody to run as.
+/// A user to run programs as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct User {
-    /// User number.
+    /// User ID.
     pub uid: u32,
-    /// Group number.
+    /// Group ID.
     pub gid: u32,
 }
 
-/// An ordinary user that every system has.
+/// The unprivileged user `nobody`.
 pub const NOBODY: User = User { uid: 65534, gid: 65534 };
 
-/// A second ordinary user, with no name and nothing in common with the first.
+/// A second unprivileged user, without a name and without a common group with [`NOBODY`].
 pub const STRANGER: User = User { uid: 12345, gid: 12345 };
 
-/// A folder with everything of one test in it.
+/// The folder of one test.
 ///
-/// Its Drop undoes every mount below it before it removes anything: removing first would reach through a mount.
+/// Its Drop unmounts everything below the folder before it removes the folder: a recursive removal would otherwise
+/// delete files through a mount.
 #[derive(Debug)]
 pub struct Scratch {
     dir: Option<TempDir>,
@@ -40,13 +41,13 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// A folder of the user who runs the tests.
+    /// Creates a folder that belongs to the user of the test process.
     pub fn new() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("vmdkfuse-test-")
             .tempdir()
             .expect("a folder for the test");
-        // The kernel's table of mounts shows the real path.
+        // The kernel's mount table shows paths without symbolic links.
         let root = fs::canonicalize(dir.path()).expect("the folder's path");
         Self {
             dir: Some(dir),
@@ -56,16 +57,18 @@ impl Scratch {
         }
     }
 
-    /// A folder of somebody else, with the program copied into it: the target directory may be closed to others. Needs root.
+    /// Creates a folder that belongs to `user`, and copies the program into it. Needs root.
+    ///
+    /// The copy is needed since `user` may have no access to the target directory.
     pub fn of(user: User) -> Self {
         let mut scratch = Self::new();
-        let own = scratch.path("vmdkfuse");
-        // Not by this process: what another test starts meanwhile would have the copy open for writing until it is
-        // executed itself, and till then the copy can't be executed ("Text file busy").
+        let copy = scratch.path("vmdkfuse");
+        // This process must not write the copy itself: a child that another test starts in that time would inherit the
+        // open file until its exec, and executing the copy would fail with ETXTBSY ("Text file busy").
         Cmd::new("install")
             .args(["-m", "755"])
             .arg(program())
-            .arg(&own)
+            .arg(&copy)
             .run()
             .ok();
         scratch.user = Some(user);
@@ -73,17 +76,17 @@ impl Scratch {
         scratch
     }
 
-    /// The folder itself.
+    /// Returns the path of the folder.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The path of something in it.
+    /// Returns the path of `name` in the folder.
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         self.root.join(name)
     }
 
-    /// Makes a folder in it.
+    /// Creates a folder and its parents in the folder.
     #[track_caller]
     pub fn mkdir(&self, name: impl AsRef<Path>) -> PathBuf {
         let path = self.path(&name);
@@ -92,7 +95,7 @@ impl Scratch {
         path
     }
 
-    /// Writes a file in it.
+    /// Writes a file in the folder and returns its path.
     #[track_caller]
     pub fn write(&self, name: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(&name);
@@ -101,7 +104,7 @@ impl Scratch {
         path
     }
 
-    /// Gives something in it to the folder's user.
+    /// Changes the owner of `name` to the folder's user, if it has one.
     #[track_caller]
     pub fn give(&self, name: &Path) {
         if let Some(User { uid, gid }) = self.user {
@@ -109,30 +112,30 @@ impl Scratch {
         }
     }
 
-    /// Lets everybody pass through the folder itself.
+    /// Sets the mode of the folder to 755, so that every user can reach the files in it.
     #[track_caller]
     pub fn open_to_all(&self) {
         fs::set_permissions(&self.root, fs::Permissions::from_mode(0o755)).expect("the mode of the folder");
     }
 
-    /// The program under test, run as the folder's user.
+    /// Returns a command that runs the program under test in the folder, as the folder's user.
     pub fn vmdkfuse(&self) -> Cmd {
-        let own = self.path("vmdkfuse");
-        let program = if self.user.is_some() { own } else { program() };
+        let copy = self.path("vmdkfuse");
+        let program = if self.user.is_some() { copy } else { program() };
         Cmd::new(program).dir(&self.root).user(self.user)
     }
 
-    /// A mount of it, at the folder `mnt` unless told otherwise.
+    /// Returns a command that mounts with the program under test, at the folder `mnt` by default.
     pub fn mount(&self) -> MountCmd<'_> {
         MountCmd::new(self)
     }
 
-    /// A number that this folder has not given before.
+    /// Returns a number that is unique in this folder.
     pub(super) fn next(&self) -> u32 {
         self.count.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Panics if anything is mounted below.
+    /// Panics if anything is mounted below the folder.
     #[track_caller]
     pub fn assert_no_mounts(&self) {
         let left = mounts_below(&self.root);
@@ -152,14 +155,14 @@ impl Drop for Scratch {
             detach(&entry.point);
         }
         if !mounts_below(&self.root).is_empty() {
-            // Better a folder left behind than one emptied through a mount.
+            // Leave the folder behind: a removal would delete files through the mount.
             let kept = self.dir.take().map(TempDir::keep);
-            eprintln!("{kept:?} is left: something in it cannot be unmounted");
+            eprintln!("{kept:?} is left behind: a mount in it cannot be unmounted");
         }
     }
 }
 
-/// Takes a mount out of the tree, however busy or broken it is.
+/// Unmounts lazily: the mount disappears from the tree at once, even if it is busy or its daemon has died.
 pub(super) fn detach(point: &Path) {
     if is_root() {
         umount2(point, MntFlags::MNT_DETACH).ok();

@@ -1,7 +1,8 @@
-//! The fuzzers' entry points on a stable toolchain: every small variant of the maker, and mutations of them.
+//! Fuzzing on a stable toolchain: runs the entry points of the fuzzers on every small generated variant and on random
+//! mutations of the variants.
 //!
-//! `VMDKFUSE_FUZZ_CASES` sets the number of mutations of each target, `VMDKFUSE_FUZZ_SECONDS` ends a target early,
-//! `VMDKFUSE_FUZZ_SEED` takes other mutations. An input that fails is kept, and its path printed.
+//! `VMDKFUSE_FUZZ_CASES` sets the number of mutations for each target, `VMDKFUSE_FUZZ_SECONDS` ends a target early, and
+//! `VMDKFUSE_FUZZ_SEED` selects other mutations. An input that fails is written to a file, whose path is printed.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,16 +16,16 @@ use fuse_tests::make::model::Random;
 use fuse_tests::make::write::{self, Descriptor, Hosted, Stream, se_entry};
 use fuse_tests::make::{Layer, hostile, valid};
 
-/// Mutations of each target where nothing else is said.
+/// Default number of mutations for each target.
 const CASES: usize = 4000;
-/// Larger files are no seeds.
+/// Largest seed in bytes; larger files are not used, and mutations are truncated to it.
 const SEED_MAX: u64 = 1 << 20;
-/// An input that takes longer hangs, also on a slow machine in a debug build.
+/// Time after which an input counts as a hang; generous for a slow machine and a debug build.
 const HANG: Duration = Duration::from_secs(20);
-/// What the process may have taken at most, the seeds included.
+/// Limit on the peak memory of the process in bytes, the seeds included.
 const MEMORY_MAX: u64 = 256 << 20;
-/// Numbers at which checks go wrong.
-const NUMBERS: [u64; 22] = [
+/// Integers at the limits of fields and of checked arithmetic.
+const BOUNDARY_VALUES: [u64; 22] = [
     0,
     1,
     2,
@@ -49,6 +50,7 @@ const NUMBERS: [u64; 22] = [
     u64::MAX,
 ];
 
+/// Entry point of a fuzzer.
 type Target = fn(&[u8]);
 
 #[test]
@@ -68,33 +70,33 @@ fn images_never_panic_nor_hang() -> Result<()> {
     run("image", fuzz::image, |_| true)
 }
 
-/// Runs all seeds that fit the target, then mutations of them.
+/// Runs `target` on all seeds that `fits` accepts, then on mutations of them.
 fn run(name: &str, target: Target, fits: fn(&[u8]) -> bool) -> Result<()> {
     let seeds: Vec<Vec<u8>> = seeds()?.into_iter().filter(|data| fits(data)).collect();
     ensure!(!seeds.is_empty(), "no seeds for {name}");
     let mut slowest = Duration::ZERO;
-    let mut one = |data: &[u8]| -> Result<()> {
-        let begun = Instant::now();
+    let mut run_one = |data: &[u8]| -> Result<()> {
+        let start = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| target(data)));
-        let took = begun.elapsed();
-        slowest = slowest.max(took);
-        if outcome.is_err() || took > HANG {
-            let kept = keep(name, data)?;
-            anyhow::bail!("{name} failed after {took:?} on {kept}");
+        let elapsed = start.elapsed();
+        slowest = slowest.max(elapsed);
+        if outcome.is_err() || elapsed > HANG {
+            let path = keep(name, data)?;
+            anyhow::bail!("{name} panicked or hung ({elapsed:?}); the input is {path}");
         }
         Ok(())
     };
     for seed in &seeds {
-        one(seed)?;
+        run_one(seed)?;
     }
-    let setting = |key: &str| std::env::var(key).ok().map(|v| v.parse::<u64>().context(v)).transpose();
-    let cases = setting("VMDKFUSE_FUZZ_CASES")?.unwrap_or(CASES as u64);
-    let limit = setting("VMDKFUSE_FUZZ_SECONDS")?.map_or(Duration::MAX, Duration::from_secs);
-    let mut random = Random::new(setting("VMDKFUSE_FUZZ_SEED")?.unwrap_or(1));
-    let begun = Instant::now();
+    let variable = |key: &str| std::env::var(key).ok().map(|v| v.parse::<u64>().context(v)).transpose();
+    let cases = variable("VMDKFUSE_FUZZ_CASES")?.unwrap_or(CASES as u64);
+    let limit = variable("VMDKFUSE_FUZZ_SECONDS")?.map_or(Duration::MAX, Duration::from_secs);
+    let mut random = Random::new(variable("VMDKFUSE_FUZZ_SEED")?.unwrap_or(1));
+    let start = Instant::now();
     let mut done = 0;
-    while done < cases && begun.elapsed() < limit {
-        one(&mutate(&seeds, &mut random))?;
+    while done < cases && start.elapsed() < limit {
+        run_one(&mutate(&seeds, &mut random))?;
         done += 1;
     }
     let peak = peak_memory(std::process::id() as i32);
@@ -103,11 +105,11 @@ fn run(name: &str, target: Target, fits: fn(&[u8]) -> bool) -> Result<()> {
         seeds.len(),
         peak >> 20
     );
-    ensure!(peak <= MEMORY_MAX, "{name}: the process took {} MiB", peak >> 20);
+    ensure!(peak <= MEMORY_MAX, "{name}: the process used {} MiB", peak >> 20);
     Ok(())
 }
 
-/// Writes the input that failed where it stays.
+/// Writes a failed input to a file that is not removed; returns its path.
 fn keep(name: &str, data: &[u8]) -> Result<String> {
     let (_, path) = tempfile::Builder::new()
         .prefix(&format!("vmdkfuse-fuzz-{name}-"))
@@ -117,6 +119,7 @@ fn keep(name: &str, data: &[u8]) -> Result<String> {
     Ok(path.display().to_string())
 }
 
+/// Returns true if the first 64 bytes are ASCII text.
 fn looks_like_text(data: &[u8]) -> bool {
     !data.is_empty()
         && data
@@ -125,11 +128,12 @@ fn looks_like_text(data: &[u8]) -> bool {
             .all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace())
 }
 
-/// All small files of the maker, and some that are smaller still. The same seeds in the same order at every run.
+/// Returns all small generated files, and hand-made ones that are smaller still.
+///
+/// The seeds and their order are the same in every run, so that `VMDKFUSE_FUZZ_SEED` determines the mutations.
 fn seeds() -> Result<Vec<Vec<u8>>> {
     let dir = tempfile::tempdir()?;
     for variant in valid() {
-        // one whose files are too large costs more than it gives
         variant.make(dir.path(), 1)?;
     }
     for variant in hostile() {
@@ -141,27 +145,28 @@ fn seeds() -> Result<Vec<Vec<u8>>> {
     Ok(seeds)
 }
 
+/// Appends the files below `folder` that are small enough and not redundant, in the order of their names.
 fn collect(folder: &Path, seeds: &mut Vec<Vec<u8>>) -> Result<()> {
     let mut entries = fs::read_dir(folder)?.collect::<std::io::Result<Vec<_>>>()?;
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
+        let file_type = entry.file_type()?;
+        if file_type.is_dir() {
             collect(&entry.path(), seeds)?;
-        } else if kind.is_file() && entry.metadata()?.len() <= SEED_MAX && !is_one_of_many(&entry.path()) {
+        } else if file_type.is_file() && entry.metadata()?.len() <= SEED_MAX && !is_redundant(&entry.path()) {
             seeds.push(fs::read(entry.path())?);
         }
     }
     Ok(())
 }
 
-/// Long chains and raw data are no use as seeds: they are all alike.
-fn is_one_of_many(path: &Path) -> bool {
+/// Returns true for the links of long chains and for raw data: they are all alike, and useless as seeds.
+fn is_redundant(path: &Path) -> bool {
     let text = path.to_string_lossy();
     text.contains("parent_deep") || text.contains("-flat") || text.contains("-f0")
 }
 
-/// Files of a few KiB, in which a mutation is more likely to hit something that counts.
+/// Creates images of a few KiB, in which a mutation is more likely to hit metadata.
 fn small(dir: &Path) -> Result<Vec<Vec<u8>>> {
     fs::create_dir(dir)?;
     let path = dir.join("file");
@@ -200,7 +205,7 @@ fn small(dir: &Path) -> Result<Vec<Vec<u8>>> {
     Ok(all)
 }
 
-/// A seSparse file without the wide gaps that ESXi leaves: two headers, directory, one table, two grains.
+/// Returns a seSparse file without the wide gaps that ESXi leaves: two headers, directory, one table, two grains.
 fn sesparse() -> Vec<u8> {
     const DIRECTORY: u64 = 2;
     const TABLE: u64 = 3;
@@ -211,6 +216,8 @@ fn sesparse() -> Vec<u8> {
             file[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
     };
+    // The constant header: magic number, version, capacity, grain size and table size, then the offset and the length
+    // of each region, in sectors.
     put(
         0,
         &[
@@ -247,7 +254,7 @@ fn sesparse() -> Vec<u8> {
     file
 }
 
-/// A seed with a few changes.
+/// Returns a random seed with one to five random changes.
 fn mutate(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
     let pick = |random: &mut Random| &seeds[random.below(seeds.len() as u64) as usize];
     let mut data = pick(random).clone();
@@ -259,40 +266,42 @@ fn mutate(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
             }
             1 => {
                 let other = pick(random);
-                let at = place(data.len(), random);
+                let at = random_index(data.len(), random);
                 data.truncate(at);
                 data.extend_from_slice(&other[at.min(other.len())..]);
             }
             _ if data.is_empty() => data.push(0),
             2 => {
-                let at = place(data.len(), random);
+                let at = random_index(data.len(), random);
                 data[at] ^= 1 << random.below(8);
             }
             3 => {
-                let at = place(data.len(), random);
+                let at = random_index(data.len(), random);
                 data[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'\n', b'\\', b' ', b'9'][random.below(10) as usize];
             }
-            4 => repeat(&mut data, random),
-            _ => number(&mut data, random),
+            4 => repeat_entry(&mut data, random),
+            _ => overwrite_integer(&mut data, random),
         }
     }
     data.truncate(SEED_MAX as usize);
     data
 }
 
-/// A byte to change: half of the time in the header, else anywhere.
-fn place(len: usize, random: &mut Random) -> usize {
-    let within = if random.below(2) == 0 { len.min(80) } else { len };
-    random.below(within.max(1) as u64) as usize
+/// Returns the index of a byte to change: half of the time in the first 80 bytes (the header), else anywhere.
+fn random_index(len: usize, random: &mut Random) -> usize {
+    let limit = if random.below(2) == 0 { len.min(80) } else { len };
+    random.below(limit.max(1) as u64) as usize
 }
 
-/// Overwrites an integer: one of a boundary, or one that is near to what was there. Tables begin at sectors.
-fn number(data: &mut [u8], random: &mut Random) {
+/// Overwrites an integer with a boundary value, a small value, or a neighbour of the old value.
+///
+/// A third of the integers are the first ones of a sector, where the tables begin.
+fn overwrite_integer(data: &mut [u8], random: &mut Random) {
     let width = if random.below(2) == 0 { 4 } else { 8 };
     let at = match random.below(3) {
         0 => random.below(28) as usize * 4,
         1 => random.below(data.len() as u64 / 512 + 1) as usize * 512 + random.below(8) as usize * 4,
-        _ => place(data.len(), random),
+        _ => random_index(data.len(), random),
     };
     let Some(old) = data.get_mut(at..at + width) else {
         return;
@@ -303,13 +312,13 @@ fn number(data: &mut [u8], random: &mut Random) {
         0 => u64::from_le_bytes(word).wrapping_add(1),
         1 => u64::from_le_bytes(word).wrapping_sub(1),
         2 => random.below(4096),
-        _ => NUMBERS[random.below(NUMBERS.len() as u64) as usize],
+        _ => BOUNDARY_VALUES[random.below(BOUNDARY_VALUES.len() as u64) as usize],
     };
     old.copy_from_slice(&new.to_le_bytes()[..width]);
 }
 
-/// Fills a stretch with one entry again and again: many names for one place.
-fn repeat(data: &mut [u8], random: &mut Random) {
+/// Repeats the first entry of a sector over the following bytes, so that many table entries name the same location.
+fn repeat_entry(data: &mut [u8], random: &mut Random) {
     let start = random.below(data.len() as u64 / 512 + 1) as usize * 512;
     let Some(rest) = data.get_mut(start..).filter(|rest| rest.len() >= 8) else {
         return;

@@ -1,4 +1,4 @@
-//! What a small hostile file may cost. Each of these took minutes or gigabytes, or read as something it was not.
+//! Cost of a small hostile file. Each of these files once took minutes or gigabytes, or was read as wrong data.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use vmdkfuse::block::{BlockRead, Content, Lba};
 use vmdkfuse::vmdk::{self, CheckReport, OpenOptions, VmdkDisk};
 use vmdkfuse::volume::{Seek, Volume};
 
-/// A file that is put together by sectors.
-struct Sectors(Vec<u8>);
+/// A file under construction, addressed by sectors.
+struct SectorFile(Vec<u8>);
 
-impl Sectors {
+impl SectorFile {
     fn new(sectors: u64) -> Self {
         Self(vec![0; sectors as usize * 512])
     }
@@ -33,7 +33,7 @@ impl Sectors {
     }
 }
 
-/// The header of a hosted extent whose directory is at sector 2.
+/// Returns the header of a hosted extent whose grain directory is at sector 2.
 fn header(capacity: u64, grain: u64, ngte: u32) -> Header {
     Header {
         version: 1,
@@ -51,8 +51,8 @@ fn header(capacity: u64, grain: u64, ngte: u32) -> Header {
     }
 }
 
-/// A disk of one extent.
-fn disk(kind: &str, sectors: u64, file: &Sectors) -> Arc<VmdkDisk> {
+/// Opens a disk of one extent of this type, size and content.
+fn disk(kind: &str, sectors: u64, file: &SectorFile) -> Arc<VmdkDisk> {
     let text = format!("version=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\nRW {sectors} {kind} \"extent\"\n");
     let store = MemoryStore::new([("disk.vmdk", text.into_bytes()), ("extent", file.0.clone())]);
     let file = Arc::new(store.file(b"disk.vmdk").unwrap());
@@ -63,12 +63,13 @@ fn check(disk: &VmdkDisk) -> CheckReport {
     vmdk::check(disk)
 }
 
-/// A MiB: a directory of 130,000 entries that all name one table, whose 65,536 entries all name one grain.
-fn one_table(flags: u32) -> Sectors {
+/// Returns an extent of less than 1 MiB: a directory of 130,000 entries that all name one table, whose 65,536 entries
+/// all name one grain.
+fn one_table(flags: u32) -> SectorFile {
     const TABLES: u32 = 130_000;
     let gd: Range<u64> = 2..2 + (u64::from(TABLES) * 4).div_ceil(512);
     let (table, grain) = (gd.end, gd.end + 512);
-    let mut file = Sectors::new(grain + 1);
+    let mut file = SectorFile::new(grain + 1);
     let header = Header {
         flags,
         ..header(u64::from(TABLES) << 16, 1, 1 << 16)
@@ -88,7 +89,7 @@ fn one_table(flags: u32) -> Sectors {
 }
 
 #[test]
-fn regression_a_check_walks_a_table_once_however_often_it_is_named() {
+fn regression_a_check_walks_a_shared_table_once() {
     let report = check(&disk("SPARSE", 1 << 32, &one_table(F_NEWLINE)));
     assert_eq!(report.grains, 1 << 16);
     assert!(report.error_count >= 129_999, "{} errors", report.error_count);
@@ -96,7 +97,7 @@ fn regression_a_check_walks_a_table_once_however_often_it_is_named() {
 }
 
 #[test]
-fn regression_a_check_inflates_a_grain_once_however_often_it_is_named() {
+fn regression_a_check_inflates_a_shared_grain_once() {
     let report = check(&disk(
         "SPARSE",
         1 << 32,
@@ -107,11 +108,11 @@ fn regression_a_check_inflates_a_grain_once_however_often_it_is_named() {
 }
 
 #[test]
-fn regression_a_check_walks_an_sesparse_table_once() {
+fn regression_a_check_walks_a_shared_sesparse_table_once() {
     const TABLES: u64 = 10_000;
     let gd = 2..2 + (TABLES * 8).div_ceil(512);
     let (table, grains) = (gd.end, gd.end + 64);
-    let mut file = Sectors::new(grains + 8);
+    let mut file = SectorFile::new(grains + 8);
     let regions = [
         1,
         1,
@@ -141,8 +142,8 @@ fn regression_a_check_walks_an_sesparse_table_once() {
 }
 
 #[test]
-fn regression_an_entry_of_1_without_the_flag_is_no_zeroed_grain() {
-    let mut file = Sectors::new(100);
+fn regression_an_entry_of_1_without_the_flag_is_not_a_zeroed_grain() {
+    let mut file = SectorFile::new(100);
     file.put(0, &header(1024, 8, 128).bytes());
     file.put_words(2, [3]);
     file.put_words(3, [1, 16]);
@@ -155,10 +156,10 @@ fn regression_an_entry_of_1_without_the_flag_is_no_zeroed_grain() {
 }
 
 #[test]
-fn regression_a_seek_over_a_table_that_is_named_often_ends() {
+fn regression_a_seek_over_a_shared_table_ends() {
     let disk = disk("SPARSE", 1 << 32, &one_table(F_NEWLINE));
     let image = Volume::new(disk as Arc<dyn BlockRead>, Vec::new());
-    // all of it is data: the answer is the end, or a place on the way
+    // All of the disk is data. The seek may return the end, or give up at an earlier offset to bound its cost.
     let found = image.seek(0, Seek::Hole).unwrap().unwrap();
     assert!((1..=image.len()).contains(&found), "{found}");
     assert_eq!(image.seek(0, Seek::Data).unwrap(), Some(0));
@@ -169,12 +170,12 @@ fn regression_a_deep_chain_of_short_runs_is_read_in_one_pass() {
     const LINKS: u32 = 64;
     const SECTORS: u64 = 2048;
     let empty = {
-        let mut file = Sectors::new(100);
+        let mut file = SectorFile::new(100);
         file.put(0, &header(SECTORS, 1, 4096).bytes());
         file.put_words(2, [3]);
         file.0
     };
-    let mut base = Sectors::new(100 + SECTORS);
+    let mut base = SectorFile::new(100 + SECTORS);
     base.put(0, &header(SECTORS, 1, 4096).bytes());
     base.put_words(2, [3]);
     base.put_words(3, (0..SECTORS as u32).map(|n| if n % 2 == 0 { 100 + n } else { 0 }));

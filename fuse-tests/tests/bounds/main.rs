@@ -1,4 +1,4 @@
-//! Time and memory that a hostile input may cost: fuzzers' entry points and measured limits.
+//! Bounds on the time and memory that a hostile input may cost: entry points of the fuzzers, and worst-case images.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! The command line: exit statuses, words that are refused, and what `--info`, `--map`, `--check` and `--dump` print.
+//! Command line: exit statuses, refused arguments, and the output of `--info`, `--map`, `--check` and `--dump`.
 
 use std::fs;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use fuse_tests::harness::{Hosted, Scratch, need_fuse, need_qemu, qemu_data_ranges, qemu_img, raw_with_islands};
 use serde_json::Value;
 
-/// A raw original of 8 MiB and an image of it with this subformat (`x.raw`, `x.vmdk`).
+/// Creates a raw original of 8 MiB (`x.raw`) and an image of it with this subformat (`x.vmdk`).
 fn image(scratch: &Scratch, subformat: &str) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("x.raw"), scratch.path("x.vmdk"));
     raw_with_islands(&raw, 8 << 20, 1);
@@ -27,9 +27,9 @@ fn image(scratch: &Scratch, subformat: &str) -> (PathBuf, PathBuf) {
     (raw, vmdk)
 }
 
-/// The only element of an array.
+/// Returns the only element of an array; panics if there is not exactly one.
 #[track_caller]
-fn only(value: &Value) -> &Value {
+fn only_element(value: &Value) -> &Value {
     match value.as_array().map(Vec::as_slice) {
         Some([one]) => one,
         _ => panic!("not an array of one: {value}"),
@@ -37,7 +37,7 @@ fn only(value: &Value) -> &Value {
 }
 
 #[test]
-fn help_and_version_end_with_status_0() {
+fn help_and_version_exit_with_status_0() {
     let scratch = Scratch::new();
     for word in ["--help", "-h"] {
         let help = scratch.vmdkfuse().arg(word).run().ok();
@@ -83,7 +83,7 @@ fn help_shows_every_key_of_local_disks() {
 }
 
 #[test]
-fn dump_tells_the_version_and_the_back_ends() {
+fn dump_reports_the_version_and_the_back_ends() {
     let scratch = Scratch::new();
     let text = scratch.vmdkfuse().arg("--dump").run().ok();
     let version = text.stdout.lines().find_map(|line| line.strip_prefix("vmdkfuse="));
@@ -106,18 +106,18 @@ fn dump_tells_the_version_and_the_back_ends() {
     let built_in = json["backends"]
         .as_array()
         .is_some_and(|backends| backends.iter().any(|name| name == "nbd"));
-    // "1.14.2"
-    let told = libnbd.is_some_and(|version| version.split('.').all(|number| number.parse::<u32>().is_ok()));
-    assert_eq!(told, built_in, "{text}");
+    // A version such as "1.14.2" is reported if and only if the back end is built in.
+    let is_version = libnbd.is_some_and(|version| version.split('.').all(|number| number.parse::<u32>().is_ok()));
+    assert_eq!(is_version, built_in, "{text}");
 }
 
 #[test]
-fn usage_errors_end_with_status_2() {
+fn usage_errors_exit_with_status_2() {
     let scratch = Scratch::new();
     let disk = scratch.write("disk.img", vec![0; 4096]);
     let file = format!("file={}", disk.display());
     scratch.mkdir("mnt");
-    let wrong: [&[&str]; 12] = [
+    let invalid: [&[&str]; 12] = [
         &[],
         &["mnt"],
         &["--info"],
@@ -131,7 +131,7 @@ fn usage_errors_end_with_status_2() {
         &["mnt", &file, "degraded=all"],
         &["--info", "--map", &file],
     ];
-    for words in wrong {
+    for words in invalid {
         let outcome = scratch.vmdkfuse().args(words).run().expect_code(2);
         assert!(
             !outcome.stderr.trim().is_empty() && !outcome.stderr.contains("panicked"),
@@ -163,7 +163,7 @@ fn an_unknown_key_names_the_nearest_one() {
 }
 
 #[test]
-fn keys_of_other_back_ends_say_that_this_build_has_none() {
+fn keys_of_missing_back_ends_are_not_in_this_build() {
     let scratch = Scratch::new();
     scratch.write("disk.img", vec![0; 4096]);
     for word in ["https://host/x.vmdk", "server=host", "libdir=/opt/vddk"] {
@@ -184,11 +184,11 @@ fn a_bare_value_is_a_file() {
         .run()
         .ok()
         .json();
-    assert_eq!(only(&info)["size"], 4096);
+    assert_eq!(only_element(&info)["size"], 4096);
 }
 
 #[test]
-fn a_missing_file_is_one_line_and_status_1() {
+fn a_missing_file_is_a_one_line_error_with_status_1() {
     let scratch = Scratch::new();
     for action in ["--info", "--map", "--check"] {
         scratch
@@ -220,7 +220,7 @@ fn info_describes_every_subformat() {
             .run()
             .ok()
             .json();
-        let disk = only(&json);
+        let disk = only_element(&json);
         assert_eq!(disk["name"], "x.raw", "{subformat}: {json}");
         assert_eq!(
             disk["file"].as_str().unwrap(),
@@ -248,14 +248,14 @@ fn info_describes_every_subformat() {
             extent["access"].is_string() && extent["file"].is_string(),
             "{subformat}: {json}"
         );
-        let link = only(&disk["chain"]);
+        let link = only_element(&disk["chain"]);
         assert!(
             link["cid"].is_string() && link["file"].as_str().unwrap().ends_with("x.vmdk"),
             "{subformat}: {json}"
         );
         let text = scratch.vmdkfuse().arg("--info").key("file", &vmdk).run().ok();
         for part in ["x.vmdk", "8388608", subformat] {
-            assert!(text.stdout.contains(part), "--info does not say {part}: {text}");
+            assert!(text.stdout.contains(part), "--info does not show {part}: {text}");
         }
     }
 }
@@ -287,7 +287,7 @@ fn info_lists_the_links_of_a_chain() {
         .run()
         .ok()
         .json();
-    let chain = only(&json)["chain"].as_array().unwrap().clone();
+    let chain = only_element(&json)["chain"].as_array().unwrap().clone();
     assert_eq!(chain.len(), 2, "{json}");
     assert_eq!(chain[0]["parent_cid"], chain[1]["cid"], "{json}");
     assert!(chain[1]["file"].as_str().unwrap().ends_with("x.vmdk"), "{json}");
@@ -330,7 +330,7 @@ fn map_covers_the_disk_and_agrees_with_qemu() {
             .run()
             .ok()
             .json();
-        let disk = only(&json);
+        let disk = only_element(&json);
         assert_eq!(disk["name"], "x.raw", "{json}");
         let (mut at, mut data) = (0, Vec::<Range<u64>>::new());
         for entry in disk["map"].as_array().unwrap() {
@@ -340,7 +340,7 @@ fn map_covers_the_disk_and_agrees_with_qemu() {
             match entry["content"].as_str().unwrap() {
                 "data" => data.push(start..at),
                 "zero" | "hole" => {}
-                other => panic!("content {other}"),
+                other => panic!("unknown content {other}"),
             }
         }
         assert_eq!(at, 8 << 20, "{subformat}: the map does not cover the disk");
@@ -352,7 +352,7 @@ fn map_covers_the_disk_and_agrees_with_qemu() {
 
 /// "verify a VMDK's tables and chain; exit 0 clean, 3 leaks only, 4 corrupt"
 #[test]
-fn check_tells_clean_from_leaks_from_corrupt() {
+fn check_distinguishes_clean_leaks_and_corrupt() {
     if !need_qemu() {
         return;
     }
@@ -365,25 +365,29 @@ fn check_tells_clean_from_leaks_from_corrupt() {
     check(false).ok();
     let clean = check(true).ok().json();
     assert_eq!(
-        (only(&clean)["status"].as_str(), &only(&clean)["leaks"]),
+        (only_element(&clean)["status"].as_str(), &only_element(&clean)["leaks"]),
         (Some("clean"), &0.into()),
         "{clean}"
     );
 
+    // An entry that is set to zero leaks its grain; an entry beyond the end of the file is corrupt.
     let mut image = Hosted::read(&vmdk);
     let grain = image.first_stored();
-    let place = image.set_entry(grain, 0);
+    let old_entry = image.set_entry(grain, 0);
     image.write(&vmdk);
     let leaks = check(true).expect_code(3).json();
-    assert_eq!(only(&leaks)["status"], "leaks", "{leaks}");
-    assert!(only(&leaks)["leaks"].as_u64().unwrap() >= 1, "{leaks}");
+    assert_eq!(only_element(&leaks)["status"], "leaks", "{leaks}");
+    assert!(only_element(&leaks)["leaks"].as_u64().unwrap() >= 1, "{leaks}");
     check(false).expect_code(3);
 
-    image.set_entry(grain, place + 0x7000_0000);
+    image.set_entry(grain, old_entry + 0x7000_0000);
     image.write(&vmdk);
     let corrupt = check(true).expect_code(4).json();
-    assert_eq!(only(&corrupt)["status"], "corrupt", "{corrupt}");
-    assert!(!only(&corrupt)["errors"].as_array().unwrap().is_empty(), "{corrupt}");
+    assert_eq!(only_element(&corrupt)["status"], "corrupt", "{corrupt}");
+    assert!(
+        !only_element(&corrupt)["errors"].as_array().unwrap().is_empty(),
+        "{corrupt}"
+    );
     let text = check(false).expect_code(4);
     assert!(
         text.stdout.contains("x.vmdk") || text.stderr.contains("x.vmdk"),
@@ -392,7 +396,7 @@ fn check_tells_clean_from_leaks_from_corrupt() {
 }
 
 #[test]
-fn the_worst_of_several_checked_disks_decides() {
+fn the_worst_disk_decides_the_exit_status_of_a_check() {
     if !need_qemu() {
         return;
     }
@@ -413,13 +417,13 @@ fn the_worst_of_several_checked_disks_decides() {
         .run()
         .expect_code(4)
         .json();
-    let states: Vec<_> = json
+    let statuses: Vec<_> = json
         .as_array()
         .unwrap()
         .iter()
         .map(|disk| disk["status"].as_str().unwrap())
         .collect();
-    assert_eq!(states, ["corrupt", "clean"], "{json}");
+    assert_eq!(statuses, ["corrupt", "clean"], "{json}");
 }
 
 /// "`x-*`, `_netdev`, `noauto`, `nofail`, `user`, `defaults` and the like are accepted and ignored"

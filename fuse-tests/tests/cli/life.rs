@@ -1,4 +1,4 @@
-//! The life of a mount: its start, every way to its end, and what is left after it.
+//! Life cycle of a mount: its start, every way in which it can end, and the absence of leftovers.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -14,10 +14,12 @@ use fuse_tests::harness::{
 };
 use nix::sys::signal::Signal;
 
-/// How long an event may take.
-const DEADLINE: Duration = Duration::from_secs(20);
+/// Deadline for an event. It only bounds a failure.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A sparse image of 16 MiB and its raw original: sparse, so that every read passes through the process.
+/// Creates a sparse image of 16 MiB and its raw original; returns both paths, the original first.
+///
+/// The daemon serves every read of a sparse image, whereas the kernel may read a flat one without it.
 fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("disk.orig"), scratch.path("disk.vmdk"));
     raw_with_islands(&raw, 16 << 20, 5);
@@ -33,7 +35,7 @@ fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     (raw, vmdk)
 }
 
-/// Whether the machine can run these tests.
+/// Returns true if the machine can run these tests.
 fn ready() -> bool {
     need_fuse() && need_qemu()
 }
@@ -53,9 +55,9 @@ fn the_background_command_returns_when_the_file_can_be_read() {
     }
 }
 
-/// A shell's `$(vmdkfuse …)` ends when nobody holds the pipe any more: the daemon must let go of it.
+/// A shell's `$(vmdkfuse …)` ends when all write ends of its pipe are closed, so the daemon must close its own.
 #[test]
-fn the_daemon_lets_go_of_its_starter() {
+fn the_daemon_closes_the_pipes_of_its_parent() {
     if !ready() {
         return;
     }
@@ -77,7 +79,7 @@ fn the_daemon_lets_go_of_its_starter() {
     thread::spawn(move || sender.send(command.output()));
     let output = receiver
         .recv_timeout(DEADLINE)
-        .expect("the daemon holds the pipes of its starter")
+        .expect("the daemon keeps the pipes of its parent open")
         .unwrap();
     assert!(
         output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),
@@ -96,7 +98,7 @@ fn the_daemon_lets_go_of_its_starter() {
 
 /// "`fusermount3 -u` ends the process with status 0"
 #[test]
-fn fusermount_ends_it_with_status_0() {
+fn fusermount_ends_the_daemon_with_status_0() {
     if !ready() {
         return;
     }
@@ -108,7 +110,7 @@ fn fusermount_ends_it_with_status_0() {
 }
 
 #[test]
-fn umount_ends_it_with_status_0() {
+fn umount_ends_the_daemon_with_status_0() {
     if !ready() || !need_root() {
         return;
     }
@@ -120,7 +122,7 @@ fn umount_ends_it_with_status_0() {
 }
 
 #[test]
-fn the_pidfile_names_the_process_and_goes_with_it() {
+fn the_pidfile_names_the_daemon_and_is_removed_at_its_end() {
     if !ready() {
         return;
     }
@@ -132,7 +134,10 @@ fn the_pidfile_names_the_process_and_goes_with_it() {
         let mount = if foreground { command.foreground() } else { command }.start();
         assert_eq!(fs::read_to_string(&pidfile).unwrap(), format!("{}\n", mount.pid()));
         mount.unmount();
-        assert!(!pidfile.exists(), "the pidfile is left (foreground: {foreground})");
+        assert!(
+            !pidfile.exists(),
+            "the pidfile is left behind (foreground: {foreground})"
+        );
     }
 }
 
@@ -146,7 +151,7 @@ fn messages_go_to_the_log_file() {
     scratch.mkdir("mnt");
     for (format, json) in [("text", false), ("json", true)] {
         let log = scratch.path(format);
-        // A relative name is one of the folder that the command was given in.
+        // A relative path is relative to the folder in which the command was run.
         let options = ["-v", "-v", "--log-file", format, "--log-format", format];
         let mount = options
             .iter()
@@ -155,7 +160,7 @@ fn messages_go_to_the_log_file() {
             .start();
         mount.unmount();
         let text = fs::read_to_string(&log).unwrap();
-        assert!(text.lines().count() > 0, "nothing in the log");
+        assert!(text.lines().count() > 0, "the log is empty");
         for line in text.lines() {
             let parsed = serde_json::from_str::<serde_json::Value>(line);
             assert_eq!(parsed.is_ok_and(|value| value.is_object()), json, "{format}: {line}");
@@ -163,15 +168,16 @@ fn messages_go_to_the_log_file() {
     }
 }
 
-/// Messages that nobody reads are no reason to end, and no panic.
+/// A failed write of a log message must neither end the daemon nor make it panic.
 #[test]
-fn regression_a_closed_standard_error_ends_no_mount() {
+fn regression_a_closed_standard_error_does_not_end_a_mount() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
     sparse(&scratch);
     scratch.mkdir("mnt");
+    // `true` exits at once, so the standard error of the program is a pipe without a reader.
     let script = "(\"$0\" -f -vvv mnt file=disk.vmdk; echo $? >status) 2>&1 | true";
     let run = Cmd::new("sh")
         .args(["-c", script])
@@ -211,7 +217,7 @@ fn a_log_file_that_cannot_be_written_is_an_error() {
 
 /// "SIGTERM/SIGINT/SIGHUP unmount cleanly"
 #[test]
-fn signals_unmount_and_end_it_with_status_0() {
+fn signals_unmount_and_end_the_daemon_with_status_0() {
     if !ready() {
         return;
     }
@@ -231,7 +237,7 @@ fn signals_unmount_and_end_it_with_status_0() {
             );
             assert!(
                 !mount.is_mounted(),
-                "{signal} (foreground: {foreground}) left the mount"
+                "{signal} (foreground: {foreground}) did not unmount"
             );
         }
     }
@@ -239,7 +245,7 @@ fn signals_unmount_and_end_it_with_status_0() {
 
 /// "a busy mount is detached lazily and the process ends when the last user is gone"
 #[test]
-fn a_busy_mount_is_detached_and_served_until_its_last_user_is_gone() {
+fn a_busy_mount_is_detached_and_served_until_its_last_close() {
     if !ready() {
         return;
     }
@@ -253,22 +259,22 @@ fn a_busy_mount_is_detached_and_served_until_its_last_user_is_gone() {
         mount.signal(Signal::SIGTERM);
         mount.wait_unmounted();
         for offset in (0..16 << 20).step_by(1 << 20) {
-            let (mut seen, mut wanted) = (vec![0; 65536], vec![0; 65536]);
+            let (mut seen, mut expected) = (vec![0; 65536], vec![0; 65536]);
             if let Err(e) = user.read_exact_at(&mut seen, offset) {
-                let (alive, said) = (mount.is_running(), mount.output());
-                panic!("an open file must be served ({e} at {offset}); the process runs: {alive}; {said:?}");
+                let (alive, output) = (mount.is_running(), mount.output());
+                panic!("an open file is not served ({e} at {offset}); the daemon runs: {alive}; {output:?}");
             }
-            original.read_exact_at(&mut wanted, offset).unwrap();
-            assert!(seen == wanted, "wrong bytes at {offset} after the unmount");
+            original.read_exact_at(&mut expected, offset).unwrap();
+            assert!(seen == expected, "wrong bytes at {offset} after the unmount");
         }
-        assert!(mount.is_running(), "it ended while a file was open");
+        assert!(mount.is_running(), "the daemon ended while a file was open");
         drop(user);
         assert_eq!(mount.wait_end().code, Some(0));
     }
 }
 
 #[test]
-fn a_lazy_unmount_ends_it_when_the_last_user_is_gone() {
+fn a_lazy_unmount_ends_the_daemon_after_the_last_close() {
     if !ready() {
         return;
     }
@@ -282,22 +288,24 @@ fn a_lazy_unmount_ends_it_when_the_last_user_is_gone() {
     Cmd::new("fusermount3").arg("-uz").arg(mount.point()).run().ok();
     assert!(!mount.is_mounted());
     let mut seen = Vec::new();
-    user.read_to_end(&mut seen).expect("an open file must be served");
+    user.read_to_end(&mut seen)
+        .expect("reading a file that was open at the lazy unmount");
     assert!(seen == fs::read(raw).unwrap(), "wrong bytes after the lazy unmount");
     assert!(mount.is_running());
     drop(user);
     assert_eq!(mount.wait_end().code, Some(0));
 }
 
-/// A shell whose folder is in the mount is a user too.
+/// A process whose working directory is in the mount keeps the mount busy, as an open file does.
 #[test]
-fn a_working_directory_inside_is_a_user() {
+fn a_working_directory_inside_keeps_the_mount_busy() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
     sparse(&scratch);
     let mut mount = scratch.mount().file("disk.vmdk").start();
+    // cat waits for its standard input, so it stays in its working directory until the pipe is closed.
     let mut shell = Command::new("cat")
         .current_dir(mount.point())
         .stdin(Stdio::piped())
@@ -324,7 +332,7 @@ fn auto_unmount_clears_the_mount_of_a_killed_process() {
     assert_eq!(mount.wait_end().signal, Some(Signal::SIGKILL as i32));
     mount.wait_unmounted();
     assert!(fs::read_dir(mount.point()).is_ok());
-    // And it does not stand in the way of an ordinary end.
+    // The option does not disturb an ordinary unmount.
     scratch
         .mount()
         .arg("-o")
@@ -343,13 +351,14 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
     let scratch = Scratch::new();
     sparse(&scratch);
     let kill = |mount: &mut Mount| {
-        // which the kernel knows for a while, with nobody left to ask
+        // The kernel caches the attributes of the root for a while, and the program must detect the stale mount
+        // although a stat of it succeeds.
         fs::metadata(mount.point()).unwrap();
         mount.signal(Signal::SIGKILL);
         mount.wait_end();
         assert!(
             mount.is_mounted() && fs::read_dir(mount.point()).is_err(),
-            "no stale mount to look at"
+            "the killed daemon left no stale mount, so the test shows nothing"
         );
     };
     let mut stale = scratch.mount().file("disk.vmdk").start();
@@ -360,7 +369,7 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
         .arg("file=disk.vmdk")
         .run()
         .one_error(1, &["clear it with"]);
-    // The command ends the line; it is another one for root.
+    // The command is at the end of the line. For root it is a different one.
     let command = outcome.stderr.trim().rsplit(": ").next().unwrap().to_owned();
     let words: Vec<_> = command.split_whitespace().collect();
     assert_eq!(words.last().map(Path::new), Some(stale.point()), "{outcome}");
@@ -371,7 +380,7 @@ fn a_stale_mount_point_is_refused_with_the_command_that_clears_it() {
 }
 
 #[test]
-fn a_second_mount_at_the_same_place_is_refused() {
+fn a_second_mount_at_the_same_mount_point_is_refused() {
     if !ready() {
         return;
     }
@@ -389,9 +398,9 @@ fn a_second_mount_at_the_same_place_is_refused() {
     mount.unmount();
 }
 
-/// Many short lives in a row leave nothing: no mount, no process, no file.
+/// Many mounts and unmounts in a row leave no mount, no process and no file.
 #[test]
-fn nothing_is_left_after_many_lives() {
+fn repeated_mounts_leave_nothing_behind() {
     if !ready() {
         return;
     }
@@ -403,6 +412,6 @@ fn nothing_is_left_after_many_lives() {
     for _ in 0..10 {
         scratch.mount().file("disk.vmdk").start().unmount();
     }
-    assert_eq!(count(), before, "files were left");
+    assert_eq!(count(), before, "files were left behind");
     scratch.assert_no_mounts();
 }

@@ -1,4 +1,4 @@
-//! The command line and the life of a mount: arguments, exit statuses, mount points, users, start and end.
+//! Command line and life cycle of a mount: arguments, exit statuses, mount points, users, start and end.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,5 +1,6 @@
-//! "MOUNTPOINT: an existing directory (files appear in it); a name that does not exist in an existing directory (that name
-//! is the file's); an existing regular file (the mount covers it)", several disks of a mount, and mounts that fail.
+//! "MOUNTPOINT: an existing directory (files appear in it); a name that does not exist in an existing directory (that
+//! name is the file's); an existing regular file (the mount covers it)", several disks in one mount, and mounts that
+//! fail.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -7,13 +8,13 @@ use std::path::Path;
 
 use fuse_tests::harness::{Cmd, Scratch, need_fuse, need_qemu, qemu_img};
 
-/// Bytes that tell one disk from another.
+/// Returns 8 KiB of content that differs for each `seed`.
 fn disk(seed: u8) -> Vec<u8> {
     (0..8192u32).map(|i| (i / 7) as u8 ^ seed).collect()
 }
 
 #[test]
-fn a_directory_gets_one_file() {
+fn a_directory_shows_one_file() {
     if !need_fuse() {
         return;
     }
@@ -21,7 +22,7 @@ fn a_directory_gets_one_file() {
     scratch.write("Fedora.img", disk(1));
     let mount = scratch.mount().file("Fedora.img").start();
     assert_eq!(mount.names(), ["Fedora.raw"]);
-    assert_eq!(mount.entry().kind, "fuse.vmdkfuse");
+    assert_eq!(mount.entry().fs_type, "fuse.vmdkfuse");
     assert_eq!(fs::read(mount.file("Fedora.raw")).unwrap(), disk(1));
     mount.unmount();
     assert_eq!(fs::read_dir(scratch.path("mnt")).unwrap().count(), 0);
@@ -41,7 +42,7 @@ fn a_relative_directory_with_a_slash_works_from_any_folder() {
         .dir(scratch.path("sub"))
         .args(["--pidfile", "pid", "mnt/", "file=../a.img"]);
     cmd.run().ok();
-    // The daemon's own folder is another one: every path was made absolute before.
+    // The daemon changes its working directory to `/`, so every path must have been made absolute before.
     assert_eq!(fs::read(scratch.path("sub/mnt/a.raw")).unwrap(), disk(1));
     let pid: i32 = fs::read_to_string(scratch.path("sub/pid"))
         .unwrap()
@@ -53,7 +54,7 @@ fn a_relative_directory_with_a_slash_works_from_any_folder() {
         .arg(scratch.path("sub/mnt"))
         .run()
         .ok();
-    let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
+    let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(60)).expect("the end of the daemon");
     assert_eq!(ended.code, Some(0));
 }
 
@@ -73,12 +74,12 @@ fn a_new_name_in_a_directory_is_the_file() {
     assert_eq!(
         fs::read_dir(scratch.path("dir")).unwrap().count(),
         0,
-        "the name is still there"
+        "the name still exists"
     );
 }
 
 #[test]
-fn a_name_in_a_directory_that_is_missing_is_refused() {
+fn a_name_in_a_missing_directory_is_refused() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(2));
     scratch
@@ -111,7 +112,8 @@ fn a_config_file_describes_two_disks() {
     let text = "cache-size = \"1M\"\n[mount]\noptions = \"umask=077,fsname=described\"\nthreads = 2\npidfile = \"pid\"\n\
         [[disk]]\nfile = \"system.vmdk\"\n[[disk]]\nfile = \"*.img\"\nname = \"data, 2=x\"\n";
     scratch.write("vms/two.toml", text);
-    // From another folder than the file's, so that its paths can only be right if they count from there.
+    // The working directory is not the folder of the config file, so its relative paths work only if they are
+    // resolved from there.
     scratch
         .vmdkfuse()
         .dir(scratch.root())
@@ -129,10 +131,14 @@ fn a_config_file_describes_two_disks() {
         .parse()
         .unwrap();
     Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
-    let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(20)).expect("the daemon to end");
+    let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(60)).expect("the end of the daemon");
     assert_eq!(ended.code, Some(0));
     assert_eq!((first.unwrap(), second.unwrap()), (disk(6), disk(5)));
-    assert_eq!(mode.unwrap(), 0o640, "the command line's umask goes before the file's");
+    assert_eq!(
+        mode.unwrap(),
+        0o640,
+        "the umask of the command line overrides that of the config file"
+    );
     assert!(
         entries
             .iter()
@@ -143,7 +149,7 @@ fn a_config_file_describes_two_disks() {
 }
 
 #[test]
-fn a_config_file_that_is_wrong_is_refused_with_its_line() {
+fn an_invalid_config_file_is_refused_with_its_line() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(1));
     scratch.write("wrong.toml", "[[disk]]\nfile = \"a.img\"\ncashe = \"none\"\n");
@@ -154,12 +160,12 @@ fn a_config_file_that_is_wrong_is_refused_with_its_line() {
         .refused(2)
         .one_error(2, &["wrong.toml:3", "cache"]);
     scratch.write("right.toml", "[[disk]]\nfile = \"a.img\"\n");
-    let twice = scratch
+    let both = scratch
         .mount()
         .arg("--config")
         .arg(scratch.path("right.toml"))
         .file("a.img");
-    twice.refused(2).one_error(2, &["--config"]);
+    both.refused(2).one_error(2, &["--config"]);
 }
 
 #[test]
@@ -195,7 +201,7 @@ fn a_source_can_be_covered_by_its_own_content() {
 }
 
 #[test]
-fn several_disks_and_their_names() {
+fn several_disks_appear_under_their_names() {
     if !need_fuse() {
         return;
     }
@@ -219,7 +225,7 @@ fn several_disks_and_their_names() {
 
 /// "keys before the first one hold for all"
 #[test]
-fn keys_before_the_first_file_hold_for_all() {
+fn keys_before_the_first_file_apply_to_all_disks() {
     if !need_fuse() {
         return;
     }
@@ -230,7 +236,7 @@ fn keys_before_the_first_file_hold_for_all() {
     assert_eq!(fs::read(mount.file("a.raw")).unwrap(), disk(1));
     assert_eq!(fs::read(mount.file("b.raw")).unwrap(), disk(2));
     drop(mount);
-    // After it, the key holds for the second disk only, so the first one is no VMDK.
+    // After a `file=` the key applies to that disk only, so the first file is opened as a VMDK, which it is not.
     scratch
         .mount()
         .file("a.vmdk")
@@ -241,7 +247,7 @@ fn keys_before_the_first_file_hold_for_all() {
 }
 
 #[test]
-fn a_glob_names_every_file_that_fits() {
+fn a_glob_mounts_every_matching_file() {
     if !need_fuse() {
         return;
     }
@@ -327,7 +333,7 @@ fn the_mount_helper_mounts() {
     scratch.assert_no_mounts();
 }
 
-/// A name that exists is that file, whatever characters are in it.
+/// The name of an existing file is never taken for a glob, whatever characters it contains.
 #[test]
 fn a_file_whose_name_looks_like_a_glob_is_that_file() {
     if !need_fuse() {
@@ -343,7 +349,7 @@ fn a_file_whose_name_looks_like_a_glob_is_that_file() {
 }
 
 #[test]
-fn two_disks_of_one_name_are_a_usage_error() {
+fn two_disks_with_the_same_name_are_a_usage_error() {
     let scratch = Scratch::new();
     scratch.mkdir("x");
     scratch.write("a.img", disk(1));
@@ -374,7 +380,7 @@ fn several_disks_need_a_directory() {
 }
 
 #[test]
-fn a_mount_that_fails_leaves_nothing() {
+fn a_failed_mount_leaves_nothing_behind() {
     let scratch = Scratch::new();
     scratch.write("good.img", disk(1));
     scratch.write("text.vmdk", "this is no image at all");
@@ -409,14 +415,14 @@ fn a_mount_that_fails_leaves_nothing() {
 }
 
 #[test]
-fn a_missing_parent_names_the_file_that_was_looked_for() {
+fn the_error_of_a_missing_parent_names_its_file() {
     if !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let at = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
     qemu_img(["create", "-f", "vmdk", &at("base.vmdk"), "4M"]);
-    // A relative hint, as VMware writes it.
+    // Run in the folder, so that the hint is relative, as VMware writes it.
     Cmd::new("qemu-img")
         .args(["create", "-f", "vmdk", "-F", "vmdk", "-b", "base.vmdk", "top.vmdk"])
         .dir(scratch.root())
@@ -428,7 +434,7 @@ fn a_missing_parent_names_the_file_that_was_looked_for() {
 
 /// "CID mismatch (error that names both, `degraded=cid` accepts it)"
 #[test]
-fn a_parent_that_changed_is_refused_unless_accepted() {
+fn a_changed_parent_is_refused_without_degraded_cid() {
     if !need_qemu() || !need_fuse() {
         return;
     }
@@ -449,16 +455,16 @@ fn a_parent_that_changed_is_refused_unless_accepted() {
             .json();
         json[0]["chain"][0].clone()
     };
-    let remembered = cid("top.vmdk")["parent_cid"].as_str().unwrap().to_owned();
-    // The first write gives the base a new CID.
+    let recorded = cid("top.vmdk")["parent_cid"].as_str().unwrap().to_owned();
+    // qemu-io gives the base a new CID at its first write.
     run("qemu-io", &["-f", "vmdk", "-c", "write -P 0x55 0 64k", "base.vmdk"]);
-    let now = cid("base.vmdk")["cid"].as_str().unwrap().to_owned();
-    assert_ne!(now, remembered);
+    let current = cid("base.vmdk")["cid"].as_str().unwrap().to_owned();
+    assert_ne!(current, recorded);
     scratch
         .mount()
         .file("top.vmdk")
         .refused(1)
-        .one_error(1, &[&remembered, &now]);
+        .one_error(1, &[&recorded, &current]);
     let mount = scratch.mount().file("top.vmdk").arg("degraded=cid").start();
     assert_eq!(
         fuse_tests::harness::read_range(&mount.file("top.raw"), 100, 1000),
@@ -467,9 +473,9 @@ fn a_parent_that_changed_is_refused_unless_accepted() {
     mount.unmount();
 }
 
-/// Names in an image stay in its folder; `allow-dir=` opens a further one.
+/// Names in an image may only lead into its own folder; `allow-dir=` allows a further one.
 #[test]
-fn an_extent_elsewhere_needs_allow_dir() {
+fn an_extent_in_another_folder_needs_allow_dir() {
     if !need_fuse() {
         return;
     }
@@ -500,7 +506,7 @@ fn an_extent_elsewhere_needs_allow_dir() {
         assert_eq!(fs::read(mount.file(format!("{name}.raw"))).unwrap(), disk(7), "{name}");
         mount.unmount();
     }
-    // Another folder allowed does not help.
+    // Allowing an unrelated folder does not help.
     let elsewhere = format!("allow-dir={}", scratch.mkdir("other").display());
     scratch
         .mount()
@@ -512,7 +518,7 @@ fn an_extent_elsewhere_needs_allow_dir() {
 
 /// "a raw file only when asked or when its name does not end in .vmdk"
 #[test]
-fn the_format_is_found_by_content() {
+fn the_format_is_detected_by_content() {
     if !need_fuse() || !need_qemu() {
         return;
     }

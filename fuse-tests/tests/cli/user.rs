@@ -1,4 +1,4 @@
-//! "Works as root and as an ordinary user by fusermount3": who may mount, and who may look in.
+//! "Works as root and as an ordinary user by fusermount3": users that may mount, and users that may read.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -8,7 +8,7 @@ use fuse_tests::harness::{
     Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need_allow_other, need_fuse, need_root, sha256,
 };
 
-/// A raw image that everybody may read, and its hash.
+/// Creates a raw image that every user may read; returns its SHA-256.
 fn image(scratch: &Scratch) -> String {
     let bytes: Vec<u8> = (0..1_000_448u32).map(|i| (i / 3) as u8).collect();
     let path = scratch.write("disk.img", bytes);
@@ -16,12 +16,12 @@ fn image(scratch: &Scratch) -> String {
     sha256(&path)
 }
 
-/// sha256sum as somebody.
+/// Runs sha256sum as `user`.
 fn hash_as(user: User, path: &Path) -> Outcome {
     Cmd::new("sha256sum").arg(path).user(Some(user)).run()
 }
 
-/// These tests change users, which only root can.
+/// Returns true if the machine can run these tests. They run programs as other users, for which they need root.
 fn ready() -> bool {
     need_fuse() && need_root()
 }
@@ -43,13 +43,13 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
             scratch.path(at)
         };
         assert!(hash_as(NOBODY, &path).ok().stdout.starts_with(&hash), "{at}");
-        let listed = Cmd::new("stat")
+        let stat_output = Cmd::new("stat")
             .args(["-c", "%u %g %s"])
             .arg(&path)
             .user(Some(NOBODY))
             .run()
             .ok();
-        assert_eq!(listed.stdout.trim(), "65534 65534 1000448", "{at}");
+        assert_eq!(stat_output.stdout.trim(), "65534 65534 1000448", "{at}");
         Cmd::new("fusermount3")
             .arg("-u")
             .arg(&mount.entry().point)
@@ -63,7 +63,7 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
 }
 
 #[test]
-fn an_ordinary_user_ends_it_by_a_signal() {
+fn an_ordinary_user_ends_the_daemon_by_a_signal() {
     if !ready() {
         return;
     }
@@ -80,7 +80,7 @@ fn an_ordinary_user_ends_it_by_a_signal() {
 }
 
 #[test]
-fn an_ordinary_user_may_use_auto_unmount_or_is_told_why_not() {
+fn an_ordinary_user_can_use_auto_unmount() {
     if !ready() {
         return;
     }
@@ -93,7 +93,7 @@ fn an_ordinary_user_may_use_auto_unmount_or_is_told_why_not() {
 }
 
 #[test]
-fn an_image_that_the_user_may_not_read_is_one_line() {
+fn an_image_that_the_user_may_not_read_is_a_one_line_error() {
     if !ready() {
         return;
     }
@@ -109,7 +109,7 @@ fn an_image_that_the_user_may_not_read_is_one_line() {
 }
 
 #[test]
-fn a_mount_point_of_somebody_else_is_refused() {
+fn a_mount_point_of_another_user_is_refused() {
     if !ready() {
         return;
     }
@@ -128,7 +128,7 @@ fn a_mount_point_of_somebody_else_is_refused() {
 
 /// "`allow_other` refused by fuse.conf gives the reason"
 #[test]
-fn allow_other_of_an_ordinary_user_is_up_to_fuse_conf() {
+fn allow_other_of_an_ordinary_user_depends_on_fuse_conf() {
     if !ready() {
         return;
     }
@@ -140,19 +140,19 @@ fn allow_other_of_an_ordinary_user_is_up_to_fuse_conf() {
             command.refused(1).error_names(&["user_allow_other", "fuse.conf"]);
         } else {
             let mount = command.start();
-            let who = if option == "allow_other" {
+            let reader = if option == "allow_other" {
                 STRANGER
             } else {
                 User { uid: 0, gid: 0 }
             };
-            assert!(hash_as(who, &mount.file("disk.raw")).ok().stdout.starts_with(&hash));
+            assert!(hash_as(reader, &mount.file("disk.raw")).ok().stdout.starts_with(&hash));
             mount.unmount();
         }
     }
 }
 
 #[test]
-fn others_cannot_look_in_without_allow_other() {
+fn other_users_cannot_read_a_mount_without_allow_other() {
     if !ready() {
         return;
     }
@@ -167,7 +167,7 @@ fn others_cannot_look_in_without_allow_other() {
 }
 
 #[test]
-fn owner_and_umask_decide_with_default_permissions() {
+fn default_permissions_enforces_owner_and_umask() {
     if !ready() {
         return;
     }

@@ -7,5 +7,6 @@
 )]
 
 mod crash_search;
+mod lock_free;
 mod model;
 mod regressions;

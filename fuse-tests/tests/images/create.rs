@@ -222,7 +222,7 @@ fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
         .vmdkfuse()
         .args(words)
         .run()
-        .one_error(1, &["b.vmdk: cannot be made", "never takes the place", "b-flat.vmdk"]);
+        .one_error(1, &["b.vmdk: can't be created", "never takes the place", "b-flat.vmdk"]);
     assert_eq!(names(scratch.root()), ["a.vmdk", "b-flat.vmdk"]);
     assert_eq!(fs::read(scratch.path("b-flat.vmdk")).unwrap(), b"mine");
 }
@@ -237,7 +237,7 @@ fn an_existing_file_is_an_error_that_says_so() {
     for (kind, _) in KINDS {
         for name in ["x.vmdk", "link.vmdk"] {
             let words = ["create-size=1M", &format!("create-type={kind}")].map(str::to_owned);
-            let says = [name, "cannot be made", "File exists"];
+            let says = [name, "can't be created", "File exists"];
             scratch
                 .vmdkfuse()
                 .args(["--create", name])
@@ -303,7 +303,7 @@ fn a_folder_that_is_missing_or_closed_is_an_error() {
     let create = |scratch: &Scratch, file: &str| scratch.vmdkfuse().args(["--create", file, "create-size=1M"]).run();
     create(&scratch, "none/x.vmdk").one_error(1, &["none", "No such file"]);
     scratch.mkdir("dir");
-    create(&scratch, "dir/..").one_error(1, &["no name of a new file"]);
+    create(&scratch, "dir/..").one_error(1, &["can't be the name of a new file"]);
     if need_root() {
         let scratch = Scratch::of(NOBODY);
         fs::create_dir(scratch.path("roots")).unwrap();

@@ -1,4 +1,4 @@
-//! "The raw file behaves like a disk": what every reader of it may rely on.
+//! "The raw file behaves like a disk": guarantees to every reader of the raw file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -14,20 +14,20 @@ use fuse_tests::harness::{
 };
 use nix::libc;
 
-/// Bytes of the disk: not a whole number of grains.
+/// Size of the disk in bytes; not a multiple of the grain size.
 const SIZE: u64 = (20 << 20) + 512 * 77;
 
-/// One original in three kinds of image; the mount serves them as `sparse.raw`, `stream.raw` and `flat.raw`.
+/// One original in three types of image; the mount shows them as `sparse.raw`, `stream.raw` and `flat.raw`.
 struct Disks {
     mount: Mount,
     scratch: Scratch,
     raw: PathBuf,
 }
 
-/// The names in the mount of [`Disks`].
+/// Names in the mount of [`Disks`].
 const NAMES: [&str; 3] = ["sparse.raw", "stream.raw", "flat.raw"];
 
-/// Makes and mounts them; `None` where the machine cannot.
+/// Creates and mounts the images; returns `None` if the machine cannot.
 fn disks(options: &[&str]) -> Option<Disks> {
     if !need_fuse() || !need_qemu() {
         return None;
@@ -53,7 +53,7 @@ fn disks(options: &[&str]) -> Option<Disks> {
             out.to_str().unwrap(),
         ]);
     }
-    // others change the images, and qemu reads them meanwhile
+    // Mounted read-only, since the tests change the images underneath and qemu reads them at the same time.
     let start = options
         .iter()
         .fold(scratch.mount().arg("readonly=true"), |mount, option| mount.arg(option));
@@ -62,13 +62,13 @@ fn disks(options: &[&str]) -> Option<Disks> {
 }
 
 impl Disks {
-    /// The path of one of [`NAMES`].
+    /// Returns the path of one of [`NAMES`].
     fn path(&self, name: &str) -> PathBuf {
         self.mount.file(name)
     }
 }
 
-/// Panics unless the call was refused as on a disk that cannot be changed.
+/// Panics unless the call failed with `EROFS` or `EPERM`, as on a disk that cannot be changed.
 #[track_caller]
 fn refused<T>(what: &str, result: io::Result<T>) {
     match result.map_err(|e| (e.raw_os_error(), e)) {
@@ -89,7 +89,7 @@ fn attributes_are_those_of_the_disk_and_its_image() {
         assert_eq!(
             (seen.uid(), seen.gid()),
             (image.uid(), image.gid()),
-            "{name}: the owner is who mounts"
+            "{name}: the owner is the mounting user"
         );
         assert_eq!(seen.mode() & 0o111, 0, "{name}: mode {:o}", seen.mode());
         assert_eq!(seen.mode() & 0o400, 0o400, "{name}: mode {:o}", seen.mode());
@@ -107,7 +107,7 @@ fn attributes_are_those_of_the_disk_and_its_image() {
 }
 
 #[test]
-fn uid_gid_and_umask_are_shown() {
+fn uid_gid_and_umask_are_applied() {
     let Some(disks) = disks(&["-o", "uid=1234,gid=4321,umask=037"]) else {
         return;
     };
@@ -121,15 +121,15 @@ fn uid_gid_and_umask_are_shown() {
 
 /// "st_blocks = allocated"
 #[test]
-fn blocks_are_what_is_allocated() {
+fn st_blocks_counts_allocated_bytes() {
     let Some(disks) = disks(&[]) else { return };
     let data: u64 = qemu_data_ranges(&disks.scratch.path("sparse.vmdk"), "vmdk")
         .iter()
         .map(|r| r.end - r.start)
         .sum();
     let seen = || fs::metadata(disks.path("sparse.raw")).unwrap().blocks() * 512;
-    // Until everything is counted there is an estimate, which the kernel keeps for a moment.
-    let counted = poll_until(Duration::from_secs(20), || seen() == data);
+    // Until all tables are counted the daemon reports an estimate, and the kernel caches the attributes for a moment.
+    let counted = poll_until(Duration::from_secs(60), || seen() == data);
     assert!(counted, "sparse: {} bytes allocated, not {data}", seen());
     assert!(data < SIZE, "the image has no holes, so the test shows nothing");
     let stream = fs::metadata(disks.path("stream.raw")).unwrap();
@@ -141,7 +141,7 @@ fn blocks_are_what_is_allocated() {
 }
 
 #[test]
-fn statfs_tells_a_full_read_only_file_system() {
+fn statfs_reports_a_full_file_system() {
     let Some(disks) = disks(&[]) else { return };
     let seen = nix::sys::statvfs::statvfs(disks.mount.point()).unwrap();
     let bytes = seen.blocks() * seen.fragment_size();
@@ -155,10 +155,10 @@ fn statfs_tells_a_full_read_only_file_system() {
 fn seek_hole_and_data_agree_with_qemu() {
     let Some(disks) = disks(&[]) else { return };
     for name in ["sparse", "stream"] {
-        let wanted = qemu_data_ranges(&disks.scratch.path(format!("{name}.vmdk")), "vmdk");
-        assert_eq!(data_ranges(&disks.path(&format!("{name}.raw"))), wanted, "{name}");
+        let expected = qemu_data_ranges(&disks.scratch.path(format!("{name}.vmdk")), "vmdk");
+        assert_eq!(data_ranges(&disks.path(&format!("{name}.raw"))), expected, "{name}");
     }
-    // What a flat file knows is its file system's affair; but no data may lie in a hole.
+    // The holes of a flat image are those that its file system reports; a hole must not contain data.
     let flat = data_ranges(&disks.path("flat.raw"));
     let original = fs::read(&disks.raw).unwrap();
     let mut at = 0;
@@ -171,7 +171,7 @@ fn seek_hole_and_data_agree_with_qemu() {
 
 /// "reading past the end gives 0 bytes"
 #[test]
-fn reads_at_the_end_are_short_and_past_it_empty() {
+fn reads_at_the_end_are_short_and_reads_past_it_empty() {
     let Some(disks) = disks(&[]) else { return };
     for name in NAMES {
         let file = File::open(disks.path(name)).unwrap();
@@ -184,19 +184,19 @@ fn reads_at_the_end_are_short_and_past_it_empty() {
 }
 
 #[test]
-fn whole_files_are_right_read_in_any_way() {
+fn whole_files_are_correct_by_every_read_path() {
     let Some(disks) = disks(&[]) else { return };
-    let wanted = fs::read(&disks.raw).unwrap();
+    let expected = fs::read(&disks.raw).unwrap();
     for name in NAMES {
         let path = disks.path(name);
         assert_same(&path, &disks.raw);
-        assert!(map_bytes(&path) == wanted, "{name} by mmap");
-        assert!(by_sendfile(&path) == wanted, "{name} by sendfile");
-        assert!(by_odd_reads(&path) == wanted, "{name} by reads of 4099 bytes");
+        assert!(map_bytes(&path) == expected, "{name} by mmap");
+        assert!(by_sendfile(&path) == expected, "{name} by sendfile");
+        assert!(by_odd_reads(&path) == expected, "{name} by reads of 4099 bytes");
     }
 }
 
-/// To a socket the standard library copies by sendfile(2).
+/// Reads a file through sendfile(2), which the standard library uses to copy from a file to a socket.
 fn by_sendfile(path: &Path) -> Vec<u8> {
     let (mut ours, mut theirs) = UnixStream::pair().unwrap();
     let reader = thread::spawn(move || {
@@ -208,7 +208,7 @@ fn by_sendfile(path: &Path) -> Vec<u8> {
     reader.join().unwrap().unwrap()
 }
 
-/// Sequential reads of an odd size.
+/// Reads a file sequentially in unaligned pieces of 4099 bytes.
 fn by_odd_reads(path: &Path) -> Vec<u8> {
     let mut file = File::open(path).unwrap();
     let (mut seen, mut buf) = (Vec::new(), [0; 4099]);
@@ -221,9 +221,9 @@ fn by_odd_reads(path: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn direct_reads_are_right_aligned_and_not() {
+fn aligned_and_unaligned_direct_reads_are_correct() {
     let Some(disks) = disks(&[]) else { return };
-    let wanted = fs::read(&disks.raw).unwrap();
+    let expected = fs::read(&disks.raw).unwrap();
     for name in NAMES {
         let file = OpenOptions::new()
             .read(true)
@@ -235,17 +235,17 @@ fn direct_reads_are_right_aligned_and_not() {
             let n = file.read_at(buf.bytes(), start).unwrap();
             let len = (SIZE - start).min(1 << 20) as usize;
             assert_eq!(n, len, "{name} at {start}");
-            assert!(buf.bytes()[..n] == wanted[start as usize..][..n], "{name} at {start}");
+            assert!(buf.bytes()[..n] == expected[start as usize..][..n], "{name} at {start}");
         }
         if name == "flat.raw" {
-            // The kernel may serve a flat file itself, and then its file system's rules hold.
+            // The kernel may read a flat file by passthrough; then the alignment rules of its file system apply.
             continue;
         }
         for (start, len) in [(1, 1), (511, 2), (513, 70_001), (65_535, 131_073), (SIZE - 3, 3)] {
             let bytes = &mut buf.bytes()[1..=len];
             assert_eq!(file.read_at(bytes, start).unwrap(), len, "{name} at {start}");
             assert!(
-                bytes == &wanted[start as usize..][..len],
+                bytes == &expected[start as usize..][..len],
                 "{name}: {len} bytes at {start}"
             );
         }
@@ -253,7 +253,7 @@ fn direct_reads_are_right_aligned_and_not() {
 }
 
 #[test]
-fn eight_readers_at_once_see_the_right_bytes() {
+fn eight_concurrent_readers_read_correctly() {
     let Some(disks) = disks(&["cache=none"]) else { return };
     thread::scope(|scope| {
         for reader in 0..8 {
@@ -267,7 +267,7 @@ fn eight_readers_at_once_see_the_right_bytes() {
 }
 
 #[test]
-fn random_reads_are_right() {
+fn random_reads_are_correct() {
     let Some(disks) = disks(&[]) else { return };
     for name in NAMES {
         assert_same_at_random(&disks.path(name), &disks.raw, 3, 400);
@@ -283,17 +283,17 @@ fn nothing_can_be_changed() {
         let before = sha256(&disks.scratch.path("sparse.vmdk"));
         refused("opening for writing", OpenOptions::new().write(true).open(&path));
         refused(
-            "opening for both",
+            "opening for reading and writing",
             OpenOptions::new().read(true).write(true).open(&path),
         );
         refused("opening to append", OpenOptions::new().append(true).open(&path));
         refused("truncating at open", File::create(&path));
         refused("creating", File::create(&new));
-        refused("making a folder", fs::create_dir(&new));
-        refused("making a link", symlink("x", &new));
-        refused("making a second name", fs::hard_link(&path, &new));
+        refused("creating a folder", fs::create_dir(&new));
+        refused("creating a symbolic link", symlink("x", &new));
+        refused("creating a hard link", fs::hard_link(&path, &new));
         refused(
-            "making a FIFO",
+            "creating a FIFO",
             nix::unistd::mkfifo(&new, nix::sys::stat::Mode::S_IRWXU).map_err(io::Error::from),
         );
         refused("renaming", fs::rename(&path, &new));
@@ -314,7 +314,7 @@ fn nothing_can_be_changed() {
 }
 
 #[test]
-fn names_that_are_not_there_are_not_found() {
+fn missing_names_are_not_found() {
     let Some(disks) = disks(&[]) else { return };
     let long = "x".repeat(255);
     for name in ["nothing", "sparse", "sparse.raw.x", "SPARSE.RAW", &long] {
@@ -328,7 +328,7 @@ fn names_that_are_not_there_are_not_found() {
     assert_eq!(below.raw_os_error(), Some(libc::ENOTDIR));
 }
 
-/// Writes into a file and gives it a new mtime, as a writer that came later would.
+/// Writes into a file and sets its mtime two seconds into the future, as a later writer would.
 fn change(path: &Path, offset: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(path).unwrap();
     file.write_all_at(bytes, offset).unwrap();
@@ -338,7 +338,7 @@ fn change(path: &Path, offset: u64, bytes: &[u8]) {
 
 /// "Kernel cache kept across opens while the image has not changed underneath": when it has, a new open sees it.
 #[test]
-fn a_new_open_sees_what_changed_in_the_image() {
+fn a_new_open_sees_changes_of_the_image() {
     let Some(disks) = disks(&[]) else { return };
     let marker = *b"changed underneath";
     let original = fs::read(&disks.raw).unwrap();
@@ -347,7 +347,7 @@ fn a_new_open_sees_what_changed_in_the_image() {
         for _ in 0..2 {
             assert!(fs::read(&path).unwrap() == original, "{name}");
         }
-        // The first sectors are data; where the image keeps them is found by their bytes.
+        // The first sectors are data; their bytes locate them in the image file.
         let image = disks.scratch.path(file);
         let stored = fs::read(&image).unwrap();
         let at = stored
@@ -364,8 +364,8 @@ fn a_new_open_sees_what_changed_in_the_image() {
     }
 }
 
-/// Bytes of the file that the kernel has in memory. `fincore` opens the file itself, as any later reader would.
-fn kept(path: &Path) -> u64 {
+/// Returns the bytes of the file in the page cache. `fincore` opens the file itself, as any later reader would.
+fn cached_bytes(path: &Path) -> u64 {
     let out = Cmd::new("fincore")
         .args(["--bytes", "--noheadings", "--output", "RES"])
         .arg(path)
@@ -375,26 +375,36 @@ fn kept(path: &Path) -> u64 {
 }
 
 #[test]
-fn pages_are_kept_across_opens_until_the_image_changes() {
+fn the_page_cache_survives_opens_until_the_image_changes() {
     if !need("fincore") {
         return;
     }
-    // what the kernel reads by itself it keeps elsewhere
+    // Pages that the kernel reads through a kernel view are cached elsewhere.
     let Some(disks) = disks(&["kernel-view=off"]) else {
         return;
     };
     for (name, file) in [("sparse.raw", "sparse.vmdk"), ("stream.raw", "stream.vmdk")] {
         let path = disks.path(name);
         fs::read(&path).unwrap();
-        assert!(kept(&path) > SIZE / 2, "{name} was read and closed");
-        assert!(kept(&path) > SIZE / 2, "{name} was opened again");
+        assert!(
+            cached_bytes(&path) > SIZE / 2,
+            "{name} was read and closed, but its pages are not cached"
+        );
+        assert!(
+            cached_bytes(&path) > SIZE / 2,
+            "{name} was opened again, and its pages were dropped"
+        );
         OpenOptions::new()
             .append(true)
             .open(disks.scratch.path(file))
             .unwrap()
             .set_modified(SystemTime::now())
             .unwrap();
-        assert_eq!(kept(&path), 0, "the image of {name} changed");
+        assert_eq!(
+            cached_bytes(&path),
+            0,
+            "the image of {name} changed, but its pages are still cached"
+        );
     }
 }
 
@@ -453,7 +463,7 @@ fn cp_and_dd_copy_the_disk() {
     }
 }
 
-/// cp finds the holes by SEEK_DATA: the copy takes no more than the data.
+/// cp finds holes with SEEK_DATA: the copy allocates hardly more than the data.
 #[test]
 fn cp_keeps_the_holes() {
     let Some(disks) = disks(&[]) else { return };
@@ -461,10 +471,10 @@ fn cp_keeps_the_holes() {
     let path = disks.path("sparse.raw");
     Cmd::new("cp").arg(&path).arg(&copy).run().ok();
     let data: u64 = data_ranges(&path).iter().map(|range| range.end - range.start).sum();
-    // The file system may round each island to its blocks.
+    // The file system may round each island up to whole blocks.
     let bound = data + 65536 * data_ranges(&path).len() as u64;
     let taken = fs::metadata(&copy).unwrap().blocks() * 512;
-    assert!(taken <= bound, "the copy takes {taken} bytes, the data are {data}");
+    assert!(taken <= bound, "the copy takes {taken} bytes for {data} bytes of data");
 }
 
 #[test]
@@ -491,9 +501,9 @@ fn qemu_reads_the_raw_file() {
     }
 }
 
-/// Damage in one place is an I/O error there and nowhere else.
+/// A damaged grain causes an I/O error in its own range only.
 #[test]
-fn a_damaged_grain_is_an_io_error_in_its_place_only() {
+fn a_damaged_grain_is_an_io_error_in_its_range_only() {
     let Some(disks) = disks(&[]) else { return };
     let (good, bad) = (disks.scratch.path("sparse.vmdk"), disks.scratch.path("bad.vmdk"));
     let mut image = fuse_tests::harness::Hosted::read(&good);

@@ -1,4 +1,4 @@
-//! File systems inside of a disk, read by those who read disks: the kernel through a loop device, and guestfish.
+//! File systems inside a disk: read by the kernel through a loop device, read and written by guestfish.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use fuse_tests::harness::{
     skip,
 };
 
-/// What is in the file system.
+/// Content of the file `/etc/greeting` in the guest's file system.
 const GREETING: &str = "Hello from inside of the disk.\n";
 
-/// Makes `guest.vmdk`, an ext4 file system with a few files, and mounts it; `None` where the machine cannot.
+/// Creates `guest.vmdk`, an ext4 file system with two files, and mounts it; returns `None` if the machine cannot.
 fn guest(scratch: &Scratch, subformat: &str) -> Option<Mount> {
     if !need_fuse() || !need_qemu() || !need("mkfs.ext4") {
         return None;
@@ -30,7 +30,7 @@ fn guest(scratch: &Scratch, subformat: &str) -> Option<Mount> {
         .run()
         .ok();
     let option = format!("subformat={subformat}");
-    let words = [
+    let arguments = [
         "convert",
         "-f",
         "raw",
@@ -41,19 +41,19 @@ fn guest(scratch: &Scratch, subformat: &str) -> Option<Mount> {
         raw.to_str().unwrap(),
         vmdk.to_str().unwrap(),
     ];
-    qemu_img(words);
+    qemu_img(arguments);
     Some(scratch.mount().file(vmdk).start())
 }
 
-/// Five MiB that no two sectors share.
+/// Returns 5 MiB of data without two equal sectors.
 fn noise() -> Vec<u8> {
     (0..5u32 << 18)
         .flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes())
         .collect()
 }
 
-/// The loop devices whose file is this one.
-fn loops(file: &Path) -> String {
+/// Lists the loop devices that are attached to this file.
+fn loop_devices(file: &Path) -> String {
     Cmd::new("losetup").arg("-j").arg(file).run().ok().stdout
 }
 
@@ -69,29 +69,29 @@ fn the_kernel_mounts_the_file_system() {
         };
         let disk = mount.file("guest.raw");
         let inside = scratch.mkdir("inside");
-        let mounted = Cmd::new("mount")
+        let outcome = Cmd::new("mount")
             .args(["-t", "ext4", "-o", "loop,ro"])
             .arg(&disk)
             .arg(&inside)
             .run();
-        if mounted.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
-            skip("there are no loop devices");
+        if outcome.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
+            skip("no loop devices: /dev/loop-control does not exist");
             return;
         }
-        mounted.ok();
+        outcome.ok();
         compare_tree(&inside);
         Cmd::new("umount").arg(&inside).run().ok();
         assert!(mounts_below(&inside).is_empty());
         assert!(
-            poll_until(Duration::from_secs(10), || loops(&disk).is_empty()),
-            "a loop device is left: {}",
-            loops(&disk)
+            poll_until(Duration::from_secs(60), || loop_devices(&disk).is_empty()),
+            "a loop device is still attached: {}",
+            loop_devices(&disk)
         );
         mount.unmount();
     }
 }
 
-/// The files are what was put in.
+/// Panics unless the files have their original content.
 fn compare_tree(root: &Path) {
     assert_eq!(fs::read_to_string(root.join("etc/greeting")).unwrap(), GREETING);
     assert!(
@@ -111,7 +111,7 @@ fn guestfish_reads_the_file_system() {
         return;
     };
     let disk: PathBuf = mount.file("guest.raw");
-    let words = [
+    let arguments = [
         "--ro",
         "--format=raw",
         "-a",
@@ -121,7 +121,7 @@ fn guestfish_reads_the_file_system() {
         "list-filesystems",
         ":",
     ];
-    let look = [
+    let commands = [
         "mount-ro",
         "/dev/sda",
         "/",
@@ -132,7 +132,7 @@ fn guestfish_reads_the_file_system() {
         "cat",
         "/etc/greeting",
     ];
-    let seen = guestfish(&[&words[..], &look].concat());
+    let seen = guestfish(&[&arguments[..], &commands].concat());
     assert!(seen.stdout.contains("/dev/sda: ext4"), "{seen}");
     assert!(
         seen.stdout.contains("noise\n") && seen.stdout.contains(GREETING),
@@ -141,12 +141,12 @@ fn guestfish_reads_the_file_system() {
     mount.unmount();
 }
 
-/// Runs guestfish; its appliance runs without KVM too, only slowly.
-fn guestfish(words: &[&str]) -> Outcome {
+/// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
+fn guestfish(arguments: &[&str]) -> Outcome {
     let fish = Cmd::new("guestfish")
         .env("LIBGUESTFS_BACKEND", "direct")
         .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    fish.args(words).deadline(Duration::from_secs(200)).run().ok()
+    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
 }
 
 /// "guestfish writes a file into an image, qemu-img check and a second guestfish read agree"
@@ -160,7 +160,7 @@ fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
         return;
     };
     let disk: PathBuf = mount.file("guest.raw");
-    let words = [
+    let arguments = [
         "--rw",
         "--format=raw",
         "-a",
@@ -172,11 +172,11 @@ fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
         "/",
         ":",
     ];
-    guestfish(&[&words[..], &["write", "/etc/written", "by a guest"]].concat());
+    guestfish(&[&arguments[..], &["write", "/etc/written", "by a guest"]].concat());
     mount.unmount();
     let image = scratch.path("guest.vmdk");
     qemu_img(["check", image.to_str().unwrap()]);
-    let words = [
+    let arguments = [
         "--ro",
         "--format=vmdk",
         "-a",
@@ -188,7 +188,7 @@ fn guestfish_writes_a_file_that_qemu_reads_from_the_image() {
         "/",
         ":",
     ];
-    let seen = guestfish(&[&words[..], &["cat", "/etc/written", ":", "cat", "/etc/greeting"]].concat());
+    let seen = guestfish(&[&arguments[..], &["cat", "/etc/written", ":", "cat", "/etc/greeting"]].concat());
     assert!(
         seen.stdout.contains("by a guest") && seen.stdout.contains(GREETING),
         "{seen}"

@@ -1,5 +1,8 @@
-//! Disks that the kernel reads by itself, although they are no flat files: the same bytes, whoever opens them and how,
-//! and nothing left behind.
+//! Kernel views: non-flat disks that the kernel reads without the daemon.
+//!
+//! Every way to open such a disk must read the same bytes. A buffered open is passed through to the view, the served
+//! node answers `O_DIRECT`, and the name of the disk moves between the two nodes. A killed daemon must leave nothing
+//! behind.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -23,26 +26,27 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use vmdkfuse::block::RunPlace;
 
-/// Seed of everything that is random here.
+/// Seed of all random data and ranges.
 const SEED: u64 = 11;
 
-/// How long an event may take.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// Deadline for an event. It only bounds a failure.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Bytes of the usual disk.
-const DISK: u64 = 48 << 20;
+/// Size in bytes of the disk that most tests use.
+const DISK_LEN: u64 = 48 << 20;
 
-/// What the program says once the kernel reads a disk by itself.
+/// Log message of the daemon once the kernel reads a disk through a view.
 const BY_KERNEL: &str = "read by the kernel itself";
 
+/// Returns true if the machine can run these tests.
 fn ready() -> bool {
     need_fuse() && need_kernel_view()
 }
 
-/// A sparse image and its raw original, by qemu-img.
+/// Creates a sparse image and its raw original; returns both paths, the original first.
 fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let (raw, vmdk) = (scratch.path("disk.orig"), scratch.path("disk.vmdk"));
-    raw_with_islands(&raw, DISK, SEED);
+    raw_with_islands(&raw, DISK_LEN, SEED);
     qemu_img([
         "convert",
         "-f",
@@ -55,8 +59,8 @@ fn sparse(scratch: &Scratch) -> (PathBuf, PathBuf) {
     (raw, vmdk)
 }
 
-/// A mount that shows nothing before the kernel reads the disk.
-fn required(command: MountCmd<'_>) -> Mount {
+/// Mounts with `kernel-view=required`; the mount is not ready before its disks have views.
+fn mount_required(command: MountCmd<'_>) -> Mount {
     let mount = command
         .arg("kernel-view=required")
         .arg("-r")
@@ -67,13 +71,13 @@ fn required(command: MountCmd<'_>) -> Mount {
     mount
 }
 
-/// Opens with `O_DIRECT`.
+/// Opens a file for reading with `O_DIRECT`.
 fn open_direct(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
 }
 
-/// System calls for reading that the process has made: at least one for each request that it was sent.
-fn reads(mount: &Mount) -> u64 {
+/// Returns the number of read system calls of the daemon: at least one for each FUSE request that it has received.
+fn read_calls(mount: &Mount) -> u64 {
     let io = fs::read_to_string(format!("/proc/{}/io", mount.pid())).unwrap();
     io.lines()
         .find_map(|line| line.strip_prefix("syscr: "))
@@ -83,29 +87,30 @@ fn reads(mount: &Mount) -> u64 {
         .unwrap()
 }
 
-/// Whether the process has a part in reading the file, which is opened anew for it and has [`DISK`] bytes.
+/// Returns true if the daemon serves the reads of the file, which has [`DISK_LEN`] bytes. Opens and reads it once.
 fn is_served(mount: &Mount, path: &Path) -> bool {
-    let before = reads(mount);
-    assert_eq!(fs::read(path).unwrap().len() as u64, DISK);
-    // at most a MiB each, from a page cache that holds nothing of a node that was just opened
-    reads(mount) - before >= DISK >> 20
+    let before = read_calls(mount);
+    assert_eq!(fs::read(path).unwrap().len() as u64, DISK_LEN);
+    // A request is for at most 1 MiB, and the page cache of a node that was just opened is empty: a served disk needs
+    // at least one request for each MiB.
+    read_calls(mount) - before >= DISK_LEN >> 20
 }
 
-/// Compares a range that is read with `O_DIRECT`.
+/// Reads a range of a file that is open with `O_DIRECT`; panics unless it holds the expected bytes.
 #[track_caller]
-fn compare_direct(file: &File, offset: u64, wanted: &[u8]) {
-    let mut buf = Aligned::new(wanted.len());
+fn compare_direct(file: &File, offset: u64, expected: &[u8]) {
+    let mut buf = Aligned::new(expected.len());
     file.read_exact_at(buf.bytes(), offset).unwrap();
     assert!(
-        buf.bytes() == wanted,
+        buf.bytes() == expected,
         "{} bytes at {offset} with O_DIRECT",
-        wanted.len()
+        expected.len()
     );
 }
 
 /// "Every valid read-only sample and variant read through the view (as root) equals its SHA-256"
 #[test]
-fn valid_variants_read_as_their_model_through_the_view() {
+fn valid_variants_match_their_model_through_the_view() {
     if !ready() {
         return;
     }
@@ -126,14 +131,15 @@ fn valid_variants_read_as_their_model_through_the_view() {
         let mount = match command.arg("kernel-view=required").arg("-r").try_start() {
             Ok(mount) => mount,
             Err(outcome) => {
-                // compressed, damaged in a table that has a good copy elsewhere, cut, or too large
-                let why = ["not stored as they are read", "whole sectors", "view-size= allows"];
-                assert!(why.iter().any(|why| outcome.stderr.contains(why)), "{outcome}");
+                // Compressed grains, a damaged table with a valid copy, a truncated file, or an index too large.
+                let causes = ["not stored as they are read", "whole sectors", "view-size= allows"];
+                assert!(causes.iter().any(|cause| outcome.stderr.contains(cause)), "{outcome}");
                 outcome.one_error(1, &["disk: kernel-view=required"]);
                 return;
             }
         };
         let path = mount.file("disk");
+        // The buffered open reads through the view, the direct one through the served node.
         let (view, served) = (File::open(&path).unwrap(), open_direct(&path).unwrap());
         let size = made.disk.sectors() * SECTOR;
         let mut ranges = made.disk.random_ranges(SEED, 60, 1 << 16);
@@ -142,11 +148,11 @@ fn valid_variants_read_as_their_model_through_the_view() {
         }
         ranges.extend(made.probes.iter().cloned());
         for range in ranges {
-            let wanted = made.disk.read_bytes(&range);
-            let mut seen = vec![0; wanted.len()];
+            let expected = made.disk.read_bytes(&range);
+            let mut seen = vec![0; expected.len()];
             view.read_exact_at(&mut seen, range.start)
                 .unwrap_or_else(|e| panic!("{range:?}: {e}"));
-            assert!(seen == wanted, "{range:?} through the view");
+            assert!(seen == expected, "{range:?} through the view");
             let (start, end) = (
                 range.start / SECTOR * SECTOR,
                 range.end.next_multiple_of(SECTOR).min(size),
@@ -158,34 +164,35 @@ fn valid_variants_read_as_their_model_through_the_view() {
         mount.unmount();
     });
     let through = through.into_inner();
-    assert!(through >= 20, "only {through} variants were read by the kernel");
+    assert!(through >= 20, "the kernel read only {through} variants");
 }
 
-/// What a child of the next test is told.
+/// Environment variable of a child process of the next test. Its lines: number, path of the raw file, original.
 const CHILD: &str = "VMDKFUSE_TEST_MIXED";
 
-/// "through both nodes at once under mixed opens (two hundred random opens, O_DIRECT or not, mmap, from four processes, no
-/// error)"
+/// "through both nodes at once under mixed opens (two hundred random opens, O_DIRECT or not, mmap, from four processes,
+/// no error)"
 #[test]
 fn mixed_opens_from_four_processes_all_read_right() {
-    if let Ok(told) = std::env::var(CHILD) {
-        return mixed_opens(&told);
+    if let Ok(task) = std::env::var(CHILD) {
+        return mixed_opens(&task);
     }
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    // not required: the name goes from the one node to the other while they read
+    // The view is not required, so it is built during the test: the name moves from the served node to the view node
+    // while the children read.
     let mount = scratch.mount().file("disk.vmdk").arg("-r").start();
     let path = mount.file("disk.raw");
     let test = "kernel_view::mixed_opens_from_four_processes_all_read_right";
     let child = |number: u64| {
-        let told = format!("{number}\n{}\n{}", path.display(), raw.display());
+        let task = format!("{number}\n{}\n{}", path.display(), raw.display());
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .args(["--exact", test, "--nocapture"])
-            .env(CHILD, told)
+            .env(CHILD, task)
             .spawn()
             .unwrap()
     };
@@ -195,20 +202,20 @@ fn mixed_opens_from_four_processes_all_read_right() {
         .map(|mut c| c.wait().unwrap())
         .filter(|status| !status.success())
         .count();
-    assert_eq!(failed, 0, "processes that did not read what is there");
+    assert_eq!(failed, 0, "child processes read wrong bytes or failed");
     mount.unmount();
 }
 
-/// Fifty opens of one process, some at a time.
-fn mixed_opens(told: &str) {
-    let mut told = told.lines();
-    let mut next = || told.next().unwrap();
+/// Runs one child process: fifty opens, of which up to six are open at a time, each compared at random ranges.
+fn mixed_opens(task: &str) {
+    let mut lines = task.lines();
+    let mut next = || lines.next().unwrap();
     let (number, path, raw) = (
         next().parse::<u64>().unwrap(),
         PathBuf::from(next()),
         PathBuf::from(next()),
     );
-    let wanted = fs::read(raw).unwrap();
+    let expected = fs::read(raw).unwrap();
     let mut rng = SmallRng::seed_from_u64(SEED + number);
     let mut open: Vec<(File, bool)> = Vec::new();
     for round in 0..50 {
@@ -219,18 +226,18 @@ fn mixed_opens(told: &str) {
             direct,
         ));
         if rng.random_bool(0.1) {
-            assert!(map_bytes(&path) == wanted, "mapping {round}");
+            assert!(map_bytes(&path) == expected, "mapping {round}");
         }
         for _ in 0..4 {
             let (file, direct) = open.choose(&mut rng).unwrap();
-            let offset = rng.random_range(0..DISK / 4096 - 64) * 4096;
+            let offset = rng.random_range(0..DISK_LEN / 4096 - 64) * 4096;
             let range = offset as usize..offset as usize + 4096 * rng.random_range(1..64);
             if *direct {
-                compare_direct(file, offset, &wanted[range]);
+                compare_direct(file, offset, &expected[range]);
             } else {
                 let mut seen = vec![0; range.len()];
                 file.read_exact_at(&mut seen, offset).unwrap();
-                assert!(seen == wanted[range.clone()], "{range:?}");
+                assert!(seen == expected[range.clone()], "{range:?}");
             }
         }
         if open.len() > 5 {
@@ -240,20 +247,24 @@ fn mixed_opens(told: &str) {
 }
 
 #[test]
-fn the_name_is_the_view_again_when_no_direct_open_is_left() {
+fn the_name_returns_to_the_view_after_the_last_direct_open() {
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    let mount = required(scratch.mount().file("disk.vmdk"));
+    let mount = mount_required(scratch.mount().file("disk.vmdk"));
     let path = mount.file("disk.raw");
-    assert!(!is_served(&mount, &path), "the first open is the kernel's");
+    assert!(!is_served(&mount, &path), "the daemon serves the first open");
     let number = fs::metadata(&path).unwrap().ino();
     let view = File::open(&path).unwrap();
     let direct = open_direct(&path).unwrap();
     for file in [&view, &direct] {
-        assert_eq!(file.metadata().unwrap().ino(), number, "one name, one number");
+        assert_eq!(
+            file.metadata().unwrap().ino(),
+            number,
+            "the two nodes of a disk have different inode numbers"
+        );
     }
     assert_eq!(fs::metadata(&path).unwrap().ino(), number);
     let listed = fs::read_dir(mount.point())
@@ -263,14 +274,14 @@ fn the_name_is_the_view_again_when_no_direct_open_is_left() {
     assert_eq!(listed, [number]);
     assert!(
         is_served(&mount, &path),
-        "beside an O_DIRECT open the name is the served node"
+        "the name is the view node although a direct open exists"
     );
     compare_direct(&direct, 8192, &read_range(&raw, 8192, 65536));
     assert_same(&path, &raw);
     drop(direct);
     assert!(
         poll_until(DEADLINE, || !is_served(&mount, &path)),
-        "the name did not come back to the view"
+        "the name did not return to the view"
     );
     assert_same(&path, &raw);
     drop(view);
@@ -279,7 +290,7 @@ fn the_name_is_the_view_again_when_no_direct_open_is_left() {
 
 /// "the mount is ready at once while the index is built behind it"
 #[test]
-fn a_mount_moves_to_the_view_by_itself() {
+fn a_mount_moves_to_the_view_on_its_own() {
     if !ready() || !need_qemu() {
         return;
     }
@@ -301,7 +312,7 @@ fn a_mount_moves_to_the_view_by_itself() {
     );
     assert!(!is_served(&mount, &path));
     for file in [early, File::open(&path).unwrap()] {
-        let mut seen = vec![0; DISK as usize];
+        let mut seen = vec![0; DISK_LEN as usize];
         file.read_exact_at(&mut seen, 0).unwrap();
         assert!(seen == fs::read(&raw).unwrap());
     }
@@ -312,17 +323,17 @@ fn a_mount_moves_to_the_view_by_itself() {
 
 /// "a changed image drops the view and says so"
 #[test]
-fn an_image_that_was_changed_is_served_again_with_its_new_bytes() {
+fn a_changed_image_is_served_again_with_its_new_bytes() {
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, vmdk) = sparse(&scratch);
-    let mount = required(scratch.mount().file("disk.vmdk"));
+    let mount = mount_required(scratch.mount().file("disk.vmdk"));
     let path = mount.file("disk.raw");
     assert!(!is_served(&mount, &path));
     let old = File::open(&path).unwrap();
-    // the first sector of the disk, which the image holds somewhere
+    // Locate the first sector of the disk in the image by its bytes.
     let (mut bytes, first) = (fs::read(&vmdk).unwrap(), read_range(&raw, 0, 512));
     let at = bytes.windows(512).position(|sector| sector == first).unwrap();
     bytes[at..at + 512].fill(0x5a);
@@ -334,20 +345,23 @@ fn an_image_that_was_changed_is_served_again_with_its_new_bytes() {
         .unwrap();
     assert_eq!(read_range(&path, 0, 512), [0x5a; 512]);
     assert!(
-        mount.output().1.contains("the kernel view is given up"),
+        mount.output().1.contains("the kernel view is dropped"),
         "{:?}",
         mount.output()
     );
     assert!(is_served(&mount, &path));
-    let mut rest = vec![0; DISK as usize - 4096];
+    let mut rest = vec![0; DISK_LEN as usize - 4096];
     old.read_exact_at(&mut rest, 4096).unwrap();
-    assert!(rest == fs::read(&raw).unwrap()[4096..], "an open from before goes on");
+    assert!(
+        rest == fs::read(&raw).unwrap()[4096..],
+        "an open from before the change reads wrong bytes"
+    );
     compare_direct(&open_direct(&path).unwrap(), 0, &[0x5a; 512]);
     drop(old);
     mount.unmount();
 
-    // a new time alone is a change too
-    let mount = required(scratch.mount().file("disk.vmdk"));
+    // A new mtime alone counts as a change.
+    let mount = mount_required(scratch.mount().file("disk.vmdk"));
     File::options()
         .write(true)
         .open(&vmdk)
@@ -358,15 +372,15 @@ fn an_image_that_was_changed_is_served_again_with_its_new_bytes() {
     mount.unmount();
 }
 
-/// Who has the file by another way than its name can't be sent to the other node.
+/// A bind mount pins one node of the disk: its opens cannot be redirected to the other node.
 #[test]
-fn opens_through_a_bind_mount_read_right_or_are_refused_clearly() {
+fn opens_through_a_bind_mount_are_correct_or_refused() {
     if !ready() || !need_qemu() || !need("mount") {
         return;
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    let mount = required(scratch.mount().file("disk.vmdk"));
+    let mount = mount_required(scratch.mount().file("disk.vmdk"));
     let bound = scratch.write("bound", "");
     Cmd::new("mount")
         .arg("--bind")
@@ -382,7 +396,7 @@ fn opens_through_a_bind_mount_read_right_or_are_refused_clearly() {
     assert_eq!(
         open_direct(&bound).unwrap_err().raw_os_error(),
         Some(libc::EINVAL),
-        "as by a file system without O_DIRECT"
+        "expected EINVAL, as from a file system without O_DIRECT"
     );
     compare_direct(
         &open_direct(&mount.file("disk.raw")).unwrap(),
@@ -396,7 +410,7 @@ fn opens_through_a_bind_mount_read_right_or_are_refused_clearly() {
 
 /// "kill -9 of the daemon while the view is read leaves no mount, loop device or file"
 #[test]
-fn a_killed_process_leaves_nothing() {
+fn a_killed_daemon_leaves_nothing_behind() {
     if !ready() || !need_qemu() || !need("losetup") {
         return;
     }
@@ -407,15 +421,15 @@ fn a_killed_process_leaves_nothing() {
         if let Some(dir) = &dir {
             command = command.arg(format!("view-dir={}", dir.display()));
         }
-        let mount = required(command);
+        let mount = mount_required(command);
         let file = File::open(mount.file("disk.raw")).unwrap();
-        let mut half = vec![0; DISK as usize / 2];
+        let mut half = vec![0; DISK_LEN as usize / 2];
         file.read_exact_at(&mut half, 0).unwrap();
         mount.signal(Signal::SIGKILL);
         mount.wait_unmounted();
-        // the kernel goes on with what it was given
-        file.read_exact_at(&mut half, DISK / 2).unwrap();
-        assert!(half == fs::read(&raw).unwrap()[DISK as usize / 2..]);
+        // The kernel still reads the open file through the view.
+        file.read_exact_at(&mut half, DISK_LEN / 2).unwrap();
+        assert!(half == fs::read(&raw).unwrap()[DISK_LEN as usize / 2..]);
         drop(file);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(
@@ -440,8 +454,12 @@ fn without_root_or_with_off_the_disk_is_served() {
     let scratch = Scratch::new();
     let (raw, vmdk) = sparse(&scratch);
     let flat = scratch.path("flat.vmdk");
-    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
-    qemu_img(words.into_iter().chain([raw.to_str().unwrap(), flat.to_str().unwrap()]));
+    let arguments = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
+    qemu_img(
+        arguments
+            .into_iter()
+            .chain([raw.to_str().unwrap(), flat.to_str().unwrap()]),
+    );
     for image in ["disk.vmdk", "flat.vmdk"] {
         let mount = scratch
             .mount()
@@ -473,8 +491,8 @@ fn without_root_or_with_off_the_disk_is_served() {
         .ok()
         .stdout;
     assert!(hash.starts_with(&sha256(&raw)), "{hash}");
-    let said = || mount.output().1.contains("no kernel view: FUSE passthrough needs root");
-    assert!(poll_until(DEADLINE, said), "{:?}", mount.output());
+    let logged = || mount.output().1.contains("no kernel view: FUSE passthrough needs root");
+    assert!(poll_until(DEADLINE, logged), "{:?}", mount.output());
     mount.unmount();
     let refused = nobody
         .mount()
@@ -486,27 +504,27 @@ fn without_root_or_with_off_the_disk_is_served() {
 }
 
 #[test]
-fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
+fn required_is_an_error_if_the_kernel_cannot_read_the_disk() {
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
     let stream = scratch.path("stream.vmdk");
-    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"];
+    let arguments = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"];
     qemu_img(
-        words
+        arguments
             .into_iter()
             .chain([raw.to_str().unwrap(), stream.to_str().unwrap()]),
     );
     scratch.write("covered", "");
-    let required = |image: &str| scratch.mount().file(image).arg("-r").arg("kernel-view=required");
+    let with_view = |image: &str| scratch.mount().file(image).arg("-r").arg("kernel-view=required");
     for (command, word) in [
-        (required("stream.vmdk"), "not stored as they are read"),
-        (required("disk.vmdk").arg("view-size=4K"), "view-size= allows 4 KiB"),
-        (required("disk.vmdk").arg("view-dir=/dev/shm"), "/dev/shm"),
-        (required("disk.vmdk").arg("cache=none"), "cache=none"),
-        (required("disk.vmdk").at("covered"), "mount at a folder"),
+        (with_view("stream.vmdk"), "not stored as they are read"),
+        (with_view("disk.vmdk").arg("view-size=4K"), "view-size= allows 4 KiB"),
+        (with_view("disk.vmdk").arg("view-dir=/dev/shm"), "/dev/shm"),
+        (with_view("disk.vmdk").arg("cache=none"), "cache=none"),
+        (with_view("disk.vmdk").at("covered"), "mount at a folder"),
         (
             scratch.mount().file("disk.vmdk").arg("kernel-view=required"),
             "read-only (-r)",
@@ -514,7 +532,7 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
     ] {
         command.refused(1).one_error(1, &["kernel-view=required", word]);
     }
-    // one flat file needs no view: the kernel reads it anyway
+    // A single flat file needs no view: the kernel reads it by passthrough.
     let mount = scratch
         .mount()
         .file("disk.orig")
@@ -524,7 +542,7 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
         .start();
     assert!(!is_served(&mount, &mount.file("flat")));
     mount.unmount();
-    // a mount over a file is served
+    // Without `mount_required`, a mount over a file is served by the daemon.
     let mount = scratch.mount().at("covered").file("disk.vmdk").arg("-r").start();
     assert_same(mount.point(), &raw);
     mount.unmount();
@@ -532,17 +550,17 @@ fn required_is_an_error_where_the_kernel_can_not_read_the_disk() {
 
 /// "`--info` and the log tell which way a disk is read"
 #[test]
-fn info_says_who_reads_a_disk() {
+fn info_reports_the_reader_of_a_disk() {
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, _) = sparse(&scratch);
-    let read_by = |words: &[&str]| {
+    let read_by = |arguments: &[&str]| {
         let json = scratch
             .vmdkfuse()
             .args(["--info", "--json"])
-            .args(words)
+            .args(arguments)
             .run()
             .ok()
             .json();
@@ -557,14 +575,14 @@ fn info_says_who_reads_a_disk() {
 }
 
 #[test]
-fn several_disks_of_a_mount_share_one_budget() {
+fn several_disks_of_a_mount_share_the_view_size() {
     if !ready() || !need_qemu() {
         return;
     }
     let scratch = Scratch::new();
     let (raw, vmdk) = sparse(&scratch);
     fs::copy(&vmdk, scratch.path("two.vmdk")).unwrap();
-    // each index takes 8 KiB for its 768 chunks, and less than as much again
+    // An index takes 8 KiB for the 768 chunks of a disk, and less than 8 KiB besides: 24 KiB are enough for one only.
     let command = scratch
         .mount()
         .arg("view-size=24K")
@@ -574,7 +592,7 @@ fn several_disks_of_a_mount_share_one_budget() {
         .arg("-v")
         .foreground();
     let mount = command.start();
-    let both = || {
+    let decided = || {
         mount
             .output()
             .1
@@ -582,7 +600,7 @@ fn several_disks_of_a_mount_share_one_budget() {
             .filter(|l| l.contains(BY_KERNEL) || l.contains("no kernel view"))
             .count()
     };
-    assert!(poll_until(DEADLINE, || both() == 2), "{:?}", mount.output());
+    assert!(poll_until(DEADLINE, || decided() == 2), "{:?}", mount.output());
     assert!(
         mount.output().1.contains("disk.raw: read by the kernel itself"),
         "{:?}",
@@ -625,7 +643,7 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
         raw.to_str().unwrap(),
         vmdk.to_str().unwrap(),
     ]);
-    let mount = required(scratch.mount().file("guest.vmdk"));
+    let mount = mount_required(scratch.mount().file("guest.vmdk"));
     let disk = mount.file("guest.raw");
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -637,7 +655,7 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
                 copies += 1;
             }
         });
-        let words = [
+        let arguments = [
             "compare",
             "-T",
             "none",
@@ -649,14 +667,14 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
             raw.to_str().unwrap(),
         ];
         for _ in 0..5 {
-            qemu_img(words);
+            qemu_img(arguments);
         }
         let fish = Cmd::new("guestfish").args(["--ro", "--format=raw", "-a"]).arg(&disk);
         let fish = fish
             .env("LIBGUESTFS_BACKEND", "direct")
             .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-        let words = ["run", ":", "mount-ro", "/dev/sda", "/", ":", "cat", "/greeting"];
-        let seen = fish.args(words).deadline(Duration::from_secs(100)).run();
+        let arguments = ["run", ":", "mount-ro", "/dev/sda", "/", ":", "cat", "/greeting"];
+        let seen = fish.args(arguments).deadline(Duration::from_secs(100)).run();
         stop.store(true, Ordering::Relaxed);
         copies.join().unwrap();
         assert!(seen.ok().stdout.contains("Hello from inside of the disk."));
@@ -664,10 +682,10 @@ fn qemu_without_cache_and_guestfish_read_beside_a_copy() {
     mount.unmount();
 }
 
-/// "hostile images never yield an index that points outside the extents": no run is told that leaves its file, so that the index,
-/// which refuses such a run once more, never hears of one.
+/// "hostile images never yield an index that points outside the extents": a walk never reports a run that leaves its
+/// file, so the second check, when the index is built, never sees one.
 #[test]
-fn hostile_files_never_have_runs_outside_of_their_files() {
+fn hostile_images_never_have_runs_outside_of_their_files() {
     let scratch = Scratch::new();
     let name = |h: &fuse_tests::make::Hostile| format!("{} ({})", h.name, h.note);
     each(hostile(), name, |entry| {
@@ -679,9 +697,9 @@ fn hostile_files_never_have_runs_outside_of_their_files() {
     });
 }
 
-/// A walk tells what reads go by, whatever the disk is made of.
+/// A walk over the runs of a disk agrees with its content, for every type of image.
 #[test]
-fn a_walk_agrees_with_single_questions() {
+fn the_runs_of_a_walk_hold_the_content_of_the_disk() {
     let scratch = Scratch::new();
     let name = |v: &Variant| format!("{} ({})", v.name, v.note);
     each(valid(), name, |variant| {
@@ -700,12 +718,12 @@ fn a_walk_agrees_with_single_questions() {
             if let RunPlace::Stored { file, sector } = place {
                 let fd = files[file].fd.unwrap().try_clone_to_owned().unwrap();
                 let start = (sector + from - (at - sectors.get())) * SECTOR;
-                // a file may end inside of its last sector
+                // The file may end inside its last sector; the rest of that sector reads as zeroes.
                 let inside = (files[file].len - start).min(len) as usize;
                 File::from(fd).read_exact_at(&mut seen[..inside], start).unwrap();
             }
-            let wanted = made.disk.read_bytes(&(from * SECTOR..from * SECTOR + len));
-            assert!(seen == wanted, "{} sectors from {from}", len / SECTOR);
+            let expected = made.disk.read_bytes(&(from * SECTOR..from * SECTOR + len));
+            assert!(seen == expected, "{} sectors from {from}", len / SECTOR);
             if at < 1 << 28 {
                 ControlFlow::Continue(())
             } else {
@@ -724,7 +742,7 @@ fn a_chain_of_deltas_is_one_view() {
     }
     let scratch = Scratch::new();
     let (raw, vmdk) = sparse(&scratch);
-    // qemu-img makes the deltas, qemu-io writes into each and into the raw copy
+    // qemu-img creates the deltas; qemu-io writes the same data into each delta and into the raw original.
     let mut parent = vmdk;
     for number in 1..=3u64 {
         let delta = scratch.path(format!("delta{number}.vmdk"));
@@ -756,15 +774,15 @@ fn a_chain_of_deltas_is_one_view() {
         }
         parent = delta;
     }
-    let mount = required(scratch.mount().file(&parent).arg("name=disk"));
+    let mount = mount_required(scratch.mount().file(&parent).arg("name=disk"));
     let path = mount.file("disk");
     assert!(!is_served(&mount, &path));
     assert_same(&path, &raw);
     let direct = open_direct(&path).unwrap();
-    for at in (0..DISK).step_by(1 << 20) {
+    for at in (0..DISK_LEN).step_by(1 << 20) {
         compare_direct(&direct, at, &read_range(&raw, at, 1 << 20));
     }
-    assert_eq!(digest_range(&path, 0, DISK), sha256(&raw));
+    assert_eq!(digest_range(&path, 0, DISK_LEN), sha256(&raw));
     drop(direct);
     mount.unmount();
 }

@@ -1,4 +1,4 @@
-//! Who may have an image open at the same time: this program's mounts, readers and writers of qemu, VMware.
+//! Image locks: combinations of mounts, readers and writers of qemu, and VMware that may use an image at the same time.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use vmdkfuse::error::ErrorKind;
 use vmdkfuse::store::{Access, OpenPolicy, StoredFile, open_user_path};
 
-/// Each kind of image, and the file of it that is asked for.
+/// Images: the file that is mounted, and the options of `qemu-img create` (none for a raw image).
 const IMAGES: [(&str, &str); 5] = [
     ("sparse.vmdk", "subformat=monolithicSparse"),
     ("flat.vmdk", "subformat=monolithicFlat"),
@@ -23,23 +23,25 @@ const IMAGES: [(&str, &str); 5] = [
     ("plain.img", ""),
 ];
 
+/// Returns true if the machine can run these tests.
 fn ready() -> bool {
     need_fuse() && need_qemu() && need("qemu-nbd")
 }
 
-/// A folder with all of [`IMAGES`], of 4 MiB each, and the parent of one.
+/// Creates a folder with all [`IMAGES`], of 4 MiB each, and the parent `base.vmdk`.
 fn images() -> Scratch {
     let scratch = Scratch::new();
     for (name, options) in [("base.vmdk", "subformat=monolithicSparse")].into_iter().chain(IMAGES) {
-        let words = match options {
+        let arguments = match options {
             "" => vec!["create", "-q", "-f", "raw", name, "4M"],
             _ => vec!["create", "-q", "-f", "vmdk", "-o", options, name, "4M"],
         };
-        Cmd::new("qemu-img").args(words).dir(scratch.root()).run().ok();
+        Cmd::new("qemu-img").args(arguments).dir(scratch.root()).run().ok();
     }
     scratch
 }
 
+/// Returns qemu's name of the format of a file, by its extension.
 fn format_of(name: &Path) -> &'static str {
     if name.extension().is_some_and(|extension| extension == "vmdk") {
         "vmdk"
@@ -48,19 +50,19 @@ fn format_of(name: &Path) -> &'static str {
     }
 }
 
-/// A server of qemu that has an image open, until it is dropped.
-struct Server {
+/// A qemu-nbd process that has an image open; killed on drop.
+struct QemuNbd {
     pid: i32,
 }
 
-impl Server {
-    /// `qemu-nbd`, which returns once it has opened the image.
+impl QemuNbd {
+    /// Starts `qemu-nbd --fork`, which returns once it has opened and locked the image.
     #[track_caller]
-    fn start(scratch: &Scratch, image: &Path, words: &[&str]) -> Self {
+    fn start(scratch: &Scratch, image: &Path, arguments: &[&str]) -> Self {
         let (socket, pidfile) = (scratch.path("nbd.socket"), scratch.path("nbd.pid"));
         let server = Cmd::new("qemu-nbd")
             .args(["--fork", "--persistent"])
-            .args(words)
+            .args(arguments)
             .dir(scratch.root());
         server
             .arg("--socket")
@@ -75,24 +77,24 @@ impl Server {
         }
     }
 
-    /// One that writes.
+    /// Starts a server that opens the image for writing.
     #[track_caller]
-    fn writes(scratch: &Scratch, image: impl AsRef<Path>) -> Self {
+    fn start_writing(scratch: &Scratch, image: impl AsRef<Path>) -> Self {
         let image = image.as_ref();
         Self::start(scratch, image, &["-f", format_of(image)])
     }
 }
 
-impl Drop for Server {
+impl Drop for QemuNbd {
     fn drop(&mut self) {
         kill(Pid::from_raw(self.pid), Signal::SIGKILL).ok();
-        wait_end(self.pid, Duration::from_secs(20)).expect("the end of qemu-nbd");
+        wait_end(self.pid, Duration::from_secs(60)).expect("the end of qemu-nbd");
     }
 }
 
-/// qemu writes to the image, or says that somebody has locked it.
+/// Writes to the image with qemu-io; panics unless that succeeds, or fails because of a lock if not `allowed`.
 #[track_caller]
-fn write(scratch: &Scratch, image: &str, format: &str, allowed: bool) {
+fn qemu_write(scratch: &Scratch, image: &str, format: &str, allowed: bool) {
     let outcome = Cmd::new("qemu-io")
         .args(["-f", format, "-c", "write -P 7 0 64k", image])
         .dir(scratch.root())
@@ -114,18 +116,18 @@ fn a_mount_keeps_writers_of_qemu_out() {
     for (name, _) in IMAGES {
         let format = format_of(Path::new(name));
         let mount = scratch.mount().file(name).arg("name=disk").start();
-        write(&scratch, name, format, false);
+        qemu_write(&scratch, name, format, false);
         match name {
-            "flat.vmdk" => write(&scratch, "flat-flat.vmdk", "raw", false),
-            "split.vmdk" => write(&scratch, "split-s001.vmdk", "raw", false),
-            "top.vmdk" => write(&scratch, "base.vmdk", "vmdk", false),
+            "flat.vmdk" => qemu_write(&scratch, "flat-flat.vmdk", "raw", false),
+            "split.vmdk" => qemu_write(&scratch, "split-s001.vmdk", "raw", false),
+            "top.vmdk" => qemu_write(&scratch, "base.vmdk", "vmdk", false),
             _ => {}
         }
         mount.unmount();
         let mount = scratch.mount().file(name).arg("name=disk").arg("lock=off").start();
-        write(&scratch, name, format, true);
+        qemu_write(&scratch, name, format, true);
         mount.unmount();
-        write(&scratch, name, format, true);
+        qemu_write(&scratch, name, format, true);
     }
 }
 
@@ -137,16 +139,16 @@ fn a_writer_of_qemu_keeps_mounts_out() {
     }
     let scratch = images();
     for (name, _) in IMAGES {
-        let server = Server::writes(&scratch, name);
-        let who = format!("process {}, qemu-nbd", server.pid);
-        let says = [name, "in use for writing by another program", &who, "lock=off"];
-        scratch.mount().file(name).refused(1).one_error(1, &says);
+        let server = QemuNbd::start_writing(&scratch, name);
+        let holder = format!("process {}, qemu-nbd", server.pid);
+        let parts = [name, "in use for writing by another program", &holder, "lock=off"];
+        scratch.mount().file(name).refused(1).one_error(1, &parts);
         scratch
             .vmdkfuse()
             .arg("--info")
             .key("file", name)
             .run()
-            .one_error(1, &says);
+            .one_error(1, &parts);
         scratch
             .vmdkfuse()
             .args(["--info", "lock=off"])
@@ -170,7 +172,7 @@ fn a_writer_of_one_file_of_an_image_keeps_mounts_out() {
         ("split.vmdk", "split-s001.vmdk"),
         ("top.vmdk", "base.vmdk"),
     ] {
-        let _server = Server::start(&scratch, Path::new(file), &["-f", "raw"]);
+        let _server = QemuNbd::start(&scratch, Path::new(file), &["-f", "raw"]);
         scratch
             .mount()
             .file(name)
@@ -180,15 +182,15 @@ fn a_writer_of_one_file_of_an_image_keeps_mounts_out() {
 }
 
 #[test]
-fn readers_go_together() {
+fn readers_share_an_image() {
     if !ready() {
         return;
     }
     let scratch = images();
     for (name, _) in IMAGES {
         let format = format_of(Path::new(name));
-        let server = Server::start(&scratch, Path::new(name), &["--read-only", "-f", format]);
-        // the same image twice in one mount, and in two mounts
+        let server = QemuNbd::start(&scratch, Path::new(name), &["--read-only", "-f", format]);
+        // Each of two mounts shows the same image twice.
         let two = |at: &str| {
             scratch
                 .mount()
@@ -221,13 +223,13 @@ fn readers_go_together() {
         other.unmount();
         drop(server);
     }
-    // A writer of a snapshot only reads its parent.
-    let _server = Server::writes(&scratch, "top.vmdk");
+    // A writer of a delta opens its parent for reading only, so other readers of the parent are allowed.
+    let _server = QemuNbd::start_writing(&scratch, "top.vmdk");
     scratch.mount().arg("readonly=true").file("base.vmdk").start().unmount();
 }
 
 #[test]
-fn an_image_that_is_opened_anew_stays_locked() {
+fn a_reopened_image_stays_locked() {
     if !ready() {
         return;
     }
@@ -239,12 +241,12 @@ fn an_image_that_is_opened_anew_stays_locked() {
         file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(u64::from(byte)))
             .unwrap();
         assert_eq!(read_range(&mount.file("plain.raw"), 0, 512), [byte; 512]);
-        write(&scratch, "plain.img", "raw", false);
+        qemu_write(&scratch, "plain.img", "raw", false);
     }
     mount.unmount();
 }
 
-/// Opens a file as the engine does.
+/// Opens a file as the daemon does.
 fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<dyn StoredFile>> {
     open_user_path(
         path,
@@ -256,11 +258,13 @@ fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<
     )
 }
 
-/// Opens a file that nobody else has locked. A program that another test starts has, until it is executed, all open files
-/// of this process and with them their locks, so it may take a moment.
+/// Opens a file that no other process has locked for long; panics if it is still locked after the deadline.
+///
+/// A child process that another test starts inherits the open files of this process, and with them their locks, until
+/// its exec, so the first attempts may fail.
 fn open_soon(path: &Path, access: Access) -> Arc<dyn StoredFile> {
     let mut opened = None;
-    poll_until(Duration::from_secs(20), || {
+    poll_until(Duration::from_secs(60), || {
         opened = Some(open(path, access, true));
         opened.as_ref().is_some_and(Result::is_ok)
     });
@@ -283,42 +287,42 @@ fn a_writer_of_ours_keeps_readers_and_writers_of_qemu_out() {
                 .run()
         };
         let writer = open_soon(&scratch.path(name), Access::Write);
-        write(&scratch, name, format, false);
+        qemu_write(&scratch, name, format, false);
         match format {
             "vmdk" => drop(read().expect_code(1).error_names(&["failed to get", "lock"])),
-            // qemu-io says of a raw file that it shares it with writers, and goes along with those of qemu as well
+            // qemu-io opens a raw file in a mode that is shared with writers, so our lock does not keep it out.
             _ => drop(read().ok()),
         }
         drop(writer);
         let reader = open_soon(&scratch.path(name), Access::Read);
-        write(&scratch, name, format, false);
+        qemu_write(&scratch, name, format, false);
         read().ok();
         drop(reader);
         let unlocked = open(&scratch.path(name), Access::Write, false).unwrap();
-        write(&scratch, name, format, true);
+        qemu_write(&scratch, name, format, true);
         drop(unlocked);
     }
 }
 
 /// "messages say who holds it where that can be known"
 #[test]
-fn whoever_uses_an_image_keeps_our_writers_out_and_is_named() {
+fn any_user_of_an_image_keeps_our_writers_out_and_is_named() {
     if !need_qemu() || !need("qemu-nbd") {
         return;
     }
     let scratch = images();
-    for (words, says) in [
+    for (arguments, cause) in [
         (&["-f", "raw"][..], "lets nobody else write to it"),
         (&["-f", "raw", "--read-only"], "lets nobody else write to it"),
     ] {
         for name in ["sparse.vmdk", "plain.img"] {
             let path = scratch.path(name);
-            let server = Server::start(&scratch, Path::new(name), words);
+            let server = QemuNbd::start(&scratch, Path::new(name), arguments);
             let error = open(&path, Access::Write, true).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
-            let who = format!("process {}, qemu-nbd", server.pid);
-            for says in [says, &who, name, "readonly=true", "lock=off"] {
-                assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
+            let holder = format!("process {}, qemu-nbd", server.pid);
+            for part in [cause, &holder, name, "readonly=true", "lock=off"] {
+                assert!(error.to_string().contains(part), "`{error}` does not contain `{part}`");
             }
             open(&path, Access::Write, false).unwrap();
             drop(server);
@@ -327,10 +331,10 @@ fn whoever_uses_an_image_keeps_our_writers_out_and_is_named() {
     }
 }
 
-/// A loop device, detached at the end.
-struct Loop(PathBuf);
+/// A loop device; detached on drop.
+struct LoopDevice(PathBuf);
 
-impl Drop for Loop {
+impl Drop for LoopDevice {
     fn drop(&mut self) {
         Cmd::new("losetup").arg("--detach").arg(&self.0).run();
     }
@@ -347,12 +351,12 @@ fn a_block_device_is_locked_as_well() {
         .arg(scratch.path("plain.img"))
         .run()
         .ok();
-    let device = Loop(PathBuf::from(device.stdout.trim()));
+    let device = LoopDevice(PathBuf::from(device.stdout.trim()));
     let path = device.0.to_str().unwrap();
     let mount = scratch.mount().file(path).start();
-    write(&scratch, path, "raw", false);
+    qemu_write(&scratch, path, "raw", false);
     mount.unmount();
-    let _server = Server::writes(&scratch, path);
+    let _server = QemuNbd::start_writing(&scratch, path);
     scratch
         .mount()
         .file(path)
@@ -362,7 +366,7 @@ fn a_block_device_is_locked_as_well() {
 
 /// "VMware's `.lck` marks … only give a warning"
 #[test]
-fn marks_of_vmware_are_warned_of() {
+fn vmware_lock_files_cause_a_warning() {
     if !ready() {
         return;
     }
@@ -370,9 +374,9 @@ fn marks_of_vmware_are_warned_of() {
     scratch.mkdir("flat.vmdk.lck");
     scratch.write("flat.vmdk.lck/M12345.lck", "anna 4711-99(vmware-vmx) 0 X\0lc=1");
     let inode = fs::metadata(scratch.path("flat-flat.vmdk")).unwrap().ino();
-    let esx = format!(".lck-{:016x}", inode.swap_bytes());
-    scratch.write(&esx, [&[0; 20][..], b"esx7.example.com\0"].concat());
-    let log = |name: &str, more: &str| {
+    let esx_lock = format!(".lck-{:016x}", inode.swap_bytes());
+    scratch.write(&esx_lock, [&[0; 20][..], b"esx7.example.com\0"].concat());
+    let mount_log = |name: &str, more: &str| {
         let mount = scratch
             .mount()
             .arg("readonly=true")
@@ -381,19 +385,19 @@ fn marks_of_vmware_are_warned_of() {
             .arg(name)
             .arg(more)
             .start();
-        // changed, so that it is opened anew
+        // Rewriting the descriptor changes its identity, so the next read reopens the image.
         fs::write(scratch.path("flat.vmdk"), fs::read(scratch.path("flat.vmdk")).unwrap()).unwrap();
         read_range(&mount.file("flat.raw"), 0, 512);
         mount.unmount();
         fs::read_to_string(scratch.path(name)).unwrap()
     };
-    let text = log("log", "lock=on");
-    for says in [
+    let text = mount_log("log", "lock=on");
+    for part in [
         "M12345.lck is there, of machine anna, process 4711-99(vmware-vmx)",
         ", of host esx7.example.com",
-        &esx,
+        &esx_lock,
     ] {
-        assert_eq!(text.matches(says).count(), 1, "{says}: {text}");
+        assert_eq!(text.matches(part).count(), 1, "{part}: {text}");
     }
-    assert!(!log("quiet", "lock=off").contains(".lck"));
+    assert!(!mount_log("quiet", "lock=off").contains(".lck"));
 }

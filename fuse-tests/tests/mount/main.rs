@@ -1,4 +1,4 @@
-//! Real mounts over every kind of image: reading, writing, holes, locks, the kernel view, guests.
+//! Real mounts over every type of image: reading, writing, holes, locks, the kernel view, guests.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

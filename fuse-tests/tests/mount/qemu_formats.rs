@@ -1,4 +1,4 @@
-//! Every subformat that qemu-img makes, and chains, against the raw original.
+//! Every subformat that qemu-img can create, and chains, compared with the raw original.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use fuse_tests::harness::{
     Cmd, Scratch, assert_same, assert_same_at_random, need_fuse, need_qemu, qemu_img, raw_with_islands, sha256,
 };
 
-/// Bytes of the original.
+/// Size of the original in bytes.
 const SIZE: u64 = 64 << 20;
 
-/// Mounts the images in `scratch` together and compares each with the original.
+/// Mounts the images in `scratch` together; panics unless each equals the original.
 fn compare(scratch: &Scratch, original: &Path, images: &[&str]) {
     let mount = images
         .iter()
@@ -18,13 +18,13 @@ fn compare(scratch: &Scratch, original: &Path, images: &[&str]) {
             mount.file(format!("{name}.vmdk"))
         })
         .start();
-    let wanted = sha256(original);
+    let expected = sha256(original);
     for (seed, name) in images.iter().enumerate() {
         let raw = mount.file(format!("{name}.raw"));
         assert_same_at_random(&raw, original, seed as u64, 200);
-        assert_eq!(sha256(&raw), wanted, "{name}");
+        assert_eq!(sha256(&raw), expected, "{name}");
         let image = scratch.path(format!("{name}.vmdk"));
-        let words = [
+        let arguments = [
             "compare",
             "-f",
             "raw",
@@ -33,19 +33,19 @@ fn compare(scratch: &Scratch, original: &Path, images: &[&str]) {
             raw.to_str().unwrap(),
             image.to_str().unwrap(),
         ];
-        assert!(qemu_img(words).stdout.contains("identical"), "{name}");
+        assert!(qemu_img(arguments).stdout.contains("identical"), "{name}");
     }
     mount.unmount();
 }
 
-/// Makes the original.
+/// Creates the raw original.
 fn original(scratch: &Scratch, size: u64) -> PathBuf {
     let raw = scratch.path("original");
     raw_with_islands(&raw, size, 21);
     raw
 }
 
-/// Converts the original with these options, one image of a made-up name each, and compares all.
+/// Converts the original into one image for each name and options, and compares all of them.
 fn convert_and_compare(variants: &[(&str, &str)]) {
     if !need_fuse() || !need_qemu() {
         return;
@@ -54,7 +54,7 @@ fn convert_and_compare(variants: &[(&str, &str)]) {
     let raw = original(&scratch, SIZE);
     for (name, options) in variants {
         let out = scratch.path(format!("{name}.vmdk"));
-        let words = [
+        let arguments = [
             "convert",
             "-f",
             "raw",
@@ -65,7 +65,7 @@ fn convert_and_compare(variants: &[(&str, &str)]) {
             raw.to_str().unwrap(),
             out.to_str().unwrap(),
         ];
-        qemu_img(words);
+        qemu_img(arguments);
     }
     let names: Vec<_> = variants.iter().map(|(name, _)| *name).collect();
     compare(&scratch, &raw, &names);
@@ -89,7 +89,7 @@ fn monolithic_flat() {
 }
 
 #[test]
-fn split_in_pieces() {
+fn split_extents() {
     convert_and_compare(&[
         ("split-sparse", "subformat=twoGbMaxExtentSparse,adapter_type=legacyESX"),
         ("split-flat", "subformat=twoGbMaxExtentFlat"),
@@ -102,7 +102,7 @@ fn stream_optimized() {
 }
 
 #[test]
-fn sizes_that_are_no_whole_grains() {
+fn sizes_that_are_not_multiples_of_a_grain() {
     if !need_fuse() || !need_qemu() {
         return;
     }
@@ -116,7 +116,7 @@ fn sizes_that_are_no_whole_grains() {
                 scratch.path(format!("{subformat}.vmdk")),
                 format!("subformat={subformat}"),
             );
-            let words = [
+            let arguments = [
                 "convert",
                 "-f",
                 "raw",
@@ -127,7 +127,7 @@ fn sizes_that_are_no_whole_grains() {
                 raw.to_str().unwrap(),
                 out.to_str().unwrap(),
             ];
-            qemu_img(words);
+            qemu_img(arguments);
             names.push(subformat);
         }
         let mount = names
@@ -143,9 +143,9 @@ fn sizes_that_are_no_whole_grains() {
     }
 }
 
-/// A split disk of more than one piece: borders of 2 GiB, with data across each.
+/// A split disk of several extents of 2 GiB, with data across each border.
 #[test]
-fn a_split_disk_of_several_pieces() {
+fn a_split_disk_of_several_extents() {
     if !need_fuse() || !need_qemu() {
         return;
     }
@@ -198,7 +198,7 @@ fn a_chain_of_three_deltas() {
     for base in ["monolithicSparse", "monolithicFlat", "streamOptimized"] {
         let scratch = Scratch::new();
         let raw = original(&scratch, SIZE / 4);
-        let run = |tool: &str, words: &[&str]| Cmd::new(tool).args(words).dir(scratch.root()).run().ok();
+        let run = |tool: &str, arguments: &[&str]| Cmd::new(tool).args(arguments).dir(scratch.root()).run().ok();
         let option = format!("subformat={base}");
         run(
             "qemu-img",
@@ -220,15 +220,15 @@ fn a_chain_of_three_deltas() {
                 "qemu-img",
                 &["create", "-f", "vmdk", "-F", "vmdk", "-b", &parent, &child],
             );
-            // Unaligned, across grains, and over what the link below has written; zeroes too.
+            // Unaligned, across grains, over data of the parent, and explicit zeroes.
             let commands = [
                 format!("write -P {:#x} {} 200k", 0x10 * link, 512 * (100 + 37 * link)),
                 format!("write -P {:#x} {}k 512", 0x10 * link + 1, 4096 + 64 * link),
                 format!("write -z {}k 128k", 1024 * link),
             ];
-            let words: Vec<_> = commands.iter().flat_map(|command| ["-c", command.as_str()]).collect();
-            run("qemu-io", &[&["-f", "vmdk"], &words[..], &[&child]].concat());
-            run("qemu-io", &[&["-f", "raw"], &words[..], &["original"]].concat());
+            let arguments: Vec<_> = commands.iter().flat_map(|command| ["-c", command.as_str()]).collect();
+            run("qemu-io", &[&["-f", "vmdk"], &arguments[..], &[&child]].concat());
+            run("qemu-io", &[&["-f", "raw"], &arguments[..], &["original"]].concat());
             compare(&scratch, &raw, &[&format!("link{link}")]);
         }
     }

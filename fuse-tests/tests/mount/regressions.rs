@@ -1,4 +1,4 @@
-//! Defects that were found once on mounts: each keeps a test here. Those of the engine are in `regressions.rs`.
+//! Regression tests for defects that were found on mounts. Those of the engine are in `tests/engine/regressions.rs`.
 
 use std::fs::{self, File, FileTimes};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -12,37 +12,39 @@ use fuse_tests::make::write::{self, Descriptor, Hosted, Stream};
 use fuse_tests::make::{Content as _, Ctx, Layer, SECTOR};
 use nix::libc;
 
-/// Sectors of the disks here, and of their grains.
+/// Sectors of a disk.
 const DISK: u64 = 8192;
+/// Sectors of a grain.
 const GRAIN: u64 = 128;
-/// Grains with something in them.
+/// Numbers of the grains that hold data.
 const GRAINS: [u64; 4] = [0, 1, 5, 63];
 
-/// Where the kernel may say something a second later, and a little.
-const SOON: Duration = Duration::from_secs(5);
+/// Deadline for an event: the kernel caches attributes for a second. It only bounds a failure.
+const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A version of a disk: each has noise of its own in the same grains.
+/// Returns version `n` of a disk; all versions have data in the same grains, but different data.
 fn version(n: u64, sectors: u64) -> Layer {
     Layer::new(n, "disk", sectors, GRAIN).fill(GRAINS)
 }
 
-/// The kinds of images whose files are changed here.
-const KINDS: [&str; 4] = ["sparse", "stream", "flat", "raw"];
+/// Types of images whose files are changed by the tests.
+const IMAGE_TYPES: [&str; 4] = ["sparse", "stream", "flat", "raw"];
 
-/// Writes a version of a disk of some kind into a folder. The path is that of the file to open; the other is that of the file
-/// with the content, which may be the same.
-fn write_disk(dir: &Path, kind: &str, layer: &Layer) -> (PathBuf, PathBuf) {
+/// Writes a version of a disk as an image of this type into a folder.
+///
+/// Returns the file to open and the file that holds the content, which may be the same.
+fn write_disk(dir: &Path, image_type: &str, layer: &Layer) -> (PathBuf, PathBuf) {
     let (open, sectors) = (
-        dir.join(if kind == "raw" { "disk.img" } else { "disk.vmdk" }),
+        dir.join(if image_type == "raw" { "disk.img" } else { "disk.vmdk" }),
         layer.sectors(),
     );
     let line = |word: &str, name: &str| format!("RW {sectors} {word} \"{name}\"");
-    match kind {
+    match image_type {
         "sparse" => {
             let text = Descriptor::new("monolithicSparse", [line("SPARSE", "disk.vmdk")])
                 .bytes()
                 .unwrap();
-            // the order of the grains in the file is the same for every version
+            // The grains have the same order in the file for every version, so that one can be written over another.
             let options = Hosted {
                 shuffle: false,
                 ..Hosted::default()
@@ -68,12 +70,12 @@ fn write_disk(dir: &Path, kind: &str, layer: &Layer) -> (PathBuf, PathBuf) {
     (open.clone(), open)
 }
 
-/// The whole disk.
+/// Returns the content of the whole disk.
 fn whole(layer: &Layer) -> Vec<u8> {
     layer.read(0, layer.sectors())
 }
 
-/// Whether a read of an open file is one version or the other; a failed read panics.
+/// Panics unless each grain of an open file can be read and belongs to one of the two versions.
 #[track_caller]
 fn assert_one_of(file: &File, versions: [&Layer; 2]) {
     for grain in GRAINS {
@@ -81,56 +83,53 @@ fn assert_one_of(file: &File, versions: [&Layer; 2]) {
         file.read_exact_at(&mut seen, grain * GRAIN * SECTOR)
             .unwrap_or_else(|e| panic!("grain {grain}: {e}"));
         let known = versions.iter().any(|v| v.read(grain * GRAIN, GRAIN) == seen);
-        assert!(
-            known,
-            "grain {grain} of an open file is neither the old nor the new one"
-        );
+        assert!(known, "grain {grain} of an open file belongs to neither version");
     }
 }
 
-/// Mounts one disk as `disk`.
+/// Mounts one disk read-only as `disk`.
 fn mount(scratch: &Scratch, open: &Path) -> Mount {
     scratch.mount().arg("readonly=true").file(open).arg("name=disk").start()
 }
 
 #[test]
-fn regression_an_image_that_is_replaced_by_a_rename_is_seen() {
+fn regression_an_image_replaced_by_a_rename_is_detected() {
     if !need_fuse() {
         return;
     }
-    for kind in KINDS {
+    for image_type in IMAGE_TYPES {
         let scratch = Scratch::new();
         let (images, next) = (scratch.mkdir("images"), scratch.mkdir("next"));
         let (old, new) = (version(1, DISK), version(2, DISK));
-        let (open, content) = write_disk(&images, kind, &old);
+        let (open, content) = write_disk(&images, image_type, &old);
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
-        assert!(fs::read(&path).unwrap() == whole(&old), "{kind}");
+        assert!(fs::read(&path).unwrap() == whole(&old), "{image_type}");
         let held = File::open(&path).unwrap();
-        let (_, other) = write_disk(&next, kind, &new);
+        let (_, other) = write_disk(&next, image_type, &new);
         fs::rename(other, content).unwrap();
         assert!(
             fs::read(&path).unwrap() == whole(&new),
-            "{kind}: a new open does not see the new image"
+            "{image_type}: a new open does not see the new image"
         );
         assert_one_of(&held, [&old, &new]);
         drop(held);
-        assert!(fs::read(&path).unwrap() == whole(&new), "{kind}");
+        assert!(fs::read(&path).unwrap() == whole(&new), "{image_type}");
         mount.unmount();
     }
 }
 
-/// The bytes are others, the length and the time of the last change are not.
+/// The bytes of an image change, but its length, inode and mtime do not.
 #[test]
-fn regression_a_change_with_a_restored_time_is_seen() {
+fn regression_a_change_with_a_restored_mtime_is_detected() {
     if !need_fuse() {
         return;
     }
-    for kind in ["sparse", "flat", "raw"] {
+    for image_type in ["sparse", "flat", "raw"] {
         let scratch = Scratch::new();
         let images = scratch.mkdir("images");
         let (old, new) = (version(1, DISK), version(2, DISK));
-        let (open, content) = write_disk(&images, kind, &old);
+        let (open, content) = write_disk(&images, image_type, &old);
         let past = SystemTime::now() - Duration::from_secs(3600);
         let set_back = || {
             File::options()
@@ -142,13 +141,13 @@ fn regression_a_change_with_a_restored_time_is_seen() {
         set_back().unwrap();
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
-        assert!(fs::read(&path).unwrap() == whole(&old), "{kind}");
+        assert!(fs::read(&path).unwrap() == whole(&old), "{image_type}");
         let held = File::open(&path).unwrap();
         let (before, ino) = (
             fs::metadata(&content).unwrap().len(),
             fs::metadata(&content).unwrap().ino(),
         );
-        write_disk(&scratch.mkdir("next"), kind, &new);
+        write_disk(&scratch.mkdir("next"), image_type, &new);
         let bytes = fs::read(scratch.path("next").join(content.file_name().unwrap())).unwrap();
         write::poke(&content, 0, &bytes).unwrap();
         set_back().unwrap();
@@ -156,11 +155,11 @@ fn regression_a_change_with_a_restored_time_is_seen() {
         assert_eq!(
             (after.len(), after.ino(), after.modified().unwrap()),
             (before, ino, past),
-            "the test is wrong"
+            "length, inode or mtime changed, so the test shows nothing"
         );
         assert!(
             fs::read(&path).unwrap() == whole(&new),
-            "{kind}: a new open does not see the new bytes"
+            "{image_type}: a new open does not see the new bytes"
         );
         assert_one_of(&held, [&old, &new]);
         drop(held);
@@ -169,15 +168,15 @@ fn regression_a_change_with_a_restored_time_is_seen() {
 }
 
 #[test]
-fn regression_an_image_of_another_size_is_refused_while_the_mount_lives() {
+fn regression_an_image_of_another_size_is_refused_during_a_mount() {
     if !need_fuse() {
         return;
     }
-    for kind in KINDS {
+    for image_type in IMAGE_TYPES {
         let scratch = Scratch::new();
         let images = scratch.mkdir("images");
         let (old, new) = (version(1, DISK), version(2, 2 * DISK));
-        let (open, _) = write_disk(&images, kind, &old);
+        let (open, _) = write_disk(&images, image_type, &old);
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
         let held = File::open(&path).unwrap();
@@ -185,27 +184,27 @@ fn regression_an_image_of_another_size_is_refused_while_the_mount_lives() {
             let file = images.join(file);
             fs::remove_file(file).ok();
         }
-        write_disk(&images, kind, &new);
+        write_disk(&images, image_type, &new);
         let error = File::open(&path).map(|_| ()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{kind}: {error}");
-        assert!(mount.is_running() && mount.is_mounted(), "{kind}");
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{image_type}: {error}");
+        assert!(mount.is_running() && mount.is_mounted(), "{image_type}");
         assert_eq!(
             fs::metadata(&path).unwrap().len(),
             DISK * SECTOR,
-            "{kind}: the size of the disk"
+            "{image_type}: the size of the disk"
         );
         assert_one_of(&held, [&old, &new]);
-        write_disk(&images, kind, &old);
+        write_disk(&images, image_type, &old);
         assert!(
             fs::read(&path).unwrap() == whole(&old),
-            "{kind}: the old size opens again"
+            "{image_type}: an image of the old size does not open again"
         );
         drop(held);
         mount.unmount();
     }
 }
 
-/// Writes `text` over a descriptor in place: the file stays the same, so does its length.
+/// Overwrites a descriptor in place with `text`, padded with line feeds: its inode and its length stay the same.
 fn rewrite(path: &Path, text: &Descriptor) {
     let mut bytes = text.bytes().unwrap();
     let len = write::length(path).unwrap() as usize;
@@ -214,15 +213,15 @@ fn rewrite(path: &Path, text: &Descriptor) {
     write::poke(path, 0, &bytes).unwrap();
 }
 
-/// A folder with two flat files and one sparse one, all of one size, and a descriptor that names the one that is wanted.
-struct Switch {
+/// A folder with two flat extents and a sparse one, all of the same size, and a descriptor that names one of them.
+struct SwitchedDisk {
     scratch: Scratch,
     flats: [Layer; 2],
     sparse: Layer,
     descriptor: PathBuf,
 }
 
-impl Switch {
+impl SwitchedDisk {
     fn new() -> Self {
         let scratch = Scratch::new();
         let c = Ctx::new(&scratch.path("images"), 1).unwrap();
@@ -239,8 +238,8 @@ impl Switch {
         }
     }
 
-    /// Lets the descriptor name a file.
-    fn to(&self, name: &str) {
+    /// Rewrites the descriptor so that it names this extent.
+    fn switch_to(&self, name: &str) {
         let extent = if name == "sparse.bin" {
             "SPARSE \"sparse.bin\""
         } else {
@@ -253,22 +252,23 @@ impl Switch {
     }
 }
 
-/// Opens of a disk are served in one mode at a time; what the image becomes meanwhile must not disturb them.
+/// All opens of a disk use the same mode (passthrough or served). If the image changes to one that needs the other
+/// mode, existing and new opens must both work.
 #[test]
-fn regression_a_flat_disk_that_becomes_another_one_while_it_is_open() {
+fn regression_a_flat_disk_changes_while_it_is_open() {
     if !need_fuse() {
         return;
     }
-    let s = Switch::new();
+    let s = SwitchedDisk::new();
     for next in ["two.bin", "sparse.bin"] {
-        s.to("one.bin");
+        s.switch_to("one.bin");
         let mount = mount(&s.scratch, &s.descriptor);
         let path = mount.file("disk");
         let [one, two] = &s.flats;
         let new = if next == "two.bin" { two } else { &s.sparse };
         let held = File::open(&path).unwrap();
         assert_one_of(&held, [one, one]);
-        s.to(next);
+        s.switch_to(next);
         for round in 0..3 {
             let second = File::open(&path).unwrap_or_else(|e| panic!("{next}: open {round}: {e}"));
             assert_one_of(&second, [new, new]);
@@ -278,25 +278,25 @@ fn regression_a_flat_disk_that_becomes_another_one_while_it_is_open() {
         drop(held);
         assert!(
             fs::read(&path).unwrap() == whole(new),
-            "{next}: when nobody holds the old one"
+            "{next}: after the last open of the old disk was closed"
         );
         mount.unmount();
     }
 }
 
 #[test]
-fn regression_a_sparse_disk_that_becomes_a_flat_one_while_it_is_open() {
+fn regression_a_sparse_disk_becomes_flat_while_it_is_open() {
     if !need_fuse() {
         return;
     }
-    let s = Switch::new();
-    s.to("sparse.bin");
+    let s = SwitchedDisk::new();
+    s.switch_to("sparse.bin");
     let mount = mount(&s.scratch, &s.descriptor);
     let path = mount.file("disk");
     assert!(fs::read(&path).unwrap() == whole(&s.sparse));
     let held = File::open(&path).unwrap();
     for (next, new) in [("one.bin", &s.flats[0]), ("two.bin", &s.flats[1])] {
-        s.to(next);
+        s.switch_to(next);
         let second = File::open(&path).unwrap_or_else(|e| panic!("{next}: {e}"));
         assert_one_of(&second, [new, new]);
         assert!(fs::read(&path).unwrap() == whole(new), "{next}");
@@ -307,9 +307,9 @@ fn regression_a_sparse_disk_that_becomes_a_flat_one_while_it_is_open() {
     mount.unmount();
 }
 
-/// Where others may look in, owner and mode hold for them without a further option.
+/// With `allow_other`, owner and mode are enforced for other users without `default_permissions`.
 #[test]
-fn regression_umask_holds_for_others() {
+fn regression_umask_is_enforced_for_other_users() {
     if !need_fuse() || !need_root() {
         return;
     }
@@ -332,9 +332,9 @@ fn regression_umask_holds_for_others() {
     }
 }
 
-/// A cache holds what was asked for or a few blocks, not some dozens of blocks however large they are.
+/// The cache is bounded by its size in bytes, with a minimum of a few blocks, not by a number of blocks of any size.
 ///
-/// The event loops and the stacks of all threads take 50 MiB of what is allowed here.
+/// The event loops and the stacks of all threads use 50 MiB of the memory limits here.
 #[test]
 fn regression_a_small_cache_stays_small() {
     if !need_fuse() || !need("prlimit") {
@@ -370,13 +370,13 @@ fn regression_a_small_cache_stays_small() {
 }
 
 #[test]
-fn regression_the_time_of_the_image_is_followed() {
+fn regression_the_mtime_follows_that_of_the_image() {
     if !need_fuse() {
         return;
     }
-    for kind in KINDS {
+    for image_type in IMAGE_TYPES {
         let scratch = Scratch::new();
-        let (open, content) = write_disk(&scratch.mkdir("images"), kind, &version(1, DISK));
+        let (open, content) = write_disk(&scratch.mkdir("images"), image_type, &version(1, DISK));
         let mount = mount(&scratch, &open);
         let path = mount.file("disk");
         fs::metadata(&path).unwrap();
@@ -394,8 +394,8 @@ fn regression_the_time_of_the_image_is_followed() {
                 .unwrap();
             let seen = || fs::metadata(&path).unwrap().modified().unwrap();
             assert!(
-                poll_until(SOON, || seen() == time),
-                "{kind}: {:?}, not {time:?}",
+                poll_until(DEADLINE, || seen() == time),
+                "{image_type}: {:?}, not {time:?}",
                 seen()
             );
         }
@@ -403,9 +403,9 @@ fn regression_the_time_of_the_image_is_followed() {
     }
 }
 
-/// A bad directory entry for a table far from the start, in both copies.
+/// Both copies of the grain directory have an invalid entry for a table far from the start of the disk.
 #[test]
-fn regression_data_before_a_damaged_directory_entry_are_found() {
+fn regression_data_before_a_damaged_directory_entry_is_found() {
     if !need_fuse() {
         return;
     }
@@ -435,7 +435,7 @@ fn regression_data_before_a_damaged_directory_entry_are_found() {
 
 /// "or prints one clear error and returns 1"
 #[test]
-fn regression_a_disk_of_which_nothing_can_be_read_is_one_error() {
+fn regression_a_completely_unreadable_disk_is_one_error() {
     if !need_fuse() {
         return;
     }
@@ -472,7 +472,7 @@ fn regression_a_disk_of_which_nothing_can_be_read_is_one_error() {
     scratch.assert_no_mounts();
 }
 
-/// Lets entries of both copies of a table point past the end of the file.
+/// Makes entries of both copies of a grain table point beyond the end of the file.
 fn damage_table(path: &Path, copies: [u64; 2], entries: std::ops::Range<u64>) {
     for at in copies {
         let bad = 0x7fff_ff80u32
@@ -506,7 +506,7 @@ fn regression_the_log_of_a_damaged_disk_is_short() {
     let outcome = dd.arg(format!("if={}", path.display())).run();
     assert!(
         outcome.stderr.contains("2+510 records in"),
-        "not all the damage was read: {outcome}"
+        "dd did not read all of the damage: {outcome}"
     );
     assert!(read_range(&path, 0, 4096) == made.layer.read(0, 8));
     mount.unmount();

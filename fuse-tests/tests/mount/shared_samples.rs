@@ -1,6 +1,6 @@
-//! Other people's samples and the variants of a second maker, where the folder `shared` lies beside the checkout.
+//! Samples from other sources, and variants of an independent generator, in a folder `shared` next to the checkout.
 //!
-//! They are no part of the project: without the folder these tests say so loudly and pass.
+//! The folder is not part of the project: without it these tests print a `SKIPPED` line and pass.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,29 +16,29 @@ use fuse_tests::harness::{
 use nix::libc;
 use serde::Deserialize;
 
-/// The folder, if it is there.
+/// Returns the path of `part` in the folder `shared`; prints a `SKIPPED` line if it does not exist.
 fn shared(part: &str) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(part);
     if path.exists() {
         return Some(path.canonicalize().unwrap());
     }
-    eprintln!("SKIPPED: there is no shared/{part} beside the checkout");
+    eprintln!("SKIPPED: shared/{part} does not exist next to the checkout");
     None
 }
 
-/// One sample by the tables of their README.
+/// One sample, as the tables of the README of the samples describe it.
 #[derive(Debug)]
 struct Sample {
     path: PathBuf,
-    /// Size of the disk, where it can be opened.
+    /// Size of the disk in bytes; `None` if the image cannot be opened.
     size: Option<u64>,
-    /// SHA-256 of the whole disk; without one the file must be refused.
+    /// SHA-256 of the whole disk; `None` if the image must be refused.
     whole: Option<String>,
-    /// Grain digest, of a large one.
+    /// Grain digest of a large disk.
     grains: Option<String>,
 }
 
-/// The rows of the tables, by their cells.
+/// Returns the cells of each table row in the README.
 fn rows(readme: &str) -> impl Iterator<Item = Vec<&str>> {
     let lines = readme
         .lines()
@@ -46,7 +46,7 @@ fn rows(readme: &str) -> impl Iterator<Item = Vec<&str>> {
     lines.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
 }
 
-/// The first word of 64 hex digits.
+/// Returns the first word of 64 hexadecimal digits.
 fn hash(cell: &str) -> Option<String> {
     let word = cell
         .split_whitespace()
@@ -54,14 +54,14 @@ fn hash(cell: &str) -> Option<String> {
     word.map(str::to_owned)
 }
 
-/// Reads both tables: files (six columns, the last is the disk's size), and hashes (three columns).
+/// Reads both tables: files (six columns, the last is the size of the disk), and hashes (three columns).
 fn samples(dir: &Path) -> Vec<Sample> {
     let readme = fs::read_to_string(dir.join("README.md")).unwrap();
     let is_file = |cells: &Vec<&str>| cells.len() == 6;
     let mut found: Vec<Sample> = Vec::new();
     for cells in rows(&readme).filter(is_file) {
         let path = dir.join(cells[0].split_whitespace().next().unwrap());
-        assert!(path.is_file(), "{} is in the table but not there", path.display());
+        assert!(path.is_file(), "{} is in the table but does not exist", path.display());
         found.push(Sample {
             path,
             size: cells[5].parse().ok(),
@@ -70,7 +70,7 @@ fn samples(dir: &Path) -> Vec<Sample> {
         });
     }
     for cells in rows(&readme).filter(|cells| cells.len() == 3) {
-        // Long names are cut with an ellipsis.
+        // Long names are truncated with an ellipsis.
         let start = cells[0].split_whitespace().next().unwrap().trim_end_matches('…');
         let fits = |sample: &&mut Sample| {
             sample
@@ -96,14 +96,14 @@ fn samples(dir: &Path) -> Vec<Sample> {
     found
 }
 
-/// A short name for messages and mount points.
+/// Returns a short name for messages and mount points.
 fn name(sample: &Sample) -> String {
     let parent = sample.path.parent().unwrap().file_name().unwrap().to_str().unwrap();
     format!("{parent}-{}", sample.path.file_name().unwrap().to_str().unwrap())
 }
 
 #[test]
-fn samples_read_as_their_hash_or_are_refused() {
+fn samples_match_their_hash_or_are_refused() {
     let Some(dir) = shared("samples") else { return };
     if !need_fuse() {
         return;
@@ -113,12 +113,12 @@ fn samples_read_as_their_hash_or_are_refused() {
         Some(whole) => read_sample(&scratch, sample, whole),
         None => {
             let answer = open_hostile(&scratch, &name(sample), &sample.path, &[]);
-            answer.refused("the table has no content for it");
+            answer.refused("the table has no hash for this sample");
         }
     });
 }
 
-/// Compares a good sample with its hash, and with what qemu-img makes of it at random places.
+/// Mounts a valid sample; compares it with its hash, and with qemu-img's conversion at random ranges.
 fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     let point = format!("mnt-{}", name(sample));
     scratch.mkdir(&point);
@@ -151,10 +151,10 @@ fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
     mount.unmount();
 }
 
-/// Samples and variants that the kernel reads by itself: so many at least are no streams.
-const BY_KERNEL: usize = 5;
+/// Smallest number of samples and of variants that the kernel must read: at least this many are not compressed.
+const MIN_VIEWS: usize = 5;
 
-/// Mounts an image read-only once the kernel reads it; `None` where it says that it can't, as for compressed grains.
+/// Mounts an image read-only with `kernel-view=required`; returns `None` if it cannot have a view (compressed grains).
 fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) -> Option<Mount> {
     let point = format!("view-{name}");
     scratch.mkdir(&point);
@@ -171,15 +171,15 @@ fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) ->
     match command.try_start() {
         Ok(mount) => Some(mount),
         Err(outcome) => {
-            let why = ["not stored as they are read", "whole sectors", "view-size= allows"];
-            assert!(why.iter().any(|why| outcome.stderr.contains(why)), "{outcome}");
+            let causes = ["not stored as they are read", "whole sectors", "view-size= allows"];
+            assert!(causes.iter().any(|cause| outcome.stderr.contains(cause)), "{outcome}");
             None
         }
     }
 }
 
 #[test]
-fn samples_read_as_their_hash_by_the_kernel() {
+fn samples_match_their_hash_through_kernel_views() {
     let Some(dir) = shared("samples") else { return };
     if !need_fuse() || !need_kernel_view() {
         return;
@@ -201,11 +201,14 @@ fn samples_read_as_their_hash_by_the_kernel() {
         seen.fetch_add(1, Ordering::Relaxed);
         mount.unmount();
     });
-    assert!(seen.into_inner() >= BY_KERNEL, "only so many were read by the kernel");
+    assert!(
+        seen.into_inner() >= MIN_VIEWS,
+        "the kernel read fewer than {MIN_VIEWS} disks"
+    );
 }
 
 #[test]
-fn valid_variants_of_the_second_maker_by_the_kernel() {
+fn valid_variants_of_the_second_generator_through_kernel_views() {
     let scratch = Scratch::new();
     let Some(entries) = make(&scratch, "valid") else { return };
     if !need_kernel_view() {
@@ -222,11 +225,14 @@ fn valid_variants_of_the_second_maker_by_the_kernel() {
         seen.fetch_add(1, Ordering::Relaxed);
         mount.unmount();
     });
-    assert!(seen.into_inner() >= BY_KERNEL, "only so many were read by the kernel");
+    assert!(
+        seen.into_inner() >= MIN_VIEWS,
+        "the kernel read fewer than {MIN_VIEWS} disks"
+    );
 }
 
 #[test]
-fn hostile_variants_of_the_second_maker_have_no_run_outside_of_their_files() {
+fn hostile_variants_of_the_second_generator_have_no_run_outside_of_their_files() {
     let scratch = Scratch::new();
     let Some(entries) = make(&scratch, "hostile") else {
         return;
@@ -238,7 +244,7 @@ fn hostile_variants_of_the_second_maker_have_no_run_outside_of_their_files() {
     });
 }
 
-/// qemu's own test of this file: 100 sectors of one digit each.
+/// Repeats qemu's own test of this image: 100 sectors, each filled with one digit.
 #[test]
 fn the_sample_of_qemu_has_its_pattern() {
     let Some(sample) = shared("samples/qemu/iotest-version3.vmdk") else {
@@ -253,14 +259,14 @@ fn the_sample_of_qemu_has_its_pattern() {
     for i in 0..100u64 {
         let mut sector = [0; 512];
         file.read_exact_at(&mut sector, i * 10 * 65536 + i * 512).unwrap();
-        assert_eq!(sector, [0x30 + (i % 10) as u8; 512], "round {i}");
+        assert_eq!(sector, [0x30 + (i % 10) as u8; 512], "sector {i} of the pattern");
     }
     drop(file);
     mount.unmount();
 }
 
 #[test]
-fn info_of_every_sample_is_json_or_one_line() {
+fn info_of_every_sample_is_json_or_a_one_line_error() {
     let Some(dir) = shared("samples") else { return };
     let scratch = Scratch::new();
     each(&samples(&dir), name, |sample| {
@@ -279,9 +285,9 @@ fn info_of_every_sample_is_json_or_one_line() {
     });
 }
 
-/// One line of the second maker's manifest.
+/// One variant in the manifest of the second generator.
 #[derive(Debug, Deserialize)]
-struct Entry {
+struct ManifestEntry {
     name: String,
     set: String,
     open: String,
@@ -293,8 +299,8 @@ struct Entry {
     probes: Vec<(u64, u64, String)>,
 }
 
-/// Makes all variants of one set below the test's folder.
-fn make(scratch: &Scratch, set: &str) -> Option<Vec<Entry>> {
+/// Generates all variants of one set below the test's folder; returns `None` if the machine cannot.
+fn make(scratch: &Scratch, set: &str) -> Option<Vec<ManifestEntry>> {
     let script = shared("mkvmdk.py")?;
     if !need("python3") || !need_fuse() {
         return None;
@@ -305,7 +311,8 @@ fn make(scratch: &Scratch, set: &str) -> Option<Vec<Entry>> {
         .args(["--set", set, "--out"])
         .arg(&made);
     cmd.deadline(Duration::from_secs(120)).run().ok();
-    let manifest: Vec<Entry> = serde_json::from_str(&fs::read_to_string(made.join("manifest.json")).unwrap()).unwrap();
+    let manifest: Vec<ManifestEntry> =
+        serde_json::from_str(&fs::read_to_string(made.join("manifest.json")).unwrap()).unwrap();
     assert!(
         manifest.len() > 30 && manifest.iter().all(|entry| entry.set == set),
         "{} entries",
@@ -314,13 +321,13 @@ fn make(scratch: &Scratch, set: &str) -> Option<Vec<Entry>> {
     Some(manifest)
 }
 
-/// Its name and what is odd about it.
-fn title(entry: &Entry) -> String {
+/// Returns the name of a variant and the note about its peculiarity.
+fn title(entry: &ManifestEntry) -> String {
     format!("{} ({})", entry.name, entry.note)
 }
 
 #[test]
-fn valid_variants_of_the_second_maker() {
+fn valid_variants_of_the_second_generator() {
     let scratch = Scratch::new();
     let Some(entries) = make(&scratch, "valid") else { return };
     let groups: Vec<_> = entries.chunks(12).enumerate().collect();
@@ -345,22 +352,25 @@ fn valid_variants_of_the_second_maker() {
     );
 }
 
-/// Compares a valid variant with the manifest.
-fn read_entry(mount: &Mount, name: &str, entry: &Entry) {
+/// Compares a mounted valid variant with the size, hash and probes in the manifest.
+fn read_entry(mount: &Mount, name: &str, entry: &ManifestEntry) {
     let path = mount.file(name);
     assert_eq!(fs::metadata(&path).unwrap().len(), entry.size.unwrap(), "size");
     let hash = entry.sha256.as_deref().unwrap();
     if hash != "skip" {
         assert_eq!(sha256(&path), hash, "SHA-256");
     }
-    for (offset, len, wanted) in &entry.probes {
-        assert_eq!(&digest_range(&path, *offset, *len), wanted, "{len} bytes at {offset}");
+    for (offset, len, expected) in &entry.probes {
+        assert_eq!(&digest_range(&path, *offset, *len), expected, "{len} bytes at {offset}");
     }
-    assert!(hash != "skip" || !entry.probes.is_empty(), "nothing to compare");
+    assert!(
+        hash != "skip" || !entry.probes.is_empty(),
+        "the manifest has neither a hash nor probes"
+    );
 }
 
 #[test]
-fn hostile_variants_of_the_second_maker() {
+fn hostile_variants_of_the_second_generator() {
     let scratch = Scratch::new();
     let Some(entries) = make(&scratch, "hostile") else {
         return;
@@ -371,7 +381,7 @@ fn hostile_variants_of_the_second_maker() {
             Some("reject" | "policy") => drop(answer.refused(&entry.note)),
             Some("eio") => {
                 if let Answer::Mounted(mount, path) = &answer {
-                    assert!(meets_eio(path), "the damage reads as if it were good");
+                    assert!(meets_eio(path), "the damaged range was read without an error");
                     assert!(
                         mount.peak_memory() <= 128 << 20,
                         "{} bytes in memory",
@@ -384,13 +394,14 @@ fn hostile_variants_of_the_second_maker() {
                     meets_eio(path);
                 }
             }
-            other => panic!("{other:?} is no expectation"),
+            other => panic!("unknown expectation {other:?}"),
         }
     });
 }
 
-/// Reads the first 8 MiB and what lies behind as data (up to a bound), sector by sector where it fails; whether any read
-/// fails with `EIO`. Any other error is a panic.
+/// Reads the first 8 MiB and the start of the first 64 data ranges; returns true if a read fails with `EIO`.
+///
+/// Panics at any other error.
 fn meets_eio(path: &Path) -> bool {
     let file = File::open(path).unwrap();
     let size = file.metadata().unwrap().len();
@@ -407,7 +418,7 @@ fn meets_eio(path: &Path) -> bool {
     let first = (0..size.min(8 << 20))
         .step_by(65536)
         .any(|at| is_bad(at, 65536.min(size - at)));
-    // A damaged table may fail the walk itself; then the start of the disk has failed before.
+    // A damaged table may make SEEK_DATA fail, which panics: the start of the disk is read first, and fails before.
     first
         || data_ranges(path)
             .iter()

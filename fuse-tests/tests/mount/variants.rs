@@ -1,4 +1,4 @@
-//! Every variant of the maker through a mount: valid ones read as their model, hostile ones do no harm.
+//! Every generated variant through a mount: valid ones equal their model, hostile ones do no harm.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,38 +10,39 @@ use fuse_tests::harness::{Answer, Scratch, each, need_fuse, open_hostile};
 use fuse_tests::make::{Bad, Content, Expect, Hostile, Made, SECTOR, Variant, hostile, valid};
 use nix::libc;
 
-/// Seed of everything that the maker makes here.
+/// Seed of all generated variants.
 const SEED: u64 = 7;
 
-/// Disks of one mount: many, since a mount costs more than a disk.
+/// Disks in one mount. A mount is more expensive than a disk, so several disks share one.
 const GROUP: usize = 12;
 
-/// Bytes that are compared at once.
+/// Bytes that are read and compared at a time.
 const CHUNK: u64 = 1 << 20;
 
-/// Compares one range of a raw file with the model.
+/// Panics unless one range of a raw file equals the model.
 #[track_caller]
 fn compare_range(file: &File, disk: &dyn Content, range: &Range<u64>) {
     let mut seen = vec![0; (range.end - range.start) as usize];
     file.read_exact_at(&mut seen, range.start)
         .unwrap_or_else(|e| panic!("bytes {range:?}: {e}"));
-    let wanted = disk.read_bytes(range);
-    if seen != wanted {
-        let at = seen.iter().zip(&wanted).position(|(a, b)| a != b).unwrap_or(0);
+    let expected = disk.read_bytes(range);
+    if seen != expected {
+        let at = seen.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
         panic!(
             "wrong at byte {} ({:#04x}, not {:#04x}), reading {range:?}",
             range.start + at as u64,
             seen[at],
-            wanted[at]
+            expected[at]
         );
     }
 }
 
-/// The kernel reads whole pages: what shares one with the damage cannot be read either.
+/// Page size in bytes. The kernel reads whole pages, so bytes in the same page as the damage cannot be read either.
 const PAGE: u64 = 4096;
 
-/// Compares a raw file with the model: all of it where it is small enough, and random ranges; but nothing of the pages
-/// of `damaged`.
+/// Compares random ranges of a raw file with the model, and the whole file if `whole` is set.
+///
+/// Pages that intersect `damaged` are left out.
 #[track_caller]
 fn compare(path: &Path, disk: &dyn Content, whole: bool, damaged: Option<&Range<u64>>) {
     let file = File::open(path).unwrap();
@@ -55,17 +56,18 @@ fn compare(path: &Path, disk: &dyn Content, whole: bool, damaged: Option<&Range<
     };
     let mut ranges = disk.random_ranges(SEED, 150, 1 << 17);
     if whole {
-        // Cut at the damage too, so that all but it is read.
-        let mut cuts: Vec<u64> = (0..size).step_by(CHUNK as usize).chain([size]).collect();
-        cuts.extend(
+        // The ranges also end at the damage, so that all bytes around it are read.
+        let mut borders: Vec<u64> = (0..size).step_by(CHUNK as usize).chain([size]).collect();
+        borders.extend(
             damaged
                 .iter()
                 .flat_map(|bad| [bad.start, bad.end])
                 .filter(|at| *at < size),
         );
-        cuts.sort_unstable();
+        borders.sort_unstable();
         ranges.extend(
-            cuts.windows(2)
+            borders
+                .windows(2)
                 .map(|pair| pair[0]..pair[1])
                 .filter(|range| range.start < range.end),
         );
@@ -76,7 +78,7 @@ fn compare(path: &Path, disk: &dyn Content, whole: bool, damaged: Option<&Range<
         .for_each(|range| compare_range(&file, disk, range));
 }
 
-/// Whether reading a range, piece by piece, fails with an I/O error somewhere. Any other error is a panic.
+/// Returns true if opening the file or reading a part of the range fails with `EIO`; panics at any other error.
 #[track_caller]
 fn fails_with_eio(path: &Path, range: &Range<u64>) -> bool {
     let file = match File::open(path) {
@@ -88,7 +90,7 @@ fn fails_with_eio(path: &Path, range: &Range<u64>) -> bool {
     while at < range.end {
         let n = CHUNK.min(range.end - at) as usize;
         match file.read_at(&mut buf[..n], at) {
-            // A read that ends early goes on at the damage.
+            // A short read ends before the damage; the next read starts there.
             Ok(0) => return false,
             Ok(n) => at += n as u64,
             Err(e) => return is_eio(&e),
@@ -97,7 +99,7 @@ fn fails_with_eio(path: &Path, range: &Range<u64>) -> bool {
     false
 }
 
-/// Whether it is `EIO`; anything else is a panic.
+/// Returns true if the error is `EIO`; panics otherwise.
 #[track_caller]
 fn is_eio(error: &io::Error) -> bool {
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
@@ -105,7 +107,7 @@ fn is_eio(error: &io::Error) -> bool {
 }
 
 #[test]
-fn valid_variants_read_as_their_model() {
+fn valid_variants_match_their_model() {
     if !need_fuse() {
         return;
     }
@@ -125,7 +127,7 @@ fn valid_variants_read_as_their_model() {
     each(&groups, name, |(number, group)| {
         let point = format!("mnt{number}");
         scratch.mkdir(&point);
-        // what the kernel reads by itself is for another test
+        // The daemon serves all reads here; `kernel_view.rs` tests the kernel view.
         let mut command = scratch.mount().at(&point).arg("-r").arg("kernel-view=off");
         for (variant, made) in *group {
             command = command.file(&made.open).arg(format!("name={}", variant.name));
@@ -151,7 +153,7 @@ fn valid_variants_read_as_their_model() {
     });
 }
 
-/// Each by itself, so that what opening and reading it takes is seen.
+/// Each disk has a mount of its own, so that the peak memory of opening and reading it can be measured.
 #[test]
 fn huge_disks_stay_small_in_memory() {
     if !need_fuse() {
@@ -171,7 +173,7 @@ fn huge_disks_stay_small_in_memory() {
     }
 }
 
-/// `--check` finds nothing wrong in a valid image, but for those that can be read only by their redundant directory.
+/// `--check` finds no corruption in a valid image, except if only the redundant directory is readable (`rgd_only`).
 #[test]
 fn valid_variants_are_not_corrupt() {
     let scratch = Scratch::new();
@@ -191,20 +193,20 @@ fn valid_variants_are_not_corrupt() {
                 .key("file", &made.open)
                 .args(allow)
                 .run();
-            let wanted: &[i32] = if variant.name.starts_with("rgd_only") {
+            let expected: &[i32] = if variant.name.starts_with("rgd_only") {
                 &[4]
             } else {
                 &[0, 3]
             };
             assert!(
-                outcome.ended.code.is_some_and(|code| wanted.contains(&code)),
+                outcome.ended.code.is_some_and(|code| expected.contains(&code)),
                 "{outcome}"
             );
         },
     );
 }
 
-/// What must become of one hostile file.
+/// Opens one hostile image and compares the result with its expectation.
 fn try_hostile(scratch: &Scratch, entry: &Hostile) {
     let Bad {
         open,
@@ -223,7 +225,7 @@ fn try_hostile(scratch: &Scratch, entry: &Hostile) {
             if let (Answer::Mounted(_, path), Some(range)) = (&answer, damaged) {
                 assert!(
                     fails_with_eio(path, range),
-                    "the damage at {range:?} reads as if it were good"
+                    "the damage at {range:?} was read without an error"
                 );
             }
             compare_if_mounted(&answer, content.as_deref(), damaged.as_ref());
@@ -231,7 +233,7 @@ fn try_hostile(scratch: &Scratch, entry: &Hostile) {
     }
 }
 
-/// With the folders allowed that it wants, it opens.
+/// Opens the image with the folders allowed that it refers to; panics if it is still refused.
 #[track_caller]
 fn lift_policy(scratch: &Scratch, entry: &Hostile, open: &Path, allow_dirs: &[PathBuf], content: Option<&dyn Content>) {
     if allow_dirs.is_empty() {
@@ -244,7 +246,7 @@ fn lift_policy(scratch: &Scratch, entry: &Hostile, open: &Path, allow_dirs: &[Pa
     compare_if_mounted(&answer, content, None);
 }
 
-/// What is shown must be right.
+/// If the image was mounted, panics unless the raw file equals the model outside of the damage.
 #[track_caller]
 fn compare_if_mounted(answer: &Answer, content: Option<&dyn Content>, damaged: Option<&Range<u64>>) {
     if let (Answer::Mounted(_, path), Some(disk)) = (answer, content) {
@@ -253,7 +255,7 @@ fn compare_if_mounted(answer: &Answer, content: Option<&dyn Content>, damaged: O
 }
 
 #[test]
-fn hostile_files_do_no_harm() {
+fn hostile_images_do_no_harm() {
     if !need_fuse() {
         return;
     }
@@ -266,9 +268,9 @@ fn hostile_files_do_no_harm() {
     scratch.assert_no_mounts();
 }
 
-/// The actions that only look must survive them too.
+/// `--info` and `--check` survive hostile images as well.
 #[test]
-fn hostile_files_are_looked_at_without_harm() {
+fn hostile_images_are_inspected_without_harm() {
     let scratch = Scratch::new();
     each(
         hostile(),
@@ -287,7 +289,7 @@ fn hostile_files_are_looked_at_without_harm() {
                     outcome.one_error(1, &[]);
                 }
             }
-            // Some take tens of MiB.
+            // Remove the image at once: some take tens of MiB.
             fs::remove_dir_all(scratch.path(entry.name)).unwrap();
         },
     );

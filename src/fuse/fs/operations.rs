@@ -1,4 +1,4 @@
-//! The kernel's requests, each answered by the disk that it is about.
+//! The kernel's requests: each is dispatched to its disk. Every handler answers even if it panics (`catch_panic`).
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -10,39 +10,41 @@ use fuser::{
     ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, guarded};
+use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, catch_panic};
 use crate::config::MountKind;
 use crate::error_log::ErrorLog;
-use crate::fuse::attributes::Wish;
+use crate::fuse::attributes::SetRequest;
 use crate::fuse::disk_file::{DiskFile, is_aligned};
 use crate::fuse::errno::errno;
 use crate::fuse::kernel_view_node;
 use crate::fuse::write::Failed;
 use crate::volume::{MAX_READ, Seek};
 
-/// How long the kernel may go on without asking again for names and attributes. What changes at all (time and
-/// allocation of an image that is written by somebody else) may be seen this much later.
+/// For how long the kernel may use names and attributes without asking again. A change of time or allocation by another
+/// process that writes to the image becomes visible this much later.
 const TTL: Duration = Duration::from_secs(1);
 
-/// Requests that the kernel may have under way for read-ahead and asynchronous I/O.
+/// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight.
 const MAX_BACKGROUND: u16 = 64;
 
 impl Filesystem for DiskFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        // each is wanted where the kernel has it, and done without where it doesn't
-        if self.stream().is_none() {
-            // with it the parts of one direct write are sent all at once, and several loops may take them in any order
+        // Every capability is optional: a kernel without it works too, only slower.
+        if self.sequential_disk().is_none() {
+            // With FUSE_ASYNC_DIO the kernel sends all parts of a direct write at once, and several loops may take them
+            // in any order. A disk that must be written in order cannot allow that.
             let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         }
-        for wanted in [
+        for capability in [
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_MAX_PAGES,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ] {
-            let _ = config.add_capabilities(wanted);
+            let _ = config.add_capabilities(capability);
         }
         let _ = config.set_max_write(MAX_READ as u32);
         let _ = config.set_max_background(MAX_BACKGROUND);
+        // The kernel refuses more than it offers, and names its largest value.
         if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
             let _ = config.set_max_readahead(most);
         }
@@ -52,8 +54,9 @@ impl Filesystem for DiskFs {
         } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
             Err(NO_PASSTHROUGH)
         } else {
-            // a view counts as one layer below us
-            let view = self.files.iter().any(|n| n.view.is_wanted());
+            // The kernel limits how deep file systems are stacked. A backing file is one layer; the EROFS of a view,
+            // with the extents below, is another.
+            let view = self.files.iter().any(|file| file.view.is_wanted());
             let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
             if nix::unistd::geteuid().is_root() {
                 Ok(())
@@ -61,21 +64,22 @@ impl Filesystem for DiskFs {
                 Err("FUSE passthrough needs root")
             }
         };
-        self.views.start(self.views_wanted(), self.passthrough);
+        // Only now is it known if the kernel accepts backing files.
+        self.views.start(self.planned_views(), self.passthrough);
         Ok(())
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded(|| {
+        catch_panic(|| {
             let found = self
                 .files
                 .iter()
-                .position(|n| self.shape == MountKind::Dir && name == n.config.name);
+                .position(|file| self.mount_kind == MountKind::Dir && name == file.config.name);
             match found {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
                     match (self.file(ino), self.attr(ino)) {
-                        (Ok(file), Ok(attr)) => file.view.entry(&attr, &TTL, reply),
+                        (Ok(file), Ok(attr)) => file.view.reply_lookup(&attr, &TTL, reply),
                         (Err(e), _) | (_, Err(e)) => reply.error(e),
                     }
                 }
@@ -85,15 +89,17 @@ impl Filesystem for DiskFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        guarded(|| match self.attr(ino) {
+        catch_panic(|| match self.attr(ino) {
             Ok(attr) => reply.attr(&TTL, &attr),
             Err(e) => reply.error(e),
         });
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        guarded(|| match self.file(ino) {
-            Ok(file) if kernel_view_node::is_view(ino) => file.open_view(flags, req.pid(), &self.error_log, reply),
+        catch_panic(|| match self.file(ino) {
+            Ok(file) if kernel_view_node::is_view_inode(ino) => {
+                file.open_view(flags, req.pid(), &self.error_log, reply)
+            }
             Ok(file) => file.open(self.passthrough, flags, req.pid(), &self.error_log, reply),
             Err(e) => reply.error(e),
         });
@@ -110,7 +116,7 @@ impl Filesystem for DiskFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded(|| match self.file(ino) {
+        catch_panic(|| match self.file(ino) {
             Ok(file) => file.read(fh, offset, size, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
@@ -128,7 +134,7 @@ impl Filesystem for DiskFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        guarded(|| match self.file(ino) {
+        catch_panic(|| match self.file(ino) {
             Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
             Ok(file) => file.write(offset, data, write_flags, flags, self.context(), reply),
             Err(e) => reply.error(e),
@@ -136,8 +142,8 @@ impl Filesystem for DiskFs {
     }
 
     fn flush(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        guarded(|| match self.file(ino) {
-            // nothing is ever dirty; the kernel does not ask again
+        catch_panic(|| match self.file(ino) {
+            // Nothing is ever dirty. After ENOSYS the kernel sends no further flush.
             Ok(_) if !self.is_writable() => reply.error(Errno::ENOSYS),
             Ok(file) => file.flush(fh, self.context(), reply),
             Err(e) => reply.error(e),
@@ -145,14 +151,14 @@ impl Filesystem for DiskFs {
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        guarded(|| match self.file(ino) {
+        catch_panic(|| match self.file(ino) {
             Ok(file) => file.sync(self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
 
     fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        // names don't change
+        // Names do not change, so there is nothing to make durable.
         reply.ok();
     }
 
@@ -171,7 +177,7 @@ impl Filesystem for DiskFs {
             Err(Failed::Volume(e)) => {
                 reply.error(errno(&e));
                 let name = file.config.name.display();
-                error_log.note(e.within(format!("{name}: zeroes for {length} bytes at {offset}")));
+                error_log.note(e.within(format!("{name}: zeroing {length} bytes at {offset}")));
             }
             Err(Failed::Refused(e)) => reply.error(e),
         };
@@ -196,11 +202,11 @@ impl Filesystem for DiskFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        guarded(|| {
+        catch_panic(|| {
             let set = self.file(ino).and_then(|file| {
                 match size {
                     Some(size) => file.truncate(size, fh, req.pid())?,
-                    None => file.attributes.set(&Wish {
+                    None => file.attributes.set(&SetRequest {
                         mode,
                         uid,
                         gid,
@@ -212,8 +218,8 @@ impl Filesystem for DiskFs {
             });
             match set {
                 Ok(attr) => reply.attr(&TTL, &attr),
-                // the folder itself
-                Err(e) if e == Errno::EISDIR => reply.error(self.fixed()),
+                // The directory itself: its attributes are fixed.
+                Err(e) if e == Errno::EISDIR => reply.error(self.name_change_errno()),
                 Err(e) => reply.error(e),
             }
         });
@@ -229,9 +235,9 @@ impl Filesystem for DiskFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        guarded(|| {
+        catch_panic(|| {
             match self.file(ino) {
-                Ok(file) if kernel_view_node::is_view(ino) => file.view.release(fh),
+                Ok(file) if kernel_view_node::is_view_inode(ino) => file.view.release(fh),
                 Ok(file) => file.release(fh),
                 Err(_) => {}
             }
@@ -240,7 +246,7 @@ impl Filesystem for DiskFs {
     }
 
     fn lseek(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        guarded(|| {
+        catch_panic(|| {
             let what = match whence {
                 libc::SEEK_DATA => Seek::Data,
                 libc::SEEK_HOLE => Seek::Hole,
@@ -255,7 +261,7 @@ impl Filesystem for DiskFs {
                 Err(e) => {
                     reply.error(errno(&e));
                     let name = file.config.name.display();
-                    error_log.note(e.within(format!("{name}: looking for data or a hole from {offset} on")));
+                    error_log.note(e.within(format!("{name}: seeking data or a hole from {offset}")));
                 }
             };
             self.run_blocking(ino, Box::new(answer));
@@ -263,18 +269,18 @@ impl Filesystem for DiskFs {
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        guarded(|| {
-            if self.shape == MountKind::File || ino != ROOT {
+        catch_panic(|| {
+            if self.mount_kind == MountKind::File || ino != ROOT {
                 return reply.error(Errno::ENOTDIR);
             }
             let dots = [".", ".."]
                 .into_iter()
                 .map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
-            let files = self.files.iter().enumerate().map(|(i, n)| {
+            let files = self.files.iter().enumerate().map(|(i, file)| {
                 (
                     INodeNo(FIRST_DISK + i as u64),
                     FileType::RegularFile,
-                    n.config.name.as_os_str(),
+                    file.config.name.as_os_str(),
                 )
             });
             for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
@@ -287,11 +293,11 @@ impl Filesystem for DiskFs {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        guarded(|| {
+        catch_panic(|| {
             let bytes = self
                 .files
                 .iter()
-                .map(|n| n.volume().len())
+                .map(|file| file.volume().len())
                 .fold(0u64, u64::saturating_add);
             let blocks = bytes.div_ceil(BLOCK.into());
             reply.statfs(blocks, 0, 0, self.files.len() as u64, 0, BLOCK, 255, BLOCK);
@@ -308,7 +314,7 @@ impl Filesystem for DiskFs {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn mknod(
@@ -321,27 +327,27 @@ impl Filesystem for DiskFs {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn link(&self, _req: &Request, _ino: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 
     fn rename(
@@ -354,6 +360,6 @@ impl Filesystem for DiskFs {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        reply.error(self.fixed());
+        reply.error(self.name_change_errno());
     }
 }

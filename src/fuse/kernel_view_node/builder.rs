@@ -1,76 +1,78 @@
-//! Who makes the views of a mount: those that are required before it is ready, the others behind it.
+//! Builds the kernel views of a mount: required ones before the mount is ready, all others in a thread afterwards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{KernelViewNode, Way, refused};
+use super::{KernelViewNode, ViewState, required_but_unavailable};
 use crate::config::MountKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::disk_file::Passthrough;
 use crate::kernel_view::{self, View};
 use crate::volume::Volume;
 
-/// A disk of a mount, and its view that is to be made.
-pub(in crate::fuse) type Wanted = (Arc<KernelViewNode>, Arc<Volume>);
+/// The node of a disk, and the volume that its view is to describe.
+pub(in crate::fuse) type PlannedView = (Arc<KernelViewNode>, Arc<Volume>);
 
-/// Makes the views of a mount. Dropped, it gives up those that are not there yet.
+/// Builds the views of a mount. When it is dropped, views that are not built yet are abandoned.
 #[derive(Debug, Default)]
-pub(in crate::fuse) struct Builder(Work);
+pub(in crate::fuse) struct Builder(BuildState);
 
-/// What a builder and its thread share.
+/// NodeState of a builder; its thread gets a copy.
 #[derive(Debug, Clone, Default)]
-struct Work {
+struct BuildState {
     stop: Arc<AtomicBool>,
-    /// Bytes of the indexes that are there. All of a mount together take no more than the largest `view-size=` allows.
+    /// Bytes of the indexes built so far. All indexes of a mount together take at most the largest `view-size=` of its
+    /// disks.
     taken: u64,
 }
 
 impl Builder {
-    /// Makes the views that are required, at once. Errors: why there is none of a disk that must have one.
-    pub(in crate::fuse) fn required(&mut self, disks: &[Wanted], shape: MountKind) -> Result<()> {
-        for (switch, volume) in disks.iter().filter(|(s, _)| s.is_required()) {
-            if switch.is_wanted() {
+    /// Builds the required views before it returns. Errors: the reason why a disk that must have a view has none.
+    pub(in crate::fuse) fn required(&mut self, disks: &[PlannedView], mount_kind: MountKind) -> Result<()> {
+        for (node, volume) in disks.iter().filter(|(s, _)| s.is_required()) {
+            if node.is_wanted() {
                 let view = self
                     .0
-                    .build(disks, switch, volume)
-                    .map_err(|why| refused(&switch.name, why))?;
-                switch.built(Ok(view), volume);
+                    .build(disks, node, volume)
+                    .map_err(|why| required_but_unavailable(&node.name, why))?;
+                node.set_view(Ok(view), volume);
             } else if volume.disk().backing_fd().is_none() || volume.disk().writer().is_some() {
-                let why = match shape {
-                    MountKind::File => "a mount over a file has no second node for it; mount at a folder",
-                    MountKind::Dir => "it takes a disk that is read-only (-r), and not cache=none",
+                let why = match mount_kind {
+                    MountKind::File => "a mount over a file has no second inode for the view; mount on a directory",
+                    MountKind::Dir => "the disk must be mounted read-only (-r), and without cache=none",
                 };
-                return Err(refused(&switch.name, Error::new(ErrorKind::Usage, why)));
+                return Err(required_but_unavailable(&node.name, Error::new(ErrorKind::Usage, why)));
             }
         }
         Ok(())
     }
 
-    /// Makes all others, one after the other, behind the mount that is ready already; none where `passthrough` says why
-    /// the kernel takes no file of ours.
-    pub(in crate::fuse) fn start(&mut self, mut disks: Vec<Wanted>, passthrough: Passthrough) {
-        disks.retain(|(switch, _)| matches!(switch.lock().way, Way::Building));
+    /// Builds all other views one after the other in a thread, while the mount already serves requests. Builds none if
+    /// `passthrough` is the reason why the kernel accepts no backing file.
+    pub(in crate::fuse) fn start(&mut self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
+        disks.retain(|(node, _)| matches!(node.lock().view_state, ViewState::Building));
         if disks.is_empty() {
             return;
         }
         if let Err(why) = passthrough {
             return disks
                 .iter()
-                .for_each(|(switch, volume)| switch.built(Err(Error::unsupported(why)), volume));
+                .for_each(|(node, volume)| node.set_view(Err(Error::unsupported(why)), volume));
         }
         let mut work = self.0.clone();
         let build = move || {
-            for (switch, volume) in &disks {
-                let view = work.build(&disks, switch, volume);
+            for (node, volume) in &disks {
+                let view = work.build(&disks, node, volume);
+                // Dropping the builder ends the walk with an error, which must not be logged as the disk's.
                 if work.stop.load(Ordering::Relaxed) {
                     break;
                 }
-                switch.built(view, volume);
+                node.set_view(view, volume);
             }
         };
-        // where no thread is to be had the disks are served
+        // Without a thread the disks stay with the disk inode, which serves every open.
         if let Err(e) = std::thread::Builder::new().name("view".to_owned()).spawn(build) {
-            tracing::info!("no kernel view: a thread to make it: {e}");
+            tracing::info!("no kernel view: cannot start the thread that builds it: {e}");
         }
     }
 }
@@ -81,11 +83,11 @@ impl Drop for Builder {
     }
 }
 
-impl Work {
-    fn build(&mut self, disks: &[Wanted], switch: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
+impl BuildState {
+    fn build(&mut self, disks: &[PlannedView], node: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
         let all = disks.iter().map(|(s, _)| s.config.size).max().unwrap_or(0);
-        let budget = switch.config.size.min(all.saturating_sub(self.taken));
-        let view = kernel_view::build(&**volume.disk(), &switch.config, budget, &self.stop)?;
+        let budget = node.config.size.min(all.saturating_sub(self.taken));
+        let view = kernel_view::build(&**volume.disk(), &node.config, budget, &self.stop)?;
         self.taken += view.index_bytes();
         Ok(view)
     }

@@ -1,31 +1,40 @@
-//! Buffers of commands, kept from one command to the next: fresh memory costs a page fault for each page.
+//! Pool of command buffers: reused, because fresh memory costs a page fault for each page.
 //!
-//! They start at pages, which the kernel copies faster, and belong to one disk: what an earlier command left in one is
-//! never another disk's.
+//! Buffers are aligned to pages, which the kernel copies faster. A pool belongs to one disk: the bytes that an earlier
+//! command left in a buffer never belong to another disk.
+//!
+//! [`Shared`] lets several commands fill disjoint parts of one buffer. They write through a raw pointer, without a
+//! lock, from inside of libnbd. The [`Command`](super::command::Command) of each part keeps the buffer alive through
+//! its `Arc`, until libnbd has returned the command.
+//!
+//! Locks: one mutex for each size class, and one for the buffer of a `Shared`. They are held for a push, a pop or a
+//! move only, and a thread that holds one acquires no other lock.
 
 #![allow(unsafe_code)] // Several commands of a C library write to one buffer.
 
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::replay_log::SOFT;
+use super::replay_log::SOFT_LIMIT;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 const PAGE: usize = 4096;
 
-/// The sizes that are kept, in pages, and how many of each: single sectors up to pages; blocks of file systems and
-/// databases, none in a buffer of more than twice its size, which a write keeps until it is flushed; the kernel's usual
-/// read-ahead; a piece of a long write, as many as are written from one flush to the next; the kernel's largest request
-/// with a granule at each end.
-const KEPT: [(usize, usize); 8] = [
+/// Size classes: the size of a buffer in pages, and the maximum number of unused buffers kept.
+///
+/// 1 page serves single sectors up to pages. 2 to 16 pages serve blocks of file systems and databases, in steps of two:
+/// a write keeps its buffer until it is flushed, and none wastes more than half of it. 32 pages are the kernel's usual
+/// read-ahead. 64 pages are a piece of a long write, as many as are written between two background flushes. The last
+/// class is the kernel's largest request with a granule at each end.
+const SIZE_CLASSES: [(usize, usize); 8] = [
     (1, 256),
     (2, 128),
     (4, 64),
     (8, 64),
     (16, 64),
     (32, 64),
-    (64, SOFT / (64 * PAGE)),
+    (64, SOFT_LIMIT / (64 * PAGE)),
     (256 + 32, 24),
 ];
 
@@ -33,37 +42,39 @@ const KEPT: [(usize, usize); 8] = [
 #[repr(C, align(4096))]
 struct Page([u8; PAGE]);
 
-/// Whole pages.
+/// Page-aligned buffer of whole pages. Its content is undefined: zeroes, or bytes of an earlier command.
 #[derive(Default)]
 pub(super) struct Buffer(Vec<Page>);
 
 impl Buffer {
-    /// Its bytes.
+    /// Returns the bytes of the buffer.
     pub(super) fn bytes(&mut self) -> &mut [u8] {
         self.0.as_mut_slice().as_mut_bytes()
     }
 
-    /// How many there are.
+    /// Returns the size in bytes, a multiple of the page size.
     pub(super) fn len(&self) -> usize {
         self.0.len() * PAGE
     }
 }
 
-/// A buffer that several commands fill, each its own part of it.
+/// Buffer that several commands fill, each its own part of it.
 pub(super) struct Shared {
-    /// Its first byte. The buffer is not touched otherwise as long as commands may be under way.
+    /// First byte of `buffer`. While commands may be in flight, the buffer is accessed only through this pointer.
     first: NonNull<u8>,
     len: usize,
+    /// Owns the memory. A move out of the mutex does not move the pages, so `first` stays valid until they are freed.
     buffer: Mutex<Buffer>,
 }
 
-// SAFETY: the memory belongs to `buffer`, which may go to any thread; who writes to it by `first` keeps to its part.
+// SAFETY: `first` points to the memory of `buffer`, which may be sent to any thread. Each command that writes through
+// `first` writes only to its own part.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    /// To be filled in parts.
+    /// Creates a shared buffer, to be filled in parts.
     pub(super) fn new(mut buffer: Buffer) -> Arc<Self> {
         let bytes = buffer.bytes();
         let (first, len) = (NonNull::from(&mut *bytes).cast(), bytes.len());
@@ -74,39 +85,40 @@ impl Shared {
         })
     }
 
-    /// The buffer again, once all commands have ended.
+    /// Takes the buffer out. The caller must not do so before all commands on it have ended.
     pub(super) fn take(&self) -> Buffer {
         std::mem::take(&mut *self.buffer.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-/// Where a command reads to, or writes from.
+/// Memory that a command reads to or writes from.
 pub(super) enum CommandBuffer {
-    /// A buffer of its own.
+    /// A buffer that belongs to this command alone.
     Own(Buffer),
-    /// A part of one, which no other command has: from `start` on.
+    /// A part of a shared buffer, from `start` on. No other command uses that part.
     Part {
-        /// The buffer.
+        /// The shared buffer.
         of: Arc<Shared>,
-        /// Its byte that the part starts at.
+        /// Offset of the part in it, in bytes.
         start: usize,
     },
 }
 
 impl CommandBuffer {
-    /// The first byte, and how many there are.
+    /// Returns a pointer to the first byte, and the number of bytes from there to the end of the buffer.
     pub(super) fn bytes(&mut self) -> (*mut u8, usize) {
         match self {
             Self::Own(buffer) => (buffer.bytes().as_mut_ptr(), buffer.len()),
             Self::Part { of, start } => {
+                // A wrong `start` results in an empty part, and the command fails for lack of space.
                 let start = (*start).min(of.len);
-                // SAFETY: the place is within the memory of the buffer, or its end.
+                // SAFETY: `start` is at most `len`, so the pointer is within the memory of the buffer or at its end.
                 (unsafe { of.first.add(start) }.as_ptr(), of.len - start)
             }
         }
     }
 
-    /// Takes a buffer of its own out; of a shared one nothing.
+    /// Takes the command's own buffer out. Returns an empty one if the buffer is shared.
     pub(super) fn take(&mut self) -> Buffer {
         match self {
             Self::Own(buffer) => std::mem::take(buffer),
@@ -121,28 +133,30 @@ impl From<Buffer> for CommandBuffer {
     }
 }
 
-/// Buffers that nobody uses.
+/// Unused buffers of one disk, by size class.
 #[derive(Default)]
-pub(super) struct BufferPool([Mutex<Vec<Buffer>>; KEPT.len()]);
+pub(super) struct BufferPool([Mutex<Vec<Buffer>>; SIZE_CLASSES.len()]);
 
 impl BufferPool {
-    /// A buffer of at least `len` bytes. What it holds is not said. `None`: there is no memory.
+    /// Returns a buffer of at least `len` bytes, whose content is undefined. Returns `None` if there is no memory.
+    ///
+    /// A buffer larger than the largest size class is allocated for this call, and not kept by [`Self::give`].
     pub(super) fn take(&self, len: usize) -> Option<Buffer> {
         let pages = len.div_ceil(PAGE);
-        let class = KEPT.iter().position(|(size, _)| *size >= pages);
+        let class = SIZE_CLASSES.iter().position(|(size, _)| *size >= pages);
         let kept = class.and_then(|c| self.0[c].lock().unwrap_or_else(PoisonError::into_inner).pop());
         kept.or_else(|| {
-            Page::new_vec_zeroed(class.map_or(pages, |c| KEPT[c].0))
+            Page::new_vec_zeroed(class.map_or(pages, |c| SIZE_CLASSES[c].0))
                 .ok()
                 .map(Buffer)
         })
     }
 
-    /// Takes a buffer back.
+    /// Returns a buffer to the pool, or frees it if the pool has enough of its size.
     pub(super) fn give(&self, buffer: Buffer) {
-        if let Some(class) = KEPT.iter().position(|(size, _)| *size == buffer.0.len()) {
+        if let Some(class) = SIZE_CLASSES.iter().position(|(size, _)| *size == buffer.0.len()) {
             let mut kept = self.0[class].lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() < KEPT[class].1 {
+            if kept.len() < SIZE_CLASSES[class].1 {
                 kept.push(buffer);
             }
         }
@@ -151,7 +165,7 @@ impl BufferPool {
 
 impl std::fmt::Debug for BufferPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Pool")
+        f.write_str("BufferPool")
     }
 }
 
@@ -160,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_start_at_pages_are_long_enough_and_come_back() {
+    fn buffers_are_page_aligned_long_enough_and_reused() {
         let pool = BufferPool::default();
         for len in [
             1,
@@ -175,8 +189,8 @@ mod tests {
         ] {
             let mut buffer = pool.take(len).unwrap();
             assert!(buffer.len() >= len);
-            let place = buffer.bytes().as_ptr();
-            assert_eq!(place.align_offset(PAGE), 0);
+            let start = buffer.bytes().as_ptr();
+            assert_eq!(start.align_offset(PAGE), 0);
             buffer.bytes()[0] = 7;
             pool.give(buffer);
             if len < 2 << 20 {
@@ -186,10 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_are_kept() {
+    fn the_number_of_unused_buffers_is_limited() {
         let pool = BufferPool::default();
         let many: Vec<Buffer> = (0..300).map(|_| pool.take(1).unwrap()).collect();
         many.into_iter().for_each(|b| pool.give(b));
-        assert_eq!(pool.0[0].lock().unwrap().len(), KEPT[0].1);
+        assert_eq!(pool.0[0].lock().unwrap().len(), SIZE_CLASSES[0].1);
     }
 }

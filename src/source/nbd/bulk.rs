@@ -1,9 +1,13 @@
-//! Long requests to a near server: each by a thread of its own, on a connection of its own, one command after the other.
+//! Bulk threads: each carries one long request to a near server, on a socket of its own, one command after the other.
 //!
-//! What such a request costs is copying: twice in the server, and twice here. A thread that waits for one command at a time
-//! runs where the server's thread for this connection runs, and both copy what is in the processor's cache still. With many
-//! commands under way on a connection the same bytes take twice as long. To a server that is far away just that
-//! many have to be under way, so there this way is not taken.
+//! The cost of such a request is copying: twice in the server and twice here. A thread that waits for one command at a
+//! time runs where the server's thread for this socket runs, and both copy data that is still in the processor's cache.
+//! With many commands in flight on a socket the same bytes take twice as long. A far server needs many commands in
+//! flight to hide its latency, so bulk threads are not used for it.
+//!
+//! [`BulkThreads`] counts the threads and queues the requests; the session starts the threads. Invariant: while a
+//! request is queued there is at least one thread, running or about to be started, that takes it. A thread exits after
+//! [`IDLE_TIMEOUT`] without a request. `queue` is the only lock; no request is carried while it is held.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,49 +20,55 @@ use super::command::Command;
 use super::connection::{Answer, Connection, SocketGuard, TICK};
 use super::poller::{events_of, ready, serve};
 
-/// How long a thread without work is kept.
-const IDLE: Duration = Duration::from_secs(2);
+/// Time after which a thread without a request exits.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The commands of one request, in their order.
+/// Commands of one request, in their order.
 pub(super) type BulkRequest = VecDeque<Box<Command>>;
 
-/// Requests that wait for a thread, and the threads.
+/// Queue of requests for the bulk threads, and the number of these threads.
 #[derive(Debug, Default)]
 pub(super) struct BulkThreads {
-    queue: Mutex<Queue>,
-    more: Condvar,
+    queue: Mutex<BulkQueue>,
+    request_added: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct BulkQueue {
     requests: VecDeque<BulkRequest>,
+    /// Threads that run or are about to be started.
     threads: usize,
+    /// Threads that wait for a request. Some of them may have been notified already.
     idle: usize,
     closed: bool,
 }
 
 impl BulkThreads {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, BulkQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a request. One more thread has to be started where this is true; [`Self::not_started`] if there is none to be had.
-    pub(super) fn push(&self, request: BulkRequest, most: usize) -> bool {
+    /// Queues a request. Returns true if the caller must start another thread, up to `max_threads`. If it cannot, it
+    /// must call [`Self::thread_not_started`].
+    pub(super) fn push(&self, request: BulkRequest, max_threads: usize) -> bool {
         let mut queue = self.queue();
         queue.requests.push_back(request);
-        if queue.requests.len() > queue.idle && queue.threads < most {
+        // Compared with all queued requests, not just this one: an idle thread that was notified for an earlier request
+        // still counts as idle until it has acquired the lock.
+        if queue.requests.len() > queue.idle && queue.threads < max_threads {
             queue.threads += 1;
             return true;
         }
         drop(queue);
-        self.more.notify_one();
+        self.request_added.notify_one();
         false
     }
 
-    /// A thread that was asked for could not be started. What has to be done without one.
-    pub(super) fn not_started(&self) -> VecDeque<BulkRequest> {
+    /// Reports that a thread could not be started. Returns the requests that the caller must send without one.
+    pub(super) fn thread_not_started(&self) -> VecDeque<BulkRequest> {
         let mut queue = self.queue();
         queue.threads -= 1;
+        // Any other thread takes the queued requests before it exits.
         if queue.threads == 0 {
             std::mem::take(&mut queue.requests)
         } else {
@@ -66,7 +76,7 @@ impl BulkThreads {
         }
     }
 
-    /// The next request; `None`: the thread is to end.
+    /// Waits for the next request. Returns `None` if the calling thread is to exit.
     pub(super) fn next(&self) -> Option<BulkRequest> {
         let mut queue = self.queue();
         loop {
@@ -78,11 +88,12 @@ impl BulkThreads {
             }
             queue.idle += 1;
             let (woken, waited) = self
-                .more
-                .wait_timeout(queue, IDLE)
+                .request_added
+                .wait_timeout(queue, IDLE_TIMEOUT)
                 .unwrap_or_else(PoisonError::into_inner);
             queue = woken;
             queue.idle -= 1;
+            // A request may have been queued for this thread between the timeout and the acquisition of the lock.
             if waited.timed_out() && queue.requests.is_empty() {
                 break;
             }
@@ -91,14 +102,14 @@ impl BulkThreads {
         None
     }
 
-    /// Ends the threads, once nothing waits.
+    /// Makes the threads exit once the queue is empty.
     pub(super) fn close(&self) {
         self.queue().closed = true;
-        self.more.notify_all();
+        self.request_added.notify_all();
     }
 }
 
-/// A connection that one thread has for itself.
+/// Socket that a bulk thread has for itself, released on drop.
 #[derive(Debug)]
 pub(super) struct ClaimedSocket<'g> {
     connection: &'g Connection,
@@ -106,24 +117,28 @@ pub(super) struct ClaimedSocket<'g> {
 }
 
 impl<'g> ClaimedSocket<'g> {
-    /// Of a connection that was free.
-    pub(super) fn of(connection: &'g Connection, socket: SocketGuard<'g>) -> Self {
+    /// Creates the claim from the guard of a claimed socket.
+    pub(super) fn new(connection: &'g Connection, socket: SocketGuard<'g>) -> Self {
         Self { connection, socket }
     }
 
-    /// Sends a command and waits for its end. What came back is given to `on_completions`.
+    /// Sends a command and waits until it is returned. Passes returned commands to `on_completions`, which drains the
+    /// list.
     pub(super) fn run(&self, command: Box<Command>, mut on_completions: impl FnMut(&mut Vec<Answer>)) {
         let mut back = Vec::new();
-        self.connection.begins(&command);
+        self.connection.count_submitted(&command);
         self.connection.send_on(&self.socket, command, &mut back);
         on_completions(&mut back);
+        // Until the socket is idle, not only until this command is returned: another thread that picked the socket just
+        // before the claim may have sent a command on it, and no other thread reads its answer.
         while !self.socket.is_idle() {
-            self.turn(&mut back);
+            self.poll_once(&mut back);
             on_completions(&mut back);
         }
     }
 
-    fn turn(&self, back: &mut Vec<Answer>) {
+    /// Waits up to one [`TICK`] for an answer, once, and reads it.
+    fn poll_once(&self, back: &mut Vec<Answer>) {
         let mut fds = [PollFd::new(self.socket.socket(), events_of(&self.socket))];
         match poll(
             &mut fds,
@@ -133,11 +148,12 @@ impl<'g> ClaimedSocket<'g> {
             Ok(_) => serve(self.connection, &self.socket, ready(&fds[0])),
             Err(Errno::EINTR) => {}
             Err(e) => {
-                tracing::error!("polling a connection to an NBD server: {e}");
+                tracing::error!("poll on a socket of an NBD server failed: {e}; reconnecting");
                 self.connection.fail();
             }
         }
-        self.connection.end_if_overdue();
+        // While every caller uses bulk threads, no other thread may check for overdue answers.
+        self.connection.fail_if_overdue();
         self.connection.collect(&self.socket, back);
     }
 }
@@ -163,17 +179,20 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_is_asked_for_as_long_as_there_are_fewer_than_may_be() {
+    fn threads_are_requested_up_to_the_maximum() {
         let bulk = BulkThreads::default();
         assert!(bulk.push(request(), 2) && bulk.push(request(), 2));
         assert!(!bulk.push(request(), 2));
-        assert!(bulk.not_started().is_empty(), "the other thread does it");
-        assert_eq!(bulk.not_started().len(), 3);
+        assert!(
+            bulk.thread_not_started().is_empty(),
+            "the other thread carries the requests"
+        );
+        assert_eq!(bulk.thread_not_started().len(), 3);
         assert!(bulk.push(request(), 2));
     }
 
     #[test]
-    fn what_waits_is_done_before_the_end() {
+    fn queued_requests_are_carried_before_the_threads_exit() {
         let bulk = BulkThreads::default();
         bulk.push(request(), 1);
         bulk.close();

@@ -1,13 +1,18 @@
-//! A server that we run ourselves (`command=`), by socket activation.
+//! Captive server: an NBD server that the daemon starts itself (`command=`), by socket activation.
 //!
 //! ```text
-//!   listening Unix socket, its name removed at once ─► descriptor 3 of the server, LISTEN_FDS=1
-//!   any number of connections: by /proc/self/fd, so nothing is left in the file system
+//!   daemon  listening Unix socket, its name removed at once ─► descriptor 3 of the server, LISTEN_FDS=1
+//!           O_PATH descriptor of the socket ─► connect by /proc/self/fd/N, any number of times
 //! ```
-//! It ends with us, however we end: a regular end is a SIGTERM and a wait; where we are killed the kernel sends it the
-//! SIGTERM. What it says on standard error goes to the log.
+//! The socket has no name in the file system while the server runs, so nothing is left behind if the daemon is killed,
+//! and no other process can connect by a path.
+//!
+//! The server ends with the daemon. A daemon that exits sends SIGTERM to the process group of the server and waits. If
+//! the daemon is killed, the kernel sends the SIGTERM (PR_SET_PDEATHSIG). Standard error of the server goes to the log.
+//!
+//! Each mutex guards one field and is held alone, except that `last_line` is acquired while `child` is held.
 
-#![allow(unsafe_code)] // For the one call between fork and exec.
+#![allow(unsafe_code)] // One call between fork and exec.
 
 use std::ffi::OsString;
 use std::fs;
@@ -29,41 +34,42 @@ use nix::unistd::Pid;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Moves the socket from standard input to where socket activation wants it, and tells the server that it is for it:
-/// `LISTEN_PID` is its own process id, which the shell keeps at exec.
+/// Shell script that moves the socket from standard input to descriptor 3, where socket activation expects it, and
+/// executes the server. `LISTEN_PID` must be the process ID of the server: that of the shell, because exec keeps it.
 const ACTIVATE: &str = "exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; unset LISTEN_FDNAMES; exec \"$@\"";
 
-/// How long a server may take to end after a SIGTERM: it may have to write out what it holds.
+/// Time for a server to exit after SIGTERM: it may have to flush its caches.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Bytes of a line of the server's that are logged.
+/// Length in bytes at which a line of the server's standard error is split in the log. Bounds the memory for it.
 const MAX_LINE: u64 = 1000;
 
-/// Connections that may wait for the server to start.
+/// Connections that the kernel queues until the server accepts them.
 const BACKLOG: i32 = 64;
 
-/// A server of ours that runs.
+/// A running captive server. Terminates it on drop.
 #[derive(Debug)]
-pub(super) struct Server {
+pub(super) struct CaptiveServer {
     child: Mutex<Child>,
-    /// The socket's place, open: its name is gone.
-    place: OwnedFd,
+    /// O_PATH descriptor of the listening socket, whose name is removed.
+    socket_inode: OwnedFd,
     name: String,
-    /// The last line that it said.
-    said: Arc<Mutex<String>>,
+    /// Last line of standard error, for the message about the server's exit.
+    last_line: Arc<Mutex<String>>,
 }
 
-impl Server {
+impl CaptiveServer {
     /// Starts the program `words[0]` with the other words as its arguments.
     ///
-    /// To be called from a thread that lives as long as the server shall: its end is taken for ours.
+    /// Must be called from a thread that lives as long as the server should: the kernel sends the parent-death signal
+    /// when that thread ends, not the process.
     pub(super) fn start(words: &[OsString]) -> Result<Self> {
         let name = words
             .first()
             .map(|w| w.to_string_lossy().into_owned())
             .unwrap_or_default();
         let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
-        let (listener, place) = listen().map_err(context)?;
+        let (listener, socket_inode) = listen().map_err(context)?;
         let mut command = Command::new("/bin/sh");
         command.args(["-c", ACTIVATE, "sh"]).args(words);
         command
@@ -75,10 +81,12 @@ impl Server {
         // SAFETY: sigprocmask, prctl and getppid are async-signal-safe, and nothing is allocated.
         unsafe {
             command.pre_exec(move || {
-                // ours are blocked, and a server that never sees a SIGTERM would not end with us
+                // The daemon blocks its termination signals and exec keeps the signal mask. A server that never
+                // receives SIGTERM would outlive the daemon.
                 SigSet::empty().thread_set_mask()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
-                // it may have died before it could be told
+                // The parent may have died before prctl took effect, and then no signal follows. A changed
+                // parent process ID shows this.
                 if Pid::parent() == parent {
                     Ok(())
                 } else {
@@ -87,53 +95,55 @@ impl Server {
             })
         };
         let mut child = command.spawn().map_err(context)?;
-        let said = Arc::new(Mutex::new(String::new()));
+        let last_line = Arc::new(Mutex::new(String::new()));
         if let Some(stderr) = child.stderr.take() {
-            let (from, last) = (name.clone(), Arc::clone(&said));
+            let (server_name, last) = (name.clone(), Arc::clone(&last_line));
             let reader = thread::Builder::new()
                 .name("nbd-stderr".into())
-                .spawn(move || log(&from, stderr, &last));
+                .spawn(move || log(&server_name, stderr, &last));
             reader.map_err(context)?;
         }
         Ok(Self {
             child: Mutex::new(child),
-            place,
             name,
-            said,
+            socket_inode,
+            last_line,
         })
     }
 
-    /// A new connection to it. The system queues connections until it accepts them.
+    /// Opens a connection to the server. Does not wait until the server accepts it: the kernel queues up to [`BACKLOG`]
+    /// connections.
     pub(super) fn connect(&self) -> Result<UnixStream> {
-        if let Some(how) = self.ended() {
-            return Err(Error::new(ErrorKind::Os(libc::ECONNREFUSED), how));
+        // A message with the last output of the server says more than "connection refused".
+        if let Some(report) = self.exit_report() {
+            return Err(Error::new(ErrorKind::Os(libc::ECONNREFUSED), report));
         }
-        let path = PathBuf::from(format!("/proc/self/fd/{}", self.place.as_raw_fd()));
+        let path = PathBuf::from(format!("/proc/self/fd/{}", self.socket_inode.as_raw_fd()));
         UnixStream::connect(path).map_err(|e| Error::io(format!("connecting to {}", self.name), e))
     }
 
-    /// How it ended, if it does within a short time.
-    pub(super) fn ending(&self, within: Duration) -> Option<String> {
+    /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
+    pub(super) fn exit_within(&self, within: Duration) -> Option<String> {
         let until = Instant::now() + within;
         loop {
-            match self.ended() {
+            match self.exit_report() {
                 None if Instant::now() < until => thread::sleep(Duration::from_millis(2)),
                 other => return other,
             }
         }
     }
 
-    /// How it ended, if it did.
-    pub(super) fn ended(&self) -> Option<String> {
+    /// Returns a message about the exit of the server: its status and its last output. Returns `None` if it still runs.
+    pub(super) fn exit_report(&self) -> Option<String> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         match child.try_wait() {
             Ok(None) => None,
             Ok(Some(status)) => {
-                let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-                let last = if said.is_empty() {
+                let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+                let last = if last_line.is_empty() {
                     String::new()
                 } else {
-                    format!("; it said: {said}")
+                    format!("; its last output: {last_line}")
                 };
                 Some(format!("{} has ended: {status}{last}", self.name))
             }
@@ -142,18 +152,22 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for CaptiveServer {
     fn drop(&mut self) {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Ok(None) = child.try_wait() else { return };
-        // The whole group: a shell may have started the server.
+        // To the whole process group: `command=` may be a shell that has started the server.
         if let Ok(group) = i32::try_from(child.id()) {
             let _ = kill(Pid::from_raw(-group), Signal::SIGTERM);
         }
         let deadline = Instant::now() + GRACE;
         while let Ok(None) = child.try_wait() {
             if Instant::now() > deadline {
-                tracing::warn!("{} did not end within {} s and is killed", self.name, GRACE.as_secs());
+                tracing::warn!(
+                    "{} did not exit within {} s after SIGTERM: killing it",
+                    self.name,
+                    GRACE.as_secs()
+                );
                 let _ = child.kill();
                 let _ = child.wait();
                 return;
@@ -163,23 +177,24 @@ impl Drop for Server {
     }
 }
 
-/// A listening socket, and a descriptor of its place, which has no name any more.
+/// Creates a listening Unix socket, and an O_PATH descriptor by which it can be connected to. Removes its name.
 fn listen() -> std::io::Result<(UnixListener, OwnedFd)> {
     let dir = private_dir()?;
     let path = dir.join("s");
-    let made = (|| {
+    let created = (|| {
         let listener = UnixListener::bind(&path)?;
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(BACKLOG)?)?;
-        let place = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-        Ok((listener, place))
+        let socket_inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        Ok((listener, socket_inode))
     })();
-    // What can't be removed is an empty folder with an unused name.
+    // Errors are ignored: what may remain is an unused name in a private folder.
     let _ = fs::remove_file(&path);
     let _ = fs::remove_dir(&dir);
-    made
+    created
 }
 
-/// A fresh folder that only we may look into.
+/// Creates a new folder that only this user can access, so that no other user can connect or replace the socket before
+/// its name is removed.
 fn private_dir() -> std::io::Result<PathBuf> {
     let base = std::env::temp_dir();
     let mut tries = 0u32;
@@ -195,7 +210,7 @@ fn private_dir() -> std::io::Result<PathBuf> {
     }
 }
 
-/// Logs what a server says, line by line, until it closes its end.
+/// Logs standard error of the server line by line until the pipe is closed. Runs in a thread of its own.
 fn log(name: &str, stderr: ChildStderr, last: &Mutex<String>) {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
@@ -221,37 +236,37 @@ mod tests {
     }
 
     #[test]
-    fn a_server_gets_the_socket_as_its_third_descriptor_and_ends_with_us() {
-        // It answers like an activated server would find things, then waits.
+    fn a_server_gets_the_socket_as_descriptor_3_and_ends_on_drop() {
+        // Fails unless the environment is that of socket activation, then waits.
         let script =
             "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && exec sleep 1000";
-        let server = Server::start(&words(&["sh", "-c", script])).unwrap();
+        let server = CaptiveServer::start(&words(&["sh", "-c", script])).unwrap();
         let stream = server.connect().unwrap();
         drop(stream);
         let pid = server.child.lock().unwrap().id();
-        assert_eq!(server.ended(), None);
+        assert_eq!(server.exit_report(), None);
         drop(server);
         assert!(!PathBuf::from(format!("/proc/{pid}")).exists());
     }
 
     #[test]
-    fn the_end_of_a_server_is_told() {
-        let server = Server::start(&words(&["sh", "-c", "exit 7"])).unwrap();
+    fn the_exit_status_of_a_server_is_reported() {
+        let server = CaptiveServer::start(&words(&["sh", "-c", "exit 7"])).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        while server.ended().is_none() && Instant::now() < deadline {
+        while server.exit_report().is_none() && Instant::now() < deadline {
             thread::yield_now();
         }
-        let said = server.connect().unwrap_err().to_string();
-        assert!(said.contains("sh has ended: exit status: 7"), "{said}");
+        let message = server.connect().unwrap_err().to_string();
+        assert!(message.contains("sh has ended: exit status: 7"), "{message}");
     }
 
     #[test]
     fn nothing_is_left_in_the_file_system() {
-        let (listener, place) = listen().unwrap();
+        let (listener, socket_inode) = listen().unwrap();
         let path = listener.local_addr().unwrap();
         assert!(!path.as_pathname().unwrap().exists());
         assert!(!path.as_pathname().unwrap().parent().unwrap().exists());
-        let _client = UnixStream::connect(format!("/proc/self/fd/{}", place.as_raw_fd())).unwrap();
+        let _client = UnixStream::connect(format!("/proc/self/fd/{}", socket_inode.as_raw_fd())).unwrap();
         listener.accept().unwrap();
     }
 }

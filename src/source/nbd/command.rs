@@ -1,4 +1,8 @@
-//! One command for a server, from its submission to its result.
+//! NBD command, from its submission to its result.
+//!
+//! A [`Command`] has one owner at a time, so its fields need no lock: the caller, a queue of the session or the
+//! connection, libnbd while it is in flight (as a raw pointer, see `ffi.rs`), and at last its completion. It may be
+//! sent several times, on one connection after the other, but its completion is called exactly once.
 
 use std::fmt;
 use std::time::Instant;
@@ -9,49 +13,49 @@ use super::buffer_pool::{Buffer, CommandBuffer};
 use super::replay_log::FlushToken;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes up to which a command is small.
-const SMALL: u64 = 32 << 10;
+/// Largest number of data bytes of a small command.
+const MAX_SMALL: u64 = 32 << 10;
 
-/// What a command does.
+/// Operation of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CommandKind {
-    /// Fills the buffer.
+    /// Reads into the buffer.
     Read,
-    /// Writes the buffer, with `LIBNBD_CMD_FLAG_*`.
+    /// Writes the buffer.
     Write {
-        /// See there.
+        /// `LIBNBD_CMD_FLAG_FUA` or 0.
         flags: u32,
     },
-    /// Writes zeroes, with `LIBNBD_CMD_FLAG_*`.
+    /// Writes zeroes.
     Zero {
-        /// See there.
+        /// `LIBNBD_CMD_FLAG_FAST_ZERO`, `LIBNBD_CMD_FLAG_NO_HOLE` or 0.
         flags: u32,
     },
-    /// Gives room back; what is read afterwards is not said.
+    /// Discards the range. The server may return anything for it afterwards.
     Trim,
-    /// Makes all that was answered before it durable.
+    /// Makes all changes durable that were answered before the flush was sent.
     Flush,
-    /// Asks where data, holes and zeroes are.
+    /// Queries block status: the extents of data, holes and zeroes.
     Status,
 }
 
 impl CommandKind {
-    /// Whether it changes the export's content.
+    /// Returns true if the command may change the content of the export.
     pub(super) fn is_change(self) -> bool {
         matches!(self, Self::Write { .. } | Self::Zero { .. } | Self::Trim)
     }
 
-    /// Whether data goes with it, in either direction.
+    /// Returns true if the command transfers data, in either direction.
     pub(super) fn has_data(self) -> bool {
         matches!(self, Self::Read | Self::Write { .. })
     }
 
-    /// Whether what it changes is durable when it is answered.
+    /// Returns true if the change is durable when it is answered (FUA).
     pub(super) fn is_durable(self) -> bool {
         matches!(self, Self::Write { flags } if flags & LIBNBD_CMD_FLAG_FUA != 0)
     }
 
-    /// For messages.
+    /// Returns the name of the operation, for messages.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
@@ -64,32 +68,33 @@ impl CommandKind {
     }
 }
 
-/// Told the result once, in whatever thread. The operation comes with it, for its buffer and extents.
+/// Called once with the result, in any thread and without a lock of the session held. The command is passed on for its
+/// buffer and extents.
 pub(super) type CommandCompletion = Box<dyn FnOnce(Box<Command>, Result<()>) + Send>;
 
-/// One command.
+/// NBD command with its buffer, its deadline and its completion.
 pub(super) struct Command {
     pub(super) kind: CommandKind,
-    /// Byte of the export.
+    /// Start of the range in the export, in bytes.
     pub(super) offset: u64,
-    /// Bytes of the range.
+    /// Length of the range in bytes.
     pub(super) len: u64,
-    /// What is read or written: its first `len` bytes; empty for the other kinds.
+    /// Data of a read or a write, in its first `len` bytes. Empty for the other kinds.
     pub(super) buf: CommandBuffer,
-    /// What a question about the status was answered: lengths and flags, from `offset` on.
+    /// Answer to a block status query: lengths and flags of the extents from `offset` on.
     pub(super) extents: Vec<(u64, u32)>,
-    /// When it fails, however often it was sent.
+    /// Time at which the command fails. It does not move when the command is sent again.
     pub(super) deadline: Instant,
-    /// For a flush: what was answered when it was sent.
+    /// For a flush: the state of the replay log when it was sent.
     pub(super) covers: FlushToken,
-    /// When it was sent last.
+    /// Time at which it was sent last.
     pub(super) sent: Option<Instant>,
-    /// `None`: nobody waits for the result.
+    /// `None` for a background flush.
     finish: Option<CommandCompletion>,
 }
 
 impl Command {
-    /// A command with a buffer of at least that length, or none.
+    /// Creates a command. A read or write needs a buffer of at least `len` bytes.
     pub(super) fn new(
         kind: CommandKind,
         offset: u64,
@@ -112,8 +117,8 @@ impl Command {
         })
     }
 
-    /// A flush that nobody waits for.
-    pub(super) fn unasked_flush(deadline: Instant) -> Box<Self> {
+    /// Creates a background flush: the session sends it to free space in the replay log, and no caller waits for it.
+    pub(super) fn background_flush(deadline: Instant) -> Box<Self> {
         let mut command = Self::new(
             CommandKind::Flush,
             0,
@@ -126,24 +131,24 @@ impl Command {
         command
     }
 
-    /// Whether nobody waits for its result.
-    pub(super) fn is_unasked(&self) -> bool {
+    /// Returns true for a background flush.
+    pub(super) fn is_background(&self) -> bool {
         self.finish.is_none()
     }
 
-    /// Whether what it costs is the command, not its data.
+    /// Returns true if the cost of the command is the round trip, not the transfer of its data.
     pub(super) fn is_small(&self) -> bool {
-        self.len <= SMALL || !self.kind.has_data()
+        self.len <= MAX_SMALL || !self.kind.has_data()
     }
 
-    /// Tells the result.
+    /// Calls the completion with the result.
     pub(super) fn finish(mut self: Box<Self>, result: Result<()>) {
         if let Some(finish) = self.finish.take() {
             finish(self, result);
         }
     }
 
-    /// What it is, for messages.
+    /// Returns the operation and its range, for messages.
     pub(super) fn describe(&self) -> String {
         match self.kind {
             CommandKind::Flush => "flush".to_owned(),
@@ -151,18 +156,22 @@ impl Command {
         }
     }
 
-    /// The error that the server answered it with.
+    /// Returns the error for a command that the server answered with `errno`.
     pub(super) fn refused(&self, errno: i32) -> Error {
-        let what = format!("the NBD server's answer to a {}", self.describe());
+        let context = format!("NBD {}", self.describe());
+        // EPERM for a change is the protocol's answer for a read-only export.
         match (errno, self.kind.is_change()) {
-            (libc::EPERM, true) => Error::new(ErrorKind::ReadOnly, format!("{what}: not permitted")),
-            _ => Error::io(what, std::io::Error::from_raw_os_error(errno)),
+            (libc::EPERM, true) => Error::new(
+                ErrorKind::ReadOnly,
+                format!("{context}: not permitted by the server (EPERM)"),
+            ),
+            _ => Error::io(context, std::io::Error::from_raw_os_error(errno)),
         }
     }
 }
 
 impl fmt::Debug for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Op({})", self.describe())
+        write!(f, "Command({})", self.describe())
     }
 }

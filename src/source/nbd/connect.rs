@@ -1,9 +1,14 @@
-//! From an address to a handle that is connected: the handshake, step by step, with a deadline for all of it.
+//! Connector: makes connections to one server, from the address to the end of the handshake.
 //!
 //! ```text
-//!   new ─ tls, export, contexts ─ connect ─► negotiating ─┬─ opt_go ──────────► up (a disk)
-//!                                                          └─ opt_list, opt_info ► a look at a server
+//!   new ─ tls, export, contexts ─ connect ─► negotiating ─┬─ opt_go ────────────► up: a disk
+//!                                                         └─ opt_list, opt_info ► `--list`, `--info`
 //! ```
+//! libnbd is asynchronous: each call starts a transition, and `poll_sockets` polls the descriptor of the handle until
+//! the transition has ended. One deadline bounds all transitions of an attempt together, and a callback can cancel the
+//! attempt at any time.
+//!
+//! A server of the oldest protocol variant has no options: its handle is up at once, with the one export that it has.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,39 +20,39 @@ use libnbd_sys as sys;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::captive::Server;
+use super::captive::CaptiveServer;
 use super::export::Export;
 use super::ffi::{Handle, Listed, OptDone, adopt, failure};
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a URI or an address without one means (IANA).
+/// Port of an address that names none (IANA).
 const DEFAULT_PORT: u32 = 10809;
 
-/// How long after a failure the end of a server of ours is waited for, to be told what it said.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+/// Time to wait after a failure for the exit of a captive server, so that the error can report its status and output.
+const EXIT_WAIT: Duration = Duration::from_millis(200);
 
-/// How often an attempt looks whether it is still wanted.
-const STOP: Duration = Duration::from_millis(100);
+/// Interval at which an attempt checks if it was cancelled.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Whether an attempt is not wanted any more.
-pub(super) type Stop<'a> = &'a dyn Fn() -> bool;
+/// Returns true if the attempt is to be cancelled. Called repeatedly during the handshake.
+pub(super) type Cancel<'a> = &'a dyn Fn() -> bool;
 
-/// Where a server is, and who answers there.
+/// Makes connections to one server, and owns the server if it is a captive one.
 #[derive(Debug)]
 pub(super) struct Connector {
     config: NbdConfig,
-    /// The server that we run ourselves.
-    server: Option<Arc<Server>>,
-    /// The connection that was handed over, until it is used.
+    /// The captive server (`command=`), shared by the connectors for its exports.
+    server: Option<Arc<CaptiveServer>>,
+    /// The connected socket of `socket-fd=`, until it is used.
     socket: Mutex<Option<OwnedFd>>,
 }
 
 impl Connector {
-    /// For the server of `config`; starts it, where it is a command.
+    /// Creates a connector for the server of `config`. Starts a captive server, and adopts the socket of `socket-fd=`.
     pub(super) fn new(config: &NbdConfig) -> Result<Self> {
         let server = match &config.address {
-            NbdAddress::Command(words) => Some(Arc::new(Server::start(words)?)),
+            NbdAddress::Command(words) => Some(Arc::new(CaptiveServer::start(words)?)),
             _ => None,
         };
         let socket = match config.address {
@@ -61,7 +66,7 @@ impl Connector {
         })
     }
 
-    /// The same server, for another export of it.
+    /// Creates a connector for another export of the same server.
     pub(super) fn for_export(&self, name: &OsStr) -> Self {
         let config = NbdConfig {
             export: Some(name.to_owned()),
@@ -74,37 +79,39 @@ impl Connector {
         }
     }
 
-    /// For messages.
+    /// Returns the server and the export, for messages.
     pub(super) fn label(&self) -> String {
         self.config.label()
     }
 
-    /// Whether a second connection, or a first one once more, can be made at all.
+    /// Returns true if more than one connection can be made: not with a socket that was passed to this process.
     pub(super) fn can_repeat(&self) -> bool {
         !matches!(self.config.address, NbdAddress::Fd(_))
     }
 
-    /// Connects and opens the export.
+    /// Connects and opens the export. Returns a handle that commands can be sent on.
     ///
-    /// `status`: whether block status is wanted on this connection. `stop` ends the attempt.
-    pub(super) fn open(&self, status: bool, deadline: Instant, stop: Stop<'_>) -> Result<(Handle, Export)> {
-        let handle = self.negotiate(status, deadline, stop)?;
-        // The oldest variant of the protocol has no options: there is one export, and it is open.
+    /// `status`: asks for block status on this connection. Fails once `deadline` has passed or `cancel` returns true.
+    pub(super) fn open(&self, status: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<(Handle, Export)> {
+        let handle = self.negotiate(status, deadline, cancel)?;
+        // The oldest protocol variant has no options: there is one export, and it is open.
         if !handle.is_up() {
             let opt = handle.opt_go().map_err(|e| self.failed(e))?;
-            self.option(&handle, &opt, deadline, stop)?;
-            self.poll_sockets(&handle, deadline, stop, |h| h.is_up())?;
+            self.wait_option(&handle, &opt, deadline, cancel)?;
+            // The reply to the option arrives before the state machine of the handle is ready for commands.
+            self.poll_sockets(&handle, deadline, cancel, |h| h.is_up())?;
         }
         let export = Export::of(&handle).map_err(|e| self.failed(e))?;
         Ok((handle, export))
     }
 
-    /// Connects up to where options can be sent.
-    pub(super) fn negotiate(&self, status: bool, deadline: Instant, stop: Stop<'_>) -> Result<Handle> {
+    /// Connects up to the state in which options can be sent; a handle of the oldest protocol variant is up instead.
+    pub(super) fn negotiate(&self, status: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<Handle> {
         let handle = Handle::new()?;
         let prepared = self.prepare(&handle, status).and_then(|()| self.connect(&handle));
         prepared.map_err(|e| self.failed(e))?;
-        self.poll_sockets(&handle, deadline, stop, |h| h.is_negotiating() || h.is_up())?;
+        self.poll_sockets(&handle, deadline, cancel, |h| h.is_negotiating() || h.is_up())?;
+        // Connecting to a URI sets the export that the URI names, even to an empty one. `export=` has priority.
         if let (Some(name), NbdAddress::Uri(_)) = (&self.config.export, &self.config.address) {
             handle.set_export(&c_text(name.as_bytes())?)?;
         }
@@ -112,6 +119,7 @@ impl Connector {
     }
 
     fn prepare(&self, handle: &Handle, status: bool) -> Result<()> {
+        // Everything here must be set before the handle connects.
         let config = &self.config;
         handle.set_block_status(status)?;
         handle.set_tls(match config.tls {
@@ -149,119 +157,124 @@ impl Connector {
             NbdAddress::Fd(_) => match self.socket.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 Some(socket) => handle.connect_socket(socket),
                 None => Err(lost(
-                    "the connection that was handed over is used up, and another one can't be made",
+                    "the socket of socket-fd= is used up, and another connection can't be made",
                 )),
             },
             NbdAddress::Command(_) => match &self.server {
                 Some(server) => handle.connect_socket(OwnedFd::from(server.connect()?)),
-                None => Err(lost("its server was not started")),
+                None => Err(lost("the server of command= was not started")),
             },
         }
     }
 
-    /// The exports that the server lists.
+    /// Returns the exports that the server lists, each with its description.
     pub(super) fn list(&self, deadline: Instant) -> Result<Vec<(CString, CString)>> {
         let handle = self.negotiate(true, deadline, &never)?;
         let (opt, listed) = handle.opt_list().map_err(|e| self.failed(e))?;
-        self.option(&handle, &opt, deadline, &never)
+        self.wait_option(&handle, &opt, deadline, &never)
             .map_err(|e| e.within("listing the exports"))?;
         handle.opt_abort();
-        Ok(taken(&listed))
+        Ok(take_listed(&listed))
     }
 
-    /// What the server says of an export of that name, on a handle that is negotiating.
+    /// Returns the properties of the export of that name. `handle` must be negotiating.
     pub(super) fn info(&self, handle: &Handle, name: &CStr, deadline: Instant) -> Result<Export> {
         handle.set_export(name)?;
         let opt = handle.opt_info().map_err(|e| self.failed(e))?;
-        self.option(handle, &opt, deadline, &never)?;
+        self.wait_option(handle, &opt, deadline, &never)?;
         Export::of(handle)
     }
 
-    /// The metadata contexts of the export that the handle names.
+    /// Returns the names of the metadata contexts of the export that is set on the handle.
     pub(super) fn contexts(&self, handle: &Handle, deadline: Instant) -> Result<Vec<String>> {
+        // Without a context in the query the server lists all of them.
         handle.clear_contexts()?;
         let (opt, listed) = handle.opt_contexts()?;
-        self.option(handle, &opt, deadline, &never)?;
-        Ok(taken(&listed)
+        self.wait_option(handle, &opt, deadline, &never)?;
+        Ok(take_listed(&listed)
             .into_iter()
             .map(|(name, _)| name.to_string_lossy().into_owned())
             .collect())
     }
 
-    /// Waits for an option's answer.
-    fn option(&self, handle: &Handle, opt: &OptDone, deadline: Instant, stop: Stop<'_>) -> Result<()> {
-        self.poll_sockets(handle, deadline, stop, |h| {
+    /// Waits for the reply to an option. Errors: the server refused it, or the connection ended.
+    fn wait_option(&self, handle: &Handle, opt: &OptDone, deadline: Instant, cancel: Cancel<'_>) -> Result<()> {
+        self.poll_sockets(handle, deadline, cancel, |h| {
             opt.get().is_some() && (h.is_negotiating() || h.is_up() || h.is_over())
         })?;
         match opt.get() {
             Some(0) => Ok(()),
             Some(errno) => {
                 let e = std::io::Error::from_raw_os_error(errno);
-                let what = match errno {
+                let message = match errno {
                     libc::ENOENT => "the server has no such export",
                     _ => "the server refuses the export",
                 };
-                Err(self.failed(Error::io(what, e)))
+                Err(self.failed(Error::io(message, e)))
             }
             None => Err(self.failed(lost("the server closed the connection"))),
         }
     }
 
-    /// Serves the handle's descriptor until `until` is true.
+    /// Polls the descriptor of the handle and lets libnbd read and write, until `until` returns true.
     fn poll_sockets(
         &self,
         handle: &Handle,
         deadline: Instant,
-        stop: Stop<'_>,
+        cancel: Cancel<'_>,
         until: impl Fn(&Handle) -> bool,
     ) -> Result<()> {
-        // An option that failed is told by its callback; only a dead connection ends the way.
-        let mut last = None;
+        // libnbd also returns an error for an option that the server refused, which leaves the connection usable and is
+        // reported by its callback. So an error counts only if the connection turns out to be dead.
+        let mut last_error = None;
         loop {
             if until(handle) {
                 return Ok(());
             }
             if handle.is_over() {
-                return Err(self.failed(last.unwrap_or_else(|| lost("the server closed the connection"))));
+                return Err(self.failed(last_error.unwrap_or_else(|| lost("the server closed the connection"))));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let what = if handle.is_connecting() {
-                    "no connection"
+                let message = if handle.is_connecting() {
+                    "connecting timed out"
                 } else {
-                    "no end of the handshake"
+                    "handshake timed out"
                 };
-                return Err(self.failed(Error::new(ErrorKind::Os(libc::ETIMEDOUT), format!("{what} in time"))));
+                return Err(self.failed(Error::new(ErrorKind::Os(libc::ETIMEDOUT), message)));
             }
-            if stop() {
-                return Err(self.failed(lost("the attempt was given up")));
+            if cancel() {
+                return Err(self.failed(lost("the attempt was cancelled")));
             }
-            let (readable, writable) = wait(handle, left.min(STOP))?;
-            let went = match (readable, writable, handle.direction()) {
+            let (readable, writable) = wait(handle, left.min(CANCEL_INTERVAL))?;
+            // One event at a time: after it the handle may wait for something else.
+            let notified = match (readable, writable, handle.direction()) {
                 (true, _, (true, _)) => handle.readable(),
                 (_, true, (_, true)) => handle.writable(),
                 _ => Ok(()),
             };
-            if let Err(e) = went {
-                last = Some(e);
+            if let Err(e) = notified {
+                last_error = Some(e);
             } else if handle.is_over() {
-                // a refusal of the other side is no failure of the call, but told as one
-                last = Some(failure("connection"));
+                // The call itself succeeds when the server ends the handshake, but libnbd has set an error text.
+                last_error = Some(failure("connection"));
             }
         }
     }
 
     fn failed(&self, e: Error) -> Error {
-        let died = self.server.as_ref().and_then(|s| s.ending(LAST_WORDS));
-        match died {
-            Some(how) => e.within(format!("{} ({how})", self.label())),
+        // A captive server that fails closes the connection before it exits.
+        let exit = self.server.as_ref().and_then(|s| s.exit_within(EXIT_WAIT));
+        match exit {
+            Some(report) => e.within(format!("{} ({report})", self.label())),
             None => e.within(self.label()),
         }
     }
 }
 
-/// Waits until the descriptor is ready for what the handle waits for.
-fn wait(handle: &Handle, most: Duration) -> Result<(bool, bool)> {
+/// Waits up to `max_wait` until the descriptor is ready in a direction that the handle waits for. Returns if it is
+/// readable and if it is writable.
+fn wait(handle: &Handle, max_wait: Duration) -> Result<(bool, bool)> {
     let Some(fd) = handle.fd() else {
         return Ok((false, false));
     };
@@ -270,20 +283,22 @@ fn wait(handle: &Handle, most: Duration) -> Result<(bool, bool)> {
     events.set(PollFlags::POLLIN, read);
     events.set(PollFlags::POLLOUT, write);
     let mut polled = [PollFd::new(fd.as_fd(), events)];
-    let timeout = PollTimeout::try_from(most.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+    // Rounded up: a wait below a millisecond would otherwise spin.
+    let timeout = PollTimeout::try_from(max_wait.as_millis() + 1).unwrap_or(PollTimeout::MAX);
     match poll(&mut polled, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(e) => return Err(Error::io("poll", e.into())),
     }
-    let got = polled[0].revents().unwrap_or(PollFlags::empty());
-    let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
+    let revents = polled[0].revents().unwrap_or(PollFlags::empty());
+    // libnbd finds the cause of an error in its next read or write.
+    let broken = revents.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
     Ok((
-        got.contains(PollFlags::POLLIN) || (broken && read),
-        got.contains(PollFlags::POLLOUT) || (broken && write),
+        revents.contains(PollFlags::POLLIN) || (broken && read),
+        revents.contains(PollFlags::POLLOUT) || (broken && write),
     ))
 }
 
-fn taken(listed: &Listed) -> Vec<(CString, CString)> {
+fn take_listed(listed: &Listed) -> Vec<(CString, CString)> {
     std::mem::take(&mut *listed.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
@@ -291,12 +306,12 @@ fn lost(what: &str) -> Error {
     Error::new(ErrorKind::Os(libc::ENOTCONN), what)
 }
 
-/// A text for a C library. Errors: it holds a NUL byte.
+/// Returns `bytes` as a C string. Errors: they contain a NUL byte.
 pub(super) fn c_text(bytes: &[u8]) -> Result<CString> {
-    CString::new(bytes).map_err(|e| Error::new(ErrorKind::Usage, format!("a NUL byte at {}", e.nul_position())))
+    CString::new(bytes).map_err(|e| Error::new(ErrorKind::Usage, format!("NUL byte at offset {}", e.nul_position())))
 }
 
-/// For an attempt that only the deadline ends.
+/// Never cancels: for an attempt that only the deadline ends.
 pub(super) fn never() -> bool {
     false
 }

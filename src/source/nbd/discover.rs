@@ -1,4 +1,8 @@
-//! A look at a server: what `--list` and `--info` show, and the exports of a mount of all of them.
+//! Discovery of a server's exports: for `--list`, `--info`, and a mount of all exports.
+//!
+//! One handle that is negotiating answers all questions: NBD_OPT_LIST names the exports, and NBD_OPT_INFO returns the
+//! properties of each without opening it. With a server of the oldest protocol variant the handle is up at once, and
+//! its one export is described by the handle itself.
 
 use std::ffi::{CStr, CString, OsString};
 use std::os::unix::ffi::OsStringExt;
@@ -6,26 +10,26 @@ use std::time::Instant;
 
 use super::connect::{Connector, never};
 use super::disk::{NbdDisk, timeout};
-use super::ffi::{Ask, Handle};
+use super::ffi::{ExportFlag, Handle};
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::server_info::{ExportInfo, ServerInfo};
 
-/// Abilities, as `nbdinfo` calls them.
-const FLAGS: [(&str, Ask); 10] = [
-    ("is_rotational", Ask::Rotational),
-    ("is_read_only", Ask::ReadOnly),
-    ("can_cache", Ask::Cache),
-    ("can_df", Ask::Df),
-    ("can_fast_zero", Ask::FastZero),
-    ("can_flush", Ask::Flush),
-    ("can_fua", Ask::Fua),
-    ("can_multi_conn", Ask::MultiConn),
-    ("can_trim", Ask::Trim),
-    ("can_zero", Ask::Zero),
+/// Flags of an export, by the names that `nbdinfo` uses.
+const FLAGS: [(&str, ExportFlag); 10] = [
+    ("is_rotational", ExportFlag::Rotational),
+    ("is_read_only", ExportFlag::ReadOnly),
+    ("can_cache", ExportFlag::Cache),
+    ("can_df", ExportFlag::Df),
+    ("can_fast_zero", ExportFlag::FastZero),
+    ("can_flush", ExportFlag::Flush),
+    ("can_fua", ExportFlag::Fua),
+    ("can_multi_conn", ExportFlag::MultiConn),
+    ("can_trim", ExportFlag::Trim),
+    ("can_zero", ExportFlag::Zero),
 ];
 
-/// All exports that the server lists.
+/// Returns the properties of all exports that the server lists.
 pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
@@ -33,21 +37,23 @@ pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
     discover(&connector, &names, until)
 }
 
-/// The one export of `config`.
+/// Returns the properties of the export of `config`. Errors: the server refuses it.
 pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
     let handle = connector.negotiate(true, until, &never)?;
     let names = [(handle.export(), CString::default())];
-    let server = facts_of(&connector, &handle, &names, until)?;
+    let server = server_info(&connector, &handle, &names, until)?;
     match server.exports.first().and_then(|e| e.error.clone()) {
         Some(e) => Err(Error::new(ErrorKind::NotFound, e)),
         None => Ok(server),
     }
 }
 
-/// The disks of all exports that the server lists, by the exports' names. Each is connected to when it is first used.
-/// What the server lists but then says nothing of is left out, with a warning.
+/// Returns the disks of all exports that the server lists, each with the name of the export. A disk connects when it is
+/// first used.
+///
+/// Skips an export that the server lists but whose properties it refuses, with a warning. Errors: no export remains.
 pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
@@ -58,19 +64,19 @@ pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdD
         let export = match connector.info(&handle, &name, until) {
             Ok(export) => export,
             Err(e) => {
-                tracing::warn!("the export {} is left out: {e}", name.to_string_lossy().escape_debug());
+                tracing::warn!("skipping the export \"{}\": {e}", name.to_string_lossy().escape_debug());
                 continue;
             }
         };
         let name = OsString::from_vec(name.into_bytes());
-        let disk = NbdDisk::later(connector.for_export(&name), export, config, writable)?;
+        let disk = NbdDisk::connect_lazily(connector.for_export(&name), export, config, writable)?;
         disks.push((name, disk));
     }
     handle.opt_abort();
     if disks.is_empty() {
         return Err(Error::new(
             ErrorKind::NotFound,
-            format!("{}: it lists no export", connector.label()),
+            format!("{}: the server lists no export that can be opened", connector.label()),
         ));
     }
     Ok(disks)
@@ -78,16 +84,17 @@ pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdD
 
 fn discover(connector: &Connector, names: &[(CString, CString)], until: Instant) -> Result<ServerInfo> {
     let handle = connector.negotiate(true, until, &never)?;
-    facts_of(connector, &handle, names, until)
+    server_info(connector, &handle, names, until)
 }
 
-fn facts_of(
+/// Returns the properties of the server and of the named exports. Ends the connection of `handle`.
+fn server_info(
     connector: &Connector,
     handle: &Handle,
     names: &[(CString, CString)],
     until: Instant,
 ) -> Result<ServerInfo> {
-    // The oldest variant of the protocol has no options: there is one export, and it is open.
+    // The oldest protocol variant has no options: there is one export, and it is open.
     let open = handle.is_up();
     let mut exports = Vec::new();
     if !open {
@@ -95,9 +102,9 @@ fn facts_of(
     }
     for (name, description) in names {
         exports.push(if open {
-            facts(handle, name)
+            export_info(handle, name)
         } else {
-            ask(connector, handle, name, description, until)
+            query_export(connector, handle, name, description, until)
         });
     }
     let server = ServerInfo {
@@ -115,26 +122,29 @@ fn facts_of(
     Ok(server)
 }
 
-fn ask(connector: &Connector, handle: &Handle, name: &CStr, description: &CStr, until: Instant) -> ExportInfo {
+/// Asks the server for the properties of one export. An error is stored in the result, so that one bad export does not
+/// hide the others.
+fn query_export(connector: &Connector, handle: &Handle, name: &CStr, description: &CStr, until: Instant) -> ExportInfo {
     match connector.info(handle, name, until) {
         Err(e) => ExportInfo {
             error: Some(e.to_string()),
             ..unknown(name, description)
         },
         Ok(_) => {
-            let on_completions = handle.description();
-            let description = if on_completions.is_empty() {
+            // The description of NBD_OPT_INFO has priority over that of NBD_OPT_LIST.
+            let full_description = handle.description();
+            let description = if full_description.is_empty() {
                 description
             } else {
-                &on_completions
+                &full_description
             };
-            let found = ExportInfo {
+            let info = ExportInfo {
                 description: description.to_string_lossy().into_owned(),
-                ..facts(handle, name)
+                ..export_info(handle, name)
             };
-            // A server without metadata contexts refuses the question.
+            // A server without metadata contexts refuses this option. That is not an error of the export.
             let contexts = connector.contexts(handle, until).unwrap_or_default();
-            ExportInfo { contexts, ..found }
+            ExportInfo { contexts, ..info }
         }
     }
 }
@@ -151,12 +161,13 @@ fn unknown(name: &CStr, description: &CStr) -> ExportInfo {
     }
 }
 
-fn facts(handle: &Handle, name: &CStr) -> ExportInfo {
+/// Returns the properties of the export that the handle has opened or asked for.
+fn export_info(handle: &Handle, name: &CStr) -> ExportInfo {
     let (size, error) = match handle.size() {
         Ok(size) => (size, None),
         Err(e) => (0, Some(e.to_string())),
     };
-    let flags = FLAGS.map(|(flag, ask)| (flag, handle.can(ask))).to_vec();
+    let flags = FLAGS.map(|(name, flag)| (name, handle.can(flag))).to_vec();
     ExportInfo {
         size,
         error,

@@ -1,4 +1,12 @@
-//! An export as a disk: sectors above, commands below.
+//! Export as a disk: turns requests for sectors into NBD commands.
+//!
+//! - A request larger than one command is split ([`SplitRequest`]) and its parts are in flight at the same time.
+//! - Sectors that block status reports as holes or zeroes need no command ([`BlockRead::is_zero`]).
+//! - The size of an export may not be a multiple of [`SECTOR`]. The disk then ends with a whole sector, whose bytes
+//!   beyond the export read as zeroes and cannot hold anything else.
+//!
+//! The disk has no lock of its own: all mutable state is in the [`Session`]. Completions hold the session weakly, so
+//! that a command in flight does not keep a closed session alive.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,22 +30,22 @@ use crate::block::{
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Connections where the server takes several, as nbdfuse and nbdcopy have them.
+/// Default of `connections=`, used if the server accepts several. nbdfuse and nbdcopy use the same number.
 const CONNECTIONS: usize = 4;
 
-/// After which a request fails, where nothing else was said: before the kernel calls a task hung.
+/// Default of `timeout=`. Shorter than the 120 s after which the kernel reports a hung task by default.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much longer than its deadline a result may take to reach who waits for it.
+/// Time after the deadline of a command within which its result must have reached the waiting thread.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Bytes from which on it is worth to ask for holes ahead of a read.
-const WORTH_ASKING: u64 = 64 << 10;
+/// Smallest read in bytes that prefetches the block status for the reads after it.
+const PREFETCH_MIN: u64 = 64 << 10;
 
-/// Bytes of zeroes that one command writes at most.
+/// Maximum length in bytes of one command that writes zeroes.
 const MAX_ZERO: u64 = 1 << 30;
 
-/// Bytes of zeroes that are sent as data at once, where the server can't write them by itself.
+/// Maximum length in bytes of one write of zeroes as data, for a server without a command for it.
 const ZERO_DATA: u64 = 1 << 20;
 
 /// A disk of an NBD server.
@@ -51,11 +59,12 @@ pub struct NbdDisk {
 impl NbdDisk {
     /// Connects to the export of `config`.
     ///
-    /// Where that fails it is tried again as often as `retry=` says, and once where it says nothing.
+    /// Retries a failed attempt as often as `retry=` says, with back-off; without `retry=` there is one attempt. A
+    /// termination signal ends the retries.
     pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
         let connector = Connector::new(config)?;
         let timeout = timeout(config);
-        let mut left = if connector.can_repeat() {
+        let mut retries_left = if connector.can_repeat() {
             config.retry.unwrap_or(0)
         } else {
             0
@@ -64,16 +73,18 @@ impl NbdDisk {
         let (handle, export) = loop {
             match connector.open(true, Instant::now() + timeout, &is_ending) {
                 Ok(open) => break open,
-                Err(e) if left == 0 => return Err(e),
-                Err(e) => tracing::info!("{left} attempts are left: {e}"),
+                Err(e) if retries_left == 0 => return Err(e),
+                Err(e) => tracing::info!("{retries_left} connection attempts left: {e}"),
             }
-            left -= 1;
+            retries_left -= 1;
             let until = Instant::now() + pause;
+            // Signals are blocked and read only after the mount, so a sleep is not interrupted: poll for them.
             while Instant::now() < until && !is_ending() {
                 std::thread::sleep(Duration::from_millis(20));
             }
             if is_ending() {
-                left = 0;
+                // One more attempt, which the signal ends at once, gives the caller an error to report.
+                retries_left = 0;
             }
             pause = (pause * 2).min(Duration::from_secs(2));
         };
@@ -86,8 +97,13 @@ impl NbdDisk {
         })
     }
 
-    /// An export of a server that is known already; connected to when it is first used.
-    pub(super) fn later(connector: Connector, export: Export, config: &NbdConfig, writable: bool) -> Result<Self> {
+    /// Creates a disk for an export whose properties are known already. Connects when the disk is first used.
+    pub(super) fn connect_lazily(
+        connector: Connector,
+        export: Export,
+        config: &NbdConfig,
+        writable: bool,
+    ) -> Result<Self> {
         let writable = writable && !export.read_only;
         let session = Session::start(connector, export, options(config, writable), None)?;
         Ok(Self {
@@ -97,42 +113,35 @@ impl NbdDisk {
         })
     }
 
-    /// Whether the server takes no writes.
+    /// Returns true if the server reports the export as read-only.
     pub fn is_read_only(&self) -> bool {
         self.session.export().read_only
     }
 
-    /// The server, for messages.
+    /// Returns the server and the export, for messages. Secrets of a URI are left out.
     pub fn label(&self) -> String {
         self.session.label()
     }
 
-    /// Connections that there are now.
+    /// Returns the number of sockets of the current connection.
     #[cfg(test)]
     pub(super) fn connections(&self) -> usize {
         self.session.connections()
     }
 
-    /// Long requests that had a connection for themselves.
+    /// Returns the number of requests that bulk threads have carried.
     #[cfg(test)]
     pub(super) fn carried(&self) -> usize {
         self.session.carried()
     }
 
-    /// Bytes of the export: up to a sector fewer than of the disk.
+    /// Returns the size of the export in bytes: less than a sector smaller than that of the disk.
     fn size(&self) -> u64 {
         self.session.export().size
     }
 
-    /// Begins a command of any length; `done` is given the operation that was made.
-    fn prepare_external_write(
-        &self,
-        kind: CommandKind,
-        offset: u64,
-        len: u64,
-        buf: impl Into<CommandBuffer>,
-        done: CommandCompletion,
-    ) {
+    /// Submits one command. `done` is called with the command, whose buffer or extents hold the answer.
+    fn submit(&self, kind: CommandKind, offset: u64, len: u64, buf: impl Into<CommandBuffer>, done: CommandCompletion) {
         self.session.submit(self.command(kind, offset, len, buf, done));
     }
 
@@ -147,23 +156,30 @@ impl NbdDisk {
         Command::new(kind, offset, len, buf, self.session.deadline(), done)
     }
 
-    /// A command without data, and its end waited for.
+    /// Executes a command without data. Returns its extents: lengths and flags.
     fn run(&self, kind: CommandKind, offset: u64, len: u64) -> Result<Vec<(u64, u32)>> {
-        let slot = Oneshot::new();
-        let there = Arc::clone(&slot);
-        let finish: CommandCompletion = Box::new(move |command, result| there.put(result.map(|()| command.extents)));
-        self.prepare_external_write(kind, offset, len, Buffer::default(), finish);
-        self.waited(&slot)
+        let oneshot = Oneshot::new();
+        let sender = Arc::clone(&oneshot);
+        let finish: CommandCompletion = Box::new(move |command, result| sender.put(result.map(|()| command.extents)));
+        self.submit(kind, offset, len, Buffer::default(), finish);
+        self.wait(&oneshot)
     }
 
-    fn waited<T: Send + 'static>(&self, slot: &Oneshot<Result<T>>) -> Result<T> {
+    /// Waits for a result, polling the connection meanwhile if no other thread does.
+    fn wait<T: Send + 'static>(&self, oneshot: &Oneshot<Result<T>>) -> Result<T> {
         let timed_out = || {
             Err(Error::new(
                 ErrorKind::Os(libc::EIO),
-                format!("{}: a command has no end", self.label()),
+                format!(
+                    "{}: a command has not completed {} s after its deadline",
+                    self.label(),
+                    GRACE.as_secs()
+                ),
             ))
         };
-        slot.wait(&self.session, self.session.deadline() + GRACE)
+        // The session fails each command at its deadline, so this limit is only reached if its threads are stuck.
+        oneshot
+            .wait(&self.session, self.session.deadline() + GRACE)
             .unwrap_or_else(timed_out)
     }
 
@@ -172,21 +188,28 @@ impl NbdDisk {
     }
 
     fn buffer(&self, len: u64) -> Result<Buffer> {
-        let none = || Error::new(ErrorKind::Os(libc::ENOMEM), format!("no memory for {len} bytes"));
+        let no_memory = || {
+            Error::new(
+                ErrorKind::Os(libc::ENOMEM),
+                format!("no memory for a buffer of {len} bytes"),
+            )
+        };
         self.pool()
-            .take(usize::try_from(len).ok().ok_or_else(none)?)
-            .ok_or_else(none)
+            .take(usize::try_from(len).ok().ok_or_else(no_memory)?)
+            .ok_or_else(no_memory)
     }
 
-    /// Asks for what is at `byte` and after it.
-    fn ask(&self, byte: u64) -> (Content, u64) {
+    /// Asks the server for the block status at `byte`. Returns the content there and the byte at which it ends.
+    fn query_status(&self, byte: u64) -> (Content, u64) {
+        // Taken before the command is sent: a change that begins meanwhile makes the answer stale.
         let stamp = self.session.map.stamp();
         let end = ((byte / REGION + 1) * REGION).min(self.size());
-        // A server that can't tell just now: to say that there is data is never wrong.
+        // An error is not passed on: without an answer the range counts as data, which is always correct.
         let extents = self.run(CommandKind::Status, byte, end - byte).unwrap_or_default();
         self.session.map.learn(stamp, byte, &extents);
         let mut at = byte;
         let mut found = None;
+        // The server chooses how it divides the range, so neighbours of the same content are joined here.
         for (len, flags) in extents {
             let content = content(flags);
             if len == 0 || *found.get_or_insert(content) != content {
@@ -199,8 +222,8 @@ impl NbdDisk {
             .map_or((Content::Data, end), |content| (content, at))
     }
 
-    /// Asks for the region of a read ahead of the next ones. Nobody waits for the answer.
-    fn ask_ahead(&self, byte: u64) {
+    /// Prefetches the block status of the region of a read, for the reads after it. Does not wait for the answer.
+    fn prefetch_status(&self, byte: u64) {
         let export = self.session.export();
         if !export.block_status || byte >= export.size || !self.session.map.ask_ahead(byte) {
             return;
@@ -213,19 +236,20 @@ impl NbdDisk {
                 session.map.learn(stamp, command.offset, &command.extents);
             }
         });
-        self.prepare_external_write(CommandKind::Status, byte, end - byte, Buffer::default(), finish);
+        self.submit(CommandKind::Status, byte, end - byte, Buffer::default(), finish);
     }
 
-    /// Makes a range of the export read as zeroes.
+    /// Makes a range of the export read as zeroes. `unmap`: also discards it where the server can.
     fn zero_bytes(&self, from: u64, to: u64, unmap: bool) -> Result<()> {
         let export = *self.session.export();
         let mut at = from;
         while at < to {
             let len = (to - at).min(MAX_ZERO);
             if !export.zero {
-                self.zero_without(at, len, unmap)?;
+                self.zero_without_command(at, len, unmap)?;
             } else if unmap && export.fast_zero {
-                // Giving room back is fast or not possible; writing zeroes may take long, but keeps the promise.
+                // A discard is fast or not possible at all. If it is refused, a slow write of zeroes still keeps the
+                // promise of `zero`.
                 match self.run(
                     CommandKind::Zero {
                         flags: LIBNBD_CMD_FLAG_FAST_ZERO,
@@ -245,18 +269,20 @@ impl NbdDisk {
         Ok(())
     }
 
-    /// The same where the server has no command for it: a trim, where it can be seen that it made zeroes, else zeroes sent
-    /// as data.
-    fn zero_without(&self, from: u64, len: u64, unmap: bool) -> Result<()> {
+    /// Makes a range read as zeroes on a server without a command for it: trims it where block status can show that the
+    /// trim created zeroes, and sends zeroes as data elsewhere.
+    fn zero_without_command(&self, from: u64, len: u64, unmap: bool) -> Result<()> {
         let export = *self.session.export();
         if unmap && export.trim && export.block_status {
+            // A trim guarantees nothing about the content afterwards, so the loop below checks every range.
             self.run(CommandKind::Trim, from, len)?;
         }
         let mut at = from;
         let end = from + len;
         while at < end {
             if export.block_status {
-                let (content, until) = self.ask(at);
+                let (content, until) = self.query_status(at);
+                // Only whole granules can be skipped: a write must begin and end at a multiple of the granule.
                 if content.is_zero() && until / export.granule() > at / export.granule() {
                     at = if until >= end {
                         end
@@ -266,8 +292,9 @@ impl NbdDisk {
                     continue;
                 }
             }
-            let most = ZERO_DATA.min(export.maximum);
-            let len = (end - at).min(most - at % export.granule());
+            let max_len = ZERO_DATA.min(export.maximum);
+            // After an unaligned start the next write is aligned.
+            let len = (end - at).min(max_len - at % export.granule());
             let mut buf = self.buffer(len)?;
             buf.bytes().fill(0);
             self.write_buffer(at, len, buf)?;
@@ -277,20 +304,20 @@ impl NbdDisk {
     }
 
     fn write_buffer(&self, offset: u64, len: u64, buf: Buffer) -> Result<()> {
-        let slot = Oneshot::new();
-        let (there, session) = (Arc::clone(&slot), Arc::downgrade(&self.session));
+        let oneshot = Oneshot::new();
+        let (sender, session) = (Arc::clone(&oneshot), Arc::downgrade(&self.session));
         let finish: CommandCompletion = Box::new(move |mut command, result| {
             if let Some(session) = session.upgrade() {
                 session.pool.give(command.buf.take());
             }
-            there.put(result);
+            sender.put(result);
         });
-        self.prepare_external_write(CommandKind::Write { flags: 0 }, offset, len, buf, finish);
-        self.waited(&slot)
+        self.submit(CommandKind::Write { flags: 0 }, offset, len, buf, finish);
+        self.wait(&oneshot)
     }
 
-    /// Bytes of one command where there is more to read or write. To a server far away as much as it takes: there only
-    /// the number of commands counts.
+    /// Returns the length in bytes of the commands that a longer request is split into. For a far server this is its
+    /// maximum: there the number of commands determines the cost, not their size.
     fn piece(&self) -> u64 {
         if self.session.is_near() {
             self.session.export().piece()
@@ -303,12 +330,12 @@ impl NbdDisk {
         if self.writable {
             return Ok(());
         }
-        let why = if self.is_read_only() {
+        let reason = if self.is_read_only() {
             "the export is read-only"
         } else {
-            "it was opened read-only"
+            "the disk was opened read-only"
         };
-        Err(Error::new(ErrorKind::ReadOnly, format!("{}: {why}", self.label())))
+        Err(Error::new(ErrorKind::ReadOnly, format!("{}: {reason}", self.label())))
     }
 }
 
@@ -325,14 +352,15 @@ impl BlockRead for NbdDisk {
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         let sectors = check_range(&self.geometry, at, buf.len())?;
-        let slot = Oneshot::new();
-        let there = Arc::clone(&slot);
-        // The bytes are copied once more: a buffer of the caller's would have to outlive a command that is given up.
-        self.submit_read(at, sectors, Box::new(move |read| there.put(read.map(<[u8]>::to_vec))));
-        let read = self.waited(&slot)?;
+        let oneshot = Oneshot::new();
+        let sender = Arc::clone(&oneshot);
+        // The bytes are copied once more. This function returns at its timeout, but libnbd writes to the buffer of a
+        // command until it has returned the command, so that buffer cannot be the caller's.
+        self.submit_read(at, sectors, Box::new(move |read| sender.put(read.map(<[u8]>::to_vec))));
+        let read = self.wait(&oneshot)?;
         match buf.get_mut(..read.len()) {
             Some(part) if part.len() == read.len() => part.copy_from_slice(&read),
-            _ => return Err(Error::corrupt("more was read than asked for")),
+            _ => return Err(Error::corrupt("a read returned more bytes than were requested")),
         }
         Ok(())
     }
@@ -344,19 +372,21 @@ impl BlockRead for NbdDisk {
         if !self.session.export().block_status {
             return Ok((Content::Data, left));
         }
-        // A server tells of whole blocks of its own only.
+        // Aligned to the server's block size: a server may refuse a request that is not, and reports whole blocks only.
         let granule = self.session.export().granule();
         let first = byte - byte % granule;
         let (content, end) = match self.session.map.at(byte) {
             Some(known) => known,
-            None => self.ask(first),
+            None => self.query_status(first),
         };
         let sectors = match content {
-            // A sector that is zeroes in part is none.
             _ if end >= self.size() => left,
+            // A range may end within a sector. Data is rounded up and zeroes are rounded down, so that a sector that
+            // is zero only in part counts as data.
             Content::Data => end.div_ceil(SECTOR).saturating_sub(at.0),
             _ => (end / SECTOR).saturating_sub(at.0),
         };
+        // Less than a whole sector of zeroes: the sector is mixed.
         Ok(if sectors == 0 {
             (Content::Data, 1)
         } else {
@@ -384,24 +414,27 @@ impl BlockWrite for NbdDisk {
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
-        let slot = Oneshot::new();
-        let there = Arc::clone(&slot);
         check_range(&self.geometry, at, buf.len())?;
-        self.submit_write(at.bytes(), buf, false, Box::new(move |result| there.put(result)));
-        self.waited(&slot)
+        let oneshot = Oneshot::new();
+        let sender = Arc::clone(&oneshot);
+        self.submit_write(at.bytes(), buf, false, Box::new(move |result| sender.put(result)));
+        self.wait(&oneshot)
     }
 
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
         self.check_writable()?;
         if range.end.0 > self.geometry.sectors || range.start > range.end {
-            let text = format!("sectors {} to {} are not on the disk", range.start.0, range.end.0);
+            let text = format!(
+                "sectors {} to {} are not on the disk of {} sectors",
+                range.start.0, range.end.0, self.geometry.sectors
+            );
             return Err(Error::new(ErrorKind::OutOfRange, text));
         }
         self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
     }
 
     fn has_unflushed_metadata(&self) -> bool {
-        // the journal is only for a server that is restarted: the server has all of it
+        // The server has every answered write. The replay log is only for a server that restarts without them.
         false
     }
 
@@ -409,10 +442,10 @@ impl BlockWrite for NbdDisk {
         if !self.writable {
             return Ok(());
         }
-        let slot = Oneshot::new();
-        let there = Arc::clone(&slot);
-        self.submit_flush(Box::new(move |result| there.put(result)));
-        self.waited(&slot)
+        let oneshot = Oneshot::new();
+        let sender = Arc::clone(&oneshot);
+        self.submit_flush(Box::new(move |result| sender.put(result)));
+        self.wait(&oneshot)
     }
 
     fn close(&self) -> Result<()> {
@@ -428,18 +461,19 @@ impl BlockQueue for NbdDisk {
         if let Err(e) = check_range(&self.geometry, at, usize::try_from(bytes).unwrap_or(usize::MAX)) {
             return done(Err(e));
         }
-        if bytes >= WORTH_ASKING {
-            self.ask_ahead(at.bytes());
+        if bytes >= PREFETCH_MIN {
+            self.prefetch_status(at.bytes());
         }
         let buf = match self.buffer(bytes) {
             Ok(buf) => buf,
             Err(e) => return done(Err(e)),
         };
         let session = Arc::downgrade(&self.session);
-        let give = move |mut buf: Buffer, result: Result<()>| {
+        let finish_read = move |mut buf: Buffer, result: Result<()>| {
             let (len, bytes) = (len as usize, bytes as usize);
             done(result.map(|()| {
                 let read = &mut buf.bytes()[..bytes];
+                // The part of the last sector beyond the export. The pool reuses buffers without clearing them.
                 read[len..].fill(0);
                 &*read
             }));
@@ -449,15 +483,17 @@ impl BlockQueue for NbdDisk {
         };
         let piece = self.piece();
         if len <= piece {
-            let finish: CommandCompletion = Box::new(move |mut command, result| give(command.buf.take(), result));
-            return self.prepare_external_write(CommandKind::Read, at.bytes(), len, buf, finish);
+            let finish: CommandCompletion =
+                Box::new(move |mut command, result| finish_read(command.buf.take(), result));
+            return self.submit(CommandKind::Read, at.bytes(), len, buf, finish);
         }
+        // Several commands fill disjoint parts of one buffer. The last part that ends calls `done` for all of them.
         let whole = Shared::new(buf);
         let all = Arc::clone(&whole);
         let (from, to) = (at.bytes(), at.bytes() + len);
         let parts = SplitRequest::new(
             pieces(from, to, piece).count(),
-            Box::new(move |result| give(all.take(), result)),
+            Box::new(move |result| finish_read(all.take(), result)),
         );
         let commands = pieces(from, to, piece).map(|(start, end)| {
             let parts = Arc::clone(&parts);
@@ -481,7 +517,7 @@ impl BlockQueue for NbdDisk {
     }
 
     fn supports_fua(&self, offset: u64, len: u64) -> bool {
-        // Of several commands each would wait for the disk; one flush after them waits once.
+        // With several FUA commands the server waits for its disk for each; one flush after all of them waits once.
         let export = self.session.export();
         export.fua && pieces(offset, offset.saturating_add(len), export.piece()).count() <= 1
     }
@@ -495,7 +531,7 @@ impl BlockQueue for NbdDisk {
             .filter(|end| *end <= self.geometry.bytes());
         if end.is_none() {
             let text = format!(
-                "{} bytes at {offset} are not on a disk of {}",
+                "{} bytes at offset {offset} are not on the disk of {} bytes",
                 data.len(),
                 self.geometry.bytes()
             );
@@ -503,10 +539,11 @@ impl BlockQueue for NbdDisk {
         }
         let export = *self.session.export();
         let (data, past) = data.split_at(data.len().min((export.size.saturating_sub(offset)) as usize));
-        // The last sector has bytes that the export does not: they can't be kept.
+        // The last sector extends beyond the export. Nonzero bytes there cannot be stored, and must not be lost
+        // silently.
         if past.iter().any(|b| *b != 0) {
             let text = format!(
-                "{}: the export ends at byte {}, within a sector",
+                "{}: the export ends at byte {}, within a sector: data beyond it can't be stored",
                 self.label(),
                 export.size
             );
@@ -517,7 +554,7 @@ impl BlockQueue for NbdDisk {
         }
         let flags = if durable { LIBNBD_CMD_FLAG_FUA } else { 0 };
         let (from, to) = (offset, offset + data.len() as u64);
-        // asked once: it may be another one a moment later
+        // Read once: it changes when the server turns out to be near, and both uses must agree.
         let piece = self.piece();
         let parts = SplitRequest::new(pieces(from, to, piece).count(), done);
         for (start, end) in pieces(from, to, piece) {
@@ -537,7 +574,7 @@ impl BlockQueue for NbdDisk {
                 }
                 parts.done(result);
             });
-            // Each by itself: it is on its way while the next one is copied.
+            // Submitted one at a time: the server receives this part while the next one is copied.
             self.session.submit_all(BulkRequest::from([self.command(
                 CommandKind::Write { flags },
                 start,
@@ -549,11 +586,11 @@ impl BlockQueue for NbdDisk {
     }
 
     fn submit_flush(&self, done: Completion) {
-        // Without the command all that was answered is durable, as far as anybody can know.
+        // A server without a flush command offers no way to make answered writes more durable than they are.
         if !self.writable || !self.session.export().flush || self.session.is_durable() {
             return done(Ok(()));
         }
-        self.prepare_external_write(
+        self.submit(
             CommandKind::Flush,
             0,
             0,
@@ -567,10 +604,12 @@ impl BlockQueue for NbdDisk {
     }
 }
 
+/// Returns true if the server refused a fast write of zeroes because it would be slow or is not implemented.
 fn is_unsupported(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::Os(libc::EOPNOTSUPP | libc::EINVAL))
 }
 
+/// Returns the time from the submission of a request to its failure.
 pub(super) fn timeout(config: &NbdConfig) -> Duration {
     config.timeout.unwrap_or(TIMEOUT).min(MAX_TIMEOUT)
 }

@@ -1,65 +1,71 @@
-//! What a server says of an export.
+//! Properties of an export, as the server reports them, and the checks of these untrusted numbers.
+//!
+//! [`Export::of`] checks every number, so the rest of the client can rely on it: the size fits a file, the minimum is a
+//! power of two, and the maximum is a multiple of the granule and at least one granule. After a reconnect
+//! [`Export::check_same`] compares the export with the earlier one.
 
 use serde::Serialize;
 
-use super::ffi::{Ask, Handle};
+use super::ffi::{ExportFlag, Handle};
 use crate::block::{Geometry, MAX_SECTORS, SECTOR};
 use crate::error::{Error, Result};
 
-/// Where a server names no maximum, a client may assume this (NBD protocol, "Block size constraints").
-const USUAL_MAXIMUM: u64 = 32 << 20;
+/// Maximum request length in bytes if the server reports none (NBD protocol, "Block size constraints").
+const DEFAULT_MAXIMUM: u64 = 32 << 20;
 
-/// Bytes of one command where there is more to read or write.
+/// Length in bytes of the commands that a longer request is split into, unless the server prefers more.
 const PIECE: u64 = 256 << 10;
 
-/// The largest minimum that a server may name (NBD protocol, the same place).
-const LARGEST_MINIMUM: u64 = 64 << 10;
+/// Largest minimum block size in bytes that a server may report (NBD protocol, "Block size constraints").
+const MAX_MINIMUM: u64 = 64 << 10;
 
-/// Size and abilities of an export.
+/// Size, block sizes and flags of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(super) struct Export {
-    /// Bytes.
+    /// Size in bytes.
     pub(super) size: u64,
-    /// Bytes of the smallest request; at least 1, a power of two.
+    /// Minimum length of a request in bytes: a power of two, at least 1.
     pub(super) minimum: u64,
-    /// Bytes of a request that it likes; 0: not said.
+    /// Preferred length of a request in bytes; 0 if the server reports none.
     pub(super) preferred: u64,
-    /// Bytes of the largest request; a multiple of the granule.
+    /// Maximum length of a request in bytes: a multiple of the granule.
     pub(super) maximum: u64,
-    /// Can't be written to.
+    /// True if the export can't be written.
     pub(super) read_only: bool,
-    /// Has a flush command.
+    /// True if the server has a flush command.
     pub(super) flush: bool,
-    /// Makes a write durable before it answers, where it is asked to.
+    /// True if the server can make a write durable before it answers it (FUA).
     pub(super) fua: bool,
-    /// Has a trim command.
+    /// True if the server has a trim command.
     pub(super) trim: bool,
-    /// Has a command that writes zeroes.
+    /// True if the server has a command that writes zeroes.
     pub(super) zero: bool,
-    /// It can be asked to be fast or to fail.
+    /// True if the command that writes zeroes can be asked to fail instead of being slow.
     pub(super) fast_zero: bool,
-    /// Several connections see one another's writes.
+    /// True if the sockets of several connections see one another's writes, and a flush on one of them covers the
+    /// writes on all (NBD_FLAG_CAN_MULTI_CONN).
     pub(super) multi_conn: bool,
-    /// Tells holes and zeroes.
+    /// True if the server reports holes and zeroes (block status).
     pub(super) block_status: bool,
 }
 
 impl Export {
-    /// Of a handle that has opened its export or asked for it. Errors: numbers that can't be.
+    /// Returns the properties of the export that `handle` has opened or asked for. Errors: a number that the protocol
+    /// does not allow or a disk can't have.
     pub(super) fn of(handle: &Handle) -> Result<Self> {
         let [minimum, preferred, maximum] = handle.block_sizes();
         let mut export = Self {
             size: handle.size()?,
             minimum: minimum.max(1),
             preferred,
-            maximum: if maximum == 0 { USUAL_MAXIMUM } else { maximum },
-            read_only: handle.can(Ask::ReadOnly),
-            flush: handle.can(Ask::Flush),
-            fua: handle.can(Ask::Fua),
-            trim: handle.can(Ask::Trim),
-            zero: handle.can(Ask::Zero),
-            fast_zero: handle.can(Ask::FastZero),
-            multi_conn: handle.can(Ask::MultiConn),
+            maximum: if maximum == 0 { DEFAULT_MAXIMUM } else { maximum },
+            read_only: handle.can(ExportFlag::ReadOnly),
+            flush: handle.can(ExportFlag::Flush),
+            fua: handle.can(ExportFlag::Fua),
+            trim: handle.can(ExportFlag::Trim),
+            zero: handle.can(ExportFlag::Zero),
+            fast_zero: handle.can(ExportFlag::FastZero),
+            multi_conn: handle.can(ExportFlag::MultiConn),
             block_status: handle.can_block_status(),
         };
         export.check()?;
@@ -67,31 +73,34 @@ impl Export {
     }
 
     fn check(&mut self) -> Result<()> {
-        let bad = |what: String| Err(Error::corrupt(format!("the NBD server names {what}")));
+        let invalid = |text: String| Err(Error::corrupt(format!("the NBD server reports {text}")));
         if self.size.div_ceil(SECTOR) > MAX_SECTORS {
-            return bad(format!("a size of {} bytes, more than a file can have", self.size));
+            return invalid(format!("a size of {} bytes, more than a file can have", self.size));
         }
-        if !self.minimum.is_power_of_two() || self.minimum > LARGEST_MINIMUM {
-            let least = self.minimum;
-            return bad(format!(
-                "a minimum block size of {least} bytes: no power of two up to {LARGEST_MINIMUM}"
+        if !self.minimum.is_power_of_two() || self.minimum > MAX_MINIMUM {
+            let minimum = self.minimum;
+            return invalid(format!(
+                "a minimum block size of {minimum} bytes, expected a power of two up to {MAX_MINIMUM}"
             ));
         }
         if self.maximum < self.granule() {
-            let (most, least) = (self.maximum, self.granule());
-            return bad(format!("a maximum block size of {most} bytes, less than {least}"));
+            let (maximum, granule) = (self.maximum, self.granule());
+            return invalid(format!(
+                "a maximum block size of {maximum} bytes, expected {granule} or more"
+            ));
         }
+        // Requests start and end at multiples of the granule, so the largest one is a whole number of granules.
         self.maximum -= self.maximum % self.granule();
         Ok(())
     }
 
-    /// Bytes of the smallest request that we make: whole sectors.
+    /// Returns the unit in bytes that requests start and end at: at least a sector.
     pub(super) fn granule(&self) -> u64 {
         self.minimum.max(SECTOR)
     }
 
-    /// Bytes of one command where there is more to read or write than that: parts of a long request go to several
-    /// connections, and what the server and the kernel copy stays in the processor's cache.
+    /// Returns the length in bytes of the commands that a longer request is split into. The parts of a long request go
+    /// to several sockets, and the data that the server and the kernel copy stays in the processor's cache.
     pub(super) fn piece(&self) -> u64 {
         PIECE
             .max(self.preferred.min(self.maximum))
@@ -99,7 +108,8 @@ impl Export {
             .min(self.maximum)
     }
 
-    /// As a disk. What is missing at the last sector reads as zeroes.
+    /// Returns the geometry of the disk: the size rounded up to whole sectors. The rest of the last sector reads as
+    /// zeroes.
     pub(super) fn geometry(&self) -> Geometry {
         let granule = self.granule() / SECTOR;
         Geometry {
@@ -109,21 +119,30 @@ impl Export {
         }
     }
 
-    /// Whether what it was before can be read and written on in it. `first`: on the connection that is asked for block
-    /// status. Errors: say what differs.
+    /// Checks that reads and writes of the export `before` can continue on this one, after a reconnect or on a further
+    /// socket. Errors: what differs.
+    ///
+    /// `first`: this is the socket that is asked for block status.
     pub(super) fn check_same(&self, before: &Self, writable: bool, first: bool) -> Result<()> {
-        let changed = |what: String| Err(Error::corrupt(format!("the NBD export has changed: {what}")));
+        let changed = |text: String| Err(Error::corrupt(format!("the NBD export has changed: {text}")));
         if self.size != before.size {
             return changed(format!("its size was {} bytes and is {} now", before.size, self.size));
         }
+        // Commands in the replay log and in the queues were split for the old block sizes.
         if self.granule() != before.granule() || self.maximum < before.maximum {
-            return changed("its block sizes are others now".to_owned());
+            return changed(format!(
+                "its minimum and maximum block sizes were {} and {} bytes and are {} and {} now",
+                before.granule(),
+                before.maximum,
+                self.granule(),
+                self.maximum
+            ));
         }
         if writable && self.read_only && !before.read_only {
             return changed("it is read-only now".to_owned());
         }
         if first && before.block_status && !self.block_status {
-            return changed("it can't tell its holes any more".to_owned());
+            return changed("it no longer offers block status".to_owned());
         }
         let needed = [
             (before.flush, self.flush, "flush"),
@@ -131,11 +150,11 @@ impl Export {
             (before.trim, self.trim, "trim"),
             (before.zero, self.zero, "write zeroes"),
             (before.fast_zero, self.fast_zero, "write zeroes fast or not at all"),
-            // A flush on one of them is to cover the writes on all.
+            // The session relies on a flush on one socket covering the writes on all of them.
             (before.multi_conn, self.multi_conn, "be written on several connections"),
         ];
         match needed.iter().find(|(before, now, _)| writable && *before && !now) {
-            Some((.., what)) => changed(format!("it can't {what} any more")),
+            Some((.., ability)) => changed(format!("it no longer can {ability}")),
             None => Ok(()),
         }
     }
@@ -150,7 +169,7 @@ mod tests {
             size,
             minimum: 1,
             preferred: 4096,
-            maximum: USUAL_MAXIMUM,
+            maximum: DEFAULT_MAXIMUM,
             read_only: false,
             flush: true,
             fua: true,
@@ -180,8 +199,8 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_cannot_be_are_refused() {
-        for (bad, what) in [
+    fn invalid_numbers_are_refused() {
+        for (invalid, expected) in [
             (
                 Export {
                     minimum: 131_072,
@@ -205,8 +224,8 @@ mod tests {
             ),
             (export(u64::MAX), "a size of"),
         ] {
-            let said = Export::check(&mut { bad }).unwrap_err().to_string();
-            assert!(said.contains(what), "{said}");
+            let message = Export::check(&mut { invalid }).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
         }
         let mut odd = Export {
             minimum: 4096,
@@ -218,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn another_size_or_less_ability_is_a_change() {
+    fn another_size_or_a_lost_ability_is_a_change() {
         let before = export(4096);
         assert!(before.check_same(&before, true, true).is_ok());
         assert!(
@@ -257,7 +276,7 @@ mod tests {
         );
         assert!(Export { fua: false, ..before }.check_same(&before, true, true).is_err());
         assert!(Export { fua: false, ..before }.check_same(&before, false, true).is_ok());
-        for less in [
+        for lost in [
             Export { trim: false, ..before },
             Export { zero: false, ..before },
             Export {
@@ -269,13 +288,14 @@ mod tests {
                 ..before
             },
         ] {
-            assert!(less.check_same(&before, true, true).is_err(), "{less:?}");
-            assert!(less.check_same(&before, false, true).is_ok(), "{less:?}");
+            assert!(lost.check_same(&before, true, true).is_err(), "{lost:?}");
+            assert!(lost.check_same(&before, false, true).is_ok(), "{lost:?}");
         }
-        let mute = Export {
+        let no_status = Export {
             block_status: false,
             ..before
         };
-        assert!(mute.check_same(&before, false, true).is_err() && mute.check_same(&before, false, false).is_ok());
+        assert!(no_status.check_same(&before, false, true).is_err());
+        assert!(no_status.check_same(&before, false, false).is_ok());
     }
 }

@@ -1,8 +1,15 @@
-//! What is known of holes and zeroes, for a short while.
+//! Extent cache: time-limited answers to block status, so that holes and zeroes are not fetched.
 //!
-//! The export is looked at in regions of [`REGION`] bytes. What a server said of one is believed for [`BELIEVED`]: other
-//! clients may write to the export too, so it is like a read of that time. Our own changes drop at once what they
-//! touch, and an answer that was under way during a change is not kept.
+//! The export is divided into regions of [`REGION`] bytes, each with at most one cached answer. An answer is used for
+//! [`TIME_TO_LIVE`]: other clients may write to the export, so a cached answer is like a read of that time.
+//!
+//! Changes of this client take effect at once. Invariant: no cached range is zero or a hole where a change of this
+//! client has begun since the question was sent. Two rules keep it:
+//! - a change removes the regions that it may make wrong, before it is sent;
+//! - an answer whose [`CacheStamp`] is not current is not cached: its question was in flight together with a change,
+//!   and the server may have answered for the time before or after.
+//!
+//! One mutex guards everything. No other lock is acquired while it is held.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,54 +19,60 @@ use libnbd_sys::{LIBNBD_STATE_HOLE, LIBNBD_STATE_ZERO};
 
 use crate::block::Content;
 
-/// Bytes that one question is about at most: the length of a request has 32 bits.
+/// Size of a region in bytes, and so of the largest block status request: its length has 32 bits.
 pub(super) const REGION: u64 = 2 << 30;
 
-/// How long an answer is believed.
-const BELIEVED: Duration = Duration::from_secs(2);
+/// Time for which an answer is used.
+const TIME_TO_LIVE: Duration = Duration::from_secs(2);
 
-/// Ranges that are kept for all regions together.
+/// Maximum number of runs cached in all regions together.
 const MAX_RUNS: usize = 1 << 16;
 
-/// What was said of a part of a region, from `start` to `end`.
+/// Answer for the part of a region from byte `start` to byte `end` of the export.
 #[derive(Debug)]
 struct Region {
-    learnt: Instant,
+    learned: Instant,
     start: u64,
     end: u64,
-    /// Where each range starts and what it holds; the first one starts at `start`.
+    /// Start and content of each run, ordered, without gaps; the first one starts at `start`. Neighbours differ.
     runs: Vec<(u64, Content)>,
 }
 
-/// See the module.
+/// Time-limited cache of block status; see the module documentation.
 #[derive(Debug, Default)]
-pub(super) struct ExtentCache(Mutex<Inner>);
+pub(super) struct ExtentCache(Mutex<CacheContent>);
 
 #[derive(Debug, Default)]
-struct Inner {
+struct CacheContent {
+    /// By region number: the offset divided by [`REGION`].
     regions: HashMap<u64, Region>,
+    /// Number of runs in all regions.
     runs: usize,
-    /// Counts beginnings and ends of changes.
+    /// Counts the begins and the ends of changes.
     version: u64,
-    /// Changes under way.
+    /// Number of changes in flight.
     changing: usize,
-    /// Regions that are asked for ahead of their use, and when that began.
-    asked: HashMap<u64, Instant>,
+    /// Regions that are being prefetched, each with the time at which that began.
+    prefetching: HashMap<u64, Instant>,
 }
 
-/// The state of the map when a question was sent; `None`: a change was under way.
+/// Version of the cache when a block status request was sent. `None`: a change was in flight, so the answer will not be
+/// cached.
 pub(super) type CacheStamp = Option<u64>;
 
 impl ExtentCache {
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    fn inner(&self) -> MutexGuard<'_, CacheContent> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is at a byte, and up to which byte, if that is known.
+    /// Returns the content at `byte` and the end of the range that has it. Returns `None` if there is no current
+    /// answer.
     pub(super) fn at(&self, byte: u64) -> Option<(Content, u64)> {
         let inner = self.inner();
         let region = inner.regions.get(&(byte / REGION))?;
-        if region.learnt.elapsed() > BELIEVED || byte < region.start || byte >= region.end {
+        // An answer may cover a part of its region only: the question may start within it, and the server may answer for
+        // less than it was asked.
+        if region.learned.elapsed() > TIME_TO_LIVE || byte < region.start || byte >= region.end {
             return None;
         }
         let next = region.runs.partition_point(|(start, _)| *start <= byte);
@@ -67,7 +80,7 @@ impl ExtentCache {
         Some((*content, region.runs.get(next).map_or(region.end, |(start, _)| *start)))
     }
 
-    /// Whether the range is known to read as zeroes.
+    /// Returns true if the range is known to read as zeroes.
     pub(super) fn is_zero(&self, mut from: u64, to: u64) -> bool {
         while from < to {
             match self.at(from) {
@@ -78,46 +91,56 @@ impl ExtentCache {
         true
     }
 
-    /// Whether to ask now for the region of a byte, which nobody waits for: nothing is known, and nobody asks.
+    /// Returns true if the caller should prefetch the region of `byte`: there is no current answer, and no prefetch of
+    /// it was started within [`TIME_TO_LIVE`].
     pub(super) fn ask_ahead(&self, byte: u64) -> bool {
         if self.at(byte).is_some() {
             return false;
         }
         let mut inner = self.inner();
         let now = Instant::now();
-        inner.asked.retain(|_, at| now.duration_since(*at) < BELIEVED);
-        inner.changing == 0 && inner.asked.insert(byte / REGION, now).is_none()
+        // Entries expire by time, not by the answer: a region whose answer could not be cached is not asked for again
+        // with each read.
+        inner.prefetching.retain(|_, at| now.duration_since(*at) < TIME_TO_LIVE);
+        inner.changing == 0 && inner.prefetching.insert(byte / REGION, now).is_none()
     }
 
-    /// To be taken when a question is sent.
+    /// Returns the stamp for a block status request. The caller must take it before it sends the request.
     pub(super) fn stamp(&self) -> CacheStamp {
         let inner = self.inner();
+        // With a change in flight the server may answer for the time before or after it.
         (inner.changing == 0).then_some(inner.version)
     }
 
-    /// Takes an answer: lengths and flags from `start` on. What was known of the region is replaced.
+    /// Caches an answer to block status: lengths and flags of the extents from `start` on. Replaces the answer for the
+    /// region.
+    ///
+    /// Does nothing if a change has begun or ended since `stamp` was taken.
     pub(super) fn learn(&self, stamp: CacheStamp, start: u64, extents: &[(u64, u32)]) {
         let mut inner = self.inner();
+        // A change began or ended while the question was in flight, or `clear` was called: the answer may be stale.
         if stamp != Some(inner.version) {
             return;
         }
         let index = start / REGION;
-        let most = (index + 1) * REGION;
+        // A server may describe more than it was asked for: the answer is truncated at the end of the region.
+        let region_end = (index + 1) * REGION;
         let (mut at, mut runs) = (start, Vec::<(u64, Content)>::new());
         for (len, flags) in extents {
-            if at >= most {
+            if at >= region_end {
                 break;
             }
             let content = content(*flags);
             if runs.last().is_none_or(|(_, last)| *last != content) {
                 runs.push((at, content));
             }
-            at = at.saturating_add(*len).min(most);
+            at = at.saturating_add(*len).min(region_end);
         }
         if at == start {
             return;
         }
-        inner.forget(index);
+        inner.remove(index);
+        // At the limit start over: answers live for a short time, so an eviction order would gain little.
         if inner.runs + runs.len() > MAX_RUNS {
             inner.regions.clear();
             inner.runs = 0;
@@ -127,7 +150,7 @@ impl ExtentCache {
         inner.regions.insert(
             index,
             Region {
-                learnt: Instant::now(),
+                learned: Instant::now(),
                 start,
                 end: at,
                 runs,
@@ -135,67 +158,75 @@ impl ExtentCache {
         );
     }
 
-    /// A change of a range is about to be sent.
-    pub(super) fn change_begins(&self, from: u64, to: u64) {
+    /// Reports that a change of the range is about to be sent. [`Self::end_change`] must follow exactly once.
+    pub(super) fn begin_change(&self, from: u64, to: u64) {
         let mut inner = self.inner();
         inner.version += 1;
         inner.changing += 1;
-        inner.touch(from, to);
+        inner.remove_changed(from, to);
     }
 
-    /// It was answered, or given up.
-    pub(super) fn change_ends(&self) {
+    /// Reports that a change was answered or has failed.
+    pub(super) fn end_change(&self) {
         let mut inner = self.inner();
         inner.version += 1;
         inner.changing = inner.changing.saturating_sub(1);
     }
 
-    /// What was written is zeroes, or nothing: where there was data may be a hole now.
-    pub(super) fn emptied(&self, from: u64, to: u64) {
-        self.inner().forget_in(from, to, |_| true);
+    /// Removes the regions of a range that was zeroed or discarded: cached data may be a hole now. That is only a
+    /// missed optimization, so this follows the change instead of preceding it.
+    pub(super) fn zeroed(&self, from: u64, to: u64) {
+        self.inner().remove_overlapping(from, to, |_| true);
     }
 
-    /// Forgets everything: another server may answer from now on.
+    /// Removes everything, and makes requests in flight stale: another server may answer from now on.
     pub(super) fn clear(&self) {
         let mut inner = self.inner();
         inner.version += 1;
         inner.regions.clear();
-        inner.asked.clear();
+        inner.prefetching.clear();
         inner.runs = 0;
     }
 }
 
-impl Inner {
-    fn forget(&mut self, index: u64) {
+impl CacheContent {
+    /// Removes one region.
+    fn remove(&mut self, index: u64) {
         if let Some(region) = self.regions.remove(&index) {
             self.runs -= region.runs.len();
         }
     }
 
-    /// Drops regions of which something changes that was no data before.
-    fn touch(&mut self, from: u64, to: u64) {
-        let begins = |region: &Region| from.max(region.start);
-        self.forget_in(from, to, |region| !region.is_data(begins(region), to.min(region.end)));
+    /// Removes the regions in which the range is not all data: a write makes holes and zeroes wrong. Data stays data,
+    /// so overwriting it keeps the answer.
+    fn remove_changed(&mut self, from: u64, to: u64) {
+        let first_byte = |region: &Region| from.max(region.start);
+        self.remove_overlapping(from, to, |region| {
+            !region.is_data(first_byte(region), to.min(region.end))
+        });
     }
 
-    /// Drops regions that the range meets, of those for which it is `wanted`.
-    fn forget_in(&mut self, from: u64, to: u64, wanted: impl Fn(&Region) -> bool) {
-        let met = from / REGION..=to.saturating_sub(1) / REGION;
-        let gone: Vec<u64> = if met.end().saturating_sub(*met.start()) < self.regions.len() as u64 {
-            met.filter(|i| self.regions.get(i).is_some_and(&wanted)).collect()
+    /// Removes the regions that overlap the range and for which `condition` returns true.
+    fn remove_overlapping(&mut self, from: u64, to: u64, condition: impl Fn(&Region) -> bool) {
+        let indexes = from / REGION..=to.saturating_sub(1) / REGION;
+        // Iterates over the smaller set: the regions of the range, of which a long discard has many, or those cached.
+        let removed: Vec<u64> = if indexes.end().saturating_sub(*indexes.start()) < self.regions.len() as u64 {
+            indexes
+                .filter(|i| self.regions.get(i).is_some_and(&condition))
+                .collect()
         } else {
             self.regions
                 .iter()
-                .filter(|(i, r)| met.contains(i) && wanted(r))
+                .filter(|(i, r)| indexes.contains(i) && condition(r))
                 .map(|(i, _)| *i)
                 .collect()
         };
-        gone.into_iter().for_each(|index| self.forget(index));
+        removed.into_iter().for_each(|index| self.remove(index));
     }
 }
 
 impl Region {
-    /// Whether all of a range within it is data.
+    /// Returns true if the range, which must be within this region's answer, is all data.
     fn is_data(&self, from: u64, to: u64) -> bool {
         let first = self.runs.partition_point(|(start, _)| *start <= from).saturating_sub(1);
         let runs = self.runs.get(first..).unwrap_or_default();
@@ -205,7 +236,8 @@ impl Region {
     }
 }
 
-/// A range that is no zeroes for sure may hold anything, whether it takes room or not.
+/// Returns the content for the flags of an extent. A hole that does not read as zeroes may hold anything, so it counts
+/// as data.
 pub(super) fn content(flags: u32) -> Content {
     match (flags & LIBNBD_STATE_ZERO != 0, flags & LIBNBD_STATE_HOLE != 0) {
         (true, true) => Content::Hole,
@@ -221,7 +253,7 @@ mod tests {
     const HOLE: u32 = LIBNBD_STATE_HOLE | LIBNBD_STATE_ZERO;
 
     #[test]
-    fn answers_are_found_and_neighbours_joined() {
+    fn answers_are_found_and_equal_neighbours_are_joined() {
         let map = ExtentCache::default();
         map.learn(
             map.stamp(),
@@ -238,38 +270,38 @@ mod tests {
     }
 
     #[test]
-    fn a_change_drops_what_it_touches_unless_that_was_data() {
+    fn a_change_removes_regions_that_it_overlaps_outside_of_data() {
         let map = ExtentCache::default();
         map.learn(map.stamp(), 0, &[(1000, 0), (1000, HOLE)]);
-        map.change_begins(0, 1000);
-        map.change_ends();
+        map.begin_change(0, 1000);
+        map.end_change();
         assert_eq!(map.at(0), Some((Content::Data, 1000)));
-        map.change_begins(999, 1001);
-        map.change_ends();
+        map.begin_change(999, 1001);
+        map.end_change();
         assert_eq!(map.at(0), None);
     }
 
     #[test]
-    fn data_that_was_made_zeroes_is_asked_for_again() {
+    fn zeroed_data_is_removed() {
         let map = ExtentCache::default();
         for region in [0, REGION, 5 * REGION] {
             map.learn(map.stamp(), region, &[(1000, 0)]);
         }
-        map.emptied(500, REGION + 1);
+        map.zeroed(500, REGION + 1);
         assert_eq!((map.at(0), map.at(REGION)), (None, None));
         assert_eq!(map.at(5 * REGION), Some((Content::Data, 5 * REGION + 1000)));
-        map.emptied(0, u64::MAX);
+        map.zeroed(0, u64::MAX);
         assert_eq!(map.at(5 * REGION), None);
         assert_eq!(map.inner().runs, 0);
     }
 
     #[test]
-    fn an_answer_that_crossed_a_change_is_not_kept() {
+    fn an_answer_in_flight_with_a_change_is_not_cached() {
         let map = ExtentCache::default();
         let before = map.stamp();
-        map.change_begins(5000, 6000);
+        map.begin_change(5000, 6000);
         let during = map.stamp();
-        map.change_ends();
+        map.end_change();
         for stamp in [before, during] {
             map.learn(stamp, 0, &[(10_000, HOLE)]);
             assert_eq!(map.at(0), None);
@@ -279,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_are_apart_and_bounded() {
+    fn regions_are_separate_and_their_runs_are_limited() {
         let map = ExtentCache::default();
         map.learn(map.stamp(), REGION - 100, &[(200, HOLE)]);
         assert_eq!(map.at(REGION - 1), Some((Content::Hole, REGION)));
@@ -294,12 +326,12 @@ mod tests {
     }
 
     #[test]
-    fn a_region_is_asked_for_ahead_once() {
+    fn a_region_is_prefetched_once() {
         let map = ExtentCache::default();
         assert!(map.ask_ahead(5));
         assert!(!map.ask_ahead(REGION - 1));
         assert!(map.ask_ahead(REGION));
-        map.change_begins(0, 1);
+        map.begin_change(0, 1);
         assert!(!map.ask_ahead(2 * REGION));
     }
 }

@@ -1,12 +1,22 @@
-//! The one place that calls libnbd: a handle whose methods are safe.
+//! Safe interface to libnbd. No other module calls the library.
 //!
-//! Who may touch what: libnbd locks a handle during each call, so any thread may call any method. A command's buffer
-//! lives in its [`Command`], which belongs to the library from [`Handle::submit`] on until it calls one of the two
-//! functions of [`Ticket`]; then the operation goes to the list of those that are [`CompletionQueue`]. The library retires every
-//! command: when it is answered, when the connection dies, and when the handle is closed.
+//! # Ownership
 //!
-//! The functions of a ticket run inside of a call of the library, under the handle's lock. They do nothing but move
-//! the operation to the list; whoever made the call looks into the list afterwards.
+//! libnbd locks a handle during each call, so any thread may call any method of a [`Handle`].
+//!
+//! The buffer of a command is in its [`Command`]. [`Handle::submit`] moves the command into a [`Ticket`], which the
+//! library owns from then on. The library calls `on_completion` at most once, and `free_ticket` exactly once after it;
+//! the first of the two moves the command to the [`CompletionQueue`]. So each command is returned exactly once: when
+//! the server has answered it, when the connection breaks, or when the handle is closed.
+//!
+//! # Callbacks
+//!
+//! The callbacks run in the thread that called the library, under the lock of the handle. They must not call the
+//! library with that handle. They only store into the ticket and move the command to the queue; the thread that made
+//! the call examines the queue afterwards.
+//!
+//! Lock order: the library's lock of the handle, then that of the [`CompletionQueue`]. No function calls the library
+//! while it holds the latter.
 
 #![allow(unsafe_code)] // Calls of a C library, and its callbacks.
 
@@ -26,25 +36,27 @@ use self::callbacks::{
 use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The most exports, and metadata contexts of an export, that are taken from a server.
+/// Maximum number of exports, and of metadata contexts of an export, that are accepted from a server. Bounds the memory
+/// for an untrusted list.
 const MAX_LISTED: usize = 4096;
 
-/// The most extents that are taken from one answer about block status.
+/// Maximum number of extents that are accepted from one answer to block status; also of out-of-order chunks of a read.
 const MAX_EXTENTS: usize = 1 << 16;
 
-/// What a command failed with that was never completed: the library refused it, or the connection is over.
+/// Error of a command that the library returned without completing it: the library refused it, or the connection has
+/// ended. No `errno` is negative.
 pub(super) const UNSENT: i32 = -1;
 
-/// A handle of libnbd.
+/// libnbd handle: one connection, in any state. Closes it on drop.
 #[derive(Debug)]
 pub(super) struct Handle(NonNull<sys::nbd_handle>);
 
-// SAFETY: libnbd's functions may be called from any thread; they lock the handle.
+// SAFETY: the functions of libnbd may be called from any thread; they lock the handle.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
 
-/// Operations that the library has let go of, each with what it failed with.
+/// Commands that the library has returned, each with its error: an `errno` or [`UNSENT`].
 #[derive(Debug, Default)]
 pub(super) struct CompletionQueue {
     list: Mutex<Vec<(Box<Command>, Option<i32>)>>,
@@ -58,8 +70,9 @@ impl CompletionQueue {
         self.len.store(list.len(), Ordering::Release);
     }
 
-    /// Moves them to the end of `out`.
+    /// Moves all commands to the end of `out`.
     pub(super) fn take(&self, out: &mut Vec<(Box<Command>, Option<i32>)>) {
+        // Called after each send and each poll event, so an empty queue must not cost a lock.
         if self.len.load(Ordering::Acquire) > 0 {
             let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
             out.append(&mut list);
@@ -68,47 +81,49 @@ impl CompletionQueue {
     }
 }
 
-/// What the library holds for a command: the operation, and where it goes afterwards.
+/// Owner of a command while the library has it, and the queue that the command is returned to.
 #[derive(Debug)]
 struct Ticket {
     command: Option<Box<Command>>,
-    /// What a read that comes in chunks has been given.
+    /// Received parts of the answer, for a read with structured replies.
     chunks: Option<Chunks>,
     completions: Arc<CompletionQueue>,
 }
 
-/// The parts of an answer, which the library does not compare with what was asked for.
+/// Parts of the answer to a read. libnbd checks that each chunk lies within the request, but not that the chunks cover
+/// it, so a server could leave a part of the buffer with old data.
 #[derive(Debug)]
 struct Chunks {
-    /// From there on nothing has come yet, but for what is in `beyond`.
+    /// All bytes before this offset were received.
     next: u64,
     end: u64,
-    /// Where parts that came out of order begin and end.
-    beyond: Vec<(u64, u64)>,
+    /// Begin and end of the parts that were received out of order.
+    out_of_order: Vec<(u64, u64)>,
 }
 
 impl Chunks {
-    /// None yet, of a range.
-    fn of(offset: u64, len: u64) -> Self {
+    /// Creates the record for a read of that range, with no part received yet.
+    fn new(offset: u64, len: u64) -> Self {
         Self {
             next: offset,
             end: offset + len,
-            beyond: Vec::new(),
+            out_of_order: Vec::new(),
         }
     }
 
     fn add(&mut self, offset: u64, count: u64) {
         if offset == self.next {
             self.next += count;
-        } else if self.beyond.len() < MAX_EXTENTS {
-            self.beyond.push((offset, offset + count));
+        } else if self.out_of_order.len() < MAX_EXTENTS {
+            // A part that is dropped because the list is full makes the read fail, which is safe.
+            self.out_of_order.push((offset, offset + count));
         }
     }
 
-    /// Whether each byte came, and came once.
-    fn are_all(&mut self) -> bool {
-        self.beyond.sort_unstable();
-        for (start, end) in self.beyond.drain(..) {
+    /// Returns true if each byte was received, and received once.
+    fn are_complete(&mut self) -> bool {
+        self.out_of_order.sort_unstable();
+        for (start, end) in self.out_of_order.drain(..) {
             if start != self.next {
                 return false;
             }
@@ -119,6 +134,7 @@ impl Chunks {
 }
 
 impl Ticket {
+    /// Moves the command to the queue. Does nothing if that was done before.
     fn retire(&mut self, error: Option<i32>) {
         if let Some(command) = self.command.take() {
             self.completions.push(command, error);
@@ -126,7 +142,7 @@ impl Ticket {
     }
 }
 
-/// An option of the handshake under way: -1, and its `errno` or 0 when it is done.
+/// Reply to an option of the handshake: -1 while the option is in flight, then its `errno`, 0 for success.
 #[derive(Debug)]
 pub(super) struct OptDone(AtomicI32);
 
@@ -135,19 +151,18 @@ impl OptDone {
         Arc::new(Self(AtomicI32::new(-1)))
     }
 
-    /// Its `errno` or 0; `None`: not done yet.
+    /// Returns the `errno` of the reply, 0 for success. Returns `None` while the option is in flight.
     pub(super) fn get(&self) -> Option<i32> {
         Some(self.0.load(Ordering::Acquire)).filter(|e| *e >= 0)
     }
 }
 
-/// Texts that a server lists: a name and, of an export, its description.
+/// List that a server sends: names, each with its description if it is an export.
 pub(super) type Listed = Arc<Mutex<Vec<(CString, CString)>>>;
 
-/// Numbers and abilities of an export.
+/// Flag of an export, named like the `nbd_is_…` or `nbd_can_…` function that returns it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ask {
-    /// See `nbd_is_read_only`, and so on.
+pub(super) enum ExportFlag {
     ReadOnly,
     Rotational,
     Flush,
@@ -161,36 +176,38 @@ pub(super) enum Ask {
 }
 
 impl Handle {
-    /// A new one that is not connected.
+    /// Creates a handle that is not connected.
     pub(super) fn new() -> Result<Self> {
-        // SAFETY: it takes nothing.
-        let made = NonNull::new(unsafe { sys::nbd_create() })
+        // SAFETY: the function has no arguments and no preconditions.
+        let handle = NonNull::new(unsafe { sys::nbd_create() })
             .map(Self)
-            .ok_or_else(|| failure("a handle of libnbd"))?;
-        // Every answer fills the buffer or is an error; where it comes in chunks they are counted.
+            .ok_or_else(|| failure("nbd_create"))?;
+        // The library need not clear buffers: a simple reply fills the whole buffer, and the chunks of a structured
+        // reply are checked by `Chunks`.
         // SAFETY: the handle is alive.
         done(
-            unsafe { sys::nbd_set_pread_initialize(made.raw(), false) },
+            unsafe { sys::nbd_set_pread_initialize(handle.raw(), false) },
             "nbd_set_pread_initialize",
         )?;
-        // The end of an export may be no multiple of its blocks; whether it can be read then the server has to say.
+        // The size of an export need not be a multiple of its block size. The library would refuse a request for the
+        // last, incomplete block, which the server may accept.
         // SAFETY: the handle is alive.
-        let strict = unsafe { sys::nbd_get_strict_mode(made.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
+        let strict = unsafe { sys::nbd_get_strict_mode(handle.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
         // SAFETY: the handle is alive.
         done(
-            unsafe { sys::nbd_set_strict_mode(made.raw(), strict) },
+            unsafe { sys::nbd_set_strict_mode(handle.raw(), strict) },
             "nbd_set_strict_mode",
         )?;
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_opt_mode(made.raw(), true) }, "nbd_set_opt_mode")?;
-        Ok(made)
+        done(unsafe { sys::nbd_set_opt_mode(handle.raw(), true) }, "nbd_set_opt_mode")?;
+        Ok(handle)
     }
 
     fn raw(&self) -> *mut sys::nbd_handle {
         self.0.as_ptr()
     }
 
-    /// The version of the library.
+    /// Returns the version of the library.
     pub(super) fn version(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
         text(unsafe { sys::nbd_get_version(self.raw()) })
@@ -198,7 +215,7 @@ impl Handle {
             .into_owned()
     }
 
-    /// Names the export.
+    /// Sets the name of the export to open or to ask for.
     pub(super) fn set_export(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
@@ -207,32 +224,32 @@ impl Handle {
         )
     }
 
-    /// The name of the export.
+    /// Returns the name of the export.
     pub(super) fn export(&self) -> CString {
-        // SAFETY: the handle is alive; the text is ours.
+        // SAFETY: the handle is alive; the caller of the function owns the text.
         owned(unsafe { sys::nbd_get_export_name(self.raw()) })
     }
 
-    /// The description of the export, empty where there is none.
+    /// Returns the description of the export, or an empty text if there is none.
     pub(super) fn description(&self) -> CString {
-        // SAFETY: the handle is alive; the text is ours.
+        // SAFETY: the handle is alive; the caller of the function owns the text.
         owned(unsafe { sys::nbd_get_export_description(self.raw()) })
     }
 
-    /// Asks for descriptions.
+    /// Makes [`Self::opt_info`] ask for the description of the export too.
     pub(super) fn set_full_info(&self) -> Result<()> {
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_set_full_info(self.raw(), true) }, "nbd_set_full_info")
     }
 
-    /// Asks for block status, or (`false`) for the short replies, which have none.
-    pub(super) fn set_block_status(&self, wanted: bool) -> Result<()> {
+    /// Requests block status on this connection. `false` requests simple replies, which are shorter but have none.
+    pub(super) fn set_block_status(&self, enabled: bool) -> Result<()> {
         // SAFETY: the handle is alive.
         done(
-            unsafe { sys::nbd_set_request_structured_replies(self.raw(), wanted) },
+            unsafe { sys::nbd_set_request_structured_replies(self.raw(), enabled) },
             "structured replies",
         )?;
-        if wanted {
+        if enabled {
             let context = sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr();
             // SAFETY: handle and text are alive.
             done(
@@ -243,7 +260,7 @@ impl Handle {
         Ok(())
     }
 
-    /// Asks for no metadata context any more.
+    /// Removes all requested metadata contexts.
     pub(super) fn clear_contexts(&self) -> Result<()> {
         // SAFETY: the handle is alive.
         done(
@@ -252,7 +269,7 @@ impl Handle {
         )
     }
 
-    /// One of `LIBNBD_TLS_*`.
+    /// Sets the TLS mode, one of `LIBNBD_TLS_*`. Errors: TLS is requested, but the library is built without it.
     pub(super) fn set_tls(&self, tls: c_int) -> Result<()> {
         // SAFETY: the handle is alive.
         if tls != sys::LIBNBD_TLS_DISABLE && unsafe { sys::nbd_supports_tls(self.raw()) } != 1 {
@@ -262,7 +279,7 @@ impl Handle {
         done(unsafe { sys::nbd_set_tls(self.raw(), tls) }, "tls")
     }
 
-    /// The folder of certificates.
+    /// Sets the folder of the certificates.
     pub(super) fn set_tls_certificates(&self, dir: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
@@ -271,7 +288,7 @@ impl Handle {
         )
     }
 
-    /// Whether the server's certificate is verified.
+    /// Sets if the certificate of the server is verified.
     pub(super) fn set_tls_verify(&self, verify: bool) -> Result<()> {
         // SAFETY: the handle is alive.
         done(
@@ -280,7 +297,7 @@ impl Handle {
         )
     }
 
-    /// The user of a pre-shared key.
+    /// Sets the user name for a pre-shared key.
     pub(super) fn set_tls_username(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
@@ -289,7 +306,7 @@ impl Handle {
         )
     }
 
-    /// The file of pre-shared keys.
+    /// Sets the file of pre-shared keys.
     pub(super) fn set_tls_psk(&self, file: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
@@ -298,17 +315,17 @@ impl Handle {
         )
     }
 
-    /// Whether what goes over the connection is encrypted.
+    /// Returns true if the connection is encrypted.
     pub(super) fn is_encrypted(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_get_tls_negotiated(self.raw()) == 1 }
     }
 
-    /// Begins to connect to what a URI says. The user wrote it, so it may name files and use every transport.
+    /// Starts to connect to a URI. The URI comes from the user, so it may name local files and use every transport.
     pub(super) fn connect_uri(&self, uri: &CStr) -> Result<()> {
         // SAFETY: the handle is alive.
         if unsafe { sys::nbd_supports_uri(self.raw()) } != 1 {
-            return Err(Error::unsupported("this libnbd is built without URIs"));
+            return Err(Error::unsupported("this libnbd is built without URI support"));
         }
         // SAFETY: handle and text are alive.
         unsafe {
@@ -328,7 +345,7 @@ impl Handle {
         }
     }
 
-    /// Begins to connect to a Unix socket.
+    /// Starts to connect to a Unix socket.
     pub(super) fn connect_unix(&self, path: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
@@ -337,7 +354,7 @@ impl Handle {
         )
     }
 
-    /// Begins to connect by TCP.
+    /// Starts to connect by TCP. Blocks while the host name is resolved.
     pub(super) fn connect_tcp(&self, host: &CStr, port: &CStr) -> Result<()> {
         // SAFETY: handle and texts are alive.
         done(
@@ -346,22 +363,22 @@ impl Handle {
         )
     }
 
-    /// Begins to connect by VSOCK.
+    /// Starts to connect by VSOCK.
     pub(super) fn connect_vsock(&self, cid: u32, port: u32) -> Result<()> {
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_aio_connect_vsock(self.raw(), cid, port) }, "connect")
     }
 
-    /// Begins the handshake on a connected socket.
+    /// Starts the handshake on a connected socket.
     pub(super) fn connect_socket(&self, socket: OwnedFd) -> Result<()> {
-        // SAFETY: the handle is alive; the library closes the descriptor, whatever becomes of the call.
+        // SAFETY: the handle is alive; the library closes the descriptor, also if the call fails.
         done(
             unsafe { sys::nbd_aio_connect_socket(self.raw(), socket.into_raw_fd()) },
             "connect",
         )
     }
 
-    /// Begins to open the export.
+    /// Starts to open the export.
     pub(super) fn opt_go(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
         // SAFETY: the handle is alive, and the callback holds all it needs.
@@ -372,7 +389,7 @@ impl Handle {
         Ok(opt)
     }
 
-    /// Begins to ask for the export's size and abilities.
+    /// Starts to ask for the size and the flags of the export.
     pub(super) fn opt_info(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
         // SAFETY: the handle is alive, and the callback holds all it needs.
@@ -383,7 +400,7 @@ impl Handle {
         Ok(opt)
     }
 
-    /// Begins to list the exports; the list may be read when it is done.
+    /// Starts to list the exports. The list is complete when the option has its reply.
     pub(super) fn opt_list(&self) -> Result<(Arc<OptDone>, Listed)> {
         let (opt, listed) = (OptDone::new(), Listed::default());
         let list = sys::nbd_list_callback {
@@ -399,7 +416,7 @@ impl Handle {
         Ok((opt, listed))
     }
 
-    /// Begins to list the metadata contexts of the export.
+    /// Starts to list the metadata contexts of the export. The list is complete when the option has its reply.
     pub(super) fn opt_contexts(&self) -> Result<(Arc<OptDone>, Listed)> {
         let (opt, listed) = (OptDone::new(), Listed::default());
         let list = sys::nbd_context_callback {
@@ -408,54 +425,54 @@ impl Handle {
             free: Some(free_listed),
         };
         // SAFETY: the handle is alive, and the callbacks hold all they need.
-        let begun = unsafe { sys::nbd_aio_opt_list_meta_context(self.raw(), list, option_callback(&opt)) };
-        done(begun, "list the contexts")?;
+        let result = unsafe { sys::nbd_aio_opt_list_meta_context(self.raw(), list, option_callback(&opt)) };
+        done(result, "list the contexts")?;
         Ok((opt, listed))
     }
 
-    /// Ends a handshake politely.
+    /// Ends the handshake with NBD_OPT_ABORT.
     pub(super) fn opt_abort(&self) {
         // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
         unsafe { sys::nbd_aio_opt_abort(self.raw()) };
     }
 
-    /// Tells the server that the connection ends, once all commands are answered.
+    /// Sends NBD_CMD_DISC: the server closes the connection once it has answered all commands.
     pub(super) fn disconnect(&self) {
         // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
         unsafe { sys::nbd_aio_disconnect(self.raw(), 0) };
     }
 
-    /// Whether the export has an ability.
-    pub(super) fn can(&self, what: Ask) -> bool {
-        let ask = match what {
-            Ask::ReadOnly => sys::nbd_is_read_only,
-            Ask::Rotational => sys::nbd_is_rotational,
-            Ask::Flush => sys::nbd_can_flush,
-            Ask::Fua => sys::nbd_can_fua,
-            Ask::Trim => sys::nbd_can_trim,
-            Ask::Zero => sys::nbd_can_zero,
-            Ask::FastZero => sys::nbd_can_fast_zero,
-            Ask::Df => sys::nbd_can_df,
-            Ask::MultiConn => sys::nbd_can_multi_conn,
-            Ask::Cache => sys::nbd_can_cache,
+    /// Returns true if the export has the flag. An error counts as false.
+    pub(super) fn can(&self, flag: ExportFlag) -> bool {
+        let function = match flag {
+            ExportFlag::ReadOnly => sys::nbd_is_read_only,
+            ExportFlag::Rotational => sys::nbd_is_rotational,
+            ExportFlag::Flush => sys::nbd_can_flush,
+            ExportFlag::Fua => sys::nbd_can_fua,
+            ExportFlag::Trim => sys::nbd_can_trim,
+            ExportFlag::Zero => sys::nbd_can_zero,
+            ExportFlag::FastZero => sys::nbd_can_fast_zero,
+            ExportFlag::Df => sys::nbd_can_df,
+            ExportFlag::MultiConn => sys::nbd_can_multi_conn,
+            ExportFlag::Cache => sys::nbd_can_cache,
         };
         // SAFETY: the handle is alive.
-        unsafe { ask(self.raw()) == 1 }
+        unsafe { function(self.raw()) == 1 }
     }
 
-    /// Whether the server tells holes and zeroes.
+    /// Returns true if the server reports holes and zeroes.
     pub(super) fn can_block_status(&self) -> bool {
         // SAFETY: handle and text are alive.
         unsafe { sys::nbd_can_meta_context(self.raw(), sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr()) == 1 }
     }
 
-    /// Whether the server gives structured replies.
+    /// Returns true if structured replies were negotiated.
     pub(super) fn is_structured(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_get_structured_replies_negotiated(self.raw()) == 1 }
     }
 
-    /// The variant of the protocol.
+    /// Returns the name of the protocol variant.
     pub(super) fn protocol(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
         text(unsafe { sys::nbd_get_protocol(self.raw()) })
@@ -463,7 +480,7 @@ impl Handle {
             .into_owned()
     }
 
-    /// Bytes of the export.
+    /// Returns the size of the export in bytes.
     pub(super) fn size(&self) -> Result<u64> {
         // SAFETY: the handle is alive.
         u64::try_from(unsafe { sys::nbd_get_size(self.raw()) })
@@ -471,7 +488,7 @@ impl Handle {
             .ok_or_else(|| failure("size of the export"))
     }
 
-    /// Minimum, preferred and maximum bytes of a request; 0: not said.
+    /// Returns the minimum, preferred and maximum length of a request in bytes; 0 if the server does not report one.
     pub(super) fn block_sizes(&self) -> [u64; 3] {
         [
             sys::LIBNBD_SIZE_MINIMUM,
@@ -484,16 +501,16 @@ impl Handle {
         })
     }
 
-    /// The descriptor to poll, while the connection is not closed.
+    /// Returns the descriptor to poll, or `None` if the connection is closed.
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the handle is alive.
         let fd = unsafe { sys::nbd_aio_get_fd(self.raw()) };
-        // SAFETY: the library keeps it open until the handle is dropped or the server has closed the connection; then
-        // polling another file in its place, or none, does no harm.
+        // SAFETY: the library keeps the descriptor open until the handle is dropped or the connection has ended. If
+        // the number is closed or reused meanwhile, polling it has no effect on the other file.
         (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
-    /// Whether it waits to read, and whether to write.
+    /// Returns if the library waits to read, and if it waits to write.
     pub(super) fn direction(&self) -> (bool, bool) {
         // SAFETY: the handle is alive.
         let direction = unsafe { sys::nbd_aio_get_direction(self.raw()) };
@@ -503,53 +520,56 @@ impl Handle {
         )
     }
 
-    /// Goes on after the descriptor became readable. An error: the connection is dead, or the option failed.
+    /// Lets the library read, after the descriptor became readable. Errors: the connection is dead, or an option was
+    /// refused.
     pub(super) fn readable(&self) -> Result<()> {
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_aio_notify_read(self.raw()) }, "connection")
     }
 
-    /// Goes on after the descriptor became writable. An error as for [`Self::readable`].
+    /// Lets the library write, after the descriptor became writable. Errors: those of [`Self::readable`].
     pub(super) fn writable(&self) -> Result<()> {
         // SAFETY: the handle is alive.
         done(unsafe { sys::nbd_aio_notify_write(self.raw()) }, "connection")
     }
 
-    /// Whether the connection is being made.
+    /// Returns true while the transport is connecting.
     pub(super) fn is_connecting(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_aio_is_connecting(self.raw()) == 1 }
     }
 
-    /// Whether options can be sent.
+    /// Returns true if options can be sent.
     pub(super) fn is_negotiating(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_aio_is_negotiating(self.raw()) == 1 }
     }
 
-    /// Whether commands can be sent.
+    /// Returns true if commands can be sent.
     pub(super) fn is_up(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_aio_is_ready(self.raw()) == 1 || sys::nbd_aio_is_processing(self.raw()) == 1 }
     }
 
-    /// Whether the connection is over.
+    /// Returns true if the connection has ended, in order or not.
     pub(super) fn is_over(&self) -> bool {
         // SAFETY: the handle is alive.
         unsafe { sys::nbd_aio_is_dead(self.raw()) == 1 || sys::nbd_aio_is_closed(self.raw()) == 1 }
     }
 
-    /// Sends an operation. It comes back in `completions`, exactly once, whatever happens; maybe before this returns.
-    /// `structured`: answers to reads come in chunks.
+    /// Sends a command, and returns it in `completions` exactly once, possibly before this function returns.
+    ///
+    /// `structured`: the server answers reads in chunks.
     pub(super) fn submit(&self, mut command: Box<Command>, structured: bool, completions: &Arc<CompletionQueue>) {
         let (kind, offset, len) = (command.kind, command.offset, command.len);
-        let (buf, room) = command.buf.bytes();
+        let (buf, capacity) = command.buf.bytes();
         let count = if kind.has_data() { len as usize } else { 0 };
-        if count > room {
+        // The library would read or write beyond the buffer.
+        if count > capacity {
             return completions.push(command, Some(libc::EINVAL));
         }
         let chunked = structured && kind == CommandKind::Read;
-        let chunks = chunked.then(|| Chunks::of(offset, len));
+        let chunks = chunked.then(|| Chunks::new(offset, len));
         let ticket = Box::into_raw(Box::new(Ticket {
             command: Some(command),
             chunks,
@@ -561,9 +581,10 @@ impl Handle {
             free: Some(free_ticket),
         };
         let raw = self.raw();
-        // SAFETY: the handle is alive. There are at least `count` bytes on the heap, which belong to the ticket alone; the library frees the
-        // ticket when it is done with the command, also where this call fails, and nobody else touches it before.
-        // The extent and chunk callbacks are called before the completion callback, so the ticket is there.
+        // SAFETY: the handle is alive. `buf` points to at least `count` bytes on the heap, which belong to the ticket
+        // alone. The library frees the ticket when it has finished the command, also if this call fails, and no other
+        // code accesses it before. The extent and chunk callbacks are called before the completion callback, so they
+        // find a live ticket.
         unsafe {
             match kind {
                 CommandKind::Read if chunked => {
@@ -596,72 +617,74 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: nobody else has the handle any more.
+        // SAFETY: this is the only owner of the handle. The library frees the tickets of commands in flight.
         unsafe { sys::nbd_close(self.raw()) };
     }
 }
 
-/// Whether a signal that ends us has come and waits to be read: long work before the mount is to end then.
+/// Returns true if a termination signal is pending. These signals are blocked and read from a descriptor once the
+/// volume is mounted, so long work before that calls this function.
 pub(super) fn is_ending() -> bool {
-    // SAFETY: an all-zero set is a valid one, and only that is written to.
+    // SAFETY: an all-zero signal set is valid, and sigpending writes to nothing else.
     let pending = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigpending(&raw mut set);
         set
     };
-    // SAFETY: the set was filled in above.
+    // SAFETY: sigpending has filled in the set above.
     [libc::SIGTERM, libc::SIGINT]
         .iter()
         .any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
 }
 
-/// Takes a connected socket over that was handed to this process by its number. Errors: it is none.
+/// Takes ownership of a connected socket that was passed to this process as descriptor `number`. Errors: it is not a
+/// socket.
 pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
     let bad = |e: nix::errno::Errno| Error::io(format!("socket-fd={number}"), e.into());
-    // SAFETY: only looked at.
+    // SAFETY: it is only borrowed for fstat and dup, which fail with EBADF if there is no such descriptor.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let kind = nix::sys::stat::fstat(borrowed).map_err(bad)?.st_mode & libc::S_IFMT;
     if number < 3 || kind != libc::S_IFSOCK {
         return Err(Error::new(
             ErrorKind::Usage,
-            format!("socket-fd={number}: this is no socket that was handed over"),
+            format!("socket-fd={number}: not a socket that was passed to this process (3 or higher)"),
         ));
     }
-    // Not for children of ours; the number itself is nobody's any more afterwards.
+    // The duplicate is close-on-exec, so that children do not inherit it. The original number is closed.
     let copy = borrowed
         .try_clone_to_owned()
         .map_err(|e| Error::io(format!("socket-fd={number}"), e))?;
-    // SAFETY: whoever started us handed it over, and nothing in this process uses the number.
+    // SAFETY: the parent process passed the descriptor for this use, and nothing else in this process uses the number.
     drop(unsafe { OwnedFd::from_raw_fd(number) });
     Ok(copy)
 }
 
-/// What the library says of the last failure of this thread.
-pub(super) fn failure(what: &str) -> Error {
-    // SAFETY: the text is valid until the next call of this thread.
-    let (said, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
-    let said = if said.is_null() {
+/// Returns the last error of the library in this thread. `context`: what failed.
+pub(super) fn failure(context: &str) -> Error {
+    // SAFETY: the text is valid until this thread calls the library again.
+    let (message, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
+    let message = if message.is_null() {
         "the server closed the connection".into()
     } else {
-        text(said).to_string_lossy()
+        text(message).to_string_lossy()
     };
-    // Each text starts with the name of a function of the library, or several.
-    let said = said
+    // Each message starts with the names of one or more functions of the library, which mean nothing to a user.
+    let message = message
         .rsplit_once("nbd_aio_")
-        .map_or(&*said, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
+        .map_or(&*message, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, s)| s));
     Error::new(
         ErrorKind::Os(if errno > 0 { errno } else { libc::EIO }),
-        format!("{what}: {said}"),
+        format!("{context}: {message}"),
     )
 }
 
-fn done(result: c_int, what: &str) -> Result<()> {
-    if result == -1 { Err(failure(what)) } else { Ok(()) }
+fn done(result: c_int, context: &str) -> Result<()> {
+    if result == -1 { Err(failure(context)) } else { Ok(()) }
 }
 
-/// A text of the library; empty for a null pointer.
+/// Borrows a text of the library. Returns an empty text for a null pointer.
 fn text<'a>(text: *const c_char) -> &'a CStr {
-    // SAFETY: callers pass texts of the library that live long enough.
+    // SAFETY: callers pass texts of the library that are valid for as long as they use the result.
     if text.is_null() {
         c""
     } else {
@@ -669,10 +692,10 @@ fn text<'a>(text: *const c_char) -> &'a CStr {
     }
 }
 
-/// A text that is ours to free.
+/// Copies a text that the library has allocated for the caller, and frees it.
 fn owned(raw: *mut c_char) -> CString {
     let copy = text(raw).to_owned();
-    // SAFETY: it was allocated by the library with malloc, for us; free takes a null pointer.
+    // SAFETY: the library has allocated the text with malloc and passed its ownership; free accepts a null pointer.
     unsafe { libc::free(raw.cast()) };
     copy
 }
@@ -682,14 +705,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_in_any_order_are_all_where_each_byte_came_once() {
-        let whole = |parts: &[(u64, u64)]| {
-            let mut chunks = Chunks::of(100, 50);
+    fn chunks_in_any_order_are_complete_if_each_byte_was_received_once() {
+        let complete = |parts: &[(u64, u64)]| {
+            let mut chunks = Chunks::new(100, 50);
             parts.iter().for_each(|(offset, count)| chunks.add(*offset, *count));
-            chunks.are_all()
+            chunks.are_complete()
         };
-        assert!(whole(&[(100, 50)]) && whole(&[(100, 20), (120, 30)]));
-        assert!(whole(&[(120, 10), (130, 20), (100, 20)]));
+        assert!(complete(&[(100, 50)]) && complete(&[(100, 20), (120, 30)]));
+        assert!(complete(&[(120, 10), (130, 20), (100, 20)]));
         for wrong in [
             &[(100, 49)][..],
             &[(100, 25), (100, 25)],
@@ -697,7 +720,7 @@ mod tests {
             &[(100, 30), (120, 20)],
             &[],
         ] {
-            assert!(!whole(wrong), "{wrong:?}");
+            assert!(!complete(wrong), "{wrong:?}");
         }
     }
 }

@@ -1,19 +1,23 @@
 //! Exports of NBD servers as disks. libnbd is the client.
 //!
+//! A disk turns requests into commands, its session keeps them until they are answered, and a connection sends them. A
+//! connection that breaks is replaced: the session replays the writes that no flush covers, and sends the unanswered
+//! commands again. Each request ends by its deadline.
+//!
 //! ```text
-//!   disk.rs        sectors ─► commands, split as the server wants them; zeroes that are known are not fetched (map.rs)
-//!   parts.rs       requests of several commands
-//!   link.rs        what becomes of a command: sent, answered, or sent again on a new connection; its end is bounded
-//!   link/          attend.rs: who serves the connections; connect.rs: who makes new ones
-//!   journal.rs     changes that no flush has covered, to be sent again
-//!   generation.rs  the connections of now: who sends      drive.rs    who reads answers
-//!   carry.rs       long requests, each by a thread with a connection of its own
-//!   dial.rs        from an address to a connection        server.rs   a server that we run ourselves
-//!   look.rs        --list, --info, all exports as files   export.rs   size and abilities
-//!   ffi.rs         the only calls of libnbd
+//!   disk.rs           sectors ─► commands              extent_cache.rs  holes and zeroes, which are not fetched
+//!   split_request.rs  requests of several commands     command.rs       one command, from submission to result
+//!   session.rs        queues, deadlines, results       replay_log.rs    writes that no flush covers yet
+//!     session/serve.rs     which thread polls          session/reconnect.rs  manager thread: connect, replay
+//!   connection.rs     sockets retired together: send   poller.rs        poll, read answers (handoff.rs, sync.rs)
+//!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
+//!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
+//!   discover.rs       --list, --info, all exports      export.rs        size, block sizes, flags; their checks
+//!   ffi.rs            the only calls of libnbd
 //! ```
-//! All numbers of a server are checked where they come in (`export.rs`, `map.rs`), and how long and how many names there
-//! are is bounded (`ffi.rs`). A server that breaks the protocol loses its connection, as libnbd decides.
+//! Nothing that a server sends is trusted. All numbers are checked where they enter (`export.rs`, `extent_cache.rs`,
+//! the chunks of a read in `ffi.rs`), and the number of listed names and of extents is bounded (`ffi.rs`). libnbd
+//! closes the connection of a server that violates the protocol.
 
 mod buffer_pool;
 mod bulk;
@@ -26,10 +30,12 @@ mod disk;
 mod export;
 mod extent_cache;
 mod ffi;
+mod handoff;
 mod poller;
 mod replay_log;
 mod session;
 mod split_request;
+mod sync;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +43,8 @@ pub use crate::source::server_info::{ExportInfo, ServerInfo};
 pub use discover::{exports, info, list};
 pub use disk::NbdDisk;
 
-/// The version of libnbd, which need not be the one that was there for the build. `None`: it is not built in.
+/// Returns the version of the loaded libnbd, which may be another one than at build time. Always `Some` in this build;
+/// `None` stands for a build without NBD.
 pub fn version() -> crate::error::Result<Option<String>> {
     Ok(Some(ffi::Handle::new()?.version()))
 }

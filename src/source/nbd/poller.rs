@@ -1,11 +1,13 @@
-//! Serving the connections of a generation: by one thread at a time, the one with the right to drive.
+//! Polling the sockets of a connection: by one thread at a time, the holder of the [`Poller`].
 //!
-//! libnbd keeps a handle locked while its own `nbd_poll` sleeps, so the descriptors are polled here. What others submit
-//! while the driver is awake is left to it, so that nobody waits for the lock of a handle; while it sleeps in `poll`
-//! they send by themselves.
+//! libnbd's own `nbd_poll` keeps the handle locked while it sleeps, and no thread could send a command meanwhile. So
+//! the descriptors are polled here. Commands that are submitted while the polling thread is awake are left to it, so
+//! that no submitter waits for the lock of a handle. While it sleeps in `poll`, the submitters send their commands
+//! themselves.
 //!
-//! `notify_read` is called only where there is something to read, and by the driver alone: a handle that was told to read
-//! and found nothing holds new commands back until an answer comes, which may never be asked for then.
+//! `nbd_aio_notify_read` is called only if there is something to read, and only by the thread that holds the
+//! `SocketGuard`. After a read that found nothing, the handle holds new commands back until an answer arrives, and with
+//! nothing else in flight that answer would never come.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -15,78 +17,80 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::connection::{Answer, Connection, Socket, TICK};
 
-/// How long a thread looks for the next event before it goes to sleep for it. To wake a thread on a processor that has gone
-/// to sleep too costs as much (on a virtual machine several times as much) as a server on this machine takes to answer.
-const SPIN: Duration = Duration::from_micros(50);
+/// Time that a thread spins for the next event before it sleeps. Waking a thread on an idle processor takes as long as
+/// a local server takes to answer, and several times as long on a virtual machine.
+const SPIN_TIME: Duration = Duration::from_micros(50);
 
-/// Commands under way up to which it is worth to look: with more, something comes anyway, and others need the processor.
-const FEW: usize = 2;
+/// Number of commands in flight up to which spinning pays off. With more of them an event comes soon anyway, and other
+/// threads need the processor.
+const SPIN_MAX_IN_FLIGHT: usize = 2;
 
-/// The right to drive; there is one.
+/// Right to poll a connection, released on drop. At most one exists for each connection.
 #[derive(Debug)]
 pub(super) struct Poller<'g>(&'g Connection);
 
 impl Drop for Poller<'_> {
     fn drop(&mut self) {
-        self.0.give_right();
+        self.0.release_poller();
     }
 }
 
-/// When a driver stops, beside the end of all commands.
+/// Condition on which a thread stops polling while commands are still in flight.
 #[derive(Clone, Copy)]
 pub(super) enum PollUntil<'a> {
-    /// Never.
+    /// None: polls until no command is in flight.
     Idle,
-    /// When nothing came for so long.
+    /// No answer came for this time.
     Quiet(Duration),
-    /// When this is true.
+    /// The function returns true. It is called after each round.
     Enough(&'a dyn Fn() -> bool),
-    /// When the descriptor is readable.
+    /// The descriptor is readable: the thread has other work.
     Called(BorrowedFd<'a>),
-    /// When somebody else wants to drive.
+    /// A caller has asked for the right to poll.
     YieldRequested,
 }
 
-/// Why driving ended.
+/// Reason why a thread stopped polling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PollEnd {
-    /// Nothing is under way any more that a driver has to serve.
+    /// No command is in flight that a polling thread has to serve.
     Idle,
-    /// As [`PollUntil`] said.
+    /// The condition of [`PollUntil`] became true. Commands may be in flight.
     Left,
 }
 
-/// What a turn has seen.
+/// Events of one round of polling.
 struct PollOutcome {
-    /// Some connection was served.
+    /// At least one socket was ready.
     served: bool,
     /// The descriptor of [`PollUntil::Called`] is readable.
     called: bool,
 }
 
 impl<'g> Poller<'g> {
-    /// Of a generation whose right was taken.
-    pub(super) fn of(connection: &'g Connection) -> Self {
+    /// Creates the poller of a connection. The caller has acquired the right to poll.
+    pub(super) fn new(connection: &'g Connection) -> Self {
         Self(connection)
     }
 
-    /// Serves the connections until nothing is under way or it is time to leave.
+    /// Polls the sockets until no command is in flight or the condition `until` is true.
     ///
-    /// What came back is given to `on_completions`, outside of all locks.
+    /// Passes returned commands to `on_completions`, which drains the list. It is called without any lock held, and may
+    /// submit further commands.
     pub(super) fn poll_sockets(
         &self,
-        leave: PollUntil<'_>,
+        until: PollUntil<'_>,
         mut on_completions: impl FnMut(&mut Vec<Answer>),
     ) -> PollEnd {
         let mut back = Vec::new();
         let mut quiet = Duration::ZERO;
         let mut served = false;
-        // Who is called away each time looks too.
-        self.0.end_if_overdue();
-        if let PollUntil::Called(other) = leave
+        // Here too, not only after a round: a caller that is called away each time never completes one.
+        self.0.fail_if_overdue();
+        if let PollUntil::Called(other) = until
             && is_readable(other)
         {
-            // First all requests that are there, for the same reason.
+            // More requests wait for this thread. Submitting them before polling lets one round read several answers.
             return PollEnd::Left;
         }
         loop {
@@ -94,83 +98,95 @@ impl<'g> Poller<'g> {
             if !back.is_empty() {
                 on_completions(&mut back);
             }
-            let over = match leave {
+            let finished = match until {
                 PollUntil::Enough(enough) => enough(),
                 PollUntil::YieldRequested => self.0.is_yield_requested(),
                 PollUntil::Quiet(patience) => quiet >= patience,
                 PollUntil::Idle | PollUntil::Called(_) => false,
             };
-            if over {
+            if finished {
                 return PollEnd::Left;
             }
             if self.0.unserved() == 0 {
-                if let PollUntil::Called(other) = leave
+                // A caller that has just received an answer usually sends its next request at once. Spinning for it
+                // saves this thread a sleep and a wake-up on the other descriptor.
+                if let PollUntil::Called(other) = until
                     && served
                 {
                     spin_until_readable(other);
                 }
                 return PollEnd::Idle;
             }
-            let most = if let PollUntil::Quiet(patience) = leave {
+            // No longer than a tick: this thread also checks for overdue answers and for the condition.
+            let max_wait = if let PollUntil::Quiet(patience) = until {
                 patience.min(TICK)
             } else {
                 TICK
             };
-            let seen = self.turn(most, leave, &mut back);
-            quiet = if seen.served { Duration::ZERO } else { quiet + most };
-            served |= seen.served;
+            let outcome = self.poll_once(max_wait, until, &mut back);
+            quiet = if outcome.served {
+                Duration::ZERO
+            } else {
+                quiet + max_wait
+            };
+            served |= outcome.served;
             on_completions(&mut back);
-            self.0.end_if_overdue();
-            // First all answers that are there: each batch wakes others once, which costs more than the answers.
-            if seen.called && !seen.served {
+            self.0.fail_if_overdue();
+            // Read all answers that have arrived before leaving: each batch of completions wakes other threads, which
+            // costs more than the answers.
+            if outcome.called && !outcome.served {
                 return PollEnd::Left;
             }
         }
     }
 
-    /// Waits once for answers, `most` at most, and reads them.
-    fn turn(&self, most: Duration, leave: PollUntil<'_>, back: &mut Vec<Answer>) -> PollOutcome {
-        let sockets = self.0.to_serve();
+    /// Waits up to `max_wait` for answers, once, and reads them.
+    fn poll_once(&self, max_wait: Duration, until: PollUntil<'_>, back: &mut Vec<Answer>) -> PollOutcome {
+        // Held during the round, and acquired again in the next one: bulk threads may claim or release sockets, and the
+        // manager thread may add some.
+        let sockets = self.0.sockets_to_poll();
         let mut fds = Vec::with_capacity(2 + sockets.len());
         fds.push(PollFd::new(self.0.waker(), PollFlags::POLLIN));
         for socket in &sockets {
             fds.push(PollFd::new(socket.socket(), events_of(socket)));
         }
-        if let PollUntil::Called(other) = leave {
+        if let PollUntil::Called(other) = until {
             fds.push(PollFd::new(other, PollFlags::POLLIN));
         }
-        match self.wait(&mut fds, most) {
+        match self.wait(&mut fds, max_wait) {
             Ok(_) | Err(Errno::EINTR) => {}
-            // No memory in the kernel, say: told as any loss.
+            // For example ENOMEM. Handled as a lost connection, because otherwise this thread would fail forever.
             Err(e) => {
-                tracing::error!("polling the connections to an NBD server: {e}");
+                tracing::error!("poll on the sockets of an NBD server failed: {e}; reconnecting");
                 self.0.fail();
             }
         }
         let ready: Vec<PollFlags> = fds.iter().map(ready).collect();
         if !ready[0].is_empty() {
-            self.0.woken();
+            self.0.clear_wake();
         }
-        let mut seen = PollOutcome {
+        let mut outcome = PollOutcome {
             served: false,
             called: ready.get(1 + sockets.len()).is_some_and(|r| !r.is_empty()),
         };
-        for (socket, got) in sockets.iter().zip(&ready[1..]) {
-            if !got.is_empty() {
-                seen.served = true;
-                serve(self.0, socket, *got);
+        for (socket, revents) in sockets.iter().zip(&ready[1..]) {
+            if !revents.is_empty() {
+                outcome.served = true;
+                serve(self.0, socket, *revents);
             }
+            // Also if it was not ready: libnbd reads answers when another thread sends on the handle.
             self.0.collect(socket, back);
         }
-        // The connections are free for others only now.
+        // `fds` borrows the guards of the sockets, which are released when this returns.
         drop(fds);
-        seen
+        outcome
     }
 
-    /// Polls; before it goes to sleep it looks for a while.
-    fn wait(&self, fds: &mut [PollFd<'_>], most: Duration) -> nix::Result<i32> {
-        if self.0.unserved() <= FEW {
-            let until = Instant::now() + SPIN;
+    /// Polls the descriptors. Spins for [`SPIN_TIME`] before it sleeps.
+    fn wait(&self, fds: &mut [PollFd<'_>], max_wait: Duration) -> nix::Result<i32> {
+        // While spinning this thread counts as awake: commands are queued for it, so the queue is checked as well.
+        if self.0.unserved() <= SPIN_MAX_IN_FLIGHT {
+            let until = Instant::now() + SPIN_TIME;
             while Instant::now() < until && !self.0.has_queued() {
                 match poll(fds, PollTimeout::ZERO) {
                     Ok(0) => std::thread::yield_now(),
@@ -178,13 +194,14 @@ impl<'g> Poller<'g> {
                 }
             }
         }
-        let timeout = PollTimeout::try_from(most.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
+        let timeout = PollTimeout::try_from(max_wait.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
         self.0
-            .asleep(|may_sleep| poll(fds, if may_sleep { timeout } else { PollTimeout::ZERO }))
+            .sleep_in(|may_sleep| poll(fds, if may_sleep { timeout } else { PollTimeout::ZERO }))
     }
 }
 
-/// What a connection is polled for.
+/// Returns the events to poll a socket for: writing only while libnbd has a command to send that the kernel's send
+/// buffer did not take yet.
 pub(super) fn events_of(socket: &Socket) -> PollFlags {
     let (_, write) = socket.handle.direction();
     if write {
@@ -194,38 +211,40 @@ pub(super) fn events_of(socket: &Socket) -> PollFlags {
     }
 }
 
-/// What a poll has found.
+/// Returns the events that a poll has reported, none if the kernel set an unknown bit.
 pub(super) fn ready(fd: &PollFd<'_>) -> PollFlags {
     fd.revents().unwrap_or(PollFlags::empty())
 }
 
-/// Reads what a connection has to be read, or goes on with sending.
-pub(super) fn serve(connection: &Connection, socket: &Socket, got: PollFlags) {
+/// Lets libnbd read answers from a ready socket, or continue to send. Retires the connection if the socket broke.
+pub(super) fn serve(connection: &Connection, socket: &Socket, revents: PollFlags) {
+    // Reading comes first: a server that is blocked in sending answers reads no commands.
     let (read, write) = socket.handle.direction();
-    let broken = got.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
-    let went = if read && (broken || got.contains(PollFlags::POLLIN)) {
+    let broken = revents.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL);
+    let result = if read && (broken || revents.contains(PollFlags::POLLIN)) {
         socket.handle.readable()
-    } else if write && (broken || got.contains(PollFlags::POLLOUT)) {
+    } else if write && (broken || revents.contains(PollFlags::POLLOUT)) {
         socket.handle.writable()
     } else {
         Ok(())
     };
     if socket.handle.is_over() {
-        if let Err(e) = went {
-            tracing::info!("a connection to an NBD server broke: {e}");
+        if let Err(e) = result {
+            tracing::info!("NBD socket lost: {e}");
         }
         connection.fail();
     }
 }
 
-/// Looks for a while whether a descriptor is readable.
+/// Spins until the descriptor is readable, for up to [`SPIN_TIME`].
 fn spin_until_readable(other: BorrowedFd<'_>) {
-    let until = Instant::now() + SPIN;
+    let until = Instant::now() + SPIN_TIME;
     while Instant::now() < until && !is_readable(other) {
         std::thread::yield_now();
     }
 }
 
+/// Returns true if the descriptor is readable. A failed poll counts as readable, so that the caller checks it itself.
 fn is_readable(other: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(other, PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO) != Ok(0)

@@ -1,16 +1,32 @@
-//! Changes that a server has answered but not yet made durable: what a server that is restarted may have forgotten.
+//! Replay log: changes that the server has answered and that no flush has made durable yet. A server that is restarted
+//! may have lost them.
 //!
 //! ```text
-//!   change answered ─► entry ─ flush answered ─► gone
+//!   change answered ─► entry ─ flush answered ─► removed
 //!                        │ connection lost, flush failed
-//!                        └─► sent again, in order, before anything else on the new connection
+//!                        └─► replayed, in order, before any other command on the new connection
 //! ```
-//! A write that was durable when it was answered (FUA) is not kept, unless it lies on an earlier change that is kept: when
-//! that is sent again, it has to follow.
+//! A write that was durable when it was answered (FUA) is not kept, unless it overlaps an earlier change in the log: a
+//! replay of that change would overwrite it, so it has to be replayed afterwards.
 //!
-//! It is bounded. From [`SOFT`] on a flush is asked for that nobody ordered; at [`HARD`] changes wait for it. Where that does
-//! not help, because flushes fail, or where a change can't be sent again, what was written is lost, and from then
-//! on every flush says so: none pretends.
+//! The log is bounded. Above [`SOFT_LIMIT`] the session starts a background flush. Above [`HARD_LIMIT`] further changes
+//! wait for it (back-pressure). If flushes fail while the log is that large, or if the server refuses a replayed
+//! change, the writes are lost. From then on every flush fails with that error: none reports success for lost data.
+//!
+//! # Numbers and tokens
+//!
+//! Each entry has a number, and numbers only grow. A [`FlushToken`] is taken when a flush is sent: the answered flush
+//! covers the entries with lower numbers. Replayed entries get new numbers, so a flush that was sent before the replay
+//! covers none of them.
+//!
+//! A server reports a failed write-back to one flush only. With several flushes in flight, a failed one makes the
+//! answers to the others doubtful. The token therefore also holds two counters, of failed flushes and of flushes that
+//! removed entries:
+//! - a flush that is answered after another one failed is void, and is sent again after the replay;
+//! - a flush that fails after another one has removed entries means that those may be lost, and they cannot be
+//!   replayed.
+//!
+//! The session guards the log with one mutex, the last of its lock order.
 
 use std::collections::VecDeque;
 
@@ -20,18 +36,21 @@ use super::buffer_pool::{Buffer, BufferPool};
 use super::command::{Command, CommandKind};
 use crate::error::Error;
 
-/// Bytes from which on a flush is made without being asked for.
-pub(super) const SOFT: usize = 24 << 20;
+/// Size in bytes above which the session starts a background flush.
+pub(super) const SOFT_LIMIT: usize = 24 << 20;
 
-/// Bytes at which changes wait for that flush.
-pub(super) const HARD: usize = 128 << 20;
+/// Size in bytes above which further changes wait for a flush.
+pub(super) const HARD_LIMIT: usize = 128 << 20;
 
-/// What an entry counts for beside its data, and what it counts for at least: a durable write looks through all.
-const ENTRY: usize = 256;
-const LEAST: usize = 4096;
+/// Bytes that an entry counts for in addition to its data.
+const ENTRY_COST: usize = 256;
 
-/// A change that was answered.
-pub(super) struct Entry {
+/// Fewest bytes of data that an entry counts for. It bounds the number of entries, which each durable write searches.
+const MIN_DATA_COST: usize = 4096;
+
+/// Answered change that no flush covers yet.
+pub(super) struct ReplayEntry {
+    /// Position in the order of the answers; compared with [`FlushToken`].
     number: u64,
     pub(super) kind: CommandKind,
     pub(super) offset: u64,
@@ -39,68 +58,76 @@ pub(super) struct Entry {
     pub(super) buf: Buffer,
 }
 
-impl Entry {
+impl ReplayEntry {
+    /// Returns the bytes that this entry counts for in the limits of the log.
     fn cost(&self) -> usize {
-        ENTRY + self.buf.len().max(LEAST)
+        ENTRY_COST + self.buf.len().max(MIN_DATA_COST)
     }
 
-    /// Whether both change a byte.
+    /// Returns true if this entry and the range `other` (offset, length) have a byte in common.
     pub(super) fn overlaps(&self, other: &(u64, u64)) -> bool {
         self.offset < other.0 + other.1 && other.0 < self.offset + self.len
     }
 }
 
-/// What a flush covers.
+/// State of the log when a flush was sent: determines what its answer proves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct FlushToken {
-    /// Changes with a lower number.
+    /// The flush covers entries with a lower number.
     number: u64,
-    /// How often something had been forgotten when it was sent.
-    forgotten: u64,
-    /// How often a flush had failed.
-    failed: u64,
+    /// [`ReplayLog::removals`] at that time.
+    removals: u64,
+    /// [`ReplayLog::failures`] at that time.
+    failures: u64,
 }
 
-/// The changes since the last flush; see the module.
+/// Answered changes since the last flush; see the module documentation.
 #[derive(Default)]
 pub(super) struct ReplayLog {
-    entries: VecDeque<Entry>,
+    /// Ordered by their numbers.
+    entries: VecDeque<ReplayEntry>,
+    /// Sum of the costs of `entries`.
     bytes: usize,
-    next: u64,
-    /// Entries are out, to be sent again.
+    next_number: u64,
+    /// True from [`Self::drain`] to [`Self::restore`], while the manager thread holds the entries.
     replaying: bool,
-    /// A flush that nobody ordered is under way.
+    /// True while a background flush is in flight.
     flushing: bool,
-    /// How often a flush has made it forget something.
-    forgotten: u64,
-    /// How often one has failed.
-    failed: u64,
+    /// Number of answered flushes that have removed entries.
+    removals: u64,
+    /// Number of failed flushes.
+    failures: u64,
+    /// First loss of answered writes. Never cleared: every later flush fails with it.
     lost: Option<Error>,
 }
 
 impl ReplayLog {
-    /// Takes what a change that was answered has written, if it has to be kept. It has to be flushed after `true`.
+    /// Adds an answered change, unless it is durable and overlaps no entry. Returns true if the caller must start a
+    /// background flush.
+    ///
+    /// An added change gives its buffer to the log.
     pub(super) fn answered(&mut self, command: &mut Command) -> bool {
-        let over = (command.offset, command.len);
-        if command.kind.is_durable() && !self.entries.iter().any(|e| e.overlaps(&over)) {
+        let range = (command.offset, command.len);
+        // The replay of an older entry would overwrite a durable write with older data, so such a write is kept too.
+        if command.kind.is_durable() && !self.entries.iter().any(|e| e.overlaps(&range)) {
             return false;
         }
         self.add(command);
         self.wants_flush()
     }
 
-    /// Takes what a change has written, in any case.
+    /// Adds a change, durable or not, and takes its buffer.
     pub(super) fn add(&mut self, command: &mut Command) {
-        let number = self.next;
-        self.next += 1;
+        let number = self.next_number;
+        self.next_number += 1;
         let kind = match command.kind {
-            // The next time it may be slow.
+            // FAST_ZERO asks for an error instead of a slow write of zeroes. A replay must not fail for that reason.
             CommandKind::Zero { flags } => CommandKind::Zero {
                 flags: flags & !LIBNBD_CMD_FLAG_FAST_ZERO,
             },
             kind => kind,
         };
-        let entry = Entry {
+        let entry = ReplayEntry {
             number,
             kind,
             offset: command.offset,
@@ -111,89 +138,99 @@ impl ReplayLog {
         self.entries.push_back(entry);
     }
 
-    /// Whether a flush has to be made now that nobody asked for; says so once, until [`Self::flush_ended`].
+    /// Returns true if the caller must start a background flush now. Returns true only once until
+    /// [`Self::flush_ended`].
     pub(super) fn wants_flush(&mut self) -> bool {
-        self.bytes > SOFT && !std::mem::replace(&mut self.flushing, true)
+        self.bytes > SOFT_LIMIT && !std::mem::replace(&mut self.flushing, true)
     }
 
-    /// That flush is over, however it ended.
+    /// Reports that the background flush has ended, successfully or not.
     pub(super) fn flush_ended(&mut self) {
         self.flushing = false;
     }
 
-    /// What a flush covers which is sent now.
+    /// Returns the token for a flush that is sent now.
     pub(super) fn flush_token(&self) -> FlushToken {
         FlushToken {
-            number: self.next,
-            forgotten: self.forgotten,
-            failed: self.failed,
+            number: self.next_number,
+            removals: self.removals,
+            failures: self.failures,
         }
     }
 
-    /// Whether a further change has to wait.
+    /// Returns true if further changes have to wait for a flush.
     pub(super) fn is_full(&self) -> bool {
-        self.bytes > HARD
+        self.bytes > HARD_LIMIT
     }
 
-    /// Whether a flush that was sent at `flush_token` says nothing, as another one has failed since: a server tells of what it
-    /// could not store once.
+    /// Returns true if the answer to a flush sent at `flush_token` proves nothing, because another flush has failed
+    /// since: the server reports a failed write-back only once.
     pub(super) fn is_void(&self, flush_token: FlushToken) -> bool {
-        self.failed != flush_token.failed
+        self.failures != flush_token.failures
     }
 
-    /// A flush was answered that was sent at `flush_token`.
+    /// Removes the entries that a successful flush covers, and returns their buffers to the pool.
     pub(super) fn flushed(&mut self, flush_token: FlushToken, pool: &BufferPool) {
         let before = self.entries.len();
+        // Entries are ordered by number, so the covered ones are at the front.
         while self.entries.front().is_some_and(|e| e.number < flush_token.number) {
             if let Some(entry) = self.entries.pop_front() {
                 self.bytes -= entry.cost();
                 pool.give(entry.buf);
             }
         }
-        self.forgotten += u64::from(self.entries.len() < before);
+        // Only if entries were removed: otherwise every write that a later failure concerns can still be replayed.
+        self.removals += u64::from(self.entries.len() < before);
     }
 
-    /// Takes everything out, to send it again; what is not lost comes back by [`Self::add`], up to [`Self::restore`].
-    pub(super) fn drain(&mut self) -> VecDeque<Entry> {
+    /// Takes all entries out for a replay. The caller adds the replayed ones by [`Self::add`] and ends the replay with
+    /// [`Self::restore`].
+    pub(super) fn drain(&mut self) -> VecDeque<ReplayEntry> {
         self.bytes = 0;
+        // While the entries are out the log must not pass for durable.
         self.replaying = !self.entries.is_empty();
         std::mem::take(&mut self.entries)
     }
 
-    /// Puts back what could not be sent again, if anything. What there is was sent again before it, so it comes first.
-    pub(super) fn restore(&mut self, mut rest: VecDeque<Entry>) {
-        self.bytes += rest.iter().map(Entry::cost).sum::<usize>();
-        // Later numbers than any mark that was given out.
-        for entry in &mut rest {
-            entry.number = self.next;
-            self.next += 1;
+    /// Ends a replay and puts back the entries that were not replayed. They follow the replayed ones, which were before
+    /// them in the log.
+    pub(super) fn restore(&mut self, mut remaining: VecDeque<ReplayEntry>) {
+        self.bytes += remaining.iter().map(ReplayEntry::cost).sum::<usize>();
+        // New numbers, above those of the replayed entries and of every token that was given out: `entries` stays
+        // ordered, and no flush of the lost connection covers them.
+        for entry in &mut remaining {
+            entry.number = self.next_number;
+            self.next_number += 1;
         }
-        self.entries.append(&mut rest);
+        self.entries.append(&mut remaining);
         self.replaying = false;
     }
 
-    /// What was written is lost.
-    pub(super) fn lose(&mut self, error: Error) {
+    /// Records that answered writes were lost. The first error is kept.
+    pub(super) fn set_lost(&mut self, error: Error) {
         self.lost.get_or_insert(error);
     }
 
-    /// The server has refused a flush that was sent at `flush_token`. Where more is kept than can be for long, all is forgotten,
-    /// and lost. So it is where another flush was answered meanwhile and what it covered forgotten: a server tells once of
-    /// what it could not store, and it may not be the other flush that was told.
+    /// Records that the server refused a flush sent at `flush_token`. The entries are kept for a replay, except in two
+    /// cases, in which all of them are dropped and count as lost:
+    /// - the log is above [`SOFT_LIMIT`], and would only grow while flushes fail;
+    /// - another flush was answered meanwhile and has removed entries. The server reports a failed write-back to one
+    ///   flush only, so the failed data may be that of the removed entries.
     pub(super) fn flush_failed(&mut self, error: &Error, flush_token: FlushToken, pool: &BufferPool) {
-        self.failed += 1;
-        if self.bytes > SOFT || self.forgotten != flush_token.forgotten {
-            self.lose(error.clone().within("too many writes were not made durable"));
+        self.failures += 1;
+        if self.bytes > SOFT_LIMIT || self.removals != flush_token.removals {
+            let text = "answered writes were lost: a flush failed and they cannot be replayed";
+            self.set_lost(error.clone().within(text));
             self.flushed(self.flush_token(), pool);
         }
     }
 
-    /// Why flushes fail.
+    /// Returns the error that every flush fails with, if writes were lost.
     pub(super) fn lost(&self) -> Option<Error> {
         self.lost.clone()
     }
 
-    /// Whether everything is durable.
+    /// Returns true if all answered changes are durable.
     pub(super) fn is_empty(&self) -> bool {
         self.entries.is_empty() && !self.replaying
     }
@@ -218,24 +255,27 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_forgets_what_was_answered_before_it_was_sent_and_no_more() {
+    fn a_flush_removes_only_changes_answered_before_it_was_sent() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         replay_log.add(&mut write(&pool, 0, 512));
         let flush_token = replay_log.flush_token();
         replay_log.add(&mut write(&pool, 512, 512));
         replay_log.flushed(flush_token, &pool);
-        let left = replay_log.drain();
-        assert_eq!(left.iter().map(|e| e.offset).collect::<Vec<_>>(), [512]);
-        replay_log.restore(left);
+        let kept_entries = replay_log.drain();
+        assert_eq!(kept_entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [512]);
+        replay_log.restore(kept_entries);
         replay_log.flushed(flush_token, &pool);
-        assert!(!replay_log.is_empty(), "an old flush covers nothing that is sent again");
+        assert!(
+            !replay_log.is_empty(),
+            "a flush of the old connection covers no replayed change"
+        );
         replay_log.flushed(replay_log.flush_token(), &pool);
         assert!(replay_log.is_empty());
         assert_eq!(replay_log.bytes, 0);
     }
 
     #[test]
-    fn a_durable_write_is_kept_only_where_it_has_to_follow_an_earlier_change() {
+    fn a_durable_write_is_kept_only_if_it_overlaps_an_entry() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         let durable = |offset| {
             let mut command = write(&pool, offset, 512);
@@ -248,7 +288,7 @@ mod tests {
         replay_log.answered(&mut write(&pool, 512, 512));
         let mut beside = durable(1024);
         replay_log.answered(&mut beside);
-        assert!(beside.buf.take().len() > 0, "its buffer is not taken");
+        assert!(beside.buf.take().len() > 0, "the log took the buffer");
         replay_log.answered(&mut durable(768));
         let kept: Vec<_> = replay_log
             .drain()
@@ -259,30 +299,30 @@ mod tests {
     }
 
     #[test]
-    fn it_asks_once_for_a_flush_and_is_full_some_time() {
+    fn one_background_flush_is_requested_before_the_log_is_full() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
-        let mut asked = 0;
+        let mut requested = 0;
         while !replay_log.is_full() {
-            asked += usize::from(replay_log.answered(&mut write(&pool, 0, 1 << 20)));
+            requested += usize::from(replay_log.answered(&mut write(&pool, 0, 1 << 20)));
         }
-        assert_eq!(asked, 1);
-        assert!(replay_log.bytes < HARD + (2 << 20));
+        assert_eq!(requested, 1);
+        assert!(replay_log.bytes < HARD_LIMIT + (2 << 20));
         let e = Error::corrupt("no");
         replay_log.flush_failed(&e, replay_log.flush_token(), &pool);
         assert!(replay_log.is_empty() && replay_log.lost().is_some());
     }
 
     #[test]
-    fn regression_a_failed_flush_is_the_loss_of_what_another_one_has_made_it_forget() {
+    fn regression_a_failed_flush_loses_the_entries_that_another_flush_removed() {
         for overtaken in [false, true] {
             let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
             replay_log.add(&mut write(&pool, 0, 512));
-            let (failing, other) = (replay_log.flush_token(), replay_log.flush_token());
+            let (failed, other) = (replay_log.flush_token(), replay_log.flush_token());
             if overtaken {
                 replay_log.flushed(other, &pool);
             }
             assert!(!replay_log.is_void(other));
-            replay_log.flush_failed(&Error::corrupt("no"), failing, &pool);
+            replay_log.flush_failed(&Error::corrupt("no"), failed, &pool);
             assert!(replay_log.is_void(other) && !replay_log.is_void(replay_log.flush_token()));
             assert_eq!(replay_log.lost().is_some(), overtaken);
             assert_eq!(replay_log.is_empty(), overtaken);
@@ -290,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn regression_zeroes_are_not_sent_again_as_fast_or_nothing() {
+    fn regression_zeroes_are_replayed_without_fast_zero() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         let mut command = write(&pool, 0, 512);
         command.kind = CommandKind::Zero {
@@ -306,14 +346,14 @@ mod tests {
     }
 
     #[test]
-    fn regression_what_was_not_sent_again_yet_follows_what_was() {
+    fn regression_entries_not_replayed_yet_follow_replayed_ones() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         replay_log.add(&mut write(&pool, 0, 512));
         replay_log.add(&mut write(&pool, 0, 1024));
-        let mut rest = replay_log.drain();
-        let Entry {
+        let mut remaining = replay_log.drain();
+        let ReplayEntry {
             kind, offset, len, buf, ..
-        } = rest.pop_front().unwrap();
+        } = remaining.pop_front().unwrap();
         replay_log.add(&mut Command::new(
             kind,
             offset,
@@ -322,8 +362,8 @@ mod tests {
             Instant::now(),
             Box::new(|_, _| ()),
         ));
-        // the connection breaks
-        replay_log.restore(rest);
+        // The connection is lost here.
+        replay_log.restore(remaining);
         assert_eq!(
             replay_log.drain().iter().map(|e| e.len).collect::<Vec<_>>(),
             [512, 1024]
@@ -331,13 +371,13 @@ mod tests {
     }
 
     #[test]
-    fn regression_what_was_sent_again_still_wants_a_flush() {
+    fn regression_a_replay_requests_a_flush() {
         let (pool, mut replay_log) = (BufferPool::default(), ReplayLog::default());
         for _ in 0..26 {
             replay_log.add(&mut write(&pool, 0, 1 << 20));
         }
         for entry in replay_log.drain() {
-            let Entry {
+            let ReplayEntry {
                 kind, offset, len, buf, ..
             } = entry;
             replay_log.add(&mut Command::new(

@@ -1,30 +1,42 @@
-//! The way to one export, over all connections that it ever has.
+//! Session with one export, across all connections that it ever has.
 //!
 //! ```text
-//!   submit ─┬─ up: sent at once ──────────────────────────► answered ─► result
-//!           └─ down: waits ─┐                                   │ connection lost
-//!                           ▼                                   ▼
-//!   manager   connect, with back-off ─ unflushed changes sent again ─ what waits is sent ─ up
-//!                           └─ deadline of what waits passed, or too many tries: an I/O error
+//!   submit ─┬─ connected: sent at once ─────────────────────────► answered ─► result
+//!           └─ disconnected: queued ─┐                                │ connection lost
+//!                                    ▼                                ▼
+//!   manager   connect, with back-off ─ replay unflushed writes ─ send queued commands ─ connected
+//!                                    └─ deadline of a command passed, or too many attempts: I/O error
 //! ```
-//! What it can't do is to end a command at the server. That of a lost connection may still be carried out: the server may
-//! be at work on it, or hang before it, and what it has not even read yet it still can read after our end of the socket was
-//! shut down. So a write that was not answered may happen at any time until the server's side of the old connection is
-//! over; also after it was sent again, or has failed; and also after newer writes to the same bytes were answered on the
-//! new connection and flushed, which are lost then. It needs a server that outlives its connection: one that hung or
-//! was slow beyond the deadline, or whose connection was cut by the network. A process that has ended does nothing more.
+//! # Threads
 //!
-//! There is no way to prevent that from here. The protocol can neither take a command back nor say that those of another
-//! connection are over: a flush covers what was answered, and nothing has a server close its end of a socket only after
-//! the commands that it has begun. To wait for that end would be to wait for ever for a server that hangs, or is behind a
-//! broken network. To send newer writes once more some time later would only move the time from which on it can
-//! happen. Other clients that send again what a lost connection did not answer, as qemu's does, have the same limit. The
-//! user is told (README, limits).
+//! The *manager thread* connects and reconnects (`session/reconnect.rs`). It is the only thread that blocks on a
+//! connection attempt. The *poller thread* reads answers while no other thread does (`session/serve.rs`). *Bulk
+//! threads* (`bulk.rs`) carry large requests. Every other thread is a caller: it submits commands and may poll for
+//! their answers. No thread holds a lock of the session while it sends a command, reads an answer or calls a
+//! completion.
 //!
-//! Two threads belong to it. The *manager* connects, and is the only one that waits for a connection; the *driver* serves
-//! connections where nobody else does (`session/connect.rs`, `session/poll_completions.rs`). Nobody holds a lock while a command is under way.
+//! # Lock order
 //!
-//! Locks, in this order: `state`, `live`, `replay_log`.
+//! `queues`, `live`, `replay_log`, then those of the buffer pool: a thread that holds one of them acquires only later
+//! ones. The poller thread acquires `live` and `retired` while it holds `poller_woken`. All other locks are acquired
+//! alone.
+//!
+//! # Limit: writes of a lost connection
+//!
+//! The client cannot cancel a command at the server. A command of a lost connection may still be executed: the server
+//! may be executing it, may hang before it, and can still read a command from its socket buffer after the client has
+//! shut down its end. An unanswered write may therefore take effect at any time until the server closes its end of the
+//! old connection: after the client has replayed it, after it was reported as failed, and even after newer writes to
+//! the same bytes were answered and flushed on the new connection, which are then lost. This requires a server that
+//! outlives its connection: one that hung or was slower than the deadline, or whose connection the network broke. A
+//! server process that has exited does nothing more.
+//!
+//! The client cannot prevent this. The protocol neither cancels a command nor reports that the commands of another
+//! connection have ended: a flush covers answered commands only, and no rule makes a server finish the commands that it
+//! has started before it closes its end of a socket. Waiting for that close would take forever with a server that hangs
+//! or is unreachable. Sending the newer writes a second time later would only postpone the moment from which on they
+//! can be lost. Other clients that retry unanswered commands after a reconnect, such as qemu, have the same limit. The
+//! README documents it.
 
 mod reconnect;
 mod serve;
@@ -48,72 +60,87 @@ use super::replay_log::ReplayLog;
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes of a request from which on it is long: more than the change to another thread costs.
-const LONG: u64 = 128 << 10;
+/// Smallest request in bytes that is passed to a bulk thread: its transfer costs more than the thread switch.
+const BULK_MIN: u64 = 128 << 10;
 
-/// How long the threads may take to end.
-const END: Duration = Duration::from_secs(3);
+/// Time for the threads of a session to exit in [`Session::close`].
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How the way behaves.
+/// Limits of a session, from the mount options.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SessionOptions {
-    /// Connections at most.
+    /// Maximum number of sockets of a connection.
     pub(super) connections: usize,
-    /// After which a command fails.
+    /// Time from the submission of a command to its failure, including reconnects.
     pub(super) timeout: Duration,
-    /// Attempts to connect after a failed one; `None`: until the deadline.
+    /// Reconnect attempts after a failed one. `None`: retries until the deadline of the command.
     pub(super) retry: Option<u32>,
-    /// Changes are made.
+    /// True if the disk may be written.
     pub(super) writable: bool,
 }
 
-/// See the module.
+/// Session with one export: queues, sends and replays commands; see the module documentation.
 #[derive(Debug)]
 pub(super) struct Session {
     connector: Connector,
     export: Export,
     options: SessionOptions,
-    state: Mutex<State>,
-    /// For the manager: something waits, or it shall end.
-    wanted: Condvar,
+    /// First in the lock order.
+    queues: Mutex<CommandQueues>,
+    /// Wakes the manager thread, together with `queues`: a command was queued, or the session is closing.
+    wake_manager: Condvar,
+    /// The connection that commands are sent on; it may be dead already. Second in the lock order, held only to clone
+    /// or replace the `Arc`.
     live: RwLock<Option<Arc<Connection>>>,
+    /// Last in the lock order.
     replay_log: Mutex<ReplayLog>,
-    /// Connections that were lost, and until when they are kept.
-    completions: Mutex<Vec<(Arc<Connection>, Instant)>>,
-    /// For the driver.
+    /// Lost connections, each with the time until which it is kept for late submitters.
+    retired: Mutex<Vec<(Arc<Connection>, Instant)>>,
+    /// Wake-up flag of the poller thread, together with `wake_poller`. A flag, because a notification alone is lost
+    /// while the thread polls.
     poller_woken: Mutex<bool>,
     wake_poller: Condvar,
-    /// The driver's thread looks after those who come and go.
+    /// True while the poller thread watches for callers that leave without polling to the end.
     watching: AtomicBool,
+    /// Set once by [`Session::close`], before the queues are drained.
     closing: AtomicBool,
+    /// Block status answers; all changes are reported to it.
     pub(super) map: ExtentCache,
+    /// Buffers of the commands and of the replay log.
     pub(super) pool: BufferPool,
     bulk: BulkThreads,
+    /// Joined by [`Self::close`].
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// Commands that are not sent yet. Each fails when its deadline passes.
 #[derive(Debug, Default)]
-struct State {
-    /// To be sent when there is a connection.
-    waiting: VecDeque<Box<Command>>,
-    /// To be sent when the journal has room.
+struct CommandQueues {
+    /// Sent when there is a connection.
+    awaiting_connection: VecDeque<Box<Command>>,
+    /// Changes held back until a flush frees space in the replay log.
     awaiting_flush: VecDeque<Box<Command>>,
 }
 
 impl std::fmt::Debug for ReplayLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Journal({:?})", self.flush_token())
+        write!(f, "ReplayLog({:?})", self.flush_token())
     }
 }
 
 impl Session {
-    /// A way to `export`, up if there is a `first` connection, else connected when it is first used.
+    /// Starts a session with `export` and its threads.
+    ///
+    /// `first` is a handle that is connected already. Without it the session connects when the first command is
+    /// submitted.
     pub(super) fn start(
         connector: Connector,
         export: Export,
         options: SessionOptions,
         first: Option<Handle>,
     ) -> Result<Arc<Self>> {
+        // Several sockets need NBD_FLAG_CAN_MULTI_CONN: without it a flush on one socket does not cover the writes of
+        // another one.
         let connections = if export.multi_conn && connector.can_repeat() {
             options.connections
         } else {
@@ -123,12 +150,12 @@ impl Session {
             connector,
             export,
             options: SessionOptions { connections, ..options },
-            state: Mutex::default(),
-            wanted: Condvar::new(),
+            queues: Mutex::default(),
+            wake_manager: Condvar::new(),
             live: RwLock::new(None),
             replay_log: Mutex::default(),
             poller_woken: Mutex::new(false),
-            completions: Mutex::default(),
+            retired: Mutex::default(),
             wake_poller: Condvar::new(),
             watching: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -142,8 +169,8 @@ impl Session {
             connection.add(handle)?;
             session.publish(Arc::new(connection));
         }
-        session.spawn("nbd-manage", Self::manage)?;
-        session.spawn("nbd-drive", Self::poll_loop)?;
+        session.spawn("nbd-manager", Self::manage)?;
+        session.spawn("nbd-poller", Self::poll_loop)?;
         Ok(session)
     }
 
@@ -153,45 +180,48 @@ impl Session {
             .name(name.to_owned())
             .stack_size(256 << 10)
             .spawn(move || work(&session));
-        let thread = thread.map_err(|e| Error::io("a thread for an NBD server", e))?;
+        let thread = thread.map_err(|e| Error::io(format!("{}: start thread {name}", self.label()), e))?;
         let mut threads = lock(&self.threads);
+        // Bulk threads come and go: without this the list would grow with each of them.
         threads.retain(|t| !t.is_finished());
         threads.push(thread);
         Ok(())
     }
 
-    /// What the server says of the export.
+    /// Returns the size and the abilities that the server reported for the export.
     pub(super) fn export(&self) -> &Export {
         &self.export
     }
 
-    /// Whether long requests are better done in pieces, each by a thread of its own.
+    /// Returns true if the server is near and has a socket to spare, so that long requests are best split.
     pub(super) fn is_near(&self) -> bool {
         self.connection().is_some_and(|g| g.claimable() > 0)
     }
 
-    /// For messages.
+    /// Returns the address of the server, for messages.
     pub(super) fn label(&self) -> String {
         self.connector.label()
     }
 
-    /// When a command that begins now fails.
+    /// Returns the deadline of a command that is submitted now.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.options.timeout
     }
 
-    /// Connections that there are now.
+    /// Returns the number of sockets of the current connection.
     #[cfg(test)]
     pub(super) fn connections(&self) -> usize {
         self.connection().map_or(0, |g| g.count())
     }
 
-    /// Long requests that had a connection for themselves.
+    /// Returns how often a bulk thread has claimed a socket of the current connection.
     #[cfg(test)]
     pub(super) fn carried(&self) -> usize {
         self.connection().map_or(0, |g| g.claims())
     }
 
+    /// Returns the current connection. It may be dead, and the manager may replace it at any time: a command that is
+    /// submitted on it afterwards comes back as lost.
     fn connection(&self) -> Option<Arc<Connection>> {
         self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -200,39 +230,44 @@ impl Session {
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = Some(connection);
     }
 
-    /// Begins a command. It is finished in bounded time, maybe before this returns. [`Self::poll_completions`] has to be called
-    /// afterwards, so that somebody serves the connection.
+    /// Submits a command.
+    ///
+    /// Its completion is called within its timeout, possibly before this returns. The caller must call
+    /// [`Self::poll_completions`] afterwards, so that a thread reads the answer.
     pub(super) fn submit(&self, command: Box<Command>) {
         if let Some(command) = self.admit(command) {
             self.send(command);
         }
     }
 
-    /// Begins the commands of one request. Long ones to a near server are done by a thread of their own.
+    /// Submits the commands of one request. Passes a long request to a near server to a bulk thread.
     pub(super) fn submit_all(self: &Arc<Self>, commands: BulkRequest) {
         let most = self.connection().map_or(0, |g| g.claimable());
-        if most == 0 || commands.iter().map(|command| command.len).sum::<u64>() < LONG {
+        if most == 0 || commands.iter().map(|command| command.len).sum::<u64>() < BULK_MIN {
             return commands.into_iter().for_each(|command| self.submit(command));
         }
         let request: BulkRequest = commands.into_iter().filter_map(|command| self.admit(command)).collect();
-        if self.bulk.push(request, most) && self.spawn("nbd-carry", Self::run_bulk).is_err() {
+        if self.bulk.push(request, most) && self.spawn("nbd-bulk", Self::run_bulk).is_err() {
+            // Without any bulk thread the queued requests would wait forever: this thread sends them.
             self.bulk
-                .not_started()
+                .thread_not_started()
                 .into_iter()
                 .flatten()
                 .for_each(|command| self.send(command));
         }
     }
 
-    /// What has to be done before a command is sent; `None`: it is sent later, or came to an end.
+    /// Prepares a command for sending. Returns `None` if the command was queued for later, or has failed.
     fn admit(&self, mut command: Box<Command>) -> Option<Box<Command>> {
         if command.kind.is_change() {
-            self.map.change_begins(command.offset, command.offset + command.len);
-            if self.must_wait(&command) {
-                lock(&self.state).awaiting_flush.push_back(command);
-                // The manager has to end it in time, and to see to a flush that nobody else does.
-                self.wanted.notify_all();
-                // It may have become free just now.
+            // Before the command can reach the server: a block status answer that crosses it must not be cached.
+            self.map.begin_change(command.offset, command.offset + command.len);
+            if self.must_await_flush(&command) {
+                lock(&self.queues).awaiting_flush.push_back(command);
+                // The manager fails the command at its deadline, and flushes if no other flush is in flight.
+                self.wake_manager.notify_all();
+                // The flush that frees the space may have ended between the check and the push, and its thread found
+                // the queue empty. Check again, or the command would wait for a flush that never comes.
                 self.resume_awaiting_flush();
                 return None;
             }
@@ -244,22 +279,24 @@ impl Session {
                 self.finish(command, Err(e));
                 return None;
             }
+            // Taken before the flush is sent: a write answered later is not covered, even if the server flushes it.
             command.covers = replay_log.flush_token();
         }
         Some(command)
     }
 
-    /// Whether all changes that were answered are durable.
+    /// Returns true if every answered change is durable, so that a flush has nothing to do.
     pub(super) fn is_durable(&self) -> bool {
         let replay_log = lock(&self.replay_log);
         replay_log.is_empty() && replay_log.lost().is_none()
     }
 
-    fn must_wait(&self, command: &Command) -> bool {
+    /// Back-pressure: returns true if a change has to wait until a flush frees space in the replay log.
+    fn must_await_flush(&self, command: &Command) -> bool {
         self.export.flush && command.deadline > Instant::now() && lock(&self.replay_log).is_full()
     }
 
-    /// Sends what is ready to be sent.
+    /// Sends an admitted command, or queues it until there is a connection.
     fn send(&self, command: Box<Command>) {
         match self.connection() {
             Some(connection) if !connection.is_dead() => {
@@ -271,21 +308,26 @@ impl Session {
         }
     }
 
+    /// Queues a command for the next connection and wakes the manager thread.
     fn wait_for_connection(&self, command: Box<Command>) {
-        let mut state = lock(&self.state);
+        let mut queues = lock(&self.queues);
+        // Checked under the lock: `close` sets the flag before it drains the queues under the same lock, so no command
+        // can enter a queue that is not drained any more.
         if self.closing.load(Ordering::SeqCst) {
-            drop(state);
+            drop(queues);
             let e = self.error(&command, "the disk is closed");
             return self.finish(command, Err(e));
         }
-        state.waiting.push_back(command);
-        drop(state);
-        self.wanted.notify_all();
+        queues.awaiting_connection.push_back(command);
+        drop(queues);
+        self.wake_manager.notify_all();
     }
 
-    /// Takes what came back from a generation.
+    /// Handles commands that libnbd has returned: answered, refused, or lost with the connection. Drains `back`.
     fn on_completions(&self, connection: &Connection, back: &mut Vec<Answer>) {
-        let _settling = connection.completion_guard(back.len());
+        // Until it is dropped the connection is not idle. The manager waits for that before it drains the replay log,
+        // so each answered write of `back` is in the log by then, and each lost command is queued.
+        let _guard = connection.completion_guard(back.len());
         for (command, error) in back.drain(..) {
             match error {
                 None => self.succeeded(command),
@@ -294,95 +336,102 @@ impl Session {
                     self.requeue(command);
                 }
                 Some(errno) => {
-                    let e = command.refused(errno);
+                    let e = command.refused(errno).within(self.label());
                     if command.kind != CommandKind::Flush {
                         self.finish(command, Err(e));
                         continue;
                     }
-                    // Nobody knows what of it the server has forgotten, so all of it is sent again.
+                    // A refused flush does not report which of the writes the server has dropped. Retire the
+                    // connection: the manager replays the whole log on the next one.
                     connection.fail();
                     lock(&self.replay_log).flush_failed(&e, command.covers, &self.pool);
                     self.finish(command, Err(e));
-                    self.make_room();
+                    self.continue_after_flush();
                 }
             }
         }
     }
 
+    /// Handles a command that the server answered without an error.
     fn succeeded(&self, mut command: Box<Command>) {
         if command.kind == CommandKind::Flush {
             let lost = {
                 let mut replay_log = lock(&self.replay_log);
                 if replay_log.is_void(command.covers) {
+                    // Another flush failed while this one was in flight, and the server reports a failed write-back
+                    // only once: this answer proves nothing. Flush again after the replay.
                     drop(replay_log);
                     return self.requeue(command);
                 }
                 replay_log.flushed(command.covers, &self.pool);
-                // maybe only after this one was sent
+                // Not only in `admit`: writes may have been lost after this flush was sent.
                 replay_log.lost()
             };
             self.finish(command, lost.map_or(Ok(()), Err));
-            return self.make_room();
+            return self.continue_after_flush();
         }
+        // Data first, then the result: once the caller knows that the write succeeded, the log must hold it.
         let flush = command.kind.is_change() && self.export.flush && lock(&self.replay_log).answered(&mut command);
         self.finish(command, Ok(()));
         if flush {
-            self.flush_unasked();
+            self.start_background_flush();
         }
     }
 
-    /// After a flush: has sent what waited for room in the journal, and the next flush, where that is still too little.
-    fn make_room(&self) {
+    /// Sends the changes that waited for a flush. Starts another background flush if the replay log is still too large.
+    fn continue_after_flush(&self) {
         let flush = lock(&self.replay_log).wants_flush();
         if flush {
-            self.flush_unasked();
+            self.start_background_flush();
         }
         self.resume_awaiting_flush();
     }
 
-    /// Ends a command.
+    /// Ends a command: updates the extent cache and the flush state, then calls its completion.
     fn finish(&self, command: Box<Command>, result: Result<()>) {
         if command.kind.is_change() {
-            self.map.change_ends();
+            self.map.end_change();
             if result.is_ok() && matches!(command.kind, CommandKind::Zero { .. } | CommandKind::Trim) {
-                self.map.emptied(command.offset, command.offset + command.len);
+                self.map.zeroed(command.offset, command.offset + command.len);
             }
-        } else if command.is_unasked() {
+        } else if command.is_background() {
             lock(&self.replay_log).flush_ended();
         }
-        // What is told a result may panic: that is its own affair, but the others want theirs.
+        // A completion that panics must not take the remaining answers of the batch, or the polling thread, with it.
         if catch_unwind(AssertUnwindSafe(|| command.finish(result))).is_err() {
-            tracing::error!("the end of a command for an NBD server panicked");
+            tracing::error!("{}: completion handler of a command panicked", self.label());
         }
     }
 
-    /// Sends an operation again that a lost connection gave back.
+    /// Queues a command that a lost connection returned, or fails it if its deadline has passed.
     fn requeue(&self, command: Box<Command>) {
         if command.deadline <= Instant::now() {
-            let e = self.timed_out(&command);
+            let e = self.timeout_error(&command);
             return self.finish(command, Err(e));
         }
         self.wait_for_connection(command);
     }
 
-    fn flush_unasked(&self) {
-        let mut command = Command::unasked_flush(self.deadline());
+    /// Sends a flush on the session's own behalf, to free space in the replay log.
+    fn start_background_flush(&self) {
+        let mut command = Command::background_flush(self.deadline());
         command.covers = lock(&self.replay_log).flush_token();
         self.send(command);
     }
 
-    /// Sends what waited for room in the journal.
+    /// Sends the changes that waited for a flush, while the replay log has space.
     fn resume_awaiting_flush(&self) {
         loop {
-            let mut state = lock(&self.state);
+            // Lock order: the queues, then the replay log. Both are released before the command is sent.
+            let mut queues = lock(&self.queues);
             let full = lock(&self.replay_log).is_full();
-            let Some(command) = (if full { None } else { state.awaiting_flush.pop_front() }) else {
+            let Some(command) = (if full { None } else { queues.awaiting_flush.pop_front() }) else {
                 return;
             };
-            drop(state);
+            drop(queues);
             if command.deadline <= Instant::now() {
-                // Sent now, it would end the connection at the next look, and who waited for it has gone.
-                let e = self.timed_out(&command);
+                // Sent now, it would count as overdue in the next tick and fail the whole connection.
+                let e = self.timeout_error(&command);
                 self.finish(command, Err(e));
                 continue;
             }
@@ -390,10 +439,13 @@ impl Session {
         }
     }
 
-    fn timed_out(&self, command: &Command) -> Error {
+    fn timeout_error(&self, command: &Command) -> Error {
         self.error(
             command,
-            &format!("no answer within {} s", self.options.timeout.as_secs_f32()),
+            &format!(
+                "no answer within {} s (option timeout=)",
+                self.options.timeout.as_secs_f32()
+            ),
         )
     }
 
@@ -404,8 +456,9 @@ impl Session {
         )
     }
 
-    /// Ends the way: what is under way fails, the threads end.
+    /// Closes the session: disconnects, fails all commands, and waits up to [`SHUTDOWN_TIMEOUT`] for the threads.
     pub(super) fn close(&self) {
+        // First: from here on `wait_for_connection` fails commands instead of queueing them.
         self.closing.store(true, Ordering::SeqCst);
         if let Some(connection) = self.connection() {
             if connection.is_idle() {
@@ -415,23 +468,26 @@ impl Session {
                 self.poll_completions(Stay::Patiently);
             }
         }
-        let State {
-            waiting,
+        let CommandQueues {
+            awaiting_connection,
             awaiting_flush,
-        } = std::mem::take(&mut *lock(&self.state));
-        for command in waiting.into_iter().chain(awaiting_flush) {
+        } = std::mem::take(&mut *lock(&self.queues));
+        for command in awaiting_connection.into_iter().chain(awaiting_flush) {
             let e = self.error(&command, "the disk is closed");
             self.finish(command, Err(e));
         }
         self.bulk.close();
-        self.wanted.notify_all();
+        // The flag was set before the queues were locked above. A manager thread that saw it unset under that lock
+        // waits on the condition variable by now, and is woken here.
+        self.wake_manager.notify_all();
         *lock(&self.poller_woken) = true;
         self.wake_poller.notify_all();
-        let until = Instant::now() + END;
+        let until = Instant::now() + SHUTDOWN_TIMEOUT;
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             while !thread.is_finished() && Instant::now() < until {
                 thread::sleep(Duration::from_millis(1));
             }
+            // A thread that hangs in a connection attempt is not waited for: it exits when the attempt ends.
             if thread.is_finished() {
                 let _ = thread.join();
             }
@@ -440,7 +496,8 @@ impl Session {
     }
 }
 
-/// Locks; a panic of another thread has left nothing half done behind these locks.
+/// Locks a mutex and ignores its poisoning: no code that holds one of these locks leaves the data inconsistent when it
+/// panics.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

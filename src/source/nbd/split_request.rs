@@ -1,4 +1,7 @@
-//! Requests of several commands, and waiting for their end.
+//! Requests that are split into several commands, and waiting for a result.
+//!
+//! Both types are completed from any thread. Each has one mutex, under which no other lock is acquired and no
+//! completion is called.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
@@ -7,83 +10,89 @@ use super::session::Session;
 use crate::block::Completion;
 use crate::error::{Error, Result};
 
-/// A place where a result is waited for.
+/// Single-use channel for the result of a command.
 #[derive(Debug)]
 pub(super) struct Oneshot<T> {
     value: Mutex<Option<T>>,
-    there: Condvar,
+    filled: Condvar,
 }
 
 impl<T: Send + 'static> Oneshot<T> {
-    /// With nothing in it.
+    /// Creates an empty channel.
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             value: Mutex::new(None),
-            there: Condvar::new(),
+            filled: Condvar::new(),
         })
     }
 
-    /// Puts it there.
+    /// Stores the result and wakes the waiting thread.
     pub(super) fn put(&self, value: T) {
         *self.value.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
-        self.there.notify_all();
+        self.filled.notify_all();
     }
 
-    fn is_there(&self) -> bool {
+    fn is_filled(&self) -> bool {
         self.value.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Waits for it, serving the connections meanwhile, if nobody else does. `None`: it did not come in time.
+    /// Waits for the result until `until`. Returns `None` if there is none by then.
+    ///
+    /// Polls the sockets of the session meanwhile, unless another thread does.
     pub(super) fn wait(&self, session: &Session, until: Instant) -> Option<T> {
-        session.attend_until(|| self.is_there());
+        // Returns without a result if another thread polls, or if the connection was lost and the command is queued.
+        // That thread or the manager completes the command, and the condition variable reports it.
+        session.poll_until(|| self.is_filled());
         let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = until.saturating_duration_since(Instant::now());
-        let waited = self.there.wait_timeout_while(value, left, |v| v.is_none());
+        let remaining = until.saturating_duration_since(Instant::now());
+        let waited = self.filled.wait_timeout_while(value, remaining, |v| v.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.take()
     }
 }
 
-/// Splits a range at the multiples of `piece`.
+/// Splits the range from `from` to `to` at the multiples of `piece`.
 pub(super) fn pieces(from: u64, to: u64, piece: u64) -> impl Iterator<Item = (u64, u64)> {
-    let mut at = from;
+    let mut next = from;
     std::iter::from_fn(move || {
-        let start = at;
-        at = (start / piece + 1).saturating_mul(piece).min(to);
-        (start < to).then_some((start, at))
+        let start = next;
+        next = (start / piece + 1).saturating_mul(piece).min(to);
+        (start < to).then_some((start, next))
     })
 }
 
-/// A request of several commands: its result is that of the last one, or the first failure.
-pub(super) struct SplitRequest(Mutex<Counted>);
+/// Request of several commands. Its completion is called after the last of them has ended, with the first error if any
+/// of them failed.
+pub(super) struct SplitRequest(Mutex<SplitProgress>);
 
-struct Counted {
-    left: usize,
+struct SplitProgress {
+    remaining: usize,
     failed: Option<Error>,
     done: Option<Completion>,
 }
 
 impl SplitRequest {
-    /// Of so many.
+    /// Creates a request of `parts` commands.
     pub(super) fn new(parts: usize, done: Completion) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Counted {
-            left: parts,
+        Arc::new(Self(Mutex::new(SplitProgress {
+            remaining: parts,
             failed: None,
             done: Some(done),
         })))
     }
 
-    /// One of them has ended.
+    /// Reports that one of the commands has ended.
     pub(super) fn done(&self, result: Result<()>) {
-        let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counted.left = counted.left.saturating_sub(1);
+        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        progress.remaining = progress.remaining.saturating_sub(1);
         if let Err(e) = result {
-            counted.failed.get_or_insert(e);
+            progress.failed.get_or_insert(e);
         }
-        if counted.left > 0 {
+        if progress.remaining > 0 {
             return;
         }
-        let (done, failed) = (counted.done.take(), counted.failed.take());
-        drop(counted);
+        // Outside of the lock: the completion is the caller's code, and may submit the next request.
+        let (done, failed) = (progress.done.take(), progress.failed.take());
+        drop(progress);
         if let Some(done) = done {
             done(failed.map_or(Ok(()), Err));
         }

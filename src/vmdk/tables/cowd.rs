@@ -1,7 +1,7 @@
-//! ESX sparse extents (COWD, `vmfsSparse`): one directory, tables of 4096 entries made on demand.
+//! ESX sparse extents (COWD, `vmfsSparse`): one directory, tables of 4096 entries that are created on demand.
 //!
-//! Tables and grains lie mixed behind the directory; there is no redundant copy. An entry of 1 lies inside of
-//! the header, so it can only mean a zeroed grain.
+//! Tables and grains follow the directory in any order; there is no redundant copy. Sector 1 lies inside of the header,
+//! so an entry of 1 can only mean a zeroed grain.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,12 +19,14 @@ pub(crate) struct CowdTables {
     geometry: TableGeometry,
     file_sectors: u64,
     directory: u64,
-    /// First sector behind the directory.
+    /// First sector after the directory.
     data: u64,
 }
 
 impl CowdTables {
-    /// The tables of `file`, whose checked header is `header`.
+    /// Creates the layout of `file`, whose checked header is `header`.
+    ///
+    /// Errors: `Corrupt` if the directory does not lie between the header and the end of the file.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Cowd) -> Result<Self> {
         /// Sectors of the header.
         const HEADER: u64 = 4;
@@ -32,7 +34,8 @@ impl CowdTables {
         let data = header.directory + (header.tables() * 4).div_ceil(SECTOR);
         if header.directory < HEADER || data > file_sectors {
             return Err(Error::corrupt(format!(
-                "COWD header: the grain directory is said to be at sectors {} to {data} (byte 20), but the file has {file_sectors}",
+                "COWD header: the grain directory is at sectors {} to {data} (byte 20), expected sectors from {HEADER} to {file_sectors}, \
+                 the end of the file",
                 header.directory
             )));
         }
@@ -59,15 +62,15 @@ impl CowdTables {
             .collect())
     }
 
-    /// The entry at a byte of the file, for messages.
-    fn shown(&self, at: u64) -> String {
+    /// Returns the raw entry at a byte of the file as text for messages.
+    fn entry_text(&self, at: u64) -> String {
         match self.read_u32s(at, 1).as_deref() {
             Ok([raw]) => format!("{raw:#x}"),
             _ => "unreadable".to_owned(),
         }
     }
 
-    fn place(&self, raw: u32) -> DirectoryEntry {
+    fn decode_directory_entry(&self, raw: u32) -> DirectoryEntry {
         match u64::from(raw) {
             0 => DirectoryEntry::Absent,
             at if at >= self.data && at + self.table_sectors() <= self.file_sectors => DirectoryEntry::At(at),
@@ -75,7 +78,8 @@ impl CowdTables {
         }
     }
 
-    fn slot(&self, raw: u32, grain: u64) -> GrainEntry {
+    /// Decodes the entry of grain number `grain`.
+    fn decode_entry(&self, raw: u32, grain: u64) -> GrainEntry {
         match u64::from(raw) {
             0 => GrainEntry::Unallocated,
             1 => GrainEntry::Zero,
@@ -96,7 +100,7 @@ impl Layout for CowdTables {
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
         let raw = self.read_u32s(self.directory * SECTOR + tables.start * 4, tables.end - tables.start)?;
-        Ok(raw.into_iter().map(|raw| self.place(raw)).collect())
+        Ok(raw.into_iter().map(|raw| self.decode_directory_entry(raw)).collect())
     }
 
     fn load_table(&self, table: u64, at: u64) -> Result<Table> {
@@ -106,12 +110,13 @@ impl Layout for CowdTables {
             .capacity
             .div_ceil(self.geometry.grain)
             .saturating_sub(first);
+        // Only the entries inside of the capacity: the rest of the last table is not used.
         let count = self.geometry.entries_per_table.min(inside);
         let raw = self.read_u32s(at * SECTOR, count)?;
         Ok(Table::narrow(
             raw.into_iter()
                 .enumerate()
-                .map(|(i, raw)| self.slot(raw, first + i as u64)),
+                .map(|(i, raw)| self.decode_entry(raw, first + i as u64)),
         ))
     }
 
@@ -120,7 +125,7 @@ impl Layout for CowdTables {
         Error::corrupt(format!(
             "{}: grain directory entry {table} (byte {at}) is {}, expected the sector of a grain table inside of the file's {} sectors",
             self.file.label(),
-            self.shown(at),
+            self.entry_text(at),
             self.file_sectors
         ))
     }
@@ -133,7 +138,7 @@ impl Layout for CowdTables {
         Error::corrupt(format!(
             "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected the sector of a grain inside of the file's {} sectors",
             self.file.label(),
-            self.shown(at),
+            self.entry_text(at),
             self.file_sectors
         ))
     }

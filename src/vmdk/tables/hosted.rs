@@ -1,10 +1,12 @@
 //! Hosted sparse extents (KDMV): directory and tables of 32-bit entries, and a redundant copy of both.
 //!
-//! Everybody reads the primary copy, and so do we. Where an entry of it cannot be right (outside of the file,
-//! or inside of the metadata), or a directory entry is 0 while the redundant one is good, the redundant copy
-//! is used instead, read-only, and the log says so once.
+//! The primary copy is the one that is read, as other programs do. If an entry of it can't be right (outside of the
+//! file, or inside of the metadata), or if a directory entry is 0 and the redundant one is good, the redundant entry is
+//! used instead. This only affects reads; the file is not changed, and the first such case is logged.
 //!
 //! Streams (`streamOptimized`) have the same tables; their entries name compressed grains.
+//!
+//! All methods may be called while the extent is written to: only `file_sectors` changes, and only grows.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,21 +26,22 @@ pub(crate) struct HostedTables {
     zeroed_grains: bool,
     compressed: bool,
     version: u32,
-    /// Sectors of the file, the last one perhaps not whole. Grows while it is written to.
+    /// Sectors of the file, the last one perhaps only in part. Grows while the extent is written to.
     file_sectors: AtomicU64,
-    /// Sectors of metadata at the front, as the header says it.
+    /// Sectors of metadata at the front, from the header.
     overhead: u64,
     /// Sector of the primary directory.
     directory: u64,
-    /// Sector of the redundant directory, where there is one inside of the file.
+    /// Sector of the redundant directory, if there is one inside of the file.
     redundant: Option<u64>,
-    /// Sectors that no grain and no table may touch: header, descriptor, directories.
+    /// Sectors that no grain and no table may overlap: header, descriptor, directories.
     fixed: Vec<Range<u64>>,
     redundant_is_lost: bool,
-    said_redundant: AtomicBool,
+    /// True once the use of the redundant copy was logged.
+    warned_redundant: AtomicBool,
 }
 
-/// Which copy of directory and tables.
+/// Copy of the directory and the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Copy {
     Primary,
@@ -46,7 +49,9 @@ pub(crate) enum Copy {
 }
 
 impl HostedTables {
-    /// The tables of `file`, whose checked header (or footer) is `header`.
+    /// Creates the layout of `file`, whose checked header (or footer) is `header`.
+    ///
+    /// Errors: `Corrupt` if no directory lies inside of the file.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Hosted) -> Result<Self> {
         let file_sectors = file.len().div_ceil(SECTOR);
         let directory_sectors = (header.tables() * 4).div_ceil(SECTOR);
@@ -57,11 +62,12 @@ impl HostedTables {
             ));
         };
         let redundant = header.redundant.filter(|&at| inside(at));
-        // with the primary directory out of the file, the redundant one alone is read
+        // If the primary directory lies outside of the file, the redundant one takes its place and has no copy.
         let (directory, redundant) = match redundant {
             Some(spare) if !inside(directory) => {
                 tracing::warn!(
-                    "{}: the grain directory lies outside of the file, the redundant one is read",
+                    "{}: the grain directory at sector {directory} lies outside of the file's {file_sectors} sectors; \
+                     reading the redundant one",
                     file.label()
                 );
                 (spare, None)
@@ -70,7 +76,8 @@ impl HostedTables {
         };
         if !inside(directory) {
             return Err(Error::corrupt(format!(
-                "header: the grain directory is {directory_sectors} sectors at sector {directory} (byte 56), but the file has {file_sectors}"
+                "header: the grain directory is {directory_sectors} sectors at sector {directory} (byte 56), expected it \
+                 inside of the file's {file_sectors} sectors"
             )));
         }
         let mut fixed = vec![0..1, directory..directory + directory_sectors];
@@ -92,21 +99,21 @@ impl HostedTables {
             fixed,
             file,
             redundant_is_lost: header.redundant.is_some() && redundant.is_none(),
-            said_redundant: AtomicBool::new(false),
+            warned_redundant: AtomicBool::new(false),
         })
     }
 
-    /// Version of the header.
+    /// Returns the version in the header.
     pub(crate) fn version(&self) -> u32 {
         self.version
     }
 
-    /// Whether an entry of 1 means a zeroed grain.
+    /// Returns true if an entry of 1 means a zeroed grain.
     pub(crate) fn has_zeroed_grains(&self) -> bool {
         self.zeroed_grains
     }
 
-    /// Sector of a directory; `None`: there is no redundant one.
+    /// Returns the sector of a directory, or `None` if there is no redundant one.
     pub(crate) fn directory(&self, copy: Copy) -> Option<u64> {
         match copy {
             Copy::Primary => Some(self.directory),
@@ -114,7 +121,7 @@ impl HostedTables {
         }
     }
 
-    /// The file has at least so many sectors now.
+    /// Notes that the file has at least `sectors` now. Must be called before an entry names one of the new sectors.
     pub(crate) fn grew_to(&self, sectors: u64) {
         self.file_sectors.fetch_max(sectors, Ordering::AcqRel);
     }
@@ -123,17 +130,17 @@ impl HostedTables {
         self.file_sectors.load(Ordering::Acquire)
     }
 
-    /// Whether the header names a redundant directory that does not lie inside of the file.
+    /// Returns true if the header names a redundant directory that does not lie inside of the file.
     pub(crate) fn redundant_is_lost(&self) -> bool {
         self.redundant_is_lost
     }
 
-    /// Whether the header names a redundant directory that lies inside of the file.
+    /// Returns true if the header names a redundant directory that lies inside of the file.
     pub(crate) fn has_redundant(&self) -> bool {
         self.redundant.is_some()
     }
 
-    /// The directory entries of one copy as they are in the file.
+    /// Reads the raw directory entries of one copy. Empty if there is no such copy.
     pub(crate) fn raw_directory(&self, copy: Copy, tables: Range<u64>) -> Result<Vec<u32>> {
         match self.directory(copy) {
             Some(at) => self.read_u32s(at * SECTOR + tables.start * 4, tables.end - tables.start),
@@ -141,42 +148,44 @@ impl HostedTables {
         }
     }
 
-    /// The entries of the table at sector `at` as they are in the file.
+    /// Reads the raw entries of the table at sector `at`.
     pub(crate) fn raw_table(&self, at: u64) -> Result<Vec<u32>> {
         self.read_u32s(at * SECTOR, self.geometry.entries_per_table)
     }
 
-    /// Whether a table may start at this sector.
+    /// Returns true if a table may start at this sector: inside of the file and outside of the fixed metadata.
     pub(crate) fn table_fits(&self, at: u64) -> bool {
         let end = at + self.table_sectors();
         end <= self.file_sectors() && !self.in_fixed(at..end)
     }
 
-    /// The sectors of header, descriptor and directories.
+    /// Returns the sectors of header, descriptor and directories.
     pub(crate) fn fixed(&self) -> &[Range<u64>] {
         &self.fixed
     }
 
-    /// The first sector behind the metadata at the front of the file, as the header says it.
+    /// Returns the first sector after the metadata at the front of the file, from the header.
     pub(crate) fn data_start(&self) -> u64 {
         self.overhead
     }
 
-    /// What `raw`, entry `grain` of the table at one of `own`, means.
-    pub(crate) fn slot(&self, raw: u32, grain: u64, own: &[u64]) -> GrainEntry {
+    /// Decodes `raw`, the entry of grain number `grain`. `own` are the sectors of the copies of its table, which the
+    /// grain must not overlap.
+    pub(crate) fn decode_entry(&self, raw: u32, grain: u64, own: &[u64]) -> GrainEntry {
         match raw {
             0 => GrainEntry::Unallocated,
             1 if self.zeroed_grains => GrainEntry::Zero,
-            // sector 1 is never a grain, wherever the metadata lie
+            // A grain never starts at sector 1, even if the metadata lie elsewhere.
             1 => GrainEntry::Bad,
             raw if self.grain_fits(raw.into(), grain, own) => GrainEntry::At(raw.into()),
             _ => GrainEntry::Bad,
         }
     }
 
-    /// Whether the grain may start at sector `at`: inside of the file, outside of what is known to be metadata.
+    /// Returns true if the grain may start at sector `at`: inside of the file, outside of the fixed metadata and of its
+    /// own table. Overlaps with other tables are only found by `--check`.
     fn grain_fits(&self, at: u64, grain: u64, own: &[u64]) -> bool {
-        // a compressed grain has its length in front of it: one sector is all that is known here
+        // The length of a compressed grain is in its header. Here only its first sector is known to be its own.
         let sectors = if self.compressed {
             1
         } else {
@@ -200,7 +209,7 @@ impl HostedTables {
             .collect())
     }
 
-    /// The redundant table of `table`, if its directory entry is good.
+    /// Returns the sector of the redundant copy of `table`, if its directory entry is good.
     fn redundant_place(&self, table: u64) -> Result<Option<u64>> {
         let raw = self.raw_directory(Copy::Redundant, table..table + 1)?;
         Ok(raw
@@ -209,12 +218,10 @@ impl HostedTables {
             .filter(|&at| at != 0 && self.table_fits(at)))
     }
 
-    fn say_redundant(&self, what: &str) {
-        if !self.said_redundant.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                "{}: {what} is damaged, the redundant copy is read instead",
-                self.file.label()
-            );
+    /// Logs, once for this file, that a redundant copy is used in place of `what`.
+    fn warn_redundant(&self, what: &str) {
+        if !self.warned_redundant.swap(true, Ordering::Relaxed) {
+            tracing::warn!("{}: {what} is damaged; reading the redundant copy", self.file.label());
         }
     }
 }
@@ -229,11 +236,12 @@ impl Layout for HostedTables {
     }
 
     fn load_directory(&self, tables: Range<u64>) -> Result<Vec<DirectoryEntry>> {
+        // An error of one copy is no error as long as the other copy can be read.
         let redundant = self.raw_directory(Copy::Redundant, tables.clone());
         let (primary, redundant) = match (self.raw_directory(Copy::Primary, tables), redundant) {
             (Ok(primary), redundant) => (primary, redundant.unwrap_or_default()),
             (Err(_), Ok(spare)) if !spare.is_empty() => {
-                self.say_redundant("the grain directory cannot be read and");
+                self.warn_redundant("the grain directory can't be read and");
                 (spare, Vec::new())
             }
             (Err(e), _) => return Err(e),
@@ -244,7 +252,7 @@ impl Layout for HostedTables {
             if good(raw) {
                 DirectoryEntry::At(raw.into())
             } else if good(spare) {
-                self.say_redundant("an entry of the grain directory");
+                self.warn_redundant("an entry of the grain directory");
                 DirectoryEntry::At(spare.into())
             } else if raw == 0 {
                 DirectoryEntry::Absent
@@ -260,40 +268,43 @@ impl Layout for HostedTables {
             Ok(raw) => raw,
             Err(e) => match self.redundant_place(table)?.filter(|&spare| spare != at) {
                 Some(spare) => {
-                    self.say_redundant("a grain table cannot be read and");
+                    self.warn_redundant("a grain table can't be read and");
                     self.raw_table(spare)?
                 }
                 None => return Err(e),
             },
         };
         let first = table * self.geometry.entries_per_table;
-        let mut slots: Vec<GrainEntry> = raw
+        let mut entries: Vec<GrainEntry> = raw
             .iter()
             .enumerate()
-            .map(|(i, &raw)| self.slot(raw, first + i as u64, &[at]))
+            .map(|(i, &raw)| self.decode_entry(raw, first + i as u64, &[at]))
             .collect();
         let inside = self
             .geometry
             .capacity
             .div_ceil(self.geometry.grain)
             .saturating_sub(first);
-        slots.truncate(inside as usize);
-        if slots.contains(&GrainEntry::Bad)
+        // The last table may have entries beyond the capacity. They are not used, and may hold anything.
+        entries.truncate(inside as usize);
+        // The redundant table is only read if it is needed.
+        if entries.contains(&GrainEntry::Bad)
             && let Some(spare_at) = self.redundant_place(table)?
         {
             let spare = self.raw_table(spare_at)?;
-            for (i, slot) in slots.iter_mut().enumerate().filter(|(_, s)| **s == GrainEntry::Bad) {
+            for (i, entry) in entries.iter_mut().enumerate().filter(|(_, e)| **e == GrainEntry::Bad) {
                 let other = spare.get(i).map_or(GrainEntry::Bad, |&raw| {
-                    self.slot(raw, first + i as u64, &[at, spare_at])
+                    self.decode_entry(raw, first + i as u64, &[at, spare_at])
                 });
-                // an unallocated entry would show other data than were there: only a grain can replace a grain
+                // The damaged entry named a grain. An unallocated one in its place would silently show the parent's
+                // data.
                 if let GrainEntry::At(_) | GrainEntry::Zero = other {
-                    self.say_redundant("an entry of a grain table");
-                    *slot = other;
+                    self.warn_redundant("an entry of a grain table");
+                    *entry = other;
                 }
             }
         }
-        Ok(Table::narrow(slots.into_iter()))
+        Ok(Table::narrow(entries.into_iter()))
     }
 
     fn explain_directory(&self, table: u64) -> Error {

@@ -1,7 +1,7 @@
 //! seSparse extents, the deltas of VMFS 6: 64-bit entries with a type in the top nibble, 4 KiB grains.
 //!
-//! Read-only for good: a write would have to keep a free bitmap, a back map and a journal consistent, and none
-//! of them is documented.
+//! Read-only on purpose: a write would have to keep a free bitmap, a back map and a journal consistent, and none of
+//! them is documented.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ pub(crate) struct SeSparseTables {
     file_sectors: u64,
 }
 
-/// Top nibble of an entry and what is below it.
+/// Position of the type, the top nibble of an entry.
 const TYPE_SHIFT: u32 = 60;
 const TYPE_MASK: u64 = 0xf << TYPE_SHIFT;
 
 impl SeSparseTables {
-    /// The tables of `file`, whose checked header is `header`.
+    /// Creates the layout of `file`, whose checked header is `header`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: SeSparse) -> Self {
         let file_sectors = file.len() / SECTOR;
         Self {
@@ -42,16 +42,16 @@ impl SeSparseTables {
         Ok(bytes.chunks_exact(8).map(word).collect())
     }
 
-    /// The entry at a byte of the file, for messages.
-    fn shown(&self, at: u64) -> String {
+    /// Returns the raw entry at a byte of the file as text for messages.
+    fn entry_text(&self, at: u64) -> String {
         match self.read_u64s(at, 1).as_deref() {
             Ok([raw]) => format!("{raw:#x}"),
             _ => "unreadable".to_owned(),
         }
     }
 
-    /// A directory entry: 0, or 0x10000000 in the high half and a table index in the low one.
-    fn place(&self, raw: u64) -> DirectoryEntry {
+    /// Decodes a directory entry: 0, or 0x10000000 in the high half and a table index in the low one.
+    fn decode_directory_entry(&self, raw: u64) -> DirectoryEntry {
         const ALLOCATED: u64 = 0x1000_0000;
         if raw == 0 {
             return DirectoryEntry::Absent;
@@ -64,18 +64,21 @@ impl SeSparseTables {
         }
     }
 
-    /// A grain entry: its type, and for an allocated grain the index in two pieces.
-    fn slot(&self, raw: u64) -> GrainEntry {
+    /// Decodes a grain entry by its type.
+    fn decode_entry(&self, raw: u64) -> GrainEntry {
         match raw >> TYPE_SHIFT {
+            // Type 0 with other bits set is not defined.
             0 if raw == 0 => GrainEntry::Unallocated,
-            // unmapped by the guest (the old grain is remembered for reclaiming), and zeroed
+            // 1: discarded by the guest, with the number of the old grain for reclaiming. 2: zeroed.
             1 | 2 => GrainEntry::Zero,
-            3 => self.grain(raw & !TYPE_MASK),
+            3 => self.decode_grain(raw & !TYPE_MASK),
             _ => GrainEntry::Bad,
         }
     }
 
-    fn grain(&self, bits: u64) -> GrainEntry {
+    /// Decodes the grain's index, which lies in two pieces: its low 12 bits in bits 48 to 59 of the entry, the rest in
+    /// bits 0 to 47.
+    fn decode_grain(&self, bits: u64) -> GrainEntry {
         const LOW_BITS: u32 = 12;
         let index = bits >> 48 | (bits & ((1 << 48) - 1)) << LOW_BITS;
         let sector = index
@@ -111,12 +114,12 @@ impl Layout for SeSparseTables {
             self.header.directory * SECTOR + tables.start * 8,
             tables.end - tables.start,
         )?;
-        Ok(raw.into_iter().map(|raw| self.place(raw)).collect())
+        Ok(raw.into_iter().map(|raw| self.decode_directory_entry(raw)).collect())
     }
 
     fn load_table(&self, _table: u64, at: u64) -> Result<Table> {
         let raw = self.read_u64s(at * SECTOR, SeSparse::ENTRIES_PER_TABLE)?;
-        Ok(Table::wide(raw.into_iter().map(|raw| self.slot(raw))))
+        Ok(Table::wide(raw.into_iter().map(|raw| self.decode_entry(raw))))
     }
 
     fn explain_directory(&self, table: u64) -> Error {
@@ -124,7 +127,7 @@ impl Layout for SeSparseTables {
         Error::corrupt(format!(
             "{}: grain directory entry {table} (byte {at}) is {}, expected 0x10000000 and the number of one of {} tables",
             self.file.label(),
-            self.shown(at),
+            self.entry_text(at),
             self.header.tables_size / SeSparse::TABLE_SECTORS
         ))
     }
@@ -137,7 +140,7 @@ impl Layout for SeSparseTables {
         Error::corrupt(format!(
             "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected a type from 0 to 3 and a grain inside of the file's {} sectors",
             self.file.label(),
-            self.shown(at),
+            self.entry_text(at),
             self.file_sectors
         ))
     }

@@ -1,14 +1,21 @@
-//! The directory and tables of an extent that is written to.
+//! Directory and tables of an extent that is written to.
 //!
 //! ```text
-//!   sector ─► directory[table] ─ 0 ───────► no table: all unallocated
-//!                │ a place, or NEW (a table that is only in memory yet)
+//!   sector ─► directory[table] ─ 0 ───────► no table: all grains unallocated
+//!                │ sectors of both copies, or NEW (a table that is only in memory)
 //!                ▼
-//!             shard (a mutex, a map) ─► LiveTable ─► entries, atomic
+//!             shard (a mutex, a map) ─► WritableTable ─► entries, atomic
 //! ```
-//! What is in memory here is the truth; the file follows at the next flush. So a table must not be read from the file
-//! a second time while an entry of it is not written yet: whoever changes entries holds the [`WritableTable`], what waits
-//! to be written holds it too, and only a table that nobody holds is dropped to keep memory bounded.
+//! The tables in memory are authoritative; the file follows at the next flush.
+//!
+//! Invariant: a table is not read from the file again while an entry of it is not written yet. A thread that changes
+//! entries holds the [`WritableTable`], and so do the pending updates. Only a table that nothing else holds is evicted,
+//! which keeps the memory bounded.
+//!
+//! States of a directory entry: 0 → NEW (first write to the table) → sectors in the file (a flush that succeeded).
+//!
+//! Lock order: a shard and `loading` are never held together, and neither is held while another lock is taken. A shard
+//! is only held for a lookup; the file is read under `loading`, so that reads of other tables do not wait.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -19,16 +26,16 @@ use crate::error::Result;
 use crate::vmdk::tables::hosted::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, Layout, Table, TableGeometry};
 
-/// Bytes of tables kept in memory beside those that wait to be written.
+/// Bytes of tables kept in memory, in addition to those with pending updates.
 const KEPT_BYTES: u64 = 16 << 20;
 
-/// Locks that the tables are spread over.
+/// Number of locks that the tables are spread over.
 const SHARDS: usize = 16;
 
-/// A directory entry of a table that is not in the file yet.
+/// Directory entry of a table that is not in the file yet.
 const NEW: u64 = u64::MAX;
 
-/// Where both copies of a table lie in the file.
+/// Sectors of both copies of a table in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::vmdk) struct TableCopies {
     /// Sector of the table that is read.
@@ -42,12 +49,12 @@ pub(in crate::vmdk) struct TableCopies {
 pub(in crate::vmdk) struct WritableTable {
     pub(in crate::vmdk) number: u64,
     loaded: OnceLock<Arc<Table>>,
-    /// Held while it is read from the file, by the first who needs it; the others need it as well.
+    /// Held while the table is read from the file. Single-flight: the first thread reads, the others wait for it.
     loading: Mutex<()>,
 }
 
 impl WritableTable {
-    /// Its entries; they were loaded when it was handed out.
+    /// Returns the entries, which were loaded before the table was handed out.
     pub(in crate::vmdk) fn entries(&self) -> Option<&Arc<Table>> {
         self.loaded.get()
     }
@@ -55,27 +62,27 @@ impl WritableTable {
 
 type Shard = Mutex<HashMap<u64, Arc<WritableTable>>>;
 
-/// Directory and tables of one hosted sparse extent, changing.
+/// Directory and tables of one hosted sparse extent that is written to.
 #[derive(Debug)]
 pub(crate) struct WritableTables {
     layout: Arc<HostedTables>,
     geometry: TableGeometry,
-    /// For each table its [`TableCopies`], the primary one in the lower half; 0 where there is none; [`NEW`].
+    /// For each table its [`TableCopies`], the primary one in the lower half; 0 if there is no table; or [`NEW`].
     directory: Box<[AtomicU64]>,
     shards: [Shard; SHARDS],
-    /// Tables of a shard from which on it drops some.
+    /// Number of tables in a shard from which on it evicts some.
     shard_max: usize,
-    /// Grains may lie in holes of the file.
+    /// True if grains may lie in holes of the file.
     holes: AtomicBool,
-    /// Bytes of the file that were found to be stored, not holes. The store is not asked for each grain, as its answer may
-    /// cost a walk to the end of the file. Only what makes holes has to correct this; a hole that is not known of is data
-    /// that is zeroes, which is never wrong.
+    /// One range of bytes of the file that was found to be stored, without holes. It saves a query of the file system
+    /// for each grain, which may cost a walk to the end of the file. Only a change that creates holes has to reset it.
+    /// If it covers a hole after all, zeroes are reported as data, which is never wrong.
     data: Mutex<Range<u64>>,
 }
 
 impl WritableTables {
-    /// The tables of an extent whose directories were found to be sound: 8 bytes of memory for each table there
-    /// could be. `holes`: the file has some.
+    /// Reads the directories of an extent that passed the check. They take 8 bytes of memory for each possible table.
+    /// `holes` is true if the file has holes.
     pub(in crate::vmdk) fn load(layout: Arc<HostedTables>, holes: bool) -> Result<Self> {
         let geometry = layout.geometry();
         let tables = geometry.tables();
@@ -104,7 +111,7 @@ impl WritableTables {
         })
     }
 
-    /// Where table `number` lies; `None`: nowhere in the file (yet).
+    /// Returns the sectors of table `number`, or `None` if it is not in the file (yet).
     pub(in crate::vmdk) fn places(&self, number: u64) -> Option<TableCopies> {
         match self.raw(number) {
             0 | NEW => None,
@@ -115,14 +122,15 @@ impl WritableTables {
         }
     }
 
-    /// Notes where a table that was new is in the file.
-    pub(in crate::vmdk) fn settle(&self, number: u64, places: TableCopies) {
+    /// Sets the sectors of a table that was new. The caller has synced the table and both directory entries.
+    pub(in crate::vmdk) fn set_places(&self, number: u64, places: TableCopies) {
         if let Some(entry) = self.directory.get(number as usize) {
+            // From here on the table may be evicted, and read again from these sectors.
             entry.store(packed(places), Ordering::Release);
         }
     }
 
-    /// Table `number` for reading; `None` where there is none.
+    /// Returns table `number` for reading, or `None` if there is no such table.
     pub(crate) fn table(&self, number: u64) -> Result<Option<Arc<Table>>> {
         match self.raw(number) {
             0 => Ok(None),
@@ -130,15 +138,16 @@ impl WritableTables {
         }
     }
 
-    /// Table `number` for changing. Where there is none it begins to exist, with nothing allocated.
+    /// Returns table `number` for changing. An absent table is created in memory, with nothing allocated.
     pub(in crate::vmdk) fn table_for_writing(&self, number: u64) -> Result<Arc<WritableTable>> {
         if let Some(entry) = self.directory.get(number as usize) {
+            // Fails if the table exists or another thread was first; both are fine.
             let _ = entry.compare_exchange(0, NEW, Ordering::AcqRel, Ordering::Acquire);
         }
         self.held(number)
     }
 
-    /// How many tables from `number` on, below `end`, do not exist.
+    /// Returns the number of consecutive absent tables from `number` on, up to `end`.
     pub(crate) fn absent(&self, number: u64, end: u64) -> u64 {
         let range = self.directory.get(number as usize..end as usize).unwrap_or_default();
         range
@@ -147,24 +156,24 @@ impl WritableTables {
             .count() as u64
     }
 
-    /// Whether a grain may lie in a hole of the file, wholly or in part.
+    /// Returns true if a grain may lie in a hole of the file, wholly or in part.
     pub(crate) fn has_holes(&self) -> bool {
         self.holes.load(Ordering::Relaxed)
     }
 
-    /// Notes that room of a grain was given back.
+    /// Notes that space of a grain was discarded.
     pub(in crate::vmdk) fn note_hole(&self) {
         self.holes.store(true, Ordering::Relaxed);
         *self.data() = 0..0;
     }
 
-    /// How many bytes from `at` of the file on are known to be stored.
+    /// Returns the number of bytes from byte `at` of the file on that are known to be stored.
     pub(crate) fn data_known_from(&self, at: u64) -> Option<u64> {
         let data = self.data();
         data.contains(&at).then(|| data.end - at)
     }
 
-    /// Notes what the store said of byte `at`: whether it is stored, and for how many bytes on that holds.
+    /// Notes the answer of the store for byte `at`: true if it is stored, and for how many bytes the answer holds.
     pub(crate) fn note_data(&self, at: u64, (stored, bytes): (bool, u64)) {
         if stored {
             *self.data() = at..at.saturating_add(bytes);
@@ -181,34 +190,37 @@ impl WritableTables {
             .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 
-    /// The table, loaded.
+    /// Returns the table, loaded, from memory or from the file.
     fn held(&self, number: u64) -> Result<Arc<WritableTable>> {
-        let live = {
+        let table = {
             let shard = &self.shards[number as usize % SHARDS];
             let mut tables = shard.lock().unwrap_or_else(PoisonError::into_inner);
             match tables.get(&number) {
-                Some(live) => Arc::clone(live),
+                Some(table) => Arc::clone(table),
                 None => {
                     if tables.len() >= self.shard_max {
-                        drop_some(&mut tables);
+                        evict_some(&mut tables);
                     }
-                    let live = Arc::new(WritableTable {
+                    // Inserted before it is loaded: a second thread finds this one and waits for its load. Two copies
+                    // of one table would lose each other's entries.
+                    let table = Arc::new(WritableTable {
                         number,
                         loaded: OnceLock::new(),
                         loading: Mutex::new(()),
                     });
-                    tables.insert(number, Arc::clone(&live));
-                    live
+                    tables.insert(number, Arc::clone(&table));
+                    table
                 }
             }
         };
-        if live.loaded.get().is_none() {
-            let _loading = live.loading.lock().unwrap_or_else(PoisonError::into_inner);
-            if live.loaded.get().is_none() {
-                let _ = live.loaded.set(Arc::new(self.load_one(number)?));
+        if table.loaded.get().is_none() {
+            let _loading = table.loading.lock().unwrap_or_else(PoisonError::into_inner);
+            // After an error the table stays in the map without entries, and the next thread retries the load.
+            if table.loaded.get().is_none() {
+                let _ = table.loaded.set(Arc::new(self.load_one(number)?));
             }
         }
-        Ok(live)
+        Ok(table)
     }
 
     fn load_one(&self, number: u64) -> Result<Table> {
@@ -225,15 +237,18 @@ impl WritableTables {
     }
 }
 
-/// Drops about half of the tables that nobody holds. Under the lock of the shard nobody can begin to hold one.
-fn drop_some(tables: &mut HashMap<u64, Arc<WritableTable>>) {
-    let mut spare = false;
-    tables.retain(|_, live| {
-        if Arc::strong_count(live) > 1 {
+/// Evicts about half of the tables that only the map holds.
+///
+/// The caller holds the lock of the shard, and tables are only handed out under it. So a count of one can't increase
+/// here. A count above one may be a reader, a thread that changes entries, or pending updates.
+fn evict_some(tables: &mut HashMap<u64, Arc<WritableTable>>) {
+    let mut keep = false;
+    tables.retain(|_, table| {
+        if Arc::strong_count(table) > 1 {
             return true;
         }
-        spare = !spare;
-        spare
+        keep = !keep;
+        keep
     });
 }
 

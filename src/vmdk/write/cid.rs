@@ -1,7 +1,10 @@
-//! The CID: which state of a disk its children were made from.
+//! In-place changes of the descriptor: the CID, and values that keep their length.
 //!
-//! It is changed in place, by the same number of digits, so that no other byte of the descriptor moves, the file keeps
-//! its name, owner and locks, and a crash leaves the old digits, the new ones or a mixture: a mixture is a new CID too.
+//! A child remembers the CID that its parent had when the child was created, so a write to the parent must change it.
+//!
+//! The new CID has the same number of digits. So no other byte of the descriptor moves, and the file keeps its name,
+//! owner and locks. A crash leaves the old digits, the new ones, or a mixture of both. A mixture is as good as a new
+//! CID: children refuse it, and the content has not changed yet.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -13,22 +16,22 @@ use crate::store::{StoredFile, WriteLatch, writer};
 use crate::vmdk::descriptor;
 use crate::vmdk::open::Link;
 
-/// CIDs with a meaning of their own: of a fresh disk, and none.
+/// CIDs with a meaning of their own: that of a new disk, and "no CID".
 const RESERVED: [u32; 2] = [0xffff_fffe, 0xffff_ffff];
 
-/// Changes the CID of one descriptor, and other values that keep their length.
+/// Writer of one descriptor.
 #[derive(Debug)]
 pub(super) struct DescriptorWriter {
     file: Arc<dyn StoredFile>,
     /// Bytes of the file that hold the text.
     text: Range<u64>,
-    /// Bytes of the file that hold the digits: of each `CID=` line, and the end of a `ddb.longContentID` that ends
-    /// like it.
+    /// Bytes of the file that hold the digits: of each `CID=` line, and the last ones of a `ddb.longContentID` that
+    /// ends with the same digits.
     digits: Vec<Range<u64>>,
 }
 
 impl DescriptorWriter {
-    /// Finds the digits. A descriptor without a CID has nothing to change.
+    /// Reads the descriptor of `link` and finds the digits. A descriptor may have none.
     pub(super) fn new(link: &Link) -> Result<Self> {
         let text = read(&*link.file, &link.text)?;
         let spans = descriptor::cid_digits(&text);
@@ -42,13 +45,14 @@ impl DescriptorWriter {
         })
     }
 
-    /// A random CID that it does not have now, of as many digits; `None`: it has none.
+    /// Returns a random CID that differs from the current one and has as many digits, or `None` if there is no CID.
     pub(super) fn draw_cid(&self) -> Result<Option<u32>> {
         let old: Vec<_> = self
             .digits
             .iter()
             .map(|range| read(&*self.file, range))
             .collect::<Result<_>>()?;
+        // A CID with fewer digits fits all places; `write_cid` pads it with zeroes.
         let Some(width) = old.iter().map(Vec::len).min() else {
             return Ok(None);
         };
@@ -56,7 +60,7 @@ impl DescriptorWriter {
         Ok(u32::from_str_radix(&String::from_utf8_lossy(&new), 16).ok())
     }
 
-    /// Writes a CID that was drawn, durably.
+    /// Writes a CID from [`draw_cid`](Self::draw_cid) to all its places, durably.
     pub(super) fn write_cid(&self, cid: u32, latch: &WriteLatch) -> Result<()> {
         let writer = writer(&*self.file)?;
         for range in &self.digits {
@@ -68,16 +72,17 @@ impl DescriptorWriter {
             .map_err(|e| e.within(format!("{}: new CID", self.file.label())))
     }
 
-    /// Writes another value of the same length where a setting has one, durably.
+    /// Replaces the value of a setting by one of the same length, durably.
     ///
-    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    /// Errors: `Unsupported` if the setting does not exist or has another length.
     pub(super) fn replace(&self, key: &str, value: &str, latch: &WriteLatch) -> Result<()> {
+        // Read again: earlier replacements have changed the text since the image was opened.
         let text = read(&*self.file, &self.text)?;
         let spans = descriptor::value_spans(&text, key);
         if spans.is_empty() || spans.iter().any(|span| span.len() != value.len()) {
             let (file, len) = (self.file.label(), value.len());
             return Err(Error::unsupported(format!(
-                "{file}: its descriptor has no room of {len} bytes for {key}"
+                "{file}: its descriptor has no value of {len} bytes for {key}"
             )));
         }
         let writer = writer(&*self.file)?;
@@ -90,22 +95,23 @@ impl DescriptorWriter {
     }
 }
 
-/// A range of a file.
+/// Reads a range of a file.
 fn read(file: &dyn StoredFile, range: &Range<u64>) -> Result<Vec<u8>> {
     let mut bytes = vec![0; (range.end - range.start) as usize];
     file.read_exact_at(range.start, &mut bytes)?;
     Ok(bytes)
 }
 
-/// Hexadecimal digits that are none of `not` and no reserved CID.
-fn random_digits(width: usize, not: &[Vec<u8>]) -> Vec<u8> {
+/// Returns `width` random hexadecimal digits that differ from all of `old` and are no reserved CID.
+fn random_digits(width: usize, old: &[Vec<u8>]) -> Vec<u8> {
     loop {
+        // Unique, not secret: the seed of the standard library's hash maps is random enough.
         let random = RandomState::new().build_hasher().finish() as u32;
         let bits = 4 * width.clamp(1, 8) as u32;
         let cid = if bits >= 32 { random } else { random & ((1 << bits) - 1) };
         let digits = format!("{cid:0width$x}").into_bytes();
-        // a leading zero is no reason to write fewer digits, and one digit alone may have to repeat
-        if !RESERVED.contains(&cid) && !not.iter().any(|old| old.eq_ignore_ascii_case(&digits)) {
+        // Compared as text: with few digits a repetition is likely, and a CID in upper case is the same CID.
+        if !RESERVED.contains(&cid) && !old.iter().any(|old| old.eq_ignore_ascii_case(&digits)) {
             return digits;
         }
     }

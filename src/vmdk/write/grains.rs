@@ -1,13 +1,21 @@
-//! Writing to one hosted sparse extent: in place where a grain is allocated, else into a new grain.
+//! Writes to one hosted sparse extent: in place where a grain is allocated, else into a new grain.
 //!
 //! ```text
 //!   write ─ allocated? ─yes─► pwrite in place
-//!              └no─► lock the grains ─ take room at the end of the file ─ write data, and the parent's around it
+//!              └no─► lock the grains ─ take space at the end of the file ─ write data, and the backing's around it
 //!                    └► entry: in memory at once, in the file with the next flush
 //! ```
-//! A grain that was allocated never moves and is never given to another, so what is in place needs no lock. Where new
-//! grains go is in `allocator.rs`, which also knows whether the file is as long as it has to be; how their entries get into
-//! the file is in `entries.rs`.
+//! Invariants:
+//! - An allocated grain never moves and is never reused, so a write in place needs no lock.
+//! - Data come first, then the entry that names them: in memory (`publish`) and in the file (flush).
+//! - The in-use mark in the header is durable before the first grain is allocated, so a crash at any later point leaves
+//!   an image that the next open for writing recovers.
+//!
+//! `grain_allocator.rs` hands out the space for new grains and checks the length of the file; `pending_updates.rs`
+//! brings the entries into the file.
+//!
+//! Lock order: `grain_locks` (one range), then the locks of [`WritableTables`], `marking`, `pending` or the allocator's
+//! `space`. None of these is held while another one of them is taken, and `pending` is never held over I/O.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,35 +37,36 @@ use grain_allocator::GrainAllocator;
 use pending_updates::PendingUpdates;
 pub(super) use pending_updates::{Backlog, Batch};
 
-/// A table entry of a zeroed grain.
+/// Raw table entry of a zeroed grain.
 const ZEROED: u32 = 1;
 
-/// What an unallocated grain shows: the links below, or zeroes. Sectors count from the start of the extent.
+/// Content of unallocated grains: the links below, or zeroes. Sectors count from the start of the extent.
 pub(super) trait Backing {
     /// Reads whole sectors.
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
-    /// Whether they are known to be zeroes.
+    /// Returns true if the sectors are known to be zeroes without I/O.
     fn is_zero(&self, sector: u64, sectors: u64) -> bool;
-    /// Whether what is at `sector` is zeroes, and for how many of `sectors` that holds.
+    /// Returns true if the content at `sector` is zeroes, and for how many of `sectors` the answer holds.
     fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)>;
 }
 
-/// The writing half of a sparse extent.
+/// Writing half of a sparse extent.
 #[derive(Debug)]
 pub(super) struct GrainWriter {
     file: Arc<dyn StoredFile>,
     layout: Arc<HostedTables>,
-    live: Arc<WritableTables>,
+    tables: Arc<WritableTables>,
     geometry: TableGeometry,
-    /// Of grains that are being allocated. Taken before all others here.
-    locks: RangeLock,
+    /// Range lock over grain numbers, held exclusively while the grains are allocated. First in the lock order.
+    grain_locks: RangeLock,
     allocator: GrainAllocator,
-    waiting: Mutex<PendingUpdates>,
-    /// Whether the header says that the image is in use.
+    /// Updates that the next flush writes. Never held over I/O.
+    pending: Mutex<PendingUpdates>,
+    /// True while the header in the file has the in-use mark. Set under `marking`, read without it.
     marked: AtomicBool,
-    /// Held while that is written.
+    /// Held while the mark is written, so that concurrent first allocations write it once.
     marking: Mutex<()>,
-    /// Written to since the last sync.
+    /// True if the file was written to since the last sync.
     dirty: AtomicBool,
     /// Shared by all files of the disk.
     latch: Arc<WriteLatch>,
@@ -66,14 +75,15 @@ pub(super) struct GrainWriter {
 }
 
 impl GrainWriter {
-    /// The writing half of `sparse`, whose tables were checked; `unclean`: its header says that it is in use.
+    /// Creates the writing half of `sparse`, whose tables were checked. `unclean` is true if its header has the in-use
+    /// mark already.
     pub(super) fn new(
         sparse: &SparseExtent,
         layout: Arc<HostedTables>,
         unclean: bool,
         (latch, backlog): (Arc<WriteLatch>, Arc<Backlog>),
     ) -> Result<Self> {
-        let Some(live) = sparse.live.as_ref().map(Arc::clone) else {
+        let Some(tables) = sparse.writable.as_ref().map(Arc::clone) else {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!("{}: opened for reading", sparse.file.label()),
@@ -90,22 +100,23 @@ impl GrainWriter {
         Ok(Self {
             file,
             layout,
-            live,
+            tables,
             geometry,
-            locks: RangeLock::default(),
+            grain_locks: RangeLock::default(),
             allocator,
-            waiting: Mutex::default(),
+            pending: Mutex::default(),
             marked: AtomicBool::new(unclean),
             marking: Mutex::default(),
-            // a process before this one may have ended without
+            // An earlier process may have ended without a sync.
             dirty: AtomicBool::new(true),
             latch,
             backlog,
         })
     }
 
-    /// Writes `buf` from `sector` of the extent on. `sparse` is the extent that this writes to.
-    pub(super) fn write(&self, sparse: &SparseExtent, sector: u64, buf: &[u8], below: &dyn Backing) -> Result<()> {
+    /// Writes `buf` from `sector` of the extent on. `sparse` must be the extent that this is the writing half of;
+    /// `backing` fills the rest of a new grain.
+    pub(super) fn write(&self, sparse: &SparseExtent, sector: u64, buf: &[u8], backing: &dyn Backing) -> Result<()> {
         let mut rest = buf;
         let mut at = sector;
         while !rest.is_empty() {
@@ -118,13 +129,16 @@ impl GrainWriter {
                         .allocator
                         .check_not_truncated()?
                         .write_all_at(place * SECTOR, part(rest, sectors));
-                    // before it is said to be done or not: a flush that comes later must not miss what readers see
+                    // Set after the write and before its result is returned, also after an error: a part of the data
+                    // may be visible to readers, and a flush that starts later must sync it.
                     self.dirty.store(true, Ordering::Release);
                     written?;
                     sectors
                 }
+                // `allocate` may return 0, if another thread allocated the grain after `run_at` read the entry. The
+                // next iteration then finds it stored. An entry never returns to unallocated, so this does not spin.
                 Run::Zero { sectors } | Run::Parent { sectors } => {
-                    self.allocate(at, sectors, Some(part(rest, sectors)), below)?
+                    self.allocate(at, sectors, Some(part(rest, sectors)), backing)?
                 }
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
@@ -134,14 +148,14 @@ impl GrainWriter {
         Ok(())
     }
 
-    /// Makes `sectors` from `sector` on read as zeroes.
+    /// Makes `sectors` from `sector` on read as zeroes. With `unmap` the space of stored grains is discarded.
     pub(super) fn zero(
         &self,
         sparse: &SparseExtent,
         sector: u64,
         sectors: u64,
         unmap: bool,
-        below: &dyn Backing,
+        backing: &dyn Backing,
     ) -> Result<()> {
         let end = sector + sectors;
         let mut at = sector;
@@ -150,20 +164,22 @@ impl GrainWriter {
                 Run::Stored {
                     sector: place, sectors, ..
                 } => {
-                    // the grain keeps its entry: it can't be given to another while somebody still reads it
+                    // The grain keeps its entry and its place in the file. If it were freed and reused, a reader that
+                    // looked up the entry before would read another grain's data.
                     let zeroed = self
                         .allocator
                         .check_not_truncated()?
                         .zero(place * SECTOR, sectors * SECTOR, unmap);
-                    self.live.note_hole();
+                    // Also after an error: a part of the range may be a hole or zeroes now.
+                    self.tables.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     zeroed?;
                     sectors
                 }
                 Run::Zero { sectors } => sectors,
-                Run::Parent { sectors } => match below.zeroes(at, sectors)? {
+                Run::Parent { sectors } => match backing.zeroes(at, sectors)? {
                     (true, sectors) => sectors,
-                    (false, sectors) => self.hide(at, sectors, below)?,
+                    (false, sectors) => self.hide_backing(at, sectors, backing)?,
                 },
                 Run::Deflate { .. } => return Err(self.read_only()),
             };
@@ -171,29 +187,34 @@ impl GrainWriter {
         Ok(())
     }
 
-    /// Hides what is below with zeroes, in at most `sectors` from `sector` on; how many it did.
-    fn hide(&self, sector: u64, sectors: u64, below: &dyn Backing) -> Result<u64> {
+    /// Hides the backing with zeroes, in at most `sectors` from `sector` on. Returns the number of sectors done, 0 if
+    /// another thread allocated the first grain meanwhile.
+    fn hide_backing(&self, sector: u64, sectors: u64, backing: &dyn Backing) -> Result<u64> {
         let grain = self.geometry.grain;
         let within = sector % grain;
         let inside = self.geometry.grain_sectors(sector / grain);
+        // A part of a grain needs a stored grain: the other part continues to show the backing.
         if within != 0 || sectors < inside {
             let sectors = sectors.min(inside - within);
-            return self.allocate(sector, sectors, None, below);
+            return self.allocate(sector, sectors, None, backing);
         }
-        // whole grains, of which the last one of the extent may be short
+        // Whole grains from here on; the last one of the extent may be short.
         let end = sector + sectors;
         let whole = if end == self.geometry.capacity {
             sectors
         } else {
             sectors / grain * grain
         };
+        // Without the flag in the header, an entry of 1 is damage: such extents get grains of stored zeroes.
         if !self.layout.has_zeroed_grains() {
-            return self.allocate(sector, whole, None, below);
+            return self.allocate(sector, whole, None, backing);
         }
-        self.mark()?;
+        self.mark_in_use()?;
         let (table, first, count) = self.split_at_table(sector, whole);
-        let _held = self.locks.lock(sector / grain..sector / grain + count, Mode::Exclusive);
-        let table = self.live.table_for_writing(table)?;
+        let _held = self
+            .grain_locks
+            .lock(sector / grain..sector / grain + count, Mode::Exclusive);
+        let table = self.tables.table_for_writing(table)?;
         let free = unallocated(&table, first, count);
         if free > 0 {
             self.publish(&table, first, (0..free).map(|_| ZEROED));
@@ -201,14 +222,18 @@ impl GrainWriter {
         Ok((free * grain).min(whole))
     }
 
-    /// Allocates grains for `data` (`None`: zeroes) at `sector`, of at most `sectors`, and writes them, together with
-    /// what was below around the data. How many sectors it did: none where another thread was faster.
-    fn allocate(&self, sector: u64, sectors: u64, data: Option<&[u8]>, below: &dyn Backing) -> Result<u64> {
-        self.mark()?;
+    /// Allocates grains at `sector` for `data` (`None`: zeroes) of at most `sectors`, and writes them, with the
+    /// backing's content around the data. Returns the number of sectors done, 0 if another thread allocated the first
+    /// grain meanwhile.
+    fn allocate(&self, sector: u64, sectors: u64, data: Option<&[u8]>, backing: &dyn Backing) -> Result<u64> {
+        self.mark_in_use()?;
         let grain = self.geometry.grain;
         let (table, first, count) = self.split_at_table(sector, sectors);
-        let _held = self.locks.lock(sector / grain..sector / grain + count, Mode::Exclusive);
-        let table = self.live.table_for_writing(table)?;
+        // Single allocation: the entries are read again under the lock, and only those that are still free are taken.
+        let _held = self
+            .grain_locks
+            .lock(sector / grain..sector / grain + count, Mode::Exclusive);
+        let table = self.tables.table_for_writing(table)?;
         let count = unallocated(&table, first, count);
         if count == 0 {
             return Ok(0);
@@ -221,15 +246,18 @@ impl GrainWriter {
             place,
             count,
         };
-        if let Err(e) = self.fill(&new, data, &table, first, below) {
+        if let Err(e) = self.fill(&new, data, &table, first, backing) {
+            // No entry names the grains yet, so no reader has seen them: they may be reused.
             self.allocator.give_back(place, count);
             return Err(e);
         }
+        // From here on readers and writers in place use the grains. Their data are written, though not durable.
         self.publish(&table, first, (0..count).map(|i| (place + i * grain) as u32));
         Ok(sectors)
     }
 
-    /// Table and entry of `sector`, and how many grains of that table `sectors` from there on touch.
+    /// Returns the table and the entry of `sector`, and the number of grains of that table that `sectors` from there on
+    /// overlap.
     fn split_at_table(&self, sector: u64, sectors: u64) -> (u64, u64, u64) {
         let grain = sector / self.geometry.grain;
         let (table, entry) = (
@@ -240,25 +268,26 @@ impl GrainWriter {
         (table, entry, touched.min(self.geometry.entries_per_table - entry))
     }
 
-    /// Writes data into new grains, and what is below where the first and the last one are not covered whole. What
-    /// reads as zeroes is not written: new room does.
+    /// Writes data into new grains (copy-on-write): the caller's, and the backing's where the first and the last grain
+    /// are not covered whole. Zeroes are not written, as new space reads as zeroes.
     fn fill(
         &self,
         new: &NewGrains,
         data: Option<&[u8]>,
         table: &WritableTable,
         first: u64,
-        below: &dyn Backing,
+        backing: &dyn Backing,
     ) -> Result<()> {
         let grain = self.geometry.grain;
         let start = new.sector / grain * grain;
         let end = (start + new.count * grain).min(self.geometry.capacity);
-        let behind = new.sector + new.sectors;
-        for (from, to, entry) in [(start, new.sector, first), (behind, end, first + new.count - 1)] {
-            let zeroed = slot(table, entry) == GrainEntry::Zero;
-            if from < to && !zeroed && !below.is_zero(from, to - from) {
+        let after = new.sector + new.sectors;
+        for (from, to, entry) in [(start, new.sector, first), (after, end, first + new.count - 1)] {
+            // A zeroed grain hides the backing: the rest of it stays zero.
+            let zeroed = grain_entry(table, entry) == GrainEntry::Zero;
+            if from < to && !zeroed && !backing.is_zero(from, to - from) {
                 let mut around = vec![0; ((to - from) * SECTOR) as usize];
-                below.read(from, &mut around)?;
+                backing.read(from, &mut around)?;
                 self.writer()?
                     .write_all_at((new.place + from - start) * SECTOR, &around)?;
             }
@@ -271,8 +300,9 @@ impl GrainWriter {
         }
     }
 
-    /// Says in the header that the image is in use, once, and waits until that is durable.
-    fn mark(&self) -> Result<()> {
+    /// Sets the in-use mark in the header, once, and waits until it is durable.
+    fn mark_in_use(&self) -> Result<()> {
+        // Double-checked: after the first allocation this is one atomic load.
         if self.marked.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -280,17 +310,20 @@ impl GrainWriter {
         if !self.marked.load(Ordering::Acquire) {
             self.allocator.check_not_truncated()?.write_all_at(UNCLEAN_AT, &[1])?;
             self.latch.sync(&*self.file)?;
+            // After the sync: no other thread may allocate while only the page cache has the mark.
             self.marked.store(true, Ordering::Release);
         }
         Ok(())
     }
 
-    /// After a flush, with nobody writing: gives back the room behind the last grain, and says that the image is
-    /// closed. Whether there was anything to do; then it has to be synced once more.
-    pub(super) fn unmark(&self) -> Result<bool> {
+    /// Truncates the file after the last grain and clears the in-use mark. Returns true if the file was changed and has
+    /// to be synced. The caller has flushed and excludes writers and flushes.
+    pub(super) fn mark_closed(&self) -> Result<bool> {
         if !self.marked.load(Ordering::Acquire) {
             return Ok(false);
         }
+        // In either order after a crash: a marked file without the tail is recovered, and an unmarked file with a tail
+        // has only space that nothing names.
         self.allocator.truncate_unused()?;
         self.allocator.check_not_truncated()?.write_all_at(UNCLEAN_AT, &[0])?;
         self.marked.store(false, Ordering::Release);
@@ -298,14 +331,15 @@ impl GrainWriter {
         Ok(true)
     }
 
-    /// Makes durable what was written since the last time.
+    /// Syncs the file if it is dirty.
     ///
-    /// Errors: also where it was cut since then.
+    /// Errors: those of the sync, and `Corrupt` if another process truncated the file. Both set the write latch.
     pub(super) fn sync(&self) -> Result<()> {
         if !self.dirty.load(Ordering::Acquire) {
             return Ok(());
         }
         self.allocator.check_not_truncated()?;
+        // Cleared before the sync: a write during it sets the flag again, for the next flush.
         if self.dirty.swap(false, Ordering::AcqRel) {
             self.latch.sync(&*self.file)
         } else {
@@ -313,7 +347,8 @@ impl GrainWriter {
         }
     }
 
-    /// For what was taken just now: to take it asked whether the file was cut.
+    /// Returns the writing half of the file without a check of its length. For new grains only: taking their space has
+    /// checked it.
     fn writer(&self) -> Result<&dyn StoredWrite> {
         writer(&*self.file)
     }
@@ -321,35 +356,37 @@ impl GrainWriter {
     fn read_only(&self) -> Error {
         Error::new(
             ErrorKind::ReadOnly,
-            format!("{}: compressed grains are not written in place", self.file.label()),
+            format!("{}: compressed grains can't be written in place", self.file.label()),
         )
     }
 }
 
-/// Grains that are being filled.
+/// Grains that have space in the file and are being filled. Consecutive in the extent and in the file.
 #[derive(Debug)]
 struct NewGrains {
-    /// Where the data go, in the extent, and how many there are.
+    /// First sector of the data in the extent; may lie inside of the first grain.
     sector: u64,
+    /// Sectors of the data.
     sectors: u64,
-    /// Where the first grain is in the file, and how many follow each other.
+    /// Sector of the file at which the first grain starts.
     place: u64,
+    /// Number of grains.
     count: u64,
 }
 
-/// The first `sectors` of `buf`.
+/// Returns the first `sectors` of `buf`.
 fn part(buf: &[u8], sectors: u64) -> &[u8] {
     buf.get(..(sectors * SECTOR) as usize).unwrap_or(buf)
 }
 
-fn slot(table: &WritableTable, entry: u64) -> GrainEntry {
+fn grain_entry(table: &WritableTable, entry: u64) -> GrainEntry {
     table
         .entries()
-        .map_or(GrainEntry::Bad, |entries| entries.slot(entry as usize))
+        .map_or(GrainEntry::Bad, |entries| entries.entry(entry as usize))
 }
 
-/// How many of `count` grains from entry `first` on have no room yet.
+/// Returns how many of `count` grains from entry `first` on have no space in the file, up to the first that has.
 fn unallocated(table: &WritableTable, first: u64, count: u64) -> u64 {
-    let free = |entry: &u64| matches!(slot(table, *entry), GrainEntry::Unallocated | GrainEntry::Zero);
+    let free = |entry: &u64| matches!(grain_entry(table, *entry), GrainEntry::Unallocated | GrainEntry::Zero);
     (first..first + count).take_while(free).count() as u64
 }

@@ -1,16 +1,19 @@
-//! Writing to a VMDK: the newest link of its chain, in place or into new grains.
+//! Writes to a VMDK: the newest link of its chain, in place or into new grains.
 //!
 //! ```text
-//!   open_writable   formats ─ children ─ check (and repair of an unclean image) ─► Writer
+//!   open_writable   format ─ children ─ check (and recovery of an unclean image) ─► Writer
 //!   first write     new CID in the descriptor, durable, before any content changes
 //!   write, zero     flat: in place · sparse: grains.rs
-//!   flush           what waits ─► new tables ─ SYNC ─ entries ─ SYNC      (only SYNC where nothing waits)
-//!   close           flush ─ room behind the last grain cut off, mark of use cleared ─ SYNC
+//!   flush           pending updates ─► new tables ─ SYNC ─ entries ─ SYNC      (one SYNC if nothing is pending)
+//!   close           flush ─ truncate after the last grain, clear the in-use mark ─ SYNC
 //! ```
-//! States: closed → begun (a write) → closed. A sync that fails is final: the system may have dropped what it was
-//! about, so from then on nothing more is written or said to be durable; reads go on.
+//! States: closed → CID changed (first write) → closed. An image that crashes in the second state has a new CID and, if
+//! a grain was allocated, the in-use mark of its extent; the next open for writing recovers it (`recover.rs`).
 //!
-//! Lock order: gate, flushing, then those of `grains.rs`.
+//! A failed sync is final. The kernel may have dropped the dirty pages that the sync covered, and reports the error
+//! only once. So the write latch is set: nothing more is written or reported as durable. Reads continue.
+//!
+//! Lock order: `gate`, `last_flush`, then those of `grains.rs`. `cid_change` is taken under `gate` and holds no other.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -36,46 +39,47 @@ use crate::vmdk::tables::writable::WritableTables;
 pub(crate) use snapshot_guard::COMMIT_MARK;
 pub(super) use snapshot_guard::refuse_with_children;
 
-/// The writing half of a disk.
+/// Writing half of a disk.
 #[derive(Debug)]
 pub(crate) struct Writer {
     descriptor: DescriptorWriter,
-    /// One for each extent of the newest link.
+    /// One for each extent of the newest link, in the same order.
     extents: Vec<ExtentWriter>,
-    /// Whether the CID was changed since the image was opened or closed.
-    begun: AtomicBool,
-    /// Held while that is done.
-    beginning: Mutex<()>,
-    /// Somebody writes to the files without us: a flush has to sync them whatever we know.
-    behind_us: AtomicBool,
-    /// Taken note of by whoever syncs.
+    /// True once the CID was changed, until the image is closed. Set under `cid_change`, read without it.
+    cid_changed: AtomicBool,
+    /// Held while the new CID is written, so that concurrent first writes write it once.
+    cid_change: Mutex<()>,
+    /// True once the kernel may write to the backing file directly: then a flush syncs every flat file, dirty or not.
+    external_writes: AtomicBool,
+    /// Shared by all files of the disk; every sync goes through it.
     latch: Arc<WriteLatch>,
     backlog: Arc<Backlog>,
-    /// Shared by writes; `close` has it alone.
+    /// Held shared by writes, exclusively by `close`. First in the lock order.
     gate: RwLock<()>,
-    /// The number of the last flush that succeeded. Held while one is done.
-    flushing: Mutex<u64>,
-    /// The number of the last flush that was begun.
+    /// Number of the last flush that succeeded. Held for the whole of a flush: flushes run one at a time.
+    last_flush: Mutex<u64>,
+    /// Number of the last flush that was started. Only incremented under `last_flush`, read without it.
     started: AtomicU64,
 }
 
-/// How an extent is written to.
+/// Way in which an extent is written.
 #[derive(Debug)]
 enum ExtentWriter {
-    /// It is not.
+    /// Not at all: read-only, or without a file.
     None,
-    /// In place; `true`: written to since the last sync, perhaps by a process before this one.
+    /// In place; true while dirty. An extent starts dirty: an earlier process may have written to it without a sync.
     Flat(AtomicBool),
     Grains(Box<GrainWriter>),
 }
 
 impl Writer {
-    /// Makes the newest link writable: it was opened for writing, but nothing of that was checked yet.
+    /// Checks and recovers the newest link, which was opened for writing, and creates its writer.
     ///
-    /// Errors: `ReadOnly` where its format can't be written in place, `Corrupt` where it is damaged.
+    /// Errors: `ReadOnly` if its format can't be written in place, `Corrupt` if it is damaged.
     pub(super) fn new(link: &mut Link) -> Result<Self> {
+        // The refusals come first: they change nothing, and recovery writes to the files.
         refuse_unwritable(link)?;
-        refuse_shared_room(link)?;
+        refuse_overlapping_extents(link)?;
         refuse_large_directories(link)?;
         recover::recover(link)?;
         let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
@@ -88,35 +92,39 @@ impl Writer {
             latch,
             backlog,
             extents,
-            begun: AtomicBool::new(false),
-            beginning: Mutex::default(),
-            behind_us: AtomicBool::new(false),
+            cid_changed: AtomicBool::new(false),
+            cid_change: Mutex::default(),
+            external_writes: AtomicBool::new(false),
             gate: RwLock::default(),
-            flushing: Mutex::new(0),
+            last_flush: Mutex::new(0),
             started: AtomicU64::new(0),
         })
     }
 
-    /// Before any content changes: whoever remembers the old CID must not find it over new content. `cid`: the new one,
-    /// which was drawn before; `None`: any.
-    fn begin(&self, cid: Option<u32>) -> Result<()> {
+    /// Changes the CID, durably, before the first change of content: a child that remembers the old CID must not find
+    /// it over new content. `cid` is the new one; with `None` a random one is drawn.
+    fn change_cid(&self, cid: Option<u32>) -> Result<()> {
         self.latch.check()?;
-        if self.begun.load(Ordering::Acquire) {
+        // Double-checked: after the first write this is one atomic load.
+        if self.cid_changed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.begun.load(Ordering::Acquire) {
+        let _changing = self.cid_change.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.cid_changed.load(Ordering::Acquire) {
             let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
             if let Some(cid) = cid {
                 self.descriptor.write_cid(cid, &self.latch)?;
             }
-            self.begun.store(true, Ordering::Release);
+            // Only now may other writers pass the check above: the CID is durable.
+            self.cid_changed.store(true, Ordering::Release);
         }
         Ok(())
     }
 
-    /// One whole flush; `flushing` is held.
+    /// Runs one whole flush. The caller holds `last_flush`.
     fn flush_now(&self, link: &Link) -> Result<()> {
+        // The batches are taken before anything is synced. A grain's data are written before its update is published,
+        // so the sync that follows covers the data of every entry in the batches.
         let mut batches: Vec<(&GrainWriter, Batch)> = Vec::new();
         for extent in &self.extents {
             if let ExtentWriter::Grains(grains) = extent {
@@ -128,38 +136,52 @@ impl Writer {
         }
         match self.write_batches(link, &mut batches) {
             Ok(()) => {
-                batches.into_iter().for_each(|(grains, batch)| grains.settle(batch));
+                batches
+                    .into_iter()
+                    .for_each(|(grains, batch)| grains.finish_batch(batch));
                 Ok(())
             }
             Err(e) => {
+                // The entries stay in memory as pending updates: readers see them, and a later flush retries.
                 batches.into_iter().for_each(|(grains, batch)| grains.put_back(batch));
                 Err(e)
             }
         }
     }
 
+    /// Writes the batches: data and new tables first, then the entries that name them.
+    ///
+    /// A crash before the first sync leaves space at the end of the file that nothing names, and the old disk. A crash
+    /// after it leaves some entries in the file, perhaps in one of both copies of a table; each names a grain whose
+    /// data are durable. `recover.rs` completes the copies and truncates the rest.
     fn write_batches(&self, link: &Link, batches: &mut [(&GrainWriter, Batch)]) -> Result<()> {
+        // 1. New tables, which no directory names yet: their content need not be in order with the data.
         for (grains, batch) in batches.iter_mut() {
             grains.write_new_tables(batch)?;
         }
+        // 2. Data of grains and new tables become durable, and those of all flat extents too.
         self.sync_all(link)?;
+        // 3. The entries that name them.
         for (grains, batch) in batches.iter_mut() {
             grains.write_entries(batch)?;
         }
+        // 4. Only extents whose entries were written are dirty again; this sync is the end of the flush.
         for (grains, _) in batches.iter() {
             grains.sync()?;
         }
         Ok(())
     }
 
-    /// Makes every extent durable that was written to.
+    /// Syncs every dirty extent.
     fn sync_all(&self, link: &Link) -> Result<()> {
-        let behind_us = self.behind_us.load(Ordering::Acquire);
+        let external_writes = self.external_writes.load(Ordering::Acquire);
         for (placed, extent) in link.extents.iter().zip(&self.extents) {
             match (extent, &placed.extent) {
                 (ExtentWriter::Grains(grains), _) => grains.sync()?,
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, .. })
-                    if dirty.swap(false, Ordering::AcqRel) || behind_us =>
+                    // The flag is cleared before the sync: a write during it sets the flag again for the next flush. If
+                    // the sync fails, the write latch makes every later flush fail, so the lost flag does no harm.
+                    if dirty.swap(false, Ordering::AcqRel) || external_writes =>
                 {
                     self.latch.check_not_truncated(&**file, file.len())?;
                     self.latch.sync(&**file)?;
@@ -170,21 +192,23 @@ impl Writer {
         Ok(())
     }
 
-    /// With nobody writing and all flushed: marks the extents as closed.
-    fn unmark(&self, link: &Link) -> Result<()> {
-        let mut marked = false;
+    /// Marks the extents as closed. The caller excludes writers and has flushed: the mark must not be cleared before
+    /// the tables are durable, or a crash would leave an image that looks closed and is not.
+    fn mark_closed(&self, link: &Link) -> Result<()> {
+        let mut changed = false;
         for extent in &self.extents {
             if let ExtentWriter::Grains(grains) = extent {
-                marked |= grains.unmark()?;
+                changed |= grains.mark_closed()?;
             }
         }
-        if marked { self.sync_all(link) } else { Ok(()) }
+        if changed { self.sync_all(link) } else { Ok(()) }
     }
 }
 
 impl VmdkDisk {
-    /// Why [`open_writable`](Self::open_writable) would refuse it, as far as that can be told of a disk that is open for
-    /// reading, without a change and without a lock: `ReadOnly` for its format, `Policy` where it has children.
+    /// Returns the error with which [`open_writable`](Self::open_writable) would refuse this disk, as far as a disk
+    /// that is open for reading shows it, without a change or a lock: `ReadOnly` for its format, `Policy` if it has
+    /// children. With `force` children do not matter.
     pub fn refuses_writing(&self, force: bool) -> Option<Error> {
         let link = self.links().first()?;
         let children = |()| {
@@ -195,12 +219,12 @@ impl VmdkDisk {
             }
         };
         refuse_unwritable(link)
-            .and_then(|()| refuse_shared_room(link))
+            .and_then(|()| refuse_overlapping_extents(link))
             .and_then(children)
             .err()
     }
 
-    /// The files that a write to it may change: those of its newest link.
+    /// Returns the files that a write may change: the descriptor and the writable extents of the newest link.
     pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
         let Some(link) = self.links().first() else {
             return Vec::new();
@@ -210,47 +234,51 @@ impl VmdkDisk {
         std::iter::once(Arc::clone(&link.file)).chain(extents).collect()
     }
 
-    fn writing(&self) -> Result<(&Writer, &Link)> {
+    /// Returns the writer and the link that it writes to.
+    ///
+    /// Errors: `ReadOnly` if the disk was opened for reading.
+    fn writer_and_link(&self) -> Result<(&Writer, &Link)> {
         match (&self.writer, self.links().first()) {
             (Some(writer), Some(link)) => Ok((writer, link)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the disk is opened for reading")),
         }
     }
 
-    /// A CID that [`begin_with`](Self::begin_with) may be told: random, of as many digits as the descriptor has room for.
-    /// `None`: the disk has no CID.
+    /// Returns a random CID for [`change_cid`](Self::change_cid), with as many digits as the descriptor has space for,
+    /// or `None` if the disk has no CID.
     pub fn draw_cid(&self) -> Result<Option<u32>> {
-        self.writing()?.0.descriptor.draw_cid()
+        self.writer_and_link()?.0.descriptor.draw_cid()
     }
 
-    /// As [`BlockWrite::begin`], before anything was written, and with a CID that was drawn before: somebody else
-    /// remembers it already.
-    pub fn begin_with(&self, cid: u32) -> Result<()> {
-        self.writing()?.0.begin(Some(cid))
+    /// Changes the CID to `cid`, durably, before the first write. For a caller that stored the new CID elsewhere
+    /// beforehand; other writes draw one on their own.
+    pub fn change_cid(&self, cid: u32) -> Result<()> {
+        self.writer_and_link()?.0.change_cid(Some(cid))
     }
 
-    /// Writes another value of the same length for a setting of the newest link's descriptor, durably, in place. The
-    /// content, and with it the CID, does not change. Names of the disk data base start with `ddb.`. What was read of
-    /// the descriptor when the disk was opened stays what it was.
+    /// Replaces the value of a setting of the newest link's descriptor by one of the same length, durably, in place.
+    /// The content of the disk and its CID do not change. Keys of the disk data base start with `ddb.`.
+    /// [`descriptor`](Self::descriptor) continues to return the old value.
     ///
-    /// Errors: `Unsupported` where there is no such setting, or one of another length.
+    /// Errors: `Unsupported` if the setting does not exist or has another length.
     pub fn rewrite(&self, key: &str, value: &str) -> Result<()> {
-        let (writer, _) = self.writing()?;
+        let (writer, _) = self.writer_and_link()?;
         writer.latch.check()?;
         writer.descriptor.replace(key, value, &writer.latch)
     }
 
-    /// Does `change` for each extent that `range` touches: the extent, its writer, the sector of the disk where it
-    /// starts to be touched, and how many sectors are.
-    fn change(
+    /// Calls `change` for each extent that `range` overlaps, with the extent, its writer, the first sector of the disk
+    /// in the overlap, and the number of its sectors. Flushes afterwards if too many updates are pending.
+    fn change_extents(
         &self,
         range: Range<u64>,
         mut change: impl FnMut(&PlacedExtent, &ExtentWriter, u64, u64) -> Result<()>,
     ) -> Result<()> {
-        let (writer, link) = self.writing()?;
+        let (writer, link) = self.writer_and_link()?;
         let full = {
+            // Shared with other writers. Holding the gate keeps `close` from clearing the in-use mark under a write.
             let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
-            writer.begin(None)?;
+            writer.change_cid(None)?;
             let mut at = range.start;
             while at < range.end {
                 let after = link.extents.partition_point(|p| p.start <= at);
@@ -263,6 +291,7 @@ impl VmdkDisk {
                         format!("{}: no extent holds it", Lba(at)),
                     ));
                 };
+                // At least one sector, so that a faulty list of extents can't make this loop spin.
                 let sectors = (range.end - at)
                     .min((placed.start + placed.sectors).saturating_sub(at))
                     .max(1);
@@ -271,37 +300,40 @@ impl VmdkDisk {
             }
             writer.backlog.is_full()
         };
+        // Back-pressure: the writer that fills the backlog runs the flush. The gate is released first, as a flush does
+        // not need it.
         if full { self.flush() } else { Ok(()) }
     }
 
     fn zero_piece(&self, range: Range<u64>, unmap: bool) -> Result<()> {
-        self.change(range, |placed, extent, start, sectors| {
+        self.change_extents(range, |placed, extent, start, sectors| {
             let within = start - placed.start;
             match (extent, &placed.extent) {
                 (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
-                    grains.zero(sparse, within, sectors, unmap, &self.below(placed))
+                    grains.zero(sparse, within, sectors, unmap, &self.backing_of(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
                     let zeroed = self
-                        .flat(file)?
+                        .flat_file(file)?
                         .zero((offset + within) * SECTOR, sectors * SECTOR, unmap);
+                    // Also after an error: a part of the range may have been zeroed.
                     dirty.store(true, Ordering::Release);
                     zeroed
                 }
-                // it is zeroes
+                // A ZERO extent reads as zeroes already.
                 (_, Extent::Zero) => Ok(()),
                 _ => Err(read_only_extent(placed, start)),
             }
         })
     }
 
-    /// The writing half of a flat extent's file. Behind the end of one that somebody has cut nothing is written: it would
-    /// be as long as before, and hold zeroes.
-    fn flat<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
-        self.writing()?.0.latch.check_not_truncated(&**file, file.len())
+    /// Returns the writing half of a flat extent's file. Sets the write latch if another process truncated the file: a
+    /// write after the new end would extend it again, with zeroes in place of the lost data.
+    fn flat_file<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
+        self.writer_and_link()?.0.latch.check_not_truncated(&**file, file.len())
     }
 
-    fn below<'a>(&'a self, placed: &PlacedExtent) -> BackingChain<'a> {
+    fn backing_of<'a>(&'a self, placed: &PlacedExtent) -> BackingChain<'a> {
         BackingChain {
             disk: self,
             start: placed.start,
@@ -312,24 +344,27 @@ impl VmdkDisk {
 
 impl BlockWrite for VmdkDisk {
     fn prepare_external_write(&self) -> Result<()> {
-        let (writer, _) = self.writing()?;
+        let (writer, _) = self.writer_and_link()?;
         let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
-        writer.behind_us.store(true, Ordering::Release);
-        writer.begin(None)
+        // Never cleared: this process does not see the kernel's writes to the backing file, nor the last of them.
+        writer.external_writes.store(true, Ordering::Release);
+        writer.change_cid(None)
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         let sectors = check_range(&self.geometry(), at, buf.len())?;
-        self.change(at.0..at.0 + sectors, |placed, extent, start, sectors| {
+        self.change_extents(at.0..at.0 + sectors, |placed, extent, start, sectors| {
             let from = ((start - at.0) * SECTOR) as usize;
             let part = buf.get(from..from + (sectors * SECTOR) as usize).unwrap_or_default();
             let within = start - placed.start;
             match (extent, &placed.extent) {
                 (ExtentWriter::Grains(grains), Extent::Sparse(sparse)) => {
-                    grains.write(sparse, within, part, &self.below(placed))
+                    grains.write(sparse, within, part, &self.backing_of(placed))
                 }
                 (ExtentWriter::Flat(dirty), Extent::Flat { file, offset }) => {
-                    let written = self.flat(file)?.write_all_at((offset + within) * SECTOR, part);
+                    let written = self.flat_file(file)?.write_all_at((offset + within) * SECTOR, part);
+                    // After the write, so that a flush which clears the flag has it in its sync; and also after an
+                    // error, as a part of the data may have been written.
                     dirty.store(true, Ordering::Release);
                     written
                 }
@@ -345,23 +380,27 @@ impl BlockWrite for VmdkDisk {
             .checked_sub(range.start.0)
             .and_then(|s| usize::try_from(s.checked_mul(SECTOR)?).ok());
         check_range(&self.geometry(), range.start, bytes.unwrap_or(usize::MAX))?;
-        // piece by piece, as each may leave entries in memory that have to be written before there are too many
-        for start in (range.start.0..range.end.0).step_by(ZERO_AT_ONCE as usize) {
-            self.zero_piece(start..range.end.0.min(start + ZERO_AT_ONCE), unmap)?;
+        // In pieces: each may add pending updates, and the backlog is only checked after each piece.
+        for start in (range.start.0..range.end.0).step_by(ZERO_PIECE as usize) {
+            self.zero_piece(start..range.end.0.min(start + ZERO_PIECE), unmap)?;
         }
         Ok(())
     }
 
     fn flush(&self) -> Result<()> {
-        let (writer, link) = self.writing()?;
-        // a flush that is begun after this covers what this one is asked for
+        let (writer, link) = self.writer_and_link()?;
+        // Group flush. A flush that starts after this load covers every write that returned before this call. So a
+        // caller that waited for the lock while such a flush ran and succeeded is done. A flush with a number up to
+        // `before` may have taken its batches before those writes, and does not count.
         let before = writer.started.load(Ordering::Acquire);
-        let mut last = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = writer.last_flush.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, as the flush that was waited for may have set the latch.
         writer.latch.check()?;
         if *last > before {
             return Ok(());
         }
         let number = writer.started.fetch_add(1, Ordering::AcqRel) + 1;
+        // On an error `last` keeps its value, so waiters run a flush of their own and get their own error.
         writer.flush_now(link)?;
         *last = number;
         Ok(())
@@ -372,27 +411,32 @@ impl BlockWrite for VmdkDisk {
     }
 
     fn close(&self) -> Result<()> {
-        let (writer, link) = self.writing()?;
+        let (writer, link) = self.writer_and_link()?;
+        // The gate excludes writers from here on, so no update can become pending between the flush and the mark.
         let _gate = writer.gate.write().unwrap_or_else(PoisonError::into_inner);
         self.flush()?;
-        let _flushing = writer.flushing.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.unmark(link)?;
-        writer.begun.store(false, Ordering::Release);
+        // Excludes flushes, which do not take the gate, while the file is truncated and the mark is cleared.
+        let _flushing = writer.last_flush.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.mark_closed(link)?;
+        // A write after this starts over: with a new CID and, for a new grain, the in-use mark.
+        writer.cid_changed.store(false, Ordering::Release);
         Ok(())
     }
 }
 
-/// What an extent of the newest link shows where it has nothing: the links below.
+/// Backing of an extent of the newest link: the links below it, and the base.
 struct BackingChain<'a> {
     disk: &'a VmdkDisk,
-    /// The sectors of the disk that the extent holds.
+    /// First sector of the disk that the extent holds.
     start: u64,
+    /// First sector of the disk after the extent.
     end: u64,
 }
 
 impl Backing for BackingChain<'_> {
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()> {
-        // what a grain has behind the end of its extent is shown by nobody
+        // The last grain may reach past the end of its extent. No reader sees that part; it is filled with zeroes, as
+        // the links below have other sectors of the disk there.
         let inside = self.end.saturating_sub(self.start + sector) * SECTOR;
         let inside = (buf.len() as u64).min(inside) as usize;
         let (real, past) = buf.split_at_mut(inside);
@@ -411,7 +455,7 @@ impl Backing for BackingChain<'_> {
     }
 }
 
-/// Refuses links whose format can't be written in place.
+/// Refuses a link whose format can't be written in place.
 fn refuse_unwritable(link: &Link) -> Result<()> {
     let refuse = |file: &str, why: &str| {
         let way_out = "cow=FILE writes to an overlay instead";
@@ -419,7 +463,7 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
     };
     let descriptor = &link.descriptor;
     if descriptor.version != 1 || descriptor.change_tracking.is_some() {
-        let why = "tracks changed blocks (CBT) or is encrypted, which a writer that doesn't know it would break";
+        let why = "tracks changed blocks (CBT) or is encrypted, and a write would break that";
         return refuse(link.file.label(), why);
     }
     for placed in &link.extents {
@@ -428,10 +472,14 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
             Extent::Sparse(sparse) => {
                 let label = sparse.file.label();
                 match &placed.hosted {
-                    _ if sparse.packing != Encoding::Plain => {
-                        return refuse(label, "its grains are compressed (streamOptimized), they are only read");
+                    _ if sparse.encoding != Encoding::Plain => {
+                        return refuse(
+                            label,
+                            "its grains are compressed (streamOptimized) and can only be read",
+                        );
                     }
-                    None => return refuse(label, &format!("{} extents are only read", placed.kind)),
+                    None => return refuse(label, &format!("{} extents can only be read", placed.kind)),
+                    // Such programs keep a map of changed blocks, which a write from here would not update.
                     Some(hosted) if hosted.version() > 2 => {
                         return refuse(
                             label,
@@ -442,7 +490,7 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
                         return refuse(label, "a sparse extent on a device can't grow");
                     }
                     Some(_) if sparse.geometry().grain < MIN_GRAIN => {
-                        return refuse(label, "grains of less than 4 KiB are only read");
+                        return refuse(label, "grains of less than 4 KiB can only be read");
                     }
                     Some(_) => {}
                 }
@@ -456,13 +504,13 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
     {
         return refuse(
             link.file.label(),
-            "its descriptor says that none of its extents is to be written (RDONLY)",
+            "its descriptor marks all extents as read-only (RDONLY)",
         );
     }
     Ok(())
 }
 
-/// Refuses links whose directories would take too much memory, at 8 bytes a table.
+/// Refuses a link whose directories would take too much memory: [`WritableTables`] keeps 8 bytes for each table.
 fn refuse_large_directories(link: &Link) -> Result<()> {
     let tables = link.extents.iter().filter_map(|p| match &p.extent {
         Extent::Sparse(sparse) if p.access == ExtentAccess::ReadWrite => Some(sparse.geometry().tables()),
@@ -473,20 +521,23 @@ fn refuse_large_directories(link: &Link) -> Result<()> {
         return Ok(());
     }
     let label = link.file.label();
-    let context = format!("{label}: its directories have {tables} entries, and only {MAX_TABLES} are written to");
+    let context = format!("{label}: its directories have {tables} entries, expected at most {MAX_TABLES} for writing");
     Err(Error::new(
         ErrorKind::ReadOnly,
         format!("{context}; cow=FILE writes to an overlay instead"),
     ))
 }
 
-/// The most tables of a link that is written to: 64 MiB of directories, 256 TiB of disk at the usual table size.
+/// Maximum number of tables of a link that is written to: 64 MiB of directories, 256 TiB of disk at the usual table
+/// size.
 const MAX_TABLES: u64 = 1 << 23;
 
-/// Refuses extents that lie over each other in one file: a write to one would change the other.
-fn refuse_shared_room(link: &Link) -> Result<()> {
+/// Refuses extents that overlap in one file, or overlap the descriptor's file: a write to one would change the other.
+fn refuse_overlapping_extents(link: &Link) -> Result<()> {
+    // By device and inode: two names in the descriptor may lead to the same file.
     let mut taken: HashMap<(u64, u64), Vec<Range<u64>>> = HashMap::new();
     let is_own = |p: &PlacedExtent| file_of(&p.extent).is_some_and(|file| Arc::ptr_eq(file, &link.file));
+    // A monolithic image is its own descriptor file: then the whole file is claimed once, by the extent.
     if !link.extents.iter().any(is_own) {
         taken
             .entry(link.file.identity_at_open().file)
@@ -504,10 +555,7 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     for ranges in taken.values_mut() {
         ranges.sort_by_key(|range| range.start);
         if ranges.windows(2).any(|pair| matches!(pair, [a, b] if b.start < a.end)) {
-            let context = format!(
-                "{}: two of its extents lie over each other in one file",
-                link.file.label()
-            );
+            let context = format!("{}: two of its extents overlap in one file", link.file.label());
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!("{context}; cow=FILE writes to an overlay instead"),
@@ -517,25 +565,28 @@ fn refuse_shared_room(link: &Link) -> Result<()> {
     Ok(())
 }
 
-/// Sectors that are made zeroes between two looks at how much waits: 1 GiB.
-const ZERO_AT_ONCE: u64 = 1 << 21;
+/// Sectors zeroed between two checks of the backlog: 1 GiB.
+const ZERO_PIECE: u64 = 1 << 21;
 
-/// Sectors of the smallest grain that is written: smaller ones are no valid KDMV.
+/// Sectors of the smallest grain that is written (4 KiB): smaller ones are not valid in KDMV.
 const MIN_GRAIN: u64 = 8;
 
+/// Creates the writer of one extent, and for a sparse one the tables that replace those of the cache.
 fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlog>)) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
     match (&mut placed.extent, &placed.hosted) {
         (Extent::Flat { file, .. }, _) => {
+            // Fails here rather than at the first write if the file is not open for writing.
             writer(&**file)?;
             Ok(ExtentWriter::Flat(AtomicBool::new(true)))
         }
         (Extent::Sparse(sparse), Some(hosted)) => {
             let file = &sparse.file;
+            // A file that takes less space than its length has holes: then an allocated grain may read as zeroes.
             let holes = file.allocated()? < file.len();
-            sparse.live = Some(Arc::new(WritableTables::load(Arc::clone(hosted), holes)?));
+            sparse.writable = Some(Arc::new(WritableTables::load(Arc::clone(hosted), holes)?));
             let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
@@ -547,6 +598,9 @@ fn read_only_extent(placed: &PlacedExtent, at: u64) -> Error {
     let (kind, access) = (placed.kind, placed.access.as_str());
     Error::new(
         ErrorKind::ReadOnly,
-        format!("{}: lies in a {kind} extent ({access}) that is not written", Lba(at)),
+        format!(
+            "{}: lies in a {kind} extent ({access}) that can't be written to",
+            Lba(at)
+        ),
     )
 }

@@ -1,4 +1,7 @@
-//! Protection of a disk that others are based on: writing to a parent destroys its children.
+//! Refuses to write to a disk that has snapshots: a write to a parent destroys its children.
+//!
+//! A child names its parent, but not the other way round. So all VMDKs in the disk's folder are opened, and the CID
+//! that each remembers of its parent is compared with the disk's. Children in other folders are not found.
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
@@ -7,19 +10,21 @@ use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::header::{Hosted, Role};
 use crate::vmdk::open::{FileKind, Link, file_kind, read_head};
 
-/// The most files of a folder that are looked through for children.
+/// Maximum number of files of a folder that are searched for children.
 const MAX_FILES: usize = 1 << 16;
 
-/// The most bytes of a descriptor.
+/// Maximum bytes of a descriptor.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// The CID of every fresh disk: it alone does not tell whose child a file is.
-const FRESH: u32 = 0xffff_fffe;
+/// CID of every new disk. Many disks have it, so a match means nothing unless the child also names this disk.
+const NEW_DISK_CID: u32 = 0xffff_fffe;
 
-/// The entry of an overlay's disk data base that holds the CID which its base had when a commit was begun.
+/// Key in the disk data base of an overlay that holds the CID which the base had when a commit started.
 pub(crate) const COMMIT_MARK: &str = "vmdkfuse.commit";
 
-/// Refuses a disk whose CID a child in the same folder remembers; the file `except` is no reason.
+/// Refuses a disk whose CID a child in the same folder remembers. The file `except` does not count as a child.
+///
+/// Errors: `Policy` for a child, and for a folder with too many files to search; those of listing the folder.
 pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn StoredFile>) -> Result<()> {
     let Some(cid) = link.descriptor.cid else { return Ok(()) };
     let store = link.file.siblings()?;
@@ -27,18 +32,18 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
     let names = store.names(MAX_FILES)?;
     if names.len() == MAX_FILES {
         let label = link.file.label();
-        let context = format!("{label}: its folder has too many files to look for snapshots based on it");
+        let context = format!("{label}: its folder has {MAX_FILES} files or more, too many to search for snapshots");
         return Err(Error::new(
             ErrorKind::Policy,
-            format!("{context}; force=true writes all the same"),
+            format!("{context}; force=true writes without the search"),
         ));
     }
     for name in names {
-        let shown = name.to_string();
-        if !shown.to_ascii_lowercase().ends_with(".vmdk") || shown == own {
+        let text = name.to_string();
+        if !text.to_ascii_lowercase().ends_with(".vmdk") || text == own {
             continue;
         }
-        // what can't be read is no child that could be found
+        // A file that can't be opened or read is skipped: one unreadable file in the folder is no reason to refuse.
         let Ok(file) = store.open(&name, Access::Read) else {
             continue;
         };
@@ -46,17 +51,19 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
             continue;
         }
         let Some(child) = descriptor_of(&*file) else { continue };
-        // a commit that was begun has told the overlay the next CID already, and its mark keeps the last one
+        // After an interrupted commit the overlay's parentCID is the next CID already, and its mark has the old one.
+        // Both make it a child of this disk.
         let before = child
             .ddb_value(COMMIT_MARK)
             .and_then(|mark| u32::from_str_radix(mark, 16).ok());
         let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else {
             continue;
         };
+        // Two names: that of the file, and that by which the user named it (a symbolic link may differ).
         let typed = file_name(link.file.label());
-        let named = |hint: &ExtentName| [own.as_str(), typed].contains(&file_name(&hint.to_string()));
-        let named = parent.hint.candidates().iter().any(named);
-        if cid != FRESH || named {
+        let names_disk = |hint: &ExtentName| [own.as_str(), typed].contains(&file_name(&hint.to_string()));
+        let names_disk = parent.hint.candidates().iter().any(names_disk);
+        if cid != NEW_DISK_CID || names_disk {
             return Err(refusal(link, &name, cid));
         }
     }
@@ -67,19 +74,20 @@ fn refusal(link: &Link, child: &ExtentName, cid: u32) -> Error {
     Error::new(
         ErrorKind::Policy,
         format!(
-            "{}: {child} is a snapshot based on it (parentCID {cid:08x}), and writing to a base destroys its snapshots; \
-             readonly=true reads it, cow=FILE writes to an overlay, force=true writes all the same",
+            "{}: {child} is a snapshot based on it (parentCID {cid:08x}): writing to a base destroys its snapshots; \
+             readonly=true reads it, cow=FILE writes to an overlay, force=true writes to the base anyway",
             link.file.label()
         ),
     )
 }
 
-/// The last part of a path as messages show it.
-fn file_name(shown: &str) -> &str {
-    shown.rsplit('/').next().unwrap_or(shown)
+/// Returns the last component of a label.
+fn file_name(label: &str) -> &str {
+    label.rsplit('/').next().unwrap_or(label)
 }
 
-/// The descriptor in a file, if it has one.
+/// Reads the descriptor of a file: a descriptor file, or a hosted extent with an embedded one. Returns `None` for any
+/// other file and for one that can't be read.
 fn descriptor_of(file: &dyn StoredFile) -> Option<Descriptor> {
     let head = read_head(file).ok()?;
     let (at, len) = match file_kind(&head) {

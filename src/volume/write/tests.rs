@@ -9,13 +9,14 @@ use super::*;
 use crate::block::{BlockRead, Content, Geometry, check_range};
 use crate::volume::ReadBuffer;
 
-/// A disk in memory that counts its reads, and lets others go first after each: who does not lock loses bytes.
+/// Disk in memory that counts its reads, and yields to other threads after each read: without the range lock bytes get
+/// lost.
 #[derive(Debug)]
 struct Memory {
     geometry: Geometry,
     bytes: Mutex<Vec<u8>>,
     reads: AtomicUsize,
-    /// Told of the next read, and waited for before it ends.
+    /// Channels of a pause: the next read sends to the first, and waits for the second before it returns.
     pause: Mutex<Option<(Sender<()>, Receiver<()>)>>,
 }
 
@@ -38,8 +39,8 @@ impl Memory {
         })
     }
 
-    /// Where a request lies; panics where it is not whole granules.
-    fn place(&self, at: Lba, bytes: usize) -> Range<usize> {
+    /// Returns the bytes of a request. Panics if it is not whole granules.
+    fn byte_range(&self, at: Lba, bytes: usize) -> Range<usize> {
         let end = at.0 + check_range(&self.geometry, at, bytes).unwrap();
         assert!(at.0.is_multiple_of(self.geometry.granule), "{at}");
         assert!(
@@ -55,13 +56,13 @@ impl BlockRead for Memory {
         self.geometry
     }
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
-        let place = self.place(at, buf.len());
-        buf.copy_from_slice(&self.bytes.lock().unwrap()[place]);
+        let range = self.byte_range(at, buf.len());
+        buf.copy_from_slice(&self.bytes.lock().unwrap()[range]);
         self.reads.fetch_add(1, Ordering::Relaxed);
         match self.pause.lock().unwrap().take() {
-            Some((say, go_on)) => {
-                say.send(()).unwrap();
-                go_on.recv().unwrap();
+            Some((paused, resume)) => {
+                paused.send(()).unwrap();
+                resume.recv().unwrap();
             }
             None => thread::yield_now(),
         }
@@ -92,14 +93,14 @@ impl BlockWrite for Memory {
         Ok(())
     }
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
-        let place = self.place(at, buf.len());
-        self.bytes.lock().unwrap()[place].copy_from_slice(buf);
+        let range = self.byte_range(at, buf.len());
+        self.bytes.lock().unwrap()[range].copy_from_slice(buf);
         Ok(())
     }
     fn zero(&self, range: Range<Lba>, _unmap: bool) -> Result<()> {
         let bytes = ((range.end.0 - range.start.0) * SECTOR) as usize;
-        let place = self.place(range.start, bytes);
-        self.bytes.lock().unwrap()[place].fill(0);
+        let bytes = self.byte_range(range.start, bytes);
+        self.bytes.lock().unwrap()[bytes].fill(0);
         Ok(())
     }
     fn flush(&self) -> Result<()> {
@@ -118,7 +119,7 @@ fn volume(disk: &Arc<Memory>) -> Volume {
     Volume::new(Arc::clone(disk) as Arc<dyn BlockRead>, Vec::new())
 }
 
-/// Sizes of a disk: its end is now and then within a granule.
+/// Size of the disk: with granules of 8 and 16 sectors it ends inside of a granule.
 const SECTORS: u64 = 37;
 
 #[derive(Debug, Clone)]
@@ -129,7 +130,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let end = SECTORS * SECTOR + 1500;
-    // near the border of a granule as often as anywhere
+    // Half of the offsets lie near the border of a granule.
     let offset = prop_oneof![
         0..end,
         (0..end / 4096, 0..5u64).prop_map(|(g, d)| (g * 4096 + d).saturating_sub(2))
@@ -153,13 +154,13 @@ proptest! {
             match step {
                 Step::Write { offset, len, byte } => {
                     let bytes: Vec<u8> = (0..len).map(|i| byte.wrapping_add(i as u8)).collect();
-                    let room = model.len().saturating_sub(offset as usize).min(len);
+                    let inside = model.len().saturating_sub(offset as usize).min(len);
                     match volume.write(offset, &bytes) {
                         Ok(written) => {
-                            prop_assert_eq!(written, room);
-                            model[offset as usize..][..room].copy_from_slice(&bytes[..room]);
+                            prop_assert_eq!(written, inside);
+                            model[offset as usize..][..inside].copy_from_slice(&bytes[..inside]);
                         }
-                        Err(e) => prop_assert!(room == 0 && e.kind() == ErrorKind::Os(libc::ENOSPC), "{}", e),
+                        Err(e) => prop_assert!(inside == 0 && e.kind() == ErrorKind::Os(libc::ENOSPC), "{}", e),
                     }
                 }
                 Step::Zero { offset, len } => {
@@ -186,7 +187,7 @@ fn parallel_writers_of_neighbouring_bytes_lose_none() {
         let disk = Memory::new(32, granule);
         let volume = volume(&disk);
         let len = volume.len() as usize;
-        // each has every fourth piece of 100 bytes; few of them end where a granule does
+        // Each thread has every fourth piece of 100 bytes. Few pieces end at the border of a granule.
         let pieces = |thread: usize| (0..len / 100).filter(move |n| n % THREADS == thread).map(|n| n * 100);
         thread::scope(|scope| {
             for thread in 0..THREADS {
@@ -214,13 +215,13 @@ fn parallel_writers_of_neighbouring_bytes_lose_none() {
     }
 }
 
-/// A write of whole granules that comes while one of them is read to be written back is not undone by that.
+/// A write of a whole granule during a read-modify-write of the same granule is not lost.
 #[test]
-fn a_whole_granule_is_not_written_back_as_it_was_before() {
+fn a_write_during_a_read_modify_write_is_not_lost() {
     let disk = Memory::new(8, 8);
     let volume = volume(&disk);
-    let ((say, paused), (go_on, goes_on)) = (channel(), channel());
-    *disk.pause.lock().unwrap() = Some((say, goes_on));
+    let ((pause, paused), (resume, resumed)) = (channel(), channel());
+    *disk.pause.lock().unwrap() = Some((pause, resumed));
     thread::scope(|scope| {
         let volume = &volume;
         scope.spawn(move || volume.write(1, &[0xee]).unwrap());
@@ -229,14 +230,14 @@ fn a_whole_granule_is_not_written_back_as_it_was_before() {
         while !whole.is_finished() && volume.ranges.waiting() == 0 {
             thread::yield_now();
         }
-        go_on.send(()).unwrap();
+        resume.send(()).unwrap();
     });
     assert_eq!(*disk.bytes.lock().unwrap(), [7; 4096]);
 }
 
 /// "whole-sector writes take no extra read"
 #[test]
-fn whole_granules_are_written_without_a_read_and_ends_with_one_each() {
+fn whole_granules_are_written_without_a_read_and_partial_ones_with_one_each() {
     for granule in [1, 8] {
         let disk = Memory::new(64, granule);
         let volume = volume(&disk);
@@ -253,7 +254,7 @@ fn whole_granules_are_written_without_a_read_and_ends_with_one_each() {
 }
 
 #[test]
-fn what_is_said_to_be_data_follows_writes() {
+fn the_count_of_data_follows_writes() {
     let disk = Memory::new(16, 1);
     let volume = volume(&disk);
     let becomes = |bytes: u64| {

@@ -39,7 +39,7 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
         ("b.img", "r.cow", ErrorKind::Corrupt, "8192 sectors of a.img"),
         ("large.img", "r.cow", ErrorKind::Corrupt, "10240 sectors"),
         ("a.vmdk", "r.cow", ErrorKind::Corrupt, "has the CID"),
-        ("a.vmdk", "b.vmdk", ErrorKind::Usage, "is no overlay"),
+        ("a.vmdk", "b.vmdk", ErrorKind::Usage, "is not an overlay"),
     ];
     for (base, cow, kind, says) in cases {
         let before = fs::read(at(cow)).unwrap();

@@ -1,4 +1,4 @@
-//! Every orderly end keeps what was written; an error of a late write is told.
+//! Ends of a mount: every orderly end keeps the written data, and an error of a late write is reported.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -36,7 +36,7 @@ fn an_unmount_keeps_dirty_pages() {
     });
 }
 
-/// A detached mount goes on until its last user has closed the file, and what he writes until then is kept.
+/// A detached mount is served until the last close, and data that is written until then is kept.
 #[test]
 fn a_signal_under_load_loses_nothing_that_was_written() {
     for_each_kind(|mut disk| {
@@ -44,41 +44,42 @@ fn a_signal_under_load_loses_nothing_that_was_written() {
         let mut mount = disk.mount_with(&["-v", "--log-file", log.to_str().unwrap()]);
         let file = open(&mount.file("disk"));
         let written = AtomicU64::new(0);
-        let place = |n: u64| (n * 7919 * 512) % (kinds::SIZE / 512 * 512);
+        // Every write has another sector, spread over the whole disk.
+        let offset_of = |n: u64| (n * 7919 * 512) % (kinds::SIZE / 512 * 512);
         thread::scope(|scope| {
             let load = scope.spawn(|| {
-                // the signal comes somewhere in between; the mount is busy, so all of it is served
+                // The signal arrives during these writes; the mount is busy, so all of them are served.
                 for n in 0..3000u64 {
-                    file.write_all_at(&[n as u8; 512], place(n)).unwrap();
+                    file.write_all_at(&[n as u8; 512], offset_of(n)).unwrap();
                     written.store(n + 1, Ordering::Relaxed);
                 }
                 file.sync_all().unwrap();
             });
-            assert!(poll_until(Duration::from_secs(20), || written.load(Ordering::Relaxed) >= 500));
+            assert!(poll_until(Duration::from_secs(60), || written.load(Ordering::Relaxed) >= 500));
             mount.signal(Signal::SIGTERM);
             mount.wait_unmounted();
             load.join().unwrap();
         });
-        assert!(mount.is_running(), "the last user has not gone yet");
+        assert!(mount.is_running(), "the daemon ended although the file is still open");
         file.write_all_at(&[0xaa; 512], 512).unwrap();
         drop(file);
         assert_eq!(mount.wait_end().code, Some(0), "{}", fs::read_to_string(log).unwrap());
         for n in 0..3000 {
-            disk.bytes[place(n) as usize..][..512].fill(n as u8);
+            disk.bytes[offset_of(n) as usize..][..512].fill(n as u8);
         }
         disk.bytes[512..1024].fill(0xaa);
         disk.check();
     });
 }
 
-/// "the second signal still flushes": nobody waits for the last user, but what has reached us is kept.
+/// "the second signal still flushes": the daemon does not wait for the last close, but keeps the data it has received.
 #[test]
-fn a_second_signal_ends_it_with_what_was_written() {
+fn a_second_signal_ends_the_daemon_and_keeps_written_data() {
     for_each_kind(|mut disk| {
         let mut mount = disk.mount();
         let file = open(&mount.file("disk"));
         file.write_all_at(&[5; 300_000], 4096).unwrap();
-        // what the kernel still keeps to itself goes with the mount
+        // Data in the page cache that the kernel has not sent yet would be lost with the mount.
         file.sync_all().unwrap();
         mount.signal(Signal::SIGTERM);
         mount.wait_unmounted();
@@ -90,10 +91,10 @@ fn a_second_signal_ends_it_with_what_was_written() {
     });
 }
 
-/// "fsync/FUSE_FLUSH/O_SYNC/unmount mean durable in the image": after a close or an fsync even a killed process has lost
-/// nothing.
+/// "fsync/FUSE_FLUSH/O_SYNC/unmount mean durable in the image": a killed daemon loses no data that was
+/// written before a close or an fsync.
 #[test]
-fn what_was_closed_or_synced_outlives_a_killed_process() {
+fn closed_or_synced_data_survives_a_killed_daemon() {
     for_each_kind(|mut disk| {
         let mut mount = disk.mount();
         let path = mount.file("disk");
@@ -118,8 +119,8 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
         assert_eq!(mount.wait_end().signal, Some(libc::SIGKILL));
         drop((mapped, file));
         drop(mount);
-        // the locks of a process last an instant longer than itself
-        let info = || {
+        // The kernel releases the locks of a killed process a moment after its end is reported.
+        let is_unlocked = || {
             disk.scratch
                 .vmdkfuse()
                 .arg("--info")
@@ -129,15 +130,17 @@ fn what_was_closed_or_synced_outlives_a_killed_process() {
                 .code
                 == Some(0)
         };
-        assert!(poll_until(Duration::from_secs(20), info), "still locked");
-        // opened for writing once, which repairs what was not closed properly
+        assert!(poll_until(Duration::from_secs(60), is_unlocked), "still locked");
+        // A writable open recovers the image, which was not closed.
         disk.mount().unmount();
         disk.check();
     });
 }
 
-/// A raw image with more bytes than its file system has room for, mounted with `words`.
-fn on_a_small_file_system(words: &[&str]) -> (Scratch, fuse_tests::harness::Mount) {
+/// Creates a sparse raw image that is larger than its file system, and mounts it with these arguments.
+///
+/// The file system has 8 MiB, of which the file `ballast` takes 4 MiB.
+fn on_a_small_file_system(arguments: &[&str]) -> (Scratch, fuse_tests::harness::Mount) {
     let scratch = Scratch::new();
     scratch.mkdir("small");
     Cmd::new("mount")
@@ -154,18 +157,18 @@ fn on_a_small_file_system(words: &[&str]) -> (Scratch, fuse_tests::harness::Moun
         .unwrap();
     scratch.write("small/ballast", vec![1; 4 << 20]);
     let start = scratch.mount().file("small/disk.img").arg("name=disk");
-    let mount = words.iter().fold(start, |start, word| start.arg(word)).start();
+    let mount = arguments.iter().fold(start, |start, word| start.arg(word)).start();
     (scratch, mount)
 }
 
 /// "Disk full of the host: ENOSPC to the writer, … later writes work again after space is freed"
 #[test]
-fn a_full_host_is_told_and_can_be_mended() {
+fn a_full_host_is_enospc_until_space_is_freed() {
     if !kinds::ready() || !need_root() {
         return;
     }
-    for words in [&[] as &[&str], &["cache=none"]] {
-        let (scratch, mount) = on_a_small_file_system(words);
+    for arguments in [&[] as &[&str], &["cache=none"]] {
+        let (scratch, mount) = on_a_small_file_system(arguments);
         let mut file = OpenOptions::new().write(true).open(mount.file("disk")).unwrap();
         let mut written = 0;
         let refused = loop {
@@ -175,7 +178,10 @@ fn a_full_host_is_told_and_can_be_mended() {
             }
         };
         assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
-        assert!((1 << 20..5 << 20).contains(&written), "{written} bytes were taken");
+        assert!(
+            (1 << 20..5 << 20).contains(&written),
+            "{written} bytes were written before ENOSPC"
+        );
         fs::remove_file(scratch.path("small/ballast")).unwrap();
         file.write_all(&[8; 65536]).unwrap();
         file.sync_all().unwrap();
@@ -189,7 +195,7 @@ fn a_full_host_is_told_and_can_be_mended() {
 
 /// "errors of late writes must reach fsync/close"
 #[test]
-fn an_error_of_a_late_write_is_told_by_fsync() {
+fn fsync_reports_an_error_of_a_late_write() {
     if !kinds::ready() || !need_root() {
         return;
     }
@@ -210,7 +216,7 @@ fn an_error_of_a_late_write_is_told_by_fsync() {
 
 /// "image deleted or truncated underneath"
 #[test]
-fn an_image_that_was_cut_is_not_written_past_its_end() {
+fn a_truncated_image_is_not_written_past_its_end() {
     if !kinds::ready() {
         return;
     }
@@ -228,16 +234,16 @@ fn an_image_that_was_cut_is_not_written_past_its_end() {
         Some(libc::EIO)
     );
     assert_eq!(fs::metadata(disk.image()).unwrap().len(), 1 << 20);
-    // nothing is called durable that may be lost
+    // The write latch is set: nothing is reported as durable any more.
     assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
     drop(file);
     Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
     assert_eq!(mount.wait_end().code, Some(1));
 }
 
-/// A deleted image is written to as long as it is mounted, as any open file.
+/// A deleted image stays readable and writable while it is mounted, as any open file.
 #[test]
-fn an_image_that_was_deleted_is_served_to_the_end() {
+fn a_deleted_image_is_served_until_the_unmount() {
     if !kinds::ready() {
         return;
     }

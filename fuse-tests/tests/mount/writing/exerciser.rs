@@ -1,4 +1,4 @@
-//! Random operations on a file of fixed size, each checked against its bytes in memory, as the program fsx does it.
+//! Random operations on a file of fixed size, each compared with a model in memory, as the program fsx does it.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -10,11 +10,11 @@ use nix::libc;
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 
-/// The longest that one operation touches.
+/// Largest number of bytes that one operation reads or writes.
 const LONGEST: usize = 200_000;
 
-/// Opens of one file, by each way that there is.
-struct Ways {
+/// Open handles of one file, one for each access path.
+struct Handles {
     plain: File,
     direct: File,
     sync: File,
@@ -22,7 +22,7 @@ struct Ways {
     mapped: Mapped,
 }
 
-impl Ways {
+impl Handles {
     fn open(path: &Path) -> Self {
         let with = |flags| {
             OpenOptions::new()
@@ -43,74 +43,86 @@ impl Ways {
     }
 }
 
-/// The file, and what it has to hold.
+/// A file under test, and its expected content.
 pub(crate) struct Exerciser<'a> {
     path: PathBuf,
     model: &'a mut Vec<u8>,
     random: SmallRng,
-    ways: Ways,
+    handles: Handles,
     buffer: Aligned,
     done: usize,
 }
 
 impl<'a> Exerciser<'a> {
+    /// Opens the file; `model` is its current content and is updated by the operations.
     pub(crate) fn new(path: PathBuf, model: &'a mut Vec<u8>, seed: u64) -> Self {
-        let ways = Ways::open(&path);
+        let handles = Handles::open(&path);
         let random = SmallRng::seed_from_u64(seed);
         Self {
             path,
             model,
             random,
-            ways,
+            handles,
             buffer: Aligned::new(LONGEST + 4096),
             done: 0,
         }
     }
 
-    /// Does that many operations; panics at the first byte that is wrong.
+    /// Runs this number of operations, then syncs the file; panics at the first wrong byte.
     #[track_caller]
     pub(crate) fn run(&mut self, operations: usize) {
         for _ in 0..operations {
             self.step();
             self.done += 1;
         }
-        self.ways.plain.sync_all().unwrap();
+        self.handles.plain.sync_all().unwrap();
     }
 
+    /// Runs one random operation: 60 % change the file, 33 % read it, the others sync, set the same size, or reopen.
     #[track_caller]
     fn step(&mut self) {
         let (at, len) = self.range();
         match self.random.random_range(0..100) {
-            0..15 => self.write(at, len, |ways, at, bytes| ways.plain.write_all_at(bytes, at).unwrap()),
-            15..20 => self.write(at, len, |ways, at, bytes| ways.sync.write_all_at(bytes, at).unwrap()),
-            20..27 => self.write(at, len, |ways, at, bytes| {
-                ways.only_write.write_all_at(bytes, at).unwrap()
+            0..15 => self.write(at, len, |handles, at, bytes| {
+                handles.plain.write_all_at(bytes, at).unwrap()
+            }),
+            15..20 => self.write(at, len, |handles, at, bytes| {
+                handles.sync.write_all_at(bytes, at).unwrap()
+            }),
+            20..27 => self.write(at, len, |handles, at, bytes| {
+                handles.only_write.write_all_at(bytes, at).unwrap()
             }),
             27..37 => {
                 let (at, len) = whole_pages(at, len, self.model.len());
-                self.write(at, len, |ways, at, bytes| ways.direct.write_all_at(bytes, at).unwrap());
+                self.write(at, len, |handles, at, bytes| {
+                    handles.direct.write_all_at(bytes, at).unwrap()
+                });
             }
-            37..47 => self.write(at, len, |ways, at, bytes| {
-                ways.mapped.bytes()[at as usize..][..bytes.len()].copy_from_slice(bytes);
+            37..47 => self.write(at, len, |handles, at, bytes| {
+                handles.mapped.bytes()[at as usize..][..bytes.len()].copy_from_slice(bytes);
             }),
             47..54 => self.zero(at, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
             54..60 => self.zero(at, len, FallocateFlags::FALLOC_FL_ZERO_RANGE),
-            60..75 => self.read(at, len, |ways, at, bytes| ways.plain.read_exact_at(bytes, at).unwrap()),
+            60..75 => self.read(at, len, |handles, at, bytes| {
+                handles.plain.read_exact_at(bytes, at).unwrap()
+            }),
             75..83 => {
                 let (at, len) = whole_pages(at, len, self.model.len());
-                self.read(at, len, |ways, at, bytes| ways.direct.read_exact_at(bytes, at).unwrap());
+                self.read(at, len, |handles, at, bytes| {
+                    handles.direct.read_exact_at(bytes, at).unwrap()
+                });
             }
-            83..93 => self.read(at, len, |ways, at, bytes| {
-                bytes.copy_from_slice(&ways.mapped.bytes()[at as usize..][..bytes.len()]);
+            83..93 => self.read(at, len, |handles, at, bytes| {
+                bytes.copy_from_slice(&handles.mapped.bytes()[at as usize..][..bytes.len()]);
             }),
-            93..96 => self.ways.plain.sync_data().unwrap(),
-            96..98 => self.ways.mapped.sync().unwrap(),
-            98 => self.ways.plain.set_len(self.model.len() as u64).unwrap(),
-            _ => self.ways = Ways::open(&self.path),
+            93..96 => self.handles.plain.sync_data().unwrap(),
+            96..98 => self.handles.mapped.sync().unwrap(),
+            98 => self.handles.plain.set_len(self.model.len() as u64).unwrap(),
+            _ => self.handles = Handles::open(&self.path),
         }
     }
 
-    /// A range of the file: short and long ones, many of them at a border.
+    /// Returns a random range of the file: short or long, and often at the border of a sector, page or grain.
     fn range(&mut self) -> (usize, usize) {
         let end = self.model.len();
         let longest = [20, 600, 5000, 70_000, LONGEST][self.random.random_range(0..5)];
@@ -119,7 +131,7 @@ impl<'a> Exerciser<'a> {
         let at = match self.random.random_range(0..4) {
             0 => anywhere,
             1 => anywhere / 512 * 512,
-            // around the border of a page, which may be one of a grain
+            // Up to two bytes before or after the border of a page, which may also be that of a grain.
             2 => (anywhere / 4096 * 4096 + self.random.random_range(0..5)).saturating_sub(2),
             _ => anywhere / 65536 * 65536,
         };
@@ -127,7 +139,8 @@ impl<'a> Exerciser<'a> {
         (at, len.min(end - at))
     }
 
-    fn write(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Ways, u64, &[u8])) {
+    /// Writes random bytes, or in one of eight cases zeroes, to the file and the model.
+    fn write(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Handles, u64, &[u8])) {
         let bytes = &mut self.buffer.bytes()[..len];
         if self.random.random_range(0..8) == 0 {
             bytes.fill(0);
@@ -135,32 +148,34 @@ impl<'a> Exerciser<'a> {
             self.random.fill_bytes(bytes);
         }
         self.model[at..at + len].copy_from_slice(bytes);
-        how(&mut self.ways, at as u64, bytes);
+        how(&mut self.handles, at as u64, bytes);
     }
 
+    /// Zeroes a range of the file with fallocate, and of the model.
     fn zero(&mut self, at: usize, len: usize, how: FallocateFlags) {
         self.model[at..at + len].fill(0);
         let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&self.ways.plain, flags, at as i64, len as i64).unwrap();
+        fallocate(&self.handles.plain, flags, at as i64, len as i64).unwrap();
     }
 
+    /// Reads a range of the file; panics unless it equals the model.
     #[track_caller]
-    fn read(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Ways, u64, &mut [u8])) {
+    fn read(&mut self, at: usize, len: usize, how: impl FnOnce(&mut Handles, u64, &mut [u8])) {
         let bytes = &mut self.buffer.bytes()[..len];
-        how(&mut self.ways, at as u64, bytes);
+        how(&mut self.handles, at as u64, bytes);
         let wrong = bytes.iter().zip(&self.model[at..]).position(|(a, b)| a != b);
-        let place = wrong.map(|n| at + n);
+        let wrong_byte = wrong.map(|n| at + n);
         assert_eq!(
-            place,
+            wrong_byte,
             None,
-            "{} is wrong, read from {at} on after {} operations",
+            "{} has a wrong byte, in a read from byte {at} on after {} operations",
             self.path.display(),
             self.done
         );
     }
 }
 
-/// A range as O_DIRECT may take it: whole sectors of 512 bytes at a multiple of them, here pages where there is room.
+/// Extends a range to whole pages, but not beyond `end`: `O_DIRECT` needs multiples of 512 bytes.
 fn whole_pages(at: usize, len: usize, end: usize) -> (usize, usize) {
     let at = at / 4096 * 4096;
     (at, len.next_multiple_of(4096).min(end - at))

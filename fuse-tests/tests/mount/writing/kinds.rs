@@ -1,70 +1,71 @@
-//! The kinds of images that every test of writing runs over: a new one is added to [`KINDS`] and nowhere else.
+//! Kinds of images that every write test runs over. A new kind is added to [`KINDS`] and nowhere else.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use fuse_tests::harness::{Cmd, Mount, Scratch, need_fuse, need_qemu, qemu_img, raw_with_islands};
 
-/// Bytes of each disk: no whole number of grains, pages or blocks.
+/// Size of each disk in bytes; not a multiple of a grain, page or block.
 pub(crate) const SIZE: u64 = (12 << 20) + 512 * 77;
 
-/// A kind of image, and how it is mounted.
+/// A kind of image, and the arguments of its mount.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Kind {
+pub(crate) struct ImageKind {
+    /// Name in messages; ends with `late` if the kernel writes back late (`cache=writeback`).
     pub(crate) name: &'static str,
-    /// Makes an image that holds what the file `original` of the folder does; its name.
+    /// Creates an image with the content of the file `original` of the folder; returns the name of its file.
     make: fn(&Scratch) -> &'static str,
-    /// Words of the mount besides.
-    words: &'static [&'static str],
+    /// Additional arguments of the mount.
+    arguments: &'static [&'static str],
 }
 
-/// All of them. `raw` and `flat` are written by the kernel itself where it may (FUSE passthrough), the others by us,
-/// in each mode of the kernel's cache.
-pub(crate) const KINDS: [Kind; 9] = [
-    Kind {
+/// All kinds. The kernel writes `raw` and `flat` on its own where it may (FUSE passthrough); the daemon writes the
+/// others, in each mode of the kernel's cache.
+pub(crate) const KINDS: [ImageKind; 9] = [
+    ImageKind {
         name: "raw",
         make: raw,
-        words: &[],
+        arguments: &[],
     },
-    Kind {
+    ImageKind {
         name: "raw, no cache",
         make: raw,
-        words: &["cache=none"],
+        arguments: &["cache=none"],
     },
-    Kind {
+    ImageKind {
         name: "raw, late",
         make: raw,
-        words: &["cache=writeback"],
+        arguments: &["cache=writeback"],
     },
-    Kind {
+    ImageKind {
         name: "flat",
         make: flat,
-        words: &[],
+        arguments: &[],
     },
-    Kind {
+    ImageKind {
         name: "split flat",
         make: split_flat,
-        words: &[],
+        arguments: &[],
     },
-    Kind {
+    ImageKind {
         name: "sparse",
         make: sparse,
-        words: &[],
+        arguments: &[],
     },
-    Kind {
+    ImageKind {
         name: "sparse, late",
         make: sparse,
-        words: &["cache=writeback"],
+        arguments: &["cache=writeback"],
     },
-    Kind {
+    ImageKind {
         name: "split",
         make: split,
-        words: &["cache=none"],
+        arguments: &["cache=none"],
     },
-    Kind {
+    ImageKind {
         name: "delta",
         make: delta,
-        words: &[],
+        arguments: &[],
     },
 ];
 
@@ -91,7 +92,7 @@ fn split(scratch: &Scratch) -> &'static str {
 
 fn delta(scratch: &Scratch) -> &'static str {
     vmdk(scratch, "base.vmdk", "monolithicSparse");
-    let words = [
+    let arguments = [
         "create",
         "-q",
         "-f",
@@ -102,29 +103,30 @@ fn delta(scratch: &Scratch) -> &'static str {
         "vmdk",
         "top.vmdk",
     ];
-    Cmd::new("qemu-img").args(words).dir(scratch.root()).run().ok();
+    Cmd::new("qemu-img").args(arguments).dir(scratch.root()).run().ok();
     "top.vmdk"
 }
 
+/// Converts `original` into a VMDK of this subformat.
 fn vmdk(scratch: &Scratch, name: &'static str, subformat: &str) -> &'static str {
     let option = format!("subformat={subformat}");
-    let words = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "original", name];
-    Cmd::new("qemu-img").args(words).dir(scratch.root()).run().ok();
+    let arguments = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "original", name];
+    Cmd::new("qemu-img").args(arguments).dir(scratch.root()).run().ok();
     name
 }
 
-/// An image in a folder of its own.
+/// An image in a folder of its own, and its expected content.
 pub(crate) struct Disk {
     pub(crate) scratch: Scratch,
-    pub(crate) kind: Kind,
+    pub(crate) kind: ImageKind,
     image: &'static str,
-    /// What it holds.
+    /// Expected content of the disk.
     pub(crate) bytes: Vec<u8>,
 }
 
 impl Disk {
-    /// Makes one with islands of data in it.
-    pub(crate) fn new(kind: Kind) -> Self {
+    /// Creates an image whose disk has islands of data.
+    pub(crate) fn new(kind: ImageKind) -> Self {
         let scratch = Scratch::new();
         raw_with_islands(&scratch.path("original"), SIZE, 5);
         let bytes = fs::read(scratch.path("original")).unwrap();
@@ -137,30 +139,32 @@ impl Disk {
         }
     }
 
-    /// The file that is named to mount it.
+    /// Returns the path of the file that is mounted.
     pub(crate) fn image(&self) -> PathBuf {
         self.scratch.path(self.image)
     }
 
-    /// Mounts it as `disk`.
+    /// Mounts the image as `disk`.
     #[track_caller]
     pub(crate) fn mount(&self) -> Mount {
         self.mount_with(&[])
     }
 
-    /// The same with words besides.
+    /// Mounts the image as `disk`, with additional arguments.
     #[track_caller]
-    pub(crate) fn mount_with(&self, words: &[&str]) -> Mount {
+    pub(crate) fn mount_with(&self, arguments: &[&str]) -> Mount {
         let start = self.scratch.mount().file(self.image).arg("name=disk");
         self.kind
-            .words
+            .arguments
             .iter()
-            .chain(words)
+            .chain(arguments)
             .fold(start, |start, word| start.arg(word))
             .start()
     }
 
-    /// Panics unless the image, which nobody has open, is sound and holds [`Self::bytes`], as qemu and as we read it.
+    /// Panics unless the image is sound and holds [`Self::bytes`], as read by qemu-img and by a read-only mount.
+    ///
+    /// No process may have the image open for writing.
     #[track_caller]
     pub(crate) fn check(&self) {
         let (image, seen) = (self.image(), self.scratch.path("seen"));
@@ -184,22 +188,28 @@ impl Disk {
         mount.unmount();
     }
 
-    /// Panics unless a file holds [`Self::bytes`].
+    /// Panics unless the content of `file` is [`Self::bytes`].
     #[track_caller]
     pub(crate) fn holds(&self, file: &Path) {
         let seen = fs::read(file).unwrap();
-        assert_eq!(seen.len(), self.bytes.len(), "bytes of {}", file.display());
+        assert_eq!(seen.len(), self.bytes.len(), "size of {}", file.display());
         let wrong = seen.iter().zip(&self.bytes).position(|(a, b)| a != b);
-        assert_eq!(wrong, None, "{}: {} has a wrong byte", self.kind.name, file.display());
+        assert_eq!(
+            wrong,
+            None,
+            "{}: {} has a wrong byte at this offset",
+            self.kind.name,
+            file.display()
+        );
     }
 }
 
-/// Whether disks can be made and mounted here.
+/// Returns true if the machine can run these tests.
 pub(crate) fn ready() -> bool {
     need_fuse() && need_qemu()
 }
 
-/// Does `test` for a disk of each kind.
+/// Runs `test` on a disk of each kind; reports all kinds that fail.
 pub(crate) fn for_each_kind(test: impl Fn(Disk) + Sync) {
     if ready() {
         fuse_tests::harness::each(&KINDS, |kind| kind.name.to_owned(), |kind| test(Disk::new(*kind)));

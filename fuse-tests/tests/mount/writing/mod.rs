@@ -1,4 +1,4 @@
-//! "The raw file becomes writable": what every writer to it may rely on, over every kind of image.
+//! "The raw file becomes writable": guarantees to every writer of the raw file, tested over every kind of image.
 
 mod ends;
 mod exerciser;
@@ -21,7 +21,7 @@ use nix::unistd::{Gid, Uid, chown};
 use exerciser::Exerciser;
 use kinds::{Disk, SIZE, for_each_kind};
 
-/// Opens for reading and writing.
+/// Opens a file for reading and writing; panics with its path if that fails.
 fn open(path: &std::path::Path) -> File {
     OpenOptions::new()
         .read(true)
@@ -30,7 +30,7 @@ fn open(path: &std::path::Path) -> File {
         .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Operations of the exerciser on each kind: another number by `VMDKFUSE_OPERATIONS`.
+/// Returns the number of exerciser operations for each kind of image: `VMDKFUSE_OPERATIONS`, else 3000.
 fn operations() -> usize {
     std::env::var("VMDKFUSE_OPERATIONS").map_or(3000, |n| n.parse().expect("VMDKFUSE_OPERATIONS is a number"))
 }
@@ -38,7 +38,7 @@ fn operations() -> usize {
 /// "byte-exact random writes against a model through the mount": by write, O_DIRECT, O_DSYNC and a mapping in turn,
 /// with punched holes and zeroed ranges in between.
 #[test]
-fn random_operations_leave_what_they_leave_in_memory() {
+fn random_operations_match_a_model_in_memory() {
     for_each_kind(|mut disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
@@ -52,7 +52,7 @@ fn random_operations_leave_what_they_leave_in_memory() {
 
 /// "so that parallel neighbours never lose each other's bytes": in pieces of 100 bytes that share sectors and grains.
 #[test]
-fn writers_of_neighbouring_bytes_lose_none() {
+fn writers_of_neighbouring_bytes_lose_no_byte() {
     for_each_kind(|mut disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
@@ -60,7 +60,7 @@ fn writers_of_neighbouring_bytes_lose_none() {
             for n in 0..4usize {
                 let path = &path;
                 scope.spawn(move || {
-                    // only for writing: past the kernel's pages, which would put the pieces together
+                    // A write-only open bypasses the page cache, which would combine the pieces of all writers.
                     let file = OpenOptions::new().write(true).open(path).unwrap();
                     for piece in (n..2000).step_by(4) {
                         file.write_all_at(&[piece as u8; 100], piece as u64 * 100 + 65_000)
@@ -79,7 +79,7 @@ fn writers_of_neighbouring_bytes_lose_none() {
 }
 
 #[test]
-fn one_huge_write_is_written_whole() {
+fn a_huge_write_is_written_completely() {
     for_each_kind(|mut disk| {
         let mount = disk.mount();
         let bytes: Vec<u8> = (0..SIZE as usize - 4567).map(|n| (n / 7) as u8).collect();
@@ -93,21 +93,21 @@ fn one_huge_write_is_written_whole() {
 
 /// "punch-hole and zero-range (free or zero grains)"
 #[test]
-fn punched_ranges_are_holes_and_zeroed_ones_are_zero() {
+fn punched_ranges_are_holes_and_zeroed_ranges_are_zero() {
     for_each_kind(|mut disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
         let file = open(&path);
         file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let change = |how, at, len| fallocate(&file, how, at, len);
-        change(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, 1 << 20, 1 << 20).unwrap();
-        change(keep | FallocateFlags::FALLOC_FL_ZERO_RANGE, 3 << 20, 12_345).unwrap();
-        change(FallocateFlags::FALLOC_FL_ZERO_RANGE, 17, 600).unwrap();
-        // within the size there is nothing to be done, and nothing is changed
-        change(FallocateFlags::empty(), 0, SIZE as i64).unwrap();
-        // a part behind the end is no part of the disk
-        change(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, SIZE as i64 - 700, 1 << 20).unwrap();
+        let call_fallocate = |mode, at, len| fallocate(&file, mode, at, len);
+        call_fallocate(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, 1 << 20, 1 << 20).unwrap();
+        call_fallocate(keep | FallocateFlags::FALLOC_FL_ZERO_RANGE, 3 << 20, 12_345).unwrap();
+        call_fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, 17, 600).unwrap();
+        // A plain fallocate within the size has nothing to allocate and changes nothing.
+        call_fallocate(FallocateFlags::empty(), 0, SIZE as i64).unwrap();
+        // The part of the range beyond the end of the disk is ignored.
+        call_fallocate(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, SIZE as i64 - 700, 1 << 20).unwrap();
         disk.bytes[..4 << 20].fill(7);
         for (at, len) in [
             (1 << 20, 1 << 20),
@@ -119,19 +119,19 @@ fn punched_ranges_are_holes_and_zeroed_ones_are_zero() {
         }
         disk.holds(&path);
         file.sync_all().unwrap();
-        let hole = data_ranges(&path)
+        let has_hole = data_ranges(&path)
             .into_iter()
             .all(|data| data.end <= 1 << 20 || data.start >= 2 << 20);
-        assert!(hole, "{:?}", data_ranges(&path));
+        assert!(has_hole, "{:?}", data_ranges(&path));
         drop(file);
         mount.unmount();
         disk.check();
     });
 }
 
-/// "mtime must move on writes", and what `cp -p` and rsync set is taken.
+/// "mtime must move on writes", and the attributes that `cp -p` and rsync set are accepted.
 #[test]
-fn attributes_follow_writes_and_wishes() {
+fn attributes_follow_writes_and_explicit_changes() {
     for_each_kind(|disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
@@ -157,41 +157,45 @@ fn attributes_follow_writes_and_wishes() {
         file.write_all_at(b"now", 100).unwrap();
         file.sync_all().unwrap();
         drop(file);
-        let moved = || fs::metadata(&path).unwrap().modified().unwrap() >= before;
-        assert!(poll_until(Duration::from_secs(20), moved), "{:?}", fs::metadata(&path));
+        let mtime_moved = || fs::metadata(&path).unwrap().modified().unwrap() >= before;
+        assert!(
+            poll_until(Duration::from_secs(60), mtime_moved),
+            "{:?}",
+            fs::metadata(&path)
+        );
         mount.unmount();
     });
 }
 
 #[test]
-fn blocks_follow_what_is_written_and_punched() {
+fn st_blocks_follows_writes_and_punched_holes() {
     for_each_kind(|disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
         let file = open(&path);
-        let becomes = |what: &str, right: &dyn Fn(u64) -> bool| {
+        let wait_for_blocks = |what: &str, matches: &dyn Fn(u64) -> bool| {
             let blocks = || fs::metadata(&path).unwrap().blocks() * 512;
             assert!(
-                poll_until(Duration::from_secs(20), || right(blocks())),
+                poll_until(Duration::from_secs(60), || matches(blocks())),
                 "{what}: {} bytes",
                 blocks()
             );
         };
         file.write_all_at(&vec![1; SIZE as usize], 0).unwrap();
         file.sync_all().unwrap();
-        becomes("all is data", &|bytes| bytes >= SIZE);
+        wait_for_blocks("all is data", &|bytes| bytes >= SIZE);
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&file, flags, 0, SIZE as i64).unwrap();
         file.sync_all().unwrap();
-        becomes("all is a hole", &|bytes| bytes < 1 << 20);
+        wait_for_blocks("all is a hole", &|bytes| bytes < 1 << 20);
         drop(file);
         mount.unmount();
     });
 }
 
-/// A disk among others: what is read-only is so, and the others are not.
+/// `readonly=true` after a disk applies to that disk only; the other disk of the mount stays writable.
 #[test]
-fn a_read_only_disk_beside_one_that_is_written() {
+fn a_read_only_disk_and_a_writable_one_in_one_mount() {
     if !kinds::ready() {
         return;
     }

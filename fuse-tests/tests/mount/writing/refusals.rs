@@ -1,4 +1,4 @@
-//! What a disk does not take: more than it holds, another size, other names, writes without permission.
+//! Refused operations: writes beyond the end, other sizes, other names, writes without permission.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -13,7 +13,7 @@ use nix::unistd::truncate;
 use crate::writing::kinds::{self, Disk, SIZE, for_each_kind};
 use crate::writing::open;
 
-/// The number of an error; panics where there is none.
+/// Returns the errno of a failed call; panics if the call succeeded.
 #[track_caller]
 fn errno<T>(what: &str, result: io::Result<T>) -> i32 {
     match result {
@@ -22,38 +22,41 @@ fn errno<T>(what: &str, result: io::Result<T>) -> i32 {
     }
 }
 
-/// "writing past it ENOSPC", and what is before the end is written.
+/// "writing past it ENOSPC"; the part of a write before the end is written.
 #[test]
-fn writes_past_the_end_have_no_room() {
+fn writes_past_the_end_are_enospc() {
     for_each_kind(|mut disk| {
         let mount = disk.mount();
         let path = mount.file("disk");
-        let late = disk.kind.name.ends_with("late");
-        // as cp, dd and a shell write; with O_APPEND every write is one past the end
+        let writes_late = disk.kind.name.ends_with("late");
+        // A write-only open, as by cp, dd and a shell. With O_APPEND every write is past the end.
         let mut appending = OpenOptions::new().append(true).open(&path).unwrap();
-        if !late {
+        if !writes_late {
             assert_eq!(errno("appending", appending.write(b"x")), libc::ENOSPC);
             let file = OpenOptions::new().write(true).open(&path).unwrap();
             assert_eq!(file.write_at(&[3; 1000], SIZE - 300).unwrap(), 300);
             disk.bytes[SIZE as usize - 300..].fill(3);
-            assert_eq!(errno("behind", file.write_at(b"x", SIZE)), libc::ENOSPC);
-            assert_eq!(errno("far behind", file.write_at(b"x", 1 << 50)), libc::ENOSPC);
+            assert_eq!(errno("writing at the end", file.write_at(b"x", SIZE)), libc::ENOSPC);
+            assert_eq!(
+                errno("writing far beyond the end", file.write_at(b"x", 1 << 50)),
+                libc::ENOSPC
+            );
             file.sync_all().unwrap();
         }
         drop(appending);
-        // whoever may read as well may be served by the kernel, which does not know of the end: he hears of it no later
-        // than from fsync
+        // For an open that can read, the kernel may handle the write on its own, without knowing the end of the disk.
+        // The error is reported by fsync at the latest.
         let file = open(&path);
         let written = file.write_at(&[4; 1000], SIZE - 200);
         let synced = file.sync_all();
         match written {
             Ok(200) => synced.unwrap(),
-            Ok(1000) => assert_eq!(errno("fsync after a write behind the end", synced), libc::ENOSPC),
+            Ok(1000) => assert_eq!(errno("fsync after a write beyond the end", synced), libc::ENOSPC),
             other => panic!("{}: {other:?}", disk.kind.name),
         }
         disk.bytes[SIZE as usize - 200..].fill(4);
         drop(file);
-        if !late {
+        if !writes_late {
             assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
             disk.holds(&path);
         }
@@ -75,19 +78,23 @@ fn the_size_is_fixed() {
         }
         file.set_len(SIZE).unwrap();
         truncate(&path, SIZE as i64).unwrap();
-        let cut = |how: &mut OpenOptions| drop(how.truncate(true).open(&path).unwrap());
-        cut(OpenOptions::new().write(true));
-        cut(OpenOptions::new().read(true).write(true));
-        cut(OpenOptions::new().write(true).create(true));
+        let open_truncating = |options: &mut OpenOptions| drop(options.truncate(true).open(&path).unwrap());
+        open_truncating(OpenOptions::new().write(true));
+        open_truncating(OpenOptions::new().read(true).write(true));
+        open_truncating(OpenOptions::new().write(true).create(true));
         assert_eq!(truncate(&path, 0), Err(Errno::EINVAL));
-        for (flags, at, len, wanted) in [
+        for (flags, at, len, expected) in [
             (FallocateFlags::empty(), 0, SIZE + 1, Errno::ENOSPC),
             (FallocateFlags::FALLOC_FL_KEEP_SIZE, SIZE, 4096, Errno::ENOSPC),
             (FallocateFlags::FALLOC_FL_ZERO_RANGE, SIZE - 512, 4096, Errno::ENOSPC),
             (FallocateFlags::FALLOC_FL_COLLAPSE_RANGE, 0, 4096, Errno::EOPNOTSUPP),
             (FallocateFlags::FALLOC_FL_INSERT_RANGE, 0, 4096, Errno::EOPNOTSUPP),
         ] {
-            assert_eq!(fallocate(&file, flags, at as i64, len as i64), Err(wanted), "{flags:?}");
+            assert_eq!(
+                fallocate(&file, flags, at as i64, len as i64),
+                Err(expected),
+                "{flags:?}"
+            );
         }
         drop(file);
         assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
@@ -104,32 +111,32 @@ fn names_are_fixed() {
         return;
     }
     let disk = Disk::new(kinds::KINDS[0]);
-    for (words, wanted) in [(&[] as &[&str], libc::EPERM), (&["readonly=true"], libc::EROFS)] {
-        let mount = disk.mount_with(words);
+    for (arguments, expected) in [(&[] as &[&str], libc::EPERM), (&["readonly=true"], libc::EROFS)] {
+        let mount = disk.mount_with(arguments);
         let (path, new) = (mount.file("disk"), mount.file("new"));
-        assert_eq!(errno("create", File::create(&new)), wanted);
-        assert_eq!(errno("mkdir", fs::create_dir(&new)), wanted);
-        assert_eq!(errno("symlink", symlink("x", &new)), wanted);
-        assert_eq!(errno("link", fs::hard_link(&path, &new)), wanted);
-        assert_eq!(errno("rename", fs::rename(&path, &new)), wanted);
-        assert_eq!(errno("unlink", fs::remove_file(&path)), wanted);
+        assert_eq!(errno("create", File::create(&new)), expected);
+        assert_eq!(errno("mkdir", fs::create_dir(&new)), expected);
+        assert_eq!(errno("symlink", symlink("x", &new)), expected);
+        assert_eq!(errno("link", fs::hard_link(&path, &new)), expected);
+        assert_eq!(errno("rename", fs::rename(&path, &new)), expected);
+        assert_eq!(errno("unlink", fs::remove_file(&path)), expected);
         assert_eq!(mount.names(), ["disk"]);
         mount.unmount();
     }
     disk.check();
 }
 
-/// A mount in the foreground, which ends with what it has said on standard error.
-fn said(scratch: &Scratch, image: &str, look: impl FnOnce(&std::path::Path)) -> String {
+/// Mounts an image in the foreground, calls `inspect` with the raw file, and unmounts; returns the standard error.
+fn stderr_of_mount(scratch: &Scratch, image: &str, inspect: impl FnOnce(&std::path::Path)) -> String {
     let mut mount = scratch.mount().file(image).arg("name=disk").foreground().start();
-    look(&mount.file("disk"));
+    inspect(&mount.file("disk"));
     Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
     assert_eq!(mount.wait_end().code, Some(0));
     mount.output().1
 }
 
-/// Panics unless the disk can be read and nobody is let in to write.
-fn only_read(disk: &std::path::Path) {
+/// Panics unless the disk can be opened for reading and not for writing.
+fn assert_read_only(disk: &std::path::Path) {
     assert_eq!(fs::metadata(disk).unwrap().mode() & 0o777, 0o444);
     File::open(disk).unwrap();
     for flags in [0, libc::O_TRUNC] {
@@ -158,9 +165,9 @@ fn an_image_on_a_read_only_file_system_is_read_only_with_one_warning() {
         .arg(scratch.path("ro"))
         .run()
         .ok();
-    let warning = said(&scratch, "ro/disk.img", |disk| {
+    let warning = stderr_of_mount(&scratch, "ro/disk.img", |disk| {
         assert_eq!(errno("create", File::create(disk.with_file_name("new"))), libc::EROFS);
-        only_read(disk);
+        assert_read_only(disk);
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
     assert!(
@@ -191,12 +198,12 @@ fn an_image_that_the_user_may_only_read_is_read_only_with_one_warning() {
     scratch.open_to_all();
     std::os::unix::fs::chown(&image, Some(0), Some(0)).unwrap();
     fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
-    // only the user himself may look in, so he does it by a command
-    let warning = said(&scratch, "disk.img", |disk| {
+    // Without `allow_other` only the mounting user has access, not even root, so a command runs as that user.
+    let warning = stderr_of_mount(&scratch, "disk.img", |disk| {
         let write = Cmd::new("dd")
             .args(["if=/dev/zero", "bs=512", "count=1", "conv=notrunc"])
             .key("of", disk);
-        write.user(Some(NOBODY)).run().one_error_of_dd();
+        write.user(Some(NOBODY)).run().expect_read_only_error();
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
     assert!(
@@ -214,26 +221,27 @@ fn an_image_that_the_user_may_only_read_is_read_only_with_one_warning() {
     assert_eq!(info[0]["writable"], false);
 }
 
-/// What dd says where it can't open its output.
-trait OfDd {
-    fn one_error_of_dd(self);
+/// Assertion about the output of dd.
+trait DdOutcome {
+    /// Panics unless dd failed because its output is on a read-only file system.
+    fn expect_read_only_error(self);
 }
 
-impl OfDd for fuse_tests::harness::Outcome {
+impl DdOutcome for fuse_tests::harness::Outcome {
     #[track_caller]
-    fn one_error_of_dd(self) {
+    fn expect_read_only_error(self) {
         self.expect_code(1).error_names(&["read-only file system"]);
     }
 }
 
 /// "streamOptimized … are read-only: EROFS at open, and the message at mount says that `cow=` makes them writable"
 #[test]
-fn formats_that_are_only_read_say_so() {
+fn read_only_formats_give_a_warning() {
     if !kinds::ready() {
         return;
     }
     let disk = Disk::new(kinds::KINDS[0]);
-    let words = [
+    let arguments = [
         "convert",
         "-O",
         "vmdk",
@@ -242,10 +250,10 @@ fn formats_that_are_only_read_say_so() {
         "disk.img",
         "stream.vmdk",
     ];
-    Cmd::new("qemu-img").args(words).dir(disk.scratch.root()).run().ok();
-    let warning = said(&disk.scratch, "stream.vmdk", |seen| {
-        only_read(seen);
-        // it is locked as by a reader: another one may come
+    Cmd::new("qemu-img").args(arguments).dir(disk.scratch.root()).run().ok();
+    let warning = stderr_of_mount(&disk.scratch, "stream.vmdk", |seen| {
+        assert_read_only(seen);
+        // The image has a shared lock, as of any reader, so it can be mounted a second time.
         disk.scratch.mkdir("second");
         disk.scratch.mount().at("second").file("stream.vmdk").start().unmount();
     });
@@ -258,7 +266,7 @@ fn formats_that_are_only_read_say_so() {
 
 /// `--info` says "writable or why not, and must not lock for writing or change anything".
 #[test]
-fn info_tells_without_a_change() {
+fn info_reports_writability_without_a_change() {
     for_each_kind(|disk| {
         let before = fs::metadata(disk.image()).unwrap();
         let info = || {
@@ -279,13 +287,13 @@ fn info_tells_without_a_change() {
             (before.mtime_nsec(), before.ctime_nsec()),
             (after.mtime_nsec(), after.ctime_nsec())
         );
-        let asked = disk
+        let read_only = disk
             .scratch
             .vmdkfuse()
             .args(["--info", "--json"])
             .key("file", disk.image())
             .arg("readonly=true");
-        assert_eq!(asked.run().ok().json()[0]["writable"], false);
+        assert_eq!(read_only.run().ok().json()[0]["writable"], false);
     });
 }
 
@@ -294,17 +302,19 @@ fn info_tells_without_a_change() {
 fn a_second_mount_of_an_image_that_is_written_is_refused() {
     for_each_kind(|disk| {
         let name = disk.image().file_name().unwrap().to_string_lossy().into_owned();
-        let second = |words: &[&str]| {
+        let second = |arguments: &[&str]| {
             disk.scratch.mkdir("second");
-            words
+            arguments
                 .iter()
                 .fold(disk.scratch.mount().at("second").file(&name), |start, word| {
                     start.arg(word)
                 })
         };
         let mount = disk.mount();
-        for words in [&[] as &[&str], &["readonly=true"]] {
-            second(words).refused(1).one_error(1, &[&name, "in use for writing"]);
+        for arguments in [&[] as &[&str], &["readonly=true"]] {
+            second(arguments)
+                .refused(1)
+                .one_error(1, &[&name, "in use for writing"]);
         }
         mount.unmount();
         let reader = disk.mount_with(&["readonly=true"]);

@@ -1,4 +1,4 @@
-//! Programs that write disks: cp, dd, rsync's ways, qemu-img, and file systems by the kernel through a loop device.
+//! Programs that write disks: cp, dd, qemu-img, and the kernel with a file system on a loop device.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use fuse_tests::harness::{Cmd, need, need_root, raw_with_islands, skip};
 
 use crate::writing::kinds::{SIZE, for_each_kind};
 
-/// "so `cp image mnt/disk.raw` works", which opens with O_TRUNC; and with `-p`, which sets all that it may.
+/// "so `cp image mnt/disk.raw` works", which opens with O_TRUNC; also with `-p`, which sets owner, mode and times.
 #[test]
 fn cp_and_dd_write_a_disk() {
     for_each_kind(|mut disk| {
@@ -25,7 +25,7 @@ fn cp_and_dd_write_a_disk() {
         disk.holds(&path);
         let part = &mut disk.bytes[3 * 65_536..5 * 65_536];
         part.fill(0);
-        let words = [
+        let arguments = [
             "if=/dev/zero",
             "bs=64k",
             "count=2",
@@ -33,7 +33,7 @@ fn cp_and_dd_write_a_disk() {
             "conv=notrunc,fsync",
             "status=none",
         ];
-        Cmd::new("dd").args(words).key("of", &path).run().ok();
+        Cmd::new("dd").args(arguments).key("of", &path).run().ok();
         disk.holds(&path);
         mount.unmount();
         disk.check();
@@ -50,8 +50,8 @@ fn qemu_img_converts_into_a_disk() {
             let other = disk.scratch.path("other");
             raw_with_islands(&other, SIZE, seed);
             disk.bytes = fs::read(&other).unwrap();
-            let words = ["convert", "-n", "-t", cache, "-f", "raw", "-O", "raw"];
-            Cmd::new("qemu-img").args(words).arg(&other).arg(&path).run().ok();
+            let arguments = ["convert", "-n", "-t", cache, "-f", "raw", "-O", "raw"];
+            Cmd::new("qemu-img").args(arguments).arg(&other).arg(&path).run().ok();
             disk.holds(&path);
         }
         mount.unmount();
@@ -71,22 +71,23 @@ fn a_file_system_on_the_disk_is_sound() {
         let path = mount.file("disk");
         Cmd::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).run().ok();
         let inside = disk.scratch.mkdir("inside");
-        let mounted = Cmd::new("mount")
+        let outcome = Cmd::new("mount")
             .args(["-t", "ext4", "-o", "loop"])
             .arg(&path)
             .arg(&inside)
             .run();
-        if mounted.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
-            skip("there are no loop devices");
+        if outcome.ended.code != Some(0) && !Path::new("/dev/loop-control").exists() {
+            skip("no loop devices: /dev/loop-control does not exist");
             return;
         }
-        mounted.ok();
+        outcome.ok();
         Cmd::new("cp").arg("-a").arg(&tree).arg(inside.join("tree")).run().ok();
         Cmd::new("cp").arg("-a").arg(&tree).arg(inside.join("gone")).run().ok();
         fs::remove_dir_all(inside.join("gone")).unwrap();
         Cmd::new("fstrim").arg(&inside).run().ok();
         Cmd::new("umount").arg(&inside).run().ok();
-        let free = || {
+        // The kernel detaches the loop device a moment after the unmount.
+        let detached = || {
             !Cmd::new("losetup")
                 .arg("-j")
                 .arg(&path)
@@ -95,8 +96,8 @@ fn a_file_system_on_the_disk_is_sound() {
                 .contains("/dev/loop")
         };
         assert!(
-            fuse_tests::harness::poll_until(Duration::from_secs(20), free),
-            "the loop device is left"
+            fuse_tests::harness::poll_until(Duration::from_secs(60), detached),
+            "the loop device is still attached"
         );
         Cmd::new("e2fsck").arg("-fn").arg(&path).run().ok();
         disk.bytes = fs::read(&path).unwrap();

@@ -1,4 +1,7 @@
-//! What libnbd calls, inside of a call of ours and under the handle's lock.
+//! Callbacks from libnbd. They run in the thread that called the library, inside that call and under the lock of the
+//! handle, so they only store and never call the library or block.
+//!
+//! A callback must not panic: a panic cannot unwind through C, so it would abort the process.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering;
@@ -8,6 +11,7 @@ use libnbd_sys as sys;
 
 use super::{Chunks, MAX_EXTENTS, MAX_LISTED, OptDone, Ticket, UNSENT, text};
 
+/// Returns a callback that stores the reply to an option in `opt`, of which it holds a reference until it is freed.
 pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
     sys::nbd_completion_callback {
         callback: Some(on_option),
@@ -16,7 +20,7 @@ pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callbac
     }
 }
 
-/// The value behind a callback's number.
+/// Reads the `errno` that a callback is called with.
 ///
 /// # Safety
 /// `error` is null or valid, as the library passes it.
@@ -52,8 +56,10 @@ pub(super) unsafe extern "C" fn on_context(data: *mut c_void, name: *const c_cha
     0
 }
 
+/// Appends to a list. Drops entries beyond [`MAX_LISTED`].
+///
 /// # Safety
-/// `data` is a [`Listed`] made into a pointer.
+/// `data` comes from `Arc::into_raw` of a [`Listed`](super::Listed).
 unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
     // SAFETY: see above.
     let listed = unsafe { &*data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>() };
@@ -64,16 +70,17 @@ unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
 }
 
 pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {
-    // SAFETY: `data` is a `Listed` made into a pointer; it is freed once.
+    // SAFETY: `data` comes from `Arc::into_raw` of a `Listed`; it is freed once.
     drop(unsafe { Arc::from_raw(data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>()) });
 }
 
 pub(super) unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
-    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
     let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
-    let whole = ticket.chunks.as_mut().is_none_or(Chunks::are_all);
-    let error = if error == 0 && !whole { libc::EPROTO } else { error };
+    let complete = ticket.chunks.as_mut().is_none_or(Chunks::are_complete);
+    // The server reported success, but the buffer is not filled: a violation of the protocol.
+    let error = if error == 0 && !complete { libc::EPROTO } else { error };
     ticket.retire((error != 0).then_some(error));
+    // 1 makes the library forget the command without a further call.
     1
 }
 
@@ -85,7 +92,7 @@ pub(super) unsafe extern "C" fn on_chunk(
     _status: c_uint,
     _error: *mut c_int,
 ) -> c_int {
-    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it.
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the callbacks of the library access it.
     let ticket = unsafe { &mut *data.cast::<Ticket>() };
     if let Some(chunks) = &mut ticket.chunks {
         chunks.add(offset, count as u64);
@@ -96,7 +103,7 @@ pub(super) unsafe extern "C" fn on_chunk(
 pub(super) unsafe extern "C" fn free_ticket(data: *mut c_void) {
     // SAFETY: `data` is the ticket of `submit`; it is freed once.
     let mut ticket = unsafe { Box::from_raw(data.cast::<Ticket>()) };
-    // Only where the command was never completed.
+    // Without effect unless the command was never completed.
     ticket.retire(Some(UNSENT));
 }
 
@@ -108,8 +115,8 @@ pub(super) unsafe extern "C" fn on_extents(
     count: usize,
     _error: *mut c_int,
 ) -> c_int {
-    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the library's callbacks touch it; `entries` are
-    // `count` numbers, valid during this call.
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the callbacks of the library access it; `entries`
+    // points to `count` numbers, valid during this call.
     let (ticket, entries) = unsafe {
         if entries.is_null() || text(context) != sys::LIBNBD_CONTEXT_BASE_ALLOCATION {
             return 0;
@@ -119,6 +126,7 @@ pub(super) unsafe extern "C" fn on_extents(
     if let Some(command) = &mut ticket.command {
         command.extents.clear();
         let pairs = entries.chunks_exact(2).take(MAX_EXTENTS);
+        // One extent is two numbers: its length and its flags.
         command.extents.extend(pairs.map(|p| (u64::from(p[0]), p[1])));
     }
     0

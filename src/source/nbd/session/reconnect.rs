@@ -1,4 +1,19 @@
-//! The manager: connects, has sent again what was not flushed, and ends what waited too long.
+//! The manager thread of a session: connects, replays unflushed writes, and fails commands whose deadline has passed.
+//!
+//! ```text
+//!   connected:  add sockets ─► wait for a queued command ─► the connection is dead ─┐
+//!                    ▲                                                              ▼
+//!                    └── publish ◄── replay ◄── handshake ◄── old connection idle ◄─┘
+//!                                      └─ failed: back off, fail late commands ─────┘
+//! ```
+//! Invariants:
+//! - The old connection is idle before the replay log is drained: each write that it answered is in the log.
+//! - A connection is published only after the replay: no command can overtake a replayed write.
+//! - Queued commands are sent only after the connection is published, flushes with a new [`FlushToken`].
+//!
+//! While it backs off, connects or replays, the manager still fails queued commands whose deadline passes.
+//!
+//! [`FlushToken`]: crate::source::nbd::replay_log::FlushToken
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -6,44 +21,47 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Session, State, lock};
+use super::{CommandQueues, Session, lock};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connection::{Answer, Connection, TICK, is_loss};
 use crate::source::nbd::poller::PollUntil;
-use crate::source::nbd::replay_log::{Entry, ReplayLog};
+use crate::source::nbd::replay_log::{ReplayEntry, ReplayLog};
 
-/// The first pause between two attempts to connect, and the longest.
+/// First and longest pause between two attempts to connect. The pause doubles with each failure.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// Changes that are sent again at the same time.
-const REPLAY: usize = 32;
+/// Replayed changes in flight at a time.
+const REPLAY_BATCH: usize = 32;
 
-/// How long a further connection may take: a server that has enough may let it wait for ever.
-const WIDEN: Duration = Duration::from_secs(5);
+/// Time limit for the handshake of an additional socket: a server at its connection limit may never answer it.
+const ADD_SOCKET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a lost connection is kept, for a thread that was about to send something on it.
-const RETIRED: Duration = Duration::from_secs(10);
+/// Time that a lost connection is kept, for threads that fetched it before it was replaced and submit on it later.
+const KEEP_RETIRED: Duration = Duration::from_secs(10);
 
-/// How many of them are kept: each has open sockets.
+/// Maximum number of lost connections kept: each holds open sockets.
 const MAX_RETIRED: usize = 8;
 
 impl Session {
-    /// The manager's work.
+    /// Runs the manager thread until the session is closed.
     pub(super) fn manage(&self) {
-        // whether there was a connection since the last look at how it has ended; the first one was no attempt of ours
+        // `came_up` is true from a successful attempt until its loss is examined. The connection that the session was
+        // started with does not count: this thread did not make it.
         let (mut failures, mut came_up) = (0, false);
         loop {
             if let Some(connection) = self.connection().filter(|g| !g.is_dead()) {
-                self.widen(&connection);
+                self.add_sockets(&connection);
             }
-            if !self.wait_until_wanted() {
+            if !self.wait_until_needed() {
                 return;
             }
             if std::mem::take(&mut came_up)
                 && let Some(connection) = self.connection().filter(|g| g.is_dead())
             {
+                // A server that accepts connections and drops them again at once must not be retried in a tight loop: a
+                // connection that answered nothing counts as a failed attempt.
                 if !connection.has_answered() {
                     failures += 1;
                     let text = "the connection was lost before it answered anything";
@@ -51,6 +69,7 @@ impl Session {
                     continue;
                 }
                 failures = 0;
+                // It worked, but not for long: back off once, without counting a failure.
                 if connection.age() < BACK_OFF.1 {
                     self.pause(BACK_OFF.0);
                 }
@@ -65,111 +84,125 @@ impl Session {
         }
     }
 
-    /// Waits until something waits for a connection; `false`: for the end. Fails what is late meanwhile.
-    fn wait_until_wanted(&self) -> bool {
-        let mut state = lock(&self.state);
+    /// Waits until a command is queued for a connection, and fails late commands meanwhile. Returns false if the
+    /// session is closing.
+    fn wait_until_needed(&self) -> bool {
+        let mut queues = lock(&self.queues);
         loop {
             if self.closing.load(Ordering::SeqCst) {
                 return false;
             }
-            let over = self.take_late(&mut state);
-            if !over.is_empty() {
-                drop(state);
-                self.fail_late(over);
-                state = lock(&self.state);
-            } else if state.waiting.is_empty()
-                && !state.awaiting_flush.is_empty()
+            let expired = self.take_late(&mut queues);
+            if !expired.is_empty() {
+                drop(queues);
+                self.fail_commands(expired);
+                queues = lock(&self.queues);
+            } else if queues.awaiting_connection.is_empty()
+                && !queues.awaiting_flush.is_empty()
                 && lock(&self.replay_log).wants_flush()
             {
-                // The last one has come to nothing.
-                drop(state);
-                self.flush_unasked();
+                // Changes wait for a flush, and none is in flight: the last background flush has failed. Send another
+                // one, or they would wait until their deadline.
+                drop(queues);
+                self.start_background_flush();
                 self.poll_completions(Stay::No);
-                state = lock(&self.state);
-            } else if state.waiting.is_empty() {
-                let wait = if state.awaiting_flush.is_empty() {
+                queues = lock(&self.queues);
+            } else if queues.awaiting_connection.is_empty() {
+                // With changes held back, check again before long: their deadlines, and the flush that they wait for.
+                let wait = if queues.awaiting_flush.is_empty() {
                     Duration::from_secs(3600)
                 } else {
                     BACK_OFF.1
                 };
-                let waited = self.wanted.wait_timeout(state, wait);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                let waited = self.wake_manager.wait_timeout(queues, wait);
+                queues = waited.unwrap_or_else(PoisonError::into_inner).0;
             } else {
                 return true;
             }
         }
     }
 
-    fn take_late(&self, state: &mut State) -> VecDeque<Box<Command>> {
+    /// Removes the commands whose deadline has passed from the queues. The caller fails them without the lock, because
+    /// a completion may submit the next command.
+    fn take_late(&self, queues: &mut CommandQueues) -> VecDeque<Box<Command>> {
         let now = Instant::now();
-        let mut timed_out = VecDeque::new();
-        let State {
-            waiting,
+        let mut late = VecDeque::new();
+        let CommandQueues {
+            awaiting_connection,
             awaiting_flush,
-        } = state;
-        for queue in [waiting, awaiting_flush] {
-            // mostly none is
+        } = queues;
+        for queue in [awaiting_connection, awaiting_flush] {
+            // Usually none is late: the queue is not rebuilt then.
             if queue.iter().any(|command| command.deadline <= now) {
-                let (over, left): (VecDeque<_>, VecDeque<_>) =
+                let (expired, left): (VecDeque<_>, VecDeque<_>) =
                     queue.drain(..).partition(|command| command.deadline <= now);
-                timed_out.extend(over);
+                late.extend(expired);
                 queue.extend(left);
             }
         }
-        timed_out
+        late
     }
 
-    /// Fails what has waited too long.
-    fn end_late(&self) {
-        let timed_out = self.take_late(&mut lock(&self.state));
-        self.fail_late(timed_out);
+    /// Fails the queued commands whose deadline has passed.
+    fn fail_late(&self) {
+        let late = self.take_late(&mut lock(&self.queues));
+        self.fail_commands(late);
     }
 
-    fn fail_late(&self, timed_out: VecDeque<Box<Command>>) {
-        for command in timed_out {
-            let e = self.timed_out(&command);
+    fn fail_commands(&self, late: VecDeque<Box<Command>>) {
+        for command in late {
+            let e = self.timeout_error(&command);
             self.finish(command, Err(e));
         }
     }
 
-    /// Connects, sends the unflushed changes again and then what waits.
+    /// Connects if there is no live connection, replays unflushed writes, publishes the connection, and sends the
+    /// queued commands.
     fn connect(&self) -> Result<()> {
         let old = self.connection();
         if let Some(old) = old.as_ref().filter(|g| g.is_dead()) {
-            // Its commands come back by themselves; before the last one did, their order is not known.
-            self.attend_until(|| old.is_idle());
+            // Its sockets are shut down, so libnbd returns each of its commands. Until the last one has been handled
+            // the replay log may lack an answered write, and the replay would miss it or reorder it.
+            self.poll_until(|| old.is_idle());
+            // Another thread may poll the old connection, or handle the last answers: wait for that thread.
             while !old.is_idle() && !self.closing.load(Ordering::SeqCst) {
                 thread::sleep(Duration::from_millis(1));
             }
         }
         if old.as_ref().is_none_or(|g| g.is_dead()) {
-            let deadline = self.earliest().unwrap_or_else(|| self.deadline());
-            // It is asked every now and then while the connection is made.
+            let deadline = self.earliest_deadline().unwrap_or_else(|| self.deadline());
+            // `open` calls this repeatedly during the handshake.
             let closing = || {
-                self.end_late();
+                self.fail_late();
                 self.closing.load(Ordering::SeqCst)
             };
             let (handle, export) = self.connector.open(true, deadline, &closing)?;
             export.check_same(&self.export, self.options.writable, true)?;
+            // The server may have been restarted with other data: drop all cached extents.
             self.map.clear();
             let connection = Arc::new(Connection::new(self.options.connections)?);
             connection.add(handle)?;
+            // Before it is published: no other thread can send a command ahead of the replayed writes.
             self.replay(&connection)?;
             self.publish(Arc::clone(&connection));
+            // A thread that fetched the old connection just before may still submit a command on it. The poller thread
+            // collects such commands from the retired connections and queues them again.
             if let Some(old) = &old {
-                let mut completions = lock(&self.completions);
-                if completions.len() >= MAX_RETIRED {
-                    completions.remove(0);
+                let mut retired = lock(&self.retired);
+                if retired.len() >= MAX_RETIRED {
+                    retired.remove(0);
                 }
-                completions.push((Arc::clone(old), Instant::now() + RETIRED));
-                tracing::warn!("{}: connected again", self.connector.label());
+                retired.push((Arc::clone(old), Instant::now() + KEEP_RETIRED));
+                tracing::warn!("{}: reconnected", self.connector.label());
             }
-            self.make_room();
+            self.continue_after_flush();
         }
-        // A command that is late already would end the connection at the next look.
-        self.end_late();
-        let waiting = std::mem::take(&mut lock(&self.state).waiting);
-        for mut command in waiting {
+        // A command that is late already would count as overdue and fail the new connection in the next tick.
+        self.fail_late();
+        let awaiting_connection = std::mem::take(&mut lock(&self.queues).awaiting_connection);
+        for mut command in awaiting_connection {
+            // Replay has renumbered the entries of the log. With its old token an answered flush would cover none of
+            // them, although the server has made all of them durable.
             if command.kind == CommandKind::Flush {
                 command.covers = lock(&self.replay_log).flush_token();
             }
@@ -179,17 +212,22 @@ impl Session {
         Ok(())
     }
 
-    fn earliest(&self) -> Option<Instant> {
-        lock(&self.state).waiting.iter().map(|command| command.deadline).min()
+    fn earliest_deadline(&self) -> Option<Instant> {
+        lock(&self.queues)
+            .awaiting_connection
+            .iter()
+            .map(|command| command.deadline)
+            .min()
     }
 
-    /// After an attempt that failed: a pause, and the end of what waits where there were too many.
+    /// Backs off after a failed attempt. Fails all queued commands if another attempt is useless or not allowed.
     fn after_failure(&self, e: &Error, failures: u32) {
-        tracing::info!("attempt {failures} to connect again: {e}");
+        tracing::info!("{}: reconnect attempt {failures} failed: {e}", self.connector.label());
+        // `Corrupt`: the export is malformed or is not the same as before. A retry does not change that.
         let hopeless = e.kind() == ErrorKind::Corrupt || self.options.retry.is_some_and(|most| failures > most);
         if hopeless || !self.connector.can_repeat() {
-            let waiting = std::mem::take(&mut lock(&self.state).waiting);
-            for command in waiting {
+            let awaiting_connection = std::mem::take(&mut lock(&self.queues).awaiting_connection);
+            for command in awaiting_connection {
                 let failed = self.error(&command, &e.to_string());
                 self.finish(command, Err(failed));
             }
@@ -202,43 +240,45 @@ impl Session {
         );
     }
 
-    /// Waits, and fails what is late meanwhile.
+    /// Sleeps for `pause`, and fails late commands meanwhile. Returns early when the session is closing.
     fn pause(&self, pause: Duration) {
         let until = Instant::now() + pause;
-        let mut state = lock(&self.state);
+        let mut queues = lock(&self.queues);
         while Instant::now() < until && !self.closing.load(Ordering::SeqCst) {
-            let timed_out = self.take_late(&mut state);
-            if !timed_out.is_empty() {
-                drop(state);
-                self.fail_late(timed_out);
-                state = lock(&self.state);
+            let late = self.take_late(&mut queues);
+            if !late.is_empty() {
+                drop(queues);
+                self.fail_commands(late);
+                queues = lock(&self.queues);
                 continue;
             }
-            let next = state
-                .waiting
+            let next = queues
+                .awaiting_connection
                 .iter()
                 .map(|command| command.deadline)
                 .min()
                 .map_or(until, |d| d.min(until));
             let wait = next.saturating_duration_since(Instant::now());
-            state = self
-                .wanted
-                .wait_timeout(state, wait)
+            queues = self
+                .wake_manager
+                .wait_timeout(queues, wait)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
     }
 
-    /// Adds connections up to what was asked for. A server that takes fewer is no failure.
-    fn widen(&self, connection: &Connection) {
+    /// Opens further sockets, up to the number in the options. A server that accepts fewer is not an error.
+    ///
+    /// Stops as soon as a command is queued: reconnecting comes first.
+    fn add_sockets(&self, connection: &Connection) {
         while connection.count() < self.options.connections && !connection.is_dead() {
-            if self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty() {
+            if self.closing.load(Ordering::SeqCst) || !lock(&self.queues).awaiting_connection.is_empty() {
                 return;
             }
-            let deadline = Instant::now() + self.options.timeout.min(WIDEN);
+            let deadline = Instant::now() + self.options.timeout.min(ADD_SOCKET_TIMEOUT);
             let needed = || {
-                self.end_late();
-                self.closing.load(Ordering::SeqCst) || !lock(&self.state).waiting.is_empty()
+                self.fail_late();
+                self.closing.load(Ordering::SeqCst) || !lock(&self.queues).awaiting_connection.is_empty()
             };
             let added = self
                 .connector
@@ -251,55 +291,65 @@ impl Session {
                 if needed() {
                     return;
                 }
-                let count = connection.count();
-                tracing::info!("{count} connections and no more: {e}");
+                let (label, count) = (self.connector.label(), connection.count());
+                tracing::info!("{label}: continuing with {count} sockets: adding one failed: {e}");
                 return;
             }
         }
     }
 
-    /// Sends all changes again that no flush has covered, in their order; those that overlap one after the other.
+    /// Replays all changes that no flush has covered, in their order.
+    ///
+    /// The server may execute commands in flight in any order. So a batch holds changes that do not overlap, and a
+    /// change that overlaps one of the batch waits for the next batch. On an error the changes not yet answered go back
+    /// to the log, after the replayed ones.
     fn replay(&self, connection: &Connection) -> Result<()> {
-        let mut rest = lock(&self.replay_log).drain();
-        if rest.is_empty() {
+        let mut remaining = lock(&self.replay_log).drain();
+        if remaining.is_empty() {
             return Ok(());
         }
         tracing::info!(
-            "{}: {} unflushed changes are sent again",
+            "{}: replaying {} unflushed writes",
             self.connector.label(),
-            rest.len()
+            remaining.len()
         );
-        while !rest.is_empty() {
-            let mut batch: Vec<Entry> = Vec::new();
-            while batch.len() < REPLAY
-                && let Some(next) = rest.pop_front()
+        while !remaining.is_empty() {
+            let mut batch: Vec<ReplayEntry> = Vec::new();
+            while batch.len() < REPLAY_BATCH
+                && let Some(next) = remaining.pop_front()
             {
+                // Later changes must not overtake `next` either: they may overlap it.
                 if batch.iter().any(|e| e.overlaps(&(next.offset, next.len))) {
-                    rest.push_front(next);
+                    remaining.push_front(next);
                     break;
                 }
                 batch.push(next);
             }
             if let Err((e, unsent)) = self.replay_batch(connection, batch) {
                 for entry in unsent.into_iter().rev() {
-                    rest.push_front(entry);
+                    remaining.push_front(entry);
                 }
-                lock(&self.replay_log).restore(rest);
+                lock(&self.replay_log).restore(remaining);
                 return Err(e);
             }
         }
-        lock(&self.replay_log).restore(rest);
-        // That it takes changes says nothing of what it does with the commands that wait.
+        lock(&self.replay_log).restore(remaining);
+        // Only answers to queued commands count as progress: a server that accepts the replay and then dies from the
+        // first queued command must run out of attempts.
         connection.forget_answers();
         Ok(())
     }
 
-    /// Sends changes that don't overlap. What was not answered, where the connection is lost, comes back.
-    fn replay_batch(&self, connection: &Connection, batch: Vec<Entry>) -> Result<(), (Error, Vec<Entry>)> {
+    /// Replays changes that do not overlap and waits for all answers.
+    ///
+    /// Answered changes are added to the log again: they are still not flushed. If the connection is lost, the
+    /// unanswered ones are returned with the error. A change that the server refuses is lost, and every later flush
+    /// fails.
+    fn replay_batch(&self, connection: &Connection, batch: Vec<ReplayEntry>) -> Result<(), (Error, Vec<ReplayEntry>)> {
         let mut back = Vec::new();
         let count = batch.len();
         for entry in batch {
-            let Entry {
+            let ReplayEntry {
                 kind, offset, len, buf, ..
             } = entry;
             let command = Command::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
@@ -310,6 +360,8 @@ impl Session {
         while answers.len() < count {
             let until = Instant::now() + TICK;
             match connection.poller() {
+                // This thread alone knows the connection. The poll ends in each tick, also without an answer; an
+                // overdue answer fails the connection, so the loop ends within the timeout.
                 Some(poller) => {
                     poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| {
                         answers.append(back)
@@ -317,9 +369,10 @@ impl Session {
                 }
                 None => thread::yield_now(),
             }
-            // Others wait for something else meanwhile.
-            self.end_late();
+            // The queued commands wait for this replay, and may run late meanwhile.
+            self.fail_late();
         }
+        // No thread waits for this connection to become idle yet: count the answers as handled at once.
         drop(connection.completion_guard(answers.len()));
         let mut unsent = Vec::new();
         let mut replay_log = lock(&self.replay_log);
@@ -330,9 +383,9 @@ impl Session {
                 Some(errno) => {
                     let e = command
                         .refused(errno)
-                        .within(format!("{}: a write that was lost", self.connector.label()));
+                        .within(format!("{}: unflushed write lost in replay", self.connector.label()));
                     tracing::error!("{e}");
-                    replay_log.lose(e);
+                    replay_log.set_lost(e);
                 }
             }
         }
@@ -342,8 +395,9 @@ impl Session {
         }
         let e = Error::new(
             ErrorKind::Os(libc::ENOTCONN),
-            "the connection broke while changes were sent again",
+            "the connection was lost while unflushed writes were replayed",
         );
+        // A temporary log turns the commands back into entries. They do not overlap, so their order is free.
         let mut replay_log = ReplayLog::default();
         unsent.iter_mut().for_each(|command| replay_log.add(command));
         Err((e, Vec::from(replay_log.drain())))

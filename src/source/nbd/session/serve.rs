@@ -1,4 +1,14 @@
-//! Who serves the connections: who waits, who has just submitted, or the driver's thread.
+//! Polling the sockets of a connection: by a caller that waits, by a caller that has just submitted, or by the poller
+//! thread.
+//!
+//! One thread at a time has the right to poll a connection (`Connection::poller`). Polling in the calling thread saves
+//! the wake-up of another thread, but callers come and go. The invariant is that a command in flight always has one of:
+//! - a caller that polls, and that checks `Connection::unserved` after it has released the right;
+//! - the poller thread, woken by [`Session::wake_poller`];
+//! - the poller thread as watchdog ([`Session::watch`]), while callers leave between two commands and come back;
+//! - a bulk thread that has claimed the socket.
+//!
+//! As a last resort the poller thread checks every [`LAST_RESORT`] for commands without any of these.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
@@ -11,32 +21,38 @@ use crate::block::Stay;
 use crate::source::nbd::connection::Connection;
 use crate::source::nbd::poller::{PollEnd, PollUntil};
 
-/// How long a thread that has other work waits for an answer before it leaves that to the driver: as long as a server on
-/// this machine may take that has the data in memory.
+/// Time without an answer after which a thread that has other work leaves polling to the poller thread: the longest
+/// that a local server with the data in memory should take.
 const PATIENCE: Duration = Duration::from_millis(2);
 
-/// How often the driver looks for commands that nobody serves, however that may have come.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval at which the sleeping poller thread checks for commands in flight that no thread polls for.
+const LAST_RESORT: Duration = Duration::from_millis(500);
 
-/// How often the driver's thread looks after those who come and go, and after how many looks without traffic it stops.
-const GUARD: Duration = Duration::from_millis(1);
-const GUARD_IDLE: usize = 50;
+/// Interval at which the watching poller thread checks that callers still poll.
+const WATCH_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Number of checks without traffic after which the poller thread stops watching.
+const MAX_IDLE_CHECKS: usize = 50;
 
 impl Session {
-    /// Sees to it that what was submitted is served: by this thread, as long as it may stay and nobody else does it, else by
-    /// the driver.
+    /// Ensures that the answers to submitted commands are read.
+    ///
+    /// The calling thread polls for as long as `stay` allows, unless another thread polls already. What remains in
+    /// flight is left to the poller thread.
     pub(in crate::source::nbd) fn poll_completions(&self, stay: Stay<'_>) {
         let Some(connection) = self.connection() else { return };
         match stay {
             Stay::No => {}
             Stay::Patiently => drop(self.poll_sockets(&connection, PollUntil::Quiet(PATIENCE))),
             Stay::Until(other) => match self.poll_sockets(&connection, PollUntil::Called(other)) {
-                // It comes back, or else the guard will notice.
+                // The caller was called away and usually polls again soon. Waking the poller thread for each command
+                // would cost more than the command: the watchdog takes over only if the caller stays away.
                 Some(PollEnd::Left) => return self.watch(),
                 Some(PollEnd::Idle) => {}
+                // Another thread polls. Ask it to yield, so that this caller can poll after its next command.
                 None => {
                     connection.request_yield();
-                    // It leaves before all is answered.
+                    // The poller thread then stops polling with commands in flight: something has to watch them.
                     self.watch();
                 }
             },
@@ -46,8 +62,8 @@ impl Session {
         }
     }
 
-    /// Serves what was submitted until `enough` is true.
-    pub(in crate::source::nbd) fn attend_until(&self, enough: impl Fn() -> bool) {
+    /// Polls for answers until `enough` returns true or nothing is in flight. Returns at once if another thread polls.
+    pub(in crate::source::nbd) fn poll_until(&self, enough: impl Fn() -> bool) {
         let Some(connection) = self.connection() else { return };
         self.poll_sockets(&connection, PollUntil::Enough(&enough));
         if connection.unserved() > 0 {
@@ -55,45 +71,52 @@ impl Session {
         }
     }
 
-    /// Serves a generation, if nobody else does.
-    fn poll_sockets(&self, connection: &Connection, leave: PollUntil<'_>) -> Option<PollEnd> {
+    /// Polls the sockets of a connection. Returns `None` if another thread polls them.
+    fn poll_sockets(&self, connection: &Connection, until: PollUntil<'_>) -> Option<PollEnd> {
         let poller = connection.poller()?;
-        Some(poller.poll_sockets(leave, |back| self.on_completions(connection, back)))
+        Some(poller.poll_sockets(until, |back| self.on_completions(connection, back)))
     }
 
-    /// Has the driver's thread look from time to time whether somebody serves what is under way: who has left to do
-    /// something else may have found that to be longer work.
+    /// Starts the watchdog in the poller thread: a caller has stopped polling with commands in flight, and its other
+    /// work may take longer than expected.
     fn watch(&self) {
+        // While the flag is set the poller thread is awake. It checks for unserved commands once more after it has
+        // cleared the flag, so a caller that still finds it set need not wake the thread.
         if !self.watching.swap(true, Ordering::SeqCst) {
             *lock(&self.poller_woken) = true;
             self.wake_poller.notify_one();
         }
     }
 
-    /// Looks for as long as there is traffic. Whether somebody has to serve.
+    /// Watches while there is traffic. Returns true if commands are in flight that no caller polls for.
     fn watch_once(&self) -> bool {
-        // no number of turns: at first it is not known whether somebody is at it
-        let (mut turns, mut idle) = (usize::MAX, 0);
+        // Callers that poll count up `releases` each time they stop. Commands in flight without a change within one
+        // interval have no poller, or a caller that is still polling: then this thread does not get the right to poll.
+        // `usize::MAX` is no possible count: the first check only takes a sample.
+        let (mut releases, mut idle) = (usize::MAX, 0);
         while let Some(connection) = self.connection().filter(|_| !self.closing.load(Ordering::SeqCst)) {
-            let before = std::mem::replace(&mut turns, connection.turns());
-            if before != turns {
+            let before = std::mem::replace(&mut releases, connection.releases());
+            if before != releases {
                 idle = 0;
             } else if connection.unserved() > 0 {
+                // `watching` stays set: the poller thread watches again after it has polled.
                 return true;
-            } else if idle > GUARD_IDLE {
+            } else if idle > MAX_IDLE_CHECKS {
                 break;
             } else {
                 idle += 1;
             }
-            thread::sleep(GUARD);
+            thread::sleep(WATCH_INTERVAL);
         }
+        // Clear the flag first, then check: a caller that left before the store has not woken this thread.
         self.watching.store(false, Ordering::SeqCst);
         self.connection().is_some_and(|g| g.unserved() > 0)
     }
 
-    /// Has the driver serve a generation that nobody serves.
+    /// Wakes the poller thread if no thread polls the connection.
     fn wake_poller(&self, connection: &Connection) {
-        // Who has the right looks for commands once more after giving it back.
+        // The right is taken only to find out whether it is free. If it is not, its holder checks for unserved commands
+        // after releasing it, and wakes the poller thread then.
         if let Some(poller) = connection.poller() {
             drop(poller);
             *lock(&self.poller_woken) = true;
@@ -101,18 +124,18 @@ impl Session {
         }
     }
 
-    /// The driver's work.
+    /// Runs the poller thread until the session is closed.
     pub(super) fn poll_loop(&self) {
         loop {
             let mut poller_woken = lock(&self.poller_woken);
-            // Who stands guard has not been relieved yet, where he was called away to serve.
+            // `watching` stays set while the watchdog is interrupted by polling: continue to watch, do not sleep.
             while !std::mem::take(&mut *poller_woken) && !self.watching.load(Ordering::SeqCst) {
                 if self.closing.load(Ordering::SeqCst) {
                     return;
                 }
                 let waited = self
                     .wake_poller
-                    .wait_timeout(poller_woken, LOOK)
+                    .wait_timeout(poller_woken, LAST_RESORT)
                     .unwrap_or_else(PoisonError::into_inner);
                 poller_woken = waited.0;
                 if waited.1.timed_out() && self.has_unserved() {
@@ -120,45 +143,50 @@ impl Session {
                 }
             }
             drop(poller_woken);
-            self.serve_retired();
+            self.poll_retired();
             if self.watching.load(Ordering::SeqCst) && !self.watch_once() {
                 continue;
             }
             let Some(connection) = self.connection() else { continue };
-            // A flaw of ours must not end the thread that all rely on.
+            // Commands may have arrived just before the right to poll was released, so poll again while some are
+            // unserved. A panic must not end the thread that every caller relies on.
             let turn = || loop {
-                let why = self.poll_sockets(&connection, PollUntil::YieldRequested);
-                if why != Some(PollEnd::Idle) || connection.unserved() == 0 {
+                let end = self.poll_sockets(&connection, PollUntil::YieldRequested);
+                if end != Some(PollEnd::Idle) || connection.unserved() == 0 {
                     return;
                 }
             };
             if catch_unwind(AssertUnwindSafe(turn)).is_err() {
-                tracing::error!("serving an NBD server panicked");
+                tracing::error!("{}: polling for answers panicked", self.label());
+                // Start over without waiting: the panic may have left commands in flight.
                 *lock(&self.poller_woken) = true;
             }
         }
     }
 
-    /// Whether commands are under way that nobody may be serving.
+    /// Returns true if commands may be in flight that no thread polls for.
     fn has_unserved(&self) -> bool {
-        self.connection().is_some_and(|g| g.unserved() > 0) || !lock(&self.completions).is_empty()
+        self.connection().is_some_and(|g| g.unserved() > 0) || !lock(&self.retired).is_empty()
     }
 
-    /// Takes back what was sent on a lost connection by somebody who had looked just before it was lost.
-    fn serve_retired(&self) {
-        let completions = std::mem::take(&mut *lock(&self.completions));
-        for (connection, until) in completions {
+    /// Collects commands from retired connections and queues them again. A thread may have submitted them on such a
+    /// connection because it fetched it just before it was lost.
+    fn poll_retired(&self) {
+        // The list is not locked meanwhile: a completion may submit commands.
+        let retired = std::mem::take(&mut *lock(&self.retired));
+        for (connection, until) in retired {
             self.poll_sockets(&connection, PollUntil::Idle);
             if Instant::now() < until {
-                lock(&self.completions).push((connection, until));
+                lock(&self.retired).push((connection, until));
             }
         }
     }
 
-    /// The work of a thread for long requests.
+    /// Runs a bulk thread until there is no request for some time or the session is closed.
     pub(super) fn run_bulk(&self) {
         while let Some(request) = self.bulk.next() {
             let work = || {
+                // Without a free socket, or once the connection is lost, the commands take the normal path.
                 let connection = self.connection();
                 let claim = connection.as_ref().and_then(|g| g.claim().map(|claim| (g, claim)));
                 for command in request {
@@ -171,11 +199,12 @@ impl Session {
                     }
                 }
                 drop(claim);
-                // Also for what others have sent on that connection just before it was taken.
+                // The commands that were sent the normal way need a poller, and so do commands that other threads sent
+                // on the claimed socket just before the claim.
                 self.poll_completions(Stay::No);
             };
             if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                tracing::error!("serving an NBD server panicked");
+                tracing::error!("{}: bulk request panicked", self.label());
             }
         }
     }

@@ -1,13 +1,17 @@
-//! Room for new grains and tables, at the end of the file.
+//! Allocates space for new grains and tables, at the end of the file.
 //!
 //! ```text
-//!   |░░ what there was ░░|░ new grains ░|░ two tables ░|░ new grains ░|   a hole   |
-//!                                                                   next          len
+//!   |░░ old content ░░|░ new grains ░|░ two tables ░|░ new grains ░|   a hole   |
+//!                                                                next          len
 //! ```
-//! The file grows by more than is wanted at once. What is new reads as zeroes, and what is behind the last grain is cut
-//! off at the end.
+//! The file grows in steps that are larger than one request. New space reads as zeroes, and `close` truncates the file
+//! after the last grain. A crash leaves the tail, which recovery truncates.
 //!
-//! How long the file has to be is known here, so whatever changes it asks here first whether it still is.
+//! Invariant: the file has at least `known` bytes, and everything that was handed out lies within. A shorter file was
+//! truncated by another process, so every change of the file checks its length here first.
+//!
+//! Lock order: `space` is the only lock; it is held over the system call that grows the file, so that the growth of one
+//! thread is seen by the next.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,43 +23,44 @@ use crate::vmdk::tables::Layout;
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::writable::TableCopies;
 
-/// The file grows by at least this many sectors at once, and by at most [`GROW_MAX`]: the room is a hole, and what is
-/// not used is cut off at the end.
+/// Minimum step by which the file grows: 2 MiB in sectors. The step costs no storage, as it is a hole.
 const GROW_MIN: u64 = 2 << 11;
+/// Maximum step by which the file grows: 64 MiB in sectors.
 const GROW_MAX: u64 = 64 << 11;
 
-/// Table entries are sectors of 32 bits, so a file can't use more of itself.
+/// Number of sectors that 32-bit table entries can address: 2 TiB of the file.
 const LAST_SECTOR: u64 = 1 << 32;
 
-/// Where new grains and tables go.
+/// Allocator for the end of one file.
 #[derive(Debug)]
 pub(super) struct GrainAllocator {
     file: Arc<dyn StoredFile>,
     layout: Arc<HostedTables>,
-    /// Sectors of one.
+    /// Sectors of a grain.
     grain: u64,
     space: Mutex<Space>,
-    /// Bytes that the file has at least, unless somebody else has cut it. What was taken lies within.
+    /// Bytes that the file has at least, unless another process truncates it. Written under `space`, read without it.
     known: AtomicU64,
     /// Shared by all files of the disk.
     latch: Arc<WriteLatch>,
 }
 
-/// What of the file is taken.
+/// Allocated and free parts of the file.
 #[derive(Debug)]
 struct Space {
-    /// First sector that nothing has, a multiple of the grain.
+    /// First free sector after everything that is allocated, a multiple of the grain.
     next: u64,
     /// Sectors of the file; all from `next` on read as zeroes.
     len: u64,
-    /// Grains that were taken and given back, all zeroes.
+    /// First sectors of single grains that were given back; they read as zeroes.
     spare: Vec<u64>,
-    /// Room for new tables.
+    /// Sectors that are reserved for new tables.
     tables: std::ops::Range<u64>,
 }
 
 impl GrainAllocator {
-    /// All from the end of `file` on.
+    /// Creates an allocator for everything after the end of `file`. Space inside of the file that nothing names is not
+    /// reused.
     pub(super) fn new(
         file: Arc<dyn StoredFile>,
         layout: Arc<HostedTables>,
@@ -81,10 +86,15 @@ impl GrainAllocator {
         })
     }
 
-    /// Room for `count` grains, in the file and all zeroes.
+    /// Allocates `count` consecutive grains, which lie in the file and read as zeroes. Returns their first sector.
+    ///
+    /// Errors: `Os(ENOSPC)` at 2 TiB, `Corrupt` if another process truncated the file, those of growing the file.
     pub(super) fn take(&self, count: u64) -> Result<u64> {
+        // Before the lock, as it is a system call. The file can only become longer meanwhile, unless it is truncated by
+        // another process, which the next check finds.
         let writer = self.check_not_truncated()?;
         let mut space = self.space();
+        // Spare grains are single: only requests for one grain use them.
         if let (1, Some(place)) = (count, space.spare.pop()) {
             return Ok(place);
         }
@@ -98,24 +108,28 @@ impl GrainAllocator {
             return Err(Error::new(ErrorKind::Os(libc::ENOSPC), context));
         }
         if end > space.len {
+            // An eighth of the file: few system calls for a large image, little waste for a small one.
             let step = (space.len / 8).clamp(GROW_MIN, GROW_MAX);
-            let wanted = (end + step).min(LAST_SECTOR);
-            // where so much is too much, just enough may do
-            let len = match writer.set_len(wanted * SECTOR) {
-                Ok(()) => wanted,
+            let roomy = (end + step).min(LAST_SECTOR);
+            // A limit on the size of files may refuse the step and still allow what is needed.
+            let len = match writer.set_len(roomy * SECTOR) {
+                Ok(()) => roomy,
                 Err(_) => writer.set_len(end * SECTOR).map(|()| end)?,
             };
             space.len = len;
-            // it is longer already, so who compares at this moment finds more than is known
+            // After the file has grown: a thread that compares between the two steps finds the file longer than
+            // `known`, never shorter. In the other order it would report a truncation that did not happen.
             self.known.store(len * SECTOR, Ordering::Release);
+            // Entries that name the new sectors are valid from here on.
             self.layout.grew_to(len);
         }
         space.next = end;
         Ok(place)
     }
 
-    /// Gives back room of grains that nothing names. It may hold anything; where it can't be made zeroes, it is lost.
+    /// Gives back grains that nothing names, whatever they hold. If they can't be zeroed they are leaked.
     pub(super) fn give_back(&self, place: u64, count: u64) {
+        // Zeroed before they are free: `fill` writes no zeroes into new grains. In place, not under the lock.
         let bytes = count * self.grain * SECTOR;
         if self
             .check_not_truncated()
@@ -132,18 +146,20 @@ impl GrainAllocator {
         }
     }
 
-    /// Room for a new table, and for its copy where there are copies.
+    /// Allocates space for a new table, and for its redundant copy if the extent has one. Called by one flush at a
+    /// time: the reserved range is read and written in two critical sections.
     pub(super) fn for_table(&self) -> Result<TableCopies> {
         let sectors = self.layout.table_sectors();
         let copies = if self.layout.has_redundant() { 2 } else { 1 };
-        let mut allocator = self.space().tables.clone();
-        if allocator.end - allocator.start < sectors * copies {
+        let mut reserved = self.space().tables.clone();
+        if reserved.end - reserved.start < sectors * copies {
+            // Whole grains, so that grains after the tables stay aligned; several tables share a reservation.
             let grains = (sectors * copies).div_ceil(self.grain);
             let place = self.take(grains.max(2))?;
-            allocator = place..place + grains.max(2) * self.grain;
+            reserved = place..place + grains.max(2) * self.grain;
         }
-        self.space().tables = allocator.start + sectors * copies..allocator.end;
-        let first = allocator.start as u32;
+        self.space().tables = reserved.start + sectors * copies..reserved.end;
+        let first = reserved.start as u32;
         Ok(match copies {
             1 => TableCopies {
                 primary: first,
@@ -156,25 +172,28 @@ impl GrainAllocator {
         })
     }
 
-    /// Gives the file's room behind the last grain back. Nobody changes the file meanwhile.
+    /// Truncates the file after the last allocated grain. The caller excludes all other changes of the file.
     pub(super) fn truncate_unused(&self) -> Result<()> {
         let mut space = self.space();
         let writer = self.check_not_truncated()?;
         if space.len > space.next {
             writer.set_len(space.next * SECTOR)?;
             space.len = space.next;
+            // Between these two lines the file is shorter than `known`. The caller's exclusion keeps other threads from
+            // checking it then.
             self.known.store(space.len * SECTOR, Ordering::Release);
         }
         Ok(())
     }
 
-    /// The file, for a change. Refuses one that somebody else has cut, for good: its grains are lost, and to make it
-    /// longer again would show zeroes in their place, as if nothing had happened.
+    /// Returns the writing half of the file. Sets the write latch if another process truncated the file: its grains are
+    /// lost, and growing it again would silently show zeroes in their place.
     ///
-    /// Whatever changes the file asks, also in place: a change behind the end makes the file longer, and one that reaches
-    /// the end that it had would hide the cut from all who ask later.
+    /// Every change calls this, also one in place: a write after the new end extends the file, and one that reaches the
+    /// old end would hide the truncation from all later checks.
     pub(super) fn check_not_truncated(&self) -> Result<&dyn StoredWrite> {
-        // before the file's length: that may only grow meanwhile
+        // Loaded before the length of the file is read: this process only makes the file longer, so a length that is
+        // read later can't be shorter than `known` for that reason.
         let known = self.known.load(Ordering::Acquire);
         self.latch.check_not_truncated(&*self.file, known)
     }

@@ -1,10 +1,17 @@
-//! Entries of tables that are not in the file yet, and how a flush writes them.
+//! Pending updates: table entries that are in memory and not in the file, and how a flush writes them.
 //!
-//! They wait in memory until their data are durable:
+//! An update stays pending until its grain's data are durable:
 //! ```text
-//!   flush: take what waits ─ new tables' room and content ─ SYNC ─ entries, both copies ─ SYNC
+//!   flush: take batch ─ space and content of new tables ─ SYNC ─ entries, both copies ─ SYNC
 //! ```
-//! so that a crash at any point leaves each sector old or new, and at most room that nothing names.
+//! so that a crash at any point leaves each sector old or new, and at most space that nothing names.
+//!
+//! States of an update: pending → in a batch (a flush has taken it) → in the file, or pending again if the flush
+//! failed. In all of them readers see the entry in [`WritableTable`].
+//!
+//! States of a table: in the file · new (only in memory) · placed (`new` is set: it has space and content in the file,
+//! but no directory names it) · named (a directory may name it). A failed flush leaves a table placed or named, and the
+//! next flush continues from there.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,29 +25,29 @@ use crate::vmdk::tables::Layout;
 use crate::vmdk::tables::hosted::Copy;
 use crate::vmdk::tables::writable::{TableCopies, WritableTable};
 
-/// Entries that may wait in memory; a flush is due then. 8 bytes each.
-const MAX_WAITING: usize = 1 << 18;
+/// Number of pending updates from which on a write flushes. They take 8 bytes each: 2 MiB.
+const MAX_PENDING: usize = 1 << 18;
 
-/// Bytes of tables with entries that may wait in memory.
-const MAX_WAITING_BYTES: usize = 8 << 20;
+/// Bytes of tables with pending updates from which on a write flushes; such tables can't be evicted.
+const MAX_PENDING_BYTES: usize = 8 << 20;
 
-/// How much waits in the memory of all extents of a disk.
+/// Count of the pending updates of all extents of a disk. The counters are only limits, so they need no order.
 #[derive(Debug, Default)]
 pub(in crate::vmdk::write) struct Backlog {
     entries: AtomicUsize,
-    /// Memory of the tables that the entries are of.
+    /// Memory of the tables that have pending updates.
     bytes: AtomicUsize,
 }
 
 impl Backlog {
-    /// Whether anything waits.
+    /// Returns true if no update is pending.
     pub(in crate::vmdk::write) fn is_empty(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) == 0
     }
 
-    /// Whether more waits than should.
+    /// Returns true if a flush is due.
     pub(in crate::vmdk::write) fn is_full(&self) -> bool {
-        self.entries.load(Ordering::Relaxed) > MAX_WAITING || self.bytes.load(Ordering::Relaxed) > MAX_WAITING_BYTES
+        self.entries.load(Ordering::Relaxed) > MAX_PENDING || self.bytes.load(Ordering::Relaxed) > MAX_PENDING_BYTES
     }
 
     fn add(&self, bytes: usize, entries: usize) {
@@ -54,13 +61,14 @@ impl Backlog {
     }
 }
 
-/// Entries that are not in the file yet, by table.
+/// Pending updates of one extent, by table.
 #[derive(Debug, Default)]
 pub(super) struct PendingUpdates {
     tables: BTreeMap<u64, PendingTable>,
 }
 
 impl PendingUpdates {
+    /// Calls `backlog` with the number of tables and of entries.
     fn count(&self, backlog: impl FnOnce(usize, usize)) {
         backlog(
             self.tables.len(),
@@ -69,87 +77,99 @@ impl PendingUpdates {
     }
 }
 
-/// Entries of one table that are not in the file yet, in the order in which they were made.
+/// Pending updates of one table, in the order in which they were published.
 #[derive(Debug)]
 struct PendingTable {
-    /// Kept so that it is not read from the file again meanwhile.
+    /// Held so that the table is not evicted: read again from the file, it would lack these entries.
     _table: Arc<WritableTable>,
+    /// Index and raw value of each entry. An index may occur twice (zeroed, then allocated); the later one counts.
     entries: Vec<(u32, u32)>,
-    /// For a table that is new itself: where it goes, once that is known.
+    /// Space of a table that is itself new, once it is allocated.
     new: Option<TableCopies>,
-    /// A directory may name the new table already, as a flush got that far before it failed. Then its entries have to
-    /// wait for their data like those of any other table.
+    /// True if a directory may name the new table already, because an earlier flush failed after that. Then its entries
+    /// must not be written before their data are durable, like those of any other table.
     named: bool,
 }
 
-/// What one flush writes.
+/// Updates that one flush writes.
 #[derive(Debug)]
 pub(in crate::vmdk::write) struct Batch(PendingUpdates);
 
 impl Batch {
-    /// Whether nothing waited.
+    /// Returns true if nothing was pending.
     pub(in crate::vmdk::write) fn is_empty(&self) -> bool {
         self.0.tables.is_empty()
     }
 }
 
 impl GrainWriter {
-    /// Makes entries known: they wait for the flush first, and are seen second. The other way round somebody could
-    /// write into a new grain and flush before its entry waits.
+    /// Publishes entries of grains whose data are written: adds them to the pending updates and makes them visible to
+    /// readers and writers.
+    ///
+    /// Both under `pending`, and pending first. In the other order another thread could write in place into the new
+    /// grain and flush before the entry is pending: its data would be durable, but nothing in the file would name them.
     pub(super) fn publish(&self, table: &Arc<WritableTable>, first: u64, raw: impl Iterator<Item = u32>) {
-        let mut waiting = self.waiting();
-        let before = waiting.tables.len();
-        let known = waiting.tables.entry(table.number).or_insert_with(|| PendingTable {
+        let mut pending = self.pending();
+        let before = pending.tables.len();
+        let updates = pending.tables.entry(table.number).or_insert_with(|| PendingTable {
             _table: Arc::clone(table),
             entries: Vec::new(),
             new: None,
             named: false,
         });
-        let had = known.entries.len();
+        let had = updates.entries.len();
         for (entry, raw) in (first..).zip(raw) {
-            known.entries.push((entry as u32, raw));
+            updates.entries.push((entry as u32, raw));
             if let Some(entries) = table.entries() {
                 entries.publish(entry as usize, raw);
             }
         }
-        let more = known.entries.len() - had;
+        let more = updates.entries.len() - had;
         self.backlog
-            .add((waiting.tables.len() - before) * self.table_bytes(), more);
+            .add((pending.tables.len() - before) * self.table_bytes(), more);
+        // Before the lock is released: a flush that takes these updates finds the file dirty and syncs their data.
         self.dirty.store(true, Ordering::Release);
     }
 
-    /// What waits now, for a flush. All data of it are written already, though not durable.
+    /// Takes all pending updates for a flush. Their data are written, though not durable.
     pub(in crate::vmdk::write) fn take_batch(&self) -> Batch {
-        let waiting = std::mem::take(&mut *self.waiting());
-        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
-        Batch(waiting)
+        let pending = std::mem::take(&mut *self.pending());
+        pending.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
+        Batch(pending)
     }
 
-    /// Lets a batch wait again after its flush failed.
+    /// Makes the updates of a batch pending again after its flush failed.
     pub(in crate::vmdk::write) fn put_back(&self, batch: Batch) {
-        let mut waiting = self.waiting();
-        waiting.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
+        let mut pending = self.pending();
+        // The backlog is counted again as a whole: the tables of the batch and the newer ones may be the same.
+        pending.count(|tables, entries| self.backlog.sub(tables * self.table_bytes(), entries));
         for (number, mut older) in batch.0.tables {
-            if let Some(newer) = waiting.tables.remove(&number) {
+            // The batch's entries come first, as they are older. Its `new` and `named` are kept: they say how far the
+            // table got in the file.
+            if let Some(newer) = pending.tables.remove(&number) {
                 older.entries.extend(newer.entries);
             }
-            waiting.tables.insert(number, older);
+            pending.tables.insert(number, older);
         }
-        waiting.count(|tables, entries| self.backlog.add(tables * self.table_bytes(), entries));
+        pending.count(|tables, entries| self.backlog.add(tables * self.table_bytes(), entries));
     }
 
-    /// Writes the tables of a batch that are new, where nothing refers to them yet.
+    /// Writes the tables of a batch that are new. Nothing in the file names them, so they may be written before the
+    /// data of their grains are durable; the sync that follows covers both.
     pub(in crate::vmdk::write) fn write_new_tables(&self, batch: &mut Batch) -> Result<()> {
         let writer = self.allocator.check_not_truncated()?;
         for (&number, table) in &mut batch.0.tables {
-            if table.named || self.live.places(number).is_some() {
+            // A named table counts as one in the file: `write_entries` writes its entries after the sync.
+            if table.named || self.tables.places(number).is_some() {
                 continue;
             }
+            // After a failed flush the table has its space already; its content is written again, with newer entries.
             let places = match table.new {
                 Some(places) => places,
                 None => self.allocator.for_table()?,
             };
             table.new = Some(places);
+            // The whole table: all entries that it has are in this batch, as it was never in the file.
             let mut content = vec![0; (self.layout.table_sectors() * SECTOR) as usize];
             for &(entry, raw) in &table.entries {
                 if let Some(bytes) = content.get_mut(entry as usize * 4..entry as usize * 4 + 4) {
@@ -164,21 +184,25 @@ impl GrainWriter {
         Ok(())
     }
 
-    /// Writes the entries of a batch, whose data are durable now, into both tables, and those of new tables into both
-    /// directories.
+    /// Writes the entries of a batch into both copies of their tables, and those of new tables into both directories.
+    /// The caller has synced: the data of all these entries and the new tables are durable.
     pub(in crate::vmdk::write) fn write_entries(&self, batch: &mut Batch) -> Result<()> {
         let writer = self.allocator.check_not_truncated()?;
         for (&number, table) in &mut batch.0.tables {
             if let Some(places) = table.new {
+                // Set before the directory is written: an error in between leaves open whether it names the table. A
+                // table that was named before was skipped by `write_new_tables`, so its entries are written here.
                 if std::mem::replace(&mut table.named, true) {
                     write_runs(writer, places, &table.entries)?;
                 }
+                // Redundant before primary, like the entries below. After a crash in between one directory lacks the
+                // table, and recovery gives it a copy.
                 for (copy, place) in [(Copy::Redundant, places.redundant), (Copy::Primary, places.primary)] {
                     if let Some(at) = self.layout.directory(copy) {
                         writer.write_all_at(at * SECTOR + number * 4, &place.to_le_bytes())?;
                     }
                 }
-            } else if let Some(places) = self.live.places(number) {
+            } else if let Some(places) = self.tables.places(number) {
                 write_runs(writer, places, &table.entries)?;
             }
             self.dirty.store(true, Ordering::Release);
@@ -186,11 +210,11 @@ impl GrainWriter {
         Ok(())
     }
 
-    /// The batch is in the file.
-    pub(in crate::vmdk::write) fn settle(&self, batch: Batch) {
+    /// Ends a batch whose flush succeeded: notes the places of its new tables, and lets its tables be evicted.
+    pub(in crate::vmdk::write) fn finish_batch(&self, batch: Batch) {
         for (number, table) in batch.0.tables {
             if let Some(places) = table.new {
-                self.live.settle(number, places);
+                self.tables.set_places(number, places);
             }
         }
     }
@@ -199,12 +223,12 @@ impl GrainWriter {
         self.geometry.entries_per_table as usize * 4
     }
 
-    fn waiting(&self) -> MutexGuard<'_, PendingUpdates> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, PendingUpdates> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Writes entries into each copy of their table.
+/// Writes entries into each copy of their table, one write for each run of consecutive entries.
 fn write_runs(writer: &dyn StoredWrite, places: TableCopies, entries: &[(u32, u32)]) -> Result<()> {
     for (entry, run) in runs(entries) {
         for place in copies(places) {
@@ -214,18 +238,20 @@ fn write_runs(writer: &dyn StoredWrite, places: TableCopies, entries: &[(u32, u3
     Ok(())
 }
 
-/// The copies of a table that there are, the redundant one first.
+/// Returns the sectors of the existing copies of a table, the redundant one first.
 fn copies(places: TableCopies) -> impl Iterator<Item = u32> {
     [places.redundant, places.primary]
         .into_iter()
         .filter(|&place| place != 0)
 }
 
-/// Entries as stretches of bytes that follow each other in the table; of two for one place the later one counts.
+/// Coalesces consecutive entries into runs: the index of the first and the bytes of all. Of two entries with the same
+/// index the later one counts.
 fn runs(entries: &[(u32, u32)]) -> Vec<(u32, Vec<u8>)> {
-    let by_place: BTreeMap<u32, u32> = entries.iter().copied().collect();
+    // Collecting into a map sorts the entries and keeps the last value of each key.
+    let by_index: BTreeMap<u32, u32> = entries.iter().copied().collect();
     let mut runs: Vec<(u32, Vec<u8>)> = Vec::new();
-    for (entry, raw) in by_place {
+    for (entry, raw) in by_index {
         match runs.last_mut() {
             Some((first, bytes)) if *first + (bytes.len() / 4) as u32 == entry => bytes.extend(raw.to_le_bytes()),
             _ => runs.push((entry, raw.to_le_bytes().to_vec())),
