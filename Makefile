@@ -1,14 +1,14 @@
-# Two commands: `make demo` and `make test`. Both install what they need first (contrib/setup.sh; Debian packages,
-# by sudo where you are not root) and build. `make help` lists the rest.
+# `make demo` and `make test` first install the Debian packages that they need (contrib/setup.sh; through sudo if you are
+# not root), then build. `make help` lists all targets.
 
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
-# Tools that ordinary users' PATH often lacks: mkfs.ext4, debugfs, losetup; and a toolchain that rustup installed.
+# Folders that the PATH of an ordinary user often lacks: those of mkfs.ext4, debugfs and losetup, and that of rustup.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:$(HOME)/.cargo/bin
-# The binary that the tests mount with and that demo and bench run.
+# The binary that the tests, the demo and the benchmark run.
 export VMDKFUSE_BIN := $(TARGET_DIR)/release/vmdkfuse
 
-# A mount namespace of their own for the tests, where this user may create one: a namespace that another process creates
-# meanwhile then holds no copy of their mounts, which would keep a daemon alive after its mount was unmounted.
+# Runs the tests in their own mount namespace if this user may create one. Otherwise a namespace that another process
+# creates during a test would hold a copy of its mount, and keep the daemon alive after the unmount.
 UNSHARE := $(shell unshare -m true 2>/dev/null && echo unshare -m)
 CARGO_DENY := $(TARGET_DIR)/tools/bin/cargo-deny
 
@@ -22,13 +22,13 @@ help: ## show this list
 build: ## build the release binary
 	cargo build --release --locked
 
-demo: ## make a VMDK with a file system in it, mount it, read it, write to it, unmount it
+demo: ## create a VMDK with a file system, mount it, read it, write to it, unmount it
 	./contrib/demo.sh
 
-# With VMDKFUSE_REQUIRE=all what a test needs and is missing (a tool, root) fails the test instead of skipping it;
-# an ordinary user can say `make test VMDKFUSE_REQUIRE=` to skip, loudly, what needs root.
+# With VMDKFUSE_REQUIRE=all a test whose requirement (a tool, root) is missing fails instead of being skipped. An ordinary
+# user runs `make test VMDKFUSE_REQUIRE=` to skip the tests that need root; each of them prints a notice.
 test: export VMDKFUSE_REQUIRE ?= all
-test: ## formatting, lints, docs, the demo and every test
+test: ## check formatting, lints and docs, run the demo and every test
 	./contrib/setup.sh test
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
@@ -41,22 +41,22 @@ test: ## formatting, lints, docs, the demo and every test
 	cargo test --locked --no-default-features --lib
 	$(UNSHARE) cargo test --locked --workspace --no-fail-fast --lib --tests
 
-deny: $(CARGO_DENY) ## licences, sources and bans of the dependencies; advisories where their database can be fetched
+deny: $(CARGO_DENY) ## check licences, bans and sources of the dependencies, and advisories if their database is reachable
 	$(CARGO_DENY) --locked check licenses bans sources
 	@if timeout 60 $(CARGO_DENY) fetch db 2>/dev/null; then $(CARGO_DENY) --locked check --disable-fetch advisories; \
-	else echo 'deny: the database of advisories cannot be fetched here, so advisories are NOT checked'; fi
+	else echo 'deny: cannot fetch the advisory database, so advisories are NOT checked'; fi
 
-# Built without optimization: that takes a fifth of the time, and it runs for a second.
+# Built without optimization: the build takes a fifth of the time, and the check runs only for a second.
 $(CARGO_DENY):
 	cargo install --locked --debug --root '$(TARGET_DIR)/tools' --version 0.20.2 cargo-deny
 
-bench: ## measure beside the peers that Debian packages (root; some 20 minutes); BENCH_ARGS='--help' for more
+bench: ## compare with the peers that Debian packages (root; about 20 minutes); BENCH_ARGS='--help' lists options
 	./contrib/setup.sh bench
 	cargo build --release --locked
 	python3 -B contrib/bench/bench.py --contender '$(VMDKFUSE_BIN)' $(BENCH_ARGS)
 
-bench-quick: ## the same in a minute: small disk, one round; shows that it works, not how fast
+bench-quick: ## test the benchmark in a minute: small disk, one round; the figures mean nothing
 	$(MAKE) bench BENCH_ARGS='--quick $(BENCH_ARGS)'
 
-clean: ## remove what was built
+clean: ## remove all build output
 	cargo clean

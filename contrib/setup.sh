@@ -3,14 +3,14 @@
 #
 #   contrib/setup.sh demo|test|bench
 #
-# Only this step needs root: it calls apt-get itself as root, by sudo as an ordinary user. Where neither
-# works it names the packages and fails. It never removes a package: it simulates first, and stops if apt would.
+# Only this step needs root: root calls apt-get directly, an ordinary user through sudo. If neither works, the script lists
+# the packages and fails. It never removes a package: it simulates the installation first, and stops if apt would remove one.
 set -euo pipefail
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-# PACKAGE:COMMAND or PACKAGE:/FILE; the package counts as there if dpkg says so or the command or file is found.
-# What the build itself needs.
+# Items are PACKAGE:COMMAND or PACKAGE:/FILE. A package counts as installed if dpkg lists it or the command or file exists.
+# BUILD holds the packages that the build needs.
 BUILD="gcc:cc libc6-dev:/usr/include/stdio.h pkg-config:pkg-config libnbd-dev:/usr/include/libnbd.h"
 DEMO="$BUILD fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
 TEST="$DEMO erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL nbdkit:nbdkit libnbd-bin:nbdcopy nbd-server:nbd-server gnutls-bin:certtool xz-utils:xz"
@@ -19,7 +19,8 @@ BENCH="$BUILD nbdkit:nbdkit fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-co
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 
-# guestfish boots an appliance, for which supermin wants a kernel of this machine, readable, with its modules.
+# Succeeds if a kernel image is readable and its modules are installed: guestfish boots an appliance that supermin builds of
+# them.
 kernel_is_there() {
   local image
   for image in /boot/vmlinu[xz]-*; do
@@ -28,7 +29,7 @@ kernel_is_there() {
   return 1
 }
 
-# The packages of "$@" that are missing, one a line.
+# Prints the missing packages of the items "$@", one per line.
 missing() {
   local item
   for item in "$@"; do
@@ -44,14 +45,14 @@ missing() {
 as_root() { if [[ $(id -u) == 0 ]]; then "$@"; else sudo DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"; fi; }
 apt() { as_root apt-get -q -o DPkg::Lock::Timeout=600 "${apt_options[@]}" "$@"; }
 
-# guestfish depends on qemu-system-x86. Where qemu-utils came from backports, the emulator of the stable
-# release would push it out, so the emulator has to come from backports too; $1 is a directory for apt's extra files.
+# guestfish depends on qemu-system-x86. If qemu-utils comes from backports, the emulator of the stable release conflicts with
+# it, so the emulator has to come from backports too. $1 is a directory for additional files of apt.
 follow_backports() {
   local version codename repo key option
   version=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
   [[ $version == *~bpo* ]] || return 0
   codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
-  say "qemu-utils $version is from backports: taking the emulator from there as well"
+  say "qemu-utils $version is from backports: installing the emulator from backports too"
   cat /etc/apt/sources.list >"$1/sources.list" 2>/dev/null || true
   cat /etc/apt/preferences >"$1/preferences" 2>/dev/null || true
   if ! apt-get indextargets --format '$(CODENAME)' | grep -qx "$codename-backports"; then
@@ -67,30 +68,30 @@ follow_backports() {
 
 install() {
   local packages=("$@") plan
-  command -v apt-get >/dev/null || die "this is no Debian system; install what corresponds to: ${packages[*]}"
+  command -v apt-get >/dev/null || die "apt-get not found; install the equivalents of: ${packages[*]}"
   if [[ $(id -u) != 0 ]]; then
     { command -v sudo >/dev/null && { [[ -t 0 ]] || sudo -n true 2>/dev/null; }; } ||
-      die "installing them needs root, and sudo cannot be used here; run as root:
+      die "installing packages needs root, and sudo cannot be used here; run as root:
   apt-get install --no-install-recommends ${packages[*]}"
-    say "installing them needs root: using sudo"
+    say "installing packages needs root: using sudo"
   fi
   apt_options=()
   extra=$(mktemp -d)
   trap 'rm -rf "$extra"' EXIT
   [[ " ${packages[*]} " != *" guestfish "* ]] || follow_backports "$extra"
-  apt update >/dev/null || say "apt-get update failed; trying with the lists that are there"
+  apt update >/dev/null || say "apt-get update failed; continuing with the existing package lists"
   plan=$(apt install -s --no-install-recommends "${packages[@]}") ||
     die "apt-get cannot install: ${packages[*]}"$'\n'"$plan"
   ! grep -q '^Remv ' <<<"$plan" ||
     die "apt-get would remove packages, so nothing was installed:"$'\n'"$(grep '^Remv ' <<<"$plan")"
   apt install -y --no-install-recommends "${packages[@]}" >&2 ||
-    die "apt-get failed; needed are: ${packages[*]}"
+    die "apt-get install failed for: ${packages[*]}"
 }
 
-# A toolchain of rustup's minimal profile has neither.
+# Adds rustfmt and clippy, which rustup's minimal profile leaves out.
 rust_components() {
   cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 && return
-  command -v rustup >/dev/null || die "cargo fmt and cargo clippy are missing, and so is rustup, which could add them"
+  command -v rustup >/dev/null || die "cargo fmt or cargo clippy is missing, and rustup is not installed; install rustfmt and clippy"
   rustup component add rustfmt clippy
 }
 
@@ -100,8 +101,8 @@ case ${1:-} in
   bench) items=$BENCH ;;
   *) echo "usage: contrib/setup.sh demo|test|bench" >&2; exit 2 ;;
 esac
-command -v cargo >/dev/null || die "no cargo in PATH: install a Rust toolchain first (1.85 or newer)"
-# shellcheck disable=SC2086 # the items are words
+command -v cargo >/dev/null || die "cargo not found in PATH: install a Rust toolchain first (1.89 or newer)"
+# shellcheck disable=SC2086 # word splitting is intended
 mapfile -t wanted < <(missing $items)
 if ((${#wanted[@]})); then
   say "missing for '$1': ${wanted[*]}"

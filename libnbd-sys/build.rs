@@ -1,13 +1,13 @@
-//! Finds libnbd by pkg-config.
+//! Build script: finds libnbd with pkg-config.
 
 use std::process::ExitCode;
 
-/// The release that the declarations were checked against.
+/// Oldest supported release: the one that the declarations were checked against.
 const OLDEST: &str = "1.14";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    // docs.rs has no libnbd, and documentation needs none
+    // docs.rs does not have libnbd, and rustdoc does not link.
     if std::env::var_os("DOCS_RS").is_some() {
         return ExitCode::SUCCESS;
     }

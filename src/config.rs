@@ -1,44 +1,48 @@
-//! What the user asked for, typed and checked. It knows nothing of how it was said (no clap, no files).
+//! Configuration of one run, typed and validated.
+//!
+//! [`Config`] is the result of parsing. It does not depend on the syntax that it was written in: command line, mount
+//! helper and configuration file all produce the same types. Paths are absolute, and a value that the user left out is
+//! `None`, so that the code that uses the value chooses the default.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Everything about one run of the program.
+/// Configuration of one run of the program.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// What to do.
+    /// The action to perform.
     pub action: Action,
-    /// Where messages go.
+    /// Log destination, format and level.
     pub log: LogConfig,
 }
 
-/// What one run does.
+/// Action of one run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Mount disks and serve them.
     Mount(MountConfig),
-    /// Say what a source is.
+    /// Show what a source is.
     Info(Query),
-    /// Say what a server offers.
+    /// List the exports that a server offers.
     List(Query),
-    /// Say where data, holes and zeroes lie.
+    /// Show where data, holes and zero ranges lie.
     Map(Query),
-    /// Verify tables and chain.
+    /// Verify the tables and the chain.
     Check(Query),
-    /// Make VMDKs: each disk has a [`CreateConfig`].
+    /// Create VMDKs: each disk has a [`CreateConfig`].
     Create(Vec<DiskConfig>),
     /// Merge the overlay of a disk into its base: the disk has an [`Overlay::File`].
     Commit(DiskConfig),
-    /// Print versions and back ends.
+    /// Print versions and available sources.
     Dump {
-        /// As JSON instead of `key=value` lines.
+        /// JSON output instead of `key=value` lines.
         json: bool,
     },
 }
 
 impl Action {
-    /// The disks that it is about.
+    /// Returns the disks that the action uses.
     pub fn disks(&self) -> &[DiskConfig] {
         match self {
             Self::Mount(mount) => &mount.disks,
@@ -49,7 +53,8 @@ impl Action {
         }
     }
 
-    /// The descriptors that were handed over, as sockets of NBD servers: they are not to be closed at the start.
+    /// Returns the descriptors that the caller passed as connected sockets of NBD servers. They must stay open when
+    /// inherited descriptors are closed at the start.
     pub fn handed_over(&self) -> Vec<u32> {
         let number = |disk: &DiskConfig| match &disk.source {
             SourceConfig::Nbd(NbdConfig {
@@ -62,94 +67,100 @@ impl Action {
     }
 }
 
-/// The disks of an action that only looks.
+/// Disks of an action that only examines them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Query {
-    /// At least one.
+    /// The disks to examine, at least one.
     pub disks: Vec<DiskConfig>,
-    /// As JSON instead of text.
+    /// JSON output instead of text.
     pub json: bool,
 }
 
-/// A mount and its life.
+/// Mount and the process that serves it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MountConfig {
-    /// Where the mount goes.
+    /// Mount point.
     pub target: MountTarget,
-    /// At least one; their file names differ. Exactly one where [`target`](Self::target) is a file.
+    /// The disks, at least one, with distinct file names. Exactly one if [`target`](Self::target) is a file.
     pub disks: Vec<DiskConfig>,
     /// Stay in the foreground.
     pub foreground: bool,
-    /// Where to write the process id of the daemon, made absolute.
+    /// File that receives the process ID of the daemon, as an absolute path.
     pub pidfile: Option<PathBuf>,
     /// FUSE mount options.
     pub options: MountOptions,
-    /// Event loops; `None`: by the number of processors.
+    /// Number of event loops. `None`: chosen from the number of processors.
     pub threads: Option<usize>,
 }
 
-/// What a mount is put on.
+/// Mount point of a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountTarget {
-    /// The directory or file itself, made absolute; symbolic links in it are not resolved.
+    /// The directory or file, as an absolute path. Symbolic links in it are not resolved.
     pub path: PathBuf,
-    /// What shall be seen there.
+    /// Type of file that the mount shows there.
     pub kind: MountKind,
 }
 
-/// What is seen at the place of a mount.
+/// Type of file that a mount shows at its mount point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MountKind {
-    /// A directory that holds one file a disk. Also where a stale mount hides what there is.
+    /// A directory that holds one file per disk. Also assumed if a stale mount hides the type of the mount point.
     Dir,
-    /// The one disk itself: the mount covers a regular file.
+    /// The single disk itself: the mount covers a regular file.
     File,
 }
 
-/// The mount options that mean something here; those that mount(8) handles itself are dropped before.
+/// Mount options with an effect on this program. Options that mount(8) handles itself are dropped by the parser.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct MountOptions {
     /// The whole mount read-only (`-r`, `-o ro`).
     pub read_only: bool,
-    /// Every user may look in.
+    /// All users have access to the mount.
     pub allow_other: bool,
-    /// The owner and root may look in.
+    /// The owner of the mount and root have access to it.
     pub allow_root: bool,
-    /// The kernel checks owner and mode.
+    /// The kernel enforces owner and mode.
     pub default_permissions: bool,
-    /// Unmount when this process ends, however it ends.
+    /// Unmount when the daemon exits for any reason, including a crash.
     pub auto_unmount: bool,
-    /// Owner of the files; `None`: who mounts.
+    /// Owner of the files. `None`: the user that runs the daemon.
     pub uid: Option<u32>,
-    /// Group of the files; `None`: who mounts.
+    /// Group of the files. `None`: the group that runs the daemon.
     pub gid: Option<u32>,
-    /// Permission bits that the files don't have.
+    /// Permission bits that are removed from the mode of the files.
     pub umask: Option<u32>,
-    /// What mount tables show as the source; `None`: the first disk.
+    /// The source that mount tables show. `None`: the first disk.
     pub fsname: Option<String>,
+    /// A mount point that is not empty is mounted on all the same.
+    pub nonempty: bool,
+    /// Mount flags by their names in mount(8), in the order in which they were given.
+    pub flags: Vec<&'static str>,
+    /// Options for the kernel's security modules, `NAME=VALUE`.
+    pub contexts: Vec<String>,
 }
 
-/// One disk of a mount.
+/// Disk of a mount or of another action.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiskConfig {
     /// Its file name in the mount. In a mount: 1 to 255 bytes, not `.` or `..`, no `/` and no NUL; need not be UTF-8.
     pub name: OsString,
-    /// Nothing may be written to it.
+    /// True if the disk must not be written to.
     pub read_only: bool,
-    /// How the kernel may keep its pages; `None`: what fits its kind.
+    /// Mode of the kernel's page cache. `None`: chosen by the type of source.
     pub cache: Option<PageCache>,
-    /// RAM for blocks of this disk, bytes; `None`: what fits its kind.
+    /// Memory limit of the block cache of this disk, in bytes. `None`: chosen by the type of source.
     pub cache_size: Option<u64>,
-    /// Upper bound of our read-ahead, bytes; `None`: what fits its kind.
+    /// Upper bound of the daemon's read-ahead, in bytes. `None`: chosen by the type of source.
     pub readahead: Option<u64>,
-    /// Where writes go instead of the source, which is opened read-only then.
+    /// Overlay that takes the writes. The source is then opened read-only.
     pub overlay: Option<Overlay>,
-    /// Where it comes from.
+    /// Source of the disk's sectors.
     pub source: SourceConfig,
 }
 
 impl DiskConfig {
-    /// A disk with every setting at its default.
+    /// Creates the configuration of a disk with all settings at their defaults.
     pub fn new(name: impl Into<OsString>, source: SourceConfig) -> Self {
         Self {
             name: name.into(),
@@ -162,7 +173,8 @@ impl DiskConfig {
         }
     }
 
-    /// The same disk once it was made: it is not made again when it is opened anew.
+    /// Returns the configuration for a disk that has been created: a copy without [`LocalConfig::create`], so that
+    /// opening it again does not create it again.
     #[must_use]
     pub fn made(&self) -> Self {
         let mut disk = self.clone();
@@ -173,48 +185,48 @@ impl DiskConfig {
     }
 }
 
-/// A local delta over a source.
+/// Delta in a local file, over a source that is only read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Overlay {
-    /// This file, made absolute; it is made where there is none.
+    /// The file at this absolute path, which is created if it does not exist.
     File(PathBuf),
-    /// A file without a name that ends with the mount.
+    /// A file without a name, which is deleted when the mount ends.
     Temporary,
 }
 
-/// What the kernel's page cache does with a disk.
+/// Mode of the kernel's page cache for a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageCache {
-    /// Every read and write reaches us.
+    /// No pages are cached: every read and write reaches the daemon.
     None,
-    /// Pages are kept; writes go through at once.
+    /// Pages are cached for reads. Writes reach the daemon immediately.
     WriteThrough,
-    /// Pages are kept; writes reach us later, gathered, and at the latest with fsync or the last close.
+    /// Pages are cached. The kernel coalesces writes and sends them later, at the latest with fsync or the last close.
     WriteBack,
 }
 
-/// Where a disk comes from.
+/// Source of a disk.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SourceConfig {
-    /// Files on this machine, read by the built-in engine.
+    /// Files on this machine: a VMDK, which the native engine reads, or a raw image.
     Local(LocalConfig),
     /// An export of an NBD server.
     Nbd(NbdConfig),
 }
 
-/// How far away the bytes of a disk are; the farther, the greater.
+/// Distance of a disk's data from the daemon, from near to far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Distance {
-    /// In files that we read.
+    /// In files that the daemon reads itself.
     Here,
-    /// With another process of this machine.
+    /// Served by another process on this machine.
     OtherProcess,
-    /// Maybe with another machine.
+    /// Possibly served by another machine.
     OtherMachine,
 }
 
 impl SourceConfig {
-    /// The local files, where it is made of such.
+    /// Returns the configuration of a local disk, or `None` for other sources.
     pub fn local(&self) -> Option<&LocalConfig> {
         match self {
             Self::Local(local) => Some(local),
@@ -222,7 +234,7 @@ impl SourceConfig {
         }
     }
 
-    /// How far away its bytes are.
+    /// Returns the distance of the source's data from the daemon.
     pub fn distance(&self) -> Distance {
         match self {
             Self::Local(_) => Distance::Here,
@@ -231,7 +243,7 @@ impl SourceConfig {
         }
     }
 
-    /// What was named, for messages.
+    /// Returns a name of the source for messages: the path, or server and export.
     pub fn label(&self) -> String {
         match self {
             Self::Local(local) => local.path.display().to_string(),
@@ -240,35 +252,36 @@ impl SourceConfig {
     }
 }
 
-/// An export of an NBD server.
+/// Export of an NBD server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NbdConfig {
-    /// Where the server is.
+    /// Address of the server.
     pub address: NbdAddress,
-    /// The export's name; `None`: what a URI says, else the one without a name.
+    /// Name of the export. `None`: the name in the URI, or else the export with the empty name.
     pub export: Option<OsString>,
-    /// Every export of the server is a disk.
+    /// True if every export of the server becomes a disk.
     pub dynamic: bool,
-    /// Connections at most, where the server takes several; `None`: the usual number.
+    /// Largest number of connections if the server supports several. `None`: the default number.
     pub connections: Option<usize>,
-    /// Whether to encrypt.
+    /// Encryption of the connections.
     pub tls: NbdTls,
-    /// The folder of certificates; `None`: where the TLS library looks.
+    /// Folder of the certificates. `None`: the folder that the TLS library searches.
     pub tls_certificates: Option<PathBuf>,
-    /// Whether the server's certificate is verified; `None`: it is.
+    /// True if the server's certificate is verified, which is also the default.
     pub tls_verify: Option<bool>,
-    /// The user of a pre-shared key.
+    /// User name of a pre-shared key.
     pub tls_username: Option<String>,
-    /// The file of pre-shared keys.
+    /// File of pre-shared keys.
     pub tls_psk: Option<PathBuf>,
-    /// After which a request fails; `None`: the usual time.
+    /// Time after which a request fails. `None`: the default time.
     pub timeout: Option<Duration>,
-    /// How often it is tried again to connect; `None`: not at the start, and later until a request's time is over.
+    /// Number of retries of a failed connection attempt. `None`: no retry at the start; afterwards reconnects until the
+    /// requests that wait have timed out.
     pub retry: Option<u32>,
 }
 
 impl NbdConfig {
-    /// The export at an address, with every setting at its default.
+    /// Creates the configuration of an export with all settings at their defaults.
     pub fn new(address: NbdAddress) -> Self {
         Self {
             address,
@@ -285,16 +298,17 @@ impl NbdConfig {
         }
     }
 
-    /// Whether the server may be on another machine.
+    /// Returns true if the server may be on another machine.
     pub fn is_far(&self) -> bool {
         match &self.address {
             NbdAddress::Tcp { .. } => true,
+            // The schemes of local transports have a suffix, such as `nbd+unix` and `nbd+vsock`.
             NbdAddress::Uri(uri) => uri.split(':').next().is_some_and(|scheme| !scheme.contains('+')),
             _ => false,
         }
     }
 
-    /// The server and export, for messages. What may be a secret in a URI is left out.
+    /// Returns the server and export for messages, without the password of a URI.
     pub fn label(&self) -> String {
         let address = match &self.address {
             NbdAddress::Uri(uri) => without_secrets(uri),
@@ -304,10 +318,13 @@ impl NbdConfig {
             NbdAddress::Fd(number) => format!("NBD server on descriptor {number}"),
             NbdAddress::Vsock { cid, port: None } => format!("NBD server vsock:{cid}"),
             NbdAddress::Vsock { cid, port: Some(port) } => format!("NBD server vsock:{cid}:{port}"),
-            NbdAddress::Command(words) => {
+            NbdAddress::Command(arguments) => {
                 format!(
                     "NBD server {}",
-                    words.first().map(|w| w.display().to_string()).unwrap_or_default()
+                    arguments
+                        .first()
+                        .map(|program| program.display().to_string())
+                        .unwrap_or_default()
                 )
             }
         };
@@ -320,7 +337,7 @@ impl NbdConfig {
     }
 }
 
-/// A URI without a password before its host.
+/// Removes the password from the user information of a URI.
 fn without_secrets(uri: &str) -> String {
     let Some((scheme, rest)) = uri.split_once("://") else {
         return uri.to_owned();
@@ -335,68 +352,69 @@ fn without_secrets(uri: &str) -> String {
     }
 }
 
-/// Where an NBD server is.
+/// Address of an NBD server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NbdAddress {
-    /// What a URI says.
+    /// An NBD URI, which also selects the transport and may name the export.
     Uri(String),
-    /// TCP.
+    /// A server that listens on TCP.
     Tcp {
-        /// Name or number.
+        /// Host name or IP address.
         host: String,
-        /// Number or name of a service; `None`: the usual one.
+        /// Port number or service name. `None`: the default port of NBD.
         port: Option<String>,
     },
-    /// A Unix socket, made absolute.
+    /// The absolute path of a Unix socket.
     Unix(PathBuf),
-    /// A connected socket that was handed over.
+    /// The descriptor of a connected socket that the caller passed to this process.
     Fd(i32),
-    /// A virtual machine's socket.
+    /// An AF_VSOCK socket, between a virtual machine and its host.
     Vsock {
-        /// The machine.
+        /// Context ID of the machine.
         cid: u32,
-        /// `None`: the usual one.
+        /// Port number. `None`: the default port of NBD.
         port: Option<u32>,
     },
-    /// A program that we run, with its arguments, and that is told its socket by socket activation.
+    /// A program and its arguments, which the daemon starts as a captive server. It receives its socket by systemd
+    /// socket activation.
     Command(Vec<OsString>),
 }
 
-/// Whether a connection is encrypted.
+/// Encryption of NBD connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum NbdTls {
-    /// Never.
+    /// Never encrypted.
     #[default]
     Off,
-    /// Where the server offers it.
+    /// Encrypted if the server offers TLS.
     On,
-    /// Always.
+    /// Always encrypted: a server without TLS is an error.
     Require,
 }
 
-/// A disk in local files.
+/// Disk in local files.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LocalConfig {
-    /// The file that was named, made absolute; need not be UTF-8.
+    /// Absolute path of the image. It need not be UTF-8.
     pub path: PathBuf,
-    /// How to read it.
+    /// Format of the image.
     pub format: Format,
-    /// Folders that names inside an image may point into, besides the image's own.
+    /// Folders that names inside an image may lead to, besides the image's own.
     pub allow_dirs: Vec<PathBuf>,
-    /// Accept a parent whose CID differs from the one its child remembers.
+    /// Accept a parent whose CID differs from the one that its child stores.
     pub accept_cid_mismatch: bool,
-    /// Lock its files: against writers, or against everybody where it is written to.
+    /// Lock the files of the image: a read-only disk excludes writers, a writable disk excludes all other programs.
     pub lock: bool,
-    /// Write to it although a snapshot is based on it.
+    /// Write to the image although a snapshot is based on it.
     pub force: bool,
-    /// Make it first.
+    /// Create the image before it is opened.
     pub create: Option<CreateConfig>,
-    /// Whether the kernel reads its files by itself.
+    /// Kernel view: lets the kernel read the files without the daemon.
     pub view: ViewConfig,
 }
 
 impl LocalConfig {
-    /// The disk in the file at `path`, with every setting at its default.
+    /// Creates the configuration of the disk in the file at `path`, with all settings at their defaults.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -411,14 +429,14 @@ impl LocalConfig {
     }
 }
 
-/// How the kernel may read a disk by itself, without a request to us.
+/// Settings of the kernel view of a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ViewConfig {
-    /// Whether it may.
+    /// Use of the kernel view.
     pub mode: KernelView,
-    /// The most bytes of memory for the index that it needs where the disk is not one flat file.
+    /// Size limit of the index, in bytes. A disk that is not one flat file needs an index.
     pub size: u64,
-    /// Where that index goes; `None`: into memory.
+    /// Folder of the index. `None`: the index is kept in memory.
     pub dir: Option<PathBuf>,
 }
 
@@ -432,32 +450,32 @@ impl Default for ViewConfig {
     }
 }
 
-/// Whether the kernel reads a disk by itself.
+/// Use of the kernel view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KernelView {
-    /// Where it can.
+    /// Used if the kernel and the image allow it.
     #[default]
     Auto,
-    /// Never.
+    /// Never used.
     Off,
-    /// Always; a mount that can't is an error.
+    /// Always used: the mount fails if it is not possible.
     Required,
 }
 
-/// A VMDK that is to be made.
+/// Properties of a VMDK to create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateConfig {
-    /// Bytes of the disk, a multiple of 512.
+    /// Size of the disk in bytes, a multiple of 512.
     pub size: u64,
-    /// What files it is made of.
+    /// Layout of the VMDK's files.
     pub kind: CreateType,
-    /// The adapter that its descriptor names.
+    /// Adapter in the descriptor.
     pub adapter: AdapterType,
-    /// The virtual hardware version that its descriptor names.
+    /// Virtual hardware version in the descriptor.
     pub hardware_version: u32,
 }
 
-/// The kinds of VMDKs that can be made.
+/// VMDK layouts that can be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CreateType {
     /// One sparse file with the descriptor inside.
@@ -469,9 +487,9 @@ pub enum CreateType {
     SplitSparse,
     /// A descriptor and flat files of 2 GB at most.
     SplitFlat,
-    /// As on ESXi: a descriptor and one flat file with all its room.
+    /// As on ESXi: a descriptor and one flat file, fully allocated.
     VmfsFlat,
-    /// The same without room that was not written to.
+    /// As on ESXi: a descriptor and one flat file that is sparse (thin provisioned).
     VmfsThin,
     /// One file of compressed grains, written once from start to end. A mount of it never delays writes.
     StreamOptimized,
@@ -496,22 +514,22 @@ pub enum AdapterType {
 /// The format of a local file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
-    /// By its content; a raw file only where its name does not end in `.vmdk`.
+    /// Decided by the suffix of the file name. A file whose content contradicts its suffix is refused.
     #[default]
     Auto,
-    /// A VMDK, or an error.
+    /// A VMDK. Another format is an error.
     Vmdk,
-    /// A plain image.
+    /// A raw image.
     Raw,
 }
 
-/// Where messages go and how many.
+/// Log destination, format and level.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LogConfig {
-    /// 0 warnings, 1 information, 2 debug, 3 trace.
+    /// Number of `-v` options: 0 warnings, 1 information, 2 debug, 3 or more trace.
     pub verbosity: u8,
-    /// Append to this file instead of standard error, made absolute.
+    /// Absolute path of a file to append to, instead of standard error.
     pub file: Option<PathBuf>,
-    /// One JSON object a line.
+    /// One JSON object per line instead of text.
     pub json: bool,
 }

@@ -1,7 +1,9 @@
-//! The one error type: a kind, a sentence that names the place, and what caused it.
+//! Error type of the whole program: a kind, a context that names file and position, and a cause.
 //!
-//! It is cheap to clone, so that all who wait for one fetch can be given the same failure.
-//! What number of `errno` a kind becomes is decided in `fuse/errno.rs` and nowhere else.
+//! The kind is for code, the text is for the user. Each layer adds its context with [`Error::within`], so a message
+//! reads from the outermost operation to the innermost cause, separated by `: `. An [`Error`] is cheap to clone (one
+//! reference count), so that all waiters of a single-flight fetch receive the same error. Only `fuse/errno.rs`
+//! converts a kind to an `errno`.
 
 use std::fmt;
 use std::io;
@@ -10,31 +12,31 @@ use std::sync::Arc;
 /// A result whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, as far as a caller has to act on it.
+/// Category of an error, which callers match on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The operating system refused a call; the number is its `errno`.
     Os(i32),
-    /// A file that was named does not exist.
+    /// A file does not exist.
     NotFound,
     /// The image breaks its format: a value out of bounds, a damaged table or grain.
     Corrupt,
-    /// The image is well formed, but of a kind that is not supported.
+    /// The image is well formed, but its format or a feature in it is not supported.
     Unsupported,
-    /// A name inside an image leads where the user did not allow it.
+    /// A name inside an image leads to a folder that the user has not allowed.
     Policy,
-    /// Another program uses the file in a way that does not go together with what was asked.
+    /// Another program uses the file in a way that conflicts with the request.
     Busy,
-    /// It can't be written to: its format, its extent or how it was opened don't allow it.
+    /// The disk cannot be written to, because of its format, its extent or the mode in which it was opened.
     ReadOnly,
     /// The range lies outside of the disk or the file.
     OutOfRange,
-    /// What was asked for is not possible as it was asked (a wrong option or value).
+    /// The request is invalid: a wrong option or value.
     Usage,
 }
 
-/// An error with its context; see the module.
+/// Error with its kind, context and cause. Cloning it is cheap.
 #[derive(Debug, Clone)]
 pub struct Error(Arc<Inner>);
 
@@ -52,7 +54,7 @@ enum Source {
 }
 
 impl Error {
-    /// An error of `kind`; `context` is a whole sentence that names the file and the position.
+    /// Creates an error of `kind`. `context` is a full sentence that names the file and the position.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
         Self(Arc::new(Inner {
             kind,
@@ -61,17 +63,20 @@ impl Error {
         }))
     }
 
-    /// A broken format; see [`ErrorKind::Corrupt`].
+    /// Creates an error of the kind [`ErrorKind::Corrupt`].
     pub fn corrupt(context: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, context)
     }
 
-    /// A format or feature that is not read; see [`ErrorKind::Unsupported`].
+    /// Creates an error of the kind [`ErrorKind::Unsupported`].
     pub fn unsupported(context: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unsupported, context)
     }
 
-    /// What an I/O call answered, with what was being done.
+    /// Creates an error from a failed I/O call. `context` names the operation.
+    ///
+    /// The kind is `NotFound` or `Os`. An error without an `errno` comes from the standard library, for example an
+    /// unexpected end of file, and becomes `Corrupt`.
     pub fn io(context: impl Into<String>, source: io::Error) -> Self {
         let kind = match (source.kind(), source.raw_os_error()) {
             (io::ErrorKind::NotFound, _) => ErrorKind::NotFound,
@@ -85,7 +90,7 @@ impl Error {
         }))
     }
 
-    /// The same kind of error with a wider context in front.
+    /// Wraps the error in an outer context. The kind stays the same.
     #[must_use]
     pub fn within(self, context: impl Into<String>) -> Self {
         Self(Arc::new(Inner {
@@ -95,7 +100,7 @@ impl Error {
         }))
     }
 
-    /// Its kind.
+    /// Returns the kind, which [`Self::within`] never changes.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
@@ -112,7 +117,8 @@ impl fmt::Display for Error {
     }
 }
 
-// Display prints the causes already, so `source` stays empty: a printer of chains would say them twice.
+// `source` returns `None`, because Display prints the causes already: code that prints the chain of sources would
+// repeat them.
 impl std::error::Error for Error {}
 
 #[cfg(test)]

@@ -1,21 +1,45 @@
-//! `vmdkfuse` shows virtual disks as raw files; see the README for its use.
+//! `vmdkfuse` shows virtual disks as raw files in a FUSE mount. The README describes its use.
 //!
 //! ```text
 //!  qemu, guestfish, mount -o loop, cp, dd
-//!         │  read at any byte
-//!    fuse/      fuser's Filesystem, thin: inode → Image, errno at this border only
-//!    image/     Image: bytes above, sectors below; builds the stack of a disk
-//!    image/overlay   where asked for: a delta that takes the writes
-//!    layer/     block cache + read-ahead, for sources whose blocks are dear
-//!    block.rs   trait BlockRead: sectors, never bytes
+//!         │  bytes
+//!    fuse/      mount, event loops, opens, errno
+//!         │  reads and writes at any byte offset
+//!    volume/    one disk as bytes: alignment, range locks, workers, flush; volume/open builds the layers below
+//!         │  sectors
+//!    overlay/   copy-on-write delta, if one is configured
+//!    cache/     single-flight block cache and read-ahead, for expensive sources
+//!    block.rs   traits BlockRead, BlockWrite, BlockQueue, Runs
 //!    ┌──────────────┴──────────────┐
-//!    vmdk/                         source/raw
-//!    built-in engine               a plain file or device
-//!    store/  local
+//!    vmdk/                         source/
+//!    native VMDK engine            raw image or device, NBD export
+//!    └──────────────┬──────────────┘
+//!    store/     the files of an image in a local folder: identity, locks, atomic creation
 //! ```
-//! Beside it, `kernel_view/` describes a read-only disk to the kernel, which then reads it without us.
-//! Dependencies point downwards only; `image/stack.rs` alone knows all sides. `cli` turns words into a
-//! [`config::Config`], and `run` is the order of life of a process.
+//!
+//! | module | purpose |
+//! | --- | --- |
+//! | [`fuse`] | creates the mount and answers the kernel's requests from volumes |
+//! | [`volume`] | the border between byte offsets (above) and sectors (below) |
+//! | [`overlay`] | redirects the writes to a disk into a delta file, and commits that into its base |
+//! | [`cache`] | keeps blocks of expensive sources in memory and prefetches for sequential readers |
+//! | [`block`] | the traits and units that all disks share |
+//! | [`vmdk`] | reads, writes, creates and checks every VMDK format that VMware's products write |
+//! | [`source`] | disks that are not VMDKs: raw images and NBD exports |
+//! | [`store`] | opens and creates the files that an image consists of |
+//! | [`kernel_view`] | describes a read-only disk to the kernel, which then reads it without the daemon |
+//! | [`cli`] | parses the command line and the configuration file into a [`config::Config`] |
+//! | [`config`] | the parsed and validated configuration |
+//! | [`process`] | daemon, signals, pidfile, log, and the life of a mount from start to exit status |
+//! | [`inspect`] | the actions that examine a disk and print the result |
+//!
+//! Dependencies point downwards only. The engine in `vmdk/` knows no FUSE, no command line and no paths other than the
+//! names that it passes to its store. [`error`] and [`error_log`] serve all layers; only `fuse/` converts errors to
+//! `errno`.
+//!
+//! [`block::BlockRead`] and [`block::BlockWrite`] are synchronous: a request to a local disk is answered on the event
+//! loop that read it. Requests to a network disk go through a [`block::BlockQueue`] or the worker threads of the
+//! volume, so that a slow server does not occupy an event loop.
 
 pub mod block;
 pub mod cache;

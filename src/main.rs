@@ -1,4 +1,6 @@
-//! The program: words → configuration → what was asked for → exit status.
+//! The program `vmdkfuse`: command line → configuration → action → exit status.
+//!
+//! Exit status: 0 success, 1 the action failed, 2 the command line is invalid. `--check` has further statuses.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -8,25 +10,28 @@ use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
-use vmdkfuse::process::daemon;
 use vmdkfuse::process::run::{self, Opened};
+use vmdkfuse::process::{self, daemon};
 use vmdkfuse::{inspect, volume};
 
-/// The words can't be understood.
+/// Exit status for an invalid command line.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    process::start_dir();
     let parsed = cli::parse(std::env::args_os());
     let handed_over = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()
     } else {
         Vec::new()
     };
+    // The order matters: first the descriptors of the caller are closed, before this process opens its own; the heap is
+    // configured before any thread starts.
     daemon::close_inherited(&handed_over);
     daemon::raise_file_limit();
     daemon::share_heap();
     match parsed {
-        Ok(Parsed::Run(config)) => act(*config),
+        Ok(Parsed::Run(config)) => run_action(*config),
         Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
@@ -38,29 +43,30 @@ fn main() -> ExitCode {
     }
 }
 
-fn act(config: Config) -> ExitCode {
+/// Performs the action and returns the exit status.
+fn run_action(config: Config) -> ExitCode {
     let Config { action, log } = config;
     match action {
         Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
-        Action::Info(q) => status(inspect::info(&q)),
-        Action::List(q) => status(inspect::list(&q)),
-        Action::Map(q) => status(inspect::map(&q)),
-        Action::Check(q) => status(inspect::check(&q)),
-        Action::Create(disks) => status(volume::create(&disks).map(|()| 0)),
-        Action::Commit(disk) => status(commit_command::commit(&disk)),
-        Action::Dump { json } => status(inspect::dump(json)),
+        Action::Info(q) => exit_status(inspect::info(&q)),
+        Action::List(q) => exit_status(inspect::list(&q)),
+        Action::Map(q) => exit_status(inspect::map(&q)),
+        Action::Check(q) => exit_status(inspect::check(&q)),
+        Action::Create(disks) => exit_status(volume::create(&disks).map(|()| 0)),
+        Action::Commit(disk) => exit_status(commit_command::commit(&disk)),
+        Action::Dump { json } => exit_status(inspect::dump(json)),
     }
 }
 
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
-    let wanted = |disk: &DiskConfig| DiskConfig {
+    let with_mount_options = |disk: &DiskConfig| DiskConfig {
         read_only: disk.read_only || mount.options.read_only,
         ..disk.clone()
     };
-    let disks = volume::open_all(&mount.disks.iter().map(wanted).collect::<Vec<_>>())?;
+    let disks = volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
     let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
-    // Exports that are found are connected to when they are used: the first read is not to do it.
+    // Exports that are discovered on a server are connected on first use, so the first read at the start skips them.
     let files = mount
         .disks
         .iter()
@@ -70,9 +76,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let why = disks
         .iter()
         .filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
-    let warnings = why
-        .map(|(name, why)| format!("{name}: it is read-only: {why}"))
-        .collect();
+    let warnings = why.map(|(name, why)| format!("{name}: read-only: {why}")).collect();
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
@@ -90,8 +94,9 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     })
 }
 
-fn status(done: Result<u8>) -> ExitCode {
-    match done {
+/// Converts the result of an action to an exit status. Prints an error on standard error.
+fn exit_status(result: Result<u8>) -> ExitCode {
+    match result {
         Ok(status) => ExitCode::from(status),
         Err(e) => {
             eprintln!("vmdkfuse: {e}");

@@ -1,4 +1,4 @@
-//! A disk for tests: what a test does not say, it does in the simplest way.
+//! Configurable disk for unit tests. Everything that a test does not configure has the simplest behaviour.
 
 use std::fmt;
 use std::ops::Range;
@@ -13,22 +13,22 @@ use crate::error::{Error, Result};
 type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
 type Flush = dyn Fn() -> Result<()> + Send + Sync;
 
-/// A disk of which only reads and flushes matter: all of it is data, and writes come to nothing.
+/// Disk with configurable reads and flushes. All of it is data, and writes have no effect.
 pub(crate) struct TestDisk {
     sectors: u64,
     read: Box<Read>,
-    /// `None`: it can't be written to.
+    /// `None` if the disk is read-only.
     flush: Option<Box<Flush>>,
-    /// It has a queue.
+    /// True if the disk has a [`BlockQueue`].
     queues: bool,
-    /// Where flushes go that are begun; `None`: they are over at once.
+    /// Receives the completions of submitted flushes. `None`: they complete at once.
     begun: Option<Sender<Completion>>,
-    /// Whether something waits for a flush.
+    /// True while the disk has unflushed metadata.
     held: AtomicBool,
 }
 
 impl TestDisk {
-    /// Of so many sectors, read-only, and every read of it fails.
+    /// Creates a read-only disk of that many sectors. Every read fails.
     pub(crate) fn new(sectors: u64) -> Self {
         let read = Box::new(|_: Lba, _: &mut [u8]| Err(Error::corrupt("damaged")));
         Self {
@@ -41,25 +41,26 @@ impl TestDisk {
         }
     }
 
-    /// The same, read so.
+    /// Sets the function that reads.
     pub(crate) fn reading(mut self, read: impl Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync + 'static) -> Self {
         self.read = Box::new(read);
         self
     }
 
-    /// The same, writable, and flushed so.
+    /// Makes the disk writable, and sets the function that flushes.
     pub(crate) fn flushing(mut self, flush: impl Fn() -> Result<()> + Send + Sync + 'static) -> Self {
         self.flush = Some(Box::new(flush));
         self
     }
 
-    /// The same, writable, with a queue whose flushes are ended by whoever is given them, or else at once.
+    /// Makes the disk writable, with a queue. Submitted flushes are sent to `begun`, whose receiver completes them;
+    /// without it they complete at once.
     pub(crate) fn queueing(mut self, begun: Option<Sender<Completion>>) -> Self {
         (self.queues, self.begun) = (true, begun);
         self.flushing(|| Ok(()))
     }
 
-    /// From now on it holds something back, until it is flushed.
+    /// Makes the disk report unflushed metadata until the next flush.
     pub(crate) fn hold_back(&self) {
         self.held.store(true, Ordering::Relaxed);
     }

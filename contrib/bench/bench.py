@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures vmdkfuse beside the peers that Debian packages, in one run, through the file that each of them shows.
+"""Measures vmdkfuse and its peers in Debian in one run, through the file that each of them shows.
 
-Needs root: it mounts a tmpfs for the images, so that what backs them is memory for all, and drops page caches. It
-runs in mount and process namespaces of its own, so nothing that it started outlives it. Figures hold only within one
-run; compare rows of one table, never tables of two days.
+Needs root: it mounts a tmpfs for the images, so that all of them are backed by memory, and drops page caches. It runs in
+its own mount and process namespaces, so that no process or mount outlives it. Compare rows of one table only: the speed
+of a machine varies from run to run.
 
-Environment: BENCH_SIZE, the disk in bytes or with K, M, G (default 4G; --quick: 64M). About 1.6 times that must be
-free in memory, and half a GiB more.
+Environment: BENCH_SIZE, size of the disk in bytes or with K, M, G (default 4G; --quick: 64M). Needs about 1.6 times that
+size and another half GiB of free memory.
 """
 import argparse
 import contextlib
@@ -27,11 +27,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MIB, GIB = 1 << 20, 1 << 30
 INSIDE = "VMDKFUSE_BENCH_INSIDE"
 
-# name -> (title, True where more is better, digits)
+# name -> (title, True if more is better, digits)
 MEASURES = {
     "start": ("start to first byte, ms", False, 1),
     "cold": ("sequential 1 MiB, page cache cold, MiB/s", True, 0),
-    "warm": ("the same again, page cache warm, MiB/s", True, 0),
+    "warm": ("sequential 1 MiB again, page cache warm, MiB/s", True, 0),
     "direct": ("O_DIRECT 1 MiB QD4, MiB/s", True, 0),
     "all": ("whole disk with holes, O_DIRECT 1 MiB QD4, MiB/s", True, 0),
     "r1": ("random 4 KiB O_DIRECT QD1, IOPS", True, 0),
@@ -56,7 +56,7 @@ def main():
     work = options.work
     os.makedirs(work, exist_ok=True)
     check_memory(options.size)
-    # the raw disk, one VMDK, and the bare server
+    # Space for the raw disk, one VMDK, and the bare server.
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=755,size={options.size * 9 // 4 + 64 * MIB}", "bench", work], check=True)
     try:
         results = Bench(options).run()
@@ -68,10 +68,10 @@ def main():
 
 
 def in_namespaces():
-    """Runs this program again where the kernel ends every process and takes off every mount when it ends; its status."""
+    """Runs this program again in new namespaces, whose processes and mounts the kernel removes with it; returns its status."""
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     inner = subprocess.Popen([*command, sys.executable, *sys.argv], env=dict(os.environ, **{INSIDE: "1"}))
-    # unshare(1) does not listen to SIGTERM; a terminal's Ctrl-C reaches the inner program by itself
+    # unshare(1) does not forward SIGTERM. Ctrl-C in a terminal reaches the inner program directly.
     signal.signal(signal.SIGTERM, lambda *_: inner.kill())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return inner.wait() and 1
@@ -81,16 +81,16 @@ def parse():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument(
         "--contender", action="append", default=[], metavar="[NAME=]PROGRAM",
-        help="the program to put beside the peers, or the name of a peer to play that part; may be repeated (an old and a new build)",
+        help="program to compare with the peers, or the name of a peer to treat as one; repeatable (an old and a new build)",
     )
-    a.add_argument("--kinds", default=",".join(ALL), help="of %(default)s")
-    a.add_argument("--measures", default=",".join(MEASURES), help="of %(default)s")
+    a.add_argument("--kinds", default=",".join(ALL), help="comma-separated list, default %(default)s")
+    a.add_argument("--measures", default=",".join(MEASURES), help="comma-separated list, default %(default)s")
     a.add_argument("--rounds", type=int, help="default 3")
-    a.add_argument("--time", type=float, help="seconds of a random run, default 3")
-    a.add_argument("--cap", type=float, help="most seconds of a sequential run, default 8")
-    a.add_argument("--quick", action="store_true", help="64M, one round, 0.3 s: shows that it works, not how fast")
+    a.add_argument("--time", type=float, help="length of a random run in seconds, default 3")
+    a.add_argument("--cap", type=float, help="limit of a sequential run in seconds, default 8")
+    a.add_argument("--quick", action="store_true", help="64M, one round, 0.3 s: tests the benchmark; the figures mean nothing")
     a.add_argument("--work", default="/tmp/vmdkfuse-bench", help="where to mount the tmpfs, default %(default)s")
-    a.add_argument("--out", help="where bench.md, bench.json and bench.svg go; default beside this script, with --quick target/bench")
+    a.add_argument("--out", help="folder of bench.md, bench.json and bench.svg; default that of this script, with --quick target/bench")
     o = a.parse_args()
     o.kinds, o.measures = o.kinds.split(","), o.measures.split(",")
     for word in o.kinds:
@@ -108,7 +108,7 @@ def parse():
 
 
 def specs(words, error):
-    """Everything to measure; contenders last."""
+    """Returns everything to measure; contenders last."""
     peers = {p.name: p for p in PEERS}
     new = []
     for word in words:
@@ -118,7 +118,7 @@ def specs(words, error):
             new.append(type(peer)(**{**vars(peer), "role": "contender"}))
             continue
         if not os.access(program, os.X_OK) or os.path.isdir(program):
-            error(f"{program} is no program and no peer; peers are {', '.join(p.name for p in PEERS)}")
+            error(f"{program} is neither an executable file nor a peer; peers are {', '.join(p.name for p in PEERS)}")
         name = name or os.path.basename(program)
         new.append(contender(name, os.path.abspath(program)))
         new.append(contender(name + ", ordinary user", os.path.abspath(program), user=True))
@@ -132,16 +132,16 @@ def bytes_of(text):
 
 
 def check_memory(size):
-    # the data of the raw disk and of one VMDK (half its size each), a cold read's page cache, and what pretouch takes
+    # Memory for the data of the raw disk and of one VMDK (half of its size each), the page cache of a cold read, and pretouch.
     need = size * 8 // 5 + GIB // 2
     with open("/proc/meminfo") as f:
         free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:"))
     if free < need:
-        sys.exit(f"bench: {need >> 20} MiB of free memory needed, {free >> 20} there; set BENCH_SIZE")
+        sys.exit(f"bench: needs {need >> 20} MiB of free memory, but only {free >> 20} MiB are available; set BENCH_SIZE")
 
 
 class Bench:
-    """One run over all kinds of image. Results: values[kind][name][measure] = one number a round."""
+    """One run over all kinds of image. Results: values[kind][name][measure] = one number per round."""
 
     def __init__(self, options):
         self.o, self.values, self.failures = options, {}, []
@@ -149,7 +149,7 @@ class Bench:
     def run(self):
         o, began, load = self.o, time.time(), os.getloadavg()[0]
         raw = f"{o.work}/disk.raw"
-        log(f"making the disk: {o.size / GIB:g} GiB")
+        log(f"creating the disk: {o.size / GIB:g} GiB")
         images.make_raw(raw, o.size)
         command = ["cc", "-O2", "-o", f"{o.work}/fusefloor", f"{HERE}/fusefloor.c", "-lpthread"]
         subprocess.run(command, check=True)
@@ -174,12 +174,12 @@ class Bench:
         }
 
     def in_order(self, rows):
-        """The rows as the programs are listed, whatever was measured first."""
+        """Returns the rows in the order of the programs, not in that of the measurements."""
         order = [s.name for s in self.o.specs]
         return {name: rows[name] for name in sorted(rows, key=lambda n: order.index(n) if n in order else 0)}
 
     def installed(self, spec):
-        """The spec with its program copied to where an ordinary user may run it too (a home may be closed)."""
+        """Returns the spec with its program copied to a folder where an ordinary user may run it; a home may be private."""
         if not spec.program:
             return spec
         copy = f"{self.o.work}/{spec.name.removesuffix(', ordinary user').removesuffix(', NBD').replace('/', '_')}"
@@ -188,7 +188,7 @@ class Bench:
         return type(spec)(**{**vars(spec), "program": copy})
 
     def kind(self, kind, raw, image):
-        """All are mounted at once and each measure goes round them, so that A and B lie seconds apart."""
+        """Mounts all programs at once and runs each measure on all of them in turn, so that A and B are seconds apart."""
         taking_part = [s for s in self.o.specs if kind in s.kinds]
         new = lambda s: Mount(s, raw if s.raw else image, self.o.work, self.o.size)
         running = []
@@ -219,7 +219,7 @@ class Bench:
                 mount.end()
 
     def begin(self, kind, mount, new, raw):
-        """Times some starts, leaves `mount` running, and checks that it shows the disk."""
+        """Measures the start time, leaves `mount` running, and checks the content of its file."""
         if mount.command and not mount.spec.user and "start" in self.o.measures:
             for _ in range(self.o.rounds):
                 trial = new(mount.spec)
@@ -229,7 +229,7 @@ class Bench:
                     trial.end()
         mount.start()
         if not mount.same_as(raw, min(self.o.size, 256 * MIB)):
-            raise Failed("its file differs from the disk")
+            raise Failed("its file differs from the raw disk")
 
     def measure(self, kind, mount, what):
         try:
@@ -240,6 +240,7 @@ class Bench:
         self.add(kind, mount.spec, got)
 
     def cold(self, mount):
+        """Measures `cold`, and with it `cpu` and `warm`."""
         size = images.dense(self.o.size)
         mount.drop_cache()
         pretouch(size)
@@ -255,7 +256,7 @@ class Bench:
         return got
 
     def rb(self, mount):
-        """Each page once, so that all of them are cold."""
+        """Measures `rb`. Each page is read once, so that all reads are cold."""
         size = images.dense(self.o.size)
         mount.drop_cache()
         pretouch(size)
@@ -285,9 +286,9 @@ class Bench:
         return self.fio(mount, "randread", "4k", words, self.o.time)["iops"]
 
     def fio(self, mount, pattern, block, words, seconds):
-        """One fio job on the mount's file; its `read` part."""
+        """Runs one fio job on the file of the mount and returns the `read` section of its report."""
         if mount.spec.command is None:
-            # a tmpfs has no O_DIRECT in older kernels; what is asked here is the file's own speed
+            # A tmpfs has no O_DIRECT in older kernels, and the speed of the file itself is the same without it.
             words = [w for w in words if w != "--direct=1"]
         command = ["fio", "--name=j", f"--filename={mount.file}", f"--rw={pattern}", f"--bs={block}", "--readonly",
                    "--output-format=json", "--norandommap", "--randrepeat=0", "--allow_file_create=0",
@@ -311,14 +312,14 @@ class Bench:
 
 
 def rounds(mounts, count):
-    """A B C, then C B A, so that what drifts falls on all alike."""
+    """Yields A B C, then C B A, so that a drift of the machine's speed affects all programs equally."""
     for n in range(count):
         yield from mounts if n % 2 == 0 else reversed(mounts)
 
 
 def pretouch(size):
-    """Touches and frees memory: a virtual machine pays for memory that its host had taken back on first use, and
-    that must not fall into the measured time."""
+    """Touches and frees memory. In a virtual machine the first use of memory that the host had reclaimed is slow, which
+    must not count as time of the measured program."""
     import mmap
 
     mmap.mmap(-1, int(size * 1.25), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
@@ -348,11 +349,11 @@ def write(results, options):
 
 
 def report(results, measures):
-    """Markdown: a table of medians and one of ratios for each kind of image."""
+    """Returns Markdown with a table of medians and one of ratios for each kind of image."""
     lines = [
         f"Medians of {results['rounds']} round(s), {results['size'] / GIB:g} GiB disk in memory, {results['processors']} processors,"
         f" Linux {results['kernel']}. Load average {results['load'][0]} before and {results['load'][1]} after."
-        " **Bold** is the best peer of a column, ± half the spread of the rounds where it is 10 % or more.",
+        " **Bold** marks the best peer of a column; ± is half the spread of the rounds, if it is 10 % or more.",
         "",
         *(f"- `{m}`: {MEASURES[m][0]}" for m in measures),
     ]
@@ -361,7 +362,7 @@ def report(results, measures):
         lines += ["", f"### {kind}", "", header(columns), *medians_table(results, rows, columns)]
         ratios = ratio_table(results, rows, columns)
         if ratios:
-            lines += ["", "How many times better (also where less is better); in brackets the single rounds:", ""]
+            lines += ["", "Ratio to peers and limits, above 1 is better (also where less is better); in brackets the range over the rounds:", ""]
             lines += [header(columns), *ratios]
     lines += ["", *(f"FAILED: {f}" for f in results["failures"])] if results["failures"] else []
     return "\n".join(lines) + "\n"
@@ -389,7 +390,7 @@ def cell(row, measure):
 
 
 def best_peer(results, rows, measure):
-    """The peer with the best median, or None."""
+    """Returns the peer with the best median, or None."""
     peers = [n for n in rows if n not in results["limits"] and n not in results["contenders"] and rows[n].get(measure)]
     pick = max if MEASURES[measure][1] else min
     return pick(peers, key=lambda n: statistics.median(rows[n][measure]), default=None)
@@ -411,7 +412,7 @@ def ratio_table(results, rows, columns):
 
 
 def ratio(rows, one, other, measure):
-    """How many times `one` is better than `other`: of the medians, and the range over rounds paired one by one."""
+    """Returns the factor by which `one` is better than `other`: of the medians, and the range over the rounds."""
     a, b = rows[one].get(measure), rows[other].get(measure)
     if not a or not b or not all(a) or not all(b):
         return ""

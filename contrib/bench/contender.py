@@ -1,7 +1,8 @@
-"""What is measured: command templates, and a running mount of one of them.
+"""Command templates of the measured programs, and a running mount of one of them.
 
-Words in a template: {img} the image, {fmt} its format as qemu calls it, {mnt} a fresh directory, {cover} a fresh
-empty file, {stem} the image's name without its extension, {uri} and {sock} the NBD server of the kind nbd, {floor} the bare server, {bin} the contender's program.
+Placeholders of a template: {img} the image, {fmt} its format in qemu's terms, {mnt} a new directory, {cover} a new empty
+file, {stem} the image's name without its extension, {uri} and {sock} the server of the kind nbd, {floor} the bare FUSE
+server, {bin} the contender's program.
 """
 import os
 import signal
@@ -10,26 +11,27 @@ import time
 from dataclasses import dataclass
 
 VMDK = ("sparse", "chain", "flat", "stream")
-# and the raw disk behind an NBD server
+# The VMDK kinds, and the raw disk served by an NBD server.
 ALL = (*VMDK, "nbd")
 TICKS = os.sysconf("SC_CLK_TCK")
-# Who an "ordinary user" is: Debian's nobody and nogroup.
+# The "ordinary user" is Debian's user nobody with the group nogroup.
 AS_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+# Seconds until a start fails, and until a process that does not exit is signalled or killed.
 START_LIMIT = 20.0
 END_LIMIT = 8.0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One thing to measure."""
+    """One program or limit to measure."""
 
     name: str
     command: str | None
     file: str
     kinds: tuple = ALL
     role: str = "peer"  # peer, limit or contender
-    raw: bool = False  # reads the raw disk and not the VMDK
-    user: bool = False  # started, and read, by an ordinary user
+    raw: bool = False  # reads the raw disk instead of the VMDK
+    user: bool = False  # started and read by an ordinary user
     program: str = ""
 
 
@@ -67,22 +69,22 @@ PEERS = [
 
 
 def contender(name, program, user=False):
-    """A build of vmdkfuse, as one starts it in daily use."""
+    """Returns the spec of a build of vmdkfuse with default options."""
     command, file = "{bin} -r {mnt} file={img}", "{mnt}/{stem}.raw"
     return Spec(name, command, file, kinds=VMDK, role="contender", user=user, program=program)
 
 
 def nbd_contender(name, program):
-    """The same over NBD."""
+    """Returns the spec of a build of vmdkfuse that reads the NBD server."""
     return Spec(name, "{bin} -r {mnt} {uri}", "{mnt}/disk.raw", kinds=("nbd",), role="contender", program=program)
 
 
 class Failed(Exception):
-    """A contender did not do its job; the message says what."""
+    """A program failed; the message gives the reason."""
 
 
 class Mount:
-    """A contender that serves one image. `start` and `end` may be called once each, `end` in any state."""
+    """A program that serves one image. `start` and `end` may be called once each, `end` in any state."""
 
     count = 0
 
@@ -100,7 +102,7 @@ class Mount:
         self.prefix = AS_USER if spec.user else []
 
     def start(self):
-        """Starts it; seconds until the first 4 KiB were read."""
+        """Starts the program and returns the seconds until the first 4 KiB were read."""
         if not self.command:
             return 0.0
         os.mkdir(self.mnt)
@@ -123,9 +125,9 @@ class Mount:
         return took
 
     def _readable(self):
-        """Whether the file has its size and gives its first bytes."""
+        """Returns True if the file has its full size and its first bytes can be read."""
         if self.spec.user:
-            # the mount is that user's alone: not even root may look in
+            # Without allow_other only that user can access the mount; not even root can.
             command = [*self.prefix, "dd", f"if={self.file}", "of=/dev/null", "bs=4096", "count=1", "status=none"]
             return subprocess.run(command, capture_output=True).returncode == 0
         try:
@@ -137,21 +139,21 @@ class Mount:
             return False
 
     def run(self, command, timeout=300):
-        """Runs a reader as the user that may read."""
+        """Runs a command as the user that can access the mount."""
         return subprocess.run(self.prefix + command, capture_output=True, text=True, timeout=timeout)
 
     def drop_cache(self):
-        """Has the kernel forget the file's pages; all that it can, as a file that it reads by itself has them elsewhere."""
+        """Drops the whole page cache: with passthrough or the kernel view the pages belong to another file than the mount's."""
         self.run(["dd", f"if={self.file}", "of=/dev/null", "iflag=nocache", "count=0", "status=none"])
         with open("/proc/sys/vm/drop_caches", "w") as f:
             f.write("1")
 
     def same_as(self, raw, length):
-        """Whether the first bytes of the file are those of the raw disk."""
+        """Returns True if the first `length` bytes of the file are those of the raw disk."""
         return self.run(["cmp", f"--bytes={length}", raw, self.file]).returncode == 0
 
     def cpu_seconds(self):
-        """CPU time of all its processes so far."""
+        """Returns the CPU time of its processes so far."""
         total = 0
         for pid in self.pids:
             try:
@@ -163,7 +165,7 @@ class Mount:
         return total / TICKS
 
     def peak_rss_mib(self):
-        """Sum of the peaks of its processes; pages that they share count twice."""
+        """Returns the sum of the peak RSS of its processes; shared pages count once per process."""
         total = 0
         for pid in self.pids:
             try:
@@ -174,7 +176,7 @@ class Mount:
         return total / 1024
 
     def end(self):
-        """Unmounts, ends what it started, and removes what it used."""
+        """Unmounts the file system, stops the processes, and removes the files."""
         if not self.process:
             return
         for path in (self.mnt, self.cover):
@@ -192,13 +194,13 @@ class Mount:
 
 
 def mounted():
-    """Every mount point of this machine."""
+    """Returns the mount points of this namespace."""
     with open("/proc/self/mounts") as f:
         return {line.split()[1] for line in f}
 
 
 def marked(token):
-    """Ids of the processes that a start left running, daemons too: they carry its mark in their environment."""
+    """Returns the ids of the processes of a start, including daemons: they inherit its token in their environment."""
     mark, found = b"VMDKFUSE_BENCH_MOUNT=" + token.encode() + b"\0", []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -211,7 +213,7 @@ def marked(token):
 
 
 def stop(token):
-    """Waits for the processes of a start, which an unmount ends; those that stay are asked, then killed."""
+    """Waits for the processes of a start, which exit after an unmount; then sends SIGTERM, then SIGKILL."""
     for number in (None, signal.SIGTERM, signal.SIGKILL):
         for pid in marked(token) if number else ():
             try:

@@ -1,10 +1,10 @@
-// fusefloor: the least FUSE server that can serve one file, to see what the kernel's transport itself allows.
+// fusefloor: the simplest FUSE server for one file; it measures the limit of the kernel's transport.
 //
 //   fusefloor [-t THREADS] FILE MOUNTPOINT
 //
-// It shows FILE as MOUNTPOINT/disk, read-only, and speaks the kernel's protocol itself (no libfuse): requests of up
-// to 1 MiB, one cloned device descriptor a thread, one pread and one writev a request. It needs root (it calls
-// mount(2)), stays in the foreground, and ends when it is unmounted.
+// It shows FILE as MOUNTPOINT/disk, read-only, and implements the kernel's protocol itself (no libfuse): requests of up
+// to 1 MiB, one cloned device descriptor per thread, one pread and one writev per request. It needs root (it calls
+// mount(2)), stays in the foreground, and exits when it is unmounted.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -36,7 +36,7 @@ static void answer(int dev, uint64_t unique, int error, const void *body, size_t
   size_t sent = error ? 0 : size;
   struct fuse_out_header head = {.len = sizeof head + sent, .error = -error, .unique = unique};
   struct iovec parts[2] = {{&head, sizeof head}, {(void *)body, sent}};
-  // ENOENT: the request was interrupted, nobody waits for the answer
+  // ENOENT: the request was interrupted, so the kernel drops the reply
   if (writev(dev, parts, sent ? 2 : 1) < 0 && errno != ENOENT) perror("answer");
 }
 
@@ -123,7 +123,7 @@ static void *serve(void *arg) {
     case FUSE_FLUSH: answer(dev, head->unique, 0, 0, 0); break;
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:
-    case FUSE_INTERRUPT: break;  // these have no answer
+    case FUSE_INTERRUPT: break;  // these requests have no reply
     case FUSE_DESTROY: answer(dev, head->unique, 0, 0, 0); exit(0);
     default: answer(dev, head->unique, ENOSYS, 0, 0);
     }

@@ -1,8 +1,8 @@
-"""The images that are measured: one raw disk, and the VMDK kinds that qemu-img makes of it.
+"""The measured images: one raw disk, and its conversions by qemu-img to kinds of VMDK.
 
-The front quarter of the disk is all data (what the speed measures read). The rest is about one third data, in
-islands of 64 KiB to 16 MiB with holes between. Seven parts in ten of the data don't compress, the others are text-like. The
-same size gives the same bytes.
+The first quarter of the disk is all data; the speed measures read it. The rest is about one third data, in islands of
+64 KiB to 16 MiB with holes between them. 70 % of the data cannot be compressed, the other 30 % resemble text. The content
+depends only on the size.
 """
 import contextlib
 import os
@@ -14,21 +14,21 @@ KIB64 = 64 << 10
 MIB = 1 << 20
 SEED = 20261120
 
-# kind -> qemu-img's name of it
+# kind -> subformat of qemu-img
 KINDS = {
     "sparse": "monolithicSparse", "flat": "monolithicFlat", "stream": "streamOptimized", "chain": "monolithicSparse",
 }  # fmt: skip
-# deltas of a chain over its base, each with pieces of one MiB in every so many of the dense front
+# Number of deltas of a chain over its base. Each delta holds one MiB of every STRIDE MiB of the dense part.
 DELTAS, STRIDE = 3, 8
 
 
 def dense(size):
-    """Bytes of the front that hold no hole."""
+    """Returns the length of the first part of the disk, which has no holes."""
     return size // 4
 
 
 def make_raw(path, size):
-    """Writes the raw disk; holes stay holes."""
+    """Writes the raw disk as a sparse file."""
     rng = random.Random(SEED)
     texts = [_text(rng) for _ in range(8)]
     with open(path, "wb") as f:
@@ -46,7 +46,7 @@ def make_raw(path, size):
 
 
 def make_vmdk(raw, path, kind):
-    """Converts the raw disk into a VMDK of one of `KINDS`; a chain's newest delta has the name, its base another."""
+    """Converts the raw disk into a VMDK of one of `KINDS`. For a chain, `path` is the newest delta."""
     if kind == "chain":
         return _make_chain(raw, path)
     command = ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={KINDS[kind]}", raw, path]
@@ -55,13 +55,13 @@ def make_vmdk(raw, path, kind):
 
 @contextlib.contextmanager
 def served(raw, sock):
-    """The raw disk behind an NBD server that listens on the Unix socket `sock`."""
+    """Serves the raw disk with an NBD server on the Unix socket `sock`."""
     server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", sock, "file", raw], stdin=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 10
         while not os.path.exists(sock):
             if server.poll() is not None or time.monotonic() > end:
-                raise RuntimeError("nbdkit did not start")
+                raise RuntimeError(f"nbdkit did not create {sock} within 10 seconds")
             time.sleep(0.01)
         yield
     finally:
@@ -70,7 +70,7 @@ def served(raw, sock):
 
 
 def copy_speed(sock, size):
-    """MiB/s of nbdcopy, which throws everything away: the most that a client of this server gets."""
+    """Returns the MiB/s of nbdcopy, which discards the data: the limit for a client of this server."""
     began = time.perf_counter()
     subprocess.run(["nbdcopy", "--no-extents", f"nbd+unix:///?socket={sock}", "null:"], check=True)
     return size / MIB / (time.perf_counter() - began)
@@ -84,12 +84,12 @@ def remove_vmdk(path):
 
 
 def _link(path, number):
-    """The name of a link of the chain: 0 is the base, the last one has the name of the whole."""
+    """Returns the path of a link of the chain: 0 is the base, `DELTAS` the newest delta."""
     return path if number == DELTAS else path.replace(".vmdk", f"-{number}.vmdk")
 
 
 def _make_chain(raw, path):
-    """A base with all data, and deltas that hold some of them once more, so that a read meets all links."""
+    """Creates a base with all data, and deltas that repeat parts of them, so that a read meets all links."""
     make_vmdk(raw, _link(path, 0), "sparse")
     size = os.path.getsize(raw)
     for number in range(1, DELTAS + 1):
@@ -106,7 +106,7 @@ def _make_chain(raw, path):
 
 
 def _islands(rng, size):
-    """(offset, length) of all data, in order."""
+    """Yields (offset, length) of all data ranges, in order."""
     yield 0, dense(size)
     at = dense(size)
     while True:
@@ -120,7 +120,7 @@ def _islands(rng, size):
 
 
 def _text(rng):
-    """One MiB of words."""
+    """Returns one MiB of words."""
     words = [b"%x" % rng.getrandbits(rng.choice((8, 16, 24, 40))) for _ in range(400)]
     line = b" ".join(rng.choices(words, k=20000)) + b"\n"
     return (line * (MIB // len(line) + 1))[:MIB]

@@ -1,11 +1,12 @@
-"""Draws the results as an SVG: a row of panels for each kind of image, a panel for each measure, a bar for each program.
+"""Draws the results as an SVG: a row of panels for each kind of image, a panel for each measure, a bar for each
+program.
 
-It carries a background of its own in light and in dark, so it can be read on any page.
+The SVG has its own background for light and dark mode, so that it is readable on any page.
 """
 import statistics
 from html import escape
 
-# measure -> lines of the panel's title; all but cpu: more is better
+# measure -> title and unit of its panel; more is better, except for cpu
 PANELS = {
     "cold": ("sequential, cold", "MiB/s"),
     "direct": ("direct 1 MiB QD4", "MiB/s"),
@@ -31,7 +32,7 @@ STYLE = """
 
 
 def draw(results):
-    """The SVG of the results of a run."""
+    """Returns the SVG of the results of a run."""
     body, y = [], HEAD
     for kind, rows in results["values"].items():
         names = [n for n in rows if n != "raw file" or kind == "flat"]
@@ -40,8 +41,8 @@ def draw(results):
             x = LEFT + i * (PANEL + GAP)
             body += panel(results, rows, names, measure, x, y + 10)
         for i, name in enumerate(names):
-            look = "ink bold" if name in results["contenders"] else "ink" if name not in results["limits"] else "soft"
-            body.append(text(LEFT - 10, y + 10 + i * BAR + 12, name, look + " small", "end"))
+            style = "ink bold" if name in results["contenders"] else "ink" if name not in results["limits"] else "soft"
+            body.append(text(LEFT - 10, y + 10 + i * BAR + 12, name, style + " small", "end"))
         y += 10 + len(names) * BAR + ROW_GAP
     head = [text(MARGIN, 30, "Reading a VMDK through FUSE", "title ink"), text(MARGIN, 49, subtitle(results), "soft small")]
     for i, (title, unit) in enumerate(PANELS.values()):
@@ -62,7 +63,7 @@ def subtitle(results):
 
 
 def panel(results, rows, names, measure, x, y):
-    """The bars of one measure, scaled to the longest of them."""
+    """Yields the bars of one measure, scaled to the longest one."""
     medians = {n: statistics.median(rows[n][measure]) for n in names if rows[n].get(measure)}
     most = max(medians.values(), default=0) or 1
     yield f'<line class="base" x1="{x}" x2="{x}" y1="{y}" y2="{y + len(names) * BAR}"/>'
@@ -70,13 +71,13 @@ def panel(results, rows, names, measure, x, y):
         if name not in medians:
             continue
         top, length = y + i * BAR + 2, max(1.0, medians[name] / most * (PANEL - 44))
-        look = "new" if name in results["contenders"] else "limit" if name in results["limits"] else "peer"
-        yield f'<rect class="{look}" x="{x + 0.5}" y="{top + 0.5}" width="{length:.1f}" height="{BAR - 5}"/>'
+        style = "new" if name in results["contenders"] else "limit" if name in results["limits"] else "peer"
+        yield f'<rect class="{style}" x="{x + 0.5}" y="{top + 0.5}" width="{length:.1f}" height="{BAR - 5}"/>'
         yield text(x + length + 5, top + 10, number(medians[name]), "ink small")
 
 
 def number(value):
-    """At most four characters or so: 0.31, 8.4, 628, 15.5k, 668k."""
+    """Formats a value in about four characters: 0.31, 12, 628, 15.5k, 668k."""
     if value >= 99950:
         return f"{value / 1000:.0f}k"
     if value >= 10000:
@@ -84,5 +85,5 @@ def number(value):
     return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
-def text(x, y, words, look, anchor="start"):
-    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+def text(x, y, words, style, anchor="start"):
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

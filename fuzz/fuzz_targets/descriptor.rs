@@ -1,4 +1,4 @@
-//! Feeds `fuse_tests::fuzz::descriptor`; see there.
+//! Fuzz target for the descriptor parser: runs `fuse_tests::fuzz::descriptor`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuse_tests::fuzz::descriptor(data));

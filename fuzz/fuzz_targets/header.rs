@@ -1,4 +1,4 @@
-//! Feeds `fuse_tests::fuzz::header`; see there.
+//! Fuzz target for the header parser: runs `fuse_tests::fuzz::header`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuse_tests::fuzz::header(data));

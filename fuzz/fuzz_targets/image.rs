@@ -1,4 +1,4 @@
-//! Feeds `fuse_tests::fuzz::image`; see there.
+//! Fuzz target for whole images: runs `fuse_tests::fuzz::image`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuse_tests::fuzz::image(data));

@@ -1,4 +1,5 @@
-//! Has a C compiler compare every declaration with the installed `libnbd.h`.
+//! Compares every declaration with the installed `libnbd.h`: generates a C program of static assertions from the tables
+//! of the crate, and compiles it.
 
 use std::collections::HashSet;
 use std::env;
@@ -9,7 +10,7 @@ use std::process::Command;
 
 use libnbd_sys::{CALLBACKS, CONSTANTS, FUNCTIONS, LIBNBD_CONTEXT_BASE_ALLOCATION, nbd_completion_callback};
 
-/// Each Rust type that the declarations use, and the C type that it stands for.
+/// Rust types of the declarations, each with the C type that it stands for. The empty type is that of no result.
 const TYPES: &[(&str, &str)] = &[
     ("", "void"),
     ("bool", "bool"),
@@ -47,7 +48,7 @@ fn c_types(rust: &[&str]) -> String {
     }
 }
 
-/// A program whose assertions are the declarations.
+/// Returns a C program with one static assertion for each declaration.
 fn source() -> String {
     let mut out = String::from("#include <libnbd.h>\n#include <stddef.h>\n#include <string.h>\n");
     out.push_str(
@@ -88,31 +89,31 @@ fn source() -> String {
     out
 }
 
-/// Whether the C compiler takes `source`; what it says.
+/// Compiles `source`. Returns true if the C compiler accepts it, and the messages of the compiler.
 fn compiles(name: &str, source: &str) -> (bool, String) {
     let file = env::temp_dir().join(format!("libnbd-sys-{}-{name}.c", std::process::id()));
     fs::write(&file, source).unwrap();
     let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
-    let done = Command::new(compiler)
+    let output = Command::new(compiler)
         .args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-nonnull"])
         .arg(&file)
         .output();
     fs::remove_file(&file).unwrap();
-    let done = done.expect("a C compiler is needed (CC, or cc)");
+    let output = output.expect("a C compiler is needed (CC, or cc)");
     (
-        done.status.success(),
-        String::from_utf8_lossy(&done.stderr).into_owned(),
+        output.status.success(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
     )
 }
 
 #[test]
-fn the_declarations_are_those_of_the_installed_header() {
-    let (good, said) = compiles("good", &source());
-    assert!(good, "{said}");
+fn all_declarations_match_the_installed_header() {
+    let (accepted, messages) = compiles("good", &source());
+    assert!(accepted, "{messages}");
 }
 
 #[test]
-fn a_declaration_that_differs_is_found() {
+fn a_wrong_declaration_is_detected() {
     let good = source();
     for (right, wrong) in [
         (
@@ -130,7 +131,7 @@ fn a_declaration_that_differs_is_found() {
     ] {
         let bad = good.replace(right, wrong);
         assert_ne!(bad, good, "{right} is not in the program");
-        assert!(!compiles("bad", &bad).0, "{wrong} was taken");
+        assert!(!compiles("bad", &bad).0, "{wrong} was accepted");
     }
 }
 
@@ -141,8 +142,8 @@ fn nothing_is_declared_twice() {
 }
 
 #[test]
-fn the_library_that_is_linked_answers() {
-    // SAFETY: a fresh handle is used by this thread alone, and closed once; the version is a static text.
+fn the_linked_library_returns_its_version() {
+    // SAFETY: only this thread uses the new handle, which is closed once; the version is a static text.
     let version = unsafe {
         let handle = libnbd_sys::nbd_create();
         assert!(!handle.is_null());

@@ -75,16 +75,18 @@ struct Shared {
     wake: Condvar,
 }
 
+/// Blocks for the workers. A block may be in both queues.
 #[derive(Debug, Default)]
+struct FetchQueue {
+    /// Blocks that a reader waits for.
+    requested: VecDeque<u64>,
+    /// Blocks that a reader will probably want.
+    prefetch: VecDeque<u64>,
+    /// Set once on drop: the workers exit.
     closed: bool,
-    struct FetchQueue {
-        /// Blocks that a reader waits for.
-        requested: VecDeque<u64>,
-        /// Blocks that a reader will probably want.
-        prefetch: VecDeque<u64>,
-        /// Set once on drop: the workers exit.
 }
 
+/// Weighs a block by its bytes, so that the capacity of the cache is in bytes.
 #[derive(Clone)]
 struct ByBytes;
 
@@ -225,9 +227,9 @@ impl Shared {
         // A worker that is woken while the lock is held would have to wait for it at once.
         drop(queue);
         if added > 1 {
-            self.wake.notify_all()
+            self.wake.notify_all();
         } else {
-            self.wake.notify_one()
+            self.wake.notify_one();
         }
     }
 
@@ -251,8 +253,8 @@ impl Shared {
     fn block(&self, block: u64) -> Result<Block> {
         let flight = {
             let mut flights = lock(&self.flights);
-            // Another thread may have cached it since the caller checked. While `flights` is held its flight cannot
-            // be removed, so either the block is cached or the flight is still here.
+            // Another thread may have fetched it since the caller checked. A flight leaves the list after its block is
+            // cached, so a block whose flight is gone is found here.
             if let Some(data) = self.cache.get(&block) {
                 return Ok(data);
             }

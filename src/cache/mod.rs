@@ -1,4 +1,3 @@
-//!
 //! Block cache with single-flight fetches and read-ahead, between a source and its volume.
 //!
 //! [`BlockCache`] keeps blocks of expensive sources (compressed grains) in memory and prefetches the next ones for

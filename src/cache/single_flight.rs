@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes of a block. `Arc<Vec<u8>>` instead of `Arc<[u8]>`: the latter would copy the bytes that were read into a vector.
+/// Bytes of a block. Not `Arc<[u8]>`: the conversion from the vector that was read into would copy the bytes.
 pub(crate) type Block = Arc<Vec<u8>>;
 
 /// Maximum time that a reader waits for the fetch of another thread.

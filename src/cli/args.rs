@@ -1,4 +1,7 @@
-//! The options of `vmdkfuse` itself, by clap.
+//! Options of `vmdkfuse` itself, parsed by clap.
+//!
+//! clap parses only the options. All other arguments are collected as raw strings and go through the table in
+//! `keys.rs`, because sources need not be UTF-8 and the order of the keys decides which disk each of them belongs to.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,14 +12,13 @@ use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 
 use super::disk_args::DiskArgs;
 use super::options::Options;
-use super::writing::Subcommand;
 use super::{
     MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmounted,
     values,
 };
 use crate::config::{Action, Config, LogConfig, Query};
 
-/// The forms of the command, for the help.
+/// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
        vmdkfuse --list [--json] uri=URI
@@ -25,29 +27,45 @@ const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse --commit cow=FILE file=BASE
        vmdkfuse --dump [--json]";
 
-/// What the help says of MOUNTPOINT and bare values.
+/// Section of the help about MOUNTPOINT, bare values and mount options.
 const FORMS: &str = "\
 MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory
 (the disk is a file of that name), or a regular file (the mount covers it: it shows the disk).
-A value without KEY= is a file= (nbd:// and the like a uri=, https:// a url=).
+A value without KEY= means file= (for nbd:// and similar uri=, for https:// url=).
 
 Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_unmount, uid=N, gid=N,
-umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Those that mount(8) handles itself are ignored.
+umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Options that mount(8) handles itself are ignored.
 ";
 
-/// Actions that are known but not in this build.
+/// Long options that are documented but not in this build.
 const LATER: [&str; 4] = ["status", "watch", "doctor", "fingerprint"];
 
-/// The most event loops; beyond the number of processors they bring nothing.
+/// Upper limit of `--threads`. Event loops beyond the number of processors gain nothing.
 const MAX_THREADS: u64 = 64;
 
-/// More than trace there is not.
+/// Highest effective count of `-v`: the trace level.
 const MAX_VERBOSITY: u8 = 3;
 
-/// How to mount, whatever the disks are: of the command line, or of a config file.
+/// Purpose of the disks of a command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subcommand {
+    /// The disks are mounted.
+    Mount {
+        /// True if the whole mount is read-only.
+        read_only: bool,
+    },
+    /// The disks are inspected.
+    Query,
+    /// The disks are created and not mounted.
+    Create,
+    /// An overlay is committed to its base.
+    Commit,
+}
+
+/// Options of a mount that do not depend on its disks, from the command line or from a config file.
 #[derive(Debug, Default)]
 pub(super) struct MountArgs {
-    /// What `-o` and `-r` say.
+    /// Values of `-o` and `-r`.
     pub(super) options: Options,
     pidfile: Option<PathBuf>,
     threads: Option<usize>,
@@ -56,7 +74,8 @@ pub(super) struct MountArgs {
 }
 
 impl MountArgs {
-    /// Reads options alone, as they would stand on a command line. Errors: what an error there would be.
+    /// Parses options without other arguments, in the syntax of the command line. The config file uses this to give its
+    /// options the same meaning. The errors are those of a command line.
     pub(super) fn parse(options: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
         Self::of(&command().try_get_matches_from(options).map_err(|e| one_line(&e))?)
     }
@@ -73,7 +92,7 @@ impl MountArgs {
         })
     }
 
-    /// This, and what `below` says where this is silent.
+    /// Returns these options, with the values of `below` for options that are not set here.
     fn over(self, below: Self) -> Self {
         Self {
             options: self.options.over(below.options),
@@ -94,7 +113,7 @@ impl MountArgs {
     }
 }
 
-/// Reads the words after the program's name.
+/// Parses the arguments after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
@@ -114,67 +133,66 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         return Err(UsageError::not_yet(format_args!("--{name}")));
     }
     let words: Vec<OsString> = matches.get_many("words").into_iter().flatten().cloned().collect();
-    let manner = MountArgs::of(matches)?;
+    let mount_args = MountArgs::of(matches)?;
     let json = matches.get_flag("json");
-    let disk_args_given = |name: &str| matches.get_flag(name);
-    let action = if disk_args_given("list") {
+    let flag_given = |name: &str| matches.get_flag(name);
+    let action = if flag_given("list") {
         Action::List(list(&words, json)?)
-    } else if disk_args_given("info") {
+    } else if flag_given("info") {
         Action::Info(query(&words, json)?)
-    } else if disk_args_given("map") {
+    } else if flag_given("map") {
         Action::Map(query(&words, json)?)
-    } else if disk_args_given("check") {
+    } else if flag_given("check") {
         Action::Check(query(&words, json)?)
-    } else if disk_args_given("dump") {
+    } else if flag_given("dump") {
         dump(&words, json)?
     } else if json {
-        return Err(UsageError::new(
-            "--json goes with --list, --info, --map, --check or --dump",
-        ));
-    } else if disk_args_given("create") {
+        return Err(UsageError::new("--json needs --list, --info, --map, --check or --dump"));
+    } else if flag_given("create") {
         Action::Create(unmounted(&words, Subcommand::Create)?)
-    } else if disk_args_given("commit") {
+    } else if flag_given("commit") {
         commit(&words)?
     } else {
-        return mount(matches, &words, manner);
+        return mount(matches, &words, mount_args);
     };
     Ok(Config {
         action,
-        log: manner.log(matches),
+        log: mount_args.log(matches),
     })
 }
 
-fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Result<Config, UsageError> {
+fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) -> Result<Config, UsageError> {
     let Some((mountpoint, words)) = words.split_first() else {
         return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
     };
     if let Some(key) = argument::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
-        // Without its value: it may be a secret.
+        // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
         return Err(UsageError::new(format!(
-            "the mount point comes before the keys, but the first word is {key}=..."
+            "the mount point must come before the keys, but the first argument is {key}=..."
         )));
     }
     let tables;
-    let mut disk_args_given = DiskArgs::Words(words);
+    let mut disk_args = DiskArgs::Words(words);
     if let Some(file) = matches.get_one::<OsString>("config") {
-        check_no_disk(words, &manner)?;
-        let described = config_file::read(file)?;
-        // Contradictions are those of one place; between the two, the command line wins.
-        manner.options.mount()?;
-        (tables, manner) = (described.disks, manner.over(described.manner));
-        disk_args_given = DiskArgs::Tables(&tables);
+        check_no_disk(words, &mount_args)?;
+        let config_file = config_file::read(file)?;
+        // A contradiction within the command line is an error, so it is checked before the merge. The reader of the
+        // file has checked the file. Between the two there is no contradiction: the command line wins.
+        mount_args.options.mount()?;
+        (tables, mount_args) = (config_file.disks, mount_args.over(config_file.mount_args));
+        disk_args = DiskArgs::Tables(&tables);
     }
-    let log = manner.log(matches);
+    let log = mount_args.log(matches);
     let MountArgs {
         options,
         pidfile,
         threads,
         ..
-    } = manner;
+    } = mount_args;
     let foreground = matches.get_flag("foreground");
     MountRequest {
         mountpoint,
-        disk_args_given,
+        disk_args,
         options: &options,
         foreground,
         pidfile,
@@ -183,31 +201,31 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut manner: MountArgs) -> Res
     .into_config(log)
 }
 
-/// Beside a config file the command line names no disk and no key of one.
-fn check_no_disk(words: &[OsString], manner: &MountArgs) -> Result<(), UsageError> {
+/// Checks that the command line names no disk and no disk key in addition to a config file.
+fn check_no_disk(words: &[OsString], mount_args: &MountArgs) -> Result<(), UsageError> {
     if !words.is_empty() {
-        let hint = "the file describes the disks, and -o KEY=VALUE holds for all of them";
+        let hint = "the file describes the disks, and -o KEY=VALUE applies to all of them";
         return Err(UsageError::new(format!(
-            "--config goes with the mount point alone: {hint}"
+            "--config allows no arguments except the mount point: {hint}"
         )));
     }
-    match manner.options.source() {
+    match mount_args.options.source() {
         Some(key) => Err(UsageError::new(format!(
-            "--config goes with no further disk, but -o {}= names one",
+            "--config allows no further disk, but -o {}= names one: add a [[disk]] table to the file",
             key.name
         ))),
         None => Ok(()),
     }
 }
 
-/// `--list` takes servers; which export is meant there does not matter.
+/// Returns the query of `--list`. It accepts NBD servers only; the export in the address is ignored.
 fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     let query = query(words, json)?;
     match query.disks.iter().find(|disk| disk.source.local().is_some()) {
         Some(disk) => {
             let file = disk.source.label();
             Err(UsageError::new(format!(
-                "--list asks an NBD server, but {file} is a local file"
+                "--list needs an NBD server, but {file} is a local file"
             )))
         }
         None => Ok(query),
@@ -218,12 +236,12 @@ fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
     if words.is_empty() {
         return Ok(Action::Dump { json });
     }
-    // For the better error of a key that is unknown or not in this build.
+    // A key that is unknown or not in this build has a more specific error, so the arguments are parsed all the same.
     disk_args::disks(&[], DiskArgs::Words(words), Subcommand::Query)?;
     Err(UsageError::new("--dump takes no disk"))
 }
 
-/// How often `-v` was given, as far as it counts.
+/// Returns the count of `-v`, limited to the trace level.
 pub(super) fn verbosity(matches: &ArgMatches) -> u8 {
     matches.get_count("verbose").min(MAX_VERBOSITY)
 }
@@ -234,7 +252,7 @@ fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError>
     };
     values::path(value)
         .map(Some)
-        .map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::shown(value))))
+        .map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::display(value))))
 }
 
 fn command() -> Command {
@@ -265,19 +283,19 @@ fn mount_args() -> [Arg; 6] {
         valued(
             "options",
             "OPT[,OPT...]",
-            "Mount options, and keys that hold for all disks",
+            "Mount options, and keys that apply to all disks",
         )
         .short('o')
         .action(ArgAction::Append),
-        valued("pidfile", "FILE", "Write the process id there")
+        valued("pidfile", "FILE", "Write the process ID to FILE")
             .short('P')
             .long("pidfile"),
         valued("threads", "N", "Number of event loops")
             .long("threads")
             .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
-        valued("config", "FILE", "Mount the disks that this TOML file describes").long("config"),
+        valued("config", "FILE", "Mount the disks that a TOML file describes").long("config"),
     ]
-    // They say how to mount, so they do not go with another action.
+    // These options describe a mount, so they conflict with every other action.
     .map(|arg| arg.conflicts_with("action"))
 }
 
@@ -287,9 +305,9 @@ fn log_args() -> [Arg; 3] {
             .short('v')
             .long("verbose")
             .action(ArgAction::Count)
-            .help("Say more; repeat it for still more"),
-        valued("log-file", "FILE", "Append messages to it").long("log-file"),
-        valued("log-format", "FORMAT", "How to write messages")
+            .help("Verbose output (repeatable)"),
+        valued("log-file", "FILE", "Append log messages to FILE").long("log-file"),
+        valued("log-format", "FORMAT", "Format of log messages")
             .long("log-format")
             .value_parser(["text", "json"]),
     ]
@@ -297,17 +315,17 @@ fn log_args() -> [Arg; 3] {
 
 fn action_args() -> [Arg; 8] {
     [
-        flag("list", "Say what an NBD server offers"),
-        flag("info", "Say what a source is: size, format, extents, chain"),
-        flag("map", "Say where data, holes and zeroes lie"),
+        flag("list", "List the exports of an NBD server"),
+        flag("info", "Show what a source is: size, format, extents, chain"),
+        flag("map", "Show where data, holes and zeroes are"),
         flag(
             "check",
-            "Verify a VMDK's tables and chain; status 3: only leaks, 4: corrupt",
+            "Check a VMDK's tables and chain; exit status 3: leaks only, 4: corrupt",
         ),
-        flag("create", "Make a VMDK without mounting it"),
-        flag("commit", "Merge the overlay cow=FILE into its base"),
+        flag("create", "Create a VMDK without mounting it"),
+        flag("commit", "Commit the overlay cow=FILE to its base"),
         flag("dump", "Print versions and back ends"),
-        flag("json", "Answer in JSON"),
+        flag("json", "JSON output"),
     ]
 }
 
@@ -347,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_arrives() {
+    fn every_option_is_parsed() {
         let here = std::env::current_dir().unwrap();
         let mount_config = mount(&[
             "-r",
@@ -372,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn options_may_stand_after_the_words() {
+    fn options_may_follow_the_other_arguments() {
         let config = mount(&["src", "/x", "--read-only", "cache=none", "--foreground"]);
         assert!(config.options.read_only && config.foreground);
         let config = mount(&["--", "src", "/x"]);
@@ -380,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn logging() {
+    fn log_options() {
         let log = run(&["-vv", "--log-file", "/l", "--log-format", "json", "src", "/x"])
             .unwrap()
             .log;
@@ -405,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn queries() {
+    fn query_actions() {
         let disks = |query: super::super::Query| (query.disks.len(), query.json);
         assert!(matches!(run(&["--info", "/x"]).unwrap().action, Action::Info(q) if disks(q.clone()) == (1, false)));
         assert!(
@@ -414,7 +432,7 @@ mod tests {
         assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
         assert_eq!(
             run(&["--list", "/x"]).unwrap_err(),
-            "--list asks an NBD server, but /x is a local file"
+            "--list needs an NBD server, but /x is a local file"
         );
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
         assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
@@ -455,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_in_this_build_says_so() {
+    fn options_that_are_not_in_this_build_are_reported() {
         for name in LATER {
             let option = format!("--{name}");
             assert_eq!(
@@ -466,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_unknown_is_named() {
+    fn missing_and_unknown_arguments_are_named() {
         assert!(run(&[]).unwrap_err().contains("no mount point"));
         assert_eq!(
             run(&["src"]).unwrap_err(),
@@ -475,7 +493,7 @@ mod tests {
         let error = run(&["file=/x", "src"]).unwrap_err();
         assert_eq!(
             error,
-            "the mount point comes before the keys, but the first word is file=..."
+            "the mount point must come before the keys, but the first argument is file=..."
         );
         let error = run(&["--forground", "src", "/x"]).unwrap_err();
         assert_eq!(
@@ -505,7 +523,7 @@ mod tests {
             " --doctor",
             " server=",
         ] {
-            assert!(help.contains(word), "{word} is not in:\n{help}");
+            assert!(help.contains(word), "{word} is missing in:\n{help}");
         }
         assert_eq!(parse([OsString::from("-h")].into_iter()), Ok(Parsed::Print(help)));
     }

@@ -1,4 +1,4 @@
-//! One word of a command line: a `KEY=VALUE`, or a source without its key.
+//! One argument of a command line: a `KEY=VALUE`, or a bare source, which is written without its key.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -6,20 +6,20 @@ use std::os::unix::ffi::OsStrExt;
 use super::UsageError;
 use super::keys::{self, Key};
 
-/// A word, taken apart.
+/// A classified argument.
 #[derive(Debug, PartialEq, Eq)]
-enum Word<'a> {
-    /// `KEY=VALUE`, whether the key is known or not.
+enum Argument<'a> {
+    /// `KEY=VALUE`. The key may be unknown.
     Key(&'a str, &'a OsStr),
     /// A source without its key.
     Bare(&'a OsStr),
 }
 
-/// The key of a word, and its value. Errors: a key that is not in the table.
-pub(super) fn read(word: &OsStr) -> Result<(&'static Key, &OsStr), UsageError> {
-    let (name, value) = match classify(word) {
-        Word::Key(name, value) => (name, value),
-        Word::Bare(value) => (key_of_bare(value), value),
+/// Splits an argument into its key and its value. Fails if the key is not in the table.
+pub(super) fn read(argument: &OsStr) -> Result<(&'static Key, &OsStr), UsageError> {
+    let (name, value) = match classify(argument) {
+        Argument::Key(name, value) => (name, value),
+        Argument::Bare(value) => (key_of_bare(value), value),
     };
     match keys::find(name) {
         Some(key) => Ok((key, value)),
@@ -27,48 +27,49 @@ pub(super) fn read(word: &OsStr) -> Result<(&'static Key, &OsStr), UsageError> {
     }
 }
 
-/// A source that is bare whatever it looks like, with its key in front.
+/// Returns `source` with its key in front. The source is bare even if it looks like `KEY=VALUE`: mount(8) passes the
+/// first field of an fstab line unchanged.
 pub(super) fn with_key(source: &OsStr) -> OsString {
-    let mut word = OsString::from(key_of_bare(source));
-    word.push("=");
-    word.push(source);
-    word
+    let mut argument = OsString::from(key_of_bare(source));
+    argument.push("=");
+    argument.push(source);
+    argument
 }
 
-/// The known key that a word starts with; then it is hardly a path.
-pub(super) fn known_key(word: &OsStr) -> Option<&'static str> {
-    split_key(word)
+/// Returns the known key that an argument starts with, if any. Such an argument is unlikely to be a path.
+pub(super) fn known_key(argument: &OsStr) -> Option<&'static str> {
+    split_key(argument)
         .and_then(|(name, _)| keys::find(name))
         .map(|key| key.name)
 }
 
-/// The error for a key that is not in the table. The value is not repeated: it may be a secret.
+/// Creates the error for a key that is not in the table. The value is left out because it may be a secret.
 pub(super) fn unknown_key(name: &str) -> UsageError {
     let hint = match keys::nearest(name) {
         Some(known) => format!("did you mean {known}=?"),
         None => "--help lists the keys.".into(),
     };
     UsageError::new(format!(
-        "unknown key {name}=; {hint} A file whose name holds a = is written file={name}=..."
+        "unknown key {name}=; {hint} For a file with a = in its name, write file={name}=..."
     ))
 }
 
-/// A word is `KEY=VALUE` only where what stands before the first `=` has the shape of a key.
-fn classify(word: &OsStr) -> Word<'_> {
-    split_key(word).map_or(Word::Bare(word), |(name, value)| Word::Key(name, value))
+/// Classifies an argument. It is `KEY=VALUE` only if the text before the first `=` has the form of a key.
+fn classify(argument: &OsStr) -> Argument<'_> {
+    split_key(argument).map_or(Argument::Bare(argument), |(name, value)| Argument::Key(name, value))
 }
 
-/// Splits at the first `=`, if the shape of a key, `[a-z][a-z0-9-]*`, stands before it.
-pub(super) fn split_key(word: &OsStr) -> Option<(&str, &OsStr)> {
-    let bytes = word.as_bytes();
+/// Splits at the first `=`, if the text before it has the form of a key, `[a-z][a-z0-9-]*`.
+pub(super) fn split_key(argument: &OsStr) -> Option<(&str, &OsStr)> {
+    let bytes = argument.as_bytes();
     let (name, value) = bytes.split_at(bytes.iter().position(|b| *b == b'=')?);
-    let shaped = name.first().is_some_and(u8::is_ascii_lowercase)
+    let is_key = name.first().is_some_and(u8::is_ascii_lowercase)
         && name.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
-    let name = std::str::from_utf8(name).ok().filter(|_| shaped)?;
+    let name = std::str::from_utf8(name).ok().filter(|_| is_key)?;
     Some((name, OsStr::from_bytes(value.strip_prefix(b"=")?)))
 }
 
-/// The key that a bare value goes without.
+/// Returns the key that a bare value stands for: by its URI scheme, otherwise `file`.
 fn key_of_bare(value: &OsStr) -> &'static str {
     const SCHEMES: [(&str, &str); 7] = [
         ("nbd://", "uri"),
@@ -79,7 +80,7 @@ fn key_of_bare(value: &OsStr) -> &'static str {
         ("https://", "url"),
         ("http://", "url"),
     ];
-    let starts = |scheme: &str| {
+    let starts_with = |scheme: &str| {
         value
             .as_bytes()
             .get(..scheme.len())
@@ -87,7 +88,7 @@ fn key_of_bare(value: &OsStr) -> &'static str {
     };
     SCHEMES
         .iter()
-        .find(|(scheme, _)| starts(scheme))
+        .find(|(scheme, _)| starts_with(scheme))
         .map_or("file", |(_, key)| key)
 }
 
@@ -96,17 +97,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_is_a_key_only_where_it_looks_like_one() {
-        let key = |word, name, value| assert_eq!(classify(OsStr::new(word)), Word::Key(name, OsStr::new(value)));
+    fn an_argument_is_a_key_only_if_it_has_the_form_of_one() {
+        let key =
+            |argument, name, value| assert_eq!(classify(OsStr::new(argument)), Argument::Key(name, OsStr::new(value)));
         key("file=x", "file", "x");
         key("vm=moref=42", "vm", "moref=42");
         key("no-such-1=", "no-such-1", "");
         for bare in [
             "/a=b", "./a=b", "a/b=c", "A=b", "=a", "-a=b", "1a=b", "a_b=c", "a b=c", "x.vmdk", "",
         ] {
-            assert_eq!(classify(OsStr::new(bare)), Word::Bare(OsStr::new(bare)));
+            assert_eq!(classify(OsStr::new(bare)), Argument::Bare(OsStr::new(bare)));
         }
         let odd = OsStr::from_bytes(b"a\xff=b");
-        assert_eq!(classify(odd), Word::Bare(odd));
+        assert_eq!(classify(odd), Argument::Bare(odd));
     }
 }

@@ -1,7 +1,7 @@
-//! `--config FILE.toml`: a file that describes a mount → the keys and options that would say the same.
+//! Reader of `--config FILE.toml`: converts a file that describes a mount to the equivalent keys and options.
 //!
 //! ```text
-//!   readonly = true              keys above the first table ─► keys of `-o`: they hold for all disks
+//!   readonly = true              keys above the first table ─► keys of `-o`: they apply to all disks
 //!
 //!   [mount]
 //!   options = "allow_other"      ─► the options -o, -r, --threads, --pidfile, --log-file, --log-format
@@ -14,10 +14,13 @@
 //!   command = "nbdkit"           ─► command=nbdkit
 //!   arg = ["memory", "1G"]       ─► arg=memory arg=1G
 //! ```
-//! What a key or option means, which values it takes and which keys go together is not known here: the table of keys and
-//! the reader of the command line try each value once so that the error can tell its line, and the keys then go the way
-//! of all keys; what is wrong with those of a table as a whole is told with its place.
-//! Values that are no path are not repeated in an error from here: they may be secrets.
+//!
+//! This module knows neither the meaning of a key nor its valid values nor its conflicts. The table of keys and the
+//! parser of the command line check each value once, on its own, so that an error can name the line. After that the
+//! keys take the same way as those of a command line. An error about the keys of a table as a whole starts with the
+//! table's location.
+//!
+//! Errors from this module print no values except paths, because values may be secrets.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
@@ -31,130 +34,130 @@ use toml::de::{DeInteger, DeTable, DeValue};
 use super::UsageError;
 use super::args::MountArgs;
 use super::disk_args::Table;
-use super::keys::{self, Key, Kind, Scope};
+use super::keys::{self, Key, Scope, ValueKind};
 use super::settings::Settings;
-use super::values::{self, shown};
+use super::values::{self, display};
 
-/// The largest file that is read, bytes: thousands of disks. A disk image given by mistake is larger.
+/// Largest file that is read, in bytes. It holds thousands of disks; a disk image given by mistake is usually larger.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The tables of a file.
+/// Names of the tables in a file.
 const TABLES: [&str; 2] = ["disk", "mount"];
 
-/// The keys of `[mount]`: but for `options`, which is `-o`, they are called as the long options are.
-const MOUNT_KEYS: [(&str, Kind); 6] = [
-    ("options", Kind::Text),
-    ("read-only", Kind::Bool),
-    ("threads", Kind::Count),
-    ("pidfile", Kind::Path),
-    ("log-file", Kind::Path),
+/// Keys of `[mount]`. Except for `options`, which is `-o`, they have the names of the long options.
+const MOUNT_KEYS: [(&str, ValueKind); 6] = [
+    ("options", ValueKind::Text),
+    ("read-only", ValueKind::Bool),
+    ("threads", ValueKind::Count),
+    ("pidfile", ValueKind::Path),
+    ("log-file", ValueKind::Path),
     (
         "log-format",
-        Kind::OneOf {
+        ValueKind::OneOf {
             words: &["text", "json"],
             later: &[],
         },
     ),
 ];
 
-/// What a file describes.
+/// Parsed content of a file.
 #[derive(Debug)]
-pub(super) struct Described {
-    /// How to mount, with the keys that hold for all disks.
-    pub(super) manner: MountArgs,
-    /// The disks; at least one.
+pub(super) struct ConfigFile {
+    /// Options of the mount, including the keys that apply to all disks.
+    pub(super) mount_args: MountArgs,
+    /// Disks of the mount, at least one.
     pub(super) disks: Vec<Table>,
 }
 
-/// Reads the file of that name. Its relative paths count from the folder that this name is in, also where it is a link.
+/// Reads a config file. Relative paths in it are relative to the folder of `name`, even if `name` is a symbolic link.
 ///
-/// Errors name the file and, where there is one, the line: a file that cannot be read, is no regular one, too large or no
-/// TOML; keys and tables that are unknown, misplaced or not in this build; values that do not fit; a disk without a source
-/// or with two, and no disk at all.
-pub(super) fn read(name: &OsStr) -> Result<Described, UsageError> {
-    let failed = |reason: String| UsageError::new(format!("--config {}: {reason}", shown(name)));
+/// Fails if the file cannot be read, is not a regular file, is too large or is not TOML; if a key or table is unknown,
+/// misplaced or not in this build; if a value is invalid; if a disk has two sources; or if there is no disk. Errors
+/// name the file and, if there is one, the line.
+pub(super) fn read(name: &OsStr) -> Result<ConfigFile, UsageError> {
+    let failed = |reason: String| UsageError::new(format!("--config {}: {reason}", display(name)));
     let path = values::path(name).map_err(failed)?;
     let bytes = load(&path).map_err(failed)?;
     let dir = path.parent().unwrap_or(Path::new("/"));
     let text = std::str::from_utf8(&bytes).map_err(|e| {
         let line = line_of(&bytes, e.valid_up_to());
-        UsageError::new(format!("{}:{line}: this is not UTF-8", shown(name)))
+        UsageError::new(format!("{}:{line}: this is not UTF-8", display(name)))
     })?;
     Document { name, dir, text }.describe()
 }
 
-/// A file in the course of being read.
+/// Text of a file that is being parsed.
 struct Document<'a> {
-    /// As the user wrote it.
+    /// Name of the file as given, for messages.
     name: &'a OsStr,
-    /// Where its relative paths start; absolute.
+    /// Absolute folder that relative paths are resolved against.
     dir: &'a Path,
     text: &'a str,
 }
 
-/// A key of a table.
-struct Entry<'t> {
+/// One key of a TOML table with its value.
+struct TomlEntry<'t> {
     name: &'t str,
     value: &'t DeValue<'t>,
-    /// Where the key stands in the file, bytes.
+    /// Byte offset of the key in the file.
     at: usize,
 }
 
 impl Document<'_> {
-    fn describe(&self) -> Result<Described, UsageError> {
+    fn describe(&self) -> Result<ConfigFile, UsageError> {
         let table = DeTable::parse(self.text).map_err(|e| match e.span() {
             Some(span) => self.error(span.start, e.message()),
-            None => UsageError::new(format!("{}: {}", shown(self.name), e.message())),
+            None => UsageError::new(format!("{}: {}", display(self.name), e.message())),
         })?;
-        let mut described = Described {
-            manner: MountArgs::default(),
+        let mut config = ConfigFile {
+            mount_args: MountArgs::default(),
             disks: Vec::new(),
         };
         let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
-                "disk" => described.disks = self.disks(&entry)?,
-                "mount" => described.manner = self.mount(&entry)?,
+                "disk" => config.disks = self.disks(&entry)?,
+                "mount" => config.mount_args = self.mount(&entry)?,
                 _ => common.extend(self.common(&entry)?),
             }
         }
-        let options = &mut described.manner.options;
-        // Here, since options of the command line may hide one or both.
+        let options = &mut config.mount_args.options;
+        // Duplicates are found here, before options of the command line can override one or both of them.
         let twice = common
             .iter()
             .find(|(key, _)| !key.repeats && options.keys.iter().any(|(o, _)| o.name == key.name));
         if let Some((key, _)) = twice {
-            let (name, key) = (shown(self.name), key.name);
+            let (name, key) = (display(self.name), key.name);
             return Err(UsageError::new(format!(
-                "{name}: {key} stands above the tables and in the options of [mount]"
+                "{name}: {key} is given twice: above the tables and in the options of [mount]"
             )));
         }
         options.keys.extend(common);
-        if described.disks.is_empty() {
-            let name = shown(self.name);
+        if config.disks.is_empty() {
+            let name = display(self.name);
             return Err(UsageError::new(format!(
-                "{name}: no disk is described: add a [[disk]] table with file, dir or uri, or an NBD server's keys"
+                "{name}: no disk is given: add a [[disk]] table with file, dir or uri, or an NBD server's keys"
             )));
         }
-        Ok(described)
+        Ok(config)
     }
 
-    /// A key above the tables: as many pairs as it has values.
-    fn common(&self, entry: &Entry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+    /// Converts a key above the tables to one pair for each of its values.
+    fn common(&self, entry: &TomlEntry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
         let spellings = || TABLES.into_iter().chain(keys::spellings());
         if keys::find(entry.name).is_none() && mount_key(entry.name).is_some() {
-            return Err(self.error(entry.at, format_args!("{} belongs into the [mount] table", entry.name)));
+            return Err(self.error(entry.at, format_args!("{} belongs in the [mount] table", entry.name)));
         }
         let key = self.key(entry, spellings())?;
         if key.scope != Scope::Common {
-            let reason = format!("{} is for one disk: it belongs into a [[disk]] table", key.name);
+            let reason = format!("{} is for one disk: it belongs in a [[disk]] table", key.name);
             return Err(self.error(entry.at, reason));
         }
         self.pairs(key, entry)
     }
 
-    /// All `[[disk]]` tables.
-    fn disks(&self, entry: &Entry<'_>) -> Result<Vec<Table>, UsageError> {
+    /// Converts all `[[disk]]` tables.
+    fn disks(&self, entry: &TomlEntry<'_>) -> Result<Vec<Table>, UsageError> {
         let wrong = || self.error(entry.at, "disk: must be written as [[disk]] tables");
         let DeValue::Array(items) = entry.value else {
             return Err(wrong());
@@ -166,7 +169,7 @@ impl Document<'_> {
         items.iter().map(disk).collect()
     }
 
-    /// One disk.
+    /// Converts one `[[disk]]` table, which starts at byte `at` of the file.
     fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<Table, UsageError> {
         let mut source: Option<&Key> = None;
         let mut keys = Vec::new();
@@ -186,20 +189,24 @@ impl Document<'_> {
             }
         }
         Ok(Table {
-            place: self.error(at, "[[disk]]").to_string(),
+            location: self.error(at, "[[disk]]").to_string(),
             keys,
         })
     }
 
-    /// The key that an entry names, if this build has it.
-    fn key(&self, entry: &Entry<'_>, known: impl Iterator<Item = &'static str>) -> Result<&'static Key, UsageError> {
+    /// Returns the key of an entry. Fails if it is unknown or not in this build; `known` gives the names to suggest.
+    fn key(
+        &self,
+        entry: &TomlEntry<'_>,
+        known: impl Iterator<Item = &'static str>,
+    ) -> Result<&'static Key, UsageError> {
         let key = keys::find(entry.name).ok_or_else(|| self.unknown(entry, known))?;
         key.available().map_err(|e| self.error(entry.at, e))?;
         Ok(key)
     }
 
-    /// The values of a key, each tried.
-    fn pairs(&self, key: &'static Key, entry: &Entry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+    /// Converts the values of a key, after checking each one on its own.
+    fn pairs(&self, key: &'static Key, entry: &TomlEntry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
         let values: Vec<&DeValue<'_>> = match entry.value {
             DeValue::Array(items) if key.repeats => items.iter().map(|item| item.get_ref()).collect(),
             value => vec![value],
@@ -212,8 +219,8 @@ impl Document<'_> {
         values.into_iter().map(pair).collect()
     }
 
-    /// The `[mount]` table.
-    fn mount(&self, entry: &Entry<'_>) -> Result<MountArgs, UsageError> {
+    /// Converts the `[mount]` table.
+    fn mount(&self, entry: &TomlEntry<'_>) -> Result<MountArgs, UsageError> {
         let DeValue::Table(table) = entry.value else {
             return Err(self.error(entry.at, "mount: must be written as one [mount] table"));
         };
@@ -225,94 +232,100 @@ impl Document<'_> {
             let Some(option) = option(entry.name, kind, &self.value(&entry, kind, entry.value, false)?) else {
                 continue;
             };
-            // Alone first, for an error that tells the line.
+            // Each option is parsed on its own first: clap reports no position, and so the error can name the line.
             let alone = MountArgs::parse([option.clone()]).map_err(|e| self.error(entry.at, e))?;
             self.check_keys(&alone, entry.at)?;
             options.push(option);
         }
-        let mut manner = MountArgs::parse(options).map_err(|e| self.error(entry.at, e))?;
-        manner.options.mount().map_err(|e| self.error(entry.at, e))?;
-        for (key, value) in &mut manner.options.keys {
-            *value = self.located(key.kind, value);
+        let mut mount_args = MountArgs::parse(options).map_err(|e| self.error(entry.at, e))?;
+        mount_args.options.mount().map_err(|e| self.error(entry.at, e))?;
+        for (key, value) in &mut mount_args.options.keys {
+            *value = self.resolve_path(key.kind, value);
         }
-        Ok(manner)
+        Ok(mount_args)
     }
 
-    /// Checks the keys that stand in `options`.
-    fn check_keys(&self, manner: &MountArgs, at: usize) -> Result<(), UsageError> {
-        if let Some(key) = manner.options.source() {
-            return Err(self.error(
-                at,
-                format_args!("-o {}= names a disk: write a [[disk]] table", key.name),
-            ));
+    /// Checks the keys in the value of `options`.
+    fn check_keys(&self, mount_args: &MountArgs, at: usize) -> Result<(), UsageError> {
+        if let Some(key) = mount_args.options.source() {
+            return Err(self.error(at, format_args!("-o {}= names a disk: use a [[disk]] table", key.name)));
         }
-        manner
+        mount_args
             .options
             .keys
             .iter()
             .try_for_each(|(key, value)| self.try_value(at, key, value))
     }
 
-    /// Lets the table of keys look at a value.
+    /// Checks a value with the table of keys, without storing it.
     fn try_value(&self, at: usize, key: &Key, value: &OsStr) -> Result<(), UsageError> {
         key.apply(&mut Settings::default(), value)
             .map_err(|e| self.error(at, e))
     }
 
-    /// A value as a command line has it. Errors: another type than `kind` takes.
-    fn value(&self, entry: &Entry<'_>, kind: Kind, value: &DeValue<'_>, list: bool) -> Result<OsString, UsageError> {
+    /// Converts a TOML value to the text that a command line would have. Fails if its type does not fit `kind`.
+    fn value(
+        &self,
+        entry: &TomlEntry<'_>,
+        kind: ValueKind,
+        value: &DeValue<'_>,
+        list: bool,
+    ) -> Result<OsString, UsageError> {
         let text = as_text(kind, value).ok_or_else(|| {
-            let list = if list { ", or a list of such" } else { "" };
+            let list = if list { ", or a list of them" } else { "" };
             self.error(
                 entry.at,
                 format_args!("{}: must be {}{list}", entry.name, kind.in_toml()),
             )
         })?;
-        Ok(self.located(kind, &text))
+        Ok(self.resolve_path(kind, &text))
     }
 
-    /// A path made absolute against the file's folder; anything else, and nothing, as it is.
-    fn located(&self, kind: Kind, value: &OsStr) -> OsString {
+    /// Makes a path absolute, relative to the file's folder. Returns other values, and empty ones, unchanged.
+    fn resolve_path(&self, kind: ValueKind, value: &OsStr) -> OsString {
         match kind {
-            Kind::PathOr(word) if value == word => value.to_owned(),
-            Kind::Path | Kind::PathOr(_) if !value.is_empty() => self.dir.join(value).into_os_string(),
+            ValueKind::PathOr(word) if value == word => value.to_owned(),
+            ValueKind::Path | ValueKind::PathOr(_) if !value.is_empty() => self.dir.join(value).into_os_string(),
             _ => value.to_owned(),
         }
     }
 
-    fn unknown_in_mount(&self, entry: &Entry<'_>) -> UsageError {
+    /// Creates the error for an unknown key in `[mount]`, with the right place for a key of disks.
+    fn unknown_in_mount(&self, entry: &TomlEntry<'_>) -> UsageError {
         if keys::find(entry.name).is_some() {
-            let place = "it belongs above the first table, or into a [[disk]] table";
-            return self.error(entry.at, format_args!("{} is a key of disks: {place}", entry.name));
+            let hint = "it belongs above the first table, or in a [[disk]] table";
+            return self.error(entry.at, format_args!("{} is a key of disks: {hint}", entry.name));
         }
         self.unknown(entry, MOUNT_KEYS.into_iter().map(|(name, _)| name))
     }
 
-    fn unknown(&self, entry: &Entry<'_>, known: impl Iterator<Item = &'static str>) -> UsageError {
+    /// Creates the error for an unknown key or table, with a suggestion from `known`.
+    fn unknown(&self, entry: &TomlEntry<'_>, known: impl Iterator<Item = &'static str>) -> UsageError {
         let hint = match keys::nearest_of(entry.name, known) {
             Some(known) => format!("did you mean {known}?"),
             None => "vmdkfuse --help lists the keys".into(),
         };
         let what = if is_table(entry.value) { "table" } else { "key" };
-        // TOML allows any text for a key, line ends too.
+        // TOML allows any text as a key, including line breaks, and the error must be one line.
         self.error(
             entry.at,
             format_args!("unknown {what} {}; {hint}", entry.name.escape_debug()),
         )
     }
 
+    /// Creates an error that starts with the file and the line of byte `at`.
     fn error(&self, at: usize, what: impl Display) -> UsageError {
         UsageError::new(format!(
             "{}:{}: {what}",
-            shown(self.name),
+            display(self.name),
             line_of(self.text.as_bytes(), at)
         ))
     }
 }
 
-/// The content of a regular file of bounded size.
+/// Reads a regular file of at most [`MAX_BYTES`].
 fn load(path: &PathBuf) -> Result<Vec<u8>, String> {
-    // Without waiting, should it be a FIFO.
+    // O_NONBLOCK: opening a FIFO must not block. O_NOCTTY: opening a terminal must not make it the controlling one.
     let file = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -327,21 +340,21 @@ fn load(path: &PathBuf) -> Result<Vec<u8>, String> {
         .map_err(|e| e.to_string())?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(format!(
-            "larger than {} MiB, so it is hardly a config file",
+            "larger than {} MiB, so probably not a config file",
             MAX_BYTES >> 20
         ));
     }
     Ok(bytes)
 }
 
-/// The line, from 1, of a position.
+/// Returns the line number, from 1, of a byte offset.
 fn line_of(text: &[u8], at: usize) -> usize {
     1 + text.iter().take(at).filter(|byte| **byte == b'\n').count()
 }
 
-/// The entries of a table in the order of the file, so that the first error is the one that is told.
-fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<Entry<'t>> {
-    let entry = |(name, value): (&'t toml::Spanned<_>, &'t toml::Spanned<DeValue<'t>>)| Entry {
+/// Returns the entries of a table in the order of the file, so that the first error in the file is the one reported.
+fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<TomlEntry<'t>> {
+    let entry = |(name, value): (&'t toml::Spanned<_>, &'t toml::Spanned<DeValue<'t>>)| TomlEntry {
         name: AsRef::<str>::as_ref(name.get_ref()),
         value: value.get_ref(),
         at: name.span().start,
@@ -351,13 +364,15 @@ fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<Entry<'t>> {
     entries
 }
 
-fn mount_key(name: &str) -> Option<Kind> {
+/// Returns the form of the value of a `[mount]` key, or `None` if the key is unknown.
+fn mount_key(name: &str) -> Option<ValueKind> {
     MOUNT_KEYS
         .into_iter()
         .find(|(known, _)| *known == name)
         .map(|(_, kind)| kind)
 }
 
+/// Returns true for a table or an array of tables.
 fn is_table(value: &DeValue<'_>) -> bool {
     match value {
         DeValue::Table(_) => true,
@@ -366,27 +381,34 @@ fn is_table(value: &DeValue<'_>) -> bool {
     }
 }
 
-/// A value as text, if its type fits.
-fn as_text(kind: Kind, value: &DeValue<'_>) -> Option<OsString> {
+/// Returns a value as text, or `None` if its type does not fit `kind`.
+fn as_text(kind: ValueKind, value: &DeValue<'_>) -> Option<OsString> {
     match (kind, value) {
-        (Kind::Bool, DeValue::Boolean(yes)) => Some(yes.to_string().into()),
-        (Kind::Size | Kind::Seconds | Kind::Count | Kind::Named(_), DeValue::Integer(number)) => decimal(number),
+        (ValueKind::Bool, DeValue::Boolean(yes)) => Some(yes.to_string().into()),
+        (ValueKind::Size | ValueKind::Seconds | ValueKind::Count | ValueKind::Named(_), DeValue::Integer(number)) => {
+            decimal(number)
+        }
         (
-            Kind::Size | Kind::Path | Kind::PathOr(_) | Kind::Text | Kind::Named(_) | Kind::OneOf { .. },
+            ValueKind::Size
+            | ValueKind::Path
+            | ValueKind::PathOr(_)
+            | ValueKind::Text
+            | ValueKind::Named(_)
+            | ValueKind::OneOf { .. },
             DeValue::String(text),
         ) => Some(OsString::from(text.as_ref())),
         _ => None,
     }
 }
 
-/// TOML has hexadecimal numbers and the like; the keys do not.
+/// Converts an integer to decimal. TOML also has hexadecimal, octal and binary integers, which the keys do not accept.
 fn decimal(number: &DeInteger<'_>) -> Option<OsString> {
     i128::from_str_radix(number.as_str(), number.radix())
         .ok()
         .map(|number| number.to_string().into())
 }
 
-/// `KEY=VALUE`, whatever the value holds.
+/// Joins a name and a value that may not be UTF-8 to `NAME=VALUE`.
 fn word(name: &str, value: &OsStr) -> OsString {
     let mut word = OsString::from(name);
     word.push("=");
@@ -394,11 +416,11 @@ fn word(name: &str, value: &OsStr) -> OsString {
     word
 }
 
-/// The option that a key of `[mount]` stands for; none for a flag that is off.
-fn option(name: &str, kind: Kind, value: &OsStr) -> Option<OsString> {
+/// Returns the command-line option of a `[mount]` key, or `None` for a flag that is off.
+fn option(name: &str, kind: ValueKind, value: &OsStr) -> Option<OsString> {
     match (name, kind) {
         ("options", _) => Some(word("-o", value)),
-        (_, Kind::Bool) => (value == "true").then(|| format!("--{name}").into()),
+        (_, ValueKind::Bool) => (value == "true").then(|| format!("--{name}").into()),
         _ => Some(word(&format!("--{name}"), value)),
     }
 }

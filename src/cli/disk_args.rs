@@ -1,79 +1,79 @@
-//! The words after the mount point, `KEY=VALUE` and bare sources, or the tables of a file → disks.
+//! Disks of a command line or a config file: `KEY=VALUE` arguments and bare sources, or tables → disks.
 //!
 //! ```text
-//!   words ─ words.rs ─► (key, value) ─ keys table ─► Settings: common, then one a source
-//!                                                        │ wildcards and folders give their files
-//!                                                        ▼
-//!                                             Requested: one a disk, common keys below its own
+//!   arguments ─ argument.rs ─► (key, value) ─ keys.rs ─► Settings: the common ones, then one for each source
+//!                                                            │ wildcards and folders give their files
+//!                                                            ▼
+//!                                                 ResolvedDisk: one for each disk; its own keys win over common ones
 //! ```
-//! All keys are checked before the first look at the file system.
+//! All keys are checked before the file system is read.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 
+use super::args::Subcommand;
 use super::keys::{Key, Scope};
-use super::settings::{Place, Settings};
-use super::writing::{self, Subcommand};
+use super::settings::{DiskSource, Settings};
 use super::{
-    UsageError, argument,
-    values::{self, shown},
+    UsageError, argument, overlay_args,
+    values::{self, display},
 };
 use crate::config::DiskConfig;
 
-/// What names a disk, for messages.
+/// Keys that name a disk, for messages.
 const SOURCES: &str = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
 
-/// Where disks are asked for.
+/// Origin of the disks.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DiskArgs<'a> {
-    /// In `KEY=VALUE` words and bare sources.
+    /// `KEY=VALUE` arguments and bare sources of the command line.
     Words(&'a [OsString]),
-    /// In the tables of a file.
+    /// `[[disk]]` tables of a config file.
     Tables(&'a [Table]),
 }
 
-/// A table of a file that describes one source.
+/// A `[[disk]]` table of a config file. It describes one source.
 #[derive(Debug)]
 pub(super) struct Table {
-    /// The file, the line and what it is called, for messages.
-    pub(super) place: String,
-    /// Its keys, in their order.
+    /// File, line and kind of the table, which start its error messages.
+    pub(super) location: String,
+    /// Keys of the table, in the order of the file.
     pub(super) keys: Vec<(&'static Key, OsString)>,
 }
 
-/// What was said about one source.
+/// Keys of one source.
 #[derive(Debug, Default)]
-struct Group {
+struct SourceArgs {
     settings: Settings,
-    /// See [`Table`].
-    place: Option<String>,
+    /// Location of the source's table ([`Table::location`]); none on a command line.
+    location: Option<String>,
 }
 
-/// One disk, all its settings gathered; its name is still open.
+/// One disk with all its settings merged. Its file name is not chosen yet.
 #[derive(Debug)]
 pub(super) struct ResolvedDisk {
-    place: Place,
+    disk_source: DiskSource,
     settings: Settings,
-    /// The place of its table.
+    /// Location of its table ([`Table::location`]); none on a command line.
     table: Option<String>,
 }
 
 impl ResolvedDisk {
-    /// The name that the user asked for.
-    pub(super) fn wanted_name(&self) -> Option<&OsStr> {
+    /// Returns the value of `name=`, if it was given.
+    pub(super) fn requested_name(&self) -> Option<&OsStr> {
         self.settings.name.as_deref()
     }
 
     fn into_config(self, fixed: Option<&OsStr>, subcommand: Subcommand) -> Result<DiskConfig, UsageError> {
         self.settings
-            .config(self.place, fixed, subcommand)
+            .config(self.disk_source, fixed, subcommand)
             .map_err(|e| within(self.table.as_deref(), e))
     }
 }
 
-/// The finished disks; `fixed` is a name that the mount point gives the only one.
+/// Returns the configurations of the disks. `fixed` is the file name that the mount point gives to the only disk.
 ///
-/// Errors: keys that do not go together, or two disks that would be in each other's way.
+/// Fails if keys of a disk conflict, or if a file that one disk writes belongs to another disk too.
 pub(super) fn configs(
     resolved: Vec<ResolvedDisk>,
     fixed: Option<&OsStr>,
@@ -83,128 +83,139 @@ pub(super) fn configs(
         .into_iter()
         .map(|disk| disk.into_config(fixed, subcommand))
         .collect::<Result<Vec<_>, _>>()?;
-    writing::check_files(&disks)?;
+    overlay_args::check_files(&disks)?;
     Ok(disks)
 }
 
-/// The disks that are asked for, in their order. The keys of `options` (from `-o`) hold for all disks, wherever they
-/// stood; a source among them is a disk before those of the words.
+/// Returns the disks in the order of their sources. The keys of `options` (from `-o`) apply to all disks, wherever `-o`
+/// was on the command line. A source among them is a disk before those of `disk_args`.
 ///
-/// Errors: unknown and unfit keys, a source that gives no file, `name=` for several disks, no disk at all. Those of a
-/// table tell its place.
+/// Fails if a key is unknown or its value invalid, if a source gives no file, if `name=` applies to several disks, or
+/// if there is no disk at all. Errors of a table start with its location.
 pub(super) fn disks(
     options: &[(&'static Key, OsString)],
-    disk_args_given: DiskArgs<'_>,
+    disk_args: DiskArgs<'_>,
     subcommand: Subcommand,
 ) -> Result<Vec<ResolvedDisk>, UsageError> {
-    let (common, mut groups) = settings(options, disk_args_given)?;
-    // Keys that name a server start no disk by themselves: they may stand in any order.
-    if groups.is_empty() && common.nbd.is_named() {
-        groups.push(Group::default());
+    let (common, mut sources) = settings(options, disk_args)?;
+    // The keys that name a server may come in any order, so none of them starts a disk on its own. They make one disk,
+    // but only if no argument or table started another one.
+    if sources.is_empty() && common.nbd.names_server() {
+        sources.push(SourceArgs::default());
     }
     let mut disks = Vec::new();
-    for group in &groups {
-        let failed = |e| within(group.place.as_deref(), e);
-        let settings = group.settings.over(&common);
-        let places = settings.places(subcommand).map_err(failed)?;
-        match (&group.settings.name, places.len()) {
-            (Some(name), many @ 2..) => return Err(failed(name_of_many(name, many))),
-            (_, 0) => return Err(failed(UsageError::new(format!("no disk is named: {SOURCES}")))),
+    for source in &sources {
+        let failed = |e| within(source.location.as_deref(), e);
+        let settings = source.settings.over(&common);
+        let disk_sources = settings.disk_sources(subcommand).map_err(failed)?;
+        match (&source.settings.name, disk_sources.len()) {
+            (Some(name), count @ 2..) => return Err(failed(name_of_many(name, count))),
+            (_, 0) => return Err(failed(UsageError::new(format!("no disk is given: {SOURCES}")))),
             _ => {}
         }
-        let resolved = |place| ResolvedDisk {
-            place,
+        let resolved = |disk_source| ResolvedDisk {
+            disk_source,
             settings: settings.clone(),
-            table: group.place.clone(),
+            table: source.location.clone(),
         };
-        disks.extend(places.into_iter().map(resolved));
+        disks.extend(disk_sources.into_iter().map(resolved));
     }
     match (&common.name, disks.len()) {
         (_, 0) => Err(UsageError::new(
             "no disk is given: add file=PATH, or uri= of an NBD server",
         )),
-        (Some(name), many @ 2..) => Err(name_of_many(name, many)),
+        (Some(name), count @ 2..) => Err(name_of_many(name, count)),
         _ => Ok(disks),
     }
 }
 
-/// Checks that every disk can be a file of one folder. Errors: two of the same name, or a name that no file can have.
+/// Checks that all disks can be files of one folder. Fails if two have the same name, or if a name is not a file name.
 pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
     let mut seen: HashMap<&OsStr, &DiskConfig> = HashMap::new();
     for disk in disks {
         let path = disk.source.label();
-        values::file_name(&disk.name)
-            .map_err(|e| UsageError::new(format!("{path} cannot be called {}: {e}; use name=", shown(&disk.name))))?;
+        values::file_name(&disk.name).map_err(|e| {
+            UsageError::new(format!(
+                "{path} cannot have the file name {}: {e}; use name=",
+                display(&disk.name)
+            ))
+        })?;
         if let Some(other) = seen.insert(&disk.name, disk) {
             return Err(UsageError::new(format!(
-                "{} and {path} would both be called {}: use name= for one of them",
+                "{} and {path} would both have the file name {}: use name= for one of them",
                 other.source.label(),
-                shown(&disk.name),
+                display(&disk.name),
             )));
         }
     }
     Ok(())
 }
 
-/// What holds for all disks, and what for each source.
+/// Collects the keys that apply to all disks, and the keys of each source.
 fn settings(
     options: &[(&'static Key, OsString)],
-    disk_args_given: DiskArgs<'_>,
-) -> Result<(Settings, Vec<Group>), UsageError> {
+    disk_args: DiskArgs<'_>,
+) -> Result<(Settings, Vec<SourceArgs>), UsageError> {
     let mut common = Settings::default();
-    let mut groups: Vec<Group> = Vec::new();
+    let mut sources: Vec<SourceArgs> = Vec::new();
     for (key, value) in options {
         match key.scope {
-            Scope::Starts => start(&mut groups, key, value)?,
+            Scope::Starts => start(&mut sources, key, value)?,
             Scope::OneDisk | Scope::Common => common.add(key, value)?,
         }
     }
-    match disk_args_given {
+    match disk_args {
         DiskArgs::Words(words) => {
-            let from_options = groups.len();
+            // Keys before the first source are common. A source given with -o does not end them: keys of the command
+            // line must not depend on whether -o named a disk.
+            let from_options = sources.len();
             for word in words {
                 let (key, value) = argument::read(word)?;
-                match (key.scope, groups.len() > from_options) {
-                    (Scope::Starts, _) => start(&mut groups, key, value)?,
-                    (_, true) => groups.last_mut().map_or(Ok(()), |last| last.settings.add(key, value))?,
+                match (key.scope, sources.len() > from_options) {
+                    (Scope::Starts, _) => start(&mut sources, key, value)?,
+                    (_, true) => sources
+                        .last_mut()
+                        .map_or(Ok(()), |last| last.settings.add(key, value))?,
                     (_, false) => common.add(key, value)?,
                 }
             }
         }
         DiskArgs::Tables(tables) => {
-            for Table { place, keys } in tables {
-                let mut group = Group {
-                    place: Some(place.clone()),
-                    ..Group::default()
+            for Table { location, keys } in tables {
+                let mut source = SourceArgs {
+                    location: Some(location.clone()),
+                    ..SourceArgs::default()
                 };
-                let added = keys.iter().try_for_each(|(key, value)| group.settings.add(key, value));
-                added.map_err(|e| within(Some(place), e))?;
-                groups.push(group);
+                let added = keys.iter().try_for_each(|(key, value)| source.settings.add(key, value));
+                added.map_err(|e| within(Some(location), e))?;
+                sources.push(source);
             }
         }
     }
-    Ok((common, groups))
+    Ok((common, sources))
 }
 
-fn start(groups: &mut Vec<Group>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
-    let mut group = Group::default();
-    group.settings.add(key, value)?;
-    groups.push(group);
+/// Starts another source with the key that names it.
+fn start(sources: &mut Vec<SourceArgs>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
+    let mut source = SourceArgs::default();
+    source.settings.add(key, value)?;
+    sources.push(source);
     Ok(())
 }
 
-/// An error with the place of the table that it is in.
+/// Puts the location of a table in front of an error, if the disk comes from a table.
 fn within(table: Option<&str>, e: UsageError) -> UsageError {
     match table {
-        Some(place) => UsageError::new(format!("{place}: {e}")),
+        Some(location) => UsageError::new(format!("{location}: {e}")),
         None => e,
     }
 }
 
+/// Creates the error for `name=` that would apply to more than one disk.
 fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
     UsageError::new(format!(
-        "name={} would be the name of {disks} disks: it can be given to one only",
-        shown(name)
+        "name={} would apply to {disks} disks, but a file name is for one disk: give it after that disk",
+        display(name)
     ))
 }
 

@@ -1,7 +1,7 @@
-//! From what `file=` and `dir=` say to the files that are meant.
+//! Expansion of `file=` patterns and `dir=` folders to files, and default file names in the mount.
 //!
-//! Wildcards work on names that are not UTF-8 too (the `glob` crate's own walk passes over those in silence), so the
-//! walk is here, and only the matching of one path component is the crate's.
+//! Wildcards also match names that are not UTF-8. The directory walk of the `glob` crate silently skips those names, so
+//! the walk is implemented here; the crate only matches single path components.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -15,40 +15,42 @@ use glob::{MatchOptions, Pattern};
 use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 
-/// `*` must not reach the names that start with a dot, as in a shell.
+/// Matches as a shell does: `*` does not match names that start with a dot.
 const LIKE_A_SHELL: MatchOptions = MatchOptions {
     case_sensitive: true,
     require_literal_separator: true,
     require_literal_leading_dot: true,
 };
 
-/// First code point of a private-use block; stands with the value of a byte that is no part of UTF-8.
+/// Start of a block of private-use code points. A byte that is not part of valid UTF-8 maps to this plus its value.
 const NO_UTF8: u32 = 0xF700;
 
-/// As much of a file as tells whether it is a disk of its own: comments and blank lines may stand before a
-/// descriptor's first setting, and no writer puts more than a few lines there.
+/// Bytes of a file that are read to detect a descriptor. Comments and blank lines may precede the first setting of a
+/// descriptor, and known writers put only a few lines there.
 const PROBE_BYTES: u64 = 4096;
 
-/// Where a hosted sparse header holds the sector of its embedded descriptor.
+/// Byte range of the embedded descriptor's sector number in a hosted sparse header.
 const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;
 
-/// The files that `file=PATH` means: a path that exists is that file, else one with wildcards is every match, sorted.
-/// A path without wildcards is not looked for here: whoever opens it has the better error.
+/// Returns the files of `file=PATH`: an existing path is that file; otherwise a path with wildcards gives every match,
+/// sorted. A path without wildcards is returned unchecked, because opening it gives a better error.
 ///
-/// Errors: a pattern without a match, or a broken one.
+/// Fails if a pattern matches no file or is malformed.
 pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
     if !has_wildcard(path.as_os_str()) || exists(path) {
         return Ok(vec![path.to_owned()]);
     }
     let mut walk = Walk {
         found: Vec::new(),
-        trouble: None,
+        first_error: None,
     };
     let components: Vec<Component<'_>> = path.components().collect();
     walk.descend(PathBuf::new(), &components)
         .map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?;
     if walk.found.is_empty() {
-        let why = walk.trouble.map_or_else(String::new, |trouble| format!(" ({trouble})"));
+        let why = walk
+            .first_error
+            .map_or_else(String::new, |first_error| format!(" ({first_error})"));
         return Err(UsageError::new(format!(
             "file={}: no file matches{why}",
             path.display()
@@ -58,23 +60,23 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
     Ok(walk.found)
 }
 
-/// The disks in a folder, by name: each `*.vmdk` that is a text descriptor or holds one. Bare extents are not disks.
+/// Returns the disks in a folder, sorted: every `*.vmdk` that is a descriptor or embeds one. Bare extents are skipped.
 ///
-/// Errors: a folder or file that cannot be read, and a folder without disks.
+/// Fails if the folder or a file in it cannot be read, or if the folder holds no disk.
 pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
     let failed =
         |path: &Path, e: &io::Error| UsageError::new(format!("dir={}: {}: {e}", dir.display(), path.display()));
     let mut disks = Vec::new();
     for entry in fs::read_dir(dir).map_err(|e| UsageError::new(format!("dir={}: {e}", dir.display())))? {
         let path = entry.map_err(|e| failed(dir, &e))?.path();
-        let named_so = path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk"));
-        if named_so && is_disk(&path).map_err(|e| failed(&path, &e))? {
+        let is_vmdk = path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk"));
+        if is_vmdk && is_disk(&path).map_err(|e| failed(&path, &e))? {
             disks.push(path);
         }
     }
     if disks.is_empty() {
         return Err(UsageError::new(format!(
-            "dir={}: there is no VMDK that is a disk of its own",
+            "dir={}: no VMDK with a descriptor found: give files without one by file=",
             dir.display()
         )));
     }
@@ -82,7 +84,7 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
     Ok(disks)
 }
 
-/// The file name of a disk in the mount: the source's with `.raw` for its extension.
+/// Returns the default file name of a local disk in the mount: the source's name with the extension `.raw`.
 pub(super) fn default_name(path: &Path) -> OsString {
     let Some(name) = path.file_name() else {
         return "disk.raw".into();
@@ -94,7 +96,7 @@ pub(super) fn default_name(path: &Path) -> OsString {
     name.with_extension("raw").into()
 }
 
-/// The file name of an NBD disk in the mount: the export's, with what a file name can't hold escaped.
+/// Returns the default file name of an NBD disk in the mount: the export's name, with invalid characters escaped.
 pub(super) fn export_name(nbd: &NbdConfig) -> OsString {
     let name = match (&nbd.export, &nbd.address) {
         (Some(name), _) => name.clone(),
@@ -104,7 +106,8 @@ pub(super) fn export_name(nbd: &NbdConfig) -> OsString {
     crate::source::export_file_name(&name)
 }
 
-/// The export that a URI names: its path without the slash. Over a Unix socket it is the same.
+/// Returns the percent-decoded export name of an NBD URI: its path without the first slash. In URIs of Unix sockets the
+/// path is the export name too; the socket is a parameter.
 fn uri_export(uri: &str) -> OsString {
     let rest = uri.split_once("://").map_or("", |(_, rest)| rest);
     let rest = rest.split(['?', '#']).next().unwrap_or_default();
@@ -130,15 +133,15 @@ fn uri_export(uri: &str) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// A search through the components of a pattern.
+/// Search through the file system for the components of a pattern.
 struct Walk {
     found: Vec<PathBuf>,
-    /// The first folder that could not be read; worth telling where nothing was found.
-    trouble: Option<String>,
+    /// Error of the first folder that could not be read. Reported only if no file was found.
+    first_error: Option<String>,
 }
 
 impl Walk {
-    /// Gathers what matches `rest` below `base`. Folders are no disks, so they match only on the way.
+    /// Collects the files below `base` that match `rest`. A folder matches only as a component before the last.
     fn descend(&mut self, base: PathBuf, rest: &[Component<'_>]) -> Result<(), glob::PatternError> {
         let Some((component, rest)) = rest.split_first() else {
             if exists(&base) && !base.is_dir() {
@@ -146,26 +149,28 @@ impl Walk {
             }
             return Ok(());
         };
-        // What exists is meant as it is written here too: the current directory may be called `[vms]`.
+        // An existing name is taken literally: a parent folder can have a name such as `[vms]`.
         let literal = base.join(component);
         if !has_wildcard(component.as_os_str()) || exists(&literal) {
             return self.descend(literal, rest);
         }
-        let pattern = Pattern::new(&as_text(component.as_os_str()))?;
+        let pattern = Pattern::new(&to_lossless_text(component.as_os_str()))?;
         for name in self.names_in(&base) {
-            if pattern.matches_with(&as_text(&name), LIKE_A_SHELL) {
+            if pattern.matches_with(&to_lossless_text(&name), LIKE_A_SHELL) {
                 self.descend(base.join(&name), rest)?;
             }
         }
         Ok(())
     }
 
+    /// Returns the names in `dir`. A folder that cannot be read gives none.
     fn names_in(&mut self, dir: &Path) -> Vec<OsString> {
         let names = fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
         names.unwrap_or_else(|e: io::Error| {
-            // A pattern such as `*/x` runs into plain files all the time.
+            // A pattern such as `*/x` also tries to list plain files, which is not an error worth reporting.
             if e.kind() != ErrorKind::NotADirectory {
-                self.trouble.get_or_insert_with(|| format!("{}: {e}", dir.display()));
+                self.first_error
+                    .get_or_insert_with(|| format!("{}: {e}", dir.display()));
             }
             Vec::new()
         })
@@ -176,16 +181,17 @@ fn has_wildcard(text: &OsStr) -> bool {
     text.as_bytes().iter().any(|b| matches!(b, b'*' | b'?' | b'['))
 }
 
-/// Whether there is something of that name, a broken link included. What cannot be asked counts as there, so that
-/// opening it tells the reason.
+/// Returns true if the path exists, even as a broken link. An error other than "missing" counts as existing, so that
+/// opening the file reports the reason.
 fn exists(path: &Path) -> bool {
     let absent = [libc::ENOENT, libc::ENOTDIR, libc::ENAMETOOLONG].map(Some);
     path.symlink_metadata()
         .map_or_else(|e| !absent.contains(&e.raw_os_error()), |_| true)
 }
 
-/// A name as text that keeps different bytes different: pattern and name go through the same mapping.
-fn as_text(name: &OsStr) -> String {
+/// Maps a name to text without losing bytes, so that different names stay different. Patterns and names use the same
+/// mapping.
+fn to_lossless_text(name: &OsStr) -> String {
     let mut text = String::new();
     for chunk in name.as_bytes().utf8_chunks() {
         text.push_str(chunk.valid());
@@ -199,28 +205,30 @@ fn as_text(name: &OsStr) -> String {
     text
 }
 
-/// Whether a file can be opened as a disk by itself. Anything but a plain file cannot.
+/// Returns true if a file is or embeds a descriptor. Returns false for everything except regular files.
 fn is_disk(path: &Path) -> io::Result<bool> {
     match fs::metadata(path) {
         Ok(meta) if meta.is_file() => {}
-        // Also a link that leads nowhere.
+        // A folder, device, FIFO or socket.
         Ok(_) => return Ok(false),
+        // A broken link, or a file that another process removed after the folder was listed.
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(e),
     }
     let mut head = Vec::new();
-    // Without waiting, should it have become a FIFO just now.
+    // O_NONBLOCK: if another process replaced the file by a FIFO after the check, open() must not block.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     file.take(PROBE_BYTES).read_to_end(&mut head)?;
     Ok(holds_descriptor(&head) || is_descriptor(&head))
 }
 
-/// A hosted sparse file with a descriptor inside.
+/// Returns true for the start of a hosted sparse file with an embedded descriptor.
 fn holds_descriptor(head: &[u8]) -> bool {
     head.starts_with(b"KDMV") && head.get(DESCRIPTOR_OFFSET).is_some_and(|sector| sector != [0; 8])
 }
 
-/// A text descriptor: it says so in a comment at its top, or its first setting is `version`.
+/// Returns true for the start of a text descriptor: its first line is the known comment, or its first setting is
+/// `version`.
 fn is_descriptor(head: &[u8]) -> bool {
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head); // a byte-order mark
     let lines = head.split(|b| *b == b'\n').map(<[u8]>::trim_ascii);
@@ -273,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn wildcards_in_folders_and_folders_that_match() {
+    fn wildcards_match_folders_but_only_files_are_found() {
         let dir = folder(&[b"plain"]);
         for vm in ["vm1", "vm2", "vm3.vmdk"] {
             fs::create_dir(dir.path().join(vm)).unwrap();
@@ -282,11 +290,11 @@ mod tests {
         fs::write(dir.path().join("vm2/x.vmdk"), "").unwrap();
         assert_eq!(expanded(&dir, b"*/x.vmdk"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
         assert_eq!(expanded(&dir, b"vm?/*"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
-        assert!(expand(&dir.path().join("*.vmdk")).is_err(), "a folder is no disk");
+        assert!(expand(&dir.path().join("*.vmdk")).is_err(), "a folder is not a disk");
     }
 
     #[test]
-    fn a_path_that_exists_is_no_pattern() {
+    fn an_existing_path_is_not_a_pattern() {
         let dir = folder(&[b"a[1].vmdk", b"a1.vmdk", b"*"]);
         assert_eq!(expanded(&dir, b"a[1].vmdk"), [b"a[1].vmdk"]);
         assert_eq!(expanded(&dir, b"*"), [b"*"]);
@@ -294,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_exists_is_no_pattern_either() {
+    fn an_existing_folder_is_not_a_pattern() {
         let dir = folder(&[]);
         for name in ["[vms]", "v"] {
             fs::create_dir(dir.path().join(name)).unwrap();
@@ -305,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_without_wildcards_is_left_to_whoever_opens_it() {
+    fn a_path_without_wildcards_is_returned_unchecked() {
         let dir = folder(&[]);
         assert_eq!(expanded(&dir, b"missing.vmdk"), [b"missing.vmdk"]);
     }
@@ -368,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_disks_or_none_at_all_is_an_error() {
+    fn a_folder_that_is_missing_or_has_no_disks_is_an_error() {
         let dir = folder(&[b"x-flat.vmdk"]);
         let error = disks_of(dir.path()).unwrap_err().to_string();
         assert!(error.contains("no VMDK"), "{error}");

@@ -1,43 +1,43 @@
-//! The one table of keys. Parsing, `--help` and "did you mean" all come from it.
+//! Table of all keys. Parsing, `--help` and "did you mean" are derived from it.
 //!
-//! A key that works carries the function that stores its value; one that does not yet has none, and answers in
-//! [`Key::available`], the one place for it. When its back end lands, its row gets a function and nothing else changes here.
+//! A key that works in this build has a function that stores its value. A key that does not work yet has none, and
+//! [`Key::available`] reports that. To add its back end, give its row a function; nothing else changes here.
 
 use std::ffi::OsStr;
 
 use super::settings::{Backend, Settings, SourceSpec};
-use super::{UsageError, nbd, values, writing};
+use super::{UsageError, create_args, nbd, overlay_args, values};
 use crate::config::{Format, KernelView};
 
 mod help;
 
 pub(super) use help::{HELP_WIDTH, help, help_later, wrapped};
 
-/// One key.
+/// One row of the table: a key and everything the parser and the help need to know about it.
 #[derive(Debug)]
 pub(super) struct Key {
-    /// As it is written before the `=`.
+    /// Text before the `=`.
     pub(super) name: &'static str,
-    /// Other spellings.
+    /// Other accepted spellings.
     pub(super) aliases: &'static [&'static str],
-    /// Its heading in the help.
+    /// Section of the help that lists the key.
     pub(super) group: Group,
-    /// What its value looks like.
-    pub(super) kind: Kind,
-    /// One line for the help.
+    /// Form of the value.
+    pub(super) kind: ValueKind,
+    /// Explanation in the help.
     pub(super) help: &'static str,
-    /// May be given more than once for a disk; the values gather.
+    /// True if the key may be given more than once for a disk. All its values apply.
     pub(super) repeats: bool,
-    /// Which disks it holds for.
+    /// Disks that the key applies to.
     pub(super) scope: Scope,
-    /// Whether it works in this build, and how.
+    /// Function that stores the value, if the key works in this build.
     pub(super) availability: Availability,
 }
 
-/// The headings of the help, in its order.
+/// Sections of the help, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Group {
-    /// For whatever source.
+    /// Keys for every kind of source.
     Every,
     /// Images on this machine.
     Local,
@@ -45,62 +45,62 @@ pub(super) enum Group {
     VMware,
     /// VMware's library.
     Vddk,
-    /// Making new disks.
+    /// Creation of disks.
     Create,
-    /// Further files about a disk.
+    /// Additional files in the mount for each disk.
     Views,
     /// NBD servers.
     Nbd,
 }
 
-/// What a value looks like.
+/// Form of a value.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
-    /// True or false.
+pub(super) enum ValueKind {
+    /// A boolean ([`values::boolean`]).
     Bool,
-    /// Bytes.
+    /// A size in bytes ([`values::size`]).
     Size,
-    /// Seconds.
+    /// A time in whole seconds.
     Seconds,
-    /// A number.
+    /// A whole number.
     Count,
-    /// A file or folder.
+    /// The path of a file or folder.
     Path,
-    /// A file, or this word in its place.
+    /// A path, or this word instead of one.
     PathOr(&'static str),
-    /// A number, or a name for it; called so in the help.
+    /// A number, or a name for one. Holds the placeholder for the help.
     Named(&'static str),
-    /// Anything else.
+    /// Any text that the key checks itself.
     Text,
-    /// One of some words.
+    /// One of a fixed set of words.
     OneOf {
-        /// Those that work where the key does.
+        /// Words that work in this build.
         words: &'static [&'static str],
-        /// Those that are not in this build yet.
+        /// Words that are not in this build yet.
         later: &'static [&'static str],
     },
 }
 
-/// Which disks a key holds for.
+/// Disks that a key applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
-    /// It names a source, and so starts another disk.
+    /// The key names a source, and so starts another disk.
     Starts,
-    /// Only for one disk: before the first disk it is accepted if there is no second one.
+    /// The key applies to one disk. Before the first source it is accepted if there is only one disk.
     OneDisk,
-    /// Before the first disk it is a common key and holds for all.
+    /// The key applies to all disks before the first source, and to one disk after its source.
     Common,
 }
 
-/// Stores a value, or says what is wrong with it.
+/// Function that stores a value. Its error is the reason why the value is invalid.
 pub(super) type Apply = fn(&mut Settings, &OsStr) -> Result<(), String>;
 
-/// Whether a key works in this build.
+/// Availability of a key in this build.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Availability {
-    /// It works.
-    Local(Apply),
-    /// Its back end or feature is not in this build.
+    /// The key works. The function stores its value.
+    Ready(Apply),
+    /// The back end or feature of the key is not in this build.
     NotYet,
 }
 
@@ -128,8 +128,8 @@ impl Group {
     }
 }
 
-impl Kind {
-    /// What stands for the value in the help and in messages.
+impl ValueKind {
+    /// Returns the placeholder for the value in the help and in messages.
     fn placeholder(self) -> String {
         match self {
             Self::Bool => "BOOL".into(),
@@ -144,7 +144,7 @@ impl Kind {
         }
     }
 
-    /// What a config file must hold, for the message where it holds something else.
+    /// Returns a description of the TOML value that a config file must have, for error messages.
     pub(super) fn in_toml(self) -> String {
         match self {
             Self::Bool => "true or false".into(),
@@ -164,16 +164,16 @@ impl Kind {
 }
 
 impl Key {
-    /// A key that works now.
-    const fn local(name: &'static str, group: Group, kind: Kind, help: &'static str, apply: Apply) -> Self {
+    /// Creates a row for a key that works in this build.
+    const fn ready(name: &'static str, group: Group, kind: ValueKind, help: &'static str, apply: Apply) -> Self {
         Self {
-            availability: Availability::Local(apply),
+            availability: Availability::Ready(apply),
             ..Self::later(name, group, kind, help)
         }
     }
 
-    /// A key whose time is still to come.
-    const fn later(name: &'static str, group: Group, kind: Kind, help: &'static str) -> Self {
+    /// Creates a row for a key that is not in this build yet.
+    const fn later(name: &'static str, group: Group, kind: ValueKind, help: &'static str) -> Self {
         let availability = Availability::NotYet;
         Self {
             name,
@@ -204,10 +204,10 @@ impl Key {
 
     /// Stores `value` in `settings`.
     ///
-    /// Errors: a value that does not fit, or a key or word that is not in this build yet.
+    /// Fails if the value is invalid, or if the key or the word is not in this build yet.
     pub(super) fn apply(&self, settings: &mut Settings, value: &OsStr) -> Result<(), UsageError> {
         let apply = self.available()?;
-        if let Kind::OneOf { words, later } = self.kind {
+        if let ValueKind::OneOf { words, later } = self.kind {
             match value.to_str() {
                 Some(word) if words.contains(&word) => {}
                 Some(word) if later.contains(&word) => {
@@ -219,96 +219,96 @@ impl Key {
         apply(settings, value).map_err(|reason| self.wrong(value, &reason))
     }
 
-    /// What stores a value. Errors: a key that is not in this build yet.
+    /// Returns the function that stores a value. Fails if the key is not in this build yet.
     pub(super) fn available(&self) -> Result<Apply, UsageError> {
         match self.availability {
-            Availability::Local(apply) => Ok(apply),
+            Availability::Ready(apply) => Ok(apply),
             Availability::NotYet => Err(UsageError::not_yet(format_args!("{}=", self.name))),
         }
     }
 
-    /// Only for keys that work: their values are no secrets.
+    /// Creates the error for an invalid value. It prints the value, so it is for keys whose values are not secret.
     fn wrong(&self, value: &OsStr, reason: &str) -> UsageError {
-        UsageError::new(format!("{}={}: {reason}", self.name, values::shown(value)))
+        UsageError::new(format!("{}={}: {reason}", self.name, values::display(value)))
     }
 
-    fn is_local(&self) -> bool {
-        matches!(self.availability, Availability::Local(_))
+    fn is_ready(&self) -> bool {
+        matches!(self.availability, Availability::Ready(_))
     }
 }
 
-/// The key of that name or alias.
+/// Returns the key with this name or alias.
 pub(super) fn find(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.name == name || key.aliases.contains(&name))
 }
 
-/// The known spelling that is nearest to `name`, if one is near.
+/// Returns the name or alias that is most similar to `name`, if one is similar enough.
 pub(super) fn nearest(name: &str) -> Option<&'static str> {
     nearest_of(name, spellings())
 }
 
-/// All names of keys, and their aliases.
+/// Returns the names and aliases of all keys.
 pub(super) fn spellings() -> impl Iterator<Item = &'static str> {
     KEYS.iter()
         .flat_map(|key| std::iter::once(&key.name).chain(key.aliases))
         .copied()
 }
 
-/// The word that is nearest to `name`, if one is near: one slip, or one in three letters.
+/// Returns the word with the smallest edit distance to `name`: at most one edit, or one in three letters.
 pub(super) fn nearest_of(name: &str, words: impl Iterator<Item = &'static str>) -> Option<&'static str> {
-    let near = words.map(|known| (strsim::damerau_levenshtein(name, known), known));
-    // Of equally near ones the first: `min_by_key` keeps it.
-    let (distance, known) = near.min_by_key(|(distance, _)| *distance)?;
+    let distances = words.map(|known| (strsim::damerau_levenshtein(name, known), known));
+    // Among equal distances `min_by_key` returns the first.
+    let (distance, known) = distances.min_by_key(|(distance, _)| *distance)?;
     let shorter = name.chars().count().min(known.len());
-    // A name of two letters is near to every other one, so it must share half.
+    // With one edit, a name of two letters is close to many others, so the distance must also be below the length.
     (distance <= (shorter / 3).max(1) && distance < shorter).then_some(known)
 }
 
-/// A kind of words that all work where their key does.
-const fn one_of(words: &'static [&'static str]) -> Kind {
-    Kind::OneOf { words, later: &[] }
+/// Returns a [`ValueKind::OneOf`] whose words all work in this build.
+const fn one_of(words: &'static [&'static str]) -> ValueKind {
+    ValueKind::OneOf { words, later: &[] }
 }
 
-/// Every key of every back end. An order within a group is the order of the help.
+/// All keys of all back ends. Within a group, the help lists them in this order.
 #[rustfmt::skip] // a table
 pub(super) static KEYS: &[Key] = &[
-    Key::local("name", Group::Every, Kind::Text, "file name in the mount (default: the source's, with .raw)",
+    Key::ready("name", Group::Every, ValueKind::Text, "file name in the mount (default: the name of the source with .raw)",
         |s, v| { values::file_name(v)?; s.name = Some(v.to_owned()); Ok(()) }).scope(Scope::OneDisk),
-    Key::local("readonly", Group::Every, Kind::Bool, "this disk read-only",
+    Key::ready("readonly", Group::Every, ValueKind::Bool, "open this disk read-only",
         |s, v| { s.read_only = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("cache", Group::Every, one_of(&["none", "writethrough", "writeback"]), "what the kernel's page cache does",
+    Key::ready("cache", Group::Every, one_of(&["none", "writethrough", "writeback"]), "mode of the kernel's page cache",
         |s, v| { s.cache = values::page_cache(v); Ok(()) }),
-    Key::local("cache-size", Group::Every, Kind::Size, "RAM for blocks of this disk",
+    Key::ready("cache-size", Group::Every, ValueKind::Size, "RAM for cached blocks of this disk",
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
-    Key::local("readahead", Group::Every, Kind::Size, "upper bound of read-ahead",
+    Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
-    Key::local("backend", Group::Every, Kind::OneOf { words: &["native", "nbd"], later: &["vddk", "https"] },
-        "force the way to the disk",
+    Key::ready("backend", Group::Every, ValueKind::OneOf { words: &["native", "nbd"], later: &["vddk", "https"] },
+        "back end to use (default: by the source)",
         |s, v| { s.backend = Some(if v == "nbd" { Backend::Nbd } else { Backend::Native }); Ok(()) }),
-    Key::local("cow", Group::Every, Kind::PathOr(writing::TEMPORARY), "writes go to this overlay, a VMDK that is made where there is none (tmp: \
-        thrown away at the end); the disk itself is only read",
-        |s, v| { s.overlay = Some(writing::overlay(v)?); Ok(()) }),
-    Key::later("cache-dir", Group::Every, Kind::Path, "keep fetched blocks there across mounts"),
-    Key::local("timeout", Group::Every, Kind::Seconds, "deadline after which a request of an NBD server fails (default: 30)",
+    Key::ready("cow", Group::Every, ValueKind::PathOr(overlay_args::TEMPORARY), "write to this overlay, a VMDK that is created if missing (tmp: a temporary \
+        one, discarded at unmount); the disk itself is only read",
+        |s, v| { s.overlay = Some(overlay_args::overlay(v)?); Ok(()) }),
+    Key::later("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks across mounts"),
+    Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to an NBD server fails (default: 30)",
         |s, v| { s.nbd.timeout = Some(nbd::timeout(v)?); Ok(()) }),
-    Key::local("retry", Group::Every, Kind::Count, "how often to try again to connect to an NBD server",
+    Key::ready("retry", Group::Every, ValueKind::Count, "how often to retry to connect to an NBD server",
         |s, v| { s.nbd.retry = Some(nbd::retry(v)?); Ok(()) }),
 
-    Key::local("file", Group::Local, Kind::Path, "a disk (wildcards * ? [ make several); starts another disk",
+    Key::ready("file", Group::Local, ValueKind::Path, "file of a disk (wildcards * ? [ match several); starts another disk",
         |s, v| { s.source = Some(SourceSpec::File(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
-    Key::local("dir", Group::Local, Kind::Path, "all disks of a folder: its *.vmdk that are no bare extents",
+    Key::ready("dir", Group::Local, ValueKind::Path, "all disks of a folder: its *.vmdk files except bare extents; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Dir(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
-    Key::local("format", Group::Local, one_of(&["vmdk", "raw"]), "how to read it (default: by its content)",
+    Key::ready("format", Group::Local, one_of(&["vmdk", "raw"]), "format of the file (default: by its name)",
         |s, v| { s.format = Some(if v == "raw" { Format::Raw } else { Format::Vmdk }); Ok(()) }),
-    Key::local("allow-dir", Group::Local, Kind::Path, "names in an image may point in there too",
+    Key::ready("allow-dir", Group::Local, ValueKind::Path, "another folder that file names inside an image may point into",
         |s, v| { s.allow_dirs.push(values::path(v)?); Ok(()) }).repeats(),
-    Key::local("degraded", Group::Local, one_of(&["cid"]), "accept a parent whose CID differs",
+    Key::ready("degraded", Group::Local, one_of(&["cid"]), "accept a parent whose CID differs",
         |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }),
-    Key::local("force", Group::Local, Kind::Bool, "write to a disk although a snapshot is based on it",
+    Key::ready("force", Group::Local, ValueKind::Bool, "write to a disk even if a snapshot is based on it",
         |s, v| { s.force = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("lock", Group::Local, one_of(&["on", "off"]), "keep writers out of the image's files (default: on)",
+    Key::ready("lock", Group::Local, one_of(&["on", "off"]), "lock the image's files against other writers (default: on)",
         |s, v| { s.lock = Some(v == "on"); Ok(()) }),
-    Key::local("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the files itself",
+    Key::ready("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the image's files without the daemon",
         |s, v| {
             s.view = Some(match v.to_str() {
                 Some("off") => KernelView::Off,
@@ -317,83 +317,83 @@ pub(super) static KEYS: &[Key] = &[
             });
             Ok(())
         }),
-    Key::local("view-size", Group::Local, Kind::Size, "memory for what tells it where the data lie (default: 256M)",
+    Key::ready("view-size", Group::Local, ValueKind::Size, "size limit of the kernel view's index (default: 256M)",
         |s, v| { s.view_size = Some(values::size(v)?); Ok(()) }),
-    Key::local("view-dir", Group::Local, Kind::Path, "folder for it, on a disk's file system (default: in memory)",
+    Key::ready("view-dir", Group::Local, ValueKind::Path, "folder for the index, on a disk's file system (default: in memory)",
         |s, v| { s.view_dir = Some(values::path(v)?); Ok(()) }),
 
-    Key::later("server", Group::VMware, Kind::Text, "ESXi or vCenter host"),
-    Key::local("port", Group::Nbd, Kind::Named("PORT"), "its port: a number, or a service (default: 10809)",
+    Key::later("server", Group::VMware, ValueKind::Text, "ESXi or vCenter host"),
+    Key::ready("port", Group::Nbd, ValueKind::Named("PORT"), "port of the server: a number or a service name (default: 10809)",
         |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }),
-    Key::later("user", Group::VMware, Kind::Text, "who logs in"),
-    Key::later("password", Group::VMware, Kind::Text, "`-` asks, `+FILE` and `-FD` read it"),
-    Key::later("cookie", Group::VMware, Kind::Text, "session cookie"),
-    Key::later("thumbprint", Group::VMware, Kind::Text, "fingerprint of the server's certificate"),
-    Key::later("datacenter", Group::VMware, Kind::Text, "datacenter of the datastore"),
-    Key::later("cainfo", Group::VMware, Kind::Path, "certificates to trust"),
-    Key::later("insecure", Group::VMware, Kind::Bool, "do not verify the server"),
-    Key::later("cookie-script", Group::VMware, Kind::Path, "program that prints a cookie"),
-    Key::later("cookie-script-renew", Group::VMware, Kind::Seconds, "how often to run it"),
-    Key::later("url", Group::VMware, Kind::Text, "a disk by HTTPS; starts another disk").scope(Scope::Starts),
+    Key::later("user", Group::VMware, ValueKind::Text, "user name for the login"),
+    Key::later("password", Group::VMware, ValueKind::Text, "password; `-` prompts, `+FILE` and `-FD` read it"),
+    Key::later("cookie", Group::VMware, ValueKind::Text, "session cookie"),
+    Key::later("thumbprint", Group::VMware, ValueKind::Text, "thumbprint of the server's certificate"),
+    Key::later("datacenter", Group::VMware, ValueKind::Text, "datacenter of the datastore"),
+    Key::later("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates"),
+    Key::later("insecure", Group::VMware, ValueKind::Bool, "do not verify the server"),
+    Key::later("cookie-script", Group::VMware, ValueKind::Path, "program that prints a cookie"),
+    Key::later("cookie-script-renew", Group::VMware, ValueKind::Seconds, "interval at which to run it again"),
+    Key::later("url", Group::VMware, ValueKind::Text, "HTTPS address of a disk; starts another disk").scope(Scope::Starts),
 
-    Key::later("libdir", Group::Vddk, Kind::Path, "folder of VMware's library"),
-    Key::later("config", Group::Vddk, Kind::Path, "the library's own configuration"),
-    Key::later("vm", Group::Vddk, Kind::Text, "the virtual machine (moref=ID)"),
-    Key::later("snapshot", Group::Vddk, Kind::Text, "its snapshot"),
-    Key::later("transports", Group::Vddk, Kind::Text, "ways to the disk, in order"),
-    Key::later("nfchostport", Group::Vddk, Kind::Count, "port of the NFC service"),
-    Key::later("single-link", Group::Vddk, Kind::Bool, "only this link of the chain"),
-    Key::later("unbuffered", Group::Vddk, Kind::Bool, "no caching by the library"),
-    Key::later("compression", Group::Vddk, one_of(&["none", "zlib", "fastlz", "skipz"]), "of the transport"),
-    Key::later("vimapiver", Group::Vddk, Kind::Text, "ignored"),
+    Key::later("libdir", Group::Vddk, ValueKind::Path, "folder of VMware's library"),
+    Key::later("config", Group::Vddk, ValueKind::Path, "the library's own configuration"),
+    Key::later("vm", Group::Vddk, ValueKind::Text, "the virtual machine (moref=ID)"),
+    Key::later("snapshot", Group::Vddk, ValueKind::Text, "snapshot of the virtual machine"),
+    Key::later("transports", Group::Vddk, ValueKind::Text, "transport modes, in the order to try them"),
+    Key::later("nfchostport", Group::Vddk, ValueKind::Count, "port of the NFC service"),
+    Key::later("single-link", Group::Vddk, ValueKind::Bool, "open only this link of the chain"),
+    Key::later("unbuffered", Group::Vddk, ValueKind::Bool, "no caching by the library"),
+    Key::later("compression", Group::Vddk, one_of(&["none", "zlib", "fastlz", "skipz"]), "compression of the transport"),
+    Key::later("vimapiver", Group::Vddk, ValueKind::Text, "ignored"),
 
-    Key::local("create", Group::Create, Kind::Bool, "make file= first: a VMDK with nothing in it",
-        |s, v| { s.creation.disk_args_given = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("create-size", Group::Create, Kind::Size, "its size, whole sectors of 512 bytes",
-        |s, v| { s.creation.size = Some(writing::size(v)?); Ok(()) }),
-    Key::local("create-type", Group::Create, Kind::Text, "monolithic-sparse (the default), monolithic-flat, split-sparse, split-flat, \
-        vmfs-flat, vmfs-thin, stream-optimized (written once, from start to end)",
-        |s, v| { s.creation.kind = Some(writing::create_type(v)?); Ok(()) }),
-    Key::local("create-adapter-type", Group::Create, Kind::Text, "lsilogic (the default), buslogic, ide, legacyESX, pvscsi",
-        |s, v| { s.creation.adapter = Some(writing::adapter(v)?); Ok(()) }),
-    Key::local("create-hwversion", Group::Create, Kind::Named("VERSION"), "its hardware version: a number (default: 4), or a product: workstation5, \
-        esx50, esx65 and the like",
-        |s, v| { s.creation.hardware_version = Some(writing::hardware_version(v)?); Ok(()) }),
+    Key::ready("create", Group::Create, ValueKind::Bool, "create file= first, as an empty VMDK",
+        |s, v| { s.creation.create = Some(values::boolean(v)?); Ok(()) }),
+    Key::ready("create-size", Group::Create, ValueKind::Size, "size of the created disk, a multiple of 512",
+        |s, v| { s.creation.size = Some(create_args::size(v)?); Ok(()) }),
+    Key::ready("create-type", Group::Create, ValueKind::Text, "monolithic-sparse (the default), monolithic-flat, split-sparse, split-flat, \
+        vmfs-flat, vmfs-thin, stream-optimized (written once, in order)",
+        |s, v| { s.creation.kind = Some(create_args::create_type(v)?); Ok(()) }),
+    Key::ready("create-adapter-type", Group::Create, ValueKind::Text, "lsilogic (the default), buslogic, ide, legacyESX, pvscsi",
+        |s, v| { s.creation.adapter = Some(create_args::adapter(v)?); Ok(()) }),
+    Key::ready("create-hwversion", Group::Create, ValueKind::Named("VERSION"), "hardware version of the created disk: a number (default: 4) or a product such \
+        as workstation5, esx50 or esx65",
+        |s, v| { s.creation.hardware_version = Some(create_args::hardware_version(v)?); Ok(()) }),
 
-    Key::later("partitions", Group::Views, Kind::Bool, "one file for each partition as well"),
-    Key::later("descriptor", Group::Views, Kind::Bool, "a .vmdk that describes the raw file"),
+    Key::later("partitions", Group::Views, ValueKind::Bool, "also show each partition as a file"),
+    Key::later("descriptor", Group::Views, ValueKind::Bool, "also show a .vmdk that describes the raw file"),
 
-    Key::local("uri", Group::Nbd, Kind::Text, "nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://; starts another disk",
+    Key::ready("uri", Group::Nbd, ValueKind::Text, "nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock:// address; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Nbd(nbd::uri(v)?)); Ok(()) }).scope(Scope::Starts),
-    Key::local("hostname", Group::Nbd, Kind::Text, "its host",
+    Key::ready("hostname", Group::Nbd, ValueKind::Text, "host name of the server",
         |s, v| { s.nbd.hostname = Some(nbd::hostname(v)?); Ok(()) }),
-    Key::local("socket", Group::Nbd, Kind::Path, "its Unix socket",
+    Key::ready("socket", Group::Nbd, ValueKind::Path, "Unix socket of the server",
         |s, v| { s.nbd.socket = Some(values::path(v)?); Ok(()) }),
-    Key::local("socket-fd", Group::Nbd, Kind::Count, "a connected socket that is handed over",
+    Key::ready("socket-fd", Group::Nbd, ValueKind::Count, "file descriptor of a connected socket",
         |s, v| { s.nbd.socket_fd = Some(nbd::socket_fd(v)?); Ok(()) }),
-    Key::local("vsock-cid", Group::Nbd, Kind::Count, "its VSOCK address",
+    Key::ready("vsock-cid", Group::Nbd, ValueKind::Count, "VSOCK address (CID) of the server",
         |s, v| { s.nbd.vsock_cid = Some(nbd::vsock_cid(v)?); Ok(()) }).alias(&["vhost-cid"]),
-    Key::local("command", Group::Nbd, Kind::Text, "program to run as the server, by socket activation; it ends with the mount",
+    Key::ready("command", Group::Nbd, ValueKind::Text, "program to start as the server, by socket activation; it ends with the mount",
         |s, v| { s.nbd.command = Some(nbd::word(v)?); Ok(()) }),
-    Key::local("arg", Group::Nbd, Kind::Text, "an argument for it",
+    Key::ready("arg", Group::Nbd, ValueKind::Text, "an argument for command=",
         |s, v| { s.nbd.args.push(nbd::word(v)?); Ok(()) }).repeats(),
-    Key::local("export", Group::Nbd, Kind::Text, "name of the export",
+    Key::ready("export", Group::Nbd, ValueKind::Text, "name of the export",
         |s, v| { s.nbd.export = Some(nbd::export(v)?); Ok(()) }),
-    Key::local("dynamic-export", Group::Nbd, Kind::Bool, "every export of the server is a file",
+    Key::ready("dynamic-export", Group::Nbd, ValueKind::Bool, "show every export of the server as a file",
         |s, v| { s.nbd.dynamic = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("connections", Group::Nbd, Kind::Count, "connections to it, where it takes several (default: 4)",
+    Key::ready("connections", Group::Nbd, ValueKind::Count, "number of connections, if the server allows several (default: 4)",
         |s, v| { s.nbd.connections = Some(nbd::connections(v)?); Ok(()) }),
-    Key::local("shared", Group::Nbd, Kind::Bool, "one connection for all",
+    Key::ready("shared", Group::Nbd, ValueKind::Bool, "use one connection only",
         |s, v| { s.nbd.shared = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt: never, where it can, always",
+    Key::ready("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt never, if the server supports it, or always",
         |s, v| { s.nbd.tls = Some(nbd::tls(v)); Ok(()) }),
-    Key::local("tls-certificates", Group::Nbd, Kind::Path, "folder of certificates",
+    Key::ready("tls-certificates", Group::Nbd, ValueKind::Path, "folder of certificates",
         |s, v| { s.nbd.tls_certificates = Some(values::path(v)?); Ok(()) }),
-    Key::local("tls-verify", Group::Nbd, Kind::Bool, "verify the server (default: true)",
+    Key::ready("tls-verify", Group::Nbd, ValueKind::Bool, "verify the server's certificate (default: true)",
         |s, v| { s.nbd.tls_verify = Some(values::boolean(v)?); Ok(()) }),
-    Key::local("tls-username", Group::Nbd, Kind::Text, "user of the key",
+    Key::ready("tls-username", Group::Nbd, ValueKind::Text, "user name of the pre-shared key",
         |s, v| { s.nbd.tls_username = Some(values::text(v)?.to_owned()); Ok(()) }),
-    Key::local("tls-psk", Group::Nbd, Kind::Path, "file of pre-shared keys",
+    Key::ready("tls-psk", Group::Nbd, ValueKind::Path, "file of pre-shared keys",
         |s, v| { s.nbd.tls_psk = Some(values::path(v)?); Ok(()) }),
 ];
 

@@ -1,17 +1,20 @@
-//! The command line: words → [`Config`].
+//! Command line: parses the arguments into a [`Config`].
 //!
 //! ```text
-//!   argv ─ program ─┬─ options.rs   -o lists ──────────┐
-//!    or    helper   ├─ params.rs    KEY=VALUE, sources ┼─► assembled here ─► Config
-//!      │            └─ target.rs    MOUNTPOINT ────────┘
-//!      └ --config: config_file.rs turns the file into the words and options that it stands for
-//!          keys.rs: the one table of keys    values.rs: text → type    sources.rs: wildcards and folders
-//!          words.rs: one word → a key and its value    settings.rs: what is said about a disk → its configuration
-//!          nbd.rs: the keys of NBD servers
-//!          writing.rs: the keys of writing, and which of them go together
+//!   argv ─ args ─────────┬─ options.rs    -o lists ──────────┐
+//!    or    mount_helper  ├─ disk_args.rs  KEY=VALUE, sources ┼─► assembled here ─► Config
+//!      │                 └─ target.rs     MOUNTPOINT ────────┘
+//!      └ --config: config_file.rs turns the file into the equivalent keys and options
+//!          keys.rs: the table of all keys                values.rs: text → type
+//!          argument.rs: one argument → key and value     expand.rs: wildcards and folders → files
+//!          settings.rs: the keys of a disk → its configuration
+//!          nbd.rs: keys of NBD servers                   create_args.rs: create=, create-*=
+//!          overlay_args.rs: cow=, --commit, and the conflicts of keys that write
 //! ```
-//! Called as `mount.vmdkfuse` it is the helper of mount(8). Nothing here opens an image, except that `dir=` looks at the
-//! first bytes of the files of its folder. Paths are made absolute, for the daemon leaves the current directory.
+//!
+//! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8). Parsing opens no image; only `dir=`
+//! reads the first bytes of the files in its folder. All paths become absolute here, because the daemon changes its
+//! current directory later.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -22,34 +25,37 @@ use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKin
 mod args;
 mod argument;
 mod config_file;
+mod create_args;
 mod disk_args;
 mod expand;
 mod keys;
 mod mount_helper;
 mod nbd;
 mod options;
+mod overlay_args;
 mod settings;
 mod target;
 #[cfg(test)]
 mod test_args;
 mod values;
-mod writing;
 
+use args::Subcommand;
 use disk_args::DiskArgs;
 use options::Options;
-use values::shown;
-use writing::Subcommand;
+use values::display;
 
-/// What the words ask for.
+/// Outcome of parsing a command line.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Parsed {
-    /// To do this.
+    /// Run the program with this configuration.
     Run(Box<Config>),
-    /// To print this as it is, which may be nothing, and to succeed.
+    /// Print this text unchanged and exit with status 0. The text may be empty.
     Print(String),
 }
 
-/// The words cannot be followed. Displays one line that says what is wrong, without the program's name; status 2.
+/// Invalid command line or configuration file; the program exits with status 2.
+///
+/// `Display` writes the reason as one line, without the program's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageError(String);
 
@@ -58,7 +64,7 @@ impl UsageError {
         Self(message.into())
     }
 
-    /// The one answer to everything that the contract knows and this build does not have.
+    /// Creates the error for an option, key or value that is documented but missing from this build.
     fn not_yet(what: impl fmt::Display) -> Self {
         Self(format!("{what} is not in this build yet"))
     }
@@ -72,9 +78,14 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// Reads a whole command line, the program's name first: it decides between the program and the helper of mount(8).
+/// Parses a whole command line. The first argument is the program's name, which selects between the program itself and
+/// the helper of mount(8).
 ///
-/// It looks at the file system for the mount point, for wildcards and for `dir=`, and does not change it.
+/// Parsing reads the file system to classify the mount point and to expand wildcards and `dir=`. It changes nothing.
+///
+/// # Errors
+///
+/// Returns a [`UsageError`] if an argument is unknown, invalid, or conflicts with another one.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let mut args = args.into_iter();
     let name = args.next().unwrap_or_default();
@@ -85,11 +96,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     }
 }
 
-/// What a mount is made of, before it is understood; of the program or of the helper.
+/// Arguments of a mount before they are resolved, from the program or from the mount helper.
 #[derive(Debug)]
 struct MountRequest<'a> {
     mountpoint: &'a OsStr,
-    disk_args_given: DiskArgs<'a>,
+    disk_args: DiskArgs<'a>,
     options: &'a Options,
     foreground: bool,
     pidfile: Option<PathBuf>,
@@ -97,12 +108,14 @@ struct MountRequest<'a> {
 }
 
 impl MountRequest<'_> {
+    /// Resolves the arguments into the configuration of a mount.
     fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
         let options = self.options.mount()?;
         let subcommand = Subcommand::Mount {
             read_only: options.read_only,
         };
-        let resolved = disk_args::disks(&self.options.keys, self.disk_args_given, subcommand)?;
+        let resolved = disk_args::disks(&self.options.keys, self.disk_args, subcommand)?;
+        // The keys come first: a typo in one is a better error than the state of the mount point.
         let target = target::resolve(self.mountpoint)?;
         let fixed = target.file_name.as_deref();
         if let Some(name) = fixed {
@@ -131,31 +144,31 @@ impl MountRequest<'_> {
     }
 }
 
-/// A mount point that is one file's takes one disk, and nobody else names that.
+/// Checks that a mount point that names one file gets exactly one disk, and that `name=` does not contradict it.
 fn check_one_file(name: &OsStr, kind: MountKind, disks: &[disk_args::ResolvedDisk]) -> Result<(), UsageError> {
-    let place = match kind {
+    let form = match kind {
         MountKind::Dir => "does not exist, so it would be the name of one file",
         MountKind::File => "is a regular file, so the mount would show one disk in its place",
     };
     if disks.len() > 1 {
-        let (name, count) = (shown(name), disks.len());
+        let (name, count) = (display(name), disks.len());
         return Err(UsageError::new(format!(
-            "mount point {name} {place}, but there are {count} disks"
+            "mount point {name} {form}, but there are {count} disks"
         )));
     }
-    let wanted = disks
+    let requested = disks
         .iter()
-        .find_map(|disk| disk.wanted_name())
-        .filter(|wanted| *wanted != name);
-    wanted.map_or(Ok(()), |wanted| {
-        let (name, wanted) = (shown(name), shown(wanted));
+        .find_map(|disk| disk.requested_name())
+        .filter(|requested| *requested != name);
+    requested.map_or(Ok(()), |requested| {
+        let (name, requested) = (display(name), display(requested));
         Err(UsageError::new(format!(
-            "mount point {name} {place}, but name={wanted} says otherwise"
+            "mount point {name} {form}, but name={requested} gives another name: remove name="
         )))
     })
 }
 
-/// The disks of an action that mounts none.
+/// Returns the disks of an action other than a mount, where no `-o` keys and no mount point take part.
 fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
     disk_args::configs(
         disk_args::disks(&[], DiskArgs::Words(words), subcommand)?,
@@ -182,7 +195,7 @@ fn commit(words: &[OsString]) -> Result<Action, UsageError> {
     }
 }
 
-/// An error of clap as one line: without its prefix, and without usage and the like, which `--help` tells.
+/// Converts an error of clap to one line: drops the `error:` prefix, the usage and the pointer to `--help`.
 fn one_line(error: &clap::Error) -> UsageError {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
@@ -236,7 +249,7 @@ mod tests {
     fn disks_of_the_same_name_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let error = mount(&[dir.path().to_str().unwrap(), "/a/x.vmdk", "/b/x.vmdk"]).unwrap_err();
-        assert!(error.contains("both be called x.raw: use name="), "{error}");
+        assert!(error.contains("both have the file name x.raw: use name="), "{error}");
     }
 
     #[test]
@@ -280,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_name_too_long_for_the_mount_is_no_matter_where_the_mount_point_names_the_file() {
+    fn a_source_name_may_be_too_long_if_the_mount_point_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let source = format!("/{}", "x".repeat(255));
         assert!(mount(&[dir.path().to_str().unwrap(), &source]).is_err());
@@ -288,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn words_need_not_be_utf8() {
+    fn arguments_need_not_be_utf8() {
         let dir = tempfile::tempdir().unwrap();
         let odd = OsStr::from_bytes(b"/\xff.vmdk");
         let args = [OsStr::new("vmdkfuse"), dir.path().as_os_str(), odd];
@@ -302,11 +315,14 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_the_program_decides_who_reads() {
+    fn the_program_name_selects_the_parser() {
         let dir = tempfile::tempdir().unwrap();
         let args = |name: &str| [name.into(), "/a".into(), dir.path().into(), "-n".into()];
         assert!(matches!(parse(args("/sbin/mount.vmdkfuse")), Ok(Parsed::Run(_))));
-        assert!(parse(args("/usr/bin/vmdkfuse")).is_err(), "-n is the helper's");
+        assert!(
+            parse(args("/usr/bin/vmdkfuse")).is_err(),
+            "-n is an option of the helper only"
+        );
         assert!(parse(Vec::new()).is_err());
     }
 }

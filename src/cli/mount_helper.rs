@@ -1,5 +1,7 @@
-//! `mount.vmdkfuse SOURCE MOUNTPOINT [-sfnv] [-o OPTS]`: what mount(8) runs for the fstab types `vmdkfuse` and
-//! `fuse.vmdkfuse`.
+//! Helper of mount(8): `mount.vmdkfuse SOURCE MOUNTPOINT [-sfnv] [-o OPTS]`.
+//!
+//! mount(8) runs it for the fstab types `vmdkfuse` and `fuse.vmdkfuse`. Its flags have the meaning that mount(8)
+//! defines for all helpers: `-s` ignores unknown options, `-f` succeeds without mounting, `-n` writes no mtab entry.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -13,17 +15,17 @@ use super::options::Options;
 use super::{MountRequest, Parsed, UsageError, argument, one_line};
 use crate::config::LogConfig;
 
-/// The names that mount(8) calls it by.
+/// Program names under which mount(8) runs the helper.
 const NAMES: [&str; 2] = ["mount.vmdkfuse", "mount.fuse.vmdkfuse"];
 
-/// Whether a program called so is the helper.
+/// Returns true if `program` is the name of the helper.
 pub(super) fn is_name_of(program: &Path) -> bool {
     program
         .file_name()
         .is_some_and(|name| NAMES.iter().any(|helper| name == *helper))
 }
 
-/// Reads the words after the helper's name.
+/// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let matches = command().try_get_matches_from(args).map_err(|e| one_line(&e))?;
     if matches.get_flag("fake") {
@@ -35,7 +37,7 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
     let source = argument::with_key(&word("source"));
     let mount = MountRequest {
         mountpoint: &word("mountpoint"),
-        disk_args_given: DiskArgs::Words(&[source]),
+        disk_args: DiskArgs::Words(&[source]),
         options: &options,
         foreground: false,
         pidfile: None,
@@ -56,11 +58,11 @@ fn command() -> Command {
         .disable_help_flag(true)
         .arg(word("source").required(true))
         .arg(word("mountpoint").required(true))
-        // `-n`: no entry in mtab, a file of the past.
+        // `-n` asks for no entry in /etc/mtab. The helper writes none, so the flag is accepted and ignored.
         .args([flag("sloppy", 's'), flag("fake", 'f'), flag("no-mtab", 'n')])
         .arg(Arg::new("verbose").short('v').action(ArgAction::Count))
         .arg(word("options").short('o').action(ArgAction::Append))
-        // The type that fstab says: one of ours, or we would not run.
+        // The type in fstab. It selected this helper, so there is nothing left to check.
         .arg(word("type").short('t'))
 }
 
@@ -79,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn program_names() {
         for name in ["mount.vmdkfuse", "/sbin/mount.vmdkfuse", "mount.fuse.vmdkfuse"] {
             assert!(is_name_of(Path::new(name)), "{name}");
         }
@@ -89,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn as_mount_calls_it() {
+    fn arguments_of_mount_are_parsed() {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().to_str().unwrap();
         let config = mount(&[
@@ -111,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_source_is_a_bare_value() {
+    fn the_source_is_always_a_bare_value() {
         let mnt = "/";
         for source in ["/a=b", "cache=none", "cashe=x"] {
             let mount = mount(&[source, mnt]);
@@ -122,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn sloppy_ignores_the_unknown() {
+    fn sloppy_ignores_unknown_options() {
         assert!(run(&["/x", "/", "-o", "what,ever=1"]).is_err());
         assert!(mount(&["-s", "/x", "/", "-o", "what,ever=1,ro"]).options.read_only);
     }
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn all_else_is_refused() {
+    fn other_arguments_are_refused() {
         for args in [
             &[][..],
             &["/x"],

@@ -1,29 +1,32 @@
-//! The keys of NBD servers: where they are, which export, how to connect; and which of them go together.
+//! Keys of NBD servers: address, export, connections and TLS, and the conflicts among them.
+//!
+//! The functions at the end parse one value each. [`NbdArgs::config`] checks the keys against each other, after the
+//! common keys are merged into those of the disk.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::UsageError;
 use super::values;
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 
-/// The most connections to a server; more gain nothing.
+/// Upper limit of `connections=`. More connections gain nothing.
 const MAX_CONNECTIONS: u32 = 16;
 
-/// Seconds of the longest `timeout=`.
+/// Upper limit of `timeout=` in seconds.
 const MAX_TIMEOUT: u32 = 1800;
 
-/// The most attempts of `retry=`.
+/// Upper limit of `retry=`.
 const MAX_RETRY: u32 = 1_000_000;
 
-/// Bytes of an export's name (NBD protocol, "String values").
+/// Longest export name in bytes (NBD protocol, "String values").
 const MAX_NAME: usize = 4096;
 
-/// What was said about an NBD server.
+/// Keys of one NBD server, as given.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Server {
+pub(super) struct NbdArgs {
     /// `hostname=`
     pub(super) hostname: Option<String>,
     /// `port=`
@@ -62,8 +65,9 @@ pub(super) struct Server {
     pub(super) retry: Option<u32>,
 }
 
-impl Server {
-    /// These words, with `common` where they are silent. Arguments go with their command.
+impl NbdArgs {
+    /// Returns these keys, with the values of `common` for keys that are not set here. A new `command=` drops the
+    /// common `arg=` values, which belong to the common command.
     pub(super) fn over(&self, common: &Self) -> Self {
         let args = if self.command.is_some() {
             self.args.clone()
@@ -95,8 +99,8 @@ impl Server {
         }
     }
 
-    /// The keys that name a place, of those that were given.
-    fn places(&self) -> Vec<&'static str> {
+    /// Returns the given keys that are the server's address.
+    fn address_keys(&self) -> Vec<&'static str> {
         let given = [
             ("hostname", self.hostname.is_some()),
             ("socket", self.socket.is_some()),
@@ -111,28 +115,30 @@ impl Server {
             .collect()
     }
 
-    /// Whether a server is named, without a URI.
-    pub(super) fn is_named(&self) -> bool {
-        !self.places().is_empty()
+    /// Returns true if a key other than `uri=` gives the address of a server.
+    pub(super) fn names_server(&self) -> bool {
+        !self.address_keys().is_empty()
     }
 
-    /// All that is to be known about the server; `uri`: what `uri=` says.
+    /// Returns the configuration of the server. `uri` is the value of `uri=`, if given.
     ///
-    /// Errors: keys that don't go together.
+    /// Fails if keys conflict, or if there is no address.
     pub(super) fn config(self, uri: Option<String>) -> Result<NbdConfig, UsageError> {
         let error = |reason: String| Err(UsageError::new(reason));
-        let mut places = self.places();
+        let mut address_keys = self.address_keys();
         if uri.is_some() {
-            places.insert(0, "uri");
+            address_keys.insert(0, "uri");
         }
-        if let [first, second, ..] = places[..] {
-            return error(format!("{first}= and {second}= both say where the NBD server is"));
+        if let [first, second, ..] = address_keys[..] {
+            return error(format!(
+                "{first}= and {second}= are both addresses of the NBD server: give one of them"
+            ));
         }
         if !self.args.is_empty() && self.command.is_none() {
-            return error("arg= is an argument for command=, which is not given".into());
+            return error("arg= needs command=".into());
         }
         if self.port.is_some() && self.hostname.is_none() && self.vsock_cid.is_none() {
-            return error("port= goes with hostname= or vsock-cid=".into());
+            return error("port= needs hostname= or vsock-cid=".into());
         }
         if self.dynamic == Some(true) && self.export.is_some() {
             return error("dynamic-export=true shows every export, but export= names one".into());
@@ -144,10 +150,12 @@ impl Server {
             } else {
                 "socket-fd="
             };
-            return error(format!("{key} means one connection, but connections= says otherwise"));
+            return error(format!("{key} means one connection, but connections= is larger"));
         }
         if self.dynamic == Some(true) && self.socket_fd.is_some() {
-            return error("dynamic-export=true needs a connection for each export, but socket-fd= is one".into());
+            return error(
+                "dynamic-export=true needs a connection for each export, but socket-fd= is one connection".into(),
+            );
         }
         let details = [
             ("tls-certificates", self.tls_certificates.is_some()),
@@ -157,14 +165,14 @@ impl Server {
         ];
         let detail = details.into_iter().find(|(_, given)| *given).map(|(key, _)| key);
         if let (Some(key), Some(NbdTls::Off)) = (detail, self.tls) {
-            return error(format!("{key}= says how to encrypt, but tls=off says otherwise"));
+            return error(format!("{key}= configures TLS, but tls=off disables it"));
         }
-        // A URI says by its scheme whether to encrypt.
+        // The scheme of a URI can require TLS: nbds, nbds+unix, nbds+vsock. A TLS key without tls= requires it too.
         let secure = uri
             .as_ref()
             .is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
         if secure && self.tls == Some(NbdTls::Off) {
-            return error("the URI asks for TLS, but tls=off says otherwise".into());
+            return error("the URI requires TLS, but tls=off disables it".into());
         }
         let by_key = if detail.is_some() { NbdTls::Require } else { NbdTls::Off };
         let tls = if secure {
@@ -188,6 +196,7 @@ impl Server {
         })
     }
 
+    /// Returns the address of the server. At most one address key is given; the caller has checked that.
     fn address(self, uri: Option<String>) -> Result<NbdAddress, UsageError> {
         if let Some(uri) = uri {
             return Ok(NbdAddress::Uri(uri));
@@ -217,13 +226,13 @@ impl Server {
         match self.command {
             Some(command) => Ok(NbdAddress::Command(std::iter::once(command).chain(self.args).collect())),
             None => Err(UsageError::new(
-                "no NBD server is named: add uri=, hostname=, socket= or command=",
+                "no NBD server is given: add uri=, hostname=, socket= or command=",
             )),
         }
     }
 }
 
-/// The value of `uri=`.
+/// Parses the value of `uri=`. Checks the scheme only; libnbd parses the rest.
 pub(super) fn uri(value: &OsStr) -> Result<String, String> {
     const SCHEMES: [&str; 6] = ["nbd:", "nbds:", "nbd+unix:", "nbds+unix:", "nbd+vsock:", "nbds+vsock:"];
     let text = values::text(value)?;
@@ -235,33 +244,68 @@ pub(super) fn uri(value: &OsStr) -> Result<String, String> {
         return Err("must start with nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://".into());
     }
     if text.contains('\0') {
-        return Err("a URI cannot hold a NUL byte".into());
+        return Err("a URI cannot contain a NUL byte".into());
     }
-    Ok(text.to_owned())
+    let dir = std::env::current_dir().map_err(|e| format!("the working directory: {e}"))?;
+    Ok(with_absolute_paths(text, &dir))
 }
 
-/// The value of `hostname=`.
+/// Makes the files that a URI names absolute, from `dir` on: the daemon changes to `/`, and reconnects later.
+fn with_absolute_paths(uri: &str, dir: &Path) -> String {
+    const FILES: [&str; 3] = ["socket", "tls-certificates", "tls-psk-file"];
+    let (rest, fragment) = uri
+        .split_once('#')
+        .map_or((uri, None), |(rest, fragment)| (rest, Some(fragment)));
+    let Some((address, query)) = rest.split_once('?') else {
+        return uri.to_owned();
+    };
+    let parameter = |text: &str| match text.split_once('=') {
+        Some((name, value)) if FILES.contains(&name) && is_relative(value) => {
+            format!("{name}={}/{value}", percent_encode(dir))
+        }
+        _ => text.to_owned(),
+    };
+    let query = query.split('&').map(parameter).collect::<Vec<_>>().join("&");
+    let fragment = fragment.map_or_else(String::new, |fragment| format!("#{fragment}"));
+    format!("{address}?{query}{fragment}")
+}
+
+/// Returns true if a path in a URI is relative; a slash may be percent-encoded.
+fn is_relative(path: &str) -> bool {
+    !path.is_empty() && !path.starts_with('/') && !path.get(..3).is_some_and(|head| head.eq_ignore_ascii_case("%2f"))
+}
+
+/// Encodes a path for a URI: everything but unreserved characters and slashes.
+fn percent_encode(path: &Path) -> String {
+    let encode = |byte: &u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => char::from(*byte).to_string(),
+        byte => format!("%{byte:02X}"),
+    };
+    path.as_os_str().as_bytes().iter().map(encode).collect()
+}
+
+/// Parses the value of `hostname=`.
 pub(super) fn hostname(value: &OsStr) -> Result<String, String> {
     let text = values::text(value)?;
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("a host name holds no blanks".into());
+        return Err("a host name cannot contain spaces or control characters".into());
     }
     Ok(text.to_owned())
 }
 
-/// The value of `port=`: a number, or the name of a service.
+/// Parses the value of `port=`: a number, or the name of a service, which is looked up when the connection is made.
 pub(super) fn port(value: &OsStr) -> Result<String, String> {
     let text = values::text(value)?;
-    let named = text
+    let is_name = text
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
-    if !named {
-        return Err("must be a number, or the name of a service in /etc/services".into());
+    if !is_name {
+        return Err("must be a number or the name of a service in /etc/services".into());
     }
     Ok(text.to_owned())
 }
 
-/// A number that is at most `most`, and at least `least`.
+/// Parses a decimal number from `least` to `most`.
 pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
     let text = values::text(value)?;
     let number = text
@@ -271,53 +315,75 @@ pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String
     number.ok_or_else(|| format!("must be a number from {least} to {most}"))
 }
 
-/// The value of `socket-fd=`.
+/// Parses the value of `socket-fd=`. 0 to 2 are refused: they are the standard streams.
 pub(super) fn socket_fd(value: &OsStr) -> Result<i32, String> {
     number(value, 3, i32::MAX as u32).map(|n| n as i32)
 }
 
-/// The value of `vsock-cid=`.
+/// Parses the value of `vsock-cid=`.
 pub(super) fn vsock_cid(value: &OsStr) -> Result<u32, String> {
     number(value, 0, u32::MAX)
 }
 
-/// The value of `command=` and of `arg=`, which may be empty.
+/// Parses the value of `command=` or `arg=`. It may be empty.
 pub(super) fn word(value: &OsStr) -> Result<OsString, String> {
     if value.as_bytes().contains(&0) {
-        Err("it cannot hold a NUL byte".into())
+        Err("the value cannot contain a NUL byte".into())
     } else {
         Ok(value.to_owned())
     }
 }
 
-/// The value of `export=`, which may be empty.
+/// Parses the value of `export=`. It may be empty: that is the default export.
 pub(super) fn export(value: &OsStr) -> Result<OsString, String> {
     if value.len() > MAX_NAME {
-        return Err(format!("an export's name has at most {MAX_NAME} bytes"));
+        return Err(format!("an export name can have at most {MAX_NAME} bytes"));
     }
     word(value)
 }
 
-/// The value of `connections=`.
+/// Parses the value of `connections=`.
 pub(super) fn connections(value: &OsStr) -> Result<usize, String> {
     number(value, 1, MAX_CONNECTIONS).map(|n| n as usize)
 }
 
-/// The value of `timeout=`.
+/// Parses the value of `timeout=`, in whole seconds.
 pub(super) fn timeout(value: &OsStr) -> Result<Duration, String> {
     number(value, 1, MAX_TIMEOUT).map(|n| Duration::from_secs(n.into()))
 }
 
-/// The value of `retry=`.
+/// Parses the value of `retry=`.
 pub(super) fn retry(value: &OsStr) -> Result<u32, String> {
     number(value, 0, MAX_RETRY)
 }
 
-/// The value of `tls=`.
+/// Converts the value of `tls=`. The table of keys refuses other words before it calls this.
 pub(super) fn tls(value: &OsStr) -> NbdTls {
     match value.as_bytes() {
         b"on" => NbdTls::On,
         b"require" => NbdTls::Require,
         _ => NbdTls::Off,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_in_a_uri_become_absolute_and_all_else_stays() {
+        let absolute = |uri: &str| with_absolute_paths(uri, Path::new("/srv/a b"));
+        assert_eq!(
+            absolute("nbd+unix:///vm?socket=s%20k&tls-psk-file=keys#x"),
+            "nbd+unix:///vm?socket=/srv/a%20b/s%20k&tls-psk-file=/srv/a%20b/keys#x"
+        );
+        for uri in [
+            "nbd://host/export",
+            "nbd+unix:///?socket=/run/s",
+            "nbd+unix:///?socket=%2Frun%2Fs",
+            "nbds://h/?tls-certificates=/etc/pki&x=y",
+        ] {
+            assert_eq!(absolute(uri), uri);
+        }
     }
 }

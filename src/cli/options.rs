@@ -1,6 +1,6 @@
-//! The options of `-o`, in the form that mount(8) and fstab use: a list with commas between.
+//! Options of `-o`, in the form that mount(8) and fstab use: a comma-separated list.
 //!
-//! A comma inside of a value is written `\,` and a backslash before one `\\`, as libfuse's programs take them.
+//! A comma inside a value is written `\,` and a backslash before one `\\`, as in programs that use libfuse.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -9,50 +9,52 @@ use super::argument::{split_key, unknown_key};
 use super::keys::{self, Key, Scope};
 use super::{UsageError, values};
 use crate::config::MountOptions;
+use crate::fuse::mount_flags;
 
-/// What mount(8) and its kin handle themselves, or what a FUSE mount has in any case.
+/// Options that are ignored: mount(8) or systemd handles them, or a FUSE mount has their effect anyway.
 const IGNORED: &[&str] = &[
-    "_netdev", "async", "atime", "auto", "defaults", "dev", "dirsync", "exec", "group", "noatime", "noauto", "nodev",
-    "noexec", "nofail", "nosuid", "owner", "relatime", "suid", "sync", "user", "users",
+    "_netdev", "auto", "defaults", "group", "noauto", "nofail", "owner", "user", "users",
 ];
 
-/// All lists of a command line, taken together.
+/// All `-o` lists of a command line, merged.
 #[derive(Debug, Default)]
 pub(super) struct Options {
-    /// What concerns the mount.
+    /// Options of the mount itself.
     mount: MountOptions,
-    /// `rw` was said; that is the default, but contradicts `ro`.
+    /// True if `rw` was given. It is the default, but it conflicts with `ro`.
     read_write: bool,
-    /// The `KEY=VALUE`s among them, common to all disks.
+    /// `KEY=VALUE` options, which apply to all disks.
     pub(super) keys: Vec<(&'static Key, OsString)>,
 }
 
 impl Options {
-    /// Reads the lists in order. `sloppy`: pass over what is unknown, as `mount -s` asks.
+    /// Parses the lists in order. `sloppy` ignores unknown options, as `mount -s` requires.
     ///
-    /// Errors: an unknown option, or a value that does not fit.
+    /// Fails if an option is unknown or a value invalid.
     pub(super) fn parse<'a>(lists: impl IntoIterator<Item = &'a OsStr>, sloppy: bool) -> Result<Self, UsageError> {
         let mut options = Self::default();
         for option in lists.into_iter().flat_map(split) {
-            if !options.take(&option)? && !sloppy {
+            if !options.parse_option(&option)? && !sloppy {
                 return Err(unknown(&option));
             }
         }
         Ok(options)
     }
 
-    /// These options; where `yes`, read-only as well, which is what `-r` says.
+    /// Returns these options, and makes the mount read-only if `yes` (`-r`). Never undoes `-o ro`.
     #[must_use]
     pub(super) fn read_only(mut self, yes: bool) -> Self {
         self.mount.read_only |= yes;
         self
     }
 
-    /// These options, and those of `below` where they are silent. The values of keys that repeat gather, below's first.
+    /// Returns these options, with those of `below` for options that are not set here. The values of repeatable keys
+    /// are concatenated, those of `below` first.
     #[must_use]
     pub(super) fn over(self, below: Self) -> Self {
         let (mine, other) = (self.mount, below.mount);
-        // Of options that contradict each other the ones here win together.
+        // `ro` and `rw`, and `allow_other` and `allow_root`, are decided as pairs: taking each from a different side
+        // would create a contradiction that is on neither side.
         let access = if mine.read_only || self.read_write {
             (mine.read_only, self.read_write)
         } else {
@@ -74,9 +76,13 @@ impl Options {
             gid: mine.gid.or(other.gid),
             umask: mine.umask.or(other.umask),
             fsname: mine.fsname.or(other.fsname),
+            nonempty: mine.nonempty || other.nonempty,
+            // The later of two flags that contradict each other counts.
+            flags: [other.flags, mine.flags].concat(),
+            contexts: [other.contexts, mine.contexts].concat(),
         };
-        let silent = |key: &Key| key.repeats || self.keys.iter().all(|(mine, _)| mine.name != key.name);
-        let mut keys: Vec<_> = below.keys.into_iter().filter(|(key, _)| silent(key)).collect();
+        let is_unset = |key: &Key| key.repeats || self.keys.iter().all(|(mine, _)| mine.name != key.name);
+        let mut keys: Vec<_> = below.keys.into_iter().filter(|(key, _)| is_unset(key)).collect();
         keys.extend(self.keys);
         Self {
             mount,
@@ -85,7 +91,7 @@ impl Options {
         }
     }
 
-    /// The first key among them that names a disk.
+    /// Returns the first key that names a disk, if any.
     pub(super) fn source(&self) -> Option<&'static Key> {
         self.keys
             .iter()
@@ -93,7 +99,7 @@ impl Options {
             .find(|key| key.scope == Scope::Starts)
     }
 
-    /// The mount's options. Errors: options that contradict each other.
+    /// Returns the options of the mount. Fails if they contradict each other.
     pub(super) fn mount(&self) -> Result<MountOptions, UsageError> {
         let mount = self.mount.clone();
         if mount.read_only && self.read_write {
@@ -109,10 +115,10 @@ impl Options {
         Ok(mount)
     }
 
-    /// Takes one option; false if it is unknown.
-    fn take(&mut self, option: &OsStr) -> Result<bool, UsageError> {
+    /// Parses one option. Returns false if it is unknown.
+    fn parse_option(&mut self, option: &OsStr) -> Result<bool, UsageError> {
         if let Some((name, value)) = split_key(option) {
-            return self.take_value(name, value);
+            return self.parse_key_value(name, value);
         }
         match option.to_str() {
             Some("ro") => self.mount.read_only = true,
@@ -121,20 +127,27 @@ impl Options {
             Some("allow_root") => self.mount.allow_root = true,
             Some("default_permissions") => self.mount.default_permissions = true,
             Some("auto_unmount") => self.mount.auto_unmount = true,
-            // `x-` options may hold anything.
+            Some("nonempty") => self.mount.nonempty = true,
+            Some(name) if mount_flags::known(name).is_some() => self.mount.flags.extend(mount_flags::known(name)),
+            // `x-` options belong to other programs and may have any text.
             _ => return Ok(option.as_bytes().starts_with(b"x-") || IGNORED.iter().any(|ignored| option == *ignored)),
         }
         Ok(true)
     }
 
-    fn take_value(&mut self, name: &str, value: &OsStr) -> Result<bool, UsageError> {
-        let wrong = |reason: String| UsageError::new(format!("-o {name}={}: {reason}", values::shown(value)));
+    /// Parses one `NAME=VALUE` option. Returns false if its name is unknown.
+    fn parse_key_value(&mut self, name: &str, value: &OsStr) -> Result<bool, UsageError> {
+        let wrong = |reason: String| UsageError::new(format!("-o {name}={}: {reason}", values::display(value)));
         match name {
             "uid" => self.mount.uid = Some(values::id(value).map_err(wrong)?),
             "gid" => self.mount.gid = Some(values::id(value).map_err(wrong)?),
             "umask" => self.mount.umask = Some(values::umask(value).map_err(wrong)?),
             "fsname" => self.mount.fsname = Some(values::text(value).map_err(wrong)?.to_owned()),
             _ if name.starts_with("x-") => {}
+            _ if mount_flags::is_context(name) => {
+                let value = values::text(value).map_err(wrong)?;
+                self.mount.contexts.push(format!("{name}={value}"));
+            }
             _ => match keys::find(name) {
                 Some(key) => self.keys.push((key, value.to_owned())),
                 None => return Ok(false),
@@ -144,7 +157,7 @@ impl Options {
     }
 }
 
-/// The value of an unknown option is not repeated: it may be a secret.
+/// Creates the error for an unknown option. Its value is left out because it may be a secret.
 fn unknown(option: &OsStr) -> UsageError {
     if let Some((name, _)) = split_key(option) {
         return unknown_key(name);
@@ -157,7 +170,7 @@ fn unknown(option: &OsStr) -> UsageError {
     }
 }
 
-/// Splits at the commas that no backslash protects; what is empty is left out.
+/// Splits a list at its unescaped commas and drops empty parts.
 fn split(list: &OsStr) -> Vec<OsString> {
     let mut options = vec![Vec::new()];
     let mut bytes = list.as_bytes().iter().copied().peekable();
@@ -192,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_arrives() {
+    fn every_option_is_parsed() {
         let expected = MountOptions {
             read_only: true,
             allow_other: true,
@@ -203,8 +216,12 @@ mod tests {
             gid: Some(100),
             umask: Some(0o027),
             fsname: Some("a=b c".into()),
+            nonempty: true,
+            flags: vec!["noexec", "sync"],
+            contexts: vec!["context=system_u:object_r:tmp_t:s0".into()],
         };
-        let list = "ro,allow_other,default_permissions,auto_unmount,uid=1000,gid=100,umask=027,fsname=a=b c";
+        let list = "ro,allow_other,default_permissions,auto_unmount,uid=1000,gid=100,umask=027,fsname=a=b c,nonempty,\
+                    noexec,sync,context=system_u:object_r:tmp_t:s0";
         assert_eq!(mount(list), Ok(expected));
         assert!(mount("allow_root").unwrap().allow_root);
         assert_eq!(mount("rw"), Ok(MountOptions::default()));
@@ -214,14 +231,20 @@ mod tests {
     #[test]
     fn options_of_mount_itself_are_ignored() {
         let list = "x-systemd.automount,x-systemd.requires=/a b,x-,_netdev,noauto,nofail,user,users,owner,group,defaults,\
-            auto,dev,nodev,suid,nosuid,exec,noexec,sync,async,atime,noatime,relatime,dirsync,,";
+            auto,,";
         let options = parse(list).unwrap();
         assert!(options.keys.is_empty());
         assert_eq!(options.mount(), Ok(MountOptions::default()));
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn flags_of_the_mount_are_kept_in_their_order() {
+        let list = "dev,nodev,suid,nosuid,exec,noexec,sync,async,atime,noatime,relatime,dirsync,lazytime";
+        assert_eq!(mount(list).unwrap().flags.join(","), list);
+    }
+
+    #[test]
+    fn unknown_options_are_refused() {
         for (list, message) in [
             ("nope", "unknown mount option nope"),
             ("ro,Nope=1", "unknown mount option Nope"),
@@ -237,14 +260,14 @@ mod tests {
     }
 
     #[test]
-    fn sloppy_passes_over_the_unknown_but_not_over_the_wrong() {
+    fn sloppy_ignores_unknown_options_but_not_invalid_values() {
         let sloppy = |list: &str| Options::parse([OsStr::new(list)], true);
         assert!(sloppy("nope,what=ever,ro").unwrap().mount().unwrap().read_only);
         assert!(sloppy("uid=me").is_err());
     }
 
     #[test]
-    fn values_must_fit() {
+    fn invalid_values_are_refused() {
         for list in ["uid=root", "gid=-1", "umask=9", "umask=1777", "uid=", "fsname="] {
             let error = parse(list).unwrap_err();
             assert!(error.starts_with(&format!("-o {list}: ")), "{error}");
@@ -261,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_handed_on() {
+    fn keys_are_collected_and_unescaped() {
         let options = parse("ro,cache=none,file=/a\\,b\\\\c\\d").unwrap();
         let keys: Vec<_> = options
             .keys
@@ -273,7 +296,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_escaped_and_joined_is_split_again(options in vec(vec(any::<u8>(), 1..8), 0..6)) {
+        fn splitting_reverses_escaping_and_joining(options in vec(vec(any::<u8>(), 1..8), 0..6)) {
             let mut list = Vec::new();
             for option in &options {
                 for byte in option {
@@ -290,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn several_lists_are_one() {
+    fn several_lists_are_merged() {
         let options = Options::parse([OsStr::new("ro,cache=none"), OsStr::new("uid=1")], false).unwrap();
         let mount = options.mount().unwrap();
         assert_eq!((mount.read_only, mount.uid, options.keys.len()), (true, Some(1), 1));
     }
 
     #[test]
-    fn options_over_others_win_and_leave_the_rest() {
+    fn merged_options_win_and_keep_the_rest() {
         let over = |above: &str, below: &str| parse(above).unwrap().over(parse(below).unwrap());
         let options = over(
             "uid=1,default_permissions",
@@ -321,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_over_others_win_and_those_that_repeat_gather() {
+    fn merged_keys_win_and_repeatable_ones_are_concatenated() {
         let options = parse("cache=none,allow-dir=/b").unwrap();
         let options = options.over(parse("cache=writethrough,cache-size=1M,allow-dir=/a").unwrap());
         let keys: Vec<_> = options
@@ -346,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn values_need_not_be_utf8_where_they_are_paths() {
+    fn values_that_are_paths_need_not_be_utf8() {
         let options = Options::parse([OsStr::from_bytes(b"file=/\xff,x-\xff")], false).unwrap();
         assert_eq!(options.keys[0].1, OsStr::from_bytes(b"/\xff"));
         assert!(Options::parse([OsStr::from_bytes(b"fsname=\xff")], false).is_err());

@@ -1,19 +1,23 @@
-//! What was said about a disk by `KEY=VALUE`, and the disk's configuration that follows from it.
+//! Keys of a disk as given, and the disk's configuration that follows from them.
+//!
+//! The keys of all disks and of each source are collected in separate [`Settings`]. [`Settings::over`] merges them, and
+//! [`Settings::config`] makes the configuration of one disk; only then are conflicts among the keys visible.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use super::args::Subcommand;
+use super::create_args::CreateArgs;
 use super::keys::{Group, Key};
-use super::writing::{self, Creation, Subcommand};
-use super::{UsageError, expand, nbd};
+use super::{UsageError, expand, nbd, overlay_args};
 use crate::config::{
     DiskConfig, Format, KernelView, LocalConfig, NbdConfig, Overlay, PageCache, SourceConfig, ViewConfig,
 };
 
-/// What was said about one disk, or about all.
+/// Keys of one disk, or of all disks.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Settings {
-    /// Where it comes from; never in the common ones.
+    /// Source of the disk. Never set in the common settings.
     pub(super) source: Option<SourceSpec>,
     /// `name=`
     pub(super) name: Option<OsString>,
@@ -43,13 +47,13 @@ pub(super) struct Settings {
     pub(super) overlay: Option<Overlay>,
     /// `force=`
     pub(super) force: Option<bool>,
-    /// `create=` and its company
-    pub(super) creation: Creation,
-    /// The keys of an NBD server.
-    pub(super) nbd: nbd::Server,
+    /// `create=` and the other `create-*=` keys
+    pub(super) creation: CreateArgs,
+    /// Keys of an NBD server.
+    pub(super) nbd: nbd::NbdArgs,
     /// `backend=`
     pub(super) backend: Option<Backend>,
-    /// The keys that were given, to find one that was given twice, or is of no use for such a source.
+    /// Keys that were given. Used to detect duplicates and keys that do not apply to the source.
     given: Vec<&'static Key>,
 }
 
@@ -62,28 +66,28 @@ pub(super) enum Backend {
     Nbd,
 }
 
-/// A source as it was written.
+/// Source as given, before patterns and folders are expanded.
 #[derive(Debug, Clone)]
 pub(super) enum SourceSpec {
-    /// One file, or a pattern of several.
+    /// One file, or a pattern that matches several.
     File(PathBuf),
     /// All disks of a folder.
     Dir(PathBuf),
-    /// An NBD server's URI.
+    /// URI of an NBD server.
     Nbd(String),
 }
 
-/// Where one disk comes from.
+/// Source of one disk.
 #[derive(Debug)]
-pub(super) enum Place {
-    /// A file.
+pub(super) enum DiskSource {
+    /// A local file.
     File(PathBuf),
-    /// An NBD server; its URI, if it has one.
+    /// An NBD server, with its URI if `uri=` was given.
     Nbd(Option<String>),
 }
 
 impl Settings {
-    /// Takes one more key. Errors: see [`Key::apply`]; also a key given twice that may not be.
+    /// Adds a key. Fails as [`Key::apply`] does, or if a key that is not repeatable is given twice.
     pub(super) fn add(&mut self, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
         key.apply(self, value)?;
         if !key.repeats && self.given.iter().any(|given| given.name == key.name) {
@@ -96,7 +100,8 @@ impl Settings {
         Ok(())
     }
 
-    /// These settings, with `common` where they are silent. Folders of both are allowed.
+    /// Returns these settings, with the values of `common` for keys that are not set here. The `allow-dir=` folders of
+    /// both apply.
     pub(super) fn over(&self, common: &Self) -> Self {
         Self {
             source: self.source.clone(),
@@ -121,7 +126,7 @@ impl Settings {
         }
     }
 
-    /// The first key that was given, of those that only some sources have.
+    /// Returns the first given key that belongs to one of `groups`.
     fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
         self.given
             .iter()
@@ -129,65 +134,66 @@ impl Settings {
             .map(|key| key.name)
     }
 
-    /// The files that the source stands for; a disk that is to be made is one, whatever its name looks like.
+    /// Returns the files of the source. The file of a created disk is never expanded, even if its name has wildcards.
     fn files(&self, subcommand: Subcommand) -> Result<Vec<PathBuf>, UsageError> {
         match &self.source {
-            Some(SourceSpec::Dir(_)) if self.creation.is_wanted(subcommand) => Err(UsageError::new(
-                "a new disk is named with file=PATH, but dir= means the disks of a folder",
+            Some(SourceSpec::Dir(_)) if self.creation.is_enabled(subcommand) => Err(UsageError::new(
+                "a created disk needs file=PATH, but dir= means all disks of a folder",
             )),
-            Some(SourceSpec::File(path)) if self.creation.is_wanted(subcommand) => Ok(vec![path.clone()]),
+            Some(SourceSpec::File(path)) if self.creation.is_enabled(subcommand) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => expand::expand(path),
             Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
             Some(SourceSpec::Nbd(_)) | None => Ok(Vec::new()),
         }
     }
 
-    /// The disks that the source stands for.
-    pub(super) fn places(&self, subcommand: Subcommand) -> Result<Vec<Place>, UsageError> {
+    /// Returns the sources of all disks that the settings describe. Empty if no source is given.
+    pub(super) fn disk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
         let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
         match (self.backend, &self.source) {
             (Some(Backend::Native), _) if is_nbd => {
-                Err(UsageError::new("backend=native reads files, but no file is named"))
+                Err(UsageError::new("backend=native reads files, but no file is given"))
             }
             (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
-                Err(UsageError::new("backend=nbd needs a server, but a file is named"))
+                Err(UsageError::new("backend=nbd needs a server, but a file is given"))
             }
-            (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![Place::Nbd(Some(uri.clone()))]),
+            (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![DiskSource::Nbd(Some(uri.clone()))]),
             (_, Some(_)) => {
                 if let Some(key) = self.first_of(&[Group::Nbd]) {
                     return Err(UsageError::new(format!(
                         "{key}= is for NBD servers, but the disk is a local file"
                     )));
                 }
-                Ok(self.files(subcommand)?.into_iter().map(Place::File).collect())
+                Ok(self.files(subcommand)?.into_iter().map(DiskSource::File).collect())
             }
-            (_, None) if self.nbd.is_named() => Ok(vec![Place::Nbd(None)]),
+            (_, None) if self.nbd.names_server() => Ok(vec![DiskSource::Nbd(None)]),
             (_, None) => Ok(Vec::new()),
         }
     }
 
-    /// The finished disk at `place`; `fixed` is a name that the mount point gives it.
+    /// Returns the configuration of the disk with source `disk_source`. `fixed` is the file name that the mount point
+    /// gives it.
     ///
-    /// Errors: keys that do not go together, or not with such a source.
+    /// Fails if keys conflict with each other or do not apply to the source.
     pub(super) fn config(
         &self,
-        place: Place,
+        disk_source: DiskSource,
         fixed: Option<&OsStr>,
         subcommand: Subcommand,
     ) -> Result<DiskConfig, UsageError> {
-        let wanted = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
-        let (usual, source) = match place {
-            Place::File(path) => (
+        let requested = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
+        let (default_name, source) = match disk_source {
+            DiskSource::File(path) => (
                 expand::default_name(&path),
                 SourceConfig::Local(self.local(path, subcommand)?),
             ),
-            Place::Nbd(uri) => {
-                let server = self.server(uri, wanted.is_some(), subcommand)?;
+            DiskSource::Nbd(uri) => {
+                let server = self.server(uri, requested.is_some(), subcommand)?;
                 (expand::export_name(&server), SourceConfig::Nbd(server))
             }
         };
         let disk = DiskConfig {
-            name: wanted.unwrap_or(usual),
+            name: requested.unwrap_or(default_name),
             read_only: self.read_only.unwrap_or_default(),
             cache: self.cache,
             cache_size: self.cache_size,
@@ -195,11 +201,11 @@ impl Settings {
             overlay: self.overlay.clone(),
             source,
         };
-        writing::check_disk(&disk, subcommand)?;
+        overlay_args::check_disk(&disk, subcommand)?;
         Ok(disk)
     }
 
-    /// The file as a source.
+    /// Returns the configuration of a local file.
     fn local(&self, path: PathBuf, subcommand: Subcommand) -> Result<LocalConfig, UsageError> {
         let create = self.creation.config(subcommand);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
@@ -219,21 +225,23 @@ impl Settings {
         })
     }
 
-    /// The NBD server as a source; `named`: its file has a name.
+    /// Returns the configuration of an NBD server. `named` is true if a file name is given.
     fn server(&self, uri: Option<String>, named: bool, subcommand: Subcommand) -> Result<NbdConfig, UsageError> {
         if let Some(key) = self.first_of(&[Group::Local, Group::Create]) {
             return Err(UsageError::new(format!(
-                "{key}= is for local files, but the disk is an NBD server's"
+                "{key}= is for local files, but the disk is on an NBD server"
             )));
         }
         if subcommand == Subcommand::Create {
-            return Err(UsageError::new("--create makes VMDKs, but an NBD server is named"));
+            return Err(UsageError::new(
+                "--create creates local VMDKs, but an NBD server is given",
+            ));
         }
         let server = self.nbd.clone().config(uri)?;
         if server.dynamic && (named || self.overlay.is_some()) {
             let key = if named { "one name" } else { "cow=" };
             return Err(UsageError::new(format!(
-                "dynamic-export=true makes a file of every export, but {key} is for one"
+                "dynamic-export=true shows every export as a file, but {key} is for one file"
             )));
         }
         Ok(server)

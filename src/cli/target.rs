@@ -1,10 +1,10 @@
-//! The three forms of MOUNTPOINT.
+//! MOUNTPOINT, which has three forms.
 //!
-//! | there is | the mount is put on | the file |
+//! | path | mounted on | file in the mount |
 //! | --- | --- | --- |
-//! | a directory | it | named after its source or `name=` |
-//! | a regular file | it: the mount covers it | the one disk |
-//! | nothing, in a directory | that directory | named by the last component |
+//! | a directory | the directory | named after its source or by `name=` |
+//! | a regular file | the file, which the mount covers | the only disk |
+//! | missing, in a directory | the directory that would hold it | named by the last component |
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -15,51 +15,52 @@ use std::path::{Path, PathBuf};
 use super::{UsageError, values};
 use crate::config::{MountKind, MountTarget};
 
-/// A mount point, understood.
+/// A resolved mount point.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Resolved {
-    /// Where the mount goes.
+    /// Directory or file that is mounted on.
     pub(super) target: MountTarget,
-    /// The name that the mount point gives to the one disk.
+    /// File name that the mount point gives to its only disk.
     pub(super) file_name: Option<OsString>,
 }
 
-/// What is found under a name.
+/// Type of the file at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
+enum PathKind {
     Dir,
     File,
     /// A device, FIFO or socket.
     Other,
-    /// A mount whose server has gone.
+    /// A FUSE mount whose daemon has ended.
     Stale,
-    /// A link that leads nowhere.
+    /// A symbolic link to a missing file.
     BrokenLink,
     Nothing,
 }
 
-/// Finds out which form `mountpoint` has. Errors: nothing there and no directory to hold it, or something unfit.
+/// Resolves `mountpoint` to one of the three forms. Fails if neither it nor its directory exists, or if it is neither a
+/// directory nor a regular file.
 pub(super) fn resolve(mountpoint: &OsStr) -> Result<Resolved, UsageError> {
-    resolve_by(mountpoint, look)
+    resolve_by(mountpoint, classify)
 }
 
-/// [`resolve`] with the look at the file system as a parameter.
-fn resolve_by(mountpoint: &OsStr, look: impl Fn(&Path) -> io::Result<Found>) -> Result<Resolved, UsageError> {
-    let fail = |reason: &str| UsageError::new(format!("mount point {}: {reason}", values::shown(mountpoint)));
-    let look = |path: &Path| look(path).map_err(|e| fail(&e.to_string()));
+/// [`resolve`] with a replaceable access to the file system: tests cannot easily create a stale mount.
+fn resolve_by(mountpoint: &OsStr, classify: impl Fn(&Path) -> io::Result<PathKind>) -> Result<Resolved, UsageError> {
+    let fail = |reason: &str| UsageError::new(format!("mount point {}: {reason}", values::display(mountpoint)));
+    let classify = |path: &Path| classify(path).map_err(|e| fail(&e.to_string()));
     let path = values::path(mountpoint).map_err(|e| fail(&e))?;
-    // Without the slash that may stand at its end: mount tables show none.
+    // Collecting the components drops a slash at the end. Mount tables show paths without it.
     let path: PathBuf = path.components().collect();
     let dir = |path: &Path| MountTarget {
         path: path.to_owned(),
         kind: MountKind::Dir,
     };
-    match look(&path)? {
-        Found::Dir => Ok(Resolved {
+    match classify(&path)? {
+        PathKind::Dir => Ok(Resolved {
             target: dir(&path),
             file_name: None,
         }),
-        Found::File => {
+        PathKind::File => {
             let file_name = path.file_name().map(OsStr::to_owned);
             Ok(Resolved {
                 target: MountTarget {
@@ -69,17 +70,23 @@ fn resolve_by(mountpoint: &OsStr, look: impl Fn(&Path) -> io::Result<Found>) -> 
                 file_name,
             })
         }
-        Found::Other => Err(fail("neither a directory nor a regular file")),
-        Found::BrokenLink => Err(fail("a symbolic link that leads nowhere")),
-        Found::Nothing if mountpoint.as_bytes().ends_with(b"/") => Err(fail("no such directory")),
-        // A name below a stale mount cannot be looked at either, and the mount above is the one to report.
-        found @ (Found::Stale | Found::Nothing) => match (path.parent(), path.file_name()) {
-            (Some(parent), Some(name)) => match (look(parent)?, found) {
-                (Found::Dir, Found::Nothing) | (Found::Stale, _) => Ok(Resolved {
+        PathKind::Other => Err(fail("neither a directory nor a regular file")),
+        PathKind::BrokenLink => Err(fail("a symbolic link to a missing file")),
+        PathKind::Nothing if mountpoint.as_bytes().ends_with(b"/") => Err(fail("no such directory")),
+        // Every path below a stale mount fails with ENOTCONN too. If the parent is stale as well, the parent is taken
+        // as the mount point: the mount will report the stale mount itself, not a name below it.
+        // Without a slash it is more likely a directory that was typed wrong.
+        PathKind::Nothing if !mountpoint.as_bytes().contains(&b'/') => Err(fail(&format!(
+            "no such directory; as the name of a new file it needs a slash: ./{}",
+            values::display(mountpoint)
+        ))),
+        found @ (PathKind::Stale | PathKind::Nothing) => match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) => match (classify(parent)?, found) {
+                (PathKind::Dir, PathKind::Nothing) | (PathKind::Stale, _) => Ok(Resolved {
                     target: dir(parent),
                     file_name: Some(name.to_owned()),
                 }),
-                (_, Found::Stale) => Ok(Resolved {
+                (_, PathKind::Stale) => Ok(Resolved {
                     target: dir(&path),
                     file_name: None,
                 }),
@@ -93,15 +100,16 @@ fn resolve_by(mountpoint: &OsStr, look: impl Fn(&Path) -> io::Result<Found>) -> 
     }
 }
 
-fn look(path: &Path) -> io::Result<Found> {
+/// Returns the type of the file at `path`. Symbolic links are followed.
+fn classify(path: &Path) -> io::Result<PathKind> {
     match fs::metadata(path) {
-        Ok(meta) if meta.is_dir() => Ok(Found::Dir),
-        Ok(meta) if meta.is_file() => Ok(Found::File),
-        Ok(_) => Ok(Found::Other),
-        // std's name for ENOTCONN, what a FUSE mount answers when its server has gone.
-        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(Found::Stale),
-        Err(e) if e.kind() == ErrorKind::NotFound && path.is_symlink() => Ok(Found::BrokenLink),
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Found::Nothing),
+        Ok(meta) if meta.is_dir() => Ok(PathKind::Dir),
+        Ok(meta) if meta.is_file() => Ok(PathKind::File),
+        Ok(_) => Ok(PathKind::Other),
+        // ENOTCONN: the kernel's answer for a FUSE mount whose daemon has ended.
+        Err(e) if e.kind() == ErrorKind::NotConnected => Ok(PathKind::Stale),
+        Err(e) if e.kind() == ErrorKind::NotFound && path.is_symlink() => Ok(PathKind::BrokenLink),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(PathKind::Nothing),
         Err(e) => Err(e),
     }
 }
@@ -152,7 +160,7 @@ mod tests {
         assert_eq!(resolve(link.as_os_str()), Ok(resolved(&link, MountKind::Dir, None)));
         let broken = dir.path().join("broken");
         symlink("nowhere", &broken).unwrap();
-        assert!(error(&broken).ends_with("a symbolic link that leads nowhere"));
+        assert!(error(&broken).ends_with("a symbolic link to a missing file"));
     }
 
     #[test]
@@ -167,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_name_in_a_directory_is_the_files() {
+    fn a_missing_name_in_a_directory_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let new = dir.path().join("new.img");
         assert_eq!(
@@ -179,13 +187,14 @@ mod tests {
         assert_eq!(name.as_deref(), Some(OsStr::from_bytes(b"\xff")));
         let here = std::env::current_dir().unwrap();
         assert_eq!(
-            resolve(OsStr::new("new.img")),
+            resolve(OsStr::new("./new.img")),
             Ok(resolved(&here, MountKind::Dir, Some("new.img")))
         );
+        assert!(error(Path::new("new.img")).ends_with("it needs a slash: ./new.img"));
     }
 
     #[test]
-    fn what_cannot_be_a_mount_point() {
+    fn impossible_mount_points_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
@@ -198,13 +207,13 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_mount_is_left_for_the_mount_to_report() {
+    fn a_stale_mount_is_accepted_and_reported_later() {
         let stale_at = |stale: &'static str| {
             move |path: &Path| {
                 Ok(if path.starts_with(stale) {
-                    Found::Stale
+                    PathKind::Stale
                 } else {
-                    Found::Dir
+                    PathKind::Dir
                 })
             }
         };

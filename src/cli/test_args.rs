@@ -1,9 +1,11 @@
-//! What words stand for, for tests.
+//! Helpers for tests that parse a command line.
 
-use super::{Parsed, UsageError};
-use crate::config::{Action, Config, MountConfig};
+use std::ffi::OsString;
 
-/// What is to be done. Panics where something is only to be printed.
+use super::{Parsed, UsageError, parse};
+use crate::config::{Action, Config, DiskConfig, MountConfig};
+
+/// Returns the configuration. Panics if the command line only prints a text.
 pub(super) fn config_of(parsed: Result<Parsed, UsageError>) -> Result<Config, String> {
     match parsed.map_err(|e| e.to_string())? {
         Parsed::Run(config) => Ok(*config),
@@ -11,10 +13,20 @@ pub(super) fn config_of(parsed: Result<Parsed, UsageError>) -> Result<Config, St
     }
 }
 
-/// The mount that is to be done. Panics where it is something else.
+/// Returns the mount of a configuration. Panics if its action is another one.
 pub(super) fn mount_of(config: Config) -> MountConfig {
     match config.action {
         Action::Mount(mount) => mount,
-        other => panic!("no mount: {other:?}"),
+        other => panic!("not a mount: {other:?}"),
     }
+}
+
+/// Returns the action of a command line without the program's name, or its error message.
+pub(super) fn action(args: &[&str]) -> Result<Action, String> {
+    config_of(parse(["vmdkfuse"].iter().chain(args).map(OsString::from))).map(|config| config.action)
+}
+
+/// Returns the disks of a command line that is valid.
+pub(super) fn disks(args: &[&str]) -> Vec<DiskConfig> {
+    action(args).unwrap().disks().to_vec()
 }

@@ -1,4 +1,6 @@
-//! The values of keys and options: text → type. An error is the reason alone; who calls knows the key.
+//! Parsers for the values of keys and options: text → type.
+//!
+//! An error holds the reason alone. The caller knows the key and puts it in front.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -6,18 +8,18 @@ use std::path::{Path, PathBuf};
 
 use crate::config::PageCache;
 
-/// The longest file name of Linux, bytes (`NAME_MAX`).
+/// Longest file name of Linux in bytes (`NAME_MAX`).
 const NAME_MAX: usize = 255;
 
-/// The permission bits of a mode; more in an umask is a slip of the pen.
+/// Permission bits of a mode. Other bits in an umask have no effect, so they are refused as a mistake.
 const MODE_BITS: u32 = 0o777;
 
-/// How a message shows what need not be UTF-8.
-pub(super) fn shown(text: &OsStr) -> std::path::Display<'_> {
+/// Returns a displayable form of text that may not be UTF-8, for messages.
+pub(super) fn display(text: &OsStr) -> std::path::Display<'_> {
     Path::new(text).display()
 }
 
-/// Text that is no path: must be UTF-8 and not empty.
+/// Returns a value that is not a path as text. Fails if it is empty or not UTF-8.
 pub(super) fn text(value: &OsStr) -> Result<&str, String> {
     match value.to_str() {
         Some("") => Err("a value is missing".into()),
@@ -26,7 +28,7 @@ pub(super) fn text(value: &OsStr) -> Result<&str, String> {
     }
 }
 
-/// `true`, `yes`, `on`, `1` and their opposites, in any case.
+/// Parses a boolean: `true`, `yes`, `on`, `1` or `false`, `no`, `off`, `0`, in any case.
 pub(super) fn boolean(value: &OsStr) -> Result<bool, String> {
     match text(value)?.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
@@ -35,8 +37,8 @@ pub(super) fn boolean(value: &OsStr) -> Result<bool, String> {
     }
 }
 
-/// A number of bytes: digits, then `K`, `M`, `G` or `T` (powers of 1024), then `B` or, after a letter, `iB`. Case does
-/// not matter.
+/// Parses a size in bytes: digits, then optionally `K`, `M`, `G` or `T` (powers of 1024), then optionally `B` or, after
+/// such a letter, `iB`. Case is ignored.
 pub(super) fn size(value: &OsStr) -> Result<u64, String> {
     let text = text(value)?.to_ascii_lowercase();
     let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -50,14 +52,14 @@ pub(super) fn size(value: &OsStr) -> Result<u64, String> {
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "t" | "tb" | "tib" => 40,
-        _ => return Err("must be a size: after the digits only K, M, G or T, as in 64M".into()),
+        _ => return Err("must be a size: only K, M, G or T may follow the digits, as in 64M".into()),
     };
-    // All characters are digits, so the only way to fail is a number that is too large.
+    // All characters are digits, so parsing fails only if the number is too large.
     let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
-    bytes.ok_or_else(|| "is larger than 64 bits can hold".into())
+    bytes.ok_or_else(|| "does not fit in 64 bits".into())
 }
 
-/// The value of `cache=`, which its kind lets be nothing else.
+/// Parses the value of `cache=`. Returns `None` for other words; the table of keys refuses those before it calls this.
 pub(super) fn page_cache(value: &OsStr) -> Option<PageCache> {
     match value.to_str() {
         Some("none") => Some(PageCache::None),
@@ -67,7 +69,7 @@ pub(super) fn page_cache(value: &OsStr) -> Option<PageCache> {
     }
 }
 
-/// A user or group id. The highest number is what system calls take for "none".
+/// Parses a user or group ID. The highest number is refused, because system calls take it as "no ID" (-1).
 pub(super) fn id(value: &OsStr) -> Result<u32, String> {
     match decimal(text(value)?) {
         Some(id) if id != u32::MAX => Ok(id),
@@ -75,7 +77,7 @@ pub(super) fn id(value: &OsStr) -> Result<u32, String> {
     }
 }
 
-/// Permission bits in octal, as in `022`.
+/// Parses permission bits in octal, such as `022`.
 pub(super) fn umask(value: &OsStr) -> Result<u32, String> {
     let text = text(value)?;
     let octal = text.bytes().all(|b| matches!(b, b'0'..=b'7'));
@@ -85,33 +87,33 @@ pub(super) fn umask(value: &OsStr) -> Result<u32, String> {
     }
 }
 
-/// A path made absolute against the current directory. Symbolic links and `..` stay as they are.
+/// Makes a path absolute, relative to the current directory. Symbolic links and `..` are not resolved.
 pub(super) fn path(value: &OsStr) -> Result<PathBuf, String> {
     if value.is_empty() {
         return Err("a path is missing".into());
     }
     if value.as_bytes().contains(&0) {
-        return Err("a path cannot hold a NUL byte".into());
+        return Err("a path cannot contain a NUL byte".into());
     }
-    std::path::absolute(Path::new(value)).map_err(|e| format!("the current directory is not known: {e}"))
+    std::path::absolute(Path::new(value)).map_err(|e| format!("cannot determine the current directory: {e}"))
 }
 
-/// Checks that one directory entry can be called so.
+/// Checks that `value` is a possible name of a directory entry.
 pub(super) fn file_name(value: &OsStr) -> Result<(), String> {
     let bytes = value.as_bytes();
     if bytes.is_empty() || bytes == b"." || bytes == b".." {
-        return Err("this cannot be the name of a file".into());
+        return Err("not a valid file name".into());
     }
     if bytes.contains(&b'/') || bytes.contains(&0) {
-        return Err("a file name cannot hold `/` or a NUL byte".into());
+        return Err("a file name cannot contain `/` or a NUL byte".into());
     }
     if bytes.len() > NAME_MAX {
-        return Err(format!("a file name has at most {NAME_MAX} bytes"));
+        return Err(format!("a file name can have at most {NAME_MAX} bytes"));
     }
     Ok(())
 }
 
-/// Digits alone; `parse` would also take a `+`.
+/// Parses a number that consists of digits only; `str::parse` alone would also accept a leading `+`.
 fn decimal(text: &str) -> Option<u32> {
     text.bytes()
         .all(|b| b.is_ascii_digit())
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn size_refuses_all_else() {
+    fn size_refuses_everything_else() {
         for text in ["", "M", "-1", "+1", "1.5G", "1 M", "1P", "5iB", "1MM", "0x10", "１"] {
             assert!(size(os(text)).is_err(), "{text}");
         }
@@ -186,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_become_absolute_and_keep_their_links() {
+    fn paths_become_absolute_but_are_not_resolved() {
         let here = std::env::current_dir().unwrap();
         assert_eq!(path(os("a/../b")), Ok(here.join("a/../b")));
         assert_eq!(path(os("/a/b")), Ok("/a/b".into()));

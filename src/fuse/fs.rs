@@ -25,6 +25,7 @@ use crate::fuse::disk_file::{DiskFile, Passthrough};
 use crate::fuse::kernel_view_node;
 use crate::fuse::loop_budget::LoopBudget;
 use crate::fuse::write::RequestContext;
+use crate::store::StoredFile;
 use crate::volume::Volume;
 
 /// Block size that `stat` and `statfs` report.
@@ -67,6 +68,11 @@ impl Disks {
             }
         }
         first
+    }
+
+    /// Returns the files that the disks consist of.
+    pub fn files(&self) -> Vec<Arc<dyn StoredFile>> {
+        self.0.iter().flat_map(|file| file.volume().files().to_vec()).collect()
     }
 }
 

@@ -15,23 +15,29 @@ use std::process::{Child, Command, Output, Stdio};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
+use super::target::Target;
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Names to try: first in PATH, then by full path, since services often run with a short PATH.
 const PROGRAMS: [&str; 3] = ["fusermount3", "/usr/bin/fusermount3", "/bin/fusermount3"];
 
-/// Mounts at `point` and returns the FUSE device.
-pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Result<OwnedFd> {
+/// Mounts on `target` and returns the FUSE device.
+///
+/// The helper is started in the directory that `target` holds, so that a directory which another user puts in its place
+/// meanwhile is not mounted on.
+pub(super) fn mount(target: &Target, options: &MountOptions, source: &str) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socket for fusermount3", e))?;
     let theirs = OwnedFd::from(theirs);
+    let (folder, name) = target.folder_and_name();
     let mut helper = spawn(|command| {
         let stdin = theirs.try_clone()?;
         command
             .arg("-o")
             .arg(option_words(options, source))
             .arg("--")
-            .arg(point);
+            .arg(&name)
+            .current_dir(&folder);
         command.env("_FUSE_COMMFD", "0").stdin(stdin);
         Ok(())
     })?;
@@ -42,7 +48,7 @@ pub(super) fn mount(point: &Path, options: &MountOptions, source: &str) -> Resul
             helper.wait().map_err(|e| Error::io("fusermount3", e))?;
             Ok(device)
         }
-        Err(errno) => Err(refusal(point, helper, errno)),
+        Err(errno) => Err(refusal(&target.point, helper, errno)),
     }
 }
 
@@ -93,6 +99,15 @@ fn option_words(options: &MountOptions, source: &str) -> String {
         (options.default_permissions, ",default_permissions"),
     ] {
         words.push_str(if on { word } else { "" });
+    }
+    for option in options
+        .flags
+        .iter()
+        .copied()
+        .chain(options.contexts.iter().map(String::as_str))
+    {
+        words.push(',');
+        words.push_str(&escape(option));
     }
     words
 }

@@ -30,10 +30,12 @@ mod fusermount;
 mod kernel_view_node;
 mod loop_budget;
 pub mod mount;
+pub(crate) mod mount_flags;
 pub mod mountinfo;
 pub mod probe;
 pub mod readahead;
 pub mod session;
+pub mod target;
 #[cfg(test)]
 mod testfs;
 #[cfg(test)]

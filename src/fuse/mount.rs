@@ -15,18 +15,18 @@
 //! Before every unmount the mount table is read again: another process may have removed this mount, and mounted another
 //! file system at the same path. [`Mount`] unmounts when it is dropped, so that an error or a panic leaves no mount.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags};
+use nix::mount::MntFlags;
 use nix::sys::statvfs::statvfs;
 
-use super::fusermount;
 use super::mountinfo::{self, Device, MountEntry};
+use super::target::Target;
+use super::{fusermount, mount_flags};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -35,46 +35,6 @@ pub(super) const SUBTYPE: &str = "vmdkfuse";
 
 /// Type that mount tables show.
 pub const FSTYPE: &str = "fuse.vmdkfuse";
-
-/// Checked mount point.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// The mount point: absolute, without symbolic links; it exists.
-    pub point: PathBuf,
-    /// True if it is a regular file, so that the root of the mount has to be the disk itself.
-    pub is_file: bool,
-}
-
-impl Target {
-    /// Checks a path to mount on: a directory, or a regular file to cover.
-    ///
-    /// Errors: the path does not exist or is another type of file; it is a vmdkfuse mount already, or a stale one whose
-    /// process is gone (the error names the command that clears it).
-    pub fn resolve(path: &Path) -> Result<Self> {
-        match fs::canonicalize(path) {
-            Ok(point) => Self::existing(point),
-            Err(e) => Err(stale_or(path, e)),
-        }
-    }
-
-    fn existing(point: PathBuf) -> Result<Self> {
-        refuse_ours(&point)?;
-        let kind = fs::metadata(&point).map_err(|e| stale_or(&point, e))?.file_type();
-        if !kind.is_dir() && !kind.is_file() {
-            let what = if kind.is_block_device() || kind.is_char_device() {
-                "a device"
-            } else {
-                "a pipe or socket"
-            };
-            let text = format!("{}: is {what}; mount on a directory or a regular file", point.display());
-            return Err(Error::new(ErrorKind::Usage, text));
-        }
-        Ok(Self {
-            point,
-            is_file: kind.is_file(),
-        })
-    }
-}
 
 /// Result of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,17 +101,22 @@ impl Mount {
         let source = options.fsname.as_deref().unwrap_or(source);
         let device = match mount_directly(target, options, source)? {
             Some(device) => device,
-            None => fusermount::mount(&target.point, options, source)?,
+            None => fusermount::mount(target, options, source)?,
         };
-        // The ID comes from the path, which another process may have mounted on meanwhile: check the type.
-        let entry = mountinfo::of(&target.point)?;
-        if entry.fstype != FSTYPE {
-            let text = format!(
-                "{}: something else was mounted there at the same time",
-                target.point.display()
-            );
-            return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
-        }
+        // From here on there is a mount: every failure has to remove it again.
+        let entry = match target.mounted() {
+            Ok(Some(entry)) => entry,
+            found => {
+                let cause = found.err().map_or_else(
+                    || "something else was mounted there at the same time".to_owned(),
+                    |e| e.to_string(),
+                );
+                let removed = unmount_once(&target.point, true).err();
+                let left = removed.map_or_else(String::new, |e| format!("; the mount may be left behind: {e}"));
+                let text = format!("{}: {cause}{left}", target.point.display());
+                return Err(Error::new(ErrorKind::Os(libc::EBUSY), text));
+            }
+        };
         tracing::debug!("mounted on {} as {} {}", entry.point.display(), entry.id, entry.device);
         let identity = Identity {
             id: entry.id,
@@ -233,11 +198,14 @@ fn mount_directly(target: &Target, options: &MountOptions, source: &str) -> Resu
         Err(e) => return Err(no_fuse(e)),
     };
     let data = mount_data(device.as_raw_fd(), target.is_file, options);
-    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    if options.read_only {
-        flags |= MsFlags::MS_RDONLY;
-    }
-    match nix::mount::mount(Some(source), &target.point, Some(FSTYPE), flags, Some(data.as_str())) {
+    let flags = mount_flags::bits(&options.flags, options.read_only);
+    match nix::mount::mount(
+        Some(source),
+        &target.proc_path(),
+        Some(FSTYPE),
+        flags,
+        Some(data.as_str()),
+    ) {
         Ok(()) => Ok(Some(device.into())),
         Err(Errno::EPERM | Errno::EACCES) => Ok(None),
         Err(Errno::ENODEV) => Err(no_fuse(Errno::ENODEV.into())),
@@ -268,6 +236,10 @@ fn mount_data(fd: i32, is_file: bool, options: &MountOptions) -> String {
     if options.default_permissions {
         data.push_str(",default_permissions");
     }
+    for context in &options.contexts {
+        data.push(',');
+        data.push_str(context);
+    }
     data
 }
 
@@ -280,49 +252,14 @@ fn unmount_once(point: &Path, lazy: bool) -> Result<()> {
     }
 }
 
-/// Refuses a mount point that has a vmdkfuse mount on it, alive or stale.
-fn refuse_ours(point: &Path) -> Result<()> {
-    match mountinfo::at(point)? {
-        Some(entry) if entry.fstype == FSTYPE => {}
-        _ => return Ok(()),
-    }
-    if is_dead(point) {
-        return Err(stale(point));
-    }
-    let text = format!(
-        "{}: is a vmdkfuse mount already; unmount it first: {}",
-        point.display(),
-        unmount_command(point)
-    );
-    Err(Error::new(ErrorKind::Os(libc::EBUSY), text))
-}
-
 /// Returns true if a mount without a process is at `point`. Uses statfs: the kernel may still have cached attributes,
 /// so that stat would succeed.
-fn is_dead(point: &Path) -> bool {
+pub(super) fn is_dead(point: &Path) -> bool {
     statvfs(point) == Err(Errno::ENOTCONN)
 }
 
-/// Returns the error for `path`. If the path leads through a dead mount, the error names that mount.
-fn stale_or(path: &Path, error: io::Error) -> Error {
-    match path.ancestors().filter(|p| is_dead(p)).last() {
-        // The shortest dead ancestor is the mount point itself.
-        Some(point) => stale(point),
-        None => Error::io(path.display().to_string(), error),
-    }
-}
-
-fn stale(point: &Path) -> Error {
-    let text = format!(
-        "{}: a mount whose process is gone (transport endpoint is not connected); clear it with: {}",
-        point.display(),
-        unmount_command(point)
-    );
-    Error::new(ErrorKind::Os(libc::ENOTCONN), text)
-}
-
 /// Returns the shell command that unmounts `point`.
-fn unmount_command(point: &Path) -> String {
+pub(super) fn unmount_command(point: &Path) -> String {
     let text = point.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
     let word = if text.chars().all(plain) {

@@ -5,14 +5,13 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// Device number of a file system, as `stat` of its files and sysfs name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,35 +58,15 @@ pub fn at(point: &Path) -> Result<Option<MountEntry>> {
     Ok(read()?.into_iter().rfind(|e| e.point == point))
 }
 
-/// Returns the ID of the mount that `path` lies on. Sends no request to the mount itself.
-pub fn mount_id_of(path: &Path) -> Result<u64> {
-    let context = || format!("{}: reading the ID of its mount", path.display());
-    // O_PATH opens the path without opening the file: the kernel sends no request, so this works before the session
-    // serves.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(|e| Error::io(context(), e))?;
-    let fdinfo = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
-    let text = fs::read_to_string(&fdinfo).map_err(|e| Error::io(context(), e))?;
+/// Returns the ID of the mount that an open file lies on. Sends no request to that mount.
+pub(super) fn mount_id(file: impl AsFd) -> Result<u64> {
+    let fdinfo = format!("/proc/self/fdinfo/{}", file.as_fd().as_raw_fd());
+    let text = fs::read_to_string(&fdinfo).map_err(|e| Error::io(fdinfo.clone(), e))?;
     let id = text
         .lines()
         .find_map(|l| l.strip_prefix("mnt_id:"))
         .and_then(|v| v.trim().parse().ok());
-    id.ok_or_else(|| Error::io(context(), io::Error::from(io::ErrorKind::InvalidData)))
-}
-
-/// Returns the table entry of the mount that `path` lies on.
-pub fn of(path: &Path) -> Result<MountEntry> {
-    let id = mount_id_of(path)?;
-    let gone = || {
-        Error::new(
-            ErrorKind::NotFound,
-            format!("{}: its mount is not in the mount table", path.display()),
-        )
-    };
-    read()?.into_iter().find(|e| e.id == id).ok_or_else(gone)
+    id.ok_or_else(|| Error::io(fdinfo, io::Error::from(io::ErrorKind::InvalidData)))
 }
 
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
@@ -179,9 +158,10 @@ mod tests {
 
     #[test]
     fn the_root_is_found_by_path_and_by_id() {
-        let by_number = of(Path::new("/")).unwrap();
-        assert_eq!(by_number.point, Path::new("/"));
-        assert_eq!(at(Path::new("/")).unwrap().unwrap().id, by_number.id);
+        let root = fs::File::open("/").unwrap();
+        let by_path = at(Path::new("/")).unwrap().unwrap();
+        assert_eq!(by_path.point, Path::new("/"));
+        assert_eq!(by_path.id, mount_id(&root).unwrap());
         assert_eq!(at(Path::new("/no such point")).unwrap(), None);
     }
 }

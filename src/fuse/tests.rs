@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::mount::{FSTYPE, Mount, Target, Unmounted};
+use super::mount::{FSTYPE, Mount, Unmounted};
 use super::mountinfo;
 use super::probe::probe_file;
 use super::readahead::{self, Window};
 use super::session::Running;
+use super::target::Target;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
 use crate::config::{DiskConfig, Format, LocalConfig, MountKind, MountOptions, PageCache, SourceConfig};
 use crate::fuse::DiskFs;
@@ -48,7 +49,7 @@ impl Mounted {
             fs::create_dir(&point).unwrap();
             fs::write(point.join("hidden"), "").unwrap();
         }
-        let target = Target::resolve(&point).unwrap();
+        let target = Target::resolve(&point, true).unwrap();
         assert_eq!(target.is_file, is_file);
         let (mount, device) = Mount::new(&target, options, "a, b\\c.vmdk").unwrap();
         let session = Running::start(
@@ -163,7 +164,8 @@ fn mount_through_the_helper_shows_the_same_type_and_source() {
     };
     m.mount.unmount().unwrap();
     m.end().unwrap();
-    let device = super::fusermount::mount(&m.point, &options(), "a, b\\c.vmdk").unwrap();
+    let device =
+        super::fusermount::mount(&Target::resolve(&m.point, true).unwrap(), &options(), "a, b\\c.vmdk").unwrap();
     let fs = TestFs {
         size: SIZE,
         is_file: false,
@@ -186,7 +188,7 @@ fn mount_that_is_taken_is_refused_with_the_command() {
     let Some(m) = Mounted::new(false, Fault::None, &options()) else {
         return;
     };
-    let e = Target::resolve(&m.point).unwrap_err().to_string();
+    let e = Target::resolve(&m.point, true).unwrap_err().to_string();
     assert!(
         e.contains("is a vmdkfuse mount already; unmount it first: umount '"),
         "{e}"
@@ -208,7 +210,7 @@ fn mount_that_is_stale_is_refused_with_the_command_that_clears_it() {
     }
     m.end().unwrap();
     for path in [m.point.clone(), m.point.join("new.raw")] {
-        let e = Target::resolve(&path).unwrap_err().to_string();
+        let e = Target::resolve(&path, true).unwrap_err().to_string();
         let clear = format!("clear it with: umount '{}'", m.point.display());
         assert!(e.contains("process is gone") && e.ends_with(&clear), "{e}");
     }
@@ -223,7 +225,7 @@ fn mount_of_another_process_at_the_same_point_is_left_alone() {
     };
     nix::mount::umount(&m.point).unwrap();
     m.end().unwrap();
-    let target = Target::resolve(&m.point).unwrap();
+    let target = Target::resolve(&m.point, true).unwrap();
     let (mut other, device) = Mount::new(&target, &options(), "other").unwrap();
     let fs = TestFs {
         size: SIZE,
@@ -277,10 +279,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     });
     let volume = Volume::new(Arc::new(disk), Vec::new());
     let fs = DiskFs::new(MountKind::Dir, vec![(config, volume)], &options(), 2);
-    let target = Target {
-        point: m.point.clone(),
-        is_file: false,
-    };
+    let target = Target::resolve(&m.point, true).unwrap();
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;
     m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
@@ -326,15 +325,24 @@ fn mount_points_that_cannot_be_used() {
     let dir = fs::canonicalize(dir.path()).map(|p| (p, dir)).unwrap();
     let (root, _guard) = dir;
     fs::write(root.join("file"), "").unwrap();
-    assert!(Target::resolve(&root.join("file")).unwrap().is_file);
+    assert!(Target::resolve(&root.join("file"), false).unwrap().is_file);
+    fs::create_dir(root.join("full")).unwrap();
+    fs::write(root.join("full/note"), "x").unwrap();
+    for name in ["full", "full/note"] {
+        let e = Target::resolve(&root.join(name), false).unwrap_err().to_string();
+        assert!(e.contains("-o nonempty"), "{name}: {e}");
+        assert!(Target::resolve(&root.join(name), true).is_ok(), "{name}");
+    }
+    let e = Target::resolve(Path::new("/"), true).unwrap_err().to_string();
+    assert!(e.contains("the root directory"), "{e}");
     std::os::unix::fs::symlink("nowhere", root.join("dangling")).unwrap();
     nix::unistd::mkfifo(&root.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     for name in ["no/new.raw", "new/", "dangling", "file/new.raw", "fifo"] {
-        let e = Target::resolve(&root.join(name)).unwrap_err().to_string();
+        let e = Target::resolve(&root.join(name), false).unwrap_err().to_string();
         assert!(e.starts_with(root.to_str().unwrap()), "{name}: {e}");
     }
     assert!(
-        Target::resolve(Path::new("/dev/null"))
+        Target::resolve(Path::new("/dev/null"), false)
             .unwrap_err()
             .to_string()
             .contains("is a device")

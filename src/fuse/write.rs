@@ -165,9 +165,9 @@ impl DiskFile {
     /// Answers a close. A process that has written relies on its data being durable once close returns.
     pub(super) fn flush(&self, handle: FileHandle, context: RequestContext<'_>, reply: ReplyEmpty) {
         if writes(handle) {
-            self.sync(context, reply)
+            self.sync(context, reply);
         } else {
-            reply.ok()
+            reply.ok();
         }
     }
 

@@ -141,7 +141,7 @@ fn check(disk: &dyn BlockRead) -> Result<&dyn Runs> {
         return Err(Error::unsupported("the disk can be written to"));
     }
     let runs = disk.runs().ok_or_else(|| {
-        Error::unsupported("its data are not stored as the guest reads them (compressed, or below an overlay)")
+        Error::unsupported("its data are not stored as they are read (compressed, or below an overlay)")
     })?;
     for file in runs.files() {
         if file.fd.is_none() {

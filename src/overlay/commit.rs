@@ -30,7 +30,7 @@ use crate::source::RawDisk;
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 use crate::volume::Source;
-use crate::volume::open::is_vmdk;
+use crate::volume::format::{self, DiskFormat};
 
 /// Maximum number of sectors copied at once: 1 MiB.
 const COPY_STEP: u64 = 2048;
@@ -271,7 +271,7 @@ impl Commit {
 /// Opens the base in `file` for reading, although `file` itself is open for writing: it is not changed before the
 /// overlay is known to belong to it. Returns the values that the overlay must match, and the source.
 fn open_for_check(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
-    let source = if is_vmdk(local, &**file)? {
+    let source = if format::decide(local, &**file)? == DiskFormat::Vmdk {
         let options = OpenOptions {
             accept_cid_mismatch: local.accept_cid_mismatch,
             force: local.force,

@@ -33,6 +33,7 @@ use serde::Serialize;
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process;
 use crate::store::{
     Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, make_user_path, open_user_path, unnamed,
 };
@@ -421,9 +422,8 @@ fn create_overlay(path: &Path, base: &Base) -> Result<()> {
 
 /// Creates a temporary overlay in unnamed files, which the kernel removes when this process ends.
 fn temporary(base: &Base) -> Result<VmdkDisk> {
-    let folder = std::env::var_os("TMPDIR")
-        .filter(|dir| !dir.is_empty())
-        .map_or("/var/tmp".into(), PathBuf::from);
+    let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty());
+    let folder = folder.map_or_else(|| PathBuf::from("/var/tmp"), |dir| process::start_dir().join(dir));
     let store: Arc<dyn Store> = unnamed(&folder, "temporary overlay")?;
     let name = ExtentName::new("overlay.vmdk")?;
     vmdk::create_delta(&*store, &name, &base.delta()?)?;

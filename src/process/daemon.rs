@@ -1,15 +1,25 @@
-//! Into the background, and the word to the parent that the mount can be read.
+//! Daemonization: forks into the background and reports to the parent when the mount can be read.
 //!
 //! ```text
-//!   user's shell ── parent ── fork ── child: setsid, chdir /, stdin+stdout → /dev/null
+//!   user's shell ── parent ── fork ── child: stdin+stdout → /dev/null
 //!                     │                 │  opens, mounts, reads
 //!                     │ ◄─── pipe ──────┤  warning…  then one of: ready | failure
-//!                     │                 │  stderr → /dev/null, serves
+//!                     │                 │  before "ready": setsid, chdir /, stderr → /dev/null; then it serves
 //!                returns 0 or 1, with the one message on standard error
 //! ```
-//! The fork comes before any thread. One is enough: the child leads a session without a terminal and never
-//! opens one, so no second fork has to keep it from getting one. The umask stays as it is. A parent that went
-//! away before it heard is a failure as well: nobody would know of the mount.
+//! Until the mount can be read the child stays in the caller's process group. automount(8) and systemd's automount units
+//! let only processes of the group that they started through to the directory that is being mounted; any other process
+//! that touches it, the first read through the mount included, would wait for a mount that waits for it.
+//!
+//! Invariants:
+//! - The process forks before it starts any thread, see [`start`]. A forked child has only the thread that forked, so a
+//!   lock that another thread held would stay locked forever.
+//! - One fork is enough. The child leads a session without a terminal and never opens a terminal, so no second fork is
+//!   needed to keep it from acquiring one. The umask is inherited unchanged.
+//! - A parent that exits before it receives "ready" is a failed start: its caller does not know of the mount.
+//!
+//! A message on the pipe is one byte (`W` warning, `R` ready, `E` failure), the length of the text as 4 bytes in
+//! little-endian order, and the text.
 
 #![allow(unsafe_code)] // Only for fork, _exit, close_range and mallopt.
 
@@ -23,35 +33,37 @@ use nix::unistd::{ForkResult, Pid};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The program's name in its messages.
+/// Prefix of all messages on standard error.
 const NAME: &str = "vmdkfuse";
 
-/// The longest message that is passed on, bytes.
+/// Longest text of one message, in bytes. A longer text is truncated.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// Which process this is after [`start`].
+/// Role of the calling process after [`start`].
 #[derive(Debug)]
 pub enum Started {
-    /// The parent; the child has had its say, and it was this.
+    /// The parent, after the child has reported the result of the start.
     Parent(Verdict),
-    /// The process that goes on.
+    /// The process that mounts and serves: the child, or the calling process in the foreground.
     Daemon(Status),
 }
 
-/// What became of the start, with its message printed already.
+/// Result of the start. A failure has been printed already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// The mount can be read.
     Ready,
-    /// There is none.
+    /// The start failed and there is no mount.
     Failed,
 }
 
-/// The line to whoever waits for the start; in the foreground that is standard error.
+/// Channel to the process that waits for the start: the pipe to the parent, or standard error in the foreground.
 #[derive(Debug)]
 pub struct Status(Option<File>);
 
-/// Forks unless `foreground`. In the parent it returns when the child is ready or has failed.
+/// Forks unless `foreground` is set. In the parent, blocks until the child is ready or has failed.
+///
+/// Fails with [`ErrorKind::Unsupported`] if the process has more than one thread.
 pub fn start(foreground: bool) -> Result<Started> {
     if foreground {
         return Ok(Started::Daemon(Status(None)));
@@ -70,7 +82,7 @@ pub fn start(foreground: bool) -> Result<Started> {
         ForkResult::Child => {
             drop(from_child);
             let status = Status(Some(File::from(to_parent)));
-            match detach() {
+            match release_standard_streams() {
                 Ok(()) => Ok(Started::Daemon(status)),
                 Err(e) => {
                     status.failed(&e);
@@ -81,10 +93,10 @@ pub fn start(foreground: bool) -> Result<Started> {
     }
 }
 
-/// Forks a process that does `work` with its end of a socket, and ends then. The other end, and the process. `socket`
-/// says what it is for.
+/// Forks a process that runs `work` with its end of a socket pair and then exits. Returns the other end and the process
+/// ID. `socket` names the purpose of the socket in errors.
 ///
-/// Errors: as of every fork, where more than one thread runs.
+/// Fails with [`ErrorKind::Unsupported`] if the process has more than one thread.
 pub(crate) fn helper(socket: &str, work: impl FnOnce(UnixStream)) -> Result<(UnixStream, Pid)> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io(socket, e))?;
     match fork()? {
@@ -97,122 +109,140 @@ pub(crate) fn helper(socket: &str, work: impl FnOnce(UnixStream)) -> Result<(Uni
     }
 }
 
-/// Forks, if that is safe: an error where more than one thread runs.
+/// Forks after checking that the process has only one thread.
 fn fork() -> Result<ForkResult> {
     let tasks = fs::read_dir("/proc/self/task")
         .map_err(|e| Error::io("/proc/self/task", e))?
         .count();
     if tasks != 1 {
-        let text = format!("{tasks} threads run already, where a process has to be forked from one");
+        let text = format!("fork: {tasks} threads run already, and only a process with one thread can fork safely");
         return Err(Error::new(ErrorKind::Unsupported, text));
     }
-    // SAFETY: this process has one thread (checked above), so the child is a whole copy: no lock can be held by
-    // a thread that is not there.
+    // SAFETY: this process has one thread (checked above), so the child is a complete copy. No lock can be held by a
+    // thread that does not exist in the child.
     unsafe { nix::unistd::fork() }.map_err(|e| Error::io("fork", e.into()))
 }
 
-/// Closes what the caller left open beyond the standard descriptors. A daemon that kept a file of a mount would keep
-/// that mount busy; a file of its own mount it could not even close without waiting for itself.
+/// Closes all inherited descriptors except the standard ones and those in `kept`.
 ///
-/// To be called once the words are read, before all else: nothing of this process may be open yet.
+/// A daemon that inherited an open file of another mount would keep that mount busy. If the file is in its own mount,
+/// closing it later could deadlock, because the close waits for the daemon's own answer.
+///
+/// Must be called right after the arguments are parsed, before the process opens any descriptor of its own.
 pub fn close_inherited(kept: &[u32]) {
     let mut kept: Vec<u32> = kept.iter().copied().filter(|fd| *fd >= 3).collect();
     kept.sort_unstable();
     kept.dedup();
+    // Closes the gaps between the kept descriptors; the final `None` stands for the gap after the last one.
     let mut first = 3;
     for fd in kept.into_iter().map(Some).chain([None]) {
         let last = fd.map_or(libc::c_uint::MAX, |fd| fd - 1);
         if first <= last {
-            // SAFETY: no object of this program owns a descriptor yet, so none loses its own.
+            // SAFETY: no object of this program owns a descriptor yet, so no owner loses its descriptor.
             unsafe { libc::close_range(first, last, 0) };
         }
         first = fd.map_or(first, |fd| fd.saturating_add(1));
     }
 }
 
-/// Has all threads share one heap. Blocks of the cache are made by one thread and given back by another, so heaps of
-/// their own would each grow to the size of the whole cache.
+/// Makes all threads share one heap arena.
 ///
-/// To be called before any thread is started.
+/// Cache blocks are allocated by one thread and freed by another. With one arena per thread, each arena would grow to
+/// the size of the whole cache.
+///
+/// Must be called before any thread is started.
 pub fn share_heap() {
-    // SAFETY: it changes a setting of the allocator and touches no memory of ours. Where it has no such setting
-    // (another C library), nothing happens.
+    // SAFETY: mallopt changes a setting of the allocator and touches no memory of this program. Other C libraries have
+    // no such setting, so the call is compiled for glibc only.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1)
     };
 }
 
-/// Lets this process have as many open files as it may: a split disk has one for each extent.
+/// Raises the soft limit of open files to the hard limit, because a split disk needs one descriptor for each extent.
 pub fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    // where it can't be raised the usual limit has to do, and an open that exceeds it says so
+    // A failure is ignored: the soft limit stays in force, and an open beyond it fails with its own error.
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
 }
 
-/// Ends a forked child where it stands: what it copied belongs to its parent, and no destructor may run on it.
+/// Exits a forked child immediately. Its objects are copies of the parent's, so no destructor may run on them.
 fn leave() -> ! {
-    // SAFETY: _exit only ends the process; nothing of ours waits for an atexit handler.
+    // SAFETY: _exit only ends the process. This program registers no atexit handler.
     unsafe { libc::_exit(0) }
 }
 
 impl Status {
-    /// Passes a warning on.
+    /// Sends a warning, or logs it if the parent cannot receive it.
     pub fn warn(&mut self, text: &str) {
         let sent = match &mut self.0 {
             Some(pipe) => send(pipe, b'W', text),
             None => writeln!(io::stderr(), "{NAME}: warning: {text}"),
         };
         if let Err(e) = sent {
-            tracing::warn!("{text} (nobody reads this warning: {e})");
+            tracing::warn!("{text} (this warning was not delivered: {e})");
         }
     }
 
-    /// Says that the mount can be read. From then on standard error is closed, except in the foreground.
+    /// Reports that the mount can be read. Leaves the caller's session, process group, working directory and standard
+    /// error first, except in the foreground.
     ///
-    /// An error means that nobody waits any more: the mount is not wanted.
+    /// An error means that the parent has exited, so the caller must give the mount up.
     pub fn ready(self) -> Result<()> {
         let Some(mut pipe) = self.0 else { return Ok(()) };
-        // First, or a caller that waits for the end of our standard error would wait for the whole mount.
+        leave_session()?;
+        // Standard error is released before "ready" is sent. A caller that reads it to its end would otherwise wait
+        // until the mount ends.
         silence()?;
-        send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount is gone", e))
+        send(&mut pipe, b'R', "").map_err(|e| Error::io("the process that waited for the mount has exited", e))
     }
 
-    /// Says that there will be no mount, and why.
+    /// Reports that the start failed, with its cause.
     pub fn failed(self, error: &Error) {
         let sent = match self.0 {
             Some(mut pipe) => send(&mut pipe, b'E', error.to_string()),
             None => writeln!(io::stderr(), "{NAME}: {error}"),
         };
         if let Err(e) = sent {
-            tracing::error!("{error} (nobody reads this: {e})");
+            tracing::error!("{error} (this error was not delivered: {e})");
         }
     }
 }
 
-/// Leaves the terminal, the folder, and standard input and output of whoever started us.
+/// Detaches from the terminal, working directory, standard input and standard output of the caller.
 pub(crate) fn detach() -> Result<()> {
-    let context = |what: &'static str| move |e: nix::errno::Errno| Error::io(what, e.into());
-    nix::unistd::setsid().map_err(context("setsid"))?;
-    nix::unistd::chdir("/").map_err(context("chdir /"))?;
-    let null = null()?;
-    nix::unistd::dup2_stdin(&null).map_err(context("standard input"))?;
-    nix::unistd::dup2_stdout(&null).map_err(context("standard output"))
+    leave_session()?;
+    release_standard_streams()
 }
 
-/// Leaves standard error as well.
+/// Leaves the session, process group and working directory of the caller.
+fn leave_session() -> Result<()> {
+    nix::unistd::setsid().map_err(|e| Error::io("setsid", e.into()))?;
+    nix::unistd::chdir("/").map_err(|e| Error::io("chdir /", e.into()))
+}
+
+/// Redirects standard input and standard output to /dev/null.
+fn release_standard_streams() -> Result<()> {
+    let null = open_null()?;
+    nix::unistd::dup2_stdin(&null).map_err(|e| Error::io("standard input", e.into()))?;
+    nix::unistd::dup2_stdout(&null).map_err(|e| Error::io("standard output", e.into()))
+}
+
+/// Redirects standard error to /dev/null.
 pub(crate) fn silence() -> Result<()> {
-    nix::unistd::dup2_stderr(null()?).map_err(|e| Error::io("standard error", e.into()))
+    nix::unistd::dup2_stderr(open_null()?).map_err(|e| Error::io("standard error", e.into()))
 }
 
-fn null() -> Result<OwnedFd> {
+/// Opens /dev/null for reading and writing.
+fn open_null() -> Result<OwnedFd> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/null");
     file.map(OwnedFd::from).map_err(|e| Error::io("/dev/null", e))
 }
 
-/// One message: its kind, its length as 4 bytes, its text.
+/// Writes one message: its kind, its length as 4 bytes in little-endian order, its text.
 pub(crate) fn send(pipe: &mut impl Write, kind: u8, text: impl AsRef<[u8]>) -> io::Result<()> {
     let text = text.as_ref();
     let text = &text[..text.len().min(MAX_MESSAGE)];
@@ -222,7 +252,7 @@ pub(crate) fn send(pipe: &mut impl Write, kind: u8, text: impl AsRef<[u8]>) -> i
     pipe.write_all(&message)
 }
 
-/// The next message; `None` at the end of the pipe.
+/// Reads the next message. Returns `None` at the end of the pipe, also if it ends within the header.
 pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>> {
     let mut head = [0u8; 5];
     match pipe.read_exact(&mut head) {
@@ -235,27 +265,28 @@ pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>>
     Ok(Some((kind, text)))
 }
 
-/// The parent's part: prints what the child says until it is ready or has failed.
+/// Prints the child's warnings until the child is ready or has failed. Runs in the parent.
 fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
     let failure = loop {
         match receive(&mut pipe) {
             Ok(Some((b'R', _))) => return Verdict::Ready,
-            Ok(Some((b'W', text))) => say(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
+            Ok(Some((b'W', text))) => print_message(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
             Ok(Some((_, text))) => {
-                // The mount is gone only when the child is: whoever reads our status may look.
-                ending(child);
+                // The child unmounts on its way out. Waiting for its end guarantees that a caller that has received
+                // the exit status finds no mount left.
+                wait_for_exit(child);
                 break String::from_utf8_lossy(&text).into_owned();
             }
-            Ok(None) => break format!("the background process {}, without a word", ending(child)),
-            Err(e) => break format!("the background process cannot be heard: {e}"),
+            Ok(None) => break format!("the background process {} without a message", wait_for_exit(child)),
+            Err(e) => break format!("reading from the background process failed: {e}"),
         }
     };
-    say(stderr, &failure);
+    print_message(stderr, &failure);
     Verdict::Failed
 }
 
-/// Waits for the child's end and says how it was.
-fn ending(child: Pid) -> String {
+/// Waits until the child exits and returns a description of how it ended.
+fn wait_for_exit(child: Pid) -> String {
     loop {
         match waitpid(child, None) {
             Err(nix::errno::Errno::EINTR) => {}
@@ -267,8 +298,8 @@ fn ending(child: Pid) -> String {
     }
 }
 
-/// Prints a message; who closed standard error does not want it.
-pub fn say(stderr: &mut impl Write, text: &str) {
+/// Prints a message with the program's name. A closed standard error is ignored.
+pub fn print_message(stderr: &mut impl Write, text: &str) {
     if let Err(e) = writeln!(stderr, "{NAME}: {text}") {
         tracing::debug!("standard error: {e}");
     }
@@ -278,8 +309,9 @@ pub fn say(stderr: &mut impl Write, text: &str) {
 mod tests {
     use super::*;
 
-    /// What a parent makes of `bytes` from a child that has gone (no such child is ours, so no status is known).
-    fn hear(bytes: &[u8]) -> (Verdict, String) {
+    /// Runs [`listen`] on `bytes` from a child that has exited. The process ID is not a child of the test, so its exit
+    /// status is unknown.
+    fn listen_to(bytes: &[u8]) -> (Verdict, String) {
         let mut out = Vec::new();
         let verdict = listen(bytes, Pid::from_raw(i32::MAX), &mut out);
         (verdict, String::from_utf8(out).unwrap())
@@ -290,26 +322,29 @@ mod tests {
         let mut bytes = Vec::new();
         send(&mut bytes, b'W', "half of it").unwrap();
         send(&mut bytes, b'R', "").unwrap();
-        assert_eq!(hear(&bytes), (Verdict::Ready, "vmdkfuse: warning: half of it\n".into()));
+        assert_eq!(
+            listen_to(&bytes),
+            (Verdict::Ready, "vmdkfuse: warning: half of it\n".into())
+        );
     }
 
     #[test]
-    fn a_failure_is_one_line_and_silence_is_a_failure() {
+    fn a_failure_is_one_line_and_a_closed_pipe_is_a_failure() {
         let mut bytes = Vec::new();
         send(&mut bytes, b'E', "disk.vmdk: no such file").unwrap();
         assert_eq!(
-            hear(&bytes),
+            listen_to(&bytes),
             (Verdict::Failed, "vmdkfuse: disk.vmdk: no such file\n".into())
         );
         for end in 0..3 {
-            let (verdict, text) = hear(&bytes[..end]);
+            let (verdict, text) = listen_to(&bytes[..end]);
             assert_eq!(verdict, Verdict::Failed);
             assert!(text.starts_with("vmdkfuse: the background process ended"), "{text}");
         }
-        let (verdict, text) = hear(&bytes[..8]);
+        let (verdict, text) = listen_to(&bytes[..8]);
         assert_eq!(verdict, Verdict::Failed);
         assert!(
-            text.starts_with("vmdkfuse: the background process cannot be heard"),
+            text.starts_with("vmdkfuse: reading from the background process failed"),
             "{text}"
         );
     }

@@ -1,11 +1,11 @@
-//! Where messages go: standard error or a file, as text or JSON.
+//! Log output: standard error or a file, as text or JSON.
 //!
-//! The place is opened before daemonizing, so that a path that cannot be written is told to the user; the
-//! subscriber is installed after it, in the process that lives on. No message carries a secret: values of
-//! options are logged by those who know which of them are none.
+//! The log file is opened before the process forks, so that an error about its path reaches the user. The subscriber is
+//! installed after the fork, in the process that serves. No message contains a secret: the value of an option is logged
+//! only by code that knows that it is not secret.
 //!
-//! fuser speaks through the `log` crate, a record for every request. That stays switched off (one comparison
-//! of a static) unless `-vvv` asks for everything.
+//! fuser writes to the `log` crate, one record for every request. These records stay disabled (one comparison of a
+//! static) unless `-vvv` enables everything.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,7 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::config::LogConfig;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The place for messages, open but not yet in use.
+/// Log destination that is open but not yet installed.
 #[derive(Debug)]
 pub struct Sink {
     file: Option<File>,
@@ -27,7 +27,7 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Opens the place that `config` names; a file is appended to.
+    /// Opens the destination that `config` names. A file is created if needed and appended to.
     pub fn open(config: &LogConfig) -> Result<Self> {
         let open = |path| OpenOptions::new().append(true).create(true).open(path);
         let file = match &config.file {
@@ -41,12 +41,12 @@ impl Sink {
         })
     }
 
-    /// Whether messages go elsewhere than to standard error.
+    /// Returns true if messages go to a file instead of standard error.
     pub fn is_file(&self) -> bool {
         self.file.is_some()
     }
 
-    /// Makes it the place for the messages of this process. Once in a process.
+    /// Installs the destination as the global subscriber of this process. Fails if one is installed already.
     pub fn install(self) -> Result<()> {
         let level = level(self.verbosity);
         let json = self.json;
@@ -54,7 +54,7 @@ impl Sink {
             Some(file) => BoxMakeWriter::new(Arc::new(file)),
             None => BoxMakeWriter::new(io::stderr),
         };
-        // Its complaint about a message that can't be written would go to standard error, and panic where that is closed.
+        // The subscriber reports a message that it cannot write on standard error, and panics if that is closed.
         let builder = tracing_subscriber::fmt()
             .with_max_level(level)
             .with_ansi(false)
@@ -69,6 +69,7 @@ impl Sink {
     }
 }
 
+/// Converts the number of `-v` options to a level.
 fn level(verbosity: u8) -> LevelFilter {
     match verbosity {
         0 => LevelFilter::WARN,
@@ -78,7 +79,7 @@ fn level(verbosity: u8) -> LevelFilter {
     }
 }
 
-/// With everything asked for, records of the `log` crate come too.
+/// Installs the subscriber, and at the level TRACE the bridge from the `log` crate too.
 fn install<S>(subscriber: S, level: LevelFilter) -> Result<(), Box<dyn std::error::Error>>
 where
     S: Into<tracing::Dispatch> + tracing::Subscriber + Send + Sync + 'static,
@@ -86,15 +87,16 @@ where
     if level == LevelFilter::TRACE {
         return subscriber.try_init().map_err(Into::into);
     }
+    // Without the bridge, each record of fuser costs only the comparison with the static maximum level of `log`.
     tracing::subscriber::set_global_default(subscriber).map_err(Into::into)
 }
 
-/// Makes a panic a message like any other, in place of the runtime's text on standard error.
-pub fn panics() {
+/// Installs a panic hook that logs a panic as an error, in place of the runtime's text on standard error.
+pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
-        tracing::error!("panic in the thread {name}: {info}");
+        tracing::error!("panic in thread {name}: {info}");
     }));
 }
 
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_opened_at_once_and_an_error_names_it() {
+    fn open_creates_the_file_and_its_error_names_the_path() {
         let dir = tempfile::tempdir().unwrap();
         let config = |name: &str| LogConfig {
             file: Some(dir.path().join(name)),
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn levels() {
+    fn each_verbosity_has_its_level() {
         let levels = [
             LevelFilter::WARN,
             LevelFilter::INFO,

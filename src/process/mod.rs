@@ -1,13 +1,26 @@
-//! The process: its life from the command line to the exit status, and what it needs of the system.
+//! The process that serves a mount: start, daemonization, signals, log and exit status.
 //!
 //! ```text
 //!   run       the life of a mount, in order ── daemon: fork, inherited descriptors ── pidfile
-//!   signals   SIGTERM, SIGINT, SIGHUP as a descriptor
-//!   log       where messages go
+//!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
+//!   log       log destination and level
 //! ```
+//! The order matters: descriptors are closed and the process forks before any file of the mount is opened and before
+//! any thread starts; signals are blocked before any thread starts, so that every thread inherits the mask.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 pub mod daemon;
 pub mod log;
 pub mod pidfile;
 pub mod run;
 pub mod signals;
+
+/// Returns the working directory at the first call, which has to come before the process changes to `/`.
+///
+/// What the user named relative to it (a program and its arguments, TMPDIR) means the same for as long as the mount lives.
+pub fn start_dir() -> &'static Path {
+    static START_DIR: OnceLock<PathBuf> = OnceLock::new();
+    START_DIR.get_or_init(|| std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")))
+}

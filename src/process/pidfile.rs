@@ -1,4 +1,4 @@
-//! The file that holds the daemon's process number.
+//! Pidfile: holds the daemon's process ID while the daemon runs.
 
 use std::fs;
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// A written pidfile; removed when it is dropped, unless somebody else's number is in it by then.
+/// Written pidfile. Dropping it removes the file, unless another process has written its own ID in the meantime.
 #[derive(Debug)]
 pub struct Pidfile {
     path: PathBuf,
@@ -14,21 +14,22 @@ pub struct Pidfile {
 }
 
 impl Pidfile {
-    /// Writes this process's number to `path`. Readers see the old file or the whole new one.
+    /// Writes the ID of this process to `path`, atomically: a reader finds the old file or the complete new one.
     pub fn write(path: &Path) -> Result<Self> {
         let content = format!("{}\n", std::process::id());
-        let mut aside = path.as_os_str().to_owned();
-        aside.push(format!(".{}", std::process::id()));
-        let aside = PathBuf::from(aside);
+        // The file is written under a temporary name in the same directory, then renamed over `path`.
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".{}", std::process::id()));
+        let temporary = PathBuf::from(temporary);
         let written = fs::OpenOptions::new()
             .write(true)
             .create_new(true)
-            .open(&aside)
+            .open(&temporary)
             .and_then(|mut file| file.write_all(content.as_bytes()))
-            .and_then(|()| fs::rename(&aside, path));
+            .and_then(|()| fs::rename(&temporary, path));
         if let Err(e) = written {
-            if let Err(e) = fs::remove_file(&aside) {
-                tracing::debug!("{}: {e}", aside.display());
+            if let Err(e) = fs::remove_file(&temporary) {
+                tracing::debug!("{}: {e}", temporary.display());
             }
             return Err(Error::io(format!("pidfile {}", path.display()), e));
         }
@@ -53,19 +54,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_holds_our_number_and_goes_with_us() {
+    fn it_holds_our_process_id_and_is_removed_on_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
         fs::write(&path, "an older one").unwrap();
         let pidfile = Pidfile::write(&path).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing left beside it");
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            1,
+            "no temporary file is left"
+        );
         drop(pidfile);
         assert!(!path.exists());
     }
 
     #[test]
-    fn somebody_elses_number_stays() {
+    fn the_id_of_another_process_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
         let pidfile = Pidfile::write(&path).unwrap();
@@ -75,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_folder_is_an_error_that_names_the_file() {
+    fn the_error_for_a_missing_folder_names_the_file() {
         let e = Pidfile::write(Path::new("/no/such/folder/pid")).unwrap_err();
         assert!(e.to_string().starts_with("pidfile /no/such/folder/pid: "), "{e}");
     }

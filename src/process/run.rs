@@ -1,17 +1,18 @@
-//! The order of life of a mount.
+//! Life of a mount, from start to exit status.
 //!
 //! ```text
-//!   log opened, mount point looked at       errors to the user at once
+//!   log opened, mount point checked         errors reach the user directly
 //!   fork, unless in the foreground          daemon.rs; the parent waits
 //!   log installed, signals blocked, prober and watcher forked (fuse/): all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
-//!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait for the session's end
-//!        └─ the session ends: somebody unmounted (status 0), or an error (status 1)
-//!   disks closed: what was written is durable      an error: status 1
+//!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait until the session has ended
+//!        └─ the session ends: unmounted by another process (status 0), or an error (status 1)
+//!   disks closed: all completed writes are durable      an error: status 1
 //! ```
-//! Everything that was made is undone by its owner's `Drop`, so a failure or a panic on the way leaves no mount
-//! and no pidfile. A second SIGTERM or SIGINT does not wait for the last user, and for the disks only so long.
+//! The owner of each resource releases it in its `Drop`, so a failure or a panic during the start leaves no mount and
+//! no pidfile. After a second SIGTERM or SIGINT the process exits although the disk is in use, and waits at most
+//! `LAST_CLOSE` for the disks to be closed.
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
@@ -27,80 +28,81 @@ use crate::config::{Distance, LogConfig, MountConfig, MountOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::auto_unmount::AutoUnmount;
-use crate::fuse::mount::{Mount, Target, Unmounted};
+use crate::fuse::mount::{Mount, Unmounted};
 use crate::fuse::probe::Prober;
 use crate::fuse::readahead::{self, Window};
 use crate::fuse::session::Running;
+use crate::fuse::target::Target;
 use crate::fuse::{Disks, Requests};
 use crate::process::daemon::{self, Started, Status, Verdict};
 use crate::process::log;
 use crate::process::pidfile::Pidfile;
 use crate::process::signals::{self, Signals};
 
-/// How long the first reads may take: a mount that needs longer is of no use.
+/// Time limit for the first reads through the mount. If they take longer, the start fails.
 const FIRST_READ: Duration = Duration::from_secs(30);
 
-/// How long the disks may take to be closed by an end that does not wait: what is on its way to a slow store arrives,
-/// and one that is dead holds nobody up for ever.
+/// Time limit for closing the disks when the process exits without waiting for its users. Writes in flight to a slow
+/// source can complete, and a dead source does not block the exit forever.
 const LAST_CLOSE: Duration = Duration::from_secs(10);
 
-/// What is to be served, opened.
+/// Opened disks and their file system, ready to be mounted.
 #[derive(Debug)]
 pub struct Opened<F> {
     /// Answers the kernel's requests.
     pub filesystem: F,
-    /// What mount tables show as the source.
+    /// The source that mount tables show.
     pub source: String,
-    /// Names of the disks in the root folder, each of which has to be readable before "ready" is said. Where
-    /// the mount covers a file, that one is read instead.
+    /// Names of the disks in the root folder that must be readable before "ready" is reported. If the mount covers a
+    /// file, that file is read instead.
     pub files: Vec<OsString>,
-    /// No disk can be written to, so the mount is made read-only.
+    /// True if no disk can be written to, so that the mount is created read-only.
     pub read_only: bool,
-    /// What the user should know although it works.
+    /// Warnings to report although the start succeeds.
     pub warnings: Vec<String>,
-    /// The disks, to be closed at the end.
+    /// The disks, which are closed when the session has ended.
     pub disks: Disks,
-    /// What wants to know where requests come from.
+    /// Receives the FUSE device that requests are read from, once the mount exists.
     pub requests: Requests,
-    /// Event loops that it is made for.
+    /// Number of event loops that the file system is built for.
     pub loops: usize,
-    /// Where the file system notes requests that failed.
+    /// Log of failed requests that the file system writes to.
     pub error_log: Arc<ErrorLog>,
 }
 
-/// Mounts, serves and unmounts what `open` opens: the whole life. Prints the error, if there is one.
+/// Opens the disks with `open`, mounts them, serves until the mount ends, and closes them. Prints an error, if any.
 ///
-/// In the background (see [`MountConfig::foreground`]) the calling process returns as soon as the mount can be
-/// read, and `open` runs in the daemon. Call it before any thread is started.
+/// In the background (see [`MountConfig::foreground`]) the calling process returns as soon as the mount can be read,
+/// and `open` runs in the daemon. Must be called before any thread is started.
 pub fn serve<F, O>(config: &MountConfig, log: &LogConfig, open: O) -> ExitCode
 where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
 {
     let started = log::Sink::open(log).and_then(|sink| {
-        let target = Target::resolve(&config.target.path)?;
+        let target = Target::resolve(&config.target.path, config.options.nonempty)?;
         Ok((sink, target, daemon::start(config.foreground)?))
     });
     match started {
         Err(e) => {
-            daemon::say(&mut std::io::stderr(), &e.to_string());
+            daemon::print_message(&mut std::io::stderr(), &e.to_string());
             ExitCode::FAILURE
         }
         Ok((_, _, Started::Parent(Verdict::Ready))) => ExitCode::SUCCESS,
         Ok((_, _, Started::Parent(Verdict::Failed))) => ExitCode::FAILURE,
-        Ok((sink, target, Started::Daemon(status))) => live(config, sink, &target, status, open),
+        Ok((sink, target, Started::Daemon(status))) => run_daemon(config, sink, &target, status, open),
     }
 }
 
-/// The daemon's part of [`serve`].
-fn live<F, O>(config: &MountConfig, sink: log::Sink, target: &Target, mut status: Status, open: O) -> ExitCode
+/// Runs the daemon's part of [`serve`].
+fn run_daemon<F, O>(config: &MountConfig, sink: log::Sink, target: &Target, mut status: Status, open: O) -> ExitCode
 where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
 {
     let has_log_file = sink.is_file();
-    let begun = sink.install().and_then(|()| {
-        log::panics();
+    let started = sink.install().and_then(|()| {
+        log::install_panic_hook();
         MountedDaemon::begin(config, target, open, |warning| {
             if has_log_file {
                 tracing::warn!("{warning}");
@@ -108,16 +110,16 @@ where
             status.warn(warning);
         })
     });
-    match begun {
+    match started {
         Err(e) => {
-            // On standard error it would be there twice.
+            // Logged only to a file: on standard error the message would appear twice, as `failed` prints it too.
             if has_log_file {
                 tracing::error!("{e}");
             }
             status.failed(&e);
             ExitCode::FAILURE
         }
-        Ok(life) => match status.ready().and_then(|()| life.serve()) {
+        Ok(daemon) => match status.ready().and_then(|()| daemon.serve()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 tracing::error!("{e}");
@@ -127,17 +129,20 @@ where
     }
 }
 
-/// A mount that can be read. Fields are dropped in this order: first the mount, so that nobody new comes in.
+/// Mount that can be read.
+///
+/// Fields are dropped in the order of their declaration: the mount first, so that no new open reaches the session.
 #[derive(Debug)]
 struct MountedDaemon {
     mount: Mount,
     session: Running,
-    /// With auto_unmount. Dropped as it is, it detaches what is mounted then.
+    /// Watcher process for auto_unmount. Dropping it without `dismiss` makes it detach the mount if it still exists.
     watcher: Option<AutoUnmount>,
     signals: Signals,
-    /// Last but one: after the session nobody writes, and while there is a pidfile nobody may take it for done.
+    /// Dropped after the session, when no request can write any more, and before the pidfile, whose removal tells other
+    /// processes that the daemon has finished.
     disks: CloseOnDrop,
-    /// Only for its `Drop`.
+    /// Kept only for its `Drop`.
     _pidfile: Option<Pidfile>,
 }
 
@@ -146,22 +151,26 @@ struct MountedDaemon {
 struct CloseOnDrop(Option<Disks>);
 
 impl CloseOnDrop {
-    /// Closes them now.
+    /// Closes the disks and waits until that is complete. Does nothing if they are closed already.
     fn close(&mut self) -> Result<()> {
         self.0.take().map_or(Ok(()), |disks| disks.close())
     }
 
-    /// Closes them now, as far as that goes within a time.
+    /// Closes the disks on a thread and waits at most `time` for it. Returns `ETIMEDOUT` if that is not enough; the
+    /// thread then continues until the process exits.
     fn close_within(&mut self, time: Duration) -> Result<()> {
         let Some(disks) = self.0.take() else { return Ok(()) };
         let (done, closed) = channel();
         let thread = std::thread::Builder::new().name("close".to_owned()).spawn(move || {
-            // nobody waits any more after the time
+            // After a timeout the receiver is gone, so the send fails.
             let _ = done.send(disks.close());
         });
-        thread.map_err(|e| Error::io("thread that closes the disks", e))?;
+        thread.map_err(|e| Error::io("starting the thread that closes the disks", e))?;
         closed.recv_timeout(time).unwrap_or_else(|_| {
-            let text = format!("the disks were not closed within {} s", time.as_secs());
+            let text = format!(
+                "closing the disks timed out after {} s: recent writes may be lost",
+                time.as_secs()
+            );
             Err(Error::new(ErrorKind::Os(libc::ETIMEDOUT), text))
         })
     }
@@ -169,18 +178,20 @@ impl CloseOnDrop {
 
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
-        // each error was logged
+        // The error is ignored because each disk has logged its own.
         let _ = self.close_within(LAST_CLOSE);
     }
 }
 
 impl MountedDaemon {
-    /// All that comes before "ready". `warn` is given what the user should know although it works.
+    /// Performs the start up to "ready". Calls `warn` with each problem that does not prevent the start.
     fn begin<F, O>(config: &MountConfig, target: &Target, open: O, mut warn: impl FnMut(&str)) -> Result<Self>
     where
         F: Filesystem,
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
+        // These three come first: a thread that is started later inherits the blocked signals, and the helper processes
+        // must be forked while there is only one thread.
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
         let mut watcher = if config.options.auto_unmount {
@@ -201,13 +212,17 @@ impl MountedDaemon {
         } = open(target)?;
         let disks = CloseOnDrop(Some(disks));
         warnings.iter().for_each(|warning| warn(warning));
-        let wanted = &config.options;
+        let requested = &config.options;
         let options = &MountOptions {
-            read_only: read_only || wanted.read_only,
-            // where others may look in, owner and mode have to hold for them, and the kernel only checks when told
-            default_permissions: wanted.default_permissions || wanted.allow_other || wanted.allow_root,
-            ..wanted.clone()
+            read_only: read_only || requested.read_only,
+            // If other users have access, owner and mode must be enforced, and the kernel checks them only with this
+            // option.
+            default_permissions: requested.default_permissions || requested.allow_other || requested.allow_root,
+            ..requested.clone()
         };
+        let sources = disks.0.as_ref().map_or_else(Vec::new, Disks::files);
+        target.refuse_sources(sources.iter().map(|file| &**file))?;
+        // From here on an early return drops `mount`, which unmounts.
         let (mount, device) = Mount::new(target, options, &source)?;
         if let Some(watcher) = &mut watcher {
             watcher.start(&mount)?;
@@ -220,12 +235,13 @@ impl MountedDaemon {
             .map(|d| d.source.distance())
             .max()
             .unwrap_or(Distance::Here);
+        // Only an optimization, so a failure (usually missing privileges) is logged and ignored.
         match readahead::set(
             mount.device(),
             Window::of(config.disks.iter().map(|d| d.readahead), distance),
         ) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
-            Err(e) => tracing::info!("read-ahead of the mount stays as it is, which costs speed: {e}"),
+            Err(e) => tracing::info!("read-ahead of the mount not changed, sequential reads are slower: {e}"),
         }
         let paths = if target.is_file {
             vec![target.point.clone()]
@@ -234,14 +250,16 @@ impl MountedDaemon {
         };
         prober.start(&paths)?;
         let deadline = Instant::now() + FIRST_READ;
+        // The prober receives only an errno. The error that the file system recorded first is the actual cause.
         let caused = |e: Error| error_log.cause().map_or(e.clone(), |cause| cause.within(e.to_string()));
-        while let Some(warning) = first_read(&mut prober, &signals, &session, deadline).map_err(caused)? {
+        while let Some(warning) = next_probe_result(&mut prober, &signals, &session, deadline).map_err(caused)? {
             warn(
                 &error_log
                     .cause()
                     .map_or(warning.clone(), |cause| format!("{warning}: {cause}")),
             );
         }
+        // Until here the error log kept the first failure and logged nothing; from now on it logs.
         error_log.started();
         prober.finish();
         let _pidfile = config.pidfile.as_deref().map(Pidfile::write).transpose()?;
@@ -256,7 +274,7 @@ impl MountedDaemon {
         })
     }
 
-    /// From "ready" to the end.
+    /// Serves from "ready" until the session ends, then closes the disks.
     fn serve(mut self) -> Result<()> {
         let mut stopping = false;
         loop {
@@ -267,10 +285,11 @@ impl MountedDaemon {
             let signal = if signalled { self.signals.take()? } else { None };
             match signal {
                 Some(signal) if !stopping => stopping = self.stop(signal),
-                // Closing the terminal may follow another signal by itself: no second wish of anybody.
+                // A SIGHUP can follow another signal automatically when the terminal closes, so it does not count as a
+                // second request to exit.
                 Some(Signal::SIGHUP) | None => {}
                 Some(signal) => {
-                    let text = format!("second signal ({signal}): ending although the disk is still in use");
+                    let text = format!("second signal ({signal}): exiting although the disk is still in use");
                     if let Err(e) = self.disks.close_within(LAST_CLOSE) {
                         return Err(e.within(text));
                     }
@@ -287,14 +306,16 @@ impl MountedDaemon {
             ..
         } = self;
         let served = session.result();
-        // whatever became of the session, what was written is kept; each error was logged
+        // The disks are closed even if the session failed, so that completed writes are durable. An error of `closed`
+        // that is not returned has been logged.
         let closed = disks.close();
         served?;
         let dead = mount.clear_dead()?;
         if let Some(watcher) = watcher {
             watcher.dismiss();
         }
-        // Served no more, but mounted still: /sys/fs/fuse/connections/*/abort does that.
+        // The session has ended but the mount still exists: the connection was aborted, for example by a write to
+        // /sys/fs/fuse/connections/*/abort.
         if dead {
             let text = "the kernel's connection to the mount was aborted";
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
@@ -303,40 +324,52 @@ impl MountedDaemon {
         closed
     }
 
-    /// Unmounts for `signal`. Whether that worked: if not, the next signal is a new attempt.
+    /// Unmounts because of `signal`. Returns false if that failed; the next signal then tries again.
     fn stop(&mut self, signal: Signal) -> bool {
         tracing::info!("{signal}: unmounting");
         match self.mount.unmount() {
             Ok(Unmounted::Clean | Unmounted::Gone) => true,
             Ok(Unmounted::Detached) => {
-                tracing::warn!("the mount was busy and is detached; this process ends when its last user is gone");
+                tracing::warn!("the mount is busy and was detached: exiting when the last user has closed its files");
                 true
             }
             Err(e) => {
-                tracing::error!("not unmounted: {e}");
+                tracing::error!("unmount failed: {e}");
                 false
             }
         }
     }
 }
 
-/// What the first reads through the mount say next: a warning, `None` when all were good, or why the mount
-/// cannot be said to be ready.
-fn first_read(prober: &mut Prober, signals: &Signals, session: &Running, deadline: Instant) -> Result<Option<String>> {
+/// Waits for the prober's next message. Returns a warning, or `None` when all first reads have succeeded.
+///
+/// Fails if a read failed, the session ended, a signal arrived, or the deadline passed.
+fn next_probe_result(
+    prober: &mut Prober,
+    signals: &Signals,
+    session: &Running,
+    deadline: Instant,
+) -> Result<Option<String>> {
     let fds = [prober.answered(), signals.as_fd(), session.ended()];
-    let no_mount = |errno, text: String| Err(Error::new(ErrorKind::Os(errno), text));
+    let fail = |errno, text: String| Err(Error::new(ErrorKind::Os(errno), text));
     match signals::wait(fds, Some(deadline))? {
-        [_, _, true] => no_mount(libc::ENOTCONN, "the mount ended before its first read".into()),
+        [_, _, true] => fail(
+            libc::ENOTCONN,
+            "the mount ended before its first read was answered".into(),
+        ),
         [true, ..] => prober.hear(),
         [_, true, _] => {
             let name = signals.take()?.map_or("a signal", Signal::as_str);
-            no_mount(libc::EINTR, format!("ended by {name} before the first read"))
+            fail(
+                libc::EINTR,
+                format!("{name} received before the first read was answered"),
+            )
         }
         [false, false, false] => {
             let seconds = FIRST_READ.as_secs();
-            no_mount(
+            fail(
                 libc::ETIMEDOUT,
-                format!("no answer to the first read within {seconds} s"),
+                format!("first read through the mount: no answer within {seconds} s"),
             )
         }
     }

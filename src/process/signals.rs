@@ -1,7 +1,7 @@
-//! The signals that end a mount, read as events by the main thread.
+//! Signals that end a mount, read as events by the main thread.
 //!
-//! They are blocked before any thread starts, so that every thread inherits that and only the descriptor here
-//! sees them. SIGPIPE is ignored: a reader of our messages that went away is an error of that write, no more.
+//! They are blocked before any thread starts. Every thread inherits the mask, so the kernel keeps the signals pending
+//! until they are read from the signalfd. SIGPIPE is ignored: if the reader of a message exits, only that write fails.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
@@ -13,15 +13,15 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Error, Result};
 
-/// The signals, blocked and readable.
+/// SIGTERM, SIGINT and SIGHUP, blocked and readable from a descriptor.
 #[derive(Debug)]
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and for all that it starts from now on.
+    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and for all threads that it starts from now on.
     pub fn block() -> Result<Self> {
-        let context = |e: Errno| Error::io("blocking of signals", e.into());
-        // The Rust runtime ignores SIGPIPE before `main`, so nothing is to be done for that one.
+        let context = |e: Errno| Error::io("blocking signals", e.into());
+        // The Rust runtime ignores SIGPIPE before `main`, so it needs no handling here.
         let mut set = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             set.add(signal);
@@ -32,7 +32,7 @@ impl Signals {
             .map_err(context)
     }
 
-    /// The next one that came, if there is one.
+    /// Returns the next pending signal, or `None` if there is none. Never blocks.
     pub fn take(&self) -> Result<Option<Signal>> {
         let next = self.0.read_signal().map_err(|e| Error::io("signalfd", e.into()))?;
         Ok(next.and_then(|info| {
@@ -49,16 +49,18 @@ impl AsFd for Signals {
     }
 }
 
-/// Waits until one of `fds` is readable: which are. All `false`: the deadline passed.
+/// Waits until one of `fds` is readable, and returns which of them are. All `false` means that the deadline has passed.
 pub fn wait<const N: usize>(fds: [BorrowedFd<'_>; N], deadline: Option<Instant>) -> Result<[bool; N]> {
     let mut polled = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     loop {
         let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
-        // Rounded up, so that the last millisecond is slept and not spun.
+        // Rounded up: rounding down would spin with a timeout of 0 during the last millisecond.
         let timeout = left.map_or(Ok(PollTimeout::NONE), |l| PollTimeout::try_from(l.as_millis() + 1));
         match poll(&mut polled, timeout.unwrap_or(PollTimeout::MAX)) {
             Err(Errno::EINTR) => {}
             Err(e) => return Err(Error::io("poll", e.into())),
+            // The deadline may be further away than the longest timeout of poll, so only a round that starts after
+            // the deadline reports the end.
             Ok(0) if left.is_some_and(|l| !l.is_zero()) => {}
             Ok(_) => return Ok(polled.map(|p| p.any().unwrap_or(false))),
         }
@@ -74,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wait_tells_which_descriptor_and_keeps_to_the_deadline() {
+    fn wait_returns_the_readable_descriptors_and_keeps_the_deadline() {
         let (quiet, loud) = (EventFd::new().unwrap(), EventFd::new().unwrap());
         loud.write(1).unwrap();
         assert_eq!(wait([quiet.as_fd(), loud.as_fd()], None).unwrap(), [false, true]);
@@ -85,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_blocked_signal_is_read_once() {
-        // A signal to this very thread, which alone blocks it.
+        // `raise` sends the signal to this thread, the only one that blocks it.
         let signals = Signals::block().unwrap();
         assert_eq!(signals.take().unwrap(), None);
         nix::sys::signal::raise(Signal::SIGHUP).unwrap();

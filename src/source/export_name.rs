@@ -1,26 +1,27 @@
-//! From the name of an export to the name of a file.
+//! File names for NBD exports.
 //!
-//! A server may call an export anything: with slashes, control characters, `..`, nothing at all. What a file's name can't
-//! hold, or a terminal should not be shown, is written as `%` and two hexadecimal digits, and so is `%` itself, so that
-//! different exports stay different.
+//! The name of an export is untrusted: it may contain slashes or control characters, be `..`, or be empty. A byte that
+//! a file name can't contain, or that could control a terminal, is escaped as `%` and two hexadecimal digits. `%`
+//! itself is escaped too, so that different exports have different file names.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// The longest file name of Linux, bytes (`NAME_MAX`).
+/// Maximum length of a file name in bytes (`NAME_MAX` of Linux).
 const NAME_MAX: usize = 255;
 
-/// What every file is called after its export.
+/// Suffix of every file name.
 const SUFFIX: &[u8] = b".raw";
 
-/// The file of an export without a name.
+/// File name of an export without a name.
 const NAMELESS: &str = "disk.raw";
 
-/// Room for a number that makes a name unique.
-const NUMBER: usize = 12;
+/// Space in bytes for `~` and a number that makes a name unique.
+const NUMBER_SPACE: usize = 12;
 
-/// The file name of an export.
+/// Returns the file name for an export: its name, escaped, with the suffix `.raw` unless it has it. At most
+/// 255 bytes.
 pub fn export_file_name(export: &OsStr) -> OsString {
     if export.is_empty() {
         return NAMELESS.into();
@@ -32,20 +33,22 @@ pub fn export_file_name(export: &OsStr) -> OsString {
             _ => name.push(*byte),
         }
     }
+    // A name that is nothing but the suffix keeps it, so that the file name does not consist of the suffix alone.
     let suffixed = name.len() > SUFFIX.len() && name.to_ascii_lowercase().ends_with(SUFFIX);
     if suffixed {
         name.truncate(name.len() - SUFFIX.len());
     }
-    if name.len() > NAME_MAX - SUFFIX.len() - NUMBER {
-        shorten(&mut name, NAME_MAX - SUFFIX.len() - NUMBER);
+    if name.len() > NAME_MAX - SUFFIX.len() - NUMBER_SPACE {
+        truncate_name(&mut name, NAME_MAX - SUFFIX.len() - NUMBER_SPACE);
     }
     name.extend(SUFFIX);
     OsString::from_vec(name)
 }
 
-/// The file names of exports, in their order; none is twice, or one of `taken`.
+/// Returns the file names of `exports`, in their order. All are different, and none is in `taken`.
 pub fn export_file_names<'e>(exports: impl Iterator<Item = &'e OsStr>, taken: &HashSet<OsString>) -> Vec<OsString> {
     let mut used = taken.clone();
+    // Two exports can get the same name: `a` and `a.raw`, or two long names that were truncated.
     let unique = |export| {
         let first = export_file_name(export);
         let mut name = first.clone();
@@ -61,9 +64,10 @@ pub fn export_file_names<'e>(exports: impl Iterator<Item = &'e OsStr>, taken: &H
     exports.map(unique).collect()
 }
 
-/// Cuts a name, not within a character.
-fn shorten(name: &mut Vec<u8>, most: usize) {
-    let mut end = most;
+/// Truncates a name to at most `max_len` bytes, at a character boundary.
+fn truncate_name(name: &mut Vec<u8>, max_len: usize) {
+    let mut end = max_len;
+    // A UTF-8 continuation byte must not be the first one that is removed.
     while end > 0 && name.get(end).is_some_and(|b| b & 0xc0 == 0x80) {
         end -= 1;
     }
@@ -79,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exports_file_has_its_name_and_raw() {
+    fn a_file_name_is_the_export_name_with_the_suffix_raw() {
         assert_eq!(name(b"vm1"), "vm1.raw");
         assert_eq!(name(b"vm1.raw"), "vm1.raw");
         assert_eq!(name(b"vm1.qcow2"), "vm1.qcow2.raw");
@@ -88,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_no_file_can_have_are_escaped() {
+    fn bytes_that_a_file_name_cannot_contain_are_escaped() {
         assert_eq!(name(b"../../etc/passwd"), "..%2F..%2Fetc%2Fpasswd.raw");
         assert_eq!(name(b".."), "...raw");
         assert_eq!(name(b"a\n\x1b[2Jb"), "a%0A%1B[2Jb.raw");
@@ -114,7 +118,7 @@ mod tests {
         let names = export_file_names(exports.iter().copied(), &taken);
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), 52);
         assert!(names.iter().all(|n| n.len() <= NAME_MAX && !taken.contains(n)));
-        assert!(names[0].to_str().is_some(), "cut within a character");
+        assert!(names[0].to_str().is_some(), "truncated within a character");
         assert_eq!(&names[50..], ["a~2.raw", "a~3.raw"]);
     }
 }

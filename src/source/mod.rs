@@ -1,4 +1,7 @@
-//! Disks that are no VMDK of the built-in engine.
+//! Sources other than VMDK: raw images and NBD exports.
+//!
+//! Without the feature `nbd` the module of that name has the same items, which refuse every request, so that callers
+//! need no conditional compilation.
 
 mod export_name;
 #[cfg(feature = "nbd")]

@@ -1,4 +1,4 @@
-//! In the place of NBD servers where this build has none (`--no-default-features`): all that is asked for is refused.
+//! Stand-in for the NBD client in a build without it (`--no-default-features`): every request fails with `Unsupported`.
 
 use std::ffi::OsString;
 
@@ -7,24 +7,24 @@ use crate::config::NbdConfig;
 use crate::error::{Error, Result};
 pub use crate::source::server_info::{ExportInfo, ServerInfo};
 
-/// A disk that there is none of.
+/// Disk of an NBD server. The type has no values in this build.
 #[derive(Debug)]
 pub enum NbdDisk {}
 
 fn absent<T>(config: &NbdConfig) -> Result<T> {
     Err(Error::unsupported(format!(
-        "{}: NBD is not built in (the feature `nbd` was left out)",
+        "{}: this program was built without NBD (enable the feature `nbd`)",
         config.label()
     )))
 }
 
 impl NbdDisk {
-    /// Refuses.
+    /// Fails: this build has no NBD client.
     pub fn connect(config: &NbdConfig, _writable: bool) -> Result<Self> {
         absent(config)
     }
 
-    /// Not to be asked.
+    /// Never called: there is no disk to call it on.
     pub fn is_read_only(&self) -> bool {
         match *self {}
     }
@@ -48,22 +48,22 @@ impl BlockRead for NbdDisk {
     }
 }
 
-/// There is none.
+/// Returns `None`: this build has no libnbd.
 pub fn version() -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Refuses.
+/// Fails: this build has no NBD client.
 pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
     absent(config)
 }
 
-/// Refuses.
+/// Fails: this build has no NBD client.
 pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
     absent(config)
 }
 
-/// Refuses.
+/// Fails: this build has no NBD client.
 pub fn exports(config: &NbdConfig, _writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
     absent(config)
 }

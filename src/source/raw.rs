@@ -1,12 +1,24 @@
-//! A plain file or block device as a disk.
+//! Raw images: a plain file or a block device as a disk.
 //!
-//! Writes go to their place in the file, which never gets more sectors. Where its length is no multiple of 512, the
-//! rest of its last sector reads as zero; the first write to that sector makes the file whole sectors long before
-//! anything else, so that the rest has a place. Whoever only reads, or writes elsewhere, leaves the length alone.
+//! # Length
 //!
-//! What was written is counted, so that a flush with nothing to do costs nothing. A flush that fails is final: what it
-//! was about may be lost although the next one would succeed (the kernel reports an error of its writeback once and
-//! drops the pages), so from then on every flush fails and nothing more is written.
+//! Byte `n` of the disk is byte `n` of the file, and the number of sectors never changes. If the length of the file is
+//! not a multiple of 512, the rest of the last sector reads as zeroes. The first write to that sector extends the file
+//! to whole sectors; reads, and writes elsewhere, leave the length as it is.
+//!
+//! A file that is shorter than this process knows was truncated by another process. A write at its old end would make
+//! it look whole again, with zeroes in place of the lost data, so a truncated file sets the write latch.
+//!
+//! # Durability
+//!
+//! Changes are counted, so a flush with nothing to do costs no system call. A failed flush is final: the kernel reports
+//! a writeback error only once and drops the pages, so the next fsync would succeed although data is lost. The write
+//! latch makes all later flushes and writes fail.
+//!
+//! # Lock order
+//!
+//! `growth` and `synced` are never held together. `growth` is held while the file is extended, `synced` during an
+//! fsync. Reads and most writes acquire neither.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -17,33 +29,36 @@ use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, S
 use crate::error::{Error, Result};
 use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 
-/// A raw image; see the module.
+/// Raw image; see the module documentation.
 #[derive(Debug)]
 pub struct RawDisk {
     file: Arc<dyn StoredFile>,
     geometry: Geometry,
-    /// Bytes of the file as we know it: what is behind them on the disk reads as zero.
+    /// Length of the file in bytes, as known to this process. The bytes of the disk beyond it read as zeroes.
     len: AtomicU64,
-    /// Held while the file is made whole sectors long.
+    /// Held while the file is extended to whole sectors.
     growth: Mutex<()>,
-    /// Changes that have been handed to the file.
+    /// Number of completed changes.
     written: AtomicU64,
-    /// Somebody else writes to the file with our leave, uncounted.
-    behind: AtomicBool,
-    /// How many changes are durable. Held during a sync, so that of several flushes one does the work.
+    /// True while the kernel may write to the file directly (passthrough). These writes are not counted.
+    external_writes: AtomicBool,
+    /// Number of durable changes. Held during an fsync, so that one fsync answers all flushes that wait for it.
     synced: Mutex<u64>,
-    /// Why nothing is known to be durable any more.
+    /// Set by a failed fsync or a truncated file.
     latch: WriteLatch,
 }
 
 impl RawDisk {
-    /// The whole of `file`. It can be written to if the file can.
+    /// Creates a disk over the whole of `file`. It can be written if the file can.
+    ///
+    /// Errors: the file has more than [`MAX_SECTORS`].
     pub fn new(file: Arc<dyn StoredFile>) -> Result<Self> {
         let sectors = file.len().div_ceil(SECTOR);
         if sectors > MAX_SECTORS {
             return Err(Error::unsupported(format!(
-                "{}: longer than a disk can be",
-                file.label()
+                "{}: {} bytes, more than a disk can have",
+                file.label(),
+                file.len()
             )));
         }
         Ok(Self {
@@ -56,7 +71,7 @@ impl RawDisk {
             },
             growth: Mutex::default(),
             written: AtomicU64::new(0),
-            behind: AtomicBool::new(false),
+            external_writes: AtomicBool::new(false),
             synced: Mutex::new(0),
             latch: WriteLatch::default(),
         })
@@ -66,7 +81,8 @@ impl RawDisk {
         self.len.load(Ordering::Acquire)
     }
 
-    /// The file's writing half, if nothing speaks against a write of bytes up to `end`.
+    /// Returns the file for a write of bytes up to `end`, extended to hold them. Errors: the latch is set, or the file
+    /// was truncated.
     fn target(&self, end: u64) -> Result<&dyn StoredWrite> {
         self.latch.check()?;
         let file = self.check_not_truncated()?;
@@ -76,30 +92,35 @@ impl RawDisk {
         Ok(file)
     }
 
-    /// Written past its end, a file that somebody cut would seem whole and hold zeroes.
+    /// Returns the file after a check that no other process has truncated it. Otherwise sets the latch.
     fn check_not_truncated(&self) -> Result<&dyn StoredWrite> {
-        // before the file's length: that may only grow meanwhile
+        // Loaded before the length of the file: `grow` may extend the file between the two, never the reverse.
         let known = self.len();
         self.latch.check_not_truncated(&*self.file, known)
     }
 
-    /// Makes room for the rest of the last sector.
+    /// Extends the file to whole sectors, for a write to its last one.
     fn grow(&self, file: &dyn StoredWrite) -> Result<()> {
-        let _one_at_a_time = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        // One thread extends the file. The others wait here, because they must not write before it has its new length.
+        let _growing = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = self.geometry.bytes();
         if self.len() < whole {
             if file.current_len()? < whole {
                 file.set_len(whole)?;
             }
+            // Published after the file has that length: a reader must not read beyond its end.
             self.len.store(whole, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Counts a change. Only once it is done: counted before, a flush in between would take it for durable.
-    fn changed<T>(&self, done: Result<T>) -> Result<T> {
+    /// Counts a change that has ended. A change that is counted before its end could be lost: a flush in between would
+    /// fsync the file without it and still count it as durable.
+    ///
+    /// A failed change counts too, because it may have changed a part of its range.
+    fn count_change<T>(&self, result: Result<T>) -> Result<T> {
         self.written.fetch_add(1, Ordering::Release);
-        done
+        result
     }
 }
 
@@ -111,16 +132,16 @@ impl BlockRead for RawDisk {
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
         let left = self.len().saturating_sub(at.bytes());
-        let real = (buf.len() as u64).min(left) as usize;
-        let (real, past) = buf.split_at_mut(real);
-        past.fill(0);
-        self.file.read_exact_at(at.bytes(), real)
+        let stored = (buf.len() as u64).min(left) as usize;
+        let (stored, beyond_end) = buf.split_at_mut(stored);
+        beyond_end.fill(0);
+        self.file.read_exact_at(at.bytes(), stored)
     }
 
     fn content_at(&self, at: Lba) -> Result<(Content, u64)> {
         check_range(&self.geometry, at, SECTOR as usize)?;
         let (stored, bytes) = self.file.data_at(at.bytes())?;
-        // a sector of which a part is stored is no hole
+        // A hole may end within a sector. A sector that is stored in part counts as data.
         let mixed = bytes < SECTOR && bytes < self.len().saturating_sub(at.bytes());
         let content = if stored || mixed { Content::Data } else { Content::Hole };
         Ok((content, (bytes / SECTOR).clamp(1, self.geometry.sectors - at.0)))
@@ -135,6 +156,7 @@ impl BlockRead for RawDisk {
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
+        // Not with an incomplete last sector: the kernel would show a shorter file than this process.
         self.file.fd().filter(|_| self.file.len() == self.geometry.bytes())
     }
 }
@@ -142,32 +164,34 @@ impl BlockRead for RawDisk {
 impl BlockWrite for RawDisk {
     fn prepare_external_write(&self) -> Result<()> {
         self.target(0)?;
-        self.behind.store(true, Ordering::Release);
+        self.external_writes.store(true, Ordering::Release);
         Ok(())
     }
 
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
         let file = self.target(at.bytes() + buf.len() as u64)?;
-        self.changed(file.write_all_at(at.bytes(), buf))
+        self.count_change(file.write_all_at(at.bytes(), buf))
     }
 
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
         let sectors = range.end.0.saturating_sub(range.start.0);
         let bytes = usize::try_from(sectors.saturating_mul(SECTOR)).unwrap_or(usize::MAX);
         check_range(&self.geometry, range.start, bytes)?;
-        // what the file lacks of its last sector reads as zero anyhow
+        // The file is not extended: the missing part of its last sector reads as zeroes already.
         let file = self.target(0)?;
         let end = range.end.bytes().min(self.len());
-        self.changed(file.zero(range.start.bytes(), end.saturating_sub(range.start.bytes()), unmap))
+        self.count_change(file.zero(range.start.bytes(), end.saturating_sub(range.start.bytes()), unmap))
     }
 
     fn flush(&self) -> Result<()> {
         writer(&*self.file)?;
         let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        // Checked under the lock: the flush that this one has waited for may have failed.
         self.latch.check()?;
+        // Loaded before the fsync, which covers at least these changes.
         let written = self.written.load(Ordering::Acquire);
-        if *synced == written && !self.behind.load(Ordering::Acquire) {
+        if *synced == written && !self.external_writes.load(Ordering::Acquire) {
             return Ok(());
         }
         self.check_not_truncated()?;
@@ -182,7 +206,7 @@ impl BlockWrite for RawDisk {
 
     fn close(&self) -> Result<()> {
         self.flush()?;
-        self.behind.store(false, Ordering::Release);
+        self.external_writes.store(false, Ordering::Release);
         Ok(())
     }
 }

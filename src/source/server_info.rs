@@ -1,39 +1,39 @@
-//! What is told of an NBD server, in builds with and without the client.
+//! Properties of an NBD server for `--list` and `--info`, in builds with and without the client.
 
 use serde::Serialize;
 
-/// What a server offers.
+/// Properties of a server and of its exports. The field names are the keys of the JSON output.
 #[derive(Debug, Clone, Serialize)]
 pub struct ServerInfo {
-    /// Where it is.
+    /// Address of the server, without secrets.
     pub server: String,
-    /// The variant of the protocol.
+    /// Name of the protocol variant, as libnbd reports it.
     pub protocol: String,
-    /// Whether the connection is encrypted.
+    /// True if the connection is encrypted.
     pub tls: bool,
-    /// Whether it gives structured replies.
+    /// True if the server supports structured replies.
     pub structured: bool,
-    /// One or all of its exports.
+    /// Exports: the requested one, or all that the server lists.
     pub exports: Vec<ExportInfo>,
 }
 
-/// What a server says of an export.
+/// Properties of an export.
 #[derive(Debug, Clone, Serialize)]
 pub struct ExportInfo {
-    /// Its name, as far as it is text.
+    /// Name of the export. Bytes that are not UTF-8 are replaced.
     pub export: String,
-    /// The server's words about it.
+    /// Description by the server; empty if there is none.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// Bytes; 0 where nothing is known.
+    /// Size in bytes; 0 if it is not known.
     pub size: u64,
-    /// Minimum, preferred and maximum bytes of a request; 0: not said.
+    /// Minimum, preferred and maximum length of a request in bytes; 0 if the server does not report one.
     pub block_sizes: [u64; 3],
-    /// Names of its abilities, each with whether it has it.
+    /// Flags: the name of each and its value.
     pub flags: Vec<(&'static str, bool)>,
-    /// Metadata contexts.
+    /// Names of the metadata contexts.
     pub contexts: Vec<String>,
-    /// Why nothing is known of it.
+    /// Reason why the properties are not known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

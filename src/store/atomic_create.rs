@@ -1,4 +1,13 @@
-//! New files that appear whole or not at all, and files that have no name.
+//! Atomic creation of files, which appear under their name complete or not at all, and files without a name.
+//!
+//! ```text
+//!   FOLDER/.vmdkfuse-PID-N.new/NAME    the caller writes the new file here
+//!        │ rename without replacing an existing file, sync of FOLDER
+//!        ▼
+//!   FOLDER/NAME                        the complete file
+//! ```
+//! The file is written in a private folder, so that its name is already the final one: a VMDK may contain the names of
+//! its own files.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,41 +23,45 @@ use super::local::{LocalFile, LocalStore};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, printable};
 
-/// How many names are tried for a folder that must be new.
+/// Number of names that are tried for a folder that must not exist yet.
 const TRIES: u32 = 100;
 
-/// Makes the file `path` by `make`, which is given a store with nothing in it and the name to make there. The file is
-/// seen under its path when it is complete, and never takes the place of another one.
+/// Creates the file `path` with `create`, which receives an empty store and the name of the file to create in it.
 ///
-/// Errors: `Os(EEXIST)` where there is a file meanwhile, what `make` says, or what the system says. Then nothing is left.
-pub fn make_user_path(path: &Path, make: impl FnOnce(&dyn Store, &ExtentName) -> Result<()>) -> Result<()> {
+/// The file appears under its path when it is complete, and never replaces another file. Returns `Os(EEXIST)` if the
+/// path exists by then, the error of `create`, or an error of the file system. After an error nothing is left.
+pub fn make_user_path(path: &Path, create: impl FnOnce(&dyn Store, &ExtentName) -> Result<()>) -> Result<()> {
     let label = printable(path);
     let Some(name) = path.file_name() else {
         return Err(Error::new(
             ErrorKind::Usage,
-            format!("{label}: expected the name of a new file"),
+            format!("{label}: expected a path that ends in the name of a new file"),
         ));
     };
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let temp_dir = PrivateTempDir::new(folder, name).map_err(|e| Error::io(format!("{label}: making the file"), e))?;
+    let temp_dir =
+        PrivateTempDir::new(folder, name).map_err(|e| Error::io(format!("{label}: creating the file"), e))?;
     let store = LocalStore::new(&temp_dir.folder, no_locks())?;
-    make(&store, &ExtentName::new(name.as_bytes())?)?;
-    let context = || format!("{label}: giving the new file its name");
+    create(&store, &ExtentName::new(name.as_bytes())?)?;
+    let context = || format!("{label}: renaming the new file");
     match renameat2(AT_FDCWD, &temp_dir.file, AT_FDCWD, path, RenameFlags::RENAME_NOREPLACE) {
-        // a file system that can't rename so; a link does not replace anything either
+        // The file system does not support RENAME_NOREPLACE. A hard link does not replace an existing file either.
         Err(Errno::EINVAL | Errno::ENOSYS) => {
             fs::hard_link(&temp_dir.file, path).map_err(|e| Error::io(context(), e))?;
         }
         done => done.map_err(|e| Error::io(context(), e.into()))?,
     }
+    // The rename is durable only when the folder is.
     LocalStore::new(folder, no_locks())?.sync()
 }
 
-/// A store for one file without a name in `folder`: `create` makes it, `open` opens it again, whatever it is called. Its
-/// room is free again when the last of both is closed, however this process ends. Messages call it `label`.
+/// Returns a store that holds one file without a name, on the file system of `folder`. Its `create` and `open` return
+/// that file for any name. Messages call the file `label`.
+///
+/// The kernel frees the space when the store and the last open file are closed, also if this process crashes.
 pub fn unnamed(folder: &Path, label: &str) -> Result<Arc<dyn Store>> {
     let context = || format!("{label} in {}", printable(folder));
     let options = || {
@@ -58,7 +71,8 @@ pub fn unnamed(folder: &Path, label: &str) -> Result<Arc<dyn Store>> {
     };
     let file = match options().custom_flags(libc::O_TMPFILE).open(folder) {
         Ok(file) => file,
-        // what the file system, or an old kernel, says that has no such files
+        // The errors of a file system or an old kernel without O_TMPFILE. There the file gets a name, which is removed
+        // as soon as the file is open.
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
             let temp_dir = PrivateTempDir::new(folder, OsStr::new("overlay")).map_err(|e| Error::io(context(), e))?;
             options()
@@ -75,7 +89,7 @@ pub fn unnamed(folder: &Path, label: &str) -> Result<Arc<dyn Store>> {
     }))
 }
 
-/// A folder that only this process uses, for one file; both go away with this.
+/// Private folder for one file. Dropping it removes the file and the folder.
 #[derive(Debug)]
 struct PrivateTempDir {
     folder: PathBuf,
@@ -104,18 +118,18 @@ impl PrivateTempDir {
 
 impl Drop for PrivateTempDir {
     fn drop(&mut self) {
-        // mostly it has its name elsewhere by now
+        // Usually fails, because the file has been renamed to its final path.
         fs::remove_file(&self.file).ok();
         if let Err(e) = fs::remove_dir(&self.folder) {
             tracing::warn!(
-                "{}: a folder that is not needed any more is left: {e}",
+                "{}: the temporary folder could not be removed: {e}; remove it by hand",
                 printable(&self.folder)
             );
         }
     }
 }
 
-/// See [`unnamed`].
+/// Store that [`unnamed`] returns.
 #[derive(Debug)]
 struct Unnamed {
     file: File,
@@ -124,7 +138,8 @@ struct Unnamed {
 }
 
 impl Unnamed {
-    fn again(&self, access: Access) -> Result<Arc<dyn StoredFile>> {
+    /// Returns a new handle of the file with `access`.
+    fn reopen(&self, access: Access) -> Result<Arc<dyn StoredFile>> {
         let file = self.file.try_clone().map_err(|e| Error::io(self.label.clone(), e))?;
         Ok(Arc::new(LocalFile::new(
             file,
@@ -138,11 +153,11 @@ impl Unnamed {
 
 impl Store for Unnamed {
     fn open(&self, _name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
-        self.again(access)
+        self.reopen(access)
     }
 
     fn create(&self, _name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        self.again(Access::Write)
+        self.reopen(Access::Write)
     }
 
     fn remove(&self, _name: &ExtentName, _identity: &Identity) -> Result<()> {
@@ -158,7 +173,7 @@ impl Store for Unnamed {
     }
 }
 
-/// Nobody else has a way to such a file.
+/// Policy without locks: no other process has a path to the file.
 fn no_locks() -> Arc<OpenPolicy> {
     Arc::new(OpenPolicy {
         allow: Vec::new(),
@@ -179,12 +194,12 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_is_there_whole_or_not_at_all_and_replaces_nothing() {
+    fn a_new_file_appears_complete_and_replaces_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
         make_user_path(&path, |store, name| {
             write(store, name)?;
-            assert!(!path.exists(), "it is not complete yet");
+            assert!(!path.exists(), "the file is not complete yet");
             Ok(())
         })
         .unwrap();
@@ -202,15 +217,15 @@ mod tests {
     }
 
     #[test]
-    fn an_unnamed_file_is_nowhere_and_can_be_opened_again_while_it_is_held() {
+    fn an_unnamed_file_has_no_name_and_can_be_reopened_while_its_store_exists() {
         let dir = tempfile::tempdir().unwrap();
         let store = unnamed(dir.path(), "scratch").unwrap();
         let name = ExtentName::new("x").unwrap();
         write(&*store, &name).unwrap();
         let file = store.open(&name, Access::Read).unwrap();
-        let mut seen = [0; 5];
-        file.read_exact_at(0, &mut seen).unwrap();
-        assert_eq!((&seen, file.len(), file.label()), (b"whole", 5, "scratch"));
+        let mut content = [0; 5];
+        file.read_exact_at(0, &mut content).unwrap();
+        assert_eq!((&content, file.len(), file.label()), (b"whole", 5, "scratch"));
         assert!(names(dir.path()).is_empty());
     }
 }

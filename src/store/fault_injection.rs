@@ -1,4 +1,4 @@
-//! A file for tests, between the code and a real one.
+//! Fault injection for tests: a stored file that calls a hook before every change and fails if the hook fails.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -7,27 +7,29 @@ use std::sync::Arc;
 use super::{Identity, Store, StoredFile, StoredWrite};
 use crate::error::Result;
 
-/// What is about to be done to a file.
+/// Type of a change to a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// Bytes, zeroes or a new length.
+    /// A write, a zeroed range or a new length.
     Content,
-    /// A sync.
+    /// A sync, which makes earlier changes durable.
     Sync,
 }
 
-/// A file that asks before every change; an error is the answer to it in the place of the file's.
+/// Stored file that calls `before` with every change. If `before` returns an error, the change fails with that error
+/// and does not reach the file.
 pub(crate) struct Watched<F> {
     file: Arc<dyn StoredFile>,
     before: F,
 }
 
 impl<F: Fn(Change) -> Result<()>> Watched<F> {
-    /// Between `file` and those who get this.
+    /// Wraps `file`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, before: F) -> Self {
         Self { file, before }
     }
 
+    /// Calls the hook, then returns the writer of the wrapped file.
     fn change(&self, change: Change) -> Result<&dyn StoredWrite> {
         (self.before)(change)?;
         Ok(self.file.writer().unwrap())

@@ -1,16 +1,18 @@
-//! Files of this machine, and the second half of the name gate: where a name leads.
+//! Local files, and the check of where a name inside an image leads.
 //!
 //! ```text
 //!   name ──openat2 beneath the image's folder──▶ file of that folder          opened
-//!             │ leaves it (absolute, `..`, a symlink)
+//!             │ leads out of it (absolute, `..`, a symlink)
 //!             ▼
-//!          the place it leads to ── in an allowed folder? ──no──▶ refused, with the option that would allow it
-//!             └──yes: the same again, beneath that folder
+//!          the path it leads to ── in an allowed folder? ──no──▶ refused, with the option that would allow it
+//!             └──yes: openat2 again, beneath that folder
 //! ```
-//! The kernel itself keeps every resolution beneath a folder, so nobody can swap a component between a check and
-//! the open. A file is opened as a mere path first, so that its kind is known before an open could block (a FIFO)
-//! or do something (a device); the file that is read afterwards is that very one. It is locked before anything of it
-//! is looked at, and as long as it is open.
+//! Invariants:
+//! - The kernel confines every lookup to a folder (`RESOLVE_BENEATH`), so another process cannot replace a component of
+//!   the path between a check and the open. The path that [`leads_to`] computes is only a hint for the next lookup.
+//! - A file is opened with `O_PATH` first, which neither blocks on a FIFO nor acts on a device. Its type is checked on
+//!   that descriptor, and the same inode is then opened through `/proc/self/fd`.
+//! - A file is locked before its attributes or content are read, and stays locked until it is closed.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -33,14 +35,14 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 
-/// How often a name may lead from one allowed folder to another.
+/// Maximum number of folders in which one name is looked up, as each lookup can lead to another allowed folder.
 const HOPS_MAX: usize = 8;
-/// How many symlinks a name may have; the kernel's own bound.
+/// Maximum number of symlinks in a name, the same as the kernel's limit.
 const SYMLINKS_MAX: usize = 40;
-/// How often a lookup is done again that a rename elsewhere disturbed.
+/// Maximum number of attempts of a lookup that a concurrent rename or a signal interrupts.
 const LOOKUPS_MAX: usize = 64;
 
-/// The files of one folder, and of those that the user allowed besides.
+/// Store of the files in one folder and in the folders that the user allowed.
 #[derive(Debug)]
 pub struct LocalStore {
     folder: Folder,
@@ -48,9 +50,9 @@ pub struct LocalStore {
 }
 
 impl LocalStore {
-    /// The files of folder `dir`; names inside them may lead into the folders that `policy` allows too.
+    /// Opens the store of folder `dir`. Names inside its files may also lead to the folders that `policy` allows.
     ///
-    /// Errors: `NotFound` or what the system says of `dir`.
+    /// Errors: `NotFound`, `Unsupported` if `/proc` is not mounted, or the error of the operating system for `dir`.
     pub fn new(dir: &Path, policy: Arc<OpenPolicy>) -> Result<Self> {
         Ok(Self {
             folder: Folder::open(dir)?,
@@ -58,12 +60,13 @@ impl LocalStore {
         })
     }
 
-    /// Opens the file that is called `path` from the folder.
+    /// Opens the file at `path`, relative to the folder.
     fn open_path(&self, path: &Path, access: Access) -> Result<LocalFile> {
-        let allowed = Allowed {
+        let allowed = AllowedFolders {
             own: &self.folder,
             paths: &self.policy.allow,
         };
+        // The folder of the present lookup; `None` is the image's own.
         let mut other: Option<Folder> = None;
         let mut rest = path.to_path_buf();
         for _ in 0..HOPS_MAX {
@@ -74,49 +77,52 @@ impl LocalStore {
                     Ok(other.is_some() || allowed.holds_own()?)
                 });
             }
-            let place = leads_to(&folder.real, &rest);
-            (other, rest) = allowed.find(&place)?.ok_or_else(|| self.refusal(path, &place))?;
+            let target = leads_to(&folder.real, &rest);
+            (other, rest) = allowed.find(&target)?.ok_or_else(|| self.refusal(path, &target))?;
         }
         Err(self.refusal(path, &self.folder.real.join(rest)))
     }
 
-    /// Lets a file in that a name inside of an image led to, if its kind is right; a device only if `devices`.
+    /// Opens a file that a name inside an image leads to, if its type is allowed. A block device is allowed only if
+    /// `devices` returns true.
     fn admit(&self, found: Found, access: Access, devices: impl FnOnce() -> Result<bool>) -> Result<LocalFile> {
-        let refuse = |why: String| {
-            let context = format!("{}: a name inside an image leads to a {why}", found.label);
+        let refuse = |reason: String| {
+            let context = format!("{}: a name inside an image leads to a {reason}", found.label);
             Err(Error::new(ErrorKind::Policy, context))
         };
-        match found.kind() {
-            Kind::Regular => found.reopen(Arc::clone(&self.policy), access),
-            Kind::Device if devices()? => found.reopen(Arc::clone(&self.policy), access),
-            Kind::Device => {
+        match found.file_type() {
+            FileType::Regular => found.reopen(Arc::clone(&self.policy), access),
+            FileType::Device if devices()? => found.reopen(Arc::clone(&self.policy), access),
+            FileType::Device => {
                 let folder = printable(found.real.parent().unwrap_or(&found.real));
                 refuse(format!("block device; allow-dir={folder} would allow it"))
             }
-            Kind::Other(what) => refuse(format!("{what}, expected a plain file")),
+            FileType::Other(name) => refuse(format!("{name}, expected a regular file")),
         }
     }
 
-    /// The name of a file of the folder itself, and its label.
-    fn plain<'n>(&self, name: &'n ExtentName) -> Result<(&'n Path, String)> {
+    /// Returns the path of a file in the folder itself, and its label.
+    ///
+    /// Errors: `Policy` if the name has more than one component or is `.` or `..`.
+    fn in_folder<'n>(&self, name: &'n ExtentName) -> Result<(&'n Path, String)> {
         let path = name.as_path();
         let label = printable(self.folder.real.join(path));
         if path.components().count() != 1 || path.file_name() != Some(path.as_os_str()) {
-            let context = format!("{label}: a new file is made only in the folder of its image");
+            let context = format!("{label}: a new file can only be created in the folder of its image");
             return Err(Error::new(ErrorKind::Policy, context));
         }
         Ok((path, label))
     }
 
-    /// The error for a name that leads out.
-    fn refusal(&self, name: &Path, place: &Path) -> Error {
-        let folder = place.parent().unwrap_or(place);
+    /// Returns the error for a name that leads out of the allowed folders, to `target`.
+    fn refusal(&self, name: &Path, target: &Path) -> Error {
+        let folder = target.parent().unwrap_or(target);
         Error::new(
             ErrorKind::Policy,
             format!(
                 "the image names `{}`, which leads to {}, outside of its folder {}; allow-dir={} would allow it",
                 printable(name),
-                printable(place),
+                printable(target),
                 printable(&self.folder.real),
                 printable(folder)
             ),
@@ -137,28 +143,28 @@ impl Store for LocalStore {
     }
 
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
-        let (path, label) = self.plain(name)?;
+        let (path, label) = self.in_folder(name)?;
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        let made = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
-        let fd = made.map_err(|e| Error::io(format!("{label}: making the file"), e.into()))?;
+        let created = openat(&self.folder.fd, path, flags, Mode::from_bits_truncate(0o666));
+        let fd = created.map_err(|e| Error::io(format!("{label}: creating the file"), e.into()))?;
         let real = self.folder.real.join(path);
         let file = LocalFile::new(fd.into(), label, real, Arc::clone(&self.policy), Access::Write);
         if file.is_err() {
-            // it was refused, and the name was free before
+            // The lock was refused. O_EXCL guarantees that the name was free, so removing it restores the folder.
             unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).ok();
         }
         Ok(Arc::new(file?))
     }
 
     fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
-        let (path, label) = self.plain(name)?;
+        let (path, label) = self.in_folder(name)?;
         let context = || format!("{label}: removing the file");
-        let there = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
-        let there = there.map_err(|e| Error::io(context(), e.into()))?;
-        if (there.st_dev, there.st_ino) != identity.file {
+        let found = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
+        let found = found.map_err(|e| Error::io(context(), e.into()))?;
+        if (found.st_dev, found.st_ino) != identity.file {
             return Err(Error::new(
                 ErrorKind::NotFound,
-                format!("{}: another file has its name now", context()),
+                format!("{}: another file has this name now", context()),
             ));
         }
         unlinkat(&self.folder.fd, path, UnlinkatFlags::NoRemoveDir).map_err(|e| Error::io(context(), e.into()))
@@ -168,7 +174,7 @@ impl Store for LocalStore {
         let context = || format!("folder {}: fsync", printable(&self.folder.real));
         let folder = File::open(proc_path(&self.folder.fd)).map_err(|e| Error::io(context(), e))?;
         match folder.sync_all() {
-            // some file systems have nothing to sync of a folder
+            // Some file systems do not support fsync on a folder.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             done => done.map_err(|e| Error::io(context(), e)),
         }
@@ -183,7 +189,7 @@ impl Store for LocalStore {
                 break;
             }
             let entry = entry.map_err(|e| Error::io(context(), e))?;
-            // what can't be named inside of an image is no file of one
+            // A name that `ExtentName` refuses cannot occur inside an image, so it belongs to no file of an image.
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 names.extend(ExtentName::new(entry.file_name().as_bytes()).ok());
             }
@@ -192,20 +198,23 @@ impl Store for LocalStore {
     }
 }
 
-/// Opens the file that the user named himself: a regular file or a block device, symlinks followed. Names inside it
-/// count from the folder of the real file and may lead into the folders that `policy` allows too.
+/// Opens a file that the user named: a regular file or a block device. Symlinks are followed. Never blocks on a FIFO.
 ///
-/// Errors: `NotFound`, `Usage` for any other kind of file, `Busy` if somebody writes to it, or what the system says.
-/// Never blocks on a FIFO. For writing, `ReadOnly` where its permissions or its file system don't allow it.
+/// Names inside the file are relative to the folder of the symlink's target, and may also lead to the folders that
+/// `policy` allows.
+///
+/// Errors: `NotFound`, `Usage` for any other type of file, `Busy` if another program uses the file in a way that
+/// conflicts with `access`, `ReadOnly` if its permissions or its file system do not allow writing, or the error of the
+/// operating system.
 pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> Result<Arc<dyn StoredFile>> {
     let label = printable(path);
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
-    if let Kind::Other(what) = found.kind() {
+    if let FileType::Other(name) = found.file_type() {
         return Err(Error::new(
             ErrorKind::Usage,
             format!(
-                "{}: it is a {what}, expected a regular file or a block device",
+                "{}: it is a {name}, expected a regular file or a block device",
                 found.label
             ),
         ));
@@ -213,14 +222,15 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> R
     Ok(Arc::new(found.reopen(policy, access)?))
 }
 
-/// An open file of this machine.
+/// Open local file.
 #[derive(Debug)]
 pub(super) struct LocalFile {
     file: File,
-    /// The path it was found by.
+    /// Path under which the file was opened, escaped for messages.
     label: String,
-    /// The path without symlinks that it had when it was opened.
+    /// Path without symlinks at the time of the open.
     real: PathBuf,
+    /// Length at the time of the open, in bytes. The size of a device never changes while it is open.
     len: u64,
     device: bool,
     writable: bool,
@@ -229,7 +239,7 @@ pub(super) struct LocalFile {
 }
 
 impl LocalFile {
-    /// Zeroes by writing them.
+    /// Zeroes a range by writing zeroes, for file systems that support neither holes nor zeroed ranges.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         const STEP: u64 = 1 << 16;
         let zeroes = vec![0; len.min(STEP) as usize];
@@ -242,7 +252,9 @@ impl LocalFile {
         Ok(())
     }
 
-    /// An open file; locks it if `policy` says so.
+    /// Wraps an open file, after locking it if `policy` requires that.
+    ///
+    /// Errors: `Busy` if another program holds a conflicting lock, or the error of the operating system.
     pub(super) fn new(
         mut file: File,
         label: String,
@@ -253,10 +265,11 @@ impl LocalFile {
         if policy.lock {
             ofd_lock::lock(&file, access, &label)?;
         }
-        // after the lock: a writer may have ended just now
+        // Read after the lock is taken: until then another program may have been writing to the file, and the identity
+        // at open must describe the content that this process reads.
         let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
         if policy.lock && metadata.is_file() {
-            vmware_lock_file::look(&real, metadata.ino(), access)?;
+            vmware_lock_file::check(&real, metadata.ino(), access)?;
         }
         let device = metadata.file_type().is_block_device();
         let len = if device {
@@ -278,7 +291,7 @@ impl LocalFile {
         })
     }
 
-    /// Its attributes now.
+    /// Returns the present attributes.
     fn metadata(&self) -> Result<fs::Metadata> {
         self.file
             .metadata()
@@ -296,19 +309,16 @@ impl StoredFile for LocalFile {
     }
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let wanted = buf.len();
-        let context = || format!("{}: read of {wanted} bytes at byte {offset}", self.label);
-        if offset
-            .checked_add(wanted as u64)
-            .is_none_or(|end| end > i64::MAX as u64)
-        {
+        let len = buf.len();
+        let context = || format!("{}: read of {len} bytes at byte {offset}", self.label);
+        if offset.checked_add(len as u64).is_none_or(|end| end > i64::MAX as u64) {
             return Err(Error::new(
                 ErrorKind::OutOfRange,
                 format!("{}: no file is that long", context()),
             ));
         }
         let mut done = 0;
-        while done < wanted {
+        while done < len {
             let at = offset + done as u64;
             match self.file.read_at(&mut buf[done..], at) {
                 Ok(0) => return Err(Error::corrupt(format!("{}: the file ends at byte {at}", context()))),
@@ -332,6 +342,10 @@ impl StoredFile for LocalFile {
         !self.device
     }
 
+    fn is_device(&self) -> bool {
+        self.device
+    }
+
     fn allocated(&self) -> Result<u64> {
         if self.device {
             return Ok(self.len);
@@ -341,7 +355,7 @@ impl StoredFile for LocalFile {
     }
 
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
-        // what is written to may have grown
+        // A file that is open for writing may have grown since the open, so its end is not known here.
         let end = if self.writable && !self.device {
             i64::MAX as u64
         } else {
@@ -349,7 +363,8 @@ impl StoredFile for LocalFile {
         };
         let left = end.saturating_sub(offset).max(1);
         let from = i64::try_from(offset).unwrap_or(i64::MAX);
-        // The file's own position is moved by this; nobody reads at it.
+        // lseek moves the file position. That is harmless with several threads, because all reads and writes here pass
+        // their own offset. SEEK_DATA returns `from` itself exactly if the byte there is stored.
         let (stored, next) = match lseek(&self.file, from, Whence::SeekData) {
             Ok(data) if data == from => (true, lseek(&self.file, from, Whence::SeekHole)),
             other => (false, other),
@@ -359,16 +374,18 @@ impl StoredFile for LocalFile {
                 stored,
                 u64::try_from(next).unwrap_or(0).saturating_sub(offset).clamp(1, left),
             )),
-            // no data from here on
+            // No data from here to the end of the file, or `from` is beyond the end. The two differ in the distance to
+            // the end.
             Err(Errno::ENXIO) => {
                 let end = u64::try_from(lseek(&self.file, 0, Whence::SeekEnd).unwrap_or(0)).unwrap_or(0);
                 match end.saturating_sub(offset) {
-                    // behind the end of a file that was cut nothing is known to be zeroes: reading it is what tells
+                    // The file was truncated after the open, so the range is not known to be zero: a reader must get
+                    // the error of the read instead of a hole.
                     0 => Ok((true, left)),
                     hole => Ok((false, hole.min(left))),
                 }
             }
-            // devices and some file systems can't tell
+            // Devices and some file systems do not support SEEK_DATA.
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok((true, left)),
             Err(e) => Err(Error::io(format!("{}: lseek from byte {offset}", self.label), e.into())),
         }
@@ -383,22 +400,23 @@ impl StoredFile for LocalFile {
     }
 
     fn siblings(&self) -> Result<Arc<dyn Store>> {
-        let gone = |why: &str| {
+        let gone = |reason: &str| {
             let real = printable(&self.real);
             Error::new(
                 ErrorKind::NotFound,
-                format!("{}: the folder of {real} cannot be found: {why}", self.label),
+                format!("{}: the folder of {real} cannot be found: {reason}", self.label),
             )
         };
         let (Some(dir), Some(name)) = (self.real.parent(), self.real.file_name()) else {
             return Err(gone("the file has no path"));
         };
-        // The path was read from the kernel and had no symlink in it; one that stands there now is somebody's trap.
+        // The kernel reported this path without symlinks. A symlink in it now was put there after the open, possibly to
+        // redirect the lookup, so it is refused. The name must still lead to the open file itself.
         let folder = Folder::open_unlinked(dir)?;
-        let there = nix::sys::stat::fstatat(&folder.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
+        let found = nix::sys::stat::fstatat(&folder.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
         let now = self.metadata()?;
-        match there {
-            Ok(there) if (there.st_dev, there.st_ino) == (now.dev(), now.ino()) => Ok(Arc::new(LocalStore {
+        match found {
+            Ok(found) if (found.st_dev, found.st_ino) == (now.dev(), now.ino()) => Ok(Arc::new(LocalStore {
                 folder,
                 policy: Arc::clone(&self.policy),
             })),
@@ -416,7 +434,7 @@ impl StoredWrite for LocalFile {
         self.file.write_all_at(buf, offset).map_err(|e| {
             let context = format!("{}: write of {} bytes at byte {offset}", self.label, buf.len());
             match e.kind() {
-                // a device ends
+                // The write reached the end of a device.
                 io::ErrorKind::WriteZero => Error::new(ErrorKind::Os(libc::ENOSPC), context),
                 _ => Error::io(context, e),
             }
@@ -427,12 +445,12 @@ impl StoredWrite for LocalFile {
         if self.device {
             return Ok(self.len);
         }
-        // Asked for each write, so what the kernel knows has to do: by fstat, NFS first sends all that was written to the
-        // server, as it tells the time of the last change too.
+        // Callers need the length for every write, so the kernel's cached value is used. fstat on NFS would first flush
+        // all dirty pages to the server, because it also returns the time of the last change.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         match statx(&self.file, c"", flags, StatxFlags::SIZE) {
             Ok(known) => Ok(known.stx_size),
-            // a sandbox may not know the call
+            // A seccomp sandbox may refuse statx.
             Err(_) => Ok(self.metadata()?.len()),
         }
     }
@@ -443,31 +461,32 @@ impl StoredWrite for LocalFile {
         }
         self.file
             .set_len(len)
-            .map_err(|e| Error::io(format!("{}: set its length to {len} bytes", self.label), e))
+            .map_err(|e| Error::io(format!("{}: setting the length to {len} bytes", self.label), e))
     }
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let context = || format!("{}: {len} zeroes at byte {offset}", self.label);
+        let context = || format!("{}: zeroing {len} bytes at byte {offset}", self.label);
         if len == 0 {
             return Ok(());
         }
         let (Ok(from), Ok(bytes)) = (i64::try_from(offset), i64::try_from(len)) else {
             return Err(Error::new(ErrorKind::OutOfRange, context()));
         };
-        let how = if unmap {
+        let mode = if unmap {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
         } else {
             FallocateFlags::FALLOC_FL_ZERO_RANGE
         };
+        // KEEP_SIZE: zeroing must not extend the file, also if it was truncated meanwhile.
         let done = loop {
-            match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+            match fallocate(&self.file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
                 Err(Errno::EINTR) => {}
                 done => break done,
             }
         };
         match done {
             Ok(()) => Ok(()),
-            // tmpfs has holes but no ranges of zeroes, others have neither
+            // tmpfs supports holes but no ZERO_RANGE, other file systems support neither.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),
             Err(e) => Err(Error::io(context(), e.into())),
         }
@@ -480,16 +499,16 @@ impl StoredWrite for LocalFile {
     }
 }
 
-/// A folder beneath which names are looked up.
+/// Open folder, beneath which names are looked up. The descriptor keeps it valid if the folder is renamed.
 #[derive(Debug)]
 struct Folder {
     fd: OwnedFd,
-    /// Its path without symlinks.
+    /// Path without symlinks at the time of the open.
     real: PathBuf,
 }
 
 impl Folder {
-    /// Opens a folder by a path that the user said.
+    /// Opens a folder by a path of the user, following symlinks.
     fn open(path: &Path) -> Result<Self> {
         let opened = fs::OpenOptions::new()
             .read(true)
@@ -499,11 +518,11 @@ impl Folder {
         Self::of(opened.into())
     }
 
-    /// Opens a folder by a path in which no symlink may be.
+    /// Opens a folder by a path that must not contain a symlink.
     fn open_unlinked(path: &Path) -> Result<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let opened = lookup(nix::fcntl::AT_FDCWD, path, flags, ResolveFlag::RESOLVE_NO_SYMLINKS);
-        Self::of(opened.map_err(|e| system(format!("folder {}", printable(path)), e))?)
+        Self::of(opened.map_err(|e| lookup_error(format!("folder {}", printable(path)), e))?)
     }
 
     fn of(fd: OwnedFd) -> Result<Self> {
@@ -511,47 +530,50 @@ impl Folder {
         Ok(Self { fd, real })
     }
 
-    /// Finds what is called `name` without ever leaving the folder; `None` if the name leads out of it.
+    /// Looks up `name` without leaving the folder. Returns `None` if the name leads out of it.
     fn beneath(&self, name: &Path) -> Result<Option<OwnedFd>> {
         let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS;
         match lookup(&self.fd, name, flags, resolve) {
             Ok(fd) => Ok(Some(fd)),
             Err(Errno::EXDEV) => Ok(None),
-            // A component that is no folder: there is no such file either.
-            Err(Errno::ENOTDIR) => Err(system(printable(self.real.join(name)), Errno::ENOENT)),
+            // A component of the path is not a folder, so the file does not exist either.
+            Err(Errno::ENOTDIR) => Err(lookup_error(printable(self.real.join(name)), Errno::ENOENT)),
             Err(Errno::ELOOP) => Err(Error::new(
                 ErrorKind::Policy,
                 format!(
-                    "{}: the name runs through too many links, or one of /proc",
+                    "{}: the name leads through too many links or through a link of /proc",
                     printable(self.real.join(name))
                 ),
             )),
-            Err(e) => Err(system(printable(self.real.join(name)), e)),
+            Err(e) => Err(lookup_error(printable(self.real.join(name)), e)),
         }
     }
 }
 
-/// The folders that a name may lead into.
-struct Allowed<'a> {
-    /// The image's own.
+/// Folders that a name may lead to.
+struct AllowedFolders<'a> {
+    /// Folder of the image.
     own: &'a Folder,
-    /// Those that the user said.
+    /// Folders of the option `allow-dir`.
     paths: &'a [PathBuf],
 }
 
-impl Allowed<'_> {
-    /// The folder that holds `place`, and the way to it from there. `None` for the folder: the image's own.
-    fn find(&self, place: &Path) -> Result<Option<(Option<Folder>, PathBuf)>> {
-        if let Ok(rest) = place.strip_prefix(&self.own.real) {
+impl AllowedFolders<'_> {
+    /// Returns the allowed folder that contains `target`, and the path of `target` relative to it. The folder is `None`
+    /// for the image's own folder. The whole result is `None` if no allowed folder contains `target`.
+    fn find(&self, target: &Path) -> Result<Option<(Option<Folder>, PathBuf)>> {
+        if let Ok(rest) = target.strip_prefix(&self.own.real) {
             return Ok(Some((None, or_dot(rest))));
         }
         for path in self.paths {
             let folder = Folder::open(path).map_err(|e| e.within("allow-dir"))?;
-            let said = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            let rest = place
+            // `target` is computed partly from text, so it may start with the folder's path as the user wrote it,
+            // instead of the resolved path.
+            let as_written = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let rest = target
                 .strip_prefix(&folder.real)
-                .or_else(|_| place.strip_prefix(said))
+                .or_else(|_| target.strip_prefix(as_written))
                 .map(or_dot);
             if let Ok(rest) = rest {
                 return Ok(Some((Some(folder), rest)));
@@ -560,7 +582,7 @@ impl Allowed<'_> {
         Ok(None)
     }
 
-    /// Whether the image's own folder lies in one that the user allowed.
+    /// Returns true if the user allowed the image's own folder or a folder above it.
     fn holds_own(&self) -> Result<bool> {
         for path in self.paths {
             let folder = Folder::open(path).map_err(|e| e.within("allow-dir"))?;
@@ -572,7 +594,7 @@ impl Allowed<'_> {
     }
 }
 
-/// A file that was found and whose kind is known, but that nobody opened yet.
+/// File that was looked up but not opened: `fd` is an `O_PATH` descriptor.
 struct Found {
     fd: OwnedFd,
     label: String,
@@ -580,11 +602,12 @@ struct Found {
     metadata: fs::Metadata,
 }
 
-/// The kinds of files, as far as it matters.
-enum Kind {
+/// Type of a file.
+enum FileType {
     Regular,
+    /// Block device.
     Device,
-    /// What it is called.
+    /// Any other type, with its name for messages.
     Other(&'static str),
 }
 
@@ -601,24 +624,24 @@ impl Found {
         })
     }
 
-    fn kind(&self) -> Kind {
-        let kind = self.metadata.file_type();
-        if kind.is_file() {
-            Kind::Regular
-        } else if kind.is_block_device() {
-            Kind::Device
-        } else if kind.is_fifo() {
-            Kind::Other("FIFO")
-        } else if kind.is_char_device() {
-            Kind::Other("character device")
-        } else if kind.is_dir() {
-            Kind::Other("directory")
+    fn file_type(&self) -> FileType {
+        let file_type = self.metadata.file_type();
+        if file_type.is_file() {
+            FileType::Regular
+        } else if file_type.is_block_device() {
+            FileType::Device
+        } else if file_type.is_fifo() {
+            FileType::Other("FIFO")
+        } else if file_type.is_char_device() {
+            FileType::Other("character device")
+        } else if file_type.is_dir() {
+            FileType::Other("directory")
         } else {
-            Kind::Other("socket or file of another kind")
+            FileType::Other("socket or file of another type")
         }
     }
 
-    /// Opens it, and locks it if `policy` says so.
+    /// Opens the file for `access`, and locks it if `policy` requires that.
     fn reopen(self, policy: Arc<OpenPolicy>, access: Access) -> Result<LocalFile> {
         let Self { fd, label, real, .. } = self;
         let file = match access {
@@ -634,7 +657,7 @@ impl Found {
     }
 }
 
-/// Why a file was not opened for writing.
+/// Returns the error of an open for writing: `ReadOnly` if permissions or the file system do not allow it.
 fn refused_for_writing(label: &str, e: io::Error) -> Error {
     let context = format!("{label}: open for writing");
     match e.raw_os_error() {
@@ -643,11 +666,12 @@ fn refused_for_writing(label: &str, e: io::Error) -> Error {
     }
 }
 
-/// The identity that attributes tell; a device has none of the length that it was opened with.
+/// Returns the identity from attributes. `device_len` is the length of a block device, which its attributes do not
+/// contain.
 fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
     let device = now.file_type().is_block_device();
     Identity {
-        // several nodes may stand for one device, so a device is known by its number, not by its node
+        // Several nodes may stand for one device, so a device is identified by its number instead of its node.
         file: if device {
             (u64::MAX, now.rdev())
         } else {
@@ -659,7 +683,10 @@ fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
     }
 }
 
-/// `openat2`, done again when a rename elsewhere disturbed it.
+/// Calls `openat2`, and retries if a concurrent rename or a signal interrupts it.
+///
+/// The kernel returns EAGAIN if a rename or mount anywhere on the system could have moved a component out of `dir`
+/// during a `RESOLVE_BENEATH` lookup with `..` in it.
 fn lookup(dir: impl AsFd, path: &Path, flags: OFlag, resolve: ResolveFlag) -> std::result::Result<OwnedFd, Errno> {
     for _ in 1..LOOKUPS_MAX {
         match openat2(&dir, path, OpenHow::new().flags(flags).resolve(resolve)) {
@@ -670,22 +697,22 @@ fn lookup(dir: impl AsFd, path: &Path, flags: OFlag, resolve: ResolveFlag) -> st
     openat2(&dir, path, OpenHow::new().flags(flags).resolve(resolve))
 }
 
-/// What the kernel answered to a lookup.
-fn system(context: String, errno: Errno) -> Error {
+/// Returns the error of a failed lookup. ENOSYS means that the kernel is too old for `openat2`.
+fn lookup_error(context: String, errno: Errno) -> Error {
     if errno == Errno::ENOSYS {
         return Error::unsupported(format!(
-            "{context}: no system call openat2; Linux 5.6 or later is needed"
+            "{context}: the kernel has no system call openat2; Linux 5.6 or later is required"
         ));
     }
     Error::io(context, io::Error::from(errno))
 }
 
-/// The link of /proc through which the kernel opens the very file of `fd` again.
+/// Returns the magic link in `/proc` that opens the same inode as `fd` again, whatever its path is by then.
 fn proc_path(fd: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// The path of an open file as the kernel sees it: absolute and without symlinks.
+/// Returns the path of an open file as the kernel reports it: absolute and without symlinks.
 fn real_path(fd: &OwnedFd) -> Result<PathBuf> {
     let link = proc_path(fd);
     fs::read_link(&link).map_err(|e| {
@@ -694,26 +721,29 @@ fn real_path(fd: &OwnedFd) -> Result<PathBuf> {
     })
 }
 
-/// Where `name` leads, from `folder` on: reads symlinks only inside of `folder`, and goes by the text outside. It
-/// decides nothing by itself; what it says is opened beneath a folder again.
+/// Returns the path that `name` leads to from `folder`. Reads symlinks only inside `folder`; outside, it processes the
+/// components as text.
+///
+/// The result is not safe against concurrent changes and grants nothing: it only selects the folder of the next lookup.
 fn leads_to(folder: &Path, name: &Path) -> PathBuf {
-    let steps = |path: &Path| {
+    let components = |path: &Path| {
         path.components()
             .map(|c| c.as_os_str().to_owned())
             .collect::<VecDeque<OsString>>()
     };
-    let mut todo = steps(name);
+    let mut todo = components(name);
     let mut at = folder.to_path_buf();
     let mut symlinks = 0;
-    while let Some(step) = todo.pop_front() {
-        match Path::new(&step).components().next() {
+    while let Some(component) = todo.pop_front() {
+        match Path::new(&component).components().next() {
             Some(Component::ParentDir) => {
                 at.pop();
             }
             Some(Component::RootDir) => at = PathBuf::from("/"),
             Some(Component::CurDir) => {}
-            _ => at.push(&step),
+            _ => at.push(&component),
         }
+        // A symlink outside the folder is not read: nothing there may have an effect before its folder is allowed.
         if symlinks < SYMLINKS_MAX
             && at != folder
             && at.starts_with(folder)
@@ -721,7 +751,7 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
         {
             symlinks += 1;
             at.pop();
-            let mut first = steps(&target);
+            let mut first = components(&target);
             first.append(&mut todo);
             todo = first;
         }
@@ -729,7 +759,7 @@ fn leads_to(folder: &Path, name: &Path) -> PathBuf {
     at
 }
 
-/// A way from a folder; the folder itself is `.`.
+/// Returns a path relative to a folder, with `.` for the folder itself.
 fn or_dot(rest: &Path) -> PathBuf {
     if rest.as_os_str().is_empty() {
         PathBuf::from(".")

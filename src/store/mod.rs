@@ -1,14 +1,18 @@
-//! Where the bytes of an image's files live: a folder of this machine, later a datastore over HTTPS.
+//! Stores: the places that hold the files of an image. At present a store is a local folder ([`LocalStore`]).
 //!
 //! ```text
-//!   descriptor line   "disk-s001.vmdk"          a name that somebody else wrote
-//!        │ ExtentName: the gate's first half (shape)
+//!   descriptor line   "disk-s001.vmdk"          an untrusted name
+//!        │ ExtentName: checks the syntax of the name
 //!        ▼
-//!   Store::open       the gate's second half (where it leads), then the file
+//!   Store::open       checks where the name leads, then opens the file and locks it
 //!        ▼
-//!   StoredFile        length, identity, exact reads
+//!   StoredFile        length, identity, exact reads; StoredWrite: writes, holes, sync
 //! ```
-//! The engine in `vmdk/` knows no paths and opens nothing else.
+//! The engine in `vmdk/` knows no paths and opens files only through a store, so no name from an image can reach a file
+//! without both checks.
+//!
+//! Reads and writes take an offset and `&self`: several threads use one file at the same time without a lock. A stored
+//! file keeps its image lock until its last reference is dropped.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -32,145 +36,164 @@ pub(crate) use name::printable;
 pub use name::{ExtentName, NAME_MAX};
 pub(crate) use write_latch::WriteLatch;
 
-/// What the files of an image may be, and what is done with each when it is opened.
+/// Rules for opening the files of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenPolicy {
-    /// Folders that names inside an image may lead into, besides the image's own.
+    /// Folders that names inside an image may lead to, besides the image's own.
     pub allow: Vec<PathBuf>,
-    /// Locks each file against writers, and refuses one that has a writer.
+    /// True if every file is locked when it is opened, and refused if another program uses it in a conflicting way.
     pub lock: bool,
 }
 
-/// What a file is opened for.
+/// Access for which a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Reading only. Others may read it too, nobody may write to it.
+    /// Reading only. The lock excludes writers and allows other readers.
     Read,
-    /// Reading and writing, alone.
+    /// Reading and writing. The lock excludes all other programs.
     Write,
 }
 
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {
-    /// Opens a file that an image names, if the policy of the store lets it.
+    /// Opens a file that an image names, if the policy of the store allows it. Never blocks on a FIFO or a device.
     ///
-    /// Errors: `Policy` where the name leads out of what is allowed or to something that is no plain file,
-    /// `NotFound`, `Busy` if somebody uses the file in a way that does not go with `access`, `ReadOnly` where it can't
-    /// be written (its permissions, a read-only file system), or what the system says. Never blocks on a FIFO or a device.
+    /// Errors: `Policy` if the name leads out of the allowed folders or to something other than a regular file,
+    /// `NotFound`, `Busy` if another program uses the file in a way that conflicts with `access`, `ReadOnly` if the
+    /// file cannot be written to (permissions, a read-only file system), or the error of the operating system.
     fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>>;
 
-    /// Makes a new, empty file for writing, whose name must be a plain one of the folder itself.
+    /// Creates an empty file for writing. Its name must have a single component: it lies in the folder itself.
     ///
-    /// Errors: `Os(EEXIST)` where there is one, `Policy`, or what the system says.
+    /// Errors: `Os(EEXIST)` if the name exists, `Policy` for any other name, or the error of the operating system.
     fn create(&self, name: &ExtentName) -> Result<Arc<dyn StoredFile>>;
 
-    /// Takes a file out of the folder itself, if what has the name is the very file of `identity`: it undoes
-    /// [`create`](Self::create). Who has it open keeps it.
+    /// Removes a file from the folder itself, to undo [`create`](Self::create), if the name still belongs to the file
+    /// with `identity`. Open handles of the file stay valid.
     ///
-    /// Errors: `NotFound` where that file has the name no more, `Policy`, or what the system says.
+    /// Errors: `NotFound` if another file or none has the name, `Policy`, or the error of the operating system.
     fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()>;
 
-    /// Makes the names durable: of files that were made, and that removed ones are gone.
+    /// Makes the creation and removal of names in the folder durable.
     fn sync(&self) -> Result<()>;
 
-    /// Names of the files in the folder itself, in no order, at most `most`.
+    /// Returns the names of at most `most` files in the folder itself, in no particular order.
     fn names(&self, most: usize) -> Result<Vec<ExtentName>>;
 }
 
-/// What tells one file from another, and one state of it from a later one.
+/// Identity of a file and of its content: changes when the file is replaced or modified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
-    /// Device and inode, or what stands for them.
+    /// Device and inode. For a block device: `u64::MAX` and the device number.
     pub file: (u64, u64),
     /// Length in bytes.
     pub len: u64,
-    /// Last change of the content, nanoseconds since 1970.
+    /// Time of the last change of the content, in nanoseconds since 1970.
     pub mtime_ns: i128,
-    /// Last change of anything, as the system keeps it by itself: a rename over the file or a restored mtime show here.
+    /// Time of the last change of content or attributes, in nanoseconds since 1970. The kernel sets it and programs
+    /// cannot, so a content change with a restored mtime is still detected.
     pub ctime_ns: i128,
 }
 
 /// An open file of a store.
 pub trait StoredFile: fmt::Debug + Send + Sync {
-    /// Its length in bytes when it was opened.
+    /// Returns the length in bytes at the time of the open. [`StoredWrite::current_len`] returns the present one.
     fn len(&self) -> u64;
 
-    /// Whether it had no byte when it was opened.
+    /// Returns true if the file was empty when it was opened.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Its writing half; `None`: it was opened for reading.
+    /// Returns the write interface, or `None` if the file was opened for reading.
     fn writer(&self) -> Option<&dyn StoredWrite> {
         None
     }
 
-    /// Fills `buf` from byte `offset`; a file that ends before is an error.
+    /// Fills `buf` from byte `offset`.
+    ///
+    /// Errors: `Corrupt` if the file ends within the range, `OutOfRange` if no file can be that long, or the error of
+    /// the operating system.
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// Its identity now.
+    /// Returns the present identity.
     fn identity(&self) -> Result<Identity>;
 
-    /// Its identity when it was opened, before anything was read of it.
+    /// Returns the identity at the time of the open, before the first read.
     fn identity_at_open(&self) -> Identity;
 
-    /// Whether [`Self::identity`] shows a change of the content: it does not for a device.
+    /// Returns true if [`Self::identity`] changes with the content. It does not for a block device.
     fn detects_modification(&self) -> bool;
 
-    /// Bytes that it takes in its store now, where that is known (sparse files take less than their length).
+    /// Returns true for a block device.
+    fn is_device(&self) -> bool {
+        false
+    }
+
+    /// Returns the number of bytes allocated for the file, which is less than its length if it is sparse.
     fn allocated(&self) -> Result<u64>;
 
-    /// Whether the byte at `offset` is stored or in a hole of the file, and for how many bytes on that holds
-    /// (at least 1, not past the end). A store that can't tell says that all is stored; so it is behind the end of a file
-    /// that was cut since it was opened, where a read is an error.
+    /// Returns true if the byte at `offset` is stored, false if it is in a hole, and the number of bytes from `offset`
+    /// for which this holds (at least 1, and not beyond the end of the file).
+    ///
+    /// A store that does not know its holes reports everything as stored. The range beyond the end of a file that was
+    /// truncated after the open also counts as stored, so that its reader gets an error instead of zeroes.
     fn data_at(&self, offset: u64) -> Result<(bool, u64)>;
 
-    /// What to call it in messages: the path.
+    /// Returns the path under which the file was opened, escaped for messages.
     fn label(&self) -> &str;
 
-    /// What it is called in its own folder, as messages show it, whatever name it was opened by.
+    /// Returns the name in the file's own folder, escaped for messages. Symlinks that led to the file are resolved.
     fn own_name(&self) -> String {
         self.label().rsplit('/').next().unwrap_or_default().to_owned()
     }
 
-    /// The store that holds the files beside this one, for the names inside of it.
+    /// Returns the store of the folder that holds this file, in which the names inside the file are looked up.
+    ///
+    /// Errors: `NotFound` if the file was moved or deleted after the open, or the error of the operating system.
     fn siblings(&self) -> Result<Arc<dyn Store>>;
 
-    /// Its file descriptor, where it is a file of this machine.
+    /// Returns the file descriptor, or `None` if the file is not a local file.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
 
-/// A file of a store that is open for writing. What is written is seen by readers at once, and durable after
-/// [`sync`](Self::sync); until then a crash keeps any part of it, in any order.
+/// An open file of a store that can be written to.
+///
+/// Readers see a write as soon as it returns. It is durable after [`sync`](Self::sync). A crash before that may keep
+/// any part of the writes since the last sync, in any order.
 pub trait StoredWrite: StoredFile {
-    /// Writes all of `buf` at byte `offset`. Where the file ended before, it grows; a gap reads as zeroes.
+    /// Writes all of `buf` at byte `offset`. A write beyond the end extends the file, and a gap reads as zeroes.
     ///
-    /// Errors: `Os(ENOSPC)` and the like; then any part of it may have been written.
+    /// Errors: the error of the operating system, such as `Os(ENOSPC)`. Then any part of `buf` may have been written.
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
 
-    /// Its length now. Cheap: it is asked for each write.
+    /// Returns the present length in bytes. Cheap, because callers need it for every write.
     fn current_len(&self) -> Result<u64>;
 
-    /// Cuts it, or makes it longer with zeroes that take no room.
+    /// Truncates the file to `len` bytes, or extends it with a hole. The length of a device cannot change: a smaller
+    /// `len` is ignored.
     fn set_len(&self, len: u64) -> Result<()>;
 
-    /// Makes a range within the file read as zeroes. `unmap`: and gives its room back where the store can; else the
-    /// range keeps its room, so that a write to it later can't fail for want of it, where the store can.
+    /// Makes a range within the file read as zeroes.
+    ///
+    /// With `unmap`, the range becomes a hole if the store supports holes. Without it, the range is allocated if the
+    /// store supports that, so that a later write to the range cannot fail for lack of space.
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
-    /// Makes everything written before durable, the length included. An error is final: what it was about may be lost
-    /// although a later call succeeds.
+    /// Makes all earlier writes durable, and the length with them.
+    ///
+    /// An error is final: the kernel may have dropped the dirty pages, so a later success does not cover them.
     fn sync(&self) -> Result<()>;
 }
 
-/// The writing half of a file. Errors: `ReadOnly` where it has none.
+/// Returns the write interface of a file. Errors: `ReadOnly` if the file was opened for reading.
 pub(crate) fn writer(file: &dyn StoredFile) -> Result<&dyn StoredWrite> {
     let refusal = || {
         Error::new(
             ErrorKind::ReadOnly,
-            format!("{}: the file is not opened for writing", file.label()),
+            format!("{}: the file is not open for writing", file.label()),
         )
     };
     file.writer().ok_or_else(refusal)

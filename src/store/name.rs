@@ -1,7 +1,9 @@
-//! The first half of the name gate: the shape of a name that somebody else wrote into an image.
+//! File names inside images, which are untrusted, and the escaping of untrusted text in messages.
 //!
-//! An [`ExtentName`] is nothing but a file name. `nbd:localhost:10809` or `json:{…}` mean a file of that name,
-//! and where a name leads is the store's business (the gate's second half).
+//! Names are checked in two stages. [`ExtentName`] checks the syntax: a name that is empty, too long or contains a NUL
+//! byte is refused. The store then checks where the name leads.
+//!
+//! A name is never anything but a file name: `nbd:localhost:10809` or `json:{…}` mean a file of that name.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -10,10 +12,10 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// The most bytes of a name: Linux's PATH_MAX without the closing NUL.
+/// Longest name in bytes: Linux's PATH_MAX without the terminating NUL.
 pub const NAME_MAX: usize = 4095;
 
-/// A file name from inside of an image: not empty, no NUL, at most [`NAME_MAX`] bytes. Nothing more is promised.
+/// File name from inside an image: not empty, no NUL byte, at most [`NAME_MAX`] bytes. It may lead anywhere.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ExtentName {
     name: OsString,
@@ -21,33 +23,35 @@ pub struct ExtentName {
 }
 
 impl ExtentName {
-    /// A name as it is called on this machine (UTF-8 where the image's encoding was known). Errors: `Corrupt`.
+    /// Creates a name from the bytes that it has on this machine: UTF-8, if the encoding of the image is known.
+    ///
+    /// Returns `Corrupt` if the syntax is invalid.
     pub fn new(name: impl AsRef<[u8]>) -> Result<Self> {
         Ok(Self {
-            name: checked(name.as_ref())?,
+            name: check_syntax(name.as_ref())?,
             raw: None,
         })
     }
 
-    /// The same name, and the bytes that stood for it in an image of another encoding: a file copied by a program
-    /// that did not know the encoding may be called so. Errors: `Corrupt`.
+    /// Adds the undecoded bytes of the name, as they are in an image with another encoding. A program that copied the
+    /// file without knowing the encoding may have named it so. Returns `Corrupt` if their syntax is invalid.
     pub fn or_raw(mut self, raw: &[u8]) -> Result<Self> {
-        let raw = checked(raw)?;
+        let raw = check_syntax(raw)?;
         self.raw = (raw != self.name).then_some(raw);
         Ok(self)
     }
 
-    /// The name.
+    /// Returns the decoded name as a path, which may be absolute and may contain `..`.
     pub fn as_path(&self) -> &Path {
         Path::new(&self.name)
     }
 
-    /// Its bytes.
+    /// Returns the bytes of the decoded name.
     pub fn as_bytes(&self) -> &[u8] {
         self.name.as_bytes()
     }
 
-    /// How the file may be called besides, if the name itself does not exist.
+    /// Returns the undecoded name, to be tried if the decoded one does not exist. `None` if both are equal.
     pub fn raw_path(&self) -> Option<&Path> {
         self.raw.as_deref().map(Path::new)
     }
@@ -59,13 +63,13 @@ impl fmt::Display for ExtentName {
     }
 }
 
-/// Text that somebody else wrote, made safe for a terminal or a log: what is no UTF-8 is replaced, control
-/// characters and those that turn the direction of writing are escaped.
+/// Escapes untrusted text for a terminal or a log. Invalid UTF-8 is replaced. Control characters and the characters
+/// that change the writing direction are escaped, because they could hide or fake parts of a message.
 pub(crate) fn printable(text: impl AsRef<OsStr>) -> String {
-    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_bidi = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let mut out = String::new();
     for c in text.as_ref().to_string_lossy().chars() {
-        if c.is_control() || turns(c) {
+        if c.is_control() || is_bidi(c) {
             out.extend(c.escape_default());
         } else {
             out.push(c);
@@ -74,19 +78,19 @@ pub(crate) fn printable(text: impl AsRef<OsStr>) -> String {
     out
 }
 
-/// The rules of the shape.
-fn checked(name: &[u8]) -> Result<OsString> {
+/// Checks the syntax of a name.
+fn check_syntax(name: &[u8]) -> Result<OsString> {
     if name.is_empty() {
         return Err(Error::corrupt("the file name is empty"));
     }
     if name.len() > NAME_MAX {
         return Err(Error::corrupt(format!(
-            "the file name has {} bytes, more than {NAME_MAX}",
+            "the file name has {} bytes, expected at most {NAME_MAX}",
             name.len()
         )));
     }
     if name.contains(&0) {
-        return Err(Error::corrupt("the file name holds a NUL byte"));
+        return Err(Error::corrupt("the file name contains a NUL byte"));
     }
     Ok(OsString::from_vec(name.to_vec()))
 }
@@ -99,7 +103,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     #[test]
-    fn the_shape_is_checked() {
+    fn the_syntax_is_checked() {
         for bad in [&b""[..], b"a\0b", &[b'x'; NAME_MAX + 1]] {
             assert_eq!(ExtentName::new(bad).unwrap_err().kind(), ErrorKind::Corrupt);
             assert_eq!(
@@ -111,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_kept_and_raw_is_the_other_spelling() {
+    fn bytes_are_kept_and_raw_is_the_undecoded_name() {
         let name = ExtentName::new(b"caf\xe9.vmdk").unwrap();
         assert_eq!(name.as_bytes(), b"caf\xe9.vmdk");
         assert_eq!(name.raw_path(), None);
@@ -121,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn its_path_shows_where_it_starts_and_steps() {
+    fn the_path_keeps_its_root_and_parent_components() {
         let flags = |s: &str| {
             let name = ExtentName::new(s).unwrap();
             let path = name.as_path();
@@ -134,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_hold_no_control_characters() {
+    fn messages_contain_no_control_characters() {
         let name = ExtentName::new(b"a\x1b[31m\n\xff\xe2\x80\xae.vmdk").unwrap();
         assert_eq!(name.to_string(), "a\\u{1b}[31m\\n\u{fffd}\\u{202e}.vmdk");
     }

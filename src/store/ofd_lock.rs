@@ -1,17 +1,21 @@
-//! Locks on the files of an image, the same as qemu's, so that it and this program keep out of each other's way.
+//! Image locks: OFD locks on the files of an image, compatible with those of qemu.
 //!
 //! ```text
-//!   byte 100 + n   shared lock of whoever uses permission n
-//!   byte 200 + n   shared lock of whoever lets nobody else use permission n
-//!                  n: 0 consistent read, 1 write, 2 write of what is there already, 3 resize
-//!   a reader       takes 100, 201 and 203, then looks whether anybody has 200, 101 or 103
+//!   byte 100 + n   shared lock of a program that uses permission n
+//!   byte 200 + n   shared lock of a program that denies permission n to all others
+//!                  n: 0 consistent read, 1 write, 2 write of unchanged data, 3 resize
+//!   a reader       takes 100, 201 and 203, then tests 200, 101 and 103
 //! ```
-//! The bytes need not exist. All who cooperate only ever take shared locks, so taking them succeeds and readers don't
-//! disturb each other; who looks asks whether an exclusive lock would be possible. To take first and look then leaves
-//! no gap: of two who start at once at least one sees the other.
+//! The locked bytes need not exist in the file.
 //!
-//! The locks belong to the open file description (`F_OFD_SETLK`): the last close ends them, another open of the same
-//! file in this process is one more reader, and closing that one takes nothing away.
+//! All cooperating programs take only shared locks, so taking them always succeeds, and readers do not conflict with
+//! each other. A program tests a byte by asking the kernel if an exclusive lock would be possible. Every program takes
+//! its locks before it tests the others, so there is no race: if two start at the same time, at least one of them sees
+//! the locks of the other.
+//!
+//! The locks belong to the open file description (`F_OFD_SETLK`). The last close releases them. Another open of the
+//! same file in this process counts as a separate program, and closing it releases only its own locks. (With the older
+//! `F_SETLK`, closing any descriptor of the file would release all locks of the process.)
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -24,81 +28,87 @@ use nix::fcntl::{FcntlArg, fcntl};
 use super::{Access, printable};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The byte for the use of permission 0.
+/// First byte of the range of used permissions (qemu's `RAW_LOCK_PERM_BASE`).
 const USES: i64 = 100;
-/// The byte for letting nobody else use permission 0.
-const FORBIDS: i64 = 200;
-/// Permissions: data that fit together, writing, resizing.
+/// First byte of the range of denied permissions (qemu's `RAW_LOCK_SHARED_BASE`).
+const DENIES: i64 = 200;
+/// Permissions: consistent reading, writing, resizing.
 const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// What one takes.
-fn held(access: Access) -> &'static [i64] {
+/// Returns the bytes that a program with `access` locks.
+fn bytes_to_lock(access: Access) -> &'static [i64] {
     match access {
-        Access::Read => &[USES + READ, FORBIDS + WRITE, FORBIDS + RESIZE],
+        Access::Read => &[USES + READ, DENIES + WRITE, DENIES + RESIZE],
         Access::Write => &[
             USES + READ,
             USES + WRITE,
             USES + RESIZE,
-            FORBIDS + WRITE,
-            FORBIDS + RESIZE,
+            DENIES + WRITE,
+            DENIES + RESIZE,
         ],
     }
 }
 
-/// What nobody may have beside it.
-fn tested(access: Access) -> &'static [i64] {
+/// Returns the bytes that no other program may have locked.
+fn bytes_to_test(access: Access) -> &'static [i64] {
     match access {
-        Access::Read => &[FORBIDS + READ, USES + WRITE, USES + RESIZE],
+        Access::Read => &[DENIES + READ, USES + WRITE, USES + RESIZE],
         Access::Write => &[
-            FORBIDS + READ,
-            FORBIDS + WRITE,
-            FORBIDS + RESIZE,
+            DENIES + READ,
+            DENIES + WRITE,
+            DENIES + RESIZE,
             USES + WRITE,
             USES + RESIZE,
         ],
     }
 }
 
-/// The longest search for the process that is in the way.
-const SEARCH: Duration = Duration::from_secs(1);
+/// Time limit for the search for the process that holds a conflicting lock.
+const SEARCH_TIME: Duration = Duration::from_secs(1);
 
-/// Locks `file` for `access` until it is closed. Where its file system has no such locks, there is nothing to do.
+/// Locks `file` for `access` until it is closed. Does nothing if its file system does not support OFD locks.
 ///
-/// Errors: `Busy` if another program uses the file in a way that does not go with `access`, or what the system says.
+/// Returns `Busy` if another program uses the file in a way that conflicts with `access`, or the error of the kernel.
 pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
     match take(file, access) {
         Ok(None) => Ok(()),
         Ok(Some(conflict)) => Err(Error::new(ErrorKind::Busy, conflict.message(file, access, label))),
         Err(e @ (Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
-            tracing::debug!("{label}: not locked, its file system has no such locks: {e}");
+            tracing::debug!("{label}: not locked: its file system does not support OFD locks: {e}");
             Ok(())
         }
         Err(e) => Err(Error::io(format!("{label}: lock"), e.into())),
     }
 }
 
-/// Takes what belongs to `access`; a lock of somebody else that is in the way.
+/// Takes the locks for `access` and tests those of other programs. Returns the first conflicting lock.
+///
+/// After a conflict the locks that were taken stay until `file` is closed, so the caller must close it.
 fn take(file: &File, access: Access) -> nix::Result<Option<Conflict>> {
-    for &byte in held(access) {
+    for &byte in bytes_to_lock(access) {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&of_byte(byte, libc::F_RDLCK))) {
             Ok(_) => {}
-            // somebody has it exclusively, which qemu never does
-            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(look(file, byte)?.or(Some(Conflict { byte, pid: None }))),
+            // Another program holds an exclusive lock, which qemu never takes.
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                return Ok(conflict_on(file, byte)?.or(Some(Conflict { byte, pid: None })));
+            }
             Err(e) => return Err(e),
         }
     }
-    for &byte in tested(access) {
-        if let Some(conflict) = look(file, byte)? {
+    // Only after all locks are taken: the other order would leave a gap in which two programs miss each other.
+    for &byte in bytes_to_test(access) {
+        if let Some(conflict) = conflict_on(file, byte)? {
             return Ok(Some(conflict));
         }
     }
     Ok(None)
 }
 
-/// The lock that somebody else has on `byte`.
-fn look(file: &File, byte: i64) -> nix::Result<Option<Conflict>> {
+/// Returns the lock that another open file description holds on `byte`, if any.
+fn conflict_on(file: &File, byte: i64) -> nix::Result<Option<Conflict>> {
+    // An exclusive lock would conflict with every lock of others, shared ones included, so the kernel reports any.
     let mut lock = of_byte(byte, libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     let free = libc::c_int::from(lock.l_type) == libc::F_UNLCK;
@@ -108,11 +118,11 @@ fn look(file: &File, byte: i64) -> nix::Result<Option<Conflict>> {
     }))
 }
 
-/// A lock of one byte.
-fn of_byte(byte: i64, kind: libc::c_int) -> libc::flock {
-    // The constants are small numbers of another width than the field.
+/// Returns a lock request of one byte.
+fn of_byte(byte: i64, lock_type: libc::c_int) -> libc::flock {
+    // The constants are small, but their integer type differs from that of the fields.
     libc::flock {
-        l_type: kind as _,
+        l_type: lock_type as _,
         l_whence: libc::SEEK_SET as _,
         l_start: byte,
         l_len: 1,
@@ -120,52 +130,56 @@ fn of_byte(byte: i64, kind: libc::c_int) -> libc::flock {
     }
 }
 
-/// Somebody else's lock.
+/// Conflicting lock of another open file description.
 struct Conflict {
     byte: i64,
-    /// Whose it is; the kernel does not tell it of locks of the same kind as ours.
+    /// Process that holds the lock. The kernel reports it for the older POSIX locks, but not for OFD locks.
     pid: Option<u32>,
 }
 
 impl Conflict {
+    /// Returns the message for the user: the conflict, the process that causes it, and a way out.
     fn message(&self, file: &File, access: Access, label: &str) -> String {
-        let does = match self.byte {
+        let conflict = match self.byte {
             byte if byte == USES + WRITE || byte == USES + RESIZE => "in use for writing by another program",
-            byte if byte == FORBIDS + READ => "in use by another program that lets nobody else read it",
-            _ => "in use by another program that lets nobody else write to it",
+            byte if byte == DENIES + READ => "in use by another program that allows no other reader",
+            _ => "in use by another program that allows no other writer",
         };
-        let who = match self.pid.filter(|&pid| pid > 0).or_else(|| search(file, self.byte)) {
+        let holder = match self.pid.filter(|&pid| pid > 0).or_else(|| find_holder(file, self.byte)) {
             Some(pid) => {
                 let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
                 format!(" (process {pid}, {})", printable(name.trim_end()))
             }
             None => String::new(),
         };
-        let way_out = match access {
-            Access::Read => "lock=off reads it all the same",
-            Access::Write => "readonly=true may read it beside a reader, lock=off writes to it all the same",
+        let advice = match access {
+            Access::Read => "lock=off reads it anyway",
+            Access::Write => "readonly=true may read it if the other program only reads, lock=off writes to it anyway",
         };
-        format!("{label}: the file is {does}{who}; {way_out}")
+        format!("{label}: the file is {conflict}{holder}; {advice}")
     }
 }
 
-/// The process that has a lock on `byte` of `file`, as far as this user may see it and time allows.
+/// Searches `/proc` for the process that holds a lock on `byte` of `file`. Returns `None` if this user may not see it
+/// or the time limit is exceeded.
 ///
-/// It reads `fdinfo` and looks at no file of those processes: one of them may lie in the very mount that waits for us.
-fn search(file: &File, byte: i64) -> Option<u32> {
-    // As the kernel calls the file in its lists of locks, which need not be what stat() says (btrfs, overlayfs).
+/// It reads only `fdinfo` and never calls stat on the files of those processes: such a file may be in the mount that
+/// waits for this call, which would deadlock.
+fn find_holder(file: &File, byte: i64) -> Option<u32> {
+    // The device and inode as the kernel prints them in its lists of locks. On btrfs and overlayfs they differ from the
+    // result of stat, so they are read from the entry of this process, which holds a lock too.
     let own_path = PathBuf::from(format!("/proc/{}/fdinfo/{}", std::process::id(), file.as_raw_fd()));
     let own = fs::read_to_string(&own_path).ok()?;
-    let inode = listed(&own).next()?.inode;
+    let inode = fdinfo_locks(&own).next()?.inode;
     let holds = |path: &Path| {
-        // a writer has what it looks for itself
+        // The open file of this call is skipped: a writer holds the bytes that it tests.
         if path == own_path {
             return false;
         }
         let text = fs::read_to_string(path).unwrap_or_default();
-        listed(&text).any(|lock| lock.inode == inode && lock.first <= byte && byte <= lock.last)
+        fdinfo_locks(&text).any(|lock| lock.inode == inode && lock.first <= byte && byte <= lock.last)
     };
-    let until = Instant::now() + SEARCH;
+    let deadline = Instant::now() + SEARCH_TIME;
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
@@ -175,7 +189,7 @@ fn search(file: &File, byte: i64) -> Option<u32> {
             .flatten()
             .flatten()
         {
-            if Instant::now() > until {
+            if Instant::now() > deadline {
                 return None;
             }
             if holds(&open.path()) {
@@ -186,22 +200,23 @@ fn search(file: &File, byte: i64) -> Option<u32> {
     None
 }
 
-/// A line about a lock in `/proc/PID/fdinfo/FD`.
-struct Listed<'a> {
-    /// Device and inode.
+/// Lock line in `/proc/PID/fdinfo/FD`.
+struct FdinfoLock<'a> {
+    /// Device and inode, as the kernel prints them.
     inode: &'a str,
     first: i64,
     last: i64,
 }
 
-/// The locks in the text of such a file: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:4711 100 101`, or `EOF` at the end.
-fn listed(fdinfo: &str) -> impl Iterator<Item = Listed<'_>> {
+/// Parses the lock lines of an fdinfo file: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:4711 100 101`. The last word can be
+/// `EOF`.
+fn fdinfo_locks(fdinfo: &str) -> impl Iterator<Item = FdinfoLock<'_>> {
     fdinfo.lines().filter_map(|line| {
         let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
         let &[_, _, _, _, _, inode, first, last] = words.as_slice() else {
             return None;
         };
-        Some(Listed {
+        Some(FdinfoLock {
             inode,
             first: first.parse().ok()?,
             last: last.parse().unwrap_or(i64::MAX),
@@ -213,38 +228,43 @@ fn listed(fdinfo: &str) -> impl Iterator<Item = Listed<'_>> {
 mod tests {
     use super::*;
 
-    /// A file that is open as often as it is asked for.
+    /// Opens one temporary file `N` times.
     fn opens<const N: usize>() -> [File; N] {
         let named = tempfile::NamedTempFile::new().unwrap();
         std::array::from_fn(|_| File::options().read(true).write(true).open(named.path()).unwrap())
     }
 
-    /// Has a shared lock on one byte.
+    /// Takes a shared lock on one byte.
     fn hold(file: &File, byte: i64) {
         fcntl(file, FcntlArg::F_OFD_SETLK(&of_byte(byte, libc::F_RDLCK))).unwrap();
     }
 
-    fn refused(file: &File, says: &str) {
-        refused_to(Access::Read, file, &[says, "lock=off reads it all the same"]);
+    fn refused(file: &File, fragment: &str) {
+        refused_to(Access::Read, file, &[fragment, "lock=off reads it anyway"]);
     }
 
     #[track_caller]
-    fn refused_to(access: Access, file: &File, says: &[&str]) {
+    fn refused_to(access: Access, file: &File, fragments: &[&str]) {
         let error = lock(file, access, "x.vmdk").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         let own = format!("(process {}, ", std::process::id());
-        for says in says.iter().copied().chain(["x.vmdk: ", &own]) {
-            assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
+        for fragment in fragments.iter().copied().chain(["x.vmdk: ", &own]) {
+            assert!(
+                error.to_string().contains(fragment),
+                "`{error}` does not contain `{fragment}`"
+            );
         }
     }
 
-    /// The bytes that somebody else than `file` has locked.
+    /// Returns the bytes that are locked by other opens than `file`.
     fn locked(file: &File) -> Vec<i64> {
-        (0..300).filter(|&byte| look(file, byte).unwrap().is_some()).collect()
+        (0..300)
+            .filter(|&byte| conflict_on(file, byte).unwrap().is_some())
+            .collect()
     }
 
     #[test]
-    fn readers_share_and_hold_what_keeps_writers_out() {
+    fn readers_share_and_their_locks_exclude_writers() {
         let [a, b, other] = opens();
         lock(&a, Access::Read, "a").unwrap();
         lock(&b, Access::Read, "b").unwrap();
@@ -254,61 +274,61 @@ mod tests {
         assert_eq!(
             locked(&other),
             [100, 201, 203],
-            "the close of one open took the lock of the other"
+            "closing one open released the lock of the other"
         );
         drop(b);
         assert!(locked(&other).is_empty());
     }
 
     #[test]
-    fn a_writer_is_in_the_way_and_is_named() {
-        for (byte, says) in [
+    fn a_writer_excludes_readers_and_the_error_names_it() {
+        for (byte, fragment) in [
             (101, "for writing"),
             (103, "for writing"),
-            (200, "lets nobody else read it"),
+            (200, "allows no other reader"),
         ] {
             let [other, reader] = opens();
             hold(&other, byte);
-            refused(&reader, says);
+            refused(&reader, fragment);
             drop(other);
             lock(&reader, Access::Read, "x.vmdk").unwrap();
         }
     }
 
     #[test]
-    fn a_writer_holds_what_keeps_readers_and_writers_out() {
+    fn the_locks_of_a_writer_exclude_readers_and_writers() {
         let [writer, reader, other] = opens();
         lock(&writer, Access::Write, "w").unwrap();
         lock(&writer, Access::Write, "w again").unwrap();
         assert_eq!(locked(&other), [100, 101, 103, 201, 203]);
         refused(&reader, "in use for writing by another program");
-        let ways_out = [
-            "lets nobody else write to it",
+        let advice = [
+            "allows no other writer",
             "readonly=true",
-            "lock=off writes to it all the same",
+            "lock=off writes to it anyway",
         ];
-        refused_to(Access::Write, &other, &ways_out);
+        refused_to(Access::Write, &other, &advice);
         drop((writer, reader, other));
         let [reader, writer] = opens();
         lock(&reader, Access::Read, "r").unwrap();
-        refused_to(Access::Write, &writer, &ways_out);
+        refused_to(Access::Write, &writer, &advice);
         drop((reader, writer));
     }
 
     #[test]
-    fn a_writer_that_was_refused_is_in_nobodys_way() {
+    fn a_writer_that_was_refused_leaves_no_locks() {
         let named = tempfile::NamedTempFile::new().unwrap();
         let open = || File::options().read(true).write(true).open(named.path()).unwrap();
         let reader = open();
         lock(&reader, Access::Read, "r").unwrap();
-        refused_to(Access::Write, &open(), &["lets nobody else write to it"]);
+        refused_to(Access::Write, &open(), &["allows no other writer"]);
         lock(&open(), Access::Read, "another reader").unwrap();
         drop(reader);
         lock(&open(), Access::Write, "w").unwrap();
     }
 
     #[test]
-    fn whoever_uses_or_forbids_writing_is_in_the_way_of_a_writer() {
+    fn a_program_that_uses_or_denies_writing_excludes_a_writer() {
         for byte in [101, 103, 200, 201, 203] {
             let [other, writer] = opens();
             hold(&other, byte);
@@ -324,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn other_permissions_are_not_in_the_way() {
+    fn other_permissions_do_not_conflict() {
         let [other, reader] = opens();
         for byte in [0, 99, 100, 102, 104, 201, 202, 203, 204] {
             hold(&other, byte);
@@ -333,17 +353,17 @@ mod tests {
     }
 
     #[test]
-    fn an_exclusive_lock_is_in_the_way() {
+    fn an_exclusive_lock_conflicts() {
         let [other, reader] = opens();
         fcntl(&other, FcntlArg::F_OFD_SETLK(&of_byte(201, libc::F_WRLCK))).unwrap();
-        refused(&reader, "in use by another program that lets nobody else write to it");
+        refused(&reader, "in use by another program that allows no other writer");
     }
 
     #[test]
-    fn lists_of_locks_are_understood() {
+    fn lock_lines_of_fdinfo_are_parsed() {
         let text = "pos:\t0\nflags:\t02\nlock:\t1: OFDLCK ADVISORY  READ -1 00:2a:57 100 101\n\
                     lock:\t2: FLOCK  ADVISORY  WRITE 12 00:2a:57 0 EOF\nlock:\tx\n";
-        let seen: Vec<_> = listed(text).map(|l| (l.inode, l.first, l.last)).collect();
+        let seen: Vec<_> = fdinfo_locks(text).map(|l| (l.inode, l.first, l.last)).collect();
         assert_eq!(seen, [("00:2a:57", 100, 101), ("00:2a:57", 0, i64::MAX)]);
     }
 }

@@ -1,13 +1,13 @@
-//! New images: what files a disk is made of, and making them so that either all of it is there or nothing.
+//! Creates images: all files of a new disk, or none of them.
 //!
 //! ```text
-//!   NewDisk ─► plan: descriptor text, pieces
-//!                │ 1 the named file, made exclusively and still empty: no program takes it for an image
-//!                │ 2 the pieces, made exclusively, with their headers and tables, synced
-//!                ▼ 3 the named file's content, synced: from here on it is an image
+//!   NewDisk ─► Plan: descriptor text, pieces
+//!                │ 1 create the named file exclusively, still empty: no program opens it as an image
+//!                │ 2 create the pieces exclusively, write their headers and tables, sync them
+//!                ▼ 3 write the content of the named file, sync it: from here on it is an image
 //! ```
-//! Nothing that exists is ever opened, let alone changed. Where a step fails, the files that were made are removed
-//! again. The tables of sparse files are there from the start, as VMware and qemu make them: holes of the file, which
+//! Existing files are never opened or changed. If a step fails, the files that were created are removed again. The
+//! grain tables of sparse files are allocated from the start, as VMware and qemu do: they are holes of the file, which
 //! read as "nothing is allocated".
 
 use std::ops::Range;
@@ -28,74 +28,77 @@ use hosted::HostedLayout;
 pub(super) use hosted::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use text::{NewExtent, NewText};
 
-/// Sectors of a piece of a split disk: 2047 MiB, as VMware makes them.
+/// Sectors of a piece of a split disk: 2047 MiB, the size that VMware uses.
 const PIECE: u64 = 4_192_256;
 
-/// Sectors of a grain where nobody asks for another one: 64 KiB, as all programs make them.
+/// Default sectors of a grain: 64 KiB, as in the images of other programs.
 const GRAIN: u64 = 128;
 
-/// The most bytes of a descriptor in a file of its own; more no program reads.
+/// Maximum size of a descriptor in a file of its own, in bytes; larger ones are not readable.
 const MAX_TEXT: usize = 1 << 20;
 
-/// A disk to be made.
+/// Description of a disk to create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NewDisk {
-    /// Its size, at least one sector.
+    /// Size of the disk in sectors; at least 1.
     pub sectors: u64,
-    /// What files it is made of.
+    /// Layout of the image: which files it consists of.
     pub kind: CreateType,
-    /// The adapter that its descriptor names; the geometry goes by it.
+    /// Adapter that the descriptor names; determines the geometry.
     pub adapter: AdapterType,
-    /// The virtual hardware version that its descriptor names.
+    /// Virtual hardware version that the descriptor names.
     pub hardware_version: u32,
 }
 
-/// A delta to be made: one sparse file over a parent, with nothing in it.
+/// Description of a delta to create: one sparse file over a parent, without grains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewDelta {
-    /// Its size; that of the parent.
+    /// Size of the disk in sectors, which is that of the parent.
     pub sectors: u64,
-    /// Sectors of a grain, a power of two from 8 on. Small ones (16) suit scattered writes, as a grain is copied whole.
+    /// Sectors of a grain: a power of two, at least 8. Small grains (16) suit scattered writes, as copy-on-write copies
+    /// whole grains.
     pub grain: u64,
-    /// Whether its tables may mark grains as zeroes that hide the parent. Programs that know version 1 only can't read it.
+    /// True if grain tables may mark zero grains, which hide the parent. Programs that only know version 1 of the
+    /// format cannot read such a delta.
     pub zeroed_grains: bool,
-    /// The parent, where that is a VMDK: others find it by what is said here. `None`: no chain that others could
-    /// follow; who opens it knows what lies below.
+    /// Parent to name in the descriptor, by which other programs find it. `None` if the parent is not a VMDK: then the
+    /// descriptor names no chain, and the opener of the delta has to supply the base.
     pub parent: Option<DeltaParent>,
-    /// Further lines of the disk data base: names without `ddb.`, and values without quotes in them. They are written
-    /// exactly so, as long as they are, and can be rewritten in place later by text of the same length.
+    /// Additional lines of the disk data base: names without `ddb.`, values without quotes in them. They are written
+    /// verbatim, so that a value can be rewritten in place later by one of the same length.
     pub ddb: Vec<(String, String)>,
 }
 
-/// What a delta says of its parent.
+/// Parent as a delta's descriptor names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeltaParent {
-    /// The parent's CID now.
+    /// Current CID of the parent.
     pub cid: u32,
-    /// Where it is: its name from the delta's folder, or an absolute path.
+    /// Path of the parent: relative to the folder of the delta, or absolute.
     pub hint: String,
 }
 
-/// Makes a disk with nothing in it; its named file is `name`, the others lie beside it. A `StreamOptimized` one is
-/// closed, and can't be written to any more: see [`create_stream`].
+/// Creates an empty disk: the named file is `name`, and the other files are created beside it. A `StreamOptimized` disk
+/// is closed at once and cannot be written afterwards; use [`create_stream`] to fill one.
 ///
-/// Errors: `Usage` for what no such image can be, `Os(EEXIST)` where one of its files exists already, or what the system
-/// says. After an error none of its files is there.
+/// Errors: `Usage` if such an image cannot have the size or the name, `Os(EEXIST)` if one of its files exists,
+/// otherwise the error of the system call. After an error none of the files exist.
 pub fn create(store: &dyn Store, name: &ExtentName, disk: &NewDisk) -> Result<()> {
     check_size(disk.sectors)?;
     if disk.kind == CreateType::StreamOptimized {
         let stream = create_stream(store, name, disk)?;
         let identity = stream.file().identity_at_open();
         return stream.close().inspect_err(|_| {
-            // the first error is the one to tell
+            // The error of `close` is the cause; one of this clean-up would hide it.
             let _ = store.remove(name, &identity);
         });
     }
     let plan = Plan::of(name, disk)?;
-    let mut making = Making::new(store);
-    let named = making.file(name)?;
+    let mut pending = PendingFiles::new(store);
+    // The named file first: it reserves the name, and nothing refers to the pieces before its content is written.
+    let named = pending.file(name)?;
     for piece in &plan.pieces {
-        making.piece(piece)?;
+        pending.piece(piece)?;
     }
     match plan.whole {
         Some(layout) => layout.write(writer(&*named)?, Some(plan.text.as_bytes()), KDMV_MAGIC)?,
@@ -105,67 +108,67 @@ pub fn create(store: &dyn Store, name: &ExtentName, disk: &NewDisk) -> Result<()
             out.sync()?;
         }
     }
-    making.finish()
+    pending.finish()
 }
 
-/// Makes a compressed stream of a disk's size that is to be written now, in order.
+/// Creates an open compressed stream of the disk's size, which the caller writes sequentially and then closes.
 ///
-/// Errors: as [`create`].
+/// Errors: as for [`create`].
 pub fn create_stream(store: &dyn Store, name: &ExtentName, disk: &NewDisk) -> Result<StreamDisk> {
     check_size(disk.sectors)?;
     let extent = NewExtent {
-        // as VMware's own streams say it
+        // VMware's own streams have `RDONLY` here.
         access: ExtentAccess::ReadOnly,
         sectors: disk.sectors,
         kind: ExtentKind::Sparse,
         name: text::label(name),
     };
     let text = NewText::disk("streamOptimized", disk, vec![extent]).to_text();
-    let mut making = Making::new(store);
-    let file = making.file(name)?;
+    let mut pending = PendingFiles::new(store);
+    let file = pending.file(name)?;
     let stream = StreamDisk::new(file, disk.sectors, text.as_bytes())?;
-    making.finish()?;
+    pending.finish()?;
     Ok(stream)
 }
 
-/// Makes a delta with nothing in it, a `monolithicSparse` image in the file `name`.
+/// Creates an empty delta: a `monolithicSparse` image in the file `name`.
 ///
-/// Errors: as [`create`]; `Usage` also for a size that no tables of such grains cover.
+/// Errors: as for [`create`]; also `Usage` if grain tables with such grains cannot cover the size.
 pub fn create_delta(store: &dyn Store, name: &ExtentName, delta: &NewDelta) -> Result<()> {
     check_size(delta.sectors)?;
     if !delta.grain.is_power_of_two() || delta.grain < 8 {
         let grain = delta.grain;
         return Err(usage(format!(
-            "a grain of {grain} sectors, expected a power of two from 8 on"
+            "a grain of {grain} sectors, expected a power of two of at least 8"
         )));
     }
     let text = NewText::delta(delta, text::label(name))?.to_text();
     let layout = HostedLayout::new(delta.sectors, delta.grain, Some(text.len()), delta.zeroed_grains)?;
-    let mut making = Making::new(store);
-    let named = making.file(name)?;
+    let mut pending = PendingFiles::new(store);
+    let named = pending.file(name)?;
     layout.write(writer(&*named)?, Some(text.as_bytes()), KDMV_MAGIC)?;
-    making.finish()
+    pending.finish()
 }
 
-/// The files of a disk, before any is made.
+/// Files of a disk, before any is created.
 struct Plan {
     text: String,
-    /// The layout of the named file, where it holds the disk itself.
+    /// Layout of the named file, if it holds the data as well as the descriptor.
     whole: Option<HostedLayout>,
     pieces: Vec<Piece>,
 }
 
-/// A file beside the named one.
+/// File beside the named one, with a part of the disk's data.
 struct Piece {
     name: ExtentName,
     content: PieceContent,
 }
 
 enum PieceContent {
-    /// Zeroes; `allocator`: which take their room at once.
+    /// Zeroes; their blocks are allocated at once if `allocate` is true.
     Flat {
         sectors: u64,
-        allocator: bool,
+        allocate: bool,
     },
     Sparse(HostedLayout),
 }
@@ -197,11 +200,11 @@ impl Plan {
         }
     }
 
-    /// A descriptor and one file of data.
-    fn beside(name: &ExtentName, disk: &NewDisk, label: &str, kind: ExtentKind, allocator: bool) -> Result<Self> {
+    /// Plans a descriptor and one file of data.
+    fn beside(name: &ExtentName, disk: &NewDisk, label: &str, kind: ExtentKind, allocate: bool) -> Result<Self> {
         let content = PieceContent::Flat {
             sectors: disk.sectors,
-            allocator,
+            allocate,
         };
         let piece = Piece {
             name: text::sibling(name, "-flat.vmdk")?,
@@ -210,10 +213,11 @@ impl Plan {
         Self::pieces(disk, label, kind, vec![piece])
     }
 
-    /// A descriptor and a file for each 2047 MiB: `x-s001.vmdk` and so on.
+    /// Plans a descriptor and a file for each 2047 MiB of the disk: `x-s001.vmdk` and so on.
     fn split(name: &ExtentName, disk: &NewDisk, label: &str, letter: char) -> Result<Self> {
         let mut pieces = Vec::new();
-        // the bound of a descriptor's length, long before the bound of memory
+        // Bounds the number of pieces before they are listed in memory; the exact check of the descriptor's length
+        // comes after that, in `pieces`.
         let most = (MAX_TEXT / text::SHORTEST_EXTENT) as u64;
         if disk.sectors.div_ceil(PIECE) > most {
             return Err(too_many_pieces());
@@ -224,7 +228,7 @@ impl Plan {
                 's' => PieceContent::Sparse(HostedLayout::new(sectors, GRAIN, None, false)?),
                 _ => PieceContent::Flat {
                     sectors,
-                    allocator: false,
+                    allocate: false,
                 },
             };
             pieces.push(Piece {
@@ -268,39 +272,39 @@ impl PieceContent {
     }
 }
 
-/// Files in the making: those that exist are removed again unless all went well.
-struct Making<'s> {
+/// Files that are being created: dropped before [`finish`](Self::finish), it removes those that it created.
+struct PendingFiles<'s> {
     store: &'s dyn Store,
-    made: Vec<(ExtentName, Identity)>,
+    created: Vec<(ExtentName, Identity)>,
 }
 
-impl<'s> Making<'s> {
+impl<'s> PendingFiles<'s> {
     fn new(store: &'s dyn Store) -> Self {
         Self {
             store,
-            made: Vec::new(),
+            created: Vec::new(),
         }
     }
 
-    /// Makes an empty file.
+    /// Creates an empty file.
     fn file(&mut self, name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
         let file = self.store.create(name).map_err(|e| match e.kind() {
             ErrorKind::Os(errno) if errno == libc::EEXIST => e.within("a new disk never takes the place of a file"),
             _ => e,
         })?;
-        self.made.push((name.clone(), file.identity_at_open()));
+        self.created.push((name.clone(), file.identity_at_open()));
         Ok(file)
     }
 
-    /// Makes a piece with all that is in it.
+    /// Creates a piece with its content.
     fn piece(&mut self, piece: &Piece) -> Result<()> {
         let file = self.file(&piece.name)?;
         let out = writer(&*file)?;
         match &piece.content {
             PieceContent::Sparse(layout) => layout.write(out, None, KDMV_MAGIC),
-            PieceContent::Flat { sectors, allocator } => {
+            PieceContent::Flat { sectors, allocate } => {
                 out.set_len(sectors * SECTOR)?;
-                if *allocator {
+                if *allocate {
                     out.zero(0, sectors * SECTOR, false)?;
                 }
                 out.sync()
@@ -308,19 +312,20 @@ impl<'s> Making<'s> {
         }
     }
 
-    /// Makes the names durable; from now on the files stay.
+    /// Makes the names durable and keeps the files.
     fn finish(mut self) -> Result<()> {
         self.store.sync()?;
-        self.made.clear();
+        self.created.clear();
         Ok(())
     }
 }
 
-impl Drop for Making<'_> {
+impl Drop for PendingFiles<'_> {
     fn drop(&mut self) {
-        for (name, identity) in self.made.drain(..).rev() {
+        for (name, identity) in self.created.drain(..).rev() {
+            // Removal is by identity: another process may have put its own file under the name.
             if let Err(e) = self.store.remove(&name, &identity) {
-                tracing::warn!("{e}: what was made of a disk that could not be made is left");
+                tracing::warn!("{e}: creating the disk failed, and this file of it was not removed; remove it by hand");
             }
         }
     }
@@ -342,7 +347,7 @@ fn usage(why: String) -> Error {
 
 fn too_many_pieces() -> Error {
     usage(format!(
-        "a disk in so many pieces of 2 GB needs a descriptor of more than {MAX_TEXT} bytes: another create-type does not split it"
+        "a disk in that many pieces of 2 GB needs a descriptor of more than {MAX_TEXT} bytes: choose another create-type, which does not split it"
     ))
 }
 

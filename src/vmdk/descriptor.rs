@@ -1,14 +1,14 @@
-//! The descriptor: the text that says what a disk is made of.
+//! Descriptor: the text that names the extents, the parent and the geometry of a disk.
 //!
 //! ```text
 //!   bytes ──lines──▶ settings · extents · ddb   still raw
 //!                        │ encoding
 //!                        ▼
-//!                    Descriptor                 typed, bounded, names through the gate's first half
+//!                    Descriptor                 typed and bounded; names are checked by `ExtentName`
 //! ```
-//! The order of lines means nothing, keys and keywords have no case, unknown settings are ignored. But a line that
-//! cannot be understood is an error, and so are two values for one setting: other programs disagree about which of
-//! them counts, and the wrong one would show somebody a wrong disk.
+//! The order of lines is irrelevant, keys and keywords are case-insensitive, and unknown settings are ignored. A line
+//! that cannot be parsed is an error, and so are two different values for one setting: other programs disagree about
+//! which of them counts, and the wrong choice would show a wrong disk.
 
 use std::fmt;
 use std::ops::Range;
@@ -28,39 +28,40 @@ pub use extent::{ExtentAccess, ExtentKind, ExtentLine};
 use lines::{Lines, Setting, shown};
 pub use parent::{ParentHint, ParentLink};
 
-/// The CID that stands for "none".
+/// CID that means "none".
 const NO_CID: u32 = 0xffff_ffff;
 
-/// How far [`looks_like`] looks.
+/// Number of bytes that [`looks_like`] examines.
 const PROBE: usize = 4096;
 
-/// A descriptor whose every value was checked.
+/// Parsed descriptor. Every value was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
-    /// 1, 2 or 3.
+    /// Version of the descriptor format: 1, 2 or 3.
     pub version: u32,
-    /// What kind of disk it says to be; the extents decide what it is.
+    /// Declared type of the disk; the extents determine how the data is stored.
     pub create_type: CreateType,
-    /// The number that children remember of this state of the disk.
+    /// Content ID, which changes with the contents: a child records the one of its parent.
     pub cid: Option<u32>,
-    /// The parent, for a child.
+    /// Parent, if the disk has one.
     pub parent: Option<ParentLink>,
-    /// At least one; their sum is at most [`MAX_SECTORS`].
+    /// Extents in the order of the disk: at least one, with at most [`MAX_SECTORS`] sectors together.
     pub extents: Vec<ExtentLine>,
-    /// The disk data base in order, names as written without `ddb.`.
+    /// Disk data base in the order of the text. Names are as written, without `ddb.`.
     pub ddb: Vec<(String, String)>,
-    /// The file of changed blocks.
+    /// Path of the changed block tracking file.
     pub change_tracking: Option<String>,
 }
 
 impl Descriptor {
-    /// Reads a descriptor, alone or embedded; it ends at the first NUL.
+    /// Parses a descriptor, which is a file of its own or embedded in an extent. The text ends at the first NUL.
     ///
-    /// Errors: `Corrupt` or `Unsupported` with the line and what was expected; the caller adds the file.
+    /// Errors: `Corrupt` or `Unsupported`, naming the line and the expected text; the caller adds the file.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let lines = Lines::of(bytes)?;
         let encoding = lines::encoding(&lines)?;
         let ddb = ddb(&lines, encoding);
+        // First of all, so that an encrypted disk is reported as such, no matter what else cannot be parsed.
         refuse_unreadable(&lines, &ddb)?;
         let create_type = create_type(&lines)?;
         Ok(Self {
@@ -76,7 +77,7 @@ impl Descriptor {
         })
     }
 
-    /// The first value of that name in the disk data base; the name is without `ddb.` and has no case.
+    /// Returns the first value of a name in the disk data base. The name is without `ddb.` and case-insensitive.
     pub fn ddb_value(&self, name: &str) -> Option<&str> {
         self.ddb
             .iter()
@@ -85,10 +86,11 @@ impl Descriptor {
     }
 }
 
-/// The digits of a descriptor's CID, wherever they stand in `bytes`: in `CID=`, and at the end of a
-/// `ddb.longContentID` that ends like it.
+/// Returns the byte ranges of a descriptor's CID digits: those of each `CID=`, and the last ones of `ddb.longContentID`
+/// if they are the same. Empty if the descriptor cannot be parsed.
 pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
     let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
+    // The values borrow from `bytes`, so the distance of the pointers is the offset.
     let within = |part: &[u8]| {
         let start = part.as_ptr() as usize - bytes.as_ptr() as usize;
         start..start + part.len()
@@ -107,8 +109,8 @@ pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
     found
 }
 
-/// Where in `bytes` the values of a setting stand, without their quotes: of each line of that name. A name of the disk
-/// data base starts with `ddb.`.
+/// Returns the byte ranges of a setting's values, without their quotes, one for each line with that key. Keys of the
+/// disk data base start with `ddb.`. Empty if the descriptor cannot be parsed.
 pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
     let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
     let found: Vec<&[u8]> = match key.strip_prefix("ddb.") {
@@ -125,8 +127,8 @@ pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Whether a file that starts with `bytes` is a descriptor: its first line says so, or its first setting is
-/// `version`. Looks at 4 KiB and not behind a NUL.
+/// Returns true if a file that starts with `bytes` is a descriptor: its first line contains `Disk DescriptorFile`, or
+/// its first setting is `version`. Examines at most 4 KiB, up to the first NUL.
 pub fn looks_like(bytes: &[u8]) -> bool {
     let text = lines::text_of(&bytes[..bytes.len().min(PROBE)]);
     let mut meant = text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii).enumerate();
@@ -147,9 +149,9 @@ pub fn looks_like(bytes: &[u8]) -> bool {
         .unwrap_or(false)
 }
 
-/// The kinds of disks.
+/// Type of a disk, as `createType` declares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the variants are the format's own words")]
+#[allow(missing_docs, reason = "the variants are the keywords of the format")]
 pub enum CreateType {
     MonolithicSparse,
     StreamOptimized,
@@ -168,7 +170,7 @@ pub enum CreateType {
     Custom,
 }
 
-/// Names of the kinds; of several for one kind the usual one comes first.
+/// Keywords of the types. If a type has several, the usual one is first.
 const CREATE_TYPES: [(&str, CreateType); 18] = [
     ("monolithicSparse", CreateType::MonolithicSparse),
     ("streamOptimized", CreateType::StreamOptimized),
@@ -190,7 +192,7 @@ const CREATE_TYPES: [(&str, CreateType); 18] = [
     ("custom", CreateType::Custom),
 ];
 
-/// Kinds that only point to a device of an ESX host.
+/// Types that only point to a device of an ESX host.
 const DEVICE_MAPS: [&str; 5] = [
     "vmfsRDM",
     "vmfsRawDeviceMap",
@@ -200,7 +202,7 @@ const DEVICE_MAPS: [&str; 5] = [
 ];
 
 impl CreateType {
-    /// Its usual name.
+    /// Returns the usual keyword of the type.
     pub fn as_str(self) -> &'static str {
         CREATE_TYPES
             .iter()
@@ -215,11 +217,11 @@ impl fmt::Display for CreateType {
     }
 }
 
-/// Refuses disks whose data cannot be understood whatever the rest says.
+/// Refuses disks whose data is encrypted or not in files.
 fn refuse_unreadable(lines: &Lines<'_>, ddb: &[(String, String)]) -> Result<()> {
     if let Some(setting) = ["encryptionKeys", "keyID"].iter().find_map(|key| lines.first(key)) {
         return Err(Error::unsupported(format!(
-            "line {}: the disk is encrypted ({}); its data cannot be read without the key",
+            "line {}: the disk is encrypted ({}): its data cannot be read without the key; decrypt it in VMware first",
             setting.line,
             shown(setting.key)
         )));
@@ -229,13 +231,13 @@ fn refuse_unreadable(lines: &Lines<'_>, ddb: &[(String, String)]) -> Result<()> 
     };
     if ddb.iter().any(encrypts) {
         return Err(Error::unsupported(
-            "the disk is encrypted (ddb.iofilters names vmwarevmcrypt); its data cannot be read without the key",
+            "the disk is encrypted (ddb.iofilters names vmwarevmcrypt): its data cannot be read without the key; decrypt it in VMware first",
         ));
     }
     let native = lines.get("isNativeSnapshot", |s| Ok(s.unquoted()?.eq_ignore_ascii_case(b"yes")))?;
     match native {
         Some((line, true)) => Err(Error::unsupported(format!(
-            "line {line}: the disk is a native snapshot (isNativeSnapshot): a storage array holds its data, no file"
+            "line {line}: the disk is a native snapshot (isNativeSnapshot): a storage array holds its data, not a file"
         ))),
         _ => Ok(()),
     }
@@ -274,12 +276,12 @@ fn create_type(lines: &Lines<'_>) -> Result<CreateType> {
         let known = CREATE_TYPES.iter().find(|(name, _)| is(name));
         known
             .map(|(_, kind)| *kind)
-            .ok_or_else(|| refuse("is not known, expected one like monolithicSparse"))
+            .ok_or_else(|| refuse("is unknown, expected one such as monolithicSparse"))
     })?;
     found.map(|(_, kind)| kind).ok_or_else(|| missing("createType"))
 }
 
-/// One to eight hexadecimal digits.
+/// Parses a CID: one to eight hexadecimal digits.
 fn cid(setting: &Setting<'_>) -> Result<u32> {
     let digits = setting.unquoted()?;
     let wrong = || setting.error(&format!("expected 1 to 8 hexadecimal digits, not `{}`", shown(digits)));
@@ -292,7 +294,7 @@ fn cid(setting: &Setting<'_>) -> Result<u32> {
     number.ok_or_else(wrong)
 }
 
-/// The parent of a child. A hint beside `parentCID=ffffffff` is ignored, as others do.
+/// Returns the parent of a child. A hint beside `parentCID=ffffffff` is ignored, as in other programs.
 fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<ParentLink>> {
     let hint_line = || lines.first("parentFileNameHint").map(|setting| setting.line);
     let (line, cid) = match (lines.get("parentCID", cid)?, hint_line()) {
@@ -300,7 +302,7 @@ fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<Paren
         (Some(found), _) => found,
         (None, Some(line)) => {
             return Err(Error::corrupt(format!(
-                "line {line}: a parentFileNameHint, but expected a parentCID too"
+                "line {line}: a parentFileNameHint without a parentCID, expected both"
             )));
         }
     };
@@ -314,7 +316,7 @@ fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<Paren
             hint: ParentHint::new(name, encoding),
         })),
         None => Err(Error::corrupt(format!(
-            "line {line}: parentCID={cid:08x} says that there is a parent, but expected a parentFileNameHint too"
+            "line {line}: parentCID={cid:08x} names a parent, but there is no parentFileNameHint, expected both"
         ))),
     }
 }

@@ -1,8 +1,15 @@
-//! The fixed structures of the binary extent formats, and the checks that make them safe to use.
+//! Headers of the binary extent formats, and the checks that make them safe to use.
 //!
-//! Raw structures have private fields and the layout of the file; what comes out of `parse` is checked against
-//! the length of its file, so that nothing later needs to trust a number. All integers are little-endian.
-//! Sources: VMware "Virtual Disk Format 5.0" for KDMV and COWD, what ESXi writes for seSparse.
+//! ```text
+//!   bytes ──zerocopy──► RawHosted · RawCowd · RawSeSparse     layout of the file, unchecked, private
+//!                           │ parse: versions, flags, bounds
+//!                           ▼
+//!                       Hosted · Cowd · SeSparse              checked
+//! ```
+//! Each `parse` bounds all numbers that later become allocations or loop limits, and checks against the length of the
+//! file what it can, so that the rest of the engine uses them without further checks. All integers are little-endian.
+//!
+//! Sources: VMware "Virtual Disk Format 5.0" for KDMV and COWD; files written by ESXi for seSparse.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -12,21 +19,22 @@ use crate::error::{Error, Result};
 
 /// First bytes of a hosted sparse extent.
 pub(crate) const KDMV_MAGIC: &[u8; 4] = b"KDMV";
-/// What some writers put there while the image is unfinished.
+/// First bytes of a hosted sparse extent that its writer has not finished.
 pub(crate) const KDMV_UNFINISHED: &[u8; 4] = b"kdmv";
 /// First bytes of an ESX sparse extent.
 pub(crate) const COWD_MAGIC: &[u8; 4] = b"COWD";
 /// First bytes of a seSparse extent.
 pub(crate) const SESPARSE_MAGIC: &[u8; 8] = &[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0];
 
-/// Bytes to read of a file to know its kind and parse its first header: COWD's is the longest.
+/// Number of bytes at the start of a file that are enough to detect its format and parse its first header. COWD has the
+/// longest one.
 pub(crate) const HEAD_BYTES: usize = 2048;
 
-/// Directory entries that qemu accepts as well: 2^25, a directory of 128 MiB.
+/// Maximum number of directory entries, the same as in qemu: 2^25, a directory of 128 MiB.
 pub(crate) const MAX_DIRECTORY_ENTRIES: u64 = 1 << 25;
-/// 8 MiB: a grain has to fit in memory several times.
+/// Maximum size of a grain in sectors: 8 MiB, as several grains are in memory at once.
 const MAX_GRAIN_SECTORS: u64 = 1 << 14;
-/// 10 MiB, as VirtualBox allows; VMware writes 10 KiB.
+/// Maximum size of an embedded descriptor in sectors: 10 MiB, the limit of VirtualBox. VMware writes 10 KiB.
 const MAX_DESCRIPTOR_SECTORS: u64 = 20480;
 
 const FLAG_NEWLINE: u32 = 1;
@@ -34,10 +42,11 @@ const FLAG_REDUNDANT: u32 = 1 << 1;
 const FLAG_ZEROED_GRAINS: u32 = 1 << 2;
 const FLAG_COMPRESSED: u32 = 1 << 16;
 const FLAG_MARKERS: u32 = 1 << 17;
-/// The high half of the flags is incompatible: an unknown bit there means that we would misread the extent.
+/// Incompatible flags that are unknown here. They are the high half of the flags: a reader that does not know one of
+/// them would misread the extent.
 const UNKNOWN_INCOMPATIBLE: u32 = !0xffff & !(FLAG_COMPRESSED | FLAG_MARKERS);
 
-/// `gdOffset` that says: the directory is named in the footer.
+/// Value of `gdOffset` that means: the footer names the directory.
 const GD_AT_END: u64 = u64::MAX;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -110,23 +119,23 @@ struct RawSeVolatile {
     replay_journal: U64,
 }
 
-/// Where the directory of a hosted extent is said to be.
+/// Position of the grain directory of a hosted extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DirectoryAt {
-    /// At this sector of the file.
+    /// The directory starts at this sector of the file.
     Sector(u64),
-    /// The footer at the end of the file names it.
+    /// The footer at the end of the file names the sector.
     Footer,
 }
 
-/// Byte of the header of a hosted extent that is 1 while the file is open for writing.
+/// Offset of the in-use mark in the header of a hosted extent: the byte is 1 while the file is open for writing.
 pub(crate) const UNCLEAN_AT: u64 = 72;
 
-/// A checked header (or footer) of a hosted sparse extent.
+/// Checked header or footer of a hosted sparse extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hosted {
     pub(crate) version: u32,
-    /// Sectors of the extent. 0: only an envelope for a descriptor.
+    /// Sectors of the extent; 0 if the file only holds a descriptor.
     pub(crate) capacity: u64,
     /// Sectors of a grain, a power of two.
     pub(crate) grain: u64,
@@ -136,36 +145,38 @@ pub(crate) struct Hosted {
     pub(crate) entries_per_table: u64,
     pub(crate) redundant: Option<u64>,
     pub(crate) directory: DirectoryAt,
-    /// Sectors of metadata at the front; advisory.
+    /// Sectors of metadata at the start of the file; advisory.
     pub(crate) overhead: u64,
     pub(crate) unclean: bool,
-    /// A grain table entry of 1 means a zeroed grain.
+    /// True if a grain table entry of 1 means a zero grain.
     pub(crate) zeroed_grains: bool,
     pub(crate) compressed: bool,
-    /// Compressed grains carry their LBA in front (markers).
+    /// True if each compressed grain starts with its LBA (a marker).
     pub(crate) markers: bool,
 }
 
-/// What the header is being read for.
+/// Position of a hosted header in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// The 512 bytes at the front of the file.
+    /// The first sector of the file.
     Header,
     /// The copy near the end of a stream.
     Footer,
 }
 
 impl Hosted {
-    /// Parses the 512 bytes of a header or footer; `file_len` is the length of the whole file in bytes.
+    /// Parses the 512 bytes of a header or footer. `file_len` is the length of the whole file in bytes.
+    ///
+    /// Errors: `Corrupt` or `Unsupported`, naming the field by its byte; the caller adds the file.
     pub(crate) fn parse(bytes: &[u8], file_len: u64, role: Role) -> Result<Self> {
-        let place = if role == Role::Header { "header" } else { "footer" };
+        let part = if role == Role::Header { "header" } else { "footer" };
         let (raw, _) = RawHosted::ref_from_prefix(bytes)
             .ok()
-            .ok_or_else(|| Error::corrupt(format!("{place}: {} bytes, expected 512", bytes.len())))?;
+            .ok_or_else(|| Error::corrupt(format!("{part}: {} bytes, expected 512", bytes.len())))?;
         if &raw.magic != KDMV_MAGIC {
-            return Err(Error::corrupt(format!("{place}: no KDMV magic")));
+            return Err(Error::corrupt(format!("{part}: no KDMV magic (byte 0)")));
         }
-        let flags = check_hosted_flags(raw, place)?;
+        let flags = check_hosted_flags(raw, part)?;
         let mut header = Self {
             version: raw.version.get(),
             capacity: raw.capacity.get(),
@@ -191,10 +202,11 @@ impl Hosted {
                 file_sectors,
             )?);
         }
+        // An extent of capacity 0 is a container for a descriptor: its other fields are not used.
         if header.capacity == 0 && header.descriptor.is_some() {
             return Ok(header);
         }
-        header.check_shape(place)?;
+        header.check_geometry(part)?;
         if role == Role::Header && header.overhead > file_sectors {
             return Err(Error::corrupt(format!(
                 "header: {} sectors of metadata (overHead, byte 64), but the file has {file_sectors}",
@@ -207,13 +219,13 @@ impl Hosted {
         Ok(header)
     }
 
-    /// Number of grain tables that the capacity needs.
+    /// Returns the number of grain tables that the capacity needs.
     pub(crate) fn tables(&self) -> u64 {
         self.capacity.div_ceil(self.grain * self.entries_per_table)
     }
 
-    /// The sector that [`Self::parse`] reads it from; `magic` is [`KDMV_MAGIC`] or, until the file can be read,
-    /// [`KDMV_UNFINISHED`].
+    /// Encodes the header as the sector that [`Self::parse`] decodes. `magic` is [`KDMV_MAGIC`], or [`KDMV_UNFINISHED`]
+    /// until the file is complete.
     pub(crate) fn to_bytes(&self, magic: &[u8; 4]) -> Vec<u8> {
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
         let (descriptor_offset, descriptor_size) = self.descriptor.unwrap_or((0, 0));
@@ -246,19 +258,19 @@ impl Hosted {
         raw.as_bytes().to_vec()
     }
 
-    fn check_shape(&self, place: &str) -> Result<()> {
-        check_grain(self.grain, place)?;
+    fn check_geometry(&self, part: &str) -> Result<()> {
+        check_grain(self.grain, part)?;
         let n = self.entries_per_table;
         if !n.is_power_of_two() || !(128..=1 << 16).contains(&n) {
             return Err(Error::corrupt(format!(
-                "{place}: numGTEsPerGT (byte 44) is {n}, expected a power of two from 128 to 65536"
+                "{part}: numGTEsPerGT (byte 44) is {n}, expected a power of two from 128 to 65536"
             )));
         }
-        check_capacity(self.capacity, place)?;
+        check_capacity(self.capacity, part)?;
         let tables = self.tables();
         if tables > MAX_DIRECTORY_ENTRIES {
             return Err(Error::corrupt(format!(
-                "{place}: a capacity of {} sectors needs a grain directory of {tables} entries, more than {MAX_DIRECTORY_ENTRIES}",
+                "{part}: a capacity of {} sectors needs a grain directory of {tables} entries, more than {MAX_DIRECTORY_ENTRIES}",
                 self.capacity
             )));
         }
@@ -266,35 +278,36 @@ impl Hosted {
     }
 }
 
-/// Checks version, flags, newline bytes and compression, which say whether the rest can be understood.
-fn check_hosted_flags(raw: &RawHosted, place: &str) -> Result<u32> {
+/// Checks the version, the flags, the newline bytes and the compression, on which the meaning of the other fields
+/// depends. Returns the flags.
+fn check_hosted_flags(raw: &RawHosted, part: &str) -> Result<u32> {
     let (version, flags) = (raw.version.get(), raw.flags.get());
     if !(1..=3).contains(&version) {
         return Err(Error::unsupported(format!(
-            "{place}: version {version} (byte 4), expected 1 to 3"
+            "{part}: version {version} (byte 4), expected 1 to 3"
         )));
     }
     if flags & UNKNOWN_INCOMPATIBLE != 0 {
         return Err(Error::unsupported(format!(
-            "{place}: unknown incompatible flags {:#x} (byte 8)",
+            "{part}: unknown incompatible flags {:#x} (byte 8)",
             flags & UNKNOWN_INCOMPATIBLE
         )));
     }
     if flags & FLAG_NEWLINE != 0 && &raw.newline != b"\n \r\n" {
         return Err(Error::corrupt(format!(
-            "{place}: the newline bytes (byte 73) are {:02x?}, expected 0a 20 0d 0a: the file went through a transfer in text mode",
+            "{part}: the newline bytes (byte 73) are {:02x?}, expected 0a 20 0d 0a: a transfer in text mode changed the file; copy it again in binary mode",
             raw.newline
         )));
     }
     if flags & FLAG_MARKERS != 0 && flags & FLAG_COMPRESSED == 0 {
         return Err(Error::corrupt(format!(
-            "{place}: flags {flags:#x} (byte 8) have markers without compression"
+            "{part}: flags {flags:#x} (byte 8) have markers without compression"
         )));
     }
     let compression = raw.compression.get();
     if flags & FLAG_COMPRESSED != 0 && compression != 1 {
         return Err(Error::unsupported(format!(
-            "{place}: compression algorithm {compression} (byte 77), expected 1 (deflate)"
+            "{part}: compression algorithm {compression} (byte 77), expected 1 (deflate)"
         )));
     }
     Ok(flags)
@@ -304,31 +317,31 @@ fn check_descriptor(offset: u64, size: u64, file_sectors: u64) -> Result<(u64, u
     let inside = offset.checked_add(size).is_some_and(|end| end <= file_sectors);
     if size == 0 || size > MAX_DESCRIPTOR_SECTORS || !inside {
         return Err(Error::corrupt(format!(
-            "header: the descriptor is said to be {size} sectors at sector {offset} (byte 28), expected 1 to {MAX_DESCRIPTOR_SECTORS} sectors inside of the file's {file_sectors}"
+            "header: a descriptor of {size} sectors at sector {offset} (byte 28), expected 1 to {MAX_DESCRIPTOR_SECTORS} sectors within the file's {file_sectors}"
         )));
     }
     Ok((offset, size))
 }
 
-fn check_grain(grain: u64, place: &str) -> Result<()> {
+fn check_grain(grain: u64, part: &str) -> Result<()> {
     if grain.is_power_of_two() && grain <= MAX_GRAIN_SECTORS {
         return Ok(());
     }
     Err(Error::corrupt(format!(
-        "{place}: a grain of {grain} sectors, expected a power of two of at most {MAX_GRAIN_SECTORS}"
+        "{part}: a grain of {grain} sectors, expected a power of two of at most {MAX_GRAIN_SECTORS}"
     )))
 }
 
-fn check_capacity(capacity: u64, place: &str) -> Result<()> {
+fn check_capacity(capacity: u64, part: &str) -> Result<()> {
     if capacity == 0 || capacity > MAX_SECTORS {
         return Err(Error::corrupt(format!(
-            "{place}: a capacity of {capacity} sectors, expected 1 to {MAX_SECTORS}"
+            "{part}: a capacity of {capacity} sectors, expected 1 to {MAX_SECTORS}"
         )));
     }
     Ok(())
 }
 
-/// A checked header of an ESX sparse (COWD) extent.
+/// Checked header of an ESX sparse (COWD) extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Cowd {
     pub(crate) capacity: u64,
@@ -342,11 +355,14 @@ pub(crate) struct Cowd {
 impl Cowd {
     /// Entries of a grain table; the format has no field for it.
     pub(crate) const ENTRIES_PER_TABLE: u64 = 4096;
-    /// More directory entries than any capacity needs are a sign of damage.
+    /// Maximum number of directory entries: no capacity needs more, so a larger number is damage.
     const MAX_ENTRIES: u64 = 1 << 20;
+    /// Offset of the in-use mark, 4 bytes.
     const UNCLEAN_AT: usize = 1648;
 
     /// Parses the first 2048 bytes of the file.
+    ///
+    /// Errors: `Corrupt` or `Unsupported`, naming the field by its byte; the caller adds the file.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
         let (raw, _) = RawCowd::ref_from_prefix(bytes)
             .ok()
@@ -382,13 +398,13 @@ impl Cowd {
         })
     }
 
-    /// Number of grain tables that the capacity needs.
+    /// Returns the number of grain tables that the capacity needs.
     pub(crate) fn tables(&self) -> u64 {
         self.capacity.div_ceil(self.grain * Self::ENTRIES_PER_TABLE)
     }
 }
 
-/// A checked header of a seSparse extent. Offsets and sizes are sectors of the file.
+/// Checked header of a seSparse extent. Offsets and sizes are in sectors of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SeSparse {
     pub(crate) capacity: u64,
@@ -399,7 +415,7 @@ pub(crate) struct SeSparse {
 }
 
 impl SeSparse {
-    /// Sectors of a grain: 4 KiB is all that ESXi writes.
+    /// Sectors of a grain: 4 KiB, the only size that ESXi writes.
     pub(crate) const GRAIN: u64 = 8;
     /// Sectors of a grain table.
     pub(crate) const TABLE_SECTORS: u64 = 64;
@@ -408,7 +424,10 @@ impl SeSparse {
     const VERSION: u64 = 0x0000_0002_0000_0001;
     const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
 
-    /// Parses the constant header (sector 0) and the volatile header (sector 1) in `bytes`.
+    /// Parses the constant header (sector 0) and the volatile header (sector 1) in `bytes`. `file_len` is the length of
+    /// the whole file in bytes.
+    ///
+    /// Errors: `Corrupt` or `Unsupported`, naming the field by its byte; the caller adds the file.
     pub(crate) fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
         let short = || Error::corrupt(format!("seSparse header: {} bytes, expected 1024", bytes.len()));
         let (raw, _) = RawSeSparse::ref_from_prefix(bytes).ok().ok_or_else(short)?;
@@ -455,7 +474,7 @@ impl SeSparse {
         }
         if volatile.replay_journal.get() != 0 {
             return Err(Error::unsupported(
-                "seSparse volatile header: the journal is dirty (byte 536), only ESXi can replay it: open and close the disk there",
+                "seSparse volatile header: the journal is dirty (byte 536), and only ESXi can replay it: open and close the disk there",
             ));
         }
         Ok(())
@@ -470,17 +489,19 @@ impl SeSparse {
                 "seSparse header: a capacity of {capacity} sectors (byte 16) needs {tables} grain tables, more than {MAX_DIRECTORY_ENTRIES}"
             )));
         }
-        let allocator = raw.directory_size.get().checked_mul(SECTOR / 8);
+        // The directory has entries of 8 bytes. The product overflows only in a damaged header.
+        let entries = raw.directory_size.get().checked_mul(SECTOR / 8);
         let (gd, gd_size) = (raw.directory_offset.get(), raw.directory_size.get());
         let (gt, gt_size) = (raw.tables_offset.get(), raw.tables_size.get());
         for (what, at, size) in [("grain directory", gd, gd_size), ("grain tables", gt, gt_size)] {
+            // Sectors 0 and 1 hold the headers.
             if at < 2 || at.checked_add(size).is_none_or(|end| end > file_sectors) {
                 return Err(Error::corrupt(format!(
                     "seSparse header: {what}: {size} sectors at sector {at}, but the file has {file_sectors}"
                 )));
             }
         }
-        if allocator.is_none_or(|entries| entries < tables) {
+        if entries.is_none_or(|entries| entries < tables) {
             return Err(Error::corrupt(format!(
                 "seSparse header: a directory of {gd_size} sectors (byte 136) is too small for {tables} grain tables"
             )));
@@ -501,22 +522,29 @@ impl SeSparse {
     }
 }
 
-/// The last three sectors of a stream: where its footer must be.
+/// Last three sectors of a stream, which hold its footer.
 pub(crate) struct StreamTail;
 
 impl StreamTail {
     /// Bytes of the tail: footer marker, footer, end-of-stream marker.
     pub(crate) const BYTES: u64 = 3 * SECTOR;
 
-    /// Where the tail starts in a file of `file_len` bytes: sizes are rounded down to sectors, as some writers
-    /// leave an odd length behind.
+    /// Returns the offset of the tail in a file of `file_len` bytes. The length is rounded down to sectors, as some
+    /// writers produce files with an odd length.
+    ///
+    /// Errors: `Corrupt` if the file is too short.
     pub(crate) fn offset(file_len: u64) -> Result<u64> {
-        (file_len / SECTOR * SECTOR)
-            .checked_sub(Self::BYTES)
-            .ok_or_else(|| Error::corrupt(format!("a stream of {file_len} bytes has no room for a footer")))
+        (file_len / SECTOR * SECTOR).checked_sub(Self::BYTES).ok_or_else(|| {
+            Error::corrupt(format!(
+                "a stream of {file_len} bytes is too short for a footer, expected at least {}",
+                Self::BYTES
+            ))
+        })
     }
 
-    /// The footer in the tail's bytes, checked against the first header.
+    /// Parses the footer in the bytes of the tail, and checks it against the first header.
+    ///
+    /// Errors: `Corrupt` if the markers around the footer are missing, or if it contradicts the first header.
     pub(crate) fn parse(tail: &[u8], file_len: u64, first: &Hosted) -> Result<Hosted> {
         let marker = |at: usize| -> Option<(u64, u32, u32)> {
             let b = tail.get(at..at + 16)?;
@@ -525,18 +553,19 @@ impl StreamTail {
             let (kind, _) = U32::read_from_prefix(rest).ok()?;
             Some((value.get(), size.get(), kind.get()))
         };
+        // A marker is a value (u64), a size (u32) and a type (u32): type 3 precedes the footer, type 0 ends the stream.
         let footer_ok = matches!(marker(0), Some((_, 0, 3)));
         let end_ok = matches!(marker(1024), Some((_, 0, 0)));
         if !footer_ok || !end_ok {
             return Err(Error::corrupt(
-                "the header says that the directory is named in a footer, but the file does not end with one: the stream is cut short",
+                "the header refers to a footer for the directory, but the file does not end with one: the stream is truncated; copy or download it again",
             ));
         }
         let bytes = tail.get(512..1024).unwrap_or_default();
         let footer = Hosted::parse(bytes, file_len, Role::Footer)?;
         if footer.directory == DirectoryAt::Footer {
             return Err(Error::corrupt(
-                "footer: gdOffset (byte 56) is GD_AT_END, which only the first header may say",
+                "footer: gdOffset (byte 56) is GD_AT_END, which is only valid in the first header",
             ));
         }
         let same = |h: &Hosted| (h.grain, h.entries_per_table, h.compressed, h.markers);
@@ -545,6 +574,7 @@ impl StreamTail {
                 "footer: grain size, table size or compression differ from the first header",
             ));
         }
+        // The directory of the footer counts, but only the first header names the descriptor.
         Ok(Hosted {
             descriptor: first.descriptor,
             ..footer

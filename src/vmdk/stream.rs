@@ -1,22 +1,26 @@
-//! A compressed stream (`streamOptimized`) in the course of being written: once, from the first sector up.
+//! Writer of compressed streams (`streamOptimized`): each sector is written once, in ascending order.
 //!
 //! ```text
-//!   write_at ─► Window: the grains that can still change ──full──► packed, several at once ─► Packed, in the file
-//!                 │ a gap is zeroes                                   all-zero grains are left out
-//!   read_at ◄─────┴──────────────────────────────────────────────── tables of Packed ◄──┘
+//!   write_at ─► Window: the grains that can still change ──full──► compressed in parallel ─► WrittenPart: the file
+//!                 │ gaps are zeroes                                  all-zero grains are left out    │
+//!   read_at ◄─────┴─────────────────────────────────────────────────────── grain tables ◄────────────┘
 //!
 //!   the file    kdmv header · descriptor · ( grains of a table · GT marker · GT )… · GD marker · GD · footer · EOS
 //!                 └ becomes KDMV when the stream is closed         └──── written by `close` only ────┘
 //! ```
-//! A sync that fails is final: from then on nothing more is written or said to be whole; reads go on.
+//! States of the file ([`StreamEnd`]): open (magic `kdmv`, which no program opens as an image) ⇄ closed (a complete
+//! stream). A write after `close` truncates the file to its grains and continues after them, so a stream can be closed
+//! more than once.
 //!
-//! States: unfinished (magic `kdmv`, which no program takes for an image) ⇄ closed (a whole stream). A write after
-//! `close` cuts the end off again and goes on where it stopped, so closing twice is no harm.
+//! A failed sync is final: no later write, flush or close succeeds, as the kernel may have dropped the dirty pages.
+//! Reads continue to work.
 //!
-//! A compressed grain cannot be changed any more. But who writes in order writes the same sectors again all the same, as
-//! those of which a part is new are written anew, and what was sent in order may arrive in another one where several
-//! threads carry it. So the newest grains wait in the window, and only what lies before it is out of reach. What lies
-//! behind the newest write reads as zeroes, and zeroing it does nothing.
+//! A compressed grain cannot be changed. Sequential writers still rewrite recent sectors: a caller that fills a block
+//! in parts writes it again, and several threads may deliver sequential requests out of order. So the newest grains
+//! stay in the window, and only writes before the window are refused. Sectors after the newest write read as zeroes,
+//! and zeroing them does nothing.
+//!
+//! One mutex protects the whole state. No other lock is taken while it is held.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,82 +33,83 @@ use crate::store::{StoredFile, writer};
 use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
 
-/// Sectors of a grain; every program writes streams with it.
+/// Sectors of a grain: 64 KiB, the grain size of all streams in the field.
 const GRAIN: u64 = 128;
 const GRAIN_BYTES: usize = (GRAIN * SECTOR) as usize;
-/// Grains of the window: 4 MiB.
+/// Grains in the window: 4 MiB.
 const WINDOW: u64 = 64;
-/// Grains of it that stay when it moves on: 2 MiB, a few of the kernel's largest requests. The others are packed at once.
+/// Grains that stay in the window when it advances: 2 MiB, a few of the kernel's largest requests. The older ones are
+/// compressed together.
 const KEEP: u64 = 32;
-/// The most threads that pack: more than the window holds grains for each would only wait.
+/// Maximum number of threads that compress: the window has too few grains to keep more of them busy.
 const MAX_THREADS: usize = 8;
-/// As zlib does by default; libdeflate needs a fraction of its time for the same size.
+/// Compression level: zlib's default. libdeflate needs a fraction of zlib's time for the same size.
 const LEVEL: i32 = 6;
-/// Bytes of the header of a packed grain.
+/// Bytes of the header of a compressed grain: its LBA (u64) and the size of its compressed data (u32).
 const GRAIN_HEADER: usize = 12;
 
-/// Kinds of markers.
+// Types of markers, as the format numbers them.
 const MARK_TABLE: u32 = 1;
 const MARK_DIRECTORY: u32 = 2;
 const MARK_FOOTER: u32 = 3;
 
-/// A stream that is being written; see the module.
+/// Compressed stream that is being written: a disk that accepts sequential writes only.
 #[derive(Debug)]
 pub struct StreamDisk {
     geometry: Geometry,
-    /// Held while anything is done: whoever writes a stream does so alone.
-    state: Mutex<State>,
+    /// Held for each whole operation: operations on a stream are serialized.
+    state: Mutex<StreamState>,
 }
 
 #[derive(Debug)]
-struct State {
-    packed: Packed,
+struct StreamState {
+    written: WrittenPart,
     window: Window,
-    end: End,
-    /// Why nothing is written any more: a sync failed, and the system may have dropped what it was about.
-    lost: Option<Error>,
-    /// The grain that was inflated last: who reads does so in small parts.
-    last: Option<(u64, Vec<u8>)>,
+    end: StreamEnd,
+    /// Error of the first sync that failed. It latches: the kernel may have dropped the pages that were dirty then.
+    sync_error: Option<Error>,
+    /// Grain that was inflated last, as readers fetch a grain in several small requests.
+    last_inflated: Option<(u64, Vec<u8>)>,
 }
 
-/// Whether the file is a whole stream.
+/// State of the end of the file, which makes it a complete stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// It is not.
+enum StreamEnd {
+    /// The file ends with its grains: the stream is incomplete.
     Open,
-    /// It may be: an attempt to close it was begun, and did not succeed.
+    /// An attempt to close the stream has not succeeded: tables, footer or magic may be in the file.
     Tried,
-    /// It is, durably.
+    /// The stream is complete and durable.
     Closed,
 }
 
-/// What lies compressed in the file. A clone is a state to go back to, or to try something out.
+/// Part of the stream that is in the file, compressed. A change is made on a clone where a failure has to undo it.
 #[derive(Debug, Clone)]
-struct Packed {
+struct WrittenPart {
     file: Arc<dyn StoredFile>,
     header: Hosted,
-    /// Sectors of the file that are in use; the next grain goes there.
+    /// Number of sectors of the file in use; the next grain is written there.
     end: u64,
-    /// Directory entries of the tables that are in the file.
+    /// Directory entries of the grain tables that are in the file; 0 for a table without grains.
     directory: Vec<u32>,
-    /// The entries of the table that follows them, as far as they are known.
+    /// Entries so far of the grain table after those, which is in memory only.
     table: Vec<u32>,
 }
 
-/// The grains that can still change.
+/// Newest grains, which are in memory and can still change.
 #[derive(Debug)]
 struct Window {
-    /// Number of its first grain.
+    /// Number of the first grain in the window.
     first: u64,
-    /// Their bytes; as long as what was written. Whole sectors.
+    /// Contents up to the last sector that was written.
     bytes: Vec<u8>,
 }
 
 impl StreamDisk {
-    /// Makes an empty file a stream for a disk of `sectors` sectors, with the descriptor `text`. It is unfinished until
-    /// [`close`](BlockWrite::close).
+    /// Starts a stream in the empty `file` for a disk of `sectors` sectors, with the descriptor `text`. The stream is
+    /// incomplete until [`close`](BlockWrite::close).
     ///
-    /// Errors: `Usage` for a size that no tables cover, or what the system says.
+    /// Errors: `Usage` if the grain tables cannot cover the size, otherwise the error of the system call.
     pub(crate) fn new(file: Arc<dyn StoredFile>, sectors: u64, text: &[u8]) -> Result<Self> {
         let descriptor_sectors = (text.len() as u64).div_ceil(SECTOR).max(DESCRIPTOR_SECTORS);
         let overhead = (1 + descriptor_sectors).next_multiple_of(GRAIN);
@@ -126,7 +131,9 @@ impl StreamDisk {
             let most = MAX_DIRECTORY_ENTRIES * GRAIN * ENTRIES;
             return Err(Error::new(
                 ErrorKind::Usage,
-                format!("a stream has tables for {most} sectors at most, but the disk has {sectors}"),
+                format!(
+                    "a stream has tables for {most} sectors at most, but the disk has {sectors}: choose another create-type"
+                ),
             ));
         }
         let out = writer(&*file)?;
@@ -134,7 +141,7 @@ impl StreamDisk {
         out.write_all_at(0, &header.to_bytes(KDMV_UNFINISHED))?;
         out.write_all_at(SECTOR, text)?;
         out.sync()?;
-        let packed = Packed {
+        let written = WrittenPart {
             file,
             header,
             end: overhead,
@@ -145,12 +152,12 @@ impl StreamDisk {
             first: 0,
             bytes: Vec::new(),
         };
-        let state = State {
-            packed,
+        let state = StreamState {
+            written,
             window,
-            end: End::Open,
-            lost: None,
-            last: None,
+            end: StreamEnd::Open,
+            sync_error: None,
+            last_inflated: None,
         };
         Ok(Self {
             geometry: Geometry {
@@ -162,13 +169,13 @@ impl StreamDisk {
         })
     }
 
-    /// Its file.
+    /// Returns the stored file of the stream.
     pub fn file(&self) -> Arc<dyn StoredFile> {
-        Arc::clone(&self.state().packed.file)
+        Arc::clone(&self.state().written.file)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // what a panic can leave behind is a window that was not moved on: nothing of it is wrong
+    fn state(&self) -> MutexGuard<'_, StreamState> {
+        // A panic can only leave a window that did not advance, which is a valid state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -203,7 +210,7 @@ impl BlockRead for StreamDisk {
         let (stored, grains) = if grain >= state.window.first {
             (true, 1)
         } else {
-            state.packed.content(grain)?
+            state.written.content(grain)?
         };
         let end = ((grain + grains) * GRAIN).min(next);
         Ok((if stored { Content::Data } else { Content::Hole }, end - at.0))
@@ -219,37 +226,42 @@ impl BlockRead for StreamDisk {
 }
 
 impl BlockWrite for StreamDisk {
-    /// Makes a closed stream unfinished again.
+    /// Opens a closed stream again: takes its end off the file.
     fn prepare_external_write(&self) -> Result<()> {
         self.state().reopen()
     }
 
-    /// Errors: `Unsupported` for a write before the window; the stream stays as it was.
+    /// Writes sectors inside of or after the window.
+    ///
+    /// Errors: `Unsupported` for a write before the window; the stream does not change.
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
         let mut state = self.state();
-        state.refuse_lost()?;
+        state.refuse_after_failed_sync()?;
         state.refuse_out_of_order(at.0)?;
         state.reopen()?;
         let mut done = 0;
         while done < buf.len() {
             let lba = at.0 + done as u64 / SECTOR;
-            state.make_room(lba)?;
+            state.advance_window(lba)?;
             done += state.window.put(lba, buf.get(done..).unwrap_or_default());
         }
         Ok(())
     }
 
-    /// Zeroes are there already where nothing was written; where a grain is compressed it is too late for them.
+    /// Zeroes the part of the range in the window. Sectors that were never written are zeroes already.
+    ///
+    /// Errors: `Unsupported` if the range holds a compressed grain; the stream does not change.
     fn zero(&self, range: Range<Lba>, _: bool) -> Result<()> {
         let sectors = range.end.0.saturating_sub(range.start.0);
         check_range(&self.geometry, range.start, 0)?;
         check_range(&self.geometry, range.end, 0)?;
         let mut state = self.state();
         let window = state.window.first * GRAIN;
+        // Tools clear the whole target before they copy: that is fine as long as no compressed grain has to change.
         if sectors > 0
             && state
-                .packed
+                .written
                 .holds(range.start.0 / GRAIN..range.end.0.min(window).div_ceil(GRAIN))?
         {
             return Err(state.out_of_order("zeroing", range.start.0));
@@ -265,32 +277,35 @@ impl BlockWrite for StreamDisk {
         Ok(())
     }
 
-    /// Says whether the system kept what was given to it up to now. It cannot keep more than that: the newest grains are not
-    /// in the file, and without its end no program reads it. Only [`close`](Self::close) makes the stream durable.
+    /// Syncs the grains that are in the file, so that a failed write-back is reported early. The newest grains are not
+    /// in the file yet, and without its end no program reads it: only [`close`](Self::close) makes the stream durable.
     fn flush(&self) -> Result<()> {
         self.state().sync()
     }
 
-    /// Writes all that is still to come, tables and footer, and last the magic that makes an image of the file.
+    /// Returns false: a flush writes no tables of a stream, only [`close`](Self::close) does.
     fn has_unflushed_metadata(&self) -> bool {
         false
     }
 
+    /// Writes the window, the remaining tables and the footer, and last the magic that makes the file an image.
     fn close(&self) -> Result<()> {
         let mut state = self.state();
-        if state.end == End::Closed {
+        if state.end == StreamEnd::Closed {
             return Ok(());
         }
-        state.refuse_lost()?;
-        state.end = End::Tried;
-        // of a copy, so that writing can go on behind what is in the file for good
-        let mut packed = state.packed.clone();
-        packed.append(state.window.first, &state.window.bytes)?;
-        packed.finish()?;
+        state.refuse_after_failed_sync()?;
+        state.end = StreamEnd::Tried;
+        // The end is written from a clone: `state.written` still describes the grains alone, so a later write truncates
+        // the file to them and continues.
+        let mut written = state.written.clone();
+        written.append(state.window.first, &state.window.bytes)?;
+        written.finish()?;
+        // Everything is durable before the magic changes: after a crash the file is complete or is not an image.
         state.sync()?;
-        writer(&*packed.file)?.write_all_at(0, KDMV_MAGIC)?;
+        writer(&*written.file)?.write_all_at(0, KDMV_MAGIC)?;
         state.sync()?;
-        state.end = End::Closed;
+        state.end = StreamEnd::Closed;
         Ok(())
     }
 
@@ -299,35 +314,36 @@ impl BlockWrite for StreamDisk {
     }
 }
 
-impl State {
-    /// Takes the end off a closed stream.
+impl StreamState {
+    /// Removes the end of a closed stream from the file, if it has one.
     fn reopen(&mut self) -> Result<()> {
-        if self.end == End::Open {
+        if self.end == StreamEnd::Open {
             return Ok(());
         }
-        let file = Arc::clone(&self.packed.file);
+        let file = Arc::clone(&self.written.file);
         let out = writer(&*file)?;
+        // The magic goes first, durably: a crash during the truncation must not leave an image without its footer.
         out.write_all_at(0, KDMV_UNFINISHED)?;
         self.sync()?;
-        out.set_len(self.packed.end * SECTOR)?;
-        self.end = End::Open;
+        out.set_len(self.written.end * SECTOR)?;
+        self.end = StreamEnd::Open;
         Ok(())
     }
 
-    /// Makes what is in the file durable.
+    /// Syncs the file. A failure latches in `sync_error`.
     fn sync(&mut self) -> Result<()> {
-        self.refuse_lost()?;
-        writer(&*self.packed.file)?
+        self.refuse_after_failed_sync()?;
+        writer(&*self.written.file)?
             .sync()
-            .inspect_err(|e| self.lost = Some(e.clone()))
+            .inspect_err(|e| self.sync_error = Some(e.clone()))
     }
 
-    fn refuse_lost(&self) -> Result<()> {
-        let lost = |e: &Error| {
+    fn refuse_after_failed_sync(&self) -> Result<()> {
+        let within = |e: &Error| {
             e.clone()
                 .within("the stream cannot be finished: an earlier sync failed")
         };
-        self.lost.as_ref().map_or(Ok(()), |e| Err(lost(e)))
+        self.sync_error.as_ref().map_or(Ok(()), |e| Err(within(e)))
     }
 
     fn refuse_out_of_order(&self, at: u64) -> Result<()> {
@@ -341,13 +357,13 @@ impl State {
     fn out_of_order(&self, what: &str, at: u64) -> Error {
         Error::unsupported(format!(
             "{}: {what} at sector {at}, but the stream is compressed up to sector {}: it is written once, in order",
-            self.packed.file.label(),
+            self.written.file.label(),
             self.window.first * GRAIN
         ))
     }
 
-    /// Moves the window on until sector `at` lies in it.
-    fn make_room(&mut self, at: u64) -> Result<()> {
+    /// Advances the window until it covers sector `at`, and writes the grains that leave it.
+    fn advance_window(&mut self, at: u64) -> Result<()> {
         let grain = at / GRAIN;
         if grain < self.window.first + WINDOW {
             return Ok(());
@@ -357,12 +373,14 @@ impl State {
             .unwrap_or(usize::MAX)
             .saturating_mul(GRAIN_BYTES);
         let moved = moved.min(self.window.bytes.len());
-        let before = self.packed.position();
+        // If the append fails, for example because the store is full, the grains stay in the window and the caller can
+        // retry.
+        let before = self.written.position();
         if let Err(e) = self
-            .packed
+            .written
             .append(self.window.first, self.window.bytes.get(..moved).unwrap_or_default())
         {
-            self.packed.go_back(before);
+            self.written.roll_back(before);
             return Err(e);
         }
         self.window.bytes.drain(..moved);
@@ -370,32 +388,33 @@ impl State {
         Ok(())
     }
 
-    /// A part of a grain, from its byte `skip` on.
+    /// Reads a part of a grain, from its byte `skip` on.
     fn read_grain(&mut self, grain: u64, skip: usize, out: &mut [u8]) -> Result<()> {
         if let Some(index) = grain.checked_sub(self.window.first) {
             let from = (index as usize).saturating_mul(GRAIN_BYTES) + skip;
-            let there = self.window.bytes.get(from..).unwrap_or_default();
-            let (copied, missing) = out.split_at_mut(there.len().min(out.len()));
-            copied.copy_from_slice(there.get(..copied.len()).unwrap_or_default());
+            let written = self.window.bytes.get(from..).unwrap_or_default();
+            let (copied, missing) = out.split_at_mut(written.len().min(out.len()));
+            copied.copy_from_slice(written.get(..copied.len()).unwrap_or_default());
             missing.fill(0);
             return Ok(());
         }
-        if self.last.as_ref().is_none_or(|(number, _)| *number != grain) {
-            self.last = Some((grain, self.packed.read(grain)?));
+        if self.last_inflated.as_ref().is_none_or(|(number, _)| *number != grain) {
+            self.last_inflated = Some((grain, self.written.read(grain)?));
         }
-        let whole = self.last.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+        let whole = self.last_inflated.as_ref().map_or(&[][..], |(_, bytes)| bytes);
         out.copy_from_slice(whole.get(skip..skip + out.len()).unwrap_or_default());
         Ok(())
     }
 }
 
 impl Window {
-    /// The sector behind the last one that was written.
+    /// Returns the sector after the last one that was written.
     fn next(&self) -> u64 {
         self.first * GRAIN + self.bytes.len() as u64 / SECTOR
     }
 
-    /// Takes as much of `buf`, from sector `at` on, as fits; how many bytes. `at` lies in the window.
+    /// Stores as much of `buf` as fits from sector `at` on, which must be in the window. Returns the number of bytes
+    /// stored.
     fn put(&mut self, at: u64, buf: &[u8]) -> usize {
         let from = ((at - self.first * GRAIN) * SECTOR) as usize;
         let len = buf.len().min((WINDOW as usize * GRAIN_BYTES).saturating_sub(from));
@@ -409,14 +428,14 @@ impl Window {
     }
 }
 
-/// What [`Packed`] was before something was appended.
+/// Lengths and current table of a [`WrittenPart`] before an append, to undo the append.
 struct Position {
     end: u64,
     tables: usize,
     table: Vec<u32>,
 }
 
-impl Packed {
+impl WrittenPart {
     fn position(&self) -> Position {
         Position {
             end: self.end,
@@ -425,60 +444,67 @@ impl Packed {
         }
     }
 
-    /// Forgets what was appended since: the room is written again by the next try.
-    fn go_back(&mut self, to: Position) {
+    /// Undoes the appends since `to`. The file keeps the bytes, and the next append overwrites them.
+    fn roll_back(&mut self, to: Position) {
         self.end = to.end;
         self.directory.truncate(to.tables);
         self.table = to.table;
     }
 
-    /// Compresses grains, from number `first` on, and writes them with the tables that they complete.
+    /// Compresses grains from number `first` on, and writes them with the grain tables that they complete.
     fn append(&mut self, first: u64, bytes: &[u8]) -> Result<()> {
-        let packed = pack(first, bytes)?;
-        let mut out = Vec::with_capacity(packed.iter().map(Vec::len).sum::<usize>() + GRAIN_BYTES);
+        let compressed = compress(first, bytes)?;
+        let mut out = Vec::with_capacity(compressed.iter().map(Vec::len).sum::<usize>() + GRAIN_BYTES);
+        // Grains and tables are collected in memory, so that one write appends them all.
         let start = self.end;
-        for (grain, body) in (first..).zip(packed) {
+        for (grain, body) in (first..).zip(compressed) {
             if body.is_empty() {
                 continue;
             }
             self.tables_before(grain / ENTRIES, &mut out)?;
             self.table.resize((grain % ENTRIES) as usize, 0);
-            self.table.push(self.sector()?);
-            self.take(&body, &mut out);
+            self.table.push(self.next_sector()?);
+            self.append_padded(&body, &mut out);
         }
         writer(&*self.file)?.write_all_at(start * SECTOR, &out)
     }
 
-    /// Appends the table in the making, and nothing for those between it and table `number`, as they are empty.
+    /// Appends the current grain table to `out`. The tables between it and table `number` are empty: each gets a
+    /// directory entry of 0.
     fn tables_before(&mut self, number: u64, out: &mut Vec<u8>) -> Result<()> {
         while (self.directory.len() as u64) < number {
             if self.table.is_empty() {
                 self.directory.push(0);
                 continue;
             }
-            self.take(&marker(TABLE_SECTORS, MARK_TABLE), out);
-            let at = self.sector()?;
+            self.append_padded(&marker(TABLE_SECTORS, MARK_TABLE), out);
+            let at = self.next_sector()?;
             self.directory.push(at);
             let mut table = std::mem::take(&mut self.table);
             table.resize(ENTRIES as usize, 0);
-            self.take(&le_bytes(&table), out);
+            self.append_padded(&le_bytes(&table), out);
         }
         Ok(())
     }
 
-    /// Appends bytes, up to a whole sector.
-    fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+    /// Appends bytes to `out`, padded with zeroes to whole sectors.
+    fn append_padded(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
         out.extend_from_slice(bytes);
         out.resize(out.len().next_multiple_of(SECTOR as usize), 0);
         self.end += (bytes.len() as u64).div_ceil(SECTOR);
     }
 
-    /// The sector at which the next thing will lie.
-    fn sector(&self) -> Result<u32> {
-        // the end of a stream, with its tables, must fit as well
+    /// Returns the sector of the next append.
+    ///
+    /// Errors: `ENOSPC` if table entries of 32 bits cannot address it.
+    fn next_sector(&self) -> Result<u32> {
+        // Sectors that are kept free for the end of the stream: its last table, the directory and the footer.
         const TAIL: u64 = 1 << 20;
         let full = || {
-            let context = format!("{}: the stream is as long as its tables can tell", self.file.label());
+            let context = format!(
+                "{}: the stream has reached {MAX_FILE_SECTORS} sectors, the most that its tables can address",
+                self.file.label()
+            );
             Error::new(ErrorKind::Os(libc::ENOSPC), context)
         };
         u32::try_from(self.end)
@@ -487,32 +513,32 @@ impl Packed {
             .ok_or_else(full)
     }
 
-    /// Writes the end of the stream.
+    /// Writes the end of the stream: the last tables, the directory, the footer and the end-of-stream marker.
     fn finish(&mut self) -> Result<()> {
         let start = self.end;
         let mut out = Vec::new();
         self.tables_before(self.header.tables(), &mut out)?;
         let directory = le_bytes(&self.directory);
-        self.take(
+        self.append_padded(
             &marker((directory.len() as u64).div_ceil(SECTOR), MARK_DIRECTORY),
             &mut out,
         );
-        let at = u64::from(self.sector()?);
-        self.take(&directory, &mut out);
-        self.take(&marker(1, MARK_FOOTER), &mut out);
+        let at = u64::from(self.next_sector()?);
+        self.append_padded(&directory, &mut out);
+        self.append_padded(&marker(1, MARK_FOOTER), &mut out);
         let footer = Hosted {
             directory: DirectoryAt::Sector(at),
             ..self.header.clone()
         };
-        self.take(&footer.to_bytes(KDMV_MAGIC), &mut out);
-        self.take(&[0; SECTOR as usize], &mut out);
+        self.append_padded(&footer.to_bytes(KDMV_MAGIC), &mut out);
+        self.append_padded(&[0; SECTOR as usize], &mut out);
         let file = writer(&*self.file)?;
         file.write_all_at(start * SECTOR, &out)?;
-        // the footer is found from the end: what a try before left behind it has to go
+        // Readers find the footer from the end of the file, so the leftovers of an earlier attempt have to go.
         file.set_len(self.end * SECTOR)
     }
 
-    /// The entry of a grain; 0 where it has none.
+    /// Returns the table entry of a grain: its sector in the file, or 0 if the file does not have it.
     fn entry(&self, grain: u64) -> Result<u32> {
         let (table, entry) = (grain / ENTRIES, grain % ENTRIES);
         match self.directory.get(table as usize) {
@@ -527,16 +553,17 @@ impl Packed {
         }
     }
 
-    /// Whether a grain is in the file, and for how many grains on that holds at least.
+    /// Returns true if the grain is in the file, and the number of grains from it on for which the answer holds.
     fn content(&self, grain: u64) -> Result<(bool, u64)> {
         match self.directory.get((grain / ENTRIES) as usize) {
-            // without a table to the end of what it would cover
+            // Without a table the answer holds up to the end of the range that the table would cover.
             Some(0) => Ok((false, ENTRIES - grain % ENTRIES)),
             _ => Ok((self.entry(grain)? != 0, 1)),
         }
     }
 
-    /// Whether any of these grains is in the file. A table that is there has one, so it is soon found.
+    /// Returns true if any of these grains is in the file. A table in the file names at least one grain, so the search
+    /// ends soon.
     fn holds(&self, grains: Range<u64>) -> Result<bool> {
         let mut grain = grains.start;
         while grain < grains.end {
@@ -549,7 +576,9 @@ impl Packed {
         Ok(false)
     }
 
-    /// The bytes of a grain.
+    /// Returns the bytes of a grain; zeroes if the file does not have it.
+    ///
+    /// Errors: `Corrupt` if the compressed grain is damaged.
     fn read(&self, grain: u64) -> Result<Vec<u8>> {
         let mut whole = vec![0; GRAIN_BYTES];
         let sector = self.entry(grain)?;
@@ -564,9 +593,10 @@ impl Packed {
         let damaged = || {
             let label = self.file.label();
             Error::corrupt(format!(
-                "{label}: grain {grain} at byte {at} is not what was written there: somebody changed it"
+                "{label}: grain {grain} at byte {at} differs from what was written there: another process changed the file"
             ))
         };
+        // The size comes from the file: it is bounded before it becomes an allocation.
         if size > 2 * GRAIN_BYTES {
             return Err(damaged());
         }
@@ -579,8 +609,9 @@ impl Packed {
     }
 }
 
-/// Packs grains, each with its header; nothing of one that is all zeroes. The last one may be a part: zeroes follow.
-fn pack(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+/// Compresses grains in parallel and puts a header before each. The result is empty for a grain that is all zeroes. The
+/// last grain may be partial: it is padded with zeroes.
+fn compress(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
     let grains: Vec<(u64, &[u8])> = (first..).zip(bytes.chunks(GRAIN_BYTES)).collect();
     let threads = std::thread::available_parallelism()
         .map_or(1, usize::from)
@@ -593,29 +624,29 @@ fn pack(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let spawn = |part| {
             std::thread::Builder::new()
                 .name("pack".to_owned())
-                .spawn_scoped(scope, move || pack_all(part))
+                .spawn_scoped(scope, move || compress_all(part))
         };
         let others: Vec<_> = others.chunks(share).map(|part| (part, spawn(part))).collect();
-        let mut packed = pack_all(own)?;
+        let mut compressed = compress_all(own)?;
         for (part, thread) in others {
-            // where no thread is to be had, or where one died, this one does its work
+            // If a thread could not be spawned, or panicked, this thread compresses its part.
             let done = thread.ok().and_then(|thread| thread.join().ok());
-            packed.extend(done.unwrap_or_else(|| pack_all(part))?);
+            compressed.extend(done.unwrap_or_else(|| compress_all(part))?);
         }
-        Ok(packed)
+        Ok(compressed)
     })
 }
 
-fn pack_all(grains: &[(u64, &[u8])]) -> Result<Vec<Vec<u8>>> {
+fn compress_all(grains: &[(u64, &[u8])]) -> Result<Vec<Vec<u8>>> {
     let level = CompressionLvl::new(LEVEL).unwrap_or_default();
     let mut compressor = Compressor::new(level);
     grains
         .iter()
-        .map(|(number, grain)| pack_one(&mut compressor, *number, grain))
+        .map(|(number, grain)| compress_one(&mut compressor, *number, grain))
         .collect()
 }
 
-fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Vec<u8>> {
+fn compress_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Vec<u8>> {
     if is_zero(grain) {
         return Ok(Vec::new());
     }
@@ -623,7 +654,7 @@ fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Ve
     let grain = if grain.len() == GRAIN_BYTES {
         grain
     } else {
-        // whole also at the end of the disk: every program reads it so
+        // The last grain of the disk is stored whole too: all readers accept that.
         whole.extend_from_slice(grain);
         whole.resize(GRAIN_BYTES, 0);
         &whole
@@ -632,7 +663,7 @@ fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Ve
     let body = out.get_mut(GRAIN_HEADER..).unwrap_or_default();
     let size = compressor
         .zlib_compress(grain, body)
-        .map_err(|e| Error::corrupt(format!("grain {number} cannot be compressed: {e}")))?;
+        .map_err(|e| Error::corrupt(format!("compressing grain {number}: {e}")))?;
     let header = [
         (number * GRAIN).to_le_bytes().as_slice(),
         (size as u32).to_le_bytes().as_slice(),
@@ -643,14 +674,14 @@ fn pack_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Ve
     Ok(out)
 }
 
-/// Whether all bytes are zero; by words, which the compiler makes wide.
+/// Returns true if all bytes are zero. Chunks without an early exit let the compiler vectorize the loop.
 fn is_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(64)
         .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
-/// A marker: what follows it, and how many sectors that is.
+/// Returns the bytes of a marker: the number of sectors that follow it, and their type.
 fn marker(sectors: u64, kind: u32) -> Vec<u8> {
     [sectors.to_le_bytes().as_slice(), &[0; 4], &kind.to_le_bytes()].concat()
 }

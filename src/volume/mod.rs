@@ -24,6 +24,7 @@ use crate::store::StoredFile;
 
 mod block_count;
 mod create;
+pub(crate) mod format;
 pub(crate) mod open;
 mod read_buffer;
 mod submit;
@@ -184,6 +185,11 @@ impl Volume {
     /// the background. Until the first count is done this is the space that the files take.
     pub fn allocated(&self) -> u64 {
         self.block_count.bytes(&self.disk)
+    }
+
+    /// Returns the files that the disk consists of, each once.
+    pub fn files(&self) -> &[Arc<dyn StoredFile>] {
+        &self.files
     }
 
     /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.

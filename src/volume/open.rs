@@ -10,8 +10,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::fcntl::{AT_FDCWD, AtFlags};
@@ -20,13 +19,14 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::{BlockCache, CacheOptions};
-use crate::config::{DiskConfig, Format, LocalConfig, NbdConfig, SourceConfig};
+use crate::config::{DiskConfig, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::open_overlay;
 use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
-use crate::vmdk::{self, DiskInfo, FileKind, OpenOptions, StreamDisk, VmdkDisk};
+use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
+use crate::volume::format::{self, DiskFormat};
 use crate::volume::{Volume, create};
 
 /// Default size of the cache for inflated grains, in bytes: the working set of a few readers in grains of 64 KiB.
@@ -181,7 +181,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
     }
     let local = local(config)?;
     let file = open_file(local, Access::Read)?;
-    if !is_vmdk(local, &*file)? {
+    if format::decide(local, &*file)? == DiskFormat::Raw {
         return raw(file);
     }
     let disk = VmdkDisk::open(file, options(local))?;
@@ -204,15 +204,11 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     if let Some(refusal) = source.refuses_writing(local) {
         return only_read(refusal, source);
     }
-    let is_vmdk = matches!(source, Source::Vmdk(_));
     // The locks of the reading source would conflict with those of the writing one.
     drop(source);
-    let written = open_file(local, Access::Write).and_then(|file| {
-        if is_vmdk {
-            Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?)))
-        } else {
-            raw(file)
-        }
+    let written = open_file(local, Access::Write).and_then(|file| match format::decide(local, &*file)? {
+        DiskFormat::Vmdk => Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))),
+        DiskFormat::Raw => raw(file),
     });
     match written {
         Ok(source) => Ok((source, None)),
@@ -341,20 +337,4 @@ fn not_permitted(file: &dyn StoredFile) -> Option<Error> {
     let refused = faccessat(AT_FDCWD, &open, AccessFlags::W_OK, AtFlags::AT_EACCESS).err()?;
     let text = format!("{}: open for writing: {}", file.label(), io::Error::from(refused));
     Some(Error::new(ErrorKind::ReadOnly, text))
-}
-
-/// Returns true if the file has to be read as a VMDK: by the `format` option, else by its name or content. A file that
-/// is called `.vmdk` is never read as a raw image: the bytes of a damaged VMDK must not pass for a disk.
-pub(crate) fn is_vmdk(local: &LocalConfig, file: &dyn StoredFile) -> Result<bool> {
-    match local.format {
-        Format::Vmdk => Ok(true),
-        Format::Raw => Ok(false),
-        Format::Auto if has_vmdk_name(&local.path) => Ok(true),
-        Format::Auto => Ok(vmdk::file_kind(&vmdk::read_head(file)?) != FileKind::Other),
-    }
-}
-
-fn has_vmdk_name(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"vmdk"))
 }

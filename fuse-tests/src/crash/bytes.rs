@@ -1,14 +1,15 @@
-//! The bytes of a file, cheap to copy, with holes.
+//! Sparse byte content of a file, cheap to clone.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Bytes of a page, the unit in which room is taken.
+/// Bytes of a page, the unit of allocation.
 pub const PAGE: u64 = 4096;
 
 type Page = [u8; PAGE as usize];
 
-/// What a file holds. Pages that nothing was written to are holes and read as zeroes; copies share their pages.
+/// Content of a file. Pages that were never written are holes and read as zeroes. Clones share their pages
+/// copy-on-write, so that a search can keep thousands of states.
 #[derive(Debug, Clone, Default)]
 pub struct Bytes {
     len: u64,
@@ -16,27 +17,27 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Its length.
+    /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is no byte.
+    /// Returns true if the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Bytes of its pages.
+    /// Returns the allocated size in bytes, a multiple of [`PAGE`].
     pub fn allocated(&self) -> u64 {
         self.pages.len() as u64 * PAGE
     }
 
-    /// Whether the byte at `offset` is in a page.
+    /// Returns true if the byte at `offset` lies in an allocated page, false if in a hole.
     pub fn is_stored(&self, offset: u64) -> bool {
         self.pages.contains_key(&(offset / PAGE))
     }
 
-    /// For how many bytes from `offset` on that holds, at most to the end.
+    /// Returns the number of bytes from `offset` for which [`is_stored`](Self::is_stored) stays the same.
     pub fn same_until(&self, offset: u64) -> u64 {
         let page = offset / PAGE;
         let next = match self.is_stored(offset) {
@@ -47,8 +48,8 @@ impl Bytes {
             .saturating_sub(offset)
     }
 
-    /// Bytes of pages that a write would take.
-    pub fn room_for(&self, offset: u64, len: u64) -> u64 {
+    /// Returns the bytes of pages that a write of this range would allocate.
+    pub fn bytes_to_allocate(&self, offset: u64, len: u64) -> u64 {
         if len == 0 {
             return 0;
         }
@@ -56,7 +57,7 @@ impl Bytes {
         touched.filter(|page| !self.pages.contains_key(page)).count() as u64 * PAGE
     }
 
-    /// Fills `buf` from `offset`; `false`: the file ends before.
+    /// Fills `buf` from `offset`. Returns false, and leaves `buf` as it is, if the file ends before.
     #[must_use]
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> bool {
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.len) {
@@ -69,7 +70,7 @@ impl Bytes {
         true
     }
 
-    /// Writes, and grows where it ended before.
+    /// Writes `data` at `offset`, and extends the content if necessary.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         each_page(offset, data.len(), |page, inside, part| {
             let bytes = self.pages.entry(page).or_insert_with(|| Arc::new([0; PAGE as usize]));
@@ -78,7 +79,7 @@ impl Bytes {
         self.len = self.len.max(offset + data.len() as u64);
     }
 
-    /// Makes a range zeroes, whole pages of it holes if `unmap`. What lies past the end stays there.
+    /// Zeroes a range, up to the end of the file; with `unmap`, whole pages of it become holes.
     pub fn zero(&mut self, offset: u64, len: u64, unmap: bool) {
         let end = offset.saturating_add(len).min(self.len);
         let Some(bytes) = end.checked_sub(offset).filter(|&bytes| bytes > 0) else {
@@ -95,7 +96,7 @@ impl Bytes {
         });
     }
 
-    /// Cuts it, or makes it longer with holes.
+    /// Truncates the content, or extends it with a hole.
     pub fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.zero(len, self.len - len, true);
@@ -104,7 +105,7 @@ impl Bytes {
         self.len = len;
     }
 
-    /// All of it.
+    /// Returns a copy of all bytes.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = vec![0; self.len as usize];
         assert!(self.read(0, &mut all), "all that is there can be read");
@@ -140,7 +141,7 @@ impl PartialEq for Bytes {
     }
 }
 
-/// Cuts a range into its parts of pages: the page, the range inside of it, the range of the buffer.
+/// Splits a range at page boundaries and calls `part` with the page, the range inside it, and the range of the buffer.
 fn each_page(offset: u64, len: usize, mut part: impl FnMut(u64, std::ops::Range<usize>, std::ops::Range<usize>)) {
     let mut done = 0;
     while done < len {
@@ -158,7 +159,7 @@ mod tests {
     use crate::make::model::Random;
 
     #[test]
-    fn it_is_like_a_vector() {
+    fn behaves_like_a_vector() {
         let mut random = Random::new(7);
         let (mut bytes, mut model) = (Bytes::default(), Vec::<u8>::new());
         for round in 0..2000u64 {
@@ -185,12 +186,15 @@ mod tests {
     }
 
     #[test]
-    fn room_is_counted_by_pages_and_comes_back() {
+    fn allocation_is_counted_in_pages_and_returned() {
         let mut bytes = Bytes::default();
         bytes.set_len(1 << 20);
-        assert_eq!((bytes.allocated(), bytes.room_for(4000, 200)), (0, 2 * PAGE));
+        assert_eq!((bytes.allocated(), bytes.bytes_to_allocate(4000, 200)), (0, 2 * PAGE));
         bytes.write(4000, &[1; 200]);
-        assert_eq!((bytes.allocated(), bytes.room_for(0, 3 * PAGE)), (2 * PAGE, PAGE));
+        assert_eq!(
+            (bytes.allocated(), bytes.bytes_to_allocate(0, 3 * PAGE)),
+            (2 * PAGE, PAGE)
+        );
         bytes.zero(0, 5000, false);
         assert_eq!(bytes.allocated(), 2 * PAGE);
         bytes.zero(0, 5000, true);

@@ -1,4 +1,4 @@
-//! Small disks of each kind that is written to, in memory, every stored sector with a value of its own.
+//! Small images of each kind that the engine writes, in memory; each stored sector has a value of its own.
 
 use std::fs;
 use std::path::Path;
@@ -8,64 +8,64 @@ use super::oracle::fill;
 use crate::make::model::Layer;
 use crate::make::write::{Descriptor, Hosted, flat, hosted};
 
-/// The kinds of disks.
+/// Kinds of images, by the table layouts and chains that the engine treats differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// One sparse file with both tables, all of them there; the last grain is a partial one.
+pub enum ImageKind {
+    /// One sparse extent with primary and redundant tables, all allocated; the last grain is partial.
     Sparse,
-    /// With one table only.
+    /// As `Sparse`, without redundant tables.
     OneTable,
-    /// With both, but only where there are grains.
+    /// As `Sparse`, with tables only where there are grains.
     Lazy,
-    /// One table, and only where there are grains.
+    /// Without redundant tables, and with tables only where there are grains.
     LazyOneTable,
-    /// With entries for zeroed grains (version 2).
+    /// With entries for zeroed grains (version 2 of the header).
     Zeroed,
-    /// Grains of 64 KiB.
+    /// With grains of 64 KiB, 128 sectors.
     LargeGrains,
-    /// Two sparse files, the border inside of what would be a grain.
+    /// Two sparse extents; the boundary is not a multiple of the grain size.
     SplitSparse,
-    /// A descriptor and a flat file.
+    /// A descriptor and a flat extent.
     Flat,
-    /// Two flat files, one of which starts behind a gap.
+    /// Two flat extents, the second of which starts after a gap in its file.
     SplitFlat,
-    /// A snapshot with few grains over a full parent.
+    /// A delta with few grains over a nearly full base.
     Delta,
-    /// A snapshot with entries for zeroed grains, over a snapshot, over a parent.
+    /// A delta with entries for zeroed grains, over another delta, over a base.
     Chain,
-    /// It was not closed: there is a tail that nothing names.
+    /// Not closed by its writer: the file ends with bytes that no table entry names.
     Unclean,
 }
 
-/// A disk before a run.
+/// An image at the start of a run.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// Its kind.
-    pub kind: Kind,
-    /// Its files, and those of its parents.
+    /// Kind of the image.
+    pub kind: ImageKind,
+    /// Its files and those of its parents.
     pub files: Vec<(String, Bytes)>,
-    /// The file to open.
+    /// Name of the file to open.
     pub top: &'static str,
-    /// Files that nothing may be written to.
+    /// Files of the parents, which the engine must not write.
     pub parents: Vec<&'static str>,
-    /// What each sector holds.
+    /// The value of each sector.
     pub values: Vec<u64>,
-    /// The same after it was opened for writing, which may repair it.
+    /// The value of each sector after a writable open, which may recover the image.
     pub repaired: Vec<u64>,
-    /// Sectors of a grain.
+    /// Grain size in sectors.
     pub grain: u64,
-    /// Sectors that one table covers.
+    /// Sectors that one grain table covers.
     pub coverage: u64,
 }
 
-/// Entries of a table: few, so that small disks have several tables.
+/// Entries of a grain table: few, so that small disks have several tables.
 const ENTRIES: u32 = 128;
 
-/// Values of what is there before start here; those of parents further up.
+/// First value of the content before a run. Deltas of a chain use multiples of it, so that the links differ.
 const FIRST_VALUE: u64 = 0x10_0000;
 
-impl Kind {
-    /// All of them.
+impl ImageKind {
+    /// All kinds.
     pub const ALL: [Self; 12] = [
         Self::Sparse,
         Self::OneTable,
@@ -81,8 +81,8 @@ impl Kind {
         Self::Unclean,
     ];
 
-    /// Sectors of a grain, and of the disk.
-    fn shape(self) -> (u64, u64) {
+    /// Returns the grain size and the size of the disk, in sectors.
+    fn dimensions(self) -> (u64, u64) {
         match self {
             Self::LargeGrains => (128, 12 * 128 + 100),
             Self::Flat | Self::SplitFlat => (8, 300),
@@ -90,13 +90,13 @@ impl Kind {
         }
     }
 
-    /// Makes a disk of the kind.
+    /// Creates an image of this kind.
     pub fn image(self) -> Image {
         let dir = tempfile::tempdir().expect("a folder");
-        let (grain, sectors) = self.shape();
+        let (grain, sectors) = self.dimensions();
         let values = match self {
-            Self::Delta | Self::Chain => self.chain(dir.path()),
-            _ => self.alone(dir.path()),
+            Self::Delta | Self::Chain => self.write_chain(dir.path()),
+            _ => self.write_single(dir.path()),
         };
         assert_eq!(values.len() as u64, sectors);
         let parents = match self {
@@ -116,7 +116,7 @@ impl Kind {
         }
     }
 
-    /// The options of its sparse files.
+    /// Returns the options of its sparse extents.
     fn hosted(self) -> Hosted {
         let usual = Hosted {
             ngte: ENTRIES,
@@ -140,13 +140,13 @@ impl Kind {
         }
     }
 
-    /// A disk without parent.
-    fn alone(self, dir: &Path) -> Vec<u64> {
-        let (grain, sectors) = self.shape();
+    /// Writes an image without a parent into `dir` and returns the values of its sectors.
+    fn write_single(self, dir: &Path) -> Vec<u64> {
+        let (grain, sectors) = self.dimensions();
         let flat_files = matches!(self, Self::Flat | Self::SplitFlat);
         let values: Vec<_> = (0..sectors)
             .map(|lba| {
-                // nothing in the second table, so that a lazy image lacks it
+                // No grain in the range of the second table, so that a lazy image lacks that table.
                 let stored = flat_files || (lba / grain) % 3 == 0 && lba / grain / u64::from(ENTRIES) != 1;
                 if stored { FIRST_VALUE + lba } else { 0 }
             })
@@ -156,30 +156,30 @@ impl Kind {
         };
         match self {
             Self::Flat | Self::SplitFlat => {
-                let cut = if self == Self::Flat { sectors } else { 173 };
+                let boundary = if self == Self::Flat { sectors } else { 173 };
                 let gap = if self == Self::Flat { 0 } else { 7 };
-                let (first, second) = (raw(&values, 0..cut), raw(&values, cut..sectors));
+                let (first, second) = (raw(&values, 0..boundary), raw(&values, boundary..sectors));
                 flat(&dir.join("disk-f001.vmdk"), &Layer::from_raw("f1", 1, &first), 0).expect("a flat file");
-                let mut lines = vec![format!("RW {cut} FLAT \"disk-f001.vmdk\" 0")];
-                if cut < sectors {
+                let mut lines = vec![format!("RW {boundary} FLAT \"disk-f001.vmdk\" 0")];
+                if boundary < sectors {
                     flat(&dir.join("disk-f002.vmdk"), &Layer::from_raw("f2", 1, &second), gap).expect("a flat file");
-                    lines.push(format!("RW {} FLAT \"disk-f002.vmdk\" {gap}", sectors - cut));
+                    lines.push(format!("RW {} FLAT \"disk-f002.vmdk\" {gap}", sectors - boundary));
                 }
-                let kind = if cut < sectors {
+                let create_type = if boundary < sectors {
                     "twoGbMaxExtentFlat"
                 } else {
                     "monolithicFlat"
                 };
-                fs::write(dir.join("disk.vmdk"), Descriptor::new(kind, lines).text()).expect("a descriptor");
+                fs::write(dir.join("disk.vmdk"), Descriptor::new(create_type, lines).text()).expect("a descriptor");
             }
             Self::SplitSparse => {
-                let cut = 1300;
-                for (name, range) in [("disk-s001.vmdk", 0..cut), ("disk-s002.vmdk", cut..sectors)] {
+                let boundary = 1300;
+                for (name, range) in [("disk-s001.vmdk", 0..boundary), ("disk-s002.vmdk", boundary..sectors)] {
                     write(name, &Layer::from_raw(name, grain, &raw(&values, range)), None);
                 }
                 let lines = [
-                    format!("RW {cut} SPARSE \"disk-s001.vmdk\""),
-                    format!("RW {} SPARSE \"disk-s002.vmdk\"", sectors - cut),
+                    format!("RW {boundary} SPARSE \"disk-s001.vmdk\""),
+                    format!("RW {} SPARSE \"disk-s002.vmdk\"", sectors - boundary),
                 ];
                 let text = Descriptor::new("twoGbMaxExtentSparse", lines).text();
                 fs::write(dir.join("disk.vmdk"), text).expect("a descriptor");
@@ -200,16 +200,16 @@ impl Kind {
         values
     }
 
-    /// A snapshot, or one over another.
-    fn chain(self, dir: &Path) -> Vec<u64> {
-        let (grain, sectors) = self.shape();
+    /// Writes a chain of two or three links into `dir` and returns the values that its sectors read as.
+    fn write_chain(self, dir: &Path) -> Vec<u64> {
+        let (grain, sectors) = self.dimensions();
         let names: &[&str] = match self {
             Self::Delta => &["base.vmdk", "disk.vmdk"],
             _ => &["base.vmdk", "middle.vmdk", "disk.vmdk"],
         };
         let mut seen = vec![0; sectors as usize];
         for (depth, name) in (0u64..).zip(names) {
-            // the lowest is full but for a few grains, the others have some in all tables but the second
+            // The base lacks only a few grains; the deltas have some grains in all tables but the second.
             let number = |lba: u64| lba / grain;
             let stored = |lba: u64| match depth {
                 0 => number(lba) % 7 != 0,
@@ -249,28 +249,28 @@ impl Kind {
 }
 
 impl Image {
-    /// Whether it has sparse files with two tables each.
+    /// Returns true if its sparse extents have primary and redundant tables.
     pub fn has_both_tables(&self) -> bool {
         !matches!(
             self.kind,
-            Kind::OneTable | Kind::LazyOneTable | Kind::Flat | Kind::SplitFlat
+            ImageKind::OneTable | ImageKind::LazyOneTable | ImageKind::Flat | ImageKind::SplitFlat
         )
     }
 }
 
-/// The bytes of some sectors that hold `values`.
+/// Returns the bytes of a range of sectors that hold `values`.
 fn raw(values: &[u64], range: std::ops::Range<u64>) -> Vec<u8> {
     range.flat_map(|lba| fill(lba, values[lba as usize])).collect()
 }
 
-/// Garbage behind the last grain, as a writer leaves it that was killed: it ends in the middle of a sector.
+/// Appends garbage after the last grain, as a killed writer leaves it. It ends in the middle of a sector.
 fn add_tail(path: &Path) {
     let mut bytes = fs::read(path).expect("the image");
     bytes.extend([0xee; 3 * 4096 + 100]);
     fs::write(path, bytes).expect("the image");
 }
 
-/// The files of a folder.
+/// Reads all files of a folder, sorted by name.
 fn load(dir: &Path) -> Vec<(String, Bytes)> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .expect("the folder")
@@ -296,8 +296,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_is_sound_and_holds_what_it_says() {
-        for kind in Kind::ALL {
+    fn every_kind_is_sound_and_holds_its_values() {
+        for kind in ImageKind::ALL {
             let image = kind.image();
             let file = SimStore::new(&image.files).file(image.top, Access::Read).unwrap();
             let disk = VmdkDisk::open(file, OpenOptions::default()).unwrap();
@@ -306,7 +306,7 @@ mod tests {
                 .unwrap_or_else(|e| panic!("{kind:?}: {e}"));
             let report = check(&disk);
             assert_eq!(report.errors, [""; 0], "{kind:?}");
-            assert_eq!(report.leaks > 0, kind == Kind::Unclean, "{kind:?}: {report:?}");
+            assert_eq!(report.leaks > 0, kind == ImageKind::Unclean, "{kind:?}: {report:?}");
         }
     }
 }

@@ -1,18 +1,19 @@
-//! What a crash may leave of an image, searched through: a simulated store, its crashes, and a judge.
+//! Crash-state search: a simulated store, the crash states of its log, and an oracle that checks each of them.
 //!
 //! ```text
-//!   images    small disks of each kind, every sector telling which write it came from
+//!   images           small disks of each kind; each sector encodes the write that it came from
 //!     │
-//!   store     files in memory that log each operation, and fail when told to ──┐
-//!     │  run: writes, zeroes, flushes, closes, opens                           │ sabotage: the log as a store that
-//!     ▼                                                                        ▼ breaks the engine's order would have it
-//!   replay    walks the log; at each place knows what is durable and what is not, and makes crashes of it:
-//!     │       any subset of the operations not yet synced, in any order, torn at sectors
+//!   store            files in memory that log each operation and inject faults ──┐
+//!     │  run: writes, zeroes, flushes, closes, opens                             │ mutation: rewrites the log as if
+//!     ▼                                                                          ▼ the engine broke its write order
+//!   replay           walks the log; knows at each position what is durable, and creates crash states:
+//!     │              any subset of the unsynced operations, in any order, torn at sectors
 //!     ▼
-//!   left      opens what is left anew: sectors old or new (judge), tables sound, after a repair as well; qemu-img for some
+//!   recovery_check   reopens a crash state: every sector old or new (oracle), tables sound, also after a recovery;
+//!                    qemu-img checks a sample
 //! ```
-//! The search need not interrupt anything: a run is recorded once, and every place of its log is a crash. Everything
-//! follows from seeds, so that a violation can be made again and its run made shorter.
+//! No process is interrupted: a run is recorded once, and each position of its log is a possible crash. All choices
+//! derive from seeds, so that a violation can be reproduced and its run shortened.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -31,10 +32,10 @@ mod search;
 mod store;
 
 pub use bytes::{Bytes, PAGE};
-pub use images::{Image, Kind};
+pub use images::{Image, ImageKind};
 pub use mutation::Mutation;
 pub use oracle::{Oracle, fill, value_of};
 pub use replay::{Crash, Machine, Style};
 pub use run::{Run, Step, random_steps, record, record_threads};
 pub use search::{Effort, Report, Violation, search, shrink};
-pub use store::{Event, Faults, Mark, Op, SimStore};
+pub use store::{DiskEvent, Event, Faults, FileOp, SimStore};

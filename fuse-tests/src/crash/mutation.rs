@@ -1,71 +1,71 @@
-//! The log as a store would have it that breaks the engine's order: what the search must find.
+//! Mutations of a log: the log of an engine that breaks one ordering rule. The search must find each of them.
 
 use std::ops::Range;
 
 use super::images::Image;
-use super::store::{Event, Op};
+use super::store::{Event, FileOp};
 
-/// One way to break the order in which an image stays sound.
+/// One way to break the order of writes that keeps an image sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mutation {
-    /// Entries are written, and durable, before the data that they name.
+    /// Table entries are written and synced before the data that they name.
     EntryBeforeData,
-    /// The sync between data and entries does nothing.
+    /// The sync between data and table entries is left out.
     NoSyncBetween,
-    /// The sync after entries does nothing, though a flush says that it is done.
+    /// The sync after table entries is left out, although the flush succeeds.
     NoSyncAfter,
-    /// Entries go to the primary tables only.
+    /// Table entries are written to the primary tables only.
     OnlyPrimary,
-    /// Entries go to the redundant tables only.
+    /// Table entries are written to the redundant tables only.
     OnlyRedundant,
-    /// The header never says that the image is in use.
-    NoMark,
-    /// The CID stays what it was.
+    /// The header is never marked as in use (uncleanShutdown).
+    NoUncleanFlag,
+    /// The CID is never changed.
     NoNewCid,
 }
 
-/// Byte of the header that says that the image is in use.
-const MARK: u64 = 72;
+/// Offset of the header's uncleanShutdown byte, which marks the image as in use.
+const UNCLEAN_FLAG: u64 = 72;
 
 impl Mutation {
-    /// All of them.
+    /// All mutations.
     pub const ALL: [Self; 7] = [
         Self::EntryBeforeData,
         Self::NoSyncBetween,
         Self::NoSyncAfter,
         Self::OnlyPrimary,
         Self::OnlyRedundant,
-        Self::NoMark,
+        Self::NoUncleanFlag,
         Self::NoNewCid,
     ];
 
-    /// What becomes of the log of a run over `image`, a sparse disk in one file with all its tables.
+    /// Returns the mutated log of a run over `image`, which must be a sparse extent in one file with all its tables.
     pub fn apply(self, image: &Image, log: &[Event]) -> Vec<Event> {
         let file = image
             .files
             .iter()
             .position(|(name, _)| name == image.top)
             .expect("the file");
-        let places = Places::of(image);
+        let layout = Layout::of(image);
         let drop_writes = |into: &dyn Fn(u64) -> bool| -> Vec<Event> {
-            let dropped = |event: &&Event| written(event, file).is_some_and(into);
+            let dropped = |event: &&Event| write_offset(event, file).is_some_and(into);
             log.iter().filter(|event| !dropped(event)).cloned().collect()
         };
         match self {
-            Self::OnlyPrimary => drop_writes(&|at| places.redundant.iter().any(|range| range.contains(&at))),
-            Self::OnlyRedundant => drop_writes(&|at| places.primary.iter().any(|range| range.contains(&at))),
-            Self::NoMark => drop_writes(&|at| at == MARK),
-            Self::NoNewCid => drop_writes(&|at| places.descriptor.contains(&at)),
-            _ => self.reorder(log, file, &places),
+            Self::OnlyPrimary => drop_writes(&|at| layout.redundant.iter().any(|range| range.contains(&at))),
+            Self::OnlyRedundant => drop_writes(&|at| layout.primary.iter().any(|range| range.contains(&at))),
+            Self::NoUncleanFlag => drop_writes(&|at| at == UNCLEAN_FLAG),
+            Self::NoNewCid => drop_writes(&|at| layout.descriptor.contains(&at)),
+            _ => self.reorder(log, file, &layout),
         }
     }
 
-    /// The sabotages of syncs: `data… SYNC entries… SYNC` becomes something else.
-    fn reorder(self, log: &[Event], file: usize, places: &Places) -> Vec<Event> {
-        let is_entry = |event: &Event| written(event, file).is_some_and(|at| places.is_table(at));
+    /// Applies the mutations of syncs: moves or drops one of the syncs in `data… SYNC entries… SYNC`.
+    fn reorder(self, log: &[Event], file: usize, layout: &Layout) -> Vec<Event> {
+        let is_entry = |event: &Event| write_offset(event, file).is_some_and(|at| layout.is_table(at));
         let is_sync = |event: &Event| matches!(event, Event::Sync(of, _) if *of == file);
         let mut out: Vec<Event> = Vec::new();
-        // where in `out` the first data after the last sync is
+        // Index in `out` of the first write of data after the last sync.
         let mut data = None;
         let mut at = 0;
         while at < log.len() {
@@ -75,9 +75,9 @@ impl Mutation {
                 let entries = &log[at + 1..at + 1 + entries];
                 match self {
                     Self::EntryBeforeData => {
-                        let place = data.unwrap_or(out.len());
-                        let first = entries.iter().cloned().chain([event.clone()]);
-                        out.splice(place..place, first);
+                        let first_data = data.unwrap_or(out.len());
+                        let moved = entries.iter().cloned().chain([event.clone()]);
+                        out.splice(first_data..first_data, moved);
                     }
                     Self::NoSyncBetween => out.extend_from_slice(entries),
                     _ => {
@@ -94,7 +94,7 @@ impl Mutation {
             }
             if is_sync(event) {
                 data = None;
-            } else if written(event, file).is_some() {
+            } else if write_offset(event, file).is_some() {
                 data = data.or(Some(out.len()));
             }
             out.push(event.clone());
@@ -104,14 +104,14 @@ impl Mutation {
     }
 }
 
-/// Where things are in a hosted sparse file, in bytes.
-struct Places {
+/// Byte ranges of the descriptor and the tables in a hosted sparse file.
+struct Layout {
     descriptor: Range<u64>,
     primary: Vec<Range<u64>>,
     redundant: Vec<Range<u64>>,
 }
 
-impl Places {
+impl Layout {
     fn of(image: &Image) -> Self {
         let (_, bytes) = image
             .files
@@ -145,10 +145,10 @@ impl Places {
     }
 }
 
-/// Where an event writes to the file.
-fn written(event: &Event, file: usize) -> Option<u64> {
+/// Returns the offset of a write to the file, or `None` for any other event.
+fn write_offset(event: &Event, file: usize) -> Option<u64> {
     match event {
-        Event::Op(of, Op::Write { offset, .. }) if *of == file => Some(*offset),
+        Event::FileOp(of, FileOp::Write { offset, .. }) if *of == file => Some(*offset),
         _ => None,
     }
 }

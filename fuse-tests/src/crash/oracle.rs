@@ -1,29 +1,31 @@
-//! Knows what each sector may hold after a crash at any place of a log, and judges what is left.
+//! Oracle: the values that each sector may hold after a crash at any position of a log, and the check of a disk.
 //!
-//! A sector may hold the last value that was written before the start of a flush that succeeded, or any that was written
-//! later, also by a request that failed or had not ended. Requests may overlap in time: one counts as later than
-//! another only if it began after the other had ended.
+//! A sector may hold the last value that was written before the start of a flush that succeeded, or any value that was
+//! written later, also by a request that failed or had not returned. Requests may overlap in time: one counts as later
+//! than another only if it began after the other had returned.
 
 use std::sync::Arc;
 
 use vmdkfuse::block::{BlockRead, Lba};
 
-use super::store::{Event, Mark};
+use super::store::{DiskEvent, Event};
 
 const SECTOR: usize = 512;
 
-/// Sectors that are read at once.
+/// Sectors that one read of [`Oracle::verify`] takes.
 const STEP: u64 = 128;
 
-/// A sector as `value` is written to it at `lba`; 0 is zeroes. Every 8 bytes of it tell value and place.
+/// Returns the content that a write of `value` gives the sector at `lba`; 0 is zeroes. Every 8 bytes encode the
+/// value, the sector and their position in it, so that torn and misplaced sectors are detected.
 pub fn fill(lba: u64, value: u64) -> [u8; SECTOR] {
     let mut sector = [0; SECTOR];
     if value != 0 {
         let bits = value << 40 | (lba & 0xff_ffff) << 16 | 0x5a;
         sector[..8].copy_from_slice(&bits.to_le_bytes());
-        // doubled, which is fast where nothing is optimized; the second byte of each word counts it
-        for have in [8, 16, 32, 64, 128, 256] {
-            sector.copy_within(..have, have);
+        // Doubling takes six copies, which is fast also in a build without optimization. Then the second byte of each
+        // word gets the number of the word.
+        for copied in [8, 16, 32, 64, 128, 256] {
+            sector.copy_within(..copied, copied);
         }
         for i in 0..SECTOR / 8 {
             sector[i * 8 + 1] = i as u8;
@@ -32,7 +34,7 @@ pub fn fill(lba: u64, value: u64) -> [u8; SECTOR] {
     sector
 }
 
-/// The value that the first bytes of a sector tell, for messages.
+/// Describes the value that the first bytes of a sector encode, for messages.
 pub fn value_of(sector: &[u8]) -> String {
     let word = |at: usize| u64::from_le_bytes(sector[at..at + 8].try_into().expect("eight bytes"));
     let bits = word(0);
@@ -50,43 +52,44 @@ pub fn value_of(sector: &[u8]) -> String {
     }
 }
 
-/// What each sector may hold at one place of a log.
+/// The values that each sector may hold at one position of a log.
 #[derive(Debug, Clone)]
 pub struct Oracle {
-    /// All requests so far; numbers 0 and 1 are what was there before, and what a repair makes of that.
+    /// All requests so far. Numbers 0 and 1 stand for the content before the run and after its recovery.
     requests: Vec<Request>,
-    /// The request of each ticket.
+    /// Maps each ticket to the number of its request.
     tickets: std::collections::HashMap<usize, usize>,
-    /// For each sector the requests whose value it may hold, in the order in which they began.
+    /// The requests whose value each sector may hold, in the order in which they began. Never empty.
     sectors: Vec<Vec<u32>>,
-    /// When flushes that have not ended began, by ticket.
+    /// Start times of the flushes in flight, by ticket.
     flushes: std::collections::HashMap<usize, usize>,
-    /// Events so far.
+    /// Logical time: the number of events so far.
     now: usize,
-    /// What is expected most likely, as bytes.
+    /// The most likely content of the disk. `verify` compares whole reads with it and falls back to single sectors only
+    /// where they differ.
     likely: Vec<u8>,
 }
 
 #[derive(Debug, Clone)]
 struct Request {
     begin: usize,
-    /// When it returned.
+    /// Time of its return, or `None` while it is in flight.
     end: Option<usize>,
     ok: bool,
     values: Values,
 }
 
-/// What a request has made of sectors.
+/// The values that a request gave to sectors.
 #[derive(Debug, Clone)]
 enum Values {
-    /// One value for all.
+    /// One value for all sectors of the request.
     One(u64),
-    /// One for each sector of the disk.
+    /// A value for each sector of the disk.
     Each(Arc<[u64]>),
 }
 
 impl Request {
-    /// Its value of a sector.
+    /// Returns the value that the request gave to a sector.
     fn value(&self, lba: usize) -> u64 {
         match &self.values {
             Values::One(value) => *value,
@@ -94,8 +97,8 @@ impl Request {
         }
     }
 
-    /// What was there from `now` on.
-    fn found(now: usize, values: Arc<[u64]>) -> Self {
+    /// Creates a request that stands for content observed at `now`.
+    fn observed(now: usize, values: Arc<[u64]>) -> Self {
         Self {
             begin: now,
             end: Some(now),
@@ -106,7 +109,7 @@ impl Request {
 }
 
 impl Oracle {
-    /// A disk whose sectors hold the values `before`, or `repaired` once it is opened for writing.
+    /// Creates the oracle of a disk whose sectors hold the values `before`, or `repaired` once it is open for writing.
     pub fn new(before: &[u64], repaired: &[u64]) -> Self {
         let mut likely = Vec::with_capacity(before.len() * SECTOR);
         repaired
@@ -118,7 +121,10 @@ impl Oracle {
             .zip(repaired)
             .map(|(a, b)| if a == b { vec![0] } else { vec![0, 1] });
         Self {
-            requests: vec![Request::found(0, before.into()), Request::found(0, repaired.into())],
+            requests: vec![
+                Request::observed(0, before.into()),
+                Request::observed(0, repaired.into()),
+            ],
             tickets: Default::default(),
             sectors: differ.collect(),
             flushes: Default::default(),
@@ -127,29 +133,29 @@ impl Oracle {
         }
     }
 
-    /// Goes on by one event.
+    /// Advances by one event.
     pub fn step(&mut self, event: &Event) {
         self.now += 1;
-        let mark = match event {
-            Event::Disk(mark) => mark,
+        let event = match event {
+            Event::Disk(event) => event,
             Event::Killed => {
-                // what was not flushed need not be there any more, so that no later flush covers it
+                // Writes that were not flushed may be lost with the process, so no later flush covers them.
                 self.requests.iter_mut().for_each(|request| request.ok = false);
                 return;
             }
-            Event::Shown(values) => {
+            Event::Observed(values) => {
                 let number = self.requests.len() as u32;
-                self.requests.push(Request::found(self.now, Arc::clone(values)));
+                self.requests.push(Request::observed(self.now, Arc::clone(values)));
                 self.sectors
                     .iter_mut()
-                    .filter(|may| may.len() > 1)
-                    .for_each(|may| may.push(number));
+                    .filter(|allowed| allowed.len() > 1)
+                    .for_each(|allowed| allowed.push(number));
                 return;
             }
             _ => return,
         };
-        match *mark {
-            Mark::Begin {
+        match *event {
+            DiskEvent::Begin {
                 ticket,
                 first,
                 sectors,
@@ -166,14 +172,14 @@ impl Oracle {
                     values: Values::One(value),
                 });
             }
-            Mark::End { ticket, ok } => {
+            DiskEvent::End { ticket, ok } => {
                 let request = &mut self.requests[self.tickets[&ticket]];
                 (request.end, request.ok) = (Some(self.now), ok);
             }
-            Mark::FlushBegin { ticket } => {
+            DiskEvent::FlushBegin { ticket } => {
                 self.flushes.insert(ticket, self.now);
             }
-            Mark::FlushEnd { ticket, ok } => {
+            DiskEvent::FlushEnd { ticket, ok } => {
                 let began = self.flushes.remove(&ticket).expect("a flush that began");
                 if ok {
                     self.flushed(began);
@@ -182,29 +188,31 @@ impl Oracle {
         }
     }
 
-    /// What was written before `began` is durable: what it replaced can't come back.
+    /// Applies a successful flush that began at `began`: earlier writes are durable, so the values that they replaced
+    /// cannot come back.
     fn flushed(&mut self, began: usize) {
-        for (lba, may) in self.sectors.iter_mut().enumerate() {
-            if may.len() < 2 {
+        for (lba, allowed) in self.sectors.iter_mut().enumerate() {
+            if allowed.len() < 2 {
                 continue;
             }
             let of = |number: &u32| &self.requests[*number as usize];
-            let durable = may
+            let durable = allowed
                 .iter()
                 .map(of)
                 .filter(|request| request.ok && request.end.is_some_and(|end| end < began));
             let Some(newest) = durable.map(|request| request.begin).max() else {
                 continue;
             };
-            may.retain(|number| of(number).end.is_none_or(|end| end >= newest));
-            if let Some(&number) = may.first() {
+            // A request that overlaps the newest durable one in time is unordered with it: its value stays allowed.
+            allowed.retain(|number| of(number).end.is_none_or(|end| end >= newest));
+            if let Some(&number) = allowed.first() {
                 let value = self.requests[number as usize].value(lba);
                 self.likely[lba * SECTOR..(lba + 1) * SECTOR].copy_from_slice(&fill(lba as u64, value));
             }
         }
     }
 
-    /// Reads the whole disk; a sector that holds what it must not.
+    /// Reads the whole disk and returns an error that describes the first sector with a value that it must not hold.
     pub fn verify(&self, disk: &dyn BlockRead) -> Result<(), String> {
         let sectors = self.sectors.len() as u64;
         if disk.geometry().sectors != sectors {
@@ -230,23 +238,23 @@ impl Oracle {
         Ok(())
     }
 
-    /// Checks one sector.
+    /// Checks the content of one sector.
     pub fn check(&self, lba: u64, sector: &[u8]) -> Result<(), String> {
-        let may = &self.sectors[lba as usize];
+        let allowed = &self.sectors[lba as usize];
         let value = |&number: &u32| self.requests[number as usize].value(lba as usize);
-        if may.iter().any(|number| sector == fill(lba, value(number))) {
+        if allowed.iter().any(|number| sector == fill(lba, value(number))) {
             return Ok(());
         }
-        let may: Vec<_> = may.iter().map(|number| value(number).to_string()).collect();
+        let allowed: Vec<_> = allowed.iter().map(|number| value(number).to_string()).collect();
         Err(format!(
             "sector {lba} holds {}, and may hold value {}",
             value_of(sector),
-            may.join(" or ")
+            allowed.join(" or ")
         ))
     }
 }
 
-/// The values that a disk of `sectors` holds now.
+/// Reads the values of a disk of `sectors` sectors. Fails if a sector is torn or does not hold a value of [`fill`].
 pub(super) fn values(disk: &dyn BlockRead, sectors: usize) -> Result<Arc<[u64]>, String> {
     let mut all = vec![0; sectors * SECTOR];
     disk.read_at(Lba(0), &mut all)
@@ -268,8 +276,8 @@ pub(super) fn values(disk: &dyn BlockRead, sectors: usize) -> Result<Arc<[u64]>,
 mod tests {
     use super::*;
 
-    /// Values that sector 0 may hold.
-    fn may(oracle: &Oracle) -> Vec<u64> {
+    /// Returns the values that sector 0 may hold.
+    fn allowed_values(oracle: &Oracle) -> Vec<u64> {
         (0..10)
             .filter(|&value| oracle.check(0, &fill(0, value)).is_ok())
             .collect()
@@ -277,71 +285,71 @@ mod tests {
 
     fn write(oracle: &mut Oracle, value: u64, ok: bool) {
         let ticket = value as usize;
-        oracle.step(&Event::Disk(Mark::Begin {
+        oracle.step(&Event::Disk(DiskEvent::Begin {
             ticket,
             first: 0,
             sectors: 1,
             value,
         }));
-        oracle.step(&Event::Disk(Mark::End { ticket, ok }));
+        oracle.step(&Event::Disk(DiskEvent::End { ticket, ok }));
     }
 
     fn flush(oracle: &mut Oracle, ok: bool) {
-        oracle.step(&Event::Disk(Mark::FlushBegin { ticket: 100 }));
-        oracle.step(&Event::Disk(Mark::FlushEnd { ticket: 100, ok }));
+        oracle.step(&Event::Disk(DiskEvent::FlushBegin { ticket: 100 }));
+        oracle.step(&Event::Disk(DiskEvent::FlushEnd { ticket: 100, ok }));
     }
 
     #[test]
-    fn old_or_new_until_a_flush() {
+    fn a_sector_is_old_or_new_until_a_flush() {
         let mut oracle = Oracle::new(&[1], &[1]);
         write(&mut oracle, 2, true);
         write(&mut oracle, 3, true);
-        assert_eq!(may(&oracle), [1, 2, 3]);
+        assert_eq!(allowed_values(&oracle), [1, 2, 3]);
         flush(&mut oracle, false);
-        assert_eq!(may(&oracle), [1, 2, 3]);
+        assert_eq!(allowed_values(&oracle), [1, 2, 3]);
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [3]);
+        assert_eq!(allowed_values(&oracle), [3]);
         write(&mut oracle, 4, false);
         write(&mut oracle, 0, true);
-        assert_eq!(may(&oracle), [0, 3, 4]);
+        assert_eq!(allowed_values(&oracle), [0, 3, 4]);
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [0]);
+        assert_eq!(allowed_values(&oracle), [0]);
         write(&mut oracle, 5, false);
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [0, 5], "what failed may have been done");
+        assert_eq!(allowed_values(&oracle), [0, 5], "a failed write may have been applied");
     }
 
     #[test]
-    fn what_was_written_during_a_flush_may_or_may_not_be_durable() {
+    fn a_write_during_a_flush_may_or_may_not_be_durable() {
         let mut oracle = Oracle::new(&[1], &[1]);
-        oracle.step(&Event::Disk(Mark::Begin {
+        oracle.step(&Event::Disk(DiskEvent::Begin {
             ticket: 1,
             first: 0,
             sectors: 1,
             value: 2,
         }));
-        oracle.step(&Event::Disk(Mark::FlushBegin { ticket: 100 }));
-        oracle.step(&Event::Disk(Mark::End { ticket: 1, ok: true }));
-        oracle.step(&Event::Disk(Mark::FlushEnd { ticket: 100, ok: true }));
-        assert_eq!(may(&oracle), [1, 2]);
+        oracle.step(&Event::Disk(DiskEvent::FlushBegin { ticket: 100 }));
+        oracle.step(&Event::Disk(DiskEvent::End { ticket: 1, ok: true }));
+        oracle.step(&Event::Disk(DiskEvent::FlushEnd { ticket: 100, ok: true }));
+        assert_eq!(allowed_values(&oracle), [1, 2]);
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [2]);
+        assert_eq!(allowed_values(&oracle), [2]);
     }
 
     #[test]
-    fn what_was_lost_with_its_process_is_not_covered_by_a_later_flush() {
+    fn a_later_flush_does_not_cover_writes_of_a_killed_process() {
         let mut oracle = Oracle::new(&[1], &[1]);
         write(&mut oracle, 2, true);
         oracle.step(&Event::Killed);
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [1, 2]);
-        oracle.step(&Event::Shown([1].into()));
+        assert_eq!(allowed_values(&oracle), [1, 2]);
+        oracle.step(&Event::Observed([1].into()));
         flush(&mut oracle, true);
-        assert_eq!(may(&oracle), [1], "but what was seen since is");
+        assert_eq!(allowed_values(&oracle), [1], "but it covers what was observed since");
     }
 
     #[test]
-    fn sectors_tell_their_value_and_place() {
+    fn sectors_encode_their_value_and_position() {
         let oracle = Oracle::new(&[1, 2], &[1, 2]);
         assert!(oracle.check(1, &fill(1, 2)).is_ok());
         let mut torn = fill(1, 2);

@@ -1,4 +1,4 @@
-//! What a crash has left of a disk: whether it is still that disk, before, during and after a repair, for us and for qemu.
+//! Check of one crash state: opens it before, during and after a recovery, with this engine and with qemu-img.
 
 use std::fs;
 
@@ -14,9 +14,9 @@ use super::run::open_writable;
 use super::store::SimStore;
 use crate::harness::Cmd;
 
-/// Judges what a crash has left: as it is, while it is opened for writing, and after that.
-/// `start` knows what was there before the run.
-pub(super) fn judge_crash(
+/// Checks a crash state as it is, while it is open for writing, and after a close. `start` is the oracle of the
+/// content before the run.
+pub(super) fn check_crash(
     image: &Image,
     crash: &Crash,
     oracle: &Oracle,
@@ -26,12 +26,13 @@ pub(super) fn judge_crash(
     let store = SimStore::new(&crash.files);
     {
         let disk = open(&store, image.top)?;
-        let unfinished = sound(&disk, false)?;
+        let unfinished = check_tables(&disk, false)?;
         oracle.verify(&disk)?;
         same_cid_same_content(image, crash, start, &disk)?;
         if qemu {
-            // qemu knows the primary tables only: old where we say new
-            show_qemu(image, &crash.files, &disk, !unfinished).map_err(|e| format!("before a repair: {e}"))?;
+            // qemu reads the primary tables only: where an entry is in the redundant table alone, it reads the old
+            // value and this engine the new one.
+            check_with_qemu(image, &crash.files, &disk, !unfinished).map_err(|e| format!("before a repair: {e}"))?;
         }
     }
     {
@@ -41,24 +42,24 @@ pub(super) fn judge_crash(
         writer.close().map_err(|e| format!("closing it: {e}"))?;
     }
     let disk = open(&store, image.top).map_err(|e| format!("after a repair: {e}"))?;
-    sound(&disk, true).map_err(|e| format!("after a repair: {e}"))?;
+    check_tables(&disk, true).map_err(|e| format!("after a repair: {e}"))?;
     oracle.verify(&disk).map_err(|e| format!("after a repair: {e}"))?;
-    let left = store.files();
+    let recovered = store.files();
     for parent in &image.parents {
         let bytes = |files: &[(String, Bytes)]| files.iter().find(|(name, _)| name == parent).cloned();
-        if bytes(&left) != bytes(&image.files) {
+        if bytes(&recovered) != bytes(&image.files) {
             return Err(format!("the parent {parent} was written to"));
         }
     }
     if qemu {
-        show_qemu(image, &left, &disk, true).map_err(|e| format!("after a repair: {e}"))?;
+        check_with_qemu(image, &recovered, &disk, true).map_err(|e| format!("after a repair: {e}"))?;
     }
     Ok(())
 }
 
-/// Errors where the tables are not sound; leaked grains are no fault. Whether there are entries in one table only, which
-/// must not be once it was closed.
-fn sound(disk: &VmdkDisk, closed: bool) -> Result<bool, String> {
+/// Fails if the tables are not sound; leaked grains are allowed. Returns true if an entry is in only one of the
+/// two tables, which is an error once the disk was closed.
+fn check_tables(disk: &VmdkDisk, closed: bool) -> Result<bool, String> {
     let report = check(disk);
     if let Some(error) = report.errors.first() {
         return Err(format!("--check: {error}"));
@@ -72,7 +73,7 @@ fn sound(disk: &VmdkDisk, closed: bool) -> Result<bool, String> {
     }
 }
 
-/// Who remembers the CID of the start must find the content of the start.
+/// Fails if the content changed while the CID did not: a child or an overlay that remembers the CID relies on it.
 fn same_cid_same_content(image: &Image, crash: &Crash, start: &Oracle, disk: &VmdkDisk) -> Result<(), String> {
     let cid = |files: &[(String, Bytes)]| {
         let (_, bytes) = files.iter().find(|(name, _)| name == image.top).expect("the file");
@@ -91,8 +92,8 @@ fn same_cid_same_content(image: &Image, crash: &Crash, start: &Oracle, disk: &Vm
         .map_err(|e| format!("the content has changed, the CID has not: {e}"))
 }
 
-/// qemu-img finds no fault, and (`same`) reads the same.
-fn show_qemu(image: &Image, files: &[(String, Bytes)], disk: &VmdkDisk, same: bool) -> Result<(), String> {
+/// Runs `qemu-img check`, and with `same` also compares what qemu-img reads with what `disk` reads.
+fn check_with_qemu(image: &Image, files: &[(String, Bytes)], disk: &VmdkDisk, same: bool) -> Result<(), String> {
     let dir = tempfile::tempdir().expect("a folder");
     for (name, bytes) in files {
         fs::write(dir.path().join(name), bytes.to_vec()).expect("a file");
@@ -102,8 +103,8 @@ fn show_qemu(image: &Image, files: &[(String, Bytes)], disk: &VmdkDisk, same: bo
     fs::write(dir.path().join("expected.raw"), raw).expect("a file");
     let check = &["check", "-q", "-f", "vmdk", image.top][..];
     let compare = &["compare", "-q", "-f", "raw", "-F", "vmdk", "expected.raw", image.top];
-    for words in [Some(check), same.then_some(compare)].into_iter().flatten() {
-        let outcome = Cmd::new("qemu-img").args(words).dir(dir.path()).run();
+    for args in [Some(check), same.then_some(compare)].into_iter().flatten() {
+        let outcome = Cmd::new("qemu-img").args(args).dir(dir.path()).run();
         if outcome.ended.code != Some(0) {
             return Err(outcome.to_string());
         }
@@ -111,8 +112,8 @@ fn show_qemu(image: &Image, files: &[(String, Bytes)], disk: &VmdkDisk, same: bo
     Ok(())
 }
 
-/// Opens a disk of the store for reading.
+/// Opens the disk called `name` in the store for reading.
 pub(super) fn open(store: &SimStore, name: &str) -> Result<VmdkDisk, String> {
     let file = store.file(name, Access::Read).map_err(|e| e.to_string())?;
-    VmdkDisk::open(file, OpenOptions::default()).map_err(|e| format!("opening what is left: {e}"))
+    VmdkDisk::open(file, OpenOptions::default()).map_err(|e| format!("opening the crash state: {e}"))
 }

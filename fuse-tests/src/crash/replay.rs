@@ -1,84 +1,85 @@
-//! Walks a log and makes crashes of each place in it.
+//! Replays a log and creates the crash states of each position in it.
 //!
 //! ```text
-//!   sure       what a sync has made durable
-//!   doubtful   ─ after a sync that failed: what was before it may be lost for ever, whatever later syncs say;
-//!                and what came behind that, as durable as it may be, in its order
-//!   open       since the last sync: any subset in any order, each write torn at its sectors
+//!   synced      durable: a sync that succeeded covers it
+//!   uncertain   since the first sync that failed: the changes before that sync may be lost for good, although later
+//!               syncs succeed (Linux reports a write-back error once and drops the dirty pages); later changes
+//!               that a sync covered are durable, and are applied in their order
+//!   unsynced    since the last sync: any subset in any order, each write torn at its sectors
 //! ```
-//! Each file has its own.
+//! Each file has its own three sets, as each file is synced separately.
 
 use super::bytes::Bytes;
-use super::store::{Event, Op};
+use super::store::{Event, FileOp};
 use crate::make::model::Random;
 
-/// Bytes that are written whole or not at all.
+/// Unit of an atomic write: a crash never leaves part of a sector.
 const ATOM: u64 = 512;
 
-/// The files at one place of a log.
+/// State of all files at one position of a log.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    files: Vec<Sim>,
+    files: Vec<ReplayedFile>,
 }
 
 #[derive(Debug, Clone)]
-struct Sim {
+struct ReplayedFile {
     name: String,
-    sure: Bytes,
-    /// With whether it is durable.
-    doubtful: Vec<(Op, bool)>,
-    open: Vec<Op>,
+    synced: Bytes,
+    /// Changes since a sync that failed; true if a later sync made the change durable.
+    uncertain: Vec<(FileOp, bool)>,
+    unsynced: Vec<FileOp>,
     removed: bool,
 }
 
-/// How to choose what a crash keeps.
+/// How a crash selects the changes that it keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// All of the operations, in their order: the process was killed, the machine was not.
+    /// Keeps all changes in their order: the process was killed, the machine was not.
     All,
-    /// Nothing that was not synced.
+    /// Keeps only what was synced.
     Nothing,
-    /// The subset that this number says, an atom for each bit, in the order of the operations; the other way round if true.
+    /// Keeps the atoms whose bits are set in the number, in the order of the changes, or reversed if true.
     Exactly(u64, bool),
-    /// By chance, from this seed.
+    /// Keeps a random subset, derived from this seed.
     Random(u64),
 }
 
-/// What a crash has left.
+/// A crash state: what storage holds after a crash.
 #[derive(Debug, Clone)]
 pub struct Crash {
-    /// The files.
+    /// Name and content of each file.
     pub files: Vec<(String, Bytes)>,
 }
 
 impl Machine {
-    /// The files before the first event.
+    /// Creates the state before the first event.
     pub fn new(start: &[(String, Bytes)]) -> Self {
         Self {
             files: start
                 .iter()
-                .map(|(name, bytes)| Sim::new(name, bytes.clone()))
+                .map(|(name, bytes)| ReplayedFile::new(name, bytes.clone()))
                 .collect(),
         }
     }
 
-    /// Goes on by one event.
+    /// Advances by one event.
     pub fn step(&mut self, event: &Event) {
         match event {
-            Event::Op(file, op) => self.files[*file].open.push(op.clone()),
+            Event::FileOp(file, op) => self.files[*file].unsynced.push(op.clone()),
             Event::Sync(file, ok) => self.files[*file].sync(*ok),
-            Event::Made(name) => self.files.push(Sim::new(name, Bytes::default())),
+            Event::Created(name) => self.files.push(ReplayedFile::new(name, Bytes::default())),
             Event::Removed(file) => self.files[*file].removed = true,
-            Event::Disk(_) | Event::Killed | Event::Shown(_) => {}
+            Event::Disk(_) | Event::Killed | Event::Observed(_) => {}
         }
     }
 
-    /// How many sectors and other things may each be kept or not.
+    /// Returns the number of atoms (sectors and length changes) that a crash may keep or lose independently.
     pub fn atoms(&self) -> u64 {
-        self.files.iter().map(Sim::atoms).sum()
+        self.files.iter().map(ReplayedFile::atoms).sum()
     }
 
-    /// Makes a crash.
+    /// Creates the crash state that `style` selects.
     pub fn crash(&self, style: Style) -> Crash {
         let mut choice = Choice::new(style);
         let left = self.files.iter().filter(|file| !file.removed);
@@ -87,15 +88,17 @@ impl Machine {
         }
     }
 
-    /// The operations that are not durable.
+    /// Describes the changes that are not durable, for messages.
     pub fn pending(&self) -> Vec<String> {
-        let of = |file: &Sim| {
-            let doubtful = file
-                .doubtful
+        let of = |file: &ReplayedFile| {
+            let uncertain = file
+                .uncertain
                 .iter()
                 .filter(|(_, durable)| !durable)
                 .map(|(op, _)| format!("lost? {op:?}"));
-            let all: Vec<_> = doubtful.chain(file.open.iter().map(|op| format!("{op:?}"))).collect();
+            let all: Vec<_> = uncertain
+                .chain(file.unsynced.iter().map(|op| format!("{op:?}")))
+                .collect();
             all.into_iter()
                 .map(|op| format!("{}: {op}", file.name))
                 .collect::<Vec<_>>()
@@ -104,40 +107,40 @@ impl Machine {
     }
 }
 
-impl Sim {
-    fn new(name: &str, sure: Bytes) -> Self {
+impl ReplayedFile {
+    fn new(name: &str, synced: Bytes) -> Self {
         Self {
             name: name.to_owned(),
-            sure,
-            doubtful: Vec::new(),
-            open: Vec::new(),
+            synced,
+            uncertain: Vec::new(),
+            unsynced: Vec::new(),
             removed: false,
         }
     }
 
     fn sync(&mut self, ok: bool) {
-        if ok && self.doubtful.is_empty() {
-            for op in self.open.drain(..) {
-                op.apply(&mut self.sure);
+        if ok && self.uncertain.is_empty() {
+            for op in self.unsynced.drain(..) {
+                op.apply(&mut self.synced);
             }
         } else {
-            self.doubtful.extend(self.open.drain(..).map(|op| (op, ok)));
+            self.uncertain.extend(self.unsynced.drain(..).map(|op| (op, ok)));
         }
     }
 
     fn atoms(&self) -> u64 {
-        let doubtful = self
-            .doubtful
+        let uncertain = self
+            .uncertain
             .iter()
             .filter(|(_, durable)| !durable)
             .map(|(op, _)| atoms(op))
             .sum::<u64>();
-        doubtful + self.open.iter().map(atoms).sum::<u64>()
+        uncertain + self.unsynced.iter().map(atoms).sum::<u64>()
     }
 
     fn crash(&self, choice: &mut Choice) -> Bytes {
-        let mut bytes = self.sure.clone();
-        for (op, durable) in &self.doubtful {
+        let mut bytes = self.synced.clone();
+        for (op, durable) in &self.uncertain {
             if *durable {
                 op.apply(&mut bytes);
             } else {
@@ -145,40 +148,40 @@ impl Sim {
                 apply_part(op, &keep, &mut bytes);
             }
         }
-        let last = self.open.len();
+        let last = self.unsynced.len();
         let kept: Vec<_> = self
-            .open
+            .unsynced
             .iter()
             .enumerate()
             .map(|(i, op)| choice.keep(atoms(op), last - i))
             .collect();
         for i in choice.order(last) {
-            apply_part(&self.open[i], &kept[i], &mut bytes);
+            apply_part(&self.unsynced[i], &kept[i], &mut bytes);
         }
         bytes
     }
 }
 
-/// Where the decisions about atoms come from.
+/// Source of the decisions about atoms.
 struct Choice {
     style: Style,
-    /// Atoms decided so far.
+    /// `Exactly`: the number of atoms decided so far. `Selection::Prefix`: 1 once the prefix has ended.
     atom: u32,
     random: Random,
-    /// How a random crash is made.
-    manner: Manner,
+    /// How a random crash selects atoms.
+    selection: Selection,
 }
 
-/// The manners of a random crash: bugs hide in different ones.
+/// Ways in which a random crash selects atoms. Several exist because each finds other defects.
 #[derive(Clone, Copy)]
-enum Manner {
-    /// Each operation whole or not, kept with so many chances of 16.
+enum Selection {
+    /// Keeps each change whole or not at all, with this probability in sixteenths.
     Whole(u64),
-    /// Each atom by itself.
+    /// Keeps each atom independently, with this probability in sixteenths.
     Torn(u64),
-    /// The first operations up to a torn one.
+    /// Keeps the first changes, up to one that is torn.
     Prefix,
-    /// The last operations, and what came before only with a chance of so many of 16.
+    /// Keeps most of the last three changes, and earlier ones with this probability in sixteenths.
     Suffix(u64),
 }
 
@@ -189,22 +192,23 @@ impl Choice {
             _ => 0,
         });
         let chances = [1, 3, 8, 13, 15][random.below(5) as usize];
-        let manner = match random.below(8) {
-            0..=2 => Manner::Whole(chances),
-            3..=4 => Manner::Torn(chances),
-            5 => Manner::Prefix,
-            _ => Manner::Suffix(chances),
+        let selection = match random.below(8) {
+            0..=2 => Selection::Whole(chances),
+            3..=4 => Selection::Torn(chances),
+            5 => Selection::Prefix,
+            _ => Selection::Suffix(chances),
         };
         Self {
             style,
             atom: 0,
             random,
-            manner,
+            selection,
         }
     }
 
-    /// Which of `atoms` are kept of an operation that has `behind` operations of its file from it to the end.
-    fn keep(&mut self, atoms: u64, behind: usize) -> Vec<bool> {
+    /// Decides which of the `atoms` of a change are kept. `remaining` counts the unsynced changes of the file from this
+    /// one to the last.
+    fn keep(&mut self, atoms: u64, remaining: usize) -> Vec<bool> {
         let all = |keep| vec![keep; atoms as usize];
         match self.style {
             Style::All => all(true),
@@ -216,22 +220,22 @@ impl Choice {
                     .map(|atom| bits.checked_shr(atom).unwrap_or(0) & 1 == 1)
                     .collect()
             }
-            Style::Random(_) => match self.manner {
-                Manner::Whole(chances) => all(self.random.below(16) < chances),
-                Manner::Torn(chances) => (0..atoms).map(|_| self.random.below(16) < chances).collect(),
-                Manner::Prefix if self.atom > 0 => all(false),
-                Manner::Prefix if self.random.below(behind as u64 + 1) == 0 => {
+            Style::Random(_) => match self.selection {
+                Selection::Whole(chances) => all(self.random.below(16) < chances),
+                Selection::Torn(chances) => (0..atoms).map(|_| self.random.below(16) < chances).collect(),
+                Selection::Prefix if self.atom > 0 => all(false),
+                Selection::Prefix if self.random.below(remaining as u64 + 1) == 0 => {
                     self.atom = 1;
                     (0..atoms).map(|_| self.random.below(2) == 0).collect()
                 }
-                Manner::Prefix => all(true),
-                Manner::Suffix(_) if behind <= 3 => all(self.random.below(4) > 0),
-                Manner::Suffix(chances) => all(self.random.below(16) < chances),
+                Selection::Prefix => all(true),
+                Selection::Suffix(_) if remaining <= 3 => all(self.random.below(4) > 0),
+                Selection::Suffix(chances) => all(self.random.below(16) < chances),
             },
         }
     }
 
-    /// In what order `count` operations are done.
+    /// Returns the order in which `count` changes are applied.
     fn order(&mut self, count: usize) -> Vec<usize> {
         let mut order: Vec<_> = (0..count).collect();
         match self.style {
@@ -243,12 +247,12 @@ impl Choice {
     }
 }
 
-/// How many parts of an operation may each be kept or not.
-fn atoms(op: &Op) -> u64 {
+/// Returns the number of parts of a change that a crash may keep or lose independently.
+fn atoms(op: &FileOp) -> u64 {
     match op {
-        Op::Write { offset, data } => sectors(*offset, data.len() as u64),
-        Op::Zero { offset, len, .. } => sectors(*offset, *len),
-        Op::SetLen { .. } => 1,
+        FileOp::Write { offset, data } => sectors(*offset, data.len() as u64),
+        FileOp::Zero { offset, len, .. } => sectors(*offset, *len),
+        FileOp::SetLen { .. } => 1,
     }
 }
 
@@ -260,15 +264,15 @@ fn sectors(offset: u64, len: u64) -> u64 {
     }
 }
 
-/// Does the parts of an operation that are kept.
-fn apply_part(op: &Op, keep: &[bool], bytes: &mut Bytes) {
+/// Applies the atoms of a change that are kept.
+fn apply_part(op: &FileOp, keep: &[bool], bytes: &mut Bytes) {
     if keep.iter().all(|&keep| keep) {
         return op.apply(bytes);
     }
     let (start, end) = match op {
-        Op::Write { offset, data } => (*offset, *offset + data.len() as u64),
-        Op::Zero { offset, len, .. } => (*offset, *offset + *len),
-        Op::SetLen { .. } => return,
+        FileOp::Write { offset, data } => (*offset, *offset + data.len() as u64),
+        FileOp::Zero { offset, len, .. } => (*offset, *offset + *len),
+        FileOp::SetLen { .. } => return,
     };
     for atom in keep
         .iter()
@@ -279,9 +283,9 @@ fn apply_part(op: &Op, keep: &[bool], bytes: &mut Bytes) {
         let from = (start / ATOM + atom) * ATOM;
         let (from, to) = (from.max(start), (from + ATOM).min(end));
         match op {
-            Op::Write { data, .. } => bytes.write(from, &data[(from - start) as usize..(to - start) as usize]),
-            Op::Zero { unmap, .. } => bytes.zero(from, to - from, *unmap),
-            Op::SetLen { .. } => {}
+            FileOp::Write { data, .. } => bytes.write(from, &data[(from - start) as usize..(to - start) as usize]),
+            FileOp::Zero { unmap, .. } => bytes.zero(from, to - from, *unmap),
+            FileOp::SetLen { .. } => {}
         }
     }
 }
@@ -293,9 +297,9 @@ mod tests {
     use super::*;
 
     fn write(offset: u64, byte: u8, len: usize) -> Event {
-        Event::Op(
+        Event::FileOp(
             0,
-            Op::Write {
+            FileOp::Write {
                 offset,
                 data: vec![byte; len].into(),
             },
@@ -308,25 +312,28 @@ mod tests {
         machine
     }
 
-    /// The first byte of each sector.
+    /// Returns the first byte of each sector.
     fn heads(crash: &Crash) -> Vec<u8> {
         crash.files[0].1.to_vec().chunks(512).map(|sector| sector[0]).collect()
     }
 
-    fn seen(machine: &Machine, styles: impl Iterator<Item = Style>) -> BTreeSet<Vec<u8>> {
+    fn crash_states(machine: &Machine, styles: impl Iterator<Item = Style>) -> BTreeSet<Vec<u8>> {
         styles.map(|style| heads(&machine.crash(style))).collect()
     }
 
     #[test]
-    fn what_was_synced_stays_and_the_rest_is_any_subset() {
-        let open = [write(512, 2, 1024), Event::Op(0, Op::SetLen { from: 1536, to: 2048 })];
+    fn synced_changes_stay_and_any_subset_of_the_rest_does() {
+        let unsynced = [
+            write(512, 2, 1024),
+            Event::FileOp(0, FileOp::SetLen { from: 1536, to: 2048 }),
+        ];
         let mut events = vec![write(0, 1, 512), Event::Sync(0, true)];
-        events.extend(open);
+        events.extend(unsynced);
         let machine = machine(&events);
         assert_eq!(machine.atoms(), 3);
         assert_eq!(heads(&machine.crash(Style::All)), [1, 2, 2, 0]);
         assert_eq!(heads(&machine.crash(Style::Nothing)), [1]);
-        let all = seen(&machine, (0..8).map(|bits| Style::Exactly(bits, false)));
+        let all = crash_states(&machine, (0..8).map(|bits| Style::Exactly(bits, false)));
         let expected: [&[u8]; 8] = [
             &[1],
             &[1, 2],
@@ -338,20 +345,20 @@ mod tests {
             &[1, 2, 2, 0],
         ];
         assert_eq!(all, expected.iter().map(|sectors| sectors.to_vec()).collect());
-        let random = seen(&machine, (0..500).map(Style::Random));
-        assert_eq!(random, all, "chance finds every subset, and nothing else");
+        let random = crash_states(&machine, (0..500).map(Style::Random));
+        assert_eq!(random, all, "random crashes find every subset, and nothing else");
     }
 
     #[test]
-    fn the_order_may_be_any() {
+    fn unsynced_changes_reach_storage_in_any_order() {
         let machine = machine(&[write(0, 1, 512), write(0, 2, 512)]);
         assert_eq!(heads(&machine.crash(Style::Exactly(3, true))), [1]);
         assert_eq!(heads(&machine.crash(Style::Exactly(3, false))), [2]);
-        assert_eq!(seen(&machine, (0..200).map(Style::Random)).len(), 3);
+        assert_eq!(crash_states(&machine, (0..200).map(Style::Random)).len(), 3);
     }
 
     #[test]
-    fn after_a_sync_that_failed_nothing_before_it_is_sure_any_more() {
+    fn a_failed_sync_leaves_earlier_changes_uncertain() {
         let events = [
             write(0, 1, 512),
             Event::Sync(0, false),
@@ -362,21 +369,24 @@ mod tests {
         assert_eq!(machine.atoms(), 1);
         let expected: [&[u8]; 2] = [&[0, 2], &[1, 2]];
         assert_eq!(
-            seen(&machine, (0..100).map(Style::Random)),
+            crash_states(&machine, (0..100).map(Style::Random)),
             expected.iter().map(|s| s.to_vec()).collect()
         );
         let mut later = machine;
         later.step(&write(0, 3, 512));
         later.step(&Event::Sync(0, true));
-        assert_eq!(seen(&later, (0..100).map(Style::Random)), BTreeSet::from([vec![3, 2]]));
+        assert_eq!(
+            crash_states(&later, (0..100).map(Style::Random)),
+            BTreeSet::from([vec![3, 2]])
+        );
     }
 
     #[test]
-    fn files_have_their_own_syncs() {
-        let mut machine = machine(&[write(0, 1, 512), Event::Made("b".to_owned())]);
-        machine.step(&Event::Op(
+    fn each_file_is_synced_separately() {
+        let mut machine = machine(&[write(0, 1, 512), Event::Created("b".to_owned())]);
+        machine.step(&Event::FileOp(
             1,
-            Op::Write {
+            FileOp::Write {
                 offset: 0,
                 data: vec![2; 512].into(),
             },

@@ -1,4 +1,4 @@
-//! Runs: what is done to a disk in a simulated store, recorded.
+//! Recorded runs: sequences of operations on a disk in a simulated store.
 
 use std::thread;
 
@@ -9,64 +9,64 @@ use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::images::Image;
 use super::oracle::{fill, value_of, values};
-use super::store::{Event, Faults, Mark, SimStore};
+use super::store::{DiskEvent, Event, Faults, SimStore};
 use crate::make::model::Random;
 
 /// One operation of a run.
 #[derive(Debug, Clone, Copy)]
 pub enum Step {
-    /// New values for `1` sectors from `0` on.
+    /// Writes a new value to sectors: the first sector, the number of sectors.
     Write(u64, u64),
-    /// Zeroes; `true`: and holes.
+    /// Zeroes sectors: the first sector, the number of sectors, and true to make holes.
     Zero(u64, u64, bool),
-    /// Makes it durable.
+    /// Flushes the disk.
     Flush,
-    /// Flushes and marks it as closed; a later step begins anew.
+    /// Flushes the disk and marks it clean; a later write marks it as in use again.
     Close,
-    /// Closes it, and opens it again.
+    /// Closes the disk and opens it again.
     Reopen,
-    /// The process ends without closing, the machine does not; it is opened again.
+    /// Kills the process, but not the machine, without a close; then opens the disk again.
     Kill,
-    /// Something goes wrong from now on.
+    /// Injects these faults from now on.
     Fail(Faults),
 }
 
-/// A run that was recorded.
+/// A recorded run.
 #[derive(Debug, Clone)]
 pub struct Run {
-    /// What it began with.
+    /// The image at the start.
     pub image: Image,
-    /// What it did.
+    /// The operations of the run.
     pub steps: Vec<Step>,
-    /// What the store saw of it.
+    /// The log of the store.
     pub log: Vec<Event>,
-    /// What went wrong although nothing was told to, before any crash.
+    /// The first failure that no injected fault explains, before any crash.
     pub broken: Option<String>,
-    /// How each step ended.
+    /// The result of each step.
     pub outcomes: Vec<Result<(), ErrorKind>>,
 }
 
-/// A disk that a run is done on.
+/// A run while it is being recorded.
 struct Runner<'a> {
     image: &'a Image,
     store: SimStore,
     disk: Option<VmdkDisk>,
-    /// What the disk shows now, where that is known.
-    shows: Vec<Option<u64>>,
-    /// Whether anything may go wrong.
+    /// The value that each sector should read as now, where that is known.
+    expected: Vec<Option<u64>>,
+    /// True once faults were injected.
     faulty: bool,
     first_value: u64,
 }
 
-/// Does the steps on a disk in a simulated store.
+/// Runs the steps on a disk in a simulated store and records them. Step `n` writes the value `first_value + n`.
 pub fn record(image: &Image, steps: &[Step], first_value: u64) -> Run {
     let store = SimStore::new(&image.files);
-    let shows: Vec<_> = image.repaired.iter().map(|&value| Some(value)).collect();
+    let expected: Vec<_> = image.repaired.iter().map(|&value| Some(value)).collect();
     let mut runner = Runner {
         image,
         store,
         disk: None,
-        shows,
+        expected,
         faulty: false,
         first_value,
     };
@@ -117,16 +117,16 @@ impl Runner<'_> {
         match step {
             Step::Write(first, sectors) => {
                 let done = write(&self.store, writer, number, (first, sectors, value));
-                self.note(first, sectors, value, done)
+                self.expect(first, sectors, value, done)
             }
             Step::Zero(first, sectors, unmap) => {
                 let done = zero(&self.store, writer, number, (first, sectors, unmap));
-                self.note(first, sectors, 0, done)
+                self.expect(first, sectors, 0, done)
             }
-            Step::Flush => flushing(&self.store, number, writer, false),
-            Step::Close => flushing(&self.store, number, writer, true),
+            Step::Flush => flush(&self.store, number, writer, false),
+            Step::Close => flush(&self.store, number, writer, true),
             Step::Reopen => {
-                let closed = flushing(&self.store, number, writer, true);
+                let closed = flush(&self.store, number, writer, true);
                 self.kill();
                 self.open()?;
                 closed
@@ -135,20 +135,20 @@ impl Runner<'_> {
         }
     }
 
-    /// Ends the process that has the disk open.
+    /// Drops the disk without a close, as the end of the process would.
     fn kill(&mut self) {
         self.disk = None;
-        self.store.note(Event::Killed);
-        self.shows.fill(None);
+        self.store.log_event(Event::Killed);
+        self.expected.fill(None);
     }
 
-    /// Opens it, and sees what is there.
+    /// Opens the disk for writing and logs the values that it holds.
     fn open(&mut self) -> Outcome {
         let disk = self.disk.insert(open_writable(&self.store, self.image.top)?);
         match values(disk, self.image.values.len()) {
             Ok(values) => {
-                self.shows = values.iter().copied().map(Some).collect();
-                self.store.note(Event::Shown(values));
+                self.expected = values.iter().copied().map(Some).collect();
+                self.store.log_event(Event::Observed(values));
                 Ok(())
             }
             Err(_) if self.faulty => Ok(()),
@@ -156,19 +156,19 @@ impl Runner<'_> {
         }
     }
 
-    /// Notes what a request has done to what the disk shows, and reads it.
-    fn note(&mut self, first: u64, sectors: u64, value: u64, done: Outcome) -> Outcome {
-        let shows = done.is_ok().then_some(value);
-        self.shows[first as usize..(first + sectors) as usize].fill(shows);
+    /// Updates the expected values after a request; a failed request leaves them unknown.
+    fn expect(&mut self, first: u64, sectors: u64, value: u64, done: Outcome) -> Outcome {
+        let expected = done.is_ok().then_some(value);
+        self.expected[first as usize..(first + sectors) as usize].fill(expected);
         done
     }
 
-    /// Compares all that the disk shows, if it is open, with what was written to it.
+    /// Compares the content of the disk, if it is open, with the expected values.
     fn compare(&self) -> Result<(), String> {
         let Some(disk) = &self.disk else { return Ok(()) };
         let mut sector = [0; 512];
-        for (lba, shows) in (0..).zip(&self.shows) {
-            let Some(value) = shows else { continue };
+        for (lba, expected) in (0..).zip(&self.expected) {
+            let Some(value) = expected else { continue };
             if let Err(e) = disk.read_at(Lba(lba), &mut sector) {
                 return if self.faulty {
                     Ok(())
@@ -177,9 +177,9 @@ impl Runner<'_> {
                 };
             }
             if sector != fill(lba, *value) {
-                let shows = value_of(&sector);
+                let found = value_of(&sector);
                 return Err(format!(
-                    "before any crash, sector {lba} holds {shows}, expected value {value}"
+                    "before any crash, sector {lba} holds {found}, expected value {value}"
                 ));
             }
         }
@@ -195,18 +195,18 @@ fn write(
 ) -> Outcome {
     let mut data = Vec::new();
     (first..first + sectors).for_each(|lba| data.extend_from_slice(&fill(lba, value)));
-    store.mark(Mark::Begin {
+    store.log_disk_event(DiskEvent::Begin {
         ticket,
         first,
         sectors,
         value,
     });
     let done = writer.write_at(Lba(first), &data);
-    store.mark(Mark::End {
+    store.log_disk_event(DiskEvent::End {
         ticket,
         ok: done.is_ok(),
     });
-    done.map_err(told)
+    done.map_err(error_parts)
 }
 
 fn zero(
@@ -215,31 +215,31 @@ fn zero(
     ticket: usize,
     (first, sectors, unmap): (u64, u64, bool),
 ) -> Outcome {
-    store.mark(Mark::Begin {
+    store.log_disk_event(DiskEvent::Begin {
         ticket,
         first,
         sectors,
         value: 0,
     });
     let done = writer.zero(Lba(first)..Lba(first + sectors), unmap);
-    store.mark(Mark::End {
+    store.log_disk_event(DiskEvent::End {
         ticket,
         ok: done.is_ok(),
     });
-    done.map_err(told)
+    done.map_err(error_parts)
 }
 
-fn flushing(store: &SimStore, ticket: usize, writer: &dyn BlockWrite, close: bool) -> Outcome {
-    store.mark(Mark::FlushBegin { ticket });
+fn flush(store: &SimStore, ticket: usize, writer: &dyn BlockWrite, close: bool) -> Outcome {
+    store.log_disk_event(DiskEvent::FlushBegin { ticket });
     let done = if close { writer.close() } else { writer.flush() };
-    store.mark(Mark::FlushEnd {
+    store.log_disk_event(DiskEvent::FlushEnd {
         ticket,
         ok: done.is_ok(),
     });
-    done.map_err(told)
+    done.map_err(error_parts)
 }
 
-/// Several threads write to one disk by chance, and one flushes it.
+/// Records random writes, zeroes and flushes of several threads on one disk.
 pub fn record_threads(image: &Image, seed: u64, threads: usize, count: usize) -> Run {
     let store = SimStore::new(&image.files);
     let disk = open_writable(&store, image.top).unwrap_or_else(|e| panic!("{}", e.1));
@@ -254,7 +254,7 @@ pub fn record_threads(image: &Image, seed: u64, threads: usize, count: usize) ->
                             write(store, writer, ticket, (first, sectors, ticket as u64 + 1))
                         }
                         Step::Zero(first, sectors, unmap) => zero(store, writer, ticket, (first, sectors, unmap)),
-                        _ => flushing(store, ticket, writer, false),
+                        _ => flush(store, ticket, writer, false),
                     };
                     done.unwrap_or_else(|e| panic!("{step:?}: {}", e.1));
                 }
@@ -271,7 +271,7 @@ pub fn record_threads(image: &Image, seed: u64, threads: usize, count: usize) ->
     }
 }
 
-/// Steps by chance: mostly around the borders of grains, tables and what was touched before.
+/// Creates random steps, most of them near the boundaries of grains, of tables and of earlier requests.
 pub fn random_steps(image: &Image, seed: u64, count: usize, faults: bool) -> Vec<Step> {
     let mut random = Random::new(seed);
     let sectors = image.values.len() as u64;
@@ -321,26 +321,26 @@ fn random_faults(random: &mut Random) -> Faults {
     let soon = |random: &mut Random| Some(1 + random.below(8));
     let mut faults = Faults::default();
     match random.below(5) {
-        0 => faults.room = Some(random.below(6) * 4096),
+        0 => faults.free_bytes = Some(random.below(6) * 4096),
         1 => faults.change = soon(random),
         2 => faults.sync = soon(random),
         3 => faults.read = soon(random),
-        // all is well again
+        // No fault: everything works again.
         _ => {}
     }
     faults
 }
 
-/// How something ended; with the kind and the words of its error.
+/// A result whose error is its kind and its text.
 pub(super) type Outcome<T = ()> = Result<T, (ErrorKind, String)>;
 
-#[allow(clippy::needless_pass_by_value, reason = "it stands where errors are mapped")]
-fn told(e: vmdkfuse::error::Error) -> (ErrorKind, String) {
+#[allow(clippy::needless_pass_by_value, reason = "passed to map_err")]
+fn error_parts(e: vmdkfuse::error::Error) -> (ErrorKind, String) {
     (e.kind(), e.to_string())
 }
 
-/// Opens a disk of the store for writing.
+/// Opens the disk called `name` in the store for writing.
 pub(super) fn open_writable(store: &SimStore, name: &str) -> Outcome<VmdkDisk> {
-    let file = store.file(name, Access::Write).map_err(told)?;
-    VmdkDisk::open_writable(file, OpenOptions::default()).map_err(told)
+    let file = store.file(name, Access::Write).map_err(error_parts)?;
+    VmdkDisk::open_writable(file, OpenOptions::default()).map_err(error_parts)
 }

@@ -1,4 +1,4 @@
-//! The search through all that crashes may leave of a run.
+//! Search through the crash states of a run.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -6,58 +6,58 @@ use std::time::{Duration, Instant};
 use super::images::Image;
 use super::mutation::Mutation;
 use super::oracle::{Oracle, values};
-use super::recovery_check::{judge_crash, open};
+use super::recovery_check::{check_crash, open};
 use super::replay::{Crash, Machine, Style};
 use super::run::{Run, Step, open_writable, random_steps, record};
 use super::store::{Event, SimStore};
 use crate::make::model::Random;
 
-/// How much is searched.
+/// Extent of a search.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
-    /// Random crashes of each place.
+    /// Number of random crashes at each position of the log.
     pub random: u64,
-    /// All subsets where there are at most so many atoms.
+    /// Tries all subsets at positions with at most this many atoms.
     pub exhaustive: u64,
-    /// One of so many states is shown to qemu-img; 0: none.
+    /// Lets qemu-img check one in this many crash states, chosen at random; 0: none.
     pub qemu: u64,
-    /// One of so many states goes on with a run of its own, which is searched as well; 0: none.
+    /// Continues one in this many crash states with another run, which is searched too; 0: none.
     pub nested: u64,
-    /// For all random decisions.
+    /// Seed of all random decisions.
     pub seed: u64,
 }
 
-/// What a search has done.
+/// Statistics and result of a search.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Places in logs at which it crashed.
-    pub places: u64,
-    /// What crashes left, opened and judged.
+    /// Positions in logs at which crashes were created.
+    pub positions: u64,
+    /// Crash states that were opened and checked.
     pub states: u64,
-    /// How many of those came of places where every subset was tried.
+    /// How many of those came from positions where every subset was tried.
     pub exhaustive: u64,
-    /// How many qemu-img has seen as well.
+    /// How many of those qemu-img checked as well.
     pub qemu: u64,
-    /// Runs that went on from what a crash had left.
+    /// Runs that continued from a crash state.
     pub nested: u64,
-    /// The first thing that was wrong.
+    /// The first violation found.
     pub violation: Option<Violation>,
 }
 
-/// What is wrong, and how to see it again.
+/// A violation, with all that is needed to reproduce it.
 #[derive(Debug)]
 pub struct Violation {
-    /// What is wrong.
-    pub what: String,
-    /// The run.
+    /// Description of the violation.
+    pub description: String,
+    /// Steps of the run.
     pub steps: Vec<Step>,
-    /// The place in its log.
-    pub place: usize,
-    /// The events before it.
+    /// Position in its log.
+    pub position: usize,
+    /// The last events before that position, at most 25.
     pub before: Vec<Event>,
-    /// What was not durable there.
+    /// The changes that were not durable there.
     pub pending: Vec<String>,
-    /// What was kept of it.
+    /// Which of them the crash kept.
     pub style: Style,
 }
 
@@ -66,11 +66,11 @@ impl fmt::Display for Violation {
         writeln!(
             f,
             "{}\nrun: {:?}\ncrash at event {}, {:?}; before it:",
-            self.what, self.steps, self.place, self.style
+            self.description, self.steps, self.position, self.style
         )?;
         for event in &self.before {
             match event {
-                Event::Shown(_) => writeln!(f, "  opened again")?,
+                Event::Observed(_) => writeln!(f, "  opened again")?,
                 event => writeln!(f, "  {event:?}")?,
             }
         }
@@ -80,9 +80,9 @@ impl fmt::Display for Violation {
 }
 
 impl Report {
-    /// Adds what another search has done.
+    /// Adds the statistics of another search; keeps the earlier violation.
     pub fn add(&mut self, other: Report) {
-        self.places += other.places;
+        self.positions += other.positions;
         self.states += other.states;
         self.exhaustive += other.exhaustive;
         self.qemu += other.qemu;
@@ -91,10 +91,10 @@ impl Report {
     }
 }
 
-/// Values of writes start here; a run that goes on from another takes others.
+/// First value that a run writes. A run that continues after a crash adds to it, so that values stay distinct.
 const FIRST: u64 = 1;
 
-/// Crashes everywhere in the log of `run`, and judges what is left.
+/// Creates crash states at every position in the log of `run`, and checks each of them.
 pub fn search(run: &Run, effort: Effort) -> Report {
     search_deep(run, effort, 0)
 }
@@ -105,12 +105,12 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     let mut machine = Machine::new(&run.image.files);
     let mut oracle = Oracle::new(&run.image.values, &run.image.repaired);
     let start = oracle.clone();
-    if let Some(what) = &run.broken {
-        report.violation = Some(violation(what, run, run.log.len(), &machine, Style::All));
+    if let Some(description) = &run.broken {
+        report.violation = Some(violation(description, run, run.log.len(), &machine, Style::All));
         return report;
     }
-    for place in 0..=run.log.len() {
-        report.places += 1;
+    for position in 0..=run.log.len() {
+        report.positions += 1;
         let exhaustive = machine.atoms() <= effort.exhaustive;
         for style in styles(&machine, effort, exhaustive, &mut random) {
             report.states += 1;
@@ -119,17 +119,17 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
             let one_of = |n: u64, random: &mut Random| n > 0 && random.below(n) == 0;
             let qemu = one_of(effort.qemu, &mut random);
             report.qemu += u64::from(qemu);
-            let mut judged = judge_crash(&run.image, &crash, &oracle, &start, qemu);
-            if judged.is_ok() && depth < 2 && one_of(effort.nested, &mut random) {
+            let mut outcome = check_crash(&run.image, &crash, &oracle, &start, qemu);
+            if outcome.is_ok() && depth < 2 && one_of(effort.nested, &mut random) {
                 report.nested += 1;
-                judged = go_on(&run.image, &crash, effort, depth, random.next(), &mut report);
+                outcome = continue_after_crash(&run.image, &crash, effort, depth, random.next(), &mut report);
             }
-            if let Err(what) = judged {
-                report.violation = Some(violation(&what, run, place, &machine, style));
+            if let Err(description) = outcome {
+                report.violation = Some(violation(&description, run, position, &machine, style));
                 return report;
             }
         }
-        if let Some(event) = run.log.get(place) {
+        if let Some(event) = run.log.get(position) {
             machine.step(event);
             oracle.step(event);
         }
@@ -137,7 +137,7 @@ fn search_deep(run: &Run, effort: Effort, depth: u64) -> Report {
     report
 }
 
-/// What is kept at a place.
+/// Chooses the crashes to create at a position.
 fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Random) -> Vec<Style> {
     if machine.atoms() == 0 {
         return vec![Style::Nothing];
@@ -148,23 +148,23 @@ fn styles(machine: &Machine, effort: Effort, exhaustive: bool, random: &mut Rand
             .flat_map(|bits| [Style::Exactly(bits, false), Style::Exactly(bits, true)])
             .collect();
     }
-    let chances = (0..effort.random).map(|_| Style::Random(random.next()));
-    [Style::All, Style::Nothing].into_iter().chain(chances).collect()
+    let randoms = (0..effort.random).map(|_| Style::Random(random.next()));
+    [Style::All, Style::Nothing].into_iter().chain(randoms).collect()
 }
 
-fn violation(what: &str, run: &Run, place: usize, machine: &Machine, style: Style) -> Violation {
+fn violation(description: &str, run: &Run, position: usize, machine: &Machine, style: Style) -> Violation {
     Violation {
-        what: format!("{:?}: {what}", run.image.kind),
+        description: format!("{:?}: {description}", run.image.kind),
         steps: run.steps.clone(),
-        place,
-        before: run.log[place.saturating_sub(25)..place].to_vec(),
+        position,
+        before: run.log[position.saturating_sub(25)..position].to_vec(),
         pending: machine.pending(),
         style,
     }
 }
 
-/// Another run on what a crash has left, with crashes of its own.
-fn go_on(
+/// Records another run on a crash state, and searches its crash states.
+fn continue_after_crash(
     image: &Image,
     crash: &Crash,
     effort: Effort,
@@ -176,33 +176,34 @@ fn go_on(
     let before = values(&open(&SimStore::new(&crash.files), image.top)?, sectors)?;
     let repaired = open_writable(&SimStore::new(&crash.files), image.top).map_err(|e| e.1)?;
     let repaired = values(&repaired, sectors)?.to_vec();
-    let left = Image {
+    let crash_image = Image {
         files: crash.files.clone(),
         values: before.to_vec(),
         repaired,
         ..image.clone()
     };
-    let mut steps = random_steps(&left, seed, 6, false);
+    let mut steps = random_steps(&crash_image, seed, 6, false);
     steps.insert(0, Step::Kill);
-    let run = record(&left, &steps, FIRST + 0x1000 * (depth + 1));
+    let run = record(&crash_image, &steps, FIRST + 0x1000 * (depth + 1));
     let effort = Effort {
         random: 3,
         exhaustive: effort.exhaustive.min(3),
         seed,
         ..effort
     };
-    let mut below = search_deep(&run, effort, depth + 1);
-    let violation = below.violation.take();
-    report.add(below);
+    let mut nested = search_deep(&run, effort, depth + 1);
+    let violation = nested.violation.take();
+    report.add(nested);
     violation.map_or(Ok(()), |violation| {
         Err(format!("in a run after the crash: {violation}"))
     })
 }
 
-/// The same violation, or another one, with as few steps as leaving out single ones gets to. Gives up after a while.
+/// Shortens a run that violates: leaves out single steps as long as any violation remains. Stops after 60 seconds and
+/// returns the violation of the shortest run, or `None` if `steps` do not violate at all.
 pub fn shrink(image: &Image, steps: &[Step], effort: Effort, mutation: Option<Mutation>) -> Option<Violation> {
     let until = Instant::now() + Duration::from_secs(60);
-    let fails = |steps: &[Step]| {
+    let violation_of = |steps: &[Step]| {
         let mut run = record(image, steps, FIRST);
         if let Some(mutation) = mutation {
             run.log = mutation.apply(image, &run.log);
@@ -210,14 +211,14 @@ pub fn shrink(image: &Image, steps: &[Step], effort: Effort, mutation: Option<Mu
         search(&run, effort).violation
     };
     let mut steps = steps.to_vec();
-    let mut found = fails(&steps)?;
+    let mut found = violation_of(&steps)?;
     let mut shorter = true;
     while shorter && Instant::now() < until {
         shorter = false;
-        for left_out in (0..steps.len()).rev() {
+        for omitted in (0..steps.len()).rev() {
             let mut fewer = steps.clone();
-            fewer.remove(left_out);
-            if let Some(violation) = fails(&fewer) {
+            fewer.remove(omitted);
+            if let Some(violation) = violation_of(&fewer) {
                 (steps, found, shorter) = (fewer, violation, true);
             }
         }

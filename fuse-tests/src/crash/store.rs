@@ -1,4 +1,4 @@
-//! Files in memory that log what is done to them, and fail when they are told to.
+//! Simulated store: files in memory that log each operation and inject faults.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,38 +8,38 @@ use vmdkfuse::store::{Access, ExtentName, Identity, Store, StoredFile, StoredWri
 
 use super::bytes::Bytes;
 
-/// Bytes that are written whole or not at all.
+/// Unit of an atomic write: an injected fault never leaves part of a sector.
 const SECTOR: u64 = 512;
 
-/// A change of a file.
+/// A logged change of a file.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Op {
-    /// Bytes were written.
+pub enum FileOp {
+    /// Bytes were written to the file.
     Write {
-        /// Where.
+        /// First byte of the range.
         offset: u64,
-        /// What.
+        /// The bytes written.
         data: Arc<[u8]>,
     },
-    /// The file was cut or made longer.
+    /// The file was truncated or extended.
     SetLen {
         /// Its length before.
         from: u64,
         /// Its length after.
         to: u64,
     },
-    /// A range was made zeroes.
+    /// A range was zeroed.
     Zero {
-        /// Where.
+        /// First byte of the range.
         offset: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
-        /// And a hole.
+        /// True if the range also becomes a hole.
         unmap: bool,
     },
 }
 
-impl fmt::Debug for Op {
+impl fmt::Debug for FileOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Write { offset, data } => {
@@ -57,97 +57,97 @@ impl fmt::Debug for Op {
     }
 }
 
-/// What the run did to the disk, noted between the operations of the store.
+/// A request of the run to the disk, logged between the operations of the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mark {
-    /// Sectors are about to be given a value (0: zeroes).
+pub enum DiskEvent {
+    /// A write is about to begin. It gives each sector of the range one value (0: zeroes).
     Begin {
-        /// Names this request.
+        /// Identifies the request.
         ticket: usize,
-        /// First sector.
+        /// First sector of the range.
         first: u64,
-        /// How many.
+        /// Length of the range in sectors.
         sectors: u64,
-        /// What they will hold.
+        /// The value that the sectors will hold.
         value: u64,
     },
-    /// The request has ended.
+    /// The write has returned.
     End {
-        /// Which one.
+        /// The ticket of its start.
         ticket: usize,
-        /// Whether it succeeded.
+        /// True if it succeeded.
         ok: bool,
     },
     /// A flush or a close is about to begin.
     FlushBegin {
-        /// Names it.
+        /// Identifies the flush.
         ticket: usize,
     },
-    /// It has ended.
+    /// The flush or the close has returned.
     FlushEnd {
-        /// Which one.
+        /// The ticket of its start.
         ticket: usize,
-        /// Whether it succeeded.
+        /// True if it succeeded.
         ok: bool,
     },
 }
 
-/// One line of the log.
+/// One record of the log. Files are numbered in the order of their creation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// A change of the file of that number.
-    Op(usize, Op),
-    /// All changes of the file before this are durable, or (`false`) the sync failed.
+    /// A change of the file with this number.
+    FileOp(usize, FileOp),
+    /// A sync of the file: all of its earlier changes are durable, or (`false`) the sync failed.
     Sync(usize, bool),
-    /// A file was made; it has the next number. That it is there is durable at once.
-    Made(String),
-    /// A file was taken out; it keeps its number. That it is gone is durable at once.
+    /// A file was created; it gets the next number. Its directory entry is durable at once.
+    Created(String),
+    /// A file was removed; its number is not reused. The removal is durable at once.
     Removed(usize),
-    /// Something was done to the disk.
-    Disk(Mark),
-    /// The process that wrote to the disk is gone, and with it what it had only in memory.
+    /// A request to the disk began or ended.
+    Disk(DiskEvent),
+    /// The writing process was killed; what it had only in memory is lost.
     Killed,
-    /// Who has opened the disk after that sees these values.
-    Shown(Arc<[u64]>),
+    /// The disk was opened again and its sectors held these values.
+    Observed(Arc<[u64]>),
 }
 
-/// What shall go wrong. Counters count down from now, 1 is the next call; each fires once.
+/// Faults to inject. Each counter counts calls down from now (1: the next call fails) and fires once.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Faults {
-    /// Bytes of pages that can be taken yet; holes are free, freed pages come back.
-    pub room: Option<u64>,
-    /// A write, a new length or zeroes: EIO, after a part of it was done.
+    /// Bytes of pages that can still be allocated; holes take none, freed pages are returned.
+    pub free_bytes: Option<u64>,
+    /// A write, a zeroed range or a new length fails with EIO; of the first two, half is applied.
     pub change: Option<u64>,
-    /// A read: EIO.
+    /// A read fails with EIO.
     pub read: Option<u64>,
-    /// A sync: EIO, and what was not durable may be lost although later ones succeed.
+    /// A sync fails with EIO. Changes that were not durable may be lost, although later syncs succeed.
     pub sync: Option<u64>,
 }
 
-/// A folder in memory. It has no gate: what it does not hold is not found, whatever the name looks like.
+/// A folder in memory. It does not check names as a local store does: a name is only looked up among its files.
 #[derive(Debug, Clone, Default)]
 pub struct SimStore {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<StoreState>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    files: Vec<Named>,
+struct StoreState {
+    files: Vec<FileState>,
     log: Vec<Event>,
     faults: Faults,
 }
 
 #[derive(Debug)]
-struct Named {
+struct FileState {
     name: String,
     bytes: Bytes,
-    /// Counts its changes, in the place of a time.
+    /// Number of changes so far; stands in for the file's mtime and ctime.
     changes: u64,
-    /// It has no name any more.
+    /// True once the file was unlinked.
     removed: bool,
 }
 
-impl Named {
+impl FileState {
     fn new(name: String, bytes: Bytes) -> Self {
         Self {
             name,
@@ -158,28 +158,28 @@ impl Named {
     }
 }
 
-impl State {
-    /// The number of the file that is called `name`.
+impl StoreState {
+    /// Returns the number of the file called `name`.
     fn named(&self, name: &str) -> Option<usize> {
         self.files.iter().position(|file| file.name == name && !file.removed)
     }
 }
 
 impl SimStore {
-    /// A folder with these files, all durable.
+    /// Creates a folder with these files, all of them durable.
     pub fn new(files: &[(String, Bytes)]) -> Self {
         let files = files
             .iter()
-            .map(|(name, bytes)| Named::new(name.clone(), bytes.clone()));
+            .map(|(name, bytes)| FileState::new(name.clone(), bytes.clone()));
         Self {
-            state: Arc::new(Mutex::new(State {
+            state: Arc::new(Mutex::new(StoreState {
                 files: files.collect(),
-                ..State::default()
+                ..StoreState::default()
             })),
         }
     }
 
-    /// Opens a file.
+    /// Opens the file called `name`, or fails with `NotFound`.
     pub fn file(&self, name: &str, access: Access) -> Result<Arc<dyn StoredFile>> {
         let state = self.lock();
         let number = state.named(name);
@@ -187,32 +187,32 @@ impl SimStore {
         Ok(Arc::new(self.opened(&state, number, access)))
     }
 
-    /// Everything that was done so far.
+    /// Returns a copy of the log.
     pub fn log(&self) -> Vec<Event> {
         self.lock().log.clone()
     }
 
-    /// Notes what is done to the disk.
-    pub fn mark(&self, mark: Mark) {
-        self.note(Event::Disk(mark));
+    /// Logs a request to the disk.
+    pub fn log_disk_event(&self, log_disk_event: DiskEvent) {
+        self.log_event(Event::Disk(log_disk_event));
     }
 
-    /// Notes what is not done to a file.
-    pub fn note(&self, event: Event) {
+    /// Logs an event that is not a change of a file.
+    pub fn log_event(&self, event: Event) {
         self.lock().log.push(event);
     }
 
-    /// What goes wrong from now on.
+    /// Replaces the faults that are injected from now on.
     pub fn fail(&self, faults: Faults) {
         self.lock().faults = faults;
     }
 
-    /// What is left of the faults.
+    /// Returns the faults that have not fired yet.
     pub fn faults(&self) -> Faults {
         self.lock().faults
     }
 
-    /// What the files hold now, durable or not.
+    /// Returns the present content of all files, durable or not.
     pub fn files(&self) -> Vec<(String, Bytes)> {
         let state = self.lock();
         state
@@ -223,8 +223,8 @@ impl SimStore {
             .collect()
     }
 
-    /// Cuts a file behind the back of those who have it open. It is not logged.
-    pub fn cut(&self, name: &str, len: u64) {
+    /// Truncates a file as another process would, while the engine has it open. The change is not logged.
+    pub fn truncate(&self, name: &str, len: u64) {
         let mut state = self.lock();
         let number = state.named(name).expect("a file of that name");
         let file = &mut state.files[number];
@@ -232,7 +232,7 @@ impl SimStore {
         file.changes += 1;
     }
 
-    fn opened(&self, state: &State, number: usize, access: Access) -> SimFile {
+    fn opened(&self, state: &StoreState, number: usize, access: Access) -> SimFile {
         let file = &state.files[number];
         SimFile {
             store: self.clone(),
@@ -243,7 +243,7 @@ impl SimStore {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, StoreState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -259,8 +259,8 @@ impl Store for SimStore {
         if state.named(&name).is_some() {
             return Err(Error::new(ErrorKind::Os(libc::EEXIST), name));
         }
-        state.log.push(Event::Made(name.clone()));
-        state.files.push(Named::new(name, Bytes::default()));
+        state.log.push(Event::Created(name.clone()));
+        state.files.push(FileState::new(name, Bytes::default()));
         let number = state.files.len() - 1;
         Ok(Arc::new(self.opened(&state, number, Access::Write)))
     }
@@ -299,26 +299,30 @@ struct SimFile {
 }
 
 impl SimFile {
-    fn failed(&self, errno: i32, what: &str) -> Error {
+    fn failed(&self, errno: i32, operation: &str) -> Error {
         Error::new(
             ErrorKind::Os(errno),
-            format!("{}: {what}: {}", self.label, std::io::Error::from_raw_os_error(errno)),
+            format!(
+                "{}: {operation}: {}",
+                self.label,
+                std::io::Error::from_raw_os_error(errno)
+            ),
         )
     }
 
-    /// Does and logs one change, or the part of it that is done before it fails.
-    fn change(&self, mut op: Op) -> Result<()> {
+    /// Applies and logs one change. If a fault fires, applies and logs only the part that precedes the failure.
+    fn change(&self, mut op: FileOp) -> Result<()> {
         assert!(self.writable, "{}: {op:?}, but it was opened for reading", self.label);
         let mut state = self.store.lock();
-        let State { files, log, faults } = &mut *state;
+        let StoreState { files, log, faults } = &mut *state;
         let file = &mut files[self.number];
-        if let Op::SetLen { from, .. } = &mut op {
+        if let FileOp::SetLen { from, .. } = &mut op {
             *from = file.bytes.len();
         }
         let (done, error) = if fires(&mut faults.change) {
-            (half(&op), Some(self.failed(libc::EIO, &format!("{op:?}"))))
+            (first_half(&op), Some(self.failed(libc::EIO, &format!("{op:?}"))))
         } else {
-            match fitting(&op, &file.bytes, faults.room) {
+            match fitting_part(&op, &file.bytes, faults.free_bytes) {
                 None => (Some(op), None),
                 Some(part) => (part, Some(self.failed(libc::ENOSPC, &format!("{op:?}")))),
             }
@@ -326,11 +330,11 @@ impl SimFile {
         if let Some(op) = done {
             let before = file.bytes.allocated();
             op.apply(&mut file.bytes);
-            if let Some(room) = &mut faults.room {
-                *room = (*room + before).saturating_sub(file.bytes.allocated());
+            if let Some(free_bytes) = &mut faults.free_bytes {
+                *free_bytes = (*free_bytes + before).saturating_sub(file.bytes.allocated());
             }
             file.changes += 1;
-            log.push(Event::Op(self.number, op));
+            log.push(Event::FileOp(self.number, op));
         }
         error.map_or(Ok(()), Err)
     }
@@ -380,7 +384,7 @@ impl StoredFile for SimFile {
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
         let state = self.store.lock();
         let bytes = &state.files[self.number].bytes;
-        // it may have been cut since
+        // The file may be shorter now than when it was opened; the rest up to the old end then counts as a hole.
         let left = if offset < bytes.len() {
             bytes.same_until(offset)
         } else {
@@ -400,7 +404,7 @@ impl StoredFile for SimFile {
 
 impl StoredWrite for SimFile {
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.change(Op::Write {
+        self.change(FileOp::Write {
             offset,
             data: buf.into(),
         })
@@ -411,11 +415,11 @@ impl StoredWrite for SimFile {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.change(Op::SetLen { from: 0, to: len })
+        self.change(FileOp::SetLen { from: 0, to: len })
     }
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.change(Op::Zero { offset, len, unmap })
+        self.change(FileOp::Zero { offset, len, unmap })
     }
 
     fn sync(&self) -> Result<()> {
@@ -430,12 +434,13 @@ impl StoredWrite for SimFile {
     }
 }
 
-impl Op {
-    /// Does it.
+impl FileOp {
+    /// Applies the change to `bytes`.
     pub fn apply(&self, bytes: &mut Bytes) {
         match self {
             Self::Write { offset, data } => bytes.write(*offset, data),
-            // in another order than the engine's a growth must not cut what grew further
+            // A crash state may apply changes in another order than the engine did. An extension must then not truncate
+            // a file that a later extension already made longer, nor a truncation extend a shorter one.
             Self::SetLen { from, to } if to >= from => bytes.set_len(bytes.len().max(*to)),
             Self::SetLen { to, .. } => bytes.set_len(bytes.len().min(*to)),
             Self::Zero { offset, len, unmap } => bytes.zero(*offset, *len, *unmap),
@@ -443,7 +448,7 @@ impl Op {
     }
 }
 
-fn identity(number: usize, file: &Named) -> Identity {
+fn identity(number: usize, file: &FileState) -> Identity {
     let changes = i128::from(file.changes);
     Identity {
         file: (0, number as u64),
@@ -453,7 +458,7 @@ fn identity(number: usize, file: &Named) -> Identity {
     }
 }
 
-/// Whether a counter is at its end.
+/// Counts one call. Returns true if the fault fires now, and clears the counter so that it fires once.
 fn fires(counter: &mut Option<u64>) -> bool {
     match counter {
         Some(0 | 1) => counter.take().is_some(),
@@ -465,23 +470,23 @@ fn fires(counter: &mut Option<u64>) -> bool {
     }
 }
 
-/// The part of a change that is done before it fails: half of it, no sector in part.
-fn half(op: &Op) -> Option<Op> {
+/// Returns the part of a change that is applied before EIO: its first half, up to a sector boundary.
+fn first_half(op: &FileOp) -> Option<FileOp> {
     let part = |offset: u64, len: u64| {
         ((offset + len / 2) / SECTOR * SECTOR)
             .checked_sub(offset)
             .filter(|&len| len > 0)
     };
     match op {
-        Op::Write { offset, data } => {
+        FileOp::Write { offset, data } => {
             let len = part(*offset, data.len() as u64)?;
-            Some(Op::Write {
+            Some(FileOp::Write {
                 offset: *offset,
                 data: data[..len as usize].into(),
             })
         }
-        Op::SetLen { .. } => None,
-        Op::Zero { offset, len, unmap } => Some(Op::Zero {
+        FileOp::SetLen { .. } => None,
+        FileOp::Zero { offset, len, unmap } => Some(FileOp::Zero {
             offset: *offset,
             len: part(*offset, *len)?,
             unmap: *unmap,
@@ -489,20 +494,20 @@ fn half(op: &Op) -> Option<Op> {
     }
 }
 
-/// `None`: there is room for it; else the part that there is room for.
-fn fitting(op: &Op, bytes: &Bytes, room: Option<u64>) -> Option<Option<Op>> {
-    let (Op::Write { offset, data }, Some(room)) = (op, room) else {
+/// Returns `None` if the change fits into the free bytes, else the longest part that fits, up to a sector boundary.
+fn fitting_part(op: &FileOp, bytes: &Bytes, free_bytes: Option<u64>) -> Option<Option<FileOp>> {
+    let (FileOp::Write { offset, data }, Some(free_bytes)) = (op, free_bytes) else {
         return None;
     };
-    if bytes.room_for(*offset, data.len() as u64) <= room {
+    if bytes.bytes_to_allocate(*offset, data.len() as u64) <= free_bytes {
         return None;
     }
-    let to_border = |len: &u64| (*offset + len).is_multiple_of(SECTOR);
+    let ends_at_sector = |len: &u64| (*offset + len).is_multiple_of(SECTOR);
     let fits = (1..data.len() as u64)
         .rev()
-        .filter(to_border)
-        .find(|&len| bytes.room_for(*offset, len) <= room);
-    Some(fits.map(|len| Op::Write {
+        .filter(ends_at_sector)
+        .find(|&len| bytes.bytes_to_allocate(*offset, len) <= free_bytes);
+    Some(fits.map(|len| FileOp::Write {
         offset: *offset,
         data: data[..len as usize].into(),
     }))
@@ -519,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn it_logs_what_was_done() {
+    fn changes_and_syncs_are_logged() {
         let (store, file) = one(b"0123456789");
         let write = file.writer().unwrap();
         write.write_all_at(8, b"abcd").unwrap();
@@ -531,18 +536,18 @@ mod tests {
         assert_eq!(&all, b"\0\x00234567abcd\0\0\0\0\0\0\0\0");
         let log = store.log();
         assert_eq!(log.len(), 4);
-        assert_eq!(log[1], Event::Op(0, Op::SetLen { from: 12, to: 20 }));
+        assert_eq!(log[1], Event::FileOp(0, FileOp::SetLen { from: 12, to: 20 }));
         assert_eq!(log[3], Event::Sync(0, true));
         assert!(store.file("a", Access::Read).unwrap().writer().is_none());
         assert_eq!(store.file("b", Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
     }
 
     #[test]
-    fn a_full_disk_takes_a_part_and_gives_room_back() {
+    fn a_full_store_takes_part_of_a_write_and_reuses_freed_pages() {
         let (store, file) = one(&[7; 4096]);
         let write = file.writer().unwrap();
         store.fail(Faults {
-            room: Some(8192),
+            free_bytes: Some(8192),
             ..Faults::default()
         });
         let error = write.write_all_at(0, &[1; 5 * 4096]).unwrap_err();
@@ -557,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_come_when_they_are_told_to() {
+    fn faults_fire_at_their_count() {
         let (store, file) = one(&[7; 4096]);
         let write = file.writer().unwrap();
         let eio = |result: Result<()>| assert_eq!(result.unwrap_err().kind(), ErrorKind::Os(libc::EIO));
@@ -565,7 +570,7 @@ mod tests {
             change: Some(2),
             read: Some(1),
             sync: Some(2),
-            room: None,
+            free_bytes: None,
         });
         write.write_all_at(0, &[1; 2048]).unwrap();
         eio(write.write_all_at(100, &[2; 1900]));

@@ -1,17 +1,17 @@
-//! A maker of VMDK variants: valid ones with what they hold, hostile ones with what must become of them.
+//! Generator of VMDK variants: valid ones with a model of their content, hostile ones with the result to expect.
 //!
 //! ```text
-//!   model    what a disk holds: layers of grains over parents, extents in a row
+//!   model    content of a disk: layers of grains over parents, extents in sequence
 //!     │
-//!   write    one function for each kind of file, whose options make the oddities
+//!   write    one function for each kind of file; its options produce the unusual forms
 //!     │
-//!   ctx      the folder of one variant, and the disks that many of them start from
+//!   ctx      the folder of one variant, and the disks that many variants start from
 //!     │
-//!   valid    tables of variants: name, note, build        hostile    the same, with what is expected
-//!   raw      plain images with a file system in them
+//!   valid    tables of variants: name, note, build        hostile    also with the expected result
+//!   raw      raw images that contain a file system
 //! ```
-//! Everything follows from the seed and the name of the variant, so a failure can be made again. No other
-//! program is needed to make a variant (only [`raw`] calls mkfs.ext4). Files are small: large disks are mostly holes.
+//! All content derives from the seed and the name of the variant, so that failures are reproducible. Building a variant
+//! needs no other program (only [`raw`] calls mkfs.ext4). Files are small: large disks are mostly holes.
 
 pub mod ctx;
 pub mod hostile;

@@ -1,7 +1,7 @@
-//! The plain model of what a disk holds, which every reader is compared with.
+//! Plain model of the content of a disk, which every reader is compared with.
 //!
-//! A [`Layer`] is one link of a chain: whole grains that it holds itself, over a parent or over zeroes. A [`Joined`]
-//! is a row of extents. Both answer any range; what lies past their end is zero.
+//! A [`Layer`] is one link of a chain: its own whole grains over a parent or over zeroes. A [`Joined`] is a sequence of
+//! extents. Both can be read at any range; sectors past the end are zero.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,28 +14,29 @@ use sha2::{Digest, Sha256};
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;
 
-/// Bytes that are hashed at a time.
+/// Bytes read for one update of the hash.
 const CHUNK: u64 = 1 << 20;
 
-/// What a disk holds.
+/// Content of a disk.
 pub trait Content: fmt::Debug + Send + Sync {
-    /// Sectors of the disk.
+    /// Returns the size of the disk in sectors.
     fn sectors(&self) -> u64;
 
-    /// Overwrites `out`, which is whole sectors, with the content from `sector` on; past the end it is zero.
+    /// Fills `out`, whole sectors, with the content from `sector` on; sectors past the end are zero.
     fn copy_to(&self, sector: u64, out: &mut [u8]);
 
-    /// Sectors at which the content may change its kind, in no order; where a reader is likely to go wrong.
+    /// Returns sectors at which the content may change between data, zeroes and parent, unordered. Readers are most
+    /// likely to fail there.
     fn borders(&self) -> Vec<u64>;
 
-    /// `count` sectors from `sector` on.
+    /// Returns `count` sectors from `sector` on.
     fn read(&self, sector: u64, count: u64) -> Vec<u8> {
         let mut out = vec![0; (count * SECTOR) as usize];
         self.copy_to(sector, &mut out);
         out
     }
 
-    /// The bytes of any range, which need not be whole sectors.
+    /// Returns the bytes of a range that need not be aligned to sectors.
     fn read_bytes(&self, range: &Range<u64>) -> Vec<u8> {
         let first = range.start / SECTOR;
         let whole = self.read(first, range.end.div_ceil(SECTOR).saturating_sub(first));
@@ -43,7 +44,7 @@ pub trait Content: fmt::Debug + Send + Sync {
         whole[skip..skip + (range.end - range.start) as usize].to_vec()
     }
 
-    /// SHA-256 of the whole disk as lower-case hex digits. Reads everything: not for disks of some TiB.
+    /// Returns the SHA-256 of the whole disk in lower-case hex digits. Reads everything: not for disks of several TiB.
     fn sha256(&self) -> String {
         let mut hash = Sha256::new();
         let mut buffer = vec![0; CHUNK as usize];
@@ -62,9 +63,9 @@ pub trait Content: fmt::Debug + Send + Sync {
         })
     }
 
-    /// `count` byte ranges of up to `longest` bytes inside the disk, the same ones for the same `seed`.
+    /// Returns `count` byte ranges of up to `longest` bytes inside the disk, the same ones for the same `seed`.
     ///
-    /// Half of them lie around a border of the content, the others anywhere; most are not aligned to anything.
+    /// Half of them lie around a border of the content, the others anywhere; most are unaligned.
     fn random_ranges(&self, seed: u64, count: usize, longest: u64) -> Vec<Range<u64>> {
         let size = self.sectors() * SECTOR;
         let borders = self.borders();
@@ -86,7 +87,7 @@ pub trait Content: fmt::Debug + Send + Sync {
     }
 }
 
-/// One link of a chain: the grains that it holds itself, over its parent.
+/// One link of a chain: its own grains over its parent.
 #[derive(Clone)]
 pub struct Layer {
     key: u64,
@@ -98,7 +99,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// An empty layer; `seed` and `label` decide about its noise. Capacity and grain are in sectors.
+    /// Creates an empty layer whose noise derives from `seed` and `label`. Capacity and grain are in sectors.
     pub fn new(seed: u64, label: &str, capacity: u64, grain: u64) -> Self {
         let key = label.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
         Self {
@@ -111,14 +112,14 @@ impl Layer {
         }
     }
 
-    /// The same layer over a parent.
+    /// Puts the layer over a parent.
     #[must_use]
     pub fn over(mut self, parent: Arc<dyn Content>) -> Self {
         self.parent = Some(parent);
         self
     }
 
-    /// Cuts a raw image into grains and leaves out those of zeroes. `raw` is whole sectors.
+    /// Splits a raw image of whole sectors into grains, without those that are zero.
     pub fn from_raw(label: &str, grain: u64, raw: &[u8]) -> Self {
         let mut layer = Self::new(0, label, raw.len() as u64 / SECTOR, grain);
         let bytes = (grain * SECTOR) as usize;
@@ -134,7 +135,7 @@ impl Layer {
         layer
     }
 
-    /// Whole grains of noise.
+    /// Adds whole grains of noise.
     #[must_use]
     pub fn fill(mut self, numbers: impl IntoIterator<Item = u64>) -> Self {
         for number in numbers {
@@ -144,14 +145,14 @@ impl Layer {
         self
     }
 
-    /// Grains that are explicitly zero: they hide the parent.
+    /// Adds explicitly zero grains, which hide the parent.
     #[must_use]
     pub fn zero(mut self, numbers: impl IntoIterator<Item = u64>) -> Self {
         self.grains.extend(numbers.into_iter().map(|number| (number, None)));
         self
     }
 
-    /// A guest's write of noise: whole grains are composed from what was readable before.
+    /// Writes noise as a guest does: a grain written in part takes the rest from its previous content.
     #[must_use]
     pub fn write(mut self, sector: u64, count: u64) -> Self {
         let (mut at, end) = (sector, sector + count);
@@ -168,36 +169,36 @@ impl Layer {
         self
     }
 
-    /// One grain with bytes of one's choice, which must be a whole grain.
+    /// Adds one grain with the given bytes, which must be a whole grain.
     #[must_use]
     pub fn with_grain(mut self, number: u64, data: Vec<u8>) -> Self {
         self.grains.insert(number, Some(data));
         self
     }
 
-    /// The same grains in a disk of another capacity.
+    /// Changes the capacity and keeps the grains.
     #[must_use]
     pub fn resized(mut self, capacity: u64) -> Self {
         self.capacity = capacity;
         self
     }
 
-    /// Sectors of a grain.
+    /// Returns the grain size in sectors.
     pub fn grain(&self) -> u64 {
         self.grain
     }
 
-    /// The grains that the layer holds itself, by number; `None` is a grain that is explicitly zero.
+    /// Returns the layer's own grains by number; `None` is an explicitly zero grain.
     pub fn grains(&self) -> &BTreeMap<u64, Option<Vec<u8>>> {
         &self.grains
     }
 
-    /// A number that belongs to this layer and its seed, for whoever needs a seed of their own.
+    /// Returns a number derived from the seed and the label, to seed further random choices.
     pub fn key(&self) -> u64 {
         self.key
     }
 
-    /// Bytes for `count` sectors, of which about half of each compresses well.
+    /// Returns noise for `count` sectors; about half of each sector compresses well.
     fn noise(&self, sector: u64, count: u64) -> Vec<u8> {
         let mut out = Vec::with_capacity((count * SECTOR) as usize);
         for sector in sector..sector + count {
@@ -210,7 +211,7 @@ impl Layer {
         out
     }
 
-    /// What the layer has at `sector`, and for how many sectors on that holds.
+    /// Returns the content at `sector`, and the number of sectors of the same kind from there on.
     fn piece(&self, sector: u64) -> (Piece<'_>, u64) {
         if sector >= self.capacity {
             return (Piece::Zero, u64::MAX);
@@ -274,19 +275,19 @@ impl fmt::Debug for Layer {
     }
 }
 
-/// Several extents one after the other.
+/// A sequence of extents.
 #[derive(Debug, Default)]
 pub struct Joined {
     parts: Vec<(Option<Arc<dyn Content>>, u64)>,
 }
 
 impl Joined {
-    /// A disk without an extent.
+    /// Creates a disk without extents.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One more extent, as long as its content.
+    /// Appends an extent as long as its content.
     #[must_use]
     pub fn then(mut self, part: Arc<dyn Content>) -> Self {
         let sectors = part.sectors();
@@ -294,7 +295,7 @@ impl Joined {
         self
     }
 
-    /// One more extent that is zero.
+    /// Appends a zero extent.
     #[must_use]
     pub fn then_zero(mut self, sectors: u64) -> Self {
         self.parts.push((None, sectors));
@@ -333,7 +334,7 @@ impl Content for Joined {
     }
 }
 
-/// A disk without its first sectors: what an extent in the middle of a child sees of the parent.
+/// A disk without its first sectors: the part of a parent below an extent in the middle of a child.
 #[derive(Debug)]
 pub struct Shifted {
     of: Arc<dyn Content>,
@@ -341,7 +342,7 @@ pub struct Shifted {
 }
 
 impl Shifted {
-    /// The disk `of` from sector `by` on.
+    /// Creates a view of the disk `of` from sector `by` on.
     pub fn new(of: Arc<dyn Content>, by: u64) -> Self {
         Self { of, by }
     }
@@ -365,32 +366,32 @@ impl Content for Shifted {
     }
 }
 
-/// A sequence of numbers that follows from its seed (splitmix64: good enough to look like noise, and fast in debug builds).
+/// Pseudo-random sequence that derives from its seed (splitmix64: noise enough for tests, and fast in debug builds).
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
 impl Random {
-    /// The sequence of a seed.
+    /// Creates the sequence of a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     #[allow(
         clippy::should_implement_trait,
-        reason = "the sequence never ends, an Option would only be in the way"
+        reason = "the sequence never ends, so an Option would be of no use"
     )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(STEP);
         mix(self.0)
     }
 
-    /// A number below `bound`, which is not 0.
+    /// Returns a number below `bound`, which must not be 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    /// Puts `items` into another order.
+    /// Shuffles `items` (Fisher-Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i as u64 + 1) as usize);
@@ -433,14 +434,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_past_the_end_of_a_layer() {
+    fn a_layer_reads_as_zeroes_past_its_end() {
         let layer = Layer::new(1, "x", 10, 8).fill([0, 1]);
         assert_ne!(layer.read(9, 1), vec![0; 512]);
         assert_eq!(layer.read(10, 20), vec![0; 20 * 512]);
     }
 
     #[test]
-    fn noise_follows_from_seed_label_and_sector() {
+    fn noise_derives_from_seed_label_and_sector() {
         let noise = |seed, label: &str| Layer::new(seed, label, 16, 8).fill([0, 1]).read(0, 16);
         assert_eq!(noise(1, "a"), noise(1, "a"));
         assert_ne!(noise(1, "a"), noise(2, "a"));
@@ -449,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn joined_extents_lie_in_a_row() {
+    fn joined_extents_follow_each_other() {
         let (a, b) = (
             Arc::new(Layer::new(1, "a", 5, 8).fill([0])),
             Arc::new(Layer::new(1, "b", 7, 8).fill([0])),

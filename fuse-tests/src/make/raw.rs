@@ -1,4 +1,4 @@
-//! Plain images with a file system in them, for tests that look at files through a mount.
+//! Raw images that contain a file system, for tests that read files through a mount.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::model::{Content, Layer, SECTOR};
 
-/// Where mkfs.ext4 is, for users whose PATH has no sbin.
+/// Folders of mkfs.ext4, for users whose PATH has no sbin.
 const SBIN: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
 
-/// Where mkfs.ext4 is, if it is installed.
+/// Returns the path of mkfs.ext4, if it is installed.
 pub fn mkfs_ext4() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(SBIN.iter().map(PathBuf::from));
@@ -20,7 +20,7 @@ pub fn mkfs_ext4() -> Option<PathBuf> {
         .find(|program| program.is_file())
 }
 
-/// Writes an ext4 image of `bytes` (whole sectors) with the files of `folder` in it; needs no privileges.
+/// Writes an ext4 image of `bytes` (whole sectors) with the files of `folder`; needs no privileges.
 pub fn ext4(image: &Path, bytes: u64, folder: &Path) -> Result<()> {
     ensure!(bytes.is_multiple_of(SECTOR), "{bytes} bytes are not whole sectors");
     let program = mkfs_ext4().context("mkfs.ext4 is missing (package e2fsprogs)")?;
@@ -39,7 +39,7 @@ pub fn ext4(image: &Path, bytes: u64, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes some files into a new folder: a text, a folder with an empty file, and 1 MiB of noise.
+/// Writes sample files into a new folder: a text, a folder with an empty file, and 1 MiB of noise.
 pub fn sample_files(folder: &Path, seed: u64) -> Result<()> {
     fs::create_dir_all(folder.join("sub"))?;
     fs::write(folder.join("hello.txt"), "Hello from inside the disk.\n")?;
@@ -49,7 +49,7 @@ pub fn sample_files(folder: &Path, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Reads a raw image (whole sectors) as a layer, to be written as a VMDK.
+/// Reads a raw image (whole sectors) into a layer, which can then be written as a VMDK.
 pub fn layer_of(image: &Path, grain: u64) -> Result<Layer> {
     let raw = fs::read(image).with_context(|| image.display().to_string())?;
     ensure!(

@@ -1,4 +1,4 @@
-//! Tests of the maker itself, with qemu-img as a second opinion.
+//! Tests of the generator itself, compared with qemu-img.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,10 +14,10 @@ use super::model::{Content, SECTOR};
 use super::write::{self, Descriptor, Hosted};
 use super::{Expect, hostile, raw, valid};
 
-/// Valid variants that qemu 10.0 is known to misread or to refuse, and why.
+/// Valid variants that qemu 10.0 is known to misread or refuse, and the reason.
 const NOT_QEMU: &[(&str, &str)] = &[
-    ("rgd_only_zero", "it never looks at the redundant directory"),
-    ("rgd_only_wild", "it never looks at the redundant directory"),
+    ("rgd_only_zero", "it never reads the redundant directory"),
+    ("rgd_only_wild", "it never reads the redundant directory"),
     ("nominal_smaller", "it takes the size from the header"),
     ("stream_padded", "it takes the size from the header"),
     ("gte_1024", "it refuses tables of more than 512 entries"),
@@ -25,7 +25,7 @@ const NOT_QEMU: &[(&str, &str)] = &[
     ("split_zero", "it refuses the type custom"),
     ("custom_500", "it refuses the type custom"),
     ("chain_custom", "it refuses the type custom"),
-    ("chain_win_relative", "it knows no backslash"),
+    ("chain_win_relative", "it does not accept backslashes"),
     ("extent_words", "it refuses the type custom"),
     ("extent_default_offset", "it refuses the type custom"),
     ("alias_2gb", "it refuses the type 2GbMaxExtentFlat"),
@@ -45,17 +45,17 @@ const NOT_QEMU: &[(&str, &str)] = &[
     ("chain_esx_path", "it follows the path as it is"),
 ];
 
-/// Says loudly that a test is skipped, or fails where nothing may be skipped.
-fn skip(what: &str) {
+/// Prints that a test is skipped, or fails it if `VMDKFUSE_REQUIRE=all`.
+fn skip(reason: &str) {
     assert!(
         std::env::var("VMDKFUSE_REQUIRE").as_deref() != Ok("all"),
-        "VMDKFUSE_REQUIRE=all, but {what}"
+        "VMDKFUSE_REQUIRE=all, but {reason}"
     );
-    eprintln!("######## SKIPPED: {what}");
+    eprintln!("######## SKIPPED: {reason}");
 }
 
 #[test]
-fn names_are_unique_and_make_good_folders() {
+fn names_are_unique_and_valid_as_folder_names() {
     let names: Vec<&str> = valid()
         .iter()
         .map(|v| v.name)
@@ -70,7 +70,7 @@ fn names_are_unique_and_make_good_folders() {
 }
 
 #[test]
-fn every_valid_variant_is_made_the_same_again() -> Result<()> {
+fn every_valid_variant_is_reproducible() -> Result<()> {
     let (one, two) = (tempdir()?, tempdir()?);
     for variant in valid() {
         let made = variant.make(one.path(), 1)?;
@@ -93,7 +93,7 @@ fn every_valid_variant_is_made_the_same_again() -> Result<()> {
 }
 
 #[test]
-fn every_hostile_file_is_made() -> Result<()> {
+fn every_hostile_file_can_be_written() -> Result<()> {
     let dir = tempdir()?;
     for file in hostile() {
         let bad = file.make(dir.path(), 1)?;
@@ -110,7 +110,7 @@ fn every_hostile_file_is_made() -> Result<()> {
 }
 
 #[test]
-fn large_disks_take_little_room() -> Result<()> {
+fn large_disks_take_little_space() -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     let dir = tempdir()?;
     for variant in valid().iter().filter(|v| v.name.starts_with("big_")) {
@@ -125,31 +125,31 @@ fn large_disks_take_little_room() -> Result<()> {
 }
 
 #[test]
-fn qemu_img_reads_what_the_model_says() -> Result<()> {
+fn qemu_img_reads_the_content_of_the_model() -> Result<()> {
     if !has_qemu_img() {
         return Ok(());
     }
     let dir = tempdir()?;
-    let mut wrong = Vec::new();
+    let mut failures = Vec::new();
     for variant in valid() {
         let made = variant.make(dir.path(), 1)?;
         let result = qemu_agrees(&made, dir.path());
         let known = NOT_QEMU.iter().find(|(name, _)| *name == variant.name);
         match (result, known) {
-            // Another version may have learned it.
+            // A newer version may support it.
             (Ok(()), Some((_, why))) => eprintln!("{}: qemu-img reads it, although {why}", variant.name),
-            (Err(e), None) => wrong.push(format!("{}: {e:#}", variant.name)),
+            (Err(e), None) => failures.push(format!("{}: {e:#}", variant.name)),
             (Ok(()), None) | (Err(_), Some(_)) => {}
         }
         std::fs::remove_dir_all(dir.path().join(variant.name))?;
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
 }
 
 #[test]
 fn qemu_img_reads_the_content_of_harmless_hostile_files() -> Result<()> {
-    // It takes entry 1 of a COWD for a sector, and follows a hint although there is no parent.
+    // It takes the entry 1 of a COWD for a sector number, and follows a hint although there is no parent.
     const NOT: [&str; 2] = ["cowd_gte_one", "parent_hint_without_cid"];
     if !has_qemu_img() {
         return Ok(());
@@ -195,7 +195,7 @@ fn an_ext4_image_becomes_a_vmdk() -> Result<()> {
     qemu_agrees(&Made::new(disk, std::sync::Arc::new(layer)), dir.path())
 }
 
-/// Whether qemu-img can be run; where not, says so.
+/// Returns true if qemu-img can be run; otherwise skips the test.
 fn has_qemu_img() -> bool {
     let found = Command::new("qemu-img").arg("--version").output().is_ok();
     if !found {
@@ -204,7 +204,7 @@ fn has_qemu_img() -> bool {
     found
 }
 
-/// Whether qemu-img makes the same raw image of it, whole or at its probes.
+/// Fails unless qemu-img reads the same content as the model, of the whole disk or at its probes.
 fn qemu_agrees(made: &Made, dir: &Path) -> Result<()> {
     let format = if made.open.extension().is_some_and(|e| e == "vmdk") {
         "vmdk"
@@ -225,7 +225,7 @@ fn qemu_agrees(made: &Made, dir: &Path) -> Result<()> {
         let (first, count) = (range.start / SECTOR, (range.end - range.start) / SECTOR);
         let mut command = Command::new("qemu-img");
         command.args(["dd", "-f", format, "-O", "raw", "bs=512"]);
-        // The count is that of blocks up to the end, skipped ones among them.
+        // `count` includes the skipped blocks.
         command.args([format!("skip={first}"), format!("count={}", first + count)]);
         command
             .arg(format!("if={}", made.open.display()))
@@ -244,10 +244,10 @@ fn qemu_img(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Compares a raw file with a part of a disk.
+/// Compares a raw file with a range of a disk.
 fn same(made: &Made, first: u64, sectors: u64, file: &Path) -> Result<()> {
     const STEP: u64 = 2048;
-    let out = File::open(file).context("qemu-img made no file")?;
+    let out = File::open(file).context("qemu-img wrote no file")?;
     ensure!(
         out.metadata()?.len() == sectors * SECTOR,
         "{} bytes",

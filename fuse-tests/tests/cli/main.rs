@@ -7,6 +7,7 @@
 )]
 
 mod commands;
+mod formats;
 mod life;
 mod mount_forms;
 mod user;

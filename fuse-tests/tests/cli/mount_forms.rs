@@ -176,7 +176,15 @@ fn an_existing_file_is_covered() {
     let scratch = Scratch::new();
     scratch.write("a.img", disk(3));
     let covered = scratch.write("covered", "what was here before");
-    let mount = scratch.mount().at("covered").file("a.img").start();
+    let refused = scratch.mount().at("covered").file("a.img").refused(1);
+    refused.one_error(1, &["covered", "20 bytes", "-o nonempty"]);
+    let mount = scratch
+        .mount()
+        .at("covered")
+        .arg("-o")
+        .arg("nonempty")
+        .file("a.img")
+        .start();
     assert_eq!(mount.entry().point, covered);
     assert_eq!(fs::metadata(&covered).unwrap().len(), 8192);
     assert_eq!(fs::read(&covered).unwrap(), disk(3));
@@ -184,20 +192,80 @@ fn an_existing_file_is_covered() {
     assert_eq!(fs::read(&covered).unwrap(), b"what was here before");
 }
 
+/// Mounts with `options` at `at`, which has to be refused with `words`, and leaves no mount.
+#[track_caller]
+fn refused_at(scratch: &Scratch, at: &str, options: &[&str], words: &[&str]) {
+    let mut mount = scratch.mount().at(at);
+    for option in options {
+        mount = mount.arg(option);
+    }
+    mount.file("vms/a.img").refused_with_any(&[1, 2]).error_names(words);
+    scratch.assert_no_mounts();
+}
+
+/// "`/` and a directory that holds an image of the mount are refused", "a source of the mount is never covered"
 #[test]
-fn a_source_can_be_covered_by_its_own_content() {
-    if !need_fuse() || !need_qemu() {
+fn regression_a_mount_never_hides_its_own_source() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    scratch.mkdir("vms/empty");
+    scratch.write("vms/a.img", disk(4));
+    let nonempty = ["-o", "nonempty"];
+    refused_at(&scratch, "vms", &[], &["not empty", "-o nonempty"]);
+    refused_at(&scratch, "vms", &nonempty, &["would hide", "a.img"]);
+    refused_at(&scratch, "vms/new.raw", &nonempty, &["would hide", "a.img"]);
+    refused_at(&scratch, "vms/a.img", &nonempty, &["would hide", "a.img"]);
+    refused_at(&scratch, "/", &nonempty, &["root directory"]);
+    refused_at(&scratch, "/new.raw", &nonempty, &["root directory"]);
+    assert_eq!(fs::read(scratch.path("vms/a.img")).unwrap(), disk(4));
+    let mount = scratch.mount().at("vms/empty").file("vms/a.img").start();
+    assert_eq!(fs::read(mount.file("a.raw")).unwrap(), disk(4));
+    mount.unmount();
+}
+
+/// "a name that does not exist in an existing directory (that name is the file's; it must hold a `/`, …)"
+#[test]
+fn regression_a_mistyped_mount_point_is_no_new_file() {
+    let scratch = Scratch::new();
+    scratch.write("a.img", disk(4));
+    let refused = scratch.vmdkfuse().args(["mtn", "file=a.img"]).run();
+    refused.one_error(2, &["mtn", "./mtn"]);
+    scratch.assert_no_mounts();
+}
+
+/// Mount flags reach the kernel.
+#[test]
+fn regression_mount_flags_hold() {
+    if !need_fuse() {
         return;
     }
     let scratch = Scratch::new();
     scratch.write("a.img", disk(4));
-    let (raw, vmdk) = (scratch.path("a.img"), scratch.path("a.vmdk"));
-    qemu_img(["convert", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
-    let before = fs::read(&vmdk).unwrap();
-    let mount = scratch.mount().at("a.vmdk").file("a.vmdk").start();
-    assert_eq!(fs::read(&vmdk).unwrap(), disk(4));
+    let mount = scratch
+        .mount()
+        .arg("-o")
+        .arg("noexec,sync,noatime,nodiratime,dirsync")
+        .file("a.img")
+        .start();
+    let table = fs::read_to_string("/proc/mounts").unwrap();
+    let point = mount.point().to_str().unwrap();
+    let line = table
+        .lines()
+        .find(|line| line.split(' ').nth(1) == Some(point))
+        .unwrap();
+    let flags: Vec<&str> = line.split(' ').nth(3).unwrap().split(',').collect();
+    for flag in ["noexec", "sync", "noatime", "nodiratime", "dirsync", "nosuid", "nodev"] {
+        assert!(flags.contains(&flag), "{flag} in {flags:?}");
+    }
     mount.unmount();
-    assert_eq!(fs::read(&vmdk).unwrap(), before);
+    scratch
+        .mount()
+        .arg("-o")
+        .arg("context=system_u:object_r:no_such_t:s0")
+        .file("a.img")
+        .refused(1);
 }
 
 #[test]
@@ -386,6 +454,7 @@ fn a_failed_mount_leaves_nothing_behind() {
     scratch.write("text.vmdk", "this is no image at all");
     scratch.write("empty.vmdk", "");
     scratch.mkdir("folder.vmdk");
+    scratch.mkdir("dir");
     scratch
         .mount()
         .file("gone.vmdk")
@@ -401,7 +470,7 @@ fn a_failed_mount_leaves_nothing_behind() {
         scratch.mount().file(name).refused(1).one_error(1, &[name]);
         scratch
             .mount()
-            .at("new-name")
+            .at("dir/new-name")
             .file(name)
             .refused(1)
             .one_error(1, &[name]);
@@ -516,9 +585,9 @@ fn an_extent_in_another_folder_needs_allow_dir() {
         .one_error(1, &["allow-dir"]);
 }
 
-/// "a raw file only when asked or when its name does not end in .vmdk"
+/// "What a file is, its name or `format=` decides"
 #[test]
-fn the_format_is_detected_by_content() {
+fn the_format_is_never_detected_by_content() {
     if !need_fuse() || !need_qemu() {
         return;
     }
@@ -526,7 +595,9 @@ fn the_format_is_detected_by_content() {
     scratch.write("a.img", disk(8));
     let (raw, vmdk) = (scratch.path("a.img"), scratch.path("hidden.bin"));
     qemu_img(["convert", "-O", "vmdk", raw.to_str().unwrap(), vmdk.to_str().unwrap()]);
-    let mount = scratch.mount().file("hidden.bin").start();
+    let refused = scratch.mount().file("hidden.bin").refused(1);
+    refused.one_error(1, &["hidden.bin", "holds a VMDK", "format=vmdk"]);
+    let mount = scratch.mount().file("hidden.bin").arg("format=vmdk").start();
     assert_eq!(fs::read(mount.file("hidden.raw")).unwrap(), disk(8));
     mount.unmount();
     let mount = scratch.mount().file("hidden.bin").arg("format=raw").start();

@@ -35,7 +35,7 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
     let hash = image(&scratch);
     for at in ["mnt", "dir/new-name", "covered"] {
         scratch.mkdir("dir");
-        scratch.write("covered", "x");
+        scratch.write("covered", "");
         let mut mount = scratch.mount().at(at).file("disk.img").start();
         let path = if at == "mnt" {
             mount.file("disk.raw")

@@ -1,10 +1,10 @@
-//! What crashes may leave of an image that is written to, searched through; see `fuse_tests::crash`.
+//! Crash-state search over images that are being written. The method is described in `fuse_tests::crash`.
 
 use std::sync::Arc;
 
 use fuse_tests::crash::{
-    Effort, Faults, Image, Kind, Mutation, Report, Run, SimStore, Step, random_steps, record, record_threads, search,
-    shrink,
+    Effort, Faults, Image, ImageKind, Mutation, Report, Run, SimStore, Step, random_steps, record, record_threads,
+    search, shrink,
 };
 use fuse_tests::harness::need_qemu;
 use vmdkfuse::block::{BlockRead, Lba};
@@ -12,7 +12,7 @@ use vmdkfuse::error::ErrorKind;
 use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
-/// Runs of each kind: few, as everybody waits for them; `CRASH_RUNS` says another number.
+/// Returns the number of runs of each kind: 2, to keep the test short, or the value of `CRASH_RUNS`.
 fn runs() -> u64 {
     std::env::var("CRASH_RUNS")
         .ok()
@@ -20,7 +20,7 @@ fn runs() -> u64 {
         .unwrap_or(2)
 }
 
-/// Where the seeds start; `CRASH_SEED` says another place.
+/// Returns the first seed: 1, or the value of `CRASH_SEED`.
 fn first_seed() -> u64 {
     std::env::var("CRASH_SEED")
         .ok()
@@ -39,8 +39,8 @@ fn effort(seed: u64) -> Effort {
     }
 }
 
-/// Searches random runs of a kind; panics with the shortest run that breaks it.
-fn all_hold(kind: Kind, faults: bool) -> Report {
+/// Searches random runs on images of one kind; panics with the shortest run that violates.
+fn search_runs(kind: ImageKind, faults: bool) -> Report {
     let image = kind.image();
     let mut report = Report::default();
     for seed in first_seed()..first_seed() + runs() {
@@ -53,7 +53,7 @@ fn all_hold(kind: Kind, faults: bool) -> Report {
         }
     }
     let Report {
-        places,
+        positions,
         states,
         exhaustive,
         qemu,
@@ -61,8 +61,8 @@ fn all_hold(kind: Kind, faults: bool) -> Report {
         ..
     } = report;
     println!(
-        "{kind:?}, faults {faults}: {states} states at {places} places, {exhaustive} of them exhaustive, {qemu} shown to \
-         qemu-img, {nested} runs after a crash"
+        "{kind:?}, faults {faults}: {states} states at {positions} positions, {exhaustive} of them exhaustive, \
+         {qemu} checked by qemu-img, {nested} runs after a crash"
     );
     report
 }
@@ -71,15 +71,15 @@ macro_rules! each_kind {
     ($($name:ident $kind:ident,)*) => {
         mod every_sector_is_old_or_new_and_flushed_ones_new {
             use super::*;
-            $(#[test] fn $name() { assert!(all_hold(Kind::$kind, false).states > 300); })*
+            $(#[test] fn $name() { assert!(search_runs(ImageKind::$kind, false).states > 300); })*
         }
-        mod and_where_the_host_fails {
+        mod every_sector_is_old_or_new_although_the_host_fails {
             use super::*;
-            $(#[test] fn $name() { assert!(all_hold(Kind::$kind, true).states > 300); })*
+            $(#[test] fn $name() { assert!(search_runs(ImageKind::$kind, true).states > 300); })*
         }
         #[test]
         fn no_kind_is_left_out() {
-            assert_eq!(Kind::ALL.to_vec(), [$(Kind::$kind),*]);
+            assert_eq!(ImageKind::ALL.to_vec(), [$(ImageKind::$kind),*]);
         }
     };
 }
@@ -99,9 +99,9 @@ each_kind! {
     unclean Unclean,
 }
 
-/// Does the steps, and finds that every crash of them is all right.
+/// Records the steps, and panics if any of their crash states violates.
 #[track_caller]
-fn holds(image: &Image, steps: &[Step]) -> Run {
+fn assert_holds(image: &Image, steps: &[Step]) -> Run {
     let run = record(image, steps, 1);
     let effort = Effort {
         random: 2,
@@ -116,19 +116,19 @@ fn holds(image: &Image, steps: &[Step]) -> Run {
     run
 }
 
-/// Only these faults.
+/// Injects these faults and no others.
 fn fail(faults: Faults) -> Step {
     Step::Fail(faults)
 }
 
-/// Kinds that differ where the host fails.
-const FEW: [Kind; 6] = [
-    Kind::Sparse,
-    Kind::LazyOneTable,
-    Kind::Zeroed,
-    Kind::SplitSparse,
-    Kind::SplitFlat,
-    Kind::Delta,
+/// Kinds that react differently to failures of the host.
+const FEW: [ImageKind; 6] = [
+    ImageKind::Sparse,
+    ImageKind::LazyOneTable,
+    ImageKind::Zeroed,
+    ImageKind::SplitSparse,
+    ImageKind::SplitFlat,
+    ImageKind::Delta,
 ];
 
 const FULL: ErrorKind = ErrorKind::Os(libc::ENOSPC);
@@ -136,7 +136,12 @@ const EIO: ErrorKind = ErrorKind::Os(libc::EIO);
 
 #[test]
 fn threads_that_write_and_flush_at_once() {
-    for kind in [Kind::Sparse, Kind::Lazy, Kind::Delta, Kind::SplitSparse] {
+    for kind in [
+        ImageKind::Sparse,
+        ImageKind::Lazy,
+        ImageKind::Delta,
+        ImageKind::SplitSparse,
+    ] {
         let image = kind.image();
         let mut report = Report::default();
         for seed in first_seed()..first_seed() + runs().div_ceil(3) {
@@ -153,19 +158,19 @@ fn threads_that_write_and_flush_at_once() {
             }
         }
         println!(
-            "{kind:?}, four threads: {} states at {} places",
-            report.states, report.places
+            "{kind:?}, four threads: {} states at {} positions",
+            report.states, report.positions
         );
     }
 }
 
 /// "The search must be able to fail: with the order broken on purpose … it finds the violation"
-mod a_store_that_breaks_the_order_is_found_out {
+mod a_store_that_breaks_the_order_is_detected {
     use super::*;
 
-    fn found(mutation: Mutation, says: &[&str]) {
-        let image = Kind::Delta.image();
-        // grains of the parent alone, in tables that are there already
+    fn assert_found(mutation: Mutation, messages: &[&str]) {
+        let image = ImageKind::Delta.image();
+        // Writes to grains that only the parent has, in tables that are already allocated.
         let steps = [
             Step::Write(17, 3),
             Step::Write(2200, 9),
@@ -173,7 +178,7 @@ mod a_store_that_breaks_the_order_is_found_out {
             Step::Write(33, 1),
             Step::Close,
         ];
-        holds(&image, &steps);
+        assert_holds(&image, &steps);
         let effort = Effort {
             random: 40,
             exhaustive: 8,
@@ -187,67 +192,72 @@ mod a_store_that_breaks_the_order_is_found_out {
             .to_string();
         println!("{mutation:?}: {violation}");
         assert!(
-            says.iter().any(|says| violation.contains(says)),
-            "none of {says:?} is in {violation}"
+            messages.iter().any(|message| violation.contains(message)),
+            "none of {messages:?} is in {violation}"
         );
     }
 
     #[test]
     fn entry_before_data() {
-        found(Mutation::EntryBeforeData, &["holds zeroes", "--check"]);
+        assert_found(Mutation::EntryBeforeData, &["holds zeroes", "--check"]);
     }
 
     #[test]
     fn no_sync_between_data_and_entry() {
-        found(Mutation::NoSyncBetween, &["holds zeroes", "--check"]);
+        assert_found(Mutation::NoSyncBetween, &["holds zeroes", "--check"]);
     }
 
     #[test]
     fn no_sync_after_the_entry() {
-        found(Mutation::NoSyncAfter, &["and may hold value"]);
+        assert_found(Mutation::NoSyncAfter, &["and may hold value"]);
     }
 
     #[test]
     fn only_the_primary_table() {
-        found(Mutation::OnlyPrimary, &["differs from its redundant copy"]);
+        assert_found(Mutation::OnlyPrimary, &["differs from its redundant copy"]);
     }
 
     #[test]
     fn only_the_redundant_table() {
-        found(
+        assert_found(
             Mutation::OnlyRedundant,
             &["differs from its redundant copy", "and may hold value"],
         );
     }
 
     #[test]
-    fn no_mark_of_use() {
-        found(Mutation::NoMark, &["differs from its redundant copy"]);
+    fn no_unclean_flag() {
+        assert_found(Mutation::NoUncleanFlag, &["differs from its redundant copy"]);
     }
 
     #[test]
     fn no_new_cid() {
-        found(Mutation::NoNewCid, &["the CID has not"]);
+        assert_found(Mutation::NoNewCid, &["the CID has not"]);
     }
 }
 
-/// A flush covers what a process wrote that ended without, as long as it is seen.
+/// The first flush after an open also covers what an earlier process wrote without a flush, once it was observed.
 #[test]
 fn regression_the_first_flush_after_an_open_is_durable() {
-    for kind in [Kind::Flat, Kind::SplitFlat, Kind::Sparse, Kind::SplitSparse] {
+    for kind in [
+        ImageKind::Flat,
+        ImageKind::SplitFlat,
+        ImageKind::Sparse,
+        ImageKind::SplitSparse,
+    ] {
         let image = kind.image();
         for end in [Step::Flush, Step::Close] {
-            holds(&image, &[Step::Write(0, 3), Step::Kill, end]);
+            assert_holds(&image, &[Step::Write(0, 3), Step::Kill, end]);
         }
     }
 }
 
 /// "EIO on sync (every later flush must fail: nothing may be claimed durable that may not be)"
 #[test]
-fn after_a_sync_that_failed_nothing_is_said_to_be_durable() {
+fn no_flush_succeeds_after_a_failed_sync() {
     for kind in FEW {
         let image = kind.image();
-        // the sync of the CID, of the mark, of data, of entries, of the end
+        // The syncs of the CID, of the in-use mark, of data, of table entries, and of the close.
         for nth in 1..=6 {
             let steps = [
                 Step::Write(0, 3),
@@ -263,7 +273,7 @@ fn after_a_sync_that_failed_nothing_is_said_to_be_durable() {
                 Step::Close,
                 Step::Flush,
             ];
-            let run = holds(&image, &steps);
+            let run = assert_holds(&image, &steps);
             let failed = run.outcomes.iter().position(|outcome| *outcome == Err(EIO));
             if let Some(first) = failed {
                 let later = run.outcomes[first..].iter().filter(|outcome| outcome.is_ok()).count();
@@ -274,28 +284,28 @@ fn after_a_sync_that_failed_nothing_is_said_to_be_durable() {
     }
 }
 
-/// A sync of the mark of use tells of data, too.
+/// The sync of the in-use mark also reports lost data, so its failure sets the write latch.
 #[test]
-fn regression_a_sync_that_failed_before_a_flush_is_final() {
-    let image = Kind::Sparse.image();
+fn regression_a_failed_sync_before_a_flush_is_final() {
+    let image = ImageKind::Sparse.image();
     let steps = [
         Step::Write(0, 3),
         fail(Faults {
             sync: Some(1),
             ..Faults::default()
         }),
-        // allocates, which marks the image
+        // Allocates a grain, which marks the image as in use.
         Step::Write(9, 2),
         Step::Flush,
     ];
-    let run = holds(&image, &steps);
+    let run = assert_holds(&image, &steps);
     assert_eq!(run.outcomes, [Ok(()), Ok(()), Err(EIO), Err(EIO)]);
 }
 
-/// A table that a directory may name already is not written again before the data of its new entries are durable.
+/// A table that a directory entry may already name is not rewritten before the data of its new entries is durable.
 #[test]
-fn regression_a_flush_that_failed_halfway_is_done_again_in_order() {
-    for kind in [Kind::Lazy, Kind::Delta, Kind::LazyOneTable] {
+fn regression_a_half_failed_flush_is_retried_in_order() {
+    for kind in [ImageKind::Lazy, ImageKind::Delta, ImageKind::LazyOneTable] {
         let image = kind.image();
         let mut failed = 0;
         for nth in 1..=8 {
@@ -312,7 +322,7 @@ fn regression_a_flush_that_failed_halfway_is_done_again_in_order() {
                 Step::Write(1100, 8),
                 Step::Close,
             ];
-            let run = holds(&image, &steps);
+            let run = assert_holds(&image, &steps);
             failed += u32::from(run.outcomes[2] == Err(EIO));
             assert_eq!(run.outcomes[4..], [Ok(()); 4], "{kind:?}, change {nth}");
         }
@@ -322,22 +332,22 @@ fn regression_a_flush_that_failed_halfway_is_done_again_in_order() {
 
 /// "ENOSPC to the writer, image consistent, later writes work again after space is freed"
 #[test]
-fn a_full_disk_of_the_host_is_told_and_got_over() {
+fn a_full_host_disk_is_reported_and_recovered_from() {
     for kind in FEW {
         let image = kind.image();
-        let mut told = [0; 2];
+        let mut errors = [0; 2];
         for pages in [0, 1, 2, 3, 5, 7, 9] {
             let steps = [
                 Step::Write(9, 2),
                 Step::Flush,
                 fail(Faults {
-                    room: Some(pages * 4096),
+                    free_bytes: Some(pages * 4096),
                     ..Faults::default()
                 }),
                 Step::Write(33, 12),
                 Step::Write(1027, 1),
                 Step::Flush,
-                // room again
+                // Free space again.
                 fail(Faults::default()),
                 Step::Write(33, 12),
                 Step::Write(image.values.len() as u64 - 5, 5),
@@ -349,13 +359,13 @@ fn a_full_disk_of_the_host_is_told_and_got_over() {
                 Step::Write(first, sectors) => first + sectors <= image.values.len() as u64,
                 _ => true,
             });
-            let run = holds(&image, &steps.collect::<Vec<_>>());
+            let run = assert_holds(&image, &steps.collect::<Vec<_>>());
             for (step, outcome) in run.steps.iter().zip(&run.outcomes) {
                 assert!(
                     matches!(outcome, Ok(()) | Err(FULL)),
                     "{kind:?}, {pages} pages: {step:?} {outcome:?}"
                 );
-                told[usize::from(matches!(step, Step::Flush))] += u32::from(outcome.is_err());
+                errors[usize::from(matches!(step, Step::Flush))] += u32::from(outcome.is_err());
             }
             assert_eq!(
                 run.outcomes[run.outcomes.len() - 5..],
@@ -363,16 +373,19 @@ fn a_full_disk_of_the_host_is_told_and_got_over() {
                 "{kind:?}, {pages} pages"
             );
         }
-        let flat = matches!(kind, Kind::Flat | Kind::SplitFlat);
-        // flat files have all their room
-        assert_eq!(told[0] > 0, !flat, "{kind:?}");
-        println!("{kind:?}: {} writes and {} flushes were told", told[0], told[1]);
+        let flat = matches!(kind, ImageKind::Flat | ImageKind::SplitFlat);
+        // Flat files are fully allocated, so that no write to them can run out of space.
+        assert_eq!(errors[0] > 0, !flat, "{kind:?}");
+        println!(
+            "{kind:?}: {} writes and {} flushes reported ENOSPC",
+            errors[0], errors[1]
+        );
     }
 }
 
-/// Errors of single writes are told, and the image stays sound.
+/// Errors of single writes are reported, and the image stays sound.
 #[test]
-fn an_error_of_the_host_is_told_and_got_over() {
+fn a_host_error_is_reported_and_recovered_from() {
     for kind in FEW {
         let image = kind.image();
         for nth in [1, 2, 3, 4, 5, 7, 9, 11, 14] {
@@ -391,7 +404,7 @@ fn an_error_of_the_host_is_told_and_got_over() {
                 Step::Flush,
                 Step::Close,
             ];
-            let run = holds(&image, &steps);
+            let run = assert_holds(&image, &steps);
             assert!(
                 run.outcomes.iter().all(|outcome| matches!(outcome, Ok(()) | Err(EIO))),
                 "{:?}",
@@ -408,12 +421,12 @@ fn open_writable(store: &SimStore, name: &str) -> vmdkfuse::error::Result<Arc<Vm
 
 /// "file truncated underneath"
 #[test]
-fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
-    let image = Kind::Sparse.image();
+fn a_truncated_file_is_an_error_and_is_not_damaged_further() {
+    let image = ImageKind::Sparse.image();
     let store = SimStore::new(&image.files);
     let disk = open_writable(&store, image.top).unwrap();
     let writer = disk.writer().unwrap();
-    let all = |disk: &VmdkDisk| {
+    let unreadable = |disk: &VmdkDisk| {
         let mut sector = [0; 512];
         (0..image.values.len() as u64)
             .filter(|&lba| disk.read_at(Lba(lba), &mut sector).is_err())
@@ -421,10 +434,10 @@ fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
     };
     writer.write_at(Lba(9), &[7; 1024]).unwrap();
     writer.flush().unwrap();
-    store.cut(image.top, image.files[0].1.len() / 4 * 3);
-    let lost = all(&disk);
+    store.truncate(image.top, image.files[0].1.len() / 4 * 3);
+    let lost = unreadable(&disk);
     assert!(lost > 0, "nothing was lost");
-    // new grains go where nothing was, and old ones don't come back as zeroes without a word
+    // A new grain must not extend the file over the lost range: lost grains would then silently read as zeroes.
     assert_eq!(
         writer.write_at(Lba(1600), &[8; 512]).unwrap_err().kind(),
         ErrorKind::Corrupt
@@ -435,7 +448,7 @@ fn a_file_that_was_cut_is_an_error_and_is_not_made_worse() {
         Err(e) => assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}"),
         Ok(disk) => panic!(
             "a damaged image was opened for writing: {} of {lost} sectors are lost",
-            all(&disk)
+            unreadable(&disk)
         ),
     }
 }

@@ -1,6 +1,6 @@
 //! Model checks of the lock-free parts: the sources themselves, over loom's primitives, in all interleavings.
 
-/// What the sources see in place of the standard library's primitives.
+/// Synchronization primitives of loom, which the included sources use in place of those of the standard library.
 mod sync {
     pub(super) use loom::sync::Mutex;
     pub(super) use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -41,7 +41,10 @@ fn poll(handoff: &Handoff<usize>, sent: &sync::AtomicUsize) {
 
 #[test]
 fn no_command_is_left_in_the_queue_while_the_poller_sleeps() {
-    loom::model(|| {
+    // Every interleaving with at most three preemptions: without the bound the search takes hours.
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
         let handoff = Arc::new(Handoff::new());
         let sent = Arc::new(sync::AtomicUsize::new(0));
         let submitters: Vec<_> = (0..2)

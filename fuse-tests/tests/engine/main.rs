@@ -1,4 +1,4 @@
-//! The engine as a library: properties against a plain model, crash states, regressions.
+//! Tests of the engine as a library: properties compared with a plain model, crash states, regressions.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

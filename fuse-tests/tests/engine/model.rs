@@ -1,5 +1,5 @@
-//! Properties of the engine against a plain model: whatever the links of a chain are made of, every way of reading it
-//! gives what the model says, and holes are only where the model is zero.
+//! Properties of the engine compared with a plain model: for chains of random links, every way of reading returns the
+//! data of the model, and holes are reported only where the model is zero.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -17,24 +17,25 @@ use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::vmdk;
 use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
 
-/// The most sectors of an extent, so that a disk stays below 4 MiB.
+/// Largest extent in sectors; it keeps a disk below 4 MiB.
 const EXTENT_MAX: u64 = 2000;
 
-/// An extent of a link.
+/// Specification of one extent of a link.
 #[derive(Debug, Clone)]
 struct ExtentSpec {
     sectors: u64,
-    /// Sectors of its file or tables that the extent line leaves out.
+    /// Sectors of the file or tables beyond the size in the extent line.
     unused: u64,
-    form: Form,
-    /// Of 256 grains, how many are stored, and how many are explicitly zero.
+    form: ExtentForm,
+    /// Number of stored grains and of explicit zero grains, both of 256.
     density: (u64, u64),
-    /// Decides which.
+    /// Seed that selects the grains and their content.
     seed: u64,
 }
 
+/// Format of an extent with its options.
 #[derive(Debug, Clone)]
-enum Form {
+enum ExtentForm {
     Flat { offset: u64 },
     Zero,
     Hosted { grain: u64, options: Hosted },
@@ -43,10 +44,11 @@ enum Form {
     SeSparse { first_index: u64 },
 }
 
-/// A link: its extents, and whether a lone KDMV extent holds the descriptor itself.
+/// Specification of one link.
 #[derive(Debug, Clone)]
 struct LinkSpec {
     extents: Vec<ExtentSpec>,
+    /// Embeds the descriptor if the link has one extent, which is hosted sparse or streamOptimized.
     embedded: bool,
 }
 
@@ -75,7 +77,7 @@ fn extent() -> impl Strategy<Value = ExtentSpec> {
     })
 }
 
-fn form() -> impl Strategy<Value = Form> {
+fn form() -> impl Strategy<Value = ExtentForm> {
     let grain = || (3..=11u32).prop_map(|shift| 1u64 << shift);
     let ngte = || select(vec![128, 512, 4096]);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
@@ -88,7 +90,7 @@ fn form() -> impl Strategy<Value = Form> {
             cut_tail,
             ..Hosted::zeroed()
         };
-        Form::Hosted { grain, options }
+        ExtentForm::Hosted { grain, options }
     });
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let stream = (grain(), ngte(), flags).prop_map(|(grain, ngte, (footer, short_last, progress, lba_header))| {
@@ -101,19 +103,19 @@ fn form() -> impl Strategy<Value = Form> {
             desc_len: 2,
             ..Stream::default()
         };
-        Form::Stream { grain, options }
+        ExtentForm::Stream { grain, options }
     });
     prop_oneof![
-        1 => (0..20u64).prop_map(|offset| Form::Flat { offset }),
-        1 => Just(Form::Zero),
+        1 => (0..20u64).prop_map(|offset| ExtentForm::Flat { offset }),
+        1 => Just(ExtentForm::Zero),
         4 => hosted,
         3 => stream,
-        2 => grain().prop_map(|grain| Form::Cowd { grain }),
-        2 => select(vec![0, 1, 4095, 4096]).prop_map(|first_index| Form::SeSparse { first_index }),
+        2 => grain().prop_map(|grain| ExtentForm::Cowd { grain }),
+        2 => select(vec![0, 1, 4095, 4096]).prop_map(|first_index| ExtentForm::SeSparse { first_index }),
     ]
 }
 
-/// Options of a hosted file without redundant copies must not say that there are some.
+/// Returns the header flags of a hosted file: without redundant tables, the flag for them must be clear.
 fn flags_of(options: &Hosted) -> u32 {
     if options.redundant {
         options.flags
@@ -122,7 +124,7 @@ fn flags_of(options: &Hosted) -> u32 {
     }
 }
 
-/// Writes an extent whose descriptor, if it holds one, is `text`; its content over the `parent`, and its line.
+/// Writes an extent with the embedded descriptor `text`, if any. Returns its content over that of the `parent`.
 fn write_extent(
     path: &Path,
     spec: &ExtentSpec,
@@ -131,8 +133,8 @@ fn write_extent(
 ) -> Result<Arc<Layer>> {
     let capacity = spec.sectors + spec.unused;
     let grain = match &spec.form {
-        Form::Hosted { grain, .. } | Form::Stream { grain, .. } | Form::Cowd { grain } => *grain,
-        Form::Flat { .. } | Form::Zero | Form::SeSparse { .. } => 8,
+        ExtentForm::Hosted { grain, .. } | ExtentForm::Stream { grain, .. } | ExtentForm::Cowd { grain } => *grain,
+        ExtentForm::Flat { .. } | ExtentForm::Zero | ExtentForm::SeSparse { .. } => 8,
     };
     let mut random = Random::new(spec.seed);
     let (mut full, mut zero) = (Vec::new(), Vec::new());
@@ -145,13 +147,13 @@ fn write_extent(
     }
     let layer = Layer::new(spec.seed, "extent", capacity, grain).fill(full);
     let layer = match &spec.form {
-        Form::Hosted { .. } | Form::SeSparse { .. } => layer.zero(zero),
+        ExtentForm::Hosted { .. } | ExtentForm::SeSparse { .. } => layer.zero(zero),
         _ => layer,
     };
     match &spec.form {
-        Form::Flat { offset } => write::flat(path, &layer, *offset)?,
-        Form::Zero => {}
-        Form::Hosted { options, .. } => {
+        ExtentForm::Flat { offset } => write::flat(path, &layer, *offset)?,
+        ExtentForm::Zero => {}
+        ExtentForm::Hosted { options, .. } => {
             write::hosted(
                 path,
                 &layer,
@@ -163,9 +165,11 @@ fn write_extent(
             )
             .map(drop)?;
         }
-        Form::Stream { options, .. } => write::stream(path, &layer, text.unwrap_or_default(), options).map(drop)?,
-        Form::Cowd { .. } => write::cowd(path, &layer).map(drop)?,
-        Form::SeSparse { first_index } => {
+        ExtentForm::Stream { options, .. } => {
+            write::stream(path, &layer, text.unwrap_or_default(), options).map(drop)?;
+        }
+        ExtentForm::Cowd { .. } => write::cowd(path, &layer).map(drop)?,
+        ExtentForm::SeSparse { first_index } => {
             write::sesparse(
                 path,
                 &layer,
@@ -177,26 +181,27 @@ fn write_extent(
             .map(drop)?;
         }
     }
-    // What the line leaves out is not part of the disk.
+    // Sectors beyond the size in the extent line are not part of the disk.
     let layer = layer.resized(spec.sectors);
     Ok(Arc::new(match parent {
-        Some(parent) if !matches!(spec.form, Form::Flat { .. } | Form::Zero) => layer.over(parent),
+        Some(parent) if !matches!(spec.form, ExtentForm::Flat { .. } | ExtentForm::Zero) => layer.over(parent),
         _ => layer,
     }))
 }
 
+/// Returns the extent line of the descriptor.
 fn line(spec: &ExtentSpec, name: &str) -> String {
     let sectors = spec.sectors;
     match &spec.form {
-        Form::Flat { offset } => format!("RW {sectors} FLAT \"{name}\" {offset}"),
-        Form::Zero => format!("RW {sectors} ZERO"),
-        Form::Hosted { .. } | Form::Stream { .. } => format!("RW {sectors} SPARSE \"{name}\""),
-        Form::Cowd { .. } => format!("RW {sectors} VMFSSPARSE \"{name}\""),
-        Form::SeSparse { .. } => format!("RW {sectors} SESPARSE \"{name}\""),
+        ExtentForm::Flat { offset } => format!("RW {sectors} FLAT \"{name}\" {offset}"),
+        ExtentForm::Zero => format!("RW {sectors} ZERO"),
+        ExtentForm::Hosted { .. } | ExtentForm::Stream { .. } => format!("RW {sectors} SPARSE \"{name}\""),
+        ExtentForm::Cowd { .. } => format!("RW {sectors} VMFSSPARSE \"{name}\""),
+        ExtentForm::SeSparse { .. } => format!("RW {sectors} SESPARSE \"{name}\""),
     }
 }
 
-/// Writes the links, the oldest first; the file to open, and what it holds.
+/// Writes the links, the oldest first. Returns the path of the newest link and the content of the disk.
 fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Content>)> {
     let mut newest: Option<(PathBuf, Arc<dyn Content>)> = None;
     for (number, link) in links.iter().enumerate() {
@@ -213,7 +218,7 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
             parent_cid,
             ..Descriptor::new("custom", lines).cid(number as u32 + 1)
         };
-        let hint = number.checked_sub(1).map(|below| format!("link{below}.vmdk"));
+        let hint = number.checked_sub(1).map(|parent| format!("link{parent}.vmdk"));
         let text = Descriptor {
             hint,
             encoding: None,
@@ -224,7 +229,7 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
         let lone = matches!(
             link.extents.as_slice(),
             [ExtentSpec {
-                form: Form::Hosted { .. } | Form::Stream { .. },
+                form: ExtentForm::Hosted { .. } | ExtentForm::Stream { .. },
                 ..
             }]
         );
@@ -234,12 +239,12 @@ fn write_chain(dir: &Path, links: &[LinkSpec]) -> Result<(PathBuf, Arc<dyn Conte
             let mut joined = Joined::new();
             let mut start = 0;
             for (i, extent) in link.extents.iter().enumerate() {
-                let below = parent
+                let parent = parent
                     .as_ref()
                     .map(|p| Arc::new(Shifted::new(Arc::clone(p), start)) as Arc<dyn Content>);
                 joined = match extent.form {
-                    Form::Zero => joined.then_zero(extent.sectors),
-                    _ => joined.then(write_extent(&dir.join(file(i)), extent, below, None)?),
+                    ExtentForm::Zero => joined.then_zero(extent.sectors),
+                    _ => joined.then(write_extent(&dir.join(file(i)), extent, parent, None)?),
                 };
                 start += extent.sectors;
             }
@@ -260,7 +265,7 @@ fn config(path: &Path, cache_size: Option<u64>) -> DiskConfig {
     }
 }
 
-/// Sectors that are not zero: what no reader may call a hole.
+/// Returns true for each sector that is not zero, and so must not be reported as a hole.
 fn nonzero(whole: &[u8]) -> Vec<bool> {
     whole
         .chunks(SECTOR as usize)
@@ -268,8 +273,8 @@ fn nonzero(whole: &[u8]) -> Vec<bool> {
         .collect()
 }
 
-/// Walks the whole disk by `content_at`; for each sector whether it is data.
-fn walk(disk: &dyn BlockRead) -> Result<Vec<bool>> {
+/// Walks the whole disk by `content_at`. Returns true for each sector reported as data.
+fn data_sectors(disk: &dyn BlockRead) -> Result<Vec<bool>> {
     let end = disk.geometry().sectors;
     let mut data = Vec::new();
     while (data.len() as u64) < end {
@@ -281,26 +286,31 @@ fn walk(disk: &dyn BlockRead) -> Result<Vec<bool>> {
     Ok(data)
 }
 
-/// The sectors of a disk by its model, and how exact its holes are known.
+/// Expected content of a disk, and the ranges to read.
 struct Expected {
     whole: Vec<u8>,
-    /// Where the engine may say "data" of zeroes: a file system stores flat files in pages.
+    /// False if zeroes may be reported as data: file systems allocate flat files in pages.
     exact_holes: bool,
     ranges: Vec<Range<u64>>,
 }
 
-fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCaseError> {
+/// Compares a disk with its model by reads, `content_at` and `is_zero`.
+fn assert_same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCaseError> {
     let sectors = expected.whole.len() as u64 / SECTOR;
     prop_assert_eq!(disk.geometry().sectors, sectors);
     let mut all = vec![1; expected.whole.len()];
     disk.read_at(Lba(0), &mut all)
         .map_err(|e| TestCaseError::fail(e.to_string()))?;
     prop_assert!(all == expected.whole, "the disk read at once");
-    let data = walk(disk).map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let data = data_sectors(disk).map_err(|e| TestCaseError::fail(e.to_string()))?;
     let full = nonzero(&expected.whole);
-    for (sector, (said, is)) in data.iter().zip(&full).enumerate() {
-        prop_assert!(*said || !*is, "sector {} is no hole", sector);
-        prop_assert!(!expected.exact_holes || said == is, "sector {} is a hole", sector);
+    for (sector, (reported, actual)) in data.iter().zip(&full).enumerate() {
+        prop_assert!(*reported || !*actual, "sector {} is no hole", sector);
+        prop_assert!(
+            !expected.exact_holes || reported == actual,
+            "sector {} is a hole",
+            sector
+        );
     }
     for range in &expected.ranges {
         let (first, end) = (range.start / SECTOR, range.end.div_ceil(SECTOR));
@@ -310,10 +320,10 @@ fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCas
             .map_err(|e| TestCaseError::fail(e.to_string()))?;
         prop_assert!(part == expected.whole[bytes], "sectors {}..{}", first, end);
         let zero = !full[first as usize..end as usize].contains(&true);
-        let said = disk.is_zero(Lba(first), end - first);
-        prop_assert!(!said || zero, "sectors {}..{} are not zero", first, end);
+        let reported = disk.is_zero(Lba(first), end - first);
+        prop_assert!(!reported || zero, "sectors {}..{} are not zero", first, end);
         prop_assert!(
-            !expected.exact_holes || said == zero,
+            !expected.exact_holes || reported == zero,
             "sectors {}..{} are zero",
             first,
             end
@@ -322,9 +332,9 @@ fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCas
             .content_at(Lba(first))
             .map_err(|e| TestCaseError::fail(e.to_string()))?;
         prop_assert!(run >= 1 && first + run <= sectors);
-        let said = &data[first as usize..(first + run) as usize];
+        let reported = &data[first as usize..(first + run) as usize];
         prop_assert!(
-            said.iter().all(|d| *d != content.is_zero()),
+            reported.iter().all(|d| *d != content.is_zero()),
             "content from sector {} on",
             first
         );
@@ -332,40 +342,41 @@ fn same_sectors(disk: &dyn BlockRead, expected: &Expected) -> Result<(), TestCas
     Ok(())
 }
 
-fn same_bytes(image: &Volume, expected: &Expected, scratch: &mut ReadBuffer) -> Result<(), TestCaseError> {
+/// Compares a volume with its model by reads and seeks at byte offsets.
+fn assert_same_bytes(image: &Volume, expected: &Expected, scratch: &mut ReadBuffer) -> Result<(), TestCaseError> {
     let len = expected.whole.len() as u64;
     prop_assert_eq!(image.len(), len);
-    let data = walk(&**image.disk()).map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let data = data_sectors(&**image.disk()).map_err(|e| TestCaseError::fail(e.to_string()))?;
     for range in &expected.ranges {
-        let wanted = (range.end - range.start) as usize;
-        // past the end as well, where the range begins near to it
-        for ask in [wanted, wanted + 5000] {
+        let len_in_range = (range.end - range.start) as usize;
+        // The longer read reaches beyond the end of the disk if the range is near to it.
+        for count in [len_in_range, len_in_range + 5000] {
             let got = image
-                .read(range.start, ask, scratch)
+                .read(range.start, count, scratch)
                 .map_err(|e| TestCaseError::fail(e.to_string()))?;
-            let end = (range.start + ask as u64).min(len);
+            let end = (range.start + count as u64).min(len);
             prop_assert!(
                 got == &expected.whole[range.start as usize..end as usize],
                 "{:?} of {} bytes",
                 range,
-                ask
+                count
             );
         }
-        for (what, data_wanted) in [(Seek::Data, true), (Seek::Hole, false)] {
+        for (target, is_data) in [(Seek::Data, true), (Seek::Hole, false)] {
             let found = image
-                .seek(range.start, what)
+                .seek(range.start, target)
                 .map_err(|e| TestCaseError::fail(e.to_string()))?;
             let first = (range.start / SECTOR) as usize;
             let next = data[first..]
                 .iter()
-                .position(|d| *d == data_wanted)
+                .position(|d| *d == is_data)
                 .map(|n| (first + n) as u64 * SECTOR);
-            let end = (what == Seek::Hole).then_some(len);
+            let end = (target == Seek::Hole).then_some(len);
             prop_assert_eq!(
                 found,
                 next.map(|at| at.max(range.start)).or(end),
                 "{:?} from {}",
-                what,
+                target,
                 range.start
             );
         }
@@ -382,28 +393,28 @@ proptest! {
     fn every_chain_reads_as_its_model(links in chain(), seed: u64) {
         let dir = tempdir().unwrap();
         let (path, model) = write_chain(dir.path(), &links).unwrap();
-        let flat = |l: &LinkSpec| l.extents.iter().any(|e| matches!(e.form, Form::Flat { .. }));
+        let flat = |l: &LinkSpec| l.extents.iter().any(|e| matches!(e.form, ExtentForm::Flat { .. }));
         let expected = Expected {
             whole: model.read(0, model.sectors()),
             exact_holes: !links.iter().any(flat),
             ranges: model.random_ranges(seed, 24, 700_000),
         };
         let source = volume::open_source(&config(&path, None)).unwrap();
-        same_sectors(&*source.disk(), &expected)?;
+        assert_same_sectors(&*source.disk(), &expected)?;
         let Source::Vmdk(disk) = &source else { panic!("{} is no VMDK", path.display()) };
         let report = vmdk::check(disk);
         prop_assert_eq!(report.error_count, 0, "{:?}", report.errors);
         let mut scratch = ReadBuffer::new();
         for cache_size in [None, Some(0)] {
             let image = volume::open(&config(&path, cache_size)).unwrap();
-            same_bytes(&image, &expected, &mut scratch)?;
-            same_sectors(&**image.disk(), &expected)?;
+            assert_same_bytes(&image, &expected, &mut scratch)?;
+            assert_same_sectors(&**image.disk(), &expected)?;
         }
     }
 }
 
 #[test]
-fn regression_read_across_a_hole_between_grains_that_touch_in_the_file() {
+fn regression_read_across_a_hole_between_adjacent_grains_of_the_file() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("disk.vmdk");
     let layer = Layer::new(1, "disk", 3 * 128, 128).fill([0, 2]);
@@ -414,11 +425,11 @@ fn regression_read_across_a_hole_between_grains_that_touch_in_the_file() {
         shuffle: false,
         ..Hosted::default()
     };
-    let places = write::hosted(&path, &layer, Some(&text), &options).unwrap();
+    let layout = write::hosted(&path, &layer, Some(&text), &options).unwrap();
     assert_eq!(
-        places.grains[&0] + 128,
-        places.grains[&2],
-        "the grains are neighbours in the file"
+        layout.grains[&0] + 128,
+        layout.grains[&2],
+        "the grains are not adjacent in the file"
     );
     let image = volume::open(&config(&path, None)).unwrap();
     let mut scratch = ReadBuffer::new();
@@ -427,10 +438,10 @@ fn regression_read_across_a_hole_between_grains_that_touch_in_the_file() {
 }
 
 #[test]
-fn readers_at_once_see_the_same_disk_through_a_small_cache() {
+fn parallel_readers_see_the_same_disk_through_a_small_cache() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("disk.vmdk");
-    // 1200 grains of 8 KiB, in the smallest cache there is: less than half of it
+    // 1200 grains of 8 KiB; the smallest cache holds less than half of the disk.
     let layer = Layer::new(1, "stream", 1200 * 16 - 5, 16).fill((0..1200).filter(|n| n % 7 != 3));
     let text = Descriptor::new("streamOptimized", ["RW 19195 SPARSE \"disk.vmdk\""])
         .bytes()
@@ -452,7 +463,7 @@ fn readers_at_once_see_the_same_disk_through_a_small_cache() {
             let (image, whole, layer) = (&image, &whole, &layer);
             scope.spawn(move || {
                 let mut scratch = ReadBuffer::new();
-                let mut same = |range: Range<u64>| {
+                let mut assert_same = |range: Range<u64>| {
                     let got = image
                         .read(range.start, (range.end - range.start) as usize, &mut scratch)
                         .unwrap();
@@ -461,15 +472,15 @@ fn readers_at_once_see_the_same_disk_through_a_small_cache() {
                         "reader {reader}: {range:?}"
                     );
                 };
-                // two go through it in order, at two paces; all jump about
-                let pace = 100_000 + reader * 7777;
-                for start in (0..whole.len() as u64).step_by(pace as usize).filter(|_| reader < 2) {
-                    same(start..(start + pace).min(whole.len() as u64));
+                // Two readers read sequentially with different lengths; all four also read random ranges.
+                let step = 100_000 + reader * 7777;
+                for start in (0..whole.len() as u64).step_by(step as usize).filter(|_| reader < 2) {
+                    assert_same(start..(start + step).min(whole.len() as u64));
                 }
                 layer
                     .random_ranges(reader, 150, 300_000)
                     .into_iter()
-                    .for_each(&mut same);
+                    .for_each(&mut assert_same);
             });
         }
     });

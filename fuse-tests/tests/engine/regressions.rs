@@ -1,5 +1,5 @@
-//! Defects that were found once: each keeps a test here, against the engine as a library or the actions that only look.
-//! Those that need a mount are in `regressions_mounted.rs`.
+//! Regression tests of the engine as a library and of `--info`, `--map` and `--check`. Those that need a mount are in
+//! `tests/mount/regressions.rs`.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -20,20 +20,20 @@ use vmdkfuse::error::{ErrorKind, Result};
 use vmdkfuse::vmdk::{CheckReport, check};
 use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
 
-/// Far more than anything here may take, far less than what was unbounded took.
+/// Deadline far above the time of every test here, and far below that of the unbounded work in the original defects.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Fields of the hosted header.
+/// Byte offsets of fields in the hosted header.
 const OVERHEAD: u64 = 64;
 const RGD: u64 = 48;
 const GD: u64 = 56;
 
-/// The folder of one image.
+/// Creates the folder of one image.
 fn ctx(scratch: &Scratch, name: &str) -> Ctx {
     Ctx::new(&scratch.path(name), 3).unwrap()
 }
 
-/// A disk with every option at its default.
+/// Returns a read-only disk with default options.
 fn config(path: &Path) -> DiskConfig {
     DiskConfig {
         read_only: true,
@@ -45,9 +45,9 @@ fn open(path: &Path) -> Result<Volume> {
     volume::open(&config(path))
 }
 
-/// What `--check` finds.
+/// Returns the report of `--check`.
 #[track_caller]
-fn checked(path: &Path) -> CheckReport {
+fn check_image(path: &Path) -> CheckReport {
     match volume::open_source(&config(path)).unwrap() {
         Source::Vmdk(disk) => check(&disk),
         other => panic!("{} is opened as {other:?}", path.display()),
@@ -61,7 +61,7 @@ fn read(image: &Volume, sector: u64, sectors: u64) -> Result<Vec<u8>> {
         .to_vec())
 }
 
-/// Panics unless the whole disk reads as the model.
+/// Panics unless the whole disk reads the same as the model.
 #[track_caller]
 fn assert_reads_as(image: &Volume, model: &Layer) {
     const STEP: u64 = 1024;
@@ -75,7 +75,7 @@ fn assert_reads_as(image: &Volume, model: &Layer) {
     }
 }
 
-/// Panics unless opening fails as `kind` with each of `words`.
+/// Panics unless the open fails with `kind` and a message that contains each of `words`.
 #[track_caller]
 fn assert_refused(path: &Path, kind: ErrorKind, words: &[&str]) {
     let error = match open(path) {
@@ -88,22 +88,24 @@ fn assert_refused(path: &Path, kind: ErrorKind, words: &[&str]) {
         .for_each(|word| assert!(error.to_string().contains(word), "no {word:?} in: {error}"));
 }
 
-/// What `work` answers, or a panic when that takes too long.
+/// Returns the result of `work`, or panics after [`DEADLINE`].
 #[track_caller]
 fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = channel();
     thread::spawn(move || sender.send(work()));
-    receiver.recv_timeout(DEADLINE).expect("it takes too long")
+    receiver
+        .recv_timeout(DEADLINE)
+        .expect("not finished within the deadline")
 }
 
-/// Tables that are there and tables that are not, by turns, over more than one chunk (4096) of the directory.
+/// Allocated and missing tables alternate over more than one chunk (4096 entries) of the directory.
 #[test]
-fn regression_alternating_tables_read_right_at_every_border() {
+fn regression_alternating_tables_read_correctly_at_every_border() {
     const TABLE: u64 = 128;
     const TABLES: u64 = 4200;
     let scratch = Scratch::new();
     let c = ctx(&scratch, "alternating");
-    // the first and the last grain of every odd table, and three absent ones in a row at the border of the chunk
+    // The first and the last grain of every odd table. Three missing tables in a row lie at the border of the chunk.
     let present = |table: u64| table % 2 == 1 && table != 4095;
     let grains = (0..TABLES)
         .filter(|t| present(*t))
@@ -128,7 +130,7 @@ fn regression_alternating_tables_read_right_at_every_border() {
     let mut at = 0;
     while at < layer.sectors() {
         let (content, sectors) = image.disk().content_at(Lba(at)).unwrap();
-        let wanted = |sector: u64| {
+        let expected = |sector: u64| {
             if layer.grains().contains_key(&sector) {
                 Content::Data
             } else {
@@ -140,16 +142,16 @@ fn regression_alternating_tables_read_right_at_every_border() {
             "{sectors} sectors from {at} on"
         );
         assert!(
-            (at..at + sectors).all(|s| wanted(s) == content),
+            (at..at + sectors).all(|s| expected(s) == content),
             "{content:?} from {at} on, {sectors} sectors"
         );
         at += sectors;
     }
 }
 
-/// 2^18 directory entries that name one table of 65536 entries, with grains of one sector: 8 TiB in a file of 1.3 MiB.
-/// With `redundant`, 2^18 entries more name a second table.
-fn shared_table(path: &Path, redundant: bool, entry: Entry) {
+/// Writes an image whose 2^18 directory entries name the same table of 65536 entries, with grains of one sector: 8 TiB
+/// in a file of 1.3 MiB. With `redundant`, the 2^18 entries of the redundant directory name a second table.
+fn shared_table(path: &Path, redundant: bool, entry: EntryFn) {
     const ENTRIES: u64 = 1 << 18;
     const NGTE: u32 = 1 << 16;
     const COPY: u64 = (ENTRIES + NGTE as u64) * 4 / SECTOR;
@@ -183,23 +185,24 @@ fn shared_table(path: &Path, redundant: bool, entry: Entry) {
     fs::write(path, bytes).unwrap();
 }
 
-/// The entry at an index of a table, where the only grain is at the sector that is given.
-type Entry = fn(u32, u32) -> u32;
+/// Returns the entry at an index of a table; the second argument is the sector of the only grain.
+type EntryFn = fn(u32, u32) -> u32;
 
-/// What the one table of [`shared_table`] may hold: nothing, the same grain everywhere, that grain by turns.
-const SHARED: [(&str, Entry); 3] = [
+/// Contents of the one table of [`shared_table`]: empty, the same grain in every entry, the grain in every second
+/// entry.
+const SHARED: [(&str, EntryFn); 3] = [
     ("empty", |_, _| 0),
     ("full", |_, grain| grain),
-    ("turns", |i, grain| if i % 2 == 0 { grain } else { 0 }),
+    ("alternating", |i, grain| if i % 2 == 0 { grain } else { 0 }),
 ];
 
 #[test]
-fn regression_check_of_a_table_that_many_entries_name_ends() {
+fn regression_check_of_a_shared_table_ends() {
     let scratch = Scratch::new();
     for (name, entry) in SHARED {
         let path = scratch.path(format!("{name}.vmdk"));
         shared_table(&path, false, entry);
-        let report = in_time(move || checked(&path));
+        let report = in_time(move || check_image(&path));
         assert!(
             report.error_count >= (1 << 18) - 1,
             "{name}: {} errors",
@@ -211,9 +214,9 @@ fn regression_check_of_a_table_that_many_entries_name_ends() {
             "{name}: {:?}",
             report.errors.first()
         );
-        assert!(report.grains <= 1 << 16, "{name}: {} grains looked at", report.grains);
+        assert!(report.grains <= 1 << 16, "{name}: {} grains checked", report.grains);
     }
-    let path = scratch.path("turns.vmdk");
+    let path = scratch.path("alternating.vmdk");
     let outcome = scratch
         .vmdkfuse()
         .arg("--check")
@@ -224,13 +227,13 @@ fn regression_check_of_a_table_that_many_entries_name_ends() {
     outcome.expect_code(4);
 }
 
-/// Both copies of a table are compared once, however many entries name them.
+/// The two copies of a table are compared once, regardless of the number of entries that name them.
 #[test]
-fn regression_check_of_redundant_tables_that_many_entries_name_ends() {
+fn regression_check_of_shared_redundant_tables_ends() {
     let scratch = Scratch::new();
     let path = scratch.path("redundant.vmdk");
     shared_table(&path, true, SHARED[2].1);
-    let report = in_time(move || checked(&path));
+    let report = in_time(move || check_image(&path));
     assert!(
         report.error_count >= 2 * ((1 << 18) - 1),
         "{} errors",
@@ -238,9 +241,9 @@ fn regression_check_of_redundant_tables_that_many_entries_name_ends() {
     );
 }
 
-/// 64 links of 2^25 absent tables each: a search ends although all their directories together take a minute.
+/// 64 links with 2^25 missing tables each: a seek is bounded, although walking all their directories takes a minute.
 #[test]
-fn regression_a_search_for_data_in_huge_directories_ends() {
+fn regression_seek_data_in_huge_directories_ends() {
     const LINKS: u32 = 64;
     let scratch = Scratch::new();
     let c = ctx(&scratch, "huge");
@@ -258,14 +261,14 @@ fn regression_a_search_for_data_in_huge_directories_ends() {
     }
     let image = open(&c.at(&format!("disk{}.vmdk", LINKS - 1))).unwrap();
     in_time(move || {
-        // nothing is found, or that much of it was looked at
+        // Either result is right: no data, or a position at which the bounded search stopped.
         image.seek(0, Seek::Data).unwrap();
         assert_eq!(image.seek(0, Seek::Hole).unwrap(), Some(0));
     });
 }
 
 #[test]
-fn regression_a_search_for_data_in_a_table_that_many_entries_name_ends() {
+fn regression_seek_data_in_a_shared_table_ends() {
     let scratch = Scratch::new();
     for (name, entry) in SHARED {
         let path = scratch.path(format!("{name}.vmdk"));
@@ -279,7 +282,7 @@ fn regression_a_search_for_data_in_a_table_that_many_entries_name_ends() {
             )
         });
         match name {
-            // data that may be there is said no earlier than where the search ended
+            // The search may stop early and report data at the position where it stopped, but a hole at 0.
             "empty" => assert_eq!((data < end, hole), (true, 0)),
             "full" => assert_eq!((data, hole), (0, end)),
             _ => assert_eq!((data, hole), (0, SECTOR)),
@@ -287,14 +290,14 @@ fn regression_a_search_for_data_in_a_table_that_many_entries_name_ends() {
     }
 }
 
-/// 2^33 stretches: they are printed as they are found, and the end of the reader is the end of the program.
+/// The map has 2^33 ranges: the program prints them as it finds them, and exits when the reader closes the pipe.
 #[test]
 fn regression_map_streams_and_ends_with_its_reader() {
     if !need("bash") || !need("prlimit") {
         return;
     }
     let scratch = Scratch::new();
-    let path = scratch.path("turns.vmdk");
+    let path = scratch.path("alternating.vmdk");
     shared_table(&path, false, SHARED[2].1);
     for json in ["", "--json"] {
         let script = format!(
@@ -316,13 +319,14 @@ fn regression_map_streams_and_ends_with_its_reader() {
     }
 }
 
-/// Entry 1 is a zeroed grain only with flag bit 2; without it, it is no grain either, also where sector 1 is free.
+/// A grain entry of 1 means a zeroed grain only with flag bit 2. Without the flag it is an error, even if sector 1 is
+/// free.
 #[test]
 fn regression_entry_1_is_no_grain() {
     let scratch = Scratch::new();
     let c = ctx(&scratch, "one");
     let layer = c.layer("disk", 4096, 8).fill([0, 1, 9]);
-    // room for a descriptor of 8 sectors, which the header then does not name
+    // Reserves 8 sectors for a descriptor and removes it from the header, so that sector 1 is free.
     let options = Hosted {
         desc_len: 8,
         ..Hosted::default()
@@ -340,17 +344,17 @@ fn regression_entry_1_is_no_grain() {
     let image = open(&path).unwrap();
     assert_eq!(read(&image, 0, 8).unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(read(&image, 8, 8).unwrap(), layer.read(8, 8));
-    assert!(checked(&path).error_count > 0);
+    assert!(check_image(&path).error_count > 0);
 }
 
 #[test]
 fn regression_a_primary_directory_outside_of_the_file_is_replaced() {
     let scratch = Scratch::new();
-    for (name, place) in [("past", 1u64 << 30), ("wraps", 1 << 55), ("header", 0)] {
+    for (name, sector) in [("past", 1u64 << 30), ("wraps", 1 << 55), ("header", 0)] {
         let good = ctx(&scratch, name).simple().unwrap();
-        write::poke(&good.path, GD, &place.to_le_bytes()).unwrap();
+        write::poke(&good.path, GD, &sector.to_le_bytes()).unwrap();
         assert_reads_as(&open(&good.path).unwrap(), &good.layer);
-        assert!(checked(&good.path).error_count > 0, "{name}");
+        assert!(check_image(&good.path).error_count > 0, "{name}");
     }
 }
 
@@ -358,10 +362,10 @@ fn regression_a_primary_directory_outside_of_the_file_is_replaced() {
 fn regression_a_redundant_directory_outside_of_the_file_is_not_needed() {
     let scratch = Scratch::new();
     let good = ctx(&scratch, "rgd").simple().unwrap();
-    assert_eq!(checked(&good.path).error_count, 0);
+    assert_eq!(check_image(&good.path).error_count, 0);
     write::poke(&good.path, RGD, &(1u64 << 30).to_le_bytes()).unwrap();
     assert_reads_as(&open(&good.path).unwrap(), &good.layer);
-    let report = checked(&good.path);
+    let report = check_image(&good.path);
     assert!(
         report.errors.iter().any(|e| e.contains("redundant")),
         "{:?}",
@@ -369,9 +373,9 @@ fn regression_a_redundant_directory_outside_of_the_file_is_not_needed() {
     );
 }
 
-/// A primary directory or table that the file ends inside of: its first sector is there, its bytes are not.
+/// The file ends inside of a primary directory or table: the first sector exists, but not all bytes.
 #[test]
-fn regression_cut_off_primary_tables_are_replaced() {
+fn regression_truncated_primary_tables_are_replaced() {
     let scratch = Scratch::new();
     for name in ["directory", "table", "past"] {
         let good = ctx(&scratch, name).simple().unwrap();
@@ -388,12 +392,12 @@ fn regression_cut_off_primary_tables_are_replaced() {
             _ => write::poke(&good.path, good.at.gd * SECTOR, &(end as u32 - 1).to_le_bytes()).unwrap(),
         }
         assert_reads_as(&open(&good.path).unwrap(), &good.layer);
-        assert!(checked(&good.path).error_count > 0, "{name}");
+        assert!(check_image(&good.path).error_count > 0, "{name}");
     }
 }
 
 #[test]
-fn regression_metadata_longer_than_the_file_are_refused() {
+fn regression_metadata_longer_than_the_file_is_refused() {
     let scratch = Scratch::new();
     for overhead in [1u64 << 20, u64::MAX] {
         let good = ctx(&scratch, &format!("overhead-{overhead}")).simple().unwrap();
@@ -420,7 +424,7 @@ fn regression_a_volatile_header_elsewhere_is_refused() {
     assert_refused(&path, ErrorKind::Unsupported, &["volatile", "sesparse.vmdk"]);
 }
 
-/// The bound on extents holds for a chain, not for each of its links.
+/// The limit on the number of extents applies to the whole chain, not to each link.
 #[test]
 fn regression_the_extents_of_a_chain_are_bounded() {
     let scratch = Scratch::new();
@@ -439,22 +443,22 @@ fn regression_the_extents_of_a_chain_are_bounded() {
     }
 }
 
-/// A file that is descriptor and extent at once takes its room once.
+/// A file that is both descriptor and extent counts once in the allocated size.
 #[test]
-fn regression_the_room_of_a_monolithic_file_is_not_counted_twice() {
+fn regression_the_space_of_a_monolithic_file_is_not_counted_twice() {
     let scratch = Scratch::new();
     let good = ctx(&scratch, "room")
         .simple_of(1 << 20, 128, &[0, 1, 2, 900], &Hosted::default())
         .unwrap();
-    let takes = fs::metadata(&good.path).unwrap().blocks() * 512;
+    let allocated = fs::metadata(&good.path).unwrap().blocks() * 512;
     let first = open(&good.path).unwrap().allocated();
     assert!(
-        first > 0 && first <= takes,
-        "{first} bytes before they are counted, but the file takes {takes}"
+        first > 0 && first <= allocated,
+        "{first} bytes reported before they are counted, but {allocated} are allocated to the file"
     );
 }
 
-/// A damaged directory entry far from the start, with both copies wrong.
+/// Creates an image in which both copies of the directory entry of `table` are damaged.
 fn bad_entry(c: &Ctx, grains: &[u64], table: u64) -> (PathBuf, Layer) {
     let layer = c.layer("disk", 10 * 512 * 8, 8).fill(grains.iter().copied());
     let (path, at) = c.sparse("disk.vmdk", &layer, &Hosted::lazy(), |text| text).unwrap();
@@ -513,13 +517,13 @@ fn regression_holes_before_a_damaged_directory_entry_are_found() {
     }
 }
 
-/// JSON in which every key of an object stands once.
+/// JSON in which no object has a duplicate key.
 struct Unique;
 
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        struct Walk;
-        impl<'de> Visitor<'de> for Walk {
+        struct UniqueVisitor;
+        impl<'de> Visitor<'de> for UniqueVisitor {
             type Value = Unique;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("JSON")
@@ -528,7 +532,7 @@ impl<'de> Deserialize<'de> for Unique {
                 let mut seen = HashSet::new();
                 while let Some((key, Unique)) = map.next_entry::<String, Unique>()? {
                     if !seen.insert(key.clone()) {
-                        return Err(de::Error::custom(format!("key {key:?} stands twice")));
+                        return Err(de::Error::custom(format!("duplicate key {key:?}")));
                     }
                 }
                 Ok(Unique)
@@ -550,12 +554,12 @@ impl<'de> Deserialize<'de> for Unique {
                 Ok(Unique)
             }
         }
-        from.deserialize_any(Walk)
+        from.deserialize_any(UniqueVisitor)
     }
 }
 
 #[test]
-fn regression_no_key_of_info_stands_twice() {
+fn regression_json_output_has_no_duplicate_keys() {
     assert!(serde_json::from_str::<Unique>("[{\"a\": 1, \"b\": {\"a\": null}, \"a\": true}]").is_err());
     let scratch = Scratch::new();
     let c = ctx(&scratch, "info");

@@ -1,5 +1,5 @@
-//! `--create` and `create=true`: what is made is what qemu, our reader and the descriptor say it is, and nothing else is
-//! touched.
+//! `--create` and `create=true`: new disks read the same in qemu and in this engine, their descriptors are right, and
+//! no other file is touched.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -15,7 +15,7 @@ use vmdkfuse::config::{AdapterType, CreateType};
 use vmdkfuse::store::{ExtentName, LocalStore};
 use vmdkfuse::vmdk::{self, DeltaParent, NewDelta, NewDisk};
 
-/// Each kind with the name that qemu knows it by.
+/// Each value of `create-type=` with the createType that qemu reports.
 const KINDS: [(&str, &str); 7] = [
     ("monolithic-sparse", "monolithicSparse"),
     ("monolithic-flat", "monolithicFlat"),
@@ -26,7 +26,7 @@ const KINDS: [(&str, &str); 7] = [
     ("stream-optimized", "streamOptimized"),
 ];
 
-/// Makes a disk by the program.
+/// Creates a disk with `--create`, which must print nothing.
 #[track_caller]
 fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
     let size = format!("create-size={size}");
@@ -39,12 +39,12 @@ fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
     assert_eq!(
         (outcome.stdout.as_str(), outcome.stderr.as_str()),
         ("", ""),
-        "it says something"
+        "--create printed something"
     );
     scratch.path(file)
 }
 
-/// The names in the folder, sorted.
+/// Returns the names in the folder, sorted.
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(dir)
         .unwrap()
@@ -54,12 +54,13 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
+/// Returns the store of the scratch folder.
 fn store(scratch: &Scratch) -> LocalStore {
     LocalStore::new(scratch.root(), policy(&[])).unwrap()
 }
 
 #[test]
-fn every_kind_is_empty_for_qemu_and_for_us() {
+fn every_kind_is_empty_in_qemu_and_in_this_engine() {
     let _alone = alone();
     if !need("qemu-img") {
         return;
@@ -74,10 +75,10 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
     ];
     for (kind, create_type) in KINDS {
         for size in sizes {
-            let taken = kind == "vmfs-flat" && size > 64 << 20;
-            // 3 TiB in pieces of 2 GB are 1537 files, which says no more than two
+            let too_large = kind == "vmfs-flat" && size > 64 << 20;
+            // 3 TiB in split extents of 2 GB are 1537 files, which test no more than two files do.
             let pieces = kind.starts_with("split") && size > 1 << 40;
-            if taken || pieces {
+            if too_large || pieces {
                 continue;
             }
             let scratch = Scratch::new();
@@ -85,26 +86,26 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
             let info = qemu_img(["info", "--output=json", path.to_str().unwrap()]).json();
             assert_eq!(info["virtual-size"], size, "{kind} {size}");
             assert_eq!(info["format-specific"]["data"]["create-type"], create_type, "{kind}");
-            let ours = scratch
+            let own_info = scratch
                 .vmdkfuse()
                 .args(["--info", "--json"])
                 .arg(&path)
                 .run()
                 .ok()
                 .json();
-            assert_eq!(ours[0]["size"], size, "{kind} {size}");
-            // all tables of a large one take long in a debug build
+            assert_eq!(own_info[0]["size"], size, "{kind} {size}");
+            // Checking all tables of a large disk takes long in a debug build.
             if size < 1 << 40 || kind == "stream-optimized" {
                 scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
             }
-            // qemu-img has no check of flat ones, and says so with 63
+            // qemu-img does not support checks of flat images; it then exits with 63.
             let checked = Cmd::new("qemu-img").args(["check", "-q"]).arg(&path).run();
             assert!(matches!(checked.ended.code, Some(0 | 63)), "{kind} {size}: {checked}");
-            // which takes half a minute for 3 TiB
+            // The map of 3 TiB takes half a minute.
             if size < 1 << 40 && (kind.ends_with("sparse") || kind == "stream-optimized") {
                 assert_eq!(qemu_data_ranges(&path, "vmdk"), [], "{kind} {size}");
             }
-            // what is larger differs in the number of tables or pieces only
+            // Larger disks differ only in the number of tables or extents.
             if size <= 1 << 31 && (size < 1 << 30 || kind == "split-sparse") {
                 let raw = scratch.path("x.raw");
                 qemu_img([
@@ -127,7 +128,7 @@ fn every_kind_is_empty_for_qemu_and_for_us() {
 }
 
 #[test]
-fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
+fn writes_of_qemu_to_a_new_disk_are_read_back() {
     let _alone = alone();
     if !need("qemu-img") {
         return;
@@ -136,7 +137,7 @@ fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
     let size = (2047 << 20) + (5 << 20) + 512;
     let raw = scratch.path("raw");
     raw_with_islands(&raw, 40 << 20, 7);
-    // the islands also at the border of the pieces
+    // Islands also at the boundary between two split extents.
     let islands = fs::read(&raw).unwrap();
     let file = File::options()
         .read(true)
@@ -160,34 +161,34 @@ fn what_qemu_writes_to_a_new_disk_is_read_by_us() {
     }
 }
 
-/// Compares a disk with a raw file of its size.
+/// Panics unless a disk has the content of a raw file.
 #[track_caller]
 fn assert_same_bytes(disk: &dyn BlockRead, raw: &File, what: &str) {
     const STEP: u64 = 2048;
     let sectors = disk.geometry().sectors;
     assert_eq!(sectors * 512, raw.metadata().unwrap().len(), "{what}");
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
     for at in (0..sectors).step_by(STEP as usize) {
         let len = (STEP.min(sectors - at) * 512) as usize;
-        ours.resize(len, 0);
-        theirs.resize(len, 0);
-        disk.read_at(Lba(at), &mut ours).unwrap();
-        raw.read_exact_at(&mut theirs, at * 512).unwrap();
+        found.resize(len, 0);
+        expected.resize(len, 0);
+        disk.read_at(Lba(at), &mut found).unwrap();
+        raw.read_exact_at(&mut expected, at * 512).unwrap();
         assert!(
-            ours == theirs,
+            found == expected,
             "{what}: the content differs in the MiB from sector {at} on"
         );
     }
 }
 
 #[test]
-fn adapter_and_version_stand_in_the_descriptor() {
+fn adapter_and_version_are_in_the_descriptor() {
     let _alone = alone();
     let scratch = Scratch::new();
-    let words = ["--create", "x.vmdk", "create-size=1G", "create-type=vmfs-thin"];
+    let args = ["--create", "x.vmdk", "create-size=1G", "create-type=vmfs-thin"];
     scratch
         .vmdkfuse()
-        .args(words)
+        .args(args)
         .args(["create-adapter-type=pvscsi", "create-hwversion=esx65"])
         .run()
         .ok();
@@ -206,11 +207,11 @@ fn adapter_and_version_stand_in_the_descriptor() {
 }
 
 #[test]
-fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
+fn several_disks_are_created_in_order_up_to_the_first_failure() {
     let _alone = alone();
     let scratch = Scratch::new();
     scratch.write("b-flat.vmdk", "mine");
-    let words = [
+    let args = [
         "--create",
         "create-size=1M",
         "a.vmdk",
@@ -220,7 +221,7 @@ fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
     ];
     scratch
         .vmdkfuse()
-        .args(words)
+        .args(args)
         .run()
         .one_error(1, &["b.vmdk: can't be created", "never takes the place", "b-flat.vmdk"]);
     assert_eq!(names(scratch.root()), ["a.vmdk", "b-flat.vmdk"]);
@@ -228,7 +229,7 @@ fn several_disks_are_made_in_their_order_up_to_the_one_that_cannot_be() {
 }
 
 #[test]
-fn an_existing_file_is_an_error_that_says_so() {
+fn an_existing_file_is_an_error_and_is_kept() {
     let _alone = alone();
     let scratch = Scratch::new();
     let mnt = scratch.mkdir("mnt");
@@ -236,21 +237,21 @@ fn an_existing_file_is_an_error_that_says_so() {
     std::os::unix::fs::symlink("nowhere", scratch.path("link.vmdk")).unwrap();
     for (kind, _) in KINDS {
         for name in ["x.vmdk", "link.vmdk"] {
-            let words = ["create-size=1M", &format!("create-type={kind}")].map(str::to_owned);
-            let says = [name, "can't be created", "File exists"];
+            let args = ["create-size=1M", &format!("create-type={kind}")].map(str::to_owned);
+            let fragments = [name, "can't be created", "File exists"];
             scratch
                 .vmdkfuse()
                 .args(["--create", name])
-                .args(&words)
+                .args(&args)
                 .run()
-                .one_error(1, &says);
+                .one_error(1, &fragments);
             let mount = scratch
                 .vmdkfuse()
                 .arg(&mnt)
                 .args([name, "create=true"])
-                .args(&words)
+                .args(&args)
                 .run();
-            mount.expect_code(1).error_names(&says);
+            mount.expect_code(1).error_names(&fragments);
         }
     }
     scratch.assert_no_mounts();
@@ -259,14 +260,14 @@ fn an_existing_file_is_an_error_that_says_so() {
 }
 
 #[test]
-fn a_full_file_system_leaves_nothing() {
+fn a_full_file_system_leaves_no_partial_files() {
     let _alone = alone();
     if !need_root() || !need("mount") {
         return;
     }
     let scratch = Scratch::new();
     let small = scratch.mkdir("small");
-    // the scratch folder undoes every mount below it
+    // The scratch folder unmounts everything below it when it is dropped.
     Cmd::new("mount")
         .args(["-t", "tmpfs", "-o", "size=64k", "none"])
         .arg(&small)
@@ -277,10 +278,10 @@ fn a_full_file_system_leaves_nothing() {
         ("monolithic-sparse", "3T"),
         ("stream-optimized", "1G"),
     ] {
-        // what is left for it is less than its metadata
+        // The remaining space is less than the metadata of the image.
         let ballast = if kind == "vmfs-flat" { 0 } else { 60 << 10 };
         fs::write(small.join("ballast"), vec![1; ballast]).unwrap();
-        let words = [
+        let args = [
             "--create",
             "small/x.vmdk",
             &format!("create-size={size}"),
@@ -288,7 +289,7 @@ fn a_full_file_system_leaves_nothing() {
         ];
         scratch
             .vmdkfuse()
-            .args(words)
+            .args(args)
             .run()
             .one_error(1, &["x.vmdk", "No space left"]);
         assert_eq!(names(&small), ["ballast"], "{kind}");
@@ -297,7 +298,7 @@ fn a_full_file_system_leaves_nothing() {
 }
 
 #[test]
-fn a_folder_that_is_missing_or_closed_is_an_error() {
+fn a_folder_that_is_missing_or_not_writable_is_an_error() {
     let _alone = alone();
     let scratch = Scratch::new();
     let create = |scratch: &Scratch, file: &str| scratch.vmdkfuse().args(["--create", file, "create-size=1M"]).run();
@@ -322,13 +323,13 @@ fn a_new_disk_is_mounted() {
     let scratch = Scratch::new();
     for (kind, _) in KINDS.iter().filter(|(kind, _)| *kind != "stream-optimized") {
         let file = format!("file={kind}.vmdk");
-        let words = [
+        let args = [
             file,
             "create=true".to_owned(),
             "create-size=5M".to_owned(),
             format!("create-type={kind}"),
         ];
-        let mount = words
+        let mount = args
             .into_iter()
             .fold(scratch.mount(), |mount, word| mount.arg(word))
             .start();
@@ -345,13 +346,13 @@ fn a_new_disk_is_mounted() {
     }
 }
 
-/// Writes a raw file to a stream as a copier does: in order, without what is a hole.
+/// Writes a raw file to a stream as a copy program does: in order, without holes.
 fn write_stream(stream: &dyn BlockWrite, raw: &Path, step: u64) {
     let file = File::open(raw).unwrap();
     let len = file.metadata().unwrap().len();
     let mut bytes = Vec::new();
     for range in data_ranges(raw) {
-        // holes begin and end where pages do
+        // The file system reports holes in pages; the stream takes whole sectors.
         let mut at = range.start / 512 * 512;
         let end = range.end.next_multiple_of(512).min(len);
         while at < end {
@@ -364,7 +365,7 @@ fn write_stream(stream: &dyn BlockWrite, raw: &Path, step: u64) {
 }
 
 #[test]
-fn a_stream_reads_the_same_for_qemu_and_for_us() {
+fn a_stream_reads_the_same_in_qemu_and_in_this_engine() {
     let _alone = alone();
     if !need("qemu-img") {
         return;
@@ -405,11 +406,11 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
         ]);
         assert_same(&back, &raw);
         let disk = readable(&path);
-        assert_same_bytes(&disk, &File::open(&raw).unwrap(), "our reader");
-        // about as small as qemu's
+        assert_same_bytes(&disk, &File::open(&raw).unwrap(), "this engine");
+        // The size must be close to that of qemu's file: at most 2 % and 256 KiB larger.
         let theirs = scratch.path("theirs.vmdk");
         let option = "subformat=streamOptimized";
-        let words = [
+        let args = [
             "convert",
             "-f",
             "raw",
@@ -420,7 +421,7 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
             raw.to_str().unwrap(),
             theirs.to_str().unwrap(),
         ];
-        qemu_img(words);
+        qemu_img(args);
         let theirs = fs::metadata(theirs).unwrap().len();
         assert!(
             written < theirs + theirs / 50 + (256 << 10),
@@ -429,22 +430,21 @@ fn a_stream_reads_the_same_for_qemu_and_for_us() {
     }
 }
 
-/// Mounts a new stream for a disk of so many bytes.
+/// Mounts a new stream for a disk of `size` bytes.
 fn mount_stream(scratch: &Scratch, size: u64, more: &[&str]) -> Mount {
-    let words = [
+    let args = [
         "file=x.vmdk",
         "create=true",
         "create-type=stream-optimized",
         &format!("create-size={size}"),
     ];
-    words
-        .iter()
+    args.iter()
         .chain(more)
         .fold(scratch.mount(), |mount, word| mount.arg(word))
         .start()
 }
 
-/// Panics unless the stream is sound and qemu reads `raw` from it.
+/// Panics unless the stream passes the checks and qemu reads the content of `raw` from it.
 #[track_caller]
 fn assert_stream_is(scratch: &Scratch, raw: &Path) {
     let (path, back) = (scratch.path("x.vmdk"), scratch.path("back"));
@@ -478,7 +478,7 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
         (&["dd", "IF", "OF", "bs=777", "conv=notrunc", "count=40000"], &[]),
         (&["dd", "IF", "OF", "bs=1M", "conv=notrunc,fsync", "oflag=direct"], &[]),
         (&["dd", "IF", "OF", "bs=64K", "conv=notrunc"], &["cache=none"]),
-        // one write of many requests, which the kernel would send all at once
+        // One write of many requests, which the kernel would send in parallel.
         (
             &[
                 "dd",
@@ -501,17 +501,17 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
         let mount = mount_stream(&scratch, size, more);
         let file = mount.file("x.raw");
         let to = format!("of={}", file.display());
-        let words = way.iter().map(|word| match *word {
+        let args = way.iter().map(|word| match *word {
             "RAW" => raw.as_os_str(),
             "MNT" => file.as_os_str(),
             "IF" => from.as_ref(),
             "OF" => to.as_ref(),
             other => other.as_ref(),
         });
-        let words: Vec<_> = words.collect();
-        Cmd::new(words[0]).args(&words[1..]).run().ok();
+        let args: Vec<_> = args.collect();
+        Cmd::new(args[0]).args(&args[1..]).run().ok();
         let expected = if way.contains(&"count=40000") {
-            // a part, in pieces that no sector fits
+            // A part of the disk, in blocks not aligned to sectors.
             let part = original.path("part");
             fs::copy(&raw, &part).unwrap();
             let file = File::options().write(true).open(&part).unwrap();
@@ -528,7 +528,7 @@ fn a_stream_is_written_through_a_mount_and_closed_with_it() {
 }
 
 #[test]
-fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
+fn a_write_out_of_order_to_a_stream_fails_and_changes_nothing() {
     let _alone = alone();
     if !need("qemu-img") || !need_fuse() {
         return;
@@ -536,7 +536,7 @@ fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
     let scratch = Scratch::new();
     let raw = scratch.path("raw");
     raw_with_islands(&raw, 20 << 20, 9);
-    // the other disk asks for delayed writes, which the stream cannot have
+    // The other disk asks for the kernel's write-back cache, which reorders writes and so is not used for the stream.
     scratch.write("other.img", vec![0; 4096]);
     let mount = mount_stream(&scratch, 20 << 20, &["file=other.img", "cache=writeback"]);
     let path = mount.file("x.raw");
@@ -554,7 +554,7 @@ fn a_stream_that_is_written_out_of_order_says_so_and_stays_what_it_was() {
 }
 
 #[test]
-fn a_stream_whose_writer_was_killed_is_no_image() {
+fn a_stream_of_a_killed_writer_is_refused() {
     let _alone = alone();
     if !need_fuse() {
         return;
@@ -575,7 +575,7 @@ fn a_stream_whose_writer_was_killed_is_no_image() {
 }
 
 #[test]
-fn qemu_follows_a_delta_of_ours_to_its_parent() {
+fn qemu_follows_a_new_delta_to_its_parent() {
     let _alone = alone();
     if !need("qemu-img") {
         return;
@@ -614,7 +614,7 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
         assert_eq!(info["format-specific"]["data"]["parent-cid"], cid, "{info}");
         qemu_img(["check", "-q", path.to_str().unwrap()]);
         scratch.vmdkfuse().arg("--check").arg(&path).run().ok();
-        // written to by qemu, read by both
+        // qemu-io writes, qemu-img and this engine read.
         let write = [
             "-f",
             "vmdk",
@@ -637,9 +637,9 @@ fn qemu_follows_a_delta_of_ours_to_its_parent() {
         expected[12_345_344..12_415_344].fill(0xa5);
         assert!(
             fs::read(&back).unwrap() == expected,
-            "zeroed_grains={zeroed_grains}: qemu reads something else"
+            "zeroed_grains={zeroed_grains}: qemu reads other data"
         );
         let disk = readable(&path);
-        assert_same_bytes(&disk, &File::open(&back).unwrap(), "our reader");
+        assert_same_bytes(&disk, &File::open(&back).unwrap(), "this engine");
     }
 }

@@ -1,5 +1,5 @@
-//! Writing by the engine against a plain model: every valid variant and every kind that qemu makes either says that it
-//! can't be written to, or holds what was written to it, is clean afterwards, and reads the same for qemu.
+//! Writes of the engine compared with a plain model. Every valid variant and every image of qemu-img either is
+//! read-only, or keeps all writes, is clean after the close, and reads the same for qemu.
 
 use std::fs;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use vmdkfuse::error::ErrorKind;
 use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
-/// Opens a VMDK, whatever is based on it.
+/// Opens a VMDK, also if it has children.
 fn open(path: &Path, allow: &[PathBuf], access: Access) -> vmdkfuse::error::Result<VmdkDisk> {
     model::open(
         path,
@@ -28,8 +28,8 @@ fn open(path: &Path, allow: &[PathBuf], access: Access) -> vmdkfuse::error::Resu
     )
 }
 
-/// A place to write at: anywhere, but often where something ends.
-fn place(random: &mut Random, sectors: u64) -> Range<u64> {
+/// Returns a random range, often near the end of a grain, a table, an extent or the disk.
+fn random_range(random: &mut Random, sectors: u64) -> Range<u64> {
     const EDGES: [u64; 6] = [8, 16, 128, 65536, 4_192_256, 4_194_304];
     let mut at = random.below(sectors);
     if random.below(2) == 0 {
@@ -46,8 +46,15 @@ fn place(random: &mut Random, sectors: u64) -> Range<u64> {
     at..(at + len).min(sectors)
 }
 
-/// Notes what a write did. Where an extent of the disk can't be written to, each sector is old or new.
-fn changed(disk: &VmdkDisk, model: &mut Model, range: &Range<u64>, data: &[u8], done: vmdkfuse::error::Result<()>) {
+/// Updates the model after a write. If an extent of the disk is read-only the write may fail; then each sector is old
+/// or new.
+fn update_model(
+    disk: &VmdkDisk,
+    model: &mut Model,
+    range: &Range<u64>,
+    data: &[u8],
+    done: vmdkfuse::error::Result<()>,
+) {
     let Err(e) = done else {
         return model.write(range.start, data);
     };
@@ -58,39 +65,39 @@ fn changed(disk: &VmdkDisk, model: &mut Model, range: &Range<u64>, data: &[u8], 
         let at = i * SECTOR as usize..(i + 1) * SECTOR as usize;
         assert!(
             *sector == old[at.clone()] || *sector == data[at],
-            "sector {} is neither",
+            "sector {} is neither old nor new",
             range.start + i as u64
         );
     }
     model.write(range.start, &seen);
 }
 
-/// Some steps of everything a writer does.
+/// Applies random writes, zeroes, flushes, closes and reads to the disk and to the model.
 fn exercise(disk: &VmdkDisk, model: &mut Model, random: &mut Random, steps: u64) {
     let writer = disk.writer().expect("a disk opened for writing has a writer");
     for step in 0..steps {
-        let range = place(random, model.sectors());
+        let range = random_range(random, model.sectors());
         let sectors = range.end - range.start;
         match random.below(10) {
             0..=5 => {
                 let data = model::data(step, sectors);
-                changed(disk, model, &range, &data, writer.write_at(Lba(range.start), &data));
+                update_model(disk, model, &range, &data, writer.write_at(Lba(range.start), &data));
             }
             6 => {
                 let done = writer.zero(Lba(range.start)..Lba(range.end), random.below(2) == 0);
-                changed(disk, model, &range, &vec![0; (sectors * SECTOR) as usize], done);
+                update_model(disk, model, &range, &vec![0; (sectors * SECTOR) as usize], done);
             }
             7 if step % 5 == 0 => writer.flush().unwrap(),
             8 if step % 40 == 0 => writer.close().unwrap(),
             _ => {
-                let wanted = model.read(range.start, sectors);
-                assert!(read(disk, range.start, sectors) == wanted, "step {step}: {range:?}");
+                let expected = model.read(range.start, sectors);
+                assert!(read(disk, range.start, sectors) == expected, "step {step}: {range:?}");
             }
         }
     }
 }
 
-/// Writes, opens anew in between, checks. `false`: it can't be written to, and says so.
+/// Writes in three rounds, and reopens and checks the disk after each. Returns false if it is read-only.
 fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64) -> bool {
     let mut random = Random::new(seed);
     for round in 0..3 {
@@ -99,7 +106,7 @@ fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64)
                 exercise(&disk, model, &mut random, steps);
                 disk.writer().unwrap().close().unwrap();
             }
-            // compressed grains and the like, or tables that disagree, which reading puts up with
+            // The format is read-only, or its tables contradict each other, which only readers tolerate.
             Err(e) if matches!(e.kind(), ErrorKind::ReadOnly | ErrorKind::Corrupt) && round == 0 => return false,
             Err(e) => panic!("{}: {e}", path.display()),
         }
@@ -118,7 +125,7 @@ fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64)
 }
 
 #[test]
-fn every_valid_variant_keeps_what_is_written_or_is_read_only() {
+fn every_valid_variant_keeps_all_writes_or_is_read_only() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let (mut written, mut refused) = (Vec::new(), Vec::new());
@@ -161,7 +168,7 @@ fn every_valid_variant_keeps_what_is_written_or_is_read_only() {
     }
 }
 
-/// The kinds that qemu makes, small enough to be compared whole.
+/// Subformats and options of qemu-img.
 const KINDS: [&str; 5] = [
     "monolithicSparse",
     "monolithicFlat",
@@ -171,7 +178,7 @@ const KINDS: [&str; 5] = [
 ];
 
 #[test]
-fn what_qemu_made_is_written_to_and_read_by_qemu() {
+fn qemu_reads_the_writes_to_its_images() {
     let _alone = alone();
     if !need("qemu-img") {
         return;
@@ -185,7 +192,7 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
             "zeroed_grain" => "zeroed_grain=on".to_owned(),
             kind => format!("subformat={kind}"),
         };
-        let words = [
+        let args = [
             "convert",
             "-O",
             "vmdk",
@@ -194,7 +201,7 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
             raw.to_str().unwrap(),
             path.to_str().unwrap(),
         ];
-        qemu_img(words);
+        qemu_img(args);
         for over_a_parent in [false, true] {
             let child = dir.path().join(format!("{kind}-000001.vmdk"));
             let (open, base) = if over_a_parent {
@@ -210,8 +217,8 @@ fn what_qemu_made_is_written_to_and_read_by_qemu() {
             let mut model = Model::of_file(base);
             assert!(run(open, &[], &mut model, seed, 400), "{kind} can be written to");
             model.save(&expected);
-            let [seen, wanted] = [open, &expected].map(|p| p.to_str().unwrap());
-            qemu_img(["compare", "-f", "vmdk", "-F", "raw", seen, wanted]);
+            let [seen, expected] = [open, &expected].map(|p| p.to_str().unwrap());
+            qemu_img(["compare", "-f", "vmdk", "-F", "raw", seen, expected]);
             qemu_img(["check", seen]);
             assert!(
                 keep.is_none_or(|keep| keep == fs::read(&path).unwrap()),
@@ -239,13 +246,16 @@ fn a_base_with_children_is_not_written_to_without_force() {
     qemu_img(["create", "-f", "vmdk", "-b", &base, "-F", "vmdk", &child]);
     let error = writable(false).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Policy);
-    for says in ["base-000001.vmdk", "force=true", "cow=FILE", "readonly=true"] {
-        assert!(error.to_string().contains(says), "`{error}` does not say {says}");
+    for fragment in ["base-000001.vmdk", "force=true", "cow=FILE", "readonly=true"] {
+        assert!(
+            error.to_string().contains(fragment),
+            "`{error}` does not contain {fragment}"
+        );
     }
     writable(true).unwrap();
 }
 
-/// The CID in a file that holds a descriptor.
+/// Returns the CID of a descriptor or of a file with an embedded descriptor.
 fn cid(path: &Path) -> String {
     let bytes = fs::read(path).unwrap();
     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -286,9 +296,13 @@ fn the_cid_changes_with_the_first_write_and_not_before() {
         writer.write_at(Lba(3), &[1; 512]).unwrap();
         let after = cid(&path);
         assert_ne!(after, before.0);
-        assert_eq!(after.len(), before.0.len(), "the text must not move");
+        assert_eq!(
+            after.len(),
+            before.0.len(),
+            "the length of the CID changed, which moves the text after it"
+        );
         writer.write_at(Lba(9), &[2; 512]).unwrap();
-        assert_eq!(cid(&path), after, "it changes once");
+        assert_eq!(cid(&path), after, "the CID changed a second time");
         writer.close().unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! Images on disk written by the library and by commands: written extents, created disks, overlays.
+//! Tests that write images with the library and the program: writes to extents, created disks, overlays.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -524,7 +524,7 @@ fn required_is_an_error_if_the_kernel_cannot_read_the_disk() {
         (with_view("disk.vmdk").arg("view-size=4K"), "view-size= allows 4 KiB"),
         (with_view("disk.vmdk").arg("view-dir=/dev/shm"), "/dev/shm"),
         (with_view("disk.vmdk").arg("cache=none"), "cache=none"),
-        (with_view("disk.vmdk").at("covered"), "mount at a folder"),
+        (with_view("disk.vmdk").at("covered"), "mount on a directory"),
         (
             scratch.mount().file("disk.vmdk").arg("kernel-view=required"),
             "read-only (-r)",
@@ -536,6 +536,7 @@ fn required_is_an_error_if_the_kernel_cannot_read_the_disk() {
     let mount = scratch
         .mount()
         .file("disk.orig")
+        .arg("format=raw")
         .arg("name=flat")
         .arg("-r")
         .arg("kernel-view=required")
@@ -569,7 +570,7 @@ fn info_reports_the_reader_of_a_disk() {
     assert!(read_by(&["disk.vmdk", "readonly=true"]).starts_with("the kernel itself, by an index"));
     assert!(read_by(&["disk.vmdk"]).starts_with("this program; read-only (-r), the kernel"));
     assert!(read_by(&["disk.vmdk", "kernel-view=off"]).ends_with("kernel-view=off"));
-    assert!(read_by(&[raw.to_str().unwrap()]).contains("FUSE passthrough"));
+    assert!(read_by(&[raw.to_str().unwrap(), "format=raw"]).contains("FUSE passthrough"));
     let text = scratch.vmdkfuse().args(["--info", "disk.vmdk"]).run().ok().stdout;
     assert!(text.contains("\n  read by   this program"), "{text}");
 }

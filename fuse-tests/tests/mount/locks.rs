@@ -131,7 +131,7 @@ fn a_mount_keeps_writers_of_qemu_out() {
     }
 }
 
-/// "an image that qemu writes to is not mounted", "`lock=off` reads it all the same"
+/// "an image that qemu writes to is not mounted", "`lock=off` reads it anyway"
 #[test]
 fn a_writer_of_qemu_keeps_mounts_out() {
     if !ready() {
@@ -312,8 +312,8 @@ fn any_user_of_an_image_keeps_our_writers_out_and_is_named() {
     }
     let scratch = images();
     for (arguments, cause) in [
-        (&["-f", "raw"][..], "lets nobody else write to it"),
-        (&["-f", "raw", "--read-only"], "lets nobody else write to it"),
+        (&["-f", "raw"][..], "allows no other writer"),
+        (&["-f", "raw", "--read-only"], "allows no other writer"),
     ] {
         for name in ["sparse.vmdk", "plain.img"] {
             let path = scratch.path(name);
@@ -364,7 +364,7 @@ fn a_block_device_is_locked_as_well() {
         .one_error(1, &[path, "in use for writing", "qemu-nbd"]);
 }
 
-/// "VMware's `.lck` marks … only give a warning"
+/// "VMware's `.lck` files … only cause a warning"
 #[test]
 fn vmware_lock_files_cause_a_warning() {
     if !ready() {
@@ -393,8 +393,8 @@ fn vmware_lock_files_cause_a_warning() {
     };
     let text = mount_log("log", "lock=on");
     for part in [
-        "M12345.lck is there, of machine anna, process 4711-99(vmware-vmx)",
-        ", of host esx7.example.com",
+        "M12345.lck exists (machine anna, process 4711-99(vmware-vmx))",
+        " (host esx7.example.com)",
         &esx_lock,
     ] {
         assert_eq!(text.matches(part).count(), 1, "{part}: {text}");

@@ -126,6 +126,8 @@ fn read_sample(scratch: &Scratch, sample: &Sample, whole: &str) {
         .mount()
         .at(&point)
         .file(&sample.path)
+        // A sample may have the name of a raw disk, and only a name or `format=` decides.
+        .arg("format=vmdk")
         .arg("name=disk")
         .arg("-r")
         .start();
@@ -162,6 +164,7 @@ fn mount_view(scratch: &Scratch, name: &str, image: &Path, allow: &[PathBuf]) ->
         .mount()
         .at(&point)
         .file(image)
+        .arg("format=vmdk")
         .arg("name=disk")
         .arg("-r")
         .arg("kernel-view=required");
@@ -274,6 +277,7 @@ fn info_of_every_sample_is_json_or_a_one_line_error() {
             .vmdkfuse()
             .args(["--info", "--json"])
             .key("file", &sample.path)
+            .arg("format=vmdk")
             .run();
         if sample.whole.is_none() {
             outcome.one_error(1, &[]);

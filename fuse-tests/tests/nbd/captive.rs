@@ -1,4 +1,4 @@
-//! Servers that the mount starts and ends.
+//! Captive servers: the mount starts and ends them.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use crate::{SOON, children, noise, put, ready};
 
 #[test]
-fn a_qcow2_is_edited_by_a_server_that_ends_with_the_mount() {
+fn a_qcow2_is_edited_through_a_captive_server_that_ends_with_the_mount() {
     if !ready() || !need_qemu() || !need("qemu-nbd") {
         return;
     }
@@ -31,7 +31,7 @@ fn a_qcow2_is_edited_by_a_server_that_ends_with_the_mount() {
     put(&data, &mount.file("disk.raw"));
     let server = children(mount.pid()).pop().expect("a server");
     mount.unmount();
-    assert!(poll_until(SOON, || !is_running(server)), "the server lives on");
+    assert!(poll_until(SOON, || !is_running(server)), "the server still runs");
     Cmd::new("qemu-img").args(["check", "-q"]).arg(&image).run().ok();
     let raw = scratch.path("raw");
     Cmd::new("qemu-img")
@@ -43,7 +43,7 @@ fn a_qcow2_is_edited_by_a_server_that_ends_with_the_mount() {
 }
 
 #[test]
-fn a_server_of_ours_ends_also_when_the_mount_is_killed() {
+fn a_captive_server_ends_when_the_mount_is_killed() {
     if !ready() {
         return;
     }
@@ -58,11 +58,11 @@ fn a_server_of_ours_ends_also_when_the_mount_is_killed() {
     assert!(is_running(server));
     mount.signal(Signal::SIGKILL);
     mount.wait_end();
-    assert!(wait_end(server, SOON).is_some(), "the server lives on");
+    assert!(wait_end(server, SOON).is_some(), "the server still runs");
 }
 
 #[test]
-fn a_compressed_image_is_read_by_a_captive_filter() {
+fn a_compressed_image_is_read_through_a_captive_server() {
     if !ready() || !need("xz") {
         return;
     }

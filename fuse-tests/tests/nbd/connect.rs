@@ -1,44 +1,44 @@
-//! The ways to a server: late ones, sockets that are handed over, files of settings.
+//! Connecting to servers: retries, sockets that are passed to the daemon, config files.
 
 use std::fs;
 use std::process::Command;
 
 use fuse_tests::harness::{Cmd, Scratch, is_running, poll_until, read_range};
 
-use crate::{SOON, Server, can_read, children, free_port, handed, noise, put, ready};
+use crate::{SOON, Server, can_read, children, free_port, noise, put, ready, vmdkfuse_with_socket};
 
 #[test]
-fn a_mount_waits_for_its_server_as_often_as_retry_says() {
+fn a_mount_retries_to_connect_as_often_as_retry_says() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
     let uri = format!("nbd+unix:///?socket={}", scratch.path("s").display());
     scratch.mount().arg(&uri).refused(1).one_error(1, &["connect", "s"]);
-    // a server that comes up late
+    // A server that is not up yet when the mount starts.
     let script = format!("sleep 0.5; exec nbdkit -f -U {} memory 1M", scratch.path("s").display());
     let mut command = Command::new("sh");
     command.args(["-c", &script]);
-    let _server = Server::unseen(command);
+    let _server = Server::spawn(command);
     let mount = scratch.mount().arg(&uri).arg("retry=100").start();
     assert!(can_read(&mount.file("disk.raw"), SOON));
 }
 
 #[test]
-fn a_socket_that_is_handed_over_is_used() {
+fn socket_fd_uses_a_socket_that_is_passed_to_the_daemon() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
     let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
-    let shown = handed(&server).args(["--info", "socket-fd=9"]).run();
-    assert!(shown.ok().stdout.contains("size             1048576 bytes"));
+    let info = vmdkfuse_with_socket(&server).args(["--info", "socket-fd=9"]).run();
+    assert!(info.ok().stdout.contains("size             1048576 bytes"));
     let refused = scratch.mount().arg("socket-fd=9").refused(1);
     refused.one_error(1, &["socket-fd=9"]);
 }
 
 #[test]
-fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_handed_over() {
+fn a_config_file_names_servers_by_socket_port_command_and_descriptor() {
     if !ready() {
         return;
     }
@@ -46,7 +46,7 @@ fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_h
     let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
     let port = free_port();
     let _other = Server::nbdkit_on(port, &["memory", "2M"]);
-    // paths count from the folder of the file
+    // Paths are relative to the folder of the config file.
     let text = format!(
         "retry = 50\n[[disk]]\nname = \"socket\"\nsocket = \"s\"\n[[disk]]\nhostname = \"127.0.0.1\"\nport = {port}\n\
          name = \"port\"\n[[disk]]\ncommand = \"nbdkit\"\narg = [\"memory\", \"3M\"]\nname = \"command\"\n"
@@ -72,11 +72,16 @@ fn a_config_file_names_servers_by_socket_port_and_command_and_a_socket_that_is_h
     }
     let captive = children(mount.pid()).pop().expect("a server");
     mount.unmount();
-    assert!(poll_until(SOON, || !is_running(captive)), "the server lives on");
-    // a descriptor that only the file names is not closed at the start
+    assert!(poll_until(SOON, || !is_running(captive)), "the server still runs");
+    // The daemon must not close a descriptor that only the config file names when it closes inherited ones.
     let config = scratch.write("fd.toml", "[[disk]]\nsocket-fd = 9\nname = \"fd\"\n");
-    let mnt = scratch.mkdir("handed");
-    handed(&server).arg("--config").arg(config).arg(&mnt).run().ok();
+    let mnt = scratch.mkdir("by-descriptor");
+    vmdkfuse_with_socket(&server)
+        .arg("--config")
+        .arg(config)
+        .arg(&mnt)
+        .run()
+        .ok();
     let read = read_range(&mnt.join("fd"), 8, 8);
     Cmd::new("fusermount3").arg("-u").arg(&mnt).run().ok();
     assert_eq!(read, 8u64.to_be_bytes());

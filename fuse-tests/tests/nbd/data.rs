@@ -1,4 +1,4 @@
-//! What is read and written is what the server has.
+//! Data that is read and written through the mount is the data of the server.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use crate::{SOON, Server, free_port, noise, put, ready};
 
 #[test]
-fn what_is_written_through_the_mount_is_on_the_server_after_fsync() {
+fn data_written_through_the_mount_is_on_the_server_after_fsync() {
     if !ready() || !need("nbdcopy") {
         return;
     }
@@ -26,7 +26,7 @@ fn what_is_written_through_the_mount_is_on_the_server_after_fsync() {
     Cmd::new("nbdcopy").arg(server.uri()).arg(&copy).run().ok();
     assert_same(&copy, &image);
     assert_same(&mount.file("disk.raw"), &image);
-    // parts of sectors, and both ends
+    // Parts of sectors, and both ends of the disk.
     let file = File::options().write(true).open(mount.file("disk.raw")).unwrap();
     for (at, len) in [(0u64, 1usize), (511, 2), (1_000_003, 70_001), ((32 << 20) - 5, 5)] {
         let bytes = noise(len, at);
@@ -46,12 +46,12 @@ fn what_is_written_through_the_mount_is_on_the_server_after_fsync() {
 }
 
 #[test]
-fn the_servers_own_verification_of_random_data_finds_no_error() {
+fn writes_pass_the_verification_of_the_sparse_random_plugin() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
-    // what is written to this plugin must be what it gave, or the write fails
+    // This plugin fails a write of other data than it returns for a read.
     let server = Server::nbdkit(&scratch, &["sparse-random", "256M", "seed=7", "percent=30"]);
     let mount = scratch.mount().arg(server.uri()).start();
     let (disk, copy) = (mount.file("disk.raw"), scratch.path("copy"));
@@ -61,11 +61,11 @@ fn the_servers_own_verification_of_random_data_finds_no_error() {
     wrong[0] = 1;
     let file = File::options().write(true).open(&disk).unwrap();
     let failed = file.write_all_at(&wrong, 0).and_then(|()| file.sync_all());
-    assert!(failed.is_err(), "the plugin verifies nothing");
+    assert!(failed.is_err(), "the plugin does not verify writes");
 }
 
 #[test]
-fn a_copy_of_a_mostly_empty_export_moves_only_its_data() {
+fn a_copy_of_a_sparse_export_transfers_only_its_data() {
     if !ready() || !need_qemu() || !need("nbdcopy") {
         return;
     }
@@ -102,7 +102,7 @@ fn a_copy_of_a_mostly_empty_export_moves_only_its_data() {
     mount.unmount();
     server.signal(Signal::SIGTERM);
     let read = |text: &str| {
-        // read: 26 ops, 0.001 s, 6.4 MiB, …
+        // Example: read: 26 ops, 0.001 s, 6.4 MiB, …
         text.lines().find(|l| l.starts_with("read:")).map(str::to_owned)
     };
     assert!(poll_until(SOON, || fs::read_to_string(&stats).is_ok_and(|t| read(&t).is_some())));
@@ -112,7 +112,7 @@ fn a_copy_of_a_mostly_empty_export_moves_only_its_data() {
 }
 
 #[test]
-fn what_is_punched_out_of_an_export_is_no_longer_stored_by_its_server() {
+fn punched_holes_are_discarded_by_the_server() {
     if !ready() {
         return;
     }
@@ -120,31 +120,31 @@ fn what_is_punched_out_of_an_export_is_no_longer_stored_by_its_server() {
     let disk = scratch.write("disk", noise(16 << 20, 15));
     let server = Server::nbdkit(&scratch, &["file", &format!("file={}", disk.display())]);
     let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
-    let seen = mount.file("disk.raw");
-    let change = |how: &str, from: u64, len: u64| {
+    let mounted = mount.file("disk.raw");
+    let fallocate = |mode: &str, from: u64, len: u64| {
         let (from, len) = (format!("-o{from}"), format!("-l{len}"));
-        Cmd::new("fallocate").args([how, &from, &len]).arg(&seen).run().ok();
+        Cmd::new("fallocate").args([mode, &from, &len]).arg(&mounted).run().ok();
     };
-    assert_eq!(data_ranges(&seen).first(), Some(&(0..16 << 20)));
-    change("--punch-hole", 4 << 20, 8 << 20);
-    change("--zero-range", 1 << 20, 1 << 20);
-    // parts of blocks of the file's own
-    change("--punch-hole", 700, 9000);
-    File::open(&seen).unwrap().sync_all().unwrap();
-    let mut wanted = noise(16 << 20, 15);
+    assert_eq!(data_ranges(&mounted).first(), Some(&(0..16 << 20)));
+    fallocate("--punch-hole", 4 << 20, 8 << 20);
+    fallocate("--zero-range", 1 << 20, 1 << 20);
+    // Starts and ends within blocks of the file system.
+    fallocate("--punch-hole", 700, 9000);
+    File::open(&mounted).unwrap().sync_all().unwrap();
+    let mut expected = noise(16 << 20, 15);
     for range in [4 << 20..12 << 20, 1 << 20..2 << 20, 700..9700] {
-        wanted[range].fill(0);
+        expected[range].fill(0);
     }
-    let wanted = scratch.write("wanted", wanted);
-    assert_same(&seen, &wanted);
-    assert_same(&disk, &wanted);
-    for path in [&seen, &disk] {
+    let expected = scratch.write("expected", expected);
+    assert_same(&mounted, &expected);
+    assert_same(&disk, &expected);
+    for path in [&mounted, &disk] {
         assert!(
             !data_ranges(path).iter().any(|r| r.start < 12 << 20 && r.end > 4 << 20),
             "{:?}",
             data_ranges(path)
         );
-        // the mount counts in the background
+        // The mount counts the blocks in the background.
         let stored = || fs::metadata(path).unwrap().blocks() * 512;
         assert!(
             poll_until(SOON, || (6 << 20..9 << 20).contains(&stored())),
@@ -175,23 +175,23 @@ fn nbd_server_is_read_and_written() {
         .arg("-C")
         .arg(config)
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-    // it serves the first client only, so nobody else may look whether it is up
-    let _server = Server::unseen(command);
+    // `-d` serves only the first client, so the test must not connect to check that the server is up.
+    let _server = Server::spawn(command);
     let start = scratch
         .mount()
         .arg("hostname=127.0.0.1")
         .arg(format!("port={port}"))
         .arg("export=vm");
     let mount = start.arg("retry=20").start();
-    let seen = mount.file("vm.raw");
-    assert_same(&seen, &disk);
+    let mounted = mount.file("vm.raw");
+    assert_same(&mounted, &disk);
     let data = scratch.write("data", noise(2 << 20, 6));
-    put(&data, &seen);
+    put(&data, &mounted);
     assert_eq!(read_range(&disk, 0, 2 << 20), fs::read(&data).unwrap());
 }
 
 #[test]
-fn an_overlay_takes_the_writes_of_an_export() {
+fn writes_to_a_read_only_export_go_to_an_overlay() {
     if !ready() {
         return;
     }

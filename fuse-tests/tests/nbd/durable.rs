@@ -1,4 +1,4 @@
-//! Flushes and FUA: what was made durable is, also by a server that starts anew.
+//! Durability: flushes and FUA, also over restarts of the server.
 
 use std::fs;
 use std::io::Read;
@@ -9,12 +9,12 @@ use fuse_tests::harness::{Cmd, Scratch, poll_until, read_range, sha256};
 
 use crate::{SOON, Server, noise, ready};
 
-/// A process that has written to a file and holds it open. Not this one: each program that another test starts would close
-/// the file once, and so flush it.
+/// Process that has written to a file and holds it open. The test itself must not hold it: each program that another
+/// test starts inherits the descriptor until exec, and closing that copy would flush the file.
 struct Writer(Child);
 
 impl Writer {
-    /// Starts it; `code` is Python that writes to `f`. It has been run when this returns.
+    /// Starts the process and waits until it has run `code`, which is Python that writes to the descriptor `f`.
     fn start(code: &str, file: &Path) -> Self {
         let code = format!(
             "import os,sys; f=os.open(sys.argv[1],os.O_WRONLY)\n{code}\nprint('written',flush=True); sys.stdin.readline(); \
@@ -31,7 +31,7 @@ impl Writer {
         writer
     }
 
-    /// Has it flush the file, which must work, and end.
+    /// Lets the process flush the file, which must succeed, and waits until it has exited.
     fn fsync(mut self) {
         drop(self.0.stdin.take());
         assert!(self.0.wait().unwrap().success(), "fsync");
@@ -45,7 +45,7 @@ impl Drop for Writer {
     }
 }
 
-/// What nbdkit's log filter has seen: writes, how many of them with FUA, and flushes.
+/// Returns the numbers of writes, of writes with FUA, and of flushes in the log of nbdkit's log filter.
 fn logged(log: &Path) -> (usize, usize, usize) {
     let text = fs::read_to_string(log).unwrap_or_default();
     let writes = text.lines().filter(|line| line.contains(" Write id="));
@@ -57,7 +57,7 @@ fn logged(log: &Path) -> (usize, usize, usize) {
     )
 }
 
-/// `dd` of so many blocks to a file that is opened with O_DSYNC or O_SYNC.
+/// Returns a `dd` command that copies `count` blocks to a file that it opens with O_DSYNC or O_SYNC.
 fn write_synced(from: &Path, to: &Path, flag: &str, block: &str, count: usize) -> Cmd {
     let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
     let words = [format!("bs={block}"), format!("count={count}"), format!("oflag={flag}")];
@@ -69,7 +69,7 @@ fn write_synced(from: &Path, to: &Path, flag: &str, block: &str, count: usize) -
 }
 
 #[test]
-fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
+fn unflushed_writes_are_replayed_to_a_restarted_server_that_lost_them() {
     if !ready() {
         return;
     }
@@ -78,14 +78,14 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
     let file = format!("file={}", disk.display());
     let server = Server::nbdkit(&scratch, &["file", &file]);
     let mount = scratch.mount().arg(server.uri()).arg("cache=none").start();
-    let data = scratch.write("wanted", noise(4 << 20, 11));
+    let data = scratch.write("data", noise(4 << 20, 11));
     let code = format!(
         "d=open('{}','rb').read()\nfor at in range(0,len(d),65536): os.pwrite(f,d[at:at+65536],at)",
         data.display()
     );
     let writer = Writer::start(&code, &mount.file("disk.raw"));
     server.crash();
-    // a machine that went down with what it had not written
+    // Simulates a machine that went down before it had written anything to its disk.
     fs::write(&disk, vec![0; 4 << 20]).unwrap();
     let _server = Server::nbdkit(&scratch, &["file", &file]);
     writer.fsync();
@@ -93,7 +93,7 @@ fn a_server_that_forgets_what_it_did_not_flush_is_given_it_again() {
 }
 
 #[test]
-fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed_where_not() {
+fn a_synchronous_write_is_one_command_with_fua_if_the_server_has_it_or_else_is_followed_by_a_flush() {
     if !ready() {
         return;
     }
@@ -107,22 +107,22 @@ fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed
         assert_eq!(
             logged(&log),
             (8, 8, 0),
-            "{flag}: one write with FUA each, and nothing to flush at the close"
+            "{flag}: one write with FUA for each block, and nothing to flush on close"
         );
-        // of several commands each would be made durable by itself
+        // A write of several commands is followed by one flush instead: the server would sync for each FUA command.
         write_synced(&data, &mount.file("disk.raw"), flag, "1M", 1).run().ok();
         let (writes, durable, flushes) = logged(&log);
         assert!(writes > 9 && flushes >= 1, "{flag}: {:?}", (writes, durable, flushes));
         assert_eq!(durable, 8, "{flag}");
         mount.unmount();
     }
-    // the filter takes FUA away
+    // The fua filter removes FUA from the abilities of the server.
     let server = Server::nbdkit(&scratch, &["--filter=log", "--filter=fua", "memory", "8M", &logfile]);
     let mount = scratch.mount().arg(server.uri()).start();
     write_synced(&data, &mount.file("disk.raw"), "dsync", "4k", 8)
         .run()
         .ok();
-    assert_eq!(logged(&log), (8, 0, 8), "a write and a flush each");
+    assert_eq!(logged(&log), (8, 0, 8), "one write and one flush for each block");
     assert_eq!(
         read_range(&mount.file("disk.raw"), 0, 32 << 10),
         fs::read(&data).unwrap()[..32 << 10]
@@ -130,7 +130,7 @@ fn a_synchronous_write_is_one_command_where_the_server_offers_fua_and_is_flushed
 }
 
 #[test]
-fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
+fn an_unanswered_fua_write_is_sent_again_with_fua() {
     if !ready() {
         return;
     }
@@ -139,7 +139,7 @@ fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
     let (first, second) = (scratch.path("first"), scratch.path("second"));
     let file = format!("file={}", disk.display());
     let log = |path: &Path| format!("logfile={}", path.display());
-    // a server that has the write, and never answers it
+    // This server receives the write and never answers it.
     let slow = [
         "--filter=log",
         "--filter=delay",
@@ -162,7 +162,7 @@ fn a_durable_write_that_was_not_answered_is_sent_again_as_one() {
 }
 
 #[test]
-fn a_durable_write_over_an_unflushed_one_is_not_undone_by_a_restart() {
+fn replay_does_not_overwrite_a_fua_write_over_an_unflushed_write() {
     if !ready() {
         return;
     }
@@ -174,7 +174,7 @@ fn a_durable_write_over_an_unflushed_one_is_not_undone_by_a_restart() {
     let code = "d=os.open(sys.argv[1],os.O_WRONLY|os.O_DSYNC)\nos.pwrite(f,b'A'*8192,0); os.pwrite(d,b'B'*4096,4096)";
     let writer = Writer::start(code, &mount.file("disk.raw"));
     server.crash();
-    // what was durable is there, the rest is not
+    // Simulates a server that lost everything except the durable write.
     fs::write(
         &disk,
         [vec![0; 4096], vec![b'B'; 4096], vec![0; (1 << 20) - 8192]].concat(),

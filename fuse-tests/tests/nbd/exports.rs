@@ -1,4 +1,4 @@
-//! What a server offers: `--list`, `--info`, every export as a file.
+//! Discovery of exports: `--list`, `--info`, and mounts of every export as a file.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use fuse_tests::harness::{Cmd, Scratch, need, read_range};
 use crate::{Server, ready};
 
 #[test]
-fn every_export_is_a_file_and_no_name_leaves_the_folder() {
+fn every_export_is_a_file_and_no_name_escapes_the_mount_point() {
     if !ready() {
         return;
     }
@@ -59,7 +59,7 @@ fn every_export_is_a_file_and_no_name_leaves_the_folder() {
 }
 
 #[test]
-fn info_tells_what_nbdinfo_does() {
+fn info_reports_the_same_as_nbdinfo() {
     if !ready() || !need("nbdinfo") {
         return;
     }
@@ -81,13 +81,13 @@ fn info_tells_what_nbdinfo_does() {
         .ok()
         .json();
     let theirs = Cmd::new("nbdinfo").arg("--json").arg(server.uri()).run().ok().json();
-    let (export, wanted) = (&ours[0]["exports"][0], &theirs["exports"][0]);
-    assert_eq!(export["size"], wanted["export-size"]);
-    assert_eq!(export["contexts"], wanted["contexts"]);
-    let sizes = ["block_size_minimum", "block_size_preferred", "block_size_maximum"].map(|k| wanted[k].clone());
+    let (export, expected) = (&ours[0]["exports"][0], &theirs["exports"][0]);
+    assert_eq!(export["size"], expected["export-size"]);
+    assert_eq!(export["contexts"], expected["contexts"]);
+    let sizes = ["block_size_minimum", "block_size_preferred", "block_size_maximum"].map(|k| expected[k].clone());
     assert_eq!(export["block_sizes"], serde_json::Value::from(sizes.to_vec()));
     for flag in export["flags"].as_array().unwrap() {
-        assert_eq!(flag[1], wanted[flag[0].as_str().unwrap()], "{flag}");
+        assert_eq!(flag[1], expected[flag[0].as_str().unwrap()], "{flag}");
     }
     assert_eq!(ours[0]["protocol"], theirs["protocol"]);
     let text = scratch.vmdkfuse().arg("--info").arg(server.uri()).run().ok().stdout;
@@ -98,7 +98,7 @@ fn info_tells_what_nbdinfo_does() {
 }
 
 #[test]
-fn info_tells_of_an_overlay_over_an_export() {
+fn info_describes_an_overlay_over_an_export() {
     if !ready() {
         return;
     }
@@ -113,9 +113,9 @@ fn info_tells_of_an_overlay_over_an_export() {
             .arg(&cow)
             .run()
     };
-    assert_eq!(info().ended.code, Some(1), "there is none yet");
+    assert_eq!(info().ended.code, Some(1), "the overlay does not exist yet");
     scratch.mount().arg(server.uri()).arg(&cow).start().unmount();
-    let told = info().ok().json();
-    assert_eq!(told[0]["size"], 5 << 20, "{told}");
-    assert!(told[0]["overlay"].is_object(), "{told}");
+    let described = info().ok().json();
+    assert_eq!(described[0]["size"], 5 << 20, "{described}");
+    assert!(described[0]["overlay"].is_object(), "{described}");
 }

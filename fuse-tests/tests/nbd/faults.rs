@@ -1,4 +1,4 @@
-//! Servers that restart, hang, are gone, lie, fail or are slow.
+//! Servers that restart, hang, are gone, violate the protocol, return errors or are slow.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,9 +20,9 @@ fn restarts_of_the_server_under_load_lose_nothing() {
     let file = format!("file={}", disk.display());
     let mut server = Server::nbdkit(&scratch, &["file", &file]);
     let mount = scratch.mount().arg(server.uri()).start();
-    let seen = mount.file("disk.raw");
+    let mounted = mount.file("disk.raw");
     let fio = std::thread::spawn(move || {
-        // small ones on a connection for all, long ones each with a connection for itself
+        // Small requests share sockets; bulk threads carry the large ones.
         let split = "--bssplit=8k/60:64k/20:256k/10:1m/10";
         let words = [
             "--name=v",
@@ -40,7 +40,7 @@ fn restarts_of_the_server_under_load_lose_nothing() {
             "--verify_state_save=0",
             "--rate=,20M",
         ];
-        let name = format!("--filename={}", seen.display());
+        let name = format!("--filename={}", mounted.display());
         Cmd::new("fio")
             .args(words)
             .args(verify)
@@ -50,7 +50,7 @@ fn restarts_of_the_server_under_load_lose_nothing() {
     });
     let mut restarts = 0;
     while !fio.is_finished() {
-        // at any moment of the load
+        // The interval is unrelated to the load, so a restart hits any moment of it.
         std::thread::sleep(Duration::from_millis(700));
         server.crash();
         server = Server::nbdkit(&scratch, &["file", &file]);
@@ -64,13 +64,13 @@ fn restarts_of_the_server_under_load_lose_nothing() {
 }
 
 #[test]
-fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
+fn a_hung_server_blocks_only_its_own_data_and_recovers() {
     if !ready() {
         return;
     }
     let scratch = Scratch::new();
     let other = scratch.write("other.img", noise(1 << 20, 2));
-    // One thread: nbdkit 1.32 ends itself (an assertion in raw_send_socket) where two answer on a connection that is lost.
+    // One thread: nbdkit 1.32 aborts (assertion in raw_send_socket) if two threads answer on a broken connection.
     let server = Server::nbdkit(&scratch, &["--threads=1", "memory", "8M"]);
     let mount = scratch
         .mount()
@@ -81,7 +81,7 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
         .start();
     let disk = mount.file("disk.raw");
     server.signal(Signal::SIGSTOP);
-    // more readers and seekers than there are loops
+    // More readers and seekers than the mount has event loops.
     let hung: Vec<_> = (0..12)
         .map(|i| {
             let disk = disk.clone();
@@ -91,7 +91,7 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
                     Cmd::new("python3").args(["-c", code]).arg(&disk).run();
                     return;
                 }
-                assert!(!can_read(&disk, SOON), "a read without a server");
+                assert!(!can_read(&disk, SOON), "a read succeeded without a server");
             })
         })
         .collect();
@@ -102,7 +102,7 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
     }
     hung.into_iter().for_each(|t| t.join().unwrap());
     server.signal(Signal::SIGCONT);
-    assert!(poll_until(SOON, || can_read(&disk, SOON)), "it does not recover");
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "the disk does not recover");
     server.signal(Signal::SIGSTOP);
     let reader = std::thread::spawn(move || can_read(&disk, SOON));
     mount.signal(Signal::SIGTERM);
@@ -112,7 +112,7 @@ fn a_hung_server_blocks_nothing_but_its_own_data_and_comes_back() {
 }
 
 #[test]
-fn a_server_that_is_gone_is_an_error_after_the_deadline_and_another_size_at_once() {
+fn reads_fail_after_the_deadline_if_the_server_is_gone_and_at_once_if_its_size_has_changed() {
     if !ready() {
         return;
     }
@@ -130,35 +130,35 @@ fn a_server_that_is_gone_is_an_error_after_the_deadline_and_another_size_at_once
     assert!(!can_read(&disk, SOON));
     let larger = Server::nbdkit(&scratch, &["memory", "9M"]);
     assert!(!can_read(&disk, SOON));
-    let said = || fs::read_to_string(&log).unwrap();
+    let logged = || fs::read_to_string(&log).unwrap();
     assert!(poll_until(SOON, || {
         can_read(&disk, SOON);
-        said().contains("its size was 8388608 bytes and is 9437184 now")
+        logged().contains("its size was 8388608 bytes and is 9437184 now")
     }));
     assert_eq!(fs::metadata(&disk).unwrap().len(), 8 << 20);
     larger.crash();
     let _same = Server::nbdkit(&scratch, &["memory", "8M"]);
-    assert!(poll_until(SOON, || can_read(&disk, SOON)), "{}", said());
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "{}", logged());
 }
 
 #[test]
-fn garbage_and_lies_in_place_of_an_answer_are_errors() {
+fn invalid_answers_during_the_handshake_are_errors() {
     if !need_fuse() {
         return;
     }
     let scratch = Scratch::new();
     let greeting = b"NBDMAGICIHAVEOPT\x00\x03";
-    // a size that no file can have, told in the oldest variant of the protocol
-    let lie = [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &[0xff; 8], &[0; 128]].concat();
+    // A size that no file can have, in the oldest protocol variant.
+    let invalid_size = [&b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..], &[0xff; 8], &[0; 128]].concat();
     for answer in [
         noise(4096, 1),
         [&greeting[..], &noise(4096, 2)].concat(),
-        lie,
+        invalid_size,
         Vec::new(),
     ] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let liar = std::thread::spawn(move || {
+        let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let _ = stream.write_all(&answer);
             let _ = stream.shutdown(std::net::Shutdown::Write);
@@ -170,12 +170,12 @@ fn garbage_and_lies_in_place_of_an_answer_are_errors() {
             .arg(format!("port={port}"))
             .arg("timeout=5");
         start.refused(1).one_error(1, &["127.0.0.1"]);
-        liar.join().unwrap();
+        server.join().unwrap();
     }
 }
 
 #[test]
-fn slow_servers_and_their_errors_are_borne() {
+fn a_slow_server_works_and_its_errors_are_temporary() {
     if !ready() {
         return;
     }

@@ -1,4 +1,5 @@
-//! Exports of real NBD servers as files: nbdkit, qemu-nbd and nbd-server, whole, restarted, hung, gone and lying.
+//! Tests of mounts of real NBD servers (nbdkit, qemu-nbd, nbd-server), also while a server restarts, hangs, is gone or
+//! violates the protocol.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -28,14 +29,14 @@ use nix::unistd::Pid;
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// A server, most often on a Unix socket; it ends with the test.
+/// Server process, usually on a Unix socket. Killed on drop.
 struct Server {
     child: Child,
     socket: PathBuf,
 }
 
 impl Server {
-    /// Starts nbdkit on the socket `s` of the test's folder.
+    /// Starts nbdkit on the socket `s` in the folder of the test, and waits until it accepts connections.
     fn nbdkit(scratch: &Scratch, words: &[&str]) -> Self {
         let socket = scratch.path("s");
         let mut command = Command::new("nbdkit");
@@ -44,26 +45,27 @@ impl Server {
     }
 
     fn start(command: Command, socket: PathBuf) -> Self {
+        // A crashed server leaves its socket behind.
         let _ = fs::remove_file(&socket);
-        let mut server = Self::unseen(command);
+        let mut server = Self::spawn(command);
         server.socket = socket;
         let up = poll_until(SOON, || UnixStream::connect(&server.socket).is_ok());
         assert!(up, "the server did not come up: {:?}", server.child.try_wait());
         server
     }
 
-    /// Starts nbdkit on a port of this machine.
+    /// Starts nbdkit on a TCP port of this machine. Does not wait until it accepts connections.
     fn nbdkit_on(port: u16, words: &[&str]) -> Self {
         let mut command = Command::new("nbdkit");
         command
             .args(["-f", "--exit-with-parent", "-i", "127.0.0.1", "-p", &port.to_string()])
             .args(words);
-        Self::unseen(command)
+        Self::spawn(command)
     }
 
-    /// Starts a server of which nobody knows yet whether it is up.
-    fn unseen(mut command: Command) -> Self {
-        // In a process group of its own: the system ends one that is stopped in a group that others leave.
+    /// Starts a server. Does not wait until it accepts connections.
+    fn spawn(mut command: Command) -> Self {
+        // In a process group of its own: the kernel sends SIGHUP to a stopped process whose group becomes orphaned.
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -83,7 +85,7 @@ impl Server {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Ends it as a crash does.
+    /// Kills the server, so that it loses what it has not written.
     fn crash(mut self) {
         self.end();
     }
@@ -100,13 +102,13 @@ impl Drop for Server {
     }
 }
 
-/// A port of this machine that nobody listens on.
+/// Returns a TCP port of this machine that no process listens on.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// vmdkfuse with a connection to the server as its descriptor 9.
-fn handed(server: &Server) -> Cmd {
+/// Returns a command that runs vmdkfuse with a connection to the server as its descriptor 9.
+fn vmdkfuse_with_socket(server: &Server) -> Cmd {
     let code = "import os,socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\nos.dup2(s.fileno(),9)\n\
                 os.execv(sys.argv[2],sys.argv[2:])";
     Cmd::new("python3")
@@ -115,11 +117,12 @@ fn handed(server: &Server) -> Cmd {
         .arg(program())
 }
 
+/// Returns true if FUSE and nbdkit are available.
 fn ready() -> bool {
     need_fuse() && need("nbdkit")
 }
 
-/// Bytes that differ everywhere.
+/// Returns pseudo-random bytes, the same for the same seed.
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut bytes = Vec::with_capacity(len);
@@ -133,7 +136,7 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Writes a file as `dd` does, and makes it durable.
+/// Copies a file over the start of another one with `dd`, and makes it durable.
 fn put(from: &Path, to: &Path) {
     let (input, output) = (format!("if={}", from.display()), format!("of={}", to.display()));
     Cmd::new("dd")
@@ -143,7 +146,7 @@ fn put(from: &Path, to: &Path) {
         .ok();
 }
 
-/// Whether `dd` can read a file.
+/// Returns true if `dd` can read the first block of a file within `deadline`, without the page cache.
 fn can_read(path: &Path, deadline: Duration) -> bool {
     let input = format!("if={}", path.display());
     let words = ["of=/dev/null", "bs=4k", "count=1", "iflag=direct", "status=none"];
@@ -157,7 +160,7 @@ fn can_read(path: &Path, deadline: Duration) -> bool {
         == Some(0)
 }
 
-/// The processes that `pid` has started.
+/// Returns the child processes of `pid`.
 fn children(pid: i32) -> Vec<i32> {
     let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     text.split_whitespace().map(|n| n.parse().unwrap()).collect()

@@ -1,4 +1,4 @@
-//! TLS by certificates and by shared keys.
+//! TLS with certificates and with pre-shared keys.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use fuse_tests::harness::{Cmd, Scratch, need, poll_until, read_range};
 
 use crate::{SOON, Server, free_port, ready};
 
-/// Makes an authority in `dir`, and certificates by it in the same folder.
+/// Creates a certificate authority and a server certificate signed by it, both in `dir`.
 fn certificates(dir: &Path) {
     let write = |name: &str, text: &str| fs::write(dir.join(name), text).unwrap();
     write("ca.info", "cn = Test\nca\ncert_signing_key\nexpiration_days = 2\n");
@@ -35,7 +35,7 @@ fn certificates(dir: &Path) {
     ];
     certtool(&authority, "ca-cert.pem");
     certtool(&key, "server-key.pem");
-    let by = [
+    let issuer = [
         "--load-ca-certificate",
         "ca-cert.pem",
         "--load-ca-privkey",
@@ -48,11 +48,11 @@ fn certificates(dir: &Path) {
         "--template",
         "server.info",
     ];
-    certtool(&[&server[..], &by[..]].concat(), "server-cert.pem");
+    certtool(&[&server[..], &issuer[..]].concat(), "server-cert.pem");
 }
 
 #[test]
-fn tls_by_certificates_is_verified() {
+fn the_certificate_of_the_server_is_verified() {
     if !ready() || !need("certtool") {
         return;
     }
@@ -79,12 +79,12 @@ fn tls_by_certificates_is_verified() {
     mount.unmount();
     with(&bad).refused(1).one_error(1, &["localhost", "certificate"]);
     with(&bad).arg("tls-verify=no").start().unmount();
-    // the server demands it
+    // The server requires TLS.
     scratch.mount().arg(format!("nbd://localhost:{port}")).refused(1);
 }
 
 #[test]
-fn tls_by_a_shared_key_and_a_server_without_tls_is_refused() {
+fn a_pre_shared_key_is_used_and_tls_require_refuses_a_server_without_tls() {
     if !ready() || !need("psktool") {
         return;
     }

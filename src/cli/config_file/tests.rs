@@ -9,7 +9,7 @@ use super::super::{Parsed, parse};
 use super::*;
 use crate::config::{Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};
 
-/// A folder with `vms.toml` and a mount point `mnt`.
+/// Creates a folder with `vms.toml` and a mount point `mnt`.
 fn folder(text: impl AsRef<[u8]>) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("vms.toml"), text).unwrap();
@@ -33,7 +33,7 @@ fn mount(text: &str, more: &[&str]) -> MountConfig {
     mount_of(run_in(&folder(text), more).unwrap())
 }
 
-/// The error for a text, without the folder of the file.
+/// Returns the error for the text of a file, without the folder in the file's path.
 fn error(text: impl AsRef<[u8]>) -> String {
     let dir = folder(text);
     let error = run_in(&dir, &[]).unwrap_err();
@@ -46,7 +46,7 @@ fn local(mount: &MountConfig, disk: usize) -> &LocalConfig {
 }
 
 #[test]
-fn a_file_says_what_words_say() {
+fn a_file_is_equivalent_to_a_command_line() {
     let dir = folder(
         "cache = \"none\"\ncache-size = \"64M\"\nreadahead = 1_048_576\nreadonly = true\nallow-dir = [\"/a\", \"b\"]\n\
          [[disk]]\nname = \"n a=m,e\"\nfile = \"sub/x.vmdk\"\nformat = \"raw\"\nallow-dir = \"/c\"\ndegraded = \"cid\"\n\
@@ -54,14 +54,14 @@ fn a_file_says_what_words_say() {
     );
     let (here, mnt) = (dir.path().display(), dir.path().join("mnt"));
     let mut words: Vec<OsString> = ["vmdkfuse", mnt.to_str().unwrap()].map(OsString::from).to_vec();
-    let said = format!(
+    let equivalent = format!(
         "cache=none|cache-size=64M|readahead=1048576|readonly=true|allow-dir=/a|allow-dir={here}/b|\
          file={here}/sub/x.vmdk|name=n a=m,e|format=raw|allow-dir=/c|degraded=cid|\
          file=/abs/y\\z=1, 2.img|readonly=false|lock=off|cache-size=4096|backend=native"
     );
-    words.extend(said.split('|').map(OsString::from));
+    words.extend(equivalent.split('|').map(OsString::from));
     let Ok(Parsed::Run(expected)) = parse(words) else {
-        panic!("the words are refused")
+        panic!("the command line is refused")
     };
     let config = run_in(&dir, &[]).unwrap();
     assert_eq!(config, *expected);
@@ -74,7 +74,7 @@ fn a_file_says_what_words_say() {
 }
 
 #[test]
-fn every_key_of_mount_arrives_and_paths_count_from_the_file() {
+fn every_key_of_mount_is_read_and_paths_are_relative_to_the_file() {
     let dir = folder(
         "[mount]\noptions = \"allow_other,umask=027,fsname=a=b,allow-dir=d\"\nread-only = true\nthreads = 3\n\
          pidfile = \"run/pid\"\nlog-file = \"/log\"\nlog-format = \"json\"\n[[disk]]\nfile = \"a\"\n",
@@ -127,7 +127,7 @@ fn the_command_line_wins_over_the_file() {
         (mount.threads, mount.pidfile.clone(), mount.foreground),
         (Some(5), Some("/p".into()), true)
     );
-    // What a disk says for itself is nearer to it than what holds for all.
+    // The keys of a disk win over the keys for all disks, even over those of the command line.
     let caches: Vec<_> = mount.disks.iter().map(|disk| disk.cache).collect();
     assert_eq!(caches, [Some(PageCache::WriteThrough), Some(PageCache::None)]);
     assert_eq!(local(&mount, 0).allow_dirs, [PathBuf::from("/f"), "/c".into()]);
@@ -139,7 +139,7 @@ fn the_command_line_wins_over_the_file() {
 }
 
 #[test]
-fn patterns_and_folders_count_from_the_file() {
+fn patterns_and_folders_are_relative_to_the_file() {
     let dir = folder("[[disk]]\nfile = \"vm/*.img\"\n[[disk]]\ndir = \"vm\"\n");
     fs::create_dir(dir.path().join("vm")).unwrap();
     for name in ["b.img", "a.img", "c.vmdk"] {
@@ -152,11 +152,11 @@ fn patterns_and_folders_count_from_the_file() {
         .collect();
     assert_eq!(names, ["a.raw", "b.raw", "c.raw"]);
     fs::remove_file(dir.path().join("vm/c.vmdk")).unwrap();
-    assert!(run_in(&dir, &[]).unwrap_err().contains("vm: there is no VMDK"));
+    assert!(run_in(&dir, &[]).unwrap_err().contains("vm: no VMDK"));
 }
 
 #[test]
-fn a_folder_that_is_not_utf8_goes_through() {
+fn the_folder_of_the_file_need_not_be_utf8() {
     let dir = folder("");
     let odd = dir.path().join(OsStr::from_bytes(b"\xff"));
     fs::create_dir(&odd).unwrap();
@@ -168,7 +168,7 @@ fn a_folder_that_is_not_utf8_goes_through() {
 }
 
 #[test]
-fn writing_is_described_as_well() {
+fn keys_that_create_and_write_are_read() {
     let dir = folder(
         "[[disk]]\nfile = \"a\"\ncow = \"tmp\"\nforce = true\n[[disk]]\nfile = \"b\"\ncow = \"sub/c.vmdk\"\n\
          [[disk]]\nfile = \"d\"\ncreate = true\ncreate-size = 1024\ncreate-hwversion = 13\n\
@@ -196,7 +196,7 @@ fn writing_is_described_as_well() {
         ),
         (
             "[[disk]]\nfile = \"a\"\ncreate-size = \"1G\"\n",
-            "create-size= says how to make a disk",
+            "create-size= needs create=true",
         ),
     ] {
         assert!(error(text).contains(message), "{text}: {}", error(text));
@@ -204,7 +204,7 @@ fn writing_is_described_as_well() {
 }
 
 #[test]
-fn unknown_keys_and_tables_name_line_and_nearest() {
+fn errors_of_unknown_names_give_the_line_and_a_suggestion() {
     for (text, message) in [
         (
             "# c\ncashe = \"x\"\n",
@@ -212,7 +212,7 @@ fn unknown_keys_and_tables_name_line_and_nearest() {
         ),
         (
             "\nread-only = true\n",
-            "vms.toml:2: read-only belongs into the [mount] table",
+            "vms.toml:2: read-only belongs in the [mount] table",
         ),
         (
             "banana = \"secret\"\n",
@@ -244,21 +244,21 @@ fn unknown_keys_and_tables_name_line_and_nearest() {
     let misplaced = error("[mount]\ncache = \"none\"\n");
     assert_eq!(
         misplaced,
-        "vms.toml:2: cache is a key of disks: it belongs above the first table, or into a [[disk]] table"
+        "vms.toml:2: cache is a key of disks: it belongs above the first table, or in a [[disk]] table"
     );
     for key in ["name", "file", "dir"] {
-        let message = format!("vms.toml:1: {key} is for one disk: it belongs into a [[disk]] table");
+        let message = format!("vms.toml:1: {key} is for one disk: it belongs in a [[disk]] table");
         assert_eq!(error(format!("{key} = \"x\"\n")), message);
     }
 }
 
 #[test]
-fn the_first_error_of_the_file_is_told() {
+fn the_first_error_of_the_file_is_reported() {
     assert!(error("zebra = 1\napple = 2\n").starts_with("vms.toml:1: unknown key zebra;"));
 }
 
 #[test]
-fn keys_that_are_still_to_come_give_the_one_answer() {
+fn keys_that_are_not_in_this_build_are_reported() {
     for (text, message) in [
         (
             "password = \"hunter2\"\n",
@@ -282,7 +282,7 @@ fn keys_that_are_still_to_come_give_the_one_answer() {
 }
 
 #[test]
-fn servers_are_described_as_well() {
+fn keys_of_servers_are_read() {
     let tables = [
         "uri = \"nbd://h/x\"\ntimeout = 5\n",
         "uri = \"nbd://h/y\"\ntls-psk = \"keys\"\ntls-username = \"me\"\n",
@@ -298,7 +298,7 @@ fn servers_are_described_as_well() {
     let config = run_in(&dir, &[]).unwrap();
     assert_eq!(config.action.handed_over(), [9]);
     let mount = mount_of(config);
-    // The same words, disk by disk.
+    // The equivalent command line.
     let here = dir.path().display();
     let words = [
         "uri=nbd://h/x|timeout=5".to_owned(),
@@ -312,18 +312,18 @@ fn servers_are_described_as_well() {
         "hostname=h|dynamic-export=true".to_owned(),
     ];
     assert_eq!(mount.disks.len(), words.len());
-    for (disk, said) in mount.disks.iter().zip(words) {
+    for (disk, equivalent) in mount.disks.iter().zip(words) {
         let mnt = dir.path().join("mnt").into_os_string();
         let words = ["vmdkfuse".into(), mnt]
             .into_iter()
-            .chain(said.split('|').map(OsString::from));
+            .chain(equivalent.split('|').map(OsString::from));
         let expected = mount_of(config_of(parse(words)).unwrap());
-        assert_eq!(disk, &expected.disks[0], "{said}");
+        assert_eq!(disk, &expected.disks[0], "{equivalent}");
     }
 }
 
 #[test]
-fn a_server_above_the_tables_is_that_of_the_tables_without_one() {
+fn a_server_above_the_tables_applies_to_tables_without_one() {
     let text =
         "hostname = \"h\"\nport = 1\ntimeout = 3\n[[disk]]\nexport = \"a\"\n[[disk]]\nexport = \"b\"\ntimeout = 4\n";
     let disks = mount(text, &[]).disks;
@@ -339,29 +339,26 @@ fn a_server_above_the_tables_is_that_of_the_tables_without_one() {
 }
 
 #[test]
-fn keys_of_servers_that_do_not_go_together_name_the_table() {
+fn errors_of_conflicting_server_keys_name_the_table() {
     let file = "[[disk]]\nfile = \"a\"\n";
     for (table, message) in [
         (
             "hostname = \"h\"\nsocket = \"s\"\n",
-            "hostname= and socket= both say where the NBD server is",
+            "hostname= and socket= are both addresses of the NBD server: give one of them",
         ),
         (
             "uri = \"nbd://h\"\ncommand = \"x\"\n",
-            "uri= and command= both say where the NBD server is",
+            "uri= and command= are both addresses of the NBD server: give one of them",
         ),
-        (
-            "arg = [\"x\"]\nhostname = \"h\"\n",
-            "arg= is an argument for command=, which is not given",
-        ),
-        ("socket = \"s\"\nport = 1\n", "port= goes with hostname= or vsock-cid="),
+        ("arg = [\"x\"]\nhostname = \"h\"\n", "arg= needs command="),
+        ("socket = \"s\"\nport = 1\n", "port= needs hostname= or vsock-cid="),
         (
             "file = \"a\"\nhostname = \"h\"\n",
             "hostname= is for NBD servers, but the disk is a local file",
         ),
         (
             "socket = \"s\"\nformat = \"raw\"\n",
-            "format= is for local files, but the disk is an NBD server's",
+            "format= is for local files, but the disk is on an NBD server",
         ),
         (
             "vsock-cid = 1\nport = \"nbd\"\n",
@@ -373,7 +370,7 @@ fn keys_of_servers_that_do_not_go_together_name_the_table() {
         ),
         (
             "socket-fd = 5\nconnections = 2\n",
-            "socket-fd= means one connection, but connections= says otherwise",
+            "socket-fd= means one connection, but connections= is larger",
         ),
     ] {
         assert_eq!(
@@ -393,7 +390,7 @@ fn keys_of_servers_that_do_not_go_together_name_the_table() {
         ),
         (
             "command = \"x\"\narg = [1]\n",
-            "vms.toml:3: arg: must be a text in quotes, or a list of such",
+            "vms.toml:3: arg: must be a text in quotes, or a list of them",
         ),
         ("socket-fd = \"5\"\n", "vms.toml:2: socket-fd: must be a whole number"),
         (
@@ -428,7 +425,7 @@ fn values_must_have_the_type_of_their_key() {
         ),
         (
             "cache-size = \"12Q\"\n",
-            "cache-size=12Q: must be a size: after the digits only K, M, G or T, as in 64M",
+            "cache-size=12Q: must be a size: only K, M, G or T may follow the digits, as in 64M",
         ),
         (
             "cache-size = -1\n",
@@ -440,14 +437,14 @@ fn values_must_have_the_type_of_their_key() {
         ),
         (
             "allow-dir = [\"/a\", 7]\n",
-            "allow-dir: must be a path in quotes, or a list of such",
+            "allow-dir: must be a path in quotes, or a list of them",
         ),
         ("allow-dir = [\"\"]\n", "allow-dir=: a path is missing"),
         ("disk = [{ file = 1979-05-27 }]\n", "file: must be a path in quotes"),
         ("disk = [{ file = [\"a\"] }]\n", "file: must be a path in quotes"),
         (
             "disk = [{ file = \"a\", name = \"b/c\" }]\n",
-            "name=b/c: a file name cannot hold `/` or a NUL byte",
+            "name=b/c: a file name cannot contain `/` or a NUL byte",
         ),
         ("disk = { file = \"a\" }\n", "disk: must be written as [[disk]] tables"),
         ("disk = [1]\n", "disk: must be written as [[disk]] tables"),
@@ -466,7 +463,7 @@ fn values_must_have_the_type_of_their_key() {
         ),
         (
             "mount.options = \"file=a\"\n",
-            "-o file= names a disk: write a [[disk]] table",
+            "-o file= names a disk: use a [[disk]] table",
         ),
     ] {
         assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
@@ -490,31 +487,30 @@ fn a_disk_has_one_source() {
     assert_eq!(both, "vms.toml:3: a disk has one source, but this one has file and dir");
     let none = error("[[disk]]\nfile = \"a\"\n[[disk]]\nname = \"x\"\n");
     let sources = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
-    assert_eq!(none, format!("vms.toml:3: [[disk]]: no disk is named: {sources}"));
+    assert_eq!(none, format!("vms.toml:3: [[disk]]: no disk is given: {sources}"));
     for text in ["", "cache = \"none\"\n", "disk = []\n"] {
-        let message =
-            "vms.toml: no disk is described: add a [[disk]] table with file, dir or uri, or an NBD server's keys";
+        let message = "vms.toml: no disk is given: add a [[disk]] table with file, dir or uri, or an NBD server's keys";
         assert_eq!(error(text), message);
     }
 }
 
 #[test]
-fn a_key_for_all_disks_that_is_said_twice_is_refused() {
+fn a_key_for_all_disks_that_is_given_twice_is_refused() {
     let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
     assert_eq!(
         twice,
-        "vms.toml: cache stands above the tables and in the options of [mount]"
+        "vms.toml: cache is given twice: above the tables and in the options of [mount]"
     );
     let repeats = "allow-dir = \"/a\"\n[mount]\noptions = \"allow-dir=/b\"\n[[disk]]\nfile = \"a\"\n";
     assert_eq!(local(&mount(repeats, &[]), 0).allow_dirs.len(), 2);
     assert!(
         error("cache = \"none\"\ncache = \"none\"\n").starts_with("vms.toml:2: "),
-        "TOML has it so"
+        "TOML itself forbids duplicate keys"
     );
 }
 
 #[test]
-fn what_is_no_toml_names_its_line_and_none_of_its_text() {
+fn errors_of_invalid_toml_give_the_line_but_no_text() {
     let broken = error("cache = \"none\"\npassword = hunter2\n");
     assert!(
         broken.starts_with("vms.toml:2: ") && !broken.contains("hunter2"),
@@ -543,11 +539,11 @@ fn only_a_regular_file_of_bounded_size_is_read() {
 }
 
 #[test]
-fn config_goes_with_a_mount_point_alone() {
+fn config_allows_only_a_mount_point() {
     let dir = folder("[[disk]]\nfile = \"a\"\n");
     for (more, part) in [
-        (&["/x"][..], "the mount point alone"),
-        (&["file=/x"], "the mount point alone"),
+        (&["/x"][..], "no arguments except the mount point"),
+        (&["file=/x"], "no arguments except the mount point"),
         (&["cache=none"], "-o KEY=VALUE"),
         (&["-o", "file=/x"], "-o file= names one"),
         (&["--info"], "--info"),
@@ -556,7 +552,7 @@ fn config_goes_with_a_mount_point_alone() {
         (&["--create"], "--create"),
         (&["--commit"], "--commit"),
         (&["--dump"], "--dump"),
-        (&["--json"], "--json goes with"),
+        (&["--json"], "--json needs"),
         (&["--config", "b"], "--config"),
         (&["-o", "ro,rw"], "both read-only"),
     ] {

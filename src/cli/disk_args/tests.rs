@@ -28,7 +28,7 @@ fn local(disk: &DiskConfig) -> &LocalConfig {
 }
 
 #[test]
-fn bare_values_find_their_key() {
+fn bare_values_get_their_key() {
     for uri in [
         "nbd://h",
         "nbds://h/x",
@@ -53,7 +53,7 @@ fn bare_values_find_their_key() {
 }
 
 #[test]
-fn every_setting_arrives() {
+fn every_setting_is_stored() {
     let disks = parse(&[
         "file=/a.vmdk",
         "name=n",
@@ -99,7 +99,7 @@ fn every_setting_arrives() {
 }
 
 #[test]
-fn nothing_said_is_the_default() {
+fn settings_have_defaults() {
     let disks = parse(&["/a.vmdk"]).unwrap();
     assert_eq!(disks[0].name, "a.raw");
     assert_eq!((disks[0].read_only, disks[0].cache), (false, None));
@@ -115,7 +115,7 @@ fn nothing_said_is_the_default() {
 }
 
 #[test]
-fn a_second_source_starts_another_disk_and_common_keys_hold_for_all() {
+fn a_second_source_starts_another_disk_and_common_keys_apply_to_all() {
     let disks = parse(&[
         "cache=none",
         "format=vmdk",
@@ -140,7 +140,7 @@ fn a_second_source_starts_another_disk_and_common_keys_hold_for_all() {
 }
 
 #[test]
-fn keys_of_options_are_common_and_their_sources_are_disks() {
+fn keys_of_options_apply_to_all_disks_and_their_sources_are_disks() {
     let disks = parse_with(
         &[("cache", "none"), ("file", "/o")],
         &["readonly=yes", "/a", "cache=writethrough"],
@@ -170,7 +170,7 @@ fn a_key_given_twice_is_refused() {
 }
 
 #[test]
-fn an_unknown_key_names_the_nearest_and_how_to_write_a_file_name() {
+fn an_unknown_key_suggests_a_key_and_the_form_of_a_file_name() {
     let error = parse(&["/a", "cashe=none"]).unwrap_err();
     assert!(
         error.starts_with("unknown key cashe=; did you mean cache=? "),
@@ -187,7 +187,7 @@ fn an_unknown_key_names_the_nearest_and_how_to_write_a_file_name() {
 }
 
 #[test]
-fn keys_of_other_back_ends_answer_before_files_are_looked_for() {
+fn keys_of_other_back_ends_are_refused_before_files_are_searched() {
     let error = parse(&["file=[ds1] dir/x.vmdk", "server=h"]).unwrap_err();
     assert_eq!(error, "server= is not in this build yet");
     let error = parse(&["password=hunter2", "/a"]).unwrap_err();
@@ -195,7 +195,7 @@ fn keys_of_other_back_ends_answer_before_files_are_looked_for() {
 }
 
 #[test]
-fn keys_after_a_pattern_hold_for_each_match_but_a_name_only_for_one() {
+fn keys_after_a_pattern_apply_to_each_match_but_a_name_to_one_only() {
     let dir = tempfile::tempdir().unwrap();
     let pattern = format!("file={}/*.img", dir.path().display());
     fs::write(dir.path().join("a.img"), "").unwrap();
@@ -210,19 +210,19 @@ fn keys_after_a_pattern_hold_for_each_match_but_a_name_only_for_one() {
     let error = parse(&[&pattern, "name=one"]).unwrap_err();
     assert_eq!(
         error,
-        "name=one would be the name of 2 disks: it can be given to one only"
+        "name=one would apply to 2 disks, but a file name is for one disk: give it after that disk"
     );
 }
 
 #[test]
-fn a_common_name_is_for_one_disk() {
+fn a_common_name_needs_a_single_disk() {
     assert_eq!(parse(&["name=n", "/a"]).unwrap()[0].name, "n");
     assert_eq!(parse_with(&[("name", "n")], &["/a"]).unwrap()[0].name, "n");
     assert!(parse(&["name=n", "/a", "/b"]).unwrap_err().contains("2 disks"));
 }
 
 #[test]
-fn a_folder_gives_a_disk_for_each_of_its_images() {
+fn a_folder_gives_a_disk_for_each_image() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["b.vmdk", "a.vmdk"] {
         fs::write(dir.path().join(name), "# Disk DescriptorFile\n").unwrap();
@@ -261,7 +261,7 @@ fn server(words: &[&str]) -> Result<NbdConfig, String> {
 }
 
 #[test]
-fn every_way_to_name_a_server_is_understood() {
+fn every_form_of_server_address_is_parsed() {
     let of = |words: &[&str]| server(words).unwrap().address;
     let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp {
         host: host.into(),
@@ -288,7 +288,7 @@ fn every_way_to_name_a_server_is_understood() {
 }
 
 #[test]
-fn every_setting_of_a_server_arrives() {
+fn every_setting_of_a_server_is_stored() {
     let all = server(&[
         "nbds://h/a",
         "export=b",
@@ -321,12 +321,15 @@ fn every_setting_of_a_server_arrives() {
 }
 
 #[test]
-fn words_about_servers_that_do_not_go_together_are_refused() {
-    for (words, said) in [
-        (&["nbd://h", "socket=/s"][..], "uri= and socket= both say where"),
-        (&["hostname=h", "command=c"], "hostname= and command= both say where"),
-        (&["socket=/s", "port=1"], "port= goes with hostname="),
-        (&["nbd://h", "arg=x"], "arg= is an argument for command="),
+fn conflicting_keys_of_servers_are_refused() {
+    for (words, message) in [
+        (&["nbd://h", "socket=/s"][..], "uri= and socket= are both addresses"),
+        (
+            &["hostname=h", "command=c"],
+            "hostname= and command= are both addresses",
+        ),
+        (&["socket=/s", "port=1"], "port= needs hostname="),
+        (&["nbd://h", "arg=x"], "arg= needs command="),
         (&["vsock-cid=2", "port=nbd"], "port=nbd: a VSOCK port is a number"),
         (&["nbd://h", "dynamic-export=1", "export=a"], "but export= names one"),
         (&["nbd://h", "dynamic-export=1", "name=a"], "one name"),
@@ -336,8 +339,8 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
             "shared=true means one connection",
         ),
         (&["socket-fd=7", "connections=2"], "socket-fd= means one connection"),
-        (&["nbds://h", "tls=off"], "the URI asks for TLS"),
-        (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= says how to encrypt"),
+        (&["nbds://h", "tls=off"], "the URI requires TLS"),
+        (&["nbd://h", "tls=off", "tls-psk=/p"], "tls-psk= configures TLS"),
         (&["nbd://h", "allow-dir=/a"], "allow-dir= is for local files"),
         (&["nbd://h", "degraded=cid"], "degraded= is for local files"),
         (&["nbd://h", "force=yes"], "force= is for local files"),
@@ -347,7 +350,7 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["nbd://h", "kernel-view=off"], "kernel-view= is for local files"),
         (&["nbd://h", "view-size=1M"], "view-size= is for local files"),
         (&["nbd://h", "view-dir=/v"], "view-dir= is for local files"),
-        // as a key for all it is one for the server too
+        // A key for all disks applies to the server too.
         (&["lock=off", "nbd://h"], "lock= is for local files"),
         (&["kernel-view=auto", "nbd://h"], "kernel-view= is for local files"),
         (&["kernel-view=off", "/x", "nbd://h"], "kernel-view= is for local files"),
@@ -366,16 +369,16 @@ fn words_about_servers_that_do_not_go_together_are_refused() {
         (&["socket-fd=2"], "must be a number from 3 to"),
         (&["nbd://h", "connections=0"], "must be a number from 1 to 16"),
         (&["nbd://h", "timeout=0"], "must be a number from 1 to 1800"),
-        (&["hostname=a b"], "holds no blanks"),
+        (&["hostname=a b"], "cannot contain spaces"),
         (&["nbd://h", "tls=maybe"], "must be off or on or require"),
     ] {
         let error = parse(words).unwrap_err();
-        assert!(error.contains(said), "{words:?}: {error}");
+        assert!(error.contains(message), "{words:?}: {error}");
     }
 }
 
 #[test]
-fn deadlines_and_retries_are_for_every_source() {
+fn timeout_and_retry_are_accepted_for_every_source() {
     for words in [
         &["timeout=3", "/x", "nbd://h"][..],
         &["/x", "timeout=3", "retry=2", "nbd://h"],
@@ -385,7 +388,7 @@ fn deadlines_and_retries_are_for_every_source() {
 }
 
 #[test]
-fn the_file_of_an_export_is_called_after_it() {
+fn the_file_of_an_export_has_its_name() {
     for (words, name) in [
         (&["nbd://h"][..], "disk.raw"),
         (&["nbd://h/vm1"], "vm1.raw"),
@@ -400,7 +403,7 @@ fn the_file_of_an_export_is_called_after_it() {
 }
 
 #[test]
-fn two_servers_are_two_disks_and_secrets_are_not_shown() {
+fn two_servers_are_two_disks_and_labels_hide_secrets() {
     let disks = parse(&["timeout=9", "nbd://a/x", "retry=1", "nbd://b/y"]).unwrap();
     assert_eq!(disks.len(), 2);
     let label = server(&["nbd://user:hunter2@h/x"]).unwrap().label();
@@ -408,14 +411,14 @@ fn two_servers_are_two_disks_and_secrets_are_not_shown() {
 }
 
 #[test]
-fn names_in_a_mount_differ_and_are_possible() {
+fn names_in_a_mount_are_unique_and_valid() {
     assert!(check_names(&parse(&["/a/x.vmdk", "/b/y.vmdk"]).unwrap()).is_ok());
     let error = check_names(&parse(&["/a/x.vmdk", "/b/x.img"]).unwrap())
         .unwrap_err()
         .to_string();
     assert_eq!(
         error,
-        "/a/x.vmdk and /b/x.img would both be called x.raw: use name= for one of them"
+        "/a/x.vmdk and /b/x.img would both have the file name x.raw: use name= for one of them"
     );
     assert!(check_names(&parse(&["/a/x.vmdk", "/b/x.img", "name=z"]).unwrap()).is_ok());
     let long = format!("/{}", "x".repeat(255));
@@ -424,7 +427,7 @@ fn names_in_a_mount_differ_and_are_possible() {
 }
 
 #[test]
-fn paths_that_are_not_utf8_go_through() {
+fn paths_need_not_be_utf8() {
     let mut word = OsString::from("file=");
     word.push(OsStr::from_bytes(b"/\xff.vmdk"));
     for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {

@@ -1,22 +1,22 @@
-//! The table of keys as sections of the help.
+//! Help sections that are generated from the table of keys.
 
 use std::fmt::Write as _;
 
 use super::{Group, KEYS};
 
-/// Columns of the help, so that it fits a terminal of that width with clap's wrapping never at work.
+/// Width of the help in columns. The text is wrapped here, so that clap never wraps it again.
 pub(in crate::cli) const HELP_WIDTH: usize = 96;
 
-/// Columns before the explanation of a key.
+/// Column at which the explanation of a key starts.
 const HELP_INDENT: usize = 32;
 
-/// The keys as a section of the help.
+/// Returns the help section of the keys that work in this build, by group.
 pub(in crate::cli) fn help() -> String {
-    let mut out = String::from("Keys (before the first file= they hold for all disks, after it for its disk):\n");
+    let mut out = String::from("Keys (before the first file= they apply to all disks, after it to its disk):\n");
     for group in Group::ALL {
         let mut keys = KEYS
             .iter()
-            .filter(|key| key.group == group && key.is_local())
+            .filter(|key| key.group == group && key.is_ready())
             .peekable();
         if keys.peek().is_some() {
             _ = writeln!(out, "  {}:", group.title());
@@ -31,7 +31,7 @@ pub(in crate::cli) fn help() -> String {
     out
 }
 
-/// The form of a key and its explanation beside it, in lines of the help's width.
+/// Returns the form of a key with its explanation next to it, wrapped to the width of the help.
 fn explained(form: &str, explanation: &str) -> String {
     let mut out = String::new();
     let mut line = form.to_owned();
@@ -51,20 +51,20 @@ fn explained(form: &str, explanation: &str) -> String {
     out
 }
 
-/// The keys that are not in this build yet, by heading, as lines for the help.
+/// Returns the help lines of the keys that are not in this build yet, by group.
 pub(in crate::cli) fn help_later() -> String {
     let mut out = String::new();
     for group in Group::ALL {
         let names = KEYS
             .iter()
-            .filter(|key| key.group == group && !key.is_local())
+            .filter(|key| key.group == group && !key.is_ready())
             .map(|key| format!("{}=", key.name));
         out.push_str(&wrapped(group.title(), names));
     }
     out
 }
 
-/// `title: word word …` in lines of the help's width; nothing where there are no words.
+/// Returns `title: word word …`, wrapped to the width of the help. Returns an empty text if there are no words.
 pub(in crate::cli) fn wrapped(title: &str, words: impl Iterator<Item = String>) -> String {
     let mut out = String::new();
     let mut line = format!("  {title}:");

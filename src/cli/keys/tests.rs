@@ -2,7 +2,7 @@ use std::collections::HashSet;
 
 use super::*;
 
-/// The contract's keys, so that none gets lost from the table.
+/// All documented keys, so that the table cannot lose one.
 const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
     password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
     transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
@@ -10,27 +10,27 @@ const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead t
     descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
     shared tls tls-certificates tls-verify tls-username tls-psk";
 
-const LOCAL: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
+const READY: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir";
 
 #[test]
-fn the_table_is_the_contract() {
+fn the_table_holds_every_documented_key() {
     let spellings: Vec<&str> = KEYS
         .iter()
         .flat_map(|key| std::iter::once(key.name).chain(key.aliases.iter().copied()))
         .collect();
     let unique: HashSet<&str> = spellings.iter().copied().collect();
-    assert_eq!(unique.len(), spellings.len(), "a key stands twice in the table");
+    assert_eq!(unique.len(), spellings.len(), "a key is twice in the table");
     assert_eq!(unique, CONTRACT.split_whitespace().collect());
-    let local: HashSet<&str> = KEYS.iter().filter(|key| key.is_local()).map(|key| key.name).collect();
-    assert_eq!(local, LOCAL.split_whitespace().collect());
+    let ready: HashSet<&str> = KEYS.iter().filter(|key| key.is_ready()).map(|key| key.name).collect();
+    assert_eq!(ready, READY.split_whitespace().collect());
 }
 
 #[test]
-fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
-    for key in KEYS.iter().filter(|key| !key.is_local()) {
+fn keys_that_are_not_in_this_build_are_reported_before_their_value_is_checked() {
+    for key in KEYS.iter().filter(|key| !key.is_ready()) {
         let error = key
             .apply(&mut Settings::default(), OsStr::new("?"))
             .unwrap_err()
@@ -40,7 +40,7 @@ fn every_key_that_is_not_local_says_so_before_it_looks_at_the_value() {
 }
 
 #[test]
-fn words_of_a_key_that_are_still_to_come_say_so() {
+fn values_that_are_not_in_this_build_are_reported() {
     for (name, word) in [("backend", "vddk"), ("backend", "https")] {
         let error = find(name)
             .unwrap()
@@ -51,7 +51,7 @@ fn words_of_a_key_that_are_still_to_come_say_so() {
 }
 
 #[test]
-fn a_value_must_fit_its_key() {
+fn values_are_checked_by_their_key() {
     for (name, value, good) in [
         ("readonly", "yes", true),
         ("readonly", "maybe", false),
@@ -108,7 +108,7 @@ fn a_value_must_fit_its_key() {
 }
 
 #[test]
-fn nearest_is_only_near() {
+fn nearest_suggests_only_similar_names() {
     for (typed, meant) in [
         ("cashe", "cache"),
         ("read-only", "readonly"),
@@ -127,15 +127,15 @@ fn nearest_is_only_near() {
 }
 
 #[test]
-fn help_holds_every_key_where_it_belongs_and_fits() {
+fn help_holds_every_key_in_its_section_and_fits_the_width() {
     let (now, later) = (help(), help_later());
     for key in KEYS {
-        let (place, form) = if key.is_local() {
+        let (section, form) = if key.is_ready() {
             (&now, format!("    {}={}", key.name, key.kind.placeholder()))
         } else {
             (&later, format!(" {}=", key.name))
         };
-        assert!(place.contains(&form), "{form} is not in:\n{place}");
+        assert!(section.contains(&form), "{form} is missing in:\n{section}");
     }
     for line in now.lines().chain(later.lines()) {
         assert!(line.len() <= HELP_WIDTH, "too long: {line}");

@@ -98,7 +98,7 @@ impl Filesystem for DiskFs {
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         catch_panic(|| match self.file(ino) {
             Ok(file) if kernel_view_node::is_view_inode(ino) => {
-                file.open_view(flags, req.pid(), &self.error_log, reply)
+                file.open_view(flags, req.pid(), &self.error_log, reply);
             }
             Ok(file) => file.open(self.passthrough, flags, req.pid(), &self.error_log, reply),
             Err(e) => reply.error(e),

@@ -33,6 +33,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::process;
 
 /// Shell script that moves the socket from standard input to descriptor 3, where socket activation expects it, and
 /// executes the server. `LISTEN_PID` must be the process ID of the server: that of the shell, because exec keeps it.
@@ -71,7 +72,11 @@ impl CaptiveServer {
         let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
         let (listener, socket_inode) = listen().map_err(context)?;
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", ACTIVATE, "sh"]).args(words);
+        // The server may be started again after this process has changed to `/`.
+        command
+            .args(["-c", ACTIVATE, "sh"])
+            .args(words)
+            .current_dir(process::start_dir());
         command
             .stdin(OwnedFd::from(listener))
             .stdout(Stdio::null())
@@ -196,7 +201,7 @@ fn listen() -> std::io::Result<(UnixListener, OwnedFd)> {
 /// Creates a new folder that only this user can access, so that no other user can connect or replace the socket before
 /// its name is removed.
 fn private_dir() -> std::io::Result<PathBuf> {
-    let base = std::env::temp_dir();
+    let base = process::start_dir().join(std::env::temp_dir());
     let mut tries = 0u32;
     loop {
         let now = std::time::SystemTime::now()

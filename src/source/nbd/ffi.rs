@@ -184,8 +184,8 @@ impl Handle {
             .ok_or_else(|| failure("nbd_create"))?;
         // The library need not clear buffers: a simple reply fills the whole buffer, and the chunks of a structured
         // reply are checked by `Chunks`.
-        // SAFETY: the handle is alive.
         done(
+            // SAFETY: the handle is alive.
             unsafe { sys::nbd_set_pread_initialize(handle.raw(), false) },
             "nbd_set_pread_initialize",
         )?;
@@ -193,8 +193,8 @@ impl Handle {
         // last, incomplete block, which the server may accept.
         // SAFETY: the handle is alive.
         let strict = unsafe { sys::nbd_get_strict_mode(handle.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
-        // SAFETY: the handle is alive.
         done(
+            // SAFETY: the handle is alive.
             unsafe { sys::nbd_set_strict_mode(handle.raw(), strict) },
             "nbd_set_strict_mode",
         )?;
@@ -244,15 +244,15 @@ impl Handle {
 
     /// Requests block status on this connection. `false` requests simple replies, which are shorter but have none.
     pub(super) fn set_block_status(&self, enabled: bool) -> Result<()> {
-        // SAFETY: the handle is alive.
         done(
+            // SAFETY: the handle is alive.
             unsafe { sys::nbd_set_request_structured_replies(self.raw(), enabled) },
             "structured replies",
         )?;
         if enabled {
             let context = sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr();
-            // SAFETY: handle and text are alive.
             done(
+                // SAFETY: handle and text are alive.
                 unsafe { sys::nbd_add_meta_context(self.raw(), context) },
                 "nbd_add_meta_context",
             )?;
@@ -381,8 +381,8 @@ impl Handle {
     /// Starts to open the export.
     pub(super) fn opt_go(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
-        // SAFETY: the handle is alive, and the callback holds all it needs.
         done(
+            // SAFETY: the handle is alive, and the callback holds all it needs.
             unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) },
             "open the export",
         )?;
@@ -392,8 +392,8 @@ impl Handle {
     /// Starts to ask for the size and the flags of the export.
     pub(super) fn opt_info(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
-        // SAFETY: the handle is alive, and the callback holds all it needs.
         done(
+            // SAFETY: the handle is alive, and the callback holds all it needs.
             unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) },
             "ask for the export",
         )?;
@@ -408,8 +408,8 @@ impl Handle {
             user_data: Arc::into_raw(Arc::clone(&listed)).cast_mut().cast(),
             free: Some(free_listed),
         };
-        // SAFETY: the handle is alive, and the callbacks hold all they need.
         done(
+            // SAFETY: the handle is alive, and the callbacks hold all they need.
             unsafe { sys::nbd_aio_opt_list(self.raw(), list, option_callback(&opt)) },
             "list the exports",
         )?;
@@ -684,10 +684,10 @@ fn done(result: c_int, context: &str) -> Result<()> {
 
 /// Borrows a text of the library. Returns an empty text for a null pointer.
 fn text<'a>(text: *const c_char) -> &'a CStr {
-    // SAFETY: callers pass texts of the library that are valid for as long as they use the result.
     if text.is_null() {
         c""
     } else {
+        // SAFETY: callers pass texts of the library that are valid for as long as they use the result.
         unsafe { CStr::from_ptr(text) }
     }
 }

@@ -1,4 +1,4 @@
-//! Disks of real servers, without a mount: nbdkit by a command that ends with the disk.
+//! Tests of disks without a mount, against nbdkit as a captive server that ends with the disk.
 
 mod lost;
 
@@ -19,20 +19,24 @@ use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Lba, SECTOR, Stay
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::ErrorKind;
 
-/// Whether nbdkit is there; where everything is required its absence is a failure.
+/// Returns true if nbdkit is installed. Panics without it if `VMDKFUSE_REQUIRE=all`.
 fn need_nbdkit() -> bool {
-    let there = std::process::Command::new("nbdkit")
+    let installed = std::process::Command::new("nbdkit")
         .arg("--version")
         .output()
         .is_ok_and(|o| o.status.success());
-    let all = std::env::var("VMDKFUSE_REQUIRE").is_ok_and(|v| v == "all");
-    assert!(there || !all, "nbdkit is not installed and VMDKFUSE_REQUIRE=all");
-    if !there {
+    let required = std::env::var("VMDKFUSE_REQUIRE").is_ok_and(|v| v == "all");
+    assert!(
+        installed || !required,
+        "nbdkit is not installed and VMDKFUSE_REQUIRE=all"
+    );
+    if !installed {
         eprintln!("SKIPPED: nbdkit is not installed");
     }
-    there
+    installed
 }
 
+/// Returns the configuration of a captive nbdkit with these arguments.
 fn nbdkit(words: &[&str]) -> NbdConfig {
     let words = ["nbdkit", "-f", "--exit-with-parent"]
         .iter()
@@ -46,6 +50,7 @@ fn open(words: &[&str]) -> NbdDisk {
     NbdDisk::connect(&nbdkit(words), true).unwrap()
 }
 
+/// Returns the content of nbdkit's pattern plugin: each 8 bytes hold their own offset.
 fn pattern(at: Lba, sectors: u64) -> Vec<u8> {
     let start = at.bytes();
     (start..start + sectors * SECTOR)
@@ -53,16 +58,17 @@ fn pattern(at: Lba, sectors: u64) -> Vec<u8> {
         .collect()
 }
 
-fn wait_until(what: impl Fn() -> bool) {
+/// Waits until `condition` returns true; panics after 20 s.
+fn wait_until(condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !what() {
-        assert!(Instant::now() < deadline, "it did not happen");
+    while !condition() {
+        assert!(Instant::now() < deadline, "timed out");
         std::thread::yield_now();
     }
 }
 
 #[test]
-fn reads_are_exact_and_several_connections_come_up() {
+fn reads_return_the_content_and_several_sockets_are_opened() {
     if !need_nbdkit() {
         return;
     }
@@ -86,19 +92,20 @@ fn reads_are_exact_and_several_connections_come_up() {
     );
 }
 
-/// Begins a read, and serves until `other` is readable. Where the result comes.
-fn begin(disk: &NbdDisk, at: Lba, sectors: u64, other: &EventFd) -> mpsc::Receiver<bool> {
-    let (tell, on_completions) = mpsc::channel();
+/// Submits a read of the pattern and polls until `other` is readable. Returns the receiver of the result: true if the
+/// content is right.
+fn submit_read(disk: &NbdDisk, at: Lba, sectors: u64, other: &EventFd) -> mpsc::Receiver<bool> {
+    let (sender, results) = mpsc::channel();
     let done = move |read: crate::error::Result<&[u8]>| {
-        let _ = tell.send(read.is_ok_and(|bytes| bytes == pattern(at, sectors)));
+        let _ = sender.send(read.is_ok_and(|bytes| bytes == pattern(at, sectors)));
     };
     disk.submit_read(at, sectors, Box::new(done));
     disk.poll_completions(Stay::Until(other.as_fd()));
-    on_completions
+    results
 }
 
 #[test]
-fn regression_a_generation_is_idle_only_when_what_came_back_was_dealt_with() {
+fn regression_a_connection_is_idle_only_when_all_returned_commands_were_handled() {
     if !need_nbdkit() {
         return;
     }
@@ -117,40 +124,41 @@ fn regression_a_generation_is_idle_only_when_what_came_back_was_dealt_with() {
         deadline,
         Box::new(|_, _| ()),
     );
-    let (mut back, mut came) = (Vec::new(), 0);
+    let (mut back, mut returned) = (Vec::new(), 0);
     connection.submit(command, &mut back);
-    // As a connection that is lost: who waits for its end sends all changes again that he knows of.
-    let mut deal = |back: &mut Vec<Answer>| {
+    // With a lost connection the thread that waits until it is idle then replays the changes that it knows of. A
+    // returned command that was not handled yet would be missing.
+    let mut handle = |back: &mut Vec<Answer>| {
         assert!(
             back.is_empty() || !connection.is_idle(),
-            "what came back is not known yet"
+            "idle before the returned commands were handled"
         );
-        let _settling = connection.completion_guard(back.len());
-        came += back.drain(..).count();
+        let _guard = connection.completion_guard(back.len());
+        returned += back.drain(..).count();
     };
-    deal(&mut back);
-    connection.poller().unwrap().poll_sockets(PollUntil::Idle, deal);
-    assert!(came == 1 && connection.is_idle());
+    handle(&mut back);
+    connection.poller().unwrap().poll_sockets(PollUntil::Idle, handle);
+    assert!(returned == 1 && connection.is_idle());
 }
 
 #[test]
-fn regression_who_is_called_away_from_a_command_is_stood_in_for_each_time() {
+fn regression_another_thread_polls_each_time_a_caller_leaves_its_command_in_flight() {
     if !need_nbdkit() {
         return;
     }
     let disk = open(&["pattern", "64M"]);
     let called = EventFd::from_value(1).unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     for i in 0..200 {
-        let on_completions = begin(&disk, Lba(i * 8), 8, &called);
-        assert!(on_completions.recv_timeout(Duration::from_secs(20)).unwrap());
+        let results = submit_read(&disk, Lba(i * 8), 8, &called);
+        assert!(results.recv_timeout(Duration::from_secs(20)).unwrap());
     }
-    // Each took half a second: then somebody looks in any case.
-    assert!(begun.elapsed() < Duration::from_secs(60), "nobody stood in");
+    // Before the fix each read took half a second, until a periodic check found the answer.
+    assert!(start.elapsed() < Duration::from_secs(60), "no other thread polled");
 }
 
 #[test]
-fn long_requests_and_small_ones_share_the_connections() {
+fn long_and_small_requests_share_the_sockets() {
     if !need_nbdkit() {
         return;
     }
@@ -159,27 +167,27 @@ fn long_requests_and_small_ones_share_the_connections() {
     let called = EventFd::from_value(0).unwrap();
     let mut at = 1;
     for round in 0..100 {
-        // At first the server is not known to be near; a small read tells.
+        // The server counts as far until the latency of a small read has been measured.
         let lens = [8, 2048, 1, 300, 2048, 64, 777, 2048, 8, 16];
-        let on_completions: Vec<_> = lens
+        let results: Vec<_> = lens
             .iter()
             .map(|len| {
                 at = (at * 31 + 7) % (131_072 - 2048);
-                begin(&disk, Lba(at), *len, &called)
+                submit_read(&disk, Lba(at), *len, &called)
             })
             .collect();
-        for (on_completions, len) in on_completions.into_iter().zip(lens) {
+        for (result, len) in results.into_iter().zip(lens) {
             assert!(
-                on_completions.recv_timeout(Duration::from_secs(20)).unwrap(),
+                result.recv_timeout(Duration::from_secs(20)).unwrap(),
                 "{len} sectors in round {round}"
             );
         }
     }
-    assert!(disk.carried() > 100, "long requests were not carried");
+    assert!(disk.carried() > 100, "bulk threads did not carry the long requests");
 }
 
 #[test]
-fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
+fn writes_begin_and_end_at_any_byte_if_the_server_allows_it() {
     if !need_nbdkit() {
         return;
     }
@@ -200,35 +208,32 @@ fn writes_begin_and_end_at_any_byte_where_the_server_takes_that() {
     .enumerate()
     {
         let data: Vec<u8> = (0..len).map(|b| (b % 251) as u8 ^ i as u8).collect();
-        let (tell, on_completions) = mpsc::channel();
+        let (sender, results) = mpsc::channel();
         disk.submit_write(
             offset as u64,
             &data,
             false,
-            Box::new(move |result| tell.send(result).unwrap()),
+            Box::new(move |result| sender.send(result).unwrap()),
         );
         disk.poll_completions(Stay::No);
-        on_completions.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+        results.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
         expected[offset..offset + len].copy_from_slice(&data);
     }
     let mut back = vec![0; 8 << 20];
     disk.read_at(Lba(0), &mut back).unwrap();
     assert!(back == expected);
-    let (tell, on_completions) = mpsc::channel();
+    let (sender, results) = mpsc::channel();
     disk.submit_write(
         (8 << 20) - 1,
         &[1, 2],
         false,
-        Box::new(move |result| tell.send(result).unwrap()),
+        Box::new(move |result| sender.send(result).unwrap()),
     );
-    assert_eq!(
-        on_completions.recv().unwrap().unwrap_err().kind(),
-        ErrorKind::OutOfRange
-    );
+    assert_eq!(results.recv().unwrap().unwrap_err().kind(), ErrorKind::OutOfRange);
 }
 
 #[test]
-fn a_size_that_is_no_multiple_of_512_is_rounded_up_and_its_tail_is_zero() {
+fn a_size_that_is_not_a_multiple_of_512_is_rounded_up_and_its_tail_reads_as_zeroes() {
     if !need_nbdkit() {
         return;
     }
@@ -242,7 +247,7 @@ fn a_size_that_is_no_multiple_of_512_is_rounded_up_and_its_tail_is_zero() {
     let mut back = [9; 512];
     disk.read_at(Lba(1), &mut back).unwrap();
     assert_eq!(back, sector);
-    // bytes that the export does not have can't be kept, and that is not hidden
+    // Data beyond the export can't be stored, which must be an error.
     sector[488] = 1;
     assert_eq!(
         disk.write_at(Lba(1), &sector).unwrap_err().kind(),
@@ -255,7 +260,7 @@ fn a_size_that_is_no_multiple_of_512_is_rounded_up_and_its_tail_is_zero() {
 }
 
 #[test]
-fn block_sizes_of_the_server_are_kept_to() {
+fn requests_obey_the_block_sizes_of_the_server() {
     if !need_nbdkit() {
         return;
     }
@@ -272,7 +277,7 @@ fn block_sizes_of_the_server_are_kept_to() {
     ];
     let disk = open(&[&policy[..], &sizes[..]].concat());
     assert_eq!(disk.geometry().granule, 8);
-    // the longest goes in parts of the maximum; one beyond it would be refused
+    // A longer write is split at the maximum; the server refuses a longer command.
     let data: Vec<u8> = (0..1u32 << 20).map(|i| (i / 1000) as u8).collect();
     disk.write_at(Lba(8), &data).unwrap();
     let mut back = vec![0; 1 << 20];
@@ -284,14 +289,14 @@ fn block_sizes_of_the_server_are_kept_to() {
 }
 
 #[test]
-fn holes_are_told_and_changes_are_seen_at_once() {
+fn holes_are_reported_and_changes_take_effect_at_once() {
     if !need_nbdkit() {
         return;
     }
     let disk = open(&["memory", "1T"]);
     let all = disk.geometry().sectors;
     assert_eq!(disk.content_at(Lba(0)).unwrap().0, Content::Hole);
-    assert!(disk.is_zero(Lba(0), 1 << 20), "the answer is kept");
+    assert!(disk.is_zero(Lba(0), 1 << 20), "the answer is not cached");
     disk.write_at(Lba(1 << 20), &[1; 512]).unwrap();
     assert!(!disk.is_zero(Lba(1 << 20), 1));
     let mut at = 0;
@@ -307,7 +312,7 @@ fn holes_are_told_and_changes_are_seen_at_once() {
 }
 
 #[test]
-fn a_server_without_zeroes_or_with_slow_ones_is_given_zeroes_all_the_same() {
+fn zeroes_are_written_as_data_if_the_server_has_no_command_for_them_or_a_slow_one() {
     if !need_nbdkit() {
         return;
     }
@@ -328,7 +333,7 @@ fn a_server_without_zeroes_or_with_slow_ones_is_given_zeroes_all_the_same() {
 }
 
 #[test]
-fn an_error_of_the_server_is_that_requests_alone() {
+fn an_error_of_the_server_fails_only_that_request() {
     if !need_nbdkit() {
         return;
     }
@@ -348,7 +353,7 @@ fn an_error_of_the_server_is_that_requests_alone() {
 }
 
 #[test]
-fn a_failed_flush_is_told_and_the_writes_are_sent_again() {
+fn a_failed_flush_is_reported_and_the_writes_are_replayed() {
     if !need_nbdkit() {
         return;
     }
@@ -369,7 +374,7 @@ fn a_failed_flush_is_told_and_the_writes_are_sent_again() {
     let disk = open(&words.each_ref().map(String::as_str));
     disk.write_at(Lba(3), &[5; 512]).unwrap();
     assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Os(libc::EIO));
-    // what a server does that lost what it could not write
+    // Simulates a server that loses the data that it could not write.
     std::fs::File::options()
         .write(true)
         .open(&file)
@@ -389,14 +394,14 @@ fn a_failed_flush_is_told_and_the_writes_are_sent_again() {
 }
 
 #[test]
-fn a_request_that_is_not_answered_ends_at_its_deadline_and_the_disk_lives_on() {
+fn an_unanswered_request_fails_at_its_deadline_and_the_disk_recovers() {
     if !need_nbdkit() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let gate = dir.path().join("gate");
     std::fs::write(&gate, "").unwrap();
-    // reads wait while the file is there
+    // Reads hang while the file exists.
     let script = format!(
         "pread=while [ -e {} ]; do sleep 0.05; done; dd if=/dev/zero bs=$3 count=1",
         gate.display()
@@ -412,7 +417,7 @@ fn a_request_that_is_not_answered_ends_at_its_deadline_and_the_disk_lives_on() {
 }
 
 #[test]
-fn writes_need_a_disk_that_was_opened_for_them() {
+fn a_disk_that_was_opened_read_only_or_whose_export_is_has_no_writer() {
     if !need_nbdkit() {
         return;
     }
@@ -427,7 +432,7 @@ fn writes_need_a_disk_that_was_opened_for_them() {
 }
 
 #[test]
-fn more_than_the_journal_holds_is_flushed_on_the_way() {
+fn a_full_replay_log_is_flushed_while_writes_continue() {
     if !need_nbdkit() {
         return;
     }
@@ -443,7 +448,7 @@ fn more_than_the_journal_holds_is_flushed_on_the_way() {
 }
 
 #[test]
-fn a_vsock_that_nobody_serves_is_an_error_and_not_a_wait() {
+fn a_vsock_port_without_a_server_is_an_error() {
     let mut config = NbdConfig::new(NbdAddress::Vsock { cid: 1, port: Some(1) });
     config.timeout = Some(Duration::from_secs(1));
     let e = NbdDisk::connect(&config, false).unwrap_err().to_string();

@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::store::fault_injection::{Change, Watched};
 use crate::store::{Access, OpenPolicy, open_user_path};
 
-/// The syncs of a file.
+/// Counts the syncs of a file, and makes them fail on request.
 #[derive(Debug, Default)]
 struct Syncs {
     count: AtomicUsize,
@@ -25,7 +25,7 @@ fn open(path: &Path, access: Access) -> (Arc<dyn StoredFile>, Arc<Syncs>) {
         if change == Change::Sync {
             watch.count.fetch_add(1, Ordering::Relaxed);
             if watch.fail.load(Ordering::Relaxed) {
-                return Err(Error::new(ErrorKind::Os(libc::EIO), "the disk below is broken"));
+                return Err(Error::new(ErrorKind::Os(libc::EIO), "injected sync failure"));
             }
         }
         Ok(())
@@ -33,7 +33,7 @@ fn open(path: &Path, access: Access) -> (Arc<dyn StoredFile>, Arc<Syncs>) {
     (Arc::new(file), syncs)
 }
 
-/// A disk of `len` bytes of 1, in a folder of its own.
+/// Creates a disk of `len` bytes with the value 1, in a new folder.
 fn disk(len: usize) -> (RawDisk, Arc<Syncs>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("disk"), vec![1; len]).unwrap();
@@ -46,16 +46,16 @@ fn bytes(dir: &tempfile::TempDir) -> Vec<u8> {
 }
 
 #[test]
-fn writes_go_to_their_place_and_the_file_keeps_its_length() {
+fn writes_change_only_their_range_and_the_file_keeps_its_length() {
     let (disk, _, dir) = disk(4096);
     disk.write_at(Lba(2), &[7; 1024]).unwrap();
     disk.zero(Lba(6)..Lba(8), true).unwrap();
     disk.zero(Lba(0)..Lba(1), false).unwrap();
-    let wanted = [vec![0; 512], vec![1; 512], vec![7; 1024], vec![1; 1024], vec![0; 1024]].concat();
-    assert_eq!(bytes(&dir), wanted);
-    let mut seen = vec![9; 4096];
-    disk.read_at(Lba(0), &mut seen).unwrap();
-    assert_eq!(seen, wanted);
+    let expected = [vec![0; 512], vec![1; 512], vec![7; 1024], vec![1; 1024], vec![0; 1024]].concat();
+    assert_eq!(bytes(&dir), expected);
+    let mut read = vec![9; 4096];
+    disk.read_at(Lba(0), &mut read).unwrap();
+    assert_eq!(read, expected);
     for (at, sectors) in [(7, 2), (8, 1), (u64::MAX, 1)] {
         let refused = disk.write_at(Lba(at), &vec![3; sectors * 512]).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::OutOfRange);
@@ -64,11 +64,11 @@ fn writes_go_to_their_place_and_the_file_keeps_its_length() {
             ErrorKind::OutOfRange
         );
     }
-    assert_eq!(bytes(&dir), wanted);
+    assert_eq!(bytes(&dir), expected);
 }
 
 #[test]
-fn a_part_of_a_sector_at_the_end_becomes_whole_with_the_first_write_to_it_and_not_before() {
+fn an_incomplete_last_sector_is_extended_by_the_first_write_to_it_and_not_before() {
     let (disk, _, dir) = disk(700);
     assert_eq!(disk.geometry().sectors, 2);
     assert!(disk.backing_fd().is_none());
@@ -77,9 +77,9 @@ fn a_part_of_a_sector_at_the_end_becomes_whole_with_the_first_write_to_it_and_no
     assert_eq!(bytes(&dir), [vec![5; 512], vec![0; 188]].concat());
     disk.write_at(Lba(1), &[6; 512]).unwrap();
     assert_eq!(bytes(&dir), [vec![5; 512], vec![6; 512]].concat());
-    let mut seen = [9; 512];
-    disk.read_at(Lba(1), &mut seen).unwrap();
-    assert_eq!(seen, [6; 512]);
+    let mut read = [9; 512];
+    disk.read_at(Lba(1), &mut read).unwrap();
+    assert_eq!(read, [6; 512]);
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_file_that_was_opened_for_reading_has_no_writer() {
 }
 
 #[test]
-fn a_file_that_was_cut_is_not_made_longer_again() {
+fn a_truncated_file_is_not_extended_again() {
     let (disk, _, dir) = disk(4096);
     let file = fs::OpenOptions::new()
         .write(true)
@@ -110,14 +110,14 @@ fn a_file_that_was_cut_is_not_made_longer_again() {
         "{refused}"
     );
     assert_eq!(bytes(&dir).len(), 1024);
-    // for good: what was lost does not come back with the length
+    // The latch stays set: the lost data does not come back with the length.
     file.set_len(4096).unwrap();
     assert_eq!(disk.write_at(Lba(0), &[2; 512]).unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::Corrupt);
 }
 
 #[test]
-fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
+fn a_flush_syncs_only_if_there_were_writes_since_the_last_one() {
     let (disk, syncs, _dir) = disk(4096);
     let syncs = || syncs.count.load(Ordering::Relaxed);
     disk.flush().unwrap();
@@ -129,7 +129,7 @@ fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
     disk.zero(Lba(0)..Lba(1), true).unwrap();
     disk.close().unwrap();
     assert_eq!(syncs(), 2);
-    // whoever writes behind our back is not counted
+    // External writes are not counted, so every flush syncs until the disk is closed.
     disk.prepare_external_write().unwrap();
     disk.flush().unwrap();
     disk.flush().unwrap();
@@ -140,7 +140,7 @@ fn a_flush_syncs_what_was_written_since_the_last_and_nothing_else() {
 }
 
 #[test]
-fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
+fn after_a_failed_flush_all_flushes_and_writes_fail() {
     let (disk, syncs, dir) = disk(1024);
     disk.write_at(Lba(0), &[2; 512]).unwrap();
     syncs.fail.store(true, Ordering::Relaxed);
@@ -154,7 +154,7 @@ fn after_a_flush_that_failed_none_succeeds_and_nothing_is_written() {
         disk.zero(Lba(1)..Lba(2), false),
     ] {
         let error = refused.unwrap_err();
-        assert!(error.to_string().contains("the disk below is broken"), "{error}");
+        assert!(error.to_string().contains("injected sync failure"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Os(libc::EIO));
     }
     assert_eq!(syncs.count.load(Ordering::Relaxed), 1);

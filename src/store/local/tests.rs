@@ -1,3 +1,5 @@
+//! Tests of the local store: the name gate, locks, exact reads, and writes.
+
 use std::fs::OpenOptions;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
@@ -10,7 +12,8 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// `image/` with `disk.vmdk`, `a.bin`, `sub/b.bin`; beside it `other/secret.bin`. Each file holds its own name.
+/// Folder `image/` with `disk.vmdk`, `a.bin` and `sub/b.bin`, and a folder `other/` next to it with `secret.bin` and
+/// `deep/c.bin`. Each file contains its own path.
 struct Folders {
     root: TempDir,
 }
@@ -68,11 +71,11 @@ fn reads(store: &dyn Store, name: impl AsRef<[u8]>) -> String {
 }
 
 #[track_caller]
-fn refused(store: &dyn Store, name: impl AsRef<[u8]>, kind: ErrorKind, says: &[&str]) {
+fn refused(store: &dyn Store, name: impl AsRef<[u8]>, kind: ErrorKind, parts: &[&str]) {
     let error = open(store, name).unwrap_err();
     assert_eq!(error.kind(), kind, "{error}");
-    for what in says {
-        assert!(error.to_string().contains(what), "`{error}` does not say `{what}`");
+    for part in parts {
+        assert!(error.to_string().contains(part), "`{error}` does not contain `{part}`");
     }
 }
 
@@ -83,7 +86,7 @@ fn names_inside_the_folder_open() {
     folders.link("../a.bin", "image/sub/up.bin");
     folders.link("sub", "image/folder");
     let store = folders.store(&[]);
-    for (name, is) in [
+    for (name, expected) in [
         ("a.bin", "image/a.bin"),
         ("sub/b.bin", "image/sub/b.bin"),
         ("./sub/../a.bin", "image/a.bin"),
@@ -91,9 +94,9 @@ fn names_inside_the_folder_open() {
         ("sub/up.bin", "image/a.bin"),
         ("folder/b.bin", "image/sub/b.bin"),
     ] {
-        assert_eq!(reads(&store, name), is, "{name}");
+        assert_eq!(reads(&store, name), expected, "{name}");
     }
-    // Out of the folder and back into it.
+    // The name leads out of the folder and back into it.
     assert_eq!(reads(&store, "../image/a.bin"), "image/a.bin");
     assert_eq!(
         reads(&store, store.folder.real.join("a.bin").as_os_str().as_bytes()),
@@ -110,7 +113,7 @@ fn names_that_lead_out_are_refused() {
     folders.link("../other", "image/folder");
     folders.link("relative.bin", "image/twice.bin");
     let store = folders.store(&[]);
-    let (to, option) = (
+    let (target, option) = (
         secret.to_str().unwrap(),
         format!("allow-dir={}", secret.parent().unwrap().display()),
     );
@@ -120,9 +123,9 @@ fn names_that_lead_out_are_refused() {
         "relative.bin",
         "twice.bin",
         "folder/secret.bin",
-        to,
+        target,
     ] {
-        refused(&store, name, ErrorKind::Policy, &[name, to, &option]);
+        refused(&store, name, ErrorKind::Policy, &[name, target, &option]);
     }
     refused(
         &store,
@@ -130,7 +133,7 @@ fn names_that_lead_out_are_refused() {
         ErrorKind::Policy,
         &["/etc/passwd", "allow-dir=/etc "],
     );
-    // Refused before it is known whether it exists.
+    // Refused before the store checks if the file exists, so the error does not reveal that.
     refused(&store, "/nowhere/x", ErrorKind::Policy, &["/nowhere/x"]);
     refused(
         &store,
@@ -182,7 +185,7 @@ fn allowed_folders_open() {
 }
 
 #[test]
-fn an_allowed_folder_is_no_way_out_either() {
+fn names_that_lead_out_of_an_allowed_folder_are_refused() {
     let folders = Folders::new();
     folders.link("/etc/passwd", "other/out.bin");
     folders.link("../../image/a.bin", "other/deep/back.bin");
@@ -195,14 +198,14 @@ fn an_allowed_folder_is_no_way_out_either() {
     );
     refused(&store, "../other/../../x", ErrorKind::Policy, &["allow-dir="]);
     assert_eq!(reads(&store, "../other/deep/back.bin"), "image/a.bin");
-    // `other-not` only starts like `other`.
+    // `other-not` shares a prefix with `other`, but it is not below it.
     fs::create_dir(folders.path("other-not")).unwrap();
     fs::write(folders.path("other-not/x"), "x").unwrap();
     refused(&store, "../other-not/x", ErrorKind::Policy, &["other-not"]);
 }
 
 #[test]
-fn links_in_circles_end() {
+fn symlink_loops_are_refused() {
     let folders = Folders::new();
     folders.link("round", "image/round");
     folders.link("../other/there", "image/here");
@@ -213,7 +216,7 @@ fn links_in_circles_end() {
 }
 
 #[test]
-fn links_of_proc_are_refused() {
+fn magic_links_of_proc_are_refused() {
     let folders = Folders::new();
     let secret = File::open(folders.path("other/secret.bin")).unwrap();
     let store = LocalStore::new(Path::new("/proc/self/fd"), policy(&[])).unwrap();
@@ -242,7 +245,7 @@ fn missing_files_are_named() {
 }
 
 #[test]
-fn the_raw_spelling_is_tried_second() {
+fn the_undecoded_name_is_tried_second() {
     let folders = Folders::new();
     let raw = std::ffi::OsStr::from_bytes(b"caf\xe9.bin");
     let name = ExtentName::new("café.bin").unwrap().or_raw(raw.as_bytes()).unwrap();
@@ -259,17 +262,17 @@ fn the_raw_spelling_is_tried_second() {
 }
 
 #[test]
-fn other_kinds_of_files_are_refused_without_blocking() {
+fn other_file_types_are_refused_without_blocking() {
     let (done, wait) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        refuse_other_kinds();
+        refuse_other_file_types();
         done.send(())
     });
-    // An open that blocks on the FIFO never comes back; a failed assertion drops `done`.
+    // An open that blocks on the FIFO never returns, and a failed assertion drops `done`. Both fail here.
     wait.recv_timeout(Duration::from_secs(20)).unwrap();
 }
 
-fn refuse_other_kinds() {
+fn refuse_other_file_types() {
     let folders = Folders::new();
     mkfifo(&folders.path("image/fifo"), Mode::S_IRWXU).unwrap();
     folders.link("fifo", "image/to-fifo");
@@ -281,21 +284,21 @@ fn refuse_other_kinds() {
         refused(&store, "socket", ErrorKind::Policy, &["socket"]);
         refused(&store, "sub", ErrorKind::Policy, &["directory"]);
         refused(&store, ".", ErrorKind::Policy, &["directory"]);
-        let says = if allow.is_empty() {
+        let expected = if allow.is_empty() {
             "allow-dir=/dev"
         } else {
             "character device"
         };
-        refused(&store, "/dev/null", ErrorKind::Policy, &[says]);
+        refused(&store, "/dev/null", ErrorKind::Policy, &[expected]);
     }
-    for (path, says) in [
+    for (path, expected) in [
         ("image/fifo", "FIFO"),
         ("image/to-fifo", "FIFO"),
         ("image", "directory"),
     ] {
         let error = open_user_path(&folders.path(path), policy(&[]), Access::Read).unwrap_err();
         assert!(
-            error.kind() == ErrorKind::Usage && error.to_string().contains(says),
+            error.kind() == ErrorKind::Usage && error.to_string().contains(expected),
             "{error}"
         );
     }
@@ -306,28 +309,28 @@ fn refuse_other_kinds() {
     );
 }
 
-/// A loop device, detached at the end.
+/// Loop device, detached on drop.
 struct Loop(PathBuf);
 
 impl Loop {
-    /// `None` where this process may not make one.
-    fn over(file: &Path) -> Option<Self> {
-        Self::made(
+    /// Attaches a read-only loop device to `file`. Returns `None` if this process is not allowed to.
+    fn read_only(file: &Path) -> Option<Self> {
+        Self::attach(
             Command::new("losetup")
                 .args(["--find", "--show", "--read-only"])
                 .arg(file),
         )
     }
 
-    /// The same, to be written to.
+    /// Attaches a writable loop device to `file`. Returns `None` if this process is not allowed to.
     fn writable(file: &Path) -> Option<Self> {
-        Self::made(Command::new("losetup").args(["--find", "--show"]).arg(file))
+        Self::attach(Command::new("losetup").args(["--find", "--show"]).arg(file))
     }
 
-    fn made(losetup: &mut Command) -> Option<Self> {
-        let made = losetup.output().ok()?;
-        let device = String::from_utf8(made.stdout).ok()?;
-        made.status.success().then(|| Self(PathBuf::from(device.trim())))
+    fn attach(losetup: &mut Command) -> Option<Self> {
+        let output = losetup.output().ok()?;
+        let device = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self(PathBuf::from(device.trim())))
     }
 }
 
@@ -338,11 +341,11 @@ impl Drop for Loop {
 }
 
 #[test]
-fn block_devices_open_where_they_are_allowed() {
+fn block_devices_open_if_allowed() {
     let folders = Folders::new();
     fs::write(folders.path("backing"), vec![7; 8192]).unwrap();
-    let Some(device) = Loop::over(&folders.path("backing")) else {
-        eprintln!("SKIPPED block_devices_open_where_they_are_allowed: no loop device can be made here");
+    let Some(device) = Loop::read_only(&folders.path("backing")) else {
+        eprintln!("SKIPPED block_devices_open_if_allowed: no loop device can be created here");
         return;
     };
     let name = device.0.as_os_str().as_bytes();
@@ -368,28 +371,29 @@ fn block_devices_open_where_they_are_allowed() {
         assert_eq!(file.identity().unwrap(), files[0].identity().unwrap());
     }
 
-    let again = folders.path("again");
+    // Another device node with the same device number has the same identity.
+    let second_node = folders.path("again");
     nix::sys::stat::mknod(
-        &again,
+        &second_node,
         SFlag::S_IFBLK,
         Mode::S_IRWXU,
         fs::metadata(&device.0).unwrap().rdev(),
     )
     .unwrap();
-    match open_user_path(&again, policy(&[]), Access::Read) {
-        Ok(again) => assert_eq!(again.identity().unwrap().file, files[0].identity().unwrap().file),
+    match open_user_path(&second_node, policy(&[]), Access::Read) {
+        Ok(file) => assert_eq!(file.identity().unwrap().file, files[0].identity().unwrap().file),
         Err(e) => eprintln!("SKIPPED a second node of the device: it cannot be opened there: {e}"),
     }
 }
 
 #[test]
-fn the_file_of_the_user_may_be_a_symlink() {
+fn a_user_path_may_be_a_symlink() {
     let folders = Folders::new();
     folders.link("image/disk.vmdk", "mine.vmdk");
     let file = open_user_path(&folders.path("mine.vmdk"), policy(&[]), Access::Read).unwrap();
     assert_eq!(content(file.as_ref()), "image/disk.vmdk");
     assert!(file.label().ends_with("/mine.vmdk"), "{}", file.label());
-    // Its siblings are those of the real file.
+    // The siblings are those of the link's target.
     let siblings = file.siblings().unwrap();
     assert_eq!(reads(siblings.as_ref(), "a.bin"), "image/a.bin");
     refused(siblings.as_ref(), "../mine.vmdk", ErrorKind::Policy, &["allow-dir="]);
@@ -401,7 +405,7 @@ fn the_file_of_the_user_may_be_a_symlink() {
 }
 
 #[test]
-fn siblings_follow_the_file_and_keep_what_is_allowed() {
+fn siblings_are_in_the_folder_of_the_file_and_keep_the_allowed_folders() {
     let folders = Folders::new();
     let file = open_user_path(
         &folders.path("image/disk.vmdk"),
@@ -409,15 +413,15 @@ fn siblings_follow_the_file_and_keep_what_is_allowed() {
         Access::Read,
     )
     .unwrap();
-    let beside = file.siblings().unwrap();
-    let deep = open(beside.as_ref(), "../other/deep/c.bin")
+    let siblings = file.siblings().unwrap();
+    let deep = open(siblings.as_ref(), "../other/deep/c.bin")
         .unwrap()
         .siblings()
         .unwrap();
     assert_eq!(reads(deep.as_ref(), "c.bin"), "other/deep/c.bin");
     assert_eq!(reads(deep.as_ref(), "../secret.bin"), "other/secret.bin");
     refused(deep.as_ref(), "../../image/a.bin", ErrorKind::Policy, &["allow-dir="]);
-    let sub = open(beside.as_ref(), "sub/b.bin").unwrap().siblings().unwrap();
+    let sub = open(siblings.as_ref(), "sub/b.bin").unwrap().siblings().unwrap();
     refused(sub.as_ref(), "../a.bin", ErrorKind::Policy, &["allow-dir="]);
 }
 
@@ -438,14 +442,14 @@ fn a_file_without_a_folder_has_no_siblings() {
     fs::rename(folders.path("image/sub"), folders.path("gone")).unwrap();
     folders.link(folders.path("gone"), "image/sub");
     assert!(moved.siblings().is_err());
-    // Its kernel path is `/memfd:… (deleted)`, and `/` must not become its folder.
+    // The kernel reports the path `/memfd:… (deleted)`, and `/` must not become the folder.
     let memory = nix::sys::memfd::memfd_create("x", nix::sys::memfd::MFdFlags::empty()).unwrap();
     let file = open_user_path(&proc_path(&memory), policy(&[]), Access::Read).unwrap();
     assert_eq!(siblings(file.as_ref()), ErrorKind::NotFound);
 }
 
 #[test]
-fn reads_are_exact_or_an_error_that_names_the_place() {
+fn reads_are_exact_or_an_error_that_names_the_offset() {
     let folders = Folders::new();
     let path = folders.path("image/a.bin");
     fs::write(&path, b"0123456789").unwrap();
@@ -456,8 +460,8 @@ fn reads_are_exact_or_an_error_that_names_the_place() {
     file.read_exact_at(10, &mut []).unwrap();
     let error = file.read_exact_at(7, &mut four).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
-    let says = "image/a.bin: read of 4 bytes at byte 7: the file ends at byte 10";
-    assert!(error.to_string().ends_with(says), "{error}");
+    let expected = "image/a.bin: read of 4 bytes at byte 7: the file ends at byte 10";
+    assert!(error.to_string().ends_with(expected), "{error}");
     for far in [u64::MAX, u64::MAX - 3, i64::MAX as u64 - 3] {
         assert_eq!(
             file.read_exact_at(far, &mut four).unwrap_err().kind(),
@@ -467,7 +471,7 @@ fn reads_are_exact_or_an_error_that_names_the_place() {
 }
 
 #[test]
-fn identity_tells_files_and_their_states_apart() {
+fn identity_distinguishes_files_and_modifications() {
     let folders = Folders::new();
     fs::hard_link(folders.path("image/a.bin"), folders.path("image/same.bin")).unwrap();
     folders.link("a.bin", "image/link.bin");
@@ -477,15 +481,15 @@ fn identity_tells_files_and_their_states_apart() {
     assert_eq!(before, identity("same.bin"));
     assert_eq!(before, identity("link.bin"));
     assert_ne!(before.file, identity("disk.vmdk").file);
-    let held = open(&store, "a.bin").unwrap();
+    let opened = open(&store, "a.bin").unwrap();
     OpenOptions::new()
         .write(true)
         .open(folders.path("image/a.bin"))
         .unwrap()
         .set_len(4096)
         .unwrap();
-    let after = held.identity().unwrap();
-    assert_eq!((after.file, after.len, held.len()), (before.file, 4096, 11));
+    let after = opened.identity().unwrap();
+    assert_eq!((after.file, after.len, opened.len()), (before.file, 4096, 11));
     let past = std::time::SystemTime::UNIX_EPOCH - Duration::from_nanos(1_500_000_000);
     OpenOptions::new()
         .write(true)
@@ -493,7 +497,7 @@ fn identity_tells_files_and_their_states_apart() {
         .unwrap()
         .set_modified(past)
         .unwrap();
-    assert_eq!(held.identity().unwrap().mtime_ns, -1_500_000_000);
+    assert_eq!(opened.identity().unwrap().mtime_ns, -1_500_000_000);
 }
 
 #[test]
@@ -508,7 +512,7 @@ fn holes_are_not_allocated() {
 }
 
 #[test]
-fn labels_hold_no_control_characters() {
+fn labels_contain_no_control_characters() {
     let folders = Folders::new();
     fs::write(folders.path("image/x\x1b[31m"), "").unwrap();
     let label = open(&folders.store(&[]), "x\x1b[31m").unwrap().label().to_owned();
@@ -516,22 +520,22 @@ fn labels_hold_no_control_characters() {
 }
 
 #[test]
-fn an_old_kernel_is_named_as_the_reason() {
-    let error = system("disk.vmdk".to_owned(), Errno::ENOSYS);
+fn the_error_of_an_old_kernel_names_the_required_version() {
+    let error = lookup_error("disk.vmdk".to_owned(), Errno::ENOSYS);
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("Linux 5.6"), "{error}");
 }
 
-/// The error of an open for writing.
+/// Checks the error of an open for writing, by name and by user path.
 #[track_caller]
-fn not_writable(folders: &Folders, name: &str, kind: ErrorKind, says: &[&str]) {
+fn not_writable(folders: &Folders, name: &str, kind: ErrorKind, parts: &[&str]) {
     let store = folders.store(&[]);
     let by_name = store.open(&ExtentName::new(name).unwrap(), Access::Write).unwrap_err();
     let by_user = open_user_path(&folders.path("image").join(name), policy(&[]), Access::Write).unwrap_err();
     for error in [by_name, by_user] {
         assert_eq!(error.kind(), kind, "{error}");
-        for what in says {
-            assert!(error.to_string().contains(what), "`{error}` does not say `{what}`");
+        for part in parts {
+            assert!(error.to_string().contains(part), "`{error}` does not contain `{part}`");
         }
     }
 }
@@ -544,23 +548,23 @@ fn open_to_write(folders: &Folders, name: &str) -> Arc<dyn StoredFile> {
 }
 
 #[test]
-fn a_writer_is_alone() {
+fn a_writer_excludes_readers_and_other_writers() {
     let folders = Folders::new();
     let reader = open(&folders.store(&[]), "a.bin").unwrap();
     let second = open(&folders.store(&[]), "a.bin").unwrap();
     assert!(reader.writer().is_none(), "opened for reading");
-    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "lets nobody else write"]);
+    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "allows no other writer"]);
     drop((reader, second));
     let writer = open_to_write(&folders, "a.bin");
     assert!(writer.writer().is_some());
-    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "lets nobody else write"]);
+    not_writable(&folders, "a.bin", ErrorKind::Busy, &["a.bin", "allows no other writer"]);
     refused(
         &folders.store(&[]),
         "a.bin",
         ErrorKind::Busy,
         &["a.bin", "in use for writing"],
     );
-    // Its siblings are other files.
+    // The lock covers one file, not its siblings.
     drop(open_to_write(&folders, "disk.vmdk"));
     let off = Arc::new(OpenPolicy {
         allow: Vec::new(),
@@ -573,7 +577,7 @@ fn a_writer_is_alone() {
 }
 
 #[test]
-fn a_mark_of_vmware_keeps_writers_out_unless_locks_are_off() {
+fn a_vmware_lock_file_refuses_writers_unless_locks_are_off() {
     let folders = Folders::new();
     fs::create_dir(folders.path("image/a.bin.lck")).unwrap();
     drop(open_to_write(&folders, "a.bin"));
@@ -590,17 +594,17 @@ fn a_mark_of_vmware_keeps_writers_out_unless_locks_are_off() {
         lock: false,
     });
     drop(open_user_path(&folders.path("image/a.bin"), off, Access::Write).unwrap());
-    // Not even a new file: another host may be making it.
+    // A new file is refused too, because another host may be creating it.
     fs::create_dir(folders.path("image/new.lck")).unwrap();
     fs::write(folders.path("image/new.lck/M1.lck"), "anna 4711 1 X").unwrap();
     let error = folders.store(&[]).create(&ExtentName::new("new").unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
-    assert!(!folders.path("image/new").exists(), "a file that was refused is left");
+    assert!(!folders.path("image/new").exists(), "the refused file was not removed");
 }
 
 #[test]
-fn a_file_that_may_only_be_read_says_so() {
-    // Root may write to everything, so it becomes somebody else; the kernel keeps this for each thread.
+fn opening_a_read_only_file_for_writing_is_refused() {
+    // Root may write to every file, so the test changes the file system UID, which the kernel keeps for each thread.
     std::thread::spawn(|| {
         use std::os::unix::fs::PermissionsExt;
         let folders = Folders::new();
@@ -623,7 +627,7 @@ fn a_file_that_may_only_be_read_says_so() {
 }
 
 #[test]
-fn new_files_are_made_in_the_folder_itself_and_only_where_there_is_none() {
+fn new_files_are_created_only_in_the_folder_and_replace_nothing() {
     let folders = Folders::new();
     folders.link("nowhere", "image/dangling");
     let store = folders.store(&[folders.path("other")]);
@@ -647,18 +651,18 @@ fn new_files_are_made_in_the_folder_itself_and_only_where_there_is_none() {
     }
     assert_eq!(fs::read(folders.path("image/a.bin")).unwrap(), b"image/a.bin");
     assert!(!folders.path("image/nowhere").exists() && !folders.path("image/new").exists());
-    let made = create("new").unwrap();
-    assert_eq!((made.len(), made.writer().unwrap().current_len().unwrap()), (0, 0));
-    assert!(made.label().ends_with("image/new"), "{}", made.label());
+    let new = create("new").unwrap();
+    assert_eq!((new.len(), new.writer().unwrap().current_len().unwrap()), (0, 0));
+    assert!(new.label().ends_with("image/new"), "{}", new.label());
     refused(&store, "new", ErrorKind::Busy, &["in use for writing"]);
-    made.writer().unwrap().write_all_at(0, b"made").unwrap();
-    assert_eq!(reads(made.siblings().unwrap().as_ref(), "a.bin"), "image/a.bin");
-    drop(made);
-    assert_eq!(reads(&store, "new"), "made");
+    new.writer().unwrap().write_all_at(0, b"content").unwrap();
+    assert_eq!(reads(new.siblings().unwrap().as_ref(), "a.bin"), "image/a.bin");
+    drop(new);
+    assert_eq!(reads(&store, "new"), "content");
 }
 
 #[test]
-fn names_are_those_of_the_folder_itself() {
+fn names_lists_the_files_of_the_opened_folder() {
     let folders = Folders::new();
     fs::write(folders.path("image").join(std::ffi::OsStr::from_bytes(b"caf\xe9")), "").unwrap();
     let store = folders.store(&[]);
@@ -672,14 +676,15 @@ fn names_are_those_of_the_folder_itself() {
     assert_eq!(names, [&b"a.bin"[..], b"caf\xe9", b"disk.vmdk"]);
     assert_eq!(store.names(2).unwrap().len(), 2);
     assert_eq!(store.names(0).unwrap().len(), 0);
-    // The folder is the one that was opened, whatever is called so now.
+    // The store keeps the opened folder, also after a rename.
     fs::rename(folders.path("image"), folders.path("moved")).unwrap();
     assert_eq!(store.names(100).unwrap().len(), 3);
 }
 
-/// Whoever copies a file of which the end is lost must not be told that there is a hole.
+/// The range beyond the end of a truncated file is not reported as a hole: a program that copies the file would take
+/// the lost data for zeroes.
 #[test]
-fn regression_behind_the_end_of_a_file_that_was_cut_is_no_hole() {
+fn regression_beyond_the_end_of_a_truncated_file_is_no_hole() {
     let folders = Folders::new();
     let path = folders.path("image/a.bin");
     for access in [Access::Read, Access::Write] {
@@ -692,7 +697,7 @@ fn regression_behind_the_end_of_a_file_that_was_cut_is_no_hole() {
             file.data_at(1 << 16).unwrap().0 && file.data_at(1 << 19).unwrap().0,
             "{access:?}"
         );
-        // a hole ends where the file does
+        // A hole ends at the end of the file.
         other.set_len(0).unwrap();
         other.set_len(1 << 16).unwrap();
         assert_eq!(file.data_at(4096).unwrap(), (false, (1 << 16) - 4096), "{access:?}");
@@ -700,18 +705,18 @@ fn regression_behind_the_end_of_a_file_that_was_cut_is_no_hole() {
 }
 
 #[test]
-fn what_is_written_is_read_and_grows_the_file() {
+fn writes_are_read_back_and_extend_the_file() {
     let folders = Folders::new();
     let file = open_to_write(&folders, "a.bin");
     let write = file.writer().unwrap();
     write.write_all_at(2, b"XX").unwrap();
     assert_eq!(content(file.as_ref()), "imXXe/a.bin");
-    // past the end: the gap is zeroes
+    // A write beyond the end leaves a gap of zeroes.
     write.write_all_at(5000, b"end").unwrap();
     assert_eq!(
         (write.current_len().unwrap(), file.len()),
         (5003, 11),
-        "the length at the open stays"
+        "`len` keeps the length at open"
     );
     let mut gap = vec![1; 4992];
     file.read_exact_at(11, &mut gap[..4989]).unwrap();
@@ -724,7 +729,7 @@ fn what_is_written_is_read_and_grows_the_file() {
         ),
         (7, b"imXXe/a".to_vec())
     );
-    // longer again: what was cut does not come back
+    // Extending the file again does not restore the truncated bytes.
     write.set_len(9000).unwrap();
     let mut tail = vec![1; 8993];
     file.read_exact_at(7, &mut tail).unwrap();
@@ -742,7 +747,7 @@ fn what_is_written_is_read_and_grows_the_file() {
 }
 
 #[test]
-fn zeroed_ranges_give_their_room_back_only_where_asked() {
+fn zeroing_frees_space_only_with_unmap() {
     const LEN: usize = 1 << 20;
     let folders = Folders::new();
     let path = folders.path("image/a.bin");
@@ -753,7 +758,7 @@ fn zeroed_ranges_give_their_room_back_only_where_asked() {
         write.sync().unwrap();
         let before = file.allocated().unwrap();
         write.zero(0, 0, unmap).unwrap();
-        // from the middle of one block to the middle of another
+        // The range starts and ends in the middle of blocks.
         write.zero(1000, 700_000, unmap).unwrap();
         write.zero(LEN as u64 - 10, 10, unmap).unwrap();
         write.sync().unwrap();
@@ -771,9 +776,10 @@ fn zeroed_ranges_give_their_room_back_only_where_asked() {
             },
             "{before} → {after}, unmap: {unmap}"
         );
-        // and the way of file systems that can do neither
+        // Data for the test of the fallback below.
         file.writer().unwrap().write_all_at(0, &vec![0xa5; LEN]).unwrap();
     }
+    // The fallback for file systems that can neither zero a range nor punch a hole writes zeroes.
     let file = LocalStore::new(&folders.path("image"), policy(&[])).unwrap();
     let file = file.open_path(Path::new("a.bin"), Access::Write).unwrap();
     file.write_zeroes(1000, 700_000).unwrap();
@@ -783,11 +789,11 @@ fn zeroed_ranges_give_their_room_back_only_where_asked() {
 }
 
 #[test]
-fn a_device_is_written_in_place_and_has_an_end() {
+fn a_device_is_written_in_place_and_cannot_grow() {
     let folders = Folders::new();
     fs::write(folders.path("backing"), vec![7; 8192]).unwrap();
     let Some(device) = Loop::writable(&folders.path("backing")) else {
-        eprintln!("SKIPPED a_device_is_written_in_place_and_has_an_end: no loop device can be made here");
+        eprintln!("SKIPPED a_device_is_written_in_place_and_cannot_grow: no loop device can be created here");
         return;
     };
     let file = open_user_path(&device.0, policy(&[]), Access::Write).unwrap();

@@ -1,10 +1,10 @@
-//! The metadata of a new hosted sparse file.
+//! Metadata of a new hosted sparse file.
 //!
 //! ```text
 //!   sector 0   header
-//!          1   descriptor, where it has one
-//!              redundant directory · its tables · directory · its tables      one after the other, tables as holes
-//!              up to a whole grain: overHead, where the first grain will lie
+//!          1   descriptor, if the file has one
+//!              redundant directory · its tables · directory · its tables      contiguous; tables are holes
+//!   overHead   first grain: the end of the metadata, rounded up to whole grains
 //! ```
 
 use crate::block::SECTOR;
@@ -12,19 +12,19 @@ use crate::error::Result;
 use crate::store::StoredWrite;
 use crate::vmdk::header::{DirectoryAt, Hosted, MAX_DIRECTORY_ENTRIES};
 
-/// Entries of a grain table; every program expects it so.
+/// Entries of a grain table: 512, which all programs expect.
 pub(in crate::vmdk) const ENTRIES: u64 = 512;
-/// Sectors of a grain table of as many 32-bit entries.
+/// Sectors of a grain table of [`ENTRIES`] entries of 32 bits.
 pub(in crate::vmdk) const TABLE_SECTORS: u64 = ENTRIES * 4 / SECTOR;
-/// Sectors that VMware keeps for an embedded descriptor.
+/// Sectors that VMware reserves for an embedded descriptor.
 pub(in crate::vmdk) const DESCRIPTOR_SECTORS: u64 = 20;
-/// Entries of tables and directories are 32 bits: the most sectors of a file.
+/// Maximum number of sectors of a file: the 32-bit entries of tables and directories are sector numbers.
 pub(in crate::vmdk) const MAX_FILE_SECTORS: u64 = 1 << 32;
 
-/// Directory entries that are written at once.
-const STEP: u64 = 1 << 16;
+/// Number of directory entries per write: 256 KiB.
+const WRITE_ENTRIES: u64 = 1 << 16;
 
-/// Where everything of a new file goes.
+/// Layout of a new file: the positions of its directories and tables.
 #[derive(Debug)]
 pub(super) struct HostedLayout {
     header: Hosted,
@@ -36,9 +36,10 @@ pub(super) struct HostedLayout {
 }
 
 impl HostedLayout {
-    /// The layout of a file for `sectors` sectors; `text`: bytes of the descriptor in it.
+    /// Computes the layout of a file for `sectors` sectors of the disk. `text` is the size of the embedded descriptor
+    /// in bytes.
     ///
-    /// Errors: `Usage` where no tables of such grains can cover the disk.
+    /// Errors: `Usage` if tables with such grains cannot cover the disk.
     pub(super) fn new(sectors: u64, grain: u64, text: Option<usize>, zeroed_grains: bool) -> Result<Self> {
         let descriptor = text.map(|bytes| (1, (bytes as u64).div_ceil(SECTOR).max(DESCRIPTOR_SECTORS)));
         let tables = sectors.div_ceil(grain.saturating_mul(ENTRIES));
@@ -53,6 +54,7 @@ impl HostedLayout {
                 MAX_DIRECTORY_ENTRIES * grain * ENTRIES
             )));
         }
+        // Zero grains came with version 2 of the format; version 1 is readable by the most programs.
         let header = Hosted {
             version: if zeroed_grains { 2 } else { 1 },
             capacity: sectors,
@@ -75,12 +77,12 @@ impl HostedLayout {
         })
     }
 
-    /// Sectors of the disk that it holds.
+    /// Returns the number of sectors of the disk that the file holds.
     pub(super) fn sectors(&self) -> u64 {
         self.header.capacity
     }
 
-    /// Writes all of it into an empty file, durably; the header last, as only that makes an image of it.
+    /// Writes the metadata into an empty file, durably. The header is last, as the file is an image only with it.
     pub(super) fn write(&self, out: &dyn StoredWrite, text: Option<&[u8]>, magic: &[u8; 4]) -> Result<()> {
         out.set_len(self.header.overhead * SECTOR)?;
         for at in [self.redundant, self.directory] {
@@ -89,18 +91,19 @@ impl HostedLayout {
         if let (Some(text), Some((at, _))) = (text, self.header.descriptor) {
             out.write_all_at(at * SECTOR, text)?;
         }
+        // Everything the header points to is durable first, so a crash leaves no image with missing tables.
         out.sync()?;
         out.write_all_at(0, &self.header.to_bytes(magic))?;
         out.sync()
     }
 
-    /// The directory at sector `at`, whose tables follow it.
+    /// Writes the directory at sector `at`, whose tables follow it.
     fn write_directory(&self, out: &dyn StoredWrite, at: u64) -> Result<()> {
         let tables = self.header.tables();
         let first = at + self.directory_sectors;
-        for start in (0..tables).step_by(STEP as usize) {
-            let range = start..tables.min(start + STEP);
-            // below 2^32, as `new` checked the end of all
+        for start in (0..tables).step_by(WRITE_ENTRIES as usize) {
+            let range = start..tables.min(start + WRITE_ENTRIES);
+            // The cast does not truncate: `new` checked that the file ends below sector 2^32.
             let entries = range.flat_map(|table| ((first + table * TABLE_SECTORS) as u32).to_le_bytes());
             out.write_all_at(at * SECTOR + start * 4, &entries.collect::<Vec<_>>())?;
         }

@@ -20,7 +20,7 @@ const KINDS: [CreateType; 7] = [
     CreateType::StreamOptimized,
 ];
 
-/// 2 GiB and a bit: the second piece ends inside of a grain.
+/// A little more than 2 GiB: the second piece ends inside of a grain.
 const TWO_PIECES: u64 = PIECE + 1000;
 /// 3 TiB.
 const LARGE: u64 = 6 << 30;
@@ -44,7 +44,7 @@ fn delta(sectors: u64) -> NewDelta {
     }
 }
 
-/// The descriptor that stands in a file, without the random digits.
+/// Returns the descriptor in a file, with dots instead of the random digits.
 fn text_of(bytes: &[u8]) -> String {
     let start = bytes.windows(6).position(|at| at == b"# Disk").unwrap();
     let text = bytes[start..].split(|byte| *byte == 0).next().unwrap();
@@ -61,7 +61,7 @@ fn text_of(bytes: &[u8]) -> String {
 #[track_caller]
 fn assert_empty_and_clean(disk: &VmdkDisk, sectors: u64) {
     assert_eq!(disk.geometry().sectors, sectors);
-    // all tables of a large one take long in a debug build
+    // Checking all tables of a large disk takes long in a debug build.
     if sectors < LARGE {
         let report = check(disk);
         assert_eq!(
@@ -80,22 +80,22 @@ fn assert_empty_and_clean(disk: &VmdkDisk, sectors: u64) {
 }
 
 #[test]
-fn every_kind_of_every_size_is_empty_and_clean() {
+fn new_disks_of_every_type_and_size_are_empty_and_clean() {
     for kind in KINDS {
         for sectors in [1, 127, 128, 129, 65_537, PIECE, TWO_PIECES, LARGE] {
             let store = TestStore::new();
-            // its room would really be taken
+            // A preallocated disk takes real space.
             let taken = kind == CreateType::VmfsFlat && sectors > 65_537;
             let many = matches!(kind, CreateType::SplitSparse | CreateType::SplitFlat) && sectors == LARGE;
             if !taken && !many {
                 create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap();
-                let made = store
+                let created = store
                     .open_disk("x.vmdk")
                     .unwrap_or_else(|e| panic!("{kind:?} {sectors}: {e}"));
                 if kind == CreateType::VmfsFlat {
-                    assert_eq!(made.geometry().sectors, sectors);
+                    assert_eq!(created.geometry().sectors, sectors);
                 } else {
-                    assert_empty_and_clean(&made, sectors);
+                    assert_empty_and_clean(&created, sectors);
                 }
             }
         }
@@ -103,7 +103,7 @@ fn every_kind_of_every_size_is_empty_and_clean() {
 }
 
 #[test]
-fn flat_room_is_taken_only_where_it_was_asked_for() {
+fn only_preallocated_flat_files_take_space() {
     let store = TestStore::new();
     for (kind, file, taken) in [
         (CreateType::VmfsFlat, "a.vmdk", true),
@@ -117,7 +117,7 @@ fn flat_room_is_taken_only_where_it_was_asked_for() {
 }
 
 #[test]
-fn files_are_called_as_vmware_calls_them() {
+fn files_have_the_names_that_vmware_uses() {
     for (kind, sectors, files) in [
         (CreateType::MonolithicSparse, TWO_PIECES, &["x.vmdk"][..]),
         (CreateType::StreamOptimized, TWO_PIECES, &["x.vmdk"]),
@@ -139,7 +139,7 @@ fn files_are_called_as_vmware_calls_them() {
         create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap();
         assert_eq!(store.files(), files, "{kind:?}");
     }
-    let beside = |text: &str| sibling(&name(text), "-flat.vmdk").map(|made| made.to_string());
+    let beside = |text: &str| sibling(&name(text), "-flat.vmdk").map(|created| created.to_string());
     assert_eq!(beside("a b.VMDK").unwrap(), "a b-flat.vmdk");
     assert_eq!(beside("disk").unwrap(), "disk-flat.vmdk");
     assert_eq!(beside(".vmdk").unwrap(), ".vmdk-flat.vmdk");
@@ -147,7 +147,7 @@ fn files_are_called_as_vmware_calls_them() {
     assert_eq!(
         beside("a\u{e9}\u{20ac}mdk").unwrap(),
         "a\u{e9}\u{20ac}mdk-flat.vmdk",
-        "cut only between characters"
+        "the name is split between characters"
     );
     for odd in [&b"a\".vmdk"[..], b"a\n.vmdk", b"\xff.vmdk"] {
         let error = sibling(&ExtentName::new(odd).unwrap(), "-flat.vmdk").unwrap_err();
@@ -156,14 +156,14 @@ fn files_are_called_as_vmware_calls_them() {
 }
 
 #[test]
-fn the_text_is_that_of_vmware() {
+fn the_text_matches_that_of_vmware() {
     let store = TestStore::new();
-    let wanted = NewDisk {
+    let requested = NewDisk {
         adapter: AdapterType::Ide,
         hardware_version: 13,
         ..disk(CreateType::SplitFlat, TWO_PIECES)
     };
-    create(&store, &name("x.vmdk"), &wanted).unwrap();
+    create(&store, &name("x.vmdk"), &requested).unwrap();
     let expected = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=........\nparentCID=ffffffff\n\
         isNativeSnapshot=\"no\"\ncreateType=\"twoGbMaxExtentFlat\"\n\n# Extent description\n\
         RW 4192256 FLAT \"x-f001.vmdk\" 0\nRW 1000 FLAT \"x-f002.vmdk\" 0\n\n# The Disk Data Base \n#DDB\n\n\
@@ -215,7 +215,7 @@ fn the_text_is_that_of_vmware() {
 }
 
 #[test]
-fn numbers_that_tell_disks_apart_differ_and_agree_with_each_other() {
+fn cid_and_uuid_are_unique_and_consistent() {
     let store = TestStore::new();
     let read = |file: &str| {
         create(&store, &name(file), &disk(CreateType::MonolithicFlat, 1)).unwrap();
@@ -237,10 +237,10 @@ fn numbers_that_tell_disks_apart_differ_and_agree_with_each_other() {
 }
 
 #[test]
-fn geometry_goes_by_adapter_and_size() {
+fn geometry_depends_on_adapter_and_size() {
     use AdapterType::{BusLogic, Ide, LsiLogic, PvScsi};
     for (sectors, adapter, expected) in [
-        // written by ovftool and ESXi
+        // These four were written by ovftool and ESXi.
         (61_440, LsiLogic, (30, 64, 32)),
         (4096, LsiLogic, (2, 64, 32)),
         (937_703_088, LsiLogic, (58_369, 255, 63)),
@@ -260,7 +260,7 @@ fn geometry_goes_by_adapter_and_size() {
 }
 
 #[test]
-fn the_metadata_lie_as_vmware_lays_them() {
+fn the_metadata_has_the_layout_that_vmware_uses() {
     let store = TestStore::new();
     create(&store, &name("x.vmdk"), &disk(CreateType::MonolithicSparse, 65_537)).unwrap();
     let bytes = fs::read(store.path("x.vmdk")).unwrap();
@@ -284,8 +284,8 @@ fn the_metadata_lie_as_vmware_lays_them() {
     let directory =
         |sector: usize| [0, 4].map(|at| u32::from_le_bytes(bytes[sector * 512 + at..][..4].try_into().unwrap()));
     assert_eq!((directory(21), directory(30)), ([22, 26], [31, 35]));
-    assert_eq!(bytes.len(), 128 * 512, "nothing behind the metadata");
-    // a piece has no descriptor, and is no disk of its own
+    assert_eq!(bytes.len(), 128 * 512, "nothing after the metadata");
+    // A piece has no descriptor, so it does not open as a disk.
     create(&store, &name("y.vmdk"), &disk(CreateType::SplitSparse, 1)).unwrap();
     let piece = head(&store.path("y-s001.vmdk"), HEAD_BYTES);
     let header = Hosted::parse(&piece, 1 << 16, Role::Header).unwrap();
@@ -297,7 +297,7 @@ fn the_metadata_lie_as_vmware_lays_them() {
 }
 
 #[test]
-fn sizes_that_no_image_can_have_are_refused_before_anything_is_made() {
+fn impossible_sizes_are_refused_before_any_file_is_created() {
     let store = TestStore::new();
     let refused = |kind, sectors| {
         let error = create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap_err();
@@ -324,7 +324,7 @@ fn sizes_that_no_image_can_have_are_refused_before_anything_is_made() {
 }
 
 #[test]
-fn nothing_that_exists_is_touched_and_nothing_half_made_stays() {
+fn existing_files_are_not_touched_and_partial_images_are_removed() {
     for (taken, kind) in [
         ("x.vmdk", CreateType::MonolithicSparse),
         ("x.vmdk", CreateType::StreamOptimized),
@@ -347,13 +347,13 @@ fn nothing_that_exists_is_touched_and_nothing_half_made_stays() {
 }
 
 #[test]
-fn a_failure_at_any_step_leaves_nothing() {
+fn a_failure_at_any_step_leaves_no_files() {
     for kind in KINDS {
         let mut steps = 0;
         loop {
             let store = TestStore::new();
             store.allow(steps);
-            // small where its room is really taken
+            // A preallocated disk is small, as it takes real space.
             let sectors = if kind == CreateType::VmfsFlat { 9 } else { TWO_PIECES };
             match create(&store, &name("x.vmdk"), &disk(kind, sectors)) {
                 Ok(()) => break,
@@ -369,7 +369,7 @@ fn a_failure_at_any_step_leaves_nothing() {
 }
 
 #[test]
-fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
+fn a_delta_reads_its_parent_and_keeps_its_descriptor_values() {
     let store = TestStore::new();
     create(&store, &name("base.vmdk"), &disk(CreateType::MonolithicFlat, 4096)).unwrap();
     fs::write(store.path("base-flat.vmdk"), vec![7; 4096 * 512]).unwrap();
@@ -382,12 +382,12 @@ fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
         cid,
         hint: "base.vmdk".to_owned(),
     });
-    let wanted = NewDelta {
+    let requested = NewDelta {
         parent,
         ddb,
         ..delta(4096)
     };
-    create_delta(&store, &name("x.vmdk"), &wanted).unwrap();
+    create_delta(&store, &name("x.vmdk"), &requested).unwrap();
     let opened = store.open_disk("x.vmdk").unwrap();
     let mut sector = [0; SECTOR as usize];
     opened.read_at(Lba(4095), &mut sector).unwrap();
@@ -411,7 +411,7 @@ fn a_delta_reads_its_parent_and_keeps_what_was_said_of_it() {
 }
 
 #[test]
-fn a_delta_without_a_parent_is_a_disk_by_itself() {
+fn a_delta_without_a_parent_opens_as_an_empty_disk() {
     let store = TestStore::new();
     create_delta(
         &store,
@@ -429,23 +429,23 @@ fn a_delta_without_a_parent_is_a_disk_by_itself() {
 }
 
 #[test]
-fn a_long_hint_gets_the_room_it_needs() {
+fn a_long_hint_gets_enough_descriptor_sectors() {
     let store = TestStore::new();
     let hint = format!("{}/base.vmdk", "d".repeat(12_000));
-    let wanted = NewDelta {
+    let requested = NewDelta {
         parent: Some(DeltaParent {
             cid: 1,
             hint: hint.clone(),
         }),
         ..delta(1)
     };
-    create_delta(&store, &name("x.vmdk"), &wanted).unwrap();
+    create_delta(&store, &name("x.vmdk"), &requested).unwrap();
     let text = text_of(&fs::read(store.path("x.vmdk")).unwrap());
     assert!(text.contains(&hint) && text.ends_with("\"\n"), "{text}");
 }
 
 #[test]
-fn what_a_descriptor_cannot_hold_is_refused() {
+fn values_that_a_descriptor_cannot_hold_are_refused() {
     let store = TestStore::new();
     let parent = |cid, hint: &str| {
         Some(DeltaParent {
@@ -454,7 +454,7 @@ fn what_a_descriptor_cannot_hold_is_refused() {
         })
     };
     let ddb = |key: &str, value: &str| vec![(key.to_owned(), value.to_owned())];
-    for wanted in [
+    for requested in [
         NewDelta {
             parent: parent(1, "a\"b"),
             ..delta(1)
@@ -479,23 +479,23 @@ fn what_a_descriptor_cannot_hold_is_refused() {
         NewDelta { grain: 24, ..delta(1) },
         NewDelta { grain: 0, ..delta(1) },
     ] {
-        let error = create_delta(&store, &name("x.vmdk"), &wanted).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Usage, "{wanted:?}: {error}");
+        let error = create_delta(&store, &name("x.vmdk"), &requested).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{requested:?}: {error}");
     }
     assert_eq!(store.files(), [""; 0]);
 }
 
 #[test]
-fn a_file_that_took_the_name_meanwhile_is_not_removed() {
+fn removal_by_identity_spares_another_file_under_the_name() {
     let store = TestStore::new();
-    let made = store.create(&name("x")).unwrap();
+    let created = store.create(&name("x")).unwrap();
     fs::rename(store.path("x"), store.path("y")).unwrap();
     fs::write(store.path("x"), "another").unwrap();
-    let error = store.remove(&name("x"), &made.identity_at_open()).unwrap_err();
+    let error = store.remove(&name("x"), &created.identity_at_open()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
     assert_eq!(store.files(), ["x", "y"]);
-    store.remove(&name("y"), &made.identity_at_open()).unwrap();
+    store.remove(&name("y"), &created.identity_at_open()).unwrap();
     assert_eq!(store.files(), ["x"]);
-    assert!(store.remove(&name("y"), &made.identity_at_open()).is_err());
+    assert!(store.remove(&name("y"), &created.identity_at_open()).is_err());
     assert!(store.open(&name("x"), Access::Read).is_ok());
 }

@@ -1,4 +1,4 @@
-//! The text of a new descriptor, line by line as VMware writes it.
+//! Text of a new descriptor, with the lines in the order in which VMware writes them.
 
 use std::collections::hash_map::RandomState;
 use std::fmt::Write as _;
@@ -10,31 +10,31 @@ use crate::error::Result;
 use crate::store::ExtentName;
 use crate::vmdk::descriptor::{ExtentAccess, ExtentKind};
 
-/// The CID that stands for "none".
+/// CID that means "none".
 pub(super) const NO_CID: u32 = 0xffff_ffff;
-/// The CID of a disk that was never opened, in VMware's own.
+/// CID that VMware gives to a disk that was never opened.
 const FRESH_CID: u32 = 0xffff_fffe;
 
-/// No extent line of a split disk is shorter, bytes.
+/// Minimum length of an extent line of a split disk, in bytes.
 pub(super) const SHORTEST_EXTENT: usize = "RW 1 FLAT \"-f001.vmdk\" 0\n".len();
 
-/// Sectors of a gibibyte.
+/// 1 GiB in sectors.
 const GIB: u64 = 1 << 21;
 
-/// An extent line.
+/// Extent line of a new descriptor.
 #[derive(Debug, Clone)]
 pub(super) struct NewExtent {
-    /// What may be done with it.
+    /// Permitted access.
     pub(super) access: ExtentAccess,
-    /// Its size.
+    /// Size in sectors.
     pub(super) sectors: u64,
-    /// How it is stored.
+    /// Storage format of the extent.
     pub(super) kind: ExtentKind,
-    /// Its file.
+    /// Name of the file that holds the extent.
     pub(super) name: String,
 }
 
-/// A descriptor, before it is text.
+/// Values of a descriptor, from which [`to_text`](Self::to_text) makes the text.
 #[derive(Debug)]
 pub(super) struct NewText {
     create_type: String,
@@ -46,7 +46,7 @@ pub(super) struct NewText {
 }
 
 impl NewText {
-    /// The descriptor of a disk without a parent.
+    /// Builds the descriptor of a disk without a parent.
     pub(super) fn disk(create_type: &str, disk: &NewDisk, extents: Vec<NewExtent>) -> Self {
         let cid = random_cid();
         let (cylinders, heads, per_track) = geometry(disk.sectors, disk.adapter);
@@ -73,22 +73,22 @@ impl NewText {
         }
     }
 
-    /// The descriptor of a delta in the file called `name`. Geometry and adapter are the parent's.
+    /// Builds the descriptor of a delta in the file `name`. It has no geometry and no adapter: those are the parent's.
     ///
-    /// Errors: `Usage` for text that would break a line or a value.
+    /// Errors: `Usage` for a value with a quote or a control character, which would break its line.
     pub(super) fn delta(delta: &NewDelta, name: String) -> Result<Self> {
         let cid = random_cid();
         let hint = delta.parent.iter().map(|parent| parent.hint.as_str());
-        let words = delta
+        let values = delta
             .ddb
             .iter()
             .flat_map(|(name, value)| [name.as_str(), value.as_str()]);
-        for word in hint.chain(words) {
-            check_value(word)?;
+        for value in hint.chain(values) {
+            check_value(value)?;
         }
         if delta.parent.as_ref().is_some_and(|parent| parent.cid == NO_CID) {
             return Err(usage(format!(
-                "a delta cannot name a parent of the CID {NO_CID:08x}, which means none"
+                "a delta cannot name a parent with the CID {NO_CID:08x}, which means \"no parent\""
             )));
         }
         let extent = NewExtent {
@@ -109,7 +109,7 @@ impl NewText {
         })
     }
 
-    /// The text.
+    /// Returns the text of the descriptor.
     pub(super) fn to_text(&self) -> String {
         let mut out = String::from("# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\n");
         let parent_cid = self.parent.as_ref().map_or(NO_CID, |parent| parent.cid);
@@ -127,7 +127,7 @@ impl NewText {
         } in &self.extents
         {
             _ = write!(out, "{} {sectors} {kind} \"{name}\"", access.as_str());
-            // qemu wants the offset of a flat extent, and none of any other
+            // qemu requires the offset on a flat extent and accepts it on no other type.
             out.push_str(if *kind == ExtentKind::Flat { " 0\n" } else { "\n" });
         }
         out.push_str("\n# The Disk Data Base \n#DDB\n\n");
@@ -138,10 +138,11 @@ impl NewText {
     }
 }
 
-/// Cylinders, heads and sectors per track that a disk is said to have.
+/// Returns the nominal cylinders, heads and sectors per track of a disk.
 ///
-/// SCSI: heads and sectors as VMware's adapters choose them by size; cylinders are the whole ones, without a bound, as
-/// ESXi writes them. IDE: 16 × 63, and no more cylinders than its registers can count.
+/// SCSI: heads and sectors depend on the size, as with VMware's adapters; the cylinders are rounded down and have no
+/// upper bound, as ESXi writes them. IDE: 16 heads and 63 sectors, and at most 16383 cylinders, the limit of its
+/// registers.
 pub(super) fn geometry(sectors: u64, adapter: AdapterType) -> (u64, u64, u64) {
     let (heads, per_track, most) = match adapter {
         AdapterType::Ide => (16, 63, 16383),
@@ -149,11 +150,12 @@ pub(super) fn geometry(sectors: u64, adapter: AdapterType) -> (u64, u64, u64) {
         _ if sectors < 2 * GIB => (128, 32, u64::MAX),
         _ => (255, 63, u64::MAX),
     };
-    // a disk of a few sectors has a cylinder too
+    // Even a disk of a few sectors has one cylinder.
     ((sectors / (heads * per_track)).clamp(1, most), heads, per_track)
 }
 
-/// The name of a file as text in a descriptor that does not have to lead to it: the file that holds the descriptor.
+/// Returns a file name as text for an extent line in that same file. Readers do not need the name to find the file, so
+/// characters that a descriptor cannot hold are replaced.
 pub(super) fn label(name: &ExtentName) -> String {
     let text = String::from_utf8_lossy(name.as_bytes()).into_owned();
     text.chars()
@@ -161,9 +163,9 @@ pub(super) fn label(name: &ExtentName) -> String {
         .collect()
 }
 
-/// The name of a file beside `name`, which ends in `suffix` for its `.vmdk`.
+/// Returns the name of a file beside `name`, with `suffix` instead of its `.vmdk`.
 ///
-/// Errors: `Usage` where the descriptor could not name it.
+/// Errors: `Usage` if a descriptor cannot hold the name.
 pub(super) fn sibling(name: &ExtentName, suffix: &str) -> Result<ExtentName> {
     const EXTENSION: &str = ".vmdk";
     let text = std::str::from_utf8(name.as_bytes())
@@ -171,7 +173,7 @@ pub(super) fn sibling(name: &ExtentName, suffix: &str) -> Result<ExtentName> {
         .filter(|text| check_value(text).is_ok())
         .ok_or_else(|| {
             usage(format!(
-                "{name}: a descriptor can name files only in UTF-8, without `\"` or line ends"
+                "{name}: a descriptor can only name files in UTF-8, without `\"` or control characters: choose another file name"
             ))
         })?;
     let (stem, extension) = text
@@ -185,7 +187,7 @@ pub(super) fn sibling(name: &ExtentName, suffix: &str) -> Result<ExtentName> {
     ExtentName::new(format!("{stem}{suffix}"))
 }
 
-/// Text that can stand between quotes. The format has no escapes.
+/// Checks that a text can stand between quotes. The format has no escapes.
 fn check_value(text: &str) -> Result<()> {
     if text.chars().any(|c| c.is_control() || c == '"') {
         return Err(usage(format!(
@@ -205,7 +207,7 @@ fn adapter(adapter: AdapterType) -> &'static str {
     }
 }
 
-/// A CID that says nothing but that it is another one.
+/// Returns a random CID, which is none of the two reserved values.
 pub(super) fn random_cid() -> u32 {
     loop {
         let cid = random() as u32;
@@ -215,23 +217,24 @@ pub(super) fn random_cid() -> u32 {
     }
 }
 
-/// 32 digits that end with the CID, as writers do that know both.
+/// Returns a random long content ID: 32 hexadecimal digits, of which the last 8 are the CID, as other writers do.
 fn long_content_id(cid: u32) -> String {
     format!("{:016x}{:08x}{cid:08x}", random(), random() as u32)
 }
 
-/// A number in VMware's form and range: sixteen bytes, the first four VMware's own, as its products make them.
+/// Returns a random UUID in VMware's form: sixteen bytes, of which the first 28 bits are VMware's own prefix.
 fn uuid() -> String {
     let [a, b, c, d, e, f, g, h] = random().to_le_bytes();
     let [i, j, k, l, m, ..] = random().to_le_bytes();
-    // 60 00 C2 9x: VMware's part of the worldwide names
+    // 60 00 C2 9x is VMware's prefix of worldwide names.
     let a = 0x90 | a & 0x0f;
     format!(
         "60 00 C2 {a:02x} {b:02x} {c:02x} {d:02x} {e:02x}-{f:02x} {g:02x} {h:02x} {i:02x} {j:02x} {k:02x} {l:02x} {m:02x}"
     )
 }
 
-/// Bits that differ from call to call and from run to run: the keys of a new hasher come from the system.
+/// Returns 64 bits that differ from call to call and from run to run: the first keys of a hasher in each thread come
+/// from the system's random numbers.
 fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }

@@ -9,36 +9,36 @@ use crate::block::MAX_SECTORS;
 use crate::error::{Error, Result};
 use crate::store::ExtentName;
 
-/// What may be done with an extent.
+/// Permitted access to an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExtentAccess {
-    /// Read and written.
+    /// The extent can be read and written.
     ReadWrite,
-    /// Only read.
+    /// The extent can only be read.
     ReadOnly,
-    /// Neither: it reads as zeroes.
+    /// The extent has no readable data: it reads as zeroes.
     None,
 }
 
-/// How the data of an extent are kept.
+/// Storage format of an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// Raw, from a sector of a file or device on.
+    /// Raw data, from a given sector of a file or device on.
     Flat,
-    /// Raw, a file of its own.
+    /// Raw data that fills a file of its own.
     Vmfs,
     /// Hosted sparse or streamOptimized (KDMV).
     Sparse,
     /// ESX sparse (COWD).
     VmfsSparse,
-    /// Space-efficient sparse.
+    /// Space-efficient sparse (seSparse).
     SeSparse,
     /// Zeroes without a file.
     Zero,
 }
 
 impl ExtentAccess {
-    /// As it is written in the line.
+    /// Returns the keyword of the access.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::ReadWrite => "RW",
@@ -49,7 +49,7 @@ impl ExtentAccess {
 }
 
 impl ExtentKind {
-    /// As it is written in the line.
+    /// Returns the keyword of the format.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Flat => "FLAT",
@@ -68,33 +68,33 @@ impl fmt::Display for ExtentKind {
     }
 }
 
-/// One extent; the extents of a disk lie one after the other.
+/// Parsed extent line. The extents of a disk are contiguous, in the order of their lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentLine {
-    /// What may be done with it.
+    /// Permitted access.
     pub access: ExtentAccess,
-    /// Its size on the disk, 1…[`MAX_SECTORS`].
+    /// Size on the disk in sectors, 1…[`MAX_SECTORS`].
     pub sectors: u64,
-    /// How its data are kept.
+    /// Storage format.
     pub kind: ExtentKind,
-    /// Its file; `None` exactly for `ZERO`.
+    /// File that holds the extent; `None` only for `ZERO`.
     pub name: Option<ExtentName>,
-    /// Sector of the file where a `FLAT` extent starts; `offset + sectors` ≤ [`MAX_SECTORS`]. 0 for all others.
+    /// Sector of the file at which a `FLAT` extent starts; 0 for all others. `offset + sectors` ≤ [`MAX_SECTORS`].
     pub offset: u64,
-    /// Number of its line, from 1.
+    /// Number of the line in the descriptor, from 1.
     pub line: usize,
 }
 
-/// Reads one line; `None` for an extent of no sectors, which programs leave as a placeholder.
+/// Parses one line. Returns `None` for a `ZERO` extent of 0 sectors, which some programs write as a placeholder.
 pub(super) fn parse(line: usize, text: &[u8], encoding: &'static Encoding) -> Result<Option<ExtentLine>> {
     parse_words(line, Words(text), encoding).map_err(|e| e.within(format!("line {line}")))
 }
 
-/// Cuts a line into words and quoted names.
+/// Rest of a line, which is split into words and quoted names.
 struct Words<'a>(&'a [u8]);
 
 impl<'a> Words<'a> {
-    /// The next word; empty at the end of the line.
+    /// Returns the next word; empty at the end of the line.
     fn word(&mut self) -> &'a [u8] {
         let rest = self.0.trim_ascii_start();
         let end = rest.iter().position(u8::is_ascii_whitespace).unwrap_or(rest.len());
@@ -102,7 +102,7 @@ impl<'a> Words<'a> {
         &rest[..end]
     }
 
-    /// The name in quotes that comes next.
+    /// Returns the next name, which must be in quotes, without the quotes.
     fn quoted(&mut self) -> Result<&'a [u8]> {
         let rest = self.0.trim_ascii_start();
         let Some(inner) = rest.strip_prefix(b"\"") else {
@@ -112,7 +112,7 @@ impl<'a> Words<'a> {
             )));
         };
         let Some(end) = inner.iter().position(|&b| b == b'"') else {
-            return Err(Error::corrupt("expected a closing `\"` behind the file name"));
+            return Err(Error::corrupt("expected a closing `\"` after the file name"));
         };
         self.0 = &inner[end + 1..];
         Ok(&inner[..end])
@@ -136,7 +136,7 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
     }
     if sectors == 0 {
         return Err(Error::corrupt(format!(
-            "expected more than 0 sectors of a {kind} extent"
+            "expected more than 0 sectors for a {kind} extent"
         )));
     }
     let name = lines::name(encoding, words.quoted()?)?;
@@ -146,7 +146,7 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
     };
     if offset != 0 && kind != ExtentKind::Flat {
         return Err(Error::corrupt(format!(
-            "expected no offset, or 0, of a {kind} extent, not {offset}"
+            "expected no offset, or 0, for a {kind} extent, not {offset}"
         )));
     }
     if offset.checked_add(sectors).is_none_or(|end| end > MAX_SECTORS) {
@@ -208,7 +208,7 @@ fn kind(word: &[u8]) -> Result<ExtentKind> {
     )))
 }
 
-/// Decimal digits and nothing else, at most [`MAX_SECTORS`].
+/// Parses a number of at most [`MAX_SECTORS`]: decimal digits without a sign, which `parse` alone would accept.
 fn number(word: &[u8], what: &str) -> Result<u64> {
     let wrong = || {
         Error::corrupt(format!(

@@ -1,75 +1,81 @@
-//! The text of a descriptor as lines, and what its fields are made of.
+//! Lines of a descriptor and the syntax of their fields.
 //!
-//! Lines and fields are cut on the raw bytes, and fields are decoded afterwards. That is the same as decoding the
-//! whole text first: in every encoding that passes [`encoding`] a byte below 0x40 that is no digit (`"`, `=`, `#`,
-//! blanks, line ends) is never the second byte of a character. `\` and `|` may be, so look for them after decoding.
+//! Lines and fields are split on the raw bytes, and fields are decoded afterwards. The result is the same as if the
+//! whole text was decoded first: in every encoding that [`encoding`] accepts, a byte below 0x40 that is not a digit
+//! (`"`, `=`, `#`, blanks, line ends) is never the second byte of a character. `\` and `|` may be, so search for them
+//! only in decoded text.
 
 use encoding_rs::{Encoding, UTF_8};
 
 use crate::error::{Error, Result};
 use crate::store::{ExtentName, printable};
 
-/// The most bytes of the text up to its first NUL.
+/// Maximum length of the text up to its first NUL, in bytes.
 pub(super) const TEXT_MAX: usize = 1 << 20;
-/// The most lines.
+/// Maximum number of lines.
 pub(super) const LINES_MAX: usize = 64 << 10;
-/// The most extents: a disk of 8 TB in pieces of 2 GiB has 4 Ki.
+/// Maximum number of extents: a disk of 8 TiB in pieces of 2 GiB has 4096.
 pub(super) const EXTENTS_MAX: usize = 64 << 10;
 
-/// `key = value`, both still raw and without blanks around them.
+/// Line `key = value`: both parts are raw bytes without surrounding blanks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Setting<'a> {
-    /// Number of its line, from 1.
+    /// Number of the line, from 1.
     pub(super) line: usize,
-    /// Compare it without case.
+    /// Key as written; comparisons must ignore case.
     pub(super) key: &'a [u8],
-    /// Quotes are still on it.
+    /// Value, including its quotes.
     pub(super) value: &'a [u8],
 }
 
 impl<'a> Setting<'a> {
-    /// The value without its quotes. Errors: no closing quote, or something behind it that is no comment.
+    /// Returns the value without its quotes.
+    ///
+    /// Errors: `Corrupt` if the closing quote is missing, or if anything but a comment follows it.
     pub(super) fn unquoted(&self) -> Result<&'a [u8]> {
         let Some(inner) = self.value.strip_prefix(b"\"") else {
             return Ok(self.value);
         };
         let Some(end) = inner.iter().position(|&b| b == b'"') else {
-            return Err(self.error("expected a closing `\"` behind the value"));
+            return Err(self.error("expected a closing `\"` after the value"));
         };
         let rest = inner[end + 1..].trim_ascii_start();
         if !rest.is_empty() && rest[0] != b'#' {
             return Err(self.error(&format!(
-                "expected nothing behind the quoted value, not `{}`",
+                "expected nothing after the quoted value, not `{}`",
                 shown(rest)
             )));
         }
         Ok(&inner[..end])
     }
 
-    /// The value without quotes, whatever else stands there: for values on which nothing depends.
+    /// Returns the value without its quotes and without checks, for values that do not affect the data.
     pub(super) fn leniently_unquoted(&self) -> &'a [u8] {
         let inner = self.value.strip_prefix(b"\"").unwrap_or(self.value);
         inner.strip_suffix(b"\"").unwrap_or(inner)
     }
 
-    /// A `Corrupt` error that names line and key.
+    /// Returns a `Corrupt` error that names the line and the key.
     pub(super) fn error(&self, expected: &str) -> Error {
         Error::corrupt(format!("line {}, {}: {expected}", self.line, shown(self.key)))
     }
 }
 
-/// The lines that mean something, sorted by kind and in the order of the text.
+/// Lines with a meaning, grouped by type and in the order of the text.
 #[derive(Debug, Default)]
 pub(super) struct Lines<'a> {
     settings: Vec<Setting<'a>>,
-    /// Keys without the `ddb.` in front.
+    /// Settings of the disk data base; their keys are without the `ddb.` prefix.
     pub(super) ddb: Vec<Setting<'a>>,
-    /// Line number and text.
+    /// Extent lines: line number and text.
     pub(super) extents: Vec<(usize, &'a [u8])>,
 }
 
 impl<'a> Lines<'a> {
-    /// Sorts the lines of the text, which ends at the first NUL.
+    /// Groups the lines of the text, which ends at the first NUL.
+    ///
+    /// Errors: `Corrupt` for a line that is neither blank, comment, setting nor extent, and for a text beyond the
+    /// limits.
     pub(super) fn of(bytes: &'a [u8]) -> Result<Self> {
         let text = text_of(bytes);
         if text.len() > TEXT_MAX {
@@ -90,7 +96,7 @@ impl<'a> Lines<'a> {
         Ok(lines)
     }
 
-    /// Sorts one line in.
+    /// Adds one trimmed line to its group.
     fn add(&mut self, number: usize, line: &'a [u8]) -> Result<()> {
         if line.is_empty() || line[0] == b'#' {
             return Ok(());
@@ -119,21 +125,23 @@ impl<'a> Lines<'a> {
         Ok(())
     }
 
-    /// The first setting of that name, whatever its value.
+    /// Returns the first setting with that key. Later ones may contradict it.
     pub(super) fn first(&self, key: &str) -> Option<&Setting<'a>> {
         self.settings
             .iter()
             .find(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
-    /// All settings of that name.
+    /// Returns all settings with that key.
     pub(super) fn all(&self, key: &str) -> impl Iterator<Item = &Setting<'a>> {
         self.settings
             .iter()
             .filter(move |s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
-    /// The setting of that name with its value read by `parse`. Two that say different things are an error.
+    /// Returns the line and the parsed value of the setting with that key.
+    ///
+    /// Errors: those of `parse`, and `Corrupt` if two lines have different values. The same value twice is accepted.
     pub(super) fn get<T: PartialEq>(
         &self,
         key: &str,
@@ -158,14 +166,14 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// What of `bytes` is text: all up to the first NUL, without a byte order mark.
+/// Returns the text in `bytes`: everything up to the first NUL, without a byte order mark.
 pub(super) fn text_of(bytes: &[u8]) -> &[u8] {
     let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
     let text = &bytes[..end];
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
-/// `line` as a setting, if there is an `=` behind a first word.
+/// Parses `line` as a setting. Returns `None` unless it is a single word followed by `=`.
 pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
     let equals = line.iter().position(|&b| b == b'=')?;
     let key = line[..equals].trim_ascii();
@@ -177,7 +185,9 @@ pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
     })
 }
 
-/// The encoding that a descriptor names; UTF-8 if none. Errors: an unknown one, or one in which ASCII is not ASCII.
+/// Returns the encoding that a descriptor names; UTF-8 if it names none.
+///
+/// Errors: `Corrupt` for an unknown encoding, or one that is not a superset of ASCII.
 pub(super) fn encoding(lines: &Lines<'_>) -> Result<&'static Encoding> {
     let found = lines.get("encoding", |setting| {
         let label = setting.unquoted()?;
@@ -191,12 +201,13 @@ pub(super) fn encoding(lines: &Lines<'_>) -> Result<&'static Encoding> {
     Ok(found.map_or(UTF_8, |(_, encoding)| encoding))
 }
 
-/// Text in `encoding` as Unicode; what cannot be decoded becomes U+FFFD.
+/// Decodes text. Bytes that are invalid in the encoding become U+FFFD.
 pub(super) fn decode(encoding: &'static Encoding, bytes: &[u8]) -> String {
     encoding.decode_without_bom_handling(bytes).0.into_owned()
 }
 
-/// A file name in `encoding`. Names in UTF-8 keep their bytes, valid or not; others keep them as a second spelling.
+/// Returns a file name that is written in `encoding`. Names in UTF-8 keep their bytes, valid or not. Other names are
+/// decoded, and keep their raw bytes as a second spelling, as the file on this system may have either.
 pub(super) fn name(encoding: &'static Encoding, bytes: &[u8]) -> Result<ExtentName> {
     if encoding == UTF_8 {
         return ExtentName::new(bytes);
@@ -204,17 +215,17 @@ pub(super) fn name(encoding: &'static Encoding, bytes: &[u8]) -> Result<ExtentNa
     ExtentName::new(decode(encoding, bytes))?.or_raw(bytes)
 }
 
-/// A piece of the text for a message: printable, and not too long.
+/// Returns a part of the text for a message: printable, and truncated after 60 characters.
 pub(super) fn shown(bytes: &[u8]) -> String {
-    const MOST: usize = 60;
+    const MAX_CHARS: usize = 60;
     let text = printable(std::ffi::OsString::from(String::from_utf8_lossy(bytes).into_owned()));
-    match text.char_indices().nth(MOST) {
+    match text.char_indices().nth(MAX_CHARS) {
         Some((cut, _)) => format!("{}…", &text[..cut]),
         None => text,
     }
 }
 
-/// Whether the line starts with a word of access and is no setting of that name.
+/// Returns true if the line starts with an access keyword and is not a setting whose key is that keyword.
 fn is_extent(line: &[u8]) -> bool {
     let word = line.split(u8::is_ascii_whitespace).next().unwrap_or(line);
     let access = [&b"RW"[..], b"RDONLY", b"NOACCESS"]
@@ -223,9 +234,9 @@ fn is_extent(line: &[u8]) -> bool {
     access && line[word.len()..].trim_ascii_start().first() != Some(&b'=')
 }
 
-/// An encoding by the names that VMware (Windows code pages) and the Web use.
+/// Returns an encoding by the labels of VMware (Windows code pages) and of the WHATWG standard.
 fn by_label(label: &[u8]) -> Option<&'static Encoding> {
-    // Code pages by number that the Web's list does not have.
+    // Numbers of code pages that are missing in the WHATWG list.
     const CODE_PAGES: [(&str, &Encoding); 4] = [
         ("932", encoding_rs::SHIFT_JIS),
         ("936", encoding_rs::GBK),

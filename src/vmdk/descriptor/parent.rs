@@ -1,19 +1,19 @@
-//! A child's link to its parent, and where the parent may lie.
+//! Parent of a snapshot: its recorded CID, and the paths at which it may be found.
 
 use encoding_rs::{Encoding, UTF_8};
 
 use crate::store::ExtentName;
 
-/// The parent that a child remembers.
+/// Parent as its child records it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParentLink {
-    /// The CID that it had when the child was made; never `ffffffff`.
+    /// CID that the parent had when the child was created; never `ffffffff`.
     pub cid: u32,
-    /// Its path as it was then.
+    /// Path of the parent at that time.
     pub hint: ParentHint,
 }
 
-/// A parent's path, written on a machine that may have been another one.
+/// Path of a parent, which may have been written on another machine or operating system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParentHint {
     name: ExtentName,
@@ -21,17 +21,17 @@ pub struct ParentHint {
 }
 
 impl ParentHint {
-    /// A hint as it stands in a descriptor of that encoding.
+    /// Creates a hint from its text in a descriptor of that encoding.
     pub(super) fn new(name: ExtentName, encoding: &'static Encoding) -> Self {
         Self { name, encoding }
     }
 
-    /// The hint itself, for messages.
+    /// Returns the path as written, for messages.
     pub fn name(&self) -> &ExtentName {
         &self.name
     }
 
-    /// The names to try from the child's folder, best first; at least one.
+    /// Returns the names to try, relative to the child's folder: at least one, the most likely first.
     ///
     /// | hint | candidates |
     /// | --- | --- |
@@ -43,6 +43,8 @@ impl ParentHint {
     pub fn candidates(&self) -> Vec<ExtentName> {
         let written = self.name.as_bytes();
         let slashed: Vec<u8> = written.iter().map(|&b| if b == b'\\' { b'/' } else { b }).collect();
+        // Absolute paths of Windows and ESX do not exist here: usually parent and child were copied into one folder, or
+        // into sibling folders that keep their names.
         let mut found = Vec::new();
         if is_windows_absolute(written) {
             found.extend(self.spelled(last(&slashed)));
@@ -62,7 +64,8 @@ impl ParentHint {
         found
     }
 
-    /// A part of the hint as a name, with its spelling in the descriptor's encoding; `None` for an empty part.
+    /// Returns a part of the hint as a name, together with its bytes in the descriptor's encoding. `None` for an empty
+    /// part.
     fn spelled(&self, part: &[u8]) -> Option<ExtentName> {
         let name = ExtentName::new(part).ok()?;
         let text = std::str::from_utf8(part).ok().filter(|_| self.encoding != UTF_8);
@@ -73,7 +76,7 @@ impl ParentHint {
     }
 }
 
-/// Whether the path starts at a drive, a share or the root of the drive.
+/// Returns true if the path starts at a drive, a share or the root of the current drive.
 fn is_windows_absolute(path: &[u8]) -> bool {
     match path {
         [b'\\', ..] => true,
@@ -82,15 +85,15 @@ fn is_windows_absolute(path: &[u8]) -> bool {
     }
 }
 
-/// What is behind the last `/`.
+/// Returns the part after the last `/`.
 fn last(path: &[u8]) -> &[u8] {
     path.rsplit(|&b| b == b'/').next().unwrap_or(path)
 }
 
-/// The folder right above the file of `/vmfs/volumes/ID/…/FOLDER/FILE`.
+/// Returns `FOLDER` of `/vmfs/volumes/ID/…/FOLDER/FILE`. `None` if the file is directly in the volume.
 fn folder(path: &[u8]) -> Option<&[u8]> {
     let parts: Vec<_> = path.split(|&b| b == b'/').collect();
-    // "", vmfs, volumes, the volume, at least one folder, the file
+    // The parts are "", vmfs, volumes, the volume, at least one folder, and the file.
     (parts.len() >= 6)
         .then(|| parts[parts.len() - 2])
         .filter(|folder| !folder.is_empty())

@@ -4,7 +4,7 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::store::ExtentName;
 
-/// A descriptor of one flat extent, with `more` lines.
+/// Returns a descriptor with one flat extent and the lines `more`.
 fn text(more: &str) -> String {
     format!(
         "# Disk DescriptorFile\nversion=1\nCID=0123abcd\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n{more}\n\
@@ -17,19 +17,22 @@ fn parse(text: impl AsRef<[u8]>) -> Descriptor {
 }
 
 #[track_caller]
-fn refused(text: impl AsRef<[u8]>, kind: ErrorKind, says: &str) {
+fn refused(text: impl AsRef<[u8]>, kind: ErrorKind, fragment: &str) {
     let error = Descriptor::parse(text.as_ref()).unwrap_err();
     assert_eq!(error.kind(), kind, "{error}");
-    assert!(error.to_string().contains(says), "`{error}` does not say `{says}`");
+    assert!(
+        error.to_string().contains(fragment),
+        "`{error}` does not contain `{fragment}`"
+    );
 }
 
-/// Of the disk.
+/// Returns the size of the disk.
 fn sectors(descriptor: &Descriptor) -> u64 {
     descriptor.extents.iter().map(|extent| extent.sectors).sum()
 }
 
 #[test]
-fn a_plain_descriptor() {
+fn a_plain_descriptor_is_parsed() {
     let d = parse(text(""));
     assert_eq!(
         (d.version, d.create_type, d.cid),
@@ -50,7 +53,7 @@ fn a_plain_descriptor() {
 }
 
 #[test]
-fn order_case_blanks_and_line_ends_do_not_matter() {
+fn order_case_blanks_and_line_ends_are_irrelevant() {
     let d = parse(
         "\u{feff}\r\n \t# Description file created by VMDK stream converter\r\nddb.uuid = \"60 00\"\r\n\
          rw 5 flat \"b c.vmdk\" 7 partition-uuid device\r\nCREATETYPE = \"CUSTOM\" \r\n#DDB\r\n\tparentcid=FFFFFFFF \r\n\
@@ -82,16 +85,16 @@ fn order_case_blanks_and_line_ends_do_not_matter() {
 #[test]
 fn the_text_ends_at_the_first_nul() {
     let mut bytes = text("").into_bytes();
-    bytes.extend(b"\0RW garbage behind the end");
+    bytes.extend(b"\0RW garbage after the end");
     assert_eq!(parse(&bytes), parse(text("")));
     bytes.resize(bytes.len() + lines::TEXT_MAX, b'x');
     assert_eq!(parse(&bytes), parse(text("")));
 }
 
 #[test]
-fn extent_lines_that_are_refused() {
-    let corrupt = |line: &str, says: &str| {
-        refused(text(line), ErrorKind::Corrupt, says);
+fn invalid_extent_lines_are_refused() {
+    let corrupt = |line: &str, fragment: &str| {
+        refused(text(line), ErrorKind::Corrupt, fragment);
         refused(text(line), ErrorKind::Corrupt, "line 6: ");
     };
     corrupt("RW", "number of sectors");
@@ -123,7 +126,7 @@ fn extent_lines_that_are_refused() {
 }
 
 #[test]
-fn extent_lines_at_their_bounds() {
+fn extent_lines_at_their_limits_are_accepted() {
     let first = |line: &str| parse(text(line)).extents[0].clone();
     assert_eq!(first("RW 1 VMFS \"x\" 0").offset, 0);
     assert_eq!(first("RW 1 FLAT \"x\"").offset, 0);
@@ -144,7 +147,7 @@ fn extent_lines_at_their_bounds() {
 }
 
 #[test]
-fn bounds_of_the_text() {
+fn the_length_of_the_text_is_limited() {
     refused(
         text(&format!("#{}", "x".repeat(lines::TEXT_MAX))),
         ErrorKind::Corrupt,
@@ -156,14 +159,14 @@ fn bounds_of_the_text() {
         "more than 65536 lines",
     );
     let lines_over = text(&"\n".repeat(lines::LINES_MAX)).lines().count() - lines::LINES_MAX;
-    // The end of the last line is the start of an empty one.
+    // The newline of the last line starts one more line, which is empty.
     parse(text(&"\n".repeat(lines::LINES_MAX - lines_over - 1)));
     let extents = parse(text(&"RW 1 ZERO\n".repeat(60_000))).extents;
     assert_eq!((extents.len(), extents[59_999].line), (60_001, 60_005));
 }
 
 #[test]
-fn no_extent_is_refused() {
+fn a_descriptor_without_extents_is_refused() {
     for extents in ["", "NOACCESS 0 ZERO\n", "# RW 1 ZERO\n"] {
         refused(
             format!("version=1\ncreateType=custom\n{extents}"),
@@ -175,7 +178,7 @@ fn no_extent_is_refused() {
 }
 
 #[test]
-fn lines_that_cannot_be_understood_are_refused() {
+fn unknown_lines_are_refused() {
     for line in ["RWX 1 FLAT \"x\" 0", "W 1 FLAT \"x\"", "garbage", "=1", "two words = 1"] {
         refused(
             text(line),
@@ -186,7 +189,7 @@ fn lines_that_cannot_be_understood_are_refused() {
 }
 
 #[test]
-fn duplicates_may_not_contradict() {
+fn contradicting_duplicates_are_refused() {
     for (same, other) in [
         ("CID=123ABCD", "CID=0123abce"),
         ("parentcid=FFFFFFFF", "parentCID=00000000"),
@@ -211,7 +214,7 @@ fn duplicates_may_not_contradict() {
 }
 
 #[test]
-fn values_of_settings() {
+fn values_of_settings_are_checked() {
     for bad in [
         "CID=",
         "CID=123456789",
@@ -260,7 +263,7 @@ fn every_create_type_is_known_by_all_its_names() {
 }
 
 #[test]
-fn unreadable_disks_are_refused_by_name_whatever_else_is_wrong() {
+fn unreadable_disks_are_reported_before_other_errors() {
     for line in [
         "encryptionKeys=\"vmware:key/list/(…)\"",
         "KEYID = \"x\"",
@@ -287,14 +290,14 @@ fn unreadable_disks_are_refused_by_name_whatever_else_is_wrong() {
     parse(text("isNativeSnapshot=\"no\""));
 }
 
-/// A child of that hint.
+/// Returns the descriptor of a child with that hint and the lines `more`.
 fn child(hint: &[u8], more: &str) -> Descriptor {
     let head = format!("version=1\nparentCID=1\ncreateType=custom\nRW 1 ZERO\n{more}\nparentFileNameHint=\"");
     parse([head.as_bytes(), hint, b"\"\n"].concat())
 }
 
 #[test]
-fn parents() {
+fn parents_are_parsed() {
     let link = child(b"base disk.vmdk", "").parent.unwrap();
     assert_eq!(
         (link.cid, link.hint.name().to_string()),
@@ -332,7 +335,7 @@ fn parents() {
 }
 
 #[test]
-fn where_a_parent_may_lie() {
+fn candidates_of_a_parent_hint() {
     let tries = |hint: &str| -> Vec<String> {
         let candidates = child(hint.as_bytes(), "").parent.unwrap().hint.candidates();
         candidates.iter().map(ToString::to_string).collect()
@@ -357,7 +360,7 @@ fn names_are_decoded_and_keep_their_bytes() {
     for (label, bytes, decoded) in [
         ("windows-1252", &b"caf\xe9.vmdk"[..], "café.vmdk"),
         ("windows-1251", b"\xe4\xe8\xf1\xea.vmdk", "диск.vmdk"),
-        // 表 is 95 5c and 能 94 5c: the second byte is a `\`.
+        // 表 is 95 5c and 能 is 94 5c: the second byte is a `\`.
         ("Shift_JIS", b"\x95\x5c \x94\x5c.vmdk", "表 能.vmdk"),
         ("windows-932", b"\x95\x5c.vmdk", "表.vmdk"),
         ("GBK", b"\xb4\xc5\xc5\xcc.vmdk", "磁盘.vmdk"),
@@ -382,7 +385,7 @@ fn names_are_decoded_and_keep_their_bytes() {
 }
 
 #[test]
-fn utf8_is_the_default_and_broken_utf8_stays() {
+fn utf8_is_the_default_and_invalid_utf8_is_kept() {
     for encoding in ["", "encoding=\"UTF-8\"\n"] {
         for bytes in ["диск.vmdk".as_bytes(), b"caf\xe9.vmdk"] {
             let head = format!("version=1\ncreateType=custom\n{encoding}RW 1 SPARSE \"");
@@ -396,8 +399,8 @@ fn utf8_is_the_default_and_broken_utf8_stays() {
 }
 
 #[test]
-fn encodings_that_are_refused() {
-    // In the last two an ASCII byte is not always ASCII.
+fn unknown_and_non_ascii_encodings_are_refused() {
+    // The last two are known, but not supersets of ASCII.
     for label in ["klingon", "", "windows-9999", "replacement", "utf-16le", "iso-2022-jp"] {
         refused(
             text(&format!("encoding=\"{label}\"")),
@@ -408,7 +411,7 @@ fn encodings_that_are_refused() {
 }
 
 #[test]
-fn parent_hints_are_decoded_before_they_are_cut() {
+fn parent_hints_are_decoded_before_they_are_split() {
     let tries = |hint: &[u8]| child(hint, "encoding=Shift_JIS").parent.unwrap().hint.candidates();
     let name = |text: &str, raw: &[u8]| ExtentName::new(text).unwrap().or_raw(raw).unwrap();
     assert_eq!(tries(b"C:\\d\\\x95\x5c.vmdk"), [name("表.vmdk", b"\x95\x5c.vmdk")]);
@@ -431,7 +434,7 @@ fn messages_show_no_control_characters_and_are_short() {
 }
 
 #[test]
-fn descriptors_are_told_from_other_files() {
+fn descriptors_are_distinguished_from_other_files() {
     for yes in [
         &b"# Disk DescriptorFile"[..],
         b"#disk descriptorfile\n\0\0",
@@ -459,13 +462,13 @@ fn descriptors_are_told_from_other_files() {
 
 proptest! {
     #[test]
-    fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+    fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let _ = Descriptor::parse(&bytes);
         let _ = looks_like(&bytes);
     }
 
     #[test]
-    fn no_change_of_a_descriptor_makes_it_panic(
+    fn mutated_descriptors_do_not_panic(
         encoding in prop_oneof![Just("UTF-8"), Just("Shift_JIS"), Just("GBK"), Just("windows-1252")],
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3u8), 1..12),
     ) {
@@ -473,8 +476,8 @@ proptest! {
             "encoding=\"{encoding}\"\nRW 9 SPARSE \"s 1.vmdk\"\nNOACCESS 0 ZERO\nparentFileNameHint=\"C:\\a\\b.vmdk\""
         ));
         let mut bytes = valid.replace("parentCID=ffffffff", "parentCID=1").into_bytes();
-        for (place, byte, how) in changes {
-            let at = place.index(bytes.len());
+        for (index, byte, how) in changes {
+            let at = index.index(bytes.len());
             match how {
                 0 => bytes[at] = byte,
                 1 => bytes.insert(at, byte),
@@ -490,7 +493,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_written_is_what_is_read(
+    fn parsing_returns_what_was_written(
         extents in proptest::collection::vec((1..1u64 << 40, 0..1u64 << 40, "[^\"\\x00\r\n]{1,40}"), 1..20),
         cid in any::<u32>(),
     ) {
@@ -501,8 +504,8 @@ proptest! {
         let d = parse(written);
         prop_assert_eq!(d.cid, Some(cid));
         let read: Vec<_> = d.extents.into_iter().map(|e| (e.sectors, e.offset, e.name.unwrap())).collect();
-        let wanted: Vec<_> =
+        let expected: Vec<_> =
             extents.into_iter().map(|(s, o, n)| (s, o, ExtentName::new(n).unwrap())).collect();
-        prop_assert_eq!(read, wanted);
+        prop_assert_eq!(read, expected);
     }
 }

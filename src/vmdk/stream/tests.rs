@@ -9,9 +9,9 @@ use crate::vmdk::check;
 use crate::vmdk::create::{NewDisk, create_stream};
 use crate::vmdk::test_store::{TestStore, head, name};
 
-/// Sectors of the window, and of what stays of it.
-const WIDE: u64 = WINDOW * GRAIN;
-const KEPT: u64 = KEEP * GRAIN;
+/// Sectors of the window, and of the part that stays when it advances.
+const WINDOW_SECTORS: u64 = WINDOW * GRAIN;
+const KEPT_SECTORS: u64 = KEEP * GRAIN;
 
 fn stream(store: &TestStore, sectors: u64) -> StreamDisk {
     let kind = CreateType::StreamOptimized;
@@ -24,7 +24,7 @@ fn stream(store: &TestStore, sectors: u64) -> StreamDisk {
     create_stream(store, &name("x.vmdk"), &disk).unwrap()
 }
 
-/// Sectors that tell their place, half of them hard to compress.
+/// Sectors whose contents depend on their number. Half of each is hard to compress.
 fn pattern(at: u64, sectors: u64) -> Vec<u8> {
     let sector = |number: u64| {
         let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -46,14 +46,15 @@ fn read(disk: &dyn BlockRead, at: u64, sectors: u64) -> Vec<u8> {
     bytes
 }
 
-/// Closes the stream and compares it, read by the engine, with `expected` from sector 0 on and zeroes behind.
+/// Closes the stream and reads it with the engine: fails unless it holds `expected` from sector 0 on and zeroes after
+/// that.
 #[track_caller]
 fn assert_closes_as(store: &TestStore, disk: &StreamDisk, expected: &[u8]) {
     disk.close().unwrap();
     let sectors = disk.geometry().sectors;
     let file = disk.file();
     assert_eq!(file.writer().unwrap().current_len().unwrap() % SECTOR, 0);
-    // beside the writer, whose lock it does not ask for
+    // A copy is opened, as the stream itself is locked by its writer.
     let copy = store.path("copy.vmdk");
     fs::copy(store.path("x.vmdk"), &copy).unwrap();
     let opened = store.open_disk("copy.vmdk").unwrap();
@@ -71,9 +72,9 @@ fn assert_closes_as(store: &TestStore, disk: &StreamDisk, expected: &[u8]) {
 }
 
 #[test]
-fn what_is_written_is_read_before_and_after_it_is_closed() {
+fn reads_return_what_was_written_before_and_after_the_close() {
     let store = TestStore::new();
-    let sectors = 3 * WIDE + 77;
+    let sectors = 3 * WINDOW_SECTORS + 77;
     let disk = stream(&store, sectors);
     let expected = pattern(0, sectors);
     let mut at = 0;
@@ -86,13 +87,13 @@ fn what_is_written_is_read_before_and_after_it_is_closed() {
             break;
         }
     }
-    assert!(read(&disk, 0, sectors) == expected, "read back before it is closed");
+    assert!(read(&disk, 0, sectors) == expected, "read back before the close");
     assert_closes_as(&store, &disk, &expected);
-    assert!(read(&disk, 0, sectors) == expected, "and after");
+    assert!(read(&disk, 0, sectors) == expected, "read back after the close");
 }
 
 #[test]
-fn an_empty_and_a_tiny_stream() {
+fn empty_and_tiny_streams_close() {
     for sectors in [1, 127, 128, 129, 1 << 22] {
         let store = TestStore::new();
         let disk = stream(&store, sectors);
@@ -106,9 +107,9 @@ fn an_empty_and_a_tiny_stream() {
 }
 
 #[test]
-fn nobody_takes_an_unfinished_stream_for_an_image() {
+fn an_unfinished_stream_does_not_open_as_an_image() {
     let store = TestStore::new();
-    let disk = stream(&store, 2 * WIDE);
+    let disk = stream(&store, 2 * WINDOW_SECTORS);
     let check = |when: &str| {
         assert_eq!(head(&store.path("x.vmdk"), 4), b"kdmv", "{when}");
         fs::copy(store.path("x.vmdk"), store.path("copy.vmdk")).unwrap();
@@ -116,26 +117,26 @@ fn nobody_takes_an_unfinished_stream_for_an_image() {
         assert!(error.contains("did not finish"), "{when}: {error}");
     };
     check("when it is new");
-    disk.write_at(Lba(0), &pattern(0, WIDE + 200)).unwrap();
+    disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS + 200)).unwrap();
     disk.flush().unwrap();
     check("after a flush");
     disk.close().unwrap();
     assert_eq!(head(&store.path("x.vmdk"), 4), b"KDMV");
-    disk.write_at(Lba(WIDE + 200), &pattern(0, 1)).unwrap();
+    disk.write_at(Lba(WINDOW_SECTORS + 200), &pattern(0, 1)).unwrap();
     check("when it is written to again");
     drop(disk);
     check("when it was never closed");
 }
 
 #[test]
-fn gaps_are_zeroes_and_take_no_room() {
+fn gaps_are_zeroes_and_take_no_space() {
     let store = TestStore::new();
     let sectors = 5 * GRAIN * ENTRIES;
     let disk = stream(&store, sectors);
     let islands = [
         (3, 5),
         (200, 1),
-        (WIDE + 1, 300),
+        (WINDOW_SECTORS + 1, 300),
         (3 * GRAIN * ENTRIES - 2, 4),
         (sectors - 1, 1),
     ];
@@ -148,21 +149,21 @@ fn gaps_are_zeroes_and_take_no_room() {
     }
     assert_eq!(disk.content_at(Lba(0)).unwrap(), (Content::Data, 128));
     assert_eq!(disk.content_at(Lba(1000)).unwrap().0, Content::Hole);
-    assert_eq!(disk.content_at(Lba(WIDE + 1)).unwrap().0, Content::Data);
+    assert_eq!(disk.content_at(Lba(WINDOW_SECTORS + 1)).unwrap().0, Content::Data);
     assert!(!disk.is_zero(Lba(sectors - 1), 1));
     assert_closes_as(&store, &disk, &expected);
     assert!(fs::metadata(store.path("x.vmdk")).unwrap().len() < 600_000);
 }
 
 #[test]
-fn written_once_and_in_order() {
+fn writes_before_the_window_are_refused() {
     let store = TestStore::new();
-    let disk = stream(&store, 4 * WIDE);
-    disk.write_at(Lba(0), &pattern(0, WIDE)).unwrap();
-    // all of the window may still change
+    let disk = stream(&store, 4 * WINDOW_SECTORS);
+    disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS)).unwrap();
+    // Everything in the window can still change.
     disk.write_at(Lba(0), &pattern(9, 1)).unwrap();
-    disk.write_at(Lba(WIDE), &pattern(WIDE, 1)).unwrap();
-    let first = WIDE - KEPT;
+    disk.write_at(Lba(WINDOW_SECTORS), &pattern(WINDOW_SECTORS, 1)).unwrap();
+    let first = WINDOW_SECTORS - KEPT_SECTORS;
     for at in [0, 1, first - 1] {
         let before = read(&disk, at, 1);
         let error = disk.write_at(Lba(at), &pattern(1, 1)).unwrap_err().to_string();
@@ -176,34 +177,41 @@ fn written_once_and_in_order() {
             error.contains("x.vmdk") && error.contains("written once, in order"),
             "{error}"
         );
-        assert_eq!(read(&disk, at, 1), before, "it stays as it was");
+        assert_eq!(read(&disk, at, 1), before, "a refused write does not change the stream");
     }
-    // two requests that overtook each other
-    disk.write_at(Lba(WIDE + KEPT), &pattern(WIDE + KEPT, 10)).unwrap();
-    disk.write_at(Lba(WIDE + 1), &pattern(WIDE + 1, KEPT - 1)).unwrap();
-    let mut expected = pattern(0, WIDE + KEPT + 10);
+    // Two requests arrive out of order.
+    disk.write_at(
+        Lba(WINDOW_SECTORS + KEPT_SECTORS),
+        &pattern(WINDOW_SECTORS + KEPT_SECTORS, 10),
+    )
+    .unwrap();
+    disk.write_at(Lba(WINDOW_SECTORS + 1), &pattern(WINDOW_SECTORS + 1, KEPT_SECTORS - 1))
+        .unwrap();
+    let mut expected = pattern(0, WINDOW_SECTORS + KEPT_SECTORS + 10);
     expected[..SECTOR as usize].copy_from_slice(&pattern(9, 1));
     assert_closes_as(&store, &disk, &expected);
     assert!(disk.sequential_write_only() && disk.writer().is_some());
 }
 
 #[test]
-fn zeroing_what_was_never_written_is_no_write() {
+fn zeroing_sectors_that_were_never_written_does_nothing() {
     let store = TestStore::new();
-    let disk = stream(&store, 4 * WIDE);
-    // as a copier does that clears its target first
-    disk.zero(Lba(0)..Lba(4 * WIDE), true).unwrap();
-    disk.write_at(Lba(0), &pattern(0, WIDE)).unwrap();
-    disk.zero(Lba(WIDE - 10)..Lba(WIDE + 5), false).unwrap();
-    disk.write_at(Lba(WIDE + 5), &pattern(WIDE + 5, KEPT)).unwrap();
+    let disk = stream(&store, 4 * WINDOW_SECTORS);
+    // A copying tool may clear its whole target first.
+    disk.zero(Lba(0)..Lba(4 * WINDOW_SECTORS), true).unwrap();
+    disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS)).unwrap();
+    disk.zero(Lba(WINDOW_SECTORS - 10)..Lba(WINDOW_SECTORS + 5), false)
+        .unwrap();
+    disk.write_at(Lba(WINDOW_SECTORS + 5), &pattern(WINDOW_SECTORS + 5, KEPT_SECTORS))
+        .unwrap();
     let error = disk.zero(Lba(100)..Lba(300), true).unwrap_err().to_string();
     assert!(error.contains("zeroing at sector 100"), "{error}");
     disk.zero(Lba(100)..Lba(100), true).unwrap();
-    assert!(disk.zero(Lba(0)..Lba(4 * WIDE + 1), true).is_err());
-    let mut expected = pattern(0, WIDE + 5 + KEPT);
-    expected[((WIDE - 10) * SECTOR) as usize..((WIDE + 5) * SECTOR) as usize].fill(0);
+    assert!(disk.zero(Lba(0)..Lba(4 * WINDOW_SECTORS + 1), true).is_err());
+    let mut expected = pattern(0, WINDOW_SECTORS + 5 + KEPT_SECTORS);
+    expected[((WINDOW_SECTORS - 10) * SECTOR) as usize..((WINDOW_SECTORS + 5) * SECTOR) as usize].fill(0);
     assert_closes_as(&store, &disk, &expected);
-    // what is there as zeroes can be zeroed again
+    // A gap before the window can be zeroed again.
     let store = TestStore::new();
     let disk = stream(&store, 1 << 20);
     disk.write_at(Lba(1 << 19), &pattern(0, 1)).unwrap();
@@ -211,11 +219,11 @@ fn zeroing_what_was_never_written_is_no_write() {
 }
 
 #[test]
-fn closed_twice_and_written_to_in_between() {
+fn a_closed_stream_can_be_written_and_closed_again() {
     let store = TestStore::new();
-    let disk = stream(&store, 4 * WIDE);
+    let disk = stream(&store, 4 * WINDOW_SECTORS);
     let mut at = 0;
-    for len in [10, 1, 127, WIDE, 3, 2 * WIDE] {
+    for len in [10, 1, 127, WINDOW_SECTORS, 3, 2 * WINDOW_SECTORS] {
         disk.write_at(Lba(at), &pattern(at, len)).unwrap();
         at += len;
         assert_closes_as(&store, &disk, &pattern(0, at));
@@ -230,32 +238,35 @@ fn closed_twice_and_written_to_in_between() {
 #[test]
 fn a_full_store_fails_the_write_and_nothing_is_lost() {
     let store = TestStore::new();
-    let disk = stream(&store, 4 * WIDE);
-    disk.write_at(Lba(0), &pattern(0, WIDE)).unwrap();
+    let disk = stream(&store, 4 * WINDOW_SECTORS);
+    disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS)).unwrap();
     store.allow(0);
     for _ in 0..3 {
-        let error = disk.write_at(Lba(WIDE), &pattern(WIDE, 5)).unwrap_err();
+        let error = disk
+            .write_at(Lba(WINDOW_SECTORS), &pattern(WINDOW_SECTORS, 5))
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Os(libc::ENOSPC), "{error}");
         assert!(disk.close().is_err());
     }
-    assert_eq!(read(&disk, 0, WIDE), pattern(0, WIDE));
-    // closing: grains, end, length
+    assert_eq!(read(&disk, 0, WINDOW_SECTORS), pattern(0, WINDOW_SECTORS));
+    // The steps of a close: grains, end, length.
     for steps in 0..3 {
         store.allow(steps);
         assert_eq!(disk.close().unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
         assert_eq!(head(&store.path("x.vmdk"), 4), b"kdmv");
     }
     store.allow(u64::MAX);
-    disk.write_at(Lba(WIDE), &pattern(WIDE, WIDE)).unwrap();
-    assert_closes_as(&store, &disk, &pattern(0, 2 * WIDE));
+    disk.write_at(Lba(WINDOW_SECTORS), &pattern(WINDOW_SECTORS, WINDOW_SECTORS))
+        .unwrap();
+    assert_closes_as(&store, &disk, &pattern(0, 2 * WINDOW_SECTORS));
 }
 
 #[test]
-fn a_sync_that_failed_is_final() {
-    // of a flush; of the content; of the header
+fn a_failed_sync_is_final() {
+    // The failing sync is that of a flush, of the content at close, or of the magic at close.
     for steps in [0, 3, 5] {
         let store = TestStore::new();
-        let disk = stream(&store, WIDE);
+        let disk = stream(&store, WINDOW_SECTORS);
         disk.write_at(Lba(0), &pattern(0, 300)).unwrap();
         store.allow(steps);
         let failed = if steps == 0 { disk.flush() } else { disk.close() };
@@ -287,28 +298,28 @@ fn a_range_outside_of_the_disk_is_refused() {
 }
 
 #[test]
-fn a_grain_that_somebody_damaged_is_an_error() {
+fn a_damaged_grain_is_an_error() {
     let store = TestStore::new();
-    let disk = stream(&store, 2 * WIDE);
-    disk.write_at(Lba(0), &pattern(0, 2 * WIDE)).unwrap();
+    let disk = stream(&store, 2 * WINDOW_SECTORS);
+    disk.write_at(Lba(0), &pattern(0, 2 * WINDOW_SECTORS)).unwrap();
     let path = store.path("x.vmdk");
     let mut bytes = fs::read(&path).unwrap();
     bytes[128 * 512 + 5000..128 * 512 + 5010].fill(0x55);
     fs::write(&path, bytes).unwrap();
     let error = disk.read_at(Lba(0), &mut [0; 512]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
-    assert_eq!(read(&disk, 200, 1), pattern(200, 1), "others are as they were");
+    assert_eq!(read(&disk, 200, 1), pattern(200, 1), "other grains are still readable");
 }
 
 #[derive(Debug, Clone)]
 enum Op {
-    /// Goes on behind the last write, after a gap.
+    /// Continues after the last write, possibly after a gap.
     Write {
         gap: u64,
         sectors: u64,
     },
-    /// Writes again what may still change.
-    Again {
+    /// Rewrites sectors that are still in the window.
+    Rewrite {
         back: u64,
         sectors: u64,
     },
@@ -328,7 +339,7 @@ fn op() -> impl Strategy<Value = Op> {
     let len = prop_oneof![1..20u64, 1..3000u64];
     prop_oneof![
         8 => (gap, len.clone()).prop_map(|(gap, sectors)| Op::Write { gap, sectors }),
-        2 => (1..KEPT, 1..300u64).prop_map(|(back, sectors)| Op::Again { back, sectors }),
+        2 => (1..KEPT_SECTORS, 1..300u64).prop_map(|(back, sectors)| Op::Rewrite { back, sectors }),
         1 => (0..60_000u64, 1..5000u64).prop_map(|(at, sectors)| Op::Zero { at, sectors }),
         2 => (0..60_000u64, len).prop_map(|(at, sectors)| Op::Read { at, sectors }),
         1 => Just(Op::Close),
@@ -339,7 +350,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn it_is_like_a_plain_disk_or_says_that_it_is_too_late(ops in vec(op(), 1..40), sectors in 10_000..60_001u64) {
+    fn random_operations_match_a_plain_disk_or_are_refused(ops in vec(op(), 1..40), sectors in 10_000..60_001u64) {
         let store = TestStore::new();
         let disk = stream(&store, sectors);
         let mut model = vec![0; (sectors * SECTOR) as usize];
@@ -348,20 +359,21 @@ proptest! {
         for (number, op) in (1..).zip(ops) {
             let (at, len) = match op {
                 Op::Write { gap, sectors } => (next + gap, sectors),
-                Op::Again { back, sectors } => (u64::saturating_sub(next, back), sectors),
+                Op::Rewrite { back, sectors } => (u64::saturating_sub(next, back), sectors),
                 Op::Zero { at, sectors } | Op::Read { at, sectors } => (at, sectors),
                 Op::Close => (0, 1),
             };
             let at = at.min(sectors - 1);
             let len = len.min(sectors - at);
             match op {
-                Op::Write { .. } | Op::Again { .. } => {
+                Op::Write { .. } | Op::Rewrite { .. } => {
                     let data = pattern(at + number * 7, len);
                     disk.write_at(Lba(at), &data).unwrap();
                     model[bytes(at, len)].copy_from_slice(&data);
                     next = next.max(at + len);
                 }
                 Op::Zero { .. } => {
+                    // Zeroing a compressed grain is refused, and then must not change anything.
                     if disk.zero(Lba(at)..Lba(at + len), false).is_ok() {
                         model[bytes(at, len)].fill(0);
                     }

@@ -1,4 +1,4 @@
-//! Parents that are missing, wrong, endless or somewhere else.
+//! Parents that are missing, wrong, cyclic or outside of the image's folder.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub(super) const FILES: &[Hostile] = &[
     Hostile::policy("parent_absolute", "the parent is /etc/passwd", |c| {
         child(c, "disk.vmdk", Some("/etc/passwd"), BASE_CID, 2)
     }),
-    Hostile::policy("parent_dotdot", "the parent hint climbs out of the directory", |c| {
+    Hostile::policy("parent_dotdot", "the parent hint leaves the directory by ..", |c| {
         child(
             c,
             "disk.vmdk",
@@ -32,7 +32,7 @@ pub(super) const FILES: &[Hostile] = &[
     }),
     Hostile::policy(
         "parent_dotdot_allowed",
-        "the parent hint climbs to another folder, which may be allowed",
+        "the parent hint leads to another folder by .., which may be allowed",
         |c| {
             c.subdir("inside")?;
             let base = c.base(8192)?;
@@ -71,7 +71,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::reject(
         "parent_raw",
-        "the parent is a raw file of the right size, no VMDK",
+        "the parent is a raw file of the right size, not a VMDK",
         |c| {
             write::flat(&c.at("base.img"), &c.layer("base", 8192, 16).fill([0, 3]), 0)?;
             child(c, "disk.vmdk", Some("base.img"), BASE_CID, 2)
@@ -79,12 +79,12 @@ pub(super) const FILES: &[Hostile] = &[
     ),
 ];
 
-/// What the child holds itself.
+/// Returns the child's own layer, which has no grains.
 fn empty(c: &Ctx) -> Layer {
     c.layer("child", 8192, 128)
 }
 
-/// A sparse child with nothing of its own.
+/// Writes a sparse child without grains of its own.
 fn child(c: &Ctx, name: &str, hint: Option<&str>, parent_cid: u32, cid: u32) -> Result<Bad> {
     let (open, _) = c.sparse(name, &empty(c), &Hosted::default(), |text| Descriptor {
         cid,

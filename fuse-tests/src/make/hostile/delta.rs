@@ -8,9 +8,9 @@ use super::{Bad, Hostile};
 use crate::make::ctx::{BASE_CID, Ctx};
 use crate::make::model::{Layer, SECTOR};
 use crate::make::valid::sesparse_disk;
-use crate::make::write::{self, Descriptor, Places, SeSparse, se_entry};
+use crate::make::write::{self, Descriptor, FileLayout, SeSparse, se_entry};
 
-/// Bytes that one COWD table covers here.
+/// Bytes that one COWD table covers, with grains of one sector.
 const COWD_TABLE: u64 = 4096 * SECTOR;
 /// Bytes of the seSparse disk; one table covers all of it.
 const SE_DISK: u64 = 16_384 * SECTOR;
@@ -108,8 +108,8 @@ pub(super) const FILES: &[Hostile] = &[
     ),
 ];
 
-/// A good COWD delta over a flat base, to be damaged in "disk-delta.vmdk".
-fn cowd(c: &Ctx) -> Result<(Bad, Layer, Places)> {
+/// Writes a valid COWD delta over a flat base; the caller damages "disk-delta.vmdk".
+fn cowd(c: &Ctx) -> Result<(Bad, Layer, FileLayout)> {
     let layer = c
         .layer("delta", 20_000, 1)
         .over(c.base(20_000)?)
@@ -125,25 +125,25 @@ fn poke_cowd(c: &Ctx, offset: u64, value: u32) -> Result<()> {
     write::poke(&c.at("disk-delta.vmdk"), offset, &value.to_le_bytes())
 }
 
-/// The same with a field of its header replaced.
+/// Writes a COWD delta with a field of its header replaced.
 fn cowd_field(c: &Ctx, offset: u64, value: u32) -> Result<Bad> {
     let (bad, ..) = cowd(c)?;
     poke_cowd(c, offset, value)?;
     Ok(bad)
 }
 
-/// A seSparse delta over a flat base with 64 bits of one of its headers replaced.
+/// Writes a seSparse delta over a flat base with 64 bits of one of its headers replaced.
 fn se_field(c: &Ctx, offset: u64, value: u64) -> Result<Bad> {
     let (open, _) = sesparse_disk(c, &se_layer(c)?, &SeSparse::default())?;
     poke_se(c, offset, value)?;
     Ok(Bad::new(open))
 }
 
-/// The same with the first entry of the directory or of a table replaced.
-fn se_damaged(c: &Ctx, place: fn(&Places) -> u64, value: u64) -> Result<Bad> {
+/// Writes a seSparse delta with the first entry of the directory or of a table replaced.
+fn se_damaged(c: &Ctx, table: fn(&FileLayout) -> u64, value: u64) -> Result<Bad> {
     let layer = se_layer(c)?;
     let (open, at) = sesparse_disk(c, &layer, &SeSparse::default())?;
-    poke_se(c, place(&at) * SECTOR, value)?;
+    poke_se(c, table(&at) * SECTOR, value)?;
     Ok(Bad::holding(open, Arc::new(layer)))
 }
 

@@ -1,4 +1,4 @@
-//! Hosted sparse headers with wrong values; the rest of the file is good.
+//! Hosted sparse headers with wrong values; the rest of the file is valid.
 
 use std::sync::Arc;
 
@@ -49,7 +49,7 @@ pub(super) const FILES: &[Hostile] = &[
     }),
     Hostile::eio(
         "capacity_grown",
-        "capacity 2^32, file holds a directory for 4 MiB: entries are read out of other data (the descriptor still says 4 MiB)",
+        "capacity 2^32 with a directory for 4 MiB: entries would be read from other data (the descriptor still has 4 MiB)",
         None,
         |c| {
             let good = c.simple()?;
@@ -101,7 +101,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::reject(
         "encrypted_iofilter",
-        "vSphere VM encryption, which only the disk data base tells: the grains are ciphertext",
+        "vSphere VM encryption, recorded only in the disk database: the grains are ciphertext",
         |c| {
             let layer = c.layer("disk", 8192, 128).fill([0]);
             let (open, _) = c.sparse("disk.vmdk", &layer, &Hosted::default(), |text| Descriptor {
@@ -131,7 +131,7 @@ const OVERHEAD: u64 = 64;
 const NEWLINE: u64 = 73;
 const COMPRESSION: u64 = 77;
 
-/// A good sparse file with (offset, bytes) patches in its header.
+/// Writes a valid sparse file and applies (offset, bytes) patches to its header.
 fn patched(c: &Ctx, patches: &[(u64, &[u8])]) -> Result<Bad> {
     let good = c.simple()?;
     for (offset, bytes) in patches {

@@ -1,4 +1,4 @@
-//! The hostile files: damaged, contradictory or malicious ones, with what must become of them.
+//! Hostile files: damaged, contradictory or malicious, each with the result that a reader must give.
 
 mod chain;
 mod delta;
@@ -17,36 +17,36 @@ use anyhow::{Context, Result};
 use super::ctx::{Ctx, Good};
 use super::model::Content;
 
-/// What must become of a hostile file. It must never crash or hang, nor take memory without bounds.
+/// Required result for a hostile file. No file may crash or hang the reader, or make it use unbounded memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Expect {
     /// Opening must fail, quickly.
     Reject,
-    /// Opening may fail. If it does not, damaged parts must not read as if they were good.
+    /// Opening may fail. If it succeeds, damaged parts must not read as valid data.
     Eio {
-        /// Bytes of the disk whose reading, all of them in one go, must fail (parts of them may be readable).
-        /// What lies outside reads as [`Bad::content`] where that is given. `None`: nothing need fail.
+        /// Byte range that must fail when it is read in one request (parts of it may be readable). Bytes outside of it
+        /// read as [`Bad::content`] if that is given. `None`: no read has to fail.
         damaged: Option<Range<u64>>,
     },
     /// Opening must fail unless the caller allows the folders of [`Bad::allow_dirs`].
     Policy,
-    /// Opening may fail; if it does not, the disk must read as [`Bad::content`] where that is given.
+    /// Opening may fail; if it succeeds, the disk must read as [`Bad::content`] if that is given.
     Warn,
 }
 
-/// A hostile file that was made.
+/// A hostile file that was written.
 #[derive(Clone)]
 pub struct Bad {
     /// The file to open.
     pub open: PathBuf,
-    /// Folders that lift the policy; empty where nothing can lift it.
+    /// Folders that must be allowed to open it; empty if it must not open at all.
     pub allow_dirs: Vec<PathBuf>,
-    /// What a reader must see if it shows the disk at all (outside of the damage); `None`: that is not defined.
+    /// Content that a reader must return outside of the damage if it opens the disk; `None`: undefined.
     pub content: Option<Arc<dyn Content>>,
 }
 
 impl Bad {
-    /// A file with nothing good in it.
+    /// Creates a file without defined content.
     pub fn new(open: PathBuf) -> Self {
         Self {
             open,
@@ -55,7 +55,7 @@ impl Bad {
         }
     }
 
-    /// A file that reads as `content` outside of the damage.
+    /// Creates a file that reads as `content` outside of the damage.
     pub fn holding(open: PathBuf, content: Arc<dyn Content>) -> Self {
         Self {
             content: Some(content),
@@ -79,16 +79,16 @@ impl fmt::Debug for Bad {
     }
 }
 
-/// A hostile file that can be made.
+/// A hostile file that can be written.
 #[derive(Debug, Clone)]
 pub struct Hostile {
-    /// Its name, also that of its folder.
+    /// Name of the file's variant and of its folder.
     pub name: &'static str,
-    /// What is wrong with it.
+    /// Description of its defect.
     pub note: &'static str,
-    /// What must become of it.
+    /// Required result.
     pub expect: Expect,
-    /// Writes it into an empty folder.
+    /// Writes the file into an empty folder.
     pub build: fn(&Ctx) -> Result<Bad>,
 }
 
@@ -134,14 +134,14 @@ impl Hostile {
         }
     }
 
-    /// Writes it into a new folder of its name below `under`.
+    /// Writes the file into a new folder of its name below `under`.
     pub fn make(&self, under: &Path, seed: u64) -> Result<Bad> {
         let build = || (self.build)(&Ctx::new(&under.join(self.name), seed)?);
-        build().with_context(|| format!("making hostile file {}", self.name))
+        build().with_context(|| format!("creating hostile file {}", self.name))
     }
 }
 
-/// All hostile files.
+/// Returns all hostile files.
 pub fn hostile() -> &'static [Hostile] {
     static ALL: LazyLock<Vec<Hostile>> = LazyLock::new(|| {
         [

@@ -1,4 +1,4 @@
-//! Streams with wrong grains or ends.
+//! Streams with wrong grains or a wrong end.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -12,9 +12,9 @@ use crate::make::ctx::Ctx;
 use crate::make::model::{Content, SECTOR};
 use crate::make::write::{self, GD_AT_END, Stream, pack_grain, raw_grain};
 
-/// Bytes of a grain.
+/// Grain size in bytes.
 const GRAIN: u64 = 128 * SECTOR;
-/// First sector of grain 1, which is the damaged one.
+/// First sector of grain 1, the damaged grain.
 const LBA: u64 = 128;
 
 pub(super) const FILES: &[Hostile] = &[
@@ -33,10 +33,10 @@ pub(super) const FILES: &[Hostile] = &[
         let body = bomb()?;
         with_grain(c, raw_grain(LBA, u32::try_from(body.len())?, &body))
     }),
-    grain("grain_garbage", "no zlib data", |c| {
+    grain("grain_garbage", "not zlib data", |c| {
         with_grain(c, raw_grain(LBA, 300, &[0x5a; 300]))
     }),
-    grain("grain_cut", "zlib stream cut short", |c| {
+    grain("grain_cut", "truncated zlib stream", |c| {
         let packed = zlib(&c.layer("cut", 8, 8).fill([0]).read(0, 8))?;
         with_grain(c, raw_grain(LBA, 200, &packed[..200]))
     }),
@@ -57,9 +57,9 @@ pub(super) const FILES: &[Hostile] = &[
     grain("grain_one_more", "inflates to one byte more than a grain", |c| {
         with_grain(c, pack_grain(LBA, &vec![b'm'; GRAIN as usize + 1], true)?)
     }),
-    Hostile::reject("footer_missing", "GD_AT_END, but the footer is cut off", |c| {
+    Hostile::reject("footer_missing", "GD_AT_END, but the footer is truncated", |c| {
         let good = c.stream(&Stream::default())?;
-        write::cut(&good.path, write::length(&good.path)? - 3 * SECTOR)?;
+        write::truncate(&good.path, write::length(&good.path)? - 3 * SECTOR)?;
         Ok(Bad::new(good.path))
     }),
     Hostile::reject("footer_recursive", "the footer says GD_AT_END again", |c| {
@@ -102,12 +102,12 @@ pub(super) const FILES: &[Hostile] = &[
     ),
 ];
 
-/// A stream whose grain 1 is wrong.
+/// Returns a variant whose grain 1 must fail to read.
 const fn grain(name: &'static str, note: &'static str, build: fn(&Ctx) -> Result<Bad>) -> Hostile {
     Hostile::eio(name, note, Some(GRAIN..2 * GRAIN), build)
 }
 
-/// A good stream with other bytes for its grain 1.
+/// Writes a stream with these bytes in place of grain 1.
 fn with_grain(c: &Ctx, bytes: Vec<u8>) -> Result<Bad> {
     let options = Stream {
         replace: BTreeMap::from([(1, bytes)]),
@@ -122,7 +122,7 @@ fn zlib(data: &[u8]) -> Result<Vec<u8>> {
     Ok(encoder.finish()?)
 }
 
-/// 64 MiB of zeroes, compressed.
+/// Returns 64 MiB of zeroes, compressed.
 fn bomb() -> Result<Vec<u8>> {
     let mut encoder = ZlibEncoder::new(Vec::new(), Compression::best());
     let zeroes = vec![0; 1 << 20];

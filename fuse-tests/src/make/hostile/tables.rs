@@ -9,9 +9,9 @@ use crate::make::ctx::{Ctx, Good};
 use crate::make::model::{Content, SECTOR};
 use crate::make::write::{self, Hosted};
 
-/// Bytes of a grain of the disk that is damaged here.
+/// Grain size in bytes of the disks that are damaged here.
 const GRAIN: u64 = 128 * SECTOR;
-/// Bytes of that disk; one table covers all of it.
+/// Size in bytes of those disks; one table covers the whole disk.
 const DISK: u64 = 8192 * SECTOR;
 
 pub(super) const FILES: &[Hostile] = &[
@@ -23,7 +23,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::eio(
         "gde_to_header",
-        "a directory entry points at the file header, which then is read as a table (both copies)",
+        "a directory entry points at the file header, which would be read as a table (both copies)",
         Some(0..DISK),
         |c| directory_entry(c, 1),
     ),
@@ -59,7 +59,7 @@ pub(super) const FILES: &[Hostile] = &[
         "a grain entry is not aligned and overlaps its neighbour: never write in place",
         |c| {
             let good = grain_entry(c, 9, |good| good.at.grains[&0] + 1)?;
-            // Grain 1 lies behind grain 0 in the file, as it does on the disk.
+            // Grain 1 follows grain 0 in the file, as on the disk.
             let data = good.layer.read(1, 128);
             Ok(Bad::holding(good.path, Arc::new(good.layer.with_grain(9, data))))
         },
@@ -72,7 +72,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::warn(
         "gd_rgd_disagree",
-        "directory and redundant directory are good but disagree (the primary one counts)",
+        "directory and redundant directory are valid but disagree (the primary one counts)",
         |c| {
             let good = c.simple()?;
             let other = (good.at.grains[&5] as u32).to_le_bytes();
@@ -89,24 +89,28 @@ pub(super) const FILES: &[Hostile] = &[
             Ok(good.into())
         },
     ),
-    Hostile::reject("cut_in_directory", "the file is cut inside the grain directory", |c| {
-        let good = c.simple_of(2_000_000, 128, &[0], &Hosted::default())?;
-        write::cut(&good.path, good.at.rgd * SECTOR + 10)?;
-        Ok(Bad::new(good.path))
-    }),
+    Hostile::reject(
+        "cut_in_directory",
+        "the file is truncated inside the grain directory",
+        |c| {
+            let good = c.simple_of(2_000_000, 128, &[0], &Hosted::default())?;
+            write::truncate(&good.path, good.at.rgd * SECTOR + 10)?;
+            Ok(Bad::new(good.path))
+        },
+    ),
     Hostile::eio(
         "cut_in_grain",
-        "the file is cut inside a grain, the disk's last",
+        "the file is truncated inside a grain, the last of the disk",
         Some(DISK - GRAIN..DISK),
         |c| {
             let good = in_order(c)?;
-            write::cut(&good.path, good.at.grains[&63] * SECTOR + 1000)?;
+            write::truncate(&good.path, good.at.grains[&63] * SECTOR + 1000)?;
             Ok(good.into())
         },
     ),
-    Hostile::reject("cut_header", "100 bytes of a good header", |c| {
+    Hostile::reject("cut_header", "100 bytes of a valid header", |c| {
         let good = c.simple()?;
-        write::cut(&good.path, 100)?;
+        write::truncate(&good.path, 100)?;
         Ok(Bad::new(good.path))
     }),
     Hostile::reject("empty", "an empty file", |c| {
@@ -114,7 +118,7 @@ pub(super) const FILES: &[Hostile] = &[
     }),
 ];
 
-/// A good file whose grains lie in order.
+/// Writes a valid file with its grains in order.
 fn in_order(c: &Ctx) -> Result<Good> {
     c.simple_of(
         8192,
@@ -127,7 +131,7 @@ fn in_order(c: &Ctx) -> Result<Good> {
     )
 }
 
-/// A good file whose directory entry is replaced in both copies.
+/// Writes a valid file and replaces its directory entry in both copies.
 fn directory_entry(c: &Ctx, entry: u32) -> Result<Bad> {
     let good = c.simple()?;
     for directory in [good.at.gd, good.at.rgd] {
@@ -136,7 +140,7 @@ fn directory_entry(c: &Ctx, entry: u32) -> Result<Bad> {
     Ok(Bad::new(good.path))
 }
 
-/// A good file with one table entry replaced in both tables.
+/// Writes a valid file and replaces one grain entry in both tables.
 fn grain_entry(c: &Ctx, number: u64, value: impl FnOnce(&Good) -> u64) -> Result<Good> {
     let good = in_order(c)?;
     let bytes = u32::try_from(value(&good))?.to_le_bytes();

@@ -1,4 +1,4 @@
-//! Descriptors: what they leave out, numbers that overflow, and names that lead astray.
+//! Descriptors with missing keys, with numbers that overflow, and with names that lead out of the folder.
 
 use std::fs;
 use std::io::Write as _;
@@ -15,15 +15,15 @@ use crate::make::model::{Joined, Layer, SECTOR};
 use crate::make::valid::sparse::envelope;
 use crate::make::write::{self, Descriptor};
 
-/// Sectors of the flat file beside each descriptor.
+/// Sectors of the flat file next to each descriptor.
 const DATA: u64 = 2048;
-/// The extent line of a disk that is that file.
+/// Extent line that names that file.
 const GOOD: &str = "RW 2048 FLAT \"data-flat.vmdk\" 0";
 
 pub(super) const FILES: &[Hostile] = &[
     Hostile::reject(
         "rdm_named",
-        "vmfsRDM: its file may be a pointer without data, which nothing tells from a copy",
+        "vmfsRDM: its file may be a pointer without data, which cannot be distinguished from a copy",
         |c| lines(c, "vmfsRDM", &["RW 2048 VMFSRDM \"data-flat.vmdk\""]),
     ),
     Hostile::reject("no_create_type", "createType is missing", |c| {
@@ -35,9 +35,7 @@ pub(super) const FILES: &[Hostile] = &[
             },
         )
     }),
-    Hostile::reject("no_extents", "no extent line at all", |c| {
-        lines(c, "monolithicFlat", &[])
-    }),
+    Hostile::reject("no_extents", "no extent line", |c| lines(c, "monolithicFlat", &[])),
     Hostile::reject("create_type_unknown", "createType is unknown", |c| {
         lines(c, "hologram", &[GOOD])
     }),
@@ -82,7 +80,7 @@ pub(super) const FILES: &[Hostile] = &[
     Hostile::reject("name_empty", "empty file name", |c| {
         lines(c, "monolithicFlat", &["RW 2048 FLAT \"\" 0"])
     }),
-    Hostile::reject("name_4k", "file name of 5000 letters", |c| {
+    Hostile::reject("name_4k", "file name of 5000 characters", |c| {
         lines(
             c,
             "monolithicFlat",
@@ -95,14 +93,14 @@ pub(super) const FILES: &[Hostile] = &[
     Hostile::policy("path_absolute", "extent is /etc/passwd", |c| {
         lines(c, "monolithicFlat", &["RW 1 FLAT \"/etc/passwd\" 0"])
     }),
-    Hostile::policy("path_dotdot", "extent climbs out of the directory", |c| {
+    Hostile::policy("path_dotdot", "extent leaves the directory by ..", |c| {
         lines(
             c,
             "monolithicFlat",
             &[&format!("RW 1 FLAT \"{}etc/passwd\" 0", "../".repeat(16))],
         )
     }),
-    Hostile::policy("path_device", "extent is a character device without end", |c| {
+    Hostile::policy("path_device", "extent is an endless character device", |c| {
         lines(c, "fullDevice", &["RW 2048 FLAT \"/dev/zero\" 0"])
     }),
     Hostile::policy("path_url", "extent name that qemu takes for a protocol", |c| {
@@ -118,7 +116,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::policy(
         "path_dotdot_allowed",
-        "extent climbs to another folder, which may be allowed",
+        "extent leads to another folder by .., which may be allowed",
         |c| outside(c, "../outside/data-flat.vmdk"),
     ),
     Hostile::policy(
@@ -178,7 +176,7 @@ pub(super) const FILES: &[Hostile] = &[
             Ok(Bad::new(c.text("disk.vmdk", &text)?))
         },
     ),
-    Hostile::policy("path_fifo", "extent is a FIFO: open blocks for ever", |c| {
+    Hostile::policy("path_fifo", "extent is a FIFO: open blocks forever", |c| {
         mkfifo(&c.at("data-flat.vmdk"), Mode::S_IRUSR | Mode::S_IWUSR)?;
         Ok(Bad::new(
             c.text("disk.vmdk", &Descriptor::new("monolithicFlat", [GOOD]))?,
@@ -200,7 +198,7 @@ pub(super) const FILES: &[Hostile] = &[
     ),
     Hostile::reject(
         "wrapped_self",
-        "KDMV header with capacity 0 whose descriptor names the file itself as SPARSE extent: endless recursion",
+        "KDMV header with capacity 0 whose descriptor names the file itself as SPARSE extent: infinite recursion",
         |c| {
             let text = Descriptor::new("twoGbMaxExtentSparse", ["RW 2048 SPARSE \"disk.vmdk\""]);
             Ok(Bad::new(write::put(c.at("disk.vmdk"), &envelope(&text, 512)?)?))
@@ -250,23 +248,23 @@ pub(super) const FILES: &[Hostile] = &[
     }),
 ];
 
-/// What the flat file beside each descriptor holds.
+/// Returns the content of the flat file next to each descriptor.
 fn flat_layer(c: &Ctx) -> Layer {
     c.layer("data", DATA, 16).fill([0, 3, 127])
 }
 
-/// A descriptor with a small flat file next to it.
+/// Writes a descriptor with a small flat file next to it.
 fn text(c: &Ctx, text: &Descriptor) -> Result<Bad> {
     write::flat(&c.at("data-flat.vmdk"), &flat_layer(c), 0)?;
     Ok(Bad::new(write::put(c.at("disk.vmdk"), text.text().as_bytes())?))
 }
 
-/// The same with a usual descriptor but for its kind and extent lines.
-fn lines(c: &Ctx, kind: &'static str, lines: &[&str]) -> Result<Bad> {
-    text(c, &Descriptor::new(kind, lines.iter().copied()))
+/// Writes a usual descriptor with this createType and these extent lines.
+fn lines(c: &Ctx, create_type: &'static str, lines: &[&str]) -> Result<Bad> {
+    text(c, &Descriptor::new(create_type, lines.iter().copied()))
 }
 
-/// A disk in the folder "inside" whose only extent `name` leads to a file in the folder "outside".
+/// Writes a disk in the folder "inside" whose only extent `name` leads to a file in the folder "outside".
 fn outside(c: &Ctx, name: &str) -> Result<Bad> {
     let folder = c.subdir("outside")?;
     c.subdir("inside")?;

@@ -56,7 +56,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "chain_shrunk",
-        "the parent is larger than the child: what lies past the child's end is ignored",
+        "the parent is larger than the child: data past the child's end is ignored",
         shrunk,
     ),
     Variant::new(
@@ -73,7 +73,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "chain_split",
-        "a child of three sparse extents over one flat parent: each extent sees another part of the parent",
+        "a child of three sparse extents over one flat parent: each extent lies over another part of the parent",
         |c| {
             let (disk, lines) = split_child(c, &[2048, 4096, 10_240])?;
             let text = Descriptor::new("twoGbMaxExtentSparse", lines).child(2, BASE_CID, "base.vmdk");
@@ -82,7 +82,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "chain_custom",
-        "a child of sparse extents that are no multiple of the grain, a ZERO and a FLAT extent (which hide the parent)",
+        "a child of sparse extents not a multiple of the grain, with a ZERO and a FLAT extent (which hide the parent)",
         custom,
     ),
     Variant::new(
@@ -92,7 +92,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
 ];
 
-/// Three links with three grain sizes; the children lie in `folder` ("" or a name with a slash).
+/// Writes three links with three grain sizes; the children are in `folder` ("" or a name with a slash).
 fn three(c: &Ctx, folder: &str, base_hint: &str, middle_hint: &str) -> Result<Made> {
     let base = c.flat_base("base", 16_384)?;
     let middle = Arc::new(c.layer("mid", 16_384, 64).over(base).write(10, 100).zero([30]));
@@ -131,7 +131,7 @@ fn shrunk(c: &Ctx) -> Result<Made> {
     Ok(Made::new(open, Arc::new(top)))
 }
 
-/// Sparse extents one after the other over "base.vmdk", and their lines.
+/// Writes consecutive sparse extents over "base.vmdk"; returns the disk and the extent lines.
 fn split_child(c: &Ctx, sizes: &[u64]) -> Result<(Joined, Vec<String>)> {
     let base = busy_base(c)?;
     let (mut disk, mut lines, mut at) = (Joined::new(), Vec::new(), 0);
@@ -171,7 +171,7 @@ fn custom(c: &Ctx) -> Result<Made> {
     Ok(Made::new(c.text("disk.vmdk", &text)?, Arc::new(disk)))
 }
 
-/// A flat disk "base.vmdk" of 8 MiB where every other KiB has data, so that no wrong offset goes unnoticed.
+/// Writes a flat disk "base.vmdk" of 8 MiB in which every other KiB has data, so that any wrong offset is detected.
 fn busy_base(c: &Ctx) -> Result<Arc<Layer>> {
     let layer = c.layer("base", 16_384, 2).fill((0..8192).step_by(2));
     write::flat(&c.at("base-flat.vmdk"), &layer, 0)?;
@@ -182,19 +182,19 @@ fn busy_base(c: &Ctx) -> Result<Arc<Layer>> {
 
 fn forty(c: &Ctx) -> Result<Made> {
     const LINKS: u64 = 40;
-    let mut below: Arc<dyn Content> = c.flat_base("base", 32_768)?;
+    let mut parent: Arc<dyn Content> = c.flat_base("base", 32_768)?;
     let (mut open, mut cid, mut hint) = (c.at("base.vmdk"), BASE_CID, String::from("base.vmdk"));
     for i in 1..LINKS {
         let layer = c
             .layer(&format!("link{i}"), 32_768, 8 << (i % 5))
-            .over(Arc::clone(&below));
-        // Some sectors that no other link has, and some that the next one hides in part.
+            .over(Arc::clone(&parent));
+        // Some sectors that no other link has, and some that the next link hides in part.
         let layer = Arc::new(layer.write(i * 600 + 5, 3).write(20_000 + i * 17, 20));
         let (name, own) = (format!("disk-{i:06}.vmdk"), 0x100 + i as u32);
         (open, _) = c.sparse(&name, &layer, &Hosted::zeroed(), |text| {
             text.child(own, cid, hint.as_str())
         })?;
-        (below, cid, hint) = (layer, own, name);
+        (parent, cid, hint) = (layer, own, name);
     }
-    Ok(Made::new(open, below))
+    Ok(Made::new(open, parent))
 }

@@ -1,4 +1,4 @@
-//! ESX deltas: COWD and seSparse.
+//! ESXi deltas: COWD and seSparse.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,12 +9,12 @@ use anyhow::Result;
 use super::Variant;
 use crate::make::ctx::{BASE_CID, Ctx, Made};
 use crate::make::model::{Content, Layer};
-use crate::make::write::{self, Descriptor, Places, SeSparse};
+use crate::make::write::{self, Descriptor, FileLayout, SeSparse};
 
 pub(super) const VARIANTS: &[Variant] = &[
     Variant::new(
         "cowd_delta",
-        "COWD (vmfsSparse) delta over a VMFS flat base, one-sector grains, tables made lazily",
+        "COWD (vmfsSparse) delta over a VMFS flat base, one-sector grains, tables allocated on demand",
         cowd_delta,
     ),
     Variant::new(
@@ -29,7 +29,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "sesparse_high_index",
-        "seSparse with data grain indices above 4096, which shows the split of the index bits",
+        "seSparse with data grain indices above 4096, which need both bit fields of the index",
         sesparse_high_index,
     ),
     Variant::new(
@@ -134,15 +134,15 @@ fn sesparse_over_cowd(c: &Ctx) -> Result<Made> {
     Ok(Made::new(open, Arc::new(top)))
 }
 
-/// A COWD delta and its descriptor; `edit` makes it somebody's child.
+/// Writes a COWD delta and its descriptor; `edit` sets the parent.
 fn cowd_disk(c: &Ctx, name: &str, layer: &Layer, edit: impl FnOnce(Descriptor) -> Descriptor) -> Result<PathBuf> {
     write::cowd(&c.at(&format!("{name}-delta.vmdk")), layer)?;
     let line = format!("RW {} VMFSSPARSE \"{name}-delta.vmdk\"", layer.sectors());
     c.text(&format!("{name}.vmdk"), &edit(Descriptor::new("vmfsSparse", [line])))
 }
 
-/// A seSparse delta and its descriptor over the base that [`Ctx::base`] made.
-pub(in crate::make) fn sesparse_disk(c: &Ctx, layer: &Layer, options: &SeSparse) -> Result<(PathBuf, Places)> {
+/// Writes a seSparse delta and its descriptor over the base that [`Ctx::base`] wrote.
+pub(in crate::make) fn sesparse_disk(c: &Ctx, layer: &Layer, options: &SeSparse) -> Result<(PathBuf, FileLayout)> {
     let at = write::sesparse(&c.at("disk-000001-sesparse.vmdk"), layer, options)?;
     let line = format!("RW {} SESPARSE \"disk-000001-sesparse.vmdk\"", layer.sectors());
     let text = Descriptor::new("seSparse", [line]).child(0xcccc_0003, BASE_CID, "base.vmdk");

@@ -1,4 +1,4 @@
-//! The valid variants: each must read as its model.
+//! Valid variants: each must read exactly as its model.
 
 mod chain;
 mod delta;
@@ -16,14 +16,14 @@ use super::ctx::{Ctx, Made};
 
 pub(super) use delta::sesparse_disk;
 
-/// A valid disk that can be made.
+/// A valid disk that can be written.
 #[derive(Debug, Clone, Copy)]
 pub struct Variant {
-    /// Its name, also that of its folder.
+    /// Name of the variant and of its folder.
     pub name: &'static str,
-    /// What is odd about it.
+    /// Description of its unusual form.
     pub note: &'static str,
-    /// Writes it into an empty folder.
+    /// Writes the disk into an empty folder.
     pub build: fn(&Ctx) -> Result<Made>,
 }
 
@@ -32,14 +32,14 @@ impl Variant {
         Self { name, note, build }
     }
 
-    /// Writes it into a new folder of its name below `under`.
+    /// Writes the disk into a new folder of its name below `under`.
     pub fn make(&self, under: &Path, seed: u64) -> Result<Made> {
         let build = || (self.build)(&Ctx::new(&under.join(self.name), seed)?);
-        build().with_context(|| format!("making variant {}", self.name))
+        build().with_context(|| format!("creating variant {}", self.name))
     }
 }
 
-/// All valid variants.
+/// Returns all valid variants.
 pub fn valid() -> &'static [Variant] {
     static ALL: LazyLock<Vec<Variant>> = LazyLock::new(|| {
         [

@@ -1,4 +1,4 @@
-//! Hosted sparse extents that are not compressed.
+//! Hosted sparse extents without compression.
 
 use std::fs;
 use std::sync::Arc;
@@ -23,12 +23,12 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "rgd_only_zero",
-        "only the redundant directory is good: every primary directory entry is 0 (flag bit 1 set)",
+        "only the redundant directory is valid: every primary directory entry is 0 (flag bit 1 set)",
         |c| rgd_only(c, 0),
     ),
     Variant::new(
         "rgd_only_wild",
-        "only the redundant directory is good: the primary entries point past the end of the file",
+        "only the redundant directory is valid: the primary entries point past the end of the file",
         |c| rgd_only(c, 0x7fff_ff00),
     ),
     Variant::new(
@@ -38,7 +38,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "partial_last_grain",
-        "capacity is no multiple of the grain and the file ends with the last real sector",
+        "capacity is not a multiple of the grain and the file ends with the last used sector",
         |c| {
             let options = Hosted {
                 cut_tail: true,
@@ -49,17 +49,17 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "big_3tib",
-        "3 TiB sparse extent with four grains; tables made lazily",
+        "3 TiB sparse extent with four grains; tables allocated on demand",
         big_3tib,
     ),
     Variant::new(
         "big_62tib",
-        "62 TiB sparse extent with five grains; the directories (8 MiB each) are file holes but for five entries",
+        "62 TiB sparse extent with five grains; the directories (8 MiB each) are file holes except for five entries",
         big_62tib,
     ),
     Variant::new(
         "lazy_tables",
-        "grain tables only where there are grains (directory entries 0 in both copies): a write must make new tables; qemu overwrites the header",
+        "grain tables only where there are grains (directory entries 0 in both copies): a write must allocate new tables; qemu overwrites the header",
         |c| Ok(c.simple_of(400_000, 128, &[0, 1100, 3124], &Hosted::lazy())?.made()),
     ),
     Variant::new(
@@ -228,7 +228,7 @@ fn version3(c: &Ctx) -> Result<Made> {
     Ok(Made::new(open, Arc::new(layer)))
 }
 
-/// A header of capacity 0 around a descriptor; the file ends with it.
+/// Returns a file that consists of a header of capacity 0 and the descriptor embedded in it.
 pub(in crate::make) fn envelope(text: &Descriptor, ngte: u32) -> Result<Vec<u8>> {
     const DESC_LEN: u64 = 20;
     let header = Header {

@@ -1,4 +1,4 @@
-//! Disks of several extents, and of flat ones.
+//! Disks of several extents, and flat disks.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "split_unaligned",
-        "twoGbMaxExtentSparse whose extents are no multiple of the grain: grain numbers restart in every extent",
+        "twoGbMaxExtentSparse with extents that are not multiples of the grain: grain numbers restart in each extent",
         unaligned,
     ),
     Variant::new(
@@ -45,10 +45,10 @@ pub(super) const VARIANTS: &[Variant] = &[
     }),
     Variant::new(
         "custom_500",
-        "custom with 500 small extents of four kinds in turn: sparse, flat, zero, flat with an offset into a shared file",
+        "custom with 500 small extents of four kinds in turn: sparse, flat, zero, flat at an offset in a shared file",
         custom_500,
     ),
-    Variant::new("raw_image", "a plain image whose first bytes are no VMDK", |c| {
+    Variant::new("raw_image", "a raw image whose first bytes are not a VMDK", |c| {
         let layer = c.layer("raw", 5001, 8).fill([0, 17, 625]);
         write::flat(&c.at("disk.img"), &layer, 0)?;
         Ok(Made::new(c.at("disk.img"), Arc::new(layer)))
@@ -145,7 +145,7 @@ fn split_flat(c: &Ctx) -> Result<Made> {
     ))
 }
 
-/// Extents of 40 to 60 sectors; every fourth one is a piece of one shared file, which lies there back to front.
+/// Writes extents of 40 to 60 sectors; every fourth one is a part of one shared file, in reverse order.
 fn custom_500(c: &Ctx) -> Result<Made> {
     const EXTENTS: u64 = 500;
     let (mut disk, mut lines) = (Joined::new(), Vec::new());
@@ -180,7 +180,7 @@ fn custom_500(c: &Ctx) -> Result<Made> {
     ))
 }
 
-/// A sparse extent without a descriptor.
+/// Writes a sparse extent without a descriptor.
 fn bare_sparse(c: &Ctx, name: &str, layer: &Layer) -> Result<()> {
     write::hosted(&c.at(name), layer, None, &Hosted::default())?;
     Ok(())

@@ -41,7 +41,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "stream_no_footer",
-        "streamOptimized without footer: the first header has the directory offset, grains lie after it in the file",
+        "streamOptimized without footer: the first header has the directory offset, grains follow it in the file",
         |c| without_footer(c, true),
     ),
     Variant::new(
@@ -51,7 +51,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "stream_gap_run",
-        "streamOptimized: two grains, nine missing tables, then 40 grains in sequence across a table's end (read-ahead)",
+        "streamOptimized: two grains, nine missing tables, then 40 grains in sequence across a table end (read-ahead)",
         |c| {
             let run = 11 * 512 - 20..11 * 512 + 20;
             let layer = c.layer("stream", 12 << 16, 128).fill([0, 1]).fill(run);

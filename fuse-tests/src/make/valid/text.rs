@@ -1,4 +1,4 @@
-//! Odd descriptors of ordinary flat disks.
+//! Unusual descriptors of ordinary flat disks.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::make::write::{self, Descriptor};
 pub(super) const VARIANTS: &[Variant] = &[
     Variant::new(
         "crlf_descriptor",
-        "descriptor with CR LF line ends, blanks around '=' and at line ends, odd letter case",
+        "descriptor with CR LF line ends, blanks around '=' and at line ends, unusual letter case",
         |c| {
             let layer = c.flat_base("data", 4096)?;
             let text = Descriptor {
@@ -48,7 +48,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "enc_shift_jis",
-        "descriptor in Shift_JIS; one letter has 0x5c as second byte",
+        "descriptor in Shift_JIS; one character has 0x5c as its second byte",
         |c| named(c, "disk.vmdk", "ディスク表示", "Shift_JIS"),
     ),
     Variant::new("enc_gbk", "descriptor in GBK", |c| {
@@ -59,7 +59,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     }),
     Variant::new(
         "text_any_order",
-        "extents, disk data base and settings in another order, a short CID, a first line without a blank (AWS export)",
+        "extents, disk database and settings in another order, a short CID, a first line without a blank (AWS export)",
         |c| {
             let text = "#Disk DescriptorFile\n\nversion=1\nRW 4096 FLAT \"data-flat.vmdk\" 0\nddb.adapterType = \"ide\"\n\
                         parentCID=ffffffff\n# CID=99\ncreateType=\"monolithicFlat\"\nCID=abc\n";
@@ -86,7 +86,7 @@ pub(super) const VARIANTS: &[Variant] = &[
     ),
     Variant::new(
         "extent_default_offset",
-        "FLAT without an offset (0), and VMFS with a written 0",
+        "FLAT without an offset (0), and VMFS with an explicit 0",
         |c| {
             let layer = c.flat_base("data", 4096)?;
             let lines = ["RW 4096 FLAT \"data-flat.vmdk\"", "RW 4096 VMFS \"data-flat.vmdk\" 0"];
@@ -97,14 +97,18 @@ pub(super) const VARIANTS: &[Variant] = &[
             ))
         },
     ),
-    Variant::new("alias_2gb", "the other spelling 2GbMaxExtentFlat of the type", |c| {
-        let layer = c.flat_base("data", 4096)?;
-        let text = Descriptor::new("2GbMaxExtentFlat", ["RW 4096 FLAT \"data-flat.vmdk\" 0"]);
-        Ok(Made::new(c.text("disk.vmdk", &text)?, layer))
-    }),
+    Variant::new(
+        "alias_2gb",
+        "the alternative spelling 2GbMaxExtentFlat of the type",
+        |c| {
+            let layer = c.flat_base("data", 4096)?;
+            let text = Descriptor::new("2GbMaxExtentFlat", ["RW 4096 FLAT \"data-flat.vmdk\" 0"]);
+            Ok(Made::new(c.text("disk.vmdk", &text)?, layer))
+        },
+    ),
 ];
 
-/// A flat disk whose descriptor is in `encoding`; the extent file has the UTF-8 name.
+/// Writes a flat disk whose descriptor is in `encoding`; the extent file has the UTF-8 name.
 fn named(c: &Ctx, open: &str, stem: &str, encoding: &'static str) -> Result<Made> {
     let layer = c.layer("data", 4096, 16).fill([0, 255]);
     write::flat(&c.at(&format!("{stem}-flat.vmdk")), &layer, 0)?;

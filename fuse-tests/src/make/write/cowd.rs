@@ -1,4 +1,4 @@
-//! ESX deltas ("COWD"): tables of 4096 entries, made only where there is a grain, no redundant copy.
+//! ESX sparse deltas ("COWD"): grain tables of 4096 entries, allocated only where there is a grain, not redundant.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
@@ -6,28 +6,28 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::{Places, create, entry, words};
+use super::{FileLayout, create, entry_bytes, to_entry};
 use crate::make::model::{Content, Layer, SECTOR};
 
-/// Entries of a table.
+/// Entries of a grain table.
 const TABLE: u64 = 4096;
-/// Sectors of a table.
+/// Sectors of a grain table.
 const TABLE_SECTORS: u64 = TABLE * 4 / SECTOR;
 /// Sectors of the header; the directory follows it.
 const HEADER_SECTORS: u64 = 4;
-/// Where the header keeps the generation of the disk.
+/// Byte offset of the generation in the header.
 const GENERATION: u64 = 1060;
-/// Sectors by which the file is longer than what is used: ESX grows it in steps.
+/// Unused sectors at the end of the file, as ESX extends the file in larger steps.
 const SPARE: u64 = 128;
 
 /// Writes a COWD delta. The format has no zeroed grains.
-pub fn cowd(path: &Path, layer: &Layer) -> Result<Places> {
+pub fn cowd(path: &Path, layer: &Layer) -> Result<FileLayout> {
     let entries = layer.sectors().div_ceil(layer.grain() * TABLE);
     let mut free = HEADER_SECTORS + (entries * 4).div_ceil(SECTOR);
-    let mut places = Places {
+    let mut layout = FileLayout {
         gd: HEADER_SECTORS,
         entries,
-        ..Places::default()
+        ..FileLayout::default()
     };
     let mut tables: BTreeMap<u64, (u64, Vec<u32>)> = BTreeMap::new();
     let file = create(path)?;
@@ -40,28 +40,28 @@ pub fn cowd(path: &Path, layer: &Layer) -> Result<Places> {
         let data = data
             .as_ref()
             .with_context(|| format!("COWD has no zeroed grains (grain {number})"))?;
-        table[(number % TABLE) as usize] = entry(free)?;
+        table[(number % TABLE) as usize] = to_entry(free)?;
         file.write_all_at(data, free * SECTOR)?;
-        places.grains.insert(*number, free);
+        layout.grains.insert(*number, free);
         free += layer.grain();
     }
     for (t, (at, table)) in &tables {
-        file.write_all_at(&entry(*at)?.to_le_bytes(), HEADER_SECTORS * SECTOR + t * 4)?;
-        file.write_all_at(&words(table), at * SECTOR)?;
+        file.write_all_at(&to_entry(*at)?.to_le_bytes(), HEADER_SECTORS * SECTOR + t * 4)?;
+        file.write_all_at(&entry_bytes(table), at * SECTOR)?;
     }
-    places.tables = tables.iter().map(|(t, (at, _))| (*t, *at)).collect();
-    places.rtables = places.tables.clone();
+    layout.tables = tables.iter().map(|(t, (at, _))| (*t, *at)).collect();
+    layout.rtables = layout.tables.clone();
     file.set_len((free + SPARE) * SECTOR)?;
     let fields = [
         1,
         3,
-        entry(layer.sectors())?,
-        entry(layer.grain())?,
+        to_entry(layer.sectors())?,
+        to_entry(layer.grain())?,
         4,
-        entry(entries)?,
-        entry(free)?,
+        to_entry(entries)?,
+        to_entry(free)?,
     ];
-    file.write_all_at(&[b"COWD", &words(&fields)[..]].concat(), 0)?;
+    file.write_all_at(&[b"COWD", &entry_bytes(&fields)[..]].concat(), 0)?;
     file.write_all_at(&1u32.to_le_bytes(), GENERATION)?;
-    Ok(places)
+    Ok(layout)
 }

@@ -1,42 +1,42 @@
-//! The text of a descriptor.
+//! Text of a descriptor.
 
 use anyhow::{Result, ensure};
 use encoding_rs::Encoding;
 
-/// The parent CID of a disk without parent.
+/// `parentCID` of a disk without a parent.
 pub const NO_PARENT: u32 = 0xffff_ffff;
 
-/// A descriptor: [`Descriptor::new`] is a usual one, the fields change it.
+/// A descriptor: [`Descriptor::new`] creates a usual one; its fields modify it.
 #[derive(Debug, Clone)]
 pub struct Descriptor {
     /// `createType`; `None` leaves the line out.
     pub kind: Option<&'static str>,
-    /// Whole extent lines.
+    /// Complete extent lines.
     pub extents: Vec<String>,
-    /// Content id.
+    /// `CID`, the content ID.
     pub cid: u32,
-    /// Content id of the parent.
+    /// `parentCID`, the content ID of the parent.
     pub parent_cid: u32,
     /// `parentFileNameHint`.
     pub hint: Option<String>,
     /// `version`.
     pub version: u32,
-    /// `encoding`, by which the text is encoded; `None` leaves the line out (UTF-8).
+    /// `encoding`, in which the text is encoded; `None` leaves the line out (UTF-8).
     pub encoding: Option<&'static str>,
     /// The first line.
     pub first: &'static str,
-    /// Further lines of the header.
+    /// Additional lines of the header.
     pub header: Vec<&'static str>,
-    /// Lines between the extents and the disk data base.
+    /// Lines between the extents and the disk database.
     pub middle: Vec<&'static str>,
-    /// Further lines of the disk data base.
+    /// Additional lines of the disk database.
     pub ddb: Vec<&'static str>,
-    /// End of a line.
+    /// Line end.
     pub eol: &'static str,
 }
 
 impl Descriptor {
-    /// A usual descriptor of a disk without parent.
+    /// Creates a usual descriptor of a disk without a parent.
     pub fn new<L: Into<String>>(kind: &'static str, extents: impl IntoIterator<Item = L>) -> Self {
         Self {
             kind: Some(kind),
@@ -54,7 +54,7 @@ impl Descriptor {
         }
     }
 
-    /// The same with a CID, and a parent by its CID and hint.
+    /// Sets the CID, and the CID and hint of a parent.
     #[must_use]
     pub fn child(self, cid: u32, parent_cid: u32, hint: impl Into<String>) -> Self {
         Self {
@@ -65,13 +65,13 @@ impl Descriptor {
         }
     }
 
-    /// The same with a CID.
+    /// Sets the CID.
     #[must_use]
     pub fn cid(self, cid: u32) -> Self {
         Self { cid, ..self }
     }
 
-    /// The text.
+    /// Returns the text.
     pub fn text(&self) -> String {
         let mut lines = vec![self.first.to_owned(), format!("version={}", self.version)];
         lines.extend(self.encoding.map(|name| format!("encoding=\"{name}\"")));
@@ -94,17 +94,18 @@ impl Descriptor {
         lines.join(self.eol)
     }
 
-    /// The text in its encoding.
+    /// Returns the text in its encoding; fails if the encoding lacks a character of it.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         let label = self.encoding.unwrap_or("UTF-8");
         let encoding = Encoding::for_label(label.as_bytes()).unwrap_or(encoding_rs::UTF_8);
         let text = self.text();
         let (bytes, _, lossy) = encoding.encode(&text);
-        ensure!(!lossy, "{label} lacks a letter of {text:?}");
+        ensure!(!lossy, "{label} lacks a character of {text:?}");
         Ok(bytes.into_owned())
     }
 
-    /// The sum of the extent lines as far as they are numbers (for the geometry, which nobody reads).
+    /// Returns the sum of the sector counts in the extent lines, for the geometry. Counts that are not numbers are
+    /// skipped: the geometry is only informative.
     fn sectors(&self) -> u64 {
         let counts = self
             .extents

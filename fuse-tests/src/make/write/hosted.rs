@@ -1,7 +1,7 @@
-//! Hosted sparse extents ("KDMV") that are not compressed.
+//! Hosted sparse extents ("KDMV") without compression.
 //!
 //! ```text
-//!   header · descriptor · redundant directory · its tables · directory · its tables · (to a grain) · grains
+//!   header · descriptor · redundant directory · its tables · directory · its tables · (grain boundary) · grains
 //! ```
 
 use std::collections::BTreeMap;
@@ -11,53 +11,53 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use super::{Places, create, entry, words};
+use super::{FileLayout, create, entry_bytes, to_entry};
 use crate::make::model::{Content, Layer, Random, SECTOR};
 
-/// The directory's place in the first header of a stream with a footer.
+/// Value of `gdOffset` in the first header of a stream with a footer: the footer has the position.
 pub const GD_AT_END: u64 = u64::MAX;
 /// Flag: the newline bytes of the header are valid.
 pub const F_NEWLINE: u32 = 1;
 /// Flag: there is a redundant directory.
 pub const F_REDUNDANT: u32 = 2;
-/// Flag: table entry 1 is a zeroed grain.
+/// Flag: the grain entry 1 is a zeroed grain.
 pub const F_ZEROED: u32 = 4;
 /// Flag: grains are compressed.
 pub const F_COMPRESSED: u32 = 0x1_0000;
-/// Flag: markers and sector numbers stand in front of grains.
+/// Flag: there are markers, and each grain is preceded by its sector number.
 pub const F_MARKERS: u32 = 0x2_0000;
 
-/// The header of a hosted sparse extent; also the footer of a stream.
+/// Header of a hosted sparse extent; also the footer of a stream. Positions and lengths are in sectors.
 #[derive(Debug, Clone, Copy)]
 pub struct Header {
     /// Format version.
     pub version: u32,
     /// The `F_` bits.
     pub flags: u32,
-    /// Sectors of the extent.
+    /// Size of the extent.
     pub capacity: u64,
-    /// Sectors of a grain.
+    /// Grain size.
     pub grain: u64,
-    /// Where the descriptor lies; 0: none.
+    /// Position of the descriptor; 0: none.
     pub desc_at: u64,
-    /// Sectors of the descriptor.
+    /// Length of the descriptor in sectors.
     pub desc_len: u64,
-    /// Entries of a table.
+    /// Entries of a grain table.
     pub ngte: u32,
-    /// The redundant directory.
+    /// Position of the redundant grain directory.
     pub rgd: u64,
-    /// The directory.
+    /// Position of the grain directory.
     pub gd: u64,
-    /// Sectors of metadata.
+    /// Length of the metadata.
     pub overhead: u64,
-    /// It was not closed.
+    /// uncleanShutdown: true while the extent is in use or was not closed.
     pub unclean: bool,
     /// Compression algorithm.
     pub compression: u16,
 }
 
 impl Header {
-    /// Its sector.
+    /// Returns the sector that holds the header.
     pub fn bytes(&self) -> [u8; SECTOR as usize] {
         let mut out = [0; SECTOR as usize];
         out[..4].copy_from_slice(b"KDMV");
@@ -83,28 +83,28 @@ impl Header {
     }
 }
 
-/// Options of [`hosted`]; the default is what VMware writes.
+/// Options of [`hosted`]; the default is the form that VMware writes.
 #[derive(Debug, Clone)]
 pub struct Hosted {
-    /// Capacity in the header, where it differs from the layer's.
+    /// Capacity in the header if it differs from the layer's.
     pub capacity: Option<u64>,
     /// Format version.
     pub version: u32,
     /// The `F_` bits.
     pub flags: u32,
-    /// Entries of a table.
+    /// Entries of a grain table.
     pub ngte: u32,
-    /// Sectors of the descriptor.
+    /// Length of the descriptor in sectors.
     pub desc_len: u64,
-    /// Only tables that have a grain are made; the others have directory entry 0.
+    /// Allocates only tables that have a grain; the others have directory entry 0.
     pub lazy: bool,
-    /// There is a redundant directory with tables of its own.
+    /// Writes a redundant directory with tables of its own.
     pub redundant: bool,
-    /// Marked as not closed.
+    /// Marks the extent as not closed.
     pub unclean: bool,
-    /// Grains lie in the file in an order of their own.
+    /// Stores the grains in random order.
     pub shuffle: bool,
-    /// The file ends with the last real sector of a partial last grain (grains in order then).
+    /// Ends the file with the last used sector of a partial last grain (the grains are then in order).
     pub cut_tail: bool,
 }
 
@@ -126,7 +126,7 @@ impl Default for Hosted {
 }
 
 impl Hosted {
-    /// With zeroed-grain entries, which need version 2.
+    /// Returns options with zeroed-grain entries, which need version 2.
     pub fn zeroed() -> Self {
         Self {
             version: 2,
@@ -135,7 +135,7 @@ impl Hosted {
         }
     }
 
-    /// With tables only where there are grains.
+    /// Returns options with tables only where there are grains.
     pub fn lazy() -> Self {
         Self {
             lazy: true,
@@ -144,13 +144,13 @@ impl Hosted {
     }
 }
 
-/// Writes a hosted sparse extent; without `desc` it has no descriptor.
-pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted) -> Result<Places> {
+/// Writes a hosted sparse extent, with the embedded descriptor `desc` if given.
+pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted) -> Result<FileLayout> {
     let desc_len = if desc.is_some() { options.desc_len } else { 0 };
-    let (mut places, end) = plan(layer, options, 1 + desc_len);
+    let (mut layout, end) = lay_out_tables(layer, options, 1 + desc_len);
     let overhead = end.next_multiple_of(layer.grain());
     let order = file_order(layer, options);
-    places.grains = order
+    layout.grains = order
         .iter()
         .zip(0..)
         .map(|(n, i)| (*n, overhead + i * layer.grain()))
@@ -163,8 +163,8 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
         desc_at: u64::from(desc.is_some()),
         desc_len,
         ngte: options.ngte,
-        rgd: places.rgd,
-        gd: places.gd,
+        rgd: layout.rgd,
+        gd: layout.gd,
         overhead,
         unclean: options.unclean,
         compression: 0,
@@ -180,8 +180,8 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
         );
         file.write_all_at(desc, SECTOR)?;
     }
-    write_tables(&file, layer, options, &places)?;
-    for (number, at) in &places.grains {
+    write_tables(&file, layer, options, &layout)?;
+    for (number, at) in &layout.grains {
         if let Some(Some(data)) = layer.grains().get(number) {
             file.write_all_at(data, at * SECTOR)?;
         }
@@ -190,13 +190,13 @@ pub fn hosted(path: &Path, layer: &Layer, desc: Option<&[u8]>, options: &Hosted)
         .last()
         .filter(|last| options.cut_tail && (*last + 1) * layer.grain() > layer.sectors())
     {
-        file.set_len((places.grains[last] + layer.sectors() - last * layer.grain()) * SECTOR)?;
+        file.set_len((layout.grains[last] + layer.sectors() - last * layer.grain()) * SECTOR)?;
     }
-    Ok(places)
+    Ok(layout)
 }
 
-/// Where directories and tables lie from sector `at` on, and the sector after them.
-fn plan(layer: &Layer, options: &Hosted, at: u64) -> (Places, u64) {
+/// Lays out directories and tables from sector `at` on; also returns the sector after them.
+fn lay_out_tables(layer: &Layer, options: &Hosted, at: u64) -> (FileLayout, u64) {
     let ngte = u64::from(options.ngte);
     let capacity = options.capacity.unwrap_or(layer.sectors());
     let entries = capacity.div_ceil(layer.grain() * ngte);
@@ -215,22 +215,22 @@ fn plan(layer: &Layer, options: &Hosted, at: u64) -> (Places, u64) {
         (at, tables, at + gd_len + used.len() as u64 * gt_len)
     };
     let (first, first_tables, end) = copy(at);
-    let mut places = Places {
+    let mut layout = FileLayout {
         gd: first,
         entries,
         rtables: first_tables.clone(),
-        ..Places::default()
+        ..FileLayout::default()
     };
     if !options.redundant {
-        places.tables = first_tables;
-        return (places, end);
+        layout.tables = first_tables;
+        return (layout, end);
     }
     let (second, second_tables, end) = copy(end);
-    (places.rgd, places.gd, places.tables) = (first, second, second_tables);
-    (places, end)
+    (layout.rgd, layout.gd, layout.tables) = (first, second, second_tables);
+    (layout, end)
 }
 
-/// The stored grains in the order in which they lie in the file.
+/// Returns the stored grains in their order in the file.
 fn file_order(layer: &Layer, options: &Hosted) -> Vec<u64> {
     let mut order: Vec<u64> = layer
         .grains()
@@ -244,8 +244,8 @@ fn file_order(layer: &Layer, options: &Hosted) -> Vec<u64> {
     order
 }
 
-/// Writes the directory entries and the tables of both copies.
-fn write_tables(file: &File, layer: &Layer, options: &Hosted, places: &Places) -> Result<()> {
+/// Writes the directory entries and the tables, primary and redundant.
+fn write_tables(file: &File, layer: &Layer, options: &Hosted, layout: &FileLayout) -> Result<()> {
     let ngte = u64::from(options.ngte);
     let mut tables: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
     for (number, data) in layer.grains() {
@@ -255,19 +255,19 @@ fn write_tables(file: &File, layer: &Layer, options: &Hosted, places: &Places) -
         table[(number % ngte) as usize] = if data.is_none() {
             1
         } else {
-            entry(places.grains[number])?
+            to_entry(layout.grains[number])?
         };
     }
-    let mut copies = vec![(places.gd, &places.tables)];
-    if places.rgd != 0 {
-        copies.push((places.rgd, &places.rtables));
+    let mut copies = vec![(layout.gd, &layout.tables)];
+    if layout.rgd != 0 {
+        copies.push((layout.rgd, &layout.rtables));
     }
     for (directory, at) in copies {
         for (t, sector) in at {
-            file.write_all_at(&entry(*sector)?.to_le_bytes(), directory * SECTOR + t * 4)?;
+            file.write_all_at(&to_entry(*sector)?.to_le_bytes(), directory * SECTOR + t * 4)?;
         }
         for (t, table) in &tables {
-            file.write_all_at(&words(table), at[t] * SECTOR)?;
+            file.write_all_at(&entry_bytes(table), at[t] * SECTOR)?;
         }
     }
     Ok(())

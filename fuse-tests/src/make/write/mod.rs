@@ -1,8 +1,8 @@
-//! Writers of single files: one module for each kind.
+//! Writers of single files: one module for each format.
 //!
-//! They take a [`Layer`] and options that make the oddities, and answer with the places inside of the
-//! file, in sectors, so that a caller can damage it where it wants. Positions are written in the order that suits the
-//! writer: holes of the file are zeroes.
+//! Each writer takes a [`Layer`] and options for unusual forms. It returns the positions of tables and grains in the
+//! file, in sectors, so that the caller can damage the file at any of them. Parts are written in any order: bytes that
+//! are never written stay holes and read as zeroes.
 
 mod cowd;
 mod descriptor;
@@ -25,24 +25,24 @@ pub use hosted::{F_COMPRESSED, F_MARKERS, F_NEWLINE, F_REDUNDANT, F_ZEROED, GD_A
 pub use sesparse::{SeSparse, se_entry, sesparse};
 pub use stream::{Stream, pack_grain, raw_grain, stream};
 
-/// Where things lie in a file that was written, in sectors.
+/// Positions of tables and grains in a written file, in sectors.
 #[derive(Debug, Clone, Default)]
-pub struct Places {
+pub struct FileLayout {
     /// The grain directory.
     pub gd: u64,
-    /// The redundant grain directory; 0 where there is none.
+    /// The redundant grain directory; 0 if there is none.
     pub rgd: u64,
-    /// Entries of the directory.
+    /// Number of entries in the grain directory.
     pub entries: u64,
-    /// The tables, by directory entry.
+    /// The grain tables, by directory entry.
     pub tables: BTreeMap<u64, u64>,
-    /// The redundant tables; the same as `tables` where there are none.
+    /// The redundant grain tables; equal to `tables` if there are none.
     pub rtables: BTreeMap<u64, u64>,
-    /// The stored grains.
+    /// The stored grains, by grain number.
     pub grains: BTreeMap<u64, u64>,
 }
 
-/// Creates a small file.
+/// Creates a small file and returns its path.
 pub fn put(path: PathBuf, data: &[u8]) -> Result<PathBuf> {
     std::fs::write(&path, data).with_context(|| format!("writing {}", path.display()))?;
     Ok(path)
@@ -57,17 +57,17 @@ pub fn poke(path: &Path, offset: u64, data: &[u8]) -> Result<()> {
     Ok(file.write_all_at(data, offset)?)
 }
 
-/// Makes a file shorter.
-pub fn cut(path: &Path, bytes: u64) -> Result<()> {
+/// Truncates a file to `bytes`.
+pub fn truncate(path: &Path, bytes: u64) -> Result<()> {
     Ok(OpenOptions::new().write(true).open(path)?.set_len(bytes)?)
 }
 
-/// Length of a file in bytes.
+/// Returns the length of a file in bytes.
 pub fn length(path: &Path) -> Result<u64> {
     Ok(std::fs::metadata(path)?.len())
 }
 
-/// Writes a FLAT or VMFS extent: raw sectors from sector `offset` of the file on. The layer's own grains only.
+/// Writes a FLAT or VMFS extent: the layer's own grains as raw sectors from sector `offset` of the file on.
 pub fn flat(path: &Path, layer: &Layer, offset: u64) -> Result<()> {
     let file = create(path)?;
     file.set_len((offset + layer.sectors()) * SECTOR)?;
@@ -85,17 +85,17 @@ fn create(path: &Path) -> Result<File> {
     File::create(path).with_context(|| format!("creating {}", path.display()))
 }
 
-/// The bytes of 32-bit entries.
-fn words(entries: &[u32]) -> Vec<u8> {
+/// Returns the little-endian bytes of 32-bit entries.
+fn entry_bytes(entries: &[u32]) -> Vec<u8> {
     entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }
 
-/// A sector number as the 32-bit entry of a table.
-fn entry(sector: u64) -> Result<u32> {
+/// Converts a sector number into a 32-bit table entry.
+fn to_entry(sector: u64) -> Result<u32> {
     u32::try_from(sector).with_context(|| format!("sector {sector} does not fit a table entry"))
 }
 
-/// `data` with zeroes up to whole sectors.
+/// Pads `data` with zeroes to whole sectors.
 fn padded(mut data: Vec<u8>) -> Vec<u8> {
     data.resize(data.len().next_multiple_of(SECTOR as usize), 0);
     data

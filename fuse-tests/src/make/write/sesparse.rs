@@ -11,40 +11,40 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use super::{Places, create};
+use super::{FileLayout, create};
 use crate::make::model::{Content, Layer, SECTOR};
 
-/// Sectors of a grain.
+/// Grain size in sectors.
 const GRAIN: u64 = 8;
-/// Entries of a table.
+/// Entries of a grain table.
 const TABLE: u64 = 4096;
-/// Sectors of a table.
+/// Sectors of a grain table.
 const TABLE_SECTORS: u64 = TABLE * 8 / SECTOR;
-/// Regions of the file are aligned to 1 MiB, as in files of a real ESXi.
+/// Alignment of the regions of the file: 1 MiB, as in files written by ESXi.
 const REGION: u64 = 2048;
-/// Where the directory lies.
+/// Position of the grain directory, in sectors.
 const DIRECTORY: u64 = 4096;
-/// Type bits of a directory entry with a table.
+/// Type bits of a directory entry that names a table.
 const TABLE_PRESENT: u64 = 1 << 60;
 
 /// Options of [`sesparse`].
 #[derive(Debug, Clone, Default)]
 pub struct SeSparse {
-    /// Grains that get type 1: freed by the guest, the old index is kept.
+    /// Grains with an entry of type 1: discarded by the guest, the old index is kept.
     pub unmapped: Vec<u64>,
-    /// Index of the first data grain; 4096 and more shows how the index is split.
+    /// Index of the first data grain; from 4096 on, the index uses both of its bit fields.
     pub first_index: u64,
-    /// Table index by directory entry, where tables shall not lie in directory order.
+    /// Table index by directory entry; if empty, tables are in directory order.
     pub table_order: BTreeMap<u64, u64>,
 }
 
-/// A grain entry: the type in the top nibble, then the low 12 bits of the index, then the others.
-pub fn se_entry(kind: u64, index: u64) -> u64 {
-    kind << 60 | (index & 0xfff) << 48 | index >> 12
+/// Encodes a grain entry: the type in the top four bits, then the low 12 bits of the index, then its other bits.
+pub fn se_entry(entry_type: u64, index: u64) -> u64 {
+    entry_type << 60 | (index & 0xfff) << 48 | index >> 12
 }
 
 /// Writes a seSparse delta.
-pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places> {
+pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<FileLayout> {
     ensure!(layer.grain() == GRAIN, "grains of seSparse have 8 sectors");
     let numbers: BTreeSet<u64> = layer.grains().keys().chain(&options.unmapped).copied().collect();
     let used: BTreeSet<u64> = numbers.iter().map(|n| n / TABLE).collect();
@@ -55,20 +55,20 @@ pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places
     let entries = layer.sectors().div_ceil(TABLE * GRAIN);
     let gd_len = (entries * 8).div_ceil(SECTOR).max(REGION);
     let highest = order.values().copied().max().unwrap_or(0);
-    let layout = Layout {
+    let regions = Regions {
         gd_len,
         gt_len: ((highest + 1) * TABLE_SECTORS).next_multiple_of(REGION),
     };
-    let mut places = Places {
+    let mut layout = FileLayout {
         gd: DIRECTORY,
         entries,
-        ..Places::default()
+        ..FileLayout::default()
     };
-    places.tables = order
+    layout.tables = order
         .iter()
-        .map(|(t, i)| (*t, layout.tables() + i * TABLE_SECTORS))
+        .map(|(t, i)| (*t, regions.tables() + i * TABLE_SECTORS))
         .collect();
-    places.rtables = places.tables.clone();
+    layout.rtables = layout.tables.clone();
     let file = create(path)?;
     for t in &used {
         file.write_all_at(&(TABLE_PRESENT | order[t]).to_le_bytes(), DIRECTORY * SECTOR + t * 8)?;
@@ -78,9 +78,9 @@ pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places
         let value = match layer.grains().get(&number) {
             _ if options.unmapped.contains(&number) => se_entry(1, index),
             Some(Some(data)) => {
-                let at = layout.grains() + index * GRAIN;
+                let at = regions.grains() + index * GRAIN;
                 file.write_all_at(data, at * SECTOR)?;
-                places.grains.insert(number, at);
+                layout.grains.insert(number, at);
                 index += 1;
                 se_entry(3, index - 1)
             }
@@ -88,21 +88,21 @@ pub fn sesparse(path: &Path, layer: &Layer, options: &SeSparse) -> Result<Places
         };
         file.write_all_at(
             &value.to_le_bytes(),
-            places.tables[&(number / TABLE)] * SECTOR + number % TABLE * 8,
+            layout.tables[&(number / TABLE)] * SECTOR + number % TABLE * 8,
         )?;
     }
-    file.set_len((layout.grains() + (index.max(1) * GRAIN).next_multiple_of(REGION)) * SECTOR)?;
-    write_headers(&file, layer.sectors(), used.len() as u64, &layout)?;
-    Ok(places)
+    file.set_len((regions.grains() + (index.max(1) * GRAIN).next_multiple_of(REGION)) * SECTOR)?;
+    write_headers(&file, layer.sectors(), used.len() as u64, &regions)?;
+    Ok(layout)
 }
 
-/// Lengths from which the places of all regions follow.
-struct Layout {
+/// Lengths in sectors from which the positions of all regions follow.
+struct Regions {
     gd_len: u64,
     gt_len: u64,
 }
 
-impl Layout {
+impl Regions {
     fn tables(&self) -> u64 {
         DIRECTORY + self.gd_len
     }
@@ -120,8 +120,8 @@ impl Layout {
     }
 }
 
-/// Writes the constant and the volatile header.
-fn write_headers(file: &File, capacity: u64, used_tables: u64, layout: &Layout) -> Result<()> {
+/// Writes the constant header and the volatile header.
+fn write_headers(file: &File, capacity: u64, used_tables: u64, regions: &Regions) -> Result<()> {
     let mut constant = vec![
         0xcafe_babe,
         0x2_0000_0001,
@@ -143,16 +143,16 @@ fn write_headers(file: &File, capacity: u64, used_tables: u64, layout: &Layout) 
         REGION,
         REGION,
         DIRECTORY,
-        layout.gd_len,
-        layout.tables(),
-        layout.gt_len,
+        regions.gd_len,
+        regions.tables(),
+        regions.gt_len,
     ]);
     constant.extend([
-        layout.bitmap(),
+        regions.bitmap(),
         REGION,
-        layout.back_map(),
+        regions.back_map(),
         REGION,
-        layout.grains(),
+        regions.grains(),
         capacity,
     ]);
     let longs = |values: &[u64]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();

@@ -1,4 +1,4 @@
-//! streamOptimized extents, written front to back.
+//! streamOptimized extents, written from start to end.
 //!
 //! ```text
 //!   header · descriptor · (grains of one table · marker · table)… · marker · directory · [marker · footer] · end
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use flate2::Compression;
 use flate2::write::ZlibEncoder;
 
-use super::{F_COMPRESSED, F_MARKERS, F_NEWLINE, GD_AT_END, Header, Places, entry, padded, words};
+use super::{F_COMPRESSED, F_MARKERS, F_NEWLINE, FileLayout, GD_AT_END, Header, entry_bytes, padded, to_entry};
 use crate::make::model::{Content, Layer, SECTOR};
 
 /// Marker: a grain table follows.
@@ -21,31 +21,31 @@ const MARK_TABLE: u32 = 1;
 const MARK_DIRECTORY: u32 = 2;
 /// Marker: the footer follows.
 const MARK_FOOTER: u32 = 3;
-/// Marker "progress", which newer vSphere writers strew in before tables.
+/// Marker "progress", which newer vSphere writers insert before tables.
 const MARK_PROGRESS: u32 = 4;
 /// Marker: end of the stream.
 const MARK_END: u32 = 0;
 
-/// Options of [`stream`]; the default is what VMware writes.
+/// Options of [`stream`]; the default is the form that VMware writes.
 #[derive(Debug, Clone)]
 pub struct Stream {
-    /// Sectors of the descriptor.
+    /// Length of the descriptor in sectors.
     pub desc_len: u64,
-    /// Entries of a table.
+    /// Entries of a grain table.
     pub ngte: u32,
-    /// The directory's place is in a footer, else in the first header.
+    /// Writes the directory's position into a footer, else into the first header.
     pub footer: bool,
-    /// The last, partial grain is compressed at its real length, else padded to a whole grain.
+    /// Compresses a partial last grain at its used length, else padded to a whole grain.
     pub short_last: bool,
-    /// Progress markers before tables.
+    /// Writes progress markers before tables.
     pub progress: bool,
     /// Format version.
     pub version: u32,
-    /// Grains have their sector number in front, and there are markers (flag bit 17).
+    /// Writes markers, and the sector number before each grain (flag bit 17).
     pub lba_header: bool,
-    /// Ready-made bytes instead of a good grain, by its number.
+    /// Bytes to store in place of a grain, by grain number.
     pub replace: BTreeMap<u64, Vec<u8>>,
-    /// Capacity in the first header, where it differs from the footer's.
+    /// Capacity in the first header if it differs from the footer's.
     pub header_capacity: Option<u64>,
 }
 
@@ -65,8 +65,8 @@ impl Default for Stream {
     }
 }
 
-/// Writes a streamOptimized extent. Zero grains are left out, as writers do.
-pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Result<Places> {
+/// Writes a streamOptimized extent. Zero grains are omitted, as real writers do.
+pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Result<FileLayout> {
     ensure!(
         desc.len() as u64 <= options.desc_len * SECTOR,
         "a descriptor of {} bytes is too long",
@@ -91,14 +91,14 @@ pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Resu
     out.extend_from_slice(desc);
     out.resize((overhead * SECTOR) as usize, 0);
     let coverage = layer.grain() * u64::from(options.ngte);
-    let mut places = Places {
+    let mut layout = FileLayout {
         entries: layer.sectors().div_ceil(coverage),
-        ..Places::default()
+        ..FileLayout::default()
     };
-    write_tables(&mut out, layer, options, &mut places)?;
+    write_tables(&mut out, layer, options, &mut layout)?;
     let last = Header {
         capacity: layer.sectors(),
-        gd: places.gd,
+        gd: layout.gd,
         ..first
     };
     if options.footer {
@@ -110,11 +110,11 @@ pub fn stream(path: &Path, layer: &Layer, desc: &[u8], options: &Stream) -> Resu
         out[..SECTOR as usize].copy_from_slice(&last.bytes());
     }
     std::fs::write(path, out).with_context(|| format!("writing {}", path.display()))?;
-    places.rtables = places.tables.clone();
-    Ok(places)
+    layout.rtables = layout.tables.clone();
+    Ok(layout)
 }
 
-/// Compresses a grain and puts its header in front; padded to sectors.
+/// Compresses a grain, prepends its header, and pads it to whole sectors.
 pub fn pack_grain(lba: u64, data: &[u8], lba_header: bool) -> Result<Vec<u8>> {
     let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(data)?;
@@ -126,20 +126,20 @@ pub fn pack_grain(lba: u64, data: &[u8], lba_header: bool) -> Result<Vec<u8>> {
     Ok(padded([&size.to_le_bytes()[..], &body].concat()))
 }
 
-/// A grain with a header and a body of one's choice, padded to sectors.
+/// Returns a grain with an arbitrary size field and body, padded to whole sectors.
 pub fn raw_grain(lba: u64, size: u32, body: &[u8]) -> Vec<u8> {
     padded([&lba.to_le_bytes()[..], &size.to_le_bytes(), body].concat())
 }
 
-/// Appends grains, tables and the directory, and notes their places.
-fn write_tables(out: &mut Vec<u8>, layer: &Layer, options: &Stream, places: &mut Places) -> Result<()> {
+/// Appends grains, tables and the directory, and records their positions.
+fn write_tables(out: &mut Vec<u8>, layer: &Layer, options: &Stream, layout: &mut FileLayout) -> Result<()> {
     let ngte = u64::from(options.ngte);
     let gt_len = (ngte * 4).div_ceil(SECTOR);
-    let mut directory = vec![0; places.entries as usize];
+    let mut directory = vec![0; layout.entries as usize];
     let mut tables: BTreeMap<u64, Vec<(u64, Vec<u8>)>> = BTreeMap::new();
     for (number, data) in layer.grains() {
         if let Some(data) = data.as_ref().filter(|data| data.iter().any(|b| *b != 0)) {
-            let bytes = packed(layer, options, *number, data)?;
+            let bytes = grain_bytes(layer, options, *number, data)?;
             tables.entry(number / ngte).or_default().push((*number, bytes));
         }
     }
@@ -147,8 +147,8 @@ fn write_tables(out: &mut Vec<u8>, layer: &Layer, options: &Stream, places: &mut
         let mut table = vec![0; options.ngte as usize];
         for (number, bytes) in grains {
             let at = out.len() as u64 / SECTOR;
-            places.grains.insert(number, at);
-            table[(number % ngte) as usize] = entry(at)?;
+            layout.grains.insert(number, at);
+            table[(number % ngte) as usize] = to_entry(at)?;
             out.extend_from_slice(&bytes);
         }
         if options.progress {
@@ -156,21 +156,21 @@ fn write_tables(out: &mut Vec<u8>, layer: &Layer, options: &Stream, places: &mut
         }
         out.extend_from_slice(&marker(gt_len, MARK_TABLE));
         let at = out.len() as u64 / SECTOR;
-        places.tables.insert(t, at);
-        directory[t as usize] = entry(at)?;
-        out.extend_from_slice(&padded(words(&table)));
+        layout.tables.insert(t, at);
+        directory[t as usize] = to_entry(at)?;
+        out.extend_from_slice(&padded(entry_bytes(&table)));
     }
-    let directory = padded(words(&directory));
+    let directory = padded(entry_bytes(&directory));
     out.extend_from_slice(&marker(directory.len() as u64 / SECTOR, MARK_DIRECTORY));
-    places.gd = out.len() as u64 / SECTOR;
+    layout.gd = out.len() as u64 / SECTOR;
     out.extend_from_slice(&directory);
     Ok(())
 }
 
-/// The bytes of one grain in the file.
-fn packed(layer: &Layer, options: &Stream, number: u64, data: &[u8]) -> Result<Vec<u8>> {
-    if let Some(ready) = options.replace.get(&number) {
-        return Ok(ready.clone());
+/// Returns the bytes that store one grain.
+fn grain_bytes(layer: &Layer, options: &Stream, number: u64, data: &[u8]) -> Result<Vec<u8>> {
+    if let Some(replacement) = options.replace.get(&number) {
+        return Ok(replacement.clone());
     }
     let start = number * layer.grain();
     let real = (layer.sectors() - start).min(layer.grain()) * SECTOR;
@@ -182,10 +182,10 @@ fn packed(layer: &Layer, options: &Stream, number: u64, data: &[u8]) -> Result<V
     pack_grain(start, data, options.lba_header)
 }
 
-/// A marker sector.
-fn marker(value: u64, kind: u32) -> [u8; SECTOR as usize] {
+/// Returns a marker sector.
+fn marker(value: u64, marker_type: u32) -> [u8; SECTOR as usize] {
     let mut out = [0; SECTOR as usize];
     out[..8].copy_from_slice(&value.to_le_bytes());
-    out[12..16].copy_from_slice(&kind.to_le_bytes());
+    out[12..16].copy_from_slice(&marker_type.to_le_bytes());
     out
 }

@@ -1,4 +1,4 @@
-//! A whole commit merges an overlay into its base, whatever that is.
+//! Complete commits: an overlay is merged into every kind of base.
 
 use std::fs;
 
@@ -61,7 +61,7 @@ fn a_commit_to_a_stream_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_commit_to_a_raw_image_of_any_length() {
+fn a_commit_merges_into_raw_images_of_any_length() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let [base, cow, keep] = ["base.img", "cow.vmdk", "keep.raw"].map(|name| dir.path().join(name));
@@ -76,7 +76,7 @@ fn a_commit_to_a_raw_image_of_any_length() {
 }
 
 #[test]
-fn an_overlay_goes_on_after_a_commit() {
+fn an_overlay_takes_writes_after_a_commit() {
     let _alone = alone();
     let Some(folder) = Folder::new(4 << 20) else { return };
     let mut pair = folder.changed(&folder.sparse("base.vmdk"), 1, 50);

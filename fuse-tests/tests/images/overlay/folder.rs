@@ -1,4 +1,4 @@
-//! A folder with a raw original and what qemu-img makes of it.
+//! Scratch folder with a raw original and its conversions by qemu-img.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use fuse_tests::harness::{Scratch, need, qemu_img, raw_with_islands};
 use super::pair::Pair;
 use super::text;
 
-/// The kinds that qemu makes, and how.
+/// Images that qemu-img creates: file name and option.
 const KINDS: [(&str, &str); 4] = [
     ("sparse.vmdk", "subformat=monolithicSparse"),
     ("flat.vmdk", "subformat=monolithicFlat"),
@@ -16,7 +16,7 @@ const KINDS: [(&str, &str); 4] = [
     ("stream.vmdk", "subformat=streamOptimized"),
 ];
 
-/// The format of an image, as qemu calls it.
+/// Returns the name that qemu has for the format of an image.
 pub(crate) fn format(path: &Path) -> &'static str {
     if path.extension().is_some_and(|extension| extension == "vmdk") {
         "vmdk"
@@ -25,18 +25,19 @@ pub(crate) fn format(path: &Path) -> &'static str {
     }
 }
 
-/// A folder of one test.
+/// Scratch folder of one test.
 #[derive(Debug)]
 pub(crate) struct Folder {
     pub(crate) scratch: Scratch,
-    /// The original.
+    /// The original raw file.
     pub(crate) raw: PathBuf,
-    /// Where an overlay goes.
+    /// Path of the overlay.
     pub(crate) cow: PathBuf,
 }
 
 impl Folder {
-    /// With an original of `len` bytes; `None`: qemu-img is not there, and the test is skipped.
+    /// Creates a folder with an original of `len` bytes, or returns `None` if qemu-img is missing and the test is
+    /// skipped.
     #[track_caller]
     pub(crate) fn new(len: u64) -> Option<Self> {
         if !need("qemu-img") {
@@ -48,7 +49,7 @@ impl Folder {
         Some(Self { scratch, raw, cow })
     }
 
-    /// Makes a VMDK of the original.
+    /// Converts the original to a VMDK.
     #[track_caller]
     pub(crate) fn vmdk(&self, name: &str, options: &str) -> PathBuf {
         let path = self.scratch.path(name);
@@ -56,34 +57,34 @@ impl Folder {
         path
     }
 
-    /// Makes the VMDK that qemu makes unless told otherwise.
+    /// Converts the original to a monolithic sparse VMDK, qemu's default.
     #[track_caller]
     pub(crate) fn sparse(&self, name: &str) -> PathBuf {
         self.vmdk(name, "subformat=monolithicSparse")
     }
 
-    /// Makes each of [`KINDS`], and a chain of two.
+    /// Creates a VMDK of each of [`KINDS`] and a chain of two.
     #[track_caller]
     pub(crate) fn vmdks(&self) -> Vec<PathBuf> {
-        let mut made = Vec::from(KINDS.map(|(name, options)| self.vmdk(name, options)));
+        let mut images = Vec::from(KINDS.map(|(name, options)| self.vmdk(name, options)));
         let (bottom, top) = (self.sparse("bottom.vmdk"), self.scratch.path("top.vmdk"));
         qemu_img(["create", "-f", "vmdk", "-b", text(&bottom), "-F", "vmdk", text(&top)]);
-        made.push(top);
-        made
+        images.push(top);
+        images
     }
 
-    /// What a commit can write to.
+    /// Creates every base that a commit can write to: no stream, but a raw image.
     #[track_caller]
     pub(crate) fn bases(&self) -> Vec<PathBuf> {
-        let mut made = self.vmdks();
-        made.retain(|base| !base.ends_with("stream.vmdk"));
+        let mut images = self.vmdks();
+        images.retain(|base| !base.ends_with("stream.vmdk"));
         let plain = self.scratch.path("plain.img");
         fs::copy(&self.raw, &plain).unwrap();
-        made.push(plain);
-        made
+        images.push(plain);
+        images
     }
 
-    /// A disk that was made of the original, after `steps` of changes in an overlay.
+    /// Creates an overlay over `base`, a conversion of the original, and applies `steps` random operations.
     #[track_caller]
     pub(crate) fn changed(&self, base: &Path, seed: u64, steps: u64) -> Pair {
         Pair::changed(base, &self.cow, &self.raw, seed, steps)

@@ -1,4 +1,4 @@
-//! A commit that stops anywhere leaves the disk as it was, protects its base, and is completed by the next.
+//! Interrupted commits: the disk keeps its content, the base is protected, and the next commit completes the merge.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,10 +24,10 @@ use super::folder::{Folder, format};
 use super::pair::{close, disk, go_on, reading};
 use super::text;
 
-/// Where a commit is cut off: at the n-th step that `at` says yes to.
-type Cut = (&'static str, fn(Step) -> bool, usize);
+/// Point at which a commit is interrupted: a name, a predicate, and n; the n-th matching step is the point.
+type Interruption = (&'static str, fn(Step) -> bool, usize);
 
-const CUTS: [Cut; 9] = [
+const INTERRUPTIONS: [Interruption; 9] = [
     ("marked", |s| s == Step::Marked, 1),
     ("told", |s| s == Step::Told, 1),
     ("begun", |s| s == Step::Begun, 1),
@@ -39,8 +39,9 @@ const CUTS: [Cut; 9] = [
     ("closed", |s| s == Step::Closed, 1),
 ];
 
-/// Runs a commit until the cut. Crashed: with an error, which ends everything as it is; else it is asked to stop.
-fn cut_off(disk: &DiskConfig, (_, at, nth): Cut, crash: bool) -> Result<bool> {
+/// Runs a commit up to the interruption. With `crash` the callback fails there, and the files stay as they are;
+/// otherwise it asks the commit to stop.
+fn interrupt(disk: &DiskConfig, (_, at, nth): Interruption, crash: bool) -> Result<bool> {
     let commit = Commit::open(disk)?;
     let total = commit.total();
     let (mut seen, mut stop) = (0, false);
@@ -49,7 +50,7 @@ fn cut_off(disk: &DiskConfig, (_, at, nth): Cut, crash: bool) -> Result<bool> {
         let last = nth == usize::MAX && step == Step::Copied(total);
         stop |= at(step) && seen == nth || last;
         match (stop, crash) {
-            (true, true) => Err(Error::corrupt("cut off")),
+            (true, true) => Err(Error::corrupt("interrupted")),
             (true, false) => Ok(Next::Stop),
             (false, _) => Ok(Next::GoOn),
         }
@@ -57,7 +58,7 @@ fn cut_off(disk: &DiskConfig, (_, at, nth): Cut, crash: bool) -> Result<bool> {
 }
 
 #[test]
-fn a_commit_that_is_cut_off_anywhere_is_completed_by_the_next() {
+fn a_commit_interrupted_at_any_step_is_completed_by_the_next() {
     let _alone = alone();
     let Some(folder) = Folder::new((3 << 20) + 512 * 5) else {
         return;
@@ -65,45 +66,45 @@ fn a_commit_that_is_cut_off_anywhere_is_completed_by_the_next() {
     for base in &folder.bases() {
         let keep = tempdir().unwrap();
         copy_all(folder.scratch.root(), keep.path());
-        for (cut, seed) in CUTS.into_iter().zip(1..) {
+        for (point, seed) in INTERRUPTIONS.into_iter().zip(1..) {
             for crash in [true, false] {
                 copy_all(keep.path(), folder.scratch.root());
-                cut_off_and_completed(&folder, base, cut, seed, crash);
+                interrupt_and_complete(&folder, base, point, seed, crash);
                 fs::remove_file(&folder.cow).unwrap();
             }
         }
     }
 }
 
-/// Cuts a commit off, goes on with the pair, cuts another off, and completes it.
-fn cut_off_and_completed(folder: &Folder, base: &Path, cut: Cut, seed: u64, crash: bool) {
-    let what = format!("{}, {}, crash {crash}", base.display(), cut.0);
+/// Interrupts a commit, writes to the pair, interrupts a second commit, and completes a third.
+fn interrupt_and_complete(folder: &Folder, base: &Path, point: Interruption, seed: u64, crash: bool) {
+    let what = format!("{}, {}, crash {crash}", base.display(), point.0);
     let mut pair = folder.changed(base, seed, 300);
-    let done = cut_off(&pair.disk, cut, crash);
+    let done = interrupt(&pair.disk, point, crash);
     let has_cid = format(base) == "vmdk";
-    match (crash, cut.0) {
+    match (crash, point.0) {
         (_, "told" | "begun") if !has_cid => assert!(done.unwrap(), "{what}"),
-        (true, _) => assert_eq!(done.unwrap_err().to_string(), "cut off", "{what}"),
+        (true, _) => assert_eq!(done.unwrap_err().to_string(), "interrupted", "{what}"),
         (false, "closed") => assert!(done.unwrap(), "{what}"),
         (false, _) => assert!(!done.unwrap(), "{what}"),
     }
     pair.same(&what);
-    // the pair may be used further, and cut off again
+    // The pair stays writable, and the next commit may be interrupted too.
     pair.change(&mut Random::new(seed + 100), 40);
-    let _ = cut_off(&pair.disk, CUTS[seed as usize % CUTS.len()], true);
+    let _ = interrupt(&pair.disk, INTERRUPTIONS[seed as usize % INTERRUPTIONS.len()], true);
     pair.same(&format!("{what}, twice"));
     pair.merge();
     pair.merged(&what);
 }
 
-/// Copies the files of one folder over those of another.
+/// Copies the files of one folder over those of another folder.
 fn copy_all(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap().flatten() {
         fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
 }
 
-/// The value of a setting in a file that holds a descriptor, and where it is.
+/// Returns the offset and the value of a descriptor key in a file.
 fn setting(path: &Path, key: &str) -> (u64, String) {
     let bytes = fs::read(path).unwrap();
     let key = format!("\n{key}");
@@ -113,14 +114,14 @@ fn setting(path: &Path, key: &str) -> (u64, String) {
 }
 
 #[test]
-fn a_cid_of_which_a_power_cut_left_a_mixture_is_accepted_while_a_commit_is_unfinished() {
+fn a_torn_cid_is_accepted_while_a_commit_is_unfinished() {
     let _alone = alone();
     let Some(folder) = Folder::new(2 << 20) else { return };
     let base = folder.sparse("base.vmdk");
     let pair = folder.changed(&base, 1, 60);
-    cut_off(&pair.disk, CUTS[1], true).unwrap_err();
+    interrupt(&pair.disk, INTERRUPTIONS[1], true).unwrap_err();
     let ((at, old), (_, new)) = (setting(&base, "CID="), setting(&folder.cow, "parentCID="));
-    // qemu leaves out zeroes at the front
+    // qemu omits leading zeroes.
     let new = format!("{:0width$x}", u32::from_str_radix(&new, 16).unwrap(), width = old.len());
     assert_ne!(old, new);
     let write = |cid: &str| {
@@ -129,11 +130,11 @@ fn a_cid_of_which_a_power_cut_left_a_mixture_is_accepted_while_a_commit_is_unfin
             .open(&base)
             .unwrap()
             .write_all_at(cid.as_bytes(), at)
-            .unwrap()
+            .unwrap();
     };
-    for cut in 0..=old.len() {
-        write(&format!("{}{}", &new[..cut], &old[cut..]));
-        pair.same(&format!("{cut} digits"));
+    for digits in 0..=old.len() {
+        write(&format!("{}{}", &new[..digits], &old[digits..]));
+        pair.same(&format!("{digits} digits"));
     }
     let other = if old.starts_with('0') || new.starts_with('0') {
         "1"
@@ -156,18 +157,18 @@ fn a_cid_of_which_a_power_cut_left_a_mixture_is_accepted_while_a_commit_is_unfin
 fn a_base_whose_commit_is_unfinished_is_protected_under_both_cids() {
     let _alone = alone();
     let Some(folder) = Folder::new(2 << 20) else { return };
-    for cut in CUTS.iter().take(4) {
+    for point in INTERRUPTIONS.iter().take(4) {
         let base = folder.sparse("base.vmdk");
         let pair = folder.changed(&base, 1, 60);
-        cut_off(&pair.disk, *cut, true).unwrap_err();
+        interrupt(&pair.disk, *point, true).unwrap_err();
         let error = writable(&base).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Policy, "{}: {error}", cut.0);
+        assert_eq!(error.kind(), ErrorKind::Policy, "{}: {error}", point.0);
         fs::remove_file(&folder.cow).unwrap();
     }
 }
 
-/// `vmdkfuse --commit`, begun.
-fn begin(base: &Path, cow: &Path, stderr: Stdio) -> Child {
+/// Starts `vmdkfuse --commit`.
+fn start_commit(base: &Path, cow: &Path, stderr: Stdio) -> Child {
     let [file, overlay] = [("file=", base), ("cow=", cow)].map(|(key, path)| {
         let mut word = OsString::from(key);
         word.push(path);
@@ -183,9 +184,9 @@ fn begin(base: &Path, cow: &Path, stderr: Stdio) -> Child {
         .unwrap()
 }
 
-/// A commit, killed after some time unless it has ended; whether it had, well.
+/// Runs a commit and kills it after `time`. Returns true if it had already succeeded.
 fn commit_for(base: &Path, cow: &Path, time: Option<Duration>) -> bool {
-    let mut child = begin(base, cow, Stdio::null());
+    let mut child = start_commit(base, cow, Stdio::null());
     if let Some(time) = time {
         thread::sleep(time);
         child.kill().unwrap();
@@ -197,7 +198,7 @@ fn commit_for(base: &Path, cow: &Path, time: Option<Duration>) -> bool {
     }) {
         child.kill().unwrap();
         child.wait().unwrap();
-        panic!("the commit does not end");
+        panic!("the commit has not ended after 60 s");
     }
     status.unwrap().success()
 }
@@ -215,7 +216,7 @@ fn a_commit_that_is_killed_at_any_moment_is_completed_by_the_next() {
         image.disk().writer().unwrap().write_at(Lba(11), &data).unwrap();
         pair.model.write(11, &data);
         close(image);
-        // micros that a whole commit may take, found out on the way
+        // Upper limit of the random time before the kill, in µs. It adapts to the time that a commit takes.
         let mut limit = 40_000;
         for _ in 0..12 {
             let ended = commit_for(base, &folder.cow, Some(Duration::from_micros(random.below(limit))));
@@ -230,7 +231,7 @@ fn a_commit_that_is_killed_at_any_moment_is_completed_by_the_next() {
     assert!(killed >= 4, "only {killed} commits were killed before their end");
 }
 
-/// Whether a process holds SIGTERM back.
+/// Returns true if the process blocks SIGTERM.
 fn blocks_sigterm(pid: u32) -> bool {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let mask = text
@@ -243,7 +244,7 @@ fn blocks_sigterm(pid: u32) -> bool {
 }
 
 #[test]
-fn a_commit_that_is_asked_to_end_stops_between_two_ranges() {
+fn a_commit_stops_between_two_ranges_on_sigterm() {
     let _alone = alone();
     let scratch = Scratch::new();
     let [base, cow] = ["base.img", "cow.vmdk"].map(|name| scratch.path(name));
@@ -255,21 +256,21 @@ fn a_commit_that_is_asked_to_end_stops_between_two_ranges() {
         image.disk().writer().unwrap().write_at(Lba(mib << 11), &data).unwrap();
     }
     close(image);
-    let child = begin(&base, &cow, Stdio::piped());
-    // it waits for the signal as soon as it does not let it end it any more
+    let child = start_commit(&base, &cow, Stdio::piped());
+    // Once the commit blocks the signal, it polls for it between ranges instead of being killed by it.
     let blocked = poll_until(Duration::from_secs(20), || blocks_sigterm(child.id()));
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGTERM).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(blocked, "the signal was never blocked");
-    let says = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{says}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
     for part in [
         "SIGTERM",
         "of 256 MiB",
         "is not merged whole",
         "--commit again completes it",
     ] {
-        assert!(says.contains(part), "`{says}` does not say {part}");
+        assert!(stderr.contains(part), "`{stderr}` does not contain {part}");
     }
     let image = volume::open(&reading(&disk)).unwrap();
     for mib in [0, 100, 255] {

@@ -1,5 +1,5 @@
-//! Overlays: a disk with `cow=` holds what was written to it, its source is never touched, other programs read the chain,
-//! and a commit may stop anywhere.
+//! Overlays: a disk with `cow=` keeps every write, its source is never written, qemu reads the chain of overlay and
+//! base, and a commit may be interrupted at any moment.
 
 mod commit;
 mod folder;
@@ -11,6 +11,7 @@ mod sources;
 
 use std::path::Path;
 
+/// Returns a path as a string.
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }

@@ -1,4 +1,4 @@
-//! The program itself: mounts with overlays, and what it tells about them.
+//! The program with overlays: mounts, `--info`, `--map`, `--check` and `--commit`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,13 +14,13 @@ use super::folder::Folder;
 use super::pair::disk;
 use super::text;
 
-/// An action of the program on a disk with its overlay.
-fn act(scratch: &Scratch, action: &str, base: &Path, cow: &Path) -> Cmd {
-    scratch.vmdkfuse().arg(action).key("cow", cow).key("file", base)
+/// Returns a command that runs an action of the program on a disk with an overlay.
+fn action(scratch: &Scratch, option: &str, base: &Path, cow: &Path) -> Cmd {
+    scratch.vmdkfuse().arg(option).key("cow", cow).key("file", base)
 }
 
 #[test]
-fn a_temporary_overlay_leaves_no_file_however_it_ends() {
+fn a_temporary_overlay_leaves_no_file_after_unmount_or_kill() {
     let _alone = alone();
     if !need_fuse() {
         return;
@@ -37,7 +37,7 @@ fn a_temporary_overlay_leaves_no_file_however_it_ends() {
             .file(&base)
             .foreground()
             .start();
-        assert_eq!(names(), 0, "the overlay has a name");
+        assert_eq!(names(), 0, "the overlay has a name in TMPDIR");
         let deleted = format!("{}/#", text(&tmp));
         let open = fs::read_dir(format!("/proc/{}/fd", mount.pid())).unwrap();
         let links = open.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
@@ -56,7 +56,7 @@ fn a_temporary_overlay_leaves_no_file_however_it_ends() {
     assert!(fs::read(&base).unwrap() == vec![7; 1 << 20]);
 }
 
-/// Random writes of any length at any byte through a mount, into `model` as well.
+/// Writes random lengths at random byte offsets to a mounted file and to the model file.
 fn write_through(file: &File, model: &File, random: &mut Random, len: u64) {
     for step in 0..200 {
         let at = random.below(len);
@@ -71,7 +71,7 @@ fn write_through(file: &File, model: &File, random: &mut Random, len: u64) {
     }
 }
 
-/// Mounts a disk twice and writes to it, and to `expected` as well.
+/// Mounts a disk twice and writes the same data to it and to the file `expected`.
 fn mount_and_write(folder: &Folder, base: &Path, expected: &Path, seed: u64) {
     let mut random = Random::new(seed);
     let len = fs::metadata(expected).unwrap().len();
@@ -88,7 +88,7 @@ fn mount_and_write(folder: &Folder, base: &Path, expected: &Path, seed: u64) {
 }
 
 #[test]
-fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
+fn a_mounted_overlay_is_written_and_committed() {
     let _alone = alone();
     if !need_fuse() {
         return;
@@ -104,7 +104,7 @@ fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
         fs::copy(&folder.raw, &expected).unwrap();
         mount_and_write(&folder, base, &expected, seed);
         assert_eq!(sha256(base), before, "{}: the source was changed", base.display());
-        let act = |action: &str| act(&folder.scratch, action, base, &folder.cow);
+        let act = |option: &str| action(&folder.scratch, option, base, &folder.cow);
         act("--check").run().ok();
         let info = act("--info").arg("--json").run().ok().json();
         assert!(info[0]["overlay"]["changed"].as_u64().unwrap() > 0, "{info}");
@@ -129,7 +129,7 @@ fn a_mounted_disk_with_an_overlay_is_written_to_and_merged() {
 }
 
 #[test]
-fn the_map_of_an_overlay_lists_what_it_changed() {
+fn the_map_of_an_overlay_lists_the_changed_ranges() {
     let _alone = alone();
     let scratch = Scratch::new();
     let base = scratch.write("base.img", vec![7; 1 << 20]);
@@ -140,10 +140,10 @@ fn the_map_of_an_overlay_lists_what_it_changed() {
     writer.zero(Lba(160)..Lba(192), true).unwrap();
     writer.close().unwrap();
     drop(image);
-    let map = act(&scratch, "--map", &base, &cow).arg("--json").run().ok().json();
-    let wanted = serde_json::json!([
+    let map = action(&scratch, "--map", &base, &cow).arg("--json").run().ok().json();
+    let expected = serde_json::json!([
         { "start": 8192, "length": 8192, "content": "data" },
         { "start": 81920, "length": 16384, "content": "zero" },
     ]);
-    assert_eq!(map[0]["map"], wanted, "{map}");
+    assert_eq!(map[0]["map"], expected, "{map}");
 }

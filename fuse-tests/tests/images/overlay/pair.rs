@@ -1,4 +1,4 @@
-//! A disk with its overlay, and what both show.
+//! A disk with its overlay, and a model of the content that both show together.
 
 use std::path::Path;
 
@@ -14,14 +14,14 @@ use vmdkfuse::store::Access;
 use vmdkfuse::vmdk::{self, VmdkDisk};
 use vmdkfuse::volume::{self, Volume, open_source};
 
-/// The disk in `base` with its overlay.
+/// Returns the configuration of the disk `base` with the overlay `cow`.
 pub(crate) fn disk(base: &Path, cow: &Path) -> DiskConfig {
     let mut disk = DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(base)));
     disk.overlay = Some(Overlay::File(cow.to_path_buf()));
     disk
 }
 
-/// How its base is opened.
+/// Returns the options with which the base is opened.
 pub(crate) fn local(disk: &mut DiskConfig) -> &mut LocalConfig {
     let SourceConfig::Local(local) = &mut disk.source else {
         panic!("a disk in a file")
@@ -29,7 +29,7 @@ pub(crate) fn local(disk: &mut DiskConfig) -> &mut LocalConfig {
     local
 }
 
-/// The same disk, only to be read.
+/// Returns the configuration of the same disk, read-only.
 pub(crate) fn reading(disk: &DiskConfig) -> DiskConfig {
     DiskConfig {
         read_only: true,
@@ -37,24 +37,24 @@ pub(crate) fn reading(disk: &DiskConfig) -> DiskConfig {
     }
 }
 
-/// The overlay of a disk, without what is below.
+/// Opens the overlay of a disk as a VMDK, without its base.
 fn delta(disk: &DiskConfig) -> Result<VmdkDisk> {
     Ok(open_overlay(&reading(disk), &open_source(disk)?, Access::Read)?.unwrap())
 }
 
-/// A commit that nobody stops.
+/// Callback of a commit that runs to its end.
 pub(crate) fn go_on(_: Step) -> Result<Next> {
     Ok(Next::GoOn)
 }
 
-/// Makes what was written to it durable, and closes it.
+/// Closes the writer, which makes its writes durable, and the volume.
 #[track_caller]
 pub(crate) fn close(image: Volume) {
     image.disk().writer().unwrap().close().unwrap();
     drop(image);
 }
 
-/// A disk with its overlay, and what both show.
+/// A disk with its overlay and the model of its content.
 #[derive(Debug)]
 pub(crate) struct Pair {
     pub(crate) disk: DiskConfig,
@@ -62,7 +62,7 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// The disk in `base`, which holds what the file `raw` does, after `steps` of changes.
+    /// Creates an overlay over `base`, whose content is that of the file `raw`, and applies `steps` random operations.
     #[track_caller]
     pub(crate) fn changed(base: &Path, cow: &Path, raw: &Path, seed: u64, steps: u64) -> Self {
         let mut pair = Self {
@@ -73,13 +73,13 @@ impl Pair {
         pair
     }
 
-    /// Opens it for writing.
+    /// Opens the disk for writing.
     #[track_caller]
     pub(crate) fn open(&self) -> Volume {
         volume::open(&self.disk).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// Opens it, exercises it and closes it.
+    /// Opens the disk, applies random operations and closes it.
     #[track_caller]
     pub(crate) fn change(&mut self, random: &mut Random, steps: u64) {
         let image = self.open();
@@ -87,13 +87,13 @@ impl Pair {
         close(image);
     }
 
-    /// Some writes, zeroes, reads and flushes.
+    /// Applies random writes, zeroes, reads and flushes to the disk and to the model.
     #[track_caller]
     pub(crate) fn exercise(&mut self, image: &Volume, random: &mut Random, steps: u64) {
         let disk = image.disk().as_ref();
         let writer = disk.writer().expect("a disk with an overlay can be written to");
         for step in 0..steps {
-            let (at, sectors) = place(random, self.model.sectors());
+            let (at, sectors) = random_range(random, self.model.sectors());
             match random.below(8) {
                 0..=3 => {
                     let data = data(step, sectors);
@@ -106,9 +106,9 @@ impl Pair {
                 }
                 5 if step % 9 == 0 => writer.flush().unwrap(),
                 _ => {
-                    let wanted = self.model.read(at, sectors);
+                    let expected = self.model.read(at, sectors);
                     assert!(
-                        read(disk, at, sectors) == wanted,
+                        read(disk, at, sectors) == expected,
                         "step {step}: {at}, {sectors} sectors"
                     );
                 }
@@ -116,7 +116,7 @@ impl Pair {
         }
     }
 
-    /// Opens the disk for reading and compares it, and checks its overlay.
+    /// Opens the disk for reading, compares it with the model and checks its overlay.
     #[track_caller]
     pub(crate) fn same(&self, what: &str) {
         let image = volume::open(&reading(&self.disk)).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -126,18 +126,18 @@ impl Pair {
         assert_eq!(report.errors, Vec::<String>::new(), "{what}");
     }
 
-    /// Runs a whole commit.
+    /// Runs a complete commit.
     #[track_caller]
     pub(crate) fn merge(&self) {
         assert!(Commit::open(&self.disk).unwrap().run(&mut go_on).unwrap());
     }
 
-    /// Everything that must hold after a whole commit.
+    /// Checks everything that must hold after a complete commit.
     #[track_caller]
     pub(crate) fn merged(&self, what: &str) {
         self.same(&format!("{what}: both"));
         let overlay = describe_overlay(&delta(&self.disk).unwrap()).unwrap();
-        assert!(!overlay.unfinished_commit, "{what}: the mark is still there");
+        assert!(!overlay.unfinished_commit, "{what}: it is still marked as unfinished");
         let alone = DiskConfig {
             overlay: None,
             ..reading(&self.disk)
@@ -149,8 +149,8 @@ impl Pair {
     }
 }
 
-/// A place to write at: anywhere, but often where a grain, a table or the disk ends.
-fn place(random: &mut Random, sectors: u64) -> (u64, u64) {
+/// Returns start and length of a random range, often near the end of a grain, a table or the disk.
+fn random_range(random: &mut Random, sectors: u64) -> (u64, u64) {
     const EDGES: [u64; 5] = [8, 16, 128, 8192, 65536];
     let mut at = random.below(sectors);
     match random.below(4) {

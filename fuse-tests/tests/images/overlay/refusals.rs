@@ -1,4 +1,4 @@
-//! What is refused, and changes nothing: another base, a base or an overlay that somebody else uses.
+//! Refusals that change nothing: another base, a changed base, a base or an overlay that another process has open.
 
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
@@ -29,7 +29,7 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
     for (name, len) in [("a.img", 4 << 20), ("b.img", 4 << 20), ("large.img", 5 << 20)] {
         fs::write(at(name), vec![7; len]).unwrap();
     }
-    // qemu gives all disks random CIDs
+    // qemu gives each disk a random CID.
     volume::open(&disk(&at("a.vmdk"), &at("v.cow"))).unwrap();
     volume::open(&disk(&at("a.img"), &at("r.cow"))).unwrap();
     let cases = [
@@ -41,15 +41,18 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
         ("a.vmdk", "r.cow", ErrorKind::Corrupt, "has the CID"),
         ("a.vmdk", "b.vmdk", ErrorKind::Usage, "is not an overlay"),
     ];
-    for (base, cow, kind, says) in cases {
+    for (base, cow, kind, fragment) in cases {
         let before = fs::read(at(cow)).unwrap();
         for read_only in [false, true] {
             let mut disk = disk(&at(base), &at(cow));
             disk.read_only = read_only;
             let error = volume::open(&disk).expect_err("another base");
             assert_eq!(error.kind(), kind, "{error}");
-            for says in [text(&at(cow)), says] {
-                assert!(error.to_string().contains(says), "`{error}` does not say {says}");
+            for fragment in [text(&at(cow)), fragment] {
+                assert!(
+                    error.to_string().contains(fragment),
+                    "`{error}` does not contain {fragment}"
+                );
             }
             assert!(
                 kind == ErrorKind::Usage || error.to_string().contains(text(&at(base))),
@@ -58,10 +61,10 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
         }
         assert!(
             fs::read(at(cow)).unwrap() == before,
-            "{cow} over {base}: refused, but changed"
+            "{cow} over {base}: refused, but the overlay was changed"
         );
     }
-    // `degraded=cid` accepts another state of the disk, but no other size
+    // `degraded=cid` accepts another state of the disk, but not another size.
     for (base, cow, accepted) in [
         ("b.vmdk", "v.cow", true),
         ("b.img", "r.cow", true),
@@ -74,7 +77,7 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
 }
 
 #[test]
-fn a_raw_base_that_was_changed_is_refused_and_one_that_was_moved_along_is_not() {
+fn a_changed_raw_base_is_refused_but_not_one_that_was_moved_with_its_overlay() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let [old, new] = ["old", "new"].map(|name| dir.path().join(name));
@@ -96,7 +99,7 @@ fn a_raw_base_that_was_changed_is_refused_and_one_that_was_moved_along_is_not() 
 }
 
 #[test]
-fn an_overlay_has_one_user_and_a_reader_makes_none() {
+fn an_overlay_has_one_user_and_a_reader_does_not_create_it() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let [base, cow] = ["base.img", "cow.vmdk"].map(|name| dir.path().join(name));
@@ -133,7 +136,7 @@ fn a_base_with_an_overlay_beside_it_is_not_written_to_without_force() {
     drop(volume::open(&disk(&base, &cow)).unwrap());
     let other = dir.path().join("other.vmdk");
     drop(volume::open(&disk(&base, &other)).unwrap());
-    // of two overlays only one can be merged
+    // Two overlays share the base: after a commit of one, the other would be garbage.
     let mut disk = disk(&base, &cow);
     let error = Commit::open(&disk).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Policy);

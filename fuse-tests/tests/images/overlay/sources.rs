@@ -1,4 +1,4 @@
-//! Over every source an overlay takes what is written, the source stays as it is, and qemu reads the chain.
+//! Overlays over every kind of source: the overlay keeps the writes, the source is unchanged, and qemu reads the chain.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use super::folder::Folder;
 use super::pair::{Pair, close, disk, local};
 use super::text;
 
-/// Name and content of all files of a folder, below folders too.
+/// Returns path, length, modification time and hash of all files below a folder.
 fn content(dir: &Path) -> BTreeMap<PathBuf, (u64, SystemTime, Option<String>)> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
@@ -25,7 +25,7 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, (u64, SystemTime, Option<String>)> {
             found.extend(content(&entry));
         } else {
             let meta = fs::symlink_metadata(&entry).unwrap();
-            // files of which little is data have names of their own for it: mtime and length do
+            // Hashing a large sparse file takes too long; its mtime and length show a change too.
             let hash = (meta.len() < 256 << 20).then(|| sha256(&entry));
             found.insert(entry, (meta.len(), meta.modified().unwrap(), hash));
         }
@@ -34,7 +34,7 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, (u64, SystemTime, Option<String>)> {
 }
 
 #[test]
-fn every_kind_of_source_takes_writes_in_an_overlay_and_stays_as_it_is() {
+fn an_overlay_takes_writes_over_every_source_and_leaves_it_unchanged() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let mut seen = 0;
@@ -50,7 +50,7 @@ fn every_kind_of_source_takes_writes_in_an_overlay_and_stays_as_it_is() {
         for round in 0..3 {
             let image = pair.open();
             pair.exercise(&image, &mut random, 120);
-            // a process that ends badly leaves what was flushed
+            // A process that ends without a close keeps what it flushed.
             if round == 1 {
                 image.disk().writer().unwrap().flush().unwrap();
                 drop(image);
@@ -72,12 +72,12 @@ fn every_kind_of_source_takes_writes_in_an_overlay_and_stays_as_it_is() {
     assert!(seen >= 30, "only {seen} variants");
     assert!(
         fs::read_dir(dir.path()).unwrap().next().is_none(),
-        "something is left beside the overlays"
+        "the test left files beside the overlays"
     );
 }
 
 #[test]
-fn raw_images_of_any_length_take_writes_in_an_overlay() {
+fn an_overlay_takes_writes_over_raw_images_of_any_length() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     for (len, seed) in [
@@ -111,8 +111,8 @@ fn raw_images_of_any_length_take_writes_in_an_overlay() {
     }
 }
 
-/// Lets qemu read the chain of a pair, and us too as a disk of its own, whose base is found by what it says.
-fn chain_is_read(folder: &Folder, base: &Path, cow: &Path, pair: &Pair) {
+/// Checks that qemu and this engine read the chain when they open the overlay alone, whose descriptor names the base.
+fn check_chain(folder: &Folder, base: &Path, cow: &Path, pair: &Pair) {
     let [expected, seen] = ["expected.raw", "seen.raw"].map(|name| folder.scratch.path(name));
     pair.model.save(&expected);
     qemu_img(["compare", "-f", "vmdk", "-F", "raw", text(cow), text(&expected)]);
@@ -122,10 +122,10 @@ fn chain_is_read(folder: &Folder, base: &Path, cow: &Path, pair: &Pair) {
     let chain = qemu_img(["info", "--backing-chain", "--output=json", text(cow)]).json();
     assert!(chain.as_array().unwrap().len() >= 2, "{chain}");
     let hint = chain[0]["backing-filename"].as_str().unwrap();
-    let near = cow.parent() == base.parent();
+    let same_folder = cow.parent() == base.parent();
     assert_eq!(
         hint,
-        if near {
+        if same_folder {
             base.file_name().unwrap().to_str().unwrap()
         } else {
             text(base)
@@ -139,7 +139,7 @@ fn chain_is_read(folder: &Folder, base: &Path, cow: &Path, pair: &Pair) {
 }
 
 #[test]
-fn qemu_reads_the_chain_of_an_overlay_and_gets_the_same_bytes() {
+fn qemu_reads_the_same_bytes_through_an_overlay() {
     let _alone = alone();
     let Some(folder) = Folder::new((20 << 20) + 512 * 5) else {
         return;
@@ -149,7 +149,7 @@ fn qemu_reads_the_chain_of_an_overlay_and_gets_the_same_bytes() {
         for cow in [&folder.cow, &elsewhere.path().join("elsewhere.vmdk")] {
             let before = sha256(base);
             let pair = Pair::changed(base, cow, &folder.raw, seed, 300);
-            chain_is_read(&folder, base, cow, &pair);
+            check_chain(&folder, base, cow, &pair);
             assert_eq!(sha256(base), before);
             fs::remove_file(cow).unwrap();
         }

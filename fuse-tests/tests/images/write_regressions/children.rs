@@ -1,4 +1,4 @@
-//! A base is not written to, wherever its children are.
+//! A base with children is not opened for writing, however it is named and wherever the children are.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use vmdkfuse::error::ErrorKind;
 use super::hosted::{BASE, Hosted, descriptor, flat_base};
 
 #[test]
-fn regression_a_fresh_base_is_protected_whatever_link_it_is_opened_by() {
+fn regression_a_base_is_protected_when_it_is_opened_by_a_symlink() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let folder = dir.path().join("vm");
@@ -30,6 +30,7 @@ fn regression_a_fresh_base_is_protected_whatever_link_it_is_opened_by() {
     );
     hosted.make(&folder.join("base-000001.vmdk"), &text, 128);
     assert_eq!(writable(&base).map(drop).unwrap_err().kind(), ErrorKind::Policy);
+    // Through the link the base has another folder, in which it has no children.
     let link = dir.path().join("disk.vmdk");
     std::os::unix::fs::symlink(&base, &link).unwrap();
     let error = writable(&link)

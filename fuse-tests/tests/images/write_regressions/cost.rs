@@ -1,4 +1,4 @@
-//! What little was asked for takes little: room of the file, and memory.
+//! Small requests cost little space in the file and little memory.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use vmdkfuse::block::{BlockRead, Lba};
 use super::hosted::{BASE, Hosted, descriptor, flat_base, put_u32};
 use super::read;
 
-/// A child over a parent with one grain, at the end of both.
+/// Creates a child over a parent whose only allocated grain is the last of the disk.
 fn chain(dir: &Path, capacity: u64, grain: u64) -> PathBuf {
     let plain = Hosted {
         capacity,
@@ -37,10 +37,10 @@ fn chain(dir: &Path, capacity: u64, grain: u64) -> PathBuf {
 }
 
 #[test]
-fn regression_zeroes_take_no_room_where_the_parent_has_zeroes() {
+fn regression_zeroes_take_no_space_over_zeroes_of_the_parent() {
     let _alone = alone();
     let dir = tempdir().unwrap();
-    // 4 TiB, of which the parent has the last 8 MiB
+    // 4 TiB, of which the parent holds the last 8 MiB.
     let capacity = 8u64 << 30;
     let child = chain(dir.path(), capacity, 16384);
     let disk = writable(&child).unwrap();
@@ -52,13 +52,13 @@ fn regression_zeroes_take_no_room_where_the_parent_has_zeroes() {
     assert!(len < 1 << 30, "8 MiB of zeroes took {len} bytes of the file");
 }
 
-/// The most memory, in bytes, that the process had since the last [`forget_peak`].
+/// Returns the peak memory of the process in bytes since the last [`reset_peak`].
 fn peak() -> u64 {
     peak_memory(std::process::id() as i32)
 }
 
-/// Begins to count anew; what the process has now.
-fn forget_peak() -> u64 {
+/// Resets the peak and returns the memory in use now. The kernel resets `VmHWM` when 5 is written to `clear_refs`.
+fn reset_peak() -> u64 {
     fs::write("/proc/self/clear_refs", "5").unwrap();
     peak()
 }
@@ -86,19 +86,19 @@ fn regression_large_directories_of_several_extents_take_bounded_memory() {
     }
     let path = dir.path().join("x.vmdk");
     fs::write(&path, descriptor(BASE, None, "custom", &lines.join("\n"))).unwrap();
-    let before = forget_peak();
-    // it may be refused
+    let before = reset_peak();
+    // A refusal is allowed too; only the memory is checked.
     let disk = writable(&path);
-    let taken = peak().saturating_sub(before);
+    let used = peak().saturating_sub(before);
     drop(disk);
     assert!(
-        taken < 400 << 20,
-        "opening three small files took {taken} bytes of memory"
+        used < 400 << 20,
+        "opening three small files took {used} bytes of memory"
     );
 }
 
 #[test]
-fn regression_tables_of_many_entries_wait_in_bounded_memory() {
+fn regression_pending_updates_of_large_tables_take_bounded_memory() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
@@ -114,15 +114,15 @@ fn regression_tables_of_many_entries_wait_in_bounded_memory() {
     };
     hosted.make_base(&path, 128);
     let disk = writable(&path).unwrap();
-    let before = forget_peak();
+    let before = reset_peak();
     for table in 0..2048 {
         disk.writer()
             .unwrap()
             .write_at(Lba(table * coverage), &[1; 4096])
             .unwrap();
     }
-    let taken = peak().saturating_sub(before);
-    assert!(taken < 128 << 20, "2048 small writes took {taken} bytes of memory");
+    let used = peak().saturating_sub(before);
+    assert!(used < 128 << 20, "2048 small writes took {used} bytes of memory");
 }
 
 #[test]
@@ -149,13 +149,13 @@ fn regression_zeroes_over_a_large_range_take_bounded_memory() {
         };
         hosted.make_child(&child, 256);
         let disk = writable(&child).unwrap();
-        let before = forget_peak();
+        let before = reset_peak();
         disk.writer().unwrap().zero(Lba(0)..Lba(capacity), true).unwrap();
-        let taken = peak().saturating_sub(before);
+        let used = peak().saturating_sub(before);
         assert_eq!(read(&disk, capacity - 1).unwrap(), [0; 512]);
         assert!(
-            taken < 48 << 20,
-            "zeroes (entries of 1: {zeroed}) took {taken} bytes of memory"
+            used < 48 << 20,
+            "zeroes (entries of 1: {zeroed}) took {used} bytes of memory"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Calls of the file that fail, in whole or after a part was done, lose nothing.
+//! Writes to the file that fail completely or after a part lose no data.
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
 
+use super::faulty_file::FaultyFile;
 use super::hosted::{BASE, Hosted, flat_base};
-use super::watched::Watched;
 
-/// Small tables over a parent with data in every other grain.
+/// Creates a child with small tables over a parent with data in every second grain. Returns path and capacity.
 fn small_chain(dir: &Path, zeroed: bool, redundant: bool) -> (PathBuf, u64) {
     let capacity = 60 * 128 * 8 - 3;
     let mut base = vec![0u8; (capacity * SECTOR) as usize];
@@ -42,7 +42,8 @@ fn small_chain(dir: &Path, zeroed: bool, redundant: bool) -> (PathBuf, u64) {
     (child, capacity)
 }
 
-/// Writes or makes zeroes by chance; whether it failed. Then each sector is old or new, and `model` is told which.
+/// Writes data or zeroes at random and returns true if that failed. Checks that each sector is old or new, and copies
+/// the sectors to `model`.
 fn step(disk: &VmdkDisk, model: &mut [u8], draw: u64, step: u64) -> bool {
     let capacity = model.len() as u64 / SECTOR;
     let writer = disk.writer().unwrap();
@@ -69,9 +70,9 @@ fn step(disk: &VmdkDisk, model: &mut [u8], draw: u64, step: u64) -> bool {
     done.is_err()
 }
 
-/// Goes on for a while on a file of which some calls fail, and ends well.
-fn write_while_it_fails(child: &Path, model: &mut [u8], seed: u64, close: bool) {
-    let file = Watched::open(child, seed);
+/// Applies 300 random operations to a file that fails at random, then flushes or closes without failures.
+fn write_with_failures(child: &Path, model: &mut [u8], seed: u64, close: bool) {
+    let file = FaultyFile::open(child, seed);
     let disk = VmdkDisk::open_writable(Arc::clone(&file) as _, OpenOptions::default()).unwrap();
     let writer = disk.writer().unwrap();
     let mut failed = 0;
@@ -95,7 +96,7 @@ fn write_while_it_fails(child: &Path, model: &mut [u8], seed: u64, close: bool) 
 }
 
 #[test]
-fn what_fails_now_and_then_loses_nothing() {
+fn occasional_write_failures_lose_no_data() {
     let _alone = alone();
     for seed in 1..=6u64 {
         let dir = tempdir().unwrap();
@@ -103,7 +104,7 @@ fn what_fails_now_and_then_loses_nothing() {
         let mut model = model::read(&readable(&child), 0, capacity);
         for round in 0..3 {
             println!("seed {seed}, round {round}");
-            write_while_it_fails(&child, &mut model, seed * 1000 + round + 7, round == 1);
+            write_with_failures(&child, &mut model, seed * 1000 + round + 7, round == 1);
             let disk = readable(&child);
             let report = vmdk::check(&disk);
             assert_eq!(report.errors, Vec::<String>::new(), "seed {seed}");

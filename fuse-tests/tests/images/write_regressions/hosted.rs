@@ -1,4 +1,4 @@
-//! Images that are put together number by number.
+//! Hosted sparse images built field by field.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -7,19 +7,19 @@ use std::path::Path;
 use fuse_tests::make::SECTOR;
 use fuse_tests::make::write::{F_NEWLINE, F_REDUNDANT, F_ZEROED, Header};
 
-/// A hosted sparse file of which every number can be chosen.
+/// A hosted sparse file with a free choice of each header field. Positions and sizes are in sectors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Hosted {
     pub(crate) capacity: u64,
     pub(crate) grain: u64,
     pub(crate) entries: u32,
-    /// Its first sector and how many they are; sector 0: there is none.
+    /// First sector and number of sectors; sector 0: no embedded descriptor.
     pub(crate) descriptor: (u64, u64),
     pub(crate) redundant: Option<u64>,
     pub(crate) directory: u64,
     pub(crate) overhead: u64,
     pub(crate) unclean: bool,
-    /// Table entry 1 is a zeroed grain.
+    /// A grain entry of 1 means a zeroed grain.
     pub(crate) zeroed: bool,
 }
 
@@ -41,6 +41,7 @@ impl Default for Hosted {
 }
 
 impl Hosted {
+    /// Returns the header with the chosen fields.
     fn header(&self) -> Header {
         let redundant = if self.redundant.is_some() { F_REDUNDANT } else { 0 };
         let zeroed = if self.zeroed { F_ZEROED } else { 0 };
@@ -60,7 +61,7 @@ impl Hosted {
         }
     }
 
-    /// Writes header and, where it has room, descriptor; the file gets `sectors`.
+    /// Creates a file of `sectors` with the header and, unless `descriptor` is (0, 0), the descriptor `text`.
     pub(crate) fn make(&self, path: &Path, text: &str, sectors: u64) -> File {
         let file = File::options()
             .read(true)
@@ -78,13 +79,13 @@ impl Hosted {
         file
     }
 
-    /// [`make`](Self::make) of a disk without a parent.
+    /// Creates a disk without a parent by [`make`](Self::make).
     pub(crate) fn make_base(&self, path: &Path, sectors: u64) -> File {
         let extent = format!("RW {} SPARSE \"x.vmdk\"", self.capacity);
         self.make(path, &descriptor(BASE, None, "monolithicSparse", &extent), sectors)
     }
 
-    /// [`make`](Self::make) of a child of the base.
+    /// Creates a child of `base.vmdk` by [`make`](Self::make).
     pub(crate) fn make_child(&self, path: &Path, sectors: u64) -> File {
         let extent = format!("RW {} SPARSE \"child.vmdk\"", self.capacity);
         self.make(
@@ -95,10 +96,10 @@ impl Hosted {
     }
 }
 
-/// The CID of a base.
+/// CID of the base.
 pub(crate) const BASE: &str = "12345678";
 
-/// A descriptor; `parent` is the CID of `base.vmdk`, which it is a child of.
+/// Returns a descriptor; with `parent` it is a child of `base.vmdk`, which has that CID.
 pub(crate) fn descriptor(cid: &str, parent: Option<&str>, kind: &str, extents: &str) -> String {
     let hint = if parent.is_some() {
         "parentFileNameHint=\"base.vmdk\"\n"
@@ -112,7 +113,7 @@ pub(crate) fn descriptor(cid: &str, parent: Option<&str>, kind: &str, extents: &
     )
 }
 
-/// Makes `base.vmdk`, whose bytes are all zeroes yet and lie in the file that is answered.
+/// Creates `base.vmdk` with one flat extent full of zeroes, and returns the file of that extent.
 pub(crate) fn flat_base(dir: &Path, cid: &str, capacity: u64) -> File {
     let extent = format!("RW {capacity} FLAT \"base-flat.vmdk\" 0");
     fs::write(dir.join("base.vmdk"), descriptor(cid, None, "monolithicFlat", &extent)).unwrap();
@@ -121,7 +122,7 @@ pub(crate) fn flat_base(dir: &Path, cid: &str, capacity: u64) -> File {
     flat
 }
 
-/// Writes an entry of a directory or a table.
+/// Writes entry `index` of the directory or table at `sector`.
 pub(crate) fn put_u32(file: &File, sector: u64, index: u64, value: u64) {
     file.write_all_at(
         &u32::try_from(value).unwrap().to_le_bytes(),

@@ -1,4 +1,4 @@
-//! Files whose parts lie where nobody would put them.
+//! Files with an unusual layout.
 
 use std::os::unix::fs::FileExt;
 
@@ -11,7 +11,7 @@ use super::hosted::{Hosted, put_u32};
 use super::read;
 
 #[test]
-fn regression_the_last_sector_of_a_file_of_odd_length_is_read_while_it_is_writable() {
+fn regression_a_partial_last_sector_is_read_while_the_file_is_writable() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
@@ -34,11 +34,11 @@ fn regression_the_last_sector_of_a_file_of_odd_length_is_read_while_it_is_writab
 }
 
 #[test]
-fn regression_metadata_that_lie_over_each_other_are_not_written_to() {
+fn regression_overlapping_metadata_is_refused() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
-    // two sectors of directory each, no table yet
+    // Each directory has two sectors; no table is allocated.
     let plain = Hosted {
         capacity: 200 * 512 * 128,
         unclean: false,
@@ -59,7 +59,7 @@ fn regression_metadata_that_lie_over_each_other_are_not_written_to() {
         hosted.make_base(&path, 128);
         let opened = writable(&path);
         let Ok(disk) = opened else { continue };
-        // it was taken: then it has to work
+        // An image that is accepted has to work. Report what the write damaged before the panic below.
         disk.writer().unwrap().write_at(Lba(0), &[0xaa; 512]).unwrap();
         disk.writer().unwrap().close().unwrap();
         drop(disk);
@@ -69,9 +69,9 @@ fn regression_metadata_that_lie_over_each_other_are_not_written_to() {
             assert_eq!(
                 read(&disk, table * 512 * 128).unwrap(),
                 [0; 512],
-                "a write shows in table {table}"
+                "the write changed table {table}"
             );
         }
-        panic!("directories or a descriptor that lie over each other were accepted");
+        panic!("overlapping directories or descriptor were accepted");
     }
 }

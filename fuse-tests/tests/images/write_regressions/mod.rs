@@ -1,20 +1,20 @@
-//! Writing to images that are damaged, unusual or hostile: nothing that could be read before may be lost by it.
+//! Writes to images that are damaged, unusual or hostile must not lose data that could be read before.
 
 mod children;
 mod cost;
-mod cut;
 mod failures;
+mod faulty_file;
 mod hosted;
 mod layout;
 mod parallel;
 mod repair;
-mod watched;
+mod truncated;
 
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::Result;
 use vmdkfuse::vmdk::VmdkDisk;
 
-/// One sector of a disk.
+/// Reads one sector of a disk.
 fn read(disk: &VmdkDisk, at: u64) -> Result<[u8; 512]> {
     let mut sector = [0xee; 512];
     disk.read_at(Lba(at), &mut sector).map(|()| sector)

@@ -1,4 +1,4 @@
-//! Several threads that write, flush, make zeroes and close at once lose nothing of each other's.
+//! Threads that write, zero, flush and close concurrently lose no data of each other.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use super::read;
 
 const THREADS: u64 = 4;
 
-/// Sectors of a table: few are kept in memory, as each is large.
+/// Sectors covered by a table. Tables are this large so that only few of them fit into the table cache.
 const COVERAGE: u64 = 65536 * 8;
 
-/// What one thread does, by chance; what is in the sectors that it wrote, which no other may write to: those whose
-/// number modulo [`THREADS`] is `me`.
-fn write_alone(disk: &VmdkDisk, me: u64, seed: u64) -> BTreeMap<u64, u8> {
+/// Applies random operations to the sectors of one thread, those whose number modulo [`THREADS`] is `me`. Returns the
+/// expected content of each sector that it wrote.
+fn write_own_sectors(disk: &VmdkDisk, me: u64, seed: u64) -> BTreeMap<u64, u8> {
     let writer = disk.writer().unwrap();
     let mut model = BTreeMap::new();
     let mut random = Random::new(seed * 7919 + me);
     for step in 0..800u64 {
         let state = random.next();
-        // few grains of many tables, so that they meet
+        // Few grains of many tables, so that the threads write to the same grains and evict tables of each other.
         let table = if step % 4 == 0 {
             state / 64 % 3
         } else {
@@ -56,7 +56,7 @@ fn write_alone(disk: &VmdkDisk, me: u64, seed: u64) -> BTreeMap<u64, u8> {
 }
 
 #[test]
-fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
+fn parallel_writes_zeroes_flushes_and_closes_lose_no_data() {
     let _alone = alone();
     for seed in 1..=2u64 {
         let dir = tempdir().unwrap();
@@ -79,7 +79,7 @@ fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
         let models: Vec<BTreeMap<u64, u8>> = thread::scope(|scope| {
             let disk = &disk;
             let threads: Vec<_> = (0..THREADS)
-                .map(|me| scope.spawn(move || write_alone(disk, me, seed)))
+                .map(|me| scope.spawn(move || write_own_sectors(disk, me, seed)))
                 .collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
@@ -91,7 +91,7 @@ fn parallel_writers_flushes_zeroes_and_closes_lose_nothing() {
         };
         compare(&disk);
         disk.writer().unwrap().close().unwrap();
-        // a second look, through the locks of the first
+        // Opened a second time without locks, as the first open still holds them.
         let policy = Arc::new(OpenPolicy {
             allow: Vec::new(),
             lock: false,

@@ -1,4 +1,4 @@
-//! A repair keeps what could be read, and its work is bounded by the file.
+//! Recovery of unclean images: it keeps all readable data, and its work is bounded by the size of the file.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -11,11 +11,11 @@ use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::ErrorKind;
 use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
+use super::faulty_file::FaultyFile;
 use super::hosted::{BASE, Hosted, descriptor, put_u32};
 use super::read;
-use super::watched::Watched;
 
-/// An unclean image with a grain in either table, the second one's at the end of the file.
+/// Creates an unclean image with one grain in each of its two tables; the grain of the second table ends the file.
 fn two_tables(path: &Path) -> File {
     let file = Hosted::default().make_base(path, 128 * 4);
     for (directory, tables) in [(21, [22, 26]), (30, [31, 35])] {
@@ -30,12 +30,12 @@ fn two_tables(path: &Path) -> File {
     file
 }
 
-/// Sector of the disk that the second table's grain holds.
+/// First sector of the disk in the grain of the second table.
 const IN_SECOND: u64 = (512 + 5) * 128;
 
-/// One bad directory entry: the other copy still leads to the table. Whether or not it is opened for writing, what could
-/// be read before can be read afterwards.
-fn one_directory_entry_is_bad(directory: u64) {
+/// Damages one directory entry, whose table the other directory still names. The open for writing may fail, but the
+/// grain must stay readable and the file must keep its length.
+fn check_bad_directory_entry(directory: u64) {
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
     let file = two_tables(&path);
@@ -45,28 +45,24 @@ fn one_directory_entry_is_bad(directory: u64) {
     if let Err(e) = writable(&path).map(drop) {
         assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     }
-    assert_eq!(
-        file.metadata().unwrap().len(),
-        before,
-        "the end of the file was cut off"
-    );
+    assert_eq!(file.metadata().unwrap().len(), before, "the file was truncated");
     assert_eq!(read(&readable(&path), IN_SECOND).unwrap(), [0xbb; 512]);
 }
 
 #[test]
 fn regression_repair_keeps_the_grains_of_a_table_that_the_primary_directory_lost() {
     let _alone = alone();
-    one_directory_entry_is_bad(30);
+    check_bad_directory_entry(30);
 }
 
 #[test]
 fn regression_repair_keeps_the_grains_of_a_table_that_the_redundant_directory_lost() {
     let _alone = alone();
-    one_directory_entry_is_bad(21);
+    check_bad_directory_entry(21);
 }
 
 #[test]
-fn regression_repair_keeps_directories_and_descriptor_behind_the_grains() {
+fn regression_repair_keeps_directories_and_descriptor_after_the_grains() {
     let _alone = alone();
     for descriptor_last in [false, true] {
         let dir = tempdir().unwrap();
@@ -89,13 +85,13 @@ fn regression_repair_keeps_directories_and_descriptor_behind_the_grains() {
         writable(&path).map(drop).ok();
         assert!(
             file.metadata().unwrap().len() >= 420 * SECTOR,
-            "directory or descriptor was cut off"
+            "the file was truncated before the end of the directory or descriptor"
         );
         assert_eq!(read(&readable(&path), 5 * 128).unwrap(), [0xaa; 512]);
     }
 }
 
-/// An unclean image of 3 MiB, all of whose directory entries name one table of 256 KiB.
+/// Creates an unclean image of 3 MiB in which all directory entries name the same table of 256 KiB.
 fn one_table_for_all(path: &Path, primary_too: bool) {
     const TABLES: u64 = 16 << 10;
     let directory_sectors = TABLES * 4 / SECTOR;
@@ -118,13 +114,13 @@ fn one_table_for_all(path: &Path, primary_too: bool) {
     }
 }
 
-/// The work of a repair is bounded by the file, not by what its directory claims.
-fn repair_is_bounded(primary_too: bool) {
+/// Checks that the work of a recovery is bounded by the file, not by the claims of its directory.
+fn check_repair_is_bounded(primary_too: bool) {
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
     one_table_for_all(&path, primary_too);
     let before = fs::metadata(&path).unwrap().len();
-    let error = VmdkDisk::open_writable(Watched::open(&path, 1), OpenOptions::default())
+    let error = VmdkDisk::open_writable(FaultyFile::open(&path, 1), OpenOptions::default())
         .map(drop)
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
@@ -134,17 +130,17 @@ fn repair_is_bounded(primary_too: bool) {
 #[test]
 fn regression_repair_of_one_table_for_the_whole_directory_is_bounded() {
     let _alone = alone();
-    repair_is_bounded(true);
+    check_repair_is_bounded(true);
 }
 
 #[test]
 fn regression_repair_does_not_copy_one_table_for_the_whole_directory() {
     let _alone = alone();
-    repair_is_bounded(false);
+    check_repair_is_bounded(false);
 }
 
 #[test]
-fn regression_extents_that_are_only_read_are_not_repaired() {
+fn regression_read_only_extents_are_not_repaired() {
     let _alone = alone();
     let dir = tempdir().unwrap();
     let plain = Hosted {

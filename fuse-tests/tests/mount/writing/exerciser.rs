@@ -84,18 +84,18 @@ impl<'a> Exerciser<'a> {
         let (at, len) = self.range();
         match self.random.random_range(0..100) {
             0..15 => self.write(at, len, |handles, at, bytes| {
-                handles.plain.write_all_at(bytes, at).unwrap()
+                handles.plain.write_all_at(bytes, at).unwrap();
             }),
             15..20 => self.write(at, len, |handles, at, bytes| {
-                handles.sync.write_all_at(bytes, at).unwrap()
+                handles.sync.write_all_at(bytes, at).unwrap();
             }),
             20..27 => self.write(at, len, |handles, at, bytes| {
-                handles.only_write.write_all_at(bytes, at).unwrap()
+                handles.only_write.write_all_at(bytes, at).unwrap();
             }),
             27..37 => {
                 let (at, len) = whole_pages(at, len, self.model.len());
                 self.write(at, len, |handles, at, bytes| {
-                    handles.direct.write_all_at(bytes, at).unwrap()
+                    handles.direct.write_all_at(bytes, at).unwrap();
                 });
             }
             37..47 => self.write(at, len, |handles, at, bytes| {
@@ -104,12 +104,12 @@ impl<'a> Exerciser<'a> {
             47..54 => self.zero(at, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
             54..60 => self.zero(at, len, FallocateFlags::FALLOC_FL_ZERO_RANGE),
             60..75 => self.read(at, len, |handles, at, bytes| {
-                handles.plain.read_exact_at(bytes, at).unwrap()
+                handles.plain.read_exact_at(bytes, at).unwrap();
             }),
             75..83 => {
                 let (at, len) = whole_pages(at, len, self.model.len());
                 self.read(at, len, |handles, at, bytes| {
-                    handles.direct.read_exact_at(bytes, at).unwrap()
+                    handles.direct.read_exact_at(bytes, at).unwrap();
                 });
             }
             83..93 => self.read(at, len, |handles, at, bytes| {

@@ -171,7 +171,7 @@ fn an_image_on_a_read_only_file_system_is_read_only_with_one_warning() {
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
     assert!(
-        warning.contains("warning: disk: it is read-only") && warning.contains("Read-only file system"),
+        warning.contains("warning: disk: read-only") && warning.contains("Read-only file system"),
         "{warning}"
     );
     let info = scratch
@@ -207,7 +207,7 @@ fn an_image_that_the_user_may_only_read_is_read_only_with_one_warning() {
     });
     assert_eq!(warning.lines().count(), 1, "{warning}");
     assert!(
-        warning.contains("warning: disk: it is read-only") && warning.contains("Permission denied"),
+        warning.contains("warning: disk: read-only") && warning.contains("Permission denied"),
         "{warning}"
     );
     assert_eq!(fs::read(&image).unwrap(), [1; 8192]);

@@ -34,7 +34,7 @@ unsafe extern "C" fn on_option(data: *mut c_void, error: *mut c_int) -> c_int {
     unsafe {
         (*data.cast::<OptDone>())
             .0
-            .store(errno_at(error).max(0), Ordering::Release)
+            .store(errno_at(error).max(0), Ordering::Release);
     };
     1
 }
@@ -75,6 +75,8 @@ pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {
 }
 
 pub(super) unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the callbacks of the library access it; `error` is
+    // the library's, valid during this call.
     let (ticket, error) = unsafe { (&mut *data.cast::<Ticket>(), errno_at(error)) };
     let complete = ticket.chunks.as_mut().is_none_or(Chunks::are_complete);
     // The server reported success, but the buffer is not filled: a violation of the protocol.
@@ -115,8 +117,8 @@ pub(super) unsafe extern "C" fn on_extents(
     count: usize,
     _error: *mut c_int,
 ) -> c_int {
-    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the callbacks of the library access it; `entries`
-    // points to `count` numbers, valid during this call.
+    // SAFETY: `data` is the ticket of `submit`, not freed yet, and only the callbacks of the library access it.
+    // `entries` points to `count` numbers, valid during this call.
     let (ticket, entries) = unsafe {
         if entries.is_null() || text(context) != sys::LIBNBD_CONTEXT_BASE_ALLOCATION {
             return 0;

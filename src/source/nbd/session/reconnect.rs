@@ -364,7 +364,7 @@ impl Session {
                 // overdue answer fails the connection, so the loop ends within the timeout.
                 Some(poller) => {
                     poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| {
-                        answers.append(back)
+                        answers.append(back);
                     });
                 }
                 None => thread::yield_now(),

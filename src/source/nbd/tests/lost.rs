@@ -1,4 +1,4 @@
-//! What becomes of changes and waiting commands where flushes fail, connections break and servers err.
+//! Tests of unflushed writes and queued commands when flushes fail, connections break or servers return errors.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{begin, nbdkit, need_nbdkit, open, wait_until};
+use super::{nbdkit, need_nbdkit, open, submit_read, wait_until};
 use crate::block::{BlockQueue, BlockRead, BlockWrite, Lba, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::{ErrorKind, Result};
@@ -22,8 +22,8 @@ use crate::source::nbd::connect::Connector;
 use crate::source::nbd::connection::Connection;
 use crate::source::nbd::poller::PollUntil;
 
-/// A server whose operations (`pread`, `pwrite`, `flush`) are shell commands that wait while there is a file `hold-…`, fail while
-/// there is `fail-…`, are slow while there is `slow-…`, and leave a file `began-…`.
+/// Server whose operations (`pread`, `pwrite`, `flush`) are shell commands controlled by files: an operation creates
+/// `began-…`, waits while `hold-…` exists, takes 0.5 s longer while `slow-…` exists, and fails while `fail-…` exists.
 struct Scripted {
     dir: tempfile::TempDir,
     timeout: Duration,
@@ -55,7 +55,7 @@ impl Scripted {
         self.path(name).exists()
     }
 
-    /// Makes the server's disk one of zeroes, as one is that lost what was never flushed.
+    /// Clears the disk of the server, as if it had lost everything that was never flushed.
     fn forget(&self) {
         std::fs::write(self.path("disk"), vec![0; 1 << 20]).unwrap();
     }
@@ -66,7 +66,7 @@ impl Scripted {
             .unwrap()
     }
 
-    /// Connections that there were.
+    /// Returns the number of connections that the server has accepted.
     fn connections(&self) -> usize {
         std::fs::read_to_string(self.path("opened"))
             .unwrap_or_default()
@@ -74,10 +74,10 @@ impl Scripted {
             .count()
     }
 
-    /// Of an export of that size, and what becomes of what is written.
+    /// Returns the configuration of an export of that size. `pwrite`: shell command for the written data.
     fn config(&self, size: &str, pwrite: &str) -> NbdConfig {
         let dir = self.dir.path().display();
-        let at = |operation: &str, then: &str| {
+        let controlled = |operation: &str, then: &str| {
             format!(
                 "{operation}=cd {dir}; : >began-{operation}; while [ -e hold-{operation} ]; do sleep 0.02; done; \
                  if [ -e slow-{operation} ]; then sleep 0.5; fi; \
@@ -91,12 +91,12 @@ impl Scripted {
             format!("get_size=echo {size}"),
             "can_write=exit 0".to_owned(),
             "can_flush=exit 0".to_owned(),
-            at(
+            controlled(
                 "pread",
                 "dd if=disk iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
             ),
-            at("pwrite", pwrite),
-            at("flush", ""),
+            controlled("pwrite", pwrite),
+            controlled("flush", ""),
         ];
         let mut config = nbdkit(&words.each_ref().map(String::as_str));
         config.timeout = Some(self.timeout);
@@ -108,7 +108,7 @@ impl Scripted {
         NbdDisk::connect(&config, true).unwrap()
     }
 
-    /// A disk whose connection was ended by a flush that failed, with writes that are to be sent again.
+    /// Opens a disk, writes to it, and lets a flush fail, which ends the connection. The writes await their replay.
     fn open_unflushed(&self, writes: &[(u64, [u8; 512])]) -> NbdDisk {
         let disk = self.open();
         for (at, bytes) in writes {
@@ -125,7 +125,7 @@ impl Scripted {
 }
 
 #[test]
-fn regression_a_flush_that_waits_for_the_connection_tells_what_could_not_be_sent_again() {
+fn regression_a_flush_that_waits_for_the_connection_reports_a_failed_replay() {
     if !need_nbdkit() {
         return;
     }
@@ -133,12 +133,12 @@ fn regression_a_flush_that_waits_for_the_connection_tells_what_could_not_be_sent
     let disk = server.open_unflushed(&[(3, [5; 512])]);
     server.forget();
     server.set("fail-pwrite");
-    assert!(disk.flush().is_err(), "the write is lost");
-    assert!(disk.flush().is_err(), "and stays so");
+    assert!(disk.flush().is_err(), "a lost write was not reported");
+    assert!(disk.flush().is_err(), "the second flush reported it as durable");
 }
 
 #[test]
-fn regression_a_flush_waits_for_what_is_being_sent_again() {
+fn regression_a_flush_waits_for_the_replay() {
     if !need_nbdkit() {
         return;
     }
@@ -147,35 +147,37 @@ fn regression_a_flush_waits_for_what_is_being_sent_again() {
     server.forget();
     server.set("hold-pwrite");
     thread::scope(|scope| {
-        // connects
+        // Reconnects, and so starts the replay.
         scope.spawn(|| disk.read_at(Lba(0), &mut [0; 512]).unwrap());
         wait_until(|| server.has("began-pwrite"));
         let flush = scope.spawn(|| {
             disk.flush().unwrap();
             server.stored(3 * 512)
         });
-        let yield_requested = Instant::now() + Duration::from_millis(200);
-        while Instant::now() < yield_requested && !flush.is_finished() {
+        // The flush must not end while the replayed write hangs.
+        let until = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < until && !flush.is_finished() {
             thread::yield_now();
         }
         server.clear("hold-pwrite");
-        assert!(flush.join().unwrap() == [5; 512], "flushed before it was there");
+        assert!(flush.join().unwrap() == [5; 512], "flushed before the replay");
     });
     assert!(server.has("began-flush"));
 }
 
-/// A disk with more unflushed MiB than the journal holds, of which the first flush covers the least and hangs; what begins to
-/// write another one, and what the further writes tell.
-fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>) {
+/// Opens a disk and fills its replay log beyond the limit, with a flush that hangs and covers only a small part of it.
+///
+/// Returns the disk, a function that submits a write of the MiB of that number, and the receiver of the results.
+fn open_with_full_log(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>) {
     let disk = Arc::new(NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap());
     server.set("hold-flush");
-    let (tell, on_completions) = mpsc::channel();
+    let (sender, results) = mpsc::channel();
     let write = {
         let disk = Arc::clone(&disk);
         move |at: u64| {
-            let tell = tell.clone();
+            let sender = sender.clone();
             let done = move |result: Result<()>| {
-                let _ = tell.send(result.is_ok());
+                let _ = sender.send(result.is_ok());
             };
             disk.submit_write(at << 20, &[1; 1 << 20], false, Box::new(done));
             disk.poll_completions(Stay::No);
@@ -183,68 +185,65 @@ fn full(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>)
     };
     (0..192).for_each(&write);
     for i in 0..192 {
-        assert!(
-            on_completions.recv_timeout(Duration::from_secs(40)).unwrap(),
-            "write {i}"
-        );
+        assert!(results.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
     }
     write(192);
-    (disk, write, on_completions)
+    (disk, write, results)
 }
 
 #[test]
-fn regression_writes_that_wait_for_room_are_not_left_waiting() {
+fn regression_writes_that_wait_for_space_in_the_replay_log_are_sent_after_the_flush() {
     if !need_nbdkit() {
         return;
     }
     let server = Scripted::new(Duration::from_secs(15));
-    let (disk, _, on_completions) = full(&server);
+    let (disk, _, results) = open_with_full_log(&server);
     assert!(
-        on_completions.recv_timeout(Duration::from_millis(300)).is_err(),
-        "there is no room"
+        results.recv_timeout(Duration::from_millis(300)).is_err(),
+        "the write was not held back"
     );
     server.clear("hold-flush");
     assert!(
-        on_completions.recv_timeout(Duration::from_secs(40)).unwrap(),
-        "nobody made room"
+        results.recv_timeout(Duration::from_secs(40)).unwrap(),
+        "the write was not sent after the flush"
     );
     disk.flush().unwrap();
 }
 
 #[test]
-fn regression_writes_that_wait_for_room_end_where_the_flush_hangs_and_later_ones_are_not_stuck_behind_them() {
+fn regression_writes_that_wait_for_space_fail_if_the_flush_hangs_and_do_not_block_later_writes() {
     if !need_nbdkit() {
         return;
     }
     let server = Scripted::new(Duration::from_secs(8));
-    let (_disk, write, on_completions) = full(&server);
+    let (_disk, write, results) = open_with_full_log(&server);
     assert!(
-        on_completions.recv_timeout(Duration::from_secs(20)).is_ok(),
-        "it has no end"
+        results.recv_timeout(Duration::from_secs(20)).is_ok(),
+        "the write did not time out"
     );
     server.clear("hold-flush");
     write(193);
     assert_eq!(
-        on_completions.recv_timeout(Duration::from_secs(20)),
+        results.recv_timeout(Duration::from_secs(20)),
         Ok(true),
-        "nobody flushes"
+        "no flush freed space"
     );
 }
 
 #[test]
-fn regression_what_waits_during_a_long_way_back_ends_at_its_deadline_and_harms_nobody() {
+fn regression_a_command_that_times_out_during_a_long_replay_does_not_end_the_new_connection() {
     if !need_nbdkit() {
         return;
     }
     let server = Scripted::new(Duration::from_secs(1));
-    // one after the other, as they overlap
+    // The writes overlap, so they are replayed one after the other.
     let disk = server.open_unflushed(&[(3, [5; 512]), (3, [6; 512]), (3, [7; 512])]);
     server.forget();
     server.set("slow-pwrite");
     server.set("slow-pread");
     assert!(
         disk.read_at(Lba(0), &mut [0; 512]).is_err(),
-        "it takes longer than the deadline"
+        "the replay takes longer than the deadline of the read"
     );
     wait_until(|| disk.read_at(Lba(0), &mut [0; 512]).is_ok());
     disk.flush().unwrap();
@@ -252,12 +251,12 @@ fn regression_what_waits_during_a_long_way_back_ends_at_its_deadline_and_harms_n
     assert_eq!(
         server.connections(),
         2,
-        "the new connection was given up for what was late before it was up"
+        "the new connection was retired for a command that was overdue before it was up"
     );
 }
 
 #[test]
-fn regression_a_hung_read_ends_at_its_deadline_while_a_loop_goes_on_with_others() {
+fn regression_a_hung_read_fails_at_its_deadline_while_a_loop_continues_with_other_reads() {
     if !need_nbdkit() {
         return;
     }
@@ -278,48 +277,48 @@ fn regression_a_hung_read_ends_at_its_deadline_while_a_loop_goes_on_with_others(
                 thread::sleep(Duration::from_millis(5));
             }
         });
-        let (tell, on_completions) = mpsc::channel();
-        let done = move |read: Result<&[u8]>| tell.send(read.is_ok()).unwrap();
+        let (sender, results) = mpsc::channel();
+        let done = move |read: Result<&[u8]>| sender.send(read.is_ok()).unwrap();
         disk.submit_read(Lba(1024), 1, Box::new(done));
         let until = Instant::now() + Duration::from_secs(15);
         let mut ended = None;
         while ended.is_none() && Instant::now() < until {
-            drop(begin(&disk, Lba(0), 1, &called));
+            drop(submit_read(&disk, Lba(0), 1, &called));
             let _ = called.read();
-            ended = on_completions.try_recv().ok();
+            ended = results.try_recv().ok();
         }
         over.store(true, Ordering::SeqCst);
         ended
     });
     hold.close().unwrap();
-    assert_eq!(ended, Some(false), "it goes on waiting");
+    assert_eq!(ended, Some(false), "the read did not time out");
 }
 
 #[test]
-fn regression_a_driver_that_is_called_away_from_a_command_is_stood_in_for() {
+fn regression_another_thread_polls_for_a_command_whose_poller_was_asked_to_yield() {
     if !need_nbdkit() {
         return;
     }
     let script = "pread=[ $4 -lt 524288 ] || sleep 0.03; dd if=/dev/zero bs=$3 count=1 status=none";
     let disk = open(&["eval", "get_size=echo 1M", "thread_model=echo parallel", script]);
     let never = EventFd::new().unwrap();
-    let begun = Instant::now();
+    let start = Instant::now();
     for _ in 0..100 {
-        let (tell, slow) = mpsc::channel();
-        disk.submit_read(Lba(1024), 1, Box::new(move |read| tell.send(read.is_ok()).unwrap()));
-        // the disk's own thread serves it, and is sent away by the next one's
+        let (sender, slow) = mpsc::channel();
+        disk.submit_read(Lba(1024), 1, Box::new(move |read| sender.send(read.is_ok()).unwrap()));
+        // The poller thread polls for this read. The caller that submits the next one asks it to yield.
         disk.poll_completions(Stay::No);
         thread::sleep(Duration::from_millis(1));
-        let fast = begin(&disk, Lba(0), 1, &never);
+        let fast = submit_read(&disk, Lba(0), 1, &never);
         assert!(slow.recv_timeout(Duration::from_secs(20)).unwrap());
         fast.recv_timeout(Duration::from_secs(20)).unwrap();
     }
-    // Each took half a second: then somebody looks in any case.
-    assert!(begun.elapsed() < Duration::from_secs(35), "nobody stood in");
+    // Before the fix each read took half a second, until a periodic check found the answer.
+    assert!(start.elapsed() < Duration::from_secs(35), "no other thread polled");
 }
 
 #[test]
-fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
+fn regression_a_command_that_the_library_refuses_is_not_a_lost_connection() {
     if !need_nbdkit() {
         return;
     }
@@ -339,7 +338,7 @@ fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
             connection
                 .poller()
                 .unwrap()
-                .poll_sockets(PollUntil::Idle, |came| back.append(came));
+                .poll_sockets(PollUntil::Idle, |returned| back.append(returned));
         }
         drop(connection.completion_guard(back.len()));
         back.pop().unwrap().1
@@ -351,7 +350,7 @@ fn regression_what_the_library_refuses_by_itself_is_no_lost_connection() {
 }
 
 #[test]
-fn regression_the_end_of_an_export_that_is_no_multiple_of_its_blocks_can_be_read() {
+fn regression_the_end_of_an_export_that_is_not_a_multiple_of_its_block_size_can_be_read() {
     if !need_nbdkit() {
         return;
     }
@@ -371,13 +370,13 @@ fn regression_the_end_of_an_export_that_is_no_multiple_of_its_blocks_can_be_read
 }
 
 #[test]
-fn regression_a_result_whose_taker_panics_harms_no_other() {
+fn regression_a_completion_that_panics_does_not_affect_other_requests() {
     if !need_nbdkit() {
         return;
     }
     let disk = open(&["memory", "1M"]);
     for _ in 0..3 {
-        disk.submit_read(Lba(0), 1, Box::new(|_| panic!("this is meant")));
+        disk.submit_read(Lba(0), 1, Box::new(|_| panic!("intended panic")));
         disk.write_at(Lba(1), &[3; 512]).unwrap();
         disk.flush().unwrap();
     }
@@ -386,9 +385,9 @@ fn regression_a_result_whose_taker_panics_harms_no_other() {
     assert!(back == [3; 512]);
 }
 
-/// A server of the protocol's oldest variant, with an export of 1 MiB; what it does at the first command, and how often somebody
-/// connected.
-fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) {
+/// Starts a server of the oldest protocol variant, with an export of 1 MiB, that calls `at_command` with the first
+/// command of a connection and then closes it. Returns its configuration and the number of accepted connections.
+fn oldest_variant(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let accepted = Arc::new(AtomicUsize::new(0));
@@ -399,7 +398,7 @@ fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) 
             thread::spawn(move || {
                 let mut stream = stream;
                 let size = (1u64 << 20).to_be_bytes();
-                // has flags
+                // Flags: NBD_FLAG_HAS_FLAGS only.
                 let hello = [
                     &b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53"[..],
                     &size,
@@ -423,8 +422,8 @@ fn oldest(at_command: fn(TcpStream, [u8; 28])) -> (NbdConfig, Arc<AtomicUsize>) 
 }
 
 #[test]
-fn regression_a_server_that_hangs_up_at_each_command_is_not_called_without_a_pause() {
-    let (config, accepted) = oldest(|_, _| ());
+fn regression_reconnects_back_off_if_the_server_closes_the_connection_at_each_command() {
+    let (config, accepted) = oldest_variant(|_, _| ());
     let disk = NbdDisk::connect(&config, false).unwrap();
     assert!(disk.read_at(Lba(0), &mut [0; 512]).is_err());
     let calls = accepted.load(Ordering::SeqCst);
@@ -432,8 +431,8 @@ fn regression_a_server_that_hangs_up_at_each_command_is_not_called_without_a_pau
 }
 
 #[test]
-fn regression_a_server_that_only_says_that_it_shuts_down_is_not_called_without_a_pause() {
-    let (config, accepted) = oldest(|mut stream, command| {
+fn regression_reconnects_back_off_if_the_server_answers_each_command_with_eshutdown() {
+    let (config, accepted) = oldest_variant(|mut stream, command| {
         let reply = [
             &[0x67, 0x44, 0x66, 0x98, 0, 0, 0, libc::ESHUTDOWN as u8],
             &command[8..16],
@@ -447,9 +446,9 @@ fn regression_a_server_that_only_says_that_it_shuts_down_is_not_called_without_a
     assert!((2..20).contains(&calls), "{calls} connections in two seconds");
 }
 
-/// A server of today's protocol with structured replies, of whose answers to reads the second half is missing; or the first
-/// one comes in its place.
-fn halving(twice: bool) -> NbdConfig {
+/// Starts a server of the current protocol variant with structured replies, whose answers to reads lack the second
+/// half. `twice`: it sends the first half a second time instead.
+fn half_answering(twice: bool) -> NbdConfig {
     const OPTION_REPLY: &[u8] = &0x0003_e889_0455_65a9u64.to_be_bytes();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -467,13 +466,13 @@ fn halving(twice: bool) -> NbdConfig {
                 stream.write_all(&[OPTION_REPLY, option, &kind.to_be_bytes(), &len.to_be_bytes(), data].concat())
             };
             match option[3] {
-                // go: an export of 1 MiB, then done
+                // NBD_OPT_GO: NBD_REP_INFO with an export of 1 MiB, then NBD_REP_ACK.
                 7 => {
                     reply(3, &[&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0, 1]].concat())?;
                     reply(1, &[])?;
                     break;
                 }
-                // structured replies
+                // NBD_OPT_STRUCTURED_REPLY: NBD_REP_ACK. Everything else: NBD_REP_ERR_UNSUP.
                 8 => reply(1, &[])?,
                 _ => reply(0x8000_0001, &[])?,
             }
@@ -503,9 +502,9 @@ fn halving(twice: bool) -> NbdConfig {
 }
 
 #[test]
-fn regression_an_answer_of_which_a_part_is_missing_is_an_error() {
+fn regression_an_incomplete_answer_to_a_read_is_an_error() {
     for twice in [false, true] {
-        let disk = NbdDisk::connect(&halving(twice), false).unwrap();
+        let disk = NbdDisk::connect(&half_answering(twice), false).unwrap();
         let e = disk.read_at(Lba(0), &mut [0; 1024]).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Os(libc::EPROTO), "{e}");
     }

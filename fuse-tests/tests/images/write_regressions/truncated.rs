@@ -1,4 +1,4 @@
-//! A file that somebody else cuts while it is written to: its grains are lost, and nothing may hide that.
+//! Files that another process truncates while they are open for writing: the lost grains must stay errors.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,12 +13,13 @@ use vmdkfuse::vmdk::VmdkDisk;
 use super::hosted::Hosted;
 use super::read;
 
-/// Sectors of a grain, and how many grains are allocated.
+/// Sectors of a grain.
 const GRAIN: u64 = 128;
+/// Number of grains written before the flush.
 const GRAINS: u64 = 4;
 
-/// An image whose last grain ends where its file does.
-fn closed() -> (TempDir, PathBuf) {
+/// Creates a clean image whose last grain ends at the end of the file.
+fn closed_image() -> (TempDir, PathBuf) {
     let dir = tempdir().unwrap();
     let path = dir.path().join("x.vmdk");
     Hosted {
@@ -33,7 +34,7 @@ fn closed() -> (TempDir, PathBuf) {
             .write_at(Lba(grain * GRAIN), &[0xaa; (GRAIN * SECTOR) as usize])
             .unwrap();
     }
-    // the tables take room as well, so that the last grain is allocated behind them
+    // The flush allocates the tables, so that the grain written next is the last in the file.
     writer.flush().unwrap();
     writer
         .write_at(Lba(GRAINS * GRAIN), &[0xaa; (GRAIN * SECTOR) as usize])
@@ -46,107 +47,104 @@ fn len(path: &Path) -> u64 {
     path.metadata().unwrap().len()
 }
 
-fn cut(path: &Path, len: u64) {
+fn truncate(path: &Path, len: u64) {
     File::options().write(true).open(path).unwrap().set_len(len).unwrap();
 }
 
-/// Panics unless `e` tells what happened to the file.
+/// Panics unless `e` names the file, its length and the expected length.
 #[track_caller]
-fn tells(e: &Error, path: &Path, has: u64, expected: u64) {
+fn assert_truncated(e: &Error, path: &Path, has: u64, expected: u64) {
     let text = e.to_string();
-    let wanted = format!("{}: has {has} bytes, expected {expected} or more", path.display());
-    assert!(e.kind() == ErrorKind::Corrupt && text.contains(&wanted), "{text}");
+    let fragment = format!("{}: has {has} bytes, expected {expected} or more", path.display());
+    assert!(e.kind() == ErrorKind::Corrupt && text.contains(&fragment), "{text}");
 }
 
-/// Panics unless nothing is written any more, also where the file is whole, and nothing said to be durable.
+/// Panics unless every later write, also to an intact range, and every flush fails and leaves the file unchanged.
 #[track_caller]
-fn is_over(disk: &VmdkDisk, path: &Path, expected: u64) {
+fn assert_write_latch(disk: &VmdkDisk, path: &Path, expected: u64) {
     let has = len(path);
     let writer = disk.writer().unwrap();
     let last = GRAINS * GRAIN;
-    tells(&writer.write_at(Lba(0), &[1; 512]).unwrap_err(), path, has, expected);
-    tells(
+    assert_truncated(&writer.write_at(Lba(0), &[1; 512]).unwrap_err(), path, has, expected);
+    assert_truncated(
         &writer.write_at(Lba(last + GRAIN - 1), &[1; 512]).unwrap_err(),
         path,
         has,
         expected,
     );
-    tells(
+    assert_truncated(
         &writer.write_at(Lba(last + GRAIN), &[1; 512]).unwrap_err(),
         path,
         has,
         expected,
     );
-    tells(&writer.zero(Lba(0)..Lba(8), true).unwrap_err(), path, has, expected);
-    tells(&writer.flush().unwrap_err(), path, has, expected);
-    tells(&writer.close().unwrap_err(), path, has, expected);
+    assert_truncated(&writer.zero(Lba(0)..Lba(8), true).unwrap_err(), path, has, expected);
+    assert_truncated(&writer.flush().unwrap_err(), path, has, expected);
+    assert_truncated(&writer.close().unwrap_err(), path, has, expected);
     assert_eq!(len(path), has);
     assert_eq!(read(disk, 0).unwrap(), [0xaa; 512]);
-    assert!(
-        read(disk, last + GRAIN - 1).is_err(),
-        "a sector that is lost can be read"
-    );
+    assert!(read(disk, last + GRAIN - 1).is_err(), "a lost sector can be read");
 }
 
 #[test]
-fn regression_a_write_in_place_makes_no_file_longer_that_was_cut() {
+fn regression_a_write_in_place_does_not_extend_a_truncated_file() {
     let _alone = alone();
     for lost in [1, 512, 4096, GRAIN * SECTOR] {
-        let (_dir, path) = closed();
+        let (_dir, path) = closed_image();
         let disk = writable(&path).unwrap();
         let whole = len(&path);
-        cut(&path, whole - lost);
-        // up to the very end that the file had, so that it would look as long as before
+        truncate(&path, whole - lost);
+        // The write ends at the former end of the file: done in place it would hide the truncation.
         let e = disk
             .writer()
             .unwrap()
             .write_at(Lba((GRAINS + 1) * GRAIN - 8), &[1; 4096])
             .unwrap_err();
-        tells(&e, &path, whole - lost, whole);
-        is_over(&disk, &path, whole);
+        assert_truncated(&e, &path, whole - lost, whole);
+        assert_write_latch(&disk, &path, whole);
     }
 }
 
 #[test]
-fn regression_zeroes_in_place_do_not_pass_over_a_cut() {
+fn regression_zeroes_in_place_detect_a_truncated_file() {
     let _alone = alone();
     for unmap in [false, true] {
-        let (_dir, path) = closed();
+        let (_dir, path) = closed_image();
         let disk = writable(&path).unwrap();
         let whole = len(&path);
-        cut(&path, whole - 8192);
+        truncate(&path, whole - 8192);
         let last = GRAINS * GRAIN;
         let e = disk
             .writer()
             .unwrap()
             .zero(Lba(last)..Lba(last + GRAIN), unmap)
             .unwrap_err();
-        tells(&e, &path, whole - 8192, whole);
-        is_over(&disk, &path, whole);
+        assert_truncated(&e, &path, whole - 8192, whole);
+        assert_write_latch(&disk, &path, whole);
     }
 }
 
 #[test]
-fn regression_what_was_cut_before_a_flush_is_not_durable() {
+fn regression_a_flush_fails_after_a_truncation() {
     let _alone = alone();
-    let (_dir, path) = closed();
+    let (_dir, path) = closed_image();
     let disk = writable(&path).unwrap();
     let whole = len(&path);
     disk.writer()
         .unwrap()
         .write_at(Lba(GRAINS * GRAIN), &[0xbb; 512])
         .unwrap();
-    cut(&path, whole - 512);
-    tells(&disk.writer().unwrap().flush().unwrap_err(), &path, whole - 512, whole);
-    is_over(&disk, &path, whole);
+    truncate(&path, whole - 512);
+    assert_truncated(&disk.writer().unwrap().flush().unwrap_err(), &path, whole - 512, whole);
+    assert_write_latch(&disk, &path, whole);
 }
 
 #[test]
-fn regression_a_sector_that_was_cut_in_the_middle_is_no_zeroes() {
+fn regression_a_truncated_sector_does_not_read_as_zeroes() {
     let _alone = alone();
-    let (_dir, path) = closed();
+    let (_dir, path) = closed_image();
     let disk = writable(&path).unwrap();
-    // grows beyond what it was when it was opened
+    // This grain lies beyond the end that the file had at the open.
     let at = (GRAINS + 1) * GRAIN;
     disk.writer()
         .unwrap()
@@ -154,18 +152,15 @@ fn regression_a_sector_that_was_cut_in_the_middle_is_no_zeroes() {
         .unwrap();
     disk.writer().unwrap().close().unwrap();
     assert_eq!(read(&disk, at + GRAIN - 1).unwrap(), [0xcc; 512]);
-    cut(&path, len(&path) - 100);
+    truncate(&path, len(&path) - 100);
     assert_eq!(read(&disk, at + GRAIN - 2).unwrap(), [0xcc; 512]);
-    assert!(
-        read(&disk, at + GRAIN - 1).is_err(),
-        "the lost bytes are shown as zeroes"
-    );
+    assert!(read(&disk, at + GRAIN - 1).is_err(), "the lost bytes read as zeroes");
 }
 
 #[test]
-fn regression_a_flat_extent_that_was_cut_is_not_made_longer() {
+fn regression_a_truncated_flat_extent_is_not_extended() {
     let _alone = alone();
-    for how in ["write", "zero", "flush"] {
+    for operation in ["write", "zero", "flush"] {
         let dir = tempdir().unwrap();
         let (path, flat) = (dir.path().join("x.vmdk"), dir.path().join("x-flat.vmdk"));
         let text = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
@@ -175,21 +170,21 @@ fn regression_a_flat_extent_that_was_cut_is_not_made_longer() {
         let disk = writable(&path).unwrap();
         let writer = disk.writer().unwrap();
         writer.write_at(Lba(0), &[0xbb; 512]).unwrap();
-        cut(&flat, 4096 * 512 - 8192);
-        let e = match how {
+        truncate(&flat, 4096 * 512 - 8192);
+        let e = match operation {
             "write" => writer.write_at(Lba(4095), &[1; 512]),
             "zero" => writer.zero(Lba(4088)..Lba(4096), false),
             _ => writer.flush(),
         };
-        tells(&e.unwrap_err(), &flat, 4096 * 512 - 8192, 4096 * 512);
-        assert!(read(&disk, 4088).is_err(), "a sector that is lost can be read");
-        // for good, also where the file is whole
-        tells(
+        assert_truncated(&e.unwrap_err(), &flat, 4096 * 512 - 8192, 4096 * 512);
+        assert!(read(&disk, 4088).is_err(), "a lost sector can be read");
+        // The write latch is permanent, also for intact ranges.
+        assert_truncated(
             &writer.write_at(Lba(0), &[1; 512]).unwrap_err(),
             &flat,
             4096 * 512 - 8192,
             4096 * 512,
         );
-        assert_eq!(len(&flat), 4096 * 512 - 8192, "{how}");
+        assert_eq!(len(&flat), 4096 * 512 - 8192, "{operation}");
     }
 }

@@ -1,4 +1,4 @@
-//! A file between the engine and the real one.
+//! A stored file that counts the bytes of its I/O and injects failures.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,49 +9,51 @@ use fuse_tests::model::policy;
 use vmdkfuse::error::{Error, ErrorKind, Result};
 use vmdkfuse::store::{Access, Identity, Store, StoredFile, StoredWrite, open_user_path};
 
-/// More bytes than this nobody needs to read and write for the small files here.
-const MOST: u64 = 1 << 30;
+/// Limit on the bytes read and written; far more than the small files of these tests need.
+const MAX_BYTES: u64 = 1 << 30;
 
-/// A file of which the bytes that are read and written are counted, and some changes fail, in whole or after a part was
-/// done. It leaves out syncs: no test here crashes.
+/// Wrapper of a real file that counts the bytes read and written, and in which some writes fail completely or after a
+/// part. Syncs do nothing: no test here crashes.
 #[derive(Debug)]
-pub(crate) struct Watched {
+pub(crate) struct FaultyFile {
     file: Arc<dyn StoredFile>,
-    moved: AtomicU64,
+    /// Bytes read and written so far.
+    bytes: AtomicU64,
     random: Mutex<Random>,
-    /// One of so many changes fails; 0: none.
+    /// One in this many writes fails, chosen at random; 0: none.
     one_in: AtomicU64,
 }
 
-impl Watched {
-    /// Opens a file for writing, of which nothing fails yet.
+impl FaultyFile {
+    /// Opens a file for writing. No write fails until [`fail_one_in`](Self::fail_one_in) is called.
     pub(crate) fn open(path: &Path, seed: u64) -> Arc<Self> {
         let file = open_user_path(path, policy(&[]), Access::Write).unwrap();
         Arc::new(Self {
             file,
-            moved: 0.into(),
+            bytes: 0.into(),
             random: Mutex::new(Random::new(seed)),
             one_in: 0.into(),
         })
     }
 
-    /// From now on one of so many changes fails; 0: none.
-    pub(crate) fn fail_one_in(&self, changes: u64) {
-        self.one_in.store(changes, Ordering::Relaxed);
+    /// Lets one in `writes` writes fail from now on, chosen at random; 0: none.
+    pub(crate) fn fail_one_in(&self, writes: u64) {
+        self.one_in.store(writes, Ordering::Relaxed);
     }
 
-    /// The next number of what it decides by.
+    /// Returns the next random number.
     pub(crate) fn draw(&self) -> u64 {
         self.random.lock().unwrap().next()
     }
 
+    /// Counts the bytes of an I/O, and panics when they exceed the limit.
     fn count(&self, bytes: usize) {
-        let moved = self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
-        assert!(moved < MOST, "more than {MOST} bytes were read and written");
+        let total = self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        assert!(total < MAX_BYTES, "more than {MAX_BYTES} bytes were read and written");
     }
 
-    /// Whether a change shall be done.
-    fn chance(&self) -> Result<()> {
+    /// Fails with ENOSPC at random.
+    fn inject_failure(&self) -> Result<()> {
         match self.one_in.load(Ordering::Relaxed) {
             0 => Ok(()),
             n if self.draw().is_multiple_of(n) => Err(Error::new(ErrorKind::Os(libc::ENOSPC), "full")),
@@ -64,7 +66,7 @@ impl Watched {
     }
 }
 
-impl StoredFile for Watched {
+impl StoredFile for FaultyFile {
     fn len(&self) -> u64 {
         self.file.len()
     }
@@ -98,10 +100,10 @@ impl StoredFile for Watched {
     }
 }
 
-impl StoredWrite for Watched {
+impl StoredWrite for FaultyFile {
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.count(buf.len());
-        if let Err(e) = self.chance() {
+        if let Err(e) = self.inject_failure() {
             let part = (self.draw() % (buf.len() as u64 + 1)) as usize / 512 * 512;
             self.inner().write_all_at(offset, &buf[..part])?;
             return Err(e);
@@ -112,11 +114,11 @@ impl StoredWrite for Watched {
         self.inner().current_len()
     }
     fn set_len(&self, len: u64) -> Result<()> {
-        self.chance()?;
+        self.inject_failure()?;
         self.inner().set_len(len)
     }
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.chance()?;
+        self.inject_failure()?;
         self.inner().zero(offset, len, unmap)
     }
     fn sync(&self) -> Result<()> {
