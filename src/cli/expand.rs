@@ -70,7 +70,8 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
     for entry in fs::read_dir(dir).map_err(|e| UsageError::new(format!("dir={}: {e}", dir.display())))? {
         let path = entry.map_err(|e| failed(dir, &e))?.path();
         let is_vmdk = path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk"));
-        if is_vmdk && is_disk(&path).map_err(|e| failed(&path, &e))? {
+        // A link is not followed: the user did not name it.
+        if is_vmdk && !path.is_symlink() && is_disk(&path).map_err(|e| failed(&path, &e))? {
             disks.push(path);
         }
     }
@@ -156,8 +157,10 @@ impl Walk {
         }
         let pattern = Pattern::new(&to_lossless_text(component.as_os_str()))?;
         for name in self.names_in(&base) {
-            if pattern.matches_with(&to_lossless_text(&name), LIKE_A_SHELL) {
-                self.descend(base.join(&name), rest)?;
+            let path = base.join(&name);
+            // The user did not name what a pattern finds: a link in a folder that others write to may lead anywhere.
+            if pattern.matches_with(&to_lossless_text(&name), LIKE_A_SHELL) && !path.is_symlink() {
+                self.descend(path, rest)?;
             }
         }
         Ok(())
@@ -268,6 +271,23 @@ mod tests {
             .iter()
             .map(|path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().to_vec())
             .collect()
+    }
+
+    #[test]
+    fn regression_links_that_a_search_finds_are_not_followed() {
+        let dir = folder(&[b"a.img"]);
+        let text = "# Disk DescriptorFile\nversion=1\n";
+        fs::write(dir.path().join("a.vmdk"), text).unwrap();
+        fs::create_dir(dir.path().join("private")).unwrap();
+        fs::write(dir.path().join("private/b.img"), "").unwrap();
+        symlink("a.vmdk", dir.path().join("link.vmdk")).unwrap();
+        symlink("a.img", dir.path().join("link.img")).unwrap();
+        symlink("private", dir.path().join("linked")).unwrap();
+        assert_eq!(expanded(&dir, b"*.img"), [b"a.img".to_vec()]);
+        assert_eq!(disks_of(dir.path()).unwrap(), [dir.path().join("a.vmdk")]);
+        assert!(expand(&dir.path().join("link*/b.img")).is_err());
+        // A link that the user names is followed.
+        assert_eq!(expand(&dir.path().join("link.img")).unwrap().len(), 1);
     }
 
     #[test]

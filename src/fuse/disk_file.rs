@@ -123,7 +123,7 @@ impl DiskFile {
         );
         // No lock is held here: an open of one disk must not wait for the image files of another open. Where several
         // opens find the modification at once, the first volume that gets installed stays.
-        let new = volume::open(&self.config)?;
+        let new = volume::reopen(&self.config, &old)?;
         if new.len() != old.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,

@@ -219,7 +219,62 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> R
             ),
         ));
     }
-    Ok(Arc::new(found.reopen(policy, access)?))
+    let origin = Origin::of(&found);
+    let mut file = found.reopen(policy, access)?;
+    file.origin = origin;
+    Ok(Arc::new(file))
+}
+
+/// The place of a file that the user named: where it is looked for after another process has replaced it.
+#[derive(Debug, Clone)]
+struct Origin {
+    /// Held since the first open, so that a directory of the path that another user replaces does not redirect the lookup.
+    folder: Arc<Folder>,
+    name: OsString,
+    /// User ID of the file's owner.
+    owner: u32,
+}
+
+impl Origin {
+    /// Returns the place of a regular file; `None` for a device, and for a file whose folder is not there any more.
+    fn of(found: &Found) -> Option<Self> {
+        let name = found.real.file_name().filter(|_| found.metadata.is_file())?;
+        let folder = Folder::open_unlinked(found.real.parent()?).ok()?;
+        Some(Self {
+            folder: Arc::new(folder),
+            name: name.to_owned(),
+            owner: found.metadata.uid(),
+        })
+    }
+
+    /// Opens the file that has the name now. Follows no symbolic link: the file and its folder may belong to a user with
+    /// fewer rights than this process.
+    fn open(&self, label: &str, policy: Arc<OpenPolicy>) -> Result<LocalFile> {
+        let refuse = |reason: String| Err(Error::new(ErrorKind::Policy, format!("{label}: {reason}")));
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
+        let fd = match lookup(&self.folder.fd, Path::new(&self.name), flags, resolve) {
+            Err(Errno::ELOOP | Errno::EXDEV) => {
+                return refuse(
+                    "the image was replaced by a link, which is not followed; unmount, then mount again".into(),
+                );
+            }
+            found => found.map_err(|e| lookup_error(label.to_owned(), e))?,
+        };
+        let found = Found::new(fd, label.to_owned())?;
+        if let FileType::Device | FileType::Other(_) = found.file_type() {
+            return refuse("the image was replaced by something that is no regular file".into());
+        }
+        if found.metadata.uid() != self.owner {
+            let (now, before) = (found.metadata.uid(), self.owner);
+            return refuse(format!(
+                "the image was replaced by a file of another user ({now}, before {before}); unmount, then mount again"
+            ));
+        }
+        let mut file = found.reopen(policy, Access::Read)?;
+        file.origin = Some(self.clone());
+        Ok(file)
+    }
 }
 
 /// Open local file.
@@ -236,6 +291,8 @@ pub(super) struct LocalFile {
     writable: bool,
     opened: Identity,
     policy: Arc<OpenPolicy>,
+    /// Only for a file that the user named.
+    origin: Option<Origin>,
 }
 
 impl LocalFile {
@@ -288,6 +345,7 @@ impl LocalFile {
             writable: access == Access::Write,
             opened,
             policy,
+            origin: None,
         })
     }
 
@@ -422,6 +480,17 @@ impl StoredFile for LocalFile {
             })),
             _ => Err(gone("the file was moved or deleted")),
         }
+    }
+
+    fn reopen(&self) -> Result<Arc<dyn StoredFile>> {
+        let none = || {
+            Error::unsupported(format!(
+                "{}: cannot be opened again; unmount, then mount again",
+                self.label
+            ))
+        };
+        let origin = self.origin.as_ref().ok_or_else(none)?;
+        Ok(Arc::new(origin.open(&self.label, Arc::clone(&self.policy))?))
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {

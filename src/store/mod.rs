@@ -153,6 +153,14 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     /// Errors: `NotFound` if the file was moved or deleted after the open, or the error of the operating system.
     fn siblings(&self) -> Result<Arc<dyn Store>>;
 
+    /// Opens, for reading, the file that has this file's name now, in the folder that was held since the user named it.
+    ///
+    /// Errors: `Policy` if the name is a symbolic link or the file belongs to another user now, `Unsupported` for a file
+    /// that the user did not name, or the error of the operating system.
+    fn reopen(&self) -> Result<Arc<dyn StoredFile>> {
+        Err(Error::unsupported(format!("{}: cannot be opened again", self.label())))
+    }
+
     /// Returns the file descriptor, or `None` if the file is not a local file.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None

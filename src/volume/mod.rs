@@ -35,6 +35,7 @@ mod writeback_timer;
 use crate::range_lock::RangeLock;
 use block_count::BlockCount;
 pub use create::create;
+pub(crate) use open::reopen;
 pub use open::{Description, Source, is_dynamic, open, open_all, open_source};
 pub use read_buffer::{MAX_READ, ReadBuffer};
 pub use submit::WriteCompletion;

@@ -140,12 +140,30 @@ pub fn open(config: &DiskConfig) -> Result<Volume> {
         .read_only_because(why_read_only))
 }
 
+/// Opens a disk for reading once more, after another process has modified or replaced the image of `old`.
+///
+/// The format stays what it was, and the image is looked for in the folder that is held since the first open: neither the
+/// content nor a link that was put in the image's place chooses another file.
+pub(crate) fn reopen(config: &DiskConfig, old: &Volume) -> Result<Volume> {
+    let none = || Error::unsupported(format!("{}: has no file to open again", config.source.label()));
+    let file = old.files().first().ok_or_else(none)?.reopen()?;
+    let source = source_of(local(config)?, file)?;
+    if config.overlay.is_some() {
+        return with_overlay(config, &source);
+    }
+    Ok(Volume::new(cached(config, source.disk())?, source.files()))
+}
+
 /// Opens a disk whose writes go to an overlay. The source below is only read, so it may be cached.
 fn open_with_overlay(config: &DiskConfig) -> Result<Volume> {
-    let source = open_source(config)?;
+    with_overlay(config, &open_source(config)?)
+}
+
+/// Returns the disk of `source` and the overlay over it.
+fn with_overlay(config: &DiskConfig, source: &Source) -> Result<Volume> {
     let mut files = source.files();
     let access = if config.read_only { Access::Read } else { Access::Write };
-    let delta = open_overlay(config, &source, access)?;
+    let delta = open_overlay(config, source, access)?;
     let base = cached(config, source.disk())?;
     let remote = source.is_remote();
     let Some(delta) = delta else {
@@ -180,7 +198,11 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
         return nbd_disk(server, false).map(|(source, _)| source);
     }
     let local = local(config)?;
-    let file = open_file(local, Access::Read)?;
+    source_of(local, open_file(local, Access::Read)?)
+}
+
+/// Opens the source that `file` is, for reading.
+fn source_of(local: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Source> {
     if format::decide(local, &*file)? == DiskFormat::Raw {
         return raw(file);
     }

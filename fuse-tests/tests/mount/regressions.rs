@@ -119,6 +119,63 @@ fn regression_an_image_replaced_by_a_rename_is_detected() {
     }
 }
 
+/// What stands in an image's place later is not opened if another user could have chosen it.
+#[test]
+fn regression_a_replaced_image_is_reopened_without_following_links() {
+    if !need_fuse() || !need_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let secret = scratch.write("secret", [7; 4096]);
+    scratch.mkdir("vms");
+    let image = scratch.write("vms/disk.img", [1; 4096]);
+    let mount = scratch.mount().arg("readonly=true").file("vms/disk.img").start();
+    let path = mount.file("disk.raw");
+    assert_eq!(fs::read(&path).unwrap(), [1; 4096]);
+
+    fs::remove_file(&image).unwrap();
+    std::os::unix::fs::symlink(&secret, &image).unwrap();
+    assert!(fs::read(&path).is_err(), "a link was followed");
+
+    fs::remove_file(&image).unwrap();
+    fs::write(&image, [2; 4096]).unwrap();
+    std::os::unix::fs::chown(&image, Some(STRANGER.uid), Some(STRANGER.gid)).unwrap();
+    assert!(fs::read(&path).is_err(), "the file of another user was opened");
+
+    // The folder is the one that was held, not the one that has its name now.
+    fs::rename(scratch.path("vms"), scratch.path("moved")).unwrap();
+    std::os::unix::fs::symlink(scratch.root(), scratch.path("vms")).unwrap();
+    scratch.write("disk.img", [7; 4096]);
+    assert!(fs::read(&path).is_err());
+    fs::remove_file(scratch.path("moved/disk.img")).unwrap();
+    fs::write(scratch.path("moved/disk.img"), [3; 4096]).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), [3; 4096]);
+    mount.unmount();
+}
+
+/// A raw disk stays raw, and a VMDK header that appears in it is refused at the next open.
+#[test]
+fn regression_a_running_mount_never_changes_its_format() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.write("disk.img", [1; 4096]);
+    let mount = scratch.mount().arg("readonly=true").file("disk.img").start();
+    let path = mount.file("disk.raw");
+    assert_eq!(fs::read(&path).unwrap(), [1; 4096]);
+    let mut text = b"# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n\
+                     RW 8 FLAT \"other\"\n"
+        .to_vec();
+    scratch.write("other", [7; 4096]);
+    text.resize(4096, b'\n');
+    fs::write(&image, text).unwrap();
+    assert!(fs::read(&path).is_err(), "the content chose another file");
+    fs::write(&image, [2; 4096]).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), [2; 4096]);
+    mount.unmount();
+}
+
 /// The bytes of an image change, but its length, inode and mtime do not.
 #[test]
 fn regression_a_change_with_a_restored_mtime_is_detected() {
