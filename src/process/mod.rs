@@ -19,7 +19,8 @@ pub mod signals;
 
 /// Returns the working directory at the first call, which has to come before the process changes to `/`.
 ///
-/// What the user named relative to it (a program and its arguments, TMPDIR) means the same for as long as the mount lives.
+/// Relative names that the user gave (a program and its arguments, TMPDIR) keep their meaning for as long as the mount
+/// lives.
 pub fn start_dir() -> &'static Path {
     static START_DIR: OnceLock<PathBuf> = OnceLock::new();
     START_DIR.get_or_init(|| std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")))

@@ -1,4 +1,4 @@
-//! What a named file is: its name or `format=` decides, and its content can only make us refuse.
+//! Decides the format of a named file: by its name or `format=`. Its content can only make us refuse.
 //!
 //! A guest that owns a raw disk can write any bytes into it. If content chose the format, the guest could write a VMDK
 //! descriptor there and so choose which files of the host are shown or written. So a name promises a format, and the
@@ -37,7 +37,7 @@ pub(crate) enum DiskFormat {
     Raw,
 }
 
-/// What a file's name promises.
+/// Promise of a file name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Promise<'a> {
     Vmdk,
@@ -118,7 +118,7 @@ fn no_vmdk(label: &str, name: &OsStr, format: Format, head: &[u8]) -> Result<Dis
     )))
 }
 
-/// What a file name promises.
+/// Returns the promise of a file name.
 fn promise_of(name: &OsStr) -> Promise<'_> {
     let bytes = name.as_bytes();
     let mut parts = bytes.split(|byte| *byte == b'.').skip(1);

@@ -119,7 +119,7 @@ fn regression_an_image_replaced_by_a_rename_is_detected() {
     }
 }
 
-/// What stands in an image's place later is not opened if another user could have chosen it.
+/// A file that stands in an image's place later is not opened if another user could have chosen it.
 #[test]
 fn regression_a_replaced_image_is_reopened_without_following_links() {
     if !need_fuse() || !need_root() {

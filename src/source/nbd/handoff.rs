@@ -23,7 +23,7 @@ pub(super) struct Handoff<T> {
     len: AtomicUsize,
 }
 
-/// What the caller of [`Handoff::offer`] has to do.
+/// Duty of the caller of [`Handoff::offer`].
 #[derive(Debug)]
 pub(super) enum Offered<T> {
     /// Send the item: the poller sleeps.
