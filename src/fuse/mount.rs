@@ -29,6 +29,7 @@ use super::target::Target;
 use super::{fusermount, mount_flags};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::shell_word;
 
 /// Subtype: the part of the type after `fuse.`.
 pub(super) const SUBTYPE: &str = "vmdkfuse";
@@ -260,13 +261,7 @@ pub(super) fn is_dead(point: &Path) -> bool {
 
 /// Returns the shell command that unmounts `point`.
 pub(super) fn unmount_command(point: &Path) -> String {
-    let text = point.display().to_string();
-    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
-    let word = if text.chars().all(plain) {
-        text
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    };
+    let word = shell_word(&point.display().to_string());
     let program = if nix::unistd::geteuid().is_root() {
         "umount"
     } else {

@@ -13,14 +13,14 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::mount::{FSTYPE, is_dead, unmount_command};
 use super::mountinfo::{self, MountEntry};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::StoredFile;
+use crate::store::{StoredFile, proc_path, real_path};
 
 /// A mount point that exists and can be mounted on.
 #[derive(Debug)]
@@ -144,36 +144,11 @@ fn open_path(path: &Path) -> io::Result<OwnedFd> {
     options.open(path).map(OwnedFd::from)
 }
 
-fn proc_path(fd: impl AsFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
-}
-
-/// Returns the present path of an open file, as the kernel knows it.
-fn real_path(fd: impl AsFd) -> Result<PathBuf> {
-    let link = proc_path(fd);
-    fs::read_link(&link).map_err(|e| Error::io(format!("{} (is /proc mounted?)", link.display()), e))
-}
-
 /// Returns device and inode of an open file.
-fn identity<'a>(fd: impl Into<FdRef<'a>>) -> Result<(u64, u64)> {
-    let link = proc_path(fd.into().0);
+fn identity(fd: impl AsFd) -> Result<(u64, u64)> {
+    let link = proc_path(fd);
     let metadata = fs::metadata(&link).map_err(|e| Error::io(link.display().to_string(), e))?;
     Ok((metadata.dev(), metadata.ino()))
-}
-
-/// A borrowed descriptor, of either kind of owner.
-struct FdRef<'a>(BorrowedFd<'a>);
-
-impl<'a> From<&'a OwnedFd> for FdRef<'a> {
-    fn from(fd: &'a OwnedFd) -> Self {
-        Self(fd.as_fd())
-    }
-}
-
-impl<'a> From<BorrowedFd<'a>> for FdRef<'a> {
-    fn from(fd: BorrowedFd<'a>) -> Self {
-        Self(fd)
-    }
 }
 
 /// Returns true if a directory has an entry. One that this user may not list counts as empty: nothing is lost.

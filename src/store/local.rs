@@ -777,12 +777,12 @@ fn lookup_error(context: String, errno: Errno) -> Error {
 }
 
 /// Returns the magic link in `/proc` that opens the same inode as `fd` again, whatever its path is by then.
-fn proc_path(fd: &OwnedFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+pub(crate) fn proc_path(fd: impl AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
 /// Returns the path of an open file as the kernel reports it: absolute and without symlinks.
-fn real_path(fd: &OwnedFd) -> Result<PathBuf> {
+pub(crate) fn real_path(fd: impl AsFd) -> Result<PathBuf> {
     let link = proc_path(fd);
     fs::read_link(&link).map_err(|e| {
         let context = format!("{} (is /proc mounted?)", link.display());

@@ -32,8 +32,9 @@ mod write_latch;
 
 pub use atomic_create::{make_user_path, unnamed};
 pub use local::{LocalStore, open_user_path};
-pub(crate) use name::printable;
+pub(crate) use local::{proc_path, real_path};
 pub use name::{ExtentName, NAME_MAX};
+pub(crate) use name::{printable, shell_word};
 pub(crate) use write_latch::WriteLatch;
 
 /// Rules for opening the files of an image.

@@ -95,6 +95,16 @@ fn check_syntax(name: &[u8]) -> Result<OsString> {
     Ok(OsString::from_vec(name.to_vec()))
 }
 
+/// Returns `text` as one word of a shell, for the commands in messages.
+pub(crate) fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Component;

@@ -19,7 +19,7 @@ use std::path::Path;
 
 use crate::config::{Format, LocalConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::StoredFile;
+use crate::store::{StoredFile, shell_word as word};
 use crate::vmdk::{self, FileKind};
 
 /// Suffixes of raw images, in lower case.
@@ -70,7 +70,7 @@ pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskF
     match (promise, foreign) {
         (Promise::Piece(whole), _) => refuse(format!(
             "the name is that of one piece of a split file; join the pieces first: cat {} > {}",
-            word(&format!("{whole}.*")),
+            word(whole) + ".*",
             word(whole)
         )),
         (_, Some(foreign)) => refuse(format!(
@@ -490,14 +490,4 @@ fn text(head: &[u8]) -> Option<&'static Foreign> {
             .iter()
             .any(|key| lower.starts_with(key.as_bytes()) || holds(&format!("\n{key}"))))
     .then_some(&VMX)
-}
-
-/// A file name as one word of a shell.
-fn word(text: &str) -> String {
-    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%,=*".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
 }
