@@ -389,7 +389,13 @@ fn opens_through_a_bind_mount_are_correct_or_refused() {
         .run()
         .ok();
     assert_same(&bound, &raw);
-    let direct = open_direct(&bound).unwrap();
+    // The daemon refuses the open until it has received RELEASE of the buffered one: the kernel sends that after close(2).
+    let mut direct = None;
+    assert!(poll_until(DEADLINE, || {
+        direct = open_direct(&bound).ok();
+        direct.is_some()
+    }));
+    let direct = direct.unwrap();
     compare_direct(&direct, 4096, &read_range(&raw, 4096, 8192));
     drop(direct);
     let buffered = File::open(&bound).unwrap();
