@@ -155,6 +155,8 @@ pub struct DiskConfig {
     pub readahead: Option<u64>,
     /// Overlay that takes the writes. The source is then opened read-only.
     pub overlay: Option<Overlay>,
+    /// Maximum number of ranges that `--map` lists; 0: no limit. `None`: the default.
+    pub map_limit: Option<u64>,
     /// Source of the disk's sectors.
     pub source: SourceConfig,
 }
@@ -169,6 +171,7 @@ impl DiskConfig {
             cache_size: None,
             readahead: None,
             overlay: None,
+            map_limit: None,
             source,
         }
     }

@@ -47,6 +47,7 @@ pub mod cli;
 pub mod config;
 pub mod error;
 pub mod error_log;
+mod escape;
 pub mod fuse;
 pub mod inspect;
 pub mod kernel_view;

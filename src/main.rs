@@ -2,7 +2,6 @@
 //!
 //! Exit status: 0 success, 1 the action failed, 2 the command line is invalid. `--check` has further statuses.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
@@ -11,7 +10,7 @@ use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
 use vmdkfuse::process::run::{self, Opened};
-use vmdkfuse::process::{self, daemon};
+use vmdkfuse::process::{self, daemon, output};
 use vmdkfuse::{inspect, volume};
 
 /// Exit status for an invalid command line.
@@ -32,12 +31,9 @@ fn main() -> ExitCode {
     daemon::share_heap();
     match parsed {
         Ok(Parsed::Run(config)) => run_action(*config),
-        Ok(Parsed::Print(text)) => match std::io::stdout().lock().write_all(text.as_bytes()) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        },
+        Ok(Parsed::Print(text)) => exit_status(output::print(&text).map(|()| 0)),
         Err(e) => {
-            eprintln!("vmdkfuse: {e}");
+            output::message(&mut std::io::stderr(), &e.to_string());
             ExitCode::from(USAGE)
         }
     }
@@ -99,7 +95,7 @@ fn exit_status(result: Result<u8>) -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(e) => {
-            eprintln!("vmdkfuse: {e}");
+            output::message(&mut std::io::stderr(), &e.to_string());
             ExitCode::FAILURE
         }
     }

@@ -305,24 +305,14 @@ pub(super) fn port(value: &OsStr) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Parses a decimal number from `least` to `most`.
-pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
-    let text = values::text(value)?;
-    let number = text
-        .parse::<u32>()
-        .ok()
-        .filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
-    number.ok_or_else(|| format!("must be a number from {least} to {most}"))
-}
-
 /// Parses the value of `socket-fd=`. 0 to 2 are refused: they are the standard streams.
 pub(super) fn socket_fd(value: &OsStr) -> Result<i32, String> {
-    number(value, 3, i32::MAX as u32).map(|n| n as i32)
+    values::number(value, 3, i32::MAX as u32).map(|n| n as i32)
 }
 
 /// Parses the value of `vsock-cid=`.
 pub(super) fn vsock_cid(value: &OsStr) -> Result<u32, String> {
-    number(value, 0, u32::MAX)
+    values::number(value, 0, u32::MAX)
 }
 
 /// Parses the value of `command=` or `arg=`. It may be empty.
@@ -344,17 +334,17 @@ pub(super) fn export(value: &OsStr) -> Result<OsString, String> {
 
 /// Parses the value of `connections=`.
 pub(super) fn connections(value: &OsStr) -> Result<usize, String> {
-    number(value, 1, MAX_CONNECTIONS).map(|n| n as usize)
+    values::number(value, 1, MAX_CONNECTIONS).map(|n| n as usize)
 }
 
 /// Parses the value of `timeout=`, in whole seconds.
 pub(super) fn timeout(value: &OsStr) -> Result<Duration, String> {
-    number(value, 1, MAX_TIMEOUT).map(|n| Duration::from_secs(n.into()))
+    values::number(value, 1, MAX_TIMEOUT).map(|n| Duration::from_secs(n.into()))
 }
 
 /// Parses the value of `retry=`.
 pub(super) fn retry(value: &OsStr) -> Result<u32, String> {
-    number(value, 0, MAX_RETRY)
+    values::number(value, 0, MAX_RETRY)
 }
 
 /// Converts the value of `tls=`. The table of keys refuses other words before it calls this.

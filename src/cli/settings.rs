@@ -53,6 +53,8 @@ pub(super) struct Settings {
     pub(super) nbd: nbd::NbdArgs,
     /// `backend=`
     pub(super) backend: Option<Backend>,
+    /// `limit=`
+    pub(super) map_limit: Option<u64>,
     /// Keys that were given. Used to detect duplicates and keys that do not apply to the source.
     given: Vec<&'static Key>,
 }
@@ -122,6 +124,7 @@ impl Settings {
             creation: self.creation.over(common.creation),
             nbd: self.nbd.over(&common.nbd),
             backend: self.backend.or(common.backend),
+            map_limit: self.map_limit.or(common.map_limit),
             given: [common.given.as_slice(), &self.given].concat(),
         }
     }
@@ -199,8 +202,14 @@ impl Settings {
             cache_size: self.cache_size,
             readahead: self.readahead,
             overlay: self.overlay.clone(),
+            map_limit: self.map_limit,
             source,
         };
+        if self.map_limit.is_some() && subcommand != Subcommand::Query {
+            return Err(UsageError::new(
+                "limit= bounds the output of --map; a mount has no such limit",
+            ));
+        }
         overlay_args::check_disk(&disk, subcommand)?;
         Ok(disk)
     }

@@ -19,6 +19,16 @@ pub(super) fn display(text: &OsStr) -> std::path::Display<'_> {
     Path::new(text).display()
 }
 
+/// Parses a decimal number from `least` to `most`.
+pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
+    let text = text(value)?;
+    let number = text
+        .parse::<u32>()
+        .ok()
+        .filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
+    number.ok_or_else(|| format!("must be a number from {least} to {most}"))
+}
+
 /// Returns a value that is not a path as text. Fails if it is empty or not UTF-8.
 pub(super) fn text(value: &OsStr) -> Result<&str, String> {
     match value.to_str() {

@@ -1,7 +1,5 @@
 //! `--check`: checks the tables of disks.
 
-use std::fmt::Write as _;
-
 use serde::Serialize;
 
 use super::{line, print};
@@ -98,6 +96,10 @@ fn check_text(c: &CheckedDisk, out: &mut String) {
     }
     for n in &c.report.notes {
         line!(out, "{}: note: {n}", c.name);
+    }
+    let more = c.report.note_count - c.report.notes.len() as u64;
+    if more > 0 {
+        line!(out, "{}: and {more} more notes", c.name);
     }
     let verdict = match c.status {
         CheckStatus::Clean => "clean".to_owned(),

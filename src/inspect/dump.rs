@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::print;
+use super::{line, print};
 use crate::error::Result;
 use crate::source::nbd;
 use crate::vmdk;
@@ -40,7 +40,7 @@ pub fn dump(json: bool) -> Result<u8> {
             format!("max_links={}", build.max_links),
         ];
         for line in lines.into_iter().chain(libnbd) {
-            out.push_str(&(line + "\n"));
+            line!(out, "{line}");
         }
     })?;
     Ok(0)

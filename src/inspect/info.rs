@@ -1,7 +1,5 @@
 //! `--info`: describes disks, and the exports of NBD servers.
 
-use std::fmt::Write as _;
-
 use serde::Serialize;
 
 use super::{line, print, server_text};

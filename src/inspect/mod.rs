@@ -3,17 +3,16 @@
 //! ```text
 //!   Query ─► open the disks ─► serializable value ─► JSON or text ─► standard output
 //! ```
-//! Each action is a module. It builds a value and prints it as JSON (`--json`) or as text; the map alone is streamed,
-//! as the image determines its length. A disk that cannot be opened ends the action with an error, so that the output
+//! Each action is a module. It builds a value and prints it as JSON (`--json`) or as text, both escaped; the map alone is
+//! streamed, as the image determines its length. A disk that cannot be opened ends the action with an error, so that the output
 //! never lacks a requested disk without notice.
-
-use std::fmt::Write as _;
-use std::io::{self, Write};
 
 use serde::Serialize;
 
 use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::escape;
+use crate::process::output;
 use crate::source::nbd;
 
 mod check;
@@ -33,36 +32,28 @@ pub fn source_name(disk: &DiskConfig) -> String {
     disk.source.label()
 }
 
-/// Appends a formatted line to a `String`, which cannot fail.
+/// Appends a formatted line to a `String`, escaped.
 macro_rules! line {
-    ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out, $($arg)*); }};
+    ($out:expr, $($arg:tt)*) => { crate::process::output::line($out, format_args!($($arg)*)) };
 }
 
 use line;
 
-/// Prints `value` as JSON, or the text that `text` appends. A closed pipe is not an error: the reader has seen enough.
+/// Prints `value` as JSON, or the lines that `text` appends.
 fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> Result<()> {
     let mut out = String::new();
     if json {
         out = serde_json::to_string_pretty(value)
             .map_err(|e| Error::new(ErrorKind::Usage, format!("writing JSON: {e}")))?;
+        out = escape::json(&out);
         out.push('\n');
     } else {
         text(&mut out);
     }
-    match io::stdout().lock().write_all(out.as_bytes()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        other => written_to_stdout(other),
-    }
+    output::print(&out)
 }
 
-/// Adds the context to an error of writing to standard output.
-fn written_to_stdout(result: io::Result<()>) -> Result<()> {
-    result.map_err(|e| Error::io("writing to standard output", e))
-}
-
-/// Appends the description of an NBD server, similar to `nbdinfo`. Text from the server is escaped, so that it cannot
-/// send control sequences to the terminal.
+/// Appends the description of an NBD server, similar to `nbdinfo`. Quotes in text from the server are escaped too.
 fn server_text(s: &nbd::ServerInfo, out: &mut String) {
     let yes = |yes: bool| if yes { "yes" } else { "no" };
     line!(out, "{}:", s.server);

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use crate::config::{DiskConfig, Overlay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::commit::{Commit, Next, Step};
+use crate::process::output;
 use crate::process::signals::Signals;
 
 /// Interval between two lines of progress.
@@ -60,17 +61,15 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
             ))
         }
         Ok(true) => {
-            let mib = progress.total.div_ceil(1 << 20);
-            let line = format!(
-                "{overlay} was merged into {base}, {mib} MiB; the overlay is no longer needed and may be removed\n"
+            let bytes = progress.total;
+            let mut line = String::new();
+            output::line(
+                &mut line,
+                format_args!(
+                    "{overlay} was merged into {base}, {bytes} bytes; the overlay is no longer needed and may be removed"
+                ),
             );
-            // The commit is done: a reader that closed the pipe is no error.
-            match io::stdout().lock().write_all(line.as_bytes()) {
-                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
-                written => written
-                    .map(|()| 0)
-                    .map_err(|e| Error::io("writing to standard output", e)),
-            }
+            output::print(&line).map(|()| 0)
         }
     }
 }

@@ -32,9 +32,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 
 use crate::error::{Error, ErrorKind, Result};
-
-/// Prefix of all messages on standard error.
-const NAME: &str = "vmdkfuse";
+use crate::process::output::message;
 
 /// Longest text of one message, in bytes. A longer text is truncated.
 const MAX_MESSAGE: usize = 64 << 10;
@@ -180,7 +178,10 @@ impl Status {
     pub fn warn(&mut self, text: &str) {
         let sent = match &mut self.0 {
             Some(pipe) => send(pipe, b'W', text),
-            None => writeln!(io::stderr(), "{NAME}: warning: {text}"),
+            None => {
+                message(&mut io::stderr(), &format!("warning: {text}"));
+                Ok(())
+            }
         };
         if let Err(e) = sent {
             tracing::warn!("{text} (this warning was not delivered: {e})");
@@ -204,7 +205,10 @@ impl Status {
     pub fn failed(self, error: &Error) {
         let sent = match self.0 {
             Some(mut pipe) => send(&mut pipe, b'E', error.to_string()),
-            None => writeln!(io::stderr(), "{NAME}: {error}"),
+            None => {
+                message(&mut io::stderr(), &error.to_string());
+                Ok(())
+            }
         };
         if let Err(e) = sent {
             tracing::error!("{error} (this error was not delivered: {e})");
@@ -270,7 +274,7 @@ fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
     let failure = loop {
         match receive(&mut pipe) {
             Ok(Some((b'R', _))) => return Verdict::Ready,
-            Ok(Some((b'W', text))) => print_message(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
+            Ok(Some((b'W', text))) => message(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
             Ok(Some((_, text))) => {
                 // The child unmounts on its way out. Waiting for its end guarantees that a caller that has received
                 // the exit status finds no mount left.
@@ -281,7 +285,7 @@ fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
             Err(e) => break format!("reading from the background process failed: {e}"),
         }
     };
-    print_message(stderr, &failure);
+    message(stderr, &failure);
     Verdict::Failed
 }
 
@@ -295,13 +299,6 @@ fn wait_for_exit(child: Pid) -> String {
             Ok(other) => return format!("ended ({other:?})"),
             Err(e) => return format!("ended ({e})"),
         }
-    }
-}
-
-/// Prints a message with the program's name. A closed standard error is ignored.
-pub fn print_message(stderr: &mut impl Write, text: &str) {
-    if let Err(e) = writeln!(stderr, "{NAME}: {text}") {
-        tracing::debug!("standard error: {e}");
     }
 }
 

@@ -7,7 +7,7 @@
 //! fuser writes to the `log` crate, one record for every request. These records stay disabled (one comparison of a
 //! static) unless `-vvv` enables everything.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -17,6 +17,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::LogConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::escape::LogLines;
+use crate::process::admin_file;
 
 /// Log destination that is open but not yet installed.
 #[derive(Debug)]
@@ -29,11 +31,8 @@ pub struct Sink {
 impl Sink {
     /// Opens the destination that `config` names. A file is created if needed and appended to.
     pub fn open(config: &LogConfig) -> Result<Self> {
-        let open = |path| OpenOptions::new().append(true).create(true).open(path);
-        let file = match &config.file {
-            Some(path) => Some(open(path).map_err(|e| Error::io(format!("log file {}", path.display()), e))?),
-            None => None,
-        };
+        let open = |path| admin_file::open("log file", path, File::options().append(true).create(true));
+        let file = config.file.as_deref().map(open).transpose()?;
         Ok(Self {
             file,
             json: config.json,
@@ -59,7 +58,7 @@ impl Sink {
             .with_max_level(level)
             .with_ansi(false)
             .log_internal_errors(false);
-        let builder = builder.with_writer(writer);
+        let builder = builder.with_writer(LogLines::new(writer, json));
         let result = if json {
             install(builder.json().finish(), level)
         } else {

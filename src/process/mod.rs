@@ -3,7 +3,8 @@
 //! ```text
 //!   run       the life of a mount, in order ── daemon: fork, inherited descriptors ── pidfile
 //!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
-//!   log       log destination and level
+//!   log       log destination and level ── admin_file: how the log and the pidfile are opened
+//!   output    standard output and standard error
 //! ```
 //! The order matters: descriptors are closed and the process forks before any file of the mount is opened and before
 //! any thread starts; signals are blocked before any thread starts, so that every thread inherits the mask.
@@ -11,8 +12,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+mod admin_file;
 pub mod daemon;
 pub mod log;
+pub mod output;
 pub mod pidfile;
 pub mod run;
 pub mod signals;

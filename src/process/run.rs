@@ -35,9 +35,9 @@ use crate::fuse::session::Running;
 use crate::fuse::target::Target;
 use crate::fuse::{Disks, Requests};
 use crate::process::daemon::{self, Started, Status, Verdict};
-use crate::process::log;
 use crate::process::pidfile::Pidfile;
 use crate::process::signals::{self, Signals};
+use crate::process::{log, output};
 
 /// Time limit for the first reads through the mount. If they take longer, the start fails.
 const FIRST_READ: Duration = Duration::from_secs(30);
@@ -85,7 +85,7 @@ where
     });
     match started {
         Err(e) => {
-            daemon::print_message(&mut std::io::stderr(), &e.to_string());
+            output::message(&mut std::io::stderr(), &e.to_string());
             ExitCode::FAILURE
         }
         Ok((_, _, Started::Parent(Verdict::Ready))) => ExitCode::SUCCESS,

@@ -30,11 +30,12 @@ mod ofd_lock;
 mod vmware_lock_file;
 mod write_latch;
 
+pub(crate) use crate::escape::printable;
 pub use atomic_create::{make_user_path, unnamed};
 pub use local::{LocalStore, open_user_path};
 pub(crate) use local::{proc_path, real_path};
+pub(crate) use name::shell_word;
 pub use name::{ExtentName, NAME_MAX};
-pub(crate) use name::{printable, shell_word};
 pub(crate) use write_latch::WriteLatch;
 
 /// Rules for opening the files of an image.

@@ -36,8 +36,10 @@ pub struct CheckReport {
     /// Number of entries and tables that only one of both copies has, in an image that was not closed. Its writer
     /// crashed in the middle of a flush; opening the image for writing completes them.
     pub unfinished: u64,
-    /// Conditions that are unusual, but not errors.
+    /// Conditions that are unusual, but not errors, at most 100.
     pub notes: Vec<String>,
+    /// Number of notes, including those without a message.
+    pub note_count: u64,
     /// Number of grains checked.
     pub grains: u64,
 }
@@ -49,9 +51,14 @@ impl CheckReport {
             self.errors.push(message());
         }
     }
-}
 
-impl CheckReport {
+    fn note(&mut self, message: impl FnOnce() -> String) {
+        self.note_count += 1;
+        if self.notes.len() < MAX_MESSAGES {
+            self.notes.push(message());
+        }
+    }
+
     /// Adds the report of another disk.
     pub fn add(&mut self, other: CheckReport) {
         self.errors.extend(other.errors);
@@ -60,6 +67,8 @@ impl CheckReport {
         self.leaks += other.leaks;
         self.unfinished += other.unfinished;
         self.notes.extend(other.notes);
+        self.notes.truncate(MAX_MESSAGES);
+        self.note_count += other.note_count;
         self.grains += other.grains;
     }
 }
@@ -85,9 +94,7 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
                 continue;
             }
             if placed.unclean {
-                report
-                    .notes
-                    .push(format!("{}: was not closed after writing", sparse.file.label()));
+                report.note(|| format!("{}: was not closed after writing", sparse.file.label()));
             }
             let checked = Checker {
                 placed,
@@ -321,9 +328,8 @@ impl Checker<'_> {
         let grain = self.sparse.geometry().grain;
         if self.claims.full {
             let label = self.sparse.file.label();
-            self.report.notes.push(format!(
-                "{label}: is too large to find all overlaps; leaks were not searched for"
-            ));
+            self.report
+                .note(|| format!("{label}: is too large to find all overlaps; leaks were not searched for"));
             return Ok(());
         }
         let free = self.claims.free(hosted.data_start()..file_sectors);
@@ -444,6 +450,18 @@ mod tests {
             claims.claim(5 * Claims::PAGE..5 * Claims::PAGE + 1),
             "pages that exist keep their claims"
         );
+    }
+
+    #[test]
+    fn messages_are_bounded_and_counted() {
+        let mut report = CheckReport::default();
+        for _ in 0..MAX_MESSAGES + 50 {
+            report.error(|| "e".to_owned());
+            report.note(|| "n".to_owned());
+        }
+        report.add(report.clone());
+        assert_eq!((report.errors.len(), report.notes.len()), (MAX_MESSAGES, MAX_MESSAGES));
+        assert_eq!((report.error_count, report.note_count), (300, 300));
     }
 
     #[test]

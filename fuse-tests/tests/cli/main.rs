@@ -10,4 +10,5 @@ mod commands;
 mod formats;
 mod life;
 mod mount_forms;
+mod output;
 mod user;

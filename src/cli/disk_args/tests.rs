@@ -80,6 +80,7 @@ fn every_setting_is_stored() {
         cache_size: Some(1 << 20),
         readahead: Some(2 << 20),
         overlay: Some(Overlay::File("/c.vmdk".into())),
+        map_limit: None,
         source: SourceConfig::Local(LocalConfig {
             path: "/a.vmdk".into(),
             format: Format::Raw,

@@ -3,14 +3,15 @@ use std::collections::HashSet;
 use super::*;
 
 /// All documented keys, so that the table cannot lose one.
-const CONTRACT: &str = "name readonly cow cache cache-size cache-dir readahead timeout retry backend file server port user \
+const CONTRACT: &str = "name readonly cow cache cache-size cache-dir cache-dir-size limit parent extents member username \
+    credentials http-version header proxy resolve datastore prepare-for-access readahead timeout retry backend file server port user \
     password cookie thumbprint datacenter cainfo insecure cookie-script cookie-script-renew libdir config vm snapshot \
     transports nfchostport single-link unbuffered compression vimapiver create create-size create-type \
     create-adapter-type create-hwversion format allow-dir degraded force lock kernel-view view-size view-dir dir partitions \
     descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
     shared tls tls-certificates tls-verify tls-username tls-psk";
 
-const READY: &str = "name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
+const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded lock cow \
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir";
