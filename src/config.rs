@@ -268,7 +268,8 @@ pub struct NbdConfig {
     pub connections: Option<usize>,
     /// Encryption of the connections.
     pub tls: NbdTls,
-    /// Folder of the certificates. `None`: the folder that the TLS library searches.
+    /// Folder of the certificates, also that of a URI. `None`: libnbd's own folder if it exists, or else the CAs of the
+    /// system.
     pub tls_certificates: Option<PathBuf>,
     /// True if the server's certificate is verified, which is also the default.
     pub tls_verify: Option<bool>,
@@ -305,10 +306,28 @@ impl NbdConfig {
     pub fn is_far(&self) -> bool {
         match &self.address {
             NbdAddress::Tcp { .. } => true,
-            // The schemes of local transports have a suffix, such as `nbd+unix` and `nbd+vsock`.
-            NbdAddress::Uri(uri) => uri.split(':').next().is_some_and(|scheme| !scheme.contains('+')),
+            // Only these transports are known to be local: `nbd+ssh`, for example, would not be.
+            NbdAddress::Uri(_) => !matches!(self.transport(), Some("unix" | "vsock")),
             _ => false,
         }
+    }
+
+    /// Returns true if the address holds the host name of the server.
+    pub fn names_host(&self) -> bool {
+        match &self.address {
+            NbdAddress::Tcp { .. } => true,
+            NbdAddress::Uri(_) => self.transport().is_none(),
+            _ => false,
+        }
+    }
+
+    /// Returns the transport that the scheme of a URI names after a `+`. `None`: TCP, or the address is not a URI.
+    fn transport(&self) -> Option<&str> {
+        let NbdAddress::Uri(uri) = &self.address else {
+            return None;
+        };
+        let scheme = uri.split(':').next().unwrap_or_default();
+        scheme.split_once('+').map(|(_, transport)| transport)
     }
 
     /// Returns the server and export for messages, without the password of a URI.

@@ -57,6 +57,8 @@ callbacks! {
     nbd_list_callback(name: *const c_char, description: *const c_char);
     /// Called with one metadata context of an export.
     nbd_context_callback(name: *const c_char);
+    /// Called with one message for debugging, such as each transition of the state machine.
+    nbd_debug_callback(context: *const c_char, msg: *const c_char);
 }
 
 /// Declares constants and their entries in [`CONSTANTS`].
@@ -139,6 +141,11 @@ functions! {
     fn nbd_supports_tls(h: *mut nbd_handle) -> c_int;
     /// Returns 1 if the library was built with URI support.
     fn nbd_supports_uri(h: *mut nbd_handle) -> c_int;
+
+    /// Switches messages for debugging on or off.
+    fn nbd_set_debug(h: *mut nbd_handle, debug: bool) -> c_int;
+    /// Sets the receiver of messages for debugging; without one they go to standard error.
+    fn nbd_set_debug_callback(h: *mut nbd_handle, debug_callback: nbd_debug_callback) -> c_int;
 
     /// Sets the name of the export; at most 4096 bytes.
     fn nbd_set_export_name(h: *mut nbd_handle, export_name: *const c_char) -> c_int;

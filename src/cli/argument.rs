@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::UsageError;
 use super::keys::{self, Key};
+use super::scheme;
 
 /// A classified argument.
 #[derive(Debug, PartialEq, Eq)]
@@ -71,25 +72,13 @@ pub(super) fn split_key(argument: &OsStr) -> Option<(&str, &OsStr)> {
 
 /// Returns the key that a bare value stands for: by its URI scheme, otherwise `file`.
 fn key_of_bare(value: &OsStr) -> &'static str {
-    const SCHEMES: [(&str, &str); 7] = [
-        ("nbd://", "uri"),
-        ("nbds://", "uri"),
-        ("nbd+unix://", "uri"),
-        ("nbds+unix://", "uri"),
-        ("nbd+vsock://", "uri"),
-        ("https://", "url"),
-        ("http://", "url"),
-    ];
-    let starts_with = |scheme: &str| {
-        value
-            .as_bytes()
-            .get(..scheme.len())
-            .is_some_and(|head| head.eq_ignore_ascii_case(scheme.as_bytes()))
-    };
-    SCHEMES
-        .iter()
-        .find(|(scheme, _)| starts_with(scheme))
-        .map_or("file", |(_, key)| key)
+    if scheme::is_one_of(&scheme::NBD, value) {
+        "uri"
+    } else if scheme::is_one_of(&scheme::WEB, value) {
+        "url"
+    } else {
+        "file"
+    }
 }
 
 #[cfg(test)]

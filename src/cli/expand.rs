@@ -14,6 +14,7 @@ use glob::{MatchOptions, Pattern};
 
 use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
+use crate::source::nbd_uri;
 
 /// Matches as a shell does: `*` does not match names that start with a dot.
 const LIKE_A_SHELL: MatchOptions = MatchOptions {
@@ -113,25 +114,7 @@ fn uri_export(uri: &str) -> OsString {
     let rest = uri.split_once("://").map_or("", |(_, rest)| rest);
     let rest = rest.split(['?', '#']).next().unwrap_or_default();
     let path = rest.split_once('/').map_or("", |(_, path)| path);
-    let mut bytes = Vec::new();
-    let mut left = path.as_bytes();
-    while let Some((first, rest)) = left.split_first() {
-        let hex = rest
-            .get(..2)
-            .filter(|_| *first == b'%')
-            .and_then(|h| std::str::from_utf8(h).ok());
-        match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                left = &rest[2..];
-            }
-            None => {
-                bytes.push(*first);
-                left = rest;
-            }
-        }
-    }
-    OsString::from_vec(bytes)
+    OsString::from_vec(nbd_uri::percent_decode(path))
 }
 
 /// Search through the file system for the components of a pattern.

@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 
 use super::settings::{Backend, Settings, SourceSpec};
-use super::{UsageError, create_args, nbd, overlay_args, values};
+use super::{UsageError, create_args, nbd, overlay_args, scheme, values};
 use crate::config::{Format, KernelView};
 
 mod help;
@@ -299,7 +299,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.map_limit = Some(values::number(v, 0, u32::MAX)?.into()); Ok(()) }),
 
     Key::ready("file", Group::Local, ValueKind::Path, "file of a disk (wildcards * ? [ match several); starts another disk",
-        |s, v| { s.source = Some(SourceSpec::File(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
+        |s, v| { s.source = Some(SourceSpec::File(scheme::file(v)?)); Ok(()) }).scope(Scope::Starts),
     Key::ready("dir", Group::Local, ValueKind::Path, "all disks of a folder: its *.vmdk files except bare extents; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Dir(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
     Key::ready("format", Group::Local, one_of(&["vmdk", "raw"]), "format of the file (default: by its name)",

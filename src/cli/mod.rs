@@ -33,6 +33,7 @@ mod mount_helper;
 mod nbd;
 mod options;
 mod overlay_args;
+mod scheme;
 mod settings;
 mod target;
 #[cfg(test)]

@@ -5,12 +5,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::UsageError;
-use super::values;
+use super::{scheme, values};
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
+use crate::source::nbd_uri::{self, TlsParameters};
 
 /// Upper limit of `connections=`. More connections gain nothing.
 const MAX_CONNECTIONS: u32 = 16;
@@ -66,22 +67,23 @@ pub(super) struct NbdArgs {
 }
 
 impl NbdArgs {
-    /// Returns these keys, with the values of `common` for keys that are not set here. A new `command=` drops the
-    /// common `arg=` values, which belong to the common command.
-    pub(super) fn over(&self, common: &Self) -> Self {
-        let args = if self.command.is_some() {
-            self.args.clone()
-        } else {
-            [&*common.args, &*self.args].concat()
-        };
+    /// Returns these keys, with the values of `common` for keys that are not set here.
+    ///
+    /// An address of this disk's own, which is also an `own_uri`, replaces the common one with all its keys, except that
+    /// `port=` stays the default for addresses that have a port. `arg=` belongs to the `command=` that it is given with.
+    pub(super) fn over(&self, common: &Self, own_uri: bool) -> Self {
+        let nothing = Self::default();
+        let replaced = own_uri || self.names_server();
+        let address = if replaced { &nothing } else { common };
+        let has_port = !replaced || self.hostname.is_some() || self.vsock_cid.is_some();
         Self {
-            hostname: self.hostname.clone().or_else(|| common.hostname.clone()),
-            port: self.port.clone().or_else(|| common.port.clone()),
-            socket: self.socket.clone().or_else(|| common.socket.clone()),
-            socket_fd: self.socket_fd.or(common.socket_fd),
-            vsock_cid: self.vsock_cid.or(common.vsock_cid),
-            command: self.command.clone().or_else(|| common.command.clone()),
-            args,
+            hostname: self.hostname.clone().or_else(|| address.hostname.clone()),
+            port: self.port.clone().or_else(|| common.port.clone().filter(|_| has_port)),
+            socket: self.socket.clone().or_else(|| address.socket.clone()),
+            socket_fd: self.socket_fd.or(address.socket_fd),
+            vsock_cid: self.vsock_cid.or(address.vsock_cid),
+            command: self.command.clone().or_else(|| address.command.clone()),
+            args: [&*address.args, &*self.args].concat(),
             export: self.export.clone().or_else(|| common.export.clone()),
             dynamic: self.dynamic.or(common.dynamic),
             connections: self.connections.or(common.connections),
@@ -157,42 +159,52 @@ impl NbdArgs {
                 "dynamic-export=true needs a connection for each export, but socket-fd= is one connection".into(),
             );
         }
-        let details = [
-            ("tls-certificates", self.tls_certificates.is_some()),
-            ("tls-verify", self.tls_verify.is_some()),
-            ("tls-username", self.tls_username.is_some()),
-            ("tls-psk", self.tls_psk.is_some()),
-        ];
-        let detail = details.into_iter().find(|(_, given)| *given).map(|(key, _)| key);
-        if let (Some(key), Some(NbdTls::Off)) = (detail, self.tls) {
-            return error(format!("{key}= configures TLS, but tls=off disables it"));
-        }
-        // The scheme of a URI can require TLS: nbds, nbds+unix, nbds+vsock. A TLS key without tls= requires it too.
-        let secure = uri
-            .as_ref()
-            .is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
-        if secure && self.tls == Some(NbdTls::Off) {
-            return error("the URI requires TLS, but tls=off disables it".into());
-        }
-        let by_key = if detail.is_some() { NbdTls::Require } else { NbdTls::Off };
-        let tls = if secure {
-            NbdTls::Require
-        } else {
-            self.tls.unwrap_or(by_key)
-        };
+        let by_uri = uri.as_deref().map(nbd_uri::tls_parameters).unwrap_or_default();
+        let tls = self.tls_mode(uri.as_deref(), &by_uri)?;
         let connections = if single { Some(1) } else { self.connections };
         Ok(NbdConfig {
             tls,
             connections,
             dynamic: self.dynamic.unwrap_or_default(),
             export: self.export.clone(),
-            tls_certificates: self.tls_certificates.clone(),
-            tls_verify: self.tls_verify,
+            tls_certificates: self.tls_certificates.clone().or(by_uri.certificates),
+            tls_verify: self.tls_verify.or(by_uri.verify),
             tls_username: self.tls_username.clone(),
-            tls_psk: self.tls_psk.clone(),
+            tls_psk: self.tls_psk.clone().or(by_uri.psk),
             timeout: self.timeout,
             retry: self.retry,
             address: self.address(uri)?,
+        })
+    }
+
+    /// Returns if connections are encrypted. Credentials imply `tls=require`, by a key or by a parameter of the URI, and
+    /// so does the scheme of a URI: `nbds`, `nbds+unix` or `nbds+vsock`.
+    ///
+    /// Fails if `tls=off` contradicts them.
+    fn tls_mode(&self, uri: Option<&str>, by_uri: &TlsParameters) -> Result<NbdTls, UsageError> {
+        let details = [
+            (
+                "tls-certificates",
+                self.tls_certificates.is_some() || by_uri.certificates.is_some(),
+            ),
+            ("tls-verify", self.tls_verify.is_some() || by_uri.verify.is_some()),
+            ("tls-username", self.tls_username.is_some()),
+            ("tls-psk", self.tls_psk.is_some() || by_uri.psk.is_some()),
+        ];
+        let detail = details.into_iter().find(|(_, given)| *given).map(|(key, _)| key);
+        if let (Some(key), Some(NbdTls::Off)) = (detail, self.tls) {
+            return Err(UsageError::new(format!(
+                "{key}= configures TLS, but tls=off disables it"
+            )));
+        }
+        let secure = uri.is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
+        if secure && self.tls == Some(NbdTls::Off) {
+            return Err(UsageError::new("the URI requires TLS, but tls=off disables it"));
+        }
+        Ok(if secure || detail.is_some() {
+            NbdTls::Require
+        } else {
+            self.tls.unwrap_or_default()
         })
     }
 
@@ -234,54 +246,18 @@ impl NbdArgs {
 
 /// Parses the value of `uri=`. Checks the scheme only; libnbd parses the rest.
 pub(super) fn uri(value: &OsStr) -> Result<String, String> {
-    const SCHEMES: [&str; 6] = ["nbd:", "nbds:", "nbd+unix:", "nbds+unix:", "nbd+vsock:", "nbds+vsock:"];
     let text = values::text(value)?;
-    let known = |scheme: &str| {
-        text.get(..scheme.len())
-            .is_some_and(|head| head.eq_ignore_ascii_case(scheme))
-    };
-    if !SCHEMES.iter().any(|scheme| known(scheme)) {
-        return Err("must start with nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock://".into());
+    if !scheme::is_one_of(&scheme::NBD, value) {
+        return Err(scheme::of(value).map_or_else(
+            || format!("must start with {}", scheme::NBD.join(", ")),
+            scheme::refusal,
+        ));
     }
     if text.contains('\0') {
         return Err("a URI cannot contain a NUL byte".into());
     }
     let dir = std::env::current_dir().map_err(|e| format!("the working directory: {e}"))?;
-    Ok(with_absolute_paths(text, &dir))
-}
-
-/// Makes the files that a URI names absolute, from `dir` on: the daemon changes to `/`, and reconnects later.
-fn with_absolute_paths(uri: &str, dir: &Path) -> String {
-    const FILES: [&str; 3] = ["socket", "tls-certificates", "tls-psk-file"];
-    let (rest, fragment) = uri
-        .split_once('#')
-        .map_or((uri, None), |(rest, fragment)| (rest, Some(fragment)));
-    let Some((address, query)) = rest.split_once('?') else {
-        return uri.to_owned();
-    };
-    let parameter = |text: &str| match text.split_once('=') {
-        Some((name, value)) if FILES.contains(&name) && is_relative(value) => {
-            format!("{name}={}/{value}", percent_encode(dir))
-        }
-        _ => text.to_owned(),
-    };
-    let query = query.split('&').map(parameter).collect::<Vec<_>>().join("&");
-    let fragment = fragment.map_or_else(String::new, |fragment| format!("#{fragment}"));
-    format!("{address}?{query}{fragment}")
-}
-
-/// Returns true if a path in a URI is relative; a slash may be percent-encoded.
-fn is_relative(path: &str) -> bool {
-    !path.is_empty() && !path.starts_with('/') && !path.get(..3).is_some_and(|head| head.eq_ignore_ascii_case("%2f"))
-}
-
-/// Encodes a path for a URI: everything but unreserved characters and slashes.
-fn percent_encode(path: &Path) -> String {
-    let encode = |byte: &u8| match byte {
-        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => char::from(*byte).to_string(),
-        byte => format!("%{byte:02X}"),
-    };
-    path.as_os_str().as_bytes().iter().map(encode).collect()
+    Ok(nbd_uri::with_absolute_paths(text, &dir))
 }
 
 /// Parses the value of `hostname=`.
@@ -360,20 +336,49 @@ pub(super) fn tls(value: &OsStr) -> NbdTls {
 mod tests {
     use super::*;
 
-    #[test]
-    fn files_in_a_uri_become_absolute_and_all_else_stays() {
-        let absolute = |uri: &str| with_absolute_paths(uri, Path::new("/srv/a b"));
-        assert_eq!(
-            absolute("nbd+unix:///vm?socket=s%20k&tls-psk-file=keys#x"),
-            "nbd+unix:///vm?socket=/srv/a%20b/s%20k&tls-psk-file=/srv/a%20b/keys#x"
-        );
-        for uri in [
-            "nbd://host/export",
-            "nbd+unix:///?socket=/run/s",
-            "nbd+unix:///?socket=%2Frun%2Fs",
-            "nbds://h/?tls-certificates=/etc/pki&x=y",
-        ] {
-            assert_eq!(absolute(uri), uri);
+    fn host(port: Option<&str>) -> NbdArgs {
+        NbdArgs {
+            hostname: Some("h".into()),
+            port: port.map(str::to_owned),
+            args: vec!["a".into()],
+            ..Default::default()
         }
+    }
+
+    #[test]
+    fn an_own_address_replaces_the_common_one() {
+        let socket = NbdArgs {
+            socket: Some("/s".into()),
+            ..Default::default()
+        };
+        let merged = socket.over(&host(Some("1")), false);
+        assert_eq!((merged.hostname, merged.port, merged.args.len()), (None, None, 0));
+        let merged = NbdArgs::default().over(&host(Some("1")), true);
+        assert_eq!((merged.hostname, merged.port), (None, None));
+        let merged = host(None).over(&host(Some("1")), false);
+        assert_eq!((merged.port.as_deref(), merged.args.len()), (Some("1"), 1));
+        let merged = NbdArgs::default().over(&host(Some("1")), false);
+        assert_eq!(merged.hostname.as_deref(), Some("h"));
+    }
+
+    #[test]
+    fn credentials_imply_tls_by_a_key_or_in_the_uri() {
+        let tls = |args: NbdArgs, uri: &str| args.config(Some(uri.to_owned())).unwrap().tls;
+        let on = NbdArgs {
+            tls: Some(NbdTls::On),
+            ..Default::default()
+        };
+        let psk = NbdArgs {
+            tls_psk: Some("/k".into()),
+            ..on.clone()
+        };
+        assert_eq!(tls(on.clone(), "nbd://h"), NbdTls::On);
+        assert_eq!(tls(psk, "nbd://h"), NbdTls::Require);
+        assert_eq!(tls(on, "nbd://h?tls-certificates=/c"), NbdTls::Require);
+        assert_eq!(tls(NbdArgs::default(), "nbd://h?tls-psk-file=/k"), NbdTls::Require);
+        assert_eq!(tls(NbdArgs::default(), "nbds://h"), NbdTls::Require);
+        assert_eq!(tls(NbdArgs::default(), "nbd://h"), NbdTls::Off);
+        let config = NbdArgs::default().config(Some("nbds://h?tls-psk-file=/k".into()));
+        assert_eq!(config.unwrap().tls_psk.as_deref(), Some(std::path::Path::new("/k")));
     }
 }

@@ -122,7 +122,9 @@ impl Settings {
             overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
             force: self.force.or(common.force),
             creation: self.creation.over(common.creation),
-            nbd: self.nbd.over(&common.nbd),
+            nbd: self
+                .nbd
+                .over(&common.nbd, matches!(self.source, Some(SourceSpec::Nbd(_)))),
             backend: self.backend.or(common.backend),
             map_limit: self.map_limit.or(common.map_limit),
             given: [common.given.as_slice(), &self.given].concat(),

@@ -9,6 +9,7 @@ pub mod nbd;
 #[cfg(not(feature = "nbd"))]
 #[path = "nbd_absent.rs"]
 pub mod nbd;
+pub mod nbd_uri;
 mod raw;
 mod server_info;
 

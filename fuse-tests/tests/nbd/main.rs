@@ -13,6 +13,7 @@ mod data;
 mod durable;
 mod exports;
 mod faults;
+mod handshake;
 mod tls;
 
 use std::fs;

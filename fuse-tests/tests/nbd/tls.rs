@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use fuse_tests::harness::{Cmd, Scratch, need, poll_until, read_range};
+use fuse_tests::harness::{Cmd, Outcome, Scratch, need, poll_until, program, read_range};
 
-use crate::{SOON, Server, free_port, ready};
+use crate::{SOON, Server, can_read, free_port, ready};
 
 /// Creates a certificate authority and a server certificate signed by it, both in `dir`.
 fn certificates(dir: &Path) {
@@ -122,4 +122,122 @@ fn a_pre_shared_key_is_used_and_tls_require_refuses_a_server_without_tls() {
         .refused(1)
         .one_error(1, &["TLS"]);
     scratch.mount().arg(plain.uri()).arg("tls=on").start().unmount();
+}
+
+/// Starts nbdkit on TCP with the certificates of `dir`, or without TLS, and waits until it accepts connections.
+fn tcp_server(port: u16, certificates: Option<&Path>) -> Server {
+    let tls = certificates.map(|dir| format!("--tls-certificates={}", dir.display()));
+    let words: Vec<&str> = match &tls {
+        Some(tls) => vec!["--tls=on", tls, "pattern", "1M"],
+        None => vec!["pattern", "1M"],
+    };
+    let server = Server::nbdkit_on(port, &words);
+    assert!(poll_until(SOON, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()));
+    server
+}
+
+/// Runs `--info` with that file as the system's CA certificates.
+fn info(words: &[&str], bundle: &Path) -> Outcome {
+    Cmd::new(program())
+        .arg("--info")
+        .args(words)
+        .arg("timeout=30")
+        .env("SSL_CERT_FILE", bundle.to_str().unwrap())
+        .run()
+}
+
+/// README: "by a certificate of a CA in `tls-certificates=`, in libnbd's own folder […], or of the system".
+#[test]
+fn without_certificates_of_its_own_a_server_must_have_one_of_a_ca_of_the_system() {
+    if !ready() || !need("certtool") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
+    certificates(&good);
+    certificates(&bad);
+    let port = free_port();
+    let _server = tcp_server(port, Some(&good));
+    let (secure, plain) = (format!("nbds://localhost:{port}"), format!("nbd://localhost:{port}"));
+    let ca = |dir: &Path| dir.join("ca-cert.pem");
+    let output = info(&[&secure], &ca(&good)).ok();
+    assert!(output.stdout.contains("with TLS"), "{}", output.stdout);
+    let port_word = format!("port={port}");
+    info(&["hostname=localhost", &port_word, "tls=require"], &ca(&good)).ok();
+    for words in [
+        &[secure.as_str()][..],
+        &[&plain, "tls=on"],
+        &["hostname=localhost", &port_word, "tls=require"],
+        &[&format!("nbds://127.0.0.1:{port}")],
+    ] {
+        info(words, &ca(&bad)).one_error(1, &["certificate"]);
+    }
+    // The certificate is for another name.
+    info(&[&format!("nbds://127.0.0.1:{port}")], &ca(&good)).one_error(1, &["certificate"]);
+    info(&[&secure], &scratch.path("none")).one_error(1, &["CA certificates", "none"]);
+    // A folder that the URI names, in place of the system's.
+    let with = |dir: &Path| format!("{secure}/?tls-certificates={}", dir.display());
+    info(&[&with(&good)], &ca(&bad)).ok();
+    info(&[&with(&bad)], &ca(&good)).one_error(1, &["certificate"]);
+    info(&[&with(&scratch.mkdir("empty"))], &ca(&good)).one_error(1, &["tls-certificates=", "ca-cert.pem"]);
+    info(&[&secure, "tls-verify=no"], &ca(&bad)).ok();
+}
+
+#[test]
+fn a_certificate_on_a_unix_socket_is_verified_or_the_connection_refused() {
+    if !ready() || !need("certtool") || !need("psktool") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
+    certificates(&good);
+    certificates(&bad);
+    let dir = format!("--tls-certificates={}", good.display());
+    let server = Server::nbdkit(&scratch, &["--tls=require", &dir, "pattern", "1M"]);
+    let uri = format!("nbds+unix:///?socket={}", server.socket.display());
+    let socket = format!("socket={}", server.socket.display());
+    let wrong = format!("tls-certificates={}", bad.display());
+    for words in [
+        &[uri.as_str()][..],
+        &[&uri, &wrong],
+        &[&socket, &wrong],
+        &[&socket, "tls=on"],
+    ] {
+        info(words, &bad.join("ca-cert.pem")).one_error(1, &["certificate"]);
+    }
+    info(&[&uri, "tls-verify=no"], &bad.join("ca-cert.pem")).ok();
+    // A server that has no key cannot replace it by a certificate.
+    let keys = scratch.path("keys");
+    Cmd::new("psktool").args(["-u", "alice", "-p"]).arg(&keys).run().ok();
+    let psk = format!("tls-psk={}", keys.display());
+    info(&[&uri, "tls-username=alice", &psk], &good.join("ca-cert.pem")).one_error(1, &["gnutls"]);
+}
+
+/// README: "With `tls=on` a connection that was encrypted is not replaced by a plain one."
+#[test]
+fn a_connection_that_was_encrypted_is_not_replaced_by_a_plain_one() {
+    if !ready() || !need("certtool") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let good = scratch.mkdir("good");
+    certificates(&good);
+    let port = free_port();
+    let server = tcp_server(port, Some(&good));
+    let mount = scratch
+        .mount()
+        .arg(format!("nbd://localhost:{port}"))
+        .arg("tls=on")
+        .arg("timeout=2")
+        .env("SSL_CERT_FILE", good.join("ca-cert.pem").to_str().unwrap())
+        .start();
+    let disk = mount.file("disk.raw");
+    assert!(can_read(&disk, SOON));
+    server.crash();
+    let plain = tcp_server(port, None);
+    assert!(!can_read(&disk, SOON), "a server without TLS was accepted");
+    plain.crash();
+    let _server = tcp_server(port, Some(&good));
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "did not reconnect with TLS");
+    mount.unmount();
 }

@@ -49,7 +49,7 @@ fn bare_values_get_their_key() {
     for file in ["/x.vmdk", "/nbd://h", "/a=b"] {
         assert_eq!(local(&parse(&[file]).unwrap()[0]).path, PathBuf::from(file));
     }
-    assert!(local(&parse(&["nbd:h"]).unwrap()[0]).path.ends_with("nbd:h"));
+    assert!(parse(&["nbd:h"]).unwrap_err().contains("needs two slashes"));
 }
 
 #[test]
@@ -365,7 +365,13 @@ fn conflicting_keys_of_servers_are_refused() {
             &["create-hwversion=4", "nbd://h"],
             "create-hwversion= is for local files",
         ),
-        (&["uri=http://h"], "must start with nbd://"),
+        (&["uri=http://h"], "the scheme http: is not supported"),
+        (&["uri=nbd:h:10809"], "needs two slashes"),
+        (&["uri=h:10809"], "must start with nbd://"),
+        (&["ssh://h/x"], "the scheme ssh: is not supported"),
+        (&["nbd+ssh://h/x"], "ssh -L"),
+        (&["file=nbd:h:10809"], "needs two slashes"),
+        (&["nbd://h?tls-psk-file=/k", "tls=off"], "tls-psk= configures TLS"),
         (&["uri="], "a value is missing"),
         (&["socket-fd=2"], "must be a number from 3 to"),
         (&["nbd://h", "connections=0"], "must be a number from 1 to 16"),

@@ -15,23 +15,24 @@
 #![allow(unsafe_code)] // One call between fork and exec.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
+use super::connect::Cancel;
+use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
 
@@ -47,6 +48,9 @@ const MAX_LINE: u64 = 1000;
 
 /// Connections that the kernel queues until the server accepts them.
 const BACKLOG: i32 = 64;
+
+/// Pause between two attempts to connect while the queue of connections is full.
+const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(20);
 
 /// A running captive server. Terminates it on drop.
 #[derive(Debug)]
@@ -100,31 +104,52 @@ impl CaptiveServer {
             })
         };
         let mut child = command.spawn().map_err(context)?;
-        let last_line = Arc::new(Mutex::new(String::new()));
-        if let Some(stderr) = child.stderr.take() {
-            let (server_name, last) = (name.clone(), Arc::clone(&last_line));
-            let reader = thread::Builder::new()
-                .name("nbd-stderr".into())
-                .spawn(move || log(&server_name, stderr, &last));
-            reader.map_err(context)?;
-        }
-        Ok(Self {
+        let stderr = child.stderr.take();
+        // From here on an error terminates the child, because this is dropped.
+        let server = Self {
             child: Mutex::new(child),
             name,
             socket_inode,
-            last_line,
-        })
+            last_line: Arc::default(),
+        };
+        if let Some(stderr) = stderr {
+            let (server_name, last) = (server.name.clone(), Arc::clone(&server.last_line));
+            let reader = thread::Builder::new()
+                .name("nbd-stderr".into())
+                .spawn(move || log(&server_name, stderr, &last));
+            reader.map_err(|e| Error::io(format!("starting {}", server.name), e))?;
+        }
+        Ok(server)
     }
 
     /// Opens a connection to the server. Does not wait until the server accepts it: the kernel queues up to [`BACKLOG`]
-    /// connections.
-    pub(super) fn connect(&self) -> Result<UnixStream> {
-        // A message with the last output of the server says more than "connection refused".
-        if let Some(report) = self.exit_report() {
-            return Err(Error::new(ErrorKind::Os(libc::ECONNREFUSED), report));
+    /// connections. While its queue is full, waits until `deadline`, or until `cancel` returns true.
+    pub(super) fn connect(&self, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
+        let context = || format!("connecting to {}", self.name);
+        let path = format!("/proc/self/fd/{}", self.socket_inode.as_raw_fd());
+        let address = UnixAddr::new(path.as_str()).map_err(|e| Error::io(context(), e.into()))?;
+        // Not blocking: a blocking connect would wait for a full queue without end.
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None);
+        let socket = socket.map_err(|e| Error::io(context(), e.into()))?;
+        loop {
+            // A message with the last output of the server says more than "connection refused".
+            if let Some(report) = self.exit_report() {
+                return Err(Error::new(ErrorKind::Os(libc::ECONNREFUSED), report));
+            }
+            match nix::sys::socket::connect(socket.as_raw_fd(), &address) {
+                Ok(()) => return Ok(socket),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) if cancel() => return Err(Error::io(context(), Errno::ECANCELED.into())),
+                // The kernel reports no event when the queue has space again.
+                Err(Errno::EAGAIN) if Instant::now() < deadline => thread::sleep(QUEUE_FULL_PAUSE),
+                Err(Errno::EAGAIN) => {
+                    let text = format!("{}: it accepts no connection, and {BACKLOG} wait already", context());
+                    return Err(Error::new(ErrorKind::Os(libc::ETIMEDOUT), text));
+                }
+                Err(e) => return Err(Error::io(context(), e.into())),
+            }
         }
-        let path = PathBuf::from(format!("/proc/self/fd/{}", self.socket_inode.as_raw_fd()));
-        UnixStream::connect(path).map_err(|e| Error::io(format!("connecting to {}", self.name), e))
     }
 
     /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
@@ -184,35 +209,13 @@ impl Drop for CaptiveServer {
 
 /// Creates a listening Unix socket, and an O_PATH descriptor by which it can be connected to. Removes its name.
 fn listen() -> std::io::Result<(UnixListener, OwnedFd)> {
-    let dir = private_dir()?;
-    let path = dir.join("s");
-    let created = (|| {
-        let listener = UnixListener::bind(&path)?;
-        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(BACKLOG)?)?;
-        let socket_inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-        Ok((listener, socket_inode))
-    })();
-    // Errors are ignored: what may remain is an unused name in a private folder.
-    let _ = fs::remove_file(&path);
-    let _ = fs::remove_dir(&dir);
-    created
-}
-
-/// Creates a new folder that only this user can access, so that no other user can connect or replace the socket before
-/// its name is removed.
-fn private_dir() -> std::io::Result<PathBuf> {
-    let base = process::start_dir().join(std::env::temp_dir());
-    let mut tries = 0u32;
-    loop {
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |d| d.subsec_nanos());
-        let dir = base.join(format!("vmdkfuse-{}-{now}-{tries}", std::process::id()));
-        match fs::DirBuilder::new().mode(0o700).create(&dir) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && tries < 100 => tries += 1,
-            other => return other.map(|()| dir),
-        }
-    }
+    // No other user can connect or replace the socket before its name is removed, with the folder.
+    let dir = PrivateDir::new()?;
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path)?;
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(BACKLOG)?)?;
+    let socket_inode = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    Ok((listener, socket_inode))
 }
 
 /// Logs standard error of the server line by line until the pipe is closed. Runs in a thread of its own.
@@ -234,7 +237,15 @@ fn log(name: &str, stderr: ChildStderr, last: &Mutex<String>) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::source::nbd::connect::never;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
 
     fn words(words: &[&str]) -> Vec<OsString> {
         words.iter().map(OsString::from).collect()
@@ -246,7 +257,7 @@ mod tests {
         let script =
             "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && exec sleep 1000";
         let server = CaptiveServer::start(&words(&["sh", "-c", script])).unwrap();
-        let stream = server.connect().unwrap();
+        let stream = server.connect(soon(), &never).unwrap();
         drop(stream);
         let pid = server.child.lock().unwrap().id();
         assert_eq!(server.exit_report(), None);
@@ -257,11 +268,11 @@ mod tests {
     #[test]
     fn the_exit_status_of_a_server_is_reported() {
         let server = CaptiveServer::start(&words(&["sh", "-c", "exit 7"])).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = soon();
         while server.exit_report().is_none() && Instant::now() < deadline {
             thread::yield_now();
         }
-        let message = server.connect().unwrap_err().to_string();
+        let message = server.connect(soon(), &never).unwrap_err().to_string();
         assert!(message.contains("sh has ended: exit status: 7"), "{message}");
     }
 

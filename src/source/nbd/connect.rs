@@ -5,26 +5,31 @@
 //!                                                         └─ opt_list, opt_info ► `--list`, `--info`
 //! ```
 //! libnbd is asynchronous: each call starts a transition, and `poll_sockets` polls the descriptor of the handle until
-//! the transition has ended. One deadline bounds all transitions of an attempt together, and a callback can cancel the
-//! attempt at any time.
+//! the transition has ended. One deadline bounds all transitions of an attempt together, also those within one call
+//! (`ffi/handshake.rs`), and a callback can cancel the attempt between two calls.
 //!
 //! A server of the oldest protocol variant has no options: its handle is up at once, with the one export that it has.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use libnbd_sys as sys;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::captive::CaptiveServer;
+use super::connection::is_loss;
 use super::export::Export;
-use super::ffi::{Handle, Listed, OptDone, adopt, failure};
+use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, adopt, failure};
+use super::private_dir::PrivateDir;
+use super::tls;
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::nbd_uri;
 
 /// Port of an address that names none (IANA).
 const DEFAULT_PORT: u32 = 10809;
@@ -46,6 +51,9 @@ pub(super) struct Connector {
     server: Option<Arc<CaptiveServer>>,
     /// The connected socket of `socket-fd=`, until it is used.
     socket: Mutex<Option<OwnedFd>>,
+    /// Set once a connection to the server was encrypted, and shared by the connectors for its exports: from then on no
+    /// connection may be plain.
+    encrypted: Arc<AtomicBool>,
 }
 
 impl Connector {
@@ -59,10 +67,12 @@ impl Connector {
             NbdAddress::Fd(number) => Some(adopt(number)?),
             _ => None,
         };
+        tls::warn_if_unverified(config);
         Ok(Self {
             config: config.clone(),
             server,
             socket: Mutex::new(socket),
+            encrypted: Arc::default(),
         })
     }
 
@@ -76,6 +86,7 @@ impl Connector {
             config,
             server: self.server.clone(),
             socket: Mutex::default(),
+            encrypted: Arc::clone(&self.encrypted),
         }
     }
 
@@ -93,24 +104,31 @@ impl Connector {
     ///
     /// `status`: asks for block status on this connection. Fails once `deadline` has passed or `cancel` returns true.
     pub(super) fn open(&self, status: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<(Handle, Export)> {
-        let handle = self.negotiate(status, deadline, cancel)?;
+        let mut handle = self.negotiate(status, deadline, cancel)?;
         // The oldest protocol variant has no options: there is one export, and it is open.
         if !handle.is_up() {
             let opt = handle.opt_go().map_err(|e| self.failed(e))?;
-            self.wait_option(&handle, &opt, deadline, cancel)?;
+            self.wait_option(&mut handle, &opt, deadline, cancel)?;
             // The reply to the option arrives before the state machine of the handle is ready for commands.
-            self.poll_sockets(&handle, deadline, cancel, |h| h.is_up())?;
+            self.poll_sockets(&mut handle, deadline, cancel, |h| h.is_up())?;
         }
+        handle.end_handshake()?;
         let export = Export::of(&handle).map_err(|e| self.failed(e))?;
         Ok((handle, export))
     }
 
     /// Connects up to the state in which options can be sent; a handle of the oldest protocol variant is up instead.
     pub(super) fn negotiate(&self, status: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<Handle> {
-        let handle = Handle::new()?;
-        let prepared = self.prepare(&handle, status).and_then(|()| self.connect(&handle));
-        prepared.map_err(|e| self.failed(e))?;
-        self.poll_sockets(&handle, deadline, cancel, |h| h.is_negotiating() || h.is_up())?;
+        let mut handle = Handle::new()?;
+        let required = self.encrypted.load(Ordering::SeqCst);
+        let trusted = self.prepare(&handle, status, required).map_err(|e| self.failed(e))?;
+        self.connect(&handle, trusted.as_ref().map(PrivateDir::path), deadline, cancel)
+            .map_err(|e| self.failed(e))?;
+        self.poll_sockets(&mut handle, deadline, cancel, |h| h.is_negotiating() || h.is_up())?;
+        tls::check(&handle, &self.config, required).map_err(|e| self.failed(e))?;
+        if handle.is_encrypted() {
+            self.encrypted.store(true, Ordering::SeqCst);
+        }
         // Connecting to a URI sets the export that the URI names, even to an empty one. `export=` has priority.
         if let (Some(name), NbdAddress::Uri(_)) = (&self.config.export, &self.config.address) {
             handle.set_export(&c_text(name.as_bytes())?)?;
@@ -118,36 +136,26 @@ impl Connector {
         Ok(handle)
     }
 
-    fn prepare(&self, handle: &Handle, status: bool) -> Result<()> {
-        // Everything here must be set before the handle connects.
-        let config = &self.config;
+    /// Sets all options that must be set before the handle connects. Returns the folder of the trusted certificates.
+    fn prepare(&self, handle: &Handle, status: bool, required: bool) -> Result<Option<PrivateDir>> {
         handle.set_block_status(status)?;
-        handle.set_tls(match config.tls {
-            NbdTls::Off => sys::LIBNBD_TLS_DISABLE,
-            NbdTls::On => sys::LIBNBD_TLS_ALLOW,
-            NbdTls::Require => sys::LIBNBD_TLS_REQUIRE,
-        })?;
-        if let Some(dir) = &config.tls_certificates {
-            handle.set_tls_certificates(&c_text(dir.as_os_str().as_bytes())?)?;
+        let trusted = tls::prepare(handle, &self.config, required)?;
+        if let Some(name) = &self.config.export {
+            handle.set_export(&c_text(name.as_bytes())?)?;
         }
-        if let Some(verify) = config.tls_verify {
-            handle.set_tls_verify(verify)?;
-        }
-        if let Some(name) = &config.tls_username {
-            handle.set_tls_username(&c_text(name.as_bytes())?)?;
-        }
-        if let Some(file) = &config.tls_psk {
-            handle.set_tls_psk(&c_text(file.as_os_str().as_bytes())?)?;
-        }
-        match &config.export {
-            Some(name) => handle.set_export(&c_text(name.as_bytes())?),
-            None => Ok(()),
-        }
+        Ok(trusted)
     }
 
-    fn connect(&self, handle: &Handle) -> Result<()> {
+    fn connect(&self, handle: &Handle, trusted: Option<&Path>, deadline: Instant, cancel: Cancel<'_>) -> Result<()> {
         match &self.config.address {
-            NbdAddress::Uri(uri) => handle.connect_uri(&c_text(uri.as_bytes())?),
+            NbdAddress::Uri(uri) => {
+                // libnbd takes the certificates of the URI's last parameter, whatever was set before.
+                let uri = match trusted {
+                    Some(dir) => nbd_uri::with_parameter(uri, "tls-certificates", dir),
+                    None => uri.clone(),
+                };
+                handle.connect_uri(&c_text(uri.as_bytes())?, self.config.tls != NbdTls::Off)
+            }
             NbdAddress::Tcp { host, port } => {
                 let port = port.clone().unwrap_or_else(|| DEFAULT_PORT.to_string());
                 handle.connect_tcp(&c_text(host.as_bytes())?, &c_text(port.as_bytes())?)
@@ -161,7 +169,7 @@ impl Connector {
                 )),
             },
             NbdAddress::Command(_) => match &self.server {
-                Some(server) => handle.connect_socket(OwnedFd::from(server.connect()?)),
+                Some(server) => handle.connect_socket(server.connect(deadline, cancel)?),
                 None => Err(lost("the server of command= was not started")),
             },
         }
@@ -169,16 +177,34 @@ impl Connector {
 
     /// Returns the exports that the server lists, each with its description.
     pub(super) fn list(&self, deadline: Instant) -> Result<Vec<(CString, CString)>> {
-        let handle = self.negotiate(true, deadline, &never)?;
+        let mut handle = self.negotiate(true, deadline, &never)?;
+        if handle.is_up() {
+            // The oldest protocol variant has no list, and one export without a name.
+            handle.disconnect();
+            return Ok(vec![(CString::default(), CString::default())]);
+        }
         let (opt, listed) = handle.opt_list().map_err(|e| self.failed(e))?;
-        self.wait_option(&handle, &opt, deadline, &never)
+        self.wait_option(&mut handle, &opt, deadline, &never)
             .map_err(|e| e.within("listing the exports"))?;
         handle.opt_abort();
-        Ok(take_listed(&listed))
+        let (entries, dropped) = with_list(&listed, |list| (std::mem::take(&mut list.entries), list.dropped));
+        if dropped > 0 {
+            tracing::warn!(
+                "{}: the server lists more exports than are accepted: {dropped} after the first {} are left out; name \
+                 one by export=",
+                self.label(),
+                entries.len()
+            );
+        }
+        Ok(entries)
     }
 
-    /// Returns the properties of the export of that name. `handle` must be negotiating.
-    pub(super) fn info(&self, handle: &Handle, name: &CStr, deadline: Instant) -> Result<Export> {
+    /// Returns the properties of the export of that name. `handle` must be negotiating, or up with the one export of the
+    /// oldest protocol variant.
+    pub(super) fn info(&self, handle: &mut Handle, name: &CStr, deadline: Instant) -> Result<Export> {
+        if handle.is_up() {
+            return Export::of(handle);
+        }
         handle.set_export(name)?;
         let opt = handle.opt_info().map_err(|e| self.failed(e))?;
         self.wait_option(handle, &opt, deadline, &never)?;
@@ -186,25 +212,26 @@ impl Connector {
     }
 
     /// Returns the names of the metadata contexts of the export that is set on the handle.
-    pub(super) fn contexts(&self, handle: &Handle, deadline: Instant) -> Result<Vec<String>> {
+    pub(super) fn contexts(&self, handle: &mut Handle, deadline: Instant) -> Result<Vec<String>> {
         // Without a context in the query the server lists all of them.
         handle.clear_contexts()?;
         let (opt, listed) = handle.opt_contexts()?;
         self.wait_option(handle, &opt, deadline, &never)?;
-        Ok(take_listed(&listed)
-            .into_iter()
-            .map(|(name, _)| name.to_string_lossy().into_owned())
-            .collect())
+        let text = |(name, _): &(CString, CString)| name.to_string_lossy().into_owned();
+        Ok(with_list(&listed, |list| list.entries.iter().map(text).collect()))
     }
 
     /// Waits for the reply to an option. Errors: the server refused it, or the connection ended.
-    fn wait_option(&self, handle: &Handle, opt: &OptDone, deadline: Instant, cancel: Cancel<'_>) -> Result<()> {
+    fn wait_option(&self, handle: &mut Handle, opt: &OptDone, deadline: Instant, cancel: Cancel<'_>) -> Result<()> {
         self.poll_sockets(handle, deadline, cancel, |h| {
             opt.get().is_some() && (h.is_negotiating() || h.is_up() || h.is_over())
         })?;
+        if let Some(e) = limit_error(handle, Duration::MAX) {
+            return Err(self.failed(e));
+        }
         match opt.get() {
             Some(0) => Ok(()),
-            Some(errno) => {
+            Some(errno) if !is_loss(errno) => {
                 let e = std::io::Error::from_raw_os_error(errno);
                 let message = match errno {
                     libc::ENOENT => "the server has no such export",
@@ -212,14 +239,14 @@ impl Connector {
                 };
                 Err(self.failed(Error::io(message, e)))
             }
-            None => Err(self.failed(lost("the server closed the connection"))),
+            _ => Err(self.failed(lost("the server closed the connection"))),
         }
     }
 
     /// Polls the descriptor of the handle and lets libnbd read and write, until `until` returns true.
     fn poll_sockets(
         &self,
-        handle: &Handle,
+        handle: &mut Handle,
         deadline: Instant,
         cancel: Cancel<'_>,
         until: impl Fn(&Handle) -> bool,
@@ -231,22 +258,18 @@ impl Connector {
             if until(handle) {
                 return Ok(());
             }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Some(e) = limit_error(handle, left) {
+                return Err(self.failed(e));
+            }
             if handle.is_over() {
                 return Err(self.failed(last_error.unwrap_or_else(|| lost("the server closed the connection"))));
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let message = if handle.is_connecting() {
-                    "connecting timed out"
-                } else {
-                    "handshake timed out"
-                };
-                return Err(self.failed(Error::new(ErrorKind::Os(libc::ETIMEDOUT), message)));
             }
             if cancel() {
                 return Err(self.failed(lost("the attempt was cancelled")));
             }
             let (readable, writable) = wait(handle, left.min(CANCEL_INTERVAL))?;
+            handle.limit_handshake(deadline).map_err(|e| self.failed(e))?;
             // One event at a time: after it the handle may wait for something else.
             let notified = match (readable, writable, handle.direction()) {
                 (true, _, (true, _)) => handle.readable(),
@@ -272,13 +295,28 @@ impl Connector {
     }
 }
 
+/// Returns the error of a handshake that has exceeded a limit, or whose deadline is `left` from now, zero if it passed.
+fn limit_error(handle: &Handle, left: Duration) -> Option<Error> {
+    let message = match handle.exceeded() {
+        Some(HandshakeLimit::Turns) => {
+            let text = "the handshake has no end: the server sends more replies than any server needs; check that the \
+                        address is that of an NBD server";
+            return Some(Error::corrupt(text));
+        }
+        None if !left.is_zero() => return None,
+        None if handle.is_connecting() => "connecting timed out",
+        _ => "handshake timed out",
+    };
+    Some(Error::new(ErrorKind::Os(libc::ETIMEDOUT), message))
+}
+
 /// Waits up to `max_wait` until the descriptor is ready in a direction that the handle waits for. Returns if it is
 /// readable and if it is writable.
-fn wait(handle: &Handle, max_wait: Duration) -> Result<(bool, bool)> {
+fn wait(handle: &mut Handle, max_wait: Duration) -> Result<(bool, bool)> {
+    let (read, write) = handle.direction();
     let Some(fd) = handle.fd() else {
         return Ok((false, false));
     };
-    let (read, write) = handle.direction();
     let mut events = PollFlags::empty();
     events.set(PollFlags::POLLIN, read);
     events.set(PollFlags::POLLOUT, write);
@@ -298,8 +336,8 @@ fn wait(handle: &Handle, max_wait: Duration) -> Result<(bool, bool)> {
     ))
 }
 
-fn take_listed(listed: &Listed) -> Vec<(CString, CString)> {
-    std::mem::take(&mut *listed.lock().unwrap_or_else(PoisonError::into_inner))
+fn with_list<T>(listed: &Listed, use_it: impl FnOnce(&mut List) -> T) -> T {
+    use_it(&mut listed.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn lost(what: &str) -> Error {

@@ -209,7 +209,7 @@ impl Connection {
     }
 
     /// Adds a socket whose handshake is complete. Only the manager thread calls this once the connection is published.
-    pub(super) fn add(&self, handle: Handle) -> Result<()> {
+    pub(super) fn add(&self, mut handle: Handle) -> Result<()> {
         let no_socket = || Error::corrupt("libnbd returned no descriptor for a connected handle");
         let socket = handle.fd().ok_or_else(no_socket)?.try_clone_to_owned();
         let socket = socket.map_err(|e| Error::io("duplicate the descriptor of an NBD socket", e))?;

@@ -41,9 +41,9 @@ pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
 pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
-    let handle = connector.negotiate(true, until, &never)?;
+    let mut handle = connector.negotiate(true, until, &never)?;
     let names = [(handle.export(), CString::default())];
-    let server = server_info(&connector, &handle, &names, until)?;
+    let server = server_info(&connector, &mut handle, &names, until)?;
     match server.exports.first().and_then(|e| e.error.clone()) {
         Some(e) => Err(Error::new(ErrorKind::NotFound, e)),
         None => Ok(server),
@@ -58,10 +58,10 @@ pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdD
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
     let names = connector.list(until)?;
-    let handle = connector.negotiate(true, until, &never)?;
+    let mut handle = connector.negotiate(true, until, &never)?;
     let mut disks = Vec::new();
     for (name, _) in names {
-        let export = match connector.info(&handle, &name, until) {
+        let export = match connector.info(&mut handle, &name, until) {
             Ok(export) => export,
             Err(e) => {
                 tracing::warn!("skipping the export \"{}\": {e}", name.to_string_lossy().escape_debug());
@@ -83,14 +83,14 @@ pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdD
 }
 
 fn discover(connector: &Connector, names: &[(CString, CString)], until: Instant) -> Result<ServerInfo> {
-    let handle = connector.negotiate(true, until, &never)?;
-    server_info(connector, &handle, names, until)
+    let mut handle = connector.negotiate(true, until, &never)?;
+    server_info(connector, &mut handle, names, until)
 }
 
 /// Returns the properties of the server and of the named exports. Ends the connection of `handle`.
 fn server_info(
     connector: &Connector,
-    handle: &Handle,
+    handle: &mut Handle,
     names: &[(CString, CString)],
     until: Instant,
 ) -> Result<ServerInfo> {
@@ -124,7 +124,13 @@ fn server_info(
 
 /// Asks the server for the properties of one export. An error is stored in the result, so that one bad export does not
 /// hide the others.
-fn query_export(connector: &Connector, handle: &Handle, name: &CStr, description: &CStr, until: Instant) -> ExportInfo {
+fn query_export(
+    connector: &Connector,
+    handle: &mut Handle,
+    name: &CStr,
+    description: &CStr,
+    until: Instant,
+) -> ExportInfo {
     match connector.info(handle, name, until) {
         Err(e) => ExportInfo {
             error: Some(e.to_string()),

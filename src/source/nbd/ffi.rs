@@ -21,24 +21,31 @@
 #![allow(unsafe_code)] // Calls of a C library, and its callbacks.
 
 mod callbacks;
+mod handshake;
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use libnbd_sys as sys;
 
 use self::callbacks::{
     free_listed, free_ticket, on_chunk, on_completion, on_context, on_export, on_extents, option_callback,
 };
+pub(super) use self::handshake::HandshakeLimit;
+use self::handshake::{LIST_TURNS, OPTION_TURNS, Turns};
 use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Maximum number of exports, and of metadata contexts of an export, that are accepted from a server. Bounds the memory
-/// for an untrusted list.
-const MAX_LISTED: usize = 4096;
+/// Maximum number of exports that are accepted from a server, and of bytes in their names and descriptions. Bounds the
+/// memory for an untrusted list.
+const MAX_EXPORTS: (usize, usize) = (4096, 4 << 20);
+
+/// Maximum number of metadata contexts of an export, and of bytes in their names. The list of each export is kept.
+const MAX_CONTEXTS: (usize, usize) = (256, 16 << 10);
 
 /// Maximum number of extents that are accepted from one answer to block status; also of out-of-order chunks of a read.
 const MAX_EXTENTS: usize = 1 << 16;
@@ -49,7 +56,11 @@ pub(super) const UNSENT: i32 = -1;
 
 /// libnbd handle: one connection, in any state. Closes it on drop.
 #[derive(Debug)]
-pub(super) struct Handle(NonNull<sys::nbd_handle>);
+pub(super) struct Handle {
+    raw: NonNull<sys::nbd_handle>,
+    /// Limits of the handshake, which libnbd reports each step to.
+    turns: Arc<Turns>,
+}
 
 // SAFETY: the functions of libnbd may be called from any thread; they lock the handle.
 unsafe impl Send for Handle {}
@@ -158,7 +169,40 @@ impl OptDone {
 }
 
 /// List that a server sends: names, each with its description if it is an export.
-pub(super) type Listed = Arc<Mutex<Vec<(CString, CString)>>>;
+pub(super) type Listed = Arc<Mutex<List>>;
+
+/// Entries of a list that were accepted, and the number of those that were not.
+#[derive(Debug)]
+pub(super) struct List {
+    /// Names and descriptions.
+    pub(super) entries: Vec<(CString, CString)>,
+    /// Number of entries beyond the limits.
+    pub(super) dropped: usize,
+    /// Entries and bytes that are still accepted.
+    left: (usize, usize),
+}
+
+impl List {
+    fn new(left: (usize, usize)) -> Listed {
+        Arc::new(Mutex::new(Self {
+            entries: Vec::new(),
+            dropped: 0,
+            left,
+        }))
+    }
+
+    /// Appends an entry, or drops it if it exceeds the limits.
+    fn add(&mut self, name: &CStr, description: &CStr) {
+        let bytes = name.count_bytes() + description.count_bytes();
+        match (self.left.0.checked_sub(1), self.left.1.checked_sub(bytes)) {
+            (Some(entries), Some(bytes)) => {
+                self.left = (entries, bytes);
+                self.entries.push((name.to_owned(), description.to_owned()));
+            }
+            _ => self.dropped += 1,
+        }
+    }
+}
 
 /// Flag of an export, named like the `nbd_is_…` or `nbd_can_…` function that returns it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,9 +223,16 @@ impl Handle {
     /// Creates a handle that is not connected.
     pub(super) fn new() -> Result<Self> {
         // SAFETY: the function has no arguments and no preconditions.
-        let handle = NonNull::new(unsafe { sys::nbd_create() })
-            .map(Self)
-            .ok_or_else(|| failure("nbd_create"))?;
+        let raw = NonNull::new(unsafe { sys::nbd_create() }).ok_or_else(|| failure("nbd_create"))?;
+        let turns = Turns::new();
+        let handle = Self { raw, turns };
+        done(
+            // SAFETY: the handle is alive, and the callback holds all it needs.
+            unsafe { sys::nbd_set_debug_callback(handle.raw(), handshake::callback(&handle.turns)) },
+            "nbd_set_debug_callback",
+        )?;
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_debug(handle.raw(), true) }, "nbd_set_debug")?;
         // The library need not clear buffers: a simple reply fills the whole buffer, and the chunks of a structured
         // reply are checked by `Chunks`.
         done(
@@ -204,7 +255,27 @@ impl Handle {
     }
 
     fn raw(&self) -> *mut sys::nbd_handle {
-        self.0.as_ptr()
+        self.raw.as_ptr()
+    }
+
+    /// Limits the next calls to `deadline`, and to the transitions that an option may take.
+    pub(super) fn limit_handshake(&mut self, deadline: Instant) -> Result<()> {
+        let socket = self.fd().map(|fd| fd.try_clone_to_owned()).transpose();
+        let socket = socket.map_err(|e| Error::io("duplicate the descriptor of an NBD socket", e))?;
+        self.turns.watch(socket, deadline);
+        Ok(())
+    }
+
+    /// Returns the limit of the handshake that the server has exceeded, if any. The connection has ended then.
+    pub(super) fn exceeded(&self) -> Option<HandshakeLimit> {
+        self.turns.exceeded()
+    }
+
+    /// Ends the limits of the handshake: the export is open.
+    pub(super) fn end_handshake(&mut self) -> Result<()> {
+        self.turns.unwatch();
+        // SAFETY: the handle is alive.
+        done(unsafe { sys::nbd_set_debug(self.raw(), false) }, "nbd_set_debug")
     }
 
     /// Returns the version of the library.
@@ -321,22 +392,25 @@ impl Handle {
         unsafe { sys::nbd_get_tls_negotiated(self.raw()) == 1 }
     }
 
-    /// Starts to connect to a URI. The URI comes from the user, so it may name local files and use every transport.
-    pub(super) fn connect_uri(&self, uri: &CStr) -> Result<()> {
+    /// Starts to connect to a URI. The URI comes from the user, so it may name local files and use every transport, but
+    /// it can require TLS only if `tls` is true.
+    pub(super) fn connect_uri(&self, uri: &CStr, tls: bool) -> Result<()> {
         // SAFETY: the handle is alive.
         if unsafe { sys::nbd_supports_uri(self.raw()) } != 1 {
             return Err(Error::unsupported("this libnbd is built without URI support"));
         }
+        let tls = if tls {
+            sys::LIBNBD_TLS_ALLOW
+        } else {
+            sys::LIBNBD_TLS_DISABLE
+        };
         // SAFETY: handle and text are alive.
         unsafe {
             done(
                 sys::nbd_set_uri_allow_transports(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK),
                 "transports",
             )?;
-            done(
-                sys::nbd_set_uri_allow_tls(self.raw(), sys::LIBNBD_TLS_ALLOW),
-                "nbd_set_uri_allow_tls",
-            )?;
+            done(sys::nbd_set_uri_allow_tls(self.raw(), tls), "nbd_set_uri_allow_tls")?;
             done(
                 sys::nbd_set_uri_allow_local_file(self.raw(), true),
                 "nbd_set_uri_allow_local_file",
@@ -381,6 +455,7 @@ impl Handle {
     /// Starts to open the export.
     pub(super) fn opt_go(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
+        self.turns.allow(OPTION_TURNS);
         done(
             // SAFETY: the handle is alive, and the callback holds all it needs.
             unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) },
@@ -392,6 +467,7 @@ impl Handle {
     /// Starts to ask for the size and the flags of the export.
     pub(super) fn opt_info(&self) -> Result<Arc<OptDone>> {
         let opt = OptDone::new();
+        self.turns.allow(OPTION_TURNS);
         done(
             // SAFETY: the handle is alive, and the callback holds all it needs.
             unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) },
@@ -402,7 +478,8 @@ impl Handle {
 
     /// Starts to list the exports. The list is complete when the option has its reply.
     pub(super) fn opt_list(&self) -> Result<(Arc<OptDone>, Listed)> {
-        let (opt, listed) = (OptDone::new(), Listed::default());
+        let (opt, listed) = (OptDone::new(), List::new(MAX_EXPORTS));
+        self.turns.allow(LIST_TURNS);
         let list = sys::nbd_list_callback {
             callback: Some(on_export),
             user_data: Arc::into_raw(Arc::clone(&listed)).cast_mut().cast(),
@@ -418,7 +495,8 @@ impl Handle {
 
     /// Starts to list the metadata contexts of the export. The list is complete when the option has its reply.
     pub(super) fn opt_contexts(&self) -> Result<(Arc<OptDone>, Listed)> {
-        let (opt, listed) = (OptDone::new(), Listed::default());
+        let (opt, listed) = (OptDone::new(), List::new(MAX_CONTEXTS));
+        self.turns.allow(OPTION_TURNS);
         let list = sys::nbd_context_callback {
             callback: Some(on_context),
             user_data: Arc::into_raw(Arc::clone(&listed)).cast_mut().cast(),
@@ -501,12 +579,15 @@ impl Handle {
         })
     }
 
-    /// Returns the descriptor to poll, or `None` if the connection is closed.
-    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+    /// Returns the descriptor of the socket, or `None` if the connection is closed.
+    ///
+    /// Exclusive, because the library closes the descriptor in whatever call finds that the connection has ended: no
+    /// other thread can make one while it is borrowed. A shared connection polls a duplicate.
+    pub(super) fn fd(&mut self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the handle is alive.
         let fd = unsafe { sys::nbd_aio_get_fd(self.raw()) };
-        // SAFETY: the library keeps the descriptor open until the handle is dropped or the connection has ended. If
-        // the number is closed or reused meanwhile, polling it has no effect on the other file.
+        // SAFETY: the library closes the descriptor only inside a call with this handle, or when the handle is dropped.
+        // The exclusive borrow of the handle, which lasts as long as that of the descriptor, excludes both.
         (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
     }
 

@@ -13,11 +13,13 @@
 //!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
 //!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
 //!   discover.rs       --list, --info, all exports      export.rs        size, block sizes, flags; their checks
+//!   tls.rs            trusted certificates             private_dir.rs   folder for them, for the handshake
 //!   ffi.rs            the only calls of libnbd
 //! ```
 //! Nothing that a server sends is trusted. All numbers are checked where they enter (`export.rs`, `extent_cache.rs`,
-//! the chunks of a read in `ffi.rs`), and the number of listed names and of extents is bounded (`ffi.rs`). libnbd
-//! closes the connection of a server that violates the protocol.
+//! the chunks of a read in `ffi.rs`), and the number of extents is bounded (`ffi.rs`). A handshake has a limit of steps,
+//! of bytes that are stored, and of time (`ffi/handshake.rs`). libnbd closes the connection of a server that violates the
+//! protocol.
 
 mod buffer_pool;
 mod bulk;
@@ -32,12 +34,14 @@ mod extent_cache;
 mod ffi;
 mod handoff;
 mod poller;
+mod private_dir;
 mod replay_log;
 mod session;
 mod split_request;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 pub use crate::source::server_info::{ExportInfo, ServerInfo};
 pub use discover::{exports, info, list};

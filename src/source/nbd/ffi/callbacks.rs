@@ -3,13 +3,13 @@
 //!
 //! A callback must not panic: a panic cannot unwind through C, so it would abort the process.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libnbd_sys as sys;
 
-use super::{Chunks, MAX_EXTENTS, MAX_LISTED, OptDone, Ticket, UNSENT, text};
+use super::{Chunks, List, MAX_EXTENTS, OptDone, Ticket, UNSENT, text};
 
 /// Returns a callback that stores the reply to an option in `opt`, of which it holds a reference until it is freed.
 pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
@@ -56,22 +56,22 @@ pub(super) unsafe extern "C" fn on_context(data: *mut c_void, name: *const c_cha
     0
 }
 
-/// Appends to a list. Drops entries beyond [`MAX_LISTED`].
+/// Appends to a list. Drops entries beyond its limits.
 ///
 /// # Safety
 /// `data` comes from `Arc::into_raw` of a [`Listed`](super::Listed).
 unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
     // SAFETY: see above.
-    let listed = unsafe { &*data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>() };
-    let mut listed = listed.lock().unwrap_or_else(PoisonError::into_inner);
-    if listed.len() < MAX_LISTED {
-        listed.push((name.to_owned(), description.to_owned()));
-    }
+    let listed = unsafe { &*data.cast_const().cast::<Mutex<List>>() };
+    listed
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .add(name, description);
 }
 
 pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {
     // SAFETY: `data` comes from `Arc::into_raw` of a `Listed`; it is freed once.
-    drop(unsafe { Arc::from_raw(data.cast_const().cast::<Mutex<Vec<(CString, CString)>>>()) });
+    drop(unsafe { Arc::from_raw(data.cast_const().cast::<Mutex<List>>()) });
 }
 
 pub(super) unsafe extern "C" fn on_completion(data: *mut c_void, error: *mut c_int) -> c_int {
