@@ -6,6 +6,8 @@ TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:$(HOME)/.cargo/bin
 # The binary that the tests, the demo and the benchmark run.
 export VMDKFUSE_BIN := $(TARGET_DIR)/release/vmdkfuse
+# The library that the tests preload into programs.
+export BDWRAPPER_LIB := $(TARGET_DIR)/release/libvmware_bdwrapper.so
 
 # Runs the tests in their own mount namespace if this user may create one. Otherwise a namespace that another process
 # creates during a test would hold a copy of its mount, and keep the daemon alive after the unmount.
@@ -35,7 +37,7 @@ test: ## check formatting, lints and docs, run the demo and every test
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	$(MAKE) deny
-	cargo build --release --locked
+	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
 	./contrib/demo.sh
 	cargo test --locked --workspace --doc
 	cargo test --locked --no-default-features --lib

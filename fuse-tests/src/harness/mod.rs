@@ -6,6 +6,7 @@
 //!     ├─ cmd           any program, with a deadline and captured output
 //!     ├─ mount         one run of `vmdkfuse`; its Drop unmounts and ends the process, also after a panic
 //!     └─ hostile_matrix   many images in one test, on several threads
+//!   loop_device        a file as a block device; its Drop detaches it
 //!   mounts             the kernel's mount table
 //!   process            exit statuses, peak memory, polling with a deadline
 //!   runs               the runs of a disk, as the library reports them
@@ -29,6 +30,7 @@ mod bytes;
 mod cmd;
 mod hostile_matrix;
 mod images;
+mod loop_device;
 mod mount;
 mod mounts;
 mod process;
@@ -43,11 +45,12 @@ pub use bytes::{
 pub use cmd::{Cmd, Outcome};
 pub use hostile_matrix::{Answer, each, open_hostile};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};
+pub use loop_device::LoopDevice;
 pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
 pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
 pub use requirements::{
-    is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, program, skip,
+    is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, preload_library, program, skip,
 };
 pub use runs::{check_runs, open_read_only};
 pub use scratch::{NOBODY, STRANGER, Scratch, User};

@@ -7,6 +7,8 @@ use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::cmd::Cmd;
 
@@ -24,13 +26,7 @@ pub fn program() -> PathBuf {
         );
         return path;
     }
-    // The test itself is target/<profile>/deps/<test>-<hash>.
-    let test = env::current_exe().expect("the path of this test");
-    let target = test
-        .ancestors()
-        .nth(3)
-        .expect("a test program is three levels below the target directory")
-        .to_path_buf();
+    let target = target_dir();
     let built = ["release", "debug"].map(|profile| target.join(profile).join("vmdkfuse"));
     let newest = built
         .iter()
@@ -43,6 +39,50 @@ pub fn program() -> PathBuf {
             target.display()
         ),
     }
+}
+
+/// Returns the path of libvmware-bdwrapper: `BDWRAPPER_LIB`, else what cargo builds now.
+///
+/// It cannot be a dependency of the tests: a test would call the library's functions in place of those of C. And cargo
+/// builds a library of its type neither for tests of another crate nor for those of its own.
+pub fn preload_library() -> PathBuf {
+    /// A build takes seconds, but other builds in the same folder come first.
+    const DEADLINE: Duration = Duration::from_secs(600);
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    let path = LIBRARY.get_or_init(|| {
+        if let Some(path) = env::var_os("BDWRAPPER_LIB") {
+            return PathBuf::from(path);
+        }
+        let target = target_dir();
+        Cmd::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args([
+                "build",
+                "--quiet",
+                "--locked",
+                "--release",
+                "--package",
+                "vmware-bdwrapper",
+                "--target-dir",
+            ])
+            .arg(&target)
+            .dir(env!("CARGO_MANIFEST_DIR"))
+            .deadline(DEADLINE)
+            .run()
+            .ok();
+        target.join("release/libvmware_bdwrapper.so")
+    });
+    assert!(path.is_file(), "{} is not a file", path.display());
+    path.clone()
+}
+
+/// Returns the target directory that this test was built in.
+fn target_dir() -> PathBuf {
+    // The test itself is target/<profile>/deps/<test>-<hash>.
+    let test = env::current_exe().expect("the path of this test");
+    test.ancestors()
+        .nth(3)
+        .expect("a test program is three levels below the target directory")
+        .to_path_buf()
 }
 
 /// Returns true if the program `tool` is installed; otherwise skips or fails the test.

@@ -2,12 +2,12 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Scratch, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, read_range, wait_end,
+    Cmd, LoopDevice, Scratch, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, read_range, wait_end,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -331,28 +331,14 @@ fn any_user_of_an_image_keeps_our_writers_out_and_is_named() {
     }
 }
 
-/// A loop device; detached on drop.
-struct LoopDevice(PathBuf);
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        Cmd::new("losetup").arg("--detach").arg(&self.0).run();
-    }
-}
-
 #[test]
 fn a_block_device_is_locked_as_well() {
     if !ready() || !need_root() {
         return;
     }
     let scratch = images();
-    let device = Cmd::new("losetup")
-        .args(["--find", "--show"])
-        .arg(scratch.path("plain.img"))
-        .run()
-        .ok();
-    let device = LoopDevice(PathBuf::from(device.stdout.trim()));
-    let path = device.0.to_str().unwrap();
+    let device = LoopDevice::attach(&scratch.path("plain.img"));
+    let path = device.path().to_str().unwrap();
     let mount = scratch.mount().file(path).start();
     qemu_write(&scratch, path, "raw", false);
     mount.unmount();
