@@ -182,6 +182,10 @@ pub trait BlockWrite: BlockRead {
     /// Makes a range read as zeroes. `unmap`: also discards it, to free its space, where that is possible.
     fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()>;
 
+    /// Returns the reason why zeroing a large part of the range takes as long as writing it, or is not possible at all;
+    /// `None` if it is cheap. Changes nothing.
+    fn slow_zeroing(&self, range: Range<Lba>) -> Option<String>;
+
     /// Makes durable everything that was written before the call.
     ///
     /// An error is final, except for a [`BlockQueue`] that can replay its writes: all later flushes fail too, because
@@ -236,6 +240,9 @@ pub trait BlockQueue: BlockRead {
 
     /// Submits a flush, as [`BlockWrite::flush`].
     fn submit_flush(&self, done: Completion);
+
+    /// Forgets what is known of the content, which other clients may have changed.
+    fn forget_content(&self);
 
     /// Ensures that answers are read: by this thread for as long as `stay` allows, which saves the switch to another
     /// thread, and by another thread afterwards.

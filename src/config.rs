@@ -159,6 +159,8 @@ pub struct DiskConfig {
     pub map_limit: Option<u64>,
     /// Source of the disk's sectors.
     pub source: SourceConfig,
+    /// Warnings about its settings, to report when it is mounted.
+    pub warnings: Vec<&'static str>,
 }
 
 impl DiskConfig {
@@ -173,6 +175,7 @@ impl DiskConfig {
             overlay: None,
             map_limit: None,
             source,
+            warnings: Vec::new(),
         }
     }
 
@@ -204,8 +207,6 @@ pub enum PageCache {
     None,
     /// Pages are cached for reads. Writes reach the daemon immediately.
     WriteThrough,
-    /// Pages are cached. The kernel coalesces writes and sends them later, at the latest with fsync or the last close.
-    WriteBack,
 }
 
 /// Source of a disk.

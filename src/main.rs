@@ -72,7 +72,13 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let why = disks
         .iter()
         .filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
-    let warnings = why.map(|(name, why)| format!("{name}: read-only: {why}")).collect();
+    let read_only = why.map(|(name, why)| format!("{name}: read-only: {why}"));
+    let of_settings = mount.disks.iter().flat_map(|disk| {
+        disk.warnings
+            .iter()
+            .map(|warning| format!("{}: {warning}", disk.name.display()))
+    });
+    let warnings = read_only.chain(of_settings).collect();
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);

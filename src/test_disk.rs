@@ -129,6 +129,8 @@ impl BlockQueue for TestDisk {
         }
     }
 
+    fn forget_content(&self) {}
+
     fn poll_completions(&self, _stay: Stay<'_>) {}
 }
 
@@ -143,6 +145,10 @@ impl BlockWrite for TestDisk {
 
     fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
         Ok(())
+    }
+
+    fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {
+        None
     }
 
     fn flush(&self) -> Result<()> {

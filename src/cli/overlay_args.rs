@@ -11,7 +11,7 @@ use std::path::Path;
 use super::UsageError;
 use super::args::Subcommand;
 use super::values;
-use crate::config::{CreateType, DiskConfig, Format, Overlay, PageCache};
+use crate::config::{DiskConfig, Format, Overlay};
 
 /// Value of `cow=` that stands for a temporary overlay instead of a file.
 pub(super) const TEMPORARY: &str = "tmp";
@@ -30,7 +30,7 @@ pub(super) fn check_disk(disk: &DiskConfig, subcommand: Subcommand) -> Result<()
     let local = disk.source.local();
     let error = |reason: &str| Err(UsageError::new(format!("{}: {reason}", disk.source.label())));
     let read_only = disk.read_only || subcommand == Subcommand::Mount { read_only: true };
-    if let Some((local, create)) = local.and_then(|local| Some((local, local.create.as_ref()?))) {
+    if let Some(local) = local.filter(|local| local.create.is_some()) {
         if disk.overlay.is_some() {
             return error("cow= puts an overlay over an existing disk, but create=true creates a new one");
         }
@@ -39,12 +39,6 @@ pub(super) fn check_disk(disk: &DiskConfig, subcommand: Subcommand) -> Result<()
         }
         if read_only {
             return error("create=true creates an empty disk, so it cannot be read-only");
-        }
-        if create.kind == CreateType::StreamOptimized && disk.cache == Some(PageCache::WriteBack) {
-            return error(
-                "a stream-optimized disk is written in order, but cache=writeback writes in any order: \
-                 use cache=writethrough",
-            );
         }
     }
     match (&disk.overlay, subcommand) {
@@ -196,17 +190,6 @@ mod tests {
             (
                 &["--commit", "/a", cow, "create=1", size],
                 "create=true needs a mount or --create",
-            ),
-            (
-                &[
-                    "src",
-                    "/a",
-                    "create=1",
-                    size,
-                    "create-type=stream-optimized",
-                    "cache=writeback",
-                ],
-                "a stream-optimized disk is written in order",
             ),
             (&["--commit", "/a"], "/a: --commit needs the overlay: add cow=FILE"),
             (

@@ -9,10 +9,9 @@ use std::path::PathBuf;
 use super::args::Subcommand;
 use super::create_args::CreateArgs;
 use super::keys::{Group, Key};
+use super::values::PageCacheArg;
 use super::{UsageError, expand, nbd, overlay_args};
-use crate::config::{
-    DiskConfig, Format, KernelView, LocalConfig, NbdConfig, Overlay, PageCache, SourceConfig, ViewConfig,
-};
+use crate::config::{DiskConfig, Format, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig};
 
 /// Keys of one disk, or of all disks.
 #[derive(Debug, Clone, Default)]
@@ -24,7 +23,7 @@ pub(super) struct Settings {
     /// `readonly=`
     pub(super) read_only: Option<bool>,
     /// `cache=`
-    pub(super) cache: Option<PageCache>,
+    pub(super) cache: Option<PageCacheArg>,
     /// `cache-size=`
     pub(super) cache_size: Option<u64>,
     /// `readahead=`
@@ -200,12 +199,13 @@ impl Settings {
         let disk = DiskConfig {
             name: requested.unwrap_or(default_name),
             read_only: self.read_only.unwrap_or_default(),
-            cache: self.cache,
+            cache: self.cache.map(|(mode, _)| mode),
             cache_size: self.cache_size,
             readahead: self.readahead,
             overlay: self.overlay.clone(),
             map_limit: self.map_limit,
             source,
+            warnings: self.cache.and_then(|(_, warning)| warning).into_iter().collect(),
         };
         if self.map_limit.is_some() && subcommand != Subcommand::Query {
             return Err(UsageError::new(

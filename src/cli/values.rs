@@ -69,12 +69,19 @@ pub(super) fn size(value: &OsStr) -> Result<u64, String> {
     bytes.ok_or_else(|| "does not fit in 64 bits".into())
 }
 
+/// Mode of the page cache that `cache=` selects, and a warning about the word that was given.
+pub(super) type PageCacheArg = (PageCache, Option<&'static str>);
+
+/// Warning about `cache=writeback`.
+const NO_WRITEBACK: &str = "cache=writeback means writethrough: with delayed writes the kernel would decide on the size \
+     of the disk, and could lose data that it has accepted";
+
 /// Parses the value of `cache=`. Returns `None` for other words; the table of keys refuses those before it calls this.
-pub(super) fn page_cache(value: &OsStr) -> Option<PageCache> {
+pub(super) fn page_cache(value: &OsStr) -> Option<PageCacheArg> {
     match value.to_str() {
-        Some("none") => Some(PageCache::None),
-        Some("writethrough") => Some(PageCache::WriteThrough),
-        Some("writeback") => Some(PageCache::WriteBack),
+        Some("none") => Some((PageCache::None, None)),
+        Some("writethrough") => Some((PageCache::WriteThrough, None)),
+        Some("writeback") => Some((PageCache::WriteThrough, Some(NO_WRITEBACK))),
         _ => None,
     }
 }

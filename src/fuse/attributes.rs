@@ -27,9 +27,25 @@ struct SetAttributes {
     uid: Option<u32>,
     gid: Option<u32>,
     atime: Option<SystemTime>,
-    mtime: Option<SystemTime>,
+    mtime: Option<SetTime>,
     /// When the attributes were first accessed after a change, which stands for the time of the change.
     changed: Option<SystemTime>,
+}
+
+/// Modification time that was set.
+#[derive(Debug, Clone, Copy)]
+struct SetTime {
+    time: SystemTime,
+    /// The image's own time when it was set, if the kernel may write to the image without the daemon: it then ends as
+    /// soon as the image's time moves.
+    image: Option<SystemTime>,
+}
+
+impl SetTime {
+    /// Returns the time unless the kernel has written since it was set.
+    fn current(self, image: SystemTime) -> Option<SystemTime> {
+        self.image.is_none_or(|then| then == image).then_some(self.time)
+    }
 }
 
 /// The attributes of a setattr request.
@@ -53,15 +69,17 @@ impl Attributes {
         self.current().mtime = None;
     }
 
-    /// Sets the attributes that the request names.
-    pub(super) fn set(&self, request: &SetRequest) {
+    /// Sets the attributes that the request names. `image` is the image's own time, if the kernel may write to the image
+    /// without the daemon.
+    pub(super) fn set(&self, request: &SetRequest, image: Option<SystemTime>) {
         let mut set = self.current();
         // Setuid, setgid and sticky mean nothing on a disk.
         set.mode = request.mode.map(|mode| (mode & 0o777) as u16).or(set.mode);
         set.uid = request.uid.or(set.uid);
         set.gid = request.gid.or(set.gid);
         set.atime = request.atime.map(time).or(set.atime);
-        set.mtime = request.mtime.map(time).or(set.mtime);
+        let mtime = request.mtime.map(time).map(|time| SetTime { time, image });
+        set.mtime = mtime.or(set.mtime);
     }
 
     /// Returns `attr` with the attributes that were set, and with modification and change times not before the last
@@ -70,6 +88,7 @@ impl Attributes {
         let set = self.current();
         let mtime = set
             .mtime
+            .and_then(|mtime| mtime.current(attr.mtime))
             .unwrap_or_else(|| attr.mtime.max(set.changed.unwrap_or(attr.mtime)));
         FileAttr {
             mtime,

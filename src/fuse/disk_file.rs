@@ -22,7 +22,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsString;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ use crate::fuse::flush::Flushes;
 use crate::fuse::kernel_view_node::KernelViewNode;
 use crate::fuse::write::RequestContext;
 use crate::volume::worker_pool::WorkerPool;
-use crate::volume::{self, ReadBuffer, Volume};
+use crate::volume::{self, ReadBuffer, Seek, Volume};
 
 thread_local! {
     static READ_BUFFER: RefCell<ReadBuffer> = RefCell::new(ReadBuffer::new());
@@ -59,9 +59,11 @@ pub(super) struct DiskFile {
     pub(super) index: usize,
     /// True if the disk can be written to. Does not change while the mount exists.
     pub(super) writable: bool,
-    /// Process that opened the disk for writing last and may follow up with a truncation: the kernel sends O_TRUNC as
-    /// an open and a setattr of size 0. 0: no such open.
-    pub(super) opener: AtomicU32,
+    /// Number of opens for reading and writing that are not PASSTHROUGH. The kernel may hold dirty pages of their
+    /// mappings, of which it tells the daemon nothing.
+    dirtying_opens: AtomicUsize,
+    /// Number of opens for writing that are PASSTHROUGH: the kernel writes without telling the daemon.
+    passthrough_writers: AtomicUsize,
     /// The disk's content. Replaced when the image files were modified, since their tables must be read again.
     ///
     /// Lock order: after `opens`, never before it.
@@ -89,7 +91,8 @@ impl DiskFile {
             pool: Arc::default(),
             index,
             writable,
-            opener: AtomicU32::new(0),
+            dirtying_opens: AtomicUsize::new(0),
+            passthrough_writers: AtomicUsize::new(0),
             volume: RwLock::new(Arc::new(volume)),
             opens: Mutex::default(),
             logged_served: AtomicBool::new(false),
@@ -164,7 +167,10 @@ impl DiskFile {
             reply.error(errno(&e));
             return error_log.note(e);
         }
-        self.opener.store(if writes { pid } else { 0 }, Ordering::Release);
+        if !self.detects_modification() {
+            // What another client has written must be seen at this open, also where it was known to be zeroes.
+            self.volume().forget_content();
+        }
         // A read-only open leaves nothing to flush when it is closed, which saves the kernel a request.
         let no_flush = if writes {
             FopenFlags::empty()
@@ -178,8 +184,16 @@ impl DiskFile {
         };
         let direct = parallel | FopenFlags::FOPEN_DIRECT_IO;
         let streaming = writes && (flags.acc_mode() == OpenAccMode::O_WRONLY || flags.0 & libc::O_APPEND != 0);
+        // A mapping needs an open that can read. Counted before the reply, after which pages may become dirty.
+        let dirties = flags.acc_mode() == OpenAccMode::O_RDWR;
+        let serve = |mode| {
+            if dirties {
+                self.dirtying_opens.fetch_add(1, Ordering::AcqRel);
+            }
+            handle(mode, writes, dirties)
+        };
         if self.config.cache == Some(PageCache::None) {
-            return reply.opened(handle(DIRECT, writes), direct);
+            return reply.opened(serve(DIRECT), direct);
         }
         // Runs before `opens` is locked, as it writes to the image files. The order matters: the kernel may write to
         // the backing file as soon as the open is answered.
@@ -200,10 +214,11 @@ impl DiskFile {
                     // From here on the kernel changes the file without a request that would tell the daemon.
                     opens.pages_are_stale = true;
                     self.attributes.passed();
+                    self.passthrough_writers.fetch_add(1, Ordering::AcqRel);
                 }
                 opens.reply_passthrough(
                     &self.volume(),
-                    handle(PASSTHROUGH, writes),
+                    handle(PASSTHROUGH, writes, false),
                     if streaming { direct } else { no_flush },
                     reply,
                 );
@@ -211,17 +226,16 @@ impl DiskFile {
             Err(why) if self.view.refuses(&why, error_log) => reply.error(Errno::EIO),
             Err(_) if self.view.is_wanted() && flags.0 & libc::O_DIRECT != 0 => {
                 self.view.disk_inode_opened(true, pid);
-                reply.opened(handle(DIRECT_BESIDE_VIEW, writes), direct);
+                reply.opened(serve(DIRECT_BESIDE_VIEW), direct);
             }
             Err(why) => {
                 self.view.disk_inode_opened(false, pid);
                 if !self.view.is_wanted() && !self.logged_served.swap(true, Ordering::Relaxed) {
                     tracing::info!("{}: served by this process: {why}", self.config.name.display());
                 }
-                // Pages of a streaming write would be written through at once and gain nothing, except with write-back.
-                let write_back = self.config.cache == Some(PageCache::WriteBack);
-                if flags.0 & libc::O_DIRECT != 0 || (streaming && !write_back) {
-                    return reply.opened(handle(DIRECT, writes), direct);
+                // Pages of a streaming write would be written through at once and gain nothing.
+                if flags.0 & libc::O_DIRECT != 0 || streaming {
+                    return reply.opened(serve(DIRECT), direct);
                 }
                 // Without FOPEN_KEEP_CACHE the kernel drops its pages of the inode at this open, which is the only way
                 // to get rid of pages from before an unnoticed modification.
@@ -232,7 +246,7 @@ impl DiskFile {
                 } else {
                     FopenFlags::empty()
                 };
-                reply.opened(handle(CACHED, writes), no_flush | keep);
+                reply.opened(serve(CACHED), no_flush | keep);
             }
         }
     }
@@ -292,8 +306,41 @@ impl DiskFile {
         Ok(())
     }
 
+    /// Returns true if the kernel may hold data of the disk that the daemon has not been told of.
+    fn may_have_dirty_pages(&self) -> bool {
+        self.dirtying_opens.load(Ordering::Acquire) > 0
+    }
+
+    /// Returns the number of bytes that are data: the whole disk where that is not known exactly. A number that is too
+    /// small makes programs skip data.
+    pub(super) fn allocated(&self) -> u64 {
+        let volume = self.volume();
+        let unseen = self.may_have_dirty_pages() || self.passthrough_writers.load(Ordering::Acquire) > 0;
+        let counted = volume.allocated().filter(|_| !unseen);
+        counted.unwrap_or(volume.len())
+    }
+
+    /// Returns the offset of the next data or hole, as [`Volume::seek`]. While pages may be dirty everything is data: a
+    /// copy that skipped their holes would lose what a read shows.
+    pub(super) fn seek(&self, offset: u64, target: Seek) -> Result<Option<u64>> {
+        let volume = self.volume();
+        if !self.may_have_dirty_pages() {
+            return volume.seek(offset, target);
+        }
+        let at = if target == Seek::Data { offset } else { volume.len() };
+        Ok((offset < volume.len()).then_some(at))
+    }
+
     /// Ends an open.
     pub(super) fn release(&self, handle: FileHandle) {
+        if handle.0 & DIRTIES != 0 {
+            self.dirtying_opens.fetch_sub(1, Ordering::AcqRel);
+        }
+        if mode(handle) == PASSTHROUGH && writes(handle) {
+            // Counted anew from here on.
+            self.volume().forget_content();
+            self.passthrough_writers.fetch_sub(1, Ordering::AcqRel);
+        }
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match mode(handle) {
             PASSTHROUGH => {
@@ -436,14 +483,18 @@ const DIRECT_BESIDE_VIEW: u64 = 3;
 /// Bit that is set in the handle of an open that may write.
 const WRITES: u64 = 4;
 
+/// Bit that is set in the handle of an open that is counted in `dirtying_opens`.
+const DIRTIES: u64 = 8;
+
 /// Encodes mode and access of an open as its file handle.
-fn handle(mode: u64, writes: bool) -> FileHandle {
-    FileHandle(if writes { mode | WRITES } else { mode })
+fn handle(mode: u64, writes: bool, dirties: bool) -> FileHandle {
+    let writes = if writes { WRITES } else { 0 };
+    FileHandle(mode | writes | if dirties { DIRTIES } else { 0 })
 }
 
 /// Returns the mode of an open.
 fn mode(handle: FileHandle) -> u64 {
-    handle.0 & !WRITES
+    handle.0 & !(WRITES | DIRTIES)
 }
 
 /// Returns true if the open may write.

@@ -4,6 +4,15 @@ use fuser::Errno;
 
 use crate::error::{Error, ErrorKind};
 
+/// Returns the errno that answers a request to zero a range which failed with `error`: one that the source does not
+/// support can be done by writing zeroes.
+pub(crate) fn zeroing_errno(error: &Error) -> Errno {
+    match error.kind() {
+        ErrorKind::Unsupported => Errno::EOPNOTSUPP,
+        _ => errno(error),
+    }
+}
+
 /// Returns the errno that answers a request which failed with `error`.
 pub(crate) fn errno(error: &Error) -> Errno {
     match error.kind() {

@@ -5,9 +5,9 @@
 //! `kernel_view_node.rs` which of its two inodes the name of a disk with a kernel view leads to, and `write.rs` has
 //! writes and flushes.
 //!
-//! FUSE_WRITEBACK_CACHE applies to a whole mount and excludes passthrough. With it the kernel also accepts writes
-//! beyond the end of a disk, and only learns later that there is no space; so it is on only where the configuration
-//! asks for it.
+//! FUSE_WRITEBACK_CACHE is never on: with it the kernel owns the size of the file, accepts writes beyond the end of the
+//! disk, and only learns later that there is no space. FUSE_ATOMIC_O_TRUNC is not on either: an O_TRUNC then arrives as a
+//! truncation of its own, which drops the kernel's pages (see `write.rs`).
 
 mod operations;
 
@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{Errno, FileAttr, FileType, INodeNo};
 
-use crate::config::{DiskConfig, MountKind, MountOptions, PageCache};
+use crate::config::{DiskConfig, MountKind, MountOptions};
 use crate::error::Result as CrateResult;
 use crate::error_log::ErrorLog;
 use crate::fuse::disk_file::{DiskFile, Passthrough};
@@ -32,6 +32,10 @@ use crate::volume::Volume;
 const BLOCK: u32 = 4096;
 
 const NO_PASSTHROUGH: &str = "the kernel has no FUSE passthrough (Linux 6.9)";
+
+/// For how long the kernel may use names and attributes without asking again. A change of time or allocation by another
+/// process that writes to the image becomes visible this much later.
+const TTL: Duration = Duration::from_secs(1);
 
 const ROOT: INodeNo = INodeNo::ROOT;
 const FIRST_DISK: u64 = 2;
@@ -144,30 +148,6 @@ impl DiskFs {
         self.files.iter().any(|file| file.writable)
     }
 
-    /// Returns true if the kernel may delay writes (`cache=writeback`): a disk asks for it, and no other disk excludes
-    /// it.
-    fn wants_writeback(&self) -> bool {
-        let asks = |cache| {
-            self.files
-                .iter()
-                .any(|file| file.writable && file.config.cache == Some(cache))
-        };
-        if asks(PageCache::WriteBack) && asks(PageCache::WriteThrough) {
-            tracing::warn!(
-                "cache=writeback applies to a whole mount, but another disk has cache=writethrough: using that for all"
-            );
-            return false;
-        }
-        if let Some(stream) = self.sequential_disk().filter(|_| asks(PageCache::WriteBack)) {
-            let name = stream.config.name.display();
-            tracing::warn!(
-                "cache=writeback applies to a whole mount, but {name} must be written in order: using writethrough"
-            );
-            return false;
-        }
-        asks(PageCache::WriteBack)
-    }
-
     /// Returns a disk that must be written in order, if there is one.
     fn sequential_disk(&self) -> Option<&DiskFile> {
         self.files.iter().find(|file| file.sequential_write_only())
@@ -183,11 +163,16 @@ impl DiskFs {
 
     /// Runs the answer to a request that may block: here for a local disk, in the worker pool of a remote one.
     fn run_blocking(&self, ino: INodeNo, answer: BlockingAnswer) {
-        // An unknown inode drops the answer, and with it the reply, which fuser answers with EIO.
-        let Ok(file) = self.file(ino) else { return };
-        if !file.volume().is_remote() {
-            return catch_panic(|| answer(file, &self.error_log));
+        match self.file(ino) {
+            Ok(file) if file.volume().is_remote() => self.run_in_pool(file, answer),
+            Ok(file) => catch_panic(|| answer(file, &self.error_log)),
+            // Drops the answer, and with it the reply, which fuser answers with EIO.
+            Err(_) => {}
         }
+    }
+
+    /// Runs the answer to a request that may take long in the worker pool of the disk.
+    fn run_in_pool(&self, file: &DiskFile, answer: BlockingAnswer) {
         let (later, index) = (self.context().later(), file.index);
         file.pool.run(Box::new(move || {
             if let Some(file) = later.file(index) {
@@ -224,15 +209,26 @@ impl DiskFs {
     fn file_attr(&self, ino: INodeNo, file: &DiskFile) -> FileAttr {
         let volume = file.volume();
         let perm = if file.writable { 0o644 } else { 0o444 };
-        // 0: the source has no files, or does not report their age.
-        let time = Some(volume.mtime_ns())
-            .filter(|ns| *ns != 0)
-            .map_or(self.mount_time, time_of);
+        let time = self.image_time(&volume);
         file.attributes.apply(FileAttr {
             size: volume.len(),
-            blocks: volume.allocated().div_ceil(512),
+            blocks: file.allocated().div_ceil(512),
             ..self.plain_attr(ino, FileType::RegularFile, perm, time)
         })
+    }
+
+    /// Returns the time of the last change of the image, or that of the mount if its source reports none.
+    fn image_time(&self, volume: &Volume) -> SystemTime {
+        Some(volume.mtime_ns())
+            .filter(|ns| *ns != 0)
+            .map_or(self.mount_time, time_of)
+    }
+
+    /// Returns the time for which the kernel may use attributes of a disk. None where the number of blocks of a writable
+    /// disk is less than its size: a page that becomes dirty in that time would not count.
+    fn attr_ttl(&self, attr: &FileAttr) -> Duration {
+        let fixed = !self.is_writable() || attr.blocks >= attr.size / 512;
+        if fixed { TTL } else { Duration::ZERO }
     }
 
     fn directory_attr(&self) -> FileAttr {

@@ -196,12 +196,14 @@ impl KernelViewNode {
         refuses
     }
 
-    /// Answers a lookup of the name. `attr` are the attributes of the disk inode.
-    pub(super) fn reply_lookup(&self, attr: &FileAttr, ttl: &Duration, reply: ReplyEntry) {
+    /// Answers a lookup of the name. `attr` are the attributes of the disk inode; `ttls` are for how long they and the
+    /// name are valid.
+    pub(super) fn reply_lookup(&self, attr: &FileAttr, ttls: (Duration, Duration), reply: ReplyEntry) {
+        let (ttl, name_ttl) = (&ttls.0, &ttls.1);
         // A timeout of zero: the next open looks the name up again and sees a change of the inode.
         let no_timeout = &Duration::ZERO;
         match self.lock().name_target() {
-            NameTarget::OnlyDisk => reply.entry(ttl, attr, Generation(0)),
+            NameTarget::OnlyDisk => reply.entry_with_ttls(ttl, name_ttl, attr, Generation(0)),
             NameTarget::DiskForNow => reply.entry_with_ttls(ttl, no_timeout, attr, Generation(0)),
             // fuser takes the inode number from the attributes. This reply therefore shows the view's number in `stat`,
             // which the zero attribute timeout corrects: the following getattr answers with the disk's number.

@@ -1,12 +1,16 @@
 //! Writes to a disk of the mount, truncation, fallocate, and the requests that flush.
 //!
+//! Truncation to N bytes has the meaning that it has for a file, except that the size stays: everything from N on reads
+//! as zeroes. The kernel drops its pages only from the size on that the answer names, and only if that is not the size
+//! that it knows. So the answer says N, with an attribute timeout of zero, and the next getattr the true size. Between the
+//! two answers a mapping ends at N, as it would for any truncated file.
+//!
 //! A write to a local disk runs on the event loop. A write to a remote disk is submitted to the disk's queue and
 //! answered by its completion; one that may block (it overlaps another write, or has to read first) runs in the disk's
 //! worker pool. A completion runs on another thread, so it gets an [`OwnedContext`], which keeps the mount's state
 //! alive.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
@@ -14,7 +18,7 @@ use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::disk_file::{DiskFile, writes};
-use crate::fuse::errno::errno;
+use crate::fuse::errno::{errno, zeroing_errno};
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::WriteCompletion;
 
@@ -78,8 +82,8 @@ impl DiskFile {
         context: RequestContext<'_>,
         reply: ReplyWrite,
     ) {
-        // The kernel writes a dirty page back as a whole and ignores how much of it was accepted, so a short write has
-        // to become an error.
+        // The kernel writes a dirty page of a mapping back as a whole and ignores how much of it was accepted, so a short
+        // write has to become an error.
         let write_back = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let request = WriteRequest {
             offset,
@@ -211,20 +215,41 @@ impl DiskFile {
         }
     }
 
-    /// Answers a truncation: the size of a disk is fixed.
+    /// Makes everything from byte `size` on read as zeroes: truncation of a disk, whose size is fixed.
     ///
-    /// The kernel sends O_TRUNC of an open for writing as a truncation to 0 by the same process, without a handle. That
-    /// one is accepted and changes nothing.
-    pub(super) fn truncate(&self, size: u64, handle: Option<FileHandle>, pid: u32) -> Result<(), Errno> {
-        let opener = self.opener.swap(0, Ordering::AcqRel);
+    /// Errors: [`Failed::Refused`] for a disk that is read-only, and for a size beyond its end; `Unsupported` if the
+    /// source cannot zero without writing as much.
+    pub(super) fn truncate(&self, size: u64) -> Result<(), Failed> {
         if !self.writable {
-            return Err(Errno::EROFS);
+            return Err(Failed::Refused(Errno::EROFS));
         }
-        let is_o_trunc = size == 0 && handle.is_none() && opener != 0 && opener == pid;
-        if is_o_trunc || size == self.volume().len() {
-            Ok(())
-        } else {
-            Err(Errno::EINVAL)
+        let volume = self.volume();
+        match volume.len().checked_sub(size) {
+            None => Err(Failed::Refused(Errno::EFBIG)),
+            Some(0) => Ok(()),
+            Some(len) => {
+                volume.check_cheap_zeroing(size).map_err(Failed::Volume)?;
+                self.attributes.changed();
+                volume.zero_range(size, len, true).map_err(Failed::Volume)
+            }
+        }
+    }
+
+    /// Returns the errno for a failed truncation or fallocate. `what` names it in the log.
+    pub(super) fn zeroed(
+        &self,
+        error_log: &ErrorLog,
+        what: impl FnOnce() -> String,
+        result: Result<(), Failed>,
+    ) -> Result<(), Errno> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(Failed::Refused(e)) => Err(e),
+            Err(Failed::Volume(e)) => {
+                let errno = zeroing_errno(&e);
+                error_log.note(e.within(format!("{}: {}", self.config.name.display(), what())));
+                Err(errno)
+            }
         }
     }
 

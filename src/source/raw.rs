@@ -184,6 +184,10 @@ impl BlockWrite for RawDisk {
         self.count_change(file.zero(range.start.bytes(), end.saturating_sub(range.start.bytes()), unmap))
     }
 
+    fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {
+        self.file.writer().and_then(StoredWrite::slow_zeroing)
+    }
+
     fn flush(&self) -> Result<()> {
         writer(&*self.file)?;
         let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);

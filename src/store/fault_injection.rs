@@ -105,6 +105,10 @@ impl<F: Fn(Change) -> Result<()> + Send + Sync> StoredWrite for Watched<F> {
         self.change(Change::Content)?.zero(offset, len, unmap)
     }
 
+    fn slow_zeroing(&self) -> Option<String> {
+        self.file.writer().unwrap().slow_zeroing()
+    }
+
     fn sync(&self) -> Result<()> {
         self.change(Change::Sync)?.sync()
     }

@@ -296,13 +296,18 @@ pub(super) struct LocalFile {
 }
 
 impl LocalFile {
-    /// Zeroes a range by writing zeroes, for file systems that support neither holes nor zeroed ranges.
+    /// Zeroes a range by writing zeroes, for file systems that support neither holes nor zeroed ranges. Zeroes only
+    /// what is inside of the file: a write would extend one that another process has truncated.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         const STEP: u64 = 1 << 16;
         let zeroes = vec![0; len.min(STEP) as usize];
         let mut done = 0;
         while done < len {
-            let part = (len - done).min(STEP) as usize;
+            let inside = self.current_len()?.saturating_sub(offset + done);
+            let part = (len - done).min(STEP).min(inside) as usize;
+            if part == 0 {
+                break;
+            }
             self.write_all_at(offset + done, zeroes.get(..part).unwrap_or_default())?;
             done += part as u64;
         }
@@ -558,6 +563,33 @@ impl StoredWrite for LocalFile {
             // tmpfs supports holes but no ZERO_RANGE, other file systems support neither.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),
             Err(e) => Err(Error::io(context(), e.into())),
+        }
+    }
+
+    fn slow_zeroing(&self) -> Option<String> {
+        let slow = |why: &str| Some(format!("{}: {why}", self.label));
+        if self.device {
+            let file = self.opened.file.1;
+            let folder = format!("/sys/dev/block/{}:{}", libc::major(file), libc::minor(file));
+            // A partition uses the queue of its disk, the folder above.
+            let limits = ["queue", "../queue"].map(|queue| format!("{folder}/{queue}/write_zeroes_max_bytes"));
+            let limit = limits.into_iter().find_map(|path| fs::read_to_string(path).ok());
+            return match limit.is_some_and(|bytes| bytes.trim() == "0") {
+                true => slow("the device has no command that writes zeroes"),
+                false => None,
+            };
+        }
+        // Asks the file system by punching a hole where the file has no bytes, which changes nothing: so far behind the
+        // end that no concurrent write extends the file to there.
+        const BEYOND: u64 = 1 << 40;
+        let at = self.current_len().ok()?.saturating_add(BEYOND);
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, punch, i64::try_from(at).ok()?, 1) {
+            // EFBIG: more than a file there can have, as on FAT, which has no holes.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::EFBIG) => {
+                slow("its file system cannot punch holes")
+            }
+            _ => None,
         }
     }
 

@@ -192,6 +192,10 @@ pub trait StoredWrite: StoredFile {
     /// store supports that, so that a later write to the range cannot fail for lack of space.
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
+    /// Returns the reason why [`zero`](Self::zero) with `unmap` has to write zeroes; `None` if the store has a cheaper
+    /// way. Changes nothing.
+    fn slow_zeroing(&self) -> Option<String>;
+
     /// Makes all earlier writes durable, and the length with them.
     ///
     /// An error is final: the kernel may have dropped the dirty pages, so a later success does not cover them.

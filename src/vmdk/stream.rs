@@ -257,6 +257,7 @@ impl BlockWrite for StreamDisk {
         check_range(&self.geometry, range.start, 0)?;
         check_range(&self.geometry, range.end, 0)?;
         let mut state = self.state();
+        state.refuse_after_failed_sync()?;
         let window = state.window.first * GRAIN;
         // Tools clear the whole target before they copy: that is fine as long as no compressed grain has to change.
         if sectors > 0
@@ -275,6 +276,13 @@ impl BlockWrite for StreamDisk {
         let to = ((part.end - window) * SECTOR) as usize;
         state.window.bytes.get_mut(from..to).unwrap_or_default().fill(0);
         Ok(())
+    }
+
+    fn slow_zeroing(&self, range: Range<Lba>) -> Option<String> {
+        let state = self.state();
+        let end = range.end.0.min(state.window.first * GRAIN);
+        let held = state.written.holds(range.start.0 / GRAIN..end.div_ceil(GRAIN));
+        (!matches!(held, Ok(false))).then(|| state.out_of_order("zeroing", range.start.0).to_string())
     }
 
     /// Syncs the grains that are in the file, so that a failed write-back is reported early. The newest grains are not

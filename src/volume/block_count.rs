@@ -1,11 +1,11 @@
 //! Number of bytes of a disk that are data (`st_blocks`): counted by a background thread on the first query, and again
 //! after changes.
 //!
-//! A count walks the whole disk, which may take seconds, and a query must not block. So a query returns the last known
-//! number at once and starts a count if that number may be outdated. One count runs at a time.
+//! A count walks the whole disk, which may take seconds, and a query must not block. So a query returns a number only if
+//! the disk has not changed since it was counted, and otherwise starts a count. One count runs at a time.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
@@ -19,14 +19,12 @@ const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// Minimum pause as a multiple of the time of the last count: counting takes at most a 20th of a processor.
 const PAUSE_FACTOR: u32 = 20;
 
-/// Last known number of bytes that are data.
-#[derive(Debug)]
+/// Number of bytes that are data.
+#[derive(Debug, Default)]
 pub(super) struct BlockCount(Arc<CountState>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct CountState {
-    /// Result of queries.
-    bytes: AtomicU64,
     /// Number of changes of the disk.
     changes: AtomicU64,
     last: Mutex<LastCount>,
@@ -37,47 +35,50 @@ struct CountState {
 #[derive(Debug, Default)]
 struct LastCount {
     running: bool,
-    /// Number of changes before the last count, its end, and its duration.
-    ended: Option<(u64, Instant, Duration)>,
+    /// The last count.
+    ended: Option<EndedCount>,
+}
+
+#[derive(Debug)]
+struct EndedCount {
+    /// `None`: the count failed or took too long.
+    bytes: Option<u64>,
+    /// Number of changes before the count.
+    changes: u64,
+    at: Instant,
+    took: Duration,
 }
 
 impl BlockCount {
-    /// Creates a count that returns `estimate` until the first count is done.
-    pub(super) fn new(estimate: u64) -> Self {
-        let (changes, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self(Arc::new(CountState {
-            bytes: estimate.into(),
-            changes,
-            last: Mutex::default(),
-            stop,
-        }))
-    }
-
-    /// Notes a change of the disk.
+    /// Notes a change of the disk. Called after it has been made: a count that has begun before does not cover it.
     pub(super) fn changed(&self) {
-        self.0.changes.fetch_add(1, Ordering::Relaxed);
+        self.0.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Returns the last known number. Starts a count in the background if it may be outdated.
-    pub(super) fn bytes(&self, disk: &Arc<dyn BlockRead>) -> u64 {
+    /// Returns the number, or `None` if the disk has changed since the last count, or could not be counted. Starts a count
+    /// in the background if one may help.
+    pub(super) fn bytes(&self, disk: &Arc<dyn BlockRead>) -> Option<u64> {
         if self.start_due() {
             let (disk, state) = (Arc::clone(disk), Arc::clone(&self.0));
             let started = std::thread::Builder::new()
                 .name("count".to_owned())
                 .spawn(move || state.count(&*disk));
             if started.is_err() {
-                // No thread: the last number stays, and the next query tries again.
-                self.0.last.lock().unwrap_or_else(PoisonError::into_inner).running = false;
+                // No thread: the next query tries again.
+                self.0.last().running = false;
             }
         }
-        self.0.bytes.load(Ordering::Relaxed)
+        let changes = self.0.changes.load(Ordering::Acquire);
+        let last = self.0.last();
+        last.ended.as_ref().filter(|last| last.changes == changes)?.bytes
     }
 
     /// Returns true if the caller has to start a count now, and marks it as running.
     fn start_due(&self) -> bool {
-        let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let outdated = last.ended.is_none_or(|(changes, ended, took)| {
-            changes != self.0.changes.load(Ordering::Relaxed) && ended.elapsed() > MIN_PAUSE.max(took * PAUSE_FACTOR)
+        let mut last = self.0.last();
+        let outdated = last.ended.as_ref().is_none_or(|last| {
+            let changed = last.changes != self.0.changes.load(Ordering::Acquire);
+            changed && last.at.elapsed() > MIN_PAUSE.max(last.took * PAUSE_FACTOR)
         });
         outdated && !std::mem::replace(&mut last.running, true)
     }
@@ -92,19 +93,24 @@ impl Drop for BlockCount {
 impl CountState {
     fn count(&self, disk: &dyn BlockRead) {
         // The number of changes before the count: a change during it makes the result outdated again.
-        let (changes, started) = (self.changes.load(Ordering::Relaxed), Instant::now());
-        if let Some(bytes) = self.counted(disk, started) {
-            self.bytes.store(bytes, Ordering::Relaxed);
-        }
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = LastCount {
+        let (changes, started) = (self.changes.load(Ordering::Acquire), Instant::now());
+        let bytes = self.counted(disk, started);
+        *self.last() = LastCount {
             running: false,
-            ended: Some((changes, Instant::now(), started.elapsed())),
+            ended: Some(EndedCount {
+                bytes,
+                changes,
+                at: Instant::now(),
+                took: started.elapsed(),
+            }),
         };
     }
 
-    /// Counts the bytes that are data. Returns `None` on an error, on timeout, and if the volume is dropped: the last
-    /// number stays then.
+    fn last(&self) -> MutexGuard<'_, LastCount> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the bytes that are data. Returns `None` on an error, on timeout, and if the volume is dropped.
     fn counted(&self, disk: &dyn BlockRead, started: Instant) -> Option<u64> {
         let end = disk.geometry().sectors;
         let (mut at, mut data) = (0, 0);

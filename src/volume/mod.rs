@@ -80,16 +80,11 @@ impl Volume {
         let mut seen = HashSet::new();
         let remote = disk.queue().is_some();
         files.retain(|f| seen.insert(f.identity_at_open().file));
-        let stored = files
-            .iter()
-            .map(|f| f.allocated().unwrap_or(0))
-            .fold(0u64, u64::saturating_add);
-        let block_count = BlockCount::new(stored.min(disk.geometry().bytes()));
         Self {
             disk,
             files,
             ranges: RangeLock::default(),
-            block_count,
+            block_count: BlockCount::default(),
             writeback: WritebackTimer::default(),
             read_only: None,
             external_writes: AtomicBool::new(false),
@@ -182,10 +177,19 @@ impl Volume {
         Ok((target == Seek::Hole && offset < end).then_some(end))
     }
 
-    /// Returns the number of bytes that are data. The first call, and calls some time after a change, start a count in
-    /// the background. Until the first count is done this is the space that the files take.
-    pub fn allocated(&self) -> u64 {
+    /// Returns the number of bytes that are data, or `None` if it is not known. The first call, and calls some time after
+    /// a change, start a count in the background.
+    pub fn allocated(&self) -> Option<u64> {
         self.block_count.bytes(&self.disk)
+    }
+
+    /// Forgets what is known of the disk's content, which may have been changed without this process: what lies where,
+    /// and how much.
+    pub fn forget_content(&self) {
+        self.block_count.changed();
+        if let Some(queue) = self.disk.queue() {
+            queue.forget_content();
+        }
     }
 
     /// Returns the files that the disk consists of, each once.

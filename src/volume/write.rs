@@ -117,6 +117,14 @@ impl Volume {
         })
     }
 
+    /// Returns an error of the kind `Unsupported`, with the reason, if zeroing everything from byte `offset` on takes as
+    /// long as writing it. Changes nothing.
+    pub fn check_cheap_zeroing(&self, offset: u64) -> Result<()> {
+        let range = Lba(offset / SECTOR)..Lba(self.len() / SECTOR);
+        let slow = self.writer()?.slow_zeroing(range);
+        slow.map_or(Ok(()), |why| Err(Error::unsupported(why)))
+    }
+
     /// Makes all writes before the call durable. Cheap if nothing was written.
     ///
     /// Errors: those of the disk. `Os(ENOSPC)` if the backing file was written to after the end of the disk (see
@@ -142,6 +150,11 @@ impl Volume {
         self.block_count.changed();
         self.writeback.written(&self.disk);
         prepared
+    }
+
+    /// Returns true if the kernel may write to the backing file directly.
+    pub fn has_external_writes(&self) -> bool {
+        self.external_writes.load(Ordering::Acquire)
     }
 
     /// Truncates the backing file to the size of the disk. The kernel, which writes to the backing file directly, does

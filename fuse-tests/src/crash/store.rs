@@ -422,6 +422,10 @@ impl StoredWrite for SimFile {
         self.change(FileOp::Zero { offset, len, unmap })
     }
 
+    fn slow_zeroing(&self) -> Option<String> {
+        None
+    }
+
     fn sync(&self) -> Result<()> {
         let mut state = self.store.lock();
         let failed = fires(&mut state.faults.sync);

@@ -27,9 +27,8 @@ const WRITERS: u64 = 3;
 const ROUNDS: u64 = 4;
 
 /// Options of `qemu-img create`, and arguments of the mount. `base.vmdk` is an empty parent of [`SECTORS`].
-const IMAGES: [(&str, &[&str]); 6] = [
+const IMAGES: [(&str, &[&str]); 5] = [
     ("subformat=monolithicSparse", &[]),
-    ("subformat=monolithicSparse", &["cache=writeback"]),
     ("subformat=twoGbMaxExtentSparse", &["cache=none"]),
     ("subformat=monolithicFlat", &["cache=none"]),
     ("backing_fmt=vmdk,backing_file=base.vmdk", &[]),

@@ -175,7 +175,11 @@ fn keys_that_create_and_write_are_read() {
          [[disk]]\nfile = \"e\"\ncreate = true\ncreate-size = \"1G\"\ncreate-hwversion = \"esx50\"\n",
     );
     let mount = mount_of(run_in(&dir, &["-o", "cache=writeback"]).unwrap());
-    assert!(local(&mount, 0).force && mount.disks.iter().all(|disk| disk.cache == Some(PageCache::WriteBack)));
+    assert!(local(&mount, 0).force);
+    for disk in &mount.disks {
+        assert_eq!((disk.cache, disk.warnings.len()), (Some(PageCache::WriteThrough), 1));
+        assert!(disk.warnings[0].starts_with("cache=writeback means writethrough: "));
+    }
     let overlays: Vec<_> = mount.disks.iter().map(|disk| disk.overlay.clone()).collect();
     let kept = Overlay::File(dir.path().join("sub/c.vmdk"));
     assert_eq!(overlays, [Some(Overlay::Temporary), Some(kept), None, None]);

@@ -77,6 +77,7 @@ fn every_setting_is_stored() {
         name: "n".into(),
         read_only: true,
         cache: Some(PageCache::None),
+        warnings: Vec::new(),
         cache_size: Some(1 << 20),
         readahead: Some(2 << 20),
         overlay: Some(Overlay::File("/c.vmdk".into())),

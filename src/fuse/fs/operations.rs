@@ -5,27 +5,58 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, catch_panic};
+use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, TTL, catch_panic};
 use crate::config::MountKind;
 use crate::error_log::ErrorLog;
 use crate::fuse::attributes::SetRequest;
 use crate::fuse::disk_file::{DiskFile, is_aligned};
 use crate::fuse::errno::errno;
 use crate::fuse::kernel_view_node;
-use crate::fuse::write::Failed;
 use crate::volume::{MAX_READ, Seek};
-
-/// For how long the kernel may use names and attributes without asking again. A change of time or allocation by another
-/// process that writes to the image becomes visible this much later.
-const TTL: Duration = Duration::from_secs(1);
 
 /// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight.
 const MAX_BACKGROUND: u16 = 64;
+
+/// Length in bytes from which on zeroing a range may take long, and runs in the worker pool.
+const LONG_ZEROING: u64 = 64 << 20;
+
+impl DiskFs {
+    /// Answers a truncation; see `write.rs`.
+    fn truncate(&self, ino: INodeNo, size: u64, reply: ReplyAttr) {
+        let (file, attr) = match self.file(ino).and_then(|file| Ok((file, self.attr(ino)?))) {
+            Ok(found) => found,
+            // The directory itself.
+            Err(_) => return reply.error(self.name_change_errno()),
+        };
+        self.run_in_pool(
+            file,
+            Box::new(move |file: &DiskFile, error_log: &ErrorLog| {
+                let what = || format!("truncating to {size} bytes");
+                match file.zeroed(error_log, what, file.truncate(size)) {
+                    // The kernel drops its pages from the size on that it is told, if that is another one than before.
+                    // Without a timeout it asks for the true size when it next needs one.
+                    Ok(()) => {
+                        let now = SystemTime::now();
+                        let (mtime, ctime) = (now, now);
+                        let attr = FileAttr {
+                            size,
+                            mtime,
+                            ctime,
+                            ..attr
+                        };
+                        reply.attr(&Duration::ZERO, &attr);
+                    }
+                    Err(e) => reply.error(e),
+                }
+            }),
+        );
+    }
+}
 
 impl Filesystem for DiskFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
@@ -48,10 +79,7 @@ impl Filesystem for DiskFs {
         if let Err(most) = config.set_max_readahead(MAX_READ as u32) {
             let _ = config.set_max_readahead(most);
         }
-        self.passthrough = if self.wants_writeback() {
-            let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
-            Err("a disk of the mount has cache=writeback, which excludes FUSE passthrough")
-        } else if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
+        self.passthrough = if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
             Err(NO_PASSTHROUGH)
         } else {
             // The kernel limits how deep file systems are stacked. A backing file is one layer; the EROFS of a view,
@@ -79,7 +107,10 @@ impl Filesystem for DiskFs {
                 Some(i) if parent == ROOT => {
                     let ino = INodeNo(FIRST_DISK + i as u64);
                     match (self.file(ino), self.attr(ino)) {
-                        (Ok(file), Ok(attr)) => file.view.reply_lookup(&attr, &TTL, reply),
+                        (Ok(file), Ok(attr)) => {
+                            let ttls = (self.attr_ttl(&attr), TTL);
+                            file.view.reply_lookup(&attr, ttls, reply);
+                        }
                         (Err(e), _) | (_, Err(e)) => reply.error(e),
                     }
                 }
@@ -90,7 +121,7 @@ impl Filesystem for DiskFs {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         catch_panic(|| match self.attr(ino) {
-            Ok(attr) => reply.attr(&TTL, &attr),
+            Ok(attr) => reply.attr(&self.attr_ttl(&attr), &attr),
             Err(e) => reply.error(e),
         });
     }
@@ -172,21 +203,23 @@ impl Filesystem for DiskFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.fallocate(offset, length, mode) {
+        let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.zeroed(
+            error_log,
+            || format!("zeroing {length} bytes at {offset}"),
+            file.fallocate(offset, length, mode),
+        ) {
             Ok(()) => reply.ok(),
-            Err(Failed::Volume(e)) => {
-                reply.error(errno(&e));
-                let name = file.config.name.display();
-                error_log.note(e.within(format!("{name}: zeroing {length} bytes at {offset}")));
-            }
-            Err(Failed::Refused(e)) => reply.error(e),
+            Err(e) => reply.error(e),
         };
-        self.run_blocking(ino, Box::new(answer));
+        match self.file(ino) {
+            Ok(file) if length > LONG_ZEROING => self.run_in_pool(file, Box::new(answer)),
+            _ => self.run_blocking(ino, Box::new(answer)),
+        }
     }
 
     fn setattr(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -195,7 +228,7 @@ impl Filesystem for DiskFs {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        fh: Option<FileHandle>,
+        _fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -203,21 +236,24 @@ impl Filesystem for DiskFs {
         reply: ReplyAttr,
     ) {
         catch_panic(|| {
+            if let Some(size) = size {
+                return self.truncate(ino, size, reply);
+            }
             let set = self.file(ino).and_then(|file| {
-                match size {
-                    Some(size) => file.truncate(size, fh, req.pid())?,
-                    None => file.attributes.set(&SetRequest {
-                        mode,
-                        uid,
-                        gid,
-                        atime,
-                        mtime,
-                    }),
-                }
+                let request = SetRequest {
+                    mode,
+                    uid,
+                    gid,
+                    atime,
+                    mtime,
+                };
+                let volume = file.volume();
+                let image = volume.has_external_writes().then(|| self.image_time(&volume));
+                file.attributes.set(&request, image);
                 self.attr(ino)
             });
             match set {
-                Ok(attr) => reply.attr(&TTL, &attr),
+                Ok(attr) => reply.attr(&self.attr_ttl(&attr), &attr),
                 // The directory itself: its attributes are fixed.
                 Err(e) if e == Errno::EISDIR => reply.error(self.name_change_errno()),
                 Err(e) => reply.error(e),
@@ -255,7 +291,7 @@ impl Filesystem for DiskFs {
             let Ok(from) = u64::try_from(offset) else {
                 return reply.error(Errno::ENXIO);
             };
-            let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.volume().seek(from, what) {
+            let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.seek(from, what) {
                 Ok(Some(at)) => reply.offset(at as i64),
                 Ok(None) => reply.error(Errno::ENXIO),
                 Err(e) => {

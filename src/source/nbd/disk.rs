@@ -433,6 +433,10 @@ impl BlockWrite for NbdDisk {
         self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
     }
 
+    fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {
+        (!self.session.export().zero).then(|| "the NBD server has no command that writes zeroes".to_owned())
+    }
+
     fn has_unflushed_metadata(&self) -> bool {
         // The server has every answered write. The replay log is only for a server that restarts without them.
         false
@@ -597,6 +601,10 @@ impl BlockQueue for NbdDisk {
             Buffer::default(),
             Box::new(move |_, result| done(result)),
         );
+    }
+
+    fn forget_content(&self) {
+        self.session.map.clear();
     }
 
     fn poll_completions(&self, stay: Stay<'_>) {

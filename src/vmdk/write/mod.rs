@@ -387,6 +387,19 @@ impl BlockWrite for VmdkDisk {
         Ok(())
     }
 
+    fn slow_zeroing(&self, range: Range<Lba>) -> Option<String> {
+        let (writer, link) = self.writer_and_link().ok()?;
+        let extents = link.extents.iter().zip(&writer.extents);
+        let inside = extents.filter(|(p, _)| p.start < range.end.0 && range.start.0 < p.start + p.sectors);
+        inside
+            .into_iter()
+            .find_map(|(placed, extent)| match (extent, file_of(&placed.extent)) {
+                (_, None) => None,
+                (ExtentWriter::None, _) => Some(read_only_extent(placed, placed.start.max(range.start.0)).to_string()),
+                (_, Some(file)) => file.writer().and_then(StoredWrite::slow_zeroing),
+            })
+    }
+
     fn flush(&self) -> Result<()> {
         let (writer, link) = self.writer_and_link()?;
         // Group flush. A flush that starts after this load covers every write that returned before this call. So a

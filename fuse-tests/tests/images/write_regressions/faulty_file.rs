@@ -121,6 +121,9 @@ impl StoredWrite for FaultyFile {
         self.inject_failure()?;
         self.inner().zero(offset, len, unmap)
     }
+    fn slow_zeroing(&self) -> Option<String> {
+        self.inner().slow_zeroing()
+    }
     fn sync(&self) -> Result<()> {
         Ok(())
     }

@@ -11,7 +11,7 @@ pub(crate) const SIZE: u64 = (12 << 20) + 512 * 77;
 /// A kind of image, and the arguments of its mount.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ImageKind {
-    /// Name in messages; ends with `late` if the kernel writes back late (`cache=writeback`).
+    /// Name in messages.
     pub(crate) name: &'static str,
     /// Creates an image with the content of the file `original` of the folder; returns the name of its file.
     make: fn(&Scratch) -> &'static str,
@@ -21,7 +21,7 @@ pub(crate) struct ImageKind {
 
 /// All kinds. The kernel writes `raw` and `flat` on its own where it may (FUSE passthrough); the daemon writes the
 /// others, in each mode of the kernel's cache.
-pub(crate) const KINDS: [ImageKind; 9] = [
+pub(crate) const KINDS: [ImageKind; 7] = [
     ImageKind {
         name: "raw",
         make: raw,
@@ -31,11 +31,6 @@ pub(crate) const KINDS: [ImageKind; 9] = [
         name: "raw, no cache",
         make: raw,
         arguments: &["cache=none"],
-    },
-    ImageKind {
-        name: "raw, late",
-        make: raw,
-        arguments: &["cache=writeback"],
     },
     ImageKind {
         name: "flat",
@@ -51,11 +46,6 @@ pub(crate) const KINDS: [ImageKind; 9] = [
         name: "sparse",
         make: sparse,
         arguments: &[],
-    },
-    ImageKind {
-        name: "sparse, late",
-        make: sparse,
-        arguments: &["cache=writeback"],
     },
     ImageKind {
         name: "split",
