@@ -6,37 +6,25 @@
  * Prints each check that fails; exits with 1 if any did.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/hdreg.h>
 #include <scsi/scsi_ioctl.h>
 #include <scsi/sg.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "check.h"
+
 /* scsi/scsi.h of the kernel, which no package installs. */
 #ifndef SCSI_IOCTL_GET_IDLUN
 #define SCSI_IOCTL_GET_IDLUN 0x5382
 #define SCSI_IOCTL_GET_BUS_NUMBER 0x5386
 #endif
-
-static int failures;
-
-#define CHECK(condition, ...)                                          \
-	do {                                                           \
-		if (!(condition)) {                                    \
-			failures++;                                    \
-			printf("line %d: %s: ", __LINE__, #condition); \
-			printf(__VA_ARGS__);                           \
-			printf(" (errno %d)\n", errno);                \
-		}                                                      \
-	} while (0)
 
 /* Calls an ioctl that must succeed and leave errno and the bytes behind its value alone. */
 static void get(int fd, unsigned long number, void *value, size_t len)

@@ -12,4 +12,6 @@
 mod answers;
 mod fixture;
 mod library;
+mod listed;
+mod tools;
 mod unlisted;
