@@ -46,7 +46,7 @@ pub fn descriptor(data: &[u8]) {
     if let Some(parent) = &descriptor_text.parent {
         let valid = format!(
             "# Disk DescriptorFile\nversion=1\nCID={:08x}\nparentCID=ffffffff\ncreateType=\"custom\"\nRW 64 ZERO\n",
-            parent.cid
+            parent.cid.unwrap_or(0)
         );
         let hints = parent.hint.candidates().into_iter();
         files.extend(hints.map(|name| (name.as_bytes().to_vec(), valid.as_bytes().into())));

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::overlay::{OverlayInfo, describe_overlay, open_overlay};
 use crate::source::nbd;
 use crate::store::Access;
+use crate::vmdk::DiskInfo;
 use crate::volume::{Description, open_source};
 
 /// Prints the format, the size and the files of each disk (`--info`); for an NBD server, its exports.
@@ -71,36 +72,7 @@ fn info_text(described: &DescribedDisk, out: &mut String) {
     line!(out, "  format    {}", d.format);
     line!(out, "  size      {} bytes ({} sectors)", d.size, d.size / SECTOR);
     if let Some(vmdk) = &d.vmdk {
-        line!(out, "  type      {}", vmdk.create_type);
-        for e in &vmdk.extents {
-            let file = e.file.as_deref().unwrap_or("-");
-            let grain = e.grain.map_or_else(String::new, |g| format!(", grains of {g} bytes"));
-            line!(
-                out,
-                "  extent    {} {} sectors {}{grain}: {file}",
-                e.access,
-                e.sectors,
-                e.kind
-            );
-        }
-        for (i, link) in vmdk.chain.iter().enumerate() {
-            let cid = link.cid.as_deref().unwrap_or("none");
-            let parent = link
-                .parent_cid
-                .as_ref()
-                .map_or_else(String::new, |p| format!(", parent {p}"));
-            let unclean = if link.unclean {
-                ", was not closed after writing"
-            } else {
-                ""
-            };
-            line!(
-                out,
-                "  link {i:<4} {} CID {cid}{parent}{unclean}: {}",
-                link.create_type,
-                link.file
-            );
-        }
+        vmdk_text(vmdk, out);
     }
     line!(out, "  read by   {}", d.read_by);
     if let Some(overlay) = &described.overlay {
@@ -124,4 +96,42 @@ fn info_text(described: &DescribedDisk, out: &mut String) {
     }
     let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
     line!(out, "  writable  {}{reason}", if d.writable { "yes" } else { "no" });
+}
+
+/// Appends the extents and links of a VMDK.
+fn vmdk_text(vmdk: &DiskInfo, out: &mut String) {
+    line!(out, "  type      {}", vmdk.create_type);
+    for e in &vmdk.extents {
+        let file = e.file.as_deref().unwrap_or("-");
+        let grain = e.grain.map_or_else(String::new, |g| format!(", grains of {g} bytes"));
+        line!(
+            out,
+            "  extent    {} {} sectors {}{grain}: {file}",
+            e.access,
+            e.sectors,
+            e.kind
+        );
+    }
+    for (i, link) in vmdk.chain.iter().enumerate() {
+        let cid = link.cid.as_deref().unwrap_or("none");
+        let parent = link
+            .parent_cid
+            .as_ref()
+            .map_or_else(String::new, |p| format!(", parent {p}"));
+        let unclean = if link.unclean {
+            ", was not closed after writing"
+        } else {
+            ""
+        };
+        line!(
+            out,
+            "  link {i:<4} {} {} sectors, CID {cid}{parent}{unclean}: {}",
+            link.create_type,
+            link.size / SECTOR,
+            link.file
+        );
+    }
+    for warning in &vmdk.warnings {
+        line!(out, "  warning   {warning}");
+    }
 }

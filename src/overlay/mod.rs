@@ -160,7 +160,7 @@ pub fn describe_overlay(delta: &VmdkDisk) -> Result<OverlayInfo> {
     Ok(OverlayInfo {
         file: label(delta),
         changed: changed_sectors(delta)? * SECTOR,
-        parent_cid: descriptor.parent.as_ref().map(|parent| cid_text(parent.cid)),
+        parent_cid: descriptor.parent.as_ref().and_then(|parent| parent.cid).map(cid_text),
         unclean: delta.unclean_files().next().is_some(),
         unfinished_commit: mark_of(descriptor).is_some(),
     })
@@ -314,7 +314,7 @@ impl Base {
             let base = &self.label;
             tracing::warn!("{label}: a commit to {base} was started and not finished; --commit completes it");
         }
-        let Some(message) = self.difference(descriptor, parent.cid, mark, &label) else {
+        let Some(message) = self.difference(descriptor, parent.cid.unwrap_or(NO_CID), mark, &label) else {
             return Ok(());
         };
         if accept {

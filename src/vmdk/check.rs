@@ -75,7 +75,9 @@ impl CheckReport {
 
 /// Checks all links of the disk. A read error is an error in the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
-    check_extents(disk.links().iter().flat_map(|l| &l.extents))
+    let mut report = check_extents(disk.links().iter().flat_map(|l| &l.extents));
+    report.notes.extend(disk.warnings());
+    report
 }
 
 /// Checks one link without its parents.

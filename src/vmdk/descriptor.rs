@@ -6,26 +6,30 @@
 //!                        ▼
 //!                    Descriptor                 typed and bounded; names are checked by `ExtentName`
 //! ```
-//! The order of lines is irrelevant, keys and keywords are case-insensitive, and unknown settings are ignored. A line
-//! that cannot be parsed is an error, and so are two different values for one setting: other programs disagree about
-//! which of them counts, and the wrong choice would show a wrong disk.
+//! The order of lines is irrelevant, keys and keywords are case-insensitive, and unknown settings are ignored.
+//!
+//! An error is only what decides bytes: an extent line, the parent, encryption. Two different values of one of these
+//! are an error too: other programs disagree about which of them counts, and the wrong choice would show a wrong disk.
+//! Everything else (version, type, content ID, encoding of ASCII names, stray lines) is a label. An unknown label stays
+//! as it is, with a warning, also in the file: only the digits of a content ID are ever changed there.
 
-use std::fmt;
 use std::ops::Range;
 
-use encoding_rs::Encoding;
-
 use crate::block::MAX_SECTORS;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
+mod cid;
+mod encoding;
 mod extent;
 mod lines;
 mod parent;
+mod quotes;
 #[cfg(test)]
 mod tests;
 
+use encoding::TextEncoding;
 pub use extent::{ExtentAccess, ExtentKind, ExtentLine};
-use lines::{Lines, Setting, shown};
+use lines::{Lines, Warnings, shown};
 pub use parent::{ParentHint, ParentLink};
 
 /// CID that means "none".
@@ -37,11 +41,13 @@ const PROBE: usize = 4096;
 /// Parsed descriptor. Every value was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Version of the descriptor format: 1, 2 or 3.
-    pub version: u32,
-    /// Declared type of the disk; the extents determine how the data is stored.
-    pub create_type: CreateType,
-    /// Content ID, which changes with the contents: a child records the one of its parent.
+    /// Version of the descriptor format, 1 if the text has none. `None` for a text that is no number.
+    pub version: Option<u32>,
+    /// Declared type of the disk, in the usual spelling if it is known; empty if the text has none. A label: the extents
+    /// determine how the data is stored.
+    pub create_type: String,
+    /// Content ID, which changes with the contents: a child records the one of its parent. `None` for a text that is no
+    /// number.
     pub cid: Option<u32>,
     /// Parent, if the disk has one.
     pub parent: Option<ParentLink>,
@@ -51,6 +57,8 @@ pub struct Descriptor {
     pub ddb: Vec<(String, String)>,
     /// Path of the changed block tracking file.
     pub change_tracking: Option<String>,
+    /// What other programs may refuse and what decides no byte: complete sentences, at most a few.
+    pub warnings: Vec<String>,
 }
 
 impl Descriptor {
@@ -58,22 +66,28 @@ impl Descriptor {
     ///
     /// Errors: `Corrupt` or `Unsupported`, naming the line and the expected text; the caller adds the file.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let lines = Lines::of(bytes)?;
-        let encoding = lines::encoding(&lines)?;
+        let mut warnings = Warnings::default();
+        let text = encoding::to_utf8(bytes);
+        if encoding::is_utf16(bytes) {
+            warnings.add("the text is UTF-16; other programs expect UTF-8".to_owned());
+        }
+        let lines = Lines::of(&text, &mut warnings)?;
+        let encoding = TextEncoding::of(&lines, &mut warnings);
         let ddb = ddb(&lines, encoding);
         // First of all, so that an encrypted disk is reported as such, no matter what else cannot be parsed.
         refuse_unreadable(&lines, &ddb)?;
-        let create_type = create_type(&lines)?;
+        let extents = extents(&lines, encoding, &mut warnings)?;
         Ok(Self {
-            version: version(&lines)?,
-            create_type,
-            cid: lines.get("CID", cid)?.map(|(_, cid)| cid),
-            parent: parent(&lines, encoding)?,
-            extents: extents(&lines, encoding)?,
+            version: version(&lines, &mut warnings),
+            create_type: create_type(&lines, encoding, &mut warnings),
+            cid: content_id(&lines, &mut warnings),
+            parent: parent(&lines, encoding, &extents, &mut warnings)?,
+            extents,
             ddb,
             change_tracking: lines
-                .get("changeTrackPath", |s| Ok(lines::decode(encoding, s.unquoted()?)))?
-                .map(|(_, path)| path),
+                .first("changeTrackPath")
+                .map(|setting| encoding.decode(setting.leniently_unquoted())),
+            warnings: warnings.finish(),
         })
     }
 
@@ -86,19 +100,22 @@ impl Descriptor {
     }
 }
 
-/// Returns the byte ranges of a descriptor's CID digits: those of each `CID=`, and the last ones of `ddb.longContentID`
-/// if they are the same. Empty if the descriptor cannot be parsed.
+/// Returns the byte ranges of a descriptor's CID digits: those of each `CID=` that is a number, and the last ones of
+/// `ddb.longContentID` if they are the same. Empty if the descriptor cannot be parsed, or not be changed in place.
 pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
-    let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
+    let Some(lines) = lines_in_place(bytes) else {
+        return Vec::new();
+    };
     // The values borrow from `bytes`, so the distance of the pointers is the offset.
     let within = |part: &[u8]| {
         let start = part.as_ptr() as usize - bytes.as_ptr() as usize;
         start..start + part.len()
     };
-    let Some(digits) = lines.first("CID").and_then(|setting| setting.unquoted().ok()) else {
+    let cids = || lines.all("CID").filter_map(|setting| setting.cid());
+    let Some(digits) = cids().next().map(|cid| cid.digits) else {
         return Vec::new();
     };
-    let mut found: Vec<_> = lines.all("CID").filter_map(|s| s.unquoted().ok()).map(within).collect();
+    let mut found: Vec<_> = cids().map(|cid| within(cid.digits)).collect();
     let long = lines.ddb.iter().find(|s| s.key.eq_ignore_ascii_case(b"longContentID"));
     if let Some(long) = long.and_then(|s| s.unquoted().ok())
         && let Some((_, tail)) = long.split_at_checked(long.len().saturating_sub(digits.len()))
@@ -112,7 +129,9 @@ pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
 /// Returns the byte ranges of a setting's values, without their quotes, one for each line with that key. Keys of the
 /// disk data base start with `ddb.`. Empty if the descriptor cannot be parsed.
 pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
-    let Ok(lines) = Lines::of(bytes) else { return Vec::new() };
+    let Some(lines) = lines_in_place(bytes) else {
+        return Vec::new();
+    };
     let found: Vec<&[u8]> = match key.strip_prefix("ddb.") {
         Some(name) => {
             let named = lines.ddb.iter().filter(|s| s.key.eq_ignore_ascii_case(name.as_bytes()));
@@ -127,95 +146,64 @@ pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Returns true if a file that starts with `bytes` is a descriptor: its first line contains `Disk DescriptorFile`, or
-/// its first setting is `version`. Examines at most 4 KiB, up to the first NUL.
+/// Returns the lines as parts of `bytes`, or `None` if they are not: the text is UTF-16 or cannot be parsed.
+fn lines_in_place(bytes: &[u8]) -> Option<Lines<'_>> {
+    let in_place = !encoding::is_utf16(bytes);
+    in_place.then(|| Lines::of(bytes, &mut Warnings::default()).ok())?
+}
+
+/// Returns true if a file that starts with `bytes` is a descriptor: after at most a few other lines of text there is a
+/// comment with `Disk DescriptorFile`, a setting that only descriptors have, or an extent. `version` alone counts if it
+/// is the first setting. Examines at most 4 KiB, up to the first NUL.
 pub fn looks_like(bytes: &[u8]) -> bool {
-    let text = lines::text_of(&bytes[..bytes.len().min(PROBE)]);
-    let mut meant = text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii).enumerate();
-    meant
-        .find_map(|(index, line)| match line.first() {
-            Some(b'#')
-                if index == 0
-                    && line
-                        .to_ascii_lowercase()
-                        .windows(19)
-                        .any(|w| w == b"disk descriptorfile") =>
-            {
-                Some(true)
-            }
-            None | Some(b'#') => None,
-            Some(_) => Some(lines::setting(index, line).is_some_and(|s| s.key.eq_ignore_ascii_case(b"version"))),
-        })
-        .unwrap_or(false)
-}
-
-/// Type of a disk, as `createType` declares it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the variants are the keywords of the format")]
-pub enum CreateType {
-    MonolithicSparse,
-    StreamOptimized,
-    MonolithicFlat,
-    TwoGbMaxExtentSparse,
-    TwoGbMaxExtentFlat,
-    Vmfs,
-    VmfsPreallocated,
-    VmfsEagerZeroedThick,
-    VmfsThick,
-    VmfsThin,
-    VmfsSparse,
-    SeSparse,
-    FullDevice,
-    PartitionedDevice,
-    Custom,
-}
-
-/// Keywords of the types. If a type has several, the usual one is first.
-const CREATE_TYPES: [(&str, CreateType); 18] = [
-    ("monolithicSparse", CreateType::MonolithicSparse),
-    ("streamOptimized", CreateType::StreamOptimized),
-    ("monolithicFlat", CreateType::MonolithicFlat),
-    ("twoGbMaxExtentSparse", CreateType::TwoGbMaxExtentSparse),
-    ("2GbMaxExtentSparse", CreateType::TwoGbMaxExtentSparse),
-    ("twoGbMaxExtentFlat", CreateType::TwoGbMaxExtentFlat),
-    ("2GbMaxExtentFlat", CreateType::TwoGbMaxExtentFlat),
-    ("vmfs", CreateType::Vmfs),
-    ("vmfsPreallocated", CreateType::VmfsPreallocated),
-    ("vmfsEagerZeroedThick", CreateType::VmfsEagerZeroedThick),
-    ("vmfsThick", CreateType::VmfsThick),
-    ("vmfsThin", CreateType::VmfsThin),
-    ("vmfsSparse", CreateType::VmfsSparse),
-    ("seSparse", CreateType::SeSparse),
-    ("vmfsSeSparse", CreateType::SeSparse),
-    ("fullDevice", CreateType::FullDevice),
-    ("partitionedDevice", CreateType::PartitionedDevice),
-    ("custom", CreateType::Custom),
-];
-
-/// Types that only point to a device of an ESX host.
-const DEVICE_MAPS: [&str; 5] = [
-    "vmfsRDM",
-    "vmfsRawDeviceMap",
-    "vmfsRDMP",
-    "vmfsPassthroughRawDeviceMap",
-    "vmfsRaw",
-];
-
-impl CreateType {
-    /// Returns the usual keyword of the type.
-    pub fn as_str(self) -> &'static str {
-        CREATE_TYPES
-            .iter()
-            .find(|(_, kind)| *kind == self)
-            .map_or("custom", |(name, _)| name)
+    /// Lines without a meaning that may come first, such as `[disk]`.
+    const STRAY_MAX: usize = 4;
+    const MARK: &[u8] = b"disk descriptorfile";
+    const KEYS: [&str; 3] = ["CID", "parentCID", "createType"];
+    let head = encoding::to_utf8(&bytes[..bytes.len().min(PROBE)]);
+    let (mut settings, mut stray) = (0, 0);
+    for (index, line) in lines::split(lines::text_of(&head)).enumerate() {
+        let is = |setting: &lines::Setting<'_>, key: &str| setting.key.eq_ignore_ascii_case(key.as_bytes());
+        match line.first() {
+            Some(b'#') if line.to_ascii_lowercase().windows(MARK.len()).any(|w| w == MARK) => return true,
+            None | Some(b'#') => {}
+            Some(_) if line.iter().any(|&b| b < b' ' && b != b'\t') => return false,
+            Some(_) if extent::is_extent(line) && extent::resembles_extent(line) => return true,
+            Some(_) => match lines::setting(index, line) {
+                Some(setting) if settings == 0 && is(&setting, "version") => return true,
+                Some(setting) if KEYS.iter().any(|key| is(&setting, key)) => return true,
+                Some(_) => settings += 1,
+                None => stray += 1,
+            },
+        }
+        if settings + stray > STRAY_MAX {
+            return false;
+        }
     }
+    false
 }
 
-impl fmt::Display for CreateType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
+/// Types of disks in their usual spelling, with other spellings.
+const CREATE_TYPES: [(&str, &[&str]); 18] = [
+    ("monolithicSparse", &[]),
+    ("streamOptimized", &[]),
+    ("monolithicFlat", &[]),
+    ("twoGbMaxExtentSparse", &["2GbMaxExtentSparse"]),
+    ("twoGbMaxExtentFlat", &["2GbMaxExtentFlat"]),
+    ("vmfs", &[]),
+    ("vmfsPreallocated", &[]),
+    ("vmfsEagerZeroedThick", &[]),
+    ("vmfsThick", &[]),
+    ("vmfsThin", &[]),
+    ("vmfsSparse", &[]),
+    ("seSparse", &["vmfsSeSparse"]),
+    ("vmfsRawDeviceMap", &["vmfsRDM"]),
+    ("vmfsPassthroughRawDeviceMap", &["vmfsRDMP"]),
+    ("vmfsRaw", &[]),
+    ("fullDevice", &[]),
+    ("partitionedDevice", &[]),
+    ("custom", &[]),
+];
 
 /// Refuses disks whose data is encrypted or not in files.
 fn refuse_unreadable(lines: &Lines<'_>, ddb: &[(String, String)]) -> Result<()> {
@@ -234,98 +222,113 @@ fn refuse_unreadable(lines: &Lines<'_>, ddb: &[(String, String)]) -> Result<()> 
             "the disk is encrypted (ddb.iofilters names vmwarevmcrypt): its data cannot be read without the key; decrypt it in VMware first",
         ));
     }
-    let native = lines.get("isNativeSnapshot", |s| Ok(s.unquoted()?.eq_ignore_ascii_case(b"yes")))?;
-    match native {
-        Some((line, true)) => Err(Error::unsupported(format!(
+    let native = lines
+        .all("isNativeSnapshot")
+        .find(|s| s.leniently_unquoted().trim_ascii().eq_ignore_ascii_case(b"yes"));
+    match native.map(|setting| setting.line) {
+        Some(line) => Err(Error::unsupported(format!(
             "line {line}: the disk is a native snapshot (isNativeSnapshot): a storage array holds its data, not a file"
         ))),
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 
-fn version(lines: &Lines<'_>) -> Result<u32> {
-    let found = lines.get("version", |setting| match setting.unquoted()? {
-        b"1" => Ok(1),
-        b"2" => Ok(2),
-        b"3" => Ok(3),
-        other => Err(Error::unsupported(format!(
-            "line {}: expected version 1, 2 or 3 of the descriptor, not `{}`",
-            setting.line,
-            shown(other)
-        ))),
-    })?;
-    found.map(|(_, version)| version).ok_or_else(|| missing("version"))
+/// Returns the version of the format: the digits that the value starts with, as VMware reads it.
+fn version(lines: &Lines<'_>, warnings: &mut Warnings) -> Option<u32> {
+    if lines.first("version").is_none() {
+        warnings.add("no version; read as version 1".to_owned());
+        return Some(1);
+    }
+    let version = lines.label("version", warnings, |setting| {
+        let value = setting.leniently_unquoted();
+        let end = value.iter().position(|b| !b.is_ascii_digit()).unwrap_or(value.len());
+        std::str::from_utf8(&value[..end]).ok()?.parse::<u32>().ok()
+    });
+    if let Some(version) = version.filter(|version| !(1..=3).contains(version)) {
+        warnings.add(format!(
+            "version {version} of the descriptor is unknown, expected 1 to 3"
+        ));
+    }
+    version
 }
 
-fn create_type(lines: &Lines<'_>) -> Result<CreateType> {
-    let found = lines.get("createType", |setting| {
-        let value = setting.unquoted()?;
+/// Returns the declared type of the disk, which is only a label.
+fn create_type(lines: &Lines<'_>, encoding: TextEncoding<'_>, warnings: &mut Warnings) -> String {
+    let Some(setting) = lines.first("createType") else {
+        warnings.add("no createType; the extents alone tell how the disk is stored".to_owned());
+        return String::new();
+    };
+    let found = lines.label("createType", warnings, |setting| {
+        let value = setting.leniently_unquoted();
         let is = |name: &str| name.as_bytes().eq_ignore_ascii_case(value);
-        let refuse = |why| {
-            let line = setting.line;
-            Error::new(
-                ErrorKind::Unsupported,
-                format!("line {line}: createType `{}` {why}", shown(value)),
-            )
-        };
-        if DEVICE_MAPS.into_iter().any(is) {
-            return Err(refuse(
-                "is an RDM pointer: it maps a device of an ESX host and holds no data",
-            ));
-        }
-        let known = CREATE_TYPES.iter().find(|(name, _)| is(name));
-        known
-            .map(|(_, kind)| *kind)
-            .ok_or_else(|| refuse("is unknown, expected one such as monolithicSparse"))
-    })?;
-    found.map(|(_, kind)| kind).ok_or_else(|| missing("createType"))
+        let known = CREATE_TYPES
+            .iter()
+            .find(|(name, others)| is(name) || others.iter().any(|name| is(name)));
+        known.map(|(name, _)| (*name).to_owned())
+    });
+    found.unwrap_or_else(|| shown(encoding.decode(setting.leniently_unquoted()).as_bytes()))
 }
 
-/// Parses a CID: one to eight hexadecimal digits.
-fn cid(setting: &Setting<'_>) -> Result<u32> {
-    let digits = setting.unquoted()?;
-    let wrong = || setting.error(&format!("expected 1 to 8 hexadecimal digits, not `{}`", shown(digits)));
-    if !(1..=8).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return Err(wrong());
+/// Returns the content ID of the disk: the first one that is a number.
+fn content_id(lines: &Lines<'_>, warnings: &mut Warnings) -> Option<u32> {
+    for setting in lines.all("CID").filter(|s| s.cid().is_some_and(|cid| !cid.plain)) {
+        let (line, value) = (setting.line, shown(setting.leniently_unquoted()));
+        warnings.add(format!(
+            "line {line}: expected a CID of 1 to 8 hexadecimal digits, not `{value}`"
+        ));
     }
-    let number = std::str::from_utf8(digits)
-        .ok()
-        .and_then(|digits| u32::from_str_radix(digits, 16).ok());
-    number.ok_or_else(wrong)
+    lines.label("CID", warnings, |setting| setting.cid().map(|cid| cid.number))
 }
 
 /// Returns the parent of a child. A hint beside `parentCID=ffffffff` is ignored, as in other programs.
-fn parent(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Option<ParentLink>> {
-    let hint_line = || lines.first("parentFileNameHint").map(|setting| setting.line);
-    let (line, cid) = match (lines.get("parentCID", cid)?, hint_line()) {
-        (Some((_, NO_CID)), _) | (None, None) => return Ok(None),
-        (Some(found), _) => found,
-        (None, Some(line)) => {
-            return Err(Error::corrupt(format!(
-                "line {line}: a parentFileNameHint without a parentCID, expected both"
-            )));
-        }
-    };
+///
+/// Errors: `Corrupt` if the disk may be a child and the text does not name its parent. A disk whose extents hide any
+/// parent needs none.
+fn parent(
+    lines: &Lines<'_>,
+    encoding: TextEncoding<'_>,
+    extents: &[ExtentLine],
+    warnings: &mut Warnings,
+) -> Result<Option<ParentLink>> {
     let hint = lines.get("parentFileNameHint", |setting| {
-        let name = lines::name(encoding, setting.unquoted()?);
+        let text = setting.unquoted()?;
+        let name = (!text.is_empty()).then(|| encoding.name(text)).transpose();
         name.map_err(|e| e.within(format!("line {}, parentFileNameHint", setting.line)))
     })?;
-    match hint {
-        Some((_, name)) => Ok(Some(ParentLink {
+    let hint = hint.and_then(|(line, name)| Some((line, name?)));
+    let cid = lines.get("parentCID", |setting| {
+        let text = setting.unquoted()?;
+        // Two spellings of one number are the same parent.
+        Ok(setting.cid().map_or((None, text), |cid| (Some(cid.number), &text[..0])))
+    })?;
+    match (cid, hint) {
+        (Some((_, (Some(NO_CID), _))), _) | (None, None) => Ok(None),
+        (Some((_, (cid, _))), Some((_, name))) => Ok(Some(ParentLink {
             cid,
-            hint: ParentHint::new(name, encoding),
+            hint: ParentHint::new(name, encoding.encoding()),
         })),
-        None => Err(Error::corrupt(format!(
-            "line {line}: parentCID={cid:08x} names a parent, but there is no parentFileNameHint, expected both"
+        (Some((line, (cid, text))), None) => {
+            let says_none = cid.is_none() && (text.is_empty() || text.eq_ignore_ascii_case(b"none"));
+            let text = cid.map_or_else(|| shown(text), |cid| format!("{cid:08x}"));
+            if says_none || extents.iter().all(|extent| !extent.kind.is_sparse()) {
+                warnings.add(format!("line {line}: parentCID={text} names no parent and is ignored"));
+                return Ok(None);
+            }
+            Err(Error::corrupt(format!(
+                "line {line}: parentCID={text} names a parent, but there is no parentFileNameHint, expected both"
+            )))
+        }
+        (None, Some((line, _))) => Err(Error::corrupt(format!(
+            "line {line}: a parentFileNameHint without a parentCID, expected both"
         ))),
     }
 }
 
-fn extents(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Vec<ExtentLine>> {
+fn extents(lines: &Lines<'_>, encoding: TextEncoding<'_>, warnings: &mut Warnings) -> Result<Vec<ExtentLine>> {
     let mut extents = Vec::new();
     let mut sum: u64 = 0;
     for &(line, text) in &lines.extents {
-        let Some(extent) = extent::parse(line, text, encoding)? else {
+        let Some(extent) = extent::parse(line, text, encoding, warnings)? else {
             continue;
         };
         sum = sum
@@ -346,15 +349,15 @@ fn extents(lines: &Lines<'_>, encoding: &'static Encoding) -> Result<Vec<ExtentL
     Ok(extents)
 }
 
-fn ddb(lines: &Lines<'_>, encoding: &'static Encoding) -> Vec<(String, String)> {
-    let text = |bytes| lines::decode(encoding, bytes);
+fn ddb(lines: &Lines<'_>, encoding: TextEncoding<'_>) -> Vec<(String, String)> {
     lines
         .ddb
         .iter()
-        .map(|setting| (text(setting.key), text(setting.leniently_unquoted())))
+        .map(|setting| {
+            (
+                encoding.decode(setting.key),
+                encoding.decode(setting.leniently_unquoted()),
+            )
+        })
         .collect()
-}
-
-fn missing(key: &str) -> Error {
-    Error::corrupt(format!("no {key}, expected a line `{key}=…`"))
 }

@@ -132,6 +132,16 @@ impl VmdkDisk {
         files
     }
 
+    /// Returns what the descriptors have that decides no byte here and that other programs may refuse.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        let of_link = |link: &Link| {
+            let label = link.file.label().to_owned();
+            let texts = link.descriptor.warnings.clone();
+            texts.into_iter().map(move |text| format!("{label}: {text}"))
+        };
+        self.links.iter().flat_map(of_link)
+    }
+
     /// Returns the names of the files that were not closed after writing.
     pub fn unclean_files(&self) -> impl Iterator<Item = &str> {
         let unclean = self.links.iter().flat_map(|l| &l.extents).filter(|p| p.unclean);

@@ -21,6 +21,9 @@ pub struct DiskInfo {
     pub compressed_grain: Option<u64>,
     /// The entries of the newest link's disk data base (`ddb.…`).
     pub ddb: Vec<(String, String)>,
+    /// What the descriptors have that decides no byte here, and that other programs may refuse.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// Description of a link.
@@ -66,15 +69,14 @@ impl VmdkDisk {
         let newest = self.links().first();
         let geometry = self.geometry();
         DiskInfo {
-            create_type: newest
-                .map(|l| l.descriptor.create_type.as_str().to_owned())
-                .unwrap_or_default(),
+            create_type: newest.map(|l| l.descriptor.create_type.clone()).unwrap_or_default(),
             extents: newest
                 .map(|l| l.extents.iter().map(extent_info).collect())
                 .unwrap_or_default(),
             chain: self.links().iter().map(link_info).collect(),
             compressed_grain: (geometry.preferred > geometry.granule).then_some(geometry.preferred * SECTOR),
             ddb: newest.map(|l| l.descriptor.ddb.clone()).unwrap_or_default(),
+            warnings: self.warnings().collect(),
         }
     }
 }
@@ -83,9 +85,9 @@ fn link_info(link: &Link) -> LinkInfo {
     let hex = |cid: u32| format!("{cid:08x}");
     LinkInfo {
         file: link.file.label().to_owned(),
-        create_type: link.descriptor.create_type.as_str().to_owned(),
+        create_type: link.descriptor.create_type.clone(),
         cid: link.descriptor.cid.map(hex),
-        parent_cid: link.descriptor.parent.as_ref().map(|p| hex(p.cid)),
+        parent_cid: link.descriptor.parent.as_ref().and_then(|p| p.cid).map(hex),
         size: link.sectors * SECTOR,
         unclean: link.extents.iter().any(|e| e.unclean),
     }

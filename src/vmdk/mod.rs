@@ -9,6 +9,7 @@
 //!   create.rs        new images
 //!   stream.rs        a compressed stream while it is written
 //!   info.rs          description of an image
+//!   lost_descriptor.rs   advice for an extent that is named instead of its descriptor
 //!   check.rs         verification of an image
 //! ```
 //! Format code maps addresses. `disk.rs` is the only module that reads data, and `write/` the only one that changes an
@@ -25,6 +26,7 @@ mod extent_walk;
 mod header;
 mod inflate;
 mod info;
+pub(crate) mod lost_descriptor;
 mod open;
 mod stream;
 mod tables;

@@ -26,6 +26,7 @@ use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
     StreamTail,
 };
+use crate::vmdk::lost_descriptor;
 use crate::vmdk::tables::TableCache;
 use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
@@ -182,8 +183,8 @@ impl Opener {
     }
 
     fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
-        let expected = child.descriptor.parent.as_ref().map(|p| p.cid);
-        if expected == parent.descriptor.cid {
+        let expected = child.descriptor.parent.as_ref().and_then(|p| p.cid);
+        if expected.is_some() && expected == parent.descriptor.cid {
             return Ok(());
         }
         let cid = |c: Option<u32>| c.map_or_else(|| "none".to_owned(), |c| format!("{c:08x}"));
@@ -208,7 +209,7 @@ impl Opener {
         let opened = match file_kind(&head) {
             FileKind::Hosted => self.hosted_link(file, &head),
             FileKind::Descriptor => self.text_link(file),
-            kind => Err(no_disk(kind, &head)),
+            kind => Err(no_disk(&*file, kind, &head)),
         };
         // Errors of I/O and of tables name the file already.
         opened.map_err(|e| {
@@ -224,9 +225,7 @@ impl Opener {
     fn hosted_link(&mut self, file: Arc<dyn StoredFile>, head: &[u8]) -> Result<Link> {
         let header = Hosted::parse(head, file.len(), Role::Header)?;
         let Some((at, sectors)) = header.descriptor else {
-            return Err(Error::unsupported(
-                "a sparse extent without a descriptor is a piece of a disk: name the .vmdk file that lists it",
-            ));
+            return Err(piece(&*file, FileKind::Hosted, header.capacity));
         };
         // The file may end inside of the space for the descriptor, as the text rarely fills it.
         let len = file.len().saturating_sub(at * SECTOR).min(sectors * SECTOR);
@@ -292,9 +291,10 @@ impl Opener {
         let mut start = 0u64;
         let mut opened = HashMap::new();
         for line in &descriptor.extents {
+            let within = |e: Error| e.within(format!("{}: line {}: extent", file.label(), line.line));
             let mut placed = self
                 .listed_extent(&*store, &mut opened, line)
-                .map_err(|e| e.within(format!("{}: line {}: extent", file.label(), line.line)))?;
+                .map_err(|e| within(missing_extent(e, line, &descriptor)))?;
             placed.start = start;
             start = start
                 .checked_add(line.sectors)
@@ -344,6 +344,7 @@ impl Opener {
         match line.kind {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
+            ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => device_copy(file, line),
             ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => self.sparse_extent(file, line),
             ExtentKind::Zero => Ok(placed(Extent::Zero, line, "ZERO")),
         }
@@ -463,13 +464,90 @@ fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str)
             line,
             kind,
         )),
-        _ => Err(Error::corrupt(format!(
-            "{}: has {} bytes, expected at least the extent's {} sectors from sector {} on",
-            file.label(),
-            file.len(),
-            line.sectors,
-            line.offset
-        ))),
+        _ => Err(Error::corrupt(short_flat(&*file, line))),
+    }
+}
+
+/// Returns the message for a file that ends before its flat extent does.
+fn short_flat(file: &dyn StoredFile, line: &ExtentLine) -> String {
+    let inside = (file.len() / SECTOR).saturating_sub(line.offset);
+    let way_on = if inside == 0 {
+        "copy the whole file again".to_owned()
+    } else {
+        format!(
+            "copy the whole file again; if it is complete, write {inside} instead of {} in line {} of the descriptor, or \
+             name the file itself with format=raw",
+            line.sectors, line.line
+        )
+    };
+    format!(
+        "{}: has {} bytes, expected at least {} (the extent's {} sectors from sector {} on); {way_on}",
+        file.label(),
+        file.len(),
+        line.offset.saturating_add(line.sectors).saturating_mul(SECTOR),
+        line.sectors,
+        line.offset
+    )
+}
+
+/// Creates the extent of a device of an ESX host. On the host its file is a pointer; a copy of the file has the device's
+/// data, or its size and no data.
+fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExtent> {
+    let bytes = line.sectors.saturating_mul(SECTOR);
+    let is_stored = || Ok(matches!(file.data_at(0)?, (true, _)) || file.data_at(0)?.1 < file.len());
+    if file.len() == bytes && is_stored()? {
+        return flat_extent(file, line, line.kind.as_str());
+    }
+    Err(Error::unsupported(format!(
+        "{}: is an RDM pointer without data ({} bytes, of which {} are stored, expected {bytes}): it maps a device of an \
+         ESX host; read the LUN itself, or copy it on the host with vmkfstools -i",
+        file.label(),
+        file.len(),
+        file.allocated()?
+    )))
+}
+
+/// Adds to the error for an extent that cannot be opened what the name means, and how to get further.
+fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor) -> Error {
+    let name = line.name.as_ref().map(ExtentName::as_bytes).unwrap_or_default();
+    let shown = line.name.as_ref().map(ToString::to_string).unwrap_or_default();
+    let foreign = |what: &str| {
+        Error::unsupported(format!(
+            "`{shown}` is {what}, which is not here: put a copy of its data beside the descriptor, and the copy's name \
+             in line {}",
+            line.line
+        ))
+    };
+    let is_refused = matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Policy);
+    let starts = |start: &[u8]| {
+        name.get(..start.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(start))
+    };
+    let macos = [&b"/dev/disk"[..], b"/dev/rdisk"]
+        .iter()
+        .find_map(|start| name.strip_prefix(*start));
+    match e.kind() {
+        _ if !is_refused => e,
+        _ if [&br"\\.\"[..], br"\\?\", b"//./", b"//?/"]
+            .iter()
+            .any(|start| starts(start)) =>
+        {
+            foreign("a Windows device")
+        }
+        _ if macos.is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit)) => foreign("a macOS device"),
+        _ if [&b"vsan://"[..], b"vvol://"].iter().any(|start| starts(start)) => {
+            foreign("an object of a vSAN or VVol datastore and no file")
+        }
+        _ if matches!(line.kind, ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => Error::unsupported(format!(
+            "the extent is an RDM pointer, it maps a device of an ESX host ({e}); read the LUN itself"
+        )),
+        ErrorKind::NotFound => {
+            let parent = descriptor.parent.as_ref().map_or_else(String::new, |parent| {
+                format!("; the state before the snapshot is in {}", parent.hint.name())
+            });
+            Error::new(e.kind(), format!("{e}; copy {shown} beside the descriptor{parent}"))
+        }
+        _ => e,
     }
 }
 
@@ -528,14 +606,31 @@ fn describe(kind: FileKind, head: &[u8]) -> String {
     }
 }
 
-fn no_disk(kind: FileKind, head: &[u8]) -> Error {
-    let what = describe(kind, head);
-    match kind {
-        FileKind::Cowd | FileKind::SeSparse => Error::unsupported(format!(
-            "is {what}, a piece of a disk: name the .vmdk file that lists it"
-        )),
-        _ => Error::corrupt(format!(
-            "is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside"
-        )),
-    }
+/// Returns the error for a file that is no disk by itself.
+fn no_disk(file: &dyn StoredFile, kind: FileKind, head: &[u8]) -> Error {
+    let capacity = match kind {
+        FileKind::Cowd => Cowd::parse(head.get(..HEAD_BYTES).unwrap_or(head)).map(|header| header.capacity),
+        FileKind::SeSparse => SeSparse::parse(head, file.len()).map(|header| header.capacity),
+        _ => {
+            let what = describe(kind, head);
+            return Error::corrupt(format!(
+                "is {what}, expected a VMDK: a descriptor, or a KDMV file with one inside"
+            ));
+        }
+    };
+    // The header of a damaged file is no reason for another error: it is the wrong file anyway.
+    piece(file, kind, capacity.unwrap_or(0))
+}
+
+/// Returns the error for an extent that is named instead of its descriptor.
+fn piece(file: &dyn StoredFile, kind: FileKind, capacity: u64) -> Error {
+    let (what, extent) = match kind {
+        FileKind::Cowd => ("an ESX sparse extent (COWD)", ExtentKind::VmfsSparse),
+        FileKind::SeSparse => ("a seSparse extent", ExtentKind::SeSparse),
+        _ => ("a sparse extent without a descriptor", ExtentKind::Sparse),
+    };
+    Error::unsupported(format!(
+        "is {what} of {capacity} sectors, a piece of a disk: {}",
+        lost_descriptor::advice(file, extent, capacity)
+    ))
 }

@@ -17,10 +17,12 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use crate::block::SECTOR;
 use crate::config::{Format, LocalConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{StoredFile, shell_word as word};
-use crate::vmdk::{self, FileKind};
+use crate::vmdk::descriptor::ExtentKind;
+use crate::vmdk::{self, FileKind, lost_descriptor};
 
 /// Suffixes of raw images, in lower case.
 const RAW_SUFFIXES: [&str; 5] = ["raw", "img", "dd", "bin", "iso"];
@@ -79,7 +81,7 @@ pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskF
             (foreign.way_on)(&word(&label))
         )),
         (Promise::Vmdk, None) if is_vmdk => Ok(DiskFormat::Vmdk),
-        (Promise::Vmdk, None) => no_vmdk(&label, name, local.format, &head),
+        (Promise::Vmdk, None) => Err(no_vmdk(file, name, local.format, &head)),
         (Promise::Raw, None) if is_vmdk => refuse(
             "holds a VMDK, but its name is that of a raw disk; say format=vmdk if you trust the file to name others, \
              or format=raw to show its bytes as they are"
@@ -96,26 +98,42 @@ pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskF
     }
 }
 
-/// The error for a file that promises a VMDK and holds none.
-fn no_vmdk(label: &str, name: &OsStr, format: Format, head: &[u8]) -> Result<DiskFormat> {
+/// The error for a file that promises a VMDK and holds none. A file of zeroes or without content is a damaged VMDK; any
+/// other content is no VMDK at all.
+fn no_vmdk(file: &dyn StoredFile, name: &OsStr, format: Format, head: &[u8]) -> Error {
+    let label = file.label();
     let text = name.to_string_lossy().to_ascii_lowercase();
-    let data_of = ["-flat.vmdk", "-rdm.vmdk", "-rdmp.vmdk"]
+    let is_data = ["-flat.vmdk", "-rdm.vmdk", "-rdmp.vmdk"]
         .iter()
-        .find_map(|suffix| text.strip_suffix(suffix));
+        .any(|end| text.ends_with(end));
+    let usage = |why: String| Error::new(ErrorKind::Usage, format!("{label}: {why}"));
+    if is_data && format == Format::Auto && !head.is_empty() {
+        let advice = lost_descriptor::advice(file, ExtentKind::Vmfs, file.len() / SECTOR);
+        return usage(format!(
+            "is the data of a VMDK, without its descriptor; say format=raw, or {advice}"
+        ));
+    }
+    if let Some(stem) = text.strip_suffix("-ctk.vmdk") {
+        return usage(format!(
+            "is a map of changed blocks (a change-tracking file), not a disk; name {stem}.vmdk"
+        ));
+    }
     let found = match head {
         [] => "nothing: the file is empty",
         head if head.iter().all(|byte| *byte == 0) => "only zeroes",
-        _ => "other bytes",
+        _ => {
+            let data = text.strip_suffix(".vmdk").map_or_else(String::new, |stem| {
+                format!("; where the descriptor is lost, {stem}-flat.vmdk may have the data: name it with format=raw")
+            });
+            return usage(format!(
+                "byte 0: expected the header or the descriptor of a VMDK, found other bytes; if it is a raw disk, say \
+                 format=raw{data}"
+            ));
+        }
     };
-    if let Some(stem) = data_of.filter(|_| format == Format::Auto) {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!("{label}: is the data of a VMDK, without its descriptor; name {stem}.vmdk, or say format=raw"),
-        ));
-    }
-    Err(Error::corrupt(format!(
+    Error::corrupt(format!(
         "{label}: byte 0: expected the header or the descriptor of a VMDK, found {found}; if it is a raw disk, say format=raw"
-    )))
+    ))
 }
 
 /// Returns the promise of a file name.

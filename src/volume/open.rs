@@ -207,6 +207,9 @@ fn source_of(local: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Source> {
         return raw(file);
     }
     let disk = VmdkDisk::open(file, options(local))?;
+    for warning in disk.warnings() {
+        tracing::warn!("{warning}");
+    }
     for unclean in disk.unclean_files() {
         tracing::info!("{unclean}: was not closed after writing; --check verifies it");
     }

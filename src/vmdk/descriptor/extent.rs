@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use encoding_rs::Encoding;
-
-use super::lines::{self, shown};
+use super::encoding::TextEncoding;
+use super::lines::{Warnings, shown};
+use super::quotes::{self, Quoted};
 use crate::block::MAX_SECTORS;
 use crate::error::{Error, Result};
 use crate::store::ExtentName;
@@ -33,9 +33,28 @@ pub enum ExtentKind {
     VmfsSparse,
     /// Space-efficient sparse (seSparse).
     SeSparse,
+    /// Device of an ESX host (virtual or physical RDM). A file that was copied off the host holds the device's data.
+    VmfsRdm,
+    /// Raw device of an ESX host.
+    VmfsRaw,
     /// Zeroes without a file.
     Zero,
 }
+
+/// Access keywords of extent lines.
+const ACCESSES: [ExtentAccess; 3] = [ExtentAccess::ReadWrite, ExtentAccess::ReadOnly, ExtentAccess::None];
+
+/// Storage formats of extent lines.
+const KINDS: [ExtentKind; 8] = [
+    ExtentKind::Flat,
+    ExtentKind::Vmfs,
+    ExtentKind::Sparse,
+    ExtentKind::VmfsSparse,
+    ExtentKind::SeSparse,
+    ExtentKind::VmfsRdm,
+    ExtentKind::VmfsRaw,
+    ExtentKind::Zero,
+];
 
 impl ExtentAccess {
     /// Returns the keyword of the access.
@@ -57,8 +76,15 @@ impl ExtentKind {
             Self::Sparse => "SPARSE",
             Self::VmfsSparse => "VMFSSPARSE",
             Self::SeSparse => "SESPARSE",
+            Self::VmfsRdm => "VMFSRDM",
+            Self::VmfsRaw => "VMFSRAW",
             Self::Zero => "ZERO",
         }
+    }
+
+    /// Returns true if the extent can lack a range, which its parent then has.
+    pub(crate) fn is_sparse(self) -> bool {
+        matches!(self, Self::Sparse | Self::VmfsSparse | Self::SeSparse)
     }
 }
 
@@ -85,9 +111,36 @@ pub struct ExtentLine {
     pub line: usize,
 }
 
-/// Parses one line. Returns `None` for a `ZERO` extent of 0 sectors, which some programs write as a placeholder.
-pub(super) fn parse(line: usize, text: &[u8], encoding: &'static Encoding) -> Result<Option<ExtentLine>> {
-    parse_words(line, Words(text), encoding).map_err(|e| e.within(format!("line {line}")))
+/// Returns true if the line starts with an access keyword and is not a setting whose key is that keyword.
+pub(super) fn is_extent(line: &[u8]) -> bool {
+    let (word, rest) = quotes::word(line);
+    access(word).is_ok() && quotes::trim_start(rest).first() != Some(&b'=')
+}
+
+/// Returns true if a line may be meant as an extent: a number of sectors stands before the word of a storage format.
+pub(super) fn resembles_extent(line: &[u8]) -> bool {
+    let (mut before, mut rest) = (&line[..0], line);
+    // Access, sectors, and a few words of a typing error.
+    for _ in 0..6 {
+        let (word, after) = quotes::word(rest);
+        if KINDS.iter().any(|k| k.as_str().as_bytes().eq_ignore_ascii_case(word))
+            && before.iter().any(u8::is_ascii_digit)
+        {
+            return true;
+        }
+        (before, rest) = (word, after);
+    }
+    false
+}
+
+/// Parses one line. Returns `None` for an extent of 0 sectors: some programs write `ZERO` ones as a placeholder.
+pub(super) fn parse(
+    line: usize,
+    text: &[u8],
+    encoding: TextEncoding<'_>,
+    warnings: &mut Warnings,
+) -> Result<Option<ExtentLine>> {
+    parse_words(line, Words(text), encoding, warnings).map_err(|e| e.within(format!("line {line}")))
 }
 
 /// Rest of a line, which is split into words and quoted names.
@@ -96,52 +149,64 @@ struct Words<'a>(&'a [u8]);
 impl<'a> Words<'a> {
     /// Returns the next word; empty at the end of the line.
     fn word(&mut self) -> &'a [u8] {
-        let rest = self.0.trim_ascii_start();
-        let end = rest.iter().position(u8::is_ascii_whitespace).unwrap_or(rest.len());
-        self.0 = &rest[end..];
-        &rest[..end]
+        let (word, rest) = quotes::word(self.0);
+        self.0 = rest;
+        word
     }
 
-    /// Returns the next name, which must be in quotes, without the quotes.
-    fn quoted(&mut self) -> Result<&'a [u8]> {
-        let rest = self.0.trim_ascii_start();
-        let Some(inner) = rest.strip_prefix(b"\"") else {
-            return Err(Error::corrupt(format!(
-                "expected a file name in quotes, not `{}`",
-                shown(rest)
-            )));
-        };
-        let Some(end) = inner.iter().position(|&b| b == b'"') else {
-            return Err(Error::corrupt("expected a closing `\"` after the file name"));
-        };
-        self.0 = &inner[end + 1..];
-        Ok(&inner[..end])
+    /// Returns the next name without its quotes, and true if it has quotes other than `"`, or none. A name without
+    /// quotes is a single word.
+    fn name(&mut self) -> Result<(&'a [u8], bool)> {
+        let text = quotes::trim_start(self.0);
+        match quotes::quoted(text) {
+            Quoted::Closed { inner, rest, odd } => {
+                self.0 = rest;
+                Ok((inner, odd))
+            }
+            Quoted::Unclosed => Err(Error::corrupt("expected a closing `\"` after the file name")),
+            Quoted::Bare if text.is_empty() => Err(Error::corrupt("expected a file name in quotes after the type")),
+            Quoted::Bare => Ok((self.word(), true)),
+        }
     }
 }
 
-fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -> Result<Option<ExtentLine>> {
+fn parse_words(
+    line: usize,
+    mut words: Words<'_>,
+    encoding: TextEncoding<'_>,
+    warnings: &mut Warnings,
+) -> Result<Option<ExtentLine>> {
     let access = access(words.word())?;
     let sectors = number(words.word(), "a number of sectors")?;
     let kind = kind(words.word())?;
+    if sectors == 0 {
+        if kind != ExtentKind::Zero {
+            warnings.add(format!("line {line}: a {kind} extent of 0 sectors is ignored"));
+        }
+        return Ok(None);
+    }
     if kind == ExtentKind::Zero {
-        let extent = ExtentLine {
+        return Ok(Some(ExtentLine {
             access,
             sectors,
             kind,
             name: None,
             offset: 0,
             line,
-        };
-        return Ok((sectors > 0).then_some(extent));
+        }));
     }
-    if sectors == 0 {
-        return Err(Error::corrupt(format!(
-            "expected more than 0 sectors for a {kind} extent"
-        )));
+    let (name, odd) = words.name()?;
+    if odd {
+        let name = shown(name);
+        warnings.add(format!(
+            "line {line}: the name {name} is not in quotes of the form `\"`"
+        ));
     }
-    let name = lines::name(encoding, words.quoted()?)?;
+    let name = encoding.name(name)?;
     let offset = match words.word() {
         b"" => 0,
+        // A comment.
+        [b'#', ..] => 0,
         word => number(word, "the first sector in the file")?,
     };
     if offset != 0 && kind != ExtentKind::Flat {
@@ -165,47 +230,22 @@ fn parse_words(line: usize, mut words: Words<'_>, encoding: &'static Encoding) -
 }
 
 fn access(word: &[u8]) -> Result<ExtentAccess> {
-    const WORDS: [(&str, ExtentAccess); 3] = [
-        ("RW", ExtentAccess::ReadWrite),
-        ("RDONLY", ExtentAccess::ReadOnly),
-        ("NOACCESS", ExtentAccess::None),
-    ];
-    let found = WORDS
-        .iter()
-        .find(|(text, _)| text.as_bytes().eq_ignore_ascii_case(word));
-    found
-        .map(|(_, access)| *access)
-        .ok_or_else(|| Error::corrupt(format!("expected RW, RDONLY or NOACCESS, not `{}`", shown(word))))
+    let found = ACCESSES
+        .into_iter()
+        .find(|access| access.as_str().as_bytes().eq_ignore_ascii_case(word));
+    found.ok_or_else(|| Error::corrupt(format!("expected RW, RDONLY or NOACCESS, not `{}`", shown(word))))
 }
 
 fn kind(word: &[u8]) -> Result<ExtentKind> {
-    const KINDS: [ExtentKind; 6] = [
-        ExtentKind::Flat,
-        ExtentKind::Vmfs,
-        ExtentKind::Sparse,
-        ExtentKind::VmfsSparse,
-        ExtentKind::SeSparse,
-        ExtentKind::Zero,
-    ];
-    if let Some(kind) = KINDS
+    let found = KINDS
         .into_iter()
-        .find(|k| k.as_str().as_bytes().eq_ignore_ascii_case(word))
-    {
-        return Ok(kind);
-    }
-    if [&b"VMFSRDM"[..], b"VMFSRAW"]
-        .iter()
-        .any(|raw| raw.eq_ignore_ascii_case(word))
-    {
-        return Err(Error::unsupported(format!(
-            "a {} extent is an RDM pointer: it maps a device of an ESX host and holds no data",
-            shown(word).to_ascii_uppercase()
-        )));
-    }
-    Err(Error::unsupported(format!(
-        "expected the extent type FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE or ZERO, not `{}`",
-        shown(word)
-    )))
+        .find(|kind| kind.as_str().as_bytes().eq_ignore_ascii_case(word));
+    found.ok_or_else(|| {
+        Error::unsupported(format!(
+            "expected the extent type FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE or ZERO, not `{}`",
+            shown(word)
+        ))
+    })
 }
 
 /// Parses a number of at most [`MAX_SECTORS`]: decimal digits without a sign, which `parse` alone would accept.

@@ -1,14 +1,18 @@
 //! Lines of a descriptor and the syntax of their fields.
 //!
 //! Lines and fields are split on the raw bytes, and fields are decoded afterwards. The result is the same as if the
-//! whole text was decoded first: in every encoding that [`encoding`] accepts, a byte below 0x40 that is not a digit
-//! (`"`, `=`, `#`, blanks, line ends) is never the second byte of a character. `\` and `|` may be, so search for them
-//! only in decoded text.
-
-use encoding_rs::{Encoding, UTF_8};
+//! whole text was decoded first: in every encoding that [`TextEncoding`](super::encoding::TextEncoding) knows, a byte
+//! below 0x40 that is not a digit (`"`, `=`, `#`, blanks, line ends) is never the second byte of a character. `\` and
+//! `|` may be, so search for them only in decoded text.
+//!
+//! People and small tools write descriptors by hand. A line that is none of the format's is ignored with a warning,
+//! unless it may have been meant to decide which bytes the disk has: an extent, a parent, encryption.
 
 use crate::error::{Error, Result};
-use crate::store::{ExtentName, printable};
+use crate::store::printable;
+use crate::vmdk::descriptor::cid::{self, CidText};
+use crate::vmdk::descriptor::extent;
+use crate::vmdk::descriptor::quotes::{self, Quoted};
 
 /// Maximum length of the text up to its first NUL, in bytes.
 pub(super) const TEXT_MAX: usize = 1 << 20;
@@ -16,6 +20,56 @@ pub(super) const TEXT_MAX: usize = 1 << 20;
 pub(super) const LINES_MAX: usize = 64 << 10;
 /// Maximum number of extents: a disk of 8 TiB in pieces of 2 GiB has 4096.
 pub(super) const EXTENTS_MAX: usize = 64 << 10;
+/// Maximum number of warnings that are kept.
+const WARNINGS_MAX: usize = 8;
+
+/// Keys that decide which bytes a disk has: a line that starts with one and is no setting is damage.
+const DECIDING: [&str; 5] = [
+    "parentCID",
+    "parentFileNameHint",
+    "encryptionKeys",
+    "keyID",
+    "isNativeSnapshot",
+];
+/// Names of the disk data base that are recognized without their prefix `ddb.`.
+const DDB_NAMES: [&str; 9] = [
+    "adapterType",
+    "virtualHWVersion",
+    "toolsVersion",
+    "toolsInstallType",
+    "longContentID",
+    "deletable",
+    "thinProvisioned",
+    "iofilters",
+    "uuid",
+];
+/// Starts of such names.
+const DDB_GROUPS: [&str; 2] = ["geometry.", "uuid."];
+
+/// What a descriptor has that other programs may refuse, and that decides no byte here.
+#[derive(Debug, Default)]
+pub(super) struct Warnings {
+    texts: Vec<String>,
+    more: usize,
+}
+
+impl Warnings {
+    pub(super) fn add(&mut self, text: String) {
+        if self.texts.len() < WARNINGS_MAX {
+            self.texts.push(text);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// Returns the warnings; the last one counts those that were not kept.
+    pub(super) fn finish(mut self) -> Vec<String> {
+        if self.more > 0 {
+            self.texts.push(format!("{} more lines like these", self.more));
+        }
+        self.texts
+    }
+}
 
 /// Line `key = value`: both parts are raw bytes without surrounding blanks.
 #[derive(Debug, Clone, Copy)]
@@ -33,26 +87,34 @@ impl<'a> Setting<'a> {
     ///
     /// Errors: `Corrupt` if the closing quote is missing, or if anything but a comment follows it.
     pub(super) fn unquoted(&self) -> Result<&'a [u8]> {
-        let Some(inner) = self.value.strip_prefix(b"\"") else {
-            return Ok(self.value);
-        };
-        let Some(end) = inner.iter().position(|&b| b == b'"') else {
-            return Err(self.error("expected a closing `\"` after the value"));
-        };
-        let rest = inner[end + 1..].trim_ascii_start();
-        if !rest.is_empty() && rest[0] != b'#' {
-            return Err(self.error(&format!(
-                "expected nothing after the quoted value, not `{}`",
-                shown(rest)
-            )));
+        match quotes::quoted(self.value) {
+            Quoted::Bare => Ok(self.value),
+            Quoted::Unclosed => Err(self.error("expected a closing `\"` after the value")),
+            Quoted::Closed { inner, rest, .. } => {
+                let rest = quotes::trim_start(rest);
+                if !rest.is_empty() && rest[0] != b'#' {
+                    return Err(self.error(&format!(
+                        "expected nothing after the quoted value, not `{}`",
+                        shown(rest)
+                    )));
+                }
+                Ok(inner)
+            }
         }
-        Ok(&inner[..end])
     }
 
     /// Returns the value without its quotes and without checks, for values that do not affect the data.
     pub(super) fn leniently_unquoted(&self) -> &'a [u8] {
-        let inner = self.value.strip_prefix(b"\"").unwrap_or(self.value);
-        inner.strip_suffix(b"\"").unwrap_or(inner)
+        match quotes::quoted(self.value) {
+            Quoted::Closed { inner, .. } => inner,
+            Quoted::Bare => self.value,
+            Quoted::Unclosed => self.value.strip_prefix(b"\"").unwrap_or(self.value),
+        }
+    }
+
+    /// Returns the value as a content ID, or `None` for another text.
+    pub(super) fn cid(&self) -> Option<CidText<'a>> {
+        cid::parse(self.unquoted().ok()?)
     }
 
     /// Returns a `Corrupt` error that names the line and the key.
@@ -74,9 +136,9 @@ pub(super) struct Lines<'a> {
 impl<'a> Lines<'a> {
     /// Groups the lines of the text, which ends at the first NUL.
     ///
-    /// Errors: `Corrupt` for a line that is neither blank, comment, setting nor extent, and for a text beyond the
-    /// limits.
-    pub(super) fn of(bytes: &'a [u8]) -> Result<Self> {
+    /// Errors: `Corrupt` for a line that is none of the format's and may be meant to decide what the disk is, and for a
+    /// text beyond the limits.
+    pub(super) fn of(bytes: &'a [u8], warnings: &mut Warnings) -> Result<Self> {
         let text = text_of(bytes);
         if text.len() > TEXT_MAX {
             return Err(Error::corrupt(format!(
@@ -85,23 +147,23 @@ impl<'a> Lines<'a> {
             )));
         }
         let mut lines = Self::default();
-        for (index, line) in text.split(|&b| b == b'\n').enumerate() {
+        for (index, line) in split(text).enumerate() {
             if index >= LINES_MAX {
                 return Err(Error::corrupt(format!(
                     "the descriptor has more than {LINES_MAX} lines"
                 )));
             }
-            lines.add(index + 1, line.trim_ascii())?;
+            lines.add(index + 1, line, warnings)?;
         }
         Ok(lines)
     }
 
     /// Adds one trimmed line to its group.
-    fn add(&mut self, number: usize, line: &'a [u8]) -> Result<()> {
+    fn add(&mut self, number: usize, line: &'a [u8], warnings: &mut Warnings) -> Result<()> {
         if line.is_empty() || line[0] == b'#' {
             return Ok(());
         }
-        if is_extent(line) {
+        if extent::is_extent(line) {
             if self.extents.len() >= EXTENTS_MAX {
                 return Err(Error::corrupt(format!(
                     "line {number}: more than {EXTENTS_MAX} extents"
@@ -111,14 +173,22 @@ impl<'a> Lines<'a> {
             return Ok(());
         }
         let Some(setting) = setting(number, line) else {
-            return Err(Error::corrupt(format!(
-                "line {number}: expected a comment, a setting or an extent, not `{}`",
-                shown(line)
-            )));
+            return stray(number, line, warnings);
         };
+        if let Quoted::Closed { odd: true, .. } = quotes::quoted(setting.value) {
+            warnings.add(format!(
+                "line {number}: the value of {} has other quotes than `\"`",
+                shown(setting.key)
+            ));
+        }
         match setting.key.split_at_checked(4) {
             Some((prefix, name)) if prefix.eq_ignore_ascii_case(b"ddb.") => {
                 self.ddb.push(Setting { key: name, ..setting });
+            }
+            _ if is_ddb_name(setting.key) => {
+                let key = shown(setting.key);
+                warnings.add(format!("line {number}: {key} is read as ddb.{key}"));
+                self.ddb.push(setting);
             }
             _ => self.settings.push(setting),
         }
@@ -127,9 +197,7 @@ impl<'a> Lines<'a> {
 
     /// Returns the first setting with that key. Later ones may contradict it.
     pub(super) fn first(&self, key: &str) -> Option<&Setting<'a>> {
-        self.settings
-            .iter()
-            .find(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
+        self.all(key).next()
     }
 
     /// Returns all settings with that key.
@@ -139,7 +207,7 @@ impl<'a> Lines<'a> {
             .filter(move |s| s.key.eq_ignore_ascii_case(key.as_bytes()))
     }
 
-    /// Returns the line and the parsed value of the setting with that key.
+    /// Returns the line and the parsed value of the setting with that key, for a value that decides what the disk is.
     ///
     /// Errors: those of `parse`, and `Corrupt` if two lines have different values. The same value twice is accepted.
     pub(super) fn get<T: PartialEq>(
@@ -148,11 +216,7 @@ impl<'a> Lines<'a> {
         parse: impl Fn(&Setting<'a>) -> Result<T>,
     ) -> Result<Option<(usize, T)>> {
         let mut found: Option<(usize, T)> = None;
-        for setting in self
-            .settings
-            .iter()
-            .filter(|s| s.key.eq_ignore_ascii_case(key.as_bytes()))
-        {
+        for setting in self.all(key) {
             let value = parse(setting)?;
             match &found {
                 None => found = Some((setting.line, value)),
@@ -164,6 +228,29 @@ impl<'a> Lines<'a> {
         }
         Ok(found)
     }
+
+    /// Returns the first value of that key that `parse` knows, for a value that decides no byte. Warns of a value that
+    /// is unknown or another one.
+    pub(super) fn label<T: PartialEq>(
+        &self,
+        key: &str,
+        warnings: &mut Warnings,
+        parse: impl Fn(&Setting<'a>) -> Option<T>,
+    ) -> Option<T> {
+        let mut found: Option<(usize, T)> = None;
+        for setting in self.all(key) {
+            let (line, shown) = (setting.line, shown(setting.leniently_unquoted()));
+            match (parse(setting), &found) {
+                (None, _) => warnings.add(format!("line {line}: {key} has the unknown value `{shown}`")),
+                (Some(value), None) => found = Some((line, value)),
+                (Some(value), Some((_, before))) if *before == value => {}
+                (Some(_), Some((first, _))) => {
+                    warnings.add(format!("line {line}: {key} contradicts line {first}, which counts"));
+                }
+            }
+        }
+        found.map(|(_, value)| value)
+    }
 }
 
 /// Returns the text in `bytes`: everything up to the first NUL, without a byte order mark.
@@ -173,46 +260,34 @@ pub(super) fn text_of(bytes: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
-/// Parses `line` as a setting. Returns `None` unless it is a single word followed by `=`.
-pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
-    let equals = line.iter().position(|&b| b == b'=')?;
-    let key = line[..equals].trim_ascii();
-    let is_word = !key.is_empty() && !key.iter().any(|b| b.is_ascii_whitespace() || *b == b'"');
-    is_word.then(|| Setting {
-        line: number,
-        key,
-        value: line[equals + 1..].trim_ascii(),
+/// Returns the trimmed lines of a text. They end at LF, CR LF, or CR.
+pub(super) fn split(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let end = text.iter().position(|&b| b == b'\n' || b == b'\r');
+        let (line, after) = end.map_or((text, None), |end| {
+            let after = &text[end + 1..];
+            let is_pair = text[end] == b'\r' && after.first() == Some(&b'\n');
+            (&text[..end], Some(if is_pair { &after[1..] } else { after }))
+        });
+        rest = after;
+        Some(quotes::trim(line))
     })
 }
 
-/// Returns the encoding that a descriptor names; UTF-8 if it names none.
-///
-/// Errors: `Corrupt` for an unknown encoding, or one that is not a superset of ASCII.
-pub(super) fn encoding(lines: &Lines<'_>) -> Result<&'static Encoding> {
-    let found = lines.get("encoding", |setting| {
-        let label = setting.unquoted()?;
-        by_label(label).ok_or_else(|| {
-            setting.error(&format!(
-                "expected an encoding like UTF-8, windows-1252 or Shift_JIS, not `{}`",
-                shown(label)
-            ))
-        })
-    })?;
-    Ok(found.map_or(UTF_8, |(_, encoding)| encoding))
-}
-
-/// Decodes text. Bytes that are invalid in the encoding become U+FFFD.
-pub(super) fn decode(encoding: &'static Encoding, bytes: &[u8]) -> String {
-    encoding.decode_without_bom_handling(bytes).0.into_owned()
-}
-
-/// Returns a file name that is written in `encoding`. Names in UTF-8 keep their bytes, valid or not. Other names are
-/// decoded, and keep their raw bytes as a second spelling, as the file on this system may have either.
-pub(super) fn name(encoding: &'static Encoding, bytes: &[u8]) -> Result<ExtentName> {
-    if encoding == UTF_8 {
-        return ExtentName::new(bytes);
-    }
-    ExtentName::new(decode(encoding, bytes))?.or_raw(bytes)
+/// Parses `line` as a setting. Returns `None` unless it is a single word followed by `=`.
+pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
+    let equals = line.iter().position(|&b| b == b'=')?;
+    let key = quotes::trim(&line[..equals]);
+    let is_word = !key.is_empty() && quotes::word(key).0.len() == key.len() && !key.contains(&b'"');
+    // `;` and `//` start comments of other formats.
+    let is_comment = key.starts_with(b";") || key.starts_with(b"//") || key.starts_with(b"/*");
+    (is_word && !is_comment).then(|| Setting {
+        line: number,
+        key,
+        value: quotes::trim(&line[equals + 1..]),
+    })
 }
 
 /// Returns a part of the text for a message: printable, and truncated after 60 characters.
@@ -225,34 +300,37 @@ pub(super) fn shown(bytes: &[u8]) -> String {
     }
 }
 
-/// Returns true if the line starts with an access keyword and is not a setting whose key is that keyword.
-fn is_extent(line: &[u8]) -> bool {
-    let word = line.split(u8::is_ascii_whitespace).next().unwrap_or(line);
-    let access = [&b"RW"[..], b"RDONLY", b"NOACCESS"]
+/// Ignores a line that is none of the format's, with a warning.
+///
+/// Errors: `Corrupt` if the line looks like an extent, or starts with a key that decides what the disk is.
+fn stray(number: usize, line: &[u8], warnings: &mut Warnings) -> Result<()> {
+    let is_comment = [&b";"[..], b"//", b"/*", b"["]
         .iter()
-        .any(|a| a.eq_ignore_ascii_case(word));
-    access && line[word.len()..].trim_ascii_start().first() != Some(&b'=')
+        .any(|mark| line.starts_with(mark));
+    let end = line
+        .iter()
+        .position(|b| !b.is_ascii_alphanumeric())
+        .unwrap_or(line.len());
+    let key = DECIDING
+        .iter()
+        .any(|key| key.as_bytes().eq_ignore_ascii_case(&line[..end]));
+    if !is_comment && (key || extent::resembles_extent(line)) {
+        return Err(Error::corrupt(format!(
+            "line {number}: expected a comment, a setting or an extent, not `{}`",
+            shown(line)
+        )));
+    }
+    if !is_comment {
+        warnings.add(format!("line {number}: `{}` is ignored", shown(line)));
+    }
+    Ok(())
 }
 
-/// Returns an encoding by the labels of VMware (Windows code pages) and of the WHATWG standard.
-fn by_label(label: &[u8]) -> Option<&'static Encoding> {
-    // Numbers of code pages that are missing in the WHATWG list.
-    const CODE_PAGES: [(&str, &Encoding); 4] = [
-        ("932", encoding_rs::SHIFT_JIS),
-        ("936", encoding_rs::GBK),
-        ("949", encoding_rs::EUC_KR),
-        ("950", encoding_rs::BIG5),
-    ];
-    let lower = label.to_ascii_lowercase();
-    let lower = std::str::from_utf8(&lower).ok()?;
-    let number = ["windows-", "cp", "ms"]
-        .iter()
-        .find_map(|p| lower.strip_prefix(p))
-        .unwrap_or(lower);
-    let page = CODE_PAGES
-        .iter()
-        .find(|(page, _)| *page == number)
-        .map(|(_, encoding)| *encoding);
-    page.or_else(|| Encoding::for_label_no_replacement(label))
-        .filter(|e| e.is_ascii_compatible())
+/// Returns true for a name of the disk data base without its prefix.
+fn is_ddb_name(key: &[u8]) -> bool {
+    let starts = |group: &str| {
+        key.get(..group.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(group.as_bytes()))
+    };
+    DDB_NAMES.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(key)) || DDB_GROUPS.iter().any(|g| starts(g))
 }

@@ -7,8 +7,9 @@ use crate::store::ExtentName;
 /// Parent as its child records it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParentLink {
-    /// CID that the parent had when the child was created; never `ffffffff`.
-    pub cid: u32,
+    /// CID that the parent had when the child was created; never `ffffffff`. `None` for a text that is no number, and
+    /// fits no parent.
+    pub cid: Option<u32>,
     /// Path of the parent at that time.
     pub hint: ParentHint,
 }

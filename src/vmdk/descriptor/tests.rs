@@ -35,8 +35,8 @@ fn sectors(descriptor: &Descriptor) -> u64 {
 fn a_plain_descriptor_is_parsed() {
     let d = parse(text(""));
     assert_eq!(
-        (d.version, d.create_type, d.cid),
-        (1, CreateType::MonolithicFlat, Some(0x0123_abcd))
+        (d.version, d.create_type.as_str(), d.cid),
+        (Some(1), "monolithicFlat", Some(0x0123_abcd))
     );
     assert_eq!(
         (d.parent.clone(), d.change_tracking.clone(), sectors(&d)),
@@ -61,8 +61,8 @@ fn order_case_blanks_and_line_ends_are_irrelevant() {
          changetrackpath=\"x-ctk.vmdk\"\r\nRW=unknown settings are ignored",
     );
     assert_eq!(
-        (d.version, d.create_type, d.cid, sectors(&d)),
-        (3, CreateType::Custom, Some(0xa454_774a), 17)
+        (d.version, d.create_type.as_str(), d.cid, sectors(&d)),
+        (Some(3), "custom", Some(0xa454_774a), 17)
     );
     assert_eq!(d.change_tracking.as_deref(), Some("x-ctk.vmdk"));
     let seen: Vec<_> = d
@@ -103,11 +103,9 @@ fn invalid_extent_lines_are_refused() {
     corrupt("RW 0x10 FLAT \"x\" 0", "not `0x10`");
     corrupt("RW 18446744073709551616 FLAT \"x\" 0", "number of sectors");
     corrupt("RW 18014398509481984 FLAT \"x\" 0", "number of sectors");
-    corrupt("RW 0 FLAT \"x\" 0", "more than 0 sectors");
-    corrupt("NOACCESS 0 SPARSE \"x\"", "more than 0 sectors");
     corrupt("RW 1 FLAT", "a file name in quotes");
-    corrupt("RW 1 SPARSE x.vmdk", "a file name in quotes");
-    corrupt("RW 1 SPARSE 'x.vmdk'", "a file name in quotes");
+    corrupt("RW 1 FLAT my disk.img 0", "first sector in the file");
+    corrupt("RW 1 SPARSE 'x.vmdk", "closing `\"`");
     corrupt("RW 1 FLAT \"\" 0", "empty");
     corrupt("RW 1 FLAT \"x 0", "closing `\"`");
     corrupt("RW 1 FLAT \"a\"b.vmdk\" 0", "first sector in the file");
@@ -121,8 +119,6 @@ fn invalid_extent_lines_are_refused() {
         ErrorKind::Unsupported,
         "line 6: expected the extent type",
     );
-    refused(text("RW 1 VMFSRDM \"x\""), ErrorKind::Unsupported, "RDM pointer");
-    refused(text("RW 1 vmfsraw \"x\""), ErrorKind::Unsupported, "RDM pointer");
 }
 
 #[test]
@@ -141,6 +137,8 @@ fn extent_lines_at_their_limits_are_accepted() {
     );
     assert_eq!(first("RW 1 VMFSSPARSE \"x\"").kind, ExtentKind::VmfsSparse);
     assert_eq!(first("RW 1 SESPARSE \"x\"").kind, ExtentKind::SeSparse);
+    assert_eq!(first("RW 1 VMFSRDM \"x\"").kind, ExtentKind::VmfsRdm);
+    assert_eq!(first("RW 1 vmfsraw \"x\"").kind, ExtentKind::VmfsRaw);
     let most = format!("version=1\ncreateType=custom\nRW {MAX_SECTORS} ZERO");
     assert_eq!(sectors(&parse(&most)), MAX_SECTORS);
     refused(format!("{most}\nRW 1 ZERO"), ErrorKind::Corrupt, "together");
@@ -174,12 +172,72 @@ fn a_descriptor_without_extents_is_refused() {
             "no extent",
         );
     }
-    refused("", ErrorKind::Corrupt, "no createType");
+    refused("", ErrorKind::Corrupt, "no extent");
+}
+
+/// Asserts that the text is read like the plain one, with a warning that contains `fragment`.
+#[track_caller]
+fn tolerated(text: impl AsRef<[u8]>, fragment: &str) {
+    let d = parse(text);
+    let extent = &d.extents[0];
+    assert_eq!(
+        (
+            sectors(&d),
+            extent.kind,
+            extent.name.as_ref().unwrap().to_string().as_str()
+        ),
+        (2048, ExtentKind::Flat, "disk-flat.vmdk")
+    );
+    assert!(d.warnings.iter().any(|w| w.contains(fragment)), "{:?}", d.warnings);
 }
 
 #[test]
-fn unknown_lines_are_refused() {
-    for line in ["RWX 1 FLAT \"x\" 0", "W 1 FLAT \"x\"", "garbage", "=1", "two words = 1"] {
+fn a_plain_descriptor_causes_no_warning() {
+    assert_eq!(
+        parse(text(
+            "isNativeSnapshot=\"no\"\nencoding=\"windows-1252\"\nNOACCESS 0 ZERO"
+        ))
+        .warnings,
+        [""; 0]
+    );
+}
+
+#[test]
+fn stray_lines_are_ignored_with_a_warning() {
+    for line in [
+        "garbage",
+        "=1",
+        "two words = 1",
+        "Snapshot of 2019-03-01",
+        "line two\"",
+        "a flat disk",
+    ] {
+        tolerated(text(line), "line 6: ");
+    }
+    for comment in [
+        "; RW 1 FLAT \"x\" 0",
+        "// parentCID=1",
+        "/* OpenSource Tools version. */",
+        "[disk]",
+    ] {
+        assert_eq!(parse(text(comment)).warnings, [""; 0], "{comment}");
+    }
+    let many = parse(text(&"stray\n".repeat(1000))).warnings;
+    assert!(many.len() < 20 && many.last().unwrap().contains("992 more"), "{many:?}");
+}
+
+#[test]
+fn stray_lines_that_may_decide_bytes_are_refused() {
+    for line in [
+        "RWX 1 FLAT \"x\" 0",
+        "W 1 FLAT \"x\"",
+        "R W 1 SPARSE \"x\"",
+        "RW1 flat \"x\"",
+        "8 ZERO",
+        "parentCID: 1",
+        "parentFileNameHint \"x\"",
+        "encryptionKeys",
+    ] {
         refused(
             text(line),
             ErrorKind::Corrupt,
@@ -189,77 +247,166 @@ fn unknown_lines_are_refused() {
 }
 
 #[test]
-fn contradicting_duplicates_are_refused() {
-    for (same, other) in [
-        ("CID=123ABCD", "CID=0123abce"),
-        ("parentcid=FFFFFFFF", "parentCID=00000000"),
-        ("createtype=MonolithicFlat", "createType=\"vmfs\""),
-        ("version=\"1\"", "version=3"),
-    ] {
-        parse(text(same));
+fn contradicting_duplicates_are_refused_where_they_decide_bytes() {
+    parse(text("parentcid=FFFFFFFF"));
+    for other in ["parentCID=00000000", "parentCID=0x0", "parentCID=what"] {
         refused(text(other), ErrorKind::Corrupt, "line 6, ");
         refused(text(other), ErrorKind::Corrupt, "contradicts line");
     }
     refused(
-        text("changeTrackPath=\"a\"\nchangeTrackPath=\"b\""),
+        text("parentFileNameHint=\"a\"\nparentFileNameHint=\"b\""),
         ErrorKind::Corrupt,
         "contradicts line 6",
     );
-    parse(text("encoding=UTF-8\nencoding=\"utf8\""));
-    refused(
-        text("encoding=UTF-8\nencoding=\"GBK\""),
-        ErrorKind::Corrupt,
-        "contradicts line 6",
+    for (same, other) in [
+        ("CID=123ABCD", "CID=0123abce"),
+        ("createtype=MonolithicFlat", "createType=\"vmfs\""),
+        ("version=\"1\"", "version=3"),
+    ] {
+        assert_eq!(parse(text(same)).warnings, [""; 0]);
+        tolerated(text(other), "contradicts line");
+    }
+    let first = parse(text("CID=1"));
+    assert_eq!((first.cid, first.version), (Some(0x0123_abcd), Some(1)));
+    assert_eq!(
+        parse(text("changeTrackPath=\"a\"\nchangeTrackPath=\"b\""))
+            .change_tracking
+            .as_deref(),
+        Some("a")
     );
 }
 
 #[test]
-fn values_of_settings_are_checked() {
-    for bad in [
-        "CID=",
-        "CID=123456789",
-        "CID=xyz",
-        "CID=-1",
-        "parentCID=\"0\" 1",
-        "CID=\"12",
-    ] {
-        let plain = "version=1\ncreateType=custom\nRW 1 ZERO\n";
-        refused(format!("{plain}{bad}"), ErrorKind::Corrupt, "line 4, ");
+fn unknown_labels_stay_as_they_are() {
+    let cid = |line: &str| parse(format!("version=1\ncreateType=custom\nRW 1 ZERO\n{line}"));
+    for opaque in ["CID=", "CID=xyz", "CID=-1", "CID=\"12", "CID=4294967296"] {
+        let d = cid(opaque);
+        assert_eq!(d.cid, None, "{opaque}");
+        assert!(d.warnings[0].contains("unknown value"), "{:?}", d.warnings);
     }
-    assert_eq!(
-        parse("version=\"2\" # why\ncreateType=custom\nRW 1 ZERO\nCID=0").cid,
-        Some(0)
-    );
-    assert_eq!(parse("version=1\ncreateType=custom\nRW 1 ZERO").cid, None);
-    refused(
-        "version=4\ncreateType=custom\nRW 1 ZERO",
-        ErrorKind::Unsupported,
-        "line 1: expected version 1, 2 or 3",
-    );
-    refused("createType=custom\nRW 1 ZERO", ErrorKind::Corrupt, "no version");
-    refused("version=1\nRW 1 ZERO", ErrorKind::Corrupt, "no createType");
-    refused(
-        "version=1\ncreateType=\"vhdx\"\nRW 1 ZERO",
-        ErrorKind::Unsupported,
-        "line 2: createType `vhdx`",
-    );
+    for (spelled, number) in [
+        ("CID=0xfffffffe", 0xffff_fffe),
+        ("CID=00000000fffffffe", 0xffff_fffe),
+        ("CID=3204984721", 3_204_984_721),
+        ("CID=\"12ab\" # why", 0x12ab),
+    ] {
+        assert_eq!(cid(spelled).cid, Some(number), "{spelled}");
+    }
+    let version = |value: &str| parse(format!("version={value}\ncreateType=custom\nRW 1 ZERO"));
+    for (value, number) in [
+        ("1 # format", Some(1)),
+        ("1.0", Some(1)),
+        ("\"2\" # why", Some(2)),
+        ("4", Some(4)),
+        ("x", None),
+    ] {
+        assert_eq!(version(value).version, number, "{value}");
+    }
+    assert!(version("4").warnings[0].contains("version 4"));
+    let none = parse("RW 1 ZERO");
+    assert_eq!((none.version, none.create_type.as_str(), none.cid), (Some(1), "", None));
+    assert_eq!(none.warnings.len(), 2);
+    let odd = parse("version=1\ncreateType=\"twoGbMaxExtentThin\"\nRW 1 ZERO");
+    assert_eq!(odd.create_type, "twoGbMaxExtentThin");
+    assert!(odd.warnings[0].contains("twoGbMaxExtentThin"), "{:?}", odd.warnings);
 }
 
 #[test]
 fn every_create_type_is_known_by_all_its_names() {
-    for (name, kind) in CREATE_TYPES {
-        let d = parse(format!(
-            "version=1\ncreateType=\"{}\"\nRW 1 ZERO",
-            name.to_ascii_uppercase()
-        ));
-        assert_eq!(d.create_type, kind);
-        let usual = CREATE_TYPES.iter().find(|(_, k)| *k == kind).unwrap().0;
-        assert_eq!(kind.to_string(), usual);
+    for (usual, others) in CREATE_TYPES {
+        for name in others.iter().chain([&usual]) {
+            let d = parse(format!(
+                "version=1\ncreateType=\"{}\"\nRW 1 ZERO",
+                name.to_ascii_uppercase()
+            ));
+            assert_eq!((d.create_type.as_str(), d.warnings.len()), (usual, 0));
+        }
     }
-    for name in DEVICE_MAPS {
-        let text = format!("version=1\ncreateType=\"{name}\"\nRW 1 VMFSRDM \"x-rdm.vmdk\"");
-        refused(text, ErrorKind::Unsupported, "RDM pointer");
+}
+
+#[test]
+fn other_quotes_and_blanks_are_read_alike() {
+    let line = "RW 2048 FLAT \"disk-flat.vmdk\" 0";
+    for (extent, fragment) in [
+        ("RW 2048 FLAT 'disk-flat.vmdk' 0", "not in quotes"),
+        ("RW 2048 FLAT disk-flat.vmdk 0", "not in quotes"),
+        ("RW 2048 FLAT \u{201c}disk-flat.vmdk\u{201d} 0", "not in quotes"),
+        ("RW 2048 FLAT \u{201e}disk-flat.vmdk\u{201c} 0", "not in quotes"),
+        ("RW 2048 FLAT \u{ab}disk-flat.vmdk\u{bb} 0", "not in quotes"),
+        ("RW 2048 FLAT \"disk-flat.vmdk\u{201d} 0", "not in quotes"),
+        ("RW 0 FLAT \"x\" 0\nRW 2048 FLAT \"disk-flat.vmdk\" 0", "0 sectors"),
+    ] {
+        tolerated(text("").replace(line, extent), fragment);
     }
+    let windows = [
+        &b"RW 2048 FLAT \x93disk-flat.vmdk\x94 0\n"[..],
+        b"version=1\ncreateType=\x94custom\x94\n",
+    ]
+    .concat();
+    tolerated(windows, "not in quotes");
+    let spaced = text("")
+        .replace("FLAT ", "FLAT\u{a0}")
+        .replace("RW ", "\u{3000}RW\u{2009}");
+    assert_eq!(parse(spaced).extents.len(), 1);
+    for value in ["'custom'", "\u{201d}custom\u{201d}", "\u{2018}custom\u{2019}"] {
+        let d = parse(text(&format!("createType={value}")).replacen("createType=\"monolithicFlat\"\n", "", 1));
+        assert_eq!(d.create_type, "custom", "{value}");
+    }
+    let apostrophe = text("").replace("\"disk-flat.vmdk\"", "'anna's disk.vmdk'");
+    assert_eq!(
+        parse(apostrophe).extents[0].name.as_ref().unwrap().to_string(),
+        "anna's disk.vmdk"
+    );
+}
+
+#[test]
+fn line_ends_and_unicode_texts_are_read_alike() {
+    let plain = text("");
+    for (ends, number) in [("\n", 7), ("\r\n", 7), ("\r", 7), ("\r\r", 13)] {
+        let d = parse(plain.replace('\n', ends));
+        assert_eq!((sectors(&d), d.extents[0].line), (2048, number), "{ends:?}");
+    }
+    let utf16 = |to: fn(u16) -> [u8; 2], mark: bool| -> Vec<u8> {
+        let text = format!("{}{plain}", if mark { "\u{feff}" } else { "" });
+        text.encode_utf16().flat_map(to).collect()
+    };
+    for mark in [true, false] {
+        for to in [u16::to_le_bytes, u16::to_be_bytes] {
+            let bytes = utf16(to, mark);
+            tolerated(&bytes, "UTF-16");
+            assert!(looks_like(&bytes));
+            assert!(cid_digits(&bytes).is_empty());
+        }
+    }
+}
+
+#[test]
+fn names_of_the_disk_data_base_are_known_without_their_prefix() {
+    let d = parse(text("geometry.heads = \"16\"\nUUID.parent=\"x\""));
+    assert_eq!(
+        (d.ddb_value("geometry.heads"), d.ddb_value("uuid.parent")),
+        (Some("16"), Some("x"))
+    );
+    assert_eq!(d.warnings.len(), 2);
+    refused(
+        text("iofilters = \"vmwarevmcrypt\""),
+        ErrorKind::Unsupported,
+        "encrypted",
+    );
+}
+
+#[test]
+fn only_the_digits_of_a_cid_are_changed() {
+    let digits = |line: &str| -> Vec<String> {
+        let bytes = format!("version=1\nRW 1 ZERO\n{line}\n");
+        let found = cid_digits(bytes.as_bytes());
+        found.into_iter().map(|range| bytes[range].to_owned()).collect()
+    };
+    assert_eq!(digits("CID=0x12ab # why"), ["12ab"]);
+    assert_eq!(digits("CID=\u{201c}12ab\u{201d}"), ["12ab"]);
+    assert_eq!(digits("CID=3204984721"), ["3204984721"]);
+    assert_eq!(digits("CID=opaque"), [""; 0]);
+    assert_eq!(digits("CID=opaque\nCID=12"), ["12"]);
 }
 
 #[test]
@@ -301,7 +448,7 @@ fn parents_are_parsed() {
     let link = child(b"base disk.vmdk", "").parent.unwrap();
     assert_eq!(
         (link.cid, link.hint.name().to_string()),
-        (1, "base disk.vmdk".to_owned())
+        (Some(1), "base disk.vmdk".to_owned())
     );
     let plain = "version=1\ncreateType=custom\nRW 1 ZERO\n";
     assert_eq!(
@@ -312,16 +459,24 @@ fn parents_are_parsed() {
         parse(format!("{plain}parentCID=ffffffff\nparentFileNameHint=\"\"")).parent,
         None
     );
-    refused(
-        format!("{plain}parentCID=fffffffe"),
-        ErrorKind::Corrupt,
-        "line 4: parentCID=fffffffe",
-    );
-    refused(
-        format!("{plain}parentCID=1\nparentFileNameHint=\"\""),
-        ErrorKind::Corrupt,
-        "line 5, parentFileNameHint",
-    );
+    let sparse = "version=1\ncreateType=custom\nRW 1 SPARSE \"x\"\n";
+    for hint in ["", "parentFileNameHint=\"\""] {
+        refused(
+            format!("{sparse}parentCID=fffffffe\n{hint}"),
+            ErrorKind::Corrupt,
+            "line 4: parentCID=fffffffe",
+        );
+        // Flat extents hide any parent.
+        assert_eq!(parse(format!("{plain}parentCID=fffffffe\n{hint}")).parent, None);
+    }
+    for none in ["", "\"\"", "none"] {
+        assert_eq!(parse(format!("{sparse}parentCID={none}")).parent, None);
+    }
+    refused(format!("{sparse}parentCID=what"), ErrorKind::Corrupt, "parentCID=what");
+    let opaque = parse(format!("{sparse}parentCID=what\nparentFileNameHint=x"))
+        .parent
+        .unwrap();
+    assert_eq!(opaque.cid, None, "fits no parent");
     refused(
         format!("{plain}parentCID=1\nparentFileNameHint=\"x"),
         ErrorKind::Corrupt,
@@ -368,6 +523,10 @@ fn names_are_decoded_and_keep_their_bytes() {
         // 功 is a5 5c.
         ("Big5", b"\xa5\x5c.vmdk", "功.vmdk"),
         ("950", b"\xa5\x5c.vmdk", "功.vmdk"),
+        ("windows-949-2000", b"\xb0\xa1.vmdk", "가.vmdk"),
+        ("ibm-943_P15A-2003", b"\x95\x5c.vmdk", "表.vmdk"),
+        ("ibm-5348_P100-1997", b"caf\xe9.vmdk", "café.vmdk"),
+        ("windows-1250-2000", b"\xb9.vmdk", "ą.vmdk"),
     ] {
         let head = "version=1\ncreateType=custom\nRW 1 SPARSE \"";
         let tail = "\"\nddb.comment = \"";
@@ -399,15 +558,40 @@ fn utf8_is_the_default_and_invalid_utf8_is_kept() {
 }
 
 #[test]
-fn unknown_and_non_ascii_encodings_are_refused() {
-    // The last two are known, but not supersets of ASCII.
-    for label in ["klingon", "", "windows-9999", "replacement", "utf-16le", "iso-2022-jp"] {
+fn an_unknown_encoding_matters_only_for_names_that_are_not_ascii() {
+    // The last ones are known, but not supersets of ASCII.
+    for label in [
+        "klingon",
+        "windows-9999",
+        "IBM437",
+        "cp850",
+        "replacement",
+        "iso-2022-jp",
+    ] {
+        tolerated(text(&format!("encoding=\"{label}\"")), "the encoding");
         refused(
-            text(&format!("encoding=\"{label}\"")),
-            ErrorKind::Corrupt,
-            "line 6, encoding: expected an encoding",
+            text(&format!("encoding=\"{label}\"\nRW 1 FLAT \"é\"")),
+            ErrorKind::Unsupported,
+            "line 7: the name `é` is not ASCII",
         );
     }
+    for label in [
+        "",
+        "UTF-16",
+        "utf-16le",
+        "US-ASCII",
+        "ANSI_X3.4-1968",
+        "\u{201d}UTF-8\u{201d}",
+    ] {
+        parse(text(&format!("encoding={label}")));
+    }
+    parse(text("encoding=UTF-8\nencoding=\"utf8\"\nRW 1 FLAT \"é\""));
+    parse(text("encoding=UTF-8\nencoding=\"GBK\""));
+    refused(
+        text("encoding=UTF-8\nencoding=\"GBK\"\nRW 1 FLAT \"é\""),
+        ErrorKind::Unsupported,
+        "not ASCII",
+    );
 }
 
 #[test]
@@ -427,7 +611,7 @@ fn parent_hints_are_decoded_before_they_are_split() {
 
 #[test]
 fn messages_show_no_control_characters_and_are_short() {
-    let error = Descriptor::parse(text(&format!("\x1b[2J{}", "x".repeat(5000))).as_bytes())
+    let error = Descriptor::parse(text(&format!("W 1 ZERO \x1b[2J{}", "x".repeat(5000))).as_bytes())
         .unwrap_err()
         .to_string();
     assert!(error.contains("\\u{1b}[2Jxxx") && error.len() < 200, "{error}");
@@ -441,18 +625,24 @@ fn descriptors_are_distinguished_from_other_files() {
         b"\n# any\r\n  \r\nVersion = 1\r\n",
         b"version=1\0\0\0",
         b"\xef\xbb\xbfversion=1",
+        b"# a comment\nCID=1\nversion=1",
+        b"[disk]\n# Disk DescriptorFile",
+        b"RW 8 FLAT \"x\"",
+        b"name=x\rcreateType=vmfs",
     ] {
         assert!(looks_like(yes), "{}", shown(yes));
     }
     for no in [
         &b""[..],
         b"\0# Disk DescriptorFile",
-        b"# a comment\nCID=1\nversion=1",
         b"versions=1",
+        b"name=x\nversion=1",
+        b".encoding = \"UTF-8\"\nconfig.version = \"8\"\nvirtualHW.version = \"10\"\n",
+        b"a\nb\nc\nd\ne\n# Disk DescriptorFile",
+        b"\x01\n# Disk DescriptorFile",
         b"version 1",
         b"KDMV\x01\0\0\0",
         b"# a comment\0\nversion=1",
-        b"text\n# Disk DescriptorFile",
     ] {
         assert!(!looks_like(no), "{}", shown(no));
     }
@@ -487,7 +677,7 @@ proptest! {
         if let Ok(d) = Descriptor::parse(&bytes) {
             prop_assert!(!d.extents.is_empty() && (1..=MAX_SECTORS).contains(&sectors(&d)));
             if let Some(link) = d.parent {
-                prop_assert!(link.cid != NO_CID && !link.hint.candidates().is_empty());
+                prop_assert!(link.cid != Some(NO_CID) && !link.hint.candidates().is_empty());
             }
         }
     }

@@ -11,7 +11,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::{StoredFile, WriteLatch, writer};
 use crate::vmdk::descriptor;
 use crate::vmdk::open::Link;
@@ -35,6 +35,13 @@ impl DescriptorWriter {
     pub(super) fn new(link: &Link) -> Result<Self> {
         let text = read(&*link.file, &link.text)?;
         let spans = descriptor::cid_digits(&text);
+        if spans.is_empty() && link.descriptor.cid.is_some() {
+            let label = link.file.label();
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{label}: the CID in a descriptor in UTF-16 can't be changed; save the descriptor in UTF-8"),
+            ));
+        }
         let digits = spans
             .into_iter()
             .map(|s| link.text.start + s.start as u64..link.text.start + s.end as u64);

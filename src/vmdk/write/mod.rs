@@ -475,7 +475,10 @@ fn refuse_unwritable(link: &Link) -> Result<()> {
         Err(Error::new(ErrorKind::ReadOnly, format!("{file}: {why}; {way_out}")))
     };
     let descriptor = &link.descriptor;
-    if descriptor.version != 1 || descriptor.change_tracking.is_some() {
+    if !matches!(descriptor.version, Some(1..=3)) {
+        return refuse(link.file.label(), "the version of its descriptor is unknown");
+    }
+    if descriptor.version != Some(1) || descriptor.change_tracking.is_some() {
         let why = "tracks changed blocks (CBT) or is encrypted, and a write would break that";
         return refuse(link.file.label(), why);
     }

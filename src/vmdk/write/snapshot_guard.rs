@@ -56,7 +56,10 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
         let before = child
             .ddb_value(COMMIT_MARK)
             .and_then(|mark| u32::from_str_radix(mark, 16).ok());
-        let Some(parent) = child.parent.filter(|parent| parent.cid == cid || before == Some(cid)) else {
+        let Some(parent) = child
+            .parent
+            .filter(|parent| parent.cid == Some(cid) || before == Some(cid))
+        else {
             continue;
         };
         // Two names: that of the file, and that by which the user named it (a symbolic link may differ).

@@ -21,13 +21,11 @@ const DATA: u64 = 2048;
 const GOOD: &str = "RW 2048 FLAT \"data-flat.vmdk\" 0";
 
 pub(super) const FILES: &[Hostile] = &[
-    Hostile::reject(
-        "rdm_named",
-        "vmfsRDM: its file may be a pointer without data, which cannot be distinguished from a copy",
-        |c| lines(c, "vmfsRDM", &["RW 2048 VMFSRDM \"data-flat.vmdk\""]),
-    ),
-    Hostile::reject("no_create_type", "createType is missing", |c| {
-        text(
+    Hostile::warn("rdm_named", "vmfsRDM whose file is a copy of the data", |c| {
+        readable(c, &Descriptor::new("vmfsRDM", ["RW 2048 VMFSRDM \"data-flat.vmdk\""]))
+    }),
+    Hostile::warn("no_create_type", "createType is missing", |c| {
+        readable(
             c,
             &Descriptor {
                 kind: None,
@@ -36,8 +34,8 @@ pub(super) const FILES: &[Hostile] = &[
         )
     }),
     Hostile::reject("no_extents", "no extent line", |c| lines(c, "monolithicFlat", &[])),
-    Hostile::reject("create_type_unknown", "createType is unknown", |c| {
-        lines(c, "hologram", &[GOOD])
+    Hostile::warn("create_type_unknown", "createType is unknown", |c| {
+        readable(c, &Descriptor::new("hologram", [GOOD]))
     }),
     Hostile::reject("extent_negative", "negative sector count", |c| {
         lines(c, "monolithicFlat", &["RW -2048 FLAT \"data-flat.vmdk\" 0"])
@@ -215,8 +213,8 @@ pub(super) const FILES: &[Hostile] = &[
             Ok(Bad::new(write::put(c.at("disk.vmdk"), &envelope(&outer, 0)?)?))
         },
     ),
-    Hostile::reject("cid_twice", "two CID lines that differ", |c| {
-        text(
+    Hostile::warn("cid_twice", "two CID lines that differ", |c| {
+        readable(
             c,
             &Descriptor {
                 header: vec!["CID=00000099"],
@@ -257,6 +255,12 @@ fn flat_layer(c: &Ctx) -> Layer {
 fn text(c: &Ctx, text: &Descriptor) -> Result<Bad> {
     write::flat(&c.at("data-flat.vmdk"), &flat_layer(c), 0)?;
     Ok(Bad::new(write::put(c.at("disk.vmdk"), text.text().as_bytes())?))
+}
+
+/// As [`text`], for a descriptor whose peculiarity decides no byte: if it is read, then as its flat file.
+fn readable(c: &Ctx, descriptor: &Descriptor) -> Result<Bad> {
+    let bad = text(c, descriptor)?;
+    Ok(Bad::holding(bad.open, Arc::new(flat_layer(c))))
 }
 
 /// Writes a usual descriptor with this createType and these extent lines.
