@@ -192,10 +192,6 @@ pub trait BlockWrite: BlockRead {
     /// the kernel reports a failed writeback only once and then forgets the data.
     fn flush(&self) -> Result<()>;
 
-    /// Returns true if metadata of answered writes is only in the memory of this process and would be lost with it. The
-    /// writeback timer then flushes.
-    fn has_unflushed_metadata(&self) -> bool;
-
     /// Flushes, and marks the image as properly closed. A later write is possible and marks it as in use again.
     fn close(&self) -> Result<()>;
 

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
 use crate::block::{
@@ -23,8 +22,6 @@ pub(crate) struct TestDisk {
     queues: bool,
     /// Receives the completions of submitted flushes. `None`: they complete at once.
     begun: Option<Sender<Completion>>,
-    /// True while the disk has unflushed metadata.
-    held: AtomicBool,
 }
 
 impl TestDisk {
@@ -37,7 +34,6 @@ impl TestDisk {
             flush: None,
             queues: false,
             begun: None,
-            held: AtomicBool::new(false),
         }
     }
 
@@ -58,11 +54,6 @@ impl TestDisk {
     pub(crate) fn queueing(mut self, begun: Option<Sender<Completion>>) -> Self {
         (self.queues, self.begun) = (true, begun);
         self.flushing(|| Ok(()))
-    }
-
-    /// Makes the disk report unflushed metadata until the next flush.
-    pub(crate) fn hold_back(&self) {
-        self.held.store(true, Ordering::Relaxed);
     }
 }
 
@@ -152,12 +143,7 @@ impl BlockWrite for TestDisk {
     }
 
     fn flush(&self) -> Result<()> {
-        self.held.store(false, Ordering::Relaxed);
         self.flush.as_ref().map_or(Ok(()), |flush| flush())
-    }
-
-    fn has_unflushed_metadata(&self) -> bool {
-        self.held.load(Ordering::Relaxed)
     }
 
     fn close(&self) -> Result<()> {

@@ -1,4 +1,5 @@
-//! Group flush: one flush at a time for a disk, shared by all requests that wait, and never on the last event loop.
+//! Group flush: one flush at a time for a disk, shared by all requests that wait, and never on the last event loop. If one
+//! of them wants the image completed (a close), the flush does that for all.
 //!
 //! ```text
 //!   fsync, close, O_SYNC ─► one in flight? ─ yes ─► waits for the next one, with all others that do
@@ -28,6 +29,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::Volume;
 
+/// What a request asks of a flush. The greater includes the smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(super) enum FlushKind {
+    /// Everything that was written before is durable.
+    #[default]
+    Durable,
+    /// And the image is complete and marked as properly closed, so that other programs can use it.
+    Complete,
+}
+
 /// Called with the result of the flush that a request waits for.
 pub(super) type FlushAnswer = Box<dyn FnOnce(&Result<()>) + Send>;
 
@@ -45,6 +56,8 @@ struct FlushQueue {
     resubmit: Vec<FlushAnswer>,
     /// Requests that arrived while the current flush was in flight.
     waiting: Vec<FlushAnswer>,
+    /// What they ask for.
+    waiting_kind: FlushKind,
 }
 
 impl std::fmt::Debug for Flushes {
@@ -62,10 +75,17 @@ impl Flushes {
     ///
     /// Returns at once if the work is done by another thread or by the disk's queue. The caller has to poll that queue
     /// afterwards, if there is one.
-    pub(super) fn flush(self: &Arc<Self>, volume: &Arc<Volume>, loops: &LoopBudget, answer: FlushAnswer) {
+    pub(super) fn flush(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        loops: &LoopBudget,
+        kind: FlushKind,
+        answer: FlushAnswer,
+    ) {
         {
             let mut queue = self.queue();
             if queue.running {
+                queue.waiting_kind = queue.waiting_kind.max(kind);
                 return queue.waiting.push(answer);
             }
             queue.running = true;
@@ -76,20 +96,20 @@ impl Flushes {
         // A remote flush may take arbitrarily long, so it never gets an event loop.
         let busy = if volume.is_remote() { None } else { loops.spare() };
         if let Some(_busy) = busy {
-            return self.work(volume, answer);
+            return self.work(volume, kind, answer);
         }
         // Shared with the thread, so that the request is not lost if the thread cannot be started.
         let first = Arc::new(Mutex::new(Some(answer)));
         let (this, shared, its_volume) = (Arc::clone(self), Arc::clone(&first), Arc::clone(volume));
         let spawned = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
             if let Some(answer) = take(&shared) {
-                this.work(&its_volume, answer);
+                this.work(&its_volume, kind, answer);
             }
         });
         if spawned.is_err()
             && let Some(answer) = take(&first)
         {
-            self.work(volume, answer);
+            self.work(volume, kind, answer);
         }
     }
 
@@ -102,6 +122,7 @@ impl Flushes {
                 volume: Arc::clone(volume),
                 answers,
             };
+            volume.finishing();
             let submit = || queue.submit_flush(Box::new(move |result| flush.complete(&result)));
             if catch_unwind(AssertUnwindSafe(submit)).is_err() {
                 tracing::error!("submitting a flush panicked; its requests are answered with EIO");
@@ -115,31 +136,36 @@ impl Flushes {
     }
 
     /// Takes the requests that wait for the next flush. If there are none, the queue becomes idle.
-    fn take_waiting(&self) -> Vec<FlushAnswer> {
+    fn take_waiting(&self) -> (FlushKind, Vec<FlushAnswer>) {
         let mut queue = self.queue();
-        let waiting = std::mem::take(&mut queue.waiting);
+        let (kind, waiting) = (queue.waiting_kind, std::mem::take(&mut queue.waiting));
+        queue.waiting_kind = FlushKind::Durable;
         queue.running = !waiting.is_empty();
         // `running` changes under the same lock as `waiting` is emptied. Otherwise a request could join a queue that no
         // thread flushes any more.
         if queue.submitting {
             queue.resubmit = waiting;
-            return Vec::new();
+            return (kind, Vec::new());
         }
-        waiting
+        (kind, waiting)
     }
 
     /// Flushes for `first`, then for the requests that waited meanwhile, until none is left.
-    fn work(&self, volume: &Volume, first: FlushAnswer) {
+    fn work(&self, volume: &Volume, mut kind: FlushKind, first: FlushAnswer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
-            let result = catch_unwind(AssertUnwindSafe(|| volume.flush())).unwrap_or_else(|_| {
+            let flush = || match kind {
+                FlushKind::Durable => volume.flush(),
+                FlushKind::Complete => volume.close(),
+            };
+            let result = catch_unwind(AssertUnwindSafe(flush)).unwrap_or_else(|_| {
                 Err(Error::new(
                     ErrorKind::Os(libc::EIO),
                     "the flush panicked; what was written may not be durable",
                 ))
             });
             answer_all(answers, &result);
-            answers = self.take_waiting();
+            (kind, answers) = self.take_waiting();
         }
     }
 
@@ -158,7 +184,8 @@ struct SubmittedFlush {
 impl SubmittedFlush {
     fn complete(&mut self, result: &Result<()>) {
         answer_all(std::mem::take(&mut self.answers), result);
-        let waiting = self.flushes.take_waiting();
+        // A disk with a queue is complete when its writes are durable.
+        let (_, waiting) = self.flushes.take_waiting();
         if let Some(queue) = self.volume.queue().filter(|_| !waiting.is_empty()) {
             self.flushes.submit(&self.volume, queue, waiting);
             queue.poll_completions(Stay::No);
@@ -228,11 +255,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer("first");
-            scope.spawn(|| flushes.flush(&volume, &loops, first));
+            scope.spawn(|| flushes.flush(&volume, &loops, FlushKind::Durable, first));
             begun.recv().unwrap();
             // Both return at once, although nothing has been flushed yet.
-            flushes.flush(&volume, &loops, answer("second"));
-            flushes.flush(&volume, &loops, answer("third"));
+            flushes.flush(&volume, &loops, FlushKind::Durable, answer("second"));
+            flushes.flush(&volume, &loops, FlushKind::Durable, answer("third"));
             give.send(Ok(())).unwrap();
             assert_eq!(answered.recv().unwrap(), ("first", true));
             begun.recv().unwrap();
@@ -257,10 +284,10 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer();
-            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &loops, first));
+            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &loops, FlushKind::Durable, first));
             one_begun.recv().unwrap();
             // This thread stands for the last loop, and must not block.
-            Arc::new(Flushes::default()).flush(&two, &loops, answer());
+            Arc::new(Flushes::default()).flush(&two, &loops, FlushKind::Durable, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
@@ -286,7 +313,7 @@ mod tests {
         let flush = |name: &'static str| {
             let answers = answers.clone();
             let answer = Box::new(move |result: &Result<()>| answers.send((name, result.is_ok())).unwrap());
-            flushes.flush(&volume, &loops, answer);
+            flushes.flush(&volume, &loops, FlushKind::Durable, answer);
         };
         ["first", "second", "third"].into_iter().for_each(flush);
         let done = begun.try_recv().unwrap();
@@ -322,7 +349,7 @@ mod tests {
                 assert!(!panics, "panic on purpose");
                 answers.send(result.is_ok()).unwrap();
             };
-            flushes.flush(&volume, &loops, Box::new(answer));
+            flushes.flush(&volume, &loops, FlushKind::Durable, Box::new(answer));
         };
         flush(false);
         [true, false].into_iter().for_each(flush);
@@ -344,7 +371,7 @@ mod tests {
                 0 => end.send(()).unwrap(),
                 _ => flush(&again, &its_volume, left - 1, end),
             };
-            flushes.flush(volume, &LoopBudget::new(1), Box::new(answer));
+            flushes.flush(volume, &LoopBudget::new(1), FlushKind::Durable, Box::new(answer));
         }
         let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
         let (end, ended) = channel();
@@ -379,6 +406,7 @@ mod tests {
             flushes.flush(
                 &volume,
                 &loops,
+                FlushKind::Durable,
                 Box::new(move |result| answers.send(result.is_ok()).unwrap()),
             );
             assert_eq!(answered.try_recv(), Ok(expected));

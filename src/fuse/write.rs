@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::disk_file::{DiskFile, writes};
 use crate::fuse::errno::{errno, zeroing_errno};
+use crate::fuse::flush::FlushKind;
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::WriteCompletion;
 
@@ -153,7 +154,7 @@ impl DiskFile {
                 }
             }
             Ok(n) if request.is_sync() && !durable => {
-                self.flush_then(context, move |result| match result {
+                self.flush_then(context, FlushKind::Durable, move |result| match result {
                     Ok(()) => reply.written(n),
                     Err(e) => reply.error(errno(e)),
                 });
@@ -166,21 +167,33 @@ impl DiskFile {
         }
     }
 
-    /// Answers a close. A process that has written relies on its data being durable once close returns.
+    /// Answers a close. A process that has written relies on its data being durable once close returns, and on the image
+    /// being one that other programs can use.
     pub(super) fn flush(&self, handle: FileHandle, context: RequestContext<'_>, reply: ReplyEmpty) {
         if writes(handle) {
-            self.sync(context, reply);
+            self.sync(FlushKind::Complete, context, reply);
         } else {
             reply.ok();
         }
     }
 
-    /// Answers once everything that was written before is durable.
-    pub(super) fn sync(&self, context: RequestContext<'_>, reply: ReplyEmpty) {
+    /// Completes the image at the end of an open. What a loop device or a mapping has written since the last close of a
+    /// descriptor is covered by no flush.
+    pub(super) fn finish(&self, handle: FileHandle, context: RequestContext<'_>) {
+        if writes(handle) && self.writable && self.volume().is_unfinished() {
+            self.flush_then(context, FlushKind::Complete, |_| ());
+            if let Some(queue) = self.volume().queue() {
+                queue.poll_completions(Stay::No);
+            }
+        }
+    }
+
+    /// Answers once everything that was written before is durable or, depending on `kind`, the image is complete.
+    pub(super) fn sync(&self, kind: FlushKind, context: RequestContext<'_>, reply: ReplyEmpty) {
         if !self.writable {
             return reply.ok();
         }
-        self.flush_then(context, move |result| match result {
+        self.flush_then(context, kind, move |result| match result {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(errno(e)),
         });
@@ -254,7 +267,12 @@ impl DiskFile {
     }
 
     /// Flushes the disk, then calls `answer`. A failure is logged too.
-    fn flush_then(&self, context: RequestContext<'_>, answer: impl FnOnce(&Result<()>) + Send + 'static) {
+    fn flush_then(
+        &self,
+        context: RequestContext<'_>,
+        kind: FlushKind,
+        answer: impl FnOnce(&Result<()>) + Send + 'static,
+    ) {
         let (error_log, name) = (Arc::clone(context.error_log), self.config.name.display().to_string());
         let answer = Box::new(move |result: &Result<()>| {
             answer(result);
@@ -262,7 +280,7 @@ impl DiskFile {
                 error_log.note(e.clone().within(format!("{name}: flush")));
             }
         });
-        self.flushes.flush(&self.volume(), context.loops, answer);
+        self.flushes.flush(&self.volume(), context.loops, kind, answer);
     }
 }
 

@@ -204,10 +204,6 @@ impl BlockWrite for RawDisk {
         Ok(())
     }
 
-    fn has_unflushed_metadata(&self) -> bool {
-        false
-    }
-
     fn close(&self) -> Result<()> {
         self.flush()?;
         self.external_writes.store(false, Ordering::Release);

@@ -6,7 +6,7 @@
 //!   read_at ◄─────┴─────────────────────────────────────────────────────── grain tables ◄────────────┘
 //!
 //!   the file    kdmv header · descriptor · ( grains of a table · GT marker · GT )… · GD marker · GD · footer · EOS
-//!                 └ becomes KDMV when the stream is closed         └──── written by `close` only ────┘
+//!                 └ becomes KDMV when the stream is closed         └─ written by `close`, `flush` ─┘
 //! ```
 //! States of the file ([`StreamEnd`]): open (magic `kdmv`, which no program opens as an image) ⇄ closed (a complete
 //! stream). A write after `close` truncates the file to its grains and continues after them, so a stream can be closed
@@ -285,15 +285,9 @@ impl BlockWrite for StreamDisk {
         (!matches!(held, Ok(false))).then(|| state.out_of_order("zeroing", range.start.0).to_string())
     }
 
-    /// Syncs the grains that are in the file, so that a failed write-back is reported early. The newest grains are not
-    /// in the file yet, and without its end no program reads it: only [`close`](Self::close) makes the stream durable.
+    /// Closes the stream: without its end no program reads it, so nothing of it would be durable.
     fn flush(&self) -> Result<()> {
-        self.state().sync()
-    }
-
-    /// Returns false: a flush writes no tables of a stream, only [`close`](Self::close) does.
-    fn has_unflushed_metadata(&self) -> bool {
-        false
+        self.close()
     }
 
     /// Writes the window, the remaining tables and the footer, and last the magic that makes the file an image.

@@ -6,7 +6,7 @@
 //!   write             byte writes to sectors, under range locks
 //!   submit            reads and writes of a network disk without blocking
 //!   worker_pool       threads for requests of a network disk that block
-//!   writeback_timer   flush some seconds after a write
+//!   writeback_timer   completion of the image some seconds after a write
 //!   block_count       count of the bytes that are data
 //!   read_buffer       buffers for reads
 //! ```
@@ -59,6 +59,8 @@ pub struct Volume {
     writeback: WritebackTimer,
     /// Reason why the disk can't be written to, if it was opened read-only without a request for that.
     read_only: Option<String>,
+    /// True from a write until the image is completed.
+    unfinished: AtomicBool,
     /// True once the kernel may write to the backing file directly.
     external_writes: AtomicBool,
     /// True if requests may have to wait for a network.
@@ -87,6 +89,7 @@ impl Volume {
             block_count: BlockCount::default(),
             writeback: WritebackTimer::default(),
             read_only: None,
+            unfinished: AtomicBool::new(false),
             external_writes: AtomicBool::new(false),
             remote,
         }

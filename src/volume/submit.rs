@@ -25,7 +25,7 @@ struct HeldRange {
 impl Drop for HeldRange {
     fn drop(&mut self) {
         self.volume.ranges.unlock(self.number);
-        self.volume.block_count.changed();
+        self.volume.note_change();
     }
 }
 

@@ -139,7 +139,18 @@ impl Volume {
     /// Makes everything durable and marks the image as closed. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
         let trimmed = self.truncate_excess();
+        self.finishing();
         self.disk.writer().map_or(Ok(()), BlockWrite::close).and(trimmed)
+    }
+
+    /// Returns true if the disk may have been written to since the last [`close`](Self::close) began.
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished.load(Ordering::Acquire) || self.has_external_writes()
+    }
+
+    /// Notes that everything written before is about to be completed.
+    pub fn finishing(&self) {
+        self.unfinished.store(false, Ordering::Release);
     }
 
     /// Prepares the disk for writes by the kernel to its [`backing_fd`](crate::block::BlockRead::backing_fd). Must be
@@ -147,8 +158,7 @@ impl Volume {
     pub fn prepare_external_write(&self) -> Result<()> {
         let prepared = self.writer()?.prepare_external_write();
         self.external_writes.store(true, Ordering::Release);
-        self.block_count.changed();
-        self.writeback.written(&self.disk);
+        self.note_change();
         prepared
     }
 
@@ -219,8 +229,15 @@ impl Volume {
             Ok(())
         })();
         // Also after an error: a part may have been written.
-        self.block_count.changed();
+        self.note_change();
         done
+    }
+
+    /// Notes a change of the disk, after it has been made: every way to write ends here.
+    pub(super) fn note_change(&self) {
+        self.unfinished.store(true, Ordering::Release);
+        self.block_count.changed();
+        self.writeback.written(&self.disk);
     }
 
     /// Writes a part of one granule from byte `offset` on (read-modify-write). The caller holds the granule

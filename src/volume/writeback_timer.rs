@@ -1,27 +1,30 @@
-//! Write-back: periodic flush of table entries that are only in memory.
+//! Periodic flush: completes an image some seconds after a write, although no program asks for it.
 //!
-//! The data of a new grain are in the file at once, but the entry that names it is a pending update until a flush. The
-//! guest may never flush, and the process may be killed. So a thread flushes on its own, as the kernel does with the
-//! dirty pages of any file: a crash of the process loses no more than a few seconds of unflushed writes.
+//! The data of a new grain are in the file at once, but the entry that names it is a pending update until a flush, and a
+//! stream has no tables at all. A loop device or a mapping may never flush, and the process may be killed. So a thread does
+//! it on its own, as the kernel does with the dirty pages of any file: a crash of the process loses no more than a few
+//! seconds of unflushed writes, and an image that is not written to any more is complete and marked clean.
 //!
 //! ```text
-//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ still pending? ─► flush
+//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ written again meanwhile? ─ no ─► close
+//!                                    ▲                    └ yes ─► flush ─┐
+//!                                    └────────────────────────────────────┘
 //! ```
 //! States: not started → idle (parked, `due` is false) ⇄ waiting (`due` is true) → stopped (dropped with the volume).
-//! [`WritebackTimer::written`] starts the thread if updates are pending. Lock order: `thread`, then `stop`; the thread
-//! itself takes only `stop`, and holds neither over a flush.
+//! [`WritebackTimer::written`] starts the thread. Lock order: `thread`, then `stop`; the thread itself takes only `stop`,
+//! and holds neither over a flush.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::block::{BlockRead, BlockWrite};
+use crate::block::BlockRead;
 
 /// Maximum time for which an update is only in memory: the commit interval of the kernel's file systems.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Timer that flushes a disk some seconds after a write.
+/// Timer that completes a disk some seconds after a write.
 #[derive(Debug, Default)]
 pub(super) struct WritebackTimer {
     state: Arc<TimerState>,
@@ -31,8 +34,10 @@ pub(super) struct WritebackTimer {
 
 #[derive(Debug, Default)]
 struct TimerState {
-    /// True from a write until the thread starts the flush for it. Every write reads it, without a lock.
+    /// True from a write until the image is complete. Every write reads it, without a lock.
     due: AtomicBool,
+    /// True if the disk was written to again since the interval began.
+    busy: AtomicBool,
     /// True when the thread has to end.
     stop: Mutex<bool>,
     /// Signalled when `stop` is set.
@@ -40,15 +45,19 @@ struct TimerState {
 }
 
 impl WritebackTimer {
-    /// Starts the interval if `disk` has pending updates and none is running. The first call with pending updates
-    /// starts the thread.
+    /// Starts the interval after a write to `disk`, if none is running. The first call starts the thread.
     pub(super) fn written(&self, disk: &Arc<dyn BlockRead>) {
-        if self.state.due.load(Ordering::Relaxed) || !disk.writer().is_some_and(BlockWrite::has_unflushed_metadata) {
+        // Sequentially consistent: a thread that has cleared `due` since then begins its flush after the write.
+        if self.state.due.load(Ordering::SeqCst) {
+            // Read first: a store by each write would move the cache line between the writers.
+            if !self.state.busy.load(Ordering::Relaxed) {
+                self.state.busy.store(true, Ordering::Release);
+            }
             return;
         }
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         // Set before the unpark: the thread checks `due` before it parks, and an unpark before the park is not lost.
-        self.state.due.store(true, Ordering::Relaxed);
+        self.state.due.store(true, Ordering::Release);
         match &*thread {
             Some(thread) => thread.thread().unpark(),
             None => {
@@ -66,7 +75,7 @@ impl WritebackTimer {
 impl TimerState {
     fn run(&self, disk: &dyn BlockRead) {
         while !*self.stop() {
-            if !self.due.load(Ordering::Relaxed) {
+            if !self.due.load(Ordering::Acquire) {
                 std::thread::park();
                 continue;
             }
@@ -76,15 +85,19 @@ impl TimerState {
                 return;
             }
             // Cleared before the flush: a write during the flush makes the next one due.
-            self.due.store(false, Ordering::Relaxed);
-            let Some(writer) = disk.writer().filter(|writer| writer.has_unflushed_metadata()) else {
-                continue;
+            let busy = self.busy.swap(false, Ordering::AcqRel);
+            self.due.store(busy, Ordering::SeqCst);
+            let Some(writer) = disk.writer() else { continue };
+            let done = match busy {
+                // Another end of a stream every few seconds would only be taken off again.
+                true if writer.sequential_write_only() => Ok(()),
+                true => writer.flush(),
+                false => writer.close(),
             };
-            if let Err(e) = writer.flush() {
-                // The updates are pending again and the flush is retried after the interval. If the write latch is set,
-                // the next flush by the kernel reports the error.
-                tracing::debug!("write-back flush failed: {e}");
-                self.due.store(writer.has_unflushed_metadata(), Ordering::Relaxed);
+            if let Err(e) = done {
+                // Retried after the interval. If the write latch is set, the next flush by the kernel reports the error.
+                tracing::debug!("periodic flush failed: {e}");
+                self.due.store(true, Ordering::Release);
             }
         }
     }
@@ -126,12 +139,11 @@ mod tests {
     }
 
     #[test]
-    fn pending_updates_are_flushed_automatically_each_time() {
+    fn each_write_is_followed_by_a_flush() {
         let (disk, flushes) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
         let timer = WritebackTimer::default();
         for _ in 0..2 {
-            disk.hold_back();
             timer.written(&shared);
             flushes.recv_timeout(Duration::from_secs(60)).unwrap();
         }
@@ -140,13 +152,10 @@ mod tests {
     }
 
     #[test]
-    fn no_thread_starts_without_pending_updates_and_a_drop_does_not_wait_for_the_interval() {
+    fn a_drop_does_not_wait_for_the_interval() {
         let (disk, flushes) = disk();
         let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
         let timer = WritebackTimer::default();
-        timer.written(&shared);
-        assert!(timer.thread.lock().unwrap().is_none());
-        disk.hold_back();
         timer.written(&shared);
         drop(timer);
         assert_eq!(Arc::strong_count(&disk), 2);

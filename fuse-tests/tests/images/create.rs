@@ -551,6 +551,48 @@ fn a_write_out_of_order_to_a_stream_fails_and_changes_nothing() {
     assert_stream_is(&scratch, &raw);
 }
 
+/// "`fsync`, `close` … complete it, and what is written afterwards continues it": also if the daemon is killed then.
+#[test]
+fn a_stream_is_complete_after_each_fsync_and_each_close() {
+    let _alone = alone();
+    if !need("qemu-img") || !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let raw = scratch.path("raw");
+    raw_with_islands(&raw, 20 << 20, 9);
+    let source = fs::read(&raw).unwrap();
+    let mut mount = mount_stream(&scratch, 20 << 20, &[]);
+    let path = mount.file("x.raw");
+    let whole_up_to = |len: usize| {
+        let (copy, expected) = (scratch.path("copy.vmdk"), scratch.path("expected"));
+        fs::copy(scratch.path("x.vmdk"), &copy).unwrap();
+        let mut bytes = source[..len].to_vec();
+        bytes.resize(source.len(), 0);
+        fs::write(&expected, bytes).unwrap();
+        scratch.vmdkfuse().arg("--check").arg(&copy).run().ok();
+        let (expected, copy) = (expected.to_str().unwrap(), copy.to_str().unwrap());
+        qemu_img(["compare", "-f", "raw", "-F", "vmdk", expected, copy]);
+    };
+    let mut file = File::options().write(true).open(&path).unwrap();
+    for (n, end) in (1..=5).map(|n| (n, n * (4 << 20))) {
+        file.write_all_at(&source[end - (4 << 20)..end], end as u64 - (4 << 20))
+            .unwrap();
+        if n % 2 == 0 {
+            file.sync_data().unwrap();
+        } else {
+            drop(file);
+            whole_up_to(end);
+            file = File::options().write(true).open(&path).unwrap();
+        }
+        whole_up_to(end);
+    }
+    mount.signal(nix::sys::signal::Signal::SIGKILL);
+    mount.wait_end();
+    drop((file, mount));
+    assert_stream_is(&scratch, &raw);
+}
+
 #[test]
 fn a_stream_of_a_killed_writer_is_refused() {
     let _alone = alone();
@@ -561,7 +603,6 @@ fn a_stream_of_a_killed_writer_is_refused() {
     let mut mount = mount_stream(&scratch, 20 << 20, &[]);
     let file = File::options().write(true).open(mount.file("x.raw")).unwrap();
     file.write_all_at(&[7; 10 << 20], 0).unwrap();
-    file.sync_all().unwrap();
     mount.signal(nix::sys::signal::Signal::SIGKILL);
     mount.wait_end();
     drop((file, mount));

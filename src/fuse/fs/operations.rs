@@ -16,6 +16,7 @@ use crate::error_log::ErrorLog;
 use crate::fuse::attributes::SetRequest;
 use crate::fuse::disk_file::{DiskFile, is_aligned};
 use crate::fuse::errno::errno;
+use crate::fuse::flush::FlushKind;
 use crate::fuse::kernel_view_node;
 use crate::volume::{MAX_READ, Seek};
 
@@ -183,7 +184,7 @@ impl Filesystem for DiskFs {
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         catch_panic(|| match self.file(ino) {
-            Ok(file) => file.sync(self.context(), reply),
+            Ok(file) => file.sync(FlushKind::Durable, self.context(), reply),
             Err(e) => reply.error(e),
         });
     }
@@ -274,7 +275,10 @@ impl Filesystem for DiskFs {
         catch_panic(|| {
             match self.file(ino) {
                 Ok(file) if kernel_view_node::is_view_inode(ino) => file.view.release(fh),
-                Ok(file) => file.release(fh),
+                Ok(file) => {
+                    file.release(fh);
+                    file.finish(fh, self.context());
+                }
                 Err(_) => {}
             }
             reply.ok();

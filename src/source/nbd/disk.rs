@@ -437,11 +437,6 @@ impl BlockWrite for NbdDisk {
         (!self.session.export().zero).then(|| "the NBD server has no command that writes zeroes".to_owned())
     }
 
-    fn has_unflushed_metadata(&self) -> bool {
-        // The server has every answered write. The replay log is only for a server that restarts without them.
-        false
-    }
-
     fn flush(&self) -> Result<()> {
         if !self.writable {
             return Ok(());

@@ -419,10 +419,6 @@ impl BlockWrite for VmdkDisk {
         Ok(())
     }
 
-    fn has_unflushed_metadata(&self) -> bool {
-        self.writer.as_ref().is_some_and(|writer| !writer.backlog.is_empty())
-    }
-
     fn close(&self) -> Result<()> {
         let (writer, link) = self.writer_and_link()?;
         // The gate excludes writers from here on, so no update can become pending between the flush and the mark.
@@ -431,8 +427,11 @@ impl BlockWrite for VmdkDisk {
         // Excludes flushes, which do not take the gate, while the file is truncated and the mark is cleared.
         let _flushing = writer.last_flush.lock().unwrap_or_else(PoisonError::into_inner);
         writer.mark_closed(link)?;
-        // A write after this starts over: with a new CID and, for a new grain, the in-use mark.
-        writer.cid_changed.store(false, Ordering::Release);
+        // A write after this starts over: with a new CID and, for a new grain, the in-use mark. Not where the kernel writes
+        // without this process, which could not change the CID first.
+        if !writer.external_writes.load(Ordering::Acquire) {
+            writer.cid_changed.store(false, Ordering::Release);
+        }
         Ok(())
     }
 }

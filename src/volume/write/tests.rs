@@ -109,10 +109,6 @@ impl BlockWrite for Memory {
     fn flush(&self) -> Result<()> {
         Ok(())
     }
-    fn has_unflushed_metadata(&self) -> bool {
-        false
-    }
-
     fn close(&self) -> Result<()> {
         Ok(())
     }

@@ -3,6 +3,7 @@
 mod ends;
 mod estimates;
 mod exerciser;
+mod finished;
 mod kinds;
 mod refusals;
 mod tools;

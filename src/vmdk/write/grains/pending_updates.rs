@@ -40,11 +40,6 @@ pub(in crate::vmdk::write) struct Backlog {
 }
 
 impl Backlog {
-    /// Returns true if no update is pending.
-    pub(in crate::vmdk::write) fn is_empty(&self) -> bool {
-        self.bytes.load(Ordering::Relaxed) == 0
-    }
-
     /// Returns true if a flush is due.
     pub(in crate::vmdk::write) fn is_full(&self) -> bool {
         self.entries.load(Ordering::Relaxed) > MAX_PENDING || self.bytes.load(Ordering::Relaxed) > MAX_PENDING_BYTES
