@@ -6,7 +6,10 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::store::OpenPolicy;
 
 /// Configuration of one run of the program.
 #[derive(Debug, Clone, PartialEq)]
@@ -426,6 +429,8 @@ pub struct LocalConfig {
     pub allow_dirs: Vec<PathBuf>,
     /// Accept a parent whose CID differs from the one that its child stores.
     pub accept_cid_mismatch: bool,
+    /// Refuse an image that names other files, extents or a parent.
+    pub single_file: bool,
     /// Lock the files of the image: a read-only disk excludes writers, a writable disk excludes all other programs.
     pub lock: bool,
     /// Write to the image although a snapshot is based on it.
@@ -444,11 +449,17 @@ impl LocalConfig {
             format: Format::Auto,
             allow_dirs: Vec::new(),
             accept_cid_mismatch: false,
+            single_file: false,
             lock: true,
             force: false,
             create: None,
             view: ViewConfig::default(),
         }
+    }
+
+    /// Returns the rules for one open of the disk.
+    pub fn open_policy(&self) -> Arc<OpenPolicy> {
+        Arc::new(OpenPolicy::new(self.allow_dirs.clone(), self.lock).single_file(self.single_file))
     }
 }
 

@@ -51,6 +51,7 @@ mod escape;
 pub mod fuse;
 pub mod inspect;
 pub mod kernel_view;
+pub mod mountinfo;
 pub mod overlay;
 pub mod process;
 mod range_lock;

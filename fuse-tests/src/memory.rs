@@ -57,7 +57,7 @@ impl MemoryStore {
 impl Store for MemoryStore {
     fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
         match access {
-            Access::Read => Ok(Arc::new(self.file(name.as_bytes())?)),
+            Access::Read | Access::Peek => Ok(Arc::new(self.file(name.as_bytes())?)),
             Access::Write => Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!("{name}: a store in memory is read-only"),

@@ -40,17 +40,14 @@ pub fn alone() -> MutexGuard<'static, ()> {
 
 /// Returns a policy that takes image locks and lets names in an image lead into the folders `allow` as well as its own.
 pub fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy {
-        allow: allow.to_vec(),
-        lock: true,
-    })
+    Arc::new(OpenPolicy::new(allow.to_vec(), true))
 }
 
 /// Opens the VMDK at `path` with [`policy`].
 pub fn open(path: &Path, allow: &[PathBuf], access: Access, options: OpenOptions) -> Result<VmdkDisk> {
     let file = open_user_path(path, policy(allow), access)?;
     match access {
-        Access::Read => VmdkDisk::open(file, options),
+        Access::Read | Access::Peek => VmdkDisk::open(file, options),
         Access::Write => VmdkDisk::open_writable(file, options),
     }
 }

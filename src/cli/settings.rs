@@ -34,6 +34,8 @@ pub(super) struct Settings {
     pub(super) allow_dirs: Vec<PathBuf>,
     /// `degraded=cid`
     pub(super) accept_cid_mismatch: Option<bool>,
+    /// `extents=self`
+    pub(super) single_file: Option<bool>,
     /// `lock=`
     pub(super) lock: Option<bool>,
     /// `kernel-view=`
@@ -114,6 +116,7 @@ impl Settings {
             format: self.format.or(common.format),
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
             accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
+            single_file: self.single_file.or(common.single_file),
             lock: self.lock.or(common.lock),
             view: self.view.or(common.view),
             view_size: self.view_size.or(common.view_size),
@@ -225,6 +228,7 @@ impl Settings {
             format: self.format.unwrap_or_default(),
             allow_dirs: self.allow_dirs.clone(),
             accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+            single_file: self.single_file.unwrap_or_default(),
             lock: self.lock.unwrap_or(true),
             force: self.force.unwrap_or_default(),
             create,

@@ -17,8 +17,8 @@ use std::os::unix::net::UnixStream;
 use nix::unistd::Pid;
 
 use super::mount::{Identity, Mount};
-use super::mountinfo::Device;
 use crate::error::{Error, Result};
+use crate::mountinfo::Device;
 use crate::process::daemon::{detach, helper, receive, send};
 
 /// Message types: the mount to watch; nothing is left to do.

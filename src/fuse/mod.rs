@@ -1,7 +1,6 @@
 //! The FUSE side: creates the mount, runs the threads that serve it, and answers the kernel's requests from volumes.
 //!
 //! ```text
-//!   mountinfo          the mount table of this process
 //!   mount              creates and removes the mount ── fusermount: the same through the setuid helper
 //!   session            the threads that take requests
 //!   fs                 the file system ── operations: its requests ── errno: conversion of errors
@@ -31,7 +30,7 @@ mod kernel_view_node;
 mod loop_budget;
 pub mod mount;
 pub(crate) mod mount_flags;
-pub mod mountinfo;
+
 pub mod probe;
 pub mod readahead;
 pub mod session;

@@ -24,11 +24,11 @@ use nix::errno::Errno;
 use nix::mount::MntFlags;
 use nix::sys::statvfs::statvfs;
 
-use super::mountinfo::{self, Device, MountEntry};
 use super::target::Target;
 use super::{fusermount, mount_flags};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mountinfo::{self, Device, MountEntry};
 use crate::store::shell_word;
 
 /// Subtype: the part of the type after `fuse.`.

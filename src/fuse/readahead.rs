@@ -6,9 +6,9 @@
 use std::fs;
 use std::io;
 
-use super::mountinfo::Device;
 use crate::config::Distance;
 use crate::error::{Error, Result};
+use crate::mountinfo::Device;
 
 /// Default window in KiB. Sequential reads of a local disk gain nothing from a larger one.
 const DEFAULT_KIB: u64 = 1024;

@@ -18,8 +18,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::mount::{FSTYPE, is_dead, unmount_command};
-use super::mountinfo::{self, MountEntry};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mountinfo::{self, MountEntry};
 use crate::store::{StoredFile, proc_path, real_path};
 
 /// A mount point that exists and can be mounted on.

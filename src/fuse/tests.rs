@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::mount::{FSTYPE, Mount, Unmounted};
-use super::mountinfo;
 use super::probe::probe_file;
 use super::readahead::{self, Window};
 use super::session::Running;
@@ -20,6 +19,7 @@ use super::target::Target;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
 use crate::config::{DiskConfig, Format, LocalConfig, MountKind, MountOptions, PageCache, SourceConfig};
 use crate::fuse::DiskFs;
+use crate::mountinfo;
 use crate::process::signals::wait;
 use crate::test_disk::TestDisk;
 use crate::volume::Volume;

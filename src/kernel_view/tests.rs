@@ -21,10 +21,7 @@ struct ScriptedDisk {
 impl ScriptedDisk {
     /// Creates the disk over files of the given content in `dir`.
     fn new(dir: &Path, files: &[&[u8]], runs: Vec<(u64, RunPlace)>) -> Self {
-        let policy = Arc::new(OpenPolicy {
-            allow: Vec::new(),
-            lock: true,
-        });
+        let policy = Arc::new(OpenPolicy::new(Vec::new(), true));
         let open = |(i, bytes): (usize, &&[u8])| {
             let path = dir.join(i.to_string());
             fs::write(&path, bytes).unwrap();

@@ -27,7 +27,7 @@ use crate::overlay::{
     overlay_file,
 };
 use crate::source::RawDisk;
-use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
+use crate::store::{Access, StoredFile, open_user_path};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 use crate::volume::Source;
 use crate::volume::format::{self, DiskFormat};
@@ -119,11 +119,8 @@ impl Commit {
         };
         // The overlay first: its lock is taken before anything of the base is opened.
         let child = overlay_file(path, local, Access::Write)?;
-        let policy = OpenPolicy {
-            allow: local.allow_dirs.clone(),
-            lock: local.lock,
-        };
-        let file = open_user_path(&local.path, Arc::new(policy), Access::Write)?;
+        let policy = local.open_policy();
+        let file = open_user_path(&local.path, policy, Access::Write)?;
         let (base, source) = open_for_check(local, overlay, &file)?;
         let overlay = open_overlay_of(Arc::clone(&child), &base, local, Access::Write)?;
         let descriptor = descriptor(&overlay)?;

@@ -34,9 +34,7 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
-use crate::store::{
-    Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, make_user_path, open_user_path, unnamed,
-};
+use crate::store::{Access, ExtentName, Identity, Store, StoredFile, make_user_path, open_user_path, unnamed};
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{self, DeltaParent, NewDelta, OpenOptions, VmdkDisk};
 use crate::volume::Source;
@@ -100,7 +98,7 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
             if absent() {
                 match access {
                     Access::Write => create_overlay(path, &base)?,
-                    Access::Read => {
+                    Access::Read | Access::Peek => {
                         let context = format!(
                             "{}: the overlay does not exist, and with readonly=true it is not created",
                             path.display()
@@ -117,11 +115,8 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
 
 /// Opens the file of an overlay.
 pub(super) fn overlay_file(path: &Path, local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let policy = OpenPolicy {
-        allow: local.allow_dirs.clone(),
-        lock: local.lock,
-    };
-    open_user_path(path, Arc::new(policy), access).map_err(|e| e.within("overlay"))
+    let policy = local.open_policy();
+    open_user_path(path, policy, access).map_err(|e| e.within("overlay"))
 }
 
 /// Opens an overlay in `file`, which must belong to `base`. Nothing is changed before that is verified.
@@ -146,7 +141,7 @@ pub(super) fn open_overlay_of(
     let overlay = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
     base.check(&overlay, local.accept_cid_mismatch)?;
     match access {
-        Access::Read => Ok(overlay),
+        Access::Read | Access::Peek => Ok(overlay),
         Access::Write => {
             drop(overlay);
             VmdkDisk::open_alone(file, options, access)

@@ -175,10 +175,7 @@ impl Store for Unnamed {
 
 /// Policy without locks: no other process has a path to the file.
 fn no_locks() -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy {
-        allow: Vec::new(),
-        lock: false,
-    })
+    Arc::new(OpenPolicy::new(Vec::new(), false))
 }
 
 #[cfg(test)]

@@ -16,7 +16,6 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -25,8 +24,11 @@ mod atomic_create;
 #[cfg(test)]
 pub(crate) mod fault_injection;
 mod local;
+mod lock_holder;
 mod name;
 mod ofd_lock;
+mod open_policy;
+mod owner;
 mod vmware_lock_file;
 mod write_latch;
 
@@ -36,16 +38,8 @@ pub use local::{LocalStore, open_user_path};
 pub(crate) use local::{proc_path, real_path};
 pub(crate) use name::shell_word;
 pub use name::{ExtentName, NAME_MAX};
+pub use open_policy::OpenPolicy;
 pub(crate) use write_latch::WriteLatch;
-
-/// Rules for opening the files of an image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OpenPolicy {
-    /// Folders that names inside an image may lead to, besides the image's own.
-    pub allow: Vec<PathBuf>,
-    /// True if every file is locked when it is opened, and refused if another program uses it in a conflicting way.
-    pub lock: bool,
-}
 
 /// Access for which a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,11 +48,15 @@ pub enum Access {
     Read,
     /// Reading and writing. The lock excludes all other programs.
     Write,
+    /// Reading a file that is no part of the image, without a lock.
+    Peek,
 }
 
 /// A place that holds the files of an image.
 pub trait Store: fmt::Debug + Send + Sync {
     /// Opens a file that an image names, if the policy of the store allows it. Never blocks on a FIFO or a device.
+    ///
+    /// A file that the image has named before is shared, also if it has another name.
     ///
     /// Errors: `Policy` if the name leads out of the allowed folders or to something other than a regular file,
     /// `NotFound`, `Busy` if another program uses the file in a way that conflicts with `access`, `ReadOnly` if the

@@ -17,15 +17,12 @@
 //! same file in this process counts as a separate program, and closing it releases only its own locks. (With the older
 //! `F_SETLK`, closing any descriptor of the file would release all locks of the process.)
 
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::fs::File;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::{Access, printable};
+use super::{Access, lock_holder, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 /// First byte of the range of used permissions (qemu's `RAW_LOCK_PERM_BASE`).
@@ -40,6 +37,7 @@ const RESIZE: i64 = 3;
 /// Returns the bytes that a program with `access` locks.
 fn bytes_to_lock(access: Access) -> &'static [i64] {
     match access {
+        Access::Peek => &[],
         Access::Read => &[USES + READ, DENIES + WRITE, DENIES + RESIZE],
         Access::Write => &[
             USES + READ,
@@ -54,6 +52,7 @@ fn bytes_to_lock(access: Access) -> &'static [i64] {
 /// Returns the bytes that no other program may have locked.
 fn bytes_to_test(access: Access) -> &'static [i64] {
     match access {
+        Access::Peek => &[],
         Access::Read => &[DENIES + READ, USES + WRITE, USES + RESIZE],
         Access::Write => &[
             DENIES + READ,
@@ -64,9 +63,6 @@ fn bytes_to_test(access: Access) -> &'static [i64] {
         ],
     }
 }
-
-/// Time limit for the search for the process that holds a conflicting lock.
-const SEARCH_TIME: Duration = Duration::from_secs(1);
 
 /// Locks `file` for `access` until it is closed. Does nothing if its file system does not support OFD locks.
 ///
@@ -145,83 +141,16 @@ impl Conflict {
             byte if byte == DENIES + READ => "in use by another program that allows no other reader",
             _ => "in use by another program that allows no other writer",
         };
-        let holder = match self.pid.filter(|&pid| pid > 0).or_else(|| find_holder(file, self.byte)) {
-            Some(pid) => {
-                let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-                format!(" (process {pid}, {})", printable(name.trim_end()))
+        let holder = lock_holder::find(file, self.byte, self.pid.filter(|&pid| pid > 0));
+        let advice = match (&holder.mount_point, access) {
+            (Some(point), _) => format!("unmount {} first", printable(point)),
+            (None, Access::Read | Access::Peek) => "end that program first".to_owned(),
+            (None, Access::Write) => {
+                "end that program first, or read the file with readonly=true if the other program only reads".to_owned()
             }
-            None => String::new(),
-        };
-        let advice = match access {
-            Access::Read => "lock=off reads it anyway",
-            Access::Write => "readonly=true may read it if the other program only reads, lock=off writes to it anyway",
         };
         format!("{label}: the file is {conflict}{holder}; {advice}")
     }
-}
-
-/// Searches `/proc` for the process that holds a lock on `byte` of `file`. Returns `None` if this user may not see it
-/// or the time limit is exceeded.
-///
-/// It reads only `fdinfo` and never calls stat on the files of those processes: such a file may be in the mount that
-/// waits for this call, which would deadlock.
-fn find_holder(file: &File, byte: i64) -> Option<u32> {
-    // The device and inode as the kernel prints them in its lists of locks. On btrfs and overlayfs they differ from the
-    // result of stat, so they are read from the entry of this process, which holds a lock too.
-    let own_path = PathBuf::from(format!("/proc/{}/fdinfo/{}", std::process::id(), file.as_raw_fd()));
-    let own = fs::read_to_string(&own_path).ok()?;
-    let inode = fdinfo_locks(&own).next()?.inode;
-    let holds = |path: &Path| {
-        // The open file of this call is skipped: a writer holds the bytes that it tests.
-        if path == own_path {
-            return false;
-        }
-        let text = fs::read_to_string(path).unwrap_or_default();
-        fdinfo_locks(&text).any(|lock| lock.inode == inode && lock.first <= byte && byte <= lock.last)
-    };
-    let deadline = Instant::now() + SEARCH_TIME;
-    for process in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        for open in fs::read_dir(process.path().join("fdinfo"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            if Instant::now() > deadline {
-                return None;
-            }
-            if holds(&open.path()) {
-                return Some(pid);
-            }
-        }
-    }
-    None
-}
-
-/// Lock line in `/proc/PID/fdinfo/FD`.
-struct FdinfoLock<'a> {
-    /// Device and inode, as the kernel prints them.
-    inode: &'a str,
-    first: i64,
-    last: i64,
-}
-
-/// Parses the lock lines of an fdinfo file: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:4711 100 101`. The last word can be
-/// `EOF`.
-fn fdinfo_locks(fdinfo: &str) -> impl Iterator<Item = FdinfoLock<'_>> {
-    fdinfo.lines().filter_map(|line| {
-        let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
-        let &[_, _, _, _, _, inode, first, last] = words.as_slice() else {
-            return None;
-        };
-        Some(FdinfoLock {
-            inode,
-            first: first.parse().ok()?,
-            last: last.parse().unwrap_or(i64::MAX),
-        })
-    })
 }
 
 #[cfg(test)]
@@ -240,7 +169,7 @@ mod tests {
     }
 
     fn refused(file: &File, fragment: &str) {
-        refused_to(Access::Read, file, &[fragment, "lock=off reads it anyway"]);
+        refused_to(Access::Read, file, &[fragment, "; end that program first"]);
     }
 
     #[track_caller]
@@ -254,6 +183,7 @@ mod tests {
                 "`{error}` does not contain `{fragment}`"
             );
         }
+        assert!(!error.to_string().contains("lock=off"), "an unsafe advice: {error}");
     }
 
     /// Returns the bytes that are locked by other opens than `file`.
@@ -302,11 +232,7 @@ mod tests {
         lock(&writer, Access::Write, "w again").unwrap();
         assert_eq!(locked(&other), [100, 101, 103, 201, 203]);
         refused(&reader, "in use for writing by another program");
-        let advice = [
-            "allows no other writer",
-            "readonly=true",
-            "lock=off writes to it anyway",
-        ];
+        let advice = ["allows no other writer", "end that program first", "readonly=true"];
         refused_to(Access::Write, &other, &advice);
         drop((writer, reader, other));
         let [reader, writer] = opens();
@@ -357,13 +283,5 @@ mod tests {
         let [other, reader] = opens();
         fcntl(&other, FcntlArg::F_OFD_SETLK(&of_byte(201, libc::F_WRLCK))).unwrap();
         refused(&reader, "in use by another program that allows no other writer");
-    }
-
-    #[test]
-    fn lock_lines_of_fdinfo_are_parsed() {
-        let text = "pos:\t0\nflags:\t02\nlock:\t1: OFDLCK ADVISORY  READ -1 00:2a:57 100 101\n\
-                    lock:\t2: FLOCK  ADVISORY  WRITE 12 00:2a:57 0 EOF\nlock:\tx\n";
-        let seen: Vec<_> = fdinfo_locks(text).map(|l| (l.inode, l.first, l.last)).collect();
-        assert_eq!(seen, [("00:2a:57", 100, 101), ("00:2a:57", 0, i64::MAX)]);
     }
 }

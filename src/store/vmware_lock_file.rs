@@ -38,7 +38,8 @@ pub(super) fn check(path: &Path, inode: u64, access: Access) -> Result<()> {
         let (path, label) = (printable(path), printable(&lock_file));
         if access == Access::Write {
             let context = format!(
-                "{path}: in use by VMware, or left after a crash: {label} exists{owner}; lock=off writes to it anyway"
+                "{path}: in use by VMware, or left after a crash: {label} exists{owner}; power the machine off, or remove \
+                 {label} if no machine uses the disk"
             );
             return Err(Error::new(ErrorKind::Busy, context));
         }
@@ -215,7 +216,7 @@ mod tests {
                 disk.to_str().unwrap(),
                 lock_file.to_str().unwrap(),
                 owner,
-                "lock=off writes to it anyway",
+                "power the machine off",
             ] {
                 assert!(
                     error.to_string().contains(fragment),

@@ -58,7 +58,7 @@ impl VmdkDisk {
     pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
         let links = Opener::new(options, access).alone(file)?;
         match access {
-            Access::Read => Self::of(links),
+            Access::Read | Access::Peek => Self::of(links),
             Access::Write => Self::writable(links, options, None),
         }
     }

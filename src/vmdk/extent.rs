@@ -470,15 +470,7 @@ mod tests {
     #[test]
     fn regression_a_directory_that_changes_between_two_reads() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let file = open_user_path(
-            file.path(),
-            Arc::new(OpenPolicy {
-                allow: Vec::new(),
-                lock: true,
-            }),
-            Access::Read,
-        )
-        .unwrap();
+        let file = open_user_path(file.path(), Arc::new(OpenPolicy::new(Vec::new(), true)), Access::Read).unwrap();
         for sector in [0, 1, 1023] {
             // Nothing fits this cache, so each lookup reads the directory.
             let cache = TableCache::with_bytes(1);

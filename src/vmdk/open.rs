@@ -13,7 +13,6 @@
 //! Bounds: [`MAX_LINKS`], [`MAX_EXTENTS`] and [`MAX_TEXT`] limit the work that a hostile image can cause; a chain that
 //! comes back to one of its files is refused.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -289,11 +288,10 @@ impl Opener {
         }
         let mut extents = Vec::with_capacity(descriptor.extents.len());
         let mut start = 0u64;
-        let mut opened = HashMap::new();
         for line in &descriptor.extents {
             let within = |e: Error| e.within(format!("{}: line {}: extent", file.label(), line.line));
             let mut placed = self
-                .listed_extent(&*store, &mut opened, line)
+                .listed_extent(&*store, line)
                 .map_err(|e| within(missing_extent(e, line, &descriptor)))?;
             placed.start = start;
             start = start
@@ -316,31 +314,18 @@ impl Opener {
         })
     }
 
-    /// Opens the extent of one line. `opened` holds the files of the link so far: each file is opened once, as a second
-    /// open for writing would fail on the lock of the first.
-    fn listed_extent(
-        &mut self,
-        store: &dyn Store,
-        opened: &mut HashMap<ExtentName, Arc<dyn StoredFile>>,
-        line: &ExtentLine,
-    ) -> Result<PlacedExtent> {
+    /// Opens the extent of one line.
+    fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
         let zero = line.kind == ExtentKind::Zero || line.access == ExtentAccess::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
             return Ok(placed(Extent::Zero, line, "ZERO"));
         };
-        let file = match opened.get(name) {
-            Some(file) => Arc::clone(file),
-            None => {
-                let access = if line.access == ExtentAccess::ReadWrite {
-                    self.access
-                } else {
-                    Access::Read
-                };
-                let file = store.open(name, access)?;
-                opened.insert(name.clone(), Arc::clone(&file));
-                file
-            }
+        let access = if line.access == ExtentAccess::ReadWrite {
+            self.access
+        } else {
+            Access::Read
         };
+        let file = store.open(name, access)?;
         match line.kind {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),

@@ -27,10 +27,7 @@ pub(super) struct TestStore {
 impl TestStore {
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let policy = OpenPolicy {
-            allow: Vec::new(),
-            lock: true,
-        };
+        let policy = OpenPolicy::new(Vec::new(), true);
         let inner = LocalStore::new(dir.path(), Arc::new(policy)).unwrap();
         Self {
             dir,

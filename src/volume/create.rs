@@ -2,12 +2,11 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::block::SECTOR;
 use crate::config::{CreateConfig, CreateType, DiskConfig, LocalConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{ExtentName, LocalStore, OpenPolicy};
+use crate::store::{ExtentName, LocalStore};
 use crate::vmdk::{self, NewDisk, StreamDisk};
 
 /// Creates the disks that have a [`CreateConfig`], in order, up to the first that fails.
@@ -48,11 +47,8 @@ fn parent_store(local: &LocalConfig) -> Result<(LocalStore, ExtentName)> {
         let context = format!("{}: can't be the name of a new file", path.display());
         return Err(Error::new(ErrorKind::Usage, context));
     };
-    let policy = OpenPolicy {
-        allow: local.allow_dirs.clone(),
-        lock: local.lock,
-    };
-    let store = LocalStore::new(dir, Arc::new(policy)).map_err(|e| cannot_create(local, e))?;
+    let policy = local.open_policy();
+    let store = LocalStore::new(dir, policy).map_err(|e| cannot_create(local, e))?;
     Ok((store, ExtentName::new(name.as_bytes())?))
 }
 

@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::open_overlay;
 use crate::source::{RawDisk, export_file_names, nbd};
-use crate::store::{Access, OpenPolicy, StoredFile, open_user_path};
+use crate::store::{Access, StoredFile, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::format::{self, DiskFormat};
 use crate::volume::{Volume, create};
@@ -266,11 +266,8 @@ fn local(config: &DiskConfig) -> Result<&LocalConfig> {
 }
 
 fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let policy = OpenPolicy {
-        allow: local.allow_dirs.clone(),
-        lock: local.lock,
-    };
-    open_user_path(&local.path, Arc::new(policy), access)
+    let policy = local.open_policy();
+    open_user_path(&local.path, policy, access)
 }
 
 fn options(local: &LocalConfig) -> OpenOptions {

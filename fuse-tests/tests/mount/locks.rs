@@ -131,7 +131,7 @@ fn a_mount_keeps_writers_of_qemu_out() {
     }
 }
 
-/// "an image that qemu writes to is not mounted", "`lock=off` reads it anyway"
+/// "an image that qemu writes to is not mounted"
 #[test]
 fn a_writer_of_qemu_keeps_mounts_out() {
     if !ready() {
@@ -141,7 +141,12 @@ fn a_writer_of_qemu_keeps_mounts_out() {
     for (name, _) in IMAGES {
         let server = QemuNbd::start_writing(&scratch, name);
         let holder = format!("process {}, qemu-nbd", server.pid);
-        let parts = [name, "in use for writing by another program", &holder, "lock=off"];
+        let parts = [
+            name,
+            "in use for writing by another program",
+            &holder,
+            "; end that program first",
+        ];
         scratch.mount().file(name).refused(1).one_error(1, &parts);
         scratch
             .vmdkfuse()
@@ -248,14 +253,7 @@ fn a_reopened_image_stays_locked() {
 
 /// Opens a file as the daemon does.
 fn open(path: &Path, access: Access, lock: bool) -> vmdkfuse::error::Result<Arc<dyn StoredFile>> {
-    open_user_path(
-        path,
-        Arc::new(OpenPolicy {
-            allow: Vec::new(),
-            lock,
-        }),
-        access,
-    )
+    open_user_path(path, Arc::new(OpenPolicy::new(Vec::new(), lock)), access)
 }
 
 /// Opens a file that no other process has locked for long; panics if it is still locked after the deadline.
@@ -321,7 +319,7 @@ fn any_user_of_an_image_keeps_our_writers_out_and_is_named() {
             let error = open(&path, Access::Write, true).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
             let holder = format!("process {}, qemu-nbd", server.pid);
-            for part in [cause, &holder, name, "readonly=true", "lock=off"] {
+            for part in [cause, &holder, name, "readonly=true", "; end that program first"] {
                 assert!(error.to_string().contains(part), "`{error}` does not contain `{part}`");
             }
             open(&path, Access::Write, false).unwrap();

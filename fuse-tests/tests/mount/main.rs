@@ -9,6 +9,7 @@
 mod descriptors;
 mod fuse_behaviour;
 mod guest;
+mod image_names;
 mod kernel_view;
 mod kill;
 mod locks;

@@ -15,10 +15,7 @@ struct Syncs {
 }
 
 fn open(path: &Path, access: Access) -> (Arc<dyn StoredFile>, Arc<Syncs>) {
-    let policy = Arc::new(OpenPolicy {
-        allow: Vec::new(),
-        lock: true,
-    });
+    let policy = Arc::new(OpenPolicy::new(Vec::new(), true));
     let syncs = Arc::new(Syncs::default());
     let watch = Arc::clone(&syncs);
     let file = Watched::new(open_user_path(path, policy, access).unwrap(), move |change| {

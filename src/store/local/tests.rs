@@ -1,15 +1,19 @@
 //! Tests of the local store: the name gate, locks, exact reads, and writes.
 
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
+use super::folder::lookup_error;
+use super::origin::refused_for_writing;
 use super::*;
 
 /// Folder `image/` with `disk.vmdk`, `a.bin` and `sub/b.bin`, and a folder `other/` next to it with `secret.bin` and
@@ -50,10 +54,7 @@ impl Folders {
 }
 
 fn policy(allow: &[PathBuf]) -> Arc<OpenPolicy> {
-    Arc::new(OpenPolicy {
-        allow: allow.to_vec(),
-        lock: true,
-    })
+    Arc::new(OpenPolicy::new(allow.to_vec(), true))
 }
 
 fn open(store: &dyn Store, name: impl AsRef<[u8]>) -> Result<Arc<dyn StoredFile>> {
@@ -566,10 +567,7 @@ fn a_writer_excludes_readers_and_other_writers() {
     );
     // The lock covers one file, not its siblings.
     drop(open_to_write(&folders, "disk.vmdk"));
-    let off = Arc::new(OpenPolicy {
-        allow: Vec::new(),
-        lock: false,
-    });
+    let off = Arc::new(OpenPolicy::new(Vec::new(), false));
     drop(open_user_path(&folders.path("image/a.bin"), Arc::clone(&off), Access::Write).unwrap());
     drop(open_user_path(&folders.path("image/a.bin"), off, Access::Read).unwrap());
     drop(writer);
@@ -586,13 +584,10 @@ fn a_vmware_lock_file_refuses_writers_unless_locks_are_off() {
         &folders,
         "a.bin",
         ErrorKind::Busy,
-        &["a.bin.lck/M1.lck", "machine anna", "lock=off"],
+        &["a.bin.lck/M1.lck", "machine anna", "power the machine off"],
     );
     drop(open(&folders.store(&[]), "a.bin").unwrap());
-    let off = Arc::new(OpenPolicy {
-        allow: Vec::new(),
-        lock: false,
-    });
+    let off = Arc::new(OpenPolicy::new(Vec::new(), false));
     drop(open_user_path(&folders.path("image/a.bin"), off, Access::Write).unwrap());
     // A new file is refused too, because another host may be creating it.
     fs::create_dir(folders.path("image/new.lck")).unwrap();

@@ -44,7 +44,7 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
             continue;
         }
         // A file that can't be opened or read is skipped: one unreadable file in the folder is no reason to refuse.
-        let Ok(file) = store.open(&name, Access::Read) else {
+        let Ok(file) = store.open(&name, Access::Peek) else {
             continue;
         };
         if except.is_some_and(|except| except.identity_at_open().file == file.identity_at_open().file) {

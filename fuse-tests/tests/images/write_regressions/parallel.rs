@@ -92,10 +92,7 @@ fn parallel_writes_zeroes_flushes_and_closes_lose_no_data() {
         compare(&disk);
         disk.writer().unwrap().close().unwrap();
         // Opened a second time without locks, as the first open still holds them.
-        let policy = Arc::new(OpenPolicy {
-            allow: Vec::new(),
-            lock: false,
-        });
+        let policy = Arc::new(OpenPolicy::new(Vec::new(), false));
         let again = open_user_path(&path, policy, Access::Read).unwrap();
         let again = VmdkDisk::open(again, OpenOptions::default()).unwrap();
         compare(&again);

@@ -59,7 +59,7 @@ pub fn at(point: &Path) -> Result<Option<MountEntry>> {
 }
 
 /// Returns the ID of the mount that an open file lies on. Sends no request to that mount.
-pub(super) fn mount_id(file: impl AsFd) -> Result<u64> {
+pub(crate) fn mount_id(file: impl AsFd) -> Result<u64> {
     let fdinfo = format!("/proc/self/fdinfo/{}", file.as_fd().as_raw_fd());
     let text = fs::read_to_string(&fdinfo).map_err(|e| Error::io(fdinfo.clone(), e))?;
     let id = text
