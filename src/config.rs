@@ -423,6 +423,8 @@ pub enum NbdTls {
 pub struct LocalConfig {
     /// Absolute path of the image. It need not be UTF-8.
     pub path: PathBuf,
+    /// Folder that the user named, if the image was found by a search below it.
+    pub found_in: Option<PathBuf>,
     /// Format of the image.
     pub format: Format,
     /// Folders that names inside an image may lead to, besides the image's own.
@@ -446,6 +448,7 @@ impl LocalConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            found_in: None,
             format: Format::Auto,
             allow_dirs: Vec::new(),
             accept_cid_mismatch: false,

@@ -86,6 +86,23 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
     Ok(disks)
 }
 
+/// Returns the folder below which a pattern searches: its components before the first one with wildcards. `None` if
+/// the path is no pattern.
+pub(super) fn searched_folder(path: &Path) -> Option<PathBuf> {
+    if !has_wildcard(path.as_os_str()) || exists(path) {
+        return None;
+    }
+    let mut folder = PathBuf::new();
+    for component in path.components() {
+        let literal = folder.join(component);
+        if has_wildcard(component.as_os_str()) && !exists(&literal) {
+            break;
+        }
+        folder = literal;
+    }
+    Some(folder)
+}
+
 /// Returns the default file name of a local disk in the mount: the source's name with the extension `.raw`.
 pub(super) fn default_name(path: &Path) -> OsString {
     let Some(name) = path.file_name() else {
@@ -294,6 +311,17 @@ mod tests {
         assert_eq!(expanded(&dir, b"*/x.vmdk"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
         assert_eq!(expanded(&dir, b"vm?/*"), [b"vm1/x.vmdk", b"vm2/x.vmdk"]);
         assert!(expand(&dir.path().join("*.vmdk")).is_err(), "a folder is not a disk");
+    }
+
+    #[test]
+    fn the_searched_folder_has_no_wildcards() {
+        let dir = folder(&[b"a[1].vmdk"]);
+        fs::create_dir(dir.path().join("[vms]")).unwrap();
+        let searched = |pattern: &str| searched_folder(&dir.path().join(pattern));
+        assert_eq!(searched("*.vmdk"), Some(dir.path().to_owned()));
+        assert_eq!(searched("[vms]/*/x.vmdk"), Some(dir.path().join("[vms]")));
+        assert_eq!(searched("a[1].vmdk"), None);
+        assert_eq!(searched("a.vmdk"), None);
     }
 
     #[test]

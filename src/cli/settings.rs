@@ -223,8 +223,14 @@ impl Settings {
     fn local(&self, path: PathBuf, subcommand: Subcommand) -> Result<LocalConfig, UsageError> {
         let create = self.creation.config(subcommand);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
+        let found_in = match &self.source {
+            Some(SourceSpec::Dir(dir)) => Some(dir.clone()),
+            Some(SourceSpec::File(pattern)) if create.is_none() => expand::searched_folder(pattern),
+            _ => None,
+        };
         Ok(LocalConfig {
             path,
+            found_in,
             format: self.format.unwrap_or_default(),
             allow_dirs: self.allow_dirs.clone(),
             accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),

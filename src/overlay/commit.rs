@@ -27,10 +27,11 @@ use crate::overlay::{
     overlay_file,
 };
 use crate::source::RawDisk;
-use crate::store::{Access, StoredFile, open_user_path};
+use crate::store::{Access, StoredFile};
 use crate::vmdk::{OpenOptions, VmdkDisk};
 use crate::volume::Source;
 use crate::volume::format::{self, DiskFormat};
+use crate::volume::open::open_file;
 
 /// Maximum number of sectors copied at once: 1 MiB.
 const COPY_STEP: u64 = 2048;
@@ -119,8 +120,7 @@ impl Commit {
         };
         // The overlay first: its lock is taken before anything of the base is opened.
         let child = overlay_file(path, local, Access::Write)?;
-        let policy = local.open_policy();
-        let file = open_user_path(&local.path, policy, Access::Write)?;
+        let file = open_file(local, Access::Write)?;
         let (base, source) = open_for_check(local, overlay, &file)?;
         let overlay = open_overlay_of(Arc::clone(&child), &base, local, Access::Write)?;
         let descriptor = descriptor(&overlay)?;

@@ -299,21 +299,57 @@ pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> R
     let label = printable(path);
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
-    if let FileType::Other(name) = found.file_type() {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!(
-                "{}: it is a {name}, expected a regular file or a block device",
-                found.label
-            ),
-        ));
-    }
+    check_user_type(&found)?;
+    let opened = found.open(access)?;
+    admit(found, opened, policy, access)
+}
+
+/// Opens a file that a search below `folder` found. The user chose the folder and not the file, so no link in the path
+/// below the folder is followed, and a privileged process opens the file with the rights of its folder's owner.
+///
+/// Errors: those of [`open_user_path`]; `Policy` if a link has replaced a part of the path.
+pub fn open_found_path(
+    folder: &Path,
+    path: &Path,
+    policy: Arc<OpenPolicy>,
+    access: Access,
+) -> Result<Arc<dyn StoredFile>> {
+    let label = printable(path);
+    let (Ok(below), Some(name)) = (path.strip_prefix(folder), path.file_name()) else {
+        let context = format!("{label}: is not below the folder {}", printable(folder));
+        return Err(Error::new(ErrorKind::Usage, context));
+    };
+    let parent = Folder::open(folder)?.unlinked(below.parent().unwrap_or(Path::new("")), OFlag::O_DIRECTORY)?;
+    let parent = Folder::of(parent)?;
+    let find = || -> Result<(Found, File)> {
+        let found = Found::new(parent.unlinked(Path::new(name), OFlag::empty())?, label.clone())?;
+        check_user_type(&found)?;
+        let opened = found.open(access)?;
+        Ok((found, opened))
+    };
+    let (found, opened) = match parent.owner()? {
+        Some(owner) => owner.act(find)??,
+        None => find()?,
+    };
+    admit(found, opened, policy, access)
+}
+
+/// Refuses a file that is neither a regular file nor a block device.
+fn check_user_type(found: &Found) -> Result<()> {
+    let FileType::Other(name) = found.file_type() else {
+        return Ok(());
+    };
+    let context = format!(
+        "{}: it is a {name}, expected a regular file or a block device",
+        found.label
+    );
+    Err(Error::new(ErrorKind::Usage, context))
+}
+
+/// Makes an open file the image: the names in it are opened with the rights of its owner.
+fn admit(found: Found, opened: File, policy: Arc<OpenPolicy>, access: Access) -> Result<Arc<dyn StoredFile>> {
     let origin = Origin::of(&found);
     let owner = Owner::of(found.metadata.uid(), found.metadata.gid());
-    if let Some(file) = policy.opened(found.file_id(), access) {
-        return Ok(file);
-    }
-    let opened = found.open(access)?;
     let mut file = LocalFile::new(opened, found.label, found.real, policy, access)?;
     file.origin = origin;
     file.owner = owner;

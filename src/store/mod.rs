@@ -34,7 +34,7 @@ mod write_latch;
 
 pub(crate) use crate::escape::printable;
 pub use atomic_create::{make_user_path, unnamed};
-pub use local::{LocalStore, open_user_path};
+pub use local::{LocalStore, open_found_path, open_user_path};
 pub(crate) use local::{proc_path, real_path};
 pub(crate) use name::shell_word;
 pub use name::{ExtentName, NAME_MAX};

@@ -15,7 +15,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use super::{Access, printable};
+use super::{Access, printable, proc_path};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Largest number of bytes read from a lock file. VMware writes 512 bytes.
@@ -61,10 +61,10 @@ fn hosted(path: &Path) -> Option<(PathBuf, String)> {
     let mut folder = path.as_os_str().to_owned();
     folder.push(".lck");
     let folder = PathBuf::from(folder);
-    if !fs::symlink_metadata(&folder).ok()?.is_dir() {
-        return None;
-    }
-    let names: Vec<_> = fs::read_dir(&folder)
+    // Held open: another user may replace the folder by a link after it was listed.
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let held = File::options().read(true).custom_flags(flags).open(&folder).ok()?;
+    let names: Vec<_> = fs::read_dir(proc_path(&held))
         .ok()?
         .take(MAX_LOCK_FILES)
         .flatten()
@@ -75,15 +75,14 @@ fn hosted(path: &Path) -> Option<(PathBuf, String)> {
         .iter()
         .find(|name| name.as_encoded_bytes().starts_with(b"M"))
         .or(names.first())?;
-    let lock_file = folder.join(first);
-    let text = read_start(&lock_file).unwrap_or_default();
+    let text = read_start(&proc_path(&held).join(first)).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let mut words = text.split_whitespace();
     let owner = match (words.next(), words.next()) {
         (Some(machine), Some(process)) => format!(" (machine {}, process {})", quoted(machine), quoted(process)),
         _ => String::new(),
     };
-    Some((lock_file, owner))
+    Some((folder.join(first), owner))
 }
 
 /// Returns the lock file of an ESX host, and a description of the host.

@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::open_overlay;
 use crate::source::{RawDisk, export_file_names, nbd};
-use crate::store::{Access, StoredFile, open_user_path};
+use crate::store::{Access, StoredFile, open_found_path, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::format::{self, DiskFormat};
 use crate::volume::{Volume, create};
@@ -265,9 +265,12 @@ fn local(config: &DiskConfig) -> Result<&LocalConfig> {
     config.source.local().ok_or_else(none)
 }
 
-fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let policy = local.open_policy();
-    open_user_path(&local.path, policy, access)
+/// Opens the file of a local disk.
+pub(crate) fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
+    match &local.found_in {
+        Some(folder) => open_found_path(folder, &local.path, local.open_policy(), access),
+        None => open_user_path(&local.path, local.open_policy(), access),
+    }
 }
 
 fn options(local: &LocalConfig) -> OpenOptions {

@@ -6,6 +6,7 @@
     reason = "a failed step of a test is a panic that names it"
 )]
 
+mod automount;
 mod commands;
 mod formats;
 mod life;

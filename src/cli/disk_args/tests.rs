@@ -85,6 +85,7 @@ fn every_setting_is_stored() {
         map_limit: None,
         source: SourceConfig::Local(LocalConfig {
             path: "/a.vmdk".into(),
+            found_in: None,
             format: Format::Raw,
             allow_dirs: vec!["/one".into(), "/two".into()],
             accept_cid_mismatch: true,

@@ -6,13 +6,13 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
-use super::real_path;
+use super::{Owner, proc_path, real_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::printable;
 
@@ -72,6 +72,33 @@ impl Folder {
             return Ok(Err(Leaves::Hidden));
         }
         Ok(Ok(fd))
+    }
+
+    /// Looks up `name` beneath the folder without following any link. `.` or nothing is the folder itself.
+    pub(super) fn unlinked(&self, name: &Path, flags: OFlag) -> Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let context = || printable(self.real.join(name));
+        match lookup(
+            &self.fd,
+            &or_dot(name),
+            flags | OFlag::O_PATH | OFlag::O_CLOEXEC,
+            resolve,
+        ) {
+            Err(Errno::ELOOP) => Err(Error::new(
+                ErrorKind::Policy,
+                format!(
+                    "{}: is a link, which a search does not follow; name it by file=",
+                    context()
+                ),
+            )),
+            found => found.map_err(|e| lookup_error(context(), e)),
+        }
+    }
+
+    /// Returns the folder's owner, if it has fewer rights than this process.
+    pub(super) fn owner(&self) -> Result<Option<Owner>> {
+        let attributes = fs::metadata(proc_path(&self.fd)).map_err(|e| Error::io(printable(&self.real), e))?;
+        Ok(Owner::of(attributes.uid(), attributes.gid()))
     }
 
     /// Looks up `name` beneath the folder. Returns `None` if the kernel refuses to leave it, or what `more` confines the

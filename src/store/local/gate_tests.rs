@@ -206,3 +206,43 @@ fn a_single_file_image_names_no_other_file() {
     assert_eq!(error.kind(), ErrorKind::Policy);
     assert!(error.to_string().contains("extents=self"), "{error}");
 }
+
+#[test]
+fn a_link_that_replaces_a_found_file_is_not_followed() {
+    let shared = Shared::new();
+    fs::create_dir(shared.path("sub")).unwrap();
+    shared.write("sub/x.img", STRANGER, 0o644);
+    symlink("sub", shared.path("linked")).unwrap();
+    symlink("x.img", shared.path("sub/link.img")).unwrap();
+    let found = |name: &str| {
+        let policy = Arc::new(OpenPolicy::new(Vec::new(), true));
+        open_found_path(shared.root.path(), &shared.path(name), policy, Access::Read)
+    };
+    found("sub/x.img").unwrap();
+    found("disk.vmdk").unwrap();
+    for name in ["linked/x.img", "sub/link.img"] {
+        let error = found(name).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Policy, "{error}");
+        assert!(error.to_string().contains("link"), "{error}");
+    }
+}
+
+#[test]
+fn root_opens_found_files_with_the_rights_of_their_folders_owner() {
+    if !is_root() {
+        return;
+    }
+    let shared = Shared::new();
+    fs::create_dir(shared.path("upload")).unwrap();
+    chown(shared.path("upload"), Some(STRANGER), Some(STRANGER)).unwrap();
+    shared.write("upload/own.img", STRANGER, 0o600);
+    // As a hard link to a file of root would be.
+    shared.write("upload/secret.img", 0, 0o600);
+    let found = |name: &str| {
+        let policy = Arc::new(OpenPolicy::new(Vec::new(), true));
+        open_found_path(shared.root.path(), &shared.path(name), policy, Access::Read)
+    };
+    found("upload/own.img").unwrap();
+    let error = found("upload/secret.img").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Os(libc::EACCES), "{error}");
+}
