@@ -17,7 +17,7 @@ echo "$PWD/auto $PWD/map --timeout=1" >master
 automount -f -p "$PWD/pid" "$PWD/master" >log 2>&1 &
 automount=$!
 # Also after a failure: the daemon ends with its mount.
-trap 'umount -l auto/disk auto 2>/dev/null; kill -KILL $automount 2>/dev/null; cat log >&2' EXIT
+trap 'umount -l auto/disk auto 2>/dev/null || :; kill -KILL $automount 2>/dev/null || :; cat log >&2' EXIT
 until_true mounted "$PWD/auto" autofs
 timeout -s KILL 30 cmp a.img auto/disk/x.raw
 mounted "$PWD/auto/disk" fuse.vmdkfuse

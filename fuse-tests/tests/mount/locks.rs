@@ -93,17 +93,29 @@ impl Drop for QemuNbd {
 }
 
 /// Writes to the image with qemu-io; panics unless that succeeds, or fails because of a lock if not `allowed`.
+///
+/// A lock of this process that was released may last until another test's child has called exec, as in [`open_soon`].
 #[track_caller]
 fn qemu_write(scratch: &Scratch, image: &str, format: &str, allowed: bool) {
-    let outcome = Cmd::new("qemu-io")
-        .args(["-f", format, "-c", "write -P 7 0 64k", image])
-        .dir(scratch.root())
-        .run();
-    if allowed {
-        outcome.ok();
-    } else {
+    let write = || {
+        Cmd::new("qemu-io")
+            .args(["-f", format, "-c", "write -P 7 0 64k", image])
+            .dir(scratch.root())
+            .run()
+    };
+    let mut outcome = write();
+    if !allowed {
         outcome.expect_code(1).error_names(&["failed to get \"write\" lock"]);
+        return;
     }
+    poll_until(Duration::from_secs(60), || {
+        let locked = outcome.stderr.contains("lock");
+        if locked {
+            outcome = write();
+        }
+        !locked
+    });
+    outcome.ok();
 }
 
 /// "while an image is mounted, qemu refuses to write to it, its extents and its parents"
