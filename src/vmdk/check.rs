@@ -76,7 +76,9 @@ impl CheckReport {
 /// Checks all links of the disk. A read error is an error in the report.
 pub fn check(disk: &VmdkDisk) -> CheckReport {
     let mut report = check_extents(disk.links().iter().flat_map(|l| &l.extents));
-    report.notes.extend(disk.warnings());
+    for warning in disk.warnings() {
+        report.note(|| warning);
+    }
     report
 }
 
