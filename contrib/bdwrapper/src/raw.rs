@@ -127,8 +127,15 @@ pub(crate) fn on_read_only_mount(fd: c_int) -> bool {
     // SAFETY: the kernel writes one `struct statfs` to the address, which is valid for that.
     let result = unsafe { libc::syscall(libc::SYS_fstatfs, fd, status.as_mut_ptr()) };
     #[cfg(target_pointer_width = "32")]
-    // SAFETY: as above; the kernel is told the size, and refuses another one. It packs the structure to 84 bytes.
-    let result = unsafe { libc::syscall(libc::SYS_fstatfs64, fd, 84_usize, status.as_mut_ptr()) };
+    // SAFETY: as above; the kernel is told the size, and refuses another one.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_fstatfs64,
+            fd,
+            size_of::<libc::statfs64>(),
+            status.as_mut_ptr(),
+        )
+    };
     // SAFETY: all zeroes is a valid value, and the kernel wrote one if it did not fail.
     let flags = unsafe { status.assume_init_ref() }.f_flags;
     #[allow(clippy::unnecessary_cast, reason = "the types differ between architectures")]

@@ -12,6 +12,9 @@ use crate::exports;
 use crate::log::{self, Level, Line};
 use crate::raw;
 
+/// What a warning about a name ends with.
+const LOOKED_UP_AGAIN: &[u8] = b"; it is looked up again when it is opened";
+
 /// Called by the dynamic linker when the library is loaded, in the only thread there is.
 #[used]
 #[cfg_attr(not(test), unsafe(link_section = ".init_array"))]
@@ -65,21 +68,24 @@ fn is_free(number: u64) -> bool {
     raw::stat_at(libc::AT_FDCWD, path.as_slice().as_ptr().cast(), 0).is_err()
 }
 
-/// Looks up what a name leads to, and reports it.
+/// Looks up what a name leads to, and reports it. A name that leads nowhere may do so later: it is no error.
 fn look_up(device: &Device) {
     let name = TABLE.name_of(device).to_bytes();
     let found = match TABLE.resolve(device) {
         Ok(Identity::Nothing) => {
-            let reason =
-                b"not used: neither a block device nor a regular file that this user may name; it is looked up \
-                again when it is opened";
-            return log::print(Level::Error, |line| message(line, name, reason));
+            return log::print(Level::Warning, |line| {
+                message(
+                    line,
+                    name,
+                    b"neither a block device nor a regular file that this user may name",
+                );
+                line.push(LOOKED_UP_AGAIN);
+            });
         }
         Err(errno) => {
-            return log::print(Level::Error, |line| {
+            return log::print(Level::Warning, |line| {
                 message(line, name, b"cannot be looked up: error ");
-                line.push_decimal(u64::from(errno.unsigned_abs()));
-                line.push(b"; it is looked up again when it is opened");
+                line.push_decimal(u64::from(errno.unsigned_abs())).push(LOOKED_UP_AGAIN);
             });
         }
         Ok(found) => found,

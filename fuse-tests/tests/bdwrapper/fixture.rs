@@ -47,7 +47,6 @@ pub(crate) fn compile(scratch: &Scratch, name: &str, libraries: &[&str]) -> Path
             "-O1",
             "-Wall",
             "-Wextra",
-            "-Werror",
             "-Wno-nonnull",
             "-pthread",
             "-o",

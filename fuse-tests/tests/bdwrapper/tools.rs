@@ -235,7 +235,7 @@ fn the_log_follows_its_level() {
     };
     let missing = "vmware-bdwrapper: /dev/hd/missing: cannot be looked up: error 2; ";
     let words = [
-        (0, missing),
+        (1, missing),
         (
             10,
             "vmware-bdwrapper: /dev/sd/test: SCSI disk, file, shown as block device 122:951186\n",

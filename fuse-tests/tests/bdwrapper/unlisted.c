@@ -170,6 +170,8 @@ static void truncations_of(const char *path)
 	fill(path);
 	SHOW(close(SHOW(creat(path, 0600))));
 	size_of(path);
+	SHOW(close(SHOW(open("fresh", O_WRONLY | O_CREAT | O_TRUNC, 0600))));
+	SHOW(unlink("fresh"));
 	fill(path);
 	FILE *file = freopen(path, "w", fopen(path, "r"));
 	size_of(path);

@@ -53,12 +53,12 @@ unsafe fn opened(fd: c_int, path: *const c_char) -> c_int {
     if fd >= 0 && TABLE.is_active() {
         raw::keeping_errno(|| {
             // SAFETY: the kernel opened the path, so it is a string.
-            let device = unsafe { TABLE.find_name(path) };
-            if let (Some(device), Ok(status)) = (device, raw::fstat(fd)) {
+            if let Some(device) = unsafe { TABLE.find_name(path) }
+                && let Ok(status) = raw::fstat(fd)
                 // With O_PATH and O_NOFOLLOW, what is open is the link, not the disk.
-                if !status.is(libc::S_IFLNK) {
-                    TABLE.set_identity(device, Identity::of(&status));
-                }
+                && !status.is(libc::S_IFLNK)
+            {
+                TABLE.set_identity(device, Identity::of(&status));
             }
         });
         report(fd, b" opened", None);
