@@ -11,6 +11,10 @@ use std::time::Duration;
 
 use crate::store::OpenPolicy;
 
+mod https;
+
+pub use https::{HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+
 /// Configuration of one run of the program.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -219,6 +223,8 @@ pub enum SourceConfig {
     Local(LocalConfig),
     /// An export of an NBD server.
     Nbd(NbdConfig),
+    /// Files on a web server, which are only read.
+    Https(HttpsConfig),
 }
 
 /// Distance of a disk's data from the daemon, from near to far.
@@ -237,7 +243,7 @@ impl SourceConfig {
     pub fn local(&self) -> Option<&LocalConfig> {
         match self {
             Self::Local(local) => Some(local),
-            Self::Nbd(_) => None,
+            Self::Nbd(_) | Self::Https(_) => None,
         }
     }
 
@@ -245,6 +251,7 @@ impl SourceConfig {
     pub fn distance(&self) -> Distance {
         match self {
             Self::Local(_) => Distance::Here,
+            Self::Https(_) => Distance::OtherMachine,
             Self::Nbd(nbd) if nbd.is_far() => Distance::OtherMachine,
             Self::Nbd(_) => Distance::OtherProcess,
         }
@@ -255,6 +262,7 @@ impl SourceConfig {
         match self {
             Self::Local(local) => local.path.display().to_string(),
             Self::Nbd(nbd) => nbd.label(),
+            Self::Https(https) => https.label(),
         }
     }
 }

@@ -34,6 +34,8 @@ pub enum ErrorKind {
     OutOfRange,
     /// The request is invalid: a wrong option or value.
     Usage,
+    /// The answer is not in memory, and the caller must not wait.
+    WouldBlock,
 }
 
 /// Error with its kind, context and cause. Cloning it is cheap.

@@ -14,7 +14,8 @@
 //!    vmdk/                         source/
 //!    native VMDK engine            raw image or device, NBD export
 //!    └──────────────┬──────────────┘
-//!    store/     the files of an image in a local folder: identity, locks, atomic creation
+//!    cache/     the same cache, per stored file on a web server
+//!    store/     the files of an image: in a local folder (identity, locks, atomic creation) or on a web server
 //! ```
 //!
 //! | module | purpose |

@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, Parsed};
-use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig};
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, SourceConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
@@ -18,7 +18,9 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     process::start_dir();
-    let parsed = cli::parse(std::env::args_os());
+    let args = std::env::args_os();
+    process::arguments::hide_secrets();
+    let parsed = cli::parse(args);
     let handed_over = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()
     } else {
@@ -42,6 +44,13 @@ fn main() -> ExitCode {
 /// Performs the action and returns the exit status.
 fn run_action(config: Config) -> ExitCode {
     let Config { action, log } = config;
+    if !matches!(action, Action::Mount(_)) {
+        // Only a server's: other settings matter to a mount alone.
+        let web = |disk: &&DiskConfig| matches!(disk.source, SourceConfig::Https(_));
+        for warning in action.disks().iter().filter(web).flat_map(|disk| &disk.warnings) {
+            output::message(&mut std::io::stderr(), &format!("warning: {warning}"));
+        }
+    }
     match action {
         Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
         Action::Info(q) => exit_status(inspect::info(&q)),

@@ -3,11 +3,17 @@
 //! Each sequential reader is a *read stream*; a few are tracked at once. A read that continues where a read stream
 //! stopped doubles its window, up to the maximum. Any other read replaces the least recently used read stream with a
 //! new one that has no window, so random reads prefetch nothing.
+//!
+//! The kernel sends the parts of one large read at once, and several threads take them: they may arrive out of order. A
+//! read within what a stream has prefetched, or a short way behind its end, therefore belongs to the stream too.
 
 use std::ops::Range;
 
 /// Number of read streams that are tracked: more sequential readers of one disk at a time are rare.
 const STREAMS: usize = 8;
+
+/// Blocks behind the end of a stream in which a read still belongs to it: some parts of 1 MiB in the smallest blocks.
+const BEHIND: u64 = 128;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct ReadStream {
@@ -41,12 +47,21 @@ impl ReadStreams {
         }
     }
 
+    /// Returns true if a block was prefetched for a stream that has not read it yet.
+    pub(crate) fn wants(&self, block: u64) -> bool {
+        self.streams.iter().any(|s| (s.next..s.fetched).contains(&block))
+    }
+
     /// Records a read of `blocks`. Returns the blocks to prefetch, which may be none or lie beyond the end of the disk.
     pub(crate) fn read(&mut self, blocks: &Range<u64>) -> Range<u64> {
         self.clock += 1;
         let clock = self.clock;
         // Reads need not end at block borders, so a sequential read may begin with the last block of the previous one.
-        let continues = |s: &ReadStream| s.used > 0 && (blocks.start == s.next || blocks.start + 1 == s.next);
+        let continues = |s: &ReadStream| {
+            // A stream without a window has read once: only the blocks after it show that it is one.
+            let behind = if s.window == 0 { 1 } else { BEHIND };
+            s.used > 0 && blocks.start + behind >= s.next && blocks.start <= s.next.max(s.fetched)
+        };
         if let Some(s) = self.streams.iter_mut().find(|s| continues(s)) {
             let grown = blocks.end > s.next;
             s.next = s.next.max(blocks.end);
@@ -79,6 +94,19 @@ impl ReadStreams {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_that_a_stream_has_passed_are_not_wanted() {
+        let mut s = ReadStreams::new(16);
+        for at in 0..4 {
+            s.read(&(at * 2..at * 2 + 2));
+        }
+        assert!(s.wants(8) && !s.wants(7) && !s.wants(1000));
+        for n in 9..9 + STREAMS as u64 {
+            s.read(&(n << 20..(n << 20) + 1));
+        }
+        assert!(!s.wants(8), "the stream was replaced");
+    }
 
     #[test]
     fn each_block_of_a_sequential_read_is_prefetched_once_and_within_the_window() {

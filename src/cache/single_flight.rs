@@ -15,9 +15,6 @@ use crate::error::{Error, ErrorKind, Result};
 /// Bytes of a block. Not `Arc<[u8]>`: the conversion from the vector that was read into would copy the bytes.
 pub(crate) type Block = Arc<Vec<u8>>;
 
-/// Maximum time that a reader waits for the fetch of another thread.
-const DEADLINE: Duration = Duration::from_secs(60);
-
 #[derive(Debug)]
 enum FlightState {
     Queued,
@@ -56,18 +53,19 @@ impl Flight {
         None
     }
 
-    /// Waits for the result of a fetch that another thread has claimed. Errors: that of the fetch, or `ETIMEDOUT`.
-    pub(crate) fn wait(&self) -> Result<Block> {
+    /// Waits at most `deadline` for the result of a fetch that another thread has claimed. Errors: that of the fetch, or
+    /// `ETIMEDOUT`.
+    pub(crate) fn wait(&self, deadline: Duration) -> Result<Block> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self
             .done
-            .wait_timeout_while(state, DEADLINE, |s| !matches!(s, FlightState::Done(_)));
+            .wait_timeout_while(state, deadline, |s| !matches!(s, FlightState::Done(_)));
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &*state {
             FlightState::Done(result) => result.clone(),
             _ => Err(Error::new(
                 ErrorKind::Os(libc::ETIMEDOUT),
-                format!("another thread did not fetch the block within {} s", DEADLINE.as_secs()),
+                format!("another thread did not fetch the block within {} s", deadline.as_secs()),
             )),
         }
     }

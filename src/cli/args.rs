@@ -16,7 +16,7 @@ use super::{
     MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmounted,
     values,
 };
-use crate::config::{Action, Config, LogConfig, Query};
+use crate::config::{Action, Config, LogConfig, Query, SourceConfig};
 
 /// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
@@ -221,7 +221,12 @@ fn check_no_disk(words: &[OsString], mount_args: &MountArgs) -> Result<(), Usage
 /// Returns the query of `--list`. It accepts NBD servers only; the export in the address is ignored.
 fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     let query = query(words, json)?;
-    match query.disks.iter().find(|disk| disk.source.local().is_some()) {
+    match query
+        .disks
+        .iter()
+        .find(|disk| !matches!(disk.source, SourceConfig::Nbd(_)))
+    {
+        Some(disk) if disk.source.local().is_none() => Err(UsageError::not_yet("--list of a datastore")),
         Some(disk) => {
             let file = disk.source.label();
             Err(UsageError::new(format!(

@@ -6,8 +6,8 @@
 use std::ffi::OsStr;
 
 use super::settings::{Backend, Settings, SourceSpec};
-use super::{UsageError, create_args, nbd, overlay_args, scheme, values};
-use crate::config::{Format, KernelView};
+use super::{UsageError, create_args, https, nbd, overlay_args, scheme, values};
+use crate::config::{Format, KernelView, Secret};
 
 mod help;
 
@@ -30,6 +30,8 @@ pub(super) struct Key {
     pub(super) repeats: bool,
     /// Disks that the key applies to.
     pub(super) scope: Scope,
+    /// True if the value must not show in a message.
+    secret: bool,
     /// Function that stores the value, if the key works in this build.
     pub(super) availability: Availability,
 }
@@ -183,8 +185,14 @@ impl Key {
             help,
             repeats: false,
             scope: Scope::Common,
+            secret: false,
             availability,
         }
+    }
+
+    const fn secret(mut self) -> Self {
+        self.secret = true;
+        self
     }
 
     const fn alias(mut self, aliases: &'static [&'static str]) -> Self {
@@ -227,8 +235,11 @@ impl Key {
         }
     }
 
-    /// Creates the error for an invalid value. It prints the value, so it is for keys whose values are not secret.
+    /// Creates the error for an invalid value, which it prints unless it is secret.
     fn wrong(&self, value: &OsStr, reason: &str) -> UsageError {
+        if self.secret {
+            return UsageError::new(format!("{}=: {reason}", self.name));
+        }
         UsageError::new(format!("{}={}: {reason}", self.name, values::display(value)))
     }
 
@@ -282,24 +293,32 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
     Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
-    Key::ready("backend", Group::Every, ValueKind::OneOf { words: &["native", "nbd"], later: &["vddk", "https"] },
+    Key::ready("backend", Group::Every, ValueKind::OneOf { words: &["native", "nbd", "https"], later: &["vddk"] },
         "back end to use (default: by the source)",
-        |s, v| { s.backend = Some(if v == "nbd" { Backend::Nbd } else { Backend::Native }); Ok(()) }),
+        |s, v| {
+            s.backend = Some(match v.to_str() {
+                Some("nbd") => Backend::Nbd,
+                Some("https") => Backend::Https,
+                _ => Backend::Native,
+            });
+            Ok(())
+        }),
     Key::ready("cow", Group::Every, ValueKind::PathOr(overlay_args::TEMPORARY), "write to this overlay, a VMDK that is created if missing (tmp: a temporary \
         one, discarded at unmount); the disk itself is only read",
         |s, v| { s.overlay = Some(overlay_args::overlay(v)?); Ok(()) }),
     Key::later("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks across mounts"),
     Key::later("cache-dir-size", Group::Every, ValueKind::Size, "size limit of that folder"),
-    Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to an NBD server fails (default: 30)",
+    Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to a server fails (default: 30 for NBD, 60 for HTTPS, \
+        2000 for a vCenter)",
         |s, v| { s.nbd.timeout = Some(nbd::timeout(v)?); Ok(()) }),
-    Key::ready("retry", Group::Every, ValueKind::Count, "how often to retry to connect to an NBD server",
+    Key::ready("retry", Group::Every, ValueKind::Count, "how often to retry: to connect to an NBD server, or a request to a web server",
         |s, v| { s.nbd.retry = Some(nbd::retry(v)?); Ok(()) }),
 
     Key::ready("limit", Group::Every, ValueKind::Count, "how many ranges --map lists for a disk (default: 1000000; 0: all)",
         |s, v| { s.map_limit = Some(values::number(v, 0, u32::MAX)?.into()); Ok(()) }),
 
     Key::ready("file", Group::Local, ValueKind::Path, "file of a disk (wildcards * ? [ match several); starts another disk",
-        |s, v| { s.source = Some(SourceSpec::File(scheme::file(v)?)); Ok(()) }).scope(Scope::Starts),
+        |s, v| { s.source = Some(SourceSpec::File(scheme::file(v)?)); s.file_text = Some(v.to_owned()); Ok(()) }).scope(Scope::Starts),
     Key::ready("dir", Group::Local, ValueKind::Path, "all disks of a folder: its *.vmdk files except bare extents; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Dir(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
     Key::ready("format", Group::Local, one_of(&["vmdk", "raw"]), "format of the file (default: by its name)",
@@ -330,24 +349,33 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("view-dir", Group::Local, ValueKind::Path, "folder for the index, on a disk's file system (default: in memory)",
         |s, v| { s.view_dir = Some(values::path(v)?); Ok(()) }),
 
-    Key::later("server", Group::VMware, ValueKind::Text, "ESXi or vCenter host"),
-    Key::ready("port", Group::Nbd, ValueKind::Named("PORT"), "port of the server: a number or a service name (default: 10809)",
+    Key::ready("server", Group::VMware, ValueKind::Text, "ESXi or vCenter host, for file=\"[datastore] folder/disk.vmdk\"",
+        |s, v| { s.https.server = Some(https::server(v)?); Ok(()) }),
+    Key::ready("port", Group::Nbd, ValueKind::Named("PORT"), "port of the server: a number or a service name (default: 10809 for NBD, 443 for HTTPS)",
         |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }),
-    Key::later("user", Group::VMware, ValueKind::Text, "user name for the login").alias(&["username"]),
-    Key::later("password", Group::VMware, ValueKind::Text, "password; `-` prompts, `+FILE` and `-FD` read it"),
-    Key::later("credentials", Group::VMware, ValueKind::Path, "file of lines username=, password= and cookie="),
-    Key::later("cookie", Group::VMware, ValueKind::Text, "session cookie"),
-    Key::later("thumbprint", Group::VMware, ValueKind::Text, "thumbprint of the server's certificate"),
-    Key::later("datacenter", Group::VMware, ValueKind::Text, "datacenter of the datastore"),
-    Key::later("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates"),
-    Key::later("insecure", Group::VMware, ValueKind::Bool, "do not verify the server"),
+    Key::ready("user", Group::VMware, ValueKind::Text, "user name for the login",
+        |s, v| { s.https.user = Some(values::text(v)?.to_owned()); Ok(()) }).alias(&["username"]),
+    Key::ready("password", Group::VMware, ValueKind::Text, "password; `-` prompts, `+FILE` and `-FD` read it",
+        |s, v| { s.https.password = Some(https::password(v)?); Ok(()) }).secret(),
+    Key::ready("cookie", Group::VMware, ValueKind::Text, "session cookie to send in place of a login",
+        |s, v| { s.https.cookie = Some(Secret::new(values::text(v)?)); Ok(()) }).secret(),
+    Key::ready("thumbprint", Group::VMware, ValueKind::Text, "SHA-1 or SHA-256 of the server's certificate, which is then trusted",
+        |s, v| { s.https.thumbprint = Some(https::thumbprint(v)?); Ok(()) }),
+    Key::ready("datacenter", Group::VMware, ValueKind::Text, "inventory path of the datastore's datacenter on a vCenter",
+        |s, v| { s.https.datacenter = Some(values::text(v)?.to_owned()); Ok(()) }),
+    Key::ready("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates (PEM)",
+        |s, v| { s.https.cainfo = Some(values::path(v)?); Ok(()) }),
+    Key::ready("insecure", Group::VMware, ValueKind::Bool, "accept any certificate of the server",
+        |s, v| { s.https.insecure = Some(values::boolean(v)?); Ok(()) }),
     Key::later("cookie-script", Group::VMware, ValueKind::Path, "program that prints a cookie"),
     Key::later("cookie-script-renew", Group::VMware, ValueKind::Seconds, "interval at which to run it again"),
+    Key::later("credentials", Group::VMware, ValueKind::Path, "file of lines username=, password= and cookie="),
     Key::later("http-version", Group::VMware, one_of(&["1.1", "2"]), "version of HTTP"),
     Key::later("header", Group::VMware, ValueKind::Text, "header that is added to every request").repeats(),
     Key::later("proxy", Group::VMware, ValueKind::Text, "address of a proxy"),
     Key::later("resolve", Group::VMware, ValueKind::Text, "HOST:ADDRESS instead of a name lookup").repeats(),
-    Key::later("url", Group::VMware, ValueKind::Text, "HTTPS address of a disk; starts another disk").scope(Scope::Starts),
+    Key::ready("url", Group::VMware, ValueKind::Text, "https:// or http:// address of a disk; starts another disk",
+        |s, v| { s.source = Some(SourceSpec::Url(https::url(v)?)); Ok(()) }).scope(Scope::Starts).secret(),
 
     Key::later("libdir", Group::Vddk, ValueKind::Path, "folder of VMware's library"),
     Key::later("config", Group::Vddk, ValueKind::Path, "the library's own configuration"),
@@ -396,7 +424,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.nbd.export = Some(nbd::export(v)?); Ok(()) }),
     Key::ready("dynamic-export", Group::Nbd, ValueKind::Bool, "show every export of the server as a file",
         |s, v| { s.nbd.dynamic = Some(values::boolean(v)?); Ok(()) }),
-    Key::ready("connections", Group::Nbd, ValueKind::Count, "number of connections, if the server allows several (default: 4)",
+    Key::ready("connections", Group::Nbd, ValueKind::Count, "number of connections, if the server allows several (default: 4 for NBD, 8 for HTTPS)",
         |s, v| { s.nbd.connections = Some(nbd::connections(v)?); Ok(()) }),
     Key::ready("shared", Group::Nbd, ValueKind::Bool, "use one connection only",
         |s, v| { s.nbd.shared = Some(values::boolean(v)?); Ok(()) }),

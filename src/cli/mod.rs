@@ -8,6 +8,7 @@
 //!          keys.rs: the table of all keys                values.rs: text → type
 //!          argument.rs: one argument → key and value     expand.rs: wildcards and folders → files
 //!          settings.rs: the keys of a disk → its configuration
+//!          https.rs: keys of web servers
 //!          nbd.rs: keys of NBD servers                   create_args.rs: create=, create-*=
 //!          overlay_args.rs: cow=, --commit, and the conflicts of keys that write
 //! ```
@@ -28,6 +29,7 @@ mod config_file;
 mod create_args;
 mod disk_args;
 mod expand;
+mod https;
 mod keys;
 mod mount_helper;
 mod nbd;

@@ -51,9 +51,8 @@ pub(super) fn refusal(scheme: &str) -> String {
              forward its port first, as with ssh -L 10809:localhost:10809 HOST, and give nbd://localhost"
         }
         "ssh" | "sftp" | "scp" => "serve it by nbdkit: command=nbdkit arg=ssh arg=host=HOST arg=path=PATH",
-        "http" | "https" | "ftp" | "ftps" => {
-            "serve it by nbdkit: command=nbdkit arg=--readonly arg=curl arg=url=ADDRESS"
-        }
+        "http" | "https" => "give it as url=ADDRESS",
+        "ftp" | "ftps" => "serve it by nbdkit: command=nbdkit arg=--readonly arg=curl arg=url=ADDRESS",
         "file" => "give the path alone: file=/PATH",
         _ => "serve it by a program that speaks NBD, such as command=qemu-nbd arg=-r arg=ADDRESS",
     };
@@ -96,7 +95,7 @@ mod tests {
             ("nbd:localhost:10809", "nbd://HOST:PORT"),
             ("nbd:unix:/run/s:exportname=x", "nbd+unix:///"),
             ("nbd+ssh://host/x", "ssh -L"),
-            ("http:/host/x", "arg=curl"),
+            ("http:/host/x", "url=ADDRESS"),
             ("FTP://host/x", "arg=curl"),
             ("file:///srv/x.vmdk", "file=/PATH"),
             ("iscsi://host/iqn/0", "qemu-nbd"),

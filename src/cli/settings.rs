@@ -4,14 +4,16 @@
 //! [`Settings::config`] makes the configuration of one disk; only then are conflicts among the keys visible.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::args::Subcommand;
 use super::create_args::CreateArgs;
 use super::keys::{Group, Key};
 use super::values::PageCacheArg;
-use super::{UsageError, expand, nbd, overlay_args};
-use crate::config::{DiskConfig, Format, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig};
+use super::{UsageError, expand, https, nbd, overlay_args};
+use crate::config::{
+    DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig,
+};
 
 /// Keys of one disk, or of all disks.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +54,10 @@ pub(super) struct Settings {
     pub(super) creation: CreateArgs,
     /// Keys of an NBD server.
     pub(super) nbd: nbd::NbdArgs,
+    /// Keys of a web server.
+    pub(super) https: https::HttpsArgs,
+    /// `file=` as it was given: in a datastore it is no path of this machine.
+    pub(super) file_text: Option<OsString>,
     /// `backend=`
     pub(super) backend: Option<Backend>,
     /// `limit=`
@@ -67,6 +73,8 @@ pub(super) enum Backend {
     Native,
     /// An NBD server.
     Nbd,
+    /// A web server.
+    Https,
 }
 
 /// Source as given, before patterns and folders are expanded.
@@ -78,6 +86,8 @@ pub(super) enum SourceSpec {
     Dir(PathBuf),
     /// URI of an NBD server.
     Nbd(String),
+    /// URL of a file on a web server.
+    Url(https::HttpsSource),
 }
 
 /// Source of one disk.
@@ -87,6 +97,8 @@ pub(super) enum DiskSource {
     File(PathBuf),
     /// An NBD server, with its URI if `uri=` was given.
     Nbd(Option<String>),
+    /// A file on a web server.
+    Https(https::HttpsSource),
 }
 
 impl Settings {
@@ -127,6 +139,8 @@ impl Settings {
             nbd: self
                 .nbd
                 .over(&common.nbd, matches!(self.source, Some(SourceSpec::Nbd(_)))),
+            https: self.https.over(&common.https),
+            file_text: self.file_text.clone(),
             backend: self.backend.or(common.backend),
             map_limit: self.map_limit.or(common.map_limit),
             given: [common.given.as_slice(), &self.given].concat(),
@@ -150,12 +164,38 @@ impl Settings {
             Some(SourceSpec::File(path)) if self.creation.is_enabled(subcommand) => Ok(vec![path.clone()]),
             Some(SourceSpec::File(path)) => expand::expand(path),
             Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
-            Some(SourceSpec::Nbd(_)) | None => Ok(Vec::new()),
+            Some(SourceSpec::Nbd(_) | SourceSpec::Url(_)) | None => Ok(Vec::new()),
+        }
+    }
+
+    /// Returns the source on a web server, if the disk is on one: `url=`, or `file=` with `server=` or `backend=https`.
+    fn https_source(&self) -> Result<Option<https::HttpsSource>, UsageError> {
+        match &self.source {
+            Some(SourceSpec::Url(url)) => Ok(Some(url.clone())),
+            Some(SourceSpec::File(_)) if self.https.server.is_some() || self.backend == Some(Backend::Https) => {
+                let text = self.file_text.as_deref().and_then(OsStr::to_str);
+                let text = text.ok_or_else(|| UsageError::new("file=: the name of a file in a datastore is UTF-8"))?;
+                Ok(Some(https::HttpsSource::File(text.to_owned())))
+            }
+            _ => Ok(None),
         }
     }
 
     /// Returns the sources of all disks that the settings describe. Empty if no source is given.
     pub(super) fn disk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
+        if let Some(source) = self.https_source()? {
+            return match self.backend {
+                None | Some(Backend::Https) => Ok(vec![DiskSource::Https(source)]),
+                Some(_) => Err(UsageError::new(
+                    "the disk is on a web server: it needs backend=https, or no backend=",
+                )),
+            };
+        }
+        if let Some(key) = self.first_of(&[Group::VMware]) {
+            return Err(UsageError::new(format!(
+                "{key}= is for disks on a web server: add server= and file=\"[datastore] folder/disk.vmdk\", or url="
+            )));
+        }
         let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
         match (self.backend, &self.source) {
             (Some(Backend::Native), _) if is_nbd => {
@@ -164,6 +204,7 @@ impl Settings {
             (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
                 Err(UsageError::new("backend=nbd needs a server, but a file is given"))
             }
+            (Some(Backend::Https), _) => Err(UsageError::new("backend=https needs url=, or server= and file=")),
             (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![DiskSource::Nbd(Some(uri.clone()))]),
             (_, Some(_)) => {
                 if let Some(key) = self.first_of(&[Group::Nbd]) {
@@ -189,6 +230,7 @@ impl Settings {
         subcommand: Subcommand,
     ) -> Result<DiskConfig, UsageError> {
         let requested = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
+        let mut warnings: Vec<&'static str> = self.cache.and_then(|(_, warning)| warning).into_iter().collect();
         let (default_name, source) = match disk_source {
             DiskSource::File(path) => (
                 expand::default_name(&path),
@@ -197,6 +239,12 @@ impl Settings {
             DiskSource::Nbd(uri) => {
                 let server = self.server(uri, requested.is_some(), subcommand)?;
                 (expand::export_name(&server), SourceConfig::Nbd(server))
+            }
+            DiskSource::Https(source) => {
+                let (disk, of_server) = self.web_disk(source, subcommand)?;
+                warnings.extend(of_server);
+                let name = crate::store::https::file_name(&disk).map_err(|e| UsageError::new(e.to_string()))?;
+                (expand::default_name(Path::new(&name)), SourceConfig::Https(disk))
             }
         };
         let disk = DiskConfig {
@@ -208,7 +256,7 @@ impl Settings {
             overlay: self.overlay.clone(),
             map_limit: self.map_limit,
             source,
-            warnings: self.cache.and_then(|(_, warning)| warning).into_iter().collect(),
+            warnings,
         };
         if self.map_limit.is_some() && subcommand != Subcommand::Query {
             return Err(UsageError::new(
@@ -244,6 +292,38 @@ impl Settings {
                 dir: self.view_dir.clone(),
             },
         })
+    }
+
+    /// Returns the configuration of a disk on a web server, and what to tell the user about it.
+    fn web_disk(
+        &self,
+        source: https::HttpsSource,
+        subcommand: Subcommand,
+    ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
+        const ALSO_HERE: [&str; 7] = ["file", "url", "format", "degraded", "port", "connections", "server"];
+        let elsewhere = [Group::Local, Group::Create, Group::Nbd];
+        let unfit = self
+            .given
+            .iter()
+            .find(|key| elsewhere.contains(&key.group) && !ALSO_HERE.contains(&key.name));
+        if let Some(key) = unfit {
+            let name = key.name;
+            return Err(UsageError::new(format!("{name}= does not fit a disk on a web server")));
+        }
+        if subcommand == Subcommand::Create {
+            return Err(UsageError::new(
+                "--create creates local VMDKs, but a web server is given",
+            ));
+        }
+        let common = https::CommonArgs {
+            port: self.nbd.port.clone(),
+            connections: self.nbd.connections,
+            timeout: self.nbd.timeout,
+            retry: self.nbd.retry,
+            format: self.format.unwrap_or_default(),
+            accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+        };
+        self.https.clone().config(source, &common)
     }
 
     /// Returns the configuration of an NBD server. `named` is true if a file name is given.

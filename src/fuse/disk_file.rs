@@ -375,6 +375,9 @@ impl DiskFile {
         }
         let (later, index) = (context.later(), self.index);
         let Some(queue) = volume.queue() else {
+            let Some(reply) = self.reply_from_memory(&volume, offset, size, reply) else {
+                return;
+            };
             return self.pool.run(Box::new(move || {
                 if let Some(file) = later.file(index) {
                     file.read_now(offset, size, later.context().error_log, reply);
@@ -397,6 +400,20 @@ impl DiskFile {
         });
         volume.submit_read(queue, offset, size as usize, done);
         context.poll_completions(queue);
+    }
+
+    /// Answers a read with what is in memory, without waiting. Returns the reply if the read may have to wait.
+    fn reply_from_memory(&self, volume: &Volume, offset: u64, size: u32, reply: ReplyData) -> Option<ReplyData> {
+        READ_BUFFER.with_borrow_mut(|read_buffer| {
+            match volume.read_in_memory(offset, size as usize, read_buffer) {
+                Some(Ok(bytes)) => {
+                    reply.data(bytes);
+                    None
+                }
+                // The thread that may wait reports the error.
+                Some(Err(_)) | None => Some(reply),
+            }
+        })
     }
 
     fn read_now(&self, offset: u64, size: u32, error_log: &ErrorLog, reply: ReplyData) {

@@ -27,6 +27,7 @@ pub(crate) fn errno(error: &Error) -> Errno {
         | ErrorKind::Unsupported
         | ErrorKind::Policy
         | ErrorKind::Usage => Errno::EIO,
+        ErrorKind::WouldBlock => Errno::EAGAIN,
         ErrorKind::Busy => Errno::EBUSY,
         ErrorKind::ReadOnly => Errno::EROFS,
         ErrorKind::OutOfRange => Errno::EINVAL,

@@ -48,9 +48,9 @@ pub fn dump(json: bool) -> Result<u8> {
 
 /// Back ends of this build.
 const BACKENDS: &[&str] = if cfg!(feature = "nbd") {
-    &["native", "nbd"]
+    &["native", "https", "nbd"]
 } else {
-    &["native"]
+    &["native", "https"]
 };
 
 /// Result of `--dump`.

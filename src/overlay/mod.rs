@@ -242,7 +242,7 @@ impl Base {
         let label = config.label();
         let real = match config {
             SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
-            SourceConfig::Nbd(_) => PathBuf::from(&label),
+            SourceConfig::Nbd(_) | SourceConfig::Https(_) => PathBuf::from(&label),
         };
         let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
             Some(relative) => relative.to_path_buf(),

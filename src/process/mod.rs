@@ -5,6 +5,7 @@
 //!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
 //!   log       log destination and level ── admin_file: how the log and the pidfile are opened
 //!   output    standard output and standard error
+//!   arguments removal of secrets from the command line
 //! ```
 //! The order matters: descriptors are closed and the process forks before any file of the mount is opened and before
 //! any thread starts; signals are blocked before any thread starts, so that every thread inherits the mask.
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 mod admin_file;
+pub mod arguments;
 pub mod daemon;
 pub mod log;
 pub mod output;

@@ -1,4 +1,5 @@
-//! Stores: the places that hold the files of an image. At present a store is a local folder ([`LocalStore`]).
+//! Stores: the places that hold the files of an image: a local folder ([`LocalStore`]), or a folder on a web server
+//! ([`https`]).
 //!
 //! ```text
 //!   descriptor line   "disk-s001.vmdk"          an untrusted name
@@ -23,6 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 mod atomic_create;
 #[cfg(test)]
 pub(crate) mod fault_injection;
+pub mod https;
 mod local;
 mod lock_holder;
 mod name;

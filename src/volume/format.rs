@@ -58,7 +58,12 @@ enum Promise<'a> {
 /// file is and names the command that gets the user further.
 pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskFormat> {
     let name = local.path.file_name().unwrap_or(local.path.as_os_str());
-    let promise = match local.format {
+    decide_named(name, local.format, file)
+}
+
+/// Decides the format of `file`, which was opened by a path or an address that ends with `name`; see [`decide`].
+pub(crate) fn decide_named(name: &OsStr, format: Format, file: &dyn StoredFile) -> Result<DiskFormat> {
+    let promise = match format {
         Format::Raw => return Ok(DiskFormat::Raw),
         Format::Vmdk => Promise::Vmdk,
         Format::Auto if file.is_device() => Promise::Raw,
@@ -81,7 +86,7 @@ pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskF
             (foreign.way_on)(&word(&label))
         )),
         (Promise::Vmdk, None) if is_vmdk => Ok(DiskFormat::Vmdk),
-        (Promise::Vmdk, None) => Err(no_vmdk(file, name, local.format, &head)),
+        (Promise::Vmdk, None) => Err(no_vmdk(file, name, format, &head)),
         (Promise::Raw, None) if is_vmdk => refuse(
             "holds a VMDK, but its name is that of a raw disk; say format=vmdk if you trust the file to name others, \
              or format=raw to show its bytes as they are"

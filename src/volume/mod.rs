@@ -19,6 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Lba, SECTOR};
+use crate::cache::without_waiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
@@ -155,6 +156,19 @@ impl Volume {
         self.disk.read_at(Lba(start / SECTOR), buf)?;
         let skip = (offset - start) as usize;
         buf.get(skip..skip + len).ok_or_else(|| out_of_range(offset))
+    }
+
+    /// Returns what [`read`](Self::read) returns if it is in memory, or `None` if the read may have to wait.
+    pub fn read_in_memory<'s>(
+        &self,
+        offset: u64,
+        len: usize,
+        read_buffer: &'s mut ReadBuffer,
+    ) -> Option<Result<&'s [u8]>> {
+        match without_waiting(|| self.read(offset, len, read_buffer)) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => None,
+            read => Some(read),
+        }
     }
 
     /// Returns the offset of the next data or hole from `offset` on. `None` if there is no more data, or if `offset` is

@@ -7,7 +7,7 @@
 //! another process, parent of a snapshot) is an error.
 
 use std::collections::HashSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -19,18 +19,20 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::{BlockCache, CacheOptions};
-use crate::config::{DiskConfig, LocalConfig, NbdConfig, SourceConfig};
+use crate::config::{DiskConfig, Distance, Format, HttpsConfig, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::open_overlay;
 use crate::source::{RawDisk, export_file_names, nbd};
-use crate::store::{Access, StoredFile, open_found_path, open_user_path};
+use crate::store::{Access, StoredFile, https, open_found_path, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::format::{self, DiskFormat};
 use crate::volume::{Volume, create};
 
 /// Default size of the cache for inflated grains, in bytes: the working set of a few readers in grains of 64 KiB.
 const GRAIN_CACHE: u64 = 32 << 20;
+/// The same for a disk on a server, whose stored blocks have a cache of their own.
+const REMOTE_GRAIN_CACHE: u64 = 16 << 20;
 /// Default read-ahead in bytes: as far as the kernel itself reads ahead if it is allowed to.
 const GRAIN_READAHEAD: u64 = 2 << 20;
 /// Maximum number of threads that inflate: more do not make one reader faster.
@@ -134,7 +136,7 @@ pub fn open(config: &DiskConfig) -> Result<Volume> {
         (None, false) => open_for_writing(config)?,
     };
     let files = source.files();
-    let remote = source.is_remote();
+    let remote = is_remote(config);
     Ok(Volume::new(cached(config, source.disk())?, files)
         .remote(remote)
         .read_only_because(why_read_only))
@@ -165,12 +167,17 @@ fn with_overlay(config: &DiskConfig, source: &Source) -> Result<Volume> {
     let access = if config.read_only { Access::Read } else { Access::Write };
     let delta = open_overlay(config, source, access)?;
     let base = cached(config, source.disk())?;
-    let remote = source.is_remote();
+    let remote = is_remote(config);
     let Some(delta) = delta else {
         return Ok(Volume::new(base, files).remote(remote));
     };
     files.extend(delta.files());
     Ok(Volume::new(Arc::new(delta.over(base)), files).remote(remote))
+}
+
+/// Returns true if requests go to another process, perhaps over a network.
+fn is_remote(config: &DiskConfig) -> bool {
+    config.source.distance() != Distance::Here
 }
 
 /// Returns the disk with a cache over it if its blocks are expensive.
@@ -183,19 +190,25 @@ fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn Bloc
     let workers = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .min(MAX_WORKERS);
+    let size = match config.source {
+        SourceConfig::Https(_) => REMOTE_GRAIN_CACHE,
+        _ => config.cache_size.unwrap_or(GRAIN_CACHE),
+    };
     let options = CacheOptions {
-        size: config.cache_size.unwrap_or(GRAIN_CACHE),
+        size,
         readahead: config.readahead.unwrap_or(GRAIN_READAHEAD),
         workers,
     };
-    let cache = BlockCache::new(plain, options).map_err(|e| Error::io("starting the threads that inflate", e))?;
-    Ok(Arc::new(cache))
+    Ok(Arc::new(BlockCache::new(plain, options)?))
 }
 
 /// Opens the source of a disk for reading, without the layers above it.
 pub fn open_source(config: &DiskConfig) -> Result<Source> {
     if let SourceConfig::Nbd(server) = &config.source {
         return nbd_disk(server, false).map(|(source, _)| source);
+    }
+    if let SourceConfig::Https(https) = &config.source {
+        return https_disk(https, config);
     }
     let local = local(config)?;
     source_of(local, open_file(local, Access::Read)?)
@@ -223,6 +236,10 @@ fn source_of(local: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Source> {
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     if let SourceConfig::Nbd(server) = &config.source {
         return nbd_disk(server, true);
+    }
+    if matches!(config.source, SourceConfig::Https(_)) {
+        // No reason to warn about: such a disk is never written to, and the mount shows that.
+        return Ok((open_source(config)?, None));
     }
     let local = local(config)?;
     let source = open_source(config)?;
@@ -259,6 +276,27 @@ fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String
     Ok((Source::Nbd(Arc::new(disk)), why))
 }
 
+/// Reason why a disk on a web server cannot be written to.
+const HTTPS_READ_ONLY: &str = "a disk on a web server is only read; add cow=FILE to keep writes in a local overlay";
+
+/// Opens a disk on a web server.
+fn https_disk(https: &HttpsConfig, config: &DiskConfig) -> Result<Source> {
+    let name = https::file_name(https)?;
+    let file = https::open(https, config.cache_size, config.readahead)?;
+    let format = match https.format {
+        Format::Auto if https::is_raw_by_name(https, &name) => Format::Raw,
+        format => format,
+    };
+    if format::decide_named(OsStr::new(&name), format, &*file)? == DiskFormat::Raw {
+        return Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file));
+    }
+    let options = OpenOptions {
+        accept_cid_mismatch: https.accept_cid_mismatch,
+        force: false,
+    };
+    Ok(Source::Vmdk(Arc::new(VmdkDisk::open(file, options)?)))
+}
+
 /// Returns the local configuration of a disk.
 fn local(config: &DiskConfig) -> Result<&LocalConfig> {
     let none = || Error::unsupported(format!("{}: is not a local file", config.source.label()));
@@ -285,11 +323,6 @@ fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {
 }
 
 impl Source {
-    /// Returns true if requests go over a network.
-    fn is_remote(&self) -> bool {
-        matches!(self, Source::Nbd(_))
-    }
-
     /// Returns the disk.
     pub fn disk(&self) -> Arc<dyn BlockRead> {
         match self {
@@ -331,6 +364,7 @@ impl Source {
         let reason = match (config.read_only, config.source.local()) {
             (true, _) => Some("readonly=true was given".to_owned()),
             (false, Some(local)) => self.refuses_writing(local).map(|e| e.to_string()),
+            (false, None) if matches!(config.source, SourceConfig::Https(_)) => Some(HTTPS_READ_ONLY.to_owned()),
             (false, None) => None,
         };
         let (format, vmdk) = match self {

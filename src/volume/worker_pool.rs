@@ -14,8 +14,8 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Maximum number of worker threads of a disk.
-const THREADS: usize = 4;
+/// Maximum number of worker threads of a disk: the readers of a disk on a web server wait here, each for a connection.
+const THREADS: usize = 16;
 
 /// A request that may block.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;

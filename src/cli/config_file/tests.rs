@@ -265,20 +265,20 @@ fn the_first_error_of_the_file_is_reported() {
 fn keys_that_are_not_in_this_build_are_reported() {
     for (text, message) in [
         (
-            "password = \"hunter2\"\n",
-            "vms.toml:1: password= is not in this build yet",
+            "cookie-script = \"hunter2\"\n",
+            "vms.toml:1: cookie-script= is not in this build yet",
         ),
         (
             "backend = \"vddk\"\n",
             "vms.toml:1: backend=vddk is not in this build yet",
         ),
         (
-            "[[disk]]\nurl = \"https://h\"\n",
-            "vms.toml:2: url= is not in this build yet",
+            "[[disk]]\nlibdir = \"/l\"\n",
+            "vms.toml:2: libdir= is not in this build yet",
         ),
         (
-            "[mount]\noptions = \"server=h\"\n",
-            "vms.toml:2: server= is not in this build yet",
+            "[mount]\noptions = \"vm=h\"\n",
+            "vms.toml:2: vm= is not in this build yet",
         ),
     ] {
         assert_eq!(error(text), message, "{text}");

@@ -14,7 +14,8 @@ const CONTRACT: &str = "name readonly cow cache cache-size cache-dir cache-dir-s
 const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded extents lock cow \
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
-    tls-username tls-psk kernel-view view-size view-dir";
+    tls-username tls-psk kernel-view view-size view-dir server user password cookie thumbprint datacenter cainfo \
+    insecure url";
 
 #[test]
 fn the_table_holds_every_documented_key() {
@@ -42,13 +43,11 @@ fn keys_that_are_not_in_this_build_are_reported_before_their_value_is_checked() 
 
 #[test]
 fn values_that_are_not_in_this_build_are_reported() {
-    for (name, word) in [("backend", "vddk"), ("backend", "https")] {
-        let error = find(name)
-            .unwrap()
-            .apply(&mut Settings::default(), OsStr::new(word))
-            .unwrap_err();
-        assert_eq!(error.to_string(), format!("{name}={word} is not in this build yet"));
-    }
+    let error = find("backend")
+        .unwrap()
+        .apply(&mut Settings::default(), OsStr::new("vddk"))
+        .unwrap_err();
+    assert_eq!(error.to_string(), "backend=vddk is not in this build yet");
 }
 
 #[test]

@@ -1,0 +1,191 @@
+//! Any server with ranges: nginx with TLS.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+
+use fuse_tests::harness::{
+    Scratch, assert_same, assert_same_at_random, need_qemu, qemu_img, raw_with_islands, read_range,
+};
+
+use crate::server::{Server, USER, need_nginx, password_file};
+
+const MIB: u64 = 1 << 20;
+
+fn convert(raw: &Path, to: &Path, subformat: &str) {
+    let option = format!("subformat={subformat}");
+    let words = ["convert", "-O", "vmdk", "-o", &option];
+    let paths = [raw.to_str().unwrap(), to.to_str().unwrap()];
+    qemu_img(words.iter().copied().chain(paths));
+}
+
+#[test]
+fn all_kinds_are_read_through_a_login_and_a_trusted_certificate() {
+    if !need_nginx() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (dir, raw) = (scratch.mkdir("www/private"), scratch.path("disk.raw"));
+    raw_with_islands(&raw, 16 * MIB + 512, 11);
+    fs::copy(&raw, dir.join("a b.img")).unwrap();
+    for kind in ["monolithicSparse", "streamOptimized", "twoGbMaxExtentSparse"] {
+        convert(&raw, &dir.join(format!("{kind}.vmdk")), kind);
+    }
+    let server = Server::nginx(&scratch, &scratch.path("www"), "");
+    let names = [
+        "a%20b.img",
+        "monolithicSparse.vmdk",
+        "streamOptimized.vmdk",
+        "twoGbMaxExtentSparse.vmdk",
+    ];
+    let mut mount = scratch
+        .mount()
+        .arg(format!("user={USER}"))
+        .arg(password_file(&scratch))
+        .arg(format!("cainfo={}", server.certificate.display()));
+    for name in names {
+        mount = mount.arg(server.url(&format!("private/{name}")));
+    }
+    let mount = mount.start();
+    for name in [
+        "a b.raw",
+        "monolithicSparse.raw",
+        "streamOptimized.raw",
+        "twoGbMaxExtentSparse.raw",
+    ] {
+        assert_same(&mount.file(name), &raw);
+        assert_same_at_random(&mount.file(name), &raw, 1, 50);
+    }
+    mount.unmount();
+    let info = scratch
+        .vmdkfuse()
+        .args(["--info", &server.url("private/monolithicSparse.vmdk"), &server.pin()])
+        .args([format!("user={USER}"), password_file(&scratch)])
+        .run()
+        .ok();
+    assert!(
+        info.stdout.contains("monolithicSparse") && info.stdout.contains("writable  no"),
+        "{info}"
+    );
+    let check = scratch
+        .vmdkfuse()
+        .args(["--check", &server.url("private/monolithicSparse.vmdk"), &server.pin()])
+        .args([format!("user={USER}"), password_file(&scratch)])
+        .run();
+    assert_eq!(check.ended.code, Some(0), "{check}");
+}
+
+#[test]
+fn a_sparse_disk_costs_its_data_and_a_second_read_costs_nothing() {
+    if !need_nginx() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (dir, raw) = (scratch.mkdir("www"), scratch.path("disk.raw"));
+    raw_with_islands(&raw, 64 * MIB, 12);
+    convert(&raw, &dir.join("s.vmdk"), "monolithicSparse");
+    let stored = fs::metadata(dir.join("s.vmdk")).unwrap().len();
+    let server = Server::nginx(&scratch, &dir, "");
+    let mount = scratch
+        .mount()
+        .arg(server.url("s.vmdk"))
+        .arg(server.pin())
+        .arg("cache-size=128M")
+        .arg("cache=none")
+        .start();
+    let disk = mount.file("s.raw");
+    assert_same(&disk, &raw);
+    let sent = server.sent();
+    assert!(sent <= stored + stored / 50, "{sent} bytes for a file of {stored}");
+    let requests = server.log().len();
+    assert_same(&disk, &raw);
+    assert_eq!(server.log().len(), requests, "what is cached is not asked for again");
+    mount.unmount();
+}
+
+#[test]
+fn writes_go_to_an_overlay_and_the_server_is_only_read() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    raw_with_islands(&dir.join("d.img"), 4 * MIB, 13);
+    let original = fs::read(dir.join("d.img")).unwrap();
+    let server = Server::nginx(&scratch, &dir, "");
+    let cow = format!("cow={}", scratch.path("o.vmdk").display());
+    let with = || scratch.mount().arg(server.url("d.img")).arg(server.pin()).arg(&cow);
+    let mut expected = original.clone();
+    expected[5000..9000].fill(0x5a);
+    for _ in 0..2 {
+        let mount = with().start();
+        let disk = mount.file("d.raw");
+        let file = fs::OpenOptions::new().write(true).open(&disk).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &expected[5000..9000], 5000).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert_eq!(fs::read(&disk).unwrap(), expected);
+        mount.unmount();
+    }
+    assert_eq!(fs::read(dir.join("d.img")).unwrap(), original);
+    assert_eq!(server.count(&["GET"]), server.log().len());
+}
+
+#[test]
+fn a_file_that_changes_on_the_server_gives_an_error_and_never_mixed_content() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    fs::write(dir.join("d.img"), vec![1; 8 << 20]).unwrap();
+    let server = Server::nginx(&scratch, &dir, "");
+    let log = scratch.path("log");
+    let mount = scratch
+        .mount()
+        .arg(server.url("d.img"))
+        .arg(server.pin())
+        .arg("readahead=0")
+        .arg("cache=none")
+        .arg(format!("--log-file={}", log.display()))
+        .start();
+    let disk = mount.file("d.raw");
+    assert_eq!(read_range(&disk, 0, 4096), vec![1; 4096]);
+    fs::write(dir.join("new"), vec![2; 8 << 20]).unwrap();
+    // The server's ETag is made of the time in seconds and the length.
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+    let file = fs::File::options().write(true).open(dir.join("new")).unwrap();
+    file.set_modified(later).unwrap();
+    fs::rename(dir.join("new"), dir.join("d.img")).unwrap();
+    let mut file = fs::File::open(&disk).unwrap();
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(4 << 20)).unwrap();
+    let error = file.read(&mut [0; 4096]).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!(fs::read_to_string(&log).unwrap().contains("was changed on the server"));
+    // What is in memory is still the content of the open.
+    assert_eq!(read_range(&disk, 0, 4096), vec![1; 4096]);
+    drop(file);
+    mount.unmount();
+}
+
+#[test]
+fn connections_that_the_server_closes_and_limits_do_not_disturb_reading() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    raw_with_islands(&dir.join("d.img"), 24 * MIB, 14);
+    let server = Server::nginx(&scratch, &dir, "keepalive_requests 3; keepalive_timeout 1;");
+    let mount = scratch
+        .mount()
+        .arg(server.url("d.img"))
+        .arg(server.pin())
+        .arg("connections=3")
+        .start();
+    assert_same(&mount.file("d.raw"), &dir.join("d.img"));
+    assert_same_at_random(&mount.file("d.raw"), &dir.join("d.img"), 2, 100);
+    mount.unmount();
+    let folder = scratch.mount().arg(server.url("")).arg(server.pin()).refused(1);
+    folder.error_names(&["403"]);
+}

@@ -1,0 +1,186 @@
+// A vCenter or ESXi over TLS on loopback, from govmomi's simulator, with what the simulator lacks put in front of /folder:
+// Basic login -> session cookie, sessions that end, 503 per excess request, 500 for locked names, per-request log.
+package main
+
+import (
+	"bytes"
+	"crypto/sha1"
+	"crypto/tls"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/vmware/govmomi/simulator"
+)
+
+type gate struct {
+	next         http.Handler
+	user, pass   string
+	sessionFor   time.Duration
+	maxBusy      int64
+	busy         int64
+	doubleDecode bool
+	mu           sync.Mutex
+	sessions     map[string]time.Time
+	log          *log.Logger
+}
+
+func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !strings.HasPrefix(r.URL.Path, "/folder") {
+		if r.URL.Path == "/sdk" {
+			b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
+			if err != nil {
+				http.Error(w, err.Error(), 400)
+				return
+			}
+			if strings.Contains(string(b), "<Logout ") {
+				g.logout(w, r)
+				return
+			}
+			r.Body = io.NopCloser(bytes.NewReader(b))
+		}
+		g.next.ServeHTTP(w, r)
+		return
+	}
+	t0 := time.Now()
+	rec := &status{ResponseWriter: w, code: 200}
+	defer func() {
+		g.log.Printf("%s %s range=%q proto=%s peer=%s status=%d bytes=%d auth=%v cookie=%v ms=%d", r.Method, r.URL.RequestURI(), r.Header.Get("Range"), r.Proto, r.RemoteAddr, rec.code, rec.n, r.Header.Get("Authorization") != "", r.Header.Get("Cookie") != "", time.Since(t0).Milliseconds())
+	}()
+	if n := atomic.AddInt64(&g.busy, 1); g.maxBusy > 0 && n > g.maxBusy {
+		atomic.AddInt64(&g.busy, -1)
+		rec.Header().Set("Retry-After", "1")
+		http.Error(rec, "Out of HTTP sessions: Limited to "+fmt.Sprint(g.maxBusy), 503)
+		return
+	}
+	defer atomic.AddInt64(&g.busy, -1)
+	ok := false
+	// A real server wants the value back in its quotes.
+	quoted := strings.Contains(r.Header.Get("Cookie"), `vmware_soap_session="`)
+	if c, err := r.Cookie("vmware_soap_session"); err == nil && quoted {
+		g.mu.Lock()
+		until, known := g.sessions[strings.Trim(c.Value, `"`)]
+		ok = known && time.Now().Before(until)
+		g.mu.Unlock()
+	}
+	if u, p, has := r.BasicAuth(); !ok && has && u == g.user && p == g.pass {
+		id := uuid.New().String()
+		g.mu.Lock()
+		g.sessions[id] = time.Now().Add(g.sessionFor)
+		g.mu.Unlock()
+		// the form that real servers send: the value is quoted
+		rec.Header().Set("Set-Cookie", `vmware_soap_session="`+id+`"; Path=/; HttpOnly; Secure;`)
+		ok = true
+	}
+	if !ok {
+		rec.Header().Set("WWW-Authenticate", `Basic realm="VMware HTTP server"`)
+		http.Error(rec, "", 401)
+		return
+	}
+	if strings.Contains(r.URL.Path, "locked") && r.Method == "GET" {
+		http.Error(rec, "", 500)
+		return
+	}
+	if g.doubleDecode { // vCenter decodes dcPath and dsName twice
+		q := r.URL.Query()
+		for _, k := range []string{"dcPath", "dsName"} {
+			if v := q.Get(k); v != "" {
+				if d, err := url.QueryUnescape(v); err == nil {
+					q.Set(k, d)
+				}
+			}
+		}
+		r.URL.RawQuery = q.Encode()
+	}
+	g.next.ServeHTTP(rec, r)
+}
+
+// logout ends the session of the cookie: the sessions of the gate are not those of the simulator.
+func (g *gate) logout(w http.ResponseWriter, r *http.Request) {
+	ended := false
+	if c, err := r.Cookie("vmware_soap_session"); err == nil {
+		id := strings.Trim(c.Value, `"`)
+		g.mu.Lock()
+		_, ended = g.sessions[id]
+		delete(g.sessions, id)
+		g.mu.Unlock()
+	}
+	g.log.Printf("LOGOUT ended=%v", ended)
+	w.Header().Set("Content-Type", "text/xml; charset=utf-8")
+	fmt.Fprint(w, `<?xml version="1.0" encoding="UTF-8"?><soapenv:Envelope xmlns:soapenv="http://schemas.xmlsoap.org/soap/envelope/"><soapenv:Body><LogoutResponse xmlns="urn:vim25"/></soapenv:Body></soapenv:Envelope>`)
+}
+
+type status struct {
+	http.ResponseWriter
+	code int
+	n    int64
+}
+
+func (s *status) WriteHeader(c int) { s.code = c; s.ResponseWriter.WriteHeader(c) }
+func (s *status) Write(b []byte) (int, error) {
+	n, err := s.ResponseWriter.Write(b)
+	s.n += int64(n)
+	return n, err
+}
+
+func main() {
+	esx := flag.Bool("esx", false, "a single ESXi instead of a vCenter")
+	dir := flag.String("dir", "", "directory that becomes the datastore LocalDS_0")
+	listen := flag.String("l", "127.0.0.1:0", "address to listen on")
+	user := flag.String("u", "root", "")
+	pass := flag.String("p", "secret", "")
+	cert := flag.String("cert", "", "")
+	key := flag.String("key", "", "")
+	life := flag.Duration("session", 30*time.Minute, "life of a /folder session")
+	max := flag.Int64("max", 0, "503 above so many requests at once")
+	dbl := flag.Bool("double", false, "decode dcPath and dsName twice, as vCenter does")
+	logf := flag.String("log", "/dev/stderr", "")
+	flag.Parse()
+	m := simulator.VPX()
+	if *esx {
+		m = simulator.ESX()
+	}
+	if err := m.Create(); err != nil {
+		log.Fatal(err)
+	}
+	for _, e := range simulator.Map.All("Datastore") {
+		ds := e.(*simulator.Datastore)
+		if *dir != "" {
+			ds.Info.GetDatastoreInfo().Url = *dir
+			ds.Summary.Url = *dir
+		}
+		fmt.Printf("datastore %s at %s\n", ds.Name, ds.Info.GetDatastoreInfo().Url)
+	}
+	m.Service.Listen = &url.URL{Host: *listen, User: url.UserPassword(*user, *pass)}
+	m.Service.TLS = new(tls.Config)
+	if *cert != "" {
+		c, err := tls.LoadX509KeyPair(*cert, *key)
+		if err != nil {
+			log.Fatal(err)
+		}
+		m.Service.TLS.Certificates = []tls.Certificate{c}
+	}
+	m.Service.TLS.NextProtos = []string{"h2", "http/1.1"}
+	s := m.Service.NewServer()
+	lf, err := os.OpenFile(*logf, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0600)
+	if err != nil {
+		log.Fatal(err)
+	}
+	s.Config.Handler = &gate{next: s.Config.Handler, user: *user, pass: *pass, sessionFor: *life, maxBusy: *max, doubleDecode: *dbl, sessions: map[string]time.Time{}, log: log.New(lf, "", log.Lmicroseconds)}
+	fmt.Printf("ready %s sha1 % X\n", s.URL, sha1.Sum(s.Certificate().Raw))
+	sig := make(chan os.Signal, 1)
+	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM)
+	<-sig
+	m.Remove()
+}

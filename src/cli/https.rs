@@ -1,0 +1,444 @@
+//! Keys of disks on a web server: address, login, trust, and the conflicts among them.
+//!
+//! Passwords are read here, before the daemon forks: a prompt needs the terminal, and a descriptor of the caller is closed
+//! later. The values of secret keys are in no message ([`super::keys::Key::apply`]).
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
+
+use super::{UsageError, values};
+use crate::config::{Format, HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+use crate::store::https::{percent_decode, split_datastore};
+
+/// Longest password or cookie in bytes.
+const MAX_SECRET: u64 = 64 << 10;
+
+/// Keys of one web server, as given.
+#[derive(Debug, Clone, Default)]
+pub(super) struct HttpsArgs {
+    /// `server=`
+    pub(super) server: Option<String>,
+    /// `user=`
+    pub(super) user: Option<String>,
+    /// `password=`
+    pub(super) password: Option<Password>,
+    /// `cookie=`
+    pub(super) cookie: Option<Secret>,
+    /// `thumbprint=`
+    pub(super) thumbprint: Option<Thumbprint>,
+    /// `datacenter=`
+    pub(super) datacenter: Option<String>,
+    /// `cainfo=`
+    pub(super) cainfo: Option<PathBuf>,
+    /// `insecure=`
+    pub(super) insecure: Option<bool>,
+}
+
+/// Password, and whether it was on the command line.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Password {
+    secret: Secret,
+    shown: bool,
+}
+
+/// Keys that belong to other groups and hold for web servers too.
+#[derive(Debug, Clone)]
+pub(super) struct CommonArgs {
+    pub(super) port: Option<String>,
+    pub(super) connections: Option<usize>,
+    pub(super) timeout: Option<Duration>,
+    pub(super) retry: Option<u32>,
+    pub(super) format: Format,
+    pub(super) accept_cid_mismatch: bool,
+}
+
+/// Source on a web server, as given.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum HttpsSource {
+    /// `url=`
+    Url(String),
+    /// `file=`, with `server=`.
+    File(String),
+}
+
+impl HttpsArgs {
+    /// Returns these keys, with the values of `common` for keys that are not set here.
+    pub(super) fn over(&self, common: &Self) -> Self {
+        // Trust is one choice: a thumbprint of a disk replaces the common cainfo=, and so on.
+        let own_trust = self.thumbprint.is_some() || self.cainfo.is_some() || self.insecure.is_some();
+        let trust = if own_trust { self } else { common };
+        Self {
+            server: self.server.clone().or_else(|| common.server.clone()),
+            user: self.user.clone().or_else(|| common.user.clone()),
+            password: self.password.clone().or_else(|| common.password.clone()),
+            cookie: self.cookie.clone().or_else(|| common.cookie.clone()),
+            thumbprint: trust.thumbprint.clone(),
+            datacenter: self.datacenter.clone().or_else(|| common.datacenter.clone()),
+            cainfo: trust.cainfo.clone(),
+            insecure: trust.insecure,
+        }
+    }
+
+    /// Returns the configuration of a disk, and what to tell the user about it. Fails if keys conflict, or if the address is
+    /// not valid.
+    pub(super) fn config(
+        self,
+        source: HttpsSource,
+        common: &CommonArgs,
+    ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
+        let mut warnings = Vec::new();
+        let trust = self.trust(&mut warnings)?;
+        let (mut user, mut password) = (self.user.clone(), None);
+        if let Some(given) = &self.password {
+            if given.shown {
+                warnings.push(
+                    "password=: a password on the command line shows in process listings at the start; use \
+                     password=+FILE, password=-FD or password=-",
+                );
+            }
+            password = Some(given.secret.clone());
+        }
+        let address = match source {
+            HttpsSource::Url(url) => self.url(&url, common, &mut user, &mut password, &mut warnings)?,
+            HttpsSource::File(file) => self.datastore(&file, common)?,
+        };
+        if password.is_some() && user.is_none() {
+            return Err(UsageError::new("password= needs user="));
+        }
+        if user.is_some() && password.is_none() && self.cookie.is_none() {
+            return Err(UsageError::new("user= needs password= (password=- asks for it)"));
+        }
+        let disk = HttpsConfig {
+            address,
+            server: HttpsServer {
+                user,
+                password,
+                cookie: self.cookie,
+                trust,
+                connections: common.connections,
+                timeout: common.timeout,
+                retry: common.retry,
+            },
+            format: common.format,
+            accept_cid_mismatch: common.accept_cid_mismatch,
+        };
+        Ok((disk, warnings))
+    }
+
+    fn trust(&self, warnings: &mut Vec<&'static str>) -> Result<Trust, UsageError> {
+        let insecure = self.insecure == Some(true);
+        match (&self.thumbprint, &self.cainfo, insecure) {
+            (None, None, false) => Ok(Trust::System),
+            (Some(thumbprint), None, false) => Ok(Trust::Pinned(thumbprint.clone())),
+            (None, Some(path), false) => Ok(Trust::File(path.clone())),
+            (None, None, true) => {
+                warnings.push("insecure=true: the server's certificate is not verified");
+                Ok(Trust::Any)
+            }
+            _ => Err(UsageError::new(
+                "thumbprint=, cainfo= and insecure=true are three ways to trust a server: give one of them",
+            )),
+        }
+    }
+
+    /// Returns the address of `url=`. Its credentials replace those of the keys, with a warning.
+    fn url(
+        &self,
+        url: &str,
+        common: &CommonArgs,
+        user: &mut Option<String>,
+        password: &mut Option<Secret>,
+        warnings: &mut Vec<&'static str>,
+    ) -> Result<HttpsAddress, UsageError> {
+        let given = [
+            ("server", self.server.is_some()),
+            ("datacenter", self.datacenter.is_some()),
+            ("port", common.port.is_some()),
+        ];
+        if let Some((key, _)) = given.iter().find(|(_, given)| *given) {
+            return Err(UsageError::new(format!(
+                "url= is a whole address, but {key}= is given too"
+            )));
+        }
+        let (scheme, rest) = url.split_once("://").unwrap_or_default();
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(end);
+        let Some((userinfo, host)) = authority.rsplit_once('@') else {
+            return Ok(HttpsAddress::Url(url.to_owned()));
+        };
+        let decode = |text: &str| String::from_utf8_lossy(&percent_decode(text)).into_owned();
+        let (name, secret) = userinfo
+            .split_once(':')
+            .map_or((userinfo, None), |(name, secret)| (name, Some(secret)));
+        *user = Some(decode(name));
+        if let Some(secret) = secret {
+            *password = Some(Secret::new(decode(secret)));
+            warnings.push(
+                "url=: a password in an address shows in process listings at the start; use user= and password=+FILE",
+            );
+        }
+        if scheme.eq_ignore_ascii_case("http") {
+            warnings.push("url=: the password goes over the network unencrypted (http)");
+        }
+        Ok(HttpsAddress::Url(format!("{scheme}://{host}{path}")))
+    }
+
+    fn datastore(&self, file: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
+        let Some((datastore, path)) = split_datastore(file.as_bytes()) else {
+            return Err(UsageError::new(format!(
+                "file={file}: a disk on server= has the form \"[datastore] folder/disk.vmdk\""
+            )));
+        };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let path = text(path);
+        if path.split('/').any(|part| part == "..") || path.ends_with('/') {
+            return Err(UsageError::new(format!(
+                "file={file}: expected the path of a disk in the datastore, without .."
+            )));
+        }
+        let server = self
+            .server
+            .clone()
+            .ok_or_else(|| UsageError::new(format!("file={file}: a disk in a datastore needs server=")))?;
+        let port = common.port.as_ref().map(|port| {
+            let number = port.parse::<u16>().ok().filter(|number| *number != 0);
+            number.ok_or_else(|| UsageError::new(format!("port={port}: the port of an HTTPS server is a number")))
+        });
+        Ok(HttpsAddress::Datastore {
+            server,
+            port: port.transpose()?,
+            datacenter: self.datacenter.clone(),
+            datastore: text(datastore),
+            path,
+        })
+    }
+}
+
+/// Parses the value of `url=`. The value is in no message: it may hold a password.
+pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
+    let text = values::text(value)?;
+    let known = ["https://", "http://"].iter().any(|scheme| {
+        text.get(..scheme.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(scheme) && text.len() > scheme.len())
+    });
+    if !known {
+        return Err("must start with https:// or http:// and a host".into());
+    }
+    Ok(HttpsSource::Url(text.to_owned()))
+}
+
+/// Parses the value of `server=`: a host name or address.
+pub(super) fn server(value: &OsStr) -> Result<String, String> {
+    let text = values::text(value)?;
+    match text.contains(['/', '@', '?', '#', ' ']) {
+        true => Err("must be a host name or an address alone; url= takes a whole address".into()),
+        false => Ok(text.to_owned()),
+    }
+}
+
+/// Parses the value of `thumbprint=`.
+pub(super) fn thumbprint(value: &OsStr) -> Result<Thumbprint, String> {
+    let parsed = Thumbprint::parse(values::text(value)?);
+    parsed.ok_or_else(|| "must be the SHA-1 (20 hexadecimal pairs) or SHA-256 (32) of the server's certificate".into())
+}
+
+/// Reads the password that `password=` stands for.
+pub(super) fn password(value: &OsStr) -> Result<Password, String> {
+    let bytes = value.as_bytes();
+    let hidden = |secret: String| Password {
+        secret: Secret::new(secret),
+        shown: false,
+    };
+    if bytes == b"-" {
+        return prompt().map(hidden);
+    }
+    if let Some(path) = bytes.strip_prefix(b"+") {
+        let path = values::path(OsStr::from_bytes(path))?;
+        let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        return first_line(file).map(hidden);
+    }
+    if let Some(number) = bytes.strip_prefix(b"-") {
+        let number = std::str::from_utf8(number)
+            .ok()
+            .and_then(|text| text.parse::<u32>().ok());
+        let number = number.ok_or("-FD must be the number of a descriptor")?;
+        // Opened anew by its name, so the caller's descriptor stays as it is.
+        let path = format!("/proc/self/fd/{number}");
+        let file = File::open(&path).map_err(|e| format!("descriptor {number}: {e}"))?;
+        return first_line(file).map(hidden);
+    }
+    let secret = Secret::new(values::text(value)?);
+    Ok(Password { secret, shown: true })
+}
+
+/// Reads the first line of a file, without its end.
+fn first_line(file: impl Read) -> Result<String, String> {
+    let mut line = String::new();
+    let mut reader = BufReader::new(file.take(MAX_SECRET));
+    reader.read_line(&mut line).map_err(|e| e.to_string())?;
+    let line = line.trim_end_matches(['\n', '\r']);
+    match line.is_empty() {
+        true => Err("the password is empty".into()),
+        false => Ok(line.to_owned()),
+    }
+}
+
+/// Asks for the password on the terminal, without showing it.
+fn prompt() -> Result<String, String> {
+    let tty = fs::OpenOptions::new().read(true).write(true).open("/dev/tty");
+    let mut tty = tty.map_err(|e| format!("no terminal to ask on: {e}; use password=+FILE"))?;
+    let shown = tcgetattr(&tty).map_err(|e| e.to_string())?;
+    let mut hidden = shown.clone();
+    hidden.local_flags.remove(LocalFlags::ECHO);
+    tcsetattr(&tty, SetArg::TCSAFLUSH, &hidden).map_err(|e| e.to_string())?;
+    let asked = tty.write_all(b"Password: ").map_err(|e| e.to_string());
+    let line = asked.and_then(|()| first_line(&tty));
+    // Restored whatever happened: a terminal without echo is of no use.
+    let restored = tcsetattr(&tty, SetArg::TCSAFLUSH, &shown).map_err(|e| e.to_string());
+    let _ = tty.write_all(b"\n");
+    restored.and(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_args::{action, disks};
+    use super::*;
+    use crate::config::{Distance, SourceConfig};
+
+    const LOGIN: [&str; 2] = ["user=root", "password=secret"];
+
+    fn web(args: &[&str]) -> HttpsConfig {
+        match disks(&[&["src"], args].concat()).remove(0).source {
+            SourceConfig::Https(https) => https,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn warnings(args: &[&str]) -> usize {
+        disks(&[&["src"], args].concat())[0].warnings.len()
+    }
+
+    #[test]
+    fn a_file_in_a_datastore_is_bound_to_its_server() {
+        let disk = web(&[
+            &["server=esx", "datacenter=A/B", "port=8443", "file=[my ds] a b/x.vmdk"],
+            &LOGIN[..],
+        ]
+        .concat());
+        let expected = HttpsAddress::Datastore {
+            server: "esx".to_owned(),
+            port: Some(8443),
+            datacenter: Some("A/B".to_owned()),
+            datastore: "my ds".to_owned(),
+            path: "a b/x.vmdk".to_owned(),
+        };
+        assert_eq!(disk.address, expected);
+        assert_eq!(disk.label(), "[my ds] a b/x.vmdk");
+        let config = disks(&["src", "server=esx", "[my ds] a b/x.vmdk"]).remove(0);
+        assert_eq!(
+            (config.name.to_str(), config.source.distance()),
+            (Some("x.raw"), Distance::OtherMachine)
+        );
+    }
+
+    #[test]
+    fn credentials_in_an_address_are_taken_out_of_it_with_a_warning() {
+        let disk = web(&["https://us%40er:p%3Aw@h/folder/a.vmdk?dsName=d"]);
+        assert_eq!(
+            disk.address,
+            HttpsAddress::Url("https://h/folder/a.vmdk?dsName=d".to_owned())
+        );
+        assert_eq!(disk.label(), "https://h/folder/a.vmdk");
+        assert_eq!(disk.server.user.as_deref(), Some("us@er"));
+        assert_eq!(disk.server.password, Some(Secret::new("p:w")));
+        assert_eq!(warnings(&["https://u:p@h/a.vmdk"]), 1);
+        assert_eq!(warnings(&["http://u:p@h/a.vmdk"]), 2);
+    }
+
+    #[test]
+    fn a_password_comes_from_a_file_or_a_descriptor_without_a_warning() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pw");
+        fs::write(&path, "s e c\r\nsecond line\n").unwrap();
+        let word = format!("password=+{}", path.display());
+        let disk = web(&["https://h/x.vmdk", "user=u", &word]);
+        assert_eq!(disk.server.password, Some(Secret::new("s e c")));
+        assert_eq!(warnings(&["https://h/x.vmdk", "user=u", &word]), 0);
+        let file = File::open(&path).unwrap();
+        let word = format!("password=-{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let disk = web(&["https://h/x.vmdk", "user=u", &word]);
+        assert_eq!(disk.server.password, Some(Secret::new("s e c")));
+        assert_eq!(warnings(&["https://h/x.vmdk", "user=u", "password=x"]), 1);
+    }
+
+    #[test]
+    fn conflicts_are_explained_and_show_no_secret() {
+        let cases: &[(&[&str], &str)] = &[
+            (
+                &["server=h", "file=/a.vmdk"],
+                "has the form \"[datastore] folder/disk.vmdk\"",
+            ),
+            (&["server=h", "file=[d] ../a.vmdk"], "without .."),
+            (&["server=h"], "no disk is given"),
+            (&["server=https://h", "file=[d] a"], "must be a host name"),
+            (&["file=/a.vmdk", "user=u"], "user= is for disks on a web server"),
+            (&["nbd://h", "user=u"], "user= is for disks on a web server"),
+            (&["https://h/a.vmdk", "user=u"], "user= needs password="),
+            (&["https://h/a.vmdk", "password=hunter2"], "password= needs user="),
+            (&["https://h/a.vmdk", "server=h"], "server= is given too"),
+            (&["https://h/a.vmdk", "lock=off"], "lock= does not fit"),
+            (&["https://h/a.vmdk", "tls=on"], "tls= does not fit"),
+            (&["https://h/a.vmdk", "backend=nbd"], "needs backend=https"),
+            (&["file=/a.vmdk", "backend=https"], "has the form"),
+            (&["uri=nbd://h", "backend=https"], "backend=https needs url="),
+            (
+                &["https://h/a.vmdk", "insecure=on", "thumbprint=0123"],
+                "must be the SHA-1",
+            ),
+            (
+                &["https://h/a.vmdk", "insecure=on", "cainfo=/ca"],
+                "three ways to trust",
+            ),
+            (&["url=ftp://u:hunter2@h/a"], "url=: must start with https://"),
+            (
+                &["https://h/a.vmdk", "user=u", "password=+/none/hunter"],
+                "password=: /none/hunter: No such",
+            ),
+            (&["server=h", "port=x", "file=[d] a.vmdk"], "is a number"),
+        ];
+        for (args, message) in cases {
+            let error = action(&[&["src"], *args].concat()).unwrap_err();
+            assert!(
+                error.contains(message) && !error.contains("hunter2"),
+                "{args:?}: {error}"
+            );
+        }
+        let error = action(&["--create", "https://h/a.vmdk", "create-size=1M"]).unwrap_err();
+        assert!(error.contains("create-size= does not fit"), "{error}");
+        let error = action(&["--list", "https://h/a.vmdk"]).unwrap_err();
+        assert!(error.contains("not in this build yet"), "{error}");
+    }
+
+    #[test]
+    fn keys_of_a_disk_replace_common_ones_and_trust_is_one_choice() {
+        let args = [
+            "src",
+            "server=h",
+            "cainfo=/ca",
+            "[d] a.vmdk",
+            "[d] b.vmdk",
+            "insecure=on",
+        ];
+        let trust = disks(&args).into_iter().map(|disk| match disk.source {
+            SourceConfig::Https(https) => https.server.trust,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(trust.collect::<Vec<_>>(), [Trust::File("/ca".into()), Trust::Any]);
+    }
+}

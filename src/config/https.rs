@@ -1,0 +1,173 @@
+//! Configuration of a disk on a web server: an ESXi or vCenter datastore, or any server with ranges.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Format, without_secrets};
+
+/// A disk on a web server.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HttpsConfig {
+    /// Address of the disk's file.
+    pub address: HttpsAddress,
+    /// The server, and how to log in and read there.
+    pub server: HttpsServer,
+    /// Format of the image.
+    pub format: Format,
+    /// Accept a parent whose CID differs from the one that its child stores.
+    pub accept_cid_mismatch: bool,
+}
+
+/// Login, trust and limits of a web server. Disks whose servers are equal share one login and its connections.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct HttpsServer {
+    /// User name for the login.
+    pub user: Option<String>,
+    /// Password for the login.
+    pub password: Option<Secret>,
+    /// Session cookie to use in place of a login.
+    pub cookie: Option<Secret>,
+    /// Certificates that are trusted.
+    pub trust: Trust,
+    /// Largest number of connections. `None`: the default number.
+    pub connections: Option<usize>,
+    /// Time after which a request fails. `None`: the default time, which is longer for a vCenter.
+    pub timeout: Option<Duration>,
+    /// Number of retries of a request. `None`: as many as `timeout` allows, and none for a server that cannot be reached
+    /// at the start.
+    pub retry: Option<u32>,
+}
+
+/// Address of a file on a web server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HttpsAddress {
+    /// A file in a datastore.
+    Datastore {
+        /// Host name or IP address of the ESXi or vCenter.
+        server: String,
+        /// Port. `None`: 443.
+        port: Option<u16>,
+        /// Inventory path of the datacenter. `None`: the one of an ESXi.
+        datacenter: Option<String>,
+        /// Name of the datastore.
+        datastore: String,
+        /// Path in the datastore.
+        path: String,
+    },
+    /// A URL without credentials.
+    Url(String),
+}
+
+/// Certificates that are trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Trust {
+    /// Those that this machine trusts.
+    #[default]
+    System,
+    /// Those of a PEM file.
+    File(PathBuf),
+    /// The server's certificate with this thumbprint.
+    Pinned(Thumbprint),
+    /// Any certificate.
+    Any,
+}
+
+/// SHA-1 or SHA-256 of a certificate.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Thumbprint(pub Vec<u8>);
+
+impl Thumbprint {
+    /// Parses hexadecimal digits with or without colons: 20 bytes (SHA-1) or 32 bytes (SHA-256).
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits: Vec<u8> = text.bytes().filter(|b| !matches!(b, b':' | b' ' | b'-')).collect();
+        let pair = |pair: &[u8]| {
+            let text = std::str::from_utf8(pair)
+                .ok()
+                .filter(|_| pair.iter().all(u8::is_ascii_hexdigit));
+            u8::from_str_radix(text?, 16).ok()
+        };
+        let bytes: Option<Vec<u8>> = digits.chunks(2).map(pair).collect();
+        bytes
+            .filter(|bytes| digits.len().is_multiple_of(2) && matches!(bytes.len(), 20 | 32))
+            .map(Self)
+    }
+}
+
+impl fmt::Display for Thumbprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, byte) in self.0.iter().enumerate() {
+            let colon = if i == 0 { "" } else { ":" };
+            write!(f, "{colon}{byte:02X}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Thumbprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// A text that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// Returns the text, for the server alone.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl HttpsConfig {
+    /// Returns the file for messages and mount tables: without credentials, and without a query, which may hold a token.
+    pub fn label(&self) -> String {
+        match &self.address {
+            HttpsAddress::Datastore { datastore, path, .. } => format!("[{datastore}] {path}"),
+            HttpsAddress::Url(url) => {
+                let url = without_secrets(url);
+                url.split(['?', '#']).next().unwrap_or_default().to_owned()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thumbprints_have_20_or_32_bytes_with_or_without_colons() {
+        let sha1 = "00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF:00:11:22:33";
+        let parsed = Thumbprint::parse(&sha1.to_lowercase().replace(':', "")).unwrap();
+        assert_eq!(parsed.to_string(), sha1);
+        assert_eq!(Thumbprint::parse(sha1), Some(parsed));
+        assert!(Thumbprint::parse(&"ab".repeat(32)).is_some());
+        for bad in ["", "00", "zz", &"ab".repeat(21), &"a".repeat(41), &"+a".repeat(20)] {
+            assert_eq!(Thumbprint::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets_do_not_show_in_debug_output() {
+        let server = HttpsServer {
+            password: Some(Secret::new("hunter2")),
+            cookie: Some(Secret::new("hunter2")),
+            ..HttpsServer::default()
+        };
+        assert!(!format!("{server:?}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,374 @@
+//! Files on a web server: the datastores of an ESXi or a vCenter (`/folder`), or any server that sends ranges.
+//!
+//! ```text
+//!   engine ─► HttpsFile ─► cache::CachedBlocks ─► RemoteFile ─► Client ─► socket
+//!               │  siblings                          │ one range for neighbouring blocks
+//!               ▼                                    ▼
+//!             HttpsStore: address.rs, the gate     answer.rs: is it what was asked for?
+//!                                                  session.rs: login      trust.rs: certificate
+//! ```
+//! The store is read-only: the service has no partial writes. Files are recognized as changed by their length, ETag and
+//! Last-Modified, which every answer is compared with; a changed file gives errors from then on, never mixed content.
+//!
+//! All files of a disk share the memory of one cache and its threads, so a chain of many links costs no more of both.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use reqwest::Url;
+use ring::digest::{SHA256, digest};
+use tokio::sync::watch;
+
+use crate::cache::{BlockMemory, CachedBlocks, Fetch, FetchPool};
+use crate::config::HttpsConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Access, ExtentName, Identity, Store, StoredFile};
+
+mod address;
+mod answer;
+mod client;
+mod failure;
+mod session;
+mod slots;
+mod trust;
+
+use address::Address;
+pub use address::{percent_decode, split_datastore};
+use answer::Version;
+use client::{Ask, Client};
+
+/// Size of a block of the cache in bytes. A request for one costs little more than one for a page, and a table of grains
+/// comes with its neighbours.
+const BLOCK: u64 = 32 << 10;
+/// Blocks that the first request of a file asks for: a descriptor, or a header and the first tables, as a rule.
+const FIRST_BLOCKS: u64 = 2;
+/// Most blocks of one request: a MiB, and one more for a read that does not start at a block.
+const MAX_RUN: u64 = 33;
+/// Default memory for blocks of a disk.
+const CACHE: u64 = 64 << 20;
+/// Default bound of read-ahead: what eight connections have in flight, twice.
+const READAHEAD: u64 = 16 << 20;
+
+/// What the files of one disk share.
+#[derive(Debug)]
+struct Shared {
+    client: Arc<Client>,
+    memory: Arc<BlockMemory>,
+    pool: Arc<FetchPool>,
+    readahead: u64,
+}
+
+/// Opens the file of a configured disk. `cache_size` and `readahead` are bytes; `None`: the defaults.
+///
+/// Errors: why the server cannot be reached or does not serve the file.
+pub fn open(config: &HttpsConfig, cache_size: Option<u64>, readahead: Option<u64>) -> Result<Arc<dyn StoredFile>> {
+    let address = Address::of(config)?;
+    let client = Client::of(config, &address.site.origin)?;
+    // A request of a reader finds a connection although the read-ahead uses all that it may.
+    let workers = (client.connections() - 1).max(1);
+    let pool = FetchPool::new(workers).map_err(|e| Error::io("starting the threads that read ahead", e))?;
+    let shared = Arc::new(Shared {
+        memory: Arc::new(BlockMemory::new(cache_size.unwrap_or(CACHE), BLOCK, 2 * MAX_RUN)?),
+        pool: Arc::new(pool),
+        readahead: readahead.unwrap_or(READAHEAD),
+        client,
+    });
+    open_at(&shared, address)
+}
+
+/// Opens a file by one request, which brings its length, its version and its first blocks.
+fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>> {
+    let within = |e: Error| e.within(address.label());
+    let mut failed = None;
+    for form in address.site.forms() {
+        let moved = Mutex::default();
+        let ask = Ask {
+            address: &address,
+            form,
+            moved: &moved,
+            range: 0..FIRST_BLOCKS * BLOCK,
+            known: None,
+            closing: None,
+        };
+        let mut head = Vec::new();
+        match shared.client.read(&ask, &mut |bytes| head.extend_from_slice(bytes)) {
+            Ok(version) => {
+                address.site.settle(form);
+                return HttpsFile::new(shared, address, form, moved, version, &head).map(|file| Arc::new(file) as _);
+            }
+            // A wrong form of the query shows as an absent file, or as an internal error.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Busy) => failed = failed.or(Some(e)),
+            Err(e) => return Err(within(e)),
+        }
+    }
+    Err(within(failed.unwrap_or_else(|| Error::unsupported("has no address"))))
+}
+
+/// An open file on a server.
+#[derive(Debug)]
+struct HttpsFile {
+    shared: Arc<Shared>,
+    remote: Arc<RemoteFile>,
+    blocks: CachedBlocks,
+    label: String,
+    identity: Identity,
+}
+
+impl HttpsFile {
+    fn new(
+        shared: &Arc<Shared>,
+        address: Address,
+        form: usize,
+        moved: Mutex<Option<Url>>,
+        version: Version,
+        head: &[u8],
+    ) -> Result<Self> {
+        let remote = Arc::new(RemoteFile {
+            client: Arc::clone(&shared.client),
+            label: address.label(),
+            form,
+            moved,
+            version,
+            address,
+            closing: watch::Sender::new(false),
+        });
+        let blocks = CachedBlocks::new(
+            Arc::clone(&remote) as Arc<dyn Fetch>,
+            Arc::clone(&shared.memory),
+            Arc::clone(&shared.pool),
+            shared.readahead,
+        );
+        for (number, block) in (0..).zip(head.chunks(BLOCK as usize)) {
+            blocks.put(number, block.to_vec());
+        }
+        Ok(Self {
+            label: remote.label.clone(),
+            identity: identity_of(&remote),
+            shared: Arc::clone(shared),
+            remote,
+            blocks,
+        })
+    }
+}
+
+/// Returns the identity of a file: its URL in place of device and inode, its ETag in place of the ctime.
+fn identity_of(remote: &RemoteFile) -> Identity {
+    let number = |text: &str, at: usize| {
+        let sum = digest(&SHA256, text.as_bytes());
+        let bytes = sum.as_ref().get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+        u64::from_le_bytes(bytes.unwrap_or_default())
+    };
+    let url = remote.address.url(remote.form);
+    let version = &remote.version;
+    Identity {
+        file: (number(url.as_str(), 0), number(url.as_str(), 8)),
+        len: version.len,
+        mtime_ns: version.modified_ns(),
+        ctime_ns: version.etag.as_deref().map_or(0, |etag| number(etag, 0).into()),
+    }
+}
+
+impl StoredFile for HttpsFile {
+    fn len(&self) -> u64 {
+        self.remote.version.len
+    }
+
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let end = offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > self.len()) {
+            return Err(Error::corrupt(format!(
+                "{}: has {} bytes, expected {} at {offset}",
+                self.label,
+                self.len(),
+                buf.len()
+            )));
+        }
+        self.blocks.read(offset, buf)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        Ok(self.identity)
+    }
+
+    fn identity_at_open(&self) -> Identity {
+        self.identity
+    }
+
+    fn detects_modification(&self) -> bool {
+        self.remote.version.etag.is_some() || self.remote.version.modified.is_some()
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        Ok(self.len())
+    }
+
+    fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
+        Ok((true, self.len().saturating_sub(offset).max(1)))
+    }
+
+    fn label(&self) -> &str {
+        &self.label
+    }
+
+    fn own_name(&self) -> String {
+        crate::store::printable(self.remote.address.name())
+    }
+
+    fn siblings(&self) -> Result<Arc<dyn Store>> {
+        Ok(Arc::new(HttpsStore {
+            shared: Arc::clone(&self.shared),
+            beside: self.remote.address.clone(),
+        }))
+    }
+}
+
+/// A file on a server without its cache.
+#[derive(Debug)]
+struct RemoteFile {
+    client: Arc<Client>,
+    address: Address,
+    form: usize,
+    moved: Mutex<Option<Url>>,
+    version: Version,
+    label: String,
+    /// True once no reader is left.
+    closing: watch::Sender<bool>,
+}
+
+impl Fetch for RemoteFile {
+    fn len(&self) -> u64 {
+        self.version.len
+    }
+
+    fn block(&self) -> u64 {
+        BLOCK
+    }
+
+    fn max_run(&self) -> u64 {
+        MAX_RUN
+    }
+
+    fn deadline(&self) -> Duration {
+        // The thread that fetches ends with an error of its own before.
+        self.client.timeout() + Duration::from_secs(10)
+    }
+
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+        let (start, end) = (blocks.start * BLOCK, (blocks.end * BLOCK).min(self.version.len));
+        let mut assembler = Assembler {
+            left: end.saturating_sub(start),
+            block: Vec::new(),
+            each,
+        };
+        let ask = Ask {
+            address: &self.address,
+            form: self.form,
+            moved: &self.moved,
+            range: start..end,
+            known: Some(&self.version),
+            closing: Some(self.closing.subscribe()),
+        };
+        let read = self.client.read(&ask, &mut |bytes| assembler.push(bytes));
+        read.map(|_| ()).map_err(|e| {
+            // The file was opened: whatever is wrong now is an I/O error of the disk.
+            let text = format!("{}: {} bytes at {start}: {e}", self.label, end - start);
+            Error::new(ErrorKind::Os(libc::EIO), text)
+        })
+    }
+
+    fn close(&self) {
+        self.closing.send_replace(true);
+    }
+}
+
+/// Cuts a stream of bytes into blocks.
+struct Assembler<'a> {
+    /// Bytes that are still to come, those in `block` not counted.
+    left: u64,
+    block: Vec<u8>,
+    each: &'a mut (dyn FnMut(Vec<u8>) + Send),
+}
+
+impl Assembler<'_> {
+    fn push(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.block.capacity() == 0 {
+                self.block.reserve_exact(self.left.min(BLOCK) as usize);
+            }
+            let space = BLOCK as usize - self.block.len();
+            let (now, later) = bytes.split_at(space.min(bytes.len()));
+            self.block.extend_from_slice(now);
+            self.left = self.left.saturating_sub(now.len() as u64);
+            bytes = later;
+            if self.block.len() == BLOCK as usize || self.left == 0 {
+                (self.each)(std::mem::take(&mut self.block));
+            }
+        }
+    }
+}
+
+/// Folder of a file on a server, in which the names inside the file are looked up.
+#[derive(Debug)]
+struct HttpsStore {
+    shared: Arc<Shared>,
+    beside: Address,
+}
+
+impl HttpsStore {
+    fn read_only(&self) -> Error {
+        let label = self.beside.label();
+        Error::new(
+            ErrorKind::ReadOnly,
+            format!("{label}: files on a web server are only read; cow=FILE takes the writes"),
+        )
+    }
+}
+
+impl Store for HttpsStore {
+    fn open(&self, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
+        if access == Access::Write {
+            return Err(self.read_only());
+        }
+        let opened = open_at(&self.shared, self.beside.named(name)?);
+        match (opened, name.raw_path()) {
+            // Named by a program that did not know the encoding.
+            (Err(e), Some(raw)) if e.kind() == ErrorKind::NotFound => {
+                let raw = ExtentName::new(raw.as_os_str().as_encoded_bytes())?;
+                open_at(&self.shared, self.beside.named(&raw)?).or(Err(e))
+            }
+            (opened, _) => opened,
+        }
+    }
+
+    fn create(&self, _name: &ExtentName) -> Result<Arc<dyn StoredFile>> {
+        Err(self.read_only())
+    }
+
+    fn remove(&self, _name: &ExtentName, _identity: &Identity) -> Result<()> {
+        Err(self.read_only())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn names(&self, _most: usize) -> Result<Vec<ExtentName>> {
+        // The disk is never written, so no snapshot of it needs protection.
+        Ok(Vec::new())
+    }
+}
+
+/// Returns true if the name of a disk on a server promises raw content: the data of a VMDK in a datastore, which articles
+/// name in place of the descriptor.
+pub fn is_raw_by_name(config: &HttpsConfig, name: &str) -> bool {
+    Address::of(config).is_ok_and(|address| address.site.is_datastore())
+        && name.to_ascii_lowercase().ends_with("-flat.vmdk")
+}
+
+/// Returns the decoded name of a disk's file.
+///
+/// Errors: `Usage` if its address is not valid.
+pub fn file_name(config: &HttpsConfig) -> Result<String> {
+    Address::of(config).map(|address| address.name())
+}

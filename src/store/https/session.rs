@@ -1,0 +1,331 @@
+//! Login at a server: HTTP Basic once, then the session cookie of the answer.
+//!
+//! ```text
+//!   no cookie ── request with Basic ──► 2xx with vmware_soap_session ──► cookie: all requests send it
+//!       ▲                └──► 2xx without it: Basic on every request      │
+//!       └───────── 401 or a login page: the session has ended ◄───────────┘
+//! ```
+//! One request at a time logs in; the others wait for its cookie, so that a mount has one session on the server, whose
+//! number is limited. A login that the server refused is not repeated for [`REFUSED_FOR`]: repeated wrong passwords lock
+//! accounts. The cookie goes back byte for byte, quotes included.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use reqwest::header::{HeaderMap, HeaderValue, SET_COOKIE};
+
+use crate::config::HttpsServer;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Name of the cookie of an ESXi's and a vCenter's session.
+const SESSION_COOKIE: &[u8] = b"vmware_soap_session";
+
+/// Time for which a refused login is not repeated.
+const REFUSED_FOR: Duration = Duration::from_secs(30);
+
+/// Longest cookie that is kept, in bytes.
+const MAX_COOKIE: usize = 4096;
+
+/// Login of one server.
+pub(super) struct Session {
+    basic: Option<HeaderValue>,
+    user: String,
+    state: Mutex<LoginState>,
+    /// Held by the request that logs in, from before it is sent until its answer's headers are here.
+    login: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct LoginState {
+    cookie: Option<HeaderValue>,
+    /// True if the cookie comes from a login of this process, which then also logs out.
+    ours: bool,
+    /// Number of the cookie: tells a request whether the cookie that was refused is still the current one.
+    generation: u64,
+    /// True once a login was answered without a session cookie.
+    basic_only: bool,
+    refused: Option<Instant>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Authorization of one request.
+pub(super) enum Authorization<'s> {
+    /// The server asks for none.
+    Anonymous,
+    /// The session's cookie, with its number.
+    Cookie(HeaderValue, u64),
+    /// User and password, at a server without sessions.
+    Basic(HeaderValue),
+    /// User and password, to begin a session.
+    Login {
+        basic: HeaderValue,
+        /// Other requests wait until it is dropped.
+        _guard: tokio::sync::MutexGuard<'s, ()>,
+    },
+}
+
+impl Session {
+    /// Creates the login for the credentials of a configuration. Errors: `Usage` if a header cannot hold them.
+    pub(super) fn new(server: &HttpsServer) -> Result<Self> {
+        let header = |text: String, key: &str| {
+            let invalid = |_| {
+                Error::new(
+                    ErrorKind::Usage,
+                    format!("{key}=: has characters that HTTP cannot send"),
+                )
+            };
+            let mut value = HeaderValue::from_bytes(text.as_bytes()).map_err(invalid)?;
+            // Keeps it out of the debug output of the HTTP library.
+            value.set_sensitive(true);
+            Ok(value)
+        };
+        let user = server.user.clone().unwrap_or_default();
+        let basic = match (&server.user, &server.password) {
+            (None, None) => None,
+            (_, password) => {
+                let password = password.as_ref().map_or("", |password| password.reveal());
+                let pair = base64(format!("{user}:{password}").as_bytes());
+                Some(header(format!("Basic {pair}"), "password")?)
+            }
+        };
+        let cookie = server.cookie.as_ref();
+        let cookie = cookie.map(|cookie| header(cookie.reveal().trim().to_owned(), "cookie"));
+        let state = LoginState {
+            cookie: cookie.transpose()?,
+            ..LoginState::default()
+        };
+        Ok(Self {
+            basic,
+            user,
+            state: Mutex::new(state),
+            login: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// Returns the authorization for the next request. Waits for a login that another request does.
+    ///
+    /// Errors: the server has refused the login a short while ago.
+    pub(super) async fn authorize(&self) -> Result<Authorization<'_>> {
+        if let Some(known) = self.known()? {
+            return Ok(known);
+        }
+        let Some(basic) = &self.basic else {
+            return Ok(Authorization::Anonymous);
+        };
+        let guard = self.login.lock().await;
+        // The request that held the guard may have brought a cookie, or a refusal.
+        match self.known()? {
+            Some(known) => Ok(known),
+            None => Ok(Authorization::Login {
+                basic: basic.clone(),
+                _guard: guard,
+            }),
+        }
+    }
+
+    fn known(&self) -> Result<Option<Authorization<'static>>> {
+        let state = self.state();
+        if let Some(cookie) = &state.cookie {
+            return Ok(Some(Authorization::Cookie(cookie.clone(), state.generation)));
+        }
+        if state.refused.is_some_and(|at| at.elapsed() < REFUSED_FOR) {
+            return Err(self.refusal());
+        }
+        Ok(self
+            .basic
+            .clone()
+            .filter(|_| state.basic_only)
+            .map(Authorization::Basic))
+    }
+
+    /// Takes the session cookie of an answer to a login. `accepted`: the server did not refuse the login.
+    pub(super) fn logged_in(&self, headers: &HeaderMap, accepted: bool) {
+        let mut state = self.state();
+        if let Some(cookie) = session_cookie(headers) {
+            state.cookie = Some(cookie);
+            state.ours = true;
+            state.generation += 1;
+        } else if accepted {
+            state.basic_only = true;
+        }
+        if accepted {
+            state.refused = None;
+        }
+    }
+
+    /// Notes that the server no longer accepts cookie `generation`. Returns true if a login may replace it.
+    pub(super) fn expired(&self, generation: u64) -> bool {
+        let mut state = self.state();
+        if state.generation == generation && self.basic.is_some() {
+            state.cookie = None;
+        }
+        self.basic.is_some()
+    }
+
+    /// Notes that the server refused user and password, and returns the error.
+    pub(super) fn refused(&self) -> Error {
+        self.state().refused = Some(Instant::now());
+        self.refusal()
+    }
+
+    fn refusal(&self) -> Error {
+        Error::new(
+            ErrorKind::Os(libc::EACCES),
+            format!(
+                "the server refused the login of user {:?}: check user= and password=",
+                self.user
+            ),
+        )
+    }
+
+    /// Returns the error for a server that asks for a login, when there is nothing to log in with.
+    pub(super) fn unauthorized(&self) -> Error {
+        let why = if self.state().cookie.is_some() {
+            "the server no longer accepts the cookie: give a fresh cookie=, or user= and password="
+        } else {
+            "the server asks for a login: add user= and password="
+        };
+        Error::new(ErrorKind::Os(libc::EACCES), why)
+    }
+
+    /// Takes the cookie of a session that this process began, to end it.
+    pub(super) fn take(&self) -> Option<HeaderValue> {
+        let mut state = self.state();
+        let ours = state.ours;
+        state.cookie.take().filter(|_| ours)
+    }
+
+    fn state(&self) -> MutexGuard<'_, LoginState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns `name=value` of the session cookie that an answer sets, byte for byte.
+fn session_cookie(headers: &HeaderMap) -> Option<HeaderValue> {
+    let mut cookies = headers.get_all(SET_COOKIE).iter();
+    cookies.find_map(|set| {
+        let pair = set.as_bytes().split(|b| *b == b';').next()?.trim_ascii();
+        let name = pair.split(|b| *b == b'=').next()?;
+        let is_session = name == SESSION_COOKIE && pair.len() <= MAX_COOKIE && pair.len() > name.len() + 1;
+        let mut value = HeaderValue::from_bytes(pair).ok().filter(|_| is_session)?;
+        value.set_sensitive(true);
+        Some(value)
+    })
+}
+
+/// Encodes bytes in Base64, with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for chunk in bytes.chunks(3) {
+        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for i in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * i) & 63) as usize];
+            out.push(if i <= chunk.len() { char::from(digit) } else { '=' });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Secret;
+
+    fn login() -> Session {
+        let server = HttpsServer {
+            user: Some("root".to_owned()),
+            password: Some(Secret::new("secret")),
+            ..HttpsServer::default()
+        };
+        Session::new(&server).unwrap()
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(future)
+    }
+
+    #[test]
+    fn base64_has_padding() {
+        for (text, encoded) in [
+            ("", ""),
+            ("a", "YQ=="),
+            ("ab", "YWI="),
+            ("abc", "YWJj"),
+            ("root:secret", "cm9vdDpzZWNyZXQ="),
+        ] {
+            assert_eq!(base64(text.as_bytes()), encoded);
+        }
+    }
+
+    #[test]
+    fn the_cookie_of_a_login_goes_back_byte_for_byte() {
+        let session = login();
+        run(async {
+            assert!(matches!(
+                session.authorize().await.unwrap(),
+                Authorization::Login { .. }
+            ));
+            let mut headers = HeaderMap::new();
+            headers.append(SET_COOKIE, HeaderValue::from_static("other=1"));
+            headers.append(
+                SET_COOKIE,
+                HeaderValue::from_static("vmware_soap_session=\"52-a b=\"; Path=/; HttpOnly; Secure;"),
+            );
+            session.logged_in(&headers, true);
+            let Authorization::Cookie(cookie, generation) = session.authorize().await.unwrap() else {
+                panic!("no cookie")
+            };
+            assert_eq!(cookie, "vmware_soap_session=\"52-a b=\"");
+            // Only the current cookie expires; a late answer to an older one changes nothing.
+            assert!(session.expired(generation - 1));
+            assert!(matches!(session.authorize().await.unwrap(), Authorization::Cookie(..)));
+            assert!(session.expired(generation));
+            assert!(matches!(
+                session.authorize().await.unwrap(),
+                Authorization::Login { .. }
+            ));
+        });
+    }
+
+    #[test]
+    fn a_refused_login_is_not_repeated_at_once() {
+        let session = login();
+        run(async {
+            drop(session.authorize().await.unwrap());
+            let error = session.refused().to_string();
+            assert!(error.contains("\"root\"") && !error.contains("secret:"), "{error}");
+            assert!(session.authorize().await.is_err());
+        });
+    }
+
+    #[test]
+    fn a_server_without_sessions_gets_the_password_with_each_request() {
+        let session = login();
+        session.logged_in(&HeaderMap::new(), true);
+        assert!(matches!(run(session.authorize()).unwrap(), Authorization::Basic(_)));
+    }
+
+    #[test]
+    fn a_cookie_that_the_user_gave_is_used_and_never_logged_out() {
+        let server = HttpsServer {
+            cookie: Some(Secret::new("vmware_soap_session=\"x\"")),
+            ..HttpsServer::default()
+        };
+        let session = Session::new(&server).unwrap();
+        assert!(matches!(run(session.authorize()).unwrap(), Authorization::Cookie(..)));
+        assert!(!session.expired(0));
+        assert_eq!(session.take(), None);
+    }
+}
