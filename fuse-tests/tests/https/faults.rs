@@ -28,7 +28,7 @@ type Wrong = fn(&Ask, &[u8], &mut std::net::TcpStream);
 const PASSING: &[(&str, Wrong)] = &[
     ("closed at once", |_, _, _| {}),
     ("cut in the head", |_, _, s| {
-        send(s, b"HTTP/1.1 206 Partial Content\r\nContent-Ra")
+        send(s, b"HTTP/1.1 206 Partial Content\r\nContent-Ra");
     }),
     ("cut in the body", |ask, content, s| {
         let (first, last) = ask.range.unwrap();
@@ -211,8 +211,9 @@ fn lasting_faults_are_errors_with_a_reason_and_the_mount_recovers() {
             .start();
         let error = read_far(&mount.file("d.raw")).expect_err(what);
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{what}");
-        let text = fs::read_to_string(&log).unwrap();
-        assert!(text.contains(reason), "{what}: {text}");
+        // The log gets the reason after the reader got its answer.
+        let logged = || fs::read_to_string(&log).unwrap_or_default();
+        assert!(poll_until(SOON, || logged().contains(reason)), "{what}: {}", logged());
         how_often.store(0, Ordering::SeqCst);
         let read = read_far(&mount.file("d.raw")).unwrap_or_else(|e| panic!("after {what}: {e}"));
         assert!(read == content[2 << 20..(2 << 20) + 300_000], "{what}: wrong bytes");

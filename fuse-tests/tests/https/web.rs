@@ -5,10 +5,10 @@ use std::io::Read;
 use std::path::Path;
 
 use fuse_tests::harness::{
-    Scratch, assert_same, assert_same_at_random, need_qemu, qemu_img, raw_with_islands, read_range,
+    Scratch, assert_same, assert_same_at_random, need_qemu, poll_until, qemu_img, raw_with_islands, read_range,
 };
 
-use crate::server::{Server, USER, need_nginx, password_file};
+use crate::server::{SOON, Server, USER, need_nginx, password_file};
 
 const MIB: u64 = 1 << 20;
 
@@ -161,7 +161,9 @@ fn a_file_that_changes_on_the_server_gives_an_error_and_never_mixed_content() {
     std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(4 << 20)).unwrap();
     let error = file.read(&mut [0; 4096]).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    assert!(fs::read_to_string(&log).unwrap().contains("was changed on the server"));
+    let logged = || fs::read_to_string(&log).unwrap_or_default();
+    let reason = || logged().contains("was changed on the server");
+    assert!(poll_until(SOON, reason), "{}", logged());
     // What is in memory is still the content of the open.
     assert_eq!(read_range(&disk, 0, 4096), vec![1; 4096]);
     drop(file);
