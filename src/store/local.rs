@@ -31,7 +31,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use self::folder::{AllowedFolders, Folder, Leaves, leads_to};
 use self::origin::{FileType, Found, Origin};
 use super::owner::Owner;
-use super::{Access, ExtentName, Identity, OpenPolicy, Store, StoredFile, printable};
+use super::{Access, ExtentName, Identity, Neighbour, OpenPolicy, Store, StoredFile, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 mod file;
@@ -284,6 +284,22 @@ impl Store for LocalStore {
             }
         }
         Ok(names)
+    }
+
+    fn neighbour(&self, which: Neighbour) -> Result<Arc<dyn Store>> {
+        let real = &self.folder.real;
+        let path = match which {
+            Neighbour::Above => real.parent().map(Path::to_path_buf),
+            Neighbour::Snapshots => Some(real.join(which.path())),
+        };
+        let none = || Error::new(ErrorKind::NotFound, format!("{}: no folder is above", printable(real)));
+        Ok(Arc::new(Self {
+            // Not through a link: it could lead anywhere.
+            folder: Folder::open_unlinked(&path.ok_or_else(none)?)?,
+            policy: Arc::clone(&self.policy),
+            owner: self.owner.clone(),
+            hidden: self.hidden,
+        }))
     }
 }
 

@@ -17,6 +17,7 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -81,6 +82,36 @@ pub trait Store: fmt::Debug + Send + Sync {
 
     /// Returns the names of at most `most` files in the folder itself, in no particular order.
     fn names(&self, most: usize) -> Result<Vec<ExtentName>>;
+
+    /// Returns the store of a folder near this one, under the same policy.
+    ///
+    /// Errors: `NotFound` if there is none, or the error of the operating system.
+    fn neighbour(&self, which: Neighbour) -> Result<Arc<dyn Store>> {
+        let name = which.path().display();
+        Err(Error::new(
+            ErrorKind::NotFound,
+            format!("the store has no folder {name}"),
+        ))
+    }
+}
+
+/// A folder in which programs keep other images of the same chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Neighbour {
+    /// The folder above: VirtualBox keeps the base of its snapshots there.
+    Above,
+    /// The folder `Snapshots` in this one.
+    Snapshots,
+}
+
+impl Neighbour {
+    /// Returns the path of the folder, relative to that of the store.
+    fn path(self) -> &'static Path {
+        Path::new(match self {
+            Self::Above => "..",
+            Self::Snapshots => "Snapshots",
+        })
+    }
 }
 
 /// Identity of a file and of its content: changes when the file is replaced or modified.

@@ -132,11 +132,11 @@ impl VmdkDisk {
         files
     }
 
-    /// Returns what the descriptors have that decides no byte here and that other programs may refuse.
+    /// Returns what is odd about the descriptors and sizes: what decides no byte here and other programs may refuse.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
         let of_link = |link: &Link| {
             let label = link.file.label().to_owned();
-            let texts = link.descriptor.warnings.clone();
+            let texts: Vec<_> = link.descriptor.warnings.iter().chain(&link.warnings).cloned().collect();
             texts.into_iter().map(move |text| format!("{label}: {text}"))
         };
         self.links.iter().flat_map(of_link)

@@ -9,6 +9,8 @@
 //!   create.rs        new images
 //!   stream.rs        a compressed stream while it is written
 //!   info.rs          description of an image
+//!   sizes.rs         sizes that contradict each other
+//!   neighbours.rs    images near an image: parents by UUID, children
 //!   lost_descriptor.rs   advice for an extent that is named instead of its descriptor
 //!   check.rs         verification of an image
 //! ```
@@ -27,7 +29,9 @@ mod header;
 mod inflate;
 mod info;
 pub(crate) mod lost_descriptor;
+mod neighbours;
 mod open;
+mod sizes;
 mod stream;
 mod tables;
 #[cfg(test)]

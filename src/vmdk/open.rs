@@ -6,6 +6,7 @@
 //!          ──text───► descriptor ◄──────────────────────────┘
 //!                        ├─► extent lines ─► files beside it ─► magic ─► KDMV, COWD, seSparse, flat
 //!                        └─► parentFileNameHint ─► the next link, checked by its CID
+//!                            (VirtualBox: ddb.uuid.parent ─► neighbours.rs)
 //! ```
 //! Everything that can be checked without reading tables is checked here. The names come from untrusted files, so every
 //! file but the first is opened through the store, whose gate (`ExtentName`, `OpenPolicy`) may refuse it.
@@ -25,11 +26,11 @@ use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
     StreamTail,
 };
-use crate::vmdk::lost_descriptor;
 use crate::vmdk::tables::TableCache;
 use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::sesparse::SeSparseTables;
+use crate::vmdk::{lost_descriptor, neighbours, sizes};
 
 /// Maximum number of links of a chain. vSphere allows 32 (31 snapshots).
 pub const MAX_LINKS: usize = 64;
@@ -77,6 +78,22 @@ pub(crate) struct Link {
     /// In the order of their sectors, without gaps.
     pub(crate) extents: Vec<PlacedExtent>,
     pub(crate) sectors: u64,
+    /// What is odd about its files, in addition to the warnings of the descriptor.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Link {
+    /// Creates a link of extents that follow each other.
+    fn new(file: Arc<dyn StoredFile>, text: Range<u64>, descriptor: Descriptor, extents: Vec<PlacedExtent>) -> Self {
+        Self {
+            sectors: extents.last().map_or(0, |last| last.start + last.sectors),
+            warnings: Vec::new(),
+            file,
+            text,
+            descriptor,
+            extents,
+        }
+    }
 }
 
 /// Extent with its position in the link.
@@ -154,16 +171,22 @@ impl Opener {
             let Some(child) = links.last() else { return Ok(links) };
             // By device and inode, so that other names of a file are recognized.
             seen.push(child.file.identity()?.file);
-            let Some(parent) = &child.descriptor.parent else {
-                return Ok(links);
-            };
             let within = |e: Error| e.within(format!("{}: its parent", child.file.label()));
+            let hint = child.descriptor.parent.as_ref().map(|parent| &parent.hint);
+            let uuid = neighbours::parent_uuid(child);
+            if hint.is_none() && uuid.is_none() {
+                return Ok(links);
+            }
             if links.len() == MAX_LINKS {
                 return Err(within(Error::unsupported(format!(
                     "the chain has more than {MAX_LINKS} links"
                 ))));
             }
-            let file = open_parent(child, &parent.hint).map_err(within)?;
+            let file = match (hint, uuid) {
+                (Some(hint), _) => open_parent(child, hint),
+                (None, uuid) => neighbours::find_by_uuid(child, &uuid.unwrap_or_default(), self.options),
+            };
+            let file = file.map_err(within)?;
             if seen.contains(&file.identity()?.file) {
                 return Err(within(Error::corrupt(format!(
                     "the chain comes back to {}",
@@ -171,8 +194,11 @@ impl Opener {
                 ))));
             }
             let link = self.link(file).map_err(within)?;
-            self.check_cid(child, &link)?;
+            if child.descriptor.parent.is_some() {
+                self.check_cid(child, &link)?;
+            }
             links.push(link);
+            sizes::compare(&mut links)?;
         }
     }
 
@@ -244,7 +270,7 @@ impl Opener {
             )));
         };
         let line = line.clone();
-        let extent = match (line.kind, line.access) {
+        let mut extent = match (line.kind, line.access) {
             (ExtentKind::Sparse | ExtentKind::VmfsSparse, ExtentAccess::None) => placed(Extent::Zero, &line, "ZERO"),
             (ExtentKind::Sparse | ExtentKind::VmfsSparse, _) => self.hosted_extent(Arc::clone(&file), header, &line)?,
             (kind, _) => {
@@ -255,13 +281,10 @@ impl Opener {
                 )));
             }
         };
-        Ok(Link {
-            sectors: line.sectors,
-            extents: vec![extent],
-            file,
-            text,
-            descriptor,
-        })
+        let warning = sizes::agree(&mut extent, &line, true)?;
+        let mut link = Link::new(file, text, descriptor, vec![extent]);
+        link.warnings.extend(warning);
+        Ok(link)
     }
 
     /// Opens a descriptor file.
@@ -286,16 +309,18 @@ impl Opener {
         if self.extents > MAX_EXTENTS {
             return Err(Error::corrupt(format!("the chain has more than {MAX_EXTENTS} extents")));
         }
-        let mut extents = Vec::with_capacity(descriptor.extents.len());
+        let sole = descriptor.extents.len() == 1;
+        let (mut extents, mut warnings) = (Vec::with_capacity(descriptor.extents.len()), Vec::new());
         let mut start = 0u64;
         for line in &descriptor.extents {
             let within = |e: Error| e.within(format!("{}: line {}: extent", file.label(), line.line));
             let mut placed = self
                 .listed_extent(&*store, line)
                 .map_err(|e| within(missing_extent(e, line, &descriptor)))?;
+            warnings.extend(sizes::agree(&mut placed, line, sole).map_err(within)?);
             placed.start = start;
             start = start
-                .checked_add(line.sectors)
+                .checked_add(placed.sectors)
                 .filter(|&s| s <= MAX_SECTORS)
                 .ok_or_else(|| {
                     Error::corrupt(format!(
@@ -306,11 +331,8 @@ impl Opener {
             extents.push(placed);
         }
         Ok(Link {
-            sectors: start,
-            extents,
-            file,
-            text,
-            descriptor,
+            warnings,
+            ..Link::new(file, text, descriptor, extents)
         })
     }
 
@@ -369,7 +391,6 @@ impl Opener {
         } else {
             header
         };
-        check_line(line, header.capacity)?;
         let encoding = if header.compressed {
             Encoding::Deflate {
                 markers: header.markers,
@@ -399,7 +420,6 @@ impl Opener {
 
     fn cowd_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
         let header = Cowd::parse(head.get(..HEAD_BYTES).unwrap_or(head))?;
-        check_line(line, header.capacity)?;
         let layout = Arc::new(CowdTables::new(Arc::clone(&file), &header)?);
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
         Ok(PlacedExtent {
@@ -410,7 +430,6 @@ impl Opener {
 
     fn sesparse_extent(&mut self, file: Arc<dyn StoredFile>, head: &[u8], line: &ExtentLine) -> Result<PlacedExtent> {
         let header = SeSparse::parse(head, file.len())?;
-        check_line(line, header.capacity)?;
         let layout = Arc::new(SeSparseTables::new(Arc::clone(&file), header));
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
         Ok(placed(Extent::Sparse(extent), line, "SESPARSE"))
@@ -534,18 +553,6 @@ fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor) -> Error
         }
         _ => e,
     }
-}
-
-/// Checks the size of an extent in its line against the capacity of its header, which is the most that its tables can
-/// hold.
-fn check_line(line: &ExtentLine, capacity: u64) -> Result<()> {
-    if line.sectors <= capacity {
-        return Ok(());
-    }
-    Err(Error::corrupt(format!(
-        "the descriptor (line {}) gives the extent {} sectors, expected at most the header's capacity of {capacity}",
-        line.line, line.sectors
-    )))
 }
 
 /// Reads the footer of a stream, which replaces the header `first`: its directory is only known at the end.

@@ -6,6 +6,7 @@
     reason = "a failed step of a test is a panic that names it"
 )]
 
+mod chains;
 mod descriptors;
 mod fuse_behaviour;
 mod guest;
