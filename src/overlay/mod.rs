@@ -382,7 +382,8 @@ impl Base {
         Ok(NewDelta {
             sectors: self.sectors,
             grain: grain_size(self.sectors, self.granule),
-            zeroed_grains: true,
+            // Version 1 until a zeroed grain is needed: libvmdk and VirtualBox read no other.
+            zeroed_grains: false,
             parent: Some(DeltaParent { cid, hint }),
             ddb,
         })

@@ -34,6 +34,9 @@ const PIECE: u64 = 4_192_256;
 /// Default sectors of a grain: 64 KiB, as in the images of other programs.
 const GRAIN: u64 = 128;
 
+/// Name of the extent in the descriptor of a stream. The name is not used: VMware writes the same one into each stream.
+const STREAM_NAME: &str = "generated-stream.vmdk";
+
 /// Maximum size of a descriptor in a file of its own, in bytes; larger ones are not readable.
 const MAX_TEXT: usize = 1 << 20;
 
@@ -121,9 +124,13 @@ pub fn create_stream(store: &dyn Store, name: &ExtentName, disk: &NewDisk) -> Re
         access: ExtentAccess::ReadOnly,
         sectors: disk.sectors,
         kind: ExtentKind::Sparse,
-        name: text::label(name),
+        name: STREAM_NAME.to_owned(),
     };
-    let text = NewText::disk("streamOptimized", disk, vec![extent]).to_text();
+    if !disk.sectors.is_multiple_of(2) {
+        let sectors = disk.sectors;
+        tracing::warn!("{name}: {sectors} sectors are no multiple of 1 KiB, which some readers of streams expect");
+    }
+    let text = NewText::stream(disk, extent).to_text();
     let mut pending = PendingFiles::new(store);
     let file = pending.file(name)?;
     let stream = StreamDisk::new(file, disk.sectors, text.as_bytes())?;

@@ -131,6 +131,15 @@ pub(crate) enum DirectoryAt {
 /// Offset of the in-use mark in the header of a hosted extent: the byte is 1 while the file is open for writing.
 pub(crate) const UNCLEAN_AT: u64 = 72;
 
+/// Offset of the version and of the flags after it in the header of a hosted extent.
+pub(crate) const VERSION_AT: u64 = 4;
+
+/// Returns version and flags of a hosted header, 8 bytes, with zeroed grains enabled.
+pub(crate) fn with_zeroed_grains([_, _, _, _, flags @ ..]: [u8; 8]) -> [u8; 8] {
+    let flags = u32::from_le_bytes(flags) | FLAG_ZEROED_GRAINS;
+    (u64::from(flags) << 32 | 2).to_le_bytes()
+}
+
 /// Checked header or footer of a hosted sparse extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hosted {

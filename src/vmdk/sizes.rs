@@ -6,7 +6,6 @@
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
 use crate::vmdk::descriptor::ExtentLine;
-use crate::vmdk::disk::file_of;
 use crate::vmdk::extent::Extent;
 use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::tables::{CHUNK, DirectoryEntry};
@@ -93,10 +92,11 @@ pub(super) fn compare(links: &mut [Link]) -> Result<()> {
     }
     if parent.sectors < child.sectors
         && let [placed] = parent.extents.as_slice()
-        && let (Extent::Flat { .. }, Some(file)) = (&placed.extent, file_of(&placed.extent))
-        && file.len() / SECTOR > parent.sectors
+        && let Extent::Flat { file, offset } = &placed.extent
+        && let has = (file.len() / SECTOR).saturating_sub(*offset)
+        && has > parent.sectors
     {
-        let why = format!("{} has {}", file.label(), file.len() / SECTOR);
+        let why = format!("{} has {has}", file.label());
         return refuse(parent, why);
     }
     if parent.sectors != child.sectors {

@@ -2,12 +2,14 @@
 //! contradict each other.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuse_tests::harness::{Scratch, digest, digest_range, need_fuse};
 use fuse_tests::make::write::{self, Descriptor, Hosted};
 use fuse_tests::make::{Content as _, Layer};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 /// Sectors of the disks here.
 const SECTORS: u64 = 8192;
@@ -252,4 +254,68 @@ fn the_size_of_each_link_and_odd_sizes_are_shown() {
         (info.json()[0]["size"].as_u64(), info.json()[0]["warnings"].as_array()),
         (Some(512_000), None)
     );
+}
+
+#[test]
+fn an_overlay_has_version_1_of_the_format_until_it_needs_a_zeroed_grain() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = Layer::new(7, "base", SECTORS, 128).fill(0..64);
+    write::flat(&scratch.path("flat"), &base, 0).unwrap();
+    let disk = text(scratch.path("base.vmdk"), "RW 8192 VMFS \"flat\"", "1", None);
+    let overlay = scratch.path("overlay.vmdk");
+    let cow = format!("cow={}", overlay.display());
+    let mut expected = base.read(0, SECTORS);
+    let version_and_flags = || {
+        let head = fs::read(&overlay).unwrap();
+        (head[4], head[8])
+    };
+    let mut change = |punch: bool| {
+        let mount = scratch.mount().file(&disk).arg(&cow).start();
+        let path = mount.file("base.raw");
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        if punch {
+            let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(&file, mode, 1 << 20, 1 << 20).unwrap();
+            expected[1 << 20..2 << 20].fill(0);
+        } else {
+            file.write_all_at(&[7; 512], 4096).unwrap();
+            expected[4096..4608].fill(7);
+        }
+        file.sync_all().unwrap();
+        drop(file);
+        mount.unmount();
+        let mount = scratch.mount().arg("-r").file(&disk).arg(&cow).start();
+        assert_eq!(
+            digest_range(&mount.file("base.raw"), 0, SECTORS * 512),
+            digest(&expected)
+        );
+        mount.unmount();
+    };
+    change(false);
+    assert_eq!(version_and_flags(), (1, 3));
+    change(true);
+    assert_eq!(version_and_flags(), (2, 7));
+    scratch
+        .vmdkfuse()
+        .arg("--check")
+        .key("file", &disk)
+        .arg(&cow)
+        .run()
+        .ok();
+}
+
+#[test]
+fn a_stream_has_a_descriptor_of_one_sector() {
+    let scratch = Scratch::new();
+    let stream = scratch.path("a stream with a name that is long.vmdk");
+    let create = scratch
+        .vmdkfuse()
+        .args(["--create", "create-type=stream-optimized", "create-size=1T"]);
+    create.key("file", &stream).run().ok();
+    let head = fs::read(&stream).unwrap();
+    assert!(head[512..1024].ends_with(&[0]) && head[1024..2048].iter().all(|b| *b == 0));
+    assert!(String::from_utf8_lossy(&head[512..1024]).contains("\"generated-stream.vmdk\""));
 }

@@ -499,3 +499,24 @@ fn removal_by_identity_spares_another_file_under_the_name() {
     assert!(store.remove(&name("y"), &created.identity_at_open()).is_err());
     assert!(store.open(&name("x"), Access::Read).is_ok());
 }
+
+#[test]
+fn the_descriptor_of_a_stream_fits_one_sector() {
+    for (sectors, adapter) in [(1, AdapterType::Ide), (MAX_SECTORS, AdapterType::LegacyEsx)] {
+        let disk = NewDisk {
+            sectors,
+            kind: CreateType::StreamOptimized,
+            adapter,
+            hardware_version: u32::MAX,
+        };
+        let extent = NewExtent {
+            access: ExtentAccess::ReadOnly,
+            sectors,
+            kind: ExtentKind::Sparse,
+            name: STREAM_NAME.to_owned(),
+        };
+        let text = NewText::stream(&disk, extent).to_text();
+        assert!(text.len() <= SECTOR as usize, "{} bytes: {text}", text.len());
+        assert!(Descriptor::parse(text.as_bytes()).unwrap().warnings.is_empty());
+    }
+}

@@ -73,6 +73,14 @@ impl NewText {
         }
     }
 
+    /// Builds the descriptor of a stream. It fits one sector, which is all that some programs read of it.
+    pub(super) fn stream(disk: &NewDisk, extent: NewExtent) -> Self {
+        let mut text = Self::disk("streamOptimized", disk, vec![extent]);
+        // Neither says anything about a disk that no virtual machine has used.
+        text.ddb.retain(|(name, _)| name != "toolsVersion" && name != "uuid");
+        text
+    }
+
     /// Builds the descriptor of a delta in the file `name`. It has no geometry and no adapter: those are the parent's.
     ///
     /// Errors: `Usage` for a value with a quote or a control character, which would break its line.

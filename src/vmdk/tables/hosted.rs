@@ -23,7 +23,8 @@ use crate::vmdk::tables::{DirectoryEntry, GrainEntry, Layout, Table, TableGeomet
 pub(crate) struct HostedTables {
     file: Arc<dyn StoredFile>,
     geometry: TableGeometry,
-    zeroed_grains: bool,
+    /// True if an entry of 1 means a zeroed grain. Set once, before the first such entry is published.
+    zeroed_grains: AtomicBool,
     compressed: bool,
     version: u32,
     /// Sectors of the file, the last one perhaps only in part. Grows while the extent is written to.
@@ -89,7 +90,7 @@ impl HostedTables {
                 grain: header.grain,
                 entries_per_table: header.entries_per_table,
             },
-            zeroed_grains: header.zeroed_grains,
+            zeroed_grains: header.zeroed_grains.into(),
             compressed: header.compressed,
             version: header.version,
             file_sectors: file_sectors.into(),
@@ -110,7 +111,12 @@ impl HostedTables {
 
     /// Returns true if an entry of 1 means a zeroed grain.
     pub(crate) fn has_zeroed_grains(&self) -> bool {
-        self.zeroed_grains
+        self.zeroed_grains.load(Ordering::Acquire)
+    }
+
+    /// Notes that the header in the file has the flag of zeroed grains now, durably.
+    pub(crate) fn enabled_zeroed_grains(&self) {
+        self.zeroed_grains.store(true, Ordering::Release);
     }
 
     /// Returns the sector of a directory, or `None` if there is no redundant one.
@@ -174,7 +180,7 @@ impl HostedTables {
     pub(crate) fn decode_entry(&self, raw: u32, grain: u64, own: &[u64]) -> GrainEntry {
         match raw {
             0 => GrainEntry::Unallocated,
-            1 if self.zeroed_grains => GrainEntry::Zero,
+            1 if self.has_zeroed_grains() => GrainEntry::Zero,
             // A grain never starts at sector 1, even if the metadata lie elsewhere.
             1 => GrainEntry::Bad,
             raw if self.grain_fits(raw.into(), grain, own) => GrainEntry::At(raw.into()),

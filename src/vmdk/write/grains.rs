@@ -25,7 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::{Mode, RangeLock};
 use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
 use crate::vmdk::extent::{Run, SparseExtent};
-use crate::vmdk::header::UNCLEAN_AT;
+use crate::vmdk::header::{UNCLEAN_AT, VERSION_AT, with_zeroed_grains};
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::writable::{WritableTable, WritableTables};
 use crate::vmdk::tables::{GrainEntry, TableGeometry};
@@ -64,7 +64,10 @@ pub(super) struct GrainWriter {
     pending: Mutex<PendingUpdates>,
     /// True while the header in the file has the in-use mark. Set under `marking`, read without it.
     marked: AtomicBool,
-    /// Held while the mark is written, so that concurrent first allocations write it once.
+    /// True for an overlay of this program, which starts with version 1 of the format: more programs read it. Its header
+    /// gets version 2 when the first zeroed grain is needed.
+    may_enable_zeroed_grains: bool,
+    /// Held while the header is written, so that concurrent first allocations write it once.
     marking: Mutex<()>,
     /// True if the file was written to since the last sync.
     dirty: AtomicBool,
@@ -76,11 +79,11 @@ pub(super) struct GrainWriter {
 
 impl GrainWriter {
     /// Creates the writing half of `sparse`, whose tables were checked. `unclean` is true if its header has the in-use
-    /// mark already.
+    /// mark already, `is_overlay` if it belongs to an overlay of this program.
     pub(super) fn new(
         sparse: &SparseExtent,
         layout: Arc<HostedTables>,
-        unclean: bool,
+        (unclean, is_overlay): (bool, bool),
         (latch, backlog): (Arc<WriteLatch>, Arc<Backlog>),
     ) -> Result<Self> {
         let Some(tables) = sparse.writable.as_ref().map(Arc::clone) else {
@@ -106,6 +109,7 @@ impl GrainWriter {
             allocator,
             pending: Mutex::default(),
             marked: AtomicBool::new(unclean),
+            may_enable_zeroed_grains: is_overlay,
             marking: Mutex::default(),
             // An earlier process may have ended without a sync.
             dirty: AtomicBool::new(true),
@@ -206,10 +210,11 @@ impl GrainWriter {
             sectors / grain * grain
         };
         // Without the flag in the header, an entry of 1 is damage: such extents get grains of stored zeroes.
-        if !self.layout.has_zeroed_grains() {
+        if !self.layout.has_zeroed_grains() && !self.may_enable_zeroed_grains {
             return self.allocate(sector, whole, None, backing);
         }
         self.mark_in_use()?;
+        self.enable_zeroed_grains()?;
         let (table, first, count) = self.split_at_table(sector, whole);
         let _held = self
             .grain_locks
@@ -312,6 +317,24 @@ impl GrainWriter {
             self.latch.sync(&*self.file)?;
             // After the sync: no other thread may allocate while only the page cache has the mark.
             self.marked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Makes the header say that an entry of 1 is a zeroed grain, durably, before the first such entry.
+    fn enable_zeroed_grains(&self) -> Result<()> {
+        if self.layout.has_zeroed_grains() {
+            return Ok(());
+        }
+        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.layout.has_zeroed_grains() {
+            let mut fields = [0; 8];
+            self.file.read_exact_at(VERSION_AT, &mut fields)?;
+            // Both fields lie in one sector: a crash leaves the old ones or the new ones.
+            let out = self.allocator.check_not_truncated()?;
+            out.write_all_at(VERSION_AT, &with_zeroed_grains(fields))?;
+            self.latch.sync(&*self.file)?;
+            self.layout.enabled_zeroed_grains();
         }
         Ok(())
     }

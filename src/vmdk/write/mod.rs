@@ -83,9 +83,11 @@ impl Writer {
         refuse_large_directories(link)?;
         recover::recover(link)?;
         let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
+        let is_overlay = link.descriptor.ddb_value(COMMIT_MARK).is_some();
         let mut extents = Vec::with_capacity(link.extents.len());
         for placed in &mut link.extents {
-            extents.push(extent_writer(placed, (Arc::clone(&latch), Arc::clone(&backlog)))?);
+            let shared = (Arc::clone(&latch), Arc::clone(&backlog));
+            extents.push(extent_writer(placed, is_overlay, shared)?);
         }
         Ok(Self {
             descriptor: DescriptorWriter::new(link)?,
@@ -587,7 +589,11 @@ const ZERO_PIECE: u64 = 1 << 21;
 const MIN_GRAIN: u64 = 8;
 
 /// Creates the writer of one extent, and for a sparse one the tables that replace those of the cache.
-fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlog>)) -> Result<ExtentWriter> {
+fn extent_writer(
+    placed: &mut PlacedExtent,
+    is_overlay: bool,
+    shared: (Arc<WriteLatch>, Arc<Backlog>),
+) -> Result<ExtentWriter> {
     if placed.access != ExtentAccess::ReadWrite {
         return Ok(ExtentWriter::None);
     }
@@ -602,7 +608,7 @@ fn extent_writer(placed: &mut PlacedExtent, shared: (Arc<WriteLatch>, Arc<Backlo
             // A file that takes less space than its length has holes: then an allocated grain may read as zeroes.
             let holes = file.allocated()? < file.len();
             sparse.writable = Some(Arc::new(WritableTables::load(Arc::clone(hosted), holes)?));
-            let grains = GrainWriter::new(sparse, Arc::clone(hosted), placed.unclean, shared)?;
+            let grains = GrainWriter::new(sparse, Arc::clone(hosted), (placed.unclean, is_overlay), shared)?;
             Ok(ExtentWriter::Grains(Box::new(grains)))
         }
         _ => Ok(ExtentWriter::None),
