@@ -71,46 +71,30 @@ fn is_free(number: u64) -> bool {
 /// Looks up what a name leads to, and reports it. A name that leads nowhere may do so later: it is no error.
 fn look_up(device: &Device) {
     let name = TABLE.name_of(device).to_bytes();
-    let found = match TABLE.resolve(device) {
-        Ok(Identity::Nothing) => {
-            return log::print(Level::Warning, |line| {
-                message(
-                    line,
-                    name,
-                    b"neither a block device nor a regular file that this user may name",
-                );
-                line.push(LOOKED_UP_AGAIN);
-            });
-        }
-        Err(errno) => {
-            return log::print(Level::Warning, |line| {
-                message(line, name, b"cannot be looked up: error ");
-                line.push_decimal(u64::from(errno.unsigned_abs())).push(LOOKED_UP_AGAIN);
-            });
-        }
-        Ok(found) => found,
+    match TABLE.resolve(device) {
+        Ok(Identity::Nothing) => log::print(Level::Warning, |line| {
+            let reason = b"neither a block device nor a regular file that this user may name";
+            message(line, name, reason);
+            line.push(LOOKED_UP_AGAIN);
+        }),
+        Ok(Identity::Block(number)) => report_found(device, b"block device ", number),
+        Ok(Identity::File(..)) => report_found(device, b"file, shown as block device ", device.number()),
+        Err(errno) => log::print(Level::Warning, |line| {
+            message(line, name, b"cannot be looked up: error ");
+            line.push_decimal(u64::from(errno.unsigned_abs())).push(LOOKED_UP_AGAIN);
+        }),
+    }
+}
+
+/// Reports what a name leads to, and the number of the block device.
+fn report_found(device: &Device, what: &[u8], number: u64) {
+    let bus: &[u8] = match device.bus() {
+        Bus::Ide => b"IDE disk, ",
+        Bus::Scsi => b"SCSI disk, ",
     };
     log::print(Level::Start, |line| {
-        message(
-            line,
-            name,
-            if device.bus() == Bus::Scsi {
-                b"SCSI disk, "
-            } else {
-                b"IDE disk, "
-            },
-        );
-        match found {
-            Identity::Block(number) => line.push(b"block device ").push_decimal(u64::from(libc::major(number))),
-            _ => line
-                .push(b"file, shown as block device ")
-                .push_decimal(u64::from(libc::major(device.number()))),
-        };
-        let number = if let Identity::Block(number) = found {
-            number
-        } else {
-            device.number()
-        };
+        message(line, TABLE.name_of(device).to_bytes(), bus);
+        line.push(what).push_decimal(u64::from(libc::major(number)));
         line.push(b":").push_decimal(u64::from(libc::minor(number)));
     });
 }

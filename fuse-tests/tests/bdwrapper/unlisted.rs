@@ -24,7 +24,7 @@ fn results_for_unlisted_files_are_those_without_the_library() {
             target: scratch.path("listed.raw"),
         },
     ];
-    // Every run works in the same folder, which is empty at its start, so that even inode numbers may agree.
+    // Every run works in the same folder, which is empty at its start.
     let run = |command: fuse_tests::harness::Cmd| {
         let folder = scratch.mkdir("work");
         let outcome = command.arg(&program).arg(&folder).arg(other.path()).run().ok();
