@@ -39,6 +39,8 @@ pub enum Action {
     Check(Query),
     /// Create VMDKs: each disk has a [`CreateConfig`].
     Create(Vec<DiskConfig>),
+    /// Unmount, and wait until the daemons have ended.
+    Unmount(UnmountConfig),
     /// Merge the overlay of a disk into its base: the disk has an [`Overlay::File`].
     Commit(DiskConfig),
     /// Print versions and available sources.
@@ -56,7 +58,7 @@ impl Action {
             Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &query.disks,
             Self::Create(disks) => disks,
             Self::Commit(disk) => std::slice::from_ref(disk),
-            Self::Dump { .. } => &[],
+            Self::Dump { .. } | Self::Unmount(_) => &[],
         }
     }
 
@@ -81,6 +83,15 @@ pub struct Query {
     pub disks: Vec<DiskConfig>,
     /// JSON output instead of text.
     pub json: bool,
+}
+
+/// Mounts to unmount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnmountConfig {
+    /// Mount points as absolute paths, at least one.
+    pub points: Vec<PathBuf>,
+    /// Detach a mount that is in use, and do not wait for its daemon.
+    pub lazy: bool,
 }
 
 /// Mount and the process that serves it.

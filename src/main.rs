@@ -58,6 +58,7 @@ fn run_action(config: Config) -> ExitCode {
         Action::Map(q) => exit_status(inspect::map(&q)),
         Action::Check(q) => exit_status(inspect::check(&q)),
         Action::Create(disks) => exit_status(volume::create(&disks).map(|()| 0)),
+        Action::Unmount(mounts) => exit_status(process::unmount::unmount(&mounts).map(|()| 0)),
         Action::Commit(disk) => exit_status(commit_command::commit(&disk)),
         Action::Dump { json } => exit_status(inspect::dump(json)),
     }

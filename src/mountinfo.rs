@@ -43,6 +43,8 @@ pub struct MountEntry {
     pub fstype: String,
     /// Source, as the mount names it.
     pub source: OsString,
+    /// User and group that mounted a FUSE file system.
+    pub owner: Option<(u32, u32)>,
 }
 
 /// Returns all mounts that this process sees, in the order of the kernel: a mount that covers another comes after it.
@@ -51,6 +53,33 @@ pub fn read() -> Result<Vec<MountEntry>> {
     let text = fs::read(path).map_err(|e| Error::io(path, e))?;
     // A line that cannot be parsed belongs to a foreign mount, and must not hide the mount of this process.
     Ok(text.split(|&b| b == b'\n').filter_map(parse_line).collect())
+}
+
+/// Maximum number of holders that are named.
+const HOLDERS: usize = 3;
+
+/// Describes processes in other mount namespaces in which the file system `device` is mounted, one of each namespace.
+pub fn holders(device: Device) -> Vec<String> {
+    let mut seen = vec![fs::read_link("/proc/self/ns/mnt").ok()];
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let path = process.path();
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let namespace = fs::read_link(path.join("ns/mnt")).ok();
+        if found.len() >= HOLDERS || namespace.is_none() || seen.contains(&namespace) {
+            continue;
+        }
+        seen.push(namespace);
+        let table = fs::read(path.join("mountinfo")).unwrap_or_default();
+        let holds = |line: &[u8]| parse_line(line).is_some_and(|entry| entry.device == device);
+        if table.split(|&b| b == b'\n').any(holds) {
+            let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+            found.push(format!("the mount namespace of process {pid} ({})", name.trim_end()));
+        }
+    }
+    found
 }
 
 /// Returns the topmost mount whose mount point is exactly `point` (an absolute path without symbolic links).
@@ -80,6 +109,9 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = fields.skip_while(|f| *f != b"-").skip(1);
     let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?);
+    let options: Vec<_> = fields.next().unwrap_or_default().split(|&b| b == b',').collect();
+    let id_of = |name: &[u8]| options.iter().find_map(|option| number(option.strip_prefix(name)?));
+    let owner = id_of(b"user_id=").zip(id_of(b"group_id="));
     Some(MountEntry {
         id,
         parent,
@@ -87,6 +119,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
         point,
         fstype,
         source,
+        owner,
     })
 }
 

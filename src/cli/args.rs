@@ -13,8 +13,8 @@ use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 use super::disk_args::DiskArgs;
 use super::options::Options;
 use super::{
-    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmounted,
-    values,
+    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmount_helper,
+    unmounted, values,
 };
 use crate::config::{Action, Config, LogConfig, Query, SourceConfig};
 
@@ -25,6 +25,7 @@ const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
+       vmdkfuse --unmount MOUNTPOINT...
        vmdkfuse --dump [--json]";
 
 /// Section of the help about MOUNTPOINT, bare values and mount options.
@@ -144,6 +145,8 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         Action::Map(query(&words, json)?)
     } else if flag_given("check") {
         Action::Check(query(&words, json)?)
+    } else if flag_given("unmount") && !json {
+        Action::Unmount(unmount_helper::mounts(words.iter(), false)?)
     } else if flag_given("dump") {
         dump(&words, json)?
     } else if json {
@@ -271,7 +274,7 @@ fn command() -> Command {
         .args(mount_args())
         .args(log_args())
         .args(action_args())
-        .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "dump"]))
+        .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "unmount", "dump"]))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(
             Arg::new("words")
@@ -318,7 +321,7 @@ fn log_args() -> [Arg; 3] {
     ]
 }
 
-fn action_args() -> [Arg; 8] {
+fn action_args() -> [Arg; 9] {
     [
         flag("list", "List the exports of an NBD server"),
         flag("info", "Show what a source is: size, format, extents, chain"),
@@ -329,6 +332,10 @@ fn action_args() -> [Arg; 8] {
         ),
         flag("create", "Create a VMDK without mounting it"),
         flag("commit", "Commit the overlay cow=FILE to its base"),
+        flag(
+            "unmount",
+            "Unmount, and return when the daemon has ended and its locks are gone",
+        ),
         flag("dump", "Print versions and back ends"),
         flag("json", "JSON output"),
     ]

@@ -13,7 +13,8 @@
 //!          overlay_args.rs: cow=, --commit, and the conflicts of keys that write
 //! ```
 //!
-//! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8). Parsing opens no image; only `dir=`
+//! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8), and as `umount.vmdkfuse` that of
+//! umount(8). Parsing opens no image; only `dir=`
 //! reads the first bytes of the files in its folder. All paths become absolute here, because the daemon changes its
 //! current directory later.
 
@@ -40,6 +41,7 @@ mod settings;
 mod target;
 #[cfg(test)]
 mod test_args;
+mod unmount_helper;
 mod values;
 
 use args::Subcommand;
@@ -82,7 +84,7 @@ impl fmt::Display for UsageError {
 impl std::error::Error for UsageError {}
 
 /// Parses a whole command line. The first argument is the program's name, which selects between the program itself and
-/// the helper of mount(8).
+/// the helpers of mount(8) and umount(8).
 ///
 /// Parsing reads the file system to classify the mount point and to expand wildcards and `dir=`. It changes nothing.
 ///
@@ -94,6 +96,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     let name = args.next().unwrap_or_default();
     if mount_helper::is_name_of(Path::new(&name)) {
         mount_helper::parse(args)
+    } else if unmount_helper::is_name_of(Path::new(&name)) {
+        unmount_helper::parse(args)
     } else {
         args::parse(args)
     }

@@ -59,6 +59,8 @@ pub(super) struct DiskFile {
     pub(super) index: usize,
     /// True if the disk can be written to. Does not change while the mount exists.
     pub(super) writable: bool,
+    /// Number of opens of both inodes.
+    open_files: AtomicUsize,
     /// Number of opens for reading and writing that are not PASSTHROUGH. The kernel may hold dirty pages of their
     /// mappings, of which it tells the daemon nothing.
     dirtying_opens: AtomicUsize,
@@ -91,6 +93,7 @@ impl DiskFile {
             pool: Arc::default(),
             index,
             writable,
+            open_files: AtomicUsize::new(0),
             dirtying_opens: AtomicUsize::new(0),
             passthrough_writers: AtomicUsize::new(0),
             volume: RwLock::new(Arc::new(volume)),
@@ -187,6 +190,7 @@ impl DiskFile {
         // A mapping needs an open that can read. Counted before the reply, after which pages may become dirty.
         let dirties = flags.acc_mode() == OpenAccMode::O_RDWR;
         let serve = |mode| {
+            self.open_files.fetch_add(1, Ordering::AcqRel);
             if dirties {
                 self.dirtying_opens.fetch_add(1, Ordering::AcqRel);
             }
@@ -210,6 +214,7 @@ impl DiskFile {
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         match self.acquire_backing(&mut opens, passthrough, &reply) {
             Ok(()) => {
+                self.open_files.fetch_add(1, Ordering::AcqRel);
                 if writes {
                     // From here on the kernel changes the file without a request that would tell the daemon.
                     opens.pages_are_stale = true;
@@ -257,10 +262,14 @@ impl DiskFile {
             reply.error(errno(&e));
             return error_log.note(e);
         }
-        if let Err(e) = self
-            .view
-            .open(&self.volume(), flags.0 & libc::O_DIRECT != 0, pid, reply)
-        {
+        // Counted before the reply, after which the end of the open may arrive at any time.
+        self.open_files.fetch_add(1, Ordering::AcqRel);
+        let direct = flags.0 & libc::O_DIRECT != 0;
+        let opened = self.view.open(&self.volume(), direct, pid, reply);
+        if !matches!(opened, Ok(true)) {
+            self.open_files.fetch_sub(1, Ordering::AcqRel);
+        }
+        if let Err(e) = opened {
             error_log.note(e);
         }
     }
@@ -331,8 +340,20 @@ impl DiskFile {
         Ok((offset < volume.len()).then_some(at))
     }
 
+    /// Returns the number of opens.
+    pub(super) fn open_files(&self) -> usize {
+        self.open_files.load(Ordering::Acquire)
+    }
+
+    /// Ends an open of the kernel view's inode.
+    pub(super) fn release_view(&self, handle: FileHandle) {
+        self.open_files.fetch_sub(1, Ordering::AcqRel);
+        self.view.release(handle);
+    }
+
     /// Ends an open.
     pub(super) fn release(&self, handle: FileHandle) {
+        self.open_files.fetch_sub(1, Ordering::AcqRel);
         if handle.0 & DIRTIES != 0 {
             self.dirtying_opens.fetch_sub(1, Ordering::AcqRel);
         }

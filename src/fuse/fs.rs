@@ -52,6 +52,8 @@ pub struct DiskFs {
     views: kernel_view_node::Builder,
     error_log: Arc<ErrorLog>,
     loops: Arc<LoopBudget>,
+    /// True if the root has the xattr that names the daemon.
+    has_xattr: bool,
 }
 
 /// The disks of a mount. They outlive the session, so that they can be closed after it.
@@ -72,6 +74,11 @@ impl Disks {
             }
         }
         first
+    }
+
+    /// Returns the number of opens of all disks.
+    pub fn open_files(&self) -> usize {
+        self.0.iter().map(DiskFile::open_files).sum()
     }
 
     /// Returns the files that the disks consist of.
@@ -110,6 +117,7 @@ impl DiskFs {
             views: kernel_view_node::Builder::default(),
             error_log: Arc::default(),
             loops: Arc::new(LoopBudget::new(loops)),
+            has_xattr: false,
         }
     }
 

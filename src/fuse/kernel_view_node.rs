@@ -219,8 +219,10 @@ impl KernelViewNode {
 
     /// Answers an open of the view inode by process `pid`. `volume` is the current volume of the disk.
     ///
+    /// Returns true if the file is open now.
+    ///
     /// Errors: the view is required, but the kernel refuses its file. The open was answered with EIO.
-    pub(super) fn open(&self, volume: &Arc<Volume>, direct: bool, pid: u32, reply: ReplyOpen) -> Result<()> {
+    pub(super) fn open(&self, volume: &Arc<Volume>, direct: bool, pid: u32, reply: ReplyOpen) -> Result<bool> {
         // Locked until the reply is sent: concurrent opens of the view must get the same backing file.
         let mut state = self.lock();
         if state.discard_if_outdated(volume) {
@@ -251,16 +253,24 @@ impl KernelViewNode {
             }
         }
         match (state.answer(direct, pid, Instant::now()), &state.backing) {
-            (OpenAnswer::Passthrough, Some((id, _))) => reply.opened_passthrough(PASSTHROUGH, NO_FLUSH, id),
+            (OpenAnswer::Passthrough, Some((id, _))) => {
+                reply.opened_passthrough(PASSTHROUGH, NO_FLUSH, id);
+            }
             (OpenAnswer::Daemon { with_backing: true }, Some((id, _))) => {
                 reply.opened_passthrough(PASSTHROUGH, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO, id);
             }
             (OpenAnswer::Daemon { .. }, _) => reply.opened(DIRECT, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO),
-            (OpenAnswer::Refuse, _) => reply.error(Errno::EINVAL),
+            (OpenAnswer::Refuse, _) => {
+                reply.error(Errno::EINVAL);
+                return Ok(false);
+            }
             // `Passthrough` implies a backing file, so this arm answers `LookupAgain`.
-            (OpenAnswer::LookupAgain | OpenAnswer::Passthrough, _) => reply.error(Errno::ESTALE),
+            (OpenAnswer::LookupAgain | OpenAnswer::Passthrough, _) => {
+                reply.error(Errno::ESTALE);
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends an open of the view inode.

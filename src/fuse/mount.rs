@@ -244,6 +244,17 @@ fn mount_data(fd: i32, is_file: bool, options: &MountOptions) -> String {
     data
 }
 
+/// Unmounts what is mounted at `point`. With `lazy` a mount that is in use is detached.
+pub(crate) fn unmount_at_point(point: &Path, lazy: bool) -> Result<()> {
+    unmount_once(point, lazy).map_err(|e| match e.kind() {
+        ErrorKind::Os(libc::EBUSY) => {
+            let hint = "a program uses it (`fuser -vm` shows which); close its files, then try again";
+            Error::new(ErrorKind::Os(libc::EBUSY), format!("{e}: {hint}"))
+        }
+        _ => e,
+    })
+}
+
 fn unmount_once(point: &Path, lazy: bool) -> Result<()> {
     let how = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
     match nix::mount::umount2(point, how | MntFlags::UMOUNT_NOFOLLOW) {

@@ -7,6 +7,7 @@
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait until the session has ended
+//!        ├─ no file open, and the mount lives on in another mount namespace: end
 //!        └─ the session ends: unmounted by another process (status 0), or an error (status 1)
 //!   disks closed: all completed writes are durable      an error: status 1
 //! ```
@@ -34,6 +35,7 @@ use crate::fuse::readahead::{self, Window};
 use crate::fuse::session::Running;
 use crate::fuse::target::Target;
 use crate::fuse::{Disks, Requests};
+use crate::mountinfo;
 use crate::process::daemon::{self, Started, Status, Verdict};
 use crate::process::pidfile::Pidfile;
 use crate::process::signals::{self, Signals};
@@ -45,6 +47,9 @@ const FIRST_READ: Duration = Duration::from_secs(30);
 /// Time limit for closing the disks when the process exits without waiting for its users. Writes in flight to a slow
 /// source can complete, and a dead source does not block the exit forever.
 const LAST_CLOSE: Duration = Duration::from_secs(10);
+
+/// Time between two checks whether a mount that was to end is still in use.
+const USE_CHECK: Duration = Duration::from_millis(500);
 
 /// Opened disks and their file system, ready to be mounted.
 #[derive(Debug)]
@@ -154,6 +159,11 @@ impl CloseOnDrop {
     /// Closes the disks and waits until that is complete. Does nothing if they are closed already.
     fn close(&mut self) -> Result<()> {
         self.0.take().map_or(Ok(()), |disks| disks.close())
+    }
+
+    /// Returns true if a file of the mount is open.
+    fn are_open(&self) -> bool {
+        self.0.as_ref().is_some_and(|disks| disks.open_files() > 0)
     }
 
     /// Closes the disks on a thread and waits at most `time` for it. Returns `ETIMEDOUT` if that is not enough; the
@@ -278,9 +288,13 @@ impl MountedDaemon {
     fn serve(mut self) -> Result<()> {
         let mut stopping = false;
         loop {
-            let [signalled, ended] = signals::wait([self.signals.as_fd(), self.session.ended()], None)?;
+            let deadline = stopping.then(|| Instant::now() + USE_CHECK);
+            let [signalled, ended] = signals::wait([self.signals.as_fd(), self.session.ended()], deadline)?;
             if ended {
                 break;
+            }
+            if stopping && !signalled && !self.disks.are_open() {
+                return self.end_unused();
             }
             let signal = if signalled { self.signals.take()? } else { None };
             match signal {
@@ -321,6 +335,23 @@ impl MountedDaemon {
             return Err(Error::new(ErrorKind::Os(libc::ECONNABORTED), text));
         }
         tracing::info!("unmounted");
+        closed
+    }
+
+    /// Ends the daemon of a mount that was to end and is gone from this mount namespace, but lives on elsewhere, with no
+    /// file open.
+    fn end_unused(mut self) -> Result<()> {
+        let holders = mountinfo::holders(self.mount.device());
+        let by = if holders.is_empty() {
+            "another mount namespace, or a program that has its folder open".to_owned()
+        } else {
+            holders.join(", ")
+        };
+        tracing::warn!("ending although the mount is still there, as no file of it is open; it is held by {by}");
+        let closed = self.disks.close();
+        if let Some(watcher) = self.watcher.take() {
+            watcher.dismiss();
+        }
         closed
     }
 

@@ -16,6 +16,9 @@ const SEARCH_TIME: Duration = Duration::from_secs(1);
 /// Type of the mounts of this program.
 const FSTYPE: &str = "fuse.vmdkfuse";
 
+/// Name of this program as the kernel shows it.
+const PROGRAM: &str = "vmdkfuse";
+
 /// What is known of the holder of a lock.
 #[derive(Debug, Default)]
 pub(super) struct Holder {
@@ -24,6 +27,13 @@ pub(super) struct Holder {
     program: String,
     /// Its mount point, if it is a mount of this program.
     pub(super) mount_point: Option<PathBuf>,
+}
+
+impl Holder {
+    /// Returns true if the holder is this program, and its mount is gone (or not there yet).
+    pub(super) fn is_ending(&self) -> bool {
+        self.program == PROGRAM && self.mount_point.is_none()
+    }
 }
 
 impl fmt::Display for Holder {

@@ -19,6 +19,8 @@
 
 use std::fs::File;
 
+use std::time::{Duration, Instant};
+
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -67,8 +69,41 @@ fn bytes_to_test(access: Access) -> &'static [i64] {
 /// Locks `file` for `access` until it is closed. Does nothing if its file system does not support OFD locks.
 ///
 /// Returns `Busy` if another program uses the file in a way that conflicts with `access`, or the error of the kernel.
+///
+/// A daemon whose mount has just been removed is waited for: umount(8) returns before its locks are gone.
 pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
-    match take(file, access) {
+    let deadline = Instant::now() + ENDING_TIME;
+    loop {
+        let taken = take(file, access);
+        if let Ok(Some(conflict)) = &taken
+            && Instant::now() < deadline
+            && conflict.holder(file).is_ending()
+        {
+            // Released, so that another program which waits for the same daemon does not see the locks of this one.
+            release(file, access);
+            std::thread::sleep(ENDING_POLL);
+            continue;
+        }
+        return locked(taken, file, access, label);
+    }
+}
+
+/// Time for which a daemon that is ending is waited for.
+const ENDING_TIME: Duration = Duration::from_secs(5);
+
+/// Time between two attempts.
+const ENDING_POLL: Duration = Duration::from_millis(20);
+
+/// Releases the locks for `access`.
+fn release(file: &File, access: Access) {
+    for &byte in bytes_to_lock(access) {
+        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&of_byte(byte, libc::F_UNLCK)));
+    }
+}
+
+/// Returns the result of [`lock`] for that of [`take`].
+fn locked(taken: nix::Result<Option<Conflict>>, file: &File, access: Access, label: &str) -> Result<()> {
+    match taken {
         Ok(None) => Ok(()),
         Ok(Some(conflict)) => Err(Error::new(ErrorKind::Busy, conflict.message(file, access, label))),
         Err(e @ (Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
@@ -134,6 +169,10 @@ struct Conflict {
 }
 
 impl Conflict {
+    fn holder(&self, file: &File) -> lock_holder::Holder {
+        lock_holder::find(file, self.byte, self.pid.filter(|&pid| pid > 0))
+    }
+
     /// Returns the message for the user: the conflict, the process that causes it, and a way out.
     fn message(&self, file: &File, access: Access, label: &str) -> String {
         let conflict = match self.byte {
@@ -141,7 +180,7 @@ impl Conflict {
             byte if byte == DENIES + READ => "in use by another program that allows no other reader",
             _ => "in use by another program that allows no other writer",
         };
-        let holder = lock_holder::find(file, self.byte, self.pid.filter(|&pid| pid > 0));
+        let holder = self.holder(file);
         let advice = match (&holder.mount_point, access) {
             (Some(point), _) => format!("unmount {} first", printable(point)),
             (None, Access::Read | Access::Peek) => "end that program first".to_owned(),

@@ -12,4 +12,5 @@ mod formats;
 mod life;
 mod mount_forms;
 mod output;
+mod unmount;
 mod user;

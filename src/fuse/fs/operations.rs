@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
     OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, TTL, catch_panic};
@@ -18,6 +18,7 @@ use crate::fuse::disk_file::{DiskFile, is_aligned};
 use crate::fuse::errno::errno;
 use crate::fuse::flush::FlushKind;
 use crate::fuse::kernel_view_node;
+use crate::process::unmount::{DAEMON_XATTR, daemon_identity};
 use crate::volume::{MAX_READ, Seek};
 
 /// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight.
@@ -74,6 +75,9 @@ impl Filesystem for DiskFs {
         ] {
             let _ = config.add_capabilities(capability);
         }
+        // Without it the kernel asks for an xattr at every write, until the first ENOSYS. With it, it trusts that this file
+        // system keeps no setuid bit and no capability, and the root can have an xattr.
+        self.has_xattr = config.add_capabilities(InitFlags::FUSE_HANDLE_KILLPRIV_V2).is_ok();
         let _ = config.set_max_write(MAX_READ as u32);
         let _ = config.set_max_background(MAX_BACKGROUND);
         // The kernel refuses more than it offers, and names its largest value.
@@ -171,6 +175,26 @@ impl Filesystem for DiskFs {
             Ok(file) => file.write(offset, data, write_flags, flags, self.context(), reply),
             Err(e) => reply.error(e),
         });
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        catch_panic(|| {
+            if !self.has_xattr {
+                return reply.error(Errno::ENOSYS);
+            }
+            let known = ino == ROOT && name == DAEMON_XATTR;
+            match known.then(daemon_identity).flatten() {
+                None => reply.error(Errno::NO_XATTR),
+                Some(value) if size == 0 => reply.size(value.len() as u32),
+                Some(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+                Some(value) => reply.data(value.as_bytes()),
+            }
+        });
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, size: u32, reply: ReplyXattr) {
+        // The xattr of the root is not listed: programs that copy would copy it.
+        if size == 0 { reply.size(0) } else { reply.data(&[]) }
     }
 
     fn flush(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
@@ -274,7 +298,7 @@ impl Filesystem for DiskFs {
     ) {
         catch_panic(|| {
             match self.file(ino) {
-                Ok(file) if kernel_view_node::is_view_inode(ino) => file.view.release(fh),
+                Ok(file) if kernel_view_node::is_view_inode(ino) => file.release_view(fh),
                 Ok(file) => {
                     file.release(fh);
                     file.finish(fh, self.context());
