@@ -18,9 +18,9 @@ pub(crate) fn errno(error: &Error) -> Errno {
     match error.kind() {
         // Of a source's own errors only these mean the same to a reader of the file. A source file that is missing or
         // not accessible is an I/O error of the disk: the disk's own name is there and was opened.
-        ErrorKind::Os(code @ (libc::ENOSPC | libc::EDQUOT | libc::ENOMEM | libc::ETIMEDOUT | libc::EINTR)) => {
-            Errno::from_i32(code)
-        }
+        ErrorKind::Os(
+            code @ (libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::ENOMEM | libc::ETIMEDOUT | libc::EINTR),
+        ) => Errno::from_i32(code),
         ErrorKind::Os(_)
         | ErrorKind::NotFound
         | ErrorKind::Corrupt

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, Mapped, Scratch, need_root, poll_until};
+use fuse_tests::harness::{Cmd, Mapped, Scratch, need, need_root, poll_until};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
@@ -191,6 +191,34 @@ fn a_full_host_is_enospc_until_space_is_freed() {
         assert!(bytes[..written].iter().all(|&b| b == 7) && bytes[written..written + 65536].iter().all(|&b| b == 8));
         assert!(bytes[written + 65536..].iter().all(|&b| b == 0));
     }
+}
+
+/// A limit of file sizes (`ulimit -f`) of the daemon is EFBIG for the writer: SIGXFSZ does not end the daemon.
+#[test]
+fn a_limit_of_file_sizes_is_efbig() {
+    if !kinds::ready() || !need("prlimit") {
+        return;
+    }
+    // A sparse image, which grows.
+    let disk = kinds::Disk::new(kinds::KINDS[4]);
+    let mount = disk.mount();
+    let limit = fs::metadata(disk.image()).unwrap().len() + 65_536;
+    let pid = mount.pid().to_string();
+    let fsize = format!("--fsize={limit}");
+    Cmd::new("prlimit").args(["--pid", &pid, &fsize]).run().ok();
+    let file = OpenOptions::new().write(true).open(mount.file("disk")).unwrap();
+    let refused = file.write_all_at(&vec![7; kinds::SIZE as usize], 0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EFBIG), "{refused}");
+    Cmd::new("prlimit")
+        .args(["--pid", &pid, "--fsize=unlimited"])
+        .run()
+        .ok();
+    let mut disk = disk;
+    file.write_all_at(&vec![8; kinds::SIZE as usize], 0).unwrap();
+    disk.bytes.fill(8);
+    drop(file);
+    mount.unmount();
+    disk.check();
 }
 
 /// "errors of late writes must reach fsync/close"
