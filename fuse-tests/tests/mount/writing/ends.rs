@@ -204,13 +204,13 @@ fn a_limit_of_file_sizes_is_efbig() {
     let mount = disk.mount();
     let limit = fs::metadata(disk.image()).unwrap().len() + 65_536;
     let pid = mount.pid().to_string();
-    let fsize = format!("--fsize={limit}");
+    let fsize = format!("--fsize={limit}:");
     Cmd::new("prlimit").args(["--pid", &pid, &fsize]).run().ok();
     let file = OpenOptions::new().write(true).open(mount.file("disk")).unwrap();
     let refused = file.write_all_at(&vec![7; kinds::SIZE as usize], 0).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EFBIG), "{refused}");
     Cmd::new("prlimit")
-        .args(["--pid", &pid, "--fsize=unlimited"])
+        .args(["--pid", &pid, "--fsize=unlimited:"])
         .run()
         .ok();
     let mut disk = disk;
