@@ -43,6 +43,15 @@ pub enum Action {
     Unmount(UnmountConfig),
     /// Merge the overlay of a disk into its base: the disk has an [`Overlay::File`].
     Commit(DiskConfig),
+    /// Show the thumbprints of a server's certificate.
+    Fingerprint {
+        /// Host name or IP address.
+        server: String,
+        /// Port.
+        port: u16,
+        /// JSON output instead of text.
+        json: bool,
+    },
     /// Print versions and available sources.
     Dump {
         /// JSON output instead of `key=value` lines.
@@ -58,7 +67,7 @@ impl Action {
             Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &query.disks,
             Self::Create(disks) => disks,
             Self::Commit(disk) => std::slice::from_ref(disk),
-            Self::Dump { .. } | Self::Unmount(_) => &[],
+            Self::Dump { .. } | Self::Unmount(_) | Self::Fingerprint { .. } => &[],
         }
     }
 
@@ -235,7 +244,7 @@ pub enum SourceConfig {
     /// An export of an NBD server.
     Nbd(NbdConfig),
     /// Files on a web server, which are only read.
-    Https(HttpsConfig),
+    Https(Box<HttpsConfig>),
 }
 
 /// Distance of a disk's data from the daemon, from near to far.

@@ -60,6 +60,7 @@ fn run_action(config: Config) -> ExitCode {
         Action::Create(disks) => exit_status(volume::create(&disks).map(|()| 0)),
         Action::Unmount(mounts) => exit_status(process::unmount::unmount(&mounts).map(|()| 0)),
         Action::Commit(disk) => exit_status(commit_command::commit(&disk)),
+        Action::Fingerprint { server, port, json } => exit_status(inspect::fingerprint(&server, port, json)),
         Action::Dump { json } => exit_status(inspect::dump(json)),
     }
 }

@@ -39,7 +39,7 @@ umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Options that mount(8) handles 
 ";
 
 /// Long options that are documented but not in this build.
-const LATER: [&str; 4] = ["status", "watch", "doctor", "fingerprint"];
+const LATER: [&str; 3] = ["status", "watch", "doctor"];
 
 /// Upper limit of `--threads`. Event loops beyond the number of processors gain nothing.
 const MAX_THREADS: u64 = 64;
@@ -147,10 +147,15 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         Action::Check(query(&words, json)?)
     } else if flag_given("unmount") && !json {
         Action::Unmount(unmount_helper::mounts(words.iter(), false)?)
+    } else if flag_given("fingerprint") {
+        let (server, port) = disk_args::server(&words)?;
+        Action::Fingerprint { server, port, json }
     } else if flag_given("dump") {
         dump(&words, json)?
     } else if json {
-        return Err(UsageError::new("--json needs --list, --info, --map, --check or --dump"));
+        return Err(UsageError::new(
+            "--json needs --list, --info, --map, --check, --fingerprint or --dump",
+        ));
     } else if flag_given("create") {
         Action::Create(unmounted(&words, Subcommand::Create)?)
     } else if flag_given("commit") {
@@ -274,7 +279,17 @@ fn command() -> Command {
         .args(mount_args())
         .args(log_args())
         .args(action_args())
-        .group(ArgGroup::new("action").args(["list", "info", "map", "check", "create", "commit", "unmount", "dump"]))
+        .group(ArgGroup::new("action").args([
+            "list",
+            "info",
+            "map",
+            "check",
+            "create",
+            "commit",
+            "unmount",
+            "fingerprint",
+            "dump",
+        ]))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(
             Arg::new("words")
@@ -321,7 +336,7 @@ fn log_args() -> [Arg; 3] {
     ]
 }
 
-fn action_args() -> [Arg; 9] {
+fn action_args() -> [Arg; 10] {
     [
         flag("list", "List the exports of an NBD server"),
         flag("info", "Show what a source is: size, format, extents, chain"),
@@ -336,6 +351,7 @@ fn action_args() -> [Arg; 9] {
             "unmount",
             "Unmount, and return when the daemon has ended and its locks are gone",
         ),
+        flag("fingerprint", "Show the thumbprints of server=HOST's certificate"),
         flag("dump", "Print versions and back ends"),
         flag("json", "JSON output"),
     ]

@@ -15,7 +15,7 @@ use super::args::Subcommand;
 use super::keys::{Key, Scope};
 use super::settings::{DiskSource, Settings};
 use super::{
-    UsageError, argument, overlay_args,
+    UsageError, argument, https, overlay_args,
     values::{self, display},
 };
 use crate::config::DiskConfig;
@@ -126,6 +126,17 @@ pub(super) fn disks(
         )),
         (Some(name), count @ 2..) => Err(name_of_many(name, count)),
         _ => Ok(disks),
+    }
+}
+
+/// Returns the server of an action that needs no disk, and its port.
+///
+/// Fails if `server=` is missing, or if any key but it and `port=` is given.
+pub(super) fn server(words: &[OsString]) -> Result<(String, u16), UsageError> {
+    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
+    match (sources.is_empty(), common.https.server) {
+        (true, Some(server)) => Ok((server, https::port(common.nbd.port.as_deref())?.unwrap_or(443))),
+        _ => Err(UsageError::new("--fingerprint needs server=HOST, and takes no disk")),
     }
 }
 

@@ -6,7 +6,9 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::IpAddr;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +17,9 @@ use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 use super::{UsageError, values};
 use crate::config::{Format, HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
 use crate::store::https::{percent_decode, split_datastore};
+
+/// Permission bits by which another user than the owner reads a file.
+const READABLE_BY_OTHERS: u32 = 0o044;
 
 /// Longest password or cookie in bytes.
 const MAX_SECRET: u64 = 64 << 10;
@@ -38,6 +43,22 @@ pub(super) struct HttpsArgs {
     pub(super) cainfo: Option<PathBuf>,
     /// `insecure=`
     pub(super) insecure: Option<bool>,
+    /// `credentials=`
+    pub(super) credentials: Option<Credentials>,
+    /// `header=`
+    pub(super) headers: Vec<(String, Secret)>,
+    /// `proxy=`
+    pub(super) proxy: Option<Secret>,
+    /// `resolve=`
+    pub(super) resolve: Vec<(String, IpAddr)>,
+}
+
+/// Content of the file of `credentials=`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Credentials {
+    user: Option<String>,
+    password: Option<Secret>,
+    cookie: Option<Secret>,
 }
 
 /// Password, and whether it was on the command line.
@@ -82,6 +103,10 @@ impl HttpsArgs {
             datacenter: self.datacenter.clone().or_else(|| common.datacenter.clone()),
             cainfo: trust.cainfo.clone(),
             insecure: trust.insecure,
+            credentials: self.credentials.clone().or_else(|| common.credentials.clone()),
+            headers: [common.headers.as_slice(), &self.headers].concat(),
+            proxy: self.proxy.clone().or_else(|| common.proxy.clone()),
+            resolve: [common.resolve.as_slice(), &self.resolve].concat(),
         }
     }
 
@@ -94,7 +119,10 @@ impl HttpsArgs {
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
         let mut warnings = Vec::new();
         let trust = self.trust(&mut warnings)?;
-        let (mut user, mut password) = (self.user.clone(), None);
+        // Keys win over the file.
+        let file = self.credentials.clone().unwrap_or_default();
+        let (mut user, mut password) = (self.user.clone().or(file.user), file.password);
+        let cookie = self.cookie.clone().or(file.cookie);
         if let Some(given) = &self.password {
             if given.shown {
                 warnings.push(
@@ -111,7 +139,7 @@ impl HttpsArgs {
         if password.is_some() && user.is_none() {
             return Err(UsageError::new("password= needs user="));
         }
-        if user.is_some() && password.is_none() && self.cookie.is_none() {
+        if user.is_some() && password.is_none() && cookie.is_none() {
             return Err(UsageError::new("user= needs password= (password=- asks for it)"));
         }
         let disk = HttpsConfig {
@@ -119,8 +147,11 @@ impl HttpsArgs {
             server: HttpsServer {
                 user,
                 password,
-                cookie: self.cookie,
+                cookie,
                 trust,
+                headers: self.headers,
+                proxy: self.proxy,
+                resolve: self.resolve,
                 connections: common.connections,
                 timeout: common.timeout,
                 retry: common.retry,
@@ -206,13 +237,9 @@ impl HttpsArgs {
             .server
             .clone()
             .ok_or_else(|| UsageError::new(format!("file={file}: a disk in a datastore needs server=")))?;
-        let port = common.port.as_ref().map(|port| {
-            let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-            number.ok_or_else(|| UsageError::new(format!("port={port}: the port of an HTTPS server is a number")))
-        });
         Ok(HttpsAddress::Datastore {
             server,
-            port: port.transpose()?,
+            port: port(common.port.as_deref())?,
             datacenter: self.datacenter.clone(),
             datastore: text(datastore),
             path,
@@ -231,6 +258,14 @@ pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
         return Err("must start with https:// or http:// and a host".into());
     }
     Ok(HttpsSource::Url(text.to_owned()))
+}
+
+/// Parses the value of `port=` for a web server.
+pub(super) fn port(port: Option<&str>) -> Result<Option<u16>, UsageError> {
+    let Some(port) = port else { return Ok(None) };
+    let number = port.parse::<u16>().ok().filter(|number| *number != 0);
+    let number = number.ok_or_else(|| UsageError::new(format!("port={port}: the port of an HTTPS server is a number")));
+    number.map(Some)
 }
 
 /// Parses the value of `server=`: a host name or address.
@@ -277,6 +312,79 @@ pub(super) fn password(value: &OsStr) -> Result<Password, String> {
     Ok(Password { secret, shown: true })
 }
 
+/// Reads the file of `credentials=`: lines `username=`, `password=` and `cookie=`.
+pub(super) fn credentials(value: &OsStr) -> Result<Credentials, String> {
+    let path = values::path(value)?;
+    let failed = |e: std::io::Error| format!("{}: {e}", path.display());
+    let file = File::open(&path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.permissions().mode() & READABLE_BY_OTHERS != 0 {
+        return Err("others can read the file: run chmod 600 on it".into());
+    }
+    let mut text = String::new();
+    file.take(MAX_SECRET).read_to_string(&mut text).map_err(failed)?;
+    let mut found = Credentials::default();
+    for (number, line) in (1..).zip(text.lines()) {
+        match line.split_once('=') {
+            Some(("username", name)) => found.user = Some(name.to_owned()),
+            Some(("password", secret)) => found.password = Some(Secret::new(secret)),
+            Some(("cookie", secret)) => found.cookie = Some(Secret::new(secret)),
+            _ if line.trim().is_empty() || line.starts_with('#') => {}
+            _ => return Err(format!("line {number}: expected username=, password= or cookie=")),
+        }
+    }
+    Ok(found)
+}
+
+/// Parses the value of `header=`: a name, a colon and a value.
+pub(super) fn header(value: &OsStr) -> Result<(String, Secret), String> {
+    /// Headers that the program sets itself, with the key that is meant for some.
+    const OWN: [(&str, &str); 6] = [
+        ("range", ""),
+        ("if-range", ""),
+        ("accept-encoding", ""),
+        ("host", "; resolve= gives a name another address"),
+        ("content-length", ""),
+        ("cookie", "; use cookie="),
+    ];
+    let text = values::text(value)?;
+    let (name, value) = text.split_once(':').ok_or("must have the form NAME: VALUE")?;
+    if let Some((own, hint)) = OWN.iter().find(|(own, _)| name.eq_ignore_ascii_case(own)) {
+        return Err(format!("the program sets {own} itself{hint}"));
+    }
+    let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    let is_value = value.bytes().all(|b| b == b'\t' || (b >= b' ' && b != 0x7f));
+    match is_name && is_value {
+        true => Ok((name.to_owned(), Secret::new(value.trim()))),
+        false => Err("must have the form NAME: VALUE, without control characters".into()),
+    }
+}
+
+/// Parses the value of `proxy=`.
+pub(super) fn proxy(value: &OsStr) -> Result<Secret, String> {
+    let text = values::text(value)?;
+    let known = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    match known {
+        true => Ok(Secret::new(text)),
+        false => Err("must be the http:// or https:// address of a proxy".into()),
+    }
+}
+
+/// Parses the value of `resolve=`: a host name, perhaps a port as curl wants it, and an address.
+pub(super) fn resolve(value: &OsStr) -> Result<(String, IpAddr), String> {
+    let text = values::text(value)?;
+    let (host, mut address) = text.split_once(':').unwrap_or_default();
+    if let Some((port, rest)) = address.split_once(':')
+        && address.parse::<IpAddr>().is_err()
+        && port.parse::<u16>().is_ok()
+    {
+        address = rest;
+    }
+    let bare = address.trim_start_matches('[').trim_end_matches(']');
+    let address = bare.parse::<IpAddr>().ok().filter(|_| !host.is_empty());
+    let address = address.ok_or("must have the form HOST:ADDRESS, with an IP address")?;
+    Ok((host.to_ascii_lowercase(), address))
+}
+
 /// Reads the first line of a file, without its end.
 fn first_line(file: impl Read) -> Result<String, String> {
     let mut line = String::new();
@@ -315,7 +423,7 @@ mod tests {
 
     fn web(args: &[&str]) -> HttpsConfig {
         match disks(&[&["src"], args].concat()).remove(0).source {
-            SourceConfig::Https(https) => https,
+            SourceConfig::Https(https) => *https,
             other => panic!("{other:?}"),
         }
     }
@@ -375,6 +483,64 @@ mod tests {
         let disk = web(&["https://h/x.vmdk", "user=u", &word]);
         assert_eq!(disk.server.password, Some(Secret::new("s e c")));
         assert_eq!(warnings(&["https://h/x.vmdk", "user=u", "password=x"]), 1);
+    }
+
+    #[test]
+    fn credentials_come_from_a_file_that_only_its_owner_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("login");
+        fs::write(&path, "# mine\nusername=me\npassword=a=b \n\ncookie=c=\"1\"\n").unwrap();
+        let word = format!("credentials={}", path.display());
+        let mode = |bits| fs::set_permissions(&path, fs::Permissions::from_mode(bits)).unwrap();
+        mode(0o640);
+        let error = action(&["src", "https://h/x.vmdk", &word]).unwrap_err();
+        assert!(error.contains("others can read the file"), "{error}");
+        mode(0o600);
+        let server = web(&["https://h/x.vmdk", &word]).server;
+        assert_eq!(server.user.as_deref(), Some("me"));
+        assert_eq!(server.password, Some(Secret::new("a=b ")));
+        assert_eq!(server.cookie, Some(Secret::new("c=\"1\"")));
+        assert_eq!(
+            web(&["https://h/x.vmdk", &word, "username=you"]).server.user.as_deref(),
+            Some("you")
+        );
+        fs::write(&path, "user me\n").unwrap();
+        let error = action(&["src", "https://h/x.vmdk", &word]).unwrap_err();
+        assert!(error.contains("line 1: expected"), "{error}");
+    }
+
+    #[test]
+    fn headers_addresses_and_proxies_are_checked() {
+        let server = web(&[
+            "header=X-One: a b",
+            "https://h/x.vmdk",
+            "header=Two:c",
+            "resolve=H.example:10.0.0.1",
+            "resolve=i:443:[::1]",
+            "proxy=http://u:p@proxy:3128",
+        ])
+        .server;
+        let expected = [("X-One", "a b"), ("Two", "c")].map(|(name, value)| (name.to_owned(), Secret::new(value)));
+        assert_eq!(server.headers, expected);
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let expected = [
+            ("h.example".to_owned(), address("10.0.0.1")),
+            ("i".to_owned(), address("::1")),
+        ];
+        assert_eq!(server.resolve, expected);
+        assert_eq!(server.proxy, Some(Secret::new("http://u:p@proxy:3128")));
+        for (word, message) in [
+            ("header=hunter2", "must have the form"),
+            ("header=A: hunter2\nB: c", "without control characters"),
+            ("header=Range: hunter2", "sets range itself"),
+            ("header=cookie: hunter2", "use cookie="),
+            ("resolve=h", "HOST:ADDRESS"),
+            ("resolve=h:name", "HOST:ADDRESS"),
+            ("proxy=socks5://hunter2", "http:// or https://"),
+        ] {
+            let error = action(&["src", "https://h/x.vmdk", word]).unwrap_err();
+            assert!(error.contains(message) && !error.contains("hunter2"), "{word}: {error}");
+        }
     }
 
     #[test]

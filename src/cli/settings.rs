@@ -244,7 +244,10 @@ impl Settings {
                 let (disk, of_server) = self.web_disk(source, subcommand)?;
                 warnings.extend(of_server);
                 let name = crate::store::https::file_name(&disk).map_err(|e| UsageError::new(e.to_string()))?;
-                (expand::default_name(Path::new(&name)), SourceConfig::Https(disk))
+                (
+                    expand::default_name(Path::new(&name)),
+                    SourceConfig::Https(Box::new(disk)),
+                )
             }
         };
         let disk = DiskConfig {

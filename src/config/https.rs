@@ -1,6 +1,7 @@
 //! Configuration of a disk on a web server: an ESXi or vCenter datastore, or any server with ranges.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -30,6 +31,12 @@ pub struct HttpsServer {
     pub cookie: Option<Secret>,
     /// Certificates that are trusted.
     pub trust: Trust,
+    /// Headers for every request to the server, each with its value, which may be a token.
+    pub headers: Vec<(String, Secret)>,
+    /// URL of a proxy, which may hold a password.
+    pub proxy: Option<Secret>,
+    /// Addresses to use in place of a lookup of these names.
+    pub resolve: Vec<(String, IpAddr)>,
     /// Largest number of connections. `None`: the default number.
     pub connections: Option<usize>,
     /// Time after which a request fails. `None`: the default time, which is longer for a vCenter.

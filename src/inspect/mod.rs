@@ -17,12 +17,14 @@ use crate::source::nbd;
 
 mod check;
 mod dump;
+mod fingerprint;
 mod info;
 mod list;
 mod map;
 
 pub use check::check;
 pub use dump::dump;
+pub use fingerprint::fingerprint;
 pub use info::info;
 pub use list::list;
 pub use map::map;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// Keys whose values are secret.
-const SECRET_KEYS: [&[u8]; 2] = [b"password=", b"cookie="];
+const SECRET_KEYS: [&[u8]; 3] = [b"password=", b"cookie=", b"header="];
 
 /// Overwrites the secrets among the arguments of this process. Does nothing where the system does not permit it.
 pub fn hide_secrets() {

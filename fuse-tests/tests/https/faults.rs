@@ -338,3 +338,37 @@ fn credentials_are_not_sent_to_the_host_of_a_redirect() {
     mount.unmount();
     assert_eq!(leaked.load(Ordering::SeqCst), 0);
 }
+
+#[test]
+fn a_proxy_is_used_only_where_it_is_asked_for() {
+    if !need_fuse() {
+        return;
+    }
+    let (scratch, content) = (Scratch::new(), content());
+    let served = Arc::clone(&content);
+    let proxy = Fake::start(
+        move |ask, stream| match ask.path == "http://no-such-host.example/d.img" {
+            true => send_right(ask, &served, stream),
+            false => send(
+                stream,
+                b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            ),
+        },
+    );
+    let address = format!("http://127.0.0.1:{}", proxy.port);
+    let mount = scratch
+        .mount()
+        .arg("http://no-such-host.example/d.img")
+        .arg(format!("proxy={address}"))
+        .start();
+    assert!(fs::read(mount.file("d.raw")).unwrap() == *content);
+    mount.unmount();
+    let direct = Fake::start(move |ask, stream| send_right(ask, &content, stream));
+    let mount = scratch
+        .mount()
+        .arg(direct.url("d.img"))
+        .env("http_proxy", "http://127.0.0.1:1")
+        .env("ALL_PROXY", "http://127.0.0.1:1")
+        .start();
+    mount.unmount();
+}

@@ -191,3 +191,49 @@ fn connections_that_the_server_closes_and_limits_do_not_disturb_reading() {
     let folder = scratch.mount().arg(server.url("")).arg(server.pin()).refused(1);
     folder.error_names(&["403"]);
 }
+
+#[test]
+fn a_name_can_be_given_another_address_and_requests_further_headers() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    fs::write(dir.join("d.img"), vec![3; 65536]).unwrap();
+    let guard = "if ($http_x_token != \"a b\") { return 404; }";
+    let server = Server::nginx(&scratch, &dir, guard);
+    let url = format!("https://no-such-host.example:{}/d.img", server.port);
+    let mount = scratch
+        .mount()
+        .arg(&url)
+        .arg(server.pin())
+        .arg("resolve=no-such-host.example:127.0.0.1")
+        .arg("header=X-Token: a b")
+        .start();
+    assert_eq!(fs::read(mount.file("d.raw")).unwrap(), vec![3; 65536]);
+    let cmdline = fs::read(format!("/proc/{}/cmdline", mount.pid())).unwrap();
+    assert!(!String::from_utf8_lossy(&cmdline).contains("X-Token: a b"));
+    mount.unmount();
+    let missing = scratch.mount().arg(server.url("d.img")).arg(server.pin()).refused(1);
+    missing.one_error(1, &["no such file on the server"]);
+    let seen = scratch
+        .vmdkfuse()
+        .args(["--fingerprint", "server=127.0.0.1", &format!("port={}", server.port)])
+        .run()
+        .ok();
+    let digits = |text: &str| text.replace(':', "").to_lowercase();
+    assert!(
+        digits(&seen.stdout).contains(&format!("sha1={}\n", digits(&server.thumbprint))),
+        "{seen}"
+    );
+    scratch
+        .vmdkfuse()
+        .args(["--fingerprint", "/a"])
+        .run()
+        .one_error(2, &["server=HOST"]);
+    let refused = scratch
+        .vmdkfuse()
+        .args(["--fingerprint", "server=127.0.0.1", "port=1"])
+        .run();
+    refused.one_error(1, &["127.0.0.1:1", "refused"]);
+}

@@ -15,7 +15,7 @@ const READY: &str = "limit name readonly cache cache-size readahead backend file
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir server user password cookie thumbprint datacenter cainfo \
-    insecure url";
+    insecure url credentials header proxy resolve";
 
 #[test]
 fn the_table_holds_every_documented_key() {

@@ -13,13 +13,15 @@
 //! another host; error texts are read up to [`MAX_ERROR_TEXT`]; a body that is longer than its range ends the request.
 
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, COOKIE, HeaderValue, IF_RANGE, LOCATION, RANGE};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{IF_RANGE, LOCATION, RANGE};
 use reqwest::{Response, StatusCode, Url};
 use tokio::runtime::Runtime;
 use tokio::sync::{SemaphorePermit, watch};
@@ -31,7 +33,7 @@ use super::failure::{Failure, Next, pause_before};
 use super::session::{Authorization, Session};
 use super::slots::Slots;
 use super::trust::{self, Refusal, with_causes};
-use crate::config::{HttpsAddress, HttpsConfig, HttpsServer};
+use crate::config::{HttpsAddress, HttpsConfig, HttpsServer, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::printable;
 
@@ -60,6 +62,8 @@ const START_RETRIES: u32 = 3;
 pub(super) struct Client {
     http: reqwest::Client,
     session: Session,
+    /// Headers that the user wants with every request to the server.
+    headers: HeaderMap,
     /// Certificate that was refused last.
     refusal: Refusal,
     slots: Slots,
@@ -121,7 +125,7 @@ impl Client {
         let default = if is_vcenter { VCENTER_TIMEOUT } else { TIMEOUT };
         let timeout = server.timeout.unwrap_or(default);
         let connections = server.connections.unwrap_or(CONNECTIONS);
-        let http = reqwest::Client::builder()
+        let mut builder = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
             .http1_only()
             .no_proxy()
@@ -130,12 +134,21 @@ impl Client {
             .connect_timeout(CONNECT.min(timeout))
             .pool_max_idle_per_host(connections)
             .tcp_keepalive(Duration::from_secs(15))
-            .user_agent(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")))
+            .user_agent(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")));
+        for (name, address) in &server.resolve {
+            // Port 0: that of the URL.
+            builder = builder.resolve(name, SocketAddr::new(*address, 0));
+        }
+        if let Some(proxy) = &server.proxy {
+            builder = builder.proxy(proxy_of(proxy)?);
+        }
+        let http = builder
             .build()
             .map_err(|e| Error::new(ErrorKind::Unsupported, format!("HTTPS: {}", with_causes(&e))))?;
         Ok(Self {
             http,
             session: Session::new(server)?,
+            headers: headers_of(server)?,
             refusal,
             slots: Slots::new(connections),
             timeout,
@@ -281,6 +294,8 @@ impl Client {
             request = request.header(IF_RANGE, etag);
         }
         let authorization = if same_origin(url, &self.origin) {
+            // May hold tokens, as credentials do.
+            request = request.headers(self.headers.clone());
             self.session.authorize().await?
         } else {
             Authorization::Anonymous
@@ -531,6 +546,34 @@ impl Drop for Client {
     fn drop(&mut self) {
         self.log_out();
     }
+}
+
+/// Returns the headers of `header=`.
+fn headers_of(server: &HttpsServer) -> Result<HeaderMap> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in &server.headers {
+        let invalid = || {
+            Error::new(
+                ErrorKind::Usage,
+                format!("header=: {name:?} is not a header that HTTP can send"),
+            )
+        };
+        let mut value = HeaderValue::from_bytes(value.reveal().as_bytes()).map_err(|_e| invalid())?;
+        value.set_sensitive(true);
+        headers.append(HeaderName::from_bytes(name.as_bytes()).map_err(|_e| invalid())?, value);
+    }
+    Ok(headers)
+}
+
+/// Returns the proxy of `proxy=`. The error does not show the address, which may hold a password.
+fn proxy_of(address: &Secret) -> Result<reqwest::Proxy> {
+    let invalid = |_e| {
+        Error::new(
+            ErrorKind::Usage,
+            "proxy=: is not the http:// or https:// address of a proxy",
+        )
+    };
+    reqwest::Proxy::all(address.reveal()).map_err(invalid)
 }
 
 /// Returns the runtime that serves the sockets. It is started after the daemon has forked, as it has threads.

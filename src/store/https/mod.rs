@@ -37,6 +37,7 @@ use address::Address;
 pub use address::{percent_decode, split_datastore};
 use answer::Version;
 use client::{Ask, Client};
+pub use trust::certificate_of;
 
 /// Size of a block of the cache in bytes. A request for one costs little more than one for a page, and a table of grains
 /// comes with its neighbours.

@@ -11,8 +11,11 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -21,10 +24,13 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::config::{Thumbprint, Trust};
 use crate::error::{Error, ErrorKind, Result};
+
+/// Longest time to connect for [`certificate_of`].
+const CONNECT: Duration = Duration::from_secs(15);
 
 /// Sentence about the last certificate that was refused.
 pub(super) type Refusal = Arc<Mutex<Option<String>>>;
@@ -58,6 +64,47 @@ pub(super) fn client_config(trust: &Trust) -> Result<(ClientConfig, Refusal)> {
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok((config, refusal))
+}
+
+/// Returns the SHA-1 and the SHA-256 of the certificate that a server shows. Sends nothing but the start of a handshake.
+///
+/// Errors: the server cannot be reached within [`CONNECT`], or does not speak TLS.
+pub fn certificate_of(server: &str, port: u16) -> Result<(Thumbprint, Thumbprint)> {
+    let label = format!("{server}:{port}");
+    let failed = |e: io::Error| Error::io(label.clone(), e);
+    let name =
+        ServerName::try_from(server.to_owned()).map_err(|e| Error::new(ErrorKind::Usage, format!("{label}: {e}")))?;
+    let (config, _) = client_config(&Trust::Any)?;
+    let mut session = ClientConnection::new(Arc::new(config), name).map_err(tls_error)?;
+    let mut socket = connect(server, port).map_err(failed)?;
+    let limit = Some(CONNECT);
+    let limited = socket
+        .set_read_timeout(limit)
+        .and_then(|()| socket.set_write_timeout(limit));
+    limited.map_err(failed)?;
+    let deadline = Instant::now() + CONNECT;
+    while session.is_handshaking() && session.peer_certificates().is_none() {
+        if Instant::now() > deadline {
+            return Err(failed(io::ErrorKind::TimedOut.into()));
+        }
+        session.complete_io(&mut socket).map_err(failed)?;
+    }
+    let certificate = session.peer_certificates().and_then(|chain| chain.first());
+    let certificate = certificate.ok_or_else(|| Error::unsupported(format!("{label}: sent no certificate")))?;
+    let seen = Seen::of(certificate);
+    Ok((seen.sha1, seen.sha256))
+}
+
+/// Connects to the first address of a host that answers.
+fn connect(server: &str, port: u16) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for address in (server, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(socket) => return Ok(socket),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
 }
 
 /// Verifier that notes why it refused a certificate.
