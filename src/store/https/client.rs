@@ -5,8 +5,8 @@
 //!             ▲                                                      │
 //!             └── pause ◄── cut, stalled, refused for now ◄──────────┘   the rest of the range alone is asked for again
 //! ```
-//! The callers are threads of the cache and of the mount, which wait; the sockets are served by the two threads of a
-//! private runtime. Three limits of time stand apart: to connect, to the first byte of an answer (a vCenter may need half
+//! The callers are threads of the cache and of the mount, which wait; requests and sockets are served by the two threads of
+//! a private runtime. Three limits of time stand apart: to connect, to the first byte of an answer (a vCenter may need half
 //! an hour), and between two pieces of a body. All attempts of a request together have `timeout=`.
 //!
 //! Bounds against a hostile server: at most [`MAX_REDIRECTS`] redirects, never to plain HTTP and never with credentials to
@@ -16,6 +16,7 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::pin;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -82,16 +83,19 @@ impl std::fmt::Debug for Client {
     }
 }
 
+/// Takes the bytes of a range, in order and each once.
+pub(super) type Sink = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Range of a file to read.
-pub(super) struct Ask<'a> {
-    pub(super) address: &'a Address,
+pub(super) struct Ask {
+    pub(super) address: Address,
     /// Form of the query.
     pub(super) form: usize,
     /// Where the server has redirected an earlier request to.
-    pub(super) moved: &'a Mutex<Option<Url>>,
+    pub(super) moved: Arc<Mutex<Option<Url>>>,
     pub(super) range: Range<u64>,
     /// Version of the file at its open; `None` for the open itself.
-    pub(super) known: Option<&'a Version>,
+    pub(super) known: Option<Version>,
     /// Becomes true when the file is closed, which ends the request.
     pub(super) closing: Option<watch::Receiver<bool>>,
 }
@@ -167,21 +171,32 @@ impl Client {
         self.timeout
     }
 
-    /// Reads a range and passes its bytes to `sink`, in order and each once. Returns the version of the file.
+    /// Starts to read a range, whose bytes go to `sink`. The receiver gets the version of the file, or the error, once the
+    /// sink is dropped.
+    ///
+    /// The sink runs on the threads that serve the sockets: a thread that waited for each piece of a body would be woken
+    /// for every TLS record, which costs more than the decryption.
     ///
     /// Errors: `NotFound`, `Busy` for a locked file, `Corrupt` for a file that has changed, and otherwise why the server
     /// did not send the range within the deadline.
-    pub(super) fn read(&self, ask: &Ask<'_>, sink: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Version> {
-        runtime()?.block_on(async {
-            let read = self.read_with_retries(ask, sink);
-            match ask.closing.clone() {
+    pub(super) fn start(self: &Arc<Self>, ask: Ask, mut sink: Sink) -> Result<Receiver<Result<Version>>> {
+        let (sender, receiver) = sync_channel(1);
+        let client = Arc::clone(self);
+        runtime()?.spawn(async move {
+            let read = client.read_with_retries(&ask, &mut *sink);
+            let result = match ask.closing.clone() {
                 Some(closing) => until_closed(closing, read).await,
                 None => read.await,
-            }
-        })
+            };
+            drop(sink);
+            // Before the caller gets the result, and may drop its own: the last drop logs out, and waits for that.
+            drop(client);
+            let _ = sender.send(result);
+        });
+        Ok(receiver)
     }
 
-    async fn read_with_retries(&self, ask: &Ask<'_>, sink: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Version> {
+    async fn read_with_retries(&self, ask: &Ask, sink: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Version> {
         let deadline = Instant::now() + self.timeout;
         let (mut done, mut tries, mut logins) = (0, 0u32, 0u32);
         loop {
@@ -227,7 +242,7 @@ impl Client {
     /// Asks once for what is missing of a range after its first `done` bytes.
     async fn attempt(
         &self,
-        ask: &Ask<'_>,
+        ask: &Ask,
         done: &mut u64,
         sink: &mut (dyn FnMut(&[u8]) + Send),
     ) -> Result<Version, Failure> {
@@ -237,7 +252,7 @@ impl Client {
         let mut url = moved.unwrap_or_else(|| ask.address.url(ask.form));
         let start = ask.range.start + *done;
         for _ in 0..=MAX_REDIRECTS {
-            let (answer, authorization) = self.send(&url, start..ask.range.end, ask.known).await?;
+            let (answer, authorization) = self.send(&url, start..ask.range.end, ask.known.as_ref()).await?;
             let status = answer.status();
             if status.is_redirection() && status != StatusCode::NOT_MODIFIED {
                 url = self.redirected(&url, &answer, &authorization)?;
@@ -379,7 +394,7 @@ impl Client {
     /// Explains an answer that is an error.
     async fn explain(
         &self,
-        ask: &Ask<'_>,
+        ask: &Ask,
         answer: Response,
         authorization: Authorization<'_>,
         slot: SemaphorePermit<'_>,
@@ -437,7 +452,7 @@ impl Client {
     /// Checks the headers of an answer and passes on its body. `session`: number of the cookie that was sent.
     async fn body(
         &self,
-        ask: &Ask<'_>,
+        ask: &Ask,
         mut answer: Response,
         session: Option<u64>,
         done: &mut u64,
@@ -449,7 +464,7 @@ impl Client {
             answer.headers(),
             start,
             ask.range.end - start,
-            ask.known,
+            ask.known.as_ref(),
         );
         let part = checked.map_err(|misfit| self.misfit(misfit, session))?;
         let mut left = part.len;

@@ -13,6 +13,7 @@
 //! All files of a disk share the memory of one cache and its threads, so a chain of many links costs no more of both.
 
 use std::ops::Range;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -46,6 +47,8 @@ const BLOCK: u64 = 32 << 10;
 const FIRST_BLOCKS: u64 = 2;
 /// Most blocks of one request: a MiB, and one more for a read that does not start at a block.
 const MAX_RUN: u64 = 33;
+/// Complete blocks after which the waiting thread is woken, though more of the range is to come.
+const BATCH: usize = 8;
 /// Default memory for blocks of a disk.
 const CACHE: u64 = 64 << 20;
 /// Default bound of read-ahead: what eight connections have in flight, twice.
@@ -83,20 +86,20 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
     let within = |e: Error| e.within(address.label());
     let mut failed = None;
     for form in address.site.forms() {
-        let moved = Mutex::default();
+        let moved = Arc::<Mutex<_>>::default();
         let ask = Ask {
-            address: &address,
+            address: address.clone(),
             form,
-            moved: &moved,
+            moved: Arc::clone(&moved),
             range: 0..FIRST_BLOCKS * BLOCK,
             known: None,
             closing: None,
         };
         let mut head = Vec::new();
-        match shared.client.read(&ask, &mut |bytes| head.extend_from_slice(bytes)) {
+        match read(&shared.client, ask, FIRST_BLOCKS * BLOCK, &mut |block| head.push(block)) {
             Ok(version) => {
                 address.site.settle(form);
-                return HttpsFile::new(shared, address, form, moved, version, &head).map(|file| Arc::new(file) as _);
+                return HttpsFile::new(shared, address, form, moved, version, head).map(|file| Arc::new(file) as _);
             }
             // A wrong form of the query shows as an absent file, or as an internal error.
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Busy) => failed = failed.or(Some(e)),
@@ -121,9 +124,9 @@ impl HttpsFile {
         shared: &Arc<Shared>,
         address: Address,
         form: usize,
-        moved: Mutex<Option<Url>>,
+        moved: Arc<Mutex<Option<Url>>>,
         version: Version,
-        head: &[u8],
+        head: Vec<Vec<u8>>,
     ) -> Result<Self> {
         let remote = Arc::new(RemoteFile {
             client: Arc::clone(&shared.client),
@@ -140,8 +143,8 @@ impl HttpsFile {
             Arc::clone(&shared.pool),
             shared.readahead,
         );
-        for (number, block) in (0..).zip(head.chunks(BLOCK as usize)) {
-            blocks.put(number, block.to_vec());
+        for (number, block) in (0..).zip(head) {
+            blocks.put(number, block);
         }
         Ok(Self {
             label: remote.label.clone(),
@@ -230,7 +233,7 @@ struct RemoteFile {
     client: Arc<Client>,
     address: Address,
     form: usize,
-    moved: Mutex<Option<Url>>,
+    moved: Arc<Mutex<Option<Url>>>,
     version: Version,
     label: String,
     /// True once no reader is left.
@@ -257,20 +260,15 @@ impl Fetch for RemoteFile {
 
     fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
         let (start, end) = (blocks.start * BLOCK, (blocks.end * BLOCK).min(self.version.len));
-        let mut assembler = Assembler {
-            left: end.saturating_sub(start),
-            block: Vec::new(),
-            each,
-        };
         let ask = Ask {
-            address: &self.address,
+            address: self.address.clone(),
             form: self.form,
-            moved: &self.moved,
+            moved: Arc::clone(&self.moved),
             range: start..end,
-            known: Some(&self.version),
+            known: Some(self.version.clone()),
             closing: Some(self.closing.subscribe()),
         };
-        let read = self.client.read(&ask, &mut |bytes| assembler.push(bytes));
+        let read = read(&self.client, ask, end.saturating_sub(start), each);
         read.map(|_| ()).map_err(|e| {
             // The file was opened: whatever is wrong now is an I/O error of the disk.
             let text = format!("{}: {} bytes at {start}: {e}", self.label, end - start);
@@ -283,15 +281,39 @@ impl Fetch for RemoteFile {
     }
 }
 
+/// Reads a range of at most `len` bytes, and passes its blocks to `each`. Returns the version of the file.
+fn read(client: &Arc<Client>, ask: Ask, len: u64, each: &mut dyn FnMut(Vec<u8>)) -> Result<Version> {
+    let (batches, blocks) = channel();
+    let mut assembler = Assembler {
+        left: len,
+        block: Vec::new(),
+        batch: Vec::new(),
+        batches,
+        may_end: ask.known.is_none(),
+    };
+    let result = client.start(ask, Box::new(move |bytes| assembler.push(bytes)))?;
+    // Ends when the request has ended, and with it the assembler.
+    for batch in blocks {
+        batch.into_iter().for_each(&mut *each);
+    }
+    result
+        .recv()
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Os(libc::EIO), "the request panicked")))
+}
+
 /// Cuts a stream of bytes into blocks.
-struct Assembler<'a> {
+struct Assembler {
     /// Bytes that are still to come, those in `block` not counted.
     left: u64,
     block: Vec<u8>,
-    each: &'a mut (dyn FnMut(Vec<u8>) + Send),
+    /// Complete blocks that are not sent yet.
+    batch: Vec<Vec<u8>>,
+    batches: Sender<Vec<Vec<u8>>>,
+    /// True if the file may end within the range, and its last block with it.
+    may_end: bool,
 }
 
-impl Assembler<'_> {
+impl Assembler {
     fn push(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.block.capacity() == 0 {
@@ -303,9 +325,29 @@ impl Assembler<'_> {
             self.left = self.left.saturating_sub(now.len() as u64);
             bytes = later;
             if self.block.len() == BLOCK as usize || self.left == 0 {
-                (self.each)(std::mem::take(&mut self.block));
+                self.batch.push(std::mem::take(&mut self.block));
             }
         }
+        if self.batch.len() >= BATCH || self.left == 0 {
+            self.send();
+        }
+    }
+
+    /// Sends the complete blocks. A receiver that is gone wants them no more.
+    fn send(&mut self) {
+        if !self.batch.is_empty() {
+            let _ = self.batches.send(std::mem::take(&mut self.batch));
+        }
+    }
+}
+
+impl Drop for Assembler {
+    fn drop(&mut self) {
+        // A block that a failed request left incomplete is not sent.
+        if self.may_end && !self.block.is_empty() {
+            self.batch.push(std::mem::take(&mut self.block));
+        }
+        self.send();
     }
 }
 
