@@ -74,13 +74,7 @@ impl Action {
     /// Returns the descriptors that the caller passed as connected sockets of NBD servers. They must stay open when
     /// inherited descriptors are closed at the start.
     pub fn handed_over(&self) -> Vec<u32> {
-        let number = |disk: &DiskConfig| match &disk.source {
-            SourceConfig::Nbd(NbdConfig {
-                address: NbdAddress::Fd(number),
-                ..
-            }) => u32::try_from(*number).ok(),
-            _ => None,
-        };
+        let number = |disk: &DiskConfig| disk.source.socket_fd().and_then(|number| u32::try_from(number).ok());
         self.disks().iter().filter_map(number).collect()
     }
 }
@@ -264,6 +258,17 @@ impl SourceConfig {
         match self {
             Self::Local(local) => Some(local),
             Self::Nbd(_) | Self::Https(_) => None,
+        }
+    }
+
+    /// Returns the number of the connected socket that the caller passed, if the source is that of an NBD server.
+    pub fn socket_fd(&self) -> Option<i32> {
+        match self {
+            Self::Nbd(NbdConfig {
+                address: NbdAddress::Fd(number),
+                ..
+            }) => Some(*number),
+            _ => None,
         }
     }
 

@@ -10,7 +10,7 @@ use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
 use vmdkfuse::process::run::{self, Opened};
-use vmdkfuse::process::{self, daemon, output};
+use vmdkfuse::process::{self, daemon, handed_over, output};
 use vmdkfuse::{inspect, volume};
 
 /// Exit status for an invalid command line.
@@ -21,14 +21,14 @@ fn main() -> ExitCode {
     let args = std::env::args_os();
     process::arguments::hide_secrets();
     let parsed = cli::parse(args);
-    let handed_over = if let Ok(Parsed::Run(config)) = &parsed {
+    let sockets = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()
     } else {
         Vec::new()
     };
     // The order matters: first the descriptors of the caller are closed, before this process opens its own; the heap is
     // configured before any thread starts.
-    daemon::close_inherited(&handed_over);
+    handed_over::take_inherited(&sockets);
     daemon::raise_file_limit();
     daemon::share_heap();
     match parsed {

@@ -8,7 +8,7 @@
 //! ```
 //! All keys are checked before the file system is read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 
 use super::args::Subcommand;
@@ -73,7 +73,8 @@ impl ResolvedDisk {
 
 /// Returns the configurations of the disks. `fixed` is the file name that the mount point gives to the only disk.
 ///
-/// Fails if keys of a disk conflict, or if a file that one disk writes belongs to another disk too.
+/// Fails if keys of a disk conflict, if a file that one disk writes belongs to another disk too, or if two disks use one
+/// socket.
 pub(super) fn configs(
     resolved: Vec<ResolvedDisk>,
     fixed: Option<&OsStr>,
@@ -84,7 +85,23 @@ pub(super) fn configs(
         .map(|disk| disk.into_config(fixed, subcommand))
         .collect::<Result<Vec<_>, _>>()?;
     overlay_args::check_files(&disks)?;
+    check_sockets(&disks)?;
     Ok(disks)
+}
+
+/// Fails if several disks use the same socket: a connected socket serves one export.
+fn check_sockets(disks: &[DiskConfig]) -> Result<(), UsageError> {
+    let mut used = HashSet::new();
+    match disks
+        .iter()
+        .filter_map(|disk| disk.source.socket_fd())
+        .find(|number| !used.insert(*number))
+    {
+        Some(number) => Err(UsageError::new(format!(
+            "socket-fd={number} is given for two disks, but a connected socket serves one: pass another socket for each"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Returns the disks in the order of their sources. The keys of `options` (from `-o`) apply to all disks, wherever `-o`

@@ -6,14 +6,14 @@
 
 #![allow(unsafe_code)] // Only for taking ownership of the descriptor that the helper sends.
 
-use std::io::{self, IoSliceMut, Read};
+use std::io::{self, Read};
+use std::mem::offset_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::target::Target;
 use crate::config::MountOptions;
@@ -125,32 +125,64 @@ fn escape(value: &str) -> String {
     out
 }
 
-/// Receives the descriptor. Errors: `ECONNRESET` if the helper exits without sending one.
+/// Buffer for the control message that carries the descriptor. The alignment is that of its header, and a message of two
+/// descriptors fits, which is also the smallest size that the kernel's rounding allows for one.
+#[repr(C)]
+struct Control {
+    header: libc::cmsghdr,
+    fds: [RawFd; 2],
+}
+
+/// Receives the descriptor. Errors: `ECONNRESET` if the helper exits without sending one, `EPROTO` if it sends another
+/// number of them.
 fn receive(socket: &UnixStream) -> nix::Result<OwnedFd> {
     let mut byte = [0u8; 1];
-    let mut iov = [IoSliceMut::new(&mut byte)];
-    let mut space = nix::cmsg_space!(RawFd);
-    let message = loop {
-        match recvmsg::<()>(
-            socket.as_raw_fd(),
-            &mut iov,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        ) {
-            Err(Errno::EINTR) => {}
-            other => break other?,
-        }
+    let mut data = libc::iovec {
+        iov_base: byte.as_mut_ptr().cast(),
+        iov_len: byte.len(),
     };
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control
-            && let Some(&fd) = fds.first()
-        {
-            // SAFETY: the kernel has just created this descriptor for this process, the control buffer has space for
-            // one only, and no other code knows its number.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+    let header = libc::cmsghdr {
+        cmsg_len: 0,
+        cmsg_level: 0,
+        cmsg_type: 0,
+    };
+    let mut control = Control { header, fds: [-1; 2] };
+    // SAFETY: all fields of the structure may be zero.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut data, 1);
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>();
+    loop {
+        // SAFETY: the message points to `data` and `control`, with their sizes, and both live until the end of this
+        // function.
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+        match Errno::result(received) {
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
         }
     }
-    Err(Errno::ECONNRESET)
+    let Control { header, fds } = control;
+    let is_rights = message.msg_controllen >= size_of::<libc::cmsghdr>()
+        && (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+    let count = if is_rights {
+        header.cmsg_len.saturating_sub(offset_of!(Control, fds)) / size_of::<RawFd>()
+    } else {
+        0
+    };
+    // SAFETY: the kernel has just created these descriptors for this process, and no other code knows their numbers.
+    let own = |fd: &RawFd| unsafe { OwnedFd::from_raw_fd(*fd) };
+    // All are owned, so that those beyond the first are closed.
+    let mut received: Vec<OwnedFd> = fds.iter().take(count).map(own).collect();
+    match (
+        received.pop(),
+        received.is_empty(),
+        message.msg_flags & libc::MSG_CTRUNC,
+    ) {
+        (Some(device), true, 0) => Ok(device),
+        (None, ..) => Err(Errno::ECONNRESET),
+        _ => Err(Errno::EPROTO),
+    }
 }
 
 /// Returns the error of a helper that sent no descriptor: its own message, with advice where the cause is known.
@@ -221,5 +253,24 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert_eq!(receive(&ours).unwrap_err(), Errno::ECONNRESET);
+    }
+
+    #[test]
+    fn exactly_one_descriptor_is_received() {
+        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let send = |fds: &[RawFd]| {
+            let data = [std::io::IoSlice::new(b"x")];
+            let rights = [ControlMessage::ScmRights(fds)];
+            sendmsg::<()>(theirs.as_raw_fd(), &data, &rights, MsgFlags::empty(), None).unwrap();
+        };
+        let fd = theirs.as_raw_fd();
+        send(&[fd]);
+        let received = receive(&ours).unwrap();
+        assert!(received.as_raw_fd() != fd);
+        for several in [&[fd, fd][..], &[fd, fd, fd], &[fd; 20]] {
+            send(several);
+            assert_eq!(receive(&ours).unwrap_err(), Errno::EPROTO);
+        }
     }
 }

@@ -121,28 +121,6 @@ fn fork() -> Result<ForkResult> {
     unsafe { nix::unistd::fork() }.map_err(|e| Error::io("fork", e.into()))
 }
 
-/// Closes all inherited descriptors except the standard ones and those in `kept`.
-///
-/// A daemon that inherited an open file of another mount would keep that mount busy. If the file is in its own mount,
-/// closing it later could deadlock, because the close waits for the daemon's own answer.
-///
-/// Must be called right after the arguments are parsed, before the process opens any descriptor of its own.
-pub fn close_inherited(kept: &[u32]) {
-    let mut kept: Vec<u32> = kept.iter().copied().filter(|fd| *fd >= 3).collect();
-    kept.sort_unstable();
-    kept.dedup();
-    // Closes the gaps between the kept descriptors; the final `None` stands for the gap after the last one.
-    let mut first = 3;
-    for fd in kept.into_iter().map(Some).chain([None]) {
-        let last = fd.map_or(libc::c_uint::MAX, |fd| fd - 1);
-        if first <= last {
-            // SAFETY: no object of this program owns a descriptor yet, so no owner loses its descriptor.
-            unsafe { libc::close_range(first, last, 0) };
-        }
-        first = fd.map_or(first, |fd| fd.saturating_add(1));
-    }
-}
-
 /// Makes all threads share one heap arena.
 ///
 /// Cache blocks are allocated by one thread and freed by another. With one arena per thread, each arena would grow to

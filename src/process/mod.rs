@@ -1,7 +1,7 @@
 //! The process that serves a mount: start, daemonization, signals, log and exit status.
 //!
 //! ```text
-//!   run       the life of a mount, in order ── daemon: fork, inherited descriptors ── pidfile
+//!   run       the life of a mount, in order ── daemon: fork ── handed_over: inherited descriptors ── pidfile
 //!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
 //!   log       log destination and level ── admin_file: how the log and the pidfile are opened
 //!   unmount   `--unmount`: unmounts, and waits until the daemon has ended
@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 mod admin_file;
 pub mod arguments;
 pub mod daemon;
+pub mod handed_over;
 pub mod log;
 pub mod output;
 pub mod pidfile;

@@ -38,6 +38,27 @@ fn socket_fd_uses_a_socket_that_is_passed_to_the_daemon() {
 }
 
 #[test]
+fn a_passed_socket_is_used_by_one_disk_only() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "1M"]);
+    let text = "[[disk]]\nname = \"a\"\nsocket-fd = 9\n[[disk]]\nname = \"b\"\nsocket-fd = 9\n";
+    vmdkfuse_with_socket(&server)
+        .args(["-f", "--config"])
+        .arg(scratch.write("twice.toml", text))
+        .arg(scratch.mkdir("mnt"))
+        .run()
+        .one_error(2, &["socket-fd=9", "two disks"]);
+    // Descriptors that the program opens itself are never taken for one that was passed.
+    for number in 3..12 {
+        let word = format!("socket-fd={number}");
+        scratch.mount().arg(&word).refused(1).one_error(1, &[word.as_str()]);
+    }
+}
+
+#[test]
 fn a_config_file_names_servers_by_socket_port_command_and_descriptor() {
     if !ready() {
         return;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use fuse_tests::harness::{Cmd, Scratch, need, read_range};
+use fuse_tests::harness::{Cmd, Scratch, need, program, read_range};
 
 use crate::{Server, ready};
 
@@ -118,4 +118,42 @@ fn info_describes_an_overlay_over_an_export() {
     let described = info().ok().json();
     assert_eq!(described[0]["size"], 5 << 20, "{described}");
     assert!(described[0]["overlay"].is_object(), "{described}");
+}
+
+#[test]
+fn the_one_export_of_an_oldest_style_server_is_listed() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["--oldstyle", "pattern", "1M"]);
+    let list = Cmd::new(program()).arg("--list").arg(server.uri()).run().ok();
+    assert!(list.stdout.contains("1048576"), "{}", list.stdout);
+    let mount = scratch.mount().arg(server.uri()).arg("dynamic-export=true").start();
+    assert_eq!(mount.names(), ["disk.raw"]);
+    mount.unmount();
+}
+
+#[test]
+fn an_export_that_ends_within_a_block_causes_a_warning() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let blocks = [
+        "--filter=blocksize-policy",
+        "memory",
+        "1049088",
+        "blocksize-minimum=4096",
+    ];
+    let server = Server::nbdkit(&scratch, &blocks);
+    let log = scratch.path("log");
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg(format!("--log-file={}", log.display()))
+        .start();
+    mount.unmount();
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("no multiple of its block size"), "{log}");
 }

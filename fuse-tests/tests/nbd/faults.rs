@@ -201,3 +201,21 @@ fn a_slow_server_works_and_its_errors_are_temporary() {
     fs::remove_file(&errors).unwrap();
     assert!(can_read(&disk, SOON));
 }
+
+#[test]
+fn a_reader_of_a_server_that_is_gone_waits_for_the_timeout_once() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "64M"]);
+    let mount = scratch.mount().arg(server.uri()).arg("timeout=8").start();
+    let disk = mount.file("disk.raw");
+    server.crash();
+    // The kernel reads the page again after its failed read-ahead: twice the timeout would be 16 seconds.
+    let within = |limit: &str| Cmd::new("timeout").args([limit, "cat"]).arg(&disk).run().ended.code;
+    assert_eq!(within("14"), Some(1), "the reader waited for the timeout twice");
+    let _server = Server::nbdkit(&scratch, &["pattern", "64M"]);
+    assert!(poll_until(SOON, || can_read(&disk, SOON)), "did not reconnect");
+    mount.unmount();
+}

@@ -52,7 +52,7 @@ impl Endless {
             let option = number(8);
             stream.read_exact(&mut vec![0; number(12) as usize])?;
             if option == self.option {
-                let replies = reply(option, self.kind, &self.data).repeat(20);
+                let replies = reply(option, self.kind, &self.data).repeat(1 + 40_000 / (self.data.len() + 20));
                 loop {
                     stream.write_all(&replies)?;
                 }

@@ -3,12 +3,14 @@
 //! Buffers are aligned to pages, which the kernel copies faster. A pool belongs to one disk: the bytes that an earlier
 //! command left in a buffer never belong to another disk.
 //!
-//! [`Shared`] lets several commands fill disjoint parts of one buffer. They write through a raw pointer, without a
-//! lock, from inside of libnbd. The [`Command`](super::command::Command) of each part keeps the buffer alive through
-//! its `Arc`, until libnbd has returned the command.
+//! [`Shared`] lets several commands fill parts of one buffer. They write through a raw pointer, without a lock, from
+//! inside of libnbd. The parts cannot overlap and the buffer cannot be read too early, by construction: only
+//! [`Shared::split`] makes parts, each begins where the one before it ends, none can be cloned, and
+//! [`Shared::into_buffer`] fails as long as a part exists. The [`Command`](super::command::Command) of a part owns it
+//! until libnbd has returned the command.
 //!
-//! Locks: one mutex for each size class, and one for the buffer of a `Shared`. They are held for a push, a pop or a
-//! move only, and a thread that holds one acquires no other lock.
+//! Locks: one mutex for each size class. They are held for a push or a pop only, and a thread that holds one acquires no
+//! other lock.
 
 #![allow(unsafe_code)] // Several commands of a C library write to one buffer.
 
@@ -60,60 +62,70 @@ impl Buffer {
 
 /// Buffer that several commands fill, each its own part of it.
 pub(super) struct Shared {
-    /// First byte of `buffer`. While commands may be in flight, the buffer is accessed only through this pointer.
+    /// First byte of `buffer`. While parts exist, the buffer is accessed only through this pointer.
     first: NonNull<u8>,
-    len: usize,
-    /// Owns the memory. A move out of the mutex does not move the pages, so `first` stays valid until they are freed.
-    buffer: Mutex<Buffer>,
+    /// Owns the memory. Moving it does not move the pages, so `first` stays valid until they are freed.
+    buffer: Buffer,
 }
 
-// SAFETY: `first` points to the memory of `buffer`, which may be sent to any thread. Each command that writes through
-// `first` writes only to its own part.
+// SAFETY: `first` points to the memory of `buffer`, which may be sent to any thread. No method reads or writes through
+// `first`; each `Part` uses it for a range of its own.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    /// Creates a shared buffer, to be filled in parts.
-    pub(super) fn new(mut buffer: Buffer) -> Arc<Self> {
+    /// Splits a buffer into parts of these lengths, one after the other. Returns the owner of the memory too.
+    ///
+    /// What exceeds the end of the buffer is left out of a part.
+    pub(super) fn split(mut buffer: Buffer, lens: impl Iterator<Item = usize>) -> (Arc<Self>, Vec<CommandBuffer>) {
         let bytes = buffer.bytes();
-        let (first, len) = (NonNull::from(&mut *bytes).cast(), bytes.len());
-        Arc::new(Self {
-            first,
-            len,
-            buffer: Mutex::new(buffer),
-        })
+        let (first, total) = (NonNull::from(&mut *bytes).cast(), bytes.len());
+        let shared = Arc::new(Self { first, buffer });
+        let mut next = 0usize;
+        let part = |len: usize| {
+            let start = next;
+            next = start.saturating_add(len).min(total);
+            CommandBuffer::Part(Part {
+                of: Arc::clone(&shared),
+                start,
+                len: next - start,
+            })
+        };
+        let parts = lens.map(part).collect();
+        (shared, parts)
     }
 
-    /// Takes the buffer out. The caller must not do so before all commands on it have ended.
-    pub(super) fn take(&self) -> Buffer {
-        std::mem::take(&mut *self.buffer.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Takes the buffer out. Returns `None` while a part of it exists.
+    pub(super) fn into_buffer(self: Arc<Self>) -> Option<Buffer> {
+        Arc::into_inner(self).map(|shared| shared.buffer)
     }
+}
+
+/// Part of a shared buffer. No other part has bytes in common with it.
+pub(super) struct Part {
+    of: Arc<Shared>,
+    /// Offset in the buffer in bytes; `start + len` is within the buffer.
+    start: usize,
+    len: usize,
 }
 
 /// Memory that a command reads to or writes from.
 pub(super) enum CommandBuffer {
     /// A buffer that belongs to this command alone.
     Own(Buffer),
-    /// A part of a shared buffer, from `start` on. No other command uses that part.
-    Part {
-        /// The shared buffer.
-        of: Arc<Shared>,
-        /// Offset of the part in it, in bytes.
-        start: usize,
-    },
+    /// A part of a shared buffer.
+    Part(Part),
 }
 
 impl CommandBuffer {
-    /// Returns a pointer to the first byte, and the number of bytes from there to the end of the buffer.
+    /// Returns a pointer to the first byte, and the number of bytes.
     pub(super) fn bytes(&mut self) -> (*mut u8, usize) {
         match self {
             Self::Own(buffer) => (buffer.bytes().as_mut_ptr(), buffer.len()),
-            Self::Part { of, start } => {
-                // A wrong `start` results in an empty part, and the command fails for lack of space.
-                let start = (*start).min(of.len);
-                // SAFETY: `start` is at most `len`, so the pointer is within the memory of the buffer or at its end.
-                (unsafe { of.first.add(start) }.as_ptr(), of.len - start)
+            Self::Part(Part { of, start, len }) => {
+                // SAFETY: `split` made sure that `start` is within the memory of the buffer or at its end.
+                (unsafe { of.first.add(*start) }.as_ptr(), *len)
             }
         }
     }
@@ -122,7 +134,7 @@ impl CommandBuffer {
     pub(super) fn take(&mut self) -> Buffer {
         match self {
             Self::Own(buffer) => std::mem::take(buffer),
-            Self::Part { .. } => Buffer::default(),
+            Self::Part(_) => Buffer::default(),
         }
     }
 }
@@ -205,5 +217,23 @@ mod tests {
         let many: Vec<Buffer> = (0..300).map(|_| pool.take(1).unwrap()).collect();
         many.into_iter().for_each(|b| pool.give(b));
         assert_eq!(pool.0[0].lock().unwrap().len(), SIZE_CLASSES[0].1);
+    }
+
+    #[test]
+    fn the_parts_of_a_buffer_do_not_overlap_and_end_with_it() {
+        let buffer = BufferPool::default().take(2 * PAGE).unwrap();
+        let (shared, mut parts) = Shared::split(buffer, [1000, PAGE, 0, 3 * PAGE, 7].into_iter());
+        let mut end = None;
+        for (part, len) in parts.iter_mut().zip([1000, PAGE, 0, PAGE - 1000, 0]) {
+            let (start, count) = part.bytes();
+            assert_eq!(count, len);
+            assert!(end.is_none_or(|end| end == start));
+            end = Some(start.wrapping_add(count));
+        }
+        let last = parts.pop();
+        drop(parts);
+        assert!(Arc::clone(&shared).into_buffer().is_none(), "other owners exist");
+        drop(last);
+        assert_eq!(shared.into_buffer().unwrap().len(), 2 * PAGE);
     }
 }

@@ -14,11 +14,14 @@
 
 #![allow(unsafe_code)] // One call between fork and exec.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -74,6 +77,7 @@ impl CaptiveServer {
             .map(|w| w.to_string_lossy().into_owned())
             .unwrap_or_default();
         let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
+        check_program(words.first().map_or(OsStr::new(""), OsString::as_os_str))?;
         let (listener, socket_inode) = listen().map_err(context)?;
         let mut command = Command::new("/bin/sh");
         // The server may be started again after this process has changed to `/`.
@@ -218,6 +222,37 @@ fn listen() -> std::io::Result<(UnixListener, OwnedFd)> {
     Ok((listener, socket_inode))
 }
 
+/// Checks that the program exists, as the shell searches it. Otherwise only the log would tell, in the shell's words.
+fn check_program(program: &OsStr) -> Result<()> {
+    let is_path = program.as_bytes().contains(&b'/');
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = if is_path {
+        is_program(Path::new(program))
+    } else {
+        std::env::split_paths(&path).any(|dir| is_program(&dir.join(program)))
+    };
+    if found && !program.is_empty() {
+        return Ok(());
+    }
+    let place = if is_path { "" } else { " in PATH" };
+    let advice = if program.as_bytes().contains(&b' ') {
+        "give the program alone, and each of its arguments by arg="
+    } else {
+        "install it, or give its full path"
+    };
+    Err(Error::new(
+        ErrorKind::NotFound,
+        format!("command={}: no such program{place}; {advice}", program.display()),
+    ))
+}
+
+/// Returns true if `path`, from the folder in which this program was started, is an executable file.
+fn is_program(path: &Path) -> bool {
+    let path = process::start_dir().join(path);
+    path.metadata()
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
 /// Logs standard error of the server line by line until the pipe is closed. Runs in a thread of its own.
 fn log(name: &str, stderr: ChildStderr, last: &Mutex<String>) {
     let mut lines = BufReader::new(stderr);
@@ -263,6 +298,37 @@ mod tests {
         assert_eq!(server.exit_report(), None);
         drop(server);
         assert!(!PathBuf::from(format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn a_program_that_does_not_exist_is_named_in_one_sentence() {
+        for (program, expected) in [
+            ("no-such-program", "no such program in PATH; install it"),
+            ("sh -c true", "each of its arguments by arg="),
+            ("/no/such", "no such program; install it"),
+            ("/etc/passwd", "no such program"),
+            ("", "no such program"),
+        ] {
+            let message = CaptiveServer::start(&words(&[program])).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("command={program}: ")), "{message}");
+            assert!(message.contains(expected), "{message}");
+        }
+        check_program(OsStr::new("sh")).unwrap();
+        check_program(OsStr::new("/bin/sh")).unwrap();
+    }
+
+    #[test]
+    fn connecting_to_a_server_that_accepts_nothing_ends_at_the_deadline() {
+        let server = CaptiveServer::start(&words(&["sleep", "1000"])).unwrap();
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match server.connect(Instant::now() + Duration::from_millis(100), &never) {
+                Ok(socket) => waiting.push(socket),
+                Err(e) => break e,
+            }
+            assert!(waiting.len() < 1000);
+        };
+        assert_eq!(refused.kind(), ErrorKind::Os(libc::ETIMEDOUT));
     }
 
     #[test]

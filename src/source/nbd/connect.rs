@@ -24,11 +24,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::captive::CaptiveServer;
 use super::connection::is_loss;
 use super::export::Export;
-use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, adopt, failure};
+use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, failure};
 use super::private_dir::PrivateDir;
 use super::tls;
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::handed_over;
 use crate::source::nbd_uri;
 
 /// Port of an address that names none (IANA).
@@ -57,14 +58,19 @@ pub(super) struct Connector {
 }
 
 impl Connector {
-    /// Creates a connector for the server of `config`. Starts a captive server, and adopts the socket of `socket-fd=`.
+    /// Creates a connector for the server of `config`. Starts a captive server, and takes the socket of `socket-fd=`.
     pub(super) fn new(config: &NbdConfig) -> Result<Self> {
         let server = match &config.address {
             NbdAddress::Command(words) => Some(Arc::new(CaptiveServer::start(words)?)),
             _ => None,
         };
         let socket = match config.address {
-            NbdAddress::Fd(number) => Some(adopt(number)?),
+            NbdAddress::Fd(number) => Some(handed_over::take(number).ok_or_else(|| {
+                let text = format!(
+                    "socket-fd={number}: not a socket that was passed to this process (3 or higher), or used already"
+                );
+                Error::new(ErrorKind::Usage, text)
+            })?),
             _ => None,
         };
         tls::warn_if_unverified(config);

@@ -89,6 +89,7 @@ impl NbdDisk {
             pause = (pause * 2).min(Duration::from_secs(2));
         };
         let writable = writable && !export.read_only;
+        warn_of_incomplete_block(&connector, &export);
         let session = Session::start(connector, export, options(config, writable), Some(handle))?;
         Ok(Self {
             geometry: export.geometry(),
@@ -105,6 +106,7 @@ impl NbdDisk {
         writable: bool,
     ) -> Result<Self> {
         let writable = writable && !export.read_only;
+        warn_of_incomplete_block(&connector, &export);
         let session = Session::start(connector, export, options(config, writable), None)?;
         Ok(Self {
             geometry: export.geometry(),
@@ -179,7 +181,7 @@ impl NbdDisk {
         };
         // The session fails each command at its deadline, so this limit is only reached if its threads are stuck.
         oneshot
-            .wait(&self.session, self.session.deadline() + GRACE)
+            .wait(&self.session, self.session.longest_deadline() + GRACE)
             .unwrap_or_else(timed_out)
     }
 
@@ -486,27 +488,28 @@ impl BlockQueue for NbdDisk {
                 Box::new(move |mut command, result| finish_read(command.buf.take(), result));
             return self.submit(CommandKind::Read, at.bytes(), len, buf, finish);
         }
-        // Several commands fill disjoint parts of one buffer. The last part that ends calls `done` for all of them.
-        let whole = Shared::new(buf);
-        let all = Arc::clone(&whole);
+        // Several commands fill parts of one buffer. The last part that ends calls `done` for all of them.
         let (from, to) = (at.bytes(), at.bytes() + len);
+        let lens = pieces(from, to, piece).map(|(start, end)| (end - start) as usize);
+        let (whole, buffers) = Shared::split(buf, lens);
         let parts = SplitRequest::new(
-            pieces(from, to, piece).count(),
-            Box::new(move |result| finish_read(all.take(), result)),
+            buffers.len(),
+            Box::new(move |result| match whole.into_buffer() {
+                Some(buf) => finish_read(buf, result),
+                None => finish_read(
+                    Buffer::default(),
+                    Err(Error::corrupt("a part of the read has not ended")),
+                ),
+            }),
         );
-        let commands = pieces(from, to, piece).map(|(start, end)| {
+        let commands = pieces(from, to, piece).zip(buffers).map(|((start, end), part)| {
             let parts = Arc::clone(&parts);
-            let place = CommandBuffer::Part {
-                of: Arc::clone(&whole),
-                start: (start - from) as usize,
-            };
-            self.command(
-                CommandKind::Read,
-                start,
-                end - start,
-                place,
-                Box::new(move |_, result| parts.done(result)),
-            )
+            let finish: CommandCompletion = Box::new(move |command, result| {
+                // Before the part counts as ended: the last one takes the whole buffer.
+                drop(command);
+                parts.done(result);
+            });
+            self.command(CommandKind::Read, start, end - start, part, finish)
         });
         self.session.submit_all(commands.collect());
     }
@@ -615,6 +618,19 @@ fn is_unsupported(e: &Error) -> bool {
 /// Returns the time from the submission of a request to its failure.
 pub(super) fn timeout(config: &NbdConfig) -> Duration {
     config.timeout.unwrap_or(TIMEOUT).min(MAX_TIMEOUT)
+}
+
+/// Warns of an export whose end is within a block: its server may refuse requests for the rest.
+fn warn_of_incomplete_block(connector: &Connector, export: &Export) {
+    let (size, block) = (export.size, export.minimum);
+    if size % block != 0 {
+        tracing::warn!(
+            "{}: its size of {size} bytes is no multiple of its block size of {block} bytes: the last {} bytes may give \
+             I/O errors; resize the disk on the server to avoid them",
+            connector.label(),
+            size % block
+        );
+    }
 }
 
 fn options(config: &NbdConfig, writable: bool) -> SessionOptions {

@@ -24,7 +24,7 @@ mod callbacks;
 mod handshake;
 
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -716,28 +716,6 @@ pub(super) fn is_ending() -> bool {
     [libc::SIGTERM, libc::SIGINT]
         .iter()
         .any(|signal| unsafe { libc::sigismember(&raw const pending, *signal) == 1 })
-}
-
-/// Takes ownership of a connected socket that was passed to this process as descriptor `number`. Errors: it is not a
-/// socket.
-pub(super) fn adopt(number: i32) -> Result<OwnedFd> {
-    let bad = |e: nix::errno::Errno| Error::io(format!("socket-fd={number}"), e.into());
-    // SAFETY: it is only borrowed for fstat and dup, which fail with EBADF if there is no such descriptor.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-    let kind = nix::sys::stat::fstat(borrowed).map_err(bad)?.st_mode & libc::S_IFMT;
-    if number < 3 || kind != libc::S_IFSOCK {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!("socket-fd={number}: not a socket that was passed to this process (3 or higher)"),
-        ));
-    }
-    // The duplicate is close-on-exec, so that children do not inherit it. The original number is closed.
-    let copy = borrowed
-        .try_clone_to_owned()
-        .map_err(|e| Error::io(format!("socket-fd={number}"), e))?;
-    // SAFETY: the parent process passed the descriptor for this use, and nothing else in this process uses the number.
-    drop(unsafe { OwnedFd::from_raw_fd(number) });
-    Ok(copy)
 }
 
 /// Returns the last error of the library in this thread. `context`: what failed.

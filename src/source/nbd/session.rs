@@ -63,6 +63,10 @@ use crate::error::{Error, ErrorKind, Result};
 /// Smallest request in bytes that is passed to a bulk thread: its transfer costs more than the thread switch.
 const BULK_MIN: u64 = 128 << 10;
 
+/// Time for a command to wait for a connection if an earlier command has waited in vain for its whole timeout. Longer
+/// than the pause between two attempts then. An attempt goes on after it.
+const UNREACHABLE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Time for the threads of a session to exit in [`Session::close`].
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -102,6 +106,8 @@ pub(super) struct Session {
     wake_poller: Condvar,
     /// True while the poller thread watches for callers that leave without polling to the end.
     watching: AtomicBool,
+    /// Set when a command has waited for a connection until its deadline; cleared by the next handshake and connection.
+    unreachable: AtomicBool,
     /// Set once by [`Session::close`], before the queues are drained.
     closing: AtomicBool,
     /// Block status answers; all changes are reported to it.
@@ -158,6 +164,7 @@ impl Session {
             retired: Mutex::default(),
             wake_poller: Condvar::new(),
             watching: AtomicBool::new(false),
+            unreachable: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             map: ExtentCache::default(),
             pool: BufferPool::default(),
@@ -205,6 +212,18 @@ impl Session {
 
     /// Returns the deadline of a command that is submitted now.
     pub(super) fn deadline(&self) -> Instant {
+        // After a failed read-ahead the kernel reads the same page again. A command that waits for a server which has
+        // been gone for a whole timeout would double the time after which the application gets its error.
+        let longest = self.longest_deadline();
+        if self.unreachable.load(Ordering::Relaxed) {
+            longest.min(Instant::now() + UNREACHABLE_TIMEOUT)
+        } else {
+            longest
+        }
+    }
+
+    /// Returns the latest deadline that a command submitted by now can have.
+    pub(super) fn longest_deadline(&self) -> Instant {
         Instant::now() + self.options.timeout
     }
 
@@ -263,9 +282,8 @@ impl Session {
             // Before the command can reach the server: a block status answer that crosses it must not be cached.
             self.map.begin_change(command.offset, command.offset + command.len);
             if self.must_await_flush(&command) {
-                lock(&self.queues).awaiting_flush.push_back(command);
+                self.enqueue(command, |queues| &mut queues.awaiting_flush);
                 // The manager fails the command at its deadline, and flushes if no other flush is in flight.
-                self.wake_manager.notify_all();
                 // The flush that frees the space may have ended between the check and the push, and its thread found
                 // the queue empty. Check again, or the command would wait for a flush that never comes.
                 self.resume_awaiting_flush();
@@ -308,8 +326,13 @@ impl Session {
         }
     }
 
-    /// Queues a command for the next connection and wakes the manager thread.
+    /// Queues a command for the next connection.
     fn wait_for_connection(&self, command: Box<Command>) {
+        self.enqueue(command, |queues| &mut queues.awaiting_connection);
+    }
+
+    /// Appends a command to one of the queues and wakes the manager thread. Fails the command if the session is closed.
+    fn enqueue(&self, command: Box<Command>, queue: impl FnOnce(&mut CommandQueues) -> &mut VecDeque<Box<Command>>) {
         let mut queues = lock(&self.queues);
         // Checked under the lock: `close` sets the flag before it drains the queues under the same lock, so no command
         // can enter a queue that is not drained any more.
@@ -318,7 +341,7 @@ impl Session {
             let e = self.error(&command, "the disk is closed");
             return self.finish(command, Err(e));
         }
-        queues.awaiting_connection.push_back(command);
+        queue(&mut queues).push_back(command);
         drop(queues);
         self.wake_manager.notify_all();
     }
@@ -406,6 +429,7 @@ impl Session {
     /// Queues a command that a lost connection returned, or fails it if its deadline has passed.
     fn requeue(&self, command: Box<Command>) {
         if command.deadline <= Instant::now() {
+            self.unreachable.store(true, Ordering::Relaxed);
             let e = self.timeout_error(&command);
             return self.finish(command, Err(e));
         }
@@ -414,7 +438,7 @@ impl Session {
 
     /// Sends a flush on the session's own behalf, to free space in the replay log.
     fn start_background_flush(&self) {
-        let mut command = Command::background_flush(self.deadline());
+        let mut command = Command::background_flush(self.longest_deadline());
         command.covers = lock(&self.replay_log).flush_token();
         self.send(command);
     }

@@ -32,6 +32,9 @@ use crate::source::nbd::replay_log::{ReplayEntry, ReplayLog};
 /// First and longest pause between two attempts to connect. The pause doubles with each failure.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// Longest pause while commands wait for less than their whole timeout.
+const UNREACHABLE_PAUSE: Duration = Duration::from_millis(250);
+
 /// Replayed changes in flight at a time.
 const REPLAY_BATCH: usize = 32;
 
@@ -150,6 +153,10 @@ impl Session {
     }
 
     fn fail_commands(&self, late: VecDeque<Box<Command>>) {
+        let connected = self.connection().is_some_and(|connection| !connection.is_dead());
+        if !late.is_empty() && !connected {
+            self.unreachable.store(true, Ordering::Relaxed);
+        }
         for command in late {
             let e = self.timeout_error(&command);
             self.finish(command, Err(e));
@@ -170,13 +177,16 @@ impl Session {
             }
         }
         if old.as_ref().is_none_or(|g| g.is_dead()) {
-            let deadline = self.earliest_deadline().unwrap_or_else(|| self.deadline());
+            // Not the deadline of a command: those that wait fail on their own, and the next one can use the connection.
+            let deadline = self.longest_deadline();
             // `open` calls this repeatedly during the handshake.
             let closing = || {
                 self.fail_late();
                 self.closing.load(Ordering::SeqCst)
             };
             let (handle, export) = self.connector.open(true, deadline, &closing)?;
+            // Before the replay, which may take long: the server is there.
+            self.unreachable.store(false, Ordering::Relaxed);
             export.check_same(&self.export, self.options.writable, true)?;
             // The server may have been restarted with other data: drop all cached extents.
             self.map.clear();
@@ -185,6 +195,8 @@ impl Session {
             // Before it is published: no other thread can send a command ahead of the replayed writes.
             self.replay(&connection)?;
             self.publish(Arc::clone(&connection));
+            // Again: a command may have timed out during the replay.
+            self.unreachable.store(false, Ordering::Relaxed);
             // A thread that fetched the old connection just before may still submit a command on it. The poller thread
             // collects such commands from the retired connections and queues them again.
             if let Some(old) = &old {
@@ -212,32 +224,29 @@ impl Session {
         Ok(())
     }
 
-    fn earliest_deadline(&self) -> Option<Instant> {
-        lock(&self.queues)
-            .awaiting_connection
-            .iter()
-            .map(|command| command.deadline)
-            .min()
-    }
-
     /// Backs off after a failed attempt. Fails all queued commands if another attempt is useless or not allowed.
     fn after_failure(&self, e: &Error, failures: u32) {
         tracing::info!("{}: reconnect attempt {failures} failed: {e}", self.connector.label());
         // `Corrupt`: the export is malformed or is not the same as before. A retry does not change that.
         let hopeless = e.kind() == ErrorKind::Corrupt || self.options.retry.is_some_and(|most| failures > most);
         if hopeless || !self.connector.can_repeat() {
-            let awaiting_connection = std::mem::take(&mut lock(&self.queues).awaiting_connection);
-            for command in awaiting_connection {
+            // Changes that wait for a flush need a connection too.
+            let CommandQueues {
+                awaiting_connection,
+                awaiting_flush,
+            } = std::mem::take(&mut *lock(&self.queues));
+            for command in awaiting_connection.into_iter().chain(awaiting_flush) {
                 let failed = self.error(&command, &e.to_string());
                 self.finish(command, Err(failed));
             }
         }
-        self.pause(
-            BACK_OFF
-                .0
-                .saturating_mul(1 << failures.min(10).saturating_sub(1))
-                .min(BACK_OFF.1),
-        );
+        let longest = if self.unreachable.load(Ordering::Relaxed) {
+            UNREACHABLE_PAUSE
+        } else {
+            BACK_OFF.1
+        };
+        let pause = BACK_OFF.0.saturating_mul(1 << failures.min(10).saturating_sub(1));
+        self.pause(pause.min(longest));
     }
 
     /// Sleeps for `pause`, and fails late commands meanwhile. Returns early when the session is closing.
@@ -352,7 +361,8 @@ impl Session {
             let ReplayEntry {
                 kind, offset, len, buf, ..
             } = entry;
-            let command = Command::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()));
+            let deadline = self.longest_deadline();
+            let command = Command::new(kind, offset, len, buf, deadline, Box::new(|_, _| ()));
             connection.submit(command, &mut back);
         }
         let mut answers: Vec<Answer> = Vec::with_capacity(count);
