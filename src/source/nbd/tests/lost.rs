@@ -196,7 +196,7 @@ fn regression_writes_that_wait_for_space_in_the_replay_log_are_sent_after_the_fl
     if !need_nbdkit() {
         return;
     }
-    let server = Scripted::new(Duration::from_secs(15));
+    let server = Scripted::new(Duration::from_secs(60));
     let (disk, _, results) = open_with_full_log(&server);
     assert!(
         results.recv_timeout(Duration::from_millis(300)).is_err(),
@@ -215,16 +215,17 @@ fn regression_writes_that_wait_for_space_fail_if_the_flush_hangs_and_do_not_bloc
     if !need_nbdkit() {
         return;
     }
-    let server = Scripted::new(Duration::from_secs(8));
+    // Within this time 192 writes must end, each of which starts a shell, while the flush hangs.
+    let server = Scripted::new(Duration::from_secs(20));
     let (_disk, write, results) = open_with_full_log(&server);
     assert!(
-        results.recv_timeout(Duration::from_secs(20)).is_ok(),
+        results.recv_timeout(Duration::from_secs(90)).is_ok(),
         "the write did not time out"
     );
     server.clear("hold-flush");
     write(193);
     assert_eq!(
-        results.recv_timeout(Duration::from_secs(20)),
+        results.recv_timeout(Duration::from_secs(60)),
         Ok(true),
         "no flush freed space"
     );
