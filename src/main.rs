@@ -11,12 +11,17 @@ use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
 use vmdkfuse::process::run::{self, Opened};
 use vmdkfuse::process::{self, daemon, handed_over, output};
+use vmdkfuse::volume::OpenedDisks;
 use vmdkfuse::{inspect, volume};
 
 /// Exit status for an invalid command line.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    if let Err(e) = daemon::forbid_dumps() {
+        output::message(&mut std::io::stderr(), &e.to_string());
+        return ExitCode::FAILURE;
+    }
     process::start_dir();
     let args = std::env::args_os();
     process::arguments::hide_secrets();
@@ -71,13 +76,15 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
         read_only: disk.read_only || mount.options.read_only,
         ..disk.clone()
     };
-    let disks = volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
+    let OpenedDisks { disks, skipped } =
+        volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
+    let mut warnings: Vec<String> = skipped.iter().map(|e| format!("skipped: {e}")).collect();
     let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
     // Exports that are discovered on a server are connected on first use, so the first read at the start skips them.
     let files = mount
         .disks
         .iter()
-        .filter(|d| !volume::is_dynamic(d))
+        .filter(|d| !volume::is_dynamic(d) && disks.iter().any(|(disk, _)| disk.name == d.name))
         .map(|d| d.name.clone())
         .collect();
     let why = disks
@@ -89,7 +96,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
             .iter()
             .map(|warning| format!("{}: {warning}", disk.name.display()))
     });
-    let warnings = read_only.chain(of_settings).collect();
+    warnings.extend(read_only.chain(of_settings));
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);

@@ -3,6 +3,7 @@
 //! Wildcards also match names that are not UTF-8. The directory walk of the `glob` crate silently skips those names, so
 //! the walk is implemented here; the crate only matches single path components.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
@@ -15,6 +16,7 @@ use glob::{MatchOptions, Pattern};
 use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 use crate::source::nbd_uri;
+use crate::vmdk::descriptor::Descriptor;
 
 /// Matches as a shell does: `*` does not match names that start with a dot.
 const LIKE_A_SHELL: MatchOptions = MatchOptions {
@@ -30,15 +32,23 @@ const NO_UTF8: u32 = 0xF700;
 /// descriptor, and known writers put only a few lines there.
 const PROBE_BYTES: u64 = 4096;
 
+/// Bytes of a descriptor that are read to find its extents: ten thousand of them.
+const MAX_DESCRIPTOR: u64 = 1 << 20;
+
 /// Byte range of the embedded descriptor's sector number in a hosted sparse header.
 const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;
 
-/// Returns the files of `file=PATH`: an existing path is that file; otherwise a path with wildcards gives every match,
-/// sorted. A path without wildcards is returned unchecked, because opening it gives a better error.
+/// Returns true if the path of `file=PATH` is a pattern: it has wildcards, and no file of that very name exists.
+fn is_pattern(path: &Path) -> bool {
+    has_wildcard(path.as_os_str()) && !exists(path)
+}
+
+/// Returns the files of `file=PATH`: that file, or every match of a pattern, sorted, without the extents that another match
+/// names. A path that is no pattern is returned unchecked, because opening it gives a better error.
 ///
 /// Fails if a pattern matches no file or is malformed.
 pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
-    if !has_wildcard(path.as_os_str()) || exists(path) {
+    if !is_pattern(path) {
         return Ok(vec![path.to_owned()]);
     }
     let mut walk = Walk {
@@ -57,13 +67,16 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
             path.display()
         )));
     }
-    walk.found.sort();
-    Ok(walk.found)
+    let mut found = without_extents(walk.found);
+    found.sort();
+    Ok(found)
 }
 
-/// Returns the disks in a folder, sorted: every `*.vmdk` that is a descriptor or embeds one. Bare extents are skipped.
+/// Returns the disks in a folder, sorted: every `*.vmdk` that is a descriptor or embeds one. Bare extents are skipped, and
+/// so are files that a descriptor names as an extent: a guest decides what they hold. A file that cannot be read counts as
+/// a disk, so that its open reports why.
 ///
-/// Fails if the folder or a file in it cannot be read, or if the folder holds no disk.
+/// Fails if the folder cannot be read, or if it holds no disk.
 pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
     let failed =
         |path: &Path, e: &io::Error| UsageError::new(format!("dir={}: {}: {e}", dir.display(), path.display()));
@@ -72,10 +85,11 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
         let path = entry.map_err(|e| failed(dir, &e))?.path();
         let is_vmdk = path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk"));
         // A link is not followed: the user did not name it.
-        if is_vmdk && !path.is_symlink() && is_disk(&path).map_err(|e| failed(&path, &e))? {
+        if is_vmdk && !path.is_symlink() && is_disk(&path).unwrap_or(true) {
             disks.push(path);
         }
     }
+    let mut disks = without_extents(disks);
     if disks.is_empty() {
         return Err(UsageError::new(format!(
             "dir={}: no VMDK with a descriptor found: give files without one by file=",
@@ -89,7 +103,7 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
 /// Returns the folder below which a pattern searches: its components before the first one with wildcards. `None` if
 /// the path is no pattern.
 pub(super) fn searched_folder(path: &Path) -> Option<PathBuf> {
-    if !has_wildcard(path.as_os_str()) || exists(path) {
+    if !is_pattern(path) {
         return None;
     }
     let mut folder = PathBuf::new();
@@ -101,6 +115,40 @@ pub(super) fn searched_folder(path: &Path) -> Option<PathBuf> {
         folder = literal;
     }
     Some(folder)
+}
+
+/// Removes the files that the descriptor of another file in the same folder names as an extent.
+fn without_extents(mut files: Vec<PathBuf>) -> Vec<PathBuf> {
+    let extents: HashSet<PathBuf> = files.iter().flat_map(|path| extents_of(path)).collect();
+    files.retain(|path| !extents.contains(path));
+    files
+}
+
+/// Returns the paths of the extents that lie in the folder of a text descriptor. Empty for any other file, and for one that
+/// cannot be read or parsed, whose open reports why.
+fn extents_of(path: &Path) -> Vec<PathBuf> {
+    let Ok(bytes) = read_start(path, MAX_DESCRIPTOR) else {
+        return Vec::new();
+    };
+    let head = bytes.get(..PROBE_BYTES as usize).unwrap_or(&bytes);
+    let descriptor = is_descriptor(head).then(|| Descriptor::parse(&bytes));
+    let extents = descriptor.and_then(Result::ok).map_or_else(Vec::new, |d| d.extents);
+    let names = extents.iter().filter_map(|extent| extent.name.as_ref());
+    let paths = names.map(|name| path.with_file_name(OsStr::from_bytes(name.as_bytes())));
+    paths.filter(|extent| extent != path).collect()
+}
+
+/// Reads at most `most` bytes from the start of a regular file.
+fn read_start(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    // O_NONBLOCK: if another process put a FIFO in its place, the open must not block.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Returns the default file name of a local disk in the mount: the source's name with the extension `.raw`.
@@ -218,10 +266,7 @@ fn is_disk(path: &Path) -> io::Result<bool> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(e),
     }
-    let mut head = Vec::new();
-    // O_NONBLOCK: if another process replaced the file by a FIFO after the check, open() must not block.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    file.take(PROBE_BYTES).read_to_end(&mut head)?;
+    let head = read_start(path, PROBE_BYTES)?;
     Ok(holds_descriptor(&head) || is_descriptor(&head))
 }
 
@@ -266,7 +311,12 @@ mod tests {
     }
 
     fn expanded(dir: &TempDir, pattern: &[u8]) -> Vec<Vec<u8>> {
-        let found = expand(&dir.path().join(OsStr::from_bytes(pattern))).unwrap();
+        let path = dir.path().join(OsStr::from_bytes(pattern));
+        let found = if is_pattern(&path) {
+            expand(&path).unwrap()
+        } else {
+            vec![path]
+        };
         found
             .iter()
             .map(|path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().to_vec())
@@ -287,7 +337,7 @@ mod tests {
         assert_eq!(disks_of(dir.path()).unwrap(), [dir.path().join("a.vmdk")]);
         assert!(expand(&dir.path().join("link*/b.img")).is_err());
         // A link that the user names is followed.
-        assert_eq!(expand(&dir.path().join("link.img")).unwrap().len(), 1);
+        assert!(!is_pattern(&dir.path().join("link.img")));
     }
 
     #[test]
@@ -404,6 +454,25 @@ mod tests {
         let names = disks_of(dir.path()).unwrap();
         let names: Vec<_> = names.iter().map(|path| path.file_name().unwrap()).collect();
         assert_eq!(names, ["UPPER.VMDK", "a-embedded.vmdk", "b-text.vmdk", "stream.vmdk"]);
+    }
+
+    #[test]
+    fn extents_that_a_descriptor_names_are_no_disks_whatever_they_hold() {
+        let dir = folder(&[b"alone.vmdk"]);
+        let text = |extents: &str| {
+            format!("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n{extents}")
+        };
+        let put = |name: &str, content: &str| fs::write(dir.path().join(name), content).unwrap();
+        put(
+            "a.vmdk",
+            &text("RW 8 FLAT \"a-flat.vmdk\" 0\nRW 8 FLAT \"sub/b.vmdk\" 0\nRW 8 ZERO\n"),
+        );
+        // The guest has written a descriptor to its disk.
+        put("a-flat.vmdk", &text("RW 8 FLAT \"secret\" 0\n"));
+        put("b.vmdk", &text("RW 8 FLAT \"b.vmdk\" 0\n"));
+        assert_eq!(expanded(&dir, b"*.vmdk"), [&b"a.vmdk"[..], b"alone.vmdk", b"b.vmdk"]);
+        let paths = |names: [&str; 2]| names.map(|name| dir.path().join(name));
+        assert_eq!(disks_of(dir.path()).unwrap(), paths(["a.vmdk", "b.vmdk"]));
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::fuse::disk_file::{DiskFile, Passthrough};
 use crate::fuse::kernel_view_node;
 use crate::fuse::loop_budget::LoopBudget;
 use crate::fuse::write::RequestContext;
+use crate::store::Permissions;
 use crate::store::StoredFile;
 use crate::volume::Volume;
 
@@ -46,6 +47,8 @@ pub struct DiskFs {
     mount_kind: MountKind,
     files: Arc<[DiskFile]>,
     owner: (u32, u32),
+    /// True if the user chose the group of the files (`gid=`).
+    group_chosen: bool,
     umask: u16,
     mount_time: SystemTime,
     passthrough: Passthrough,
@@ -111,6 +114,7 @@ impl DiskFs {
             mount_kind,
             files: files.collect(),
             owner: (options.uid.unwrap_or(user.0), options.gid.unwrap_or(user.1)),
+            group_chosen: options.gid.is_some(),
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mount_time: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
@@ -216,7 +220,7 @@ impl DiskFs {
 
     fn file_attr(&self, ino: INodeNo, file: &DiskFile) -> FileAttr {
         let volume = file.volume();
-        let perm = if file.writable { 0o644 } else { 0o444 };
+        let perm = self.file_mode(&volume) & if file.writable { 0o777 } else { 0o555 };
         let time = self.image_time(&volume);
         file.attributes.apply(FileAttr {
             size: volume.len(),
@@ -237,6 +241,17 @@ impl DiskFs {
     fn attr_ttl(&self, attr: &FileAttr) -> Duration {
         let fixed = !self.is_writable() || attr.blocks >= attr.size / 512;
         if fixed { TTL } else { Duration::ZERO }
+    }
+
+    /// Returns the mode of a disk: other users than the owner of the mount get at most the access that they have to the
+    /// image. A disk on a server has no mode.
+    fn file_mode(&self, volume: &Volume) -> u16 {
+        let Some(image) = Permissions::of(volume.files()) else {
+            return 0o644;
+        };
+        // `gid=` gives the disk to that group on purpose, so its members count as the group of the image.
+        let group = if self.group_chosen { image.gid } else { self.owner.1 };
+        image.mode_for_group(group) as u16
     }
 
     fn directory_attr(&self) -> FileAttr {

@@ -251,7 +251,7 @@ impl Builder {
         let bytes = (head + chunks * ChunkEntry::BYTES).next_multiple_of(Block::Page.bytes());
         if bytes > self.budget {
             return Err(Error::unsupported(format!(
-                "its index would take {} KiB for chunks of {} bytes, view-size= allows {} KiB",
+                "its index would take {} KiB for chunks of {} bytes, view-size= allows {} KiB (at most a quarter of the available memory)",
                 bytes.div_ceil(1024),
                 SECTOR << bits,
                 self.budget / 1024

@@ -37,6 +37,7 @@ use sys::{Context, LockedMapping};
 
 mod format;
 mod index;
+mod memory;
 mod store;
 mod sys;
 
@@ -89,7 +90,7 @@ impl std::fmt::Display for View {
 
 /// Builds the view of a disk whose files do not change.
 ///
-/// `budget` bounds the bytes of the index. Once `stop` is true, the build ends with an error.
+/// `budget` bounds the bytes of the index, and so does the available memory. Once `stop` is true, the build ends with an error.
 ///
 /// Errors: the reason why there is no view, as a clause that follows a colon.
 pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &AtomicBool) -> Result<View> {
@@ -97,6 +98,7 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
     privileged()?;
     let files = runs.files();
     let lens: Vec<u64> = files.iter().map(|f| f.len).collect();
+    let budget = budget.min(memory::index_limit());
     let mut builder = Builder::new(disk.geometry().sectors, &lens, budget)?;
     let mut limit = WalkLimit::new(stop);
     let mut refused = Ok(());

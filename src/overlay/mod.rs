@@ -28,13 +28,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::unistd::fchown;
 use serde::Serialize;
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
-use crate::store::{Access, ExtentName, Identity, Store, StoredFile, make_user_path, open_user_path, unnamed};
+use crate::store::{
+    Access, ExtentName, Identity, Permissions, Store, StoredFile, make_user_path, open_user_path, unnamed,
+};
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{self, DeltaParent, NewDelta, OpenOptions, VmdkDisk};
 use crate::volume::Source;
@@ -234,6 +239,8 @@ pub(super) struct Base {
     time: String,
     /// Device and inode of each file. Not the files themselves, so that this does not keep them open or locked.
     files: Vec<(u64, u64)>,
+    /// Permissions of the files, which a new overlay gets; `None` for a disk on a server.
+    permissions: Option<Permissions>,
 }
 
 impl Base {
@@ -255,6 +262,7 @@ impl Base {
         };
         let files = source.files();
         let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
+        let permissions = Permissions::of(&files);
         let files = files.iter().map(|file| file.identity_at_open().file).collect();
         Ok(Self {
             label,
@@ -264,6 +272,7 @@ impl Base {
             cid,
             time,
             files,
+            permissions,
         })
     }
 
@@ -410,10 +419,29 @@ fn folder_of(overlay: &Overlay) -> Option<PathBuf> {
 /// it is opened and checked like any other.
 fn create_overlay(path: &Path, base: &Base) -> Result<()> {
     let delta = base.delta()?;
-    match make_user_path(path, |store, name| vmdk::create_delta(store, name, &delta)) {
+    let create = |store: &dyn Store, name: &ExtentName| {
+        vmdk::create_delta(store, name, &delta)?;
+        give_permissions(&*store.open(name, Access::Read)?, base)
+    };
+    match make_user_path(path, create) {
         Err(e) if e.kind() == ErrorKind::Os(libc::EEXIST) => Ok(()),
         done => done.map_err(|e| e.within("overlay")),
     }
+}
+
+/// Gives a new overlay, which no other process can reach yet, the mode of its base, and for root its owner too: it holds
+/// data of the same disk. Its owner may write to it.
+fn give_permissions(overlay: &dyn StoredFile, base: &Base) -> Result<()> {
+    let (Some(wanted), Some(fd)) = (base.permissions, overlay.fd()) else {
+        return Ok(());
+    };
+    let context = |e: Errno| Error::io(format!("{}: owner and mode of the base", overlay.label()), e.into());
+    if nix::unistd::geteuid().is_root() {
+        fchown(fd, Some(wanted.uid.into()), Some(wanted.gid.into())).map_err(context)?;
+    }
+    let group = fstat(fd).map_err(context)?.st_gid;
+    let mode = Mode::from_bits_truncate(wanted.mode_for_group(group));
+    fchmod(fd, mode).map_err(context)
 }
 
 /// Creates a temporary overlay in unnamed files, which the kernel removes when this process ends.

@@ -136,6 +136,15 @@ pub fn share_heap() {
     };
 }
 
+/// Makes the process not dumpable: no core file with the content of disks, and no other process of the same user may attach
+/// to it or read its memory and descriptors through `/proc`.
+///
+/// This process itself still reaches `/proc/self/fd`. What it costs: `/proc/PID/fdinfo` is closed too, so an ordinary user
+/// is not told which of their own mounts holds a lock; root is.
+pub fn forbid_dumps() -> Result<()> {
+    nix::sys::prctl::set_dumpable(false).map_err(|e| Error::io("making the process not dumpable", e.into()))
+}
+
 /// Raises the soft limit of open files to the hard limit, because a split disk needs one descriptor for each extent.
 pub fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};

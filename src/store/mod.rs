@@ -32,6 +32,7 @@ mod name;
 mod ofd_lock;
 mod open_policy;
 mod owner;
+mod permissions;
 mod vmware_lock_file;
 mod write_latch;
 
@@ -42,6 +43,7 @@ pub(crate) use local::{proc_path, real_path};
 pub(crate) use name::shell_word;
 pub use name::{ExtentName, NAME_MAX};
 pub use open_policy::OpenPolicy;
+pub(crate) use permissions::Permissions;
 pub(crate) use write_latch::WriteLatch;
 
 /// Access for which a file is opened.

@@ -37,7 +37,7 @@ use crate::range_lock::RangeLock;
 use block_count::BlockCount;
 pub use create::create;
 pub(crate) use open::reopen;
-pub use open::{Description, Source, is_dynamic, open, open_all, open_source};
+pub use open::{Description, OpenedDisks, Source, is_dynamic, open, open_all, open_source};
 pub use read_buffer::{MAX_READ, ReadBuffer};
 pub use submit::WriteCompletion;
 use writeback_timer::WritebackTimer;

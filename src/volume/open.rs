@@ -74,20 +74,36 @@ pub struct Description {
     pub reason: Option<String>,
 }
 
+/// Disks of a mount.
+#[derive(Debug)]
+pub struct OpenedDisks {
+    /// The open disks, at least one.
+    pub disks: Vec<(DiskConfig, Volume)>,
+    /// The errors of disks that were found and could not be opened.
+    pub skipped: Vec<Error>,
+}
+
 /// Opens all disks of a mount. A configuration that stands for every export of a server becomes several disks, whose
 /// names are chosen here; they are not connected to yet.
 ///
-/// Errors: those of [`open`] for the first disk that fails, those of listing the exports.
-pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
+/// A disk that a search found (`dir=`, a pattern) and that cannot be opened is left out, with a warning.
+///
+/// Errors: those of [`open`] for the first disk that the user named, or of the first one if none can be opened; those of
+/// listing the exports.
+pub fn open_all(configs: &[DiskConfig]) -> Result<OpenedDisks> {
     let mut taken: HashSet<OsString> = configs
         .iter()
         .filter(|c| !is_dynamic(c))
         .map(|c| c.name.clone())
         .collect();
-    let mut disks = Vec::new();
+    let (mut disks, mut skipped) = (Vec::new(), Vec::new());
     for config in configs {
         let SourceConfig::Nbd(server) = &config.source else {
-            disks.push((config.made(), open(config)?));
+            match open(config) {
+                Ok(volume) => disks.push((config.made(), volume)),
+                Err(e) if config.source.local().is_some_and(|local| local.found_in.is_some()) => skipped.push(e),
+                Err(e) => return Err(e),
+            }
             continue;
         };
         if !server.dynamic {
@@ -111,7 +127,10 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<(DiskConfig, Volume)>> {
             disks.push((config, Volume::new(Arc::new(disk), Vec::new())));
         }
     }
-    Ok(disks)
+    match skipped.first() {
+        Some(first) if disks.is_empty() => Err(first.clone()),
+        _ => Ok(OpenedDisks { disks, skipped }),
+    }
 }
 
 /// Returns true if a configuration stands for every export of a server.

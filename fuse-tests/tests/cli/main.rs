@@ -9,8 +9,10 @@
 mod automount;
 mod commands;
 mod formats;
+mod found;
 mod life;
 mod mount_forms;
 mod output;
+mod rights;
 mod unmount;
 mod user;
