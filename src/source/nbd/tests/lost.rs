@@ -21,6 +21,7 @@ use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connect::Connector;
 use crate::source::nbd::connection::Connection;
 use crate::source::nbd::poller::PollUntil;
+use crate::source::nbd::replay_log::HARD_LIMIT;
 
 /// Server whose operations (`pread`, `pwrite`, `flush`) are shell commands controlled by files: an operation creates
 /// `began-…`, waits while `hold-…` exists, takes 0.5 s longer while `slow-…` exists, and fails while `fail-…` exists.
@@ -165,9 +166,15 @@ fn regression_a_flush_waits_for_the_replay() {
     assert!(server.has("began-flush"));
 }
 
-/// Opens a disk and fills its replay log beyond the limit, with a flush that hangs and covers only a small part of it.
+/// Bytes of a write that fills the replay log.
+const WRITE: usize = 16 << 20;
+/// Number of these writes that the log takes while no flush ends. The next one waits for space.
+const WRITES: u64 = (HARD_LIMIT / WRITE) as u64;
+
+/// Opens a disk, fills its replay log, and submits one more write. A flush hangs that covers only a small part of the log.
 ///
-/// Returns the disk, a function that submits a write of the MiB of that number, and the receiver of the results.
+/// Returns the disk, a function that submits the write of that number, and the receiver of the results. The log takes
+/// [`WRITES`] of them. They are large, because the server starts a shell for each.
 fn open_with_full_log(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::Receiver<bool>) {
     let disk = Arc::new(NbdDisk::connect(&server.config("1G", "cat >/dev/null"), true).unwrap());
     server.set("hold-flush");
@@ -179,15 +186,15 @@ fn open_with_full_log(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::R
             let done = move |result: Result<()>| {
                 let _ = sender.send(result.is_ok());
             };
-            disk.submit_write(at << 20, &[1; 1 << 20], false, Box::new(done));
+            disk.submit_write(at * WRITE as u64, &vec![1; WRITE], false, Box::new(done));
             disk.poll_completions(Stay::No);
         }
     };
-    (0..192).for_each(&write);
-    for i in 0..192 {
+    (0..WRITES).for_each(&write);
+    for i in 0..WRITES {
         assert!(results.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
     }
-    write(192);
+    write(WRITES);
     (disk, write, results)
 }
 
@@ -215,7 +222,6 @@ fn regression_writes_that_wait_for_space_fail_if_the_flush_hangs_and_do_not_bloc
     if !need_nbdkit() {
         return;
     }
-    // Within this time 192 writes must end, each of which starts a shell, while the flush hangs.
     let server = Scripted::new(Duration::from_secs(20));
     let (_disk, write, results) = open_with_full_log(&server);
     assert!(
@@ -223,7 +229,7 @@ fn regression_writes_that_wait_for_space_fail_if_the_flush_hangs_and_do_not_bloc
         "the write did not time out"
     );
     server.clear("hold-flush");
-    write(193);
+    write(WRITES + 1);
     assert_eq!(
         results.recv_timeout(Duration::from_secs(60)),
         Ok(true),
