@@ -3,7 +3,10 @@
 //! clap parses only the options. All other arguments are collected as raw strings and go through the table in
 //! `keys.rs`, because sources need not be UTF-8 and the order of the keys decides which disk each of them belongs to.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use clap::builder::OsStringValueParser;
@@ -116,10 +119,15 @@ impl MountArgs {
 
 /// Parses the arguments after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
-    let matches = match command().try_get_matches_from(args) {
+    let args: Vec<OsString> = args.collect();
+    let matches = match command().try_get_matches_from(&args) {
         Ok(matches) => matches,
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             return Ok(Parsed::Print(e.render().to_string()));
+        }
+        // Clap reads `-ro` as `-r -o` and misses the value of `-o`.
+        Err(_) if args.iter().any(|arg| arg == "-ro") => {
+            return Err(UsageError::new("-ro is no option: -r or -o ro mounts read-only"));
         }
         Err(e) => return Err(one_line(&e)),
     };
@@ -170,6 +178,7 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
 }
 
 fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) -> Result<Config, UsageError> {
+    let words = &*mount_point_first(words);
     let Some((mountpoint, words)) = words.split_first() else {
         return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
     };
@@ -207,6 +216,27 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) ->
         threads,
     }
     .into_config(log)
+}
+
+/// Returns the words with the mount point first. mount.fuse(8) names the image first, and users of other tools do.
+///
+/// Only where no other reading is possible: the first word is a file that a mount cannot cover, as it is not empty, and the
+/// second one is a directory or an empty file.
+fn mount_point_first(words: &[OsString]) -> Cow<'_, [OsString]> {
+    let is_image = |word: &OsString| match fs::metadata(word) {
+        Ok(found) => found.file_type().is_block_device() || found.is_file() && found.len() > 0,
+        Err(_) => false,
+    };
+    let is_point = |word: &OsString| match fs::metadata(word) {
+        Ok(found) => found.is_dir() || found.is_file() && found.len() == 0,
+        Err(_) => false,
+    };
+    match words {
+        [image, point, keys @ ..] if is_image(image) && is_point(point) => {
+            Cow::Owned([&[point.clone(), image.clone()], keys].concat())
+        }
+        _ => Cow::Borrowed(words),
+    }
 }
 
 /// Checks that the command line names no disk and no disk key in addition to a config file.
@@ -390,6 +420,36 @@ mod tests {
 
     fn mount(args: &[&str]) -> MountConfig {
         mount_of(run(args).unwrap())
+    }
+
+    #[test]
+    fn read_only_without_a_space_gets_a_hint() {
+        assert_eq!(
+            run(&["-ro", "mnt", "x.vmdk"]).unwrap_err(),
+            "-ro is no option: -r or -o ro mounts read-only"
+        );
+    }
+
+    #[test]
+    fn an_image_before_its_mount_point_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        fs::create_dir(path("mnt")).unwrap();
+        fs::write(path("empty"), "").unwrap();
+        fs::write(path("x.vmdk"), "text").unwrap();
+        for point in ["mnt", "empty"] {
+            let mount_config = mount(&[&path("x.vmdk"), &path(point)]);
+            assert_eq!(mount_config.target.path, Path::new(&path(point)));
+            assert_eq!(
+                mount_config.disks[0].source.local().unwrap().path,
+                Path::new(&path("x.vmdk"))
+            );
+        }
+        // An empty file can be covered, so it is the mount point.
+        assert_eq!(
+            mount(&[&path("empty"), &path("x.vmdk")]).target.path,
+            Path::new(&path("empty"))
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 
 use super::args::Subcommand;
-use super::keys::{Key, Scope};
+use super::keys::{Group, Key, Scope};
 use super::settings::{DiskSource, Settings};
 use super::{
     UsageError, argument, https, overlay_args,
@@ -137,6 +137,7 @@ pub(super) fn disks(
         };
         disks.extend(disk_sources.into_iter().map(resolved));
     }
+    check_common_keys(&common, &disks)?;
     match (&common.name, disks.len()) {
         (_, 0) => Err(UsageError::new(
             "no disk is given: add file=PATH, or uri= of an NBD server",
@@ -154,6 +155,33 @@ pub(super) fn server(words: &[OsString]) -> Result<(String, u16), UsageError> {
     match (sources.is_empty(), common.https.server) {
         (true, Some(server)) => Ok((server, https::port(common.nbd.port.as_deref())?.unwrap_or(443))),
         _ => Err(UsageError::new("--fingerprint needs server=HOST, and takes no disk")),
+    }
+}
+
+/// Fails if a common key fits none of the disks. One that fits some of them applies to those.
+fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), UsageError> {
+    let is_nbd = |disk: &ResolvedDisk| matches!(disk.disk_source, DiskSource::Nbd(_));
+    let unfit = [
+        (
+            &[Group::Nbd][..],
+            disks.iter().any(is_nbd),
+            "NBD servers",
+            "a local file",
+        ),
+        (
+            &[Group::Local, Group::Create],
+            !disks.iter().all(is_nbd),
+            "local files",
+            "on an NBD server",
+        ),
+    ];
+    let unfit = unfit
+        .iter()
+        .filter(|(_, fits, ..)| !fits && !disks.is_empty())
+        .find_map(|(groups, _, sort, disk)| Some((common.first_of(groups)?, sort, disk)));
+    match unfit {
+        Some((key, sort, disk)) => Err(UsageError::new(format!("{key}= is for {sort}, but the disk is {disk}"))),
+        None => Ok(()),
     }
 }
 

@@ -143,12 +143,13 @@ impl Settings {
             file_text: self.file_text.clone(),
             backend: self.backend.or(common.backend),
             map_limit: self.map_limit.or(common.map_limit),
-            given: [common.given.as_slice(), &self.given].concat(),
+            // A common key that fits no disk is an error of the whole mount, not of each disk.
+            given: self.given.clone(),
         }
     }
 
     /// Returns the first given key that belongs to one of `groups`.
-    fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
+    pub(super) fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
         self.given
             .iter()
             .find(|key| groups.contains(&key.group))

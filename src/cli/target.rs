@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 use super::{UsageError, values};
 use crate::config::{MountKind, MountTarget};
+use crate::mountinfo;
+use crate::store::shell_word;
 
 /// A resolved mount point.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ enum PathKind {
     Other,
     /// A FUSE mount whose daemon has ended.
     Stale,
+    /// A FUSE mount of another user, who lets nobody else in, not even root.
+    Foreign,
     /// A symbolic link to a missing file.
     BrokenLink,
     Nothing,
@@ -71,6 +75,10 @@ fn resolve_by(mountpoint: &OsStr, classify: impl Fn(&Path) -> io::Result<PathKin
             })
         }
         PathKind::Other => Err(fail("neither a directory nor a regular file")),
+        PathKind::Foreign => Err(fail(&format!(
+            "a FUSE mount of another user is there, or what is left of it; umount {} ends it",
+            shell_word(&path.to_string_lossy())
+        ))),
         PathKind::BrokenLink => Err(fail("a symbolic link to a missing file")),
         PathKind::Nothing if mountpoint.as_bytes().ends_with(b"/") => Err(fail("no such directory")),
         // Every path below a stale mount fails with ENOTCONN too. If the parent is stale as well, the parent is taken
@@ -108,10 +116,22 @@ fn classify(path: &Path) -> io::Result<PathKind> {
         Ok(_) => Ok(PathKind::Other),
         // ENOTCONN: the kernel's answer for a FUSE mount whose daemon has ended.
         Err(e) if e.kind() == ErrorKind::NotConnected => Ok(PathKind::Stale),
+        Err(e) if e.kind() == ErrorKind::PermissionDenied && is_fuse_mount(path) => Ok(PathKind::Foreign),
         Err(e) if e.kind() == ErrorKind::NotFound && path.is_symlink() => Ok(PathKind::BrokenLink),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(PathKind::Nothing),
         Err(e) => Err(e),
     }
+}
+
+/// Returns true if the mount table has a FUSE mount at `path`. Asks the mount nothing.
+fn is_fuse_mount(path: &Path) -> bool {
+    let real = path
+        .parent()
+        .and_then(|parent| fs::canonicalize(parent).ok())
+        .zip(path.file_name())
+        .map(|(parent, name)| parent.join(name));
+    let found = real.and_then(|real| mountinfo::at(&real).ok()).flatten();
+    found.is_some_and(|mount| mount.fstype.starts_with("fuse"))
 }
 
 #[cfg(test)]

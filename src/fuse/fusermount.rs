@@ -82,7 +82,12 @@ fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
             Err(e) => return Err(Error::io(program, e)),
         }
     }
-    let hint = "fusermount3 is not installed, and without it only root can mount: install the package fuse3";
+    let hint = if nix::unistd::geteuid().is_root() {
+        "this process has no capability CAP_SYS_ADMIN, which mounting needs, and fusermount3 is not installed: start it \
+         with the capability (docker run --cap-add SYS_ADMIN --device /dev/fuse), or install the package fuse3"
+    } else {
+        "fusermount3 is not installed, and without it only root can mount: install the package fuse3"
+    };
     Err(Error::new(ErrorKind::NotFound, hint))
 }
 

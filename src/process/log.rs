@@ -1,4 +1,5 @@
-//! Log output: standard error or a file, as text or JSON.
+//! Log output, as text or JSON: a file, or standard error and, in the background, the system log too. The daemon's standard
+//! error ends when the mount can be read.
 //!
 //! The log file is opened before the process forks, so that an error about its path reaches the user. The subscriber is
 //! installed after the fork, in the process that serves. No message contains a secret: the value of an option is logged
@@ -13,28 +14,38 @@ use std::sync::Arc;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::LogConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::LogLines;
 use crate::process::admin_file;
+use crate::process::syslog::Syslog;
 
 /// Log destination that is open but not yet installed.
 #[derive(Debug)]
 pub struct Sink {
     file: Option<File>,
+    syslog: Option<Syslog>,
     json: bool,
     verbosity: u8,
 }
 
 impl Sink {
-    /// Opens the destination that `config` names. A file is created if needed and appended to.
-    pub fn open(config: &LogConfig) -> Result<Self> {
+    /// Opens the destination that `config` names. A file is created if needed and appended to. Without a file, a process
+    /// that goes to the background (`background`) writes to the system log.
+    pub fn open(config: &LogConfig, background: bool) -> Result<Self> {
         let open = |path| admin_file::open("log file", path, File::options().append(true).create(true));
         let file = config.file.as_deref().map(open).transpose()?;
+        let syslog = if background && file.is_none() {
+            Syslog::open()
+        } else {
+            None
+        };
         Ok(Self {
             file,
+            syslog,
             json: config.json,
             verbosity: config.verbosity,
         })
@@ -53,6 +64,9 @@ impl Sink {
             Some(file) => BoxMakeWriter::new(Arc::new(file)),
             None => BoxMakeWriter::new(io::stderr),
         };
+        if let Some(syslog) = self.syslog {
+            return install_with_syslog(writer, syslog, level);
+        }
         // The subscriber reports a message that it cannot write on standard error, and panics if that is closed.
         let builder = tracing_subscriber::fmt()
             .with_max_level(level)
@@ -66,6 +80,25 @@ impl Sink {
         };
         result.map_err(|e| Error::new(ErrorKind::Usage, format!("log: {e}")))
     }
+}
+
+/// Installs standard error and the system log, which adds the time and the level by itself.
+fn install_with_syslog(stderr: BoxMakeWriter, syslog: Syslog, level: LevelFilter) -> Result<()> {
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .log_internal_errors(false)
+        .with_target(level > LevelFilter::INFO);
+    let kept = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .log_internal_errors(false)
+        .without_time()
+        .with_level(false)
+        .with_target(false);
+    let subscriber = tracing_subscriber::registry()
+        .with(level)
+        .with(layer.with_writer(LogLines::new(stderr, false)))
+        .with(kept.with_writer(LogLines::new(BoxMakeWriter::new(syslog), false)));
+    install(subscriber, level).map_err(|e| Error::new(ErrorKind::Usage, format!("log: {e}")))
 }
 
 /// Converts the number of `-v` options to a level.
@@ -110,11 +143,11 @@ mod tests {
             file: Some(dir.path().join(name)),
             ..Default::default()
         };
-        assert!(Sink::open(&config("log")).unwrap().is_file());
+        assert!(Sink::open(&config("log"), true).unwrap().is_file());
         assert!(dir.path().join("log").exists());
-        let e = Sink::open(&config("none/log")).unwrap_err();
+        let e = Sink::open(&config("none/log"), true).unwrap_err();
         assert!(e.to_string().starts_with("log file "), "{e}");
-        assert!(!Sink::open(&LogConfig::default()).unwrap().is_file());
+        assert!(!Sink::open(&LogConfig::default(), false).unwrap().is_file());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! ```text
 //!   run       the life of a mount, in order ── daemon: fork ── handed_over: inherited descriptors ── pidfile
 //!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
-//!   log       log destination and level ── admin_file: how the log and the pidfile are opened
+//!   log       log destination and level ── syslog: the system log ── admin_file: how the log and the pidfile are opened
 //!   unmount   `--unmount`: unmounts, and waits until the daemon has ended
 //!   output    standard output and standard error
 //!   arguments removal of secrets from the command line
@@ -23,6 +23,7 @@ pub mod output;
 pub mod pidfile;
 pub mod run;
 pub mod signals;
+mod syslog;
 pub mod unmount;
 
 /// Returns the working directory at the first call, which has to come before the process changes to `/`.

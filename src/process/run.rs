@@ -84,7 +84,7 @@ where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
 {
-    let started = log::Sink::open(log).and_then(|sink| {
+    let started = log::Sink::open(log, !config.foreground).and_then(|sink| {
         let target = Target::resolve(&config.target.path, config.options.nonempty)?;
         Ok((sink, target, daemon::start(config.foreground)?))
     });
@@ -124,7 +124,13 @@ where
             status.failed(&e);
             ExitCode::FAILURE
         }
-        Ok(daemon) => match status.ready().and_then(|()| daemon.serve()) {
+        Ok(daemon) => match status.ready().and_then(|()| {
+            if config.foreground {
+                let ready = format!("ready: {} (Ctrl-C unmounts)", target.point.display());
+                output::message(&mut std::io::stderr(), &ready);
+            }
+            daemon.serve()
+        }) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 tracing::error!("{e}");

@@ -11,6 +11,7 @@ mod commands;
 mod formats;
 mod found;
 mod life;
+mod log;
 mod mount_forms;
 mod output;
 mod rights;

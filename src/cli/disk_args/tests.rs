@@ -109,6 +109,16 @@ fn every_setting_is_stored() {
 }
 
 #[test]
+fn a_common_key_applies_to_the_disks_that_it_fits() {
+    let disks = parse(&["kernel-view=off", "connections=2", "/x", "nbd://h"]).unwrap();
+    assert_eq!(local(&disks[0]).view.mode, KernelView::Off);
+    assert!(
+        matches!(&disks[1].source, SourceConfig::Nbd(server) if server.connections == Some(2)),
+        "{disks:?}"
+    );
+}
+
+#[test]
 fn settings_have_defaults() {
     let disks = parse(&["/a.vmdk"]).unwrap();
     assert_eq!(disks[0].name, "a.raw");
@@ -360,10 +370,9 @@ fn conflicting_keys_of_servers_are_refused() {
         (&["nbd://h", "kernel-view=off"], "kernel-view= is for local files"),
         (&["nbd://h", "view-size=1M"], "view-size= is for local files"),
         (&["nbd://h", "view-dir=/v"], "view-dir= is for local files"),
-        // A key for all disks applies to the server too.
+        // A common key must fit one of the disks.
         (&["lock=off", "nbd://h"], "lock= is for local files"),
         (&["kernel-view=auto", "nbd://h"], "kernel-view= is for local files"),
-        (&["kernel-view=off", "/x", "nbd://h"], "kernel-view= is for local files"),
         (&["nbd://h", "backend=native"], "backend=native reads files"),
         (&["/x", "backend=nbd"], "backend=nbd needs a server"),
         (&["/x", "socket=/s"], "socket= is for NBD servers"),
