@@ -160,28 +160,26 @@ pub(super) fn server(words: &[OsString]) -> Result<(String, u16), UsageError> {
 
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.
 fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), UsageError> {
-    let is_nbd = |disk: &ResolvedDisk| matches!(disk.disk_source, DiskSource::Nbd(_));
-    let unfit = [
-        (
-            &[Group::Nbd][..],
-            disks.iter().any(is_nbd),
-            "NBD servers",
-            "a local file",
-        ),
-        (
-            &[Group::Local, Group::Create],
-            !disks.iter().all(is_nbd),
-            "local files",
-            "on an NBD server",
-        ),
-    ];
-    let unfit = unfit
-        .iter()
-        .filter(|(_, fits, ..)| !fits && !disks.is_empty())
-        .find_map(|(groups, _, sort, disk)| Some((common.first_of(groups)?, sort, disk)));
+    let count = |sort: fn(&DiskSource) -> bool| disks.iter().filter(|disk| sort(&disk.disk_source)).count();
+    let nbd = count(|source| matches!(source, DiskSource::Nbd(_)));
+    let web = count(|source| matches!(source, DiskSource::Https(_)));
+    // `port=` is listed as a key of NBD servers, but web servers have one too. Web disks are checked where they are read.
+    let unfit = if nbd == disks.len() {
+        common
+            .first_of(&[Group::Local, Group::Create])
+            .zip(Some(("local files", "on an NBD server")))
+    } else if nbd + web == 0 {
+        common
+            .first_of(&[Group::Nbd])
+            .zip(Some(("NBD servers", "a local file")))
+    } else {
+        None
+    };
     match unfit {
-        Some((key, sort, disk)) => Err(UsageError::new(format!("{key}= is for {sort}, but the disk is {disk}"))),
-        None => Ok(()),
+        Some((key, (sort, disk))) if !disks.is_empty() => {
+            Err(UsageError::new(format!("{key}= is for {sort}, but the disk is {disk}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -11,7 +11,7 @@ fn a_background_mount_logs_to_the_system_log() {
         return;
     }
     let scratch = Scratch::new();
-    scratch.write("a.img", [7; 1 << 20]);
+    scratch.write("a.img", vec![7; 1 << 20]);
     let outcome = Cmd::new("unshare")
         .args(["-m", "--propagation", "private", "sh", "-c"])
         .arg(include_str!("syslog.sh"))
@@ -34,7 +34,7 @@ fn a_foreground_mount_says_when_it_is_ready() {
         return;
     }
     let scratch = Scratch::new();
-    scratch.write("a.img", [7; 1 << 20]);
+    scratch.write("a.img", vec![7; 1 << 20]);
     let mount = scratch.mount().file("a.img").foreground().start();
     let ready = format!("ready: {} (Ctrl-C unmounts)", mount.point().display());
     assert!(
