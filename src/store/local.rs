@@ -161,7 +161,11 @@ impl LocalStore {
     fn find(&self, other: Option<&Folder>, name: &Path, devices: bool, access: Access) -> Result<Candidate> {
         let (folder, fd) = match other {
             Some(folder) => (folder, folder.beneath(name)?),
-            None => (&self.folder, self.folder.beneath_strictly(name, self.hidden)?),
+            // A peek is at a file that was found in the folder, and not at one that an image names.
+            None => {
+                let hidden = self.hidden || access == Access::Peek;
+                (&self.folder, self.folder.beneath_strictly(name, hidden)?)
+            }
         };
         let fd = match fd {
             Ok(fd) => fd,
