@@ -182,7 +182,7 @@ fn the_text_matches_that_of_vmware() {
         (
             CreateType::StreamOptimized,
             "streamOptimized",
-            "RDONLY 9 SPARSE \"y.vmdk\"\n",
+            "RDONLY 9 SPARSE \"generated-stream.vmdk\"\n",
             "",
         ),
         (
