@@ -18,13 +18,14 @@ use vmdkfuse::{inspect, volume};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    let args = std::env::args_os();
+    // The first action: from the next call on, an ordinary user's process may not write to its memory through /proc.
+    process::arguments::hide_secrets();
     if let Err(e) = daemon::forbid_dumps() {
         output::message(&mut std::io::stderr(), &e.to_string());
         return ExitCode::FAILURE;
     }
     process::start_dir();
-    let args = std::env::args_os();
-    process::arguments::hide_secrets();
     let parsed = cli::parse(args);
     let sockets = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()

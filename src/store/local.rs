@@ -18,6 +18,7 @@
 //!   image is opened and locked once, whatever names the image gives it.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -193,8 +194,19 @@ impl LocalStore {
         Ok((path, label))
     }
 
-    /// Returns the error for a name that leads out of the allowed folders, to `target`.
+    /// Returns the error for a name that leads out of the allowed folders, to `target`: `NotFound` if nothing is there.
     fn refusal(&self, name: &Path, target: &Path, leaves: Leaves) -> Error {
+        // An advice to allow a folder is of no use if the file is not there.
+        let missing = fs::symlink_metadata(target)
+            .is_err_and(|e| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory));
+        if missing {
+            let context = format!(
+                "the image names `{}`, and there is no {}",
+                printable(name),
+                printable(target)
+            );
+            return Error::new(ErrorKind::NotFound, context);
+        }
         let folder = target.parent().unwrap_or(target);
         let own = printable(&self.folder.real);
         let reason = match leaves {
@@ -288,6 +300,13 @@ impl Store for LocalStore {
             }
         }
         Ok(names)
+    }
+
+    fn allowed(&self) -> Vec<ExtentName> {
+        let paths = self.policy.allow.iter();
+        paths
+            .filter_map(|path| ExtentName::new(path.as_os_str().as_bytes()).ok())
+            .collect()
     }
 
     fn neighbour(&self, which: Neighbour) -> Result<Arc<dyn Store>> {

@@ -85,6 +85,11 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Returns the names of at most `most` files in the folder itself, in no particular order.
     fn names(&self, most: usize) -> Result<Vec<ExtentName>>;
 
+    /// Returns the paths of the further folders that names may lead to.
+    fn allowed(&self) -> Vec<ExtentName> {
+        Vec::new()
+    }
+
     /// Returns the store of a folder near this one, under the same policy.
     ///
     /// Errors: `NotFound` if there is none, or the error of the operating system.

@@ -18,6 +18,7 @@ use std::ops::Range;
 use crate::block::MAX_SECTORS;
 use crate::error::{Error, Result};
 
+mod candidates;
 mod cid;
 mod encoding;
 mod extent;
@@ -27,6 +28,7 @@ mod quotes;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use candidates::{candidates, in_folders};
 use encoding::TextEncoding;
 pub use extent::{ExtentAccess, ExtentKind, ExtentLine};
 use lines::{Lines, Warnings, shown};

@@ -20,7 +20,9 @@ use std::sync::Arc;
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Store, StoredFile};
-use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint};
+use crate::vmdk::descriptor::{
+    self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint, candidates, in_folders,
+};
 use crate::vmdk::extent::{Encoding, Extent, SparseExtent};
 use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
@@ -347,7 +349,7 @@ impl Opener {
         } else {
             Access::Read
         };
-        let file = store.open(name, access)?;
+        let file = open_extent(store, name, access)?;
         match line.kind {
             ExtentKind::Flat => flat_extent(file, line, "FLAT"),
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
@@ -569,21 +571,39 @@ fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
 
 /// Opens the parent, by the first of its possible names that exists.
 ///
-/// Errors: `Policy` if a name was refused and no other one exists, `NotFound` with all names that were tried.
+/// Errors: `Policy` if a name exists but was refused, `NotFound` with all names that were tried.
 fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
     let store = child.file.siblings()?;
+    let names = [hint.candidates(), in_folders(hint.name(), &store.allowed())].concat();
+    open_first(&*store, &names, Access::Read).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => Error::new(e.kind(), format!("is missing: {e}")),
+        _ => e,
+    })
+}
+
+/// Opens the file of an extent, by the first of its possible names that exists.
+fn open_extent(store: &dyn Store, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
+    let spell = |part: &[u8]| ExtentName::new(part).ok();
+    let names = [candidates(name, spell), in_folders(name, &store.allowed())].concat();
+    open_first(store, &names, access)
+}
+
+/// Opens the first of `names` that exists and may be opened.
+///
+/// Errors: `Policy` if one exists but was refused, `NotFound` with all names that were tried.
+fn open_first(store: &dyn Store, names: &[ExtentName], access: Access) -> Result<Arc<dyn StoredFile>> {
     let mut missing = Vec::new();
     let mut refused = None;
-    for name in hint.candidates() {
-        match store.open(&name, Access::Read) {
+    for name in names {
+        match store.open(name, access) {
             Ok(file) => return Ok(file),
             Err(e) if e.kind() == ErrorKind::NotFound => missing.push(e.to_string()),
-            // A later candidate may be allowed: often it is the file name alone, in the child's folder.
+            // A later candidate may be allowed: often it is the file name alone, in the descriptor's folder.
             Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
             Err(e) => return Err(e),
         }
     }
-    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, format!("is missing: {}", missing.join("; ")))))
+    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, missing.join("; "))))
 }
 
 fn describe(kind: FileKind, head: &[u8]) -> String {

@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use fuse_tests::harness::{
-    Scratch, assert_same, assert_same_at_random, need_qemu, poll_until, qemu_img, raw_with_islands, read_range,
+    NOBODY, Scratch, assert_same, assert_same_at_random, need_qemu, need_root, poll_until, program, qemu_img,
+    raw_with_islands, read_range,
 };
 
 use crate::server::{SOON, Server, USER, need_nginx, password_file};
@@ -236,4 +240,43 @@ fn a_name_can_be_given_another_address_and_requests_further_headers() {
         .args(["--fingerprint", "server=127.0.0.1", "port=1"])
         .run();
     refused.one_error(1, &["127.0.0.1:1", "refused"]);
+}
+
+/// Program that ends with the test.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// "removed from the command line that `ps` shows": also where the process of an ordinary user is not dumpable.
+#[test]
+fn a_password_disappears_from_the_command_line_of_an_ordinary_user() {
+    if !need_root() {
+        return;
+    }
+    // Takes connections and never answers.
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("url=https://anna:SECRET@{}/x.vmdk", server.local_addr().unwrap());
+    let child = Command::new(program())
+        .args(["--info", &url])
+        .uid(NOBODY.uid)
+        .gid(NOBODY.gid)
+        .current_dir("/")
+        .stderr(Stdio::null())
+        .spawn();
+    let child = Child(child.unwrap());
+    let line = || fs::read(format!("/proc/{}/cmdline", child.0.id())).unwrap_or_default();
+    let hidden = || {
+        let line = String::from_utf8_lossy(&line()).into_owned();
+        line.contains("anna:******@") && !line.contains("SECRET")
+    };
+    assert!(
+        poll_until(Duration::from_secs(60), hidden),
+        "{:?}",
+        String::from_utf8_lossy(&line())
+    );
 }

@@ -319,3 +319,42 @@ fn a_stream_has_a_descriptor_of_one_sector() {
     assert!(head[512..1024].ends_with(&[0]) && head[1024..2048].iter().all(|b| *b == 0));
     assert!(String::from_utf8_lossy(&head[512..1024]).contains("\"generated-stream.vmdk\""));
 }
+
+/// "names of another machine: beside the descriptor, in a sibling folder, in an allowed folder"
+#[test]
+fn files_named_by_paths_of_other_systems_are_found() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for dir in ["vm", "vm/data", "base", "store"] {
+        scratch.mkdir(dir);
+    }
+    let layer = base_layer();
+    let store = format!("allow-dir={}", scratch.path("store").display());
+    let base = format!("allow-dir={}", scratch.path("base").display());
+    for (line, place, allow) in [
+        (r"D:\VMs\XP\sda.dd", "vm/sda.dd", None),
+        ("/vmfs/volumes/5c7d/XP/sda.dd", "vm/sda.dd", None),
+        ("/Users/anna/XP/sda.dd", "vm/sda.dd", None),
+        (r"data\sda.dd", "vm/data/sda.dd", None),
+        (r"\\host\base\sda.dd", "base/sda.dd", Some(&base)),
+        ("../gone/sda.dd", "vm/sda.dd", None),
+        ("../gone/sda.dd", "store/sda.dd", Some(&store)),
+    ] {
+        write::flat(&scratch.path(place), &layer, 0).unwrap();
+        let extent = format!("RW {SECTORS} FLAT \"{line}\" 0");
+        let image = text(scratch.path("vm/x.vmdk"), &extent, "00000001", None);
+        shows(
+            &scratch,
+            &image,
+            &allow.map(String::as_str).into_iter().collect::<Vec<_>>(),
+            &layer,
+        );
+        fs::remove_file(scratch.path(place)).unwrap();
+        // Nothing is there: no advice to allow a folder would help.
+        let outcome = scratch.mount().file(&image).refused(1);
+        assert!(!outcome.stderr.contains("allow-dir"), "{line}: {outcome}");
+        outcome.one_error(1, &["sda.dd"]);
+    }
+}

@@ -134,8 +134,8 @@ fn names_that_lead_out_are_refused() {
         ErrorKind::Policy,
         &["/etc/passwd", "allow-dir=/etc "],
     );
-    // Refused before the store checks if the file exists, so the error does not reveal that.
-    refused(&store, "/nowhere/x", ErrorKind::Policy, &["/nowhere/x"]);
+    // No advice to allow a folder where the file is not.
+    refused(&store, "/nowhere/x", ErrorKind::NotFound, &["there is no /nowhere/x"]);
     refused(
         &store,
         "../../../../../../../../etc/passwd",

@@ -496,18 +496,24 @@ fn candidates_of_a_parent_hint() {
         candidates.iter().map(ToString::to_string).collect()
     };
     assert_eq!(tries("x.vmdk"), ["x.vmdk"]);
-    assert_eq!(tries("../d/x.vmdk"), ["../d/x.vmdk"]);
+    assert_eq!(tries("../d/x.vmdk"), ["../d/x.vmdk", "x.vmdk"]);
     assert_eq!(tries("nbd:localhost:10809"), ["nbd:localhost:10809"]);
-    assert_eq!(tries("/d/x.vmdk"), ["/d/x.vmdk", "x.vmdk"]);
+    assert_eq!(tries("/d/x.vmdk"), ["/d/x.vmdk", "x.vmdk", "../d/x.vmdk"]);
     assert_eq!(tries("/d/"), ["/d/"]);
-    assert_eq!(tries("/vmfs/volumes/5f-1/d/x.vmdk"), ["x.vmdk", "../d/x.vmdk"]);
-    assert_eq!(tries("/vmfs/volumes/5f-1/x.vmdk"), ["x.vmdk"]);
-    assert_eq!(tries(r"C:\d\x.vmdk"), ["x.vmdk"]);
-    assert_eq!(tries("c:/d/x.vmdk"), ["x.vmdk"]);
-    assert_eq!(tries(r"\\host\share\x.vmdk"), ["x.vmdk"]);
-    assert_eq!(tries(r"\d\x.vmdk"), ["x.vmdk"]);
+    assert_eq!(
+        tries("/vmfs/volumes/5f-1/d/x.vmdk"),
+        ["x.vmdk", "../d/x.vmdk", "/vmfs/volumes/5f-1/d/x.vmdk"]
+    );
+    assert_eq!(
+        tries("/vmfs/volumes/5f-1/x.vmdk"),
+        ["x.vmdk", "/vmfs/volumes/5f-1/x.vmdk"]
+    );
+    assert_eq!(tries(r"C:\d\x.vmdk"), ["x.vmdk", "../d/x.vmdk"]);
+    assert_eq!(tries("c:/d/x.vmdk"), ["x.vmdk", "../d/x.vmdk"]);
+    assert_eq!(tries(r"\\host\share\x.vmdk"), ["x.vmdk", "../share/x.vmdk"]);
+    assert_eq!(tries(r"\d\x.vmdk"), ["x.vmdk", "../d/x.vmdk"]);
     assert_eq!(tries(r"C:\"), [r"C:\"]);
-    assert_eq!(tries(r"..\d\x.vmdk"), ["../d/x.vmdk", r"..\d\x.vmdk"]);
+    assert_eq!(tries(r"..\d\x.vmdk"), ["../d/x.vmdk", r"..\d\x.vmdk", "x.vmdk"]);
 }
 
 #[test]
@@ -598,12 +604,19 @@ fn an_unknown_encoding_matters_only_for_names_that_are_not_ascii() {
 fn parent_hints_are_decoded_before_they_are_split() {
     let tries = |hint: &[u8]| child(hint, "encoding=Shift_JIS").parent.unwrap().hint.candidates();
     let name = |text: &str, raw: &[u8]| ExtentName::new(text).unwrap().or_raw(raw).unwrap();
-    assert_eq!(tries(b"C:\\d\\\x95\x5c.vmdk"), [name("表.vmdk", b"\x95\x5c.vmdk")]);
+    assert_eq!(
+        tries(b"C:\\d\\\x95\x5c.vmdk"),
+        [
+            name("表.vmdk", b"\x95\x5c.vmdk"),
+            name("../d/表.vmdk", b"../d/\x95\x5c.vmdk")
+        ]
+    );
     assert_eq!(
         tries(b"\x95\x5c\\x.vmdk"),
         [
             name("表/x.vmdk", b"\x95\x5c/x.vmdk"),
-            name("表\\x.vmdk", b"\x95\x5c\\x.vmdk")
+            name("表\\x.vmdk", b"\x95\x5c\\x.vmdk"),
+            name("x.vmdk", b"x.vmdk")
         ]
     );
     assert_eq!(tries(b"\x95\x5c.vmdk"), [name("表.vmdk", b"\x95\x5c.vmdk")]);
