@@ -120,14 +120,18 @@ impl MountArgs {
 /// Parses the arguments after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let args: Vec<OsString> = args.collect();
-    let matches = match command().try_get_matches_from(&args) {
+    parse_words(&args).map_err(|e| match args.iter().any(|arg| arg == "-ro") {
+        // Rightly read as `-r -o`, so that the next argument is taken for a mount option.
+        true => UsageError::new(format!("{e}; -ro means -r -o: -r or -o ro alone mounts read-only")),
+        false => e,
+    })
+}
+
+fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
+    let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             return Ok(Parsed::Print(e.render().to_string()));
-        }
-        // Clap reads `-ro` as `-r -o` and misses the value of `-o`.
-        Err(_) if args.iter().any(|arg| arg == "-ro") => {
-            return Err(UsageError::new("-ro is no option: -r or -o ro mounts read-only"));
         }
         Err(e) => return Err(one_line(&e)),
     };
@@ -424,10 +428,13 @@ mod tests {
 
     #[test]
     fn read_only_without_a_space_gets_a_hint() {
-        assert_eq!(
-            run(&["-ro", "mnt", "x.vmdk"]).unwrap_err(),
-            "-ro is no option: -r or -o ro mounts read-only"
-        );
+        for words in [&["-ro", "mnt", "x.vmdk"][..], &["mnt", "x.vmdk", "-ro"]] {
+            let error = run(words).unwrap_err();
+            assert!(
+                error.ends_with("; -ro means -r -o: -r or -o ro alone mounts read-only"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

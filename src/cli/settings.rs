@@ -143,8 +143,15 @@ impl Settings {
             file_text: self.file_text.clone(),
             backend: self.backend.or(common.backend),
             map_limit: self.map_limit.or(common.map_limit),
-            // A common key that fits no disk is an error of the whole mount, not of each disk.
-            given: self.given.clone(),
+            // A common key that fits no disk is an error of the whole mount, not of each disk. Those of web servers are
+            // checked before any file is searched for.
+            given: common
+                .given
+                .iter()
+                .filter(|key| key.group == Group::VMware)
+                .chain(&self.given)
+                .copied()
+                .collect(),
         }
     }
 
