@@ -149,8 +149,15 @@ fn qemu_img_reads_the_content_of_the_model() -> Result<()> {
 
 #[test]
 fn qemu_img_reads_the_content_of_harmless_hostile_files() -> Result<()> {
-    // It takes the entry 1 of a COWD for a sector number, follows a hint although there is no parent, and knows no RDM.
-    const NOT: [&str; 3] = ["cowd_gte_one", "parent_hint_without_cid", "rdm_named"];
+    // It takes the entry 1 of a COWD for a sector number, follows a hint although there is no parent, and insists on a
+    // type that it knows.
+    const NOT: [&str; 5] = [
+        "cowd_gte_one",
+        "parent_hint_without_cid",
+        "rdm_named",
+        "no_create_type",
+        "create_type_unknown",
+    ];
     if !has_qemu_img() {
         return Ok(());
     }
