@@ -31,6 +31,9 @@ const NAMES: usize = 128 << 10;
 /// Records in the ring. A reader would have to sleep for so many changes of a name to be overtaken.
 const RECORDS: usize = 256;
 
+/// Maximum number of reads of a record that is being replaced.
+const READS_MAX: usize = 64;
+
 /// The list of this process.
 pub(crate) static TABLE: Table = Table::new();
 
@@ -249,9 +252,12 @@ impl Table {
             .find(|device| unsafe { libc::strcmp(path, self.name_of(device).as_ptr()) } == 0)
     }
 
-    /// Returns the identity that the device has now.
+    /// Returns the identity that the device has now. `Nothing` if the records of other devices have replaced its record; the
+    /// next open of its name makes a new one.
     fn identity(&self, device: &Device) -> Identity {
-        loop {
+        // A record that is replaced while it is read is followed by a newer one of the device. One that stays replaced is
+        // lost, and no number of reads brings it back.
+        for _ in 0..READS_MAX {
             let number = device.record.load(Ordering::Acquire);
             let Some(record) = self.record(number) else {
                 return Identity::Nothing;
@@ -264,6 +270,7 @@ impl Table {
                 return Identity::from_words(words);
             }
         }
+        Identity::Nothing
     }
 
     /// Returns the record with this number, from 1.
@@ -290,7 +297,8 @@ impl Table {
         for (word, value) in record.0.iter().zip(identity.to_words()) {
             word.store(value, Ordering::Relaxed);
         }
-        device.record.store(number, Ordering::Release);
+        // A slow thread must not put its older record in the place of a newer one.
+        device.record.fetch_max(number, Ordering::Release);
     }
 
     /// Asks the kernel what the name of a device leads to.
@@ -432,6 +440,20 @@ mod tests {
             "{numbers:?}"
         );
         assert_ne!(numbers[0], numbers[1]);
+    }
+
+    #[test]
+    fn a_record_that_others_replaced_is_lost_and_read_in_bounded_time() {
+        static TABLE: Table = Table::new();
+        filled(&TABLE, b"/dev/sda:/dev/sdb");
+        let [first, second] = [&TABLE.devices[0], &TABLE.devices[1]];
+        TABLE.set_identity(first, Identity::File(1, 1));
+        for i in 0..2 * RECORDS as u64 {
+            TABLE.set_identity(second, Identity::File(2, i));
+        }
+        assert_eq!(TABLE.identity(first), Identity::Nothing);
+        TABLE.set_identity(first, Identity::File(1, 1));
+        assert_eq!(TABLE.identity(first), Identity::File(1, 1));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
 
-use crate::writing::kinds::{self, for_each_kind};
+use crate::writing::kinds::{self, Disk, for_each_kind};
 use crate::writing::open;
 
 /// "unmount with dirty pages"
@@ -86,9 +86,20 @@ fn a_second_signal_ends_the_daemon_and_keeps_written_data() {
         mount.signal(Signal::SIGTERM);
         assert_eq!(mount.wait_end().code, Some(1));
         drop(file);
+        wait_unlocked(&disk);
         disk.bytes[4096..][..300_000].fill(5);
         disk.check();
     });
+}
+
+/// Waits until no lock of a daemon that has ended is left: the kernel releases the locks of a killed process, and those of a
+/// file that it served by passthrough, a moment after the process's end is reported.
+fn wait_unlocked(disk: &Disk) {
+    let is_unlocked = || {
+        let info = disk.scratch.vmdkfuse().arg("--info").key("file", disk.image()).run();
+        info.ended.code == Some(0)
+    };
+    assert!(poll_until(Duration::from_secs(60), is_unlocked), "still locked");
 }
 
 /// "fsync/FUSE_FLUSH/O_SYNC/unmount mean durable in the image": a killed daemon loses no data that was
@@ -119,18 +130,7 @@ fn closed_or_synced_data_survives_a_killed_daemon() {
         assert_eq!(mount.wait_end().signal, Some(libc::SIGKILL));
         drop((mapped, file));
         drop(mount);
-        // The kernel releases the locks of a killed process a moment after its end is reported.
-        let is_unlocked = || {
-            disk.scratch
-                .vmdkfuse()
-                .arg("--info")
-                .key("file", disk.image())
-                .run()
-                .ended
-                .code
-                == Some(0)
-        };
-        assert!(poll_until(Duration::from_secs(60), is_unlocked), "still locked");
+        wait_unlocked(&disk);
         // A writable open recovers the image, which was not closed.
         disk.mount().unmount();
         disk.check();
