@@ -33,7 +33,7 @@ pub(crate) fn candidates(name: &ExtentName, spell: impl Fn(&[u8]) -> Option<Exte
     let path = if written.starts_with(b"/") { written } else { &slashed };
     let last = last(path);
     found.extend((last != path).then(|| spell(last)).flatten());
-    if is_windows || written.starts_with(b"/") {
+    if !last.is_empty() && (is_windows || written.starts_with(b"/")) {
         found.extend(folder(path).and_then(|folder| spell(&[b"../", folder, b"/", last].concat())));
     }
     // A store on the host itself knows its volumes.
@@ -52,6 +52,9 @@ pub(crate) fn in_folders(name: &ExtentName, folders: &[ExtentName]) -> Vec<Exten
         Some(last.to_vec()),
         folder(&path).map(|folder| [folder, b"/", last].concat()),
     ];
+    if last.is_empty() {
+        return Vec::new();
+    }
     folders
         .iter()
         .flat_map(|folder| {
