@@ -1,6 +1,6 @@
 //! Threads that fetch blocks for the readers of one disk: blocks that a reader needs first, then read-ahead.
 //!
-//! The queue holds the files weakly, so a file that is closed is not kept open by blocks that nobody reads any more. The
+//! The queue holds the files weakly, so a file that is closed is not kept open by blocks that no caller reads any more. The
 //! mutex is held to push or pop only, never while a thread fetches.
 
 use std::collections::VecDeque;

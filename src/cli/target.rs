@@ -35,7 +35,7 @@ enum PathKind {
     Other,
     /// A FUSE mount whose daemon has ended.
     Stale,
-    /// A FUSE mount of another user, who lets nobody else in, not even root.
+    /// A FUSE mount of another user, whose mount refuses every other user, root included.
     Foreign,
     /// A symbolic link to a missing file.
     BrokenLink,

@@ -171,7 +171,7 @@ impl DiskFile {
             return error_log.note(e);
         }
         if !self.detects_modification() {
-            // What another client has written must be seen at this open, also where it was known to be zeroes.
+            // This open must see the writes of other clients, also where the export was known to hold zeroes.
             self.volume().forget_content();
         }
         // A read-only open leaves nothing to flush when it is closed, which saves the kernel a request.

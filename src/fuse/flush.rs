@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::Volume;
 
-/// What a request asks of a flush. The greater includes the smaller.
+/// Guarantee that a request asks of a flush. The greater includes the smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(super) enum FlushKind {
     /// Everything that was written before is durable.
@@ -56,7 +56,7 @@ struct FlushQueue {
     resubmit: Vec<FlushAnswer>,
     /// Requests that arrived while the current flush was in flight.
     waiting: Vec<FlushAnswer>,
-    /// What they ask for.
+    /// Greatest guarantee that they ask for.
     waiting_kind: FlushKind,
 }
 

@@ -19,7 +19,7 @@ const FSTYPE: &str = "fuse.vmdkfuse";
 /// Name of this program as the kernel shows it.
 const PROGRAM: &str = "vmdkfuse";
 
-/// What is known of the holder of a lock.
+/// Known facts about the holder of a lock.
 #[derive(Debug, Default)]
 pub(super) struct Holder {
     pid: Option<u32>,

@@ -59,7 +59,7 @@ pub struct Descriptor {
     pub ddb: Vec<(String, String)>,
     /// Path of the changed block tracking file.
     pub change_tracking: Option<String>,
-    /// What other programs may refuse and what decides no byte: complete sentences, at most a few.
+    /// Defects that decide no byte and that other programs may refuse: complete sentences, at most a few.
     pub warnings: Vec<String>,
 }
 

@@ -21,7 +21,7 @@ pub struct DiskInfo {
     pub compressed_grain: Option<u64>,
     /// The entries of the newest link's disk data base (`ddb.…`).
     pub ddb: Vec<(String, String)>,
-    /// What the descriptors have that decides no byte here, and that other programs may refuse.
+    /// Defects of the descriptors that decide no byte here and that other programs may refuse.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }

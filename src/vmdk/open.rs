@@ -80,7 +80,7 @@ pub(crate) struct Link {
     /// In the order of their sectors, without gaps.
     pub(crate) extents: Vec<PlacedExtent>,
     pub(crate) sectors: u64,
-    /// What is odd about its files, in addition to the warnings of the descriptor.
+    /// Warnings about its files, in addition to those of the descriptor.
     pub(crate) warnings: Vec<String>,
 }
 

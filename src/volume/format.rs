@@ -145,7 +145,7 @@ fn no_vmdk(file: &dyn StoredFile, name: &OsStr, format: Format, head: &[u8]) -> 
 fn promise_of(name: &OsStr) -> Promise<'_> {
     let bytes = name.as_bytes();
     let mut parts = bytes.split(|byte| *byte == b'.').skip(1);
-    // What is not UTF-8 is none of the suffixes that mean something here.
+    // A name that is not UTF-8 has none of the suffixes that are checked here.
     let suffix = Path::new(name).extension().map(|suffix| suffix.to_str().unwrap_or("?"));
     if let Some(piece) = suffix
         && is_piece(piece)

@@ -37,7 +37,7 @@ const READS_MAX: usize = 64;
 /// The list of this process.
 pub(crate) static TABLE: Table = Table::new();
 
-/// What a name leads to: the disk itself, however it was opened.
+/// Identity of the disk that a name leads to, however a program has opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Identity {
     /// Nothing that can be a disk.
@@ -111,7 +111,7 @@ pub(crate) struct Table {
 // SAFETY: `names` is written only by `fill`, before `count` publishes it, and only read afterwards.
 unsafe impl Sync for Table {}
 
-/// Bit of `Table::state`: somebody fills the table, or has done so.
+/// Bit of `Table::state`: set when a thread starts to fill the table, and never cleared.
 const FILLED: u32 = 1;
 /// Bit of `Table::state`: the program runs with more rights than its user (AT_SECURE).
 const SECURE: u32 = 2;

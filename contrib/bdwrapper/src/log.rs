@@ -10,11 +10,11 @@ use crate::raw;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Level {
-    /// What the user asked for and does not get.
+    /// Error: a request of the user that the library cannot fulfil.
     Error = 0,
-    /// What the user may not expect.
+    /// Warning: an effect that the user may not expect.
     Warning = 1,
-    /// What was found at the start.
+    /// Names and disks that the library found at the start.
     Start = 10,
     /// Descriptors of listed disks that are opened, duplicated or closed.
     Descriptor = 100,

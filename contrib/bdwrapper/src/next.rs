@@ -52,7 +52,7 @@ impl Next {
 /// Versions of functions that glibc 2.33 and newer keep only for old binaries (`__xstat` and its kin).
 const OLD_VERSIONS: [&CStr; 4] = [c"GLIBC_2.2.5", c"GLIBC_2.17", c"GLIBC_2.2", c"GLIBC_2.0"];
 
-/// What a function returns that failed, or does not exist.
+/// Return value of a function that failed or does not exist.
 pub(crate) trait Failed {
     /// The value.
     const FAILED: Self;

@@ -40,7 +40,7 @@ fn outcome(result: c_long) -> Result<usize, Errno> {
     if result < 0 { Err(errno()) } else { Ok(result as usize) }
 }
 
-/// What the kernel says about a file.
+/// Attributes of a file, as the kernel reports them.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Status {
     pub(crate) mode: u32,

@@ -12,7 +12,7 @@ use crate::exports;
 use crate::log::{self, Level, Line};
 use crate::raw;
 
-/// What a warning about a name ends with.
+/// End of each warning about a name.
 const LOOKED_UP_AGAIN: &[u8] = b"; it is looked up again when it is opened";
 
 /// Called by the dynamic linker when the library is loaded, in the only thread there is.

@@ -67,7 +67,7 @@ pub(crate) const SCSI_IOCTL_GET_IDLUN: u32 = 0x5382;
 /// Number of the host, an `int`.
 pub(crate) const SCSI_IOCTL_GET_BUS_NUMBER: u32 = 0x5386;
 
-/// What `SG_GET_VERSION_NUM` answers for a disk (`sg_version_num` in block/scsi_ioctl.c): version 3.5.27.
+/// Answer of `SG_GET_VERSION_NUM` for a disk (`sg_version_num` in block/scsi_ioctl.c): version 3.5.27.
 pub(crate) const SG_VERSION: c_int = 30527;
 
 /// `struct hd_geometry` of linux/hdreg.h.

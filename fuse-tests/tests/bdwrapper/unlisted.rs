@@ -32,7 +32,7 @@ fn results_for_unlisted_files_are_those_without_the_library() {
         outcome
     };
     let expected = run(in_namespace(&scratch, &disks)).stdout;
-    // What the list names is logged at the start, and nothing afterwards.
+    // The library logs the names of the list at the start, and nothing afterwards.
     for (level, lines) in [(0, 0), (1000, disks.len())] {
         let outcome = run(wrapped(&scratch, &disks, level));
         assert_eq!(outcome.stderr.lines().count(), lines, "{outcome}");

@@ -47,7 +47,7 @@ fn an_extent_with_a_descriptor_in_it_is_not_mounted_as_a_disk() {
     let scratch = Scratch::new();
     scratch.mkdir("vms");
     scratch.write("vms/disk.vmdk", format!("{TEXT}RW 8 FLAT \"disk-flat.vmdk\" 0\n"));
-    // What a guest may write to the start of its disk.
+    // A guest may write this to the start of its disk.
     let mut guest = format!("{TEXT}RW 8 FLAT \"secret\" 0\n").into_bytes();
     guest.resize(4096, b'\n');
     scratch.write("vms/disk-flat.vmdk", guest);

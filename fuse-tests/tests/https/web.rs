@@ -168,7 +168,7 @@ fn a_file_that_changes_on_the_server_gives_an_error_and_never_mixed_content() {
     let logged = || fs::read_to_string(&log).unwrap_or_default();
     let reason = || logged().contains("was changed on the server");
     assert!(poll_until(SOON, reason), "{}", logged());
-    // What is in memory is still the content of the open.
+    // The blocks in memory still hold the content at the open.
     assert_eq!(read_range(&disk, 0, 4096), vec![1; 4096]);
     drop(file);
     mount.unmount();

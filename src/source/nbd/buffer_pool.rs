@@ -77,7 +77,7 @@ unsafe impl Sync for Shared {}
 impl Shared {
     /// Splits a buffer into parts of these lengths, one after the other. Returns the owner of the memory too.
     ///
-    /// What exceeds the end of the buffer is left out of a part.
+    /// A part ends at the end of the buffer.
     pub(super) fn split(mut buffer: Buffer, lens: impl Iterator<Item = usize>) -> (Arc<Self>, Vec<CommandBuffer>) {
         let bytes = buffer.bytes();
         let (first, total) = (NonNull::from(&mut *bytes).cast(), bytes.len());

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind};
 /// First and longest pause before a retry.
 const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
-/// What to do after a failed attempt.
+/// Next step after a failed attempt.
 pub(super) enum Next {
     GiveUp,
     /// Try again, after the pause that the server asks for.

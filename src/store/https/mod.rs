@@ -54,7 +54,7 @@ const CACHE: u64 = 64 << 20;
 /// Default bound of read-ahead: what eight connections have in flight, twice.
 const READAHEAD: u64 = 16 << 20;
 
-/// What the files of one disk share.
+/// State that the files of one disk share.
 #[derive(Debug)]
 struct Shared {
     client: Arc<Client>,

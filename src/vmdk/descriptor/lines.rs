@@ -46,7 +46,7 @@ const DDB_NAMES: [&str; 9] = [
 /// Starts of such names.
 const DDB_GROUPS: [&str; 2] = ["geometry.", "uuid."];
 
-/// What a descriptor has that other programs may refuse, and that decides no byte here.
+/// Defects of a descriptor that decide no byte here and that other programs may refuse.
 #[derive(Debug, Default)]
 pub(super) struct Warnings {
     texts: Vec<String>,
