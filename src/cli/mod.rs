@@ -202,6 +202,13 @@ fn commit(words: &[OsString]) -> Result<Action, UsageError> {
     }
 }
 
+/// Returns true if the file name of `program` is one of `names`.
+fn has_name_of(program: &Path, names: &[&str]) -> bool {
+    program
+        .file_name()
+        .is_some_and(|name| names.iter().any(|helper| name == *helper))
+}
+
 /// Converts an error of clap to one line: drops the `error:` prefix, the usage and the pointer to `--help`.
 fn one_line(error: &clap::Error) -> UsageError {
     let text = error.render().to_string();

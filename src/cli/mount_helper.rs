@@ -12,7 +12,7 @@ use clap::{Arg, ArgAction, Command};
 use super::args::verbosity;
 use super::disk_args::DiskArgs;
 use super::options::Options;
-use super::{MountRequest, Parsed, UsageError, argument, one_line};
+use super::{MountRequest, Parsed, UsageError, argument, has_name_of, one_line};
 use crate::config::LogConfig;
 
 /// Program names under which mount(8) runs the helper.
@@ -20,9 +20,7 @@ const NAMES: [&str; 2] = ["mount.vmdkfuse", "mount.fuse.vmdkfuse"];
 
 /// Returns true if `program` is the name of the helper.
 pub(super) fn is_name_of(program: &Path) -> bool {
-    program
-        .file_name()
-        .is_some_and(|name| NAMES.iter().any(|helper| name == *helper))
+    has_name_of(program, &NAMES)
 }
 
 /// Parses the arguments after the helper's name.

@@ -9,7 +9,7 @@ use clap::builder::OsStringValueParser;
 use clap::{Arg, ArgAction, Command};
 
 use super::args::verbosity;
-use super::{Parsed, UsageError, one_line, values};
+use super::{Parsed, UsageError, has_name_of, one_line, values};
 use crate::config::{Action, Config, LogConfig, UnmountConfig};
 
 /// Program names under which umount(8) runs the helper.
@@ -17,9 +17,7 @@ const NAMES: [&str; 2] = ["umount.vmdkfuse", "umount.fuse.vmdkfuse"];
 
 /// Returns true if `program` is the name of the helper.
 pub(super) fn is_name_of(program: &Path) -> bool {
-    program
-        .file_name()
-        .is_some_and(|name| NAMES.iter().any(|helper| name == *helper))
+    has_name_of(program, &NAMES)
 }
 
 /// Parses the arguments after the helper's name.

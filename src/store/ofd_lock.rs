@@ -18,7 +18,6 @@
 //! `F_SETLK`, closing any descriptor of the file would release all locks of the process.)
 
 use std::fs::File;
-
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -73,11 +72,13 @@ fn bytes_to_test(access: Access) -> &'static [i64] {
 /// A daemon whose mount has just been removed is waited for: umount(8) returns before its locks are gone.
 pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
     let deadline = Instant::now() + ENDING_TIME;
+    // Asked once: the search for the holder reads the open files of every process.
+    let mut is_ending = None;
     loop {
         let taken = take(file, access);
         if let Ok(Some(conflict)) = &taken
             && Instant::now() < deadline
-            && conflict.holder(file).is_ending()
+            && *is_ending.get_or_insert_with(|| conflict.holder(file).is_ending())
         {
             // Released, so that another program which waits for the same daemon does not see the locks of this one.
             release(file, access);

@@ -238,7 +238,12 @@ fn source_of(local: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Source> {
     if format::decide(local, &*file)? == DiskFormat::Raw {
         return raw(file);
     }
-    let disk = VmdkDisk::open(file, options(local))?;
+    vmdk(file, options(local))
+}
+
+/// Opens a VMDK for reading, and logs what is odd about it.
+fn vmdk(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Source> {
+    let disk = VmdkDisk::open(file, options)?;
     for warning in disk.warnings() {
         tracing::warn!("{warning}");
     }
@@ -307,13 +312,13 @@ fn https_disk(https: &HttpsConfig, config: &DiskConfig) -> Result<Source> {
         format => format,
     };
     if format::decide_named(OsStr::new(&name), format, &*file)? == DiskFormat::Raw {
-        return Ok(Source::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file));
+        return raw(file);
     }
     let options = OpenOptions {
         accept_cid_mismatch: https.accept_cid_mismatch,
         force: false,
     };
-    Ok(Source::Vmdk(Arc::new(VmdkDisk::open(file, options)?)))
+    vmdk(file, options)
 }
 
 /// Returns the local configuration of a disk.

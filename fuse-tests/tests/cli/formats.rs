@@ -1,6 +1,7 @@
 //! "What a file is, its name or `format=` decides … Content can only make us refuse."
 
 use std::fs;
+use std::path::Path;
 
 use fuse_tests::harness::{Scratch, need, need_fuse, need_qemu, qemu_img};
 
@@ -24,6 +25,12 @@ fn with(signature: &[u8], at: usize) -> Vec<u8> {
     let mut bytes = plain();
     bytes[at..at + signature.len()].copy_from_slice(signature);
     bytes
+}
+
+/// Returns the description of a file with `format=raw`.
+fn info_as_raw(scratch: &Scratch, path: &Path) -> serde_json::Value {
+    let info = scratch.vmdkfuse().args(["--info", "--json", "format=raw"]);
+    info.key("file", path).run().ok().json()
 }
 
 #[test]
@@ -59,13 +66,7 @@ fn a_suffix_that_promises_nothing_is_refused_unless_the_format_is_given() {
         let path = scratch.path(name);
         let refused = scratch.vmdkfuse().arg("--info").key("file", &path).run();
         refused.one_error(1, &[name, "say format=vmdk or format=raw"]);
-        let raw = scratch
-            .vmdkfuse()
-            .args(["--info", "--json", "format=raw"])
-            .key("file", &path)
-            .run()
-            .ok();
-        assert_eq!(raw.json()[0]["size"], SECTORS * 512, "{name}");
+        assert_eq!(info_as_raw(&scratch, &path)[0]["size"], SECTORS * 512, "{name}");
     }
 }
 
@@ -89,13 +90,7 @@ fn regression_a_guest_cannot_turn_its_raw_disk_into_a_vmdk() {
             let refused = scratch.vmdkfuse().arg(action).key("file", &path).run();
             refused.one_error(1, &[name, "holds a VMDK", "format=vmdk", "format=raw"]);
         }
-        let raw = scratch
-            .vmdkfuse()
-            .args(["--info", "--json", "format=raw"])
-            .key("file", &path)
-            .run()
-            .ok();
-        assert_eq!(raw.json()[0]["format"], "raw");
+        assert_eq!(info_as_raw(&scratch, &path)[0]["format"], "raw");
     }
 }
 
@@ -157,13 +152,7 @@ fn a_name_that_promises_a_vmdk_is_held_to_it() {
         let path = scratch.write(name, plain());
         let refused = scratch.vmdkfuse().arg("--info").key("file", &path).run();
         refused.one_error(1, &[name, words[0], words[1]]);
-        let raw = scratch
-            .vmdkfuse()
-            .args(["--info", "--json", "format=raw"])
-            .key("file", &path)
-            .run()
-            .ok();
-        assert_eq!(raw.json()[0]["format"], "raw", "{name}");
+        assert_eq!(info_as_raw(&scratch, &path)[0]["format"], "raw", "{name}");
     }
     let other = scratch.write("other", plain());
     let text = scratch.write("d.vmdk.bak", descriptor());

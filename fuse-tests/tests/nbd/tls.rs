@@ -1,7 +1,7 @@
 //! TLS with certificates and with pre-shared keys.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fuse_tests::harness::{Cmd, Outcome, Scratch, need, poll_until, program, read_range};
 
@@ -51,15 +51,21 @@ fn certificates(dir: &Path) {
     certtool(&[&server[..], &issuer[..]].concat(), "server-cert.pem");
 }
 
+/// Returns a folder with certificates of two CAs in folders of their own: those of the server, and those of a stranger.
+fn two_authorities() -> (Scratch, PathBuf, PathBuf) {
+    let scratch = Scratch::new();
+    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
+    certificates(&good);
+    certificates(&bad);
+    (scratch, good, bad)
+}
+
 #[test]
 fn the_certificate_of_the_server_is_verified() {
     if !ready() || !need("certtool") {
         return;
     }
-    let scratch = Scratch::new();
-    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
-    certificates(&good);
-    certificates(&bad);
+    let (scratch, good, bad) = two_authorities();
     let dir = format!("--tls-certificates={}", good.display());
     let port = free_port();
     let _server = Server::nbdkit_on(port, &["--tls=require", &dir, "pattern", "1M"]);
@@ -152,10 +158,7 @@ fn without_certificates_of_its_own_a_server_must_have_one_of_a_ca_of_the_system(
     if !ready() || !need("certtool") {
         return;
     }
-    let scratch = Scratch::new();
-    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
-    certificates(&good);
-    certificates(&bad);
+    let (scratch, good, bad) = two_authorities();
     let port = free_port();
     let _server = tcp_server(port, Some(&good));
     let (secure, plain) = (format!("nbds://localhost:{port}"), format!("nbd://localhost:{port}"));
@@ -188,10 +191,7 @@ fn a_certificate_on_a_unix_socket_is_verified_or_the_connection_refused() {
     if !ready() || !need("certtool") || !need("psktool") {
         return;
     }
-    let scratch = Scratch::new();
-    let (good, bad) = (scratch.mkdir("good"), scratch.mkdir("bad"));
-    certificates(&good);
-    certificates(&bad);
+    let (scratch, good, bad) = two_authorities();
     let dir = format!("--tls-certificates={}", good.display());
     let server = Server::nbdkit(&scratch, &["--tls=require", &dir, "pattern", "1M"]);
     let uri = format!("nbds+unix:///?socket={}", server.socket.display());
