@@ -69,7 +69,8 @@ impl Target {
         }
         if !nonempty && kind.is_file() && metadata.len() > 0 {
             return refuse(format!(
-                "the file has {} bytes, which the mount would hide; mount on an empty file or directory, or say -o nonempty",
+                "the file has {} bytes, which the mount would hide; the mount point comes first, then the image; mount on an \
+                 empty file or directory, or say -o nonempty",
                 metadata.len()
             ));
         }

@@ -177,7 +177,10 @@ fn an_existing_file_is_covered() {
     scratch.write("a.img", disk(3));
     let covered = scratch.write("covered", "what was here before");
     let refused = scratch.mount().at("covered").file("a.img").refused(1);
-    refused.one_error(1, &["covered", "20 bytes", "-o nonempty"]);
+    refused.one_error(
+        1,
+        &["covered", "20 bytes", "the mount point comes first", "-o nonempty"],
+    );
     let mount = scratch
         .mount()
         .at("covered")

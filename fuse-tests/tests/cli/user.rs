@@ -5,8 +5,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use fuse_tests::harness::{
-    Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need_allow_other, need_fuse, need_root, sha256,
+    Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need_allow_other, need_fuse, need_root, program, sha256,
 };
+use nix::sys::signal::Signal;
 
 /// Creates a raw image that every user may read; returns its SHA-256.
 fn image(scratch: &Scratch) -> String {
@@ -124,6 +125,27 @@ fn a_mount_point_of_another_user_is_refused() {
         .file("disk.img")
         .refused(1)
         .error_names(&["roots"]);
+}
+
+/// Root may not look into the mount of another user, also not into a dead one.
+#[test]
+fn root_is_told_of_the_dead_mount_of_another_user_and_how_to_clear_it() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    image(&scratch);
+    let mut mount = scratch.mount().file("disk.img").start();
+    mount.signal(Signal::SIGKILL);
+    mount.wait_end();
+    let point = mount.point().to_owned();
+    let clear = format!("umount {}", point.display());
+    let second = Cmd::new(program()).arg(&point).arg(scratch.path("disk.img")).run();
+    second.one_error(2, &["another user", &clear]);
+    Cmd::new("umount").arg(&point).run().ok();
+    drop(mount);
+    let again = scratch.mount().file("disk.img").start();
+    again.unmount();
 }
 
 /// "`allow_other` refused by fuse.conf gives the reason"
