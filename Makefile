@@ -34,13 +34,11 @@ test: ## check formatting, lints and docs, run the demo and every test
 	./contrib/setup.sh test
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	$(MAKE) deny
 	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
 	./contrib/demo.sh
 	cargo test --locked --workspace --doc
-	cargo test --locked --no-default-features --lib
 	$(UNSHARE) cargo test --locked --workspace --no-fail-fast --lib --tests
 
 deny: $(CARGO_DENY) ## check licences, bans and sources of the dependencies, and advisories if their database is reachable

@@ -49,6 +49,7 @@ pub mod config;
 pub mod error;
 pub mod error_log;
 mod escape;
+mod foreign_library;
 pub mod fuse;
 pub mod inspect;
 pub mod kernel_view;

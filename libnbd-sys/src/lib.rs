@@ -5,8 +5,12 @@
 //! [`CONSTANTS`] and [`CALLBACKS`] from them, and a test lets a C compiler compare these tables with the installed
 //! header.
 //!
+//! The crate does not link with the library, so neither its headers nor the library are needed to build. The macro
+//! [`functions!`] passes the declarations to a macro of the caller, which declares them for its own way of loading: a
+//! struct of function pointers, or an `extern` block.
+//!
 //! Rules for all functions: any thread may use a handle, because the library locks it during each call. Most functions
-//! return -1 or a null pointer for an error; [`nbd_get_error`] and [`nbd_get_errno`] then describe it, in the same
+//! return -1 or a null pointer for an error; `nbd_get_error` and `nbd_get_errno` then describe it, in the same
 //! thread and before its next call. A callback runs inside a call and must not call the library with that handle.
 #![no_std]
 #![allow(non_camel_case_types)]
@@ -14,7 +18,7 @@
 use core::ffi::{c_char, c_int, c_uint, c_void};
 use core::marker::{PhantomData, PhantomPinned};
 
-/// Handle of one connection, in any state. Created by [`nbd_create`], valid until [`nbd_close`].
+/// Handle of one connection, in any state. Created by `nbd_create`, valid until `nbd_close`.
 #[repr(C)]
 #[derive(Debug)]
 pub struct nbd_handle {
@@ -113,190 +117,203 @@ constants! {
 /// Metadata context that reports holes and zeroes.
 pub const LIBNBD_CONTEXT_BASE_ALLOCATION: &core::ffi::CStr = c"base:allocation";
 
-/// Declares functions and their entries in [`FUNCTIONS`].
+/// Passes the table of functions to another macro: `functions!(table { head })` becomes `table! { head required { fn
+/// nbd_create() -> …; … } optional { } }`.
+///
+/// The types are written as in this crate's documentation, so the caller must have them in scope: those of
+/// `core::ffi` and of this crate. `required` are the functions of libnbd 1.14, the oldest supported release; an older
+/// library lacks some of them.
+#[macro_export]
 macro_rules! functions {
-    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
-        unsafe extern "C" {
-            $($(#[$doc])* pub fn $name($($arg: $type),*) $(-> $result)?;)*
-        }
+    ($table:ident { $($head:tt)* }) => {
+        $table! {
+            $($head)*
+            required {
+                /// Creates a handle. Returns null if there is no memory.
+                fn nbd_create() -> *mut nbd_handle;
+                /// Closes the connection and frees the handle. Drops commands in flight, and calls their `free`.
+                fn nbd_close(h: *mut nbd_handle);
+                /// Returns the text of the last error of this thread, or null. Valid until the next call of this thread.
+                fn nbd_get_error() -> *const c_char;
+                /// Returns the `errno` of the last error of this thread; 0 if it is not known.
+                fn nbd_get_errno() -> c_int;
+                /// Returns the version of the library, a static text.
+                fn nbd_get_version(h: *mut nbd_handle) -> *const c_char;
+                /// Returns 1 if the library was built with TLS.
+                fn nbd_supports_tls(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the library was built with URI support.
+                fn nbd_supports_uri(h: *mut nbd_handle) -> c_int;
 
-        /// Functions, each with the types of its arguments and of its result (empty if none), as written above.
+                /// Switches messages for debugging on or off.
+                fn nbd_set_debug(h: *mut nbd_handle, debug: bool) -> c_int;
+                /// Sets the receiver of messages for debugging; without one they go to standard error.
+                fn nbd_set_debug_callback(h: *mut nbd_handle, debug_callback: nbd_debug_callback) -> c_int;
+
+                /// Sets the name of the export; at most 4096 bytes.
+                fn nbd_set_export_name(h: *mut nbd_handle, export_name: *const c_char) -> c_int;
+                /// Returns the name that was set. The caller must free it.
+                fn nbd_get_export_name(h: *mut nbd_handle) -> *mut c_char;
+                /// Requests description and canonical name of the export too.
+                fn nbd_set_full_info(h: *mut nbd_handle, request: bool) -> c_int;
+                /// Returns the description of the export, or null if there is none. The caller must free it.
+                fn nbd_get_export_description(h: *mut nbd_handle) -> *mut c_char;
+                /// Sets the TLS mode, one of `LIBNBD_TLS_*`.
+                fn nbd_set_tls(h: *mut nbd_handle, tls: c_int) -> c_int;
+                /// Returns 1 if the connection is encrypted.
+                fn nbd_get_tls_negotiated(h: *mut nbd_handle) -> c_int;
+                /// Sets the folder of the certificates.
+                fn nbd_set_tls_certificates(h: *mut nbd_handle, dir: *const c_char) -> c_int;
+                /// Sets if the certificate of the server is verified.
+                fn nbd_set_tls_verify_peer(h: *mut nbd_handle, verify: bool) -> c_int;
+                /// Sets the user name for pre-shared keys.
+                fn nbd_set_tls_username(h: *mut nbd_handle, username: *const c_char) -> c_int;
+                /// Sets the file of pre-shared keys.
+                fn nbd_set_tls_psk_file(h: *mut nbd_handle, filename: *const c_char) -> c_int;
+                /// Sets if structured replies are requested. Block status needs them.
+                fn nbd_set_request_structured_replies(h: *mut nbd_handle, request: bool) -> c_int;
+                /// Returns 1 if structured replies were negotiated.
+                fn nbd_get_structured_replies_negotiated(h: *mut nbd_handle) -> c_int;
+                /// Sets if the library clears a buffer before it reads into it.
+                fn nbd_set_pread_initialize(h: *mut nbd_handle, request: bool) -> c_int;
+                /// Returns which requests the library itself refuses: bits of `LIBNBD_STRICT_*`, not all declared here.
+                fn nbd_get_strict_mode(h: *mut nbd_handle) -> u32;
+                /// Sets which requests the library itself refuses: bits of `LIBNBD_STRICT_*`.
+                fn nbd_set_strict_mode(h: *mut nbd_handle, flags: u32) -> c_int;
+                /// Sets if the handshake stops in the state in which options can be sent.
+                fn nbd_set_opt_mode(h: *mut nbd_handle, enable: bool) -> c_int;
+                /// Requests a metadata context.
+                fn nbd_add_meta_context(h: *mut nbd_handle, name: *const c_char) -> c_int;
+                /// Removes all requested metadata contexts.
+                fn nbd_clear_meta_contexts(h: *mut nbd_handle) -> c_int;
+                /// Sets the transports that URIs may use: bits of `LIBNBD_ALLOW_TRANSPORT_*`.
+                fn nbd_set_uri_allow_transports(h: *mut nbd_handle, mask: u32) -> c_int;
+                /// Sets if URIs may request TLS: one of `LIBNBD_TLS_*`.
+                fn nbd_set_uri_allow_tls(h: *mut nbd_handle, tls: c_int) -> c_int;
+                /// Sets if URIs may name local files.
+                fn nbd_set_uri_allow_local_file(h: *mut nbd_handle, allow: bool) -> c_int;
+
+                /// Starts to connect to a URI.
+                fn nbd_aio_connect_uri(h: *mut nbd_handle, uri: *const c_char) -> c_int;
+                /// Starts to connect to a Unix socket.
+                fn nbd_aio_connect_unix(h: *mut nbd_handle, unixsocket: *const c_char) -> c_int;
+                /// Starts to connect by VSOCK.
+                fn nbd_aio_connect_vsock(h: *mut nbd_handle, cid: u32, port: u32) -> c_int;
+                /// Starts to connect by TCP. Blocks while it resolves the host name.
+                fn nbd_aio_connect_tcp(h: *mut nbd_handle, hostname: *const c_char, port: *const c_char) -> c_int;
+                /// Starts the handshake on a connected socket, which the library owns from then on.
+                fn nbd_aio_connect_socket(h: *mut nbd_handle, sock: c_int) -> c_int;
+
+                /// Starts to open the export.
+                fn nbd_aio_opt_go(h: *mut nbd_handle, completion_callback: nbd_completion_callback) -> c_int;
+                /// Ends the handshake without opening an export.
+                fn nbd_aio_opt_abort(h: *mut nbd_handle) -> c_int;
+                /// Starts to list the exports.
+                fn nbd_aio_opt_list(
+                    h: *mut nbd_handle, list_callback: nbd_list_callback, completion_callback: nbd_completion_callback
+                ) -> c_int;
+                /// Starts to ask for size and flags of the export without opening it.
+                fn nbd_aio_opt_info(h: *mut nbd_handle, completion_callback: nbd_completion_callback) -> c_int;
+                /// Starts to list the metadata contexts of the export.
+                fn nbd_aio_opt_list_meta_context(
+                    h: *mut nbd_handle, context_callback: nbd_context_callback, completion_callback: nbd_completion_callback
+                ) -> c_int;
+
+                /// Returns 1 if the export is read-only.
+                fn nbd_is_read_only(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the export is on a rotational disk.
+                fn nbd_is_rotational(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server has a flush command.
+                fn nbd_can_flush(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server supports `LIBNBD_CMD_FLAG_FUA`.
+                fn nbd_can_fua(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server has a trim command.
+                fn nbd_can_trim(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server has a command that writes zeroes.
+                fn nbd_can_zero(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server supports `LIBNBD_CMD_FLAG_FAST_ZERO`.
+                fn nbd_can_fast_zero(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if a read can request an answer in one chunk.
+                fn nbd_can_df(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if several connections see one another's writes, and a flush on one covers the writes on all.
+                fn nbd_can_multi_conn(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the server has a command that prefetches.
+                fn nbd_can_cache(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the metadata context was negotiated.
+                fn nbd_can_meta_context(h: *mut nbd_handle, metacontext: *const c_char) -> c_int;
+                /// Returns the name of the protocol variant, a static text.
+                fn nbd_get_protocol(h: *mut nbd_handle) -> *const c_char;
+                /// Returns the size of the export in bytes.
+                fn nbd_get_size(h: *mut nbd_handle) -> i64;
+                /// Returns one of the block sizes `LIBNBD_SIZE_*` in bytes; 0 if the server does not report it.
+                fn nbd_get_block_size(h: *mut nbd_handle, size_type: c_int) -> i64;
+
+                /// Starts a read. `buf` belongs to the library until the command is retired.
+                fn nbd_aio_pread(
+                    h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64,
+                    completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Starts a read, and calls `chunk_callback` with each part of the answer. `buf` belongs to the library until the
+                /// command is retired.
+                fn nbd_aio_pread_structured(
+                    h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64, chunk_callback: nbd_chunk_callback,
+                    completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Starts a write. `buf` must not change until the command is retired.
+                fn nbd_aio_pwrite(
+                    h: *mut nbd_handle, buf: *const c_void, count: usize, offset: u64,
+                    completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Starts a flush.
+                fn nbd_aio_flush(h: *mut nbd_handle, completion_callback: nbd_completion_callback, flags: u32) -> i64;
+                /// Starts a trim.
+                fn nbd_aio_trim(
+                    h: *mut nbd_handle, count: u64, offset: u64, completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Starts to write zeroes.
+                fn nbd_aio_zero(
+                    h: *mut nbd_handle, count: u64, offset: u64, completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Starts to ask for the block status of a range.
+                fn nbd_aio_block_status(
+                    h: *mut nbd_handle, count: u64, offset: u64, extent_callback: nbd_extent_callback,
+                    completion_callback: nbd_completion_callback, flags: u32
+                ) -> i64;
+                /// Sends NBD_CMD_DISC: the client will send no more commands.
+                fn nbd_aio_disconnect(h: *mut nbd_handle, flags: u32) -> c_int;
+
+                /// Returns the descriptor to poll.
+                fn nbd_aio_get_fd(h: *mut nbd_handle) -> c_int;
+                /// Returns the events to poll it for: bits of `LIBNBD_AIO_DIRECTION_*`.
+                fn nbd_aio_get_direction(h: *mut nbd_handle) -> c_uint;
+                /// Notifies the library that the descriptor is readable. The library then reads from it.
+                fn nbd_aio_notify_read(h: *mut nbd_handle) -> c_int;
+                /// Notifies the library that the descriptor is writable. The library then writes to it.
+                fn nbd_aio_notify_write(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 while the transport is connecting.
+                fn nbd_aio_is_connecting(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the handshake is in the state in which options can be sent.
+                fn nbd_aio_is_negotiating(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the connection is ready for commands, and none is being sent or received.
+                fn nbd_aio_is_ready(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if a command is being sent or its answer received.
+                fn nbd_aio_is_processing(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the connection has failed.
+                fn nbd_aio_is_dead(h: *mut nbd_handle) -> c_int;
+                /// Returns 1 if the connection was closed in order.
+                fn nbd_aio_is_closed(h: *mut nbd_handle) -> c_int;
+            }
+            optional {}
+        }
+    };
+}
+
+/// Defines [`FUNCTIONS`].
+macro_rules! names_and_types {
+    (required { $($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)* } optional {}) => {
+        /// Functions, each with the types of its arguments and of its result (empty if none).
         pub const FUNCTIONS: &[(&str, &[&str], &str)] =
             &[$((stringify!($name), &[$(stringify!($type)),*], stringify!($($result)?))),*];
     };
 }
 
-functions! {
-    /// Creates a handle. Returns null if there is no memory.
-    fn nbd_create() -> *mut nbd_handle;
-    /// Closes the connection and frees the handle. Drops commands in flight, and calls their `free`.
-    fn nbd_close(h: *mut nbd_handle);
-    /// Returns the text of the last error of this thread, or null. Valid until the next call of this thread.
-    fn nbd_get_error() -> *const c_char;
-    /// Returns the `errno` of the last error of this thread; 0 if it is not known.
-    fn nbd_get_errno() -> c_int;
-    /// Returns the version of the library, a static text.
-    fn nbd_get_version(h: *mut nbd_handle) -> *const c_char;
-    /// Returns 1 if the library was built with TLS.
-    fn nbd_supports_tls(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the library was built with URI support.
-    fn nbd_supports_uri(h: *mut nbd_handle) -> c_int;
-
-    /// Switches messages for debugging on or off.
-    fn nbd_set_debug(h: *mut nbd_handle, debug: bool) -> c_int;
-    /// Sets the receiver of messages for debugging; without one they go to standard error.
-    fn nbd_set_debug_callback(h: *mut nbd_handle, debug_callback: nbd_debug_callback) -> c_int;
-
-    /// Sets the name of the export; at most 4096 bytes.
-    fn nbd_set_export_name(h: *mut nbd_handle, export_name: *const c_char) -> c_int;
-    /// Returns the name that was set. The caller must free it.
-    fn nbd_get_export_name(h: *mut nbd_handle) -> *mut c_char;
-    /// Requests description and canonical name of the export too.
-    fn nbd_set_full_info(h: *mut nbd_handle, request: bool) -> c_int;
-    /// Returns the description of the export, or null if there is none. The caller must free it.
-    fn nbd_get_export_description(h: *mut nbd_handle) -> *mut c_char;
-    /// Sets the TLS mode, one of `LIBNBD_TLS_*`.
-    fn nbd_set_tls(h: *mut nbd_handle, tls: c_int) -> c_int;
-    /// Returns 1 if the connection is encrypted.
-    fn nbd_get_tls_negotiated(h: *mut nbd_handle) -> c_int;
-    /// Sets the folder of the certificates.
-    fn nbd_set_tls_certificates(h: *mut nbd_handle, dir: *const c_char) -> c_int;
-    /// Sets if the certificate of the server is verified.
-    fn nbd_set_tls_verify_peer(h: *mut nbd_handle, verify: bool) -> c_int;
-    /// Sets the user name for pre-shared keys.
-    fn nbd_set_tls_username(h: *mut nbd_handle, username: *const c_char) -> c_int;
-    /// Sets the file of pre-shared keys.
-    fn nbd_set_tls_psk_file(h: *mut nbd_handle, filename: *const c_char) -> c_int;
-    /// Sets if structured replies are requested. Block status needs them.
-    fn nbd_set_request_structured_replies(h: *mut nbd_handle, request: bool) -> c_int;
-    /// Returns 1 if structured replies were negotiated.
-    fn nbd_get_structured_replies_negotiated(h: *mut nbd_handle) -> c_int;
-    /// Sets if the library clears a buffer before it reads into it.
-    fn nbd_set_pread_initialize(h: *mut nbd_handle, request: bool) -> c_int;
-    /// Returns which requests the library itself refuses: bits of `LIBNBD_STRICT_*`, not all declared here.
-    fn nbd_get_strict_mode(h: *mut nbd_handle) -> u32;
-    /// Sets which requests the library itself refuses: bits of `LIBNBD_STRICT_*`.
-    fn nbd_set_strict_mode(h: *mut nbd_handle, flags: u32) -> c_int;
-    /// Sets if the handshake stops in the state in which options can be sent.
-    fn nbd_set_opt_mode(h: *mut nbd_handle, enable: bool) -> c_int;
-    /// Requests a metadata context.
-    fn nbd_add_meta_context(h: *mut nbd_handle, name: *const c_char) -> c_int;
-    /// Removes all requested metadata contexts.
-    fn nbd_clear_meta_contexts(h: *mut nbd_handle) -> c_int;
-    /// Sets the transports that URIs may use: bits of `LIBNBD_ALLOW_TRANSPORT_*`.
-    fn nbd_set_uri_allow_transports(h: *mut nbd_handle, mask: u32) -> c_int;
-    /// Sets if URIs may request TLS: one of `LIBNBD_TLS_*`.
-    fn nbd_set_uri_allow_tls(h: *mut nbd_handle, tls: c_int) -> c_int;
-    /// Sets if URIs may name local files.
-    fn nbd_set_uri_allow_local_file(h: *mut nbd_handle, allow: bool) -> c_int;
-
-    /// Starts to connect to a URI.
-    fn nbd_aio_connect_uri(h: *mut nbd_handle, uri: *const c_char) -> c_int;
-    /// Starts to connect to a Unix socket.
-    fn nbd_aio_connect_unix(h: *mut nbd_handle, unixsocket: *const c_char) -> c_int;
-    /// Starts to connect by VSOCK.
-    fn nbd_aio_connect_vsock(h: *mut nbd_handle, cid: u32, port: u32) -> c_int;
-    /// Starts to connect by TCP. Blocks while it resolves the host name.
-    fn nbd_aio_connect_tcp(h: *mut nbd_handle, hostname: *const c_char, port: *const c_char) -> c_int;
-    /// Starts the handshake on a connected socket, which the library owns from then on.
-    fn nbd_aio_connect_socket(h: *mut nbd_handle, sock: c_int) -> c_int;
-
-    /// Starts to open the export.
-    fn nbd_aio_opt_go(h: *mut nbd_handle, completion_callback: nbd_completion_callback) -> c_int;
-    /// Ends the handshake without opening an export.
-    fn nbd_aio_opt_abort(h: *mut nbd_handle) -> c_int;
-    /// Starts to list the exports.
-    fn nbd_aio_opt_list(
-        h: *mut nbd_handle, list_callback: nbd_list_callback, completion_callback: nbd_completion_callback
-    ) -> c_int;
-    /// Starts to ask for size and flags of the export without opening it.
-    fn nbd_aio_opt_info(h: *mut nbd_handle, completion_callback: nbd_completion_callback) -> c_int;
-    /// Starts to list the metadata contexts of the export.
-    fn nbd_aio_opt_list_meta_context(
-        h: *mut nbd_handle, context_callback: nbd_context_callback, completion_callback: nbd_completion_callback
-    ) -> c_int;
-
-    /// Returns 1 if the export is read-only.
-    fn nbd_is_read_only(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the export is on a rotational disk.
-    fn nbd_is_rotational(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server has a flush command.
-    fn nbd_can_flush(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server supports [`LIBNBD_CMD_FLAG_FUA`].
-    fn nbd_can_fua(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server has a trim command.
-    fn nbd_can_trim(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server has a command that writes zeroes.
-    fn nbd_can_zero(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server supports [`LIBNBD_CMD_FLAG_FAST_ZERO`].
-    fn nbd_can_fast_zero(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if a read can request an answer in one chunk.
-    fn nbd_can_df(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if several connections see one another's writes, and a flush on one covers the writes on all.
-    fn nbd_can_multi_conn(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the server has a command that prefetches.
-    fn nbd_can_cache(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the metadata context was negotiated.
-    fn nbd_can_meta_context(h: *mut nbd_handle, metacontext: *const c_char) -> c_int;
-    /// Returns the name of the protocol variant, a static text.
-    fn nbd_get_protocol(h: *mut nbd_handle) -> *const c_char;
-    /// Returns the size of the export in bytes.
-    fn nbd_get_size(h: *mut nbd_handle) -> i64;
-    /// Returns one of the block sizes `LIBNBD_SIZE_*` in bytes; 0 if the server does not report it.
-    fn nbd_get_block_size(h: *mut nbd_handle, size_type: c_int) -> i64;
-
-    /// Starts a read. `buf` belongs to the library until the command is retired.
-    fn nbd_aio_pread(
-        h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64,
-        completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Starts a read, and calls `chunk_callback` with each part of the answer. `buf` belongs to the library until the
-    /// command is retired.
-    fn nbd_aio_pread_structured(
-        h: *mut nbd_handle, buf: *mut c_void, count: usize, offset: u64, chunk_callback: nbd_chunk_callback,
-        completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Starts a write. `buf` must not change until the command is retired.
-    fn nbd_aio_pwrite(
-        h: *mut nbd_handle, buf: *const c_void, count: usize, offset: u64,
-        completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Starts a flush.
-    fn nbd_aio_flush(h: *mut nbd_handle, completion_callback: nbd_completion_callback, flags: u32) -> i64;
-    /// Starts a trim.
-    fn nbd_aio_trim(
-        h: *mut nbd_handle, count: u64, offset: u64, completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Starts to write zeroes.
-    fn nbd_aio_zero(
-        h: *mut nbd_handle, count: u64, offset: u64, completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Starts to ask for the block status of a range.
-    fn nbd_aio_block_status(
-        h: *mut nbd_handle, count: u64, offset: u64, extent_callback: nbd_extent_callback,
-        completion_callback: nbd_completion_callback, flags: u32
-    ) -> i64;
-    /// Sends NBD_CMD_DISC: the client will send no more commands.
-    fn nbd_aio_disconnect(h: *mut nbd_handle, flags: u32) -> c_int;
-
-    /// Returns the descriptor to poll.
-    fn nbd_aio_get_fd(h: *mut nbd_handle) -> c_int;
-    /// Returns the events to poll it for: bits of `LIBNBD_AIO_DIRECTION_*`.
-    fn nbd_aio_get_direction(h: *mut nbd_handle) -> c_uint;
-    /// Notifies the library that the descriptor is readable. The library then reads from it.
-    fn nbd_aio_notify_read(h: *mut nbd_handle) -> c_int;
-    /// Notifies the library that the descriptor is writable. The library then writes to it.
-    fn nbd_aio_notify_write(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 while the transport is connecting.
-    fn nbd_aio_is_connecting(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the handshake is in the state in which options can be sent.
-    fn nbd_aio_is_negotiating(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the connection is ready for commands, and none is being sent or received.
-    fn nbd_aio_is_ready(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if a command is being sent or its answer received.
-    fn nbd_aio_is_processing(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the connection has failed.
-    fn nbd_aio_is_dead(h: *mut nbd_handle) -> c_int;
-    /// Returns 1 if the connection was closed in order.
-    fn nbd_aio_is_closed(h: *mut nbd_handle) -> c_int;
-}
+functions!(names_and_types {});

@@ -9,13 +9,19 @@ use crate::vmdk;
 
 /// Prints versions, back ends and formats (`--dump`).
 ///
-/// Errors: the version of libnbd cannot be read, or writing to standard output failed.
+/// Errors: writing to standard output failed.
 pub fn dump(json: bool) -> Result<u8> {
+    let libnbd = nbd::version();
     let build = Build {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        backends: BACKENDS,
-        libnbd: nbd::version()?,
+        backends: if libnbd.is_ok() {
+            &["native", "https", "nbd"]
+        } else {
+            &["native", "https"]
+        },
+        libnbd_error: libnbd.as_ref().err().map(ToString::to_string),
+        libnbd: libnbd.ok(),
         formats: ["vmdk", "raw"],
         extents: [
             "FLAT",
@@ -31,6 +37,7 @@ pub fn dump(json: bool) -> Result<u8> {
     };
     print(json, &build, |out| {
         let libnbd = build.libnbd.as_ref().map(|version| format!("libnbd={version}"));
+        let libnbd_error = build.libnbd_error.as_ref().map(|error| format!("libnbd_error={error}"));
         let lines = [
             format!("{}={}", build.name, build.version),
             format!("backends={}", build.backends.join(",")),
@@ -39,29 +46,26 @@ pub fn dump(json: bool) -> Result<u8> {
             format!("writable={}", build.writable.join(",")),
             format!("max_links={}", build.max_links),
         ];
-        for line in lines.into_iter().chain(libnbd) {
+        for line in lines.into_iter().chain(libnbd).chain(libnbd_error) {
             line!(out, "{line}");
         }
     })?;
     Ok(0)
 }
 
-/// Back ends of this build.
-const BACKENDS: &[&str] = if cfg!(feature = "nbd") {
-    &["native", "https", "nbd"]
-} else {
-    &["native", "https"]
-};
-
 /// Result of `--dump`.
 #[derive(Debug, Serialize)]
 struct Build {
     name: &'static str,
     version: &'static str,
+    /// Back ends that can be used on this machine.
     backends: &'static [&'static str],
-    /// Version of the loaded libnbd; `None` in a build without NBD.
+    /// Version of the installed libnbd.
     #[serde(skip_serializing_if = "Option::is_none")]
     libnbd: Option<String>,
+    /// Reason why there are no NBD disks on this machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    libnbd_error: Option<String>,
     formats: [&'static str; 2],
     extents: [&'static str; 7],
     writable: [&'static str; 4],

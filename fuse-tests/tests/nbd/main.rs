@@ -14,6 +14,7 @@ mod durable;
 mod exports;
 mod faults;
 mod handshake;
+mod library;
 mod tls;
 
 use std::fs;

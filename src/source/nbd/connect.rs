@@ -24,7 +24,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::captive::CaptiveServer;
 use super::connection::is_loss;
 use super::export::Export;
-use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, failure};
+use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, failure, library};
 use super::private_dir::PrivateDir;
 use super::tls;
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
@@ -60,6 +60,8 @@ pub(super) struct Connector {
 impl Connector {
     /// Creates a connector for the server of `config`. Starts a captive server, and takes the socket of `socket-fd=`.
     pub(super) fn new(config: &NbdConfig) -> Result<Self> {
+        // Before a server is started that no client could be made for.
+        library().map_err(|e| e.within(config.label()))?;
         let server = match &config.address {
             NbdAddress::Command(words) => Some(Arc::new(CaptiveServer::start(words)?)),
             _ => None,

@@ -22,6 +22,7 @@
 
 mod callbacks;
 mod handshake;
+mod library;
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
@@ -37,6 +38,8 @@ use self::callbacks::{
 };
 pub(super) use self::handshake::HandshakeLimit;
 use self::handshake::{LIST_TURNS, OPTION_TURNS, Turns};
+use self::library::Libnbd;
+pub(super) use self::library::library;
 use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -57,6 +60,7 @@ pub(super) const UNSENT: i32 = -1;
 /// libnbd handle: one connection, in any state. Closes it on drop.
 #[derive(Debug)]
 pub(super) struct Handle {
+    lib: &'static Libnbd,
     raw: NonNull<sys::nbd_handle>,
     /// Limits of the handshake, which libnbd reports each step to.
     turns: Arc<Turns>,
@@ -222,35 +226,39 @@ pub(super) enum ExportFlag {
 impl Handle {
     /// Creates a handle that is not connected.
     pub(super) fn new() -> Result<Self> {
+        let lib = library()?;
         // SAFETY: the function has no arguments and no preconditions.
-        let raw = NonNull::new(unsafe { sys::nbd_create() }).ok_or_else(|| failure("nbd_create"))?;
+        let raw = NonNull::new(unsafe { (lib.nbd_create)() }).ok_or_else(|| failure("nbd_create"))?;
         let turns = Turns::new();
-        let handle = Self { raw, turns };
+        let handle = Self { lib, raw, turns };
         done(
             // SAFETY: the handle is alive, and the callback holds all it needs.
-            unsafe { sys::nbd_set_debug_callback(handle.raw(), handshake::callback(&handle.turns)) },
+            unsafe { (lib.nbd_set_debug_callback)(handle.raw(), handshake::callback(&handle.turns)) },
             "nbd_set_debug_callback",
         )?;
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_debug(handle.raw(), true) }, "nbd_set_debug")?;
+        done(unsafe { (lib.nbd_set_debug)(handle.raw(), true) }, "nbd_set_debug")?;
         // The library need not clear buffers: a simple reply fills the whole buffer, and the chunks of a structured
         // reply are checked by `Chunks`.
         done(
             // SAFETY: the handle is alive.
-            unsafe { sys::nbd_set_pread_initialize(handle.raw(), false) },
+            unsafe { (lib.nbd_set_pread_initialize)(handle.raw(), false) },
             "nbd_set_pread_initialize",
         )?;
         // The size of an export need not be a multiple of its block size. The library would refuse a request for the
         // last, incomplete block, which the server may accept.
         // SAFETY: the handle is alive.
-        let strict = unsafe { sys::nbd_get_strict_mode(handle.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
+        let strict = unsafe { (lib.nbd_get_strict_mode)(handle.raw()) } & !sys::LIBNBD_STRICT_ALIGN;
         done(
             // SAFETY: the handle is alive.
-            unsafe { sys::nbd_set_strict_mode(handle.raw(), strict) },
+            unsafe { (lib.nbd_set_strict_mode)(handle.raw(), strict) },
             "nbd_set_strict_mode",
         )?;
-        // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_opt_mode(handle.raw(), true) }, "nbd_set_opt_mode")?;
+        done(
+            // SAFETY: the handle is alive.
+            unsafe { (lib.nbd_set_opt_mode)(handle.raw(), true) },
+            "nbd_set_opt_mode",
+        )?;
         Ok(handle)
     }
 
@@ -275,13 +283,13 @@ impl Handle {
     pub(super) fn end_handshake(&mut self) -> Result<()> {
         self.turns.unwatch();
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_debug(self.raw(), false) }, "nbd_set_debug")
+        done(unsafe { (self.lib.nbd_set_debug)(self.raw(), false) }, "nbd_set_debug")
     }
 
     /// Returns the version of the library.
     pub(super) fn version(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
-        text(unsafe { sys::nbd_get_version(self.raw()) })
+        text(unsafe { (self.lib.nbd_get_version)(self.raw()) })
             .to_string_lossy()
             .into_owned()
     }
@@ -290,7 +298,7 @@ impl Handle {
     pub(super) fn set_export(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
-            unsafe { sys::nbd_set_export_name(self.raw(), name.as_ptr()) },
+            unsafe { (self.lib.nbd_set_export_name)(self.raw(), name.as_ptr()) },
             "export name",
         )
     }
@@ -298,33 +306,36 @@ impl Handle {
     /// Returns the name of the export.
     pub(super) fn export(&self) -> CString {
         // SAFETY: the handle is alive; the caller of the function owns the text.
-        owned(unsafe { sys::nbd_get_export_name(self.raw()) })
+        owned(unsafe { (self.lib.nbd_get_export_name)(self.raw()) })
     }
 
     /// Returns the description of the export, or an empty text if there is none.
     pub(super) fn description(&self) -> CString {
         // SAFETY: the handle is alive; the caller of the function owns the text.
-        owned(unsafe { sys::nbd_get_export_description(self.raw()) })
+        owned(unsafe { (self.lib.nbd_get_export_description)(self.raw()) })
     }
 
     /// Makes [`Self::opt_info`] ask for the description of the export too.
     pub(super) fn set_full_info(&self) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_full_info(self.raw(), true) }, "nbd_set_full_info")
+        done(
+            unsafe { (self.lib.nbd_set_full_info)(self.raw(), true) },
+            "nbd_set_full_info",
+        )
     }
 
     /// Requests block status on this connection. `false` requests simple replies, which are shorter but have none.
     pub(super) fn set_block_status(&self, enabled: bool) -> Result<()> {
         done(
             // SAFETY: the handle is alive.
-            unsafe { sys::nbd_set_request_structured_replies(self.raw(), enabled) },
+            unsafe { (self.lib.nbd_set_request_structured_replies)(self.raw(), enabled) },
             "structured replies",
         )?;
         if enabled {
             let context = sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr();
             done(
                 // SAFETY: handle and text are alive.
-                unsafe { sys::nbd_add_meta_context(self.raw(), context) },
+                unsafe { (self.lib.nbd_add_meta_context)(self.raw(), context) },
                 "nbd_add_meta_context",
             )?;
         }
@@ -335,7 +346,7 @@ impl Handle {
     pub(super) fn clear_contexts(&self) -> Result<()> {
         // SAFETY: the handle is alive.
         done(
-            unsafe { sys::nbd_clear_meta_contexts(self.raw()) },
+            unsafe { (self.lib.nbd_clear_meta_contexts)(self.raw()) },
             "nbd_clear_meta_contexts",
         )
     }
@@ -343,18 +354,18 @@ impl Handle {
     /// Sets the TLS mode, one of `LIBNBD_TLS_*`. Errors: TLS is requested, but the library is built without it.
     pub(super) fn set_tls(&self, tls: c_int) -> Result<()> {
         // SAFETY: the handle is alive.
-        if tls != sys::LIBNBD_TLS_DISABLE && unsafe { sys::nbd_supports_tls(self.raw()) } != 1 {
+        if tls != sys::LIBNBD_TLS_DISABLE && unsafe { (self.lib.nbd_supports_tls)(self.raw()) } != 1 {
             return Err(Error::unsupported("this libnbd is built without TLS"));
         }
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_set_tls(self.raw(), tls) }, "tls")
+        done(unsafe { (self.lib.nbd_set_tls)(self.raw(), tls) }, "tls")
     }
 
     /// Sets the folder of the certificates.
     pub(super) fn set_tls_certificates(&self, dir: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
-            unsafe { sys::nbd_set_tls_certificates(self.raw(), dir.as_ptr()) },
+            unsafe { (self.lib.nbd_set_tls_certificates)(self.raw(), dir.as_ptr()) },
             "tls-certificates",
         )
     }
@@ -363,7 +374,7 @@ impl Handle {
     pub(super) fn set_tls_verify(&self, verify: bool) -> Result<()> {
         // SAFETY: the handle is alive.
         done(
-            unsafe { sys::nbd_set_tls_verify_peer(self.raw(), verify) },
+            unsafe { (self.lib.nbd_set_tls_verify_peer)(self.raw(), verify) },
             "tls-verify",
         )
     }
@@ -372,7 +383,7 @@ impl Handle {
     pub(super) fn set_tls_username(&self, name: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
-            unsafe { sys::nbd_set_tls_username(self.raw(), name.as_ptr()) },
+            unsafe { (self.lib.nbd_set_tls_username)(self.raw(), name.as_ptr()) },
             "tls-username",
         )
     }
@@ -381,7 +392,7 @@ impl Handle {
     pub(super) fn set_tls_psk(&self, file: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
-            unsafe { sys::nbd_set_tls_psk_file(self.raw(), file.as_ptr()) },
+            unsafe { (self.lib.nbd_set_tls_psk_file)(self.raw(), file.as_ptr()) },
             "tls-psk",
         )
     }
@@ -389,14 +400,14 @@ impl Handle {
     /// Returns true if the connection is encrypted.
     pub(super) fn is_encrypted(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_get_tls_negotiated(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_get_tls_negotiated)(self.raw()) == 1 }
     }
 
     /// Starts to connect to a URI. The URI comes from the user, so it may name local files and use every transport, but
     /// it can require TLS only if `tls` is true.
     pub(super) fn connect_uri(&self, uri: &CStr, tls: bool) -> Result<()> {
         // SAFETY: the handle is alive.
-        if unsafe { sys::nbd_supports_uri(self.raw()) } != 1 {
+        if unsafe { (self.lib.nbd_supports_uri)(self.raw()) } != 1 {
             return Err(Error::unsupported("this libnbd is built without URI support"));
         }
         let tls = if tls {
@@ -407,15 +418,18 @@ impl Handle {
         // SAFETY: handle and text are alive.
         unsafe {
             done(
-                sys::nbd_set_uri_allow_transports(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK),
+                (self.lib.nbd_set_uri_allow_transports)(self.raw(), sys::LIBNBD_ALLOW_TRANSPORT_MASK),
                 "transports",
             )?;
-            done(sys::nbd_set_uri_allow_tls(self.raw(), tls), "nbd_set_uri_allow_tls")?;
             done(
-                sys::nbd_set_uri_allow_local_file(self.raw(), true),
+                (self.lib.nbd_set_uri_allow_tls)(self.raw(), tls),
+                "nbd_set_uri_allow_tls",
+            )?;
+            done(
+                (self.lib.nbd_set_uri_allow_local_file)(self.raw(), true),
                 "nbd_set_uri_allow_local_file",
             )?;
-            done(sys::nbd_aio_connect_uri(self.raw(), uri.as_ptr()), "connect")
+            done((self.lib.nbd_aio_connect_uri)(self.raw(), uri.as_ptr()), "connect")
         }
     }
 
@@ -423,7 +437,7 @@ impl Handle {
     pub(super) fn connect_unix(&self, path: &CStr) -> Result<()> {
         // SAFETY: handle and text are alive.
         done(
-            unsafe { sys::nbd_aio_connect_unix(self.raw(), path.as_ptr()) },
+            unsafe { (self.lib.nbd_aio_connect_unix)(self.raw(), path.as_ptr()) },
             "connect",
         )
     }
@@ -432,7 +446,7 @@ impl Handle {
     pub(super) fn connect_tcp(&self, host: &CStr, port: &CStr) -> Result<()> {
         // SAFETY: handle and texts are alive.
         done(
-            unsafe { sys::nbd_aio_connect_tcp(self.raw(), host.as_ptr(), port.as_ptr()) },
+            unsafe { (self.lib.nbd_aio_connect_tcp)(self.raw(), host.as_ptr(), port.as_ptr()) },
             "connect",
         )
     }
@@ -440,14 +454,17 @@ impl Handle {
     /// Starts to connect by VSOCK.
     pub(super) fn connect_vsock(&self, cid: u32, port: u32) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_aio_connect_vsock(self.raw(), cid, port) }, "connect")
+        done(
+            unsafe { (self.lib.nbd_aio_connect_vsock)(self.raw(), cid, port) },
+            "connect",
+        )
     }
 
     /// Starts the handshake on a connected socket.
     pub(super) fn connect_socket(&self, socket: OwnedFd) -> Result<()> {
         // SAFETY: the handle is alive; the library closes the descriptor, also if the call fails.
         done(
-            unsafe { sys::nbd_aio_connect_socket(self.raw(), socket.into_raw_fd()) },
+            unsafe { (self.lib.nbd_aio_connect_socket)(self.raw(), socket.into_raw_fd()) },
             "connect",
         )
     }
@@ -458,7 +475,7 @@ impl Handle {
         self.turns.allow(OPTION_TURNS);
         done(
             // SAFETY: the handle is alive, and the callback holds all it needs.
-            unsafe { sys::nbd_aio_opt_go(self.raw(), option_callback(&opt)) },
+            unsafe { (self.lib.nbd_aio_opt_go)(self.raw(), option_callback(&opt)) },
             "open the export",
         )?;
         Ok(opt)
@@ -470,7 +487,7 @@ impl Handle {
         self.turns.allow(OPTION_TURNS);
         done(
             // SAFETY: the handle is alive, and the callback holds all it needs.
-            unsafe { sys::nbd_aio_opt_info(self.raw(), option_callback(&opt)) },
+            unsafe { (self.lib.nbd_aio_opt_info)(self.raw(), option_callback(&opt)) },
             "ask for the export",
         )?;
         Ok(opt)
@@ -487,7 +504,7 @@ impl Handle {
         };
         done(
             // SAFETY: the handle is alive, and the callbacks hold all they need.
-            unsafe { sys::nbd_aio_opt_list(self.raw(), list, option_callback(&opt)) },
+            unsafe { (self.lib.nbd_aio_opt_list)(self.raw(), list, option_callback(&opt)) },
             "list the exports",
         )?;
         Ok((opt, listed))
@@ -503,7 +520,7 @@ impl Handle {
             free: Some(free_listed),
         };
         // SAFETY: the handle is alive, and the callbacks hold all they need.
-        let result = unsafe { sys::nbd_aio_opt_list_meta_context(self.raw(), list, option_callback(&opt)) };
+        let result = unsafe { (self.lib.nbd_aio_opt_list_meta_context)(self.raw(), list, option_callback(&opt)) };
         done(result, "list the contexts")?;
         Ok((opt, listed))
     }
@@ -511,28 +528,28 @@ impl Handle {
     /// Ends the handshake with NBD_OPT_ABORT.
     pub(super) fn opt_abort(&self) {
         // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
-        unsafe { sys::nbd_aio_opt_abort(self.raw()) };
+        unsafe { (self.lib.nbd_aio_opt_abort)(self.raw()) };
     }
 
     /// Sends NBD_CMD_DISC: the server closes the connection once it has answered all commands.
     pub(super) fn disconnect(&self) {
         // SAFETY: the handle is alive. A failure changes nothing: the connection is closed anyway.
-        unsafe { sys::nbd_aio_disconnect(self.raw(), 0) };
+        unsafe { (self.lib.nbd_aio_disconnect)(self.raw(), 0) };
     }
 
     /// Returns true if the export has the flag. An error counts as false.
     pub(super) fn can(&self, flag: ExportFlag) -> bool {
         let function = match flag {
-            ExportFlag::ReadOnly => sys::nbd_is_read_only,
-            ExportFlag::Rotational => sys::nbd_is_rotational,
-            ExportFlag::Flush => sys::nbd_can_flush,
-            ExportFlag::Fua => sys::nbd_can_fua,
-            ExportFlag::Trim => sys::nbd_can_trim,
-            ExportFlag::Zero => sys::nbd_can_zero,
-            ExportFlag::FastZero => sys::nbd_can_fast_zero,
-            ExportFlag::Df => sys::nbd_can_df,
-            ExportFlag::MultiConn => sys::nbd_can_multi_conn,
-            ExportFlag::Cache => sys::nbd_can_cache,
+            ExportFlag::ReadOnly => self.lib.nbd_is_read_only,
+            ExportFlag::Rotational => self.lib.nbd_is_rotational,
+            ExportFlag::Flush => self.lib.nbd_can_flush,
+            ExportFlag::Fua => self.lib.nbd_can_fua,
+            ExportFlag::Trim => self.lib.nbd_can_trim,
+            ExportFlag::Zero => self.lib.nbd_can_zero,
+            ExportFlag::FastZero => self.lib.nbd_can_fast_zero,
+            ExportFlag::Df => self.lib.nbd_can_df,
+            ExportFlag::MultiConn => self.lib.nbd_can_multi_conn,
+            ExportFlag::Cache => self.lib.nbd_can_cache,
         };
         // SAFETY: the handle is alive.
         unsafe { function(self.raw()) == 1 }
@@ -541,19 +558,19 @@ impl Handle {
     /// Returns true if the server reports holes and zeroes.
     pub(super) fn can_block_status(&self) -> bool {
         // SAFETY: handle and text are alive.
-        unsafe { sys::nbd_can_meta_context(self.raw(), sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr()) == 1 }
+        unsafe { (self.lib.nbd_can_meta_context)(self.raw(), sys::LIBNBD_CONTEXT_BASE_ALLOCATION.as_ptr()) == 1 }
     }
 
     /// Returns true if structured replies were negotiated.
     pub(super) fn is_structured(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_get_structured_replies_negotiated(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_get_structured_replies_negotiated)(self.raw()) == 1 }
     }
 
     /// Returns the name of the protocol variant.
     pub(super) fn protocol(&self) -> String {
         // SAFETY: the handle is alive; the text is static.
-        text(unsafe { sys::nbd_get_protocol(self.raw()) })
+        text(unsafe { (self.lib.nbd_get_protocol)(self.raw()) })
             .to_string_lossy()
             .into_owned()
     }
@@ -561,7 +578,7 @@ impl Handle {
     /// Returns the size of the export in bytes.
     pub(super) fn size(&self) -> Result<u64> {
         // SAFETY: the handle is alive.
-        u64::try_from(unsafe { sys::nbd_get_size(self.raw()) })
+        u64::try_from(unsafe { (self.lib.nbd_get_size)(self.raw()) })
             .ok()
             .ok_or_else(|| failure("size of the export"))
     }
@@ -575,7 +592,7 @@ impl Handle {
         ]
         .map(|which| {
             // SAFETY: the handle is alive.
-            u64::try_from(unsafe { sys::nbd_get_block_size(self.raw(), which) }).unwrap_or(0)
+            u64::try_from(unsafe { (self.lib.nbd_get_block_size)(self.raw(), which) }).unwrap_or(0)
         })
     }
 
@@ -585,7 +602,7 @@ impl Handle {
     /// other thread can make one while it is borrowed. A shared connection polls a duplicate.
     pub(super) fn fd(&mut self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the handle is alive.
-        let fd = unsafe { sys::nbd_aio_get_fd(self.raw()) };
+        let fd = unsafe { (self.lib.nbd_aio_get_fd)(self.raw()) };
         // SAFETY: the library closes the descriptor only inside a call with this handle, or when the handle is dropped.
         // The exclusive borrow of the handle, which lasts as long as that of the descriptor, excludes both.
         (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
@@ -594,7 +611,7 @@ impl Handle {
     /// Returns if the library waits to read, and if it waits to write.
     pub(super) fn direction(&self) -> (bool, bool) {
         // SAFETY: the handle is alive.
-        let direction = unsafe { sys::nbd_aio_get_direction(self.raw()) };
+        let direction = unsafe { (self.lib.nbd_aio_get_direction)(self.raw()) };
         (
             direction & sys::LIBNBD_AIO_DIRECTION_READ != 0,
             direction & sys::LIBNBD_AIO_DIRECTION_WRITE != 0,
@@ -605,37 +622,37 @@ impl Handle {
     /// refused.
     pub(super) fn readable(&self) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_aio_notify_read(self.raw()) }, "connection")
+        done(unsafe { (self.lib.nbd_aio_notify_read)(self.raw()) }, "connection")
     }
 
     /// Lets the library write, after the descriptor became writable. Errors: those of [`Self::readable`].
     pub(super) fn writable(&self) -> Result<()> {
         // SAFETY: the handle is alive.
-        done(unsafe { sys::nbd_aio_notify_write(self.raw()) }, "connection")
+        done(unsafe { (self.lib.nbd_aio_notify_write)(self.raw()) }, "connection")
     }
 
     /// Returns true while the transport is connecting.
     pub(super) fn is_connecting(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_aio_is_connecting(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_aio_is_connecting)(self.raw()) == 1 }
     }
 
     /// Returns true if options can be sent.
     pub(super) fn is_negotiating(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_aio_is_negotiating(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_aio_is_negotiating)(self.raw()) == 1 }
     }
 
     /// Returns true if commands can be sent.
     pub(super) fn is_up(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_aio_is_ready(self.raw()) == 1 || sys::nbd_aio_is_processing(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_aio_is_ready)(self.raw()) == 1 || (self.lib.nbd_aio_is_processing)(self.raw()) == 1 }
     }
 
     /// Returns true if the connection has ended, in order or not.
     pub(super) fn is_over(&self) -> bool {
         // SAFETY: the handle is alive.
-        unsafe { sys::nbd_aio_is_dead(self.raw()) == 1 || sys::nbd_aio_is_closed(self.raw()) == 1 }
+        unsafe { (self.lib.nbd_aio_is_dead)(self.raw()) == 1 || (self.lib.nbd_aio_is_closed)(self.raw()) == 1 }
     }
 
     /// Sends a command, and returns it in `completions` exactly once, possibly before this function returns.
@@ -661,7 +678,7 @@ impl Handle {
             user_data: ticket.cast(),
             free: Some(free_ticket),
         };
-        let raw = self.raw();
+        let (raw, lib) = (self.raw(), self.lib);
         // SAFETY: the handle is alive. `buf` points to at least `count` bytes on the heap, which belong to the ticket
         // alone. The library frees the ticket when it has finished the command, also if this call fails, and no other
         // code accesses it before. The extent and chunk callbacks are called before the completion callback, so they
@@ -674,22 +691,22 @@ impl Handle {
                         user_data: ticket.cast(),
                         free: None,
                     };
-                    sys::nbd_aio_pread_structured(raw, buf.cast(), count, offset, chunk, completion, 0)
+                    (lib.nbd_aio_pread_structured)(raw, buf.cast(), count, offset, chunk, completion, 0)
                 }
-                CommandKind::Read => sys::nbd_aio_pread(raw, buf.cast(), count, offset, completion, 0),
+                CommandKind::Read => (lib.nbd_aio_pread)(raw, buf.cast(), count, offset, completion, 0),
                 CommandKind::Write { flags } => {
-                    sys::nbd_aio_pwrite(raw, buf.cast_const().cast(), count, offset, completion, flags)
+                    (lib.nbd_aio_pwrite)(raw, buf.cast_const().cast(), count, offset, completion, flags)
                 }
-                CommandKind::Zero { flags } => sys::nbd_aio_zero(raw, len, offset, completion, flags),
-                CommandKind::Trim => sys::nbd_aio_trim(raw, len, offset, completion, 0),
-                CommandKind::Flush => sys::nbd_aio_flush(raw, completion, 0),
+                CommandKind::Zero { flags } => (lib.nbd_aio_zero)(raw, len, offset, completion, flags),
+                CommandKind::Trim => (lib.nbd_aio_trim)(raw, len, offset, completion, 0),
+                CommandKind::Flush => (lib.nbd_aio_flush)(raw, completion, 0),
                 CommandKind::Status => {
                     let extents = sys::nbd_extent_callback {
                         callback: Some(on_extents),
                         user_data: ticket.cast(),
                         free: None,
                     };
-                    sys::nbd_aio_block_status(raw, len, offset, extents, completion, 0)
+                    (lib.nbd_aio_block_status)(raw, len, offset, extents, completion, 0)
                 }
             }
         };
@@ -699,7 +716,7 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: this is the only owner of the handle. The library frees the tickets of commands in flight.
-        unsafe { sys::nbd_close(self.raw()) };
+        unsafe { (self.lib.nbd_close)(self.raw()) };
     }
 }
 
@@ -720,8 +737,12 @@ pub(super) fn is_ending() -> bool {
 
 /// Returns the last error of the library in this thread. `context`: what failed.
 pub(super) fn failure(context: &str) -> Error {
+    let lib = match library() {
+        Ok(lib) => lib,
+        Err(e) => return e.within(context),
+    };
     // SAFETY: the text is valid until this thread calls the library again.
-    let (message, errno) = unsafe { (sys::nbd_get_error(), sys::nbd_get_errno()) };
+    let (message, errno) = unsafe { ((lib.nbd_get_error)(), (lib.nbd_get_errno)()) };
     let message = if message.is_null() {
         "the server closed the connection".into()
     } else {

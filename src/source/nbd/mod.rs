@@ -47,8 +47,7 @@ pub use crate::source::server_info::{ExportInfo, ServerInfo};
 pub use discover::{exports, info, list};
 pub use disk::NbdDisk;
 
-/// Returns the version of the loaded libnbd, which may be another one than at build time. Always `Some` in this build;
-/// `None` stands for a build without NBD.
-pub fn version() -> crate::error::Result<Option<String>> {
-    Ok(Some(ffi::Handle::new()?.version()))
+/// Returns the version of the installed libnbd. Errors: it is not installed, or too old.
+pub fn version() -> crate::error::Result<String> {
+    Ok(ffi::Handle::new()?.version())
 }
