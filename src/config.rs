@@ -282,6 +282,15 @@ impl SourceConfig {
         }
     }
 
+    /// Returns true if an overlay is accepted although the source is another one than it was created over.
+    pub fn accepts_cid_mismatch(&self) -> bool {
+        match self {
+            Self::Local(local) => local.accept_cid_mismatch,
+            Self::Nbd(nbd) => nbd.accept_cid_mismatch,
+            Self::Https(https) => https.accept_cid_mismatch,
+        }
+    }
+
     /// Returns a name of the source for messages: the path, or server and export.
     pub fn label(&self) -> String {
         match self {
@@ -316,6 +325,8 @@ pub struct NbdConfig {
     pub tls_psk: Option<PathBuf>,
     /// Time after which a request fails. `None`: the default time.
     pub timeout: Option<Duration>,
+    /// True if an overlay over the export is accepted although the export is in another state than it was.
+    pub accept_cid_mismatch: bool,
     /// Number of retries of a failed connection attempt. `None`: no retry at the start; afterwards reconnects until the
     /// requests that wait have timed out.
     pub retry: Option<u32>,
@@ -335,6 +346,7 @@ impl NbdConfig {
             tls_username: None,
             tls_psk: None,
             timeout: None,
+            accept_cid_mismatch: false,
             retry: None,
         }
     }
@@ -367,9 +379,43 @@ impl NbdConfig {
         scheme.split_once('+').map(|(_, transport)| transport)
     }
 
+    /// Returns the whole address of the export: what an overlay over it stores. No secrets: the words of a command, one
+    /// of which may be a password, are hashed.
+    pub fn identity(&self) -> String {
+        match &self.address {
+            // The number differs with each mount.
+            NbdAddress::Fd(_) => self.label_at("NBD server on a passed socket".to_owned()),
+            NbdAddress::Command(words) => {
+                let mut all = ring::digest::Context::new(&ring::digest::SHA256);
+                for word in words {
+                    all.update(&(word.len() as u64).to_le_bytes());
+                    all.update(word.as_encoded_bytes());
+                }
+                let sum: String = all
+                    .finish()
+                    .as_ref()
+                    .iter()
+                    .take(8)
+                    .map(|b| format!("{b:02x}"))
+                    .collect();
+                let program = self.address_label();
+                self.label_at(format!(
+                    "{program} with {} arguments ({sum})",
+                    words.len().saturating_sub(1)
+                ))
+            }
+            _ => self.label(),
+        }
+    }
+
     /// Returns the server and export for messages, without the password of a URI.
     pub fn label(&self) -> String {
-        let address = match &self.address {
+        self.label_at(self.address_label())
+    }
+
+    /// Returns the server for messages, without the password of a URI.
+    fn address_label(&self) -> String {
+        match &self.address {
             NbdAddress::Uri(uri) => without_secrets(uri),
             NbdAddress::Tcp { host, port: None } => format!("NBD server {host}"),
             NbdAddress::Tcp { host, port: Some(port) } => format!("NBD server {host}:{port}"),
@@ -386,7 +432,11 @@ impl NbdConfig {
                         .unwrap_or_default()
                 )
             }
-        };
+        }
+    }
+
+    /// Returns `address` and the export.
+    fn label_at(&self, address: String) -> String {
         match &self.export {
             Some(name) if !name.is_empty() => {
                 format!("{address}, export {}", name.display().to_string().escape_debug())

@@ -165,9 +165,7 @@ fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), Us
     let web = count(|source| matches!(source, DiskSource::Https(_)));
     // `port=` is listed as a key of NBD servers, but web servers have one too. Web disks are checked where they are read.
     let unfit = if nbd == disks.len() {
-        common
-            .first_of(&[Group::Local, Group::Create])
-            .zip(Some(("local files", "on an NBD server")))
+        common.unfit_for_server().zip(Some(("local files", "on an NBD server")))
     } else if nbd + web == 0 {
         common
             .first_of(&[Group::Nbd])

@@ -172,6 +172,7 @@ impl NbdArgs {
             tls_username: self.tls_username.clone(),
             tls_psk: self.tls_psk.clone().or(by_uri.psk),
             timeout: self.timeout,
+            accept_cid_mismatch: false,
             retry: self.retry,
             address: self.address(uri)?,
         })

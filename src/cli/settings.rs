@@ -163,6 +163,18 @@ impl Settings {
             .map(|key| key.name)
     }
 
+    /// Returns the first given key that does not fit a disk on an NBD server.
+    pub(super) fn unfit_for_server(&self) -> Option<&'static str> {
+        let local = [Group::Local, Group::Create];
+        // An overlay over an export has a parent too.
+        let fits = |name: &str| name == "degraded" && self.overlay.is_some();
+        let unfit = self
+            .given
+            .iter()
+            .find(|key| local.contains(&key.group) && !fits(key.name));
+        unfit.map(|key| key.name)
+    }
+
     /// Returns the files of the source. The file of a created disk is never expanded, even if its name has wildcards.
     fn files(&self, subcommand: Subcommand) -> Result<Vec<PathBuf>, UsageError> {
         match &self.source {
@@ -339,7 +351,7 @@ impl Settings {
 
     /// Returns the configuration of an NBD server. `named` is true if a file name is given.
     fn server(&self, uri: Option<String>, named: bool, subcommand: Subcommand) -> Result<NbdConfig, UsageError> {
-        if let Some(key) = self.first_of(&[Group::Local, Group::Create]) {
+        if let Some(key) = self.unfit_for_server() {
             return Err(UsageError::new(format!(
                 "{key}= is for local files, but the disk is on an NBD server"
             )));
@@ -349,7 +361,10 @@ impl Settings {
                 "--create creates local VMDKs, but an NBD server is given",
             ));
         }
-        let server = self.nbd.clone().config(uri)?;
+        let server = NbdConfig {
+            accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+            ..self.nbd.clone().config(uri)?
+        };
         if server.dynamic && (named || self.overlay.is_some()) {
             let key = if named { "one name" } else { "cow=" };
             return Err(UsageError::new(format!(

@@ -22,8 +22,9 @@ use std::sync::Arc;
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::overlay::base::Base;
 use crate::overlay::{
-    Base, MARK, NO_MARK, changed_sectors, cid_text, descriptor, for_each_change, label, mark_of, open_overlay_of,
+    MARK, NO_MARK, changed_sectors, cid_text, descriptor, for_each_change, label, mark_of, open_overlay_of,
     overlay_file,
 };
 use crate::source::RawDisk;
@@ -122,7 +123,12 @@ impl Commit {
         let child = overlay_file(path, local, Access::Write)?;
         let file = open_file(local, Access::Write)?;
         let (base, source) = open_for_check(local, overlay, &file)?;
-        let overlay = open_overlay_of(Arc::clone(&child), &base, local, Access::Write)?;
+        let overlay = open_overlay_of(
+            Arc::clone(&child),
+            &base,
+            (local.force, local.accept_cid_mismatch),
+            Access::Write,
+        )?;
         let descriptor = descriptor(&overlay)?;
         if descriptor
             .ddb_value(MARK)
@@ -191,7 +197,8 @@ impl Commit {
         writer.close()?;
         watch(Step::Closed)?;
         // Step 5. The mark is removed only after the base is durable: from here on the overlay must match exactly.
-        self.base.renew_time(&self.overlay, &self.target.files())?;
+        self.base
+            .renew_state(&self.overlay, self.target.disk(), &self.target.files())?;
         self.overlay.rewrite(&mark, NO_MARK)?;
         self.overlay_writer()?.close()?;
         Ok(true)

@@ -12,6 +12,7 @@
 //! | --- | --- | --- |
 //! | has a CID | `parentCID` | every writer that keeps to the format |
 //! | has no CID (raw) | `ddb.vmdkfuse.base`: size and path, `parentCID` a hash of them; `ddb.vmdkfuse.baseTime`: its mtime | any write, and a mere `touch` |
+//! | has no mtime either (an export, a device) | `ddb.vmdkfuse.base`: size and whole address; `ddb.vmdkfuse.baseDigest`: a digest of sampled blocks | most writes |
 //!
 //! The path is relative to the overlay's folder if the source lies in it or below, so that both can be moved together.
 //! The mtime is compared although a `touch` changes it too: if data below an overlay change, they mix with the
@@ -19,12 +20,12 @@
 //!
 //! `ddb.vmdkfuse.commit` marks an unfinished commit: see `commit.rs`.
 
+mod base;
 pub mod commit;
 pub mod commit_command;
 
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,20 +35,15 @@ use nix::unistd::fchown;
 use serde::Serialize;
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
-use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
+use crate::config::{DiskConfig, LocalConfig, Overlay};
 use crate::error::{Error, ErrorKind, Result};
+use crate::overlay::base::Base;
 use crate::process;
-use crate::store::{
-    Access, ExtentName, Identity, Permissions, Store, StoredFile, make_user_path, open_user_path, unnamed,
-};
+use crate::store::{Access, ExtentName, Store, StoredFile, make_user_path, open_user_path, unnamed};
 use crate::vmdk::descriptor::Descriptor;
-use crate::vmdk::{self, DeltaParent, NewDelta, OpenOptions, VmdkDisk};
+use crate::vmdk::{self, OpenOptions, VmdkDisk};
 use crate::volume::Source;
 
-/// Key of the base's size and path in the disk data base, for a base without a CID.
-const BASE_KEY: &str = "vmdkfuse.base";
-/// Key of the base's mtime, for a base without a CID.
-const BASE_TIME_KEY: &str = "vmdkfuse.baseTime";
 /// Key of the mark of an unfinished commit.
 pub(super) const MARK: &str = vmdk::COMMIT_MARK;
 
@@ -96,6 +92,7 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
     // The options for the disk's files hold for the overlay's file too. A server's disk has no such options.
     let usual = LocalConfig::new("");
     let local = config.source.local().unwrap_or(&usual);
+    let accept = config.source.accepts_cid_mismatch();
     match overlay {
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {
@@ -113,7 +110,7 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
                 }
             }
             let file = overlay_file(path, local, access)?;
-            open_overlay_of(file, &base, local, access).map(Some)
+            open_overlay_of(file, &base, (local.force, accept), access).map(Some)
         }
     }
 }
@@ -125,10 +122,12 @@ pub(super) fn overlay_file(path: &Path, local: &LocalConfig, access: Access) -> 
 }
 
 /// Opens an overlay in `file`, which must belong to `base`. Nothing is changed before that is verified.
-pub(super) fn open_overlay_of(
+///
+/// `accept`: the base may have changed since.
+fn open_overlay_of(
     file: Arc<dyn StoredFile>,
     base: &Base,
-    local: &LocalConfig,
+    (force, accept): (bool, bool),
     access: Access,
 ) -> Result<VmdkDisk> {
     if base.files.contains(&file.identity_at_open().file) {
@@ -139,12 +138,12 @@ pub(super) fn open_overlay_of(
         return Err(Error::new(ErrorKind::Usage, context));
     }
     let options = OpenOptions {
-        accept_cid_mismatch: local.accept_cid_mismatch,
-        force: local.force,
+        accept_cid_mismatch: accept,
+        force,
     };
     // For reading first: opening for writing may recover the file, which must not happen to a file that is no overlay.
     let overlay = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
-    base.check(&overlay, local.accept_cid_mismatch)?;
+    base.check(&overlay, accept)?;
     match access {
         Access::Read | Access::Peek => Ok(overlay),
         Access::Write => {
@@ -224,197 +223,6 @@ pub(super) fn label(delta: &VmdkDisk) -> String {
         .unwrap_or_default()
 }
 
-/// Values by which an overlay recognizes its source.
-#[derive(Debug)]
-pub(super) struct Base {
-    /// Path or URI as the user gave it, for messages.
-    pub(super) label: String,
-    /// Path as the overlay stores it: relative to its folder if the source lies in it or below, else absolute.
-    path: PathBuf,
-    sectors: u64,
-    granule: u64,
-    /// CID, if the source has one.
-    pub(super) cid: Option<u32>,
-    /// Time of the last change, as digits.
-    time: String,
-    /// Device and inode of each file. Not the files themselves, so that this does not keep them open or locked.
-    files: Vec<(u64, u64)>,
-    /// Permissions of the files, which a new overlay gets; `None` for a disk on a server.
-    permissions: Option<Permissions>,
-}
-
-impl Base {
-    /// Returns the values that `overlay` stores of `source`.
-    pub(super) fn of(source: &Source, config: &SourceConfig, overlay: &Overlay) -> Result<Self> {
-        let label = config.label();
-        let real = match config {
-            SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
-            SourceConfig::Nbd(_) | SourceConfig::Https(_) => PathBuf::from(&label),
-        };
-        let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
-            Some(relative) => relative.to_path_buf(),
-            None => real,
-        };
-        let geometry = source.disk().geometry();
-        let cid = match source {
-            Source::Vmdk(disk) => disk.descriptor().and_then(|d| d.cid).filter(|&cid| cid != NO_CID),
-            _ => None,
-        };
-        let files = source.files();
-        let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
-        let permissions = Permissions::of(&files);
-        let files = files.iter().map(|file| file.identity_at_open().file).collect();
-        Ok(Self {
-            label,
-            path,
-            sectors: geometry.sectors,
-            granule: geometry.granule,
-            cid,
-            time,
-            files,
-            permissions,
-        })
-    }
-
-    /// Returns size and path as text, for a base without a CID.
-    fn identity(&self) -> String {
-        format!("{} sectors of {}", self.sectors, percent_encode(&self.path))
-    }
-
-    /// Stores in the overlay the current mtime of `files`, the files of the base, after a commit has written to them.
-    /// Does nothing for a base with a CID.
-    pub(super) fn renew_time(&self, delta: &VmdkDisk, files: &[Arc<dyn StoredFile>]) -> Result<()> {
-        if self.cid.is_some() {
-            return Ok(());
-        }
-        let now: Vec<_> = files
-            .iter()
-            .map(|file| Ok((file, file.identity()?)))
-            .collect::<Result<_>>()?;
-        delta.rewrite(&format!("ddb.{BASE_TIME_KEY}"), &last_change(now.into_iter()))
-    }
-
-    /// Checks that `delta` is an overlay over this base. With `accept` the base may have changed since, and a warning
-    /// is logged instead; the size must match in any case.
-    fn check(&self, delta: &VmdkDisk, accept: bool) -> Result<()> {
-        let (label, descriptor) = (label(delta), descriptor(delta)?);
-        let Some(parent) = &descriptor.parent else {
-            let context =
-                format!("{label}: is not an overlay: it has no parent (parentCID); cow= takes a delta, or a new file");
-            return Err(Error::new(ErrorKind::Usage, context));
-        };
-        let sectors = delta.geometry().sectors;
-        if sectors != self.sectors {
-            return Err(Error::corrupt(format!(
-                "{label}: is an overlay over a disk of {sectors} sectors ({}), but {} has {} sectors",
-                parent.hint.name(),
-                self.label,
-                self.sectors
-            )));
-        }
-        self.check_grain(delta, &label)?;
-        let mark = mark_of(descriptor);
-        if mark.is_some() {
-            let base = &self.label;
-            tracing::warn!("{label}: a commit to {base} was started and not finished; --commit completes it");
-        }
-        let Some(message) = self.difference(descriptor, parent.cid.unwrap_or(NO_CID), mark, &label) else {
-            return Ok(());
-        };
-        if accept {
-            tracing::warn!("{message}; accepted because of degraded=cid");
-            return Ok(());
-        }
-        Err(Error::corrupt(format!("{message} (degraded=cid accepts it anyway)")))
-    }
-
-    /// Checks that a grain is not smaller than a granule of the base. The rest of a new grain is read from the base,
-    /// and such a read must be whole granules.
-    fn check_grain(&self, delta: &VmdkDisk, label: &str) -> Result<()> {
-        let grain = delta.info().extents.iter().filter_map(|extent| extent.grain).min();
-        match grain {
-            Some(grain) if grain < self.granule * SECTOR => Err(Error::unsupported(format!(
-                "{label}: has grains of {grain} bytes, expected at least the {1} bytes in which {0} is read",
-                self.label,
-                self.granule * SECTOR
-            ))),
-            _ => Ok(()),
-        }
-    }
-
-    /// Returns a message if the overlay was created over another disk, or over another content of this one.
-    fn difference(&self, descriptor: &Descriptor, parent_cid: u32, mark: Option<&str>, label: &str) -> Option<String> {
-        let base = &self.label;
-        if let Some(cid) = self.cid {
-            let (cid, expected) = (cid_text(cid), cid_text(parent_cid));
-            // During a commit the base has the old CID (the mark), the next one (parentCID), or a mixture of both.
-            let fits = cid == expected || mark.is_some_and(|mark| is_mixture(&cid, mark, &expected));
-            return (!fits).then(|| {
-                format!(
-                    "{label}: is an overlay over a disk with the CID {expected}, but {base} has the CID {cid}: it is \
-                     another disk, or was changed since the overlay was created"
-                )
-            });
-        }
-        let (identity, expected) = (self.identity(), descriptor.ddb_value(BASE_KEY));
-        if expected != Some(&identity) {
-            let expected = expected.map_or_else(
-                || format!("a disk with the CID {}", cid_text(parent_cid)),
-                str::to_owned,
-            );
-            return Some(format!(
-                "{label}: is an overlay over {expected}, but {base} is {identity}"
-            ));
-        }
-        // An unfinished commit has changed the mtime on its own.
-        let changed = mark.is_none() && descriptor.ddb_value(BASE_TIME_KEY) != Some(&self.time);
-        changed.then(|| {
-            format!(
-                "{label}: is an overlay over {base}, which was changed since the overlay was created (by its mtime)"
-            )
-        })
-    }
-
-    /// Returns a new delta over this base.
-    fn delta(&self) -> Result<NewDelta> {
-        let hint = self.path.to_string_lossy();
-        let hint: String = hint
-            .chars()
-            .map(|c| if c.is_control() || c == '"' { '_' } else { c })
-            .collect();
-        let mut ddb = vec![(MARK.to_owned(), NO_MARK.to_owned())];
-        if self.cid.is_none() {
-            ddb.push((BASE_KEY.to_owned(), self.identity()));
-            ddb.push((BASE_TIME_KEY.to_owned(), self.time.clone()));
-        }
-        let cid = self.cid.unwrap_or_else(|| hash_cid(&self.identity()));
-        Ok(NewDelta {
-            sectors: self.sectors,
-            grain: grain_size(self.sectors, self.granule),
-            // Version 1 until a zeroed grain is needed: libvmdk and VirtualBox read no other.
-            zeroed_grains: false,
-            parent: Some(DeltaParent { cid, hint }),
-            ddb,
-        })
-    }
-}
-
-/// Returns the latest mtime of the files as digits. Devices do not count: their mtime does not show writes.
-fn last_change<'a>(files: impl Iterator<Item = (&'a Arc<dyn StoredFile>, Identity)>) -> String {
-    let times = files
-        .filter(|(file, _)| file.detects_modification())
-        .map(|(_, identity)| identity.mtime_ns);
-    format!("{:020}", times.max().unwrap_or(0).max(0))
-}
-
-/// Returns the folder that holds the overlay's file, or will hold it.
-fn folder_of(overlay: &Overlay) -> Option<PathBuf> {
-    let Overlay::File(path) = overlay else { return None };
-    let real = fs::canonicalize(path).ok();
-    let real = real.or_else(|| Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?)));
-    real.and_then(|real| real.parent().map(Path::to_path_buf))
-}
-
 /// Creates the overlay `path`. If another process creates a file there meanwhile, that file stays and is not an error:
 /// it is opened and checked like any other.
 fn create_overlay(path: &Path, base: &Base) -> Result<()> {
@@ -472,36 +280,6 @@ fn grain_size(sectors: u64, granule: u64) -> u64 {
     }
 }
 
-/// Returns true if each digit of `cid` is that of `one` or `other`: the result of an interrupted in-place change of one
-/// into the other.
-fn is_mixture(cid: &str, one: &str, other: &str) -> bool {
-    let same_length = cid.len() == one.len() && cid.len() == other.len();
-    same_length
-        && cid
-            .bytes()
-            .zip(one.bytes().zip(other.bytes()))
-            .all(|(c, (a, b))| c == a.to_ascii_lowercase() || c == b)
-}
-
-/// Percent-encodes a path for the value of a setting: a quote, `%`, and bytes that are not printable ASCII.
-fn percent_encode(path: &Path) -> String {
-    let mut out = String::new();
-    for &byte in path.as_os_str().as_bytes() {
-        match byte {
-            b'"' | b'%' => out.push_str(&format!("%{byte:02x}")),
-            b' '..=b'~' => out.push(char::from(byte)),
-            _ => out.push_str(&format!("%{byte:02x}")),
-        }
-    }
-    out
-}
-
-/// Returns a CID that is a hash of `text`.
-fn hash_cid(text: &str) -> u32 {
-    // Below 2^31, as the two highest CIDs are reserved.
-    libdeflater::crc32(text.as_bytes()) & 0x7fff_ffff
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -522,20 +300,5 @@ mod tests {
         for tib in [16, 62] {
             assert!((tib * 1024 * GIB).div_ceil(grain_size(tib * 1024 * GIB, 1) * ENTRIES) <= MAX_TABLES);
         }
-    }
-
-    #[test]
-    fn an_interrupted_change_of_a_cid_is_a_mixture_of_both() {
-        assert!(!is_mixture("12cd56ef", "12345678", "abcd12ee"));
-        assert!(is_mixture("12cd56ef", "12345678", "abcd90ef"));
-        assert!(is_mixture("12345678", "12345678", "abcd90ef"));
-        assert!(!is_mixture("12345679", "12345678", "abcd90ef"));
-        assert!(!is_mixture("12345678", "--------", "abcd90ef"));
-    }
-
-    #[test]
-    fn any_path_is_a_valid_setting() {
-        assert_eq!(percent_encode(Path::new("/a b/c.img")), "/a b/c.img");
-        assert_eq!(percent_encode(Path::new("\"ä%\n")), "%22%c3%a4%25%0a");
     }
 }

@@ -32,9 +32,14 @@ impl Writer {
     }
 
     /// Lets the process flush the file, which must succeed, and waits until it has exited.
-    fn fsync(mut self) {
+    fn fsync(self) {
+        assert!(self.fsync_result(), "fsync");
+    }
+
+    /// Lets the process flush the file, and waits until it has exited. Returns true if the flush succeeded.
+    fn fsync_result(mut self) -> bool {
         drop(self.0.stdin.take());
-        assert!(self.0.wait().unwrap().success(), "fsync");
+        self.0.wait().unwrap().success()
     }
 }
 
@@ -90,6 +95,39 @@ fn unflushed_writes_are_replayed_to_a_restarted_server_that_lost_them() {
     let _server = Server::nbdkit(&scratch, &["file", &file]);
     writer.fsync();
     assert_eq!(sha256(&disk), sha256(&data));
+}
+
+#[test]
+fn unflushed_writes_are_not_replayed_into_another_disk() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (disk, other) = (
+        scratch.write("disk", noise(4 << 20, 17)),
+        scratch.write("other", noise(4 << 20, 19)),
+    );
+    let log = scratch.path("log");
+    let server = Server::nbdkit(&scratch, &["file", &format!("file={}", disk.display())]);
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("cache=none")
+        .arg("timeout=5")
+        .arg(format!("--log-file={}", log.display()))
+        .start();
+    let writer = Writer::start("os.pwrite(f,b'w'*65536,1<<19)", &mount.file("disk.raw"));
+    server.crash();
+    // The same address, the same size, another disk.
+    let _server = Server::nbdkit(&scratch, &["file", &format!("file={}", other.display())]);
+    assert!(!writer.fsync_result(), "the writes are lost, so fsync must fail");
+    assert_eq!(
+        fs::read(&other).unwrap(),
+        noise(4 << 20, 19),
+        "the other disk was written to"
+    );
+    let text = fs::read_to_string(&log).unwrap();
+    assert!(text.contains("another disk"), "{text}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod exports;
 mod faults;
 mod handshake;
 mod library;
+mod overlay;
 mod tls;
 
 use std::fs;

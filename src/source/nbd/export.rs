@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::ffi::{ExportFlag, Handle};
 use crate::block::{Geometry, MAX_SECTORS, SECTOR};
 use crate::error::{Error, Result};
+use crate::source::sample;
 
 /// Maximum request length in bytes if the server reports none (NBD protocol, "Block size constraints").
 const DEFAULT_MAXIMUM: u64 = 32 << 20;
@@ -106,6 +107,11 @@ impl Export {
             .max(self.preferred.min(self.maximum))
             .next_multiple_of(self.granule())
             .min(self.maximum)
+    }
+
+    /// Returns the length in bytes of a block that is sampled to recognize the export.
+    pub(super) fn sample_len(&self) -> u64 {
+        sample::BLOCK.max(self.granule()).min(self.maximum)
     }
 
     /// Returns the geometry of the disk: the size rounded up to whole sectors. The rest of the last sector reads as

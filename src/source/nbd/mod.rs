@@ -13,6 +13,7 @@
 //!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
 //!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
 //!   discover.rs       --list, --info, all exports      export.rs        size, block sizes, flags; their checks
+//!   export_identity.rs  the same disk after a reconnect?
 //!   tls.rs            trusted certificates             private_dir.rs   folder for them, for the handshake
 //!   ffi.rs            the only calls of libnbd
 //! ```
@@ -30,6 +31,7 @@ mod connection;
 mod discover;
 mod disk;
 mod export;
+mod export_identity;
 mod extent_cache;
 mod ffi;
 mod handoff;

@@ -50,10 +50,11 @@ use std::time::{Duration, Instant};
 
 use super::buffer_pool::BufferPool;
 use super::bulk::{BulkRequest, BulkThreads};
-use super::command::{Command, CommandKind};
+use super::command::{Command, CommandCompletion, CommandKind};
 use super::connect::Connector;
 use super::connection::{Answer, Connection, is_loss};
 use super::export::Export;
+use super::export_identity::ExportIdentity;
 use super::extent_cache::ExtentCache;
 use super::ffi::Handle;
 use super::replay_log::ReplayLog;
@@ -112,6 +113,8 @@ pub(super) struct Session {
     closing: AtomicBool,
     /// Block status answers; all changes are reported to it.
     pub(super) map: ExtentCache,
+    /// Tells a server that comes back with another disk. Shared with the completions of its reads.
+    identity: Arc<ExportIdentity>,
     /// Buffers of the commands and of the replay log.
     pub(super) pool: BufferPool,
     bulk: BulkThreads,
@@ -126,6 +129,14 @@ struct CommandQueues {
     awaiting_connection: VecDeque<Box<Command>>,
     /// Changes held back until a flush frees space in the replay log.
     awaiting_flush: VecDeque<Box<Command>>,
+}
+
+impl CommandQueues {
+    /// Returns true if a command may change the export.
+    fn has_changes(&self) -> bool {
+        let mut queued = self.awaiting_connection.iter().chain(&self.awaiting_flush);
+        queued.any(|command| command.kind.is_change())
+    }
 }
 
 impl std::fmt::Debug for ReplayLog {
@@ -167,6 +178,7 @@ impl Session {
             unreachable: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             map: ExtentCache::default(),
+            identity: Arc::default(),
             pool: BufferPool::default(),
             bulk: BulkThreads::default(),
             threads: Mutex::default(),
@@ -281,6 +293,7 @@ impl Session {
         if command.kind.is_change() {
             // Before the command can reach the server: a block status answer that crosses it must not be cached.
             self.map.begin_change(command.offset, command.offset + command.len);
+            self.sample_before(&command);
             if self.must_await_flush(&command) {
                 self.enqueue(command, |queues| &mut queues.awaiting_flush);
                 // The manager fails the command at its deadline, and flushes if no other flush is in flight.
@@ -301,6 +314,38 @@ impl Session {
             command.covers = replay_log.flush_token();
         }
         Some(command)
+    }
+
+    /// Reads the sampled blocks of the export ahead of the first change of the session. Does not wait for the answers: the
+    /// server may execute the change first, but it changes none of these blocks.
+    fn sample_before(&self, change: &Command) {
+        let (from, to) = (change.offset, change.offset + change.len);
+        let blocks = self
+            .identity
+            .before_change(from, to, self.export.size, self.export.sample_len());
+        let Some((epoch, blocks)) = blocks else { return };
+        for block in blocks {
+            let Some(buf) = self.pool.take((block.end - block.start) as usize) else {
+                continue;
+            };
+            let identity = Arc::clone(&self.identity);
+            // A block that cannot be read is not compared later.
+            let learn: CommandCompletion = Box::new(move |mut command, result| {
+                let len = command.len as usize;
+                if let (Ok(()), Some(bytes)) = (result, command.buf.take().bytes().get(..len)) {
+                    identity.learn(epoch, command.offset, bytes);
+                }
+            });
+            let (offset, len) = (block.start, block.end - block.start);
+            self.send(Command::new(
+                CommandKind::Read,
+                offset,
+                len,
+                buf,
+                self.longest_deadline(),
+                learn,
+            ));
+        }
     }
 
     /// Returns true if every answered change is durable, so that a flush has nothing to do.

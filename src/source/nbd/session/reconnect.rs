@@ -9,6 +9,7 @@
 //! Invariants:
 //! - The old connection is idle before the replay log is drained: each write that it answered is in the log.
 //! - A connection is published only after the replay: no command can overtake a replayed write.
+//! - No change of the session reaches another disk than before: the sampled blocks are compared before the replay.
 //! - Queued commands are sent only after the connection is published, flushes with a new [`FlushToken`].
 //!
 //! While it backs off, connects or replays, the manager still fails queued commands whose deadline passes.
@@ -37,6 +38,9 @@ const UNREACHABLE_PAUSE: Duration = Duration::from_millis(250);
 
 /// Replayed changes in flight at a time.
 const REPLAY_BATCH: usize = 32;
+
+/// Sampled blocks that are read at a time.
+const SAMPLE_BATCH: usize = 2;
 
 /// Time limit for the handshake of an additional socket: a server at its connection limit may never answer it.
 const ADD_SOCKET_TIMEOUT: Duration = Duration::from_secs(5);
@@ -192,6 +196,7 @@ impl Session {
             self.map.clear();
             let connection = Arc::new(Connection::new(self.options.connections)?);
             connection.add(handle)?;
+            self.check_identity(&connection)?;
             // Before it is published: no other thread can send a command ahead of the replayed writes.
             self.replay(&connection)?;
             self.publish(Arc::clone(&connection));
@@ -355,35 +360,13 @@ impl Session {
     /// unanswered ones are returned with the error. A change that the server refuses is lost, and every later flush
     /// fails.
     fn replay_batch(&self, connection: &Connection, batch: Vec<ReplayEntry>) -> Result<(), (Error, Vec<ReplayEntry>)> {
-        let mut back = Vec::new();
-        let count = batch.len();
-        for entry in batch {
+        let commands = batch.into_iter().map(|entry| {
             let ReplayEntry {
                 kind, offset, len, buf, ..
             } = entry;
-            let deadline = self.longest_deadline();
-            let command = Command::new(kind, offset, len, buf, deadline, Box::new(|_, _| ()));
-            connection.submit(command, &mut back);
-        }
-        let mut answers: Vec<Answer> = Vec::with_capacity(count);
-        answers.append(&mut back);
-        while answers.len() < count {
-            let until = Instant::now() + TICK;
-            match connection.poller() {
-                // This thread alone knows the connection. The poll ends in each tick, also without an answer; an
-                // overdue answer fails the connection, so the loop ends within the timeout.
-                Some(poller) => {
-                    poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| {
-                        answers.append(back);
-                    });
-                }
-                None => thread::yield_now(),
-            }
-            // The queued commands wait for this replay, and may run late meanwhile.
-            self.fail_late();
-        }
-        // No thread waits for this connection to become idle yet: count the answers as handled at once.
-        drop(connection.completion_guard(answers.len()));
+            Command::new(kind, offset, len, buf, self.longest_deadline(), Box::new(|_, _| ()))
+        });
+        let answers = self.run_unpublished(connection, commands);
         let mut unsent = Vec::new();
         let mut replay_log = lock(&self.replay_log);
         for (mut command, error) in answers {
@@ -411,5 +394,73 @@ impl Session {
         let mut replay_log = ReplayLog::default();
         unsent.iter_mut().for_each(|command| replay_log.add(command));
         Err((e, Vec::from(replay_log.drain())))
+    }
+
+    /// Checks that the server still serves the disk that this session has changed, if changes are to be sent to it:
+    /// unflushed or queued ones. The connection is not published yet.
+    ///
+    /// Errors: `Corrupt` if it is another one; `ENOTCONN` if the connection was lost.
+    fn check_identity(&self, connection: &Connection) -> Result<()> {
+        let blocks = self.identity.connection_lost();
+        let mut read = Vec::new();
+        // Few at a time: a slow server must answer each batch within the timeout.
+        for batch in blocks.chunks(SAMPLE_BATCH) {
+            let commands = batch.iter().filter_map(|block| {
+                let len = block.end - block.start;
+                let buf = self.pool.take(len as usize)?;
+                let (kind, deadline) = (CommandKind::Read, self.longest_deadline());
+                Some(Command::new(kind, block.start, len, buf, deadline, Box::new(|_, _| ())))
+            });
+            for (mut command, error) in self.run_unpublished(connection, commands) {
+                match error {
+                    None => {
+                        let bytes = command
+                            .buf
+                            .take()
+                            .bytes()
+                            .get(..command.len as usize)
+                            .map(<[u8]>::to_vec);
+                        read.extend(bytes.map(|bytes| (command.offset, bytes)));
+                    }
+                    Some(errno) if is_loss(errno) => {
+                        let text = "the connection was lost while the export was compared with what it was";
+                        return Err(Error::new(ErrorKind::Os(libc::ENOTCONN), text));
+                    }
+                    // A block that cannot be read says nothing.
+                    Some(_) => {}
+                }
+            }
+        }
+        // Only answers to queued commands count as progress, as after a replay.
+        connection.forget_answers();
+        let queued = lock(&self.queues).has_changes();
+        self.identity.check(&read, queued || !lock(&self.replay_log).is_empty())
+    }
+
+    /// Runs commands on a connection that is not published, and waits for all answers.
+    fn run_unpublished(&self, connection: &Connection, commands: impl Iterator<Item = Box<Command>>) -> Vec<Answer> {
+        let (mut answers, mut count) = (Vec::<Answer>::new(), 0);
+        for command in commands {
+            count += 1;
+            connection.submit(command, &mut answers);
+        }
+        while answers.len() < count {
+            let until = Instant::now() + TICK;
+            match connection.poller() {
+                // This thread alone knows the connection. The poll ends in each tick, also without an answer; an
+                // overdue answer fails the connection, so the loop ends within the timeout.
+                Some(poller) => {
+                    poller.poll_sockets(PollUntil::Enough(&|| Instant::now() >= until), |back| {
+                        answers.append(back);
+                    });
+                }
+                None => thread::yield_now(),
+            }
+            // The queued commands wait for this connection, and may run late meanwhile.
+            self.fail_late();
+        }
+        // No thread waits for this connection to become idle yet: count the answers as handled at once.
+        drop(connection.completion_guard(answers.len()));
+        answers
     }
 }
