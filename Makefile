@@ -16,7 +16,7 @@ CARGO_DENY := $(TARGET_DIR)/tools/bin/cargo-deny
 
 BENCH_ARGS ?=
 
-.PHONY: help build demo test deny bench bench-quick clean
+.PHONY: help build demo test manual deny bench bench-quick clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,6 +40,9 @@ test: ## check formatting, lints and docs, run the demo and every test
 	./contrib/demo.sh
 	cargo test --locked --workspace --doc
 	$(UNSHARE) cargo test --locked --workspace --no-fail-fast --lib --tests
+
+manual: ## write the manual pages and completions anew from the table of keys
+	VMDKFUSE_WRITE_MANUAL=1 cargo test --locked --lib cli::manual
 
 deny: $(CARGO_DENY) ## check licences, bans and sources of the dependencies, and advisories if their database is reachable
 	$(CARGO_DENY) --locked check licenses bans sources

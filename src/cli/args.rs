@@ -31,15 +31,41 @@ const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse --unmount MOUNTPOINT...
        vmdkfuse --dump [--json]";
 
-/// Section of the help about MOUNTPOINT, bare values and mount options.
-const FORMS: &str = "\
-MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory
-(the disk is a file of that name), or a regular file (the mount covers it: it shows the disk).
-A value without KEY= means file= (for nbd:// and similar uri=, for https:// url=).
+/// Ten uses of the program, for the short help. Each is explained in the manual.
+const EXAMPLES: &str = "\
+Options of a mount: -r, -f, -v, -o OPT,..., --pidfile FILE, --log-file FILE, --threads N.
 
-Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_unmount, uid=N, gid=N,
-umask=OCTAL, fsname=TEXT, and KEY=VALUE as below. Options that mount(8) handles itself are ignored.
+Examples:
+  vmdkfuse mnt/ file=Fedora.vmdk                    mount a disk: mnt/Fedora.raw holds its bytes
+  vmdkfuse -r mnt/ file=Fedora-000002.vmdk          a snapshot, with its parents, read-only
+  vmdkfuse mnt/ file=Fedora.vmdk cow=tmp            write without touching the image
+  vmdkfuse mnt/ 'file=/vm/*.vmdk'                   several disks in one mount
+  vmdkfuse mnt/ nbd://host/export                   an export of an NBD server
+  vmdkfuse mnt/ https://example.com/disk.vmdk       a disk on a web server
+  vmdkfuse mnt/ server=esxi user=root password=- file=\"[datastore1] Fedora/Fedora.vmdk\"
+  vmdkfuse --info Fedora.vmdk                       size, format, extents and chain, without a mount
+  vmdkfuse --create new.vmdk create-size=20G        a new, empty disk
+  vmdkfuse --unmount mnt/                           unmount, and wait until all is written
+
+All options and keys: vmdkfuse --help, man vmdkfuse. Files for --config: man vmdkfuse.toml. fstab: man mount.vmdkfuse.
 ";
+
+/// Section of the help about MOUNTPOINT, bare values, mount options and values.
+const FORMS: &str = "\
+MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory (the disk is a file of \
+that name), or a regular file (the mount covers it: it shows the disk). A value without KEY= means file= (for nbd:// and \
+similar uri=, for https:// url=).
+
+Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_unmount, nonempty, uid=N, gid=N, umask=OCTAL, \
+fsname=TEXT, the flags of mount(8) such as noexec and nosuid, and KEY=VALUE as below. Options that mount(8) handles itself \
+are ignored.";
+
+/// Last section of the help.
+const VALUES: &str = "SIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0. Examples: vmdkfuse -h. The manual: \
+man vmdkfuse.";
+
+/// Widest line of the help, in columns. Longer ones are hard to read.
+const HELP_WIDTH: usize = 100;
 
 /// Long options that are documented but not in this build.
 const LATER: [&str; 3] = ["status", "watch", "doctor"];
@@ -131,7 +157,8 @@ fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            return Ok(Parsed::Print(e.render().to_string()));
+            // The short help shows no options, and clap leaves blank lines in their place.
+            return Ok(Parsed::Print(e.render().to_string().replace("\n\n\n", "\n")));
         }
         Err(e) => return Err(one_line(&e)),
     };
@@ -302,17 +329,42 @@ fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError>
         .map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::display(value))))
 }
 
-fn command() -> Command {
+/// Returns the options as clap takes them. The manual and the completions are generated from them, too.
+pub(super) fn command() -> Command {
     Command::new("vmdkfuse")
         .about(env!("CARGO_PKG_DESCRIPTION"))
         .version(env!("CARGO_PKG_VERSION"))
         .no_binary_name(true)
         .override_usage(USAGE)
-        .max_term_width(keys::HELP_WIDTH + 4)
-        .after_help(after_help())
+        .disable_help_flag(true)
+        .term_width(help_width())
+        .help_template("{about-with-newline}\n{usage-heading} {usage}\n\n{all-args}{after-help}")
+        .after_help(EXAMPLES)
+        .after_long_help(after_long_help())
+        .disable_version_flag(true)
         .args(mount_args())
         .args(log_args())
         .args(action_args())
+        .arg(
+            Arg::new("short-help")
+                .short('h')
+                .action(ArgAction::HelpShort)
+                .hide(true),
+        )
+        .args(
+            [
+                Arg::new("help")
+                    .long("help")
+                    .action(ArgAction::HelpLong)
+                    .help("Print all options and keys; -h prints examples"),
+                Arg::new("version")
+                    .short('V')
+                    .long("version")
+                    .action(ArgAction::Version)
+                    .help("Print the version"),
+            ]
+            .map(|arg| arg.help_heading("Information").hide_short_help(true)),
+        )
         .group(ArgGroup::new("action").args([
             "list",
             "info",
@@ -353,7 +405,11 @@ fn mount_args() -> [Arg; 6] {
         valued("config", "FILE", "Mount the disks that a TOML file describes").long("config"),
     ]
     // These options describe a mount, so they conflict with every other action.
-    .map(|arg| arg.conflicts_with("action"))
+    .map(|arg| {
+        arg.conflicts_with("action")
+            .help_heading("Options of a mount")
+            .hide_short_help(true)
+    })
 }
 
 fn log_args() -> [Arg; 3] {
@@ -368,6 +424,7 @@ fn log_args() -> [Arg; 3] {
             .long("log-format")
             .value_parser(["text", "json"]),
     ]
+    .map(|arg| arg.help_heading("Log").hide_short_help(true))
 }
 
 fn action_args() -> [Arg; 10] {
@@ -389,6 +446,7 @@ fn action_args() -> [Arg; 10] {
         flag("dump", "Print versions and back ends"),
         flag("json", "JSON output"),
     ]
+    .map(|arg| arg.help_heading("Actions other than a mount").hide_short_help(true))
 }
 
 fn flag(name: &'static str, help: &'static str) -> Arg {
@@ -402,14 +460,23 @@ fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> 
         .help(help)
 }
 
-fn after_help() -> String {
-    let later = LATER.iter().map(|name| format!("--{name}"));
-    let later = keys::wrapped("Options", later);
-    format!(
-        "{FORMS}\n{}\nNot in this build yet:\n{later}{}",
-        keys::help(),
-        keys::help_later()
-    )
+fn after_long_help() -> String {
+    let width = help_width();
+    let (forms, values) = (keys::paragraphs(FORMS, width), keys::paragraphs(VALUES, width));
+    format!("{forms}\n{}\n{values}", keys::help(width))
+}
+
+/// Returns the width of the help in columns: that of the terminal, or `COLUMNS` where the output goes elsewhere.
+fn help_width() -> usize {
+    let terminal = rustix::termios::tcgetwinsize(std::io::stdout())
+        .ok()
+        .map(|size| size.ws_col.into());
+    let variable = || std::env::var("COLUMNS").ok()?.parse().ok();
+    terminal
+        .filter(|width| *width > 0)
+        .or_else(variable)
+        .unwrap_or(HELP_WIDTH)
+        .clamp(20, HELP_WIDTH)
 }
 
 #[cfg(test)]
@@ -615,11 +682,27 @@ mod tests {
             "--read-only",
             "--log-format",
             "    allow-dir=PATH",
-            " --doctor",
             " server=",
         ] {
             assert!(help.contains(word), "{word} is missing in:\n{help}");
         }
-        assert_eq!(parse([OsString::from("-h")].into_iter()), Ok(Parsed::Print(help)));
+        assert!(
+            !help.contains("--doctor") && !help.contains("not in this build"),
+            "{help}"
+        );
+        let Ok(Parsed::Print(short)) = parse([OsString::from("-h")].into_iter()) else {
+            panic!("no help")
+        };
+        let examples = short.split("Examples:").nth(1).unwrap();
+        assert_eq!(
+            examples.lines().filter(|line| line.starts_with("  vmdkfuse ")).count(),
+            10,
+            "{short}"
+        );
+        assert!(
+            short.starts_with(env!("CARGO_PKG_DESCRIPTION")) && short.contains("man vmdkfuse"),
+            "{short}"
+        );
+        assert!(!short.contains("--log-format") && short.lines().count() < 30, "{short}");
     }
 }

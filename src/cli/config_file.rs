@@ -45,18 +45,19 @@ const MAX_BYTES: u64 = 1 << 20;
 const TABLES: [&str; 2] = ["disk", "mount"];
 
 /// Keys of `[mount]`. Except for `options`, which is `-o`, they have the names of the long options.
-const MOUNT_KEYS: [(&str, ValueKind); 6] = [
-    ("options", ValueKind::Text),
-    ("read-only", ValueKind::Bool),
-    ("threads", ValueKind::Count),
-    ("pidfile", ValueKind::Path),
-    ("log-file", ValueKind::Path),
+pub(super) const MOUNT_KEYS: [(&str, ValueKind, &str); 6] = [
+    ("options", ValueKind::Text, "Options as for -o"),
+    ("read-only", ValueKind::Bool, "Mount read-only"),
+    ("threads", ValueKind::Count, "Number of event loops, 1 to 64"),
+    ("pidfile", ValueKind::Path, "Write the process ID to this file"),
+    ("log-file", ValueKind::Path, "Append log messages to this file"),
     (
         "log-format",
         ValueKind::OneOf {
             words: &["text", "json"],
             later: &[],
         },
+        "Format of log messages",
     ),
 ];
 
@@ -296,7 +297,7 @@ impl Document<'_> {
             let hint = "it belongs above the first table, or in a [[disk]] table";
             return self.error(entry.at, format_args!("{} is a key of disks: {hint}", entry.name));
         }
-        self.unknown(entry, MOUNT_KEYS.into_iter().map(|(name, _)| name))
+        self.unknown(entry, MOUNT_KEYS.into_iter().map(|(name, ..)| name))
     }
 
     /// Creates the error for an unknown key or table, with a suggestion from `known`.
@@ -368,8 +369,8 @@ fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<TomlEntry<'t>> {
 fn mount_key(name: &str) -> Option<ValueKind> {
     MOUNT_KEYS
         .into_iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, kind)| kind)
+        .find(|(known, ..)| *known == name)
+        .map(|(_, kind, _)| kind)
 }
 
 /// Returns true for a table or an array of tables.

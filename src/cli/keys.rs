@@ -11,7 +11,9 @@ use crate::config::{Format, KernelView, Secret};
 
 mod help;
 
-pub(super) use help::{HELP_WIDTH, help, help_later, wrapped};
+#[cfg(test)]
+pub(super) use help::ready;
+pub(super) use help::{help, paragraphs};
 
 /// One row of the table: a key and everything the parser and the help need to know about it.
 #[derive(Debug)]
@@ -22,6 +24,8 @@ pub(super) struct Key {
     pub(super) aliases: &'static [&'static str],
     /// Section of the help that lists the key.
     pub(super) group: Group,
+    /// Groups whose sources accept the key too.
+    also: &'static [Group],
     /// Form of the value.
     pub(super) kind: ValueKind,
     /// Explanation in the help.
@@ -74,6 +78,8 @@ pub(super) enum ValueKind {
     Named(&'static str),
     /// Any text that the key checks itself.
     Text,
+    /// Usually one of these words. The key itself checks the text, and knows other spellings.
+    Known(&'static [&'static str]),
     /// One of a fixed set of words.
     OneOf {
         /// Words that work in this build.
@@ -107,7 +113,7 @@ pub(super) enum Availability {
 }
 
 impl Group {
-    const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::Every,
         Self::Local,
         Self::VMware,
@@ -117,7 +123,7 @@ impl Group {
         Self::Nbd,
     ];
 
-    const fn title(self) -> &'static str {
+    pub(super) const fn title(self) -> &'static str {
         match self {
             Self::Every => "Every source",
             Self::Local => "Local files",
@@ -132,7 +138,7 @@ impl Group {
 
 impl ValueKind {
     /// Returns the placeholder for the value in the help and in messages.
-    fn placeholder(self) -> String {
+    pub(super) fn placeholder(self) -> String {
         match self {
             Self::Bool => "BOOL".into(),
             Self::Size => "SIZE".into(),
@@ -142,6 +148,7 @@ impl ValueKind {
             Self::PathOr(word) => format!("PATH|{word}"),
             Self::Named(what) => what.into(),
             Self::Text => "TEXT".into(),
+            Self::Known(_) => "TYPE".into(),
             Self::OneOf { words, .. } => words.join("|"),
         }
     }
@@ -155,7 +162,7 @@ impl ValueKind {
             Self::Path => "a path in quotes".into(),
             Self::PathOr(word) => format!("a path or \"{word}\", in quotes"),
             Self::Named(_) => "a whole number, or a name in quotes".into(),
-            Self::Text => "a text in quotes".into(),
+            Self::Text | Self::Known(_) => "a text in quotes".into(),
             Self::OneOf { words, .. } => words
                 .iter()
                 .map(|word| format!("\"{word}\""))
@@ -181,6 +188,7 @@ impl Key {
             name,
             aliases: &[],
             group,
+            also: &[],
             kind,
             help,
             repeats: false,
@@ -197,6 +205,11 @@ impl Key {
 
     const fn alias(mut self, aliases: &'static [&'static str]) -> Self {
         self.aliases = aliases;
+        self
+    }
+
+    const fn also(mut self, groups: &'static [Group]) -> Self {
+        self.also = groups;
         self
     }
 
@@ -243,6 +256,20 @@ impl Key {
         UsageError::new(format!("{}={}: {reason}", self.name, values::display(value)))
     }
 
+    /// Returns true if sources of `group` accept the key.
+    pub(super) fn fits(&self, group: Group) -> bool {
+        self.group == group || self.group == Group::Every || self.also.contains(&group)
+    }
+
+    /// Returns the explanation for the help and the manual. It starts with the usual words of the value, if there are some.
+    pub(super) fn explanation(&self) -> String {
+        let repeats = if self.repeats { " (repeatable)" } else { "" };
+        match self.kind {
+            ValueKind::Known(words) => format!("{}; {}{repeats}", words.join(", "), self.help),
+            _ => format!("{}{repeats}", self.help),
+        }
+    }
+
     fn is_ready(&self) -> bool {
         matches!(self.availability, Availability::Ready(_))
     }
@@ -285,13 +312,13 @@ const fn one_of(words: &'static [&'static str]) -> ValueKind {
 pub(super) static KEYS: &[Key] = &[
     Key::ready("name", Group::Every, ValueKind::Text, "file name in the mount (default: the name of the source with .raw)",
         |s, v| { values::file_name(v)?; s.name = Some(v.to_owned()); Ok(()) }).scope(Scope::OneDisk),
-    Key::ready("readonly", Group::Every, ValueKind::Bool, "open this disk read-only",
+    Key::ready("readonly", Group::Every, ValueKind::Bool, "open this disk read-only (default: false)",
         |s, v| { s.read_only = Some(values::boolean(v)?); Ok(()) }),
-    Key::ready("cache", Group::Every, one_of(&["none", "writethrough", "writeback"]), "mode of the kernel's page cache",
+    Key::ready("cache", Group::Every, one_of(&["none", "writethrough", "writeback"]), "mode of the kernel's page cache; writeback means writethrough (default: writethrough)",
         |s, v| { s.cache = values::page_cache(v); Ok(()) }),
-    Key::ready("cache-size", Group::Every, ValueKind::Size, "RAM for cached blocks of this disk",
+    Key::ready("cache-size", Group::Every, ValueKind::Size, "RAM for cached blocks of this disk, if they are compressed or remote (default: 32M, on a web server 64M)",
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
-    Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead",
+    Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 16M)",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
     Key::ready("backend", Group::Every, ValueKind::OneOf { words: &["native", "nbd", "https"], later: &["vddk"] },
         "back end to use (default: by the source)",
@@ -308,34 +335,34 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.overlay = Some(overlay_args::overlay(v)?); Ok(()) }),
     Key::later("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks across mounts"),
     Key::later("cache-dir-size", Group::Every, ValueKind::Size, "size limit of that folder"),
-    Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to a server fails (default: 30 for NBD, 60 for HTTPS, \
+    Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to a server fails, 1 to 1800 (default: 30 for NBD, 60 for HTTPS, \
         2000 for a vCenter)",
         |s, v| { s.nbd.timeout = Some(nbd::timeout(v)?); Ok(()) }),
-    Key::ready("retry", Group::Every, ValueKind::Count, "how often to retry: to connect to an NBD server, or a request to a web server",
+    Key::ready("retry", Group::Every, ValueKind::Count, "how often to retry, 0 to 1000000: to connect to an NBD server, or a request to a web server (default: not at the start, then until timeout=)",
         |s, v| { s.nbd.retry = Some(nbd::retry(v)?); Ok(()) }),
 
     Key::ready("limit", Group::Every, ValueKind::Count, "how many ranges --map lists for a disk (default: 1000000; 0: all)",
         |s, v| { s.map_limit = Some(values::number(v, 0, u32::MAX)?.into()); Ok(()) }),
 
     Key::ready("file", Group::Local, ValueKind::Path, "file of a disk (wildcards * ? [ match several); starts another disk",
-        |s, v| { s.source = Some(SourceSpec::File(scheme::file(v)?)); s.file_text = Some(v.to_owned()); Ok(()) }).scope(Scope::Starts),
+        |s, v| { s.source = Some(SourceSpec::File(scheme::file(v)?)); s.file_text = Some(v.to_owned()); Ok(()) }).scope(Scope::Starts).also(&[Group::VMware]),
     Key::ready("dir", Group::Local, ValueKind::Path, "all disks of a folder: its *.vmdk files except bare extents; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Dir(values::path(v)?)); Ok(()) }).scope(Scope::Starts),
     Key::ready("format", Group::Local, one_of(&["vmdk", "raw"]), "format of the file (default: by its name)",
-        |s, v| { s.format = Some(if v == "raw" { Format::Raw } else { Format::Vmdk }); Ok(()) }),
+        |s, v| { s.format = Some(if v == "raw" { Format::Raw } else { Format::Vmdk }); Ok(()) }).also(&[Group::VMware]),
     Key::ready("allow-dir", Group::Local, ValueKind::Path, "another folder that file names inside an image may point into",
         |s, v| { s.allow_dirs.push(values::path(v)?); Ok(()) }).repeats(),
-    Key::ready("extents", Group::Local, one_of(&["any", "self"]), "files that an image may name; self: none, only single-file images open",
+    Key::ready("extents", Group::Local, one_of(&["any", "self"]), "files that an image may name; self: none, only single-file images open (default: any)",
         |s, v| { s.single_file = Some(v == "self"); Ok(()) }),
     Key::ready("degraded", Group::Local, ValueKind::OneOf { words: &["cid"], later: &["orphan", "short"] }, "accept a parent whose CID differs",
-        |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }),
+        |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }).also(&[Group::VMware]),
     Key::later("parent", Group::Local, ValueKind::Path, "parent of the oldest link that is found"),
     Key::later("member", Group::Local, ValueKind::Text, "the disk to show of a package (OVA)"),
-    Key::ready("force", Group::Local, ValueKind::Bool, "write to a disk even if a snapshot is based on it",
+    Key::ready("force", Group::Local, ValueKind::Bool, "write to a disk even if a snapshot is based on it (default: false)",
         |s, v| { s.force = Some(values::boolean(v)?); Ok(()) }),
     Key::ready("lock", Group::Local, one_of(&["on", "off"]), "lock the image's files against other writers (default: on)",
         |s, v| { s.lock = Some(v == "on"); Ok(()) }),
-    Key::ready("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the image's files without the daemon",
+    Key::ready("kernel-view", Group::Local, one_of(&["auto", "off", "required"]), "let the kernel read the image's files without the daemon (default: auto)",
         |s, v| {
             s.view = Some(match v.to_str() {
                 Some("off") => KernelView::Off,
@@ -352,7 +379,7 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("server", Group::VMware, ValueKind::Text, "ESXi or vCenter host, for file=\"[datastore] folder/disk.vmdk\"",
         |s, v| { s.https.server = Some(https::server(v)?); Ok(()) }),
     Key::ready("port", Group::Nbd, ValueKind::Named("PORT"), "port of the server: a number or a service name (default: 10809 for NBD, 443 for HTTPS)",
-        |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }),
+        |s, v| { s.nbd.port = Some(nbd::port(v)?); Ok(()) }).also(&[Group::VMware]),
     Key::ready("user", Group::VMware, ValueKind::Text, "user name for the login",
         |s, v| { s.https.user = Some(values::text(v)?.to_owned()); Ok(()) }).alias(&["username"]),
     Key::ready("password", Group::VMware, ValueKind::Text, "password; `-` prompts, `+FILE` and `-FD` read it",
@@ -363,9 +390,9 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.https.thumbprint = Some(https::thumbprint(v)?); Ok(()) }),
     Key::ready("datacenter", Group::VMware, ValueKind::Text, "inventory path of the datastore's datacenter on a vCenter",
         |s, v| { s.https.datacenter = Some(values::text(v)?.to_owned()); Ok(()) }),
-    Key::ready("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates (PEM)",
+    Key::ready("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates, PEM (default: those of the system)",
         |s, v| { s.https.cainfo = Some(values::path(v)?); Ok(()) }),
-    Key::ready("insecure", Group::VMware, ValueKind::Bool, "accept any certificate of the server",
+    Key::ready("insecure", Group::VMware, ValueKind::Bool, "accept any certificate of the server (default: false)",
         |s, v| { s.https.insecure = Some(values::boolean(v)?); Ok(()) }),
     Key::later("cookie-script", Group::VMware, ValueKind::Path, "program that prints a cookie"),
     Key::later("cookie-script-renew", Group::VMware, ValueKind::Seconds, "interval at which to run it again"),
@@ -394,17 +421,18 @@ pub(super) static KEYS: &[Key] = &[
     Key::later("datastore", Group::Vddk, ValueKind::Text, "datastore of the disk (moref=ID)"),
     Key::later("prepare-for-access", Group::Vddk, ValueKind::Bool, "block migration of the virtual machine meanwhile"),
 
-    Key::ready("create", Group::Create, ValueKind::Bool, "create file= first, as an empty VMDK",
+    Key::ready("create", Group::Create, ValueKind::Bool, "create file= first, as an empty VMDK (default: false)",
         |s, v| { s.creation.create = Some(values::boolean(v)?); Ok(()) }),
     Key::ready("create-size", Group::Create, ValueKind::Size, "size of the created disk, a multiple of 512",
         |s, v| { s.creation.size = Some(create_args::size(v)?); Ok(()) }),
-    Key::ready("create-type", Group::Create, ValueKind::Text, "monolithic-sparse (the default), monolithic-flat, split-sparse, split-flat, \
-        vmfs-flat, vmfs-thin, stream-optimized (written once, in order)",
+    Key::ready("create-type", Group::Create, ValueKind::Known(&["monolithic-sparse", "monolithic-flat", "split-sparse", "split-flat", "vmfs-flat", "vmfs-thin", "stream-optimized"]),
+        "stream-optimized is written once, in order (default: monolithic-sparse)",
         |s, v| { s.creation.kind = Some(create_args::create_type(v)?); Ok(()) }),
-    Key::ready("create-adapter-type", Group::Create, ValueKind::Text, "lsilogic (the default), buslogic, ide, legacyESX, pvscsi",
+    Key::ready("create-adapter-type", Group::Create, ValueKind::Known(&["lsilogic", "buslogic", "ide", "legacyESX", "pvscsi"]),
+        "controller that the descriptor names (default: lsilogic)",
         |s, v| { s.creation.adapter = Some(create_args::adapter(v)?); Ok(()) }),
-    Key::ready("create-hwversion", Group::Create, ValueKind::Named("VERSION"), "hardware version of the created disk: a number (default: 4) or a product such \
-        as workstation5, esx50 or esx65",
+    Key::ready("create-hwversion", Group::Create, ValueKind::Named("VERSION"), "hardware version of the created disk: a number, or a product such \
+        as workstation5, esx50 or esx65 (default: 4)",
         |s, v| { s.creation.hardware_version = Some(create_args::hardware_version(v)?); Ok(()) }),
 
     Key::later("partitions", Group::Views, ValueKind::Bool, "also show each partition as a file"),
@@ -416,7 +444,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.nbd.hostname = Some(nbd::hostname(v)?); Ok(()) }),
     Key::ready("socket", Group::Nbd, ValueKind::Path, "Unix socket of the server",
         |s, v| { s.nbd.socket = Some(values::path(v)?); Ok(()) }),
-    Key::ready("socket-fd", Group::Nbd, ValueKind::Count, "file descriptor of a connected socket",
+    Key::ready("socket-fd", Group::Nbd, ValueKind::Count, "file descriptor of a connected socket, 3 or higher",
         |s, v| { s.nbd.socket_fd = Some(nbd::socket_fd(v)?); Ok(()) }),
     Key::ready("vsock-cid", Group::Nbd, ValueKind::Count, "VSOCK address (CID) of the server",
         |s, v| { s.nbd.vsock_cid = Some(nbd::vsock_cid(v)?); Ok(()) }).alias(&["vhost-cid"]),
@@ -424,17 +452,17 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.nbd.command = Some(nbd::word(v)?); Ok(()) }),
     Key::ready("arg", Group::Nbd, ValueKind::Text, "an argument for command=",
         |s, v| { s.nbd.args.push(nbd::word(v)?); Ok(()) }).repeats(),
-    Key::ready("export", Group::Nbd, ValueKind::Text, "name of the export",
+    Key::ready("export", Group::Nbd, ValueKind::Text, "name of the export (default: the server's default export)",
         |s, v| { s.nbd.export = Some(nbd::export(v)?); Ok(()) }),
-    Key::ready("dynamic-export", Group::Nbd, ValueKind::Bool, "show every export of the server as a file",
+    Key::ready("dynamic-export", Group::Nbd, ValueKind::Bool, "show every export of the server as a file (default: false)",
         |s, v| { s.nbd.dynamic = Some(values::boolean(v)?); Ok(()) }),
-    Key::ready("connections", Group::Nbd, ValueKind::Count, "number of connections, if the server allows several (default: 4 for NBD, 8 for HTTPS)",
-        |s, v| { s.nbd.connections = Some(nbd::connections(v)?); Ok(()) }),
-    Key::ready("shared", Group::Nbd, ValueKind::Bool, "use one connection only",
+    Key::ready("connections", Group::Nbd, ValueKind::Count, "number of connections, 1 to 16, if the server allows several (default: 4 for NBD, 8 for HTTPS)",
+        |s, v| { s.nbd.connections = Some(nbd::connections(v)?); Ok(()) }).also(&[Group::VMware]),
+    Key::ready("shared", Group::Nbd, ValueKind::Bool, "use one connection only (default: false)",
         |s, v| { s.nbd.shared = Some(values::boolean(v)?); Ok(()) }),
-    Key::ready("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt never, if the server supports it, or always",
+    Key::ready("tls", Group::Nbd, one_of(&["off", "on", "require"]), "encrypt never, if the server supports it, or always (default: off; require with nbds:// or another tls key)",
         |s, v| { s.nbd.tls = Some(nbd::tls(v)); Ok(()) }),
-    Key::ready("tls-certificates", Group::Nbd, ValueKind::Path, "folder of certificates",
+    Key::ready("tls-certificates", Group::Nbd, ValueKind::Path, "folder of certificates (default: that of libnbd, or the system's)",
         |s, v| { s.nbd.tls_certificates = Some(values::path(v)?); Ok(()) }),
     Key::ready("tls-verify", Group::Nbd, ValueKind::Bool, "verify the server's certificate (default: true)",
         |s, v| { s.nbd.tls_verify = Some(values::boolean(v)?); Ok(()) }),

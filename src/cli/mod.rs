@@ -32,6 +32,8 @@ mod disk_args;
 mod expand;
 mod https;
 mod keys;
+#[cfg(test)]
+mod manual;
 mod mount_helper;
 mod nbd;
 mod options;

@@ -323,12 +323,11 @@ impl Settings {
         source: https::HttpsSource,
         subcommand: Subcommand,
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
-        const ALSO_HERE: [&str; 7] = ["file", "url", "format", "degraded", "port", "connections", "server"];
         let elsewhere = [Group::Local, Group::Create, Group::Nbd];
         let unfit = self
             .given
             .iter()
-            .find(|key| elsewhere.contains(&key.group) && !ALSO_HERE.contains(&key.name));
+            .find(|key| elsewhere.contains(&key.group) && !key.fits(Group::VMware));
         if let Some(key) = unfit {
             let name = key.name;
             return Err(UsageError::new(format!("{name}= does not fit a disk on a web server")));

@@ -12,6 +12,7 @@ mod formats;
 mod found;
 mod life;
 mod log;
+mod manual;
 mod mount_forms;
 mod output;
 mod rights;

@@ -2,83 +2,75 @@
 
 use std::fmt::Write as _;
 
-use super::{Group, KEYS};
-
-/// Width of the help in columns. The text is wrapped here, so that clap never wraps it again.
-pub(in crate::cli) const HELP_WIDTH: usize = 96;
+use super::{Group, KEYS, Key};
 
 /// Column at which the explanation of a key starts.
-const HELP_INDENT: usize = 32;
+const INDENT: usize = 32;
 
-/// Returns the help section of the keys that work in this build, by group.
-pub(in crate::cli) fn help() -> String {
+/// Columns that an explanation needs beside a key. With fewer it starts on a line of its own.
+const NARROW: usize = 30;
+
+/// Column at which an explanation on a line of its own starts.
+const NARROW_INDENT: usize = 8;
+
+/// Returns the help section of the keys that work in this build, by group, wrapped to `width` columns.
+pub(in crate::cli) fn help(width: usize) -> String {
     let mut out = String::from("Keys (before the first file= they apply to all disks, after it to its disk):\n");
     for group in Group::ALL {
-        let mut keys = KEYS
-            .iter()
-            .filter(|key| key.group == group && key.is_ready())
-            .peekable();
+        let mut keys = ready(group).peekable();
         if keys.peek().is_some() {
             _ = writeln!(out, "  {}:", group.title());
         }
         for key in keys {
             let head = format!("    {}={}", key.name, key.kind.placeholder());
-            let repeats = if key.repeats { " (repeatable)" } else { "" };
-            _ = write!(out, "{}", explained(&head, &format!("{}{repeats}", key.help)));
+            explain(&mut out, &head, &key.explanation(), width);
         }
     }
-    out.push_str("\nSIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0.\n");
     out
 }
 
-/// Returns the form of a key with its explanation next to it, wrapped to the width of the help.
-fn explained(form: &str, explanation: &str) -> String {
-    let mut out = String::new();
-    let mut line = form.to_owned();
-    if form.len() > HELP_INDENT {
-        _ = writeln!(out, "{line}");
-        line.clear();
+/// Returns the keys of a group that work in this build, in the order of the table.
+pub(in crate::cli) fn ready(group: Group) -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(move |key| key.group == group && key.is_ready())
+}
+
+/// Appends the form of a key with its explanation next to it, or below it where the lines are short.
+fn explain(out: &mut String, form: &str, explanation: &str, width: usize) {
+    let indent = if width < INDENT + NARROW { NARROW_INDENT } else { INDENT };
+    if form.len() > indent {
+        _ = writeln!(out, "{form}");
+        wrap(out, "", explanation, indent, width);
+    } else {
+        wrap(out, form, explanation, indent, width);
     }
-    line = format!("{line:HELP_INDENT$}");
-    for word in explanation.split(' ') {
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = " ".repeat(HELP_INDENT);
+}
+
+/// Returns paragraphs, which a blank line separates, wrapped to `width` columns.
+pub(in crate::cli) fn paragraphs(text: &str, width: usize) -> String {
+    let mut out = String::new();
+    for (number, paragraph) in text.split("\n\n").enumerate() {
+        if number > 0 {
+            out.push('\n');
         }
-        _ = write!(line, " {word}");
+        wrap(&mut out, "", paragraph, 0, width);
+    }
+    out
+}
+
+/// Appends `first` and the words of `text`, in lines of at most `width` columns. All words start at column `indent`.
+fn wrap(out: &mut String, first: &str, text: &str, indent: usize, width: usize) {
+    let mut line = format!("{first:indent$}");
+    let blank = if indent > 0 { " " } else { "" };
+    let mut separator = blank;
+    for word in text.split_whitespace() {
+        let is_empty = line.trim_start().is_empty();
+        if !is_empty && line.chars().count() + 1 + word.chars().count() > width {
+            _ = writeln!(out, "{line}");
+            line = " ".repeat(indent);
+            separator = blank;
+        }
+        _ = write!(line, "{separator}{word}");
+        separator = " ";
     }
     _ = writeln!(out, "{line}");
-    out
-}
-
-/// Returns the help lines of the keys that are not in this build yet, by group.
-pub(in crate::cli) fn help_later() -> String {
-    let mut out = String::new();
-    for group in Group::ALL {
-        let names = KEYS
-            .iter()
-            .filter(|key| key.group == group && !key.is_ready())
-            .map(|key| format!("{}=", key.name));
-        out.push_str(&wrapped(group.title(), names));
-    }
-    out
-}
-
-/// Returns `title: word word …`, wrapped to the width of the help. Returns an empty text if there are no words.
-pub(in crate::cli) fn wrapped(title: &str, words: impl Iterator<Item = String>) -> String {
-    let mut out = String::new();
-    let mut line = format!("  {title}:");
-    let mut empty = true;
-    for word in words {
-        empty = false;
-        if line.len() + 1 + word.len() > HELP_WIDTH {
-            _ = writeln!(out, "{line}");
-            line = String::from("   ");
-        }
-        _ = write!(line, " {word}");
-    }
-    if !empty {
-        _ = writeln!(out, "{line}");
-    }
-    out
 }
