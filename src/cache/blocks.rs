@@ -178,6 +178,24 @@ impl CachedBlocks {
         Ok(())
     }
 
+    /// Returns true if a read of the range needs no fetch.
+    pub(super) fn holds(&self, offset: u64, len: u64) -> bool {
+        let block = self.shared.block;
+        (offset / block..(offset + len).div_ceil(block)).all(|block| self.shared.is_known(block))
+    }
+
+    /// Returns true if the block of a byte is cached; false behind the end.
+    pub(super) fn holds_byte(&self, offset: u64) -> bool {
+        let shared = &self.shared;
+        shared.memory.cache.contains_key(&shared.key(offset / shared.block))
+    }
+
+    /// Returns true if a read of the range would go on where an earlier one has stopped.
+    pub(super) fn continues(&self, offset: u64, len: u64) -> bool {
+        let block = self.shared.block;
+        lock(&self.shared.streams).continues(&(offset / block..(offset + len).div_ceil(block)))
+    }
+
     #[cfg(test)]
     pub(super) fn requested(&self) -> usize {
         self.pool.requested()

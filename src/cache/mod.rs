@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   BlockCache     a disk (sectors) ─────┐
-//!   a stored file on a server (bytes) ───┴─► CachedBlocks ─► Fetch: a run of neighbouring blocks
-//!                                             │      └─ BlockMemory: shared by all files of a disk
+//!   AdaptiveBlocks: a stored file on ────┴─► CachedBlocks ─► Fetch: a run of neighbouring blocks
+//!     a server (bytes)                        │      └─ BlockMemory: shared by all files of a disk
 //!                                             └──────── FetchPool: threads that fetch, shared as well
 //! ```
 //! [`BlockCache`] keeps blocks of expensive sources (compressed grains) in memory and prefetches the next ones for
@@ -20,12 +20,14 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 
+mod adaptive;
 mod blocks;
 mod memory;
 mod pool;
 mod readahead;
 mod single_flight;
 
+pub use adaptive::AdaptiveBlocks;
 pub use blocks::{BlockMemory, CachedBlocks};
 pub use memory::{BlockCache, CacheOptions};
 pub use pool::FetchPool;

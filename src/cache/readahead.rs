@@ -27,6 +27,15 @@ struct ReadStream {
     used: u64,
 }
 
+impl ReadStream {
+    fn is_continued_by(&self, blocks: &Range<u64>) -> bool {
+        // A stream without a window has read once: only the blocks after it show that it is one.
+        let behind = if self.window == 0 { 1 } else { BEHIND };
+        // Reads need not end at block borders, so a sequential read may begin with the last block of the previous one.
+        self.used > 0 && blocks.start + behind >= self.next && blocks.start <= self.next.max(self.fetched)
+    }
+}
+
 /// Read streams of one disk.
 #[derive(Debug)]
 pub(crate) struct ReadStreams {
@@ -52,17 +61,16 @@ impl ReadStreams {
         self.streams.iter().any(|s| (s.next..s.fetched).contains(&block))
     }
 
+    /// Returns true if a read of `blocks` belongs to a stream. Records nothing.
+    pub(crate) fn continues(&self, blocks: &Range<u64>) -> bool {
+        self.streams.iter().any(|s| s.is_continued_by(blocks))
+    }
+
     /// Records a read of `blocks`. Returns the blocks to prefetch, which may be none or lie beyond the end of the disk.
     pub(crate) fn read(&mut self, blocks: &Range<u64>) -> Range<u64> {
         self.clock += 1;
         let clock = self.clock;
-        // Reads need not end at block borders, so a sequential read may begin with the last block of the previous one.
-        let continues = |s: &ReadStream| {
-            // A stream without a window has read once: only the blocks after it show that it is one.
-            let behind = if s.window == 0 { 1 } else { BEHIND };
-            s.used > 0 && blocks.start + behind >= s.next && blocks.start <= s.next.max(s.fetched)
-        };
-        if let Some(s) = self.streams.iter_mut().find(|s| continues(s)) {
+        if let Some(s) = self.streams.iter_mut().find(|s| s.is_continued_by(blocks)) {
             let grown = blocks.end > s.next;
             s.next = s.next.max(blocks.end);
             s.used = clock;

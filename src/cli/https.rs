@@ -51,6 +51,8 @@ pub(super) struct HttpsArgs {
     pub(super) proxy: Option<Secret>,
     /// `resolve=`
     pub(super) resolve: Vec<(String, IpAddr)>,
+    /// `http-version=2`
+    pub(super) http2: Option<bool>,
 }
 
 /// Content of the file of `credentials=`.
@@ -107,6 +109,7 @@ impl HttpsArgs {
             headers: [common.headers.as_slice(), &self.headers].concat(),
             proxy: self.proxy.clone().or_else(|| common.proxy.clone()),
             resolve: [common.resolve.as_slice(), &self.resolve].concat(),
+            http2: self.http2.or(common.http2),
         }
     }
 
@@ -152,6 +155,7 @@ impl HttpsArgs {
                 headers: self.headers,
                 proxy: self.proxy,
                 resolve: self.resolve,
+                http2: self.http2 == Some(true),
                 connections: common.connections,
                 timeout: common.timeout,
                 retry: common.retry,

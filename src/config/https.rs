@@ -37,6 +37,8 @@ pub struct HttpsServer {
     pub proxy: Option<Secret>,
     /// Addresses to use in place of a lookup of these names.
     pub resolve: Vec<(String, IpAddr)>,
+    /// Use HTTP/2 where the server has it; otherwise HTTP/1.1.
+    pub http2: bool,
     /// Largest number of connections. `None`: the default number.
     pub connections: Option<usize>,
     /// Time after which a request fails. `None`: the default time, which is longer for a vCenter.

@@ -193,6 +193,47 @@ fn passing_faults_are_retried_and_the_bytes_are_right() {
     }
 }
 
+/// Right answers whose bodies end in other ways than after a Content-Length.
+const FRAMINGS: &[(&str, Wrong)] = &[
+    ("in chunks", |ask, content, s| {
+        let (first, last) = ask.range.unwrap();
+        let head = format!(
+            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 206 OK\r\nContent-Range: bytes {first}-{last}/{LEN}\r\n\
+             Transfer-Encoding: chunked\r\n\r\n"
+        );
+        send(s, head.as_bytes());
+        for chunk in content[first..=last].chunks(10_007) {
+            send(s, format!("{:X};x=y\r\n", chunk.len()).as_bytes());
+            send(s, chunk);
+            send(s, b"\r\n");
+        }
+        send(s, b"0\r\nExpires: never\r\n\r\n");
+    }),
+    ("with the connection", |ask, content, s| {
+        let (first, last) = ask.range.unwrap();
+        let head = format!("HTTP/1.0 206 OK\nContent-Range: bytes {first}-{last}/{LEN}\n\n");
+        send(s, head.as_bytes());
+        send(s, &content[first..=last]);
+    }),
+];
+
+#[test]
+fn bodies_of_every_framing_are_read() {
+    if !need_fuse() {
+        return;
+    }
+    let (scratch, content) = (Scratch::new(), content());
+    for (what, answer) in FRAMINGS {
+        let how_often = Arc::new(AtomicUsize::new(usize::MAX));
+        let server = faulty(*answer, Arc::clone(&how_often));
+        let mount = scratch.mount().arg(server.url("d.img")).arg("cache=none").start();
+        let read = read_far(&mount.file("d.raw")).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert!(read == content[2 << 20..(2 << 20) + 300_000], "{what}: wrong bytes");
+        assert!(how_often.load(Ordering::SeqCst) < usize::MAX, "{what}: was not used");
+        mount.unmount();
+    }
+}
+
 #[test]
 fn lasting_faults_are_errors_with_a_reason_and_the_mount_recovers() {
     if !need_fuse() {

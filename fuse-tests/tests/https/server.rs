@@ -62,6 +62,12 @@ impl Server {
 
     /// Starts nginx with the files of `dir`, which need the login below `/private`. `extra`: lines of its server block.
     pub(crate) fn nginx(scratch: &Scratch, dir: &Path, extra: &str) -> Self {
+        Self::nginx_with(scratch, dir, extra, false)
+    }
+
+    /// The same, with HTTP/2 where `http2` is true.
+    pub(crate) fn nginx_with(scratch: &Scratch, dir: &Path, extra: &str, http2: bool) -> Self {
+        let http2 = if http2 { "http2" } else { "" };
         let (certificate, key) = certificate(scratch);
         let (run, log, port) = (scratch.mkdir("nginx"), scratch.path("nginx.log"), free_port());
         fs::write(run.join("users"), format!("{USER}:{{PLAIN}}{PASSWORD}\n")).unwrap();
@@ -76,8 +82,8 @@ impl Server {
              events {{ worker_connections 64; }}\n\
              http {{ access_log off; client_body_temp_path {run_text}/a; proxy_temp_path {run_text}/b;\n\
              fastcgi_temp_path {run_text}/c; uwsgi_temp_path {run_text}/d; scgi_temp_path {run_text}/e;\n\
-             log_format t '$request_method $uri status=$status bytes=$body_bytes_sent range=$http_range';\n\
-             server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {}; ssl_certificate_key {};\n\
+             log_format t '$request_method $uri status=$status bytes=$body_bytes_sent range=$http_range $server_protocol';\n\
+             server {{ listen 127.0.0.1:{port} ssl {http2}; ssl_certificate {}; ssl_certificate_key {};\n\
              access_log {log_text} t; root {dir}; {extra}\n\
              location /private/ {{ auth_basic x; auth_basic_user_file {run_text}/users; }} }} }}\n",
             certificate.display(),

@@ -197,6 +197,35 @@ fn connections_that_the_server_closes_and_limits_do_not_disturb_reading() {
 }
 
 #[test]
+fn http_2_is_used_where_it_is_asked_for_and_the_server_has_it() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    raw_with_islands(&dir.join("d.img"), 24 * MIB, 15);
+    for (lines, version, expected) in [
+        ("http2_recv_timeout 30s;", "2", "HTTP/2.0"),
+        ("", "2", "HTTP/1.1"),
+        ("http2_recv_timeout 30s;", "1.1", "HTTP/1.1"),
+    ] {
+        let server = Server::nginx_with(&scratch, &dir, lines, lines.starts_with("http2"));
+        let mount = scratch
+            .mount()
+            .arg(server.url("d.img"))
+            .arg(server.pin())
+            .arg(format!("http-version={version}"))
+            .start();
+        assert_same(&mount.file("d.raw"), &dir.join("d.img"));
+        assert_same_at_random(&mount.file("d.raw"), &dir.join("d.img"), 2, 100);
+        mount.unmount();
+        let (all, such) = (server.count(&["GET"]), server.count(&["GET", expected]));
+        assert!(all > 0 && all == such, "{:?}", server.log());
+        std::fs::remove_file(scratch.path("nginx.log")).unwrap();
+    }
+}
+
+#[test]
 fn a_name_can_be_given_another_address_and_requests_further_headers() {
     if !need_nginx() {
         return;

@@ -5,36 +5,32 @@
 //!             ▲                                                      │
 //!             └── pause ◄── cut, stalled, refused for now ◄──────────┘   the rest of the range alone is asked for again
 //! ```
-//! The callers are threads of the cache and of the mount, which wait; requests and sockets are served by the two threads of
-//! a private runtime. Three limits of time stand apart: to connect, to the first byte of an answer (a vCenter may need half
-//! an hour), and between two pieces of a body. All attempts of a request together have `timeout=`.
+//! The callers are threads of the cache and of the mount, which do all of this themselves (`transport.rs`). Three limits of
+//! time stand apart: to connect, to the first byte of an answer (a vCenter may need half an hour), and between two pieces
+//! of a body. All attempts of a request together have `timeout=`.
 //!
 //! Bounds against a hostile server: at most [`MAX_REDIRECTS`] redirects, never to plain HTTP and never with credentials to
 //! another host; error texts are read up to [`MAX_ERROR_TEXT`]; a body that is longer than its range ends the request.
 
-use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::ops::Range;
-use std::pin::pin;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::task::Poll;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::header::{IF_RANGE, LOCATION, RANGE};
-use reqwest::{Response, StatusCode, Url};
-use tokio::runtime::Runtime;
-use tokio::sync::{SemaphorePermit, watch};
-use tokio::time::timeout;
+use reqwest::{Method, StatusCode, Url};
 
 use super::address::{Address, ESXI_DATACENTER};
 use super::answer::{self, Misfit, Version};
 use super::failure::{Failure, Next, pause_before};
+use super::http1::Http1;
+use super::library::{Library, LibraryOptions};
 use super::session::{Authorization, Session};
 use super::slots::Slots;
-use super::trust::{self, Refusal, with_causes};
-use crate::config::{HttpsAddress, HttpsConfig, HttpsServer, Secret};
+use super::transport::{Answer, Limits, Piece, Request, TICK, Transport, Trouble};
+use super::trust::{self, Refusal};
+use crate::config::{HttpsAddress, HttpsConfig, HttpsServer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::printable;
 
@@ -46,8 +42,8 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const VCENTER_TIMEOUT: Duration = Duration::from_secs(2000);
 /// Longest time to connect, including the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(15);
-/// Longest time between two pieces of a body.
-const STALL: Duration = Duration::from_secs(20);
+/// How the program names itself to servers.
+const USER_AGENT: &str = concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION"));
 /// Deadline of the logout, which no one depends on.
 const LOGOUT: Duration = Duration::from_secs(5);
 
@@ -61,7 +57,7 @@ const START_RETRIES: u32 = 3;
 
 /// One server with one login.
 pub(super) struct Client {
-    http: reqwest::Client,
+    transport: Transport,
     session: Session,
     /// Headers that the user wants with every request to the server.
     headers: HeaderMap,
@@ -83,21 +79,18 @@ impl std::fmt::Debug for Client {
     }
 }
 
-/// Takes the bytes of a range, in order and each once.
-pub(super) type Sink = Box<dyn FnMut(&[u8]) + Send>;
-
 /// Range of a file to read.
-pub(super) struct Ask {
-    pub(super) address: Address,
+pub(super) struct Ask<'a> {
+    pub(super) address: &'a Address,
     /// Form of the query.
     pub(super) form: usize,
     /// Where the server has redirected an earlier request to.
-    pub(super) moved: Arc<Mutex<Option<Url>>>,
+    pub(super) moved: &'a Mutex<Option<Url>>,
     pub(super) range: Range<u64>,
     /// Version of the file at its open; `None` for the open itself.
-    pub(super) known: Option<Version>,
+    pub(super) known: Option<&'a Version>,
     /// Becomes true when the file is closed, which ends the request.
-    pub(super) closing: Option<watch::Receiver<bool>>,
+    pub(super) closing: &'a AtomicBool,
 }
 
 /// Clients in use: disks of the same server share one.
@@ -129,28 +122,23 @@ impl Client {
         let default = if is_vcenter { VCENTER_TIMEOUT } else { TIMEOUT };
         let timeout = server.timeout.unwrap_or(default);
         let connections = server.connections.unwrap_or(CONNECTIONS);
-        let mut builder = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .http1_only()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false)
-            .connect_timeout(CONNECT.min(timeout))
-            .pool_max_idle_per_host(connections)
-            .tcp_keepalive(Duration::from_secs(15))
-            .user_agent(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")));
-        for (name, address) in &server.resolve {
-            // Port 0: that of the URL.
-            builder = builder.resolve(name, SocketAddr::new(*address, 0));
-        }
-        if let Some(proxy) = &server.proxy {
-            builder = builder.proxy(proxy_of(proxy)?);
-        }
-        let http = builder
-            .build()
-            .map_err(|e| Error::new(ErrorKind::Unsupported, format!("HTTPS: {}", with_causes(&e))))?;
+        let connect = CONNECT.min(timeout);
+        let transport = if server.http2 || server.proxy.is_some() {
+            Transport::Library(Library::new(&LibraryOptions {
+                tls,
+                http2: server.http2,
+                proxy: server.proxy.as_ref(),
+                resolve: &server.resolve,
+                connections,
+                connect,
+                user_agent: USER_AGENT,
+            })?)
+        } else {
+            let resolve = server.resolve.clone();
+            Transport::Direct(Http1::new(tls, resolve, connect, connections, USER_AGENT))
+        };
         Ok(Self {
-            http,
+            transport,
             session: Session::new(server)?,
             headers: headers_of(server)?,
             refusal,
@@ -171,45 +159,21 @@ impl Client {
         self.timeout
     }
 
-    /// Starts to read a range, whose bytes go to `sink`. The receiver gets the version of the file, or the error, once the
-    /// sink is dropped.
-    ///
-    /// The sink runs on the threads that serve the sockets: a thread that waited for each piece of a body would be woken
-    /// for every TLS record, which costs more than the decryption.
+    /// Reads a range, whose bytes go to `sink`, in order and each once. Returns the version of the file.
     ///
     /// Errors: `NotFound`, `Busy` for a locked file, `Corrupt` for a file that has changed, and otherwise why the server
     /// did not send the range within the deadline.
-    pub(super) fn start(self: &Arc<Self>, ask: Ask, mut sink: Sink) -> Result<Receiver<Result<Version>>> {
-        let (sender, receiver) = sync_channel(1);
-        let client = Arc::clone(self);
-        runtime()?.spawn(async move {
-            let read = client.read_with_retries(&ask, &mut *sink);
-            let result = match ask.closing.clone() {
-                Some(closing) => until_closed(closing, read).await,
-                None => read.await,
-            };
-            drop(sink);
-            // Before the caller gets the result, and may drop its own: the last drop logs out, and waits for that.
-            drop(client);
-            let _ = sender.send(result);
-        });
-        Ok(receiver)
-    }
-
-    async fn read_with_retries(&self, ask: &Ask, sink: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Version> {
-        let deadline = Instant::now() + self.timeout;
+    pub(super) fn read(&self, ask: &Ask<'_>, sink: Piece<'_>) -> Result<Version> {
+        let limits = Limits {
+            deadline: Instant::now() + self.timeout,
+            closing: ask.closing,
+        };
         let (mut done, mut tries, mut logins) = (0, 0u32, 0u32);
         loop {
             let before = done;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let attempt = self.attempt(ask, &mut done, sink);
-            let failure = match timeout(left, attempt).await {
-                Ok(Ok(version)) => return Ok(version),
-                Ok(Err(failure)) => failure,
-                Err(_) => {
-                    let text = format!("no answer within {} s (timeout=)", self.timeout.as_secs());
-                    return Err(Error::new(ErrorKind::Os(libc::EIO), text));
-                }
+            let failure = match self.attempt(ask, limits, &mut done, sink) {
+                Ok(version) => return Ok(version),
+                Err(failure) => failure,
             };
             if done > before {
                 tries = 0;
@@ -218,6 +182,10 @@ impl Client {
             let started = ask.known.is_some();
             let (most, wanted) = match failure.next {
                 Next::GiveUp => return Err(failure.error),
+                Next::TimedOut => {
+                    let text = format!("no answer within {} s (timeout=)", self.timeout.as_secs());
+                    return Err(Error::new(ErrorKind::Os(libc::EIO), text));
+                }
                 Next::Return => {
                     *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     (START_RETRIES, Some(Duration::ZERO))
@@ -231,29 +199,24 @@ impl Client {
                 Next::Reconnect => (if started { u32::MAX } else { 0 }, None),
             };
             let pause = wanted.unwrap_or_else(|| pause_before(tries));
-            if tries > self.retry.unwrap_or(most) || Instant::now() + pause >= deadline {
+            if tries > self.retry.unwrap_or(most) || Instant::now() + pause >= limits.deadline {
                 return Err(failure.error);
             }
             tracing::debug!("{}: {}; trying again in {pause:?}", ask.address.label(), failure.error);
-            tokio::time::sleep(pause).await;
+            sleep(pause, limits).map_err(|trouble| Failure::from(trouble).error)?;
         }
     }
 
     /// Asks once for what is missing of a range after its first `done` bytes.
-    async fn attempt(
-        &self,
-        ask: &Ask,
-        done: &mut u64,
-        sink: &mut (dyn FnMut(&[u8]) + Send),
-    ) -> Result<Version, Failure> {
-        let slot = self.slots.acquire().await;
+    fn attempt(&self, ask: &Ask<'_>, limits: Limits<'_>, done: &mut u64, sink: Piece<'_>) -> Result<Version, Failure> {
+        let _slot = self.slots.acquire(limits)?;
         let moved = ask.moved.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let was_moved = moved.is_some();
         let mut url = moved.unwrap_or_else(|| ask.address.url(ask.form));
         let start = ask.range.start + *done;
         for _ in 0..=MAX_REDIRECTS {
-            let (answer, authorization) = self.send(&url, start..ask.range.end, ask.known.as_ref()).await?;
-            let status = answer.status();
+            let (answer, authorization) = self.send(&url, start..ask.range.end, ask.known, limits)?;
+            let status = answer.status;
             if status.is_redirection() && status != StatusCode::NOT_MODIFIED {
                 url = self.redirected(&url, &answer, &authorization)?;
                 continue;
@@ -272,7 +235,7 @@ impl Client {
                 ));
             }
             if !status.is_success() {
-                return self.explain(ask, answer, authorization, slot).await;
+                return self.explain(ask, answer, &authorization, limits);
             }
             let session = match &authorization {
                 Authorization::Cookie(_, generation) => Some(*generation),
@@ -283,7 +246,7 @@ impl Client {
             if !same_origin(&url, &self.origin) {
                 *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(url);
             }
-            let version = self.body(ask, answer, session, done, sink).await?;
+            let version = self.body(ask, answer, session, limits, done, sink)?;
             self.slots.succeeded();
             return Ok(version);
         }
@@ -294,64 +257,67 @@ impl Client {
     }
 
     /// Sends one request and waits for the headers of its answer.
-    async fn send(
+    fn send(
         &self,
         url: &Url,
         range: Range<u64>,
         known: Option<&Version>,
-    ) -> Result<(Response, Authorization<'_>), Failure> {
-        let mut request = self
-            .http
-            .get(url.clone())
-            .header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
-            .header(ACCEPT_ENCODING, "identity");
-        if let Some(etag) = known.and_then(Version::if_range) {
-            request = request.header(IF_RANGE, etag);
-        }
+        limits: Limits<'_>,
+    ) -> Result<(Answer, Authorization<'_>), Failure> {
+        let mut headers = HeaderMap::new();
         let authorization = if same_origin(url, &self.origin) {
             // May hold tokens, as credentials do.
-            request = request.headers(self.headers.clone());
-            self.session.authorize().await?
+            headers.clone_from(&self.headers);
+            self.session.authorize(limits)?
         } else {
             Authorization::Anonymous
         };
-        request = match &authorization {
-            Authorization::Anonymous => request,
-            Authorization::Cookie(cookie, _) => request.header(COOKIE, cookie.clone()),
-            Authorization::Basic(basic) | Authorization::Login { basic, .. } => {
-                request.header(AUTHORIZATION, basic.clone())
+        if let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1)) {
+            headers.insert(RANGE, value);
+        }
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(Ok(etag)) = known.and_then(Version::if_range).map(HeaderValue::from_str) {
+            headers.insert(IF_RANGE, etag);
+        }
+        match &authorization {
+            Authorization::Anonymous => {}
+            Authorization::Cookie(cookie, _) => {
+                headers.insert(COOKIE, cookie.clone());
             }
+            Authorization::Basic(basic) | Authorization::Login { basic, .. } => {
+                headers.insert(AUTHORIZATION, basic.clone());
+            }
+        }
+        let request = Request {
+            method: Method::GET,
+            url,
+            headers,
+            body: &[],
         };
-        let answer = request.send().await.map_err(|e| self.unreachable(e))?;
+        let answer = self.transport.send(&request, limits);
+        let answer = answer.map_err(|trouble| self.no_answer(trouble))?;
         if let Authorization::Login { .. } = authorization {
-            let status = answer.status();
+            let status = answer.status;
             let accepted =
                 status.is_success() || status == StatusCode::NOT_FOUND || status == StatusCode::RANGE_NOT_SATISFIABLE;
-            self.session.logged_in(answer.headers(), accepted);
+            self.session.logged_in(&answer.headers, accepted);
         }
         Ok((answer, authorization))
     }
 
     /// Explains a request that got no answer.
-    fn unreachable(&self, error: reqwest::Error) -> Failure {
-        let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(refusal) = refusal.filter(|_| error.is_connect()) {
-            return Failure::fatal(ErrorKind::Os(libc::EACCES), refusal);
-        }
-        let (connecting, timed_out) = (error.is_connect(), error.is_timeout());
-        let text = printable(with_causes(&error.without_url()));
-        match (connecting, timed_out) {
-            (true, true) => Failure::new(
-                Next::Reconnect,
-                ErrorKind::Os(libc::EIO),
-                format!("{}: no connection within {} s", self.host(), CONNECT.as_secs()),
-            ),
-            (true, false) => Failure::new(
-                Next::Reconnect,
-                ErrorKind::Os(libc::EIO),
-                format!("{}: connecting failed: {text}", self.host()),
-            ),
-            _ => Failure::retry(format!("{}: {text}", self.host())),
+    fn no_answer(&self, trouble: Trouble) -> Failure {
+        let host = self.host();
+        match trouble {
+            Trouble::Unreachable(text) => {
+                let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take();
+                match refusal {
+                    Some(refusal) => Failure::fatal(ErrorKind::Os(libc::EACCES), refusal),
+                    None => Trouble::Unreachable(format!("{host}: {}", printable(text))).into(),
+                }
+            }
+            Trouble::Broken(text) => Trouble::Broken(format!("{host}: {}", printable(text))).into(),
+            other => other.into(),
         }
     }
 
@@ -362,14 +328,14 @@ impl Client {
     }
 
     /// Returns the target of a redirect.
-    fn redirected(&self, from: &Url, answer: &Response, authorization: &Authorization<'_>) -> Result<Url, Failure> {
+    fn redirected(&self, from: &Url, answer: &Answer, authorization: &Authorization<'_>) -> Result<Url, Failure> {
         // A server whose session has ended sends its login page.
         if let Authorization::Cookie(_, generation) = authorization
             && self.session.expired(*generation)
         {
             return Err(self.ended());
         }
-        let location = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+        let location = answer.headers.get(LOCATION).and_then(|value| value.to_str().ok());
         let target = location.and_then(|location| from.join(location).ok());
         let Some(target) = target else {
             return Err(Failure::retry("a redirect without a valid address"));
@@ -392,16 +358,16 @@ impl Client {
     }
 
     /// Explains an answer that is an error.
-    async fn explain(
+    fn explain(
         &self,
-        ask: &Ask,
-        answer: Response,
-        authorization: Authorization<'_>,
-        slot: SemaphorePermit<'_>,
+        ask: &Ask<'_>,
+        answer: Answer,
+        authorization: &Authorization<'_>,
+        limits: Limits<'_>,
     ) -> Result<Version, Failure> {
-        let (status, headers) = (answer.status(), answer.headers().clone());
+        let (status, headers) = (answer.status, answer.headers.clone());
         match status {
-            StatusCode::UNAUTHORIZED => Err(self.login_needed(&authorization)),
+            StatusCode::UNAUTHORIZED => Err(self.login_needed(authorization)),
             StatusCode::FORBIDDEN => Err(Failure::fatal(
                 ErrorKind::Os(libc::EACCES),
                 "not allowed (status 403): the user may not read this file",
@@ -418,8 +384,8 @@ impl Client {
                 "the file has become shorter on the server (status 416); unmount, and mount again",
             )),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                let text = error_text(answer).await;
-                self.slots.lower(slot);
+                let text = error_text(answer, limits);
+                self.slots.lower();
                 let text = format!("the server is busy (status {}){text}", status.as_u16());
                 let pause = answer::retry_after(&headers);
                 Err(Failure::new(Next::Retry(pause), ErrorKind::Os(libc::EIO), text))
@@ -435,7 +401,7 @@ impl Client {
                 Err(Failure::new(next, ErrorKind::Busy, text))
             }
             _ => {
-                let text = error_text(answer).await;
+                let text = error_text(answer, limits);
                 Err(Failure::retry(format!("status {}{text}", status.as_u16())))
             }
         }
@@ -450,48 +416,45 @@ impl Client {
     }
 
     /// Checks the headers of an answer and passes on its body. `session`: number of the cookie that was sent.
-    async fn body(
+    fn body(
         &self,
-        ask: &Ask,
-        mut answer: Response,
+        ask: &Ask<'_>,
+        mut answer: Answer,
         session: Option<u64>,
+        limits: Limits<'_>,
         done: &mut u64,
-        sink: &mut (dyn FnMut(&[u8]) + Send),
+        sink: Piece<'_>,
     ) -> Result<Version, Failure> {
         let start = ask.range.start + *done;
-        let checked = answer::check(
-            answer.status(),
-            answer.headers(),
-            start,
-            ask.range.end - start,
-            ask.known.as_ref(),
-        );
+        let (status, len) = (answer.status, ask.range.end - start);
+        let checked = answer::check(status, &answer.headers, start, len, ask.known);
         let part = checked.map_err(|misfit| self.misfit(misfit, session))?;
         let mut left = part.len;
-        loop {
-            let chunk = match timeout(STALL.min(self.timeout), answer.chunk()).await {
-                Ok(Ok(Some(chunk))) => chunk,
-                Ok(Ok(None)) if left == 0 => return Ok(part.version),
-                Ok(Ok(None)) => {
-                    let text = format!("the answer ended {left} bytes early");
-                    return Err(Failure::retry(text));
-                }
-                Ok(Err(e)) => {
-                    let text = printable(with_causes(&e.without_url()));
-                    return Err(Failure::retry(format!("the answer was cut {left} bytes early: {text}")));
-                }
-                Err(_) => {
-                    let seconds = STALL.min(self.timeout).as_secs();
-                    return Err(Failure::retry(format!(
-                        "the answer stalled for {seconds} s, {left} bytes early"
-                    )));
-                }
+        let mut is_too_long = false;
+        let mut take = |bytes: &[u8]| {
+            // A body that is longer than its range ends the request; none of the excess is passed on.
+            let Some(after) = left.checked_sub(bytes.len() as u64) else {
+                is_too_long = true;
+                return;
             };
-            left = left
-                .checked_sub(chunk.len() as u64)
-                .ok_or_else(|| Failure::retry("the answer is longer than the range that was asked for"))?;
-            *done += chunk.len() as u64;
-            sink(&chunk);
+            left = after;
+            *done += bytes.len() as u64;
+            sink(bytes);
+        };
+        let end = loop {
+            match answer.read(limits, &mut take) {
+                Ok(true) => {}
+                end => break end,
+            }
+        };
+        let early = |why: String| Failure::retry(format!("{why}, {left} bytes early"));
+        match end {
+            _ if is_too_long => Err(Failure::retry("the answer is longer than the range that was asked for")),
+            Ok(_) if left == 0 => Ok(part.version),
+            Ok(_) => Err(early("the answer ended".to_owned())),
+            Err(Trouble::Broken(text)) => Err(early(format!("the answer was cut ({})", printable(text)))),
+            Err(Trouble::Stalled(time)) => Err(early(format!("the answer stalled for {} s", time.as_secs()))),
+            Err(trouble) => Err(trouble.into()),
         }
     }
 
@@ -516,29 +479,26 @@ impl Client {
 
     /// Ends the session that this process began.
     fn log_out(&self) {
-        let (Some(cookie), Ok(runtime)) = (self.session.take(), runtime()) else {
+        let Some(cookie) = self.session.take() else {
             return;
         };
-        // The name of the session manager: that of a vCenter, then that of an ESXi.
-        let ask = async {
-            for manager in ["SessionManager", "ha-sessionmgr"] {
-                if self.ask_to_log_out(&cookie, manager).await {
-                    return true;
-                }
-            }
-            false
+        let closing = AtomicBool::new(false);
+        let limits = Limits {
+            deadline: Instant::now() + LOGOUT,
+            closing: &closing,
         };
-        // Within the runtime, as a timer cannot be created outside of it.
-        match runtime.block_on(async { timeout(LOGOUT, ask).await }) {
-            Ok(true) => tracing::debug!("{}: logged out", self.host()),
-            _ => tracing::info!(
+        // The name of the session manager: that of a vCenter, then that of an ESXi.
+        let mut managers = ["SessionManager", "ha-sessionmgr"].iter();
+        match managers.any(|manager| self.ask_to_log_out(&cookie, manager, limits)) {
+            true => tracing::debug!("{}: logged out", self.host()),
+            false => tracing::info!(
                 "{}: the logout failed: the session ends by itself after some time",
                 self.host()
             ),
         }
     }
 
-    async fn ask_to_log_out(&self, cookie: &HeaderValue, manager: &str) -> bool {
+    fn ask_to_log_out(&self, cookie: &HeaderValue, manager: &str, limits: Limits<'_>) -> bool {
         let body = format!(
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?><soapenv:Envelope \
              xmlns:soapenv=\"http://schemas.xmlsoap.org/soap/envelope/\"><soapenv:Body><Logout xmlns=\"urn:vim25\">\
@@ -546,14 +506,18 @@ impl Client {
         );
         let mut url = self.origin.clone();
         url.set_path("/sdk");
-        let request = self
-            .http
-            .post(url)
-            .header(COOKIE, cookie.clone())
-            .header(CONTENT_TYPE, "text/xml; charset=utf-8")
-            .header("SOAPAction", "urn:vim25")
-            .body(body);
-        request.send().await.is_ok_and(|answer| answer.status().is_success())
+        let mut headers = HeaderMap::new();
+        headers.insert(COOKIE, cookie.clone());
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/xml; charset=utf-8"));
+        headers.insert("SOAPAction", HeaderValue::from_static("urn:vim25"));
+        let request = Request {
+            method: Method::POST,
+            url: &url,
+            headers,
+            body: body.as_bytes(),
+        };
+        let answer = self.transport.send(&request, limits);
+        answer.is_ok_and(|answer| answer.status.is_success())
     }
 }
 
@@ -580,43 +544,17 @@ fn headers_of(server: &HttpsServer) -> Result<HeaderMap> {
     Ok(headers)
 }
 
-/// Returns the proxy of `proxy=`. The error does not show the address, which may hold a password.
-fn proxy_of(address: &Secret) -> Result<reqwest::Proxy> {
-    let invalid = |_e| {
-        Error::new(
-            ErrorKind::Usage,
-            "proxy=: is not the http:// or https:// address of a proxy",
-        )
-    };
-    reqwest::Proxy::all(address.reveal()).map_err(invalid)
-}
-
-/// Returns the runtime that serves the sockets. It is started after the daemon has forked, as it has threads.
-fn runtime() -> Result<&'static Runtime> {
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    if let Some(runtime) = RUNTIME.get() {
-        return Ok(runtime);
-    }
-    let new = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("https")
-        .enable_all()
-        .build()
-        .map_err(|e| Error::io("starting the threads for HTTPS", e))?;
-    Ok(RUNTIME.get_or_init(|| new))
-}
-
-/// Waits for `read`, but no longer than until the file is closed.
-async fn until_closed<T>(mut closing: watch::Receiver<bool>, read: impl Future<Output = Result<T>>) -> Result<T> {
-    let (mut read, mut closed) = (pin!(read), pin!(closing.wait_for(|closed| *closed)));
-    poll_fn(|context| {
-        if let Poll::Ready(result) = read.as_mut().poll(context) {
-            return Poll::Ready(result);
+/// Pauses, but no longer than the limits allow.
+fn sleep(pause: Duration, limits: Limits<'_>) -> Result<(), Trouble> {
+    let end = Instant::now() + pause;
+    loop {
+        limits.check()?;
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
         }
-        let closed = closed.as_mut().poll(context);
-        closed.map(|_| Err(Error::new(ErrorKind::Os(libc::ECANCELED), "the file was closed")))
-    })
-    .await
+        std::thread::sleep(left.min(TICK));
+    }
 }
 
 fn same_origin(a: &Url, b: &Url) -> bool {
@@ -624,10 +562,9 @@ fn same_origin(a: &Url, b: &Url) -> bool {
 }
 
 /// Returns the first line of the text of an error answer, after a colon; empty if there is none.
-async fn error_text(mut answer: Response) -> String {
+fn error_text(mut answer: Answer, limits: Limits<'_>) -> String {
     let mut text = Vec::new();
-    while let Ok(Ok(Some(chunk))) = timeout(STALL, answer.chunk()).await {
-        text.extend_from_slice(&chunk);
+    while let Ok(true) = answer.read(limits, &mut |bytes| text.extend_from_slice(bytes)) {
         if text.len() > MAX_ERROR_TEXT {
             break;
         }

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use super::transport::Trouble;
 use crate::error::{Error, ErrorKind};
 
 /// First and longest pause before a retry.
 const PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
 /// Next step after a failed attempt.
+#[derive(Debug)]
 pub(super) enum Next {
     GiveUp,
     /// Try again, after the pause that the server asks for.
@@ -18,8 +20,11 @@ pub(super) enum Next {
     Login,
     /// The place that the server had redirected to is gone: ask at the file's own address.
     Return,
+    /// The deadline has passed.
+    TimedOut,
 }
 
+#[derive(Debug)]
 pub(super) struct Failure {
     pub(super) next: Next,
     pub(super) error: Error,
@@ -44,6 +49,18 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let next = Next::GiveUp;
         Self { next, error }
+    }
+}
+
+impl From<Trouble> for Failure {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Unreachable(text) => Self::new(Next::Reconnect, ErrorKind::Os(libc::EIO), text),
+            Trouble::Broken(text) => Self::retry(text),
+            Trouble::Stalled(time) => Self::retry(format!("the answer stalled for {} s", time.as_secs())),
+            Trouble::TimedOut => Self::new(Next::TimedOut, ErrorKind::Os(libc::EIO), "no answer in time"),
+            Trouble::Closed => Self::fatal(ErrorKind::Os(libc::ECANCELED), "the file was closed"),
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Files on a web server: the datastores of an ESXi or a vCenter (`/folder`), or any server that sends ranges.
 //!
 //! ```text
-//!   engine ─► HttpsFile ─► cache::CachedBlocks ─► RemoteFile ─► Client ─► socket
+//!   engine ─► HttpsFile ─► cache::AdaptiveBlocks ─► RemoteFile ─► Client ─► socket
 //!               │  siblings                          │ one range for neighbouring blocks
 //!               ▼                                    ▼
 //!             HttpsStore: address.rs, the gate     answer.rs: is it what was asked for?
 //!                                                  session.rs: login      trust.rs: certificate
+//!                                                  transport.rs: http1.rs, library.rs
 //! ```
 //! The store is read-only: the service has no partial writes. Files are recognized as changed by their length, ETag and
 //! Last-Modified, which every answer is compared with; a changed file gives errors from then on, never mixed content.
@@ -13,15 +14,14 @@
 //! All files of a disk share the memory of one cache and its threads, so a chain of many links costs no more of both.
 
 use std::ops::Range;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::Url;
 use ring::digest::{SHA256, digest};
-use tokio::sync::watch;
 
-use crate::cache::{BlockMemory, CachedBlocks, Fetch, FetchPool};
+use crate::cache::{AdaptiveBlocks, BlockMemory, Fetch, FetchPool};
 use crate::config::HttpsConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Identity, Store, StoredFile};
@@ -30,9 +30,14 @@ mod address;
 mod answer;
 mod client;
 mod failure;
+mod http1;
+mod library;
+mod low_water;
 mod session;
 mod slots;
+mod transport;
 mod trust;
+mod wire;
 
 use address::Address;
 pub use address::{percent_decode, split_datastore};
@@ -43,12 +48,12 @@ pub use trust::certificate_of;
 /// Size of a block of the cache in bytes. A request for one costs little more than one for a page, and a table of grains
 /// comes with its neighbours.
 const BLOCK: u64 = 32 << 10;
+/// The same for reads all over the file: a page, which is what most of them want.
+const SMALL_BLOCK: u64 = 4 << 10;
 /// Blocks that the first request of a file asks for: a descriptor, or a header and the first tables, as a rule.
 const FIRST_BLOCKS: u64 = 2;
 /// Most blocks of one request: a MiB, and one more for a read that does not start at a block.
 const MAX_RUN: u64 = 33;
-/// Complete blocks after which the waiting thread is woken, though more of the range is to come.
-const BATCH: usize = 8;
 /// Default memory for blocks of a disk.
 const CACHE: u64 = 64 << 20;
 /// Default bound of read-ahead: what eight connections have in flight, twice.
@@ -86,17 +91,17 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
     let within = |e: Error| e.within(address.label());
     let mut failed = None;
     for form in address.site.forms() {
-        let moved = Arc::<Mutex<_>>::default();
+        let (moved, closing) = (Mutex::default(), AtomicBool::new(false));
         let ask = Ask {
-            address: address.clone(),
+            address: &address,
             form,
-            moved: Arc::clone(&moved),
+            moved: &moved,
             range: 0..FIRST_BLOCKS * BLOCK,
             known: None,
-            closing: None,
+            closing: &closing,
         };
         let mut head = Vec::new();
-        match read(&shared.client, ask, FIRST_BLOCKS * BLOCK, &mut |block| head.push(block)) {
+        match read(&shared.client, &ask, BLOCK, &mut |block| head.push(block)) {
             Ok(version) => {
                 address.site.settle(form);
                 return HttpsFile::new(shared, address, form, moved, version, head).map(|file| Arc::new(file) as _);
@@ -114,7 +119,7 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
 struct HttpsFile {
     shared: Arc<Shared>,
     remote: Arc<RemoteFile>,
-    blocks: CachedBlocks,
+    blocks: AdaptiveBlocks,
     label: String,
     identity: Identity,
 }
@@ -124,7 +129,7 @@ impl HttpsFile {
         shared: &Arc<Shared>,
         address: Address,
         form: usize,
-        moved: Arc<Mutex<Option<Url>>>,
+        moved: Mutex<Option<Url>>,
         version: Version,
         head: Vec<Vec<u8>>,
     ) -> Result<Self> {
@@ -135,14 +140,14 @@ impl HttpsFile {
             moved,
             version,
             address,
-            closing: watch::Sender::new(false),
+            closing: AtomicBool::new(false),
         });
-        let blocks = CachedBlocks::new(
-            Arc::clone(&remote) as Arc<dyn Fetch>,
-            Arc::clone(&shared.memory),
-            Arc::clone(&shared.pool),
-            shared.readahead,
-        );
+        let origin = |block| {
+            let remote = Arc::clone(&remote);
+            Arc::new(RemoteBlocks { remote, block }) as Arc<dyn Fetch>
+        };
+        let (large, small) = (origin(BLOCK), origin(SMALL_BLOCK));
+        let blocks = AdaptiveBlocks::new(large, small, &shared.memory, &shared.pool, shared.readahead);
         for (number, block) in (0..).zip(head) {
             blocks.put(number, block);
         }
@@ -233,20 +238,28 @@ struct RemoteFile {
     client: Arc<Client>,
     address: Address,
     form: usize,
-    moved: Arc<Mutex<Option<Url>>>,
+    moved: Mutex<Option<Url>>,
     version: Version,
     label: String,
     /// True once no reader is left.
-    closing: watch::Sender<bool>,
+    closing: AtomicBool,
 }
 
-impl Fetch for RemoteFile {
+/// A file on a server as the origin of blocks of one size.
+#[derive(Debug)]
+struct RemoteBlocks {
+    remote: Arc<RemoteFile>,
+    /// Size of a block in bytes.
+    block: u64,
+}
+
+impl Fetch for RemoteBlocks {
     fn len(&self) -> u64 {
-        self.version.len
+        self.remote.version.len
     }
 
     fn block(&self) -> u64 {
-        BLOCK
+        self.block
     }
 
     fn max_run(&self) -> u64 {
@@ -255,99 +268,82 @@ impl Fetch for RemoteFile {
 
     fn deadline(&self) -> Duration {
         // The thread that fetches ends with an error of its own before.
-        self.client.timeout() + Duration::from_secs(10)
+        self.remote.client.timeout() + Duration::from_secs(10)
     }
 
     fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
-        let (start, end) = (blocks.start * BLOCK, (blocks.end * BLOCK).min(self.version.len));
+        let (start, end) = (
+            blocks.start * self.block,
+            (blocks.end * self.block).min(self.remote.version.len),
+        );
         let ask = Ask {
-            address: self.address.clone(),
-            form: self.form,
-            moved: Arc::clone(&self.moved),
+            address: &self.remote.address,
+            form: self.remote.form,
+            moved: &self.remote.moved,
             range: start..end,
-            known: Some(self.version.clone()),
-            closing: Some(self.closing.subscribe()),
+            known: Some(&self.remote.version),
+            closing: &self.remote.closing,
         };
-        let read = read(&self.client, ask, end.saturating_sub(start), each);
+        let read = read(&self.remote.client, &ask, self.block, each);
         read.map(|_| ()).map_err(|e| {
             // The file was opened: whatever is wrong now is an I/O error of the disk.
-            let text = format!("{}: {} bytes at {start}: {e}", self.label, end - start);
+            let text = format!("{}: {} bytes at {start}: {e}", self.remote.label, end - start);
             Error::new(ErrorKind::Os(libc::EIO), text)
         })
     }
 
     fn close(&self) {
-        self.closing.send_replace(true);
+        self.remote.closing.store(true, Ordering::Relaxed);
     }
 }
 
-/// Reads a range of at most `len` bytes, and passes its blocks to `each`. Returns the version of the file.
-fn read(client: &Arc<Client>, ask: Ask, len: u64, each: &mut dyn FnMut(Vec<u8>)) -> Result<Version> {
-    let (batches, blocks) = channel();
+/// Reads a range, and passes its blocks of `size` bytes to `each`. Returns the version of the file.
+///
+/// Errors: as [`Client::read`]. The blocks that were complete before are passed all the same.
+fn read(client: &Client, ask: &Ask<'_>, size: u64, each: &mut dyn FnMut(Vec<u8>)) -> Result<Version> {
     let mut assembler = Assembler {
-        left: len,
+        size: size as usize,
+        left: ask.range.end - ask.range.start,
         block: Vec::new(),
-        batch: Vec::new(),
-        batches,
-        may_end: ask.known.is_none(),
+        each,
     };
-    let result = client.start(ask, Box::new(move |bytes| assembler.push(bytes)))?;
-    // Ends when the request has ended, and with it the assembler.
-    for batch in blocks {
-        batch.into_iter().for_each(&mut *each);
-    }
-    result
-        .recv()
-        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Os(libc::EIO), "the request panicked")))
+    let version = client.read(ask, &mut |bytes| assembler.push(bytes))?;
+    // The first request may be longer than the file.
+    assembler.end();
+    Ok(version)
 }
 
 /// Cuts a stream of bytes into blocks.
-struct Assembler {
+struct Assembler<'a> {
+    /// Size of a block.
+    size: usize,
     /// Bytes that are still to come, those in `block` not counted.
     left: u64,
     block: Vec<u8>,
-    /// Complete blocks that are not sent yet.
-    batch: Vec<Vec<u8>>,
-    batches: Sender<Vec<Vec<u8>>>,
-    /// True if the file may end within the range, and its last block with it.
-    may_end: bool,
+    each: &'a mut dyn FnMut(Vec<u8>),
 }
 
-impl Assembler {
+impl Assembler<'_> {
     fn push(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.block.capacity() == 0 {
-                self.block.reserve_exact(self.left.min(BLOCK) as usize);
+                self.block.reserve_exact(self.size.min(self.left as usize));
             }
-            let space = BLOCK as usize - self.block.len();
-            let (now, later) = bytes.split_at(space.min(bytes.len()));
+            let (now, later) = bytes.split_at(bytes.len().min(self.size - self.block.len()));
             self.block.extend_from_slice(now);
             self.left = self.left.saturating_sub(now.len() as u64);
             bytes = later;
-            if self.block.len() == BLOCK as usize || self.left == 0 {
-                self.batch.push(std::mem::take(&mut self.block));
+            if self.block.len() == self.size || self.left == 0 {
+                self.end();
             }
         }
-        if self.batch.len() >= BATCH || self.left == 0 {
-            self.send();
-        }
     }
 
-    /// Sends the complete blocks. A receiver that is gone wants them no more.
-    fn send(&mut self) {
-        if !self.batch.is_empty() {
-            let _ = self.batches.send(std::mem::take(&mut self.batch));
+    /// Passes on the block as it is.
+    fn end(&mut self) {
+        if !self.block.is_empty() {
+            (self.each)(std::mem::take(&mut self.block));
         }
-    }
-}
-
-impl Drop for Assembler {
-    fn drop(&mut self) {
-        // A block that a failed request left incomplete is not sent.
-        if self.may_end && !self.block.is_empty() {
-            self.batch.push(std::mem::take(&mut self.block));
-        }
-        self.send();
     }
 }
 

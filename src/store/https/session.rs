@@ -9,11 +9,13 @@
 //! number is limited. A login that the server refused is not repeated for [`REFUSED_FOR`]: repeated wrong passwords lock
 //! accounts. The cookie goes back byte for byte, quotes included.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{HeaderMap, HeaderValue, SET_COOKIE};
 
+use super::failure::Failure;
+use super::transport::{Limits, TICK};
 use crate::config::HttpsServer;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -31,8 +33,8 @@ pub(super) struct Session {
     basic: Option<HeaderValue>,
     user: String,
     state: Mutex<LoginState>,
-    /// Held by the request that logs in, from before it is sent until its answer's headers are here.
-    login: tokio::sync::Mutex<()>,
+    /// Notified when a login has ended.
+    login_ended: Condvar,
 }
 
 #[derive(Default)]
@@ -45,6 +47,8 @@ struct LoginState {
     /// True once a login was answered without a session cookie.
     basic_only: bool,
     refused: Option<Instant>,
+    /// True while a request logs in, from before it is sent until its answer's headers are here.
+    logging_in: bool,
 }
 
 impl std::fmt::Debug for Session {
@@ -67,8 +71,18 @@ pub(super) enum Authorization<'s> {
     Login {
         basic: HeaderValue,
         /// Other requests wait until it is dropped.
-        _guard: tokio::sync::MutexGuard<'s, ()>,
+        _guard: LoginGuard<'s>,
     },
+}
+
+/// Marks the session as logging in until it is dropped.
+pub(super) struct LoginGuard<'s>(&'s Session);
+
+impl Drop for LoginGuard<'_> {
+    fn drop(&mut self) {
+        self.0.state().logging_in = false;
+        self.0.login_ended.notify_all();
+    }
 }
 
 impl Session {
@@ -105,33 +119,37 @@ impl Session {
             basic,
             user,
             state: Mutex::new(state),
-            login: tokio::sync::Mutex::default(),
+            login_ended: Condvar::new(),
         })
     }
 
     /// Returns the authorization for the next request. Waits for a login that another request does.
     ///
-    /// Errors: the server has refused the login a short while ago.
-    pub(super) async fn authorize(&self) -> Result<Authorization<'_>> {
-        if let Some(known) = self.known()? {
-            return Ok(known);
-        }
-        let Some(basic) = &self.basic else {
-            return Ok(Authorization::Anonymous);
-        };
-        let guard = self.login.lock().await;
-        // The request that held the guard may have brought a cookie, or a refusal.
-        match self.known()? {
-            Some(known) => Ok(known),
-            None => Ok(Authorization::Login {
-                basic: basic.clone(),
-                _guard: guard,
-            }),
+    /// Errors: the server has refused the login a short while ago; those of the limits.
+    pub(super) fn authorize(&self, limits: Limits<'_>) -> Result<Authorization<'_>, Failure> {
+        let mut state = self.state();
+        loop {
+            // The request that logged in may have brought a cookie, or a refusal.
+            if let Some(known) = self.known(&state)? {
+                return Ok(known);
+            }
+            let Some(basic) = &self.basic else {
+                return Ok(Authorization::Anonymous);
+            };
+            if !state.logging_in {
+                state.logging_in = true;
+                return Ok(Authorization::Login {
+                    basic: basic.clone(),
+                    _guard: LoginGuard(self),
+                });
+            }
+            limits.check()?;
+            let waited = self.login_ended.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    fn known(&self) -> Result<Option<Authorization<'static>>> {
-        let state = self.state();
+    fn known(&self, state: &LoginState) -> Result<Option<Authorization<'static>>> {
         if let Some(cookie) = &state.cookie {
             return Ok(Some(Authorization::Cookie(cookie.clone(), state.generation)));
         }
@@ -237,6 +255,8 @@ fn base64(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use crate::config::Secret;
 
@@ -249,11 +269,12 @@ mod tests {
         Session::new(&server).unwrap()
     }
 
-    fn run<T>(future: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap()
-            .block_on(future)
+    fn authorize(session: &Session) -> Result<Authorization<'_>, Failure> {
+        let closing = AtomicBool::new(false);
+        session.authorize(Limits {
+            deadline: Instant::now() + Duration::from_secs(60),
+            closing: &closing,
+        })
     }
 
     #[test]
@@ -272,49 +293,39 @@ mod tests {
     #[test]
     fn the_cookie_of_a_login_goes_back_byte_for_byte() {
         let session = login();
-        run(async {
-            assert!(matches!(
-                session.authorize().await.unwrap(),
-                Authorization::Login { .. }
-            ));
-            let mut headers = HeaderMap::new();
-            headers.append(SET_COOKIE, HeaderValue::from_static("other=1"));
-            headers.append(
-                SET_COOKIE,
-                HeaderValue::from_static("vmware_soap_session=\"52-a b=\"; Path=/; HttpOnly; Secure;"),
-            );
-            session.logged_in(&headers, true);
-            let Authorization::Cookie(cookie, generation) = session.authorize().await.unwrap() else {
-                panic!("no cookie")
-            };
-            assert_eq!(cookie, "vmware_soap_session=\"52-a b=\"");
-            // Only the current cookie expires; a late answer to an older one changes nothing.
-            assert!(session.expired(generation - 1));
-            assert!(matches!(session.authorize().await.unwrap(), Authorization::Cookie(..)));
-            assert!(session.expired(generation));
-            assert!(matches!(
-                session.authorize().await.unwrap(),
-                Authorization::Login { .. }
-            ));
-        });
+        assert!(matches!(authorize(&session).unwrap(), Authorization::Login { .. }));
+        let mut headers = HeaderMap::new();
+        headers.append(SET_COOKIE, HeaderValue::from_static("other=1"));
+        headers.append(
+            SET_COOKIE,
+            HeaderValue::from_static("vmware_soap_session=\"52-a b=\"; Path=/; HttpOnly; Secure;"),
+        );
+        session.logged_in(&headers, true);
+        let Authorization::Cookie(cookie, generation) = authorize(&session).unwrap() else {
+            panic!("no cookie")
+        };
+        assert_eq!(cookie, "vmware_soap_session=\"52-a b=\"");
+        // Only the current cookie expires; a late answer to an older one changes nothing.
+        assert!(session.expired(generation - 1));
+        assert!(matches!(authorize(&session).unwrap(), Authorization::Cookie(..)));
+        assert!(session.expired(generation));
+        assert!(matches!(authorize(&session).unwrap(), Authorization::Login { .. }));
     }
 
     #[test]
     fn a_refused_login_is_not_repeated_at_once() {
         let session = login();
-        run(async {
-            drop(session.authorize().await.unwrap());
-            let error = session.refused().to_string();
-            assert!(error.contains("\"root\"") && !error.contains("secret:"), "{error}");
-            assert!(session.authorize().await.is_err());
-        });
+        drop(authorize(&session).unwrap());
+        let error = session.refused().to_string();
+        assert!(error.contains("\"root\"") && !error.contains("secret:"), "{error}");
+        assert!(authorize(&session).is_err());
     }
 
     #[test]
     fn a_server_without_sessions_gets_the_password_with_each_request() {
         let session = login();
         session.logged_in(&HeaderMap::new(), true);
-        assert!(matches!(run(session.authorize()).unwrap(), Authorization::Basic(_)));
+        assert!(matches!(authorize(&session).unwrap(), Authorization::Basic(_)));
     }
 
     #[test]
@@ -324,7 +335,7 @@ mod tests {
             ..HttpsServer::default()
         };
         let session = Session::new(&server).unwrap();
-        assert!(matches!(run(session.authorize()).unwrap(), Authorization::Cookie(..)));
+        assert!(matches!(authorize(&session).unwrap(), Authorization::Cookie(..)));
         assert!(!session.expired(0));
         assert_eq!(session.take(), None);
     }

@@ -1,8 +1,8 @@
 //! Number of requests in flight to a server.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use super::transport::{Limits, TICK, Trouble};
 
 /// Answers after which a limit that the server lowered is raised by one.
 const RAISE_AFTER: usize = 64;
@@ -10,62 +10,103 @@ const RAISE_AFTER: usize = 64;
 /// Requests in flight: as many as there are connections, fewer where the server says that it has too many.
 #[derive(Debug)]
 pub(super) struct Slots {
-    free: Semaphore,
     /// Number of connections.
     pub(super) most: usize,
-    /// Present limit, and answers since it was lowered.
-    limit: Mutex<(usize, usize)>,
+    state: Mutex<SlotState>,
+    /// Notified when a slot becomes free.
+    freed: Condvar,
 }
+
+#[derive(Debug)]
+struct SlotState {
+    used: usize,
+    /// Present limit, at least 1.
+    limit: usize,
+    /// Answers since the limit was lowered or raised.
+    answers: usize,
+}
+
+/// Right to have one request in flight. Dropping it frees the slot.
+#[derive(Debug)]
+pub(super) struct Slot<'s>(&'s Slots);
 
 impl Slots {
     pub(super) fn new(most: usize) -> Self {
-        let (free, limit) = (Semaphore::new(most), Mutex::new((most, 0)));
-        Self { free, most, limit }
-    }
-
-    pub(super) async fn acquire(&self) -> SemaphorePermit<'_> {
-        loop {
-            // The semaphore is never closed.
-            if let Ok(slot) = self.free.acquire().await {
-                return slot;
-            }
+        let most = most.max(1);
+        let state = SlotState {
+            used: 0,
+            limit: most,
+            answers: 0,
+        };
+        Self {
+            most,
+            state: Mutex::new(state),
+            freed: Condvar::new(),
         }
     }
 
-    /// Lowers the limit by the slot of a request that was one too many.
-    pub(super) fn lower(&self, slot: SemaphorePermit<'_>) {
-        let mut limit = self.limit.lock().unwrap_or_else(PoisonError::into_inner);
-        limit.1 = 0;
-        if limit.0 > 1 {
-            limit.0 -= 1;
-            slot.forget();
+    /// Waits for a free slot.
+    pub(super) fn acquire(&self, limits: Limits<'_>) -> Result<Slot<'_>, Trouble> {
+        let mut state = self.state();
+        while state.used >= state.limit {
+            limits.check()?;
+            let waited = self.freed.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        state.used += 1;
+        Ok(Slot(self))
+    }
+
+    /// Lowers the limit: the server has refused a request as one too many.
+    pub(super) fn lower(&self) {
+        let mut state = self.state();
+        state.answers = 0;
+        state.limit = (state.limit - 1).max(1);
     }
 
     pub(super) fn succeeded(&self) {
-        let mut limit = self.limit.lock().unwrap_or_else(PoisonError::into_inner);
-        limit.1 += 1;
-        if limit.0 < self.most && limit.1 >= RAISE_AFTER {
-            *limit = (limit.0 + 1, 0);
-            self.free.add_permits(1);
+        let mut state = self.state();
+        state.answers += 1;
+        if state.limit < self.most && state.answers >= RAISE_AFTER {
+            state.limit += 1;
+            state.answers = 0;
+            self.freed.notify_one();
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, SlotState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        self.0.state().used -= 1;
+        self.0.freed.notify_one();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
     use super::*;
 
     #[test]
     fn a_limit_that_the_server_lowered_rises_again_and_never_falls_below_one() {
-        let slots = Slots::new(2);
-        for _ in 0..3 {
-            if let Ok(slot) = slots.free.try_acquire() {
-                slots.lower(slot);
-            }
-        }
-        assert_eq!(slots.free.available_permits(), 1);
+        let (slots, closing) = (Slots::new(2), AtomicBool::new(false));
+        let now = Limits {
+            deadline: Instant::now(),
+            closing: &closing,
+        };
+        (0..3).for_each(|_| slots.lower());
+        let first = slots.acquire(now).unwrap();
+        assert!(matches!(slots.acquire(now), Err(Trouble::TimedOut)));
         (0..2 * RAISE_AFTER).for_each(|_| slots.succeeded());
-        assert_eq!(slots.free.available_permits(), 2);
+        drop((first, slots.acquire(now).unwrap()));
+        let both = (slots.acquire(now).unwrap(), slots.acquire(now).unwrap());
+        assert!(slots.acquire(now).is_err());
+        drop(both);
     }
 }

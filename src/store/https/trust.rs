@@ -24,7 +24,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CipherSuite, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::config::{Thumbprint, Trust};
 use crate::error::{Error, ErrorKind, Result};
@@ -39,7 +39,12 @@ pub(super) type Refusal = Arc<Mutex<Option<String>>>;
 ///
 /// Errors: the file of `cainfo=` cannot be read or has no certificate, this machine has no roots.
 pub(super) fn client_config(trust: &Trust) -> Result<(ClientConfig, Refusal)> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut provider = rustls::crypto::ring::default_provider();
+    // A server takes the client's first choice as a rule. AES-128 costs both ends a quarter less than AES-256.
+    provider
+        .cipher_suites
+        .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    let provider = Arc::new(provider);
     let refusal = Refusal::default();
     let inner = match trust {
         Trust::Pinned(thumbprint) => Check::Pinned(thumbprint.clone()),

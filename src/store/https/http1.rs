@@ -1,0 +1,574 @@
+//! HTTP/1.1 on connections of our own.
+//!
+//! ```text
+//!   send ─► idle connection, or a new one ─► head of the answer ─► body ─► the connection is idle again
+//!             └─ closed by the server meanwhile: the next one, at once
+//! ```
+//! The thread that asks does everything itself. A connection whose answer was not read to its end is closed, as what is
+//! left of the answer would be taken for the next one.
+//!
+//! Bounds: a head has at most [`MAX_HEAD`] bytes and [`MAX_HEADERS`] lines; the size lines of a chunked body are bounded by
+//! the parser. Bodies are bounded by their readers.
+
+use std::fmt::{self, Write as _};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use reqwest::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use reqwest::{Method, StatusCode, Url};
+use rustls::ClientConfig;
+
+use super::transport::{Answer, Body, Limits, Piece, Request, Trouble};
+use super::wire::{Endpoint, Wire};
+
+/// Largest head of an answer, in bytes.
+const MAX_HEAD: usize = 64 << 10;
+/// Most header lines of an answer.
+const MAX_HEADERS: usize = 128;
+/// Most interim answers (status 1xx) before the answer.
+const MAX_INTERIM: usize = 8;
+/// Time after which an idle connection is tested before it is used.
+const FRESH: Duration = Duration::from_millis(500);
+
+/// Connections to servers.
+pub(super) struct Http1 {
+    tls: Arc<ClientConfig>,
+    resolve: Vec<(String, IpAddr)>,
+    /// Longest time to connect.
+    connect: Duration,
+    user_agent: &'static str,
+    idle: Arc<IdlePool>,
+}
+
+/// Connections without a request.
+struct IdlePool {
+    most: usize,
+    /// The last one used is the last of the list, and used next.
+    wires: Mutex<Vec<(Endpoint, Instant, Wire)>>,
+}
+
+impl fmt::Debug for Http1 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Http1").finish_non_exhaustive()
+    }
+}
+
+impl Http1 {
+    /// Creates the connections to servers, of which at most `most` are kept.
+    pub(super) fn new(
+        tls: ClientConfig,
+        resolve: Vec<(String, IpAddr)>,
+        connect: Duration,
+        most: usize,
+        user_agent: &'static str,
+    ) -> Self {
+        let wires = Mutex::default();
+        Self {
+            tls: Arc::new(tls),
+            resolve,
+            connect,
+            user_agent,
+            idle: Arc::new(IdlePool { most, wires }),
+        }
+    }
+
+    /// Sends a request, and waits for the head of the answer.
+    pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<Answer, Trouble> {
+        let endpoint = Endpoint::of(request.url);
+        let head = head_of(request, self.user_agent);
+        // A server may close an idle connection at the same moment. Each failure takes one connection out of the pool.
+        while let Some(wire) = self.idle.take(&endpoint) {
+            match self.exchange(wire, &endpoint, &head, request, limits) {
+                Err((Trouble::Broken(text), true)) => tracing::trace!("idle connection: {text}"),
+                Err((trouble, _)) => return Err(trouble),
+                Ok(answer) => return Ok(answer),
+            }
+        }
+        let wire = Wire::connect(&endpoint, &self.resolve, &self.tls, limits.within(self.connect));
+        let wire = wire.map_err(|trouble| match trouble {
+            Trouble::TimedOut if Instant::now() < limits.deadline => {
+                Trouble::Unreachable(format!("no connection within {} s", self.connect.as_secs()))
+            }
+            other => other,
+        })?;
+        let answer = self.exchange(wire, &endpoint, &head, request, limits);
+        answer.map_err(|(trouble, _)| trouble)
+    }
+
+    /// Sends a request on a connection. The error tells whether the connection ended before any byte of an answer.
+    fn exchange(
+        &self,
+        mut wire: Wire,
+        endpoint: &Endpoint,
+        head: &str,
+        request: &Request<'_>,
+        limits: Limits<'_>,
+    ) -> Result<Answer, (Trouble, bool)> {
+        let mut message = head.as_bytes().to_vec();
+        message.extend_from_slice(request.body);
+        wire.send(&message, limits).map_err(|trouble| (trouble, true))?;
+        let mut bytes = Vec::new();
+        for _ in 0..=MAX_INTERIM {
+            let parsed = receive_head(&mut wire, &mut bytes, limits);
+            let head = parsed.map_err(|trouble| (trouble, bytes.is_empty()))?;
+            if head.status.is_informational() {
+                continue;
+            }
+            let (framing, keep) =
+                framing_of(&head, request).map_err(|text| (Trouble::Broken(text.to_owned()), false))?;
+            let mut body = DirectBody {
+                wire: Some((endpoint.clone(), wire)),
+                early: bytes,
+                framing,
+                keep,
+                idle: Arc::clone(&self.idle),
+            };
+            body.finish();
+            return Ok(Answer::new(head.status, head.headers, Body::Direct(body)));
+        }
+        Err((Trouble::Broken("too many interim answers".to_owned()), false))
+    }
+}
+
+impl IdlePool {
+    fn take(&self, endpoint: &Endpoint) -> Option<Wire> {
+        loop {
+            let (since, wire) = {
+                let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+                let last = wires.iter().rposition(|(at, ..)| at == endpoint)?;
+                let (_, since, wire) = wires.remove(last);
+                (since, wire)
+            };
+            if since.elapsed() < FRESH || !wire.is_stale() {
+                return Some(wire);
+            }
+        }
+    }
+
+    fn put(&self, endpoint: Endpoint, wire: Wire) {
+        let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+        wires.push((endpoint, Instant::now(), wire));
+        let oldest = (wires.len() > self.most).then(|| wires.remove(0));
+        // Closing a socket may take some time.
+        drop(wires);
+        drop(oldest);
+    }
+}
+
+/// Returns the head of a request.
+fn head_of(request: &Request<'_>, user_agent: &str) -> String {
+    let url: &Url = request.url;
+    let mut head = format!("{} {}", request.method, url.path());
+    if let Some(query) = url.query() {
+        let _ = write!(head, "?{query}");
+    }
+    let _ = write!(head, " HTTP/1.1\r\nhost: {}", url.host_str().unwrap_or_default());
+    if let Some(port) = url.port() {
+        let _ = write!(head, ":{port}");
+    }
+    let _ = write!(head, "\r\nuser-agent: {user_agent}\r\naccept: */*\r\n");
+    if !request.body.is_empty() {
+        let _ = write!(head, "content-length: {}\r\n", request.body.len());
+    }
+    for (name, value) in &request.headers {
+        // The configuration takes text only, so nothing is lost.
+        let _ = write!(head, "{name}: {}\r\n", String::from_utf8_lossy(value.as_bytes()));
+    }
+    head.push_str("\r\n");
+    head
+}
+
+/// Head of an answer.
+#[derive(Debug)]
+struct Head {
+    status: StatusCode,
+    headers: HeaderMap,
+    /// True for HTTP/1.1, false for 1.0.
+    is_modern: bool,
+}
+
+/// Receives the head of an answer. What was received after it stays in `bytes`.
+fn receive_head(wire: &mut Wire, bytes: &mut Vec<u8>, limits: Limits<'_>) -> Result<Head, Trouble> {
+    let mut searched = 0;
+    loop {
+        if let Some(end) = head_end(bytes, searched) {
+            let head = parse_head(bytes.get(..end).unwrap_or_default());
+            bytes.drain(..end);
+            return head.map_err(|text| Trouble::Broken(text.to_owned()));
+        }
+        if bytes.len() > MAX_HEAD {
+            return Err(Trouble::Broken("the head of the answer is too long".to_owned()));
+        }
+        searched = bytes.len().saturating_sub(3);
+        if !wire.receive(1, limits, &mut |piece| bytes.extend_from_slice(piece))? {
+            return Err(Trouble::Broken(
+                "the server closed the connection before its answer".to_owned(),
+            ));
+        }
+    }
+}
+
+/// Returns the length of a head that ends after byte `from`: an empty line ends it.
+fn head_end(bytes: &[u8], from: usize) -> Option<usize> {
+    let mut at = from;
+    loop {
+        at += bytes.get(at..)?.iter().position(|b| *b == b'\n')? + 1;
+        match bytes.get(at..)? {
+            [b'\n', ..] => return Some(at + 1),
+            [b'\r', b'\n', ..] => return Some(at + 2),
+            _ => {}
+        }
+    }
+}
+
+fn parse_head(bytes: &[u8]) -> Result<Head, &'static str> {
+    let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut answer = httparse::Response::new(&mut lines);
+    match answer.parse(bytes) {
+        Ok(httparse::Status::Complete(_)) => {}
+        Ok(httparse::Status::Partial) | Err(_) => return Err("the answer is not HTTP"),
+    }
+    let status = answer.code.and_then(|code| StatusCode::from_u16(code).ok());
+    let mut headers = HeaderMap::with_capacity(answer.headers.len());
+    for line in answer.headers.iter() {
+        let name = HeaderName::from_bytes(line.name.as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(line.value)) {
+            headers.append(name, value);
+        }
+    }
+    Ok(Head {
+        status: status.ok_or("the answer is not HTTP")?,
+        headers,
+        is_modern: answer.version == Some(1),
+    })
+}
+
+/// How a body ends.
+#[derive(Debug, PartialEq, Eq)]
+enum Framing {
+    /// After that many more bytes.
+    Length(u64),
+    /// In chunks, each after its size.
+    Chunked(Chunks),
+    /// With the connection.
+    UntilEnd,
+}
+
+/// Returns the framing of a body, and true if the connection can be used afterwards.
+fn framing_of(head: &Head, request: &Request<'_>) -> Result<(Framing, bool), &'static str> {
+    let has_token = |name: HeaderName, token: &str| {
+        let values = head.headers.get_all(name);
+        let mut tokens = values
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|v| v.split(','));
+        tokens.any(|t| t.trim().eq_ignore_ascii_case(token))
+    };
+    let keep = match head.is_modern {
+        true => !has_token(CONNECTION, "close"),
+        false => has_token(CONNECTION, "keep-alive"),
+    };
+    let bodiless = request.method == Method::HEAD
+        || head.status == StatusCode::NO_CONTENT
+        || head.status == StatusCode::NOT_MODIFIED;
+    if bodiless {
+        return Ok((Framing::Length(0), keep));
+    }
+    if head.headers.contains_key(TRANSFER_ENCODING) {
+        return match has_token(TRANSFER_ENCODING, "chunked") {
+            true => Ok((Framing::Chunked(Chunks::default()), keep)),
+            false => Err("the answer has an unknown transfer encoding"),
+        };
+    }
+    let mut lengths = head.headers.get_all(CONTENT_LENGTH).iter().map(|value| {
+        let text = value.to_str().ok()?.trim();
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        text.parse::<u64>().ok().filter(|_| digits)
+    });
+    match lengths.next() {
+        None => Ok((Framing::UntilEnd, false)),
+        Some(Some(first)) if lengths.all(|other| other == Some(first)) => Ok((Framing::Length(first), keep)),
+        Some(_) => Err("the answer has an invalid Content-Length"),
+    }
+}
+
+/// Body of an answer on a connection of our own.
+pub(super) struct DirectBody {
+    /// `None` once the connection is idle again.
+    wire: Option<(Endpoint, Wire)>,
+    /// Bytes that came with the head.
+    early: Vec<u8>,
+    framing: Framing,
+    keep: bool,
+    idle: Arc<IdlePool>,
+}
+
+impl DirectBody {
+    /// Reads the next piece. Returns false at the end of the body.
+    pub(super) fn read(&mut self, limits: Limits<'_>, piece: Piece<'_>) -> Result<bool, Trouble> {
+        loop {
+            if self.is_complete() {
+                return Ok(false);
+            }
+            let expected = match &self.framing {
+                Framing::Length(left) => usize::try_from(*left).unwrap_or(usize::MAX),
+                Framing::Chunked(_) | Framing::UntilEnd => 1,
+            };
+            let framing = &mut self.framing;
+            let mut taken = Ok((0, false));
+            if !self.early.is_empty() {
+                let early = std::mem::take(&mut self.early);
+                taken = framing.take(&early, piece);
+            } else if let Some((_, wire)) = &mut self.wire {
+                let more = wire.receive(expected, limits, &mut |bytes| taken = framing.take(bytes, piece))?;
+                if !more && *framing == Framing::UntilEnd {
+                    self.framing = Framing::Length(0);
+                    return Ok(false);
+                }
+                if !more {
+                    return Err(Trouble::Broken("the connection was cut".to_owned()));
+                }
+            } else {
+                return Ok(false);
+            }
+            let (passed, excess) = taken.map_err(|text| Trouble::Broken(text.to_owned()))?;
+            // What comes after a body belongs to no request.
+            self.keep &= !excess;
+            self.finish();
+            if passed > 0 {
+                return Ok(true);
+            }
+            limits.check()?;
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        match &self.framing {
+            Framing::Length(left) => *left == 0,
+            Framing::Chunked(chunks) => chunks.state == ChunkState::End,
+            Framing::UntilEnd => false,
+        }
+    }
+
+    /// Gives the connection back once the body is complete.
+    fn finish(&mut self) {
+        if self.is_complete()
+            && let Some((endpoint, wire)) = self.wire.take()
+            && self.keep
+            && self.early.is_empty()
+        {
+            self.idle.put(endpoint, wire);
+        }
+    }
+}
+
+impl Framing {
+    /// Passes on the part of `bytes` that belongs to the body. Returns its length, and true if bytes are left over.
+    fn take(&mut self, bytes: &[u8], piece: Piece<'_>) -> Result<(usize, bool), &'static str> {
+        match self {
+            Self::UntilEnd => {
+                piece(bytes);
+                Ok((bytes.len(), false))
+            }
+            Self::Length(left) => {
+                let now = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= now as u64;
+                piece(bytes.get(..now).unwrap_or_default());
+                Ok((now, now < bytes.len()))
+            }
+            Self::Chunked(chunks) => chunks.take(bytes, piece),
+        }
+    }
+}
+
+/// Decoder of a chunked body: `SIZE [;extension] CRLF data CRLF … 0 CRLF [trailer lines] CRLF`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Chunks {
+    state: ChunkState,
+    /// Size of the present chunk, or what is left of it.
+    left: u64,
+    /// Bytes of the present line.
+    line: usize,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum ChunkState {
+    /// The hexadecimal digits of a size.
+    #[default]
+    Size,
+    /// The rest of the line of a size.
+    SizeEnd,
+    Data,
+    /// The line end after the data.
+    DataEnd,
+    Trailer,
+    End,
+}
+
+impl Chunks {
+    fn take(&mut self, mut bytes: &[u8], piece: Piece<'_>) -> Result<(usize, bool), &'static str> {
+        let mut passed = 0;
+        while let Some((first, rest)) = bytes.split_first() {
+            match self.state {
+                ChunkState::End => return Ok((passed, true)),
+                ChunkState::Data => {
+                    let now = bytes.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+                    let (data, rest) = bytes.split_at(now);
+                    piece(data);
+                    passed += now;
+                    self.left -= now as u64;
+                    bytes = rest;
+                    if self.left == 0 {
+                        self.enter(ChunkState::DataEnd);
+                    }
+                }
+                _ => {
+                    self.control(*first)?;
+                    bytes = rest;
+                }
+            }
+        }
+        Ok((passed, false))
+    }
+
+    /// Processes one byte outside of the data.
+    fn control(&mut self, byte: u8) -> Result<(), &'static str> {
+        const INVALID: &str = "the answer has an invalid chunk";
+        self.line += 1;
+        if self.line > MAX_HEAD {
+            return Err(INVALID);
+        }
+        match (self.state, byte) {
+            (ChunkState::Size, digit) if digit.is_ascii_hexdigit() => {
+                let digit = char::from(digit).to_digit(16).unwrap_or(0);
+                let size = self.left.checked_mul(16).ok_or(INVALID)?;
+                self.left = size + u64::from(digit);
+            }
+            (ChunkState::Size, b'\r' | b'\n' | b';' | b' ' | b'\t') if self.line > 1 => {
+                self.state = ChunkState::SizeEnd;
+                if byte == b'\n' {
+                    self.size_is_complete();
+                }
+            }
+            (ChunkState::SizeEnd, b'\n') => self.size_is_complete(),
+            (ChunkState::SizeEnd, _) => {}
+            (ChunkState::DataEnd, b'\r') if self.line == 1 => {}
+            (ChunkState::DataEnd, b'\n') => self.enter(ChunkState::Size),
+            (ChunkState::Trailer, b'\r') => self.line -= 1,
+            // An empty line ends the body.
+            (ChunkState::Trailer, b'\n') if self.line == 1 => self.enter(ChunkState::End),
+            (ChunkState::Trailer, b'\n') => self.enter(ChunkState::Trailer),
+            (ChunkState::Trailer, _) => {}
+            _ => return Err(INVALID),
+        }
+        Ok(())
+    }
+
+    fn size_is_complete(&mut self) {
+        let next = if self.left == 0 {
+            ChunkState::Trailer
+        } else {
+            ChunkState::Data
+        };
+        self.enter(next);
+    }
+
+    fn enter(&mut self, state: ChunkState) {
+        (self.state, self.line) = (state, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(bytes: &[u8], step: usize) -> Result<(Vec<u8>, ChunkState, bool), &'static str> {
+        let (mut chunks, mut out, mut excess) = (Chunks::default(), Vec::new(), false);
+        for part in bytes.chunks(step) {
+            excess |= chunks.take(part, &mut |piece| out.extend_from_slice(piece))?.1;
+        }
+        Ok((out, chunks.state, excess))
+    }
+
+    #[test]
+    fn chunks_are_decoded_however_they_are_cut() {
+        let body = b"4\r\nWiki\r\n0A;x=\"y\"\r\n0123456789\r\n0\r\nExpires: never\r\n\r\n";
+        for step in 1..body.len() {
+            let (out, state, excess) = decode(body, step).unwrap();
+            assert_eq!(
+                (out.as_slice(), state, excess),
+                (&b"Wiki0123456789"[..], ChunkState::End, false)
+            );
+        }
+        assert!(decode(b"0\r\n\r\nHTTP/1.1", 3).unwrap().2);
+    }
+
+    #[test]
+    fn invalid_chunks_are_refused() {
+        let long = vec![b'1'; 17];
+        for bad in [&b"x\r\n"[..], b"\r\n", b"-1\r\n", b"1\r\nab", &long] {
+            assert!(decode(bad, 1).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
+        let endless = vec![b' '; MAX_HEAD + 2];
+        assert!(decode(&[b"1", endless.as_slice()].concat(), 4096).is_err());
+    }
+
+    fn framing(head: &str) -> Result<(Framing, bool), &'static str> {
+        let url = Url::parse("http://h/").unwrap();
+        let request = Request {
+            method: Method::GET,
+            url: &url,
+            headers: HeaderMap::new(),
+            body: &[],
+        };
+        framing_of(&parse_head(head.as_bytes()).unwrap(), &request)
+    }
+
+    #[test]
+    fn the_end_of_a_body_is_that_of_its_headers() {
+        let length = framing("HTTP/1.1 206 x\r\nContent-Length: 7\r\n\r\n");
+        assert_eq!(length, Ok((Framing::Length(7), true)));
+        let closed = framing("HTTP/1.1 200 x\r\nContent-Length: 7\r\nConnection: x, Close\r\n\r\n");
+        assert_eq!(closed, Ok((Framing::Length(7), false)));
+        assert_eq!(framing("HTTP/1.0 200 x\r\n\r\n"), Ok((Framing::UntilEnd, false)));
+        let chunked = framing("HTTP/1.1 200 x\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n");
+        assert_eq!(chunked, Ok((Framing::Chunked(Chunks::default()), true)));
+        assert_eq!(framing("HTTP/1.1 304 x\r\n\r\n"), Ok((Framing::Length(0), true)));
+        for bad in [
+            "Content-Length: 7\r\nContent-Length: 8",
+            "Content-Length: +7",
+            "Content-Length: ",
+            "Transfer-Encoding: gzip",
+        ] {
+            assert!(framing(&format!("HTTP/1.1 200 x\r\n{bad}\r\n\r\n")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_head_ends_with_an_empty_line() {
+        assert_eq!(head_end(b"HTTP/1.1 200 x\r\nA: b\r\n\r\nrest", 0), Some(24));
+        assert_eq!(head_end(b"HTTP/1.1 200 x\nA: b\n\nrest\r\n\r\n", 0), Some(21));
+        assert_eq!(head_end(b"HTTP/1.1 200 x\r\nA: b\r\n", 0), None);
+        assert!(parse_head(b"SSH-2.0-x\r\n\r\n").is_err());
+    }
+
+    #[test]
+    fn a_request_names_path_query_and_host() {
+        let url = Url::parse("https://u@h:8443/a%20b?c=d").unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert(CONNECTION, HeaderValue::from_static("x"));
+        let request = Request {
+            method: Method::GET,
+            url: &url,
+            headers,
+            body: b"abc",
+        };
+        let head = head_of(&request, "me");
+        assert_eq!(
+            head,
+            "GET /a%20b?c=d HTTP/1.1\r\nhost: h:8443\r\nuser-agent: me\r\naccept: */*\r\ncontent-length: 3\r\n\
+             connection: x\r\n\r\n"
+        );
+    }
+}
