@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::store::OpenPolicy;
+pub use crate::vmdk::Degraded;
 
 mod https;
 
@@ -272,6 +273,16 @@ impl SourceConfig {
         }
     }
 
+    /// Returns true if the user accepts that a part of the disk cannot be read.
+    pub fn accepts_loss(&self) -> bool {
+        let degraded = match self {
+            Self::Local(local) => local.degraded,
+            Self::Https(https) => https.degraded,
+            Self::Nbd(_) => return false,
+        };
+        degraded.orphan || degraded.short
+    }
+
     /// Returns the distance of the source's data from the daemon.
     pub fn distance(&self) -> Distance {
         match self {
@@ -285,9 +296,9 @@ impl SourceConfig {
     /// Returns true if an overlay is accepted although the source is another one than it was created over.
     pub fn accepts_cid_mismatch(&self) -> bool {
         match self {
-            Self::Local(local) => local.accept_cid_mismatch,
+            Self::Local(local) => local.degraded.cid,
             Self::Nbd(nbd) => nbd.accept_cid_mismatch,
-            Self::Https(https) => https.accept_cid_mismatch,
+            Self::Https(https) => https.degraded.cid,
         }
     }
 
@@ -512,8 +523,10 @@ pub struct LocalConfig {
     pub format: Format,
     /// Folders that names inside an image may lead to, besides the image's own.
     pub allow_dirs: Vec<PathBuf>,
-    /// Accept a parent whose CID differs from the one that its child stores.
-    pub accept_cid_mismatch: bool,
+    /// Defects of the chain that are accepted.
+    pub degraded: Degraded,
+    /// Parent of the oldest link that is found, as an absolute path.
+    pub parent: Option<PathBuf>,
     /// Refuse an image that names other files, extents or a parent.
     pub single_file: bool,
     /// Lock the files of the image: a read-only disk excludes writers, a writable disk excludes all other programs.
@@ -534,7 +547,8 @@ impl LocalConfig {
             found_in: None,
             format: Format::Auto,
             allow_dirs: Vec::new(),
-            accept_cid_mismatch: false,
+            degraded: Degraded::default(),
+            parent: None,
             single_file: false,
             lock: true,
             force: false,

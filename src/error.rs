@@ -1,7 +1,8 @@
-//! Error type of the whole program: a kind, a context that names file and position, and a cause.
+//! Error type of the whole program: a kind, the file and the offset, the operation, and a cause.
 //!
-//! The kind is for code, the text is for the user. Each layer adds its context with [`Error::within`], so a message
-//! reads from the outermost operation to the innermost cause, separated by `: `. An [`Error`] is cheap to clone (one
+//! Kind, path and offset are for code, which never searches the text; the text is for the user. Each layer adds its
+//! context with [`Error::within`], and the file with [`Error::in_file`], so a message reads from the outermost operation
+//! to the innermost cause, separated by `: `. An [`Error`] is cheap to clone (one
 //! reference count), so that all waiters of a single-flight fetch receive the same error. Only `fuse/errno.rs`
 //! converts a kind to an `errno`.
 
@@ -45,6 +46,11 @@ pub struct Error(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     kind: ErrorKind,
+    /// File that this layer is about, as messages show it: the first part of the text.
+    path: Option<String>,
+    /// Byte of the file that this layer is about. The text has it too.
+    offset: Option<u64>,
+    /// What failed, or what was found and what was expected. Empty for a layer that only adds the file.
     context: String,
     source: Option<Source>,
 }
@@ -56,12 +62,19 @@ enum Source {
 }
 
 impl Error {
-    /// Creates an error of `kind`. `context` is a full sentence that names the file and the position.
+    /// Creates an error of `kind`. `context` is a full sentence that names the position; the file is added with
+    /// [`Self::in_file`].
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self::layer(kind, context.into(), None)
+    }
+
+    fn layer(kind: ErrorKind, context: String, source: Option<Source>) -> Self {
         Self(Arc::new(Inner {
             kind,
-            context: context.into(),
-            source: None,
+            path: None,
+            offset: None,
+            context,
+            source,
         }))
     }
 
@@ -85,21 +98,57 @@ impl Error {
             (_, Some(errno)) => ErrorKind::Os(errno),
             (_, None) => ErrorKind::Corrupt,
         };
-        Self(Arc::new(Inner {
-            kind,
-            context: context.into(),
-            source: Some(Source::Io(source)),
-        }))
+        Self::layer(kind, context.into(), Some(Source::Io(source)))
     }
 
     /// Wraps the error in an outer context. The kind stays the same.
     #[must_use]
     pub fn within(self, context: impl Into<String>) -> Self {
-        Self(Arc::new(Inner {
-            kind: self.kind(),
-            context: context.into(),
-            source: Some(Source::Error(self)),
-        }))
+        Self::layer(self.kind(), context.into(), Some(Source::Error(self)))
+    }
+
+    /// Names the file that the error is about, in front of the text. An error that names it already stays as it is.
+    #[must_use]
+    pub fn in_file(self, path: &str) -> Self {
+        if self.layers().any(|layer| layer.path.as_deref() == Some(path)) {
+            return self;
+        }
+        self.edit(|layer| layer.path.is_none(), |layer| layer.path = Some(path.to_owned()))
+    }
+
+    /// Sets the byte of the file that the error is about.
+    #[must_use]
+    pub fn at_byte(self, offset: u64) -> Self {
+        self.edit(|_| true, |layer| layer.offset = Some(offset))
+    }
+
+    /// Changes the outermost layer where `fits` allows it and nobody else holds it, otherwise a new layer around it.
+    fn edit(mut self, fits: impl Fn(&Inner) -> bool, change: impl FnOnce(&mut Inner)) -> Self {
+        if !fits(&self.0) || Arc::get_mut(&mut self.0).is_none() {
+            self = Self::layer(self.kind(), String::new(), Some(Source::Error(self)));
+        }
+        if let Some(layer) = Arc::get_mut(&mut self.0) {
+            change(layer);
+        }
+        self
+    }
+
+    /// Returns the innermost file that a layer names: the one whose content or access failed.
+    pub fn path(&self) -> Option<&str> {
+        self.layers().filter_map(|layer| layer.path.as_deref()).last()
+    }
+
+    /// Returns the innermost offset that a layer names.
+    pub fn offset(&self) -> Option<u64> {
+        self.layers().filter_map(|layer| layer.offset).last()
+    }
+
+    /// Returns the layers, from the outermost to the innermost.
+    fn layers(&self) -> impl Iterator<Item = &Inner> {
+        std::iter::successors(Some(&*self.0), |layer| match &layer.source {
+            Some(Source::Error(e)) => Some(&*e.0),
+            _ => None,
+        })
     }
 
     /// Returns the kind, which [`Self::within`] never changes.
@@ -110,10 +159,18 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.context)?;
+        let mut separator = "";
+        for part in [self.0.path.as_deref(), Some(&*self.0.context)]
+            .into_iter()
+            .flatten()
+            .filter(|part| !part.is_empty())
+        {
+            write!(f, "{separator}{part}")?;
+            separator = ": ";
+        }
         match &self.0.source {
-            Some(Source::Io(e)) => write!(f, ": {e}"),
-            Some(Source::Error(e)) => write!(f, ": {e}"),
+            Some(Source::Io(e)) => write!(f, "{separator}{e}"),
+            Some(Source::Error(e)) => write!(f, "{separator}{e}"),
             None => Ok(()),
         }
     }
@@ -126,6 +183,27 @@ impl std::error::Error for Error {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_named_once_and_in_front() {
+        let e = Error::corrupt("entry 3 is 7")
+            .at_byte(1024)
+            .in_file("a.vmdk")
+            .in_file("a.vmdk");
+        assert_eq!(e.to_string(), "a.vmdk: entry 3 is 7");
+        assert_eq!((e.path(), e.offset()), (Some("a.vmdk"), Some(1024)));
+        // A clone keeps its text when another holder adds a file.
+        let shared = e.clone();
+        let outer = e.within("line 2: extent").in_file("disk.vmdk").in_file("a.vmdk");
+        assert_eq!(outer.to_string(), "disk.vmdk: line 2: extent: a.vmdk: entry 3 is 7");
+        assert_eq!(
+            (outer.path(), shared.to_string()),
+            (Some("a.vmdk"), "a.vmdk: entry 3 is 7".to_owned())
+        );
+        let bare = Error::corrupt("x");
+        let both = (bare.clone().in_file("f").to_string(), bare.to_string());
+        assert_eq!(both, ("f: x".to_owned(), "x".to_owned()));
+    }
 
     #[test]
     fn display_names_every_cause_once() {

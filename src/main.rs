@@ -81,11 +81,14 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
         volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
     let mut warnings: Vec<String> = skipped.iter().map(|e| format!("skipped: {e}")).collect();
     let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
-    // Exports that are discovered on a server are connected on first use, so the first read at the start skips them.
+    // Exports that are discovered on a server are connected on first use, so the first read at the start skips them. It
+    // also skips a disk whose user knows that a part of it cannot be read.
     let files = mount
         .disks
         .iter()
-        .filter(|d| !volume::is_dynamic(d) && disks.iter().any(|(disk, _)| disk.name == d.name))
+        .filter(|d| {
+            !volume::is_dynamic(d) && !d.source.accepts_loss() && disks.iter().any(|(disk, _)| disk.name == d.name)
+        })
         .map(|d| d.name.clone())
         .collect();
     let why = disks

@@ -114,7 +114,7 @@ fn exercise(disk: &Arc<VmdkDisk>) {
         seek(&image, start);
     }
     // A damaged image may have any number of errors; the fuzzer only requires that the check ends.
-    vmdk::check(disk);
+    disk.check();
 }
 
 /// Queries the mapping from sector `at` on and reads one sector of each range that is reported as zero.

@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 
 use super::{UsageError, values};
-use crate::config::{Format, HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+use crate::config::{Degraded, Format, HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
 use crate::store::https::{percent_decode, split_datastore};
 
 /// Permission bits by which another user than the owner reads a file.
@@ -78,7 +78,8 @@ pub(super) struct CommonArgs {
     pub(super) timeout: Option<Duration>,
     pub(super) retry: Option<u32>,
     pub(super) format: Format,
-    pub(super) accept_cid_mismatch: bool,
+    pub(super) degraded: Degraded,
+    pub(super) parent: Option<String>,
 }
 
 /// Source on a web server, as given.
@@ -139,6 +140,8 @@ impl HttpsArgs {
             HttpsSource::Url(url) => self.url(&url, common, &mut user, &mut password, &mut warnings)?,
             HttpsSource::File(file) => self.datastore(&file, common)?,
         };
+        let parent = common.parent.as_deref();
+        let parent = parent.map(|parent| self.parent(parent, common)).transpose()?;
         if password.is_some() && user.is_none() {
             return Err(UsageError::new("password= needs user="));
         }
@@ -161,7 +164,8 @@ impl HttpsArgs {
                 retry: common.retry,
             },
             format: common.format,
-            accept_cid_mismatch: common.accept_cid_mismatch,
+            degraded: common.degraded,
+            parent,
         };
         Ok((disk, warnings))
     }
@@ -222,6 +226,19 @@ impl HttpsArgs {
             warnings.push("url=: the password goes over the network unencrypted (http)");
         }
         Ok(HttpsAddress::Url(format!("{scheme}://{host}{path}")))
+    }
+
+    /// Returns the address of `parent=`: a file in a datastore, or a URL without credentials.
+    fn parent(&self, parent: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
+        let is_url = parent.starts_with("https://") || parent.starts_with("http://");
+        let is_plain = is_url && !parent.contains('@');
+        match is_url {
+            true if is_plain => Ok(HttpsAddress::Url(parent.to_owned())),
+            true => Err(UsageError::new(
+                "parent=: give the credentials with user= and password=",
+            )),
+            false => self.datastore(parent, common),
+        }
     }
 
     fn datastore(&self, file: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {

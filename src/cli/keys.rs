@@ -354,9 +354,18 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.allow_dirs.push(values::path(v)?); Ok(()) }).repeats(),
     Key::ready("extents", Group::Local, one_of(&["any", "self"]), "files that an image may name; self: none, only single-file images open (default: any)",
         |s, v| { s.single_file = Some(v == "self"); Ok(()) }),
-    Key::ready("degraded", Group::Local, ValueKind::OneOf { words: &["cid"], later: &["orphan", "short"] }, "accept a parent whose CID differs",
-        |s, _| { s.accept_cid_mismatch = Some(true); Ok(()) }).also(&[Group::VMware]),
-    Key::later("parent", Group::Local, ValueKind::Path, "parent of the oldest link that is found"),
+    Key::ready("degraded", Group::Local, one_of(&["cid", "orphan", "short"]), "accept a parent whose CID differs, a snapshot without its parent, or a \
+        flat extent that is too short; what is missing cannot be read",
+        |s, v| {
+            match v.to_str() {
+                Some("orphan") => s.degraded.orphan = true,
+                Some("short") => s.degraded.short = true,
+                _ => s.degraded.cid = true,
+            }
+            Ok(())
+        }).repeats().also(&[Group::VMware]),
+    Key::ready("parent", Group::Local, ValueKind::Path, "parent of the oldest link that is found",
+        |s, v| { values::path(v)?; s.parent = Some(v.to_owned()); Ok(()) }).scope(Scope::OneDisk).also(&[Group::VMware]),
     Key::later("member", Group::Local, ValueKind::Text, "the disk to show of a package (OVA)"),
     Key::ready("force", Group::Local, ValueKind::Bool, "write to a disk even if a snapshot is based on it (default: false)",
         |s, v| { s.force = Some(values::boolean(v)?); Ok(()) }),

@@ -10,9 +10,9 @@ use super::args::Subcommand;
 use super::create_args::CreateArgs;
 use super::keys::{Group, Key};
 use super::values::PageCacheArg;
-use super::{UsageError, expand, https, nbd, overlay_args};
+use super::{UsageError, expand, https, nbd, overlay_args, values};
 use crate::config::{
-    DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig,
+    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig,
 };
 
 /// Keys of one disk, or of all disks.
@@ -34,8 +34,10 @@ pub(super) struct Settings {
     pub(super) format: Option<Format>,
     /// `allow-dir=`
     pub(super) allow_dirs: Vec<PathBuf>,
-    /// `degraded=cid`
-    pub(super) accept_cid_mismatch: Option<bool>,
+    /// `degraded=`
+    pub(super) degraded: Degraded,
+    /// `parent=`, as it was given: in a datastore it is no path of this machine.
+    pub(super) parent: Option<OsString>,
     /// `extents=self`
     pub(super) single_file: Option<bool>,
     /// `lock=`
@@ -127,7 +129,12 @@ impl Settings {
             readahead: self.readahead.or(common.readahead),
             format: self.format.or(common.format),
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
-            accept_cid_mismatch: self.accept_cid_mismatch.or(common.accept_cid_mismatch),
+            degraded: Degraded {
+                cid: self.degraded.cid || common.degraded.cid,
+                orphan: self.degraded.orphan || common.degraded.orphan,
+                short: self.degraded.short || common.degraded.short,
+            },
+            parent: self.parent.clone().or_else(|| common.parent.clone()),
             single_file: self.single_file.or(common.single_file),
             lock: self.lock.or(common.lock),
             view: self.view.or(common.view),
@@ -304,7 +311,12 @@ impl Settings {
             found_in,
             format: self.format.unwrap_or_default(),
             allow_dirs: self.allow_dirs.clone(),
-            accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+            degraded: self.degraded,
+            parent: self
+                .parent
+                .as_deref()
+                .map(|parent| values::path(parent).map_err(|e| UsageError::new(format!("parent=: {e}"))))
+                .transpose()?,
             single_file: self.single_file.unwrap_or_default(),
             lock: self.lock.unwrap_or(true),
             force: self.force.unwrap_or_default(),
@@ -343,7 +355,11 @@ impl Settings {
             timeout: self.nbd.timeout,
             retry: self.nbd.retry,
             format: self.format.unwrap_or_default(),
-            accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+            degraded: self.degraded,
+            parent: self
+                .parent
+                .as_deref()
+                .map(|parent| parent.to_string_lossy().into_owned()),
         };
         self.https.clone().config(source, &common)
     }
@@ -360,8 +376,13 @@ impl Settings {
                 "--create creates local VMDKs, but an NBD server is given",
             ));
         }
+        if self.degraded.orphan || self.degraded.short {
+            return Err(UsageError::new(
+                "degraded=orphan and degraded=short are for images, but the disk is on an NBD server",
+            ));
+        }
         let server = NbdConfig {
-            accept_cid_mismatch: self.accept_cid_mismatch.unwrap_or_default(),
+            accept_cid_mismatch: self.degraded.cid,
             ..self.nbd.clone().config(uri)?
         };
         if server.dynamic && (named || self.overlay.is_some()) {

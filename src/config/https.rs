@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Format, without_secrets};
+use super::{Degraded, Format, without_secrets};
 
 /// A disk on a web server.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,8 +16,10 @@ pub struct HttpsConfig {
     pub server: HttpsServer,
     /// Format of the image.
     pub format: Format,
-    /// Accept a parent whose CID differs from the one that its child stores.
-    pub accept_cid_mismatch: bool,
+    /// Defects of the chain that are accepted.
+    pub degraded: Degraded,
+    /// Address of the parent of the oldest link that is found.
+    pub parent: Option<HttpsAddress>,
 }
 
 /// Login, trust and limits of a web server. Disks whose servers are equal share one login and its connections.

@@ -7,7 +7,7 @@ use crate::config::{DiskConfig, Query};
 use crate::error::{ErrorKind, Result};
 use crate::overlay::open_overlay;
 use crate::store::Access;
-use crate::vmdk::{self, CheckReport};
+use crate::vmdk::CheckReport;
 use crate::volume::{Source, open_source};
 
 /// Exit status of `--check` for disks whose only findings are leaked grains and unfinished entries.
@@ -76,11 +76,11 @@ fn check_one(disk: &DiskConfig) -> Result<CheckedDisk> {
 fn check_report(disk: &DiskConfig) -> Result<CheckReport> {
     let source = open_source(disk)?;
     let mut report = match &source {
-        Source::Vmdk(vmdk) => vmdk::check(vmdk),
+        Source::Vmdk(vmdk) => vmdk.check(),
         Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
     };
     if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
-        report.add(vmdk::check(&delta));
+        report.add(delta.check());
     }
     Ok(report)
 }

@@ -29,10 +29,10 @@ use crate::overlay::{
 };
 use crate::source::RawDisk;
 use crate::store::{Access, StoredFile};
-use crate::vmdk::{OpenOptions, VmdkDisk};
+use crate::vmdk::VmdkDisk;
 use crate::volume::Source;
 use crate::volume::format::{self, DiskFormat};
-use crate::volume::open::open_file;
+use crate::volume::open::{chain_options, open_file};
 
 /// Maximum number of sectors copied at once: 1 MiB.
 const COPY_STEP: u64 = 2048;
@@ -126,7 +126,7 @@ impl Commit {
         let overlay = open_overlay_of(
             Arc::clone(&child),
             &base,
-            (local.force, local.accept_cid_mismatch),
+            (local.force, local.degraded.cid),
             Access::Write,
         )?;
         let descriptor = descriptor(&overlay)?;
@@ -145,11 +145,7 @@ impl Commit {
             Source::Vmdk(read_only) => {
                 // Its locks on the extents would conflict with those for writing.
                 drop(read_only);
-                let options = OpenOptions {
-                    accept_cid_mismatch: local.accept_cid_mismatch,
-                    force: local.force,
-                };
-                let disk = VmdkDisk::open_base(file, options, &*child);
+                let disk = VmdkDisk::open_base(file, chain_options(local)?, &*child);
                 Target::Vmdk(Arc::new(disk.map_err(|e| base_refused(&overlay, &e))?))
             }
             _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
@@ -276,11 +272,7 @@ impl Commit {
 /// overlay is known to belong to it. Returns the values that the overlay must match, and the source.
 fn open_for_check(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
     let source = if format::decide(local, &**file)? == DiskFormat::Vmdk {
-        let options = OpenOptions {
-            accept_cid_mismatch: local.accept_cid_mismatch,
-            force: local.force,
-        };
-        Source::Vmdk(Arc::new(VmdkDisk::open(Arc::clone(file), options)?))
+        Source::Vmdk(Arc::new(VmdkDisk::open(Arc::clone(file), chain_options(local)?)?))
     } else {
         Source::Raw(Arc::new(RawDisk::new(Arc::clone(file))?), Arc::clone(file))
     };

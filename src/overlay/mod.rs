@@ -138,11 +138,11 @@ fn open_overlay_of(
         return Err(Error::new(ErrorKind::Usage, context));
     }
     let options = OpenOptions {
-        accept_cid_mismatch: accept,
         force,
+        ..OpenOptions::default()
     };
     // For reading first: opening for writing may recover the file, which must not happen to a file that is no overlay.
-    let overlay = VmdkDisk::open_alone(Arc::clone(&file), options, Access::Read)?;
+    let overlay = VmdkDisk::open_alone(Arc::clone(&file), options.clone(), Access::Read)?;
     base.check(&overlay, accept)?;
     match access {
         Access::Read | Access::Peek => Ok(overlay),
@@ -261,8 +261,8 @@ fn temporary(base: &Base) -> Result<VmdkDisk> {
     vmdk::create_delta(&*store, &name, &base.delta()?)?;
     // `force` skips the search for children: no folder holds the overlay, so there is none to search.
     let options = OpenOptions {
-        accept_cid_mismatch: false,
         force: true,
+        ..OpenOptions::default()
     };
     VmdkDisk::open_alone(store.open(&name, Access::Write)?, options, Access::Write)
 }

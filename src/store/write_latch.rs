@@ -31,9 +31,8 @@ impl WriteLatch {
         if len >= known {
             return Ok(writer);
         }
-        let label = file.label();
-        let context = format!("{label}: has {len} bytes, expected {known} or more: truncated by another process");
-        Err(self.set(Error::corrupt(context)))
+        let context = format!("has {len} bytes, expected {known} or more: truncated by another process");
+        Err(self.set(Error::corrupt(context).in_file(file.label())))
     }
 
     /// Sets the latch to `e` unless it is set already. Returns `e`.

@@ -14,10 +14,9 @@ use serde::Serialize;
 
 use crate::block::SECTOR;
 use crate::error::Result;
-use crate::vmdk::disk::VmdkDisk;
-use crate::vmdk::extent::{Encoding, Extent, Run, SparseExtent};
+use crate::vmdk::chain::{Link, PlacedExtent};
+use crate::vmdk::extent::{Encoding, Extent, Mapping, SparseExtent};
 use crate::vmdk::inflate::inflate;
-use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::tables::hosted::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout};
 
@@ -59,6 +58,11 @@ impl CheckReport {
         }
     }
 
+    /// Adds a note.
+    pub(super) fn add_note(&mut self, message: String) {
+        self.note(|| message);
+    }
+
     /// Adds the report of another disk.
     pub fn add(&mut self, other: CheckReport) {
         self.errors.extend(other.errors);
@@ -73,24 +77,14 @@ impl CheckReport {
     }
 }
 
-/// Checks all links of the disk. A read error is an error in the report.
-pub fn check(disk: &VmdkDisk) -> CheckReport {
-    let mut report = check_extents(disk.links().iter().flat_map(|l| &l.extents));
-    for warning in disk.warnings() {
-        report.note(|| warning);
-    }
-    report
-}
-
-/// Checks one link without its parents.
-pub(super) fn check_link(link: &Link) -> CheckReport {
-    check_extents(link.extents.iter())
-}
-
-fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckReport {
+/// Checks links, and how they fit together. A read error is an error in the report.
+pub(super) fn check(links: &[Link]) -> CheckReport {
     let mut report = CheckReport::default();
     let mut seen = HashSet::new();
-    for placed in extents {
+    for placed in links.iter().flat_map(|link| &link.extents) {
+        if let Extent::Lost(error) = &placed.extent {
+            report.error(|| error.to_string());
+        }
         if let Extent::Sparse(sparse) = &placed.extent {
             if !seen.insert(sparse.file.identity_at_open().file) {
                 let label = sparse.file.label();
@@ -112,6 +106,9 @@ fn check_extents<'a>(extents: impl Iterator<Item = &'a PlacedExtent>) -> CheckRe
                 report.error(|| e.to_string());
             }
         }
+    }
+    for warning in links.iter().flat_map(Link::all_warnings) {
+        report.note(|| warning);
     }
     report
 }
@@ -219,7 +216,7 @@ impl Checker<'_> {
         if !self.claim(sector..sector + 1, "grain", grain) {
             return Ok(());
         }
-        if let Run::Deflate { grain: packed, .. } = self.placed.extent.run_at(grain * geometry.grain, 1)? {
+        if let Mapping::Compressed { grain: packed, .. } = self.placed.extent.map(grain * geometry.grain, 1, None)? {
             let mut whole = vec![0; (geometry.grain * SECTOR) as usize];
             if let Err(e) = inflate(&packed, &mut whole) {
                 self.report.error(|| e.to_string());

@@ -10,12 +10,15 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, Runs, SECTOR, check_range};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, StoredFile};
+use crate::vmdk::chain::{ChainCursor, Link, PlacedExtent, content_in};
+use crate::vmdk::check::{self, CheckReport};
 use crate::vmdk::descriptor::Descriptor;
-use crate::vmdk::extent::{CompressedGrain, Encoding, Extent, MappingKind, Run};
+use crate::vmdk::extent::{CompressedGrain, Extent, Mapping, MappingKind};
 use crate::vmdk::inflate::inflate;
-use crate::vmdk::open::{Link, MAX_LINKS, OpenOptions, Opener, PlacedExtent};
+use crate::vmdk::open::{Chain, OpenOptions, Opener};
+use crate::vmdk::orphan::LostParent;
 use crate::vmdk::write::{Writer, refuse_with_children};
 
 /// An open VMDK with its chain.
@@ -26,6 +29,8 @@ pub struct VmdkDisk {
     geometry: Geometry,
     /// Source below the oldest link, for an overlay that was opened alone.
     base: Option<Arc<dyn BlockRead>>,
+    /// Reason why the parent of the oldest link is missing. `base` is then what fails in its place.
+    pub(super) lost_parent: Option<Error>,
     /// Writing half, if the disk was opened for writing.
     pub(super) writer: Option<Writer>,
 }
@@ -44,36 +49,40 @@ impl VmdkDisk {
     /// Errors: as [`open`](Self::open); `ReadOnly` if a format can't be written in place, `Busy` if another process
     /// uses an extent, `Policy` if the disk has children, `Corrupt` if the tables are damaged.
     pub fn open_writable(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Self> {
-        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, None)
+        let force = options.force;
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, force, None)
     }
 
     /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: `child` does not count as a
     /// child of the base.
     pub fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
-        Self::writable(Opener::new(options, Access::Write).chain(file)?, options, Some(child))
+        let force = options.force;
+        Self::writable(Opener::new(options, Access::Write).chain(file)?, force, Some(child))
     }
 
     /// Opens `file` and its extents for `access`, without its parents. The caller adds the source below with
     /// [`over`](Self::over), or does without. For writing as [`open_writable`](Self::open_writable).
     pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
-        let links = Opener::new(options, access).alone(file)?;
+        let force = options.force;
+        let chain = Opener::new(options, access).alone(file)?;
         match access {
-            Access::Read | Access::Peek => Self::of(links),
-            Access::Write => Self::writable(links, options, None),
+            Access::Read | Access::Peek => Self::of(chain),
+            Access::Write => Self::writable(chain, force, None),
         }
     }
 
-    fn writable(mut links: Vec<Link>, options: OpenOptions, child: Option<&dyn StoredFile>) -> Result<Self> {
-        let Some(newest) = links.first_mut() else {
-            return Self::of(links);
+    fn writable(mut chain: Chain, force: bool, child: Option<&dyn StoredFile>) -> Result<Self> {
+        let Some(newest) = chain.links.first_mut() else {
+            return Self::of(chain);
         };
-        if !options.force {
+        refuse_without_parent(chain.lost_parent.as_ref())?;
+        if !force {
             refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
         Ok(Self {
             writer: Some(writer),
-            ..Self::of(links)?
+            ..Self::of(chain)?
         })
     }
 
@@ -93,12 +102,12 @@ impl VmdkDisk {
         }
     }
 
-    fn of(links: Vec<Link>) -> Result<Self> {
+    fn of(Chain { links, lost_parent }: Chain) -> Result<Self> {
         let sectors = links.first().map_or(0, |l| l.sectors);
         let preferred = links
             .iter()
             .flat_map(|l| &l.extents)
-            .filter_map(|p| compressed_grain(&p.extent))
+            .filter_map(|p| p.extent.compressed_grain())
             .max();
         Ok(Self {
             geometry: Geometry {
@@ -107,7 +116,10 @@ impl VmdkDisk {
                 preferred: preferred.unwrap_or(1),
             },
             links,
-            base: None,
+            base: lost_parent
+                .clone()
+                .map(|reason| Arc::new(LostParent { sectors, reason }) as Arc<dyn BlockRead>),
+            lost_parent,
             writer: None,
         })
     }
@@ -127,25 +139,31 @@ impl VmdkDisk {
         let mut files = Vec::new();
         for link in &self.links {
             files.push(Arc::clone(&link.file));
-            files.extend(link.extents.iter().filter_map(|p| file_of(&p.extent)).map(Arc::clone));
+            files.extend(link.extents.iter().filter_map(|p| p.extent.file()).map(Arc::clone));
         }
         files
     }
 
     /// Returns what is odd about the descriptors and sizes: what decides no byte here and other programs may refuse.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
-        let of_link = |link: &Link| {
-            let label = link.file.label().to_owned();
-            let texts: Vec<_> = link.descriptor.warnings.iter().chain(&link.warnings).cloned().collect();
-            texts.into_iter().map(move |text| format!("{label}: {text}"))
-        };
-        self.links.iter().flat_map(of_link)
+        let lost = self.lost_parent.iter();
+        let lost = lost.map(|e| format!("{e}; what only the parent holds cannot be read (degraded=orphan)"));
+        self.links.iter().flat_map(Link::all_warnings).chain(lost)
+    }
+
+    /// Checks all links. A read error is an error in the report.
+    pub fn check(&self) -> CheckReport {
+        let mut report = check::check(&self.links);
+        if let Some(lost) = &self.lost_parent {
+            report.add_note(lost.to_string());
+        }
+        report
     }
 
     /// Returns the names of the files that were not closed after writing.
     pub fn unclean_files(&self) -> impl Iterator<Item = &str> {
         let unclean = self.links.iter().flat_map(|l| &l.extents).filter(|p| p.unclean);
-        unclean.filter_map(|p| file_of(&p.extent)).map(|f| f.label())
+        unclean.filter_map(|p| p.extent.file()).map(|f| f.label())
     }
 
     /// Reads from the links below the newest one, and the base.
@@ -167,15 +185,15 @@ impl VmdkDisk {
 
     /// Returns the content of `links` and the base at `at`, and for how many of `max` sectors it holds.
     fn content_in(&self, links: &[Link], at: Lba, max: u64) -> Result<(Content, u64)> {
-        let (kind, sectors) = mapping_kind_in(links, at, max)?;
+        let (kind, sectors) = content_in(links, at, max)?;
         match (kind, &self.base) {
             (MappingKind::Data, _) => Ok((Content::Data, sectors)),
             (MappingKind::Zero, _) => Ok((Content::Zero, sectors)),
-            (MappingKind::Parent, Some(base)) => match self.inside_base(&**base, at, sectors) {
+            (MappingKind::Hole, Some(base)) => match self.inside_base(&**base, at, sectors) {
                 (_, 0) => Ok((Content::Hole, sectors)),
                 (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
             },
-            (MappingKind::Parent, None) => Ok((Content::Hole, sectors)),
+            (MappingKind::Hole, None) => Ok((Content::Hole, sectors)),
         }
     }
 
@@ -183,13 +201,13 @@ impl VmdkDisk {
     fn read_from(&self, links: &[Link], at: Lba, buf: &mut [u8]) -> Result<()> {
         // A stored run is not read at once: if the next one follows it in the same file, both become one read.
         let mut pending: Option<PendingRead<'_>> = None;
-        let mut cursor = ChainCursor::new();
+        let mut cursor = ChainCursor::reader(links);
         let mut done = 0;
         while done < buf.len() {
             let lba = at + done as u64 / SECTOR;
-            let run = next_run(links, lba, (buf.len() - done) as u64 / SECTOR, &mut cursor)?;
+            let run = cursor.map(lba, (buf.len() - done) as u64 / SECTOR)?.mapping;
             let len = (run.sectors() * SECTOR) as usize;
-            if let Run::Stored { file, sector, .. } = run {
+            if let Mapping::Stored { file, sector, .. } = run {
                 match &mut pending {
                     Some(p) if p.is_continued_by(file, sector, done) => p.len += len,
                     other => {
@@ -207,8 +225,8 @@ impl VmdkDisk {
             } else {
                 let part = buf.get_mut(done..done + len).unwrap_or_default();
                 match run {
-                    Run::Deflate { grain, skip, .. } => read_compressed(&grain, skip, part)?,
-                    Run::Parent { .. } => self.read_base(lba, part)?,
+                    Mapping::Compressed { grain, skip, .. } => read_compressed(&grain, skip, part)?,
+                    Mapping::Hole { .. } => self.read_base(lba, part)?,
                     _ => part.fill(0),
                 }
             }
@@ -218,12 +236,12 @@ impl VmdkDisk {
     }
 
     fn is_zero_in(&self, links: &[Link], at: Lba, sectors: u64) -> bool {
-        let mut cursor = ChainCursor::new();
+        let mut cursor = ChainCursor::reader(links);
         let mut done = 0;
         while done < sectors {
-            match next_run(links, at + done, sectors - done, &mut cursor) {
-                Ok(Run::Zero { sectors }) => done += sectors,
-                Ok(Run::Parent { sectors }) if self.base_is_zero(at + done, sectors) => done += sectors,
+            match cursor.map(at + done, sectors - done).map(|found| found.mapping) {
+                Ok(Mapping::Zero { sectors }) => done += sectors,
+                Ok(Mapping::Hole { sectors }) if self.base_is_zero(at + done, sectors) => done += sectors,
                 _ => return false,
             }
         }
@@ -259,45 +277,6 @@ impl VmdkDisk {
                 (base, inside) => base.is_zero(at, inside),
             })
     }
-}
-
-/// Returns the kind of mapping of `links` at `at`, and for how many of `max` sectors it holds. `Parent` means that no
-/// link has anything.
-fn mapping_kind_in(links: &[Link], at: Lba, max: u64) -> Result<(MappingKind, u64)> {
-    let mut left = max;
-    for link in links {
-        let Some((placed, within, sectors)) = find(link, at.0, left) else {
-            break;
-        };
-        match placed.extent.mapping_kind_at(within, sectors)? {
-            (MappingKind::Parent, sectors) => left = sectors,
-            found => return Ok(found),
-        }
-    }
-    Ok((MappingKind::Parent, left))
-}
-
-/// Returns the run at `at`, of at most `max` sectors, for a walk from lower to higher sectors with its `cursor`.
-/// `Parent` means that no link has anything.
-fn next_run<'a>(links: &'a [Link], at: Lba, max: u64, cursor: &mut ChainCursor) -> Result<Run<'a>> {
-    let mut left = max;
-    for (link, nothing_before) in links.iter().zip(&mut cursor.0) {
-        if at.0 < *nothing_before {
-            left = left.min(*nothing_before - at.0);
-            continue;
-        }
-        let Some((placed, within, sectors)) = find(link, at.0, left) else {
-            break;
-        };
-        match placed.extent.run_at(within, sectors)? {
-            Run::Parent { sectors } => {
-                left = sectors;
-                *nothing_before = at.0 + sectors;
-            }
-            run => return Ok(run),
-        }
-    }
-    Ok(Run::Parent { sectors: left })
 }
 
 impl BlockRead for VmdkDisk {
@@ -343,15 +322,14 @@ impl BlockRead for VmdkDisk {
     }
 }
 
-/// For each link the sector before which a walk has found it empty. A link is queried once for an empty range, even if
-/// a link below has many short runs there. Without it every run of a deep chain of small grains would query all links
-/// again.
-struct ChainCursor([u64; MAX_LINKS]);
-
-impl ChainCursor {
-    fn new() -> Self {
-        Self([0; MAX_LINKS])
-    }
+/// Refuses to write to a disk whose parent is missing: a grain that is written in part could not be filled.
+pub(super) fn refuse_without_parent(lost: Option<&Error>) -> Result<()> {
+    lost.map_or(Ok(()), |e| {
+        Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!("{e}; without it the disk can only be read; cow=FILE writes to an overlay instead"),
+        ))
+    })
 }
 
 /// A read that is delayed, because the next run may continue it.
@@ -412,30 +390,4 @@ fn read_compressed(grain: &CompressedGrain<'_>, skip: u64, part: &mut [u8]) -> R
         None => return Err(Error::corrupt("a read past the end of a grain")),
     }
     Ok(())
-}
-
-/// Returns the extent of a link that holds sector `at`, the sector inside of the extent, and how many of `max` sectors
-/// it holds from there. `None` if the link ends before: a parent may be smaller than its child.
-fn find(link: &Link, at: u64, max: u64) -> Option<(&PlacedExtent, u64, u64)> {
-    let after = link.extents.partition_point(|p| p.start <= at);
-    let placed = link.extents.get(after.checked_sub(1)?)?;
-    let within = at - placed.start;
-    (within < placed.sectors).then(|| (placed, within, max.min(placed.sectors - within)))
-}
-
-/// Returns the file that an extent lies in.
-pub(super) fn file_of(extent: &Extent) -> Option<&Arc<dyn StoredFile>> {
-    match extent {
-        Extent::Flat { file, .. } => Some(file),
-        Extent::Sparse(s) => Some(&s.file),
-        Extent::Zero => None,
-    }
-}
-
-/// Returns the sectors of a grain, if the extent is compressed.
-fn compressed_grain(extent: &Extent) -> Option<u64> {
-    match extent {
-        Extent::Sparse(s) if s.encoding != Encoding::Plain => Some(s.geometry().grain),
-        _ => None,
-    }
 }

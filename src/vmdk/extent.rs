@@ -3,8 +3,8 @@
 //! Extents only translate addresses; [`super::disk`] does the I/O. A run continues over consecutive entries as long as
 //! their grains are neighbours in the file, so that they become one read.
 //!
-//! Tables are read through one of three ways: the shared cache ([`Extent::run_at`]), the table of the last step of a
-//! walk ([`TableCursor`]), or the tables of an extent that is written to ([`SparseExtent::writable`]).
+//! Tables are read through one of three ways: the shared cache, the table of the last step of a walk
+//! ([`TableCursor`]), or the tables of an extent that is written to ([`SparseExtent::writable`]).
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::vmdk::tables::{CHUNK, DirectoryEntry, GrainEntry, Layout, Table, Tabl
 
 /// Mapping of a range of sectors: where it is read from.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Run<'a> {
+pub(crate) enum Mapping<'a> {
     /// Uncompressed in a file.
     Stored {
         /// The file.
@@ -27,7 +27,7 @@ pub(crate) enum Run<'a> {
         sectors: u64,
     },
     /// In one compressed grain.
-    Deflate {
+    Compressed {
         /// The grain.
         grain: CompressedGrain<'a>,
         /// Sectors of the inflated grain before the run.
@@ -40,21 +40,21 @@ pub(crate) enum Run<'a> {
         /// Length of the run.
         sectors: u64,
     },
-    /// The parent's content; zeroes where there is no parent.
-    Parent {
+    /// Nothing: the parent's content shows, or zeroes where there is no parent.
+    Hole {
         /// Length of the run.
         sectors: u64,
     },
 }
 
-impl Run<'_> {
+impl Mapping<'_> {
     /// Returns the length of the run in sectors.
     pub(crate) fn sectors(&self) -> u64 {
         match *self {
-            Run::Stored { sectors, .. }
-            | Run::Deflate { sectors, .. }
-            | Run::Zero { sectors }
-            | Run::Parent { sectors } => sectors,
+            Mapping::Stored { sectors, .. }
+            | Mapping::Compressed { sectors, .. }
+            | Mapping::Zero { sectors }
+            | Mapping::Hole { sectors } => sectors,
         }
     }
 }
@@ -86,36 +86,49 @@ pub(crate) enum Extent {
     Flat { file: Arc<dyn StoredFile>, offset: u64 },
     /// No file: zeroes.
     Zero,
+    /// Sectors that the file should have and does not. The user accepts that; reading them returns the error.
+    Lost(Error),
     /// Grains named by tables.
     Sparse(SparseExtent),
 }
 
 impl Extent {
-    /// Returns the run at `sector` of the extent, of at most `max` sectors. `sector` and `max` must lie inside of the
-    /// extent. The run may end before the mapping changes.
+    /// Returns the mapping at `sector` of the extent, of at most `max` sectors. `sector` and `max` must lie inside of
+    /// the extent. The run may end before the mapping changes. With `cursor`, for a walk, the table of the last run is
+    /// kept there and out of the cache.
     ///
     /// Errors: `Corrupt` for a damaged table or entry, those of reading a table.
-    pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
+    pub(crate) fn map(&self, sector: u64, max: u64, cursor: Option<&mut TableCursor>) -> Result<Mapping<'_>> {
         match self {
-            Extent::Flat { file, offset } => Ok(Run::Stored {
+            Extent::Flat { file, offset } => Ok(Mapping::Stored {
                 file,
                 sector: offset + sector,
                 sectors: max,
             }),
-            Extent::Zero => Ok(Run::Zero { sectors: max }),
-            Extent::Sparse(sparse) => sparse.run_at(sector, max),
+            Extent::Zero => Ok(Mapping::Zero { sectors: max }),
+            Extent::Lost(error) => Err(error.clone()),
+            Extent::Sparse(sparse) => sparse.map(sector, max, cursor),
         }
     }
 
-    /// Like [`Self::run_at`], for a walk: keeps the table of the last run in `cursor` and out of the cache.
-    pub(crate) fn run_at_cursor(&self, sector: u64, max: u64, cursor: &mut TableCursor) -> Result<Run<'_>> {
+    /// Returns the file that the extent lies in.
+    pub(crate) fn file(&self) -> Option<&Arc<dyn StoredFile>> {
         match self {
-            Extent::Sparse(sparse) => sparse.run_at_cursor(sector, max, cursor),
-            Extent::Flat { .. } | Extent::Zero => self.run_at(sector, max),
+            Extent::Flat { file, .. } => Some(file),
+            Extent::Sparse(sparse) => Some(&sparse.file),
+            Extent::Zero | Extent::Lost(_) => None,
         }
     }
 
-    /// Like [`Self::run_at`], but returns only the kind of mapping: data continues where the grains are not neighbours
+    /// Returns the sectors of a grain, if the grains are compressed.
+    pub(crate) fn compressed_grain(&self) -> Option<u64> {
+        match self {
+            Extent::Sparse(sparse) if sparse.encoding != Encoding::Plain => Some(sparse.geometry.grain),
+            _ => None,
+        }
+    }
+
+    /// Like [`Self::map`], but returns only the kind of mapping: data continues where the grains are not neighbours
     /// in the file. A damaged entry counts as data; reading it returns the error.
     pub(crate) fn mapping_kind_at(&self, sector: u64, max: u64) -> Result<(MappingKind, u64)> {
         match self {
@@ -124,6 +137,7 @@ impl Extent {
                 Ok(stored(&**file, at, file.data_at(at)?, max))
             }
             Extent::Zero => Ok((MappingKind::Zero, max)),
+            Extent::Lost(_) => Ok((MappingKind::Data, max)),
             Extent::Sparse(sparse) => sparse.mapping_kind_at(sector, max),
         }
     }
@@ -164,7 +178,7 @@ fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64
 pub(crate) enum MappingKind {
     Data,
     Zero,
-    Parent,
+    Hole,
 }
 
 /// Sparse extent of any format.
@@ -248,47 +262,42 @@ impl SparseExtent {
         }
     }
 
-    /// As [`Extent::run_at`].
-    pub(crate) fn run_at(&self, sector: u64, max: u64) -> Result<Run<'_>> {
+    /// As [`Extent::map`].
+    pub(crate) fn map(&self, sector: u64, max: u64, cursor: Option<&mut TableCursor>) -> Result<Mapping<'_>> {
         let p = self.position(sector);
-        let Some(table) = self.table(p.table)? else {
-            return Ok(Run::Parent {
-                sectors: self.absent(sector, max)?,
-            });
+        let mapped = match cursor {
+            Some(cursor) => cursor
+                .table(self, p.table)?
+                .map(|table| self.map_in(table, p, sector, max)),
+            None => self.table(p.table)?.map(|table| self.map_in(&table, p, sector, max)),
         };
-        self.run_in(&table, p, sector, max)
-    }
-
-    fn run_at_cursor(&self, sector: u64, max: u64, cursor: &mut TableCursor) -> Result<Run<'_>> {
-        let p = self.position(sector);
-        match cursor.table(self, p.table)? {
-            Some(table) => self.run_in(table, p, sector, max),
-            None => Ok(Run::Parent {
+        mapped.unwrap_or_else(|| {
+            Ok(Mapping::Hole {
                 sectors: self.absent(sector, max)?,
-            }),
-        }
+            })
+        })
     }
 
-    /// Returns the run at `sector`, whose entry is at `p` in `table`.
-    fn run_in(&self, table: &Table, p: Position, sector: u64, max: u64) -> Result<Run<'_>> {
+    /// Returns the mapping at `sector`, whose entry is at `p` in `table`.
+    fn map_in(&self, table: &Table, p: Position, sector: u64, max: u64) -> Result<Mapping<'_>> {
         let (kind, grains) = self.equal_grains(table, p, max, true);
         let sectors = (grains * self.geometry.grain - p.within).min(max);
         // The entry of a writable table may have changed since `equal_grains` read it. It only changes from unallocated
         // or zero to a grain, never between grains, so a run of data has its own sector here.
         match (kind, table.entry(p.entry)) {
-            (Some(MappingKind::Zero), _) => Ok(Run::Zero { sectors }),
-            (Some(MappingKind::Parent), _) => Ok(Run::Parent { sectors }),
+            (Some(MappingKind::Zero), _) => Ok(Mapping::Zero { sectors }),
+            (Some(MappingKind::Hole), _) => Ok(Mapping::Hole { sectors }),
             (Some(MappingKind::Data), GrainEntry::At(at)) => {
-                Ok(self.data_run(sector, sectors, at, table.entry(p.entry + 1)))
+                Ok(self.data_mapping(sector, sectors, at, table.entry(p.entry + 1)))
             }
             _ => Err(self.layout.explain_entry(p.table, p.entry as u64)),
         }
     }
 
-    fn data_run(&self, sector: u64, sectors: u64, at: u64, next: GrainEntry) -> Run<'_> {
+    fn data_mapping(&self, sector: u64, sectors: u64, at: u64, next: GrainEntry) -> Mapping<'_> {
         let within = sector % self.geometry.grain;
         match self.encoding {
-            Encoding::Plain => Run::Stored {
+            Encoding::Plain => Mapping::Stored {
                 file: &self.file,
                 sector: at + within,
                 sectors,
@@ -307,7 +316,7 @@ impl SparseExtent {
                     inside: self.geometry.grain_sectors(lba / self.geometry.grain),
                     markers,
                 };
-                Run::Deflate {
+                Mapping::Compressed {
                     grain,
                     skip: within,
                     sectors,
@@ -327,7 +336,7 @@ impl SparseExtent {
             return Ok((MappingKind::Data, max.min(coverage - sector % coverage)));
         }
         let Some(table) = self.table(p.table)? else {
-            return Ok((MappingKind::Parent, self.absent(sector, max)?));
+            return Ok((MappingKind::Hole, self.absent(sector, max)?));
         };
         // A discarded grain of a writable extent keeps its entry and is a hole of the file: then the file is queried.
         if let (Some(writable), GrainEntry::At(at)) = (&self.writable, table.entry(p.entry))
@@ -354,7 +363,7 @@ impl SparseExtent {
     /// follows in the file, and a compressed grain is always alone.
     fn equal_grains(&self, table: &Table, p: Position, max: u64, adjacent: bool) -> (Option<MappingKind>, u64) {
         let kind = |entry| match entry {
-            GrainEntry::Unallocated => Some(MappingKind::Parent),
+            GrainEntry::Unallocated => Some(MappingKind::Hole),
             GrainEntry::Zero => Some(MappingKind::Zero),
             GrainEntry::At(_) => Some(MappingKind::Data),
             GrainEntry::Bad => None,
@@ -476,8 +485,8 @@ mod tests {
             let cache = TableCache::with_bytes(1);
             let layout = Arc::new(Growing::default());
             let extent = SparseExtent::new(1, Arc::clone(&file), layout, cache, Encoding::Plain);
-            match extent.run_at(sector, 8 * 1024 - sector).unwrap() {
-                Run::Parent { sectors } => assert_eq!(sectors, 1024 - sector),
+            match extent.map(sector, 8 * 1024 - sector, None).unwrap() {
+                Mapping::Hole { sectors } => assert_eq!(sectors, 1024 - sector),
                 other => panic!("{other:?}"),
             }
         }

@@ -6,28 +6,16 @@
 use std::num::NonZeroU64;
 use std::ops::ControlFlow;
 
-use crate::block::{BlockRead, RunFile, RunPlace, Runs};
+use crate::block::{BlockRead, Lba, RunFile, RunPlace, Runs};
 use crate::error::{Error, Result};
-use crate::vmdk::disk::{VmdkDisk, file_of};
-use crate::vmdk::extent::{Run, TableCursor};
-use crate::vmdk::open::{Link, PlacedExtent};
-
-/// Position of a walk in one link.
-#[derive(Debug, Default)]
-struct LinkCursor {
-    /// For each extent of the link the number of its file in [`Runs::files`]. An extent without a file has the number
-    /// of the next file; it is not used.
-    files: Vec<usize>,
-    /// Sector before which the link is known to hold nothing, so that it is not queried again for each run of a link
-    /// below.
-    nothing_before: u64,
-    table: TableCursor,
-}
+use crate::vmdk::chain::{ChainCursor, ChainMapping, Link, PlacedExtent};
+use crate::vmdk::disk::VmdkDisk;
+use crate::vmdk::extent::Mapping;
 
 impl Runs for VmdkDisk {
     fn files(&self) -> Vec<RunFile<'_>> {
         let extents = self.links().iter().flat_map(|l| &l.extents);
-        let files = extents.filter_map(|placed| file_of(&placed.extent));
+        let files = extents.filter_map(|placed| placed.extent.file());
         // A device gets no descriptor: a change of it can't be detected.
         files
             .map(|file| RunFile {
@@ -39,24 +27,15 @@ impl Runs for VmdkDisk {
 
     fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()> {
         let end = self.geometry().sectors;
-        let mut next_file = 0;
-        let mut number = |placed: &PlacedExtent| {
-            let number = next_file;
-            next_file += usize::from(file_of(&placed.extent).is_some());
-            number
-        };
-        let cursor = |l: &Link| LinkCursor {
-            files: l.extents.iter().map(&mut number).collect(),
-            ..LinkCursor::default()
-        };
-        let mut cursors: Vec<LinkCursor> = self.links().iter().map(cursor).collect();
+        let numbers = file_numbers(self.links());
+        let mut cursor = ChainCursor::walk(self.links());
         let mut at = 0;
         while at < end {
-            let (place, sectors) = next(self.links(), at, end - at, &mut cursors)?;
-            let Some(run) = NonZeroU64::new(sectors.min(end - at)) else {
+            let found = cursor.map(Lba(at), end - at)?;
+            let Some(run) = NonZeroU64::new(found.mapping.sectors().min(end - at)) else {
                 return Err(Error::corrupt(format!("an empty run at sector {at}")));
             };
-            if each(run, place).is_break() {
+            if each(run, place(&found, &numbers)?).is_break() {
                 break;
             }
             at += run.get();
@@ -65,42 +44,39 @@ impl Runs for VmdkDisk {
     }
 }
 
-/// Returns the run at `at`, of at most `max` sectors, from the newest link that holds it.
-fn next(links: &[Link], at: u64, max: u64, cursors: &mut [LinkCursor]) -> Result<(RunPlace, u64)> {
-    let mut left = max;
-    for (link, cursor) in links.iter().zip(cursors) {
-        if at < cursor.nothing_before {
-            left = left.min(cursor.nothing_before - at);
-            continue;
+/// Returns for each extent of each link the number of its file in [`Runs::files`]. An extent without a file has the
+/// number of the next file; it is not used.
+fn file_numbers(links: &[Link]) -> Vec<Vec<usize>> {
+    let mut next_file = 0;
+    let mut number = |placed: &PlacedExtent| {
+        let number = next_file;
+        next_file += usize::from(placed.extent.file().is_some());
+        number
+    };
+    links
+        .iter()
+        .map(|l| l.extents.iter().map(&mut number).collect())
+        .collect()
+}
+
+/// Converts a mapping to the place that the kernel view uses.
+///
+/// Errors: `Unsupported` for a compressed grain.
+fn place(found: &ChainMapping<'_>, numbers: &[Vec<usize>]) -> Result<RunPlace> {
+    match &found.mapping {
+        Mapping::Stored { sector, .. } => {
+            let number = found
+                .extent
+                .and_then(|(link, extent)| numbers.get(link)?.get(extent).copied());
+            Ok(RunPlace::Stored {
+                file: number.unwrap_or(usize::MAX),
+                sector: *sector,
+            })
         }
-        let Some(number) = link.extents.partition_point(|p| p.start <= at).checked_sub(1) else {
-            break;
-        };
-        let Some(placed) = link.extents.get(number) else { break };
-        let within = at - placed.start;
-        if within >= placed.sectors {
-            break;
-        }
-        match placed
-            .extent
-            .run_at_cursor(within, left.min(placed.sectors - within), &mut cursor.table)?
-        {
-            Run::Parent { sectors } => {
-                left = sectors;
-                cursor.nothing_before = at + sectors;
-            }
-            Run::Stored { sector, sectors, .. } => {
-                let file = cursor.files.get(number).copied().unwrap_or(usize::MAX);
-                return Ok((RunPlace::Stored { file, sector }, sectors));
-            }
-            Run::Zero { sectors } => return Ok((RunPlace::Zero, sectors)),
-            Run::Deflate { grain, .. } => {
-                return Err(Error::unsupported(format!(
-                    "{}: has compressed grains, which are not stored as they are read",
-                    grain.file.label()
-                )));
-            }
-        }
+        Mapping::Zero { .. } | Mapping::Hole { .. } => Ok(RunPlace::Zero),
+        Mapping::Compressed { grain, .. } => Err(Error::unsupported(format!(
+            "{}: has compressed grains, which are not stored as they are read",
+            grain.file.label()
+        ))),
     }
-    Ok((RunPlace::Zero, left))
 }

@@ -128,10 +128,8 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
 }
 
 fn damaged(grain: &CompressedGrain<'_>, what: &str) -> Error {
-    Error::corrupt(format!(
-        "{}: compressed grain of sector {} (byte {}): {what}",
-        grain.file.label(),
-        grain.lba,
-        grain.sector * SECTOR
-    ))
+    let at = grain.sector * SECTOR;
+    Error::corrupt(format!("compressed grain of sector {} (byte {at}): {what}", grain.lba))
+        .at_byte(at)
+        .in_file(grain.file.label())
 }

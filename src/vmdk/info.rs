@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use crate::block::{BlockRead, SECTOR};
+use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::disk::VmdkDisk;
 use crate::vmdk::extent::Extent;
-use crate::vmdk::open::{Link, PlacedExtent};
 
 /// Description of a VMDK. The names of the fields are those of the JSON output.
 #[derive(Debug, Clone, Serialize)]
@@ -96,7 +96,7 @@ fn link_info(link: &Link) -> LinkInfo {
 fn extent_info(placed: &PlacedExtent) -> ExtentInfo {
     let (file, grain, offset) = match &placed.extent {
         Extent::Flat { file, offset } => (Some(file.label().to_owned()), None, Some(*offset)),
-        Extent::Zero => (None, None, None),
+        Extent::Zero | Extent::Lost(_) => (None, None, None),
         Extent::Sparse(s) => (Some(s.file.label().to_owned()), Some(s.geometry().grain * SECTOR), None),
     };
     ExtentInfo {

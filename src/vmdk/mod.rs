@@ -2,15 +2,19 @@
 //!
 //! ```text
 //!   open.rs          a file → links of a chain → extents     (descriptor.rs, header.rs)
-//!   extent.rs        sector of an extent → run               (tables.rs, with hosted.rs, cowd.rs, sesparse.rs)
-//!   disk.rs          sector of the disk → the link that has it → run → read   (inflate.rs)
-//!   extent_walk.rs   all runs of the disk, in order, for the kernel view
+//!   chain.rs         data model of a chain; sector of the disk → the link that has it → mapping
+//!   extent.rs        sector of an extent → mapping              (tables.rs, with hosted.rs, cowd.rs, sesparse.rs)
+//!   disk.rs          mapping → read   (inflate.rs)
+//!   extent_walk.rs   all mappings of the disk, in order, for the kernel view
 //!   write/           open for writing, allocate, flush, close   (tables/writable.rs)
+//!   disk_write.rs    request → the extents that it touches → their writers
 //!   create.rs        new images
 //!   stream.rs        a compressed stream while it is written
 //!   info.rs          description of an image
 //!   sizes.rs         sizes that contradict each other
 //!   neighbours.rs    images near an image: parents by UUID, children
+//!   near_names.rs    names in a folder that a missing name probably means
+//!   orphan.rs        the missing parent of a snapshot that is opened without it
 //!   lost_descriptor.rs   advice for an extent that is named instead of its descriptor
 //!   check.rs         verification of an image
 //! ```
@@ -19,18 +23,22 @@
 //! image are opened through the store, which holds the gate.
 #![forbid(unsafe_code)]
 
+mod chain;
 mod check;
 mod create;
 pub mod descriptor;
 mod disk;
+mod disk_write;
 mod extent;
 mod extent_walk;
 mod header;
 mod inflate;
 mod info;
 pub(crate) mod lost_descriptor;
+mod near_names;
 mod neighbours;
 mod open;
+mod orphan;
 mod sizes;
 mod stream;
 mod tables;
@@ -38,10 +46,11 @@ mod tables;
 mod test_store;
 mod write;
 
-pub use check::{CheckReport, check};
+pub use chain::MAX_LINKS;
+pub use check::CheckReport;
 pub use create::{DeltaParent, NewDelta, NewDisk, create, create_delta, create_stream};
 pub use disk::VmdkDisk;
 pub use info::{DiskInfo, ExtentInfo, LinkInfo};
-pub use open::{FileKind, MAX_LINKS, OpenOptions, file_kind, read_head};
+pub use open::{Degraded, FileKind, OpenOptions, file_kind, read_head};
 pub use stream::StreamDisk;
 pub(crate) use write::COMMIT_MARK;

@@ -17,9 +17,10 @@ use std::sync::Arc;
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Neighbour, Store, StoredFile, printable};
+use crate::vmdk::chain::Link;
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::header::{Hosted, Role};
-use crate::vmdk::open::{FileKind, Link, OpenOptions, file_kind, read_head};
+use crate::vmdk::open::{Degraded, FileKind, file_kind, read_head};
 
 /// Maximum number of files of a folder that are examined.
 pub(super) const MAX_FILES: usize = 1 << 16;
@@ -103,7 +104,7 @@ pub(super) fn names_parent(descriptor: &Descriptor, image: &str) -> bool {
 /// Opens the parent of `child` whose UUID is `parent`: beside the child, or in the folder above.
 ///
 /// Errors: `NotFound` if there is none, `Corrupt` if there are several or if it was changed after the snapshot.
-pub(super) fn find_by_uuid(child: &Link, parent: &str, options: OpenOptions) -> Result<Arc<dyn StoredFile>> {
+pub(super) fn find_by_uuid(child: &Link, parent: &str, degraded: Degraded) -> Result<Arc<dyn StoredFile>> {
     let own = child.file.siblings()?;
     // Without a folder above, or rights to list it, only the child's own one is searched.
     let above = own.neighbour(Neighbour::Above).ok();
@@ -126,7 +127,7 @@ pub(super) fn find_by_uuid(child: &Link, parent: &str, options: OpenOptions) -> 
                     others.join(", ")
                 )));
             }
-            Some((name, _)) if unchanged == 0 && !options.accept_cid_mismatch => {
+            Some((name, _)) if unchanged == 0 && !degraded.cid => {
                 return Err(Error::corrupt(format!(
                     "{name} (ddb.uuid.parent={parent}) was changed after the snapshot was created: its \
                      ddb.uuid.modification is another one (degraded=cid reads it anyway)"

@@ -20,22 +20,19 @@ use std::sync::Arc;
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Store, StoredFile};
-use crate::vmdk::descriptor::{
-    self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, ParentHint, candidates, in_folders,
-};
+use crate::vmdk::chain::{Link, MAX_LINKS, PlacedExtent};
+use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, candidates, in_folders};
 use crate::vmdk::extent::{Encoding, Extent, SparseExtent};
 use crate::vmdk::header::{
     COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
     StreamTail,
 };
+use crate::vmdk::near_names::near_names;
 use crate::vmdk::tables::TableCache;
 use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::sesparse::SeSparseTables;
 use crate::vmdk::{lost_descriptor, neighbours, sizes};
-
-/// Maximum number of links of a chain. vSphere allows 32 (31 snapshots).
-pub const MAX_LINKS: usize = 64;
 
 /// Maximum number of extents of a whole chain; a single descriptor may list as many.
 const MAX_EXTENTS: usize = 1 << 16;
@@ -43,11 +40,24 @@ const MAX_EXTENTS: usize = 1 << 16;
 /// Maximum bytes of a descriptor in a file of its own.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// Defects and risks that the user accepts.
+/// Defects of a chain that the user accepts (`degraded=`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct OpenOptions {
+pub struct Degraded {
     /// Accept a parent whose CID is not the one that its child remembers.
-    pub accept_cid_mismatch: bool,
+    pub cid: bool,
+    /// Open a snapshot without its parent: reading what only the parent holds fails.
+    pub orphan: bool,
+    /// Open a flat extent whose file is shorter than its line: reading what is missing fails.
+    pub short: bool,
+}
+
+/// Defects and risks that the user accepts, and what the user knows of the chain.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Defects that are accepted.
+    pub degraded: Degraded,
+    /// Parent of the oldest link that is found.
+    pub parent: Option<Arc<dyn StoredFile>>,
     /// Write to a disk although a child of it lies in its folder.
     pub force: bool,
 }
@@ -67,51 +77,6 @@ pub enum FileKind {
     Unfinished,
     /// Any other content: a flat extent, or no part of a VMDK.
     Other,
-}
-
-/// One link of a chain: a descriptor and its extents.
-#[derive(Debug)]
-pub(crate) struct Link {
-    /// File of the descriptor; the extent itself if the descriptor is embedded.
-    pub(crate) file: Arc<dyn StoredFile>,
-    /// Bytes of the file that hold the text of the descriptor.
-    pub(crate) text: Range<u64>,
-    pub(crate) descriptor: Descriptor,
-    /// In the order of their sectors, without gaps.
-    pub(crate) extents: Vec<PlacedExtent>,
-    pub(crate) sectors: u64,
-    /// Warnings about its files, in addition to those of the descriptor.
-    pub(crate) warnings: Vec<String>,
-}
-
-impl Link {
-    /// Creates a link of extents that follow each other.
-    fn new(file: Arc<dyn StoredFile>, text: Range<u64>, descriptor: Descriptor, extents: Vec<PlacedExtent>) -> Self {
-        Self {
-            sectors: extents.last().map_or(0, |last| last.start + last.sectors),
-            warnings: Vec::new(),
-            file,
-            text,
-            descriptor,
-            extents,
-        }
-    }
-}
-
-/// Extent with its position in the link.
-#[derive(Debug)]
-pub(crate) struct PlacedExtent {
-    /// First sector of the disk that the extent holds.
-    pub(crate) start: u64,
-    pub(crate) sectors: u64,
-    pub(crate) access: ExtentAccess,
-    pub(crate) extent: Extent,
-    /// Type for lists and messages, as in descriptors: `FLAT`, `SPARSE`, …
-    pub(crate) kind: &'static str,
-    /// True if the header has the in-use mark: the extent was not closed after writing.
-    pub(crate) unclean: bool,
-    /// Layout of a hosted extent, for the check, the recovery and writing.
-    pub(crate) hosted: Option<Arc<HostedTables>>,
 }
 
 /// Determines the kind of a file from its first bytes.
@@ -139,6 +104,15 @@ pub fn read_head(file: &dyn StoredFile) -> Result<Vec<u8>> {
     Ok(head)
 }
 
+/// An open chain.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    /// The newest link first.
+    pub(crate) links: Vec<Link>,
+    /// Reason why the parent of the oldest link could not be opened, if the user accepts that.
+    pub(crate) lost_parent: Option<Error>,
+}
+
 /// Opens the links of a disk, the newest first.
 #[derive(Debug)]
 pub(crate) struct Opener {
@@ -164,49 +138,82 @@ impl Opener {
         }
     }
 
-    /// Opens `file` and all its parents. Returns the links, the newest first.
-    pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
+    /// Opens `file` and all its parents.
+    ///
+    /// Errors: those of the files; `Usage` if the options name a parent and every link has its own.
+    pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Chain> {
         let mut links = vec![self.link(file)?];
         self.access = Access::Read;
         let mut seen = Vec::new();
-        loop {
-            let Some(child) = links.last() else { return Ok(links) };
+        while let Some(child) = links.last().filter(|link| names_parent(link)) {
             // By device and inode, so that other names of a file are recognized.
             seen.push(child.file.identity()?.file);
             let within = |e: Error| e.within(format!("{}: its parent", child.file.label()));
-            let hint = child.descriptor.parent.as_ref().map(|parent| &parent.hint);
-            let uuid = neighbours::parent_uuid(child);
-            if hint.is_none() && uuid.is_none() {
-                return Ok(links);
-            }
             if links.len() == MAX_LINKS {
                 return Err(within(Error::unsupported(format!(
                     "the chain has more than {MAX_LINKS} links"
                 ))));
             }
-            let file = match (hint, uuid) {
-                (Some(hint), _) => open_parent(child, hint),
-                (None, uuid) => neighbours::find_by_uuid(child, &uuid.unwrap_or_default(), self.options),
+            let parent = match self.parent_of(child, &seen) {
+                Ok(parent) => parent,
+                Err(e) if self.options.degraded.orphan && is_missing(&e) => {
+                    let lost_parent = Some(within(e));
+                    return Ok(Chain { links, lost_parent });
+                }
+                Err(e) => return Err(within(e)),
             };
-            let file = file.map_err(within)?;
-            if seen.contains(&file.identity()?.file) {
-                return Err(within(Error::corrupt(format!(
-                    "the chain comes back to {}",
-                    file.label()
-                ))));
-            }
-            let link = self.link(file).map_err(within)?;
-            if child.descriptor.parent.is_some() {
-                self.check_cid(child, &link)?;
-            }
-            links.push(link);
+            links.push(parent);
             sizes::compare(&mut links)?;
+        }
+        match (&self.options.parent, links.last()) {
+            (Some(parent), Some(oldest)) => Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "parent={}: the chain ends with {}, which has no parent; leave parent= out",
+                    parent.label(),
+                    oldest.file.label()
+                ),
+            )),
+            _ => Ok(Chain {
+                links,
+                lost_parent: None,
+            }),
         }
     }
 
     /// Opens `file` without its parents.
-    pub(crate) fn alone(mut self, file: Arc<dyn StoredFile>) -> Result<Vec<Link>> {
-        Ok(vec![self.link(file)?])
+    pub(crate) fn alone(mut self, file: Arc<dyn StoredFile>) -> Result<Chain> {
+        Ok(Chain {
+            links: vec![self.link(file)?],
+            lost_parent: None,
+        })
+    }
+
+    /// Opens the parent of `child`: the one that it names or, if that cannot be used, the one that the user named.
+    fn parent_of(&mut self, child: &Link, seen: &[(u64, u64)]) -> Result<Link> {
+        let named = named_parent(child, self.options.degraded).and_then(|file| self.parent_link(child, file, seen));
+        match (named, &self.options.parent) {
+            (Err(_), Some(_)) => {}
+            (named, _) => return named,
+        }
+        // Used once: its own parents are those that it names.
+        let given = self.options.parent.take();
+        given.map_or_else(
+            || Err(Error::new(ErrorKind::NotFound, "is missing")),
+            |file| self.parent_link(child, file, seen),
+        )
+    }
+
+    /// Opens `file` as the parent of `child`. `seen` are the files of the links so far.
+    fn parent_link(&mut self, child: &Link, file: Arc<dyn StoredFile>, seen: &[(u64, u64)]) -> Result<Link> {
+        if seen.contains(&file.identity()?.file) {
+            return Err(Error::corrupt(format!("the chain comes back to {}", file.label())));
+        }
+        let link = self.link(file)?;
+        if child.descriptor.parent.is_some() {
+            self.check_cid(child, &link)?;
+        }
+        Ok(link)
     }
 
     fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
@@ -216,14 +223,13 @@ impl Opener {
         }
         let cid = |c: Option<u32>| c.map_or_else(|| "none".to_owned(), |c| format!("{c:08x}"));
         let message = format!(
-            "{}: parentCID is {}, but the CID of its parent {} is {}: the parent was changed after the snapshot was created",
-            child.file.label(),
+            "parentCID is {}, but the CID of {} is {}: it was changed after the snapshot was created",
             cid(expected),
             parent.file.label(),
             cid(parent.descriptor.cid)
         );
-        if self.options.accept_cid_mismatch {
-            tracing::warn!("{message}; accepted because of degraded=cid");
+        if self.options.degraded.cid {
+            tracing::warn!("{}: {message}; accepted because of degraded=cid", child.file.label());
             return Ok(());
         }
         Err(Error::corrupt(message + " (degraded=cid reads it anyway)"))
@@ -238,14 +244,7 @@ impl Opener {
             FileKind::Descriptor => self.text_link(file),
             kind => Err(no_disk(&*file, kind, &head)),
         };
-        // Errors of I/O and of tables name the file already.
-        opened.map_err(|e| {
-            if e.to_string().contains(&label) {
-                e
-            } else {
-                e.within(label)
-            }
-        })
+        opened.map_err(|e| e.in_file(&label))
     }
 
     /// Opens a KDMV file with an embedded descriptor.
@@ -313,24 +312,22 @@ impl Opener {
         }
         let sole = descriptor.extents.len() == 1;
         let (mut extents, mut warnings) = (Vec::with_capacity(descriptor.extents.len()), Vec::new());
-        let mut start = 0u64;
+        let mut start = 0;
         for line in &descriptor.extents {
-            let within = |e: Error| e.within(format!("{}: line {}: extent", file.label(), line.line));
+            let within = |e: Error| e.within(format!("line {}: extent", line.line)).in_file(file.label());
             let mut placed = self
                 .listed_extent(&*store, line)
-                .map_err(|e| within(missing_extent(e, line, &descriptor)))?;
+                .map_err(|e| within(missing_extent(e, line, &descriptor, &*store, &file.own_name())))?;
             warnings.extend(sizes::agree(&mut placed, line, sole).map_err(within)?);
-            placed.start = start;
-            start = start
-                .checked_add(placed.sectors)
-                .filter(|&s| s <= MAX_SECTORS)
-                .ok_or_else(|| {
-                    Error::corrupt(format!(
-                        "line {}: the extents add up to more than {MAX_SECTORS} sectors",
-                        line.line
-                    ))
-                })?;
-            extents.push(placed);
+            let lost = lost_end(&placed, line);
+            if let Some(Extent::Lost(error)) = lost.as_ref().map(|lost| &lost.extent) {
+                warnings.push(format!("line {}: {error}", line.line));
+            }
+            // An extent of which the file has nothing is only lost.
+            let found = (placed.sectors > 0 || lost.is_none()).then_some(placed);
+            for part in [found, lost].into_iter().flatten() {
+                start = place(part, start, line, &mut extents)?;
+            }
         }
         Ok(Link {
             warnings,
@@ -351,8 +348,8 @@ impl Opener {
         };
         let file = open_extent(store, name, access)?;
         match line.kind {
-            ExtentKind::Flat => flat_extent(file, line, "FLAT"),
-            ExtentKind::Vmfs => flat_extent(file, line, "VMFS"),
+            ExtentKind::Flat => flat_extent(file, line, "FLAT", self.options.degraded.short),
+            ExtentKind::Vmfs => flat_extent(file, line, "VMFS", self.options.degraded.short),
             ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => device_copy(file, line),
             ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => self.sparse_extent(file, line),
             ExtentKind::Zero => Ok(placed(Extent::Zero, line, "ZERO")),
@@ -373,13 +370,7 @@ impl Opener {
                 describe(kind, &head)
             ))),
         };
-        opened.map_err(|e| {
-            if e.to_string().contains(&label) {
-                e
-            } else {
-                e.within(label)
-            }
-        })
+        opened.map_err(|e| e.in_file(&label))
     }
 
     fn hosted_extent(&mut self, file: Arc<dyn StoredFile>, header: Hosted, line: &ExtentLine) -> Result<PlacedExtent> {
@@ -443,6 +434,18 @@ impl Opener {
     }
 }
 
+/// Adds an extent that starts at sector `start` of the disk. Returns the sector after it.
+fn place(extent: PlacedExtent, start: u64, line: &ExtentLine, extents: &mut Vec<PlacedExtent>) -> Result<u64> {
+    let end = start.checked_add(extent.sectors).filter(|&s| s <= MAX_SECTORS);
+    extents.push(PlacedExtent { start, ..extent });
+    end.ok_or_else(|| {
+        Error::corrupt(format!(
+            "line {}: the extents add up to more than {MAX_SECTORS} sectors",
+            line.line
+        ))
+    })
+}
+
 fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent {
     PlacedExtent {
         start: 0,
@@ -455,28 +458,45 @@ fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent
     }
 }
 
-/// Creates a flat extent. All its sectors must lie in the file.
-fn flat_extent(file: Arc<dyn StoredFile>, line: &ExtentLine, kind: &'static str) -> Result<PlacedExtent> {
-    let end = line
-        .offset
-        .checked_add(line.sectors)
-        .and_then(|s| s.checked_mul(SECTOR));
-    match end {
-        Some(end) if end <= file.len() => Ok(placed(
-            Extent::Flat {
-                file,
-                offset: line.offset,
-            },
-            line,
-            kind,
-        )),
-        _ => Err(Error::corrupt(short_flat(&*file, line))),
+/// Creates a flat extent. All its sectors must lie in the file; with `accept_short` the extent ends where the file does.
+fn flat_extent(
+    file: Arc<dyn StoredFile>,
+    line: &ExtentLine,
+    kind: &'static str,
+    accept_short: bool,
+) -> Result<PlacedExtent> {
+    let inside = sectors_inside(&*file, line).min(line.sectors);
+    if inside < line.sectors && !accept_short {
+        return Err(lost_error(&*file, line, "degraded=short reads the rest"));
     }
+    let offset = line.offset;
+    Ok(PlacedExtent {
+        sectors: inside,
+        ..placed(Extent::Flat { file, offset }, line, kind)
+    })
 }
 
-/// Returns the message for a file that ends before its flat extent does.
-fn short_flat(file: &dyn StoredFile, line: &ExtentLine) -> String {
-    let inside = (file.len() / SECTOR).saturating_sub(line.offset);
+/// Returns the sectors that a file has from the start of its flat extent on.
+fn sectors_inside(file: &dyn StoredFile, line: &ExtentLine) -> u64 {
+    (file.len() / SECTOR).saturating_sub(line.offset)
+}
+
+/// Returns the extent for the sectors of a flat line that its file does not have, and that the user accepts to lose.
+fn lost_end(found: &PlacedExtent, line: &ExtentLine) -> Option<PlacedExtent> {
+    let Extent::Flat { file, .. } = &found.extent else {
+        return None;
+    };
+    let sectors = line.sectors.checked_sub(found.sectors).filter(|&lost| lost > 0)?;
+    let error = lost_error(&**file, line, "the missing part cannot be read").in_file(file.label());
+    Some(PlacedExtent {
+        sectors,
+        ..placed(Extent::Lost(error), line, found.kind)
+    })
+}
+
+/// Returns the error for a file that ends before its flat extent does.
+fn lost_error(file: &dyn StoredFile, line: &ExtentLine, end: &str) -> Error {
+    let inside = sectors_inside(file, line);
     let way_on = if inside == 0 {
         "copy the whole file again".to_owned()
     } else {
@@ -486,14 +506,14 @@ fn short_flat(file: &dyn StoredFile, line: &ExtentLine) -> String {
             line.sectors, line.line
         )
     };
-    format!(
-        "{}: has {} bytes, expected at least {} (the extent's {} sectors from sector {} on); {way_on}",
-        file.label(),
+    let text = format!(
+        "has {} bytes, expected at least {} (the extent's {} sectors from sector {} on); {way_on}; {end}",
         file.len(),
         line.offset.saturating_add(line.sectors).saturating_mul(SECTOR),
         line.sectors,
         line.offset
-    )
+    );
+    Error::corrupt(text).in_file(file.label())
 }
 
 /// Creates the extent of a device of an ESX host. On the host its file is a pointer; a copy of the file has the device's
@@ -502,7 +522,7 @@ fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExt
     let bytes = line.sectors.saturating_mul(SECTOR);
     let is_stored = || Ok(matches!(file.data_at(0)?, (true, _)) || file.data_at(0)?.1 < file.len());
     if file.len() == bytes && is_stored()? {
-        return flat_extent(file, line, line.kind.as_str());
+        return flat_extent(file, line, line.kind.as_str(), false);
     }
     Err(Error::unsupported(format!(
         "{}: is an RDM pointer without data ({} bytes, of which {} are stored, expected {bytes}): it maps a device of an \
@@ -514,7 +534,7 @@ fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExt
 }
 
 /// Adds to the error for an extent that cannot be opened what the name means, and how to get further.
-fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor) -> Error {
+fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor, store: &dyn Store, own: &str) -> Error {
     let name = line.name.as_ref().map(ExtentName::as_bytes).unwrap_or_default();
     let shown = line.name.as_ref().map(ToString::to_string).unwrap_or_default();
     let foreign = |what: &str| {
@@ -551,7 +571,10 @@ fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor) -> Error
             let parent = descriptor.parent.as_ref().map_or_else(String::new, |parent| {
                 format!("; the state before the snapshot is in {}", parent.hint.name())
             });
-            Error::new(e.kind(), format!("{e}; copy {shown} beside the descriptor{parent}"))
+            let otherwise =
+                format!("copy {shown} beside the descriptor, or name the folder that holds it with allow-dir=");
+            let near = near_text(store, line.name.as_slice(), own, &otherwise);
+            Error::new(e.kind(), format!("{e}{near}{parent}"))
         }
         _ => e,
     }
@@ -569,16 +592,56 @@ fn read_footer(file: &dyn StoredFile, first: &Hosted) -> Result<Hosted> {
     StreamTail::parse(&tail, file.len(), first)
 }
 
-/// Opens the parent, by the first of its possible names that exists.
+/// Returns true if a link has a parent.
+fn names_parent(link: &Link) -> bool {
+    link.descriptor.parent.is_some() || neighbours::parent_uuid(link).is_some()
+}
+
+/// Returns true if an error means that a file is not there, or where the user allows it.
+fn is_missing(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Policy)
+}
+
+/// Opens the parent that `child` names: by the first of its possible names that exists, or by its UUID.
 ///
 /// Errors: `Policy` if a name exists but was refused, `NotFound` with all names that were tried.
-fn open_parent(child: &Link, hint: &ParentHint) -> Result<Arc<dyn StoredFile>> {
+fn named_parent(child: &Link, degraded: Degraded) -> Result<Arc<dyn StoredFile>> {
+    let Some(parent) = &child.descriptor.parent else {
+        let uuid = neighbours::parent_uuid(child).unwrap_or_default();
+        return neighbours::find_by_uuid(child, &uuid, degraded);
+    };
+    let hint = &parent.hint;
     let store = child.file.siblings()?;
     let names = [hint.candidates(), in_folders(hint.name(), &store.allowed())].concat();
     open_first(&*store, &names, Access::Read).map_err(|e| match e.kind() {
-        ErrorKind::NotFound => Error::new(e.kind(), format!("is missing: {e}")),
+        ErrorKind::NotFound => {
+            // The advice is left out for a user who has taken it already.
+            let advice = if degraded.orphan {
+                String::new()
+            } else {
+                near_text(&*store, &names, &child.file.own_name(), "parent=FILE names it")
+                    + "; degraded=orphan shows what the snapshot itself holds"
+            };
+            Error::new(e.kind(), format!("is missing: {e}{advice}"))
+        }
         _ => e,
     })
+}
+
+/// Returns the end of the error for names of which none exists: the near ones in the folder, and what to do with them.
+/// The file `own` is none of them.
+fn near_text(store: &dyn Store, names: &[ExtentName], own: &str, otherwise: &str) -> String {
+    let near: Vec<String> = near_names(store, names)
+        .into_iter()
+        .filter(|name| name != own)
+        .collect();
+    match near.as_slice() {
+        [] => format!("; {otherwise}"),
+        near => format!(
+            "; found {} there: rename it if it is the file, or {otherwise}",
+            near.join(", ")
+        ),
+    }
 }
 
 /// Opens the file of an extent, by the first of its possible names that exists.

@@ -5,9 +5,9 @@
 
 use crate::block::SECTOR;
 use crate::error::{Error, Result};
+use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::descriptor::ExtentLine;
 use crate::vmdk::extent::Extent;
-use crate::vmdk::open::{Link, PlacedExtent};
 use crate::vmdk::tables::{CHUNK, DirectoryEntry};
 
 /// Compares the size of an extent in its line with its header or file. `sole` is true if the link has no other extent:
@@ -20,7 +20,7 @@ use crate::vmdk::tables::{CHUNK, DirectoryEntry};
 pub(super) fn agree(placed: &mut PlacedExtent, line: &ExtentLine, sole: bool) -> Result<Option<String>> {
     let given = line.sectors;
     let capacity = match &placed.extent {
-        Extent::Zero => return Ok(None),
+        Extent::Zero | Extent::Lost(_) => return Ok(None),
         Extent::Flat { file, offset } => {
             let has = file.len() / SECTOR;
             let is_cut = sole && *offset == 0 && has > given && !file.is_device();

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::{BlockCache, CacheOptions};
-use crate::config::{DiskConfig, Distance, Format, HttpsConfig, LocalConfig, NbdConfig, SourceConfig};
+use crate::config::{DiskConfig, Distance, Format, HttpsAddress, HttpsConfig, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::open_overlay;
@@ -238,7 +238,7 @@ fn source_of(local: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Source> {
     if format::decide(local, &*file)? == DiskFormat::Raw {
         return raw(file);
     }
-    vmdk(file, options(local))
+    vmdk(file, chain_options(local)?)
 }
 
 /// Opens a VMDK for reading, and logs what is odd about it.
@@ -273,7 +273,10 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     // The locks of the reading source would conflict with those of the writing one.
     drop(source);
     let written = open_file(local, Access::Write).and_then(|file| match format::decide(local, &*file)? {
-        DiskFormat::Vmdk => Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(file, options(local))?))),
+        DiskFormat::Vmdk => Ok(Source::Vmdk(Arc::new(VmdkDisk::open_writable(
+            file,
+            chain_options(local)?,
+        )?))),
         DiskFormat::Raw => raw(file),
     });
     match written {
@@ -314,8 +317,16 @@ fn https_disk(https: &HttpsConfig, config: &DiskConfig) -> Result<Source> {
     if format::decide_named(OsStr::new(&name), format, &*file)? == DiskFormat::Raw {
         return raw(file);
     }
+    let beside = |address: &HttpsAddress| {
+        let parent = HttpsConfig {
+            address: address.clone(),
+            ..https.clone()
+        };
+        https::open(&parent, config.cache_size, config.readahead).map_err(|e| e.within("parent="))
+    };
     let options = OpenOptions {
-        accept_cid_mismatch: https.accept_cid_mismatch,
+        degraded: https.degraded,
+        parent: https.parent.as_ref().map(beside).transpose()?,
         force: false,
     };
     vmdk(file, options)
@@ -335,11 +346,19 @@ pub(crate) fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn S
     }
 }
 
-fn options(local: &LocalConfig) -> OpenOptions {
-    OpenOptions {
-        accept_cid_mismatch: local.accept_cid_mismatch,
+/// Returns the options with which the chain of a local disk is opened.
+///
+/// Errors: those of opening the parent that the user named.
+pub(crate) fn chain_options(local: &LocalConfig) -> Result<OpenOptions> {
+    let parent = |path: &PathBuf| {
+        let opened = open_user_path(path, local.open_policy(), Access::Read);
+        opened.map_err(|e| e.within("parent="))
+    };
+    Ok(OpenOptions {
+        degraded: local.degraded,
+        parent: local.parent.as_ref().map(parent).transpose()?,
         force: local.force,
-    }
+    })
 }
 
 fn raw(file: Arc<dyn StoredFile>) -> Result<Source> {

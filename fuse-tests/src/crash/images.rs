@@ -290,7 +290,7 @@ fn load(dir: &Path) -> Vec<(String, Bytes)> {
 #[cfg(test)]
 mod tests {
     use vmdkfuse::store::Access;
-    use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
+    use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
     use super::super::{Oracle, SimStore};
     use super::*;
@@ -304,7 +304,7 @@ mod tests {
             Oracle::new(&image.values, &image.repaired)
                 .verify(&disk)
                 .unwrap_or_else(|e| panic!("{kind:?}: {e}"));
-            let report = check(&disk);
+            let report = disk.check();
             assert_eq!(report.errors, [""; 0], "{kind:?}");
             assert_eq!(report.leaks > 0, kind == ImageKind::Unclean, "{kind:?}: {report:?}");
         }

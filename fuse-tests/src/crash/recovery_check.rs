@@ -4,7 +4,7 @@ use std::fs;
 
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::store::Access;
-use vmdkfuse::vmdk::{OpenOptions, VmdkDisk, check};
+use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::bytes::Bytes;
 use super::images::Image;
@@ -60,7 +60,7 @@ pub(super) fn check_crash(
 /// Fails if the tables are not sound; leaked grains are allowed. Returns true if an entry is in only one of the
 /// two tables, which is an error once the disk was closed.
 fn check_tables(disk: &VmdkDisk, closed: bool) -> Result<bool, String> {
-    let report = check(disk);
+    let report = disk.check();
     if let Some(error) = report.errors.first() {
         return Err(format!("--check: {error}"));
     }

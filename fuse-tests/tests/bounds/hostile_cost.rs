@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fuse_tests::make::write::{F_COMPRESSED, F_MARKERS, F_NEWLINE, Header, raw_grain, se_entry};
 use fuse_tests::memory::MemoryStore;
 use vmdkfuse::block::{BlockRead, Content, Lba};
-use vmdkfuse::vmdk::{self, CheckReport, OpenOptions, VmdkDisk};
+use vmdkfuse::vmdk::{CheckReport, OpenOptions, VmdkDisk};
 use vmdkfuse::volume::{Seek, Volume};
 
 /// A file under construction, addressed by sectors.
@@ -60,7 +60,7 @@ fn disk(kind: &str, sectors: u64, file: &SectorFile) -> Arc<VmdkDisk> {
 }
 
 fn check(disk: &VmdkDisk) -> CheckReport {
-    vmdk::check(disk)
+    disk.check()
 }
 
 /// Returns an extent of less than 1 MiB: a directory of 130,000 entries that all name one table, whose 65,536 entries

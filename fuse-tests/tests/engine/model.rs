@@ -15,7 +15,6 @@ use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::error::ErrorKind;
-use vmdkfuse::vmdk;
 use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
 
 /// Largest extent in sectors; it keeps a disk below 4 MiB.
@@ -428,7 +427,7 @@ proptest! {
         let source = source.unwrap();
         assert_same_sectors(&*source.disk(), &expected)?;
         let Source::Vmdk(disk) = &source else { panic!("{} is no VMDK", path.display()) };
-        let report = vmdk::check(disk);
+        let report = disk.check();
         prop_assert_eq!(report.error_count, 0, "{:?}", report.errors);
         let mut scratch = ReadBuffer::new();
         for cache_size in [None, Some(0)] {

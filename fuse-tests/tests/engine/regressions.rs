@@ -16,7 +16,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use vmdkfuse::block::{Content, Lba};
 use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::error::{ErrorKind, Result};
-use vmdkfuse::vmdk::{CheckReport, check};
+use vmdkfuse::vmdk::CheckReport;
 use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
 
 /// Deadline far above the time of every test here, and far below that of the unbounded work in the original defects.
@@ -48,7 +48,7 @@ fn open(path: &Path) -> Result<Volume> {
 #[track_caller]
 fn check_image(path: &Path) -> CheckReport {
     match volume::open_source(&config(path)).unwrap() {
-        Source::Vmdk(disk) => check(&disk),
+        Source::Vmdk(disk) => disk.check(),
         other => panic!("{} is opened as {other:?}", path.display()),
     }
 }

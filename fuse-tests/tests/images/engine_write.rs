@@ -13,7 +13,7 @@ use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::error::ErrorKind;
 use vmdkfuse::store::Access;
-use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
+use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 /// Opens a VMDK, also if it has children.
 fn open(path: &Path, allow: &[PathBuf], access: Access) -> vmdkfuse::error::Result<VmdkDisk> {
@@ -112,7 +112,7 @@ fn run(path: &Path, allow: &[PathBuf], model: &mut Model, seed: u64, steps: u64)
         }
         let disk = open(path, allow, Access::Read).unwrap();
         model.compare(&disk, &format!("{}, round {round}", path.display()));
-        let report = vmdk::check(&disk);
+        let report = disk.check();
         assert_eq!(report.errors, Vec::<String>::new(), "{}", path.display());
         assert_eq!(report.unfinished, 0);
         assert!(

@@ -352,9 +352,9 @@ fn files_named_by_paths_of_other_systems_are_found() {
             &layer,
         );
         fs::remove_file(scratch.path(place)).unwrap();
-        // Nothing is there: no advice to allow a folder would help.
+        // Nothing is there: no folder of the image's would help.
         let outcome = scratch.mount().file(&image).refused(1);
-        assert!(!outcome.stderr.contains("allow-dir"), "{line}: {outcome}");
-        outcome.one_error(1, &["sda.dd"]);
+        assert!(!outcome.stderr.contains("allow-dir=/"), "{line}: {outcome}");
+        outcome.one_error(1, &["sda.dd", "the folder that holds it with allow-dir="]);
     }
 }

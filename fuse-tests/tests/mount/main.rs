@@ -7,6 +7,7 @@
 )]
 
 mod chains;
+mod degraded;
 mod descriptors;
 mod fuse_behaviour;
 mod guest;

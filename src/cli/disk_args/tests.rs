@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::super::keys;
 use super::*;
 use crate::config::{
-    Format, HttpsAddress, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache, SourceConfig,
-    ViewConfig,
+    Degraded, Format, HttpsAddress, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache,
+    SourceConfig, ViewConfig,
 };
 
 fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
@@ -71,6 +71,8 @@ fn every_setting_is_stored() {
         "allow-dir=/one",
         "allow-dir=/two",
         "degraded=cid",
+        "degraded=short",
+        "parent=/p.vmdk",
         "extents=self",
         "lock=off",
         "kernel-view=required",
@@ -93,7 +95,12 @@ fn every_setting_is_stored() {
             found_in: None,
             format: Format::Raw,
             allow_dirs: vec!["/one".into(), "/two".into()],
-            accept_cid_mismatch: true,
+            degraded: Degraded {
+                cid: true,
+                orphan: false,
+                short: true,
+            },
+            parent: Some("/p.vmdk".into()),
             single_file: true,
             lock: false,
             force: true,
@@ -129,7 +136,7 @@ fn settings_have_defaults() {
     );
     assert!(!local(&disks[0]).force && local(&disks[0]).create.is_none());
     assert_eq!(local(&disks[0]).format, Format::Auto);
-    assert!(!local(&disks[0]).accept_cid_mismatch && local(&disks[0]).allow_dirs.is_empty());
+    assert!(!local(&disks[0]).degraded.cid && local(&disks[0]).allow_dirs.is_empty());
     assert!(local(&disks[0]).lock);
     assert_eq!(local(&disks[0]).view, ViewConfig::default());
 }

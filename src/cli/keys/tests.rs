@@ -11,7 +11,7 @@ const CONTRACT: &str = "name readonly cow cache cache-size cache-dir cache-dir-s
     descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
     shared tls tls-certificates tls-verify tls-username tls-psk";
 
-const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded extents lock cow \
+const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded parent extents lock cow \
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir server user password cookie thumbprint datacenter cainfo \
@@ -89,6 +89,8 @@ fn values_are_checked_by_their_key() {
         ("format", "raw", true),
         ("format", "qcow2", false),
         ("degraded", "cid", true),
+        ("degraded", "orphan", true),
+        ("degraded", "short", true),
         ("degraded", "yes", false),
         ("lock", "on", true),
         ("lock", "off", true),

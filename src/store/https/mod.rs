@@ -186,12 +186,8 @@ impl StoredFile for HttpsFile {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let end = offset.checked_add(buf.len() as u64);
         if end.is_none_or(|end| end > self.len()) {
-            return Err(Error::corrupt(format!(
-                "{}: has {} bytes, expected {} at {offset}",
-                self.label,
-                self.len(),
-                buf.len()
-            )));
+            let text = format!("has {} bytes, expected {} at {offset}", self.len(), buf.len());
+            return Err(Error::corrupt(text).at_byte(offset).in_file(&self.label));
         }
         self.blocks.read(offset, buf)
     }
@@ -287,8 +283,10 @@ impl Fetch for RemoteBlocks {
         let read = read(&self.remote.client, &ask, self.block, each);
         read.map(|_| ()).map_err(|e| {
             // The file was opened: whatever is wrong now is an I/O error of the disk.
-            let text = format!("{}: {} bytes at {start}: {e}", self.remote.label, end - start);
+            let text = format!("{} bytes at {start}: {e}", end - start);
             Error::new(ErrorKind::Os(libc::EIO), text)
+                .at_byte(start)
+                .in_file(&self.remote.label)
         })
     }
 

@@ -112,7 +112,7 @@ impl LocalFile {
     fn metadata(&self) -> Result<fs::Metadata> {
         self.file
             .metadata()
-            .map_err(|e| Error::io(format!("{}: fstat", self.label), e))
+            .map_err(|e| Error::io("fstat", e).in_file(&self.label))
     }
 }
 
@@ -127,21 +127,22 @@ impl StoredFile for LocalFile {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len();
-        let context = || format!("{}: read of {len} bytes at byte {offset}", self.label);
+        let context = || format!("read of {len} bytes at byte {offset}");
         if offset.checked_add(len as u64).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(Error::new(
-                ErrorKind::OutOfRange,
-                format!("{}: no file is that long", context()),
-            ));
+            let refusal = Error::new(ErrorKind::OutOfRange, format!("{}: no file is that long", context()));
+            return Err(refusal.in_file(&self.label));
         }
         let mut done = 0;
         while done < len {
             let at = offset + done as u64;
             match self.file.read_at(&mut buf[done..], at) {
-                Ok(0) => return Err(Error::corrupt(format!("{}: the file ends at byte {at}", context()))),
+                Ok(0) => {
+                    let text = format!("{}: the file ends at byte {at}", context());
+                    return Err(Error::corrupt(text).at_byte(at).in_file(&self.label));
+                }
                 Ok(read) => done += read,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::io(context(), e)),
+                Err(e) => return Err(Error::io(context(), e).at_byte(at).in_file(&self.label)),
             }
         }
         Ok(())
@@ -204,7 +205,7 @@ impl StoredFile for LocalFile {
             }
             // Devices and some file systems do not support SEEK_DATA.
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok((true, left)),
-            Err(e) => Err(Error::io(format!("{}: lseek from byte {offset}", self.label), e.into())),
+            Err(e) => Err(Error::io(format!("lseek from byte {offset}"), e.into()).in_file(&self.label)),
         }
     }
 
@@ -264,12 +265,13 @@ impl StoredFile for LocalFile {
 impl StoredWrite for LocalFile {
     fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.file.write_all_at(buf, offset).map_err(|e| {
-            let context = format!("{}: write of {} bytes at byte {offset}", self.label, buf.len());
-            match e.kind() {
+            let context = format!("write of {} bytes at byte {offset}", buf.len());
+            let failed = match e.kind() {
                 // The write reached the end of a device.
                 io::ErrorKind::WriteZero => Error::new(ErrorKind::Os(libc::ENOSPC), context),
                 _ => Error::io(context, e),
-            }
+            };
+            failed.at_byte(offset).in_file(&self.label)
         })
     }
 
@@ -293,16 +295,16 @@ impl StoredWrite for LocalFile {
         }
         self.file
             .set_len(len)
-            .map_err(|e| Error::io(format!("{}: setting the length to {len} bytes", self.label), e))
+            .map_err(|e| Error::io(format!("setting the length to {len} bytes"), e).in_file(&self.label))
     }
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let context = || format!("{}: zeroing {len} bytes at byte {offset}", self.label);
+        let context = || format!("zeroing {len} bytes at byte {offset}");
         if len == 0 {
             return Ok(());
         }
         let (Ok(from), Ok(bytes)) = (i64::try_from(offset), i64::try_from(len)) else {
-            return Err(Error::new(ErrorKind::OutOfRange, context()));
+            return Err(Error::new(ErrorKind::OutOfRange, context()).in_file(&self.label));
         };
         let mode = if unmap {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE
@@ -320,7 +322,7 @@ impl StoredWrite for LocalFile {
             Ok(()) => Ok(()),
             // tmpfs supports holes but no ZERO_RANGE, other file systems support neither.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),
-            Err(e) => Err(Error::io(context(), e.into())),
+            Err(e) => Err(Error::io(context(), e.into()).at_byte(offset).in_file(&self.label)),
         }
     }
 
@@ -354,7 +356,7 @@ impl StoredWrite for LocalFile {
     fn sync(&self) -> Result<()> {
         self.file
             .sync_data()
-            .map_err(|e| Error::io(format!("{}: fdatasync", self.label), e))
+            .map_err(|e| Error::io("fdatasync", e).in_file(&self.label))
     }
 }
 /// Returns the identity from attributes. `device_len` is the length of a block device, which its attributes do not

@@ -5,10 +5,10 @@ use super::text::{NO_CID, geometry, sibling};
 use super::*;
 use crate::block::{BlockRead, Content, Lba};
 use crate::store::Access;
+use crate::vmdk::VmdkDisk;
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::header::{DirectoryAt, HEAD_BYTES, Hosted, Role};
 use crate::vmdk::test_store::{TestStore, head, name};
-use crate::vmdk::{VmdkDisk, check};
 
 const KINDS: [CreateType; 7] = [
     CreateType::MonolithicSparse,
@@ -63,7 +63,7 @@ fn assert_empty_and_clean(disk: &VmdkDisk, sectors: u64) {
     assert_eq!(disk.geometry().sectors, sectors);
     // Checking all tables of a large disk takes long in a debug build.
     if sectors < LARGE {
-        let report = check(disk);
+        let report = disk.check();
         assert_eq!(
             (report.error_count, report.leaks, &report.notes),
             (0, 0, &Vec::new()),
@@ -392,7 +392,7 @@ fn a_delta_reads_its_parent_and_keeps_its_descriptor_values() {
     let mut sector = [0; SECTOR as usize];
     opened.read_at(Lba(4095), &mut sector).unwrap();
     assert_eq!(sector, [7; SECTOR as usize]);
-    assert_eq!(check(&opened).error_count, 0);
+    assert_eq!(opened.check().error_count, 0);
     let bytes = fs::read(store.path("x.vmdk")).unwrap();
     let header = Hosted::parse(&bytes, bytes.len() as u64, Role::Header).unwrap();
     assert_eq!(

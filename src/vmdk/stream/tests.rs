@@ -5,7 +5,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{AdapterType, CreateType};
-use crate::vmdk::check;
 use crate::vmdk::create::{NewDisk, create_stream};
 use crate::vmdk::test_store::{TestStore, head, name};
 
@@ -59,7 +58,7 @@ fn assert_closes_as(store: &TestStore, disk: &StreamDisk, expected: &[u8]) {
     fs::copy(store.path("x.vmdk"), &copy).unwrap();
     let opened = store.open_disk("copy.vmdk").unwrap();
     assert_eq!(opened.geometry().sectors, sectors);
-    let report = check(&opened);
+    let report = opened.check();
     assert_eq!((report.error_count, report.leaks), (0, 0), "{:?}", report.errors);
     let there = expected.len() as u64 / SECTOR;
     assert!(read(&opened, 0, there) == expected, "the content differs");

@@ -123,11 +123,12 @@ impl Layout for CowdTables {
     fn explain_directory(&self, table: u64) -> Error {
         let at = self.directory * SECTOR + table * 4;
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {at}) is {}, expected the sector of a grain table inside of the file's {} sectors",
-            self.file.label(),
+            "grain directory entry {table} (byte {at}) is {}, expected the sector of a grain table inside of the file's {} sectors",
             self.entry_text(at),
             self.file_sectors
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
@@ -136,10 +137,11 @@ impl Layout for CowdTables {
             _ => return self.explain_directory(table),
         };
         Error::corrupt(format!(
-            "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected the sector of a grain inside of the file's {} sectors",
-            self.file.label(),
+            "entry {entry} of grain table {table} (byte {at}) is {}, expected the sector of a grain inside of the file's {} sectors",
             self.entry_text(at),
             self.file_sectors
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 }

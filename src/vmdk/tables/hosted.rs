@@ -321,10 +321,11 @@ impl Layout for HostedTables {
             .and_then(|d| d.first().copied());
         let raw = raw.map_or_else(|| "unreadable".to_owned(), |raw| format!("{raw:#x}"));
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
-            self.file.label(),
+            "grain directory entry {table} (byte {at}) is {raw}, expected the sector of a grain table inside of the file's {} sectors and outside of its header and directories",
             self.file_sectors()
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
@@ -339,9 +340,10 @@ impl Layout for HostedTables {
             Err(e) => format!("unreadable ({e})"),
         };
         Error::corrupt(format!(
-            "{}: entry {entry} of grain table {table} (byte {at}) is {value}, expected the sector of a grain inside of the file's {} sectors and outside of its metadata",
-            self.file.label(),
+            "entry {entry} of grain table {table} (byte {at}) is {value}, expected the sector of a grain inside of the file's {} sectors and outside of its metadata",
             self.file_sectors()
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 }

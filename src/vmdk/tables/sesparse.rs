@@ -125,11 +125,12 @@ impl Layout for SeSparseTables {
     fn explain_directory(&self, table: u64) -> Error {
         let at = self.header.directory * SECTOR + table * 8;
         Error::corrupt(format!(
-            "{}: grain directory entry {table} (byte {at}) is {}, expected 0x10000000 and the number of one of {} tables",
-            self.file.label(),
+            "grain directory entry {table} (byte {at}) is {}, expected 0x10000000 and the number of one of {} tables",
             self.entry_text(at),
             self.header.tables_size / SeSparse::TABLE_SECTORS
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
@@ -138,10 +139,11 @@ impl Layout for SeSparseTables {
             _ => return self.explain_directory(table),
         };
         Error::corrupt(format!(
-            "{}: entry {entry} of grain table {table} (byte {at}) is {}, expected a type from 0 to 3 and a grain inside of the file's {} sectors",
-            self.file.label(),
+            "entry {entry} of grain table {table} (byte {at}) is {}, expected a type from 0 to 3 and a grain inside of the file's {} sectors",
             self.entry_text(at),
             self.file_sectors
         ))
+        .at_byte(at)
+        .in_file(self.file.label())
     }
 }

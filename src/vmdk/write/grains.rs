@@ -24,7 +24,7 @@ use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::{Mode, RangeLock};
 use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
-use crate::vmdk::extent::{Run, SparseExtent};
+use crate::vmdk::extent::{Mapping, SparseExtent};
 use crate::vmdk::header::{UNCLEAN_AT, VERSION_AT, with_zeroed_grains};
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::writable::{WritableTable, WritableTables};
@@ -41,7 +41,7 @@ pub(super) use pending_updates::{Backlog, Batch};
 const ZEROED: u32 = 1;
 
 /// Content of unallocated grains: the links below, or zeroes. Sectors count from the start of the extent.
-pub(super) trait Backing {
+pub(in crate::vmdk) trait Backing {
     /// Reads whole sectors.
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
     /// Returns true if the sectors are known to be zeroes without I/O.
@@ -52,7 +52,7 @@ pub(super) trait Backing {
 
 /// Writing half of a sparse extent.
 #[derive(Debug)]
-pub(super) struct GrainWriter {
+pub(in crate::vmdk) struct GrainWriter {
     file: Arc<dyn StoredFile>,
     layout: Arc<HostedTables>,
     tables: Arc<WritableTables>,
@@ -120,13 +120,19 @@ impl GrainWriter {
 
     /// Writes `buf` from `sector` of the extent on. `sparse` must be the extent that this is the writing half of;
     /// `backing` fills the rest of a new grain.
-    pub(super) fn write(&self, sparse: &SparseExtent, sector: u64, buf: &[u8], backing: &dyn Backing) -> Result<()> {
+    pub(in crate::vmdk) fn write(
+        &self,
+        sparse: &SparseExtent,
+        sector: u64,
+        buf: &[u8],
+        backing: &dyn Backing,
+    ) -> Result<()> {
         let mut rest = buf;
         let mut at = sector;
         while !rest.is_empty() {
             let left = rest.len() as u64 / SECTOR;
-            let done = match sparse.run_at(at, left)? {
-                Run::Stored {
+            let done = match sparse.map(at, left, None)? {
+                Mapping::Stored {
                     sector: place, sectors, ..
                 } => {
                     let written = self
@@ -139,12 +145,12 @@ impl GrainWriter {
                     written?;
                     sectors
                 }
-                // `allocate` may return 0, if another thread allocated the grain after `run_at` read the entry. The
+                // `allocate` may return 0, if another thread allocated the grain after `map` read the entry. The
                 // next iteration then finds it stored. An entry never returns to unallocated, so this does not spin.
-                Run::Zero { sectors } | Run::Parent { sectors } => {
+                Mapping::Zero { sectors } | Mapping::Hole { sectors } => {
                     self.allocate(at, sectors, Some(part(rest, sectors)), backing)?
                 }
-                Run::Deflate { .. } => return Err(self.read_only()),
+                Mapping::Compressed { .. } => return Err(self.read_only()),
             };
             rest = rest.get((done * SECTOR) as usize..).unwrap_or_default();
             at += done;
@@ -153,7 +159,7 @@ impl GrainWriter {
     }
 
     /// Makes `sectors` from `sector` on read as zeroes. With `unmap` the space of stored grains is discarded.
-    pub(super) fn zero(
+    pub(in crate::vmdk) fn zero(
         &self,
         sparse: &SparseExtent,
         sector: u64,
@@ -164,8 +170,8 @@ impl GrainWriter {
         let end = sector + sectors;
         let mut at = sector;
         while at < end {
-            at += match sparse.run_at(at, end - at)? {
-                Run::Stored {
+            at += match sparse.map(at, end - at, None)? {
+                Mapping::Stored {
                     sector: place, sectors, ..
                 } => {
                     // The grain keeps its entry and its place in the file. If it were freed and reused, a reader that
@@ -180,12 +186,12 @@ impl GrainWriter {
                     zeroed?;
                     sectors
                 }
-                Run::Zero { sectors } => sectors,
-                Run::Parent { sectors } => match backing.zeroes(at, sectors)? {
+                Mapping::Zero { sectors } => sectors,
+                Mapping::Hole { sectors } => match backing.zeroes(at, sectors)? {
                     (true, sectors) => sectors,
                     (false, sectors) => self.hide_backing(at, sectors, backing)?,
                 },
-                Run::Deflate { .. } => return Err(self.read_only()),
+                Mapping::Compressed { .. } => return Err(self.read_only()),
             };
         }
         Ok(())

@@ -16,10 +16,10 @@
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::writer;
-use crate::vmdk::check::{CheckReport, check_link};
+use crate::vmdk::chain::Link;
+use crate::vmdk::check::{CheckReport, check};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::extent::{Extent, SparseExtent};
-use crate::vmdk::open::Link;
 use crate::vmdk::tables::hosted::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, GrainEntry, Layout};
 
@@ -27,11 +27,11 @@ use crate::vmdk::tables::{CHUNK, GrainEntry, Layout};
 ///
 /// Errors: `Corrupt` for damage that can't be repaired; then no file was truncated.
 pub(super) fn recover(link: &Link) -> Result<()> {
-    let mut report = check_link(link);
+    let mut report = check(std::slice::from_ref(link));
     let repairs = repairs_of(link);
     // A last grain that the file holds only a part of is an error of the check; it is tried once without.
     if report.error_count > 0 && complete_last_grains(&repairs)? {
-        report = check_link(link);
+        report = check(std::slice::from_ref(link));
     }
     refuse_damaged(&report)?;
     // From here on each table is known to be named once and each grain to lie in the file.
@@ -45,7 +45,7 @@ pub(super) fn recover(link: &Link) -> Result<()> {
         Ok(())
     } else {
         // The repaired image has to pass the same check.
-        refuse_damaged(&check_link(link))
+        refuse_damaged(&check(std::slice::from_ref(link)))
     }
 }
 

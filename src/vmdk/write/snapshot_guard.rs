@@ -6,9 +6,9 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{ExtentName, Neighbour, StoredFile};
+use crate::vmdk::chain::Link;
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::neighbours::{self, Image};
-use crate::vmdk::open::Link;
 
 /// CID of every new disk. Many disks have it, so a match means nothing unless the child also names this disk.
 const NEW_DISK_CID: u32 = 0xffff_fffe;

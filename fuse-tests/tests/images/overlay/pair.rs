@@ -11,7 +11,7 @@ use vmdkfuse::error::Result;
 use vmdkfuse::overlay::commit::{Commit, Next, Step};
 use vmdkfuse::overlay::{describe_overlay, open_overlay};
 use vmdkfuse::store::Access;
-use vmdkfuse::vmdk::{self, VmdkDisk};
+use vmdkfuse::vmdk::VmdkDisk;
 use vmdkfuse::volume::{self, Volume, open_source};
 
 /// Returns the configuration of the disk `base` with the overlay `cow`.
@@ -122,7 +122,7 @@ impl Pair {
         let image = volume::open(&reading(&self.disk)).unwrap_or_else(|e| panic!("{what}: {e}"));
         self.model.compare(image.disk().as_ref(), what);
         drop(image);
-        let report = vmdk::check(&delta(&self.disk).unwrap());
+        let report = delta(&self.disk).unwrap().check();
         assert_eq!(report.errors, Vec::<String>::new(), "{what}");
     }
 

@@ -71,7 +71,7 @@ fn an_overlay_over_another_base_is_refused_and_both_are_named() {
         ("large.img", "r.cow", false),
     ] {
         let mut disk = disk(&at(base), &at(cow));
-        local(&mut disk).accept_cid_mismatch = true;
+        local(&mut disk).degraded.cid = true;
         assert_eq!(volume::open(&disk).is_ok(), accepted, "{cow} over {base}");
     }
 }

@@ -8,7 +8,7 @@ use fuse_tests::make::SECTOR;
 use fuse_tests::model::{self, alone, readable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
-use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
+use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::faulty_file::FaultyFile;
 use super::hosted::{BASE, Hosted, flat_base};
@@ -106,7 +106,7 @@ fn occasional_write_failures_lose_no_data() {
             println!("seed {seed}, round {round}");
             write_with_failures(&child, &mut model, seed * 1000 + round + 7, round == 1);
             let disk = readable(&child);
-            let report = vmdk::check(&disk);
+            let report = disk.check();
             assert_eq!(report.errors, Vec::<String>::new(), "seed {seed}");
             let seen = model::read(&disk, 0, capacity);
             let first = seen.chunks(512).zip(model.chunks(512)).position(|(a, b)| a != b);

@@ -9,7 +9,7 @@ use fuse_tests::model::{alone, writable};
 use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::store::{Access, OpenPolicy, open_user_path};
-use vmdkfuse::vmdk::{self, OpenOptions, VmdkDisk};
+use vmdkfuse::vmdk::{OpenOptions, VmdkDisk};
 
 use super::hosted::Hosted;
 use super::read;
@@ -96,6 +96,6 @@ fn parallel_writes_zeroes_flushes_and_closes_lose_no_data() {
         let again = open_user_path(&path, policy, Access::Read).unwrap();
         let again = VmdkDisk::open(again, OpenOptions::default()).unwrap();
         compare(&again);
-        assert_eq!(vmdk::check(&again).errors, Vec::<String>::new());
+        assert_eq!(again.check().errors, Vec::<String>::new());
     }
 }
