@@ -137,6 +137,7 @@ func (s *status) Write(b []byte) (int, error) {
 func main() {
 	esx := flag.Bool("esx", false, "a single ESXi instead of a vCenter")
 	dir := flag.String("dir", "", "directory that becomes the datastore LocalDS_0")
+	name := flag.String("name", "LocalDS_0", "name of that datastore")
 	listen := flag.String("l", "127.0.0.1:0", "address to listen on")
 	user := flag.String("u", "root", "")
 	pass := flag.String("p", "secret", "")
@@ -159,6 +160,9 @@ func main() {
 		if *dir != "" {
 			ds.Info.GetDatastoreInfo().Url = *dir
 			ds.Summary.Url = *dir
+			ds.Name = *name
+			ds.Summary.Name = *name
+			ds.Info.GetDatastoreInfo().Name = *name
 		}
 		fmt.Printf("datastore %s at %s\n", ds.Name, ds.Info.GetDatastoreInfo().Url)
 	}

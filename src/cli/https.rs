@@ -35,6 +35,10 @@ pub(super) struct HttpsArgs {
     pub(super) password: Option<Password>,
     /// `cookie=`
     pub(super) cookie: Option<Secret>,
+    /// `cookie-script=`
+    pub(super) cookie_script: Option<Secret>,
+    /// `cookie-script-renew=`
+    pub(super) cookie_renew: Option<Duration>,
     /// `thumbprint=`
     pub(super) thumbprint: Option<Thumbprint>,
     /// `datacenter=`
@@ -102,6 +106,8 @@ impl HttpsArgs {
             user: self.user.clone().or_else(|| common.user.clone()),
             password: self.password.clone().or_else(|| common.password.clone()),
             cookie: self.cookie.clone().or_else(|| common.cookie.clone()),
+            cookie_script: self.cookie_script.clone().or_else(|| common.cookie_script.clone()),
+            cookie_renew: self.cookie_renew.or(common.cookie_renew),
             thumbprint: trust.thumbprint.clone(),
             datacenter: self.datacenter.clone().or_else(|| common.datacenter.clone()),
             cainfo: trust.cainfo.clone(),
@@ -145,7 +151,16 @@ impl HttpsArgs {
         if password.is_some() && user.is_none() {
             return Err(UsageError::new("password= needs user="));
         }
-        if user.is_some() && password.is_none() && cookie.is_none() {
+        if self.cookie_renew.is_some() && self.cookie_script.is_none() {
+            return Err(UsageError::new("cookie-script-renew= needs cookie-script="));
+        }
+        if self.cookie_script.is_some() && (cookie.is_some() || password.is_some()) {
+            return Err(UsageError::new(
+                "cookie-script= prints the cookie of a login: it takes the place of cookie= and password=",
+            ));
+        }
+        let has_cookie = cookie.is_some() || self.cookie_script.is_some();
+        if user.is_some() && password.is_none() && !has_cookie {
             return Err(UsageError::new("user= needs password= (password=- asks for it)"));
         }
         let disk = HttpsConfig {
@@ -154,6 +169,7 @@ impl HttpsArgs {
                 user,
                 password,
                 cookie,
+                cookie_script: self.cookie_script.map(|script| (script, self.cookie_renew)),
                 trust,
                 headers: self.headers,
                 proxy: self.proxy,
@@ -378,6 +394,11 @@ pub(super) fn header(value: &OsStr) -> Result<(String, Secret), String> {
         true => Ok((name.to_owned(), Secret::new(value.trim()))),
         false => Err("must have the form NAME: VALUE, without control characters".into()),
     }
+}
+
+/// Parses the value of `cookie-script-renew=`; 0 means never.
+pub(super) fn renewal(value: &OsStr) -> Result<Duration, String> {
+    values::number(value, 0, u32::MAX).map(|seconds| Duration::from_secs(seconds.into()))
 }
 
 /// Parses the value of `proxy=`.

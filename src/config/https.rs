@@ -31,6 +31,8 @@ pub struct HttpsServer {
     pub password: Option<Secret>,
     /// Session cookie to use in place of a login.
     pub cookie: Option<Secret>,
+    /// Shell text that prints the cookie, and the time after which it is run again. `None`: when the cookie has expired.
+    pub cookie_script: Option<(Secret, Option<Duration>)>,
     /// Certificates that are trusted.
     pub trust: Trust,
     /// Headers for every request to the server, each with its value, which may be a token.

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use fuse_tests::harness::{
-    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need_qemu, poll_until, qemu_img, raw_with_islands,
-    read_range,
+    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_qemu, poll_until, qemu_img,
+    raw_with_islands, read_range,
 };
 
 use crate::server::{PASSWORD, SOON, Server, USER, need_vsim, password_file};
@@ -146,6 +146,136 @@ fn an_esxi_needs_no_datacenter_and_a_whole_address_is_understood() {
         }
     }
     assert!(shown[0].contains("in an address"), "no warning: {}", shown[0]);
+}
+
+#[test]
+fn names_are_decoded_once_or_twice_as_the_server_does() {
+    if !need_vsim() {
+        return;
+    }
+    for decoding in [&["-double"][..], &[]] {
+        let scratch = Scratch::new();
+        let dir = scratch.mkdir("ds/vm %41 + [1]");
+        let content: Vec<u8> = (0..MIB).map(|n| (n / 512) as u8).collect();
+        fs::write(dir.join("x %2541-flat.vmdk"), &content).unwrap();
+        let words = [&["-name", "My DS %41+(1)"], decoding].concat();
+        let server = Server::vsim(&scratch, &scratch.path("ds"), &words);
+        let mount = scratch
+            .mount()
+            .arg("server=127.0.0.1")
+            .arg(format!("port={}", server.port))
+            .arg("datacenter=DC0")
+            .arg(server.pin())
+            .arg(format!("user={USER}"))
+            .arg(password_file(&scratch))
+            .arg("file=[My DS %41+(1)] vm %41 + [1]/x %2541-flat.vmdk")
+            .start();
+        assert_eq!(
+            read_range(&mount.file("x %2541-flat.raw"), 0, MIB as usize),
+            content,
+            "{decoding:?}"
+        );
+        mount.unmount();
+        let wrong = server.log().iter().filter(|line| !line.contains("status=206")).count();
+        assert!(wrong <= 2, "the form that worked is remembered: {:#?}", server.log());
+    }
+}
+
+#[test]
+fn a_script_logs_in_and_is_run_again_when_its_cookie_has_expired() {
+    if !need_vsim() || !need("curl") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("ds/vm");
+    let content: Vec<u8> = (0..8 * MIB).map(|n| (n / 512) as u8).collect();
+    fs::write(dir.join("x-flat.vmdk"), &content).unwrap();
+    let server = Server::vsim(&scratch, &scratch.path("ds"), &["-session", "2s"]);
+    let (runs, password) = (scratch.path("runs"), scratch.path("password of the script"));
+    fs::write(&password, format!("user = \"{USER}:{PASSWORD}\"\n")).unwrap();
+    let script = format!(
+        "echo \"$iteration $url\" >> {}; curl -sk -K '{}' -r 0-0 -D - -o /dev/null \"$url\" | \
+         sed -n 's/^[Ss]et-[Cc]ookie: \\([^;]*\\);.*/\\1/p'",
+        runs.display(),
+        password.display()
+    );
+    let mount = bare_mount(&scratch, &server, "vm/x-flat.vmdk")
+        .arg(format!("cookie-script={script}"))
+        .arg("cache-size=1M")
+        .arg("cache=none")
+        .start();
+    let disk = mount.file("x-flat.raw");
+    // Reads until the session has ended at least once.
+    let ended = poll_until(SOON, || {
+        assert_eq!(read_range(&disk, 0, content.len()), content);
+        fs::read_to_string(&runs).unwrap().lines().count() > 1
+    });
+    assert!(ended);
+    mount.unmount();
+    let runs = fs::read_to_string(&runs).unwrap();
+    let url = format!(
+        "https://127.0.0.1:{}/folder/vm/x-flat.vmdk?dcPath=DC0&dsName=LocalDS_0",
+        server.port
+    );
+    for (number, line) in runs.lines().enumerate() {
+        assert_eq!(line, format!("{number} {url}"));
+    }
+    assert_eq!(server.count(&["auth=true"]), runs.lines().count(), "only curl logs in");
+    assert_eq!(server.count(&["LOGOUT"]), 0);
+    let failing = bare_mount(&scratch, &server, "vm/x-flat.vmdk").arg("cookie-script=exit 7");
+    failing.refused(1).error_names(&["cookie-script=", "exit status: 7"]);
+}
+
+#[test]
+fn remote_disks_are_described_checked_and_mapped() {
+    if !need_vsim() || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (store, raw) = (scratch.mkdir("ds/vm"), scratch.path("x.raw"));
+    raw_with_islands(&raw, 24 * MIB, 8);
+    let local = store.join("snap [2].vmdk");
+    let words = ["convert", "-O", "vmdk", raw.to_str().unwrap(), local.to_str().unwrap()];
+    qemu_img(words);
+    let server = Server::vsim(&scratch, &scratch.path("ds"), &[]);
+    let remote = [
+        "server=127.0.0.1".to_owned(),
+        format!("port={}", server.port),
+        "datacenter=DC0".to_owned(),
+        server.pin(),
+        format!("user={USER}"),
+        password_file(&scratch),
+        "file=[LocalDS_0] vm/snap [2].vmdk".to_owned(),
+    ];
+    let json = |action: &str, words: &[String]| {
+        let out = scratch
+            .vmdkfuse()
+            .args([action, "--json"])
+            .args(words)
+            .run()
+            .ok()
+            .stdout;
+        serde_json::from_str::<serde_json::Value>(&out).unwrap()
+    };
+    let file = [format!("file={}", local.display())];
+    let (there, here) = (json("--map", &remote), json("--map", &file));
+    assert!(
+        there[0]["map"].as_array().is_some_and(|ranges| ranges.len() > 1),
+        "{there}"
+    );
+    assert_eq!(there, here);
+    let (there, here) = (json("--check", &remote), json("--check", &file));
+    assert_eq!(there[0]["status"], "clean");
+    assert_eq!(there, here);
+    let (there, here) = (json("--info", &remote), json("--info", &file));
+    assert_eq!(there[0]["size"], here[0]["size"]);
+    assert_eq!(there[0]["writable"], false);
+    assert!(
+        there[0]["file"]
+            .as_str()
+            .unwrap()
+            .contains("[LocalDS_0] vm/snap [2].vmdk")
+    );
 }
 
 #[test]

@@ -268,7 +268,7 @@ impl Client {
         let authorization = if same_origin(url, &self.origin) {
             // May hold tokens, as credentials do.
             headers.clone_from(&self.headers);
-            self.session.authorize(limits)?
+            self.session.authorize(url.as_str(), limits)?
         } else {
             Authorization::Anonymous
         };

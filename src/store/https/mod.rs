@@ -29,6 +29,7 @@ use crate::store::{Access, ExtentName, Identity, Store, StoredFile};
 mod address;
 mod answer;
 mod client;
+mod cookie_script;
 mod failure;
 mod http1;
 mod library;

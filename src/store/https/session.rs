@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use reqwest::header::{HeaderMap, HeaderValue, SET_COOKIE};
 
+use super::cookie_script;
 use super::failure::Failure;
 use super::transport::{Limits, TICK};
-use crate::config::HttpsServer;
+use crate::config::{HttpsServer, Secret};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Name of the cookie of an ESXi's and a vCenter's session.
@@ -31,6 +32,8 @@ const MAX_COOKIE: usize = 4096;
 /// Login of one server.
 pub(super) struct Session {
     basic: Option<HeaderValue>,
+    /// Program that prints the cookie, and the time after which it is run again.
+    script: Option<(Secret, Option<Duration>)>,
     user: String,
     state: Mutex<LoginState>,
     /// Notified when a login has ended.
@@ -40,6 +43,9 @@ pub(super) struct Session {
 #[derive(Default)]
 struct LoginState {
     cookie: Option<HeaderValue>,
+    /// Time of the script's last run, and number of its runs.
+    script_ran: Option<Instant>,
+    script_runs: u64,
     /// True if the cookie comes from a login of this process, which then also logs out.
     ours: bool,
     /// Number of the cookie: tells a request whether the cookie that was refused is still the current one.
@@ -117,6 +123,7 @@ impl Session {
         };
         Ok(Self {
             basic,
+            script: server.cookie_script.clone(),
             user,
             state: Mutex::new(state),
             login_ended: Condvar::new(),
@@ -125,23 +132,29 @@ impl Session {
 
     /// Returns the authorization for the next request. Waits for a login that another request does.
     ///
-    /// Errors: the server has refused the login a short while ago; those of the limits.
-    pub(super) fn authorize(&self, limits: Limits<'_>) -> Result<Authorization<'_>, Failure> {
+    /// Errors: the server has refused the login a short while ago; the cookie script fails; those of the limits.
+    pub(super) fn authorize(&self, url: &str, limits: Limits<'_>) -> Result<Authorization<'_>, Failure> {
         let mut state = self.state();
         loop {
             // The request that logged in may have brought a cookie, or a refusal.
             if let Some(known) = self.known(&state)? {
                 return Ok(known);
             }
-            let Some(basic) = &self.basic else {
-                return Ok(Authorization::Anonymous);
-            };
-            if !state.logging_in {
-                state.logging_in = true;
-                return Ok(Authorization::Login {
-                    basic: basic.clone(),
-                    _guard: LoginGuard(self),
-                });
+            match (&self.basic, &self.script) {
+                (None, None) => return Ok(Authorization::Anonymous),
+                _ if state.logging_in => {}
+                (_, Some((script, _))) => {
+                    state.logging_in = true;
+                    drop(state);
+                    return self.run_script(script, url, limits);
+                }
+                (Some(basic), None) => {
+                    state.logging_in = true;
+                    return Ok(Authorization::Login {
+                        basic: basic.clone(),
+                        _guard: LoginGuard(self),
+                    });
+                }
             }
             limits.check()?;
             let waited = self.login_ended.wait_timeout(state, TICK);
@@ -150,7 +163,12 @@ impl Session {
     }
 
     fn known(&self, state: &LoginState) -> Result<Option<Authorization<'static>>> {
-        if let Some(cookie) = &state.cookie {
+        let renew = self.script.as_ref().and_then(|(_, renew)| *renew);
+        let is_old = state
+            .script_ran
+            .zip(renew)
+            .is_some_and(|(ran, renew)| ran.elapsed() >= renew);
+        if let Some(cookie) = state.cookie.as_ref().filter(|_| !is_old) {
             return Ok(Some(Authorization::Cookie(cookie.clone(), state.generation)));
         }
         if state.refused.is_some_and(|at| at.elapsed() < REFUSED_FOR) {
@@ -161,6 +179,22 @@ impl Session {
             .clone()
             .filter(|_| state.basic_only)
             .map(Authorization::Basic))
+    }
+
+    /// Runs the script. The caller has marked the session as logging in.
+    fn run_script(&self, script: &Secret, url: &str, limits: Limits<'_>) -> Result<Authorization<'_>, Failure> {
+        let _guard = LoginGuard(self);
+        let runs = self.state().script_runs;
+        let cookie = cookie_script::run(script, url, runs, limits)?;
+        let mut state = self.state();
+        state.cookie = Some(cookie.clone());
+        state.script_ran = Some(Instant::now());
+        state.script_runs += 1;
+        state.generation += 1;
+        let generation = state.generation;
+        // The guard locks the state when it is dropped.
+        drop(state);
+        Ok(Authorization::Cookie(cookie, generation))
     }
 
     /// Takes the session cookie of an answer to a login. `accepted`: the server did not refuse the login.
@@ -181,10 +215,11 @@ impl Session {
     /// Notes that the server no longer accepts cookie `generation`. Returns true if a login may replace it.
     pub(super) fn expired(&self, generation: u64) -> bool {
         let mut state = self.state();
-        if state.generation == generation && self.basic.is_some() {
+        let may_log_in = self.basic.is_some() || self.script.is_some();
+        if state.generation == generation && may_log_in {
             state.cookie = None;
         }
-        self.basic.is_some()
+        may_log_in
     }
 
     /// Notes that the server refused user and password, and returns the error.
@@ -271,10 +306,11 @@ mod tests {
 
     fn authorize(session: &Session) -> Result<Authorization<'_>, Failure> {
         let closing = AtomicBool::new(false);
-        session.authorize(Limits {
+        let limits = Limits {
             deadline: Instant::now() + Duration::from_secs(60),
             closing: &closing,
-        })
+        };
+        session.authorize("https://h/disk", limits)
     }
 
     #[test]
@@ -326,6 +362,37 @@ mod tests {
         let session = login();
         session.logged_in(&HeaderMap::new(), true);
         assert!(matches!(authorize(&session).unwrap(), Authorization::Basic(_)));
+    }
+
+    #[test]
+    fn a_script_prints_the_cookie_and_runs_again_when_it_has_expired() {
+        let server = HttpsServer {
+            cookie_script: Some((Secret::new("echo \"n=$iteration; u=$url\"; sleep 100 &"), None)),
+            ..HttpsServer::default()
+        };
+        let session = Session::new(&server).unwrap();
+        for run in 0..2 {
+            let Authorization::Cookie(cookie, generation) = authorize(&session).unwrap() else {
+                panic!("no cookie")
+            };
+            assert_eq!(cookie, format!("n={run}; u=https://h/disk"));
+            assert!(matches!(authorize(&session).unwrap(), Authorization::Cookie(_, same) if same == generation));
+            assert!(session.expired(generation));
+        }
+        assert_eq!(session.take(), None);
+    }
+
+    #[test]
+    fn a_script_that_fails_or_prints_nothing_is_an_error_without_its_text() {
+        for script in ["exit 3; secret", ": secret", "printf 'a\\001b'"] {
+            let server = HttpsServer {
+                cookie_script: Some((Secret::new(script), Some(Duration::ZERO))),
+                ..HttpsServer::default()
+            };
+            let session = Session::new(&server).unwrap();
+            let error = authorize(&session).err().unwrap().error.to_string();
+            assert!(error.contains("cookie-script=") && !error.contains("secret"), "{error}");
+        }
     }
 
     #[test]
