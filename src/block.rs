@@ -18,6 +18,7 @@ use std::ops::{ControlFlow, Range};
 use std::os::fd::BorrowedFd;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::RoomNeeded;
 
 /// Size of a sector in bytes.
 pub const SECTOR: u64 = 512;
@@ -116,6 +117,11 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Returns the reason why there are no [`runs`](Self::runs), for messages.
+    fn why_no_runs(&self) -> &'static str {
+        "its data are not stored as they are read"
+    }
+
     /// Returns the interface that submits requests without waiting, or `None` if there is none: the calls above return
     /// soon.
     fn queue(&self) -> Option<&dyn BlockQueue> {
@@ -185,6 +191,19 @@ pub trait BlockWrite: BlockRead {
     /// Returns the reason why zeroing a large part of the range takes as long as writing it, or is not possible at all;
     /// `None` if it is cheap. Changes nothing.
     fn slow_zeroing(&self, range: Range<Lba>) -> Option<String>;
+
+    /// Adds to `needed` the room that a write of `range` would newly take in the stores of the disk, as far as that is
+    /// known: an upper bound, without what their file systems need for themselves. `zero`: the range is zeroed instead.
+    /// Ranges are added in rising order. Changes nothing.
+    ///
+    /// Errors: `ReadOnly` if a part of the range can't be written; those of reading tables.
+    fn add_room(&self, range: Range<Lba>, zero: bool, needed: &mut RoomNeeded) -> Result<()>;
+
+    /// Allocates `range`, so that later writes to it do not fail for lack of room. What it reads as stays the same. The
+    /// caller excludes other writes of the range.
+    ///
+    /// A stream allocates nothing: how much room its data take shows when they are compressed.
+    fn allocate(&self, range: Range<Lba>) -> Result<()>;
 
     /// Makes durable everything that was written before the call.
     ///

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     process::start_dir();
+    process::inherited::ignore_file_size_signal();
     let parsed = cli::parse(args);
     let sockets = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()

@@ -8,6 +8,7 @@ use crate::block::{
     BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay,
 };
 use crate::error::{Error, Result};
+use crate::store::RoomNeeded;
 
 type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
 type Flush = dyn Fn() -> Result<()> + Send + Sync;
@@ -135,6 +136,14 @@ impl BlockWrite for TestDisk {
     }
 
     fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn add_room(&self, _range: Range<Lba>, _zero: bool, _needed: &mut RoomNeeded) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, _range: Range<Lba>) -> Result<()> {
         Ok(())
     }
 

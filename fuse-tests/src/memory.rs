@@ -135,6 +135,10 @@ impl StoredFile for MemoryFile {
         Ok((true, self.len().saturating_sub(offset).max(1)))
     }
 
+    fn check_named(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn label(&self) -> &str {
         &self.label
     }

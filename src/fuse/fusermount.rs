@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use super::target::Target;
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::inherited;
 
 /// Names to try: first in PATH, then by full path, since services often run with a short PATH.
 const PROGRAMS: [&str; 3] = ["fusermount3", "/usr/bin/fusermount3", "/bin/fusermount3"];
@@ -75,6 +76,7 @@ pub(super) fn unmount(point: &Path, lazy: bool) -> Result<()> {
 fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
     for program in PROGRAMS {
         let mut command = Command::new(program);
+        inherited::reset_in_child(&mut command);
         arguments(&mut command).map_err(|e| Error::io("fusermount3", e))?;
         match command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn() {
             Ok(child) => return Ok(child),

@@ -181,7 +181,13 @@ impl DiskFile {
     /// descriptor is covered by no flush.
     pub(super) fn finish(&self, handle: FileHandle, context: RequestContext<'_>) {
         if writes(handle) && self.writable && self.volume().is_unfinished() {
-            self.flush_then(context, FlushKind::Complete, |_| ());
+            let volume = self.volume();
+            // No program waits for this flush: the next one reports what it found.
+            self.flush_then(context, FlushKind::Complete, move |result| {
+                if let Err(e) = result {
+                    volume.keep_unheard(e);
+                }
+            });
             if let Some(queue) = self.volume().queue() {
                 queue.poll_completions(Stay::No);
             }
@@ -214,8 +220,10 @@ impl DiskFile {
         let end = offset.checked_add(len).ok_or(Failed::Refused(Errno::EFBIG))?;
         let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0 && end > volume.len();
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
-            // Nothing to do: a write allocates its space, as on any sparse file.
-            0 if end <= volume.len() => Ok(()),
+            0 if end <= volume.len() => {
+                self.attributes.changed();
+                volume.allocate(offset, len).map_err(Failed::Volume)
+            }
             0 => Err(Failed::Refused(Errno::ENOSPC)),
             libc::FALLOC_FL_ZERO_RANGE if grows => Err(Failed::Refused(Errno::ENOSPC)),
             operation @ (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) => {

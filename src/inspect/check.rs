@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::{line, print};
+use super::{line, open_source, print};
 use crate::config::{DiskConfig, Query};
 use crate::error::{ErrorKind, Result};
 use crate::overlay::open_overlay;
 use crate::store::Access;
 use crate::vmdk::CheckReport;
-use crate::volume::{Source, open_source};
+use crate::volume::Source;
 
 /// Exit status of `--check` for disks whose only findings are leaked grains and unfinished entries.
 const LEAKS: u8 = 3;

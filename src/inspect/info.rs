@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{line, print, server_text};
+use super::{line, open_source, print, server_text};
 use crate::block::SECTOR;
 use crate::config::{DiskConfig, Query, SourceConfig};
 use crate::error::Result;
@@ -10,7 +10,7 @@ use crate::overlay::{OverlayInfo, describe_overlay, open_overlay};
 use crate::source::nbd;
 use crate::store::Access;
 use crate::vmdk::DiskInfo;
-use crate::volume::{Description, open_source};
+use crate::volume::Description;
 
 /// Prints the format, the size and the files of each disk (`--info`); for an NBD server, its exports.
 ///

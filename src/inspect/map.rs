@@ -7,6 +7,7 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use super::open_source;
 use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, Query};
 use crate::error::Result;
@@ -14,7 +15,6 @@ use crate::escape;
 use crate::overlay::open_overlay;
 use crate::process::output::written;
 use crate::store::Access;
-use crate::volume::open_source;
 
 /// Default of `limit=`: a disk of 1 TiB in pieces of 1 MiB, about 60 MB of JSON.
 const LIMIT: u64 = 1_000_000;

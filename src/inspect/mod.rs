@@ -12,8 +12,10 @@ use serde::Serialize;
 use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape;
+use crate::overlay::unfinished_commits;
 use crate::process::output;
 use crate::source::nbd;
+use crate::volume::{self, Source};
 
 mod check;
 mod dump;
@@ -32,6 +34,19 @@ pub use map::map;
 /// Returns the file or address of a disk's source, for messages.
 pub fn source_name(disk: &DiskConfig) -> String {
     disk.source.label()
+}
+
+/// Opens the source of a disk for reading, and warns where it is not what it was meant to be.
+fn open_source(disk: &DiskConfig) -> Result<Source> {
+    let source = volume::open_source(disk)?;
+    let files = source.files();
+    for sentence in unfinished_commits(&files)
+        .into_iter()
+        .filter(|_| disk.overlay.is_none())
+    {
+        output::message(&mut std::io::stderr(), &format!("warning: {sentence}"));
+    }
+    Ok(source)
 }
 
 /// Appends a formatted line to a `String`, escaped.

@@ -142,9 +142,7 @@ fn check(disk: &dyn BlockRead) -> Result<&dyn Runs> {
     if disk.writer().is_some() {
         return Err(Error::unsupported("the disk can be written to"));
     }
-    let runs = disk.runs().ok_or_else(|| {
-        Error::unsupported("its data are not stored as they are read (compressed, or below an overlay)")
-    })?;
+    let runs = disk.runs().ok_or_else(|| Error::unsupported(disk.why_no_runs()))?;
     for file in runs.files() {
         if file.fd.is_none() {
             return Err(Error::unsupported("an extent is not a regular file on this machine"));

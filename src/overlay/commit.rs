@@ -1,11 +1,12 @@
 //! Commit: merges an overlay into its base. The pair shows the same disk at every point, also after a crash.
 //!
 //! ```text
-//!   1 mark := CID of the base                    in the overlay, durable
+//!   0 every range can be written to the base, and there is room for all; otherwise the commit is refused
+//!   1 mark := CID of the base                    in the overlay, durable; the base's file is marked too (base_mark.rs)
 //!   2 parentCID := X, a new CID                  in the overlay, durable
 //!   3 CID of the base := X                       durable, before its content changes
 //!   4 write every range of the overlay to the base, then flush and close the base
-//!   5 mark := none                               in the overlay
+//!   5 mark := none                               in the base, then in the overlay
 //! ```
 //! While the overlay has the mark, it matches a base with the old CID, with X, and with any mixture of their digits
 //! that a power failure may leave. The overlay keeps all its ranges, and they hide the ranges of the base that were
@@ -23,12 +24,13 @@ use crate::block::{BlockRead, BlockWrite, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::base::Base;
+use crate::overlay::base_mark;
 use crate::overlay::{
     MARK, NO_MARK, changed_sectors, cid_text, descriptor, for_each_change, label, mark_of, open_overlay_of,
     overlay_file,
 };
 use crate::source::RawDisk;
-use crate::store::{Access, StoredFile};
+use crate::store::{Access, RoomNeeded, StoredFile};
 use crate::vmdk::VmdkDisk;
 use crate::volume::Source;
 use crate::volume::format::{self, DiskFormat};
@@ -151,13 +153,15 @@ impl Commit {
             _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
         };
         let total = changed_sectors(&overlay)? * SECTOR;
-        Ok(Self {
+        let commit = Self {
             overlay,
             base,
             target,
             total,
             resumed,
-        })
+        };
+        commit.check_can_finish()?;
+        Ok(commit)
     }
 
     /// Returns the number of bytes to be merged.
@@ -180,6 +184,10 @@ impl Commit {
             &mark,
             &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), cid_text),
         )?;
+        let named = self.target.files().into_iter().next();
+        named
+            .as_deref()
+            .map_or(Ok(()), |file| base_mark::set(file, &label(&self.overlay)))?;
         if watch(Step::Marked)? == Next::Stop {
             return Ok(false);
         }
@@ -195,9 +203,24 @@ impl Commit {
         // Step 5. The mark is removed only after the base is durable: from here on the overlay must match exactly.
         self.base
             .renew_state(&self.overlay, self.target.disk(), &self.target.files())?;
+        named.as_deref().map_or(Ok(()), base_mark::clear)?;
         self.overlay.rewrite(&mark, NO_MARK)?;
         self.overlay_writer()?.close()?;
         Ok(true)
+    }
+
+    /// Checks that every range of the overlay can be written to the base, and that there is room for all of them: a commit
+    /// that ends half way leaves a base that is useless alone.
+    fn check_can_finish(&self) -> Result<()> {
+        let writer = self.base_writer()?;
+        let mut needed = RoomNeeded::default();
+        for_each_change(&self.overlay, |start, sectors, zero| {
+            writer
+                .add_room(start..start + sectors, zero, &mut needed)
+                .map(|()| true)
+        })
+        .and_then(|()| needed.check())
+        .map_err(|e| base_refused(&self.overlay, &e).within("nothing was merged"))
     }
 
     fn base_writer(&self) -> Result<&dyn BlockWrite> {

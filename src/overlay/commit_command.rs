@@ -50,11 +50,7 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
         Err(e) => Err(e.within(unfinished)),
         Ok(false) => {
             let name = stopped_by.map_or("a signal", Signal::as_str);
-            let merged = format!(
-                "stopped by {name} after {} of {} MiB",
-                progress.done >> 20,
-                progress.total >> 20
-            );
+            let merged = format!("stopped by {name} after {} of {} bytes", progress.done, progress.total);
             Err(Error::new(
                 ErrorKind::Os(libc::EINTR),
                 format!("{merged}; {unfinished}"),

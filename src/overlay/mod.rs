@@ -21,6 +21,7 @@
 //! `ddb.vmdkfuse.commit` marks an unfinished commit: see `commit.rs`.
 
 mod base;
+mod base_mark;
 pub mod commit;
 pub mod commit_command;
 
@@ -38,6 +39,7 @@ use crate::block::{BlockRead, Content, Lba, SECTOR};
 use crate::config::{DiskConfig, LocalConfig, Overlay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::base::Base;
+pub(crate) use crate::overlay::base_mark::unfinished_commits;
 use crate::process;
 use crate::store::{Access, ExtentName, Store, StoredFile, make_user_path, open_user_path, unnamed};
 use crate::vmdk::descriptor::Descriptor;

@@ -6,6 +6,7 @@
 //!   log       log destination and level ── syslog: the system log ── admin_file: how the log and the pidfile are opened
 //!   unmount   `--unmount`: unmounts, and waits until the daemon has ended
 //!   output    standard output and standard error
+//!   inherited ignored signals and the role in write-back, which programs that are started do not keep
 //!   arguments removal of secrets from the command line
 //! ```
 //! The order matters: descriptors are closed and the process forks before any file of the mount is opened and before
@@ -18,6 +19,7 @@ mod admin_file;
 pub mod arguments;
 pub mod daemon;
 pub mod handed_over;
+pub mod inherited;
 pub mod log;
 pub mod output;
 pub mod pidfile;

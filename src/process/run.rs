@@ -39,7 +39,7 @@ use crate::mountinfo;
 use crate::process::daemon::{self, Started, Status, Verdict};
 use crate::process::pidfile::Pidfile;
 use crate::process::signals::{self, Signals};
-use crate::process::{log, output};
+use crate::process::{inherited, log, output};
 
 /// Time limit for the first reads through the mount. If they take longer, the start fails.
 const FIRST_READ: Duration = Duration::from_secs(30);
@@ -215,6 +215,10 @@ impl MountedDaemon {
         } else {
             None
         };
+        // After the helpers, which write nothing, and before any thread.
+        if !config.options.read_only {
+            inherited::become_io_flusher();
+        }
         let Opened {
             filesystem,
             source,

@@ -18,9 +18,8 @@ use crate::error::{Error, Result};
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and for all threads that it starts from now on. Blocks SIGXFSZ
-    /// too, which is not read: a write beyond the limit of file sizes then only fails, with EFBIG. Child processes start
-    /// with no signal blocked.
+    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and for all threads that it starts from now on. Child processes
+    /// start with no signal blocked.
     pub fn block() -> Result<Self> {
         let context = |e: Errno| Error::io("blocking signals", e.into());
         // The Rust runtime ignores SIGPIPE before `main`, so it needs no handling here.
@@ -28,9 +27,7 @@ impl Signals {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             set.add(signal);
         }
-        let mut blocked = set;
-        blocked.add(Signal::SIGXFSZ);
-        blocked.thread_block().map_err(context)?;
+        set.thread_block().map_err(context)?;
         SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map(Self)
             .map_err(context)

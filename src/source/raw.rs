@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
 use crate::error::{Error, Result};
-use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
+use crate::store::{RoomNeeded, StoredFile, StoredWrite, WriteLatch, writer};
 
 /// Raw image; see the module documentation.
 #[derive(Debug)]
@@ -155,6 +155,13 @@ impl BlockRead for RawDisk {
         self.file.writer().is_some().then_some(self as &dyn BlockWrite)
     }
 
+    fn why_no_runs(&self) -> &'static str {
+        match self.file.len() == self.geometry.bytes() {
+            true => "it is not a file on this machine",
+            false => "its file ends inside of its last sector, the rest of which is shown as zeroes",
+        }
+    }
+
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         // Not with an incomplete last sector: the kernel would show a shorter file than this process.
         self.file.fd().filter(|_| self.file.len() == self.geometry.bytes())
@@ -182,6 +189,20 @@ impl BlockWrite for RawDisk {
         let file = self.target(0)?;
         let end = range.end.bytes().min(self.len());
         self.count_change(file.zero(range.start.bytes(), end.saturating_sub(range.start.bytes()), unmap))
+    }
+
+    fn add_room(&self, range: Range<Lba>, zero: bool, needed: &mut RoomNeeded) -> Result<()> {
+        writer(&*self.file)?;
+        if zero {
+            return Ok(());
+        }
+        needed.add_holes(&self.file, range.start.bytes()..range.end.bytes().min(self.len()))
+    }
+
+    fn allocate(&self, range: Range<Lba>) -> Result<()> {
+        let end = range.end.bytes();
+        let file = self.target(end)?;
+        self.count_change(file.allocate(range.start.bytes(), end - range.start.bytes()))
     }
 
     fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {

@@ -83,6 +83,10 @@ impl<F: Fn(Change) -> Result<()> + Send + Sync> StoredFile for Watched<F> {
         self.file.siblings()
     }
 
+    fn check_named(&self) -> Result<()> {
+        self.file.check_named()
+    }
+
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.fd()
     }
@@ -103,6 +107,10 @@ impl<F: Fn(Change) -> Result<()> + Send + Sync> StoredWrite for Watched<F> {
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.change(Change::Content)?.zero(offset, len, unmap)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.change(Change::Content)?.allocate(offset, len)
     }
 
     fn slow_zeroing(&self) -> Option<String> {

@@ -33,6 +33,7 @@ mod ofd_lock;
 mod open_policy;
 mod owner;
 mod permissions;
+mod room;
 mod vmware_lock_file;
 mod write_latch;
 
@@ -44,6 +45,8 @@ pub(crate) use name::shell_word;
 pub use name::{ExtentName, NAME_MAX};
 pub use open_policy::OpenPolicy;
 pub(crate) use permissions::Permissions;
+pub(crate) use room::AllocationUnit;
+pub use room::RoomNeeded;
 pub(crate) use write_latch::WriteLatch;
 
 /// Access for which a file is opened.
@@ -201,6 +204,12 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
         Err(Error::unsupported(format!("{}: cannot be opened again", self.label())))
     }
 
+    /// Checks that the file still has a name in its file system, if it had one when it was opened. A file without a name
+    /// is gone once this process ends.
+    ///
+    /// Errors: `Os(ESTALE)` if another process has deleted the file, or put another one in its place.
+    fn check_named(&self) -> Result<()>;
+
     /// Returns the file descriptor, or `None` if the file is not a local file.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -229,6 +238,11 @@ pub trait StoredWrite: StoredFile {
     /// With `unmap`, the range becomes a hole if the store supports holes. Without it, the range is allocated if the
     /// store supports that, so that a later write to the range cannot fail for lack of space.
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Allocates a range within the file, so that a later write to it cannot fail for lack of space. The content stays.
+    ///
+    /// The caller excludes other writes of the range.
+    fn allocate(&self, offset: u64, len: u64) -> Result<()>;
 
     /// Returns the reason why [`zero`](Self::zero) with `unmap` has to write zeroes; `None` if the store has a cheaper
     /// way. Changes nothing.

@@ -199,7 +199,7 @@ impl Plan {
                     pieces: Vec::new(),
                 })
             }
-            CreateType::MonolithicFlat => Self::beside(name, disk, "monolithicFlat", ExtentKind::Flat, false),
+            CreateType::MonolithicFlat => Self::beside(name, disk, "monolithicFlat", ExtentKind::Flat, true),
             CreateType::VmfsFlat => Self::beside(name, disk, "vmfs", ExtentKind::Vmfs, true),
             CreateType::VmfsThin => Self::beside(name, disk, "vmfs", ExtentKind::Vmfs, false),
             CreateType::SplitSparse => Self::split(name, disk, "twoGbMaxExtentSparse", 's'),
@@ -235,7 +235,7 @@ impl Plan {
                 's' => PieceContent::Sparse(HostedLayout::new(sectors, GRAIN, None, false)?),
                 _ => PieceContent::Flat {
                     sectors,
-                    allocate: false,
+                    allocate: true,
                 },
             };
             pieces.push(Piece {
@@ -312,7 +312,7 @@ impl<'s> PendingFiles<'s> {
             PieceContent::Flat { sectors, allocate } => {
                 out.set_len(sectors * SECTOR)?;
                 if *allocate {
-                    out.zero(0, sectors * SECTOR, false)?;
+                    out.allocate(0, sectors * SECTOR)?;
                 }
                 out.sync()
             }

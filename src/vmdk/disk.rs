@@ -129,6 +129,11 @@ impl VmdkDisk {
         &self.links
     }
 
+    /// Returns true if there are links below the newest one, or a base.
+    pub(super) fn has_backing(&self) -> bool {
+        self.links.len() > 1 || self.base.is_some()
+    }
+
     /// Returns the descriptor of the newest link, as it was when the disk was opened.
     pub fn descriptor(&self) -> Option<&Descriptor> {
         self.links.first().map(|link| &link.descriptor)
@@ -305,6 +310,13 @@ impl BlockRead for VmdkDisk {
     fn runs(&self) -> Option<&dyn Runs> {
         // A preferred size above one sector means compressed grains, which have no runs.
         (self.geometry.preferred == 1 && self.base.is_none()).then_some(self)
+    }
+
+    fn why_no_runs(&self) -> &'static str {
+        match self.base {
+            Some(_) => "its data are not stored as they are read (below an overlay)",
+            None => "its data are not stored as they are read (compressed)",
+        }
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {

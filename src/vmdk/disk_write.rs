@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, StoredWrite};
+use crate::store::{RoomNeeded, StoredFile, StoredWrite};
 use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::disk::{VmdkDisk, refuse_without_parent};
@@ -54,7 +54,7 @@ impl VmdkDisk {
     /// Returns the writer and the link that it writes to.
     ///
     /// Errors: `ReadOnly` if the disk was opened for reading.
-    fn writer_and_link(&self) -> Result<(&Writer, &Link)> {
+    pub(super) fn writer_and_link(&self) -> Result<(&Writer, &Link)> {
         match (&self.writer, self.links().first()) {
             (Some(writer), Some(link)) => Ok((writer, link)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the disk is opened for reading")),
@@ -215,6 +215,14 @@ impl BlockWrite for VmdkDisk {
             })
     }
 
+    fn add_room(&self, range: Range<Lba>, zero: bool, needed: &mut RoomNeeded) -> Result<()> {
+        self.add_room_of(range, zero, needed)
+    }
+
+    fn allocate(&self, range: Range<Lba>) -> Result<()> {
+        self.allocate_range(range)
+    }
+
     fn flush(&self) -> Result<()> {
         let (writer, link) = self.writer_and_link()?;
         // Group flush. A flush that starts after this load covers every write that returned before this call. So a
@@ -282,7 +290,7 @@ impl Backing for BackingChain<'_> {
     }
 }
 
-fn read_only_extent(placed: &PlacedExtent, at: u64) -> Error {
+pub(super) fn read_only_extent(placed: &PlacedExtent, at: u64) -> Error {
     let (kind, access) = (placed.kind, placed.access.as_str());
     Error::new(
         ErrorKind::ReadOnly,

@@ -28,6 +28,7 @@ mod check;
 mod create;
 pub mod descriptor;
 mod disk;
+mod disk_room;
 mod disk_write;
 mod extent;
 mod extent_walk;

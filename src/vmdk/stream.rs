@@ -29,6 +29,7 @@ use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::RoomNeeded;
 use crate::store::{StoredFile, writer};
 use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
@@ -275,6 +276,14 @@ impl BlockWrite for StreamDisk {
         let from = ((part.start - window) * SECTOR) as usize;
         let to = ((part.end - window) * SECTOR) as usize;
         state.window.bytes.get_mut(from..to).unwrap_or_default().fill(0);
+        Ok(())
+    }
+
+    fn add_room(&self, _range: Range<Lba>, _zero: bool, _needed: &mut RoomNeeded) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, _range: Range<Lba>) -> Result<()> {
         Ok(())
     }
 

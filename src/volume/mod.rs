@@ -14,8 +14,8 @@
 //! range lock over granules, see `write.rs`.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Lba, SECTOR};
@@ -66,6 +66,8 @@ pub struct Volume {
     external_writes: AtomicBool,
     /// True if requests may have to wait for a network.
     remote: bool,
+    /// Error of a flush that no program waited for; the next flush reports it.
+    unheard: Mutex<Option<Error>>,
 }
 
 /// Target of a search.
@@ -93,6 +95,7 @@ impl Volume {
             unfinished: AtomicBool::new(false),
             external_writes: AtomicBool::new(false),
             remote,
+            unheard: Mutex::default(),
         }
     }
 

@@ -22,7 +22,7 @@ use crate::cache::{BlockCache, CacheOptions};
 use crate::config::{DiskConfig, Distance, Format, HttpsAddress, HttpsConfig, LocalConfig, NbdConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
-use crate::overlay::open_overlay;
+use crate::overlay::{open_overlay, unfinished_commits};
 use crate::source::{RawDisk, export_file_names, nbd};
 use crate::store::{Access, StoredFile, https, open_found_path, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
@@ -155,6 +155,9 @@ pub fn open(config: &DiskConfig) -> Result<Volume> {
         (None, false) => open_for_writing(config)?,
     };
     let files = source.files();
+    for sentence in unfinished_commits(&files) {
+        tracing::warn!("{sentence}");
+    }
     let remote = is_remote(config);
     Ok(Volume::new(cached(config, source.disk())?, files)
         .remote(remote)

@@ -13,12 +13,17 @@
 //! Lock order: the range lock over granules comes before all locks of the disk below. See [`crate::range_lock`].
 
 use std::ops::Range;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use crate::block::{BlockWrite, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::Mode;
+use crate::store::RoomNeeded;
 use crate::volume::Volume;
+
+/// Maximum number of bytes that are allocated at once. Other writes of the range wait meanwhile.
+const ALLOCATION_STEP: u64 = 8 << 20;
 
 /// A range of bytes, split at the borders of granules. Each part may be empty; together they are the range.
 #[derive(Debug, PartialEq, Eq)]
@@ -117,6 +122,35 @@ impl Volume {
         })
     }
 
+    /// Allocates a range of the disk, so that later writes to it do not fail for lack of room. Its bytes stay the same.
+    ///
+    /// Errors: `Os(ENOSPC)`, before anything is allocated where the free space is known.
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let writer = self.writer()?;
+        let end = offset.saturating_add(len).min(self.len());
+        if offset >= end {
+            return Ok(());
+        }
+        let granules = offset / self.granule()..end.div_ceil(self.granule());
+        let sectors = |granules: &Range<u64>| {
+            let end = (granules.end * self.granule()).min(self.len());
+            Lba(granules.start * self.granule() / SECTOR)..Lba(end / SECTOR)
+        };
+        let mut needed = RoomNeeded::default();
+        writer.add_room(sectors(&granules), false, &mut needed)?;
+        needed.check()?;
+        let step = (ALLOCATION_STEP / self.granule()).max(1);
+        for start in granules.clone().step_by(step as usize) {
+            let part = start..granules.end.min(start + step);
+            // Exclusive: the engine may write back what it has read.
+            let _held = self.ranges.lock(part.clone(), Mode::Exclusive);
+            let done = writer.allocate(sectors(&part));
+            self.note_change();
+            done?;
+        }
+        Ok(())
+    }
+
     /// Returns an error of the kind `Unsupported`, with the reason, if zeroing everything from byte `offset` on takes as
     /// long as writing it. Changes nothing.
     pub fn check_cheap_zeroing(&self, offset: u64) -> Result<()> {
@@ -127,20 +161,41 @@ impl Volume {
 
     /// Makes all writes before the call durable. Cheap if nothing was written.
     ///
-    /// Errors: those of the disk. `Os(ENOSPC)` if the backing file was written to after the end of the disk (see
+    /// Errors: those of the disk. `Os(ESTALE)` if one of its files was deleted or replaced. `Os(ENOSPC)` if the backing file was written to after the end of the disk (see
     /// [`prepare_external_write`](Self::prepare_external_write)); the disk itself is durable then.
     pub fn flush(&self) -> Result<()> {
         // Truncated first, so that the flush covers the new length; its error is returned last, as the flush matters
         // more.
         let trimmed = self.truncate_excess();
-        self.disk.writer().map_or(Ok(()), BlockWrite::flush).and(trimmed)
+        let flushed = self.disk.writer().map_or(Ok(()), BlockWrite::flush);
+        self.reported(flushed.and(trimmed).and_then(|()| self.check_named()))
     }
 
     /// Makes everything durable and marks the image as closed. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
         let trimmed = self.truncate_excess();
         self.finishing();
-        self.disk.writer().map_or(Ok(()), BlockWrite::close).and(trimmed)
+        let closed = self.disk.writer().map_or(Ok(()), BlockWrite::close);
+        self.reported(closed.and(trimmed).and_then(|()| self.check_named()))
+    }
+
+    /// Keeps the error of a flush that no program waits for, until the next flush.
+    pub fn keep_unheard(&self, e: &Error) {
+        let mut unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner);
+        unheard.get_or_insert_with(|| e.clone());
+    }
+
+    /// Returns the result of a flush, or the error of an earlier one that no program has heard.
+    fn reported(&self, result: Result<()>) -> Result<()> {
+        let unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner).take();
+        result.and(unheard.map_or(Ok(()), Err))
+    }
+
+    /// Checks that the files that are written to still have a name: what is durable in a file without one is gone after the
+    /// unmount.
+    fn check_named(&self) -> Result<()> {
+        let mut written = self.files.iter().filter(|file| file.writer().is_some());
+        written.try_for_each(|file| file.check_named())
     }
 
     /// Returns true if the disk may have been written to since the last [`close`](Self::close) began.

@@ -393,6 +393,10 @@ impl StoredFile for SimFile {
         Ok((bytes.is_stored(offset), left.max(1)))
     }
 
+    fn check_named(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn label(&self) -> &str {
         &self.label
     }
@@ -420,6 +424,10 @@ impl StoredWrite for SimFile {
 
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.change(FileOp::Zero { offset, len, unmap })
+    }
+
+    fn allocate(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
     }
 
     fn slow_zeroing(&self) -> Option<String> {

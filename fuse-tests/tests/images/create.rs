@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use fuse_tests::harness::{
-    Cmd, Mount, NOBODY, Scratch, assert_same, data_ranges, need, need_fuse, need_root, qemu_data_ranges, qemu_img,
-    raw_with_islands, read_range,
+    Cmd, Mount, NOBODY, Scratch, assert_same, data_ranges, need, need_fuse, need_root, program, qemu_data_ranges,
+    qemu_img, raw_with_islands, read_range,
 };
 use fuse_tests::model::{alone, policy, readable};
 use vmdkfuse::block::{BlockRead, BlockWrite, Lba};
@@ -75,7 +75,7 @@ fn every_kind_is_empty_in_qemu_and_in_this_engine() {
     ];
     for (kind, create_type) in KINDS {
         for size in sizes {
-            let too_large = kind == "vmfs-flat" && size > 64 << 20;
+            let too_large = kind.ends_with("-flat") && size > 64 << 20;
             // 3 TiB in split extents of 2 GB are 1537 files, which test no more than two files do.
             let pieces = kind.starts_with("split") && size > 1 << 40;
             if too_large || pieces {
@@ -275,11 +275,13 @@ fn a_full_file_system_leaves_no_partial_files() {
         .ok();
     for (kind, size) in [
         ("vmfs-flat", "1M"),
+        ("monolithic-flat", "1M"),
+        ("split-flat", "1M"),
         ("monolithic-sparse", "3T"),
         ("stream-optimized", "1G"),
     ] {
         // The remaining space is less than the metadata of the image.
-        let ballast = if kind == "vmfs-flat" { 0 } else { 60 << 10 };
+        let ballast = if kind.ends_with("flat") { 0 } else { 60 << 10 };
         fs::write(small.join("ballast"), vec![1; ballast]).unwrap();
         let args = [
             "--create",
@@ -295,6 +297,22 @@ fn a_full_file_system_leaves_no_partial_files() {
         assert_eq!(names(&small), ["ballast"], "{kind}");
         fs::remove_file(small.join("ballast")).unwrap();
     }
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error_and_leaves_no_partial_files() {
+    let _alone = alone();
+    if !need("prlimit") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let limited = Cmd::new("prlimit")
+        .args(["--fsize=65536"])
+        .arg(program())
+        .args(["--create", "x.vmdk", "create-size=1M", "create-type=monolithic-flat"])
+        .dir(scratch.root());
+    limited.run().one_error(1, &["x-flat.vmdk", "File too large"]);
+    assert_eq!(names(scratch.root()), [""; 0]);
 }
 
 #[test]

@@ -42,6 +42,47 @@ fn a_qcow2_is_edited_through_a_captive_server_that_ends_with_the_mount() {
     assert_eq!(read_range(&raw, 0, 3 << 20), fs::read(&data).unwrap());
 }
 
+/// Returns the value of a field of `/proc/PID/status`.
+fn status(pid: i32, field: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim_start_matches(':').trim().to_owned()
+}
+
+/// Returns the kernel's flags of a process.
+fn flags(pid: i32) -> u32 {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after = text.rsplit_once(") ").unwrap().1;
+    after.split(' ').nth(6).unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_daemon_ignores_sigxfsz_and_is_an_io_flusher_and_its_server_is_neither() {
+    // From include/linux/sched.h.
+    const PF_MEMALLOC_NOIO: u32 = 0x0008_0000;
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mount = scratch
+        .mount()
+        .arg("command=nbdkit")
+        .arg("arg=memory")
+        .arg("arg=1M")
+        .start();
+    let server = children(mount.pid()).pop().expect("a server");
+    let ignores =
+        |pid| u64::from_str_radix(&status(pid, "SigIgn"), 16).unwrap() & (1 << (Signal::SIGXFSZ as u32 - 1)) != 0;
+    assert!(ignores(mount.pid()) && !ignores(server));
+    assert_eq!(status(server, "SigBlk"), "0000000000000000");
+    let root = nix::unistd::geteuid().is_root();
+    for task in fs::read_dir(format!("/proc/{}/task", mount.pid())).unwrap() {
+        let task: i32 = task.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        assert_eq!(flags(task) & PF_MEMALLOC_NOIO != 0, root, "{}", status(task, "Name"));
+    }
+    assert_eq!(flags(server) & PF_MEMALLOC_NOIO, 0);
+}
+
 #[test]
 fn a_captive_server_ends_when_the_mount_is_killed() {
     if !ready() {

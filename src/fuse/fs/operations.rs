@@ -230,7 +230,10 @@ impl Filesystem for DiskFs {
     ) {
         let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.zeroed(
             error_log,
-            || format!("zeroing {length} bytes at {offset}"),
+            || match mode & !libc::FALLOC_FL_KEEP_SIZE {
+                0 => format!("allocating {length} bytes at {offset}"),
+                _ => format!("zeroing {length} bytes at {offset}"),
+            },
             file.fallocate(offset, length, mode),
         ) {
             Ok(()) => reply.ok(),

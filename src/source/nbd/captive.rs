@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
@@ -37,7 +37,7 @@ use nix::unistd::Pid;
 use super::connect::Cancel;
 use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
-use crate::process;
+use crate::process::{self, inherited};
 
 /// Shell script that moves the socket from standard input to descriptor 3, where socket activation expects it, and
 /// executes the server. `LISTEN_PID` must be the process ID of the server: that of the shell, because exec keeps it.
@@ -90,13 +90,11 @@ impl CaptiveServer {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
+        inherited::reset_in_child(&mut command);
         let parent = Pid::this();
-        // SAFETY: sigprocmask, prctl and getppid are async-signal-safe, and nothing is allocated.
+        // SAFETY: prctl and getppid are async-signal-safe, and nothing is allocated.
         unsafe {
             command.pre_exec(move || {
-                // The daemon blocks its termination signals and exec keeps the signal mask. A server that never
-                // receives SIGTERM would outlive the daemon.
-                SigSet::empty().thread_set_mask()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 // The parent may have died before prctl took effect, and then no signal follows. A changed
                 // parent process ID shows this.

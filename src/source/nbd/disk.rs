@@ -29,6 +29,7 @@ use crate::block::{
 };
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::RoomNeeded;
 
 /// Default of `connections=`, used if the server accepts several. nbdfuse and nbdcopy use the same number.
 const CONNECTIONS: usize = 4;
@@ -433,6 +434,25 @@ impl BlockWrite for NbdDisk {
             return Err(Error::new(ErrorKind::OutOfRange, text));
         }
         self.zero_bytes(range.start.bytes(), range.end.bytes().min(self.size()), unmap)
+    }
+
+    fn add_room(&self, _range: Range<Lba>, _zero: bool, _needed: &mut RoomNeeded) -> Result<()> {
+        // The protocol tells nothing of the server's room.
+        Ok(())
+    }
+
+    fn allocate(&self, range: Range<Lba>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let (content, sectors) = self.content_at(at)?;
+            let end = Lba((at + sectors.max(1)).0.min(range.end.0));
+            // Zeroes that are no hole: the server allocates them, or reports that it cannot.
+            if content.is_zero() {
+                self.zero(at..end, false)?;
+            }
+            at = end;
+        }
+        Ok(())
     }
 
     fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {

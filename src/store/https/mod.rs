@@ -213,6 +213,10 @@ impl StoredFile for HttpsFile {
         Ok((true, self.len().saturating_sub(offset).max(1)))
     }
 
+    fn check_named(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn label(&self) -> &str {
         &self.label
     }

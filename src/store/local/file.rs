@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use rustix::fs::{StatxFlags, statx};
 
 use super::folder::{Folder, is_hidden};
 use super::origin::Origin;
-use super::{LocalStore, Owner};
+use super::{LocalStore, Owner, proc_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{
     Access, Identity, OpenPolicy, Store, StoredFile, StoredWrite, ofd_lock, printable, vmware_lock_file,
@@ -33,6 +34,8 @@ pub(in crate::store) struct LocalFile {
     len: u64,
     device: bool,
     writable: bool,
+    /// True if the file had a name when it was opened.
+    named: bool,
     opened: Identity,
     policy: Arc<OpenPolicy>,
     /// Only for a file that the user named.
@@ -56,6 +59,20 @@ impl LocalFile {
             }
             self.write_all_at(offset + done, zeroes.get(..part).unwrap_or_default())?;
             done += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes zeroes into the holes between two bytes, for file systems that cannot allocate.
+    fn fill_holes(&self, from: u64, to: u64) -> Result<()> {
+        let mut at = from;
+        while at < to {
+            let (stored, bytes) = self.data_at(at)?;
+            let bytes = bytes.clamp(1, to - at);
+            if !stored {
+                self.write_zeroes(at, bytes)?;
+            }
+            at += bytes;
         }
         Ok(())
     }
@@ -95,6 +112,7 @@ impl LocalFile {
             len,
             device,
             writable: access == Access::Write,
+            named: !device && metadata.nlink() > 0,
             opened,
             policy,
             origin: None,
@@ -257,6 +275,32 @@ impl StoredFile for LocalFile {
         Ok(Arc::new(file))
     }
 
+    fn check_named(&self) -> Result<()> {
+        let gone = || {
+            let text = format!(
+                "{}: was deleted or replaced while it is mounted: what is written is lost at the unmount; copy the disk out \
+                 of the mount to keep it",
+                self.label
+            );
+            Err(Error::new(ErrorKind::Os(libc::ESTALE), text))
+        };
+        if !self.named {
+            return Ok(());
+        }
+        let now = self.metadata()?;
+        if now.nlink() == 0 {
+            return gone();
+        }
+        // A hard link keeps the file, but not under the name that its user knows. The kernel follows a rename, and appends
+        // this word to a name that was removed; a name may end with it too.
+        let Ok(name) = fs::read_link(proc_path(&self.file)) else {
+            return Ok(());
+        };
+        let removed = name.as_os_str().as_bytes().ends_with(b" (deleted)");
+        let own = fs::symlink_metadata(&name).is_ok_and(|found| (found.dev(), found.ino()) == (now.dev(), now.ino()));
+        if removed && !own { gone() } else { Ok(()) }
+    }
+
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
@@ -323,6 +367,28 @@ impl StoredWrite for LocalFile {
             // tmpfs supports holes but no ZERO_RANGE, other file systems support neither.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => self.write_zeroes(offset, len),
             Err(e) => Err(Error::io(context(), e.into()).at_byte(offset).in_file(&self.label)),
+        }
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let context = || format!("{}: allocating {len} bytes at byte {offset}", self.label);
+        if self.device || len == 0 {
+            return Ok(());
+        }
+        let (Ok(from), Ok(bytes)) = (i64::try_from(offset), i64::try_from(len)) else {
+            return Err(Error::new(ErrorKind::OutOfRange, context()));
+        };
+        // KEEP_SIZE: as `zero`.
+        let done = loop {
+            match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, bytes) {
+                Err(Errno::EINTR) => {}
+                done => break done,
+            }
+        };
+        match done {
+            Ok(()) => Ok(()),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => self.fill_holes(offset, offset + len),
+            Err(e) => Err(Error::io(context(), e.into())),
         }
     }
 

@@ -103,6 +103,14 @@ impl BlockWrite for Memory {
         self.bytes.lock().unwrap()[bytes].fill(0);
         Ok(())
     }
+    fn add_room(&self, _range: Range<Lba>, _zero: bool, _needed: &mut RoomNeeded) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, _range: Range<Lba>) -> Result<()> {
+        Ok(())
+    }
+
     fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {
         None
     }

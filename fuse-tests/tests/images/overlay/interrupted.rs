@@ -266,7 +266,7 @@ fn a_commit_stops_between_two_ranges_on_sigterm() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     for part in [
         "SIGTERM",
-        "of 256 MiB",
+        "of 268435456 bytes",
         "is not merged whole",
         "--commit again completes it",
     ] {

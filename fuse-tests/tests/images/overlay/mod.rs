@@ -8,6 +8,7 @@ mod mounts;
 mod pair;
 mod refusals;
 mod sources;
+mod unfinished;
 
 use std::path::Path;
 

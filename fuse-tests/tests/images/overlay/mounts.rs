@@ -29,10 +29,12 @@ fn a_temporary_overlay_leaves_no_file_after_unmount_or_kill() {
     let base = scratch.write("base.img", vec![7; 1 << 20]);
     let tmp = scratch.mkdir("tmp");
     let names = || fs::read_dir(&tmp).unwrap().count();
-    for kill in [false, true] {
+    // A relative TMPDIR starts at the folder in which the program was started.
+    let relative = Path::new("tmp").to_path_buf();
+    for (kill, folder) in [(false, &tmp), (true, &relative)] {
         let mut mount = scratch
             .mount()
-            .env("TMPDIR", text(&tmp))
+            .env("TMPDIR", text(folder))
             .arg("cow=tmp")
             .file(&base)
             .foreground()

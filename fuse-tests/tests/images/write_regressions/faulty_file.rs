@@ -92,6 +92,10 @@ impl StoredFile for FaultyFile {
     fn data_at(&self, offset: u64) -> Result<(bool, u64)> {
         self.file.data_at(offset)
     }
+    fn check_named(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn label(&self) -> &str {
         self.file.label()
     }
@@ -120,6 +124,10 @@ impl StoredWrite for FaultyFile {
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.inject_failure()?;
         self.inner().zero(offset, len, unmap)
+    }
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.inject_failure()?;
+        self.inner().allocate(offset, len)
     }
     fn slow_zeroing(&self) -> Option<String> {
         self.inner().slow_zeroing()

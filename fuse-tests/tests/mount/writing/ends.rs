@@ -193,6 +193,97 @@ fn a_full_host_is_enospc_until_space_is_freed() {
     }
 }
 
+/// "An image that was deleted or replaced while it is mounted: the next fsync and close say so"
+#[test]
+fn fsync_says_that_the_image_was_deleted_or_replaced() {
+    if !kinds::ready() {
+        return;
+    }
+    for kind in ["monolithic-sparse", "split-sparse", "monolithic-flat"] {
+        for (what, hard_link) in [
+            ("deleted", false),
+            ("replaced", false),
+            ("replaced", true),
+            ("renamed", false),
+        ] {
+            let scratch = Scratch::new();
+            let log = scratch.path("log");
+            for name in ["x.vmdk", "new.vmdk"] {
+                let kind = format!("create-type={kind}");
+                scratch
+                    .vmdkfuse()
+                    .args(["--create", name, "create-size=4M", &kind])
+                    .run()
+                    .ok();
+            }
+            let file = match kind {
+                "monolithic-sparse" => "x.vmdk",
+                "split-sparse" => "x-s001.vmdk",
+                _ => "x-flat.vmdk",
+            };
+            let (path, other) = (scratch.path(file), scratch.path(file.replace('x', "new")));
+            let mount = scratch.mount().file("x.vmdk").arg("--log-file").arg(&log).start();
+            if hard_link {
+                fs::hard_link(&path, scratch.path("link")).unwrap();
+            }
+            match what {
+                "deleted" => fs::remove_file(&path).unwrap(),
+                "replaced" => fs::rename(&other, &path).unwrap(),
+                _ => fs::rename(&path, scratch.path("moved")).unwrap(),
+            }
+            let file = OpenOptions::new().write(true).open(mount.file("x.raw")).unwrap();
+            file.write_all_at(&[5; 4096], 0).unwrap();
+            let synced = file.sync_all();
+            // The data of a file that was only renamed are there.
+            assert_eq!(synced.is_ok(), what == "renamed", "{kind} {what}: {synced:?}");
+            if what == "renamed" {
+                continue;
+            }
+            // The log comes after the answer.
+            let said = || fs::read_to_string(&log).unwrap_or_default();
+            let logged = poll_until(Duration::from_secs(60), || said().contains("deleted or replaced"));
+            assert!(logged, "{kind} {what}: {}", said());
+        }
+    }
+}
+
+/// "fallocate takes the room: ENOSPC where there is none, and writes to what it took do not fail for lack of room"
+#[test]
+fn fallocate_takes_room_or_is_enospc() {
+    if !kinds::ready() || !need_root() {
+        return;
+    }
+    let (scratch, raw) = on_a_small_file_system(&[]);
+    scratch
+        .vmdkfuse()
+        .args(["--create", "small/sparse.vmdk", "create-size=32M"])
+        .run()
+        .ok();
+    scratch.mkdir("sparse");
+    let sparse = scratch
+        .mount()
+        .at("sparse")
+        .file("small/sparse.vmdk")
+        .arg("name=disk")
+        .start();
+    for mount in [&raw, &sparse] {
+        let disk = mount.file("disk");
+        let allocate = |len: &str| Cmd::new("fallocate").args(["-l", len]).arg(&disk).run();
+        allocate("32M").error_names(&["No space left"]);
+        allocate("1M").ok();
+        // All of the rest is taken by another file.
+        let mut ballast = fs::File::create(scratch.path("small/rest")).unwrap();
+        while ballast.write_all(&[1; 4096]).is_ok() {}
+        let file = OpenOptions::new().write(true).open(&disk).unwrap();
+        file.write_all_at(&[5; 1 << 20], 0).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        fs::remove_file(scratch.path("small/rest")).unwrap();
+    }
+    raw.unmount();
+    sparse.unmount();
+}
+
 /// A limit of file sizes (`ulimit -f`) of the daemon is EFBIG for the writer: SIGXFSZ does not end the daemon.
 #[test]
 fn a_limit_of_file_sizes_is_efbig() {
@@ -263,21 +354,22 @@ fn a_truncated_image_is_not_written_past_its_end() {
     assert_eq!(mount.wait_end().code, Some(1));
 }
 
-/// A deleted image stays readable and writable while it is mounted, as any open file.
+/// A deleted image stays readable and writable while it is mounted, as any open file; but nothing of it is durable.
 #[test]
 fn a_deleted_image_is_served_until_the_unmount() {
     if !kinds::ready() {
         return;
     }
     let disk = kinds::Disk::new(kinds::KINDS[0]);
-    let mount = disk.mount();
+    let mut mount = disk.mount();
     fs::remove_file(disk.image()).unwrap();
     let file = open(&mount.file("disk"));
     file.write_all_at(&[1; 4096], 0).unwrap();
-    file.sync_all().unwrap();
+    assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
     let mut seen = [0; 4096];
     file.read_exact_at(&mut seen, 0).unwrap();
     assert_eq!(seen, [1; 4096]);
     drop(file);
-    mount.unmount();
+    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    assert_eq!(mount.wait_end().code, Some(1), "the unmount says so too");
 }

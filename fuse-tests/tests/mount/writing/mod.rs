@@ -101,14 +101,15 @@ fn punched_ranges_are_holes_and_zeroed_ranges_are_zero() {
         let mount = disk.mount();
         let path = mount.file("disk");
         let file = open(&path);
-        file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let call_fallocate = |mode, at, len| fallocate(&file, mode, at, len);
+        // A plain fallocate allocates, and changes no byte.
+        call_fallocate(FallocateFlags::empty(), 0, SIZE as i64).unwrap();
+        disk.holds(&path);
+        file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
         call_fallocate(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, 1 << 20, 1 << 20).unwrap();
         call_fallocate(keep | FallocateFlags::FALLOC_FL_ZERO_RANGE, 3 << 20, 12_345).unwrap();
         call_fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, 17, 600).unwrap();
-        // A plain fallocate within the size has nothing to allocate and changes nothing.
-        call_fallocate(FallocateFlags::empty(), 0, SIZE as i64).unwrap();
         // The part of the range beyond the end of the disk is ignored.
         call_fallocate(keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, SIZE as i64 - 700, 1 << 20).unwrap();
         disk.bytes[..4 << 20].fill(7);
