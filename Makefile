@@ -16,13 +16,59 @@ CARGO_DENY := $(TARGET_DIR)/tools/bin/cargo-deny
 
 BENCH_ARGS ?=
 
-.PHONY: help build demo test manual deny bench bench-quick clean
+# Where `make install` puts files. The helpers of mount(8) are always in /sbin: libmount looks there.
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+LIBDIR ?= $(PREFIX)/lib
+DATADIR ?= $(PREFIX)/share
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+ZSHDIR ?= $(DATADIR)/zsh/site-functions
+VERSION = $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
+
+.PHONY: help build install deb rpm deb-test demo test manual deny bench bench-quick clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 build: ## build the release binary
 	cargo build --release --locked
+
+# Only if they are missing: `sudo make install` neither builds nor needs cargo.
+$(VMDKFUSE_BIN) $(BDWRAPPER_LIB):
+	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
+
+install: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## install program, helpers, manual, completions and unit; PREFIX=/usr/local, DESTDIR=
+	install -D -m 0755 -s '$(VMDKFUSE_BIN)' '$(DESTDIR)$(BINDIR)/vmdkfuse'
+	install -D -m 0644 -s '$(BDWRAPPER_LIB)' '$(DESTDIR)$(LIBDIR)/libvmware-bdwrapper.so.0'
+	install -d -m 0755 '$(DESTDIR)/sbin' '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/examples'
+	for helper in mount umount; do for type in vmdkfuse fuse.vmdkfuse; do \
+	  ln -sf '$(BINDIR)/vmdkfuse' "$(DESTDIR)/sbin/$$helper.$$type" || exit 1; done; done
+	for page in man/vmdkfuse.1 man/vmdkfuse.toml.5 man/mount.vmdkfuse.8 bdwrapper/vmware-bdwrapper.1; do \
+	  install -D -m 0644 "contrib/$$page" "$(DESTDIR)$(DATADIR)/man/man$${page##*.}/$${page##*/}" || exit 1; done
+	for page in mount.fuse.vmdkfuse umount.vmdkfuse umount.fuse.vmdkfuse; do \
+	  ln -sf mount.vmdkfuse.8 "$(DESTDIR)$(DATADIR)/man/man8/$$page.8" || exit 1; done
+	install -D -m 0644 contrib/completions/vmdkfuse.bash '$(DESTDIR)$(DATADIR)/bash-completion/completions/vmdkfuse'
+	install -D -m 0644 contrib/completions/vmdkfuse.fish '$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/vmdkfuse.fish'
+	install -D -m 0644 contrib/completions/_vmdkfuse '$(DESTDIR)$(ZSHDIR)/_vmdkfuse'
+	install -d -m 0755 '$(DESTDIR)$(UNITDIR)'
+	sed 's|@BINDIR@|$(BINDIR)|' contrib/systemd/vmdkfuse@.service.in >'$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
+	chmod 0644 '$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
+	install -m 0644 README.md CHANGELOG.md LICENSE '$(DESTDIR)$(DATADIR)/doc/vmdkfuse'
+	install -m 0644 contrib/examples/* '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/examples'
+
+deb: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## make a Debian package in target/package, checked by lintian
+	mkdir -p '$(TARGET_DIR)/package'
+	contrib/package/deb.sh '$(TARGET_DIR)/package' '$(VERSION)'
+
+rpm: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## make an RPM in target/package (needs rpmbuild)
+	mkdir -p '$(TARGET_DIR)/package'
+	rpmbuild -bb --quiet --nodeps --define '_topdir $(TARGET_DIR)/package/rpmbuild' --define '_rpmdir $(TARGET_DIR)/package' \
+	  --define 'pkg_version $(VERSION)' --define 'pkg_source $(CURDIR)' \
+	  --define "pkg_libdir /usr/lib$$(case $$(uname -m) in x86_64|aarch64|s390x) echo 64;; esac)" contrib/package/vmdkfuse.spec
+	rm -rf '$(TARGET_DIR)/package/rpmbuild'
+
+deb-test: deb ## install the Debian package in a fresh Debian (root, network), use it there, purge it
+	contrib/package/deb-test.sh '$(TARGET_DIR)/package'
 
 demo: ## create a VMDK with a file system, mount it, read it, write to it, unmount it
 	./contrib/demo.sh
@@ -38,6 +84,7 @@ test: ## check formatting, lints and docs, run the demo and every test
 	$(MAKE) deny
 	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
 	./contrib/demo.sh
+	$(MAKE) deb
 	cargo test --locked --workspace --doc
 	$(UNSHARE) cargo test --locked --workspace --no-fail-fast --lib --tests
 

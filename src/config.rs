@@ -113,6 +113,8 @@ pub struct MountConfig {
     pub options: MountOptions,
     /// Number of event loops. `None`: chosen from the number of processors.
     pub threads: Option<usize>,
+    /// Source that mount tables show. `None`: that of the first disk.
+    pub source: Option<String>,
 }
 
 /// Mount point of a mount.

@@ -1,24 +1,24 @@
 //! The program `vmdkfuse`: command line → configuration → action → exit status.
 //!
-//! Exit status: 0 success, 1 the action failed, 2 the command line is invalid. `--check` has further statuses.
+//! Exit status: 0 success, 1 the action failed, 2 the command line is invalid. `--check` has further statuses, and the helpers
+//! of mount(8) have its.
 
 use std::process::ExitCode;
 
-use vmdkfuse::cli::{self, Parsed};
+use vmdkfuse::cli::{self, ExitStatuses, Parsed};
 use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, SourceConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
+use vmdkfuse::process::daemon::Failure;
 use vmdkfuse::process::run::{self, Opened};
 use vmdkfuse::process::{self, daemon, handed_over, output};
 use vmdkfuse::volume::OpenedDisks;
 use vmdkfuse::{inspect, volume};
 
-/// Exit status for an invalid command line.
-const USAGE: u8 = 2;
-
 fn main() -> ExitCode {
     let args = std::env::args_os();
+    let statuses = ExitStatuses::of(&std::env::args_os().next().unwrap_or_default());
     // The first action: from the next call on, an ordinary user's process may not write to its memory through /proc.
     process::arguments::hide_secrets();
     if let Err(e) = daemon::forbid_dumps() {
@@ -39,17 +39,17 @@ fn main() -> ExitCode {
     daemon::raise_file_limit();
     daemon::share_heap();
     match parsed {
-        Ok(Parsed::Run(config)) => run_action(*config),
-        Ok(Parsed::Print(text)) => exit_status(output::print(&text).map(|()| 0)),
+        Ok(Parsed::Run(config)) => run_action(*config, statuses),
+        Ok(Parsed::Print(text)) => exit_status(output::print(&text).map(|()| 0), statuses),
         Err(e) => {
             output::message(&mut std::io::stderr(), &e.to_string());
-            ExitCode::from(USAGE)
+            ExitCode::from(statuses.usage)
         }
     }
 }
 
 /// Performs the action and returns the exit status.
-fn run_action(config: Config) -> ExitCode {
+fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
     let Config { action, log } = config;
     if !matches!(action, Action::Mount(_)) {
         // Only a server's: other settings matter to a mount alone.
@@ -58,18 +58,22 @@ fn run_action(config: Config) -> ExitCode {
             output::message(&mut std::io::stderr(), &format!("warning: {warning}"));
         }
     }
-    match action {
-        Action::Mount(mount) => run::serve(&mount, &log, |_| open(&mount)),
-        Action::Info(q) => exit_status(inspect::info(&q)),
-        Action::List(q) => exit_status(inspect::list(&q)),
-        Action::Map(q) => exit_status(inspect::map(&q)),
-        Action::Check(q) => exit_status(inspect::check(&q)),
-        Action::Create(disks) => exit_status(volume::create(&disks).map(|()| 0)),
-        Action::Unmount(mounts) => exit_status(process::unmount::unmount(&mounts).map(|()| 0)),
-        Action::Commit(disk) => exit_status(commit_command::commit(&disk)),
-        Action::Fingerprint { server, port, json } => exit_status(inspect::fingerprint(&server, port, json)),
-        Action::Dump { json } => exit_status(inspect::dump(json)),
-    }
+    let result = match action {
+        Action::Mount(mount) => {
+            let served = run::serve(&mount, &log, |_| open(&mount));
+            return served.map_or_else(|failure| statuses.failed(failure).into(), |()| ExitCode::SUCCESS);
+        }
+        Action::Info(q) => inspect::info(&q),
+        Action::List(q) => inspect::list(&q),
+        Action::Map(q) => inspect::map(&q),
+        Action::Check(q) => inspect::check(&q),
+        Action::Create(disks) => volume::create(&disks).map(|()| 0),
+        Action::Unmount(mounts) => process::unmount::unmount(&mounts).map(|()| 0),
+        Action::Commit(disk) => commit_command::commit(&disk),
+        Action::Fingerprint { server, port, json } => inspect::fingerprint(&server, port, json),
+        Action::Dump { json } => inspect::dump(json),
+    };
+    exit_status(result, statuses)
 }
 
 /// Opens the disks of a mount.
@@ -81,7 +85,8 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let OpenedDisks { disks, skipped } =
         volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
     let mut warnings: Vec<String> = skipped.iter().map(|e| format!("skipped: {e}")).collect();
-    let source = mount.disks.first().map(inspect::source_name).unwrap_or_default();
+    let of_disk = || mount.disks.first().map(inspect::source_name);
+    let source = mount.source.clone().or_else(of_disk).unwrap_or_default();
     // Exports that are discovered on a server are connected on first use, so the first read at the start skips them. It
     // also skips a disk whose user knows that a part of it cannot be read.
     let files = mount
@@ -120,12 +125,12 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
 }
 
 /// Converts the result of an action to an exit status. Prints an error on standard error.
-fn exit_status(result: Result<u8>) -> ExitCode {
+fn exit_status(result: Result<u8>, statuses: ExitStatuses) -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(e) => {
             output::message(&mut std::io::stderr(), &e.to_string());
-            ExitCode::FAILURE
+            ExitCode::from(statuses.failed(Failure::of(&e)))
         }
     }
 }

@@ -16,19 +16,19 @@ use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 use super::disk_args::DiskArgs;
 use super::options::Options;
 use super::{
-    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, one_line, query, unmount_helper,
-    unmounted, values,
+    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, mount_helper, one_line, query,
+    unmount_helper, unmounted, values,
 };
 use crate::config::{Action, Config, LogConfig, Query, SourceConfig};
 
 /// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
-       vmdkfuse [OPTIONS] --config FILE.toml MOUNTPOINT[/FILENAME]
+       vmdkfuse [OPTIONS] --config FILE.toml [MOUNTPOINT[/FILENAME]]
        vmdkfuse --list [--json] uri=URI
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
-       vmdkfuse --unmount MOUNTPOINT...
+       vmdkfuse --unmount MOUNTPOINT...|--config FILE.toml
        vmdkfuse --dump [--json]";
 
 /// Ten uses of the program, for the short help. Each is explained in the manual.
@@ -67,6 +67,19 @@ man vmdkfuse.";
 /// Widest line of the help, in columns. Longer ones are hard to read.
 const HELP_WIDTH: usize = 100;
 
+/// Options that select an action other than a mount.
+const ACTIONS: [&str; 9] = [
+    "list",
+    "info",
+    "map",
+    "check",
+    "create",
+    "commit",
+    "unmount",
+    "fingerprint",
+    "dump",
+];
+
 /// Long options that are documented but not in this build.
 const LATER: [&str; 3] = ["status", "watch", "doctor"];
 
@@ -97,8 +110,8 @@ pub(super) enum Subcommand {
 pub(super) struct MountArgs {
     /// Values of `-o` and `-r`.
     pub(super) options: Options,
-    pidfile: Option<PathBuf>,
-    threads: Option<usize>,
+    pub(super) pidfile: Option<PathBuf>,
+    pub(super) threads: Option<usize>,
     log_file: Option<PathBuf>,
     log_json: Option<bool>,
 }
@@ -133,13 +146,20 @@ impl MountArgs {
         }
     }
 
-    fn log(&self, matches: &ArgMatches) -> LogConfig {
+    fn log(&self, verbosity: u8) -> LogConfig {
         let (file, json) = (self.log_file.clone(), self.log_json.unwrap_or_default());
-        LogConfig {
-            verbosity: verbosity(matches),
-            file,
-            json,
-        }
+        LogConfig { verbosity, file, json }
+    }
+
+    /// Returns these options of a file, with `options` over them, and the log that they describe.
+    pub(super) fn below(self, options: Options, verbosity: u8) -> (Self, LogConfig) {
+        let given = Self {
+            options,
+            ..Self::default()
+        };
+        let all = given.over(self);
+        let log = all.log(verbosity);
+        (all, log)
     }
 }
 
@@ -185,7 +205,7 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else if flag_given("check") {
         Action::Check(query(&words, json)?)
     } else if flag_given("unmount") && !json {
-        Action::Unmount(unmount_helper::mounts(words.iter(), false)?)
+        unmount(matches, &words)?
     } else if flag_given("fingerprint") {
         let (server, port) = disk_args::server(&words)?;
         Action::Fingerprint { server, port, json }
@@ -204,33 +224,40 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     };
     Ok(Config {
         action,
-        log: mount_args.log(matches),
+        log: mount_args.log(verbosity(matches)),
     })
 }
 
 fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) -> Result<Config, UsageError> {
     let words = &*mount_point_first(words);
-    let Some((mountpoint, words)) = words.split_first() else {
-        return Err(UsageError::new("no mount point is given; see vmdkfuse --help"));
-    };
-    if let Some(key) = argument::known_key(mountpoint).filter(|_| !Path::new(mountpoint).exists()) {
+    let (mut mountpoint, words) = words
+        .split_first()
+        .map_or((None, words), |(point, rest)| (Some(point), rest));
+    let is_key = |point: &&OsString| !Path::new(point).exists();
+    if let Some(key) = mountpoint.filter(is_key).and_then(|point| argument::known_key(point)) {
         // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
         return Err(UsageError::new(format!(
             "the mount point must come before the keys, but the first argument is {key}=..."
         )));
     }
-    let tables;
+    let (tables, in_file);
     let mut disk_args = DiskArgs::Words(words);
-    if let Some(file) = matches.get_one::<OsString>("config") {
+    let file = matches.get_one::<OsString>("config");
+    if let Some(file) = file {
         check_no_disk(words, &mount_args)?;
         let config_file = config_file::read(file)?;
+        in_file = config_file.mount_point;
+        mountpoint = mountpoint.or(in_file.as_ref());
         // A contradiction within the command line is an error, so it is checked before the merge. The reader of the
         // file has checked the file. Between the two there is no contradiction: the command line wins.
         mount_args.options.mount()?;
         (tables, mount_args) = (config_file.disks, mount_args.over(config_file.mount_args));
         disk_args = DiskArgs::Tables(&tables);
     }
-    let log = mount_args.log(matches);
+    let Some(mountpoint) = mountpoint else {
+        return Err(no_mount_point(file));
+    };
+    let log = mount_args.log(verbosity(matches));
     let MountArgs {
         options,
         pidfile,
@@ -245,8 +272,31 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) ->
         foreground,
         pidfile,
         threads,
+        source: file.map(|file| mount_helper::path_in_table(file)),
     }
     .into_config(log)
+}
+
+/// Creates the error for a mount or unmount without a mount point. `file`: the config file, if there is one.
+fn no_mount_point(file: Option<&OsString>) -> UsageError {
+    UsageError::new(match file {
+        Some(file) => format!(
+            "{}: no mount point is given: add mountpoint = \"PATH\" to the table [mount], or a mount point to the command line",
+            values::display(file)
+        ),
+        None => "no mount point is given; see vmdkfuse --help".into(),
+    })
+}
+
+/// Returns the mounts of `--unmount`: the words, or the one that a config file describes.
+fn unmount(matches: &ArgMatches, words: &[OsString]) -> Result<Action, UsageError> {
+    let Some(file) = matches.get_one::<OsString>("config").filter(|_| words.is_empty()) else {
+        return unmount_helper::mounts(words.iter(), false).map(Action::Unmount);
+    };
+    let point = config_file::read(file)?
+        .mount_point
+        .ok_or_else(|| no_mount_point(Some(file)))?;
+    unmount_helper::mounts(std::iter::once(&point), false).map(Action::Unmount)
 }
 
 /// Returns the words with the mount point first. mount.fuse(8) names the image first, and users of other tools do.
@@ -365,17 +415,7 @@ pub(super) fn command() -> Command {
             ]
             .map(|arg| arg.help_heading("Information").hide_short_help(true)),
         )
-        .group(ArgGroup::new("action").args([
-            "list",
-            "info",
-            "map",
-            "check",
-            "create",
-            "commit",
-            "unmount",
-            "fingerprint",
-            "dump",
-        ]))
+        .group(ArgGroup::new("action").args(ACTIONS))
         .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
         .arg(
             Arg::new("words")
@@ -404,9 +444,10 @@ fn mount_args() -> [Arg; 6] {
             .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
         valued("config", "FILE", "Mount the disks that a TOML file describes").long("config"),
     ]
-    // These options describe a mount, so they conflict with every other action.
+    // These options describe a mount, so they conflict with every other action. What a file describes can be unmounted.
     .map(|arg| {
-        arg.conflicts_with("action")
+        let is_config = arg.get_id() == "config";
+        arg.conflicts_with_all(ACTIONS.iter().filter(|action| !is_config || **action != "unmount"))
             .help_heading("Options of a mount")
             .hide_short_help(true)
     })

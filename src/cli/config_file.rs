@@ -44,8 +44,16 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Names of the tables in a file.
 const TABLES: [&str; 2] = ["disk", "mount"];
 
-/// Keys of `[mount]`. Except for `options`, which is `-o`, they have the names of the long options.
-pub(super) const MOUNT_KEYS: [(&str, ValueKind, &str); 6] = [
+/// Key of `[mount]` that is an argument of the command line and no option.
+const MOUNT_POINT: &str = "mountpoint";
+
+/// Keys of `[mount]`. Except for the mount point, and for `options`, which is `-o`, they have the names of the long options.
+pub(super) const MOUNT_KEYS: [(&str, ValueKind, &str); 7] = [
+    (
+        MOUNT_POINT,
+        ValueKind::Path,
+        "Mount point; another one on the command line counts",
+    ),
     ("options", ValueKind::Text, "Options as for -o"),
     ("read-only", ValueKind::Bool, "Mount read-only"),
     ("threads", ValueKind::Count, "Number of event loops, 1 to 64"),
@@ -66,6 +74,8 @@ pub(super) const MOUNT_KEYS: [(&str, ValueKind, &str); 6] = [
 pub(super) struct ConfigFile {
     /// Options of the mount, including the keys that apply to all disks.
     pub(super) mount_args: MountArgs,
+    /// Mount point, as an absolute path, if the file names one.
+    pub(super) mount_point: Option<OsString>,
     /// Disks of the mount, at least one.
     pub(super) disks: Vec<Table>,
 }
@@ -112,13 +122,14 @@ impl Document<'_> {
         })?;
         let mut config = ConfigFile {
             mount_args: MountArgs::default(),
+            mount_point: None,
             disks: Vec::new(),
         };
         let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
                 "disk" => config.disks = self.disks(&entry)?,
-                "mount" => config.mount_args = self.mount(&entry)?,
+                "mount" => (config.mount_args, config.mount_point) = self.mount(&entry)?,
                 _ => common.extend(self.common(&entry)?),
             }
         }
@@ -220,17 +231,23 @@ impl Document<'_> {
         values.into_iter().map(pair).collect()
     }
 
-    /// Converts the `[mount]` table.
-    fn mount(&self, entry: &TomlEntry<'_>) -> Result<MountArgs, UsageError> {
+    /// Converts the `[mount]` table to options and, if there is one, the mount point.
+    fn mount(&self, entry: &TomlEntry<'_>) -> Result<(MountArgs, Option<OsString>), UsageError> {
         let DeValue::Table(table) = entry.value else {
             return Err(self.error(entry.at, "mount: must be written as one [mount] table"));
         };
-        let mut options = Vec::new();
+        let (mut options, mut mount_point) = (Vec::new(), None);
         for entry in in_order(table) {
             let Some(kind) = mount_key(entry.name) else {
                 return Err(self.unknown_in_mount(&entry));
             };
-            let Some(option) = option(entry.name, kind, &self.value(&entry, kind, entry.value, false)?) else {
+            let value = self.value(&entry, kind, entry.value, false)?;
+            if entry.name == MOUNT_POINT {
+                values::path(&value).map_err(|e| self.error(entry.at, format_args!("{MOUNT_POINT}: {e}")))?;
+                mount_point = Some(value);
+                continue;
+            }
+            let Some(option) = option(entry.name, kind, &value) else {
                 continue;
             };
             // Each option is parsed on its own first: clap reports no position, and so the error can name the line.
@@ -243,7 +260,7 @@ impl Document<'_> {
         for (key, value) in &mut mount_args.options.keys {
             *value = self.resolve_path(key.kind, value);
         }
-        Ok(mount_args)
+        Ok((mount_args, mount_point))
     }
 
     /// Checks the keys in the value of `options`.
@@ -394,6 +411,7 @@ fn as_text(kind: ValueKind, value: &DeValue<'_>) -> Option<OsString> {
             | ValueKind::Path
             | ValueKind::PathOr(_)
             | ValueKind::Text
+            | ValueKind::Known(_)
             | ValueKind::Named(_)
             | ValueKind::OneOf { .. },
             DeValue::String(text),

@@ -23,6 +23,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKind, Query};
+use crate::process::daemon::Failure;
 
 mod args;
 mod argument;
@@ -105,6 +106,44 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     }
 }
 
+/// Exit statuses of the program. mount(8) defines those of its helpers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitStatuses {
+    /// The command line is invalid.
+    pub usage: u8,
+    permission: u8,
+    system: u8,
+    other: u8,
+}
+
+impl ExitStatuses {
+    /// Returns the statuses of the program, or of a helper if `program` is the name of one.
+    pub fn of(program: &OsStr) -> Self {
+        let program = Path::new(program);
+        let [usage, permission, system, other] =
+            if mount_helper::is_name_of(program) || unmount_helper::is_name_of(program) {
+                [1, 1, 2, 32]
+            } else {
+                [2, 1, 1, 1]
+            };
+        Self {
+            usage,
+            permission,
+            system,
+            other,
+        }
+    }
+
+    /// Returns the status for an action that failed.
+    pub fn failed(&self, failure: Failure) -> u8 {
+        match failure {
+            Failure::Permission => self.permission,
+            Failure::System => self.system,
+            Failure::Other => self.other,
+        }
+    }
+}
+
 /// Arguments of a mount before they are resolved, from the program or from the mount helper.
 #[derive(Debug)]
 struct MountRequest<'a> {
@@ -114,6 +153,8 @@ struct MountRequest<'a> {
     foreground: bool,
     pidfile: Option<PathBuf>,
     threads: Option<usize>,
+    /// Source that mount tables show, if it is not that of the first disk.
+    source: Option<String>,
 }
 
 impl MountRequest<'_> {
@@ -136,6 +177,7 @@ impl MountRequest<'_> {
             foreground,
             pidfile,
             threads,
+            source,
             ..
         } = self;
         let mount = MountConfig {
@@ -145,6 +187,7 @@ impl MountRequest<'_> {
             pidfile,
             options,
             threads,
+            source,
         };
         Ok(Config {
             action: Action::Mount(mount),

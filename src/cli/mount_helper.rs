@@ -1,10 +1,18 @@
 //! Helper of mount(8): `mount.vmdkfuse SOURCE MOUNTPOINT [-sfnv] [-o OPTS]`.
 //!
 //! mount(8) runs it for the fstab types `vmdkfuse` and `fuse.vmdkfuse`. Its flags have the meaning that mount(8)
-//! defines for all helpers: `-s` ignores unknown options, `-f` succeeds without mounting, `-n` writes no mtab entry.
+//! defines for all helpers: `-s` ignores unknown options, `-f` succeeds without mounting, `-n` writes no mtab entry, `-N`
+//! names the mount namespace to mount in, which is entered before anything is looked up.
+//!
+//! Source and mount point arrive decoded. The source that the mount table then shows is the one that mount(8) compares
+//! with the first field of fstab: a path in its canonical form, anything else as it is.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::path::Path;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use clap::builder::OsStringValueParser;
 use clap::{Arg, ArgAction, Command};
@@ -12,8 +20,8 @@ use clap::{Arg, ArgAction, Command};
 use super::args::verbosity;
 use super::disk_args::DiskArgs;
 use super::options::Options;
-use super::{MountRequest, Parsed, UsageError, argument, has_name_of, one_line};
-use crate::config::LogConfig;
+use super::{MountRequest, Parsed, UsageError, argument, config_file, has_name_of, one_line, values};
+use crate::config::{Action, Config, LogConfig};
 
 /// Program names under which mount(8) runs the helper.
 const NAMES: [&str; 2] = ["mount.vmdkfuse", "mount.fuse.vmdkfuse"];
@@ -23,29 +31,121 @@ pub(super) fn is_name_of(program: &Path) -> bool {
     has_name_of(program, &NAMES)
 }
 
+/// End of the name of a file that describes a mount.
+const CONFIG_FILE: &str = "toml";
+
+/// Warning about `user=`.
+const USER: &str = "user= belongs to mount(8), which drops it where an ordinary user mounts: write username= for the login \
+                    at a server, or credentials=FILE";
+
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let matches = command().try_get_matches_from(args).map_err(|e| one_line(&e))?;
     if matches.get_flag("fake") {
         return Ok(Parsed::Print(String::new()));
     }
+    if let Some(namespace) = matches.get_one::<OsString>("namespace") {
+        enter(namespace)?;
+    }
     let word = |name: &str| matches.get_one::<OsString>(name).cloned().unwrap_or_default();
     let lists = matches.get_many::<OsString>("options").into_iter().flatten();
-    let options = Options::parse(lists.map(OsString::as_os_str), matches.get_flag("sloppy"))?;
-    let source = argument::with_key(&word("source"));
-    let mount = MountRequest {
-        mountpoint: &word("mountpoint"),
-        disk_args: DiskArgs::Words(&[source]),
-        options: &options,
-        foreground: false,
-        pidfile: None,
-        threads: None,
+    let mut options = Options::of_mount(lists.map(OsString::as_os_str), matches.get_flag("sloppy"))?;
+    // To mount(8), and so in fstab, it is the user that may unmount. Where a server is named, it is the login all the same.
+    let names_user = options
+        .keys
+        .iter()
+        .any(|(key, _)| key.name == "user" && !options.has_username);
+    if names_user && !options.keys.iter().any(|(key, _)| key.name == "server") {
+        options.keys.retain(|(key, _)| key.name != "user");
+    }
+    let mut config = mount(&word("source"), &word("mountpoint"), options, verbosity(&matches))?;
+    if let (true, Action::Mount(mount)) = (names_user, &mut config.action) {
+        mount.disks.iter_mut().take(1).for_each(|disk| disk.warnings.push(USER));
+    }
+    Ok(Parsed::Run(Box::new(config)))
+}
+
+/// Returns the configuration of the mount of `source`: a disk, or a file that describes several.
+fn mount(source: &OsStr, mountpoint: &OsStr, options: Options, verbosity: u8) -> Result<Config, UsageError> {
+    let key = argument::with_key(source);
+    let is_path = key.as_encoded_bytes().starts_with(b"file=") && !is_in_datastore(source);
+    if !is_path {
+        refuse_password(source)?;
+    }
+    let shown = if is_path {
+        path_in_table(source)
+    } else {
+        source.to_string_lossy().into_owned()
     };
+    let request = |disk_args, options: &Options, pidfile, threads, log| {
+        let (foreground, source) = (false, Some(shown));
+        MountRequest {
+            mountpoint,
+            disk_args,
+            options,
+            foreground,
+            pidfile,
+            threads,
+            source,
+        }
+        .into_config(log)
+    };
+    if is_path && Path::new(source).extension() == Some(OsStr::new(CONFIG_FILE)) {
+        let file = config_file::read(source)?;
+        options.mount()?;
+        let (of_file, log) = file.mount_args.below(options, verbosity);
+        return request(
+            DiskArgs::Tables(&file.disks),
+            &of_file.options,
+            of_file.pidfile,
+            of_file.threads,
+            log,
+        );
+    }
     let log = LogConfig {
-        verbosity: verbosity(&matches),
+        verbosity,
         ..LogConfig::default()
     };
-    mount.into_config(log).map(|config| Parsed::Run(Box::new(config)))
+    request(DiskArgs::Words(&[key]), &options, None, None, log)
+}
+
+/// Returns true for the name of a file in a datastore: `[datastore] folder/disk.vmdk`.
+fn is_in_datastore(source: &OsStr) -> bool {
+    source.as_encoded_bytes().starts_with(b"[") && !Path::new(source).exists()
+}
+
+/// Returns a path as mount(8) shows and compares it: canonical where it exists, or else absolute.
+pub(super) fn path_in_table(path: &OsStr) -> String {
+    let canonical = fs::canonicalize(path).or_else(|_| std::path::absolute(path));
+    canonical.unwrap_or_else(|_| path.into()).to_string_lossy().into_owned()
+}
+
+/// Fails for an address that holds a password, which every user could read in the mount table.
+fn refuse_password(address: &OsStr) -> Result<(), UsageError> {
+    let text = address.to_string_lossy();
+    let authority = text
+        .split_once("://")
+        .map_or("", |(_, rest)| rest.split(['/', '?', '#']).next().unwrap_or_default());
+    match authority.rsplit_once('@') {
+        Some((user, host)) if user.contains(':') => Err(UsageError::new(format!(
+            "the address of {host} holds a password, which the mount table would show to every user: use credentials=FILE \
+             for a web server, tls-psk=FILE for an NBD server"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Enters a mount namespace: the path of one, or the ID of a process in it.
+pub(super) fn enter(namespace: &OsStr) -> Result<(), UsageError> {
+    let is_process = !namespace.is_empty() && namespace.as_encoded_bytes().iter().all(u8::is_ascii_digit);
+    let path = if is_process {
+        format!("/proc/{}/ns/mnt", namespace.display()).into()
+    } else {
+        namespace.to_owned()
+    };
+    let failed = |e: std::io::Error| UsageError::new(format!("-N {}: {e}", values::display(namespace)));
+    let file = File::open(&path).map_err(failed)?;
+    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Mount)).map_err(|e| failed(e.into()))
 }
 
 fn command() -> Command {
@@ -61,7 +161,7 @@ fn command() -> Command {
         .arg(Arg::new("verbose").short('v').action(ArgAction::Count))
         .arg(word("options").short('o').action(ArgAction::Append))
         // The type in fstab. It selected this helper, so there is nothing left to check.
-        .arg(word("type").short('t'))
+        .args([word("type").short('t'), word("namespace").short('N')])
 }
 
 #[cfg(test)]
@@ -119,6 +219,69 @@ mod tests {
             assert!(local.path.ends_with(source.trim_start_matches('/')), "{local:?}");
         }
         assert_eq!(mount(&["nbd://h/x", mnt]).disks[0].source.label(), "nbd://h/x");
+    }
+
+    #[test]
+    fn the_mount_table_shows_the_first_field_as_mount_compares_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("x.img"), dir.path().join("link.img"));
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let canonical = fs::canonicalize(&file).unwrap().display().to_string();
+        let server = "-o server=esxi,user=u,password=p,insecure=true";
+        for (source, options, shown) in [
+            (link.to_str().unwrap(), "-v", &*canonical),
+            ("/none/x.img", "-v", "/none/x.img"),
+            ("nbd://host:10809/a%20b", "-v", "nbd://host:10809/a%20b"),
+            ("https://host/x.vmdk?a=b", "-v", "https://host/x.vmdk?a=b"),
+            ("[ds 1] a/x.vmdk", server, "[ds 1] a/x.vmdk"),
+        ] {
+            let words: Vec<&str> = [source, "/"].into_iter().chain(options.split(' ')).collect();
+            assert_eq!(mount(&words).source.as_deref(), Some(shown), "{source}");
+        }
+    }
+
+    #[test]
+    fn user_is_the_login_only_where_a_server_is_named_and_warns() {
+        let local = mount(&["/x", "/", "-o", "user=anna"]);
+        assert!(
+            local.disks[0]
+                .warnings
+                .iter()
+                .any(|warning| warning.contains("username="))
+        );
+        let server = "server=esxi,password=p,insecure=true";
+        for (option, warns) in [("user=anna", true), ("username=anna", false)] {
+            let remote = mount(&["[ds] x.vmdk", "/", "-o", &format!("{server},{option}")]);
+            let warned = remote.disks[0]
+                .warnings
+                .iter()
+                .any(|warning| warning.contains("credentials=FILE"));
+            assert_eq!(warned, warns, "{option}: {:?}", remote.disks[0].warnings);
+        }
+    }
+
+    #[test]
+    fn passwords_in_addresses_and_remounts_are_refused() {
+        for source in [
+            "https://u:secret@h/x.vmdk",
+            "nbd://u:secret@h",
+            "https://h:1/x@y:z.vmdk",
+        ] {
+            let refused = run(&[source, "/"]);
+            let has_password = source.contains("secret");
+            assert_eq!(
+                refused.as_ref().is_err_and(|e| e.contains("holds a password")),
+                has_password,
+                "{refused:?}"
+            );
+            assert!(!format!("{refused:?}").contains("secret"));
+        }
+        assert!(
+            run(&["/x", "/", "-o", "remount,ro"])
+                .unwrap_err()
+                .contains("mount it again")
+        );
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) struct Options {
     mount: MountOptions,
     /// True if `rw` was given. It is the default, but it conflicts with `ro`.
     read_write: bool,
+    /// True if `user=` was spelled `username=`, which mount(8) does not take for itself.
+    pub(super) has_username: bool,
     /// `KEY=VALUE` options, which apply to all disks.
     pub(super) keys: Vec<(&'static Key, OsString)>,
 }
@@ -32,8 +34,23 @@ impl Options {
     ///
     /// Fails if an option is unknown or a value invalid.
     pub(super) fn parse<'a>(lists: impl IntoIterator<Item = &'a OsStr>, sloppy: bool) -> Result<Self, UsageError> {
+        Self::of(lists.into_iter().flat_map(split), sloppy)
+    }
+
+    /// Parses the lists of mount(8), in which double quotes around a value protect commas. `remount` is refused.
+    pub(super) fn of_mount<'a>(lists: impl IntoIterator<Item = &'a OsStr>, sloppy: bool) -> Result<Self, UsageError> {
+        let options: Vec<OsString> = lists.into_iter().flat_map(split_quoted).collect();
+        if options.iter().any(|option| option == "remount") {
+            return Err(UsageError::new(
+                "remount: the options of a mount cannot be changed while it is mounted: unmount it, and mount it again",
+            ));
+        }
+        Self::of(options, sloppy)
+    }
+
+    fn of(list: impl IntoIterator<Item = OsString>, sloppy: bool) -> Result<Self, UsageError> {
         let mut options = Self::default();
-        for option in lists.into_iter().flat_map(split) {
+        for option in list {
             if !options.parse_option(&option)? && !sloppy {
                 return Err(unknown(&option));
             }
@@ -87,6 +104,7 @@ impl Options {
         Self {
             mount,
             read_write: access.1,
+            has_username: self.has_username || below.has_username,
             keys,
         }
     }
@@ -143,13 +161,18 @@ impl Options {
             "gid" => self.mount.gid = Some(values::id(value).map_err(wrong)?),
             "umask" => self.mount.umask = Some(values::umask(value).map_err(wrong)?),
             "fsname" => self.mount.fsname = Some(values::text(value).map_err(wrong)?.to_owned()),
+            // For umount(8).
+            "uhelper" => {}
             _ if name.starts_with("x-") => {}
             _ if mount_flags::is_context(name) => {
                 let value = values::text(value).map_err(wrong)?;
                 self.mount.contexts.push(format!("{name}={value}"));
             }
             _ => match keys::find(name) {
-                Some(key) => self.keys.push((key, value.to_owned())),
+                Some(key) => {
+                    self.has_username |= name == "username";
+                    self.keys.push((key, value.to_owned()));
+                }
                 None => return Ok(false),
             },
         }
@@ -187,6 +210,37 @@ fn split(list: &OsStr) -> Vec<OsString> {
         .filter(|option| !option.is_empty())
         .map(OsString::from_vec)
         .collect()
+}
+
+/// Splits a list of mount(8). A value in double quotes ends at the quote before the next comma or the end of the list; the
+/// quotes are removed, and nothing else in it is changed.
+fn split_quoted(list: &OsStr) -> Vec<OsString> {
+    let (mut options, mut rest) = (Vec::new(), list.as_bytes());
+    // Position in `rest` up to which there is no quoted value.
+    let mut from = 0;
+    while let Some(at) = find(&rest[from..], b"=\"").map(|at| from + at) {
+        let name = rest[..at]
+            .iter()
+            .rposition(|byte| *byte == b',')
+            .map_or(0, |comma| comma + 1);
+        let value = &rest[at + 2..];
+        let closing = |end: &usize| value[*end] == b'"' && matches!(value.get(end + 1), None | Some(b','));
+        // A quote within a name's value, or without its other half, is a character like any other.
+        let (false, Some(end)) = (rest[name..at].contains(&b'='), (0..value.len()).find(closing)) else {
+            from = at + 2;
+            continue;
+        };
+        options.extend(split(OsStr::from_bytes(&rest[..name])));
+        options.push(OsString::from_vec([&rest[name..=at], &value[..end]].concat()));
+        (rest, from) = (value.get(end + 2..).unwrap_or_default(), 0);
+    }
+    options.extend(split(OsStr::from_bytes(rest)));
+    options
+}
+
+/// Returns the position of `needle` in `bytes`.
+fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
+    bytes.windows(needle.len()).position(|window| window == needle)
 }
 
 #[cfg(test)]
@@ -309,6 +363,24 @@ mod tests {
             }
             let split: Vec<_> = split(OsStr::from_bytes(&list)).into_iter().map(OsString::into_vec).collect();
             prop_assert_eq!(split, options);
+        }
+    }
+
+    #[test]
+    fn quotes_around_a_value_protect_its_commas() {
+        for (list, expected) in [
+            (r#"ro,name="a,b c",uid=1"#, &["ro", "name=a,b c", "uid=1"][..]),
+            (r#"name="a""#, &["name=a"]),
+            (r#"name="","#, &["name="]),
+            (r#"name="a"b,c",ro"#, &[r#"name=a"b,c"#, "ro"]),
+            (r#"name="a,ro"#, &[r#"name="a"#, "ro"]),
+            (r#"name=x="a,b",ro"#, &[r#"name=x="a"#, r#"b""#, "ro"]),
+            (
+                r#"a=1,name="x\,y",b=2\,3,c="4,5""#,
+                &["a=1", r"name=x\,y", "b=2,3", "c=4,5"],
+            ),
+        ] {
+            assert_eq!(split_quoted(OsStr::new(list)), expected, "{list}");
         }
     }
 

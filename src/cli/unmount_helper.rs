@@ -9,7 +9,7 @@ use clap::builder::OsStringValueParser;
 use clap::{Arg, ArgAction, Command};
 
 use super::args::verbosity;
-use super::{Parsed, UsageError, has_name_of, one_line, values};
+use super::{Parsed, UsageError, has_name_of, mount_helper, one_line, values};
 use crate::config::{Action, Config, LogConfig, UnmountConfig};
 
 /// Program names under which umount(8) runs the helper.
@@ -23,6 +23,9 @@ pub(super) fn is_name_of(program: &Path) -> bool {
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let matches = command().try_get_matches_from(args).map_err(|e| one_line(&e))?;
+    if let Some(namespace) = matches.get_one::<OsString>("namespace") {
+        mount_helper::enter(namespace)?;
+    }
     let words = matches.get_many::<OsString>("mountpoints").into_iter().flatten();
     let action = Action::Unmount(mounts(words, matches.get_flag("lazy"))?);
     let log = LogConfig {
@@ -82,7 +85,7 @@ mod tests {
             &[] as &[&str],
             &["-f"],
             &["-n", "-v"],
-            &["-N", "ns", "-t", "fuse.vmdkfuse"],
+            &["-t", "fuse.vmdkfuse"],
             &["-r"],
         ] {
             let config = unmount(&[flags, &["/mnt"]].concat()).unwrap();
@@ -90,6 +93,11 @@ mod tests {
         }
         assert!(unmount(&["-l", "/mnt"]).unwrap().lazy);
         assert!(unmount(&["-l"]).is_err());
+        assert!(
+            unmount(&["-N", "/no/ns", "/mnt"])
+                .unwrap_err()
+                .starts_with("-N /no/ns: ")
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@
 //!   needed to keep it from acquiring one. The umask is inherited unchanged.
 //! - A parent that exits before it receives "ready" is a failed start: its caller does not know of the mount.
 //!
-//! A message on the pipe is one byte (`W` warning, `R` ready, `E` failure), the length of the text as 4 bytes in
+//! A message on the pipe is one byte (`W` warning, `R` ready; `E`, `P`, `S` failures), the length of the text as 4 bytes in
 //! little-endian order, and the text.
 
 #![allow(unsafe_code)] // Only for fork, _exit, close_range and mallopt.
@@ -52,7 +52,45 @@ pub enum Verdict {
     /// The mount can be read.
     Ready,
     /// The start failed and there is no mount.
-    Failed,
+    Failed(Failure),
+}
+
+/// Reason of a failure, as far as exit statuses tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The caller may not do it.
+    Permission,
+    /// The system has no memory, processes or descriptors left.
+    System,
+    /// Anything else.
+    Other,
+}
+
+impl Failure {
+    /// Returns the reason of an error.
+    pub fn of(error: &Error) -> Self {
+        match error.kind() {
+            ErrorKind::Os(libc::EPERM | libc::EACCES) => Self::Permission,
+            ErrorKind::Os(libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE) => Self::System,
+            _ => Self::Other,
+        }
+    }
+
+    /// Returns the kind of the message that reports it.
+    fn message(self) -> u8 {
+        match self {
+            Self::Permission => b'P',
+            Self::System => b'S',
+            Self::Other => b'E',
+        }
+    }
+
+    fn of_message(kind: u8) -> Self {
+        [Self::Permission, Self::System]
+            .into_iter()
+            .find(|failure| failure.message() == kind)
+            .unwrap_or(Self::Other)
+    }
 }
 
 /// Channel to the process that waits for the start: the pipe to the parent, or standard error in the foreground.
@@ -83,8 +121,9 @@ pub fn start(foreground: bool) -> Result<Started> {
             match release_standard_streams() {
                 Ok(()) => Ok(Started::Daemon(status)),
                 Err(e) => {
+                    let failure = Failure::of(&e);
                     status.failed(&e);
-                    Ok(Started::Parent(Verdict::Failed))
+                    Ok(Started::Parent(Verdict::Failed(failure)))
                 }
             }
         }
@@ -191,7 +230,7 @@ impl Status {
     /// Reports that the start failed, with its cause.
     pub fn failed(self, error: &Error) {
         let sent = match self.0 {
-            Some(mut pipe) => send(&mut pipe, b'E', error.to_string()),
+            Some(mut pipe) => send(&mut pipe, Failure::of(error).message(), error.to_string()),
             None => {
                 message(&mut io::stderr(), &error.to_string());
                 Ok(())
@@ -258,11 +297,13 @@ pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>>
 
 /// Prints the child's warnings until the child is ready or has failed. Runs in the parent.
 fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
-    let failure = loop {
+    let mut failure = Failure::Other;
+    let text = loop {
         match receive(&mut pipe) {
             Ok(Some((b'R', _))) => return Verdict::Ready,
             Ok(Some((b'W', text))) => message(stderr, &format!("warning: {}", String::from_utf8_lossy(&text))),
-            Ok(Some((_, text))) => {
+            Ok(Some((kind, text))) => {
+                failure = Failure::of_message(kind);
                 // The child unmounts on its way out. Waiting for its end guarantees that a caller that has received
                 // the exit status finds no mount left.
                 wait_for_exit(child);
@@ -272,8 +313,8 @@ fn listen(mut pipe: impl Read, child: Pid, stderr: &mut impl Write) -> Verdict {
             Err(e) => break format!("reading from the background process failed: {e}"),
         }
     };
-    message(stderr, &failure);
-    Verdict::Failed
+    message(stderr, &text);
+    Verdict::Failed(failure)
 }
 
 /// Waits until the child exits and returns a description of how it ended.
@@ -318,19 +359,36 @@ mod tests {
         send(&mut bytes, b'E', "disk.vmdk: no such file").unwrap();
         assert_eq!(
             listen_to(&bytes),
-            (Verdict::Failed, "vmdkfuse: disk.vmdk: no such file\n".into())
+            (
+                Verdict::Failed(Failure::Other),
+                "vmdkfuse: disk.vmdk: no such file\n".into()
+            )
         );
         for end in 0..3 {
             let (verdict, text) = listen_to(&bytes[..end]);
-            assert_eq!(verdict, Verdict::Failed);
+            assert_eq!(verdict, Verdict::Failed(Failure::Other));
             assert!(text.starts_with("vmdkfuse: the background process ended"), "{text}");
         }
         let (verdict, text) = listen_to(&bytes[..8]);
-        assert_eq!(verdict, Verdict::Failed);
+        assert_eq!(verdict, Verdict::Failed(Failure::Other));
         assert!(
             text.starts_with("vmdkfuse: reading from the background process failed"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_reason_of_a_failure_reaches_the_parent() {
+        for (errno, failure) in [
+            (libc::EPERM, Failure::Permission),
+            (libc::ENOMEM, Failure::System),
+            (libc::EIO, Failure::Other),
+        ] {
+            let error = Error::new(ErrorKind::Os(errno), "no");
+            let mut bytes = Vec::new();
+            send(&mut bytes, Failure::of(&error).message(), error.to_string()).unwrap();
+            assert_eq!(listen_to(&bytes).0, Verdict::Failed(failure));
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!   run       the life of a mount, in order ── daemon: fork ── handed_over: inherited descriptors ── pidfile
 //!   signals   SIGTERM, SIGINT and SIGHUP as a descriptor
 //!   log       log destination and level ── syslog: the system log ── admin_file: how the log and the pidfile are opened
+//!   notify    messages to the service manager (systemd), watchdog
 //!   unmount   `--unmount`: unmounts, and waits until the daemon has ended
 //!   output    standard output and standard error
 //!   inherited ignored signals and the role in write-back, which programs that are started do not keep
@@ -21,6 +22,7 @@ pub mod daemon;
 pub mod handed_over;
 pub mod inherited;
 pub mod log;
+mod notify;
 pub mod output;
 pub mod pidfile;
 pub mod run;

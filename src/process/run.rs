@@ -17,7 +17,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::process::ExitCode;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -36,7 +36,8 @@ use crate::fuse::session::Running;
 use crate::fuse::target::Target;
 use crate::fuse::{Disks, Requests};
 use crate::mountinfo;
-use crate::process::daemon::{self, Started, Status, Verdict};
+use crate::process::daemon::{self, Failure, Started, Status, Verdict};
+use crate::process::notify::{ServiceManager, Watchdog};
 use crate::process::pidfile::Pidfile;
 use crate::process::signals::{self, Signals};
 use crate::process::{inherited, log, output};
@@ -79,7 +80,9 @@ pub struct Opened<F> {
 ///
 /// In the background (see [`MountConfig::foreground`]) the calling process returns as soon as the mount can be read,
 /// and `open` runs in the daemon. Must be called before any thread is started.
-pub fn serve<F, O>(config: &MountConfig, log: &LogConfig, open: O) -> ExitCode
+///
+/// Errors: the mount failed, or ended with an error; it has been printed or logged.
+pub fn serve<F, O>(config: &MountConfig, log: &LogConfig, open: O) -> Result<(), Failure>
 where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
@@ -91,16 +94,22 @@ where
     match started {
         Err(e) => {
             output::message(&mut std::io::stderr(), &e.to_string());
-            ExitCode::FAILURE
+            Err(Failure::of(&e))
         }
-        Ok((_, _, Started::Parent(Verdict::Ready))) => ExitCode::SUCCESS,
-        Ok((_, _, Started::Parent(Verdict::Failed))) => ExitCode::FAILURE,
+        Ok((_, _, Started::Parent(Verdict::Ready))) => Ok(()),
+        Ok((_, _, Started::Parent(Verdict::Failed(failure)))) => Err(failure),
         Ok((sink, target, Started::Daemon(status))) => run_daemon(config, sink, &target, status, open),
     }
 }
 
 /// Runs the daemon's part of [`serve`].
-fn run_daemon<F, O>(config: &MountConfig, sink: log::Sink, target: &Target, mut status: Status, open: O) -> ExitCode
+fn run_daemon<F, O>(
+    config: &MountConfig,
+    sink: log::Sink,
+    target: &Target,
+    mut status: Status,
+    open: O,
+) -> Result<(), Failure>
 where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
@@ -121,20 +130,22 @@ where
             if has_log_file {
                 tracing::error!("{e}");
             }
+            let failure = Failure::of(&e);
             status.failed(&e);
-            ExitCode::FAILURE
+            Err(failure)
         }
-        Ok(daemon) => match status.ready().and_then(|()| {
+        Ok(mut daemon) => match status.ready().and_then(|()| {
             if config.foreground {
                 let ready = format!("ready: {} (Ctrl-C unmounts)", target.point.display());
                 output::message(&mut std::io::stderr(), &ready);
             }
+            daemon.tell_ready(&target.point, config.disks.len());
             daemon.serve()
         }) {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => Ok(()),
             Err(e) => {
                 tracing::error!("{e}");
-                ExitCode::FAILURE
+                Err(Failure::of(&e))
             }
         },
     }
@@ -150,6 +161,9 @@ struct MountedDaemon {
     /// Watcher process for auto_unmount. Dropping it without `dismiss` makes it detach the mount if it still exists.
     watcher: Option<AutoUnmount>,
     signals: Signals,
+    manager: ServiceManager,
+    /// Dropped when the mount is to end: from then on the service manager waits without it.
+    watchdog: Option<Watchdog>,
     /// Dropped after the session, when no request can write any more, and before the pidfile, whose removal tells other
     /// processes that the daemon has finished.
     disks: CloseOnDrop,
@@ -206,10 +220,11 @@ impl MountedDaemon {
         F: Filesystem,
         O: FnOnce(&Target) -> Result<Opened<F>>,
     {
-        // These three come first: a thread that is started later inherits the blocked signals, and the helper processes
+        // These come first: a thread that is started later inherits the blocked signals, and the helper processes
         // must be forked while there is only one thread.
         let signals = Signals::block()?;
         let mut prober = Prober::fork()?;
+        let watchdog = Watchdog::fork()?;
         let mut watcher = if config.options.auto_unmount {
             Some(AutoUnmount::fork()?)
         } else {
@@ -289,9 +304,20 @@ impl MountedDaemon {
             session,
             watcher,
             signals,
+            manager: ServiceManager::of_environment(),
+            watchdog,
             disks,
             _pidfile,
         })
+    }
+
+    /// Tells the service manager that the mount can be read, and lets the watchdog start.
+    fn tell_ready(&mut self, point: &Path, disks: usize) {
+        self.manager.ready(point, disks);
+        // Without it the service manager ends this process in time, and the log has the reason.
+        if let Some(Err(e)) = self.watchdog.as_mut().map(|watchdog| watchdog.start(point)) {
+            tracing::error!("{e}");
+        }
     }
 
     /// Serves from "ready" until the session ends, then closes the disks.
@@ -299,7 +325,7 @@ impl MountedDaemon {
         let mut stopping = false;
         loop {
             let deadline = stopping.then(|| Instant::now() + USE_CHECK);
-            let [signalled, ended] = signals::wait([self.signals.as_fd(), self.session.ended()], deadline)?;
+            let [signalled, ended] = self.wait(deadline)?;
             if ended {
                 break;
             }
@@ -325,10 +351,16 @@ impl MountedDaemon {
             mut mount,
             session,
             watcher,
+            manager,
+            watchdog,
             mut disks,
             _pidfile,
             ..
         } = self;
+        if !stopping {
+            manager.stopping("unmounted: closing the disks");
+        }
+        drop(watchdog);
         let served = session.result();
         // The disks are closed even if the session failed, so that completed writes are durable. An error of `closed`
         // that is not returned has been logged.
@@ -346,6 +378,20 @@ impl MountedDaemon {
         }
         tracing::info!("unmounted");
         closed
+    }
+
+    /// Waits for a signal or the end of the session, and returns which of them came, or neither: also after an answer of
+    /// the watchdog, which is passed on.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<[bool; 2]> {
+        let (signals, ended) = (self.signals.as_fd(), self.session.ended());
+        let Some(watchdog) = &mut self.watchdog else {
+            return signals::wait([signals, ended], deadline);
+        };
+        let [signalled, ended, alive] = signals::wait([signals, ended, watchdog.answered()], deadline)?;
+        if alive && !watchdog.pass_on(&self.manager) {
+            self.watchdog = None;
+        }
+        Ok([signalled, ended])
     }
 
     /// Ends the daemon of a mount that was to end and is gone from this mount namespace, but lives on elsewhere, with no
@@ -368,10 +414,14 @@ impl MountedDaemon {
     /// Unmounts because of `signal`. Returns false if that failed; the next signal then tries again.
     fn stop(&mut self, signal: Signal) -> bool {
         tracing::info!("{signal}: unmounting");
+        self.manager.stopping("unmounting");
+        self.watchdog = None;
         match self.mount.unmount() {
             Ok(Unmounted::Clean | Unmounted::Gone) => true,
             Ok(Unmounted::Detached) => {
                 tracing::warn!("the mount is busy and was detached: exiting when the last user has closed its files");
+                self.manager
+                    .stopping("detached: waiting until the last user has closed its files");
                 true
             }
             Err(e) => {

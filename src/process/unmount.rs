@@ -60,6 +60,8 @@ fn unmount_one(point: &Path, lazy: bool) -> Result<()> {
         // A lazily detached mount lasts until its last user has gone, and that was asked for.
         _ if lazy => Ok(()),
         Ok(daemon) => daemon.wait_for_end(&entry.point),
+        // The mount was dead: its daemon has ended before.
+        Err(e) if e.kind() == ErrorKind::Os(libc::ENOTCONN) => Ok(()),
         Err(e) => Err(e.within(format!(
             "{}: unmounted, but its daemon cannot be found to wait for its end",
             printable(&entry.point)

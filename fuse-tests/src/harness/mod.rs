@@ -33,6 +33,7 @@ mod images;
 mod loop_device;
 mod mount;
 mod mounts;
+mod notify;
 mod process;
 mod requirements;
 mod runs;
@@ -48,6 +49,7 @@ pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_isla
 pub use loop_device::LoopDevice;
 pub use mount::{Mount, MountCmd};
 pub use mounts::{MountEntry, mounts_below};
+pub use notify::NotifySocket;
 pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
 pub use requirements::{
     is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, preload_library, program, skip,

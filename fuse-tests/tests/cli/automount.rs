@@ -17,6 +17,10 @@ fn automount_mounts_at_the_first_access_and_unmounts_an_idle_disk() {
         .arg("automount.sh")
         .arg(scratch.root())
         .arg(program())
+        .arg(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../contrib/examples/auto.vmdkfuse"
+        ))
         .run()
         .ok();
 }

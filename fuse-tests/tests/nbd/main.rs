@@ -17,6 +17,7 @@ mod handshake;
 mod library;
 mod overlay;
 mod tls;
+mod watchdog;
 
 use std::fs;
 use std::net::TcpListener;

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::super::test_args::{config_of, mount_of};
 use super::super::{Parsed, parse};
 use super::*;
-use crate::config::{Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};
+use crate::config::{Action, Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};
 
 /// Creates a folder with `vms.toml` and a mount point `mnt`.
 fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -63,9 +63,16 @@ fn a_file_is_equivalent_to_a_command_line() {
     let Ok(Parsed::Run(expected)) = parse(words) else {
         panic!("the command line is refused")
     };
-    let config = run_in(&dir, &[]).unwrap();
-    assert_eq!(config, *expected);
-    let mount = mount_of(config);
+    let mount = mount_of(run_in(&dir, &[]).unwrap());
+    // The mount table shows the file.
+    let source = Some(dir.path().join("vms.toml").display().to_string());
+    assert_eq!(
+        mount,
+        MountConfig {
+            source,
+            ..mount_of(*expected)
+        }
+    );
     assert_eq!(
         (mount.disks[0].cache, mount.disks[1].cache_size),
         (Some(PageCache::None), Some(4096))
@@ -543,6 +550,40 @@ fn only_a_regular_file_of_bounded_size_is_read() {
 }
 
 #[test]
+fn the_file_may_name_the_mount_point_to_mount_and_to_unmount() {
+    let dir = folder("[mount]\nmountpoint = \"mnt\"\n[[disk]]\nfile = \"a\"\n");
+    let (file, mnt) = (dir.path().join("vms.toml"), dir.path().join("mnt"));
+    let of = |more: &[&str]| {
+        let words = ["vmdkfuse", "--config", file.to_str().unwrap()]
+            .into_iter()
+            .chain(more.iter().copied());
+        config_of(parse(words.map(OsString::from)))
+    };
+    assert_eq!(mount_of(of(&[]).unwrap()).target.path, mnt);
+    // One on the command line counts.
+    assert_eq!(mount_of(of(&["/tmp"]).unwrap()).target.path, Path::new("/tmp"));
+    let Action::Unmount(unmount) = of(&["--unmount"]).unwrap().action else {
+        panic!("no unmount")
+    };
+    assert_eq!(unmount.points, [mnt]);
+    for wrong in ["mountpoint = 1", "mountpoint = \"\"", "mount-point = \"x\""] {
+        let dir = folder(format!("[mount]\n{wrong}\n[[disk]]\nfile = \"a\"\n"));
+        let error = run_in(&dir, &[]).unwrap_err();
+        assert!(
+            error.contains("vms.toml:2: ") && error.contains("mountpoint"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn words_that_the_help_lists_are_texts() {
+    let dir =
+        folder("[[disk]]\nfile = \"a.vmdk\"\ncreate = true\ncreate-size = \"1M\"\ncreate-type = \"split-sparse\"\n");
+    run_in(&dir, &[]).unwrap();
+}
+
+#[test]
 fn config_allows_only_a_mount_point() {
     let dir = folder("[[disk]]\nfile = \"a\"\n");
     for (more, part) in [
@@ -563,10 +604,14 @@ fn config_allows_only_a_mount_point() {
         let error = run_in(&dir, more).unwrap_err();
         assert!(error.contains(part), "{more:?}: {error}");
     }
-    let alone = parse(["vmdkfuse", "--config", "x.toml"].map(OsString::from))
-        .unwrap_err()
-        .to_string();
-    assert!(alone.contains("no mount point"), "{alone}");
+    let file = dir.path().join("vms.toml");
+    let alone = ["vmdkfuse", "--config", file.to_str().unwrap()].map(OsString::from);
+    for more in [None, Some("--unmount")] {
+        let error = parse(alone.clone().into_iter().chain(more.map(OsString::from)))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no mount point") && error.contains("[mount]"), "{error}");
+    }
     let empty = parse(["vmdkfuse", "--config", "", "/mnt"].map(OsString::from))
         .unwrap_err()
         .to_string();
