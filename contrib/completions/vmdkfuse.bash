@@ -2,7 +2,7 @@
 # shellcheck shell=bash disable=SC2207 # the candidates are words
 
 _vmdkfuse() {
-    local keys='name= readonly= cache= cache-size= readahead= backend= cow= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= credentials= http-version= header= proxy= resolve= url= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
+    local keys='name= readonly= cache= cache-size= readahead= backend= cow= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= cookie-script= cookie-script-renew= credentials= http-version= header= proxy= resolve= url= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
     local options='-r --read-only -f --foreground -o -P --pidfile --threads --config -v --verbose --log-file --log-format --list --info --map --check --create --commit --unmount --fingerprint --dump --json --help -V --version'
     local mount_options='ro rw allow_other allow_root default_permissions auto_unmount nonempty uid= gid= umask= fsname=
         noexec nosuid nodev noatime'

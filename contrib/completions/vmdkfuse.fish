@@ -56,6 +56,8 @@ function __vmdkfuse_keys
     printf '%s\t%s\n' insecure= 'accept any certificate of the server'
     printf '%s\t%s\n' insecure=true 'accept any certificate of the server'
     printf '%s\t%s\n' insecure=false 'accept any certificate of the server'
+    printf '%s\t%s\n' cookie-script= 'shell command that prints the cookie to send, with $url and $iteration (its runs so far)'
+    printf '%s\t%s\n' cookie-script-renew= 'interval at which to run it again'
     printf '%s\t%s\n' credentials= 'file of lines username=, password= and cookie=, which only its owner can read'
     printf '%s\t%s\n' http-version= 'version of HTTP'
     printf '%s\t%s\n' http-version=1.1 'version of HTTP'
