@@ -82,7 +82,7 @@ test: ## check formatting, lints and docs, run the demo and every test
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 	$(MAKE) deny
-	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
+	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper -p fake-vddk
 	./contrib/demo.sh
 	$(MAKE) deb
 	cargo test --locked --workspace --doc

@@ -13,8 +13,10 @@ use crate::store::OpenPolicy;
 pub use crate::vmdk::Degraded;
 
 mod https;
+mod vddk;
 
 pub use https::{HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+pub use vddk::{VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
 
 /// Configuration of one run of the program.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +59,8 @@ pub enum Action {
     Dump {
         /// JSON output instead of `key=value` lines.
         json: bool,
+        /// VMware's library to describe too.
+        library: VddkLibrary,
     },
 }
 
@@ -208,8 +212,10 @@ impl DiskConfig {
     #[must_use]
     pub fn made(&self) -> Self {
         let mut disk = self.clone();
-        if let SourceConfig::Local(local) = &mut disk.source {
-            local.create = None;
+        match &mut disk.source {
+            SourceConfig::Local(local) => local.create = None,
+            SourceConfig::Vddk(vddk) => vddk.create = None,
+            SourceConfig::Nbd(_) | SourceConfig::Https(_) => {}
         }
         disk
     }
@@ -242,6 +248,8 @@ pub enum SourceConfig {
     Nbd(NbdConfig),
     /// Files on a web server, which are only read.
     Https(Box<HttpsConfig>),
+    /// A disk that VMware's VDDK opens.
+    Vddk(Box<VddkConfig>),
 }
 
 /// Distance of a disk's data from the daemon, from near to far.
@@ -260,7 +268,7 @@ impl SourceConfig {
     pub fn local(&self) -> Option<&LocalConfig> {
         match self {
             Self::Local(local) => Some(local),
-            Self::Nbd(_) | Self::Https(_) => None,
+            Self::Nbd(_) | Self::Https(_) | Self::Vddk(_) => None,
         }
     }
 
@@ -280,7 +288,7 @@ impl SourceConfig {
         let degraded = match self {
             Self::Local(local) => local.degraded,
             Self::Https(https) => https.degraded,
-            Self::Nbd(_) => return false,
+            Self::Nbd(_) | Self::Vddk(_) => return false,
         };
         degraded.orphan || degraded.short
     }
@@ -291,7 +299,8 @@ impl SourceConfig {
             Self::Local(_) => Distance::Here,
             Self::Https(_) => Distance::OtherMachine,
             Self::Nbd(nbd) if nbd.is_far() => Distance::OtherMachine,
-            Self::Nbd(_) => Distance::OtherProcess,
+            Self::Vddk(vddk) if vddk.remote.is_some() => Distance::OtherMachine,
+            Self::Nbd(_) | Self::Vddk(_) => Distance::OtherProcess,
         }
     }
 
@@ -301,6 +310,7 @@ impl SourceConfig {
             Self::Local(local) => local.degraded.cid,
             Self::Nbd(nbd) => nbd.accept_cid_mismatch,
             Self::Https(https) => https.degraded.cid,
+            Self::Vddk(vddk) => vddk.accept_cid_mismatch,
         }
     }
 
@@ -310,6 +320,7 @@ impl SourceConfig {
             Self::Local(local) => local.path.display().to_string(),
             Self::Nbd(nbd) => nbd.label(),
             Self::Https(https) => https.label(),
+            Self::Vddk(vddk) => vddk.label(),
         }
     }
 }
@@ -436,6 +447,7 @@ impl NbdConfig {
             NbdAddress::Fd(number) => format!("NBD server on descriptor {number}"),
             NbdAddress::Vsock { cid, port: None } => format!("NBD server vsock:{cid}"),
             NbdAddress::Vsock { cid, port: Some(port) } => format!("NBD server vsock:{cid}:{port}"),
+            NbdAddress::Own(name) => name.clone(),
             NbdAddress::Command(arguments) => {
                 format!(
                     "NBD server {}",
@@ -500,6 +512,8 @@ pub enum NbdAddress {
     /// A program and its arguments, which the daemon starts as a captive server. It receives its socket by systemd
     /// socket activation.
     Command(Vec<OsString>),
+    /// A process of this program that serves one disk. The text is the disk's name for messages.
+    Own(String),
 }
 
 /// Encryption of NBD connections.

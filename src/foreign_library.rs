@@ -74,6 +74,11 @@ impl ForeignLibrary {
         table.iter().filter(is_missing).copied().collect()
     }
 
+    /// Returns the name or path that the library was loaded by.
+    pub(crate) fn file(&self) -> &OsStr {
+        &self.file
+    }
+
     /// Fails if the library lacks a required function of `table`. The message names each of them.
     pub(crate) fn require(&self, table: &[Function]) -> Result<()> {
         let missing = self.missing(table);

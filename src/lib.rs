@@ -12,7 +12,7 @@
 //!    block.rs   traits BlockRead, BlockWrite, BlockQueue, Runs
 //!    ┌──────────────┴──────────────┐
 //!    vmdk/                         source/
-//!    native VMDK engine            raw image or device, NBD export
+//!    native VMDK engine            raw image or device, NBD export, disk of VMware's VDDK
 //!    └──────────────┬──────────────┘
 //!    cache/     the same cache, per stored file on a web server
 //!    store/     the files of an image: in a local folder (identity, locks, atomic creation) or on a web server
@@ -26,7 +26,7 @@
 //! | [`cache`] | keeps blocks of expensive sources in memory and prefetches for sequential readers |
 //! | [`block`] | the traits and units that all disks share |
 //! | [`vmdk`] | reads, writes, creates and checks every VMDK format that VMware's products write |
-//! | [`source`] | disks that are not VMDKs: raw images and NBD exports |
+//! | [`source`] | disks that the engine does not read: raw images, NBD exports, disks of VMware's VDDK |
 //! | [`store`] | opens and creates the files that an image consists of |
 //! | [`kernel_view`] | describes a read-only disk to the kernel, which then reads it without the daemon |
 //! | [`cli`] | parses the command line and the configuration file into a [`config::Config`] |

@@ -13,11 +13,12 @@ use vmdkfuse::overlay::commit_command;
 use vmdkfuse::process::daemon::Failure;
 use vmdkfuse::process::run::{self, Opened};
 use vmdkfuse::process::{self, daemon, handed_over, output};
+use vmdkfuse::source::vddk;
 use vmdkfuse::volume::OpenedDisks;
 use vmdkfuse::{inspect, volume};
 
 fn main() -> ExitCode {
-    let args = std::env::args_os();
+    let args: Vec<_> = std::env::args_os().collect();
     let statuses = ExitStatuses::of(&std::env::args_os().next().unwrap_or_default());
     // The first action: from the next call on, an ordinary user's process may not write to its memory through /proc.
     process::arguments::hide_secrets();
@@ -27,6 +28,9 @@ fn main() -> ExitCode {
     }
     process::start_dir();
     process::inherited::ignore_file_size_signal();
+    if let Some(status) = vddk::run_host(&args) {
+        return status;
+    }
     let parsed = cli::parse(args);
     let sockets = if let Ok(Parsed::Run(config)) = &parsed {
         config.action.handed_over()
@@ -71,7 +75,7 @@ fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
         Action::Unmount(mounts) => process::unmount::unmount(&mounts).map(|()| 0),
         Action::Commit(disk) => commit_command::commit(&disk),
         Action::Fingerprint { server, port, json } => inspect::fingerprint(&server, port, json),
-        Action::Dump { json } => inspect::dump(json),
+        Action::Dump { json, library } => inspect::dump(json, &library),
     };
     exit_status(result, statuses)
 }

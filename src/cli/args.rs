@@ -29,7 +29,7 @@ const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
        vmdkfuse --unmount MOUNTPOINT...|--config FILE.toml
-       vmdkfuse --dump [--json]";
+       vmdkfuse --dump [--json] [libdir=DIR]";
 
 /// Ten uses of the program, for the short help. Each is explained in the manual.
 const EXAMPLES: &str = "\
@@ -357,12 +357,8 @@ fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
 }
 
 fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
-    if words.is_empty() {
-        return Ok(Action::Dump { json });
-    }
-    // A key that is unknown or not in this build has a more specific error, so the arguments are parsed all the same.
-    disk_args::disks(&[], DiskArgs::Words(words), Subcommand::Query)?;
-    Err(UsageError::new("--dump takes no disk"))
+    let library = disk_args::library(words)?;
+    Ok(Action::Dump { json, library })
 }
 
 /// Returns the count of `-v`, limited to the trace level.
@@ -638,17 +634,22 @@ mod tests {
             "--list needs an NBD server, but /x is a local file"
         );
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
-        assert_eq!(run(&["--dump"]).unwrap().action, Action::Dump { json: false });
-        assert_eq!(run(&["--dump", "--json"]).unwrap().action, Action::Dump { json: true });
+        let dump = |json| Action::Dump {
+            json,
+            library: crate::config::VddkLibrary::default(),
+        };
+        assert_eq!(run(&["--dump"]).unwrap().action, dump(false));
+        assert_eq!(run(&["--dump", "--json"]).unwrap().action, dump(true));
         assert_eq!(
             run(&["--info"]).unwrap_err(),
             "no disk is given: add file=PATH, or uri= of an NBD server"
         );
-        assert_eq!(run(&["--dump", "/x"]).unwrap_err(), "--dump takes no disk");
         assert_eq!(
-            run(&["--dump", "libdir=/x"]).unwrap_err(),
-            "libdir= is not in this build yet"
+            run(&["--dump", "/x"]).unwrap_err(),
+            "--dump takes no disk, only libdir=DIR"
         );
+        let library = run(&["--dump", "libdir=/x"]).unwrap().action;
+        assert!(matches!(library, Action::Dump { library, .. } if library.libdir == Some("/x".into())));
     }
 
     #[test]

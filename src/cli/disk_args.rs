@@ -14,11 +14,12 @@ use std::ffi::{OsStr, OsString};
 use super::args::Subcommand;
 use super::keys::{Group, Key, Scope};
 use super::settings::{DiskSource, Settings};
+use super::vddk::NOT_VDDK;
 use super::{
     UsageError, argument, https, overlay_args,
     values::{self, display},
 };
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, VddkLibrary};
 
 /// Keys that name a disk, for messages.
 const SOURCES: &str = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
@@ -158,15 +159,30 @@ pub(super) fn server(words: &[OsString]) -> Result<(String, u16), UsageError> {
     }
 }
 
+/// Returns VMware's library of an action that needs no disk. Fails if any key but `libdir=` and `config=` is given.
+pub(super) fn library(words: &[OsString]) -> Result<VddkLibrary, UsageError> {
+    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
+    let library = common.vddk.library();
+    let keys = usize::from(library.libdir.is_some()) + usize::from(library.config.is_some());
+    match sources.is_empty() && keys == words.len() {
+        true => Ok(library),
+        false => Err(UsageError::new("--dump takes no disk, only libdir=DIR")),
+    }
+}
+
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.
 fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), UsageError> {
     let count = |sort: fn(&DiskSource) -> bool| disks.iter().filter(|disk| sort(&disk.disk_source)).count();
     let nbd = count(|source| matches!(source, DiskSource::Nbd(_)));
     let web = count(|source| matches!(source, DiskSource::Https(_)));
+    let vddk = count(|source| matches!(source, DiskSource::Vddk(_)));
+    if let (0, Some(key)) = (vddk, common.first_of(&[Group::Vddk])) {
+        return Err(UsageError::new(format!("{key}= {NOT_VDDK}")));
+    }
     // `port=` is listed as a key of NBD servers, but web servers have one too. Web disks are checked where they are read.
     let unfit = if nbd == disks.len() {
         common.unfit_for_server().zip(Some(("local files", "on an NBD server")))
-    } else if nbd + web == 0 {
+    } else if nbd + web + vddk == 0 {
         common
             .first_of(&[Group::Nbd])
             .zip(Some(("NBD servers", "a local file")))

@@ -67,6 +67,14 @@ pub(super) struct Credentials {
     cookie: Option<Secret>,
 }
 
+/// Login at a server.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Login {
+    pub(super) user: Option<String>,
+    pub(super) password: Option<Secret>,
+    pub(super) cookie: Option<Secret>,
+}
+
 /// Password, and whether it was on the command line.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Password {
@@ -129,19 +137,11 @@ impl HttpsArgs {
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
         let mut warnings = Vec::new();
         let trust = self.trust(&mut warnings)?;
-        // Keys win over the file.
-        let file = self.credentials.clone().unwrap_or_default();
-        let (mut user, mut password) = (self.user.clone().or(file.user), file.password);
-        let cookie = self.cookie.clone().or(file.cookie);
-        if let Some(given) = &self.password {
-            if given.shown {
-                warnings.push(
-                    "password=: a password on the command line shows in process listings at the start; use \
-                     password=+FILE, password=-FD or password=-",
-                );
-            }
-            password = Some(given.secret.clone());
-        }
+        let Login {
+            mut user,
+            mut password,
+            cookie,
+        } = self.login(&mut warnings);
         let address = match source {
             HttpsSource::Url(url) => self.url(&url, common, &mut user, &mut password, &mut warnings)?,
             HttpsSource::File(file) => self.datastore(&file, common)?,
@@ -184,6 +184,26 @@ impl HttpsArgs {
             parent,
         };
         Ok((disk, warnings))
+    }
+
+    /// Returns the login. Keys win over the file of `credentials=`.
+    pub(super) fn login(&self, warnings: &mut Vec<&'static str>) -> Login {
+        let file = self.credentials.clone().unwrap_or_default();
+        let mut password = file.password;
+        if let Some(given) = &self.password {
+            if given.shown {
+                warnings.push(
+                    "password=: a password on the command line shows in process listings at the start; use \
+                     password=+FILE, password=-FD or password=-",
+                );
+            }
+            password = Some(given.secret.clone());
+        }
+        Login {
+            user: self.user.clone().or(file.user),
+            password,
+            cookie: self.cookie.clone().or(file.cookie),
+        }
     }
 
     fn trust(&self, warnings: &mut Vec<&'static str>) -> Result<Trust, UsageError> {

@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 
 use super::settings::{Backend, Settings, SourceSpec};
-use super::{UsageError, create_args, https, nbd, overlay_args, scheme, values};
+use super::{UsageError, create_args, https, nbd, overlay_args, scheme, values, vddk};
 use crate::config::{Format, KernelView, Secret};
 
 mod help;
@@ -320,12 +320,13 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
     Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 16M)",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
-    Key::ready("backend", Group::Every, ValueKind::OneOf { words: &["native", "nbd", "https"], later: &["vddk"] },
+    Key::ready("backend", Group::Every, one_of(&["native", "nbd", "https", "vddk"]),
         "back end to use (default: by the source)",
         |s, v| {
             s.backend = Some(match v.to_str() {
                 Some("nbd") => Backend::Nbd,
                 Some("https") => Backend::Https,
+                Some("vddk") => Backend::Vddk,
                 _ => Backend::Native,
             });
             Ok(())
@@ -396,7 +397,11 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("cookie", Group::VMware, ValueKind::Text, "session cookie to send in place of a login",
         |s, v| { s.https.cookie = Some(Secret::new(values::text(v)?)); Ok(()) }).secret(),
     Key::ready("thumbprint", Group::VMware, ValueKind::Text, "SHA-1 or SHA-256 of the server's certificate, which is then trusted",
-        |s, v| { s.https.thumbprint = Some(https::thumbprint(v)?); Ok(()) }),
+        |s, v| {
+            s.https.thumbprint = Some(https::thumbprint(v)?);
+            s.vddk.thumbprint = Some(values::text(v)?.to_owned());
+            Ok(())
+        }),
     Key::ready("datacenter", Group::VMware, ValueKind::Text, "inventory path of the datastore's datacenter on a vCenter",
         |s, v| { s.https.datacenter = Some(values::text(v)?.to_owned()); Ok(()) }),
     Key::ready("cainfo", Group::VMware, ValueKind::Path, "file of trusted certificates, PEM (default: those of the system)",
@@ -420,18 +425,30 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("url", Group::VMware, ValueKind::Text, "https:// or http:// address of a disk; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Url(https::url(v)?)); Ok(()) }).scope(Scope::Starts).secret(),
 
-    Key::later("libdir", Group::Vddk, ValueKind::Path, "folder of VMware's library"),
-    Key::later("config", Group::Vddk, ValueKind::Path, "the library's own configuration"),
-    Key::later("vm", Group::Vddk, ValueKind::Text, "the virtual machine (moref=ID)"),
-    Key::later("snapshot", Group::Vddk, ValueKind::Text, "snapshot of the virtual machine"),
-    Key::later("transports", Group::Vddk, ValueKind::Text, "transport modes, in the order to try them"),
-    Key::later("nfchostport", Group::Vddk, ValueKind::Count, "port of the NFC service"),
-    Key::later("single-link", Group::Vddk, ValueKind::Bool, "open only this link of the chain"),
-    Key::later("unbuffered", Group::Vddk, ValueKind::Bool, "no caching by the library"),
-    Key::later("compression", Group::Vddk, one_of(&["none", "zlib", "fastlz", "skipz"]), "compression of the transport"),
-    Key::later("vimapiver", Group::Vddk, ValueKind::Text, "ignored"),
-    Key::later("datastore", Group::Vddk, ValueKind::Text, "datastore of the disk (moref=ID)"),
-    Key::later("prepare-for-access", Group::Vddk, ValueKind::Bool, "block migration of the virtual machine meanwhile"),
+    Key::ready("libdir", Group::Vddk, ValueKind::Path, "folder of VMware's VDDK, which then opens the disk (default with backend=vddk: \
+        /usr/lib/vmware-vix-disklib, then the dynamic linker's search)",
+        |s, v| { s.vddk.libdir = Some(values::path(v)?); Ok(()) }),
+    Key::ready("config", Group::Vddk, ValueKind::Path, "the library's own configuration file (default: a private one with larger buffers)",
+        |s, v| { s.vddk.config = Some(values::path(v)?); Ok(()) }),
+    Key::ready("vm", Group::Vddk, ValueKind::Text, "moref=ID of the virtual machine; a disk of a server needs server=, user=, password= and vm=",
+        |s, v| { s.vddk.vm = Some(values::text(v)?.to_owned()); Ok(()) }),
+    Key::ready("snapshot", Group::Vddk, ValueKind::Text, "managed object reference of a snapshot of the virtual machine",
+        |s, v| { s.vddk.snapshot = Some(values::text(v)?.to_owned()); Ok(()) }),
+    Key::ready("transports", Group::Vddk, ValueKind::Text, "transport modes in the order to try them (default: file:nbdssl:nbd)",
+        |s, v| { s.vddk.transports = Some(values::text(v)?.to_owned()); Ok(()) }),
+    Key::ready("nfchostport", Group::Vddk, ValueKind::Count, "port of the NFC service (default: that of the library, 902)",
+        |s, v| { s.vddk.nfc_host_port = Some(values::number(v, 1, u16::MAX.into())?); Ok(()) }),
+    Key::ready("single-link", Group::Vddk, ValueKind::Bool, "open only this link of the chain",
+        |s, v| { s.vddk.single_link = Some(values::boolean(v)?); Ok(()) }),
+    Key::ready("unbuffered", Group::Vddk, ValueKind::Bool, "no caching by the library",
+        |s, v| { s.vddk.unbuffered = Some(values::boolean(v)?); Ok(()) }),
+    Key::ready("compression", Group::Vddk, one_of(&["none", "zlib", "fastlz", "skipz"]), "compression of the transport",
+        |s, v| { s.vddk.compression = Some(vddk::compression(v)); Ok(()) }),
+    Key::ready("vimapiver", Group::Vddk, ValueKind::Text, "ignored", |_, v| values::text(v).map(drop)),
+    Key::ready("datastore", Group::Vddk, ValueKind::Text, "moref=ID of the datastore of a disk without a virtual machine (VDDK 8.0.1 or newer)",
+        |s, v| { s.vddk.datastore = Some(vddk::datastore(v)?); Ok(()) }),
+    Key::ready("prepare-for-access", Group::Vddk, ValueKind::Bool, "forbid migration of the virtual machine meanwhile (needs a vCenter)",
+        |s, v| { s.vddk.prepare_for_access = Some(values::boolean(v)?); Ok(()) }),
 
     Key::ready("create", Group::Create, ValueKind::Bool, "create file= first, as an empty VMDK (default: false)",
         |s, v| { s.creation.create = Some(values::boolean(v)?); Ok(()) }),

@@ -9,6 +9,7 @@
 //!          argument.rs: one argument → key and value     expand.rs: wildcards and folders → files
 //!          settings.rs: the keys of a disk → its configuration
 //!          https.rs: keys of web servers
+//!          vddk.rs: keys of disks that VDDK opens
 //!          nbd.rs: keys of NBD servers                   create_args.rs: create=, create-*=
 //!          overlay_args.rs: cow=, --commit, and the conflicts of keys that write
 //! ```
@@ -46,6 +47,7 @@ mod target;
 mod test_args;
 mod unmount_helper;
 mod values;
+mod vddk;
 
 use args::Subcommand;
 use disk_args::DiskArgs;

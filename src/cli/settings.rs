@@ -10,9 +10,10 @@ use super::args::Subcommand;
 use super::create_args::CreateArgs;
 use super::keys::{Group, Key};
 use super::values::PageCacheArg;
-use super::{UsageError, expand, https, nbd, overlay_args, values};
+use super::{UsageError, expand, https, nbd, overlay_args, values, vddk};
 use crate::config::{
-    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, ViewConfig,
+    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, VddkConfig,
+    ViewConfig,
 };
 
 /// Keys of one disk, or of all disks.
@@ -58,6 +59,8 @@ pub(super) struct Settings {
     pub(super) nbd: nbd::NbdArgs,
     /// Keys of a web server.
     pub(super) https: https::HttpsArgs,
+    /// Keys of a disk that VDDK opens.
+    pub(super) vddk: vddk::VddkArgs,
     /// `file=` as it was given: in a datastore it is no path of this machine.
     pub(super) file_text: Option<OsString>,
     /// `backend=`
@@ -77,6 +80,8 @@ pub(super) enum Backend {
     Nbd,
     /// A web server.
     Https,
+    /// VMware's library.
+    Vddk,
 }
 
 /// Source as given, before patterns and folders are expanded.
@@ -101,6 +106,8 @@ pub(super) enum DiskSource {
     Nbd(Option<String>),
     /// A file on a web server.
     Https(https::HttpsSource),
+    /// A disk that VDDK opens: a local path, or the name in a datastore as it was given.
+    Vddk(OsString),
 }
 
 impl Settings {
@@ -147,6 +154,7 @@ impl Settings {
                 .nbd
                 .over(&common.nbd, matches!(self.source, Some(SourceSpec::Nbd(_)))),
             https: self.https.over(&common.https),
+            vddk: self.vddk.over(&common.vddk),
             file_text: self.file_text.clone(),
             backend: self.backend.or(common.backend),
             map_limit: self.map_limit.or(common.map_limit),
@@ -208,8 +216,60 @@ impl Settings {
         }
     }
 
+    /// Returns true if VDDK opens the disk.
+    fn is_vddk(&self) -> bool {
+        let is_file = matches!(self.source, Some(SourceSpec::File(_) | SourceSpec::Dir(_)));
+        match self.backend {
+            Some(backend) => backend == Backend::Vddk,
+            None => is_file && self.vddk.libdir.is_some(),
+        }
+    }
+
+    /// Returns the disks that VDDK opens: that of a datastore, or local files. Fails if a key does not fit them.
+    fn vddk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
+        const ALSO_HERE: [&str; 8] = [
+            "file",
+            "port",
+            "server",
+            "user",
+            "password",
+            "cookie",
+            "thumbprint",
+            "credentials",
+        ];
+        let elsewhere = [Group::Local, Group::Nbd, Group::VMware];
+        // An overlay has a parent.
+        let only_cid = !self.degraded.orphan && !self.degraded.short;
+        let fits = |name: &str| name == "degraded" && self.overlay.is_some() && only_cid;
+        let unfit = self
+            .given
+            .iter()
+            .find(|key| elsewhere.contains(&key.group) && !ALSO_HERE.contains(&key.name) && !fits(key.name));
+        if let Some(key) = unfit {
+            let name = key.name;
+            return Err(UsageError::new(format!("{name}= does not fit a disk that VDDK opens")));
+        }
+        let text = self.file_text.clone().filter(|_| vddk::is_remote(self));
+        match (&self.source, text) {
+            (Some(SourceSpec::File(_)), Some(text)) => Ok(vec![DiskSource::Vddk(text)]),
+            (Some(SourceSpec::File(_)), None) => {
+                let files = self.files(subcommand)?.into_iter();
+                Ok(files.map(|path| DiskSource::Vddk(path.into_os_string())).collect())
+            }
+            _ => Err(UsageError::new(
+                "a disk for VDDK needs file=: the path of a VMDK, or \"[datastore] folder/disk.vmdk\"",
+            )),
+        }
+    }
+
     /// Returns the sources of all disks that the settings describe. Empty if no source is given.
     pub(super) fn disk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
+        if self.is_vddk() {
+            return self.vddk_sources(subcommand);
+        }
+        if let Some(key) = self.first_of(&[Group::Vddk]) {
+            return Err(UsageError::new(format!("{key}= {}", vddk::NOT_VDDK)));
+        }
         if let Some(source) = self.https_source()? {
             return match self.backend {
                 None | Some(Backend::Https) => Ok(vec![DiskSource::Https(source)]),
@@ -266,6 +326,11 @@ impl Settings {
             DiskSource::Nbd(uri) => {
                 let server = self.server(uri, requested.is_some(), subcommand)?;
                 (expand::export_name(&server), SourceConfig::Nbd(server))
+            }
+            DiskSource::Vddk(file) => {
+                let (disk, of_disk) = self.vddk_disk(file, subcommand)?;
+                warnings.extend(of_disk);
+                (vddk::default_name(&disk), SourceConfig::Vddk(Box::new(disk)))
             }
             DiskSource::Https(source) => {
                 let (disk, of_server) = self.web_disk(source, subcommand)?;
@@ -362,6 +427,12 @@ impl Settings {
                 .map(|parent| parent.to_string_lossy().into_owned()),
         };
         self.https.clone().config(source, &common)
+    }
+
+    /// Returns the configuration of a disk that VDDK opens, and what to tell the user about it.
+    fn vddk_disk(&self, file: OsString, subcommand: Subcommand) -> Result<(VddkConfig, Vec<&'static str>), UsageError> {
+        let create = self.creation.config(subcommand)?;
+        vddk::config(self, file, create)
     }
 
     /// Returns the configuration of an NBD server. `named` is true if a file name is given.

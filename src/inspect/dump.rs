@@ -1,22 +1,27 @@
 //! `--dump`: prints the version and the capabilities of this build.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::{line, print};
+use crate::config::VddkLibrary;
 use crate::error::Result;
 use crate::source::nbd;
+use crate::source::vddk::{self, LibraryDescription};
 use crate::vmdk;
 
 /// Prints versions, back ends and formats (`--dump`).
 ///
-/// Errors: writing to standard output failed.
-pub fn dump(json: bool) -> Result<u8> {
+/// Errors: VMware's library cannot be loaded although the user named it, or writing to standard output failed.
+pub fn dump(json: bool, library: &VddkLibrary) -> Result<u8> {
+    let vddk = describe(library)?;
     let libnbd = nbd::version();
     let build = Build {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
         backends: if libnbd.is_ok() {
-            &["native", "https", "nbd"]
+            &["native", "https", "nbd", "vddk"]
         } else {
             &["native", "https"]
         },
@@ -34,6 +39,8 @@ pub fn dump(json: bool) -> Result<u8> {
         ],
         writable: ["raw", "FLAT", "VMFS", "SPARSE"],
         max_links: vmdk::MAX_LINKS,
+        vddk_default_libdir: vddk::DEFAULT_LIBDIR,
+        vddk,
     };
     print(json, &build, |out| {
         let libnbd = build.libnbd.as_ref().map(|version| format!("libnbd={version}"));
@@ -49,8 +56,33 @@ pub fn dump(json: bool) -> Result<u8> {
         for line in lines.into_iter().chain(libnbd).chain(libnbd_error) {
             line!(out, "{line}");
         }
+        // The names of nbdkit's plugin, which scripts know.
+        line!(out, "vddk_default_libdir={}", build.vddk_default_libdir);
+        line!(out, "vddk_has_nfchostport=1");
+        if let Some(library) = &build.vddk {
+            line!(out, "vddk_library_version={}", library.version);
+            line!(out, "vddk_dll={}", library.path);
+            line!(
+                out,
+                "vddk_transport_modes={}",
+                library.transports.as_deref().unwrap_or_default()
+            );
+            for function in &library.functions {
+                line!(out, "{function}=1");
+            }
+        }
     })?;
     Ok(0)
+}
+
+/// Describes VMware's library, if the user named it or it is in the default folder.
+fn describe(library: &VddkLibrary) -> Result<Option<LibraryDescription>> {
+    match &library.libdir {
+        Some(_) => vddk::describe(library).map(Some),
+        // Not asked for: a library that cannot be loaded is no error.
+        None if Path::new(vddk::DEFAULT_LIBDIR).is_dir() => Ok(vddk::describe(library).ok()),
+        None => Ok(None),
+    }
 }
 
 /// Result of `--dump`.
@@ -70,4 +102,8 @@ struct Build {
     extents: [&'static str; 7],
     writable: [&'static str; 4],
     max_links: usize,
+    vddk_default_libdir: &'static str,
+    /// VMware's library, if the user named it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vddk: Option<LibraryDescription>,
 }

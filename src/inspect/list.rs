@@ -11,7 +11,7 @@ use crate::source::nbd;
 pub fn list(query: &Query) -> Result<u8> {
     let servers = query.disks.iter().filter_map(|disk| match &disk.source {
         SourceConfig::Nbd(server) => Some(nbd::list(server)),
-        SourceConfig::Local(_) | SourceConfig::Https(_) => None,
+        SourceConfig::Local(_) | SourceConfig::Https(_) | SourceConfig::Vddk(_) => None,
     });
     let servers = servers.collect::<Result<Vec<_>>>()?;
     print(query.json, &servers, |out| {

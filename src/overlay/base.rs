@@ -55,7 +55,7 @@ impl Base {
         let real = match config {
             SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
             SourceConfig::Nbd(nbd) => PathBuf::from(nbd.identity()),
-            SourceConfig::Https(_) => PathBuf::from(&label),
+            SourceConfig::Https(_) | SourceConfig::Vddk(_) => PathBuf::from(&label),
         };
         let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
             Some(relative) => relative.to_path_buf(),

@@ -255,7 +255,7 @@ fn leave_session() -> Result<()> {
 }
 
 /// Redirects standard input and standard output to /dev/null.
-fn release_standard_streams() -> Result<()> {
+pub(crate) fn release_standard_streams() -> Result<()> {
     let null = open_null()?;
     nix::unistd::dup2_stdin(&null).map_err(|e| Error::io("standard input", e.into()))?;
     nix::unistd::dup2_stdout(&null).map_err(|e| Error::io("standard output", e.into()))

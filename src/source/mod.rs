@@ -1,4 +1,4 @@
-//! Sources other than VMDK: raw images and NBD exports.
+//! Sources that the VMDK engine does not read: raw images, NBD exports, and disks of VMware's VDDK.
 
 mod export_name;
 pub mod nbd;
@@ -6,6 +6,7 @@ pub mod nbd_uri;
 mod raw;
 pub(crate) mod sample;
 mod server_info;
+pub mod vddk;
 
 pub use export_name::{export_file_name, export_file_names};
 pub use raw::RawDisk;

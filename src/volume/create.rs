@@ -4,8 +4,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::block::SECTOR;
-use crate::config::{CreateConfig, CreateType, DiskConfig, LocalConfig};
+use crate::config::{CreateConfig, CreateType, DiskConfig, LocalConfig, SourceConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::vddk;
 use crate::store::{ExtentName, LocalStore};
 use crate::vmdk::{self, NewDisk, StreamDisk};
 
@@ -15,6 +16,10 @@ use crate::vmdk::{self, NewDisk, StreamDisk};
 /// failed is left then; disks before it stay.
 pub fn create(disks: &[DiskConfig]) -> Result<()> {
     for disk in disks {
+        if let SourceConfig::Vddk(config) = &disk.source {
+            // The library creates the disk, and opens it.
+            drop(vddk::connect(config, true)?);
+        }
         if let Some(local) = disk.source.local()
             && let Some(config) = &local.create
         {

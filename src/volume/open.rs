@@ -19,11 +19,13 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::{BlockCache, CacheOptions};
-use crate::config::{DiskConfig, Distance, Format, HttpsAddress, HttpsConfig, LocalConfig, NbdConfig, SourceConfig};
+use crate::config::{
+    DiskConfig, Distance, Format, HttpsAddress, HttpsConfig, LocalConfig, NbdConfig, SourceConfig, VddkConfig,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
-use crate::source::{RawDisk, export_file_names, nbd};
+use crate::source::{RawDisk, export_file_names, nbd, vddk};
 use crate::store::{Access, StoredFile, https, open_found_path, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::format::{self, DiskFormat};
@@ -232,6 +234,9 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
     if let SourceConfig::Https(https) = &config.source {
         return https_disk(https, config);
     }
+    if let SourceConfig::Vddk(disk) = &config.source {
+        return vddk_disk(disk, false);
+    }
     let local = local(config)?;
     source_of(local, open_file(local, Access::Read)?)
 }
@@ -263,6 +268,9 @@ fn vmdk(file: Arc<dyn StoredFile>, options: OpenOptions) -> Result<Source> {
 fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
     if let SourceConfig::Nbd(server) = &config.source {
         return nbd_disk(server, true);
+    }
+    if let SourceConfig::Vddk(disk) = &config.source {
+        return Ok((vddk_disk(disk, true)?, None));
     }
     if matches!(config.source, SourceConfig::Https(_)) {
         // No reason to warn about: such a disk is never written to, and the mount shows that.
@@ -304,6 +312,11 @@ fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String
     let disk = nbd::NbdDisk::connect(server, writable)?;
     let why = (writable && disk.is_read_only()).then(|| "the server offers the export read-only".to_owned());
     Ok((Source::Nbd(Arc::new(disk)), why))
+}
+
+/// Opens a disk in a process of its own, which serves it as an NBD server.
+fn vddk_disk(disk: &VddkConfig, writable: bool) -> Result<Source> {
+    vddk::connect(disk, writable).map(|disk| Source::Nbd(Arc::new(disk)))
 }
 
 /// Reason why a disk on a web server cannot be written to.
@@ -416,6 +429,7 @@ impl Source {
         let (format, vmdk) = match self {
             Source::Vmdk(disk) => ("vmdk", Some(disk.info())),
             Source::Raw(..) => ("raw", None),
+            Source::Nbd(_) if matches!(config.source, SourceConfig::Vddk(_)) => ("vddk", None),
             Source::Nbd(_) => ("nbd", None),
             Source::Stream(_) => ("vmdk", None),
         };

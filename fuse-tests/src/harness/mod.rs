@@ -52,7 +52,8 @@ pub use mounts::{MountEntry, mounts_below};
 pub use notify::NotifySocket;
 pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
 pub use requirements::{
-    is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root, preload_library, program, skip,
+    fake_vddk_library, is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root,
+    preload_library, program, skip,
 };
 pub use runs::{check_runs, open_read_only};
 pub use scratch::{NOBODY, STRANGER, Scratch, User};

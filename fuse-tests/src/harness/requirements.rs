@@ -46,33 +46,46 @@ pub fn program() -> PathBuf {
 /// It cannot be a dependency of the tests: a test would call the library's functions in place of those of C. And cargo
 /// builds a library of its type neither for tests of another crate nor for those of its own.
 pub fn preload_library() -> PathBuf {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    let library = || built_library("BDWRAPPER_LIB", "vmware-bdwrapper", "libvmware_bdwrapper.so");
+    LIBRARY.get_or_init(library).clone()
+}
+
+/// Returns the path of the stand-in for VMware's VDDK: `FAKE_VDDK_LIB`, else what cargo builds now.
+pub fn fake_vddk_library() -> PathBuf {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    let library = || built_library("FAKE_VDDK_LIB", "fake-vddk", "libvixDiskLib.so");
+    LIBRARY.get_or_init(library).clone()
+}
+
+/// Returns the path in the environment variable `variable`, or else builds `package`, whose library is `file`.
+fn built_library(variable: &str, package: &str, file: &str) -> PathBuf {
     /// A build takes seconds, but other builds in the same folder come first.
     const DEADLINE: Duration = Duration::from_secs(600);
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    let path = LIBRARY.get_or_init(|| {
-        if let Some(path) = env::var_os("BDWRAPPER_LIB") {
-            return PathBuf::from(path);
-        }
-        let target = target_dir();
-        Cmd::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args([
-                "build",
-                "--quiet",
-                "--locked",
-                "--release",
-                "--package",
-                "vmware-bdwrapper",
-                "--target-dir",
-            ])
-            .arg(&target)
-            .dir(env!("CARGO_MANIFEST_DIR"))
-            .deadline(DEADLINE)
-            .run()
-            .ok();
-        target.join("release/libvmware_bdwrapper.so")
-    });
+    let path = env::var_os(variable).map_or_else(
+        || {
+            let target = target_dir();
+            Cmd::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+                .args([
+                    "build",
+                    "--quiet",
+                    "--locked",
+                    "--release",
+                    "--package",
+                    package,
+                    "--target-dir",
+                ])
+                .arg(&target)
+                .dir(env!("CARGO_MANIFEST_DIR"))
+                .deadline(DEADLINE)
+                .run()
+                .ok();
+            target.join("release").join(file)
+        },
+        PathBuf::from,
+    );
     assert!(path.is_file(), "{} is not a file", path.display());
-    path.clone()
+    path
 }
 
 /// Returns the target directory that this test was built in.

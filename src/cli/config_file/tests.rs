@@ -276,16 +276,12 @@ fn keys_that_are_not_in_this_build_are_reported() {
             "vms.toml:1: cookie-script= is not in this build yet",
         ),
         (
-            "backend = \"vddk\"\n",
-            "vms.toml:1: backend=vddk is not in this build yet",
+            "[[disk]]\npartitions = true\n",
+            "vms.toml:2: partitions= is not in this build yet",
         ),
         (
-            "[[disk]]\nlibdir = \"/l\"\n",
-            "vms.toml:2: libdir= is not in this build yet",
-        ),
-        (
-            "[mount]\noptions = \"vm=h\"\n",
-            "vms.toml:2: vm= is not in this build yet",
+            "[mount]\noptions = \"descriptor=on\"\n",
+            "vms.toml:2: descriptor= is not in this build yet",
         ),
     ] {
         assert_eq!(error(text), message, "{text}");

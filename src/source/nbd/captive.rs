@@ -15,16 +15,16 @@
 #![allow(unsafe_code)] // One call between fork and exec.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -34,7 +34,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
-use super::connect::Cancel;
+use super::connect::{Cancel, OwnServer};
 use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::{self, inherited};
@@ -49,45 +49,63 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Length in bytes at which a line of the server's standard error is split in the log. Bounds the memory for it.
 const MAX_LINE: u64 = 1000;
 
+/// Time to wait for the rest of the output of a server that has ended. A process that it started may keep the pipe open.
+const LAST_LINE: Duration = Duration::from_millis(100);
+
 /// Connections that the kernel queues until the server accepts them.
 const BACKLOG: i32 = 64;
 
 /// Pause between two attempts to connect while the queue of connections is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(20);
 
+/// Logs a line of a server's standard error: `log(name, line)`. Returns a text to report if the server ends, if this is one.
+pub(in crate::source) type LogLine = fn(&str, &str) -> Option<String>;
+
 /// A running captive server. Terminates it on drop.
 #[derive(Debug)]
-pub(super) struct CaptiveServer {
+pub(in crate::source) struct CaptiveServer {
     child: Mutex<Child>,
     /// O_PATH descriptor of the listening socket, whose name is removed.
     socket_inode: OwnedFd,
     name: String,
     /// Last line of standard error, for the message about the server's exit.
     last_line: Arc<Mutex<String>>,
+    /// Thread that reads standard error.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl CaptiveServer {
-    /// Starts the program `words[0]` with the other words as its arguments.
-    ///
-    /// Must be called from a thread that lives as long as the server should: the kernel sends the parent-death signal
-    /// when that thread ends, not the process.
+    /// Starts the program `words[0]` with the other words as its arguments, by socket activation.
     pub(super) fn start(words: &[OsString]) -> Result<Self> {
         let name = words
             .first()
             .map(|w| w.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
         check_program(words.first().map_or(OsStr::new(""), OsString::as_os_str))?;
-        let (listener, socket_inode) = listen().map_err(context)?;
         let mut command = Command::new("/bin/sh");
         // The server may be started again after this process has changed to `/`.
         command
             .args(["-c", ACTIVATE, "sh"])
             .args(words)
+            .stdout(Stdio::null())
             .current_dir(process::start_dir());
+        let log = |name: &str, line: &str| {
+            tracing::warn!("{name}: {line}");
+            Some(line.to_owned())
+        };
+        Self::spawn(name, command, log)
+    }
+
+    /// Starts `command` with the listening socket as its standard input. Each line that it writes to standard error goes
+    /// to `log`, whose result is the text to report when the server ends.
+    ///
+    /// Must be called from a thread that lives as long as the server should: the kernel sends the parent-death signal
+    /// when that thread ends, not the process.
+    pub(in crate::source) fn spawn(name: String, mut command: Command, log: LogLine) -> Result<Self> {
+        let context = |e: std::io::Error| Error::io(format!("starting {name}"), e);
+        let (listener, socket_inode) = listen().map_err(context)?;
         command
             .stdin(OwnedFd::from(listener))
-            .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
         inherited::reset_in_child(&mut command);
@@ -108,25 +126,26 @@ impl CaptiveServer {
         let mut child = command.spawn().map_err(context)?;
         let stderr = child.stderr.take();
         // From here on an error terminates the child, because this is dropped.
-        let server = Self {
+        let mut server = Self {
             child: Mutex::new(child),
             name,
             socket_inode,
             last_line: Arc::default(),
+            reader: None,
         };
         if let Some(stderr) = stderr {
             let (server_name, last) = (server.name.clone(), Arc::clone(&server.last_line));
             let reader = thread::Builder::new()
                 .name("nbd-stderr".into())
-                .spawn(move || log(&server_name, stderr, &last));
-            reader.map_err(|e| Error::io(format!("starting {}", server.name), e))?;
+                .spawn(move || read_log(&server_name, stderr, log, &last));
+            server.reader = Some(reader.map_err(|e| Error::io(format!("starting {}", server.name), e))?);
         }
         Ok(server)
     }
 
     /// Opens a connection to the server. Does not wait until the server accepts it: the kernel queues up to [`BACKLOG`]
     /// connections. While its queue is full, waits until `deadline`, or until `cancel` returns true.
-    pub(super) fn connect(&self, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
+    pub(in crate::source) fn connect(&self, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
         let context = || format!("connecting to {}", self.name);
         let path = format!("/proc/self/fd/{}", self.socket_inode.as_raw_fd());
         let address = UnixAddr::new(path.as_str()).map_err(|e| Error::io(context(), e.into()))?;
@@ -155,7 +174,7 @@ impl CaptiveServer {
     }
 
     /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
-    pub(super) fn exit_within(&self, within: Duration) -> Option<String> {
+    pub(in crate::source) fn exit_within(&self, within: Duration) -> Option<String> {
         let until = Instant::now() + within;
         loop {
             match self.exit_report() {
@@ -166,39 +185,47 @@ impl CaptiveServer {
     }
 
     /// Returns a message about the exit of the server: its status and its last output. Returns `None` if it still runs.
-    pub(super) fn exit_report(&self) -> Option<String> {
-        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        match child.try_wait() {
-            Ok(None) => None,
-            Ok(Some(status)) => {
-                let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
-                let last = if last_line.is_empty() {
-                    String::new()
-                } else {
-                    format!("; its last output: {last_line}")
-                };
-                Some(format!("{} has ended: {status}{last}", self.name))
-            }
-            Err(e) => Some(format!("{}: {e}", self.name)),
-        }
+    pub(in crate::source) fn exit_report(&self) -> Option<String> {
+        let (status, last) = self.exit()?;
+        let status = match status {
+            Ok(status) => status.to_string(),
+            Err(e) => e.to_string(),
+        };
+        let last = if last.is_empty() {
+            last
+        } else {
+            format!("; its last output: {last}")
+        };
+        Some(format!("{} has ended: {status}{last}", self.name))
     }
-}
 
-impl Drop for CaptiveServer {
-    fn drop(&mut self) {
+    /// Returns how the server ended and the last line of its output, or `None` if it still runs.
+    pub(in crate::source) fn exit(&self) -> Option<(io::Result<ExitStatus>, String)> {
+        let status = self.try_wait().transpose()?;
+        // The server is gone, but its last line may still be in the pipe.
+        let until = Instant::now() + LAST_LINE;
+        while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        Some((status, last_line.clone()))
+    }
+
+    /// Ends the server: sends SIGTERM, and kills it if it has not ended within `grace`.
+    pub(in crate::source) fn end(&mut self, grace: Duration) {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Ok(None) = child.try_wait() else { return };
         // To the whole process group: `command=` may be a shell that has started the server.
         if let Ok(group) = i32::try_from(child.id()) {
             let _ = kill(Pid::from_raw(-group), Signal::SIGTERM);
         }
-        let deadline = Instant::now() + GRACE;
+        let deadline = Instant::now() + grace;
         while let Ok(None) = child.try_wait() {
             if Instant::now() > deadline {
                 tracing::warn!(
                     "{} did not exit within {} s after SIGTERM: killing it",
                     self.name,
-                    GRACE.as_secs()
+                    grace.as_secs()
                 );
                 let _ = child.kill();
                 let _ = child.wait();
@@ -206,6 +233,26 @@ impl Drop for CaptiveServer {
             }
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()
+    }
+}
+
+impl OwnServer for CaptiveServer {
+    fn connect(&self, _first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
+        self.connect(deadline, cancel)
+    }
+
+    fn exit_within(&self, within: Duration) -> Option<String> {
+        self.exit_within(within)
+    }
+}
+
+impl Drop for CaptiveServer {
+    fn drop(&mut self) {
+        self.end(GRACE);
     }
 }
 
@@ -252,7 +299,7 @@ fn is_program(path: &Path) -> bool {
 }
 
 /// Logs standard error of the server line by line until the pipe is closed. Runs in a thread of its own.
-fn log(name: &str, stderr: ChildStderr, last: &Mutex<String>) {
+fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>) {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {
@@ -260,9 +307,10 @@ fn log(name: &str, stderr: ChildStderr, last: &Mutex<String>) {
         match (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {
-                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                tracing::warn!("{name}: {text}");
-                *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
+                let text = String::from_utf8_lossy(&line);
+                if let Some(text) = log(name, text.trim_end()) {
+                    *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
+                }
             }
         }
     }

@@ -11,6 +11,7 @@
 //! A server of the oldest protocol variant has no options: its handle is up at once, with the one export that it has.
 
 use std::ffi::{CStr, CString, OsStr};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -42,14 +43,25 @@ const EXIT_WAIT: Duration = Duration::from_millis(200);
 const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Returns true if the attempt is to be cancelled. Called repeatedly during the handshake.
-pub(super) type Cancel<'a> = &'a dyn Fn() -> bool;
+pub(in crate::source) type Cancel<'a> = &'a dyn Fn() -> bool;
 
-/// Makes connections to one server, and owns the server if it is a captive one.
+/// A server process of the daemon.
+pub(in crate::source) trait OwnServer: fmt::Debug + Send + Sync {
+    /// Opens a connection to the server. `first`: there is no other one, and none will be used that was opened before.
+    ///
+    /// Fails once `deadline` has passed or `cancel` returns true.
+    fn connect(&self, first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd>;
+
+    /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
+    fn exit_within(&self, within: Duration) -> Option<String>;
+}
+
+/// Makes connections to one server, and owns the server if this process started it.
 #[derive(Debug)]
 pub(super) struct Connector {
     config: NbdConfig,
-    /// The captive server (`command=`), shared by the connectors for its exports.
-    server: Option<Arc<CaptiveServer>>,
+    /// The server that this process started, shared by the connectors for its exports.
+    server: Option<Arc<dyn OwnServer>>,
     /// The connected socket of `socket-fd=`, until it is used.
     socket: Mutex<Option<OwnedFd>>,
     /// Set once a connection to the server was encrypted, and shared by the connectors for its exports: from then on no
@@ -62,7 +74,7 @@ impl Connector {
     pub(super) fn new(config: &NbdConfig) -> Result<Self> {
         // Before a server is started that no client could be made for.
         library().map_err(|e| e.within(config.label()))?;
-        let server = match &config.address {
+        let server: Option<Arc<dyn OwnServer>> = match &config.address {
             NbdAddress::Command(words) => Some(Arc::new(CaptiveServer::start(words)?)),
             _ => None,
         };
@@ -80,6 +92,17 @@ impl Connector {
             config: config.clone(),
             server,
             socket: Mutex::new(socket),
+            encrypted: Arc::default(),
+        })
+    }
+
+    /// Creates a connector for a server that was started already.
+    pub(super) fn to_own(server: Arc<dyn OwnServer>, config: NbdConfig) -> Result<Self> {
+        library().map_err(|e| e.within(config.label()))?;
+        Ok(Self {
+            config,
+            server: Some(server),
+            socket: Mutex::default(),
             encrypted: Arc::default(),
         })
     }
@@ -130,8 +153,13 @@ impl Connector {
         let mut handle = Handle::new()?;
         let required = self.encrypted.load(Ordering::SeqCst);
         let trusted = self.prepare(&handle, status, required).map_err(|e| self.failed(e))?;
-        self.connect(&handle, trusted.as_ref().map(PrivateDir::path), deadline, cancel)
-            .map_err(|e| self.failed(e))?;
+        self.connect(
+            &handle,
+            (trusted.as_ref().map(PrivateDir::path), status),
+            deadline,
+            cancel,
+        )
+        .map_err(|e| self.failed(e))?;
         self.poll_sockets(&mut handle, deadline, cancel, |h| h.is_negotiating() || h.is_up())?;
         tls::check(&handle, &self.config, required).map_err(|e| self.failed(e))?;
         if handle.is_encrypted() {
@@ -154,7 +182,13 @@ impl Connector {
         Ok(trusted)
     }
 
-    fn connect(&self, handle: &Handle, trusted: Option<&Path>, deadline: Instant, cancel: Cancel<'_>) -> Result<()> {
+    fn connect(
+        &self,
+        handle: &Handle,
+        (trusted, first): (Option<&Path>, bool),
+        deadline: Instant,
+        cancel: Cancel<'_>,
+    ) -> Result<()> {
         match &self.config.address {
             NbdAddress::Uri(uri) => {
                 // libnbd takes the certificates of the URI's last parameter, whatever was set before.
@@ -176,9 +210,9 @@ impl Connector {
                     "the socket of socket-fd= is used up, and another connection can't be made",
                 )),
             },
-            NbdAddress::Command(_) => match &self.server {
-                Some(server) => handle.connect_socket(server.connect(deadline, cancel)?),
-                None => Err(lost("the server of command= was not started")),
+            NbdAddress::Command(_) | NbdAddress::Own(_) => match &self.server {
+                Some(server) => handle.connect_socket(server.connect(first, deadline, cancel)?),
+                None => Err(lost("the server was not started")),
             },
         }
     }
@@ -297,6 +331,8 @@ impl Connector {
         // A captive server that fails closes the connection before it exits.
         let exit = self.server.as_ref().and_then(|s| s.exit_within(EXIT_WAIT));
         match exit {
+            // The report of our own process is a whole message, and the lost connection only its consequence.
+            Some(report) if matches!(self.config.address, NbdAddress::Own(_)) => Error::new(e.kind(), report),
             Some(report) => e.within(format!("{} ({report})", self.label())),
             None => e.within(self.label()),
         }

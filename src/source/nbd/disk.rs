@@ -17,7 +17,7 @@ use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_FUA, LIBNBD_CMD_FLAG
 use super::buffer_pool::{Buffer, BufferPool, CommandBuffer, Shared};
 use super::bulk::BulkRequest;
 use super::command::{Command, CommandCompletion, CommandKind};
-use super::connect::Connector;
+use super::connect::{Connector, OwnServer};
 use super::connection::MAX_TIMEOUT;
 use super::export::Export;
 use super::extent_cache::{REGION, content};
@@ -63,7 +63,19 @@ impl NbdDisk {
     /// Retries a failed attempt as often as `retry=` says, with back-off; without `retry=` there is one attempt. A
     /// termination signal ends the retries.
     pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
-        let connector = Connector::new(config)?;
+        Self::connect_with(Connector::new(config)?, config, writable)
+    }
+
+    /// Connects to a server that this process has started. `config` has its name and the limits of the disk.
+    pub(in crate::source) fn connect_to_own(
+        server: Arc<dyn OwnServer>,
+        config: &NbdConfig,
+        writable: bool,
+    ) -> Result<Self> {
+        Self::connect_with(Connector::to_own(server, config.clone())?, config, writable)
+    }
+
+    fn connect_with(connector: Connector, config: &NbdConfig, writable: bool) -> Result<Self> {
         let timeout = timeout(config);
         let mut retries_left = if connector.can_repeat() {
             config.retry.unwrap_or(0)

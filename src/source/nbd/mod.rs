@@ -46,6 +46,10 @@ mod tests;
 mod tls;
 
 pub use crate::source::server_info::{ExportInfo, ServerInfo};
+pub(in crate::source) use captive::CaptiveServer;
+pub(in crate::source) use connect::{Cancel, OwnServer};
+pub(in crate::source) use private_dir::PrivateDir;
+
 pub use discover::{exports, info, list};
 pub use disk::NbdDisk;
 

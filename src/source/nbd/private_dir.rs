@@ -13,11 +13,11 @@ const TRIES: u32 = 100;
 
 /// New folder of mode 0700 in the folder for temporary files. Removed with its content on drop.
 #[derive(Debug)]
-pub(super) struct PrivateDir(PathBuf);
+pub(in crate::source) struct PrivateDir(PathBuf);
 
 impl PrivateDir {
     /// Creates the folder, below `TMPDIR` as it was meant when the program was started.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::source) fn new() -> io::Result<Self> {
         let base = process::start_dir().join(std::env::temp_dir());
         let mut tries = 0u32;
         loop {
@@ -34,7 +34,7 @@ impl PrivateDir {
     }
 
     /// Returns the path of the folder.
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::source) fn path(&self) -> &Path {
         &self.0
     }
 }

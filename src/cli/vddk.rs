@@ -1,0 +1,359 @@
+//! Keys of disks that VMware's VDDK opens, and the conflicts among them. The keys have the names of nbdkit's plugin.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use super::settings::Settings;
+use super::{UsageError, expand, values};
+use crate::config::{CreateConfig, VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
+
+/// End of the message about a key that fits no disk that VDDK opens.
+pub(super) const NOT_VDDK: &str = "is for disks that VDDK opens: add libdir=DIR, or backend=vddk";
+
+/// Prefix of a managed object reference.
+const MOREF: &str = "moref=";
+
+/// Keys of a disk that VDDK opens, as given.
+#[derive(Debug, Clone, Default)]
+pub(super) struct VddkArgs {
+    /// `libdir=`
+    pub(super) libdir: Option<PathBuf>,
+    /// `config=`
+    pub(super) config: Option<PathBuf>,
+    /// `vm=`
+    pub(super) vm: Option<String>,
+    /// `datastore=`
+    pub(super) datastore: Option<String>,
+    /// `snapshot=`
+    pub(super) snapshot: Option<String>,
+    /// `thumbprint=`, as it was given
+    pub(super) thumbprint: Option<String>,
+    /// `transports=`
+    pub(super) transports: Option<String>,
+    /// `nfchostport=`
+    pub(super) nfc_host_port: Option<u32>,
+    /// `single-link=`
+    pub(super) single_link: Option<bool>,
+    /// `unbuffered=`
+    pub(super) unbuffered: Option<bool>,
+    /// `compression=`
+    pub(super) compression: Option<VddkCompression>,
+    /// `prepare-for-access=`
+    pub(super) prepare_for_access: Option<bool>,
+}
+
+impl VddkArgs {
+    /// Returns these keys, with the values of `common` for keys that are not set here.
+    pub(super) fn over(&self, common: &Self) -> Self {
+        // Both name the owner of the disk: one of this disk replaces a common one of the other kind.
+        let owner = if self.vm.is_some() || self.datastore.is_some() {
+            self
+        } else {
+            common
+        };
+        Self {
+            libdir: self.libdir.clone().or_else(|| common.libdir.clone()),
+            config: self.config.clone().or_else(|| common.config.clone()),
+            vm: owner.vm.clone(),
+            datastore: owner.datastore.clone(),
+            snapshot: self.snapshot.clone().or_else(|| common.snapshot.clone()),
+            thumbprint: self.thumbprint.clone().or_else(|| common.thumbprint.clone()),
+            transports: self.transports.clone().or_else(|| common.transports.clone()),
+            nfc_host_port: self.nfc_host_port.or(common.nfc_host_port),
+            single_link: self.single_link.or(common.single_link),
+            unbuffered: self.unbuffered.or(common.unbuffered),
+            compression: self.compression.or(common.compression),
+            prepare_for_access: self.prepare_for_access.or(common.prepare_for_access),
+        }
+    }
+
+    /// Returns the location of the library.
+    pub(super) fn library(&self) -> VddkLibrary {
+        VddkLibrary {
+            libdir: self.libdir.clone(),
+            config: self.config.clone(),
+        }
+    }
+}
+
+/// Returns true if the keys name a server, or a disk on one.
+pub(super) fn is_remote(settings: &Settings) -> bool {
+    let (https, vddk) = (&settings.https, &settings.vddk);
+    let texts = [
+        &https.server,
+        &https.user,
+        &vddk.vm,
+        &vddk.datastore,
+        &vddk.thumbprint,
+        &settings.nbd.port,
+    ];
+    texts.iter().any(|text| text.is_some())
+        || https.password.is_some()
+        || https.cookie.is_some()
+        || https.credentials.is_some()
+        || vddk.nfc_host_port.is_some()
+}
+
+/// Returns the configuration of the disk `file`, and what to tell the user about it. Fails if a key of a remote
+/// connection is missing, or does not fit a local disk: the library would crash.
+pub(super) fn config(
+    settings: &Settings,
+    file: OsString,
+    create: Option<CreateConfig>,
+) -> Result<(VddkConfig, Vec<&'static str>), UsageError> {
+    let args = &settings.vddk;
+    let mut warnings = Vec::new();
+    let remote = if is_remote(settings) {
+        Some(remote(settings, &mut warnings)?)
+    } else {
+        None
+    };
+    let only_remote = [
+        ("snapshot", args.snapshot.is_some()),
+        (
+            "compression",
+            args.compression.is_some_and(|mode| mode != VddkCompression::None),
+        ),
+        ("prepare-for-access", args.prepare_for_access == Some(true)),
+    ];
+    if let (None, Some((key, _))) = (&remote, only_remote.iter().find(|(_, given)| *given)) {
+        return Err(UsageError::new(format!(
+            "{key}= needs a server: add server=, user=, password= and vm=moref=ID"
+        )));
+    }
+    let disk = VddkConfig {
+        file,
+        library: args.library(),
+        remote,
+        transports: args.transports.clone(),
+        single_link: args.single_link.unwrap_or_default(),
+        unbuffered: args.unbuffered.unwrap_or_default(),
+        compression: args.compression.unwrap_or_default(),
+        create,
+        accept_cid_mismatch: settings.degraded.cid,
+        timeout: settings.nbd.timeout,
+        retry: settings.nbd.retry,
+    };
+    if disk.remote.is_some() && (disk.single_link || disk.create.is_some()) {
+        let key = if disk.single_link { "single-link" } else { "create" };
+        return Err(UsageError::new(format!(
+            "{key}=true is for local disks: VDDK does that for no disk of a server"
+        )));
+    }
+    Ok((disk, warnings))
+}
+
+/// Returns the server and the login. Fails with the names of all keys that are missing.
+fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkRemote, UsageError> {
+    let args = &settings.vddk;
+    let login = settings.https.login(warnings);
+    let needed = [
+        ("server", settings.https.server.is_some()),
+        ("user", login.user.is_some()),
+        ("password", login.password.is_some()),
+        ("vm", args.vm.is_some() || args.datastore.is_some()),
+    ];
+    let missing: Vec<String> = needed
+        .iter()
+        .filter(|(_, given)| !given)
+        .map(|(key, _)| format!("{key}="))
+        .collect();
+    let (Some(server), Some(user), Some(password)) = (settings.https.server.clone(), login.user, login.password) else {
+        return Err(missing_keys(&missing));
+    };
+    let owner = match (&args.vm, &args.datastore) {
+        (Some(vm), None) => VddkOwner::Vm(vm.clone()),
+        (None, Some(datastore)) => VddkOwner::Datastore(datastore.clone()),
+        (None, None) => return Err(missing_keys(&missing)),
+        (Some(_), Some(_)) => {
+            return Err(UsageError::new(
+                "vm= and datastore= both name the owner of the disk: give one of them",
+            ));
+        }
+    };
+    if matches!(owner, VddkOwner::Datastore(_)) && args.snapshot.is_some() {
+        return Err(UsageError::new(
+            "snapshot= is one of a virtual machine, but datastore= is given",
+        ));
+    }
+    Ok(VddkRemote {
+        server,
+        port: settings.nbd.port.as_deref().map(port).transpose()?,
+        nfc_host_port: args.nfc_host_port,
+        user,
+        password,
+        cookie: login.cookie,
+        thumbprint: args.thumbprint.clone(),
+        owner,
+        snapshot: args.snapshot.clone(),
+        prepare_for_access: args.prepare_for_access.unwrap_or_default(),
+    })
+}
+
+/// Returns the default file name of a disk: that of its file, without the datastore.
+pub(super) fn default_name(disk: &VddkConfig) -> OsString {
+    let text = disk.file.to_string_lossy();
+    match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((_, path)) if disk.remote.is_some() => expand::default_name(Path::new(path.trim_start())),
+        _ => expand::default_name(Path::new(&disk.file)),
+    }
+}
+
+fn missing_keys(missing: &[String]) -> UsageError {
+    UsageError::new(format!(
+        "a disk of a server needs {} too, for VDDK (password=- asks for it, vm=moref=ID names the virtual machine)",
+        missing.join(", ")
+    ))
+}
+
+/// Parses the value of `port=` for VDDK.
+fn port(port: &str) -> Result<u32, UsageError> {
+    let number = port.parse::<u16>().ok().filter(|number| *number != 0);
+    let number = number.ok_or_else(|| UsageError::new(format!("port={port}: the port of a server is a number")));
+    number.map(u32::from)
+}
+
+/// Parses the value of `datastore=`.
+pub(super) fn datastore(value: &OsStr) -> Result<String, String> {
+    let id = values::text(value)?.strip_prefix(MOREF).filter(|id| !id.is_empty());
+    id.map(str::to_owned)
+        .ok_or_else(|| "must have the form moref=ID".into())
+}
+
+/// Parses the value of `compression=`, whose word the table has checked.
+pub(super) fn compression(value: &OsStr) -> VddkCompression {
+    match value.to_str() {
+        Some("zlib") => VddkCompression::Zlib,
+        Some("fastlz") => VddkCompression::FastLz,
+        Some("skipz") => VddkCompression::SkipZ,
+        _ => VddkCompression::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_args::{action, disks};
+    use super::*;
+    use crate::config::{Secret, SourceConfig};
+
+    fn vddk(args: &[&str]) -> VddkConfig {
+        match disks(&[&["src"], args].concat()).remove(0).source {
+            SourceConfig::Vddk(disk) => *disk,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn libdir_makes_a_local_file_a_disk_of_vddk() {
+        let disk = vddk(&["libdir=/v", "file=/a/x.vmdk"]);
+        assert_eq!((disk.file, disk.remote), ("/a/x.vmdk".into(), None));
+        assert_eq!(disk.library.libdir, Some("/v".into()));
+        let disk = vddk(&[
+            "backend=vddk",
+            "/a/x.vmdk",
+            "single-link=true",
+            "unbuffered=on",
+            "transports=file",
+        ]);
+        assert!(disk.single_link && disk.unbuffered && disk.library.libdir.is_none());
+        assert_eq!(disk.transports.as_deref(), Some("file"));
+    }
+
+    #[test]
+    fn every_key_of_a_remote_disk_is_kept_as_given() {
+        let thumbprint = "00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff:00:11:22:33";
+        let given = format!("thumbprint={thumbprint}");
+        let disk = vddk(&[
+            "libdir=/v",
+            "config=/c",
+            "server=h",
+            "port=444",
+            "nfchostport=903",
+            "user=u",
+            "password=p",
+            "cookie=c",
+            &given,
+            "vm=moref=vm-1",
+            "snapshot=snapshot-2",
+            "compression=fastlz",
+            "prepare-for-access=yes",
+            "vimapiver=6",
+            "[ds] a/x.vmdk",
+        ]);
+        let expected = VddkRemote {
+            server: "h".into(),
+            port: Some(444),
+            nfc_host_port: Some(903),
+            user: "u".into(),
+            password: Secret::new("p"),
+            cookie: Some(Secret::new("c")),
+            thumbprint: Some(thumbprint.into()),
+            owner: VddkOwner::Vm("moref=vm-1".into()),
+            snapshot: Some("snapshot-2".into()),
+            prepare_for_access: true,
+        };
+        assert_eq!(disk.remote, Some(expected));
+        assert_eq!(
+            (disk.file, disk.compression),
+            ("[ds] a/x.vmdk".into(), VddkCompression::FastLz)
+        );
+        let disk = vddk(&[
+            "libdir=/v",
+            "server=h",
+            "user=u",
+            "password=p",
+            "datastore=moref=d-1",
+            "[ds] x.vmdk",
+        ]);
+        assert_eq!(
+            disk.remote.map(|remote| remote.owner),
+            Some(VddkOwner::Datastore("d-1".into()))
+        );
+    }
+
+    #[test]
+    fn missing_and_unfit_keys_are_named() {
+        let remote = ["server=h", "user=u", "password=hunter2", "vm=moref=1"];
+        for (keys, message) in [
+            (&["server=h"][..], "needs user=, password=, vm= too"),
+            (&["vm=moref=1", "user=u"], "needs server=, password= too"),
+            (&["nfchostport=1"], "needs server=, user=, password=, vm= too"),
+            (&[&remote[..], &["datastore=moref=2"]].concat(), "both name the owner"),
+            (
+                &[&remote[..], &["create=true", "create-size=1M"]].concat(),
+                "create=true is for local disks",
+            ),
+            (&[&remote[..], &["port=https"]].concat(), "is a number"),
+            (&["datastore=x"], "must have the form moref=ID"),
+            (&["lock=off"], "lock= does not fit"),
+            (&["connections=2"], "connections= does not fit"),
+            (&["insecure=on"], "insecure= does not fit"),
+        ] {
+            let error = action(&[&["src", "libdir=/v", "file=[ds] x.vmdk"], keys].concat()).unwrap_err();
+            assert!(
+                error.contains(message) && !error.contains("hunter2"),
+                "{keys:?}: {error}"
+            );
+        }
+        for (args, message) in [
+            (
+                &["src", "vm=moref=1", "/a.vmdk"][..],
+                "vm= is for disks that VDDK opens",
+            ),
+            (&["src", "/a.vmdk", "vm=moref=1"], "vm= is for disks that VDDK opens"),
+            (
+                &["src", "/a.vmdk", "libdir=/v", "snapshot=s"],
+                "snapshot= needs a server",
+            ),
+            (&["src", "nbd://h", "libdir=/v"], "libdir= is for disks that VDDK opens"),
+            (&["src", "libdir=/v", "dir=/a"], "dir= does not fit"),
+            (
+                &["src", "/a.vmdk", "libdir=/v", "backend=native"],
+                "libdir= is for disks that VDDK opens",
+            ),
+        ] {
+            let error = action(args).unwrap_err();
+            assert!(error.contains(message), "{args:?}: {error}");
+        }
+    }
+}

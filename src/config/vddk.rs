@@ -1,0 +1,98 @@
+//! Configuration of a disk that VMware's VDDK opens.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{CreateConfig, Secret};
+
+/// A disk that VDDK opens: a local VMDK, or a disk of an ESXi host or a vCenter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VddkConfig {
+    /// Absolute path of a local disk, or `[datastore] folder/disk.vmdk` of a remote one.
+    pub file: OsString,
+    /// The library.
+    pub library: VddkLibrary,
+    /// Server of a remote disk. `None`: the disk is local.
+    pub remote: Option<VddkRemote>,
+    /// Transport modes, separated by colons in the order in which VDDK tries them. `None`: the default.
+    pub transports: Option<String>,
+    /// Open one link of a chain, without its parents.
+    pub single_link: bool,
+    /// Bypass the page cache.
+    pub unbuffered: bool,
+    /// Compression of the transport.
+    pub compression: VddkCompression,
+    /// Create the disk before it is opened.
+    pub create: Option<CreateConfig>,
+    /// Accept an overlay that was created over another state of the disk.
+    pub accept_cid_mismatch: bool,
+    /// Time after which a request fails. `None`: the default time.
+    pub timeout: Option<Duration>,
+    /// Number of retries of a failed attempt to open the disk.
+    pub retry: Option<u32>,
+}
+
+/// Location of the library.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VddkLibrary {
+    /// Folder of the library. `None`: the default folder, then the search path of the dynamic linker.
+    pub libdir: Option<PathBuf>,
+    /// Configuration file of the library. `None`: a private one.
+    pub config: Option<PathBuf>,
+}
+
+/// Server of a remote disk, and the login.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VddkRemote {
+    /// Host name or IP address of the ESXi host or the vCenter.
+    pub server: String,
+    /// Port. `None`: the default of the library.
+    pub port: Option<u32>,
+    /// Port of the NFC service. `None`: the default of the library.
+    pub nfc_host_port: Option<u32>,
+    /// User name.
+    pub user: String,
+    /// Password, or the key of a session cookie.
+    pub password: Secret,
+    /// Session cookie.
+    pub cookie: Option<Secret>,
+    /// Thumbprint of the server's certificate, as it was given.
+    pub thumbprint: Option<String>,
+    /// Owner of the disk.
+    pub owner: VddkOwner,
+    /// Managed object reference of a snapshot.
+    pub snapshot: Option<String>,
+    /// Forbid migration of the virtual machine while the disk is open.
+    pub prepare_for_access: bool,
+}
+
+/// Owner of a remote disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VddkOwner {
+    /// The virtual machine, as `moref=ID`.
+    Vm(String),
+    /// The datastore, by the ID of its managed object reference.
+    Datastore(String),
+}
+
+/// Compression of a transport.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VddkCompression {
+    /// None.
+    #[default]
+    None,
+    /// zlib.
+    Zlib,
+    /// FastLZ.
+    FastLz,
+    /// SkipZ.
+    SkipZ,
+}
+
+impl VddkConfig {
+    /// Returns the disk for messages and mount tables.
+    pub fn label(&self) -> String {
+        self.file.display().to_string()
+    }
+}

@@ -1,0 +1,286 @@
+//! Holes of a disk, from the allocated ranges that the library reports.
+//!
+//! Rules of the library: a query starts and ends at chunks, and a query that goes beyond the end of the disk fails. So the
+//! part of a chunk at the end of the disk counts as data. Where a query fails, everything from there on is data, for as
+//! long as the disk is open. An answer does not know of writes by this handle, so what was written is data too.
+
+use std::collections::BTreeMap;
+
+use crate::source::vddk::abi::{Block, CHUNK_SECTORS};
+
+use super::server::SECTOR;
+
+/// Bytes of a chunk.
+const CHUNK: u64 = CHUNK_SECTORS * SECTOR;
+
+/// Sectors of the longest query: 2 GiB.
+const MAX_QUERY: u64 = (2 << 30) / SECTOR;
+
+/// Ranges of written chunks that are remembered. With more of them the whole disk counts as written.
+const MAX_RANGES: usize = 64 << 10;
+
+/// Extents of one answer. The rest of the range is asked for again.
+const MAX_EXTENTS: usize = 16 << 10;
+
+/// Range of bytes with one content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// Length in bytes.
+    pub(super) len: u64,
+    pub(super) content: Content,
+}
+
+/// Content of an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Allocated.
+    Data,
+    /// Not allocated, and zero.
+    Zero,
+    /// Not allocated in this link: a parent may have data there.
+    Hole,
+}
+
+/// What can be asked about the allocation of a disk.
+#[derive(Debug)]
+pub(super) struct AllocationMap {
+    /// Bytes from the start that can be asked about: whole chunks. Shrinks at an error.
+    known: u64,
+    /// Content of what is not allocated.
+    hole: Content,
+}
+
+impl AllocationMap {
+    pub(super) fn new(sectors: u64, single_link: bool) -> Self {
+        Self {
+            known: (sectors - sectors % CHUNK_SECTORS) * SECTOR,
+            hole: if single_link { Content::Hole } else { Content::Zero },
+        }
+    }
+
+    /// Returns the extents of `len` bytes from `offset`, in order, without a gap; perhaps fewer than the whole range.
+    /// `one`: the first is enough. `query` returns the allocated blocks of a range of sectors.
+    pub(super) fn extents(
+        &mut self,
+        offset: u64,
+        len: u64,
+        one: bool,
+        query: &mut dyn FnMut(u64, u64) -> Result<Vec<Block>, ()>,
+    ) -> Vec<Extent> {
+        let end = offset + len;
+        let mut extents = ExtentList {
+            at: offset,
+            end,
+            list: Vec::new(),
+        };
+        let mut start = offset - offset % CHUNK;
+        while extents.at < end && extents.list.len() < MAX_EXTENTS && !(one && extents.list.len() > 1) {
+            let until = end
+                .next_multiple_of(CHUNK)
+                .min(self.known)
+                .min(start + MAX_QUERY * SECTOR);
+            if start >= until {
+                extents.push(end, Content::Data);
+                break;
+            }
+            match query(start / SECTOR, (until - start) / SECTOR) {
+                Ok(blocks) => {
+                    for (from, to) in blocks.iter().filter_map(|block| range_of(block, start, until)) {
+                        extents.push(from, self.hole);
+                        extents.push(to, Content::Data);
+                    }
+                    extents.push(until, self.hole);
+                }
+                Err(()) => self.known = start,
+            }
+            start = until.min(self.known);
+        }
+        extents.list
+    }
+}
+
+/// Returns the bytes of a block within a range. Nothing that the library reports is trusted.
+fn range_of(block: &Block, start: u64, end: u64) -> Option<(u64, u64)> {
+    let from = block.offset.checked_mul(SECTOR)?.max(start);
+    let to = block.offset.checked_add(block.length)?.checked_mul(SECTOR)?.min(end);
+    (from < to).then_some((from, to))
+}
+
+/// Extents in the order of the disk, within a range.
+#[derive(Debug)]
+struct ExtentList {
+    at: u64,
+    end: u64,
+    list: Vec<Extent>,
+}
+
+impl ExtentList {
+    /// Adds an extent from the end of the last one to `to`. Blocks out of order add nothing.
+    fn push(&mut self, to: u64, content: Content) {
+        let to = to.min(self.end);
+        if to <= self.at {
+            return;
+        }
+        let len = to - self.at;
+        self.at = to;
+        match self.list.last_mut() {
+            Some(last) if last.content == content => last.len += len,
+            _ => self.list.push(Extent { len, content }),
+        }
+    }
+}
+
+/// Chunks that were written since the disk was opened.
+#[derive(Debug, Default)]
+pub(super) struct WrittenRanges {
+    /// Start and end of each range, in bytes; the ranges neither touch nor overlap.
+    ranges: BTreeMap<u64, u64>,
+    /// Set when there were too many ranges.
+    all: bool,
+}
+
+impl WrittenRanges {
+    /// Adds a range of bytes, rounded out to chunks.
+    pub(super) fn add(&mut self, offset: u64, len: u64) {
+        if self.all {
+            return;
+        }
+        let (mut from, mut to) = (offset - offset % CHUNK, (offset + len).next_multiple_of(CHUNK));
+        while let Some((&start, &end)) = self.ranges.range(..=to).next_back().filter(|(_, end)| **end >= from) {
+            if start <= from && end >= to {
+                return;
+            }
+            (from, to) = (from.min(start), to.max(end));
+            self.ranges.remove(&start);
+        }
+        self.ranges.insert(from, to);
+        if self.ranges.len() > MAX_RANGES {
+            self.all = true;
+            self.ranges.clear();
+        }
+    }
+
+    /// Returns the extents from `offset` with the written ranges as data.
+    pub(super) fn hide(&self, offset: u64, extents: Vec<Extent>) -> Vec<Extent> {
+        let mut at = offset;
+        let end = extents.iter().fold(offset, |end, extent| end + extent.len);
+        let mut out = ExtentList {
+            at,
+            end,
+            list: Vec::new(),
+        };
+        for Extent { len, content } in extents {
+            let until = at + len;
+            if content != Content::Data {
+                let first = self.ranges.range(..=at).next_back();
+                let rest = self.ranges.range(at + 1..until);
+                for (from, to) in first.into_iter().chain(rest).filter(|(_, to)| **to > at) {
+                    out.push((*from).min(until), content);
+                    out.push((*to).min(until), Content::Data);
+                }
+            }
+            out.push(until, if self.all { Content::Data } else { content });
+            at = until;
+        }
+        out.list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn extent(len: u64, content: Content) -> Extent {
+        Extent { len, content }
+    }
+
+    /// Answers queries about a disk of which these ranges of bytes are allocated. Panics where the library would fail.
+    fn disk(allocated: &'static [(u64, u64)], sectors: u64) -> impl FnMut(u64, u64) -> Result<Vec<Block>, ()> {
+        move |start, count| {
+            assert!(start % CHUNK_SECTORS == 0 && count % CHUNK_SECTORS == 0 && count > 0);
+            assert!(start + count <= sectors && count <= MAX_QUERY);
+            let blocks = allocated.iter().map(|(from, to)| (from / SECTOR, to / SECTOR));
+            let inside = blocks.map(|(from, to)| (from.max(start), to.min(start + count)));
+            Ok(inside
+                .filter(|(from, to)| from < to)
+                .map(|(from, to)| Block {
+                    offset: from,
+                    length: to - from,
+                })
+                .collect())
+        }
+    }
+
+    #[test]
+    fn holes_lie_between_the_blocks_and_the_tail_is_data() {
+        let sectors = 10 * MIB / SECTOR + 5;
+        let mut query = disk(&[(MIB, 2 * MIB), (4 * MIB, 5 * MIB)], sectors);
+        let mut map = AllocationMap::new(sectors, false);
+        let found = map.extents(512, sectors * SECTOR - 512, false, &mut query);
+        let expected = [
+            (MIB - 512, Content::Zero),
+            (MIB, Content::Data),
+            (2 * MIB, Content::Zero),
+            (MIB, Content::Data),
+            (5 * MIB, Content::Zero),
+            (5 * SECTOR, Content::Data),
+        ];
+        assert_eq!(found, expected.map(|(len, content)| extent(len, content)));
+        let mut single = AllocationMap::new(sectors, true);
+        assert_eq!(single.extents(0, MIB, true, &mut query), [extent(MIB, Content::Hole)]);
+    }
+
+    #[test]
+    fn an_error_makes_everything_from_there_on_data() {
+        let sectors = (6 << 30) / SECTOR;
+        let mut calls = 0;
+        let mut map = AllocationMap::new(sectors, false);
+        let mut query = |start, _| {
+            calls += 1;
+            if start < MAX_QUERY { Ok(Vec::new()) } else { Err(()) }
+        };
+        for _ in 0..2 {
+            let found = map.extents(0, 6 << 30, false, &mut query);
+            assert_eq!(found, [extent(2 << 30, Content::Zero), extent(4 << 30, Content::Data)]);
+        }
+        assert_eq!(calls, 3, "the failed range is asked for once");
+    }
+
+    #[test]
+    fn malformed_blocks_are_clipped() {
+        let mut map = AllocationMap::new(MIB / SECTOR, false);
+        let blocks = [(u64::MAX, 5), (64, u64::MAX), (128, 128), (0, 128), (4000, 1)];
+        let mut query = |_, _| Ok(blocks.map(|(offset, length)| Block { offset, length }).to_vec());
+        let found = map.extents(0, MIB, false, &mut query);
+        assert_eq!(found.iter().map(|e| e.len).sum::<u64>(), MIB);
+    }
+
+    #[test]
+    fn written_chunks_are_data() {
+        let mut written = WrittenRanges::default();
+        written.add(3 * CHUNK + 512, 512);
+        written.add(4 * CHUNK, 1);
+        written.add(9 * CHUNK, CHUNK);
+        written.add(0, 1);
+        assert_eq!(written.ranges.len(), 3, "{written:?}");
+        let hole = vec![extent(10 * CHUNK, Content::Zero), extent(CHUNK, Content::Data)];
+        let expected = [
+            (CHUNK, Content::Data),
+            (2 * CHUNK, Content::Zero),
+            (2 * CHUNK, Content::Data),
+            (4 * CHUNK, Content::Zero),
+            (2 * CHUNK, Content::Data),
+        ];
+        assert_eq!(
+            written.hide(0, hole.clone()),
+            expected.map(|(len, content)| extent(len, content))
+        );
+        // The first ten chunks are partly written already.
+        for at in 0..=MAX_RANGES as u64 {
+            written.add((20 + at * 2) * CHUNK, 1);
+        }
+        assert_eq!(written.hide(0, hole), [extent(11 * CHUNK, Content::Data)]);
+    }
+}
