@@ -2,7 +2,7 @@
 # shellcheck shell=bash disable=SC2207 # the candidates are words
 
 _vmdkfuse() {
-    local keys='name= readonly= cache= cache-size= readahead= backend= cow= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= cookie-script= cookie-script-renew= credentials= http-version= header= proxy= resolve= url= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
+    local keys='name= readonly= cache= cache-size= readahead= backend= cow= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= cookie-script= cookie-script-renew= credentials= http-version= header= proxy= resolve= url= libdir= config= vm= snapshot= transports= nfchostport= single-link= unbuffered= compression= vimapiver= datastore= prepare-for-access= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
     local options='-r --read-only -f --foreground -o -P --pidfile --threads --config -v --verbose --log-file --log-format --list --info --map --check --create --commit --unmount --fingerprint --dump --json --help -V --version'
     local mount_options='ro rw allow_other allow_root default_permissions auto_unmount nonempty uid= gid= umask= fsname=
         noexec nosuid nodev noatime'
@@ -36,7 +36,7 @@ _vmdkfuse() {
         case $key in
         readonly) words='true false' ;;
         cache) words='none writethrough writeback' ;;
-        backend) words='native nbd https' ;;
+        backend) words='native nbd https vddk' ;;
         cow) words='tmp' files=1 ;;
         file) words='' files=1 ;;
         dir) words='' files=1 ;;
@@ -53,6 +53,12 @@ _vmdkfuse() {
         insecure) words='true false' ;;
         credentials) words='' files=1 ;;
         http-version) words='1.1 2' ;;
+        libdir) words='' files=1 ;;
+        config) words='' files=1 ;;
+        single-link) words='true false' ;;
+        unbuffered) words='true false' ;;
+        compression) words='none zlib fastlz skipz' ;;
+        prepare-for-access) words='true false' ;;
         create) words='true false' ;;
         create-type) words='monolithic-sparse monolithic-flat split-sparse split-flat vmfs-flat vmfs-thin stream-optimized' ;;
         create-adapter-type) words='lsilogic buslogic ide legacyESX pvscsi' ;;
