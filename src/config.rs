@@ -5,7 +5,7 @@
 //! `None`, so that the code that uses the value chooses the default.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -317,7 +317,7 @@ impl SourceConfig {
     /// Returns a name of the source for messages: the path, or server and export.
     pub fn label(&self) -> String {
         match self {
-            Self::Local(local) => local.path.display().to_string(),
+            Self::Local(local) => local.label(),
             Self::Nbd(nbd) => nbd.label(),
             Self::Https(https) => https.label(),
             Self::Vddk(vddk) => vddk.label(),
@@ -533,6 +533,8 @@ pub enum NbdTls {
 pub struct LocalConfig {
     /// Absolute path of the image. It need not be UTF-8.
     pub path: PathBuf,
+    /// Disk of the package at that path, as the package names it.
+    pub member: Option<String>,
     /// Folder that the user named, if the image was found by a search below it.
     pub found_in: Option<PathBuf>,
     /// Format of the image.
@@ -560,6 +562,7 @@ impl LocalConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            member: None,
             found_in: None,
             format: Format::Auto,
             allow_dirs: Vec::new(),
@@ -571,6 +574,20 @@ impl LocalConfig {
             create: None,
             view: ViewConfig::default(),
         }
+    }
+
+    /// Returns the path for messages, with the disk in a package.
+    pub fn label(&self) -> String {
+        let path = self.path.display();
+        match &self.member {
+            Some(member) => format!("{path}({})", member.escape_debug()),
+            None => path.to_string(),
+        }
+    }
+
+    /// Returns true if the path is that of a package (OVA), by its name or because a disk of it is named.
+    pub fn is_package(&self) -> bool {
+        self.member.is_some() || (self.format == Format::Auto && Format::is_package(&self.path))
     }
 
     /// Returns the rules for one open of the disk.
@@ -671,6 +688,14 @@ pub enum Format {
     Vmdk,
     /// A raw image.
     Raw,
+}
+
+impl Format {
+    /// Returns true if the name of a file promises a package of disks.
+    pub fn is_package(path: &Path) -> bool {
+        path.extension()
+            .is_some_and(|suffix| suffix.eq_ignore_ascii_case("ova"))
+    }
 }
 
 /// Log destination, format and level.

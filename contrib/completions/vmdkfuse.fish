@@ -35,6 +35,7 @@ function __vmdkfuse_keys
     printf '%s\t%s\n' degraded=orphan 'accept a parent whose CID differs, a snapshot without its parent, or a flat extent that is too short'
     printf '%s\t%s\n' degraded=short 'accept a parent whose CID differs, a snapshot without its parent, or a flat extent that is too short'
     printf '%s\t%s\n' parent= 'parent of the oldest link that is found'
+    printf '%s\t%s\n' member= 'the disk to show of a package (OVA)'
     printf '%s\t%s\n' force= 'write to a disk even if a snapshot is based on it'
     printf '%s\t%s\n' force=true 'write to a disk even if a snapshot is based on it'
     printf '%s\t%s\n' force=false 'write to a disk even if a snapshot is based on it'

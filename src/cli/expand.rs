@@ -10,12 +10,14 @@ use std::io::{self, ErrorKind, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use glob::{MatchOptions, Pattern};
 
 use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 use crate::source::nbd_uri;
+use crate::store::{Access, OpenPolicy, open_user_path, package};
 use crate::vmdk::descriptor::Descriptor;
 
 /// Matches as a shell does: `*` does not match names that start with a dot.
@@ -97,6 +99,19 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
         )));
     }
     disks.sort();
+    Ok(disks)
+}
+
+/// Returns the names of the disks in a package.
+///
+/// Fails if it cannot be read, is damaged or has no disk.
+pub(super) fn disks_of_package(path: &Path) -> Result<Vec<String>, UsageError> {
+    let policy = Arc::new(OpenPolicy::new(Vec::new(), false));
+    let package = open_user_path(path, policy, Access::Peek).and_then(package::open);
+    let disks = package.map_err(|e| UsageError::new(e.to_string()))?.disks().to_vec();
+    if disks.is_empty() {
+        return Err(UsageError::new(format!("{}: has no VMDK", path.display())));
+    }
     Ok(disks)
 }
 

@@ -92,6 +92,7 @@ pub(super) struct CommonArgs {
     pub(super) format: Format,
     pub(super) degraded: Degraded,
     pub(super) parent: Option<String>,
+    pub(super) member: Option<String>,
 }
 
 /// Source on a web server, as given.
@@ -182,6 +183,7 @@ impl HttpsArgs {
             format: common.format,
             degraded: common.degraded,
             parent,
+            member: common.member.clone(),
         };
         Ok((disk, warnings))
     }

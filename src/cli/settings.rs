@@ -39,6 +39,8 @@ pub(super) struct Settings {
     pub(super) degraded: Degraded,
     /// `parent=`, as it was given: in a datastore it is no path of this machine.
     pub(super) parent: Option<OsString>,
+    /// `member=`
+    pub(super) member: Option<String>,
     /// `extents=self`
     pub(super) single_file: Option<bool>,
     /// `lock=`
@@ -100,8 +102,8 @@ pub(super) enum SourceSpec {
 /// Source of one disk.
 #[derive(Debug)]
 pub(super) enum DiskSource {
-    /// A local file.
-    File(PathBuf),
+    /// A local file, and the disk in it if it is a package.
+    File(PathBuf, Option<String>),
     /// An NBD server, with its URI if `uri=` was given.
     Nbd(Option<String>),
     /// A file on a web server.
@@ -142,6 +144,7 @@ impl Settings {
                 short: self.degraded.short || common.degraded.short,
             },
             parent: self.parent.clone().or_else(|| common.parent.clone()),
+            member: self.member.clone().or_else(|| common.member.clone()),
             single_file: self.single_file.or(common.single_file),
             lock: self.lock.or(common.lock),
             view: self.view.or(common.view),
@@ -201,6 +204,20 @@ impl Settings {
             Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
             Some(SourceSpec::Nbd(_) | SourceSpec::Url(_)) | None => Ok(Vec::new()),
         }
+    }
+
+    /// Returns the disks of a file: itself, or those of a package.
+    fn disks_in(&self, path: PathBuf, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
+        let is_package = self.format.is_none() && Format::is_package(&path);
+        if self.creation.is_enabled(subcommand) || (!is_package && self.member.is_none()) {
+            return Ok(vec![DiskSource::File(path, None)]);
+        }
+        let members = match &self.member {
+            Some(member) => vec![member.clone()],
+            None => expand::disks_of_package(&path)?,
+        };
+        let disk = |member| DiskSource::File(path.clone(), Some(member));
+        Ok(members.into_iter().map(disk).collect())
     }
 
     /// Returns the source on a web server, if the disk is on one: `url=`, or `file=` with `server=` or `backend=https`.
@@ -299,7 +316,11 @@ impl Settings {
                         "{key}= is for NBD servers, but the disk is a local file"
                     )));
                 }
-                Ok(self.files(subcommand)?.into_iter().map(DiskSource::File).collect())
+                let mut disks = Vec::new();
+                for path in self.files(subcommand)? {
+                    disks.extend(self.disks_in(path, subcommand)?);
+                }
+                Ok(disks)
             }
             (_, None) if self.nbd.names_server() => Ok(vec![DiskSource::Nbd(None)]),
             (_, None) => Ok(Vec::new()),
@@ -319,9 +340,9 @@ impl Settings {
         let requested = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
         let mut warnings: Vec<&'static str> = self.cache.and_then(|(_, warning)| warning).into_iter().collect();
         let (default_name, source) = match disk_source {
-            DiskSource::File(path) => (
-                expand::default_name(&path),
-                SourceConfig::Local(self.local(path, subcommand)?),
+            DiskSource::File(path, member) => (
+                expand::default_name(member.as_deref().map_or(&path, Path::new)),
+                SourceConfig::Local(self.local(path, member, subcommand)?),
             ),
             DiskSource::Nbd(uri) => {
                 let server = self.server(uri, requested.is_some(), subcommand)?;
@@ -363,7 +384,7 @@ impl Settings {
     }
 
     /// Returns the configuration of a local file.
-    fn local(&self, path: PathBuf, subcommand: Subcommand) -> Result<LocalConfig, UsageError> {
+    fn local(&self, path: PathBuf, member: Option<String>, subcommand: Subcommand) -> Result<LocalConfig, UsageError> {
         let create = self.creation.config(subcommand);
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
         let found_in = match &self.source {
@@ -373,6 +394,7 @@ impl Settings {
         };
         Ok(LocalConfig {
             path,
+            member,
             found_in,
             format: self.format.unwrap_or_default(),
             allow_dirs: self.allow_dirs.clone(),
@@ -425,6 +447,7 @@ impl Settings {
                 .parent
                 .as_deref()
                 .map(|parent| parent.to_string_lossy().into_owned()),
+            member: self.member.clone(),
         };
         self.https.clone().config(source, &common)
     }

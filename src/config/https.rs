@@ -18,6 +18,8 @@ pub struct HttpsConfig {
     pub format: Format,
     /// Defects of the chain that are accepted.
     pub degraded: Degraded,
+    /// Disk of the package at that address.
+    pub member: Option<String>,
     /// Address of the parent of the oldest link that is found.
     pub parent: Option<HttpsAddress>,
 }

@@ -9,6 +9,7 @@ use crate::overlay::open_overlay;
 use crate::store::Access;
 use crate::vmdk::CheckReport;
 use crate::volume::Source;
+use crate::volume::open::verify_package;
 
 /// Exit status of `--check` for disks whose only findings are leaked grains and unfinished entries.
 const LEAKS: u8 = 3;
@@ -79,6 +80,9 @@ fn check_report(disk: &DiskConfig) -> Result<CheckReport> {
         Source::Vmdk(vmdk) => vmdk.check(),
         Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
     };
+    for message in verify_package(disk)? {
+        report.add_error(message);
+    }
     if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
         report.add(delta.check());
     }

@@ -1,5 +1,5 @@
-//! Stores: the places that hold the files of an image: a local folder ([`LocalStore`]), or a folder on a web server
-//! ([`https`]).
+//! Stores: the places that hold the files of an image: a local folder ([`LocalStore`]), a folder on a web server
+//! ([`https`]), or a package in one of them ([`package`]).
 //!
 //! ```text
 //!   descriptor line   "disk-s001.vmdk"          an untrusted name
@@ -28,10 +28,12 @@ pub(crate) mod fault_injection;
 pub mod https;
 mod local;
 mod lock_holder;
+mod member;
 mod name;
 mod ofd_lock;
 mod open_policy;
 mod owner;
+pub mod package;
 mod permissions;
 mod room;
 mod vmware_lock_file;

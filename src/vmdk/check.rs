@@ -63,6 +63,11 @@ impl CheckReport {
         self.note(|| message);
     }
 
+    /// Adds an error.
+    pub(crate) fn add_error(&mut self, message: String) {
+        self.error(|| message);
+    }
+
     /// Adds the report of another disk.
     pub fn add(&mut self, other: CheckReport) {
         self.errors.extend(other.errors);
@@ -86,7 +91,7 @@ pub(super) fn check(links: &[Link]) -> CheckReport {
             report.error(|| error.to_string());
         }
         if let Extent::Sparse(sparse) = &placed.extent {
-            if !seen.insert(sparse.file.identity_at_open().file) {
+            if !seen.insert(sparse.file.identity_at_open()) {
                 let label = sparse.file.label();
                 report.error(|| format!("{label}: is used by several extents: a write to one would change the other"));
                 continue;

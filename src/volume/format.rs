@@ -57,6 +57,9 @@ enum Promise<'a> {
 /// Errors: `Usage` where the name promises no format, or the content contradicts the promise. The error says what the
 /// file is and names the command that gets the user further.
 pub(crate) fn decide(local: &LocalConfig, file: &dyn StoredFile) -> Result<DiskFormat> {
+    if local.is_package() {
+        return decide_named(OsStr::new(&file.own_name()), local.format, file);
+    }
     let name = local.path.file_name().unwrap_or(local.path.as_os_str());
     decide_named(name, local.format, file)
 }

@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::fcntl::{AT_FDCWD, AtFlags};
@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
 use crate::source::{RawDisk, export_file_names, nbd, vddk};
+use crate::store::package::{self, Package};
 use crate::store::{Access, StoredFile, https, open_found_path, open_user_path};
 use crate::vmdk::{DiskInfo, OpenOptions, StreamDisk, VmdkDisk};
 use crate::volume::format::{self, DiskFormat};
@@ -324,8 +325,12 @@ const HTTPS_READ_ONLY: &str = "a disk on a web server is only read; add cow=FILE
 
 /// Opens a disk on a web server.
 fn https_disk(https: &HttpsConfig, config: &DiskConfig) -> Result<Source> {
-    let name = https::file_name(https)?;
-    let file = https::open(https, config.cache_size, config.readahead)?;
+    let mut name = https::file_name(https)?;
+    let mut file = https::open(https, config.cache_size, config.readahead)?;
+    if is_remote_package(https)? {
+        file = package::open(file)?.disk(https.member.as_deref())?;
+        name = file.own_name();
+    }
     let format = match https.format {
         Format::Auto if https::is_raw_by_name(https, &name) => Format::Raw,
         format => format,
@@ -354,12 +359,51 @@ fn local(config: &DiskConfig) -> Result<&LocalConfig> {
     config.source.local().ok_or_else(none)
 }
 
-/// Opens the file of a local disk.
+/// Opens the image of a local disk: its file, or the member of a package.
+///
+/// Errors: `ReadOnly` for writing to a package.
 pub(crate) fn open_file(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
+    if local.is_package() {
+        let refusal = (access == Access::Write).then(|| package_is_read_only(local));
+        return refusal.map_or_else(|| open_package(local)?.disk(local.member.as_deref()), Err);
+    }
+    open_path(local, access)
+}
+
+fn open_path(local: &LocalConfig, access: Access) -> Result<Arc<dyn StoredFile>> {
     match &local.found_in {
         Some(folder) => open_found_path(folder, &local.path, local.open_policy(), access),
         None => open_user_path(&local.path, local.open_policy(), access),
     }
+}
+
+/// Opens a local package.
+fn open_package(local: &LocalConfig) -> Result<Package> {
+    package::open(open_path(local, Access::Read)?)
+}
+
+fn package_is_read_only(local: &LocalConfig) -> Error {
+    let text = "a disk in a package is only read; add cow=FILE to keep writes in a local overlay";
+    Error::new(ErrorKind::ReadOnly, text).in_file(&local.label())
+}
+
+/// Compares a disk in a package with the digests that the package has. Returns a message for each that differs; none for
+/// a disk that is in no package.
+pub(crate) fn verify_package(config: &DiskConfig) -> Result<Vec<String>> {
+    match &config.source {
+        SourceConfig::Local(local) if local.is_package() => open_package(local)?.verify(local.member.as_deref()),
+        SourceConfig::Https(https) if is_remote_package(https)? => {
+            let file = https::open(https, config.cache_size, config.readahead)?;
+            package::open(file)?.verify(https.member.as_deref())
+        }
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// Returns true if the file on a web server is a package, by its name or because a disk of it is named.
+fn is_remote_package(https: &HttpsConfig) -> Result<bool> {
+    let is_named = https.format == Format::Auto && Format::is_package(Path::new(&https::file_name(https)?));
+    Ok(is_named || https.member.is_some())
 }
 
 /// Returns the options with which the chain of a local disk is opened.
@@ -405,6 +449,9 @@ impl Source {
     /// Returns the error with which a mount would refuse to write to the source, as far as that shows without opening
     /// it for writing.
     fn refuses_writing(&self, local: &LocalConfig) -> Option<Error> {
+        if local.is_package() {
+            return Some(package_is_read_only(local));
+        }
         let files = match self {
             Source::Vmdk(disk) => {
                 if let Some(refusal) = disk.refuses_writing(local.force) {

@@ -104,7 +104,6 @@ fn regression_containers_and_other_formats_are_never_disks() {
         ("e.raw.bz2", with(b"BZh91AY&SY", 0), "bunzip2 -k"),
         ("f.vmdk", with(b"PK\x03\x04", 0), "unzip"),
         ("g.7z", with(b"7z\xbc\xaf\x27\x1c", 0), "7z x"),
-        ("h.ova", with(b"ustar", 257), "tar xf"),
         ("i.vmdk", with(b"ustar", 257), "tar xf"),
         ("j.qcow2", with(b"QFI\xfb", 0), "command=qemu-nbd"),
         ("k.img", with(b"QFI\xfb", 0), "command=qemu-nbd"),

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    NOBODY, Scratch, assert_same, assert_same_at_random, need_qemu, need_root, poll_until, program, qemu_img,
+    Cmd, NOBODY, Scratch, assert_same, assert_same_at_random, need_qemu, need_root, poll_until, program, qemu_img,
     raw_with_islands, read_range,
 };
 
@@ -50,7 +50,13 @@ fn all_kinds_are_read_through_a_login_and_a_trusted_certificate() {
     for name in names {
         mount = mount.arg(server.url(&format!("private/{name}")));
     }
+    // A package, read in place.
+    let ova = dir.join("vm.ova");
+    let tar = Cmd::new("tar").arg("-cf").arg(&ova).arg("-C").arg(&dir);
+    tar.arg("streamOptimized.vmdk").run().ok();
+    mount = mount.arg(server.url("private/vm.ova")).arg("name=ova.raw");
     let mount = mount.start();
+    assert_same(&mount.file("ova.raw"), &raw);
     for name in [
         "a b.raw",
         "monolithicSparse.raw",

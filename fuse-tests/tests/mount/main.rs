@@ -15,6 +15,7 @@ mod image_names;
 mod kernel_view;
 mod kill;
 mod locks;
+mod package;
 mod qemu_formats;
 mod regressions;
 mod shared_samples;

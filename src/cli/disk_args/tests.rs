@@ -92,6 +92,7 @@ fn every_setting_is_stored() {
         map_limit: None,
         source: SourceConfig::Local(LocalConfig {
             path: "/a.vmdk".into(),
+            member: None,
             found_in: None,
             format: Format::Raw,
             allow_dirs: vec!["/one".into(), "/two".into()],

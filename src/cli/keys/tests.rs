@@ -11,11 +11,11 @@ const CONTRACT: &str = "name readonly cow cache cache-size cache-dir cache-dir-s
     descriptor uri url hostname socket socket-fd vsock-cid vhost-cid command arg export dynamic-export connections \
     shared tls tls-certificates tls-verify tls-username tls-psk";
 
-const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded parent extents lock cow \
+const READY: &str = "limit name readonly cache cache-size readahead backend file dir format allow-dir degraded parent member extents lock cow \
     force create create-size create-type create-adapter-type create-hwversion timeout retry port uri hostname socket \
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir server user password cookie thumbprint datacenter cainfo \
-    insecure url credentials header proxy resolve libdir config vm snapshot transports nfchostport single-link unbuffered \
+    insecure url cookie-script-renew cookie-script http-version credentials header proxy resolve libdir config vm snapshot transports nfchostport single-link unbuffered \
     compression vimapiver datastore prepare-for-access";
 
 #[test]
