@@ -199,3 +199,38 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
     let text: String = tasks.flatten().map(of_task).collect();
     text.split_whitespace().map(|n| n.parse().unwrap()).collect()
 }
+
+#[test]
+fn calls_of_the_library_are_counted_in_an_xattr_of_the_root_and_in_the_log() {
+    if !ready() || !need("python3") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    vddk.set(&["crash=ReadAsync:5"]);
+    let disk = scratch.write("x.vmdk", noise(8 << 20, 1));
+    let log = scratch.path("log");
+    let log_file = format!("--log-file={}", log.display());
+    let mount = vddk.mount(&scratch).file("x.vmdk").arg("-v").arg(log_file).start();
+    assert_same(&mount.file("x.raw"), &disk);
+    let code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], 'user.vmdkfuse.vddk'))";
+    let text = Cmd::new("python3")
+        .args(["-c", code])
+        .arg(mount.point())
+        .run()
+        .ok()
+        .stdout;
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some(disk.to_str().unwrap()));
+    let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+    assert!(
+        line("VixDiskLib_InitEx").starts_with("VixDiskLib_InitEx calls 2 "),
+        "also after a crash: {text}"
+    );
+    let read = line("VixDiskLib_ReadAsync");
+    let bytes: u64 = read.split(' ').nth(4).unwrap().parse().unwrap();
+    assert!(bytes >= 8 << 20 && read.contains(" microseconds "), "{read}");
+    mount.unmount();
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("VixDiskLib_Close calls 1 bytes 0 microseconds "), "{log}");
+}

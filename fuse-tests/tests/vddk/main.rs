@@ -7,6 +7,7 @@
 )]
 
 mod faults;
+mod foreign;
 mod library;
 mod local;
 mod remote;

@@ -19,6 +19,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::flush::FlushKind;
 use crate::fuse::kernel_view_node;
 use crate::process::unmount::{DAEMON_XATTR, daemon_identity};
+use crate::source::vddk;
 use crate::volume::{MAX_READ, Seek};
 
 /// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight.
@@ -182,8 +183,12 @@ impl Filesystem for DiskFs {
             if !self.has_xattr {
                 return reply.error(Errno::ENOSYS);
             }
-            let known = ino == ROOT && name == DAEMON_XATTR;
-            match known.then(daemon_identity).flatten() {
+            let value = match name.to_str().filter(|_| ino == ROOT) {
+                Some(DAEMON_XATTR) => daemon_identity(),
+                Some(vddk::STATISTICS_XATTR) => vddk::report(),
+                _ => None,
+            };
+            match value {
                 None => reply.error(Errno::NO_XATTR),
                 Some(value) if size == 0 => reply.size(value.len() as u32),
                 Some(value) if value.len() > size as usize => reply.error(Errno::ERANGE),

@@ -29,8 +29,11 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 pub(crate) use library_file::DEFAULT_LIBDIR;
-pub(crate) use process::{connect, describe};
+pub(crate) use process::{connect, describe, report};
 pub(crate) use spec::LibraryDescription;
+
+/// Extended attribute of the root of a mount that has the statistics of its disks that VDDK opened ([`report`]).
+pub(crate) const STATISTICS_XATTR: &str = "user.vmdkfuse.vddk";
 
 /// Argument by which this program starts itself as a host.
 const HOST_ARGUMENT: &str = "--vddk-host";

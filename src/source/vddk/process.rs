@@ -10,6 +10,7 @@
 //!
 //! The mutex guards the current host, and is held while that is started or ended. No other lock is acquired meanwhile.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,7 +18,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -28,6 +29,7 @@ use super::spec::{self, CreateSpec, DiskSpec, HostSpec, LibraryDescription, STAT
 use super::{EXIT_MAINTENANCE, FATAL, HOST_ARGUMENT, statistics};
 use crate::config::{AdapterType, CreateConfig, CreateType, NbdAddress, NbdConfig, VddkConfig, VddkLibrary};
 use crate::error::{Error, ErrorKind, Result};
+use crate::escape::printable;
 use crate::process;
 use crate::source::nbd::{Cancel, CaptiveServer, NbdDisk, OwnServer, PrivateDir};
 
@@ -48,6 +50,12 @@ const REPLACE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Name of the variable that the dynamic linker searches by.
 const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+
+/// Length in bytes at which a report leaves out further disks: the kernel passes at most 64 KiB.
+const MAX_REPORT: usize = 60 << 10;
+
+/// The open disks, for [`report`].
+static HOSTS: Mutex<Vec<Weak<HostProcess>>> = Mutex::new(Vec::new());
 
 /// The hosts of one disk, one at a time.
 #[derive(Debug)]
@@ -98,9 +106,31 @@ pub(crate) fn connect(config: &VddkConfig, writable: bool) -> Result<NbdDisk> {
         current: Mutex::default(),
     };
     let host = Arc::new(host);
+    let mut hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    hosts.retain(|host| host.strong_count() > 0);
+    hosts.push(Arc::downgrade(&host));
+    drop(hosts);
     let disk = NbdDisk::connect_to_own(Arc::clone(&host) as Arc<dyn OwnServer>, &nbd, writable)?;
     host.current.lock().unwrap_or_else(PoisonError::into_inner).created = true;
     Ok(disk)
+}
+
+/// Returns the statistics of all disks that VDDK has open: the name of each, then a line for each function. `None` if there
+/// is no such disk.
+pub(crate) fn report() -> Option<String> {
+    let hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let open: Vec<_> = hosts.iter().filter_map(Weak::upgrade).collect();
+    // Dropping the last reference to a disk waits for its process: not with the lock.
+    drop(hosts);
+    let mut text = String::new();
+    for host in &open {
+        let lines = statistics::read(&host.starter.memory).unwrap_or_default();
+        if text.len() + lines.len() < MAX_REPORT {
+            let _ = writeln!(text, "{}", printable(host.config.label()));
+            text += &lines;
+        }
+    }
+    (!open.is_empty()).then_some(text)
 }
 
 /// Describes the library, which a host loads.
