@@ -272,8 +272,8 @@ fn the_first_error_of_the_file_is_reported() {
 fn keys_that_are_not_in_this_build_are_reported() {
     for (text, message) in [
         (
-            "cookie-script = \"hunter2\"\n",
-            "vms.toml:1: cookie-script= is not in this build yet",
+            "partitions = \"hunter2\"\n",
+            "vms.toml:1: partitions= is not in this build yet",
         ),
         (
             "[[disk]]\npartitions = true\n",
