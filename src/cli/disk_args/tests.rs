@@ -217,7 +217,10 @@ fn an_unknown_key_suggests_a_key_and_the_form_of_a_file_name() {
 #[test]
 fn keys_of_other_back_ends_are_refused_before_files_are_searched() {
     let error = parse(&["file=[ds1] dir/x*.vmdk", "cookie-script=x"]).unwrap_err();
-    assert!(error.starts_with("cookie-script= is for disks on a web server"), "{error}");
+    assert!(
+        error.starts_with("cookie-script= is for disks on a web server"),
+        "{error}"
+    );
     let error = parse(&["password=hunter2", "/a/*"]).unwrap_err();
     assert!(error.starts_with("password= is for disks on a web server"), "{error}");
 }

@@ -70,7 +70,7 @@ pub(super) fn run(script: &Secret, url: &str, iteration: u64, limits: Limits<'_>
     Ok(cookie)
 }
 
-/// Reads what the script prints, until it closes its output.
+/// Reads what the script prints, until it closes its output or has ended.
 fn read_output(child: &mut Child, limits: Limits<'_>) -> Result<Vec<u8>, Failure> {
     let mut output = Vec::new();
     let Some(mut pipe) = child.stdout.take() else {
@@ -81,6 +81,10 @@ fn read_output(child: &mut Child, limits: Limits<'_>) -> Result<Vec<u8>, Failure
         let tick = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
         let mut waiting = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
         if !matches!(poll(&mut waiting, tick), Ok(ready) if ready > 0) {
+            // What the script has left running may hold the pipe open for long.
+            if matches!(child.try_wait(), Ok(Some(_))) {
+                return Ok(output);
+            }
             continue;
         }
         let mut piece = [0; 4096];

@@ -85,14 +85,18 @@ fn new_disks_of_every_type_and_size_are_empty_and_clean() {
         for sectors in [1, 127, 128, 129, 65_537, PIECE, TWO_PIECES, LARGE] {
             let store = TestStore::new();
             // A preallocated disk takes real space.
-            let taken = kind == CreateType::VmfsFlat && sectors > 65_537;
+            let takes_room = matches!(
+                kind,
+                CreateType::VmfsFlat | CreateType::MonolithicFlat | CreateType::SplitFlat
+            );
+            let taken = takes_room && sectors > 65_537;
             let many = matches!(kind, CreateType::SplitSparse | CreateType::SplitFlat) && sectors == LARGE;
             if !taken && !many {
                 create(&store, &name("x.vmdk"), &disk(kind, sectors)).unwrap();
                 let created = store
                     .open_disk("x.vmdk")
                     .unwrap_or_else(|e| panic!("{kind:?} {sectors}: {e}"));
-                if kind == CreateType::VmfsFlat {
+                if takes_room {
                     assert_eq!(created.geometry().sectors, sectors);
                 } else {
                     assert_empty_and_clean(&created, sectors);
@@ -108,7 +112,7 @@ fn only_preallocated_flat_files_take_space() {
     for (kind, file, taken) in [
         (CreateType::VmfsFlat, "a.vmdk", true),
         (CreateType::VmfsThin, "b.vmdk", false),
-        (CreateType::MonolithicFlat, "c.vmdk", false),
+        (CreateType::MonolithicFlat, "c.vmdk", true),
     ] {
         create(&store, &name(file), &disk(kind, 2048)).unwrap();
         let flat = fs::metadata(store.path(&file.replace(".vmdk", "-flat.vmdk"))).unwrap();
