@@ -25,7 +25,7 @@ mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 in_root() { chroot "$root" "$@"; }
 # All files but those that every installation of a package writes.
-files() { in_root find / -xdev \( -path /var/cache -o -path /var/log -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /tmp \
+files() { in_root find / -xdev \( -path /var/cache -o -path /var/log -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /tmp -o -path /run \
   -o -path /etc/ld.so.cache -o -path /var/lib/systemd \) -prune -o -print | sort; }
 cp "$out"/vmdkfuse_*.deb "$root/tmp/"
 in_root apt-get -q update >/dev/null

@@ -19,6 +19,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::MntFlags;
@@ -244,9 +245,22 @@ fn mount_data(fd: i32, is_file: bool, options: &MountOptions) -> String {
     data
 }
 
+/// Time for which a busy mount is tried again. A file of it that was closed just now may still be open in a process that
+/// another thread forks, until that process starts its program; and the watchdog asks the mount from time to time.
+const BUSY_FOR: Duration = Duration::from_secs(1);
+
+/// Time between two tries.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
+
 /// Unmounts what is mounted at `point`. With `lazy` a mount that is in use is detached.
 pub(crate) fn unmount_at_point(point: &Path, lazy: bool) -> Result<()> {
-    unmount_once(point, lazy).map_err(|e| match e.kind() {
+    let deadline = Instant::now() + BUSY_FOR;
+    let mut result = unmount_once(point, lazy);
+    while result.as_ref().is_err_and(|e| e.kind() == ErrorKind::Os(libc::EBUSY)) && Instant::now() < deadline {
+        std::thread::sleep(BUSY_PAUSE);
+        result = unmount_once(point, lazy);
+    }
+    result.map_err(|e| match e.kind() {
         ErrorKind::Os(libc::EBUSY) => {
             let hint = "a program uses it (`fuser -vm` shows which); close its files, then try again";
             Error::new(ErrorKind::Os(libc::EBUSY), format!("{e}: {hint}"))

@@ -99,6 +99,25 @@ fn what_cannot_be_unmounted_is_said() {
     mount.unmount();
 }
 
+/// A program that closes its files at once does not make the unmount fail.
+#[test]
+fn a_mount_that_is_busy_for_a_moment_is_unmounted() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    create(&scratch);
+    let mut mount = scratch.mount().file("x.vmdk").start();
+    let file = fs::File::open(mount.file("x.raw")).unwrap();
+    let closer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(file);
+    });
+    unmount(&mount, None).ok();
+    closer.join().unwrap();
+    assert_eq!(mount.wait_end().code, Some(0));
+}
+
 /// Process in a mount namespace of its own, which keeps a copy of every mount. Killed on drop.
 struct OtherNamespace(Child);
 
