@@ -54,6 +54,8 @@ install: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## install program, helpers, manual, c
 	sed 's|@BINDIR@|$(BINDIR)|' contrib/systemd/vmdkfuse@.service.in >'$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
 	install -m 0644 README.md CHANGELOG.md LICENSE '$(DESTDIR)$(DATADIR)/doc/vmdkfuse'
+	install -d -m 0755 '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/doc'
+	install -m 0644 doc/*.md '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/doc'
 	install -m 0644 contrib/examples/* '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/examples'
 
 deb: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## make a Debian package in target/package, checked by lintian

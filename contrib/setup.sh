@@ -13,7 +13,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 # BUILD holds the packages that the build needs.
 BUILD="gcc:cc libc6-dev:/usr/include/stdio.h"
 DEMO="$BUILD fuse3:fusermount3 qemu-utils:qemu-img e2fsprogs:mkfs.ext4"
-TEST="$DEMO man-db:man mandoc:mandoc bsdutils:script zsh:zsh fish:fish systemd:systemd-analyze dpkg-dev:dpkg-shlibdeps lintian:lintian erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL nbdkit:nbdkit libnbd-bin:nbdcopy libnbd-dev:/usr/include/libnbd.h nbd-server:nbd-server gnutls-bin:certtool xz-utils:xz hdparm:hdparm sg3-utils:sg_inq smartmontools:smartctl fdisk:sfdisk git:git autofs:automount nginx-light:nginx golang-go:go golang-github-vmware-govmomi-dev:/usr/share/gocode/src/github.com/vmware/govmomi golang-github-google-uuid-dev:/usr/share/gocode/src/github.com/google/uuid"
+TEST="$DEMO man-db:man mandoc:mandoc bsdutils:script zsh:zsh fish:fish restic:restic qemu-system-x86:qemu-system-x86_64 systemd:systemd-analyze dpkg-dev:dpkg-shlibdeps lintian:lintian erofs-utils:fsck.erofs fio:fio python3:python3 procps:ps util-linux:losetup mount:mount guestfish:guestfish KERNEL nbdkit:nbdkit libnbd-bin:nbdcopy libnbd-dev:/usr/include/libnbd.h nbd-server:nbd-server gnutls-bin:certtool xz-utils:xz hdparm:hdparm sg3-utils:sg_inq smartmontools:smartctl fdisk:sfdisk git:git autofs:automount nginx-light:nginx golang-go:go golang-github-vmware-govmomi-dev:/usr/share/gocode/src/github.com/vmware/govmomi golang-github-google-uuid-dev:/usr/share/gocode/src/github.com/google/uuid"
 BENCH="$BUILD nbdkit:nbdkit fuse3:fusermount3 qemu-utils:qemu-nbd qemu-system-common:qemu-storage-daemon fio:fio python3:python3 libnbd-bin:nbdfuse libvmdk-utils:vmdkmount"
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -16,6 +16,7 @@ mod log;
 mod manual;
 mod mount_forms;
 mod output;
+mod recipes;
 mod rights;
 mod systemd;
 mod unmount;

@@ -62,14 +62,12 @@ fn the_watchdog_stops_when_the_event_loops_hang() {
         ptrace::interrupt(*thread).unwrap();
         waitpid(*thread, Some(WaitPidFlag::__WALL)).unwrap();
     }
-    // An answer that was under way may still arrive.
-    manager.drain();
-    manager.receive(Duration::from_millis(300));
-    let hung = manager.receive(Duration::from_secs(2));
+    // Answers that were under way may still arrive. Ten more take three seconds if the loops answer.
+    let silent = (0..10).any(|_| manager.receive(Duration::from_secs(2)).is_none());
     for thread in &loops {
         ptrace::detach(*thread, None).unwrap();
     }
-    assert_eq!(hung, None, "the service is said to be alive while its event loops hang");
+    assert!(silent, "the service is said to be alive while its event loops hang");
     manager.wait_for("WATCHDOG=1");
     mounted.unmount();
 }
