@@ -23,6 +23,10 @@ const BASE_TIME_KEY: &str = "vmdkfuse.baseTime";
 /// Key of the digest of the base's sampled blocks, for a base with neither a CID nor an mtime.
 const BASE_DIGEST_KEY: &str = "vmdkfuse.baseDigest";
 
+/// Parent CID of an overlay over a base without one. An invented one could be the CID of another disk, and `ffffffff`
+/// would mean that there is no parent.
+const ABSENT_CID: u32 = 0;
+
 /// Threads that read the sampled blocks of a base: most of them wait for a network.
 const SAMPLE_THREADS: usize = 16;
 
@@ -217,7 +221,7 @@ impl Base {
             ddb.push((BASE_TIME_KEY.to_owned(), self.time.clone()));
             ddb.extend(self.digest.clone().map(|digest| (BASE_DIGEST_KEY.to_owned(), digest)));
         }
-        let cid = self.cid.unwrap_or_else(|| hash_cid(&self.identity()));
+        let cid = self.cid.unwrap_or(ABSENT_CID);
         Ok(NewDelta {
             sectors: self.sectors,
             grain: grain_size(self.sectors, self.granule),
@@ -322,12 +326,6 @@ fn percent_encode(path: &Path) -> String {
         }
     }
     out
-}
-
-/// Returns a CID that is a hash of `text`.
-fn hash_cid(text: &str) -> u32 {
-    // Below 2^31, as the two highest CIDs are reserved.
-    libdeflater::crc32(text.as_bytes()) & 0x7fff_ffff
 }
 
 #[cfg(test)]

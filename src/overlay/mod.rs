@@ -11,7 +11,7 @@
 //! | source | stored in the delta | changed by |
 //! | --- | --- | --- |
 //! | has a CID | `parentCID` | every writer that keeps to the format |
-//! | has no CID (raw) | `ddb.vmdkfuse.base`: size and path, `parentCID` a hash of them; `ddb.vmdkfuse.baseTime`: its mtime | any write, and a mere `touch` |
+//! | has no CID (raw) | `ddb.vmdkfuse.base`: size and path, `parentCID=00000000`; `ddb.vmdkfuse.baseTime`: its mtime | any write, and a mere `touch` |
 //! | has no mtime either (an export, a device) | `ddb.vmdkfuse.base`: size and whole address; `ddb.vmdkfuse.baseDigest`: a digest of sampled blocks | most writes |
 //!
 //! The path is relative to the overlay's folder if the source lies in it or below, so that both can be moved together.
@@ -73,7 +73,7 @@ pub struct OverlayInfo {
     pub file: String,
     /// Bytes of the disk that the overlay holds: data, and zeroes that hide the base.
     pub changed: u64,
-    /// CID of the base that the overlay stores, or a hash if the base has no CID.
+    /// CID of the base that the overlay stores, or 0 if the base has none.
     pub parent_cid: Option<String>,
     /// True if the overlay was not closed after writing.
     pub unclean: bool,

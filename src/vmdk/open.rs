@@ -218,7 +218,8 @@ impl Opener {
 
     fn check_cid(&self, child: &Link, parent: &Link) -> Result<()> {
         let expected = child.descriptor.parent.as_ref().and_then(|p| p.cid);
-        if expected.is_some() && expected == parent.descriptor.cid {
+        // An overlay of this program over a disk without a CID remembers 0.
+        if expected.is_some_and(|expected| expected == parent.descriptor.cid.unwrap_or(0)) {
             return Ok(());
         }
         let cid = |c: Option<u32>| c.map_or_else(|| "none".to_owned(), |c| format!("{c:08x}"));

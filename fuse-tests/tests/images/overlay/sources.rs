@@ -155,3 +155,26 @@ fn qemu_reads_the_same_bytes_through_an_overlay() {
         }
     }
 }
+
+/// "`cow=` over a base without a valid CID does not invent one"
+#[test]
+fn an_overlay_over_a_vmdk_without_a_cid_remembers_none() {
+    let _alone = alone();
+    let Some(folder) = Folder::new(4 << 20) else {
+        return;
+    };
+    let base = folder.scratch.path("no-cid.vmdk");
+    qemu_img(["convert", "-O", "vmdk", text(&folder.raw), text(&base)]);
+    let mut bytes = fs::read(&base).unwrap();
+    let at = bytes.windows(5).position(|w| w == b"\nCID=").unwrap() + 1;
+    bytes[at] = b'#';
+    fs::write(&base, &bytes).unwrap();
+    let pair = Pair::changed(&base, &folder.cow, &folder.raw, 3, 100);
+    let cow = fs::read(&folder.cow).unwrap();
+    assert!(cow.windows(18).any(|w| w == b"parentCID=00000000"));
+    pair.same("after another open");
+    let mut alone = DiskConfig::new("disk", SourceConfig::Local(LocalConfig::new(&folder.cow)));
+    alone.read_only = true;
+    pair.model
+        .compare(volume::open(&alone).unwrap().disk().as_ref(), "the chain");
+}
