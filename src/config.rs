@@ -40,6 +40,17 @@ pub enum Action {
     Map(Query),
     /// Verify the tables and the chain.
     Check(Query),
+    /// Complete the disk cache of disks on web servers.
+    Prefetch(Query),
+    /// Show what a folder of cached blocks holds, or verify it.
+    CacheDir {
+        /// The folder.
+        dir: PathBuf,
+        /// Verify all blocks.
+        check: bool,
+        /// JSON output instead of text.
+        json: bool,
+    },
     /// Create VMDKs: each disk has a [`CreateConfig`].
     Create(Vec<DiskConfig>),
     /// Unmount, and wait until the daemons have ended.
@@ -69,10 +80,12 @@ impl Action {
     pub fn disks(&self) -> &[DiskConfig] {
         match self {
             Self::Mount(mount) => &mount.disks,
-            Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) => &query.disks,
+            Self::Info(query) | Self::List(query) | Self::Map(query) | Self::Check(query) | Self::Prefetch(query) => {
+                &query.disks
+            }
             Self::Create(disks) => disks,
             Self::Commit(disk) => std::slice::from_ref(disk),
-            Self::Dump { .. } | Self::Unmount(_) | Self::Fingerprint { .. } => &[],
+            Self::Dump { .. } | Self::Unmount(_) | Self::Fingerprint { .. } | Self::CacheDir { .. } => &[],
         }
     }
 

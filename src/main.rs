@@ -71,6 +71,13 @@ fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
         Action::List(q) => inspect::list(&q),
         Action::Map(q) => inspect::map(&q),
         Action::Check(q) => inspect::check(&q),
+        Action::Prefetch(q) => inspect::prefetch(&q),
+        Action::CacheDir {
+            dir,
+            check: false,
+            json,
+        } => inspect::list_cache(&dir, json),
+        Action::CacheDir { dir, json, .. } => inspect::check_cache(&dir, json),
         Action::Create(disks) => volume::create(&disks).map(|()| 0),
         Action::Unmount(mounts) => process::unmount::unmount(&mounts).map(|()| 0),
         Action::Commit(disk) => commit_command::commit(&disk),

@@ -2,8 +2,8 @@
 # shellcheck shell=bash disable=SC2207 # the candidates are words
 
 _vmdkfuse() {
-    local keys='name= readonly= cache= cache-size= readahead= backend= cow= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= member= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= cookie-script= cookie-script-renew= credentials= http-version= header= proxy= resolve= url= libdir= config= vm= snapshot= transports= nfchostport= single-link= unbuffered= compression= vimapiver= datastore= prepare-for-access= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
-    local options='-r --read-only -f --foreground -o -P --pidfile --threads --config -v --verbose --log-file --log-format --list --info --map --check --create --commit --unmount --fingerprint --dump --json --help -V --version'
+    local keys='name= readonly= cache= cache-size= readahead= backend= cow= cache-dir= cache-dir-size= timeout= retry= limit= file= dir= format= allow-dir= extents= degraded= parent= member= force= lock= kernel-view= view-size= view-dir= server= user= password= cookie= thumbprint= datacenter= cainfo= insecure= cookie-script= cookie-script-renew= credentials= http-version= header= proxy= resolve= url= libdir= config= vm= snapshot= transports= nfchostport= single-link= unbuffered= compression= vimapiver= datastore= prepare-for-access= create= create-size= create-type= create-adapter-type= create-hwversion= port= uri= hostname= socket= socket-fd= vsock-cid= command= arg= export= dynamic-export= connections= shared= tls= tls-certificates= tls-verify= tls-username= tls-psk='
+    local options='-r --read-only -f --foreground -o -P --pidfile --threads --config -v --verbose --log-file --log-format --list --info --map --check --prefetch --create --commit --unmount --fingerprint --dump --json --help -V --version'
     local mount_options='ro rw allow_other allow_root default_permissions auto_unmount nonempty uid= gid= umask= fsname=
         noexec nosuid nodev noatime'
     local line=${COMP_LINE:0:COMP_POINT} word words='' files='' value key prefix='' i action='' seen=0
@@ -38,6 +38,7 @@ _vmdkfuse() {
         cache) words='none writethrough writeback' ;;
         backend) words='native nbd https vddk' ;;
         cow) words='tmp' files=1 ;;
+        cache-dir) words='' files=1 ;;
         file) words='' files=1 ;;
         dir) words='' files=1 ;;
         format) words='vmdk raw' ;;

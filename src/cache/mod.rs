@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 mod adaptive;
 mod blocks;
+pub mod disk_tier;
 mod memory;
 mod pool;
 mod readahead;

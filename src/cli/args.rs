@@ -68,11 +68,12 @@ man vmdkfuse.";
 const HELP_WIDTH: usize = 100;
 
 /// Options that select an action other than a mount.
-const ACTIONS: [&str; 9] = [
+const ACTIONS: [&str; 10] = [
     "list",
     "info",
     "map",
     "check",
+    "prefetch",
     "create",
     "commit",
     "unmount",
@@ -196,7 +197,14 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     let mount_args = MountArgs::of(matches)?;
     let json = matches.get_flag("json");
     let flag_given = |name: &str| matches.get_flag(name);
-    let action = if flag_given("list") {
+    let cache_dir = match flag_given("list") || flag_given("check") {
+        true => disk_args::cache_dir(&words)?,
+        false => None,
+    };
+    let action = if let Some(dir) = cache_dir {
+        let check = flag_given("check");
+        Action::CacheDir { dir, check, json }
+    } else if flag_given("list") {
         Action::List(list(&words, json)?)
     } else if flag_given("info") {
         Action::Info(query(&words, json)?)
@@ -204,6 +212,8 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         Action::Map(query(&words, json)?)
     } else if flag_given("check") {
         Action::Check(query(&words, json)?)
+    } else if flag_given("prefetch") {
+        Action::Prefetch(query(&words, json)?)
     } else if flag_given("unmount") && !json {
         unmount(matches, &words)?
     } else if flag_given("fingerprint") {
@@ -213,7 +223,7 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         dump(&words, json)?
     } else if json {
         return Err(UsageError::new(
-            "--json needs --list, --info, --map, --check, --fingerprint or --dump",
+            "--json needs --list, --info, --map, --check, --prefetch, --fingerprint or --dump",
         ));
     } else if flag_given("create") {
         Action::Create(unmounted(&words, Subcommand::Create)?)
@@ -464,14 +474,21 @@ fn log_args() -> [Arg; 3] {
     .map(|arg| arg.help_heading("Log").hide_short_help(true))
 }
 
-fn action_args() -> [Arg; 10] {
+fn action_args() -> [Arg; 11] {
     [
-        flag("list", "List the exports of an NBD server"),
+        flag(
+            "list",
+            "List the exports of an NBD server, or the files of cache-dir=DIR",
+        ),
         flag("info", "Show what a source is: size, format, extents, chain"),
         flag("map", "Show where data, holes and zeroes are"),
         flag(
             "check",
-            "Check a VMDK's tables and chain; exit status 3: leaks only, 4: corrupt",
+            "Check a VMDK's tables and chain, or the blocks of cache-dir=DIR; exit status 3: leaks only, 4: corrupt",
+        ),
+        flag(
+            "prefetch",
+            "Complete the disk cache (cache-dir=) of a disk on a web server",
         ),
         flag("create", "Create a VMDK without mounting it"),
         flag("commit", "Commit the overlay cow=FILE to its base"),

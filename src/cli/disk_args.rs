@@ -10,6 +10,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 
 use super::args::Subcommand;
 use super::keys::{Group, Key, Scope};
@@ -168,6 +169,15 @@ pub(super) fn library(words: &[OsString]) -> Result<VddkLibrary, UsageError> {
         true => Ok(library),
         false => Err(UsageError::new("--dump takes no disk, only libdir=DIR")),
     }
+}
+
+/// Returns the folder of an action that takes `cache-dir=` alone; `None` if a disk is given too, or no folder.
+///
+/// Fails if a key is unknown or its value invalid.
+pub(super) fn cache_dir(words: &[OsString]) -> Result<Option<PathBuf>, UsageError> {
+    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
+    let is_alone = words.len() == 1 && sources.is_empty();
+    Ok(common.cache_dir.filter(|_| is_alone))
 }
 
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.

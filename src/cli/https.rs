@@ -89,6 +89,7 @@ pub(super) struct CommonArgs {
     pub(super) connections: Option<usize>,
     pub(super) timeout: Option<Duration>,
     pub(super) retry: Option<u32>,
+    pub(super) cache_dir: Option<(PathBuf, Option<u64>)>,
     pub(super) format: Format,
     pub(super) degraded: Degraded,
     pub(super) parent: Option<String>,
@@ -165,6 +166,7 @@ impl HttpsArgs {
             return Err(UsageError::new("user= needs password= (password=- asks for it)"));
         }
         let disk = HttpsConfig {
+            cache_dir: common.cache_dir.clone(),
             address,
             server: HttpsServer {
                 user,

@@ -334,8 +334,10 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("cow", Group::Every, ValueKind::PathOr(overlay_args::TEMPORARY), "write to this overlay, a VMDK that is created if missing (tmp: a temporary \
         one, discarded at unmount); the disk itself is only read",
         |s, v| { s.overlay = Some(overlay_args::overlay(v)?); Ok(()) }),
-    Key::later("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks across mounts"),
-    Key::later("cache-dir-size", Group::Every, ValueKind::Size, "size limit of that folder"),
+    Key::ready("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks of disks on web servers across mounts",
+        |s, v| { s.cache_dir = Some(values::path(v)?); Ok(()) }),
+    Key::ready("cache-dir-size", Group::Every, ValueKind::Size, "size limit of that folder; the least recently used files are removed",
+        |s, v| { s.cache_dir_size = Some(values::size(v)?); Ok(()) }),
     Key::ready("timeout", Group::Every, ValueKind::Seconds, "deadline after which a request to a server fails, 1 to 1800 (default: 30 for NBD, 60 for HTTPS, \
         2000 for a vCenter)",
         |s, v| { s.nbd.timeout = Some(nbd::timeout(v)?); Ok(()) }),

@@ -29,6 +29,10 @@ pub(super) struct Settings {
     pub(super) cache: Option<PageCacheArg>,
     /// `cache-size=`
     pub(super) cache_size: Option<u64>,
+    /// `cache-dir=`
+    pub(super) cache_dir: Option<PathBuf>,
+    /// `cache-dir-size=`
+    pub(super) cache_dir_size: Option<u64>,
     /// `readahead=`
     pub(super) readahead: Option<u64>,
     /// `format=`
@@ -135,6 +139,8 @@ impl Settings {
             read_only: self.read_only.or(common.read_only),
             cache: self.cache.or(common.cache),
             cache_size: self.cache_size.or(common.cache_size),
+            cache_dir: self.cache_dir.clone().or_else(|| common.cache_dir.clone()),
+            cache_dir_size: self.cache_dir_size.or(common.cache_dir_size),
             readahead: self.readahead.or(common.readahead),
             format: self.format.or(common.format),
             allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
@@ -337,6 +343,18 @@ impl Settings {
         fixed: Option<&OsStr>,
         subcommand: Subcommand,
     ) -> Result<DiskConfig, UsageError> {
+        match &disk_source {
+            DiskSource::Https(_) if self.cache_dir.is_none() && self.cache_dir_size.is_some() => {
+                return Err(UsageError::new("cache-dir-size= needs cache-dir="));
+            }
+            DiskSource::Https(_) => {}
+            _ if self.cache_dir.is_some() || self.cache_dir_size.is_some() => {
+                return Err(UsageError::new(
+                    "cache-dir= and cache-dir-size= are for disks on web servers: url=, or server= with file=",
+                ));
+            }
+            _ => {}
+        }
         let requested = fixed.map(OsStr::to_owned).or_else(|| self.name.clone());
         let mut warnings: Vec<&'static str> = self.cache.and_then(|(_, warning)| warning).into_iter().collect();
         let (default_name, source) = match disk_source {
@@ -441,6 +459,7 @@ impl Settings {
             connections: self.nbd.connections,
             timeout: self.nbd.timeout,
             retry: self.nbd.retry,
+            cache_dir: self.cache_dir.clone().map(|dir| (dir, self.cache_dir_size)),
             format: self.format.unwrap_or_default(),
             degraded: self.degraded,
             parent: self

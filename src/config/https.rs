@@ -14,6 +14,8 @@ pub struct HttpsConfig {
     pub address: HttpsAddress,
     /// The server, and how to log in and read there.
     pub server: HttpsServer,
+    /// Folder that keeps fetched blocks across mounts, and the largest size of its files together.
+    pub cache_dir: Option<(PathBuf, Option<u64>)>,
     /// Format of the image.
     pub format: Format,
     /// Defects of the chain that are accepted.

@@ -14,7 +14,7 @@ use crate::volume::open::verify_package;
 /// Exit status of `--check` for disks whose only findings are leaked grains and unfinished entries.
 const LEAKS: u8 = 3;
 /// Exit status of `--check` if a disk is corrupt.
-const CORRUPT: u8 = 4;
+pub(super) const CORRUPT: u8 = 4;
 
 /// Prints the findings for each disk (`--check`). Returns the exit status of the worst disk: 0 clean, 3 leaks only, 4
 /// corrupt.

@@ -1,4 +1,4 @@
-//! Read-only actions: `--info`, `--list`, `--map`, `--check`, `--dump`.
+//! Read-only actions: `--info`, `--list`, `--map`, `--check`, `--prefetch`, `--dump`.
 //!
 //! ```text
 //!   Query ─► open the disks ─► serializable value ─► JSON or text ─► standard output
@@ -17,19 +17,23 @@ use crate::process::output;
 use crate::source::nbd;
 use crate::volume::{self, Source};
 
+mod cache_dir;
 mod check;
 mod dump;
 mod fingerprint;
 mod info;
 mod list;
 mod map;
+mod prefetch;
 
+pub use cache_dir::{check_cache, list_cache};
 pub use check::check;
 pub use dump::dump;
 pub use fingerprint::fingerprint;
 pub use info::info;
 pub use list::list;
 pub use map::map;
+pub use prefetch::prefetch;
 
 /// Returns the file or address of a disk's source, for messages.
 pub fn source_name(disk: &DiskConfig) -> String {

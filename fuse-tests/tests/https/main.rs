@@ -8,6 +8,7 @@
 )]
 
 mod datastore;
+mod disk_tier;
 mod faults;
 mod server;
 mod web;

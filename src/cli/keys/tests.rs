@@ -16,7 +16,7 @@ const READY: &str = "limit name readonly cache cache-size readahead backend file
     socket-fd vsock-cid command arg export dynamic-export connections shared tls tls-certificates tls-verify \
     tls-username tls-psk kernel-view view-size view-dir server user password cookie thumbprint datacenter cainfo \
     insecure url cookie-script-renew cookie-script http-version credentials header proxy resolve libdir config vm snapshot transports nfchostport single-link unbuffered \
-    compression vimapiver datastore prepare-for-access";
+    compression vimapiver datastore prepare-for-access cache-dir cache-dir-size";
 
 #[test]
 fn the_table_holds_every_documented_key() {

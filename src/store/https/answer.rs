@@ -65,6 +65,12 @@ impl Version {
     }
 }
 
+/// Returns the version that the answer to a request for the headers of a file has. `None`: the length is missing.
+pub(super) fn version_of(headers: &HeaderMap) -> Option<Version> {
+    let len = text(headers, CONTENT_LENGTH)?.parse().ok()?;
+    Some(Version::of(len, headers))
+}
+
 /// Part of a file that an answer holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Part {

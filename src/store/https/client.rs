@@ -87,6 +87,8 @@ pub(super) struct Ask<'a> {
     /// Where the server has redirected an earlier request to.
     pub(super) moved: &'a Mutex<Option<Url>>,
     pub(super) range: Range<u64>,
+    /// Ask for the headers alone: the version of the file.
+    pub(super) head: bool,
     /// Version of the file at its open; `None` for the open itself.
     pub(super) known: Option<&'a Version>,
     /// Becomes true when the file is closed, which ends the request.
@@ -215,7 +217,7 @@ impl Client {
         let mut url = moved.unwrap_or_else(|| ask.address.url(ask.form));
         let start = ask.range.start + *done;
         for _ in 0..=MAX_REDIRECTS {
-            let (answer, authorization) = self.send(&url, start..ask.range.end, ask.known, limits)?;
+            let (answer, authorization) = self.send(&url, ask, start..ask.range.end, limits)?;
             let status = answer.status;
             if status.is_redirection() && status != StatusCode::NOT_MODIFIED {
                 url = self.redirected(&url, &answer, &authorization)?;
@@ -246,6 +248,9 @@ impl Client {
             if !same_origin(&url, &self.origin) {
                 *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(url);
             }
+            if ask.head {
+                return answer::version_of(&answer.headers).ok_or_else(|| Failure::retry("no length in the answer"));
+            }
             let version = self.body(ask, answer, session, limits, done, sink)?;
             self.slots.succeeded();
             return Ok(version);
@@ -260,8 +265,8 @@ impl Client {
     fn send(
         &self,
         url: &Url,
+        ask: &Ask<'_>,
         range: Range<u64>,
-        known: Option<&Version>,
         limits: Limits<'_>,
     ) -> Result<(Answer, Authorization<'_>), Failure> {
         let mut headers = HeaderMap::new();
@@ -272,11 +277,12 @@ impl Client {
         } else {
             Authorization::Anonymous
         };
-        if let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1)) {
-            headers.insert(RANGE, value);
+        let range = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
+        if let Some(Ok(range)) = (!ask.head).then(|| HeaderValue::from_str(&range)) {
+            headers.insert(RANGE, range);
         }
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        if let Some(Ok(etag)) = known.and_then(Version::if_range).map(HeaderValue::from_str) {
+        if let Some(Ok(etag)) = ask.known.and_then(Version::if_range).map(HeaderValue::from_str) {
             headers.insert(IF_RANGE, etag);
         }
         match &authorization {
@@ -289,7 +295,7 @@ impl Client {
             }
         }
         let request = Request {
-            method: Method::GET,
+            method: if ask.head { Method::HEAD } else { Method::GET },
             url,
             headers,
             body: &[],

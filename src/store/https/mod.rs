@@ -14,6 +14,7 @@
 //! All files of a disk share the memory of one cache and its threads, so a chain of many links costs no more of both.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use reqwest::Url;
 use ring::digest::{SHA256, digest};
 
+use crate::cache::disk_tier::{DiskTier, FileKey, TierFile, TieredFetch, address_hash};
 use crate::cache::{AdaptiveBlocks, BlockMemory, Fetch, FetchPool};
 use crate::config::HttpsConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -67,6 +69,8 @@ struct Shared {
     memory: Arc<BlockMemory>,
     pool: Arc<FetchPool>,
     readahead: u64,
+    /// Folder that keeps blocks across mounts.
+    tier: Option<Arc<DiskTier>>,
 }
 
 /// Opens the file of a configured disk. `cache_size` and `readahead` are bytes; `None`: the defaults.
@@ -78,7 +82,10 @@ pub fn open(config: &HttpsConfig, cache_size: Option<u64>, readahead: Option<u64
     // A request of a reader finds a connection although the read-ahead uses all that it may.
     let workers = (client.connections() - 1).max(1);
     let pool = FetchPool::new(workers).map_err(|e| Error::io("starting the threads that read ahead", e))?;
+    let tier = config.cache_dir.as_ref();
+    let tier = tier.map(|(dir, limit)| DiskTier::open(dir, *limit, true)).transpose()?;
     let shared = Arc::new(Shared {
+        tier,
         memory: Arc::new(BlockMemory::new(cache_size.unwrap_or(CACHE), BLOCK, 2 * MAX_RUN)?),
         pool: Arc::new(pool),
         readahead: readahead.unwrap_or(READAHEAD),
@@ -91,6 +98,16 @@ pub fn open(config: &HttpsConfig, cache_size: Option<u64>, readahead: Option<u64
 fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>> {
     let within = |e: Error| e.within(address.label());
     let mut failed = None;
+    if let Some(known) = shared
+        .tier
+        .as_ref()
+        .and_then(|tier| known_version(shared, tier, &address))
+    {
+        let (form, version) = known;
+        address.site.settle(form);
+        return HttpsFile::new(shared, address, form, Mutex::default(), version, Vec::new())
+            .map(|file| Arc::new(file) as _);
+    }
     for form in address.site.forms() {
         let (moved, closing) = (Mutex::default(), AtomicBool::new(false));
         let ask = Ask {
@@ -98,6 +115,7 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
             form,
             moved: &moved,
             range: 0..FIRST_BLOCKS * BLOCK,
+            head: false,
             known: None,
             closing: &closing,
         };
@@ -115,12 +133,34 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
     Err(within(failed.unwrap_or_else(|| Error::unsupported("has no address"))))
 }
 
+/// Returns form and version of a file of which the disk tier has blocks, if the server still has the same version. Costs no
+/// byte of the file.
+fn known_version(shared: &Shared, tier: &DiskTier, address: &Address) -> Option<(usize, Version)> {
+    let kept = |form| tier.lookup(&address_hash(address.url(form).as_str()));
+    let (form, key) = address.site.forms().find_map(|form| Some((form, kept(form)?)))?;
+    let ask = Ask {
+        address,
+        form,
+        moved: &Mutex::default(),
+        range: 0..0,
+        head: true,
+        known: None,
+        closing: &AtomicBool::new(false),
+    };
+    // A server that does not answer such requests is asked for the first blocks, as without a disk tier.
+    let version = shared.client.read(&ask, &mut |_| ()).ok()?;
+    let is_same = (version.len, &version.etag, &version.modified) == (key.len, &key.etag, &key.modified);
+    is_same.then_some((form, version))
+}
+
 /// An open file on a server.
 #[derive(Debug)]
 struct HttpsFile {
     shared: Arc<Shared>,
     remote: Arc<RemoteFile>,
     blocks: AdaptiveBlocks,
+    /// Blocks in the disk tier.
+    tier: Option<Arc<TierFile>>,
     label: String,
     identity: Identity,
 }
@@ -143,16 +183,28 @@ impl HttpsFile {
             address,
             closing: AtomicBool::new(false),
         });
+        let tier = shared.tier.as_ref().and_then(|tier| tier_file(tier, &remote));
         let origin = |block| {
             let remote = Arc::clone(&remote);
             Arc::new(RemoteBlocks { remote, block }) as Arc<dyn Fetch>
         };
-        let (large, small) = (origin(BLOCK), origin(SMALL_BLOCK));
+        // What is kept is kept in large blocks.
+        let (large, small) = match &tier {
+            Some(file) => {
+                let large: Arc<dyn Fetch> = Arc::new(TieredFetch::new(origin(BLOCK), Arc::clone(file)));
+                (Arc::clone(&large), large)
+            }
+            None => (origin(BLOCK), origin(SMALL_BLOCK)),
+        };
         let blocks = AdaptiveBlocks::new(large, small, &shared.memory, &shared.pool, shared.readahead);
         for (number, block) in (0..).zip(head) {
+            if let Some(tier) = &tier {
+                tier.write(number, &block);
+            }
             blocks.put(number, block);
         }
         Ok(Self {
+            tier,
             label: remote.label.clone(),
             identity: identity_of(&remote),
             shared: Arc::clone(shared),
@@ -160,6 +212,21 @@ impl HttpsFile {
             blocks,
         })
     }
+}
+
+/// Opens the blocks of a file in the disk tier. A file that cannot be kept is read without.
+fn tier_file(tier: &Arc<DiskTier>, remote: &RemoteFile) -> Option<Arc<TierFile>> {
+    let version = &remote.version;
+    let key = FileKey {
+        label: remote.label.clone(),
+        address: address_hash(remote.address.url(remote.form).as_str()),
+        len: version.len,
+        block: BLOCK,
+        etag: version.etag.clone(),
+        modified: version.modified.clone(),
+    };
+    let opened = tier.file(key);
+    opened.map(Arc::new).inspect_err(|e| tracing::warn!("{e}")).ok()
 }
 
 /// Returns the identity of a file: its URL in place of device and inode, its ETag in place of the ctime.
@@ -191,6 +258,11 @@ impl StoredFile for HttpsFile {
             return Err(Error::corrupt(text).at_byte(offset).in_file(&self.label));
         }
         self.blocks.read(offset, buf)
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        // Complete when it was opened: a local file.
+        self.tier.as_ref()?.complete()
     }
 
     fn identity(&self) -> Result<Identity> {
@@ -282,6 +354,7 @@ impl Fetch for RemoteBlocks {
             form: self.remote.form,
             moved: &self.remote.moved,
             range: start..end,
+            head: false,
             known: Some(&self.remote.version),
             closing: &self.remote.closing,
         };

@@ -367,7 +367,10 @@ mod tests {
     #[test]
     fn a_script_prints_the_cookie_and_runs_again_when_it_has_expired() {
         let server = HttpsServer {
-            cookie_script: Some((Secret::new("echo \"n=$iteration; u=$url\"; sleep 100 &"), None)),
+            cookie_script: Some((
+                Secret::new("echo \"n=$iteration; u=$url\"; sleep 100 >/dev/null &"),
+                None,
+            )),
             ..HttpsServer::default()
         };
         let session = Session::new(&server).unwrap();

@@ -1,0 +1,80 @@
+//! `--list cache-dir=DIR` and `--check cache-dir=DIR`: what a folder of cached blocks holds, and whether it is sound.
+
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use serde::Serialize;
+
+use super::check::CORRUPT;
+use super::{line, print};
+use crate::cache::disk_tier::{DiskTier, HeldFile};
+use crate::error::Result;
+
+/// A file of the folder, for the output.
+#[derive(Debug, Serialize)]
+struct Held {
+    file: String,
+    /// Bytes of the file on the server.
+    size: u64,
+    /// Bytes that the folder has for it.
+    allocated: u64,
+    complete: bool,
+    /// Seconds since 1970.
+    used: u64,
+    /// Blocks that were verified, and those that were damaged and are forgotten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verified: Option<(u64, u64)>,
+}
+
+impl Held {
+    fn of(held: &HeldFile, verified: Option<(u64, u64)>) -> Self {
+        Self {
+            file: held.key.label.clone(),
+            size: held.key.len,
+            allocated: held.allocated,
+            complete: held.complete,
+            used: held.used.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            verified,
+        }
+    }
+}
+
+/// Prints the files of the folder, the least recently used first.
+///
+/// Errors: it is not a folder of this user.
+pub fn list_cache(dir: &Path, json: bool) -> Result<u8> {
+    let held: Vec<Held> = DiskTier::open(dir, None, false)?
+        .held()
+        .iter()
+        .map(|file| Held::of(file, None))
+        .collect();
+    print(json, &held, |out| {
+        for file in &held {
+            let state = if file.complete { "complete" } else { "partial" };
+            line!(out, "{}: {} of {} bytes, {state}", file.file, file.allocated, file.size);
+        }
+    })?;
+    Ok(0)
+}
+
+/// Compares the blocks of the folder with their checksums. Damaged ones are forgotten. Returns 4 if there were any.
+///
+/// Errors: it is not a folder of this user.
+pub fn check_cache(dir: &Path, json: bool) -> Result<u8> {
+    let tier = DiskTier::open(dir, None, false)?;
+    let mut checked = Vec::new();
+    for held in tier.held() {
+        let verified = tier.reopen(&held)?.verify();
+        checked.push(Held::of(&held, Some(verified)));
+    }
+    print(json, &checked, |out| {
+        for file in &checked {
+            let (blocks, damaged) = file.verified.unwrap_or_default();
+            line!(out, "{}: {blocks} blocks, {damaged} damaged", file.file);
+        }
+    })?;
+    let damaged = checked
+        .iter()
+        .any(|file| file.verified.is_some_and(|(_, damaged)| damaged > 0));
+    Ok(if damaged { CORRUPT } else { 0 })
+}
