@@ -125,7 +125,7 @@ fn a_damaged_cache_is_noticed_and_gives_the_right_bytes() {
                 .open(data)
                 .unwrap()
                 .set_len(3 * MIB + 5)
-                .unwrap()
+                .unwrap();
         },
         |data| fs::write(data.with_extension("map"), "a foreign file").unwrap(),
     ];

@@ -292,7 +292,7 @@ fn damaged_files_give_no_wrong_block() {
                 .open(data)
                 .unwrap()
                 .set_len(3 * BLOCK)
-                .unwrap()
+                .unwrap();
         },
         |data| fs::write(data.with_extension("map"), "a foreign file").unwrap(),
         |data| {
