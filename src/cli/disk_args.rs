@@ -119,7 +119,7 @@ pub(super) fn disks(
     let (common, mut sources) = settings(options, disk_args)?;
     // The keys that name a server may come in any order, so none of them starts a disk on its own. They make one disk,
     // but only if no argument or table started another one.
-    if sources.is_empty() && common.nbd.names_server() {
+    if sources.is_empty() && (common.nbd.names_server() || common.is_vddk_export()) {
         sources.push(SourceArgs::default());
     }
     let mut disks = Vec::new();

@@ -244,14 +244,21 @@ impl Settings {
         let is_file = matches!(self.source, Some(SourceSpec::File(_) | SourceSpec::Dir(_)));
         match self.backend {
             Some(backend) => backend == Backend::Vddk,
-            None => is_file && self.vddk.libdir.is_some(),
+            None => (is_file || self.is_vddk_export()) && self.vddk.libdir.is_some(),
         }
+    }
+
+    /// Returns true if a pattern names the disks that VDDK opens, in place of `file=`.
+    pub(super) fn is_vddk_export(&self) -> bool {
+        let asked = self.vddk.libdir.is_some() || self.backend == Some(Backend::Vddk);
+        self.source.is_none() && self.nbd.export.is_some() && asked && !self.nbd.names_server()
     }
 
     /// Returns the disks that VDDK opens: that of a datastore, or local files. Fails if a key does not fit them.
     fn vddk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
-        const ALSO_HERE: [&str; 8] = [
+        const ALSO_HERE: [&str; 9] = [
             "file",
+            "export",
             "port",
             "server",
             "user",
@@ -273,7 +280,23 @@ impl Settings {
             return Err(UsageError::new(format!("{name}= does not fit a disk that VDDK opens")));
         }
         let text = self.file_text.clone().filter(|_| vddk::is_remote(self));
+        let export = self.nbd.export.as_deref();
+        if let (Some(pattern), Some(file)) = (export, &self.file_text)
+            && !vddk::matches(pattern, file)
+        {
+            let (file, pattern) = (values::display(file), values::display(pattern));
+            return Err(UsageError::new(format!("file={file}: does not match export={pattern}")));
+        }
         match (&self.source, text) {
+            (None, None) if self.is_vddk_export() && !vddk::is_remote(self) => {
+                let pattern = values::path(export.unwrap_or_default());
+                let pattern = pattern.map_err(|e| UsageError::new(format!("export=: {e}")))?;
+                let files = expand::expand(&pattern)?.into_iter();
+                Ok(files.map(|path| DiskSource::Vddk(path.into_os_string())).collect())
+            }
+            (None, None) if self.is_vddk_export() => Err(UsageError::new(
+                "export=: VDDK lists no disks of a server: name each by file=, and export= is the pattern that they match",
+            )),
             (Some(SourceSpec::File(_)), Some(text)) => Ok(vec![DiskSource::Vddk(text)]),
             (Some(SourceSpec::File(_)), None) => {
                 let files = self.files(subcommand)?.into_iter();

@@ -190,6 +190,19 @@ fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkR
     })
 }
 
+/// Returns true if the name of a disk matches a pattern with the wildcards `*`, `?` and `[`. A datastore in brackets at the
+/// start of the pattern is a name, and no set of characters.
+pub(super) fn matches(pattern: &OsStr, file: &OsStr) -> bool {
+    let (pattern, file) = (pattern.to_string_lossy(), file.to_string_lossy());
+    let split = |text: &str| match text.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+        Some((datastore, path)) => (Some(datastore.to_owned()), path.to_owned()),
+        None => (None, text.to_owned()),
+    };
+    let ((datastore, pattern), (of_file, path)) = (split(&pattern), split(&file));
+    let parsed = glob::Pattern::new(&pattern);
+    datastore == of_file && parsed.is_ok_and(|parsed| parsed.matches(&path))
+}
+
 /// Returns the default file name of a disk: that of its file, without the datastore.
 pub(super) fn default_name(disk: &VddkConfig) -> OsString {
     let text = disk.file.to_string_lossy();
@@ -309,6 +322,41 @@ mod tests {
             disk.remote.map(|remote| remote.owner),
             Some(VddkOwner::Datastore("d-1".into()))
         );
+    }
+
+    #[test]
+    fn an_export_pattern_names_local_disks_and_limits_those_of_a_server() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a.vmdk", "b.vmdk", "c.img"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let pattern = format!("export={}/*.vmdk", dir.path().display());
+        let found = disks(&["src", "libdir=/v", &pattern]);
+        assert_eq!(
+            found.iter().map(|disk| disk.name.clone()).collect::<Vec<_>>(),
+            ["a.raw", "b.raw"]
+        );
+        assert!(found.iter().all(|disk| matches!(disk.source, SourceConfig::Vddk(_))));
+        let remote = [
+            "src",
+            "libdir=/v",
+            "server=h",
+            "user=u",
+            "password=p",
+            "vm=moref=1",
+            "export=[ds] vm/*.vmdk",
+        ];
+        let two = disks(&[&remote[..], &["file=[ds] vm/x.vmdk", "file=[ds] vm/y.vmdk"]].concat());
+        assert_eq!(two.len(), 2);
+        for (file, message) in [
+            (Some("file=[ds] other/x.vmdk"), "does not match export=[ds] vm/*.vmdk"),
+            (Some("file=[d] vm/x.vmdk"), "does not match"),
+            (None, "VDDK lists no disks of a server"),
+        ] {
+            let args: Vec<&str> = remote.iter().copied().chain(file).collect();
+            let error = action(&args).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub fn create(disks: &[DiskConfig]) -> Result<()> {
     for disk in disks {
         if let SourceConfig::Vddk(config) = &disk.source {
             // The library creates the disk, and opens it.
-            drop(vddk::connect(config, true)?);
+            drop(vddk::connect(config, true, false)?);
         }
         if let Some(local) = disk.source.local()
             && let Some(config) = &local.create

@@ -38,6 +38,11 @@ const GRAIN_CACHE: u64 = 32 << 20;
 const REMOTE_GRAIN_CACHE: u64 = 16 << 20;
 /// Default read-ahead in bytes: as far as the kernel itself reads ahead if it is allowed to.
 const GRAIN_READAHEAD: u64 = 2 << 20;
+/// Default size of the cache for a disk that VDDK reads from a server, and its read-ahead, in bytes: those of HTTPS.
+const VDDK_CACHE: u64 = 64 << 20;
+const VDDK_READAHEAD: u64 = 16 << 20;
+/// Fetches in flight for such a disk. They wait for the server, not for a processor.
+const VDDK_FETCHES: usize = 16;
 /// Maximum number of threads that inflate: more do not make one reader faster.
 const MAX_WORKERS: usize = 8;
 
@@ -215,13 +220,14 @@ fn cached(config: &DiskConfig, plain: Arc<dyn BlockRead>) -> Result<Arc<dyn Bloc
     let workers = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .min(MAX_WORKERS);
-    let size = match config.source {
-        SourceConfig::Https(_) => REMOTE_GRAIN_CACHE,
-        _ => config.cache_size.unwrap_or(GRAIN_CACHE),
+    let (size, readahead, workers) = match config.source {
+        SourceConfig::Https(_) => (REMOTE_GRAIN_CACHE, GRAIN_READAHEAD, workers),
+        SourceConfig::Vddk(_) => (config.cache_size.unwrap_or(VDDK_CACHE), VDDK_READAHEAD, VDDK_FETCHES),
+        _ => (config.cache_size.unwrap_or(GRAIN_CACHE), GRAIN_READAHEAD, workers),
     };
     let options = CacheOptions {
         size,
-        readahead: config.readahead.unwrap_or(GRAIN_READAHEAD),
+        readahead: config.readahead.unwrap_or(readahead),
         workers,
     };
     Ok(Arc::new(BlockCache::new(plain, options)?))
@@ -236,7 +242,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Source> {
         return https_disk(https, config);
     }
     if let SourceConfig::Vddk(disk) = &config.source {
-        return vddk_disk(disk, false);
+        return vddk_disk(disk, false, config.cache_size.is_some());
     }
     let local = local(config)?;
     source_of(local, open_file(local, Access::Read)?)
@@ -271,7 +277,7 @@ fn open_for_writing(config: &DiskConfig) -> Result<(Source, Option<String>)> {
         return nbd_disk(server, true);
     }
     if let SourceConfig::Vddk(disk) = &config.source {
-        return Ok((vddk_disk(disk, true)?, None));
+        return Ok((vddk_disk(disk, true, false)?, None));
     }
     if matches!(config.source, SourceConfig::Https(_)) {
         // No reason to warn about: such a disk is never written to, and the mount shows that.
@@ -316,8 +322,8 @@ fn nbd_disk(server: &NbdConfig, writable: bool) -> Result<(Source, Option<String
 }
 
 /// Opens a disk in a process of its own, which serves it as an NBD server.
-fn vddk_disk(disk: &VddkConfig, writable: bool) -> Result<Source> {
-    vddk::connect(disk, writable).map(|disk| Source::Nbd(Arc::new(disk)))
+fn vddk_disk(disk: &VddkConfig, writable: bool, cached: bool) -> Result<Source> {
+    vddk::connect(disk, writable, cached).map(|disk| Source::Nbd(Arc::new(disk)))
 }
 
 /// Reason why a disk on a web server cannot be written to.

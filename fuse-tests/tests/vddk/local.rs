@@ -229,7 +229,8 @@ fn calls_of_the_library_are_counted_in_an_xattr_of_the_root_and_in_the_log() {
     );
     let read = line("VixDiskLib_ReadAsync");
     let bytes: u64 = read.split(' ').nth(4).unwrap().parse().unwrap();
-    assert!(bytes >= 8 << 20 && read.contains(" microseconds "), "{read}");
+    // Calls that the crash cut short are not counted.
+    assert!(bytes >= 4 << 20 && read.contains(" microseconds "), "{read}");
     mount.unmount();
     let log = fs::read_to_string(log).unwrap();
     assert!(log.contains("VixDiskLib_Close calls 1 bytes 0 microseconds "), "{log}");

@@ -286,3 +286,39 @@ fn info_and_map_describe_a_disk() {
     );
     command("--map").args(login()).arg(DISK).run().ok();
 }
+
+#[test]
+fn a_read_only_disk_of_a_server_is_cached_and_read_ahead() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    expect(&vddk, &["latency=500"]);
+    let disk = put(&vddk, &noise((24 << 20) + 1536, 1));
+    let mount = remote(&vddk, &scratch).arg("-r").arg("cache=none").start();
+    let shown = mount.file("x.raw");
+    assert_same(&shown, &disk);
+    let reads = || {
+        let code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], 'user.vmdkfuse.vddk'))";
+        let text = Cmd::new("python3")
+            .args(["-c", code])
+            .arg(mount.point())
+            .run()
+            .ok()
+            .stdout;
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("VixDiskLib_ReadAsync"))
+            .unwrap()
+            .to_owned();
+        line.split(' ').nth(2).unwrap().parse::<u64>().unwrap()
+    };
+    let before = reads();
+    assert!(before >= 24 * 16, "blocks of 64 KiB: {before} reads");
+    for at in [0, 5 << 20, (24 << 20) + 1000] {
+        assert_eq!(read_range(&shown, at, 500), read_range(&disk, at, 500));
+    }
+    assert_eq!(reads(), before, "what was read is in memory");
+    mount.unmount();
+}

@@ -66,6 +66,13 @@ impl NbdDisk {
         Self::connect_with(Connector::new(config)?, config, writable)
     }
 
+    /// Returns the disk with a preferred unit of requests: the blocks of a cache over it.
+    #[must_use]
+    pub(in crate::source) fn preferring(mut self, sectors: u64) -> Self {
+        self.geometry.preferred = self.geometry.preferred.max(sectors);
+        self
+    }
+
     /// Connects to a server that this process has started. `config` has its name and the limits of the disk.
     pub(in crate::source) fn connect_to_own(
         server: Arc<dyn OwnServer>,

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::level_filters::LevelFilter;
 
+use super::abi::CHUNK_SECTORS;
 use super::library_file::{self, LibraryFile};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, LibraryDescription, STATISTICS_LEN};
 use super::{EXIT_MAINTENANCE, FATAL, HOST_ARGUMENT, statistics};
@@ -86,8 +87,8 @@ struct Starter {
     memory: File,
 }
 
-/// Opens a disk: starts its host, and connects to it.
-pub(crate) fn connect(config: &VddkConfig, writable: bool) -> Result<NbdDisk> {
+/// Opens a disk: starts its host, and connects to it. `cached`: a cache over it is useful although it is local.
+pub(crate) fn connect(config: &VddkConfig, writable: bool, cached: bool) -> Result<NbdDisk> {
     if config.create.is_some() && !writable {
         return Err(Error::new(
             ErrorKind::Usage,
@@ -112,7 +113,8 @@ pub(crate) fn connect(config: &VddkConfig, writable: bool) -> Result<NbdDisk> {
     drop(hosts);
     let disk = NbdDisk::connect_to_own(Arc::clone(&host) as Arc<dyn OwnServer>, &nbd, writable)?;
     host.current.lock().unwrap_or_else(PoisonError::into_inner).created = true;
-    Ok(disk)
+    let cached = !writable && (cached || config.remote.is_some());
+    Ok(if cached { disk.preferring(CHUNK_SECTORS) } else { disk })
 }
 
 /// Returns the statistics of all disks that VDDK has open: the name of each, then a line for each function. `None` if there
