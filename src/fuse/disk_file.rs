@@ -37,7 +37,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::flush::Flushes;
 use crate::fuse::kernel_view_node::KernelViewNode;
 use crate::fuse::write::RequestContext;
-use crate::volume::worker_pool::WorkerPool;
+use crate::volume::worker_pool::DiskShare;
 use crate::volume::{self, ReadBuffer, Seek, Volume};
 
 thread_local! {
@@ -53,8 +53,8 @@ pub(super) struct DiskFile {
     pub(super) config: DiskConfig,
     pub(super) attributes: Attributes,
     pub(super) flushes: Arc<Flushes>,
-    /// Runs the requests of a remote disk that may block.
-    pub(super) pool: Arc<WorkerPool>,
+    /// Runs the requests that may block.
+    pub(super) pool: DiskShare,
     /// Position among the disks of the mount.
     pub(super) index: usize,
     /// True if the disk can be written to. Does not change while the mount exists.
@@ -79,7 +79,13 @@ pub(super) struct DiskFile {
 
 impl DiskFile {
     /// Creates the file of an open disk, `index` in the order of the mount.
-    pub(super) fn new(index: usize, config: DiskConfig, volume: Volume, mount_kind: MountKind) -> Self {
+    pub(super) fn new(
+        index: usize,
+        config: DiskConfig,
+        volume: Volume,
+        mount_kind: MountKind,
+        pool: DiskShare,
+    ) -> Self {
         let writable = volume.writable();
         Self {
             view: Arc::new(KernelViewNode::new(&config, &volume, mount_kind)),
@@ -90,7 +96,7 @@ impl DiskFile {
             },
             attributes: Attributes::default(),
             flushes: Arc::default(),
-            pool: Arc::default(),
+            pool,
             index,
             writable,
             open_files: AtomicUsize::new(0),

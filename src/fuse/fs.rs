@@ -28,6 +28,7 @@ use crate::fuse::write::RequestContext;
 use crate::store::Permissions;
 use crate::store::StoredFile;
 use crate::volume::Volume;
+use crate::volume::worker_pool::WorkerPool;
 
 /// Block size that `stat` and `statfs` report.
 const BLOCK: u32 = 4096;
@@ -105,10 +106,11 @@ impl DiskFs {
     /// Creates the file system of open disks, each with its configuration. `loops` is the number of event loops that
     /// will serve it.
     pub fn new(mount_kind: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
+        let pool = Arc::new(WorkerPool::default());
         let files = disks
             .into_iter()
             .enumerate()
-            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, mount_kind));
+            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, mount_kind, pool.add_disk()));
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             mount_kind,

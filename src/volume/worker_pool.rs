@@ -1,120 +1,207 @@
-//! Worker threads for requests of a network disk that may block, away from the event loops.
+//! Worker threads for requests that may block, away from the event loops. Shared by all disks of a mount.
 //!
 //! ```text
-//!   read, write, flush            submitted by the event loop, completed by a callback: no thread waits
-//!   everything else ─► WorkerPool ─► a thread of this disk, at most [`THREADS`]
+//!   read, write, flush            inline on a local disk; submitted to the queue of a disk behind a network
+//!   everything else ─► DiskShare ─► WorkerPool ─► a thread, at most [`THREADS`] in the mount
 //! ```
-//! Each disk has its own pool. So a disk that hangs blocks no event loop, and no request of another disk. The queue
-//! needs no limit: each job is a request that a task waits for in a system call.
+//! # Fairness
 //!
-//! States of a worker thread: started by a job → runs jobs → ends when the queue is empty. The mutex is held only to
-//! push or pop a job, never while a job runs.
+//! A disk whose source is dead must not take all threads. A job starts only if its disk has fewer jobs running than there
+//! are free threads (a dynamic threshold, as for the shared buffers of network switches). One disk alone gets half of the
+//! threads; n dead disks get a share of 1/(n+1) each, and the same share stays free for the others. Jobs that may not start
+//! wait in the queue of their disk, and the disks take turns.
+//!
+//! The queues need no limit: each job is a request that a task waits for in a system call.
+//!
+//! States of a worker thread: started by a job → runs jobs → ends when no job may start. The mutex is held only to push or
+//! pop a job, never while a job runs.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Maximum number of worker threads of a disk: the readers of a disk on a web server wait here, each for a connection.
-const THREADS: usize = 16;
+/// Maximum number of jobs in flight. A reader of a disk on a web server waits here for its block.
+const THREADS: usize = 64;
 
 /// A request that may block.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
-/// Worker threads of one disk, started on demand.
+/// Worker threads of a mount, started on demand.
 #[derive(Default)]
-pub(crate) struct WorkerPool(Mutex<JobQueue>);
+pub(crate) struct WorkerPool(Mutex<PoolState>);
+
+/// Share of one disk in a pool.
+#[derive(Debug)]
+pub(crate) struct DiskShare {
+    pool: Arc<WorkerPool>,
+    /// Index in `PoolState::disks`.
+    disk: usize,
+}
 
 #[derive(Default)]
-struct JobQueue {
-    jobs: VecDeque<Job>,
-    /// Threads that run, including those that are being started.
-    threads: usize,
+struct PoolState {
+    disks: Vec<DiskJobs>,
+    /// Disk whose turn is next.
+    turn: usize,
+    /// Threads that run a job, or are being started for one.
+    running: usize,
+}
+
+#[derive(Default)]
+struct DiskJobs {
+    waiting: VecDeque<Job>,
+    running: usize,
 }
 
 impl std::fmt::Debug for WorkerPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let queue = self.queue();
+        let state = self.state();
         f.debug_struct("WorkerPool")
-            .field("jobs", &queue.jobs.len())
-            .field("threads", &queue.threads)
+            .field("disks", &state.disks.len())
+            .field("running", &state.running)
             .finish()
     }
 }
 
-impl WorkerPool {
-    /// Queues `job` for a worker thread. If no thread can be started, the caller runs the queue itself.
-    pub(crate) fn run(self: &Arc<Self>, job: Job) {
-        let mut queue = self.queue();
-        queue.jobs.push_back(job);
-        if queue.threads >= THREADS {
-            return;
+impl DiskShare {
+    /// Queues `job` for a worker thread. If no thread can be started, the caller runs the job itself.
+    pub(crate) fn run(&self, job: Job) {
+        let mut state = self.pool.state();
+        if let Some(jobs) = state.disks.get_mut(self.disk) {
+            jobs.waiting.push_back(job);
         }
-        // Counted under the lock, so that concurrent callers do not start more than the maximum.
-        queue.threads += 1;
-        drop(queue);
-        let this = Arc::clone(self);
+        // Counted as running under the lock, so that concurrent callers do not start more than the maximum.
+        let Some(next) = state.take_next() else { return };
+        drop(state);
+        // Shared with the thread, so that the job is not lost if the thread cannot be started.
+        let next = Arc::new(Mutex::new(Some(next)));
+        let (pool, shared) = (Arc::clone(&self.pool), Arc::clone(&next));
         let started = std::thread::Builder::new()
             .name("worker".to_owned())
-            .spawn(move || this.work());
+            .spawn(move || pool.work(&shared));
         if started.is_err() {
-            // Takes the place of the thread: `work` lowers the count again.
-            self.work();
+            self.pool.work(&next);
+        }
+    }
+}
+
+impl WorkerPool {
+    /// Adds a disk.
+    pub(crate) fn add_disk(self: &Arc<Self>) -> DiskShare {
+        let mut state = self.state();
+        state.disks.push(DiskJobs::default());
+        DiskShare {
+            pool: Arc::clone(self),
+            disk: state.disks.len() - 1,
         }
     }
 
-    fn work(&self) {
-        loop {
-            let mut queue = self.queue();
-            // The count is lowered under the lock under which the queue was found empty. A job that is pushed
-            // afterwards sees the lower count and starts a thread.
-            let Some(job) = queue.jobs.pop_front() else {
-                queue.threads -= 1;
-                return;
-            };
-            drop(queue);
-            // A panic must not end the thread: the count would stay too high, and the jobs in the queue would wait for
-            // ever.
+    /// Runs `first`, then every other job that may start.
+    fn work(&self, first: &Mutex<Option<(usize, Job)>>) {
+        let mut next = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        while let Some((disk, job)) = next {
+            // A panic must not end the thread: the count would stay too high, and jobs in a queue would wait for ever.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 tracing::error!("request handler panicked");
             }
+            let mut state = self.state();
+            state.ended(disk);
+            // The count is lowered under the lock under which no job was found. A job that is pushed afterwards sees the
+            // lower count and starts a thread.
+            next = state.take_next();
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, JobQueue> {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PoolState {
+    /// Takes the next job that may start, and counts it as running.
+    fn take_next(&mut self) -> Option<(usize, Job)> {
+        let (count, free) = (self.disks.len(), THREADS - self.running);
+        let disk = (0..count)
+            .map(|i| (self.turn + i) % count)
+            .find(|&disk| self.disks.get(disk).is_some_and(|jobs| jobs.may_start(free)))?;
+        let jobs = self.disks.get_mut(disk)?;
+        let job = jobs.waiting.pop_front()?;
+        jobs.running += 1;
+        self.running += 1;
+        self.turn = disk + 1;
+        Some((disk, job))
+    }
+
+    fn ended(&mut self, disk: usize) {
+        self.running -= 1;
+        if let Some(jobs) = self.disks.get_mut(disk) {
+            jobs.running -= 1;
+        }
+    }
+}
+
+impl DiskJobs {
+    /// Returns true if a job waits that may start while `free` threads are free.
+    fn may_start(&self, free: usize) -> bool {
+        !self.waiting.is_empty() && self.running < free
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::sync::mpsc::{self, Sender};
 
     use super::*;
 
-    #[test]
-    fn jobs_that_hang_block_only_their_own_pool() {
-        let (one, other) = (Arc::new(WorkerPool::default()), Arc::new(WorkerPool::default()));
+    /// Gives `disk` jobs that hang until the sender is dropped.
+    fn hang(disk: &DiskShare, jobs: usize) -> Sender<()> {
         let (release, hang) = mpsc::channel::<()>();
         let hang = Arc::new(Mutex::new(hang));
-        for _ in 0..2 * THREADS {
+        for _ in 0..jobs {
             let hang = Arc::clone(&hang);
-            one.run(Box::new(move || {
+            disk.run(Box::new(move || {
                 let _ = hang.lock().unwrap().recv();
             }));
         }
+        release
+    }
+
+    #[test]
+    fn disks_that_hang_never_take_all_threads() {
+        let pool = Arc::new(WorkerPool::default());
+        let mut held = Vec::new();
+        for dead in 1..=20 {
+            held.push(hang(&pool.add_disk(), 2 * THREADS));
+            let running = pool.state().running;
+            assert!(running < THREADS, "{dead} disks run {running} jobs");
+            let (sender, done) = mpsc::channel();
+            let live = pool.add_disk();
+            for _ in 0..10 {
+                let sender = sender.clone();
+                live.run(Box::new(move || sender.send(()).unwrap()));
+            }
+            (0..10).for_each(|_| done.recv().unwrap());
+        }
+    }
+
+    #[test]
+    fn one_disk_has_many_jobs_in_flight_and_all_of_them_run() {
+        let pool = Arc::new(WorkerPool::default());
+        let disk = pool.add_disk();
+        let held = hang(&disk, 3 * THREADS);
+        assert_eq!(pool.state().running, THREADS / 2);
         let (sender, done) = mpsc::channel();
-        other.run(Box::new(move || sender.send(()).unwrap()));
+        disk.run(Box::new(move || sender.send(()).unwrap()));
+        drop(held);
         done.recv().unwrap();
-        assert!(one.queue().threads <= THREADS);
-        drop(release);
     }
 
     #[test]
     fn a_job_that_panics_fails_only_that_job() {
-        let pool = Arc::new(WorkerPool::default());
-        pool.run(Box::new(|| panic!("this is meant")));
+        let disk = Arc::new(WorkerPool::default()).add_disk();
+        disk.run(Box::new(|| panic!("this is meant")));
         let (sender, done) = mpsc::channel();
-        pool.run(Box::new(move || sender.send(()).unwrap()));
+        disk.run(Box::new(move || sender.send(()).unwrap()));
         done.recv().unwrap();
     }
 }

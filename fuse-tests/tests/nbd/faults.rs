@@ -3,9 +3,11 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::process::Command;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, assert_same, need, need_fuse, poll_until, read_range, sha256};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 
 use crate::{SOON, Server, can_read, noise, ready};
@@ -61,6 +63,46 @@ fn restarts_of_the_server_under_load_lose_nothing() {
     let copy = sha256(&mount.file("disk.raw"));
     mount.unmount();
     assert_eq!(copy, sha256(&disk));
+}
+
+/// Readers of a live disk are served beside those of a dead one, also where all of them go through the page cache: the
+/// kernel counts their read-ahead together.
+#[test]
+fn read_ahead_of_a_dead_disk_does_not_stop_that_of_a_live_one() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let content = noise(8 << 20, 41);
+    let image = scratch.write("live.img", &content);
+    let dead = Server::nbdkit(&scratch, &["memory", "256M"]);
+    let uri = dead.uri();
+    let live = scratch.path("live.sock");
+    let mut command = Command::new("nbdkit");
+    command.args(["-f", "-U"]).arg(&live).arg("file").arg(&image);
+    let _live = Server::start(command, live.clone());
+    let mount = scratch
+        .mount()
+        .arg(format!("uri={uri}"))
+        .arg("name=dead")
+        .arg("timeout=200")
+        .arg(format!("uri=nbd+unix:///?socket={}", live.display()))
+        .arg("name=live")
+        .start();
+    dead.signal(Signal::SIGSTOP);
+    let file = fs::File::open(mount.file("dead")).unwrap();
+    // More than one disk's readers ever ask for at a time.
+    for at in 0..120 {
+        posix_fadvise(&file, at << 20, 1 << 20, PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
+    }
+    let copy = Cmd::new("cp")
+        .arg(mount.file("live"))
+        .arg(scratch.path("copy"))
+        .deadline(Duration::from_secs(60))
+        .run();
+    dead.signal(Signal::SIGCONT);
+    copy.ok();
+    assert!(fs::read(scratch.path("copy")).unwrap() == content);
 }
 
 #[test]

@@ -22,8 +22,10 @@ use crate::process::unmount::{DAEMON_XATTR, daemon_identity};
 use crate::source::vddk;
 use crate::volume::{MAX_READ, Seek};
 
-/// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight.
-const MAX_BACKGROUND: u16 = 64;
+/// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight, for all disks of the mount.
+/// Well above what the readers of one disk ask for (a few windows of read-ahead each): those of a disk whose source is dead
+/// hold theirs until the deadline, and the read-ahead of the other disks would wait for them. Each may be of 1 MiB.
+const MAX_BACKGROUND: u16 = 256;
 
 /// Length in bytes from which on zeroing a range may take long, and runs in the worker pool.
 const LONG_ZEROING: u64 = 64 << 20;
