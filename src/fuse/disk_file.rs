@@ -20,13 +20,11 @@
 //!
 //! Lock order: `opens` before `volume`. Neither is held while an image is opened.
 
-use std::cell::RefCell;
-use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyOpen};
+use fuser::{BackingId, Errno, FileHandle, FopenFlags, OpenAccMode, OpenFlags, ReplyData, ReplyLseek, ReplyOpen};
 
 use crate::block::{ReadCompletion, SECTOR};
 use crate::config::{DiskConfig, MountKind, PageCache};
@@ -34,15 +32,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::attributes::Attributes;
 use crate::fuse::errno::errno;
-use crate::fuse::flush::Flushes;
 use crate::fuse::kernel_view_node::KernelViewNode;
-use crate::fuse::write::RequestContext;
-use crate::volume::worker_pool::DiskShare;
-use crate::volume::{self, ReadBuffer, Seek, Volume};
-
-thread_local! {
-    static READ_BUFFER: RefCell<ReadBuffer> = RefCell::new(ReadBuffer::new());
-}
+use crate::volume::{self, Request, Seek, SeekCompletion, ServingThreads, Volume};
 
 /// `Ok` if the kernel accepts a backing file for FUSE passthrough, otherwise the reason why not.
 pub(super) type Passthrough = Result<(), &'static str>;
@@ -52,11 +43,10 @@ pub(super) type Passthrough = Result<(), &'static str>;
 pub(super) struct DiskFile {
     pub(super) config: DiskConfig,
     pub(super) attributes: Attributes,
-    pub(super) flushes: Arc<Flushes>,
-    /// Runs the requests that may block.
-    pub(super) pool: DiskShare,
-    /// Position among the disks of the mount.
-    pub(super) index: usize,
+    /// Log of failed requests, shared by the mount.
+    error_log: Arc<ErrorLog>,
+    /// Threads that serve the disk, whichever volume it has.
+    threads: ServingThreads,
     /// True if the disk can be written to. Does not change while the mount exists.
     pub(super) writable: bool,
     /// Number of opens of both inodes.
@@ -78,15 +68,16 @@ pub(super) struct DiskFile {
 }
 
 impl DiskFile {
-    /// Creates the file of an open disk, `index` in the order of the mount.
+    /// Creates the file of an open disk.
     pub(super) fn new(
-        index: usize,
         config: DiskConfig,
         volume: Volume,
         mount_kind: MountKind,
-        pool: DiskShare,
+        threads: ServingThreads,
+        error_log: Arc<ErrorLog>,
     ) -> Self {
         let writable = volume.writable();
+        let volume = volume.served_by(threads.clone());
         Self {
             view: Arc::new(KernelViewNode::new(&config, &volume, mount_kind)),
             // A volume that is reopened later must not become writable when this one is not.
@@ -95,9 +86,8 @@ impl DiskFile {
                 ..config
             },
             attributes: Attributes::default(),
-            flushes: Arc::default(),
-            pool,
-            index,
+            error_log,
+            threads,
             writable,
             open_files: AtomicUsize::new(0),
             dirtying_opens: AtomicUsize::new(0),
@@ -135,7 +125,7 @@ impl DiskFile {
         );
         // No lock is held here: an open of one disk must not wait for the image files of another open. Where several
         // opens find the modification at once, the first volume that gets installed stays.
-        let new = volume::reopen(&self.config, &old)?;
+        let new = volume::reopen(&self.config, &old)?.served_by(self.threads.clone());
         if new.len() != old.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -160,14 +150,8 @@ impl DiskFile {
 
     /// Answers an open. Decides whether the kernel serves it from the backing file or from its pages, or the daemon
     /// does.
-    pub(super) fn open(
-        &self,
-        passthrough: Passthrough,
-        flags: OpenFlags,
-        pid: u32,
-        error_log: &ErrorLog,
-        reply: ReplyOpen,
-    ) {
+    pub(super) fn open(&self, passthrough: Passthrough, flags: OpenFlags, pid: u32, reply: ReplyOpen) {
+        let error_log = &self.error_log;
         let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
         if writes && !self.writable {
             return reply.error(Errno::EROFS);
@@ -263,7 +247,8 @@ impl DiskFile {
     }
 
     /// Answers an open of the kernel view's inode.
-    pub(super) fn open_view(&self, flags: OpenFlags, pid: u32, error_log: &ErrorLog, reply: ReplyOpen) {
+    pub(super) fn open_view(&self, flags: OpenFlags, pid: u32, reply: ReplyOpen) {
+        let error_log = &self.error_log;
         if let Err(e) = self.refresh() {
             reply.error(errno(&e));
             return error_log.note(e);
@@ -335,15 +320,24 @@ impl DiskFile {
         counted.unwrap_or(volume.len())
     }
 
-    /// Returns the offset of the next data or hole, as [`Volume::seek`]. While pages may be dirty everything is data: a
-    /// copy that skipped their holes would lose what a read shows.
-    pub(super) fn seek(&self, offset: u64, target: Seek) -> Result<Option<u64>> {
+    /// Answers a search for data or a hole. While pages may be dirty everything is data: a copy that skipped their holes
+    /// would lose what a read shows.
+    pub(super) fn seek(self: &Arc<Self>, offset: u64, target: Seek, reply: ReplyLseek) {
         let volume = self.volume();
+        let file = Arc::clone(self);
+        let done: SeekCompletion = Box::new(move |found| match found {
+            Ok(Some(at)) => reply.offset(at as i64),
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(e) => {
+                reply.error(errno(&e));
+                file.note(e, || format!("seeking data or a hole from {offset}"));
+            }
+        });
         if !self.may_have_dirty_pages() {
-            return volume.seek(offset, target);
+            return volume.submit(Request::Seek { offset, target, done });
         }
         let at = if target == Seek::Data { offset } else { volume.len() };
-        Ok((offset < volume.len()).then_some(at))
+        done(Ok((offset < volume.len()).then_some(at)));
     }
 
     /// Returns the number of opens.
@@ -383,77 +377,34 @@ impl DiskFile {
         }
     }
 
-    /// Answers a read. A local disk is read on this thread; a remote one through its queue or its worker pool.
+    /// Answers a read.
     pub(super) fn read(
-        &self,
+        self: &Arc<Self>,
         handle: FileHandle,
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        context: RequestContext<'_>,
         reply: ReplyData,
     ) {
         if !is_aligned(handle, flags, offset, size as usize) {
             return reply.error(Errno::EINVAL);
         }
-        let volume = self.volume();
-        if !volume.is_remote() {
-            return self.read_now(offset, size, context.error_log, reply);
-        }
-        let (later, index) = (context.later(), self.index);
-        let Some(queue) = volume.queue() else {
-            let Some(reply) = self.reply_from_memory(&volume, offset, size, reply) else {
-                return;
-            };
-            return self.pool.run(Box::new(move || {
-                if let Some(file) = later.file(index) {
-                    file.read_now(offset, size, later.context().error_log, reply);
-                }
-            }));
-        };
-        // The completion may run on another thread, after the borrows of this call have ended: it owns what it needs.
+        let file = Arc::clone(self);
         let done: ReadCompletion = Box::new(move |read| match read {
             Ok(bytes) => reply.data(bytes),
             Err(e) => {
                 reply.error(errno(&e));
-                let name = later
-                    .file(index)
-                    .map_or_else(OsString::new, |file| file.config.name.clone());
-                later
-                    .context()
-                    .error_log
-                    .note(e.within(format!("{}: {size} bytes at {offset}", name.display())));
+                file.note(e, || format!("{size} bytes at {offset}"));
             }
         });
-        volume.submit_read(queue, offset, size as usize, done);
-        context.poll_completions(queue);
+        let len = size as usize;
+        self.volume().submit(Request::Read { offset, len, done });
     }
 
-    /// Answers a read with what is in memory, without waiting. Returns the reply if the read may have to wait.
-    fn reply_from_memory(&self, volume: &Volume, offset: u64, size: u32, reply: ReplyData) -> Option<ReplyData> {
-        READ_BUFFER.with_borrow_mut(|read_buffer| {
-            match volume.read_in_memory(offset, size as usize, read_buffer) {
-                Some(Ok(bytes)) => {
-                    reply.data(bytes);
-                    None
-                }
-                // The thread that may wait reports the error.
-                Some(Err(_)) | None => Some(reply),
-            }
-        })
-    }
-
-    fn read_now(&self, offset: u64, size: u32, error_log: &ErrorLog, reply: ReplyData) {
-        READ_BUFFER.with_borrow_mut(|read_buffer| {
-            let volume = self.volume();
-            match volume.read(offset, size as usize, read_buffer) {
-                Ok(bytes) => reply.data(bytes),
-                Err(e) => {
-                    reply.error(errno(&e));
-                    error_log.note(e.within(format!("{}: {size} bytes at {offset}", self.config.name.display())));
-                }
-            }
-        });
+    /// Logs the failure of a request, which `what` names.
+    pub(super) fn note(&self, e: Error, what: impl FnOnce() -> String) {
+        self.error_log
+            .note(e.within(format!("{}: {}", self.config.name.display(), what())));
     }
 }
 

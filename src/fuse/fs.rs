@@ -23,12 +23,11 @@ use crate::error::Result as CrateResult;
 use crate::error_log::ErrorLog;
 use crate::fuse::disk_file::{DiskFile, Passthrough};
 use crate::fuse::kernel_view_node;
-use crate::fuse::loop_budget::LoopBudget;
-use crate::fuse::write::RequestContext;
 use crate::store::Permissions;
 use crate::store::StoredFile;
-use crate::volume::Volume;
+use crate::volume::loop_budget::LoopBudget;
 use crate::volume::worker_pool::WorkerPool;
+use crate::volume::{ServingThreads, Volume};
 
 /// Block size that `stat` and `statfs` report.
 const BLOCK: u32 = 4096;
@@ -46,7 +45,7 @@ const FIRST_DISK: u64 = 2;
 #[derive(Debug)]
 pub struct DiskFs {
     mount_kind: MountKind,
-    files: Arc<[DiskFile]>,
+    files: Arc<[Arc<DiskFile>]>,
     owner: (u32, u32),
     /// True if the user chose the group of the files (`gid=`).
     group_chosen: bool,
@@ -62,7 +61,7 @@ pub struct DiskFs {
 
 /// The disks of a mount. They outlive the session, so that they can be closed after it.
 #[derive(Debug, Clone)]
-pub struct Disks(Arc<[DiskFile]>);
+pub struct Disks(Arc<[Arc<DiskFile>]>);
 
 impl Disks {
     /// Flushes and closes every disk. An error does not keep the others from being closed.
@@ -70,6 +69,9 @@ impl Disks {
     /// Errors: the first one; each is logged.
     pub fn close(&self) -> CrateResult<()> {
         let mut first = Ok(());
+        for file in self.0.iter() {
+            tracing::debug!("{}: {}", file.config.name.display(), file.volume().statistics());
+        }
         for file in self.0.iter().filter(|file| file.writable) {
             if let Err(e) = file.volume().close() {
                 let e = e.within(format!("{}: closing the disk", file.config.name.display()));
@@ -82,7 +84,7 @@ impl Disks {
 
     /// Returns the number of opens of all disks.
     pub fn open_files(&self) -> usize {
-        self.0.iter().map(DiskFile::open_files).sum()
+        self.0.iter().map(|file| file.open_files()).sum()
     }
 
     /// Returns the files that the disks consist of.
@@ -107,10 +109,17 @@ impl DiskFs {
     /// will serve it.
     pub fn new(mount_kind: MountKind, disks: Vec<(DiskConfig, Volume)>, options: &MountOptions, loops: usize) -> Self {
         let pool = Arc::new(WorkerPool::default());
-        let files = disks
-            .into_iter()
-            .enumerate()
-            .map(|(i, (config, volume))| DiskFile::new(i, config, volume, mount_kind, pool.add_disk()));
+        let (loops, error_log) = (Arc::new(LoopBudget::new(loops)), Arc::<ErrorLog>::default());
+        let files = disks.into_iter().map(|(config, volume)| {
+            let threads = ServingThreads::of_mount(&loops, &pool);
+            Arc::new(DiskFile::new(
+                config,
+                volume,
+                mount_kind,
+                threads,
+                Arc::clone(&error_log),
+            ))
+        });
         let user = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         Self {
             mount_kind,
@@ -121,8 +130,8 @@ impl DiskFs {
             mount_time: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
             views: kernel_view_node::Builder::default(),
-            error_log: Arc::default(),
-            loops: Arc::new(LoopBudget::new(loops)),
+            error_log,
+            loops,
             has_xattr: false,
         }
     }
@@ -163,36 +172,8 @@ impl DiskFs {
     }
 
     /// Returns a disk that must be written in order, if there is one.
-    fn sequential_disk(&self) -> Option<&DiskFile> {
+    fn sequential_disk(&self) -> Option<&Arc<DiskFile>> {
         self.files.iter().find(|file| file.sequential_write_only())
-    }
-
-    fn context(&self) -> RequestContext<'_> {
-        RequestContext {
-            error_log: &self.error_log,
-            loops: &self.loops,
-            files: &self.files,
-        }
-    }
-
-    /// Runs the answer to a request that may block: here for a local disk, in the worker pool of a remote one.
-    fn run_blocking(&self, ino: INodeNo, answer: BlockingAnswer) {
-        match self.file(ino) {
-            Ok(file) if file.volume().is_remote() => self.run_in_pool(file, answer),
-            Ok(file) => catch_panic(|| answer(file, &self.error_log)),
-            // Drops the answer, and with it the reply, which fuser answers with EIO.
-            Err(_) => {}
-        }
-    }
-
-    /// Runs the answer to a request that may take long in the worker pool of the disk.
-    fn run_in_pool(&self, file: &DiskFile, answer: BlockingAnswer) {
-        let (later, index) = (self.context().later(), file.index);
-        file.pool.run(Box::new(move || {
-            if let Some(file) = later.file(index) {
-                answer(file, later.context().error_log);
-            }
-        }));
     }
 
     /// Returns the errno for a change of names or of the directory, which are fixed.
@@ -200,7 +181,7 @@ impl DiskFs {
         if self.is_writable() { Errno::EPERM } else { Errno::EROFS }
     }
 
-    fn file(&self, ino: INodeNo) -> Result<&DiskFile, Errno> {
+    fn file(&self, ino: INodeNo) -> Result<&Arc<DiskFile>, Errno> {
         let index = match (self.mount_kind, kernel_view_node::disk_inode_of(ino)) {
             (MountKind::File, ROOT) => Some(0),
             (MountKind::File, _) => None,
@@ -285,9 +266,6 @@ impl DiskFs {
         }
     }
 }
-
-/// Answer to a request that may block on its disk.
-type BlockingAnswer = Box<dyn FnOnce(&DiskFile, &ErrorLog) + Send>;
 
 /// Runs the handler of a request and catches its panic.
 ///

@@ -4,30 +4,27 @@
 //!   mount              creates and removes the mount ── fusermount: the same through the setuid helper
 //!   session            the threads that take requests
 //!   fs                 the file system ── operations: its requests ── errno: conversion of errors
-//!   disk_file          one disk: how an open is served ── write ── flush: group flush ── attributes
+//!   disk_file          one disk: how an open is served ── write ── attributes
 //!     kernel_view_node its second inode, which the kernel reads without the daemon
-//!   loop_budget        how many event loops may be busy with something else than requests
 //!   readahead          the mount's read-ahead window
 //!   probe              a first read through the mount, by a separate process
 //!   auto_unmount       removes the mount of a killed daemon, by a separate process
 //! ```
 //!
-//! Threads: the main thread only handles signals and the unmount. Event loops take requests and answer them at once
-//! where no network is involved; requests of remote disks are answered by completions or by the disk's worker pool
-//! (`volume::worker_pool`). At least one loop is always free to take requests.
+//! Threads: the main thread only handles signals and the unmount. Event loops take requests and submit them to the volume
+//! of the disk, which decides where each may wait (`volume::submit`). Completions hold the disk file, and may run on any
+//! thread. At least one loop is always free to take requests.
 //!
 //! Lock order: `opens` of a disk file first. Its `volume`, its attributes and the state of its kernel view node are
-//! leaf locks below that. The lock of a flush queue is never held together with another one.
+//! leaf locks below that.
 
 mod attributes;
 pub mod auto_unmount;
 mod disk_file;
 mod errno;
-mod flush;
 pub mod fs;
 mod fusermount;
 mod kernel_view_node;
-mod loop_budget;
 pub mod mount;
 pub(crate) mod mount_flags;
 

@@ -4,8 +4,12 @@
 //!   open              builds the layers below from the configuration
 //!   create            new images
 //!   write             byte writes to sectors, under range locks
-//!   submit            reads and writes of a network disk without blocking
-//!   worker_pool       threads for requests of a network disk that block
+//!   submit            the boundary: one request, and its completion
+//!   queued            reads and writes of a disk with a queue, without blocking
+//!   worker_pool       threads for requests that may block, shared by the disks of a mount
+//!   group_flush       one flush at a time, shared by all that wait
+//!   loop_budget       how many event loops may be busy with something else than requests
+//!   statistics        counts and latencies of the requests
 //!   writeback_timer   completion of the image some seconds after a write
 //!   block_count       count of the bytes that are data
 //!   read_buffer       buffers for reads
@@ -26,8 +30,12 @@ use crate::store::StoredFile;
 mod block_count;
 mod create;
 pub(crate) mod format;
+mod group_flush;
+pub(crate) mod loop_budget;
 pub(crate) mod open;
+mod queued;
 mod read_buffer;
+mod statistics;
 mod submit;
 pub(crate) mod worker_pool;
 mod write;
@@ -36,10 +44,13 @@ mod writeback_timer;
 use crate::range_lock::RangeLock;
 use block_count::BlockCount;
 pub use create::create;
+pub(crate) use group_flush::FlushKind;
+use group_flush::GroupFlush;
 pub(crate) use open::reopen;
 pub use open::{Description, OpenedDisks, Source, is_dynamic, open, open_all, open_source};
 pub use read_buffer::{MAX_READ, ReadBuffer};
-pub use submit::WriteCompletion;
+use statistics::Statistics;
+pub(crate) use submit::{Request, SeekCompletion, ServingThreads};
 use writeback_timer::WritebackTimer;
 
 /// Length of a read, in bytes, from which on a query for zeroes is cheaper than filling a buffer with them.
@@ -68,6 +79,10 @@ pub struct Volume {
     remote: bool,
     /// Error of a flush that no program waited for; the next flush reports it.
     unheard: Mutex<Option<Error>>,
+    /// Threads that requests run on.
+    threads: ServingThreads,
+    flushes: Arc<GroupFlush>,
+    statistics: Statistics,
 }
 
 /// Target of a search.
@@ -96,7 +111,17 @@ impl Volume {
             external_writes: AtomicBool::new(false),
             remote,
             unheard: Mutex::default(),
+            threads: ServingThreads::alone(),
+            flushes: Arc::default(),
+            statistics: Statistics::default(),
         }
+    }
+
+    /// Sets the threads that requests run on: those of a mount.
+    #[must_use]
+    pub(crate) fn served_by(mut self, threads: ServingThreads) -> Self {
+        self.threads = threads;
+        self
     }
 
     /// Sets the volume as remote if `remote` is true, although its disk has no queue: a layer or a base of it is

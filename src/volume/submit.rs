@@ -1,108 +1,308 @@
-//! Reads and writes without blocking, for network disks ([`BlockQueue`]).
+//! The boundary where a request may wait: `fuse/` submits a [`Request`], and its completion is called once.
 //!
-//! A request that the disk takes as it is goes this way: an event loop submits it, and a callback runs on completion. A
-//! request that would block (a read-modify-write, a write whose range is locked) is handed back to the caller, which
-//! runs it on a thread of its own ([`super::worker_pool`]).
+//! ```text
+//!   submit ─┬─ local disk ──────────────── here, on the calling thread: no hop
+//!           ├─ disk with a queue ───────── submitted; completed by the thread that reads the answer
+//!           ├─ any other remote disk ───── a read of what is in memory: here; WouldBlock: again in the worker pool
+//!           ├─ may take long, or block ─── worker pool, shared fairly by the disks of the mount
+//!           └─ flush ───────────────────── group flush
+//! ```
+//! The caller is an event loop. It returns at once, or stays to poll the queue of the disk as long as it can be spared. A
+//! completion may run on any thread, and before the call returns. A request whose handler panics drops its completion.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::write::Parts;
-use super::{MAX_READ, ReadBuffer, Volume, ZERO_QUERY_MIN, out_of_range};
-use crate::block::{BlockQueue, Completion, Lba, ReadCompletion, SECTOR};
+use super::group_flush::{FlushAnswer, FlushKind};
+use super::loop_budget::LoopBudget;
+use super::queued::QueuedWrite;
+use super::statistics::RequestKind;
+use super::worker_pool::{DiskShare, WorkerPool};
+use super::{ReadBuffer, Seek, Volume};
+use crate::block::{Completion, ReadCompletion, Stay};
 use crate::error::Result;
-use crate::range_lock::Mode;
 
-/// Called with the number of bytes written, and true if they are durable already.
-pub type WriteCompletion = Box<dyn FnOnce(Result<usize>, bool) + Send>;
+/// Length in bytes from which on zeroing or allocating a range may take long, and runs in the worker pool.
+const LONG_ZEROING: u64 = 64 << 20;
 
-/// Range lock of a write in flight. Owns its volume, as it outlives the call that submits the write.
-struct HeldRange {
-    volume: Arc<Volume>,
-    /// Number of the lock in `volume.ranges`.
-    number: u64,
+thread_local! {
+    static READ_BUFFER: RefCell<ReadBuffer> = RefCell::new(ReadBuffer::new());
 }
 
-impl Drop for HeldRange {
-    fn drop(&mut self) {
-        self.volume.ranges.unlock(self.number);
-        self.volume.note_change();
+/// Called with the number of bytes written.
+pub(crate) type WriteCompletion = Box<dyn FnOnce(Result<usize>) + Send>;
+
+/// Called with the offset that was found.
+pub(crate) type SeekCompletion = Box<dyn FnOnce(Result<Option<u64>>) + Send>;
+
+/// A request to a disk, with its completion.
+pub(crate) enum Request<'a> {
+    /// Reads, as [`Volume::read`].
+    Read {
+        offset: u64,
+        len: usize,
+        done: ReadCompletion,
+    },
+    /// Writes, as [`Volume::write`]. With `sync` it completes when the data is durable.
+    Write {
+        offset: u64,
+        data: &'a [u8],
+        sync: bool,
+        done: WriteCompletion,
+    },
+    /// Makes everything that was written before durable or, depending on `kind`, completes the image.
+    Flush { kind: FlushKind, done: FlushAnswer },
+    /// Completes the image at the end of an open, if it may be incomplete. No program waits for it: the next flush reports
+    /// an error of it too.
+    Finish { done: FlushAnswer },
+    /// Zeroes a range, as [`Volume::zero_range`].
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+        done: Completion,
+    },
+    /// Zeroes everything from `size` on, if that is cheap.
+    Truncate { size: u64, done: Completion },
+    /// Allocates a range, as [`Volume::allocate`].
+    Allocate { offset: u64, len: u64, done: Completion },
+    /// Searches, as [`Volume::seek`].
+    Seek {
+        offset: u64,
+        target: Seek,
+        done: SeekCompletion,
+    },
+}
+
+/// Threads that serve the requests of a disk.
+#[derive(Debug, Clone)]
+pub(crate) struct ServingThreads {
+    pub(super) loops: Arc<LoopBudget>,
+    share: Arc<DiskShare>,
+}
+
+impl ServingThreads {
+    /// Returns the threads of a disk in a mount: its event loops, and a share of its worker pool.
+    pub(crate) fn of_mount(loops: &Arc<LoopBudget>, pool: &Arc<WorkerPool>) -> Self {
+        Self {
+            loops: Arc::clone(loops),
+            share: Arc::new(pool.add_disk()),
+        }
+    }
+
+    /// Returns the threads of a disk without a mount: the caller alone, and a pool of its own.
+    pub(super) fn alone() -> Self {
+        Self::of_mount(&Arc::new(LoopBudget::new(1)), &Arc::default())
     }
 }
 
 impl Volume {
-    /// Returns the disk's queue, or `None` if its calls do not block for long.
-    pub fn queue(&self) -> Option<&dyn BlockQueue> {
-        self.disk.queue()
+    /// Submits a request from an event loop.
+    pub(crate) fn submit(self: &Arc<Self>, request: Request<'_>) {
+        match request {
+            Request::Read { offset, len, done } => self.submit_read(offset, len, done),
+            Request::Write {
+                offset,
+                data,
+                sync,
+                done,
+            } => self.submit_write(offset, data, sync, done),
+            Request::Flush { kind, done } => {
+                self.flush_then(kind, done);
+                self.poll();
+            }
+            Request::Finish { done } => self.finish(done),
+            Request::Zero {
+                offset,
+                len,
+                unmap,
+                done,
+            } => {
+                let work = move |volume: &Self| volume.zero_range(offset, len, unmap);
+                self.run(RequestKind::Zero, self.is_long(len), work, done);
+            }
+            Request::Truncate { size, done } => {
+                self.run(
+                    RequestKind::Zero,
+                    true,
+                    move |volume: &Self| volume.truncate(size),
+                    done,
+                );
+            }
+            Request::Allocate { offset, len, done } => {
+                let work = move |volume: &Self| volume.allocate(offset, len);
+                self.run(RequestKind::Zero, self.is_long(len), work, done);
+            }
+            Request::Seek { offset, target, done } => {
+                let work = move |volume: &Self| volume.seek(offset, target);
+                self.run(RequestKind::Seek, self.is_remote(), work, done);
+            }
+        }
     }
 
-    /// Submits a [`read`](Self::read); `done` is called with its result. The caller polls the queue afterwards.
-    pub fn submit_read(&self, queue: &dyn BlockQueue, offset: u64, len: usize, done: ReadCompletion) {
-        let len = len
-            .min(MAX_READ)
-            .min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
-        if len == 0 {
-            return done(Ok(&[]));
-        }
-        let granule = self.disk.geometry().granule * SECTOR;
-        let start = offset / granule * granule;
-        let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        if len >= ZERO_QUERY_MIN && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
-            return done(Ok(ReadBuffer::zeroes(len)));
-        }
-        let skip = (offset - start) as usize;
-        let whole = skip == 0 && end - start == len as u64;
-        // The disk reads whole granules; the caller gets the part that it asked for.
-        let trimmed: ReadCompletion = match whole {
-            true => done,
-            false => Box::new(move |read| {
-                done(read.and_then(|bytes| bytes.get(skip..skip + len).ok_or_else(|| out_of_range(offset))));
-            }),
-        };
-        queue.submit_read(Lba(start / SECTOR), (end - start) / SECTOR, trimmed);
+    /// Returns a line of statistics for the log.
+    pub(crate) fn statistics(&self) -> String {
+        self.statistics.to_string()
     }
 
-    /// Submits a [`write`](Self::write) of all of `buf`; `done` is called with its result. With `sync` the write is
-    /// durable on completion, if the disk can do that for less than the cost of a flush. The caller polls the queue
-    /// afterwards.
-    ///
-    /// Errors: returns `done` if the write would block: it needs a read-modify-write, its range is locked, or it does
-    /// not lie on the disk.
-    pub fn submit_write(
-        self: &Arc<Self>,
-        queue: &dyn BlockQueue,
-        offset: u64,
-        buf: &[u8],
-        sync: bool,
-        done: WriteCompletion,
-    ) -> std::result::Result<(), WriteCompletion> {
-        let end = offset.saturating_add(buf.len() as u64);
-        if buf.is_empty() || end > self.len() || self.disk.writer().is_none() {
-            return Err(done);
+    fn submit_read(self: &Arc<Self>, offset: u64, len: usize, done: ReadCompletion) {
+        let begun = self.statistics.begin(RequestKind::Read);
+        if !self.is_remote() {
+            return self.read_here(offset, len, |volume, read| volume.read_done(begun, read, done));
         }
-        let parts = Parts::of(offset..end, self.granule(), self.len());
-        // A disk may be able to write smaller units than it reads. Such a write needs no read-modify-write.
-        let unit = queue.write_alignment();
-        let fits = offset.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == self.len());
-        if parts.mode() != Mode::Shared && !fits {
-            return Err(done);
+        if let Some(queue) = self.queue() {
+            let volume = Arc::clone(self);
+            self.queue_read(
+                queue,
+                offset,
+                len,
+                Box::new(move |read| volume.read_done(begun, read, done)),
+            );
+            return self.threads.loops.poll_completions(queue);
         }
-        // Shared is enough for a part of a granule too: no other bytes of the granule are written back. The lock only
-        // has to exclude a read-modify-write by another thread.
-        let Some(number) = self.ranges.try_lock(parts.granules, Mode::Shared) else {
-            return Err(done);
-        };
-        let held = HeldRange {
-            volume: Arc::clone(self),
-            number,
-        };
-        let len = buf.len();
-        let durable = sync && queue.supports_fua(offset, len as u64);
-        let finish: Completion = Box::new(move |result| {
-            // Released before the answer: the next write of the same caller must find the range unlocked.
-            drop(held);
-            done(result.map(|()| len), durable);
+        // What is in memory is read here. A miss would wait, so the whole request is repeated by a thread that may: it
+        // fetches all the missing blocks together.
+        let missed = READ_BUFFER.with_borrow_mut(|buffer| match self.read_in_memory(offset, len, buffer) {
+            Some(Ok(bytes)) => {
+                self.read_done(begun, Ok(bytes), done);
+                None
+            }
+            // The thread that may wait reports the error.
+            Some(Err(_)) | None => Some(done),
         });
-        queue.submit_write(offset, buf, durable, finish);
-        Ok(())
+        if let Some(done) = missed {
+            let volume = Arc::clone(self);
+            self.threads.share.run(Box::new(move || {
+                volume.read_here(offset, len, |volume, read| volume.read_done(begun, read, done));
+            }));
+        }
+    }
+
+    /// Reads on this thread, which may wait.
+    fn read_here(&self, offset: u64, len: usize, done: impl FnOnce(&Self, Result<&[u8]>)) {
+        READ_BUFFER.with_borrow_mut(|buffer| done(self, self.read(offset, len, buffer)));
+    }
+
+    fn read_done(&self, begun: std::time::Instant, read: Result<&[u8]>, done: ReadCompletion) {
+        let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
+        done(read);
+        self.statistics.end(RequestKind::Read, begun, bytes);
+    }
+
+    fn submit_write(self: &Arc<Self>, offset: u64, data: &[u8], sync: bool, done: WriteCompletion) {
+        let begun = self.statistics.begin(RequestKind::Write);
+        let volume = Arc::clone(self);
+        let done: WriteCompletion = Box::new(move |written| {
+            let bytes = written.as_ref().ok().map(|n| *n as u64);
+            done(written);
+            volume.statistics.end(RequestKind::Write, begun, bytes);
+        });
+        if !self.is_remote() {
+            return self.written(self.write(offset, data), sync, done);
+        }
+        let volume = Arc::clone(self);
+        let done: QueuedWrite = Box::new(move |written, durable| volume.written(written, sync && !durable, done));
+        let refused = match self.queue() {
+            Some(queue) => match self.queue_write(queue, offset, data, sync, done) {
+                Ok(()) => return self.threads.loops.poll_completions(queue),
+                Err(done) => done,
+            },
+            None => done,
+        };
+        // It has to wait for an overlapping write, or to read first. The caller's buffer ends with this call, so the worker
+        // gets a copy.
+        let (data, volume) = (data.to_vec(), Arc::clone(self));
+        self.threads
+            .share
+            .run(Box::new(move || refused(volume.write(offset, &data), false)));
+    }
+
+    /// Ends a write, after a flush if it has to be durable.
+    fn written(self: &Arc<Self>, written: Result<usize>, needs_flush: bool, done: WriteCompletion) {
+        match written {
+            Ok(n) if needs_flush => {
+                self.flush_then(
+                    FlushKind::Durable,
+                    Box::new(move |flushed| done(flushed.clone().map(|()| n))),
+                );
+                // This may be the thread of a completion, which has other work and must not stay to poll.
+                if let Some(queue) = self.queue() {
+                    queue.poll_completions(Stay::No);
+                }
+            }
+            written => done(written),
+        }
+    }
+
+    fn finish(self: &Arc<Self>, done: FlushAnswer) {
+        if !self.writable() || !self.is_unfinished() {
+            return;
+        }
+        let volume = Arc::clone(self);
+        self.flush_then(
+            FlushKind::Complete,
+            Box::new(move |flushed| {
+                if let Err(e) = flushed {
+                    volume.keep_unheard(e);
+                }
+                done(flushed);
+            }),
+        );
+        if let Some(queue) = self.queue() {
+            queue.poll_completions(Stay::No);
+        }
+    }
+
+    fn flush_then(self: &Arc<Self>, kind: FlushKind, done: FlushAnswer) {
+        let begun = self.statistics.begin(RequestKind::Flush);
+        let volume = Arc::clone(self);
+        let done: FlushAnswer = Box::new(move |flushed| {
+            done(flushed);
+            volume
+                .statistics
+                .end(RequestKind::Flush, begun, flushed.is_ok().then_some(0));
+        });
+        self.flushes.flush(self, &self.threads.loops, kind, done);
+    }
+
+    /// Runs `work` in the worker pool, or here if it neither blocks nor takes long.
+    fn run<T: 'static>(
+        self: &Arc<Self>,
+        kind: RequestKind,
+        may_wait: bool,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+        done: impl FnOnce(Result<T>) + Send + 'static,
+    ) {
+        let begun = self.statistics.begin(kind);
+        let work = move |volume: &Self| {
+            let result = work(volume);
+            let bytes = result.is_ok().then_some(0);
+            done(result);
+            volume.statistics.end(kind, begun, bytes);
+        };
+        if may_wait {
+            let volume = Arc::clone(self);
+            self.threads.share.run(Box::new(move || work(&volume)));
+        } else {
+            work(self);
+        }
+    }
+
+    /// Returns true if zeroing or allocating `len` bytes must not run on an event loop.
+    fn is_long(&self, len: u64) -> bool {
+        self.is_remote() || len > LONG_ZEROING
+    }
+
+    /// Makes everything from byte `size` on read as zeroes.
+    fn truncate(&self, size: u64) -> Result<()> {
+        self.check_cheap_zeroing(size)?;
+        self.zero_range(size, self.len().saturating_sub(size), true)
+    }
+
+    /// Polls the queue of the disk, if it has one, for as long as this event loop can be spared.
+    fn poll(&self) {
+        if let Some(queue) = self.queue() {
+            self.threads.loops.poll_completions(queue);
+        }
     }
 }

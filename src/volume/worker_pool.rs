@@ -6,10 +6,10 @@
 //! ```
 //! # Fairness
 //!
-//! A disk whose source is dead must not take all threads. A job starts only if its disk has fewer jobs running than there
-//! are free threads (a dynamic threshold, as for the shared buffers of network switches). One disk alone gets half of the
-//! threads; n dead disks get a share of 1/(n+1) each, and the same share stays free for the others. Jobs that may not start
-//! wait in the queue of their disk, and the disks take turns.
+//! Disks whose sources are dead must not take all threads. So one thread is reserved for each disk that runs no job, and a
+//! further job of a disk starts only if fewer of its jobs are running than threads are free beyond those (a dynamic
+//! threshold, as for the shared buffers of network switches): one disk alone gets half of the threads. Jobs that may not
+//! start wait in the queue of their disk, and the disks take turns.
 //!
 //! The queues need no limit: each job is a request that a task waits for in a system call.
 //!
@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Maximum number of jobs in flight. A reader of a disk on a web server waits here for its block.
+/// Maximum number of jobs in flight, in a mount of up to that many disks; otherwise one for each disk. A reader of a disk on a web server waits here for its block.
 const THREADS: usize = 64;
 
 /// A request that may block.
@@ -120,10 +120,12 @@ impl WorkerPool {
 impl PoolState {
     /// Takes the next job that may start, and counts it as running.
     fn take_next(&mut self) -> Option<(usize, Job)> {
-        let (count, free) = (self.disks.len(), THREADS - self.running);
+        let count = self.disks.len();
+        let free = THREADS.max(count).saturating_sub(self.running);
+        let idle = self.disks.iter().filter(|jobs| jobs.running == 0).count();
         let disk = (0..count)
             .map(|i| (self.turn + i) % count)
-            .find(|&disk| self.disks.get(disk).is_some_and(|jobs| jobs.may_start(free)))?;
+            .find(|&disk| self.disks.get(disk).is_some_and(|jobs| jobs.may_start(free, idle)))?;
         let jobs = self.disks.get_mut(disk)?;
         let job = jobs.waiting.pop_front()?;
         jobs.running += 1;
@@ -141,9 +143,10 @@ impl PoolState {
 }
 
 impl DiskJobs {
-    /// Returns true if a job waits that may start while `free` threads are free.
-    fn may_start(&self, free: usize) -> bool {
-        !self.waiting.is_empty() && self.running < free
+    /// Returns true if a job waits that may start while `free` threads are free and `idle` disks run no job.
+    fn may_start(&self, free: usize, idle: usize) -> bool {
+        let reserved = if self.running == 0 { 0 } else { idle };
+        !self.waiting.is_empty() && self.running < free.saturating_sub(reserved)
     }
 }
 
@@ -169,19 +172,18 @@ mod tests {
     #[test]
     fn disks_that_hang_never_take_all_threads() {
         let pool = Arc::new(WorkerPool::default());
+        let disks: Vec<_> = (0..2 * THREADS).map(|_| pool.add_disk()).collect();
         let mut held = Vec::new();
-        for dead in 1..=20 {
-            held.push(hang(&pool.add_disk(), 2 * THREADS));
-            let running = pool.state().running;
-            assert!(running < THREADS, "{dead} disks run {running} jobs");
+        for dead in disks.iter().skip(1) {
+            held.push(hang(dead, 2 * THREADS));
             let (sender, done) = mpsc::channel();
-            let live = pool.add_disk();
             for _ in 0..10 {
                 let sender = sender.clone();
-                live.run(Box::new(move || sender.send(()).unwrap()));
+                disks[0].run(Box::new(move || sender.send(()).unwrap()));
             }
             (0..10).for_each(|_| done.recv().unwrap());
         }
+        assert!(pool.state().running <= 2 * THREADS);
     }
 
     #[test]

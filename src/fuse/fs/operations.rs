@@ -12,23 +12,18 @@ use fuser::{
 
 use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, TTL, catch_panic};
 use crate::config::MountKind;
-use crate::error_log::ErrorLog;
 use crate::fuse::attributes::SetRequest;
-use crate::fuse::disk_file::{DiskFile, is_aligned};
-use crate::fuse::errno::errno;
-use crate::fuse::flush::FlushKind;
+use crate::fuse::disk_file::is_aligned;
 use crate::fuse::kernel_view_node;
+use crate::fuse::write::EmptyAnswer;
 use crate::process::unmount::{DAEMON_XATTR, daemon_identity};
 use crate::source::vddk;
-use crate::volume::{MAX_READ, Seek};
+use crate::volume::{FlushKind, MAX_READ, Seek};
 
 /// Number of requests for read-ahead and asynchronous I/O that the kernel may have in flight, for all disks of the mount.
 /// Well above what the readers of one disk ask for (a few windows of read-ahead each): those of a disk whose source is dead
 /// hold theirs until the deadline, and the read-ahead of the other disks would wait for them. Each may be of 1 MiB.
 const MAX_BACKGROUND: u16 = 256;
-
-/// Length in bytes from which on zeroing a range may take long, and runs in the worker pool.
-const LONG_ZEROING: u64 = 64 << 20;
 
 impl DiskFs {
     /// Answers a truncation; see `write.rs`.
@@ -38,26 +33,23 @@ impl DiskFs {
             // The directory itself.
             Err(_) => return reply.error(self.name_change_errno()),
         };
-        self.run_in_pool(
-            file,
-            Box::new(move |file: &DiskFile, error_log: &ErrorLog| {
-                let what = || format!("truncating to {size} bytes");
-                match file.zeroed(error_log, what, file.truncate(size)) {
-                    // The kernel drops its pages from the size on that it is told, if that is another one than before.
-                    // Without a timeout it asks for the true size when it next needs one.
-                    Ok(()) => {
-                        let now = SystemTime::now();
-                        let (mtime, ctime) = (now, now);
-                        let attr = FileAttr {
-                            size,
-                            mtime,
-                            ctime,
-                            ..attr
-                        };
-                        reply.attr(&Duration::ZERO, &attr);
-                    }
-                    Err(e) => reply.error(e),
+        file.truncate(
+            size,
+            Box::new(move |truncated| match truncated {
+                // The kernel drops its pages from the size on that it is told, if that is another one than before. Without
+                // a timeout it asks for the true size when it next needs one.
+                Ok(()) => {
+                    let now = SystemTime::now();
+                    let (mtime, ctime) = (now, now);
+                    let attr = FileAttr {
+                        size,
+                        mtime,
+                        ctime,
+                        ..attr
+                    };
+                    reply.attr(&Duration::ZERO, &attr);
                 }
+                Err(e) => reply.error(e),
             }),
         );
     }
@@ -137,9 +129,9 @@ impl Filesystem for DiskFs {
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         catch_panic(|| match self.file(ino) {
             Ok(file) if kernel_view_node::is_view_inode(ino) => {
-                file.open_view(flags, req.pid(), &self.error_log, reply);
+                file.open_view(flags, req.pid(), reply);
             }
-            Ok(file) => file.open(self.passthrough, flags, req.pid(), &self.error_log, reply),
+            Ok(file) => file.open(self.passthrough, flags, req.pid(), reply),
             Err(e) => reply.error(e),
         });
     }
@@ -156,7 +148,7 @@ impl Filesystem for DiskFs {
         reply: ReplyData,
     ) {
         catch_panic(|| match self.file(ino) {
-            Ok(file) => file.read(fh, offset, size, flags, self.context(), reply),
+            Ok(file) => file.read(fh, offset, size, flags, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -175,7 +167,7 @@ impl Filesystem for DiskFs {
     ) {
         catch_panic(|| match self.file(ino) {
             Ok(_) if !is_aligned(fh, flags, offset, data.len()) => reply.error(Errno::EINVAL),
-            Ok(file) => file.write(offset, data, write_flags, flags, self.context(), reply),
+            Ok(file) => file.write(offset, data, write_flags, flags, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -208,14 +200,14 @@ impl Filesystem for DiskFs {
         catch_panic(|| match self.file(ino) {
             // Nothing is ever dirty. After ENOSYS the kernel sends no further flush.
             Ok(_) if !self.is_writable() => reply.error(Errno::ENOSYS),
-            Ok(file) => file.flush(fh, self.context(), reply),
+            Ok(file) => file.flush(fh, reply),
             Err(e) => reply.error(e),
         });
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         catch_panic(|| match self.file(ino) {
-            Ok(file) => file.sync(FlushKind::Durable, self.context(), reply),
+            Ok(file) => file.sync(FlushKind::Durable, reply),
             Err(e) => reply.error(e),
         });
     }
@@ -235,21 +227,16 @@ impl Filesystem for DiskFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.zeroed(
-            error_log,
-            || match mode & !libc::FALLOC_FL_KEEP_SIZE {
-                0 => format!("allocating {length} bytes at {offset}"),
-                _ => format!("zeroing {length} bytes at {offset}"),
-            },
-            file.fallocate(offset, length, mode),
-        ) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(e),
-        };
-        match self.file(ino) {
-            Ok(file) if length > LONG_ZEROING => self.run_in_pool(file, Box::new(answer)),
-            _ => self.run_blocking(ino, Box::new(answer)),
-        }
+        catch_panic(|| {
+            let answer: EmptyAnswer = Box::new(move |done| match done {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(e),
+            });
+            match self.file(ino) {
+                Ok(file) => file.fallocate(offset, length, mode, answer),
+                Err(e) => answer(Err(e)),
+            }
+        });
     }
 
     fn setattr(
@@ -311,7 +298,7 @@ impl Filesystem for DiskFs {
                 Ok(file) if kernel_view_node::is_view_inode(ino) => file.release_view(fh),
                 Ok(file) => {
                     file.release(fh);
-                    file.finish(fh, self.context());
+                    file.finish(fh);
                 }
                 Err(_) => {}
             }
@@ -329,16 +316,10 @@ impl Filesystem for DiskFs {
             let Ok(from) = u64::try_from(offset) else {
                 return reply.error(Errno::ENXIO);
             };
-            let answer = move |file: &DiskFile, error_log: &ErrorLog| match file.seek(from, what) {
-                Ok(Some(at)) => reply.offset(at as i64),
-                Ok(None) => reply.error(Errno::ENXIO),
-                Err(e) => {
-                    reply.error(errno(&e));
-                    let name = file.config.name.display();
-                    error_log.note(e.within(format!("{name}: seeking data or a hole from {offset}")));
-                }
-            };
-            self.run_blocking(ino, Box::new(answer));
+            match self.file(ino) {
+                Ok(file) => file.seek(from, what, reply),
+                Err(e) => reply.error(e),
+            }
         });
     }
 

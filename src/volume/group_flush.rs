@@ -16,7 +16,7 @@
 //! threads than disks.
 //!
 //! States of a [`FlushQueue`]: idle, or `running` with one flush in flight. `submitting` marks the part of `running` in
-//! which [`Flushes::submit`] is on the stack: a flush that completes within it hands the waiting requests over in
+//! which [`GroupFlush::submit`] is on the stack: a flush that completes within it hands the waiting requests over in
 //! `resubmit` instead of submitting from inside of the completion.
 //!
 //! The mutex is held only to change the queue, never across a flush or an answer.
@@ -26,12 +26,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::loop_budget::LoopBudget;
 use crate::volume::Volume;
+use crate::volume::loop_budget::LoopBudget;
 
 /// Guarantee that a request asks of a flush. The greater includes the smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub(super) enum FlushKind {
+pub(crate) enum FlushKind {
     /// Everything that was written before is durable.
     #[default]
     Durable,
@@ -40,11 +40,11 @@ pub(super) enum FlushKind {
 }
 
 /// Called with the result of the flush that a request waits for.
-pub(super) type FlushAnswer = Box<dyn FnOnce(&Result<()>) + Send>;
+pub(crate) type FlushAnswer = Box<dyn FnOnce(&Result<()>) + Send>;
 
 /// Group flush of one disk.
 #[derive(Default)]
-pub(super) struct Flushes(Mutex<FlushQueue>);
+pub(super) struct GroupFlush(Mutex<FlushQueue>);
 
 #[derive(Default)]
 struct FlushQueue {
@@ -60,18 +60,18 @@ struct FlushQueue {
     waiting_kind: FlushKind,
 }
 
-impl std::fmt::Debug for Flushes {
+impl std::fmt::Debug for GroupFlush {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let queue = self.queue();
-        f.debug_struct("Flushes")
+        f.debug_struct("GroupFlush")
             .field("running", &queue.running)
             .field("waiting", &queue.waiting.len())
             .finish()
     }
 }
 
-impl Flushes {
-    /// Flushes `volume`, and calls `answer` once everything that was written before is durable.
+impl GroupFlush {
+    /// GroupFlush `volume`, and calls `answer` once everything that was written before is durable.
     ///
     /// Returns at once if the work is done by another thread or by the disk's queue. The caller has to poll that queue
     /// afterwards, if there is one.
@@ -150,7 +150,7 @@ impl Flushes {
         (kind, waiting)
     }
 
-    /// Flushes for `first`, then for the requests that waited meanwhile, until none is left.
+    /// GroupFlush for `first`, then for the requests that waited meanwhile, until none is left.
     fn work(&self, volume: &Volume, mut kind: FlushKind, first: FlushAnswer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
@@ -176,7 +176,7 @@ impl Flushes {
 
 /// A submitted flush. Dropped without completion it answers with EIO, so that no request waits forever.
 struct SubmittedFlush {
-    flushes: Arc<Flushes>,
+    flushes: Arc<GroupFlush>,
     volume: Arc<Volume>,
     answers: Vec<FlushAnswer>,
 }
@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn requests_during_a_flush_share_the_next_one_and_its_error() {
         let (volume, begun, give) = slow();
-        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(2));
+        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(2));
         let (answers, answered) = channel();
         let answer = |name: &'static str| -> FlushAnswer {
             let answers = answers.clone();
@@ -284,10 +284,10 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer();
-            scope.spawn(|| Arc::new(Flushes::default()).flush(&one, &loops, FlushKind::Durable, first));
+            scope.spawn(|| Arc::new(GroupFlush::default()).flush(&one, &loops, FlushKind::Durable, first));
             one_begun.recv().unwrap();
             // This thread stands for the last loop, and must not block.
-            Arc::new(Flushes::default()).flush(&two, &loops, FlushKind::Durable, answer());
+            Arc::new(GroupFlush::default()).flush(&two, &loops, FlushKind::Durable, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
@@ -308,7 +308,7 @@ mod tests {
             Arc::new(TestDisk::new(8).queueing(Some(starts))),
             Vec::new(),
         ));
-        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
+        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |name: &'static str| {
             let answers = answers.clone();
@@ -341,7 +341,7 @@ mod tests {
             Arc::new(TestDisk::new(8).queueing(Some(starts))),
             Vec::new(),
         ));
-        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
+        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         let flush = |panics: bool| {
             let answers = answers.clone();
@@ -364,8 +364,8 @@ mod tests {
 
     #[test]
     fn regression_flushes_that_complete_at_once_do_not_nest() {
-        /// Flushes again from each answer, `left` times.
-        fn flush(flushes: &Arc<Flushes>, volume: &Arc<Volume>, left: usize, end: Sender<()>) {
+        /// GroupFlush again from each answer, `left` times.
+        fn flush(flushes: &Arc<GroupFlush>, volume: &Arc<Volume>, left: usize, end: Sender<()>) {
             let (again, its_volume) = (Arc::clone(flushes), Arc::clone(volume));
             let answer = move |_: &Result<()>| match left {
                 0 => end.send(()).unwrap(),
@@ -375,7 +375,7 @@ mod tests {
         }
         let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
         let (end, ended) = channel();
-        let work = move || flush(&Arc::new(Flushes::default()), &volume, 50_000, end);
+        let work = move || flush(&Arc::new(GroupFlush::default()), &volume, 50_000, end);
         thread::Builder::new()
             .stack_size(256 << 10)
             .spawn(work)
@@ -399,7 +399,7 @@ mod tests {
             Arc::new(TestDisk::new(8).queueing(None).flushing(flush)),
             Vec::new(),
         ));
-        let (flushes, loops) = (Arc::new(Flushes::default()), LoopBudget::new(1));
+        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
         let (answers, answered) = channel();
         for expected in [false, true, true] {
             let answers = answers.clone();

@@ -11,7 +11,7 @@ use crate::block::{BlockQueue, Stay};
 
 /// The event loops of one session.
 #[derive(Debug)]
-pub(super) struct LoopBudget {
+pub(crate) struct LoopBudget {
     single_loop: bool,
     /// Number of loops that may still become busy.
     spare: AtomicUsize,
@@ -21,11 +21,11 @@ pub(super) struct LoopBudget {
 
 /// One loop's right to be busy. Returned to the budget on drop.
 #[derive(Debug)]
-pub(super) struct Spared<'a>(&'a LoopBudget);
+pub(crate) struct Spared<'a>(&'a LoopBudget);
 
 impl LoopBudget {
     /// Creates the budget of a session with `count` event loops.
-    pub(super) fn new(count: usize) -> Self {
+    pub(crate) fn new(count: usize) -> Self {
         Self {
             single_loop: count == 1,
             spare: AtomicUsize::new(count.saturating_sub(1)),
@@ -34,13 +34,13 @@ impl LoopBudget {
     }
 
     /// Sets the device that requests come from.
-    pub(super) fn set_device(&self, device: OwnedFd) {
+    pub(crate) fn set_device(&self, device: OwnedFd) {
         // A second call changes nothing: a session has one device.
         let _ = self.device.set(device);
     }
 
     /// Polls `queue` for completions, for as long as this loop can be spared.
-    pub(super) fn poll_completions(&self, queue: &dyn BlockQueue) {
+    pub(crate) fn poll_completions(&self, queue: &dyn BlockQueue) {
         self.stay(|stay| queue.poll_completions(stay));
     }
 
@@ -55,7 +55,7 @@ impl LoopBudget {
     }
 
     /// Takes the right to be busy. `None` if this is the last loop that takes requests.
-    pub(super) fn spare(&self) -> Option<Spared<'_>> {
+    pub(crate) fn spare(&self) -> Option<Spared<'_>> {
         let taken = self
             .spare
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
