@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, assert_same, data_ranges, need, need_qemu, poll_until, read_range};
+use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::{SOON, Server, free_port, noise, put, ready};
@@ -211,4 +212,42 @@ fn writes_to_a_read_only_export_go_to_an_overlay() {
         read_range(&mount.file("disk.raw"), 4 << 20, 8),
         (4u64 << 20).to_be_bytes()
     );
+}
+
+/// "Where zeroes can only be written, truncating is EOPNOTSUPP, and the log gives the reason."
+#[test]
+fn truncating_without_cheap_zeroes_is_eopnotsupp_and_the_log_says_why() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["--filter=nozero", "memory", "8M"]);
+    let log = scratch.path("log");
+    let mount = scratch.mount().arg(server.uri()).arg("--log-file").arg(&log).start();
+    let file = fs::OpenOptions::new().write(true).open(mount.file("disk.raw")).unwrap();
+    file.write_all_at(&[7; 4096], 4096).unwrap();
+    let refused = file.set_len(0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP), "{refused}");
+    assert_eq!(read_range(&mount.file("disk.raw"), 4096, 4096), [7; 4096]);
+    let logged = || fs::read_to_string(&log).unwrap_or_default();
+    let said = poll_until(SOON, || logged().contains("has no command that writes zeroes"));
+    assert!(said, "{}", logged());
+}
+
+/// "What another client of an NBD export has written is seen at the next open, also where block status said zeroes."
+#[test]
+fn writes_of_another_client_are_seen_at_the_next_open() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["memory", "8M"]);
+    let mount = scratch.mount().arg(server.uri()).start();
+    let file = mount.file("disk.raw");
+    assert!(read_range(&file, 0, 8 << 20).iter().all(|byte| *byte == 0));
+    let data = scratch.write("data", noise(1 << 20, 23));
+    scratch.mkdir("other");
+    let other = scratch.mount().at("other").arg(server.uri()).start();
+    put(&data, &other.file("disk.raw"));
+    assert_eq!(read_range(&file, 0, 1 << 20), noise(1 << 20, 23));
 }
