@@ -16,14 +16,16 @@
 //! `LAST_CLOSE` for the disks to be closed.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use fuser::Filesystem;
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 
 use crate::config::{Distance, LogConfig, MountConfig, MountOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -167,6 +169,9 @@ struct MountedDaemon {
     /// Dropped after the session, when no request can write any more, and before the pidfile, whose removal tells other
     /// processes that the daemon has finished.
     disks: CloseOnDrop,
+    /// The file that describes the mount, if there is one. Kept open because it is the source in the mount table: other
+    /// processes find the mount of a lock's holder by a source that the holder has open.
+    _description: Option<OwnedFd>,
     /// Kept only for its `Drop`.
     _pidfile: Option<Pidfile>,
 }
@@ -307,6 +312,7 @@ impl MountedDaemon {
             manager: ServiceManager::of_environment(),
             watchdog,
             disks,
+            _description: config.source.as_deref().and_then(|source| open_path(source).ok()),
             _pidfile,
         })
     }
@@ -430,6 +436,11 @@ impl MountedDaemon {
             }
         }
     }
+}
+
+/// Opens the file at `path` for neither reading nor writing.
+fn open_path(path: &str) -> nix::Result<OwnedFd> {
+    nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// Waits for the prober's next message. Returns a warning, or `None` when all first reads have succeeded.

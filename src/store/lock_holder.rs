@@ -16,8 +16,14 @@ const SEARCH_TIME: Duration = Duration::from_secs(1);
 /// Type of the mounts of this program.
 const FSTYPE: &str = "fuse.vmdkfuse";
 
-/// Name of this program as the kernel shows it.
-const PROGRAM: &str = "vmdkfuse";
+/// Names of this program as the kernel shows them: its own and those of the helpers of mount(8), of which it keeps 15 bytes.
+const PROGRAMS: [&str; 3] = ["vmdkfuse", "mount.vmdkfuse", "mount.fuse.vmdk"];
+
+/// Time for which a daemon that is ending is waited for.
+const ENDING_TIME: Duration = Duration::from_secs(5);
+
+/// Time for which a holder that was not found is waited for: it may have ended during the search.
+const UNKNOWN_TIME: Duration = Duration::from_millis(200);
 
 /// Known facts about the holder of a lock.
 #[derive(Debug, Default)]
@@ -30,9 +36,14 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// Returns true if the holder is this program, and its mount is gone (or not there yet).
-    pub(super) fn is_ending(&self) -> bool {
-        self.program == PROGRAM && self.mount_point.is_none()
+    /// Returns how long the lock is worth waiting for: a while if the holder is this program and its mount is gone (or not
+    /// there yet), a moment if the holder was not found.
+    pub(super) fn patience(&self) -> Duration {
+        match &self.mount_point {
+            None if PROGRAMS.contains(&self.program.as_str()) => ENDING_TIME,
+            None if self.program.is_empty() => UNKNOWN_TIME,
+            _ => Duration::ZERO,
+        }
     }
 }
 
@@ -67,7 +78,7 @@ pub(super) fn find(file: &File, byte: i64, pid: Option<u32>) -> Holder {
 }
 
 /// Returns the mount point of the mount of this program that has `file` open: the source of a mount is the path of its
-/// first disk.
+/// first disk, or of the file that describes it, which its daemon keeps open.
 ///
 /// The holder's open files tell it. Those of another user's process cannot be read; then only a mount of `file` itself is
 /// found. Asks no mount anything: the file may be on the mount that waits for this call.

@@ -71,14 +71,12 @@ fn bytes_to_test(access: Access) -> &'static [i64] {
 ///
 /// A daemon whose mount has just been removed is waited for: umount(8) returns before its locks are gone.
 pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
-    let deadline = Instant::now() + ENDING_TIME;
     // Asked once: the search for the holder reads the open files of every process.
-    let mut is_ending = None;
+    let mut deadline = None;
     loop {
         let taken = take(file, access);
         if let Ok(Some(conflict)) = &taken
-            && Instant::now() < deadline
-            && *is_ending.get_or_insert_with(|| conflict.holder(file).is_ending())
+            && Instant::now() < *deadline.get_or_insert_with(|| Instant::now() + conflict.holder(file).patience())
         {
             // Released, so that another program which waits for the same daemon does not see the locks of this one.
             release(file, access);
@@ -88,9 +86,6 @@ pub(super) fn lock(file: &File, access: Access, label: &str) -> Result<()> {
         return locked(taken, file, access, label);
     }
 }
-
-/// Time for which a daemon that is ending is waited for.
-const ENDING_TIME: Duration = Duration::from_secs(5);
 
 /// Time between two attempts.
 const ENDING_POLL: Duration = Duration::from_millis(20);

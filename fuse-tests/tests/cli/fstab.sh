@@ -63,6 +63,15 @@ for round in 1 2 3; do
 done
 umount mnt/plain 'mnt/b c'
 
+echo '== without the helper of umount(8), the next mount waits for the lock'
+for round in 1 2 3 4 5 6 7 8; do
+  for type in vmdkfuse fuse.vmdkfuse; do
+    mount -t $type "$PWD/disks/a.vmdk" "$PWD/mnt/plain"
+    dd if=/dev/urandom of=mnt/plain/a.raw bs=1M count=4 conv=notrunc status=none
+    umount mnt/plain
+  done
+done
+
 echo '== a TOML file, by mount(8), as program, and unmounted by it'
 echo "$PWD/disks/two.toml $PWD/mnt/toml vmdkfuse nofail,uhelper=vmdkfuse 0 0" >fstab
 mount -a -T fstab
@@ -74,6 +83,8 @@ mount -a -T fstab
 umount mnt/toml
 vmdkfuse --config disks/two.toml
 [ "$(mounted mnt/toml)" = "$PWD/disks/two.toml" ] || fail "source: $(mounted mnt/toml)"
+status_of vmdkfuse mnt/plain file=disks/a.vmdk
+[ $status = 1 ] && grep -q "mounted on $PWD/mnt/toml" error || fail "the holder of the lock: $(cat error)"
 vmdkfuse --unmount --config disks/two.toml
 not_mounted mnt/toml
 status_of vmdkfuse --unmount --config disks/two.toml
