@@ -1,5 +1,5 @@
 //! Stores: the places that hold the files of an image: a local folder ([`LocalStore`]), a folder on a web server
-//! ([`https`]), or a package in one of them ([`package`]).
+//! ([`https`]), or a package in one of them (`package.rs`).
 //!
 //! ```text
 //!   descriptor line   "disk-s001.vmdk"          an untrusted name
@@ -33,7 +33,7 @@ mod name;
 mod ofd_lock;
 mod open_policy;
 mod owner;
-pub mod package;
+pub(crate) mod package;
 mod permissions;
 mod room;
 mod vmware_lock_file;

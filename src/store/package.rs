@@ -27,7 +27,7 @@ const CHUNK: usize = 1 << 20;
 
 /// An open package.
 #[derive(Debug)]
-pub struct Package {
+pub(crate) struct Package {
     members: Arc<Members>,
     disks: Vec<String>,
 }
@@ -35,7 +35,7 @@ pub struct Package {
 /// Reads the list of members of a package, and which of them are disks.
 ///
 /// Errors: `Corrupt` for a file that is no such archive or a damaged one, those of reading it.
-pub fn open(file: Arc<dyn StoredFile>) -> Result<Package> {
+pub(crate) fn open(file: Arc<dyn StoredFile>) -> Result<Package> {
     let label = file.label().to_owned();
     let list = members(&*file).map_err(|e| e.in_file(&label))?;
     let members = Arc::new(Members { container: file, list });
@@ -45,7 +45,7 @@ pub fn open(file: Arc<dyn StoredFile>) -> Result<Package> {
 
 impl Package {
     /// Returns the names of the disks, in the order of the description; those of all VMDKs where there is none.
-    pub fn disks(&self) -> &[String] {
+    pub(crate) fn disks(&self) -> &[String] {
         &self.disks
     }
 
@@ -59,7 +59,7 @@ impl Package {
     ///
     /// Errors: `Usage` with the names of the disks if there is no such disk, or several; `Unsupported` for a disk that
     /// is compressed or cut into pieces.
-    pub fn disk(&self, name: Option<&str>) -> Result<Arc<dyn StoredFile>> {
+    pub(crate) fn disk(&self, name: Option<&str>) -> Result<Arc<dyn StoredFile>> {
         let label = self.members.container.label();
         let listed = || {
             let names: Vec<_> = self.disks.iter().map(printable).collect();
@@ -102,7 +102,7 @@ impl Package {
 
     /// Compares a disk, and the members that are no disks, with the digests of the package's list (`.mf`). Returns a
     /// message for each that differs or that the list names and the package lacks. A package without a list is fine.
-    pub fn verify(&self, disk: Option<&str>) -> Result<Vec<String>> {
+    pub(crate) fn verify(&self, disk: Option<&str>) -> Result<Vec<String>> {
         let Some(list) = self.members.list.iter().find(|member| has_suffix(&member.name, "mf")) else {
             return Ok(Vec::new());
         };
@@ -129,7 +129,7 @@ impl Package {
 }
 
 /// Returns the part of a member's name after the last slash.
-pub fn last_part(name: &str) -> &str {
+pub(crate) fn last_part(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
 
