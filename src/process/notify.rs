@@ -42,6 +42,8 @@ impl ServiceManager {
                 path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path))?,
             };
             let socket = UnixDatagram::unbound()?;
+            // A manager that does not read, so that its queue is full, must not stop the daemon.
+            socket.set_nonblocking(true)?;
             socket.connect_addr(&address)?;
             Ok(socket)
         };
