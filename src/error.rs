@@ -50,7 +50,7 @@ struct Inner {
     path: Option<String>,
     /// Byte of the file that this layer is about. The text has it too.
     offset: Option<u64>,
-    /// What failed, or what was found and what was expected. Empty for a layer that only adds the file.
+    /// Operation that failed, or the value found and the one expected. Empty for a layer that only adds the file.
     context: String,
     source: Option<Source>,
 }
@@ -122,7 +122,7 @@ impl Error {
         self.edit(|_| true, |layer| layer.offset = Some(offset))
     }
 
-    /// Changes the outermost layer where `fits` allows it and nobody else holds it, otherwise a new layer around it.
+    /// Changes the outermost layer if `fits` allows it and no clone shares it, otherwise a new layer around it.
     fn edit(mut self, fits: impl Fn(&Inner) -> bool, change: impl FnOnce(&mut Inner)) -> Self {
         if !fits(&self.0) || Arc::get_mut(&mut self.0).is_none() {
             self = Self::layer(self.kind(), String::new(), Some(Source::Error(self)));

@@ -82,7 +82,7 @@ impl MappedDisk {
     }
 }
 
-/// Whether a listing goes on after a range.
+/// Continuation of a listing after a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Range,

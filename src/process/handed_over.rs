@@ -1,7 +1,7 @@
 //! Sockets that the caller of the program passed to it by number (`socket-fd=`).
 //!
 //! They are taken at the start, before this process opens any descriptor. So a number can never be that of a descriptor
-//! of this process, and each socket has one owner: whoever takes it first.
+//! of this process, and each socket has one owner: the first caller that takes it.
 
 #![allow(unsafe_code)] // Only for taking ownership of the descriptors that the caller passed.
 

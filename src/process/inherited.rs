@@ -1,4 +1,4 @@
-//! What threads and child processes inherit of this process, besides descriptors: ignored signals and the role in the
+//! Attributes that threads and child processes inherit, besides descriptors: ignored signals and the role in the
 //! kernel's memory management. A program that this process starts gets the defaults back.
 
 #![allow(unsafe_code)] // A signal's disposition, and calls between fork and exec.

@@ -21,7 +21,7 @@ pub(crate) const BLOCK: u64 = 4096;
 /// Bytes of the digest of one block.
 pub(crate) type BlockDigest = [u8; 32];
 
-/// How much of a disk is sampled.
+/// Amount of a disk that is sampled.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Density {
     /// Bytes at the start, at 1 MiB and at the end.

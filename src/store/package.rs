@@ -2,7 +2,7 @@
 //!
 //! The package is untrusted. The reader of the archive may read [`MAX_HEADERS`] bytes of headers and long names in all,
 //! and lists [`MAX_MEMBERS`] members; the texts that are parsed have at most [`MAX_TEXT`] bytes. A member that reaches
-//! past the end of the file is damage, and so is a name that occurs twice: which of both is meant nobody can tell.
+//! past the end of the file is damage, and so is a name that occurs twice: the package does not say which of both counts.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Seek, SeekFrom};

@@ -160,7 +160,7 @@ impl Volume {
             );
             return self.threads.loops.poll_completions(queue);
         }
-        // What is in memory is read here. A miss would wait, so the whole request is repeated by a thread that may: it
+        // Blocks in memory are read here. A miss would wait, so the whole request is repeated by a thread that may: it
         // fetches all the missing blocks together.
         let missed = READ_BUFFER.with_borrow_mut(|buffer| match self.read_in_memory(offset, len, buffer) {
             Some(Ok(bytes)) => {

@@ -27,7 +27,7 @@ pub(crate) struct ConnectionState {
     pub(crate) read_only: bool,
 }
 
-/// What a client passed to connect.
+/// Connection parameters that a client passed.
 #[derive(Debug)]
 struct Given {
     server: Option<String>,

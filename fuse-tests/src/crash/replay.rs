@@ -32,7 +32,7 @@ struct ReplayedFile {
     removed: bool,
 }
 
-/// How a crash selects the changes that it keeps.
+/// Selection of the changes that a crash keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
     /// Keeps all changes in their order: the process was killed, the machine was not.
@@ -168,7 +168,7 @@ struct Choice {
     /// `Exactly`: the number of atoms decided so far. `Selection::Prefix`: 1 once the prefix has ended.
     atom: u32,
     random: Random,
-    /// How a random crash selects atoms.
+    /// Selection of atoms by a random crash.
     selection: Selection,
 }
 

@@ -34,9 +34,9 @@ pub struct Report {
     pub positions: u64,
     /// Crash states that were opened and checked.
     pub states: u64,
-    /// How many of those came from positions where every subset was tried.
+    /// Number of those that came from positions where every subset was tried.
     pub exhaustive: u64,
-    /// How many of those qemu-img checked as well.
+    /// Number of those that qemu-img checked as well.
     pub qemu: u64,
     /// Runs that continued from a crash state.
     pub nested: u64,

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 /// Poll interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How a process ended.
+/// End of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
     /// Exit status; `None` if a signal ended the process or the status is not known.

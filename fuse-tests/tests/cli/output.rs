@@ -1,4 +1,4 @@
-//! What reaches a terminal, a log, a pipe: hostile names, bounded lists, closed pipes; and the files that the daemon writes
+//! Output to a terminal, a log, a pipe: hostile names, bounded lists, closed pipes; and the files that the daemon writes
 //! for the administrator.
 
 use std::ffi::OsStr;

@@ -1,4 +1,4 @@
-//! What was fetched once is not fetched again: `cache-dir=`, `--prefetch`.
+//! Fetched blocks are not fetched again: `cache-dir=`, `--prefetch`.
 
 use std::fs;
 use std::os::unix::fs::FileExt;

@@ -1,4 +1,4 @@
-//! What a name inside an image may open, and who else has the file open.
+//! Files that a name inside an image may open, and other programs that have the file open.
 
 use std::fmt::Write as _;
 use std::fs;

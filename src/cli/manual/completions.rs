@@ -11,7 +11,7 @@ use super::roff::words_of;
 /// Values of a boolean that are offered.
 const BOOLEAN: [&str; 2] = ["true", "false"];
 
-/// What a shell offers after `key=`.
+/// Words that a shell offers after `key=`.
 enum Offer {
     Words(Vec<&'static str>),
     /// Files, and these words beside them.

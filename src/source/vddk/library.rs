@@ -421,7 +421,7 @@ enum ParamsOwner {
 pub(super) struct Params {
     raw: *mut ConnectParams,
     owner: ParamsOwner,
-    /// What the structure points to.
+    /// Strings that the structure points to.
     strings: Vec<CString>,
 }
 

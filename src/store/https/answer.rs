@@ -79,7 +79,7 @@ pub(super) struct Part {
     pub(super) version: Version,
 }
 
-/// Why an answer cannot be used.
+/// Reason why an answer cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Misfit {
     /// The file is another one than when it was opened.

@@ -42,7 +42,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const VCENTER_TIMEOUT: Duration = Duration::from_secs(2000);
 /// Longest time to connect, including the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(15);
-/// How the program names itself to servers.
+/// Name of the program in requests to servers.
 const USER_AGENT: &str = concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION"));
 /// Deadline of the logout, which no one depends on.
 const LOGOUT: Duration = Duration::from_secs(5);

@@ -81,7 +81,7 @@ fn read_output(child: &mut Child, limits: Limits<'_>) -> Result<Vec<u8>, Failure
         let tick = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
         let mut waiting = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
         if !matches!(poll(&mut waiting, tick), Ok(ready) if ready > 0) {
-            // What the script has left running may hold the pipe open for long.
+            // A process that the script has left running may hold the pipe open for long.
             if matches!(child.try_wait(), Ok(Some(_))) {
                 return Ok(output);
             }

@@ -244,7 +244,7 @@ fn parse_head(bytes: &[u8]) -> Result<Head, &'static str> {
     })
 }
 
-/// How a body ends.
+/// End of a body.
 #[derive(Debug, PartialEq, Eq)]
 enum Framing {
     /// After that many more bytes.
@@ -333,7 +333,7 @@ impl DirectBody {
                 return Ok(false);
             }
             let (passed, excess) = taken.map_err(|text| Trouble::Broken(text.to_owned()))?;
-            // What comes after a body belongs to no request.
+            // Bytes after a body belong to no request.
             self.keep &= !excess;
             self.finish();
             if passed > 0 {

@@ -31,7 +31,7 @@ const STREAM_WINDOW: u32 = 16 << 20;
 /// The same for all answers of a connection.
 const CONNECTION_WINDOW: u32 = 64 << 20;
 
-/// How to set up the library.
+/// Settings of the library.
 pub(super) struct LibraryOptions<'a> {
     pub(super) tls: ClientConfig,
     pub(super) http2: bool,

@@ -44,7 +44,7 @@ pub(super) struct Limits<'a> {
     pub(super) closing: &'a AtomicBool,
 }
 
-/// Why a request got no answer, or not the whole of it.
+/// Reason why a request got no answer, or a part of it.
 #[derive(Debug)]
 pub(super) enum Trouble {
     /// The server cannot be reached.

@@ -65,7 +65,7 @@ enum Step {
     Blocked,
     /// The handshake is done, and all received records are processed.
     Idle,
-    /// What was to be sent has been encrypted.
+    /// Encrypted bytes that wait to be sent.
     Sent,
     /// The server has ended the connection.
     Ended,

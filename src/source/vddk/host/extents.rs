@@ -41,7 +41,7 @@ pub(super) enum Content {
     Hole,
 }
 
-/// What can be asked about the allocation of a disk.
+/// Queries about the allocation of a disk.
 #[derive(Debug)]
 pub(super) struct AllocationMap {
     /// Bytes from the start that can be asked about: whole chunks. Shrinks at an error.

@@ -58,7 +58,7 @@ mod reply {
     pub(super) const UNKNOWN: u32 = (1 << 31) + 6;
 }
 
-/// What the client and the server agreed on.
+/// Result of the negotiation between client and server.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Negotiated {
     /// Reads are answered by structured replies.
