@@ -65,7 +65,7 @@ enum Step {
     Blocked,
     /// The handshake is done, and all received records are processed.
     Idle,
-    /// Encrypted bytes that wait to be sent.
+    /// The bytes that were to be sent are encrypted.
     Sent,
     /// The server has ended the connection.
     Ended,
