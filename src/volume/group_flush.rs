@@ -71,7 +71,7 @@ impl std::fmt::Debug for GroupFlush {
 }
 
 impl GroupFlush {
-    /// GroupFlush `volume`, and calls `answer` once everything that was written before is durable.
+    /// Flushes `volume`, and calls `answer` once everything that was written before is durable.
     ///
     /// Returns at once if the work is done by another thread or by the disk's queue. The caller has to poll that queue
     /// afterwards, if there is one.
@@ -150,7 +150,7 @@ impl GroupFlush {
         (kind, waiting)
     }
 
-    /// GroupFlush for `first`, then for the requests that waited meanwhile, until none is left.
+    /// Flushes for `first`, then for the requests that waited meanwhile, until none is left.
     fn work(&self, volume: &Volume, mut kind: FlushKind, first: FlushAnswer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
