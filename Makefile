@@ -30,8 +30,8 @@ VERSION = $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-build: ## build the release binary
-	cargo build --release --locked
+build: ## build the program and the library of bdwrapper
+	cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
 
 # Only if they are missing: `sudo make install` neither builds nor needs cargo.
 $(VMDKFUSE_BIN) $(BDWRAPPER_LIB):
@@ -70,7 +70,7 @@ rpm: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## make an RPM in target/package (needs rp
 	rm -rf '$(TARGET_DIR)/package/rpmbuild'
 
 deb-test: deb ## install the Debian package in a fresh Debian (root, network), use it there, purge it
-	contrib/package/deb-test.sh '$(TARGET_DIR)/package'
+	contrib/package/deb-test.sh '$(TARGET_DIR)/package' '$(VERSION)'
 
 demo: ## create a VMDK with a file system, mount it, read it, write to it, unmount it
 	./contrib/demo.sh

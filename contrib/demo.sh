@@ -8,7 +8,7 @@ export LC_ALL=C PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:${HOME:-}/.cargo/bin
 ./contrib/setup.sh demo
 bin=${VMDKFUSE_BIN:-${CARGO_TARGET_DIR:-target}/release/vmdkfuse}
 bin=$(realpath -m "$bin")
-cargo build --release --locked
+cargo build --release --locked -p vmdkfuse -p vmware-bdwrapper
 
 bold='' plain=''
 if [[ -t 1 ]]; then bold=$'\033[1m' plain=$'\033[0m'; fi

@@ -27,13 +27,15 @@ in_root() { chroot "$root" "$@"; }
 # All files but those that every installation of a package writes.
 files() { in_root find / -xdev \( -path /var/cache -o -path /var/log -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /tmp -o -path /run \
   -o -path /etc/ld.so.cache -o -path /var/lib/systemd \) -prune -o -print | sort; }
-cp "$out"/vmdkfuse_*.deb "$root/tmp/"
+cp "$out/vmdkfuse_$2_$(dpkg --print-architecture).deb" "$root/tmp/"
 in_root apt-get -q update >/dev/null
 in_root apt-get -q install -y --no-install-recommends fuse3 mount >/dev/null
 files >"$out/deb-test.before"
 say 'install'
 in_root sh -c 'apt-get -q install -y --no-install-recommends /tmp/vmdkfuse_*.deb' >/dev/null
-! in_root sh -c 'command -v cc || command -v cargo || ls /usr/lib/*/libnbd.so.0' 2>/dev/null
+if in_root sh -c 'command -v cc || command -v cargo || ls /usr/lib/*/libnbd.so.0' 2>/dev/null; then
+  say 'this system has build tools or libnbd: it shows nothing'; exit 1
+fi
 
 say 'create, mount, write, unmount'
 in_root sh -eu <<'SMOKE'
@@ -52,7 +54,7 @@ cmp -n 1048576 data /mnt/a/disk.raw
 umount /mnt/a
 sed -i /vmdkfuse/d /etc/fstab
 vmdkfuse --dump | grep -q '^libnbd_error=.*libnbd0'
-! vmdkfuse /mnt/a nbd://127.0.0.1:1/x 2>error
+if vmdkfuse /mnt/a nbd://127.0.0.1:1/x 2>error; then exit 1; fi
 grep -q 'package libnbd0' error
 LD_PRELOAD=libvmware-bdwrapper.so.0 true
 rm -r disk.vmdk data error /mnt/a

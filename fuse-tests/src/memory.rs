@@ -116,6 +116,7 @@ impl StoredFile for MemoryFile {
     fn identity_at_open(&self) -> Identity {
         Identity {
             file: (0, self.index),
+            start: 0,
             len: self.len(),
             mtime_ns: 0,
             ctime_ns: 0,

@@ -71,7 +71,7 @@ thread_local! {
     static MAY_WAIT: Cell<bool> = const { Cell::new(true) };
 }
 
-/// Runs `read` so that no cache below waits or fetches: what is not in memory fails with [`ErrorKind::WouldBlock`].
+/// Runs `read` so that no cache or server below is waited for: what is not in memory fails with [`ErrorKind::WouldBlock`].
 pub fn without_waiting<T>(read: impl FnOnce() -> T) -> T {
     /// Restores the permission, also if `read` panics.
     struct Restore(bool);
@@ -85,10 +85,11 @@ pub fn without_waiting<T>(read: impl FnOnce() -> T) -> T {
 }
 
 /// Returns true if the calling thread may wait for a fetch.
-fn may_wait() -> bool {
+pub(crate) fn may_wait() -> bool {
     MAY_WAIT.get()
 }
 
-fn would_block() -> Error {
+/// Returns the error of a read that would have to wait.
+pub(crate) fn would_block() -> Error {
     Error::new(ErrorKind::WouldBlock, "the blocks are not in memory")
 }

@@ -175,9 +175,12 @@ pub(super) fn library(words: &[OsString]) -> Result<VddkLibrary, UsageError> {
 ///
 /// Fails if a key is unknown or its value invalid.
 pub(super) fn cache_dir(words: &[OsString]) -> Result<Option<PathBuf>, UsageError> {
+    // The words of a disk are parsed once, by its own action: some keys ask for a password, or empty a pipe.
+    if words.len() != 1 {
+        return Ok(None);
+    }
     let (common, sources) = settings(&[], DiskArgs::Words(words))?;
-    let is_alone = words.len() == 1 && sources.is_empty();
-    Ok(common.cache_dir.filter(|_| is_alone))
+    Ok(common.cache_dir.filter(|_| sources.is_empty()))
 }
 
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.

@@ -15,9 +15,8 @@
 //! ```
 //!
 //! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8), and as `umount.vmdkfuse` that of
-//! umount(8). Parsing opens no image; only `dir=`
-//! reads the first bytes of the files in its folder. All paths become absolute here, because the daemon changes its
-//! current directory later.
+//! umount(8). Parsing opens no image but to list disks: `dir=` reads the first bytes of the files in its folder, and a
+//! package its list of members. All paths become absolute here, because the daemon changes its current directory later.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

@@ -103,7 +103,7 @@ struct Build {
     writable: [&'static str; 4],
     max_links: usize,
     vddk_default_libdir: &'static str,
-    /// VMware's library, if the user named it.
+    /// VMware's library, if the user named it or it is in the default folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     vddk: Option<LibraryDescription>,
 }

@@ -54,8 +54,12 @@ pub(super) fn clear(file: &dyn StoredFile) -> Result<()> {
 pub(crate) fn unfinished_commits(files: &[Arc<dyn StoredFile>]) -> Vec<String> {
     let marked = |file: &Arc<dyn StoredFile>| {
         let mut value = [0; MAX_PATH];
-        let len = fgetxattr(file.fd()?, ATTRIBUTE, &mut value).ok()?;
-        let overlay = String::from_utf8_lossy(value.get(..len).unwrap_or_default()).into_owned();
+        let overlay = match fgetxattr(file.fd()?, ATTRIBUTE, &mut value) {
+            Ok(len) => String::from_utf8_lossy(value.get(..len).unwrap_or_default()).into_owned(),
+            // Longer than any path: marked all the same.
+            Err(Errno::RANGE) => "another overlay".to_owned(),
+            Err(_) => return None,
+        };
         Some(format!(
             "{0}: a commit of {1} into it was started and not finished: alone it is a mixture of two disks; with cow={1} it \
              shows the disk, --commit completes it (if that overlay is lost: setfattr -x {ATTRIBUTE} {0})",

@@ -3,7 +3,7 @@
 //! ```text
 //!   log opened, mount point checked         errors reach the user directly
 //!   fork, unless in the foreground          daemon.rs; the parent waits
-//!   log installed, signals blocked, prober and watcher forked (fuse/): all before any thread
+//!   log installed, signals blocked, prober, watchdog and watcher forked: all before any thread
 //!   sources opened ─ mounted ─ session ─ read-ahead raised ─ first read ─ pidfile
 //!   "ready" to the parent
 //!   wait ── SIGTERM, SIGINT, SIGHUP: unmount, or detach when busy; then wait until the session has ended

@@ -11,6 +11,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
@@ -30,6 +31,9 @@ pub(crate) const DAEMON_XATTR: &str = "user.vmdkfuse.daemon";
 
 /// The same, as the system call takes it.
 const DAEMON_XATTR_C: &CStr = c"user.vmdkfuse.daemon";
+
+/// Time limit for the answer of a daemon about itself.
+const ANSWER_TIME: Duration = Duration::from_secs(20);
 
 /// Time after which a daemon whose mount is gone is told to end: the mount may live on in another mount namespace.
 const SIGTERM_AFTER: Duration = Duration::from_secs(2);
@@ -158,8 +162,20 @@ fn start_time(process: &str) -> Option<String> {
     fields.split_whitespace().nth(19).map(str::to_owned)
 }
 
-/// Reads the xattr, as the owner of the mount if this process may become that user.
+/// Reads the xattr within [`ANSWER_TIME`]. A daemon that hangs does not answer, and its mount must still be removable.
 fn daemon_xattr(point: &Path, owner: Option<(u32, u32)>) -> io::Result<String> {
+    let (sender, answer) = mpsc::channel();
+    let point = point.to_owned();
+    // A thread that waits for the mount ends with this process.
+    let reader = thread::Builder::new().name("xattr".to_owned());
+    reader.spawn(move || sender.send(read_daemon_xattr(&point, owner)))?;
+    answer
+        .recv_timeout(ANSWER_TIME)
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Reads the xattr, as the owner of the mount if this process may become that user. Changes the IDs of this thread.
+fn read_daemon_xattr(point: &Path, owner: Option<(u32, u32)>) -> io::Result<String> {
     let read = move |point: &Path| {
         let mut value = vec![0; 128];
         let len = getxattr(point, DAEMON_XATTR_C, &mut value)?;
@@ -168,12 +184,8 @@ fn daemon_xattr(point: &Path, owner: Option<(u32, u32)>) -> io::Result<String> {
     };
     match (read(point), owner) {
         (Err(e), Some(owner)) if e.kind() == io::ErrorKind::PermissionDenied => {
-            let point = point.to_owned();
-            let as_owner = thread::spawn(move || {
-                become_user(owner)?;
-                read(&point)
-            });
-            as_owner.join().unwrap_or(Err(e))
+            become_user(owner).map_err(|_failed| e)?;
+            read(point)
         }
         (other, _) => other,
     }

@@ -4,7 +4,7 @@
 //!   container   |header|  a.ovf  |header|  disk1.vmdk          |header| …
 //!                                          └── MemberFile ────┘
 //! ```
-//! A member is only read. Its identity is that of its container: one file of this machine, which the other members share.
+//! A member is only read. Its identity names the file of its container, which the other members share, and its start.
 
 use std::fmt;
 use std::ops::Range;
@@ -62,6 +62,7 @@ pub(super) struct MemberFile {
 impl MemberFile {
     fn within(&self, identity: Identity) -> Identity {
         Identity {
+            start: identity.start + self.member.bytes.start,
             len: self.len(),
             ..identity
         }

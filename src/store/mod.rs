@@ -131,6 +131,8 @@ impl Neighbour {
 pub struct Identity {
     /// Device and inode. For a block device: `u64::MAX` and the device number.
     pub file: (u64, u64),
+    /// Byte of that file at which the content starts: 0, except for a member of a package.
+    pub start: u64,
     /// Length in bytes.
     pub len: u64,
     /// Time of the last change of the content, in nanoseconds since 1970.
@@ -138,6 +140,13 @@ pub struct Identity {
     /// Time of the last change of content or attributes, in nanoseconds since 1970. The kernel sets it and programs
     /// cannot, so a content change with a restored mtime is still detected.
     pub ctime_ns: i128,
+}
+
+impl Identity {
+    /// Returns what tells the file from others, whatever its content is.
+    pub fn place(&self) -> ((u64, u64), u64) {
+        (self.file, self.start)
+    }
 }
 
 /// An open file of a store.

@@ -22,6 +22,8 @@ const MAX_MEMBERS: usize = 4096;
 const MAX_HEADERS: u64 = 8 << 20;
 /// Maximum bytes of a description or of a list of digests.
 const MAX_TEXT: u64 = 4 << 20;
+/// Maximum number of messages about members that differ.
+const MAX_MESSAGES: usize = 100;
 /// Bytes read at once for a digest.
 const CHUNK: usize = 1 << 20;
 
@@ -108,9 +110,17 @@ impl Package {
         };
         let is_other = |name: &str| disk.is_some_and(|disk| disk != name) && self.disks.iter().any(|d| d == name);
         let text = read_text(&self.members, &list.name)?;
-        let mut wrong = Vec::new();
+        let (mut wrong, mut seen) = (Vec::new(), HashSet::new());
         for line in text.lines().filter(|line| !line.trim().is_empty()) {
+            if wrong.len() == MAX_MESSAGES {
+                wrong.push(format!("{}: has more lines that do not fit", printable(&list.name)));
+                break;
+            }
             match digest_line(line) {
+                // A list that names a member often would make the check read it as often.
+                Some((_, name, _)) if !seen.insert(name) => {
+                    wrong.push(format!("{}: lists {} twice", printable(&list.name), printable(name)));
+                }
                 None => wrong.push(format!(
                     "{}: cannot read the line {}",
                     printable(&list.name),
@@ -241,7 +251,7 @@ fn disks(members: &Arc<Members>) -> Result<Vec<String>> {
 /// Errors: `Corrupt` for a text that is no XML, `Unsupported` for a disk that is cut into pieces.
 fn described_disks(text: &str) -> Result<Vec<String>> {
     let mut reader = Reader::from_str(text);
-    let (mut files, mut disks) = (HashMap::new(), Vec::new());
+    let (mut files, mut disks, mut seen) = (HashMap::new(), Vec::new(), HashSet::new());
     loop {
         let event = reader.read_event().map_err(|e| {
             let at = reader.error_position();
@@ -259,7 +269,12 @@ fn described_disks(text: &str) -> Result<Vec<String>> {
                     files.insert(id, (href, attribute(&tag, b"chunkSize").is_some()));
                 }
             }
-            b"Disk" => disks.extend(attribute(&tag, b"fileRef")),
+            // Each file once: its name may be long, and the references many.
+            b"Disk" => {
+                if let Some(file) = attribute(&tag, b"fileRef").filter(|file| seen.insert(file.clone())) {
+                    disks.push(file);
+                }
+            }
             _ => {}
         }
     }
@@ -316,7 +331,8 @@ fn digest_line(line: &str) -> Option<(&'static digest::Algorithm, &str, Vec<u8>)
         let text = std::str::from_utf8(pair).ok().filter(|text| text.len() == 2)?;
         u8::from_str_radix(text, 16).ok()
     });
-    Some((algorithm, name, bytes.collect::<Option<_>>()?))
+    let bytes: Vec<u8> = bytes.collect::<Option<_>>()?;
+    (bytes.len() == algorithm.output_len()).then_some((algorithm, name, bytes))
 }
 
 fn digest_of(file: &dyn StoredFile, algorithm: &'static digest::Algorithm) -> Result<Vec<u8>> {

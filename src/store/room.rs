@@ -87,6 +87,10 @@ impl RoomNeeded {
             let Some(free) = file.fd().and_then(|fd| fstatvfs(fd).ok()) else {
                 continue;
             };
+            // A file system that tells no sizes, as many FUSE file systems.
+            if free.blocks() == 0 {
+                continue;
+            }
             let blocks = if nix::unistd::geteuid().is_root() {
                 free.blocks_free()
             } else {

@@ -91,7 +91,7 @@ pub(super) fn check(links: &[Link]) -> CheckReport {
             report.error(|| error.to_string());
         }
         if let Extent::Sparse(sparse) = &placed.extent {
-            if !seen.insert(sparse.file.identity_at_open()) {
+            if !seen.insert(sparse.file.identity_at_open().place()) {
                 let label = sparse.file.label();
                 report.error(|| format!("{label}: is used by several extents: a write to one would change the other"));
                 continue;

@@ -314,6 +314,7 @@ impl BlockRead for VmdkDisk {
 
     fn why_no_runs(&self) -> &'static str {
         match self.base {
+            Some(_) if self.lost_parent.is_some() => "a part of its data is missing (degraded=orphan)",
             Some(_) => "its data are not stored as they are read (below an overlay)",
             None => "its data are not stored as they are read (compressed)",
         }

@@ -146,8 +146,8 @@ impl Opener {
         self.access = Access::Read;
         let mut seen = Vec::new();
         while let Some(child) = links.last().filter(|link| names_parent(link)) {
-            // By device and inode, so that other names of a file are recognized.
-            seen.push(child.file.identity()?.file);
+            // By device, inode and start, so that other names of a file are recognized.
+            seen.push(child.file.identity()?.place());
             let within = |e: Error| e.within(format!("{}: its parent", child.file.label()));
             if links.len() == MAX_LINKS {
                 return Err(within(Error::unsupported(format!(
@@ -190,7 +190,7 @@ impl Opener {
     }
 
     /// Opens the parent of `child`: the one that it names or, if that cannot be used, the one that the user named.
-    fn parent_of(&mut self, child: &Link, seen: &[(u64, u64)]) -> Result<Link> {
+    fn parent_of(&mut self, child: &Link, seen: &[((u64, u64), u64)]) -> Result<Link> {
         let named = named_parent(child, self.options.degraded).and_then(|file| self.parent_link(child, file, seen));
         match (named, &self.options.parent) {
             (Err(_), Some(_)) => {}
@@ -205,8 +205,8 @@ impl Opener {
     }
 
     /// Opens `file` as the parent of `child`. `seen` are the files of the links so far.
-    fn parent_link(&mut self, child: &Link, file: Arc<dyn StoredFile>, seen: &[(u64, u64)]) -> Result<Link> {
-        if seen.contains(&file.identity()?.file) {
+    fn parent_link(&mut self, child: &Link, file: Arc<dyn StoredFile>, seen: &[((u64, u64), u64)]) -> Result<Link> {
+        if seen.contains(&file.identity()?.place()) {
             return Err(Error::corrupt(format!("the chain comes back to {}", file.label())));
         }
         let link = self.link(file)?;
@@ -521,7 +521,7 @@ fn lost_error(file: &dyn StoredFile, line: &ExtentLine, end: &str) -> Error {
 /// data, or its size and no data.
 fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExtent> {
     let bytes = line.sectors.saturating_mul(SECTOR);
-    let is_stored = || Ok(matches!(file.data_at(0)?, (true, _)) || file.data_at(0)?.1 < file.len());
+    let is_stored = || file.data_at(0).map(|(stored, bytes)| stored || bytes < file.len());
     if file.len() == bytes && is_stored()? {
         return flat_extent(file, line, line.kind.as_str(), false);
     }

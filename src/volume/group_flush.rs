@@ -183,7 +183,7 @@ struct SubmittedFlush {
 
 impl SubmittedFlush {
     fn complete(&mut self, result: &Result<()>) {
-        answer_all(std::mem::take(&mut self.answers), result);
+        answer_all(std::mem::take(&mut self.answers), &self.volume.reported(result.clone()));
         // A disk with a queue is complete when its writes are durable.
         let (_, waiting) = self.flushes.take_waiting();
         if let Some(queue) = self.volume.queue().filter(|_| !waiting.is_empty()) {
@@ -332,6 +332,23 @@ mod tests {
         begun.try_recv().unwrap()(failure());
         assert_eq!(answered.try_recv(), Ok(("fourth", false)));
         assert!(begun.try_recv().is_err());
+    }
+
+    #[test]
+    fn regression_an_error_that_no_program_heard_fails_the_next_flush_of_a_disk_with_a_queue() {
+        let (starts, begun) = channel();
+        let disk = Arc::new(TestDisk::new(8).queueing(Some(starts)));
+        let volume = Arc::new(Volume::new(disk, Vec::new()));
+        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
+        let (answers, answered) = channel();
+        volume.keep_unheard(&Error::new(ErrorKind::Os(libc::EIO), "lost"));
+        for expected in [false, true] {
+            let answers = answers.clone();
+            let answer = Box::new(move |result: &Result<()>| answers.send(result.is_ok()).unwrap());
+            flushes.flush(&volume, &loops, FlushKind::Durable, answer);
+            begun.try_recv().unwrap()(Ok(()));
+            assert_eq!(answered.try_recv(), Ok(expected));
+        }
     }
 
     #[test]

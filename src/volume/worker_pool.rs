@@ -100,9 +100,10 @@ impl DiskShare {
         let (pool, shared) = (Arc::clone(&self.pool), Arc::clone(&next));
         let started = std::thread::Builder::new()
             .name("worker".to_owned())
-            .spawn(move || pool.work(&shared));
+            .spawn(move || pool.work(&shared, true));
         if started.is_err() {
-            self.pool.work(&next);
+            // The caller has other work: it must not wait here for further jobs.
+            self.pool.work(&next, false);
         }
     }
 }
@@ -118,8 +119,9 @@ impl WorkerPool {
         }
     }
 
-    /// Runs `first`, then every other job that may start, until none has come for [`IDLE`].
-    fn work(&self, first: &Mutex<Option<(usize, Job)>>) {
+    /// Runs `first`, then every other job that may start. A thread of the pool (`waits`) goes on until none has come for
+    /// [`IDLE`].
+    fn work(&self, first: &Mutex<Option<(usize, Job)>>, waits: bool) {
         let mut next = first.lock().unwrap_or_else(PoisonError::into_inner).take();
         while let Some((disk, job)) = next {
             // A panic must not end the thread: the count would stay too high, and jobs in a queue would wait for ever.
@@ -131,7 +133,7 @@ impl WorkerPool {
             // The count is lowered under the lock under which no job was found. A job that is pushed afterwards sees the
             // lower count and starts a thread.
             next = state.take_next();
-            if next.is_none() {
+            if waits && next.is_none() {
                 next = self.wait_for_job(state);
             }
         }

@@ -186,7 +186,7 @@ impl Volume {
     }
 
     /// Returns the result of a flush, or the error of an earlier one that no program has heard.
-    fn reported(&self, result: Result<()>) -> Result<()> {
+    pub(super) fn reported(&self, result: Result<()>) -> Result<()> {
         let unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner).take();
         result.and(unheard.map_or(Ok(()), Err))
     }

@@ -464,6 +464,7 @@ fn identity(number: usize, file: &FileState) -> Identity {
     let changes = i128::from(file.changes);
     Identity {
         file: (0, number as u64),
+        start: 0,
         len: file.bytes.len(),
         mtime_ns: changes,
         ctime_ns: changes,

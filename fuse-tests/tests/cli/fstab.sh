@@ -6,6 +6,27 @@ program=$2
 fail() { echo "failed: $*" >&2; exit 1; }
 # The status of a command and its error, in $status and the file `error`.
 status_of() { status=0; "$@" 2>error || status=$?; }
+# Waits for a condition, less long than the test that runs this script.
+until_true() {
+  n=0
+  until "$@"; do n=$((n + 1)); [ $n -lt 450 ] || fail "never: $*"; sleep .1; done
+}
+# Mounts what fstab lists, and again, which must do nothing.
+mount_all_twice() {
+  mount -a -T fstab
+  before=$(cat /proc/self/mountinfo)
+  mount -a -T fstab
+  [ "$before" = "$(cat /proc/self/mountinfo)" ] || fail 'the second mount -a changed something'
+}
+as_user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+server=
+# Also after a failure nothing goes on: neither a daemon nor what was started here.
+clean() {
+  touch done
+  [ -z "$server" ] || kill $server 2>/dev/null || :
+  for point in mnt/*; do vmdkfuse --unmount "$PWD/$point" >/dev/null 2>&1 || umount -l "$point" 2>/dev/null || :; done
+}
+trap clean EXIT
 mounted() { findmnt -n -o SOURCE "$1" 2>/dev/null; }
 not_mounted() { [ -z "$(mounted "$1")" ] || fail "$1 is mounted"; }
 mkdir -p upper run
@@ -37,10 +58,7 @@ cat >fstab <<FSTAB
 $PWD/link/a.vmdk $PWD/mnt/plain vmdkfuse rw,nofail,_netdev,x-systemd.automount,uhelper=vmdkfuse,name="a,b\\040c" 0 0
 $PWD/disks/b\\040c.vmdk $PWD/mnt/b\\040c fuse.vmdkfuse ro,noexec,uhelper=vmdkfuse 0 0
 FSTAB
-mount -a -T fstab
-before=$(cat /proc/self/mountinfo)
-mount -a -T fstab
-[ "$before" = "$(cat /proc/self/mountinfo)" ] || fail 'the second mount -a changed something'
+mount_all_twice
 [ "$(mounted mnt/plain)" = "$PWD/disks/a.vmdk" ] || fail "source: $(mounted mnt/plain)"
 [ "$(mounted 'mnt/b c')" = "$PWD/disks/b c.vmdk" ] || fail "source: $(mounted 'mnt/b c')"
 df --output=source mnt/plain | grep -qx "$PWD/disks/a.vmdk"
@@ -74,10 +92,7 @@ done
 
 echo '== a TOML file, by mount(8), as program, and unmounted by it'
 echo "$PWD/disks/two.toml $PWD/mnt/toml vmdkfuse nofail,uhelper=vmdkfuse 0 0" >fstab
-mount -a -T fstab
-before=$(cat /proc/self/mountinfo)
-mount -a -T fstab
-[ "$before" = "$(cat /proc/self/mountinfo)" ] || fail 'the second mount -a changed something'
+mount_all_twice
 [ "$(mounted mnt/toml)" = "$PWD/disks/two.toml" ] || fail "source: $(mounted mnt/toml)"
 [ -f mnt/toml/a.raw ] && [ -f "mnt/toml/b c.raw" ] || fail 'two disks'
 umount mnt/toml
@@ -93,24 +108,22 @@ status_of vmdkfuse --unmount --config disks/two.toml
 echo '== an NBD export'
 nbdkit -f -U "$PWD/socket" memory 8M &
 server=$!
-trap 'kill $server 2>/dev/null || :' EXIT
-until [ -S socket ]; do kill -0 $server; done
+until_true test -S socket
 echo "nbd+unix:///?socket=$PWD/socket $PWD/mnt/nbd vmdkfuse _netdev,uhelper=vmdkfuse 0 0" >fstab
-mount -a -T fstab
-before=$(cat /proc/self/mountinfo)
-mount -a -T fstab
-[ "$before" = "$(cat /proc/self/mountinfo)" ] || fail 'the second mount -a changed something'
+mount_all_twice
 [ "$(mounted mnt/nbd)" = "nbd+unix:///?socket=$PWD/socket" ] || fail "source: $(mounted mnt/nbd)"
 [ "$(stat -c %s mnt/nbd/disk.raw)" = 8388608 ] || fail 'size of the export'
 umount mnt/nbd
 kill $server
 wait $server || :
+server=
 
 echo '== a dead mount is cleared'
 vmdkfuse --config disks/two.toml -P "$PWD/pid"
 pid=$(cat pid)
 kill -KILL "$pid"
-while [ -d "/proc/$pid" ] && ! grep -q '^State:.*Z' "/proc/$pid/status"; do :; done
+ended() { [ ! -d "/proc/$1" ] || grep -q '^State:.*Z' "/proc/$1/status"; }
+until_true ended "$pid"
 vmdkfuse --unmount --config disks/two.toml
 not_mounted mnt/toml
 
@@ -123,7 +136,7 @@ status_of umount.vmdkfuse "$PWD/mnt/plain"
 [ $status = 32 ] || fail "unmount failure: $status"
 chmod 600 "disks/b c.vmdk"
 chown 65534 mnt/user
-status_of setpriv --reuid=65534 --regid=65534 --clear-groups mount.vmdkfuse "$PWD/disks/b c.vmdk" "$PWD/mnt/user"
+status_of as_user mount.vmdkfuse "$PWD/disks/b c.vmdk" "$PWD/mnt/user"
 [ $status = 1 ] || fail "permission: $status $(cat error)"
 status_of vmdkfuse mnt/plain file=disks/none.vmdk
 [ $status = 1 ] || fail "program: $status"
@@ -137,7 +150,7 @@ status_of mount.vmdkfuse https://anna:secret@localhost/x.vmdk "$PWD/mnt/plain"
 
 echo '== another mount namespace'
 unshare -m --propagation private sh -c 'echo $$ >other; while [ ! -e done ]; do sleep .1; done' &
-while [ ! -s other ]; do :; done
+until_true test -s other
 mount.vmdkfuse "$PWD/disks/a.vmdk" "$PWD/mnt/plain" -N "/proc/$(cat other)/ns/mnt"
 not_mounted mnt/plain
 grep -q "$PWD/mnt/plain fuse.vmdkfuse\|$PWD/mnt/plain " "/proc/$(cat other)/mounts" || fail 'not mounted there'
@@ -153,15 +166,13 @@ umount -l mnt/plain
 not_mounted mnt/plain
 [ -e pid ] || fail 'the daemon has ended'
 exec 3<&-
-n=0
-while [ -e pid ]; do n=$((n + 1)); [ $n -lt 600 ] || fail 'the daemon goes on'; sleep .1; done
+until_true test ! -e pid
 vmdkfuse mnt/plain file=disks/a.vmdk -P "$PWD/pid"
 umount -f mnt/plain
 not_mounted mnt/plain
-while [ -e pid ]; do n=$((n + 1)); [ $n -lt 600 ] || fail 'the daemon goes on'; sleep .1; done
+until_true test ! -e pid
 
 echo '== an ordinary user mounts and unmounts what fstab permits'
-as_user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
 chown 65534:65534 disks/a.vmdk mnt/user
 cp /etc/fstab fstab 2>/dev/null || : >fstab
 echo "$PWD/disks/a.vmdk $PWD/mnt/user vmdkfuse noauto,users 0 0" >>fstab

@@ -8,6 +8,9 @@ use fuse_tests::harness::{
     Cmd, Scratch, assert_same, assert_same_at_random, need_fuse, need_qemu, qemu_img, raw_with_islands, sha256,
 };
 
+use fuse_tests::make::Layer;
+use fuse_tests::make::write::{self, Hosted};
+
 const SIZE: u64 = 16 << 20;
 
 /// Makes a package of two disks with a description and digests, as exporters do. Returns it and the raw originals.
@@ -119,6 +122,31 @@ fn check_compares_the_digests_of_a_package() {
         "{damaged}"
     );
     assert_eq!(damaged.stdout.matches("clean").count(), 1, "{damaged}");
+}
+
+/// Members of one package are different files, also where their lengths are equal.
+#[test]
+fn regression_extents_of_equal_length_in_a_package_are_not_taken_for_one() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("parts");
+    for (seed, name) in [(1, "s001.vmdk"), (2, "s002.vmdk")] {
+        let layer = Layer::new(seed, name, 8192, 128).fill([0, 5]);
+        write::hosted(&dir.join(name), &layer, None, &Hosted::default()).unwrap();
+    }
+    let text = "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"twoGbMaxExtentSparse\"\n\
+                RW 8192 SPARSE \"s001.vmdk\"\nRW 8192 SPARSE \"s002.vmdk\"\n";
+    fs::write(dir.join("disk.vmdk"), text).unwrap();
+    let ova = pack(&scratch, &dir, &["disk.vmdk", "s001.vmdk", "s002.vmdk"]);
+    let check = scratch
+        .vmdkfuse()
+        .arg("--check")
+        .key("file", &ova)
+        .arg("member=disk.vmdk")
+        .run();
+    assert!(check.ok().stdout.contains("clean (4 grains checked)"));
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::FileExt as _;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, assert_same, need, need_fuse, poll_until, read_range, sha256};
@@ -103,6 +105,59 @@ fn read_ahead_of_a_dead_disk_does_not_stop_that_of_a_live_one() {
     dead.signal(Signal::SIGCONT);
     copy.ok();
     assert!(fs::read(scratch.path("copy")).unwrap() == content);
+}
+
+/// An overlay is read by the event loops; what it has not must not make them wait for the server below.
+#[test]
+fn regression_a_dead_server_below_an_overlay_does_not_stop_other_disks() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let content = noise(8 << 20, 43);
+    let image = scratch.write("live.img", &content);
+    let dead = Server::nbdkit(&scratch, &["memory", "64M"]);
+    let mount = scratch
+        .mount()
+        .arg("cache=none")
+        .arg(dead.uri())
+        .arg("name=dead")
+        .arg("timeout=200")
+        .arg(format!("cow={}", scratch.path("o.vmdk").display()))
+        .arg(format!("file={}", image.display()))
+        .arg("name=live")
+        .start();
+    dead.signal(Signal::SIGSTOP);
+    // More readers than the mount has event loops.
+    let readers: Vec<_> = (1..9)
+        .map(|at| {
+            let path = mount.file("dead");
+            thread::spawn(move || {
+                let file = fs::File::open(path).unwrap();
+                file.read_exact_at(&mut [0; 4096], at << 22).is_ok()
+            })
+        })
+        .collect();
+    let waiting = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+        let functions = tasks.filter_map(|task| fs::read_to_string(task.path().join("wchan")).ok());
+        functions.filter(|function| function == "request_wait_answer").count()
+    };
+    assert!(
+        poll_until(SOON, || waiting() >= readers.len()),
+        "no request is waited for"
+    );
+    let copy = Cmd::new("cp")
+        .arg(mount.file("live"))
+        .arg(scratch.path("copy"))
+        .deadline(Duration::from_secs(60))
+        .run();
+    let waited = readers.iter().all(|reader| !reader.is_finished());
+    dead.signal(Signal::SIGCONT);
+    copy.ok();
+    assert!(waited, "the server was not dead");
+    assert!(fs::read(scratch.path("copy")).unwrap() == content);
+    assert!(readers.into_iter().all(|reader| reader.join().unwrap()));
 }
 
 #[test]

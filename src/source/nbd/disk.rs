@@ -27,6 +27,7 @@ use super::split_request::{Oneshot, SplitRequest, pieces};
 use crate::block::{
     BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay, check_range,
 };
+use crate::cache;
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::RoomNeeded;
@@ -374,6 +375,10 @@ impl BlockRead for NbdDisk {
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         let sectors = check_range(&self.geometry, at, buf.len())?;
+        // Below an overlay the reader may be an event loop, which asks first for what is in memory.
+        if !cache::may_wait() {
+            return Err(cache::would_block());
+        }
         let oneshot = Oneshot::new();
         let sender = Arc::clone(&oneshot);
         // The bytes are copied once more. This function returns at its timeout, but libnbd writes to the buffer of a

@@ -240,6 +240,7 @@ fn identity_of(remote: &RemoteFile) -> Identity {
     let version = &remote.version;
     Identity {
         file: (number(url.as_str(), 0), number(url.as_str(), 8)),
+        start: 0,
         len: version.len,
         mtime_ns: version.modified_ns(),
         ctime_ns: version.etag.as_deref().map_or(0, |etag| number(etag, 0).into()),

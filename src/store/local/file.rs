@@ -297,8 +297,11 @@ impl StoredFile for LocalFile {
             return Ok(());
         };
         let removed = name.as_os_str().as_bytes().ends_with(b" (deleted)");
-        let own = fs::symlink_metadata(&name).is_ok_and(|found| (found.dev(), found.ino()) == (now.dev(), now.ino()));
-        if removed && !own { gone() } else { Ok(()) }
+        let is_own = || {
+            let found = fs::symlink_metadata(&name);
+            found.is_ok_and(|found| (found.dev(), found.ino()) == (now.dev(), now.ino()))
+        };
+        if removed && !is_own() { gone() } else { Ok(()) }
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -436,6 +439,7 @@ pub(super) fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
         } else {
             (now.dev(), now.ino())
         },
+        start: 0,
         len: if device { device_len } else { now.len() },
         mtime_ns: i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec()),
         ctime_ns: i128::from(now.ctime()) * 1_000_000_000 + i128::from(now.ctime_nsec()),

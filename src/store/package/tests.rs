@@ -110,6 +110,27 @@ fn digests_find_a_changed_member() {
 }
 
 #[test]
+fn a_hostile_list_of_digests_or_disks_costs_no_more_than_its_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let zeroes = "0".repeat(40);
+    let list = format!("SHA1(disk.vmdk)= {zeroes}\n").repeat(1000) + &"x\n".repeat(1000);
+    let package_of = |members: &[(&str, &[u8])]| package(dir.path(), members).unwrap();
+    let bad = package_of(&[("disk.vmdk", b"content"), ("x.mf", list.as_bytes())]);
+    let wrong = bad.verify(None).unwrap();
+    assert_eq!(wrong.len(), MAX_MESSAGES + 1);
+    assert!(
+        wrong[0].contains("differs") && wrong[1].contains("lists disk.vmdk twice"),
+        "{wrong:?}"
+    );
+    let short = package_of(&[("disk.vmdk", b"content"), ("x.mf", b"SHA1(disk.vmdk)= 00\n")]);
+    assert!(short.verify(None).unwrap()[0].contains("cannot read the line"));
+    let twice = OVF.replace("fileRef=\"f1\"", "fileRef=\"f2\"");
+    let one = package_of(&[("a.ovf", twice.as_bytes()), ("two.vmdk", b"second")]);
+    assert_eq!(one.disks(), ["two.vmdk"]);
+    assert!(one.disk(None).is_ok());
+}
+
+#[test]
 fn damaged_and_hostile_archives_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.ova");
