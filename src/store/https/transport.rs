@@ -110,6 +110,7 @@ impl Answer {
 
     /// Reads the next piece of the body. Returns false at its end, which the server has marked.
     pub(super) fn read(&mut self, limits: Limits<'_>, piece: Piece<'_>) -> Result<bool, Trouble> {
+        limits.check()?;
         let stall = limits.within(STALL);
         let read = match &mut self.body {
             Body::Direct(body) => body.read(stall, piece),

@@ -3,7 +3,7 @@
 //! TLS works on a buffer of ours: a read takes many records at once, and each is decrypted where it lies. The library's
 //! own buffer takes 4 KiB with each system call.
 //!
-//! The socket has a timeout of [`TICK`], after which the limits of the request are checked.
+//! The limits of the request are checked before each read of the socket, and after each [`TICK`] without a byte.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -242,6 +242,8 @@ impl Wire {
 
     /// Waits for bytes of the server. Returns false at the end of the connection.
     fn fill(&mut self, limits: Limits<'_>) -> Result<bool, Trouble> {
+        // Also when bytes keep coming: a server that sends one in each tick would hold the request forever.
+        limits.check()?;
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         } else if self.inbox.len() - self.end < LEAST_FREE {
@@ -363,10 +365,11 @@ fn look_up(to: &Endpoint, resolve: &[(String, IpAddr)], limits: Limits<'_>) -> R
 
 fn write_all(socket: &mut TcpStream, mut bytes: &[u8], limits: Limits<'_>) -> Result<(), Trouble> {
     while !bytes.is_empty() {
+        limits.check()?;
         match socket.write(bytes) {
             Ok(0) => return Err(ended()),
             Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
-            Err(e) if is_tick(&e) => limits.check()?,
+            Err(e) if is_tick(&e) => {}
             Err(e) => return Err(broken(&e)),
         }
     }
@@ -393,5 +396,53 @@ fn unreachable(trouble: Trouble) -> Trouble {
     match trouble {
         Trouble::Broken(text) => Trouble::Unreachable(format!("connecting failed: {text}")),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::config::Trust;
+    use crate::store::https::trust;
+
+    /// Returns a connection without TLS, and its other end.
+    fn connected() -> (Wire, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let to = Endpoint {
+            tls: false,
+            host: address.ip().to_string(),
+            port: address.port(),
+        };
+        let (tls, _) = trust::client_config(&Trust::default()).unwrap();
+        let limits = limits_of(&OPEN);
+        let wire = Wire::connect(&to, &[], &Arc::new(tls), limits).unwrap();
+        (wire, listener.accept().unwrap().0)
+    }
+
+    static OPEN: AtomicBool = AtomicBool::new(false);
+    static CLOSED: AtomicBool = AtomicBool::new(true);
+
+    fn limits_of(closing: &AtomicBool) -> Limits<'_> {
+        Limits {
+            deadline: Instant::now() + Duration::from_secs(60),
+            closing,
+        }
+    }
+
+    #[test]
+    fn bytes_that_keep_coming_do_not_hold_a_request_beyond_its_limits() {
+        let (mut wire, mut server) = connected();
+        server.write_all(b"one byte after the other").unwrap();
+        let past = limits_of(&OPEN).within(Duration::ZERO);
+        assert!(matches!(
+            wire.receive(1, limits_of(&CLOSED), &mut |_| ()),
+            Err(Trouble::Closed)
+        ));
+        assert!(matches!(wire.receive(1, past, &mut |_| ()), Err(Trouble::TimedOut)));
+        assert!(matches!(wire.receive(1, limits_of(&OPEN), &mut |_| ()), Ok(true)));
     }
 }
