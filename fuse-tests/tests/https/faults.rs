@@ -60,6 +60,15 @@ const PASSING: &[(&str, Wrong)] = &[
             b"HTTP/1.1 206 OK\r\nContent-Type: multipart/byteranges; boundary=x\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx",
         );
     }),
+    ("an endless body", |ask, _, s| {
+        let (first, last) = ask.range.unwrap();
+        let head = format!(
+            "HTTP/1.1 206 OK\r\nContent-Range: bytes {first}-{last}/{LEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        );
+        send(s, head.as_bytes());
+        let chunk = [b"10000\r\n".as_slice(), &[7; 0x10000], b"\r\n"].concat();
+        while s.write_all(&chunk).is_ok() {}
+    }),
     ("busy", |_, _, s| {
         send(
             s,
@@ -296,6 +305,39 @@ fn a_server_that_stalls_costs_the_deadline_and_unmounting_does_not_wait_for_it()
         read_far(&disk).is_ok_and(|read| read == content[2 << 20..(2 << 20) + 300_000])
     });
     assert!(works);
+    mount.unmount();
+}
+
+#[test]
+fn a_server_that_trickles_costs_the_deadline() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let left = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&left);
+    let content = content();
+    let server = Fake::start(move |ask, stream| {
+        let (first, last) = ask.range.unwrap();
+        if !(1 << 20..3 << 20).contains(&first) {
+            return send_right(ask, &content, stream);
+        }
+        send(stream, head_of(first, last, LEN).as_bytes());
+        // More often than a silent socket is noticed, and for longer than the test waits.
+        for byte in &content[first..first + 500] {
+            if stream.write_all(&[*byte]).is_err() {
+                seen.fetch_add(1, Ordering::SeqCst);
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+    });
+    let mount = scratch.mount().arg(server.url("d.img")).args_for_faults().start();
+    let disk = mount.file("d.raw");
+    let reader = std::thread::spawn(move || read_far(&disk).unwrap_err().raw_os_error());
+    let gives_up = poll_until(SOON, || left.load(Ordering::SeqCst) > 0);
+    assert!(gives_up, "the request outlives its deadline");
+    assert_eq!(reader.join().unwrap(), Some(libc::EIO));
     mount.unmount();
 }
 

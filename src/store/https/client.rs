@@ -12,6 +12,7 @@
 //! Bounds against a hostile server: at most [`MAX_REDIRECTS`] redirects, never to plain HTTP and never with credentials to
 //! another host; error texts are read up to [`MAX_ERROR_TEXT`]; a body that is longer than its range ends the request.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -436,11 +437,11 @@ impl Client {
         let checked = answer::check(status, &answer.headers, start, len, ask.known);
         let part = checked.map_err(|misfit| self.misfit(misfit, session))?;
         let mut left = part.len;
-        let mut is_too_long = false;
+        let is_too_long = Cell::new(false);
         let mut take = |bytes: &[u8]| {
             // A body that is longer than its range ends the request; none of the excess is passed on.
             let Some(after) = left.checked_sub(bytes.len() as u64) else {
-                is_too_long = true;
+                is_too_long.set(true);
                 return;
             };
             left = after;
@@ -449,13 +450,14 @@ impl Client {
         };
         let end = loop {
             match answer.read(limits, &mut take) {
-                Ok(true) => {}
+                // Not read to its end, which may never come.
+                Ok(true) if !is_too_long.get() => {}
                 end => break end,
             }
         };
         let early = |why: String| Failure::retry(format!("{why}, {left} bytes early"));
         match end {
-            _ if is_too_long => Err(Failure::retry("the answer is longer than the range that was asked for")),
+            _ if is_too_long.get() => Err(Failure::retry("the answer is longer than the range that was asked for")),
             Ok(_) if left == 0 => Ok(part.version),
             Ok(_) => Err(early("the answer ended".to_owned())),
             Err(Trouble::Broken(text)) => Err(early(format!("the answer was cut ({})", printable(text)))),
