@@ -62,6 +62,8 @@ pub struct TierFile {
     boot: u64,
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
+    /// True if all blocks were verified, and none was damaged since.
+    sound: AtomicBool,
     /// Set once a write has failed or the folder is full: nothing more is kept.
     full: AtomicBool,
 }
@@ -103,6 +105,7 @@ impl TierFile {
             files,
             boot,
             pending: Mutex::default(),
+            sound: AtomicBool::new(false),
             full: AtomicBool::new(false),
         }
     }
@@ -117,7 +120,7 @@ impl TierFile {
         self.entry(number) != 0
     }
 
-    /// Returns a block, if it is there and undamaged. Forgets a damaged one.
+    /// Returns a block, if it is there and undamaged. Forgets a damaged one, and that the file is complete.
     pub fn read(&self, number: u64) -> Option<Vec<u8>> {
         let entry = self.entry(number);
         if entry == 0 {
@@ -129,6 +132,7 @@ impl TierFile {
             return Some(data);
         }
         tracing::info!("{}: a cached block was damaged: fetching it again", self.key.label);
+        self.revoke_completion();
         let _ = self.put_entry(number, 0);
         None
     }
@@ -225,6 +229,7 @@ impl TierFile {
             }
             true
         });
+        self.sound.store(damaged == 0, Ordering::Relaxed);
         (all, damaged)
     }
 
@@ -252,12 +257,36 @@ impl TierFile {
         if self.complete().is_some() {
             return;
         }
-        let complete = self.each_entry(|_, entry| entry & 1 == 1);
-        if let Some(record) = completion_of(&files.data).filter(|_| complete) {
-            let noted = self.map.write(&record, COMPLETION).and_then(|()| self.map.sync());
-            if let Err(e) = noted {
-                tracing::debug!("{}: {e}", self.key.label);
-            }
+        // Taken first: a write after the checks below changes the times, and the record does not match.
+        let Some(record) = completion_of(&files.data) else {
+            return;
+        };
+        if self.each_entry(|_, entry| entry & 1 == 1) && self.may_be_noted() {
+            self.put_completion(&record);
+        }
+    }
+
+    /// Returns true if nothing speaks against the data. Reads all of it where something does: a record that does not match
+    /// is that of a copied folder, of a data file that another program wrote to, or of damage.
+    fn may_be_noted(&self) -> bool {
+        let mut record = [0; RECORD];
+        let is_first = self.map.read(&mut record, COMPLETION).is_ok() && record == [0; RECORD];
+        is_first || self.sound.load(Ordering::Relaxed) || self.verify().1 == 0
+    }
+
+    /// Withdraws the completion record: it would let the damage that was found be read without a look at the checksums.
+    fn revoke_completion(&self) {
+        self.sound.store(false, Ordering::Relaxed);
+        if self.files.is_some() {
+            // Not zeroes: what else is damaged must be looked for before the file counts as complete again.
+            self.put_completion(&REVOKED);
+        }
+    }
+
+    fn put_completion(&self, record: &[u8; RECORD]) {
+        let noted = self.map.write(record, COMPLETION).and_then(|()| self.map.sync());
+        if let Err(e) = noted {
+            tracing::debug!("{}: {e}", self.key.label);
         }
     }
 
@@ -277,6 +306,8 @@ impl Drop for TierFile {
 
 /// Bytes of a completion record.
 const RECORD: usize = 48;
+/// Completion record of a file in which damage was found. Matches no data file.
+const REVOKED: [u8; RECORD] = [0xff; RECORD];
 
 /// Returns true if a data file is complete, and unchanged since its map notes that.
 pub(super) fn is_complete(map: &File, data: &File) -> bool {
@@ -286,7 +317,7 @@ pub(super) fn is_complete(map: &File, data: &File) -> bool {
 }
 
 /// Returns the completion record for the present state of a data file: any later write changes its times.
-fn completion_of(data: &File) -> Option<[u8; RECORD]> {
+pub(super) fn completion_of(data: &File) -> Option<[u8; RECORD]> {
     let state = data.metadata().ok()?;
     let values = [
         0x7631_6c6c_6120_7364,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   byte 0      magic, checksum, the key in JSON, zeroes up to 3584
-//!   byte 3584   completion record: zeroes, or the state of the data file when all of its blocks were there
+//!   byte 3584   completion record: zeroes, or the state of the data file when all of its blocks were there; ones after damage
 //!   byte 4096   entry of block 0: 0 (absent), or two checksums of the block; the lowest bit tells that it is durable
 //! ```
 //! An entry is checked against the block at every read, so a block is served only if entry and data belong together,

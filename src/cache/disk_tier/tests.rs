@@ -329,6 +329,64 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
 }
 
+/// Returns the path of the data file of a complete file in a new folder.
+fn completed(path: &Path) -> (Arc<DiskTier>, PathBuf) {
+    let tier = DiskTier::open(path, None, true).unwrap();
+    fill(&tier.file(key()).unwrap());
+    assert!(tier.file(key()).unwrap().complete().is_some());
+    let data = path.join(format!("{}.data", key().stem()));
+    (tier, data)
+}
+
+#[test]
+fn damage_that_was_found_ends_the_completion() {
+    let (_dir, path) = folder();
+    let (tier, data) = completed(&path);
+    flip(&data, 5 * BLOCK + 17);
+    flip(&data, 9 * BLOCK + 17);
+    // A disk that loses bits leaves the times as they are.
+    let record = file::completion_of(&File::open(&data).unwrap()).unwrap();
+    let map = fs::File::options()
+        .write(true)
+        .open(data.with_extension("map"))
+        .unwrap();
+    map.write_all_at(&record, format::COMPLETION).unwrap();
+    let file = tier.file(key()).unwrap();
+    assert!(file.complete().is_some() && file.read(5).is_none());
+    drop(file);
+    let file = tier.file(key()).unwrap();
+    assert!(file.complete().is_none(), "block 5 would be read without its checksum");
+    file.write(5, &content(5));
+    drop(file);
+    let file = tier.file(key()).unwrap();
+    assert!(file.complete().is_none(), "block 9 was never looked at");
+    assert_eq!((file.read(5), file.read(9)), (Some(content(5)), None));
+    fill(&file);
+    drop(file);
+    assert!(tier.file(key()).unwrap().complete().is_some());
+}
+
+#[test]
+fn a_copied_file_is_complete_again_only_if_it_is_sound() {
+    let touch = |data: &Path| {
+        let file = fs::File::options().write(true).open(data).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    };
+    for (damaged, copied) in [
+        (false, &touch as &dyn Fn(&Path)),
+        (true, &|data: &Path| flip(data, 7 * BLOCK)),
+    ] {
+        let (_dir, path) = folder();
+        let (tier, data) = completed(&path);
+        copied(&data);
+        // Opened and closed, without a read.
+        assert!(tier.file(key()).unwrap().complete().is_none());
+        let file = tier.file(key()).unwrap();
+        assert_eq!(file.complete().is_none(), damaged);
+        assert_eq!(file.has(7), !damaged);
+    }
+}
+
 #[test]
 fn folders_of_others_and_links_are_refused() {
     let (dir, path) = folder();
