@@ -207,3 +207,34 @@ fn an_error_of_one_request_is_an_error_of_its_range() {
         "after a refused flush the disk is opened again"
     );
 }
+
+#[test]
+fn no_request_reaches_a_disk_that_is_being_closed() {
+    if !ready() || !need("fio") {
+        return;
+    }
+    for transport in ["nbd", "file"] {
+        let scratch = Scratch::new();
+        let vddk = Vddk::new(&scratch, 8);
+        let transport = format!("transport={transport}");
+        // A new request takes the place of each that is answered, until the host says that it ends.
+        vddk.set(&[&transport, "latency=1000", "fail-once=ReadAsync:400:14011"]);
+        scratch.write("x.vmdk", noise(32 << 20, 1));
+        let mount = vddk.mount(&scratch).file("x.vmdk").arg("-r").start();
+        let words = ["--name=v", "--rw=randread", "--bs=16k", "--size=32M", "--direct=1"];
+        Cmd::new("fio")
+            .args(words)
+            .args(["--ioengine=libaio", "--iodepth=96", "--norandommap"])
+            .arg(format!("--filename={}", mount.file("x.raw").display()))
+            .run()
+            .ok();
+        mount.unmount();
+        assert_eq!(
+            vddk.calls_of("Close").len(),
+            2,
+            "each host closes its disk: {:?}",
+            vddk.calls()
+        );
+        assert_eq!(vddk.calls_of("Exit").len(), 2, "{:?}", vddk.calls());
+    }
+}

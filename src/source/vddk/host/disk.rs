@@ -183,10 +183,18 @@ impl Disk {
     }
 
     /// Submits a read or write whose range lies on the disk and is aligned to sectors. Waits while too many are in flight.
+    /// Leaves it without an answer if the host ends.
     pub(super) fn submit(self: &Arc<Self>, transfer: Transfer) {
         let mut in_flight = lock(&self.in_flight);
         while *in_flight >= MAX_IN_FLIGHT {
             in_flight = self.ended.wait(in_flight).unwrap_or_else(PoisonError::into_inner);
+        }
+        // `wait_idle` acquires this lock after `ending` is set: a request passes here before it, and is waited for, or is
+        // turned away. None reaches a handle that is being closed.
+        if self.ending.load(Ordering::SeqCst) {
+            drop(in_flight);
+            self.give_back(transfer.buffer);
+            return transfer.reply.abandon();
         }
         *in_flight += 1;
         drop(in_flight);
@@ -262,7 +270,7 @@ impl Disk {
                 Some(job) => job,
                 None => match received.recv() {
                     Ok(job) => job,
-                    Err(_) => return End::Asked,
+                    Err(_) => Job::End(End::Asked),
                 },
             };
             match job {
@@ -334,7 +342,7 @@ impl Disk {
         reply.extents(&extents);
     }
 
-    /// Waits up to `limit` until no request is in flight.
+    /// Waits up to `limit` until no request is in flight. Must be called after [`Self::run_jobs`], which admits no more.
     pub(super) fn wait_idle(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let mut in_flight = lock(&self.in_flight);
