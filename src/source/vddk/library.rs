@@ -11,8 +11,8 @@ use std::ptr;
 use std::time::Instant;
 
 use super::abi::{
-    Block, BlockList, CompletionFunction, ConnectParams, Connection, CreateParams, Handle, Info, LogFunction,
-    VIX_ASYNC, VIX_OK, VixError, vddk_functions,
+    Block, BlockList, CHUNK_SECTORS, CompletionFunction, ConnectParams, Connection, CreateParams, Handle, Info,
+    LogFunction, VIX_ASYNC, VIX_OK, VixError, vddk_functions,
 };
 use super::failure::Failure;
 use super::library_file::LibraryFile;
@@ -30,8 +30,8 @@ vddk_functions!(function_table {
 /// Version of the interface that every supported library accepts.
 const INTERFACE: (u32, u32) = (6, 5);
 
-/// Longest list of allocated ranges that is copied: one for each chunk of the longest query.
-const MAX_BLOCKS: u32 = 512 << 10;
+/// Longest list of allocated ranges that is credible: one for each chunk of the longest query, which is 2 GiB.
+const MAX_BLOCKS: u32 = (2 << 30) / (CHUNK_SECTORS as u32 * 512);
 
 /// Log functions of the host.
 #[derive(Debug, Clone, Copy)]
@@ -335,7 +335,8 @@ impl Vddk {
         self.api.VixDiskLib_QueryAllocatedBlocks.is_some() && self.api.VixDiskLib_FreeBlockList.is_some()
     }
 
-    /// Returns the allocated ranges within `sectors` sectors from `start`, both multiples of a chunk.
+    /// Returns the allocated ranges within `sectors` sectors from `start`, both multiples of a chunk. Without a credible list
+    /// the whole range counts as allocated.
     pub(super) fn query(
         &self,
         handle: DiskHandle,
@@ -349,11 +350,14 @@ impl Vddk {
             self.api.VixDiskLib_QueryAllocatedBlocks,
             self.api.VixDiskLib_FreeBlockList,
         );
-        let (Some(query), Some(free)) = functions else {
-            return Ok(vec![Block {
+        let whole = || {
+            vec![Block {
                 offset: start,
                 length: sectors,
-            }]);
+            }]
+        };
+        let (Some(query), Some(free)) = functions else {
+            return Ok(whole());
         };
         let mut list: *mut BlockList = ptr::null_mut();
         let from = Instant::now();
@@ -361,17 +365,13 @@ impl Vddk {
         let result = unsafe { query(handle.0, start, sectors, chunk, &mut list) };
         self.statistics.count(INDEX, sectors * 512, from);
         self.result(NAME, result)?;
-        if list.is_null() {
-            return Ok(Vec::new());
+        // SAFETY: the library returned NULL, or a list with as many blocks as its head says.
+        let blocks = unsafe { copied_blocks(list) };
+        if !list.is_null() {
+            // SAFETY: the list is the library's, and was copied.
+            unsafe { free(list) };
         }
-        // SAFETY: the library returned a list with that many blocks behind its head, and frees it afterwards.
-        unsafe {
-            let count = (*list).count.min(MAX_BLOCKS) as usize;
-            let first = ptr::addr_of!((*list).blocks).cast::<Block>();
-            let blocks = (0..count).map(|at| first.add(at).read()).collect();
-            free(list);
-            Ok(blocks)
-        }
+        Ok(blocks.unwrap_or_else(whole))
     }
 
     /// Creates a failure from the result that a callback received.
@@ -487,6 +487,26 @@ impl Drop for Params {
     }
 }
 
+/// Copies a list of allocated ranges. Returns `None` if there is none, or it is too long to be true: what a part of it
+/// does not name must not become a hole.
+///
+/// # Safety
+/// The pointer is NULL or points to a list with as many blocks behind its head as that says.
+unsafe fn copied_blocks(list: *const BlockList) -> Option<Vec<Block>> {
+    if list.is_null() {
+        return None;
+    }
+    // SAFETY: as the caller guarantees. No reference: a list without blocks is shorter than the structure.
+    let count = unsafe { ptr::addr_of!((*list).count).read() };
+    if count > MAX_BLOCKS {
+        return None;
+    }
+    // SAFETY: the blocks follow the head, so the pointer is derived from that of the whole list.
+    let first = unsafe { ptr::addr_of!((*list).blocks) }.cast::<Block>();
+    // SAFETY: each index is below the number of blocks.
+    Some((0..count as usize).map(|at| unsafe { first.add(at).read() }).collect())
+}
+
 /// Copies a C string.
 ///
 /// # Safety
@@ -507,4 +527,25 @@ fn loaded_path(name: &[u8]) -> String {
     let line = maps.lines().find(|line| line.contains("libvixDiskLib.so"));
     let path = line.and_then(|line| line.find('/').map(|at| line[at..].to_owned()));
     path.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_blocks_is_copied_whole_or_not_at_all() {
+        // As the library stores them: the head, then the blocks.
+        let list = |count: u32| [u64::from(count), 128, 256, 512, 128];
+        // SAFETY: no count of up to `MAX_BLOCKS` exceeds the blocks.
+        let copied = |words: &[u64]| unsafe { copied_blocks(words.as_ptr().cast()) };
+        let blocks = copied(&list(2)).unwrap();
+        let found: Vec<_> = blocks.iter().map(|block| (block.offset, block.length)).collect();
+        assert_eq!(found, [(128, 256), (512, 128)]);
+        assert!(copied(&list(0)).unwrap().is_empty(), "nothing is allocated");
+        assert!(copied(&list(MAX_BLOCKS + 1)).is_none(), "too long");
+        // SAFETY: NULL is permitted.
+        assert!(unsafe { copied_blocks(ptr::null()) }.is_none());
+        assert_eq!(MAX_BLOCKS, 32 << 10, "chunks of 64 KiB in 2 GiB");
+    }
 }

@@ -24,7 +24,7 @@ use super::End;
 use super::extents::{AllocationMap, WrittenRanges};
 use super::server::{MAX_REQUEST, Reply, SECTOR};
 use crate::error::{Error, Result};
-use crate::source::vddk::abi::{CHUNK_SECTORS, VIX_OK, VixError, open_flag};
+use crate::source::vddk::abi::{CHUNK_SECTORS, VIX_OK, VixError};
 use crate::source::vddk::failure::{Circumstances, Failure, Trouble, nbd_error, trouble};
 use crate::source::vddk::library::{DiskHandle, Vddk};
 use crate::source::vddk::spec::DiskSpec;
@@ -120,8 +120,8 @@ impl Disk {
         );
         // Of local files the library reports every block as allocated or refuses, so it is not asked.
         let can_query = at.remote && vddk.can_query() && can_query(vddk, handle, info.sectors);
-        let single_link = spec.flags & open_flag::SINGLE_LINK != 0;
-        let allocation = can_query.then(|| Mutex::new(AllocationMap::new(info.sectors, single_link)));
+        // Such a disk is a whole chain (`single-link` is for local files), so what is not allocated is zero.
+        let allocation = can_query.then(|| Mutex::new(AllocationMap::new(info.sectors)));
         Ok(Self {
             vddk,
             handle,

@@ -3,6 +3,8 @@
 //! Rules of the library: a query starts and ends at chunks, and a query that goes beyond the end of the disk fails. So the
 //! part of a chunk at the end of the disk counts as data. Where a query fails, everything from there on is data, for as
 //! long as the disk is open. An answer does not know of writes by this handle, so what was written is data too.
+//!
+//! Nothing that the library reports is trusted: where the blocks of an answer are not in order, its whole range is data.
 
 use std::collections::BTreeMap;
 
@@ -37,8 +39,6 @@ pub(super) enum Content {
     Data,
     /// Not allocated, and zero.
     Zero,
-    /// Not allocated in this link: a parent may have data there.
-    Hole,
 }
 
 /// Queries about the allocation of a disk.
@@ -46,15 +46,12 @@ pub(super) enum Content {
 pub(super) struct AllocationMap {
     /// Bytes from the start that can be asked about: whole chunks. Shrinks at an error.
     known: u64,
-    /// Content of what is not allocated.
-    hole: Content,
 }
 
 impl AllocationMap {
-    pub(super) fn new(sectors: u64, single_link: bool) -> Self {
+    pub(super) fn new(sectors: u64) -> Self {
         Self {
             known: (sectors - sectors % CHUNK_SECTORS) * SECTOR,
-            hole: if single_link { Content::Hole } else { Content::Zero },
         }
     }
 
@@ -84,12 +81,13 @@ impl AllocationMap {
                 break;
             }
             match query(start / SECTOR, (until - start) / SECTOR) {
+                Ok(blocks) if !are_ordered(&blocks) => extents.push(until, Content::Data),
                 Ok(blocks) => {
                     for (from, to) in blocks.iter().filter_map(|block| range_of(block, start, until)) {
-                        extents.push(from, self.hole);
+                        extents.push(from, Content::Zero);
                         extents.push(to, Content::Data);
                     }
-                    extents.push(until, self.hole);
+                    extents.push(until, Content::Zero);
                 }
                 Err(()) => self.known = start,
             }
@@ -99,10 +97,19 @@ impl AllocationMap {
     }
 }
 
-/// Returns the bytes of a block within a range. Nothing that the library reports is trusted.
+/// Returns true if each block starts at or after the end of the one before it, and ends where a disk can.
+fn are_ordered(blocks: &[Block]) -> bool {
+    let end = blocks.iter().try_fold(0, |end, block| {
+        let to = block.offset.checked_add(block.length)?;
+        (block.offset >= end && to <= u64::MAX / SECTOR).then_some(to)
+    });
+    end.is_some()
+}
+
+/// Returns the bytes of a block within a range. The blocks are in order ([`are_ordered`]).
 fn range_of(block: &Block, start: u64, end: u64) -> Option<(u64, u64)> {
-    let from = block.offset.checked_mul(SECTOR)?.max(start);
-    let to = block.offset.checked_add(block.length)?.checked_mul(SECTOR)?.min(end);
+    let from = (block.offset * SECTOR).max(start);
+    let to = ((block.offset + block.length) * SECTOR).min(end);
     (from < to).then_some((from, to))
 }
 
@@ -115,7 +122,7 @@ struct ExtentList {
 }
 
 impl ExtentList {
-    /// Adds an extent from the end of the last one to `to`. Blocks out of order add nothing.
+    /// Adds an extent from the end of the last one to `to`.
     fn push(&mut self, to: u64, content: Content) {
         let to = to.min(self.end);
         if to <= self.at {
@@ -217,7 +224,7 @@ mod tests {
     fn holes_lie_between_the_blocks_and_the_tail_is_data() {
         let sectors = 10 * MIB / SECTOR + 5;
         let mut query = disk(&[(MIB, 2 * MIB), (4 * MIB, 5 * MIB)], sectors);
-        let mut map = AllocationMap::new(sectors, false);
+        let mut map = AllocationMap::new(sectors);
         let found = map.extents(512, sectors * SECTOR - 512, false, &mut query);
         let expected = [
             (MIB - 512, Content::Zero),
@@ -228,15 +235,13 @@ mod tests {
             (5 * SECTOR, Content::Data),
         ];
         assert_eq!(found, expected.map(|(len, content)| extent(len, content)));
-        let mut single = AllocationMap::new(sectors, true);
-        assert_eq!(single.extents(0, MIB, true, &mut query), [extent(MIB, Content::Hole)]);
     }
 
     #[test]
     fn an_error_makes_everything_from_there_on_data() {
         let sectors = (6 << 30) / SECTOR;
         let mut calls = 0;
-        let mut map = AllocationMap::new(sectors, false);
+        let mut map = AllocationMap::new(sectors);
         let mut query = |start, _| {
             calls += 1;
             if start < MAX_QUERY { Ok(Vec::new()) } else { Err(()) }
@@ -249,12 +254,35 @@ mod tests {
     }
 
     #[test]
-    fn malformed_blocks_are_clipped() {
-        let mut map = AllocationMap::new(MIB / SECTOR, false);
-        let blocks = [(u64::MAX, 5), (64, u64::MAX), (128, 128), (0, 128), (4000, 1)];
+    fn an_answer_whose_blocks_are_not_in_order_makes_its_range_data() {
+        for blocks in [
+            [(0, 128), (64, 128)],
+            [(512, 128), (0, 128)],
+            [(0, 128), (u64::MAX, 5)],
+            [(64, u64::MAX), (128, 128)],
+            [(0, 128), (u64::MAX / 512, 128)],
+        ] {
+            let mut map = AllocationMap::new(MIB / SECTOR);
+            let mut query = |_, _| Ok(blocks.map(|(offset, length)| Block { offset, length }).to_vec());
+            assert_eq!(
+                map.extents(0, MIB, false, &mut query),
+                [extent(MIB, Content::Data)],
+                "{blocks:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn blocks_are_clipped_to_the_range_of_the_query() {
+        let mut map = AllocationMap::new(MIB / SECTOR);
+        let blocks = [(128, 128), (1920, 4000), (8000, 1)];
         let mut query = |_, _| Ok(blocks.map(|(offset, length)| Block { offset, length }).to_vec());
-        let found = map.extents(0, MIB, false, &mut query);
-        assert_eq!(found.iter().map(|e| e.len).sum::<u64>(), MIB);
+        let found = map.extents(128 * SECTOR, MIB - 128 * SECTOR, false, &mut query);
+        let expected = [(128, Content::Data), (1664, Content::Zero), (128, Content::Data)];
+        assert_eq!(
+            found,
+            expected.map(|(sectors, content)| extent(sectors * SECTOR, content))
+        );
     }
 
     #[test]

@@ -346,7 +346,6 @@ impl Reply {
         for extent in extents {
             let flags = match extent.content {
                 Content::Data => 0,
-                Content::Hole => state::HOLE,
                 Content::Zero => state::HOLE | state::ZERO,
             };
             // An extent lies within a request, whose length has 32 bits.
