@@ -12,6 +12,7 @@
 //! | `fail=FUNCTION:FIRST:COUNT:ERROR` | calls FIRST to FIRST+COUNT-1 of this process fail |
 //! | `fail-once=FUNCTION:N:ERROR` | the Nth call fails, in the first process that comes to it |
 //! | `crash=FUNCTION:N[:always]`, `hang=FUNCTION:N[:always]` | the Nth call; once for all processes, or in each |
+//! | `error-text=BYTES` | length of what is added to the text of each error |
 //! | `server= user= password= cookie= thumbprint= vm=` | what the pretended server expects |
 
 use std::fs::File;

@@ -192,7 +192,9 @@ unsafe extern "C" fn VixDiskLib_Exit() {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn VixDiskLib_GetErrorText(error: VixError, _locale: *const c_char) -> *mut c_char {
-    let text = CString::new(format!("fake error text {}", error & 0xffff)).unwrap_or_default();
+    let more = library().knobs.number("error-text").unwrap_or(0) as usize;
+    let text = format!("fake error text {}{}", error & 0xffff, " and more".repeat(more / 9));
+    let text = CString::new(text).unwrap_or_default();
     libc::strdup(text.as_ptr())
 }
 

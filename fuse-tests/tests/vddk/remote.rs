@@ -3,9 +3,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
-use fuse_tests::harness::{Cmd, MountCmd, Scratch, assert_same, data_ranges, read_range};
+use fuse_tests::harness::{Cmd, MountCmd, Scratch, assert_same, data_ranges, poll_until, read_range};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::{Vddk, noise, ready, write_at};
+use crate::local::children;
+use crate::{SOON, Vddk, noise, ready, write_at};
 
 pub(crate) const THUMBPRINT: &str = "00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff:00:11:22:33";
 
@@ -227,6 +230,12 @@ fn errors_of_the_library_have_their_number_and_a_hint() {
         (&["fail=ConnectEx:1:1:6"], &["error 6", "vSphere 6 to 9"]),
         (&["fail=Open:1:9:14009"], &["error 14009", "port 902", "DNS"]),
         (&["fail=GetInfo:1:1:16000"], &["error 16000", "fake error text 16000"]),
+        // The error is known before the library hangs.
+        (&["fail=GetInfo:1:1:16000", "hang=Close:1:always"], &["error 16000"]),
+        (
+            &["fail=Open:1:1:13", "error-text=3000"],
+            &["error 13", "snapshot=moref"],
+        ),
         (&["fail=InitEx:1:1:7"], &["VixDiskLib_InitEx", "error 7"]),
     ] {
         vddk.set(knobs);
@@ -249,6 +258,75 @@ fn errors_of_the_library_have_their_number_and_a_hint() {
         !vddk.calls().iter().any(|line| line.contains("server=h ")),
         "the library was called"
     );
+}
+
+#[test]
+fn access_that_was_prepared_is_ended_also_if_the_disk_is_not_opened() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    put(&vddk, &noise(1 << 20, 1));
+    let mount = || remote(&vddk, &scratch).arg("prepare-for-access=true");
+    let failures = [
+        "PrepareForAccess:1:1:7",
+        "ConnectEx:1:1:7",
+        "Open:1:1:7",
+        "GetInfo:1:1:7",
+    ];
+    for (count, failure) in failures.into_iter().enumerate() {
+        expect(&vddk, &[&format!("fail={failure}")]);
+        mount().refused(1).one_error(1, &["error 7)"]);
+        for function in ["EndAccess", "Cleanup", "Exit"] {
+            assert_eq!(
+                vddk.calls_of(function).len(),
+                count + 1,
+                "{failure}: {:?}",
+                vddk.calls()
+            );
+        }
+    }
+    // A host whose daemon dies while it waits for its next attempt.
+    expect(&vddk, &[]);
+    let mut mount = mount().arg("cache=none").start();
+    let host = children(mount.pid())[0];
+    expect(&vddk, &["fail=Open:1:9:14014"]);
+    kill(Pid::from_raw(host), Signal::SIGKILL).unwrap();
+    let shown = mount.file("x.raw");
+    let reader = std::thread::spawn(move || fs::read(shown));
+    let calls = |function: &str| vddk.calls_of(function).len();
+    let disconnected = calls("Disconnect");
+    assert!(
+        poll_until(SOON, || calls("Disconnect") > disconnected),
+        "{:?}",
+        vddk.calls()
+    );
+    mount.signal(Signal::SIGKILL);
+    mount.wait_end();
+    assert!(poll_until(SOON, || calls("Exit") == 5), "{:?}", vddk.calls());
+    assert_eq!((calls("EndAccess"), calls("Cleanup")), (5, 5), "{:?}", vddk.calls());
+    assert!(reader.join().unwrap().is_err());
+}
+
+#[test]
+fn a_refused_login_is_not_repeated_at_once() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    put(&vddk, &noise(1 << 20, 1));
+    expect(&vddk, &[]);
+    let mount = remote(&vddk, &scratch).arg("cache=none").arg("timeout=4").start();
+    vddk.set(&["password=changed"]);
+    kill(Pid::from_raw(children(mount.pid())[0]), Signal::SIGKILL).unwrap();
+    for _ in 0..2 {
+        // Ends after the timeout, in which a login without a pause would be tried about ten times.
+        assert!(fs::read(mount.file("x.raw")).is_err());
+    }
+    assert_eq!(vddk.calls_of("ConnectEx").len(), 2, "{:?}", vddk.calls());
+    mount.unmount();
 }
 
 #[test]

@@ -47,7 +47,7 @@ const ACTIVATE: &str = "exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$;
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Length in bytes at which a line of the server's standard error is split in the log. Bounds the memory for it.
-const MAX_LINE: u64 = 1000;
+pub(in crate::source) const MAX_LINE: usize = 1000;
 
 /// Time to wait for the rest of the output of a server that has ended. A process that it started may keep the pipe open.
 const LAST_LINE: Duration = Duration::from_millis(100);
@@ -304,7 +304,7 @@ fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>)
     let mut line = Vec::new();
     loop {
         line.clear();
-        match (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line) {
+        match (&mut lines).take(MAX_LINE as u64).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {
                 let text = String::from_utf8_lossy(&line);

@@ -46,7 +46,7 @@ mod tests;
 mod tls;
 
 pub use crate::source::server_info::{ExportInfo, ServerInfo};
-pub(in crate::source) use captive::CaptiveServer;
+pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
 pub(in crate::source) use connect::{Cancel, OwnServer};
 pub(in crate::source) use private_dir::PrivateDir;
 

@@ -47,6 +47,9 @@ const EXIT_LOST: u8 = 75;
 /// Exit status of a host whose server is in maintenance.
 const EXIT_MAINTENANCE: u8 = 76;
 
+/// Exit status of a host whose login or disk the server refuses, for a reason that remains.
+const EXIT_REFUSED: u8 = 77;
+
 /// Runs a host process, if the arguments of the program say that it is one. Must be called before any thread starts.
 pub fn run_host(arguments: &[OsString]) -> Option<ExitCode> {
     let [_, argument] = arguments else { return None };

@@ -22,12 +22,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::Pid;
 use tracing::level_filters::LevelFilter;
 
 use super::abi::CHUNK_SECTORS;
 use super::library_file::{self, LibraryFile};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, LibraryDescription, STATISTICS_LEN};
-use super::{EXIT_MAINTENANCE, FATAL, HOST_ARGUMENT, statistics};
+use super::{EXIT_MAINTENANCE, EXIT_REFUSED, FATAL, HOST_ARGUMENT, statistics};
 use crate::config::{AdapterType, CreateConfig, CreateType, NbdAddress, NbdConfig, VddkConfig, VddkLibrary};
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
@@ -42,6 +43,9 @@ const OPEN_SHARE: f32 = 0.8;
 
 /// Pause before a disk of a server in maintenance is opened again.
 const MAINTENANCE_PAUSE: u64 = 5000;
+
+/// Pause after a refused login or disk: servers lock an account after a few wrong passwords.
+const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 
 /// Time for a host to describe the library.
 const DESCRIBE_WITHIN: Duration = Duration::from_secs(60);
@@ -75,6 +79,8 @@ struct CurrentHost {
     created: bool,
     /// The last host said that its server is in maintenance.
     maintenance: bool,
+    /// Time of the next login, after one that was refused. Also if a host is replaced while it waits for that.
+    not_before: Option<Instant>,
 }
 
 /// Files that all hosts of a disk use.
@@ -180,6 +186,7 @@ impl Starter {
             libdir: self.libdir.as_ref().map(|dir| dir.clone().into_os_string()),
             config: self.config.clone().into_os_string(),
             private_dir: self.private_dir.path().as_os_str().to_owned(),
+            parent: Pid::this().as_raw(),
             library_path: inherited.clone(),
             verbosity: verbosity(),
             disk,
@@ -208,7 +215,10 @@ impl HostProcess {
     /// Ends the current host, and starts the next one.
     fn replace(&self, current: &mut CurrentHost) -> Result<()> {
         if let Some(mut old) = current.server.take() {
-            current.maintenance = is_maintenance(&old);
+            current.maintenance = exit_code(&old) == Some(EXIT_MAINTENANCE.into());
+            if exit_code(&old) == Some(EXIT_REFUSED.into()) {
+                current.not_before = Some(Instant::now() + REFUSED_PAUSE);
+            }
             if old.exit().is_some() {
                 tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(&old));
             }
@@ -223,7 +233,11 @@ impl HostProcess {
             .filter(|_| !current.created)
             .map(create_spec)
             .transpose()?;
-        disk.pause = if current.maintenance { MAINTENANCE_PAUSE } else { 0 };
+        let refused = current
+            .not_before
+            .map_or(Duration::ZERO, |t| t.saturating_duration_since(Instant::now()));
+        let maintenance = if current.maintenance { MAINTENANCE_PAUSE } else { 0 };
+        disk.pause = maintenance.max(refused.as_millis() as u64);
         current.server = Some(self.starter.start(&self.config.label(), Some(disk))?);
         Ok(())
     }
@@ -275,9 +289,8 @@ fn exit_message(host: &CaptiveServer) -> String {
     }
 }
 
-fn is_maintenance(host: &CaptiveServer) -> bool {
-    let code = host.exit().and_then(|(status, _)| status.ok()?.code());
-    code == Some(EXIT_MAINTENANCE.into())
+fn exit_code(host: &CaptiveServer) -> Option<i32> {
+    host.exit().and_then(|(status, _)| status.ok()?.code())
 }
 
 /// Writes the private configuration file of the library.

@@ -16,12 +16,15 @@
 //! - The transports `file`, `hotadd` and `san` do the work within the call, so several threads submit at a time
 //!   (`server.rs`). The others only queue the request, one submission at a time.
 //! - Nothing is closed before the requests have ended: Wait, Close, Disconnect, EndAccess, Exit.
+//! - Each PrepareForAccess has its EndAccess, also if the disk cannot be opened: the virtual machine could not migrate
+//!   for the rest of its life otherwise.
 //!
 //! # End
 //!
 //! A host ends when its parent asks (SIGTERM, also sent by the kernel if the parent dies), and when the connection to
 //! the server is lost: the parent then starts another host, and repeats there what was not answered, as it does after a
-//! crash. A host that does not manage to close within [`END_WITHIN`] exits without it.
+//! crash. A host that does not manage to close within [`END_WITHIN`] exits without it. An error that ends the host is
+//! reported before anything is closed, because the library may hang there.
 
 #![allow(unsafe_code)] // Changes the environment before any thread runs, and exits from a thread.
 
@@ -32,15 +35,15 @@ mod server;
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,7 +56,7 @@ use super::failure::{Circumstances, Failure, Trouble, trouble};
 use super::library::{DiskHandle, Params, Vddk};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, RemoteSpec};
 use super::statistics::Statistics;
-use super::{EXIT_LOST, EXIT_MAINTENANCE, FATAL};
+use super::{EXIT_LOST, EXIT_MAINTENANCE, EXIT_REFUSED, FATAL};
 use crate::error::{Error, Result};
 use crate::escape;
 use crate::process::{daemon, handed_over};
@@ -76,8 +79,12 @@ const NETWORK_ATTEMPTS: u32 = 4;
 /// Identity for PrepareForAccess, at most 50 characters.
 const IDENTITY: &std::ffi::CStr = c"vmdkfuse";
 
-/// Set when the disk is open: then an end has to close it.
-static OPEN: AtomicBool = AtomicBool::new(false);
+/// Set when the server has something of this host that only an orderly end takes back: access that was prepared, or an
+/// open disk.
+static HOLDS_ACCESS: AtomicBool = AtomicBool::new(false);
+
+/// What is left of this host if its parent is gone.
+static LEFTOVERS: OnceLock<Leftovers> = OnceLock::new();
 
 /// Reason for the end of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,21 +93,39 @@ pub(super) enum End {
     Asked,
     /// The connection to the server is lost.
     Lost(Trouble),
+    /// An error that has been reported.
+    Failed,
+    /// The same, where the server refuses the login or the disk: the next attempt would meet it too.
+    Refused,
+}
+
+impl End {
+    /// Returns the exit status that tells the parent about the end.
+    fn status(self) -> u8 {
+        match self {
+            Self::Asked => 0,
+            Self::Lost(Trouble::Maintenance) => EXIT_MAINTENANCE,
+            Self::Lost(_) => EXIT_LOST,
+            Self::Failed => 1,
+            Self::Refused => EXIT_REFUSED,
+        }
+    }
 }
 
 /// Runs a host process. Called first in the program, before any thread starts.
 pub(crate) fn run() -> ExitCode {
     handed_over::take_inherited(&[]);
     daemon::raise_file_limit();
-    match start() {
-        Ok(End::Asked) => ExitCode::SUCCESS,
-        Ok(End::Lost(Trouble::Maintenance)) => ExitCode::from(EXIT_MAINTENANCE),
-        Ok(End::Lost(_)) => ExitCode::from(EXIT_LOST),
-        Err(e) => {
-            let _ = writeln!(io::stderr(), "{FATAL}{}", escape::printable(e.to_string()));
-            ExitCode::FAILURE
-        }
-    }
+    let end = start().unwrap_or_else(|e| {
+        report(&e);
+        End::Failed
+    });
+    ExitCode::from(end.status())
+}
+
+/// Tells the parent why this host ends.
+fn report(e: &Error) {
+    log::write_line(&format!("{FATAL}{}", escape::printable(e.to_string())));
 }
 
 /// Performs the task of the parent.
@@ -115,6 +140,7 @@ fn start() -> Result<End> {
     restore_library_path(&spec);
     log::install(spec.verbosity)?;
     let (jobs, received) = channel();
+    let _ = LEFTOVERS.set(Leftovers::of(&spec));
     watch_signals(jobs.clone())?;
     let loaded = Vddk::load(&spec.library, statistics).map_err(|e| match &spec.disk {
         Some(disk) => e.within(disk.file.display().to_string()),
@@ -135,7 +161,7 @@ fn start() -> Result<End> {
     };
     drop(memory);
     vddk.exit();
-    remove_leftovers(Path::new(&spec.private_dir));
+    remove_leftovers();
     end
 }
 
@@ -174,12 +200,12 @@ fn watch_signals(jobs: Sender<Job>) -> Result<()> {
         .map_err(|e| Error::io("blocking signals", e.into()))?;
     let wait = move || {
         while signals.wait().is_err() {}
-        if !OPEN.load(Ordering::SeqCst) {
-            exit_now(0);
+        if HOLDS_ACCESS.load(Ordering::SeqCst) {
+            let _ = jobs.send(Job::End(End::Asked));
+            thread::sleep(END_WITHIN);
+            exit_now(1);
         }
-        let _ = jobs.send(Job::End(End::Asked));
-        thread::sleep(END_WITHIN);
-        exit_now(1);
+        exit_now(0);
     };
     let thread = thread::Builder::new().name("vddk-signals".into()).spawn(wait);
     thread.map(drop).map_err(|e| Error::io("starting a thread", e))
@@ -187,78 +213,125 @@ fn watch_signals(jobs: Sender<Job>) -> Result<()> {
 
 /// Ends the process without the library's consent.
 fn exit_now(status: u8) -> ! {
+    remove_leftovers();
     // SAFETY: ends the process at once. Nothing of it is needed afterwards.
     unsafe { libc::_exit(status.into()) }
 }
 
-/// Removes the private folder of this host if the parent is gone, which removes it otherwise.
-fn remove_leftovers(dir: &Path) {
-    if Pid::parent() == Pid::from_raw(1) || Path::new("/proc").join(Pid::parent().to_string()).read_dir().is_err() {
+/// Private folder of this host, which its parent removes unless that is gone.
+#[derive(Debug)]
+struct Leftovers {
+    dir: PathBuf,
+    parent: Pid,
+}
+
+impl Leftovers {
+    fn of(spec: &HostSpec) -> Self {
+        Self {
+            dir: PathBuf::from(&spec.private_dir),
+            parent: Pid::from_raw(spec.parent),
+        }
+    }
+}
+
+/// Removes the private folder if the parent is gone: this process has another parent then, init or a subreaper.
+fn remove_leftovers() {
+    if let Some(Leftovers { dir, parent }) = LEFTOVERS.get()
+        && Pid::parent() != *parent
+    {
         let _ = fs::remove_dir_all(dir);
     }
 }
 
-/// Opens the disk and serves it until the end.
+/// Serves the disk until the end, between PrepareForAccess and EndAccess if the user wants them.
 fn serve(
     vddk: &'static Vddk,
     spec: &DiskSpec,
     at: &Circumstances,
-    (jobs, received): (Sender<Job>, Receiver<Job>),
+    jobs: (Sender<Job>, Receiver<Job>),
     listener: OwnedFd,
 ) -> Result<End> {
-    let listener = UnixListener::from(listener);
     let params = params(vddk, spec)?;
-    let prepared = spec.remote.as_ref().is_some_and(|remote| remote.prepare_for_access);
-    if prepared {
-        vddk.prepare_for_access(&params, IDENTITY).map_err(|f| f.describe(at))?;
+    if !spec.remote.as_ref().is_some_and(|remote| remote.prepare_for_access) {
+        return Ok(serve_disk(vddk, (spec, &params), at, jobs, listener));
     }
-    let Some((connection, handle)) = open(vddk, &params, spec, at, &received)? else {
-        return Ok(End::Asked);
+    HOLDS_ACCESS.store(true, Ordering::SeqCst);
+    let end = match vddk.prepare_for_access(&params, IDENTITY) {
+        Ok(()) => serve_disk(vddk, (spec, &params), at, jobs, listener),
+        Err(failure) => end_early(end_of(&failure), &failure.describe(at)),
     };
-    OPEN.store(true, Ordering::SeqCst);
+    warn_of(vddk.end_access(&params, IDENTITY), at);
+    warn_of(vddk.clean_up(&params), at);
+    Ok(end)
+}
+
+/// Opens the disk, serves it until the end, and closes it. Reports an error before it closes anything.
+fn serve_disk(
+    vddk: &'static Vddk,
+    (spec, params): (&DiskSpec, &Params),
+    at: &Circumstances,
+    (jobs, received): (Sender<Job>, Receiver<Job>),
+    listener: OwnedFd,
+) -> End {
+    let (connection, handle) = match open(vddk, params, spec, at, &received) {
+        Ok(Some(open)) => open,
+        Ok(None) => return End::Asked,
+        Err((end, e)) => return end_early(end, &e),
+    };
+    HOLDS_ACCESS.store(true, Ordering::SeqCst);
     let served = Disk::new(vddk, handle, spec, at, jobs).and_then(|disk| {
         let disk = Arc::new(disk);
-        server::start(listener, Arc::clone(&disk))?;
+        server::start(UnixListener::from(listener), Arc::clone(&disk))?;
         let end = disk.run_jobs(&received);
         Ok((disk, end))
     });
     let end = match served {
         Ok((disk, end)) => {
-            if end != End::Asked {
-                exit_after(END_WITHIN / 2, end);
-            }
+            exit_after(END_WITHIN / 2, end);
             disk.wait_idle(END_WITHIN / 2);
-            Ok(end)
+            end
         }
-        Err(e) => Err(e),
+        Err(e) => end_early(End::Failed, &e),
     };
-    let log = |result: Result<(), Failure>| {
-        if let Err(failure) = result {
-            tracing::warn!("{}", failure.describe(at));
-        }
-    };
-    log(vddk.wait(handle));
-    log(vddk.close(handle));
-    log(vddk.disconnect(connection));
-    if prepared {
-        log(vddk.end_access(&params, IDENTITY));
-        log(vddk.clean_up(&params));
-    }
+    warn_of(vddk.wait(handle), at);
+    warn_of(vddk.close(handle), at);
+    warn_of(vddk.disconnect(connection), at);
     end
 }
 
-/// Limits the time for closing a disk whose server is gone: the library may wait for the server.
+/// Reports an error, and limits the time until the exit.
+fn end_early(end: End, e: &Error) -> End {
+    report(e);
+    exit_after(END_WITHIN / 2, end);
+    end
+}
+
+/// Returns the end that a failure to open a disk leads to.
+fn end_of(failure: &Failure) -> End {
+    match trouble(failure.error) {
+        Trouble::Other => End::Refused,
+        Trouble::Network | Trouble::Maintenance => End::Failed,
+    }
+}
+
+fn warn_of(result: Result<(), Failure>, at: &Circumstances) {
+    if let Err(failure) = result {
+        tracing::warn!("{}", failure.describe(at));
+    }
+}
+
+/// Limits the time for an end that the parent did not ask for: the library may wait for a server that is gone. The
+/// parent limits the time of an end that it asked for, as does the thread that received its signal.
 fn exit_after(limit: Duration, end: End) {
-    let status = match end {
-        End::Lost(Trouble::Maintenance) => EXIT_MAINTENANCE,
-        _ => EXIT_LOST,
-    };
+    if end == End::Asked {
+        return;
+    }
     let limited = move || {
         thread::sleep(limit);
-        exit_now(status);
+        exit_now(end.status());
     };
     if thread::Builder::new().spawn(limited).is_err() {
-        exit_now(status);
+        exit_now(end.status());
     }
 }
 
@@ -270,7 +343,7 @@ fn open(
     spec: &DiskSpec,
     at: &Circumstances,
     received: &Receiver<Job>,
-) -> Result<Option<(Connection, DiskHandle)>> {
+) -> Result<Option<(Connection, DiskHandle)>, (End, Error)> {
     let deadline = Instant::now() + Duration::from_millis(spec.open_within);
     let mut pause = Duration::from_millis(spec.pause);
     let mut attempts = 0;
@@ -280,7 +353,7 @@ fn open(
             Err(RecvTimeoutError::Timeout) => {}
             _ => return Ok(None),
         }
-        let failure = match attempt(vddk, params, spec, &mut create)? {
+        let failure = match attempt(vddk, params, spec, &mut create).map_err(|e| (End::Failed, e))? {
             Ok(open) => return Ok(Some(open)),
             Err(failure) => failure,
         };
@@ -288,11 +361,11 @@ fn open(
         let next = match trouble(failure.error) {
             Trouble::Network if attempts < NETWORK_ATTEMPTS => RETRY_PAUSE * (1 << attempts.min(8)) / 2,
             Trouble::Maintenance => MAINTENANCE_PAUSE * (1 << attempts.min(8)) / 2,
-            _ => return Err(failure.describe(at)),
+            _ => return Err((end_of(&failure), failure.describe(at))),
         };
         pause = next.min(LONGEST_PAUSE);
         if Instant::now() + pause > deadline {
-            return Err(failure.describe(at));
+            return Err((end_of(&failure), failure.describe(at)));
         }
         tracing::info!("{}: trying again in {} s", failure.describe(at), pause.as_secs_f32());
     }
