@@ -211,6 +211,12 @@ impl CaptiveServer {
         Some((status, last_line.clone()))
     }
 
+    /// Returns what a server that may still run has written for the report about its end.
+    pub(in crate::source) fn reported(&self) -> Option<String> {
+        let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(last_line.clone()).filter(|line| !line.is_empty())
+    }
+
     /// Ends the server: sends SIGTERM, and kills it if it has not ended within `grace`.
     pub(in crate::source) fn end(&mut self, grace: Duration) {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);

@@ -215,14 +215,14 @@ impl HostProcess {
     /// Ends the current host, and starts the next one.
     fn replace(&self, current: &mut CurrentHost) -> Result<()> {
         if let Some(mut old) = current.server.take() {
-            current.maintenance = exit_code(&old) == Some(EXIT_MAINTENANCE.into());
-            if exit_code(&old) == Some(EXIT_REFUSED.into()) {
-                current.not_before = Some(Instant::now() + REFUSED_PAUSE);
-            }
             if old.exit().is_some() {
                 tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(&old));
             }
             old.end(REPLACE_WITHIN);
+            current.maintenance = exit_code(&old) == Some(EXIT_MAINTENANCE.into());
+            if exit_code(&old) == Some(EXIT_REFUSED.into()) {
+                current.not_before = Some(Instant::now() + REFUSED_PAUSE);
+            }
         }
         let timeout = self.config.timeout.unwrap_or(TIMEOUT).mul_f32(OPEN_SHARE);
         let mut disk = DiskSpec::new(&self.config, self.writable, timeout.as_millis() as u64)?;
@@ -261,7 +261,9 @@ impl OwnServer for HostProcess {
     fn exit_within(&self, within: Duration) -> Option<String> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let server = current.server.as_ref()?;
-        server.exit_within(within).map(|_| exit_message(server))
+        // A host that has said why it ends may take long to close its disk.
+        let exit = server.exit_within(within).map(|_| exit_message(server));
+        exit.or_else(|| server.reported())
     }
 }
 

@@ -41,7 +41,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -82,6 +82,9 @@ const IDENTITY: &std::ffi::CStr = c"vmdkfuse";
 /// Set when the server has something of this host that only an orderly end takes back: access that was prepared, or an
 /// open disk.
 static HOLDS_ACCESS: AtomicBool = AtomicBool::new(false);
+
+/// Exit status of the end that is decided, for a signal that comes later.
+static STATUS: AtomicU8 = AtomicU8::new(0);
 
 /// What is left of this host if its parent is gone.
 static LEFTOVERS: OnceLock<Leftovers> = OnceLock::new();
@@ -205,7 +208,7 @@ fn watch_signals(jobs: Sender<Job>) -> Result<()> {
             thread::sleep(END_WITHIN);
             exit_now(1);
         }
-        exit_now(0);
+        exit_now(STATUS.load(Ordering::SeqCst));
     };
     let thread = thread::Builder::new().name("vddk-signals".into()).spawn(wait);
     thread.map(drop).map_err(|e| Error::io("starting a thread", e))
@@ -301,6 +304,7 @@ fn serve_disk(
 
 /// Reports an error, and limits the time until the exit.
 fn end_early(end: End, e: &Error) -> End {
+    STATUS.store(end.status(), Ordering::SeqCst);
     report(e);
     exit_after(END_WITHIN / 2, end);
     end
