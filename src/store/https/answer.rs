@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName};
+use reqwest::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, TRANSFER_ENCODING,
+};
 use reqwest::header::{LAST_MODIFIED, RETRY_AFTER};
 
 use crate::store::printable;
@@ -67,7 +69,7 @@ impl Version {
 
 /// Returns the version that the answer to a request for the headers of a file has. `None`: the length is missing.
 pub(super) fn version_of(headers: &HeaderMap) -> Option<Version> {
-    let len = text(headers, CONTENT_LENGTH)?.parse().ok()?;
+    let len = body_len(headers)?;
     Some(Version::of(len, headers))
 }
 
@@ -92,6 +94,15 @@ pub(super) enum Misfit {
     Wrong(String),
 }
 
+/// Returns whether the headers give the length of the body, so that [`check`] has compared it.
+pub(super) fn announces_length(headers: &HeaderMap) -> bool {
+    body_len(headers).is_some() && !headers.contains_key(TRANSFER_ENCODING)
+}
+
+fn body_len(headers: &HeaderMap) -> Option<u64> {
+    text(headers, CONTENT_LENGTH)?.parse().ok()
+}
+
 /// Checks the headers of a successful answer to a request for bytes from `start` on, at most `len`. `known` is the
 /// version of the file at its open; `None` for the open itself, when the file may be shorter than the range.
 pub(super) fn check(
@@ -108,7 +119,7 @@ pub(super) fn check(
         )));
     }
     let kind = text(headers, CONTENT_TYPE).unwrap_or_default().to_ascii_lowercase();
-    let body = text(headers, CONTENT_LENGTH).and_then(|text| text.parse::<u64>().ok());
+    let body = body_len(headers);
     let part = match status {
         StatusCode::PARTIAL_CONTENT if kind.starts_with("multipart/") => {
             return Err(Misfit::Wrong("one range was asked for, and several came".to_owned()));

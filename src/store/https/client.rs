@@ -436,17 +436,23 @@ impl Client {
         let (status, len) = (answer.status, ask.range.end - start);
         let checked = answer::check(status, &answer.headers, start, len, ask.known);
         let part = checked.map_err(|misfit| self.misfit(misfit, session))?;
+        // Without a length, only the end tells that the answer is the range: until then nothing of it is passed on.
+        let is_announced = answer::announces_length(&answer.headers);
+        let mut held = Vec::new();
         let mut left = part.len;
         let is_too_long = Cell::new(false);
         let mut take = |bytes: &[u8]| {
-            // A body that is longer than its range ends the request; none of the excess is passed on.
             let Some(after) = left.checked_sub(bytes.len() as u64) else {
                 is_too_long.set(true);
                 return;
             };
             left = after;
-            *done += bytes.len() as u64;
-            sink(bytes);
+            if is_announced {
+                *done += bytes.len() as u64;
+                sink(bytes);
+            } else {
+                held.extend_from_slice(bytes);
+            }
         };
         let end = loop {
             match answer.read(limits, &mut take) {
@@ -455,6 +461,10 @@ impl Client {
                 end => break end,
             }
         };
+        if end.is_ok() && left == 0 && !is_too_long.get() && !held.is_empty() {
+            *done += held.len() as u64;
+            sink(&held);
+        }
         let early = |why: String| Failure::retry(format!("{why}, {left} bytes early"));
         match end {
             _ if is_too_long.get() => Err(Failure::retry("the answer is longer than the range that was asked for")),
