@@ -139,7 +139,11 @@ fn synced_data_survives_a_kill_at_any_time() {
             let mount = mount_disk(&scratch, arguments, &[]);
             verify(&mount.file("disk.raw"), &mut regions, &format!("{context}, repaired"));
             mount.unmount();
-            scratch.vmdkfuse().arg("--check").key("file", "disk.vmdk").run().ok();
+            // A grain whose entry was not written yet when the daemon was killed remains as a leak where a later grain's
+            // entry was: recovery truncates the tail of the file only.
+            let check = scratch.vmdkfuse().arg("--check").key("file", "disk.vmdk").run();
+            let only_leaks = check.ended.code == Some(3) && check.stdout.contains("leaked grains, nothing else");
+            assert!(only_leaks || check.ended.code == Some(0), "{context}: {check}");
             qemu_img([Path::new("check"), Path::new("-q"), &scratch.path("disk.vmdk")]);
         }
         println!("{options} {arguments:?}: killed {ROUNDS} times after {syncs} syncs");

@@ -71,6 +71,9 @@ const UNREACHABLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for the threads of a session to exit in [`Session::close`].
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Longest wait of a close for the answers to commands in flight.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+
 /// Limits of a session, from the mount options.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SessionOptions {
@@ -525,11 +528,19 @@ impl Session {
         )
     }
 
-    /// Closes the session: disconnects, fails all commands, and waits up to [`SHUTDOWN_TIMEOUT`] for the threads.
+    /// Closes the session: waits up to [`LAST_ANSWERS`] for what is in flight, disconnects, fails all other commands, and
+    /// waits up to [`SHUTDOWN_TIMEOUT`] for the threads.
     pub(super) fn close(&self) {
         // First: from here on `wait_for_connection` fails commands instead of queueing them.
         self.closing.store(true, Ordering::SeqCst);
         if let Some(connection) = self.connection() {
+            // A socket that is closed with answers unread looks like a crash to the server: those of queries that nobody
+            // waits for any more come soon.
+            let until = Instant::now() + LAST_ANSWERS;
+            while !connection.is_idle() && Instant::now() < until {
+                self.poll_completions(Stay::Patiently);
+                thread::sleep(Duration::from_millis(1));
+            }
             if connection.is_idle() {
                 connection.disconnect();
             } else {
