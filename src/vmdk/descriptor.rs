@@ -128,6 +128,11 @@ pub(crate) fn cid_digits(bytes: &[u8]) -> Vec<Range<usize>> {
     found
 }
 
+/// Returns the number that digits from [`cid_digits`] stand for.
+pub(crate) fn cid_number(digits: &[u8]) -> Option<u32> {
+    cid::parse(digits).map(|cid| cid.number)
+}
+
 /// Returns the byte ranges of a setting's values, without their quotes, one for each line with that key. Keys of the
 /// disk data base start with `ddb.`. Empty if the descriptor cannot be parsed.
 pub(crate) fn value_spans(bytes: &[u8], key: &str) -> Vec<Range<usize>> {

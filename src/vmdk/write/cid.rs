@@ -45,14 +45,19 @@ impl DescriptorWriter {
         let digits = spans
             .into_iter()
             .map(|s| link.text.start + s.start as u64..link.text.start + s.end as u64);
-        Ok(Self {
+        let this = Self {
             file: Arc::clone(&link.file),
             text: link.text.clone(),
             digits: digits.collect(),
-        })
+        };
+        // A descriptor without a free CID is refused here rather than at the first write.
+        this.draw_cid()?;
+        Ok(this)
     }
 
-    /// Returns a random CID that differs from the current one and has as many digits, or `None` if there is no CID.
+    /// Returns a random CID that differs from the current ones and has as many digits, or `None` if there is no CID.
+    ///
+    /// Errors: `ReadOnly` if the `CID=` lines of the descriptor hold all CIDs of so few digits.
     pub(super) fn draw_cid(&self) -> Result<Option<u32>> {
         let old: Vec<_> = self
             .digits
@@ -63,8 +68,16 @@ impl DescriptorWriter {
         let Some(width) = old.iter().map(Vec::len).min() else {
             return Ok(None);
         };
-        let new = random_digits(width, &old);
-        Ok(u32::from_str_radix(&String::from_utf8_lossy(&new), 16).ok())
+        let old: Vec<_> = old.iter().filter_map(|digits| descriptor::cid_number(digits)).collect();
+        let none_left = || {
+            let label = self.file.label();
+            let text = format!(
+                "{label}: its CID= lines hold every CID of {width} digits, so that none is left for new content; keep one \
+                 line with 8 digits; cow=FILE writes to an overlay instead"
+            );
+            Error::new(ErrorKind::ReadOnly, text)
+        };
+        random_cid(width, &old).map(Some).ok_or_else(none_left)
     }
 
     /// Writes a CID from [`draw_cid`](Self::draw_cid) to all its places, durably.
@@ -72,7 +85,7 @@ impl DescriptorWriter {
         let writer = writer(&*self.file)?;
         for range in &self.digits {
             let len = (range.end - range.start) as usize;
-            writer.write_all_at(range.start, format!("{cid:0len$x}").as_bytes())?;
+            writer.write_all_at(range.start, padded(cid, len).as_bytes())?;
         }
         latch
             .sync(&*self.file)
@@ -109,35 +122,86 @@ fn read(file: &dyn StoredFile, range: &Range<u64>) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Returns `width` random hexadecimal digits that differ from all of `old` and are no reserved CID.
-fn random_digits(width: usize, old: &[Vec<u8>]) -> Vec<u8> {
-    loop {
-        // Unique, not secret: the seed of the standard library's hash maps is random enough.
-        let random = RandomState::new().build_hasher().finish() as u32;
-        let bits = 4 * width.clamp(1, 8) as u32;
-        let cid = if bits >= 32 { random } else { random & ((1 << bits) - 1) };
-        let digits = format!("{cid:0width$x}").into_bytes();
-        // Compared as text: with few digits a repetition is likely, and a CID in upper case is the same CID.
-        if !RESERVED.contains(&cid) && !old.iter().any(|old| old.eq_ignore_ascii_case(&digits)) {
-            return digits;
-        }
-    }
+/// Returns a random CID of at most `width` digits that is none of `old` and not reserved; `None` if there is no other.
+fn random_cid(width: usize, old: &[u32]) -> Option<u32> {
+    // Unique, not secret: the seed of the standard library's hash maps is random enough.
+    let start = RandomState::new().build_hasher().finish() as u32;
+    let mask = u32::MAX >> (32 - 4 * width.clamp(1, 8) as u32);
+    // Counted up from a random start: drawing again until one is free would not end for a descriptor of 16 lines with one
+    // digit each. Of one candidate more than there are taken ones, at least one is free.
+    let candidates = (old.len() + RESERVED.len()).min(mask as usize) as u32;
+    (0..=candidates)
+        .map(|step| start.wrapping_add(step) & mask)
+        .find(|cid| !RESERVED.contains(cid) && !old.contains(cid))
+}
+
+/// Returns a CID as `width` hexadecimal digits.
+fn padded(cid: u32, width: usize) -> String {
+    // Not by a width in the format string, which panics above 65535: a hostile CID may have a megabyte of zeroes.
+    let digits = format!("{cid:x}");
+    "0".repeat(width.saturating_sub(digits.len())) + &digits
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::{BlockWrite, Lba};
+    use crate::store::{Access, Store};
+    use crate::vmdk::test_store::{TestStore, name};
+    use crate::vmdk::{OpenOptions, VmdkDisk};
+
+    #[test]
+    fn odd_cids_are_replaced_or_refused_at_the_open() {
+        let store = TestStore::new();
+        std::fs::write(store.path("d-flat.vmdk"), [0; 4096]).unwrap();
+        let open = |cids: &str| {
+            let text = format!(
+                "# Disk DescriptorFile\nversion=1\n{cids}parentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
+                 RW 8 FLAT \"d-flat.vmdk\" 0\n"
+            );
+            std::fs::write(store.path("d.vmdk"), text).unwrap();
+            VmdkDisk::open_writable(store.open(&name("d.vmdk"), Access::Write)?, OpenOptions::default())
+        };
+        let all: String = (0..16).map(|cid| format!("CID={cid:x}\n")).collect();
+        let refused = open(&all).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly, "{refused}");
+        for cids in [format!("CID={}\n", padded(1, 70_000)), all[..15 * 6].to_owned()] {
+            let disk = open(&cids).unwrap();
+            disk.write_at(Lba(0), &[1; 512]).unwrap();
+            disk.close().unwrap();
+            drop(disk);
+            let cid = store.open_disk("d.vmdk").unwrap().descriptor().unwrap().cid;
+            assert!(cid.is_some_and(|cid| cid != 0 && cid != 1), "{cid:?}");
+        }
+    }
 
     #[test]
     fn a_new_cid_has_as_many_digits_and_differs() {
         for width in 1..=8 {
-            let old = vec![b'0'; width];
             for _ in 0..200 {
-                let new = random_digits(width, std::slice::from_ref(&old));
-                assert_eq!(new.len(), width);
-                assert_ne!(new, old);
-                assert!(new.iter().all(u8::is_ascii_hexdigit));
+                let new = random_cid(width, &[0]).unwrap();
+                assert_ne!(new, 0);
+                assert_eq!(padded(new, width).len(), width);
+                assert!(!RESERVED.contains(&new));
             }
         }
+    }
+
+    #[test]
+    fn the_last_free_cid_is_found_and_a_full_descriptor_has_none() {
+        let all: Vec<u32> = (0..256).collect();
+        assert_eq!(random_cid(2, &all), None);
+        assert_eq!(random_cid(1, &all[..16]), None);
+        for free in 0..16 {
+            let old: Vec<u32> = (0..16).filter(|cid| *cid != free).collect();
+            assert_eq!(random_cid(1, &old), Some(free));
+        }
+    }
+
+    #[test]
+    fn a_cid_of_a_megabyte_of_zeroes_is_replaced_by_one_of_the_same_length() {
+        let text = padded(0x12ab, 1 << 20);
+        assert_eq!(text.len(), 1 << 20);
+        assert!(text.starts_with("0000") && text.ends_with("00012ab"));
     }
 }

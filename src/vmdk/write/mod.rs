@@ -80,6 +80,7 @@ impl Writer {
         refuse_unwritable(link)?;
         refuse_overlapping_extents(link)?;
         refuse_large_directories(link)?;
+        let descriptor = DescriptorWriter::new(link)?;
         recover::recover(link)?;
         let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
         let is_overlay = link.descriptor.ddb_value(COMMIT_MARK).is_some();
@@ -89,7 +90,7 @@ impl Writer {
             extents.push(extent_writer(placed, is_overlay, shared)?);
         }
         Ok(Self {
-            descriptor: DescriptorWriter::new(link)?,
+            descriptor,
             latch,
             backlog,
             extents,
