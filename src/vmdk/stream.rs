@@ -42,6 +42,9 @@ const WINDOW: u64 = 64;
 /// Grains that stay in the window when it advances: 2 MiB, a few of the kernel's largest requests. The older ones are
 /// compressed together.
 const KEEP: u64 = 32;
+/// Sectors that are kept free at the end of what tables can address: 512 MiB. Without them a stream that has reached its
+/// limit could not be closed, and all of it would be lost. The window takes at most 9 thousand sectors, the directory 2^18.
+const TAIL: u64 = 1 << 20;
 /// Maximum number of threads that compress: the window has too few grains to keep more of them busy.
 const MAX_THREADS: usize = 8;
 /// Compression level: zlib's default. libdeflate needs a fraction of zlib's time for the same size.
@@ -310,7 +313,8 @@ impl BlockWrite for StreamDisk {
         // The end is written from a clone: `state.written` still describes the grains alone, so a later write truncates
         // the file to them and continues.
         let mut written = state.written.clone();
-        written.append(state.window.first, &state.window.bytes)?;
+        // The window and the end of the stream may use the tail that is kept free for them.
+        written.append(state.window.first, &state.window.bytes, 0)?;
         written.finish()?;
         // Everything is durable before the magic changes: after a crash the file is complete or is not an image.
         state.sync()?;
@@ -387,10 +391,8 @@ impl StreamState {
         // If the append fails, for example because the store is full, the grains stay in the window and the caller can
         // retry.
         let before = self.written.position();
-        if let Err(e) = self
-            .written
-            .append(self.window.first, self.window.bytes.get(..moved).unwrap_or_default())
-        {
+        let leaving = self.window.bytes.get(..moved).unwrap_or_default();
+        if let Err(e) = self.written.append(self.window.first, leaving, TAIL) {
             self.written.roll_back(before);
             return Err(e);
         }
@@ -462,8 +464,9 @@ impl WrittenPart {
         self.table = to.table;
     }
 
-    /// Compresses grains from number `first` on, and writes them with the grain tables that they complete.
-    fn append(&mut self, first: u64, bytes: &[u8]) -> Result<()> {
+    /// Compresses grains from number `first` on, and writes them with the grain tables that they complete. `kept` sectors
+    /// that tables can address stay free.
+    fn append(&mut self, first: u64, bytes: &[u8], kept: u64) -> Result<()> {
         let compressed = compress(first, bytes)?;
         let mut out = Vec::with_capacity(compressed.iter().map(Vec::len).sum::<usize>() + GRAIN_BYTES);
         // Grains and tables are collected in memory, so that one write appends them all.
@@ -474,7 +477,7 @@ impl WrittenPart {
             }
             self.tables_before(grain / ENTRIES, &mut out)?;
             self.table.resize((grain % ENTRIES) as usize, 0);
-            self.table.push(self.next_sector()?);
+            self.table.push(self.next_sector(kept)?);
             self.append_padded(&body, &mut out);
         }
         writer(&*self.file)?.write_all_at(start * SECTOR, &out)
@@ -489,7 +492,7 @@ impl WrittenPart {
                 continue;
             }
             self.append_padded(&marker(TABLE_SECTORS, MARK_TABLE), out);
-            let at = self.next_sector()?;
+            let at = self.next_sector(0)?;
             self.directory.push(at);
             let mut table = std::mem::take(&mut self.table);
             table.resize(ENTRIES as usize, 0);
@@ -507,10 +510,8 @@ impl WrittenPart {
 
     /// Returns the sector of the next append.
     ///
-    /// Errors: `ENOSPC` if table entries of 32 bits cannot address it.
-    fn next_sector(&self) -> Result<u32> {
-        // Sectors that are kept free for the end of the stream: its last table, the directory and the footer.
-        const TAIL: u64 = 1 << 20;
+    /// Errors: `ENOSPC` if table entries of 32 bits cannot address it and `kept` sectors after it.
+    fn next_sector(&self, kept: u64) -> Result<u32> {
         let full = || {
             let context = format!(
                 "{}: the stream has reached {MAX_FILE_SECTORS} sectors, the most that its tables can address",
@@ -520,7 +521,7 @@ impl WrittenPart {
         };
         u32::try_from(self.end)
             .ok()
-            .filter(|_| self.end + TAIL < MAX_FILE_SECTORS)
+            .filter(|_| self.end + kept < MAX_FILE_SECTORS)
             .ok_or_else(full)
     }
 
@@ -534,7 +535,7 @@ impl WrittenPart {
             &marker((directory.len() as u64).div_ceil(SECTOR), MARK_DIRECTORY),
             &mut out,
         );
-        let at = u64::from(self.next_sector()?);
+        let at = u64::from(self.next_sector(0)?);
         self.append_padded(&directory, &mut out);
         self.append_padded(&marker(1, MARK_FOOTER), &mut out);
         let footer = Hosted {

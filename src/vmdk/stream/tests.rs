@@ -264,6 +264,21 @@ fn a_full_store_fails_the_write_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_stream_that_has_reached_its_limit_can_be_closed_with_all_that_was_accepted() {
+    let store = TestStore::new();
+    let disk = stream(&store, 4 * WINDOW_SECTORS);
+    disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS)).unwrap();
+    // As if other grains, which the file has as a hole, had been written before.
+    disk.state().written.end = MAX_FILE_SECTORS - TAIL;
+    let refused = disk.write_at(Lba(WINDOW_SECTORS), &pattern(WINDOW_SECTORS, 5));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
+    disk.close().unwrap();
+    drop(disk);
+    let opened = store.open_disk("x.vmdk").unwrap();
+    assert!(read(&opened, 0, WINDOW_SECTORS) == pattern(0, WINDOW_SECTORS));
+}
+
+#[test]
 fn a_failed_sync_is_final() {
     // The failing sync is that of the content, or of the magic.
     let finish: [fn(&StreamDisk) -> Result<()>; 2] = [|disk| disk.flush(), |disk| disk.close()];
