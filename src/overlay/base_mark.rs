@@ -67,10 +67,7 @@ pub(crate) fn unfinished_commits(files: &[Arc<dyn StoredFile>]) -> Vec<String> {
             printable(overlay)
         ))
     };
-    let mut sentences: Vec<_> = files.iter().filter_map(marked).collect();
-    // A monolithic image is one file with two roles.
-    sentences.dedup();
-    sentences
+    files.iter().filter_map(marked).collect()
 }
 
 /// Makes the attribute durable: fdatasync would leave it out.

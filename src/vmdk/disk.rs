@@ -6,6 +6,7 @@
 //! The first link that has a grain, a zero range or flat data at a sector answers for it. Runs that follow each other
 //! in one file are coalesced into one read.
 
+use std::collections::HashSet;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -139,13 +140,16 @@ impl VmdkDisk {
         self.links.first().map(|link| &link.descriptor)
     }
 
-    /// Returns every file of the chain: descriptors and extents. A file may occur more than once.
+    /// Returns every file of the chain once: the descriptor of each link, then its extents.
     pub fn files(&self) -> Vec<Arc<dyn StoredFile>> {
         let mut files = Vec::new();
         for link in &self.links {
             files.push(Arc::clone(&link.file));
             files.extend(link.extents.iter().filter_map(|p| p.extent.file()).map(Arc::clone));
         }
+        // A monolithic image is its own descriptor file, and several extents may lie in one file.
+        let mut seen = HashSet::new();
+        files.retain(|file| seen.insert(Arc::as_ptr(file).cast::<()>()));
         files
     }
 

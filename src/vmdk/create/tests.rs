@@ -160,6 +160,32 @@ fn files_have_the_names_that_vmware_uses() {
 }
 
 #[test]
+fn each_file_of_an_image_is_listed_once() {
+    for kind in [
+        CreateType::MonolithicSparse,
+        CreateType::MonolithicFlat,
+        CreateType::SplitSparse,
+    ] {
+        let store = TestStore::new();
+        create(&store, &name("x.vmdk"), &disk(kind, TWO_PIECES)).unwrap();
+        let mut listed: Vec<_> = store
+            .open_disk("x.vmdk")
+            .unwrap()
+            .files()
+            .iter()
+            .map(|file| file.own_name())
+            .collect();
+        assert_eq!(
+            listed.first().map(String::as_str),
+            Some("x.vmdk"),
+            "the descriptor is first"
+        );
+        listed.sort();
+        assert_eq!(listed, store.files(), "{kind:?}");
+    }
+}
+
+#[test]
 fn the_text_matches_that_of_vmware() {
     let store = TestStore::new();
     let requested = NewDisk {
