@@ -94,6 +94,7 @@ impl CreateArgs {
             if subcommand == Subcommand::Create {
                 return Err(UsageError::new("--create creates disks, but create=false forbids it"));
             }
+            // A forgotten `create=true` would otherwise leave `create-size=` without effect, and the file "not found".
             return match self.first_detail() {
                 Some(key) => Err(UsageError::new(format!("{key}= needs create=true"))),
                 None => Ok(None),
@@ -102,6 +103,7 @@ impl CreateArgs {
         if matches!(subcommand, Subcommand::Query | Subcommand::Commit) {
             return Err(UsageError::new("create=true needs a mount or --create"));
         }
+        // There is no default: too small a disk cannot grow, and too large a one may not fit.
         let size = self
             .size
             .ok_or_else(|| UsageError::new("a new disk needs its size: add create-size=SIZE"))?;
@@ -128,6 +130,7 @@ impl CreateArgs {
 /// Parses the value of `create-size=`, in bytes.
 pub(super) fn size(value: &OsStr) -> Result<u64, String> {
     let bytes = values::size(value)?;
+    // Not rounded: a copy of a disk only fits a size that is exactly the one that was asked for.
     if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
         return Err(format!(
             "the size of a disk must be a multiple of {SECTOR} bytes, and at least {SECTOR}"
@@ -157,6 +160,7 @@ pub(super) fn hardware_version(value: &OsStr) -> Result<u32, String> {
     if let Some((_, version)) = HARDWARE.iter().find(|(name, _)| *name == text) {
         return Ok(*version);
     }
+    // Checked apart, as `parse` accepts a sign.
     let digits = text.bytes().all(|b| b.is_ascii_digit());
     let number = text
         .parse()

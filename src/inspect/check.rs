@@ -80,6 +80,7 @@ fn check_report(disk: &DiskConfig) -> Result<CheckReport> {
         Source::Vmdk(vmdk) => vmdk.check(),
         Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
     };
+    // The checksums of a package cover the file of its disk, so a mismatch is an error even where the tables are sound.
     for message in verify_package(disk)? {
         report.add_error(message);
     }
@@ -94,6 +95,7 @@ fn check_text(c: &CheckedDisk, out: &mut String) {
         line!(out, "{}: error: {e}", c.name);
     }
     // The report keeps only the first errors in full; the count covers all of them.
+    // Not below zero: every message is counted, and `CheckReport::add` only cuts messages off.
     let more = c.report.error_count - c.report.errors.len() as u64;
     if more > 0 {
         line!(out, "{}: and {more} more errors", c.name);

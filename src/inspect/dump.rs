@@ -20,6 +20,7 @@ pub fn dump(json: bool, library: &VddkLibrary) -> Result<u8> {
     let build = Build {
         name: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
+        // VDDK depends on libnbd too: its host process is an NBD server, to which this program connects.
         backends: if libnbd.is_ok() {
             &["native", "https", "nbd", "vddk"]
         } else {

@@ -41,6 +41,7 @@ fn describe(disk: &DiskConfig) -> Result<Described> {
         SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
         SourceConfig::Nbd(server) if disk.overlay.is_none() => nbd::info(server).map(Described::Server),
         _ => {
+            // The overlay is opened over the source, as it only fits this one; opened alone it could belong to any.
             let source = open_source(disk)?;
             let (mut described, delta) = (source.describe(disk), open_overlay(disk, &source, Access::Read)?);
             // With an overlay, writes go to the delta: it decides alone if the disk is writable.

@@ -24,6 +24,7 @@ const LIMIT: u64 = 1_000_000;
 ///
 /// Errors: the first disk that cannot be opened or read ends the action. A closed pipe ends it without an error.
 pub fn map(query: &Query) -> Result<u8> {
+    // All disks are opened before the first line: a later error would follow output that looks complete.
     let sources = query.disks.iter().map(MappedDisk::open).collect::<Result<Vec<_>>>()?;
     let mut out = Listing {
         out: io::BufWriter::new(io::stdout().lock()),
@@ -131,6 +132,7 @@ fn for_each_range(mapped: &MappedDisk, mut each: impl FnMut(&ContentRange) -> Re
         } else {
             None
         };
+        // Coalesced before the range is counted, so that the limit does not depend on the pieces of the source.
         if let (Some((content, sectors)), Some(last)) = (piece, &mut open)
             && last.content == name(content)
         {
@@ -138,6 +140,7 @@ fn for_each_range(mapped: &MappedDisk, mut each: impl FnMut(&ContentRange) -> Re
             at += sectors.max(1);
             continue;
         }
+        // A hole of an overlay is dropped here and takes nothing of the limit.
         if let Some(last) = open.take().filter(|last| mapped.holes || last.content != HOLE) {
             if left == 0 {
                 return Ok(Some(last.start));

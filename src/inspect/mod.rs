@@ -46,6 +46,7 @@ fn open_source(disk: &DiskConfig) -> Result<Source> {
     let files = source.files();
     for sentence in unfinished_commits(&files)
         .into_iter()
+        // With its overlay an unfinished commit shows the right disk, so there is nothing to warn of.
         .filter(|_| disk.overlay.is_none())
     {
         output::message(&mut std::io::stderr(), &format!("warning: {sentence}"));
@@ -66,6 +67,7 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> 
     if json {
         out = serde_json::to_string_pretty(value)
             .map_err(|e| Error::new(ErrorKind::Usage, format!("writing JSON: {e}")))?;
+        // JSON allows some characters that a terminal obeys; as `\u` escapes they mean the same to a parser.
         out = escape::json(&out);
         out.push('\n');
     } else {
@@ -94,6 +96,7 @@ fn server_text(s: &nbd::ServerInfo, out: &mut String) {
         if !e.description.is_empty() {
             line!(out, "    description      {}", e.description.escape_debug());
         }
+        // The server refused this export, so it reported no size and no flags.
         if let Some(error) = &e.error {
             line!(out, "    error            {}", error.escape_debug());
             continue;

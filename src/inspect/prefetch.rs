@@ -62,6 +62,7 @@ fn read_file(file: &dyn StoredFile, progress: &mut Progress) -> Result<()> {
         let part = buffer
             .get_mut(..(file.len() - at).min(STEP as u64) as usize)
             .unwrap_or_default();
+        // The read itself fills the folder: the cache lies below the file, and what is in it already costs no request.
         file.read_exact_at(at, part)?;
         at += part.len() as u64;
         progress.add(part.len() as u64);

@@ -218,6 +218,8 @@ impl ImageHead {
         let mut out = vec![0; SUPERBLOCK_AT as usize];
         out.extend_from_slice(self.superblock().as_bytes());
         for sectors in &self.devices {
+            // For a reader of the table alone: chunks name their device, and then the kernel does not compare with this
+            // number. So a file above 16 TiB, whose number does not fit, does no harm.
             let blocks = sectors.div_ceil(1 << self.block.sector_bits());
             let slot = DeviceSlot {
                 tag: [0; 64],
@@ -235,6 +237,7 @@ impl ImageHead {
             0,
         );
         let directory_block = (directory_at(self.block, count) / self.block.bytes()) as u32;
+        // `data` is the block address of a plain inode, and for chunks their format.
         out.extend_from_slice(inode(FORMAT_PLAIN, 0o040_555, names.len() as u64, directory_block, ROOT_NID).as_bytes());
         let chunks = self.chunk_bits | CHUNK_INDEXES;
         out.extend_from_slice(inode(FORMAT_CHUNKS, 0o100_444, self.bytes, chunks, FILE_NID).as_bytes());
@@ -245,6 +248,7 @@ impl ImageHead {
         let count = self.devices.len();
         Superblock {
             magic: U32::new(MAGIC),
+            // Zero, as the feature bit of checksums is not set in `compatible`: the kernel then does not verify it.
             checksum: U32::ZERO,
             compatible: U32::ZERO,
             block_bits: self.block.bytes().trailing_zeros() as u8,
@@ -261,7 +265,9 @@ impl ImageHead {
             incompatible: U32::new(FEATURES),
             algorithms: U16::ZERO,
             devices: U16::new(count as u16),
+            // Counts in units of a slot: the table starts right behind the superblock.
             device_slot: U16::new(((SUPERBLOCK_AT + SLOT_BYTES) / SLOT_BYTES) as u16),
+            // A directory block is one block of the file system.
             directory_bits: 0,
             rest: [0; 37],
         }
@@ -281,6 +287,7 @@ fn inode(format: u16, mode: u16, size: u64, data: u32, number: u16) -> Inode {
         gid: U32::ZERO,
         mtime: U64::ZERO,
         mtime_nanoseconds: U32::ZERO,
+        // A directory has its name and its own ".".
         links: U32::new(if mode & 0o040_000 != 0 { 2 } else { 1 }),
         rest: [0; 16],
     }
@@ -288,11 +295,13 @@ fn inode(format: u16, mode: u16, size: u64, data: u32, number: u16) -> Inode {
 
 /// Returns the block of the root directory: entries in byte order of their names, then the names.
 fn root_directory() -> Vec<u8> {
+    // The kernel's numbers of file types (FT_REG_FILE, FT_DIR), not those of `st_mode`.
     const KIND_FILE: u8 = 1;
     const KIND_DIRECTORY: u8 = 2;
     let entries = [
         (".", ROOT_NID, KIND_DIRECTORY),
         ("..", ROOT_NID, KIND_DIRECTORY),
+        // In byte order, as the kernel searches names by bisection: "." before ".." before "disk".
         (FILE, FILE_NID, KIND_FILE),
     ];
     let mut at = entries.len() * size_of::<DirEntry>();

@@ -89,6 +89,7 @@ impl Builder {
             )));
         }
         let devices: Vec<u64> = devices.iter().map(|bytes| bytes / SECTOR).collect();
+        // A block address has 32 bits, of which the largest marks a hole.
         let fits = |sectors: &u64| *sectors <= u64::from(HOLE);
         let block = if devices.iter().all(fits) {
             Block::Sector
@@ -112,6 +113,7 @@ impl Builder {
         if block == Block::Page && !sectors.is_multiple_of(1 << block.sector_bits()) {
             return Err(builder.unaddressable());
         }
+        // Fails here, before any table is read, where not even the largest chunks fit the budget.
         builder.reserve_entries(chunk_bits)?;
         Ok(builder)
     }
@@ -134,6 +136,8 @@ impl Builder {
             })?;
         self.check(target, sectors)?;
         match &mut self.pending {
+            // Merged: each end of a run is a border between chunks, and one inside of contiguous data would halve them
+            // for nothing.
             Some(pending) if pending.is_continued_by(target) => pending.sectors += sectors,
             pending => {
                 if let Some(done) = pending.replace(PendingRun { start, sectors, target }) {
@@ -178,6 +182,7 @@ impl Builder {
                     format!("{sectors} sectors at sector {sector} leave extent {device} of {available} whole sectors");
                 Error::unsupported(text)
             })?;
+        // Of the file alone: `sectors` and `chunk_bits` tell how the runs lie on the disk.
         self.starts |= sector;
         let bits = self.block.sector_bits();
         if sector.is_multiple_of(1 << bits) && (end - 1) >> bits < u64::from(HOLE) {
@@ -199,6 +204,7 @@ impl Builder {
     fn append(&mut self, run: PendingRun) -> Result<()> {
         let end = run.start + run.sectors;
         // The last chunk may end beyond the disk, so the end of the disk is no border.
+        // A chunk holds sectors of one run only, so both ends of the run have to be multiples of the chunk.
         let borders = run.start | if end == self.sectors { 0 } else { end };
         let fit = borders.trailing_zeros();
         if fit < self.chunk_bits {
@@ -333,6 +339,7 @@ impl Index {
             let part = self.entries.get(from..).unwrap_or_default();
             write(base + from as u64 * ChunkEntry::BYTES, part.as_bytes())?;
             self.entries.truncate(from);
+            // `truncate` alone keeps the memory.
             self.entries.shrink_to_fit();
         }
         write(0, &self.head)

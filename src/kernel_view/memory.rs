@@ -47,6 +47,8 @@ fn free_in_groups(groups: &str, root: &Path) -> u64 {
         } else {
             continue;
         };
+        // Every group above limits this process as well. In a container the path may not exist below `root`; then
+        // nothing is read, and the group does not limit.
         for group in Path::new(path.trim_start_matches('/')).ancestors() {
             let number = |name: &str| {
                 fs::read_to_string(base.join(group).join(name))

@@ -98,6 +98,7 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
     privileged()?;
     let files = runs.files();
     let lens: Vec<u64> = files.iter().map(|f| f.len).collect();
+    // Read at each build: what is available changes, and earlier views of this mount have taken their part.
     let budget = budget.min(memory::index_limit());
     let mut builder = Builder::new(disk.geometry().sectors, &lens, budget)?;
     let mut limit = WalkLimit::new(stop);
@@ -107,6 +108,7 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
             RunPlace::Stored { file, sector } => RunTarget::Stored { device: file, sector },
             RunPlace::Zero => RunTarget::Zero,
         };
+        // The walk itself knows no errors of its reader, so the first one is kept here.
         refused = limit.check().and_then(|()| builder.add(sectors, place));
         if refused.is_ok() {
             ControlFlow::Continue(())
@@ -114,6 +116,7 @@ pub fn build(disk: &dyn BlockRead, config: &ViewConfig, budget: u64, stop: &Atom
             ControlFlow::Break(())
         }
     });
+    // In this order: a walk that was ended by `refused` reports no error of its own.
     refused.and(walked)?;
     mount(builder.finish()?, &files, config)
 }
@@ -124,6 +127,7 @@ pub fn describe(disk: &dyn BlockRead, config: &ViewConfig, writable: bool) -> St
     if config.mode == KernelView::Off {
         return "this program: kernel-view=off".to_owned();
     }
+    // Asked before the view: one flat file needs no index.
     if disk.backing_fd().is_some() {
         return match nix::unistd::geteuid().is_root() {
             true => "the kernel itself (FUSE passthrough, if the kernel has it)".to_owned(),
@@ -164,6 +168,7 @@ fn privileged() -> Result<()> {
             "it needs Linux {major}.{minor}.{patch}, this is {release}"
         )));
     }
+    // Opening a context needs the privilege and loads the module, and it mounts nothing yet. Dropping it undoes it.
     match Context::open(c"erofs") {
         Ok(_) => Ok(()),
         Err(e) => Err(match e.raw_os_error() {
@@ -205,6 +210,7 @@ impl<'a> WalkLimit<'a> {
             self.calls_left = left;
             return Ok(());
         }
+        // Some 20 million grains a second pass here (`extent_walk.rs`), too many to read the clock for each.
         self.calls_left = CLOCK_INTERVAL;
         if self.stop.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Os(libc::EINTR), "the mount ended first"));
@@ -222,6 +228,7 @@ impl<'a> WalkLimit<'a> {
 /// Stores the index where the kernel can read it, and mounts it.
 fn mount(index: Index, files: &[RunFile<'_>], config: &ViewConfig) -> Result<View> {
     let (bytes, chunk) = (index.bytes(), index.chunk());
+    // Only now, as the probe mounts and writes files, which is in vain for a disk without an index.
     let (backing, file) = choose_backing(config)?;
     let stored = StoredIndex::write(&backing, file, index)?;
     let opened = mount_index(stored.fd(), files)?;
@@ -257,6 +264,7 @@ fn choose_backing(config: &ViewConfig) -> Result<(IndexBacking, File)> {
 fn probe_backing(backing: &IndexBacking) -> Result<File> {
     let extent = backing.file()?;
     extent
+        // Half a sector: the index says one, so that the read below must fail.
         .set_len(SECTOR / 2)
         .map_err(|e| Error::io(format!("an extent in {}", backing.name()), e))?;
     let mut builder = Builder::new(1, &[SECTOR], u64::MAX)?;
@@ -290,11 +298,14 @@ fn mount_index(index: BorrowedFd<'_>, files: &[RunFile<'_>]) -> Result<OwnedFd> 
         erofs.set_file(c"source", index)?;
         files
             .iter()
+            // All of them have one: `check` has refused extents without. Their order is that of the numbers in the
+            // index.
             .filter_map(|f| f.fd)
             .try_for_each(|fd| erofs.set_file(c"device", fd))?;
         erofs.set_flag(c"ro")
     };
     configure().map_err(|e| mount_error(e, &erofs))?;
+    // No path leads to this mount. It lives as long as the file in it, or the FUSE passthrough of that file, is open.
     let root = erofs.mount(MOUNT_ATTRIBUTES).map_err(|e| mount_error(e, &erofs))?;
     openat(&root, format::FILE, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|e| Error::io("opening the disk in its index", e.into()))

@@ -82,6 +82,7 @@ impl StoredIndex {
     pub(super) fn write(backing: &IndexBacking, file: File, index: Index) -> Result<Self> {
         let bytes = index.bytes();
         let context = |e| Error::io(format!("writing {bytes} bytes of index to {}", backing.name()), e);
+        // Set first, as the parts are written from the end to the start.
         file.set_len(bytes).map_err(context)?;
         index.drain(|offset, part| file.write_all_at(part, offset).map_err(context))?;
         let locked = match backing {
@@ -111,6 +112,7 @@ impl StoredIndex {
 /// Creates a file in a new ramfs, which lives as long as the file is open.
 fn in_memory() -> Result<File> {
     const NAME: &str = "index";
+    // The mount has no path and ends with its last open file, and its pages with it.
     let root = Context::open(c"ramfs").and_then(|ramfs| ramfs.mount(0));
     let root = root.map_err(|e| Error::io("creating a ramfs for the index", e))?;
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;

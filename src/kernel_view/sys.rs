@@ -36,6 +36,8 @@ impl Context {
 
     /// Sets a parameter to a path that leads the kernel to an open file.
     pub(super) fn set_file(&self, key: &CStr, file: BorrowedFd<'_>) -> io::Result<()> {
+        // By `FSCONFIG_SET_STRING`: EROFS takes paths, not descriptors. The link leads to this very file, whatever its
+        // name is by now.
         self.set(key, &CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
     }
 
@@ -64,6 +66,7 @@ impl Context {
     pub(super) fn message(&self) -> Option<String> {
         let mut text = [0; 256];
         let len = File::from(self.0.try_clone().ok()?).read(&mut text).ok()?;
+        // One read returns one message.
         let text = String::from_utf8_lossy(text.get(..len)?).trim().to_owned();
         // A message starts with its level (e, w or i) and a blank.
         Some(text.get(2..).unwrap_or_default().to_owned()).filter(|t| !t.is_empty())

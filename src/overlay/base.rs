@@ -56,6 +56,7 @@ impl Base {
     /// Returns the values that `overlay` stores of `source`.
     pub(super) fn of(source: &Source, config: &SourceConfig, overlay: &Overlay) -> Result<Self> {
         let label = config.label();
+        // The canonical path, so that the base is recognized by whatever name the user gives it.
         let real = match config {
             SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
             SourceConfig::Nbd(nbd) => PathBuf::from(nbd.identity()),
@@ -67,11 +68,13 @@ impl Base {
         };
         let geometry = source.disk().geometry();
         let cid = match source {
+            // A disk whose CID means "no CID" is recognized by its mtime instead, like a raw one.
             Source::Vmdk(disk) => disk.descriptor().and_then(|d| d.cid).filter(|&cid| cid != NO_CID),
             _ => None,
         };
         let files = source.files();
         let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
+        // A device has an mtime too, but a write to it does not change that: only files count.
         let has_state = cid.is_some() || (has_time(&time) && files.iter().all(|file| file.detects_modification()));
         let digest = match overlay {
             Overlay::File(_) if !has_state => {
@@ -80,6 +83,7 @@ impl Base {
             _ => None,
         };
         let permissions = Permissions::of(&files);
+        // Of the open files, not of their names: a name may lead to another file by the time of the comparison.
         let files = files.iter().map(|file| file.identity_at_open().file).collect();
         Ok(Self {
             label,
@@ -111,6 +115,7 @@ impl Base {
             return Ok(());
         }
         let now: Vec<_> = files
+            // Read from the files now: their identity at the open is that from before the commit.
             .iter()
             .map(|file| Ok((file, file.identity()?)))
             .collect::<Result<_>>()?;
@@ -131,6 +136,7 @@ impl Base {
             return Err(Error::new(ErrorKind::Usage, context));
         };
         let sectors = delta.geometry().sectors;
+        // Also with `accept`: behind the end of a shorter base would be zeroes in place of lost data.
         if sectors != self.sectors {
             return Err(Error::corrupt(format!(
                 "{label}: is an overlay over a disk of {sectors} sectors ({}), but {} has {} sectors",
@@ -257,6 +263,7 @@ fn sample_digest(disk: &dyn BlockRead) -> Result<String> {
         sample::THOROUGH,
     );
     let next = AtomicUsize::new(0);
+    // Each thread takes the next block, so that one slow answer does not delay the others.
     let work = || -> Result<Vec<(usize, BlockDigest)>> {
         let mut digests = Vec::new();
         loop {
@@ -273,6 +280,7 @@ fn sample_digest(disk: &dyn BlockRead) -> Result<String> {
         let threads: Vec<_> = (1..SAMPLE_THREADS.min(ranges.len()))
             .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok())
             .collect();
+        // This thread works too, so that the digest is complete even if no thread could be started.
         let own = work();
         let panicked = || Error::new(ErrorKind::Os(libc::EIO), "a thread that read a sampled block panicked");
         let others = threads
@@ -283,6 +291,7 @@ fn sample_digest(disk: &dyn BlockRead) -> Result<String> {
             .collect::<Result<Vec<_>>>()
     });
     let mut digests: Vec<_> = read?.into_iter().flatten().collect();
+    // The threads finish in any order, and the digest depends on it.
     digests.sort_unstable_by_key(|(index, _)| *index);
     let all: Vec<u8> = digests.into_iter().flat_map(|(_, digest)| digest).collect();
     let sum = block_digest(&all);
@@ -300,6 +309,7 @@ const DIGEST_BYTES: usize = 16;
 fn folder_of(overlay: &Overlay) -> Option<PathBuf> {
     let Overlay::File(path) = overlay else { return None };
     let real = fs::canonicalize(path).ok();
+    // The overlay may not exist yet; its folder does.
     let real = real.or_else(|| Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?)));
     real.and_then(|real| real.parent().map(Path::to_path_buf))
 }

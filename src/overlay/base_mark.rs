@@ -27,6 +27,7 @@ pub(super) fn set(file: &dyn StoredFile, overlay: &str) -> Result<()> {
     let Some(fd) = file.fd() else { return Ok(()) };
     match fsetxattr(fd, ATTRIBUTE, overlay.as_bytes(), XattrFlags::empty()) {
         Ok(()) => sync(file, fd),
+        // PERM: only regular files and folders have user attributes, and a base may be a device.
         Err(Errno::NOTSUP | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
             let text = format!(
                 "warning: {}: its file system cannot mark it ({ATTRIBUTE}): until the commit is finished, open it only with \
@@ -53,6 +54,7 @@ pub(super) fn clear(file: &dyn StoredFile) -> Result<()> {
 /// Returns a sentence for each of `files` that is marked. For a source that is opened without an overlay.
 pub(crate) fn unfinished_commits(files: &[Arc<dyn StoredFile>]) -> Vec<String> {
     let marked = |file: &Arc<dyn StoredFile>| {
+        // A fixed buffer: asking for the length first would race with another process that changes the value.
         let mut value = [0; MAX_PATH];
         let overlay = match fgetxattr(file.fd()?, ATTRIBUTE, &mut value) {
             Ok(len) => String::from_utf8_lossy(value.get(..len).unwrap_or_default()).into_owned(),

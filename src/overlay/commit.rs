@@ -124,6 +124,8 @@ impl Commit {
         // The overlay first: its lock is taken before anything of the base is opened.
         let child = overlay_file(path, local, Access::Write)?;
         let file = open_file(local, Access::Write)?;
+        // Through the descriptor that is open for writing, so that no other process can replace or change the base in
+        // between.
         let (base, source) = open_for_check(local, overlay, &file)?;
         let overlay = open_overlay_of(
             Arc::clone(&child),
@@ -160,6 +162,8 @@ impl Commit {
             total,
             resumed,
         };
+        // Last, as it reads all tables of the overlay, and only a base that is open for writing knows what it would
+        // allocate.
         commit.check_can_finish()?;
         Ok(commit)
     }
@@ -184,6 +188,8 @@ impl Commit {
             &mark,
             &self.base.cid.map_or_else(|| "f".repeat(NO_MARK.len()), cid_text),
         )?;
+        // The descriptor's file or the image: the one by which the base is opened, so that an open of it finds the
+        // mark.
         let named = self.target.files().into_iter().next();
         named
             .as_deref()
@@ -264,6 +270,7 @@ impl Commit {
                 let part = (sectors - at).min(if zero { ZERO_STEP } else { COPY_STEP });
                 let from = start + at;
                 if zero {
+                    // With `unmap`: the overlay says zero, so the base needs no space there.
                     writer.zero(from..from + part, true)?;
                 } else {
                     self.copy_data(

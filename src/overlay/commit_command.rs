@@ -36,6 +36,7 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
     let mut stopped_by = None;
     let result = commit.run(&mut |step| {
         if stopped_by.is_none() {
+            // The first signal counts. It is kept, as the commit may pass several steps before it can stop.
             stopped_by = signals.take()?;
         }
         if let Step::Copied(done) = step {
@@ -43,6 +44,7 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
         }
         Ok(if stopped_by.is_some() { Next::Stop } else { Next::GoOn })
     });
+    // Before any other output, which would continue the line of the bar.
     progress.end();
     let unfinished =
         format!("{overlay} is not merged whole: with cow= the disk is as before, --commit again completes it");

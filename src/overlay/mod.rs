@@ -98,6 +98,7 @@ pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Res
     match overlay {
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {
+            // Without following a link: a dangling one is not "absent", and no file is created where it points to.
             let absent = || fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
             if absent() {
                 match access {
@@ -230,6 +231,8 @@ pub(super) fn label(delta: &VmdkDisk) -> String {
 fn create_overlay(path: &Path, base: &Base) -> Result<()> {
     let delta = base.delta()?;
     let create = |store: &dyn Store, name: &ExtentName| {
+        // Still in a private folder (`make_user_path`), so that no other process sees the file with the wrong owner or
+        // mode.
         vmdk::create_delta(store, name, &delta)?;
         give_permissions(&*store.open(name, Access::Read)?, base)
     };
@@ -271,6 +274,7 @@ fn temporary(base: &Base) -> Result<VmdkDisk> {
 
 /// Returns the sectors of a grain for a new overlay over a disk of `sectors` with granules of `granule` sectors.
 fn grain_size(sectors: u64, granule: u64) -> u64 {
+    // At least a granule of the base: the rest of a new grain is read from the base in whole granules.
     let mut grain = MIN_GRAIN.max(granule.next_power_of_two());
     loop {
         let tables = sectors.div_ceil(grain * ENTRIES);

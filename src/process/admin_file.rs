@@ -22,6 +22,8 @@ pub(super) fn open(what: &str, path: &Path, options: &mut OpenOptions) -> Result
         let text = format!("{what} {}: {text}; name a regular file or a new one", path.display());
         Err(Error::new(ErrorKind::Usage, text))
     };
+    // NONBLOCK: an open of a FIFO without a writer would wait for ever. NOCTTY: a terminal must not become the daemon's
+    // own.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = match options.mode(MODE).custom_flags(flags).open(path) {
         Ok(file) => file,
@@ -30,11 +32,14 @@ pub(super) fn open(what: &str, path: &Path, options: &mut OpenOptions) -> Result
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return refuse("is not a regular file"),
         Err(e) => return Err(Error::io(format!("{what} {}", path.display()), e)),
     };
+    // Of the open descriptor: the name may be another file by now.
     let metadata = file
         .metadata()
         .map_err(|e| Error::io(format!("{what} {}", path.display()), e))?;
     match (metadata.is_file(), metadata.nlink()) {
         (false, _) => refuse("is not a regular file"),
+        // 0: the file was removed after the open, and does no harm. Another name would let its owner make root append
+        // to any file on the same file system.
         (true, 0 | 1) => Ok(file),
         (true, _) => refuse("has another name too (a hard link)"),
     }

@@ -21,6 +21,8 @@ pub fn hide_secrets() {
         return;
     };
     for secret in secrets {
+        // As many bytes as before: the kernel shows a fixed range of memory, and the other arguments must stay where
+        // they are.
         let stars = vec![b'*'; secret.len()];
         let _ = memory.write_all_at(&stars, start + secret.start as u64);
     }

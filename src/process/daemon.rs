@@ -108,6 +108,7 @@ pub fn start(foreground: bool) -> Result<Started> {
         nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| Error::io("pipe", e.into()))?;
     match fork()? {
         ForkResult::Parent { child } => {
+            // With this copy open the pipe would not end when the child dies, and the parent would wait for ever.
             drop(to_parent);
             Ok(Started::Parent(listen(
                 File::from(from_child),
@@ -116,6 +117,7 @@ pub fn start(foreground: bool) -> Result<Started> {
             )))
         }
         ForkResult::Child => {
+            // So that a write fails once the parent is gone: `ready` then gives the mount up.
             drop(from_child);
             let status = Status(Some(File::from(to_parent)));
             match release_standard_streams() {
@@ -151,6 +153,7 @@ fn fork() -> Result<ForkResult> {
     let tasks = fs::read_dir("/proc/self/task")
         .map_err(|e| Error::io("/proc/self/task", e))?
         .count();
+    // Counted by the kernel: a library may have started a thread that this program does not know of.
     if tasks != 1 {
         let text = format!("fork: {tasks} threads run already, and only a process with one thread can fork safely");
         return Err(Error::new(ErrorKind::Unsupported, text));
@@ -275,10 +278,12 @@ fn open_null() -> Result<OwnedFd> {
 /// Writes one message: its kind, its length as 4 bytes in little-endian order, its text.
 pub(crate) fn send(pipe: &mut impl Write, kind: u8, text: impl AsRef<[u8]>) -> io::Result<()> {
     let text = text.as_ref();
+    // May cut a character in two; the reader replaces invalid bytes.
     let text = &text[..text.len().min(MAX_MESSAGE)];
     let mut message = vec![kind];
     message.extend((text.len() as u32).to_le_bytes());
     message.extend(text);
+    // In one call, so that a message is either whole or cut off by the end of the process.
     pipe.write_all(&message)
 }
 
@@ -290,6 +295,7 @@ pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Option<(u8, Vec<u8>)>>
         other => other?,
     }
     let [kind, len @ ..] = head;
+    // Bounded, as the memory of a helper that has gone wrong may say anything.
     let mut text = vec![0; (u32::from_le_bytes(len) as usize).min(MAX_MESSAGE)];
     pipe.read_exact(&mut text)?;
     Ok(Some((kind, text)))

@@ -46,6 +46,7 @@ pub fn take_inherited(numbers: &[u32]) {
         }
         first = number.map_or(first, |number| number + 1);
     }
+    // Only now, after all else is closed: from here on other code may take the sockets.
     *SOCKETS.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
 }
 
@@ -61,6 +62,7 @@ fn take_socket(number: i32) -> Option<OwnedFd> {
     // because the process has no other thread yet.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let kind = nix::sys::stat::fstat(borrowed).ok()?.st_mode & libc::S_IFMT;
+    // Also for what is no socket: it stays open then, and must not reach child processes.
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).ok()?;
     // SAFETY: the descriptor is open, the caller passed it for this use, and the process has opened none itself, so it
     // has no other owner. Each number is taken once.

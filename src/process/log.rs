@@ -38,6 +38,7 @@ impl Sink {
     pub fn open(config: &LogConfig, background: bool) -> Result<Self> {
         let open = |path| admin_file::open("log file", path, File::options().append(true).create(true));
         let file = config.file.as_deref().map(open).transpose()?;
+        // In the foreground standard error stays, which the service manager or the terminal shows.
         let syslog = if background && file.is_none() {
             Syslog::open()
         } else {
@@ -91,6 +92,7 @@ fn install_with_syslog(stderr: BoxMakeWriter, syslog: Syslog, level: LevelFilter
     let kept = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .log_internal_errors(false)
+        // The system log adds time, level and program itself.
         .without_time()
         .with_level(false)
         .with_target(false);

@@ -89,6 +89,7 @@ where
     F: Filesystem,
     O: FnOnce(&Target) -> Result<Opened<F>>,
 {
+    // Log and mount point are opened with the caller's working directory, which the daemon leaves later.
     let started = log::Sink::open(log, !config.foreground).and_then(|sink| {
         let target = Target::resolve(&config.target.path, config.options.nonempty)?;
         Ok((sink, target, daemon::start(config.foreground)?))
@@ -260,6 +261,7 @@ impl MountedDaemon {
             default_permissions: requested.default_permissions || requested.allow_other || requested.allow_root,
             ..requested.clone()
         };
+        // Before the mount: one that covers its own source could wait for itself at the first read.
         let sources = disks.0.as_ref().map_or_else(Vec::new, Disks::files);
         target.refuse_sources(sources.iter().map(|file| &**file))?;
         // From here on an early return drops `mount`, which unmounts.
@@ -267,6 +269,8 @@ impl MountedDaemon {
         if let Some(watcher) = &mut watcher {
             watcher.start(&mount)?;
         }
+        // A duplicate, which is only polled: a lone event loop may wait for a source until the kernel has a request
+        // (`volume/loop_budget.rs`).
         requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
         let session = Running::start(filesystem, device, options, loops)?;
         let distance = config
@@ -288,6 +292,8 @@ impl MountedDaemon {
         } else {
             files.iter().map(|name| target.point.join(name)).collect()
         };
+        // By another process: a read of this process through its own mount could wait for an event loop that waits for
+        // this thread.
         prober.start(&paths)?;
         let deadline = Instant::now() + FIRST_READ;
         // The prober receives only an errno. The error that the file system recorded first is the actual cause.
@@ -330,11 +336,14 @@ impl MountedDaemon {
     fn serve(mut self) -> Result<()> {
         let mut stopping = false;
         loop {
+            // Set anew in each round, as it is the time until the next check and not the end of the wait.
             let deadline = stopping.then(|| Instant::now() + USE_CHECK);
             let [signalled, ended] = self.wait(deadline)?;
             if ended {
                 break;
             }
+            // A mount that is gone from here may live on in another mount namespace, which never ends the session.
+            // Without an open file nothing is lost when the daemon ends.
             if stopping && !signalled && !self.disks.are_open() {
                 return self.end_unused();
             }
@@ -372,6 +381,7 @@ impl MountedDaemon {
         // that is not returned has been logged.
         let closed = disks.close();
         served?;
+        // After the disks are closed, so that a failure here costs no data.
         let dead = mount.clear_dead()?;
         if let Some(watcher) = watcher {
             watcher.dismiss();
@@ -403,6 +413,7 @@ impl MountedDaemon {
     /// Ends the daemon of a mount that was to end and is gone from this mount namespace, but lives on elsewhere, with no
     /// file open.
     fn end_unused(mut self) -> Result<()> {
+        // For the log only: the list may be out of date at once.
         let holders = mountinfo::holders(self.mount.device());
         let by = if holders.is_empty() {
             "another mount namespace, or a program that has its folder open".to_owned()

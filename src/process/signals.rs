@@ -27,6 +27,7 @@ impl Signals {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
             set.add(signal);
         }
+        // Blocked before the descriptor exists: a signal in between stays pending and is read from it.
         set.thread_block().map_err(context)?;
         SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map(Self)

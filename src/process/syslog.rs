@@ -72,6 +72,7 @@ pub(super) struct Message<'a> {
 
 impl Write for Message<'_> {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        // A datagram is one message, so the line end would become part of the text.
         let line = text.strip_suffix(b"\n").unwrap_or(text);
         let mut message = format!("<{}>vmdkfuse[{}]: ", DAEMON | self.severity, std::process::id()).into_bytes();
         message.extend_from_slice(line);

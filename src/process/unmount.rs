@@ -58,6 +58,7 @@ pub fn unmount(config: &UnmountConfig) -> Result<()> {
 
 fn unmount_one(point: &Path, lazy: bool) -> Result<()> {
     let entry = mounted_at(point)?;
+    // Before the unmount: afterwards no path leads to the xattr any more.
     let daemon = Daemon::of(&entry);
     mount::unmount_at_point(&entry.point, lazy)?;
     match daemon {
@@ -80,6 +81,7 @@ fn mounted_at(point: &Path) -> Result<MountEntry> {
     let named = parent.zip(point.file_name()).map(|(parent, name)| parent.join(name));
     let candidates: Vec<PathBuf> = named.into_iter().chain(fs::canonicalize(point)).collect();
     let table = mountinfo::read()?;
+    // The last entry: mounts on one point lie on each other, and the newest is the one that shows.
     let found = table.into_iter().rev().find(|entry| candidates.contains(&entry.point));
     let label = printable(point);
     match found {

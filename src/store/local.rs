@@ -92,6 +92,7 @@ impl LocalStore {
         let mut other: Option<Folder> = None;
         let mut rest = path.to_path_buf();
         let mut leaves = Leaves::Outside;
+        // Bounded: links that lead from one allowed folder to another may form a ring.
         for _ in 0..HOPS_MAX {
             leaves = match self.open_beneath(other.as_ref(), &rest, &allowed, access)? {
                 Beneath::Opened(file) => return Ok(file),
@@ -237,6 +238,8 @@ impl Store for LocalStore {
                 ),
             ));
         }
+        // The second spelling is tried only where nothing has the first name: an error of the file itself must not lead
+        // to another one.
         let opened = match (self.open_path(name.as_path(), access), name.raw_path()) {
             (Err(missing), Some(raw)) if missing.kind() == ErrorKind::NotFound => match self.open_path(raw, access) {
                 Err(e) if e.kind() == ErrorKind::NotFound => Err(missing),
@@ -264,6 +267,8 @@ impl Store for LocalStore {
     fn remove(&self, name: &ExtentName, identity: &Identity) -> Result<()> {
         let (path, label) = self.in_folder(name)?;
         let context = || format!("{label}: removing the file");
+        // Not atomic with the removal, as the system has no call for that. The folder is that of the user, so the race
+        // needs the user's own help.
         let found = nix::sys::stat::fstatat(&self.folder.fd, path, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
         let found = found.map_err(|e| Error::io(context(), e.into()))?;
         if (found.st_dev, found.st_ino) != identity.file {
@@ -336,6 +341,7 @@ impl Store for LocalStore {
 /// operating system.
 pub fn open_user_path(path: &Path, policy: Arc<OpenPolicy>, access: Access) -> Result<Arc<dyn StoredFile>> {
     let label = printable(path);
+    // O_PATH opens nothing yet, so that neither a FIFO blocks nor a device acts before its type is known.
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
     let found = Found::new(opened.map_err(|e| Error::io(label.clone(), e))?.into(), label)?;
     check_user_type(&found)?;

@@ -49,6 +49,7 @@ impl Link {
         extents: Vec<PlacedExtent>,
     ) -> Self {
         Self {
+            // The extents follow each other without gaps, so the link ends where the last one does.
             sectors: extents.last().map_or(0, |last| last.start + last.sectors),
             warnings: Vec::new(),
             file,
@@ -61,9 +62,12 @@ impl Link {
     /// Returns the extent that holds sector `at` with its number, the sector inside of the extent, and how many of
     /// `max` sectors it holds from there. `None` if the link ends before: a parent may be smaller than its child.
     fn find(&self, at: u64, max: u64) -> Option<Found<'_>> {
+        // The extents are sorted by their starts, so a binary search finds the last one that starts at `at` or before.
+        // A linear one would be slow: a split disk of 8 TiB has 4096 extents.
         let number = self.extents.partition_point(|p| p.start <= at).checked_sub(1)?;
         let placed = self.extents.get(number)?;
         let within = at - placed.start;
+        // Behind the end of the last extent there is nothing: extents have no gaps between them.
         (within < placed.sectors).then(|| Found {
             number,
             placed,
@@ -113,6 +117,7 @@ pub(crate) struct PlacedExtent {
 /// ask all links again.
 pub(crate) struct ChainCursor<'a> {
     links: &'a [Link],
+    // An array and not a vector, so that a read allocates nothing.
     nothing_before: [u64; MAX_LINKS],
     /// Last table of each link, for a walk; empty for a reader, so that a read allocates nothing.
     tables: Vec<TableCursor>,
@@ -149,6 +154,7 @@ impl<'a> ChainCursor<'a> {
     ///
     /// Errors: `Corrupt` for a damaged table or entry, those of reading a table.
     pub(crate) fn map(&mut self, at: Lba, max: u64) -> Result<ChainMapping<'a>> {
+        // Shrinks from link to link: the answer of an older link only counts as far as all newer ones have nothing.
         let mut left = max;
         for (number, (link, nothing_before)) in self.links.iter().zip(&mut self.nothing_before).enumerate() {
             if at.0 < *nothing_before {
@@ -156,8 +162,11 @@ impl<'a> ChainCursor<'a> {
                 continue;
             }
             let Some(found) = link.find(at.0, left) else {
+                // An older link that is longer is not asked: its child shows zeroes behind its own end, and so does
+                // this disk. `sizes::compare` has refused chains in which that would hide data.
                 break;
             };
+            // `None` for a reader, whose `tables` are empty: the extent then uses the shared cache.
             let table = self.tables.get_mut(number);
             match found.placed.extent.map(found.within, found.sectors, table)? {
                 Mapping::Hole { sectors } => {
@@ -185,6 +194,7 @@ pub(crate) fn content_in(links: &[Link], at: Lba, max: u64) -> Result<(MappingKi
     let mut left = max;
     for link in links {
         let Some(found) = link.find(at.0, left) else {
+            // As in `ChainCursor::map`: what an older link has behind the end of this one does not show.
             break;
         };
         match found.placed.extent.mapping_kind_at(found.within, found.sectors)? {

@@ -138,6 +138,7 @@ struct StoredRange {
 impl Checker<'_> {
     fn run(mut self) -> Result<()> {
         if let Some(hosted) = &self.placed.hosted {
+            // Claimed first, so that a table or grain which overlaps them is what the report names.
             for range in hosted.fixed() {
                 if self.claims.claim(range.clone()) {
                     let (label, start) = (self.sparse.file.label(), range.start);
@@ -392,6 +393,7 @@ impl Claims {
                 .or_insert_with(|| Box::new([0; Self::WORDS]));
             // Word by word: `at` to `end` lie in one word of 64 sectors.
             let end = range.end.min((at / 64 + 1) * 64);
+            // `end - at` is 1 to 64, so both shifts are shorter than a word.
             let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
             if let Some(word) = page.get_mut((at % Self::PAGE / 64) as usize) {
                 taken |= *word & mask != 0;

@@ -321,6 +321,7 @@ impl<'s> PendingFiles<'s> {
 
     /// Makes the names durable and keeps the files.
     fn finish(mut self) -> Result<()> {
+        // Last: as long as the names are not durable, a crash may leave the descriptor without its pieces.
         self.store.sync()?;
         self.created.clear();
         Ok(())

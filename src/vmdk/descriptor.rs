@@ -309,6 +309,7 @@ fn parent(
         Ok(setting.cid().map_or((None, text), |cid| (Some(cid.number), &text[..0])))
     })?;
     match (cid, hint) {
+        // `ffffffff` is "no parent" even where a hint is left over from a snapshot that was merged.
         (Some((_, (Some(NO_CID), _))), _) | (None, None) => Ok(None),
         (Some((_, (cid, _))), Some((_, name))) => Ok(Some(ParentLink {
             cid,

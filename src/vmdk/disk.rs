@@ -78,6 +78,7 @@ impl VmdkDisk {
         };
         refuse_without_parent(chain.lost_parent.as_ref())?;
         if !force {
+            // Before `Writer::new`, whose recovery changes files.
             refuse_with_children(newest, child)?;
         }
         let writer = Writer::new(newest)?;
@@ -90,6 +91,8 @@ impl VmdkDisk {
     /// Returns this disk over `base`, which shows where no link has anything. After the end of `base` are zeroes.
     #[must_use]
     pub fn over(self, base: Arc<dyn BlockRead>) -> Self {
+        // Ranges of the base are read whenever a request falls through the links, so requests have to fit its granules
+        // too.
         let granule = self.geometry.granule.max(base.geometry().granule);
         let geometry = Geometry {
             granule,
@@ -200,6 +203,7 @@ impl VmdkDisk {
             (MappingKind::Zero, _) => Ok((Content::Zero, sectors)),
             (MappingKind::Hole, Some(base)) => match self.inside_base(&**base, at, sectors) {
                 (_, 0) => Ok((Content::Hole, sectors)),
+                // The base's answer may reach behind the range in which the links have nothing.
                 (base, inside) => base.content_at(at).map(|(content, n)| (content, n.min(inside))),
             },
             (MappingKind::Hole, None) => Ok((Content::Hole, sectors)),
@@ -215,6 +219,7 @@ impl VmdkDisk {
         while done < buf.len() {
             let lba = at + done as u64 / SECTOR;
             let run = cursor.map(lba, (buf.len() - done) as u64 / SECTOR)?.mapping;
+            // At most what is left of `buf`: `map` returns no longer run than it was asked for.
             let len = (run.sectors() * SECTOR) as usize;
             if let Mapping::Stored { file, sector, .. } = run {
                 match &mut pending {
@@ -325,6 +330,7 @@ impl BlockRead for VmdkDisk {
     }
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
+        // The newest link alone: its flat extent hides all parents.
         let extents = &self.links.first()?.extents;
         match extents.as_slice() {
             // The kernel reads the file up to its end, so a longer file would show bytes after the end of the disk.

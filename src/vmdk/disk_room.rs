@@ -88,6 +88,7 @@ impl VmdkDisk {
                 placed.start.max(range.start.0),
                 (placed.start + placed.sectors).min(range.end.0),
             );
+            // The extents are contiguous, so the first one after the range ends the search.
             if from >= to {
                 break;
             }

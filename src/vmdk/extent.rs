@@ -152,6 +152,8 @@ impl TableCursor {
     /// Returns table `number` of `extent`, or `None` if there is no table.
     fn table(&mut self, extent: &SparseExtent, number: u64) -> Result<Option<&Table>> {
         if !matches!(self.0, Some((id, n, _)) if (id, n) == (extent.id, number)) {
+            // An absent table is kept as well, so that the short runs of other links inside of its range do not search
+            // it again. A walk never meets an extent that is written to: the kernel view refuses writable disks.
             let table = extent.cache.table_once(extent.id, &*extent.layout, number)?;
             self.0 = Some((extent.id, number, table));
         }
@@ -170,6 +172,7 @@ fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64
     } else {
         MappingKind::Zero
     };
+    // At least one sector, so that a caller who adds the answers up makes progress.
     (kind, (bytes / SECTOR).clamp(1, max))
 }
 
@@ -308,6 +311,8 @@ impl SparseExtent {
                     file: &self.file,
                     sector: at,
                     likely_sectors: match next {
+                        // The grains of a stream usually lie in the order of their entries, and then the next one ends
+                        // this one. A distance above the limit of `check_header` says nothing.
                         GrainEntry::At(n) if n > at && n - at <= 2 * self.geometry.grain => Some(n - at),
                         _ => None,
                     },
@@ -369,7 +374,10 @@ impl SparseExtent {
             GrainEntry::Bad => None,
         };
         let first = table.entry(p.entry);
+        // Not beyond the request: a table may have 65536 entries, and most requests touch a few.
         let requested = (p.within + max).div_ceil(self.geometry.grain);
+        // A damaged entry stands alone, so that the grains after it can be read. So does a compressed grain: each is
+        // inflated by itself.
         let alone = first == GrainEntry::Bad
             || (adjacent && self.encoding != Encoding::Plain && kind(first) == Some(MappingKind::Data));
         let most = if alone {
@@ -399,6 +407,7 @@ impl SparseExtent {
         // The table of `sector` itself is not queried again: another program may have added it meanwhile, and the
         // answer would be an empty run.
         let mut table = sector / coverage + 1;
+        // Counted in whole chunks, so that the bound does not depend on where in its chunk the range starts.
         let end = (sector + max).min((table / CHUNK + ABSENT_CHUNKS) * CHUNK * coverage);
         if let Some(writable) = &self.writable {
             table += writable.absent(table, end.div_ceil(coverage));

@@ -137,6 +137,7 @@ pub(crate) const VERSION_AT: u64 = 4;
 /// Returns version and flags of a hosted header, 8 bytes, with zeroed grains enabled.
 pub(crate) fn with_zeroed_grains([_, _, _, _, flags @ ..]: [u8; 8]) -> [u8; 8] {
     let flags = u32::from_le_bytes(flags) | FLAG_ZEROED_GRAINS;
+    // The version comes first in the file, so it is the lower half. 2 is the first version that defines entries of 1.
     (u64::from(flags) << 32 | 2).to_le_bytes()
 }
 
@@ -185,6 +186,7 @@ impl Hosted {
         if &raw.magic != KDMV_MAGIC {
             return Err(Error::corrupt(format!("{part}: no KDMV magic (byte 0)")));
         }
+        // First of all: version and flags decide what the other fields mean.
         let flags = check_hosted_flags(raw, part)?;
         let mut header = Self {
             version: raw.version.get(),
@@ -194,6 +196,7 @@ impl Hosted {
             entries_per_table: raw.gtes_per_gt.get().into(),
             redundant: None,
             directory: match raw.gd_offset.get() {
+                // Only the first header of a stream may have it; the footer is checked for that by `StreamTail::parse`.
                 GD_AT_END => DirectoryAt::Footer,
                 sector => DirectoryAt::Sector(sector),
             },
@@ -204,6 +207,7 @@ impl Hosted {
             markers: flags & FLAG_MARKERS != 0,
         };
         let file_sectors = file_len.div_ceil(SECTOR);
+        // A footer repeats these fields of the first header, which alone counts.
         if raw.descriptor_offset.get() != 0 && role == Role::Header {
             header.descriptor = Some(check_descriptor(
                 raw.descriptor_offset.get(),
@@ -216,12 +220,15 @@ impl Hosted {
             return Ok(header);
         }
         header.check_geometry(part)?;
+        // A writer allocates behind the overhead. One beyond the end of the file would make the first write extend the
+        // file by whatever the number says.
         if role == Role::Header && header.overhead > file_sectors {
             return Err(Error::corrupt(format!(
                 "header: {} sectors of metadata (overHead, byte 64), but the file has {file_sectors}",
                 header.overhead
             )));
         }
+        // Without the flag `rgdOffset` has no meaning, whatever number is in it.
         if flags & FLAG_REDUNDANT != 0 {
             header.redundant = Some(raw.rgd_offset.get());
         }
@@ -260,6 +267,7 @@ impl Hosted {
             .into(),
             overhead: self.overhead.into(),
             unclean: self.unclean.into(),
+            // Every conversion of line ends changes one of these bytes, so that a transfer in text mode is found.
             newline: *b"\n \r\n",
             compression: u16::from(self.compressed).into(),
             pad: [0; 433],
@@ -270,6 +278,7 @@ impl Hosted {
     fn check_geometry(&self, part: &str) -> Result<()> {
         check_grain(self.grain, part)?;
         let n = self.entries_per_table;
+        // VMware writes 512. The bounds are tables of one sector, and of 256 KiB, as many tables are in memory at once.
         if !n.is_power_of_two() || !(128..=1 << 16).contains(&n) {
             return Err(Error::corrupt(format!(
                 "{part}: numGTEsPerGT (byte 44) is {n}, expected a power of two from 128 to 65536"
@@ -291,6 +300,8 @@ impl Hosted {
 /// depends. Returns the flags.
 fn check_hosted_flags(raw: &RawHosted, part: &str) -> Result<u32> {
     let (version, flags) = (raw.version.get(), raw.flags.get());
+    // 1 is the version of the specification, 2 adds zeroed grains, and 3 is that of streams and of disks with changed
+    // block tracking.
     if !(1..=3).contains(&version) {
         return Err(Error::unsupported(format!(
             "{part}: version {version} (byte 4), expected 1 to 3"
@@ -308,6 +319,7 @@ fn check_hosted_flags(raw: &RawHosted, part: &str) -> Result<u32> {
             raw.newline
         )));
     }
+    // A marker stands before compressed data. A plain grain has no room for one, so its data would be read shifted.
     if flags & FLAG_MARKERS != 0 && flags & FLAG_COMPRESSED == 0 {
         return Err(Error::corrupt(format!(
             "{part}: flags {flags:#x} (byte 8) have markers without compression"
@@ -323,6 +335,7 @@ fn check_hosted_flags(raw: &RawHosted, part: &str) -> Result<u32> {
 }
 
 fn check_descriptor(offset: u64, size: u64, file_sectors: u64) -> Result<(u64, u64)> {
+    // `open.rs` multiplies both by 512 and allocates `size` sectors, so both are bounded here.
     let inside = offset.checked_add(size).is_some_and(|end| end <= file_sectors);
     if size == 0 || size > MAX_DESCRIPTOR_SECTORS || !inside {
         return Err(Error::corrupt(format!(
@@ -391,6 +404,7 @@ impl Cowd {
         check_capacity(capacity, "COWD header (byte 12)")?;
         let need = capacity.div_ceil(grain * Self::ENTRIES_PER_TABLE);
         let entries = u64::from(raw.gd_entries.get());
+        // A directory that is larger than needed is accepted: only its first `need` entries are read.
         if entries < need || entries > Self::MAX_ENTRIES {
             return Err(Error::corrupt(format!(
                 "COWD header: {entries} directory entries (byte 24), expected {need} for {capacity} sectors"
@@ -442,12 +456,14 @@ impl SeSparse {
         let (raw, _) = RawSeSparse::ref_from_prefix(bytes).ok().ok_or_else(short)?;
         let second = bytes.get(SECTOR as usize..).ok_or_else(short)?;
         let (volatile, _) = RawSeVolatile::ref_from_prefix(second).ok().ok_or_else(short)?;
+        // Compared as one number: the major version is the upper half, the minor one the lower.
         if raw.version.get() != Self::VERSION {
             return Err(Error::unsupported(format!(
                 "seSparse header: version {:#x} (byte 8), expected 2.1",
                 raw.version
             )));
         }
+        // No flag is documented, and one could change what the entries mean.
         if raw.flags.get() != 0 {
             return Err(Error::unsupported(format!(
                 "seSparse header: unknown flags {:#x} (byte 40)",
@@ -463,6 +479,7 @@ impl SeSparse {
                 Self::TABLE_SECTORS
             )));
         }
+        // The volatile header was taken from sector 1, so it must lie there.
         if (raw.volatile_offset.get(), raw.volatile_size.get()) != (1, 1) {
             return Err(Error::unsupported(format!(
                 "seSparse header: a volatile header of {} sectors at sector {} (byte 80), expected 1 at 1",
@@ -516,6 +533,7 @@ impl SeSparse {
             )));
         }
         let grains_offset = raw.grains_offset.get();
+        // The end of the file is allowed: a delta that was never written to has no grains.
         if grains_offset < 2 || grains_offset > file_sectors {
             return Err(Error::corrupt(format!(
                 "seSparse header: grains start at sector {grains_offset} (byte 192), but the file has {file_sectors}"
@@ -577,6 +595,8 @@ impl StreamTail {
                 "footer: gdOffset (byte 56) is GD_AT_END, which is only valid in the first header",
             ));
         }
+        // The tables that the footer names are read by its geometry. One that differs from the first header belongs to
+        // another stream, or is damaged.
         let same = |h: &Hosted| (h.grain, h.entries_per_table, h.compressed, h.markers);
         if same(&footer) != same(first) {
             return Err(Error::corrupt(

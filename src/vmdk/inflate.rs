@@ -27,6 +27,8 @@ thread_local! {
 ///
 /// Errors: `Corrupt` for a wrong LBA, a size out of bounds, damaged data, a wrong checksum or length.
 pub(crate) fn inflate(grain: &CompressedGrain<'_>, out: &mut [u8]) -> Result<()> {
+    // Borrowed over the read: a store never inflates a grain of the engine, so the borrow is not taken twice. The
+    // buffer keeps its size, for each thread at most 16 MiB, twice the largest grain.
     TOOLS.with_borrow_mut(|(decompressor, input)| {
         let (start, size) = load(grain, input)?;
         let body = input.get(start..start + size).unwrap_or_default();
@@ -80,6 +82,7 @@ fn load(grain: &CompressedGrain<'_>, input: &mut Vec<u8>) -> Result<(usize, usiz
     grain.file.read_exact_at(at, input)?;
     let size = check_header(grain, input)?;
     let end = header + size;
+    // Compared before memory is taken for the body. `size` is at most 16 MiB here, so the sum fits.
     if end > left {
         return Err(damaged(
             grain,

@@ -74,6 +74,7 @@ impl VmdkDisk {
                 .map(|l| l.extents.iter().map(extent_info).collect())
                 .unwrap_or_default(),
             chain: self.links().iter().map(link_info).collect(),
+            // Only compressed grains raise the preferred size above the granule; see `VmdkDisk::of`.
             compressed_grain: (geometry.preferred > geometry.granule).then_some(geometry.preferred * SECTOR),
             ddb: newest.map(|l| l.descriptor.ddb.clone()).unwrap_or_default(),
             warnings: self.warnings().collect(),

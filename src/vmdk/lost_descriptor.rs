@@ -12,6 +12,7 @@ pub(crate) fn advice(file: &dyn StoredFile, kind: ExtentKind, sectors: u64) -> S
         return "name the .vmdk file that lists it".to_owned();
     };
     let original = format!("{stem}.vmdk");
+    // The format has no escapes, so no descriptor can name such a file; and without a size there is no line to write.
     if name.contains(['"', '\\']) || sectors == 0 {
         return format!("name {original}, which lists it");
     }

@@ -53,6 +53,7 @@ pub(super) struct Image {
 pub(super) fn search<T>(store: &dyn Store, mut examine: impl FnMut(&Image) -> Result<Option<T>>) -> Result<Option<T>> {
     let names = store.names(MAX_FILES)?;
     let too_many = |what: String| Err(Error::new(ErrorKind::Policy, what));
+    // The store ends its list there, so further files may exist, and a search that leaves files out proves nothing.
     if names.len() == MAX_FILES {
         return too_many(format!(
             "its folder has {MAX_FILES} files or more, too many to search for snapshots"
@@ -115,6 +116,7 @@ pub(super) fn find_by_uuid(child: &Link, parent: &str, degraded: Degraded) -> Re
             if !is_own && image_uuid(&image.descriptor).is_some_and(|uuid| uuid == parent) {
                 found.push((image.name.clone(), is_unchanged(&child.descriptor, &image.descriptor)));
             }
+            // The search does not end with the first match: a second image with this UUID makes the choice uncertain.
             Ok(None::<()>)
         })?;
         // Copies of an image have its UUID. Only one that is as it was when the child was created can be the parent.

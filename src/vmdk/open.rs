@@ -143,6 +143,7 @@ impl Opener {
     /// Errors: those of the files; `Usage` if the options name a parent and every link has its own.
     pub(crate) fn chain(mut self, file: Arc<dyn StoredFile>) -> Result<Chain> {
         let mut links = vec![self.link(file)?];
+        // Only the newest link is ever written. A parent may have other children, which are in use.
         self.access = Access::Read;
         let mut seen = Vec::new();
         while let Some(child) = links.last().filter(|link| names_parent(link)) {
@@ -193,6 +194,8 @@ impl Opener {
     fn parent_of(&mut self, child: &Link, seen: &[((u64, u64), u64)]) -> Result<Link> {
         let named = named_parent(child, self.options.degraded).and_then(|file| self.parent_link(child, file, seen));
         match (named, &self.options.parent) {
+            // `parent=` only counts where the named parent cannot be used, so it does no harm to links that find
+            // theirs.
             (Err(_), Some(_)) => {}
             (named, _) => return named,
         }
@@ -256,6 +259,7 @@ impl Opener {
         };
         // The file may end inside of the space for the descriptor, as the text rarely fills it.
         let len = file.len().saturating_sub(at * SECTOR).min(sectors * SECTOR);
+        // At most 10 MiB, the bound of `check_descriptor`.
         let mut bytes = vec![0; len as usize];
         file.read_exact_at(at * SECTOR, &mut bytes)?;
         let text = at * SECTOR..at * SECTOR + len;
@@ -307,6 +311,7 @@ impl Opener {
     /// Opens the files that the extent lines of a descriptor name.
     fn extents(&mut self, file: Arc<dyn StoredFile>, text: Range<u64>, descriptor: Descriptor) -> Result<Link> {
         let store = file.siblings()?;
+        // Counted before any file is opened: each one costs a descriptor, and 64 links may list 65536 extents each.
         self.extents += descriptor.extents.len();
         if self.extents > MAX_EXTENTS {
             return Err(Error::corrupt(format!("the chain has more than {MAX_EXTENTS} extents")));
@@ -338,6 +343,7 @@ impl Opener {
 
     /// Opens the extent of one line.
     fn listed_extent(&mut self, store: &dyn Store, line: &ExtentLine) -> Result<PlacedExtent> {
+        // NOACCESS reads as zeroes, and its file is not even opened: it need not exist.
         let zero = line.kind == ExtentKind::Zero || line.access == ExtentAccess::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
             return Ok(placed(Extent::Zero, line, "ZERO"));
@@ -479,6 +485,7 @@ fn flat_extent(
 
 /// Returns the sectors that a file has from the start of its flat extent on.
 fn sectors_inside(file: &dyn StoredFile, line: &ExtentLine) -> u64 {
+    // Rounded down: the extent needs whole sectors.
     (file.len() / SECTOR).saturating_sub(line.offset)
 }
 
@@ -521,6 +528,7 @@ fn lost_error(file: &dyn StoredFile, line: &ExtentLine, end: &str) -> Error {
 /// data, or its size and no data.
 fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExtent> {
     let bytes = line.sectors.saturating_mul(SECTOR);
+    // A pointer that was copied with the size of its device has no data: one hole from start to end.
     let is_stored = || file.data_at(0).map(|(stored, bytes)| stored || bytes < file.len());
     if file.len() == bytes && is_stored()? {
         return flat_extent(file, line, line.kind.as_str(), false);
@@ -664,6 +672,7 @@ fn open_first(store: &dyn Store, names: &[ExtentName], access: Access) -> Result
             Err(e) if e.kind() == ErrorKind::NotFound => missing.push(e.to_string()),
             // A later candidate may be allowed: often it is the file name alone, in the descriptor's folder.
             Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
+            // Any other error ends the search: the file may well exist, and a later name could be that of another one.
             Err(e) => return Err(e),
         }
     }

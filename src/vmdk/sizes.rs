@@ -23,6 +23,8 @@ pub(super) fn agree(placed: &mut PlacedExtent, line: &ExtentLine, sole: bool) ->
         Extent::Zero | Extent::Lost(_) => return Ok(None),
         Extent::Flat { file, offset } => {
             let has = file.len() / SECTOR;
+            // With an offset, or with further extents, what is left of the file may belong to another line. A device is
+            // usually larger than its line says.
             let is_cut = sole && *offset == 0 && has > given && !file.is_device();
             return Ok(is_cut.then(|| {
                 format!(

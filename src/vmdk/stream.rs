@@ -221,6 +221,7 @@ impl BlockRead for StreamDisk {
     }
 
     fn is_zero(&self, at: Lba, _: u64) -> bool {
+        // Without a read of tables only what lies behind all writes is known to be zero.
         at.0 >= self.state().window.next()
     }
 
@@ -283,6 +284,7 @@ impl BlockWrite for StreamDisk {
     }
 
     fn add_room(&self, _range: Range<Lba>, _zero: bool, _needed: &mut RoomNeeded) -> Result<()> {
+        // How much room a write takes depends on how well its data compress, so nothing can be said before.
         Ok(())
     }
 

@@ -264,6 +264,7 @@ impl TableCache {
             .build();
         let cache = match options {
             Ok(o) => Cache::with_options(o, ByBytes, Default::default(), Default::default()),
+            // Only a missing option fails, and none is missing. The bound holds in any case.
             Err(_) => Cache::with_weighter((bytes / TYPICAL_TABLE) as usize, bytes, ByBytes),
         };
         Self(Arc::new(cache))
@@ -280,6 +281,8 @@ impl TableCache {
 
     /// Returns chunk `n` of the extent's directory: the entries from `n × CHUNK` on.
     pub(crate) fn chunk(&self, extent: u32, layout: &dyn Layout, n: u64) -> Result<Arc<[DirectoryEntry]>> {
+        // The parts cannot overlap: a directory has at most 2^25 entries, so numbers of tables and of chunks stay below
+        // bit 39.
         let key = u64::from(extent) << EXTENT_SHIFT | DIRECTORY_BIT | n;
         if let Some(Cached::Directory(d)) = self.0.get(&key) {
             return Ok(d);

@@ -53,6 +53,7 @@ impl LocalFile {
         let mut done = 0;
         while done < len {
             let inside = self.current_len()?.saturating_sub(offset + done);
+            // The length is read before each step, as the file may be truncated while the zeroes are written.
             let part = (len - done).min(STEP).min(inside) as usize;
             if part == 0 {
                 break;

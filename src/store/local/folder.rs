@@ -61,6 +61,8 @@ impl Folder {
     /// file. With `hidden`, a file in the folder itself may be hidden.
     pub(super) fn beneath_strictly(&self, name: &Path, hidden: bool) -> Result<std::result::Result<OwnedFd, Leaves>> {
         let Some(fd) = self.lookup(name, ResolveFlag::RESOLVE_NO_XDEV)? else {
+            // EXDEV has two causes: the name leaves the folder, or it crosses a mount. Only without NO_XDEV they
+            // differ.
             let crosses = self.lookup(name, ResolveFlag::empty())?.is_some();
             return Ok(Err(if crosses { Leaves::Mount } else { Leaves::Outside }));
         };

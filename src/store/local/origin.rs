@@ -31,6 +31,7 @@ impl Origin {
     /// Returns the place of a regular file; `None` for a device, and for a file whose folder is not there any more.
     pub(super) fn of(found: &Found) -> Option<Self> {
         let name = found.real.file_name().filter(|_| found.metadata.is_file())?;
+        // Without links, as `real` has none: one that is there now was put there after the lookup.
         let folder = Folder::open_unlinked(found.real.parent()?).ok()?;
         Some(Self {
             folder: Arc::new(folder),
@@ -56,6 +57,7 @@ impl Origin {
     fn find(&self, label: &str) -> Result<(Found, File)> {
         let refuse = |reason: String| Err(Error::new(ErrorKind::Policy, format!("{label}: {reason}")));
         let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        // The name is a single component, so the flags concern the file alone: no link, and no mount over it.
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
         let fd = match lookup(&self.folder.fd, Path::new(&self.name), flags, resolve) {
             Err(Errno::ELOOP | Errno::EXDEV) => {
@@ -69,6 +71,8 @@ impl Origin {
         if let FileType::Device | FileType::Other(_) = found.file_type() {
             return refuse("the image was replaced by something that is no regular file".into());
         }
+        // Otherwise another user with write access to the folder could have the daemon show a file that only its own
+        // user may read.
         if found.metadata.uid() != self.owner {
             let (now, before) = (found.metadata.uid(), self.owner);
             return refuse(format!(
@@ -100,6 +104,7 @@ pub(super) enum FileType {
 impl Found {
     pub(super) fn new(fd: OwnedFd, label: String) -> Result<Self> {
         let real = real_path(&fd)?;
+        // For `metadata`, which std only has for a `File`. An O_PATH descriptor allows fstat, and nothing that reads.
         let file = File::from(fd);
         let metadata = file.metadata().map_err(|e| Error::io(format!("{label}: fstat"), e))?;
         Ok(Self {
@@ -134,6 +139,7 @@ impl Found {
 
     /// Opens the file for `access`.
     pub(super) fn open(&self, access: Access) -> Result<File> {
+        // Through /proc, which opens the inode whose type was checked, and not what has its name now.
         let (path, label) = (proc_path(&self.fd), &self.label);
         match access {
             Access::Read | Access::Peek => {
@@ -151,6 +157,7 @@ impl Found {
 pub(super) fn refused_for_writing(label: &str, e: io::Error) -> Error {
     let context = format!("{label}: open for writing");
     match e.raw_os_error() {
+        // EPERM: the file has the immutable or the append-only flag.
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::new(ErrorKind::ReadOnly, format!("{context}: {e}")),
         _ => Error::io(context, e),
     }

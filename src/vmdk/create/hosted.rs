@@ -84,6 +84,7 @@ impl HostedLayout {
 
     /// Writes the metadata into an empty file, durably. The header is last, as the file is an image only with it.
     pub(super) fn write(&self, out: &dyn StoredWrite, text: Option<&[u8]>, magic: &[u8; 4]) -> Result<()> {
+        // The tables become a hole of the file, which reads as "nothing is allocated".
         out.set_len(self.header.overhead * SECTOR)?;
         for at in [self.redundant, self.directory] {
             self.write_directory(out, at)?;

@@ -60,6 +60,7 @@ impl NewText {
         if disk.kind == CreateType::VmfsThin {
             ddb.push(("thinProvisioned", "1".to_owned()));
         }
+        // The largest number, as `qemu-img` writes it: no version of VMware's tools is known.
         ddb.push(("toolsVersion", "2147483647".to_owned()));
         ddb.push(("uuid", uuid()));
         ddb.push(("virtualHWVersion", disk.hardware_version.to_string()));

@@ -140,6 +140,7 @@ impl<'a> Lines<'a> {
     /// text beyond the limits.
     pub(super) fn of(bytes: &'a [u8], warnings: &mut Warnings) -> Result<Self> {
         let text = text_of(bytes);
+        // Only the text counts: an embedded descriptor may reserve up to 10 MiB, most of it NULs.
         if text.len() > TEXT_MAX {
             return Err(Error::corrupt(format!(
                 "the text of the descriptor has {} bytes, more than {TEXT_MAX}",
@@ -217,6 +218,7 @@ impl<'a> Lines<'a> {
     ) -> Result<Option<(usize, T)>> {
         let mut found: Option<(usize, T)> = None;
         for setting in self.all(key) {
+            // Later lines are parsed as well: one that is damaged or different must not be missed.
             let value = parse(setting)?;
             match &found {
                 None => found = Some((setting.line, value)),
@@ -255,6 +257,7 @@ impl<'a> Lines<'a> {
 
 /// Returns the text in `bytes`: everything up to the first NUL, without a byte order mark.
 pub(super) fn text_of(bytes: &[u8]) -> &[u8] {
+    // The space of an embedded descriptor is padded with NULs, and may hold the rest of an older text behind them.
     let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
     let text = &bytes[..end];
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
@@ -311,6 +314,7 @@ fn stray(number: usize, line: &[u8], warnings: &mut Warnings) -> Result<()> {
         .iter()
         .position(|b| !b.is_ascii_alphanumeric())
         .unwrap_or(line.len());
+    // `parentCID 1234abcd` without its `=`, taken for a stray line, would open a snapshot as a disk without a parent.
     let key = DECIDING
         .iter()
         .any(|key| key.as_bytes().eq_ignore_ascii_case(&line[..end]));
@@ -332,5 +336,6 @@ fn is_ddb_name(key: &[u8]) -> bool {
         key.get(..group.len())
             .is_some_and(|start| start.eq_ignore_ascii_case(group.as_bytes()))
     };
+    // A `uuid.parent` that lacks its prefix still names a parent, so that ignoring it would lose the parent.
     DDB_NAMES.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(key)) || DDB_GROUPS.iter().any(|g| starts(g))
 }

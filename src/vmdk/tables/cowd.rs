@@ -30,6 +30,7 @@ impl CowdTables {
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Cowd) -> Result<Self> {
         /// Sectors of the header.
         const HEADER: u64 = 4;
+        // Rounded up: the last grain may end inside of a sector; see `read_stored` in `disk.rs`.
         let file_sectors = file.len().div_ceil(SECTOR);
         let data = header.directory + (header.tables() * 4).div_ceil(SECTOR);
         if header.directory < HEADER || data > file_sectors {
@@ -54,6 +55,7 @@ impl CowdTables {
     }
 
     fn read_u32s(&self, offset: u64, count: u64) -> Result<Vec<u32>> {
+        // At most a chunk of the directory or one table, so 16 KiB, whatever the image says.
         let mut bytes = vec![0; count as usize * 4];
         self.file.read_exact_at(offset, &mut bytes)?;
         Ok(bytes
@@ -73,6 +75,8 @@ impl CowdTables {
     fn decode_directory_entry(&self, raw: u32) -> DirectoryEntry {
         match u64::from(raw) {
             0 => DirectoryEntry::Absent,
+            // Tables and grains may lie anywhere behind the directory, and nowhere else. The sums fit: an entry has 32
+            // bits.
             at if at >= self.data && at + self.table_sectors() <= self.file_sectors => DirectoryEntry::At(at),
             _ => DirectoryEntry::Bad,
         }
@@ -132,6 +136,7 @@ impl Layout for CowdTables {
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
+        // Read again: a decoded table has no raw values left.
         let at = match self.load_directory(table..table + 1).as_deref() {
             Ok([DirectoryEntry::At(sector)]) => sector * SECTOR + entry * 4,
             _ => return self.explain_directory(table),

@@ -56,6 +56,7 @@ impl HostedTables {
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: &Hosted) -> Result<Self> {
         let file_sectors = file.len().div_ceil(SECTOR);
         let directory_sectors = (header.tables() * 4).div_ceil(SECTOR);
+        // Sector 0 is the header.
         let inside = |at: u64| at >= 1 && at.checked_add(directory_sectors).is_some_and(|end| end <= file_sectors);
         let DirectoryAt::Sector(directory) = header.directory else {
             return Err(Error::corrupt(
@@ -81,6 +82,7 @@ impl HostedTables {
                  inside of the file's {file_sectors} sectors"
             )));
         }
+        // Without the `overhead` of the header: it is advisory, and a grain in front of it may be valid.
         let mut fixed = vec![0..1, directory..directory + directory_sectors];
         fixed.extend(redundant.map(|at| at..at + directory_sectors));
         fixed.extend(header.descriptor.map(|(at, n)| at..at + n));
@@ -329,6 +331,7 @@ impl Layout for HostedTables {
     }
 
     fn explain_entry(&self, table: u64, entry: u64) -> Error {
+        // Read again: a decoded table has no raw values left.
         let place = match self.load_directory(table..table + 1).as_deref() {
             Ok([DirectoryEntry::At(sector)]) => *sector,
             _ => return self.explain_directory(table),

@@ -118,6 +118,8 @@ impl Layout for SeSparseTables {
     }
 
     fn load_table(&self, _table: u64, at: u64) -> Result<Table> {
+        // The last table is read whole too: `decode_directory_entry` only returns tables that lie inside of the region
+        // of tables, and `check_regions` has found that region inside of the file.
         let raw = self.read_u64s(at * SECTOR, SeSparse::ENTRIES_PER_TABLE)?;
         Ok(Table::wide(raw.into_iter().map(|raw| self.decode_entry(raw))))
     }

@@ -89,6 +89,7 @@ impl WritableTables {
         let mut directory = Vec::with_capacity(tables as usize);
         for first in (0..tables).step_by(CHUNK as usize) {
             let range = first..tables.min(first + CHUNK);
+            // Empty without a redundant directory: the upper halves are then 0, which means "no copy".
             let redundant = layout.raw_directory(Copy::Redundant, range.clone())?;
             let primary = layout.raw_directory(Copy::Primary, range)?;
             let pairs = primary.iter().enumerate();
@@ -106,6 +107,7 @@ impl WritableTables {
             shards: Default::default(),
             holes: AtomicBool::new(holes),
             data: Mutex::new(0..0),
+            // At least four tables for each shard, also of the largest size (256 KiB).
             shard_max: (KEPT_BYTES / table_bytes).max(64) as usize / SHARDS,
             layout,
         })
@@ -163,6 +165,7 @@ impl WritableTables {
 
     /// Notes that space of a grain was discarded.
     pub(in crate::vmdk) fn note_hole(&self) {
+        // Relaxed is enough: a reader that misses the flag for a moment reports zeroes as data, which is never wrong.
         self.holes.store(true, Ordering::Relaxed);
         *self.data() = 0..0;
     }

@@ -181,6 +181,7 @@ impl GrainWriter {
                         .check_not_truncated()?
                         .zero(place * SECTOR, sectors * SECTOR, unmap);
                     // Also after an error: a part of the range may be a hole or zeroes now.
+                    // Without `unmap` too: a zeroed range is unwritten space, which SEEK_DATA reports as a hole.
                     self.tables.note_hole();
                     self.dirty.store(true, Ordering::Release);
                     zeroed?;
@@ -297,6 +298,7 @@ impl GrainWriter {
             // A zeroed grain hides the backing: the rest of it stays zero.
             let zeroed = grain_entry(table, entry) == GrainEntry::Zero;
             if from < to && !zeroed && !backing.is_zero(from, to - from) {
+                // A part of one grain, so at most 8 MiB (`MAX_GRAIN_SECTORS`).
                 let mut around = vec![0; ((to - from) * SECTOR) as usize];
                 backing.read(from, &mut around)?;
                 self.writer()?

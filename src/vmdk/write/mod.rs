@@ -82,6 +82,7 @@ impl Writer {
         refuse_large_directories(link)?;
         let descriptor = DescriptorWriter::new(link)?;
         recover::recover(link)?;
+        // One latch for all files: after a failed sync of one of them, no order between them is certain.
         let (latch, backlog) = (Arc::<WriteLatch>::default(), Arc::<Backlog>::default());
         let is_overlay = link.descriptor.ddb_value(COMMIT_MARK).is_some();
         let mut extents = Vec::with_capacity(link.extents.len());

@@ -95,6 +95,7 @@ impl Repair<'_> {
     fn run(&self) -> Result<(u64, u64)> {
         let mut fixes = 0;
         let fixed = self.hosted.fixed().iter().map(|range| range.end);
+        // The metadata may lie behind the grains, so the truncation must not go before their end either.
         let mut end = fixed.fold(self.hosted.data_start(), u64::max);
         let tables = self.hosted.geometry().tables();
         for first in (0..tables).step_by(CHUNK as usize) {

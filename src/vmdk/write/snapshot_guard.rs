@@ -25,6 +25,7 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
     let label = link.file.label();
     let snapshots = match own.neighbour(Neighbour::Snapshots) {
         Ok(store) => Some(store),
+        // No such folder, or a file of that name: then no snapshots lie there.
         Err(e) if [ErrorKind::NotFound, ErrorKind::Os(libc::ENOTDIR)].contains(&e.kind()) => None,
         Err(e) => {
             return Err(e.within(format!(
@@ -35,6 +36,7 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
     for (store, folder) in [(Some(own), ""), (snapshots, "Snapshots/")] {
         let Some(store) = store else { continue };
         let found = neighbours::search(&*store, |image| {
+            // By device and inode: the folder may hold other names of the same file, such as hard links.
             let is_own = [Some(&*link.file), except]
                 .into_iter()
                 .flatten()
