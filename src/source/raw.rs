@@ -40,7 +40,7 @@ pub struct RawDisk {
     growth: Mutex<()>,
     /// Number of completed changes.
     written: AtomicU64,
-    /// True while the kernel may write to the file directly (passthrough). These writes are not counted.
+    /// True once the kernel may write to the file directly (passthrough). These writes are not counted.
     external_writes: AtomicBool,
     /// Number of durable changes. Held during an fsync, so that one fsync answers all flushes that wait for it.
     synced: Mutex<u64>,
@@ -105,6 +105,7 @@ impl RawDisk {
         let _growing = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = self.geometry.bytes();
         if self.len() < whole {
+            // Another program may have extended the file; it is not made shorter.
             if file.current_len()? < whole {
                 file.set_len(whole)?;
             }
@@ -133,6 +134,7 @@ impl BlockRead for RawDisk {
         check_range(&self.geometry, at, buf.len())?;
         let left = self.len().saturating_sub(at.bytes());
         let stored = (buf.len() as u64).min(left) as usize;
+        // By the length that is known and not by that of the file: a truncated file must give an error, and no zeroes.
         let (stored, beyond_end) = buf.split_at_mut(stored);
         beyond_end.fill(0);
         self.file.read_exact_at(at.bytes(), stored)
@@ -171,6 +173,8 @@ impl BlockRead for RawDisk {
 impl BlockWrite for RawDisk {
     fn prepare_external_write(&self) -> Result<()> {
         self.target(0)?;
+        // Never cleared: one program may close the disk while another one, or a copy of the same descriptor, continues to
+        // write through the kernel. Its next fsync would otherwise find nothing counted and sync nothing.
         self.external_writes.store(true, Ordering::Release);
         Ok(())
     }
@@ -226,9 +230,7 @@ impl BlockWrite for RawDisk {
     }
 
     fn close(&self) -> Result<()> {
-        self.flush()?;
-        self.external_writes.store(false, Ordering::Release);
-        Ok(())
+        self.flush()
     }
 }
 
