@@ -102,8 +102,8 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
     /// no data. The sectors after the range may have the same content.
     fn content_at(&self, at: Lba) -> Result<(Content, u64)>;
 
-    /// Returns true if memory alone shows that the sectors read as zeroes; false if they have to be read. Does no I/O:
-    /// it is called for every request, so that zeroes need no buffer.
+    /// Returns true if the sectors are known to read as zeroes; false if they have to be read. Reads no data: it is
+    /// called for every request, so that zeroes need no buffer. An image may load a table, as a read would.
     fn is_zero(&self, at: Lba, sectors: u64) -> bool;
 
     /// Returns the write interface, or `None` if the disk was opened read-only.

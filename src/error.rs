@@ -110,6 +110,7 @@ impl Error {
     /// Names the file that the error is about, in front of the text. An error that names it already stays as it is.
     #[must_use]
     pub fn in_file(self, path: &str) -> Self {
+        // Several layers name the file, as each of them may be called without the others.
         if self.layers().any(|layer| layer.path.as_deref() == Some(path)) {
             return self;
         }
@@ -124,6 +125,7 @@ impl Error {
 
     /// Changes the outermost layer if `fits` allows it and no clone shares it, otherwise a new layer around it.
     fn edit(mut self, fits: impl Fn(&Inner) -> bool, change: impl FnOnce(&mut Inner)) -> Self {
+        // A clone shares the layer: a change of it would change the errors of other waiters too.
         if !fits(&self.0) || Arc::get_mut(&mut self.0).is_none() {
             self = Self::layer(self.kind(), String::new(), Some(Source::Error(self)));
         }

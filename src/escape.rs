@@ -44,6 +44,7 @@ pub(crate) fn json(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         if is_unsafe(c) && c != '\n' {
+            // JSON has escapes of 16 bits only: a character above U+FFFF becomes two of them.
             for unit in c.encode_utf16(&mut [0; 2]) {
                 let _ = write!(out, "\\u{unit:04x}");
             }
@@ -102,6 +103,7 @@ pub(crate) struct LogLine<W> {
 
 impl<W: Write> Write for LogLine<W> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        // The end of the event is the only line break that stays: another one in it would start a line of its own.
         let text = event.strip_suffix(b"\n").unwrap_or(event);
         let mut line = if self.json {
             json(&String::from_utf8_lossy(text))
@@ -109,6 +111,7 @@ impl<W: Write> Write for LogLine<W> {
             printable(OsStr::from_bytes(text))
         };
         line.push('\n');
+        // In one call, so that the lines of several threads do not mix.
         self.inner.write_all(line.as_bytes())?;
         Ok(event.len())
     }

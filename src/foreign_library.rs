@@ -53,6 +53,8 @@ impl ForeignLibrary {
             match unsafe { Library::open(Some(file), RTLD_NOW | RTLD_LOCAL) } {
                 Ok(library) => {
                     return Ok(Self {
+                        // Never dropped, also if a function is missing: its initializers have run and may have started
+                        // threads.
                         library: ManuallyDrop::new(library),
                         file: file.to_owned(),
                     });

@@ -19,6 +19,7 @@ use vmdkfuse::{inspect, volume};
 
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
+    // By the name of the program: the helpers of mount(8) have other statuses.
     let statuses = ExitStatuses::of(&std::env::args_os().next().unwrap_or_default());
     // The first action: from the next call on, an ordinary user's process may not write to its memory through /proc.
     process::arguments::hide_secrets();
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         output::message(&mut std::io::stderr(), &e.to_string());
         return ExitCode::FAILURE;
     }
+    // Called once here, so that it remembers the directory before anything changes it.
     process::start_dir();
     process::inherited::ignore_file_size_signal();
     if let Some(status) = vddk::run_host(&args) {
@@ -121,6 +123,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
     let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    // Before the mount: a disk whose required view cannot be built must not appear at all.
     filesystem.make_required_views()?;
     Ok(Opened {
         error_log: filesystem.error_log(),

@@ -60,6 +60,7 @@ const HOLDERS: usize = 3;
 
 /// Describes processes in other mount namespaces in which the file system `device` is mounted, one of each namespace.
 pub fn holders(device: Device) -> Vec<String> {
+    // This process's own namespace: mounts in it are found by their mount points.
     let mut seen = vec![fs::read_link("/proc/self/ns/mnt").ok()];
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -68,6 +69,8 @@ pub fn holders(device: Device) -> Vec<String> {
             continue;
         };
         let namespace = fs::read_link(path.join("ns/mnt")).ok();
+        // Hundreds of processes share a namespace, and its table is read once. `None` is a process that this user may
+        // not look into.
         if found.len() >= HOLDERS || namespace.is_none() || seen.contains(&namespace) {
             continue;
         }
@@ -103,6 +106,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
     let device = parse_device(fields.next()?)?;
+    // The folder of the file system that is mounted: always its root for a FUSE file system.
     let _root = fields.next()?;
     let point = PathBuf::from(unescape(fields.next()?));
     // Mount options, then any number of optional tags, then a lone dash.
@@ -140,6 +144,7 @@ fn unescape(field: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
+        // A backslash without three digits stands for itself: the kernel writes none, but a table may be a test's.
         match (byte, octal(tail)) {
             (b'\\', Some(value)) => {
                 out.push(value);

@@ -64,6 +64,7 @@ impl RangeLock {
         let mut list = self.list();
         let number = list.next;
         list.next += 1;
+        // Decided and noted under one lock of the list, so that no later request can come between.
         let must_wait = list.conflicts(number, &range, mode);
         list.entries.push(LockEntry {
             number,

@@ -61,9 +61,11 @@ pub fn list_cache(dir: &Path, json: bool) -> Result<u8> {
 ///
 /// Errors: it is not a folder of this user.
 pub fn check_cache(dir: &Path, json: bool) -> Result<u8> {
+    // Without a limit and without creating anything: an inspection evicts no file and leaves no folder behind.
     let tier = DiskTier::open(dir, None, false)?;
     let mut checked = Vec::new();
     for held in tier.held() {
+        // One file after the other, as each is read whole from the disk.
         let verified = tier.reopen(&held)?.verify();
         checked.push(Held::of(&held, Some(verified)));
     }

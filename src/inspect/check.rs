@@ -33,6 +33,7 @@ pub fn check(query: &Query) -> Result<u8> {
         CheckStatus::Leaks => LEAKS,
         CheckStatus::Corrupt => CORRUPT,
     };
+    // The numbers rise with the severity.
     Ok(checked.iter().map(status).max().unwrap_or(0))
 }
 
@@ -58,6 +59,7 @@ fn check_one(disk: &DiskConfig) -> Result<CheckedDisk> {
     let name = disk.name.to_string_lossy().into_owned();
     let report = match check_report(disk) {
         Ok(report) => report,
+        // So that scripts see status 4 for a damaged header as well as for a damaged table.
         Err(e) if e.kind() == ErrorKind::Corrupt => CheckReport {
             errors: vec![e.to_string()],
             error_count: 1,
@@ -85,6 +87,7 @@ fn check_report(disk: &DiskConfig) -> Result<CheckReport> {
         report.add_error(message);
     }
     if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
+        // The base alone is checked without the overlay: what the overlay hides may be damaged all the same.
         report.add(delta.check());
     }
     Ok(report)

@@ -16,6 +16,7 @@ use crate::vmdk;
 /// Errors: VMware's library cannot be loaded although the user named it, or writing to standard output failed.
 pub fn dump(json: bool, library: &VddkLibrary) -> Result<u8> {
     let vddk = describe(library)?;
+    // Loads the library, as only that shows whether its functions are all there.
     let libnbd = nbd::version();
     let build = Build {
         name: env!("CARGO_PKG_NAME"),

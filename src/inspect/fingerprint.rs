@@ -11,6 +11,7 @@ use crate::store::https::certificate_of;
 ///
 /// Errors: the server cannot be reached, or does not speak TLS.
 pub fn fingerprint(server: &str, port: u16, json: bool) -> Result<u8> {
+    // Not verified: the user compares the thumbprint, which is the whole purpose.
     let (sha1, sha256) = certificate_of(server, port)?;
     let seen = Thumbprints {
         server,

@@ -38,6 +38,7 @@ enum Described {
 
 fn describe(disk: &DiskConfig) -> Result<Described> {
     match &disk.source {
+        // The server itself was named and no export of it, so all are described.
         SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
         SourceConfig::Nbd(server) if disk.overlay.is_none() => nbd::info(server).map(Described::Server),
         _ => {

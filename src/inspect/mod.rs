@@ -64,6 +64,7 @@ use line;
 /// Prints `value` as JSON, or the lines that `text` appends.
 fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> Result<()> {
     let mut out = String::new();
+    // The whole text is made before anything is printed, so that an error leaves no half of it.
     if json {
         out = serde_json::to_string_pretty(value)
             .map_err(|e| Error::new(ErrorKind::Usage, format!("writing JSON: {e}")))?;

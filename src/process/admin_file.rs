@@ -1,6 +1,6 @@
 //! Files that the daemon keeps for the administrator: the pidfile and the log.
 //!
-//! Their folder may belong to another user, who can put anything in a file's place at any time. So this module opens them
+//! Their folder may belong to another user, and that user can put anything in a file's place. So this module opens them
 //! in the one safe way: no symbolic link is followed, a FIFO does not block, only a regular file with a single name is
 //! accepted, and a new file gets the mode 0644 at most.
 

@@ -29,6 +29,7 @@ pub fn export_file_name(export: &OsStr) -> OsString {
     let mut name = Vec::with_capacity(export.len() + SUFFIX.len());
     for byte in export.as_bytes() {
         match byte {
+            // `.` and `..` need no escape, as every name gets a suffix.
             b'/' | b'%' | 0..=0x1f | 0x7f => name.extend(format!("%{byte:02X}").bytes()),
             _ => name.push(*byte),
         }
@@ -38,6 +39,7 @@ pub fn export_file_name(export: &OsStr) -> OsString {
     if suffixed {
         name.truncate(name.len() - SUFFIX.len());
     }
+    // Shorter than the limit, so that a number can be added to make the name unique.
     if name.len() > NAME_MAX - SUFFIX.len() - NUMBER_SPACE {
         truncate_name(&mut name, NAME_MAX - SUFFIX.len() - NUMBER_SPACE);
     }

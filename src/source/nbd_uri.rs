@@ -68,6 +68,7 @@ pub fn with_absolute_paths(uri: &str, dir: &Path) -> String {
 /// Splits a URI into what precedes its parameters, the parameters, and the fragment.
 fn split(uri: &str) -> (&str, Option<&str>, Option<&str>) {
     let (rest, fragment) = uri
+        // The fragment first: a `?` in it starts no parameters.
         .split_once('#')
         .map_or((uri, None), |(rest, fragment)| (rest, Some(fragment)));
     let (address, query) = rest

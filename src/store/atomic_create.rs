@@ -29,7 +29,8 @@ const TRIES: u32 = 100;
 /// Creates the file `path` with `create`, which receives an empty store and the name of the file to create in it.
 ///
 /// The file appears under its path when it is complete, and never replaces another file. Returns `Os(EEXIST)` if the
-/// path exists by then, the error of `create`, or an error of the file system. After an error nothing is left.
+/// path exists by then, the error of `create`, or an error of the file system. After an error nothing is left, except
+/// that the complete file stays where only the sync of its folder failed.
 pub fn make_user_path(path: &Path, create: impl FnOnce(&dyn Store, &ExtentName) -> Result<()>) -> Result<()> {
     let label = printable(path);
     let Some(name) = path.file_name() else {
@@ -100,6 +101,7 @@ impl PrivateTempDir {
     fn new(parent: &Path, name: &OsStr) -> std::io::Result<Self> {
         let mut last = None;
         for n in 0..TRIES {
+            // In the same folder, as a rename must not leave the file system.
             let folder = parent.join(format!(".vmdkfuse-{}-{n}.new", std::process::id()));
             match fs::DirBuilder::new().mode(0o700).create(&folder) {
                 Ok(()) => {
@@ -120,6 +122,7 @@ impl Drop for PrivateTempDir {
     fn drop(&mut self) {
         // Usually fails, because the file has been renamed to its final path.
         fs::remove_file(&self.file).ok();
+        // Not recursively: nothing but the one file can lie there.
         if let Err(e) = fs::remove_dir(&self.folder) {
             tracing::warn!(
                 "{}: the temporary folder could not be removed: {e}; remove it by hand",
@@ -140,6 +143,7 @@ struct Unnamed {
 impl Unnamed {
     /// Returns a new handle of the file with `access`.
     fn reopen(&self, access: Access) -> Result<Arc<dyn StoredFile>> {
+        // Shares the open file description. That does no harm, as every access names its own offset.
         let file = self.file.try_clone().map_err(|e| Error::io(self.label.clone(), e))?;
         Ok(Arc::new(LocalFile::new(
             file,

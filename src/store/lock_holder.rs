@@ -70,6 +70,7 @@ pub(super) fn find(file: &File, byte: i64, pid: Option<u32>) -> Holder {
     Holder {
         pid,
         program: pid.map_or_else(String::new, |pid| {
+            // The process may have ended since; then its name stays empty.
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             name.trim_end().to_owned()
         }),
@@ -93,6 +94,7 @@ fn mount_point(file: &File, pid: Option<u32>) -> Option<PathBuf> {
     let mut open = pid
         .filter(|&pid| pid != std::process::id())
         .map_or_else(HashSet::new, |pid| links(&pid.to_string()));
+    // Also without a holder: the file itself may be the source of a mount.
     open.extend(super::real_path(file).ok());
     let mounts = mountinfo::read().ok()?;
     mounts
@@ -130,6 +132,7 @@ fn find_process(file: &File, byte: i64) -> Option<u32> {
             .flatten()
             .flatten()
         {
+            // Checked for each open file: one process may have a million of them.
             if Instant::now() > deadline {
                 return None;
             }
@@ -154,6 +157,7 @@ struct FdinfoLock<'a> {
 fn fdinfo_locks(fdinfo: &str) -> impl Iterator<Item = FdinfoLock<'_>> {
     fdinfo.lines().filter_map(|line| {
         let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
+        // Eight words; a line of a waiting lock has an arrow as one more, and is skipped.
         let &[_, _, _, _, _, inode, first, last] = words.as_slice() else {
             return None;
         };

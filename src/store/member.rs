@@ -62,6 +62,7 @@ pub(super) struct MemberFile {
 impl MemberFile {
     fn within(&self, identity: Identity) -> Identity {
         Identity {
+            // Members share the file, so the start is what tells them from each other.
             start: identity.start + self.member.bytes.start,
             len: self.len(),
             ..identity
@@ -113,6 +114,7 @@ impl StoredFile for MemberFile {
             .members
             .container
             .data_at(self.member.bytes.start.saturating_add(offset))?;
+        // The answer of the container reaches into the members behind this one.
         Ok((stored, bytes.min(self.len().saturating_sub(offset)).max(1)))
     }
 
@@ -133,6 +135,7 @@ impl StoredFile for MemberFile {
     }
 
     fn reopen(&self) -> Result<Arc<dyn StoredFile>> {
+        // The archive is read anew: in another version of it the member may lie elsewhere.
         super::package::open(self.members.container.reopen()?)?.open(&self.member.name)
     }
 }
@@ -158,6 +161,7 @@ impl Store for MemberStore {
         if access == Access::Write {
             return Err(self.only_read());
         }
+        // Names of members are UTF-8; no member has the empty name.
         let text = std::str::from_utf8(name.as_bytes()).unwrap_or_default();
         Ok(Arc::new(self.0.open(text)?))
     }

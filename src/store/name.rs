@@ -75,6 +75,7 @@ fn check_syntax(name: &[u8]) -> Result<OsString> {
             name.len()
         )));
     }
+    // The system calls would end the name there and open another file than the one that was checked.
     if name.contains(&0) {
         return Err(Error::corrupt("the file name contains a NUL byte"));
     }

@@ -39,6 +39,7 @@ const RESIZE: i64 = 3;
 fn bytes_to_lock(access: Access) -> &'static [i64] {
     match access {
         Access::Peek => &[],
+        // A reader denies writing and resizing, and lets others read.
         Access::Read => &[USES + READ, DENIES + WRITE, DENIES + RESIZE],
         Access::Write => &[
             USES + READ,
@@ -93,6 +94,7 @@ const ENDING_POLL: Duration = Duration::from_millis(20);
 /// Releases the locks for `access`.
 fn release(file: &File, access: Access) {
     for &byte in bytes_to_lock(access) {
+        // Unlocking what is not locked is no error, and after any other one the close releases the lock.
         let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&of_byte(byte, libc::F_UNLCK)));
     }
 }
@@ -102,6 +104,8 @@ fn locked(taken: nix::Result<Option<Conflict>>, file: &File, access: Access, lab
     match taken {
         Ok(None) => Ok(()),
         Ok(Some(conflict)) => Err(Error::new(ErrorKind::Busy, conflict.message(file, access, label))),
+        // Some network and FUSE file systems have no such locks. To refuse an image for that would make it unusable
+        // there.
         Err(e @ (Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
             tracing::debug!("{label}: not locked: its file system does not support OFD locks: {e}");
             Ok(())
@@ -141,6 +145,7 @@ fn conflict_on(file: &File, byte: i64) -> nix::Result<Option<Conflict>> {
     let free = libc::c_int::from(lock.l_type) == libc::F_UNLCK;
     Ok((!free).then_some(Conflict {
         byte,
+        // -1 for an OFD lock, which no single process owns.
         pid: u32::try_from(lock.l_pid).ok(),
     }))
 }

@@ -51,7 +51,9 @@ impl OpenPolicy {
     /// Returns the open file with a device and inode, if it serves `access`.
     pub(super) fn opened(&self, file: (u64, u64), access: Access) -> Option<Arc<LocalFile>> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        // A weak reference: the list keeps no file open, and so none locked.
         let file = open.get(&file)?.upgrade()?;
+        // A file that was opened for reading cannot serve a writer; the second open then meets the lock of the first.
         (access != Access::Write || file.writer().is_some()).then_some(file)
     }
 
@@ -66,6 +68,7 @@ impl OpenPolicy {
         }
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.len() >= FILES_MAX {
+            // Only at the limit, as it visits every entry.
             open.retain(|_, file| file.strong_count() > 0);
         }
         if open.len() >= FILES_MAX {

@@ -36,6 +36,7 @@ impl Owner {
     pub(super) fn of(uid: u32, gid: u32) -> Option<Self> {
         let held = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
         let privileged = geteuid().is_root() || held.intersects(FILE_CAPABILITIES);
+        // An image of root names what root may read anyway, and without privileges the owner's rights cannot be taken.
         if uid == 0 || !privileged {
             return None;
         }
@@ -64,6 +65,7 @@ impl Owner {
     /// Errors: `Policy` if the thread cannot take the owner's rights (no CAP_SETUID or CAP_SETGID, an ID that the user
     /// namespace does not map).
     pub(super) fn act<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        // Read first, as only complete rights can be given back.
         let before = Rights::present().map_err(|e| self.refused("reading the rights of this thread", e))?;
         self.take(&before)?;
         let answer = work();

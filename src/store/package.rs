@@ -160,6 +160,7 @@ fn members(file: &dyn StoredFile) -> Result<Vec<Member>> {
     let mut seen = HashSet::new();
     for entry in archive.entries_with_seek().map_err(broken)? {
         let entry = entry.map_err(broken)?;
+        // Links and devices have no content here, and sparse members are not stored as they are read.
         let kind = entry.header().entry_type();
         if !kind.is_file() && !kind.is_contiguous() {
             continue;
@@ -168,6 +169,7 @@ fn members(file: &dyn StoredFile) -> Result<Vec<Member>> {
         let name = std::str::from_utf8(&bytes)
             .map_err(|e| Error::corrupt(format!("the name of a member is not UTF-8: {e}")))?;
         let name = name.strip_prefix("./").unwrap_or(name).to_owned();
+        // Both are from the archive: the sum is checked, and the member must end inside of the file.
         let (start, len) = (entry.raw_file_position(), entry.size());
         let end = start.checked_add(len).filter(|&end| end <= file.len());
         let end = end.ok_or_else(|| {
@@ -178,6 +180,7 @@ fn members(file: &dyn StoredFile) -> Result<Vec<Member>> {
             );
             Error::corrupt(text).at_byte(start)
         })?;
+        // Programs disagree about which of two members of one name counts.
         if !seen.insert(name.clone()) {
             return Err(Error::corrupt(format!("has two members {}", printable(&name))));
         }
@@ -204,6 +207,7 @@ struct Headers<'a> {
 
 impl Read for Headers<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        // The parser may ask beyond the end: an archive that ends early is its error to report.
         let len = self.file.len().saturating_sub(self.at).min(buf.len() as u64) as usize;
         self.left = self
             .left
@@ -266,6 +270,8 @@ fn described_disks(text: &str) -> Result<Vec<String>> {
         match tag.local_name().as_ref() {
             b"File" => {
                 if let (Some(id), Some(href)) = (attribute(&tag, b"id"), attribute(&tag, b"href")) {
+                    // A later `File` of the same ID replaces the earlier one. Which one counts makes no difference to
+                    // safety: it is a name of a member in either case.
                     files.insert(id, (href, attribute(&tag, b"chunkSize").is_some()));
                 }
             }
@@ -332,6 +338,7 @@ fn digest_line(line: &str) -> Option<(&'static digest::Algorithm, &str, Vec<u8>)
         u8::from_str_radix(text, 16).ok()
     });
     let bytes: Vec<u8> = bytes.collect::<Option<_>>()?;
+    // A digest of another length equals nothing, and would be reported as a changed file.
     (bytes.len() == algorithm.output_len()).then_some((algorithm, name, bytes))
 }
 

@@ -49,6 +49,7 @@ impl RoomNeeded {
         bytes: u64,
     ) {
         let counted = self.counted.entry((file.identity_at_open().file, unit)).or_default();
+        // Ranges come in rising order, so one number tells what was counted: a unit that two ranges share counts once.
         let first = numbers.start.max(*counted);
         *counted = numbers.end.max(*counted);
         let new = numbers.end.saturating_sub(first);
@@ -77,6 +78,7 @@ impl RoomNeeded {
     pub fn check(&self) -> Result<()> {
         let mut devices: HashMap<u64, (&Arc<dyn StoredFile>, u64)> = HashMap::new();
         for (file, bytes) in self.files.values() {
+            // Files without a descriptor take no room on this machine.
             let Some(stat) = file.fd().and_then(|fd| fstat(fd).ok()) else {
                 continue;
             };
@@ -91,6 +93,7 @@ impl RoomNeeded {
             if free.blocks() == 0 {
                 continue;
             }
+            // Most file systems reserve a part for root.
             let blocks = if nix::unistd::geteuid().is_root() {
                 free.blocks_free()
             } else {

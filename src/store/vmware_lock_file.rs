@@ -34,6 +34,7 @@ static REPORTED: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::defaul
 ///
 /// Returns `Busy` for a writer.
 pub(super) fn check(path: &Path, inode: u64, access: Access) -> Result<()> {
+    // Both forms: the folder of a datastore may have been copied or mounted from either kind of product.
     for (lock_file, owner) in [hosted(path), esx(path, inode)].into_iter().flatten() {
         let (path, label) = (printable(path), printable(&lock_file));
         if access == Access::Write {
@@ -66,6 +67,7 @@ fn hosted(path: &Path) -> Option<(PathBuf, String)> {
     let held = File::options().read(true).custom_flags(flags).open(&folder).ok()?;
     let names: Vec<_> = fs::read_dir(proc_path(&held))
         .ok()?
+        // One is enough for the answer; the others could be millions in a hostile folder.
         .take(MAX_LOCK_FILES)
         .flatten()
         .map(|entry| entry.file_name())
@@ -88,6 +90,7 @@ fn hosted(path: &Path) -> Option<(PathBuf, String)> {
 /// Returns the lock file of an ESX host, and a description of the host.
 fn esx(path: &Path, inode: u64) -> Option<(PathBuf, String)> {
     // The name holds the 8 bytes of the inode in little-endian order, as hexadecimal digits.
+    // By inode, which the server of an NFS folder gives to every client alike.
     let lock_file = path.with_file_name(format!(".lck-{:016x}", inode.swap_bytes()));
     if !fs::symlink_metadata(&lock_file).ok()?.is_file() {
         return None;

@@ -229,6 +229,7 @@ impl Plan {
         if disk.sectors.div_ceil(PIECE) > most {
             return Err(too_many_pieces());
         }
+        // Numbered from 1, as VMware does; more than 999 pieces get more digits.
         for (start, number) in (0..disk.sectors).step_by(PIECE as usize).zip(1..) {
             let sectors = PIECE.min(disk.sectors - start);
             let content = match letter {

@@ -174,6 +174,7 @@ pub fn looks_like(bytes: &[u8]) -> bool {
         match line.first() {
             Some(b'#') if line.to_ascii_lowercase().windows(MARK.len()).any(|w| w == MARK) => return true,
             None | Some(b'#') => {}
+            // Binary data: a disk image may hold such words in its first sectors.
             Some(_) if line.iter().any(|&b| b < b' ' && b != b'\t') => return false,
             Some(_) if extent::is_extent(line) && extent::resembles_extent(line) => return true,
             Some(_) => match lines::setting(index, line) {
@@ -183,6 +184,7 @@ pub fn looks_like(bytes: &[u8]) -> bool {
                 None => stray += 1,
             },
         }
+        // Settings of another program: its file is not searched to the end for a line that looks like an extent.
         if settings + stray > STRAY_MAX {
             return false;
         }

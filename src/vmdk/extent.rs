@@ -172,7 +172,7 @@ fn stored(file: &dyn StoredFile, at: u64, (stored, bytes): (bool, u64), max: u64
     } else {
         MappingKind::Zero
     };
-    // At least one sector, so that a caller who adds the answers up makes progress.
+    // At least one sector, so that a caller that adds the answers up makes progress.
     (kind, (bytes / SECTOR).clamp(1, max))
 }
 

@@ -26,6 +26,7 @@ impl Runs for VmdkDisk {
     }
 
     fn walk(&self, each: &mut dyn FnMut(NonZeroU64, RunPlace) -> ControlFlow<()>) -> Result<()> {
+        // The base of an overlay has no runs here: `runs` offers none for such a disk.
         let end = self.geometry().sectors;
         let numbers = file_numbers(self.links());
         let mut cursor = ChainCursor::walk(self.links());
@@ -69,6 +70,7 @@ fn place(found: &ChainMapping<'_>, numbers: &[Vec<usize>]) -> Result<RunPlace> {
                 .extent
                 .and_then(|(link, extent)| numbers.get(link)?.get(extent).copied());
             Ok(RunPlace::Stored {
+                // A number that no file has: the index refuses it.
                 file: number.unwrap_or(usize::MAX),
                 sector: *sector,
             })

@@ -77,6 +77,8 @@ fn new_name(file: &dyn StoredFile, stem: &str) -> String {
             .and_then(|store| store.open(&ExtentName::new(name)?, Access::Read));
         found.is_err_and(|e: Error| e.kind() == ErrorKind::NotFound)
     };
+    // The original name if it is free, as other descriptors may refer to it; a file of that name is never proposed to
+    // be overwritten.
     let names = [format!("{stem}.vmdk"), format!("{stem}-new.vmdk")];
     names
         .iter()

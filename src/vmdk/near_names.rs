@@ -35,6 +35,7 @@ pub(super) fn near_names(store: &dyn Store, wanted: &[ExtentName]) -> Vec<String
         .iter()
         .filter_map(|name| Some((rank(name)?, name.to_string())))
         .collect();
+    // By rank, then by name, so that the message is the same each time.
     near.sort();
     near.truncate(MAX_SHOWN);
     near.into_iter().map(|(_, name)| name).collect()

@@ -181,6 +181,7 @@ fn descriptor_of(file: &dyn StoredFile) -> Option<(Descriptor, u64)> {
         }
         _ => return None,
     };
+    // An embedded descriptor may reserve more; one so long is none that a program has written.
     if len > MAX_TEXT {
         return None;
     }

@@ -624,7 +624,7 @@ fn named_parent(child: &Link, degraded: Degraded) -> Result<Arc<dyn StoredFile>>
     let names = [hint.candidates(), in_folders(hint.name(), &store.allowed())].concat();
     open_first(&*store, &names, Access::Read).map_err(|e| match e.kind() {
         ErrorKind::NotFound => {
-            // The advice is left out for a user who has taken it already.
+            // The advice is left out where the user has taken it already.
             let advice = if degraded.orphan {
                 String::new()
             } else {

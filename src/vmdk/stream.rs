@@ -116,6 +116,7 @@ impl StreamDisk {
     /// Errors: `Usage` if the grain tables cannot cover the size, otherwise the error of the system call.
     pub(crate) fn new(file: Arc<dyn StoredFile>, sectors: u64, text: &[u8]) -> Result<Self> {
         let descriptor_sectors = (text.len() as u64).div_ceil(SECTOR).max(DESCRIPTOR_SECTORS);
+        // A grain may start at any sector. VMware's streams begin them at 128, and so do these.
         let overhead = (1 + descriptor_sectors).next_multiple_of(GRAIN);
         let header = Hosted {
             version: 3,
@@ -211,6 +212,7 @@ impl BlockRead for StreamDisk {
             return Ok((Content::Hole, self.geometry.sectors - at.0));
         }
         let grain = at.0 / GRAIN;
+        // The window is not searched for zeroes, as a later write may still change it.
         let (stored, grains) = if grain >= state.window.first {
             (true, 1)
         } else {
@@ -385,6 +387,7 @@ impl StreamState {
         if grain < self.window.first + WINDOW {
             return Ok(());
         }
+        // Cannot underflow: the window has more grains than are kept, and `grain` lies behind all of them.
         let first = grain - KEEP;
         let moved = usize::try_from(first - self.window.first)
             .unwrap_or(usize::MAX)
@@ -545,6 +548,7 @@ impl WrittenPart {
             ..self.header.clone()
         };
         self.append_padded(&footer.to_bytes(KDMV_MAGIC), &mut out);
+        // The marker of the end: one of type 0 is a sector of zeroes.
         self.append_padded(&[0; SECTOR as usize], &mut out);
         let file = writer(&*self.file)?;
         file.write_all_at(start * SECTOR, &out)?;

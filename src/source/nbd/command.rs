@@ -138,6 +138,7 @@ impl Command {
 
     /// Returns true if the cost of the command is the round trip, not the transfer of its data.
     pub(super) fn is_small(&self) -> bool {
+        // A write of zeroes or a trim sends no data, however long its range is.
         self.len <= MAX_SMALL || !self.kind.has_data()
     }
 

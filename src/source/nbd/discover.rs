@@ -98,6 +98,7 @@ fn server_info(
     let open = handle.is_up();
     let mut exports = Vec::new();
     if !open {
+        // Descriptions and canonical names are only sent if they are asked for.
         handle.set_full_info()?;
     }
     for (name, description) in names {

@@ -54,6 +54,7 @@ impl Export {
     /// Returns the properties of the export that `handle` has opened or asked for. Errors: a number that the protocol
     /// does not allow or a disk can't have.
     pub(super) fn of(handle: &Handle) -> Result<Self> {
+        // 0 where the server reports none.
         let [minimum, preferred, maximum] = handle.block_sizes();
         let mut export = Self {
             size: handle.size()?,
@@ -84,6 +85,7 @@ impl Export {
                 "a minimum block size of {minimum} bytes, expected a power of two up to {MAX_MINIMUM}"
             ));
         }
+        // Also what keeps the division into pieces from making pieces of nothing.
         if self.maximum < self.granule() {
             let (maximum, granule) = (self.maximum, self.granule());
             return invalid(format!(
@@ -106,6 +108,7 @@ impl Export {
         PIECE
             .max(self.preferred.min(self.maximum))
             .next_multiple_of(self.granule())
+            // The maximum is a multiple of the granule too (`check`), so the piece stays one.
             .min(self.maximum)
     }
 

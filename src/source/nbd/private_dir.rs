@@ -27,6 +27,7 @@ impl PrivateDir {
             let dir = base.join(format!("vmdkfuse-{}-{now}-{tries}", std::process::id()));
             match fs::DirBuilder::new().mode(0o700).create(&dir) {
                 Ok(()) => return Ok(Self(dir)),
+                // `create` does not take an existing folder, so no other user can have put files into this one.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists && tries < TRIES => tries += 1,
                 Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", dir.display()))),
             }

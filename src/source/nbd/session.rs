@@ -534,7 +534,7 @@ impl Session {
         // First: from here on `wait_for_connection` fails commands instead of queueing them.
         self.closing.store(true, Ordering::SeqCst);
         if let Some(connection) = self.connection() {
-            // A socket that is closed with answers unread looks like a crash to the server: those of queries that nobody
+            // A socket that is closed with answers unread looks like a crash to the server: those of queries that no caller
             // waits for any more come soon.
             let until = Instant::now() + LAST_ANSWERS;
             while !connection.is_idle() && Instant::now() < until {

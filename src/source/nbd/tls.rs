@@ -1,4 +1,4 @@
-//! TLS of a connection: when it must be encrypted, and by what the server proves who it is.
+//! TLS of a connection: when it must be encrypted, and by what the server proves its identity.
 //!
 //! libnbd before 1.22 accepts every certificate (the kind of CVE-2024-7383) unless two conditions hold: it has loaded
 //! `ca-cert.pem` from a folder of certificates, and it knows the server's host name, which only a connection by TCP
@@ -91,6 +91,7 @@ pub(super) fn prepare(handle: &Handle, config: &NbdConfig, required: bool) -> Re
         }
         return Ok(None);
     }
+    // With `tls=on` it is not known yet whether the connection will be encrypted; `check` looks again afterwards.
     if required {
         check_verifiable(handle, config)?;
     }
@@ -126,7 +127,7 @@ pub(super) fn warn_if_unverified(config: &NbdConfig) {
     }
 }
 
-/// Returns true if the server must prove who it is by a certificate.
+/// Returns true if the server must prove its identity by a certificate.
 fn verifies(config: &NbdConfig) -> bool {
     config.tls_psk.is_none() && config.tls_verify != Some(false)
 }
@@ -211,6 +212,7 @@ fn system_bundle() -> Result<PathBuf> {
 /// Copies a file of certificates to a new file that only this user can read.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let mut bytes = Vec::new();
+    // One byte more than the limit, so that a longer file is told apart from one of exactly that size.
     File::open(from)?.take(MAX_CERTIFICATES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_CERTIFICATES {
         return Err(io::Error::from_raw_os_error(libc::EFBIG));

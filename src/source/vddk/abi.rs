@@ -139,6 +139,7 @@ pub(crate) struct Block {
 #[derive(Debug)]
 pub(crate) struct BlockList {
     pub(crate) count: u32,
+    // No length: the library allocates as many as `count` says, and a field of one would read past a list of none.
     pub(crate) blocks: [Block; 0],
 }
 
@@ -175,6 +176,8 @@ macro_rules! vddk_functions {
                     config: *const c_char,
                 ) -> VixError;
                 fn VixDiskLib_Exit();
+                // The text belongs to the library's own allocator, so it is freed by the function below and never by
+                // this program.
                 fn VixDiskLib_GetErrorText(error: VixError, locale: *const c_char) -> *mut c_char;
                 fn VixDiskLib_FreeErrorText(text: *mut c_char);
                 fn VixDiskLib_ConnectEx(
@@ -222,6 +225,7 @@ macro_rules! vddk_functions {
                 ) -> VixError;
             }
             optional {
+                // Where it is missing, the structure is allocated here and freed here (`Params::new`).
                 fn VixDiskLib_AllocateConnectParams() -> *mut ConnectParams;
                 fn VixDiskLib_FreeConnectParams(params: *mut ConnectParams);
                 fn VixDiskLib_QueryAllocatedBlocks(
@@ -236,6 +240,7 @@ macro_rules! vddk_functions {
                 fn VixDiskLib_PrepareForAccess(params: *const ConnectParams, identity: *const c_char) -> VixError;
                 fn VixDiskLib_EndAccess(params: *const ConnectParams, identity: *const c_char) -> VixError;
                 fn VixDiskLib_Cleanup(params: *const ConnectParams, cleaned: *mut u32, remaining: *mut u32) -> VixError;
+                // Listed for `--dump` only: synchronous requests may not be mixed with asynchronous ones on one handle.
                 fn VixDiskLib_Read(handle: Handle, start: u64, sectors: u64, buffer: *mut u8) -> VixError;
                 fn VixDiskLib_Write(handle: Handle, start: u64, sectors: u64, buffer: *const u8) -> VixError;
                 fn VixDiskLib_GetMetadataKeys(handle: Handle, keys: *mut c_char, size: usize, needed: *mut usize) -> VixError;

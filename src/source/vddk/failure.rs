@@ -75,6 +75,7 @@ fn number_of(error: VixError) -> u16 {
 pub(super) fn trouble(error: VixError) -> Trouble {
     use number::*;
     match number_of(error) {
+        // Apart from a lost network: such a host is away for minutes, and attempts in quick succession are in vain.
         HOST_SHUTDOWN | HOST_NOT_AVAILABLE => Trouble::Maintenance,
         HOST_NOT_CONNECTED | HOST_CONNECTION_LOST | INVALID_CONNECTION | CANNOT_CONNECT => Trouble::Network,
         n if (NETWORK.0..=NETWORK.1).contains(&n) => Trouble::Network,
@@ -90,6 +91,7 @@ pub(super) fn nbd_error(error: VixError) -> u32 {
         INVALID_ARG | OUT_OF_RANGE => libc::EINVAL,
         DISK_FULL => libc::ENOSPC,
         FILE_READ_ONLY => libc::EPERM,
+        // The protocol knows a dozen errors. EIO says the least, and nothing wrong.
         _ => libc::EIO,
     };
     errno as u32
@@ -103,6 +105,8 @@ impl Failure {
         let hint = hint(number, function, at);
         let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
         let kind = match number {
+            // Only the numbers whose meaning is certain: kinds decide what the daemon does, and texts what the user
+            // reads.
             number::FILE_NOT_FOUND => ErrorKind::NotFound,
             number::ALREADY_LOCKED => ErrorKind::Busy,
             number::FILE_READ_ONLY => ErrorKind::ReadOnly,
@@ -121,6 +125,7 @@ fn hint(number: u16, function: &str, at: &Circumstances) -> Option<String> {
     let opening = matches!(function, "VixDiskLib_Open" | "VixDiskLib_ConnectEx");
     let version = at.version;
     let text = match number {
+        // The library reports a thumbprint that is missing or wrong as an unknown error.
         FAIL if opening && at.remote => {
             let given = at.thumbprint.as_deref().unwrap_or("not given");
             return Some(format!(
@@ -130,6 +135,7 @@ fn hint(number: u16, function: &str, at: &Circumstances) -> Option<String> {
         FILE_ACCESS if at.remote && !at.snapshot => {
             "a disk of a running virtual machine is locked: take a snapshot, and give snapshot=moref"
         }
+        // For writing the library creates a lock beside the disk, so the folder counts and not the file.
         FILE_ACCESS if !at.remote && at.writable => {
             "VDDK needs a folder that it can write its lock to: check its permissions, or add readonly=true"
         }
@@ -148,6 +154,8 @@ fn hint(number: u16, function: &str, at: &Circumstances) -> Option<String> {
         TOO_MANY_LOGONS => "close other sessions at the server",
         INVALID_AUTHENTICATION => "check user= and password=",
         HOST_SHUTDOWN | HOST_NOT_AVAILABLE => "the host is going into maintenance or shuts down",
+        // Port 902 is that of NFC, by which the data come from the ESXi host: a login at vCenter may work where it is
+        // blocked.
         n if at.remote && (trouble(n.into()) == Trouble::Network) => {
             "the server and every ESXi host must be reachable, port 902 too, and their names must be known to the DNS"
         }

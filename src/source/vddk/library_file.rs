@@ -40,6 +40,7 @@ pub(super) fn find(library: &VddkLibrary) -> Result<Vec<LibraryFile>> {
             );
             Err(Error::new(ErrorKind::NotFound, text))
         }
+        // Not searched for here: the dynamic linker has folders and a cache of its own.
         (None, None) => Ok(KNOWN_VERSIONS.map(by_name).to_vec()),
     }
 }
@@ -50,11 +51,13 @@ fn newest(dir: &Path) -> Option<LibraryFile> {
         let files = fs::read_dir(dir).ok()?.flatten().filter_map(|entry| {
             let version = version(entry.file_name().to_str()?)?;
             let path = entry.path();
+            // Follows links: the usual name is one, and a dangling one is no library.
             path.is_file().then(|| LibraryFile {
                 path: path.into_os_string(),
                 version,
             })
         });
+        // As numbers: in the order of names version 10 would come before 8.
         files.max_by_key(|file| file.version)
     })
 }

@@ -112,12 +112,15 @@ pub(crate) fn connect(config: &VddkConfig, writable: bool, cached: bool) -> Resu
         starter: Starter::new(&config.library)?,
         current: Mutex::default(),
     };
+    // Shared with the session, which asks for further connections as long as the disk is open.
     let host = Arc::new(host);
     let mut hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Disks that were closed meanwhile. Weak references keep no host alive.
     hosts.retain(|host| host.strong_count() > 0);
     hosts.push(Arc::downgrade(&host));
     drop(hosts);
     let disk = NbdDisk::connect_to_own(Arc::clone(&host) as Arc<dyn OwnServer>, &nbd, writable)?;
+    // Only now: the host that has answered has created the disk, and another one must not create it anew.
     host.current.lock().unwrap_or_else(PoisonError::into_inner).created = true;
     let cached = !writable && (cached || config.remote.is_some());
     Ok(if cached { disk.preferring(CHUNK_SECTORS) } else { disk })
@@ -151,6 +154,7 @@ pub(crate) fn describe(library: &VddkLibrary) -> Result<LibraryDescription> {
             ErrorKind::Os(libc::ETIMEDOUT),
             format!("VDDK: loading it took more than {} s", DESCRIBE_WITHIN.as_secs()),
         )),
+        // The host has ended, so its answer is complete.
         Some(_) => spec::take(&starter.memory).map_err(|_no_answer| Error::unsupported(exit_message(&host))),
     }
 }
@@ -167,6 +171,7 @@ impl Starter {
         // Not inherited by other children: the host gets it as its standard output.
         let memory = memfd_create("vmdkfuse-vddk", MFdFlags::MFD_CLOEXEC).map_err(|e| context(e.into()))?;
         let memory = File::from(memory);
+        // The host maps these bytes, and a mapping beyond the end of the file would kill it with SIGBUS.
         memory.set_len(STATISTICS_LEN).map_err(context)?;
         Ok(Self {
             library: found,
@@ -191,7 +196,10 @@ impl Starter {
             verbosity: verbosity(),
             disk,
         };
+        // Before the start, and overwritten by the host when it has read it: the login is in the file for that time
+        // only.
         spec::put(&self.memory, &spec).map_err(context)?;
+        // The same program, also if its file was replaced by an update since.
         let mut command = Command::new("/proc/self/exe");
         command
             .arg0("vmdkfuse")
@@ -205,6 +213,7 @@ impl Starter {
                 path.push(":");
                 path.push(inherited);
             }
+            // VDDK brings libraries of its own, which the dynamic linker must find before those of the system.
             command.env(LIBRARY_PATH, path);
         }
         CaptiveServer::spawn(name.to_owned(), command, log)
@@ -215,6 +224,7 @@ impl HostProcess {
     /// Ends the current host, and starts the next one.
     fn replace(&self, current: &mut CurrentHost) -> Result<()> {
         if let Some(mut old) = current.server.take() {
+            // A host that still runs is replaced because its connections were lost, which the session has logged.
             if old.exit().is_some() {
                 tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(&old));
             }
@@ -224,6 +234,7 @@ impl HostProcess {
                 current.not_before = Some(Instant::now() + REFUSED_PAUSE);
             }
         }
+        // Shorter than the deadline of the connection, so that the host's own error comes before the timeout.
         let timeout = self.config.timeout.unwrap_or(TIMEOUT).mul_f32(OPEN_SHARE);
         let mut disk = DiskSpec::new(&self.config, self.writable, timeout.as_millis() as u64)?;
         disk.create = self
@@ -237,6 +248,7 @@ impl HostProcess {
             .not_before
             .map_or(Duration::ZERO, |t| t.saturating_duration_since(Instant::now()));
         let maintenance = if current.maintenance { MAINTENANCE_PAUSE } else { 0 };
+        // The host waits and not this thread, which holds the mutex.
         disk.pause = maintenance.max(refused.as_millis() as u64);
         current.server = Some(self.starter.start(&self.config.label(), Some(disk))?);
         Ok(())
@@ -246,6 +258,7 @@ impl HostProcess {
 impl OwnServer for HostProcess {
     fn connect(&self, first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        // The first connection after a loss. The further ones of the same session join the host that it started.
         if first {
             self.replace(&mut current)?;
         }
@@ -322,6 +335,7 @@ fn log(name: &str, line: &str) -> Option<String> {
     if let Some(reason) = line.strip_prefix(FATAL) {
         return Some(reason.to_owned());
     }
+    // The host's subscriber puts the level first, padded on the left.
     let (level, text) = line.trim_start().split_once(' ').unwrap_or(("", line));
     let text = text.trim_start();
     match level {

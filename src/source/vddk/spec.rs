@@ -120,6 +120,7 @@ impl DiskSpec {
                 config.label()
             )));
         }
+        // READ_ONLY is added where the disk is opened, as the host knows best for what.
         let mut flags = match config.compression {
             VddkCompression::None => 0,
             VddkCompression::Zlib => open_flag::ZLIB,
@@ -173,6 +174,7 @@ impl RemoteSpec {
 /// Writes a task or an answer to the memory file.
 pub(super) fn put(file: &File, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec(value)?;
+    // The text first, then its length: a length of 0 means that nothing was written.
     file.write_all_at(&text, STATISTICS_LEN + 8)?;
     file.write_all_at(&(text.len() as u64).to_le_bytes(), STATISTICS_LEN)
 }
@@ -182,13 +184,16 @@ pub(super) fn take<T: DeserializeOwned>(file: &File) -> io::Result<T> {
     let mut len = [0; 8];
     file.read_exact_at(&mut len, STATISTICS_LEN)?;
     let len = u64::from_le_bytes(len);
+    // Bounded before it becomes an allocation: a host that has gone wrong may leave anything here.
     if len == 0 || len > MAX_LEN {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no task"));
     }
     let mut text = vec![0; len as usize];
     file.read_exact_at(&mut text, STATISTICS_LEN + 8)?;
+    // Overwritten before it is parsed, so that the secrets are gone even if the text is malformed.
     file.write_all_at(&vec![0; text.len() + 8], STATISTICS_LEN)?;
     let value = serde_json::from_slice(&text);
+    // The copy in the heap too. The fields of the parsed task live as long as the host.
     text.fill(0);
     value.map_err(io::Error::from)
 }
@@ -197,6 +202,7 @@ pub(super) fn take<T: DeserializeOwned>(file: &File) -> io::Result<T> {
 pub(super) fn private_config(dir: &Path) -> Vec<u8> {
     let mut text = b"tmpDirectory=\"".to_vec();
     text.extend(dir.as_os_str().as_bytes());
+    // 16 × 64 KiB is 1 MiB for each buffer, and 4 of them stay far below the 48 MB that a host has for all clients.
     text.extend(b"\"\nvixDiskLib.nfcAio.Session.BufSizeIn64KB=16\nvixDiskLib.nfcAio.Session.BufCount=4\n");
     text
 }

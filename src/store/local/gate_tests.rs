@@ -1,4 +1,4 @@
-//! Tests of who may open what: hidden files, mounts, the rights of the image's owner, and files with several names.
+//! Tests of the rights by which files are opened: hidden files, mounts, the rights of the image's owner, and files with several names.
 
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 

@@ -63,6 +63,7 @@ pub(crate) fn in_folders(name: &ExtentName, folders: &[ExtentName]) -> Vec<Exten
                 .flatten()
                 .map(move |rest| [folder.as_bytes(), b"/", rest].concat())
         })
+        // Too long a path is no candidate.
         .filter_map(|path| ExtentName::new(path).ok())
         .collect()
 }

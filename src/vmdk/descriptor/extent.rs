@@ -179,6 +179,7 @@ fn parse_words(
     let access = access(words.word())?;
     let sectors = number(words.word(), "a number of sectors")?;
     let kind = kind(words.word())?;
+    // Dropped before its name is read, as nothing of the file would show.
     if sectors == 0 {
         if kind != ExtentKind::Zero {
             warnings.add(format!("line {line}: a {kind} extent of 0 sectors is ignored"));

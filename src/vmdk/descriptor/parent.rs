@@ -42,6 +42,7 @@ impl ParentHint {
     /// part.
     fn spelled(&self, part: &[u8]) -> Option<ExtentName> {
         let name = ExtentName::new(part).ok()?;
+        // Encoded back, as the file on this system may have either spelling of the part too.
         let text = std::str::from_utf8(part).ok().filter(|_| self.encoding != UTF_8);
         match text.map(|text| self.encoding.encode(text)) {
             Some((raw, _, false)) => name.or_raw(&raw).ok(),

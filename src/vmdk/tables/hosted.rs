@@ -219,6 +219,7 @@ impl HostedTables {
 
     /// Returns the sector of the redundant copy of `table`, if its directory entry is good.
     fn redundant_place(&self, table: u64) -> Result<Option<u64>> {
+        // Read for each call: the redundant directory is only needed for damage, so it is not kept.
         let raw = self.raw_directory(Copy::Redundant, table..table + 1)?;
         Ok(raw
             .first()

@@ -27,6 +27,7 @@ const TYPE_MASK: u64 = 0xf << TYPE_SHIFT;
 impl SeSparseTables {
     /// Creates the layout of `file`, whose checked header is `header`.
     pub(crate) fn new(file: Arc<dyn StoredFile>, header: SeSparse) -> Self {
+        // Rounded down: a grain must lie in the file with all its bytes.
         let file_sectors = file.len() / SECTOR;
         Self {
             file,

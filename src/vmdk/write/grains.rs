@@ -44,7 +44,7 @@ const ZEROED: u32 = 1;
 pub(in crate::vmdk) trait Backing {
     /// Reads whole sectors.
     fn read(&self, sector: u64, buf: &mut [u8]) -> Result<()>;
-    /// Returns true if the sectors are known to be zeroes without I/O.
+    /// Returns true if the sectors are known to be zeroes without a read of their data.
     fn is_zero(&self, sector: u64, sectors: u64) -> bool;
     /// Returns true if the content at `sector` is zeroes, and for how many of `sectors` the answer holds.
     fn zeroes(&self, sector: u64, sectors: u64) -> Result<(bool, u64)>;

@@ -63,6 +63,7 @@ pub(in crate::vmdk) fn refuse_with_children(link: &Link, except: Option<&dyn Sto
 /// Returns the name of an image that is a child of `link`, and how it names its parent. `None` if it is no child.
 fn way_of_naming(link: &Link, image: &Image) -> Option<(ExtentName, String)> {
     let child = &image.descriptor;
+    // First by UUID: a child that VirtualBox created has no parentCID, and would count as no child below.
     let uuid = neighbours::image_uuid(&link.descriptor);
     if let Some(uuid) = uuid.filter(|uuid| neighbours::names_parent(child, uuid)) {
         return Some((image.name.clone(), format!("ddb.uuid.parent {uuid}")));

@@ -51,6 +51,7 @@ pub(super) struct AllocationMap {
 impl AllocationMap {
     pub(super) fn new(sectors: u64) -> Self {
         Self {
+            // A query beyond the last whole chunk fails, so it is never made.
             known: (sectors - sectors % CHUNK_SECTORS) * SECTOR,
         }
     }
@@ -70,8 +71,10 @@ impl AllocationMap {
             end,
             list: Vec::new(),
         };
+        // Rounded down to a chunk, as every query must start at one. `push` cuts off what lies in front of the request.
         let mut start = offset - offset % CHUNK;
         while extents.at < end && extents.list.len() < MAX_EXTENTS && !(one && extents.list.len() > 1) {
+            // At least one chunk, at most what the library answers at once, and never beyond what it knows.
             let until = end
                 .next_multiple_of(CHUNK)
                 .min(self.known)
@@ -81,6 +84,7 @@ impl AllocationMap {
                 break;
             }
             match query(start / SECTOR, (until - start) / SECTOR) {
+                // What an answer like this leaves out is not known to be zero.
                 Ok(blocks) if !are_ordered(&blocks) => extents.push(until, Content::Data),
                 Ok(blocks) => {
                     for (from, to) in blocks.iter().filter_map(|block| range_of(block, start, until)) {
@@ -89,6 +93,7 @@ impl AllocationMap {
                     }
                     extents.push(until, Content::Zero);
                 }
+                // Each failure costs a round trip, and would be repeated for every later request.
                 Err(()) => self.known = start,
             }
             start = until.min(self.known);
@@ -100,6 +105,7 @@ impl AllocationMap {
 /// Returns true if each block starts at or after the end of the one before it, and ends where a disk can.
 fn are_ordered(blocks: &[Block]) -> bool {
     let end = blocks.iter().try_fold(0, |end, block| {
+        // Two numbers of the library; only after this check their sum and its bytes fit 64 bits.
         let to = block.offset.checked_add(block.length)?;
         (block.offset >= end && to <= u64::MAX / SECTOR).then_some(to)
     });
@@ -124,6 +130,7 @@ struct ExtentList {
 impl ExtentList {
     /// Adds an extent from the end of the last one to `to`.
     fn push(&mut self, to: u64, content: Content) {
+        // Answers are in chunks, and the request may end inside of one.
         let to = to.min(self.end);
         if to <= self.at {
             return;
@@ -153,6 +160,7 @@ impl WrittenRanges {
             return;
         }
         let (mut from, mut to) = (offset - offset % CHUNK, (offset + len).next_multiple_of(CHUNK));
+        // From the last range that starts at `to` or before, so that a range which touches the new one is joined too.
         while let Some((&start, &end)) = self.ranges.range(..=to).next_back().filter(|(_, end)| **end >= from) {
             if start <= from && end >= to {
                 return;
@@ -162,6 +170,7 @@ impl WrittenRanges {
         }
         self.ranges.insert(from, to);
         if self.ranges.len() > MAX_RANGES {
+            // Everything counts as written from here on: that costs holes, and no byte.
             self.all = true;
             self.ranges.clear();
         }
@@ -179,6 +188,7 @@ impl WrittenRanges {
         for Extent { len, content } in extents {
             let until = at + len;
             if content != Content::Data {
+                // The range that starts before the extent may still reach into it.
                 let first = self.ranges.range(..=at).next_back();
                 let rest = self.ranges.range(at + 1..until);
                 for (from, to) in first.into_iter().chain(rest).filter(|(_, to)| **to > at) {

@@ -117,6 +117,7 @@ impl End {
 
 /// Runs a host process. Called first in the program, before any thread starts.
 pub(crate) fn run() -> ExitCode {
+    // Closes what the parent passed by mistake: a file of a mount would keep that mount busy as long as this host runs.
     handed_over::take_inherited(&[]);
     daemon::raise_file_limit();
     let end = start().unwrap_or_else(|e| {
@@ -136,9 +137,12 @@ fn start() -> Result<End> {
     let not_started = |e| Error::io("this command is started by vmdkfuse itself, with a task", e);
     let memory = File::from(io::stdout().as_fd().try_clone_to_owned().map_err(not_started)?);
     let listener = io::stdin().as_fd().try_clone_to_owned().map_err(not_started)?;
+    // Taken from standard output, before anything is printed there.
     let spec: HostSpec = spec::take(&memory).map_err(not_started)?;
     let statistics = Statistics::map(&memory).map_err(not_started)?;
+    // Standard output is the memory file: whatever the library prints there would overwrite it.
     daemon::release_standard_streams()?;
+    // No program that the library may start gains a privilege which this process has not.
     nix::sys::prctl::set_no_new_privs().map_err(|e| Error::io("no_new_privs", e.into()))?;
     restore_library_path(&spec);
     log::install(spec.verbosity)?;
@@ -149,6 +153,7 @@ fn start() -> Result<End> {
         Some(disk) => e.within(disk.file.display().to_string()),
         None => e,
     })?;
+    // Callbacks of the library may come until the process ends.
     let vddk: &'static Vddk = Box::leak(Box::new(loaded));
     let libdir = spec.libdir.as_deref().map(|dir| c_string(dir.as_bytes())).transpose()?;
     let config = c_string(spec.config.as_bytes())?;
@@ -205,6 +210,7 @@ fn watch_signals(jobs: Sender<Job>) -> Result<()> {
         while signals.wait().is_err() {}
         if HOLDS_ACCESS.load(Ordering::SeqCst) {
             let _ = jobs.send(Job::End(End::Asked));
+            // The main thread ends the process if it can close everything; this is for a library that hangs.
             thread::sleep(END_WITHIN);
             exit_now(1);
         }
@@ -259,6 +265,7 @@ fn serve(
         return Ok(serve_disk(vddk, (spec, &params), at, jobs, listener));
     }
     HOLDS_ACCESS.store(true, Ordering::SeqCst);
+    // After a failure EndAccess is called as well: the server may have accepted the call before the connection broke.
     let end = match vddk.prepare_for_access(&params, IDENTITY) {
         Ok(()) => serve_disk(vddk, (spec, &params), at, jobs, listener),
         Err(failure) => end_early(end_of(&failure), &failure.describe(at)),
@@ -291,6 +298,7 @@ fn serve_disk(
     let end = match served {
         Ok((disk, end)) => {
             exit_after(END_WITHIN / 2, end);
+            // Requests in flight own buffers that the library writes to, and the handle must not be closed under them.
             disk.wait_idle(END_WITHIN / 2);
             end
         }
@@ -353,6 +361,7 @@ fn open(
     let mut attempts = 0;
     let mut create = spec.create;
     loop {
+        // Waits on the channel of jobs, so that a request to end interrupts the pause.
         match received.recv_timeout(pause) {
             Err(RecvTimeoutError::Timeout) => {}
             _ => return Ok(None),
@@ -363,6 +372,7 @@ fn open(
         };
         attempts += 1;
         let next = match trouble(failure.error) {
+            // Doubles from the first pause on: attempt 1 waits once, 2 twice, 3 four times as long.
             Trouble::Network if attempts < NETWORK_ATTEMPTS => RETRY_PAUSE * (1 << attempts.min(8)) / 2,
             Trouble::Maintenance => MAINTENANCE_PAUSE * (1 << attempts.min(8)) / 2,
             _ => return Err((end_of(&failure), failure.describe(at))),
@@ -391,12 +401,14 @@ fn attempt(
         Err(failure) => return Ok(Err(failure)),
     };
     let created = create.map_or(Ok(()), |disk| vddk.create(connection, &path, disk));
+    // Never twice: the second attempt would fail because the disk exists, and hide the error of the first.
     if created.is_ok() {
         *create = None;
     }
     let read_only = if spec.writable { 0 } else { open_flag::READ_ONLY };
     let opened = created.and_then(|()| vddk.open(connection, &path, spec.flags | read_only));
     if opened.is_err() {
+        // The error of the open is the one that counts.
         let _ = vddk.disconnect(connection);
     }
     Ok(opened.map(|handle| (connection, handle)))
@@ -426,6 +438,7 @@ fn fill(params: &mut Params, remote: &RemoteSpec, file: &str) -> Result<()> {
             }
             Some(cookie) => {
                 raw.cred_type = cred_type::SESSION_ID;
+                // With a cookie the "password" is its key, and both may be empty.
                 raw.creds = [keep(cookie)?, user, password];
             }
         }

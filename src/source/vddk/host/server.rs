@@ -118,6 +118,7 @@ pub(super) fn start(listener: UnixListener, disk: Arc<Disk>) -> Result<()> {
                     continue;
                 }
             };
+            // Dropping the stream closes it; the client sees the end of the connection.
             if connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
                 connections.fetch_sub(1, Ordering::SeqCst);
                 continue;
@@ -158,7 +159,9 @@ fn serve(stream: UnixStream, disk: &Arc<Disk>) -> io::Result<()> {
         readers: AtomicUsize::new(0),
         threads: AtomicUsize::new(1),
     };
+    // Returns when all threads of the connection have ended; replies to requests in flight may still come afterwards.
     let result = thread::scope(|scope| connection.run(scope));
+    // The stream itself lives on in those replies, so it must be ended and not only dropped.
     let _ = client.stream.shutdown(Shutdown::Both);
     result
 }
@@ -204,6 +207,7 @@ impl<'d> Connection<'d> {
             return Ok(None);
         };
         let next = self.read_request(reader);
+        // Position in the stream is lost after an error, so no other thread may read on.
         if !matches!(next, Ok(Some(_))) {
             *guard = None;
         }
@@ -277,6 +281,7 @@ impl<'d> Connection<'d> {
             command::READ => (flag::DF | flag::FUA, ranged && request.len <= MAX_REQUEST),
             command::WRITE if !self.disk.is_writable() => return Err(libc::EPERM),
             command::WRITE if ranged => (flag::FUA, true),
+            // The answer of the protocol for a write beyond the end.
             command::WRITE if aligned && request.len > 0 => return Err(libc::ENOSPC),
             command::FLUSH => (flag::FUA, request.len == 0 && request.offset == 0),
             command::BLOCK_STATUS => (flag::REQ_ONE, ranged && negotiated.block_status),
@@ -383,6 +388,7 @@ impl Reply {
 impl Client {
     /// Sends a reply. Closes the connection if that fails: the parent sees it and repeats the request.
     fn send(&self, head: &[u8], data: &[u8]) {
+        // A reply in two pieces would be torn apart by one of another thread.
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slices = [IoSlice::new(head), IoSlice::new(data)];
         let mut left = slices.as_mut_slice();

@@ -83,6 +83,7 @@ pub(super) fn negotiate(reader: &mut impl Read, writer: &UnixStream, disk: &Disk
             option::EXPORT_NAME if data.is_empty() => {
                 let mut text = disk.size().to_be_bytes().to_vec();
                 text.extend(export_flags(disk).to_be_bytes());
+                // Zeroes that the oldest form of the protocol reserves, unless the client has agreed to leave them out.
                 text.extend(vec![0; if flags & 2 == 0 { 124 } else { 0 }]);
                 writer.write_all(&text)?;
                 return Ok(Some(negotiated));
@@ -114,6 +115,7 @@ pub(super) fn negotiate(reader: &mut impl Read, writer: &UnixStream, disk: &Disk
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
                 let set = code == option::SET_META_CONTEXT;
+                // Block status is only defined with structured replies.
                 match asked_contexts(&data).filter(|_| negotiated.structured) {
                     Some(queries) => {
                         let matches = queries.iter().any(|q| *q == CONTEXT || (!set && *q == b"base:"));
@@ -122,6 +124,7 @@ pub(super) fn negotiate(reader: &mut impl Read, writer: &UnixStream, disk: &Disk
                             answer(reply::META_CONTEXT, &[&CONTEXT_ID.to_be_bytes(), CONTEXT].concat())?;
                         }
                         if set {
+                            // Each SET replaces the earlier one, also by nothing.
                             negotiated.block_status = chosen;
                         }
                         answer(reply::ACK, &[])?;
@@ -187,6 +190,7 @@ fn asked_contexts(data: &[u8]) -> Option<Vec<&[u8]>> {
     let mut rest = data;
     text(&mut rest).filter(|name| name.is_empty())?;
     let count = u32::from_be_bytes(take(&mut rest)?);
+    // `count` is not trusted: the queries end with the data, of which there are 16 KiB at most.
     let queries = (0..count).map_while(|_| text(&mut rest)).collect::<Vec<_>>();
     (rest.is_empty() && queries.len() == count as usize).then_some(queries)
 }
