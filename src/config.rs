@@ -15,7 +15,7 @@ pub use crate::vmdk::Degraded;
 mod https;
 mod vddk;
 
-pub use https::{HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+pub use https::{HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Secret, Thumbprint, Trust};
 pub use vddk::{VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
 
 /// Configuration of one run of the program.
@@ -293,6 +293,15 @@ impl SourceConfig {
                 ..
             }) => Some(*number),
             _ => None,
+        }
+    }
+
+    /// Returns true if a search found the file of the disk, which the user did not name.
+    pub fn was_found(&self) -> bool {
+        match self {
+            Self::Local(local) => local.found_in.is_some(),
+            Self::Https(https) => https.named == NamedBy::Search,
+            Self::Nbd(_) | Self::Vddk(_) => false,
         }
     }
 

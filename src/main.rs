@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, ExitStatuses, Parsed};
-use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, SourceConfig};
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, Query, SourceConfig};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
@@ -69,11 +69,11 @@ fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
             let served = run::serve(&mount, &log, |_| open(&mount));
             return served.map_or_else(|failure| statuses.failed(failure).into(), |()| ExitCode::SUCCESS);
         }
-        Action::Info(q) => inspect::info(&q),
+        Action::Info(q) => on_found(&q, inspect::info),
         Action::List(q) => inspect::list(&q),
-        Action::Map(q) => inspect::map(&q),
-        Action::Check(q) => inspect::check(&q),
-        Action::Prefetch(q) => inspect::prefetch(&q),
+        Action::Map(q) => on_found(&q, inspect::map),
+        Action::Check(q) => on_found(&q, inspect::check),
+        Action::Prefetch(q) => on_found(&q, inspect::prefetch),
         Action::CacheDir {
             dir,
             check: false,
@@ -89,21 +89,31 @@ fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
     exit_status(result, statuses)
 }
 
+/// Performs an action on the disks of a query, after patterns on servers were expanded.
+fn on_found(query: &Query, action: fn(&Query) -> Result<u8>) -> Result<u8> {
+    let found = volume::find_disks(&query.disks)?;
+    action(&Query {
+        disks: found.disks,
+        json: query.json,
+    })
+}
+
 /// Opens the disks of a mount.
 fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
+    let found = volume::find_disks(&mount.disks)?;
+    let wanted = &found.disks;
+    cli::check_found(wanted)?;
     let with_mount_options = |disk: &DiskConfig| DiskConfig {
         read_only: disk.read_only || mount.options.read_only,
         ..disk.clone()
     };
-    let OpenedDisks { disks, skipped } =
-        volume::open_all(&mount.disks.iter().map(with_mount_options).collect::<Vec<_>>())?;
+    let OpenedDisks { disks, skipped } = volume::open_all(&wanted.iter().map(with_mount_options).collect::<Vec<_>>())?;
     let mut warnings: Vec<String> = skipped.iter().map(|e| format!("skipped: {e}")).collect();
-    let of_disk = || mount.disks.first().map(inspect::source_name);
+    let of_disk = || wanted.first().map(inspect::source_name);
     let source = mount.source.clone().or_else(of_disk).unwrap_or_default();
     // Exports that are discovered on a server are connected on first use, so the first read at the start skips them. It
     // also skips a disk whose user knows that a part of it cannot be read.
-    let files = mount
-        .disks
+    let files = wanted
         .iter()
         .filter(|d| {
             !volume::is_dynamic(d) && !d.source.accepts_loss() && disks.iter().any(|(disk, _)| disk.name == d.name)
@@ -114,7 +124,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
         .iter()
         .filter_map(|(disk, volume)| Some((disk.name.display(), volume.why_read_only()?)));
     let read_only = why.map(|(name, why)| format!("{name}: read-only: {why}"));
-    let of_settings = mount.disks.iter().flat_map(|disk| {
+    let of_settings = wanted.iter().flat_map(|disk| {
         disk.warnings
             .iter()
             .map(|warning| format!("{}: {warning}", disk.name.display()))

@@ -8,12 +8,14 @@ import (
 	"crypto/tls"
 	"flag"
 	"fmt"
+	"html"
 	"io"
 	"log"
 	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +33,8 @@ type gate struct {
 	maxBusy      int64
 	busy         int64
 	doubleDecode bool
+	esx          bool
+	dir          string
 	mu           sync.Mutex
 	sessions     map[string]time.Time
 	log          *log.Logger
@@ -103,7 +107,72 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		r.URL.RawQuery = q.Encode()
 	}
+	if g.list(rec, r) {
+		return
+	}
 	g.next.ServeHTTP(rec, r)
+}
+
+// list answers with the pages that real servers have and the simulator lacks, in the form of an ESXi: the datacenters, the
+// datastores of one, and on an ESXi the folders of a datastore, with whole paths and queries in their links.
+func (g *gate) list(w http.ResponseWriter, r *http.Request) bool {
+	dc, ds := r.URL.Query().Get("dcPath"), r.URL.Query().Get("dsName")
+	isRoot := strings.TrimRight(r.URL.Path, "/") == "/folder"
+	encode := url.PathEscape
+	if g.doubleDecode {
+		encode = func(s string) string { return url.PathEscape(url.PathEscape(s)) }
+	}
+	var links [][2]string
+	switch {
+	case isRoot && dc == "":
+		for _, e := range simulator.Map.All("Datacenter") {
+			name := e.Entity().Name
+			links = append(links, [2]string{"/folder?dcPath=" + encode(name), name})
+		}
+	case isRoot && ds == "":
+		if !hasName("Datacenter", dc) {
+			http.Error(w, "", 500)
+			return true
+		}
+		for _, e := range simulator.Map.All("Datastore") {
+			name := e.Entity().Name
+			links = append(links, [2]string{"/folder?dcPath=" + encode(dc) + "&dsName=" + encode(name), name})
+		}
+	case g.esx && hasName("Datastore", ds):
+		rel := strings.Trim(strings.TrimPrefix(r.URL.Path, "/folder"), "/")
+		entries, err := os.ReadDir(path.Join(g.dir, path.Clean("/"+rel)))
+		if err != nil {
+			return false
+		}
+		query := "?dcPath=" + encode(dc) + "&dsName=" + encode(ds)
+		links = append(links, [2]string{"/folder" + query, "Parent Directory"})
+		for _, e := range entries {
+			slash := ""
+			if e.IsDir() {
+				slash = "/"
+			}
+			full := (&url.URL{Path: path.Join("/folder", rel, e.Name()) + slash}).EscapedPath()
+			links = append(links, [2]string{full + query, e.Name() + slash})
+		}
+	default:
+		return false
+	}
+	w.Header().Set("Content-Type", "text/html")
+	fmt.Fprint(w, "<!DOCTYPE HTML><html><head><title>Index</title></head><body><h1>Index</h1><table>\n")
+	for _, link := range links {
+		fmt.Fprintf(w, "<tr><td><a href=\"%s\">%s</a></td><td align=\"right\">1</td></tr>\n", html.EscapeString(link[0]), html.EscapeString(link[1]))
+	}
+	fmt.Fprint(w, "</table></body></html>")
+	return true
+}
+
+func hasName(kind, name string) bool {
+	for _, e := range simulator.Map.All(kind) {
+		if e.Entity().Name == name {
+			return true
+		}
+	}
+	return false
 }
 
 // logout ends the session of the cookie: the sessions of the gate are not those of the simulator.
@@ -181,7 +250,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	s.Config.Handler = &gate{next: s.Config.Handler, user: *user, pass: *pass, sessionFor: *life, maxBusy: *max, doubleDecode: *dbl, sessions: map[string]time.Time{}, log: log.New(lf, "", log.Lmicroseconds)}
+	s.Config.Handler = &gate{next: s.Config.Handler, user: *user, pass: *pass, sessionFor: *life, maxBusy: *max, doubleDecode: *dbl, esx: *esx, dir: *dir, sessions: map[string]time.Time{}, log: log.New(lf, "", log.Lmicroseconds)}
 	fmt.Printf("ready %s sha1 % X\n", s.URL, sha1.Sum(s.Certificate().Raw))
 	sig := make(chan os.Signal, 1)
 	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM)

@@ -19,12 +19,12 @@ use super::{
     MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, mount_helper, one_line, query,
     unmount_helper, unmounted, values,
 };
-use crate::config::{Action, Config, LogConfig, Query, SourceConfig};
+use crate::config::{Action, Config, DiskConfig, LogConfig, Query, SourceConfig};
 
 /// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse [OPTIONS] --config FILE.toml [MOUNTPOINT[/FILENAME]]
-       vmdkfuse --list [--json] uri=URI
+       vmdkfuse --list [--json] uri=URI|server=HOST|url=URL
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
@@ -100,6 +100,8 @@ pub(super) enum Subcommand {
     },
     /// The disks are inspected.
     Query,
+    /// What servers offer is listed.
+    List,
     /// The disks are created and not mounted.
     Create,
     /// An overlay is committed to its base.
@@ -207,13 +209,13 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
     } else if flag_given("list") {
         Action::List(list(&words, json)?)
     } else if flag_given("info") {
-        Action::Info(query(&words, json)?)
+        Action::Info(query(&words, Subcommand::Query, json)?)
     } else if flag_given("map") {
-        Action::Map(query(&words, json)?)
+        Action::Map(query(&words, Subcommand::Query, json)?)
     } else if flag_given("check") {
-        Action::Check(query(&words, json)?)
+        Action::Check(query(&words, Subcommand::Query, json)?)
     } else if flag_given("prefetch") {
-        Action::Prefetch(query(&words, json)?)
+        Action::Prefetch(query(&words, Subcommand::Query, json)?)
     } else if flag_given("unmount") && !json {
         unmount(matches, &words)?
     } else if flag_given("fingerprint") {
@@ -347,19 +349,18 @@ fn check_no_disk(words: &[OsString], mount_args: &MountArgs) -> Result<(), Usage
     }
 }
 
-/// Returns the query of `--list`. It accepts NBD servers only; the export in the address is ignored.
+/// Returns the query of `--list`. It accepts servers only; the export in the address of an NBD server is ignored.
 fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
-    let query = query(words, json)?;
-    match query
-        .disks
-        .iter()
-        .find(|disk| !matches!(disk.source, SourceConfig::Nbd(_)))
-    {
-        Some(disk) if disk.source.local().is_none() => Err(UsageError::not_yet("--list of a datastore")),
+    let query = query(words, Subcommand::List, json)?;
+    let is_server = |disk: &DiskConfig| matches!(disk.source, SourceConfig::Nbd(_) | SourceConfig::Https(_));
+    match query.disks.iter().find(|disk| !is_server(disk)) {
+        Some(disk) if disk.source.local().is_none() => Err(UsageError::new(
+            "--list shows what a server offers; VDDK lists nothing: leave out libdir=",
+        )),
         Some(disk) => {
             let file = disk.source.label();
             Err(UsageError::new(format!(
-                "--list needs an NBD server, but {file} is a local file"
+                "--list needs a server, but {file} is a local file"
             )))
         }
         None => Ok(query),
@@ -478,7 +479,8 @@ fn action_args() -> [Arg; 11] {
     [
         flag(
             "list",
-            "List the exports of an NBD server, or the files of cache-dir=DIR",
+            "List the exports of an NBD server, the datastores of server=HOST, a folder on a web server, or the files of \
+             cache-dir=DIR",
         ),
         flag("info", "Show what a source is: size, format, extents, chain"),
         flag("map", "Show where data, holes and zeroes are"),
@@ -648,7 +650,7 @@ mod tests {
         assert!(matches!(run(&["--list", "nbd://h"]).unwrap().action, Action::List(q) if q.disks.len() == 1));
         assert_eq!(
             run(&["--list", "/x"]).unwrap_err(),
-            "--list needs an NBD server, but /x is a local file"
+            "--list needs a server, but /x is a local file"
         );
         assert!(matches!(run(&["--check", "/a/x", "/b/x"]).unwrap().action, Action::Check(q) if q.disks.len() == 2));
         let dump = |json| Action::Dump {

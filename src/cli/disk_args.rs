@@ -119,7 +119,8 @@ pub(super) fn disks(
     let (common, mut sources) = settings(options, disk_args)?;
     // The keys that name a server may come in any order, so none of them starts a disk on its own. They make one disk,
     // but only if no argument or table started another one.
-    if sources.is_empty() && (common.nbd.names_server() || common.is_vddk_export()) {
+    let is_listed = subcommand == Subcommand::List && common.https.server.is_some();
+    if sources.is_empty() && (common.nbd.names_server() || common.is_vddk_export() || is_listed) {
         sources.push(SourceArgs::default());
     }
     let mut disks = Vec::new();
@@ -208,6 +209,13 @@ fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), Us
         }
         _ => Ok(()),
     }
+}
+
+/// Checks the disks of a mount of which a search on a server has found some, as [`configs`] and [`check_names`] check those
+/// that are known at the start.
+pub(super) fn check_found(disks: &[DiskConfig]) -> Result<(), UsageError> {
+    overlay_args::check_files(disks)?;
+    check_names(disks)
 }
 
 /// Checks that all disks can be files of one folder. Fails if two have the same name, or if a name is not a file name.

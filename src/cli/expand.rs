@@ -1,48 +1,26 @@
-//! Expansion of `file=` patterns and `dir=` folders to files, and default file names in the mount.
-//!
-//! Wildcards also match names that are not UTF-8. The directory walk of the `glob` crate silently skips those names, so
-//! the walk is implemented here; the crate only matches single path components.
+//! Expansion of local `file=` patterns and `dir=` folders to files, and default file names in the mount. Patterns on a server
+//! are expanded when it is reached ([`search::find_disks`]).
 
-use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path, PathBuf};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use glob::{MatchOptions, Pattern};
 
 use super::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 use crate::source::nbd_uri;
 use crate::store::{Access, OpenPolicy, open_user_path, package};
-use crate::vmdk::descriptor::Descriptor;
-
-/// Matches as a shell does: `*` does not match names that start with a dot.
-const LIKE_A_SHELL: MatchOptions = MatchOptions {
-    case_sensitive: true,
-    require_literal_separator: true,
-    require_literal_leading_dot: true,
-};
-
-/// Start of a block of private-use code points. A byte that is not part of valid UTF-8 maps to this plus its value.
-const NO_UTF8: u32 = 0xF700;
-
-/// Bytes of a file that are read to detect a descriptor. Comments and blank lines may precede the first setting of a
-/// descriptor, and known writers put only a few lines there.
-const PROBE_BYTES: u64 = 4096;
-
-/// Bytes of a descriptor that are read to find its extents: ten thousand of them.
-const MAX_DESCRIPTOR: u64 = 1 << 20;
+pub(super) use crate::volume::search::default_name;
+use crate::volume::search::{self, LocalTree, PROBE_BYTES, Tree, has_wildcard, is_descriptor};
 
 /// Byte range of the embedded descriptor's sector number in a hosted sparse header.
 const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;
 
 /// Returns true if the path of `file=PATH` is a pattern: it has wildcards, and no file of that very name exists.
 fn is_pattern(path: &Path) -> bool {
-    has_wildcard(path.as_os_str()) && !exists(path)
+    has_wildcard(path.as_os_str()) && !LocalTree.exists(path)
 }
 
 /// Returns the files of `file=PATH`: that file, or every match of a pattern, sorted, without the extents that another match
@@ -53,25 +31,7 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
     if !is_pattern(path) {
         return Ok(vec![path.to_owned()]);
     }
-    let mut walk = Walk {
-        found: Vec::new(),
-        first_error: None,
-    };
-    let components: Vec<Component<'_>> = path.components().collect();
-    walk.descend(PathBuf::new(), &components)
-        .map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?;
-    if walk.found.is_empty() {
-        let why = walk
-            .first_error
-            .map_or_else(String::new, |first_error| format!(" ({first_error})"));
-        return Err(UsageError::new(format!(
-            "file={}: no file matches{why}",
-            path.display()
-        )));
-    }
-    let mut found = without_extents(walk.found);
-    found.sort();
-    Ok(found)
+    search::matches(&LocalTree, path).map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))
 }
 
 /// Returns the disks in a folder, sorted: every `*.vmdk` that is a descriptor or embeds one. Bare extents are skipped, and
@@ -91,7 +51,7 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
             disks.push(path);
         }
     }
-    let mut disks = without_extents(disks);
+    let mut disks = search::without_extents(&LocalTree, disks);
     if disks.is_empty() {
         return Err(UsageError::new(format!(
             "dir={}: no VMDK with a descriptor found: give files without one by file=",
@@ -124,58 +84,12 @@ pub(super) fn searched_folder(path: &Path) -> Option<PathBuf> {
     let mut folder = PathBuf::new();
     for component in path.components() {
         let literal = folder.join(component);
-        if has_wildcard(component.as_os_str()) && !exists(&literal) {
+        if has_wildcard(component.as_os_str()) && !LocalTree.exists(&literal) {
             break;
         }
         folder = literal;
     }
     Some(folder)
-}
-
-/// Removes the files that the descriptor of another file in the same folder names as an extent.
-fn without_extents(mut files: Vec<PathBuf>) -> Vec<PathBuf> {
-    let extents: HashSet<PathBuf> = files.iter().flat_map(|path| extents_of(path)).collect();
-    files.retain(|path| !extents.contains(path));
-    files
-}
-
-/// Returns the paths of the extents that lie in the folder of a text descriptor. Empty for any other file, and for one that
-/// cannot be read or parsed, whose open reports why.
-fn extents_of(path: &Path) -> Vec<PathBuf> {
-    let Ok(bytes) = read_start(path, MAX_DESCRIPTOR) else {
-        return Vec::new();
-    };
-    let head = bytes.get(..PROBE_BYTES as usize).unwrap_or(&bytes);
-    let descriptor = is_descriptor(head).then(|| Descriptor::parse(&bytes));
-    let extents = descriptor.and_then(Result::ok).map_or_else(Vec::new, |d| d.extents);
-    let names = extents.iter().filter_map(|extent| extent.name.as_ref());
-    let paths = names.map(|name| path.with_file_name(OsStr::from_bytes(name.as_bytes())));
-    paths.filter(|extent| extent != path).collect()
-}
-
-/// Reads at most `most` bytes from the start of a regular file.
-fn read_start(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    // O_NONBLOCK: if another process put a FIFO in its place, the open must not block.
-    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
-    let file = File::options().read(true).custom_flags(flags).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut bytes = Vec::new();
-    file.take(most).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// Returns the default file name of a local disk in the mount: the source's name with the extension `.raw`.
-pub(super) fn default_name(path: &Path) -> OsString {
-    let Some(name) = path.file_name() else {
-        return "disk.raw".into();
-    };
-    let name = Path::new(name);
-    if name.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("raw")) {
-        return name.into();
-    }
-    name.with_extension("raw").into()
 }
 
 /// Returns the default file name of an NBD disk in the mount: the export's name, with invalid characters escaped.
@@ -197,80 +111,6 @@ fn uri_export(uri: &str) -> OsString {
     OsString::from_vec(nbd_uri::percent_decode(path))
 }
 
-/// Search through the file system for the components of a pattern.
-struct Walk {
-    found: Vec<PathBuf>,
-    /// Error of the first folder that could not be read. Reported only if no file was found.
-    first_error: Option<String>,
-}
-
-impl Walk {
-    /// Collects the files below `base` that match `rest`. A folder matches only as a component before the last.
-    fn descend(&mut self, base: PathBuf, rest: &[Component<'_>]) -> Result<(), glob::PatternError> {
-        let Some((component, rest)) = rest.split_first() else {
-            if exists(&base) && !base.is_dir() {
-                self.found.push(base);
-            }
-            return Ok(());
-        };
-        // An existing name is taken literally: a parent folder can have a name such as `[vms]`.
-        let literal = base.join(component);
-        if !has_wildcard(component.as_os_str()) || exists(&literal) {
-            return self.descend(literal, rest);
-        }
-        let pattern = Pattern::new(&to_lossless_text(component.as_os_str()))?;
-        for name in self.names_in(&base) {
-            let path = base.join(&name);
-            // The user did not name what a pattern finds: a link in a folder that others write to may lead anywhere.
-            if pattern.matches_with(&to_lossless_text(&name), LIKE_A_SHELL) && !path.is_symlink() {
-                self.descend(path, rest)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns the names in `dir`. A folder that cannot be read gives none.
-    fn names_in(&mut self, dir: &Path) -> Vec<OsString> {
-        let names = fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
-        names.unwrap_or_else(|e: io::Error| {
-            // A pattern such as `*/x` also tries to list plain files, which is not an error worth reporting.
-            if e.kind() != ErrorKind::NotADirectory {
-                self.first_error
-                    .get_or_insert_with(|| format!("{}: {e}", dir.display()));
-            }
-            Vec::new()
-        })
-    }
-}
-
-fn has_wildcard(text: &OsStr) -> bool {
-    text.as_bytes().iter().any(|b| matches!(b, b'*' | b'?' | b'['))
-}
-
-/// Returns true if the path exists, even as a broken link. An error other than "missing" counts as existing, so that
-/// opening the file reports the reason.
-fn exists(path: &Path) -> bool {
-    let absent = [libc::ENOENT, libc::ENOTDIR, libc::ENAMETOOLONG].map(Some);
-    path.symlink_metadata()
-        .map_or_else(|e| !absent.contains(&e.raw_os_error()), |_| true)
-}
-
-/// Maps a name to text without losing bytes, so that different names stay different. Patterns and names use the same
-/// mapping.
-fn to_lossless_text(name: &OsStr) -> String {
-    let mut text = String::new();
-    for chunk in name.as_bytes().utf8_chunks() {
-        text.push_str(chunk.valid());
-        text.extend(
-            chunk
-                .invalid()
-                .iter()
-                .filter_map(|byte| char::from_u32(NO_UTF8 + u32::from(*byte))),
-        );
-    }
-    text
-}
-
 /// Returns true if a file is or embeds a descriptor. Returns false for everything except regular files.
 fn is_disk(path: &Path) -> io::Result<bool> {
     match fs::metadata(path) {
@@ -281,7 +121,7 @@ fn is_disk(path: &Path) -> io::Result<bool> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(e),
     }
-    let head = read_start(path, PROBE_BYTES)?;
+    let head = LocalTree.read_start(path, PROBE_BYTES)?;
     Ok(holds_descriptor(&head) || is_descriptor(&head))
 }
 
@@ -290,27 +130,10 @@ fn holds_descriptor(head: &[u8]) -> bool {
     head.starts_with(b"KDMV") && head.get(DESCRIPTOR_OFFSET).is_some_and(|sector| sector != [0; 8])
 }
 
-/// Returns true for the start of a text descriptor: its first line is the known comment, or its first setting is
-/// `version`.
-fn is_descriptor(head: &[u8]) -> bool {
-    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head); // a byte-order mark
-    let lines = head.split(|b| *b == b'\n').map(<[u8]>::trim_ascii);
-    let mut lines = lines.filter(|line| !line.is_empty());
-    let Some(first) = lines.next() else {
-        return false;
-    };
-    if let Some(comment) = first.strip_prefix(b"#")
-        && comment.trim_ascii().eq_ignore_ascii_case(b"disk descriptorfile")
-    {
-        return true;
-    }
-    let setting = std::iter::once(first).chain(lines).find(|line| !line.starts_with(b"#"));
-    let key = setting.and_then(|line| line.split(|b| *b == b'=').next().filter(|key| key.len() < line.len()));
-    key.is_some_and(|key| key.trim_ascii().eq_ignore_ascii_case(b"version"))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::symlink;
 
     use tempfile::TempDir;

@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 
 use super::{UsageError, values};
-use crate::config::{Degraded, Format, HttpsAddress, HttpsConfig, HttpsServer, Secret, Thumbprint, Trust};
+use crate::config::{Degraded, Format, HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Secret, Thumbprint, Trust};
 use crate::store::https::{percent_decode, split_datastore};
 
 /// Permission bits by which another user than the owner reads a file.
@@ -103,6 +103,10 @@ pub(super) enum HttpsSource {
     Url(String),
     /// `file=`, with `server=`.
     File(String),
+    /// The same for a folder to list.
+    Folder(String),
+    /// `server=` alone, to list its datacenters.
+    Server,
 }
 
 impl HttpsArgs {
@@ -147,6 +151,12 @@ impl HttpsArgs {
         let address = match source {
             HttpsSource::Url(url) => self.url(&url, common, &mut user, &mut password, &mut warnings)?,
             HttpsSource::File(file) => self.datastore(&file, common)?,
+            HttpsSource::Folder(folder) => self.folder(&folder, common)?,
+            HttpsSource::Server => HttpsAddress::Server {
+                server: self.server.clone().unwrap_or_default(),
+                port: port(common.port.as_deref())?,
+                datacenter: self.datacenter.clone(),
+            },
         };
         let parent = common.parent.as_deref();
         let parent = parent.map(|parent| self.parent(parent, common)).transpose()?;
@@ -186,6 +196,7 @@ impl HttpsArgs {
             degraded: common.degraded,
             parent,
             member: common.member.clone(),
+            named: NamedBy::File,
         };
         Ok((disk, warnings))
     }
@@ -289,9 +300,35 @@ impl HttpsArgs {
         };
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let path = text(path);
-        if path.split('/').any(|part| part == "..") || path.ends_with('/') {
+        if path.ends_with('/') {
             return Err(UsageError::new(format!(
-                "file={file}: expected the path of a disk in the datastore, without .."
+                "file={file}: is a folder; --list shows what is in it, and {file}*.vmdk means all its disks"
+            )));
+        }
+        self.in_datastore(file, text(datastore), path, common)
+    }
+
+    /// Returns the address of a folder to list: `[datastore] folder/`, or `[datastore]` for all of it.
+    fn folder(&self, folder: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
+        let whole = folder
+            .strip_prefix('[')
+            .and_then(|rest| rest.trim_end_matches(['/', ' ']).strip_suffix(']'));
+        match whole.filter(|name| !name.is_empty() && !name.contains(']')) {
+            Some(datastore) => self.in_datastore(folder, datastore.to_owned(), String::new(), common),
+            None => self.datastore(folder.trim_end_matches('/'), common),
+        }
+    }
+
+    fn in_datastore(
+        &self,
+        file: &str,
+        datastore: String,
+        path: String,
+        common: &CommonArgs,
+    ) -> Result<HttpsAddress, UsageError> {
+        if path.split('/').any(|part| part == "..") {
+            return Err(UsageError::new(format!(
+                "file={file}: expected a path in the datastore, without .."
             )));
         }
         let server = self
@@ -302,7 +339,7 @@ impl HttpsArgs {
             server,
             port: port(common.port.as_deref())?,
             datacenter: self.datacenter.clone(),
-            datastore: text(datastore),
+            datastore,
             path,
         })
     }
@@ -653,8 +690,48 @@ mod tests {
         }
         let error = action(&["--create", "https://h/a.vmdk", "create-size=1M"]).unwrap_err();
         assert!(error.contains("create-size= does not fit"), "{error}");
-        let error = action(&["--list", "https://h/a.vmdk"]).unwrap_err();
-        assert!(error.contains("not in this build yet"), "{error}");
+    }
+
+    #[test]
+    fn servers_and_folders_are_listed() {
+        let address = |args: &[&str]| match &disks(&[&["--list"], args].concat())[..] {
+            [disk] => match &disk.source {
+                SourceConfig::Https(https) => https.address.clone(),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        };
+        let server = address(&["server=h", "port=8443", "datacenter=A/B"]);
+        let expected = HttpsAddress::Server {
+            server: "h".to_owned(),
+            port: Some(8443),
+            datacenter: Some("A/B".to_owned()),
+        };
+        assert_eq!(server, expected);
+        for (folder, path) in [
+            ("[my ds] vm [1]/", "vm [1]"),
+            ("[my ds] a/b", "a/b"),
+            ("[my ds]", ""),
+            ("[my ds] /", ""),
+        ] {
+            let listed = address(&["server=h", folder]);
+            let is_right = matches!(&listed, HttpsAddress::Datastore { datastore, path: p, .. } if datastore == "my ds" && p == path);
+            assert!(is_right, "{folder}: {listed:?}");
+        }
+        assert_eq!(address(&["https://h/d/"]), HttpsAddress::Url("https://h/d/".to_owned()));
+        for (args, message) in [
+            (&["server=h", "file=[d] ../a/"][..], "without .."),
+            (&["server=h", "file=/a/"], "has the form"),
+            (&["server=h", "libdir=/v", "file=[d] a.vmdk", "vm=moref=1"], ""),
+        ] {
+            let error = action(&[&["--list"], args].concat()).unwrap_err();
+            assert!(error.contains(message), "{args:?}: {error}");
+        }
+        let error = action(&["src", "server=h", "file=[d] a/"]).unwrap_err();
+        assert!(
+            error.contains("is a folder") && error.contains("[d] a/*.vmdk"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -23,6 +23,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKind, Query};
+use crate::error::{Error, ErrorKind};
 use crate::process::daemon::Failure;
 
 mod args;
@@ -105,6 +106,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
     } else {
         args::parse(args)
     }
+}
+
+/// Checks the disks of a mount of which a search on a server has found some.
+///
+/// # Errors
+///
+/// Fails if two of them have the same file name or write to the same overlay.
+pub fn check_found(disks: &[DiskConfig]) -> crate::error::Result<()> {
+    disk_args::check_found(disks).map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))
 }
 
 /// Exit statuses of the program. mount(8) defines those of its helpers.
@@ -230,9 +240,9 @@ fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfi
     )
 }
 
-fn query(words: &[OsString], json: bool) -> Result<Query, UsageError> {
+fn query(words: &[OsString], subcommand: Subcommand, json: bool) -> Result<Query, UsageError> {
     Ok(Query {
-        disks: unmounted(words, Subcommand::Query)?,
+        disks: unmounted(words, subcommand)?,
         json,
     })
 }

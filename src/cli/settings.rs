@@ -12,8 +12,8 @@ use super::keys::{Group, Key};
 use super::values::PageCacheArg;
 use super::{UsageError, expand, https, nbd, overlay_args, values, vddk};
 use crate::config::{
-    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NbdConfig, Overlay, SourceConfig, VddkConfig,
-    ViewConfig,
+    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NamedBy, NbdConfig, Overlay, SourceConfig,
+    VddkConfig, ViewConfig,
 };
 
 /// Keys of one disk, or of all disks.
@@ -227,13 +227,19 @@ impl Settings {
     }
 
     /// Returns the source on a web server, if the disk is on one: `url=`, or `file=` with `server=` or `backend=https`.
-    fn https_source(&self) -> Result<Option<https::HttpsSource>, UsageError> {
+    fn https_source(&self, subcommand: Subcommand) -> Result<Option<https::HttpsSource>, UsageError> {
         match &self.source {
+            None if subcommand == Subcommand::List && self.https.server.is_some() && !self.nbd.names_server() => {
+                Ok(Some(https::HttpsSource::Server))
+            }
             Some(SourceSpec::Url(url)) => Ok(Some(url.clone())),
             Some(SourceSpec::File(_)) if self.https.server.is_some() || self.backend == Some(Backend::Https) => {
                 let text = self.file_text.as_deref().and_then(OsStr::to_str);
                 let text = text.ok_or_else(|| UsageError::new("file=: the name of a file in a datastore is UTF-8"))?;
-                Ok(Some(https::HttpsSource::File(text.to_owned())))
+                Ok(Some(match subcommand {
+                    Subcommand::List => https::HttpsSource::Folder(text.to_owned()),
+                    _ => https::HttpsSource::File(text.to_owned()),
+                }))
             }
             _ => Ok(None),
         }
@@ -316,7 +322,7 @@ impl Settings {
         if let Some(key) = self.first_of(&[Group::Vddk]) {
             return Err(UsageError::new(format!("{key}= {}", vddk::NOT_VDDK)));
         }
-        if let Some(source) = self.https_source()? {
+        if let Some(source) = self.https_source(subcommand)? {
             return match self.backend {
                 None | Some(Backend::Https) => Ok(vec![DiskSource::Https(source)]),
                 Some(_) => Err(UsageError::new(
@@ -395,7 +401,10 @@ impl Settings {
                 (vddk::default_name(&disk), SourceConfig::Vddk(Box::new(disk)))
             }
             DiskSource::Https(source) => {
-                let (disk, of_server) = self.web_disk(source, subcommand)?;
+                let (mut disk, of_server) = self.web_disk(source, subcommand)?;
+                if requested.is_some() {
+                    disk.named = NamedBy::FileAndName;
+                }
                 warnings.extend(of_server);
                 let name = crate::store::https::file_name(&disk).map_err(|e| UsageError::new(e.to_string()))?;
                 (

@@ -24,6 +24,20 @@ pub struct HttpsConfig {
     pub member: Option<String>,
     /// Address of the parent of the oldest link that is found.
     pub parent: Option<HttpsAddress>,
+    /// Origin of the name of the disk's file.
+    pub named: NamedBy,
+}
+
+/// Origin of the name of a disk on a web server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NamedBy {
+    /// The user named the file, and the program chose a name for it in the mount.
+    #[default]
+    File,
+    /// The user also chose the name in the mount, which only one disk can have.
+    FileAndName,
+    /// A search found the file: if it cannot be opened, it is left out.
+    Search,
 }
 
 /// Login, trust and limits of a web server. Disks whose servers are equal share one login and its connections.
@@ -74,6 +88,15 @@ pub enum HttpsAddress {
     },
     /// A URL without credentials.
     Url(String),
+    /// The server itself, whose datacenters and datastores are to be listed. No disk has such an address.
+    Server {
+        /// Host name or IP address of the ESXi or vCenter.
+        server: String,
+        /// Port. `None`: 443.
+        port: Option<u16>,
+        /// Inventory path of the only datacenter to list. `None`: all of them.
+        datacenter: Option<String>,
+    },
 }
 
 /// Certificates that are trusted.
@@ -154,6 +177,7 @@ impl HttpsConfig {
     pub fn label(&self) -> String {
         match &self.address {
             HttpsAddress::Datastore { datastore, path, .. } => format!("[{datastore}] {path}"),
+            HttpsAddress::Server { server, .. } => server.clone(),
             HttpsAddress::Url(url) => {
                 let url = without_secrets(url);
                 url.split(['?', '#']).next().unwrap_or_default().to_owned()

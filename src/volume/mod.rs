@@ -3,6 +3,7 @@
 //! ```text
 //!   open              builds the layers below from the configuration
 //!   create            new images
+//!   search            patterns → the files that match them
 //!   write             byte writes to sectors, under range locks
 //!   submit            the boundary: one request, and its completion
 //!   queued            reads and writes of a disk with a queue, without blocking
@@ -35,6 +36,7 @@ pub(crate) mod loop_budget;
 pub(crate) mod open;
 mod queued;
 mod read_buffer;
+pub(crate) mod search;
 mod statistics;
 mod submit;
 pub(crate) mod worker_pool;
@@ -49,6 +51,7 @@ use group_flush::GroupFlush;
 pub(crate) use open::reopen;
 pub use open::{Description, OpenedDisks, Source, is_dynamic, open, open_all, open_source};
 pub use read_buffer::{MAX_READ, ReadBuffer};
+pub use search::{FoundDisks, find_disks};
 use statistics::Statistics;
 pub(crate) use submit::{Request, SeekCompletion, ServingThreads};
 use writeback_timer::WritebackTimer;

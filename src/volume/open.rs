@@ -109,7 +109,7 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<OpenedDisks> {
         let SourceConfig::Nbd(server) = &config.source else {
             match open(config) {
                 Ok(volume) => disks.push((config.made(), volume)),
-                Err(e) if config.source.local().is_some_and(|local| local.found_in.is_some()) => skipped.push(e),
+                Err(e) if config.source.was_found() => skipped.push(e),
                 Err(e) => return Err(e),
             }
             continue;

@@ -10,5 +10,6 @@
 mod datastore;
 mod disk_tier;
 mod faults;
+mod listing;
 mod server;
 mod web;

@@ -15,8 +15,8 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use reqwest::Url;
 
@@ -73,6 +73,29 @@ impl Site {
     }
 }
 
+/// Forms of queries that a server has answered with a file. Later files of the same datastore need not try them again.
+#[derive(Debug, Default)]
+pub(super) struct AnsweredForms(Mutex<Vec<(Vec<Option<String>>, usize)>>);
+
+impl AnsweredForms {
+    /// Tells the site its form, if another one with the same queries has found it.
+    pub(super) fn recall(&self, site: &Site) {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, form)) = known.iter().find(|(queries, _)| *queries == site.queries) {
+            site.settle(*form);
+        }
+    }
+
+    /// Notes the form that worked.
+    pub(super) fn note(&self, site: &Site, form: usize) {
+        site.settle(form);
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if site.queries.len() > 1 && !known.iter().any(|(queries, _)| *queries == site.queries) {
+            known.push((site.queries.clone(), form));
+        }
+    }
+}
+
 impl Address {
     /// Returns the address of a configured disk.
     ///
@@ -86,26 +109,33 @@ impl Address {
                 datastore,
                 path,
             } => {
-                // An IPv6 address stands in brackets in a URL.
-                let host = if server.contains(':') && !server.starts_with('[') {
-                    format!("[{server}]")
-                } else {
-                    server.clone()
-                };
-                let port = port.map_or_else(String::new, |port| format!(":{port}"));
-                let origin = parse(&format!("https://{host}{port}/"))?;
+                let origin = origin_of(server, *port)?;
                 let datacenter = datacenter.as_deref().unwrap_or(ESXI_DATACENTER);
                 Ok(Self::in_datastore(origin, datacenter, datastore, path))
             }
+            HttpsAddress::Server { server, port, .. } => Ok(Self::in_folder(origin_of(server, *port)?, None, None, "")),
             HttpsAddress::Url(url) => Self::of_url(url),
         }
     }
 
     fn in_datastore(origin: Url, datacenter: &str, datastore: &str, path: &str) -> Self {
+        Self::in_folder(origin, Some(datacenter), Some(datastore), path)
+    }
+
+    /// Returns the address of the page that names the datastores of a datacenter, on the server of this address.
+    pub(super) fn datastores_of(&self, datacenter: &str) -> Self {
+        Self::in_folder(self.site.origin.clone(), Some(datacenter), None, "")
+    }
+
+    fn in_folder(origin: Url, datacenter: Option<&str>, datastore: Option<&str>, path: &str) -> Self {
         let once = |text: &str| percent_encode(text.as_bytes());
         let query = |encode: &dyn Fn(&str) -> String| {
-            let (datacenter, datastore) = (encode(datacenter), encode(datastore));
-            Some(format!("dcPath={datacenter}&dsName={datastore}"))
+            let pairs = [("dcPath", datacenter), ("dsName", datastore)];
+            let pairs = pairs
+                .iter()
+                .filter_map(|(key, value)| Some(format!("{key}={}", encode((*value)?))));
+            let query = pairs.collect::<Vec<_>>().join("&");
+            (!query.is_empty()).then_some(query)
         };
         let mut queries = vec![query(&|text| once(&once(text))), query(&once)];
         queries.dedup();
@@ -113,7 +143,7 @@ impl Address {
             origin,
             queries,
             answered: AtomicUsize::new(usize::MAX),
-            datastore: Some(datastore.to_owned()),
+            datastore: datastore.map(str::to_owned),
             root: FOLDER.to_owned(),
         });
         let path = format!("{FOLDER}/{}", encode_path(Path::new(path)));
@@ -132,12 +162,8 @@ impl Address {
         if !cleared {
             return Err(Error::new(ErrorKind::Usage, "url=: has no host"));
         }
-        let is_folder = url.path().starts_with("/folder/");
-        let named = url.query_pairs().find(|(key, _)| key == "dsName");
-        // A pasted query may be encoded once or twice; the name has no percent signs itself as a rule.
-        let datastore = named
-            .filter(|_| is_folder)
-            .map(|(_, value)| String::from_utf8_lossy(&percent_decode(&value)).into_owned());
+        let is_folder = url.path() == FOLDER || url.path().starts_with("/folder/");
+        let datastore = query_value(&url, "dsName").filter(|_| is_folder);
         let root = if datastore.is_some() { FOLDER } else { "" };
         let site = Arc::new(Site {
             origin,
@@ -183,6 +209,23 @@ impl Address {
         printable(text)
     }
 
+    /// Returns the address of a file or folder in the same datastore. Components such as `..` are left out.
+    pub(super) fn in_same_datastore(&self, path: &Path) -> Self {
+        self.at(format!("{}/{}", self.site.root, encode_path(path)))
+    }
+
+    /// Returns the addresses that this folder may have, with a slash at the end and without. A server that takes only one of
+    /// them redirects to it, or finds no file at the other.
+    pub(super) fn folder_forms(&self) -> [Self; 2] {
+        let path = self.path.trim_end_matches('/');
+        [self.at(format!("{path}/")), self.at(path.to_owned())]
+    }
+
+    /// Returns true for the page that names the datacenters or the datastores of a server.
+    pub(super) fn is_inventory(&self) -> bool {
+        self.site.datastore.is_none() && self.path.trim_end_matches('/') == FOLDER
+    }
+
     /// Returns the address of a file that this one names.
     ///
     /// Errors: `Policy` if the name leads out of the image's folder or datastore.
@@ -226,6 +269,28 @@ impl Address {
             path,
         }
     }
+}
+
+/// Returns the root of a server. An IPv6 address stands in brackets in a URL.
+fn origin_of(server: &str, port: Option<u16>) -> Result<Url> {
+    let host = if server.contains(':') && !server.starts_with('[') {
+        format!("[{server}]")
+    } else {
+        server.to_owned()
+    };
+    let port = port.map_or_else(String::new, |port| format!(":{port}"));
+    parse(&format!("https://{host}{port}/"))
+}
+
+/// Returns true if both addresses have the same scheme, host and port.
+pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host_str() == b.host_str() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+/// Returns a value of a query. It may be encoded once or twice; the names themselves have no percent signs as a rule.
+pub(super) fn query_value(url: &Url, key: &str) -> Option<String> {
+    let (_, value) = url.query_pairs().find(|(name, _)| name == key)?;
+    Some(String::from_utf8_lossy(&percent_decode(&value)).into_owned())
 }
 
 fn parse(text: &str) -> Result<Url> {

@@ -22,11 +22,12 @@ use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, COOKIE, Head
 use reqwest::header::{IF_RANGE, LOCATION, RANGE};
 use reqwest::{Method, StatusCode, Url};
 
-use super::address::{Address, ESXI_DATACENTER};
+use super::address::{Address, AnsweredForms, ESXI_DATACENTER, same_origin};
 use super::answer::{self, Misfit, Version};
 use super::failure::{Failure, Next, pause_before};
 use super::http1::Http1;
 use super::library::{Library, LibraryOptions};
+use super::listing::MAX_PAGE;
 use super::session::{Authorization, Session};
 use super::slots::Slots;
 use super::transport::{Answer, Limits, Piece, Request, TICK, Transport, Trouble};
@@ -69,6 +70,7 @@ pub(super) struct Client {
     retry: Option<u32>,
     /// Scheme, host and port that the credentials are for.
     origin: Url,
+    pub(super) forms: AnsweredForms,
 }
 
 impl std::fmt::Debug for Client {
@@ -88,12 +90,22 @@ pub(super) struct Ask<'a> {
     /// Where the server has redirected an earlier request to.
     pub(super) moved: &'a Mutex<Option<Url>>,
     pub(super) range: Range<u64>,
-    /// Ask for the headers alone: the version of the file.
-    pub(super) head: bool,
+    pub(super) want: Want,
     /// Version of the file at its open; `None` for the open itself.
     pub(super) known: Option<&'a Version>,
     /// Becomes true when the file is closed, which ends the request.
     pub(super) closing: &'a AtomicBool,
+}
+
+/// Content of the answer to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Want {
+    /// The range of the file.
+    Bytes,
+    /// The headers alone: the version of the file.
+    Version,
+    /// The listing of a folder, which goes to the sink as a whole.
+    Page,
 }
 
 /// Clients in use: disks of the same server share one.
@@ -149,6 +161,7 @@ impl Client {
             timeout,
             retry: server.retry,
             origin: origin.clone(),
+            forms: AnsweredForms::default(),
         })
     }
 
@@ -249,10 +262,14 @@ impl Client {
             if !same_origin(&url, &self.origin) {
                 *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(url);
             }
-            if ask.head {
-                return answer::version_of(&answer.headers).ok_or_else(|| Failure::retry("no length in the answer"));
-            }
-            let version = self.body(ask, answer, session, limits, done, sink)?;
+            let version = match ask.want {
+                Want::Version => {
+                    return answer::version_of(&answer.headers)
+                        .ok_or_else(|| Failure::retry("no length in the answer"));
+                }
+                Want::Page => page(answer, limits, sink)?,
+                Want::Bytes => self.body(ask, answer, session, limits, done, sink)?,
+            };
             self.slots.succeeded();
             return Ok(version);
         }
@@ -279,7 +296,7 @@ impl Client {
             Authorization::Anonymous
         };
         let range = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
-        if let Some(Ok(range)) = (!ask.head).then(|| HeaderValue::from_str(&range)) {
+        if let Some(Ok(range)) = (ask.want == Want::Bytes).then(|| HeaderValue::from_str(&range)) {
             headers.insert(RANGE, range);
         }
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -296,7 +313,10 @@ impl Client {
             }
         }
         let request = Request {
-            method: if ask.head { Method::HEAD } else { Method::GET },
+            method: match ask.want {
+                Want::Version => Method::HEAD,
+                Want::Bytes | Want::Page => Method::GET,
+            },
             url,
             headers,
             body: &[],
@@ -397,6 +417,10 @@ impl Client {
                 let pause = answer::retry_after(&headers);
                 Err(Failure::new(Next::Retry(pause), ErrorKind::Os(libc::EIO), text))
             }
+            StatusCode::INTERNAL_SERVER_ERROR if ask.want == Want::Page => Err(Failure::fatal(
+                ErrorKind::NotFound,
+                "the server cannot list it (status 500): check that datacenter= and the datastore are right",
+            )),
             StatusCode::INTERNAL_SERVER_ERROR if ask.address.site.is_datastore() => {
                 let next = if ask.known.is_some() {
                     Next::Retry(None)
@@ -575,8 +599,24 @@ fn sleep(pause: Duration, limits: Limits<'_>) -> Result<(), Trouble> {
     }
 }
 
-fn same_origin(a: &Url, b: &Url) -> bool {
-    a.scheme() == b.scheme() && a.host_str() == b.host_str() && a.port_or_known_default() == b.port_or_known_default()
+/// Passes the page of a folder to `sink`, as a whole.
+fn page(mut answer: Answer, limits: Limits<'_>, sink: Piece<'_>) -> Result<Version, Failure> {
+    let kind = answer::text(&answer.headers, CONTENT_TYPE).unwrap_or_default();
+    if !kind.to_ascii_lowercase().starts_with("text/html") {
+        return Err(Failure::fatal(
+            ErrorKind::Unsupported,
+            "is a file and not a folder: --info describes a file",
+        ));
+    }
+    let mut page = Vec::new();
+    while answer.read(limits, &mut |bytes| page.extend_from_slice(bytes))? {
+        if page.len() > MAX_PAGE {
+            let text = format!("the listing is longer than {} MiB", MAX_PAGE >> 20);
+            return Err(Failure::fatal(ErrorKind::Corrupt, text));
+        }
+    }
+    sink(&page);
+    Ok(Version::of(page.len() as u64, &answer.headers))
 }
 
 /// Returns the first line of the text of an error answer, after a colon; empty if there is none.

@@ -30,11 +30,13 @@ use crate::store::{Access, ExtentName, Identity, Store, StoredFile};
 
 mod address;
 mod answer;
+mod browser;
 mod client;
 mod cookie_script;
 mod failure;
 mod http1;
 mod library;
+mod listing;
 mod low_water;
 mod session;
 mod slots;
@@ -45,7 +47,9 @@ mod wire;
 use address::Address;
 pub use address::{percent_decode, split_datastore};
 use answer::Version;
-use client::{Ask, Client};
+pub use browser::{Browser, Datacenter};
+use client::{Ask, Client, Want};
+pub use listing::ListedName;
 pub use trust::certificate_of;
 
 /// Size of a block of the cache in bytes. A request for one costs little more than one for a page, and a table of grains
@@ -98,13 +102,14 @@ pub fn open(config: &HttpsConfig, cache_size: Option<u64>, readahead: Option<u64
 fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>> {
     let within = |e: Error| e.within(address.label());
     let mut failed = None;
+    shared.client.forms.recall(&address.site);
     if let Some(known) = shared
         .tier
         .as_ref()
         .and_then(|tier| known_version(shared, tier, &address))
     {
         let (form, version) = known;
-        address.site.settle(form);
+        shared.client.forms.note(&address.site, form);
         return HttpsFile::new(shared, address, form, Mutex::default(), version, Vec::new())
             .map(|file| Arc::new(file) as _);
     }
@@ -115,14 +120,14 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
             form,
             moved: &moved,
             range: 0..FIRST_BLOCKS * BLOCK,
-            head: false,
+            want: Want::Bytes,
             known: None,
             closing: &closing,
         };
         let mut head = Vec::new();
         match read(&shared.client, &ask, BLOCK, &mut |block| head.push(block)) {
             Ok(version) => {
-                address.site.settle(form);
+                shared.client.forms.note(&address.site, form);
                 return HttpsFile::new(shared, address, form, moved, version, head).map(|file| Arc::new(file) as _);
             }
             // A wrong form of the query shows as an absent file, or as an internal error.
@@ -143,7 +148,7 @@ fn known_version(shared: &Shared, tier: &DiskTier, address: &Address) -> Option<
         form,
         moved: &Mutex::default(),
         range: 0..0,
-        head: true,
+        want: Want::Version,
         known: None,
         closing: &AtomicBool::new(false),
     };
@@ -355,7 +360,7 @@ impl Fetch for RemoteBlocks {
             form: self.remote.form,
             moved: &self.remote.moved,
             range: start..end,
-            head: false,
+            want: Want::Bytes,
             known: Some(&self.remote.version),
             closing: &self.remote.closing,
         };
