@@ -118,9 +118,11 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (g *gate) list(w http.ResponseWriter, r *http.Request) bool {
 	dc, ds := r.URL.Query().Get("dcPath"), r.URL.Query().Get("dsName")
 	isRoot := strings.TrimRight(r.URL.Path, "/") == "/folder"
-	encode := url.PathEscape
+	// As real servers do: a blank is never a plus.
+	encode := func(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
+	once := encode
 	if g.doubleDecode {
-		encode = func(s string) string { return url.PathEscape(url.PathEscape(s)) }
+		encode = func(s string) string { return once(once(s)) }
 	}
 	var links [][2]string
 	switch {
