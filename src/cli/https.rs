@@ -163,6 +163,12 @@ impl HttpsArgs {
         if password.is_some() && user.is_none() {
             return Err(UsageError::new("password= needs user="));
         }
+        let is_authorization = |(name, _): &(String, Secret)| name.eq_ignore_ascii_case("authorization");
+        if password.is_some() && self.headers.iter().any(is_authorization) {
+            return Err(UsageError::new(
+                "header=: with user= and password= the program sets authorization itself; give one of both",
+            ));
+        }
         if self.cookie_renew.is_some() && self.cookie_script.is_none() {
             return Err(UsageError::new("cookie-script-renew= needs cookie-script="));
         }
@@ -436,7 +442,15 @@ pub(super) fn credentials(value: &OsStr) -> Result<Credentials, String> {
 /// Parses the value of `header=`: a name, a colon and a value.
 pub(super) fn header(value: &OsStr) -> Result<(String, Secret), String> {
     /// Headers that the program sets itself, with the key that is meant for some.
-    const OWN: [(&str, &str); 6] = [
+    const OWN: [(&str, &str); 14] = [
+        ("connection", ""),
+        ("expect", ""),
+        ("keep-alive", ""),
+        ("proxy-authorization", "; use proxy="),
+        ("te", ""),
+        ("trailer", ""),
+        ("transfer-encoding", ""),
+        ("upgrade", ""),
         ("range", ""),
         ("if-range", ""),
         ("accept-encoding", ""),
@@ -637,6 +651,8 @@ mod tests {
             ("header=A: hunter2\nB: c", "without control characters"),
             ("header=Range: hunter2", "sets range itself"),
             ("header=cookie: hunter2", "use cookie="),
+            ("header=Transfer-Encoding: hunter2", "sets transfer-encoding itself"),
+            ("header=HOST: hunter2", "resolve= gives a name another address"),
             ("resolve=h", "HOST:ADDRESS"),
             ("resolve=h:name", "HOST:ADDRESS"),
             ("proxy=socks5://hunter2", "http:// or https://"),
@@ -661,6 +677,15 @@ mod tests {
             (&["https://h/a.vmdk", "user=u"], "user= needs password="),
             (&["https://h/a.vmdk", "password=hunter2"], "password= needs user="),
             (&["https://h/a.vmdk", "server=h"], "server= is given too"),
+            (
+                &[
+                    "https://h/a.vmdk",
+                    "user=u",
+                    "password=hunter2",
+                    "header=Authorization: hunter2",
+                ],
+                "give one of both",
+            ),
             (&["https://h/a.vmdk", "lock=off"], "lock= does not fit"),
             (&["https://h/a.vmdk", "tls=on"], "tls= does not fit"),
             (&["https://h/a.vmdk", "backend=nbd"], "needs backend=https"),

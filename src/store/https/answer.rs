@@ -13,6 +13,9 @@ use crate::store::printable;
 /// Longest header value that is used, in bytes: an ETag or a date is far shorter.
 const MAX_VALUE: usize = 1024;
 
+/// Longest file, in bytes: more than any disk. Positions behind it would overflow where blocks are numbered.
+const MAX_LEN: u64 = 1 << 52;
+
 /// Values by which a file's content is recognized.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Version {
@@ -69,7 +72,7 @@ impl Version {
 
 /// Returns the version that the answer to a request for the headers of a file has. `None`: the length is missing.
 pub(super) fn version_of(headers: &HeaderMap) -> Option<Version> {
-    let len = body_len(headers)?;
+    let len = body_len(headers).filter(|len| *len <= MAX_LEN)?;
     Some(Version::of(len, headers))
 }
 
@@ -90,6 +93,8 @@ pub(super) enum Misfit {
     NoRanges(String),
     /// A page for people in place of the file: a login page, or the listing of a folder.
     Page,
+    /// The file is longer than any disk.
+    TooLong(u64),
     /// The answer contradicts the request.
     Wrong(String),
 }
@@ -129,6 +134,9 @@ pub(super) fn check(
         StatusCode::OK => whole(headers, body, start, len, known)?,
         other => return Err(Misfit::Wrong(format!("unexpected status {other}"))),
     };
+    if part.version.len > MAX_LEN {
+        return Err(Misfit::TooLong(part.version.len));
+    }
     if body.is_some_and(|body| body != part.len) {
         return Err(Misfit::Wrong(format!(
             "expected a body of {} bytes, but Content-Length is {}",
@@ -162,7 +170,7 @@ fn ranged(headers: &HeaderMap, start: u64, len: u64, known: Option<&Version>) ->
     if let Some(difference) = known.and_then(|known| known.difference(&version)) {
         return Err(Misfit::Changed(difference));
     }
-    let end = (start + len).min(total);
+    let end = start.saturating_add(len).min(total);
     if first != start || last.checked_add(1) != Some(end) {
         return Err(Misfit::Wrong(format!(
             "bytes {start}-{} of {total} were asked for, but Content-Range is {first}-{last}",
@@ -300,6 +308,16 @@ mod tests {
             Err(Misfit::Changed(_))
         ));
         assert!(matches!(ranged("bytes 0-9/*", 0, 10, None), Err(Misfit::Wrong(_))));
+    }
+
+    #[test]
+    fn a_file_that_is_longer_than_any_disk_is_refused_at_its_open() {
+        for len in [MAX_LEN + 1, u64::MAX - 4096, u64::MAX] {
+            let answer = ranged(&format!("bytes 0-4095/{len}"), 0, 4096, None);
+            assert_eq!(answer, Err(Misfit::TooLong(len)));
+            assert_eq!(version_of(&headers(&[(CONTENT_LENGTH, &len.to_string())])), None);
+        }
+        assert_eq!(ranged(&format!("bytes 0-4095/{MAX_LEN}"), 0, 4096, None), Ok(4096));
     }
 
     #[test]

@@ -46,6 +46,8 @@ const VCENTER_TIMEOUT: Duration = Duration::from_secs(2000);
 const CONNECT: Duration = Duration::from_secs(15);
 /// Name of the program in requests to servers.
 const USER_AGENT: &str = concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION"));
+/// Deadline of a request for the headers alone.
+const VERSION_TIME: Duration = Duration::from_secs(10);
 /// Deadline of the logout, which no one depends on.
 const LOGOUT: Duration = Duration::from_secs(5);
 
@@ -180,8 +182,13 @@ impl Client {
     /// Errors: `NotFound`, `Busy` for a locked file, `Corrupt` for a file that has changed, and otherwise why the server
     /// did not send the range within the deadline.
     pub(super) fn read(&self, ask: &Ask<'_>, sink: Piece<'_>) -> Result<Version> {
+        // Without the headers alone, the file is read instead: a server that is slow to send them may have the time then.
+        let time = match ask.want {
+            Want::Version => self.timeout.min(VERSION_TIME),
+            Want::Bytes | Want::Page => self.timeout,
+        };
         let limits = Limits {
-            deadline: Instant::now() + self.timeout,
+            deadline: Instant::now() + time,
             closing: ask.closing,
         };
         let (mut done, mut tries, mut logins) = (0, 0u32, 0u32);
@@ -259,6 +266,9 @@ impl Client {
             };
             // From here on other requests can use the login.
             drop(authorization);
+            if let Some(generation) = session {
+                self.session.accepted(generation);
+            }
             if !same_origin(&url, &self.origin) {
                 *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(url);
             }
@@ -509,6 +519,12 @@ impl Client {
             Misfit::NoRanges(how) => Failure::fatal(
                 ErrorKind::Unsupported,
                 format!("the server does not send ranges: {how}; download the file instead"),
+            ),
+            Misfit::TooLong(len) => Failure::fatal(
+                ErrorKind::Unsupported,
+                format!(
+                    "the server says that the file has {len} bytes, which is more than any disk: check the address"
+                ),
             ),
             Misfit::Page if session.is_some_and(|generation| self.session.expired(generation)) => self.ended(),
             Misfit::Page => Failure::fatal(

@@ -2,8 +2,13 @@
 //!
 //! ```text
 //!   send ─► idle connection, or a new one ─► head of the answer ─► body ─► the connection is idle again
+//!             ├─ idle for too long: closed unused
 //!             └─ closed by the server meanwhile: the next one, at once
 //! ```
+//! A connection whose other end has vanished without a word (a firewall that forgot it, a server that was restarted) shows
+//! nothing of it: a request on it waits in vain. So an idle connection is used for [`MAX_IDLE`] only, and the kernel ends one
+//! on which nothing is confirmed any more (`wire.rs`).
+//!
 //! The thread that asks does everything itself. A connection whose answer was not read to its end is closed, as what is
 //! left of the answer would be taken for the next one.
 //!
@@ -15,7 +20,8 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use reqwest::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{TRANSFER_ENCODING, USER_AGENT};
 use reqwest::{Method, StatusCode, Url};
 use rustls::ClientConfig;
 
@@ -30,6 +36,9 @@ const MAX_HEADERS: usize = 128;
 const MAX_INTERIM: usize = 8;
 /// Time after which an idle connection is tested before it is used.
 const FRESH: Duration = Duration::from_millis(500);
+/// Time after which an idle connection is not used any more. A new one costs two or three round trips, one that is dead
+/// without a sign costs the time until that shows.
+pub(super) const MAX_IDLE: Duration = Duration::from_secs(10);
 
 /// Connections to servers.
 pub(super) struct Http1 {
@@ -101,11 +110,11 @@ impl Http1 {
         &self,
         mut wire: Wire,
         endpoint: &Endpoint,
-        head: &str,
+        head: &[u8],
         request: &Request<'_>,
         limits: Limits<'_>,
     ) -> Result<Answer, (Trouble, bool)> {
-        let mut message = head.as_bytes().to_vec();
+        let mut message = head.to_vec();
         message.extend_from_slice(request.body);
         wire.send(&message, limits).map_err(|trouble| (trouble, true))?;
         let mut bytes = Vec::new();
@@ -134,12 +143,14 @@ impl Http1 {
 impl IdlePool {
     fn take(&self, endpoint: &Endpoint) -> Option<Wire> {
         loop {
-            let (since, wire) = {
-                let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
-                let last = wires.iter().rposition(|(at, ..)| at == endpoint)?;
-                let (_, since, wire) = wires.remove(last);
-                (since, wire)
-            };
+            let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+            let expired = expired(&mut wires);
+            let last = wires.iter().rposition(|(at, ..)| at == endpoint);
+            let taken = last.map(|last| wires.remove(last));
+            // Closing a socket may take some time.
+            drop(wires);
+            drop(expired);
+            let (_, since, wire) = taken?;
             if since.elapsed() < FRESH || !wire.is_stale() {
                 return Some(wire);
             }
@@ -148,16 +159,23 @@ impl IdlePool {
 
     fn put(&self, endpoint: Endpoint, wire: Wire) {
         let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+        let expired = expired(&mut wires);
         wires.push((endpoint, Instant::now(), wire));
         let oldest = (wires.len() > self.most).then(|| wires.remove(0));
-        // Closing a socket may take some time.
         drop(wires);
-        drop(oldest);
+        drop((expired, oldest));
     }
 }
 
-/// Returns the head of a request.
-fn head_of(request: &Request<'_>, user_agent: &str) -> String {
+/// Takes those connections out of the list that were idle for too long. They stand at its front.
+fn expired(wires: &mut Vec<(Endpoint, Instant, Wire)>) -> Vec<(Endpoint, Instant, Wire)> {
+    let fresh = wires.iter().position(|(_, since, _)| since.elapsed() < MAX_IDLE);
+    wires.drain(..fresh.unwrap_or(wires.len())).collect()
+}
+
+/// Returns the head of a request. Headers of the request take the place of those that all requests have, and the values go
+/// out byte for byte.
+fn head_of(request: &Request<'_>, user_agent: &str) -> Vec<u8> {
     let url: &Url = request.url;
     let mut head = format!("{} {}", request.method, url.path());
     if let Some(query) = url.query() {
@@ -167,15 +185,26 @@ fn head_of(request: &Request<'_>, user_agent: &str) -> String {
     if let Some(port) = url.port() {
         let _ = write!(head, ":{port}");
     }
-    let _ = write!(head, "\r\nuser-agent: {user_agent}\r\naccept: */*\r\n");
+    head.push_str("\r\n");
+    for (name, value) in [(USER_AGENT, user_agent), (ACCEPT, "*/*")] {
+        if !request.headers.contains_key(&name) {
+            let _ = write!(head, "{name}: {value}\r\n");
+        }
+    }
     if !request.body.is_empty() {
         let _ = write!(head, "content-length: {}\r\n", request.body.len());
     }
+    let mut head = head.into_bytes();
     for (name, value) in &request.headers {
-        // The configuration takes text only, so nothing is lost.
-        let _ = write!(head, "{name}: {}\r\n", String::from_utf8_lossy(value.as_bytes()));
+        // A message with two hosts or two lengths is one thing to one server and another to the next.
+        if name != HOST && name != CONTENT_LENGTH {
+            head.extend_from_slice(name.as_str().as_bytes());
+            head.extend_from_slice(b": ");
+            head.extend_from_slice(value.as_bytes());
+            head.extend_from_slice(b"\r\n");
+        }
     }
-    head.push_str("\r\n");
+    head.extend_from_slice(b"\r\n");
     head
 }
 
@@ -481,7 +510,13 @@ impl Chunks {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
+    use crate::config::Trust;
+    use crate::store::https::trust;
 
     fn decode(bytes: &[u8], step: usize) -> Result<(Vec<u8>, ChunkState, bool), &'static str> {
         let (mut chunks, mut out, mut excess) = (Chunks::default(), Vec::new(), false);
@@ -567,8 +602,93 @@ mod tests {
         let head = head_of(&request, "me");
         assert_eq!(
             head,
-            "GET /a%20b?c=d HTTP/1.1\r\nhost: h:8443\r\nuser-agent: me\r\naccept: */*\r\ncontent-length: 3\r\n\
+            b"GET /a%20b?c=d HTTP/1.1\r\nhost: h:8443\r\nuser-agent: me\r\naccept: */*\r\ncontent-length: 3\r\n\
              connection: x\r\n\r\n"
         );
+    }
+
+    #[test]
+    fn a_header_is_sent_once_and_byte_for_byte() {
+        let url = Url::parse("https://h/").unwrap();
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            (HOST, &b"evil"[..]),
+            (USER_AGENT, b"mine"),
+            (ACCEPT, b"x/y"),
+            (CONTENT_LENGTH, b"9"),
+            (HeaderName::from_static("x"), b"a\xffb"),
+        ] {
+            headers.append(name, HeaderValue::from_bytes(value).unwrap());
+        }
+        let request = Request {
+            method: Method::GET,
+            url: &url,
+            headers,
+            body: b"abc",
+        };
+        let head = head_of(&request, "me");
+        let mut lines: Vec<&[u8]> = head.split(|b| *b == b'\n').map(<[u8]>::trim_ascii).collect();
+        lines.sort_unstable();
+        let expected = [
+            &b""[..],
+            b"",
+            b"GET / HTTP/1.1",
+            b"accept: x/y",
+            b"content-length: 3",
+            b"host: h",
+            b"user-agent: mine",
+            b"x: a\xffb",
+        ];
+        assert_eq!(lines, expected);
+    }
+
+    /// Server that answers each request on each of its connections, and returns for each the number of its connection.
+    fn counting_server() -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            for (number, stream) in listener.incoming().map_while(Result::ok).enumerate() {
+                std::thread::spawn(move || {
+                    let mut stream = stream;
+                    let mut last = [0; 4];
+                    while stream.read_exact(&mut last[3..]).is_ok() {
+                        if last == *b"\r\n\r\n" {
+                            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{number}");
+                            let _ = stream.write_all(answer.as_bytes());
+                        }
+                        last.rotate_left(1);
+                    }
+                });
+            }
+        });
+        port
+    }
+
+    #[test]
+    fn a_connection_that_was_idle_for_long_is_not_used_again() {
+        let url = Url::parse(&format!("http://127.0.0.1:{}/", counting_server())).unwrap();
+        let (tls, _) = trust::client_config(&Trust::default()).unwrap();
+        let http1 = Http1::new(tls, Vec::new(), Duration::from_secs(15), 8, "me");
+        let closing = AtomicBool::new(false);
+        let connection = || {
+            let limits = Limits {
+                deadline: Instant::now() + Duration::from_secs(60),
+                closing: &closing,
+            };
+            let request = Request {
+                method: Method::GET,
+                url: &url,
+                headers: HeaderMap::new(),
+                body: &[],
+            };
+            let (mut answer, mut body) = (http1.send(&request, limits).unwrap(), Vec::new());
+            while answer.read(limits, &mut |bytes| body.extend_from_slice(bytes)).unwrap() {}
+            String::from_utf8(body).unwrap()
+        };
+        assert_eq!([connection(), connection()], ["0", "0"]);
+        for (_, since, _) in http1.idle.wires.lock().unwrap().iter_mut() {
+            *since -= MAX_IDLE;
+        }
+        assert_eq!([connection(), connection()], ["1", "1"]);
     }
 }

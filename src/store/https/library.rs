@@ -17,8 +17,10 @@ use rustls::ClientConfig;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
+use super::http1::MAX_IDLE;
 use super::transport::{Answer, Body, Limits, Piece, Request, TICK, Trouble};
 use super::trust::with_causes;
+use super::wire::{KEEPALIVE, UNCONFIRMED};
 use crate::config::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::printable;
@@ -127,7 +129,9 @@ fn client_of(options: &LibraryOptions<'_>) -> Result<reqwest::Client> {
         tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         builder = builder
             .http2_initial_stream_window_size(STREAM_WINDOW)
-            .http2_initial_connection_window_size(CONNECTION_WINDOW);
+            .http2_initial_connection_window_size(CONNECTION_WINDOW)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .http2_keep_alive_timeout(UNCONFIRMED);
     } else {
         builder = builder.http1_only();
     }
@@ -138,7 +142,9 @@ fn client_of(options: &LibraryOptions<'_>) -> Result<reqwest::Client> {
         .referer(false)
         .connect_timeout(options.connect)
         .pool_max_idle_per_host(options.connections)
-        .tcp_keepalive(Duration::from_secs(15))
+        .pool_idle_timeout(MAX_IDLE)
+        .tcp_keepalive(KEEPALIVE)
+        .tcp_user_timeout(UNCONFIRMED)
         .user_agent(options.user_agent);
     for (name, address) in options.resolve {
         // Port 0: that of the URL.

@@ -7,8 +7,10 @@
 //! ```
 //! One request at a time logs in; the others wait for its cookie, so that a mount has one session on the server, whose
 //! number is limited. A login that the server refused is not repeated for [`REFUSED_FOR`]: repeated wrong passwords lock
-//! accounts. The cookie goes back byte for byte, quotes included.
+//! accounts. The same holds for a script whose cookie was never accepted, or which fails. The cookie goes back byte for byte,
+//! quotes included.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +40,8 @@ pub(super) struct Session {
     state: Mutex<LoginState>,
     /// Notified when a login has ended.
     login_ended: Condvar,
+    /// Number of the last cookie that the server has accepted.
+    accepted: AtomicU64,
 }
 
 #[derive(Default)]
@@ -52,7 +56,8 @@ struct LoginState {
     generation: u64,
     /// True once a login was answered without a session cookie.
     basic_only: bool,
-    refused: Option<Instant>,
+    /// Last login that failed: its time, and why.
+    refused: Option<(Instant, Error)>,
     /// True while a request logs in, from before it is sent until its answer's headers are here.
     logging_in: bool,
 }
@@ -127,6 +132,7 @@ impl Session {
             user,
             state: Mutex::new(state),
             login_ended: Condvar::new(),
+            accepted: AtomicU64::new(0),
         })
     }
 
@@ -171,8 +177,8 @@ impl Session {
         if let Some(cookie) = state.cookie.as_ref().filter(|_| !is_old) {
             return Ok(Some(Authorization::Cookie(cookie.clone(), state.generation)));
         }
-        if state.refused.is_some_and(|at| at.elapsed() < REFUSED_FOR) {
-            return Err(self.refusal());
+        if let Some((_, why)) = state.refused.as_ref().filter(|(at, _)| at.elapsed() < REFUSED_FOR) {
+            return Err(why.clone());
         }
         Ok(self
             .basic
@@ -185,7 +191,15 @@ impl Session {
     fn run_script(&self, script: &Secret, url: &str, limits: Limits<'_>) -> Result<Authorization<'_>, Failure> {
         let _guard = LoginGuard(self);
         let runs = self.state().script_runs;
-        let cookie = cookie_script::run(script, url, runs, limits)?;
+        let cookie = match cookie_script::run(script, url, runs, limits) {
+            Ok(cookie) => cookie,
+            Err(failure) => {
+                // Not for a request that was given up, or had no time.
+                let is_refusal = failure.error.kind() == ErrorKind::Os(libc::EACCES);
+                self.state().refused = is_refusal.then(|| (Instant::now(), failure.error.clone()));
+                return Err(failure);
+            }
+        };
         let mut state = self.state();
         state.cookie = Some(cookie.clone());
         state.script_ran = Some(Instant::now());
@@ -212,30 +226,37 @@ impl Session {
         }
     }
 
+    /// Notes that the server accepts cookie `generation`.
+    pub(super) fn accepted(&self, generation: u64) {
+        self.accepted.fetch_max(generation, Ordering::Relaxed);
+    }
+
     /// Notes that the server no longer accepts cookie `generation`. Returns true if a login may replace it.
     pub(super) fn expired(&self, generation: u64) -> bool {
         let mut state = self.state();
         let may_log_in = self.basic.is_some() || self.script.is_some();
         if state.generation == generation && may_log_in {
             state.cookie = None;
+            // A cookie that has worked before has expired. One that never did would not do the next time either.
+            if self.script.is_some() && self.accepted.load(Ordering::Relaxed) < generation {
+                let text = "the server does not accept the cookie that cookie-script= prints: check the script";
+                state.refused = Some((Instant::now(), Error::new(ErrorKind::Os(libc::EACCES), text)));
+            }
         }
         may_log_in
     }
 
     /// Notes that the server refused user and password, and returns the error.
     pub(super) fn refused(&self) -> Error {
-        self.state().refused = Some(Instant::now());
-        self.refusal()
-    }
-
-    fn refusal(&self) -> Error {
-        Error::new(
+        let error = Error::new(
             ErrorKind::Os(libc::EACCES),
             format!(
                 "the server refused the login of user {:?}: check user= and password=",
                 self.user
             ),
-        )
+        );
+        self.state().refused = Some((Instant::now(), error.clone()));
+        error
     }
 
     /// Returns the error for a server that asks for a login, when there is nothing to log in with.
@@ -380,6 +401,7 @@ mod tests {
             };
             assert_eq!(cookie, format!("n={run}; u=https://h/disk"));
             assert!(matches!(authorize(&session).unwrap(), Authorization::Cookie(_, same) if same == generation));
+            session.accepted(generation);
             assert!(session.expired(generation));
         }
         assert_eq!(session.take(), None);
@@ -395,6 +417,29 @@ mod tests {
             let session = Session::new(&server).unwrap();
             let error = authorize(&session).err().unwrap().error.to_string();
             assert!(error.contains("cookie-script=") && !error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_script_that_was_refused_or_failed_is_not_run_again_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = dir.path().join("runs");
+        for (last, expected) in [("echo c=1", "does not accept the cookie"), ("exit 7", "exit status: 7")] {
+            let script = format!("echo run >> '{}'; {last}", runs.display());
+            let server = HttpsServer {
+                cookie_script: Some((Secret::new(script), None)),
+                ..HttpsServer::default()
+            };
+            let session = Session::new(&server).unwrap();
+            if let Ok(Authorization::Cookie(_, generation)) = authorize(&session) {
+                assert!(session.expired(generation));
+            }
+            for _ in 0..3 {
+                let error = authorize(&session).err().unwrap().error.to_string();
+                assert!(error.contains(expected), "{error}");
+            }
+            assert_eq!(std::fs::read_to_string(&runs).unwrap(), "run\n");
+            std::fs::remove_file(&runs).unwrap();
         }
     }
 

@@ -13,7 +13,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use reqwest::Url;
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
@@ -31,6 +31,11 @@ const LEAST_FREE: usize = 32 << 10;
 /// Bytes that a read of a long body waits for. A thread that is woken for each record of a fast server is woken 65,536 times
 /// for a GiB.
 const LOW_WATER: usize = 64 << 10;
+/// Time without a byte after which the kernel asks whether the other end is still there.
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(15);
+/// Time for which sent bytes may stay unconfirmed before the kernel ends the connection. A server that is slow to answer
+/// confirms them at once.
+pub(super) const UNCONFIRMED: Duration = Duration::from_secs(10);
 /// Room for one encrypted record of a request. It grows where a message needs more.
 const OUTBOX: usize = 4 << 10;
 
@@ -83,16 +88,47 @@ impl Endpoint {
 }
 
 impl Wire {
-    /// Connects to a server, including the TLS handshake.
+    /// Connects to a server, including the TLS handshake: to the first of its addresses, in their order, that answers.
     pub(super) fn connect(
         to: &Endpoint,
         resolve: &[(String, IpAddr)],
         tls: &Arc<ClientConfig>,
         limits: Limits<'_>,
     ) -> Result<Self, Trouble> {
-        let socket = open(to, resolve, limits)?;
+        let addresses = look_up(to, resolve, limits)?;
+        let mut failed = Trouble::Unreachable("the name has no address".to_owned());
+        for (number, address) in addresses.iter().enumerate() {
+            limits.check()?;
+            let left = limits.deadline.saturating_duration_since(Instant::now());
+            // The addresses share the time, so that one that does not answer leaves some for the others.
+            let share = (left / (addresses.len() - number) as u32).max(Duration::from_millis(1));
+            match Self::connect_to(address, to, tls, limits.within(share)) {
+                Ok(wire) => return Ok(wire),
+                // It has answered, and what it says does not do: another address would be another server.
+                Err(Refused::ByTls(trouble)) => return Err(trouble),
+                Err(Refused::Unanswered(trouble)) => failed = trouble,
+            }
+        }
+        Err(failed)
+    }
+
+    fn connect_to(
+        address: &SocketAddr,
+        to: &Endpoint,
+        tls: &Arc<ClientConfig>,
+        limits: Limits<'_>,
+    ) -> Result<Self, Refused> {
+        let left = limits.deadline.saturating_duration_since(Instant::now());
+        let socket = match TcpStream::connect_timeout(address, left.max(Duration::from_millis(1))) {
+            Ok(socket) => prepare(socket).map_err(|e| Refused::Unanswered(broken(&e)))?,
+            Err(e) if e.kind() == ErrorKind::TimedOut => return Err(Refused::Unanswered(Trouble::TimedOut)),
+            Err(e) => {
+                let text = format!("connecting failed: {e}");
+                return Err(Refused::Unanswered(Trouble::Unreachable(text)));
+            }
+        };
         let tls = match to.tls {
-            true => Some(Box::new(client_of(&to.host, tls)?)),
+            true => Some(Box::new(client_of(&to.host, tls).map_err(Refused::ByTls)?)),
             false => None,
         };
         let mut wire = Self {
@@ -105,11 +141,15 @@ impl Wire {
             outbox: vec![0; OUTBOX],
             ready: 0,
         };
+        let unanswered = |trouble| Refused::Unanswered(unreachable(trouble));
         while wire.tls.is_some() {
-            match wire.step(None, &mut |_| ()).map_err(unreachable)? {
+            match wire
+                .step(None, &mut |_| ())
+                .map_err(|trouble| Refused::ByTls(unreachable(trouble)))?
+            {
                 Step::Idle => break,
-                Step::Blocked if wire.fill(limits).map_err(unreachable)? => {}
-                Step::Blocked | Step::Ended => return Err(unreachable(ended())),
+                Step::Blocked if wire.fill(limits).map_err(unanswered)? => {}
+                Step::Blocked | Step::Ended => return Err(unanswered(ended())),
                 Step::Again | Step::Sent => {}
             }
         }
@@ -306,28 +346,23 @@ fn client_of(host: &str, tls: &Arc<ClientConfig>) -> Result<UnbufferedClientConn
     UnbufferedClientConnection::new(Arc::clone(tls), name).map_err(|e| Trouble::Unreachable(format!("TLS: {e}")))
 }
 
-/// Connects to the first address of a host that answers.
-fn open(to: &Endpoint, resolve: &[(String, IpAddr)], limits: Limits<'_>) -> Result<TcpStream, Trouble> {
-    let addresses = look_up(to, resolve, limits)?;
-    let mut failed = Trouble::Unreachable("the name has no address".to_owned());
-    for (number, address) in addresses.iter().enumerate() {
-        limits.check()?;
-        let left = limits.deadline.saturating_duration_since(Instant::now());
-        // The addresses share the time, so that one that does not answer leaves some for the others.
-        let share = left / (addresses.len() - number) as u32;
-        match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
-            Ok(socket) => return prepare(socket).map_err(|e| broken(&e)),
-            Err(e) if e.kind() == ErrorKind::TimedOut => failed = Trouble::TimedOut,
-            Err(e) => failed = Trouble::Unreachable(format!("connecting failed: {e}")),
-        }
-    }
-    Err(failed)
+/// Reason why an address gave no connection.
+enum Refused {
+    /// Nothing answered there, or the connection was cut.
+    Unanswered(Trouble),
+    /// The handshake failed.
+    ByTls(Trouble),
 }
 
 fn prepare(socket: TcpStream) -> io::Result<TcpStream> {
+    let seconds = |time: Duration| u32::try_from(time.as_secs()).unwrap_or(u32::MAX);
     socket.set_nodelay(true)?;
     socket.set_read_timeout(Some(TICK))?;
     socket.set_write_timeout(Some(TICK))?;
+    setsockopt(&socket, sockopt::KeepAlive, &true)?;
+    setsockopt(&socket, sockopt::TcpKeepIdle, &seconds(KEEPALIVE))?;
+    setsockopt(&socket, sockopt::TcpKeepInterval, &seconds(UNCONFIRMED / 4))?;
+    setsockopt(&socket, sockopt::TcpUserTimeout, &(seconds(UNCONFIRMED) * 1000))?;
     Ok(socket)
 }
 
@@ -377,10 +412,8 @@ fn write_all(socket: &mut TcpStream, mut bytes: &[u8], limits: Limits<'_>) -> Re
 }
 
 fn is_tick(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-    )
+    // A wait that has passed is WouldBlock. TimedOut is the kernel's word that the other end confirms nothing any more.
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 fn broken(error: &io::Error) -> Trouble {
@@ -431,6 +464,53 @@ mod tests {
             deadline: Instant::now() + Duration::from_secs(60),
             closing,
         }
+    }
+
+    /// "in their order, that answers"
+    #[test]
+    fn an_address_that_does_not_answer_gives_way_to_the_next_within_the_limit() {
+        // Takes connections, and never says a word; the other one closes them.
+        let silent = TcpListener::bind("127.0.0.2:0").unwrap();
+        let port = silent.local_addr().unwrap().port();
+        let cutting = TcpListener::bind(("127.0.0.4", port)).unwrap();
+        std::thread::spawn(move || cutting.incoming().for_each(drop));
+        let (tls, _) = trust::client_config(&Trust::default()).unwrap();
+        let tls = Arc::new(tls);
+        let answering = TcpListener::bind(("127.0.0.5", port)).unwrap();
+        let reached = std::thread::spawn(move || {
+            answering
+                .accept()
+                .map(|(mut socket, _)| socket.read(&mut [0; 64]).unwrap())
+        });
+        // No server is at the second address.
+        let resolve = ["127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"];
+        let resolve: Vec<_> = resolve.iter().map(|at| ("h".to_owned(), at.parse().unwrap())).collect();
+        let to = Endpoint {
+            tls: true,
+            host: "h".to_owned(),
+            port,
+        };
+        let limits = limits_of(&OPEN).within(Duration::from_secs(4));
+        let failed = Wire::connect(&to, &resolve, &tls, limits).err();
+        assert!(
+            matches!(failed, Some(Trouble::Unreachable(_) | Trouble::TimedOut)),
+            "{failed:?}"
+        );
+        assert!(reached.join().unwrap().unwrap() > 0, "the last address was not tried");
+    }
+
+    #[test]
+    fn the_kernel_ends_a_connection_whose_other_end_has_vanished() {
+        let (wire, _server) = connected();
+        assert!(sockopt_of(&wire, sockopt::KeepAlive));
+        assert_eq!(sockopt_of(&wire, sockopt::TcpUserTimeout), 10_000);
+        // The end of such a connection is an error, and no wait that goes on.
+        assert!(!is_tick(&io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+        assert!(is_tick(&io::Error::from_raw_os_error(libc::EAGAIN)));
+    }
+
+    fn sockopt_of<O: nix::sys::socket::GetSockOpt>(wire: &Wire, option: O) -> O::Val {
+        nix::sys::socket::getsockopt(&wire.socket, option).unwrap()
     }
 
     #[test]
