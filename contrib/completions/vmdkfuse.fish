@@ -165,7 +165,7 @@ complete -c vmdkfuse -l config -r -d 'Mount the disks that a TOML file describes
 complete -c vmdkfuse -s v -l verbose -d 'Verbose output (repeatable)'
 complete -c vmdkfuse -l log-file -r -d 'Append log messages to FILE'
 complete -c vmdkfuse -l log-format -x -a 'text json' -d 'Format of log messages'
-complete -c vmdkfuse -l list -d 'List the exports of an NBD server, or the files of cache-dir=DIR'
+complete -c vmdkfuse -l list -d 'List the exports of an NBD server, the datastores of server=HOST, a folder on a web server, or the files of cache-dir=DIR'
 complete -c vmdkfuse -l info -d 'Show what a source is: size, format, extents, chain'
 complete -c vmdkfuse -l map -d 'Show where data, holes and zeroes are'
 complete -c vmdkfuse -l check -d 'Check a VMDK\'s tables and chain, or the blocks of cache-dir=DIR'

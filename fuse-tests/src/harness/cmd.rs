@@ -345,3 +345,11 @@ mod tests {
             .one_error(1, &[]);
     }
 }
+
+/// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
+pub fn guestfish(arguments: &[&str]) -> Outcome {
+    let fish = Cmd::new("guestfish")
+        .env("LIBGUESTFS_BACKEND", "direct")
+        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
+}

@@ -10,6 +10,7 @@
 mod datastore;
 mod disk_tier;
 mod faults;
+mod guest;
 mod listing;
 mod server;
 mod web;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, Outcome, Scratch, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256,
+    Cmd, Mount, Scratch, guestfish, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256,
     skip,
 };
 
@@ -139,14 +139,6 @@ fn guestfish_reads_the_file_system() {
         "{seen}"
     );
     mount.unmount();
-}
-
-/// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
-fn guestfish(arguments: &[&str]) -> Outcome {
-    let fish = Cmd::new("guestfish")
-        .env("LIBGUESTFS_BACKEND", "direct")
-        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
 }
 
 /// "guestfish writes a file into an image, qemu-img check and a second guestfish read agree"
