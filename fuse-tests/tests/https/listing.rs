@@ -132,7 +132,7 @@ fn a_folder_of_any_web_server_is_listed_if_the_server_lists_it() {
 
 /// Creates a disk of three files, and its raw content beside them: `NAME.raw` in the scratch folder.
 fn split_disk(scratch: &Scratch, dir: &Path, name: &str, seed: u64) {
-    let raw = scratch.path(&format!("{name}.raw"));
+    let raw = scratch.path(format!("{name}.raw"));
     raw_with_islands(&raw, 8 * MIB, seed);
     for (kind, suffix) in [("monolithicFlat", ""), ("twoGbMaxExtentSparse", " split")] {
         let disk = dir.join(format!("{name}{suffix}.vmdk"));
@@ -218,7 +218,7 @@ fn a_pattern_that_cannot_be_mounted_is_explained() {
     }
     let scratch = Scratch::new();
     for vm in ["a", "b"] {
-        fs::write(scratch.mkdir(&format!("ds/{vm}")).join("x-flat.vmdk"), vec![1; 4096]).unwrap();
+        fs::write(scratch.mkdir(format!("ds/{vm}")).join("x-flat.vmdk"), vec![1; 4096]).unwrap();
     }
     let server = Server::vsim(&scratch, &scratch.path("ds"), &[]);
     let login = [login(&scratch, &server).as_slice(), &["datacenter=DC0".to_owned()]].concat();
