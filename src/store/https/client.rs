@@ -10,7 +10,7 @@
 //! of a body. All attempts of a request together have `timeout=`.
 //!
 //! Bounds against a hostile server: at most [`MAX_REDIRECTS`] redirects, never to plain HTTP and never with credentials to
-//! another host; error texts are read up to [`MAX_ERROR_TEXT`]; a body that is longer than its range ends the request.
+//! another host; error texts and pages are bounded (`page.rs`); a body that is longer than its range ends the request.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -18,7 +18,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, COOKIE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, COOKIE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::header::{IF_RANGE, LOCATION, RANGE};
 use reqwest::{Method, StatusCode, Url};
 
@@ -27,7 +27,8 @@ use super::answer::{self, Misfit, Version};
 use super::failure::{Failure, Next, pause_before};
 use super::http1::Http1;
 use super::library::{Library, LibraryOptions};
-use super::listing::MAX_PAGE;
+use super::logout::log_out;
+use super::page::{error_text, page};
 use super::session::{Authorization, Session};
 use super::slots::Slots;
 use super::transport::{Answer, Limits, Piece, Request, TICK, Transport, Trouble};
@@ -48,12 +49,8 @@ const CONNECT: Duration = Duration::from_secs(15);
 const USER_AGENT: &str = concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION"));
 /// Deadline of a request for the headers alone.
 const VERSION_TIME: Duration = Duration::from_secs(10);
-/// Deadline of the logout, which no one depends on.
-const LOGOUT: Duration = Duration::from_secs(5);
 
 const MAX_REDIRECTS: u32 = 5;
-/// Bytes of the text of an error answer that are read.
-const MAX_ERROR_TEXT: usize = 4096;
 /// Logins that replace an ended session, for one request.
 const MAX_LOGINS: u32 = 2;
 /// Retries at the start of errors that are not those of reaching the server.
@@ -534,54 +531,13 @@ impl Client {
             Misfit::Wrong(how) => Failure::retry(format!("the answer does not fit the request: {how}")),
         }
     }
-
-    /// Ends the session that this process began.
-    fn log_out(&self) {
-        let Some(cookie) = self.session.take() else {
-            return;
-        };
-        let closing = AtomicBool::new(false);
-        let limits = Limits {
-            deadline: Instant::now() + LOGOUT,
-            closing: &closing,
-        };
-        // The name of the session manager: that of a vCenter, then that of an ESXi.
-        let mut managers = ["SessionManager", "ha-sessionmgr"].iter();
-        match managers.any(|manager| self.ask_to_log_out(&cookie, manager, limits)) {
-            true => tracing::debug!("{}: logged out", self.host()),
-            false => tracing::info!(
-                "{}: the logout failed: the session ends by itself after some time",
-                self.host()
-            ),
-        }
-    }
-
-    fn ask_to_log_out(&self, cookie: &HeaderValue, manager: &str, limits: Limits<'_>) -> bool {
-        let body = format!(
-            "<?xml version=\"1.0\" encoding=\"UTF-8\"?><soapenv:Envelope \
-             xmlns:soapenv=\"http://schemas.xmlsoap.org/soap/envelope/\"><soapenv:Body><Logout xmlns=\"urn:vim25\">\
-             <_this type=\"SessionManager\">{manager}</_this></Logout></soapenv:Body></soapenv:Envelope>"
-        );
-        let mut url = self.origin.clone();
-        url.set_path("/sdk");
-        let mut headers = HeaderMap::new();
-        headers.insert(COOKIE, cookie.clone());
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/xml; charset=utf-8"));
-        headers.insert("SOAPAction", HeaderValue::from_static("urn:vim25"));
-        let request = Request {
-            method: Method::POST,
-            url: &url,
-            headers,
-            body: body.as_bytes(),
-        };
-        let answer = self.transport.send(&request, limits);
-        answer.is_ok_and(|answer| answer.status.is_success())
-    }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.log_out();
+        if let Some(cookie) = self.session.take() {
+            log_out(&self.transport, &self.origin, &cookie);
+        }
     }
 }
 
@@ -613,41 +569,4 @@ fn sleep(pause: Duration, limits: Limits<'_>) -> Result<(), Trouble> {
         }
         std::thread::sleep(left.min(TICK));
     }
-}
-
-/// Passes the page of a folder to `sink`, as a whole.
-fn page(mut answer: Answer, limits: Limits<'_>, sink: Piece<'_>) -> Result<Version, Failure> {
-    let kind = answer::text(&answer.headers, CONTENT_TYPE).unwrap_or_default();
-    if !kind.to_ascii_lowercase().starts_with("text/html") {
-        return Err(Failure::fatal(
-            ErrorKind::Unsupported,
-            "is a file and not a folder: --info describes a file",
-        ));
-    }
-    let mut page = Vec::new();
-    while answer.read(limits, &mut |bytes| page.extend_from_slice(bytes))? {
-        if page.len() > MAX_PAGE {
-            let text = format!("the listing is longer than {} MiB", MAX_PAGE >> 20);
-            return Err(Failure::fatal(ErrorKind::Corrupt, text));
-        }
-    }
-    sink(&page);
-    Ok(Version::of(page.len() as u64, &answer.headers))
-}
-
-/// Returns the first line of the text of an error answer, after a colon; empty if there is none.
-fn error_text(mut answer: Answer, limits: Limits<'_>) -> String {
-    let mut text = Vec::new();
-    while let Ok(true) = answer.read(limits, &mut |bytes| text.extend_from_slice(bytes)) {
-        if text.len() > MAX_ERROR_TEXT {
-            break;
-        }
-    }
-    let text = String::from_utf8_lossy(&text);
-    let line = text.lines().next().unwrap_or_default().trim();
-    // A page in HTML says nothing in its first line.
-    if line.is_empty() || line.starts_with('<') {
-        return String::new();
-    }
-    format!(": {}", printable(line.chars().take(200).collect::<String>()))
 }
