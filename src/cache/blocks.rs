@@ -128,8 +128,9 @@ impl CachedBlocks {
     /// Creates the blocks of `fetch`, whose read-ahead is at most `readahead` bytes.
     pub fn new(fetch: Arc<dyn Fetch>, memory: Arc<BlockMemory>, pool: Arc<FetchPool>, readahead: u64) -> Self {
         let block = fetch.block().max(1);
-        // A prefetched block must still be cached when it is read, so a window covers at most a quarter of the memory.
-        let window = readahead.min(memory.bytes / 4) / block;
+        // A prefetched block must still be cached when it is read, so a window covers less than the part of the memory that
+        // new blocks have.
+        let window = readahead.min(memory.bytes / 8 * 3) / block;
         let shared = Arc::new(Shared {
             file: memory.files.fetch_add(1, Ordering::Relaxed),
             len: fetch.len(),
@@ -206,7 +207,10 @@ impl CachedBlocks {
     /// The reader fetches its first run itself, without waiting for a thread to wake.
     fn enqueue_missing(&self, blocks: &Range<u64>) {
         let shared = &self.shared;
-        let ahead = lock(&shared.streams).read(blocks);
+        let (ahead, window) = {
+            let mut streams = lock(&shared.streams);
+            (streams.read(blocks), streams.widest())
+        };
         let first_run = blocks.start + shared.fetch.max_run();
         if self.pool.is_empty() || (first_run >= blocks.end && ahead.is_empty()) {
             return;
@@ -215,7 +219,9 @@ impl CachedBlocks {
         let missing = |b: &u64| !shared.is_known(*b);
         let requested: Vec<u64> = (first_run..blocks.end).filter(missing).collect();
         let prefetch: Vec<u64> = (ahead.start.min(last)..ahead.end.min(last)).filter(missing).collect();
-        self.pool.queue(shared, &requested, &prefetch);
+        // All threads together have the window in flight.
+        let run = (window / self.pool.threads()).clamp(shared.max_run(), shared.max_run_ahead());
+        self.pool.queue(shared, &requested, &prefetch, run);
     }
 }
 
@@ -229,6 +235,10 @@ impl Drop for CachedBlocks {
 impl Shared {
     pub(super) fn max_run(&self) -> u64 {
         self.fetch.max_run().max(1)
+    }
+
+    fn max_run_ahead(&self) -> u64 {
+        self.fetch.max_run_ahead().max(self.max_run())
     }
 
     fn key(&self, block: u64) -> u64 {

@@ -49,6 +49,12 @@ pub trait Fetch: fmt::Debug + Send + Sync {
     /// Returns the largest number of neighbouring blocks of one fetch.
     fn max_run(&self) -> u64;
 
+    /// Returns the largest number of neighbouring blocks of one fetch ahead of a reader. A fetch from far away should be long:
+    /// between the end of one and the first byte of the next lies a round trip, in which its connection carries nothing.
+    fn max_run_ahead(&self) -> u64 {
+        self.max_run()
+    }
+
     /// Returns the longest time that a reader waits for the fetch of another thread.
     fn deadline(&self) -> Duration;
 

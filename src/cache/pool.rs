@@ -43,6 +43,8 @@ struct QueueState {
 struct QueuedBlock {
     file: Weak<Shared>,
     number: u64,
+    /// Largest number of blocks of the fetch that brings it.
+    most: u64,
 }
 
 impl FetchPool {
@@ -67,23 +69,32 @@ impl FetchPool {
         self.threads.is_empty()
     }
 
-    /// Queues blocks of a file. What does not fit is left out.
-    pub(super) fn queue(&self, file: &Arc<Shared>, requested: &[u64], prefetch: &[u64]) {
+    /// Returns the number of threads.
+    pub(super) fn threads(&self) -> u64 {
+        self.threads.len() as u64
+    }
+
+    /// Queues blocks of a file. What does not fit is left out. `run_ahead`: largest number of blocks of one fetch of
+    /// `prefetch`.
+    pub(super) fn queue(&self, file: &Arc<Shared>, requested: &[u64], prefetch: &[u64], run_ahead: u64) {
         let added = requested.len() + prefetch.len();
         if added == 0 {
             return;
         }
-        let block = |number: &u64| QueuedBlock {
+        let block = |number: &u64, most: u64| QueuedBlock {
             file: Arc::downgrade(file),
             number: *number,
+            most,
         };
+        let run = file.max_run();
         let mut state = self.queue.state();
         let space = |queued: usize| MAX_QUEUED.saturating_sub(queued);
         let (requested_space, prefetch_space) = (space(state.requested.len()), space(state.prefetch.len()));
         state
             .requested
-            .extend(requested.iter().take(requested_space).map(block));
-        state.prefetch.extend(prefetch.iter().take(prefetch_space).map(block));
+            .extend(requested.iter().take(requested_space).map(|number| block(number, run)));
+        let prefetch = prefetch.iter().take(prefetch_space);
+        state.prefetch.extend(prefetch.map(|number| block(number, run_ahead)));
         // A thread that is woken while the lock is held would have to wait for it at once.
         drop(state);
         if added > 1 {
@@ -91,6 +102,12 @@ impl FetchPool {
         } else {
             self.queue.wake.notify_one();
         }
+    }
+
+    /// Takes the next blocks in place of a thread. Returns true with blocks that a reader waits for.
+    #[cfg(test)]
+    pub(super) fn next(&self) -> Option<(Range<u64>, bool)> {
+        self.queue.next().map(|(_, blocks, requested)| (blocks, requested))
     }
 
     #[cfg(test)]
@@ -146,8 +163,7 @@ impl FetchQueue {
 
 /// Takes the first block of a queue, and the blocks behind it that one fetch can bring as well.
 fn pop_run(queue: &mut VecDeque<QueuedBlock>) -> Option<(Weak<Shared>, Range<u64>)> {
-    let QueuedBlock { file, number } = queue.pop_front()?;
-    let most = file.upgrade().map_or(1, |file| file.max_run());
+    let QueuedBlock { file, number, most } = queue.pop_front()?;
     let mut end = number + 1;
     while end - number < most
         && queue

@@ -56,6 +56,11 @@ impl ReadStreams {
         }
     }
 
+    /// Returns the largest window of a stream.
+    pub(crate) fn widest(&self) -> u64 {
+        self.streams.iter().map(|s| s.window).max().unwrap_or(0)
+    }
+
     /// Returns true if a block was prefetched for a stream that has not read it yet.
     pub(crate) fn wants(&self, block: u64) -> bool {
         self.streams.iter().any(|s| (s.next..s.fetched).contains(&block))
@@ -80,8 +85,8 @@ impl ReadStreams {
             }
             let from = s.fetched.max(s.next);
             let to = s.next + s.window;
-            // Half a window at a time, so that the workers get batches instead of single blocks.
-            if to <= from || to - from < s.window / 2 {
+            // A quarter of a window at a time, so that the workers get batches instead of single blocks, and never run dry.
+            if to <= from || to - from < s.window / 4 {
                 return 0..0;
             }
             s.fetched = to;

@@ -318,7 +318,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.cache = values::page_cache(v); Ok(()) }),
     Key::ready("cache-size", Group::Every, ValueKind::Size, "RAM for cached blocks of this disk, if they are compressed or remote (default: 32M, on a web server 64M)",
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
-    Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 16M)",
+    Key::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 24M)",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
     Key::ready("backend", Group::Every, one_of(&["native", "nbd", "https", "vddk"]),
         "back end to use (default: by the source)",

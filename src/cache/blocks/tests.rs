@@ -141,6 +141,16 @@ fn a_sequential_reader_finds_the_next_blocks_in_memory() {
 }
 
 #[test]
+fn a_fetch_ahead_of_a_reader_is_longer_than_one_that_it_waits_for() {
+    let file = Numbered::new(100 * BLOCK);
+    let cache = cache(&file, 0, 0);
+    let (requested, ahead): (Vec<u64>, Vec<u64>) = ((0..10).collect(), (10..60).collect());
+    cache.pool.queue(&cache.shared, &requested, &ahead, 32);
+    let taken: Vec<_> = (0..4).map_while(|_| cache.pool.next()).collect();
+    assert_eq!(taken, [(0..8, true), (8..10, true), (10..42, false), (42..60, false)]);
+}
+
+#[test]
 fn files_that_share_memory_keep_their_blocks_apart() {
     let (one, other) = (Numbered::new(8 * BLOCK), Numbered::new(8 * BLOCK));
     let memory = Arc::new(BlockMemory::new(256 * BLOCK, BLOCK, 16).unwrap());

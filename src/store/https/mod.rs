@@ -63,10 +63,12 @@ const SMALL_BLOCK: u64 = 4 << 10;
 const FIRST_BLOCKS: u64 = 2;
 /// Most blocks of one request: a MiB, and one more for a read that does not start at a block.
 const MAX_RUN: u64 = 33;
+/// Most blocks of one request of read-ahead: 4 MiB. Eight of them keep a line of 1 GB/s with a round trip of 20 ms busy.
+const MAX_RUN_AHEAD: u64 = 128;
 /// Default memory for blocks of a disk.
 const CACHE: u64 = 64 << 20;
-/// Default bound of read-ahead: what eight connections have in flight, twice.
-const READAHEAD: u64 = 16 << 20;
+/// Default bound of read-ahead: what eight connections have in flight.
+const READAHEAD: u64 = 24 << 20;
 
 /// State that the files of one disk share.
 #[derive(Debug)]
@@ -345,6 +347,10 @@ impl Fetch for RemoteBlocks {
 
     fn max_run(&self) -> u64 {
         MAX_RUN
+    }
+
+    fn max_run_ahead(&self) -> u64 {
+        MAX_RUN_AHEAD
     }
 
     fn deadline(&self) -> Duration {
