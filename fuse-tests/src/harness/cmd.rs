@@ -301,6 +301,14 @@ fn text(file: &File) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
+pub fn guestfish(arguments: &[&str]) -> Outcome {
+    let fish = Cmd::new("guestfish")
+        .env("LIBGUESTFS_BACKEND", "direct")
+        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
+    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -344,12 +352,4 @@ mod tests {
             .run()
             .one_error(1, &[]);
     }
-}
-
-/// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
-pub fn guestfish(arguments: &[&str]) -> Outcome {
-    let fish = Cmd::new("guestfish")
-        .env("LIBGUESTFS_BACKEND", "direct")
-        .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
 }
