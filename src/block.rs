@@ -17,8 +17,13 @@ use std::num::NonZeroU64;
 use std::ops::{ControlFlow, Range};
 use std::os::fd::BorrowedFd;
 
+mod poller;
+
+pub use poller::{CompletionPoller, Stay};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::RoomNeeded;
+use crate::write_latch::WriteLatch;
 
 /// Size of a sector in bytes.
 pub const SECTOR: u64 = 512;
@@ -174,6 +179,9 @@ pub enum RunPlace {
 /// Disk that can be written. If a request fails or a crash interrupts it, each of its sectors has the old or the new
 /// content.
 pub trait BlockWrite: BlockRead {
+    /// Returns the write latch of the disk, which all users of the disk share. Does no I/O.
+    fn latch(&self) -> &WriteLatch;
+
     /// Makes durable what must be durable before the first change of content: a new CID, the mark of an image in use.
     ///
     /// All methods that write do this on their own. The caller must call it before the content is changed from outside,
@@ -207,8 +215,8 @@ pub trait BlockWrite: BlockRead {
 
     /// Makes durable everything that was written before the call.
     ///
-    /// An error is final, except for a [`BlockQueue`] that can replay its writes: all later flushes fail too, because
-    /// the kernel reports a failed writeback only once and then forgets the data.
+    /// An error after which data may be lost sets the [`latch`](Self::latch): all later flushes fail too. After any other
+    /// error a later flush covers the same writes.
     fn flush(&self) -> Result<()>;
 
     /// Flushes, and marks the image as properly closed. A later write is possible and marks it as in use again.
@@ -231,9 +239,6 @@ pub type Completion = Box<dyn FnOnce(Result<()>) + Send>;
 ///
 /// Each `done` is called once, within bounded time, by any thread, possibly before the submitting call returns. It must
 /// not wait for this disk.
-///
-/// After one or more submissions the caller must call [`poll_completions`](Self::poll_completions); otherwise it may
-/// take long until a thread reads the answers.
 pub trait BlockQueue: BlockRead {
     /// Submits a read, as [`BlockRead::read_at`].
     fn submit_read(&self, at: Lba, sectors: u64, done: ReadCompletion);
@@ -259,21 +264,11 @@ pub trait BlockQueue: BlockRead {
     /// Forgets what is known of the content, which other clients may have changed.
     fn forget_content(&self);
 
-    /// Ensures that answers are read: by this thread for as long as `stay` allows, which saves the switch to another
-    /// thread, and by another thread afterwards.
-    fn poll_completions(&self, stay: Stay<'_>);
-}
-
-/// Time for which a thread may read the answers of a [`BlockQueue`].
-#[derive(Debug, Clone, Copy)]
-pub enum Stay<'a> {
-    /// Not at all: the thread has other work.
-    No,
-    /// For as long as the next answer arrives soon.
-    Patiently,
-    /// Until the descriptor is readable, which announces other work for the thread. Such a thread calls
-    /// [`BlockQueue::poll_completions`] again soon.
-    Until(BorrowedFd<'a>),
+    /// Returns the interface by which the submitting thread reads the answers, or `None` if the queue has threads of its
+    /// own for that.
+    fn poller(&self) -> Option<&dyn CompletionPoller> {
+        None
+    }
 }
 
 /// Checks that `bytes` at sector `at` are whole sectors on a disk of `geometry`. Returns the number of sectors.

@@ -34,6 +34,8 @@
 //! | [`process`] | daemon, signals, pidfile, log, and the life of a mount from start to exit status |
 //! | [`inspect`] | the actions that examine a disk and print the result |
 //!
+//! [`write_latch`] decides that nothing of a disk is durable any more, for all engines.
+//!
 //! Dependencies point downwards only. The engine in `vmdk/` knows no FUSE, no command line and no paths other than the
 //! names that it passes to its store. [`error`] and [`error_log`] serve all layers; only `fuse/` converts errors to
 //! `errno`.
@@ -63,3 +65,4 @@ pub mod store;
 mod test_disk;
 pub mod vmdk;
 pub mod volume;
+pub mod write_latch;

@@ -4,11 +4,10 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::Sender;
 
-use crate::block::{
-    BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay,
-};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR};
 use crate::error::{Error, Result};
 use crate::store::RoomNeeded;
+use crate::write_latch::WriteLatch;
 
 type Read = dyn Fn(Lba, &mut [u8]) -> Result<()> + Send + Sync;
 type Flush = dyn Fn() -> Result<()> + Send + Sync;
@@ -23,6 +22,7 @@ pub(crate) struct TestDisk {
     queues: bool,
     /// Receives the completions of submitted flushes. `None`: they complete at once.
     begun: Option<Sender<Completion>>,
+    latch: WriteLatch,
 }
 
 impl TestDisk {
@@ -35,6 +35,7 @@ impl TestDisk {
             flush: None,
             queues: false,
             begun: None,
+            latch: WriteLatch::default(),
         }
     }
 
@@ -122,11 +123,13 @@ impl BlockQueue for TestDisk {
     }
 
     fn forget_content(&self) {}
-
-    fn poll_completions(&self, _stay: Stay<'_>) {}
 }
 
 impl BlockWrite for TestDisk {
+    fn latch(&self) -> &WriteLatch {
+        &self.latch
+    }
+
     fn prepare_external_write(&self) -> Result<()> {
         Ok(())
     }

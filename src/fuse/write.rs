@@ -93,7 +93,8 @@ impl DiskFile {
             }
             file.note_flush(result);
         });
-        self.volume().submit(Request::Flush { kind, done });
+        let handle = None;
+        self.volume().submit(Request::Flush { kind, handle, done });
     }
 
     /// Allocates or discards a range, or fills it with zeroes, as the `mode` of fallocate(2) requests.

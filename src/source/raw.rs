@@ -27,7 +27,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
 use crate::error::{Error, Result};
-use crate::store::{RoomNeeded, StoredFile, StoredWrite, WriteLatch, writer};
+use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
+use crate::write_latch::WriteLatch;
 
 /// Raw image; see the module documentation.
 #[derive(Debug)]
@@ -211,6 +212,10 @@ impl BlockWrite for RawDisk {
 
     fn slow_zeroing(&self, _range: Range<Lba>) -> Option<String> {
         self.file.writer().and_then(StoredWrite::slow_zeroing)
+    }
+
+    fn latch(&self) -> &WriteLatch {
+        &self.latch
     }
 
     fn flush(&self) -> Result<()> {

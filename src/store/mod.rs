@@ -37,7 +37,6 @@ pub(crate) mod package;
 mod permissions;
 mod room;
 mod vmware_lock_file;
-mod write_latch;
 
 pub(crate) use crate::escape::printable;
 pub use atomic_create::{make_user_path, unnamed};
@@ -49,7 +48,6 @@ pub use open_policy::OpenPolicy;
 pub(crate) use permissions::Permissions;
 pub(crate) use room::AllocationUnit;
 pub use room::RoomNeeded;
-pub(crate) use write_latch::WriteLatch;
 
 /// Access for which a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

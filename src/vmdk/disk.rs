@@ -21,6 +21,7 @@ use crate::vmdk::inflate::inflate;
 use crate::vmdk::open::{Chain, OpenOptions, Opener};
 use crate::vmdk::orphan::LostParent;
 use crate::vmdk::write::{Writer, refuse_with_children};
+use crate::write_latch::WriteLatch;
 
 /// An open VMDK with its chain.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub struct VmdkDisk {
     pub(super) lost_parent: Option<Error>,
     /// Writing half, if the disk was opened for writing.
     pub(super) writer: Option<Writer>,
+    /// Write latch of `writer`; never set without one.
+    pub(super) latch: Arc<WriteLatch>,
 }
 
 impl VmdkDisk {
@@ -83,6 +86,7 @@ impl VmdkDisk {
         }
         let writer = Writer::new(newest)?;
         Ok(Self {
+            latch: Arc::clone(&writer.latch),
             writer: Some(writer),
             ..Self::of(chain)?
         })
@@ -125,6 +129,7 @@ impl VmdkDisk {
                 .map(|reason| Arc::new(LostParent { sectors, reason }) as Arc<dyn BlockRead>),
             lost_parent,
             writer: None,
+            latch: Arc::default(),
         })
     }
 

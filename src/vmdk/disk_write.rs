@@ -17,6 +17,7 @@ use crate::vmdk::extent::Extent;
 use crate::vmdk::write::{
     Backing, ExtentWriter, Writer, refuse_overlapping_extents, refuse_unwritable, refuse_with_children,
 };
+use crate::write_latch::WriteLatch;
 
 /// Sectors zeroed between two checks of the backlog: 1 GiB.
 const ZERO_PIECE: u64 = 1 << 21;
@@ -145,7 +146,7 @@ impl VmdkDisk {
     /// Returns the writing half of a flat extent's file. Sets the write latch if another process truncated the file: a
     /// write after the new end would extend it again, with zeroes in place of the lost data.
     fn flat_file<'f>(&self, file: &'f Arc<dyn StoredFile>) -> Result<&'f dyn StoredWrite> {
-        self.writer_and_link()?.0.latch.check_not_truncated(&**file, file.len())
+        self.latch.check_not_truncated(&**file, file.len())
     }
 
     fn backing_of<'a>(&'a self, placed: &PlacedExtent) -> BackingChain<'a> {
@@ -158,6 +159,10 @@ impl VmdkDisk {
 }
 
 impl BlockWrite for VmdkDisk {
+    fn latch(&self) -> &WriteLatch {
+        &self.latch
+    }
+
     fn prepare_external_write(&self) -> Result<()> {
         let (writer, _) = self.writer_and_link()?;
         let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);

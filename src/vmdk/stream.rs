@@ -12,8 +12,8 @@
 //! stream). A write after `close` truncates the file to its grains and continues after them, so a stream can be closed
 //! more than once.
 //!
-//! A failed sync is final: no later write, flush or close succeeds, as the kernel may have dropped the dirty pages.
-//! Reads continue to work.
+//! A failed sync, or a file that another process has truncated, sets the write latch: no later write, flush or close
+//! succeeds. Reads continue to work.
 //!
 //! A compressed grain cannot be changed. Sequential writers still rewrite recent sectors: a caller that fills a block
 //! in parts writes it again, and several threads may deliver sequential requests out of order. So the newest grains
@@ -29,10 +29,10 @@ use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::RoomNeeded;
-use crate::store::{StoredFile, writer};
+use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
 use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
+use crate::write_latch::WriteLatch;
 
 /// Sectors of a grain: 64 KiB, the grain size of all streams in the field.
 const GRAIN: u64 = 128;
@@ -63,6 +63,8 @@ pub struct StreamDisk {
     geometry: Geometry,
     /// Held for each whole operation: operations on a stream are serialized.
     state: Mutex<StreamState>,
+    /// Set by a failed sync or a truncated file.
+    latch: Arc<WriteLatch>,
 }
 
 #[derive(Debug)]
@@ -70,8 +72,8 @@ struct StreamState {
     written: WrittenPart,
     window: Window,
     end: StreamEnd,
-    /// Error of the first sync that failed. It latches: the kernel may have dropped the pages that were dirty then.
-    sync_error: Option<Error>,
+    /// That of the disk.
+    latch: Arc<WriteLatch>,
     /// Grain that was inflated last, as readers fetch a grain in several small requests.
     last_inflated: Option<(u64, Vec<u8>)>,
 }
@@ -157,11 +159,12 @@ impl StreamDisk {
             first: 0,
             bytes: Vec::new(),
         };
+        let latch = Arc::<WriteLatch>::default();
         let state = StreamState {
             written,
             window,
             end: StreamEnd::Open,
-            sync_error: None,
+            latch: Arc::clone(&latch),
             last_inflated: None,
         };
         Ok(Self {
@@ -171,6 +174,7 @@ impl StreamDisk {
                 preferred: 1,
             },
             state: Mutex::new(state),
+            latch,
         })
     }
 
@@ -233,6 +237,10 @@ impl BlockRead for StreamDisk {
 }
 
 impl BlockWrite for StreamDisk {
+    fn latch(&self) -> &WriteLatch {
+        &self.latch
+    }
+
     /// Opens a closed stream again: takes its end off the file.
     fn prepare_external_write(&self) -> Result<()> {
         self.state().reopen()
@@ -244,7 +252,7 @@ impl BlockWrite for StreamDisk {
     fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
         check_range(&self.geometry, at, buf.len())?;
         let mut state = self.state();
-        state.refuse_after_failed_sync()?;
+        state.check_latch()?;
         state.refuse_out_of_order(at.0)?;
         state.reopen()?;
         let mut done = 0;
@@ -264,7 +272,7 @@ impl BlockWrite for StreamDisk {
         check_range(&self.geometry, range.start, 0)?;
         check_range(&self.geometry, range.end, 0)?;
         let mut state = self.state();
-        state.refuse_after_failed_sync()?;
+        state.check_latch()?;
         let window = state.window.first * GRAIN;
         // Tools clear the whole target before they copy: that is fine as long as no compressed grain has to change.
         if sectors > 0
@@ -309,10 +317,11 @@ impl BlockWrite for StreamDisk {
     /// Writes the window, the remaining tables and the footer, and last the magic that makes the file an image.
     fn close(&self) -> Result<()> {
         let mut state = self.state();
+        state.check_latch()?;
         if state.end == StreamEnd::Closed {
             return Ok(());
         }
-        state.refuse_after_failed_sync()?;
+        state.writable_file()?;
         state.end = StreamEnd::Tried;
         // The end is written from a clone: `state.written` still describes the grains alone, so a later write truncates
         // the file to them and continues.
@@ -322,7 +331,7 @@ impl BlockWrite for StreamDisk {
         written.finish()?;
         // Everything is durable before the magic changes: after a crash the file is complete or is not an image.
         state.sync()?;
-        writer(&*written.file)?.write_all_at(0, KDMV_MAGIC)?;
+        state.writable_file()?.write_all_at(0, KDMV_MAGIC)?;
         state.sync()?;
         state.end = StreamEnd::Closed;
         Ok(())
@@ -339,8 +348,7 @@ impl StreamState {
         if self.end == StreamEnd::Open {
             return Ok(());
         }
-        let file = Arc::clone(&self.written.file);
-        let out = writer(&*file)?;
+        let out = self.writable_file()?;
         // The magic goes first, durably: a crash during the truncation must not leave an image without its footer.
         out.write_all_at(0, KDMV_UNFINISHED)?;
         self.sync()?;
@@ -349,20 +357,21 @@ impl StreamState {
         Ok(())
     }
 
-    /// Syncs the file. A failure latches in `sync_error`.
-    fn sync(&mut self) -> Result<()> {
-        self.refuse_after_failed_sync()?;
-        writer(&*self.written.file)?
-            .sync()
-            .inspect_err(|e| self.sync_error = Some(e.clone()))
+    /// Syncs the file. A failure sets the latch.
+    fn sync(&self) -> Result<()> {
+        self.latch.sync(&*self.written.file)
     }
 
-    fn refuse_after_failed_sync(&self) -> Result<()> {
-        let within = |e: &Error| {
-            e.clone()
-                .within("the stream cannot be finished: an earlier sync failed")
-        };
-        self.sync_error.as_ref().map_or(Ok(()), |e| Err(within(e)))
+    /// Returns the writing half of the file. Sets the latch if another process truncated the file: its grains are lost,
+    /// and a write beyond its new end would put zeroes in their place.
+    fn writable_file(&self) -> Result<&dyn StoredWrite> {
+        self.latch
+            .check_not_truncated(&*self.written.file, self.written.end * SECTOR)
+    }
+
+    fn check_latch(&self) -> Result<()> {
+        let within = |e: Error| e.within("the stream cannot be finished");
+        self.latch.check().map_err(within)
     }
 
     fn refuse_out_of_order(&self, at: u64) -> Result<()> {
@@ -395,6 +404,7 @@ impl StreamState {
         let moved = moved.min(self.window.bytes.len());
         // If the append fails, for example because the store is full, the grains stay in the window and the caller can
         // retry.
+        self.writable_file()?;
         let before = self.written.position();
         let leaving = self.window.bytes.get(..moved).unwrap_or_default();
         if let Err(e) = self.written.append(self.window.first, leaving, TAIL) {

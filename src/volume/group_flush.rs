@@ -6,6 +6,7 @@
 //!                              │ no
 //!                              ├─ the disk has a queue ─► submitted here, answered on completion: no thread blocks
 //!                              ├─ a loop can be spared ─► runs here: no hop between threads
+//!                              ├─ the caller may wait   ─► runs here: the writeback timer, the unmount
 //!                              └─ else                 ─► runs in a thread of its own
 //!                              ▼
 //!                           flush ─► answers ─► requests waiting meanwhile? ─► flush again
@@ -22,11 +23,12 @@
 //! The mutex is held only to change the queue, never across a flush or an answer.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::volume::Volume;
+use crate::volume::durability::Durability;
 use crate::volume::loop_budget::LoopBudget;
 
 /// Guarantee that a request asks of a flush. The greater includes the smaller.
@@ -42,9 +44,22 @@ pub(crate) enum FlushKind {
 /// Called with the result of the flush that a request waits for.
 pub(crate) type FlushAnswer = Box<dyn FnOnce(&Result<()>) + Send>;
 
+/// Thread on which a flush that blocks may run.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum FlushOn<'a> {
+    /// The calling event loop, if it can be spared, or else a thread of its own.
+    SpareLoop(&'a LoopBudget),
+    /// A thread of its own.
+    OwnThread,
+    /// The calling thread, which has nothing else to do.
+    Caller,
+}
+
 /// Group flush of one disk.
-#[derive(Default)]
-pub(super) struct GroupFlush(Mutex<FlushQueue>);
+pub(super) struct GroupFlush {
+    durability: Durability,
+    queue: Mutex<FlushQueue>,
+}
 
 #[derive(Default)]
 struct FlushQueue {
@@ -71,17 +86,24 @@ impl std::fmt::Debug for GroupFlush {
 }
 
 impl GroupFlush {
-    /// Flushes `volume`, and calls `answer` once everything that was written before is durable.
+    /// Creates the group flush of a disk.
+    pub(super) fn new(durability: Durability) -> Self {
+        Self {
+            durability,
+            queue: Mutex::default(),
+        }
+    }
+
+    /// Returns the disk that is flushed.
+    pub(super) fn durability(&self) -> &Durability {
+        &self.durability
+    }
+
+    /// Flushes, and calls `answer` once everything that was written before is durable.
     ///
     /// Returns at once if the work is done by another thread or by the disk's queue. The caller has to poll that queue
-    /// afterwards, if there is one.
-    pub(super) fn flush(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        loops: &LoopBudget,
-        kind: FlushKind,
-        answer: FlushAnswer,
-    ) {
+    /// afterwards, if it can be polled.
+    pub(super) fn flush(self: &Arc<Self>, on: FlushOn<'_>, kind: FlushKind, answer: FlushAnswer) {
         {
             let mut queue = self.queue();
             if queue.running {
@@ -90,39 +112,59 @@ impl GroupFlush {
             }
             queue.running = true;
         }
-        if let Some(queue) = volume.queue() {
-            return self.submit(volume, queue, vec![answer]);
+        if let Some(queue) = self.durability.disk.queue() {
+            return self.submit(queue, vec![answer]);
         }
-        // A remote flush may take arbitrarily long, so it never gets an event loop.
-        let busy = if volume.is_remote() { None } else { loops.spare() };
-        if let Some(_busy) = busy {
-            return self.work(volume, kind, answer);
+        let _spared = match on {
+            FlushOn::Caller => return self.work(kind, answer),
+            FlushOn::SpareLoop(loops) => match loops.spare() {
+                Some(spared) => spared,
+                None => return self.work_in_own_thread(kind, answer),
+            },
+            FlushOn::OwnThread => return self.work_in_own_thread(kind, answer),
+        };
+        self.work(kind, answer);
+    }
+
+    /// Flushes on the calling thread, or waits for the thread that does.
+    pub(super) fn flush_here(self: &Arc<Self>, kind: FlushKind) -> Result<()> {
+        let (sender, result) = channel();
+        let answer = move |flushed: &Result<()>| {
+            // The receiver waits below.
+            let _ = sender.send(flushed.clone());
+        };
+        self.flush(FlushOn::Caller, kind, Box::new(answer));
+        if let Some(poller) = self.durability.disk.queue().and_then(BlockQueue::poller) {
+            poller.poll_completions(Stay::Patiently);
         }
+        result.recv().unwrap_or_else(|_dropped| Err(dropped()))
+    }
+
+    fn work_in_own_thread(self: &Arc<Self>, kind: FlushKind, answer: FlushAnswer) {
         // Shared with the thread, so that the request is not lost if the thread cannot be started.
         let first = Arc::new(Mutex::new(Some(answer)));
-        let (this, shared, its_volume) = (Arc::clone(self), Arc::clone(&first), Arc::clone(volume));
+        let (this, shared) = (Arc::clone(self), Arc::clone(&first));
         let spawned = std::thread::Builder::new().name("flush".to_owned()).spawn(move || {
             if let Some(answer) = take(&shared) {
-                this.work(&its_volume, kind, answer);
+                this.work(kind, answer);
             }
         });
         if spawned.is_err()
             && let Some(answer) = take(&first)
         {
-            self.work(volume, kind, answer);
+            self.work(kind, answer);
         }
     }
 
     /// Submits a flush for `answers`. When it completes at once, submits the next one for the requests that waited.
-    fn submit(self: &Arc<Self>, volume: &Arc<Volume>, queue: &dyn BlockQueue, mut answers: Vec<FlushAnswer>) {
+    fn submit(self: &Arc<Self>, queue: &dyn BlockQueue, mut answers: Vec<FlushAnswer>) {
         while !answers.is_empty() {
             self.queue().submitting = true;
             let mut flush = SubmittedFlush {
                 flushes: Arc::clone(self),
-                volume: Arc::clone(volume),
                 answers,
             };
-            volume.finishing();
+            self.durability.finishing();
             let submit = || queue.submit_flush(Box::new(move |result| flush.complete(&result)));
             if catch_unwind(AssertUnwindSafe(submit)).is_err() {
                 tracing::error!("submitting a flush panicked; its requests are answered with EIO");
@@ -151,13 +193,10 @@ impl GroupFlush {
     }
 
     /// Flushes for `first`, then for the requests that waited meanwhile, until none is left.
-    fn work(&self, volume: &Volume, mut kind: FlushKind, first: FlushAnswer) {
+    fn work(&self, mut kind: FlushKind, first: FlushAnswer) {
         let mut answers = vec![first];
         while !answers.is_empty() {
-            let flush = || match kind {
-                FlushKind::Durable => volume.flush(),
-                FlushKind::Complete => volume.close(),
-            };
+            let flush = || self.durability.flush(kind);
             let result = catch_unwind(AssertUnwindSafe(flush)).unwrap_or_else(|_| {
                 Err(Error::new(
                     ErrorKind::Os(libc::EIO),
@@ -169,26 +208,33 @@ impl GroupFlush {
         }
     }
 
+    /// Returns the number of requests that wait for the next flush.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.queue().waiting.len()
+    }
+
     fn queue(&self) -> MutexGuard<'_, FlushQueue> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A submitted flush. Dropped without completion it answers with EIO, so that no request waits forever.
 struct SubmittedFlush {
     flushes: Arc<GroupFlush>,
-    volume: Arc<Volume>,
     answers: Vec<FlushAnswer>,
 }
 
 impl SubmittedFlush {
     fn complete(&mut self, result: &Result<()>) {
-        answer_all(std::mem::take(&mut self.answers), &self.volume.reported(result.clone()));
+        answer_all(std::mem::take(&mut self.answers), result);
         // A disk with a queue is complete when its writes are durable.
         let (_, waiting) = self.flushes.take_waiting();
-        if let Some(queue) = self.volume.queue().filter(|_| !waiting.is_empty()) {
-            self.flushes.submit(&self.volume, queue, waiting);
-            queue.poll_completions(Stay::No);
+        if let Some(queue) = self.flushes.durability.disk.queue().filter(|_| !waiting.is_empty()) {
+            self.flushes.submit(queue, waiting);
+            if let Some(poller) = queue.poller() {
+                poller.poll_completions(Stay::No);
+            }
         }
     }
 }
@@ -196,12 +242,13 @@ impl SubmittedFlush {
 impl Drop for SubmittedFlush {
     fn drop(&mut self) {
         if !self.answers.is_empty() {
-            self.complete(&Err(Error::new(
-                ErrorKind::Os(libc::EIO),
-                "the flush was dropped before it completed",
-            )));
+            self.complete(&Err(dropped()));
         }
     }
+}
+
+fn dropped() -> Error {
+    Error::new(ErrorKind::Os(libc::EIO), "the flush was dropped before it completed")
 }
 
 /// Answers all requests. An answer that panics does not keep the others from being called.
@@ -220,15 +267,19 @@ fn take(answer: &Mutex<Option<FlushAnswer>>) -> Option<FlushAnswer> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::mpsc::{Receiver, Sender};
     use std::thread;
 
     use super::*;
     use crate::test_disk::TestDisk;
 
-    /// Returns a volume whose flushes report the name of their thread and wait for a result, the receiver of the names,
-    /// and the sender of the results.
-    fn slow() -> (Arc<Volume>, Receiver<String>, Sender<Result<()>>) {
+    fn flushes(disk: TestDisk) -> Arc<GroupFlush> {
+        Arc::new(GroupFlush::new(Durability::new(Arc::new(disk), Vec::new())))
+    }
+
+    /// Returns the group flush of a disk whose flushes report the name of their thread and wait for a result, the receiver
+    /// of the names, and the sender of the results.
+    fn slow() -> (Arc<GroupFlush>, Receiver<String>, Sender<Result<()>>) {
         let ((starts, begun), (give, results)) = (channel(), channel());
         let results = Mutex::new(results);
         let disk = TestDisk::new(8).flushing(move || {
@@ -237,7 +288,7 @@ mod tests {
                 .unwrap();
             results.lock().unwrap().recv().unwrap()
         });
-        (Arc::new(Volume::new(Arc::new(disk), Vec::new())), begun, give)
+        (flushes(disk), begun, give)
     }
 
     fn failure() -> Result<()> {
@@ -246,8 +297,9 @@ mod tests {
 
     #[test]
     fn requests_during_a_flush_share_the_next_one_and_its_error() {
-        let (volume, begun, give) = slow();
-        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(2));
+        let (flushes, begun, give) = slow();
+        let loops = LoopBudget::new(2);
+        let on = FlushOn::SpareLoop(&loops);
         let (answers, answered) = channel();
         let answer = |name: &'static str| -> FlushAnswer {
             let answers = answers.clone();
@@ -255,11 +307,11 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer("first");
-            scope.spawn(|| flushes.flush(&volume, &loops, FlushKind::Durable, first));
+            scope.spawn(|| flushes.flush(on, FlushKind::Durable, first));
             begun.recv().unwrap();
             // Both return at once, although nothing has been flushed yet.
-            flushes.flush(&volume, &loops, FlushKind::Durable, answer("second"));
-            flushes.flush(&volume, &loops, FlushKind::Durable, answer("third"));
+            flushes.flush(on, FlushKind::Durable, answer("second"));
+            flushes.flush(on, FlushKind::Durable, answer("third"));
             give.send(Ok(())).unwrap();
             assert_eq!(answered.recv().unwrap(), ("first", true));
             begun.recv().unwrap();
@@ -284,10 +336,10 @@ mod tests {
         };
         thread::scope(|scope| {
             let first = answer();
-            scope.spawn(|| Arc::new(GroupFlush::default()).flush(&one, &loops, FlushKind::Durable, first));
+            scope.spawn(|| one.flush(FlushOn::SpareLoop(&loops), FlushKind::Durable, first));
             one_begun.recv().unwrap();
             // This thread stands for the last loop, and must not block.
-            Arc::new(GroupFlush::default()).flush(&two, &loops, FlushKind::Durable, answer());
+            two.flush(FlushOn::SpareLoop(&loops), FlushKind::Durable, answer());
             assert_eq!(two_begun.recv().unwrap(), "flush");
             two_give.send(Ok(())).unwrap();
             assert!(answered.recv().unwrap());
@@ -304,16 +356,13 @@ mod tests {
     #[test]
     fn submitted_flushes_are_shared_and_a_dropped_one_is_an_error() {
         let (starts, begun) = channel();
-        let volume = Arc::new(Volume::new(
-            Arc::new(TestDisk::new(8).queueing(Some(starts))),
-            Vec::new(),
-        ));
-        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
+        let flushes = flushes(TestDisk::new(8).queueing(Some(starts)));
+        let on = FlushOn::OwnThread;
         let (answers, answered) = channel();
         let flush = |name: &'static str| {
             let answers = answers.clone();
             let answer = Box::new(move |result: &Result<()>| answers.send((name, result.is_ok())).unwrap());
-            flushes.flush(&volume, &loops, FlushKind::Durable, answer);
+            flushes.flush(on, FlushKind::Durable, answer);
         };
         ["first", "second", "third"].into_iter().for_each(flush);
         let done = begun.try_recv().unwrap();
@@ -335,30 +384,10 @@ mod tests {
     }
 
     #[test]
-    fn regression_an_error_that_no_program_heard_fails_the_next_flush_of_a_disk_with_a_queue() {
-        let (starts, begun) = channel();
-        let disk = Arc::new(TestDisk::new(8).queueing(Some(starts)));
-        let volume = Arc::new(Volume::new(disk, Vec::new()));
-        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
-        let (answers, answered) = channel();
-        volume.keep_unheard(&Error::new(ErrorKind::Os(libc::EIO), "lost"));
-        for expected in [false, true] {
-            let answers = answers.clone();
-            let answer = Box::new(move |result: &Result<()>| answers.send(result.is_ok()).unwrap());
-            flushes.flush(&volume, &loops, FlushKind::Durable, answer);
-            begun.try_recv().unwrap()(Ok(()));
-            assert_eq!(answered.try_recv(), Ok(expected));
-        }
-    }
-
-    #[test]
     fn regression_an_answer_that_panics_does_not_affect_others_or_later_flushes() {
         let (starts, begun) = channel();
-        let volume = Arc::new(Volume::new(
-            Arc::new(TestDisk::new(8).queueing(Some(starts))),
-            Vec::new(),
-        ));
-        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
+        let flushes = flushes(TestDisk::new(8).queueing(Some(starts)));
+        let on = FlushOn::OwnThread;
         let (answers, answered) = channel();
         let flush = |panics: bool| {
             let answers = answers.clone();
@@ -366,7 +395,7 @@ mod tests {
                 assert!(!panics, "panic on purpose");
                 answers.send(result.is_ok()).unwrap();
             };
-            flushes.flush(&volume, &loops, FlushKind::Durable, Box::new(answer));
+            flushes.flush(on, FlushKind::Durable, Box::new(answer));
         };
         flush(false);
         [true, false].into_iter().for_each(flush);
@@ -381,18 +410,18 @@ mod tests {
 
     #[test]
     fn regression_flushes_that_complete_at_once_do_not_nest() {
-        /// GroupFlush again from each answer, `left` times.
-        fn flush(flushes: &Arc<GroupFlush>, volume: &Arc<Volume>, left: usize, end: Sender<()>) {
-            let (again, its_volume) = (Arc::clone(flushes), Arc::clone(volume));
+        /// Flushes again from each answer, `left` times.
+        fn again(flushes: &Arc<GroupFlush>, left: usize, end: Sender<()>) {
+            let next = Arc::clone(flushes);
             let answer = move |_: &Result<()>| match left {
                 0 => end.send(()).unwrap(),
-                _ => flush(&again, &its_volume, left - 1, end),
+                _ => again(&next, left - 1, end),
             };
-            flushes.flush(volume, &LoopBudget::new(1), FlushKind::Durable, Box::new(answer));
+            flushes.flush(FlushOn::OwnThread, FlushKind::Durable, Box::new(answer));
         }
-        let volume = Arc::new(Volume::new(Arc::new(TestDisk::new(8).queueing(None)), Vec::new()));
+        let flushes = flushes(TestDisk::new(8).queueing(None));
         let (end, ended) = channel();
-        let work = move || flush(&Arc::new(GroupFlush::default()), &volume, 50_000, end);
+        let work = move || again(&flushes, 50_000, end);
         thread::Builder::new()
             .stack_size(256 << 10)
             .spawn(work)
@@ -412,21 +441,47 @@ mod tests {
             );
             Ok(())
         };
-        let volume = Arc::new(Volume::new(
-            Arc::new(TestDisk::new(8).queueing(None).flushing(flush)),
-            Vec::new(),
-        ));
-        let (flushes, loops) = (Arc::new(GroupFlush::default()), LoopBudget::new(1));
+        let flushes = flushes(TestDisk::new(8).queueing(None).flushing(flush));
         let (answers, answered) = channel();
         for expected in [false, true, true] {
             let answers = answers.clone();
             flushes.flush(
-                &volume,
-                &loops,
+                FlushOn::OwnThread,
                 FlushKind::Durable,
                 Box::new(move |result| answers.send(result.is_ok()).unwrap()),
             );
             assert_eq!(answered.try_recv(), Ok(expected));
         }
+    }
+
+    #[test]
+    fn a_thread_that_may_wait_gets_the_flush_of_another_one() {
+        let (flushes, begun, give) = slow();
+        let loops = LoopBudget::new(2);
+        thread::scope(|scope| {
+            let done = Box::new(|result: &Result<()>| assert!(result.is_ok()));
+            scope.spawn(|| flushes.flush(FlushOn::SpareLoop(&loops), FlushKind::Durable, done));
+            begun.recv().unwrap();
+            let waits = scope.spawn(|| flushes.flush_here(FlushKind::Complete));
+            while flushes.waiting() == 0 {
+                thread::yield_now();
+            }
+            give.send(Ok(())).unwrap();
+            begun.recv().unwrap();
+            give.send(failure()).unwrap();
+            assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::Os(libc::EIO));
+        });
+        assert!(begun.try_recv().is_err(), "one flush more than necessary");
+    }
+
+    #[test]
+    fn a_thread_that_may_wait_gets_an_error_if_the_queue_drops_its_flush() {
+        let (starts, begun) = channel();
+        let flushes = flushes(TestDisk::new(8).queueing(Some(starts)));
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| flushes.flush_here(FlushKind::Complete));
+            drop(begun.recv().unwrap());
+            assert!(waits.join().unwrap().is_err());
+        });
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::block::{BlockQueue, Stay};
+use crate::block::{CompletionPoller, Stay};
 
 /// The event loops of one session.
 #[derive(Debug)]
@@ -39,9 +39,9 @@ impl LoopBudget {
         let _ = self.device.set(device);
     }
 
-    /// Polls `queue` for completions, for as long as this loop can be spared.
-    pub(crate) fn poll_completions(&self, queue: &dyn BlockQueue) {
-        self.stay(|stay| queue.poll_completions(stay));
+    /// Polls for completions, for as long as this loop can be spared.
+    pub(crate) fn poll_completions(&self, poller: &dyn CompletionPoller) {
+        self.stay(|stay| poller.poll_completions(stay));
     }
 
     /// Calls `work` with the time that this loop may stay in it.

@@ -9,6 +9,7 @@
 //!   queued            reads and writes of a disk with a queue, without blocking
 //!   worker_pool       threads for requests that may block, shared by the disks of a mount
 //!   group_flush       one flush at a time, shared by all that wait
+//!   durability        what that flush does
 //!   loop_budget       how many event loops may be busy with something else than requests
 //!   statistics        counts and latencies of the requests
 //!   writeback_timer   completion of the image some seconds after a write
@@ -19,8 +20,7 @@
 //! range lock over granules, see `write.rs`.
 
 use std::collections::HashSet;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Lba, SECTOR};
@@ -30,6 +30,7 @@ use crate::store::StoredFile;
 
 mod block_count;
 mod create;
+mod durability;
 pub(crate) mod format;
 mod group_flush;
 pub(crate) mod loop_budget;
@@ -46,6 +47,7 @@ mod writeback_timer;
 use crate::range_lock::RangeLock;
 use block_count::BlockCount;
 pub use create::create;
+use durability::Durability;
 pub(crate) use group_flush::FlushKind;
 use group_flush::GroupFlush;
 pub(crate) use open::reopen;
@@ -65,26 +67,18 @@ const SEEK_TIME: Duration = Duration::from_secs(2);
 /// An open disk as bytes. Shared by all threads.
 #[derive(Debug)]
 pub struct Volume {
-    disk: Arc<dyn BlockRead>,
-    /// Every file of the disk, once.
-    files: Vec<Arc<dyn StoredFile>>,
+    /// The disk with its files, and the flush that all threads share.
+    flushes: Arc<GroupFlush>,
     /// Range lock over granule numbers, held by the writes in flight.
     ranges: RangeLock,
     block_count: BlockCount,
     writeback: WritebackTimer,
     /// Reason why the disk can't be written to, if it was opened read-only without a request for that.
     read_only: Option<String>,
-    /// True from a write until the image is completed.
-    unfinished: AtomicBool,
-    /// True once the kernel may write to the backing file directly.
-    external_writes: AtomicBool,
     /// True if requests may have to wait for a network.
     remote: bool,
-    /// Error of a flush that no program waited for; the next flush reports it.
-    unheard: Mutex<Option<Error>>,
     /// Threads that requests run on.
     threads: ServingThreads,
-    flushes: Arc<GroupFlush>,
     statistics: Statistics,
 }
 
@@ -104,18 +98,13 @@ impl Volume {
         let remote = disk.queue().is_some();
         files.retain(|f| seen.insert(f.identity_at_open().file));
         Self {
-            disk,
-            files,
+            flushes: Arc::new(GroupFlush::new(Durability::new(disk, files))),
             ranges: RangeLock::default(),
             block_count: BlockCount::default(),
             writeback: WritebackTimer::default(),
             read_only: None,
-            unfinished: AtomicBool::new(false),
-            external_writes: AtomicBool::new(false),
             remote,
-            unheard: Mutex::default(),
             threads: ServingThreads::alone(),
-            flushes: Arc::default(),
             statistics: Statistics::default(),
         }
     }
@@ -154,7 +143,7 @@ impl Volume {
 
     /// Returns the size of the disk in bytes.
     pub fn len(&self) -> u64 {
-        self.disk.geometry().bytes()
+        self.disk().geometry().bytes()
     }
 
     /// Returns true if the disk has no bytes.
@@ -164,7 +153,11 @@ impl Volume {
 
     /// Returns the disk as sectors.
     pub fn disk(&self) -> &Arc<dyn BlockRead> {
-        &self.disk
+        &self.durability().disk
+    }
+
+    fn durability(&self) -> &Durability {
+        self.flushes.durability()
     }
 
     /// Reads `len` bytes from `offset` on: at most [`MAX_READ`], fewer at the end of the disk, none after it. The
@@ -176,15 +169,15 @@ impl Volume {
         if len == 0 {
             return Ok(&[]);
         }
-        let granule = self.disk.geometry().granule * SECTOR;
+        let granule = self.disk().geometry().granule * SECTOR;
         let start = offset / granule * granule;
         let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
         // A hole costs no copy this way. For short reads the query would cost more than it saves.
-        if len >= ZERO_QUERY_MIN && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
+        if len >= ZERO_QUERY_MIN && self.disk().is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
             return Ok(ReadBuffer::zeroes(len));
         }
         let buf = read_buffer.bytes((end - start) as usize)?;
-        self.disk.read_at(Lba(start / SECTOR), buf)?;
+        self.disk().read_at(Lba(start / SECTOR), buf)?;
         let skip = (offset - start) as usize;
         buf.get(skip..skip + len).ok_or_else(|| out_of_range(offset))
     }
@@ -216,7 +209,7 @@ impl Volume {
                 return Ok(Some(if target == Seek::Data { at } else { end }));
             }
             let lba = Lba(at / SECTOR);
-            let (content, sectors) = self.disk.content_at(lba)?;
+            let (content, sectors) = self.disk().content_at(lba)?;
             if content.is_zero() == (target == Seek::Hole) {
                 return Ok(Some(at));
             }
@@ -228,27 +221,27 @@ impl Volume {
     /// Returns the number of bytes that are data, or `None` if it is not known. The first call, and calls some time after
     /// a change, start a count in the background.
     pub fn allocated(&self) -> Option<u64> {
-        self.block_count.bytes(&self.disk)
+        self.block_count.bytes(self.disk())
     }
 
     /// Forgets what is known of the disk's content, which may have been changed without this process: what lies where,
     /// and how much.
     pub fn forget_content(&self) {
         self.block_count.changed();
-        if let Some(queue) = self.disk.queue() {
+        if let Some(queue) = self.disk().queue() {
             queue.forget_content();
         }
     }
 
     /// Returns the files that the disk consists of, each once.
     pub fn files(&self) -> &[Arc<dyn StoredFile>] {
-        &self.files
+        &self.durability().files
     }
 
     /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.
     pub fn mtime_ns(&self) -> i128 {
         let now = |f: &Arc<dyn StoredFile>| f.identity().unwrap_or_else(|_| f.identity_at_open()).mtime_ns;
-        self.files.iter().map(now).max().unwrap_or(0)
+        self.files().iter().map(now).max().unwrap_or(0)
     }
 
     /// Returns true if no file was changed or replaced by another process since it was opened. Always true for a disk
@@ -256,14 +249,14 @@ impl Volume {
     pub fn is_unchanged(&self) -> bool {
         self.writable()
             || self
-                .files
+                .files()
                 .iter()
                 .all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
     /// Returns true if [`Self::is_unchanged`] detects every change, which it does not for a device.
     pub fn detects_modification(&self) -> bool {
-        self.files.iter().all(|f| f.detects_modification())
+        self.files().iter().all(|f| f.detects_modification())
     }
 }
 

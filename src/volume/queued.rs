@@ -32,7 +32,7 @@ impl Drop for HeldRange {
 impl Volume {
     /// Returns the disk's queue, or `None` if its calls do not block for long.
     pub(super) fn queue(&self) -> Option<&dyn BlockQueue> {
-        self.disk.queue()
+        self.disk().queue()
     }
 
     /// Submits a [`read`](Self::read); `done` is called with its result. The caller polls the queue afterwards.
@@ -43,10 +43,10 @@ impl Volume {
         if len == 0 {
             return done(Ok(&[]));
         }
-        let granule = self.disk.geometry().granule * SECTOR;
+        let granule = self.disk().geometry().granule * SECTOR;
         let start = offset / granule * granule;
         let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        if len >= ZERO_QUERY_MIN && self.disk.is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
+        if len >= ZERO_QUERY_MIN && self.disk().is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
             return done(Ok(ReadBuffer::zeroes(len)));
         }
         let skip = (offset - start) as usize;
@@ -76,7 +76,7 @@ impl Volume {
         done: QueuedWrite,
     ) -> std::result::Result<(), QueuedWrite> {
         let end = offset.saturating_add(buf.len() as u64);
-        if buf.is_empty() || end > self.len() || self.disk.writer().is_none() {
+        if buf.is_empty() || end > self.len() || self.disk().writer().is_none() {
             return Err(done);
         }
         let parts = Parts::of(offset..end, self.granule(), self.len());

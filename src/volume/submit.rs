@@ -13,14 +13,15 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::group_flush::{FlushAnswer, FlushKind};
+use super::group_flush::{FlushAnswer, FlushKind, FlushOn};
 use super::loop_budget::LoopBudget;
 use super::queued::QueuedWrite;
 use super::statistics::RequestKind;
 use super::worker_pool::{DiskShare, WorkerPool};
 use super::{ReadBuffer, Seek, Volume};
-use crate::block::{Completion, ReadCompletion, Stay};
+use crate::block::{BlockQueue, Completion, ReadCompletion, Stay};
 use crate::error::Result;
+use crate::write_latch::ErrorCursor;
 
 /// Length in bytes from which on zeroing or allocating a range may take long, and runs in the worker pool.
 const LONG_ZEROING: u64 = 64 << 20;
@@ -50,10 +51,15 @@ pub(crate) enum Request<'a> {
         sync: bool,
         done: WriteCompletion,
     },
-    /// Makes everything that was written before durable or, depending on `kind`, completes the image.
-    Flush { kind: FlushKind, done: FlushAnswer },
-    /// Completes the image at the end of an open, if it may be incomplete. No program waits for it: the next flush reports
-    /// an error of it too.
+    /// Makes everything that was written before durable or, depending on `kind`, completes the image. Reports an error
+    /// of the disk that `handle` has not reported yet.
+    Flush {
+        kind: FlushKind,
+        handle: Option<Arc<ErrorCursor>>,
+        done: FlushAnswer,
+    },
+    /// Completes the image at the end of an open, if it may be incomplete. No program waits for it: the next flush of each
+    /// other handle reports an error of it.
     Finish { done: FlushAnswer },
     /// Zeroes a range, as [`Volume::zero_range`].
     Zero {
@@ -107,8 +113,8 @@ impl Volume {
                 sync,
                 done,
             } => self.submit_write(offset, data, sync, done),
-            Request::Flush { kind, done } => {
-                self.flush_then(kind, done);
+            Request::Flush { kind, handle, done } => {
+                self.flush_then(kind, handle, done);
                 self.poll();
             }
             Request::Finish { done } => self.finish(done),
@@ -158,7 +164,7 @@ impl Volume {
                 len,
                 Box::new(move |read| volume.read_done(begun, read, done)),
             );
-            return self.threads.loops.poll_completions(queue);
+            return self.poll();
         }
         // Blocks in memory are read here. A miss would wait, so the whole request is repeated by a thread that may: it
         // fetches all the missing blocks together.
@@ -201,10 +207,16 @@ impl Volume {
             return self.written(self.write(offset, data), sync, done);
         }
         let volume = Arc::clone(self);
-        let done: QueuedWrite = Box::new(move |written, durable| volume.written(written, sync && !durable, done));
+        let done: QueuedWrite = Box::new(move |written, durable| {
+            let written = match durable {
+                true => written.and_then(|n| volume.check_latch().map(|()| n)),
+                false => written,
+            };
+            volume.written(written, sync && !durable, done);
+        });
         let refused = match self.queue() {
             Some(queue) => match self.queue_write(queue, offset, data, sync, done) {
-                Ok(()) => return self.threads.loops.poll_completions(queue),
+                Ok(()) => return self.poll(),
                 Err(done) => done,
             },
             None => done,
@@ -221,14 +233,10 @@ impl Volume {
     fn written(self: &Arc<Self>, written: Result<usize>, needs_flush: bool, done: WriteCompletion) {
         match written {
             Ok(n) if needs_flush => {
-                self.flush_then(
-                    FlushKind::Durable,
-                    Box::new(move |flushed| done(flushed.clone().map(|()| n))),
-                );
+                let done: FlushAnswer = Box::new(move |flushed| done(flushed.clone().map(|()| n)));
+                self.flush_then(FlushKind::Durable, None, done);
                 // This may be the thread of a completion, which has other work and must not stay to poll.
-                if let Some(queue) = self.queue() {
-                    queue.poll_completions(Stay::No);
-                }
+                self.leave_polling();
             }
             written => done(written),
         }
@@ -239,21 +247,26 @@ impl Volume {
             return;
         }
         let volume = Arc::clone(self);
-        self.flush_then(
-            FlushKind::Complete,
-            Box::new(move |flushed| {
-                if let Err(e) = flushed {
-                    volume.keep_unheard(e);
-                }
-                done(flushed);
-            }),
-        );
-        if let Some(queue) = self.queue() {
-            queue.poll_completions(Stay::No);
-        }
+        let done: FlushAnswer = Box::new(move |flushed| {
+            if let Err(e) = flushed {
+                volume.keep_unheard(e);
+            }
+            done(flushed);
+        });
+        self.run_flush(FlushKind::Complete, done);
+        self.leave_polling();
     }
 
-    fn flush_then(self: &Arc<Self>, kind: FlushKind, done: FlushAnswer) {
+    /// Flushes, and passes to `done` what the handle has to report.
+    fn flush_then(self: &Arc<Self>, kind: FlushKind, handle: Option<Arc<ErrorCursor>>, done: FlushAnswer) {
+        let volume = Arc::clone(self);
+        let done: FlushAnswer = Box::new(move |flushed| {
+            done(&volume.durability().reported(handle.as_deref(), kind, flushed.clone()));
+        });
+        self.run_flush(kind, done);
+    }
+
+    fn run_flush(self: &Arc<Self>, kind: FlushKind, done: FlushAnswer) {
         let begun = self.statistics.begin(RequestKind::Flush);
         let volume = Arc::clone(self);
         let done: FlushAnswer = Box::new(move |flushed| {
@@ -262,7 +275,13 @@ impl Volume {
                 .statistics
                 .end(RequestKind::Flush, begun, flushed.is_ok().then_some(0));
         });
-        self.flushes.flush(self, &self.threads.loops, kind, done);
+        self.note_external_writes();
+        // A remote flush may take arbitrarily long, so it never gets an event loop.
+        let on = match self.is_remote() {
+            true => FlushOn::OwnThread,
+            false => FlushOn::SpareLoop(&self.threads.loops),
+        };
+        self.flushes.flush(on, kind, done);
     }
 
     /// Runs `work` in the worker pool, or here if it neither blocks nor takes long.
@@ -299,10 +318,17 @@ impl Volume {
         self.zero_range(size, self.len().saturating_sub(size), true)
     }
 
-    /// Polls the queue of the disk, if it has one, for as long as this event loop can be spared.
+    /// Polls the queue of the disk, if it can be polled, for as long as this event loop can be spared.
     fn poll(&self) {
-        if let Some(queue) = self.queue() {
-            self.threads.loops.poll_completions(queue);
+        if let Some(poller) = self.queue().and_then(BlockQueue::poller) {
+            self.threads.loops.poll_completions(poller);
+        }
+    }
+
+    /// Leaves the polling of the queue to another thread.
+    fn leave_polling(&self) {
+        if let Some(poller) = self.queue().and_then(BlockQueue::poller) {
+            poller.poll_completions(Stay::No);
         }
     }
 }

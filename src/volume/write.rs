@@ -13,14 +13,13 @@
 //! Lock order: the range lock over granules comes before all locks of the disk below. See [`crate::range_lock`].
 
 use std::ops::Range;
-use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use crate::block::{BlockWrite, Lba, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::Mode;
 use crate::store::RoomNeeded;
-use crate::volume::Volume;
+use crate::volume::{FlushKind, Volume};
+use crate::write_latch::{ErrorCursor, WriteLatch};
 
 /// Maximum number of bytes that are allocated at once. Other writes of the range wait meanwhile.
 const ALLOCATION_STEP: u64 = 8 << 20;
@@ -73,7 +72,7 @@ impl Parts {
 impl Volume {
     /// Returns true if the disk was opened for writing.
     pub fn writable(&self) -> bool {
-        self.disk.writer().is_some()
+        self.disk().writer().is_some()
     }
 
     /// Writes `buf` from byte `offset` on. Returns the number of bytes written, which is smaller than `buf` if the disk
@@ -159,107 +158,75 @@ impl Volume {
         slow.map_or(Ok(()), |why| Err(Error::unsupported(why)))
     }
 
-    /// Makes all writes before the call durable. Cheap if nothing was written.
+    /// Makes all writes before the call durable, on this thread. Cheap if nothing was written.
     ///
-    /// Errors: those of the disk. `Os(ESTALE)` if one of its files was deleted or replaced. `Os(ENOSPC)` if the backing file was written to after the end of the disk (see
-    /// [`prepare_external_write`](Self::prepare_external_write)); the disk itself is durable then.
+    /// Errors: those of the disk. `Os(ESTALE)` if one of its files was deleted or replaced. `Os(ENOSPC)` if the backing
+    /// file was written to after the end of the disk (see [`prepare_external_write`](Self::prepare_external_write)); the
+    /// disk itself is durable then. An error that no handle has reported.
     pub fn flush(&self) -> Result<()> {
-        // Truncated first, so that the flush covers the new length; its error is returned last, as the flush matters
-        // more.
-        let trimmed = self.truncate_excess();
-        let flushed = self.disk.writer().map_or(Ok(()), BlockWrite::flush);
-        self.reported(flushed.and(trimmed).and_then(|()| self.check_named()))
+        self.flush_here(FlushKind::Durable)
     }
 
-    /// Makes everything durable and marks the image as closed. Errors as [`flush`](Self::flush).
+    /// Makes everything durable and marks the image as closed, on this thread. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
-        let trimmed = self.truncate_excess();
-        self.finishing();
-        let closed = self.disk.writer().map_or(Ok(()), BlockWrite::close);
-        self.reported(closed.and(trimmed).and_then(|()| self.check_named()))
+        self.flush_here(FlushKind::Complete)
     }
 
-    /// Keeps the error of a flush that no program waits for, until the next flush.
-    pub fn keep_unheard(&self, e: &Error) {
-        let mut unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner);
-        unheard.get_or_insert_with(|| e.clone());
+    fn flush_here(&self, kind: FlushKind) -> Result<()> {
+        self.note_external_writes();
+        let flushed = self.flushes.flush_here(kind);
+        self.durability().reported(None, kind, flushed)
     }
 
-    /// Returns the result of a flush, or the error of an earlier one that no program has heard.
-    pub(super) fn reported(&self, result: Result<()>) -> Result<()> {
-        let unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner).take();
-        result.and(unheard.map_or(Ok(()), Err))
+    /// Keeps the error of a flush that no program waits for, until the next flush of each handle.
+    pub(super) fn keep_unheard(&self, e: &Error) {
+        if let Some(latch) = self.durability().latch() {
+            latch.keep(e);
+        }
     }
 
-    /// Checks that the files that are written to still have a name: what is durable in a file without one is gone after the
-    /// unmount.
-    fn check_named(&self) -> Result<()> {
-        let mut written = self.files.iter().filter(|file| file.writer().is_some());
-        written.try_for_each(|file| file.check_named())
+    /// Returns the cursor of a new handle, which reports the errors of the disk from now on.
+    pub(crate) fn error_cursor(&self) -> ErrorCursor {
+        self.durability()
+            .latch()
+            .map_or_else(ErrorCursor::default, WriteLatch::cursor)
     }
 
-    /// Returns true if the disk may have been written to since the last [`close`](Self::close) began.
-    pub fn is_unfinished(&self) -> bool {
-        self.unfinished.load(Ordering::Acquire) || self.has_external_writes()
+    /// Returns an error if nothing of the disk is durable any more.
+    pub(super) fn check_latch(&self) -> Result<()> {
+        self.durability().latch().map_or(Ok(()), WriteLatch::check)
     }
 
-    /// Notes that everything written before is about to be completed.
-    pub fn finishing(&self) {
-        self.unfinished.store(false, Ordering::Release);
+    /// Lets the count of data learn of the kernel's writes to the backing file, of which it may have made any number.
+    pub(super) fn note_external_writes(&self) {
+        if self.has_external_writes() {
+            self.block_count.changed();
+        }
     }
 
     /// Prepares the disk for writes by the kernel to its [`backing_fd`](crate::block::BlockRead::backing_fd). Must be
     /// called before the kernel gets the file descriptor (FUSE passthrough).
     pub fn prepare_external_write(&self) -> Result<()> {
         let prepared = self.writer()?.prepare_external_write();
-        self.external_writes.store(true, Ordering::Release);
+        self.durability().allow_external_writes();
         self.note_change();
         prepared
     }
 
     /// Returns true if the kernel may write to the backing file directly.
     pub fn has_external_writes(&self) -> bool {
-        self.external_writes.load(Ordering::Acquire)
-    }
-
-    /// Truncates the backing file to the size of the disk. The kernel, which writes to the backing file directly, does
-    /// not know that size, so such a write may extend the file.
-    ///
-    /// Errors: `Os(ENOSPC)` if the file was longer: the write that extended it is lost, and had returned no error.
-    fn truncate_excess(&self) -> Result<()> {
-        let Some(fd) = self
-            .disk
-            .backing_fd()
-            .filter(|_| self.external_writes.load(Ordering::Acquire))
-        else {
-            return Ok(());
-        };
-        // The kernel may have written any number of times; this is where the count learns of it.
-        self.block_count.changed();
-        let context = || format!("truncating the backing file to the disk's {} bytes", self.len());
-        let stat = nix::sys::stat::fstat(fd).map_err(|e| Error::io(context(), e.into()))?;
-        match u64::try_from(stat.st_size).unwrap_or(0).checked_sub(self.len()) {
-            None | Some(0) => Ok(()),
-            Some(excess) => {
-                nix::unistd::ftruncate(fd, self.len() as i64).map_err(|e| Error::io(context(), e.into()))?;
-                let text = format!(
-                    "{excess} bytes were written after the end of the disk at byte {}, and are lost",
-                    self.len()
-                );
-                Err(Error::new(ErrorKind::Os(libc::ENOSPC), text))
-            }
-        }
+        self.durability().has_external_writes()
     }
 
     fn writer(&self) -> Result<&dyn BlockWrite> {
-        self.disk
+        self.disk()
             .writer()
             .ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the disk was opened for reading"))
     }
 
     /// Returns the bytes of a granule.
     pub(super) fn granule(&self) -> u64 {
-        self.disk.geometry().granule * SECTOR
+        self.disk().geometry().granule * SECTOR
     }
 
     /// Changes a range part by part, with its granules locked. `partial` changes head and tail, `body` the whole
@@ -290,9 +257,9 @@ impl Volume {
 
     /// Notes a change of the disk, after it has been made: every way to write ends here.
     pub(super) fn note_change(&self) {
-        self.unfinished.store(true, Ordering::Release);
+        self.durability().changed();
         self.block_count.changed();
-        self.writeback.written(&self.disk);
+        self.writeback.written(&self.flushes);
     }
 
     /// Writes a part of one granule from byte `offset` on (read-modify-write). The caller holds the granule
@@ -301,7 +268,7 @@ impl Volume {
         let start = offset / self.granule() * self.granule();
         let mut granule = vec![0; self.granule().min(self.len() - start) as usize];
         let at = Lba(start / SECTOR);
-        self.disk.read_at(at, &mut granule)?;
+        self.disk().read_at(at, &mut granule)?;
         let skip = (offset - start) as usize;
         let part = granule.get_mut(skip..skip + bytes.len());
         part.ok_or_else(|| super::out_of_range(offset))?.copy_from_slice(bytes);

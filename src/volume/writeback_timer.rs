@@ -5,8 +5,10 @@
 //! it on its own, as the kernel does with the dirty pages of any file: a crash of the process loses no more than a few
 //! seconds of unflushed writes, and an image that is not written to any more is complete and marked clean.
 //!
+//! It asks for the group flush, as the requests of programs do, so that one flush at a time runs for a disk.
+//!
 //! ```text
-//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ written again meanwhile? ─ no ─► close
+//!   write ─► due ─► thread wakes ─ waits INTERVAL ─ written again meanwhile? ─ no ─► complete
 //!                                    ▲                    └ yes ─► flush ─┐
 //!                                    └────────────────────────────────────┘
 //! ```
@@ -19,7 +21,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::block::BlockRead;
+use super::FlushKind;
+use super::group_flush::GroupFlush;
 
 /// Maximum time for which an update is only in memory: the commit interval of the kernel's file systems.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -45,8 +48,8 @@ struct TimerState {
 }
 
 impl WritebackTimer {
-    /// Starts the interval after a write to `disk`, if none is running. The first call starts the thread.
-    pub(super) fn written(&self, disk: &Arc<dyn BlockRead>) {
+    /// Starts the interval after a write to the disk of `flushes`, if none is running. The first call starts the thread.
+    pub(super) fn written(&self, flushes: &Arc<GroupFlush>) {
         // Sequentially consistent: a thread that has cleared `due` since then begins its flush after the write.
         if self.state.due.load(Ordering::SeqCst) {
             // Read first: a store by each write would move the cache line between the writers.
@@ -61,11 +64,11 @@ impl WritebackTimer {
         match &*thread {
             Some(thread) => thread.thread().unpark(),
             None => {
-                let (state, disk) = (Arc::clone(&self.state), Arc::clone(disk));
+                let (state, flushes) = (Arc::clone(&self.state), Arc::clone(flushes));
                 // If no thread can be started, the updates stay pending until the next flush by the kernel.
                 let started = std::thread::Builder::new()
                     .name("writeback".to_owned())
-                    .spawn(move || state.run(&*disk));
+                    .spawn(move || state.run(&flushes));
                 *thread = started.ok();
             }
         }
@@ -73,7 +76,7 @@ impl WritebackTimer {
 }
 
 impl TimerState {
-    fn run(&self, disk: &dyn BlockRead) {
+    fn run(&self, flushes: &Arc<GroupFlush>) {
         while !*self.stop() {
             if !self.due.load(Ordering::Acquire) {
                 std::thread::park();
@@ -87,15 +90,18 @@ impl TimerState {
             // Cleared before the flush: a write during the flush makes the next one due.
             let busy = self.busy.swap(false, Ordering::AcqRel);
             self.due.store(busy, Ordering::SeqCst);
-            let Some(writer) = disk.writer() else { continue };
+            let Some(writer) = flushes.durability().disk.writer() else {
+                continue;
+            };
             let done = match busy {
                 // Another end of a stream every few seconds would only be taken off again.
                 true if writer.sequential_write_only() => Ok(()),
-                true => writer.flush(),
-                false => writer.close(),
+                true => flushes.flush_here(FlushKind::Durable),
+                false => flushes.flush_here(FlushKind::Complete),
             };
             if let Err(e) = done {
-                // Retried after the interval. If the write latch is set, the next flush by the kernel reports the error.
+                // Retried after the interval. An error that may have lost data is in the write latch, and every program
+                // that flushes gets it.
                 tracing::debug!("periodic flush failed: {e}");
                 self.due.store(true, Ordering::Release);
             }
@@ -125,43 +131,70 @@ impl Drop for WritebackTimer {
 mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
+    use super::super::durability::Durability;
+    use super::super::group_flush::FlushOn;
     use super::*;
+    use crate::error::Result;
     use crate::test_disk::TestDisk;
 
-    /// A disk, and a receiver that gets a message for each flush of it.
-    fn disk() -> (Arc<TestDisk>, Receiver<()>) {
-        let (sender, flushes) = channel();
+    /// A disk, its group flush, and a receiver that gets a message for each flush of it.
+    fn disk() -> (Arc<TestDisk>, Arc<GroupFlush>, Receiver<()>) {
+        let (sender, flushed) = channel();
         let disk = TestDisk::new(8).flushing(move || {
             sender.send(()).unwrap();
             Ok(())
         });
-        (Arc::new(disk), flushes)
+        let disk = Arc::new(disk);
+        let flushes = GroupFlush::new(Durability::new(Arc::clone(&disk) as _, Vec::new()));
+        (disk, Arc::new(flushes), flushed)
     }
 
     #[test]
     fn each_write_is_followed_by_a_flush() {
-        let (disk, flushes) = disk();
-        let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
+        let (_, flushes, flushed) = disk();
         let timer = WritebackTimer::default();
         for _ in 0..2 {
-            timer.written(&shared);
-            flushes.recv_timeout(Duration::from_secs(60)).unwrap();
+            flushes.durability().changed();
+            timer.written(&flushes);
+            flushed.recv_timeout(Duration::from_secs(60)).unwrap();
         }
         drop(timer);
-        assert_eq!(Arc::strong_count(&disk), 2, "the thread has ended");
+        assert_eq!(Arc::strong_count(&flushes), 1, "the thread has ended");
+        assert!(
+            !flushes.durability().is_unfinished(),
+            "it completes the image as a close does"
+        );
     }
 
     #[test]
     fn a_drop_does_not_wait_for_the_interval() {
-        let (disk, flushes) = disk();
-        let shared: Arc<dyn BlockRead> = Arc::clone(&disk) as _;
+        let (disk, flushes, flushed) = disk();
         let timer = WritebackTimer::default();
-        timer.written(&shared);
+        timer.written(&flushes);
         drop(timer);
-        assert_eq!(Arc::strong_count(&disk), 2);
+        drop(flushes);
+        assert_eq!(Arc::strong_count(&disk), 1);
         assert!(
-            flushes.try_recv().is_err(),
+            flushed.try_recv().is_err(),
             "a drop does not flush: the caller closes the disk"
         );
+    }
+
+    #[test]
+    fn a_flush_that_is_due_waits_for_the_one_of_a_program() {
+        let (starts, begun) = channel();
+        let disk = TestDisk::new(8).queueing(Some(starts));
+        let flushes = Arc::new(GroupFlush::new(Durability::new(Arc::new(disk), Vec::new())));
+        let timer = WritebackTimer::default();
+        let answer = Box::new(|result: &Result<()>| result.clone().unwrap());
+        flushes.flush(FlushOn::OwnThread, FlushKind::Durable, answer);
+        let of_program = begun.recv().unwrap();
+        timer.written(&flushes);
+        while flushes.waiting() == 0 {
+            std::thread::yield_now();
+        }
+        assert!(begun.try_recv().is_err(), "two flushes of one disk at the same time");
+        of_program(Ok(()));
+        begun.recv_timeout(Duration::from_secs(60)).unwrap()(Ok(()));
     }
 }

@@ -25,12 +25,14 @@ use super::ffi::is_ending;
 use super::session::{Session, SessionOptions};
 use super::split_request::{Oneshot, SplitRequest, pieces};
 use crate::block::{
-    BlockQueue, BlockRead, BlockWrite, Completion, Content, Geometry, Lba, ReadCompletion, SECTOR, Stay, check_range,
+    BlockQueue, BlockRead, BlockWrite, Completion, CompletionPoller, Content, Geometry, Lba, ReadCompletion, SECTOR,
+    Stay, check_range,
 };
 use crate::cache;
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::RoomNeeded;
+use crate::write_latch::WriteLatch;
 
 /// Default of `connections=`, used if the server accepts several. nbdfuse and nbdcopy use the same number.
 const CONNECTIONS: usize = 4;
@@ -436,6 +438,10 @@ impl BlockRead for NbdDisk {
 }
 
 impl BlockWrite for NbdDisk {
+    fn latch(&self) -> &WriteLatch {
+        &self.session.latch
+    }
+
     fn prepare_external_write(&self) -> Result<()> {
         self.check_writable()
     }
@@ -649,6 +655,12 @@ impl BlockQueue for NbdDisk {
         self.session.map.clear();
     }
 
+    fn poller(&self) -> Option<&dyn CompletionPoller> {
+        Some(self)
+    }
+}
+
+impl CompletionPoller for NbdDisk {
     fn poll_completions(&self, stay: Stay<'_>) {
         self.session.poll_completions(stay);
     }

@@ -11,7 +11,7 @@
 //!
 //! The log is bounded. Above [`SOFT_LIMIT`] the session starts a background flush. Above [`HARD_LIMIT`] further changes
 //! wait for it (back-pressure). If flushes fail while the log is that large, or if the server refuses a replayed
-//! change, the writes are lost. From then on every flush fails with that error: none reports success for lost data.
+//! change, the writes are lost, and the write latch of the disk is set: no flush reports success for lost data.
 //!
 //! # Numbers and tokens
 //!
@@ -29,12 +29,14 @@
 //! The session guards the log with one mutex, the last of its lock order.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use libnbd_sys::LIBNBD_CMD_FLAG_FAST_ZERO;
 
 use super::buffer_pool::{Buffer, BufferPool};
 use super::command::{Command, CommandKind};
-use crate::error::Error;
+use crate::error::{Error, Result};
+use crate::write_latch::WriteLatch;
 
 /// Size in bytes above which the session starts a background flush.
 pub(super) const SOFT_LIMIT: usize = 24 << 20;
@@ -97,11 +99,19 @@ pub(super) struct ReplayLog {
     removals: u64,
     /// Number of failed flushes.
     failures: u64,
-    /// First loss of answered writes. Never cleared: every later flush fails with it.
-    lost: Option<Error>,
+    /// Write latch of the disk, set when answered writes are lost.
+    latch: Arc<WriteLatch>,
 }
 
 impl ReplayLog {
+    /// Creates the log of a disk with the write latch `latch`.
+    pub(super) fn new(latch: Arc<WriteLatch>) -> Self {
+        Self {
+            latch,
+            ..Self::default()
+        }
+    }
+
     /// Adds an answered change, unless it is durable and overlaps no entry. Returns true if the caller must start a
     /// background flush.
     ///
@@ -206,9 +216,9 @@ impl ReplayLog {
         self.replaying = false;
     }
 
-    /// Records that answered writes were lost. The first error is kept.
+    /// Records that answered writes were lost: every later flush fails.
     pub(super) fn set_lost(&mut self, error: Error) {
-        self.lost.get_or_insert(error);
+        self.latch.set(error);
     }
 
     /// Records that the server refused a flush sent at `flush_token`. The entries are kept for a replay, except in two
@@ -226,8 +236,8 @@ impl ReplayLog {
     }
 
     /// Returns the error that every flush fails with, if writes were lost.
-    pub(super) fn lost(&self) -> Option<Error> {
-        self.lost.clone()
+    pub(super) fn check_lost(&self) -> Result<()> {
+        self.latch.check()
     }
 
     /// Returns true if all answered changes are durable.
@@ -309,7 +319,7 @@ mod tests {
         assert!(replay_log.bytes < HARD_LIMIT + (2 << 20));
         let e = Error::corrupt("no");
         replay_log.flush_failed(&e, replay_log.flush_token(), &pool);
-        assert!(replay_log.is_empty() && replay_log.lost().is_some());
+        assert!(replay_log.is_empty() && replay_log.check_lost().is_err());
     }
 
     #[test]
@@ -324,7 +334,7 @@ mod tests {
             assert!(!replay_log.is_void(other));
             replay_log.flush_failed(&Error::corrupt("no"), failed, &pool);
             assert!(replay_log.is_void(other) && !replay_log.is_void(replay_log.flush_token()));
-            assert_eq!(replay_log.lost().is_some(), overtaken);
+            assert_eq!(replay_log.check_lost().is_err(), overtaken);
             assert_eq!(replay_log.is_empty(), overtaken);
         }
     }

@@ -60,6 +60,7 @@ use super::ffi::Handle;
 use super::replay_log::ReplayLog;
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
+use crate::write_latch::WriteLatch;
 
 /// Smallest request in bytes that is passed to a bulk thread: its transfer costs more than the thread switch.
 const BULK_MIN: u64 = 128 << 10;
@@ -102,6 +103,8 @@ pub(super) struct Session {
     live: RwLock<Option<Arc<Connection>>>,
     /// Last in the lock order.
     replay_log: Mutex<ReplayLog>,
+    /// Write latch of the disk; the replay log sets it.
+    pub(super) latch: Arc<WriteLatch>,
     /// Lost connections, each with the time until which it is kept for late submitters.
     retired: Mutex<Vec<(Arc<Connection>, Instant)>>,
     /// Wake-up flag of the poller thread, together with `wake_poller`. A flag, because a notification alone is lost
@@ -166,6 +169,7 @@ impl Session {
         } else {
             1
         };
+        let latch = Arc::<WriteLatch>::default();
         let session = Arc::new(Self {
             connector,
             export,
@@ -173,7 +177,8 @@ impl Session {
             queues: Mutex::default(),
             wake_manager: Condvar::new(),
             live: RwLock::new(None),
-            replay_log: Mutex::default(),
+            replay_log: Mutex::new(ReplayLog::new(Arc::clone(&latch))),
+            latch,
             poller_woken: Mutex::new(false),
             retired: Mutex::default(),
             wake_poller: Condvar::new(),
@@ -308,7 +313,7 @@ impl Session {
         }
         if command.kind == CommandKind::Flush {
             let replay_log = lock(&self.replay_log);
-            if let Some(e) = replay_log.lost() {
+            if let Err(e) = replay_log.check_lost() {
                 drop(replay_log);
                 self.finish(command, Err(e));
                 return None;
@@ -354,7 +359,7 @@ impl Session {
     /// Returns true if every answered change is durable, so that a flush has nothing to do.
     pub(super) fn is_durable(&self) -> bool {
         let replay_log = lock(&self.replay_log);
-        replay_log.is_empty() && replay_log.lost().is_none()
+        replay_log.is_empty() && replay_log.check_lost().is_ok()
     }
 
     /// Back-pressure: returns true if a change has to wait until a flush frees space in the replay log.
@@ -436,9 +441,9 @@ impl Session {
                 }
                 replay_log.flushed(command.covers, &self.pool);
                 // Not only in `admit`: writes may have been lost after this flush was sent.
-                replay_log.lost()
+                replay_log.check_lost()
             };
-            self.finish(command, lost.map_or(Ok(()), Err));
+            self.finish(command, lost);
             return self.continue_after_flush();
         }
         // Data first, then the result: once the caller knows that the write succeeded, the log must hold it.

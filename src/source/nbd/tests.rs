@@ -15,7 +15,7 @@ use super::connection::{Answer, Connection};
 use super::poller::PollUntil;
 use nix::sys::eventfd::EventFd;
 
-use crate::block::{BlockQueue, BlockRead, BlockWrite, Content, Lba, SECTOR, Stay};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, CompletionPoller, Content, Lba, SECTOR, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::ErrorKind;
 

@@ -292,9 +292,43 @@ fn a_failed_sync_is_final() {
         store.allow(u64::MAX);
         for again in [disk.flush(), disk.close(), disk.write_at(Lba(300), &pattern(300, 1))] {
             let error = again.unwrap_err().to_string();
-            assert!(error.contains("an earlier sync failed"), "{error}");
+            assert!(
+                error.contains("the stream cannot be finished: nothing is durable any more"),
+                "{error}"
+            );
         }
         assert_eq!(read(&disk, 0, 300), pattern(0, 300));
+    }
+}
+
+/// Another process truncates the file; what follows must not put zeroes in place of the lost grains.
+#[test]
+fn regression_a_stream_that_another_process_truncated_is_not_continued() {
+    let actions: [fn(&StreamDisk) -> Result<()>; 3] = [
+        |disk| disk.close(),
+        |disk| disk.write_at(Lba(2 * WINDOW_SECTORS), &pattern(2 * WINDOW_SECTORS, 1)),
+        // Opens a closed stream again.
+        |disk| disk.prepare_external_write(),
+    ];
+    for (closed, action) in [false, false, true].into_iter().zip(actions) {
+        let store = TestStore::new();
+        let disk = stream(&store, 4 * WINDOW_SECTORS);
+        disk.write_at(Lba(0), &pattern(0, 2 * WINDOW_SECTORS)).unwrap();
+        if closed {
+            disk.close().unwrap();
+        }
+        let file = fs::OpenOptions::new().write(true).open(store.path("x.vmdk")).unwrap();
+        file.set_len(GRAIN_BYTES as u64 * 2).unwrap();
+        let refused = action(&disk).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Corrupt, "{refused}");
+        for again in [
+            disk.flush(),
+            disk.close(),
+            disk.write_at(Lba(2 * WINDOW_SECTORS), &[1; 512]),
+        ] {
+            assert_eq!(again.unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        assert_eq!(file.metadata().unwrap().len(), GRAIN_BYTES as u64 * 2);
     }
 }
 

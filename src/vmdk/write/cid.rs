@@ -12,9 +12,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, WriteLatch, writer};
+use crate::store::{StoredFile, writer};
 use crate::vmdk::chain::Link;
 use crate::vmdk::descriptor;
+use crate::write_latch::WriteLatch;
 
 /// CIDs with a meaning of their own: that of a new disk, and "no CID".
 const RESERVED: [u32; 2] = [0xffff_fffe, 0xffff_ffff];

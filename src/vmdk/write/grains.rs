@@ -23,12 +23,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::{Mode, RangeLock};
-use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
+use crate::store::{StoredFile, StoredWrite, writer};
 use crate::vmdk::extent::{Mapping, SparseExtent};
 use crate::vmdk::header::{UNCLEAN_AT, VERSION_AT, with_zeroed_grains};
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::writable::{WritableTable, WritableTables};
 use crate::vmdk::tables::{GrainEntry, TableGeometry};
+use crate::write_latch::WriteLatch;
 
 mod grain_allocator;
 mod pending_updates;

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{WriteLatch, writer};
+use crate::store::writer;
 use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::descriptor::ExtentAccess;
 use crate::vmdk::extent::{Encoding, Extent};
@@ -35,6 +35,7 @@ mod recover;
 mod snapshot_guard;
 
 use crate::vmdk::tables::writable::WritableTables;
+use crate::write_latch::WriteLatch;
 pub(crate) use snapshot_guard::COMMIT_MARK;
 pub(super) use snapshot_guard::refuse_with_children;
 

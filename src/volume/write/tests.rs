@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::block::{BlockRead, Content, Geometry, check_range};
 use crate::volume::ReadBuffer;
+use crate::write_latch::WriteLatch;
 
 /// Disk in memory that counts its reads, and yields to other threads after each read: without the range lock bytes get
 /// lost.
@@ -16,6 +17,7 @@ struct Memory {
     geometry: Geometry,
     bytes: Mutex<Vec<u8>>,
     reads: AtomicUsize,
+    latch: WriteLatch,
     /// Channels of a pause: the next read sends to the first, and waits for the second before it returns.
     pause: Mutex<Option<(Sender<()>, Receiver<()>)>>,
 }
@@ -35,6 +37,7 @@ impl Memory {
             geometry,
             bytes,
             reads,
+            latch: WriteLatch::default(),
             pause: Mutex::default(),
         })
     }
@@ -89,6 +92,9 @@ impl BlockRead for Memory {
 }
 
 impl BlockWrite for Memory {
+    fn latch(&self) -> &WriteLatch {
+        &self.latch
+    }
     fn prepare_external_write(&self) -> Result<()> {
         Ok(())
     }

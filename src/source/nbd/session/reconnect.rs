@@ -377,7 +377,6 @@ impl Session {
                     let e = command
                         .refused(errno)
                         .within(format!("{}: unflushed write lost in replay", self.connector.label()));
-                    tracing::error!("{e}");
                     replay_log.set_lost(e);
                 }
             }

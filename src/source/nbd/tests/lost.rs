@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{nbdkit, need_nbdkit, open, submit_read, wait_until};
-use crate::block::{BlockQueue, BlockRead, BlockWrite, Lba, Stay};
+use crate::block::{BlockQueue, BlockRead, BlockWrite, CompletionPoller, Lba, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::{ErrorKind, Result};
 use crate::source::nbd::NbdDisk;

@@ -18,10 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{StoredFile, StoredWrite, WriteLatch, writer};
+use crate::store::{StoredFile, StoredWrite, writer};
 use crate::vmdk::tables::Layout;
 use crate::vmdk::tables::hosted::HostedTables;
 use crate::vmdk::tables::writable::TableCopies;
+use crate::write_latch::WriteLatch;
 
 /// Minimum step by which the file grows: 2 MiB in sectors. The step costs no storage, as it is a hole.
 const GROW_MIN: u64 = 2 << 11;
