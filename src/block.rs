@@ -133,12 +133,28 @@ pub trait BlockRead: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Returns the interface of a disk whose content other clients may change, or `None` if this process notices or
+    /// excludes such changes.
+    fn shared_content(&self) -> Option<&dyn SharedContent> {
+        None
+    }
+
     /// Returns the descriptor of the open file whose bytes are exactly the bytes of this disk, from offset 0 to the
     /// end. With it the kernel reads the disk without this process (passthrough), and writes it if there is a
     /// [`writer`](Self::writer), after [`prepare_external_write`](BlockWrite::prepare_external_write).
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+}
+
+/// Disk whose content other clients may change.
+pub trait SharedContent {
+    /// Returns a number that is another one after each moment in which the content may have changed unnoticed: a
+    /// reconnect. Does no I/O.
+    fn epoch(&self) -> u64;
+
+    /// Forgets what is known of the content: a read from now on returns what other clients have written before.
+    fn forget_content(&self);
 }
 
 /// Disk whose sectors are stored in files as they are read, or read as zeroes.
@@ -260,9 +276,6 @@ pub trait BlockQueue: BlockRead {
 
     /// Submits a flush, as [`BlockWrite::flush`].
     fn submit_flush(&self, done: Completion);
-
-    /// Forgets what is known of the content, which other clients may have changed.
-    fn forget_content(&self);
 
     /// Returns the interface by which the submitting thread reads the answers, or `None` if the queue has threads of its
     /// own for that.

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use vmdkfuse::cli::{self, ExitStatuses, Parsed};
-use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, Query, SourceConfig};
+use vmdkfuse::config::{Action, Config, DiskConfig, MountConfig, Query};
 use vmdkfuse::error::Result;
 use vmdkfuse::fuse::{DiskFs, session};
 use vmdkfuse::overlay::commit_command;
@@ -58,9 +58,9 @@ fn main() -> ExitCode {
 fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
     let Config { action, log } = config;
     if !matches!(action, Action::Mount(_)) {
-        // Only a server's: other settings matter to a mount alone.
-        let web = |disk: &&DiskConfig| matches!(disk.source, SourceConfig::Https(_));
-        for warning in action.disks().iter().filter(web).flat_map(|disk| &disk.warnings) {
+        // Only those about the connection: other settings matter to a mount alone.
+        let all = |disk: &&DiskConfig| disk.source.settings().warns_of_connection();
+        for warning in action.disks().iter().filter(all).flat_map(|disk| &disk.warnings) {
             output::message(&mut std::io::stderr(), &format!("warning: {warning}"));
         }
     }
@@ -116,7 +116,9 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     let files = wanted
         .iter()
         .filter(|d| {
-            !volume::is_dynamic(d) && !d.source.accepts_loss() && disks.iter().any(|(disk, _)| disk.name == d.name)
+            !d.source.settings().is_dynamic()
+                && !d.source.settings().accepts_loss()
+                && disks.iter().any(|(disk, _)| disk.name == d.name)
         })
         .map(|d| d.name.clone())
         .collect();

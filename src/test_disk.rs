@@ -121,8 +121,6 @@ impl BlockQueue for TestDisk {
             None => done(self.flush()),
         }
     }
-
-    fn forget_content(&self) {}
 }
 
 impl BlockWrite for TestDisk {

@@ -20,6 +20,8 @@
 //!
 //! Invariant: a flight is in `flights` until its block is in the cache or its fetch has failed. A reader that checks
 //! the cache again while it holds `flights` therefore never starts a second fetch of a block that has just been cached.
+//! A write, or the end of trust in the content, takes flights out of `flights` before their fetches end (detaches them):
+//! their blocks are never cached. See `writes.rs`.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -101,12 +103,21 @@ pub struct CachedBlocks {
     pool: Arc<FetchPool>,
 }
 
+/// A cached block that a write changes.
+#[derive(Debug)]
+pub(super) struct PatchedBlock {
+    number: u64,
+    old: Block,
+    new: Block,
+}
+
 /// The part that the threads of the pool use.
 pub(super) struct Shared {
     fetch: Arc<dyn Fetch>,
     memory: Arc<BlockMemory>,
-    /// Number of the file, in its place of a key.
-    file: u64,
+    /// Number of the file, in its place of a key. Another one after [`CachedBlocks::forget`]: the blocks of the old number
+    /// are found no more, and the memory evicts them.
+    file: AtomicU64,
     len: u64,
     /// Size of a block in bytes; the last block may be smaller.
     block: u64,
@@ -132,7 +143,7 @@ impl CachedBlocks {
         // new blocks have.
         let window = readahead.min(memory.bytes / 8 * 3) / block;
         let shared = Arc::new(Shared {
-            file: memory.files.fetch_add(1, Ordering::Relaxed),
+            file: memory.files.fetch_add(1, Ordering::Relaxed).into(),
             len: fetch.len(),
             flights: Mutex::default(),
             streams: Mutex::new(ReadStreams::new(window)),
@@ -177,6 +188,65 @@ impl CachedBlocks {
             skip = 0;
         }
         Ok(())
+    }
+
+    /// Returns the numbers of the blocks that hold the bytes.
+    pub(super) fn blocks_of(&self, bytes: &Range<u64>) -> Range<u64> {
+        bytes.start / self.shared.block..bytes.end.div_ceil(self.shared.block)
+    }
+
+    /// Forgets all blocks, also those that are being fetched.
+    pub(super) fn forget(&self) {
+        let shared = &self.shared;
+        let mut flights = lock(&shared.flights);
+        flights.clear();
+        let next = shared.memory.files.fetch_add(1, Ordering::Relaxed);
+        // Under the lock: a fetch checks there that its flight is not detached, and caches its block.
+        shared.file.store(next, Ordering::Release);
+    }
+
+    /// Returns the cached ones of the blocks that `data` changes, which lies at byte `offset`: each with its number, as it
+    /// is, and as it becomes.
+    pub(super) fn patched(&self, offset: u64, data: &[u8]) -> Vec<PatchedBlock> {
+        let shared = &self.shared;
+        let end = offset + data.len() as u64;
+        let patched = self.blocks_of(&(offset..end)).filter_map(|number| {
+            let old = shared.memory.cache.get(&shared.key(number))?;
+            let (from, to) = (shared.start(number), shared.start(number) + shared.block_len(number));
+            let part = data.get((from.max(offset) - offset) as usize..(to.min(end) - offset) as usize)?;
+            let mut bytes = Vec::clone(&old);
+            let at = from.max(offset) - from;
+            bytes
+                .get_mut(at as usize..at as usize + part.len())?
+                .copy_from_slice(part);
+            Some(PatchedBlock {
+                number,
+                old,
+                new: Block::new(bytes),
+            })
+        });
+        patched.collect()
+    }
+
+    /// Replaces the blocks of a range by those in `patched`, if they are still as they were then, and drops the others. No
+    /// fetch that is in flight caches one of them.
+    pub(super) fn update(&self, blocks: Range<u64>, patched: Vec<PatchedBlock>) {
+        let shared = &self.shared;
+        let mut patched = patched.into_iter().peekable();
+        let mut flights = lock(&shared.flights);
+        for number in blocks {
+            flights.remove(&number);
+            let key = shared.key(number);
+            let new = patched.next_if(|block| block.number == number);
+            let cached = shared.memory.cache.get(&key);
+            match (new, cached) {
+                (Some(block), Some(cached)) if Arc::ptr_eq(&block.old, &cached) => {
+                    shared.memory.cache.insert(key, block.new);
+                }
+                (_, Some(_)) => drop(shared.memory.cache.remove(&key)),
+                (_, None) => {}
+            }
+        }
     }
 
     /// Returns true if a read of the range needs no fetch.
@@ -242,7 +312,7 @@ impl Shared {
     }
 
     fn key(&self, block: u64) -> u64 {
-        self.file << FILE_SHIFT | block
+        self.file.load(Ordering::Acquire) << FILE_SHIFT | block
     }
 
     fn start(&self, block: u64) -> u64 {
@@ -378,13 +448,6 @@ impl<'a> Fetching<'a> {
         } else {
             Err(Error::corrupt("a fetched block has a wrong length"))
         };
-        if let Ok(data) = &result {
-            // First the data, then the end of the flight: a reader that finds no flight finds the block.
-            self.shared
-                .memory
-                .cache
-                .insert(self.shared.key(self.block), Arc::clone(data));
-        }
         self.end(result);
     }
 
@@ -393,18 +456,32 @@ impl<'a> Fetching<'a> {
     }
 
     fn end(&mut self, result: Result<Block>) {
-        lock(&self.shared.flights).remove(&self.block);
-        if let Some(claim) = self.claim.take() {
-            claim.finish(result);
+        let Some(claim) = self.claim.take() else { return };
+        self.leave(&claim, result.as_ref().ok());
+        claim.finish(result);
+    }
+
+    /// Takes the flight off the list and caches its block, unless it was detached: then another flight may have its place,
+    /// and the block may be older than a write.
+    fn leave(&self, claim: &Claim, data: Option<&Block>) {
+        let mut flights = lock(&self.shared.flights);
+        if !flights.get(&self.block).is_some_and(|flight| claim.is_of(flight)) {
+            return;
         }
+        // Both under the lock: a reader that finds no flight finds the block.
+        if let Some(data) = data {
+            let key = self.shared.key(self.block);
+            self.shared.memory.cache.insert(key, Arc::clone(data));
+        }
+        flights.remove(&self.block);
     }
 }
 
 impl Drop for Fetching<'_> {
     fn drop(&mut self) {
         // Dropped before the claim: readers that come later start a new flight.
-        if self.claim.is_some() {
-            lock(&self.shared.flights).remove(&self.block);
+        if let Some(claim) = &self.claim {
+            self.leave(claim, None);
         }
     }
 }

@@ -1,13 +1,21 @@
 //! Cache of whole blocks over a disk whose blocks are expensive.
+//!
+//! A disk that is written to has its writes go through the cache, which updates or drops the blocks (`writes.rs`). Where
+//! the content may change without this process ([`SharedContent`]), all blocks are dropped: after a reconnect, and at each
+//! open if other clients may write meanwhile.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::blocks::{BlockMemory, CachedBlocks};
+use super::writes::CacheWrites;
 use super::{Fetch, FetchPool};
-use crate::block::{BlockRead, Content, Geometry, Lba, SECTOR, check_range};
-use crate::error::{Error, Result};
+use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, SharedContent, check_range};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::RoomNeeded;
+use crate::write_latch::WriteLatch;
 
 /// Sizes of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,19 +26,30 @@ pub struct CacheOptions {
     pub readahead: u64,
     /// Number of threads that fetch in parallel with the readers.
     pub workers: usize,
+    /// Sectors of a block: a multiple of the granule of the disk.
+    pub block: u64,
+    /// Largest number of neighbouring blocks of one fetch.
+    pub max_run: u64,
+    /// Maximum time that a reader waits for the fetch of another thread: more than the fetch itself may take.
+    pub deadline: Duration,
+    /// Drop all blocks when a program opens the disk, as other clients may have written.
+    pub drop_at_open: bool,
 }
 
 /// Minimum number of blocks that a cache holds, whatever size is requested.
 const MIN_BLOCKS: u64 = 4;
-
-/// Maximum time that a reader waits for the fetch of another thread.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Cache over a disk; see the documentation of `blocks.rs`.
 #[derive(Debug)]
 pub struct BlockCache {
     disk: Arc<DiskBlocks>,
     blocks: CachedBlocks,
+    writes: CacheWrites,
+    drop_at_open: bool,
+    /// [`SharedContent::epoch`] that the blocks belong to.
+    epoch: AtomicU64,
+    /// Latch of a disk without a writer: never set.
+    no_latch: WriteLatch,
 }
 
 /// A disk as the origin of blocks.
@@ -38,21 +57,49 @@ pub struct BlockCache {
 struct DiskBlocks {
     disk: Arc<dyn BlockRead>,
     geometry: Geometry,
+    /// Sectors of a block.
+    block: u64,
+    max_run: u64,
+    deadline: Duration,
 }
 
 impl BlockCache {
-    /// Creates a cache whose blocks have the preferred request size of `source`. Errors: a worker thread can't be
-    /// started.
+    /// Creates a cache over `source`. Errors: a worker thread can't be started.
     pub fn new(source: Arc<dyn BlockRead>, options: CacheOptions) -> Result<Self> {
         let disk = Arc::new(DiskBlocks {
             geometry: source.geometry(),
+            block: options.block.max(1),
+            max_run: options.max_run.max(1),
+            deadline: options.deadline,
             disk: source,
         });
         let pool = FetchPool::new(options.workers).map_err(|e| Error::io("starting the threads that inflate", e))?;
         let memory = BlockMemory::new(options.size, disk.block(), MIN_BLOCKS)?;
         let fetch = Arc::clone(&disk) as Arc<dyn Fetch>;
         let blocks = CachedBlocks::new(fetch, Arc::new(memory), Arc::new(pool), options.readahead);
-        Ok(Self { disk, blocks })
+        Ok(Self {
+            epoch: disk.epoch().into(),
+            disk,
+            blocks,
+            writes: CacheWrites::default(),
+            drop_at_open: options.drop_at_open,
+            no_latch: WriteLatch::default(),
+        })
+    }
+
+    /// Drops all blocks if the content may have changed without this process since they were read.
+    fn check_epoch(&self) {
+        let epoch = self.disk.epoch();
+        if self.epoch.load(Ordering::Acquire) != epoch {
+            // Dropped first: another reader that finds the new epoch must not find old blocks.
+            self.blocks.forget();
+            self.epoch.store(epoch, Ordering::Release);
+        }
+    }
+
+    fn target(&self) -> Result<&dyn BlockWrite> {
+        let none = || Error::new(ErrorKind::ReadOnly, "the disk was opened for reading");
+        self.disk.disk.writer().ok_or_else(none)
     }
 }
 
@@ -63,6 +110,7 @@ impl BlockRead for BlockCache {
 
     fn read_at(&self, at: Lba, buf: &mut [u8]) -> Result<()> {
         check_range(&self.disk.geometry, at, buf.len())?;
+        self.check_epoch();
         self.blocks.read(at.bytes(), buf)
     }
 
@@ -73,6 +121,91 @@ impl BlockRead for BlockCache {
     fn is_zero(&self, at: Lba, sectors: u64) -> bool {
         self.disk.disk.is_zero(at, sectors)
     }
+
+    fn writer(&self) -> Option<&dyn BlockWrite> {
+        self.target().is_ok().then_some(self)
+    }
+
+    fn shared_content(&self) -> Option<&dyn SharedContent> {
+        self.disk.disk.shared_content().is_some().then_some(self)
+    }
+}
+
+impl BlockWrite for BlockCache {
+    fn latch(&self) -> &WriteLatch {
+        self.disk.disk.writer().map_or(&self.no_latch, BlockWrite::latch)
+    }
+
+    fn prepare_external_write(&self) -> Result<()> {
+        self.target()?.prepare_external_write()
+    }
+
+    fn write_at(&self, at: Lba, buf: &[u8]) -> Result<()> {
+        check_range(&self.disk.geometry, at, buf.len())?;
+        let target = self.target()?;
+        let write = self
+            .writes
+            .begin(&self.blocks, at.bytes()..at.bytes() + buf.len() as u64);
+        target.write_at(at, buf)?;
+        write.succeeded(at.bytes(), buf);
+        Ok(())
+    }
+
+    fn zero(&self, range: Range<Lba>, unmap: bool) -> Result<()> {
+        let target = self.target()?;
+        let end = Lba(range.end.0.min(self.disk.geometry.sectors));
+        // Dropped at the end: the disk may know then, without reading, that they are zeroes.
+        let _write = (range.start < end).then(|| self.writes.begin(&self.blocks, range.start.bytes()..end.bytes()));
+        target.zero(range, unmap)
+    }
+
+    fn slow_zeroing(&self, range: Range<Lba>) -> Option<String> {
+        self.disk.disk.writer().and_then(|writer| writer.slow_zeroing(range))
+    }
+
+    fn add_room(&self, range: Range<Lba>, zero: bool, needed: &mut RoomNeeded) -> Result<()> {
+        self.target()?.add_room(range, zero, needed)
+    }
+
+    fn allocate(&self, range: Range<Lba>) -> Result<()> {
+        // The bytes stay the same, but the disk may write back what it has read.
+        let _write =
+            (range.start < range.end).then(|| self.writes.begin(&self.blocks, range.start.bytes()..range.end.bytes()));
+        self.target()?.allocate(range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.target()?.flush()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.target()?.close()
+    }
+
+    fn sequential_write_only(&self) -> bool {
+        self.disk.disk.writer().is_some_and(BlockWrite::sequential_write_only)
+    }
+}
+
+impl SharedContent for BlockCache {
+    fn epoch(&self) -> u64 {
+        self.disk.epoch()
+    }
+
+    fn forget_content(&self) {
+        if let Some(shared) = self.disk.disk.shared_content() {
+            shared.forget_content();
+        }
+        if self.drop_at_open {
+            self.blocks.forget();
+        }
+    }
+}
+
+impl DiskBlocks {
+    fn epoch(&self) -> u64 {
+        self.disk.shared_content().map_or(0, SharedContent::epoch)
+    }
 }
 
 impl Fetch for DiskBlocks {
@@ -81,16 +214,15 @@ impl Fetch for DiskBlocks {
     }
 
     fn block(&self) -> u64 {
-        self.geometry.preferred.max(1) * SECTOR
+        self.block * SECTOR
     }
 
     fn max_run(&self) -> u64 {
-        // Each block is work of its own for a processor.
-        1
+        self.max_run
     }
 
     fn deadline(&self) -> Duration {
-        DEADLINE
+        self.deadline
     }
 
     fn is_zero(&self, range: Range<u64>) -> bool {
@@ -99,11 +231,20 @@ impl Fetch for DiskBlocks {
     }
 
     fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+        let read = |blocks: Range<u64>| {
+            let (start, end) = (blocks.start * self.block(), blocks.end * self.block());
+            let mut data = vec![0; (end.min(self.len()) - start) as usize];
+            self.disk.read_at(Lba(start / SECTOR), &mut data).map(|()| data)
+        };
+        if blocks.end - blocks.start > 1
+            && let Ok(run) = read(blocks.clone())
+        {
+            run.chunks(self.block() as usize).for_each(|block| each(block.to_vec()));
+            return Ok(());
+        }
+        // One at a time after an error: those beside a damaged block are valid.
         for block in blocks {
-            let start = block * self.block();
-            let mut data = vec![0; self.block().min(self.len() - start) as usize];
-            self.disk.read_at(Lba(start / SECTOR), &mut data)?;
-            each(data);
+            each(read(block..block + 1)?);
         }
         Ok(())
     }
@@ -133,6 +274,10 @@ mod tests {
             size: 0,
             readahead: 0,
             workers: 1,
+            block: 1,
+            max_run: 1,
+            deadline: Duration::from_secs(60),
+            drop_at_open: false,
         };
         let cache = BlockCache::new(Arc::new(source), options).unwrap();
         let mut buf = [0; 64 * 512];

@@ -27,6 +27,7 @@ mod memory;
 mod pool;
 mod readahead;
 mod single_flight;
+mod writes;
 
 pub use adaptive::AdaptiveBlocks;
 pub use blocks::{BlockMemory, CachedBlocks};

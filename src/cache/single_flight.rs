@@ -77,6 +77,11 @@ impl Flight {
 }
 
 impl Claim {
+    /// Returns true if this is the claim of that flight.
+    pub(crate) fn is_of(&self, flight: &Arc<Flight>) -> bool {
+        self.0.as_ref().is_some_and(|own| Arc::ptr_eq(own, flight))
+    }
+
     /// Ends the flight with the result of the fetch, and wakes the waiters.
     pub(crate) fn finish(mut self, result: Result<Block>) {
         if let Some(flight) = self.0.take() {

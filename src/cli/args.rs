@@ -19,7 +19,7 @@ use super::{
     MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, mount_helper, one_line, query,
     unmount_helper, unmounted, values,
 };
-use crate::config::{Action, Config, DiskConfig, LogConfig, Query, SourceConfig};
+use crate::config::{Action, Config, LogConfig, Query};
 
 /// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
@@ -352,8 +352,7 @@ fn check_no_disk(words: &[OsString], mount_args: &MountArgs) -> Result<(), Usage
 /// Returns the query of `--list`. It accepts servers only; the export in the address of an NBD server is ignored.
 fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     let query = query(words, Subcommand::List, json)?;
-    let is_server = |disk: &DiskConfig| matches!(disk.source, SourceConfig::Nbd(_) | SourceConfig::Https(_));
-    match query.disks.iter().find(|disk| !is_server(disk)) {
+    match query.disks.iter().find(|disk| !disk.source.settings().is_server()) {
         Some(disk) if disk.source.local().is_none() => Err(UsageError::new(
             "--list shows what a server offers; VDDK lists nothing: leave out libdir=",
         )),

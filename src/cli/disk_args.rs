@@ -96,7 +96,7 @@ fn check_sockets(disks: &[DiskConfig]) -> Result<(), UsageError> {
     let mut used = HashSet::new();
     match disks
         .iter()
-        .filter_map(|disk| disk.source.socket_fd())
+        .filter_map(|disk| disk.source.settings().socket_fd())
         .find(|number| !used.insert(*number))
     {
         Some(number) => Err(UsageError::new(format!(

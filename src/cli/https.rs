@@ -534,7 +534,7 @@ fn prompt() -> Result<String, String> {
 mod tests {
     use super::super::test_args::{action, disks};
     use super::*;
-    use crate::config::{Distance, SourceConfig};
+    use crate::config::{Locality, SourceConfig, SourceSettings};
 
     const LOGIN: [&str; 2] = ["user=root", "password=secret"];
 
@@ -567,8 +567,8 @@ mod tests {
         assert_eq!(disk.label(), "[my ds] a b/x.vmdk");
         let config = disks(&["src", "server=esx", "[my ds] a b/x.vmdk"]).remove(0);
         assert_eq!(
-            (config.name.to_str(), config.source.distance()),
-            (Some("x.raw"), Distance::OtherMachine)
+            (config.name.to_str(), config.source.settings().locality()),
+            (Some("x.raw"), Locality::OtherMachine)
         );
     }
 

@@ -2,10 +2,13 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Degraded, Format, without_secrets};
+use super::local::Format;
+use super::secret::{Secret, without_secrets};
+use super::source::{Locality, SourceSettings};
+use crate::vmdk::Degraded;
 
 /// A disk on a web server.
 #[derive(Debug, Clone, PartialEq)]
@@ -150,31 +153,9 @@ impl fmt::Debug for Thumbprint {
     }
 }
 
-/// A text that is never printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret text.
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-
-    /// Returns the text, for the server alone.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
-    }
-}
-
-impl HttpsConfig {
-    /// Returns the file for messages and mount tables: without credentials, and without a query, which may hold a token.
-    pub fn label(&self) -> String {
+impl SourceSettings for HttpsConfig {
+    /// Returns the file without credentials, and without a query, which may hold a token.
+    fn label(&self) -> String {
         match &self.address {
             HttpsAddress::Datastore { datastore, path, .. } => format!("[{datastore}] {path}"),
             HttpsAddress::Server { server, .. } => server.clone(),
@@ -183,6 +164,34 @@ impl HttpsConfig {
                 url.split(['?', '#']).next().unwrap_or_default().to_owned()
             }
         }
+    }
+
+    fn locality(&self) -> Locality {
+        Locality::OtherMachine
+    }
+
+    fn accepts_loss(&self) -> bool {
+        self.degraded.orphan || self.degraded.short
+    }
+
+    fn accepts_cid_mismatch(&self) -> bool {
+        self.degraded.cid
+    }
+
+    fn cache_dir(&self) -> Option<&Path> {
+        self.cache_dir.as_ref().map(|(dir, _)| dir.as_path())
+    }
+
+    fn was_found(&self) -> bool {
+        self.named == NamedBy::Search
+    }
+
+    fn is_server(&self) -> bool {
+        true
+    }
+
+    fn warns_of_connection(&self) -> bool {
+        true
     }
 }
 

@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{CreateConfig, Secret};
+use super::create::CreateConfig;
+use super::secret::Secret;
+use super::source::{Locality, SourceSettings};
 
 /// A disk that VDDK opens: a local VMDK, or a disk of an ESXi host or a vCenter.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,9 +92,23 @@ pub enum VddkCompression {
     SkipZ,
 }
 
-impl VddkConfig {
-    /// Returns the disk for messages and mount tables.
-    pub fn label(&self) -> String {
+impl SourceSettings for VddkConfig {
+    fn label(&self) -> String {
         self.file.display().to_string()
+    }
+
+    fn locality(&self) -> Locality {
+        match self.remote {
+            Some(_) => Locality::OtherMachine,
+            None => Locality::OtherProcess,
+        }
+    }
+
+    fn accepts_cid_mismatch(&self) -> bool {
+        self.accept_cid_mismatch
+    }
+
+    fn set_created(&mut self) {
+        self.create = None;
     }
 }

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 
-use crate::config::Distance;
+use crate::config::Locality;
 use crate::error::{Error, Result};
 use crate::mountinfo::Device;
 
@@ -32,15 +32,15 @@ impl Window {
     /// Returns the window for the disks of a mount, which share it. It is the largest `readahead=` of the disks, or the
     /// default if any disk has none.
     ///
-    /// `distance` is that of the farthest disk: its blocks have to be requested long before they are read.
-    pub fn of(bounds: impl Iterator<Item = Option<u64>>, distance: Distance) -> Self {
+    /// `locality` is that of the farthest disk: its blocks have to be requested long before they are read.
+    pub fn of(bounds: impl Iterator<Item = Option<u64>>, locality: Locality) -> Self {
         let bounds: Option<Vec<u64>> = bounds.collect();
         match bounds.and_then(|b| b.into_iter().max()) {
             Some(bytes) => Self::Exactly(bytes / 1024),
-            None => Self::AtLeast(match distance {
-                Distance::Here => DEFAULT_KIB,
-                Distance::OtherProcess => OTHER_PROCESS_KIB,
-                Distance::OtherMachine => OTHER_MACHINE_KIB,
+            None => Self::AtLeast(match locality {
+                Locality::Here => DEFAULT_KIB,
+                Locality::OtherProcess => OTHER_PROCESS_KIB,
+                Locality::OtherMachine => OTHER_MACHINE_KIB,
             }),
         }
     }
@@ -78,23 +78,23 @@ mod tests {
     #[test]
     fn the_largest_bound_counts_and_a_disk_without_one_has_the_default_window() {
         assert_eq!(
-            Window::of([Some(0)].into_iter(), Distance::OtherMachine),
+            Window::of([Some(0)].into_iter(), Locality::OtherMachine),
             Window::Exactly(0)
         );
         assert_eq!(
-            Window::of([Some(65536), Some(2 << 20)].into_iter(), Distance::Here),
+            Window::of([Some(65536), Some(2 << 20)].into_iter(), Locality::Here),
             Window::Exactly(2048)
         );
         assert_eq!(
-            Window::of([Some(65536), None].into_iter(), Distance::Here),
+            Window::of([Some(65536), None].into_iter(), Locality::Here),
             Window::AtLeast(DEFAULT_KIB)
         );
         assert_eq!(
-            Window::of([None].into_iter(), Distance::OtherMachine),
+            Window::of([None].into_iter(), Locality::OtherMachine),
             Window::AtLeast(OTHER_MACHINE_KIB)
         );
         assert_eq!(
-            Window::of([None].into_iter(), Distance::OtherProcess),
+            Window::of([None].into_iter(), Locality::OtherProcess),
             Window::AtLeast(OTHER_PROCESS_KIB)
         );
     }

@@ -8,7 +8,6 @@ use crate::error::{ErrorKind, Result};
 use crate::overlay::open_overlay;
 use crate::store::Access;
 use crate::vmdk::CheckReport;
-use crate::volume::Source;
 use crate::volume::open::verify_package;
 
 /// Exit status of `--check` for disks whose only findings are leaked grains and unfinished entries.
@@ -78,15 +77,12 @@ fn check_one(disk: &DiskConfig) -> Result<CheckedDisk> {
 /// Checks a disk, and its overlay if it has one. Sources without tables of their own are always clean.
 fn check_report(disk: &DiskConfig) -> Result<CheckReport> {
     let source = open_source(disk)?;
-    let mut report = match &source {
-        Source::Vmdk(vmdk) => vmdk.check(),
-        Source::Raw(..) | Source::Nbd(_) | Source::Stream(_) => CheckReport::default(),
-    };
+    let mut report = source.check();
     // The checksums of a package cover the file of its disk, so a mismatch is an error even where the tables are sound.
     for message in verify_package(disk)? {
         report.add_error(message);
     }
-    if let Some(delta) = open_overlay(disk, &source, Access::Read)? {
+    if let Some(delta) = open_overlay(disk, &*source, Access::Read)? {
         // The base alone is checked without the overlay: what the overlay hides may be damaged all the same.
         report.add(delta.check());
     }

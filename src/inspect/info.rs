@@ -4,13 +4,13 @@ use serde::Serialize;
 
 use super::{line, open_source, print, server_text};
 use crate::block::SECTOR;
-use crate::config::{DiskConfig, Query, SourceConfig};
+use crate::config::{DiskConfig, Query};
 use crate::error::Result;
 use crate::overlay::{OverlayInfo, describe_overlay, open_overlay};
-use crate::source::nbd;
+use crate::source::ServerInfo;
 use crate::store::Access;
 use crate::vmdk::DiskInfo;
-use crate::volume::Description;
+use crate::volume::{self, Description};
 
 /// Prints the format, the size and the files of each disk (`--info`); for an NBD server, its exports.
 ///
@@ -33,30 +33,30 @@ pub fn info(query: &Query) -> Result<u8> {
 #[serde(untagged)]
 enum Described {
     Disk(Box<DescribedDisk>),
-    Server(nbd::ServerInfo),
+    Server(ServerInfo),
 }
 
 fn describe(disk: &DiskConfig) -> Result<Described> {
-    match &disk.source {
+    match volume::server(&disk.source) {
         // The server itself was named and no export of it, so all are described.
-        SourceConfig::Nbd(server) if server.dynamic => nbd::list(server).map(Described::Server),
-        SourceConfig::Nbd(server) if disk.overlay.is_none() => nbd::info(server).map(Described::Server),
-        _ => {
-            // The overlay is opened over the source, as it only fits this one; opened alone it could belong to any.
-            let source = open_source(disk)?;
-            let (mut described, delta) = (source.describe(disk), open_overlay(disk, &source, Access::Read)?);
-            // With an overlay, writes go to the delta: it decides alone if the disk is writable.
-            if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
-                described.reason = delta.refuses_writing(false).map(|e| e.to_string());
-                described.writable = described.reason.is_none();
-            }
-            let overlay = delta.as_ref().map(describe_overlay).transpose()?;
-            Ok(Described::Disk(Box::new(DescribedDisk {
-                disk: described,
-                overlay,
-            })))
-        }
+        Some(server) if disk.source.settings().is_dynamic() => return server.list().map(Described::Server),
+        Some(server) if disk.overlay.is_none() => return server.info().map(Described::Server),
+        _ => {}
     }
+    // The overlay is opened over the source, as it only fits this one; opened alone it could belong to any.
+    let source = open_source(disk)?;
+    let mut described = volume::describe(disk, &*source);
+    let delta = open_overlay(disk, &*source, Access::Read)?;
+    // With an overlay, writes go to the delta: it decides alone if the disk is writable.
+    if let Some(delta) = delta.as_ref().filter(|_| !disk.read_only) {
+        described.reason = delta.refuses_writing(false).map(|e| e.to_string());
+        described.writable = described.reason.is_none();
+    }
+    let overlay = delta.as_ref().map(describe_overlay).transpose()?;
+    Ok(Described::Disk(Box::new(DescribedDisk {
+        disk: described,
+        overlay,
+    })))
 }
 
 /// Disk that this process opened itself, with its overlay.

@@ -70,7 +70,7 @@ struct MappedDisk {
 impl MappedDisk {
     fn open(disk: &DiskConfig) -> Result<Self> {
         let source = open_source(disk)?;
-        let delta = open_overlay(disk, &source, Access::Read)?;
+        let delta = open_overlay(disk, &*source, Access::Read)?;
         Ok(Self {
             name: disk.name.to_string_lossy().into_owned(),
             holes: delta.is_none(),

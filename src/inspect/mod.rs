@@ -14,8 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::escape;
 use crate::overlay::unfinished_commits;
 use crate::process::output;
-use crate::source::nbd;
-use crate::volume::{self, Source};
+use crate::source::{ServerInfo, Source};
+use crate::volume;
 
 mod cache_dir;
 mod check;
@@ -41,7 +41,7 @@ pub fn source_name(disk: &DiskConfig) -> String {
 }
 
 /// Opens the source of a disk for reading, and warns where it is not what it was meant to be.
-fn open_source(disk: &DiskConfig) -> Result<Source> {
+fn open_source(disk: &DiskConfig) -> Result<Box<dyn Source>> {
     let source = volume::open_source(disk)?;
     let files = source.files();
     for sentence in unfinished_commits(&files)
@@ -78,7 +78,7 @@ fn print(json: bool, value: &impl Serialize, text: impl FnOnce(&mut String)) -> 
 }
 
 /// Appends the description of an NBD server, similar to `nbdinfo`. Quotes in text from the server are escaped too.
-fn server_text(s: &nbd::ServerInfo, out: &mut String) {
+fn server_text(s: &ServerInfo, out: &mut String) {
     let yes = |yes: bool| if yes { "yes" } else { "no" };
     line!(out, "{}:", s.server);
     line!(

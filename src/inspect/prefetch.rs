@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
 
 use super::{line, print};
-use crate::config::{DiskConfig, Query, SourceConfig};
+use crate::config::{DiskConfig, Query};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 use crate::volume::open_source;
@@ -20,8 +20,7 @@ const SHOWN_EVERY: Duration = Duration::from_millis(500);
 pub fn prefetch(query: &Query) -> Result<u8> {
     let mut done = Vec::new();
     for disk in &query.disks {
-        let has_folder = matches!(&disk.source, SourceConfig::Https(https) if https.cache_dir.is_some());
-        if !has_folder {
+        if disk.source.settings().cache_dir().is_none() {
             let text = format!(
                 "{}: --prefetch needs cache-dir=, the folder to fill",
                 disk.source.label()

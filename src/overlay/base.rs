@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{MARK, NO_CID, NO_MARK, cid_text, descriptor, grain_size, label, mark_of};
 use crate::block::{BlockRead, Lba, SECTOR};
-use crate::config::{Overlay, SourceConfig};
+use crate::config::Overlay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::sample::{self, BlockDigest, block_digest, sampled_ranges};
+use crate::source::{Source, SourceIdentity};
 use crate::store::{Identity, Permissions, StoredFile};
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{DeltaParent, NewDelta, VmdkDisk};
-use crate::volume::Source;
 
 /// Key of the base's size and address in the disk data base, for a base without a CID.
 const BASE_KEY: &str = "vmdkfuse.base";
@@ -54,24 +54,19 @@ pub(super) struct Base {
 
 impl Base {
     /// Returns the values that `overlay` stores of `source`.
-    pub(super) fn of(source: &Source, config: &SourceConfig, overlay: &Overlay) -> Result<Self> {
-        let label = config.label();
-        // The canonical path, so that the base is recognized by whatever name the user gives it.
-        let real = match config {
-            SourceConfig::Local(local) => fs::canonicalize(&local.path).map_err(|e| Error::io(label.clone(), e))?,
-            SourceConfig::Nbd(nbd) => PathBuf::from(nbd.identity()),
-            SourceConfig::Https(_) | SourceConfig::Vddk(_) => PathBuf::from(&label),
-        };
+    pub(super) fn of(source: &dyn Source, overlay: &Overlay) -> Result<Self> {
+        let SourceIdentity {
+            label,
+            address: real,
+            cid,
+        } = source.identity()?;
+        // A disk whose CID means "no CID" is recognized by its mtime instead, like a raw one.
+        let cid = cid.filter(|&cid| cid != NO_CID);
         let path = match folder_of(overlay).and_then(|folder| real.strip_prefix(folder).ok()) {
             Some(relative) => relative.to_path_buf(),
             None => real,
         };
         let geometry = source.disk().geometry();
-        let cid = match source {
-            // A disk whose CID means "no CID" is recognized by its mtime instead, like a raw one.
-            Source::Vmdk(disk) => disk.descriptor().and_then(|d| d.cid).filter(|&cid| cid != NO_CID),
-            _ => None,
-        };
         let files = source.files();
         let time = last_change(files.iter().map(|file| (file, file.identity_at_open())));
         // A device has an mtime too, but a write to it does not change that: only files count.

@@ -21,7 +21,7 @@
 use std::sync::Arc;
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR};
-use crate::config::{DiskConfig, LocalConfig, Overlay, SourceConfig};
+use crate::config::{DiskConfig, Overlay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::base::Base;
 use crate::overlay::base_mark;
@@ -30,11 +30,10 @@ use crate::overlay::{
     overlay_file,
 };
 use crate::source::RawDisk;
+use crate::source::format::{self, DiskFormat};
+use crate::source::local::{chain_options, open_file, open_in};
 use crate::store::{Access, RoomNeeded, StoredFile};
 use crate::vmdk::VmdkDisk;
-use crate::volume::Source;
-use crate::volume::format::{self, DiskFormat};
-use crate::volume::open::{chain_options, open_file};
 
 /// Maximum number of sectors copied at once: 1 MiB.
 const COPY_STEP: u64 = 2048;
@@ -125,8 +124,9 @@ impl Commit {
         let child = overlay_file(path, local, Access::Write)?;
         let file = open_file(local, Access::Write)?;
         // Through the descriptor that is open for writing, so that no other process can replace or change the base in
-        // between.
-        let (base, source) = open_for_check(local, overlay, &file)?;
+        // between. The base is not changed before the overlay is known to belong to it.
+        let source = open_in(local, Arc::clone(&file))?;
+        let base = Base::of(&*source, overlay)?;
         let overlay = open_overlay_of(
             Arc::clone(&child),
             &base,
@@ -145,14 +145,14 @@ impl Commit {
             )));
         }
         let resumed = mark_of(descriptor).is_some();
-        let target = match source {
-            Source::Vmdk(read_only) => {
-                // Its locks on the extents would conflict with those for writing.
-                drop(read_only);
+        // Its locks on the extents would conflict with those for writing.
+        drop(source);
+        let target = match format::decide(local, &*file)? {
+            DiskFormat::Vmdk => {
                 let disk = VmdkDisk::open_base(file, chain_options(local)?, &*child);
                 Target::Vmdk(Arc::new(disk.map_err(|e| base_refused(&overlay, &e))?))
             }
-            _ => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
+            DiskFormat::Raw => Target::Raw(Arc::new(RawDisk::new(Arc::clone(&file))?), file),
         };
         let total = changed_sectors(&overlay)? * SECTOR;
         let commit = Self {
@@ -296,18 +296,6 @@ impl Commit {
         self.overlay.read_at(at, buf)?;
         writer.write_at(at, buf)
     }
-}
-
-/// Opens the base in `file` for reading, although `file` itself is open for writing: it is not changed before the
-/// overlay is known to belong to it. Returns the values that the overlay must match, and the source.
-fn open_for_check(local: &LocalConfig, overlay: &Overlay, file: &Arc<dyn StoredFile>) -> Result<(Base, Source)> {
-    let source = if format::decide(local, &**file)? == DiskFormat::Vmdk {
-        Source::Vmdk(Arc::new(VmdkDisk::open(Arc::clone(file), chain_options(local)?)?))
-    } else {
-        Source::Raw(Arc::new(RawDisk::new(Arc::clone(file))?), Arc::clone(file))
-    };
-    let config = SourceConfig::Local(local.clone());
-    Ok((Base::of(&source, &config, overlay)?, source))
 }
 
 /// Adds the context of a commit to the error with which the base refuses writing. The advice differs from that of a

@@ -41,10 +41,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::overlay::base::Base;
 pub(crate) use crate::overlay::base_mark::unfinished_commits;
 use crate::process;
+use crate::source::Source;
 use crate::store::{Access, ExtentName, Store, StoredFile, make_user_path, open_user_path, unnamed};
 use crate::vmdk::descriptor::Descriptor;
 use crate::vmdk::{self, OpenOptions, VmdkDisk};
-use crate::volume::Source;
 
 /// Key of the mark of an unfinished commit.
 pub(super) const MARK: &str = vmdk::COMMIT_MARK;
@@ -86,15 +86,15 @@ pub struct OverlayInfo {
 ///
 /// Errors: `Corrupt` if it belongs to another base, `Usage` if it is not an overlay, `Busy` if another process uses it,
 /// `NotFound` for reading if it does not exist, those of the engine and of I/O.
-pub fn open_overlay(config: &DiskConfig, source: &Source, access: Access) -> Result<Option<VmdkDisk>> {
+pub fn open_overlay(config: &DiskConfig, source: &dyn Source, access: Access) -> Result<Option<VmdkDisk>> {
     let Some(overlay) = &config.overlay else {
         return Ok(None);
     };
-    let base = Base::of(source, &config.source, overlay)?;
+    let base = Base::of(source, overlay)?;
     // The options for the disk's files hold for the overlay's file too. A server's disk has no such options.
     let usual = LocalConfig::new("");
     let local = config.source.local().unwrap_or(&usual);
-    let accept = config.source.accepts_cid_mismatch();
+    let accept = config.source.settings().accepts_cid_mismatch();
     match overlay {
         Overlay::Temporary => temporary(&base).map(Some),
         Overlay::File(path) => {

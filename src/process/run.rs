@@ -27,7 +27,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
-use crate::config::{Distance, LogConfig, MountConfig, MountOptions};
+use crate::config::{Locality, LogConfig, MountConfig, MountOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::auto_unmount::AutoUnmount;
@@ -273,16 +273,16 @@ impl MountedDaemon {
         // (`volume/loop_budget.rs`).
         requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
         let session = Running::start(filesystem, device, options, loops)?;
-        let distance = config
+        let locality = config
             .disks
             .iter()
-            .map(|d| d.source.distance())
+            .map(|d| d.source.settings().locality())
             .max()
-            .unwrap_or(Distance::Here);
+            .unwrap_or(Locality::Here);
         // Only an optimization, so a failure (usually missing privileges) is logged and ignored.
         match readahead::set(
             mount.device(),
-            Window::of(config.disks.iter().map(|d| d.readahead), distance),
+            Window::of(config.disks.iter().map(|d| d.readahead), locality),
         ) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount not changed, sequential reads are slower: {e}"),

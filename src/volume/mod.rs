@@ -2,7 +2,6 @@
 //!
 //! ```text
 //!   open              builds the layers below from the configuration
-//!   create            new images
 //!   search            patterns → the files that match them
 //!   write             byte writes to sectors, under range locks
 //!   submit            the boundary: one request, and its completion
@@ -29,9 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
 mod block_count;
-mod create;
 mod durability;
-pub(crate) mod format;
 mod group_flush;
 pub(crate) mod loop_budget;
 pub(crate) mod open;
@@ -46,12 +43,11 @@ mod writeback_timer;
 
 use crate::range_lock::RangeLock;
 use block_count::BlockCount;
-pub use create::create;
 use durability::Durability;
 pub(crate) use group_flush::FlushKind;
 use group_flush::GroupFlush;
 pub(crate) use open::reopen;
-pub use open::{Description, OpenedDisks, Source, is_dynamic, open, open_all, open_source};
+pub use open::{Description, OpenedDisks, create, describe, list, open, open_all, open_source, server};
 pub use read_buffer::{MAX_READ, ReadBuffer};
 pub use search::{FoundDisks, find_disks};
 use statistics::Statistics;
@@ -228,8 +224,8 @@ impl Volume {
     /// and how much.
     pub fn forget_content(&self) {
         self.block_count.changed();
-        if let Some(queue) = self.disk().queue() {
-            queue.forget_content();
+        if let Some(shared) = self.disk().shared_content() {
+            shared.forget_content();
         }
     }
 

@@ -243,7 +243,7 @@ impl Volume {
     }
 
     fn finish(self: &Arc<Self>, done: FlushAnswer) {
-        if !self.writable() || !self.is_unfinished() {
+        if !self.writable() || !self.durability().is_unfinished() {
             return;
         }
         let volume = Arc::clone(self);

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::Mode;
 use crate::store::RoomNeeded;
 use crate::volume::{FlushKind, Volume};
-use crate::write_latch::{ErrorCursor, WriteLatch};
+use crate::write_latch::WriteLatch;
 
 /// Maximum number of bytes that are allocated at once. Other writes of the range wait meanwhile.
 const ALLOCATION_STEP: u64 = 8 << 20;
@@ -186,10 +186,9 @@ impl Volume {
     }
 
     /// Returns the cursor of a new handle, which reports the errors of the disk from now on.
-    pub(crate) fn error_cursor(&self) -> ErrorCursor {
-        self.durability()
-            .latch()
-            .map_or_else(ErrorCursor::default, WriteLatch::cursor)
+    #[cfg(test)]
+    pub(crate) fn error_cursor(&self) -> crate::write_latch::ErrorCursor {
+        self.durability().latch().map(WriteLatch::cursor).unwrap_or_default()
     }
 
     /// Returns an error if nothing of the disk is durable any more.

@@ -15,7 +15,7 @@ use tempfile::tempdir;
 use vmdkfuse::block::{BlockRead, Lba};
 use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::error::ErrorKind;
-use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
+use vmdkfuse::volume::{self, ReadBuffer, Seek, Volume};
 
 /// Largest extent in sectors; it keeps a disk below 4 MiB.
 const EXTENT_MAX: u64 = 2000;
@@ -426,8 +426,7 @@ proptest! {
         }
         let source = source.unwrap();
         assert_same_sectors(&*source.disk(), &expected)?;
-        let Source::Vmdk(disk) = &source else { panic!("{} is no VMDK", path.display()) };
-        let report = disk.check();
+        let report = source.check();
         prop_assert_eq!(report.error_count, 0, "{:?}", report.errors);
         let mut scratch = ReadBuffer::new();
         for cache_size in [None, Some(0)] {

@@ -17,7 +17,7 @@ use vmdkfuse::block::{Content, Lba};
 use vmdkfuse::config::{DiskConfig, LocalConfig, SourceConfig};
 use vmdkfuse::error::{ErrorKind, Result};
 use vmdkfuse::vmdk::CheckReport;
-use vmdkfuse::volume::{self, ReadBuffer, Seek, Source, Volume};
+use vmdkfuse::volume::{self, ReadBuffer, Seek, Volume};
 
 /// Deadline far above the time of every test here, and far below that of the unbounded work in the original defects.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -47,10 +47,7 @@ fn open(path: &Path) -> Result<Volume> {
 /// Returns the report of `--check`.
 #[track_caller]
 fn check_image(path: &Path) -> CheckReport {
-    match volume::open_source(&config(path)).unwrap() {
-        Source::Vmdk(disk) => disk.check(),
-        other => panic!("{} is opened as {other:?}", path.display()),
-    }
+    volume::open_source(&config(path)).unwrap().check()
 }
 
 fn read(image: &Volume, sector: u64, sectors: u64) -> Result<Vec<u8>> {

@@ -235,6 +235,117 @@ fn truncating_without_cheap_zeroes_is_eopnotsupp_and_the_log_says_why() {
 }
 
 /// "What another client of an NBD export has written is seen at the next open, also where block status said zeroes."
+/// "What another client of an NBD export has written is seen at the next open … and with a cache of blocks"
+#[test]
+fn a_cache_of_blocks_shows_own_writes_and_at_the_next_open_those_of_others() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["memory", "8M"]);
+    let image = scratch.write("image", noise(8 << 20, 23));
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("cache-size=4M")
+        .arg("cache=none")
+        .start();
+    let disk = mount.file("disk.raw");
+    put(&image, &disk);
+    let model = File::options().write(true).open(&image).unwrap();
+    let file = File::options().read(true).write(true).open(&disk).unwrap();
+    // Parts of sectors and of blocks, and both ends of the disk, each over blocks that are cached.
+    for (at, len) in [
+        (0u64, 1usize),
+        (511, 2),
+        (65_535, 2),
+        (1_000_003, 70_001),
+        ((8 << 20) - 5, 5),
+    ] {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        let new = noise(len, at + 1);
+        file.write_all_at(&new, at).unwrap();
+        model.write_all_at(&new, at).unwrap();
+        file.read_exact_at(&mut bytes, at).unwrap();
+        assert!(bytes == new, "{len} bytes at {at}");
+    }
+    drop(file);
+    assert_same(&disk, &image);
+    let others = scratch.write("others", noise(1 << 20, 29));
+    scratch.mkdir("other");
+    let other = scratch.mount().at("other").arg(server.uri()).start();
+    put(&others, &other.file("disk.raw"));
+    assert_eq!(read_range(&disk, 0, 1 << 20), noise(1 << 20, 29));
+}
+
+/// "each open of the file and each reconnect empty it"
+#[test]
+fn a_reconnect_empties_the_cache_of_blocks() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.write("disk", noise(4 << 20, 31));
+    let words = ["file", &format!("file={}", disk.display())];
+    let server = Server::nbdkit(&scratch, &words);
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("cache-size=2M")
+        .arg("readahead=0")
+        .arg("cache=none")
+        .start();
+    let file = File::open(mount.file("disk.raw")).unwrap();
+    let mut page = [0; 4096];
+    file.read_exact_at(&mut page, 0).unwrap();
+    server.crash();
+    // Another client writes while the server is away.
+    let changed = noise(4096, 37);
+    File::options()
+        .write(true)
+        .open(&disk)
+        .unwrap()
+        .write_all_at(&changed, 0)
+        .unwrap();
+    let _server = Server::nbdkit(&scratch, &words);
+    // A block that is not cached: the request for it needs a connection.
+    file.read_exact_at(&mut page, 3 << 20).unwrap();
+    file.read_exact_at(&mut page, 0).unwrap();
+    assert!(page[..] == changed[..]);
+}
+
+/// "`cache-size=` keeps blocks of the export in memory, also for programs that bypass the page cache"
+#[test]
+fn a_cache_of_blocks_spares_the_server_repeated_reads() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let stats = scratch.path("stats");
+    let stats_word = format!("statsfile={}", stats.display());
+    let server = Server::nbdkit(&scratch, &["--filter=stats", "pattern", "8M", &stats_word]);
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("cache-size=4M")
+        .arg("cache=none")
+        .start();
+    let file = File::open(mount.file("disk.raw")).unwrap();
+    let mut page = [0; 4096];
+    (0..2000).for_each(|_| file.read_exact_at(&mut page, 2 << 20).unwrap());
+    drop(file);
+    mount.unmount();
+    server.signal(Signal::SIGTERM);
+    let reads = |text: &str| {
+        let line = text.lines().find(|line| line.starts_with("read:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let count = || reads(&fs::read_to_string(&stats).ok()?);
+    assert!(poll_until(SOON, || count().is_some()));
+    assert!(count() < Some(1000), "{:?} reads reached the server", count());
+}
+
 #[test]
 fn writes_of_another_client_are_seen_at_the_next_open() {
     if !ready() {

@@ -365,16 +365,27 @@ fn info_and_map_describe_a_disk() {
     command("--map").args(login()).arg(DISK).run().ok();
 }
 
+/// "A disk of a server has a cache and a read-ahead; what is written updates it."
 #[test]
-fn a_read_only_disk_of_a_server_is_cached_and_read_ahead() {
+fn a_disk_of_a_server_is_cached_and_read_ahead() {
     if !ready() {
         return;
     }
+    for writable in [false, true] {
+        assert_cached(writable);
+    }
+}
+
+fn assert_cached(writable: bool) {
     let scratch = Scratch::new();
     let vddk = Vddk::new(&scratch, 8);
     expect(&vddk, &["latency=500"]);
     let disk = put(&vddk, &noise((24 << 20) + 1536, 1));
-    let mount = remote(&vddk, &scratch).arg("-r").arg("cache=none").start();
+    let mut mount = remote(&vddk, &scratch).arg("cache=none");
+    if !writable {
+        mount = mount.arg("-r");
+    }
+    let mount = mount.start();
     let shown = mount.file("x.raw");
     assert_same(&shown, &disk);
     let reads = || {
@@ -398,5 +409,22 @@ fn a_read_only_disk_of_a_server_is_cached_and_read_ahead() {
         assert_eq!(read_range(&shown, at, 500), read_range(&disk, at, 500));
     }
     assert_eq!(reads(), before, "what was read is in memory");
+    if writable {
+        let file = File::options().read(true).write(true).open(&shown).unwrap();
+        for (at, len) in [
+            (0u64, 3usize),
+            (65_530, 12),
+            ((5 << 20) + 511, 70_001),
+            ((24 << 20) + 1530, 6),
+        ] {
+            let bytes = noise(len, at);
+            file.write_all_at(&bytes, at).unwrap();
+            assert!(read_range(&shown, at, len) == bytes, "{len} bytes at {at}");
+        }
+        file.sync_all().unwrap();
+        drop(file);
+        assert_eq!(reads(), before, "writes update what is in memory");
+        assert_same(&shown, &disk);
+    }
     mount.unmount();
 }

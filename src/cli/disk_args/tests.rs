@@ -6,7 +6,7 @@ use super::super::keys;
 use super::*;
 use crate::config::{
     Degraded, Format, HttpsAddress, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache,
-    SourceConfig, ViewConfig,
+    SourceConfig, SourceSettings, ViewConfig,
 };
 
 fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {

@@ -28,7 +28,7 @@ use super::export::Export;
 use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, failure, library};
 use super::private_dir::PrivateDir;
 use super::tls;
-use crate::config::{NbdAddress, NbdConfig, NbdTls};
+use crate::config::{NbdAddress, NbdConfig, NbdTls, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::handed_over;
 use crate::source::nbd_uri;

@@ -30,7 +30,7 @@ const FLAGS: [(&str, ExportFlag); 10] = [
 ];
 
 /// Returns the properties of all exports that the server lists.
-pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
+pub(super) fn list(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
     let names = connector.list(until)?;
@@ -38,7 +38,7 @@ pub fn list(config: &NbdConfig) -> Result<ServerInfo> {
 }
 
 /// Returns the properties of the export of `config`. Errors: the server refuses it.
-pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
+pub(super) fn info(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
     let mut handle = connector.negotiate(true, until, &never)?;
@@ -54,7 +54,7 @@ pub fn info(config: &NbdConfig) -> Result<ServerInfo> {
 /// first used.
 ///
 /// Skips an export that the server lists but whose properties it refuses, with a warning. Errors: no export remains.
-pub fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
+pub(super) fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
     let names = connector.list(until)?;

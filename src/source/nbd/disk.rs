@@ -26,7 +26,7 @@ use super::session::{Session, SessionOptions};
 use super::split_request::{Oneshot, SplitRequest, pieces};
 use crate::block::{
     BlockQueue, BlockRead, BlockWrite, Completion, CompletionPoller, Content, Geometry, Lba, ReadCompletion, SECTOR,
-    Stay, check_range,
+    SharedContent, Stay, check_range,
 };
 use crate::cache;
 use crate::config::NbdConfig;
@@ -41,7 +41,7 @@ const CONNECTIONS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time after the deadline of a command within which its result must have reached the waiting thread.
-const GRACE: Duration = Duration::from_secs(10);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 
 /// Smallest read in bytes that prefetches the block status for the reads after it.
 const PREFETCH_MIN: u64 = 64 << 10;
@@ -67,13 +67,6 @@ impl NbdDisk {
     /// termination signal ends the retries.
     pub fn connect(config: &NbdConfig, writable: bool) -> Result<Self> {
         Self::connect_with(Connector::new(config)?, config, writable)
-    }
-
-    /// Returns the disk with a preferred unit of requests: the blocks of a cache over it.
-    #[must_use]
-    pub(in crate::source) fn preferring(mut self, sectors: u64) -> Self {
-        self.geometry.preferred = self.geometry.preferred.max(sectors);
-        self
     }
 
     /// Connects to a server that this process has started. `config` has its name and the limits of the disk.
@@ -435,6 +428,10 @@ impl BlockRead for NbdDisk {
     fn queue(&self) -> Option<&dyn BlockQueue> {
         Some(self)
     }
+
+    fn shared_content(&self) -> Option<&dyn SharedContent> {
+        Some(self)
+    }
 }
 
 impl BlockWrite for NbdDisk {
@@ -651,12 +648,18 @@ impl BlockQueue for NbdDisk {
         );
     }
 
-    fn forget_content(&self) {
-        self.session.map.clear();
-    }
-
     fn poller(&self) -> Option<&dyn CompletionPoller> {
         Some(self)
+    }
+}
+
+impl SharedContent for NbdDisk {
+    fn epoch(&self) -> u64 {
+        self.session.epoch()
+    }
+
+    fn forget_content(&self) {
+        self.session.map.clear();
     }
 }
 

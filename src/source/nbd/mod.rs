@@ -22,6 +22,7 @@
 //! of bytes that are stored, and of time (`ffi/handshake.rs`). libnbd closes the connection of a server that violates the
 //! protocol.
 
+mod backend;
 mod buffer_pool;
 mod bulk;
 mod captive;
@@ -45,13 +46,10 @@ mod sync;
 mod tests;
 mod tls;
 
-pub use crate::source::server_info::{ExportInfo, ServerInfo};
 pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
 pub(in crate::source) use connect::{Cancel, OwnServer};
-pub(in crate::source) use private_dir::PrivateDir;
-
-pub use discover::{exports, info, list};
 pub use disk::NbdDisk;
+pub(in crate::source) use private_dir::PrivateDir;
 
 /// Returns the version of the installed libnbd. Errors: it is not installed, or too old.
 pub fn version() -> crate::error::Result<String> {

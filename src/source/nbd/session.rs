@@ -43,7 +43,7 @@ mod serve;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -119,6 +119,8 @@ pub(super) struct Session {
     closing: AtomicBool,
     /// Block status answers; all changes are reported to it.
     pub(super) map: ExtentCache,
+    /// Number of connections so far.
+    epoch: AtomicU64,
     /// Tells a server that comes back with another disk. Shared with the completions of its reads.
     identity: Arc<ExportIdentity>,
     /// Buffers of the commands and of the replay log.
@@ -186,6 +188,7 @@ impl Session {
             unreachable: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             map: ExtentCache::default(),
+            epoch: AtomicU64::new(0),
             identity: Arc::default(),
             pool: BufferPool::default(),
             bulk: BulkThreads::default(),
@@ -223,6 +226,12 @@ impl Session {
     /// Returns true if the server is near and has a socket to spare, so that long requests are best split.
     pub(super) fn is_near(&self) -> bool {
         self.connection().is_some_and(|g| g.claimable() > 0)
+    }
+
+    /// Returns a number that changes with each connection. Between two of them other clients may have written, and a server
+    /// that was restarted may have lost what it had.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
     }
 
     /// Returns the address of the server, for messages.

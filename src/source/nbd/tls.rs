@@ -27,7 +27,7 @@ use libnbd_sys as sys;
 use super::connect::c_text;
 use super::ffi::Handle;
 use super::private_dir::PrivateDir;
-use crate::config::{NbdConfig, NbdTls};
+use crate::config::{NbdConfig, NbdTls, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
 

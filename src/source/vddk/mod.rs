@@ -17,6 +17,7 @@
 //! `LD_LIBRARY_PATH` is set for the host alone: neither the daemon nor a captive NBD server finds VDDK's libraries.
 
 mod abi;
+mod backend;
 mod failure;
 mod host;
 mod library;
@@ -29,7 +30,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 pub(crate) use library_file::DEFAULT_LIBDIR;
-pub(crate) use process::{connect, describe, report};
+pub(crate) use process::{describe, report};
 pub(crate) use spec::LibraryDescription;
 
 /// Extended attribute of the root of a mount that has the statistics of its disks that VDDK opened ([`report`]).

@@ -25,18 +25,19 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 use tracing::level_filters::LevelFilter;
 
-use super::abi::CHUNK_SECTORS;
 use super::library_file::{self, LibraryFile};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, LibraryDescription, STATISTICS_LEN};
 use super::{EXIT_MAINTENANCE, EXIT_REFUSED, FATAL, HOST_ARGUMENT, statistics};
-use crate::config::{AdapterType, CreateConfig, CreateType, NbdAddress, NbdConfig, VddkConfig, VddkLibrary};
+use crate::config::{
+    AdapterType, CreateConfig, CreateType, NbdAddress, NbdConfig, SourceSettings, VddkConfig, VddkLibrary,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
 use crate::process;
 use crate::source::nbd::{Cancel, CaptiveServer, NbdDisk, OwnServer, PrivateDir};
 
 /// Default of `timeout=`: a login and the opening of a disk on a busy vCenter take up to half a minute.
-const TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Part of the timeout within which a host stops to try again, so that its error is reported and not a timeout.
 const OPEN_SHARE: f32 = 0.8;
@@ -93,8 +94,8 @@ struct Starter {
     memory: File,
 }
 
-/// Opens a disk: starts its host, and connects to it. `cached`: a cache over it is useful although it is local.
-pub(crate) fn connect(config: &VddkConfig, writable: bool, cached: bool) -> Result<NbdDisk> {
+/// Opens a disk: starts its host, and connects to it.
+pub(super) fn connect(config: &VddkConfig, writable: bool) -> Result<NbdDisk> {
     if config.create.is_some() && !writable {
         return Err(Error::new(
             ErrorKind::Usage,
@@ -122,8 +123,7 @@ pub(crate) fn connect(config: &VddkConfig, writable: bool, cached: bool) -> Resu
     let disk = NbdDisk::connect_to_own(Arc::clone(&host) as Arc<dyn OwnServer>, &nbd, writable)?;
     // Only now: the host that has answered has created the disk, and another one must not create it anew.
     host.current.lock().unwrap_or_else(PoisonError::into_inner).created = true;
-    let cached = !writable && (cached || config.remote.is_some());
-    Ok(if cached { disk.preferring(CHUNK_SECTORS) } else { disk })
+    Ok(disk)
 }
 
 /// Returns the statistics of all disks that VDDK has open: the name of each, then a line for each function. `None` if there

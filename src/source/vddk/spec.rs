@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::abi::open_flag;
 use super::library_file::LibraryFile;
-use crate::config::{VddkCompression, VddkConfig, VddkOwner, VddkRemote};
+use crate::config::{SourceSettings, VddkCompression, VddkConfig, VddkOwner, VddkRemote};
 use crate::error::{Error, Result};
 
 /// Bytes of the statistics in front of the task.

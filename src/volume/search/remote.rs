@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Names, Tree, default_name, has_wildcard, matches};
-use crate::config::{DiskConfig, HttpsAddress, HttpsConfig, NamedBy, SourceConfig};
+use crate::config::{DiskConfig, HttpsAddress, HttpsConfig, NamedBy, SourceConfig, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::https::{Browser, ListedName};
 

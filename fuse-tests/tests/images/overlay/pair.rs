@@ -39,7 +39,7 @@ pub(crate) fn reading(disk: &DiskConfig) -> DiskConfig {
 
 /// Opens the overlay of a disk as a VMDK, without its base.
 fn delta(disk: &DiskConfig) -> Result<VmdkDisk> {
-    Ok(open_overlay(&reading(disk), &open_source(disk)?, Access::Read)?.unwrap())
+    Ok(open_overlay(&reading(disk), &*open_source(disk)?, Access::Read)?.unwrap())
 }
 
 /// Callback of a commit that runs to its end.

@@ -194,6 +194,8 @@ impl Session {
             export.check_same(&self.export, self.options.writable, true)?;
             // The server may have been restarted with other data: drop all cached extents.
             self.map.clear();
+            // Before any command can be answered by it.
+            self.epoch.fetch_add(1, Ordering::AcqRel);
             let connection = Arc::new(Connection::new(self.options.connections)?);
             connection.add(handle)?;
             self.check_identity(&connection)?;
