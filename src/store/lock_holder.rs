@@ -39,9 +39,11 @@ impl Holder {
     /// Returns how long the lock is worth waiting for: a while if the holder is this program and its mount is gone (or not
     /// there yet), a moment if the holder was not found.
     pub(super) fn patience(&self) -> Duration {
+        // A copy of this program may have another file name.
+        let is_this_program = || PROGRAMS.contains(&self.program.as_str()) || self.program == program("self");
         match &self.mount_point {
-            None if PROGRAMS.contains(&self.program.as_str()) => ENDING_TIME,
             None if self.program.is_empty() => UNKNOWN_TIME,
+            None if is_this_program() => ENDING_TIME,
             _ => Duration::ZERO,
         }
     }
@@ -69,13 +71,15 @@ pub(super) fn find(file: &File, byte: i64, pid: Option<u32>) -> Holder {
     let pid = pid.or_else(|| find_process(file, byte));
     Holder {
         pid,
-        program: pid.map_or_else(String::new, |pid| {
-            // The process may have ended since; then its name stays empty.
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            name.trim_end().to_owned()
-        }),
+        program: pid.map_or_else(String::new, |pid| program(&pid.to_string())),
         mount_point: mount_point(file, pid),
     }
+}
+
+/// Returns the name of a process's program, as the kernel shows it. Empty if the process has ended since.
+fn program(process: &str) -> String {
+    let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    name.trim_end().to_owned()
 }
 
 /// Returns the mount point of the mount of this program that has `file` open: the source of a mount is the path of its

@@ -5,6 +5,7 @@
 //! and opened with the rights of the image's owner: fsuid, fsgid and supplementary groups, without the capabilities that
 //! override file permissions. The kernel keeps all of them for each thread.
 
+use std::fs;
 use std::sync::Arc;
 
 use nix::unistd::{Gid, Uid, User, geteuid, getgrouplist, setfsgid, setfsuid};
@@ -33,11 +34,14 @@ pub(super) struct Owner {
 impl Owner {
     /// Returns the owner of a file if this process has more rights: it is root, or has a capability that overrides file
     /// permissions, and the owner is not root.
+    ///
+    /// In a user namespace the files of users outside of it belong to the overflow ID. Towards those files the
+    /// capabilities count for nothing, so this process has the rights of the ordinary user who made the namespace.
     pub(super) fn of(uid: u32, gid: u32) -> Option<Self> {
         let held = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
         let privileged = geteuid().is_root() || held.intersects(FILE_CAPABILITIES);
         // An image of root names what root may read anyway, and without privileges the owner's rights cannot be taken.
-        if uid == 0 || !privileged {
+        if uid == 0 || !privileged || !is_mapped_here(uid) {
             return None;
         }
         let uid = Uid::from_raw(uid);
@@ -104,6 +108,21 @@ impl Owner {
     }
 }
 
+/// Returns whether the user namespace of this process has a user `uid`.
+fn is_mapped_here(uid: u32) -> bool {
+    // Without the map the owner counts as one whose rights have to be taken.
+    fs::read_to_string("/proc/self/uid_map").map_or(true, |map| is_mapped(uid, &map))
+}
+
+/// Returns whether a user namespace with this `uid_map` has a user `uid`. Each line has the first ID inside, the first
+/// outside, and their number.
+fn is_mapped(uid: u32, map: &str) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        matches!(numbers[..], [first, _, count] if (first..first.saturating_add(count)).contains(&u64::from(uid)))
+    })
+}
+
 /// Rights of this thread, which are given back on drop, also after a panic.
 struct Rights {
     ids: (Uid, Gid),
@@ -155,7 +174,7 @@ fn set_groups(groups: &[Gid]) -> rustix::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs::File;
     use std::io;
     use std::os::unix::fs::PermissionsExt;
     use std::path::PathBuf;
@@ -179,6 +198,17 @@ mod tests {
         if geteuid().is_root() {
             std::thread::spawn(test).join().unwrap();
         }
+    }
+
+    #[test]
+    fn users_outside_of_a_user_namespace_are_not_mapped() {
+        let whole = "         0          0 4294967295\n";
+        assert!(is_mapped(0, whole) && is_mapped(65534, whole));
+        let own = "         0       1000          1\n";
+        assert!(is_mapped(0, own) && !is_mapped(65534, own) && !is_mapped(1000, own));
+        let container = "0 1000 1\n1 100000 65535\n";
+        assert!(is_mapped(65534, container) && is_mapped(65535, container) && !is_mapped(65536, container));
+        assert!(!is_mapped(5, "") && !is_mapped(5, "0 18446744073709551615"));
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! "Works as root and as an ordinary user by fusermount3": users that may mount, and users that may read.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use fuse_tests::harness::{
-    Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need_allow_other, need_fuse, need_root, program, sha256,
+    Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need, need_allow_other, need_fuse, need_qemu, need_root, program,
+    qemu_img, sha256,
 };
 use nix::sys::signal::Signal;
 
@@ -208,4 +209,35 @@ fn default_permissions_enforces_owner_and_umask() {
     assert!(hash_as(STRANGER, &path).ok().stdout.starts_with(&hash));
     hash_as(NOBODY, &path).error_names(&["permission denied"]);
     mount.unmount();
+}
+
+/// "In a rootless container": root of a user namespace mounts an image whose owner the namespace does not know.
+#[test]
+fn root_of_a_user_namespace_mounts_an_image_of_a_user_outside() {
+    if !ready() || !need("unshare") || !need_qemu() {
+        return;
+    }
+    let scratch = Scratch::of(NOBODY);
+    let hash = image(&scratch);
+    scratch.mkdir("mnt");
+    qemu_img([
+        Path::new("convert"),
+        Path::new("-Ovmdk"),
+        Path::new("-osubformat=monolithicFlat"),
+        &scratch.path("disk.img"),
+        &scratch.path("flat.vmdk"),
+    ]);
+    for name in ["flat.vmdk", "flat-flat.vmdk"] {
+        chown(scratch.path(name), Some(STRANGER.uid), Some(STRANGER.gid)).unwrap();
+        fs::set_permissions(scratch.path(name), fs::Permissions::from_mode(0o666)).unwrap();
+    }
+    // The daemon ends with the namespace's last process, so it stays in the foreground of this shell.
+    let script = "./vmdkfuse -f mnt flat.vmdk name=d & until grep -q \"$PWD/mnt fuse.vmdkfuse\" /proc/self/mounts; do kill -0 $! || exit 9; \
+                  done; sha256sum mnt/d; umount mnt; wait $!";
+    let outcome = Cmd::new("unshare")
+        .args(["--map-root-user", "--mount", "sh", "-c", script])
+        .dir(scratch.root())
+        .user(Some(NOBODY))
+        .run();
+    assert!(outcome.ok().stdout.starts_with(&hash));
 }
