@@ -54,6 +54,8 @@ pub enum Action {
     CacheDir {
         /// The folder.
         dir: PathBuf,
+        /// Size in bytes that `--check` makes the folder smaller than.
+        limit: Option<u64>,
         /// Verify all blocks.
         check: bool,
         /// JSON output instead of text.

@@ -78,8 +78,9 @@ fn run_action(config: Config, statuses: ExitStatuses) -> ExitCode {
             dir,
             check: false,
             json,
+            ..
         } => inspect::list_cache(&dir, json),
-        Action::CacheDir { dir, json, .. } => inspect::check_cache(&dir, json),
+        Action::CacheDir { dir, limit, json, .. } => inspect::check_cache(&dir, limit, json),
         Action::Create(disks) => volume::create(&disks).map(|()| 0),
         Action::Unmount(mounts) => process::unmount::unmount(&mounts).map(|()| 0),
         Action::Commit(disk) => commit_command::commit(&disk),

@@ -30,8 +30,8 @@ const WINDOW: u32 = 16;
 #[derive(Debug)]
 pub struct AdaptiveBlocks {
     large: CachedBlocks,
-    small: CachedBlocks,
-    small_size: u64,
+    /// `None` if all blocks are large.
+    small: Option<CachedBlocks>,
     /// Part of the last reads that showed locality, of [`ALL`].
     locality: AtomicU32,
 }
@@ -39,17 +39,20 @@ pub struct AdaptiveBlocks {
 impl AdaptiveBlocks {
     /// Creates the blocks of one file from its two origins, which differ in the size of their blocks. Read-ahead, of at
     /// most `readahead` bytes, fetches large blocks.
+    ///
+    /// Without `small`, all blocks are large: where they are kept on disk, a small one would be fetched once more as a
+    /// part of a large one.
     pub fn new(
         large: Arc<dyn Fetch>,
-        small: Arc<dyn Fetch>,
+        small: Option<Arc<dyn Fetch>>,
         memory: &Arc<BlockMemory>,
         pool: &Arc<FetchPool>,
         readahead: u64,
     ) -> Self {
+        let small = small.map(|small| CachedBlocks::new(small, Arc::clone(memory), Arc::clone(pool), 0));
         Self {
-            small_size: small.block(),
             large: CachedBlocks::new(large, Arc::clone(memory), Arc::clone(pool), readahead),
-            small: CachedBlocks::new(small, Arc::clone(memory), Arc::clone(pool), 0),
+            small,
             // Most readers are local, and until there are some reads the size hardly matters.
             locality: AtomicU32::new(ALL),
         }
@@ -65,26 +68,26 @@ impl AdaptiveBlocks {
     /// Errors: `WouldBlock` within [`without_waiting`](super::without_waiting), those of the fetch.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
-        if len > 2 * self.small_size {
+        let Some(small) = self.small.as_ref().filter(|small| len <= 2 * small.block()) else {
             return self.large.read(offset, buf);
-        }
+        };
         if self.large.holds(offset, len) {
             self.note(true);
             return self.large.read(offset, buf);
         }
-        if self.small.holds(offset, len) {
-            return self.small.read(offset, buf);
+        if small.holds(offset, len) {
+            return small.read(offset, buf);
         }
         if !may_wait() {
             return Err(would_block());
         }
-        let before = offset.saturating_sub(self.small_size);
-        let after = offset + len + self.small_size - 1;
+        let before = offset.saturating_sub(small.block());
+        let after = offset + len + small.block() - 1;
         let continues = self.large.continues(offset, len);
-        let is_local = self.note(continues || self.small.holds_byte(before) || self.small.holds_byte(after));
+        let is_local = self.note(continues || small.holds_byte(before) || small.holds_byte(after));
         match continues || is_local {
             true => self.large.read(offset, buf),
-            false => self.small.read(offset, buf),
+            false => small.read(offset, buf),
         }
     }
 
@@ -151,6 +154,10 @@ mod tests {
 
     impl Fixture {
         fn new() -> Self {
+            Self::with(Some(4 << 10))
+        }
+
+        fn with(small: Option<u64>) -> Self {
             let fetched = Arc::<Mutex<_>>::default();
             let origin = |block| {
                 Arc::new(Origin {
@@ -160,7 +167,7 @@ mod tests {
             };
             let memory = Arc::new(BlockMemory::new(LEN, 32 << 10, 8).unwrap());
             let pool = Arc::new(FetchPool::new(0).unwrap());
-            let blocks = AdaptiveBlocks::new(origin(32 << 10), origin(4 << 10), &memory, &pool, 0);
+            let blocks = AdaptiveBlocks::new(origin(32 << 10), small.map(origin), &memory, &pool, 0);
             Self { blocks, fetched }
         }
 
@@ -217,6 +224,15 @@ mod tests {
         for n in 0..60 {
             assert_eq!(file.read((n * 7 % 61) << 20), 0);
         }
+    }
+
+    #[test]
+    fn without_small_blocks_no_byte_is_fetched_twice() {
+        let file = Fixture::with(None);
+        file.jump(0, 60);
+        assert_eq!(file.jump(1, 5), 32 << 10);
+        let of_the_block = (0..8).map(|n| file.read((62 << 20) + n * 4096));
+        assert_eq!(of_the_block.sum::<u64>(), 32 << 10);
     }
 
     #[test]

@@ -249,6 +249,11 @@ impl CachedBlocks {
         }
     }
 
+    /// Returns the size of a block in bytes.
+    pub(super) fn block(&self) -> u64 {
+        self.shared.block
+    }
+
     /// Returns true if a read of the range needs no fetch.
     pub(super) fn holds(&self, offset: u64, len: u64) -> bool {
         let block = self.shared.block;

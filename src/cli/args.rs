@@ -203,9 +203,19 @@ fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
         true => disk_args::cache_dir(&words)?,
         false => None,
     };
-    let action = if let Some(dir) = cache_dir {
+    let action = if let Some((dir, limit)) = cache_dir {
         let check = flag_given("check");
-        Action::CacheDir { dir, check, json }
+        if limit.is_some() && !check {
+            return Err(UsageError::new(
+                "--list changes nothing: cache-dir-size= is for --check",
+            ));
+        }
+        Action::CacheDir {
+            dir,
+            limit,
+            check,
+            json,
+        }
     } else if flag_given("list") {
         Action::List(list(&words, json)?)
     } else if flag_given("info") {

@@ -172,16 +172,20 @@ pub(super) fn library(words: &[OsString]) -> Result<VddkLibrary, UsageError> {
     }
 }
 
-/// Returns the folder of an action that takes `cache-dir=` alone; `None` if a disk is given too, or no folder.
+/// Returns the folder of an action that takes `cache-dir=` alone, and its `cache-dir-size=`; `None` if a disk is given too,
+/// or no folder.
 ///
 /// Fails if a key is unknown or its value invalid.
-pub(super) fn cache_dir(words: &[OsString]) -> Result<Option<PathBuf>, UsageError> {
+pub(super) fn cache_dir(words: &[OsString]) -> Result<Option<(PathBuf, Option<u64>)>, UsageError> {
     // The words of a disk are parsed once, by its own action: some keys ask for a password, or empty a pipe.
-    if words.len() != 1 {
+    let is_of_folder = |word: &OsString| word.as_encoded_bytes().starts_with(b"cache-dir");
+    if words.len() > 2 || !words.iter().all(is_of_folder) {
         return Ok(None);
     }
     let (common, sources) = settings(&[], DiskArgs::Words(words))?;
-    Ok(common.cache_dir.filter(|_| sources.is_empty()))
+    let limit = common.cache_dir_size;
+    let dir = common.cache_dir.filter(|_| sources.is_empty());
+    Ok(dir.map(|dir| (dir, limit)))
 }
 
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::check::CORRUPT;
 use super::{line, print};
 use crate::cache::disk_tier::{DiskTier, HeldFile};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 
 /// A file of the folder, for the output.
 #[derive(Debug, Serialize)]
@@ -24,6 +24,9 @@ struct Held {
     /// Blocks that were verified, and those that were damaged and are forgotten.
     #[serde(skip_serializing_if = "Option::is_none")]
     verified: Option<(u64, u64)>,
+    /// True if it was removed, as the folder was too large.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    evicted: bool,
 }
 
 impl Held {
@@ -35,6 +38,7 @@ impl Held {
             complete: held.complete,
             used: held.used.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             verified,
+            evicted: false,
         }
     }
 }
@@ -57,22 +61,38 @@ pub fn list_cache(dir: &Path, json: bool) -> Result<u8> {
     Ok(0)
 }
 
-/// Compares the blocks of the folder with their checksums. Damaged ones are forgotten. Returns 4 if there were any.
+/// Compares the blocks of the folder with their checksums. Damaged ones are forgotten. Then removes what is of no use (data
+/// without a map, or the reverse), and the files that were not used for the longest time, until the folder is within `limit`.
+/// Returns 4 if blocks were damaged.
 ///
-/// Errors: it is not a folder of this user.
-pub fn check_cache(dir: &Path, json: bool) -> Result<u8> {
-    // Without a limit and without creating anything: an inspection evicts no file and leaves no folder behind.
-    let tier = DiskTier::open(dir, None, false)?;
+/// Errors: it is not a folder of this user, or another process holds its lock.
+pub fn check_cache(dir: &Path, limit: Option<u64>, json: bool) -> Result<u8> {
+    let tier = DiskTier::open(dir, limit, false)?;
     let mut checked = Vec::new();
     for held in tier.held() {
-        // One file after the other, as each is read whole from the disk.
-        let verified = tier.reopen(&held)?.verify();
-        checked.push(Held::of(&held, Some(verified)));
+        match tier.reopen(&held) {
+            Ok(file) => checked.push(Held::of(&held, Some(file.verify()))),
+            // Another process evicted it meanwhile.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
     }
+    let removed = tier.evict()?;
+    checked
+        .iter_mut()
+        .for_each(|file| file.evicted = removed.files.contains(&file.file));
     print(json, &checked, |out| {
         for file in &checked {
             let (blocks, damaged) = file.verified.unwrap_or_default();
-            line!(out, "{}: {blocks} blocks, {damaged} damaged", file.file);
+            let evicted = if file.evicted {
+                ", removed (cache-dir-size=)"
+            } else {
+                ""
+            };
+            line!(out, "{}: {blocks} blocks, {damaged} damaged{evicted}", file.file);
+        }
+        if removed.leftovers > 0 {
+            line!(out, "leftovers removed: {}", removed.leftovers);
         }
     })?;
     let damaged = checked

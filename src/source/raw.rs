@@ -167,7 +167,9 @@ impl BlockRead for RawDisk {
 
     fn backing_fd(&self) -> Option<BorrowedFd<'_>> {
         // Not with an incomplete last sector: the kernel would show a shorter file than this process.
-        self.file.fd().filter(|_| self.file.len() == self.geometry.bytes())
+        self.file
+            .content_fd()
+            .filter(|_| self.file.len() == self.geometry.bytes())
     }
 }
 

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Access, ExtentName, Identity, Store, StoredFile, printable};
+use crate::cache::disk_tier::TierFile;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Name of a member and the bytes of the container that hold its content.
@@ -128,6 +129,10 @@ impl StoredFile for MemberFile {
 
     fn siblings(&self) -> Result<Arc<dyn Store>> {
         Ok(Arc::new(MemberStore(Arc::clone(&self.members))))
+    }
+
+    fn cached(&self) -> Option<Result<&TierFile>> {
+        self.members.container.cached()
     }
 
     fn check_named(&self) -> Result<()> {

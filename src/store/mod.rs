@@ -20,6 +20,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::cache::disk_tier::TierFile;
 use crate::error::{Error, ErrorKind, Result};
 
 mod atomic_create;
@@ -221,6 +222,18 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
 
     /// Returns the file descriptor, or `None` if the file is not a local file.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Returns the file descriptor of a local file with the content of this file: its own, or that of its complete copy
+    /// in the disk cache, which has nothing else of this file (owner, mode, attributes). May begin, and end, with any call.
+    fn content_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd()
+    }
+
+    /// Returns the blocks of the file in the disk cache (`cache-dir=`), or the reason why they are not kept there. `None`
+    /// if the file has no disk cache.
+    fn cached(&self) -> Option<Result<&TierFile>> {
         None
     }
 }

@@ -344,7 +344,7 @@ impl BlockRead for VmdkDisk {
                     extent: Extent::Flat { file, offset: 0 },
                     ..
                 },
-            ] if file.len() == self.geometry.bytes() => file.fd(),
+            ] if file.len() == self.geometry.bytes() => file.content_fd(),
             _ => None,
         }
     }

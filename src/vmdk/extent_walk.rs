@@ -20,7 +20,7 @@ impl Runs for VmdkDisk {
         files
             .map(|file| RunFile {
                 len: file.len(),
-                fd: file.fd().filter(|_| file.detects_modification()),
+                fd: file.content_fd().filter(|_| file.detects_modification()),
             })
             .collect()
     }

@@ -1,36 +1,42 @@
 //! Fetched blocks are not fetched again: `cache-dir=`, `--prefetch`.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fuse_tests::harness::{
-    MountCmd, Scratch, assert_same, assert_same_at_random, poll_until, program, raw_with_islands, read_range,
+    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_root, poll_until, program, raw_with_islands,
+    read_range,
 };
 
 use crate::server::{SOON, Server, need_nginx};
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
-struct Fixture {
-    scratch: Scratch,
-    server: Server,
+pub(crate) struct Fixture {
+    pub(crate) scratch: Scratch,
+    pub(crate) server: Server,
     /// The file on the server.
-    file: PathBuf,
+    pub(crate) file: PathBuf,
 }
 
 impl Fixture {
-    fn new(bytes: u64) -> Self {
+    pub(crate) fn new(bytes: u64) -> Self {
+        Self::with(bytes, "")
+    }
+
+    /// Creates a server with more lines in its configuration.
+    fn with(bytes: u64, extra: &str) -> Self {
         let scratch = Scratch::new();
         let dir = scratch.mkdir("www");
         let file = dir.join("d.img");
         raw_with_islands(&file, bytes, 21);
-        let server = Server::nginx(&scratch, &dir, "keepalive_requests 100000;");
+        let server = Server::nginx(&scratch, &dir, &format!("keepalive_requests 100000; {extra}"));
         Self { scratch, server, file }
     }
 
-    fn words(&self) -> Vec<String> {
+    pub(crate) fn words(&self) -> Vec<String> {
         vec![
             self.server.url("d.img"),
             self.server.pin(),
@@ -38,20 +44,26 @@ impl Fixture {
         ]
     }
 
-    fn cache(&self) -> PathBuf {
+    pub(crate) fn cache(&self) -> PathBuf {
         self.scratch.path("cache")
     }
 
-    fn mount(&self) -> MountCmd<'_> {
+    pub(crate) fn mount(&self) -> MountCmd<'_> {
         self.words().into_iter().fold(self.scratch.mount(), MountCmd::arg)
     }
 
-    fn run(&self, action: &str, words: &[String]) -> fuse_tests::harness::Outcome {
+    pub(crate) fn run(&self, action: &str, words: &[String]) -> fuse_tests::harness::Outcome {
         self.scratch.vmdkfuse().arg(action).args(words).run()
     }
 
+    /// Returns what the folder holds.
+    pub(crate) fn listed(&self) -> String {
+        let of_folder = [format!("cache-dir={}", self.cache().display())];
+        self.run("--list", &of_folder).ok().stdout
+    }
+
     /// Returns the files of the cache that end with `ending`.
-    fn cached(&self, ending: &str) -> Vec<PathBuf> {
+    pub(crate) fn cached(&self, ending: &str) -> Vec<PathBuf> {
         let files = fs::read_dir(self.cache()).unwrap().map(|entry| entry.unwrap().path());
         files
             .filter(|path| path.extension().is_some_and(|e| e == ending))
@@ -75,10 +87,7 @@ fn a_second_mount_costs_no_byte_of_the_disk() {
     assert_same_at_random(&mount.file("d.raw"), &f.file, 4, 200);
     mount.unmount();
     assert_eq!(f.server.sent(), sent, "{:#?}", f.server.log());
-    let listed = f
-        .run("--list", &[format!("cache-dir={}", f.cache().display())])
-        .ok()
-        .stdout;
+    let listed = f.listed();
     assert!(listed.contains("d.img") && listed.contains("complete"), "{listed}");
 }
 
@@ -207,4 +216,126 @@ fn folders_that_others_may_use_and_disks_elsewhere_are_refused() {
     local.error_names(&["cache-dir=", "web servers"]);
     let no_folder = f.run("--prefetch", &f.words()[..2]);
     assert!(no_folder.stderr.contains("needs cache-dir="), "{}", no_folder.stderr);
+}
+
+#[test]
+fn a_prefetch_that_keeps_nothing_fails_and_says_why() {
+    if !need_nginx() || !need_root() {
+        return;
+    }
+    let f = Fixture::new(8 * MIB);
+    let with = |word: &str| [f.words(), vec![word.to_owned()]].concat();
+    let limited = f.run("--prefetch", &with("cache-dir-size=1M"));
+    limited.one_error(1, &["d.img", "cache-dir-size=1048576", "raise it"]);
+    fs::remove_dir_all(f.cache()).unwrap();
+    f.scratch.mkdir("cache");
+    Cmd::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=2m,mode=700", "none"])
+        .arg(f.cache())
+        .run()
+        .ok();
+    f.run("--prefetch", &f.words())
+        .one_error(1, &["d.img", "cache-dir=", "No space left"]);
+    // A mount only keeps less.
+    let mount = f.mount().start();
+    assert_same(&mount.file("d.raw"), &f.file);
+    mount.unmount();
+    let unversioned = Fixture::with(MIB, "etag off; add_header Last-Modified \"\";");
+    let refused = unversioned.run("--prefetch", &unversioned.words());
+    refused.one_error(1, &["d.img", "neither ETag nor Last-Modified"]);
+}
+
+/// Runs the program, and returns the bytes of all its reads.
+fn bytes_read(words: &[String]) -> u64 {
+    let mut child = Command::new(program())
+        .arg("--prefetch")
+        .args(words)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    // Its counters can be read until it is waited for.
+    let flags = nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT;
+    nix::sys::wait::waitid(nix::sys::wait::Id::Pid(pid), flags).unwrap();
+    let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+    assert!(child.wait().unwrap().success());
+    let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+    line.unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_prefetch_of_complete_files_reads_none_of_them() {
+    if !need_nginx() {
+        return;
+    }
+    let f = Fixture::new(16 * MIB);
+    f.run("--prefetch", &f.words()).ok();
+    let again = bytes_read(&f.words());
+    assert!(again < 4 * MIB, "{again}");
+}
+
+#[test]
+fn opening_a_disk_writes_nothing_that_is_there() {
+    if !need_nginx() {
+        return;
+    }
+    // A server that answers no HEAD is asked for the first blocks at each open.
+    let f = Fixture::with(4 * MIB, "if ($request_method = HEAD) { return 405; }");
+    f.run("--prefetch", &f.words()).ok();
+    let state = || {
+        let state = fs::metadata(&f.cached("data")[0]).unwrap();
+        (state.mtime(), state.mtime_nsec(), state.ctime(), state.ctime_nsec())
+    };
+    let before = state();
+    f.mount().start().unmount();
+    assert_eq!(state(), before);
+    assert!(f.listed().contains("complete"), "{}", f.listed());
+}
+
+#[test]
+fn check_removes_leftovers_and_what_exceeds_the_size() {
+    if !need_nginx() {
+        return;
+    }
+    let f = Fixture::new(4 * MIB);
+    f.run("--prefetch", &f.words()).ok();
+    let of_folder = f.words()[2].clone();
+    let half = f.cache().join(format!("{}.data", "0123456789abcdef".repeat(2)));
+    fs::write(&half, "of a crash").unwrap();
+    let checked = f.run("--check", std::slice::from_ref(&of_folder)).ok().stdout;
+    assert!(
+        checked.contains("128 blocks, 0 damaged") && checked.contains("leftovers removed: 1"),
+        "{checked}"
+    );
+    assert!(!half.exists() && f.listed().contains("complete"));
+    let limited = [of_folder, "cache-dir-size=1M".to_owned()];
+    f.run("--list", &limited)
+        .error_names(&["cache-dir-size= is for --check"]);
+    let checked = f.run("--check", &limited).ok().stdout;
+    assert!(checked.contains("removed"), "{checked}");
+    assert!(f.cached("data").is_empty() && f.cached("map").is_empty());
+}
+
+#[test]
+fn a_prefetch_shows_its_progress_on_a_terminal() {
+    if !need_nginx() || !need("script") {
+        return;
+    }
+    let f = Fixture::new(16 * MIB);
+    let mount = f.mount().start();
+    assert_same_at_random(&mount.file("d.raw"), &f.file, 4, 20);
+    mount.unmount();
+    let shell_words = f.words().iter().map(|word| format!("'{word}'")).collect::<Vec<_>>();
+    let command = format!("{} --prefetch {}", program().display(), shell_words.join(" "));
+    let shown = Cmd::new("script")
+        .args(["-qec", &command, "/dev/null"])
+        .run()
+        .ok()
+        .stdout;
+    let last = shown.rsplit('\r').find(|line| line.contains('%')).unwrap();
+    assert!(
+        last.starts_with("100 %, ") && last.contains("MiB/s, 0 s left"),
+        "{shown}"
+    );
+    assert!(last.contains("MiB were there)"), "{shown}");
 }

@@ -3,33 +3,50 @@
 //! ```text
 //!   write:  data ─► entry "in this boot" ─► (later, for many blocks) sync of the data ─► entry "durable"
 //!   read:   entry ─► data ─► do they match? ─ no ─► entry 0: the block is fetched again
+//!   all entries durable, all blocks verified by this process ─► completion record: the data file is a local file
 //! ```
-//! The entry is written at once, so that other processes find the block, and so that a killed one loses nothing: the
-//! kernel has the pages. Only a crash of the machine loses what was not synced, and the entries with it.
+//! The entry is written soon after the data, so that other processes find the block, and so that a killed one loses next
+//! to nothing: the kernel has the pages. Only a crash of the machine loses what was not synced, and the entries with it.
+//!
+//! A complete file is read without checksums, so nothing counts as complete that this process has not written, or
+//! compared with its checksum, itself ([`CheckedBlocks`]). Damage that is found withdraws the record and all trust.
 //!
 //! # Locks
 //!
 //! OFD locks on the map, which end with the process: byte 0 shared while the file is in use (nothing evicts it), and the
-//! bytes of an entry exclusively while a process fetches the block. `pending` is held for a push or a swap only.
+//! bytes of an entry exclusively while a process fetches the block. `flushing` is held during a flush, never by readers;
+//! `pending` and `checked` are held for a few instructions.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
 
-use super::DiskTier;
-use super::format::{self, COMPLETION, Durability, ENTRY, FileKey, HEADER};
+use super::checked::CheckedBlocks;
+use super::completion::{NONE, RECORD, completion_of, is_complete};
+use super::entries::Entries;
+use super::flusher::FlushQueue;
+use super::folder::Folder;
+use super::format::{self, Checksum, Durability, ENTRY, FileKey, HEADER};
 use super::lock::{Lock, LockMode};
+use super::run_writer::RunWriter;
+use crate::error::{Error, ErrorKind, Result};
 
-/// Blocks that are written before the data is synced: bounds what a crash of the machine loses, at 64 MiB.
-const FLUSH_AFTER: usize = 2048;
+/// Blocks that are written before the data is synced: 512 MiB. Each sync takes processor time from the fetches.
+const FLUSH_AFTER: usize = 16384;
+/// Time after which fewer blocks are synced: bounds what a crash of the machine loses.
+const FLUSH_DELAY: Duration = Duration::from_secs(5);
 /// Pause between two looks at a lock of another process.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// Wait for the folder's lock before an eviction; a process that holds it longer evicts itself.
+const EVICTION_WAIT: Duration = Duration::from_millis(500);
+/// Most blocks that the end of a file verifies: a mount must not read a whole disk before it ends.
+const VERIFIED_AT_END: u64 = 2048;
 
 /// Storage of bytes; in tests a simulation that loses what was not synced.
 pub(super) trait Bytes: Send + Sync {
@@ -56,21 +73,25 @@ impl Bytes for Arc<File> {
 pub struct TierFile {
     key: FileKey,
     data: Box<dyn Bytes>,
-    map: Box<dyn Bytes>,
-    /// The files behind `data` and `map`; `None` in a simulation.
+    entries: Entries,
+    /// The files behind `data` and `entries`; `None` in a simulation.
     files: Option<Files>,
     boot: u64,
+    /// Thread that flushes, and this file for its queue. Without it the writer flushes.
+    flusher: Option<(Arc<FlushQueue>, Weak<Self>)>,
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
-    /// True if all blocks were verified, and none was damaged since.
-    sound: AtomicBool,
-    /// Set once a write has failed or the folder is full: nothing more is kept.
-    full: AtomicBool,
+    flushing: Mutex<()>,
+    /// Number of blocks from the first one on that were seen to be there.
+    present_to: AtomicU64,
+    checked: Mutex<CheckedBlocks>,
+    /// Why nothing more is kept: a write has failed, or the folder is full.
+    refusal: OnceLock<Error>,
 }
 
 /// Open files of the folder.
 pub(super) struct Files {
-    pub(super) tier: Arc<DiskTier>,
+    pub(super) folder: Arc<Folder>,
     pub(super) data: Arc<File>,
     pub(super) map: Arc<File>,
     /// Keeps the file from being evicted.
@@ -86,9 +107,13 @@ impl fmt::Debug for TierFile {
 }
 
 impl TierFile {
-    pub(super) fn new(key: FileKey, files: Files, boot: u64) -> Self {
+    /// Creates the blocks of a file, which are flushed through `queue`, or by their writers without one.
+    pub(super) fn new(key: FileKey, files: Files, boot: u64, queue: Option<&Arc<FlushQueue>>) -> Arc<Self> {
         let (data, map) = (Box::new(Arc::clone(&files.data)), Box::new(Arc::clone(&files.map)));
-        Self::over(key, data, map, Some(files), boot)
+        Arc::new_cyclic(|this| {
+            let flusher = queue.map(|queue| (Arc::clone(queue), Weak::clone(this)));
+            Self::over(key, data, map, Some(files), boot, flusher)
+        })
     }
 
     pub(super) fn over(
@@ -97,16 +122,20 @@ impl TierFile {
         map: Box<dyn Bytes>,
         files: Option<Files>,
         boot: u64,
+        flusher: Option<(Arc<FlushQueue>, Weak<Self>)>,
     ) -> Self {
         Self {
+            entries: Entries::new(map, key.blocks()),
             key,
             data,
-            map,
             files,
             boot,
+            flusher,
             pending: Mutex::default(),
-            sound: AtomicBool::new(false),
-            full: AtomicBool::new(false),
+            flushing: Mutex::default(),
+            present_to: AtomicU64::new(0),
+            checked: Mutex::default(),
+            refusal: OnceLock::new(),
         }
     }
 
@@ -115,53 +144,139 @@ impl TierFile {
         &self.key
     }
 
+    /// Returns the reason why nothing more is kept, if there is one.
+    pub fn refusal(&self) -> Option<&Error> {
+        self.refusal.get()
+    }
+
+    /// Returns the bytes of the blocks that this process has written, or compared with their checksums.
+    pub fn known_bytes(&self) -> u64 {
+        (lock(&self.checked).count() * self.key.block).min(self.key.len)
+    }
+
     /// Returns true if the map has an entry for the block.
     pub fn has(&self, number: u64) -> bool {
-        self.entry(number) != 0
+        self.entries.get(number) != 0
+    }
+
+    /// Returns the number of blocks without an entry, one after the other, at the start of `blocks`.
+    pub(super) fn missing(&self, blocks: Range<u64>) -> u64 {
+        self.entries.missing(blocks)
+    }
+
+    /// Returns the next range of bytes from `offset` on of which no block is there.
+    pub fn missing_from(&self, offset: u64) -> Option<Range<u64>> {
+        let (mut start, mut end) = (None, self.key.blocks());
+        self.entries.each(offset / self.key.block, |number, entry| {
+            match (entry == 0, start) {
+                (true, None) => start = Some(number),
+                (false, Some(_)) => {
+                    end = number;
+                    return ControlFlow::Break(());
+                }
+                _ => {}
+            }
+            ControlFlow::Continue(())
+        });
+        let bytes = |number: u64| (number * self.key.block).min(self.key.len);
+        start.map(|start| bytes(start)..bytes(end))
     }
 
     /// Returns a block, if it is there and undamaged. Forgets a damaged one, and that the file is complete.
     pub fn read(&self, number: u64) -> Option<Vec<u8>> {
-        let entry = self.entry(number);
+        let entry = self.entries.get(number);
         if entry == 0 {
             return None;
         }
         let mut data = vec![0; self.key.block_len(number)];
-        let read = self.data.read(&mut data, number * self.key.block);
-        if read.is_ok() && format::matches(entry, number, &data, self.boot) {
-            return Some(data);
+        self.read_into(number, entry, &mut data).map(|_| data)
+    }
+
+    /// Reads a block that has an entry into `data`, which has its length. Returns its checksums, or `None` for a damaged
+    /// block, which it forgets.
+    fn read_into(&self, number: u64, entry: u64, data: &mut [u8]) -> Option<Checksum> {
+        let read = self.data.read(data, number * self.key.block);
+        if read.is_ok()
+            && let Some(sum) = format::matching(entry, number, data, self.boot)
+        {
+            lock(&self.checked).insert(number);
+            return Some(sum);
         }
         tracing::info!("{}: a cached block was damaged: fetching it again", self.key.label);
         self.revoke_completion();
-        let _ = self.put_entry(number, 0);
+        let _ = self.entries.put(number, &[0]);
         None
     }
 
-    /// Keeps a block. A failure only means that it is not kept.
+    /// Keeps a block, unless it is there. A failure only means that it is not kept.
     pub fn write(&self, number: u64, data: &[u8]) {
-        if self.full.load(Ordering::Relaxed) || data.len() != self.key.block_len(number) {
-            return;
+        if !self.has(number) {
+            self.writer(number..number + 1).write(data);
         }
-        let entry = format::entry_of(number, data, Durability::InBoot(self.boot));
+    }
+
+    /// Returns a writer of missing blocks that lie one after the other.
+    pub(super) fn writer(&self, blocks: Range<u64>) -> RunWriter<'_> {
+        RunWriter::new(self, blocks)
+    }
+
+    /// Writes the data of a block. Returns its checksums, or `None` if it is not kept.
+    pub(super) fn write_data(&self, number: u64, data: &[u8]) -> Option<Checksum> {
+        if self.refusal().is_some() || data.len() != self.key.block_len(number) {
+            return None;
+        }
         let written = self.data.write(data, number * self.key.block);
-        // First the data, then the entry that publishes it.
-        if let Err(e) = written.and_then(|()| self.put_entry(number, entry)) {
+        written.inspect_err(|e| self.give_up(e)).ok()?;
+        Some(Checksum::of(data))
+    }
+
+    /// Publishes written blocks: `sums` are the checksums of those from `first` on.
+    pub(super) fn publish(&self, first: u64, sums: &[Checksum]) {
+        let numbered = || (first..).zip(sums);
+        let in_boot = Durability::InBoot(self.boot);
+        let entries: Vec<u64> = numbered().map(|(number, sum)| sum.entry(number, in_boot)).collect();
+        if let Err(e) = self.entries.put(first, &entries) {
             return self.give_up(&e);
         }
-        let durable = format::entry_of(number, data, Durability::Durable);
-        let count = {
-            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            pending.push((number, durable));
-            pending.len()
+        let all_checked = {
+            let mut checked = lock(&self.checked);
+            numbered().for_each(|(number, _)| checked.insert(number));
+            checked.count() == self.key.blocks()
         };
-        if count >= FLUSH_AFTER {
+        let (before, count) = {
+            let mut pending = lock(&self.pending);
+            let before = pending.len();
+            pending.extend(numbered().map(|(number, sum)| (number, sum.entry(number, Durability::Durable))));
+            (before, pending.len())
+        };
+        let due = match count >= FLUSH_AFTER || all_checked {
+            true => Duration::ZERO,
+            false if before == 0 => FLUSH_DELAY,
+            false => return,
+        };
+        self.schedule(due, count >= FLUSH_AFTER);
+    }
+
+    /// Lets the thread of the tier flush the file after `delay`. Without a thread, flushes at once where it must be.
+    pub(super) fn schedule(&self, delay: Duration, must: bool) {
+        let scheduled = self.flusher.as_ref();
+        let scheduled = scheduled.is_some_and(|(queue, this)| queue.push(this, Instant::now() + delay));
+        if !scheduled && must {
             self.flush();
         }
     }
 
+    /// Flushes, and notes the completion, in the thread of the tier.
+    pub(super) fn flush_in_background(&self) {
+        self.flush();
+        let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_closed());
+        self.note_completion(u64::MAX, &stop);
+    }
+
     /// Makes the blocks that were written durable, and keeps the folder within its limit.
     pub fn flush(&self) {
-        let mut pending = std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
+        let _flushing = lock(&self.flushing);
+        let mut pending = std::mem::take(&mut *lock(&self.pending));
         if pending.is_empty() {
             return;
         }
@@ -171,50 +286,76 @@ impl TierFile {
         }
         pending.sort_unstable();
         for run in pending.chunk_by(|a, b| a.0 + 1 == b.0) {
-            let entries: Vec<u8> = run.iter().flat_map(|(_, entry)| entry.to_le_bytes()).collect();
+            let entries: Vec<u64> = run.iter().map(|(_, entry)| *entry).collect();
             let first = run.first().map_or(0, |(number, _)| *number);
-            if let Err(e) = self.map.write(&entries, HEADER + first * ENTRY) {
+            if let Err(e) = self.entries.put(first, &entries) {
                 return self.give_up(&e);
             }
         }
-        if let Some(files) = &self.files
-            && !files.tier.keep_within_limit()
-        {
-            self.full.store(true, Ordering::Relaxed);
+        self.keep_within_limit();
+    }
+
+    fn keep_within_limit(&self) {
+        let Some((files, limit)) = self
+            .files
+            .as_ref()
+            .and_then(|files| Some((files, files.folder.limit()?)))
+        else {
+            return;
+        };
+        // Where the folder is busy another process evicts.
+        let evicted = files.folder.evict(EVICTION_WAIT);
+        if evicted.is_ok_and(|evicted| !evicted.within_limit) {
+            self.refuse(Error::new(
+                ErrorKind::Os(libc::ENOSPC),
+                format!(
+                    "{}: the files in use take more than cache-dir-size={limit}; raise it",
+                    files.folder.label()
+                ),
+            ));
         }
     }
 
     fn give_up(&self, error: &io::Error) {
-        if !self.full.swap(true, Ordering::Relaxed) {
-            tracing::warn!("{}: the disk cache keeps no more blocks: {error}", self.key.label);
+        let folder = self
+            .files
+            .as_ref()
+            .map(|files| files.folder.label())
+            .unwrap_or_default();
+        let source = error
+            .raw_os_error()
+            .map_or_else(|| io::Error::from(error.kind()), io::Error::from_raw_os_error);
+        self.refuse(Error::io(
+            format!("{folder}: keeping blocks of {}", self.key.label),
+            source,
+        ));
+    }
+
+    fn refuse(&self, why: Error) {
+        if self.refusal.set(why).is_ok()
+            && let Some(why) = self.refusal.get()
+        {
+            tracing::warn!("the disk cache keeps no more blocks: {why}");
         }
     }
 
-    fn entry(&self, number: u64) -> u64 {
-        let mut entry = [0; ENTRY as usize];
-        match self.map.read(&mut entry, HEADER + number * ENTRY) {
-            Ok(()) => u64::from_le_bytes(entry),
-            // The map ends with its last entry.
-            Err(_) => 0,
-        }
-    }
-
-    fn put_entry(&self, number: u64, entry: u64) -> io::Result<()> {
-        self.map.write(&entry.to_le_bytes(), HEADER + number * ENTRY)
-    }
-
-    /// Locks blocks against fetches by other processes. Returns without a lock once the first block has arrived, or at the
-    /// deadline.
-    pub(super) fn lock(&self, blocks: Range<u64>, deadline: Duration) -> Option<Lock> {
-        let files = self.files.as_ref()?;
-        let end = Instant::now() + deadline;
+    /// Locks blocks against fetches by other processes. Returns without a lock once the first block has arrived, or at
+    /// `end`.
+    ///
+    /// Errors: `closing` was set while it waited.
+    pub(super) fn lock(&self, blocks: Range<u64>, end: Instant, closing: &AtomicBool) -> Result<Option<Lock>> {
+        let Some(files) = &self.files else { return Ok(None) };
         let bytes = HEADER + blocks.start * ENTRY..HEADER + blocks.end * ENTRY;
         loop {
             match Lock::take(&files.map, bytes.clone(), LockMode::Exclusive) {
-                Ok(Some(lock)) => return Some(lock),
+                Ok(Some(lock)) => return Ok(Some(lock)),
+                Ok(None) if closing.load(Ordering::Relaxed) => {
+                    let text = "the disk was closed while another process fetched the block";
+                    return Err(Error::new(ErrorKind::Os(libc::EIO), text).in_file(&self.key.label));
+                }
                 Ok(None) if Instant::now() < end && !self.has(blocks.start) => std::thread::sleep(LOCK_PAUSE),
                 // A file system without such locks: the block may be fetched twice.
-                Ok(None) | Err(_) => return None,
+                Ok(None) | Err(_) => return Ok(None),
             }
         }
     }
@@ -222,72 +363,132 @@ impl TierFile {
     /// Returns the number of blocks with an entry, and of those that are damaged, which it forgets.
     pub fn verify(&self) -> (u64, u64) {
         let (mut all, mut damaged) = (0, 0);
-        self.each_entry(|number, entry| {
+        self.entries.each(0, |number, entry| {
             if entry != 0 {
                 all += 1;
                 damaged += u64::from(self.read(number).is_none());
             }
-            true
+            ControlFlow::Continue(())
         });
-        self.sound.store(damaged == 0, Ordering::Relaxed);
         (all, damaged)
     }
 
-    /// Calls `each` with number and entry of each block, until it returns false. Returns true if it never did.
-    fn each_entry(&self, mut each: impl FnMut(u64, u64) -> bool) -> bool {
-        /// Entries of one system call.
-        const CHUNK: u64 = 8192;
-        let blocks = self.key.blocks();
-        (0..blocks).step_by(CHUNK as usize).all(|first| {
-            let count = CHUNK.min(blocks - first);
-            let mut entries = vec![0; (count * ENTRY) as usize];
-            if self.map.read(&mut entries, HEADER + first * ENTRY).is_err() {
-                entries.fill(0);
+    /// Verifies the blocks that are there and that this process has neither written nor verified, and makes those of a
+    /// process that was killed durable with the next flush. `each` is called with the bytes of each block that is there.
+    ///
+    /// Returns false if `each` broke that off. Damaged blocks are forgotten.
+    pub fn verify_rest(&self, mut each: impl FnMut(u64) -> ControlFlow<()>) -> bool {
+        let mut data = vec![0; self.key.block as usize];
+        self.entries.each(0, |number, entry| {
+            let is_durable = entry & 1 == 1;
+            if entry == 0 || (is_durable && lock(&self.checked).contains(number)) {
+                return if entry == 0 {
+                    ControlFlow::Continue(())
+                } else {
+                    each(self.key.block_len(number) as u64)
+                };
             }
-            let (entries, _) = entries.as_chunks();
-            (first..)
-                .zip(entries)
-                .all(|(number, entry)| each(number, u64::from_le_bytes(*entry)))
+            let Some(part) = data.get_mut(..self.key.block_len(number)) else {
+                return ControlFlow::Continue(());
+            };
+            if let Some(sum) = self.read_into(number, entry, part)
+                && !is_durable
+            {
+                lock(&self.pending).push((number, sum.entry(number, Durability::Durable)));
+            }
+            each(part.len() as u64)
         })
     }
 
-    /// Notes that all blocks are there and durable, if they are. Their file can then be read without this program.
-    fn note_completion(&self) {
-        let Some(files) = &self.files else { return };
+    /// Makes the file complete, if all of its blocks are there.
+    ///
+    /// Errors: why it is not complete.
+    pub fn finish(&self) -> Result<()> {
+        self.flush();
+        self.note_completion(u64::MAX, &|| false);
         if self.complete().is_some() {
+            return Ok(());
+        }
+        let why = self.refusal().cloned();
+        Err(why.unwrap_or_else(|| {
+            let mut missing = 0u64;
+            self.entries.each(0, |_, entry| {
+                missing += u64::from(entry == 0);
+                ControlFlow::Continue(())
+            });
+            let text = format!("{missing} of {} blocks are not in the cache", self.key.blocks());
+            Error::new(ErrorKind::Os(libc::EIO), text).in_file(&self.key.label)
+        }))
+    }
+
+    /// Notes that all blocks are there, durable and undamaged, if they are. Their file can then be read without this
+    /// program. Verifies at most `most` blocks for that, and none once `stop` returns true.
+    fn note_completion(&self, most: u64, stop: &dyn Fn() -> bool) {
+        let Some(files) = &self.files else { return };
+        if self.complete().is_some() || self.refusal().is_some() || !self.is_whole() {
             return;
         }
         // Taken first: a write after the checks below changes the times, and the record does not match.
         let Some(record) = completion_of(&files.data) else {
             return;
         };
-        if self.each_entry(|_, entry| entry & 1 == 1) && self.may_be_noted() {
-            self.put_completion(&record);
+        let mut left = most.saturating_add(lock(&self.checked).count());
+        let verified = self.verify_rest(|_| {
+            left = left.saturating_sub(1);
+            if left == 0 || stop() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        if !verified {
+            return;
+        }
+        self.flush();
+        let durable = self.entries.each(0, |_, entry| match entry & 1 {
+            1 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        });
+        if durable && self.put_completion(&record) {
+            tracing::info!("{}: complete in {}", self.key.label, files.folder.label());
         }
     }
 
-    /// Returns true if nothing speaks against the data. Reads all of it where something does: a record that does not match
-    /// is that of a copied folder, of a data file that another program wrote to, or of damage.
-    fn may_be_noted(&self) -> bool {
-        let mut record = [0; RECORD];
-        let is_first = self.map.read(&mut record, COMPLETION).is_ok() && record == [0; RECORD];
-        is_first || self.sound.load(Ordering::Relaxed) || self.verify().1 == 0
+    /// Returns true if all blocks have entries. Goes on where the last call stopped.
+    fn is_whole(&self) -> bool {
+        let start = self.present_to.load(Ordering::Relaxed);
+        let mut end = start;
+        let whole = self.entries.each(start, |number, entry| {
+            if entry == 0 {
+                return ControlFlow::Break(());
+            }
+            end = number + 1;
+            ControlFlow::Continue(())
+        });
+        // A block that is forgotten meanwhile is found by the caller's look at all entries.
+        self.present_to.store(end, Ordering::Relaxed);
+        whole
     }
 
     /// Withdraws the completion record: it would let the damage that was found be read without a look at the checksums.
     fn revoke_completion(&self) {
-        self.sound.store(false, Ordering::Relaxed);
-        if self.files.is_some() {
-            // Not zeroes: what else is damaged must be looked for before the file counts as complete again.
-            self.put_completion(&REVOKED);
+        self.present_to.store(0, Ordering::Relaxed);
+        // What else is damaged must be looked for before the file counts as complete again.
+        lock(&self.checked).clear();
+        let Some(files) = &self.files else { return };
+        // Another thread or process may be about to write a record: with the new times it matches no more.
+        let _ = files.data.set_modified(SystemTime::now());
+        // Once: many blocks may be damaged, and each record costs a sync.
+        if self.entries.record() != Some(NONE) {
+            self.put_completion(&NONE);
         }
     }
 
-    fn put_completion(&self, record: &[u8; RECORD]) {
-        let noted = self.map.write(record, COMPLETION).and_then(|()| self.map.sync());
-        if let Err(e) = noted {
-            tracing::debug!("{}: {e}", self.key.label);
-        }
+    fn put_completion(&self, record: &[u8; RECORD]) -> bool {
+        let noted = self.entries.put_record(record);
+        noted
+            .inspect_err(|e| tracing::debug!("{}: {e}", self.key.label))
+            .is_ok()
     }
 
     /// Returns the data file if it is complete, and unchanged since that was noted.
@@ -300,37 +501,15 @@ impl TierFile {
 impl Drop for TierFile {
     fn drop(&mut self) {
         self.flush();
-        self.note_completion();
+        self.note_completion(VERIFIED_AT_END, &|| false);
+        if let (Some(files), Some(_)) = (&self.files, &self.flusher) {
+            // The last use, for the eviction. Not that of a look by `--check`, which has no flusher.
+            let _ = files.map.set_modified(SystemTime::now());
+        }
     }
 }
 
-/// Bytes of a completion record.
-const RECORD: usize = 48;
-/// Completion record of a file in which damage was found. Matches no data file.
-const REVOKED: [u8; RECORD] = [0xff; RECORD];
-
-/// Returns true if a data file is complete, and unchanged since its map notes that.
-pub(super) fn is_complete(map: &File, data: &File) -> bool {
-    let mut record = [0; RECORD];
-    let noted = map.read_exact_at(&mut record, COMPLETION);
-    noted.is_ok() && completion_of(data) == Some(record)
-}
-
-/// Returns the completion record for the present state of a data file: any later write changes its times.
-pub(super) fn completion_of(data: &File) -> Option<[u8; RECORD]> {
-    let state = data.metadata().ok()?;
-    let values = [
-        0x7631_6c6c_6120_7364,
-        state.ino(),
-        state.len(),
-        (state.mtime() as u64).wrapping_mul(1_000_000_000) + state.mtime_nsec() as u64,
-        (state.ctime() as u64).wrapping_mul(1_000_000_000) + state.ctime_nsec() as u64,
-    ];
-    let mut record = [0; RECORD];
-    for (place, value) in record.chunks_mut(8).zip(values) {
-        place.copy_from_slice(&value.to_le_bytes());
-    }
-    let sum = libdeflater::crc32(record.get(..40)?);
-    record.get_mut(40..44)?.copy_from_slice(&sum.to_le_bytes());
-    Some(record)
+/// Acquires a mutex. Ignores poisoning: no thread can panic while the data of these mutexes is inconsistent.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   byte 0      magic, checksum, the key in JSON, zeroes up to 3584
-//!   byte 3584   completion record: zeroes, or the state of the data file when all of its blocks were there; ones after damage
+//!   byte 3584   completion record (completion.rs): zeroes, or the state of the data file when all of its blocks were there
 //!   byte 4096   entry of block 0: 0 (absent), or two checksums of the block; the lowest bit tells that it is durable
 //! ```
 //! An entry is checked against the block at every read, so a block is served only if entry and data belong together,
@@ -19,7 +19,7 @@ pub(super) const COMPLETION: u64 = 3584;
 /// Bytes of an entry.
 pub(super) const ENTRY: u64 = 8;
 
-const MAGIC: &[u8] = b"vmdkfuse cache 1\n";
+const MAGIC: &[u8] = b"vmdkfuse cache 2\n";
 
 /// File of a server, and the version of its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,27 +98,42 @@ pub(super) enum Durability {
     InBoot(u64),
 }
 
-/// Returns the entry for the data of a block.
-pub(super) fn entry_of(number: u64, data: &[u8], durability: Durability) -> u64 {
-    let (salt, bit) = match durability {
-        Durability::Durable => (0, 1),
-        Durability::InBoot(boot) => (boot, 0),
-    };
-    let mut crc = libdeflater::Crc::new();
-    // A block in the place of another one is no match either.
-    crc.update(&number.to_le_bytes());
-    crc.update(&u64::to_le_bytes(salt));
-    crc.update(data);
-    u64::from(crc.sum()) << 32 | u64::from(libdeflater::adler32(data) & !1) | bit
+/// Checksums of a block's data, computed once for all of its entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Checksum(u64);
+
+impl Checksum {
+    /// Computes the checksums of the data of a block.
+    pub(super) fn of(data: &[u8]) -> Self {
+        Self(u64::from(libdeflater::crc32(data)) << 32 | u64::from(libdeflater::adler32(data)))
+    }
+
+    /// Returns the entry of block `number` for the data.
+    pub(super) fn entry(self, number: u64, durability: Durability) -> u64 {
+        let (salt, bit) = match durability {
+            Durability::Durable => (0, 1),
+            Durability::InBoot(boot) => (boot, 0),
+        };
+        // A block in the place of another one, or of another boot, is no match either.
+        ((self.0 ^ spread(number ^ spread(salt))) & !1) | bit
+    }
 }
 
-/// Returns true if `entry` is that of the data.
-pub(super) fn matches(entry: u64, number: u64, data: &[u8], boot: u64) -> bool {
+/// Spreads a number over all bits (the finalizer of SplitMix64), so that neighbours differ in half of them.
+fn spread(number: u64) -> u64 {
+    let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ number >> 31
+}
+
+/// Returns the checksums of the data if `entry` is that of the data.
+pub(super) fn matching(entry: u64, number: u64, data: &[u8], boot: u64) -> Option<Checksum> {
     let durability = match entry & 1 {
         1 => Durability::Durable,
         _ => Durability::InBoot(boot),
     };
-    entry != 0 && entry == entry_of(number, data, durability)
+    let sum = Checksum::of(data);
+    (entry != 0 && entry == sum.entry(number, durability)).then_some(sum)
 }
 
 #[cfg(test)]
@@ -158,8 +173,10 @@ mod tests {
     #[test]
     fn an_entry_fits_its_block_number_and_boot_only() {
         let data = vec![7; 4096];
-        let durable = entry_of(3, &data, Durability::Durable);
-        let in_boot = entry_of(3, &data, Durability::InBoot(9));
+        let sum = Checksum::of(&data);
+        let durable = sum.entry(3, Durability::Durable);
+        let in_boot = sum.entry(3, Durability::InBoot(9));
+        let matches = |entry, number, data: &[u8], boot| matching(entry, number, data, boot) == Some(sum);
         assert!(matches(durable, 3, &data, 1) && matches(in_boot, 3, &data, 9));
         assert!(!matches(in_boot, 3, &data, 8) && !matches(durable, 4, &data, 1));
         let mut other = data.clone();

@@ -1,9 +1,15 @@
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::sync::Mutex;
+use std::io::ErrorKind as IoKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::PathBuf;
+use std::sync::{Mutex, mpsc};
 
 use super::file::Bytes;
 use super::*;
+
+mod complete;
+mod evict;
+mod fetch;
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 40;
@@ -101,7 +107,7 @@ fn opened(data: Vec<u8>, map: Vec<u8>, boot: u64) -> (TierFile, Arc<Mutex<Vec<Op
         Recorded::over(Which::Data, data, &log),
         Recorded::over(Which::Map, map, &log),
     );
-    (TierFile::over(key(), data, map, None, boot), log)
+    (TierFile::over(key(), data, map, None, boot, None), log)
 }
 
 /// Returns what a crash before operation `end` may leave of a file: what was synced, and any sectors of the rest.
@@ -239,10 +245,11 @@ impl Bytes for Full {
 fn a_full_file_system_only_means_that_nothing_is_kept() {
     let log = Arc::<Mutex<_>>::default();
     let map = Recorded::over(Which::Map, empty(Which::Map), &log);
-    let file = TierFile::over(key(), Box::new(Full), map, None, 1);
+    let file = TierFile::over(key(), Box::new(Full), map, None, 1, None);
     file.write(3, &content(3));
     assert!(!file.has(3) && file.read(3).is_none());
-    file.flush();
+    let why = file.finish().unwrap_err().to_string();
+    assert!(why.contains("No space left"), "{why}");
     drop(file);
     assert!(log.lock().unwrap().is_empty());
 }
@@ -257,6 +264,17 @@ fn fill(file: &TierFile) {
     (0..BLOCKS).for_each(|number| file.write(number, &content(number)));
 }
 
+/// Ends a file in this thread, after a flush that the thread of the tier has begun.
+fn close(mut file: Arc<TierFile>) {
+    loop {
+        match Arc::try_unwrap(file) {
+            Ok(file) => return drop(file),
+            Err(in_flush) => file = in_flush,
+        }
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn blocks_survive_and_a_changed_file_drops_them() {
     let (_dir, path) = folder();
@@ -265,12 +283,12 @@ fn blocks_survive_and_a_changed_file_drops_them() {
     let file = tier.file(key()).unwrap();
     fill(&file);
     assert!(file.complete().is_none());
-    drop(file);
+    close(file);
     assert_eq!(tier.lookup(&key().address), Some(key()));
     let again = tier.file(key()).unwrap();
     assert!(again.complete().is_some());
     assert_eq!(again.verify(), (BLOCKS, 0));
-    drop(again);
+    close(again);
     let changed = FileKey {
         etag: Some("\"2\"".to_owned()),
         ..key()
@@ -305,7 +323,7 @@ fn damaged_files_give_no_wrong_block() {
         let tier = DiskTier::open(&path, None, true).unwrap();
         let file = tier.file(key()).unwrap();
         fill(&file);
-        drop(file);
+        close(file);
         damage(&path.join(format!("{}.data", key().stem())));
         let file = tier.file(key()).unwrap();
         // A damaged checksum says nothing against the data.
@@ -332,59 +350,12 @@ fn flip(path: &Path, at: u64) {
 /// Returns the path of the data file of a complete file in a new folder.
 fn completed(path: &Path) -> (Arc<DiskTier>, PathBuf) {
     let tier = DiskTier::open(path, None, true).unwrap();
-    fill(&tier.file(key()).unwrap());
-    assert!(tier.file(key()).unwrap().complete().is_some());
+    let file = tier.file(key()).unwrap();
+    fill(&file);
+    file.finish().unwrap();
+    close(file);
     let data = path.join(format!("{}.data", key().stem()));
     (tier, data)
-}
-
-#[test]
-fn damage_that_was_found_ends_the_completion() {
-    let (_dir, path) = folder();
-    let (tier, data) = completed(&path);
-    flip(&data, 5 * BLOCK + 17);
-    flip(&data, 9 * BLOCK + 17);
-    // A disk that loses bits leaves the times as they are.
-    let record = file::completion_of(&File::open(&data).unwrap()).unwrap();
-    let map = fs::File::options()
-        .write(true)
-        .open(data.with_extension("map"))
-        .unwrap();
-    map.write_all_at(&record, format::COMPLETION).unwrap();
-    let file = tier.file(key()).unwrap();
-    assert!(file.complete().is_some() && file.read(5).is_none());
-    drop(file);
-    let file = tier.file(key()).unwrap();
-    assert!(file.complete().is_none(), "block 5 would be read without its checksum");
-    file.write(5, &content(5));
-    drop(file);
-    let file = tier.file(key()).unwrap();
-    assert!(file.complete().is_none(), "block 9 was never looked at");
-    assert_eq!((file.read(5), file.read(9)), (Some(content(5)), None));
-    fill(&file);
-    drop(file);
-    assert!(tier.file(key()).unwrap().complete().is_some());
-}
-
-#[test]
-fn a_copied_file_is_complete_again_only_if_it_is_sound() {
-    let touch = |data: &Path| {
-        let file = fs::File::options().write(true).open(data).unwrap();
-        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
-    };
-    for (damaged, copied) in [
-        (false, &touch as &dyn Fn(&Path)),
-        (true, &|data: &Path| flip(data, 7 * BLOCK)),
-    ] {
-        let (_dir, path) = folder();
-        let (tier, data) = completed(&path);
-        copied(&data);
-        // Opened and closed, without a read.
-        assert!(tier.file(key()).unwrap().complete().is_none());
-        let file = tier.file(key()).unwrap();
-        assert_eq!(file.complete().is_none(), damaged);
-        assert_eq!(file.has(7), !damaged);
-    }
 }
 
 #[test]
@@ -401,38 +372,47 @@ fn folders_of_others_and_links_are_refused() {
     assert!(DiskTier::open(&link, None, true).is_err());
 }
 
-#[test]
-fn the_least_recently_used_file_is_evicted_and_one_in_use_never() {
-    let (_dir, path) = folder();
-    let other = |n: u64| FileKey {
-        address: address_hash(&n.to_string()),
-        label: n.to_string(),
-        ..key()
-    };
-    let unlimited = DiskTier::open(&path, None, true).unwrap();
-    for n in 0..4 {
-        let file = unlimited.file(other(n)).unwrap();
-        fill(&file);
-        drop(file);
-        let map = fs::File::options()
-            .write(true)
-            .open(path.join(format!("{}.map", other(n).stem())))
-            .unwrap();
-        map.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000 + n))
-            .unwrap();
+/// Storage whose sync lasts until the test ends it.
+struct SlowSync {
+    bytes: Box<dyn Bytes>,
+    begun: Mutex<mpsc::Sender<()>>,
+    end: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Bytes for SlowSync {
+    fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        self.bytes.read(buf, at)
     }
-    let labels = |tier: &Arc<DiskTier>| tier.held().into_iter().map(|held| held.key.label).collect::<Vec<_>>();
-    assert_eq!(labels(&unlimited), ["0", "1", "2", "3"]);
-    let each = unlimited.held()[0].allocated;
-    let tier = DiskTier::open(&path, Some(each * 5 / 2), true).unwrap();
-    // Opened: in use, and used last.
-    let used = unlimited.file(other(0)).unwrap();
-    assert!(tier.keep_within_limit());
-    assert_eq!(labels(&tier), ["3", "0"]);
-    let none = DiskTier::open(&path, Some(1), true).unwrap();
-    assert!(!none.keep_within_limit(), "a file in use stays");
-    assert_eq!(labels(&tier), ["0"]);
-    drop(used);
-    assert!(none.keep_within_limit());
-    assert!(labels(&tier).is_empty());
+
+    fn write(&self, buf: &[u8], at: u64) -> io::Result<()> {
+        self.bytes.write(buf, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let _ = self.begun.lock().unwrap().send(());
+        let _ = self.end.lock().unwrap().recv();
+        self.bytes.sync()
+    }
+}
+
+#[test]
+fn neither_readers_nor_writers_wait_for_a_flush() {
+    let log = Arc::<Mutex<_>>::default();
+    let ((begun, has_begun), (end, wait)) = (mpsc::channel(), mpsc::channel());
+    let data = SlowSync {
+        bytes: Recorded::over(Which::Data, empty(Which::Data), &log),
+        begun: Mutex::new(begun),
+        end: Mutex::new(wait),
+    };
+    let map = Recorded::over(Which::Map, empty(Which::Map), &log);
+    let queue = Arc::<FlushQueue>::default();
+    let file = Arc::new_cyclic(|this| {
+        let flusher = Some((Arc::clone(&queue), this.clone()));
+        TierFile::over(key(), Box::new(data), map, None, 1, flusher)
+    });
+    fill(&file);
+    has_begun.recv_timeout(Duration::from_secs(60)).unwrap();
+    assert!((0..BLOCKS).all(|number| file.read(number) == Some(content(number))));
+    drop(end);
+    queue.close();
 }

@@ -168,8 +168,8 @@ struct HttpsFile {
     shared: Arc<Shared>,
     remote: Arc<RemoteFile>,
     blocks: AdaptiveBlocks,
-    /// Blocks in the disk tier.
-    tier: Option<Arc<TierFile>>,
+    /// Blocks in the disk tier, or why it has none of this file. `None` without a disk tier.
+    tier: Option<Result<Arc<TierFile>>>,
     label: String,
     identity: Identity,
 }
@@ -192,23 +192,21 @@ impl HttpsFile {
             address,
             closing: AtomicBool::new(false),
         });
-        let tier = shared.tier.as_ref().and_then(|tier| tier_file(tier, &remote));
+        let tier = shared.tier.as_ref().map(|tier| tier_file(tier, &remote));
         let origin = |block| {
             let remote = Arc::clone(&remote);
             Arc::new(RemoteBlocks { remote, block }) as Arc<dyn Fetch>
         };
+        let kept = tier.as_ref().and_then(|tier| tier.as_ref().ok());
         // What is kept is kept in large blocks.
-        let (large, small) = match &tier {
-            Some(file) => {
-                let large: Arc<dyn Fetch> = Arc::new(TieredFetch::new(origin(BLOCK), Arc::clone(file)));
-                (Arc::clone(&large), large)
-            }
-            None => (origin(BLOCK), origin(SMALL_BLOCK)),
+        let (large, small): (Arc<dyn Fetch>, _) = match kept {
+            Some(file) => (Arc::new(TieredFetch::new(origin(BLOCK), Arc::clone(file))), None),
+            None => (origin(BLOCK), Some(origin(SMALL_BLOCK))),
         };
         let blocks = AdaptiveBlocks::new(large, small, &shared.memory, &shared.pool, shared.readahead);
         for (number, block) in (0..).zip(head) {
-            if let Some(tier) = &tier {
-                tier.write(number, &block);
+            if let Some(file) = kept {
+                file.write(number, &block);
             }
             blocks.put(number, block);
         }
@@ -224,7 +222,7 @@ impl HttpsFile {
 }
 
 /// Opens the blocks of a file in the disk tier. A file that cannot be kept is read without.
-fn tier_file(tier: &Arc<DiskTier>, remote: &RemoteFile) -> Option<Arc<TierFile>> {
+fn tier_file(tier: &Arc<DiskTier>, remote: &RemoteFile) -> Result<Arc<TierFile>> {
     let version = &remote.version;
     let key = FileKey {
         label: remote.label.clone(),
@@ -234,8 +232,7 @@ fn tier_file(tier: &Arc<DiskTier>, remote: &RemoteFile) -> Option<Arc<TierFile>>
         etag: version.etag.clone(),
         modified: version.modified.clone(),
     };
-    let opened = tier.file(key);
-    opened.map(Arc::new).inspect_err(|e| tracing::warn!("{e}")).ok()
+    tier.file(key).inspect_err(|e| tracing::warn!("{e}"))
 }
 
 /// Returns the identity of a file: its URL in place of device and inode, its ETag in place of the ctime.
@@ -270,9 +267,13 @@ impl StoredFile for HttpsFile {
         self.blocks.read(offset, buf)
     }
 
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        // Complete when it was opened: a local file.
-        self.tier.as_ref()?.complete()
+    fn content_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.tier.as_ref()?.as_ref().ok()?.complete()
+    }
+
+    fn cached(&self) -> Option<Result<&TierFile>> {
+        let tier = self.tier.as_ref()?;
+        Some(tier.as_ref().map(|file| &**file).map_err(Error::clone))
     }
 
     fn identity(&self) -> Result<Identity> {

@@ -1,0 +1,74 @@
+//! Entries and completion record of a map: which blocks of a file are there.
+
+use std::io;
+use std::ops::{ControlFlow, Range};
+
+use super::completion::RECORD;
+use super::file::Bytes;
+use super::format::{COMPLETION, ENTRY, HEADER};
+
+/// Entries of one map. An entry that cannot be read counts as 0: the map ends with its last entry.
+pub(super) struct Entries {
+    map: Box<dyn Bytes>,
+    blocks: u64,
+}
+
+impl Entries {
+    pub(super) fn new(map: Box<dyn Bytes>, blocks: u64) -> Self {
+        Self { map, blocks }
+    }
+
+    /// Returns the entry of a block.
+    pub(super) fn get(&self, number: u64) -> u64 {
+        let mut entry = [0; ENTRY as usize];
+        match self.map.read(&mut entry, HEADER + number * ENTRY) {
+            Ok(()) => u64::from_le_bytes(entry),
+            Err(_) => 0,
+        }
+    }
+
+    /// Writes the entries of neighbouring blocks.
+    pub(super) fn put(&self, first: u64, entries: &[u64]) -> io::Result<()> {
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        self.map.write(&bytes, HEADER + first * ENTRY)
+    }
+
+    /// Returns the number of blocks without an entry, one after the other, at the start of `blocks`.
+    pub(super) fn missing(&self, blocks: Range<u64>) -> u64 {
+        let mut entries = vec![0; ((blocks.end - blocks.start) * ENTRY) as usize];
+        if self.map.read(&mut entries, HEADER + blocks.start * ENTRY).is_err() {
+            return blocks.end - blocks.start;
+        }
+        let (entries, _) = entries.as_chunks::<8>();
+        entries.iter().take_while(|entry| **entry == [0; 8]).count() as u64
+    }
+
+    /// Calls `each` with number and entry of each block from `first` on. Returns false if `each` broke that off.
+    pub(super) fn each(&self, first: u64, mut each: impl FnMut(u64, u64) -> ControlFlow<()>) -> bool {
+        /// Entries of one system call.
+        const CHUNK: u64 = 8192;
+        (first..self.blocks).step_by(CHUNK as usize).all(|first| {
+            let count = CHUNK.min(self.blocks - first);
+            let mut entries = vec![0; (count * ENTRY) as usize];
+            if self.map.read(&mut entries, HEADER + first * ENTRY).is_err() {
+                entries.fill(0);
+            }
+            let (entries, _) = entries.as_chunks();
+            let mut numbered = (first..).zip(entries);
+            numbered.all(|(number, entry)| each(number, u64::from_le_bytes(*entry)).is_continue())
+        })
+    }
+
+    /// Returns the completion record, if it can be read.
+    pub(super) fn record(&self) -> Option<[u8; RECORD]> {
+        let mut record = [0; RECORD];
+        self.map.read(&mut record, COMPLETION).ok()?;
+        Some(record)
+    }
+
+    /// Writes the completion record, durably.
+    pub(super) fn put_record(&self, record: &[u8; RECORD]) -> io::Result<()> {
+        self.map.write(record, COMPLETION)?;
+        self.map.sync()
+    }
+}

@@ -1,0 +1,254 @@
+//! Folder of cached files: its names, its lock, and the eviction.
+//!
+//! A cached file is a *pair*: map and data. A crash, or a user, may leave one without the other, or a map that is none.
+//! Such leftovers are of no use to any mount, so they are evicted first. A pair that a process has open is never evicted:
+//! byte 0 of its map is locked.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, ErrorKind as IoKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, statat, unlinkat};
+
+use super::completion;
+use super::format::{FileKey, HEADER, decode_header};
+use super::lock::{Lock, LockMode};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Permissions of group and others, which the folder must not have.
+const OTHERS: u32 = 0o077;
+/// Longest wait for the folder's lock, which is held for a few system calls.
+pub(super) const LOCK_WAIT: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
+/// Digits of a stem: half a SHA-256.
+pub(super) const STEM: usize = 32;
+/// Endings of the names of a pair, in the order in which they are removed: a crash in between leaves data without a map,
+/// never a map that promises data.
+const ENDINGS: [&str; 3] = ["map", "new", "data"];
+
+/// Folder of cached files.
+#[derive(Debug)]
+pub(super) struct Folder {
+    path: PathBuf,
+    dir: OwnedFd,
+    /// Largest size of all files together, in bytes.
+    limit: Option<u64>,
+}
+
+/// Names of the folder with one stem.
+#[derive(Debug)]
+pub(super) struct Pair {
+    stem: String,
+    pub(super) map: Option<Arc<File>>,
+    /// Key, last use and completeness; `None` for a leftover.
+    pub(super) state: Option<PairState>,
+    /// Bytes on the disk.
+    pub(super) allocated: u64,
+}
+
+/// State of a pair that a mount can use.
+#[derive(Debug)]
+pub(super) struct PairState {
+    pub(super) key: FileKey,
+    pub(super) used: SystemTime,
+    pub(super) complete: bool,
+}
+
+/// Result of an eviction.
+#[derive(Debug, Default)]
+pub(super) struct Evicted {
+    /// Labels of the files that are gone.
+    pub(super) files: Vec<String>,
+    /// Number of leftovers that are gone.
+    pub(super) leftovers: u64,
+    /// True if the folder is within its limit now.
+    pub(super) within_limit: bool,
+}
+
+impl Folder {
+    /// Opens a folder, and creates it if `create` is true and it does not exist.
+    ///
+    /// Errors: it is no folder of this user, others may use it, or the error of the operating system.
+    pub(super) fn open(path: &Path, limit: Option<u64>, create: bool) -> Result<Self> {
+        let label = format!("cache-dir={}", path.display());
+        let failed = |e: io::Error| Error::io(label.clone(), e);
+        let created = match create {
+            true => std::fs::DirBuilder::new().mode(0o700).create(path),
+            false => Ok(()),
+        };
+        match created {
+            Err(e) if e.kind() != IoKind::AlreadyExists => return Err(failed(e)),
+            _ => {}
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+        let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+        let dir = File::from(dir);
+        let state = dir.metadata().map_err(failed)?;
+        let refuse = |why: &str| Err(Error::new(ErrorKind::Policy, format!("{label}: {why}")));
+        if state.uid() != nix::unistd::geteuid().as_raw() {
+            return refuse("belongs to another user; choose a folder of your own");
+        }
+        if state.mode() & OTHERS != 0 {
+            return refuse("others may use it; run chmod 700 on it");
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            dir: dir.into(),
+            limit,
+        })
+    }
+
+    /// Returns the folder as the key that names it, for messages.
+    pub(super) fn label(&self) -> String {
+        format!("cache-dir={}", self.path.display())
+    }
+
+    /// Returns the largest size of all files together.
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// Opens a file of the folder. Errors: it does not exist, or is not a regular file of this user with one name.
+    pub(super) fn open_own(&self, name: &str, access: OFlags) -> io::Result<File> {
+        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(openat(&self.dir, name, flags, Mode::empty())?);
+        let state = file.metadata()?;
+        let is_own = state.is_file() && state.uid() == nix::unistd::geteuid().as_raw() && state.nlink() == 1;
+        match is_own {
+            true => Ok(file),
+            false => Err(io::Error::other("is not a file of this cache")),
+        }
+    }
+
+    /// Creates a file. Errors: the name exists, or the error of the operating system.
+    pub(super) fn create(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)?;
+        Ok(File::from(file))
+    }
+
+    /// Gives a file another name.
+    pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(renameat(&self.dir, from, &self.dir, to)?)
+    }
+
+    /// Removes all names of a stem. The folder's lock must be held.
+    pub(super) fn remove_all(&self, stem: &str) -> io::Result<()> {
+        let remove = |ending: &&str| match unlinkat(&self.dir, format!("{stem}.{ending}"), AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+            Err(e) => Err(e.into()),
+        };
+        ENDINGS.iter().try_for_each(remove)
+    }
+
+    /// Locks the folder against the creation and eviction of files by other processes, within `wait`.
+    pub(super) fn lock(&self, wait: Duration) -> io::Result<Lock> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = Arc::new(File::from(openat(&self.dir, "lock", flags, Mode::RUSR | Mode::WUSR)?));
+        let end = Instant::now() + wait;
+        loop {
+            if let Some(lock) = Lock::take(&file, 0..1, LockMode::Exclusive)? {
+                return Ok(lock);
+            }
+            if Instant::now() > end {
+                return Err(IoKind::TimedOut.into());
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+    }
+
+    /// Returns the pairs and leftovers of the folder. Names that this program does not give are left out.
+    pub(super) fn pairs(&self) -> io::Result<Vec<Pair>> {
+        let mut stems = std::collections::BTreeSet::new();
+        for entry in rustix::fs::Dir::read_from(&self.dir)? {
+            let entry = entry?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes()).to_str();
+            let parts = name.and_then(|name| name.split_once('.'));
+            stems.extend(parts.filter(is_ours).map(|(stem, _)| stem.to_owned()));
+        }
+        Ok(stems.into_iter().map(|stem| self.pair(stem)).collect())
+    }
+
+    fn pair(&self, stem: String) -> Pair {
+        let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDWR).ok();
+        let size = |ending: &&str| {
+            let stat = statat(&self.dir, format!("{stem}.{ending}"), AtFlags::SYMLINK_NOFOLLOW);
+            stat.map_or(0, |stat| stat.st_blocks.cast_unsigned() * 512)
+        };
+        let (map, data) = (open("map"), open("data"));
+        let state = map.as_ref().zip(data.as_ref()).and_then(|(map, data)| {
+            let key = read_key(map).filter(|key| key.stem() == stem)?;
+            let is_whole = data.metadata().ok()?.len() == key.len;
+            is_whole.then_some(PairState {
+                used: map.metadata().ok()?.modified().ok()?,
+                complete: completion::is_complete(map, data),
+                key,
+            })
+        });
+        Pair {
+            allocated: ENDINGS.iter().map(size).sum(),
+            map: map.map(Arc::new),
+            state,
+            stem,
+        }
+    }
+
+    /// Evicts leftovers, then the files that were not used for the longest time, until the folder is within its limit.
+    ///
+    /// Errors: another process holds the folder's lock for longer than `wait`, or the folder cannot be read.
+    pub(super) fn evict(&self, wait: Duration) -> io::Result<Evicted> {
+        let _lock = self.lock(wait)?;
+        let mut pairs = self.pairs()?;
+        // Leftovers have no use, and come first.
+        pairs.sort_by_key(|pair| pair.state.as_ref().map(|state| state.used));
+        let mut size: u64 = pairs.iter().map(|pair| pair.allocated).sum();
+        let limit = self.limit.unwrap_or(u64::MAX);
+        let mut evicted = Evicted::default();
+        for pair in pairs {
+            if (pair.state.is_some() && size <= limit) || !self.evict_pair(&pair) {
+                continue;
+            }
+            size = size.saturating_sub(pair.allocated);
+            match pair.state {
+                Some(state) => {
+                    tracing::debug!("{}: evicted {}", self.path.display(), state.key.label);
+                    evicted.files.push(state.key.label);
+                }
+                None => evicted.leftovers += 1,
+            }
+        }
+        evicted.within_limit = size <= limit;
+        Ok(evicted)
+    }
+
+    /// Removes the names of a pair that no process has open. Returns true if they are gone.
+    fn evict_pair(&self, pair: &Pair) -> bool {
+        // Another open of the same file in this process is another owner, too. The lock ends with the open below.
+        let _unused = match &pair.map {
+            Some(map) => match Lock::take(map, 0..1, LockMode::Exclusive) {
+                Ok(Some(lock)) => Some(lock),
+                _ => return false,
+            },
+            None => None,
+        };
+        self.remove_all(&pair.stem).is_ok()
+    }
+}
+
+/// Returns true for the names of a pair, split at the dot.
+fn is_ours((stem, ending): &(&str, &str)) -> bool {
+    stem.len() == STEM && stem.bytes().all(|b| b.is_ascii_hexdigit()) && ENDINGS.contains(ending)
+}
+
+/// Reads the key of a map; `None` if it is none.
+pub(super) fn read_key(map: &File) -> Option<FileKey> {
+    let mut header = vec![0; HEADER as usize];
+    map.read_exact_at(&mut header, 0).ok()?;
+    decode_header(&header)
+}

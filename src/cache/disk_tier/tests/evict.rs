@@ -1,0 +1,97 @@
+//! Eviction, and what counts as a use.
+
+use super::*;
+
+#[test]
+fn the_least_recently_used_file_is_evicted_and_one_in_use_never() {
+    let (_dir, path) = folder();
+    let other = |n: u64| FileKey {
+        address: address_hash(&n.to_string()),
+        label: n.to_string(),
+        ..key()
+    };
+    let unlimited = DiskTier::open(&path, None, true).unwrap();
+    for n in 0..4 {
+        let file = unlimited.file(other(n)).unwrap();
+        fill(&file);
+        close(file);
+        let map = fs::File::options()
+            .write(true)
+            .open(path.join(format!("{}.map", other(n).stem())))
+            .unwrap();
+        map.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000 + n))
+            .unwrap();
+    }
+    let labels = |tier: &Arc<DiskTier>| tier.held().into_iter().map(|held| held.key.label).collect::<Vec<_>>();
+    assert_eq!(labels(&unlimited), ["0", "1", "2", "3"]);
+    let each = unlimited.held()[0].allocated;
+    let tier = DiskTier::open(&path, Some(each * 5 / 2), true).unwrap();
+    // Opened: in use, and used last.
+    let used = unlimited.file(other(0)).unwrap();
+    assert!(tier.folder.evict(LOCK_WAIT).unwrap().within_limit);
+    assert_eq!(labels(&tier), ["3", "0"]);
+    let none = DiskTier::open(&path, Some(1), true).unwrap();
+    assert!(
+        !none.folder.evict(LOCK_WAIT).unwrap().within_limit,
+        "a file in use stays"
+    );
+    assert_eq!(labels(&tier), ["0"]);
+    close(used);
+    assert!(none.folder.evict(LOCK_WAIT).unwrap().within_limit);
+    assert!(labels(&tier).is_empty());
+}
+
+#[test]
+fn halves_of_pairs_and_damaged_maps_are_evicted_and_nothing_else() {
+    let (_dir, path) = folder();
+    let other = |n: u64| FileKey {
+        address: address_hash(&n.to_string()),
+        ..key()
+    };
+    let tier = DiskTier::open(&path, None, true).unwrap();
+    for n in 0..5 {
+        let file = tier.file(other(n)).unwrap();
+        fill(&file);
+        close(file);
+    }
+    let name = |n, ending| path.join(format!("{}.{ending}", other(n).stem()));
+    fs::remove_file(name(0, "map")).unwrap();
+    fs::remove_file(name(1, "data")).unwrap();
+    fs::write(name(2, "map"), "a foreign file").unwrap();
+    fs::write(name(0, "new"), "of a killed process").unwrap();
+    let in_use = tier.file(other(3)).unwrap();
+    fs::write(name(3, "map"), "damaged while it is in use").unwrap();
+    fs::write(path.join("notes.data"), "of the user").unwrap();
+    let evicted = tier.evict().unwrap();
+    assert_eq!((evicted.leftovers, evicted.files), (3, Vec::<String>::new()));
+    let mut left: Vec<_> = fs::read_dir(&path)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    left.sort();
+    let mut expected = vec![
+        name(3, "data"),
+        name(3, "map"),
+        name(4, "data"),
+        name(4, "map"),
+        path.join("lock"),
+        path.join("notes.data"),
+    ];
+    expected.sort();
+    assert_eq!(left, expected);
+    close(in_use);
+}
+
+#[test]
+fn a_look_at_a_file_is_no_use_of_it() {
+    let (_dir, path) = folder();
+    let (tier, data) = completed(&path);
+    let map = fs::File::options()
+        .write(true)
+        .open(data.with_extension("map"))
+        .unwrap();
+    map.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    let held = tier.held().remove(0);
+    assert_eq!(tier.reopen(&held).unwrap().verify(), (BLOCKS, 0));
+    assert_eq!(tier.held()[0].used, SystemTime::UNIX_EPOCH);
+}
