@@ -289,7 +289,10 @@ impl DiskFile {
         let fd = volume
             .disk()
             .backing_fd()
-            .ok_or("it is not one flat file from its first to its last byte")?;
+            .ok_or_else(|| match volume.may_become_local() {
+                true => "its cache is not complete".to_owned(),
+                false => "it is not one flat file from its first to its last byte".to_owned(),
+            })?;
         if self.view.is_off() {
             return Err("kernel-view=off".to_owned());
         }
@@ -440,7 +443,9 @@ impl OpenState {
         let Some((id, of)) = &self.backing else {
             return reply.error(Errno::EIO);
         };
-        let direct = if same_file(of, volume) {
+        // A cached file in which damage was found has none: the daemon compares its blocks with their checksums.
+        let is_sound = volume.disk().backing_fd().is_some();
+        let direct = if is_sound && same_file(of, volume) {
             FopenFlags::empty()
         } else {
             FopenFlags::FOPEN_DIRECT_IO

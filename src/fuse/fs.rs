@@ -151,6 +151,16 @@ impl DiskFs {
             .collect()
     }
 
+    /// Starts to build the view of a disk on a server once the disk cache has all of its files. Opens that come after the
+    /// view is ready use it.
+    fn build_view_of_cached(&self, file: &DiskFile) {
+        let volume = file.volume();
+        if file.view.becomes_buildable(&volume) {
+            self.views
+                .start(vec![(Arc::clone(&file.view), volume)], self.passthrough);
+        }
+    }
+
     /// Returns the log of failed requests.
     pub fn error_log(&self) -> Arc<ErrorLog> {
         Arc::clone(&self.error_log)

@@ -12,7 +12,8 @@
 //! change of the inode takes effect from the next open on. `stat` shows one inode number for both.
 //!
 //! States of the view: `Building` → `Ready` → `Unavailable`, or directly `Unavailable`. There is no way back: a view
-//! that was discarded is not built again.
+//! that was discarded is not built again. A disk on a server begins with `Waiting`: an open that finds all of its files
+//! complete in the disk cache begins to build.
 //!
 //! The name stays with the disk inode while an `O_DIRECT` open exists, and for a while after an open was rejected with
 //! ESTALE, because the kernel repeats the lookup only once. A process that reaches the view inode without a lookup
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyEntry, ReplyOpen};
 
-use crate::config::{DiskConfig, KernelView, MountKind, PageCache, ViewConfig};
+use crate::config::{DiskConfig, KernelView, MountKind, PageCache, SourceConfig, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::kernel_view::View;
@@ -103,6 +104,8 @@ struct NodeState {
 enum ViewState {
     /// There is no view and will be none.
     Unavailable,
+    /// The files of the disk are not local yet.
+    Waiting,
     /// The index is not built yet.
     Building,
     /// The view, and the volume that it describes.
@@ -138,13 +141,9 @@ impl KernelViewNode {
     /// Creates the node of a disk. The view is built later, unless the configuration or the disk excludes it.
     pub(super) fn new(config: &DiskConfig, volume: &Volume, mount_kind: MountKind) -> Self {
         let name = config.name.to_string_lossy().into_owned();
-        // Only a local disk has files that the kernel could read.
-        let off = ViewConfig {
-            mode: KernelView::Off,
-            ..ViewConfig::default()
-        };
-        let view = config.source.local().map_or(off, |local| local.view.clone());
+        let view = view_config(&config.source);
         let view_state = match reason_without_view(config, &view, volume, mount_kind) {
+            None if volume.may_become_local() => ViewState::Waiting,
             None => ViewState::Building,
             Some(why) => {
                 tracing::debug!("{name}: no kernel view: {why}");
@@ -172,6 +171,22 @@ impl KernelViewNode {
     /// kernel's stack limit.
     pub(super) fn is_wanted(&self) -> bool {
         !matches!(self.lock().view_state, ViewState::Unavailable)
+    }
+
+    /// Returns true once, when the files of a disk on a server have become local and the view can be built.
+    pub(super) fn becomes_buildable(&self, volume: &Volume) -> bool {
+        let mut state = self.lock();
+        if !matches!(state.view_state, ViewState::Waiting) || !volume.is_local() {
+            return false;
+        }
+        // A flat file is passed through as it is.
+        let is_flat = volume.disk().backing_fd().is_some();
+        state.view_state = if is_flat {
+            ViewState::Unavailable
+        } else {
+            ViewState::Building
+        };
+        !is_flat
     }
 
     /// Returns true for `kernel-view=required`: an open fails if the kernel cannot read the disk itself.
@@ -227,7 +242,7 @@ impl KernelViewNode {
         let mut state = self.lock();
         if state.discard_if_outdated(volume) {
             tracing::warn!(
-                "{}: the image was modified by another process: the kernel view is dropped",
+                "{}: the image was modified by another process, or is damaged in the disk cache: the kernel view is dropped",
                 self.name
             );
         }
@@ -321,7 +336,7 @@ impl NodeState {
     fn name_target(&self) -> NameTarget {
         match self.view_state {
             ViewState::Unavailable => NameTarget::OnlyDisk,
-            ViewState::Building => NameTarget::DiskForNow,
+            ViewState::Waiting | ViewState::Building => NameTarget::DiskForNow,
             ViewState::Ready(..) if self.keeps_disk_inode(Instant::now()) => NameTarget::DiskForNow,
             ViewState::Ready(..) => NameTarget::View,
         }
@@ -335,9 +350,11 @@ impl NodeState {
             || self.expected_retries.iter().any(|(_, at)| within(at, RETRY_TIMEOUT))
     }
 
-    /// Discards the view if it does not describe `volume`. Returns true if it was discarded.
+    /// Discards the view if it does not describe `volume`, or damage was found in the disk cache. Returns true if it was
+    /// discarded.
     fn discard_if_outdated(&mut self, volume: &Arc<Volume>) -> bool {
-        let outdated = matches!(&self.view_state, ViewState::Ready(_, of) if !Arc::ptr_eq(of, volume));
+        let outdated =
+            matches!(&self.view_state, ViewState::Ready(_, of) if !Arc::ptr_eq(of, volume) || !of.is_local());
         if outdated {
             self.view_state = ViewState::Unavailable;
             self.drop_backing();
@@ -401,6 +418,19 @@ impl NodeState {
     }
 }
 
+/// Returns the settings of the view of a source: off where the kernel can never read its files.
+fn view_config(source: &SourceConfig) -> ViewConfig {
+    match source {
+        SourceConfig::Local(local) => local.view.clone(),
+        // Once its files are complete in the disk cache.
+        SourceConfig::Https(https) if https.cache_dir.is_some() => ViewConfig::default(),
+        _ => ViewConfig {
+            mode: KernelView::Off,
+            ..ViewConfig::default()
+        },
+    }
+}
+
 /// Returns the reason why a disk has no view in this mount, whatever the kernel supports.
 fn reason_without_view(
     config: &DiskConfig,
@@ -416,6 +446,8 @@ fn reason_without_view(
         Some("cache=none")
     } else if volume.disk().backing_fd().is_some() {
         Some("it is one flat file, which needs none")
+    } else if volume.may_become_local() && volume.disk().runs().is_none() {
+        Some(volume.disk().why_no_runs())
     } else if mount_kind == MountKind::File {
         Some("the mount covers a file")
     } else {

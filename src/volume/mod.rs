@@ -234,6 +234,21 @@ impl Volume {
         &self.durability().files
     }
 
+    /// Returns true if the content of every file is in a local file: the kernel may read them itself. Files of a server
+    /// are once the disk cache has all of them.
+    pub fn is_local(&self) -> bool {
+        self.files.iter().all(|file| file.content_fd().is_some())
+    }
+
+    /// Returns true if the volume is not local, and will be once the disk cache is complete.
+    pub fn may_become_local(&self) -> bool {
+        let is_or_will_be = |file: &Arc<dyn StoredFile>| {
+            let incomplete = matches!(file.cached(), Some(Ok(cached)) if cached.complete().is_none());
+            incomplete || file.content_fd().is_some()
+        };
+        !self.is_local() && self.files.iter().all(is_or_will_be)
+    }
+
     /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.
     pub fn mtime_ns(&self) -> i128 {
         let now = |f: &Arc<dyn StoredFile>| f.identity().unwrap_or_else(|_| f.identity_at_open()).mtime_ns;

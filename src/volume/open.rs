@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::BlockCache;
-use crate::config::{DiskConfig, Locality, SourceConfig};
+use crate::config::{DiskConfig, Locality, SourceConfig, ViewConfig};
 use crate::error::{Error, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
@@ -221,6 +221,7 @@ pub fn describe(config: &DiskConfig, source: &dyn Source) -> Description {
     let (disk, described) = (source.disk(), source.describe());
     let read_by = match config.source.local() {
         Some(local) => kernel_view::describe(&*disk, &local.view, reason.is_none()),
+        None if is_in_disk_cache(source) => kernel_view::describe(&*disk, &ViewConfig::default(), false),
         None => "this program: the disk is on a server".to_owned(),
     };
     Description {
@@ -233,4 +234,10 @@ pub fn describe(config: &DiskConfig, source: &dyn Source) -> Description {
         writable: reason.is_none(),
         reason,
     }
+}
+
+/// Returns true if the source is on a web server, and the disk cache has all of it.
+fn is_in_disk_cache(source: &dyn Source) -> bool {
+    let files = source.files();
+    !files.is_empty() && files.iter().all(|file| file.content_fd().is_some())
 }

@@ -7,6 +7,7 @@
     reason = "a failed step of a test is a panic that names it"
 )]
 
+mod complete_cache;
 mod datastore;
 mod disk_tier;
 mod faults;

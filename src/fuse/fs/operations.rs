@@ -131,7 +131,10 @@ impl Filesystem for DiskFs {
             Ok(file) if kernel_view_node::is_view_inode(ino) => {
                 file.open_view(flags, req.pid(), reply);
             }
-            Ok(file) => file.open(self.passthrough, flags, req.pid(), reply),
+            Ok(file) => {
+                self.build_view_of_cached(file);
+                file.open(self.passthrough, flags, req.pid(), reply);
+            }
             Err(e) => reply.error(e),
         });
     }

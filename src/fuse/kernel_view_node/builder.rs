@@ -1,7 +1,7 @@
 //! Builds the kernel views of a mount: required ones before the mount is ready, all others in a thread afterwards.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{KernelViewNode, ViewState, required_but_unavailable};
 use crate::config::MountKind;
@@ -17,18 +17,18 @@ pub(in crate::fuse) type PlannedView = (Arc<KernelViewNode>, Arc<Volume>);
 #[derive(Debug, Default)]
 pub(in crate::fuse) struct Builder(BuildState);
 
-/// NodeState of a builder; its thread gets a copy.
+/// State that the threads of a builder share.
 #[derive(Debug, Clone, Default)]
 struct BuildState {
     stop: Arc<AtomicBool>,
     /// Bytes of the indexes built so far. All indexes of a mount together take at most the largest `view-size=` of its
-    /// disks.
-    taken: u64,
+    /// disks. Held during a build: one view is built at a time.
+    taken: Arc<Mutex<u64>>,
 }
 
 impl Builder {
     /// Builds the required views before it returns. Errors: the reason why a disk that must have a view has none.
-    pub(in crate::fuse) fn required(&mut self, disks: &[PlannedView], mount_kind: MountKind) -> Result<()> {
+    pub(in crate::fuse) fn required(&self, disks: &[PlannedView], mount_kind: MountKind) -> Result<()> {
         for (node, volume) in disks.iter().filter(|(s, _)| s.is_required()) {
             if node.is_wanted() {
                 let view = self
@@ -47,9 +47,9 @@ impl Builder {
         Ok(())
     }
 
-    /// Builds all other views one after the other in a thread, while the mount already serves requests. Builds none if
-    /// `passthrough` is the reason why the kernel accepts no backing file.
-    pub(in crate::fuse) fn start(&mut self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
+    /// Builds the views of `disks` that are not built yet, one after the other in a thread, while the mount already serves
+    /// requests. Builds none if `passthrough` is the reason why the kernel accepts no backing file.
+    pub(in crate::fuse) fn start(&self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
         disks.retain(|(node, _)| matches!(node.lock().view_state, ViewState::Building));
         if disks.is_empty() {
             return;
@@ -59,7 +59,7 @@ impl Builder {
                 .iter()
                 .for_each(|(node, volume)| node.set_view(Err(Error::unsupported(why)), volume));
         }
-        let mut work = self.0.clone();
+        let work = self.0.clone();
         let build = move || {
             for (node, volume) in &disks {
                 let view = work.build(&disks, node, volume);
@@ -84,11 +84,12 @@ impl Drop for Builder {
 }
 
 impl BuildState {
-    fn build(&mut self, disks: &[PlannedView], node: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
+    fn build(&self, disks: &[PlannedView], node: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
         let all = disks.iter().map(|(s, _)| s.config.size).max().unwrap_or(0);
-        let budget = node.config.size.min(all.saturating_sub(self.taken));
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let budget = node.config.size.min(all.saturating_sub(*taken));
         let view = kernel_view::build(&**volume.disk(), &node.config, budget, &self.stop)?;
-        self.taken += view.index_bytes();
+        *taken += view.index_bytes();
         Ok(view)
     }
 }
