@@ -56,6 +56,7 @@ pub mod fuse;
 pub mod inspect;
 pub mod kernel_view;
 pub mod mountinfo;
+mod mutex;
 pub mod overlay;
 pub mod process;
 mod range_lock;

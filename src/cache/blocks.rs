@@ -27,7 +27,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use quick_cache::sync::Cache;
 use quick_cache::{OptionsBuilder, Weighter};
@@ -37,6 +37,7 @@ use super::readahead::ReadStreams;
 use super::single_flight::{Block, Claim, Flight};
 use super::{Fetch, may_wait, would_block};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 
 /// Part of the cache for blocks that were read more than once. The rest is for new blocks, so that prefetched blocks do
 /// not evict one another before they are read.
@@ -499,11 +500,6 @@ fn copy_from(data: &[u8], skip: usize, part: &mut [u8]) -> Result<()> {
         }
         None => Err(Error::corrupt("read beyond the end of a cached block")),
     }
-}
-
-/// Acquires a mutex. Ignores poisoning: no thread can panic while the data of these mutexes is inconsistent.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ mod serve;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,7 @@ use super::ffi::Handle;
 use super::replay_log::ReplayLog;
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::write_latch::WriteLatch;
 
 /// Smallest request in bytes that is passed to a bulk thread: its transfer costs more than the thread switch.
@@ -588,10 +589,4 @@ impl Session {
         }
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
-}
-
-/// Locks a mutex and ignores its poisoning: no code that holds one of these locks leaves the data inconsistent when it
-/// panics.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -22,9 +22,10 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{CommandQueues, Session, lock};
+use super::{CommandQueues, Session};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connection::{Answer, Connection, TICK, is_loss};
 use crate::source::nbd::poller::PollUntil;

@@ -16,8 +16,9 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Session, lock};
+use super::Session;
 use crate::block::Stay;
+use crate::mutex::lock;
 use crate::source::nbd::connection::Connection;
 use crate::source::nbd::poller::{PollEnd, PollUntil};
 
