@@ -45,6 +45,28 @@ pub(crate) struct Disk {
     /// True after Wait, until the next request or flush.
     waited_to_close: AtomicBool,
     waited_to_flush: AtomicBool,
+    /// Calls that use the handle now: their number, or -1 for an exclusive one.
+    in_use: AtomicI32,
+}
+
+/// Way in which a call uses a handle.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    Shared,
+    Exclusive,
+}
+
+/// End of the use of a handle, on drop.
+pub(crate) struct InUse<'d>(&'d Disk, Use);
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        let InUse(disk, kind) = self;
+        match kind {
+            Use::Shared => disk.in_use.fetch_sub(1, Ordering::SeqCst),
+            Use::Exclusive => disk.in_use.swap(0, Ordering::SeqCst),
+        };
+    }
 }
 
 enum Content {
@@ -71,6 +93,22 @@ impl Disk {
     /// Returns true if requests are done within the call.
     pub(crate) fn is_inline(&self) -> bool {
         matches!(self.transport.as_bytes(), b"file" | b"hotadd" | b"san")
+    }
+
+    /// Notes that a call uses the handle, until the result is dropped.
+    pub(crate) fn enter(&self, kind: Use) -> InUse<'_> {
+        let next = |users: i32| match kind {
+            Use::Shared => (users >= 0).then_some(users + 1),
+            Use::Exclusive => (users == 0).then_some(-1),
+        };
+        if self
+            .in_use
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next)
+            .is_err()
+        {
+            violation("several calls use one handle at a time");
+        }
+        InUse(self, kind)
     }
 
     /// Checks a request against the rules, and notes it.
@@ -220,6 +258,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Open(
         in_flight: AtomicUsize::new(0),
         waited_to_close: AtomicBool::new(true),
         waited_to_flush: AtomicBool::new(false),
+        in_use: AtomicI32::new(0),
     };
     *handle = Box::into_raw(Box::new(disk)).cast();
     OPEN.fetch_add(1, Ordering::SeqCst);
@@ -236,6 +275,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Close(handle: Handle) -> VixError {
     if !disk.waited_to_close.load(Ordering::SeqCst) || disk.in_flight.load(Ordering::SeqCst) > 0 {
         violation("Close was called before Wait");
     }
+    drop(disk.enter(Use::Exclusive));
     fault("Close");
     disk.write_back();
     drop(Box::from_raw(handle.cast::<Disk>()));
@@ -288,7 +328,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Wait(handle: Handle) -> VixError {
         return error;
     }
     let disk = disk(handle);
-    // Only what was in flight at the call has to end: other threads may submit meanwhile.
+    let _in_use = disk.enter(Use::Exclusive);
     crate::requests::wait_for(disk);
     disk.waited_to_close.store(true, Ordering::SeqCst);
     disk.waited_to_flush.store(true, Ordering::SeqCst);
@@ -302,6 +342,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Flush(handle: Handle) -> VixError {
         return error;
     }
     let disk = disk(handle);
+    let _in_use = disk.enter(Use::Exclusive);
     if !disk.waited_to_flush.swap(false, Ordering::SeqCst) {
         violation("Flush was called before Wait");
     }
@@ -323,6 +364,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_QueryAllocatedBlocks(
         return error;
     }
     let disk = disk(handle);
+    let _in_use = disk.enter(Use::Exclusive);
     let thread = thread_id();
     let before = disk.questioner.swap(thread, Ordering::SeqCst);
     if before != 0 && before != thread {

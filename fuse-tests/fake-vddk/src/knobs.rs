@@ -8,11 +8,13 @@
 //! | `ram=BYTES` | every disk is memory of that size |
 //! | `order=reverse` | queued requests that are due are answered in the reverse order |
 //! | `callback=early` | the callback comes before ReadAsync or WriteAsync returns, with any transport |
+//! | `callback=twice`, `callback=error` | the same, and the callback comes again; the same, and the call returns an error |
 //! | `volatile=1` | writes reach the file at Flush and Close: those before are lost in a crash |
 //! | `fail=FUNCTION:FIRST:COUNT:ERROR` | calls FIRST to FIRST+COUNT-1 of this process fail |
 //! | `fail-once=FUNCTION:N:ERROR` | the Nth call fails, in the first process that comes to it |
 //! | `crash=FUNCTION:N[:always]`, `hang=FUNCTION:N[:always]` | the Nth call; once for all processes, or in each |
 //! | `error-text=BYTES` | length of what is added to the text of each error |
+//! | `error-line=TEXT` | a second line of the text of each error |
 //! | `server= user= password= cookie= thumbprint= vm=` | what the pretended server expects |
 
 use std::fs::File;

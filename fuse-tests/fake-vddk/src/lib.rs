@@ -15,6 +15,7 @@
 //! | Open and Close on one thread; queries on one thread of the handle | `disk.rs` |
 //! | no synchronous and asynchronous requests on one handle; at most 2 MiB; on the disk; a buffer | `disk.rs` |
 //! | Wait before Flush and before Close, with nothing in flight | `disk.rs` |
+//! | one call at a time uses a handle, except for requests that are done within the call | `disk.rs` |
 //! | a remote connection has a server, a user, a password and a virtual machine or datastore | `connect.rs` |
 //! | Close, Disconnect, EndAccess, Exit in this order | `disk.rs`, `connect.rs` |
 //!
@@ -193,7 +194,13 @@ unsafe extern "C" fn VixDiskLib_Exit() {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn VixDiskLib_GetErrorText(error: VixError, _locale: *const c_char) -> *mut c_char {
     let more = library().knobs.number("error-text").unwrap_or(0) as usize;
-    let text = format!("fake error text {}{}", error & 0xffff, " and more".repeat(more / 9));
+    let line = library().knobs.text("error-line").map(|line| format!("\n{line}"));
+    let text = format!(
+        "fake error text {}{}{}",
+        error & 0xffff,
+        " and more".repeat(more / 9),
+        line.unwrap_or_default()
+    );
     let text = CString::new(text).unwrap_or_default();
     libc::strdup(text.as_ptr())
 }

@@ -6,10 +6,12 @@ use std::sync::{Condvar, Mutex, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::abi::{CompletionFunction, Handle, VIX_ASYNC, VixError};
-use crate::disk::{ASYNCHRONOUS, Disk, SYNCHRONOUS, disk};
+use crate::abi::{CompletionFunction, Handle, VIX_ASYNC, VIX_OK, VixError};
+use crate::disk::{ASYNCHRONOUS, Disk, SYNCHRONOUS, Use, disk};
 use crate::knobs::fault;
 use crate::library;
+
+const FAIL: VixError = 1;
 
 /// A queued request.
 struct Request {
@@ -100,6 +102,7 @@ unsafe fn submit(
     (done, data): (CompletionFunction, *mut c_void),
 ) -> VixError {
     let disk: &'static Disk = disk(handle);
+    let _in_use = disk.enter(if disk.is_inline() { Use::Shared } else { Use::Exclusive });
     disk.check(ASYNCHRONOUS, start, sectors, buffer);
     let request = Request {
         due: Instant::now() + latency(),
@@ -113,12 +116,16 @@ unsafe fn submit(
         data,
     };
     disk.in_flight.fetch_add(1, Ordering::SeqCst);
-    if disk.is_inline() || library().knobs.text("callback") == Some("early") {
+    let callback = library().knobs.text("callback");
+    if disk.is_inline() || callback.is_some() {
         if !latency().is_zero() {
             thread::sleep(latency());
         }
         request.perform();
-        return VIX_ASYNC;
+        if callback == Some("twice") {
+            done(data, VIX_OK);
+        }
+        return if callback == Some("error") { FAIL } else { VIX_ASYNC };
     }
     THREAD.call_once(|| drop(thread::spawn(answer)));
     QUEUE.lock().unwrap().push(request);

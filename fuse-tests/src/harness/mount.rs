@@ -38,6 +38,7 @@ pub struct MountCmd<'s> {
     scratch: &'s Scratch,
     point: PathBuf,
     args: Vec<OsString>,
+    through: Vec<OsString>,
     foreground: bool,
     pidfile: Option<PathBuf>,
     env: Vec<(String, String)>,
@@ -55,6 +56,7 @@ impl<'s> MountCmd<'s> {
             scratch,
             point,
             args,
+            through: Vec::new(),
             foreground: false,
             pidfile,
             env,
@@ -74,6 +76,13 @@ impl<'s> MountCmd<'s> {
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Runs the program by another one, which gets these words and then the program with its arguments.
+    #[must_use]
+    pub fn through(mut self, words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.through = words.into_iter().map(|word| word.as_ref().to_owned()).collect();
         self
     }
 
@@ -235,7 +244,7 @@ impl<'s> MountCmd<'s> {
         if self.point == self.scratch.path("mnt") && !self.point.exists() {
             self.scratch.mkdir("mnt");
         }
-        let mut cmd = self.scratch.vmdkfuse().deadline(self.deadline);
+        let mut cmd = self.scratch.vmdkfuse_through(&self.through).deadline(self.deadline);
         if let Some(pidfile) = &self.pidfile {
             cmd = cmd.arg("--pidfile").arg(pidfile);
         }

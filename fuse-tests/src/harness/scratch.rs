@@ -1,5 +1,6 @@
 //! One folder for each test, and the users that tests run as.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -120,9 +121,18 @@ impl Scratch {
 
     /// Returns a command that runs the program under test in the folder, as the folder's user.
     pub fn vmdkfuse(&self) -> Cmd {
+        self.vmdkfuse_through(&[])
+    }
+
+    /// Returns a command that runs the program by another one: `words`, and then the program.
+    pub(super) fn vmdkfuse_through(&self, words: &[OsString]) -> Cmd {
         let copy = self.path("vmdkfuse");
         let program = if self.user.is_some() { copy } else { program() };
-        Cmd::new(program).dir(&self.root).user(self.user)
+        let cmd = match words.split_first() {
+            None => Cmd::new(program),
+            Some((first, more)) => Cmd::new(first).args(more).arg(program),
+        };
+        cmd.dir(&self.root).user(self.user)
     }
 
     /// Returns a command that mounts with the program under test, at the folder `mnt` by default.

@@ -5,7 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Scratch, assert_same, need, poll_until, read_range};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
+use crate::local::children;
 use crate::remote::{expect, put, remote};
 use crate::{SOON, Vddk, noise, ready};
 
@@ -173,7 +176,11 @@ fn an_error_of_one_request_is_an_error_of_its_range() {
     let scratch = Scratch::new();
     let vddk = Vddk::new(&scratch, 8);
     let log = scratch.path("log");
-    vddk.set(&["fail=ReadAsync:10:1:7", "fail-once=Flush:1:8"]);
+    vddk.set(&[
+        "fail=ReadAsync:10:1:7",
+        "fail-once=Flush:1:8",
+        "error-line=ERROR forged\u{1b}[2J",
+    ]);
     let disk = scratch.write("x.vmdk", noise(8 << 20, 1));
     let mount = vddk
         .mount(&scratch)
@@ -200,7 +207,10 @@ fn an_error_of_one_request_is_an_error_of_its_range() {
     assert_eq!(read_range(&disk, 1, 100), noise(8 << 20, 1)[1..101]);
     mount.unmount();
     let log = fs::read_to_string(log).unwrap();
-    assert!(log.contains("fake error text 7 (VDDK error 7)"), "{log}");
+    assert!(
+        log.contains("fake error text 7\\nERROR forged\\x1b[2J (VDDK error 7)"),
+        "a line break in a text of the library starts no line of its own: {log}"
+    );
     assert_eq!(
         vddk.calls_of("InitEx").len(),
         2,
@@ -237,4 +247,76 @@ fn no_request_reaches_a_disk_that_is_being_closed() {
         );
         assert_eq!(vddk.calls_of("Exit").len(), 2, "{:?}", vddk.calls());
     }
+}
+
+#[test]
+fn a_library_that_calls_back_too_often_does_no_harm() {
+    if !ready() {
+        return;
+    }
+    for callback in ["twice", "error"] {
+        let scratch = Scratch::new();
+        let vddk = Vddk::new(&scratch, 8);
+        vddk.set(&[&format!("callback={callback}")]);
+        let disk = scratch.write("x.vmdk", noise(8 << 20, 1));
+        let mount = vddk.mount(&scratch).file("x.vmdk").start();
+        let shown = mount.file("x.raw");
+        assert_same(&shown, &disk);
+        let file = File::options().write(true).open(&shown).unwrap();
+        file.write_all_at(&noise(1 << 20, 2), 777).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        assert_eq!(read_range(&disk, 777, 1 << 20), noise(1 << 20, 2));
+        mount.unmount();
+        assert_eq!(vddk.calls_of("InitEx").len(), 1, "callback={callback}: a host has died");
+    }
+}
+
+/// "14014/14015 (host going into maintenance) back off longer"
+#[test]
+fn a_server_in_maintenance_is_tried_again_after_a_longer_pause() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    let disk = put(&vddk, &noise(1 << 20, 1));
+    expect(&vddk, &["fail-once=Open:1:14015", "fail-once=ReadAsync:2:14014"]);
+    let log = scratch.path("log");
+    let mount = remote(&vddk, &scratch)
+        .arg("cache=none")
+        .arg("-v")
+        .arg(format!("--log-file={}", log.display()))
+        .start();
+    assert_eq!(vddk.calls_of("Open").len(), 2);
+    // The second read loses the server: the next host waits before it opens the disk.
+    assert_same(&mount.file("x.raw"), &disk);
+    mount.unmount();
+    assert_eq!(vddk.calls_of("Open").len(), 3, "{:?}", vddk.calls());
+    let log = fs::read_to_string(log).unwrap();
+    for words in [
+        "(VDDK error 14015); the host is going into maintenance or shuts down: trying again in 5 s",
+        "(VDDK error 14014); the host is going into maintenance or shuts down: opening the disk again",
+        "opening the disk in 4.9",
+    ] {
+        assert!(log.contains(words), "{words}: {log}");
+    }
+}
+
+#[test]
+fn a_server_that_stays_in_maintenance_is_not_asked_again_by_each_new_host() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    put(&vddk, &noise(1 << 20, 1));
+    expect(&vddk, &[]);
+    let mount = remote(&vddk, &scratch).arg("cache=none").arg("timeout=3").start();
+    expect(&vddk, &["fail=Open:1:99:14014"]);
+    kill(Pid::from_raw(children(mount.pid())[0]), Signal::SIGKILL).unwrap();
+    // Ends after the timeout, in which a host without a pause would try it about ten times.
+    assert!(fs::read(mount.file("x.raw")).is_err());
+    assert_eq!(vddk.calls_of("Open").len(), 2, "{:?}", vddk.calls());
+    mount.unmount();
 }

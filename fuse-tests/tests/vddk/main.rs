@@ -10,6 +10,7 @@ mod faults;
 mod foreign;
 mod library;
 mod local;
+mod privileges;
 mod remote;
 mod secrets;
 

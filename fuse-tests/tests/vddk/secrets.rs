@@ -1,8 +1,9 @@
 //! Passwords reach the library by no way that another process can look at.
 
 use std::fs;
+use std::path::Path;
 
-use fuse_tests::harness::{Scratch, assert_same, need};
+use fuse_tests::harness::{Cmd, Mount, Scratch, assert_same, need};
 
 use crate::local::children;
 use crate::remote::{DISK, THUMBPRINT, expect, put, remote};
@@ -69,36 +70,83 @@ fn no_secret_is_visible_to_other_processes_or_in_the_log() {
     );
 }
 
+/// Asserts that no process of a mount, and no line of its log, has the password. Unmounts it.
+fn assert_hidden(mount: Mount, log: &Path) {
+    let hosts = children(mount.pid());
+    assert_eq!(hosts.len(), 1);
+    for pid in [hosts[0], mount.pid()] {
+        for file in ["cmdline", "environ"] {
+            let text = fs::read(format!("/proc/{pid}/{file}")).unwrap();
+            assert!(!text.windows(7).any(|part| part == b"hunter2"), "{file} of {pid}");
+        }
+    }
+    let shown = Cmd::new("ps").args(["axww", "-o", "pid,args"]).run().ok();
+    assert!(!shown.stdout.contains("hunter2"), "{shown}");
+    mount.unmount();
+    let log = fs::read_to_string(log).unwrap();
+    assert!(!log.contains("hunter2") && log.contains("sectors"), "{log}");
+}
+
+/// Types the content of a file on a terminal of its own, after the question of the program, which runs there. Fails if the
+/// terminal shows it.
+const TYPIST: &str = "
+import os, pty, sys
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[2], sys.argv[2:])
+typed, shown = open(sys.argv[1], 'rb').read(), b''
+while not shown.endswith(b'Password: '):
+    shown += os.read(terminal, 1)
+os.write(terminal, typed)
+try:
+    while more := os.read(terminal, 4096):
+        shown += more
+except OSError:
+    pass
+status = os.waitpid(pid, 0)[1]
+sys.stdout.buffer.write(shown)
+sys.exit(1 if typed.strip() in shown else os.waitstatus_to_exitcode(status))
+";
+
+/// "`password=` forms": the text itself, a file, a descriptor, the terminal.
 #[test]
-fn a_password_comes_from_a_file_or_a_descriptor() {
-    if !ready() {
+fn each_form_of_a_password_reaches_the_library_and_no_other_process() {
+    if !ready() || !need("python3") || !need("ps") {
         return;
     }
     let scratch = Scratch::new();
     let vddk = Vddk::new(&scratch, 8);
     expect(&vddk, &[]);
     let disk = put(&vddk, &noise(1 << 20, 1));
-    let file = scratch.write("pw", "hunter2\n");
-    let keys = ["server=esx.example", "user=me", "vm=moref=vm-16"];
+    let file = scratch.write("pw", "hunter2\n").display().to_string();
     let thumbprint = format!("thumbprint={THUMBPRINT}");
-    let password = format!("password=+{}", file.display());
-    let mount = keys.iter().fold(vddk.mount(&scratch), |mount, key| mount.arg(key));
-    let mount = mount.arg(&thumbprint).arg(&password).arg(DISK).start();
-    assert_same(&mount.file("x.raw"), &disk);
-    mount.unmount();
-    let script = "exec 7<\"$1\"; shift; exec \"$@\" password=-7";
-    let command = fuse_tests::harness::Cmd::new("bash")
-        .args(["-c", script, "bash"])
-        .arg(&file);
-    let command = command
-        .arg(fuse_tests::harness::program())
-        .arg("--info")
-        .arg(vddk.libdir());
-    let command = command.env("FAKE_VDDK", vddk.folder.to_str().unwrap());
-    command.args(keys).arg(&thumbprint).arg(DISK).run().ok();
+    let keys = [
+        "-vvv",
+        "server=esx.example",
+        "user=me",
+        "vm=moref=vm-16",
+        &thumbprint,
+        DISK,
+    ];
+    let in_file = format!("password=+{file}");
+    let descriptor = "exec 7<\"$0\"; exec \"$@\"";
+    let forms: [(&str, &[&str]); 4] = [
+        ("password=hunter2", &[]),
+        (&in_file, &[]),
+        ("password=-7", &["bash", "-c", descriptor, &file]),
+        ("password=-", &["python3", "-c", TYPIST, &file]),
+    ];
+    for (number, (password, through)) in forms.into_iter().enumerate() {
+        let log = scratch.path(format!("log{number}"));
+        let mount = keys.iter().fold(vddk.mount(&scratch), |mount, key| mount.arg(key));
+        let mount = mount.arg(password).arg(format!("--log-file={}", log.display()));
+        let mount = mount.through(through).start();
+        assert_same(&mount.file("x.raw"), &disk);
+        assert_hidden(mount, &log);
+    }
     let connects = vddk.calls_of("ConnectEx");
     assert!(
-        connects.len() == 2 && connects.iter().all(|call| call.contains("cred=1:me:hunter2")),
+        connects.len() == 4 && connects.iter().all(|call| call.contains("cred=1:me:hunter2")),
         "{connects:?}"
     );
 }

@@ -28,6 +28,9 @@ pub(crate) const VIX_OK: VixError = 0;
 /// Result of a request that was queued: its callback has the result.
 pub(crate) const VIX_ASYNC: VixError = 25000;
 
+/// Bytes of a sector.
+pub(crate) const SECTOR: u64 = 512;
+
 /// Sectors of a chunk, the unit of `VixDiskLib_QueryAllocatedBlocks`.
 pub(crate) const CHUNK_SECTORS: u64 = 128;
 

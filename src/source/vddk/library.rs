@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::abi::{
     Block, BlockList, CHUNK_SECTORS, CompletionFunction, ConnectParams, Connection, CreateParams, Handle, Info,
-    LogFunction, VIX_ASYNC, VIX_OK, VixError, vddk_functions,
+    LogFunction, SECTOR, VIX_ASYNC, VIX_OK, VixError, vddk_functions,
 };
 use super::failure::Failure;
 use super::library_file::LibraryFile;
@@ -31,7 +31,7 @@ vddk_functions!(function_table {
 const INTERFACE: (u32, u32) = (6, 5);
 
 /// Longest list of allocated ranges that is credible: one for each chunk of the longest query, which is 2 GiB.
-const MAX_BLOCKS: u32 = (2 << 30) / (CHUNK_SECTORS as u32 * 512);
+const MAX_BLOCKS: u32 = (2 << 30) / (CHUNK_SECTORS * SECTOR) as u32;
 
 /// Log functions of the host.
 #[derive(Debug, Clone, Copy)]
@@ -300,7 +300,7 @@ impl Vddk {
         done: CompletionFunction,
         data: *mut c_void,
     ) -> Result<(), Failure> {
-        let bytes = sectors * 512;
+        let bytes = sectors * SECTOR;
         let result = call!(
             self,
             bytes,
@@ -321,7 +321,7 @@ impl Vddk {
         done: CompletionFunction,
         data: *mut c_void,
     ) -> Result<(), Failure> {
-        let bytes = sectors * 512;
+        let bytes = sectors * SECTOR;
         let result = call!(
             self,
             bytes,
@@ -363,7 +363,7 @@ impl Vddk {
         let from = Instant::now();
         // SAFETY: the handle is open, and the function stores a pointer to a list.
         let result = unsafe { query(handle.0, start, sectors, chunk, &mut list) };
-        self.statistics.count(INDEX, sectors * 512, from);
+        self.statistics.count(INDEX, sectors * SECTOR, from);
         self.result(NAME, result)?;
         // SAFETY: the library returned NULL, or a list with as many blocks as its head says.
         let blocks = unsafe { copied_blocks(list) };
@@ -456,7 +456,7 @@ impl Params {
     ) -> Result<()> {
         let strings = &mut self.strings;
         let mut keep = |text: &str| {
-            let text = CString::new(text).map_err(|_nul| Error::unsupported("a parameter of VDDK has a NUL byte"))?;
+            let text = c_string(text)?;
             // The heap block of a CString does not move when the vector grows.
             strings.push(text);
             Ok(strings.last().map_or(ptr::null_mut(), |text| text.as_ptr().cast_mut()))
@@ -485,6 +485,11 @@ impl Drop for Params {
             ParamsOwner::Library(None) => {}
         }
     }
+}
+
+/// Converts a parameter for the library.
+pub(super) fn c_string(bytes: impl Into<Vec<u8>>) -> Result<CString> {
+    CString::new(bytes).map_err(|_nul| Error::unsupported("a parameter of VDDK has a NUL byte"))
 }
 
 /// Copies a list of allocated ranges. Returns `None` if there is none, or it is too long to be true: what a part of it

@@ -39,8 +39,8 @@ pub(crate) const STATISTICS_XATTR: &str = "user.vmdkfuse.vddk";
 /// Argument by which this program starts itself as a host.
 const HOST_ARGUMENT: &str = "--vddk-host";
 
-/// Start of the line on standard error that says why a host ended.
-const FATAL: &str = "FATAL ";
+/// Start of the line on standard error that says why a host ended. No library writes such a line of its own.
+const FATAL: &str = "vmdkfuse host ends: ";
 
 /// Exit status of a host that lost its server.
 const EXIT_LOST: u8 = 75;

@@ -25,6 +25,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::Pid;
 use tracing::level_filters::LevelFilter;
 
+use super::abi::SECTOR;
 use super::library_file::{self, LibraryFile};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, LibraryDescription, STATISTICS_LEN};
 use super::{EXIT_MAINTENANCE, EXIT_REFUSED, FATAL, HOST_ARGUMENT, statistics};
@@ -33,6 +34,7 @@ use crate::config::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
+use crate::mutex::lock;
 use crate::process;
 use crate::source::nbd::{Cancel, CaptiveServer, NbdDisk, OwnServer, PrivateDir};
 
@@ -43,7 +45,7 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 const OPEN_SHARE: f32 = 0.8;
 
 /// Pause before a disk of a server in maintenance is opened again.
-const MAINTENANCE_PAUSE: u64 = 5000;
+const MAINTENANCE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Pause after a refused login or disk: servers lock an account after a few wrong passwords.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
@@ -78,9 +80,8 @@ struct CurrentHost {
     server: Option<CaptiveServer>,
     /// The disk was created by an earlier host.
     created: bool,
-    /// The last host said that its server is in maintenance.
-    maintenance: bool,
-    /// Time of the next login, after one that was refused. Also if a host is replaced while it waits for that.
+    /// Time of the next login, after one that was refused or while the server is in maintenance. Also if a host is replaced
+    /// while it waits for that.
     not_before: Option<Instant>,
 }
 
@@ -115,21 +116,21 @@ pub(super) fn connect(config: &VddkConfig, writable: bool) -> Result<NbdDisk> {
     };
     // Shared with the session, which asks for further connections as long as the disk is open.
     let host = Arc::new(host);
-    let mut hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut hosts = lock(&HOSTS);
     // Disks that were closed meanwhile. Weak references keep no host alive.
     hosts.retain(|host| host.strong_count() > 0);
     hosts.push(Arc::downgrade(&host));
     drop(hosts);
     let disk = NbdDisk::connect_to_own(Arc::clone(&host) as Arc<dyn OwnServer>, &nbd, writable)?;
     // Only now: the host that has answered has created the disk, and another one must not create it anew.
-    host.current.lock().unwrap_or_else(PoisonError::into_inner).created = true;
+    lock(&host.current).created = true;
     Ok(disk)
 }
 
 /// Returns the statistics of all disks that VDDK has open: the name of each, then a line for each function. `None` if there
 /// is no such disk.
 pub(crate) fn report() -> Option<String> {
-    let hosts = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let hosts = lock(&HOSTS);
     let open: Vec<_> = hosts.iter().filter_map(Weak::upgrade).collect();
     // Dropping the last reference to a disk waits for its process: not with the lock.
     drop(hosts);
@@ -229,9 +230,8 @@ impl HostProcess {
                 tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(&old));
             }
             old.end(REPLACE_WITHIN);
-            current.maintenance = exit_code(&old) == Some(EXIT_MAINTENANCE.into());
-            if exit_code(&old) == Some(EXIT_REFUSED.into()) {
-                current.not_before = Some(Instant::now() + REFUSED_PAUSE);
+            if let Some(pause) = exit_code(&old).and_then(pause_after) {
+                current.not_before = Some(Instant::now() + pause);
             }
         }
         // Shorter than the deadline of the connection, so that the host's own error comes before the timeout.
@@ -244,12 +244,9 @@ impl HostProcess {
             .filter(|_| !current.created)
             .map(create_spec)
             .transpose()?;
-        let refused = current
-            .not_before
-            .map_or(Duration::ZERO, |t| t.saturating_duration_since(Instant::now()));
-        let maintenance = if current.maintenance { MAINTENANCE_PAUSE } else { 0 };
+        let pause = current.not_before.map(|t| t.saturating_duration_since(Instant::now()));
         // The host waits and not this thread, which holds the mutex.
-        disk.pause = maintenance.max(refused.as_millis() as u64);
+        disk.pause = pause.map_or(0, |pause| pause.as_millis() as u64);
         current.server = Some(self.starter.start(&self.config.label(), Some(disk))?);
         Ok(())
     }
@@ -257,7 +254,7 @@ impl HostProcess {
 
 impl OwnServer for HostProcess {
     fn connect(&self, first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = lock(&self.current);
         // The first connection after a loss. The further ones of the same session join the host that it started.
         if first {
             self.replace(&mut current)?;
@@ -272,7 +269,7 @@ impl OwnServer for HostProcess {
     }
 
     fn exit_within(&self, within: Duration) -> Option<String> {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = lock(&self.current);
         let server = current.server.as_ref()?;
         // A host that has said why it ends may take long to close its disk.
         let exit = server.exit_within(within).map(|_| exit_message(server));
@@ -304,8 +301,17 @@ fn exit_message(host: &CaptiveServer) -> String {
     }
 }
 
-fn exit_code(host: &CaptiveServer) -> Option<i32> {
-    host.exit().and_then(|(status, _)| status.ok()?.code())
+fn exit_code(host: &CaptiveServer) -> Option<u8> {
+    host.exit().and_then(|(status, _)| status.ok()?.code()?.try_into().ok())
+}
+
+/// Returns the pause before the next login after a host that exited with this status, if there is one.
+fn pause_after(status: u8) -> Option<Duration> {
+    match status {
+        EXIT_MAINTENANCE => Some(MAINTENANCE_PAUSE),
+        EXIT_REFUSED => Some(REFUSED_PAUSE),
+        _ => None,
+    }
 }
 
 /// Writes the private configuration file of the library.
@@ -372,7 +378,7 @@ fn create_spec(create: &CreateConfig) -> Result<CreateSpec> {
     let hw_version = u16::try_from(create.hardware_version)
         .map_err(|_too_large| Error::new(ErrorKind::Usage, "create-hwversion= is too large"))?;
     Ok(CreateSpec {
-        sectors: create.size / 512,
+        sectors: create.size / SECTOR,
         disk_type,
         adapter_type,
         hw_version,

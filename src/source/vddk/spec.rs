@@ -68,7 +68,7 @@ pub(super) struct DiskSpec {
     pub(super) flags: u32,
     /// Milliseconds after which no further attempt to open the disk is made.
     pub(super) open_within: u64,
-    /// Milliseconds to wait before the first attempt: the server is in maintenance.
+    /// Milliseconds to wait before the first attempt: the server is in maintenance, or has refused the login.
     pub(super) pause: u64,
     pub(super) create: Option<CreateSpec>,
 }

@@ -8,23 +8,27 @@
 //! A request whose connection to the server is lost gets no reply: the host ends, and the parent repeats the request on
 //! the next one.
 //!
-//! Each mutex guards one field and is held alone.
+//! The library gets the number of a request, not its address ([`TRANSFERS`]): the first result of a request counts,
+//! whatever a library does that calls back twice, or calls back and returns an error.
+//!
+//! `submission` is acquired first; each other lock guards one field, and no other lock is acquired while it is held.
 
-#![allow(unsafe_code)] // Passes buffers to the library, and takes them back in its callback.
+#![allow(unsafe_code)] // Passes buffers to the library.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use super::End;
 use super::extents::{AllocationMap, WrittenRanges};
-use super::server::{MAX_REQUEST, Reply, SECTOR};
+use super::server::{MAX_REQUEST, Reply};
 use crate::error::{Error, Result};
-use crate::source::vddk::abi::{CHUNK_SECTORS, VIX_OK, VixError};
+use crate::mutex::lock;
+use crate::source::vddk::abi::{CHUNK_SECTORS, SECTOR, VIX_OK, VixError};
 use crate::source::vddk::failure::{Circumstances, Failure, Trouble, nbd_error, trouble};
 use crate::source::vddk::library::{DiskHandle, Vddk};
 use crate::source::vddk::spec::DiskSpec;
@@ -41,6 +45,12 @@ const MAX_SECTORS: u64 = (i64::MAX as u64) / SECTOR;
 /// Transport modes that do the work within the call, instead of queueing the request.
 const INLINE_TRANSPORTS: [&str; 3] = ["file", "hotadd", "san"];
 
+/// Requests that the library has, by the number that it passes to the callback. A number is used once.
+static TRANSFERS: Mutex<BTreeMap<usize, Transfer>> = Mutex::new(BTreeMap::new());
+
+/// Number of the next request.
+static NEXT_TRANSFER: AtomicUsize = AtomicUsize::new(1);
+
 /// An open disk.
 pub(super) struct Disk {
     vddk: &'static Vddk,
@@ -51,8 +61,10 @@ pub(super) struct Disk {
     writable: bool,
     /// True if a request is done within the call that submits it.
     inline: bool,
-    /// Held during a submission to a library that only queues.
-    submitting: Mutex<()>,
+    /// Held during each call that uses the handle: shared by submissions that do the work within the call, exclusively by
+    /// all others. So nothing is submitted while the library waits for the end of all requests: under load that wait would
+    /// have no end.
+    submission: RwLock<()>,
     in_flight: Mutex<usize>,
     /// Notified when a request has ended.
     ended: Condvar,
@@ -81,7 +93,7 @@ pub(super) enum Job {
     End(End),
 }
 
-/// A read or write in flight, owned by the library until its callback.
+/// A read or write in flight. The library has its buffer until the callback.
 pub(super) struct Transfer {
     pub(super) write: bool,
     /// A write that must be durable before it is answered.
@@ -129,7 +141,7 @@ impl Disk {
             size: info.sectors * SECTOR,
             writable: spec.writable,
             inline: INLINE_TRANSPORTS.contains(&transport.as_str()),
-            submitting: Mutex::default(),
+            submission: RwLock::default(),
             in_flight: Mutex::default(),
             ended: Condvar::new(),
             jobs,
@@ -184,7 +196,7 @@ impl Disk {
 
     /// Submits a read or write whose range lies on the disk and is aligned to sectors. Waits while too many are in flight.
     /// Leaves it without an answer if the host ends.
-    pub(super) fn submit(self: &Arc<Self>, transfer: Transfer) {
+    pub(super) fn submit(&self, mut transfer: Transfer) {
         let mut in_flight = lock(&self.in_flight);
         while *in_flight >= MAX_IN_FLIGHT {
             in_flight = self.ended.wait(in_flight).unwrap_or_else(PoisonError::into_inner);
@@ -204,24 +216,39 @@ impl Disk {
         }
         let range = (transfer.offset / SECTOR, transfer.len as u64 / SECTOR);
         let write = transfer.write;
-        let mut transfer = Box::new(transfer);
+        // The heap block of the buffer does not move with the transfer.
         let buffer = transfer.buffer.as_mut_ptr();
-        let data = Box::into_raw(transfer).cast::<c_void>();
-        let guard = (!self.inline).then(|| lock(&self.submitting));
-        // SAFETY: the buffer has the bytes of the range, and belongs to the transfer, which the callback takes back.
-        let submitted = unsafe {
-            if write {
-                self.vddk.write(self.handle, range, buffer, completed, data)
-            } else {
-                self.vddk.read(self.handle, range, buffer, completed, data)
+        let number = NEXT_TRANSFER.fetch_add(1, Ordering::Relaxed);
+        let data = std::ptr::without_provenance_mut::<c_void>(number);
+        lock(&TRANSFERS).insert(number, transfer);
+        let submit = || {
+            // SAFETY: the buffer has the bytes of the range, and lives until the request has a result.
+            unsafe {
+                if write {
+                    self.vddk.write(self.handle, range, buffer, completed, data)
+                } else {
+                    self.vddk.read(self.handle, range, buffer, completed, data)
+                }
             }
         };
-        drop(guard);
+        let submitted = if self.inline {
+            let _shared = self.submission.read().unwrap_or_else(PoisonError::into_inner);
+            submit()
+        } else {
+            let _exclusive = self.exclusive();
+            submit()
+        };
         if let Err(failure) = submitted {
-            // SAFETY: the library refused the request, so it does not call the callback.
-            let transfer = unsafe { Box::from_raw(data.cast::<Transfer>()) };
-            self.finish(*transfer, Err(failure));
+            match take_transfer(number) {
+                Some(transfer) => self.finish(transfer, Err(failure)),
+                None => tracing::warn!("{}: after its callback", failure.describe(&self.at)),
+            }
         }
+    }
+
+    /// Waits until no other thread uses the handle, and keeps it until the guard is dropped.
+    fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
+        self.submission.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers a request whose result is known.
@@ -300,11 +327,13 @@ impl Disk {
     }
 
     fn flush(&self, replies: Vec<Reply>) {
+        let exclusive = self.exclusive();
         if let Err(failure) = self.vddk.wait(self.handle) {
             // The requests that it waits for have reported their errors themselves.
             tracing::warn!("{}", failure.describe(&self.at));
         }
         let result = self.vddk.flush(self.handle);
+        drop(exclusive);
         for reply in replies {
             match &result {
                 Ok(()) => reply.done(),
@@ -319,7 +348,9 @@ impl Disk {
         };
         let mut lost = None;
         let mut query = |start, sectors| {
+            let exclusive = self.exclusive();
             let answer = self.vddk.query(self.handle, start, sectors, CHUNK_SECTORS);
+            drop(exclusive);
             answer.map_err(|failure| {
                 tracing::info!(
                     "{}: extents are data from sector {start} on",
@@ -342,8 +373,9 @@ impl Disk {
         reply.extents(&extents);
     }
 
-    /// Waits up to `limit` until no request is in flight. Must be called after [`Self::run_jobs`], which admits no more.
-    pub(super) fn wait_idle(&self, limit: Duration) {
+    /// Waits up to `limit` until no request is in flight and no call uses the handle. Returns false if a request still is. Must be called after
+    /// [`Self::run_jobs`], which admits no more.
+    pub(super) fn wait_idle(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         let mut in_flight = lock(&self.in_flight);
         while *in_flight > 0 && Instant::now() < until {
@@ -354,6 +386,13 @@ impl Disk {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        let is_idle = *in_flight == 0;
+        drop(in_flight);
+        if is_idle {
+            // A callback may come before the call that submitted its request has returned.
+            drop(self.exclusive());
+        }
+        is_idle
     }
 }
 
@@ -377,11 +416,12 @@ fn can_query(vddk: &Vddk, handle: DiskHandle, sectors: u64) -> bool {
 
 /// Callback of a request. Runs on the thread that submitted it, or on one of the library.
 unsafe extern "C" fn completed(data: *mut c_void, result: VixError) {
-    // SAFETY: `data` is the transfer that was submitted, and the library calls this once.
-    let transfer = unsafe { Box::from_raw(data.cast::<Transfer>()) };
-    let disk = Arc::clone(&transfer.disk);
     // A panic must not unwind into the library.
     let finished = catch_unwind(AssertUnwindSafe(|| {
+        let Some(transfer) = take_transfer(data.addr()) else {
+            return tracing::warn!("VDDK reports the result of a request that has one already");
+        };
+        let disk = Arc::clone(&transfer.disk);
         let function = if transfer.write {
             "VixDiskLib_WriteAsync"
         } else {
@@ -391,13 +431,14 @@ unsafe extern "C" fn completed(data: *mut c_void, result: VixError) {
             VIX_OK => Ok(()),
             error => Err(disk.vddk.failure(function, error)),
         };
-        disk.finish(*transfer, result);
+        disk.finish(transfer, result);
     }));
     if finished.is_err() {
         tracing::error!("the answer to a request panicked");
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Takes a request from the library. Returns `None` if it had its result before.
+fn take_transfer(number: usize) -> Option<Transfer> {
+    lock(&TRANSFERS).remove(&number)
 }

@@ -8,9 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::source::vddk::abi::{Block, CHUNK_SECTORS};
-
-use super::server::SECTOR;
+use crate::source::vddk::abi::{Block, CHUNK_SECTORS, SECTOR};
 
 /// Bytes of a chunk.
 const CHUNK: u64 = CHUNK_SECTORS * SECTOR;
@@ -270,7 +268,7 @@ mod tests {
             [(512, 128), (0, 128)],
             [(0, 128), (u64::MAX, 5)],
             [(64, u64::MAX), (128, 128)],
-            [(0, 128), (u64::MAX / 512, 128)],
+            [(0, 128), (u64::MAX / SECTOR, 128)],
         ] {
             let mut map = AllocationMap::new(MIB / SECTOR);
             let mut query = |_, _| Ok(blocks.map(|(offset, length)| Block { offset, length }).to_vec());

@@ -52,9 +52,10 @@ pub(super) fn install(verbosity: u8) -> Result<()> {
     installed.map_err(|e| Error::new(ErrorKind::Usage, format!("log: {e}")))
 }
 
-/// Writes a line without its end to standard error.
+/// Writes a line without its end to standard error. Escapes it: a line break in a text of the library would be the start
+/// of another message, which the parent takes for one of the host.
 pub(super) fn write_line(line: &str) {
-    let line = format!("{}\n", shortened(line, MAX_LINE - 1));
+    let line = format!("{}\n", shortened(&escape::printable(line), MAX_LINE - 1));
     // One call, so that lines of several threads do not mix.
     let _ = io::stderr().write_all(line.as_bytes());
 }
@@ -84,7 +85,7 @@ fn shortened(text: &str, limit: usize) -> Cow<'_, str> {
     Cow::Owned([start.unwrap_or_default(), LEFT_OUT, end.unwrap_or_default()].concat())
 }
 
-/// Formats a message of the library as one line.
+/// Formats a message of the library.
 ///
 /// # Safety
 /// The arguments are those of the format, as for vprintf(3).
@@ -96,8 +97,8 @@ unsafe fn message(format: *const c_char, arguments: *mut c_void) -> Option<Strin
     // SAFETY: the buffer has that size; the caller guarantees the arguments.
     let len = unsafe { vsnprintf(buffer.as_mut_ptr().cast(), buffer.len(), format, arguments) };
     let len = usize::try_from(len).ok()?.min(MAX_MESSAGE - 1);
-    let text = String::from_utf8_lossy(buffer.get(..len)?).into_owned();
-    Some(escape::printable(text.trim_end())).filter(|text| !text.is_empty())
+    let text = String::from_utf8_lossy(buffer.get(..len)?);
+    Some(text.trim_end().to_owned()).filter(|text| !text.is_empty())
 }
 
 unsafe extern "C" fn log(format: *const c_char, arguments: *mut c_void) {
@@ -130,11 +131,11 @@ mod tests {
     #[test]
     fn a_long_line_keeps_its_start_and_its_end() {
         assert_eq!(shortened("short", 5), "short");
-        let long = format!("FATAL x.vmdk: {}; add readonly=true", "ä".repeat(2000));
+        let long = format!("ends: x.vmdk: {}; add readonly=true", "ä".repeat(2000));
         for limit in [MAX_LINE - 1, MAX_LINE - 2] {
             let line = shortened(&long, limit);
             assert!(line.len() <= limit && line.len() > limit - 8, "{}", line.len());
-            assert!(line.starts_with("FATAL x.vmdk: ää") && line.ends_with("ää; add readonly=true"));
+            assert!(line.starts_with("ends: x.vmdk: ää") && line.ends_with("ää; add readonly=true"));
         }
     }
 }

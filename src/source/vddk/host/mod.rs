@@ -31,9 +31,9 @@
 mod disk;
 mod extents;
 mod log;
+mod privileges;
 mod server;
 
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -53,12 +53,11 @@ use nix::unistd::Pid;
 use self::disk::{Disk, Job};
 use super::abi::{Connection, cred_type, open_flag, spec_type};
 use super::failure::{Circumstances, Failure, Trouble, trouble};
-use super::library::{DiskHandle, Params, Vddk};
+use super::library::{DiskHandle, Params, Vddk, c_string};
 use super::spec::{self, CreateSpec, DiskSpec, HostSpec, RemoteSpec};
 use super::statistics::Statistics;
 use super::{EXIT_LOST, EXIT_MAINTENANCE, EXIT_REFUSED, FATAL};
 use crate::error::{Error, Result};
-use crate::escape;
 use crate::process::{daemon, handed_over};
 
 /// Time for an orderly end.
@@ -94,7 +93,7 @@ static LEFTOVERS: OnceLock<Leftovers> = OnceLock::new();
 pub(super) enum End {
     /// The parent asked for it.
     Asked,
-    /// The connection to the server is lost.
+    /// The connection to the server is lost, or the server is in maintenance.
     Lost(Trouble),
     /// An error that has been reported.
     Failed,
@@ -129,7 +128,7 @@ pub(crate) fn run() -> ExitCode {
 
 /// Tells the parent why this host ends.
 fn report(e: &Error) {
-    log::write_line(&format!("{FATAL}{}", escape::printable(e.to_string())));
+    log::write_line(&format!("{FATAL}{e}"));
 }
 
 /// Performs the task of the parent.
@@ -142,8 +141,7 @@ fn start() -> Result<End> {
     let statistics = Statistics::map(&memory).map_err(not_started)?;
     // Standard output is the memory file: whatever the library prints there would overwrite it.
     daemon::release_standard_streams()?;
-    // No program that the library may start gains a privilege which this process has not.
-    nix::sys::prctl::set_no_new_privs().map_err(|e| Error::io("no_new_privs", e.into()))?;
+    privileges::drop_for(spec.disk.as_ref())?;
     restore_library_path(&spec);
     log::install(spec.verbosity)?;
     let (jobs, received) = channel();
@@ -261,7 +259,7 @@ fn serve(
     listener: OwnedFd,
 ) -> Result<End> {
     let params = params(vddk, spec)?;
-    if !spec.remote.as_ref().is_some_and(|remote| remote.prepare_for_access) {
+    if !prepares(spec) {
         return Ok(serve_disk(vddk, (spec, &params), at, jobs, listener));
     }
     HOLDS_ACCESS.store(true, Ordering::SeqCst);
@@ -270,9 +268,19 @@ fn serve(
         Ok(()) => serve_disk(vddk, (spec, &params), at, jobs, listener),
         Err(failure) => end_early(end_of(&failure), &failure.describe(at)),
     };
-    warn_of(vddk.end_access(&params, IDENTITY), at);
-    warn_of(vddk.clean_up(&params), at);
+    end_access(vddk, &params, at);
     Ok(end)
+}
+
+/// Returns true if the user wants migration of the virtual machine to be forbidden while the disk is open.
+fn prepares(spec: &DiskSpec) -> bool {
+    spec.remote.as_ref().is_some_and(|remote| remote.prepare_for_access)
+}
+
+/// Permits migration again, and removes what is left at the server.
+fn end_access(vddk: &Vddk, params: &Params, at: &Circumstances) {
+    warn_of(vddk.end_access(params, IDENTITY), at);
+    warn_of(vddk.clean_up(params), at);
 }
 
 /// Opens the disk, serves it until the end, and closes it. Reports an error before it closes anything.
@@ -299,7 +307,14 @@ fn serve_disk(
         Ok((disk, end)) => {
             exit_after(END_WITHIN / 2, end);
             // Requests in flight own buffers that the library writes to, and the handle must not be closed under them.
-            disk.wait_idle(END_WITHIN / 2);
+            if !disk.wait_idle(END_WITHIN / 4) {
+                // The library may use the handle as long as this process lives, so nothing can be closed.
+                tracing::warn!("{}: requests do not end: the disk is not closed", at.disk);
+                if prepares(spec) {
+                    end_access(vddk, params, at);
+                }
+                exit_now(end.status());
+            }
             end
         }
         Err(e) => end_early(End::Failed, &e),
@@ -322,7 +337,8 @@ fn end_early(end: End, e: &Error) -> End {
 fn end_of(failure: &Failure) -> End {
     match trouble(failure.error) {
         Trouble::Other => End::Refused,
-        Trouble::Network | Trouble::Maintenance => End::Failed,
+        Trouble::Network => End::Failed,
+        Trouble::Maintenance => End::Lost(Trouble::Maintenance),
     }
 }
 
@@ -360,6 +376,9 @@ fn open(
     let mut pause = Duration::from_millis(spec.pause);
     let mut attempts = 0;
     let mut create = spec.create;
+    if !pause.is_zero() {
+        tracing::info!("{}: opening the disk in {} s", at.disk, pause.as_secs_f32());
+    }
     loop {
         // Waits on the channel of jobs, so that a request to end interrupts the pause.
         match received.recv_timeout(pause) {
@@ -461,8 +480,4 @@ fn fill(params: &mut Params, remote: &RemoteSpec, file: &str) -> Result<()> {
 fn folder_in_datastore(file: &str) -> &str {
     let path = file.split_once(']').map_or(file, |(_, path)| path).trim_start();
     path.rsplit_once('/').map_or("", |(folder, _)| folder)
-}
-
-fn c_string(bytes: &[u8]) -> Result<CString> {
-    CString::new(bytes).map_err(|_nul| Error::unsupported("a parameter of VDDK has a NUL byte"))
 }

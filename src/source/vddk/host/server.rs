@@ -18,16 +18,15 @@ use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use self::handshake::Negotiated;
 use super::disk::{Disk, Job, Transfer};
 use super::extents::{Content, Extent};
 use crate::error::{Error, Result};
-
-/// Unit of the disk in bytes.
-pub(super) const SECTOR: u64 = 512;
+use crate::mutex::lock;
+use crate::source::vddk::abi::SECTOR;
 
 /// Longest request in bytes. Larger ones exhaust the buffers of a host's NFC service.
 pub(super) const MAX_REQUEST: u32 = 2 << 20;
@@ -202,7 +201,7 @@ impl<'d> Connection<'d> {
 
     /// Reads the next request, with the data of a write. Returns `None` at the end of the connection.
     fn next(&self) -> io::Result<Option<(Request, Vec<u8>)>> {
-        let mut guard = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = lock(&self.reader);
         let Some(reader) = guard.as_mut() else {
             return Ok(None);
         };
@@ -389,7 +388,7 @@ impl Client {
     /// Sends a reply. Closes the connection if that fails: the parent sees it and repeats the request.
     fn send(&self, head: &[u8], data: &[u8]) {
         // A reply in two pieces would be torn apart by one of another thread.
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = lock(&self.writing);
         let mut slices = [IoSlice::new(head), IoSlice::new(data)];
         let mut left = slices.as_mut_slice();
         while left.iter().any(|slice| !slice.is_empty()) {
