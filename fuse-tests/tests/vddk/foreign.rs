@@ -1,12 +1,18 @@
-//! The interface of the library, by code that is not of this project: a C program that knows only byte offsets, and
-//! nbdkit's stand-in library.
+//! The interface of the library, by code that is not of this project: a C program that knows only byte offsets, nbdkit's
+//! stand-in library, and nbdkit's plugin.
 
-use std::fs;
+use std::env;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
-use fuse_tests::harness::{Cmd, Scratch, assert_same, need};
+use fuse_tests::harness::{Cmd, Scratch, assert_same, data_ranges, need, poll_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::{Vddk, ready, write_at};
+use crate::remote::{expect, put};
+use crate::{SOON, Vddk, noise, ready, write_at};
 
 fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vddk").join(name)
@@ -79,5 +85,103 @@ fn the_stand_in_of_nbdkit_is_served() {
     assert!(
         dump.stdout.contains("vddk_library_version=6") && dump.stdout.contains("VixDiskLib_Wait=1"),
         "{dump}"
+    );
+}
+
+/// nbdkit with its plugin for VDDK. Killed on drop.
+struct Nbdkit {
+    child: Child,
+    uri: String,
+}
+
+impl Nbdkit {
+    /// Starts it on a socket in the folder of the test, and waits until it accepts connections.
+    fn start(vddk: &Vddk, scratch: &Scratch, plugin: &Path, words: &[&str]) -> Self {
+        let socket = scratch.path("s");
+        let mut command = Command::new("nbdkit");
+        command.args(["-f", "-U"]).arg(&socket).arg(plugin);
+        command.arg(vddk.libdir()).args(words).env("FAKE_VDDK", &vddk.folder);
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let server = Self { child, uri };
+        assert!(
+            poll_until(SOON, || UnixStream::connect(&socket).is_ok()),
+            "nbdkit did not come up"
+        );
+        server
+    }
+
+    /// Ends it after its last client: with a client left, nbdkit ends the library without closing the disk.
+    fn end(mut self, vddk: &Vddk) {
+        let count = |function| vddk.calls_of(function).len();
+        assert!(
+            poll_until(SOON, || count("Disconnect") == count("ConnectEx")),
+            "{:?}",
+            vddk.calls()
+        );
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Nbdkit {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Compiles the plugin, from the sources that `NBDKIT_SOURCE` names.
+fn plugin(scratch: &Scratch) -> PathBuf {
+    let sources = env::var_os("NBDKIT_SOURCE").expect("NBDKIT_SOURCE names a checkout of nbdkit");
+    let plugin = scratch.path("nbdkit-vddk-plugin.so");
+    let script = Cmd::new(source("nbdkit/build-plugin.sh"));
+    script.arg(sources).arg(&plugin).run().ok();
+    plugin
+}
+
+#[test]
+#[ignore = "Debian does not package the plugin: NBDKIT_SOURCE names a checkout of nbdkit"]
+fn the_plugin_of_nbdkit_is_served_by_our_stand_in() {
+    let scratch = Scratch::new();
+    let vddk = Vddk::new(&scratch, 8);
+    let plugin = plugin(&scratch);
+    let dump = Cmd::new("nbdkit").arg(&plugin).arg(vddk.libdir()).arg("--dump-plugin");
+    let dump = dump.env("FAKE_VDDK", vddk.folder.to_str().unwrap()).run().ok();
+    for line in ["vddk_library_version=8", "VixDiskLib_QueryAllocatedBlocks=1"] {
+        assert!(dump.stdout.lines().any(|found| found == line), "{dump}");
+    }
+    // A server of which one chunk in the middle is allocated.
+    expect(&vddk, &["order=reverse", "latency=100"]);
+    let disk = put(&vddk, &[]);
+    File::options()
+        .write(true)
+        .open(&disk)
+        .unwrap()
+        .set_len(8 << 20)
+        .unwrap();
+    write_at(&disk, 1 << 20, &noise(65536, 1));
+    let login = crate::remote::login();
+    let mut words: Vec<&str> = login.iter().map(String::as_str).collect();
+    words.push(crate::remote::DISK);
+    let server = Nbdkit::start(&vddk, &scratch, &plugin, &words);
+    let new = scratch.write("new", noise(8 << 20, 2));
+    let mount = scratch
+        .mount()
+        .arg(format!("uri={}", server.uri))
+        .arg("name=x.raw")
+        .start();
+    let shown = mount.file("x.raw");
+    let allocated = 1 << 20..(1 << 20) + 65536;
+    assert_eq!(data_ranges(&shown), std::slice::from_ref(&allocated));
+    assert_same(&shown, &disk);
+    mount.unmount();
+    Cmd::new("nbdcopy").arg("--flush").arg(&new).arg(&server.uri).run().ok();
+    server.end(&vddk);
+    assert_same(&disk, &new);
+    let connects = vddk.calls_of("ConnectEx");
+    assert!(
+        connects.iter().all(|call| call.contains("cred=1:me:hunter2")),
+        "{connects:?}"
     );
 }
