@@ -25,7 +25,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 ZSHDIR ?= $(DATADIR)/zsh/site-functions
 VERSION = $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: help build install deb rpm deb-test demo test manual deny bench bench-quick clean
+.PHONY: help build install deb rpm deb-test rpm-test vendor-test demo test manual deny bench bench-quick clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -71,6 +71,12 @@ rpm: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## make an RPM in target/package (needs rp
 
 deb-test: deb ## install the Debian package in a fresh Debian (root, network), use it there, purge it
 	contrib/package/deb-test.sh '$(TARGET_DIR)/package' '$(VERSION)'
+
+rpm-test: rpm ## install the RPM in a copy of this system that is thrown away (root), use it there, erase it
+	contrib/package/rpm-test.sh "$$(ls -t '$(TARGET_DIR)'/package/*/vmdkfuse-'$(VERSION)'-1.*.rpm | head -n 1)"
+
+vendor-test: ## build from vendored crates without network and without a cargo folder (several minutes)
+	contrib/package/vendor-test.sh '$(TARGET_DIR)'
 
 demo: ## create a VMDK with a file system, mount it, read it, write to it, unmount it
 	./contrib/demo.sh
