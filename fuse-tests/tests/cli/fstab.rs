@@ -12,7 +12,7 @@ fn lines_of_fstab_are_mounted_and_unmounted_by_mount_and_umount() {
     scratch.open_to_all();
     Cmd::new("unshare")
         .args(["-m", "--propagation", "private", "sh", "-c"])
-        .arg(include_str!("fstab.sh"))
+        .arg(concat!(include_str!("install.sh"), include_str!("fstab.sh")))
         .arg("fstab.sh")
         .arg(scratch.root())
         .arg(program())

@@ -1,8 +1,4 @@
-# fstab lines through the real mount(8) and umount(8). Arguments: a folder, the program. Needs a mount namespace of its own:
-# the names of the program in /usr/sbin are in an overlay.
-set -eu
-cd "$1"
-program=$2
+# fstab lines through the real mount(8) and umount(8). Follows install.sh.
 fail() { echo "failed: $*" >&2; exit 1; }
 # The status of a command and its error, in $status and the file `error`.
 status_of() { status=0; "$@" 2>error || status=$?; }
@@ -29,15 +25,6 @@ clean() {
 trap clean EXIT
 mounted() { findmnt -n -o SOURCE "$1" 2>/dev/null; }
 not_mounted() { [ -z "$(mounted "$1")" ] || fail "$1 is mounted"; }
-mkdir -p upper run
-mount --bind run /run
-mount -t tmpfs none upper
-mkdir upper/u upper/w
-mount -t overlay -o lowerdir=/usr/sbin,upperdir=upper/u,workdir=upper/w overlay /usr/sbin
-cp "$program" /usr/sbin/vmdkfuse
-for helper in mount.vmdkfuse mount.fuse.vmdkfuse umount.vmdkfuse umount.fuse.vmdkfuse; do
-  ln -sf vmdkfuse "/usr/sbin/$helper"
-done
 chmod 755 .
 mkdir disks mnt "mnt/b c" mnt/toml mnt/user mnt/nbd mnt/plain
 vmdkfuse --create disks/a.vmdk create-size=8M

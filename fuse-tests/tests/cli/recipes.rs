@@ -1,7 +1,7 @@
 //! doc/RECIPES.md: every recipe is run as written.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, need_root, program};
@@ -31,17 +31,10 @@ fn recipes(text: &str) -> Vec<Recipe> {
     found
 }
 
-/// Makes the images that the document speaks of, and the mount namespace in which the helpers are installed.
+/// Makes the images that the document speaks of. Follows install.sh.
 const PROLOGUE: &str = r#"
-cd "$1"
-mkdir -p mnt fs root/etc upper run made
+mkdir -p mnt fs root/etc made
 echo fedora >root/etc/hostname
-mount --bind run /run
-mount -t tmpfs none upper
-mkdir upper/u upper/w
-mount -t overlay -o lowerdir=/usr/sbin,upperdir=upper/u,workdir=upper/w overlay /usr/sbin
-cp "$2" /usr/sbin/vmdkfuse
-for helper in mount umount; do ln -sf vmdkfuse /usr/sbin/$helper.vmdkfuse; done
 mount -t tmpfs none /mnt
 touch fstab
 mount --bind fstab /etc/fstab
@@ -86,7 +79,8 @@ fn recipes_run_as_written() {
     assert!(recipes.len() >= 10, "{recipes:?}");
     for Recipe { title, commands } in recipes {
         let (scratch, started) = (Scratch::new(), Instant::now());
-        let script = format!("set -eu\n{PROLOGUE}\nset -x\n{commands}\n");
+        let install = include_str!("install.sh");
+        let script = format!("{install}\n{PROLOGUE}\nset -x\n{commands}\n");
         let outcome = Cmd::new("unshare")
             .args(["-m", "--propagation", "private", "sh", "-c", &script, "recipe"])
             .arg(scratch.root())
@@ -137,26 +131,70 @@ fn messages_that_are_explained_exist() {
     }
 }
 
-/// README: a link to a file leads to one.
-#[test]
-fn links_of_the_documents_lead_to_files() {
+/// Returns the paths of all documents.
+fn documents() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    for document in [
-        "README.md",
-        "doc/GUIDE.md",
-        "doc/RECIPES.md",
-        "doc/TROUBLESHOOTING.md",
-        "doc/PERFORMANCE.md",
-    ] {
-        let path = root.join(document);
+    let names = [root.join("doc"), root].map(|dir| fs::read_dir(dir).unwrap().flatten());
+    let paths = names.into_iter().flatten().map(|entry| entry.path());
+    paths
+        .filter(|path| path.extension().is_some_and(|kind| kind == "md"))
+        .collect()
+}
+
+/// Returns the name by which a link leads to a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading
+        .trim()
+        .chars()
+        .filter(|c| c.is_alphanumeric() || "-_ ".contains(*c));
+    kept.collect::<String>().to_lowercase().replace(' ', "-")
+}
+
+#[test]
+fn links_of_the_documents_lead_to_files_and_headings() {
+    let documents = documents();
+    assert!(documents.len() > 10, "{documents:?}");
+    for path in documents {
         let text = fs::read_to_string(&path).unwrap();
-        for target in text
-            .split("](")
-            .skip(1)
-            .map(|rest| rest.split([')', '#']).next().unwrap())
-        {
-            let found = target.is_empty() || path.parent().unwrap().join(target).exists();
-            assert!(found || target.contains("://"), "{document}: {target}");
+        let links = text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap());
+        for link in links.filter(|link| !link.contains("://")) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() {
+                path.clone()
+            } else {
+                path.parent().unwrap().join(file)
+            };
+            assert!(target.exists(), "{}: {link}", path.display());
+            if !heading.is_empty() {
+                let text = fs::read_to_string(&target).unwrap();
+                let mut headings = text.lines().filter_map(|line| line.strip_prefix('#'));
+                let found = headings.any(|line| anchor(line.trim_start_matches('#')) == heading);
+                assert!(found, "{}: {link}", path.display());
+            }
         }
     }
+}
+
+#[test]
+fn tests_that_the_documents_name_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = ["tests", "src", "../src"].map(|dir| sources(&root.join(dir))).concat();
+    let mut count = 0;
+    for path in documents() {
+        let text = fs::read_to_string(&path).unwrap();
+        // `program::module::the_name_of_a_test`, or `…::the_name_of_a_test`.
+        for code in text.split('`').skip(1).step_by(2) {
+            let Some((_, name)) = code.rsplit_once("::") else {
+                continue;
+            };
+            if name.contains('_')
+                && !name.contains(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit() && c != '_')
+            {
+                let exists = sources.contains(&format!("fn {name}(")) || sources.contains(&format!("mod {name}"));
+                assert!(exists, "{}: {code}", path.display());
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 50, "{count} names");
 }

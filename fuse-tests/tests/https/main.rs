@@ -13,5 +13,6 @@ mod disk_tier;
 mod faults;
 mod guest;
 mod listing;
+mod fstab;
 mod server;
 mod web;
