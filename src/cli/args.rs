@@ -28,7 +28,9 @@ const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
        vmdkfuse --info|--map|--check [--json] KEY=VALUE...
        vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
        vmdkfuse --commit cow=FILE file=BASE
+       vmdkfuse --prefetch cache-dir=DIR KEY=VALUE...
        vmdkfuse --unmount MOUNTPOINT...|--config FILE.toml
+       vmdkfuse --fingerprint server=HOST
        vmdkfuse --dump [--json] [libdir=DIR]";
 
 /// Ten uses of the program, for the short help. Each is explained in the manual.
@@ -279,6 +281,12 @@ fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) ->
     let Some(mountpoint) = mountpoint else {
         return Err(no_mount_point(file));
     };
+    if file.is_none() && words.is_empty() && cannot_be_covered(mountpoint) {
+        let image = values::display(mountpoint);
+        return Err(UsageError::new(format!(
+            "{image}: no mount point is given: vmdkfuse MOUNTPOINT file={image}"
+        )));
+    }
     let log = mount_args.log(verbosity(matches));
     let MountArgs {
         options,
@@ -326,20 +334,21 @@ fn unmount(matches: &ArgMatches, words: &[OsString]) -> Result<Action, UsageErro
 /// Only where no other reading is possible: the first word is a file that a mount cannot cover, as it is not empty, and the
 /// second one is a directory or an empty file.
 fn mount_point_first(words: &[OsString]) -> Cow<'_, [OsString]> {
-    let is_image = |word: &OsString| match fs::metadata(word) {
-        Ok(found) => found.file_type().is_block_device() || found.is_file() && found.len() > 0,
-        Err(_) => false,
-    };
     let is_point = |word: &OsString| match fs::metadata(word) {
         Ok(found) => found.is_dir() || found.is_file() && found.len() == 0,
         Err(_) => false,
     };
     match words {
-        [image, point, keys @ ..] if is_image(image) && is_point(point) => {
+        [image, point, keys @ ..] if cannot_be_covered(image) && is_point(point) => {
             Cow::Owned([&[point.clone(), image.clone()], keys].concat())
         }
         _ => Cow::Borrowed(words),
     }
+}
+
+/// Returns true for a file that a mount cannot cover, and that may be an image.
+fn cannot_be_covered(word: &OsString) -> bool {
+    fs::metadata(word).is_ok_and(|found| found.file_type().is_block_device() || found.is_file() && found.len() > 0)
 }
 
 /// Checks that the command line names no disk and no disk key in addition to a config file.
@@ -718,6 +727,10 @@ mod tests {
     #[test]
     fn missing_and_unknown_arguments_are_named() {
         assert!(run(&[]).unwrap_err().contains("no mount point"));
+        assert_eq!(
+            run(&["Cargo.toml"]).unwrap_err(),
+            "Cargo.toml: no mount point is given: vmdkfuse MOUNTPOINT file=Cargo.toml"
+        );
         assert_eq!(
             run(&["src"]).unwrap_err(),
             "no disk is given: add file=PATH, or uri= of an NBD server"

@@ -64,7 +64,8 @@ pub fn commit(disk: &DiskConfig) -> Result<u8> {
             output::line(
                 &mut line,
                 format_args!(
-                    "{overlay} was merged into {base}, {bytes} bytes; the overlay is no longer needed and may be removed"
+                    "{overlay} was merged into {base}, {bytes} bytes; the overlay is no longer needed: remove it before you \
+                     write to the image"
                 ),
             );
             output::print(&line).map(|()| 0)
