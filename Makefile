@@ -53,7 +53,7 @@ install: $(VMDKFUSE_BIN) $(BDWRAPPER_LIB) ## install program, helpers, manual, c
 	install -d -m 0755 '$(DESTDIR)$(UNITDIR)'
 	sed 's|@BINDIR@|$(BINDIR)|' contrib/systemd/vmdkfuse@.service.in >'$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/vmdkfuse@.service'
-	install -m 0644 README.md CHANGELOG.md LICENSE '$(DESTDIR)$(DATADIR)/doc/vmdkfuse'
+	install -m 0644 README.md CHANGELOG.md CONTRIBUTING.md LICENSE '$(DESTDIR)$(DATADIR)/doc/vmdkfuse'
 	install -d -m 0755 '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/doc'
 	install -m 0644 doc/*.md '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/doc'
 	install -m 0644 contrib/examples/* '$(DESTDIR)$(DATADIR)/doc/vmdkfuse/examples'
