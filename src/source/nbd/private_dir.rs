@@ -11,7 +11,7 @@ use crate::process;
 /// Names to try: another process may have a folder of the same name.
 const TRIES: u32 = 100;
 
-/// New folder of mode 0700 in the folder for temporary files. Removed with its content on drop.
+/// New folder of mode 0700 in the folder for temporary files. Removed with its content on drop, if it still exists.
 #[derive(Debug)]
 pub(in crate::source) struct PrivateDir(PathBuf);
 
@@ -43,7 +43,9 @@ impl PrivateDir {
 impl Drop for PrivateDir {
     fn drop(&mut self) {
         // Links in the folder are removed, not followed.
-        if let Err(e) = fs::remove_dir_all(&self.0) {
+        if let Err(e) = fs::remove_dir_all(&self.0)
+            && e.kind() != io::ErrorKind::NotFound
+        {
             tracing::warn!("{}: removing this temporary folder: {e}", self.0.display());
         }
     }

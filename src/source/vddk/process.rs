@@ -22,7 +22,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::Pid;
 use tracing::level_filters::LevelFilter;
 
 use super::abi::SECTOR;
@@ -77,7 +76,7 @@ pub(super) struct HostProcess {
 /// The host of now.
 #[derive(Debug, Default)]
 struct CurrentHost {
-    server: Option<CaptiveServer>,
+    host: Option<Host>,
     /// The disk was created by an earlier host.
     created: bool,
     /// Time of the next login, after one that was refused or while the server is in maintenance. Also if a host is replaced
@@ -85,13 +84,19 @@ struct CurrentHost {
     not_before: Option<Instant>,
 }
 
-/// Files that all hosts of a disk use.
+/// A host. The process ends before its folder is removed.
+#[derive(Debug)]
+struct Host {
+    server: CaptiveServer,
+    _private_dir: PrivateDir,
+}
+
+/// What all hosts of a disk use.
 #[derive(Debug)]
 struct Starter {
     library: Vec<LibraryFile>,
     libdir: Option<PathBuf>,
-    config: PathBuf,
-    private_dir: PrivateDir,
+    config: Option<PathBuf>,
     memory: File,
 }
 
@@ -149,14 +154,13 @@ pub(crate) fn report() -> Option<String> {
 pub(crate) fn describe(library: &VddkLibrary) -> Result<LibraryDescription> {
     let starter = Starter::new(library)?;
     let host = starter.start("VDDK", None)?;
-    let until = Instant::now() + DESCRIBE_WITHIN;
-    match host.exit_within(until.saturating_duration_since(Instant::now())) {
+    match host.server.exit_within(DESCRIBE_WITHIN) {
         None => Err(Error::new(
             ErrorKind::Os(libc::ETIMEDOUT),
             format!("VDDK: loading it took more than {} s", DESCRIBE_WITHIN.as_secs()),
         )),
         // The host has ended, so its answer is complete.
-        Some(_) => spec::take(&starter.memory).map_err(|_no_answer| Error::unsupported(exit_message(&host))),
+        Some(_) => spec::take(&starter.memory).map_err(|_no_answer| Error::unsupported(exit_message(&host.server))),
     }
 }
 
@@ -164,11 +168,6 @@ impl Starter {
     fn new(library: &VddkLibrary) -> Result<Self> {
         let found = library_file::find(library)?;
         let context = |e| Error::io("preparing a VDDK process", e);
-        let private_dir = PrivateDir::new().map_err(context)?;
-        let config = match &library.config {
-            Some(config) => config.clone(),
-            None => write_config(private_dir.path()).map_err(context)?,
-        };
         // Not inherited by other children: the host gets it as its standard output.
         let memory = memfd_create("vmdkfuse-vddk", MFdFlags::MFD_CLOEXEC).map_err(|e| context(e.into()))?;
         let memory = File::from(memory);
@@ -177,22 +176,25 @@ impl Starter {
         Ok(Self {
             library: found,
             libdir: library.libdir.clone(),
-            config,
-            private_dir,
+            config: library.config.clone(),
             memory,
         })
     }
 
     /// Starts a host with a task. Must be called from a thread that lives as long as the host should.
-    fn start(&self, name: &str, disk: Option<DiskSpec>) -> Result<CaptiveServer> {
+    fn start(&self, name: &str, disk: Option<DiskSpec>) -> Result<Host> {
         let context = |e: io::Error| Error::io(format!("{name}: starting a VDDK process"), e);
+        let private_dir = PrivateDir::new().map_err(context)?;
+        let config = match &self.config {
+            Some(config) => config.clone(),
+            None => write_config(private_dir.path()).map_err(context)?,
+        };
         let inherited = std::env::var_os(LIBRARY_PATH);
         let spec = HostSpec {
             library: self.library.clone(),
             libdir: self.libdir.as_ref().map(|dir| dir.clone().into_os_string()),
-            config: self.config.clone().into_os_string(),
-            private_dir: self.private_dir.path().as_os_str().to_owned(),
-            parent: Pid::this().as_raw(),
+            config: config.into_os_string(),
+            private_dir: private_dir.path().as_os_str().to_owned(),
             library_path: inherited.clone(),
             verbosity: verbosity(),
             disk,
@@ -217,20 +219,24 @@ impl Starter {
             // VDDK brings libraries of its own, which the dynamic linker must find before those of the system.
             command.env(LIBRARY_PATH, path);
         }
-        CaptiveServer::spawn(name.to_owned(), command, log)
+        Ok(Host {
+            server: CaptiveServer::spawn(name.to_owned(), command, log)?,
+            _private_dir: private_dir,
+        })
     }
 }
 
 impl HostProcess {
     /// Ends the current host, and starts the next one.
     fn replace(&self, current: &mut CurrentHost) -> Result<()> {
-        if let Some(mut old) = current.server.take() {
+        if let Some(mut host) = current.host.take() {
+            let old = &mut host.server;
             // A host that still runs is replaced because its connections were lost, which the session has logged.
             if old.exit().is_some() {
-                tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(&old));
+                tracing::warn!("{}: {}: starting another one", self.config.label(), exit_message(old));
             }
             old.end(REPLACE_WITHIN);
-            if let Some(pause) = exit_code(&old).and_then(pause_after) {
+            if let Some(pause) = exit_code(old).and_then(pause_after) {
                 current.not_before = Some(Instant::now() + pause);
             }
         }
@@ -247,7 +253,7 @@ impl HostProcess {
         let pause = current.not_before.map(|t| t.saturating_duration_since(Instant::now()));
         // The host waits and not this thread, which holds the mutex.
         disk.pause = pause.map_or(0, |pause| pause.as_millis() as u64);
-        current.server = Some(self.starter.start(&self.config.label(), Some(disk))?);
+        current.host = Some(self.starter.start(&self.config.label(), Some(disk))?);
         Ok(())
     }
 }
@@ -259,8 +265,8 @@ impl OwnServer for HostProcess {
         if first {
             self.replace(&mut current)?;
         }
-        match &current.server {
-            Some(server) => server.connect(deadline, cancel),
+        match &current.host {
+            Some(host) => host.server.connect(deadline, cancel),
             None => Err(Error::new(
                 ErrorKind::Os(libc::ENOTCONN),
                 "the VDDK process was not started",
@@ -270,7 +276,7 @@ impl OwnServer for HostProcess {
 
     fn exit_within(&self, within: Duration) -> Option<String> {
         let current = lock(&self.current);
-        let server = current.server.as_ref()?;
+        let server = &current.host.as_ref()?.server;
         // A host that has said why it ends may take long to close its disk.
         let exit = server.exit_within(within).map(|_| exit_message(server));
         exit.or_else(|| server.reported())
@@ -281,7 +287,7 @@ impl Drop for HostProcess {
     fn drop(&mut self) {
         let current = self.current.get_mut().unwrap_or_else(PoisonError::into_inner);
         // First: the calls that end the host count too.
-        drop(current.server.take());
+        drop(current.host.take());
         match statistics::read(&self.starter.memory) {
             Ok(text) => text
                 .lines()

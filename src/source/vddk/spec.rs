@@ -44,10 +44,8 @@ pub(super) struct HostSpec {
     pub(super) libdir: Option<OsString>,
     /// Configuration file of the library.
     pub(super) config: OsString,
-    /// Folder of the private configuration file, which the host removes if its parent is gone.
+    /// Folder of the private configuration file, which the host removes at its end.
     pub(super) private_dir: OsString,
-    /// Process that starts the host. Another parent means that this one is gone.
-    pub(super) parent: i32,
     /// `LD_LIBRARY_PATH` of the parent, which children of the host get.
     pub(super) library_path: Option<OsString>,
     /// Highest level of log messages: 0 warnings, 1 information, 2 debug, 3 trace.

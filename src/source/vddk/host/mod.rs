@@ -48,7 +48,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::Pid;
 
 use self::disk::{Disk, Job};
 use super::abi::{Connection, cred_type, open_flag, spec_type};
@@ -85,8 +84,8 @@ static HOLDS_ACCESS: AtomicBool = AtomicBool::new(false);
 /// Exit status of the end that is decided, for a signal that comes later.
 static STATUS: AtomicU8 = AtomicU8::new(0);
 
-/// What is left of this host if its parent is gone.
-static LEFTOVERS: OnceLock<Leftovers> = OnceLock::new();
+/// Private folder of this host, which it removes at its end: its parent may be gone, or about to be.
+static PRIVATE_DIR: OnceLock<PathBuf> = OnceLock::new();
 
 /// Reason for the end of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +122,7 @@ pub(crate) fn run() -> ExitCode {
         report(&e);
         End::Failed
     });
+    remove_private_dir();
     ExitCode::from(end.status())
 }
 
@@ -145,7 +145,7 @@ fn start() -> Result<End> {
     restore_library_path(&spec);
     log::install(spec.verbosity)?;
     let (jobs, received) = channel();
-    let _ = LEFTOVERS.set(Leftovers::of(&spec));
+    let _ = PRIVATE_DIR.set(PathBuf::from(&spec.private_dir));
     watch_signals(jobs.clone())?;
     let loaded = Vddk::load(&spec.library, statistics).map_err(|e| match &spec.disk {
         Some(disk) => e.within(disk.file.display().to_string()),
@@ -167,7 +167,6 @@ fn start() -> Result<End> {
     };
     drop(memory);
     vddk.exit();
-    remove_leftovers();
     end
 }
 
@@ -220,32 +219,14 @@ fn watch_signals(jobs: Sender<Job>) -> Result<()> {
 
 /// Ends the process without the library's consent.
 fn exit_now(status: u8) -> ! {
-    remove_leftovers();
+    remove_private_dir();
     // SAFETY: ends the process at once. Nothing of it is needed afterwards.
     unsafe { libc::_exit(status.into()) }
 }
 
-/// Private folder of this host, which its parent removes unless that is gone.
-#[derive(Debug)]
-struct Leftovers {
-    dir: PathBuf,
-    parent: Pid,
-}
-
-impl Leftovers {
-    fn of(spec: &HostSpec) -> Self {
-        Self {
-            dir: PathBuf::from(&spec.private_dir),
-            parent: Pid::from_raw(spec.parent),
-        }
-    }
-}
-
-/// Removes the private folder if the parent is gone: this process has another parent then, init or a subreaper.
-fn remove_leftovers() {
-    if let Some(Leftovers { dir, parent }) = LEFTOVERS.get()
-        && Pid::parent() != *parent
-    {
+/// Removes the private folder. The parent removes that of a host that crashed.
+fn remove_private_dir() {
+    if let Some(dir) = PRIVATE_DIR.get() {
         let _ = fs::remove_dir_all(dir);
     }
 }
