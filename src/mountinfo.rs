@@ -106,7 +106,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
     let device = parse_device(fields.next()?)?;
-    // The folder of the file system that is mounted: always its root for a FUSE file system.
+    // The folder of the file system that a bind mount shows; not needed here.
     let _root = fields.next()?;
     let point = PathBuf::from(unescape(fields.next()?));
     // Mount options, then any number of optional tags, then a lone dash.

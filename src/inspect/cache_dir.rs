@@ -36,6 +36,7 @@ impl Held {
             size: held.key.len,
             allocated: held.allocated,
             complete: held.complete,
+            // A time before 1970, which only a wrong clock sets, becomes 0.
             used: held.used.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             verified,
             evicted: false,
@@ -95,6 +96,7 @@ pub fn check_cache(dir: &Path, limit: Option<u64>, json: bool) -> Result<u8> {
             line!(out, "leftovers removed: {}", removed.leftovers);
         }
     })?;
+    // Not an error but a status: the damaged blocks are forgotten already, and the next mount fetches them again.
     let damaged = checked
         .iter()
         .any(|file| file.verified.is_some_and(|(_, damaged)| damaged > 0));

@@ -67,6 +67,7 @@ fn check_one(disk: &DiskConfig) -> Result<CheckedDisk> {
         Err(e) => return Err(e),
     };
     let status = match (&report.error_count, report.leaks + report.unfinished) {
+        // Unfinished entries count as leaks: the next open for writing completes them, and no data is lost.
         (0, 0) => CheckStatus::Clean,
         (0, _) => CheckStatus::Leaks,
         _ => CheckStatus::Corrupt,

@@ -30,6 +30,7 @@ pub fn dump(json: bool, library: &VddkLibrary) -> Result<u8> {
         libnbd_error: libnbd.as_ref().err().map(ToString::to_string),
         libnbd: libnbd.ok(),
         formats: ["vmdk", "raw"],
+        // By the names that `--info` shows.
         extents: [
             "FLAT",
             "VMFS",
@@ -47,6 +48,7 @@ pub fn dump(json: bool, library: &VddkLibrary) -> Result<u8> {
     print(json, &build, |out| {
         let libnbd = build.libnbd.as_ref().map(|version| format!("libnbd={version}"));
         let libnbd_error = build.libnbd_error.as_ref().map(|error| format!("libnbd_error={error}"));
+        // A name and a value for each line, without blanks around `=`: scripts read it.
         let lines = [
             format!("{}={}", build.name, build.version),
             format!("backends={}", build.backends.join(",")),

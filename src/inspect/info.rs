@@ -114,6 +114,7 @@ fn vmdk_text(vmdk: &DiskInfo, out: &mut String) {
             e.kind
         );
     }
+    // The newest link is number 0.
     for (i, link) in vmdk.chain.iter().enumerate() {
         let cid = link.cid.as_deref().unwrap_or("none");
         let parent = link

@@ -109,6 +109,7 @@ impl<W: Write> Listing<W> {
 
     fn note(&mut self, result: io::Result<()>) -> Result<Next> {
         match result {
+            // The reader has seen enough, for example `head`: the rest need not be walked.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => self.closed = true,
             other => written(other)?,
         }

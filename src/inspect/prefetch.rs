@@ -29,6 +29,7 @@ const SHOWN_EVERY: Duration = Duration::from_millis(500);
 pub fn prefetch(query: &Query) -> Result<u8> {
     let mut done = Vec::new();
     for disk in &query.disks {
+        // Checked for each disk before its first request: without a folder what is fetched would be thrown away.
         if disk.source.settings().cache_dir().is_none() {
             let text = format!(
                 "{}: --prefetch needs cache-dir=, the folder to fill",

@@ -338,7 +338,7 @@ fn digest_line(line: &str) -> Option<(&'static digest::Algorithm, &str, Vec<u8>)
         u8::from_str_radix(text, 16).ok()
     });
     let bytes: Vec<u8> = bytes.collect::<Option<_>>()?;
-    // A digest of another length equals nothing, and would be reported as a changed file.
+    // A digest of another length would equal nothing, and its file would be reported as changed.
     (bytes.len() == algorithm.output_len()).then_some((algorithm, name, bytes))
 }
 
