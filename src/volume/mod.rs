@@ -237,7 +237,7 @@ impl Volume {
     /// Returns true if the content of every file is in a local file: the kernel may read them itself. Files of a server
     /// are once the disk cache has all of them.
     pub fn is_local(&self) -> bool {
-        self.files.iter().all(|file| file.content_fd().is_some())
+        self.files().iter().all(|file| file.content_fd().is_some())
     }
 
     /// Returns true if the volume is not local, and will be once the disk cache is complete.
@@ -246,7 +246,7 @@ impl Volume {
             let incomplete = matches!(file.cached(), Some(Ok(cached)) if cached.complete().is_none());
             incomplete || file.content_fd().is_some()
         };
-        !self.is_local() && self.files.iter().all(is_or_will_be)
+        !self.is_local() && self.files().iter().all(is_or_will_be)
     }
 
     /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.
