@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fuse_tests::harness::{
-    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_root, poll_until, program, raw_with_islands,
-    read_range,
+    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_fuse, need_root, poll_until, program,
+    raw_with_islands, read_range,
 };
 
-use crate::server::{SOON, Server, need_nginx};
+use crate::server::{Fake, SOON, Server, need_nginx, send_right};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -68,6 +68,34 @@ impl Fixture {
         files
             .filter(|path| path.extension().is_some_and(|e| e == ending))
             .collect()
+    }
+}
+
+#[test]
+fn a_server_that_never_answers_for_the_headers_alone_is_read_all_the_same() {
+    if !need_fuse() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let content: Vec<u8> = (0..MIB).map(|n| (n / 4096) as u8).collect();
+    let of_server = content.clone();
+    let server = Fake::start(move |ask, stream| match ask.head.starts_with("HEAD ") {
+        // Ends with the test.
+        true => loop {
+            std::thread::park();
+        },
+        false => send_right(ask, &of_server, stream),
+    });
+    let cache = format!("cache-dir={}", scratch.path("cache").display());
+    for _ in 0..2 {
+        let mount = scratch
+            .mount()
+            .arg(server.url("d.img"))
+            .arg(&cache)
+            .arg("timeout=600")
+            .start();
+        assert_eq!(read_range(&mount.file("d.raw"), 0, content.len()), content);
+        mount.unmount();
     }
 }
 

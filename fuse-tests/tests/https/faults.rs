@@ -367,7 +367,14 @@ fn hostile_servers_are_refused_at_the_start() {
               Content-Length: 18446744073709551615\r\nConnection: close\r\n\r\n",
         );
     };
+    let endless_file: Wrong = |ask, _, stream| {
+        let (first, last) = ask.range.unwrap();
+        let head = head_of(first, last, 1).replace("/1\r\n", "/18446744073709551000\r\n");
+        send(stream, head.as_bytes());
+        send(stream, &vec![0; last - first + 1]);
+    };
     for (what, wrong, reason) in [
+        ("file", endless_file, "more than any disk"),
         ("headers", endless, ""),
         ("scheme", downgrade, "refused"),
         ("length", huge, ""),
