@@ -69,14 +69,17 @@ pub(crate) fn decide_named(name: &OsStr, format: Format, file: &dyn StoredFile) 
     let promise = match format {
         Format::Raw => return Ok(DiskFormat::Raw),
         Format::Vmdk => Promise::Vmdk,
+        // The name of a block device is no promise of its owner: udev or LVM chose it.
         Format::Auto if file.is_device() => Promise::Raw,
         Format::Auto => promise_of(name),
     };
     let label = file.label().to_owned();
     let refuse = |why: String| Err(Error::new(ErrorKind::Usage, format!("{label}: {why}")));
     let head = vmdk::read_head(file)?;
+    // Looked for first: a descriptor is text, and the search for foreign formats takes texts for what they quote.
     let is_vmdk = vmdk::file_kind(&head) != FileKind::Other;
     let foreign = if is_vmdk { None } else { foreign(&head, &tail_of(file)?) };
+    // The order of these arms is the order of the reasons: what the file is tells the user more than what its name lacks.
     match (promise, foreign) {
         (Promise::Piece(whole), _) => refuse(format!(
             "the name is that of one piece of a split file; join the pieces first: cat {} > {}",
@@ -111,10 +114,12 @@ pub(crate) fn decide_named(name: &OsStr, format: Format, file: &dyn StoredFile) 
 fn no_vmdk(file: &dyn StoredFile, name: &OsStr, format: Format, head: &[u8]) -> Error {
     let label = file.label();
     let text = name.to_string_lossy().to_ascii_lowercase();
+    // ESXi's names of files that hold the bytes of a disk, and of mappings to raw devices.
     let is_data = ["-flat.vmdk", "-rdm.vmdk", "-rdmp.vmdk"]
         .iter()
         .any(|end| text.ends_with(end));
     let usage = |why: String| Error::new(ErrorKind::Usage, format!("{label}: {why}"));
+    // Where the user wrote format=vmdk, the name is no mistake to be explained.
     if is_data && format == Format::Auto && !head.is_empty() {
         let advice = lost_descriptor::advice(file, ExtentKind::Vmfs, file.len() / SECTOR);
         return usage(format!(
@@ -127,7 +132,9 @@ fn no_vmdk(file: &dyn StoredFile, name: &OsStr, format: Format, head: &[u8]) -> 
         ));
     }
     let found = match head {
+        // An upload or a copy that has only begun.
         [] => "nothing: the file is empty",
+        // What a crash leaves of a file whose length was written before its data.
         head if head.iter().all(|byte| *byte == 0) => "only zeroes",
         _ => {
             let data = text.strip_suffix(".vmdk").map_or_else(String::new, |stem| {
@@ -147,10 +154,12 @@ fn no_vmdk(file: &dyn StoredFile, name: &OsStr, format: Format, head: &[u8]) -> 
 /// Returns the promise of a file name.
 fn promise_of(name: &OsStr) -> Promise<'_> {
     let bytes = name.as_bytes();
+    // Any part: backups are called `disk.vmdk.bak` and `disk.vmdk.1`, and must not become raw by that.
     let mut parts = bytes.split(|byte| *byte == b'.').skip(1);
     // A name that is not UTF-8 has none of the suffixes that are checked here.
     let suffix = Path::new(name).extension().map(|suffix| suffix.to_str().unwrap_or("?"));
     if let Some(piece) = suffix
+        // Before `.vmdk` is looked for: `disk.vmdk.001` is a piece, whose first bytes are those of a whole VMDK.
         && is_piece(piece)
         && let Some(whole) = name
             .to_str()
@@ -179,6 +188,7 @@ fn is_piece(suffix: &str) -> bool {
 
 /// The end of a file, where some formats have their only signature; empty for a device.
 fn tail_of(file: &dyn StoredFile) -> Result<Vec<u8>> {
+    // The end of a device belongs to its user: a guest could write a signature there and so have the disk refused.
     let Some(at) = file.len().checked_sub(TAIL).filter(|_| !file.is_device()) else {
         return Ok(Vec::new());
     };
@@ -493,7 +503,9 @@ fn text(head: &[u8]) -> Option<&'static Foreign> {
         name: "an XML text",
         way_on: |_| "name the disk that it lists".to_owned(),
     };
+    // A byte order mark and blanks, as editors on Windows write them.
     let start = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
+    // Bounded: a head may be one long line.
     let lower = start
         .get(..start.len().min(2048))
         .unwrap_or_default()
@@ -509,6 +521,7 @@ fn text(head: &[u8]) -> Option<&'static Foreign> {
             &XML
         });
     }
+    // A disk whose first sector quotes a .vmx line has zeroes around it, and is no text.
     let is_text = !start.is_empty() && !start.iter().take(256).any(|byte| *byte == 0);
     let vmx = [".encoding", "config.version", "virtualhw.version", "#!/usr/bin/vmware"];
     (is_text

@@ -184,6 +184,7 @@ impl TierFile {
 
     /// Returns a block, if it is there and undamaged. Forgets a damaged one, and that the file is complete.
     pub fn read(&self, number: u64) -> Option<Vec<u8>> {
+        // The entry decides, not the data: a hole in the data file reads as zeroes, which may be the right ones or not.
         let entry = self.entries.get(number);
         if entry == 0 {
             return None;
@@ -203,6 +204,7 @@ impl TierFile {
             return Some(sum);
         }
         tracing::info!("{}: a cached block was damaged: fetching it again", self.key.label);
+        // Before the entry is cleared: the kernel may read a complete file without checksums, and the next open must not allow it.
         self.revoke_completion();
         let _ = self.entries.put(number, &[0]);
         None
@@ -225,6 +227,7 @@ impl TierFile {
         if self.refusal().is_some() || data.len() != self.key.block_len(number) {
             return None;
         }
+        // Data first, then its entry: a crash between them leaves a block that counts as missing.
         let written = self.data.write(data, number * self.key.block);
         written.inspect_err(|e| self.give_up(e)).ok()?;
         Some(Checksum::of(data))

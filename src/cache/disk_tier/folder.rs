@@ -79,6 +79,7 @@ impl Folder {
         let label = format!("cache-dir={}", path.display());
         let failed = |e: io::Error| Error::io(label.clone(), e);
         let created = match create {
+            // With this mode from the start: a change after the creation would leave a moment in which others can enter.
             true => std::fs::DirBuilder::new().mode(0o700).create(path),
             false => Ok(()),
         };
@@ -86,11 +87,13 @@ impl Folder {
             Err(e) if e.kind() != IoKind::AlreadyExists => return Err(failed(e)),
             _ => {}
         }
+        // All later calls start from this descriptor, so that the folder which was checked here is the one that is used.
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
         let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
         let dir = File::from(dir);
         let state = dir.metadata().map_err(failed)?;
         let refuse = |why: &str| Err(Error::new(ErrorKind::Policy, format!("{label}: {why}")));
+        // The owner of a folder can replace what is in it, and would choose the bytes of the disk.
         if state.uid() != nix::unistd::geteuid().as_raw() {
             return refuse("belongs to another user; choose a folder of your own");
         }
@@ -116,9 +119,11 @@ impl Folder {
 
     /// Opens a file of the folder. Errors: it does not exist, or is not a regular file of this user with one name.
     pub(super) fn open_own(&self, name: &str, access: OFlags) -> io::Result<File> {
+        // NONBLOCK: the open of a FIFO would wait for its other end.
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(openat(&self.dir, name, flags, Mode::empty())?);
         let state = file.metadata()?;
+        // A second name could be in a folder that others write to, and a link leads out of this one.
         let is_own = state.is_file() && state.uid() == nix::unistd::geteuid().as_raw() && state.nlink() == 1;
         match is_own {
             true => Ok(file),
@@ -128,6 +133,7 @@ impl Folder {
 
     /// Creates a file. Errors: the name exists, or the error of the operating system.
     pub(super) fn create(&self, name: &str) -> io::Result<File> {
+        // EXCL: two processes that create the same file must not both believe that it is new.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)?;
         Ok(File::from(file))
@@ -159,6 +165,7 @@ impl Folder {
             if Instant::now() > end {
                 return Err(IoKind::TimedOut.into());
             }
+            // Polled: a waiting lock of the kernel has no deadline.
             std::thread::sleep(LOCK_PAUSE);
         }
     }
@@ -179,13 +186,16 @@ impl Folder {
         let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDWR).ok();
         let size = |ending: &&str| {
             let stat = statat(&self.dir, format!("{stem}.{ending}"), AtFlags::SYMLINK_NOFOLLOW);
+            // What they take on the disk: data files are as long as the remote file, with holes.
             stat.map_or(0, |stat| stat.st_blocks.cast_unsigned() * 512)
         };
         let (map, data) = (open("map"), open("data"));
         let state = map.as_ref().zip(data.as_ref()).and_then(|(map, data)| {
+            // A map that was renamed or copied names another file than its own name does.
             let key = read_key(map).filter(|key| key.stem() == stem)?;
             let is_whole = data.metadata().ok()?.len() == key.len;
             is_whole.then_some(PairState {
+                // Each open of a pair sets this time; the time of access is not kept on most mounts.
                 used: map.metadata().ok()?.modified().ok()?,
                 complete: completion::is_complete(map, data),
                 key,
@@ -206,6 +216,7 @@ impl Folder {
         let _lock = self.lock(wait)?;
         let mut pairs = self.pairs()?;
         // Leftovers have no use, and come first.
+        // `None` sorts before every time.
         pairs.sort_by_key(|pair| pair.state.as_ref().map(|state| state.used));
         let mut size: u64 = pairs.iter().map(|pair| pair.allocated).sum();
         let limit = self.limit.unwrap_or(u64::MAX);
@@ -214,6 +225,7 @@ impl Folder {
             if (pair.state.is_some() && size <= limit) || !self.evict_pair(&pair) {
                 continue;
             }
+            // An estimate: another process may write meanwhile. The next eviction counts anew.
             size = size.saturating_sub(pair.allocated);
             match pair.state {
                 Some(state) => {

@@ -117,6 +117,7 @@ pub(super) fn check(
     len: u64,
     known: Option<&Version>,
 ) -> Result<Part, Misfit> {
+    // Some servers compress whatever the request says. Its bytes are not those of the range.
     if let Some(encoding) = text(headers, CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity")) {
         let encoding = printable(encoding);
         return Err(Misfit::Wrong(format!(
@@ -130,10 +131,12 @@ pub(super) fn check(
             return Err(Misfit::Wrong("one range was asked for, and several came".to_owned()));
         }
         StatusCode::PARTIAL_CONTENT => ranged(headers, start, len, known)?,
+        // Before anything is compared: a login page has the status of success, and the file's name.
         StatusCode::OK if kind.starts_with("text/html") => return Err(Misfit::Page),
         StatusCode::OK => whole(headers, body, start, len, known)?,
         other => return Err(Misfit::Wrong(format!("unexpected status {other}"))),
     };
+    // Before offsets are computed with it, which could overflow near the largest number.
     if part.version.len > MAX_LEN {
         return Err(Misfit::TooLong(part.version.len));
     }
@@ -159,6 +162,7 @@ fn ranged(headers: &HeaderMap, start: u64, len: u64, known: Option<&Version>) ->
     };
     let total = match (total, known) {
         (Some(total), _) => total,
+        // `*` for the total is allowed; the length cannot be compared then, and the other validators still are.
         (None, Some(known)) => known.len,
         (None, None) => {
             return Err(Misfit::Wrong(
@@ -166,10 +170,13 @@ fn ranged(headers: &HeaderMap, start: u64, len: u64, known: Option<&Version>) ->
             ));
         }
     };
+    // Before the range is compared: a file that has become shorter has another range, and is to be named as changed.
     let version = Version::of(total, headers);
     if let Some(difference) = known.and_then(|known| known.difference(&version)) {
         return Err(Misfit::Changed(difference));
     }
+    // A range may reach over the end of a file whose length was not known when it was asked for. Nothing else may differ:
+    // an answer with other bytes, though well formed, would be cached under the wrong offset.
     let end = start.saturating_add(len).min(total);
     if first != start || last.checked_add(1) != Some(end) {
         return Err(Misfit::Wrong(format!(
@@ -199,6 +206,7 @@ fn whole(
     if let Some(difference) = known.and_then(|known| known.difference(&version)) {
         return Err(Misfit::Changed(difference));
     }
+    // A server may answer so to a range that is the whole file.
     let all = known.map_or(total <= len, |known| known.len == len);
     if start == 0 && all {
         return Ok(Part { len: total, version });
@@ -215,6 +223,7 @@ fn parse_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
     let (first, last) = range.split_once('-')?;
     let number = |text: &str| {
         let text = text.trim();
+        // The parser of the language accepts a plus sign, the header does not.
         text.parse::<u64>()
             .ok()
             .filter(|_| text.bytes().all(|b| b.is_ascii_digit()))

@@ -114,6 +114,7 @@ impl Client {
     /// Returns the client of a server: that of another disk with the same server and settings, or a new one.
     pub(super) fn of(config: &HttpsConfig, origin: &Url) -> Result<Arc<Self>> {
         let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, so that the first disks of a server do not log in twice.
         clients.retain(|(_, _, client)| client.strong_count() > 0);
         let same = clients
             .iter()
@@ -129,6 +130,7 @@ impl Client {
     fn new(config: &HttpsConfig, origin: &Url) -> Result<Self> {
         let server = &config.server;
         let (tls, refusal) = trust::client_config(&server.trust)?;
+        // Before its first byte a vCenter may need half an hour.
         let is_vcenter = matches!(
             &config.address,
             HttpsAddress::Datastore { datacenter: Some(name), .. } if name != ESXI_DATACENTER
@@ -137,6 +139,8 @@ impl Client {
         let timeout = server.timeout.unwrap_or(default);
         let connections = server.connections.unwrap_or(CONNECTIONS);
         let connect = CONNECT.min(timeout);
+        // The library brings HTTP/2 and proxies, and costs a change of threads for each piece of an answer. The common case does
+        // without.
         let transport = if server.http2 || server.proxy.is_some() {
             Transport::Library(Library::new(&LibraryOptions {
                 tls,
@@ -195,11 +199,14 @@ impl Client {
                 Ok(version) => return Ok(version),
                 Err(failure) => failure,
             };
+            // Progress pays for the failure: a server that cuts each answer after a while is read to the end.
             if done > before {
                 tries = 0;
             }
             tries += 1;
             let started = ask.known.is_some();
+            // Before the first answer a wrong name or address is more likely than a passing fault, so the user gets an answer soon.
+            // Later, a mount goes on trying until the deadline.
             let (most, wanted) = match failure.next {
                 Next::GiveUp => return Err(failure.error),
                 Next::TimedOut => {
@@ -207,6 +214,7 @@ impl Client {
                     return Err(Error::new(ErrorKind::Os(libc::EIO), text));
                 }
                 Next::Return => {
+                    // The next attempt asks the server again, which redirects to an address that is valid now.
                     *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     (START_RETRIES, Some(Duration::ZERO))
                 }
@@ -219,6 +227,7 @@ impl Client {
                 Next::Reconnect => (if started { u32::MAX } else { 0 }, None),
             };
             let pause = wanted.unwrap_or_else(|| pause_before(tries));
+            // A pause that would outlast the deadline is not begun: the reason is known now.
             if tries > self.retry.unwrap_or(most) || Instant::now() + pause >= limits.deadline {
                 return Err(failure.error);
             }
@@ -229,6 +238,7 @@ impl Client {
 
     /// Asks once for what is missing of a range after its first `done` bytes.
     fn attempt(&self, ask: &Ask<'_>, limits: Limits<'_>, done: &mut u64, sink: Piece<'_>) -> Result<Version, Failure> {
+        // For the whole attempt, redirects included: a slot stands for one connection that is busy.
         let _slot = self.slots.acquire(limits)?;
         let moved = ask.moved.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let was_moved = moved.is_some();
@@ -241,6 +251,7 @@ impl Client {
                 url = self.redirected(&url, &answer, &authorization)?;
                 continue;
             }
+            // A storage service signs the address that it redirects to for some minutes; afterwards it refuses it in one of these ways.
             let gone = [
                 StatusCode::UNAUTHORIZED,
                 StatusCode::FORBIDDEN,
@@ -295,6 +306,7 @@ impl Client {
         limits: Limits<'_>,
     ) -> Result<(Answer, Authorization<'_>), Failure> {
         let mut headers = HeaderMap::new();
+        // The one place where credentials are added. Scheme, host and port must be those that the user named.
         let authorization = if same_origin(url, &self.origin) {
             // May hold tokens, as credentials do.
             headers.clone_from(&self.headers);
@@ -306,7 +318,9 @@ impl Client {
         if let Some(Ok(range)) = (ask.want == Want::Bytes).then(|| HeaderValue::from_str(&range)) {
             headers.insert(RANGE, range);
         }
+        // Offsets are those of the file itself. A compressed body would have others.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        // A server that knows If-Range answers with the whole file if the file has changed, which `answer` then reports.
         if let Some(Ok(etag)) = ask.known.and_then(Version::if_range).map(HeaderValue::from_str) {
             headers.insert(IF_RANGE, etag);
         }
@@ -332,6 +346,7 @@ impl Client {
         let answer = answer.map_err(|trouble| self.no_answer(trouble))?;
         if let Authorization::Login { .. } = authorization {
             let status = answer.status;
+            // Status 404 and 416 come after the login was checked: a datastore may lack the file, and its session is valid.
             let accepted =
                 status.is_success() || status == StatusCode::NOT_FOUND || status == StatusCode::RANGE_NOT_SATISFIABLE;
             self.session.logged_in(&answer.headers, accepted);
@@ -344,6 +359,7 @@ impl Client {
         let host = self.host();
         match trouble {
             Trouble::Unreachable(text) => {
+                // The TLS library reports a certificate that was refused as a connection that failed; the verifier left its reason here.
                 let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take();
                 match refusal {
                     Some(refusal) => Failure::fatal(ErrorKind::Os(libc::EACCES), refusal),
@@ -374,6 +390,7 @@ impl Client {
         let Some(target) = target else {
             return Err(Failure::retry("a redirect without a valid address"));
         };
+        // The bytes of a disk would come unprotected from there on.
         let downgraded = from.scheme() == "https" && target.scheme() != "https";
         if downgraded || !matches!(target.scheme(), "https" | "http") {
             let scheme = printable(target.scheme());

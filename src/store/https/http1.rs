@@ -94,6 +94,8 @@ impl Http1 {
                 Ok(answer) => return Ok(answer),
             }
         }
+        // The connection has a limit of its own, below the request's deadline: with a host that drops packets, time for a second
+        // address is left.
         let wire = Wire::connect(&endpoint, &self.resolve, &self.tls, limits.within(self.connect));
         let wire = wire.map_err(|trouble| match trouble {
             Trouble::TimedOut if Instant::now() < limits.deadline => {
@@ -114,18 +116,23 @@ impl Http1 {
         request: &Request<'_>,
         limits: Limits<'_>,
     ) -> Result<Answer, (Trouble, bool)> {
+        // Head and body in one write: two small segments would wait for each other's confirmation (Nagle, delayed ACK).
         let mut message = head.to_vec();
         message.extend_from_slice(request.body);
+        // A connection that the server has closed accepts a write at first, or fails it. Both count as "before any byte", so that
+        // another connection is tried; a GET may be sent twice.
         wire.send(&message, limits).map_err(|trouble| (trouble, true))?;
         let mut bytes = Vec::new();
         for _ in 0..=MAX_INTERIM {
             let parsed = receive_head(&mut wire, &mut bytes, limits);
             let head = parsed.map_err(|trouble| (trouble, bytes.is_empty()))?;
+            // 100 and 103 announce the answer and have no body.
             if head.status.is_informational() {
                 continue;
             }
             let (framing, keep) =
                 framing_of(&head, request).map_err(|text| (Trouble::Broken(text.to_owned()), false))?;
+            // What came behind the head already belongs to the body.
             let mut body = DirectBody {
                 wire: Some((endpoint.clone(), wire)),
                 early: bytes,
@@ -151,6 +158,7 @@ impl IdlePool {
             drop(wires);
             drop(expired);
             let (_, since, wire) = taken?;
+            // A test costs a system call. Between the requests of one reader it never finds anything.
             if since.elapsed() < FRESH || !wire.is_stale() {
                 return Some(wire);
             }
@@ -161,6 +169,7 @@ impl IdlePool {
         let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
         let expired = expired(&mut wires);
         wires.push((endpoint, Instant::now(), wire));
+        // The list is in the order of use, so the first one is the next that the server would close.
         let oldest = (wires.len() > self.most).then(|| wires.remove(0));
         drop(wires);
         drop((expired, oldest));
@@ -226,9 +235,12 @@ fn receive_head(wire: &mut Wire, bytes: &mut Vec<u8>, limits: Limits<'_>) -> Res
             bytes.drain(..end);
             return head.map_err(|text| Trouble::Broken(text.to_owned()));
         }
+        // After the search, so that a head which ends in the last piece is accepted.
         if bytes.len() > MAX_HEAD {
             return Err(Trouble::Broken("the head of the answer is too long".to_owned()));
         }
+        // The end of a head may be cut anywhere: its last three bytes are looked at again, and no byte more often than that, as a
+        // server may send its head in single bytes.
         searched = bytes.len().saturating_sub(3);
         if !wire.receive(1, limits, &mut |piece| bytes.extend_from_slice(piece))? {
             return Err(Trouble::Broken(
@@ -252,6 +264,7 @@ fn head_end(bytes: &[u8], from: usize) -> Option<usize> {
 }
 
 fn parse_head(bytes: &[u8]) -> Result<Head, &'static str> {
+    // On the stack: the parser fails for more lines than this has room for.
     let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut answer = httparse::Response::new(&mut lines);
     match answer.parse(bytes) {
@@ -262,6 +275,7 @@ fn parse_head(bytes: &[u8]) -> Result<Head, &'static str> {
     let mut headers = HeaderMap::with_capacity(answer.headers.len());
     for line in answer.headers.iter() {
         let name = HeaderName::from_bytes(line.name.as_bytes());
+        // A line that is no valid header is left out, as browsers do. Those that decide something are checked where they are used.
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(line.value)) {
             headers.append(name, value);
         }
@@ -294,28 +308,37 @@ fn framing_of(head: &Head, request: &Request<'_>) -> Result<(Framing, bool), &'s
             .flat_map(|v| v.split(','));
         tokens.any(|t| t.trim().eq_ignore_ascii_case(token))
     };
+    // HTTP/1.1 keeps a connection unless told otherwise, HTTP/1.0 closes it unless told otherwise.
     let keep = match head.is_modern {
         true => !has_token(CONNECTION, "close"),
         false => has_token(CONNECTION, "keep-alive"),
     };
+    // Such an answer may have a Content-Length all the same: that of the body that a GET would have.
     let bodiless = request.method == Method::HEAD
         || head.status == StatusCode::NO_CONTENT
         || head.status == StatusCode::NOT_MODIFIED;
     if bodiless {
         return Ok((Framing::Length(0), keep));
     }
+    // It comes before Content-Length: a message with both ends where its chunks do (RFC 9112, 6.3).
     if head.headers.contains_key(TRANSFER_ENCODING) {
-        return match has_token(TRANSFER_ENCODING, "chunked") {
-            true => Ok((Framing::Chunked(Chunks::default()), keep)),
-            false => Err("the answer has an unknown transfer encoding"),
+        // Nothing else before it either: `gzip, chunked` would pass compressed bytes on as those of the file.
+        let mut codings = head.headers.get_all(TRANSFER_ENCODING).iter();
+        let chunked = |value: &HeaderValue| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+        return match (codings.next(), codings.next()) {
+            (Some(only), None) if chunked(only) => Ok((Framing::Chunked(Chunks::default()), keep)),
+            _ => Err("the answer has an unknown transfer encoding"),
         };
     }
+    // Equal repetitions are one length. Different ones are a sign that two programs on the way disagree about the end of the
+    // answer, and `+5` or an empty value is none.
     let mut lengths = head.headers.get_all(CONTENT_LENGTH).iter().map(|value| {
         let text = value.to_str().ok()?.trim();
         let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         text.parse::<u64>().ok().filter(|_| digits)
     });
     match lengths.next() {
+        // Without a length the connection ends with the body, so it cannot be used again.
         None => Ok((Framing::UntilEnd, false)),
         Some(Some(first)) if lengths.all(|other| other == Some(first)) => Ok((Framing::Length(first), keep)),
         Some(_) => Err("the answer has an invalid Content-Length"),
@@ -340,6 +363,7 @@ impl DirectBody {
             if self.is_complete() {
                 return Ok(false);
             }
+            // A hint for the socket, which wakes this thread once that many bytes have arrived. Of a chunk's end nothing is known.
             let expected = match &self.framing {
                 Framing::Length(left) => usize::try_from(*left).unwrap_or(usize::MAX),
                 Framing::Chunked(_) | Framing::UntilEnd => 1,
@@ -351,6 +375,7 @@ impl DirectBody {
                 taken = framing.take(&early, piece);
             } else if let Some((_, wire)) = &mut self.wire {
                 let more = wire.receive(expected, limits, &mut |bytes| taken = framing.take(bytes, piece))?;
+                // The end of the connection is the end of the body. A cut cannot be told from it here; the reader compares the length.
                 if !more && *framing == Framing::UntilEnd {
                     self.framing = Framing::Length(0);
                     return Ok(false);
@@ -365,6 +390,7 @@ impl DirectBody {
             // Bytes after a body belong to no request.
             self.keep &= !excess;
             self.finish();
+            // A piece may consist of the lines between two chunks alone. Then the next one is read, within the limits.
             if passed > 0 {
                 return Ok(true);
             }
@@ -384,6 +410,7 @@ impl DirectBody {
     fn finish(&mut self) {
         if self.is_complete()
             && let Some((endpoint, wire)) = self.wire.take()
+            // Otherwise the connection is dropped here, which closes it.
             && self.keep
             && self.early.is_empty()
         {
@@ -474,6 +501,7 @@ impl Chunks {
                 let size = self.left.checked_mul(16).ok_or(INVALID)?;
                 self.left = size + u64::from(digit);
             }
+            // At least one digit: an empty line is no size. Extensions after `;` are skipped, within the limit of the line.
             (ChunkState::Size, b'\r' | b'\n' | b';' | b' ' | b'\t') if self.line > 1 => {
                 self.state = ChunkState::SizeEnd;
                 if byte == b'\n' {
@@ -484,6 +512,7 @@ impl Chunks {
             (ChunkState::SizeEnd, _) => {}
             (ChunkState::DataEnd, b'\r') if self.line == 1 => {}
             (ChunkState::DataEnd, b'\n') => self.enter(ChunkState::Size),
+            // Not counted, so that CR LF alone is an empty line.
             (ChunkState::Trailer, b'\r') => self.line -= 1,
             // An empty line ends the body.
             (ChunkState::Trailer, b'\n') if self.line == 1 => self.enter(ChunkState::End),
@@ -575,6 +604,8 @@ mod tests {
             "Content-Length: +7",
             "Content-Length: ",
             "Transfer-Encoding: gzip",
+            "Transfer-Encoding: gzip, chunked",
+            "Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked",
         ] {
             assert!(framing(&format!("HTTP/1.1 200 x\r\n{bad}\r\n\r\n")).is_err(), "{bad}");
         }
