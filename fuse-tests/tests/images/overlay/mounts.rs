@@ -116,7 +116,7 @@ fn a_mounted_overlay_is_written_and_committed() {
             continue;
         }
         let done = act("--commit").run().ok();
-        assert!(done.stdout.contains("may be removed"), "{}", done.stdout);
+        assert!(done.stdout.contains("is no longer needed"), "{}", done.stdout);
         let mount = folder
             .scratch
             .mount()
