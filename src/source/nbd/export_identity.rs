@@ -8,6 +8,7 @@
 //!                                                                        ▲                             │ equal
 //!                                                                        └─────────────────────────────┘
 //! ```
+//! - Changes are sent once the blocks are known, so none can have been answered by a disk of which nothing is known.
 //! - A block that the session has changed is never compared again: a server that lost unflushed writes may have its old
 //!   content or the new one.
 //! - An answer that arrives after its connection was lost is ignored, as it may come from the next server.
@@ -16,6 +17,7 @@
 //! One mutex, held for a look or a change only.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
@@ -23,7 +25,11 @@ use crate::source::sample::{BlockDigest, QUICK, block_digest, sampled_ranges};
 
 /// Identity of an export; see the module documentation.
 #[derive(Debug, Default)]
-pub(super) struct ExportIdentity(Mutex<Samples>);
+pub(super) struct ExportIdentity {
+    samples: Mutex<Samples>,
+    /// Number of sampled blocks that are still being read. No change is sent before it is 0.
+    unread: AtomicUsize,
+}
 
 #[derive(Debug, Default)]
 struct Samples {
@@ -61,7 +67,23 @@ impl ExportIdentity {
         {
             block.changed = true;
         }
-        first.then(|| (samples.epoch, samples.unchanged()))
+        first.then(|| {
+            let blocks = samples.unchanged();
+            // Under the mutex: the next change must not see a sampling that has not begun yet.
+            self.unread.store(blocks.len(), Ordering::Release);
+            (samples.epoch, blocks)
+        })
+    }
+
+    /// Returns true while changes have to wait for the sampled blocks. Sent before them, a change could be answered and
+    /// the connection be lost with nothing known of the disk that has it.
+    pub(super) fn is_sampling(&self) -> bool {
+        self.unread.load(Ordering::Acquire) > 0
+    }
+
+    /// Notes that a sampled block was read, or cannot be.
+    pub(super) fn was_read(&self) {
+        self.unread.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Remembers what a block held, unless the connection was lost since.
@@ -113,7 +135,7 @@ impl ExportIdentity {
     }
 
     fn samples(&self) -> MutexGuard<'_, Samples> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

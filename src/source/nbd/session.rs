@@ -136,14 +136,14 @@ pub(super) struct Session {
 struct CommandQueues {
     /// Sent when there is a connection.
     awaiting_connection: VecDeque<Box<Command>>,
-    /// Changes held back until a flush frees space in the replay log.
-    awaiting_flush: VecDeque<Box<Command>>,
+    /// Changes held back until the sampled blocks are known, or a flush frees space in the replay log.
+    held: VecDeque<Box<Command>>,
 }
 
 impl CommandQueues {
     /// Returns true if a command may change the export.
     fn has_changes(&self) -> bool {
-        let mut queued = self.awaiting_connection.iter().chain(&self.awaiting_flush);
+        let mut queued = self.awaiting_connection.iter().chain(&self.held);
         queued.any(|command| command.kind.is_change())
     }
 }
@@ -312,12 +312,12 @@ impl Session {
             // Before the command can reach the server: a block status answer that crosses it must not be cached.
             self.map.begin_change(command.offset, command.offset + command.len);
             self.sample_before(&command);
-            if self.must_await_flush(&command) {
-                self.enqueue(command, |queues| &mut queues.awaiting_flush);
+            if self.must_hold(&command) {
+                self.enqueue(command, |queues| &mut queues.held);
                 // The manager fails the command at its deadline, and flushes if no other flush is in flight.
-                // The flush that frees the space may have ended between the check and the push, and its thread found
-                // the queue empty. Check again, or the command would wait for a flush that never comes.
-                self.resume_awaiting_flush();
+                // The flush or the sampling that it waits for may have ended between the check and the push, and its
+                // thread found the queue empty. Check again, or the command would wait for an end that never comes.
+                self.resume_held();
                 return None;
             }
         }
@@ -334,8 +334,7 @@ impl Session {
         Some(command)
     }
 
-    /// Reads the sampled blocks of the export ahead of the first change of the session. Does not wait for the answers: the
-    /// server may execute the change first, but it changes none of these blocks.
+    /// Reads the sampled blocks of the export ahead of the first change of the session, which waits for them.
     fn sample_before(&self, change: &Command) {
         let (from, to) = (change.offset, change.offset + change.len);
         let blocks = self
@@ -344,6 +343,7 @@ impl Session {
         let Some((epoch, blocks)) = blocks else { return };
         for block in blocks {
             let Some(buf) = self.pool.take((block.end - block.start) as usize) else {
+                self.identity.was_read();
                 continue;
             };
             let identity = Arc::clone(&self.identity);
@@ -353,6 +353,7 @@ impl Session {
                 if let (Ok(()), Some(bytes)) = (result, command.buf.take().bytes().get(..len)) {
                     identity.learn(epoch, command.offset, bytes);
                 }
+                identity.was_read();
             });
             let (offset, len) = (block.start, block.end - block.start);
             self.send(Command::new(
@@ -372,9 +373,11 @@ impl Session {
         replay_log.is_empty() && replay_log.check_lost().is_ok()
     }
 
-    /// Back-pressure: returns true if a change has to wait until a flush frees space in the replay log.
-    fn must_await_flush(&self, command: &Command) -> bool {
-        self.export.flush && command.deadline > Instant::now() && lock(&self.replay_log).is_full()
+    /// Returns true if a change has to wait for the sampled blocks, or (back-pressure) until a flush frees space in the
+    /// replay log.
+    fn must_hold(&self, command: &Command) -> bool {
+        let is_full = || self.export.flush && command.deadline > Instant::now() && lock(&self.replay_log).is_full();
+        self.identity.is_sampling() || is_full()
     }
 
     /// Sends an admitted command, or queues it until there is a connection.
@@ -470,7 +473,7 @@ impl Session {
         if flush {
             self.start_background_flush();
         }
-        self.resume_awaiting_flush();
+        self.resume_held();
     }
 
     /// Ends a command: updates the extent cache and the flush state, then calls its completion.
@@ -483,9 +486,14 @@ impl Session {
         } else if command.is_background() {
             lock(&self.replay_log).flush_ended();
         }
+        let was_sampling = self.identity.is_sampling();
         // A completion that panics must not take the remaining answers of the batch, or the polling thread, with it.
         if catch_unwind(AssertUnwindSafe(|| command.finish(result))).is_err() {
             tracing::error!("{}: completion handler of a command panicked", self.label());
+        }
+        // Several threads may see the end of the sampling; the queue is emptied once.
+        if was_sampling && !self.identity.is_sampling() {
+            self.resume_held();
         }
     }
 
@@ -506,13 +514,13 @@ impl Session {
         self.send(command);
     }
 
-    /// Sends the changes that waited for a flush, while the replay log has space.
-    fn resume_awaiting_flush(&self) {
-        loop {
+    /// Sends the changes that were held back, while the replay log has space.
+    fn resume_held(&self) {
+        while !self.identity.is_sampling() {
             // Lock order: the queues, then the replay log. Both are released before the command is sent.
             let mut queues = lock(&self.queues);
             let full = lock(&self.replay_log).is_full();
-            let Some(command) = (if full { None } else { queues.awaiting_flush.pop_front() }) else {
+            let Some(command) = (if full { None } else { queues.held.pop_front() }) else {
                 return;
             };
             drop(queues);
@@ -565,9 +573,9 @@ impl Session {
         }
         let CommandQueues {
             awaiting_connection,
-            awaiting_flush,
+            held,
         } = std::mem::take(&mut *lock(&self.queues));
-        for command in awaiting_connection.into_iter().chain(awaiting_flush) {
+        for command in awaiting_connection.into_iter().chain(held) {
             let e = self.error(&command, "the disk is closed");
             self.finish(command, Err(e));
         }

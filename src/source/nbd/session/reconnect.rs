@@ -106,7 +106,7 @@ impl Session {
                 self.fail_commands(expired);
                 queues = lock(&self.queues);
             } else if queues.awaiting_connection.is_empty()
-                && !queues.awaiting_flush.is_empty()
+                && !queues.held.is_empty()
                 && lock(&self.replay_log).wants_flush()
             {
                 // Changes wait for a flush, and none is in flight: the last background flush has failed. Send another
@@ -117,7 +117,7 @@ impl Session {
                 queues = lock(&self.queues);
             } else if queues.awaiting_connection.is_empty() {
                 // With changes held back, check again before long: their deadlines, and the flush that they wait for.
-                let wait = if queues.awaiting_flush.is_empty() {
+                let wait = if queues.held.is_empty() {
                     Duration::from_secs(3600)
                 } else {
                     BACK_OFF.1
@@ -137,9 +137,9 @@ impl Session {
         let mut late = VecDeque::new();
         let CommandQueues {
             awaiting_connection,
-            awaiting_flush,
+            held,
         } = queues;
-        for queue in [awaiting_connection, awaiting_flush] {
+        for queue in [awaiting_connection, held] {
             // Usually none is late: the queue is not rebuilt then.
             if queue.iter().any(|command| command.deadline <= now) {
                 let (expired, left): (VecDeque<_>, VecDeque<_>) =
@@ -241,9 +241,9 @@ impl Session {
             // Changes that wait for a flush need a connection too.
             let CommandQueues {
                 awaiting_connection,
-                awaiting_flush,
+                held,
             } = std::mem::take(&mut *lock(&self.queues));
-            for command in awaiting_connection.into_iter().chain(awaiting_flush) {
+            for command in awaiting_connection.into_iter().chain(held) {
                 let failed = self.error(&command, &e.to_string());
                 self.finish(command, Err(failed));
             }
