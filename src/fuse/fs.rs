@@ -21,8 +21,10 @@ use fuser::{Errno, FileAttr, FileType, INodeNo};
 use crate::config::{DiskConfig, MountKind, MountOptions};
 use crate::error::Result as CrateResult;
 use crate::error_log::ErrorLog;
-use crate::fuse::disk_file::{DiskFile, Passthrough};
+use crate::fuse::disk_file::DiskFile;
+use crate::fuse::kernel_view_builder::{Builder, PlannedView};
 use crate::fuse::kernel_view_node;
+use crate::fuse::open_plan::Passthrough;
 use crate::store::Permissions;
 use crate::store::StoredFile;
 use crate::volume::loop_budget::LoopBudget;
@@ -52,7 +54,7 @@ pub struct DiskFs {
     umask: u16,
     mount_time: SystemTime,
     passthrough: Passthrough,
-    views: kernel_view_node::Builder,
+    views: Builder,
     error_log: Arc<ErrorLog>,
     loops: Arc<LoopBudget>,
     /// True if the root has the xattr that names the daemon.
@@ -129,7 +131,7 @@ impl DiskFs {
             umask: options.umask.unwrap_or(0) as u16 & 0o777,
             mount_time: SystemTime::now(),
             passthrough: Err(NO_PASSTHROUGH),
-            views: kernel_view_node::Builder::default(),
+            views: Builder::default(),
             error_log,
             loops,
             has_xattr: false,
@@ -144,7 +146,7 @@ impl DiskFs {
         self.views.required(&disks, self.mount_kind)
     }
 
-    fn planned_views(&self) -> Vec<kernel_view_node::PlannedView> {
+    fn planned_views(&self) -> Vec<PlannedView> {
         self.files
             .iter()
             .map(|file| (Arc::clone(&file.view), file.volume()))

@@ -27,17 +27,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use fuser::{BackingId, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, ReplyEntry, ReplyOpen};
+use fuser::{BackingId, Errno, FileAttr, Generation, INodeNo, ReplyEntry, ReplyOpen};
 
 use crate::config::{DiskConfig, KernelView, MountKind, PageCache, SourceConfig, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::error_log::ErrorLog;
+use crate::fuse::open_plan::{
+    Access, Inode, OpenHandle, OpenMode, OpenPlan, OpenRequest, ServePlan, ViewFacts, ViewWish, plan,
+};
 use crate::kernel_view::View;
 use crate::volume::Volume;
-
-mod builder;
-
-pub(super) use builder::{Builder, PlannedView};
 
 /// For how long, at least, a name stays with the disk inode after an open of the view was rejected.
 const DISK_INODE_TIME: Duration = Duration::from_secs(1);
@@ -65,14 +63,6 @@ pub(super) fn is_view_inode(ino: INodeNo) -> bool {
 pub(super) fn disk_inode_of(ino: INodeNo) -> INodeNo {
     INodeNo(ino.0 & !VIEW_NODE)
 }
-
-/// Handle of an open of the view that the kernel serves from the view's file.
-const PASSTHROUGH: FileHandle = FileHandle(1);
-/// Handle of an open of the view whose reads reach the daemon only.
-const DIRECT: FileHandle = FileHandle(2);
-
-/// A view is read-only, so closing it needs no flush request.
-const NO_FLUSH: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 
 /// The two inodes of a disk, and the state of its kernel view.
 #[derive(Debug)]
@@ -121,20 +111,6 @@ enum NameTarget {
     DiskForNow,
     /// The view inode.
     View,
-}
-
-/// Answer to an open of the view inode.
-#[derive(Debug, PartialEq, Eq)]
-enum OpenAnswer {
-    /// The kernel reads the view's file.
-    Passthrough,
-    /// ESTALE: the kernel repeats the lookup of the name.
-    LookupAgain,
-    /// Every read reaches the daemon. `with_backing`: the inode has passthrough opens, so that the kernel requires
-    /// their backing file for this open as well.
-    Daemon { with_backing: bool },
-    /// EINVAL: `O_DIRECT` is not possible beside passthrough opens.
-    Refuse,
 }
 
 impl KernelViewNode {
@@ -199,16 +175,31 @@ impl KernelViewNode {
         self.config.mode == KernelView::Off
     }
 
-    /// Returns true if an open that gets no backing file, for the reason `why`, must fail, and logs the error.
-    ///
-    /// False for a disk with a view: opens that do not fit the view are served by the daemon.
-    pub(super) fn refuses(&self, why: &str, error_log: &ErrorLog) -> bool {
-        let refuses =
-            self.is_required() && matches!(self.lock().view_state, ViewState::Unavailable) && self.never_has_view;
-        if refuses {
-            error_log.note(required_but_unavailable(&self.name, Error::unsupported(why)));
+    /// Returns the need of the disk for a view, at an open of its disk inode.
+    pub(super) fn wish(&self) -> ViewWish {
+        match self.lock().view_state {
+            ViewState::Waiting | ViewState::Building | ViewState::Ready(..) => ViewWish::Wanted,
+            ViewState::Unavailable if self.is_required() && self.never_has_view => ViewWish::RequiredBacking,
+            ViewState::Unavailable => ViewWish::None,
         }
-        refuses
+    }
+
+    /// Returns true if the view is not built yet.
+    pub(super) fn is_building(&self) -> bool {
+        matches!(self.lock().view_state, ViewState::Building)
+    }
+
+    /// Returns the configuration of the view.
+    pub(super) fn config(&self) -> &ViewConfig {
+        &self.config
+    }
+
+    /// Returns the error of a disk that the kernel must read itself, and cannot.
+    pub(super) fn required_but_unavailable(&self, why: Error) -> Error {
+        why.within(format!(
+            "{}: kernel-view=required, but the kernel cannot read the disk itself",
+            self.name
+        ))
     }
 
     /// Answers a lookup of the name. `attr` are the attributes of the disk inode; `ttls` are for how long they and the
@@ -237,7 +228,7 @@ impl KernelViewNode {
     /// Returns true if the file is open now.
     ///
     /// Errors: the view is required, but the kernel refuses its file. The open was answered with EIO.
-    pub(super) fn open(&self, volume: &Arc<Volume>, direct: bool, pid: u32, reply: ReplyOpen) -> Result<bool> {
+    pub(super) fn open(&self, volume: &Arc<Volume>, access: Access, pid: u32, reply: ReplyOpen) -> Result<bool> {
         // Locked until the reply is sent: concurrent opens of the view must get the same backing file.
         let mut state = self.lock();
         if state.discard_if_outdated(volume) {
@@ -246,7 +237,7 @@ impl KernelViewNode {
                 self.name
             );
         }
-        if !direct
+        if !access.direct
             && let ViewState::Ready(view, _) = &state.view_state
             && state.backing.is_none()
         {
@@ -256,10 +247,7 @@ impl KernelViewNode {
                 Ok(id) => state.backing = Some((id, view)),
                 Err(e) if self.is_required() => {
                     reply.error(Errno::EIO);
-                    return Err(required_but_unavailable(
-                        &self.name,
-                        Error::io("FUSE passthrough was refused", e),
-                    ));
+                    return Err(self.required_but_unavailable(Error::io("FUSE passthrough was refused", e)));
                 }
                 Err(e) => {
                     tracing::info!("{}: no kernel view: FUSE passthrough was refused: {e}", self.name);
@@ -267,30 +255,30 @@ impl KernelViewNode {
                 }
             }
         }
-        match (state.answer(direct, pid, Instant::now()), &state.backing) {
-            (OpenAnswer::Passthrough, Some((id, _))) => {
-                reply.opened_passthrough(PASSTHROUGH, NO_FLUSH, id);
-            }
-            (OpenAnswer::Daemon { with_backing: true }, Some((id, _))) => {
-                reply.opened_passthrough(PASSTHROUGH, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO, id);
-            }
-            (OpenAnswer::Daemon { .. }, _) => reply.opened(DIRECT, NO_FLUSH | FopenFlags::FOPEN_DIRECT_IO),
-            (OpenAnswer::Refuse, _) => {
-                reply.error(Errno::EINVAL);
+        let serve = match state.plan_open(access, pid, Instant::now()) {
+            OpenPlan::Serve(serve) => serve,
+            OpenPlan::Refuse(errno) => {
+                reply.error(errno);
                 return Ok(false);
             }
-            // `Passthrough` implies a backing file, so this arm answers `LookupAgain`.
-            (OpenAnswer::LookupAgain | OpenAnswer::Passthrough, _) => {
-                reply.error(Errno::ESTALE);
+            // The plan of a view inode never asks for one.
+            OpenPlan::AcquireBacking => {
+                reply.error(Errno::EIO);
                 return Ok(false);
             }
+        };
+        match &state.backing {
+            Some((id, _)) if serve.mode == OpenMode::Passthrough => {
+                reply.opened_passthrough(serve.handle(), serve.flags(), id);
+            }
+            _ => reply.opened(serve.handle(), serve.flags()),
         }
         Ok(true)
     }
 
     /// Ends an open of the view inode.
-    pub(super) fn release(&self, handle: FileHandle) {
-        if handle == PASSTHROUGH {
+    pub(super) fn release(&self, open: OpenHandle) {
+        if open.mode == OpenMode::Passthrough {
             self.lock().passthrough_open_ended();
         }
     }
@@ -307,7 +295,7 @@ impl KernelViewNode {
     }
 
     /// Installs the view that was built of `volume`, or logs why there will be none.
-    fn set_view(&self, view: Result<View>, volume: &Arc<Volume>) {
+    pub(super) fn set_view(&self, view: Result<View>, volume: &Arc<Volume>) {
         let view_state = match view {
             Ok(view) => {
                 tracing::info!("{}: read by the kernel itself: {view}", self.name);
@@ -363,46 +351,46 @@ impl NodeState {
     }
 
     /// Decides on an open of the view inode, and counts it.
-    fn answer(&mut self, direct: bool, pid: u32, now: Instant) -> OpenAnswer {
-        let with_backing = self.passthrough_opens > 0;
-        if matches!(self.view_state, ViewState::Ready(..)) && self.backing.is_some() && !direct {
-            self.passthrough_opens += 1;
-            OpenAnswer::Passthrough
-        } else if self.reject_once(pid, now) {
-            OpenAnswer::LookupAgain
-        } else if direct && with_backing {
-            OpenAnswer::Refuse
-        } else {
-            self.passthrough_opens += u64::from(with_backing);
-            OpenAnswer::Daemon { with_backing }
-        }
-    }
-
-    /// Returns true if process `pid` gets ESTALE, and expects its retry; false if this is the retry.
-    fn reject_once(&mut self, pid: u32, now: Instant) -> bool {
+    fn plan_open(&mut self, access: Access, pid: u32, now: Instant) -> OpenPlan {
         self.expected_retries
             .retain(|(_, at)| now.saturating_duration_since(*at) < RETRY_TIMEOUT);
-        // PID 0 stands for every process of another PID namespace, so it says nothing about a retry.
-        let known = self
-            .expected_retries
-            .iter()
-            .position(|&(waiting, _)| waiting == pid && pid != 0);
-        if let Some(i) = known {
+        let facts = ViewFacts {
+            is_ready: matches!(self.view_state, ViewState::Ready(..)) && self.backing.is_some(),
+            has_backed_opens: self.passthrough_opens > 0,
+            // PID 0 stands for every process of another PID namespace, so it says nothing about a retry.
+            was_rejected: pid != 0 && self.expected_retries.iter().any(|&(waiting, _)| waiting == pid),
+        };
+        let decision = plan(&OpenRequest {
+            access,
+            inode: Inode::View(facts),
+        });
+        match decision {
+            OpenPlan::Refuse(Errno::ESTALE) => {
+                self.last_rejected = Some(now);
+                if self.expected_retries.len() < MAX_EXPECTED_RETRIES {
+                    self.expected_retries.push((pid, now));
+                }
+            }
+            // The one that fits the view says nothing about the retry of another thread of the process.
+            OpenPlan::Serve(ServePlan { direct_io: false, .. }) | OpenPlan::AcquireBacking => {}
+            OpenPlan::Serve(_) | OpenPlan::Refuse(_) => self.retried(pid),
+        }
+        if let OpenPlan::Serve(serve) = decision {
+            self.passthrough_opens += u64::from(serve.mode == OpenMode::Passthrough);
+        }
+        decision
+    }
+
+    /// Ends the wait for a retry by process `pid`.
+    fn retried(&mut self, pid: u32) {
+        if let Some(i) = self.expected_retries.iter().position(|&(waiting, _)| waiting == pid) {
             self.expected_retries.swap_remove(i);
-            return false;
         }
-        self.last_rejected = Some(now);
-        if self.expected_retries.len() < MAX_EXPECTED_RETRIES {
-            self.expected_retries.push((pid, now));
-        }
-        true
     }
 
     fn disk_inode_opened(&mut self, direct: bool, pid: u32) {
         self.direct_opens += u64::from(direct);
-        if let Some(i) = self.expected_retries.iter().position(|&(waiting, _)| waiting == pid) {
-            self.expected_retries.swap_remove(i);
-        }
+        self.retried(pid);
     }
 
     fn passthrough_open_ended(&mut self) {
@@ -453,12 +441,6 @@ fn reason_without_view(
     } else {
         None
     }
-}
-
-fn required_but_unavailable(name: &str, why: Error) -> Error {
-    why.within(format!(
-        "{name}: kernel-view=required, but the kernel cannot read the disk itself"
-    ))
 }
 
 #[cfg(test)]

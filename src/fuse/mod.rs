@@ -4,8 +4,9 @@
 //!   mount              creates and removes the mount ── fusermount: the same through the setuid helper
 //!   session            the threads that take requests
 //!   fs                 the file system ── operations: its requests ── errno: conversion of errors
-//!   disk_file          one disk: how an open is served ── write ── attributes
-//!     kernel_view_node its second inode, which the kernel reads without the daemon
+//!   disk_file          one disk: its content and reads ── open ── write ── attributes
+//!     open_plan        pure decision on how an open is served ── open_state: the current opens
+//!     kernel_view_node its second inode, which the kernel reads without the daemon ── kernel_view_builder
 //!   readahead          the mount's read-ahead window
 //!   probe              a first read through the mount, by a separate process
 //!   auto_unmount       removes the mount of a killed daemon, by a separate process
@@ -24,10 +25,13 @@ mod disk_file;
 mod errno;
 pub mod fs;
 mod fusermount;
+mod kernel_view_builder;
 mod kernel_view_node;
 pub mod mount;
 pub(crate) mod mount_flags;
-
+mod open;
+mod open_plan;
+mod open_state;
 pub mod probe;
 pub mod readahead;
 pub mod session;

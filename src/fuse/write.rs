@@ -11,8 +11,9 @@ use std::sync::Arc;
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::disk_file::{DiskFile, writes};
+use crate::fuse::disk_file::DiskFile;
 use crate::fuse::errno::{errno, zeroing_errno};
+use crate::fuse::open_plan::OpenHandle;
 use crate::volume::{FlushKind, Request};
 
 /// Called with the errno for the kernel.
@@ -63,7 +64,7 @@ impl DiskFile {
     /// Answers a close. A process that has written relies on its data being durable once close returns, and on the image
     /// being one that other programs can use.
     pub(super) fn flush(self: &Arc<Self>, handle: FileHandle, reply: ReplyEmpty) {
-        if writes(handle) {
+        if OpenHandle::from(handle).writes {
             self.sync(FlushKind::Complete, reply);
         } else {
             reply.ok();
@@ -73,7 +74,7 @@ impl DiskFile {
     /// Completes the image at the end of an open. What a loop device or a mapping has written since the last close of a
     /// descriptor is covered by no flush.
     pub(super) fn finish(self: &Arc<Self>, handle: FileHandle) {
-        if writes(handle) && self.writable {
+        if OpenHandle::from(handle).writes && self.writable {
             let file = Arc::clone(self);
             let done = Box::new(move |result: &Result<()>| file.note_flush(result));
             self.volume().submit(Request::Finish { done });

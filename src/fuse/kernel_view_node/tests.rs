@@ -1,6 +1,31 @@
 use super::*;
 use crate::config::LocalConfig;
+use crate::fuse::kernel_view_builder::Builder;
 use crate::test_disk::TestDisk;
+
+/// Decides on an open for reading.
+fn served(s: &mut NodeState, direct: bool, pid: u32, now: Instant) -> OpenPlan {
+    let access = Access {
+        writes: false,
+        reads: true,
+        appends: false,
+        direct,
+    };
+    s.plan_open(access, pid, now)
+}
+
+const LOOKUP_AGAIN: OpenPlan = OpenPlan::Refuse(Errno::ESTALE);
+
+fn by_daemon(mode: OpenMode) -> OpenPlan {
+    OpenPlan::Serve(ServePlan {
+        mode,
+        direct_io: true,
+        parallel_writes: false,
+        keep_pages: false,
+        writes: false,
+        dirties: false,
+    })
+}
 
 fn state() -> NodeState {
     NodeState {
@@ -24,18 +49,18 @@ fn both_inodes_map_to_the_disk() {
 fn a_process_rejected_twice_in_a_row_gets_an_answer() {
     let mut s = state();
     let now = Instant::now();
-    assert_eq!(s.answer(true, 7, now), OpenAnswer::LookupAgain);
-    assert_eq!(s.answer(true, 8, now), OpenAnswer::LookupAgain, "another process");
-    assert_eq!(s.answer(true, 7, now), OpenAnswer::Daemon { with_backing: false });
+    assert_eq!(served(&mut s, true, 7, now), LOOKUP_AGAIN);
+    assert_eq!(served(&mut s, true, 8, now), LOOKUP_AGAIN, "another process");
+    assert_eq!(served(&mut s, true, 7, now), by_daemon(OpenMode::Direct));
     s.passthrough_opens = 1;
-    assert_eq!(s.answer(true, 8, now), OpenAnswer::Refuse);
-    assert_eq!(s.answer(false, 9, now), OpenAnswer::LookupAgain);
-    assert_eq!(s.answer(false, 9, now), OpenAnswer::Daemon { with_backing: true });
+    assert_eq!(served(&mut s, true, 8, now), OpenPlan::Refuse(Errno::EINVAL));
+    assert_eq!(served(&mut s, false, 9, now), LOOKUP_AGAIN);
+    assert_eq!(served(&mut s, false, 9, now), by_daemon(OpenMode::Passthrough));
     assert_eq!(s.passthrough_opens, 2, "the kernel was given the file once more");
     for _ in 0..3 {
         assert_eq!(
-            s.answer(true, 0, now),
-            OpenAnswer::LookupAgain,
+            served(&mut s, true, 0, now),
+            LOOKUP_AGAIN,
             "PID 0 does not identify a process"
         );
     }
@@ -45,10 +70,10 @@ fn a_process_rejected_twice_in_a_row_gets_an_answer() {
 fn a_retry_by_the_name_makes_the_next_open_rejected_again() {
     let mut s = state();
     let now = Instant::now();
-    assert_eq!(s.answer(true, 7, now), OpenAnswer::LookupAgain);
+    assert_eq!(served(&mut s, true, 7, now), LOOKUP_AGAIN);
     s.disk_inode_opened(true, 7);
     assert_eq!((s.direct_opens, s.expected_retries.len()), (1, 0));
-    assert_eq!(s.answer(true, 7, now), OpenAnswer::LookupAgain);
+    assert_eq!(served(&mut s, true, 7, now), LOOKUP_AGAIN);
 }
 
 #[test]
@@ -56,7 +81,7 @@ fn the_name_keeps_the_disk_inode_for_direct_opens_expected_retries_and_a_second(
     let mut s = state();
     let begun = Instant::now();
     assert!(!s.keeps_disk_inode(begun));
-    assert_eq!(s.answer(true, 7, begun), OpenAnswer::LookupAgain);
+    assert_eq!(served(&mut s, true, 7, begun), LOOKUP_AGAIN);
     assert!(
         s.keeps_disk_inode(begun + DISK_INODE_TIME * 2),
         "process 7 has not retried"
@@ -73,10 +98,10 @@ fn processes_that_never_retry_are_forgotten() {
     let mut s = state();
     let begun = Instant::now();
     for pid in 1..=MAX_EXPECTED_RETRIES as u32 + 5 {
-        assert_eq!(s.answer(true, pid, begun), OpenAnswer::LookupAgain);
+        assert_eq!(served(&mut s, true, pid, begun), LOOKUP_AGAIN);
     }
     assert_eq!(s.expected_retries.len(), MAX_EXPECTED_RETRIES);
-    assert_eq!(s.answer(true, 9999, begun + RETRY_TIMEOUT), OpenAnswer::LookupAgain);
+    assert_eq!(served(&mut s, true, 9999, begun + RETRY_TIMEOUT), LOOKUP_AGAIN);
     assert_eq!(s.expected_retries.len(), 1);
 }
 

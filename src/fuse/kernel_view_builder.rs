@@ -3,19 +3,19 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{KernelViewNode, ViewState, required_but_unavailable};
 use crate::config::MountKind;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::disk_file::Passthrough;
+use crate::fuse::kernel_view_node::KernelViewNode;
+use crate::fuse::open_plan::Passthrough;
 use crate::kernel_view::{self, View};
 use crate::volume::Volume;
 
 /// The node of a disk, and the volume that its view is to describe.
-pub(in crate::fuse) type PlannedView = (Arc<KernelViewNode>, Arc<Volume>);
+pub(super) type PlannedView = (Arc<KernelViewNode>, Arc<Volume>);
 
 /// Builds the views of a mount. When it is dropped, views that are not built yet are abandoned.
 #[derive(Debug, Default)]
-pub(in crate::fuse) struct Builder(BuildState);
+pub(super) struct Builder(BuildState);
 
 /// State that the threads of a builder share.
 #[derive(Debug, Clone, Default)]
@@ -28,20 +28,20 @@ struct BuildState {
 
 impl Builder {
     /// Builds the required views before it returns. Errors: the reason why a disk that must have a view has none.
-    pub(in crate::fuse) fn required(&self, disks: &[PlannedView], mount_kind: MountKind) -> Result<()> {
+    pub(super) fn required(&self, disks: &[PlannedView], mount_kind: MountKind) -> Result<()> {
         for (node, volume) in disks.iter().filter(|(s, _)| s.is_required()) {
             if node.is_wanted() {
                 let view = self
                     .0
                     .build(disks, node, volume)
-                    .map_err(|why| required_but_unavailable(&node.name, why))?;
+                    .map_err(|why| node.required_but_unavailable(why))?;
                 node.set_view(Ok(view), volume);
             } else if volume.disk().backing_fd().is_none() || volume.disk().writer().is_some() {
                 let why = match mount_kind {
                     MountKind::File => "a mount over a file has no second inode for the view; mount on a directory",
                     MountKind::Dir => "the disk must be mounted read-only (-r), and without cache=none",
                 };
-                return Err(required_but_unavailable(&node.name, Error::new(ErrorKind::Usage, why)));
+                return Err(node.required_but_unavailable(Error::new(ErrorKind::Usage, why)));
             }
         }
         Ok(())
@@ -49,8 +49,8 @@ impl Builder {
 
     /// Builds the views of `disks` that are not built yet, one after the other in a thread, while the mount already serves
     /// requests. Builds none if `passthrough` is the reason why the kernel accepts no backing file.
-    pub(in crate::fuse) fn start(&self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
-        disks.retain(|(node, _)| matches!(node.lock().view_state, ViewState::Building));
+    pub(super) fn start(&self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
+        disks.retain(|(node, _)| node.is_building());
         if disks.is_empty() {
             return;
         }
@@ -85,10 +85,10 @@ impl Drop for Builder {
 
 impl BuildState {
     fn build(&self, disks: &[PlannedView], node: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
-        let all = disks.iter().map(|(s, _)| s.config.size).max().unwrap_or(0);
+        let all = disks.iter().map(|(s, _)| s.config().size).max().unwrap_or(0);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let budget = node.config.size.min(all.saturating_sub(*taken));
-        let view = kernel_view::build(&**volume.disk(), &node.config, budget, &self.stop)?;
+        let budget = node.config().size.min(all.saturating_sub(*taken));
+        let view = kernel_view::build(&**volume.disk(), node.config(), budget, &self.stop)?;
         *taken += view.index_bytes();
         Ok(view)
     }
