@@ -51,6 +51,8 @@ pub(crate) struct DiskShare {
 #[derive(Default)]
 struct PoolState {
     disks: Vec<DiskJobs>,
+    /// Indexes in `disks` whose disk is gone.
+    unused: Vec<usize>,
     /// Disk whose turn is next.
     turn: usize,
     /// Jobs that are counted as running, or that a thread is being started for.
@@ -108,14 +110,24 @@ impl DiskShare {
     }
 }
 
+impl Drop for DiskShare {
+    fn drop(&mut self) {
+        // Jobs that still wait or run are those of the next disk from now on, which shares the place with them.
+        self.pool.state().unused.push(self.disk);
+    }
+}
+
 impl WorkerPool {
-    /// Adds a disk.
+    /// Adds a disk. Its place is used again once its share is dropped.
     pub(crate) fn add_disk(self: &Arc<Self>) -> DiskShare {
         let mut state = self.state();
-        state.disks.push(DiskJobs::default());
+        let disk = state.unused.pop().unwrap_or_else(|| {
+            state.disks.push(DiskJobs::default());
+            state.disks.len() - 1
+        });
         DiskShare {
             pool: Arc::clone(self),
-            disk: state.disks.len() - 1,
+            disk,
         }
     }
 
@@ -164,8 +176,9 @@ impl PoolState {
     /// Takes the next job that may start, and counts it as running.
     fn take_next(&mut self) -> Option<(usize, Job)> {
         let count = self.disks.len();
-        let free = THREADS.max(count).saturating_sub(self.running);
+        let free = THREADS.max(count - self.unused.len()).saturating_sub(self.running);
         let idle = self.disks.iter().filter(|jobs| jobs.running == 0).count();
+        let idle = idle.saturating_sub(self.unused.len());
         let disk = (0..count)
             .map(|i| (self.turn + i) % count)
             .find(|&disk| self.disks.get(disk).is_some_and(|jobs| jobs.may_start(free, idle)))?;
@@ -263,6 +276,20 @@ mod tests {
         assert!(threads.len() < 50, "{} threads for 100 jobs", threads.len());
         let state = pool.state();
         assert_eq!((state.running, state.handed.len()), (0, 0));
+    }
+
+    #[test]
+    fn the_place_of_a_disk_that_is_gone_is_used_again() {
+        let pool = Arc::new(WorkerPool::default());
+        let kept = pool.add_disk();
+        for _ in 0..1000 {
+            let disk = pool.add_disk();
+            let (sender, done) = mpsc::channel();
+            disk.run(Box::new(move || sender.send(()).unwrap()));
+            done.recv().unwrap();
+        }
+        assert_eq!(pool.state().disks.len(), 2);
+        drop(kept);
     }
 
     #[test]
