@@ -44,7 +44,7 @@ mod serve;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -129,6 +129,10 @@ pub(super) struct Session {
     bulk: BulkThreads,
     /// Joined by [`Self::close`].
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Set once the manager and the poller thread were started.
+    started: OnceLock<Result<()>>,
+    /// For the threads.
+    me: Weak<Self>,
 }
 
 /// Commands that are not sent yet. Each fails when its deadline passes.
@@ -173,7 +177,8 @@ impl Session {
             1
         };
         let latch = Arc::<WriteLatch>::default();
-        let session = Arc::new(Self {
+        let session = Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
             connector,
             export,
             options: SessionOptions { connections, ..options },
@@ -194,15 +199,29 @@ impl Session {
             pool: BufferPool::default(),
             bulk: BulkThreads::default(),
             threads: Mutex::default(),
+            started: OnceLock::new(),
         });
         if let Some(handle) = first {
             let connection = Connection::new(connections)?;
             connection.add(handle)?;
             session.publish(Arc::new(connection));
+            session.start_threads()?;
         }
-        session.spawn("nbd-manager", Self::manage)?;
-        session.spawn("nbd-poller", Self::poll_loop)?;
         Ok(session)
+    }
+
+    /// Starts the manager and the poller thread, unless they run. A mount of every export of a server has a session for each
+    /// name that was looked up, and most of them never get a command.
+    fn start_threads(&self) -> Result<()> {
+        let start = || {
+            // The caller has the session by an `Arc`.
+            let Some(session) = self.me.upgrade() else {
+                return Ok(());
+            };
+            session.spawn("nbd-manager", Self::manage)?;
+            session.spawn("nbd-poller", Self::poll_loop)
+        };
+        self.started.get_or_init(start).clone()
     }
 
     fn spawn(self: &Arc<Self>, name: &str, work: fn(&Self)) -> Result<()> {
@@ -308,6 +327,10 @@ impl Session {
 
     /// Prepares a command for sending. Returns `None` if the command was queued for later, or has failed.
     fn admit(&self, mut command: Box<Command>) -> Option<Box<Command>> {
+        if let Err(e) = self.start_threads() {
+            self.finish(command, Err(e));
+            return None;
+        }
         if command.kind.is_change() {
             // Before the command can reach the server: a block status answer that crosses it must not be cached.
             self.map.begin_change(command.offset, command.offset + command.len);
