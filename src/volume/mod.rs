@@ -249,10 +249,19 @@ impl Volume {
         !self.is_local() && self.files().iter().all(is_or_will_be)
     }
 
-    /// Returns the current time of the last change, in nanoseconds since 1970: the latest of all files.
+    /// Returns the time of the last change of the image by another process or the kernel, in nanoseconds since 1970: the
+    /// latest of all files.
+    ///
+    /// What this process writes to the files moves their time too, also when it completes the image long after the last
+    /// write: programs that compare times would take that for a change of the disk. So for a disk that it alone writes to,
+    /// this is the time at the open.
     pub fn mtime_ns(&self) -> i128 {
-        let now = |f: &Arc<dyn StoredFile>| f.identity().unwrap_or_else(|_| f.identity_at_open()).mtime_ns;
-        self.files().iter().map(now).max().unwrap_or(0)
+        let is_ours = self.writable() && !self.has_external_writes();
+        let time = |f: &Arc<dyn StoredFile>| {
+            let now = if is_ours { None } else { f.identity().ok() };
+            now.unwrap_or_else(|| f.identity_at_open()).mtime_ns
+        };
+        self.files().iter().map(time).max().unwrap_or(0)
     }
 
     /// Returns true if no file was changed or replaced by another process since it was opened. Always true for a disk
