@@ -108,8 +108,14 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
         read_only: disk.read_only || mount.options.read_only,
         ..disk.clone()
     };
-    let OpenedDisks { disks, skipped } = volume::open_all(&wanted.iter().map(with_mount_options).collect::<Vec<_>>())?;
+    let OpenedDisks {
+        disks,
+        exports,
+        skipped,
+    } = volume::open_all(&wanted.iter().map(with_mount_options).collect::<Vec<_>>())?;
     let mut warnings: Vec<String> = skipped.iter().map(|e| format!("skipped: {e}")).collect();
+    let empty = exports.iter().filter(|exports| exports.names().is_empty());
+    warnings.extend(empty.map(|exports| format!("{}: the server lists no export yet", exports.label())));
     let of_disk = || wanted.first().map(inspect::source_name);
     let source = mount.source.clone().or_else(of_disk).unwrap_or_default();
     // Exports that are discovered on a server are connected on first use, so the first read at the start skips them. It
@@ -135,7 +141,7 @@ fn open(mount: &MountConfig) -> Result<Opened<DiskFs>> {
     warnings.extend(read_only.chain(of_settings));
     let remote = disks.iter().all(|(_, volume)| volume.is_remote());
     let loops = session::loops(mount.threads, remote);
-    let mut filesystem = DiskFs::new(mount.target.kind, disks, &mount.options, loops);
+    let mut filesystem = DiskFs::new(mount.target.kind, disks, exports, &mount.options, loops);
     // Before the mount: a disk whose required view cannot be built must not appear at all.
     filesystem.make_required_views()?;
     Ok(Opened {

@@ -23,6 +23,8 @@ pub(crate) struct TestDisk {
     /// Receives the completions of submitted flushes. `None`: they complete at once.
     begun: Option<Sender<Completion>>,
     latch: WriteLatch,
+    /// Called while a range is zeroed.
+    zero: Box<dyn Fn() + Send + Sync>,
 }
 
 impl TestDisk {
@@ -36,6 +38,7 @@ impl TestDisk {
             queues: false,
             begun: None,
             latch: WriteLatch::default(),
+            zero: Box::new(|| ()),
         }
     }
 
@@ -48,6 +51,12 @@ impl TestDisk {
     /// Makes the disk writable, and sets the function that flushes.
     pub(crate) fn flushing(mut self, flush: impl Fn() -> Result<()> + Send + Sync + 'static) -> Self {
         self.flush = Some(Box::new(flush));
+        self
+    }
+
+    /// Sets the function that is called while a range is zeroed.
+    pub(crate) fn zeroing(mut self, zero: impl Fn() + Send + Sync + 'static) -> Self {
+        self.zero = Box::new(zero);
         self
     }
 
@@ -137,6 +146,7 @@ impl BlockWrite for TestDisk {
     }
 
     fn zero(&self, _range: Range<Lba>, _unmap: bool) -> Result<()> {
+        (self.zero)();
         Ok(())
     }
 

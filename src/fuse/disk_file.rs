@@ -19,6 +19,8 @@ use crate::fuse::errno::errno;
 use crate::fuse::kernel_view_node::KernelViewNode;
 use crate::fuse::open_plan::OpenHandle;
 use crate::fuse::open_state::OpenState;
+use crate::volume::loop_budget::LoopBudget;
+use crate::volume::worker_pool::WorkerPool;
 use crate::volume::{self, Request, Seek, SeekCompletion, ServingThreads, Volume};
 
 /// One disk among the files of a mount.
@@ -46,8 +48,29 @@ pub(super) struct DiskFile {
     pub(super) opens: Mutex<OpenState>,
     /// The second inode, which the kernel reads without the daemon.
     pub(super) view: Arc<KernelViewNode>,
+    /// False for a disk whose data is not to be counted before its first open: a listing of thousands of exports would connect
+    /// to each.
+    counts_data: AtomicBool,
     /// True once the log has the reason why this disk is not served by passthrough.
     pub(super) logged_served: AtomicBool,
+}
+
+/// Makes the disk files of a mount.
+#[derive(Debug, Clone)]
+pub(super) struct FileMaker {
+    pub(super) mount_kind: MountKind,
+    pub(super) loops: Arc<LoopBudget>,
+    pub(super) pool: Arc<WorkerPool>,
+    pub(super) error_log: Arc<ErrorLog>,
+}
+
+impl FileMaker {
+    /// Creates the file of an open disk, which gets a share of the mount's threads.
+    pub(super) fn make(&self, config: DiskConfig, volume: Volume) -> Arc<DiskFile> {
+        let threads = ServingThreads::of_mount(&self.loops, &self.pool);
+        let log = Arc::clone(&self.error_log);
+        Arc::new(DiskFile::new(config, volume, self.mount_kind, threads, log))
+    }
 }
 
 impl DiskFile {
@@ -77,6 +100,7 @@ impl DiskFile {
             passthrough_writers: AtomicUsize::new(0),
             volume: RwLock::new(Arc::new(volume)),
             opens: Mutex::default(),
+            counts_data: AtomicBool::new(true),
             logged_served: AtomicBool::new(false),
         }
     }
@@ -137,6 +161,11 @@ impl DiskFile {
         self.volume().detects_modification() && self.config.source.local().is_some() && (locked || !self.writable)
     }
 
+    /// Sets if the data is counted for `st_blocks`, which may connect to a server.
+    pub(super) fn set_counts_data(&self, counts: bool) {
+        self.counts_data.store(counts, Ordering::Relaxed);
+    }
+
     /// Returns true if the kernel may hold data of the disk that the daemon has not been told of.
     fn may_have_dirty_pages(&self) -> bool {
         self.dirtying_opens.load(Ordering::Acquire) > 0
@@ -147,6 +176,9 @@ impl DiskFile {
     pub(super) fn allocated(&self) -> u64 {
         let volume = self.volume();
         let unseen = self.may_have_dirty_pages() || self.passthrough_writers.load(Ordering::Acquire) > 0;
+        if !self.counts_data.load(Ordering::Relaxed) {
+            return volume.len();
+        }
         let counted = volume.allocated().filter(|_| !unseen);
         counted.unwrap_or(volume.len())
     }
@@ -169,6 +201,18 @@ impl DiskFile {
         }
         let at = if target == Seek::Data { offset } else { volume.len() };
         done(Ok((offset < volume.len()).then_some(at)));
+    }
+
+    /// Flushes and closes the disk, if it can be written to. Errors are logged, too.
+    pub(super) fn close(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.volume().close().map_err(|e| {
+            let e = e.within(format!("{}: closing the disk", self.config.name.display()));
+            tracing::error!("{e}");
+            e
+        })
     }
 
     /// Returns the number of opens.

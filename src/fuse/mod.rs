@@ -4,6 +4,8 @@
 //!   mount              creates and removes the mount ── fusermount: the same through the setuid helper
 //!   session            the threads that take requests
 //!   fs                 the file system ── operations: its requests ── errno: conversion of errors
+//!   tree               which disk or directory an inode is ── name_requests: lookup, readdir, forget ── stat
+//!   export_names       names of the exports of a server
 //!   disk_file          one disk: its content and reads ── open ── write ── attributes
 //!     open_plan        pure decision on how an open is served ── open_state: the current opens
 //!     kernel_view_node its second inode, which the kernel reads without the daemon ── kernel_view_builder
@@ -23,23 +25,27 @@ mod attributes;
 pub mod auto_unmount;
 mod disk_file;
 mod errno;
+mod export_names;
 pub mod fs;
 mod fusermount;
 mod kernel_view_builder;
 mod kernel_view_node;
 pub mod mount;
 pub(crate) mod mount_flags;
+mod name_requests;
 mod open;
 mod open_plan;
 mod open_state;
 pub mod probe;
 pub mod readahead;
 pub mod session;
+mod stat;
 pub mod target;
 #[cfg(test)]
 mod testfs;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod write;
 
 pub use fs::{DiskFs, Disks, Requests};

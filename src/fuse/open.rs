@@ -158,6 +158,7 @@ impl DiskFile {
     /// Counts an open as its plan says.
     fn count_open(&self, serve: ServePlan, opens: &mut OpenState, pid: u32) {
         self.open_files.fetch_add(1, Ordering::AcqRel);
+        self.set_counts_data(true);
         if serve.dirties {
             self.dirtying_opens.fetch_add(1, Ordering::AcqRel);
         }

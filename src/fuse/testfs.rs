@@ -1,12 +1,19 @@
 //! A file system with one disk, for tests of the mount: the root is a directory with `disk.raw`, or the disk itself.
 
 use std::ffi::OsStr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags,
     ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
+
+use super::disk_file::{DiskFile, FileMaker};
+use crate::config::{DiskConfig, LocalConfig, MountKind, SourceConfig};
+use crate::test_disk::TestDisk;
+use crate::volume::Volume;
+use crate::volume::loop_budget::LoopBudget;
 
 /// Fault that the file system injects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +35,18 @@ pub(crate) struct TestFs {
     pub(crate) is_file: bool,
     /// Injected fault.
     pub(crate) fault: Fault,
+}
+
+/// Returns the file of a disk in a directory.
+pub(super) fn disk_file(name: &str, disk: TestDisk) -> Arc<DiskFile> {
+    let maker = FileMaker {
+        mount_kind: MountKind::Dir,
+        loops: Arc::new(LoopBudget::new(1)),
+        pool: Arc::default(),
+        error_log: Arc::default(),
+    };
+    let config = DiskConfig::new(name, SourceConfig::Local(LocalConfig::new("/x")));
+    maker.make(config, Volume::new(Arc::new(disk), Vec::new()))
 }
 
 /// Name of the disk in the directory.

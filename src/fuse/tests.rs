@@ -278,7 +278,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         Ok(())
     });
     let volume = Volume::new(Arc::new(disk), Vec::new());
-    let fs = DiskFs::new(MountKind::Dir, vec![(config, volume)], &options(), 2);
+    let fs = DiskFs::new(MountKind::Dir, vec![(config, volume)], Vec::new(), &options(), 2);
     let target = Target::resolve(&m.point, true).unwrap();
     let (mount, device) = Mount::new(&target, &options(), "panics").unwrap();
     m.mount = mount;
@@ -295,6 +295,47 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
         assert_eq!(sector, [7; 512]);
     }
     drop(file);
+    m.mount.unmount().unwrap();
+    m.end().unwrap();
+}
+
+#[test]
+fn mount_shows_directories_for_names_with_slashes_and_reads_long_ones_to_the_end() {
+    let Some(mut m) = Mounted::new(false, Fault::None, &options()) else {
+        return;
+    };
+    m.mount.unmount().unwrap();
+    m.end().unwrap();
+    let disk = |name: String| {
+        let local = LocalConfig {
+            format: Format::Raw,
+            ..LocalConfig::new("none")
+        };
+        let config = DiskConfig {
+            read_only: true,
+            cache: Some(PageCache::None),
+            ..DiskConfig::new(name, SourceConfig::Local(local))
+        };
+        let zeroes = TestDisk::new(256).reading(|_, buf| {
+            buf.fill(0);
+            Ok(())
+        });
+        (config, Volume::new(Arc::new(zeroes), Vec::new()))
+    };
+    // More than one answer to readdir holds.
+    let names = (0..2000).map(|i| format!("store/vm {}/disk with a long name {i}.raw", i % 2));
+    let fs = DiskFs::new(MountKind::Dir, names.map(disk).collect(), Vec::new(), &options(), 2);
+    let target = Target::resolve(&m.point, true).unwrap();
+    let (mount, device) = Mount::new(&target, &options(), "directories").unwrap();
+    m.mount = mount;
+    m.session = Some(Running::start(fs, device, &options(), 2).unwrap());
+    let count = |path: &str| fs::read_dir(m.point.join(path)).unwrap().count();
+    assert_eq!((count(""), count("store"), count("store/vm 1")), (1, 2, 1000));
+    let inside = m.point.join("store/vm 1/disk with a long name 7.raw");
+    assert_eq!(fs::read(&inside).unwrap().len(), 256 * 512);
+    let up = fs::canonicalize(m.point.join("store/vm 1/../vm 0")).unwrap();
+    assert!(fs::metadata(&up).unwrap().is_dir());
+    assert!(fs::metadata(m.point.join("store/vm 1/none.raw")).is_err());
     m.mount.unmount().unwrap();
     m.end().unwrap();
 }

@@ -126,7 +126,6 @@ impl DiskFile {
             },
             _ => return answer(Err(Errno::EOPNOTSUPP)),
         };
-        self.attributes.changed();
         volume.submit(request);
     }
 
@@ -141,12 +140,7 @@ impl DiskFile {
             None => answer(Err(Errno::EFBIG)),
             Some(0) => answer(Ok(())),
             Some(_) => {
-                let file = Arc::clone(self);
-                let changed: EmptyAnswer = Box::new(move |result| {
-                    file.attributes.changed();
-                    answer(result);
-                });
-                let done = self.zeroed(move || format!("truncating to {size} bytes"), changed);
+                let done = self.zeroed(move || format!("truncating to {size} bytes"), answer);
                 volume.submit(Request::Truncate { size, done });
             }
         }
@@ -159,11 +153,16 @@ impl DiskFile {
         answer: EmptyAnswer,
     ) -> Box<dyn FnOnce(Result<()>) + Send> {
         let file = Arc::clone(self);
-        Box::new(move |result| match result {
-            Ok(()) => answer(Ok(())),
-            Err(e) => {
-                answer(Err(zeroing_errno(&e)));
-                file.note(e, what);
+        Box::new(move |result| {
+            // Now, and not when the request began: a getattr in between would take the time before the change for that of the
+            // change. Also after an error, which may have come halfway.
+            file.attributes.changed();
+            match result {
+                Ok(()) => answer(Ok(())),
+                Err(e) => {
+                    answer(Err(zeroing_errno(&e)));
+                    file.note(e, what);
+                }
             }
         })
     }
@@ -181,4 +180,48 @@ fn beyond_the_end(at: u64, len: u64) -> Error {
         ErrorKind::Os(libc::ENOSPC),
         format!("byte {at} is beyond the end of the disk, which has {len} bytes"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, OnceLock};
+    use std::time::{SystemTime, UNIX_EPOCH};
+
+    use fuser::INodeNo;
+
+    use super::*;
+    use crate::config::MountOptions;
+    use crate::fuse::stat::StatRules;
+    use crate::fuse::testfs::disk_file;
+    use crate::test_disk::TestDisk;
+
+    /// A getattr while a range is zeroed must not use up the change.
+    #[test]
+    fn the_time_of_a_zeroed_range_is_not_before_its_completion() {
+        let (file, seen) = (
+            Arc::new(OnceLock::<Arc<DiskFile>>::new()),
+            Arc::new(Mutex::new(UNIX_EPOCH)),
+        );
+        let rules = Arc::new(StatRules::new(&MountOptions::default(), true));
+        let mtime = {
+            let (file, rules) = (Arc::clone(&file), Arc::clone(&rules));
+            move || rules.file(INodeNo(2), file.get().unwrap()).mtime
+        };
+        let (during, hook) = (Arc::clone(&seen), mtime.clone());
+        let disk = TestDisk::new(64).flushing(|| Ok(())).zeroing(move || {
+            hook();
+            *during.lock().unwrap() = SystemTime::now();
+        });
+        file.set(disk_file("x.raw", disk)).unwrap();
+        for mode in [
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            libc::FALLOC_FL_ZERO_RANGE,
+        ] {
+            let (sender, done) = std::sync::mpsc::channel();
+            let answer: EmptyAnswer = Box::new(move |result| sender.send(result).unwrap());
+            file.get().unwrap().fallocate(0, 4096, mode, answer);
+            done.recv().unwrap().unwrap();
+            assert!(mtime() >= *seen.lock().unwrap(), "the change came later");
+        }
+    }
 }

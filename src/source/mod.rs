@@ -26,7 +26,6 @@ pub(crate) mod sample;
 mod server_info;
 pub mod vddk;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +33,7 @@ use std::sync::Arc;
 pub use export_name::{export_file_name, export_file_names};
 pub use image::{Image, StreamSource};
 pub use listing::{Listed, Listing};
+pub use nbd::{ExportCatalog, FoundExport};
 pub use raw::RawDisk;
 pub use server_info::{ExportInfo, ServerInfo};
 
@@ -169,16 +169,13 @@ pub trait ExportServer {
     /// Returns the properties of the server and of the export that the settings name.
     fn info(&self) -> Result<ServerInfo>;
 
-    /// Returns every export that can be opened, with its name and its settings. They are connected to when they are first
-    /// used.
-    fn exports(&self, writable: bool) -> Result<Vec<OpenExport>>;
+    /// Connects to the server and lists its exports, again and again from then on.
+    fn catalog(&self) -> Result<ExportCatalog>;
 }
 
 /// Export of a server.
 #[derive(Debug)]
 pub struct OpenExport {
-    /// Its name.
-    pub name: OsString,
     /// Its settings.
     pub config: SourceConfig,
     /// The disk.

@@ -3,6 +3,7 @@
 //! ```text
 //!   open              builds the layers below from the configuration
 //!   search            patterns → the files that match them
+//!   server_exports    disks that are found on a server when they are looked up
 //!   write             byte writes to sectors, under range locks
 //!   submit            the boundary: one request, and its completion
 //!   queued            reads and writes of a disk with a queue, without blocking
@@ -35,6 +36,7 @@ pub(crate) mod open;
 mod queued;
 mod read_buffer;
 pub(crate) mod search;
+mod server_exports;
 mod statistics;
 mod submit;
 pub(crate) mod worker_pool;
@@ -50,6 +52,7 @@ pub(crate) use open::reopen;
 pub use open::{Description, OpenedDisks, create, describe, list, open, open_all, open_source, server};
 pub use read_buffer::{MAX_READ, ReadBuffer};
 pub use search::{FoundDisks, find_disks};
+pub use server_exports::ServerExports;
 use statistics::Statistics;
 pub(crate) use submit::{Request, SeekCompletion, ServingThreads};
 use writeback_timer::WritebackTimer;

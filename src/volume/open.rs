@@ -6,8 +6,6 @@
 //! A disk that can't be written to is opened for reading, with a reason. A disk that must not be written to (used by
 //! another process, parent of a snapshot) is an error.
 
-use std::collections::HashSet;
-use std::ffi::OsString;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -18,10 +16,10 @@ use crate::config::{DiskConfig, Locality, SourceConfig, ViewConfig};
 use crate::error::{Error, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
-use crate::source::{Backend, CacheSizes, ExportServer, Listing, Source, export_file_names};
+use crate::source::{Backend, CacheSizes, ExportServer, Listing, Source};
 use crate::store::Access;
 use crate::vmdk::DiskInfo;
-use crate::volume::Volume;
+use crate::volume::{ServerExports, Volume};
 
 /// Returns the back end of a source: one line for each.
 fn backend(source: &SourceConfig) -> &dyn Backend {
@@ -59,27 +57,26 @@ pub struct Description {
 /// Disks of a mount.
 #[derive(Debug)]
 pub struct OpenedDisks {
-    /// The open disks, at least one.
+    /// The open disks. At least one, unless there are `exports`.
     pub disks: Vec<(DiskConfig, Volume)>,
+    /// Servers whose exports are found when they are looked up.
+    pub exports: Vec<ServerExports>,
     /// The errors of disks that were found and could not be opened.
     pub skipped: Vec<Error>,
 }
 
-/// Opens all disks of a mount. A configuration that stands for every export of a server becomes several disks, whose
-/// names are chosen here; they are not connected to yet.
+/// Opens all disks of a mount. A configuration that stands for every export of a server becomes none of them: its disks are
+/// found when they are looked up.
 ///
 /// A disk that a search found (`dir=`, a pattern) and that cannot be opened is left out, with a warning.
 ///
 /// Errors: those of [`open`] for the first disk that the user named, or of the first one if none can be opened; those of
 /// listing the exports.
 pub fn open_all(configs: &[DiskConfig]) -> Result<OpenedDisks> {
-    let is_dynamic = |config: &&DiskConfig| config.source.settings().is_dynamic();
-    let fixed = configs.iter().filter(|config| !is_dynamic(config));
-    let mut taken: HashSet<OsString> = fixed.map(|config| config.name.clone()).collect();
-    let (mut disks, mut skipped) = (Vec::new(), Vec::new());
+    let (mut disks, mut exports, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     for config in configs {
-        if let Some(server) = server(&config.source).filter(|_| is_dynamic(&config)) {
-            disks.extend(open_exports(config, server, &mut taken)?);
+        if let Some(server) = server(&config.source).filter(|_| config.source.settings().is_dynamic()) {
+            exports.push(ServerExports::connect(config, server)?);
             continue;
         }
         match open(config) {
@@ -89,30 +86,13 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<OpenedDisks> {
         }
     }
     match skipped.first() {
-        Some(first) if disks.is_empty() => Err(first.clone()),
-        _ => Ok(OpenedDisks { disks, skipped }),
+        Some(first) if disks.is_empty() && exports.is_empty() => Err(first.clone()),
+        _ => Ok(OpenedDisks {
+            disks,
+            exports,
+            skipped,
+        }),
     }
-}
-
-/// Returns a disk for each export of a server. `taken` are the names of the other disks of the mount.
-fn open_exports(
-    config: &DiskConfig,
-    server: &dyn ExportServer,
-    taken: &mut HashSet<OsString>,
-) -> Result<Vec<(DiskConfig, Volume)>> {
-    let exports = server.exports(!config.read_only)?;
-    let names = export_file_names(exports.iter().map(|export| export.name.as_os_str()), taken);
-    let disks = exports.into_iter().zip(names).map(|(export, name)| {
-        taken.insert(name.clone());
-        let config = DiskConfig {
-            name,
-            source: export.config,
-            ..config.clone()
-        };
-        let volume = volume_of(&config, &*export.source)?;
-        Ok((config, volume))
-    });
-    disks.collect()
 }
 
 /// Returns what a server offers, or `None` if the source is no server.
@@ -175,7 +155,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Box<dyn Source>> {
 }
 
 /// Returns the volume of a source without an overlay.
-fn volume_of(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
+pub(super) fn volume_of(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
     Ok(Volume::new(cached(config, source)?, source.files()).remote(is_remote(source)))
 }
 

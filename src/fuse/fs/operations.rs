@@ -5,16 +5,17 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags, KernelConfig, LockOwner,
+    BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
     OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::{BLOCK, DiskFs, FIRST_DISK, NO_PASSTHROUGH, ROOT, TTL, catch_panic};
-use crate::config::MountKind;
+use super::{DiskFs, NO_PASSTHROUGH, catch_panic};
 use crate::fuse::attributes::SetRequest;
 use crate::fuse::disk_file::is_aligned;
 use crate::fuse::kernel_view_node;
+use crate::fuse::stat::BLOCK;
+use crate::fuse::tree::ROOT;
 use crate::fuse::write::EmptyAnswer;
 use crate::process::unmount::{DAEMON_XATTR, daemon_identity};
 use crate::source::vddk;
@@ -84,7 +85,7 @@ impl Filesystem for DiskFs {
         } else {
             // The kernel limits how deep file systems are stacked. A backing file is one layer; the EROFS of a view,
             // with the extents below, is another.
-            let view = self.files.iter().any(|file| file.view.is_wanted());
+            let view = self.tree.fixed_files().any(|file| file.view.is_wanted());
             let _ = config.set_max_stack_depth(if view { 2 } else { 1 });
             if nix::unistd::geteuid().is_root() {
                 Ok(())
@@ -99,29 +100,17 @@ impl Filesystem for DiskFs {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         catch_panic(|| {
-            let found = self
-                .files
-                .iter()
-                .position(|file| self.mount_kind == MountKind::Dir && name == file.config.name);
-            match found {
-                Some(i) if parent == ROOT => {
-                    let ino = INodeNo(FIRST_DISK + i as u64);
-                    match (self.file(ino), self.attr(ino)) {
-                        (Ok(file), Ok(attr)) => {
-                            let ttls = (self.attr_ttl(&attr), TTL);
-                            file.view.reply_lookup(&attr, ttls, reply);
-                        }
-                        (Err(e), _) | (_, Err(e)) => reply.error(e),
-                    }
-                }
-                _ => reply.error(Errno::ENOENT),
-            }
+            self.names.lookup(parent, name, reply);
         });
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, lookups: u64) {
+        catch_panic(|| self.names.forget(ino, lookups));
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         catch_panic(|| match self.attr(ino) {
-            Ok(attr) => reply.attr(&self.attr_ttl(&attr), &attr),
+            Ok(attr) => reply.attr(&self.stat.ttl(&attr), &attr),
             Err(e) => reply.error(e),
         });
     }
@@ -132,7 +121,7 @@ impl Filesystem for DiskFs {
                 file.open_view(flags, req.pid(), reply);
             }
             Ok(file) => {
-                self.build_view_of_cached(file);
+                self.build_view_of_cached(&file);
                 file.open(self.passthrough, flags, req.pid(), reply);
             }
             Err(e) => reply.error(e),
@@ -273,12 +262,12 @@ impl Filesystem for DiskFs {
                     mtime,
                 };
                 let volume = file.volume();
-                let image = volume.has_external_writes().then(|| self.image_time(&volume));
+                let image = volume.has_external_writes().then(|| self.stat.image_time(&volume));
                 file.attributes.set(&request, image);
                 self.attr(ino)
             });
             match set {
-                Ok(attr) => reply.attr(&self.attr_ttl(&attr), &attr),
+                Ok(attr) => reply.attr(&self.stat.ttl(&attr), &attr),
                 // The directory itself: its attributes are fixed.
                 Err(e) if e == Errno::EISDIR => reply.error(self.name_change_errno()),
                 Err(e) => reply.error(e),
@@ -326,39 +315,28 @@ impl Filesystem for DiskFs {
         });
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        catch_panic(|| {
-            if self.mount_kind == MountKind::File || ino != ROOT {
-                return reply.error(Errno::ENOTDIR);
-            }
-            let dots = [".", ".."]
-                .into_iter()
-                .map(|name| (ROOT, FileType::Directory, OsStr::new(name)));
-            let files = self.files.iter().enumerate().map(|(i, file)| {
-                (
-                    INodeNo(FIRST_DISK + i as u64),
-                    FileType::RegularFile,
-                    file.config.name.as_os_str(),
-                )
-            });
-            for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
-                if reply.add(ino, i as u64 + 1, kind, name) {
-                    break;
-                }
-            }
-            reply.ok();
-        });
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.opened(self.tree.open_directory(), FopenFlags::empty());
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        catch_panic(|| self.names.readdir(ino, fh, offset, reply));
+    }
+
+    fn releasedir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.tree.close_directory(fh);
+        reply.ok();
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         catch_panic(|| {
-            let bytes = self
-                .files
+            let files = self.tree.files();
+            let bytes = files
                 .iter()
                 .map(|file| file.volume().len())
                 .fold(0u64, u64::saturating_add);
             let blocks = bytes.div_ceil(BLOCK.into());
-            reply.statfs(blocks, 0, 0, self.files.len() as u64, 0, BLOCK, 255, BLOCK);
+            reply.statfs(blocks, 0, 0, files.len() as u64, 0, BLOCK, 255, BLOCK);
         });
     }
 

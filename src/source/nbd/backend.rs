@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::catalog::ExportCatalog;
 use super::disk::{GRACE, timeout};
 use super::{NbdDisk, discover};
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
-use crate::config::{Locality, NbdConfig, SourceConfig, SourceSettings};
+use crate::config::{Locality, NbdConfig, SourceSettings};
 use crate::error::{Error, Result};
 use crate::source::{
-    Backend, CacheSizes, ExportServer, Listing, OpenExport, ServerInfo, Source, SourceDescription, SourceIdentity,
+    Backend, CacheSizes, ExportServer, Listing, ServerInfo, Source, SourceDescription, SourceIdentity,
 };
 use crate::store::StoredFile;
 
@@ -110,24 +111,13 @@ impl ExportServer for NbdConfig {
         discover::info(self)
     }
 
-    fn exports(&self, writable: bool) -> Result<Vec<OpenExport>> {
-        let exports = discover::exports(self, writable)?.into_iter().map(|(name, disk)| {
-            let config = Self {
-                export: Some(name.clone()),
-                dynamic: false,
-                ..self.clone()
-            };
-            OpenExport {
-                name,
-                source: source_of(&config, disk),
-                config: SourceConfig::Nbd(config),
-            }
-        });
-        Ok(exports.collect())
+    fn catalog(&self) -> Result<ExportCatalog> {
+        ExportCatalog::connect(self)
     }
 }
 
-fn source_of(config: &NbdConfig, disk: NbdDisk) -> Box<dyn Source> {
+/// Returns the source of an export.
+pub(super) fn source_of(config: &NbdConfig, disk: NbdDisk) -> Box<dyn Source> {
     Box::new(NbdSource {
         disk: Arc::new(disk),
         config: config.clone(),

@@ -217,28 +217,30 @@ impl Connector {
         }
     }
 
-    /// Returns the exports that the server lists, each with its description.
-    pub(super) fn list(&self, deadline: Instant) -> Result<Vec<(CString, CString)>> {
+    /// Returns the exports that the server lists, each with its description, and the number of those beyond the limits.
+    pub(super) fn list(&self, deadline: Instant) -> Result<(Vec<(CString, CString)>, usize)> {
         let mut handle = self.negotiate(true, deadline, &never)?;
         if handle.is_up() {
             // The oldest protocol variant has no list, and one export without a name.
             handle.disconnect();
-            return Ok(vec![(CString::default(), CString::default())]);
+            return Ok((vec![(CString::default(), CString::default())], 0));
         }
         let (opt, listed) = handle.opt_list().map_err(|e| self.failed(e))?;
         self.wait_option(&mut handle, &opt, deadline, &never)
             .map_err(|e| e.within("listing the exports"))?;
         handle.opt_abort();
-        let (entries, dropped) = with_list(&listed, |list| (std::mem::take(&mut list.entries), list.dropped));
-        if dropped > 0 {
-            tracing::warn!(
-                "{}: the server lists more exports than are accepted: {dropped} after the first {} are left out; name \
-                 one by export=",
-                self.label(),
-                entries.len()
-            );
-        }
-        Ok(entries)
+        Ok(with_list(&listed, |list| {
+            (std::mem::take(&mut list.entries), list.dropped)
+        }))
+    }
+
+    /// Returns the warning for a list whose last `dropped` exports are left out.
+    pub(super) fn left_out(&self, dropped: usize, accepted: usize) -> String {
+        format!(
+            "{}: the server lists more exports than are accepted: {dropped} after the first {accepted} are left out; \
+             name one by export=",
+            self.label()
+        )
     }
 
     /// Returns the properties of the export of that name. `handle` must be negotiating, or up with the one export of the

@@ -1,15 +1,14 @@
-//! Discovery of a server's exports: for `--list`, `--info`, and a mount of all exports.
+//! Discovery of a server's exports for `--list` and `--info`.
 //!
 //! One handle that is negotiating answers all questions: NBD_OPT_LIST names the exports, and NBD_OPT_INFO returns the
 //! properties of each without opening it. With a server of the oldest protocol variant the handle is up at once, and
 //! its one export is described by the handle itself.
 
-use std::ffi::{CStr, CString, OsString};
-use std::os::unix::ffi::OsStringExt;
+use std::ffi::{CStr, CString};
 use std::time::Instant;
 
 use super::connect::{Connector, never};
-use super::disk::{NbdDisk, timeout};
+use super::disk::timeout;
 use super::ffi::{ExportFlag, Handle};
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -33,7 +32,10 @@ const FLAGS: [(&str, ExportFlag); 10] = [
 pub(super) fn list(config: &NbdConfig) -> Result<ServerInfo> {
     let connector = Connector::new(config)?;
     let until = Instant::now() + timeout(config);
-    let names = connector.list(until)?;
+    let (names, dropped) = connector.list(until)?;
+    if dropped > 0 {
+        tracing::warn!("{}", connector.left_out(dropped, names.len()));
+    }
     discover(&connector, &names, until)
 }
 
@@ -48,38 +50,6 @@ pub(super) fn info(config: &NbdConfig) -> Result<ServerInfo> {
         Some(e) => Err(Error::new(ErrorKind::NotFound, e)),
         None => Ok(server),
     }
-}
-
-/// Returns the disks of all exports that the server lists, each with the name of the export. A disk connects when it is
-/// first used.
-///
-/// Skips an export that the server lists but whose properties it refuses, with a warning. Errors: no export remains.
-pub(super) fn exports(config: &NbdConfig, writable: bool) -> Result<Vec<(OsString, NbdDisk)>> {
-    let connector = Connector::new(config)?;
-    let until = Instant::now() + timeout(config);
-    let names = connector.list(until)?;
-    let mut handle = connector.negotiate(true, until, &never)?;
-    let mut disks = Vec::new();
-    for (name, _) in names {
-        let export = match connector.info(&mut handle, &name, until) {
-            Ok(export) => export,
-            Err(e) => {
-                tracing::warn!("skipping the export \"{}\": {e}", name.to_string_lossy().escape_debug());
-                continue;
-            }
-        };
-        let name = OsString::from_vec(name.into_bytes());
-        let disk = NbdDisk::connect_lazily(connector.for_export(&name), export, config, writable)?;
-        disks.push((name, disk));
-    }
-    handle.opt_abort();
-    if disks.is_empty() {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!("{}: the server lists no export that can be opened", connector.label()),
-        ));
-    }
-    Ok(disks)
 }
 
 fn discover(connector: &Connector, names: &[(CString, CString)], until: Instant) -> Result<ServerInfo> {

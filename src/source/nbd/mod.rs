@@ -12,7 +12,7 @@
 //!   connection.rs     sockets retired together: send   poller.rs        poll, read answers (handoff.rs, sync.rs)
 //!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
 //!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
-//!   discover.rs       --list, --info, all exports      export.rs        size, block sizes, flags; their checks
+//!   discover.rs       --list, --info                    export.rs        size, block sizes, flags; their checks
 //!   export_identity.rs  the same disk after a reconnect?
 //!   tls.rs            trusted certificates             private_dir.rs   folder for them, for the handshake
 //!   ffi.rs            the only calls of libnbd
@@ -26,6 +26,7 @@ mod backend;
 mod buffer_pool;
 mod bulk;
 mod captive;
+mod catalog;
 mod command;
 mod connect;
 mod connection;
@@ -47,6 +48,7 @@ mod tests;
 mod tls;
 
 pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
+pub use catalog::{ExportCatalog, FoundExport};
 pub(in crate::source) use connect::{Cancel, OwnServer};
 pub use disk::NbdDisk;
 pub(in crate::source) use private_dir::PrivateDir;
