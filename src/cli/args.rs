@@ -7,19 +7,19 @@ use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use clap::builder::OsStringValueParser;
 use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
+use clap::{ArgAction, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
 use super::disk_args::DiskArgs;
-use super::options::Options;
+use super::options::{LogFormat, MountArgs, MountKey, mount_key};
+use super::pair::{Origin, Pair};
 use super::{
     MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, mount_helper, one_line, query,
     unmount_helper, unmounted, values,
 };
-use crate::config::{Action, Config, LogConfig, Query};
+use crate::config::{Action, Config, Query};
 
 /// Usage lines of the help.
 const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
@@ -69,29 +69,6 @@ man vmdkfuse.";
 /// Widest line of the help, in columns. Longer ones are hard to read.
 const HELP_WIDTH: usize = 100;
 
-/// Options that select an action other than a mount.
-const ACTIONS: [&str; 10] = [
-    "list",
-    "info",
-    "map",
-    "check",
-    "prefetch",
-    "create",
-    "commit",
-    "unmount",
-    "fingerprint",
-    "dump",
-];
-
-/// Long options that are documented but not in this build.
-const LATER: [&str; 3] = ["status", "watch", "doctor"];
-
-/// Upper limit of `--threads`. Event loops beyond the number of processors gain nothing.
-const MAX_THREADS: u64 = 64;
-
-/// Highest effective count of `-v`: the trace level.
-const MAX_VERBOSITY: u8 = 3;
-
 /// Purpose of the disks of a command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Subcommand {
@@ -110,64 +87,6 @@ pub(super) enum Subcommand {
     Commit,
 }
 
-/// Options of a mount that do not depend on its disks, from the command line or from a config file.
-#[derive(Debug, Default)]
-pub(super) struct MountArgs {
-    /// Values of `-o` and `-r`.
-    pub(super) options: Options,
-    pub(super) pidfile: Option<PathBuf>,
-    pub(super) threads: Option<usize>,
-    log_file: Option<PathBuf>,
-    log_json: Option<bool>,
-}
-
-impl MountArgs {
-    /// Parses options without other arguments, in the syntax of the command line. The config file uses this to give its
-    /// options the same meaning. The errors are those of a command line.
-    pub(super) fn parse(options: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
-        Self::of(&command().try_get_matches_from(options).map_err(|e| one_line(&e))?)
-    }
-
-    fn of(matches: &ArgMatches) -> Result<Self, UsageError> {
-        let lists = matches.get_many::<OsString>("options").into_iter().flatten();
-        let options = Options::parse(lists.map(OsString::as_os_str), false)?;
-        Ok(Self {
-            options: options.read_only(matches.get_flag("read-only")),
-            pidfile: path(matches, "pidfile")?,
-            threads: matches.get_one::<u64>("threads").and_then(|n| usize::try_from(*n).ok()),
-            log_file: path(matches, "log-file")?,
-            log_json: matches.get_one::<String>("log-format").map(|format| format == "json"),
-        })
-    }
-
-    /// Returns these options, with the values of `below` for options that are not set here.
-    fn over(self, below: Self) -> Self {
-        Self {
-            options: self.options.over(below.options),
-            pidfile: self.pidfile.or(below.pidfile),
-            threads: self.threads.or(below.threads),
-            log_file: self.log_file.or(below.log_file),
-            log_json: self.log_json.or(below.log_json),
-        }
-    }
-
-    fn log(&self, verbosity: u8) -> LogConfig {
-        let (file, json) = (self.log_file.clone(), self.log_json.unwrap_or_default());
-        LogConfig { verbosity, file, json }
-    }
-
-    /// Returns these options of a file, with `options` over them, and the log that they describe.
-    pub(super) fn below(self, options: Options, verbosity: u8) -> (Self, LogConfig) {
-        let given = Self {
-            options,
-            ..Self::default()
-        };
-        let all = given.over(self);
-        let log = all.log(verbosity);
-        (all, log)
-    }
-}
-
 /// Parses the arguments after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
     let args: Vec<OsString> = args.collect();
@@ -179,132 +98,295 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
 }
 
 fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
-    let matches = match command().try_get_matches_from(args) {
-        Ok(matches) => matches,
+    let parsed = command().try_get_matches_from(args);
+    match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli.config().map(|config| Parsed::Run(Box::new(config))),
+        // The short help shows no options, and clap leaves blank lines in their place.
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            // The short help shows no options, and clap leaves blank lines in their place.
-            return Ok(Parsed::Print(e.render().to_string().replace("\n\n\n", "\n")));
+            Ok(Parsed::Print(e.render().to_string().replace("\n\n\n", "\n")))
         }
-        Err(e) => return Err(one_line(&e)),
-    };
-    config(&matches).map(|config| Parsed::Run(Box::new(config)))
+        Err(e) => Err(one_line(&e)),
+    }
 }
 
-fn config(matches: &ArgMatches) -> Result<Config, UsageError> {
-    let later = LATER
-        .iter()
-        .find(|name| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine));
-    if let Some(name) = later {
-        return Err(UsageError::not_yet(format_args!("--{name}")));
+/// Arguments of the program.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmdkfuse",
+    about = env!("CARGO_PKG_DESCRIPTION"),
+    version,
+    no_binary_name = true,
+    override_usage = USAGE,
+    disable_help_flag = true,
+    disable_version_flag = true,
+    term_width = help_width(),
+    help_template = "{about-with-newline}\n{usage-heading} {usage}\n\n{all-args}{after-help}",
+    after_help = EXAMPLES,
+    after_long_help = after_long_help()
+)]
+struct Cli {
+    #[command(flatten)]
+    mount: MountFlags,
+    #[command(flatten)]
+    log: LogFlags,
+    #[command(flatten)]
+    actions: ActionFlags,
+    /// JSON output
+    #[arg(long, help_heading = ACTIONS)]
+    json: bool,
+    #[command(flatten)]
+    information: InformationFlags,
+    #[command(flatten)]
+    later: LaterFlags,
+    #[arg(hide = true)]
+    words: Vec<OsString>,
+}
+
+/// Options that describe a mount. They conflict with every other action, but what a file describes can be unmounted.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options of a mount")]
+struct MountFlags {
+    /// Mount read-only
+    #[arg(short, long, conflicts_with = "ActionFlags")]
+    read_only: bool,
+    /// Stay in the foreground
+    #[arg(short, long, conflicts_with = "ActionFlags")]
+    foreground: bool,
+    /// Mount options, and keys that apply to all disks
+    #[arg(short, value_name = "OPT[,OPT...]", conflicts_with = "ActionFlags")]
+    options: Vec<OsString>,
+    /// Write the process ID to FILE
+    #[arg(short = 'P', long, value_name = "FILE", conflicts_with = "ActionFlags")]
+    pidfile: Option<OsString>,
+    /// Number of event loops
+    #[arg(long, value_name = "N", conflicts_with = "ActionFlags")]
+    threads: Option<OsString>,
+    /// Mount the disks that a TOML file describes
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "info", "map", "check", "prefetch", "create", "commit", "fingerprint", "dump"])]
+    config: Option<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Log")]
+struct LogFlags {
+    /// Verbose output (repeatable)
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+    /// Append log messages to FILE
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<OsString>,
+    /// Format of log messages
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+/// Heading of the options that select an action.
+const ACTIONS: &str = "Actions other than a mount";
+
+/// Options that select an action other than a mount.
+#[derive(Debug, Args)]
+#[command(next_help_heading = ACTIONS)]
+#[group(multiple = false)]
+struct ActionFlags {
+    /// List the exports of an NBD server, the datastores of server=HOST, a folder on a web server, or the files of
+    /// cache-dir=DIR
+    #[arg(long)]
+    list: bool,
+    /// Show what a source is: size, format, extents, chain
+    #[arg(long)]
+    info: bool,
+    /// Show where data, holes and zeroes are
+    #[arg(long)]
+    map: bool,
+    /// Check a VMDK's tables and chain, or the blocks of cache-dir=DIR; exit status 3: leaks only, 4: corrupt
+    #[arg(long)]
+    check: bool,
+    /// Complete the disk cache (cache-dir=) of a disk on a web server
+    #[arg(long)]
+    prefetch: bool,
+    /// Create a VMDK without mounting it
+    #[arg(long)]
+    create: bool,
+    /// Commit the overlay cow=FILE to its base
+    #[arg(long)]
+    commit: bool,
+    /// Unmount, and return when the daemon has ended and its locks are gone
+    #[arg(long)]
+    unmount: bool,
+    /// Show the thumbprints of server=HOST's certificate
+    #[arg(long)]
+    fingerprint: bool,
+    /// Print versions and back ends
+    #[arg(long)]
+    dump: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Information")]
+struct InformationFlags {
+    #[arg(short = 'h', action = ArgAction::HelpShort, hide = true)]
+    _short_help: Option<bool>,
+    /// Print all options and keys; -h prints examples
+    #[arg(long = "help", action = ArgAction::HelpLong)]
+    _help: Option<bool>,
+    /// Print the version
+    #[arg(short = 'V', long = "version", action = ArgAction::Version)]
+    _version: Option<bool>,
+}
+
+/// Options that are documented but not in this build.
+#[derive(Debug, Args)]
+struct LaterFlags {
+    #[arg(long, hide = true)]
+    status: bool,
+    #[arg(long, hide = true)]
+    watch: bool,
+    #[arg(long, hide = true)]
+    doctor: bool,
+}
+
+impl Cli {
+    fn config(self) -> Result<Config, UsageError> {
+        let later = [
+            ("--status", self.later.status),
+            ("--watch", self.later.watch),
+            ("--doctor", self.later.doctor),
+        ];
+        if let Some((option, _)) = later.iter().find(|(_, given)| *given) {
+            return Err(UsageError::not_yet(option));
+        }
+        let Some(action) = self.action()? else {
+            return self.mount();
+        };
+        let mut mount_args = MountArgs::default();
+        mount_args.layer(&self.mount_pairs())?;
+        mount_args.verbosity(self.log.verbose);
+        let log = mount_args.log;
+        Ok(Config { action, log })
     }
-    let words: Vec<OsString> = matches.get_many("words").into_iter().flatten().cloned().collect();
-    let mount_args = MountArgs::of(matches)?;
-    let json = matches.get_flag("json");
-    let flag_given = |name: &str| matches.get_flag(name);
-    let cache_dir = match flag_given("list") || flag_given("check") {
-        true => disk_args::cache_dir(&words)?,
-        false => None,
-    };
-    let action = if let Some((dir, limit)) = cache_dir {
-        let check = flag_given("check");
-        if limit.is_some() && !check {
+
+    /// Returns the action if it is not a mount.
+    fn action(&self) -> Result<Option<Action>, UsageError> {
+        let (flags, words, json) = (&self.actions, &*self.words, self.json);
+        let cache_dir = match flags.list || flags.check {
+            true => disk_args::cache_dir(words)?,
+            false => None,
+        };
+        Ok(Some(if let Some((dir, limit)) = cache_dir {
+            let check = flags.check;
+            if limit.is_some() && !check {
+                return Err(UsageError::new(
+                    "--list changes nothing: cache-dir-size= is for --check",
+                ));
+            }
+            Action::CacheDir {
+                dir,
+                limit,
+                check,
+                json,
+            }
+        } else if flags.list {
+            Action::List(list(words, json)?)
+        } else if flags.info {
+            Action::Info(query(words, Subcommand::Query, json)?)
+        } else if flags.map {
+            Action::Map(query(words, Subcommand::Query, json)?)
+        } else if flags.check {
+            Action::Check(query(words, Subcommand::Query, json)?)
+        } else if flags.prefetch {
+            Action::Prefetch(query(words, Subcommand::Query, json)?)
+        } else if flags.fingerprint {
+            let (server, port) = disk_args::server(words)?;
+            Action::Fingerprint { server, port, json }
+        } else if flags.dump {
+            let library = disk_args::library(words)?;
+            Action::Dump { json, library }
+        } else if json {
             return Err(UsageError::new(
-                "--list changes nothing: cache-dir-size= is for --check",
+                "--json needs --list, --info, --map, --check, --prefetch, --fingerprint or --dump",
             ));
-        }
-        Action::CacheDir {
-            dir,
-            limit,
-            check,
-            json,
-        }
-    } else if flag_given("list") {
-        Action::List(list(&words, json)?)
-    } else if flag_given("info") {
-        Action::Info(query(&words, Subcommand::Query, json)?)
-    } else if flag_given("map") {
-        Action::Map(query(&words, Subcommand::Query, json)?)
-    } else if flag_given("check") {
-        Action::Check(query(&words, Subcommand::Query, json)?)
-    } else if flag_given("prefetch") {
-        Action::Prefetch(query(&words, Subcommand::Query, json)?)
-    } else if flag_given("unmount") && !json {
-        unmount(matches, &words)?
-    } else if flag_given("fingerprint") {
-        let (server, port) = disk_args::server(&words)?;
-        Action::Fingerprint { server, port, json }
-    } else if flag_given("dump") {
-        dump(&words, json)?
-    } else if json {
-        return Err(UsageError::new(
-            "--json needs --list, --info, --map, --check, --prefetch, --fingerprint or --dump",
-        ));
-    } else if flag_given("create") {
-        Action::Create(unmounted(&words, Subcommand::Create)?)
-    } else if flag_given("commit") {
-        commit(&words)?
-    } else {
-        return mount(matches, &words, mount_args);
-    };
-    Ok(Config {
-        action,
-        log: mount_args.log(verbosity(matches)),
-    })
-}
+        } else if flags.unmount {
+            self.unmount()?
+        } else if flags.create {
+            Action::Create(unmounted(words, Subcommand::Create)?)
+        } else if flags.commit {
+            commit(words)?
+        } else {
+            return Ok(None);
+        }))
+    }
 
-fn mount(matches: &ArgMatches, words: &[OsString], mut mount_args: MountArgs) -> Result<Config, UsageError> {
-    let words = &*mount_point_first(words);
-    let (mut mountpoint, words) = words
-        .split_first()
-        .map_or((None, words), |(point, rest)| (Some(point), rest));
-    let is_key = |point: &&OsString| !Path::new(point).exists();
-    if let Some(key) = mountpoint.filter(is_key).and_then(|point| argument::known_key(point)) {
-        // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
-        return Err(UsageError::new(format!(
-            "the mount point must come before the keys, but the first argument is {key}=..."
-        )));
+    fn mount(&self) -> Result<Config, UsageError> {
+        let words = &*mount_point_first(&self.words);
+        let (mountpoint, words) = words
+            .split_first()
+            .map_or((None, words), |(point, rest)| (Some(point), rest));
+        let is_key = |point: &&OsString| !Path::new(point).exists();
+        if let Some(first) = mountpoint.filter(is_key).and_then(|point| argument::source_like(point)) {
+            // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
+            return Err(UsageError::new(format!(
+                "the mount point must come before the keys, but the first argument is {first}..."
+            )));
+        }
+        let (mut mount_args, pairs) = (MountArgs::default(), self.mount_pairs());
+        let file = self.mount.config.as_ref();
+        let disk_args = match file {
+            Some(file) => {
+                check_no_words(words)?;
+                let disk_args = config_file::read(file)?.apply(&mut mount_args)?;
+                disk_args.with(mount_args.layer(&pairs)?)?
+            }
+            None => DiskArgs::of_words(mount_args.layer(&pairs)?, words)?,
+        };
+        mount_args.verbosity(self.log.verbose);
+        let in_file = mount_args.mount_point.take();
+        let Some(mountpoint) = mountpoint.or(in_file.as_ref()) else {
+            return Err(no_mount_point(file));
+        };
+        if file.is_none() && words.is_empty() && cannot_be_covered(mountpoint) {
+            let image = values::display(mountpoint);
+            return Err(UsageError::new(format!(
+                "{image}: no mount point is given: vmdkfuse MOUNTPOINT file={image}"
+            )));
+        }
+        MountRequest {
+            mountpoint,
+            disk_args,
+            mount_args,
+            foreground: self.mount.foreground,
+            source: file.map(|file| mount_helper::path_in_table(file)),
+        }
+        .into_config()
     }
-    let (tables, in_file);
-    let mut disk_args = DiskArgs::Words(words);
-    let file = matches.get_one::<OsString>("config");
-    if let Some(file) = file {
-        check_no_disk(words, &mount_args)?;
-        let config_file = config_file::read(file)?;
-        in_file = config_file.mount_point;
-        mountpoint = mountpoint.or(in_file.as_ref());
-        // A contradiction within the command line is an error, so it is checked before the merge. The reader of the
-        // file has checked the file. Between the two there is no contradiction: the command line wins.
-        mount_args.options.mount()?;
-        (tables, mount_args) = (config_file.disks, mount_args.over(config_file.mount_args));
-        disk_args = DiskArgs::Tables(&tables);
+
+    /// Returns the mounts of `--unmount`: the words, or the one that a config file describes.
+    fn unmount(&self) -> Result<Action, UsageError> {
+        let Some(file) = self.mount.config.as_ref().filter(|_| self.words.is_empty()) else {
+            return unmount_helper::mounts(self.words.iter(), false).map(Action::Unmount);
+        };
+        let mut mount_args = MountArgs::default();
+        config_file::read(file)?.apply(&mut mount_args)?;
+        let point = mount_args.mount_point.ok_or_else(|| no_mount_point(Some(file)))?;
+        unmount_helper::mounts(std::iter::once(&point), false).map(Action::Unmount)
     }
-    let Some(mountpoint) = mountpoint else {
-        return Err(no_mount_point(file));
-    };
-    if file.is_none() && words.is_empty() && cannot_be_covered(mountpoint) {
-        let image = values::display(mountpoint);
-        return Err(UsageError::new(format!(
-            "{image}: no mount point is given: vmdkfuse MOUNTPOINT file={image}"
-        )));
+
+    /// Returns the options that have names of their own as pairs.
+    fn mount_pairs(&self) -> Vec<Pair<MountKey>> {
+        let format = self.log.log_format.and_then(|format| format.to_possible_value());
+        let named = [
+            ("read-only", self.mount.read_only.then(|| "true".into())),
+            ("threads", self.mount.threads.clone()),
+            ("pidfile", self.mount.pidfile.clone()),
+            ("log-file", self.log.log_file.clone()),
+            ("log-format", format.map(|format| format.get_name().into())),
+        ];
+        let lists = self.mount.options.iter().map(|list| ("options", Some(list.clone())));
+        let pair = |(name, value): (&str, Option<OsString>)| {
+            let (key, value, origin) = (mount_key(name)?, value?, Origin::Argument);
+            Some(Pair { key, value, origin })
+        };
+        lists.chain(named).filter_map(pair).collect()
     }
-    let log = mount_args.log(verbosity(matches));
-    let MountArgs {
-        options,
-        pidfile,
-        threads,
-        ..
-    } = mount_args;
-    let foreground = matches.get_flag("foreground");
-    MountRequest {
-        mountpoint,
-        disk_args,
-        options: &options,
-        foreground,
-        pidfile,
-        threads,
-        source: file.map(|file| mount_helper::path_in_table(file)),
-    }
-    .into_config(log)
 }
 
 /// Creates the error for a mount or unmount without a mount point. `file`: the config file, if there is one.
@@ -316,17 +398,6 @@ fn no_mount_point(file: Option<&OsString>) -> UsageError {
         ),
         None => "no mount point is given; see vmdkfuse --help".into(),
     })
-}
-
-/// Returns the mounts of `--unmount`: the words, or the one that a config file describes.
-fn unmount(matches: &ArgMatches, words: &[OsString]) -> Result<Action, UsageError> {
-    let Some(file) = matches.get_one::<OsString>("config").filter(|_| words.is_empty()) else {
-        return unmount_helper::mounts(words.iter(), false).map(Action::Unmount);
-    };
-    let point = config_file::read(file)?
-        .mount_point
-        .ok_or_else(|| no_mount_point(Some(file)))?;
-    unmount_helper::mounts(std::iter::once(&point), false).map(Action::Unmount)
 }
 
 /// Returns the words with the mount point first. mount.fuse(8) names the image first, and users of other tools do.
@@ -351,20 +422,14 @@ fn cannot_be_covered(word: &OsString) -> bool {
     fs::metadata(word).is_ok_and(|found| found.file_type().is_block_device() || found.is_file() && found.len() > 0)
 }
 
-/// Checks that the command line names no disk and no disk key in addition to a config file.
-fn check_no_disk(words: &[OsString], mount_args: &MountArgs) -> Result<(), UsageError> {
-    if !words.is_empty() {
-        let hint = "the file describes the disks, and -o KEY=VALUE applies to all of them";
-        return Err(UsageError::new(format!(
+/// Checks that the command line has no words besides a config file and the mount point.
+fn check_no_words(words: &[OsString]) -> Result<(), UsageError> {
+    let hint = "the file describes the disks, and -o KEY=VALUE applies to all of them";
+    match words.is_empty() {
+        true => Ok(()),
+        false => Err(UsageError::new(format!(
             "--config allows no arguments except the mount point: {hint}"
-        )));
-    }
-    match mount_args.options.source() {
-        Some(key) => Err(UsageError::new(format!(
-            "--config allows no further disk, but -o {}= names one: add a [[disk]] table to the file",
-            key.name
         ))),
-        None => Ok(()),
     }
 }
 
@@ -385,153 +450,9 @@ fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     }
 }
 
-fn dump(words: &[OsString], json: bool) -> Result<Action, UsageError> {
-    let library = disk_args::library(words)?;
-    Ok(Action::Dump { json, library })
-}
-
-/// Returns the count of `-v`, limited to the trace level.
-pub(super) fn verbosity(matches: &ArgMatches) -> u8 {
-    matches.get_count("verbose").min(MAX_VERBOSITY)
-}
-
-fn path(matches: &ArgMatches, name: &str) -> Result<Option<PathBuf>, UsageError> {
-    let Some(value) = matches.get_one::<OsString>(name) else {
-        return Ok(None);
-    };
-    values::path(value)
-        .map(Some)
-        .map_err(|e| UsageError::new(format!("--{name} {}: {e}", values::display(value))))
-}
-
 /// Returns the options as clap takes them. The manual and the completions are generated from them, too.
 pub(super) fn command() -> Command {
-    Command::new("vmdkfuse")
-        .about(env!("CARGO_PKG_DESCRIPTION"))
-        .version(env!("CARGO_PKG_VERSION"))
-        .no_binary_name(true)
-        .override_usage(USAGE)
-        .disable_help_flag(true)
-        .term_width(help_width())
-        .help_template("{about-with-newline}\n{usage-heading} {usage}\n\n{all-args}{after-help}")
-        .after_help(EXAMPLES)
-        .after_long_help(after_long_help())
-        .disable_version_flag(true)
-        .args(mount_args())
-        .args(log_args())
-        .args(action_args())
-        .arg(
-            Arg::new("short-help")
-                .short('h')
-                .action(ArgAction::HelpShort)
-                .hide(true),
-        )
-        .args(
-            [
-                Arg::new("help")
-                    .long("help")
-                    .action(ArgAction::HelpLong)
-                    .help("Print all options and keys; -h prints examples"),
-                Arg::new("version")
-                    .short('V')
-                    .long("version")
-                    .action(ArgAction::Version)
-                    .help("Print the version"),
-            ]
-            .map(|arg| arg.help_heading("Information").hide_short_help(true)),
-        )
-        .group(ArgGroup::new("action").args(ACTIONS))
-        .args(LATER.map(|name| Arg::new(name).long(name).action(ArgAction::SetTrue).hide(true)))
-        .arg(
-            Arg::new("words")
-                .num_args(0..)
-                .value_parser(OsStringValueParser::new())
-                .hide(true),
-        )
-}
-
-fn mount_args() -> [Arg; 6] {
-    [
-        flag("read-only", "Mount read-only").short('r'),
-        flag("foreground", "Stay in the foreground").short('f'),
-        valued(
-            "options",
-            "OPT[,OPT...]",
-            "Mount options, and keys that apply to all disks",
-        )
-        .short('o')
-        .action(ArgAction::Append),
-        valued("pidfile", "FILE", "Write the process ID to FILE")
-            .short('P')
-            .long("pidfile"),
-        valued("threads", "N", "Number of event loops")
-            .long("threads")
-            .value_parser(value_parser!(u64).range(1..=MAX_THREADS)),
-        valued("config", "FILE", "Mount the disks that a TOML file describes").long("config"),
-    ]
-    // These options describe a mount, so they conflict with every other action. What a file describes can be unmounted.
-    .map(|arg| {
-        let is_config = arg.get_id() == "config";
-        arg.conflicts_with_all(ACTIONS.iter().filter(|action| !is_config || **action != "unmount"))
-            .help_heading("Options of a mount")
-            .hide_short_help(true)
-    })
-}
-
-fn log_args() -> [Arg; 3] {
-    [
-        Arg::new("verbose")
-            .short('v')
-            .long("verbose")
-            .action(ArgAction::Count)
-            .help("Verbose output (repeatable)"),
-        valued("log-file", "FILE", "Append log messages to FILE").long("log-file"),
-        valued("log-format", "FORMAT", "Format of log messages")
-            .long("log-format")
-            .value_parser(["text", "json"]),
-    ]
-    .map(|arg| arg.help_heading("Log").hide_short_help(true))
-}
-
-fn action_args() -> [Arg; 11] {
-    [
-        flag(
-            "list",
-            "List the exports of an NBD server, the datastores of server=HOST, a folder on a web server, or the files of \
-             cache-dir=DIR",
-        ),
-        flag("info", "Show what a source is: size, format, extents, chain"),
-        flag("map", "Show where data, holes and zeroes are"),
-        flag(
-            "check",
-            "Check a VMDK's tables and chain, or the blocks of cache-dir=DIR; exit status 3: leaks only, 4: corrupt",
-        ),
-        flag(
-            "prefetch",
-            "Complete the disk cache (cache-dir=) of a disk on a web server",
-        ),
-        flag("create", "Create a VMDK without mounting it"),
-        flag("commit", "Commit the overlay cow=FILE to its base"),
-        flag(
-            "unmount",
-            "Unmount, and return when the daemon has ended and its locks are gone",
-        ),
-        flag("fingerprint", "Show the thumbprints of server=HOST's certificate"),
-        flag("dump", "Print versions and back ends"),
-        flag("json", "JSON output"),
-    ]
-    .map(|arg| arg.help_heading("Actions other than a mount").hide_short_help(true))
-}
-
-fn flag(name: &'static str, help: &'static str) -> Arg {
-    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
-}
-
-fn valued(name: &'static str, placeholder: &'static str, help: &'static str) -> Arg {
-    Arg::new(name)
-        .value_name(placeholder)
-        .value_parser(OsStringValueParser::new())
-        .help(help)
+    Cli::command().mut_args(|arg| arg.hide_short_help(true))
 }
 
 fn after_long_help() -> String {
@@ -557,7 +478,7 @@ fn help_width() -> usize {
 mod tests {
     use super::super::test_args::{config_of, mount_of};
     use super::*;
-    use crate::config::MountConfig;
+    use crate::config::{LogConfig, MountConfig};
 
     fn run(args: &[&str]) -> Result<Config, String> {
         config_of(parse(args.iter().map(OsString::from)))
@@ -715,10 +636,9 @@ mod tests {
 
     #[test]
     fn options_that_are_not_in_this_build_are_reported() {
-        for name in LATER {
-            let option = format!("--{name}");
+        for option in ["--status", "--watch", "--doctor"] {
             assert_eq!(
-                run(&[&option, "src"]).unwrap_err(),
+                run(&[option, "src"]).unwrap_err(),
                 format!("{option} is not in this build yet")
             );
         }
@@ -740,6 +660,8 @@ mod tests {
             error,
             "the mount point must come before the keys, but the first argument is file=..."
         );
+        let error = run(&["nbd://u:hunter2@h", "src"]).unwrap_err();
+        assert!(error.ends_with("the first argument is nbd://..."), "{error}");
         let error = run(&["--forground", "src", "/x"]).unwrap_err();
         assert_eq!(
             error,

@@ -4,7 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use super::UsageError;
-use super::keys::{self, Key};
+use super::keys;
+use super::pair::{Origin, Pair};
 use super::scheme;
 
 /// A classified argument.
@@ -16,16 +17,18 @@ enum Argument<'a> {
     Bare(&'a OsStr),
 }
 
-/// Splits an argument into its key and its value. Fails if the key is not in the table.
-pub(super) fn read(argument: &OsStr) -> Result<(&'static Key, &OsStr), UsageError> {
+/// Returns the pair that an argument gives. Fails if the key is not in the table.
+pub(super) fn read(argument: &OsStr) -> Result<Pair, UsageError> {
     let (name, value) = match classify(argument) {
         Argument::Key(name, value) => (name, value),
         Argument::Bare(value) => (key_of_bare(value), value),
     };
-    match keys::find(name) {
-        Some(key) => Ok((key, value)),
-        None => Err(unknown_key(name)),
-    }
+    let key = keys::find(name).ok_or_else(|| unknown_key(name))?;
+    Ok(Pair {
+        key,
+        value: value.to_owned(),
+        origin: Origin::Argument,
+    })
 }
 
 /// Returns `source` with its key in front. The source is bare even if it looks like `KEY=VALUE`: mount(8) passes the
@@ -37,11 +40,12 @@ pub(super) fn with_key(source: &OsStr) -> OsString {
     argument
 }
 
-/// Returns the known key that an argument starts with, if any. Such an argument is unlikely to be a path.
-pub(super) fn known_key(argument: &OsStr) -> Option<&'static str> {
-    split_key(argument)
-        .and_then(|(name, _)| keys::find(name))
-        .map(|key| key.name)
+/// Returns the known key or the scheme that an argument starts with, if any. Such an argument is unlikely to be a path.
+pub(super) fn source_like(argument: &OsStr) -> Option<String> {
+    let key = split_key(argument).and_then(|(name, _)| keys::find(name));
+    let scheme = scheme::of(argument).filter(|_| argument.to_string_lossy().contains("://"));
+    key.map(|key| format!("{}=", key.name))
+        .or_else(|| scheme.map(|scheme| format!("{scheme}://")))
 }
 
 /// Creates the error for a key that is not in the table. The value is left out because it may be a secret.

@@ -1,13 +1,13 @@
-//! Reader of `--config FILE.toml`: converts a file that describes a mount to the equivalent keys and options.
+//! Reader of `--config FILE.toml`: a file that describes a mount → pairs.
 //!
 //! ```text
-//!   readonly = true              keys above the first table ─► keys of `-o`: they apply to all disks
+//!   readonly = true              keys above the first table ─► pairs that apply to all disks
 //!
 //!   [mount]
-//!   options = "allow_other"      ─► the options -o, -r, --threads, --pidfile, --log-file, --log-format
+//!   options = "allow_other"      ─► pairs of the mount; those of `-o` in them apply to all disks, too
 //!
 //!   [[disk]]
-//!   file = "a.vmdk"              ─► file=/where/the/file/is/a.vmdk
+//!   file = "a.vmdk"              ─► file=a.vmdk
 //!   name = "a.img"               ─► name=a.img
 //!
 //!   [[disk]]
@@ -15,27 +15,26 @@
 //!   arg = ["memory", "1G"]       ─► arg=memory arg=1G
 //! ```
 //!
-//! This module knows neither the meaning of a key nor its valid values nor its conflicts. The table of keys and the
-//! parser of the command line check each value once, on its own, so that an error can name the line. After that the
-//! keys take the same way as those of a command line. An error about the keys of a table as a whole starts with the
-//! table's location.
+//! This module knows neither the meaning of a key nor its valid values nor its conflicts: the pairs take the same way as
+//! those of a command line. Each holds its line, and the folder of the file, where relative paths start.
 //!
-//! Errors from this module print no values except paths, because values may be secrets.
+//! Errors from this module print no values, because values may be secrets.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::rc::Rc;
 
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::UsageError;
-use super::args::MountArgs;
-use super::disk_args::Table;
+use super::disk_args::{DiskArgs, SourceArgs};
 use super::keys::{self, Key, Scope, ValueKind};
-use super::settings::Settings;
+use super::options::{MOUNT_KEYS, MountArgs, MountKey, mount_key};
+use super::pair::{Origin, Pair};
 use super::values::{self, display};
 
 /// Largest file that is read, in bytes. It holds thousands of disks; a disk image given by mistake is usually larger.
@@ -44,52 +43,44 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Names of the tables in a file.
 const TABLES: [&str; 2] = ["disk", "mount"];
 
-/// Key of `[mount]` that is an argument of the command line and no option.
-const MOUNT_POINT: &str = "mountpoint";
-
-/// Keys of `[mount]`. Except for the mount point, and for `options`, which is `-o`, they have the names of the long options.
-pub(super) const MOUNT_KEYS: [(&str, ValueKind, &str); 7] = [
-    (
-        MOUNT_POINT,
-        ValueKind::Path,
-        "Mount point; another one on the command line counts",
-    ),
-    ("options", ValueKind::Text, "Options as for -o"),
-    ("read-only", ValueKind::Bool, "Mount read-only"),
-    ("threads", ValueKind::Count, "Number of event loops, 1 to 64"),
-    ("pidfile", ValueKind::Path, "Write the process ID to this file"),
-    ("log-file", ValueKind::Path, "Append log messages to this file"),
-    (
-        "log-format",
-        ValueKind::OneOf {
-            words: &["text", "json"],
-            later: &[],
-        },
-        "Format of log messages",
-    ),
-];
-
-/// Parsed content of a file.
-#[derive(Debug)]
+/// Pairs of a file.
+#[derive(Debug, Default)]
 pub(super) struct ConfigFile {
-    /// Options of the mount, including the keys that apply to all disks.
-    pub(super) mount_args: MountArgs,
-    /// Mount point, as an absolute path, if the file names one.
-    pub(super) mount_point: Option<OsString>,
-    /// Disks of the mount, at least one.
-    pub(super) disks: Vec<Table>,
+    /// Name of the file, for messages.
+    name: String,
+    /// Options of the mount.
+    mount: Vec<Pair<MountKey>>,
+    /// Keys that apply to all disks.
+    common: Vec<Pair>,
+    /// Disks of the mount.
+    disks: Vec<SourceArgs>,
+}
+
+impl ConfigFile {
+    /// Applies the options of the mount to `mount_args`, and returns the disks.
+    ///
+    /// Fails as [`MountArgs::layer`] does, or if the options name a disk.
+    pub(super) fn apply(self, mount_args: &mut MountArgs) -> Result<DiskArgs, UsageError> {
+        let options = mount_args.layer(&self.mount)?;
+        let disks = DiskArgs {
+            common: Vec::new(),
+            sources: self.disks,
+            file: Some(self.name),
+        };
+        disks.with(self.common.into_iter().chain(options).collect())
+    }
 }
 
 /// Reads a config file. Relative paths in it are relative to the folder of `name`, even if `name` is a symbolic link.
 ///
 /// Fails if the file cannot be read, is not a regular file, is too large or is not TOML; if a key or table is unknown,
-/// misplaced or not in this build; if a value is invalid; if a disk has two sources; or if there is no disk. Errors
-/// name the file and, if there is one, the line.
+/// misplaced or not in this build; if a value has another type than the key; or if a disk has two sources. Errors name
+/// the file and, if there is one, the line.
 pub(super) fn read(name: &OsStr) -> Result<ConfigFile, UsageError> {
     let failed = |reason: String| UsageError::new(format!("--config {}: {reason}", display(name)));
     let path = values::path(name).map_err(failed)?;
     let bytes = load(&path).map_err(failed)?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
+    let dir = path.parent().unwrap_or(Path::new("/")).into();
     let text = std::str::from_utf8(&bytes).map_err(|e| {
         let line = line_of(&bytes, e.valid_up_to());
         UsageError::new(format!("{}:{line}: this is not UTF-8", display(name)))
@@ -101,8 +92,8 @@ pub(super) fn read(name: &OsStr) -> Result<ConfigFile, UsageError> {
 struct Document<'a> {
     /// Name of the file as given, for messages.
     name: &'a OsStr,
-    /// Absolute folder that relative paths are resolved against.
-    dir: &'a Path,
+    /// Absolute folder where relative paths start.
+    dir: Rc<Path>,
     text: &'a str,
 }
 
@@ -121,41 +112,21 @@ impl Document<'_> {
             None => UsageError::new(format!("{}: {}", display(self.name), e.message())),
         })?;
         let mut config = ConfigFile {
-            mount_args: MountArgs::default(),
-            mount_point: None,
-            disks: Vec::new(),
+            name: display(self.name).to_string(),
+            ..ConfigFile::default()
         };
-        let mut common = Vec::new();
         for entry in in_order(table.get_ref()) {
             match entry.name {
                 "disk" => config.disks = self.disks(&entry)?,
-                "mount" => (config.mount_args, config.mount_point) = self.mount(&entry)?,
-                _ => common.extend(self.common(&entry)?),
+                "mount" => config.mount = self.mount(&entry)?,
+                _ => config.common.extend(self.common(&entry)?),
             }
-        }
-        let options = &mut config.mount_args.options;
-        // Duplicates are found here, before options of the command line can override one or both of them.
-        let twice = common
-            .iter()
-            .find(|(key, _)| !key.repeats && options.keys.iter().any(|(o, _)| o.name == key.name));
-        if let Some((key, _)) = twice {
-            let (name, key) = (display(self.name), key.name);
-            return Err(UsageError::new(format!(
-                "{name}: {key} is given twice: above the tables and in the options of [mount]"
-            )));
-        }
-        options.keys.extend(common);
-        if config.disks.is_empty() {
-            let name = display(self.name);
-            return Err(UsageError::new(format!(
-                "{name}: no disk is given: add a [[disk]] table with file, dir or uri, or an NBD server's keys"
-            )));
         }
         Ok(config)
     }
 
     /// Converts a key above the tables to one pair for each of its values.
-    fn common(&self, entry: &TomlEntry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+    fn common(&self, entry: &TomlEntry<'_>) -> Result<Vec<Pair>, UsageError> {
         let spellings = || TABLES.into_iter().chain(keys::spellings());
         if keys::find(entry.name).is_none() && mount_key(entry.name).is_some() {
             return Err(self.error(entry.at, format_args!("{} belongs in the [mount] table", entry.name)));
@@ -169,7 +140,7 @@ impl Document<'_> {
     }
 
     /// Converts all `[[disk]]` tables.
-    fn disks(&self, entry: &TomlEntry<'_>) -> Result<Vec<Table>, UsageError> {
+    fn disks(&self, entry: &TomlEntry<'_>) -> Result<Vec<SourceArgs>, UsageError> {
         let wrong = || self.error(entry.at, "disk: must be written as [[disk]] tables");
         let DeValue::Array(items) = entry.value else {
             return Err(wrong());
@@ -182,12 +153,12 @@ impl Document<'_> {
     }
 
     /// Converts one `[[disk]]` table, which starts at byte `at` of the file.
-    fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<Table, UsageError> {
+    fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<SourceArgs, UsageError> {
         let mut source: Option<&Key> = None;
-        let mut keys = Vec::new();
+        let mut pairs = Vec::new();
         for entry in in_order(table) {
             let key = self.key(&entry, keys::spellings())?;
-            keys.extend(self.pairs(key, &entry)?);
+            pairs.extend(self.pairs(key, &entry)?);
             match (key.scope, source) {
                 (Scope::Starts, Some(other)) => {
                     let reason = format!(
@@ -200,10 +171,8 @@ impl Document<'_> {
                 (Scope::OneDisk | Scope::Common, _) => {}
             }
         }
-        Ok(Table {
-            location: self.error(at, "[[disk]]").to_string(),
-            keys,
-        })
+        let table = Some(format!("{}: [[disk]]", self.line(at)));
+        Ok(SourceArgs { pairs, table })
     }
 
     /// Returns the key of an entry. Fails if it is unknown or not in this build; `known` gives the names to suggest.
@@ -217,95 +186,45 @@ impl Document<'_> {
         Ok(key)
     }
 
-    /// Converts the values of a key, after checking each one on its own.
-    fn pairs(&self, key: &'static Key, entry: &TomlEntry<'_>) -> Result<Vec<(&'static Key, OsString)>, UsageError> {
+    /// Converts the values of a key.
+    fn pairs(&self, key: &'static Key, entry: &TomlEntry<'_>) -> Result<Vec<Pair>, UsageError> {
         let values: Vec<&DeValue<'_>> = match entry.value {
             DeValue::Array(items) if key.repeats => items.iter().map(|item| item.get_ref()).collect(),
             value => vec![value],
         };
-        let pair = |value| {
-            let value = self.value(entry, key.kind, value, key.repeats)?;
-            self.try_value(entry.at, key, &value)?;
-            Ok((key, value))
-        };
+        let pair = |value| self.pair(key, entry, key.kind, value, key.repeats);
         values.into_iter().map(pair).collect()
     }
 
-    /// Converts the `[mount]` table to options and, if there is one, the mount point.
-    fn mount(&self, entry: &TomlEntry<'_>) -> Result<(MountArgs, Option<OsString>), UsageError> {
+    /// Converts the `[mount]` table.
+    fn mount(&self, entry: &TomlEntry<'_>) -> Result<Vec<Pair<MountKey>>, UsageError> {
         let DeValue::Table(table) = entry.value else {
             return Err(self.error(entry.at, "mount: must be written as one [mount] table"));
         };
-        let (mut options, mut mount_point) = (Vec::new(), None);
-        for entry in in_order(table) {
-            let Some(kind) = mount_key(entry.name) else {
-                return Err(self.unknown_in_mount(&entry));
-            };
-            let value = self.value(&entry, kind, entry.value, false)?;
-            if entry.name == MOUNT_POINT {
-                values::path(&value).map_err(|e| self.error(entry.at, format_args!("{MOUNT_POINT}: {e}")))?;
-                mount_point = Some(value);
-                continue;
-            }
-            let Some(option) = option(entry.name, kind, &value) else {
-                continue;
-            };
-            // Each option is parsed on its own first: clap reports no position, and so the error can name the line.
-            let alone = MountArgs::parse([option.clone()]).map_err(|e| self.error(entry.at, e))?;
-            self.check_keys(&alone, entry.at)?;
-            options.push(option);
-        }
-        let mut mount_args = MountArgs::parse(options).map_err(|e| self.error(entry.at, e))?;
-        mount_args.options.mount().map_err(|e| self.error(entry.at, e))?;
-        for (key, value) in &mut mount_args.options.keys {
-            *value = self.resolve_path(key.kind, value);
-        }
-        Ok((mount_args, mount_point))
-    }
-
-    /// Checks the keys in the value of `options`.
-    fn check_keys(&self, mount_args: &MountArgs, at: usize) -> Result<(), UsageError> {
-        if let Some(key) = mount_args.options.source() {
-            return Err(self.error(at, format_args!("-o {}= names a disk: use a [[disk]] table", key.name)));
-        }
-        mount_args
-            .options
-            .keys
-            .iter()
-            .try_for_each(|(key, value)| self.try_value(at, key, value))
-    }
-
-    /// Checks a value with the table of keys, without storing it.
-    fn try_value(&self, at: usize, key: &Key, value: &OsStr) -> Result<(), UsageError> {
-        key.apply(&mut Settings::default(), value)
-            .map_err(|e| self.error(at, e))
+        let pair = |entry: TomlEntry<'_>| {
+            let key = mount_key(entry.name).ok_or_else(|| self.unknown_in_mount(&entry))?;
+            self.pair(key, &entry, key.kind, entry.value, false)
+        };
+        in_order(table).into_iter().map(pair).collect()
     }
 
     /// Converts a TOML value to the text that a command line would have. Fails if its type does not fit `kind`.
-    fn value(
+    fn pair<K>(
         &self,
+        key: &'static K,
         entry: &TomlEntry<'_>,
         kind: ValueKind,
         value: &DeValue<'_>,
         list: bool,
-    ) -> Result<OsString, UsageError> {
-        let text = as_text(kind, value).ok_or_else(|| {
+    ) -> Result<Pair<K>, UsageError> {
+        let value = as_text(kind, value).ok_or_else(|| {
             let list = if list { ", or a list of them" } else { "" };
-            self.error(
-                entry.at,
-                format_args!("{}: must be {}{list}", entry.name, kind.in_toml()),
-            )
+            let expected = kind.in_toml();
+            self.error(entry.at, format_args!("{}: must be {expected}{list}", entry.name))
         })?;
-        Ok(self.resolve_path(kind, &text))
-    }
-
-    /// Makes a path absolute, relative to the file's folder. Returns other values, and empty ones, unchanged.
-    fn resolve_path(&self, kind: ValueKind, value: &OsStr) -> OsString {
-        match kind {
-            ValueKind::PathOr(word) if value == word => value.to_owned(),
-            ValueKind::Path | ValueKind::PathOr(_) if !value.is_empty() => self.dir.join(value).into_os_string(),
-            _ => value.to_owned(),
-        }
+        let (line, dir) = (self.line(entry.at), Rc::clone(&self.dir));
+        let origin = Origin::File { line, dir };
+        Ok(Pair { key, value, origin })
     }
 
     /// Creates the error for an unknown key in `[mount]`, with the right place for a key of disks.
@@ -314,7 +233,7 @@ impl Document<'_> {
             let hint = "it belongs above the first table, or in a [[disk]] table";
             return self.error(entry.at, format_args!("{} is a key of disks: {hint}", entry.name));
         }
-        self.unknown(entry, MOUNT_KEYS.into_iter().map(|(name, ..)| name))
+        self.unknown(entry, MOUNT_KEYS.iter().map(|key| key.name))
     }
 
     /// Creates the error for an unknown key or table, with a suggestion from `known`.
@@ -333,16 +252,17 @@ impl Document<'_> {
 
     /// Creates an error that starts with the file and the line of byte `at`.
     fn error(&self, at: usize, what: impl Display) -> UsageError {
-        UsageError::new(format!(
-            "{}:{}: {what}",
-            display(self.name),
-            line_of(self.text.as_bytes(), at)
-        ))
+        UsageError::new(what.to_string()).at(&self.line(at))
+    }
+
+    /// Returns the file and the line of byte `at`.
+    fn line(&self, at: usize) -> String {
+        format!("{}:{}", display(self.name), line_of(self.text.as_bytes(), at))
     }
 }
 
 /// Reads a regular file of at most [`MAX_BYTES`].
-fn load(path: &PathBuf) -> Result<Vec<u8>, String> {
+fn load(path: &Path) -> Result<Vec<u8>, String> {
     // O_NONBLOCK: opening a FIFO must not block. O_NOCTTY: opening a terminal must not make it the controlling one.
     let file = File::options()
         .read(true)
@@ -382,14 +302,6 @@ fn in_order<'t>(table: &'t DeTable<'t>) -> Vec<TomlEntry<'t>> {
     entries
 }
 
-/// Returns the form of the value of a `[mount]` key, or `None` if the key is unknown.
-fn mount_key(name: &str) -> Option<ValueKind> {
-    MOUNT_KEYS
-        .into_iter()
-        .find(|(known, ..)| *known == name)
-        .map(|(_, kind, _)| kind)
-}
-
 /// Returns true for a table or an array of tables.
 fn is_table(value: &DeValue<'_>) -> bool {
     match value {
@@ -425,23 +337,6 @@ fn decimal(number: &DeInteger<'_>) -> Option<OsString> {
     i128::from_str_radix(number.as_str(), number.radix())
         .ok()
         .map(|number| number.to_string().into())
-}
-
-/// Joins a name and a value that may not be UTF-8 to `NAME=VALUE`.
-fn word(name: &str, value: &OsStr) -> OsString {
-    let mut word = OsString::from(name);
-    word.push("=");
-    word.push(value);
-    word
-}
-
-/// Returns the command-line option of a `[mount]` key, or `None` for a flag that is off.
-fn option(name: &str, kind: ValueKind, value: &OsStr) -> Option<OsString> {
-    match (name, kind) {
-        ("options", _) => Some(word("-o", value)),
-        (_, ValueKind::Bool) => (value == "true").then(|| format!("--{name}").into()),
-        _ => Some(word(&format!("--{name}"), value)),
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Keys that create a VMDK: `create=` and the `create-*=` keys.
 //!
-//! The functions at the end parse one value each. [`CreateArgs::config`] checks the keys against each other and against
-//! the [`Subcommand`], after the common keys are merged into those of the disk. Their conflicts with other keys are
+//! The functions at the end parse one value each. [`CreateArgs::config`] checks the keys of a disk against each other and
+//! against the [`Subcommand`]. Their conflicts with other keys are
 //! checked in `overlay_args.rs`.
 
 use std::ffi::OsStr;
@@ -70,17 +70,6 @@ pub(super) struct CreateArgs {
 }
 
 impl CreateArgs {
-    /// Returns these keys, with the values of `common` for keys that are not set here.
-    pub(super) fn over(self, common: Self) -> Self {
-        Self {
-            create: self.create.or(common.create),
-            size: self.size.or(common.size),
-            kind: self.kind.or(common.kind),
-            adapter: self.adapter.or(common.adapter),
-            hardware_version: self.hardware_version.or(common.hardware_version),
-        }
-    }
-
     /// Returns true if the disk is created: by `create=`, or by default with `--create`.
     pub(super) fn is_enabled(self, subcommand: Subcommand) -> bool {
         self.create.unwrap_or(subcommand == Subcommand::Create)
@@ -96,12 +85,12 @@ impl CreateArgs {
             }
             // A forgotten `create=true` would otherwise leave `create-size=` without effect, and the file "not found".
             return match self.first_detail() {
-                Some(key) => Err(UsageError::new(format!("{key}= needs create=true"))),
+                Some(key) => Err(UsageError::of(key, " needs create=true")),
                 None => Ok(None),
             };
         }
         if matches!(subcommand, Subcommand::Query | Subcommand::Commit) {
-            return Err(UsageError::new("create=true needs a mount or --create"));
+            return Err(UsageError::of("create", "true needs a mount or --create"));
         }
         // There is no default: too small a disk cannot grow, and too large a one may not fit.
         let size = self

@@ -1,19 +1,23 @@
-//! Disks of a command line or a config file: `KEY=VALUE` arguments and bare sources, or tables → disks.
+//! Disks of a command line or a config file: pairs → disks.
 //!
 //! ```text
-//!   arguments ─ argument.rs ─► (key, value) ─ keys.rs ─► Settings: the common ones, then one for each source
-//!                                                            │ wildcards and folders give their files
-//!                                                            ▼
-//!                                                 ResolvedDisk: one for each disk; its own keys win over common ones
+//!   arguments, -o lists, tables ─► pairs: the common ones, then those of each source
+//!                                    │ applied in this order
+//!                                    ▼
+//!                                  Settings of each source
+//!                                    │ wildcards and folders give their files
+//!                                    ▼
+//!                                  ResolvedDisk: one for each disk
 //! ```
-//! All keys are checked before the file system is read.
+//! All values are checked before the file system is searched.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use super::args::Subcommand;
-use super::keys::{Group, Key, Scope};
+use super::keys::{Group, Scope};
+use super::pair::Pair;
 use super::settings::{DiskSource, Settings};
 use super::vddk::NOT_VDDK;
 use super::{
@@ -25,39 +29,81 @@ use crate::config::{DiskConfig, VddkLibrary};
 /// Keys that name a disk, for messages.
 const SOURCES: &str = "add file, dir or uri, or an NBD server's hostname, socket, socket-fd, vsock-cid or command";
 
-/// Origin of the disks.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum DiskArgs<'a> {
-    /// `KEY=VALUE` arguments and bare sources of the command line.
-    Words(&'a [OsString]),
-    /// `[[disk]]` tables of a config file.
-    Tables(&'a [Table]),
-}
-
-/// A `[[disk]]` table of a config file. It describes one source.
-#[derive(Debug)]
-pub(super) struct Table {
-    /// File, line and kind of the table, which start its error messages.
-    pub(super) location: String,
-    /// Keys of the table, in the order of the file.
-    pub(super) keys: Vec<(&'static Key, OsString)>,
-}
-
-/// Keys of one source.
+/// Pairs that describe disks.
 #[derive(Debug, Default)]
-struct SourceArgs {
-    settings: Settings,
-    /// Location of the source's table ([`Table::location`]); none on a command line.
-    location: Option<String>,
+pub(super) struct DiskArgs {
+    /// Layers of pairs that apply to all disks. A later one wins over an earlier one.
+    pub(super) common: Vec<Vec<Pair>>,
+    /// Sources, in their order.
+    pub(super) sources: Vec<SourceArgs>,
+    /// Name of the config file, if the sources are its tables.
+    pub(super) file: Option<String>,
 }
 
-/// One disk with all its settings merged. Its file name is not chosen yet.
+/// Pairs of one source.
+#[derive(Debug, Default)]
+pub(super) struct SourceArgs {
+    pub(super) pairs: Vec<Pair>,
+    /// Start of the messages about the table of a config file; none on a command line.
+    pub(super) table: Option<String>,
+}
+
+/// One disk with all its settings. Its file name is not chosen yet.
 #[derive(Debug)]
 pub(super) struct ResolvedDisk {
     disk_source: DiskSource,
     settings: Settings,
-    /// Location of its table ([`Table::location`]); none on a command line.
+    /// [`SourceArgs::table`]
     table: Option<String>,
+}
+
+impl DiskArgs {
+    /// Returns the pairs of `-o` and of the arguments. Those before the first source apply to all disks, and so do those of
+    /// `-o`, wherever it was on the command line. A source among them is a disk before those of the arguments.
+    ///
+    /// Fails if a key is unknown.
+    pub(super) fn of_words(options: Vec<Pair>, words: &[OsString]) -> Result<Self, UsageError> {
+        let source = |pair| SourceArgs {
+            pairs: vec![pair],
+            table: None,
+        };
+        let (sources, mut common): (Vec<_>, Vec<_>) =
+            options.into_iter().partition(|pair| pair.key.scope == Scope::Starts);
+        let mut sources: Vec<_> = sources.into_iter().map(source).collect();
+        // A source given with -o does not end the common pairs: keys of the command line must not depend on whether -o
+        // named a disk.
+        let from_options = sources.len();
+        for word in words {
+            let pair = argument::read(word)?;
+            match sources.get_mut(from_options..).and_then(<[_]>::last_mut) {
+                _ if pair.key.scope == Scope::Starts => sources.push(source(pair)),
+                Some(last) => last.pairs.push(pair),
+                None => common.push(pair),
+            }
+        }
+        Ok(Self {
+            common: vec![common],
+            sources,
+            file: None,
+        })
+    }
+
+    /// Returns the disks of a config file with options over those of the file. Fails if an option names a disk.
+    pub(super) fn with(mut self, options: Vec<Pair>) -> Result<Self, UsageError> {
+        if let Some(pair) = options.iter().find(|pair| pair.key.scope == Scope::Starts) {
+            let reason = format!("-o {}= names a disk: use a [[disk]] table", pair.key.name);
+            return Err(pair.origin.blame(UsageError::new(reason)));
+        }
+        self.common.push(options);
+        Ok(self)
+    }
+
+    /// Returns the settings that apply to all disks. Fails as [`Settings::layer`] does.
+    fn common(&self) -> Result<Settings, UsageError> {
+        let mut common = Settings::default();
+        self.common.iter().try_for_each(|layer| common.layer(layer))?;
+        Ok(common)
+    }
 }
 
 impl ResolvedDisk {
@@ -69,7 +115,7 @@ impl ResolvedDisk {
     fn into_config(self, fixed: Option<&OsStr>, subcommand: Subcommand) -> Result<DiskConfig, UsageError> {
         self.settings
             .config(self.disk_source, fixed, subcommand)
-            .map_err(|e| within(self.table.as_deref(), e))
+            .map_err(|e| within(self.table.as_deref(), self.settings.blame(e)))
     }
 }
 
@@ -106,29 +152,30 @@ fn check_sockets(disks: &[DiskConfig]) -> Result<(), UsageError> {
     }
 }
 
-/// Returns the disks in the order of their sources. The keys of `options` (from `-o`) apply to all disks, wherever `-o`
-/// was on the command line. A source among them is a disk before those of `disk_args`.
+/// Returns the disks in the order of their sources.
 ///
-/// Fails if a key is unknown or its value invalid, if a source gives no file, if `name=` applies to several disks, or
-/// if there is no disk at all. Errors of a table start with its location.
-pub(super) fn disks(
-    options: &[(&'static Key, OsString)],
-    disk_args: DiskArgs<'_>,
-    subcommand: Subcommand,
-) -> Result<Vec<ResolvedDisk>, UsageError> {
-    let (common, mut sources) = settings(options, disk_args)?;
+/// Fails if a value is invalid, if a source gives no file, if `name=` applies to several disks, or if there is no disk at
+/// all.
+pub(super) fn disks(mut args: DiskArgs, subcommand: Subcommand) -> Result<Vec<ResolvedDisk>, UsageError> {
+    let common = args.common()?;
     // The keys that name a server may come in any order, so none of them starts a disk on its own. They make one disk,
     // but only if no argument or table started another one.
+    let starts_disk = args.sources.is_empty() && args.file.is_none();
     let is_listed = subcommand == Subcommand::List && common.https.server.is_some();
-    if sources.is_empty() && (common.nbd.names_server() || common.is_vddk_export() || is_listed) {
-        sources.push(SourceArgs::default());
+    if starts_disk && (common.nbd.names_server() || common.is_vddk_export() || is_listed) {
+        args.sources.push(SourceArgs::default());
     }
+    let settings = |source: &SourceArgs| {
+        let settings = common.of_disk(&source.pairs);
+        settings.map_err(|e| within(source.table.as_deref(), e))
+    };
+    let all: Vec<Settings> = args.sources.iter().map(settings).collect::<Result<_, _>>()?;
     let mut disks = Vec::new();
-    for source in &sources {
-        let failed = |e| within(source.location.as_deref(), e);
-        let settings = source.settings.over(&common);
+    for (source, settings) in args.sources.iter().zip(all) {
+        let failed = |e| within(source.table.as_deref(), settings.blame(e));
         let disk_sources = settings.disk_sources(subcommand).map_err(failed)?;
-        match (&source.settings.name, disk_sources.len()) {
+        let name = settings.name.as_ref().filter(|_| common.name.is_none());
+        match (name, disk_sources.len()) {
             (Some(name), count @ 2..) => return Err(failed(name_of_many(name, count))),
             (_, 0) => return Err(failed(UsageError::new(format!("no disk is given: {SOURCES}")))),
             _ => {}
@@ -136,17 +183,39 @@ pub(super) fn disks(
         let resolved = |disk_source| ResolvedDisk {
             disk_source,
             settings: settings.clone(),
-            table: source.location.clone(),
+            table: source.table.clone(),
         };
         disks.extend(disk_sources.into_iter().map(resolved));
     }
-    check_common_keys(&common, &disks)?;
+    check_common_keys(&common, &disks).map_err(|e| common.blame(e))?;
     match (&common.name, disks.len()) {
-        (_, 0) => Err(UsageError::new(
-            "no disk is given: add file=PATH, or uri= of an NBD server",
-        )),
-        (Some(name), count @ 2..) => Err(name_of_many(name, count)),
+        (_, 0) => Err(no_disk(args.file.as_deref())),
+        (Some(name), count @ 2..) => Err(common.blame(name_of_many(name, count))),
         _ => Ok(disks),
+    }
+}
+
+/// Creates the error for a command line or a file without a disk.
+fn no_disk(file: Option<&str>) -> UsageError {
+    match file {
+        Some(file) => {
+            UsageError::new("no disk is given: add a [[disk]] table with file, dir or uri, or an NBD server's keys")
+                .at(file)
+        }
+        None => UsageError::new("no disk is given: add file=PATH, or uri= of an NBD server"),
+    }
+}
+
+/// Returns the keys of an action that needs no disk, or `None` if a key other than `keys` is given.
+///
+/// Fails if a key is unknown or its value invalid.
+fn only(keys: &[&str], words: &[OsString]) -> Result<Option<Settings>, UsageError> {
+    let args = DiskArgs::of_words(Vec::new(), words)?;
+    let is_known = |pair: &Pair| keys.contains(&pair.key.name);
+    // The values of a disk are read once, by its own action: some ask for a password, or empty a pipe.
+    match args.sources.is_empty() && args.common.iter().flatten().all(is_known) {
+        true => args.common().map(Some),
+        false => Ok(None),
     }
 }
 
@@ -154,38 +223,26 @@ pub(super) fn disks(
 ///
 /// Fails if `server=` is missing, or if any key but it and `port=` is given.
 pub(super) fn server(words: &[OsString]) -> Result<(String, u16), UsageError> {
-    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
-    match (sources.is_empty(), common.https.server) {
-        (true, Some(server)) => Ok((server, https::port(common.nbd.port.as_deref())?.unwrap_or(443))),
-        _ => Err(UsageError::new("--fingerprint needs server=HOST, and takes no disk")),
-    }
+    let common = only(&["server", "port"], words)?.unwrap_or_default();
+    let missing = || UsageError::new("--fingerprint needs server=HOST, and takes no disk and no key but port=");
+    let server = common.https.server.ok_or_else(missing)?;
+    Ok((server, https::port(common.server.port.as_deref())?.unwrap_or(443)))
 }
 
 /// Returns VMware's library of an action that needs no disk. Fails if any key but `libdir=` and `config=` is given.
 pub(super) fn library(words: &[OsString]) -> Result<VddkLibrary, UsageError> {
-    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
-    let library = common.vddk.library();
-    let keys = usize::from(library.libdir.is_some()) + usize::from(library.config.is_some());
-    match sources.is_empty() && keys == words.len() {
-        true => Ok(library),
-        false => Err(UsageError::new("--dump takes no disk, only libdir=DIR")),
-    }
+    let common = only(&["libdir", "config"], words)?;
+    let common = common.ok_or_else(|| UsageError::new("--dump takes no disk, only libdir=DIR"))?;
+    Ok(common.vddk.disk.library)
 }
 
-/// Returns the folder of an action that takes `cache-dir=` alone, and its `cache-dir-size=`; `None` if a disk is given too,
-/// or no folder.
+/// Returns the folder of an action that takes `cache-dir=` alone, and its `cache-dir-size=`; `None` if any other key is
+/// given, or no folder.
 ///
 /// Fails if a key is unknown or its value invalid.
 pub(super) fn cache_dir(words: &[OsString]) -> Result<Option<(PathBuf, Option<u64>)>, UsageError> {
-    // The words of a disk are parsed once, by its own action: some keys ask for a password, or empty a pipe.
-    let is_of_folder = |word: &OsString| word.as_encoded_bytes().starts_with(b"cache-dir");
-    if words.len() > 2 || !words.iter().all(is_of_folder) {
-        return Ok(None);
-    }
-    let (common, sources) = settings(&[], DiskArgs::Words(words))?;
-    let limit = common.cache_dir_size;
-    let dir = common.cache_dir.filter(|_| sources.is_empty());
-    Ok(dir.map(|dir| (dir, limit)))
+    let common = only(&["cache-dir", "cache-dir-size"], words)?;
+    Ok(common.and_then(|common| common.cache_dir.map(|dir| (dir, common.cache_dir_size))))
 }
 
 /// Fails if a common key fits none of the disks. One that fits some of them applies to those.
@@ -195,7 +252,7 @@ fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), Us
     let web = count(|source| matches!(source, DiskSource::Https(_)));
     let vddk = count(|source| matches!(source, DiskSource::Vddk(_)));
     if let (0, Some(key)) = (vddk, common.first_of(&[Group::Vddk])) {
-        return Err(UsageError::new(format!("{key}= {NOT_VDDK}")));
+        return Err(UsageError::of(key, format_args!(" {NOT_VDDK}")));
     }
     // `port=` is listed as a key of NBD servers, but web servers have one too. Web disks are checked where they are read.
     let unfit = if nbd == disks.len() {
@@ -208,9 +265,10 @@ fn check_common_keys(common: &Settings, disks: &[ResolvedDisk]) -> Result<(), Us
         None
     };
     match unfit {
-        Some((key, (sort, disk))) if !disks.is_empty() => {
-            Err(UsageError::new(format!("{key}= is for {sort}, but the disk is {disk}")))
-        }
+        Some((key, (sort, disk))) if !disks.is_empty() => Err(UsageError::of(
+            key,
+            format_args!(" is for {sort}, but the disk is {disk}"),
+        )),
         _ => Ok(()),
     }
 }
@@ -244,72 +302,21 @@ pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), UsageError> {
     Ok(())
 }
 
-/// Collects the keys that apply to all disks, and the keys of each source.
-fn settings(
-    options: &[(&'static Key, OsString)],
-    disk_args: DiskArgs<'_>,
-) -> Result<(Settings, Vec<SourceArgs>), UsageError> {
-    let mut common = Settings::default();
-    let mut sources: Vec<SourceArgs> = Vec::new();
-    for (key, value) in options {
-        match key.scope {
-            Scope::Starts => start(&mut sources, key, value)?,
-            Scope::OneDisk | Scope::Common => common.add(key, value)?,
-        }
-    }
-    match disk_args {
-        DiskArgs::Words(words) => {
-            // Keys before the first source are common. A source given with -o does not end them: keys of the command
-            // line must not depend on whether -o named a disk.
-            let from_options = sources.len();
-            for word in words {
-                let (key, value) = argument::read(word)?;
-                match (key.scope, sources.len() > from_options) {
-                    (Scope::Starts, _) => start(&mut sources, key, value)?,
-                    (_, true) => sources
-                        .last_mut()
-                        .map_or(Ok(()), |last| last.settings.add(key, value))?,
-                    (_, false) => common.add(key, value)?,
-                }
-            }
-        }
-        DiskArgs::Tables(tables) => {
-            for Table { location, keys } in tables {
-                let mut source = SourceArgs {
-                    location: Some(location.clone()),
-                    ..SourceArgs::default()
-                };
-                let added = keys.iter().try_for_each(|(key, value)| source.settings.add(key, value));
-                added.map_err(|e| within(Some(location), e))?;
-                sources.push(source);
-            }
-        }
-    }
-    Ok((common, sources))
-}
-
-/// Starts another source with the key that names it.
-fn start(sources: &mut Vec<SourceArgs>, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
-    let mut source = SourceArgs::default();
-    source.settings.add(key, value)?;
-    sources.push(source);
-    Ok(())
-}
-
-/// Puts the location of a table in front of an error, if the disk comes from a table.
+/// Points an error to the table of its disk, unless it points to a line already.
 fn within(table: Option<&str>, e: UsageError) -> UsageError {
     match table {
-        Some(location) => UsageError::new(format!("{location}: {e}")),
+        Some(table) => e.at(table),
         None => e,
     }
 }
 
 /// Creates the error for `name=` that would apply to more than one disk.
 fn name_of_many(name: &OsStr, disks: usize) -> UsageError {
-    UsageError::new(format!(
-        "name={} would apply to {disks} disks, but a file name is for one disk: give it after that disk",
-        display(name)
-    ))
+    let name = display(name);
+    UsageError::of(
+        "name",
+        format_args!("{name} would apply to {disks} disks, but a file name is for one disk: give it after that disk"),
+    )
 }
 
 #[cfg(test)]

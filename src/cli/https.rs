@@ -14,8 +14,10 @@ use std::time::Duration;
 
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 
-use super::{UsageError, values};
-use crate::config::{Degraded, Format, HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Secret, Thumbprint, Trust};
+use super::pair::Value;
+use super::settings::Settings;
+use super::{UsageError, scheme, values};
+use crate::config::{HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Secret, Thumbprint, Trust};
 use crate::store::https::{percent_decode, split_datastore};
 
 /// Permission bits by which another user than the owner reads a file.
@@ -27,14 +29,12 @@ const MAX_SECRET: u64 = 64 << 10;
 /// Keys of one web server, as given.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HttpsArgs {
+    /// Keys that are settings of the server as they are.
+    pub(super) http: HttpsServer,
     /// `server=`
     pub(super) server: Option<String>,
-    /// `user=`
-    pub(super) user: Option<String>,
     /// `password=`
     pub(super) password: Option<Password>,
-    /// `cookie=`
-    pub(super) cookie: Option<Secret>,
     /// `cookie-script=`
     pub(super) cookie_script: Option<Secret>,
     /// `cookie-script-renew=`
@@ -46,17 +46,9 @@ pub(super) struct HttpsArgs {
     /// `cainfo=`
     pub(super) cainfo: Option<PathBuf>,
     /// `insecure=`
-    pub(super) insecure: Option<bool>,
+    pub(super) insecure: bool,
     /// `credentials=`
     pub(super) credentials: Option<Credentials>,
-    /// `header=`
-    pub(super) headers: Vec<(String, Secret)>,
-    /// `proxy=`
-    pub(super) proxy: Option<Secret>,
-    /// `resolve=`
-    pub(super) resolve: Vec<(String, IpAddr)>,
-    /// `http-version=2`
-    pub(super) http2: Option<bool>,
 }
 
 /// Content of the file of `credentials=`.
@@ -82,20 +74,6 @@ pub(super) struct Password {
     shown: bool,
 }
 
-/// Keys that belong to other groups and hold for web servers too.
-#[derive(Debug, Clone)]
-pub(super) struct CommonArgs {
-    pub(super) port: Option<String>,
-    pub(super) connections: Option<usize>,
-    pub(super) timeout: Option<Duration>,
-    pub(super) retry: Option<u32>,
-    pub(super) cache_dir: Option<(PathBuf, Option<u64>)>,
-    pub(super) format: Format,
-    pub(super) degraded: Degraded,
-    pub(super) parent: Option<String>,
-    pub(super) member: Option<String>,
-}
-
 /// Source on a web server, as given.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum HttpsSource {
@@ -110,101 +88,80 @@ pub(super) enum HttpsSource {
 }
 
 impl HttpsArgs {
-    /// Returns these keys, with the values of `common` for keys that are not set here.
-    pub(super) fn over(&self, common: &Self) -> Self {
-        // Trust is one choice: a thumbprint of a disk replaces the common cainfo=, and so on.
-        let own_trust = self.thumbprint.is_some() || self.cainfo.is_some() || self.insecure.is_some();
-        let trust = if own_trust { self } else { common };
-        Self {
-            server: self.server.clone().or_else(|| common.server.clone()),
-            user: self.user.clone().or_else(|| common.user.clone()),
-            password: self.password.clone().or_else(|| common.password.clone()),
-            cookie: self.cookie.clone().or_else(|| common.cookie.clone()),
-            cookie_script: self.cookie_script.clone().or_else(|| common.cookie_script.clone()),
-            cookie_renew: self.cookie_renew.or(common.cookie_renew),
-            thumbprint: trust.thumbprint.clone(),
-            datacenter: self.datacenter.clone().or_else(|| common.datacenter.clone()),
-            cainfo: trust.cainfo.clone(),
-            insecure: trust.insecure,
-            credentials: self.credentials.clone().or_else(|| common.credentials.clone()),
-            headers: [common.headers.as_slice(), &self.headers].concat(),
-            proxy: self.proxy.clone().or_else(|| common.proxy.clone()),
-            resolve: [common.resolve.as_slice(), &self.resolve].concat(),
-            http2: self.http2.or(common.http2),
-        }
-    }
-
     /// Returns the configuration of a disk, and what to tell the user about it. Fails if keys conflict, or if the address is
     /// not valid.
     pub(super) fn config(
-        self,
+        &self,
         source: HttpsSource,
-        common: &CommonArgs,
+        settings: &Settings,
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
         let mut warnings = Vec::new();
         let trust = self.trust(&mut warnings)?;
-        let Login {
-            mut user,
-            mut password,
-            cookie,
-        } = self.login(&mut warnings);
+        let mut login = self.login(&mut warnings);
         let address = match source {
-            HttpsSource::Url(url) => self.url(&url, common, &mut user, &mut password, &mut warnings)?,
-            HttpsSource::File(file) => self.datastore(&file, common)?,
-            HttpsSource::Folder(folder) => self.folder(&folder, common)?,
+            HttpsSource::Url(url) => self.url(&url, settings, &mut login, &mut warnings)?,
+            HttpsSource::File(file) => self.datastore("file", &file, settings)?,
+            HttpsSource::Folder(folder) => self.folder(&folder, settings)?,
             HttpsSource::Server => HttpsAddress::Server {
                 server: self.server.clone().unwrap_or_default(),
-                port: port(common.port.as_deref())?,
+                port: port(settings.server.port.as_deref())?,
                 datacenter: self.datacenter.clone(),
             },
         };
-        let parent = common.parent.as_deref();
-        let parent = parent.map(|parent| self.parent(parent, common)).transpose()?;
-        if password.is_some() && user.is_none() {
-            return Err(UsageError::new("password= needs user="));
-        }
-        let is_authorization = |(name, _): &(String, Secret)| name.eq_ignore_ascii_case("authorization");
-        if password.is_some() && self.headers.iter().any(is_authorization) {
-            return Err(UsageError::new(
-                "header=: with user= and password= the program sets authorization itself; give one of both",
-            ));
-        }
-        if self.cookie_renew.is_some() && self.cookie_script.is_none() {
-            return Err(UsageError::new("cookie-script-renew= needs cookie-script="));
-        }
-        if self.cookie_script.is_some() && (cookie.is_some() || password.is_some()) {
-            return Err(UsageError::new(
-                "cookie-script= prints the cookie of a login: it takes the place of cookie= and password=",
-            ));
-        }
-        let has_cookie = cookie.is_some() || self.cookie_script.is_some();
-        if user.is_some() && password.is_none() && !has_cookie {
-            return Err(UsageError::new("user= needs password= (password=- asks for it)"));
-        }
+        let parent = settings.parent.as_ref();
+        let parent = parent.map(|parent| self.parent(&parent.text, settings)).transpose()?;
+        self.check_login(&login)?;
+        let Login { user, password, cookie } = login;
+        let script = self.cookie_script.clone();
         let disk = HttpsConfig {
-            cache_dir: common.cache_dir.clone(),
+            cache_dir: settings.cache_dir.clone().map(|dir| (dir, settings.cache_dir_size)),
             address,
             server: HttpsServer {
                 user,
                 password,
                 cookie,
-                cookie_script: self.cookie_script.map(|script| (script, self.cookie_renew)),
+                cookie_script: script.map(|script| (script, self.cookie_renew)),
                 trust,
-                headers: self.headers,
-                proxy: self.proxy,
-                resolve: self.resolve,
-                http2: self.http2 == Some(true),
-                connections: common.connections,
-                timeout: common.timeout,
-                retry: common.retry,
+                connections: settings.server.connections,
+                timeout: settings.server.timeout,
+                retry: settings.server.retry,
+                ..self.http.clone()
             },
-            format: common.format,
-            degraded: common.degraded,
+            format: settings.image.format,
+            degraded: settings.image.degraded,
             parent,
-            member: common.member.clone(),
+            member: settings.image.member.clone(),
             named: NamedBy::File,
         };
         Ok((disk, warnings))
+    }
+
+    /// Fails if a part of the login is missing, or is given in two ways.
+    fn check_login(&self, login: &Login) -> Result<(), UsageError> {
+        let (has_user, has_password) = (login.user.is_some(), login.password.is_some());
+        if has_password && !has_user {
+            return Err(UsageError::of("password", " needs user="));
+        }
+        let is_authorization = |(name, _): &(String, Secret)| name.eq_ignore_ascii_case("authorization");
+        if has_password && self.http.headers.iter().any(is_authorization) {
+            return Err(UsageError::of(
+                "header",
+                ": with user= and password= the program sets authorization itself; give one of both",
+            ));
+        }
+        if self.cookie_renew.is_some() && self.cookie_script.is_none() {
+            return Err(UsageError::of("cookie-script-renew", " needs cookie-script="));
+        }
+        if self.cookie_script.is_some() && (login.cookie.is_some() || has_password) {
+            return Err(UsageError::of(
+                "cookie-script",
+                " prints the cookie of a login: it takes the place of cookie= and password=",
+            ));
+        }
+        if has_user && !has_password && login.cookie.is_none() && self.cookie_script.is_none() {
+            return Err(UsageError::of("user", " needs password= (password=- asks for it)"));
+        }
+        Ok(())
     }
 
     /// Returns the login. Keys win over the file of `credentials=`.
@@ -221,15 +178,14 @@ impl HttpsArgs {
             password = Some(given.secret.clone());
         }
         Login {
-            user: self.user.clone().or(file.user),
+            user: self.http.user.clone().or(file.user),
             password,
-            cookie: self.cookie.clone().or(file.cookie),
+            cookie: self.http.cookie.clone().or(file.cookie),
         }
     }
 
     fn trust(&self, warnings: &mut Vec<&'static str>) -> Result<Trust, UsageError> {
-        let insecure = self.insecure == Some(true);
-        match (&self.thumbprint, &self.cainfo, insecure) {
+        match (&self.thumbprint, &self.cainfo, self.insecure) {
             (None, None, false) => Ok(Trust::System),
             (Some(thumbprint), None, false) => Ok(Trust::Pinned(thumbprint.clone())),
             (None, Some(path), false) => Ok(Trust::File(path.clone())),
@@ -247,20 +203,18 @@ impl HttpsArgs {
     fn url(
         &self,
         url: &str,
-        common: &CommonArgs,
-        user: &mut Option<String>,
-        password: &mut Option<Secret>,
+        settings: &Settings,
+        login: &mut Login,
         warnings: &mut Vec<&'static str>,
     ) -> Result<HttpsAddress, UsageError> {
         let given = [
             ("server", self.server.is_some()),
             ("datacenter", self.datacenter.is_some()),
-            ("port", common.port.is_some()),
+            ("port", settings.server.port.is_some()),
         ];
         if let Some((key, _)) = given.iter().find(|(_, given)| *given) {
-            return Err(UsageError::new(format!(
-                "url= is a whole address, but {key}= is given too"
-            )));
+            let rest = format_args!(" is a whole address, but {key}= is given too");
+            return Err(UsageError::of("url", rest));
         }
         let (scheme, rest) = url.split_once("://").unwrap_or_default();
         let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
@@ -272,9 +226,9 @@ impl HttpsArgs {
         let (name, secret) = userinfo
             .split_once(':')
             .map_or((userinfo, None), |(name, secret)| (name, Some(secret)));
-        *user = Some(decode(name));
+        login.user = Some(decode(name));
         if let Some(secret) = secret {
-            *password = Some(Secret::new(decode(secret)));
+            login.password = Some(Secret::new(decode(secret)));
             warnings.push(
                 "url=: a password in an address shows in process listings at the start; use user= and password=+FILE",
             );
@@ -286,64 +240,63 @@ impl HttpsArgs {
     }
 
     /// Returns the address of `parent=`: a file in a datastore, or a URL without credentials.
-    fn parent(&self, parent: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
-        let is_url = parent.starts_with("https://") || parent.starts_with("http://");
-        let is_plain = is_url && !parent.contains('@');
-        match is_url {
-            true if is_plain => Ok(HttpsAddress::Url(parent.to_owned())),
-            true => Err(UsageError::new(
-                "parent=: give the credentials with user= and password=",
+    fn parent(&self, parent: &OsStr, settings: &Settings) -> Result<HttpsAddress, UsageError> {
+        let parent = parent.to_str();
+        let parent = parent.ok_or_else(|| UsageError::of("parent", ": the value is not UTF-8"))?;
+        match scheme::is_one_of(&scheme::WEB, OsStr::new(parent)) {
+            true if parent.contains('@') => Err(UsageError::of(
+                "parent",
+                ": give the credentials with user= and password=",
             )),
-            false => self.datastore(parent, common),
+            true => Ok(HttpsAddress::Url(parent.to_owned())),
+            false => self.datastore("parent", parent, settings),
         }
     }
 
-    fn datastore(&self, file: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
+    /// Returns the address of the file in a datastore that `key` names.
+    fn datastore(&self, key: &'static str, file: &str, settings: &Settings) -> Result<HttpsAddress, UsageError> {
+        let error = |reason: &str| UsageError::of(key, format_args!("{file}: {reason}"));
         let Some((datastore, path)) = split_datastore(file.as_bytes()) else {
-            return Err(UsageError::new(format!(
-                "file={file}: a disk on server= has the form \"[datastore] folder/disk.vmdk\""
-            )));
+            return Err(error("a disk on server= has the form \"[datastore] folder/disk.vmdk\""));
         };
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let path = text(path);
         if path.ends_with('/') {
-            return Err(UsageError::new(format!(
-                "file={file}: is a folder; --list shows what is in it, and {file}*.vmdk means all its disks"
+            return Err(error(&format!(
+                "is a folder; --list shows what is in it, and {file}*.vmdk means all its disks"
             )));
         }
-        self.in_datastore(file, text(datastore), path, common)
+        self.in_datastore(key, file, text(datastore), path, settings)
     }
 
     /// Returns the address of a folder to list: `[datastore] folder/`, or `[datastore]` for all of it.
-    fn folder(&self, folder: &str, common: &CommonArgs) -> Result<HttpsAddress, UsageError> {
+    fn folder(&self, folder: &str, settings: &Settings) -> Result<HttpsAddress, UsageError> {
         let whole = folder
             .strip_prefix('[')
             .and_then(|rest| rest.trim_end_matches(['/', ' ']).strip_suffix(']'));
         match whole.filter(|name| !name.is_empty() && !name.contains(']')) {
-            Some(datastore) => self.in_datastore(folder, datastore.to_owned(), String::new(), common),
-            None => self.datastore(folder.trim_end_matches('/'), common),
+            Some(datastore) => self.in_datastore("file", folder, datastore.to_owned(), String::new(), settings),
+            None => self.datastore("file", folder.trim_end_matches('/'), settings),
         }
     }
 
     fn in_datastore(
         &self,
+        key: &'static str,
         file: &str,
         datastore: String,
         path: String,
-        common: &CommonArgs,
+        settings: &Settings,
     ) -> Result<HttpsAddress, UsageError> {
+        let error = |reason: &str| UsageError::of(key, format_args!("{file}: {reason}"));
         if path.split('/').any(|part| part == "..") {
-            return Err(UsageError::new(format!(
-                "file={file}: expected a path in the datastore, without .."
-            )));
+            return Err(error("expected a path in the datastore, without .."));
         }
-        let server = self
-            .server
-            .clone()
-            .ok_or_else(|| UsageError::new(format!("file={file}: a disk in a datastore needs server=")))?;
+        let server = self.server.clone();
+        let server = server.ok_or_else(|| error("a disk in a datastore needs server="))?;
         Ok(HttpsAddress::Datastore {
             server,
-            port: port(common.port.as_deref())?,
+            port: port(settings.server.port.as_deref())?,
             datacenter: self.datacenter.clone(),
             datastore,
             path,
@@ -354,10 +307,8 @@ impl HttpsArgs {
 /// Parses the value of `url=`. The value is in no message: it may hold a password.
 pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
     let text = values::text(value)?;
-    let known = ["https://", "http://"].iter().any(|scheme| {
-        text.get(..scheme.len())
-            .is_some_and(|head| head.eq_ignore_ascii_case(scheme) && text.len() > scheme.len())
-    });
+    let is_whole = |scheme: &&str| text.len() > scheme.len() && scheme::is_one_of(&[scheme], value);
+    let known = scheme::WEB.iter().any(is_whole);
     if !known {
         return Err("must start with https:// or http:// and a host".into());
     }
@@ -368,7 +319,8 @@ pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
 pub(super) fn port(port: Option<&str>) -> Result<Option<u16>, UsageError> {
     let Some(port) = port else { return Ok(None) };
     let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-    let number = number.ok_or_else(|| UsageError::new(format!("port={port}: the port of an HTTPS server is a number")));
+    let number =
+        number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of an HTTPS server is a number")));
     number.map(Some)
 }
 
@@ -377,7 +329,7 @@ pub(super) fn server(value: &OsStr) -> Result<String, String> {
     let text = values::text(value)?;
     match text.contains(['/', '@', '?', '#', ' ']) {
         true => Err("must be a host name or an address alone; url= takes a whole address".into()),
-        false => Ok(text.to_owned()),
+        false => values::host(text),
     }
 }
 
@@ -388,7 +340,7 @@ pub(super) fn thumbprint(value: &OsStr) -> Result<Thumbprint, String> {
 }
 
 /// Reads the password that `password=` stands for.
-pub(super) fn password(value: &OsStr) -> Result<Password, String> {
+pub(super) fn password(value: &Value<'_>) -> Result<Password, String> {
     let bytes = value.as_bytes();
     let hidden = |secret: String| Password {
         secret: Secret::new(secret),
@@ -398,7 +350,7 @@ pub(super) fn password(value: &OsStr) -> Result<Password, String> {
         return prompt().map(hidden);
     }
     if let Some(path) = bytes.strip_prefix(b"+") {
-        let path = values::path(OsStr::from_bytes(path))?;
+        let path = value.path_of(OsStr::from_bytes(path))?;
         let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         return first_line(file).map(hidden);
     }
@@ -417,8 +369,8 @@ pub(super) fn password(value: &OsStr) -> Result<Password, String> {
 }
 
 /// Reads the file of `credentials=`: lines `username=`, `password=` and `cookie=`.
-pub(super) fn credentials(value: &OsStr) -> Result<Credentials, String> {
-    let path = values::path(value)?;
+pub(super) fn credentials(value: &Value<'_>) -> Result<Credentials, String> {
+    let path = value.path()?;
     let failed = |e: std::io::Error| format!("{}: {e}", path.display());
     let file = File::open(&path).map_err(failed)?;
     if file.metadata().map_err(failed)?.permissions().mode() & READABLE_BY_OTHERS != 0 {
@@ -429,6 +381,7 @@ pub(super) fn credentials(value: &OsStr) -> Result<Credentials, String> {
     let mut found = Credentials::default();
     for (number, line) in (1..).zip(text.lines()) {
         match line.split_once('=') {
+            Some(("username" | "password" | "cookie", "")) => return Err(format!("line {number}: a value is missing")),
             Some(("username", name)) => found.user = Some(name.to_owned()),
             Some(("password", secret)) => found.password = Some(Secret::new(secret)),
             Some(("cookie", secret)) => found.cookie = Some(Secret::new(secret)),
@@ -479,8 +432,7 @@ pub(super) fn renewal(value: &OsStr) -> Result<Duration, String> {
 /// Parses the value of `proxy=`.
 pub(super) fn proxy(value: &OsStr) -> Result<Secret, String> {
     let text = values::text(value)?;
-    let known = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
-    match known {
+    match scheme::is_one_of(&scheme::WEB, value) {
         true => Ok(Secret::new(text)),
         false => Err("must be the http:// or https:// address of a proxy".into()),
     }

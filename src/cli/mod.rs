@@ -1,17 +1,17 @@
 //! Command line: parses the arguments into a [`Config`].
 //!
 //! ```text
-//!   argv ─ args ─────────┬─ options.rs    -o lists ──────────┐
-//!    or    mount_helper  ├─ disk_args.rs  KEY=VALUE, sources ┼─► assembled here ─► Config
-//!      │                 └─ target.rs     MOUNTPOINT ────────┘
-//!      └ --config: config_file.rs turns the file into the equivalent keys and options
-//!          keys.rs: the table of all keys                values.rs: text → type
-//!          argument.rs: one argument → key and value     expand.rs: wildcards and folders → files
-//!          settings.rs: the keys of a disk → its configuration
-//!          https.rs: keys of web servers
-//!          vddk.rs: keys of disks that VDDK opens
-//!          nbd.rs: keys of NBD servers                   create_args.rs: create=, create-*=
-//!          overlay_args.rs: cow=, --commit, and the conflicts of keys that write
+//!   argv ─ args ──────────┬─ argument.rs  KEY=VALUE, sources ─┐
+//!    or    mount_helper   ├─ options.rs   -o lists, --threads ┼─► pairs (pair.rs), applied in layers ─► Config
+//!    or    config_file    └─ ...          tables, keys        ┘
+//!                             target.rs   MOUNTPOINT ─────────►
+//!
+//!   keys.rs: the table of all keys                values.rs: text → type
+//!   disk_args.rs: pairs → disks                   expand.rs: wildcards and folders → files
+//!   settings.rs: the pairs of a disk → its configuration
+//!   https.rs: keys of web servers                 nbd.rs: keys of NBD servers
+//!   vddk.rs: keys of disks that VDDK opens        create_args.rs: create=, create-*=
+//!   overlay_args.rs: cow=, --commit, and the conflicts of keys that write
 //! ```
 //!
 //! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8), and as `umount.vmdkfuse` that of
@@ -20,9 +20,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::config::{Action, Config, DiskConfig, LogConfig, MountConfig, MountKind, Query};
+use crate::config::{Action, Config, DiskConfig, MountConfig, MountKind, Query};
 use crate::error::{Error, ErrorKind};
 use crate::process::daemon::Failure;
 
@@ -40,6 +40,7 @@ mod mount_helper;
 mod nbd;
 mod options;
 mod overlay_args;
+mod pair;
 mod scheme;
 mod settings;
 mod target;
@@ -51,7 +52,7 @@ mod vddk;
 
 use args::Subcommand;
 use disk_args::DiskArgs;
-use options::Options;
+use options::MountArgs;
 use values::display;
 
 /// Outcome of parsing a command line.
@@ -67,22 +68,51 @@ pub enum Parsed {
 ///
 /// `Display` writes the reason as one line, without the program's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UsageError(String);
+pub struct UsageError {
+    /// Place in a configuration file.
+    place: Option<String>,
+    /// Key that the error is about.
+    key: Option<&'static str>,
+    message: String,
+}
 
 impl UsageError {
     fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
+        Self {
+            place: None,
+            key: None,
+            message: message.into(),
+        }
+    }
+
+    /// Creates an error about a key. The message is `KEY=` and `rest`.
+    fn of(key: &'static str, rest: impl fmt::Display) -> Self {
+        Self::new(format!("{key}={rest}")).about(key)
+    }
+
+    /// Returns the error with the key that it is about.
+    fn about(self, key: &'static str) -> Self {
+        Self { key: Some(key), ..self }
     }
 
     /// Creates the error for an option, key or value that is documented but missing from this build.
     fn not_yet(what: impl fmt::Display) -> Self {
-        Self(format!("{what} is not in this build yet"))
+        Self::new(format!("{what} is not in this build yet"))
+    }
+
+    /// Returns the error with a place in a configuration file, unless it has one.
+    fn at(mut self, place: &str) -> Self {
+        self.place.get_or_insert_with(|| place.to_owned());
+        self
     }
 }
 
 impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        if let Some(place) = &self.place {
+            write!(f, "{place}: ")?;
+        }
+        f.write_str(&self.message)
     }
 }
 
@@ -159,23 +189,21 @@ impl ExitStatuses {
 #[derive(Debug)]
 struct MountRequest<'a> {
     mountpoint: &'a OsStr,
-    disk_args: DiskArgs<'a>,
-    options: &'a Options,
+    disk_args: DiskArgs,
+    mount_args: MountArgs,
     foreground: bool,
-    pidfile: Option<PathBuf>,
-    threads: Option<usize>,
     /// Source that mount tables show, if it is not that of the first disk.
     source: Option<String>,
 }
 
 impl MountRequest<'_> {
     /// Resolves the arguments into the configuration of a mount.
-    fn into_config(self, log: LogConfig) -> Result<Config, UsageError> {
-        let options = self.options.mount()?;
+    fn into_config(self) -> Result<Config, UsageError> {
+        let mount_args = self.mount_args;
         let subcommand = Subcommand::Mount {
-            read_only: options.read_only,
+            read_only: mount_args.options.read_only,
         };
-        let resolved = disk_args::disks(&self.options.keys, self.disk_args, subcommand)?;
+        let resolved = disk_args::disks(self.disk_args, subcommand)?;
         // The keys come first: a typo in one is a better error than the state of the mount point.
         let target = target::resolve(self.mountpoint)?;
         let fixed = target.file_name.as_deref();
@@ -184,25 +212,18 @@ impl MountRequest<'_> {
         }
         let disks = disk_args::configs(resolved, fixed, subcommand)?;
         disk_args::check_names(&disks)?;
-        let Self {
-            foreground,
-            pidfile,
-            threads,
-            source,
-            ..
-        } = self;
         let mount = MountConfig {
             target: target.target,
             disks,
-            foreground,
-            pidfile,
-            options,
-            threads,
-            source,
+            foreground: self.foreground,
+            pidfile: mount_args.pidfile,
+            options: mount_args.options,
+            threads: mount_args.threads,
+            source: self.source,
         };
         Ok(Config {
             action: Action::Mount(mount),
-            log,
+            log: mount_args.log,
         })
     }
 }
@@ -233,11 +254,8 @@ fn check_one_file(name: &OsStr, kind: MountKind, disks: &[disk_args::ResolvedDis
 
 /// Returns the disks of an action other than a mount, where no `-o` keys and no mount point take part.
 fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
-    disk_args::configs(
-        disk_args::disks(&[], DiskArgs::Words(words), subcommand)?,
-        None,
-        subcommand,
-    )
+    let disks = disk_args::disks(DiskArgs::of_words(Vec::new(), words)?, subcommand)?;
+    disk_args::configs(disks, None, subcommand)
 }
 
 fn query(words: &[OsString], subcommand: Subcommand, json: bool) -> Result<Query, UsageError> {

@@ -14,14 +14,13 @@ use std::path::Path;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use clap::builder::OsStringValueParser;
-use clap::{Arg, ArgAction, Command};
+use clap::{ArgAction, Parser};
 
-use super::args::verbosity;
 use super::disk_args::DiskArgs;
-use super::options::Options;
+use super::options::MountArgs;
+use super::pair::Pair;
 use super::{MountRequest, Parsed, UsageError, argument, config_file, has_name_of, one_line, values};
-use crate::config::{Action, Config, LogConfig};
+use crate::config::Action;
 
 /// Program names under which mount(8) runs the helper.
 const NAMES: [&str; 2] = ["mount.vmdkfuse", "mount.fuse.vmdkfuse"];
@@ -38,75 +37,76 @@ const CONFIG_FILE: &str = "toml";
 const USER: &str = "user= belongs to mount(8), which drops it where an ordinary user mounts: write username= for the login \
                     at a server, or credentials=FILE";
 
+/// Arguments of the helper.
+#[derive(Debug, Parser)]
+#[command(name = NAMES[0], no_binary_name = true, disable_help_flag = true)]
+struct Helper {
+    source: OsString,
+    mountpoint: OsString,
+    #[arg(short)]
+    sloppy: bool,
+    #[arg(short)]
+    fake: bool,
+    /// Asks for no entry in /etc/mtab. The helper writes none.
+    #[arg(short = 'n')]
+    _no_mtab: bool,
+    #[arg(short, action = ArgAction::Count)]
+    verbose: u8,
+    #[arg(short)]
+    options: Vec<OsString>,
+    /// The type in fstab. It selected this helper.
+    #[arg(short = 't')]
+    _fstype: Option<OsString>,
+    #[arg(short = 'N')]
+    namespace: Option<OsString>,
+}
+
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
-    let matches = command().try_get_matches_from(args).map_err(|e| one_line(&e))?;
-    if matches.get_flag("fake") {
+    let helper = Helper::try_parse_from(args).map_err(|e| one_line(&e))?;
+    if helper.fake {
         return Ok(Parsed::Print(String::new()));
     }
-    if let Some(namespace) = matches.get_one::<OsString>("namespace") {
+    if let Some(namespace) = &helper.namespace {
         enter(namespace)?;
     }
-    let word = |name: &str| matches.get_one::<OsString>(name).cloned().unwrap_or_default();
-    let lists = matches.get_many::<OsString>("options").into_iter().flatten();
-    let mut options = Options::of_mount(lists.map(OsString::as_os_str), matches.get_flag("sloppy"))?;
-    // To mount(8), and so in fstab, it is the user that may unmount. Where a server is named, it is the login all the same.
-    let names_user = options
-        .keys
-        .iter()
-        .any(|(key, _)| key.name == "user" && !options.has_username);
-    if names_user && !options.keys.iter().any(|(key, _)| key.name == "server") {
-        options.keys.retain(|(key, _)| key.name != "user");
+    let source = &helper.source;
+    let word = argument::with_key(source);
+    let is_path = word.as_encoded_bytes().starts_with(b"file=") && !is_in_datastore(source);
+    if !is_path {
+        refuse_password(source)?;
     }
-    let mut config = mount(&word("source"), &word("mountpoint"), options, verbosity(&matches))?;
+    let mut mount_args = MountArgs::default();
+    let is_file = is_path && Path::new(source).extension() == Some(OsStr::new(CONFIG_FILE));
+    let file = is_file.then(|| config_file::read(source)).transpose()?;
+    let file = file.map(|file| file.apply(&mut mount_args)).transpose()?;
+    let mut pairs = mount_args.lists_of_mount(&helper.options, helper.sloppy)?;
+    mount_args.verbosity(helper.verbose);
+    let has = |pairs: &[Pair], name| pairs.iter().any(|pair| pair.key.name == name);
+    // To mount(8), and so in fstab, it is the user that may unmount. Where a server is named, it is the login all the same.
+    let names_user = has(&pairs, "user") && !mount_args.has_username;
+    if names_user && !has(&pairs, "server") {
+        pairs.retain(|pair| pair.key.name != "user");
+    }
+    let disk_args = match file {
+        Some(file) => file.with(pairs)?,
+        None => DiskArgs::of_words(pairs, &[word])?,
+    };
+    let mut config = MountRequest {
+        mountpoint: &helper.mountpoint,
+        disk_args,
+        mount_args,
+        foreground: false,
+        source: Some(match is_path {
+            true => path_in_table(source),
+            false => source.to_string_lossy().into_owned(),
+        }),
+    }
+    .into_config()?;
     if let (true, Action::Mount(mount)) = (names_user, &mut config.action) {
         mount.disks.iter_mut().take(1).for_each(|disk| disk.warnings.push(USER));
     }
     Ok(Parsed::Run(Box::new(config)))
-}
-
-/// Returns the configuration of the mount of `source`: a disk, or a file that describes several.
-fn mount(source: &OsStr, mountpoint: &OsStr, options: Options, verbosity: u8) -> Result<Config, UsageError> {
-    let key = argument::with_key(source);
-    let is_path = key.as_encoded_bytes().starts_with(b"file=") && !is_in_datastore(source);
-    if !is_path {
-        refuse_password(source)?;
-    }
-    let shown = if is_path {
-        path_in_table(source)
-    } else {
-        source.to_string_lossy().into_owned()
-    };
-    let request = |disk_args, options: &Options, pidfile, threads, log| {
-        let (foreground, source) = (false, Some(shown));
-        MountRequest {
-            mountpoint,
-            disk_args,
-            options,
-            foreground,
-            pidfile,
-            threads,
-            source,
-        }
-        .into_config(log)
-    };
-    if is_path && Path::new(source).extension() == Some(OsStr::new(CONFIG_FILE)) {
-        let file = config_file::read(source)?;
-        options.mount()?;
-        let (of_file, log) = file.mount_args.below(options, verbosity);
-        return request(
-            DiskArgs::Tables(&file.disks),
-            &of_file.options,
-            of_file.pidfile,
-            of_file.threads,
-            log,
-        );
-    }
-    let log = LogConfig {
-        verbosity,
-        ..LogConfig::default()
-    };
-    request(DiskArgs::Words(&[key]), &options, None, None, log)
 }
 
 /// Returns true for the name of a file in a datastore: `[datastore] folder/disk.vmdk`.
@@ -146,22 +146,6 @@ pub(super) fn enter(namespace: &OsStr) -> Result<(), UsageError> {
     let failed = |e: std::io::Error| UsageError::new(format!("-N {}: {e}", values::display(namespace)));
     let file = File::open(&path).map_err(failed)?;
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Mount)).map_err(|e| failed(e.into()))
-}
-
-fn command() -> Command {
-    let flag = |name: &'static str, short| Arg::new(name).short(short).action(ArgAction::SetTrue);
-    let word = |name: &'static str| Arg::new(name).value_parser(OsStringValueParser::new());
-    Command::new(NAMES[0])
-        .no_binary_name(true)
-        .disable_help_flag(true)
-        .arg(word("source").required(true))
-        .arg(word("mountpoint").required(true))
-        // `-n` asks for no entry in /etc/mtab. The helper writes none, so the flag is accepted and ignored.
-        .args([flag("sloppy", 's'), flag("fake", 'f'), flag("no-mtab", 'n')])
-        .arg(Arg::new("verbose").short('v').action(ArgAction::Count))
-        .arg(word("options").short('o').action(ArgAction::Append))
-        // The type in fstab. It selected this helper, so there is nothing left to check.
-        .args([word("type").short('t'), word("namespace").short('N')])
 }
 
 #[cfg(test)]

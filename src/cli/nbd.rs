@@ -1,7 +1,7 @@
 //! Keys of NBD servers: address, export, connections and TLS, and the conflicts among them.
 //!
-//! The functions at the end parse one value each. [`NbdArgs::config`] checks the keys against each other, after the
-//! common keys are merged into those of the disk.
+//! The functions at the end parse one value each. [`NbdArgs::config`] checks the keys against each other, those of
+//! the disk over the common ones.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::UsageError;
+use super::pair::Value;
+use super::settings::{FileName, Settings};
 use super::{scheme, values};
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::source::nbd_uri::{self, TlsParameters};
@@ -28,28 +30,16 @@ const MAX_NAME: usize = 4096;
 /// Keys of one NBD server, as given.
 #[derive(Debug, Clone, Default)]
 pub(super) struct NbdArgs {
-    /// `hostname=`
-    pub(super) hostname: Option<String>,
-    /// `port=`
-    pub(super) port: Option<String>,
-    /// `socket=`
-    pub(super) socket: Option<PathBuf>,
-    /// `socket-fd=`
-    pub(super) socket_fd: Option<i32>,
-    /// `vsock-cid=`
-    pub(super) vsock_cid: Option<u32>,
-    /// `command=`
-    pub(super) command: Option<OsString>,
+    /// `hostname=`, `socket=`, `socket-fd=`, `vsock-cid=` and `command=`, each with its key
+    pub(super) addresses: Vec<(&'static str, NbdAddress)>,
     /// `arg=`
     pub(super) args: Vec<OsString>,
-    /// `export=`
-    pub(super) export: Option<OsString>,
+    /// `export=`: to VDDK a pattern that may be a path.
+    pub(super) export: Option<FileName>,
     /// `dynamic-export=`
-    pub(super) dynamic: Option<bool>,
-    /// `connections=`
-    pub(super) connections: Option<usize>,
+    pub(super) dynamic: bool,
     /// `shared=`
-    pub(super) shared: Option<bool>,
+    pub(super) shared: bool,
     /// `tls=`
     pub(super) tls: Option<NbdTls>,
     /// `tls-certificates=`
@@ -60,122 +50,104 @@ pub(super) struct NbdArgs {
     pub(super) tls_username: Option<String>,
     /// `tls-psk=`
     pub(super) tls_psk: Option<PathBuf>,
-    /// `timeout=`
-    pub(super) timeout: Option<Duration>,
-    /// `retry=`
-    pub(super) retry: Option<u32>,
 }
 
 impl NbdArgs {
-    /// Returns these keys, with the values of `common` for keys that are not set here.
-    ///
-    /// An address of this disk's own, which is also an `own_uri`, replaces the common one with all its keys, except that
-    /// `port=` stays the default for addresses that have a port. `arg=` belongs to the `command=` that it is given with.
-    pub(super) fn over(&self, common: &Self, own_uri: bool) -> Self {
-        let nothing = Self::default();
-        let replaced = own_uri || self.names_server();
-        let address = if replaced { &nothing } else { common };
-        let has_port = !replaced || self.hostname.is_some() || self.vsock_cid.is_some();
-        Self {
-            hostname: self.hostname.clone().or_else(|| address.hostname.clone()),
-            port: self.port.clone().or_else(|| common.port.clone().filter(|_| has_port)),
-            socket: self.socket.clone().or_else(|| address.socket.clone()),
-            socket_fd: self.socket_fd.or(address.socket_fd),
-            vsock_cid: self.vsock_cid.or(address.vsock_cid),
-            command: self.command.clone().or_else(|| address.command.clone()),
-            args: [&*address.args, &*self.args].concat(),
-            export: self.export.clone().or_else(|| common.export.clone()),
-            dynamic: self.dynamic.or(common.dynamic),
-            connections: self.connections.or(common.connections),
-            shared: self.shared.or(common.shared),
-            tls: self.tls.or(common.tls),
-            tls_certificates: self
-                .tls_certificates
-                .clone()
-                .or_else(|| common.tls_certificates.clone()),
-            tls_verify: self.tls_verify.or(common.tls_verify),
-            tls_username: self.tls_username.clone().or_else(|| common.tls_username.clone()),
-            tls_psk: self.tls_psk.clone().or_else(|| common.tls_psk.clone()),
-            timeout: self.timeout.or(common.timeout),
-            retry: self.retry.or(common.retry),
-        }
-    }
-
-    /// Returns the given keys that are the server's address.
-    fn address_keys(&self) -> Vec<&'static str> {
-        let given = [
-            ("hostname", self.hostname.is_some()),
-            ("socket", self.socket.is_some()),
-            ("socket-fd", self.socket_fd.is_some()),
-            ("vsock-cid", self.vsock_cid.is_some()),
-            ("command", self.command.is_some()),
-        ];
-        given
-            .into_iter()
-            .filter(|(_, given)| *given)
-            .map(|(key, _)| key)
-            .collect()
+    /// Adds the address that a key gives.
+    pub(super) fn address(&mut self, key: &'static str, address: NbdAddress) -> Result<(), String> {
+        self.addresses.push((key, address));
+        Ok(())
     }
 
     /// Returns true if a key other than `uri=` gives the address of a server.
     pub(super) fn names_server(&self) -> bool {
-        !self.address_keys().is_empty()
+        !self.addresses.is_empty()
     }
 
     /// Returns the configuration of the server. `uri` is the value of `uri=`, if given.
     ///
     /// Fails if keys conflict, or if there is no address.
-    pub(super) fn config(self, uri: Option<String>) -> Result<NbdConfig, UsageError> {
-        let error = |reason: String| Err(UsageError::new(reason));
-        let mut address_keys = self.address_keys();
-        if uri.is_some() {
-            address_keys.insert(0, "uri");
-        }
-        if let [first, second, ..] = address_keys[..] {
-            return error(format!(
-                "{first}= and {second}= are both addresses of the NBD server: give one of them"
-            ));
-        }
-        if !self.args.is_empty() && self.command.is_none() {
-            return error("arg= needs command=".into());
-        }
-        if self.port.is_some() && self.hostname.is_none() && self.vsock_cid.is_none() {
-            return error("port= needs hostname= or vsock-cid=".into());
-        }
-        if self.dynamic == Some(true) && self.export.is_some() {
-            return error("dynamic-export=true shows every export, but export= names one".into());
-        }
-        let single = self.shared == Some(true) || self.socket_fd.is_some();
-        if single && self.connections.is_some_and(|n| n > 1) {
-            let key = if self.shared == Some(true) {
-                "shared=true"
-            } else {
-                "socket-fd="
-            };
-            return error(format!("{key} means one connection, but connections= is larger"));
-        }
-        if self.dynamic == Some(true) && self.socket_fd.is_some() {
-            return error(
-                "dynamic-export=true needs a connection for each export, but socket-fd= is one connection".into(),
-            );
-        }
+    pub(super) fn config(&self, uri: Option<String>, settings: &Settings) -> Result<NbdConfig, UsageError> {
+        let server = &settings.server;
         let by_uri = uri.as_deref().map(nbd_uri::tls_parameters).unwrap_or_default();
         let tls = self.tls_mode(uri.as_deref(), &by_uri)?;
-        let connections = if single { Some(1) } else { self.connections };
+        let address = self.one_address(uri, server.port.as_deref())?;
+        if self.dynamic && self.export.is_some() {
+            return Err(UsageError::of(
+                "dynamic-export",
+                "true shows every export, but export= names one",
+            ));
+        }
+        let is_socket = matches!(address, NbdAddress::Fd(_));
+        if (self.shared || is_socket) && server.connections.is_some_and(|n| n > 1) {
+            let (key, value) = if self.shared {
+                ("shared", "true")
+            } else {
+                ("socket-fd", "")
+            };
+            let rest = format_args!("{value} means one connection, but connections= is larger");
+            return Err(UsageError::of(key, rest));
+        }
+        if self.dynamic && is_socket {
+            return Err(UsageError::of(
+                "dynamic-export",
+                "true needs a connection for each export, but socket-fd= is one connection",
+            ));
+        }
         Ok(NbdConfig {
+            address,
+            export: self.export.as_ref().map(|export| export.text.clone()),
+            dynamic: self.dynamic,
+            connections: if self.shared || is_socket {
+                Some(1)
+            } else {
+                server.connections
+            },
             tls,
-            connections,
-            dynamic: self.dynamic.unwrap_or_default(),
-            export: self.export.clone(),
             tls_certificates: self.tls_certificates.clone().or(by_uri.certificates),
             tls_verify: self.tls_verify.or(by_uri.verify),
             tls_username: self.tls_username.clone(),
             tls_psk: self.tls_psk.clone().or(by_uri.psk),
-            timeout: self.timeout,
-            accept_cid_mismatch: false,
-            retry: self.retry,
-            address: self.address(uri)?,
+            timeout: server.timeout,
+            accept_cid_mismatch: settings.image.degraded.cid,
+            retry: server.retry,
         })
+    }
+
+    /// Returns the address of the server. Fails if there is none, or more than one, or if a key does not fit it.
+    fn one_address(&self, uri: Option<String>, port: Option<&str>) -> Result<NbdAddress, UsageError> {
+        let by_uri = uri.map(|uri| ("uri", NbdAddress::Uri(uri)));
+        let mut addresses = by_uri.into_iter().chain(self.addresses.iter().cloned());
+        let Some((key, mut address)) = addresses.next() else {
+            return Err(UsageError::new(
+                "no NBD server is given: add uri=, hostname=, socket= or command=",
+            ));
+        };
+        if let Some((other, _)) = addresses.next() {
+            let rest = format_args!(" and {other}= are both addresses of the NBD server: give one of them");
+            return Err(UsageError::of(key, rest));
+        }
+        match (&mut address, port) {
+            (NbdAddress::Command(words), None) => words.extend(self.args.iter().cloned()),
+            _ if !self.args.is_empty() => return Err(UsageError::of("arg", " needs command=")),
+            (NbdAddress::Tcp { port, .. }, given) => {
+                let is_number = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+                if let Some(given) = given.filter(|text| is_number(text) && !matches!(text.parse::<u16>(), Ok(1..))) {
+                    let rest = format_args!("{given}: a port is a number from 1 to 65535, or the name of a service");
+                    return Err(UsageError::of("port", rest));
+                }
+                *port = given.map(str::to_owned);
+            }
+            (NbdAddress::Vsock { port, .. }, Some(given)) => {
+                let number = values::decimal(given);
+                *port = Some(number.ok_or_else(|| {
+                    UsageError::of("port", format_args!("{given}: a VSOCK port is a number of 32 bits"))
+                })?);
+            }
+            (_, Some(_)) => return Err(UsageError::of("port", " needs hostname= or vsock-cid=")),
+            (_, None) => {}
+        }
+        Ok(address)
     }
 
     /// Returns if connections are encrypted. Credentials imply `tls=require`, by a key or by a parameter of the URI, and
@@ -194,13 +166,11 @@ impl NbdArgs {
         ];
         let detail = details.into_iter().find(|(_, given)| *given).map(|(key, _)| key);
         if let (Some(key), Some(NbdTls::Off)) = (detail, self.tls) {
-            return Err(UsageError::new(format!(
-                "{key}= configures TLS, but tls=off disables it"
-            )));
+            return Err(UsageError::of(key, " configures TLS, but tls=off disables it"));
         }
         let secure = uri.is_some_and(|uri| uri.get(..4).is_some_and(|s| s.eq_ignore_ascii_case("nbds")));
         if secure && self.tls == Some(NbdTls::Off) {
-            return Err(UsageError::new("the URI requires TLS, but tls=off disables it"));
+            return Err(UsageError::new("the URI requires TLS, but tls=off disables it").about("tls"));
         }
         Ok(if secure || detail.is_some() {
             NbdTls::Require
@@ -208,45 +178,10 @@ impl NbdArgs {
             self.tls.unwrap_or_default()
         })
     }
-
-    /// Returns the address of the server. At most one address key is given; the caller has checked that.
-    fn address(self, uri: Option<String>) -> Result<NbdAddress, UsageError> {
-        if let Some(uri) = uri {
-            return Ok(NbdAddress::Uri(uri));
-        }
-        if let Some(host) = self.hostname {
-            return Ok(NbdAddress::Tcp { host, port: self.port });
-        }
-        if let Some(cid) = self.vsock_cid {
-            let port = self.port.map(|port| {
-                let number = port
-                    .parse::<u32>()
-                    .ok()
-                    .filter(|_| port.bytes().all(|b| b.is_ascii_digit()));
-                number.ok_or_else(|| UsageError::new(format!("port={port}: a VSOCK port is a number of 32 bits")))
-            });
-            return Ok(NbdAddress::Vsock {
-                cid,
-                port: port.transpose()?,
-            });
-        }
-        if let Some(path) = self.socket {
-            return Ok(NbdAddress::Unix(path));
-        }
-        if let Some(number) = self.socket_fd {
-            return Ok(NbdAddress::Fd(number));
-        }
-        match self.command {
-            Some(command) => Ok(NbdAddress::Command(std::iter::once(command).chain(self.args).collect())),
-            None => Err(UsageError::new(
-                "no NBD server is given: add uri=, hostname=, socket= or command=",
-            )),
-        }
-    }
 }
 
 /// Parses the value of `uri=`. Checks the scheme only; libnbd parses the rest.
-pub(super) fn uri(value: &OsStr) -> Result<String, String> {
+pub(super) fn uri(value: &Value<'_>) -> Result<String, String> {
     let text = values::text(value)?;
     if !scheme::is_one_of(&scheme::NBD, value) {
         return Err(scheme::of(value).map_or_else(
@@ -257,7 +192,7 @@ pub(super) fn uri(value: &OsStr) -> Result<String, String> {
     if text.contains('\0') {
         return Err("a URI cannot contain a NUL byte".into());
     }
-    let dir = std::env::current_dir().map_err(|e| format!("the working directory: {e}"))?;
+    let dir = value.path_of(OsStr::new("."))?;
     Ok(nbd_uri::with_absolute_paths(text, &dir))
 }
 
@@ -267,7 +202,7 @@ pub(super) fn hostname(value: &OsStr) -> Result<String, String> {
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err("a host name cannot contain spaces or control characters".into());
     }
-    Ok(text.to_owned())
+    values::host(text)
 }
 
 /// Parses the value of `port=`: a number, or the name of a service, which is looked up when the connection is made.
@@ -292,7 +227,7 @@ pub(super) fn vsock_cid(value: &OsStr) -> Result<u32, String> {
     values::number(value, 0, u32::MAX)
 }
 
-/// Parses the value of `command=` or `arg=`. It may be empty.
+/// Parses the value of `arg=`. It may be empty.
 pub(super) fn word(value: &OsStr) -> Result<OsString, String> {
     if value.as_bytes().contains(&0) {
         Err("the value cannot contain a NUL byte".into())
@@ -301,12 +236,21 @@ pub(super) fn word(value: &OsStr) -> Result<OsString, String> {
     }
 }
 
+/// Parses the value of `command=`.
+pub(super) fn command(value: &OsStr) -> Result<OsString, String> {
+    match value.is_empty() {
+        true => Err("a program is missing".into()),
+        false => word(value),
+    }
+}
+
 /// Parses the value of `export=`. It may be empty: that is the default export.
-pub(super) fn export(value: &OsStr) -> Result<OsString, String> {
+pub(super) fn export(value: &Value<'_>) -> Result<FileName, String> {
     if value.len() > MAX_NAME {
         return Err(format!("an export name can have at most {MAX_NAME} bytes"));
     }
-    word(value)
+    word(value)?;
+    Ok(FileName::of(value, value.path().unwrap_or_default()))
 }
 
 /// Parses the value of `connections=`.
@@ -335,51 +279,65 @@ pub(super) fn tls(value: &OsStr) -> NbdTls {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_args::{action, disks};
     use super::*;
+    use crate::config::SourceConfig;
 
-    fn host(port: Option<&str>) -> NbdArgs {
-        NbdArgs {
-            hostname: Some("h".into()),
-            port: port.map(str::to_owned),
-            args: vec!["a".into()],
-            ..Default::default()
-        }
+    fn servers(words: &[&str]) -> Vec<NbdConfig> {
+        let disks = disks(&[&["src"], words].concat()).into_iter();
+        let servers = disks.map(|disk| match disk.source {
+            SourceConfig::Nbd(nbd) => nbd,
+            other => panic!("{other:?}"),
+        });
+        servers.collect()
     }
 
     #[test]
     fn an_own_address_replaces_the_common_one() {
-        let socket = NbdArgs {
-            socket: Some("/s".into()),
-            ..Default::default()
+        let tcp = |host: &str, port: Option<&str>| NbdAddress::Tcp {
+            host: host.into(),
+            port: port.map(str::to_owned),
         };
-        let merged = socket.over(&host(Some("1")), false);
-        assert_eq!((merged.hostname, merged.port, merged.args.len()), (None, None, 0));
-        let merged = NbdArgs::default().over(&host(Some("1")), true);
-        assert_eq!((merged.hostname, merged.port), (None, None));
-        let merged = host(None).over(&host(Some("1")), false);
-        assert_eq!((merged.port.as_deref(), merged.args.len()), (Some("1"), 1));
-        let merged = NbdArgs::default().over(&host(Some("1")), false);
-        assert_eq!(merged.hostname.as_deref(), Some("h"));
+        let addresses = |words: &[&str]| {
+            servers(words)
+                .into_iter()
+                .map(|server| server.address)
+                .collect::<Vec<_>>()
+        };
+        let found = addresses(&["hostname=h", "port=1", "nbd://a"]);
+        assert_eq!(found, [NbdAddress::Uri("nbd://a".into())]);
+        assert_eq!(addresses(&["hostname=h", "port=1"]), [tcp("h", Some("1"))]);
+        let error = action(&["src", "hostname=h", "nbd://b", "port=1"]).unwrap_err();
+        assert!(error.starts_with("port= needs hostname="), "{error}");
+    }
+
+    #[test]
+    fn impossible_hosts_ports_and_programs_are_refused_at_the_start() {
+        for (words, message) in [
+            (
+                &["hostname=h", "port=65536"][..],
+                "port=65536: a port is a number from 1 to 65535",
+            ),
+            (&["hostname=h", "port=0"], "port=0: a port is a number"),
+            (&["hostname=h:10809"], "hostname=h:10809: give the port with port="),
+            (&["command="], "command=: a program is missing"),
+        ] {
+            let error = action(&[&["src"], words].concat()).unwrap_err();
+            assert!(error.starts_with(message), "{words:?}: {error}");
+        }
+        assert_eq!(servers(&["hostname=::1", "port=65535"]).len(), 1);
     }
 
     #[test]
     fn credentials_imply_tls_by_a_key_or_in_the_uri() {
-        let tls = |args: NbdArgs, uri: &str| args.config(Some(uri.to_owned())).unwrap().tls;
-        let on = NbdArgs {
-            tls: Some(NbdTls::On),
-            ..Default::default()
-        };
-        let psk = NbdArgs {
-            tls_psk: Some("/k".into()),
-            ..on.clone()
-        };
-        assert_eq!(tls(on.clone(), "nbd://h"), NbdTls::On);
-        assert_eq!(tls(psk, "nbd://h"), NbdTls::Require);
-        assert_eq!(tls(on, "nbd://h?tls-certificates=/c"), NbdTls::Require);
-        assert_eq!(tls(NbdArgs::default(), "nbd://h?tls-psk-file=/k"), NbdTls::Require);
-        assert_eq!(tls(NbdArgs::default(), "nbds://h"), NbdTls::Require);
-        assert_eq!(tls(NbdArgs::default(), "nbd://h"), NbdTls::Off);
-        let config = NbdArgs::default().config(Some("nbds://h?tls-psk-file=/k".into()));
-        assert_eq!(config.unwrap().tls_psk.as_deref(), Some(std::path::Path::new("/k")));
+        let tls = |words: &[&str]| servers(words)[0].tls;
+        assert_eq!(tls(&["nbd://h", "tls=on"]), NbdTls::On);
+        assert_eq!(tls(&["nbd://h", "tls=on", "tls-psk=/k"]), NbdTls::Require);
+        assert_eq!(tls(&["nbd://h?tls-certificates=/c", "tls=on"]), NbdTls::Require);
+        assert_eq!(tls(&["nbd://h?tls-psk-file=/k"]), NbdTls::Require);
+        assert_eq!(tls(&["nbds://h"]), NbdTls::Require);
+        assert_eq!(tls(&["nbd://h"]), NbdTls::Off);
+        let psk = servers(&["nbds://h?tls-psk-file=/k"]).remove(0).tls_psk;
+        assert_eq!(psk.as_deref(), Some(std::path::Path::new("/k")));
     }
 }

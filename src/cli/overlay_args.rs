@@ -5,23 +5,22 @@
 //! are found when the files are opened.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::path::Path;
 
 use super::UsageError;
 use super::args::Subcommand;
-use super::values;
+use super::pair::Value;
 use crate::config::{DiskConfig, Format, Overlay};
 
 /// Value of `cow=` that stands for a temporary overlay instead of a file.
 pub(super) const TEMPORARY: &str = "tmp";
 
 /// Parses the value of `cow=`. A file with the name `tmp` must be given as `./tmp`.
-pub(super) fn overlay(value: &OsStr) -> Result<Overlay, String> {
-    if value == TEMPORARY {
+pub(super) fn overlay(value: &Value<'_>) -> Result<Overlay, String> {
+    if value.text == TEMPORARY {
         Ok(Overlay::Temporary)
     } else {
-        values::path(value).map(Overlay::File)
+        value.path().map(Overlay::File)
     }
 }
 

@@ -1,9 +1,9 @@
 //! URI schemes: those that a source can have, and a way to go on for all others.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::values;
+use super::pair::Value;
 
 /// Schemes of NBD URIs, which the key `uri=` takes.
 pub(super) const NBD: [&str; 6] = [
@@ -25,12 +25,12 @@ const KNOWN: [&str; 24] = [
 ];
 
 /// Parses the value of `file=`. Errors: it is empty, or it is a URI.
-pub(super) fn file(value: &OsStr) -> Result<PathBuf, String> {
+pub(super) fn file(value: &Value<'_>) -> Result<PathBuf, String> {
+    let path = value.path()?;
     match of(value) {
-        // A file whose name looks like a URI.
-        Some(_) if Path::new(value).symlink_metadata().is_ok() => values::path(value),
-        Some(scheme) => Err(refusal(scheme)),
-        None => values::path(value),
+        // A file whose name looks like a URI is one.
+        Some(scheme) if path.symlink_metadata().is_err() => Err(refusal(scheme)),
+        _ => Ok(path),
     }
 }
 
@@ -73,6 +73,12 @@ pub(super) fn of(value: &OsStr) -> Option<&str> {
     (is_scheme && (is_known || rest.starts_with(b"://"))).then_some(scheme)
 }
 
+/// Returns true if a value holds a URI with user information, which may be a password.
+pub(super) fn has_login(value: &OsStr) -> bool {
+    let text = value.to_string_lossy();
+    text.split_once("://").is_some_and(|(_, rest)| rest.contains('@'))
+}
+
 /// Returns true if `value` starts with one of `schemes`, in any case.
 pub(super) fn is_one_of(schemes: &[&str], value: &OsStr) -> bool {
     let bytes = value.as_encoded_bytes();
@@ -102,7 +108,7 @@ mod tests {
             ("what-ever://x", "the scheme what-ever:"),
             ("rbd:pool/image", "qemu-nbd"),
         ] {
-            let message = file(OsStr::new(value)).unwrap_err();
+            let message = file(&Value::here(OsStr::new(value))).unwrap_err();
             assert!(message.contains(expected), "{value}: {message}");
             assert!(!message.contains('\n'), "{value}");
         }
@@ -120,7 +126,7 @@ mod tests {
             "a b://c",
             ":x",
         ] {
-            assert!(file(OsStr::new(value)).is_ok(), "{value}");
+            assert!(file(&Value::here(OsStr::new(value))).is_ok(), "{value}");
         }
     }
 }

@@ -1,19 +1,21 @@
-//! Keys of a disk as given, and the disk's configuration that follows from them.
+//! Keys of a disk, applied in layers, and the disk's configuration that follows from them.
 //!
-//! The keys of all disks and of each source are collected in separate [`Settings`]. [`Settings::over`] merges them, and
-//! [`Settings::config`] makes the configuration of one disk; only then are conflicts among the keys visible.
+//! [`Settings::layer`] applies pairs in their order: first those that hold for all disks, then those of the disk. A later
+//! layer wins over an earlier one. [`Settings::config`] makes the configuration of one disk; only then are conflicts
+//! among the keys visible, and only then is it known if a name is a path of this machine.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::args::Subcommand;
 use super::create_args::CreateArgs;
-use super::keys::{Group, Key};
+use super::keys::{Choice, Group, Key};
+use super::pair::{Origin, Pair, Value};
 use super::values::PageCacheArg;
 use super::{UsageError, expand, https, nbd, overlay_args, values, vddk};
 use crate::config::{
-    Degraded, DiskConfig, Format, HttpsConfig, KernelView, LocalConfig, NamedBy, NbdConfig, Overlay, SourceConfig,
-    VddkConfig, ViewConfig,
+    DiskConfig, Format, HttpsConfig, LocalConfig, NamedBy, NbdConfig, Overlay, SourceConfig, VddkConfig,
 };
 
 /// Keys of one disk, or of all disks.
@@ -24,7 +26,7 @@ pub(super) struct Settings {
     /// `name=`
     pub(super) name: Option<OsString>,
     /// `readonly=`
-    pub(super) read_only: Option<bool>,
+    pub(super) read_only: bool,
     /// `cache=`
     pub(super) cache: Option<PageCacheArg>,
     /// `cache-size=`
@@ -35,46 +37,50 @@ pub(super) struct Settings {
     pub(super) cache_dir_size: Option<u64>,
     /// `readahead=`
     pub(super) readahead: Option<u64>,
-    /// `format=`
-    pub(super) format: Option<Format>,
-    /// `allow-dir=`
-    pub(super) allow_dirs: Vec<PathBuf>,
-    /// `degraded=`
-    pub(super) degraded: Degraded,
-    /// `parent=`, as it was given: in a datastore it is no path of this machine.
-    pub(super) parent: Option<OsString>,
-    /// `member=`
-    pub(super) member: Option<String>,
-    /// `extents=self`
-    pub(super) single_file: Option<bool>,
-    /// `lock=`
-    pub(super) lock: Option<bool>,
-    /// `kernel-view=`
-    pub(super) view: Option<KernelView>,
-    /// `view-size=`
-    pub(super) view_size: Option<u64>,
-    /// `view-dir=`
-    pub(super) view_dir: Option<PathBuf>,
     /// `cow=`
     pub(super) overlay: Option<Overlay>,
-    /// `force=`
-    pub(super) force: Option<bool>,
+    /// `limit=`
+    pub(super) map_limit: Option<u64>,
+    /// `backend=`
+    pub(super) backend: Option<Backend>,
+    /// Keys of image files, without the path. Some hold for other sources too.
+    pub(super) image: LocalConfig,
+    /// `parent=`
+    pub(super) parent: Option<FileName>,
     /// `create=` and the other `create-*=` keys
     pub(super) creation: CreateArgs,
+    /// Keys of every kind of server.
+    pub(super) server: ServerArgs,
     /// Keys of an NBD server.
     pub(super) nbd: nbd::NbdArgs,
     /// Keys of a web server.
     pub(super) https: https::HttpsArgs,
     /// Keys of a disk that VDDK opens.
     pub(super) vddk: vddk::VddkArgs,
-    /// `file=` as it was given: in a datastore it is no path of this machine.
-    pub(super) file_text: Option<OsString>,
-    /// `backend=`
-    pub(super) backend: Option<Backend>,
-    /// `limit=`
-    pub(super) map_limit: Option<u64>,
     /// Keys that were given. Used to detect duplicates and keys that do not apply to the source.
-    given: Vec<&'static Key>,
+    given: Vec<Given>,
+}
+
+/// Keys of every kind of server.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ServerArgs {
+    /// `port=`
+    pub(super) port: Option<String>,
+    /// `connections=`
+    pub(super) connections: Option<usize>,
+    /// `timeout=`
+    pub(super) timeout: Option<Duration>,
+    /// `retry=`
+    pub(super) retry: Option<u32>,
+}
+
+/// A key that was given.
+#[derive(Debug, Clone)]
+struct Given {
+    key: &'static Key,
+    origin: Origin,
+    /// True if it holds for all disks. If it fits no disk, that is an error of the whole mount, not of each disk.
+    is_common: bool,
 }
 
 /// `backend=`
@@ -90,11 +96,19 @@ pub(super) enum Backend {
     Vddk,
 }
 
+/// Name of a file as it was given, and as a path of this machine. The back end decides which of them counts: in a
+/// datastore it is no path.
+#[derive(Debug, Clone)]
+pub(super) struct FileName {
+    pub(super) text: OsString,
+    pub(super) path: PathBuf,
+}
+
 /// Source as given, before patterns and folders are expanded.
 #[derive(Debug, Clone)]
 pub(super) enum SourceSpec {
     /// One file, or a pattern that matches several.
-    File(PathBuf),
+    File(FileName),
     /// All disks of a folder.
     Dir(PathBuf),
     /// URI of an NBD server.
@@ -116,87 +130,89 @@ pub(super) enum DiskSource {
     Vddk(OsString),
 }
 
+impl FileName {
+    pub(super) fn of(value: &Value<'_>, path: PathBuf) -> Self {
+        let text = value.text.to_owned();
+        Self { text, path }
+    }
+}
+
 impl Settings {
-    /// Adds a key. Fails as [`Key::apply`] does, or if a key that is not repeatable is given twice.
-    pub(super) fn add(&mut self, key: &'static Key, value: &OsStr) -> Result<(), UsageError> {
-        key.apply(self, value)?;
-        if !key.repeats && self.given.iter().any(|given| given.name == key.name) {
-            return Err(UsageError::new(format!(
-                "{}= is given twice for the same disk",
-                key.name
-            )));
+    /// Returns the settings of a disk with these common ones, to which the disk's own pairs are applied.
+    ///
+    /// Fails as [`Self::layer`] does.
+    pub(super) fn of_disk(&self, pairs: &[Pair]) -> Result<Self, UsageError> {
+        let mut disk = self.clone();
+        disk.given.iter_mut().for_each(|given| given.is_common = true);
+        disk.layer(pairs)?;
+        Ok(disk)
+    }
+
+    /// Applies a layer of pairs over the earlier ones. Each value is read once, because some ask for a password.
+    ///
+    /// Fails as [`Key::apply`] does, or if the layer has a key twice that is not repeatable.
+    pub(super) fn layer(&mut self, pairs: &[Pair]) -> Result<(), UsageError> {
+        pairs
+            .iter()
+            .filter_map(|pair| pair.key.choice)
+            .for_each(|choice| self.reset(choice));
+        let before = self.given.len();
+        for pair in pairs {
+            let key = pair.key;
+            if !key.repeats && self.given[before..].iter().any(|given| given.key.name == key.name) {
+                let twice = UsageError::of(key.name, " is given twice for the same disk");
+                return Err(pair.origin.blame(twice));
+            }
+            key.apply(self, &pair.value()).map_err(|e| pair.origin.blame(e))?;
+            self.given.push(Given {
+                key,
+                origin: pair.origin.clone(),
+                is_common: false,
+            });
         }
-        self.given.push(key);
         Ok(())
     }
 
-    /// Returns these settings, with the values of `common` for keys that are not set here. The `allow-dir=` folders of
-    /// both apply.
-    pub(super) fn over(&self, common: &Self) -> Self {
-        Self {
-            source: self.source.clone(),
-            name: self.name.clone().or_else(|| common.name.clone()),
-            read_only: self.read_only.or(common.read_only),
-            cache: self.cache.or(common.cache),
-            cache_size: self.cache_size.or(common.cache_size),
-            cache_dir: self.cache_dir.clone().or_else(|| common.cache_dir.clone()),
-            cache_dir_size: self.cache_dir_size.or(common.cache_dir_size),
-            readahead: self.readahead.or(common.readahead),
-            format: self.format.or(common.format),
-            allow_dirs: [common.allow_dirs.as_slice(), &self.allow_dirs].concat(),
-            degraded: Degraded {
-                cid: self.degraded.cid || common.degraded.cid,
-                orphan: self.degraded.orphan || common.degraded.orphan,
-                short: self.degraded.short || common.degraded.short,
-            },
-            parent: self.parent.clone().or_else(|| common.parent.clone()),
-            member: self.member.clone().or_else(|| common.member.clone()),
-            single_file: self.single_file.or(common.single_file),
-            lock: self.lock.or(common.lock),
-            view: self.view.or(common.view),
-            view_size: self.view_size.or(common.view_size),
-            view_dir: self.view_dir.clone().or_else(|| common.view_dir.clone()),
-            overlay: self.overlay.clone().or_else(|| common.overlay.clone()),
-            force: self.force.or(common.force),
-            creation: self.creation.over(common.creation),
-            nbd: self
-                .nbd
-                .over(&common.nbd, matches!(self.source, Some(SourceSpec::Nbd(_)))),
-            https: self.https.over(&common.https),
-            vddk: self.vddk.over(&common.vddk),
-            file_text: self.file_text.clone(),
-            backend: self.backend.or(common.backend),
-            map_limit: self.map_limit.or(common.map_limit),
-            // A common key that fits no disk is an error of the whole mount, not of each disk. Those of web servers are
-            // checked before any file is searched for.
-            given: common
-                .given
-                .iter()
-                .filter(|key| key.group == Group::VMware)
-                .chain(&self.given)
-                .copied()
-                .collect(),
+    /// Removes the values of the keys that make a choice together.
+    fn reset(&mut self, choice: Choice) {
+        match choice {
+            Choice::Trust => (self.https.thumbprint, self.https.cainfo, self.https.insecure) = Default::default(),
+            Choice::Owner => (self.vddk.vm, self.vddk.datastore) = Default::default(),
+            Choice::Address { has_port } => {
+                (self.nbd.addresses, self.nbd.args) = Default::default();
+                // `port=` stays the default for addresses that have a port.
+                self.server.port = self.server.port.take().filter(|_| has_port);
+            }
         }
+    }
+
+    /// Points an error about a key to the place where the key was given.
+    pub(super) fn blame(&self, e: UsageError) -> UsageError {
+        let named = |given: &&Given| e.key == Some(given.key.name);
+        match self.given.iter().rev().find(named) {
+            Some(given) => given.origin.blame(e),
+            None => e,
+        }
+    }
+
+    /// Returns the first given key that is unfit. A common key that fits no disk is an error of the whole mount, not of
+    /// each disk. Those of web servers are checked before any file is searched for.
+    fn first(&self, unfit: impl Fn(&Key) -> bool) -> Option<&'static str> {
+        let counts = |given: &&Given| !given.is_common || given.key.group == Group::VMware;
+        let keys = self.given.iter().filter(counts).map(|given| given.key);
+        keys.filter(|key| unfit(key)).map(|key| key.name).next()
     }
 
     /// Returns the first given key that belongs to one of `groups`.
     pub(super) fn first_of(&self, groups: &[Group]) -> Option<&'static str> {
-        self.given
-            .iter()
-            .find(|key| groups.contains(&key.group))
-            .map(|key| key.name)
+        self.first(|key| groups.contains(&key.group))
     }
 
     /// Returns the first given key that does not fit a disk on an NBD server.
     pub(super) fn unfit_for_server(&self) -> Option<&'static str> {
-        let local = [Group::Local, Group::Create];
         // An overlay over an export has a parent too.
         let fits = |name: &str| name == "degraded" && self.overlay.is_some();
-        let unfit = self
-            .given
-            .iter()
-            .find(|key| local.contains(&key.group) && !fits(key.name));
-        unfit.map(|key| key.name)
+        self.first(|key| [Group::Local, Group::Create].contains(&key.group) && !fits(key.name))
     }
 
     /// Returns the files of the source. The file of a created disk is never expanded, even if its name has wildcards.
@@ -205,8 +221,8 @@ impl Settings {
             Some(SourceSpec::Dir(_)) if self.creation.is_enabled(subcommand) => Err(UsageError::new(
                 "a created disk needs file=PATH, but dir= means all disks of a folder",
             )),
-            Some(SourceSpec::File(path)) if self.creation.is_enabled(subcommand) => Ok(vec![path.clone()]),
-            Some(SourceSpec::File(path)) => expand::expand(path),
+            Some(SourceSpec::File(file)) if self.creation.is_enabled(subcommand) => Ok(vec![file.path.clone()]),
+            Some(SourceSpec::File(file)) => expand::expand(&file.path),
             Some(SourceSpec::Dir(dir)) => expand::disks_of(dir),
             Some(SourceSpec::Nbd(_) | SourceSpec::Url(_)) | None => Ok(Vec::new()),
         }
@@ -214,11 +230,11 @@ impl Settings {
 
     /// Returns the disks of a file: itself, or those of a package.
     fn disks_in(&self, path: PathBuf, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
-        let is_package = self.format.is_none() && Format::is_package(&path);
-        if self.creation.is_enabled(subcommand) || (!is_package && self.member.is_none()) {
+        let is_package = self.image.format == Format::Auto && Format::is_package(&path);
+        if self.creation.is_enabled(subcommand) || (!is_package && self.image.member.is_none()) {
             return Ok(vec![DiskSource::File(path, None)]);
         }
-        let members = match &self.member {
+        let members = match &self.image.member {
             Some(member) => vec![member.clone()],
             None => expand::disks_of_package(&path)?,
         };
@@ -233,9 +249,10 @@ impl Settings {
                 Ok(Some(https::HttpsSource::Server))
             }
             Some(SourceSpec::Url(url)) => Ok(Some(url.clone())),
-            Some(SourceSpec::File(_)) if self.https.server.is_some() || self.backend == Some(Backend::Https) => {
-                let text = self.file_text.as_deref().and_then(OsStr::to_str);
-                let text = text.ok_or_else(|| UsageError::new("file=: the name of a file in a datastore is UTF-8"))?;
+            Some(SourceSpec::File(file)) if self.https.server.is_some() || self.backend == Some(Backend::Https) => {
+                let text = file.text.to_str();
+                let text =
+                    text.ok_or_else(|| UsageError::of("file", ": the name of a file in a datastore is UTF-8"))?;
                 Ok(Some(match subcommand {
                     Subcommand::List => https::HttpsSource::Folder(text.to_owned()),
                     _ => https::HttpsSource::File(text.to_owned()),
@@ -250,61 +267,48 @@ impl Settings {
         let is_file = matches!(self.source, Some(SourceSpec::File(_) | SourceSpec::Dir(_)));
         match self.backend {
             Some(backend) => backend == Backend::Vddk,
-            None => (is_file || self.is_vddk_export()) && self.vddk.libdir.is_some(),
+            None => (is_file || self.is_vddk_export()) && self.vddk.disk.library.libdir.is_some(),
         }
     }
 
     /// Returns true if a pattern names the disks that VDDK opens, in place of `file=`.
     pub(super) fn is_vddk_export(&self) -> bool {
-        let asked = self.vddk.libdir.is_some() || self.backend == Some(Backend::Vddk);
+        let asked = self.vddk.disk.library.libdir.is_some() || self.backend == Some(Backend::Vddk);
         self.source.is_none() && self.nbd.export.is_some() && asked && !self.nbd.names_server()
     }
 
     /// Returns the disks that VDDK opens: that of a datastore, or local files. Fails if a key does not fit them.
     fn vddk_sources(&self, subcommand: Subcommand) -> Result<Vec<DiskSource>, UsageError> {
-        const ALSO_HERE: [&str; 9] = [
-            "file",
-            "export",
-            "port",
-            "server",
-            "user",
-            "password",
-            "cookie",
-            "thumbprint",
-            "credentials",
-        ];
         let elsewhere = [Group::Local, Group::Nbd, Group::VMware];
         // An overlay has a parent.
-        let only_cid = !self.degraded.orphan && !self.degraded.short;
+        let only_cid = !self.image.degraded.orphan && !self.image.degraded.short;
         let fits = |name: &str| name == "degraded" && self.overlay.is_some() && only_cid;
-        let unfit = self
-            .given
-            .iter()
-            .find(|key| elsewhere.contains(&key.group) && !ALSO_HERE.contains(&key.name) && !fits(key.name));
-        if let Some(key) = unfit {
-            let name = key.name;
-            return Err(UsageError::new(format!("{name}= does not fit a disk that VDDK opens")));
+        let unfit = |key: &Key| elsewhere.contains(&key.group) && !key.fits(Group::Vddk) && !fits(key.name);
+        if let Some(key) = self.first(unfit) {
+            return Err(UsageError::of(key, " does not fit a disk that VDDK opens"));
         }
-        let text = self.file_text.clone().filter(|_| vddk::is_remote(self));
-        let export = self.nbd.export.as_deref();
-        if let (Some(pattern), Some(file)) = (export, &self.file_text)
-            && !vddk::matches(pattern, file)
-        {
-            let (file, pattern) = (values::display(file), values::display(pattern));
-            return Err(UsageError::new(format!("file={file}: does not match export={pattern}")));
-        }
-        match (&self.source, text) {
-            (None, None) if self.is_vddk_export() && !vddk::is_remote(self) => {
-                let pattern = values::path(export.unwrap_or_default());
-                let pattern = pattern.map_err(|e| UsageError::new(format!("export=: {e}")))?;
-                let files = expand::expand(&pattern)?.into_iter();
+        let is_remote = vddk::is_remote(self);
+        let export = self.nbd.export.as_ref();
+        match &self.source {
+            None if self.is_vddk_export() && !is_remote => {
+                let pattern = export.filter(|export| !export.text.is_empty());
+                let pattern = pattern.ok_or_else(|| UsageError::of("export", ": a path is missing"))?;
+                let files = expand::expand(&pattern.path)?.into_iter();
                 Ok(files.map(|path| DiskSource::Vddk(path.into_os_string())).collect())
             }
-            (None, None) if self.is_vddk_export() => Err(UsageError::new(
-                "export=: VDDK lists no disks of a server: name each by file=, and export= is the pattern that they match",
+            None if self.is_vddk_export() => Err(UsageError::of(
+                "export",
+                ": VDDK lists no disks of a server: name each by file=, and export= is the pattern that they match",
             )),
-            (Some(SourceSpec::File(_)), Some(text)) => Ok(vec![DiskSource::Vddk(text)]),
-            (Some(SourceSpec::File(_)), None) => {
+            Some(SourceSpec::File(file)) => {
+                if let Some(pattern) = export.filter(|pattern| !vddk::matches(&pattern.text, &file.text)) {
+                    let (file, pattern) = (values::display(&file.text), values::display(&pattern.text));
+                    let rest = format_args!("{file}: does not match export={pattern}");
+                    return Err(UsageError::of("file", rest));
+                }
+                if is_remote {
+                    return Ok(vec![DiskSource::Vddk(file.text.clone())]);
+                }
                 let files = self.files(subcommand)?.into_iter();
                 Ok(files.map(|path| DiskSource::Vddk(path.into_os_string())).collect())
             }
@@ -320,7 +324,7 @@ impl Settings {
             return self.vddk_sources(subcommand);
         }
         if let Some(key) = self.first_of(&[Group::Vddk]) {
-            return Err(UsageError::new(format!("{key}= {}", vddk::NOT_VDDK)));
+            return Err(UsageError::of(key, format_args!(" {}", vddk::NOT_VDDK)));
         }
         if let Some(source) = self.https_source(subcommand)? {
             return match self.backend {
@@ -331,25 +335,24 @@ impl Settings {
             };
         }
         if let Some(key) = self.first_of(&[Group::VMware]) {
-            return Err(UsageError::new(format!(
-                "{key}= is for disks on a web server: add server= and file=\"[datastore] folder/disk.vmdk\", or url="
-            )));
+            return Err(UsageError::of(
+                key,
+                " is for disks on a web server: add server= and file=\"[datastore] folder/disk.vmdk\", or url=",
+            ));
         }
         let is_nbd = matches!(self.source, Some(SourceSpec::Nbd(_))) || self.source.is_none();
         match (self.backend, &self.source) {
             (Some(Backend::Native), _) if is_nbd => {
-                Err(UsageError::new("backend=native reads files, but no file is given"))
+                Err(UsageError::of("backend", "native reads files, but no file is given"))
             }
             (Some(Backend::Nbd), Some(SourceSpec::File(_) | SourceSpec::Dir(_))) => {
-                Err(UsageError::new("backend=nbd needs a server, but a file is given"))
+                Err(UsageError::of("backend", "nbd needs a server, but a file is given"))
             }
-            (Some(Backend::Https), _) => Err(UsageError::new("backend=https needs url=, or server= and file=")),
+            (Some(Backend::Https), _) => Err(UsageError::of("backend", "https needs url=, or server= and file=")),
             (_, Some(SourceSpec::Nbd(uri))) => Ok(vec![DiskSource::Nbd(Some(uri.clone()))]),
             (_, Some(_)) => {
                 if let Some(key) = self.first_of(&[Group::Nbd]) {
-                    return Err(UsageError::new(format!(
-                        "{key}= is for NBD servers, but the disk is a local file"
-                    )));
+                    return Err(UsageError::of(key, " is for NBD servers, but the disk is a local file"));
                 }
                 let mut disks = Vec::new();
                 for path in self.files(subcommand)? {
@@ -374,13 +377,17 @@ impl Settings {
     ) -> Result<DiskConfig, UsageError> {
         match &disk_source {
             DiskSource::Https(_) if self.cache_dir.is_none() && self.cache_dir_size.is_some() => {
-                return Err(UsageError::new("cache-dir-size= needs cache-dir="));
+                return Err(UsageError::of("cache-dir-size", " needs cache-dir="));
             }
             DiskSource::Https(_) => {}
             _ if self.cache_dir.is_some() || self.cache_dir_size.is_some() => {
-                return Err(UsageError::new(
-                    "cache-dir= and cache-dir-size= are for disks on web servers: url=, or server= with file=",
-                ));
+                let key = if self.cache_dir.is_some() {
+                    "cache-dir"
+                } else {
+                    "cache-dir-size"
+                };
+                let reason = "cache-dir= and cache-dir-size= are for disks on web servers: url=, or server= with file=";
+                return Err(UsageError::new(reason).about(key));
             }
             _ => {}
         }
@@ -415,7 +422,7 @@ impl Settings {
         };
         let disk = DiskConfig {
             name: requested.unwrap_or(default_name),
-            read_only: self.read_only.unwrap_or_default(),
+            read_only: self.read_only,
             cache: self.cache.map(|(mode, _)| mode),
             cache_size: self.cache_size,
             readahead: self.readahead,
@@ -425,8 +432,9 @@ impl Settings {
             warnings,
         };
         if self.map_limit.is_some() && subcommand != Subcommand::Query {
-            return Err(UsageError::new(
-                "limit= bounds the output of --map; a mount has no such limit",
+            return Err(UsageError::of(
+                "limit",
+                " bounds the output of --map; a mount has no such limit",
             ));
         }
         overlay_args::check_disk(&disk, subcommand)?;
@@ -439,30 +447,16 @@ impl Settings {
         let create = create.map_err(|e| UsageError::new(format!("{}: {e}", path.display())))?;
         let found_in = match &self.source {
             Some(SourceSpec::Dir(dir)) => Some(dir.clone()),
-            Some(SourceSpec::File(pattern)) if create.is_none() => expand::searched_folder(pattern),
+            Some(SourceSpec::File(pattern)) if create.is_none() => expand::searched_folder(&pattern.path),
             _ => None,
         };
         Ok(LocalConfig {
             path,
             member,
             found_in,
-            format: self.format.unwrap_or_default(),
-            allow_dirs: self.allow_dirs.clone(),
-            degraded: self.degraded,
-            parent: self
-                .parent
-                .as_deref()
-                .map(|parent| values::path(parent).map_err(|e| UsageError::new(format!("parent=: {e}"))))
-                .transpose()?,
-            single_file: self.single_file.unwrap_or_default(),
-            lock: self.lock.unwrap_or(true),
-            force: self.force.unwrap_or_default(),
+            parent: self.parent.as_ref().map(|parent| parent.path.clone()),
             create,
-            view: ViewConfig {
-                mode: self.view.unwrap_or_default(),
-                size: self.view_size.unwrap_or(ViewConfig::default().size),
-                dir: self.view_dir.clone(),
-            },
+            ..self.image.clone()
         })
     }
 
@@ -473,34 +467,15 @@ impl Settings {
         subcommand: Subcommand,
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
         let elsewhere = [Group::Local, Group::Create, Group::Nbd];
-        let unfit = self
-            .given
-            .iter()
-            .find(|key| elsewhere.contains(&key.group) && !key.fits(Group::VMware));
-        if let Some(key) = unfit {
-            let name = key.name;
-            return Err(UsageError::new(format!("{name}= does not fit a disk on a web server")));
+        if let Some(key) = self.first(|key| elsewhere.contains(&key.group) && !key.fits(Group::VMware)) {
+            return Err(UsageError::of(key, " does not fit a disk on a web server"));
         }
         if subcommand == Subcommand::Create {
             return Err(UsageError::new(
                 "--create creates local VMDKs, but a web server is given",
             ));
         }
-        let common = https::CommonArgs {
-            port: self.nbd.port.clone(),
-            connections: self.nbd.connections,
-            timeout: self.nbd.timeout,
-            retry: self.nbd.retry,
-            cache_dir: self.cache_dir.clone().map(|dir| (dir, self.cache_dir_size)),
-            format: self.format.unwrap_or_default(),
-            degraded: self.degraded,
-            parent: self
-                .parent
-                .as_deref()
-                .map(|parent| parent.to_string_lossy().into_owned()),
-            member: self.member.clone(),
-        };
-        self.https.clone().config(source, &common)
+        self.https.config(source, self)
     }
 
     /// Returns the configuration of a disk that VDDK opens, and what to tell the user about it.
@@ -512,29 +487,27 @@ impl Settings {
     /// Returns the configuration of an NBD server. `named` is true if a file name is given.
     fn server(&self, uri: Option<String>, named: bool, subcommand: Subcommand) -> Result<NbdConfig, UsageError> {
         if let Some(key) = self.unfit_for_server() {
-            return Err(UsageError::new(format!(
-                "{key}= is for local files, but the disk is on an NBD server"
-            )));
+            return Err(UsageError::of(
+                key,
+                " is for local files, but the disk is on an NBD server",
+            ));
         }
         if subcommand == Subcommand::Create {
             return Err(UsageError::new(
                 "--create creates local VMDKs, but an NBD server is given",
             ));
         }
-        if self.degraded.orphan || self.degraded.short {
-            return Err(UsageError::new(
-                "degraded=orphan and degraded=short are for images, but the disk is on an NBD server",
+        if self.image.degraded.orphan || self.image.degraded.short {
+            return Err(UsageError::of(
+                "degraded",
+                "orphan and degraded=short are for images, but the disk is on an NBD server",
             ));
         }
-        let server = NbdConfig {
-            accept_cid_mismatch: self.degraded.cid,
-            ..self.nbd.clone().config(uri)?
-        };
+        let server = self.nbd.config(uri, self)?;
         if server.dynamic && (named || self.overlay.is_some()) {
             let key = if named { "one name" } else { "cow=" };
-            return Err(UsageError::new(format!(
-                "dynamic-export=true shows every export as a file, but {key} is for one file"
-            )));
+            let rest = format_args!("true shows every export as a file, but {key} is for one file");
+            return Err(UsageError::of("dynamic-export", rest));
         }
         Ok(server)
     }

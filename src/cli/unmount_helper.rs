@@ -5,12 +5,11 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use clap::builder::OsStringValueParser;
-use clap::{Arg, ArgAction, Command};
+use clap::{ArgAction, Parser};
 
-use super::args::verbosity;
+use super::options::MountArgs;
 use super::{Parsed, UsageError, has_name_of, mount_helper, one_line, values};
-use crate::config::{Action, Config, LogConfig, UnmountConfig};
+use crate::config::{Action, Config, UnmountConfig};
 
 /// Program names under which umount(8) runs the helper.
 const NAMES: [&str; 2] = ["umount.vmdkfuse", "umount.fuse.vmdkfuse"];
@@ -20,18 +19,39 @@ pub(super) fn is_name_of(program: &Path) -> bool {
     has_name_of(program, &NAMES)
 }
 
+/// Arguments of the helper. Of the flags of umount(8) only `-l` has a meaning here. `-f` is for a server that does not
+/// answer: every wait of the daemon has a deadline.
+#[derive(Debug, Parser)]
+#[command(name = NAMES[0], no_binary_name = true, disable_help_flag = true)]
+struct Helper {
+    #[arg(required = true)]
+    mountpoints: Vec<OsString>,
+    #[arg(short)]
+    lazy: bool,
+    #[arg(short = 'f')]
+    _force: bool,
+    #[arg(short = 'n')]
+    _no_mtab: bool,
+    #[arg(short = 'r')]
+    _remount: bool,
+    #[arg(short, action = ArgAction::Count)]
+    verbose: u8,
+    #[arg(short = 'N')]
+    namespace: Option<OsString>,
+    #[arg(short = 't')]
+    _fstype: Option<OsString>,
+}
+
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
-    let matches = command().try_get_matches_from(args).map_err(|e| one_line(&e))?;
-    if let Some(namespace) = matches.get_one::<OsString>("namespace") {
+    let helper = Helper::try_parse_from(args).map_err(|e| one_line(&e))?;
+    if let Some(namespace) = &helper.namespace {
         mount_helper::enter(namespace)?;
     }
-    let words = matches.get_many::<OsString>("mountpoints").into_iter().flatten();
-    let action = Action::Unmount(mounts(words, matches.get_flag("lazy"))?);
-    let log = LogConfig {
-        verbosity: verbosity(&matches),
-        ..LogConfig::default()
-    };
+    let action = Action::Unmount(mounts(helper.mountpoints.iter(), helper.lazy)?);
+    let mut mount_args = MountArgs::default();
+    mount_args.verbosity(helper.verbose);
+    let log = mount_args.log;
     Ok(Parsed::Run(Box::new(Config { action, log })))
 }
 
@@ -45,25 +65,6 @@ pub(super) fn mounts<'a>(words: impl Iterator<Item = &'a OsString>, lazy: bool) 
         return Err(UsageError::new("--unmount needs a mount point"));
     }
     Ok(UnmountConfig { points, lazy })
-}
-
-fn command() -> Command {
-    let flag = |name: &'static str, short| Arg::new(name).short(short).action(ArgAction::SetTrue);
-    let word = |name: &'static str| Arg::new(name).value_parser(OsStringValueParser::new());
-    Command::new(NAMES[0])
-        .no_binary_name(true)
-        .disable_help_flag(true)
-        .arg(word("mountpoints").num_args(1..).required(true))
-        // Of the flags of umount(8) only `-l` has a meaning here. `-f` is for a server that does not answer: every wait of
-        // the daemon has a deadline.
-        .args([
-            flag("lazy", 'l'),
-            flag("force", 'f'),
-            flag("no-mtab", 'n'),
-            flag("remount", 'r'),
-        ])
-        .arg(Arg::new("verbose").short('v').action(ArgAction::Count))
-        .args([word("namespace").short('N'), word("type").short('t')])
 }
 
 #[cfg(test)]

@@ -33,8 +33,18 @@ pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String
 pub(super) fn text(value: &OsStr) -> Result<&str, String> {
     match value.to_str() {
         Some("") => Err("a value is missing".into()),
+        Some(text) if text.contains('\0') => Err("the value cannot contain a NUL byte".into()),
         Some(text) => Ok(text),
         None => Err("the value is not UTF-8".into()),
+    }
+}
+
+/// Parses the name or address of a host. Fails if a port follows.
+pub(super) fn host(text: &str) -> Result<String, String> {
+    // An IPv6 address has more than one colon.
+    match text.matches(':').count() == 1 || text.contains("]:") {
+        true => Err("give the port with port=".into()),
+        false => Ok(text.to_owned()),
     }
 }
 
@@ -131,7 +141,7 @@ pub(super) fn file_name(value: &OsStr) -> Result<(), String> {
 }
 
 /// Parses a number that consists of digits only; `str::parse` alone would also accept a leading `+`.
-fn decimal(text: &str) -> Option<u32> {
+pub(super) fn decimal(text: &str) -> Option<u32> {
     text.bytes()
         .all(|b| b.is_ascii_digit())
         .then(|| text.parse().ok())

@@ -1,11 +1,11 @@
 //! Keys of disks that VMware's VDDK opens, and the conflicts among them. The keys have the names of nbdkit's plugin.
 
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::settings::Settings;
 use super::{UsageError, expand, values};
-use crate::config::{CreateConfig, VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
+use crate::config::{CreateConfig, VddkCompression, VddkConfig, VddkOwner, VddkRemote};
 
 /// End of the message about a key that fits no disk that VDDK opens.
 pub(super) const NOT_VDDK: &str = "is for disks that VDDK opens: add libdir=DIR, or backend=vddk";
@@ -16,10 +16,8 @@ const MOREF: &str = "moref=";
 /// Keys of a disk that VDDK opens, as given.
 #[derive(Debug, Clone, Default)]
 pub(super) struct VddkArgs {
-    /// `libdir=`
-    pub(super) libdir: Option<PathBuf>,
-    /// `config=`
-    pub(super) config: Option<PathBuf>,
+    /// Keys that are settings of the disk as they are.
+    pub(super) disk: VddkConfig,
     /// `vm=`
     pub(super) vm: Option<String>,
     /// `datastore=`
@@ -28,52 +26,10 @@ pub(super) struct VddkArgs {
     pub(super) snapshot: Option<String>,
     /// `thumbprint=`, as it was given
     pub(super) thumbprint: Option<String>,
-    /// `transports=`
-    pub(super) transports: Option<String>,
     /// `nfchostport=`
     pub(super) nfc_host_port: Option<u32>,
-    /// `single-link=`
-    pub(super) single_link: Option<bool>,
-    /// `unbuffered=`
-    pub(super) unbuffered: Option<bool>,
-    /// `compression=`
-    pub(super) compression: Option<VddkCompression>,
     /// `prepare-for-access=`
-    pub(super) prepare_for_access: Option<bool>,
-}
-
-impl VddkArgs {
-    /// Returns these keys, with the values of `common` for keys that are not set here.
-    pub(super) fn over(&self, common: &Self) -> Self {
-        // Both name the owner of the disk: one of this disk replaces a common one of the other kind.
-        let owner = if self.vm.is_some() || self.datastore.is_some() {
-            self
-        } else {
-            common
-        };
-        Self {
-            libdir: self.libdir.clone().or_else(|| common.libdir.clone()),
-            config: self.config.clone().or_else(|| common.config.clone()),
-            vm: owner.vm.clone(),
-            datastore: owner.datastore.clone(),
-            snapshot: self.snapshot.clone().or_else(|| common.snapshot.clone()),
-            thumbprint: self.thumbprint.clone().or_else(|| common.thumbprint.clone()),
-            transports: self.transports.clone().or_else(|| common.transports.clone()),
-            nfc_host_port: self.nfc_host_port.or(common.nfc_host_port),
-            single_link: self.single_link.or(common.single_link),
-            unbuffered: self.unbuffered.or(common.unbuffered),
-            compression: self.compression.or(common.compression),
-            prepare_for_access: self.prepare_for_access.or(common.prepare_for_access),
-        }
-    }
-
-    /// Returns the location of the library.
-    pub(super) fn library(&self) -> VddkLibrary {
-        VddkLibrary {
-            libdir: self.libdir.clone(),
-            config: self.config.clone(),
-        }
-    }
+    pub(super) prepare_for_access: bool,
 }
 
 /// Returns true if the keys name a server, or a disk on one.
@@ -81,15 +37,15 @@ pub(super) fn is_remote(settings: &Settings) -> bool {
     let (https, vddk) = (&settings.https, &settings.vddk);
     let texts = [
         &https.server,
-        &https.user,
+        &https.http.user,
         &vddk.vm,
         &vddk.datastore,
         &vddk.thumbprint,
-        &settings.nbd.port,
+        &settings.server.port,
     ];
     texts.iter().any(|text| text.is_some())
         || https.password.is_some()
-        || https.cookie.is_some()
+        || https.http.cookie.is_some()
         || https.credentials.is_some()
         || vddk.nfc_host_port.is_some()
 }
@@ -110,35 +66,28 @@ pub(super) fn config(
     };
     let only_remote = [
         ("snapshot", args.snapshot.is_some()),
-        (
-            "compression",
-            args.compression.is_some_and(|mode| mode != VddkCompression::None),
-        ),
-        ("prepare-for-access", args.prepare_for_access == Some(true)),
+        ("compression", args.disk.compression != VddkCompression::None),
+        ("prepare-for-access", args.prepare_for_access),
     ];
     if let (None, Some((key, _))) = (&remote, only_remote.iter().find(|(_, given)| *given)) {
-        return Err(UsageError::new(format!(
-            "{key}= needs a server: add server=, user=, password= and vm=moref=ID"
-        )));
+        return Err(UsageError::of(
+            key,
+            " needs a server: add server=, user=, password= and vm=moref=ID",
+        ));
     }
     let disk = VddkConfig {
         file,
-        library: args.library(),
         remote,
-        transports: args.transports.clone(),
-        single_link: args.single_link.unwrap_or_default(),
-        unbuffered: args.unbuffered.unwrap_or_default(),
-        compression: args.compression.unwrap_or_default(),
         create,
-        accept_cid_mismatch: settings.degraded.cid,
-        timeout: settings.nbd.timeout,
-        retry: settings.nbd.retry,
+        accept_cid_mismatch: settings.image.degraded.cid,
+        timeout: settings.server.timeout,
+        retry: settings.server.retry,
+        ..args.disk.clone()
     };
     if disk.remote.is_some() && (disk.single_link || disk.create.is_some()) {
         let key = if disk.single_link { "single-link" } else { "create" };
-        return Err(UsageError::new(format!(
-            "{key}=true is for local disks: VDDK does that for no disk of a server"
-        )));
+        let rest = "true is for local disks: VDDK does that for no disk of a server";
+        return Err(UsageError::of(key, rest));
     }
     Ok((disk, warnings))
 }
@@ -166,19 +115,21 @@ fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkR
         (None, Some(datastore)) => VddkOwner::Datastore(datastore.clone()),
         (None, None) => return Err(missing_keys(&missing)),
         (Some(_), Some(_)) => {
-            return Err(UsageError::new(
-                "vm= and datastore= both name the owner of the disk: give one of them",
+            return Err(UsageError::of(
+                "vm",
+                " and datastore= both name the owner of the disk: give one of them",
             ));
         }
     };
     if matches!(owner, VddkOwner::Datastore(_)) && args.snapshot.is_some() {
-        return Err(UsageError::new(
-            "snapshot= is one of a virtual machine, but datastore= is given",
+        return Err(UsageError::of(
+            "snapshot",
+            " is one of a virtual machine, but datastore= is given",
         ));
     }
     Ok(VddkRemote {
         server,
-        port: settings.nbd.port.as_deref().map(port).transpose()?,
+        port: settings.server.port.as_deref().map(port).transpose()?,
         nfc_host_port: args.nfc_host_port,
         user,
         password,
@@ -186,7 +137,7 @@ fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkR
         thumbprint: args.thumbprint.clone(),
         owner,
         snapshot: args.snapshot.clone(),
-        prepare_for_access: args.prepare_for_access.unwrap_or_default(),
+        prepare_for_access: args.prepare_for_access,
     })
 }
 
@@ -222,7 +173,7 @@ fn missing_keys(missing: &[String]) -> UsageError {
 /// Parses the value of `port=` for VDDK.
 fn port(port: &str) -> Result<u32, UsageError> {
     let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-    let number = number.ok_or_else(|| UsageError::new(format!("port={port}: the port of a server is a number")));
+    let number = number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of a server is a number")));
     number.map(u32::from)
 }
 

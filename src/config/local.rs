@@ -37,6 +37,12 @@ pub struct LocalConfig {
     pub view: ViewConfig,
 }
 
+impl Default for LocalConfig {
+    fn default() -> Self {
+        Self::new(PathBuf::new())
+    }
+}
+
 impl LocalConfig {
     /// Creates the configuration of the disk in the file at `path`, with all settings at their defaults.
     pub fn new(path: impl Into<PathBuf>) -> Self {

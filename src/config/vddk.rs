@@ -9,7 +9,7 @@ use super::secret::Secret;
 use super::source::{Locality, SourceSettings};
 
 /// A disk that VDDK opens: a local VMDK, or a disk of an ESXi host or a vCenter.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct VddkConfig {
     /// Absolute path of a local disk, or `[datastore] folder/disk.vmdk` of a remote one.
     pub file: OsString,

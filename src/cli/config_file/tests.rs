@@ -1,13 +1,18 @@
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 
 use tempfile::TempDir;
 
 use super::super::test_args::{config_of, mount_of};
 use super::super::{Parsed, parse};
 use super::*;
-use crate::config::{Action, Config, Format, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig};
+use crate::config::{
+    Action, Config, Format, HttpsAddress, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig,
+    SourceSettings,
+};
 
 /// Creates a folder with `vms.toml` and a mount point `mnt`.
 fn folder(text: impl AsRef<[u8]>) -> TempDir {
@@ -170,8 +175,11 @@ fn the_folder_of_the_file_need_not_be_utf8() {
     fs::write(odd.join("c"), "[[disk]]\nfile = \"ü=x\"\n").unwrap();
     let described = read(odd.join("c").as_os_str()).unwrap();
     let expected = [odd.as_os_str().as_bytes(), "/ü=x".as_bytes()].concat();
-    let (key, value) = &described.disks[0].keys[0];
-    assert_eq!((key.name, value), ("file", &OsString::from_vec(expected)));
+    let pair = &described.disks[0].pairs[0];
+    assert_eq!(
+        (pair.key.name, pair.value().path()),
+        ("file", Ok(OsString::from_vec(expected).into()))
+    );
 }
 
 #[test]
@@ -346,43 +354,50 @@ fn a_server_above_the_tables_applies_to_tables_without_one() {
 }
 
 #[test]
-fn errors_of_conflicting_server_keys_name_the_table() {
+fn errors_of_conflicting_server_keys_name_the_line() {
     let file = "[[disk]]\nfile = \"a\"\n";
-    for (table, message) in [
+    for (line, table, message) in [
         (
+            4,
             "hostname = \"h\"\nsocket = \"s\"\n",
             "hostname= and socket= are both addresses of the NBD server: give one of them",
         ),
         (
+            4,
             "uri = \"nbd://h\"\ncommand = \"x\"\n",
             "uri= and command= are both addresses of the NBD server: give one of them",
         ),
-        ("arg = [\"x\"]\nhostname = \"h\"\n", "arg= needs command="),
-        ("socket = \"s\"\nport = 1\n", "port= needs hostname= or vsock-cid="),
+        (4, "arg = [\"x\"]\nhostname = \"h\"\n", "arg= needs command="),
+        (5, "socket = \"s\"\nport = 1\n", "port= needs hostname= or vsock-cid="),
         (
+            5,
             "file = \"a\"\nhostname = \"h\"\n",
             "hostname= is for NBD servers, but the disk is a local file",
         ),
         (
+            5,
             "socket = \"s\"\nformat = \"raw\"\n",
             "format= is for local files, but the disk is on an NBD server",
         ),
         (
+            5,
             "vsock-cid = 1\nport = \"nbd\"\n",
             "port=nbd: a VSOCK port is a number of 32 bits",
         ),
         (
+            5,
             "vsock-cid = 1\nvhost-cid = 2\n",
             "vsock-cid= is given twice for the same disk",
         ),
         (
+            4,
             "socket-fd = 5\nconnections = 2\n",
             "socket-fd= means one connection, but connections= is larger",
         ),
     ] {
         assert_eq!(
             error(file.to_owned() + "[[disk]]\n" + table),
-            format!("vms.toml:3: [[disk]]: {message}"),
+            format!("vms.toml:{line}: {message}"),
             "{table}"
         );
     }
@@ -459,7 +474,7 @@ fn values_must_have_the_type_of_their_key() {
         ("mount.options = [\"ro\"]\n", "options: must be a text in quotes"),
         ("mount.threads = \"3\"\n", "threads: must be a whole number"),
         ("mount.log-file = false\n", "log-file: must be a path in quotes"),
-        ("mount.log-file = \"\"\n", "--log-file : a path is missing"),
+        ("mount.log-file = \"\"\n", "log-file=: a path is missing"),
         (
             "mount.options = \"uid=me\"\n",
             "-o uid=me: must be a number from 0 to 4294967294",
@@ -476,8 +491,8 @@ fn values_must_have_the_type_of_their_key() {
         assert_eq!(error(text), format!("vms.toml:1: {message}"), "{text}");
     }
     for (text, part) in [
-        ("mount.threads = 65\n", "65 is not in 1..=64"),
-        ("mount.threads = -1\n", "'-1' for '--threads"),
+        ("mount.threads = 65\n", "threads=65: must be a number from 1 to 64"),
+        ("mount.threads = -1\n", "threads=-1: must be a number from 1 to 64"),
         ("mount.log-format = \"xml\"\n", "xml"),
         ("mount.options = \"nope\"\n", "unknown mount option nope"),
         ("mount.options = \"ro,rw\"\n", "both read-only"),
@@ -504,10 +519,7 @@ fn a_disk_has_one_source() {
 #[test]
 fn a_key_for_all_disks_that_is_given_twice_is_refused() {
     let twice = error("cache = \"none\"\n[mount]\noptions = \"cache=none\"\n[[disk]]\nfile = \"a\"\n");
-    assert_eq!(
-        twice,
-        "vms.toml: cache is given twice: above the tables and in the options of [mount]"
-    );
+    assert_eq!(twice, "vms.toml:3: cache= is given twice for the same disk");
     let repeats = "allow-dir = \"/a\"\n[mount]\noptions = \"allow-dir=/b\"\n[[disk]]\nfile = \"a\"\n";
     assert_eq!(local(&mount(repeats, &[]), 0).allow_dirs.len(), 2);
     assert!(
@@ -586,7 +598,7 @@ fn config_allows_only_a_mount_point() {
         (&["/x"][..], "no arguments except the mount point"),
         (&["file=/x"], "no arguments except the mount point"),
         (&["cache=none"], "-o KEY=VALUE"),
-        (&["-o", "file=/x"], "-o file= names one"),
+        (&["-o", "file=/x"], "-o file= names a disk"),
         (&["--info"], "--info"),
         (&["--map"], "--map"),
         (&["--check"], "--check"),
@@ -613,4 +625,45 @@ fn config_allows_only_a_mount_point() {
         .to_string();
     assert_eq!(empty, "--config : a path is missing");
     assert!(run_in(&dir, &["-o", "name=n"]).is_ok());
+}
+
+#[test]
+fn names_in_a_datastore_are_no_paths_of_the_folder() {
+    let text = "server = \"h\"\n[[disk]]\nfile = \"[ds] a/x.vmdk\"\nparent = \"[ds] a/p.vmdk\"\n";
+    let SourceConfig::Https(https) = &mount(text, &[]).disks[0].source else {
+        panic!("not on a server")
+    };
+    assert_eq!(https.label(), "[ds] a/x.vmdk");
+    assert!(matches!(&https.parent, Some(HttpsAddress::Datastore { path, .. }) if path == "a/p.vmdk"));
+}
+
+#[test]
+fn paths_inside_values_start_at_the_folder() {
+    let dir = folder(
+        "[[disk]]\nurl = \"https://h/x.vmdk\"\nuser = \"u\"\npassword = \"+secret\"\n\
+         [[disk]]\nuri = \"nbd+unix:///?socket=s\"\n",
+    );
+    fs::write(dir.path().join("secret"), "p\n").unwrap();
+    let mount = mount_of(run_in(&dir, &[]).unwrap());
+    let SourceConfig::Nbd(nbd) = &mount.disks[1].source else {
+        panic!("no server")
+    };
+    let uri = format!("nbd+unix:///?socket={}/s", dir.path().display());
+    assert_eq!(nbd.address, NbdAddress::Uri(uri));
+}
+
+#[test]
+fn a_secret_is_read_once_to_mount_and_never_to_unmount() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(b"p\n").unwrap();
+    drop(writer);
+    let number = std::os::fd::AsRawFd::as_raw_fd(&reader);
+    let dir = folder(format!(
+        "user = \"u\"\npassword = \"-{number}\"\n[mount]\nmountpoint = \"mnt\"\n[[disk]]\nurl = \"https://h/x.vmdk\"\n\
+         [[disk]]\nurl = \"https://h/y.vmdk\"\n"
+    ));
+    let file = dir.path().join("vms.toml");
+    let unmount = ["vmdkfuse", "--unmount", "--config", file.to_str().unwrap()];
+    config_of(parse(unmount.map(OsString::from))).unwrap();
+    assert_eq!(mount_of(run_in(&dir, &[]).unwrap()).disks.len(), 2);
 }

@@ -3,6 +3,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::super::keys;
+use super::super::pair::Origin;
 use super::*;
 use crate::config::{
     Degraded, Format, HttpsAddress, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache,
@@ -14,13 +15,17 @@ fn parse(words: &[&str]) -> Result<Vec<DiskConfig>, String> {
 }
 
 fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig>, String> {
-    let options: Vec<_> = options
-        .iter()
-        .map(|(key, value)| (keys::find(key).unwrap(), value.into()))
-        .collect();
+    let options = options.iter().map(|(key, value)| Pair {
+        key: keys::find(key).unwrap(),
+        value: value.into(),
+        origin: Origin::Argument,
+    });
     let words: Vec<OsString> = words.iter().map(OsString::from).collect();
     let subcommand = Subcommand::Mount { read_only: false };
-    let resolved = disks(&options, DiskArgs::Words(&words), subcommand).map_err(|e| e.to_string())?;
+    let args = DiskArgs::of_words(options.collect(), &words);
+    let resolved = args
+        .and_then(|args| disks(args, subcommand))
+        .map_err(|e| e.to_string())?;
     configs(resolved, None, subcommand).map_err(|e| e.to_string())
 }
 
@@ -468,7 +473,7 @@ fn paths_need_not_be_utf8() {
     word.push(OsStr::from_bytes(b"/\xff.vmdk"));
     for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
         let disk = configs(
-            disks(&[], DiskArgs::Words(&[word]), Subcommand::Query).unwrap(),
+            disks(DiskArgs::of_words(Vec::new(), &[word]).unwrap(), Subcommand::Query).unwrap(),
             None,
             Subcommand::Query,
         )

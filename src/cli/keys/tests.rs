@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::ffi::OsStr;
 
 use super::*;
 
@@ -35,7 +36,7 @@ fn the_table_holds_every_documented_key() {
 fn keys_that_are_not_in_this_build_are_reported_before_their_value_is_checked() {
     for key in KEYS.iter().filter(|key| !key.is_ready()) {
         let error = key
-            .apply(&mut Settings::default(), OsStr::new("?"))
+            .apply(&mut Settings::default(), &Value::here(OsStr::new("?")))
             .unwrap_err()
             .to_string();
         assert_eq!(error, format!("{}= is not in this build yet", key.name));
@@ -100,7 +101,9 @@ fn values_are_checked_by_their_key() {
         ("dir", "", false),
         ("allow-dir", "", false),
     ] {
-        let outcome = find(name).unwrap().apply(&mut Settings::default(), OsStr::new(value));
+        let outcome = find(name)
+            .unwrap()
+            .apply(&mut Settings::default(), &Value::here(OsStr::new(value)));
         assert_eq!(outcome.is_ok(), good, "{name}={value}: {outcome:?}");
         if let Err(e) = outcome {
             assert!(e.to_string().starts_with(&format!("{name}={value}: ")), "{e}");
@@ -151,4 +154,24 @@ fn help_holds_every_key_that_works_and_fits_the_width() {
 #[test]
 fn paragraphs_are_wrapped_at_blanks_and_kept_apart() {
     assert_eq!(paragraphs("a bc def\n\nghij", 5), "a bc\ndef\n\nghij\n");
+}
+
+#[test]
+fn an_address_with_a_login_is_not_shown() {
+    for (name, value) in [
+        ("file", "ssh://u:hunter2@h/x"),
+        ("uri", "nbd+ssh://u:hunter2@h/x"),
+        ("hostname", "nbd://u:hunter2@h"),
+        ("server", "https://u:hunter2@h"),
+    ] {
+        let error = find(name)
+            .unwrap()
+            .apply(&mut Settings::default(), &Value::here(OsStr::new(value)))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with(&format!("{name}=: ")) && !error.contains("hunter2"),
+            "{error}"
+        );
+    }
 }

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use clap::{Arg, ArgAction};
 
 use super::super::args::command;
-use super::super::config_file::MOUNT_KEYS;
 use super::super::keys::{Group, Key, ValueKind, ready};
+use super::super::options::{MOUNT_KEYS, MountKey};
 
 /// Widest line of the source; mandoc's lint complains about longer ones than 80.
 const WIDTH: usize = 78;
@@ -88,7 +88,7 @@ pub(super) fn toml_keys() -> String {
 /// Returns the keys of the table `[mount]`.
 pub(super) fn mount_table() -> String {
     let mut out = String::new();
-    for (name, kind, help) in MOUNT_KEYS {
+    for MountKey { name, kind, help, .. } in &MOUNT_KEYS {
         _ = writeln!(
             out,
             ".TP\n\\fB{}\\fR = \\fI{}\\fR",
