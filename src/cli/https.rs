@@ -324,15 +324,6 @@ pub(super) fn port(port: Option<&str>) -> Result<Option<u16>, UsageError> {
     number.map(Some)
 }
 
-/// Parses the value of `server=`: a host name or address.
-pub(super) fn server(value: &OsStr) -> Result<String, String> {
-    let text = values::text(value)?;
-    match text.contains(['/', '@', '?', '#', ' ']) {
-        true => Err("must be a host name or an address alone; url= takes a whole address".into()),
-        false => values::host(text),
-    }
-}
-
 /// Parses the value of `thumbprint=`.
 pub(super) fn thumbprint(value: &OsStr) -> Result<Thumbprint, String> {
     let parsed = Thumbprint::parse(values::text(value)?);

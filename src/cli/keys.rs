@@ -411,7 +411,7 @@ pub(super) static KEYS: &[Key] = &[
         |s, v| { s.image.view.dir = Some(v.path()?); Ok(()) }),
 
     Key::ready("server", Group::VMware, ValueKind::Text, "ESXi or vCenter host, for file=\"[datastore] folder/disk.vmdk\"",
-        |s, v| { s.https.server = Some(https::server(v)?); Ok(()) }).also(&[Group::Vddk]),
+        |s, v| { s.https.server = Some(values::host(v)?); Ok(()) }).also(&[Group::Vddk]),
     Key::ready("port", Group::Nbd, ValueKind::Named("PORT"), "port of the server: a number or a service name (default: 10809 for NBD, 443 for HTTPS)",
         |s, v| { s.server.port = Some(nbd::port(v)?); Ok(()) }).also(&[Group::VMware, Group::Vddk]),
     Key::ready("user", Group::VMware, ValueKind::Text, "user name for the login",
@@ -494,7 +494,7 @@ pub(super) static KEYS: &[Key] = &[
     Key::ready("uri", Group::Nbd, ValueKind::Text, "nbd://, nbds://, nbd+unix://, nbds+unix:// or nbd+vsock:// address; starts another disk",
         |s, v| { s.source = Some(SourceSpec::Nbd(nbd::uri(v)?)); Ok(()) }).scope(Scope::Starts).choice(Choice::Address { has_port: false }),
     Key::ready("hostname", Group::Nbd, ValueKind::Text, "host name of the server",
-        |s, v| s.nbd.address("hostname", NbdAddress::Tcp { host: nbd::hostname(v)?, port: None })).choice(Choice::Address { has_port: true }),
+        |s, v| s.nbd.address("hostname", NbdAddress::Tcp { host: values::host(v)?, port: None })).choice(Choice::Address { has_port: true }),
     Key::ready("socket", Group::Nbd, ValueKind::Path, "Unix socket of the server",
         |s, v| s.nbd.address("socket", NbdAddress::Unix(v.path()?))).choice(Choice::Address { has_port: false }),
     Key::ready("socket-fd", Group::Nbd, ValueKind::Count, "file descriptor of a connected socket, 3 or higher",

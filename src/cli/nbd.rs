@@ -196,15 +196,6 @@ pub(super) fn uri(value: &Value<'_>) -> Result<String, String> {
     Ok(nbd_uri::with_absolute_paths(text, &dir))
 }
 
-/// Parses the value of `hostname=`.
-pub(super) fn hostname(value: &OsStr) -> Result<String, String> {
-    let text = values::text(value)?;
-    if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("a host name cannot contain spaces or control characters".into());
-    }
-    values::host(text)
-}
-
 /// Parses the value of `port=`: a number, or the name of a service, which is looked up when the connection is made.
 pub(super) fn port(value: &OsStr) -> Result<String, String> {
     let text = values::text(value)?;

@@ -39,8 +39,12 @@ pub(super) fn text(value: &OsStr) -> Result<&str, String> {
     }
 }
 
-/// Parses the name or address of a host. Fails if a port follows.
-pub(super) fn host(text: &str) -> Result<String, String> {
+/// Parses the name or address of a host. Fails if it is a whole address, or if a port follows.
+pub(super) fn host(value: &OsStr) -> Result<String, String> {
+    let text = text(value)?;
+    if text.contains(|c: char| c.is_whitespace() || c.is_control() || "/@?#".contains(c)) {
+        return Err("must be a host name or an address alone; uri= and url= take whole addresses".into());
+    }
     // An IPv6 address has more than one colon.
     match text.matches(':').count() == 1 || text.contains("]:") {
         true => Err("give the port with port=".into()),
