@@ -270,6 +270,8 @@ fn a_stream_that_has_reached_its_limit_can_be_closed_with_all_that_was_accepted(
     disk.write_at(Lba(0), &pattern(0, WINDOW_SECTORS)).unwrap();
     // As if other grains, which the file has as a hole, had been written before.
     disk.state().written.end = MAX_FILE_SECTORS - TAIL;
+    let file = std::fs::File::options().write(true).open(store.path("x.vmdk")).unwrap();
+    file.set_len((MAX_FILE_SECTORS - TAIL) * SECTOR).unwrap();
     let refused = disk.write_at(Lba(WINDOW_SECTORS), &pattern(WINDOW_SECTORS, 5));
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
     disk.close().unwrap();
