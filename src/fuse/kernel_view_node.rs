@@ -269,9 +269,9 @@ impl KernelViewNode {
         };
         match &state.backing {
             Some((id, _)) if serve.mode == OpenMode::Passthrough => {
-                reply.opened_passthrough(serve.handle(), serve.flags(), id);
+                reply.opened_passthrough(serve.handle(0), serve.flags(), id);
             }
-            _ => reply.opened(serve.handle(), serve.flags()),
+            _ => reply.opened(serve.handle(0), serve.flags()),
         }
         Ok(true)
     }

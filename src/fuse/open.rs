@@ -55,7 +55,12 @@ impl DiskFile {
             OpenPlan::Serve(serve) => {
                 self.log_served(serve.mode, why_served.as_deref());
                 self.count_open(serve, &mut opens, pid);
-                answer(serve, &opens, reply);
+                let number = if serve.writes {
+                    opens.writer_opened(self.volume().error_cursor())
+                } else {
+                    0
+                };
+                answer(serve, number, &opens, reply);
             }
             OpenPlan::Refuse(errno) => {
                 reply.error(errno);
@@ -210,18 +215,20 @@ impl DiskFile {
         }
         let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
         opens.released(open.mode);
+        opens.writer_released(open.number);
         if open.mode == OpenMode::DirectBesideView {
             self.view.direct_open_ended();
         }
     }
 }
 
-/// Sends the answer that a plan decided on.
-fn answer(serve: ServePlan, opens: &OpenState, reply: ReplyOpen) {
+/// Sends the answer that a plan decided on, to the open with this number.
+fn answer(serve: ServePlan, number: u64, opens: &OpenState, reply: ReplyOpen) {
+    let handle = serve.handle(number);
     match (serve.mode, opens.backing_id()) {
-        (OpenMode::Passthrough, Some(id)) => reply.opened_passthrough(serve.handle(), serve.flags(), id),
+        (OpenMode::Passthrough, Some(id)) => reply.opened_passthrough(handle, serve.flags(), id),
         // A plan is Passthrough only with a backing file.
         (OpenMode::Passthrough, None) => reply.error(Errno::EIO),
-        _ => reply.opened(serve.handle(), serve.flags()),
+        _ => reply.opened(handle, serve.flags()),
     }
 }

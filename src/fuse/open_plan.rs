@@ -176,14 +176,15 @@ impl ServePlan {
     }
 
     /// Returns the file handle of the open.
-    pub(super) fn handle(&self) -> FileHandle {
+    pub(super) fn handle(&self, number: u64) -> FileHandle {
         let mode = match self.mode {
             OpenMode::Cached => 0,
             OpenMode::Passthrough => 1,
             OpenMode::Direct => 2,
             OpenMode::DirectBesideView => 3,
         };
-        FileHandle(mode | if self.writes { WRITES } else { 0 } | if self.dirties { DIRTIES } else { 0 })
+        let bits = mode | if self.writes { WRITES } else { 0 } | if self.dirties { DIRTIES } else { 0 };
+        FileHandle(bits | number << NUMBER)
     }
 }
 
@@ -194,14 +195,18 @@ pub(super) struct OpenHandle {
     pub(super) writes: bool,
     /// As [`ServePlan::dirties`].
     pub(super) dirties: bool,
+    /// Number of an open for writing; 0 for others.
+    pub(super) number: u64,
 }
 
 const WRITES: u64 = 4;
 const DIRTIES: u64 = 8;
+/// Bits below the number.
+const NUMBER: u32 = 4;
 
 impl From<FileHandle> for OpenHandle {
     fn from(FileHandle(bits): FileHandle) -> Self {
-        let mode = match bits & !(WRITES | DIRTIES) {
+        let mode = match bits & 3 {
             0 => OpenMode::Cached,
             1 => OpenMode::Passthrough,
             3 => OpenMode::DirectBesideView,
@@ -211,6 +216,7 @@ impl From<FileHandle> for OpenHandle {
             mode,
             writes: bits & WRITES != 0,
             dirties: bits & DIRTIES != 0,
+            number: bits >> NUMBER,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The current opens of a disk inode, and how the kernel has it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use fuser::BackingId;
 
 use crate::fuse::open_plan::{Backing, OpenMode};
 use crate::volume::Volume;
+use crate::write_latch::ErrorCursor;
 
 /// For how long after a change of the image no open may keep the kernel's pages: another open that saw the old pages
 /// may still be about to drop them.
@@ -29,12 +31,35 @@ pub(super) struct OpenState {
     replaced: Option<Instant>,
     /// The kernel may have written to the backing file, which does not update the cached pages of the inode.
     pages_are_stale: bool,
+    /// For each open for writing, by its number, which errors of the volume it has reported.
+    cursors: HashMap<u64, Arc<ErrorCursor>>,
+    /// Number of the last open for writing.
+    last_writer: u64,
 }
 
 impl OpenState {
     /// Records that the volume was replaced.
     pub(super) fn volume_replaced(&mut self) {
         self.replaced = Some(Instant::now());
+        // They count the errors of the volume before.
+        self.cursors.clear();
+    }
+
+    /// Records an open for writing, and returns its number.
+    pub(super) fn writer_opened(&mut self, cursor: ErrorCursor) -> u64 {
+        self.last_writer += 1;
+        self.cursors.insert(self.last_writer, Arc::new(cursor));
+        self.last_writer
+    }
+
+    /// Records the end of an open for writing. Has no effect for the number 0, which others have.
+    pub(super) fn writer_released(&mut self, number: u64) {
+        self.cursors.remove(&number);
+    }
+
+    /// Returns which errors an open for writing has reported; `None` for another open.
+    pub(super) fn error_cursor(&self, number: u64) -> Option<Arc<ErrorCursor>> {
+        self.cursors.get(&number).map(Arc::clone)
     }
 
     /// Returns what is known of the backing file for an open of `volume`; [`Backing::Possible`] if the kernel has none.

@@ -6,7 +6,7 @@
 //! that it knows. So the answer says N, with an attribute timeout of zero, and the next getattr the true size. Between the
 //! two answers a mapping ends at N, as it would for any truncated file.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
@@ -65,7 +65,7 @@ impl DiskFile {
     /// being one that other programs can use.
     pub(super) fn flush(self: &Arc<Self>, handle: FileHandle, reply: ReplyEmpty) {
         if OpenHandle::from(handle).writes {
-            self.sync(FlushKind::Complete, reply);
+            self.sync(handle, FlushKind::Complete, reply);
         } else {
             reply.ok();
         }
@@ -81,8 +81,9 @@ impl DiskFile {
         }
     }
 
-    /// Answers once everything that was written before is durable or, depending on `kind`, the image is complete.
-    pub(super) fn sync(self: &Arc<Self>, kind: FlushKind, reply: ReplyEmpty) {
+    /// Answers once everything that was written before is durable or, depending on `kind`, the image is complete. An error
+    /// that no program has heard yet is reported to each open for writing.
+    pub(super) fn sync(self: &Arc<Self>, handle: FileHandle, kind: FlushKind, reply: ReplyEmpty) {
         if !self.writable {
             return reply.ok();
         }
@@ -94,7 +95,12 @@ impl DiskFile {
             }
             file.note_flush(result);
         });
-        let handle = None;
+        let number = OpenHandle::from(handle).number;
+        let handle = self
+            .opens
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .error_cursor(number);
         self.volume().submit(Request::Flush { kind, handle, done });
     }
 

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::range_lock::Mode;
 use crate::store::RoomNeeded;
 use crate::volume::{FlushKind, Volume};
-use crate::write_latch::WriteLatch;
+use crate::write_latch::{ErrorCursor, WriteLatch};
 
 /// Maximum number of bytes that are allocated at once. Other writes of the range wait meanwhile.
 const ALLOCATION_STEP: u64 = 8 << 20;
@@ -186,8 +186,7 @@ impl Volume {
     }
 
     /// Returns the cursor of a new handle, which reports the errors of the disk from now on.
-    #[cfg(test)]
-    pub(crate) fn error_cursor(&self) -> crate::write_latch::ErrorCursor {
+    pub(crate) fn error_cursor(&self) -> ErrorCursor {
         self.durability().latch().map(WriteLatch::cursor).unwrap_or_default()
     }
 

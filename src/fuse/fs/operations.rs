@@ -197,9 +197,9 @@ impl Filesystem for DiskFs {
         });
     }
 
-    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(&self, _req: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         catch_panic(|| match self.file(ino) {
-            Ok(file) => file.sync(FlushKind::Durable, reply),
+            Ok(file) => file.sync(fh, FlushKind::Durable, reply),
             Err(e) => reply.error(e),
         });
     }

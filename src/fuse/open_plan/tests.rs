@@ -134,8 +134,9 @@ fn check(words: &Words, inode: Inode, answers: &[(&'static str, &'static str)]) 
         mode: serve.mode,
         writes: serve.writes,
         dirties: serve.dirties,
+        number: 7,
     };
-    assert_eq!(OpenHandle::from(serve.handle()), handle, "{words:?}");
+    assert_eq!(OpenHandle::from(serve.handle(7)), handle, "{words:?}");
 }
 
 #[test]

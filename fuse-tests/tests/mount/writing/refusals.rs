@@ -60,6 +60,27 @@ fn writes_past_the_end_are_enospc() {
     });
 }
 
+/// "An error that no program has heard is reported by the fsync of each open for writing, once."
+#[test]
+fn regression_each_open_reports_what_was_lost_past_the_end() {
+    for_each_kind(|disk| {
+        let mount = disk.mount();
+        let path = mount.file("disk");
+        let opens = [open(&path), open(&path)];
+        // The kernel accepts it where it writes to the image itself.
+        if let Ok(1000) = opens[0].write_at(&[4; 1000], SIZE - 200) {
+            for file in &opens {
+                assert_eq!(errno("fsync", file.sync_all()), libc::ENOSPC, "{}", disk.kind.name);
+            }
+        }
+        for file in &opens {
+            file.sync_all().unwrap();
+        }
+        drop(opens);
+        mount.unmount();
+    });
+}
+
 /// "growing it EFBIG", and the operations that would move bytes are refused.
 #[test]
 fn the_size_is_fixed() {
