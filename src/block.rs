@@ -285,7 +285,7 @@ pub trait BlockQueue: BlockRead {
 }
 
 /// Checks that `bytes` at sector `at` are whole sectors on a disk of `geometry`. Returns the number of sectors.
-pub fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
+pub(crate) fn check_range(geometry: &Geometry, at: Lba, bytes: usize) -> Result<u64> {
     let sectors = bytes as u64 / SECTOR;
     let whole = (bytes as u64).is_multiple_of(SECTOR);
     match at.0.checked_add(sectors) {

@@ -84,7 +84,7 @@ impl Error {
     }
 
     /// Creates an error of the kind [`ErrorKind::Unsupported`].
-    pub fn unsupported(context: impl Into<String>) -> Self {
+    pub(crate) fn unsupported(context: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unsupported, context)
     }
 
@@ -119,7 +119,7 @@ impl Error {
 
     /// Sets the byte of the file that the error is about.
     #[must_use]
-    pub fn at_byte(self, offset: u64) -> Self {
+    pub(crate) fn at_byte(self, offset: u64) -> Self {
         self.edit(|_| true, |layer| layer.offset = Some(offset))
     }
 

@@ -59,7 +59,7 @@ pub fn read() -> Result<Vec<MountEntry>> {
 const HOLDERS: usize = 3;
 
 /// Describes processes in other mount namespaces in which the file system `device` is mounted, one of each namespace.
-pub fn holders(device: Device) -> Vec<String> {
+pub(crate) fn holders(device: Device) -> Vec<String> {
     // This process's own namespace: mounts in it are found by their mount points.
     let mut seen = vec![fs::read_link("/proc/self/ns/mnt").ok()];
     let mut found = Vec::new();

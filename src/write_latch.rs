@@ -55,7 +55,7 @@ impl WriteLatch {
 
     /// Returns the writer of `file` after checking that the file still has at least `known` bytes. If it is shorter, it
     /// was truncated by another process, and the latch is set.
-    pub fn check_not_truncated<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
+    pub(crate) fn check_not_truncated<'f>(&self, file: &'f dyn StoredFile, known: u64) -> Result<&'f dyn StoredWrite> {
         let writer = writer(file)?;
         let len = writer.current_len()?;
         if len >= known {

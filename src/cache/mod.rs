@@ -79,7 +79,7 @@ thread_local! {
 }
 
 /// Runs `read` so that no cache or server below is waited for: what is not in memory fails with [`ErrorKind::WouldBlock`].
-pub fn without_waiting<T>(read: impl FnOnce() -> T) -> T {
+pub(crate) fn without_waiting<T>(read: impl FnOnce() -> T) -> T {
     /// Restores the permission, also if `read` panics.
     struct Restore(bool);
     impl Drop for Restore {

@@ -63,12 +63,12 @@ impl LocalConfig {
     }
 
     /// Returns true if the path is that of a package (OVA), by its name or because a disk of it is named.
-    pub fn is_package(&self) -> bool {
+    pub(crate) fn is_package(&self) -> bool {
         self.member.is_some() || (self.format == Format::Auto && Format::is_package(&self.path))
     }
 
     /// Returns the rules for one open of the disk.
-    pub fn open_policy(&self) -> Arc<OpenPolicy> {
+    pub(crate) fn open_policy(&self) -> Arc<OpenPolicy> {
         Arc::new(OpenPolicy::new(self.allow_dirs.clone(), self.lock).single_file(self.single_file))
     }
 }
@@ -151,7 +151,7 @@ pub enum Format {
 
 impl Format {
     /// Returns true if the name of a file promises a package of disks.
-    pub fn is_package(path: &Path) -> bool {
+    pub(crate) fn is_package(path: &Path) -> bool {
         path.extension()
             .is_some_and(|suffix| suffix.eq_ignore_ascii_case("ova"))
     }

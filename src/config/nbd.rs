@@ -58,7 +58,7 @@ impl NbdConfig {
     }
 
     /// Returns true if the server may be on another machine.
-    pub fn is_far(&self) -> bool {
+    pub(crate) fn is_far(&self) -> bool {
         match &self.address {
             NbdAddress::Tcp { .. } => true,
             // Only these transports are known to be local: `nbd+ssh`, for example, would not be.
@@ -68,7 +68,7 @@ impl NbdConfig {
     }
 
     /// Returns true if the address holds the host name of the server.
-    pub fn names_host(&self) -> bool {
+    pub(crate) fn names_host(&self) -> bool {
         match &self.address {
             NbdAddress::Tcp { .. } => true,
             NbdAddress::Uri(_) => self.transport().is_none(),

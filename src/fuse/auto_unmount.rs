@@ -51,7 +51,7 @@ impl AutoUnmount {
     }
 
     /// Ends the watcher and waits for its exit: the mount is gone.
-    pub fn dismiss(mut self) {
+    pub(crate) fn dismiss(mut self) {
         if let Err(e) = send(&mut self.socket, DONE, "") {
             tracing::debug!("auto_unmount process: {e}");
         }

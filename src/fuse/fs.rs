@@ -69,7 +69,7 @@ impl Disks {
     }
 
     /// Returns the number of opens of all disks.
-    pub fn open_files(&self) -> usize {
+    pub(crate) fn open_files(&self) -> usize {
         self.0.files().iter().map(|file| file.open_files()).sum()
     }
 

@@ -160,7 +160,7 @@ impl Mount {
     ///
     /// Another process may have unmounted it and mounted another file system since, and the kernel reuses the ID and
     /// the device. So only a mount that answers ENOTCONN ("transport endpoint is not connected") is taken for this one.
-    pub fn clear_dead(&mut self) -> Result<bool> {
+    pub(crate) fn clear_dead(&mut self) -> Result<bool> {
         let found = self.identity.find()?.filter(|point| is_dead(point));
         if let Some(point) = &found {
             unmount_once(point, true)?;

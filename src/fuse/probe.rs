@@ -70,7 +70,7 @@ impl Prober {
     /// Receives the next message: a warning (a disk that is readable in part only), or `None` once all files were read.
     ///
     /// Errors: the disk that cannot be read, or the prober died.
-    pub fn hear(&mut self) -> Result<Option<String>> {
+    pub(crate) fn hear(&mut self) -> Result<Option<String>> {
         let text = |t: Vec<u8>| String::from_utf8_lossy(&t).into_owned();
         match receive(&mut self.socket).map_err(|e| Error::io("process of the first read", e))? {
             Some((WARNING, t)) => Ok(Some(text(t))),

@@ -90,7 +90,7 @@ impl Target {
     /// and a read of the disk would wait for itself.
     ///
     /// Errors: `Usage`, with the file.
-    pub fn refuse_sources<'a>(&self, files: impl IntoIterator<Item = &'a dyn StoredFile>) -> Result<()> {
+    pub(crate) fn refuse_sources<'a>(&self, files: impl IntoIterator<Item = &'a dyn StoredFile>) -> Result<()> {
         let here = identity(&self.held)?;
         for file in files {
             let Some(fd) = file.fd() else { continue };

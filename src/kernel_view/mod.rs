@@ -71,7 +71,7 @@ impl View {
     }
 
     /// Returns the bytes of memory that the index takes.
-    pub fn index_bytes(&self) -> u64 {
+    pub(crate) fn index_bytes(&self) -> u64 {
         self.bytes
     }
 }

@@ -126,7 +126,7 @@ where
 }
 
 /// Installs a panic hook that logs a panic as an error, in place of the runtime's text on standard error.
-pub fn install_panic_hook() {
+pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");

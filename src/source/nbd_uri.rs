@@ -18,7 +18,7 @@ pub struct TlsParameters {
 }
 
 /// Returns the parameters of `uri` that configure TLS.
-pub fn tls_parameters(uri: &str) -> TlsParameters {
+pub(crate) fn tls_parameters(uri: &str) -> TlsParameters {
     let mut found = TlsParameters::default();
     let (_, query, _) = split(uri);
     for parameter in query.unwrap_or_default().split(['&', ';']) {
@@ -35,7 +35,7 @@ pub fn tls_parameters(uri: &str) -> TlsParameters {
 }
 
 /// Returns `uri` with a further parameter, whose value is a path, after those that it has.
-pub fn with_parameter(uri: &str, name: &str, path: &Path) -> String {
+pub(crate) fn with_parameter(uri: &str, name: &str, path: &Path) -> String {
     let (address, query, fragment) = split(uri);
     let query = query.unwrap_or_default();
     // libnbd separates by `;` only where no `&` follows.
@@ -49,7 +49,7 @@ pub fn with_parameter(uri: &str, name: &str, path: &Path) -> String {
 }
 
 /// Makes the files that a URI names absolute, from `dir` on: the daemon changes to `/`, and reconnects later.
-pub fn with_absolute_paths(uri: &str, dir: &Path) -> String {
+pub(crate) fn with_absolute_paths(uri: &str, dir: &Path) -> String {
     const FILES: [&str; 3] = ["socket", "tls-certificates", "tls-psk-file"];
     let (address, Some(query), fragment) = split(uri) else {
         return uri.to_owned();

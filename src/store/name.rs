@@ -36,7 +36,7 @@ impl ExtentName {
 
     /// Adds the undecoded bytes of the name, as they are in an image with another encoding. A program that copied the
     /// file without knowing the encoding may have named it so. Returns `Corrupt` if their syntax is invalid.
-    pub fn or_raw(mut self, raw: &[u8]) -> Result<Self> {
+    pub(crate) fn or_raw(mut self, raw: &[u8]) -> Result<Self> {
         let raw = check_syntax(raw)?;
         self.raw = (raw != self.name).then_some(raw);
         Ok(self)
@@ -53,7 +53,7 @@ impl ExtentName {
     }
 
     /// Returns the undecoded name, to be tried if the decoded one does not exist. `None` if both are equal.
-    pub fn raw_path(&self) -> Option<&Path> {
+    pub(crate) fn raw_path(&self) -> Option<&Path> {
         self.raw.as_deref().map(Path::new)
     }
 }

@@ -38,7 +38,7 @@ impl OpenPolicy {
 
     /// Refuses every name inside an image.
     #[must_use]
-    pub fn single_file(mut self, single_file: bool) -> Self {
+    pub(crate) fn single_file(mut self, single_file: bool) -> Self {
         self.single_file = single_file;
         self
     }

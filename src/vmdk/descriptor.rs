@@ -94,7 +94,7 @@ impl Descriptor {
     }
 
     /// Returns the first value of a name in the disk data base. The name is without `ddb.` and case-insensitive.
-    pub fn ddb_value(&self, name: &str) -> Option<&str> {
+    pub(crate) fn ddb_value(&self, name: &str) -> Option<&str> {
         self.ddb
             .iter()
             .find(|(key, _)| key.eq_ignore_ascii_case(name))

@@ -59,14 +59,14 @@ impl VmdkDisk {
 
     /// As [`open_writable`](Self::open_writable), for a base that `child` is merged into: `child` does not count as a
     /// child of the base.
-    pub fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
+    pub(crate) fn open_base(file: Arc<dyn StoredFile>, options: OpenOptions, child: &dyn StoredFile) -> Result<Self> {
         let force = options.force;
         Self::writable(Opener::new(options, Access::Write).chain(file)?, force, Some(child))
     }
 
     /// Opens `file` and its extents for `access`, without its parents. The caller adds the source below with
     /// [`over`](Self::over), or does without. For writing as [`open_writable`](Self::open_writable).
-    pub fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
+    pub(crate) fn open_alone(file: Arc<dyn StoredFile>, options: OpenOptions, access: Access) -> Result<Self> {
         let force = options.force;
         let chain = Opener::new(options, access).alone(file)?;
         match access {

@@ -26,7 +26,7 @@ impl VmdkDisk {
     /// Returns the error with which [`open_writable`](Self::open_writable) would refuse this disk, as far as a disk
     /// that is open for reading shows it, without a change or a lock: `ReadOnly` for its format, `Policy` if it has
     /// children. With `force` children do not matter.
-    pub fn refuses_writing(&self, force: bool) -> Option<Error> {
+    pub(crate) fn refuses_writing(&self, force: bool) -> Option<Error> {
         let link = self.links().first()?;
         let children = |()| {
             if force {
@@ -43,7 +43,7 @@ impl VmdkDisk {
     }
 
     /// Returns the files that a write may change: the descriptor and the writable extents of the newest link.
-    pub fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
+    pub(crate) fn files_written(&self) -> Vec<Arc<dyn StoredFile>> {
         let Some(link) = self.links().first() else {
             return Vec::new();
         };
@@ -64,13 +64,13 @@ impl VmdkDisk {
 
     /// Returns a random CID for [`change_cid`](Self::change_cid), with as many digits as the descriptor has space for,
     /// or `None` if the disk has no CID.
-    pub fn draw_cid(&self) -> Result<Option<u32>> {
+    pub(crate) fn draw_cid(&self) -> Result<Option<u32>> {
         self.writer_and_link()?.0.draw_cid()
     }
 
     /// Changes the CID to `cid`, durably, before the first write. For a caller that stored the new CID elsewhere
     /// beforehand; other writes draw one on their own.
-    pub fn change_cid(&self, cid: u32) -> Result<()> {
+    pub(crate) fn change_cid(&self, cid: u32) -> Result<()> {
         self.writer_and_link()?.0.change_cid(Some(cid))
     }
 

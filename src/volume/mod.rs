@@ -182,7 +182,7 @@ impl Volume {
     }
 
     /// Returns what [`read`](Self::read) returns if it is in memory, or `None` if the read may have to wait.
-    pub fn read_in_memory<'s>(
+    pub(crate) fn read_in_memory<'s>(
         &self,
         offset: u64,
         len: usize,
@@ -225,7 +225,7 @@ impl Volume {
 
     /// Forgets what is known of the disk's content, which may have been changed without this process: what lies where,
     /// and how much.
-    pub fn forget_content(&self) {
+    pub(crate) fn forget_content(&self) {
         self.block_count.changed();
         if let Some(shared) = self.disk().shared_content() {
             shared.forget_content();
@@ -239,12 +239,12 @@ impl Volume {
 
     /// Returns true if the content of every file is in a local file: the kernel may read them itself. Files of a server
     /// are once the disk cache has all of them.
-    pub fn is_local(&self) -> bool {
+    pub(crate) fn is_local(&self) -> bool {
         self.files().iter().all(|file| file.content_fd().is_some())
     }
 
     /// Returns true if the volume is not local, and will be once the disk cache is complete.
-    pub fn may_become_local(&self) -> bool {
+    pub(crate) fn may_become_local(&self) -> bool {
         let is_or_will_be = |file: &Arc<dyn StoredFile>| {
             let incomplete = matches!(file.cached(), Some(Ok(cached)) if cached.complete().is_none());
             incomplete || file.content_fd().is_some()
@@ -269,7 +269,7 @@ impl Volume {
 
     /// Returns true if no file was changed or replaced by another process since it was opened. Always true for a disk
     /// that is open for writing: this process changes its files and locks them against others.
-    pub fn is_unchanged(&self) -> bool {
+    pub(crate) fn is_unchanged(&self) -> bool {
         self.writable()
             || self
                 .files()

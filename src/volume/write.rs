@@ -106,7 +106,7 @@ impl Volume {
 
     /// Makes a range read as zeroes, as far as it lies on the disk. With `unmap` its space is discarded where the disk
     /// can do that.
-    pub fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+    pub(crate) fn zero_range(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let writer = self.writer()?;
         let end = offset.saturating_add(len).min(self.len());
         if offset >= end {
@@ -152,7 +152,7 @@ impl Volume {
 
     /// Returns an error of the kind `Unsupported`, with the reason, if zeroing everything from byte `offset` on takes as
     /// long as writing it. Changes nothing.
-    pub fn check_cheap_zeroing(&self, offset: u64) -> Result<()> {
+    pub(crate) fn check_cheap_zeroing(&self, offset: u64) -> Result<()> {
         let range = Lba(offset / SECTOR)..Lba(self.len() / SECTOR);
         let slow = self.writer()?.slow_zeroing(range);
         slow.map_or(Ok(()), |why| Err(Error::unsupported(why)))
@@ -204,7 +204,7 @@ impl Volume {
 
     /// Prepares the disk for writes by the kernel to its [`backing_fd`](crate::block::BlockRead::backing_fd). Must be
     /// called before the kernel gets the file descriptor (FUSE passthrough).
-    pub fn prepare_external_write(&self) -> Result<()> {
+    pub(crate) fn prepare_external_write(&self) -> Result<()> {
         let prepared = self.writer()?.prepare_external_write();
         self.durability().allow_external_writes();
         self.note_change();
@@ -212,7 +212,7 @@ impl Volume {
     }
 
     /// Returns true if the kernel may write to the backing file directly.
-    pub fn has_external_writes(&self) -> bool {
+    pub(crate) fn has_external_writes(&self) -> bool {
         self.durability().has_external_writes()
     }
 

@@ -150,7 +150,7 @@ impl TierFile {
     }
 
     /// Returns the bytes of the blocks that this process has written, or compared with their checksums.
-    pub fn known_bytes(&self) -> u64 {
+    pub(crate) fn known_bytes(&self) -> u64 {
         (lock(&self.checked).count() * self.key.block).min(self.key.len)
     }
 
@@ -165,7 +165,7 @@ impl TierFile {
     }
 
     /// Returns the next range of bytes from `offset` on of which no block is there.
-    pub fn missing_from(&self, offset: u64) -> Option<Range<u64>> {
+    pub(crate) fn missing_from(&self, offset: u64) -> Option<Range<u64>> {
         let (mut start, mut end) = (None, self.key.blocks());
         self.entries.each(offset / self.key.block, |number, entry| {
             match (entry == 0, start) {
@@ -380,7 +380,7 @@ impl TierFile {
     /// process that was killed durable with the next flush. `each` is called with the bytes of each block that is there.
     ///
     /// Returns false if `each` broke that off. Damaged blocks are forgotten.
-    pub fn verify_rest(&self, mut each: impl FnMut(u64) -> ControlFlow<()>) -> bool {
+    pub(crate) fn verify_rest(&self, mut each: impl FnMut(u64) -> ControlFlow<()>) -> bool {
         let mut data = vec![0; self.key.block as usize];
         self.entries.each(0, |number, entry| {
             let is_durable = entry & 1 == 1;

@@ -118,7 +118,7 @@ impl ExportCatalog {
     }
 
     /// Returns true while the server is not asked again for what is known of it.
-    pub fn is_paused(&self) -> bool {
+    pub(crate) fn is_paused(&self) -> bool {
         self.lock().is_paused()
     }
 

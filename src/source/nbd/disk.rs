@@ -132,7 +132,7 @@ impl NbdDisk {
     }
 
     /// Returns true if the server reports the export as read-only.
-    pub fn is_read_only(&self) -> bool {
+    pub(crate) fn is_read_only(&self) -> bool {
         self.session.export().read_only
     }
 

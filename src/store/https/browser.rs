@@ -58,7 +58,7 @@ impl Browser {
     }
 
     /// Returns true if the configured address is that of a server's datacenters or datastores.
-    pub fn is_inventory(&self) -> bool {
+    pub(crate) fn is_inventory(&self) -> bool {
         self.address.is_inventory()
     }
 
@@ -96,7 +96,7 @@ impl Browser {
     /// Returns the files and folders in a folder of the same datastore, sorted by name.
     ///
     /// Errors: those of the server; `NotFound`; `Unsupported` if it is a file.
-    pub fn names_in(&self, folder: &Path) -> Result<Vec<ListedName>> {
+    pub(crate) fn names_in(&self, folder: &Path) -> Result<Vec<ListedName>> {
         self.names_at(&self.address.in_same_datastore(folder))
     }
 
@@ -108,7 +108,7 @@ impl Browser {
     /// Returns the first bytes of a file in the same datastore, at most `most` of them.
     ///
     /// Errors: those of the server; `NotFound`.
-    pub fn read_start(&self, path: &Path, most: u64) -> Result<Vec<u8>> {
+    pub(crate) fn read_start(&self, path: &Path, most: u64) -> Result<Vec<u8>> {
         let file = self.address.in_same_datastore(path);
         self.ask(&file, Want::Bytes, most).map(|(_, bytes)| bytes)
     }

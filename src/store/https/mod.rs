@@ -491,7 +491,7 @@ impl Store for HttpsStore {
 
 /// Returns true if the name of a disk on a server promises raw content: the data of a VMDK in a datastore, which articles
 /// name in place of the descriptor.
-pub fn is_raw_by_name(config: &HttpsConfig, name: &str) -> bool {
+pub(crate) fn is_raw_by_name(config: &HttpsConfig, name: &str) -> bool {
     Address::of(config).is_ok_and(|address| address.site.is_datastore())
         && name.to_ascii_lowercase().ends_with("-flat.vmdk")
 }
