@@ -24,7 +24,7 @@ use std::ops::{ControlFlow, Range};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::checked::CheckedBlocks;
@@ -36,6 +36,7 @@ use super::format::{self, Checksum, Durability, ENTRY, FileKey, HEADER};
 use super::lock::{Lock, LockMode};
 use super::run_writer::RunWriter;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 
 /// Blocks that are written before the data is synced: 512 MiB. Each sync takes processor time from the fetches.
 const FLUSH_AFTER: usize = 16384;
@@ -510,9 +511,4 @@ impl Drop for TierFile {
             let _ = files.map.set_modified(SystemTime::now());
         }
     }
-}
-
-/// Acquires a mutex. Ignores poisoning: no thread can panic while the data of these mutexes is inconsistent.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
