@@ -65,7 +65,7 @@ impl AdaptiveBlocks {
 
     /// Reads from byte `offset` on and fills `buf` completely. The range must lie in the file.
     ///
-    /// Errors: `WouldBlock` within [`without_waiting`](super::without_waiting), those of the fetch.
+    /// Errors: `WouldBlock` within `without_waiting`, those of the fetch.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
         let Some(small) = self.small.as_ref().filter(|small| len <= 2 * small.block()) else {

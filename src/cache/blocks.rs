@@ -167,7 +167,7 @@ impl CachedBlocks {
 
     /// Reads from byte `offset` on and fills `buf` completely. The range must lie in the file.
     ///
-    /// Errors: `WouldBlock` within [`without_waiting`](super::without_waiting), those of the fetch.
+    /// Errors: `WouldBlock` within `without_waiting`, those of the fetch.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let shared = &self.shared;
         if buf.is_empty() {

@@ -10,7 +10,7 @@
 //! sequential readers. Files on a server have the same cache below the engine. Plain local files have none: the kernel
 //! has their pages in its page cache already.
 //!
-//! [`without_waiting`] lets an event loop answer what is in memory: a read that would have to wait fails with
+//! `without_waiting` lets an event loop answer what is in memory: a read that would have to wait fails with
 //! [`ErrorKind::WouldBlock`], and the caller gives it to a thread that may wait.
 
 use std::cell::Cell;

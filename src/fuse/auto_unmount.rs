@@ -25,7 +25,7 @@ use crate::process::daemon::{detach, helper, receive, send};
 const MOUNT: u8 = b'M';
 const DONE: u8 = b'D';
 
-/// The daemon's end of the watcher. If it is dropped without [`Self::dismiss`], the watcher detaches the mount.
+/// The daemon's end of the watcher. If it is dropped without `Self::dismiss`, the watcher detaches the mount.
 #[derive(Debug)]
 pub struct AutoUnmount {
     socket: UnixStream,

@@ -277,7 +277,7 @@ impl Volume {
                 .all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
-    /// Returns true if [`Self::is_unchanged`] detects every change, which it does not for a device.
+    /// Returns true if `Self::is_unchanged` detects every change, which it does not for a device.
     pub fn detects_modification(&self) -> bool {
         self.files().iter().all(|f| f.detects_modification())
     }
