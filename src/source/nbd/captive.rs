@@ -37,6 +37,7 @@ use nix::unistd::Pid;
 use super::connect::{Cancel, OwnServer};
 use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::process::{self, inherited};
 
 /// Shell script that moves the socket from standard input to descriptor 3, where socket activation expects it, and
@@ -58,8 +59,12 @@ const BACKLOG: i32 = 64;
 /// Pause between two attempts to connect while the queue of connections is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(20);
 
-/// Logs a line of a server's standard error: `log(name, line)`. Returns a text to report if the server ends, if this is one.
-pub(in crate::source) type LogLine = fn(&str, &str) -> Option<String>;
+/// Logs a line of a server's standard error: `log(name, line, closing)`. Returns a text to report if the server ends, if this
+/// is one. `closing`: connections to the server were closed a moment ago.
+pub(in crate::source) type LogLine = fn(&str, &str, bool) -> Option<String>;
+
+/// Time for which a server may complain of connections that this process has closed.
+const CLOSING: Duration = Duration::from_secs(1);
 
 /// A running captive server. Terminates it on drop.
 #[derive(Debug)]
@@ -70,6 +75,8 @@ pub(in crate::source) struct CaptiveServer {
     name: String,
     /// Last line of standard error, for the message about the server's exit.
     last_line: Arc<Mutex<String>>,
+    /// When connections were closed last.
+    closed: Arc<Mutex<Option<Instant>>>,
     /// Thread that reads standard error.
     reader: Option<JoinHandle<()>>,
 }
@@ -89,8 +96,13 @@ impl CaptiveServer {
             .args(words)
             .stdout(Stdio::null())
             .current_dir(process::start_dir());
-        let log = |name: &str, line: &str| {
-            tracing::warn!("{name}: {line}");
+        let log = |name: &str, line: &str, closing: bool| {
+            // A connection that was still being made looks like a crash to the server when it is closed.
+            if closing {
+                tracing::debug!("{name}: {line}");
+            } else {
+                tracing::warn!("{name}: {line}");
+            }
             Some(line.to_owned())
         };
         Self::spawn(name, command, log)
@@ -131,13 +143,15 @@ impl CaptiveServer {
             name,
             socket_inode,
             last_line: Arc::default(),
+            closed: Arc::default(),
             reader: None,
         };
         if let Some(stderr) = stderr {
             let (server_name, last) = (server.name.clone(), Arc::clone(&server.last_line));
+            let closed = Arc::clone(&server.closed);
             let reader = thread::Builder::new()
                 .name("nbd-stderr".into())
-                .spawn(move || read_log(&server_name, stderr, log, &last));
+                .spawn(move || read_log(&server_name, stderr, log, &last, &closed));
             server.reader = Some(reader.map_err(|e| Error::io(format!("starting {}", server.name), e))?);
         }
         Ok(server)
@@ -254,6 +268,10 @@ impl OwnServer for CaptiveServer {
     fn exit_within(&self, within: Duration) -> Option<String> {
         self.exit_within(within)
     }
+
+    fn closing(&self) {
+        *lock(&self.closed) = Some(Instant::now());
+    }
 }
 
 impl Drop for CaptiveServer {
@@ -305,7 +323,7 @@ fn is_program(path: &Path) -> bool {
 }
 
 /// Logs standard error of the server line by line until the pipe is closed. Runs in a thread of its own.
-fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>) {
+fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>, closed: &Mutex<Option<Instant>>) {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {
@@ -314,7 +332,8 @@ fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>)
             Ok(0) | Err(_) => return,
             Ok(_) => {
                 let text = String::from_utf8_lossy(&line);
-                if let Some(text) = log(name, text.trim_end()) {
+                let closing = lock(closed).is_some_and(|at| at.elapsed() < CLOSING);
+                if let Some(text) = log(name, text.trim_end(), closing) {
                     *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
                 }
             }

@@ -54,6 +54,9 @@ pub(in crate::source) trait OwnServer: fmt::Debug + Send + Sync {
 
     /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
     fn exit_within(&self, within: Duration) -> Option<String>;
+
+    /// Notes that connections to the server are about to be closed: what it says of that is no fault.
+    fn closing(&self) {}
 }
 
 /// Makes connections to one server, and owns the server if this process started it.
@@ -118,6 +121,13 @@ impl Connector {
             server: self.server.clone(),
             socket: Mutex::default(),
             encrypted: Arc::clone(&self.encrypted),
+        }
+    }
+
+    /// Tells a server of this process that connections to it are about to be closed.
+    pub(super) fn closing(&self) {
+        if let Some(server) = &self.server {
+            server.closing();
         }
     }
 

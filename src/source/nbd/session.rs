@@ -579,6 +579,7 @@ impl Session {
     pub(super) fn close(&self) {
         // First: from here on `wait_for_connection` fails commands instead of queueing them.
         self.closing.store(true, Ordering::SeqCst);
+        self.connector.closing();
         if let Some(connection) = self.connection() {
             // A socket that is closed with answers unread looks like a crash to the server: those of queries that no caller
             // waits for any more come soon.

@@ -343,7 +343,7 @@ fn verbosity() -> u8 {
 }
 
 /// Logs a line of a host with its level. Returns the reason for its end, if the line is one.
-fn log(name: &str, line: &str) -> Option<String> {
+fn log(name: &str, line: &str, _closing: bool) -> Option<String> {
     if let Some(reason) = line.strip_prefix(FATAL) {
         return Some(reason.to_owned());
     }
