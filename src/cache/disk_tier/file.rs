@@ -83,6 +83,8 @@ pub struct TierFile {
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
     flushing: Mutex<()>,
+    /// Held while entries of new blocks are put, or one of a damaged block is cleared.
+    changing: Mutex<()>,
     /// Number of blocks from the first one on that were seen to be there.
     present_to: AtomicU64,
     checked: Mutex<CheckedBlocks>,
@@ -134,6 +136,7 @@ impl TierFile {
             flusher,
             pending: Mutex::default(),
             flushing: Mutex::default(),
+            changing: Mutex::default(),
             present_to: AtomicU64::new(0),
             checked: Mutex::default(),
             refusal: OnceLock::new(),
@@ -204,11 +207,22 @@ impl TierFile {
             lock(&self.checked).insert(number);
             return Some(sum);
         }
+        self.forget_damaged(number, entry);
+        None
+    }
+
+    /// Forgets a block whose data does not match `entry`, and that the file is complete.
+    pub(super) fn forget_damaged(&self, number: u64, entry: u64) {
+        let _changing = lock(&self.changing);
+        // Another thread may have written the block anew since the entry was read: the data is compared with the old one.
+        if self.entries.get(number) != entry {
+            return;
+        }
         tracing::info!("{}: a cached block was damaged: fetching it again", self.key.label);
-        // Before the entry is cleared: the kernel may read a complete file without checksums, and the next open must not allow it.
+        // Before the entry is cleared: the kernel may read a complete file without checksums, and the next open must not
+        // allow it.
         self.revoke_completion();
         let _ = self.entries.put(number, &[0]);
-        None
     }
 
     /// Keeps a block, unless it is there. A failure only means that it is not kept.
@@ -239,7 +253,11 @@ impl TierFile {
         let numbered = || (first..).zip(sums);
         let in_boot = Durability::InBoot(self.boot);
         let entries: Vec<u64> = numbered().map(|(number, sum)| sum.entry(number, in_boot)).collect();
-        if let Err(e) = self.entries.put(first, &entries) {
+        let put = {
+            let _changing = lock(&self.changing);
+            self.entries.put(first, &entries)
+        };
+        if let Err(e) = put {
             return self.give_up(&e);
         }
         let all_checked = {

@@ -69,6 +69,16 @@ fn a_file_with_damage_from_before_its_completion_is_not_complete() {
     assert!(file.complete().is_some());
 }
 
+/// A thread that verifies compares the data with the entry that it has read before.
+#[test]
+fn regression_a_block_that_was_written_anew_is_not_forgotten_by_its_old_entry() {
+    let (_dir, path) = folder();
+    let (tier, _) = completed(&path);
+    let file = tier.file(key()).unwrap();
+    file.forget_damaged(5, 1);
+    assert!(file.has(5) && file.complete().is_some());
+}
+
 #[test]
 fn the_blocks_of_a_killed_process_are_part_of_a_complete_file() {
     let (_dir, path) = folder();
