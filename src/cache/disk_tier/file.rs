@@ -83,7 +83,7 @@ pub struct TierFile {
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
     flushing: Mutex<()>,
-    /// Held while entries of new blocks are put, or one of a damaged block is cleared.
+    /// Held while entries of new blocks or the completion are put, or those of a damaged block are cleared.
     changing: Mutex<()>,
     /// Number of blocks from the first one on that were seen to be there.
     present_to: AtomicU64,
@@ -471,7 +471,12 @@ impl TierFile {
             1 => ControlFlow::Continue(()),
             _ => ControlFlow::Break(()),
         });
-        if durable && self.put_completion(&record) {
+        if !durable {
+            return;
+        }
+        let _changing = lock(&self.changing);
+        // Another thread may have noted a later state meanwhile, which this record would replace by one that matches nothing.
+        if completion_of(&files.data) == Some(record) && self.put_completion(&record) {
             tracing::info!("{}: complete in {}", self.key.label, files.folder.label());
         }
     }
