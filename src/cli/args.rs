@@ -79,7 +79,7 @@ pub(super) enum Subcommand {
     },
     /// The disks are inspected.
     Query,
-    /// What servers offer is listed.
+    /// Lists what servers offer.
     List,
     /// The disks are created and not mounted.
     Create,

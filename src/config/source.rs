@@ -31,7 +31,7 @@ pub enum Locality {
     OtherMachine,
 }
 
-/// What the settings of a source tell without opening it.
+/// Describes a source by its settings alone, without opening it.
 pub trait SourceSettings {
     /// Returns a name of the source for messages and mount tables: the path, or server and export. No secrets.
     fn label(&self) -> String;

@@ -5,8 +5,8 @@
 //!   lookup ─► names of now ─► export of that name ─► its properties of now ─┬─ as before ─► the disk of before
 //!                                                                           └─ other ───► a new disk, a new inode
 //! ```
-//! What a name means is stable: a file name stays with its export as long as either is known, in whatever order the server
-//! lists. An export whose size or abilities changed is another disk with another inode; who has the old one open keeps it.
+//! The meaning of a name is stable: a file name stays with its export as long as either is known, in whatever order the server
+//! lists. An export whose size or abilities changed is another disk with another inode; a program that has the old one open keeps it.
 //! Two names never lead to one export.
 //!
 //! A disk is held weakly: it lives as long as the kernel knows its inode. Memory: one small entry for each listed name,
@@ -31,7 +31,7 @@ use crate::volume::ServerExports;
 /// For how long the properties of an export are used without asking again.
 const LIFETIME: Duration = Duration::from_secs(1);
 
-/// What the names of several servers share.
+/// State that the names of several servers share.
 #[derive(Debug)]
 pub(super) struct SharedNames {
     /// File names in use.

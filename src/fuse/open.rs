@@ -4,7 +4,7 @@
 //!   permitted? ─► image files modified? reopen the volume ─► the kernel may write? prepare the image
 //!     ─► [lock `opens`] plan ─► ask for a backing file, plan again ─► count ─► reply [unlock]
 //! ```
-//! What may take long or fails with an error of its own comes first and without a lock. Counts change before the reply,
+//! Steps that may take long, or that fail with an error of their own, come first and without a lock. Counts change before the reply,
 //! after which the requests of the open, and its end, may arrive at any time.
 
 use std::sync::atomic::Ordering;

@@ -29,7 +29,7 @@ pub(super) struct OpenRequest {
     pub(super) inode: Inode,
 }
 
-/// What the process asked for.
+/// Access that the process asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Access {
     /// O_WRONLY or O_RDWR.
@@ -123,7 +123,7 @@ pub(super) enum OpenPlan {
     Serve(ServePlan),
 }
 
-/// How an open is served.
+/// Decision on how an open is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ServePlan {
     pub(super) mode: OpenMode,
@@ -188,7 +188,7 @@ impl ServePlan {
     }
 }
 
-/// What a file handle says of its open.
+/// Properties of an open that its file handle encodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OpenHandle {
     pub(super) mode: OpenMode,

@@ -16,7 +16,7 @@ pub(super) const BLOCK: u32 = 4096;
 /// process that writes to the image becomes visible this much later.
 pub(super) const TTL: Duration = Duration::from_secs(1);
 
-/// What the attributes of all files of a mount depend on.
+/// Facts that the attributes of all files of a mount depend on.
 #[derive(Debug)]
 pub(super) struct StatRules {
     owner: (u32, u32),

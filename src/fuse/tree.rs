@@ -44,7 +44,7 @@ pub(super) fn found_inode(n: u64) -> INodeNo {
     INodeNo(FIRST_FOUND.wrapping_add(high << 33) | low)
 }
 
-/// What a name leads to.
+/// Target of a name.
 #[derive(Debug, Clone)]
 pub(super) enum Entry {
     /// A directory.

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_daemon_that_does_not_read_blocks_nobody() {
+    fn a_log_daemon_that_does_not_read_blocks_no_caller() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let _daemon = UnixDatagram::bind(&path).unwrap();

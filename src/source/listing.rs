@@ -1,11 +1,11 @@
-//! What servers offer, for `--list`.
+//! Lists of what servers offer, for `--list`.
 
 use serde::Serialize;
 
 use super::ServerInfo;
 use crate::store::https::{Datacenter, ListedName};
 
-/// What one server offers. The names of the fields are those of the JSON output.
+/// Offer of one server. The names of the fields are those of the JSON output.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum Listing {

@@ -255,7 +255,7 @@ impl Volume {
     /// Returns the time of the last change of the image by another process or the kernel, in nanoseconds since 1970: the
     /// latest of all files.
     ///
-    /// What this process writes to the files moves their time too, also when it completes the image long after the last
+    /// Writes of this process to the files move their time too, also when it completes the image long after the last
     /// write: programs that compare times would take that for a change of the disk. So for a disk that it alone writes to,
     /// this is the time at the open.
     pub fn mtime_ns(&self) -> i128 {

@@ -234,7 +234,6 @@ fn truncating_without_cheap_zeroes_is_eopnotsupp_and_the_log_says_why() {
     assert!(said, "{}", logged());
 }
 
-/// "What another client of an NBD export has written is seen at the next open, also where block status said zeroes."
 /// "What another client of an NBD export has written is seen at the next open … and with a cache of blocks"
 #[test]
 fn a_cache_of_blocks_shows_own_writes_and_at_the_next_open_those_of_others() {
@@ -346,6 +345,7 @@ fn a_cache_of_blocks_spares_the_server_repeated_reads() {
     assert!(count() < Some(1000), "{:?} reads reached the server", count());
 }
 
+/// "What another client of an NBD export has written is seen at the next open, also where block status said zeroes."
 #[test]
 fn writes_of_another_client_are_seen_at_the_next_open() {
     if !ready() {

@@ -40,7 +40,7 @@ fn set_list(scratch: &Scratch, exports: &[&str]) {
     fs::rename(scratch.path("new-list"), scratch.path("list")).unwrap();
 }
 
-/// "An export that appears later is a file too, one that vanishes is none any more, and whoever has it open keeps it."
+/// "An export that appears later is a file too, one that vanishes is none any more, and a program that has it open keeps it."
 #[test]
 fn exports_that_appear_or_vanish_after_the_mount_do_so_in_the_folder() {
     if !ready() {

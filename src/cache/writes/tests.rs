@@ -17,7 +17,7 @@ use crate::write_latch::WriteLatch;
 const BLOCK: u64 = 4;
 const SECTORS: u64 = 45;
 
-/// What another thread is told in the middle of a call, and what the call waits for.
+/// Channels that tell another thread that a call has begun, and that let the call go on.
 type Pause = Mutex<Option<(Sender<()>, Receiver<()>)>>;
 
 /// Disk in memory whose calls can be counted, paused and made to fail.
@@ -300,7 +300,7 @@ fn a_reconnect_drops_all_blocks_and_an_open_too() {
     assert_eq!(read(&cache, 5), 78);
 }
 
-/// What a fetch has read before a change must not be cached after it.
+/// A fetch that read its block before a change does not cache it afterwards.
 #[test]
 fn a_fetch_that_began_before_a_change_is_not_cached() {
     let changes: [fn(&Memory, &BlockCache); 4] = [

@@ -39,7 +39,7 @@ const VIEW: [(&str, &str); 6] = [
     ("", "Direct"),
 ];
 
-/// What a served open is, by any row that fits. The word of the mode belongs to the combination.
+/// Properties of a served open, by any row that fits. The word of the mode belongs to the combination.
 const DETAILS: [(&str, &[&str]); 6] = [
     (
         "DIRECT_IO",

@@ -6,7 +6,7 @@
 //!                                                             └ else ───► the last names; the next attempt after a pause
 //!   find(name) ─► NBD_OPT_INFO ─► properties of one export
 //! ```
-//! A server that hangs or has no connection to spare delays a caller by [`MAX_WAIT`], and then nobody until the pause is
+//! A server that hangs or has no connection to spare delays a caller by [`MAX_WAIT`], and then none until the pause is
 //! over: the names and disks that are known stay in use.
 //!
 //! The mutex is never held while the server is asked.

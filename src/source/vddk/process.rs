@@ -91,7 +91,7 @@ struct Host {
     _private_dir: PrivateDir,
 }
 
-/// What all hosts of a disk use.
+/// Files and settings that all hosts of a disk use.
 #[derive(Debug)]
 struct Starter {
     library: Vec<LibraryFile>,
