@@ -1,7 +1,6 @@
 //! The interface of the library, by code that is not of this project: a C program that knows only byte offsets, nbdkit's
 //! stand-in library, and nbdkit's plugin.
 
-use std::env;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -131,18 +130,19 @@ impl Drop for Nbdkit {
     }
 }
 
-/// Compiles the plugin, from the sources that `NBDKIT_SOURCE` names.
+/// Compiles the plugin.
 fn plugin(scratch: &Scratch) -> PathBuf {
-    let sources = env::var_os("NBDKIT_SOURCE").expect("NBDKIT_SOURCE names a checkout of nbdkit");
     let plugin = scratch.path("nbdkit-vddk-plugin.so");
-    let script = Cmd::new(source("nbdkit/build-plugin.sh"));
-    script.arg(sources).arg(&plugin).run().ok();
+    Cmd::new(source("nbdkit/build-plugin.sh")).arg(&plugin).run().ok();
     plugin
 }
 
 #[test]
-#[ignore = "Debian does not package the plugin: NBDKIT_SOURCE names a checkout of nbdkit"]
 fn the_plugin_of_nbdkit_is_served_by_our_stand_in() {
+    let tools = ["gcc", "nbdkit", "/usr/include/nbdkit-plugin.h"];
+    if !ready() || !tools.iter().all(|tool| need(tool)) {
+        return;
+    }
     let scratch = Scratch::new();
     let vddk = Vddk::new(&scratch, 8);
     let plugin = plugin(&scratch);
