@@ -5,15 +5,13 @@ use std::sync::Arc;
 
 use super::catalog::ExportCatalog;
 use super::disk::{GRACE, timeout};
+use super::served_disk::{FETCHES, ServedDisk};
 use super::{NbdDisk, discover};
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
-use crate::config::{Locality, NbdConfig, SourceSettings};
-use crate::error::{Error, Result};
-use crate::source::{
-    Backend, CacheSizes, ExportServer, Listing, ServerInfo, Source, SourceDescription, SourceIdentity,
-};
-use crate::store::StoredFile;
+use crate::config::{NbdConfig, SourceSettings};
+use crate::error::Result;
+use crate::source::{Backend, CacheSizes, ExportServer, Listing, ServerInfo, Source, SourceIdentity};
 
 /// Block of a cache over an export, in sectors: 64 KiB. A command for one costs little more than one for a page.
 const CACHE_BLOCK: u64 = 128;
@@ -21,64 +19,8 @@ const CACHE_BLOCK: u64 = 128;
 /// Blocks of one fetch: 1 MiB, the largest request of the kernel.
 const CACHE_RUN: u64 = 16;
 
-/// Fetches in flight for a cache. They wait for the server, not for a processor.
-const CACHE_FETCHES: usize = 16;
-
 /// Default of `readahead=` for a cache, in bytes.
 const CACHE_READAHEAD: u64 = 8 << 20;
-
-/// An open export.
-#[derive(Debug)]
-struct NbdSource {
-    disk: Arc<NbdDisk>,
-    config: NbdConfig,
-}
-
-impl Source for NbdSource {
-    fn disk(&self) -> Arc<dyn BlockRead> {
-        Arc::clone(&self.disk) as Arc<dyn BlockRead>
-    }
-
-    fn files(&self) -> Vec<Arc<dyn StoredFile>> {
-        Vec::new()
-    }
-
-    fn locality(&self) -> Locality {
-        self.config.locality()
-    }
-
-    fn describe(&self) -> SourceDescription {
-        SourceDescription {
-            format: "nbd",
-            vmdk: None,
-        }
-    }
-
-    fn write_refusal(&self) -> Option<Error> {
-        None
-    }
-
-    fn identity(&self) -> Result<SourceIdentity> {
-        Ok(SourceIdentity {
-            label: self.config.label(),
-            address: PathBuf::from(self.config.identity()),
-            cid: None,
-        })
-    }
-
-    /// Returns the cache that the user asks for. By default the kernel's pages are the cache.
-    fn cache(&self, asked: CacheSizes) -> Option<CacheOptions> {
-        Some(CacheOptions {
-            size: asked.size?,
-            readahead: asked.readahead.unwrap_or(CACHE_READAHEAD),
-            workers: CACHE_FETCHES,
-            block: CACHE_BLOCK.next_multiple_of(self.disk.geometry().granule),
-            max_run: CACHE_RUN,
-            deadline: timeout(&self.config) + GRACE,
-            drop_at_open: true,
-        })
-    }
-}
 
 impl Backend for NbdConfig {
     fn open(&self, _asked: CacheSizes) -> Result<Box<dyn Source>> {
@@ -116,10 +58,27 @@ impl ExportServer for NbdConfig {
     }
 }
 
-/// Returns the source of an export.
+/// Returns the source of an export. It has a cache where the user asks for one: by default the kernel's pages are the cache.
 pub(super) fn source_of(config: &NbdConfig, disk: NbdDisk) -> Box<dyn Source> {
-    Box::new(NbdSource {
+    let cache = CacheOptions {
+        size: 0,
+        readahead: CACHE_READAHEAD,
+        workers: FETCHES,
+        block: CACHE_BLOCK.next_multiple_of(disk.geometry().granule),
+        max_run: CACHE_RUN,
+        deadline: timeout(config) + GRACE,
+        drop_at_open: true,
+    };
+    Box::new(ServedDisk {
         disk: Arc::new(disk),
-        config: config.clone(),
+        format: "nbd",
+        locality: config.locality(),
+        identity: SourceIdentity {
+            label: config.label(),
+            address: PathBuf::from(config.identity()),
+            cid: None,
+        },
+        cache,
+        is_cached_by_default: false,
     })
 }

@@ -40,6 +40,7 @@ mod handoff;
 mod poller;
 mod private_dir;
 mod replay_log;
+mod served_disk;
 mod session;
 mod split_request;
 mod sync;
@@ -52,6 +53,7 @@ pub use catalog::{ExportCatalog, FoundExport};
 pub(in crate::source) use connect::{Cancel, OwnServer};
 pub use disk::NbdDisk;
 pub(in crate::source) use private_dir::PrivateDir;
+pub(in crate::source) use served_disk::{FETCHES, ServedDisk};
 
 /// Returns the version of the installed libnbd. Errors: it is not installed, or too old.
 pub fn version() -> crate::error::Result<String> {
