@@ -3,6 +3,7 @@
 //! These tests read from a mount that their own process serves, which only works because every request is answered (see
 //! `probe.rs`). A fault that leaves a request unanswered would hang the test process for good.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -93,6 +94,19 @@ impl Mounted {
 
     fn entry(&self) -> Option<mountinfo::MountEntry> {
         mountinfo::at(&self.point).unwrap()
+    }
+}
+
+/// Returns the settings of a raw disk that is only read, and of which the kernel keeps no pages.
+fn uncached(name: impl Into<OsString>) -> DiskConfig {
+    let local = LocalConfig {
+        format: Format::Raw,
+        ..LocalConfig::new("none")
+    };
+    DiskConfig {
+        read_only: true,
+        cache: Some(PageCache::None),
+        ..DiskConfig::new(name, SourceConfig::Local(local))
     }
 }
 
@@ -263,15 +277,7 @@ fn mount_outlives_requests_that_panic_with_an_i_o_error() {
     };
     m.mount.unmount().unwrap();
     m.end().unwrap();
-    let local = LocalConfig {
-        format: Format::Raw,
-        ..LocalConfig::new("none")
-    };
-    let config = DiskConfig {
-        read_only: true,
-        cache: Some(PageCache::None),
-        ..DiskConfig::new(DISK, SourceConfig::Local(local))
-    };
+    let config = uncached(DISK);
     let disk = TestDisk::new(256).reading(|at, buf| {
         assert!(at.0 < 128, "panic on purpose");
         buf.fill(7);
@@ -307,15 +313,7 @@ fn mount_shows_directories_for_names_with_slashes_and_reads_long_ones_to_the_end
     m.mount.unmount().unwrap();
     m.end().unwrap();
     let disk = |name: String| {
-        let local = LocalConfig {
-            format: Format::Raw,
-            ..LocalConfig::new("none")
-        };
-        let config = DiskConfig {
-            read_only: true,
-            cache: Some(PageCache::None),
-            ..DiskConfig::new(name, SourceConfig::Local(local))
-        };
+        let config = uncached(name);
         let zeroes = TestDisk::new(256).reading(|_, buf| {
             buf.fill(0);
             Ok(())

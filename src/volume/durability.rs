@@ -157,19 +157,21 @@ mod tests {
         answered.recv().unwrap()
     }
 
-    fn volume(disk: TestDisk) -> Arc<Volume> {
+    /// Returns the volume of a disk that flushes through a queue, or on the calling thread.
+    fn volume(queues: bool) -> Arc<Volume> {
+        let disk = TestDisk::new(8);
+        let disk = if queues {
+            disk.queueing(None)
+        } else {
+            disk.flushing(|| Ok(()))
+        };
         Arc::new(Volume::new(Arc::new(disk), Vec::new()))
     }
 
     #[test]
     fn regression_an_error_that_no_program_heard_fails_the_next_fsync_of_each_handle() {
         for queues in [false, true] {
-            let disk = TestDisk::new(8);
-            let volume = volume(if queues {
-                disk.queueing(None)
-            } else {
-                disk.flushing(|| Ok(()))
-            });
+            let volume = volume(queues);
             let handles = [Arc::new(volume.error_cursor()), Arc::new(volume.error_cursor())];
             volume.keep_unheard(&lost());
             for handle in &handles {
@@ -186,7 +188,7 @@ mod tests {
 
     #[test]
     fn an_error_that_no_handle_reported_is_that_of_the_unmount() {
-        let volume = volume(TestDisk::new(8).flushing(|| Ok(())));
+        let volume = volume(false);
         volume.keep_unheard(&lost());
         assert_eq!(volume.close().unwrap_err().kind(), ErrorKind::Os(libc::ENOSPC));
         volume.close().unwrap();
@@ -195,12 +197,7 @@ mod tests {
     #[test]
     fn after_the_latch_is_set_no_flush_and_no_durable_write_succeeds() {
         for queues in [false, true] {
-            let disk = TestDisk::new(8);
-            let volume = volume(if queues {
-                disk.queueing(None)
-            } else {
-                disk.flushing(|| Ok(()))
-            });
+            let volume = volume(queues);
             let handle = Arc::new(volume.error_cursor());
             assert!(flushes(&volume, FlushKind::Durable, Some(&handle)));
             volume.durability().latch().unwrap().set(lost());

@@ -79,6 +79,11 @@ impl<'s> MountCmd<'s> {
         self
     }
 
+    /// Appends arguments.
+    pub fn args(self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        args.into_iter().fold(self, Self::arg)
+    }
+
     /// Runs the program by another one, which gets these words and then the program with its arguments.
     #[must_use]
     pub fn through(mut self, words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {

@@ -105,11 +105,7 @@ fn an_esxi_needs_no_datacenter_and_a_whole_address_is_understood() {
     let server = Server::vsim(&scratch, &scratch.path("ds"), &["-esx"]);
     let mount = scratch
         .mount()
-        .arg("server=127.0.0.1")
-        .arg(format!("port={}", server.port))
-        .arg(server.pin())
-        .arg(format!("user={USER}"))
-        .arg(password_file(&scratch))
+        .args(server.login(&scratch))
         .arg("file=[LocalDS_0] vm/x-flat.vmdk")
         .start();
     // The data of a VMDK in a datastore is raw.
@@ -162,12 +158,8 @@ fn names_are_decoded_once_or_twice_as_the_server_does() {
         let server = Server::vsim(&scratch, &scratch.path("ds"), &words);
         let mount = scratch
             .mount()
-            .arg("server=127.0.0.1")
-            .arg(format!("port={}", server.port))
+            .args(server.login(&scratch))
             .arg("datacenter=DC0")
-            .arg(server.pin())
-            .arg(format!("user={USER}"))
-            .arg(password_file(&scratch))
             .arg("file=[My DS %41+(1)] vm %41 + [1]/x %2541-flat.vmdk")
             .start();
         assert_eq!(
@@ -238,15 +230,8 @@ fn remote_disks_are_described_checked_and_mapped() {
     let words = ["convert", "-O", "vmdk", raw.to_str().unwrap(), local.to_str().unwrap()];
     qemu_img(words);
     let server = Server::vsim(&scratch, &scratch.path("ds"), &[]);
-    let remote = [
-        "server=127.0.0.1".to_owned(),
-        format!("port={}", server.port),
-        "datacenter=DC0".to_owned(),
-        server.pin(),
-        format!("user={USER}"),
-        password_file(&scratch),
-        "file=[LocalDS_0] vm/snap [2].vmdk".to_owned(),
-    ];
+    let mut remote = server.login(&scratch);
+    remote.extend(["datacenter=DC0", "file=[LocalDS_0] vm/snap [2].vmdk"].map(str::to_owned));
     let json = |action: &str, words: &[String]| {
         let out = scratch
             .vmdkfuse()

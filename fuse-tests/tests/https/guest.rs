@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fuse_tests::harness::{Cmd, Scratch, guestfish, need, need_qemu, qemu_img};
 
-use crate::server::{Server, USER, need_vsim, password_file};
+use crate::server::{Server, need_vsim};
 
 const MIB: u64 = 1 << 20;
 /// Size of the disk.
@@ -47,12 +47,8 @@ fn guestfish_on_a_remote_disk_fetches_a_fraction_of_it() {
     let server = Server::vsim(&scratch, &scratch.path("ds"), &["-name", "Storage1"]);
     let mount = scratch
         .mount()
-        .arg("server=127.0.0.1")
-        .arg(format!("port={}", server.port))
+        .args(server.login(&scratch))
         .arg("datacenter=DC0")
-        .arg(server.pin())
-        .arg(format!("user={USER}"))
-        .arg(password_file(&scratch))
         .arg("file=[Storage1] TestLinux/TestLinux.vmdk")
         .start();
     let disk = mount.file("TestLinux.raw");

@@ -12,17 +12,6 @@ use crate::server::{Fake, Server, USER, need_nginx, need_vsim, password_file};
 
 const MIB: u64 = 1 << 20;
 
-/// Returns the keys of a login at `server`.
-fn login(scratch: &Scratch, server: &Server) -> Vec<String> {
-    vec![
-        "server=127.0.0.1".to_owned(),
-        format!("port={}", server.port),
-        server.pin(),
-        format!("user={USER}"),
-        password_file(scratch),
-    ]
-}
-
 fn list(scratch: &Scratch, words: &[String]) -> Outcome {
     scratch.vmdkfuse().arg("--list").args(words).run()
 }
@@ -43,7 +32,7 @@ fn a_server_lists_its_datacenters_and_datastores() {
     ] {
         let scratch = Scratch::new();
         let server = Server::vsim(&scratch, &scratch.mkdir("ds"), words);
-        let login = login(&scratch, &server);
+        let login = server.login(&scratch);
         let text = list(&scratch, &login).ok().stdout;
         assert_eq!(
             text,
@@ -80,7 +69,7 @@ fn a_folder_of_a_datastore_is_listed() {
         }
         scratch.mkdir("ds/vm a+b [1] ü/sub");
         let server = Server::vsim(&scratch, &scratch.path("ds"), words);
-        let mut login = login(&scratch, &server);
+        let mut login = server.login(&scratch);
         if words.is_empty() {
             login.push("datacenter=DC0".to_owned());
         }
@@ -169,11 +158,7 @@ fn a_pattern_in_a_datastore_gives_its_disks_without_their_extents() {
         fs::write(two.join(".hidden.vmdk"), "no disk").unwrap();
         fs::write(two.join("notes.txt"), "").unwrap();
         let server = Server::vsim(&scratch, &scratch.path("ds"), words);
-        let login = [
-            login(&scratch, &server).as_slice(),
-            &[format!("datacenter={datacenter}")],
-        ]
-        .concat();
+        let login = [server.login(&scratch).as_slice(), &[format!("datacenter={datacenter}")]].concat();
         let mounted = mount(&scratch, &login, &["file=[LocalDS_0] vm*/*.vmdk"]).start();
         assert_eq!(
             mounted.names(),
@@ -221,7 +206,7 @@ fn a_pattern_that_cannot_be_mounted_is_explained() {
         fs::write(scratch.mkdir(format!("ds/{vm}")).join("x-flat.vmdk"), vec![1; 4096]).unwrap();
     }
     let server = Server::vsim(&scratch, &scratch.path("ds"), &[]);
-    let login = [login(&scratch, &server).as_slice(), &["datacenter=DC0".to_owned()]].concat();
+    let login = [server.login(&scratch).as_slice(), &["datacenter=DC0".to_owned()]].concat();
     let refused = |words: &[&str], expected: &[&str]| {
         mount(&scratch, &login, words).refused(1).one_error(1, expected);
     };

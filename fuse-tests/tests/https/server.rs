@@ -128,6 +128,17 @@ impl Server {
         format!("thumbprint={}", self.thumbprint)
     }
 
+    /// Returns the keys of a login at a simulator.
+    pub(crate) fn login(&self, scratch: &Scratch) -> Vec<String> {
+        vec![
+            "server=127.0.0.1".to_owned(),
+            format!("port={}", self.port),
+            self.pin(),
+            format!("user={USER}"),
+            password_file(scratch),
+        ]
+    }
+
     /// Returns the lines of the server's log.
     pub(crate) fn log(&self) -> Vec<String> {
         let text = fs::read_to_string(&self.log).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! The interface of the library, by code that is not of this project: a C program that knows only byte offsets, nbdkit's
 //! stand-in library, and nbdkit's plugin.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +10,7 @@ use fuse_tests::harness::{Cmd, Scratch, assert_same, data_ranges, need, poll_unt
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::remote::{expect, put};
+use crate::remote::{expect, put_sparse};
 use crate::{SOON, Vddk, noise, ready, write_at};
 
 fn source(name: &str) -> PathBuf {
@@ -153,13 +153,7 @@ fn the_plugin_of_nbdkit_is_served_by_our_stand_in() {
     }
     // A server of which one chunk in the middle is allocated.
     expect(&vddk, &["order=reverse", "latency=100"]);
-    let disk = put(&vddk, &[]);
-    File::options()
-        .write(true)
-        .open(&disk)
-        .unwrap()
-        .set_len(8 << 20)
-        .unwrap();
+    let disk = put_sparse(&vddk, 8 << 20);
     write_at(&disk, 1 << 20, &noise(65536, 1));
     let login = crate::remote::login();
     let mut words: Vec<&str> = login.iter().map(String::as_str).collect();

@@ -23,6 +23,13 @@ pub(crate) fn put(vddk: &Vddk, bytes: &[u8]) -> std::path::PathBuf {
     path
 }
 
+/// Puts a disk of `len` bytes into the pretended server, of which no chunk is allocated. Returns its path.
+pub(crate) fn put_sparse(vddk: &Vddk, len: u64) -> std::path::PathBuf {
+    let disk = put(vddk, &[]);
+    File::options().write(true).open(&disk).unwrap().set_len(len).unwrap();
+    disk
+}
+
 /// Returns the keys that a remote disk needs at least.
 pub(crate) fn login() -> [String; 5] {
     let thumbprint = format!("thumbprint={THUMBPRINT}");
@@ -187,13 +194,7 @@ fn without_extents_everything_is_data() {
     let scratch = Scratch::new();
     let vddk = Vddk::new(&scratch, 8);
     expect(&vddk, &["fail=QueryAllocatedBlocks:1:9:6"]);
-    let disk = put(&vddk, &[]);
-    File::options()
-        .write(true)
-        .open(&disk)
-        .unwrap()
-        .set_len(8 << 20)
-        .unwrap();
+    put_sparse(&vddk, 8 << 20);
     let mount = remote(&vddk, &scratch).start();
     let whole = 0..8 << 20;
     assert_eq!(data_ranges(&mount.file("x.raw")), std::slice::from_ref(&whole));

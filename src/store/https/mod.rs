@@ -39,6 +39,7 @@ mod library;
 mod listing;
 mod logout;
 mod low_water;
+mod message;
 mod page;
 mod session;
 mod slots;
