@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::blocks::{BlockMemory, CachedBlocks};
 use super::writes::CacheWrites;
@@ -73,7 +73,7 @@ impl BlockCache {
             deadline: options.deadline,
             disk: source,
         });
-        let pool = FetchPool::new(options.workers).map_err(|e| Error::io("starting the threads that inflate", e))?;
+        let pool = FetchPool::new(options.workers).map_err(|e| Error::io("starting the threads of the cache", e))?;
         let memory = BlockMemory::new(options.size, disk.block(), MIN_BLOCKS)?;
         let fetch = Arc::clone(&disk) as Arc<dyn Fetch>;
         let blocks = CachedBlocks::new(fetch, Arc::new(memory), Arc::new(pool), options.readahead);
@@ -236,13 +236,19 @@ impl Fetch for DiskBlocks {
             let mut data = vec![0; (end.min(self.len()) - start) as usize];
             self.disk.read_at(Lba(start / SECTOR), &mut data).map(|()| data)
         };
-        if blocks.end - blocks.start > 1
-            && let Ok(run) = read(blocks.clone())
-        {
-            run.chunks(self.block() as usize).for_each(|block| each(block.to_vec()));
-            return Ok(());
+        if blocks.end - blocks.start > 1 {
+            let began = Instant::now();
+            match read(blocks.clone()) {
+                Ok(run) => {
+                    run.chunks(self.block() as usize).for_each(|block| each(block.to_vec()));
+                    return Ok(());
+                }
+                // A source that hangs would take as long for each block, and readers wait no longer than the deadline.
+                Err(e) if began.elapsed() * 2 >= self.deadline => return Err(e),
+                Err(_) => {}
+            }
         }
-        // One at a time after an error: those beside a damaged block are valid.
+        // One at a time after an error: those before a damaged block are valid.
         for block in blocks {
             each(read(block..block + 1)?);
         }

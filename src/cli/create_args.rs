@@ -149,12 +149,7 @@ pub(super) fn hardware_version(value: &OsStr) -> Result<u32, String> {
     if let Some((_, version)) = HARDWARE.iter().find(|(name, _)| *name == text) {
         return Ok(*version);
     }
-    // Checked apart, as `parse` accepts a sign.
-    let digits = text.bytes().all(|b| b.is_ascii_digit());
-    let number = text
-        .parse()
-        .ok()
-        .filter(|number| digits && HARDWARE_RANGE.contains(number));
+    let number = values::decimal(text).filter(|number| HARDWARE_RANGE.contains(number));
     let (first, last) = (HARDWARE_RANGE.start(), HARDWARE_RANGE.end());
     number.ok_or_else(|| {
         format!(

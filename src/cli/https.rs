@@ -315,12 +315,11 @@ pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
     Ok(HttpsSource::Url(text.to_owned()))
 }
 
-/// Parses the value of `port=` for a web server.
+/// Parses the value of `port=` for a server.
 pub(super) fn port(port: Option<&str>) -> Result<Option<u16>, UsageError> {
     let Some(port) = port else { return Ok(None) };
     let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-    let number =
-        number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of an HTTPS server is a number")));
+    let number = number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of a server is a number")));
     number.map(Some)
 }
 

@@ -121,7 +121,8 @@ impl std::error::Error for UsageError {}
 /// Parses a whole command line. The first argument is the program's name, which selects between the program itself and
 /// the helpers of mount(8) and umount(8).
 ///
-/// Parsing reads the file system to classify the mount point and to expand wildcards and `dir=`. It changes nothing.
+/// Parsing reads the file system to classify the mount point and to expand wildcards and `dir=`. It changes no file. `-N`
+/// enters a mount namespace, and `password=-` asks on the terminal.
 ///
 /// # Errors
 ///

@@ -21,11 +21,7 @@ pub(super) fn display(text: &OsStr) -> std::path::Display<'_> {
 
 /// Parses a decimal number from `least` to `most`.
 pub(super) fn number(value: &OsStr, least: u32, most: u32) -> Result<u32, String> {
-    let text = text(value)?;
-    let number = text
-        .parse::<u32>()
-        .ok()
-        .filter(|n| text.bytes().all(|b| b.is_ascii_digit()) && (least..=most).contains(n));
+    let number = decimal(text(value)?).filter(|n| (least..=most).contains(n));
     number.ok_or_else(|| format!("must be a number from {least} to {most}"))
 }
 

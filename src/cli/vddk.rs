@@ -1,11 +1,13 @@
 //! Keys of disks that VMware's VDDK opens, and the conflicts among them. The keys have the names of nbdkit's plugin.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::settings::Settings;
-use super::{UsageError, expand, values};
+use super::{UsageError, expand, https, values};
 use crate::config::{CreateConfig, VddkCompression, VddkConfig, VddkOwner, VddkRemote};
+use crate::store::https::split_datastore;
 
 /// End of the message about a key that fits no disk that VDDK opens.
 pub(super) const NOT_VDDK: &str = "is for disks that VDDK opens: add libdir=DIR, or backend=vddk";
@@ -129,7 +131,7 @@ fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkR
     }
     Ok(VddkRemote {
         server,
-        port: settings.server.port.as_deref().map(port).transpose()?,
+        port: https::port(settings.server.port.as_deref())?.map(u32::from),
         nfc_host_port: args.nfc_host_port,
         user,
         password,
@@ -144,21 +146,22 @@ fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkR
 /// Returns true if the name of a disk matches a pattern with the wildcards `*`, `?` and `[`. A datastore in brackets at the
 /// start of the pattern is a name, and no set of characters.
 pub(super) fn matches(pattern: &OsStr, file: &OsStr) -> bool {
-    let (pattern, file) = (pattern.to_string_lossy(), file.to_string_lossy());
-    let split = |text: &str| match text.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
-        Some((datastore, path)) => (Some(datastore.to_owned()), path.to_owned()),
-        None => (None, text.to_owned()),
+    let split = |text: &OsStr| {
+        let lossy = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match split_datastore(text.as_bytes()) {
+            Some((datastore, path)) => (Some(lossy(datastore)), lossy(path)),
+            None => (None, lossy(text.as_bytes())),
+        }
     };
-    let ((datastore, pattern), (of_file, path)) = (split(&pattern), split(&file));
+    let ((datastore, pattern), (of_file, path)) = (split(pattern), split(file));
     let parsed = glob::Pattern::new(&pattern);
     datastore == of_file && parsed.is_ok_and(|parsed| parsed.matches(&path))
 }
 
 /// Returns the default file name of a disk: that of its file, without the datastore.
 pub(super) fn default_name(disk: &VddkConfig) -> OsString {
-    let text = disk.file.to_string_lossy();
-    match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((_, path)) if disk.remote.is_some() => expand::default_name(Path::new(path.trim_start())),
+    match split_datastore(disk.file.as_bytes()) {
+        Some((_, path)) if disk.remote.is_some() => expand::default_name(Path::new(OsStr::from_bytes(path))),
         _ => expand::default_name(Path::new(&disk.file)),
     }
 }
@@ -168,13 +171,6 @@ fn missing_keys(missing: &[String]) -> UsageError {
         "a disk of a server needs {} too, for VDDK (password=- asks for it, vm=moref=ID names the virtual machine)",
         missing.join(", ")
     ))
-}
-
-/// Parses the value of `port=` for VDDK.
-fn port(port: &str) -> Result<u32, UsageError> {
-    let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-    let number = number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of a server is a number")));
-    number.map(u32::from)
 }
 
 /// Parses the value of `datastore=`.

@@ -28,7 +28,7 @@ struct SetAttributes {
     gid: Option<u32>,
     atime: Option<SystemTime>,
     mtime: Option<SetTime>,
-    /// When the attributes were first accessed after a change, which stands for the time of the change.
+    /// Time at which the attributes were first accessed after a change, which stands for that of the change.
     changed: Option<SystemTime>,
 }
 

@@ -1,13 +1,14 @@
 //! Builds the kernel views of a mount: required ones before the mount is ready, all others in a thread afterwards.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::config::MountKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::kernel_view_node::KernelViewNode;
 use crate::fuse::open_plan::Passthrough;
 use crate::kernel_view::{self, View};
+use crate::mutex::lock;
 use crate::volume::Volume;
 
 /// The node of a disk, and the volume that its view is to describe.
@@ -21,9 +22,17 @@ pub(super) struct Builder(BuildState);
 #[derive(Debug, Clone, Default)]
 struct BuildState {
     stop: Arc<AtomicBool>,
-    /// Bytes of the indexes built so far. All indexes of a mount together take at most the largest `view-size=` of its
-    /// disks. Held during a build: one view is built at a time.
-    taken: Arc<Mutex<u64>>,
+    /// Held during a build: one view is built at a time.
+    indexes: Arc<Mutex<Indexes>>,
+}
+
+/// Indexes of a mount. All together take at most the largest `view-size=` of its disks.
+#[derive(Debug, Default)]
+struct Indexes {
+    /// Bytes of those built so far.
+    taken: u64,
+    /// Largest `view-size=` of the disks seen so far.
+    limit: u64,
 }
 
 impl Builder {
@@ -50,7 +59,8 @@ impl Builder {
     /// Builds the views of `disks` that are not built yet, one after the other in a thread, while the mount already serves
     /// requests. Builds none if `passthrough` is the reason why the kernel accepts no backing file.
     pub(super) fn start(&self, mut disks: Vec<PlannedView>, passthrough: Passthrough) {
-        disks.retain(|(node, _)| node.is_building());
+        // Where no view can be built, none is waited for either.
+        disks.retain(|(node, _)| node.is_building() || (passthrough.is_err() && node.is_waiting()));
         if disks.is_empty() {
             return;
         }
@@ -85,11 +95,13 @@ impl Drop for Builder {
 
 impl BuildState {
     fn build(&self, disks: &[PlannedView], node: &KernelViewNode, volume: &Arc<Volume>) -> Result<View> {
-        let all = disks.iter().map(|(s, _)| s.config().size).max().unwrap_or(0);
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let budget = node.config().size.min(all.saturating_sub(*taken));
+        let mut indexes = lock(&self.indexes);
+        // A disk that the cache has completed later comes alone, and the indexes of the others count all the same.
+        let sizes = disks.iter().map(|(s, _)| s.config().size);
+        indexes.limit = sizes.fold(indexes.limit, u64::max);
+        let budget = node.config().size.min(indexes.limit.saturating_sub(indexes.taken));
         let view = kernel_view::build(&**volume.disk(), node.config(), budget, &self.stop)?;
-        *taken += view.index_bytes();
+        indexes.taken += view.index_bytes();
         Ok(view)
     }
 }

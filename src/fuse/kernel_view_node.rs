@@ -84,7 +84,7 @@ struct NodeState {
     passthrough_opens: u64,
     /// Number of `O_DIRECT` opens of the disk inode.
     direct_opens: u64,
-    /// When an open was last rejected with ESTALE.
+    /// Time at which an open was last rejected with ESTALE.
     last_rejected: Option<Instant>,
     /// Processes that were rejected and have not retried yet.
     expected_retries: Vec<(u32, Instant)>,
@@ -187,6 +187,11 @@ impl KernelViewNode {
     /// Returns true if the view is not built yet.
     pub(super) fn is_building(&self) -> bool {
         matches!(self.lock().view_state, ViewState::Building)
+    }
+
+    /// Returns true if the view is built once the disk cache has all of the disk.
+    pub(super) fn is_waiting(&self) -> bool {
+        matches!(self.lock().view_state, ViewState::Waiting)
     }
 
     /// Returns the configuration of the view.

@@ -85,7 +85,7 @@ impl DiskFile {
         // Writes to the image files, so it must not run under the lock. The kernel may write to the backing file as soon
         // as the open is answered.
         let kernel_may_write = access.writes && passthrough.is_ok() && volume.disk().backing_fd().is_some();
-        if kernel_may_write && !self.is_uncached() {
+        if kernel_may_write && !self.is_uncached() && !self.view.is_off() {
             volume.prepare_external_write()?;
         }
         Ok(())

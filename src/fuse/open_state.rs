@@ -27,7 +27,7 @@ pub(super) struct OpenState {
     passthrough_opens: u64,
     /// Number of opens with cached pages.
     cached_opens: u64,
-    /// When the volume was last replaced, or its cached pages became stale.
+    /// Time at which the volume was last replaced, or its cached pages became stale.
     replaced: Option<Instant>,
     /// The kernel may have written to the backing file, which does not update the cached pages of the inode.
     pages_are_stale: bool,
@@ -41,8 +41,6 @@ impl OpenState {
     /// Records that the volume was replaced.
     pub(super) fn volume_replaced(&mut self) {
         self.replaced = Some(Instant::now());
-        // They count the errors of the volume before.
-        self.cursors.clear();
     }
 
     /// Records an open for writing, and returns its number.

@@ -156,9 +156,7 @@ impl Directory {
             all.extend(names.list()?);
         }
         let mut seen = HashSet::new();
-        let is_first: Vec<bool> = all.iter().map(|listed| seen.insert(listed.name.as_os_str())).collect();
-        let mut is_first = is_first.into_iter();
-        all.retain(|_| is_first.next().unwrap_or(true));
+        all.retain(|listed: &Listed| seen.insert(listed.name.clone()));
         Ok(all)
     }
 

@@ -69,19 +69,23 @@ pub fn list_cache(dir: &Path, json: bool) -> Result<u8> {
 /// Errors: it is not a folder of this user, or another process holds its lock.
 pub fn check_cache(dir: &Path, limit: Option<u64>, json: bool) -> Result<u8> {
     let tier = DiskTier::open(dir, limit, false)?;
-    let mut checked = Vec::new();
+    // Files have the same label if their addresses differ in the query alone, or if they are versions of one file.
+    let (mut checked, mut keys) = (Vec::new(), Vec::new());
     for held in tier.held() {
         match tier.reopen(&held) {
-            Ok(file) => checked.push(Held::of(&held, Some(file.verify()))),
+            Ok(file) => {
+                checked.push(Held::of(&held, Some(file.verify())));
+                keys.push(held.key);
+            }
             // Another process evicted it meanwhile.
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(e),
         }
     }
     let removed = tier.evict()?;
-    checked
-        .iter_mut()
-        .for_each(|file| file.evicted = removed.files.contains(&file.file));
+    for (file, key) in checked.iter_mut().zip(&keys) {
+        file.evicted = removed.files.contains(key);
+    }
     print(json, &checked, |out| {
         for file in &checked {
             let (blocks, damaged) = file.verified.unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Read-only actions: `--info`, `--list`, `--map`, `--check`, `--prefetch`, `--dump`.
+//! Actions that examine a disk, a server or a cache folder and print the result: `--info`, `--list`, `--map`, `--check`,
+//! `--prefetch`, `--dump`. None writes to a disk.
 //!
 //! ```text
 //!   Query ─► open the disks ─► serializable value ─► JSON or text ─► standard output

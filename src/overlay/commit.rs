@@ -29,9 +29,9 @@ use crate::overlay::{
     MARK, NO_MARK, changed_sectors, cid_text, descriptor, for_each_change, label, mark_of, open_overlay_of,
     overlay_file,
 };
-use crate::source::RawDisk;
 use crate::source::format::{self, DiskFormat};
-use crate::source::local::{chain_options, open_file, open_in};
+use crate::source::local::{chain_options, open_file};
+use crate::source::{Backend, RawDisk};
 use crate::store::{Access, RoomNeeded, StoredFile};
 use crate::vmdk::VmdkDisk;
 
@@ -125,7 +125,7 @@ impl Commit {
         let file = open_file(local, Access::Write)?;
         // Through the descriptor that is open for writing, so that no other process can replace or change the base in
         // between. The base is not changed before the overlay is known to belong to it.
-        let source = open_in(local, Arc::clone(&file))?;
+        let source = local.reopen(Arc::clone(&file))?;
         let base = Base::of(&*source, overlay)?;
         let overlay = open_overlay_of(
             Arc::clone(&child),

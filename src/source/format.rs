@@ -204,7 +204,7 @@ struct Foreign {
     way_on: fn(&str) -> String,
 }
 
-/// Where a signature stands.
+/// Position of a signature.
 #[derive(Clone, Copy)]
 enum At {
     Start(usize),

@@ -23,7 +23,7 @@ const GRAIN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// An open image.
 #[derive(Debug)]
-pub enum Image {
+pub(super) enum Image {
     /// A VMDK with its chain.
     Vmdk(Arc<VmdkDisk>),
     /// A raw image, and its file.
@@ -67,7 +67,7 @@ impl Image {
     }
 
     /// Returns the disk.
-    pub fn disk(&self) -> Arc<dyn BlockRead> {
+    pub(super) fn disk(&self) -> Arc<dyn BlockRead> {
         match self {
             Self::Vmdk(disk) => Arc::clone(disk) as Arc<dyn BlockRead>,
             Self::Raw(disk, _) => Arc::clone(disk) as Arc<dyn BlockRead>,
@@ -145,7 +145,7 @@ impl Image {
 
 /// A new compressed stream, which is written in order.
 #[derive(Debug)]
-pub struct StreamSource {
+pub(super) struct StreamSource {
     disk: Arc<StreamDisk>,
     label: String,
 }

@@ -10,7 +10,7 @@
 //! | `nbd/` | `NbdConfig` | exports of NBD servers |
 //! | `vddk/` | `VddkConfig` | disks that VMware's library opens, in a process of its own that is an NBD server |
 //!
-//! The layers above know the two traits alone. `image.rs` is the part that `local/` and `https/` share: stored files
+//! The layers above know the two traits alone; `overlay/commit.rs` opens local files itself. `image.rs` is the part that `local/` and `https/` share: stored files
 //! that the engine or `raw.rs` reads.
 
 mod export_name;
@@ -31,7 +31,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use export_name::{export_file_name, export_file_names};
-pub use image::{Image, StreamSource};
 pub use listing::{Listed, Listing};
 pub use nbd::{ExportCatalog, FoundExport};
 pub use raw::RawDisk;

@@ -1,4 +1,4 @@
-//! What "finished" and "durable" mean for one disk.
+//! Durability of one disk: the meaning of "finished" and "durable".
 //!
 //! ```text
 //!   changed ─► unfinished ─ flush(Durable) ──► durable, the image still marked as in use

@@ -38,7 +38,7 @@ pub struct Description {
     pub name: String,
     /// File or URI that the user named.
     pub file: String,
-    /// `vmdk`, `raw` or `nbd`.
+    /// `vmdk`, `raw`, `nbd` or `vddk`.
     pub format: &'static str,
     /// Bytes of the disk.
     pub size: u64,
@@ -201,7 +201,7 @@ pub fn describe(config: &DiskConfig, source: &dyn Source) -> Description {
     let (disk, described) = (source.disk(), source.describe());
     let read_by = match config.source.local() {
         Some(local) => kernel_view::describe(&*disk, &local.view, reason.is_none()),
-        None if is_in_disk_cache(source) => kernel_view::describe(&*disk, &ViewConfig::default(), false),
+        None if has_local_files(source) => kernel_view::describe(&*disk, &ViewConfig::default(), false),
         None => "this program: the disk is on a server".to_owned(),
     };
     Description {
@@ -216,8 +216,8 @@ pub fn describe(config: &DiskConfig, source: &dyn Source) -> Description {
     }
 }
 
-/// Returns true if the source is on a web server, and the disk cache has all of it.
-fn is_in_disk_cache(source: &dyn Source) -> bool {
+/// Returns true if the source has files, and the content of each is in a local file.
+fn has_local_files(source: &dyn Source) -> bool {
     let files = source.files();
     !files.is_empty() && files.iter().all(|file| file.content_fd().is_some())
 }

@@ -1,4 +1,5 @@
-//! The boundary where a request may wait: `fuse/` submits a [`Request`], and its completion is called once.
+//! The boundary where a request may wait: `fuse/` submits a [`Request`], and its completion is called once, but for
+//! [`Request::Finish`] where there is nothing to do.
 //!
 //! ```text
 //!   submit ─┬─ local disk ──────────────── here, on the calling thread: no hop
@@ -59,7 +60,7 @@ pub(crate) enum Request<'a> {
         done: FlushAnswer,
     },
     /// Completes the image at the end of an open, if it may be incomplete. No program waits for it: the next flush of each
-    /// other handle reports an error of it.
+    /// other handle reports an error of it. `done` is not called if there is nothing to complete.
     Finish { done: FlushAnswer },
     /// Zeroes a range, as [`Volume::zero_range`].
     Zero {

@@ -76,7 +76,7 @@ impl Volume {
     }
 
     /// Writes `buf` from byte `offset` on. Returns the number of bytes written, which is smaller than `buf` if the disk
-    /// ends before. Readers see the bytes at once; they are durable after [`flush`](Self::flush).
+    /// ends before. Readers see the bytes at once; they are durable after a flush.
     ///
     /// Errors: `Os(ENOSPC)` for a write that starts at the end of the disk or after it, `ReadOnly`, those of the disk.
     /// After an error any part of `buf` may have been written.
@@ -158,21 +158,13 @@ impl Volume {
         slow.map_or(Ok(()), |why| Err(Error::unsupported(why)))
     }
 
-    /// Makes all writes before the call durable, on this thread. Cheap if nothing was written.
+    /// Makes everything durable and marks the image as closed, on this thread. Cheap if nothing was written.
     ///
     /// Errors: those of the disk. `Os(ESTALE)` if one of its files was deleted or replaced. `Os(ENOSPC)` if the backing
-    /// file was written to after the end of the disk (see `prepare_external_write`); the
+    /// file was written to after the end of the disk (see [`prepare_external_write`](Self::prepare_external_write)); the
     /// disk itself is durable then. An error that no handle has reported.
-    pub fn flush(&self) -> Result<()> {
-        self.flush_here(FlushKind::Durable)
-    }
-
-    /// Makes everything durable and marks the image as closed, on this thread. Errors as [`flush`](Self::flush).
     pub fn close(&self) -> Result<()> {
-        self.flush_here(FlushKind::Complete)
-    }
-
-    fn flush_here(&self, kind: FlushKind) -> Result<()> {
+        let kind = FlushKind::Complete;
         self.note_external_writes();
         let flushed = self.flushes.flush_here(kind);
         self.durability().reported(None, kind, flushed)

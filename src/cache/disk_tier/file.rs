@@ -15,7 +15,8 @@
 //!
 //! OFD locks on the map, which end with the process: byte 0 shared while the file is in use (nothing evicts it), and the
 //! bytes of an entry exclusively while a process fetches the block. `flushing` is held during a flush, never by readers;
-//! `pending` and `checked` are held for a few instructions.
+//! `changing` is held during a write of entries or of the completion record, and acquired before `checked`. `pending` and
+//! `checked` are held for a few instructions.
 
 use std::fmt;
 use std::fs::File;
@@ -88,8 +89,17 @@ pub struct TierFile {
     /// Number of blocks from the first one on that were seen to be there.
     present_to: AtomicU64,
     checked: Mutex<CheckedBlocks>,
-    /// Why nothing more is kept: a write has failed, or the folder is full.
+    /// Reason why nothing more is kept: a write has failed, or the folder is full.
     refusal: OnceLock<Error>,
+}
+
+/// End of an attempt to note the completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Noted {
+    /// It is noted, or the file is not complete.
+    Done,
+    /// Not all blocks are verified yet.
+    Stopped,
 }
 
 /// Open files of the folder.
@@ -291,8 +301,11 @@ impl TierFile {
     /// Flushes, and notes the completion, in the thread of the tier.
     pub(super) fn flush_in_background(&self) {
         self.flush();
-        let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_closed());
-        self.note_completion(u64::MAX, &stop);
+        let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_wanted());
+        // To verify a whole file may take minutes, in which the other files have to be flushed. It goes on where it stopped.
+        if self.note_completion(u64::MAX, &stop) == Noted::Stopped {
+            self.schedule(Duration::ZERO, false);
+        }
     }
 
     /// Makes the blocks that were written durable, and keeps the folder within its limit.
@@ -445,14 +458,14 @@ impl TierFile {
 
     /// Notes that all blocks are there, durable and undamaged, if they are. Their file can then be read without this
     /// program. Verifies at most `most` blocks for that, and none once `stop` returns true.
-    fn note_completion(&self, most: u64, stop: &dyn Fn() -> bool) {
-        let Some(files) = &self.files else { return };
+    fn note_completion(&self, most: u64, stop: &dyn Fn() -> bool) -> Noted {
+        let Some(files) = &self.files else { return Noted::Done };
         if self.complete().is_some() || self.refusal().is_some() || !self.is_whole() {
-            return;
+            return Noted::Done;
         }
         // Taken first: a write after the checks below changes the times, and the record does not match.
         let Some(record) = completion_of(&files.data) else {
-            return;
+            return Noted::Done;
         };
         let mut left = most.saturating_add(lock(&self.checked).count());
         let verified = self.verify_rest(|_| {
@@ -464,7 +477,7 @@ impl TierFile {
             }
         });
         if !verified {
-            return;
+            return Noted::Stopped;
         }
         self.flush();
         let durable = self.entries.each(0, |_, entry| match entry & 1 {
@@ -472,13 +485,14 @@ impl TierFile {
             _ => ControlFlow::Break(()),
         });
         if !durable {
-            return;
+            return Noted::Done;
         }
         let _changing = lock(&self.changing);
         // Another thread may have noted a later state meanwhile, which this record would replace by one that matches nothing.
         if completion_of(&files.data) == Some(record) && self.put_completion(&record) {
             tracing::info!("{}: complete in {}", self.key.label, files.folder.label());
         }
+        Noted::Done
     }
 
     /// Returns true if all blocks have entries. Goes on where the last call stopped.

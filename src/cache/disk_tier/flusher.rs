@@ -53,9 +53,11 @@ impl FlushQueue {
         true
     }
 
-    /// Returns true once the tier ends.
-    pub(super) fn is_closed(&self) -> bool {
-        self.state().closed
+    /// Returns true if the thread has other work: a job is due, or the tier ends.
+    pub(super) fn is_wanted(&self) -> bool {
+        let state = self.state();
+        let now = Instant::now();
+        state.closed || state.jobs.iter().any(|(due, _)| *due <= now)
     }
 
     /// Ends the thread, and waits for the job in progress.

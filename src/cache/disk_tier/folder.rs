@@ -62,13 +62,13 @@ pub(super) struct PairState {
 
 /// Result of an eviction.
 #[derive(Debug, Default)]
-pub(super) struct Evicted {
-    /// Labels of the files that are gone.
-    pub(super) files: Vec<String>,
-    /// Number of leftovers that are gone.
-    pub(super) leftovers: u64,
+pub struct Evicted {
+    /// Keys of the files that are gone.
+    pub files: Vec<FileKey>,
+    /// Number of leftovers that are gone: data without a map, or the reverse.
+    pub leftovers: u64,
     /// True if the folder is within its limit now.
-    pub(super) within_limit: bool,
+    pub within_limit: bool,
 }
 
 impl Folder {
@@ -215,8 +215,7 @@ impl Folder {
     pub(super) fn evict(&self, wait: Duration) -> io::Result<Evicted> {
         let _lock = self.lock(wait)?;
         let mut pairs = self.pairs()?;
-        // Leftovers have no use, and come first.
-        // `None` sorts before every time.
+        // Leftovers first: `None` sorts before every time.
         pairs.sort_by_key(|pair| pair.state.as_ref().map(|state| state.used));
         let mut size: u64 = pairs.iter().map(|pair| pair.allocated).sum();
         let limit = self.limit.unwrap_or(u64::MAX);
@@ -230,7 +229,7 @@ impl Folder {
             match pair.state {
                 Some(state) => {
                     tracing::debug!("{}: evicted {}", self.path.display(), state.key.label);
-                    evicted.files.push(state.key.label);
+                    evicted.files.push(state.key);
                 }
                 None => evicted.leftovers += 1,
             }

@@ -43,6 +43,7 @@ mod tests;
 use file::Files;
 pub use file::TierFile;
 use flusher::FlushQueue;
+pub use folder::Evicted;
 use folder::{Folder, LOCK_WAIT, PairState, read_key};
 use format::{ENTRY, HEADER, encode_header};
 pub use format::{FileKey, address_hash};
@@ -71,15 +72,6 @@ pub struct HeldFile {
     pub used: SystemTime,
     /// True if all blocks are there.
     pub complete: bool,
-}
-
-/// Files that an eviction has removed.
-#[derive(Debug, Clone, Default)]
-pub struct Removed {
-    /// Labels of the files that were not used for the longest time.
-    pub files: Vec<String>,
-    /// Number of leftovers: data without a map, or the reverse.
-    pub leftovers: u64,
 }
 
 impl fmt::Debug for DiskTier {
@@ -224,13 +216,9 @@ impl DiskTier {
     /// Removes what is of no use, and, if the folder has a limit, the files that were not used for the longest time.
     ///
     /// Errors: another process holds the folder's lock, or the folder cannot be read.
-    pub fn evict(&self) -> Result<Removed> {
+    pub fn evict(&self) -> Result<Evicted> {
         let evicted = self.folder.evict(LOCK_WAIT);
-        let evicted = evicted.map_err(|e| Error::io(self.folder.label(), e))?;
-        Ok(Removed {
-            files: evicted.files,
-            leftovers: evicted.leftovers,
-        })
+        evicted.map_err(|e| Error::io(self.folder.label(), e))
     }
 }
 
@@ -285,6 +273,10 @@ impl Fetch for TieredFetch {
 
     fn max_run(&self) -> u64 {
         self.origin.max_run()
+    }
+
+    fn max_run_ahead(&self) -> u64 {
+        self.origin.max_run_ahead()
     }
 
     fn deadline(&self) -> Duration {

@@ -67,7 +67,7 @@ impl Backend for HttpsConfig {
     fn open(&self, asked: CacheSizes) -> Result<Box<dyn Source>> {
         let mut name = https::file_name(self)?;
         let mut file = open_file(self, asked)?;
-        if is_package(self)? {
+        if is_package(self, &name) {
             file = package::open(file)?.disk(self.member.as_deref())?;
             name = file.own_name();
         }
@@ -106,7 +106,7 @@ impl Backend for HttpsConfig {
     }
 
     fn verify(&self, asked: CacheSizes) -> Result<Vec<String>> {
-        if is_package(self)? {
+        if is_package(self, &https::file_name(self)?) {
             return package::open(open_file(self, asked)?)?.verify(self.member.as_deref());
         }
         Ok(Vec::new())
@@ -117,10 +117,10 @@ fn open_file(https: &HttpsConfig, asked: CacheSizes) -> Result<Arc<dyn StoredFil
     https::open(https, asked.size, asked.readahead)
 }
 
-/// Returns true if the file is a package, by its name or because a disk of it is named.
-fn is_package(https: &HttpsConfig) -> Result<bool> {
-    let is_named = https.format == Format::Auto && Format::is_package(Path::new(&https::file_name(https)?));
-    Ok(is_named || https.member.is_some())
+/// Returns true if the file with this name is a package, by its name or because a disk of it is named.
+fn is_package(https: &HttpsConfig, name: &str) -> bool {
+    let is_named = https.format == Format::Auto && Format::is_package(Path::new(name));
+    is_named || https.member.is_some()
 }
 
 fn listing(browser: &https::Browser) -> Result<Listing> {

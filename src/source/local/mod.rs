@@ -135,11 +135,6 @@ fn source_of(config: &LocalConfig, image: Image) -> Box<dyn Source> {
     })
 }
 
-/// Opens for reading the source of `file`, which may itself be open for writing.
-pub(crate) fn open_in(config: &LocalConfig, file: Arc<dyn StoredFile>) -> Result<Box<dyn Source>> {
-    config.reopen(file)
-}
-
 /// Opens the image of a local disk: its file, or the member of a package.
 ///
 /// Errors: `ReadOnly` for writing to a package.

@@ -75,7 +75,7 @@ pub(in crate::source) struct CaptiveServer {
     name: String,
     /// Last line of standard error, for the message about the server's exit.
     last_line: Arc<Mutex<String>>,
-    /// When connections were closed last.
+    /// Time of the last close of connections.
     closed: Arc<Mutex<Option<Instant>>>,
     /// Thread that reads standard error.
     reader: Option<JoinHandle<()>>,

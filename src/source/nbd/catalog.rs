@@ -47,12 +47,14 @@ pub struct ExportCatalog {
 #[derive(Debug)]
 struct CatalogState {
     names: Arc<[OsString]>,
-    /// When the names were listed.
+    /// Time of that list.
     at: Instant,
     /// A thread is asking the server.
     is_listing: bool,
     /// Failures since the last answer.
     failures: u32,
+    /// The log has an error of the list since the last answer.
+    warned: bool,
     /// Until then the server is not asked for what is known already.
     paused_until: Option<Instant>,
 }
@@ -79,6 +81,7 @@ impl ExportCatalog {
                 at: Instant::now(),
                 is_listing: false,
                 failures: 0,
+                warned: false,
                 paused_until: None,
             }),
             listed: Condvar::new(),
@@ -110,8 +113,8 @@ impl ExportCatalog {
         let left = deadline.saturating_duration_since(Instant::now());
         let waited = self.listed.wait_timeout_while(state, left, |state| state.is_listing);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if state.is_listing {
-            // It goes on, and its answer counts when it comes.
+        // It goes on, and its answer counts when it comes. Callers that wait for the same list count as one failure.
+        if state.is_listing && !state.is_paused() {
             state.failed();
         }
         Arc::clone(&state.names)
@@ -173,10 +176,11 @@ impl ExportCatalog {
                 state.names = distinct(names);
                 state.at = Instant::now();
                 state.failures = 0;
+                state.warned = false;
                 state.paused_until = None;
             }
             Err(e) => {
-                if state.failures == 0 {
+                if !std::mem::replace(&mut state.warned, true) {
                     tracing::warn!("{e}; the exports that were listed before stay");
                 }
                 state.failed();
@@ -221,6 +225,7 @@ mod tests {
             at: Instant::now(),
             is_listing: false,
             failures: 0,
+            warned: false,
             paused_until: None,
         }
     }

@@ -52,7 +52,8 @@ pub(in crate::source) trait OwnServer: fmt::Debug + Send + Sync {
     /// Fails once `deadline` has passed or `cancel` returns true.
     fn connect(&self, first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd>;
 
-    /// Waits up to `within` for the server to exit. Returns a message about its exit, or `None` if it still runs.
+    /// Waits up to `within` for the server to exit. Returns a message about its exit, or about the end that it has announced;
+    /// `None` otherwise.
     fn exit_within(&self, within: Duration) -> Option<String>;
 
     /// Notes that connections to the server are about to be closed: what it says of that is no fault.

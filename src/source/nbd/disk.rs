@@ -41,7 +41,7 @@ const CONNECTIONS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time after the deadline of a command within which its result must have reached the waiting thread.
-pub(super) const GRACE: Duration = Duration::from_secs(10);
+pub(in crate::source) const GRACE: Duration = Duration::from_secs(10);
 
 /// Smallest read in bytes that prefetches the block status for the reads after it.
 const PREFETCH_MIN: u64 = 64 << 10;

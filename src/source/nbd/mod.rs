@@ -12,8 +12,9 @@
 //!   connection.rs     sockets retired together: send   poller.rs        poll, read answers (handoff.rs, sync.rs)
 //!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
 //!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
-//!   discover.rs       --list, --info                    export.rs        size, block sizes, flags; their checks
+//!   discover.rs       --list, --info                   export.rs        size, block sizes, flags; their checks
 //!   export_identity.rs  the same disk after a reconnect?
+//!   catalog.rs        exports that the server has now  backend.rs, served_disk.rs  exports as sources
 //!   tls.rs            trusted certificates             private_dir.rs   folder for them, for the handshake
 //!   ffi.rs            the only calls of libnbd
 //! ```
@@ -51,6 +52,7 @@ mod tls;
 pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
 pub use catalog::{ExportCatalog, FoundExport};
 pub(in crate::source) use connect::{Cancel, OwnServer};
+pub(in crate::source) use disk::GRACE;
 pub use disk::NbdDisk;
 pub(in crate::source) use private_dir::PrivateDir;
 pub(in crate::source) use served_disk::{FETCHES, ServedDisk};

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::abi::CHUNK_SECTORS;
 use super::process::{self, TIMEOUT};
@@ -10,15 +9,12 @@ use crate::block::BlockRead;
 use crate::cache::CacheOptions;
 use crate::config::{SourceSettings, VddkConfig};
 use crate::error::Result;
-use crate::source::nbd::{FETCHES, ServedDisk};
+use crate::source::nbd::{FETCHES, GRACE, ServedDisk};
 use crate::source::{Backend, CacheSizes, Source, SourceIdentity};
 
-/// Default size of the cache for a disk on a server, and its read-ahead, in bytes: those of HTTPS.
+/// Default size of the cache for a disk on a server, and its read-ahead, in bytes.
 const CACHE: u64 = 64 << 20;
 const READAHEAD: u64 = 16 << 20;
-
-/// Time after the deadline of a request within which its result must have reached the waiting thread.
-const GRACE: Duration = Duration::from_secs(10);
 
 impl Backend for VddkConfig {
     fn open(&self, _asked: CacheSizes) -> Result<Box<dyn Source>> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use reqwest::Url;
 
 use super::address::Address;
-use super::client::{Ask, Client, Want};
+use super::client::{Ask, Client, Want, may_be_wrong_form, of_forms};
 use super::listing::{self, ListedName};
 use crate::config::{HttpsAddress, HttpsConfig};
 use crate::error::{Error, ErrorKind, Result};
@@ -66,13 +66,12 @@ impl Browser {
     ///
     /// Errors: those of the server; it lists none.
     pub fn datacenters(&self) -> Result<Vec<Datacenter>> {
-        let query = |key| {
-            let (url, page) = self.page(&self.address)?;
-            Ok::<_, Error>(listing::query_values(&page, &url, key))
-        };
         let names = match &self.datacenter {
             Some(name) => vec![name.clone()],
-            None => query("dcPath")?,
+            None => {
+                let (url, page) = self.page(&self.address)?;
+                listing::query_values(&page, &url, "dcPath")
+            }
         };
         if names.is_empty() {
             let text = "lists no datacenters: is it an ESXi or a vCenter? Give datacenter= if it is";
@@ -143,10 +142,7 @@ impl Browser {
                     self.client.forms.note(&address.site, form);
                     return Ok((address.url(form), bytes));
                 }
-                // A wrong form of the query shows as an absent file, or as an internal error. An absent file in one form
-                // is the answer of the right one.
-                Err(e) if e.kind() == ErrorKind::NotFound => failed = Some(e),
-                Err(e) if e.kind() == ErrorKind::Busy => failed = failed.or(Some(e)),
+                Err(e) if may_be_wrong_form(&e) => failed = of_forms(failed, e),
                 Err(e) => return Err(e.within(address.label())),
             }
         }

@@ -86,7 +86,7 @@ pub(super) struct Ask<'a> {
     pub(super) address: &'a Address,
     /// Form of the query.
     pub(super) form: usize,
-    /// Where the server has redirected an earlier request to.
+    /// Target of an earlier redirect by the server.
     pub(super) moved: &'a Mutex<Option<Url>>,
     pub(super) range: Range<u64>,
     pub(super) want: Want,
@@ -105,6 +105,19 @@ pub(super) enum Want {
     Version,
     /// The listing of a folder, which goes to the sink as a whole.
     Page,
+}
+
+/// Returns true for the errors that a wrong form of the query shows as: an absent file, or an internal error.
+pub(super) fn may_be_wrong_form(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Busy)
+}
+
+/// Returns the error to report of two forms of one query: an absent file in one form is the answer of the right one.
+pub(super) fn of_forms(earlier: Option<Error>, later: Error) -> Option<Error> {
+    match later.kind() {
+        ErrorKind::NotFound => Some(later),
+        _ => earlier.or(Some(later)),
+    }
 }
 
 /// Clients in use: disks of the same server share one.
@@ -585,5 +598,24 @@ fn sleep(pause: Duration, limits: Limits<'_>) -> Result<(), Trouble> {
             return Ok(());
         }
         std::thread::sleep(left.min(TICK));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absent_file_in_one_form_of_its_address_is_the_answer() {
+        let error = |kind| Error::new(kind, "x");
+        for (first, second, reported) in [
+            (ErrorKind::Busy, ErrorKind::NotFound, ErrorKind::NotFound),
+            (ErrorKind::NotFound, ErrorKind::Busy, ErrorKind::NotFound),
+            (ErrorKind::Busy, ErrorKind::Busy, ErrorKind::Busy),
+        ] {
+            let failed = of_forms(of_forms(None, error(first)), error(second));
+            assert_eq!(failed.unwrap().kind(), reported);
+        }
+        assert!(!may_be_wrong_form(&error(ErrorKind::Policy)));
     }
 }

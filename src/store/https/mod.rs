@@ -51,7 +51,7 @@ use address::Address;
 pub use address::{percent_decode, split_datastore};
 use answer::Version;
 pub use browser::{Browser, Datacenter};
-use client::{Ask, Client, Want};
+use client::{Ask, Client, Want, may_be_wrong_form, of_forms};
 pub use listing::ListedName;
 pub use trust::certificate_of;
 
@@ -135,8 +135,7 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
                 shared.client.forms.note(&address.site, form);
                 return HttpsFile::new(shared, address, form, moved, version, head).map(|file| Arc::new(file) as _);
             }
-            // A wrong form of the query shows as an absent file, or as an internal error.
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Busy) => failed = failed.or(Some(e)),
+            Err(e) if may_be_wrong_form(&e) => failed = of_forms(failed, e),
             Err(e) => return Err(within(e)),
         }
     }

@@ -142,13 +142,16 @@ impl Wire {
             ready: 0,
         };
         let unanswered = |trouble| Refused::Unanswered(unreachable(trouble));
+        // Before the server has sent a byte, an error is that of the connection, and another address may be better.
+        let mut answered = false;
         while wire.tls.is_some() {
-            match wire
-                .step(None, &mut |_| ())
-                .map_err(|trouble| Refused::ByTls(unreachable(trouble)))?
-            {
+            let refused = |trouble| match answered {
+                true => Refused::ByTls(unreachable(trouble)),
+                false => unanswered(trouble),
+            };
+            match wire.step(None, &mut |_| ()).map_err(refused)? {
                 Step::Idle => break,
-                Step::Blocked if wire.fill(limits).map_err(unanswered)? => {}
+                Step::Blocked if wire.fill(limits).map_err(unanswered)? => answered = true,
                 Step::Blocked | Step::Ended => return Err(unanswered(ended())),
                 Step::Again | Step::Sent => {}
             }

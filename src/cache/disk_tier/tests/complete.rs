@@ -1,4 +1,4 @@
-//! When a file is complete.
+//! Conditions of a complete file.
 
 use super::*;
 

@@ -63,7 +63,7 @@ fn halves_of_pairs_and_damaged_maps_are_evicted_and_nothing_else() {
     fs::write(name(3, "map"), "damaged while it is in use").unwrap();
     fs::write(path.join("notes.data"), "of the user").unwrap();
     let evicted = tier.evict().unwrap();
-    assert_eq!((evicted.leftovers, evicted.files), (3, Vec::<String>::new()));
+    assert_eq!((evicted.leftovers, evicted.files), (3, Vec::new()));
     let mut left: Vec<_> = fs::read_dir(&path)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -94,4 +94,27 @@ fn a_look_at_a_file_is_no_use_of_it() {
     let held = tier.held().remove(0);
     assert_eq!(tier.reopen(&held).unwrap().verify(), (BLOCKS, 0));
     assert_eq!(tier.held()[0].used, SystemTime::UNIX_EPOCH);
+}
+
+#[test]
+fn regression_an_eviction_names_versions_of_one_file_apart() {
+    let (_dir, path) = folder();
+    let version = |tag: &str| FileKey {
+        address: address_hash(tag),
+        etag: Some(tag.to_owned()),
+        ..key()
+    };
+    let unlimited = DiskTier::open(&path, None, true).unwrap();
+    for (tag, used) in [("old", 1000), ("new", 2000)] {
+        let file = unlimited.file(version(tag)).unwrap();
+        fill(&file);
+        close(file);
+        let map = path.join(format!("{}.map", version(tag).stem()));
+        let map = fs::File::options().write(true).open(map).unwrap();
+        map.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(used))
+            .unwrap();
+    }
+    let each = unlimited.held()[0].allocated;
+    let tier = DiskTier::open(&path, Some(each * 3 / 2), true).unwrap();
+    assert_eq!(tier.evict().unwrap().files, [version("old")]);
 }

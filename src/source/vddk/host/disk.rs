@@ -373,8 +373,8 @@ impl Disk {
         reply.extents(&extents);
     }
 
-    /// Waits up to `limit` until no request is in flight and no call uses the handle. Returns false if a request still is. Must be called after
-    /// [`Self::run_jobs`], which admits no more.
+    /// Waits up to `limit` until no request is in flight and no call uses the handle. Returns false if a request still is.
+    /// Must be called after [`Self::run_jobs`], which admits no more.
     pub(super) fn wait_idle(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         let mut in_flight = lock(&self.in_flight);
