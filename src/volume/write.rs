@@ -161,7 +161,7 @@ impl Volume {
     /// Makes everything durable and marks the image as closed, on this thread. Cheap if nothing was written.
     ///
     /// Errors: those of the disk. `Os(ESTALE)` if one of its files was deleted or replaced. `Os(ENOSPC)` if the backing
-    /// file was written to after the end of the disk (see [`prepare_external_write`](Self::prepare_external_write)); the
+    /// file was written to after the end of the disk (see `prepare_external_write`); the
     /// disk itself is durable then. An error that no handle has reported.
     pub fn close(&self) -> Result<()> {
         let kind = FlushKind::Complete;
