@@ -15,6 +15,7 @@ mod local;
 mod nbd;
 mod secret;
 mod source;
+mod source_settings;
 mod vddk;
 
 pub use create::{AdapterType, CreateConfig, CreateType};
@@ -23,7 +24,8 @@ pub use https::{HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Thumbprint, Tru
 pub use local::{Format, KernelView, LocalConfig, ViewConfig};
 pub use nbd::{NbdAddress, NbdConfig, NbdTls};
 pub use secret::Secret;
-pub use source::{Locality, SourceConfig, SourceSettings};
+pub use source::SourceConfig;
+pub use source_settings::{Locality, SourceSettings};
 pub use vddk::{VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
 
 /// Configuration of one run of the program.

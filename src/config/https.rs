@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::local::Format;
 use super::secret::{Secret, without_secrets};
-use super::source::{Locality, SourceSettings};
+use super::source_settings::{Locality, SourceSettings};
 use crate::vmdk::Degraded;
 
 /// A disk on a web server.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::create::CreateConfig;
-use super::source::{Locality, SourceSettings};
+use super::source_settings::{Locality, SourceSettings};
 use crate::store::OpenPolicy;
 use crate::vmdk::Degraded;
 

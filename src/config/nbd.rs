@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::secret::without_secrets;
-use super::source::{Locality, SourceSettings};
+use super::source_settings::{Locality, SourceSettings};
 
 /// Export of an NBD server.
 #[derive(Debug, Clone, PartialEq)]

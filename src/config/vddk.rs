@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::create::CreateConfig;
 use super::secret::Secret;
-use super::source::{Locality, SourceSettings};
+use super::source_settings::{Locality, SourceSettings};
 
 /// A disk that VDDK opens: a local VMDK, or a disk of an ESXi host or a vCenter.
 #[derive(Debug, Clone, PartialEq, Default)]
