@@ -4,17 +4,17 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 
 use super::completion::RECORD;
-use super::file::Bytes;
 use super::format::{COMPLETION, ENTRY, HEADER};
+use super::storage::Storage;
 
 /// Entries of one map. An entry that cannot be read counts as 0: the map ends with its last entry.
 pub(super) struct Entries {
-    map: Box<dyn Bytes>,
+    map: Box<dyn Storage>,
     blocks: u64,
 }
 
 impl Entries {
-    pub(super) fn new(map: Box<dyn Bytes>, blocks: u64) -> Self {
+    pub(super) fn new(map: Box<dyn Storage>, blocks: u64) -> Self {
         Self { map, blocks }
     }
 

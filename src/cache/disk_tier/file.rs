@@ -23,7 +23,6 @@ use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -31,11 +30,11 @@ use std::time::{Duration, Instant, SystemTime};
 use super::checked::CheckedBlocks;
 use super::completion::{NONE, RECORD, completion_of, is_complete};
 use super::entries::Entries;
-use super::flusher::FlushQueue;
+use super::flusher::{Flush, FlushQueue};
 use super::folder::Folder;
 use super::format::{self, Checksum, Durability, ENTRY, FileKey, HEADER};
 use super::lock::{Lock, LockMode};
-use super::run_writer::RunWriter;
+use super::storage::Storage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::lock;
 
@@ -50,37 +49,16 @@ const EVICTION_WAIT: Duration = Duration::from_millis(500);
 /// Most blocks that the end of a file verifies: a mount must not read a whole disk before it ends.
 const VERIFIED_AT_END: u64 = 2048;
 
-/// Storage of bytes; in tests a simulation that loses what was not synced.
-pub(super) trait Bytes: Send + Sync {
-    fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
-    fn write(&self, buf: &[u8], at: u64) -> io::Result<()>;
-    fn sync(&self) -> io::Result<()>;
-}
-
-impl Bytes for Arc<File> {
-    fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
-        self.read_exact_at(buf, at)
-    }
-
-    fn write(&self, buf: &[u8], at: u64) -> io::Result<()> {
-        self.write_all_at(buf, at)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.sync_data()
-    }
-}
-
 /// Blocks of one file.
 pub struct TierFile {
     key: FileKey,
-    data: Box<dyn Bytes>,
+    data: Box<dyn Storage>,
     entries: Entries,
     /// The files behind `data` and `entries`; `None` in a simulation.
     files: Option<Files>,
     boot: u64,
     /// Thread that flushes, and this file for its queue. Without it the writer flushes.
-    flusher: Option<(Arc<FlushQueue>, Weak<Self>)>,
+    flusher: Option<(Arc<FlushQueue<Self>>, Weak<Self>)>,
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
     flushing: Mutex<()>,
@@ -121,7 +99,7 @@ impl fmt::Debug for TierFile {
 
 impl TierFile {
     /// Creates the blocks of a file, which are flushed through `queue`, or by their writers without one.
-    pub(super) fn new(key: FileKey, files: Files, boot: u64, queue: Option<&Arc<FlushQueue>>) -> Arc<Self> {
+    pub(super) fn new(key: FileKey, files: Files, boot: u64, queue: Option<&Arc<FlushQueue<Self>>>) -> Arc<Self> {
         let (data, map) = (Box::new(Arc::clone(&files.data)), Box::new(Arc::clone(&files.map)));
         Arc::new_cyclic(|this| {
             let flusher = queue.map(|queue| (Arc::clone(queue), Weak::clone(this)));
@@ -131,11 +109,11 @@ impl TierFile {
 
     pub(super) fn over(
         key: FileKey,
-        data: Box<dyn Bytes>,
-        map: Box<dyn Bytes>,
+        data: Box<dyn Storage>,
+        map: Box<dyn Storage>,
         files: Option<Files>,
         boot: u64,
-        flusher: Option<(Arc<FlushQueue>, Weak<Self>)>,
+        flusher: Option<(Arc<FlushQueue<Self>>, Weak<Self>)>,
     ) -> Self {
         Self {
             entries: Entries::new(map, key.blocks()),
@@ -237,14 +215,11 @@ impl TierFile {
 
     /// Keeps a block, unless it is there. A failure only means that it is not kept.
     pub fn write(&self, number: u64, data: &[u8]) {
-        if !self.has(number) {
-            self.writer(number..number + 1).write(data);
+        if !self.has(number)
+            && let Some(sum) = self.write_data(number, data)
+        {
+            self.publish(number, &[sum]);
         }
-    }
-
-    /// Returns a writer of missing blocks that lie one after the other.
-    pub(super) fn writer(&self, blocks: Range<u64>) -> RunWriter<'_> {
-        RunWriter::new(self, blocks)
     }
 
     /// Writes the data of a block. Returns its checksums, or `None` if it is not kept.
@@ -295,16 +270,6 @@ impl TierFile {
         let scheduled = scheduled.is_some_and(|(queue, this)| queue.push(this, Instant::now() + delay));
         if !scheduled && must {
             self.flush();
-        }
-    }
-
-    /// Flushes, and notes the completion, in the thread of the tier.
-    pub(super) fn flush_in_background(&self) {
-        self.flush();
-        let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_wanted());
-        // To verify a whole file may take minutes, in which the other files have to be flushed. It goes on where it stopped.
-        if self.note_completion(u64::MAX, &stop) == Noted::Stopped {
-            self.schedule(Duration::ZERO, false);
         }
     }
 
@@ -536,6 +501,18 @@ impl TierFile {
     pub fn complete(&self) -> Option<BorrowedFd<'_>> {
         let files = self.files.as_ref()?;
         is_complete(&files.map, &files.data).then(|| files.data.as_fd())
+    }
+}
+
+impl Flush for TierFile {
+    /// Flushes, and notes the completion.
+    fn flush_in_background(&self) {
+        self.flush();
+        let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_wanted());
+        // To verify a whole file may take minutes, in which the other files have to be flushed. It goes on where it stopped.
+        if self.note_completion(u64::MAX, &stop) == Noted::Stopped {
+            self.schedule(Duration::ZERO, false);
+        }
     }
 }
 

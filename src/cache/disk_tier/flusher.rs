@@ -13,25 +13,41 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::file::TierFile;
+/// Blocks that the thread can flush.
+pub(super) trait Flush: Send + Sync + 'static {
+    /// Flushes in the thread of the tier.
+    fn flush_in_background(&self);
+}
 
 /// Jobs of the thread.
-#[derive(Default)]
-pub(super) struct FlushQueue {
-    state: Mutex<QueueState>,
+pub(super) struct FlushQueue<F> {
+    state: Mutex<QueueState<F>>,
     wake: Condvar,
 }
 
-#[derive(Default)]
-struct QueueState {
-    jobs: Vec<(Instant, Weak<TierFile>)>,
+struct QueueState<F> {
+    jobs: Vec<(Instant, Weak<F>)>,
     thread: Option<JoinHandle<()>>,
     closed: bool,
 }
 
-impl FlushQueue {
+impl<F> Default for FlushQueue<F> {
+    fn default() -> Self {
+        let state = QueueState {
+            jobs: Vec::new(),
+            thread: None,
+            closed: false,
+        };
+        Self {
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+        }
+    }
+}
+
+impl<F: Flush> FlushQueue<F> {
     /// Flushes a file at `due` or before. Returns false if there is no thread that could.
-    pub(super) fn push(self: &Arc<Self>, file: &Weak<TierFile>, due: Instant) -> bool {
+    pub(super) fn push(self: &Arc<Self>, file: &Weak<F>, due: Instant) -> bool {
         let mut state = self.state();
         if state.closed {
             return false;
@@ -83,7 +99,7 @@ impl FlushQueue {
     }
 
     /// Waits for the next job that is due. Returns `None` once the tier ends.
-    fn next(&self) -> Option<Weak<TierFile>> {
+    fn next(&self) -> Option<Weak<F>> {
         let mut state = self.state();
         loop {
             if state.closed {
@@ -103,7 +119,7 @@ impl FlushQueue {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, QueueState> {
+    fn state(&self) -> MutexGuard<'_, QueueState<F>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -37,6 +37,7 @@ mod folder;
 mod format;
 mod lock;
 mod run_writer;
+mod storage;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +49,7 @@ use folder::{Folder, LOCK_WAIT, PairState, read_key};
 use format::{ENTRY, HEADER, encode_header};
 pub use format::{FileKey, address_hash};
 use lock::{Lock, LockMode};
+use run_writer::RunWriter;
 
 /// Largest number of blocks of a file: 128 TiB in blocks of 32 KiB. Bounds the work for a length that a server says.
 const MAX_BLOCKS: u64 = 1 << 32;
@@ -57,7 +59,7 @@ const SHARED_WAIT: Duration = Duration::from_secs(5);
 /// Folder of cached files, and the thread that flushes them.
 pub struct DiskTier {
     folder: Arc<Folder>,
-    flusher: Arc<FlushQueue>,
+    flusher: Arc<FlushQueue<TierFile>>,
     boot: u64,
 }
 
@@ -254,7 +256,7 @@ impl TieredFetch {
 
     /// Fetches blocks that the folder does not have.
     fn fetch_missing(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
-        let mut writer = self.file.writer(blocks.clone());
+        let mut writer = RunWriter::new(&self.file, blocks.clone());
         self.origin.fetch(blocks, &mut |data| {
             writer.write(&data);
             each(data);

@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::sync::{Mutex, mpsc};
 
-use super::file::Bytes;
+use super::storage::Storage;
 use super::*;
 
 mod complete;
@@ -64,7 +64,7 @@ struct Recorded {
 }
 
 impl Recorded {
-    fn over(which: Which, bytes: Vec<u8>, log: &Arc<Mutex<Vec<Op>>>) -> Box<dyn Bytes> {
+    fn over(which: Which, bytes: Vec<u8>, log: &Arc<Mutex<Vec<Op>>>) -> Box<dyn Storage> {
         Box::new(Self {
             which,
             bytes: Mutex::new(bytes),
@@ -73,7 +73,7 @@ impl Recorded {
     }
 }
 
-impl Bytes for Recorded {
+impl Storage for Recorded {
     fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         let bytes = self.bytes.lock().unwrap();
         let part = bytes.get(at as usize..at as usize + buf.len());
@@ -226,7 +226,7 @@ fn a_killed_process_loses_nothing() {
 /// Storage without space.
 struct Full;
 
-impl Bytes for Full {
+impl Storage for Full {
     fn read(&self, buf: &mut [u8], _at: u64) -> io::Result<()> {
         buf.fill(0);
         Ok(())
@@ -373,12 +373,12 @@ fn folders_of_others_and_links_are_refused() {
 
 /// Storage whose sync lasts until the test ends it.
 struct SlowSync {
-    bytes: Box<dyn Bytes>,
+    bytes: Box<dyn Storage>,
     begun: Mutex<mpsc::Sender<()>>,
     end: Mutex<mpsc::Receiver<()>>,
 }
 
-impl Bytes for SlowSync {
+impl Storage for SlowSync {
     fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         self.bytes.read(buf, at)
     }
@@ -404,7 +404,7 @@ fn neither_readers_nor_writers_wait_for_a_flush() {
         end: Mutex::new(wait),
     };
     let map = Recorded::over(Which::Map, empty(Which::Map), &log);
-    let queue = Arc::<FlushQueue>::default();
+    let queue = Arc::<FlushQueue<_>>::default();
     let file = Arc::new_cyclic(|this| {
         let flusher = Some((Arc::clone(&queue), this.clone()));
         TierFile::over(key(), Box::new(data), map, None, 1, flusher)
