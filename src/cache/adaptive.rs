@@ -15,7 +15,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::blocks::{BlockMemory, CachedBlocks};
+use super::block_memory::BlockMemory;
+use super::blocks::CachedBlocks;
 use super::{Fetch, FetchPool, may_wait, would_block};
 use crate::error::Result;
 
@@ -60,7 +61,7 @@ impl AdaptiveBlocks {
 
     /// Puts a large block into the memory that came with another request.
     pub fn put(&self, number: u64, bytes: Vec<u8>) {
-        self.large.put(number, bytes);
+        self.large.file().put(number, bytes);
     }
 
     /// Reads from byte `offset` on and fills `buf` completely. The range must lie in the file.
@@ -68,23 +69,23 @@ impl AdaptiveBlocks {
     /// Errors: `WouldBlock` within `without_waiting`, those of the fetch.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
-        let Some(small) = self.small.as_ref().filter(|small| len <= 2 * small.block()) else {
+        let Some(small) = self.small.as_ref().filter(|small| len <= 2 * small.file().block_size()) else {
             return self.large.read(offset, buf);
         };
-        if self.large.holds(offset, len) {
+        if self.large.file().holds(offset, len) {
             self.note(true);
             return self.large.read(offset, buf);
         }
-        if small.holds(offset, len) {
+        if small.file().holds(offset, len) {
             return small.read(offset, buf);
         }
         if !may_wait() {
             return Err(would_block());
         }
-        let before = offset.saturating_sub(small.block());
-        let after = offset + len + small.block() - 1;
-        let continues = self.large.continues(offset, len);
-        let is_local = self.note(continues || small.holds_byte(before) || small.holds_byte(after));
+        let before = offset.saturating_sub(small.file().block_size());
+        let after = offset + len + small.file().block_size() - 1;
+        let continues = self.large.file().continues(offset, len);
+        let is_local = self.note(continues || small.file().holds_byte(before) || small.file().holds_byte(after));
         match continues || is_local {
             true => self.large.read(offset, buf),
             false => small.read(offset, buf),

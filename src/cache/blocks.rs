@@ -10,267 +10,59 @@
 //! the first run of blocks that it misses itself, and queues the rest for the pool; those that no thread has started when
 //! it gets to them, it fetches as well. So one reader keeps all processors or connections busy, and a read of one block
 //! needs no other thread.
-//!
-//! A run is one fetch of neighbouring blocks. Each block is cached, and its waiters are woken, as soon as it is complete.
-//!
-//! # Locks
-//!
-//! `flights` and `streams` are each held alone and only for a few instructions; the cache has its own locks inside, which
-//! may be acquired while `flights` is held. No lock is held across a fetch or a copy.
-//!
-//! Invariant: a flight is in `flights` until its block is in the cache or its fetch has failed. A reader that checks
-//! the cache again while it holds `flights` therefore never starts a second fetch of a block that has just been cached.
-//! A write, or the end of trust in the content, takes flights out of `flights` before their fetches end (detaches them):
-//! their blocks are never cached. See `writes.rs`.
 
-use std::collections::HashMap;
-use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use quick_cache::sync::Cache;
-use quick_cache::{OptionsBuilder, Weighter};
-
+use super::block_memory::BlockMemory;
+use super::file_blocks::FileBlocks;
 use super::pool::FetchPool;
-use super::readahead::ReadStreams;
-use super::single_flight::{Block, Claim, Flight};
 use super::{Fetch, may_wait, would_block};
-use crate::error::{Error, ErrorKind, Result};
-use crate::mutex::lock;
-
-/// Part of the cache for blocks that were read more than once. The rest is for new blocks, so that prefetched blocks do
-/// not evict one another before they are read.
-const HOT_PART: f64 = 0.5;
-
-/// Blocks that a shard of the memory must be able to hold.
-const MIN_BLOCKS: u64 = 4;
-
-/// Position of the file's number in a key; the bits below are the number of the block.
-const FILE_SHIFT: u32 = 40;
-
-/// Memory for blocks, shared by files.
-pub struct BlockMemory {
-    cache: Cache<u64, Block, ByBytes>,
-    /// Number of the next file.
-    files: AtomicU64,
-    bytes: u64,
-}
-
-/// Weighs a block by its bytes, so that the capacity of the cache is in bytes.
-#[derive(Clone)]
-struct ByBytes;
-
-impl Weighter<u64, Block> for ByBytes {
-    fn weight(&self, _key: &u64, block: &Block) -> u64 {
-        block.len() as u64
-    }
-}
-
-impl fmt::Debug for BlockMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BlockMemory({} of {} bytes)", self.cache.weight(), self.bytes)
-    }
-}
-
-impl BlockMemory {
-    /// Creates memory of `size` bytes for blocks of `block` bytes, but for at least `least` blocks.
-    ///
-    /// Errors: the size is not possible.
-    pub fn new(size: u64, block: u64, least: u64) -> Result<Self> {
-        let blocks = (size / block).max(least).max(MIN_BLOCKS);
-        let bytes = blocks.saturating_mul(block);
-        let options = OptionsBuilder::new()
-            // Only an estimate for the tables of the cache, which grow.
-            .estimated_items_capacity(usize::try_from(blocks).unwrap_or(usize::MAX).min(1 << 20))
-            .weight_capacity(bytes)
-            // The capacity is divided among the shards; with too many of them a shard could not hold a single block.
-            .shards(((blocks / MIN_BLOCKS) as usize).clamp(1, 4))
-            .hot_allocation(HOT_PART)
-            .build()
-            .map_err(|e| Error::new(ErrorKind::Usage, format!("cache-size: {e}")))?;
-        Ok(Self {
-            cache: Cache::with_options(options, ByBytes, Default::default(), Default::default()),
-            files: AtomicU64::new(0),
-            bytes,
-        })
-    }
-}
+use crate::error::Result;
 
 /// Blocks of one file; see the module documentation.
 #[derive(Debug)]
 pub struct CachedBlocks {
-    shared: Arc<Shared>,
+    file: Arc<FileBlocks>,
     pool: Arc<FetchPool>,
-}
-
-/// A cached block that a write changes.
-#[derive(Debug)]
-pub(super) struct PatchedBlock {
-    number: u64,
-    old: Block,
-    new: Block,
-}
-
-/// The part that the threads of the pool use.
-pub(super) struct Shared {
-    fetch: Arc<dyn Fetch>,
-    memory: Arc<BlockMemory>,
-    /// Number of the file, in its place of a key. Another one after [`CachedBlocks::forget`]: the blocks of the old number
-    /// are found no more, and the memory evicts them.
-    file: AtomicU64,
-    len: u64,
-    /// Size of a block in bytes; the last block may be smaller.
-    block: u64,
-    /// Fetches that are queued or in flight, by block number. Never held across a fetch.
-    flights: Mutex<HashMap<u64, Arc<Flight>>>,
-    streams: Mutex<ReadStreams>,
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared")
-            .field("fetch", &self.fetch)
-            .field("block", &self.block)
-            .finish_non_exhaustive()
-    }
 }
 
 impl CachedBlocks {
     /// Creates the blocks of `fetch`, whose read-ahead is at most `readahead` bytes.
     pub fn new(fetch: Arc<dyn Fetch>, memory: Arc<BlockMemory>, pool: Arc<FetchPool>, readahead: u64) -> Self {
-        let block = fetch.block().max(1);
-        // A prefetched block must still be cached when it is read, so a window covers less than the part of the memory that
-        // new blocks have.
-        let window = readahead.min(memory.bytes / 8 * 3) / block;
-        let shared = Arc::new(Shared {
-            file: memory.files.fetch_add(1, Ordering::Relaxed).into(),
-            len: fetch.len(),
-            flights: Mutex::default(),
-            streams: Mutex::new(ReadStreams::new(window)),
-            block,
-            memory,
-            fetch,
-        });
-        Self { shared, pool }
+        let file = Arc::new(FileBlocks::new(fetch, memory, readahead));
+        Self { file, pool }
     }
 
-    /// Puts a block into the memory that came with another request.
-    pub fn put(&self, number: u64, bytes: Vec<u8>) {
-        if bytes.len() as u64 == self.shared.block_len(number) {
-            self.shared
-                .memory
-                .cache
-                .insert(self.shared.key(number), Block::new(bytes));
-        }
+    /// Returns the blocks without the pool that fetches them.
+    pub(super) fn file(&self) -> &FileBlocks {
+        &self.file
     }
 
     /// Reads from byte `offset` on and fills `buf` completely. The range must lie in the file.
     ///
     /// Errors: `WouldBlock` within `without_waiting`, those of the fetch.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let shared = &self.shared;
+        let file = &*self.file;
         if buf.is_empty() {
             return Ok(());
         }
-        let blocks = offset / shared.block..(offset + buf.len() as u64).div_ceil(shared.block);
+        let blocks = file.blocks_of(&(offset..offset + buf.len() as u64));
         // Checked before the read is noted: the thread that reads it later notes it.
-        if !may_wait() && !blocks.clone().all(|block| shared.is_known(block)) {
+        if !may_wait() && !blocks.clone().all(|block| file.is_known(block)) {
             return Err(would_block());
         }
         self.enqueue_missing(&blocks);
         let mut rest = buf;
-        let mut skip = (offset % shared.block) as usize;
+        let mut skip = (offset % file.block_size()) as usize;
         for block in blocks.clone() {
-            let have = (shared.block_len(block) as usize).saturating_sub(skip);
+            let have = (file.block_len(block) as usize).saturating_sub(skip);
             let (part, after) = rest.split_at_mut(have.min(rest.len()));
-            shared.copy(block..blocks.end, skip, part)?;
+            file.copy(block..blocks.end, skip, part)?;
             rest = after;
             skip = 0;
         }
         Ok(())
-    }
-
-    /// Returns the numbers of the blocks that hold the bytes.
-    pub(super) fn blocks_of(&self, bytes: &Range<u64>) -> Range<u64> {
-        bytes.start / self.shared.block..bytes.end.div_ceil(self.shared.block)
-    }
-
-    /// Forgets all blocks, also those that are being fetched.
-    pub(super) fn forget(&self) {
-        let shared = &self.shared;
-        let mut flights = lock(&shared.flights);
-        flights.clear();
-        let next = shared.memory.files.fetch_add(1, Ordering::Relaxed);
-        // Under the lock: a fetch checks there that its flight is not detached, and caches its block.
-        shared.file.store(next, Ordering::Release);
-    }
-
-    /// Returns the cached ones of the blocks that `data` changes, which lies at byte `offset`: each with its number, as it
-    /// is, and as it becomes.
-    pub(super) fn patched(&self, offset: u64, data: &[u8]) -> Vec<PatchedBlock> {
-        let shared = &self.shared;
-        let end = offset + data.len() as u64;
-        let patched = self.blocks_of(&(offset..end)).filter_map(|number| {
-            let old = shared.memory.cache.get(&shared.key(number))?;
-            let (from, to) = (shared.start(number), shared.start(number) + shared.block_len(number));
-            let part = data.get((from.max(offset) - offset) as usize..(to.min(end) - offset) as usize)?;
-            let mut bytes = Vec::clone(&old);
-            let at = from.max(offset) - from;
-            bytes
-                .get_mut(at as usize..at as usize + part.len())?
-                .copy_from_slice(part);
-            Some(PatchedBlock {
-                number,
-                old,
-                new: Block::new(bytes),
-            })
-        });
-        patched.collect()
-    }
-
-    /// Replaces the blocks of a range by those in `patched`, if they are still as they were then, and drops the others. No
-    /// fetch that is in flight caches one of them.
-    pub(super) fn update(&self, blocks: Range<u64>, patched: Vec<PatchedBlock>) {
-        let shared = &self.shared;
-        let mut patched = patched.into_iter().peekable();
-        let mut flights = lock(&shared.flights);
-        for number in blocks {
-            flights.remove(&number);
-            let key = shared.key(number);
-            let new = patched.next_if(|block| block.number == number);
-            let cached = shared.memory.cache.get(&key);
-            match (new, cached) {
-                (Some(block), Some(cached)) if Arc::ptr_eq(&block.old, &cached) => {
-                    shared.memory.cache.insert(key, block.new);
-                }
-                (_, Some(_)) => drop(shared.memory.cache.remove(&key)),
-                (_, None) => {}
-            }
-        }
-    }
-
-    /// Returns the size of a block in bytes.
-    pub(super) fn block(&self) -> u64 {
-        self.shared.block
-    }
-
-    /// Returns true if a read of the range needs no fetch.
-    pub(super) fn holds(&self, offset: u64, len: u64) -> bool {
-        let block = self.shared.block;
-        (offset / block..(offset + len).div_ceil(block)).all(|block| self.shared.is_known(block))
-    }
-
-    /// Returns true if the block of a byte is cached; false behind the end.
-    pub(super) fn holds_byte(&self, offset: u64) -> bool {
-        let shared = &self.shared;
-        shared.memory.cache.contains_key(&shared.key(offset / shared.block))
-    }
-
-    /// Returns true if a read of the range would go on where an earlier one has stopped.
-    pub(super) fn continues(&self, offset: u64, len: u64) -> bool {
-        let block = self.shared.block;
-        lock(&self.shared.streams).continues(&(offset / block..(offset + len).div_ceil(block)))
     }
 
     #[cfg(test)]
@@ -282,223 +74,25 @@ impl CachedBlocks {
     ///
     /// The reader fetches its first run itself, without waiting for a thread to wake.
     fn enqueue_missing(&self, blocks: &Range<u64>) {
-        let shared = &self.shared;
-        let (ahead, window) = {
-            let mut streams = lock(&shared.streams);
-            (streams.read(blocks), streams.widest())
-        };
-        let first_run = blocks.start + shared.fetch.max_run();
+        let file = &self.file;
+        let (ahead, window) = file.note_read(blocks);
+        let first_run = blocks.start + file.max_run();
         if self.pool.is_empty() || (first_run >= blocks.end && ahead.is_empty()) {
             return;
         }
-        let last = shared.len.div_ceil(shared.block);
-        let missing = |b: &u64| !shared.is_known(*b);
+        let missing = |b: &u64| !file.is_known(*b);
         let requested: Vec<u64> = (first_run..blocks.end).filter(missing).collect();
-        let prefetch: Vec<u64> = (ahead.start.min(last)..ahead.end.min(last)).filter(missing).collect();
+        let prefetch: Vec<u64> = ahead.filter(missing).collect();
         // All threads together have the window in flight.
-        let run = (window / self.pool.threads()).clamp(shared.max_run(), shared.max_run_ahead());
-        self.pool.queue(shared, &requested, &prefetch, run);
+        let run = (window / self.pool.threads()).clamp(file.max_run(), file.max_run_ahead());
+        self.pool.queue(file, &requested, &prefetch, run);
     }
 }
 
 impl Drop for CachedBlocks {
     fn drop(&mut self) {
         // Without it the pool would wait for a prefetch from a server that does not answer.
-        self.shared.fetch.close();
-    }
-}
-
-impl Shared {
-    pub(super) fn max_run(&self) -> u64 {
-        self.fetch.max_run().max(1)
-    }
-
-    fn max_run_ahead(&self) -> u64 {
-        self.fetch.max_run_ahead().max(self.max_run())
-    }
-
-    fn key(&self, block: u64) -> u64 {
-        self.file.load(Ordering::Acquire) << FILE_SHIFT | block
-    }
-
-    fn start(&self, block: u64) -> u64 {
-        block.saturating_mul(self.block)
-    }
-
-    /// Returns the number of bytes of a block: less than usual at the end of the file.
-    fn block_len(&self, block: u64) -> u64 {
-        self.block.min(self.len.saturating_sub(self.start(block)))
-    }
-
-    fn is_zero(&self, block: u64) -> bool {
-        let start = self.start(block);
-        self.fetch.is_zero(start..start + self.block_len(block))
-    }
-
-    /// Returns true if a block needs no fetch.
-    fn is_known(&self, block: u64) -> bool {
-        self.memory.cache.contains_key(&self.key(block)) || self.is_zero(block)
-    }
-
-    /// Copies bytes of the first of `blocks` from byte `skip` on. The reader will want the others too.
-    fn copy(&self, blocks: Range<u64>, skip: usize, part: &mut [u8]) -> Result<()> {
-        if let Some(data) = self.memory.cache.get(&self.key(blocks.start)) {
-            return copy_from(&data, skip, part);
-        }
-        if self.is_zero(blocks.start) {
-            part.fill(0);
-            return Ok(());
-        }
-        copy_from(&self.block(blocks)?, skip, part)
-    }
-
-    /// Returns the first of `blocks`, which was not cached: fetches it with its neighbours, or waits for another thread
-    /// that fetches it.
-    fn block(&self, blocks: Range<u64>) -> Result<Block> {
-        if !may_wait() {
-            return Err(would_block());
-        }
-        let block = blocks.start;
-        let flight = {
-            let mut flights = lock(&self.flights);
-            // Another thread may have fetched it since the caller checked. A flight leaves the list after its block is
-            // cached, so a block whose flight is gone is found here.
-            if let Some(data) = self.memory.cache.get(&self.key(block)) {
-                return Ok(data);
-            }
-            Arc::clone(flights.entry(block).or_insert_with(Flight::new))
-        };
-        let Some(claim) = flight.claim() else {
-            return flight.wait(self.fetch.deadline());
-        };
-        // Unclaimed, or queued for a thread that has not started: do not wait for it.
-        let mut run = vec![Fetching::new(self, block, claim)];
-        let most = blocks.end.min(block + self.max_run());
-        run.extend((block + 1..most).map_while(|next| self.claim(next)));
-        // The result of the first block is that of its flight: a later block of the run may have failed alone.
-        let _ = self.fetch(run);
-        flight.wait(self.fetch.deadline())
-    }
-
-    /// Claims the fetch of a block. Returns `None` if it needs no fetch, or another thread fetches it.
-    fn claim(&self, block: u64) -> Option<Fetching<'_>> {
-        if self.is_known(block) {
-            return None;
-        }
-        let flight = {
-            let mut flights = lock(&self.flights);
-            if self.memory.cache.contains_key(&self.key(block)) {
-                return None;
-            }
-            Arc::clone(flights.entry(block).or_insert_with(Flight::new))
-        };
-        flight.claim().map(|claim| Fetching::new(self, block, claim))
-    }
-
-    /// Fetches those of `blocks` that no other thread fetches. Blocks that no reader has requested are left out if the
-    /// reader that they were prefetched for has passed them, and perhaps evicted them, in the meantime.
-    pub(super) fn fetch_unclaimed(&self, blocks: Range<u64>, requested: bool) {
-        let mut run = Vec::new();
-        for block in blocks {
-            let wanted = requested || lock(&self.streams).wants(block);
-            match wanted.then(|| self.claim(block)).flatten() {
-                Some(fetching) => run.push(fetching),
-                None if run.is_empty() => {}
-                // An error is not reported: the readers fetch the block again and report theirs.
-                None => drop(self.fetch(std::mem::take(&mut run))),
-            }
-        }
-        if !run.is_empty() {
-            let _ = self.fetch(run);
-        }
-    }
-
-    /// Fetches neighbouring blocks that are claimed. All flights have ended when it returns.
-    fn fetch(&self, run: Vec<Fetching<'_>>) -> Result<()> {
-        let Some(first) = run.first().map(|fetching| fetching.block) else {
-            return Ok(());
-        };
-        let blocks = first..first + run.len() as u64;
-        let mut run = run.into_iter();
-        let mut take = |data: Vec<u8>| {
-            if let Some(fetching) = run.next() {
-                fetching.finish(data);
-            }
-        };
-        let fetched = self.fetch.fetch(blocks, &mut take);
-        let error = match &fetched {
-            Ok(()) => Error::corrupt("a fetch ended without all of its blocks"),
-            Err(e) => e.clone(),
-        };
-        run.for_each(|fetching| fetching.fail(error.clone()));
-        fetched
-    }
-}
-
-/// Claimed fetch of one block. If it is dropped (a panic), the flight fails and leaves the list.
-struct Fetching<'a> {
-    shared: &'a Shared,
-    block: u64,
-    claim: Option<Claim>,
-}
-
-impl<'a> Fetching<'a> {
-    fn new(shared: &'a Shared, block: u64, claim: Claim) -> Self {
-        let claim = Some(claim);
-        Self { shared, block, claim }
-    }
-
-    fn finish(mut self, data: Vec<u8>) {
-        let result = if data.len() as u64 == self.shared.block_len(self.block) {
-            Ok(Block::new(data))
-        } else {
-            Err(Error::corrupt("a fetched block has a wrong length"))
-        };
-        self.end(result);
-    }
-
-    fn fail(mut self, error: Error) {
-        self.end(Err(error));
-    }
-
-    fn end(&mut self, result: Result<Block>) {
-        let Some(claim) = self.claim.take() else { return };
-        self.leave(&claim, result.as_ref().ok());
-        claim.finish(result);
-    }
-
-    /// Takes the flight off the list and caches its block, unless it was detached: then another flight may have its place,
-    /// and the block may be older than a write.
-    fn leave(&self, claim: &Claim, data: Option<&Block>) {
-        let mut flights = lock(&self.shared.flights);
-        if !flights.get(&self.block).is_some_and(|flight| claim.is_of(flight)) {
-            return;
-        }
-        // Both under the lock: a reader that finds no flight finds the block.
-        if let Some(data) = data {
-            let key = self.shared.key(self.block);
-            self.shared.memory.cache.insert(key, Arc::clone(data));
-        }
-        flights.remove(&self.block);
-    }
-}
-
-impl Drop for Fetching<'_> {
-    fn drop(&mut self) {
-        // Dropped before the claim: readers that come later start a new flight.
-        if let Some(claim) = &self.claim {
-            self.leave(claim, None);
-        }
-    }
-}
-
-fn copy_from(data: &[u8], skip: usize, part: &mut [u8]) -> Result<()> {
-    match data.get(skip..skip + part.len()) {
-        Some(bytes) => {
-            part.copy_from_slice(bytes);
-            Ok(())
-        }
-        None => Err(Error::corrupt("read beyond the end of a cached block")),
+        self.file.close();
     }
 }
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::blocks::{BlockMemory, CachedBlocks};
+use super::block_memory::BlockMemory;
+use super::blocks::CachedBlocks;
 use super::writes::CacheWrites;
 use super::{Fetch, FetchPool};
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, SharedContent, check_range};
@@ -92,7 +93,7 @@ impl BlockCache {
         let epoch = self.disk.epoch();
         if self.epoch.load(Ordering::Acquire) != epoch {
             // Dropped first: another reader that finds the new epoch must not find old blocks.
-            self.blocks.forget();
+            self.blocks.file().forget();
             self.epoch.store(epoch, Ordering::Release);
         }
     }
@@ -145,7 +146,7 @@ impl BlockWrite for BlockCache {
         let target = self.target()?;
         let write = self
             .writes
-            .begin(&self.blocks, at.bytes()..at.bytes() + buf.len() as u64);
+            .begin(self.blocks.file(), at.bytes()..at.bytes() + buf.len() as u64);
         target.write_at(at, buf)?;
         write.succeeded(at.bytes(), buf);
         Ok(())
@@ -155,7 +156,8 @@ impl BlockWrite for BlockCache {
         let target = self.target()?;
         let end = Lba(range.end.0.min(self.disk.geometry.sectors));
         // Dropped at the end: the disk may know then, without reading, that they are zeroes.
-        let _write = (range.start < end).then(|| self.writes.begin(&self.blocks, range.start.bytes()..end.bytes()));
+        let _write =
+            (range.start < end).then(|| self.writes.begin(self.blocks.file(), range.start.bytes()..end.bytes()));
         target.zero(range, unmap)
     }
 
@@ -169,8 +171,10 @@ impl BlockWrite for BlockCache {
 
     fn allocate(&self, range: Range<Lba>) -> Result<()> {
         // The bytes stay the same, but the disk may write back what it has read.
-        let _write =
-            (range.start < range.end).then(|| self.writes.begin(&self.blocks, range.start.bytes()..range.end.bytes()));
+        let _write = (range.start < range.end).then(|| {
+            self.writes
+                .begin(self.blocks.file(), range.start.bytes()..range.end.bytes())
+        });
         self.target()?.allocate(range)
     }
 
@@ -197,7 +201,7 @@ impl SharedContent for BlockCache {
             shared.forget_content();
         }
         if self.drop_at_open {
-            self.blocks.forget();
+            self.blocks.file().forget();
         }
     }
 }

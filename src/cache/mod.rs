@@ -21,8 +21,10 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, Result};
 
 mod adaptive;
+mod block_memory;
 mod blocks;
 pub mod disk_tier;
+mod file_blocks;
 mod memory;
 mod pool;
 mod readahead;
@@ -30,7 +32,8 @@ mod single_flight;
 mod writes;
 
 pub use adaptive::AdaptiveBlocks;
-pub use blocks::{BlockMemory, CachedBlocks};
+pub use block_memory::BlockMemory;
+pub use blocks::CachedBlocks;
 pub use memory::{BlockCache, CacheOptions};
 pub use pool::FetchPool;
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
-use super::blocks::Shared;
+use super::file_blocks::FileBlocks;
 
 /// Maximum number of queued blocks of either kind: two reads of 1 MiB in the smallest blocks. The reader fetches the
 /// excess itself. The bound is needed for damaged blocks: a failed read is not cached, so a reader that repeats it adds
@@ -41,7 +41,7 @@ struct QueueState {
 
 #[derive(Debug)]
 struct QueuedBlock {
-    file: Weak<Shared>,
+    file: Weak<FileBlocks>,
     number: u64,
     /// Largest number of blocks of the fetch that brings it.
     most: u64,
@@ -76,7 +76,7 @@ impl FetchPool {
 
     /// Queues blocks of a file. What does not fit is left out. `run_ahead`: largest number of blocks of one fetch of
     /// `prefetch`.
-    pub(super) fn queue(&self, file: &Arc<Shared>, requested: &[u64], prefetch: &[u64], run_ahead: u64) {
+    pub(super) fn queue(&self, file: &Arc<FileBlocks>, requested: &[u64], prefetch: &[u64], run_ahead: u64) {
         let added = requested.len() + prefetch.len();
         if added == 0 {
             return;
@@ -140,7 +140,7 @@ impl FetchQueue {
 
     /// Waits for the next blocks, and returns with them true if a reader waits for them. Returns `None` once the pool is
     /// dropped.
-    fn next(&self) -> Option<(Weak<Shared>, Range<u64>, bool)> {
+    fn next(&self) -> Option<(Weak<FileBlocks>, Range<u64>, bool)> {
         let mut state = self.state();
         loop {
             if state.closed {
@@ -162,7 +162,7 @@ impl FetchQueue {
 }
 
 /// Takes the first block of a queue, and the blocks behind it that one fetch can bring as well.
-fn pop_run(queue: &mut VecDeque<QueuedBlock>) -> Option<(Weak<Shared>, Range<u64>)> {
+fn pop_run(queue: &mut VecDeque<QueuedBlock>) -> Option<(Weak<FileBlocks>, Range<u64>)> {
     let QueuedBlock { file, number, most } = queue.pop_front()?;
     let mut end = number + 1;
     while end - number < most

@@ -12,12 +12,12 @@
 //! fetch that has begun before the end of a write may have read the old bytes: its readers began before the end too, and
 //! get them, but no later reader does.
 //!
-//! Lock order: `in_flight` is held while the blocks are updated or dropped, which acquires `flights` of `blocks.rs`.
+//! Lock order: `in_flight` is held while the blocks are updated or dropped, which acquires `flights` of `file_blocks.rs`.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::CachedBlocks;
+use super::file_blocks::FileBlocks;
 
 /// Number of blocks above which a write drops all blocks of the disk: more of them than that are hardly cached.
 const MAX_DROPPED: u64 = 1 << 16;
@@ -47,14 +47,14 @@ struct WriteInFlight {
 #[derive(Debug)]
 pub(super) struct CacheWrite<'a> {
     writes: &'a CacheWrites,
-    cache: &'a CachedBlocks,
+    cache: &'a FileBlocks,
     number: u64,
     blocks: Range<u64>,
 }
 
 impl CacheWrites {
     /// Begins a write of `bytes`. Must be called before the disk is written.
-    pub(super) fn begin<'a>(&'a self, cache: &'a CachedBlocks, bytes: Range<u64>) -> CacheWrite<'a> {
+    pub(super) fn begin<'a>(&'a self, cache: &'a FileBlocks, bytes: Range<u64>) -> CacheWrite<'a> {
         let blocks = cache.blocks_of(&bytes);
         let mut in_flight = self.in_flight();
         let number = in_flight.next;

@@ -1,7 +1,11 @@
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::*;
 use crate::cache::without_waiting;
+use crate::error::{Error, ErrorKind};
+use crate::mutex::lock;
 
 const BLOCK: u64 = 512;
 
@@ -105,7 +109,7 @@ fn blocks_before_a_broken_one_are_kept() {
     file.broken.store(3, Ordering::Relaxed);
     let error = cache.read(0, &mut [0; 6 * BLOCK as usize]).unwrap_err();
     assert!(error.to_string().contains("block 3 is broken"), "{error}");
-    assert!(lock(&cache.shared.flights).is_empty());
+    assert!(!cache.file.has_flights());
     file.asked();
     check(&cache, 0, 3 * BLOCK as usize);
     assert_eq!(file.asked(), []);
@@ -145,7 +149,7 @@ fn a_fetch_ahead_of_a_reader_is_longer_than_one_that_it_waits_for() {
     let file = Numbered::new(100 * BLOCK);
     let cache = cache(&file, 0, 0);
     let (requested, ahead): (Vec<u64>, Vec<u64>) = ((0..10).collect(), (10..60).collect());
-    cache.pool.queue(&cache.shared, &requested, &ahead, 32);
+    cache.pool.queue(&cache.file, &requested, &ahead, 32);
     let taken: Vec<_> = (0..4).map_while(|_| cache.pool.next()).collect();
     assert_eq!(taken, [(0..8, true), (8..10, true), (10..42, false), (42..60, false)]);
 }
@@ -167,8 +171,8 @@ fn files_that_share_memory_keep_their_blocks_apart() {
 fn a_block_of_another_request_is_used_only_if_it_is_complete() {
     let file = Numbered::new(2 * BLOCK);
     let cache = cache(&file, 0, 0);
-    cache.put(0, vec![0; BLOCK as usize]);
-    cache.put(1, vec![1; 7]);
+    cache.file.put(0, vec![0; BLOCK as usize]);
+    cache.file.put(1, vec![1; 7]);
     check(&cache, 0, 2 * BLOCK as usize);
     assert_eq!(file.asked(), [(1, 2)]);
 }
