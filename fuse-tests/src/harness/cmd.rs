@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::process::{Ended, reap_orphans, wait_end};
-use super::scratch::User;
+use super::user::User;
 
 /// Default deadline: long enough for a slow machine, short enough to end a test run that hangs.
 const DEADLINE: Duration = Duration::from_secs(60);

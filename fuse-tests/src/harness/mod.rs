@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   scratch            one folder for each test; its Drop unmounts everything below it, then removes it
+//!     ├─ folder        its paths and files, and the program that runs in it
 //!     ├─ images        raw originals with islands of data, conversions by qemu-img
 //!     ├─ cmd           any program, with a deadline and captured output
 //!     ├─ mount         one run of `vmdkfuse`; its Drop unmounts and ends the process, also after a panic
@@ -28,6 +29,7 @@
 
 mod bytes;
 mod cmd;
+mod folder;
 mod hostile_matrix;
 mod images;
 mod loop_device;
@@ -38,12 +40,14 @@ mod process;
 mod requirements;
 mod runs;
 mod scratch;
+mod user;
 
 pub use bytes::{
     Aligned, Mapped, assert_same, assert_same_at_random, data_ranges, digest, digest_grains, digest_range, map_bytes,
     read_range, sha256,
 };
 pub use cmd::{Cmd, Outcome, guestfish};
+pub use folder::Folder;
 pub use hostile_matrix::{Answer, each, open_hostile};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};
 pub use loop_device::LoopDevice;
@@ -56,4 +60,5 @@ pub use requirements::{
     preload_library, program, skip,
 };
 pub use runs::{check_runs, open_read_only};
-pub use scratch::{NOBODY, STRANGER, Scratch, User};
+pub use scratch::Scratch;
+pub use user::{NOBODY, STRANGER, User};

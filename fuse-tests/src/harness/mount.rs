@@ -19,9 +19,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::cmd::{Cmd, Outcome, Running};
-use super::mounts::{MountEntry, mounts_below};
+use super::folder::Folder;
+use super::mounts::{MountEntry, detach, mounts_below};
 use super::process::{Ended, is_running, peak_memory, poll_until, wait_end};
-use super::scratch::{Scratch, detach};
 
 /// Deadline for a mount to appear or disappear, and for its process to end.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -35,7 +35,7 @@ const WATCHDOG: Duration = Duration::from_secs(120);
 /// A mount to create: the command line of the program, and assertions about its result.
 #[derive(Debug)]
 pub struct MountCmd<'s> {
-    scratch: &'s Scratch,
+    folder: &'s Folder,
     point: PathBuf,
     args: Vec<OsString>,
     through: Vec<OsString>,
@@ -48,12 +48,12 @@ pub struct MountCmd<'s> {
 
 impl<'s> MountCmd<'s> {
     /// Creates a command that mounts at the folder `mnt`, which is created if it does not exist.
-    pub(super) fn new(scratch: &'s Scratch) -> Self {
-        let pidfile = Some(scratch.path(format!("{}.pid", scratch.next())));
-        let (point, args) = (scratch.path("mnt"), Vec::new());
+    pub(super) fn new(folder: &'s Folder) -> Self {
+        let pidfile = Some(folder.path(format!("{}.pid", folder.next())));
+        let (point, args) = (folder.path("mnt"), Vec::new());
         let (env, deadline) = (Vec::new(), Duration::from_secs(60));
         Self {
-            scratch,
+            folder,
             point,
             args,
             through: Vec::new(),
@@ -68,7 +68,7 @@ impl<'s> MountCmd<'s> {
     /// Sets another mount point, below the test's folder. It is not created.
     #[must_use]
     pub fn at(mut self, name: impl AsRef<Path>) -> Self {
-        self.point = self.scratch.path(name);
+        self.point = self.folder.path(name);
         self
     }
 
@@ -95,7 +95,7 @@ impl<'s> MountCmd<'s> {
     #[must_use]
     pub fn file(mut self, path: impl AsRef<Path>) -> Self {
         let mut argument = OsString::from("file=");
-        argument.push(self.scratch.path(path));
+        argument.push(self.folder.path(path));
         self.args.push(argument);
         self
     }
@@ -110,7 +110,7 @@ impl<'s> MountCmd<'s> {
     /// Sets another name for the pidfile, below the test's folder.
     #[must_use]
     pub fn pidfile(mut self, name: impl AsRef<Path>) -> Self {
-        self.pidfile = Some(self.scratch.path(name));
+        self.pidfile = Some(self.folder.path(name));
         self
     }
 
@@ -159,8 +159,8 @@ impl<'s> MountCmd<'s> {
     /// Panics if the program reports success without a mount, or if the foreground program ends.
     #[track_caller]
     pub fn try_start(self) -> Result<Mount, Outcome> {
-        let before = mounts_below(self.scratch.root());
-        let (root, foreground) = (self.scratch.root().to_owned(), self.foreground);
+        let before = mounts_below(self.folder.root());
+        let (root, foreground) = (self.folder.root().to_owned(), self.foreground);
         let (point, pidfile) = (self.point.clone(), self.pidfile.clone());
         let cmd = self.command();
         let (pid, running) = if foreground {
@@ -205,15 +205,15 @@ impl<'s> MountCmd<'s> {
     /// Panics like [`refused`](Self::refused), but accepts any of several exit statuses.
     #[track_caller]
     pub fn refused_with_any(self, codes: &[i32]) -> Outcome {
-        let (scratch, point, pidfile) = (self.scratch, self.point.clone(), self.pidfile.clone());
-        let before = mounts_below(scratch.root());
-        let existed = point == scratch.path("mnt") || point.exists();
+        let (folder, point, pidfile) = (self.folder, self.point.clone(), self.pidfile.clone());
+        let before = mounts_below(folder.root());
+        let existed = point == folder.path("mnt") || point.exists();
         // A refused program ends on its own in the foreground as well, so both cases wait for its end.
         match self.in_background().try_start() {
             Ok(mount) => panic!("mounted at {}, but a refusal was expected", mount.point.display()),
             Err(outcome) => {
                 assert_eq!(
-                    mounts_below(scratch.root()),
+                    mounts_below(folder.root()),
                     before,
                     "a failed mount left a mount: {outcome}"
                 );
@@ -246,10 +246,10 @@ impl<'s> MountCmd<'s> {
 
     /// Builds the command line; creates the folder `mnt` if it is the mount point.
     fn command(self) -> Cmd {
-        if self.point == self.scratch.path("mnt") && !self.point.exists() {
-            self.scratch.mkdir("mnt");
+        if self.point == self.folder.path("mnt") && !self.point.exists() {
+            self.folder.mkdir("mnt");
         }
-        let mut cmd = self.scratch.vmdkfuse_through(&self.through).deadline(self.deadline);
+        let mut cmd = self.folder.vmdkfuse_through(&self.through).deadline(self.deadline);
         if let Some(pidfile) = &self.pidfile {
             cmd = cmd.arg("--pidfile").arg(pidfile);
         }

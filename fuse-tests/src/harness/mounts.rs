@@ -1,9 +1,14 @@
-//! The kernel's mount table.
+//! The kernel's mount table: what is mounted, and the lazy removal of a mount.
 
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, umount2};
+
+use super::cmd::Cmd;
+use super::requirements::is_root;
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +33,15 @@ pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
         .collect();
     found.reverse();
     found
+}
+
+/// Unmounts lazily: the mount disappears from the tree at once, even if it is busy or its daemon has died.
+pub(super) fn detach(point: &Path) {
+    if is_root() {
+        umount2(point, MntFlags::MNT_DETACH).ok();
+    } else {
+        Cmd::new("fusermount3").arg("-uzq").arg(point).run();
+    }
 }
 
 /// Parses one line of mountinfo: `36 35 98:0 / /point rw,noatime master:1 - type source rw`.
