@@ -1,16 +1,14 @@
 //! Connections to the pretended server, or to local files.
 
 use std::ffi::c_char;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::abi::{ConnectParams, Connection, CreateParams, VIX_OK, VixError, cred_type, spec_type};
+use crate::connection::{ConnectionState, FAIL};
 use crate::disk::open_disks;
 use crate::knobs::fault;
 use crate::{called, library, text, violation};
 
-const FAIL: VixError = 1;
-const FILE_NOT_FOUND: VixError = 4;
 const ALREADY_EXISTS: VixError = 12;
 const INVALID_AUTHENTICATION: VixError = 3047;
 const VM_NOT_FOUND: VixError = 4000;
@@ -18,14 +16,6 @@ const CANNOT_CONNECT: VixError = 18000;
 
 static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
 static PREPARED: AtomicUsize = AtomicUsize::new(0);
-
-/// A connection.
-pub(crate) struct ConnectionState {
-    pub(crate) remote: bool,
-    /// The thumbprint is wrong: like the real library, Open reports that.
-    pub(crate) untrusted: bool,
-    pub(crate) read_only: bool,
-}
 
 /// Connection parameters that a client passed.
 #[derive(Debug)]
@@ -243,25 +233,6 @@ pub(crate) fn check_none_left() {
     }
 }
 
-/// Returns the file of a disk.
-pub(crate) fn path_of(connection: &ConnectionState, path: &str) -> Result<PathBuf, VixError> {
-    if connection.untrusted {
-        return Err(FAIL);
-    }
-    if !connection.remote {
-        if !path.starts_with('/') {
-            violation("a local path is not absolute");
-        }
-        return Ok(path.into());
-    }
-    let (datastore, name) = path
-        .strip_prefix('[')
-        .and_then(|rest| rest.split_once("] "))
-        .ok_or(FILE_NOT_FOUND)?;
-    let folder = library().folder.clone().ok_or(FILE_NOT_FOUND)?;
-    Ok(folder.join(datastore).join(name))
-}
-
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn VixDiskLib_Create(
     connection: Connection,
@@ -278,7 +249,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Create(
     if let Some(error) = fault("Create") {
         return error;
     }
-    let file = match path_of(&*connection.cast::<ConnectionState>(), &path) {
+    let file = match (*connection.cast::<ConnectionState>()).path_of(&path) {
         Ok(file) => file,
         Err(error) => return error,
     };

@@ -12,13 +12,12 @@ use std::sync::{Mutex, RwLock};
 use crate::abi::{
     Block, BlockList, CHUNK_SECTORS, Connection, DiskGeometry, Handle, Info, VIX_OK, VixError, open_flag,
 };
-use crate::connect::{ConnectionState, path_of};
+use crate::connection::{ConnectionState, FILE_NOT_FOUND};
 use crate::knobs::fault;
 use crate::{called, library, text, thread_id, violation};
 
 const SECTOR: usize = 512;
 const INVALID_ARG: VixError = 3;
-const FILE_NOT_FOUND: VixError = 4;
 const FILE_ERROR: VixError = 7;
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);
@@ -126,6 +125,12 @@ impl Disk {
         self.waited_to_close.store(false, Ordering::SeqCst);
     }
 
+    /// Notes that the client has waited for its requests.
+    pub(crate) fn waited(&self) {
+        self.waited_to_close.store(true, Ordering::SeqCst);
+        self.waited_to_flush.store(true, Ordering::SeqCst);
+    }
+
     pub(crate) unsafe fn read(&self, start: u64, sectors: u64, buffer: *mut u8) -> VixError {
         let buffer = std::slice::from_raw_parts_mut(buffer, sectors as usize * SECTOR);
         let offset = start as usize * SECTOR;
@@ -225,7 +230,7 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Open(
         return error;
     }
     let knobs = &library().knobs;
-    let file = match path_of(connection, &path) {
+    let file = match connection.path_of(&path) {
         Ok(file) => file,
         Err(error) => return error,
     };
@@ -320,19 +325,6 @@ pub(crate) unsafe extern "C" fn VixDiskLib_GetInfo(handle: Handle, info: *mut *m
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn VixDiskLib_FreeInfo(info: *mut Info) {
     libc::free(info.cast());
-}
-
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn VixDiskLib_Wait(handle: Handle) -> VixError {
-    if let Some(error) = fault("Wait") {
-        return error;
-    }
-    let disk = disk(handle);
-    let _in_use = disk.enter(Use::Exclusive);
-    crate::requests::wait_for(disk);
-    disk.waited_to_close.store(true, Ordering::SeqCst);
-    disk.waited_to_flush.store(true, Ordering::SeqCst);
-    VIX_OK
 }
 
 #[unsafe(no_mangle)]

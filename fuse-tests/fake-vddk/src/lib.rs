@@ -14,7 +14,7 @@
 //! | InitEx once, on the main thread, before anything else | `VixDiskLib_InitEx` |
 //! | Open and Close on one thread; queries on one thread of the handle | `disk.rs` |
 //! | no synchronous and asynchronous requests on one handle; at most 2 MiB; on the disk; a buffer | `disk.rs` |
-//! | Wait before Flush and before Close, with nothing in flight | `disk.rs` |
+//! | Wait before Flush and before Close, with nothing in flight | `disk.rs`, `requests.rs` |
 //! | one call at a time uses a handle, except for requests that are done within the call | `disk.rs` |
 //! | a remote connection has a server, a user, a password and a virtual machine or datastore | `connect.rs` |
 //! | Close, Disconnect, EndAccess, Exit in this order | `disk.rs`, `connect.rs` |
@@ -38,6 +38,7 @@
 #[allow(dead_code, reason = "each side of the interface uses a part of it")]
 mod abi;
 mod connect;
+mod connection;
 mod disk;
 mod knobs;
 mod requests;

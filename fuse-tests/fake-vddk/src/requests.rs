@@ -83,7 +83,7 @@ fn answer() {
 }
 
 /// Waits until no request of a disk is in flight.
-pub(crate) fn wait_for(disk: &Disk) {
+fn wait_for(disk: &Disk) {
     let mut queue = QUEUE.lock().unwrap();
     while disk.in_flight.load(Ordering::SeqCst) > 0 && queue.iter().any(|request| std::ptr::eq(request.disk, disk)) {
         queue = ENDED.wait_timeout(queue, Duration::from_millis(10)).unwrap().0;
@@ -180,4 +180,16 @@ pub(crate) unsafe extern "C" fn VixDiskLib_Write(
     let disk = disk(handle);
     disk.check(SYNCHRONOUS, start, sectors, buffer);
     disk.write(start, sectors, buffer)
+}
+
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn VixDiskLib_Wait(handle: Handle) -> VixError {
+    if let Some(error) = fault("Wait") {
+        return error;
+    }
+    let disk = disk(handle);
+    let _in_use = disk.enter(Use::Exclusive);
+    wait_for(disk);
+    disk.waited();
+    VIX_OK
 }
