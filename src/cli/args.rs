@@ -12,80 +12,15 @@ use std::path::Path;
 use clap::error::ErrorKind;
 use clap::{ArgAction, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
-use super::disk_args::DiskArgs;
+use super::disk_args::{self, DiskArgs};
+use super::help::{EXAMPLES, USAGE, after_long_help, help_width};
+use super::mount_request::{MountRequest, path_in_table};
 use super::options::{LogFormat, MountArgs, MountKey, mount_key};
+use super::outcome::{Parsed, UsageError};
 use super::pair::{Origin, Pair};
-use super::{
-    MountRequest, Parsed, UsageError, argument, commit, config_file, disk_args, keys, mount_helper, one_line, query,
-    unmount_helper, unmounted, values,
-};
-use crate::config::{Action, Config, Query};
-
-/// Usage lines of the help.
-const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
-       vmdkfuse [OPTIONS] --config FILE.toml [MOUNTPOINT[/FILENAME]]
-       vmdkfuse --list [--json] uri=URI|server=HOST|url=URL
-       vmdkfuse --info|--map|--check [--json] KEY=VALUE...
-       vmdkfuse --create file=FILE create-size=SIZE [KEY=VALUE...]
-       vmdkfuse --commit cow=FILE file=BASE
-       vmdkfuse --prefetch cache-dir=DIR KEY=VALUE...
-       vmdkfuse --unmount MOUNTPOINT...|--config FILE.toml
-       vmdkfuse --fingerprint server=HOST
-       vmdkfuse --dump [--json] [libdir=DIR]";
-
-/// Ten uses of the program, for the short help. Each is explained in the manual.
-const EXAMPLES: &str = "\
-Options of a mount: -r, -f, -v, -o OPT,..., --pidfile FILE, --log-file FILE, --threads N.
-
-Examples:
-  vmdkfuse mnt/ file=Fedora.vmdk                    mount a disk: mnt/Fedora.raw holds its bytes
-  vmdkfuse -r mnt/ file=Fedora-000002.vmdk          a snapshot, with its parents, read-only
-  vmdkfuse mnt/ file=Fedora.vmdk cow=tmp            write without touching the image
-  vmdkfuse mnt/ 'file=/vm/*.vmdk'                   several disks in one mount
-  vmdkfuse mnt/ nbd://host/export                   an export of an NBD server
-  vmdkfuse mnt/ https://example.com/disk.vmdk       a disk on a web server
-  vmdkfuse mnt/ server=esxi user=root password=- file=\"[datastore1] Fedora/Fedora.vmdk\"
-  vmdkfuse --info Fedora.vmdk                       size, format, extents and chain, without a mount
-  vmdkfuse --create new.vmdk create-size=20G        a new, empty disk
-  vmdkfuse --unmount mnt/                           unmount, and wait until all is written
-
-All options and keys: vmdkfuse --help, man vmdkfuse. Files for --config: man vmdkfuse.toml. fstab: man mount.vmdkfuse.
-";
-
-/// Section of the help about MOUNTPOINT, bare values, mount options and values.
-const FORMS: &str = "\
-MOUNTPOINT is a directory (the disks are files in it), a name that does not exist yet in a directory (the disk is a file of \
-that name), or a regular file (the mount covers it: it shows the disk). A value without KEY= means file= (for nbd:// and \
-similar uri=, for https:// url=).
-
-Mount options (-o): ro, rw, allow_other, allow_root, default_permissions, auto_unmount, nonempty, uid=N, gid=N, umask=OCTAL, \
-fsname=TEXT, the flags of mount(8) such as noexec and nosuid, and KEY=VALUE as below. Options that mount(8) handles itself \
-are ignored.";
-
-/// Last section of the help.
-const VALUES: &str = "SIZE takes K, M, G, T; BOOL takes true/false, yes/no, on/off, 1/0. Examples: vmdkfuse -h. The manual: \
-man vmdkfuse.";
-
-/// Widest line of the help, in columns. Longer ones are hard to read.
-const HELP_WIDTH: usize = 100;
-
-/// Purpose of the disks of a command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Subcommand {
-    /// The disks are mounted.
-    Mount {
-        /// True if the whole mount is read-only.
-        read_only: bool,
-    },
-    /// The disks are inspected.
-    Query,
-    /// Lists what servers offer.
-    List,
-    /// The disks are created and not mounted.
-    Create,
-    /// An overlay is committed to its base.
-    Commit,
-}
+use super::subcommand::Subcommand;
+use super::{argument, config_file, disks, unmount_helper, values};
+use crate::config::{Action, Config, DiskConfig, Query};
 
 /// Parses the arguments after the program's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
@@ -105,7 +40,7 @@ fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             Ok(Parsed::Print(e.render().to_string().replace("\n\n\n", "\n")))
         }
-        Err(e) => Err(one_line(&e)),
+        Err(e) => Err(UsageError::of_clap(&e)),
     }
 }
 
@@ -354,7 +289,7 @@ impl Cli {
             disk_args,
             mount_args,
             foreground: self.mount.foreground,
-            source: file.map(|file| mount_helper::path_in_table(file)),
+            source: file.map(|file| path_in_table(file)),
         }
         .into_config()
     }
@@ -450,28 +385,33 @@ fn list(words: &[OsString], json: bool) -> Result<Query, UsageError> {
     }
 }
 
+/// Returns the disks of an action other than a mount, where no `-o` keys and no mount point take part.
+fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
+    let disks = disks::resolve(DiskArgs::of_words(Vec::new(), words)?, subcommand)?;
+    disks::configs(disks, None, subcommand)
+}
+
+fn query(words: &[OsString], subcommand: Subcommand, json: bool) -> Result<Query, UsageError> {
+    Ok(Query {
+        disks: unmounted(words, subcommand)?,
+        json,
+    })
+}
+
+fn commit(words: &[OsString]) -> Result<Action, UsageError> {
+    let mut disks = unmounted(words, Subcommand::Commit)?;
+    match (disks.pop(), disks.len()) {
+        (Some(disk), 0) => Ok(Action::Commit(disk)),
+        (_, more) => Err(UsageError::new(format!(
+            "--commit takes one disk, but there are {}",
+            more + 1
+        ))),
+    }
+}
+
 /// Returns the options as clap takes them. The manual and the completions are generated from them, too.
 pub(super) fn command() -> Command {
     Cli::command().mut_args(|arg| arg.hide_short_help(true))
-}
-
-fn after_long_help() -> String {
-    let width = help_width();
-    let (forms, values) = (keys::paragraphs(FORMS, width), keys::paragraphs(VALUES, width));
-    format!("{forms}\n{}\n{values}", keys::help(width))
-}
-
-/// Returns the width of the help in columns: that of the terminal, or `COLUMNS` where the output goes elsewhere.
-fn help_width() -> usize {
-    let terminal = rustix::termios::tcgetwinsize(std::io::stdout())
-        .ok()
-        .map(|size| size.ws_col.into());
-    let variable = || std::env::var("COLUMNS").ok()?.parse().ok();
-    terminal
-        .filter(|width| *width > 0)
-        .or_else(variable)
-        .unwrap_or(HELP_WIDTH)
-        .clamp(20, HELP_WIDTH)
 }
 
 #[cfg(test)]
@@ -581,7 +521,7 @@ mod tests {
 
     #[test]
     fn query_actions() {
-        let disks = |query: super::super::Query| (query.disks.len(), query.json);
+        let disks = |query: Query| (query.disks.len(), query.json);
         assert!(matches!(run(&["--info", "/x"]).unwrap().action, Action::Info(q) if disks(q.clone()) == (1, false)));
         assert!(
             matches!(run(&["/x", "--map", "--json"]).unwrap().action, Action::Map(q) if disks(q.clone()) == (1, true))

@@ -3,10 +3,10 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use super::UsageError;
-use super::keys;
+use super::outcome::UsageError;
 use super::pair::{Origin, Pair};
-use super::scheme;
+use super::settings::DiskPair;
+use super::{keys, scheme};
 
 /// A classified argument.
 #[derive(Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ enum Argument<'a> {
 }
 
 /// Returns the pair that an argument gives. Fails if the key is not in the table.
-pub(super) fn read(argument: &OsStr) -> Result<Pair, UsageError> {
+pub(super) fn read(argument: &OsStr) -> Result<DiskPair, UsageError> {
     let (name, value) = match classify(argument) {
         Argument::Key(name, value) => (name, value),
         Argument::Bare(value) => (key_of_bare(value), value),

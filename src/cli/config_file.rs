@@ -30,11 +30,13 @@ use std::rc::Rc;
 
 use toml::de::{DeInteger, DeTable, DeValue};
 
-use super::UsageError;
 use super::disk_args::{DiskArgs, SourceArgs};
-use super::keys::{self, Key, Scope, ValueKind};
+use super::key::{Scope, ValueKind};
+use super::keys;
 use super::options::{MOUNT_KEYS, MountArgs, MountKey, mount_key};
+use super::outcome::UsageError;
 use super::pair::{Origin, Pair};
+use super::settings::{DiskKey, DiskPair};
 use super::values::{self, display};
 
 /// Largest file that is read, in bytes. It holds thousands of disks; a disk image given by mistake is usually larger.
@@ -51,7 +53,7 @@ pub(super) struct ConfigFile {
     /// Options of the mount.
     mount: Vec<Pair<MountKey>>,
     /// Keys that apply to all disks.
-    common: Vec<Pair>,
+    common: Vec<DiskPair>,
     /// Disks of the mount.
     disks: Vec<SourceArgs>,
 }
@@ -126,7 +128,7 @@ impl Document<'_> {
     }
 
     /// Converts a key above the tables to one pair for each of its values.
-    fn common(&self, entry: &TomlEntry<'_>) -> Result<Vec<Pair>, UsageError> {
+    fn common(&self, entry: &TomlEntry<'_>) -> Result<Vec<DiskPair>, UsageError> {
         let spellings = || TABLES.into_iter().chain(keys::spellings());
         if keys::find(entry.name).is_none() && mount_key(entry.name).is_some() {
             return Err(self.error(entry.at, format_args!("{} belongs in the [mount] table", entry.name)));
@@ -154,7 +156,7 @@ impl Document<'_> {
 
     /// Converts one `[[disk]]` table, which starts at byte `at` of the file.
     fn disk(&self, table: &DeTable<'_>, at: usize) -> Result<SourceArgs, UsageError> {
-        let mut source: Option<&Key> = None;
+        let mut source: Option<&DiskKey> = None;
         let mut pairs = Vec::new();
         for entry in in_order(table) {
             let key = self.key(&entry, keys::spellings())?;
@@ -180,14 +182,14 @@ impl Document<'_> {
         &self,
         entry: &TomlEntry<'_>,
         known: impl Iterator<Item = &'static str>,
-    ) -> Result<&'static Key, UsageError> {
+    ) -> Result<&'static DiskKey, UsageError> {
         let key = keys::find(entry.name).ok_or_else(|| self.unknown(entry, known))?;
         key.available().map_err(|e| self.error(entry.at, e))?;
         Ok(key)
     }
 
     /// Converts the values of a key.
-    fn pairs(&self, key: &'static Key, entry: &TomlEntry<'_>) -> Result<Vec<Pair>, UsageError> {
+    fn pairs(&self, key: &'static DiskKey, entry: &TomlEntry<'_>) -> Result<Vec<DiskPair>, UsageError> {
         let values: Vec<&DeValue<'_>> = match entry.value {
             DeValue::Array(items) if key.repeats => items.iter().map(|item| item.get_ref()).collect(),
             value => vec![value],

@@ -1,13 +1,12 @@
 //! Keys that create a VMDK: `create=` and the `create-*=` keys.
 //!
 //! The functions at the end parse one value each. [`CreateArgs::config`] checks the keys of a disk against each other and
-//! against the [`Subcommand`]. Their conflicts with other keys are
-//! checked in `overlay_args.rs`.
+//! against the [`Subcommand`]. Their conflicts with other keys are checked in `overlay_args.rs`.
 
 use std::ffi::OsStr;
 
-use super::UsageError;
-use super::args::Subcommand;
+use super::outcome::UsageError;
+use super::subcommand::Subcommand;
 use super::values;
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::config::{AdapterType, CreateConfig, CreateType};

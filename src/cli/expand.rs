@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::UsageError;
+use super::outcome::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
 use crate::source::nbd_uri;
 use crate::store::{Access, OpenPolicy, open_user_path, package};
@@ -17,6 +17,25 @@ use crate::volume::search::{self, LocalTree, PROBE_BYTES, Tree, has_wildcard, is
 
 /// Byte range of the embedded descriptor's sector number in a hosted sparse header.
 const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;
+
+/// Files that are the disks of a source.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) files: Vec<PathBuf>,
+    /// Folder that was searched: the components of the path before the first one with wildcards. `None`: the user named
+    /// the file.
+    pub(super) folder: Option<PathBuf>,
+}
+
+impl Found {
+    /// Returns the file that the user named.
+    pub(super) fn named(path: &Path) -> Self {
+        Self {
+            files: vec![path.to_owned()],
+            folder: None,
+        }
+    }
+}
 
 /// Returns true if the path of `file=PATH` is a pattern: it has wildcards, and no file of that very name exists.
 fn is_pattern(path: &Path) -> bool {
@@ -27,11 +46,15 @@ fn is_pattern(path: &Path) -> bool {
 /// names. A path that is no pattern is returned unchecked, because opening it gives a better error.
 ///
 /// Fails if a pattern matches no file or is malformed.
-pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
+pub(super) fn expand(path: &Path) -> Result<Found, UsageError> {
     if !is_pattern(path) {
-        return Ok(vec![path.to_owned()]);
+        return Ok(Found::named(path));
     }
-    search::matches(&LocalTree, path).map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))
+    let files = search::matches(&LocalTree, path);
+    Ok(Found {
+        files: files.map_err(|e| UsageError::new(format!("file={}: {e}", path.display())))?,
+        folder: Some(searched_folder(path)),
+    })
 }
 
 /// Returns the disks in a folder, sorted: every `*.vmdk` that is a descriptor or embeds one. Bare extents are skipped, and
@@ -39,7 +62,7 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>, UsageError> {
 /// a disk, so that its open reports why.
 ///
 /// Fails if the folder cannot be read, or if it holds no disk.
-pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
+pub(super) fn disks_of(dir: &Path) -> Result<Found, UsageError> {
     let failed =
         |path: &Path, e: &io::Error| UsageError::new(format!("dir={}: {}: {e}", dir.display(), path.display()));
     let mut disks = Vec::new();
@@ -59,7 +82,10 @@ pub(super) fn disks_of(dir: &Path) -> Result<Vec<PathBuf>, UsageError> {
         )));
     }
     disks.sort();
-    Ok(disks)
+    Ok(Found {
+        files: disks,
+        folder: Some(dir.to_owned()),
+    })
 }
 
 /// Returns the names of the disks in a package.
@@ -75,21 +101,17 @@ pub(super) fn disks_of_package(path: &Path) -> Result<Vec<String>, UsageError> {
     Ok(disks)
 }
 
-/// Returns the folder below which a pattern searches: its components before the first one with wildcards. `None` if
-/// the path is no pattern.
-pub(super) fn searched_folder(path: &Path) -> Option<PathBuf> {
-    if !is_pattern(path) {
-        return None;
-    }
+/// Returns the folder below which a pattern searches.
+fn searched_folder(pattern: &Path) -> PathBuf {
     let mut folder = PathBuf::new();
-    for component in path.components() {
+    for component in pattern.components() {
         let literal = folder.join(component);
         if has_wildcard(component.as_os_str()) && !LocalTree.exists(&literal) {
             break;
         }
         folder = literal;
     }
-    Some(folder)
+    folder
 }
 
 /// Returns the default file name of an NBD disk in the mount: the export's name, with invalid characters escaped.
@@ -151,7 +173,7 @@ mod tests {
     fn expanded(dir: &TempDir, pattern: &[u8]) -> Vec<Vec<u8>> {
         let path = dir.path().join(OsStr::from_bytes(pattern));
         let found = if is_pattern(&path) {
-            expand(&path).unwrap()
+            expand(&path).unwrap().files
         } else {
             vec![path]
         };
@@ -172,7 +194,7 @@ mod tests {
         symlink("a.img", dir.path().join("link.img")).unwrap();
         symlink("private", dir.path().join("linked")).unwrap();
         assert_eq!(expanded(&dir, b"*.img"), [b"a.img".to_vec()]);
-        assert_eq!(disks_of(dir.path()).unwrap(), [dir.path().join("a.vmdk")]);
+        assert_eq!(disks_of(dir.path()).unwrap().files, [dir.path().join("a.vmdk")]);
         assert!(expand(&dir.path().join("link*/b.img")).is_err());
         // A link that the user names is followed.
         assert!(!is_pattern(&dir.path().join("link.img")));
@@ -205,7 +227,9 @@ mod tests {
     fn the_searched_folder_has_no_wildcards() {
         let dir = folder(&[b"a[1].vmdk"]);
         fs::create_dir(dir.path().join("[vms]")).unwrap();
-        let searched = |pattern: &str| searched_folder(&dir.path().join(pattern));
+        fs::create_dir(dir.path().join("[vms]/a")).unwrap();
+        fs::write(dir.path().join("[vms]/a/x.vmdk"), "").unwrap();
+        let searched = |pattern: &str| expand(&dir.path().join(pattern)).unwrap().folder;
         assert_eq!(searched("*.vmdk"), Some(dir.path().to_owned()));
         assert_eq!(searched("[vms]/*/x.vmdk"), Some(dir.path().join("[vms]")));
         assert_eq!(searched("a[1].vmdk"), None);
@@ -289,7 +313,7 @@ mod tests {
         fs::create_dir(dir.path().join("folder.vmdk")).unwrap();
         symlink("nowhere", dir.path().join("broken.vmdk")).unwrap();
         nix::unistd::mkfifo(&dir.path().join("fifo.vmdk"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let names = disks_of(dir.path()).unwrap();
+        let names = disks_of(dir.path()).unwrap().files;
         let names: Vec<_> = names.iter().map(|path| path.file_name().unwrap()).collect();
         assert_eq!(names, ["UPPER.VMDK", "a-embedded.vmdk", "b-text.vmdk", "stream.vmdk"]);
     }
@@ -310,7 +334,7 @@ mod tests {
         put("b.vmdk", &text("RW 8 FLAT \"b.vmdk\" 0\n"));
         assert_eq!(expanded(&dir, b"*.vmdk"), [&b"a.vmdk"[..], b"alone.vmdk", b"b.vmdk"]);
         let paths = |names: [&str; 2]| names.map(|name| dir.path().join(name));
-        assert_eq!(disks_of(dir.path()).unwrap(), paths(["a.vmdk", "b.vmdk"]));
+        assert_eq!(disks_of(dir.path()).unwrap().files, paths(["a.vmdk", "b.vmdk"]));
     }
 
     #[test]

@@ -1,40 +1,22 @@
-//! Keys of disks on a web server: address, login, trust, and the conflicts among them.
-//!
-//! Passwords are read here, before the daemon forks: a prompt needs the terminal, and a descriptor of the caller is closed
-//! later. The values of secret keys are in no message ([`super::keys::Key::apply`]).
+//! Keys of disks on a web server: address, trust and requests, and the conflicts among them and with the login.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
-
-use super::pair::Value;
-use super::settings::Settings;
-use super::{UsageError, scheme, values};
-use crate::config::{HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Secret, Thumbprint, Trust};
+use super::login::{Login, LoginArgs};
+use super::outcome::UsageError;
+use super::server_args::ServerArgs;
+use super::{scheme, values};
+use crate::config::{HttpsAddress, HttpsConfig, HttpsServer, LocalConfig, NamedBy, Secret, Thumbprint, Trust};
 use crate::store::https::{percent_decode, split_datastore};
-
-/// Permission bits by which another user than the owner reads a file.
-const READABLE_BY_OTHERS: u32 = 0o044;
-
-/// Longest password or cookie in bytes.
-const MAX_SECRET: u64 = 64 << 10;
 
 /// Keys of one web server, as given.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HttpsArgs {
     /// Keys that are settings of the server as they are.
     pub(super) http: HttpsServer,
-    /// `server=`
-    pub(super) server: Option<String>,
-    /// `password=`
-    pub(super) password: Option<Password>,
     /// `cookie-script=`
     pub(super) cookie_script: Option<Secret>,
     /// `cookie-script-renew=`
@@ -47,31 +29,6 @@ pub(super) struct HttpsArgs {
     pub(super) cainfo: Option<PathBuf>,
     /// `insecure=`
     pub(super) insecure: bool,
-    /// `credentials=`
-    pub(super) credentials: Option<Credentials>,
-}
-
-/// Content of the file of `credentials=`.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Credentials {
-    user: Option<String>,
-    password: Option<Secret>,
-    cookie: Option<Secret>,
-}
-
-/// Login at a server.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Login {
-    pub(super) user: Option<String>,
-    pub(super) password: Option<Secret>,
-    pub(super) cookie: Option<Secret>,
-}
-
-/// Password, and whether it was on the command line.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Password {
-    secret: Secret,
-    shown: bool,
 }
 
 /// Source on a web server, as given.
@@ -88,52 +45,59 @@ pub(super) enum HttpsSource {
 }
 
 impl HttpsArgs {
-    /// Returns the configuration of a disk, and what to tell the user about it. Fails if keys conflict, or if the address is
-    /// not valid.
+    /// Returns the configuration of a disk, without the disk cache, and what to tell the user about it. `image`: the keys of
+    /// image files, of which those that hold for a web server count. `parent`: the value of `parent=`.
+    ///
+    /// Fails if keys conflict, or if an address is not valid.
     pub(super) fn config(
         &self,
         source: HttpsSource,
-        settings: &Settings,
+        server: &ServerArgs,
+        login: &LoginArgs,
+        image: &LocalConfig,
+        parent: Option<&OsStr>,
     ) -> Result<(HttpsConfig, Vec<&'static str>), UsageError> {
         let mut warnings = Vec::new();
         let trust = self.trust(&mut warnings)?;
-        let mut login = self.login(&mut warnings);
+        let mut login = login.login(&mut warnings);
         let address = match source {
-            HttpsSource::Url(url) => self.url(&url, settings, &mut login, &mut warnings)?,
-            HttpsSource::File(file) => self.datastore("file", &file, settings)?,
-            HttpsSource::Folder(folder) => self.folder(&folder, settings)?,
+            HttpsSource::Url(url) => self.url(&url, server, &mut login, &mut warnings)?,
+            HttpsSource::File(file) => self.datastore("file", &file, server)?,
+            HttpsSource::Folder(folder) => self.folder(&folder, server)?,
             HttpsSource::Server => HttpsAddress::Server {
-                server: self.server.clone().unwrap_or_default(),
-                port: port(settings.server.port.as_deref())?,
+                server: server.host.clone().unwrap_or_default(),
+                port: server.port_number()?,
                 datacenter: self.datacenter.clone(),
             },
         };
-        let parent = settings.parent.as_ref();
-        let parent = parent.map(|parent| self.parent(&parent.text, settings)).transpose()?;
+        let parent = parent.map(|parent| self.parent(parent, server)).transpose()?;
         self.check_login(&login)?;
-        let Login { user, password, cookie } = login;
-        let script = self.cookie_script.clone();
         let disk = HttpsConfig {
-            cache_dir: settings.cache_dir.clone().map(|dir| (dir, settings.cache_dir_size)),
+            cache_dir: None,
             address,
-            server: HttpsServer {
-                user,
-                password,
-                cookie,
-                cookie_script: script.map(|script| (script, self.cookie_renew)),
-                trust,
-                connections: settings.server.connections,
-                timeout: settings.server.timeout,
-                retry: settings.server.retry,
-                ..self.http.clone()
-            },
-            format: settings.image.format,
-            degraded: settings.image.degraded,
+            server: self.http_server(login, trust, server),
+            format: image.format,
+            degraded: image.degraded,
             parent,
-            member: settings.image.member.clone(),
+            member: image.member.clone(),
             named: NamedBy::File,
         };
         Ok((disk, warnings))
+    }
+
+    fn http_server(&self, login: Login, trust: Trust, server: &ServerArgs) -> HttpsServer {
+        let script = self.cookie_script.clone();
+        HttpsServer {
+            user: login.user,
+            password: login.password,
+            cookie: login.cookie,
+            cookie_script: script.map(|script| (script, self.cookie_renew)),
+            trust,
+            connections: server.connections,
+            timeout: server.timeout,
+            retry: server.retry,
+            ..self.http.clone()
+        }
     }
 
     /// Fails if a part of the login is missing, or is given in two ways.
@@ -164,26 +128,6 @@ impl HttpsArgs {
         Ok(())
     }
 
-    /// Returns the login. Keys win over the file of `credentials=`.
-    pub(super) fn login(&self, warnings: &mut Vec<&'static str>) -> Login {
-        let file = self.credentials.clone().unwrap_or_default();
-        let mut password = file.password;
-        if let Some(given) = &self.password {
-            if given.shown {
-                warnings.push(
-                    "password=: a password on the command line shows in process listings at the start; use \
-                     password=+FILE, password=-FD or password=-",
-                );
-            }
-            password = Some(given.secret.clone());
-        }
-        Login {
-            user: self.http.user.clone().or(file.user),
-            password,
-            cookie: self.http.cookie.clone().or(file.cookie),
-        }
-    }
-
     fn trust(&self, warnings: &mut Vec<&'static str>) -> Result<Trust, UsageError> {
         match (&self.thumbprint, &self.cainfo, self.insecure) {
             (None, None, false) => Ok(Trust::System),
@@ -203,14 +147,14 @@ impl HttpsArgs {
     fn url(
         &self,
         url: &str,
-        settings: &Settings,
+        server: &ServerArgs,
         login: &mut Login,
         warnings: &mut Vec<&'static str>,
     ) -> Result<HttpsAddress, UsageError> {
         let given = [
-            ("server", self.server.is_some()),
+            ("server", server.host.is_some()),
             ("datacenter", self.datacenter.is_some()),
-            ("port", settings.server.port.is_some()),
+            ("port", server.port.is_some()),
         ];
         if let Some((key, _)) = given.iter().find(|(_, given)| *given) {
             let rest = format_args!(" is a whole address, but {key}= is given too");
@@ -240,7 +184,7 @@ impl HttpsArgs {
     }
 
     /// Returns the address of `parent=`: a file in a datastore, or a URL without credentials.
-    fn parent(&self, parent: &OsStr, settings: &Settings) -> Result<HttpsAddress, UsageError> {
+    fn parent(&self, parent: &OsStr, server: &ServerArgs) -> Result<HttpsAddress, UsageError> {
         let parent = parent.to_str();
         let parent = parent.ok_or_else(|| UsageError::of("parent", ": the value is not UTF-8"))?;
         match scheme::is_one_of(&scheme::WEB, OsStr::new(parent)) {
@@ -249,12 +193,12 @@ impl HttpsArgs {
                 ": give the credentials with user= and password=",
             )),
             true => Ok(HttpsAddress::Url(parent.to_owned())),
-            false => self.datastore("parent", parent, settings),
+            false => self.datastore("parent", parent, server),
         }
     }
 
     /// Returns the address of the file in a datastore that `key` names.
-    fn datastore(&self, key: &'static str, file: &str, settings: &Settings) -> Result<HttpsAddress, UsageError> {
+    fn datastore(&self, key: &'static str, file: &str, server: &ServerArgs) -> Result<HttpsAddress, UsageError> {
         let error = |reason: &str| UsageError::of(key, format_args!("{file}: {reason}"));
         let Some((datastore, path)) = split_datastore(file.as_bytes()) else {
             return Err(error("a disk on server= has the form \"[datastore] folder/disk.vmdk\""));
@@ -266,17 +210,17 @@ impl HttpsArgs {
                 "is a folder; --list shows what is in it, and {file}*.vmdk means all its disks"
             )));
         }
-        self.in_datastore(key, file, text(datastore), path, settings)
+        self.in_datastore(key, file, text(datastore), path, server)
     }
 
     /// Returns the address of a folder to list: `[datastore] folder/`, or `[datastore]` for all of it.
-    fn folder(&self, folder: &str, settings: &Settings) -> Result<HttpsAddress, UsageError> {
+    fn folder(&self, folder: &str, server: &ServerArgs) -> Result<HttpsAddress, UsageError> {
         let whole = folder
             .strip_prefix('[')
             .and_then(|rest| rest.trim_end_matches(['/', ' ']).strip_suffix(']'));
         match whole.filter(|name| !name.is_empty() && !name.contains(']')) {
-            Some(datastore) => self.in_datastore("file", folder, datastore.to_owned(), String::new(), settings),
-            None => self.datastore("file", folder.trim_end_matches('/'), settings),
+            Some(datastore) => self.in_datastore("file", folder, datastore.to_owned(), String::new(), server),
+            None => self.datastore("file", folder.trim_end_matches('/'), server),
         }
     }
 
@@ -286,17 +230,17 @@ impl HttpsArgs {
         file: &str,
         datastore: String,
         path: String,
-        settings: &Settings,
+        server: &ServerArgs,
     ) -> Result<HttpsAddress, UsageError> {
         let error = |reason: &str| UsageError::of(key, format_args!("{file}: {reason}"));
         if path.split('/').any(|part| part == "..") {
             return Err(error("expected a path in the datastore, without .."));
         }
-        let server = self.server.clone();
-        let server = server.ok_or_else(|| error("a disk in a datastore needs server="))?;
+        let host = server.host.clone();
+        let host = host.ok_or_else(|| error("a disk in a datastore needs server="))?;
         Ok(HttpsAddress::Datastore {
-            server,
-            port: port(settings.server.port.as_deref())?,
+            server: host,
+            port: server.port_number()?,
             datacenter: self.datacenter.clone(),
             datastore,
             path,
@@ -315,71 +259,10 @@ pub(super) fn url(value: &OsStr) -> Result<HttpsSource, String> {
     Ok(HttpsSource::Url(text.to_owned()))
 }
 
-/// Parses the value of `port=` for a server.
-pub(super) fn port(port: Option<&str>) -> Result<Option<u16>, UsageError> {
-    let Some(port) = port else { return Ok(None) };
-    let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-    let number = number.ok_or_else(|| UsageError::of("port", format_args!("{port}: the port of a server is a number")));
-    number.map(Some)
-}
-
 /// Parses the value of `thumbprint=`.
 pub(super) fn thumbprint(value: &OsStr) -> Result<Thumbprint, String> {
     let parsed = Thumbprint::parse(values::text(value)?);
     parsed.ok_or_else(|| "must be the SHA-1 (20 hexadecimal pairs) or SHA-256 (32) of the server's certificate".into())
-}
-
-/// Reads the password that `password=` stands for.
-pub(super) fn password(value: &Value<'_>) -> Result<Password, String> {
-    let bytes = value.as_bytes();
-    let hidden = |secret: String| Password {
-        secret: Secret::new(secret),
-        shown: false,
-    };
-    if bytes == b"-" {
-        return prompt().map(hidden);
-    }
-    if let Some(path) = bytes.strip_prefix(b"+") {
-        let path = value.path_of(OsStr::from_bytes(path))?;
-        let file = File::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        return first_line(file).map(hidden);
-    }
-    if let Some(number) = bytes.strip_prefix(b"-") {
-        let number = std::str::from_utf8(number)
-            .ok()
-            .and_then(|text| text.parse::<u32>().ok());
-        let number = number.ok_or("-FD must be the number of a descriptor")?;
-        // Opened anew by its name, so the caller's descriptor stays as it is.
-        let path = format!("/proc/self/fd/{number}");
-        let file = File::open(&path).map_err(|e| format!("descriptor {number}: {e}"))?;
-        return first_line(file).map(hidden);
-    }
-    let secret = Secret::new(values::text(value)?);
-    Ok(Password { secret, shown: true })
-}
-
-/// Reads the file of `credentials=`: lines `username=`, `password=` and `cookie=`.
-pub(super) fn credentials(value: &Value<'_>) -> Result<Credentials, String> {
-    let path = value.path()?;
-    let failed = |e: std::io::Error| format!("{}: {e}", path.display());
-    let file = File::open(&path).map_err(failed)?;
-    if file.metadata().map_err(failed)?.permissions().mode() & READABLE_BY_OTHERS != 0 {
-        return Err("others can read the file: run chmod 600 on it".into());
-    }
-    let mut text = String::new();
-    file.take(MAX_SECRET).read_to_string(&mut text).map_err(failed)?;
-    let mut found = Credentials::default();
-    for (number, line) in (1..).zip(text.lines()) {
-        match line.split_once('=') {
-            Some(("username" | "password" | "cookie", "")) => return Err(format!("line {number}: a value is missing")),
-            Some(("username", name)) => found.user = Some(name.to_owned()),
-            Some(("password", secret)) => found.password = Some(Secret::new(secret)),
-            Some(("cookie", secret)) => found.cookie = Some(Secret::new(secret)),
-            _ if line.trim().is_empty() || line.starts_with('#') => {}
-            _ => return Err(format!("line {number}: expected username=, password= or cookie=")),
-        }
-    }
-    Ok(found)
 }
 
 /// Parses the value of `header=`: a name, a colon and a value.
@@ -444,34 +327,6 @@ pub(super) fn resolve(value: &OsStr) -> Result<(String, IpAddr), String> {
     Ok((host.to_ascii_lowercase(), address))
 }
 
-/// Reads the first line of a file, without its end.
-fn first_line(file: impl Read) -> Result<String, String> {
-    let mut line = String::new();
-    let mut reader = BufReader::new(file.take(MAX_SECRET));
-    reader.read_line(&mut line).map_err(|e| e.to_string())?;
-    let line = line.trim_end_matches(['\n', '\r']);
-    match line.is_empty() {
-        true => Err("the password is empty".into()),
-        false => Ok(line.to_owned()),
-    }
-}
-
-/// Asks for the password on the terminal, without showing it.
-fn prompt() -> Result<String, String> {
-    let tty = fs::OpenOptions::new().read(true).write(true).open("/dev/tty");
-    let mut tty = tty.map_err(|e| format!("no terminal to ask on: {e}; use password=+FILE"))?;
-    let shown = tcgetattr(&tty).map_err(|e| e.to_string())?;
-    let mut hidden = shown.clone();
-    hidden.local_flags.remove(LocalFlags::ECHO);
-    tcsetattr(&tty, SetArg::TCSAFLUSH, &hidden).map_err(|e| e.to_string())?;
-    let asked = tty.write_all(b"Password: ").map_err(|e| e.to_string());
-    let line = asked.and_then(|()| first_line(&tty));
-    // Restored whatever happened: a terminal without echo is of no use.
-    let restored = tcsetattr(&tty, SetArg::TCSAFLUSH, &shown).map_err(|e| e.to_string());
-    let _ = tty.write_all(b"\n");
-    restored.and(line)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::test_args::{action, disks};
@@ -526,46 +381,6 @@ mod tests {
         assert_eq!(disk.server.password, Some(Secret::new("p:w")));
         assert_eq!(warnings(&["https://u:p@h/a.vmdk"]), 1);
         assert_eq!(warnings(&["http://u:p@h/a.vmdk"]), 2);
-    }
-
-    #[test]
-    fn a_password_comes_from_a_file_or_a_descriptor_without_a_warning() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pw");
-        fs::write(&path, "s e c\r\nsecond line\n").unwrap();
-        let word = format!("password=+{}", path.display());
-        let disk = web(&["https://h/x.vmdk", "user=u", &word]);
-        assert_eq!(disk.server.password, Some(Secret::new("s e c")));
-        assert_eq!(warnings(&["https://h/x.vmdk", "user=u", &word]), 0);
-        let file = File::open(&path).unwrap();
-        let word = format!("password=-{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let disk = web(&["https://h/x.vmdk", "user=u", &word]);
-        assert_eq!(disk.server.password, Some(Secret::new("s e c")));
-        assert_eq!(warnings(&["https://h/x.vmdk", "user=u", "password=x"]), 1);
-    }
-
-    #[test]
-    fn credentials_come_from_a_file_that_only_its_owner_reads() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("login");
-        fs::write(&path, "# mine\nusername=me\npassword=a=b \n\ncookie=c=\"1\"\n").unwrap();
-        let word = format!("credentials={}", path.display());
-        let mode = |bits| fs::set_permissions(&path, fs::Permissions::from_mode(bits)).unwrap();
-        mode(0o640);
-        let error = action(&["src", "https://h/x.vmdk", &word]).unwrap_err();
-        assert!(error.contains("others can read the file"), "{error}");
-        mode(0o600);
-        let server = web(&["https://h/x.vmdk", &word]).server;
-        assert_eq!(server.user.as_deref(), Some("me"));
-        assert_eq!(server.password, Some(Secret::new("a=b ")));
-        assert_eq!(server.cookie, Some(Secret::new("c=\"1\"")));
-        assert_eq!(
-            web(&["https://h/x.vmdk", &word, "username=you"]).server.user.as_deref(),
-            Some("you")
-        );
-        fs::write(&path, "user me\n").unwrap();
-        let error = action(&["src", "https://h/x.vmdk", &word]).unwrap_err();
-        assert!(error.contains("line 1: expected"), "{error}");
     }
 
     #[test]

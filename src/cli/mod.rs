@@ -1,28 +1,30 @@
 //! Command line: parses the arguments into a [`Config`].
 //!
 //! ```text
-//!   argv ─ args ──────────┬─ argument.rs  KEY=VALUE, sources ─┐
-//!    or    mount_helper   ├─ options.rs   -o lists, --threads ┼─► pairs (pair.rs), applied in layers ─► Config
-//!    or    config_file    └─ ...          tables, keys        ┘
-//!                             target.rs   MOUNTPOINT ─────────►
-//!
-//!   keys.rs: the table of all keys                values.rs: text → type
-//!   disk_args.rs: pairs → disks                   expand.rs: wildcards and folders → files
-//!   settings.rs: the pairs of a disk → its configuration
-//!   https.rs: keys of web servers                 nbd.rs: keys of NBD servers
-//!   vddk.rs: keys of disks that VDDK opens        create_args.rs: create=, create-*=
-//!   overlay_args.rs: cow=, --commit, and the conflicts of keys that write
+//!   mod                           the program, or a helper of mount(8) or umount(8)
+//!   args, unmount_helper, mount_helper            command lines → configuration
+//!   mount_request                 a mount: its arguments → its configuration (target: MOUNTPOINT)
+//!   disks, disk_config            pairs → settings → configuration of each disk
+//!   disk_source                   a source → its disks, by expand: wildcards and folders → files
+//!   config_file, disk_args, options, argument     readers: TOML, words, -o lists → pairs
+//!   help, keys                    texts of the help; the table of all keys of disks
+//!   settings                      the pairs of a disk, applied in layers
+//!   https, nbd, vddk, create_args, overlay_args   keys of one back end or feature
+//!   login, server_args            keys of every kind of server
+//!   key, pair                     a row of a table of keys; a key with its value
+//!   values, scheme, subcommand, outcome           text → type; errors
 //! ```
+//!
+//! A file uses only files below it in this list. Where keys of several files meet, the file above passes them as values.
 //!
 //! When the program is started as `mount.vmdkfuse`, it is the helper of mount(8), and as `umount.vmdkfuse` that of
 //! umount(8). Parsing opens no image but to list disks: `dir=` reads the first bytes of the files in its folder, and a
 //! package its list of members. All paths become absolute here, because the daemon changes its current directory later.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::path::Path;
 
-use crate::config::{Action, Config, DiskConfig, MountConfig, MountKind, Query};
+use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind};
 use crate::process::daemon::Failure;
 
@@ -31,18 +33,28 @@ mod argument;
 mod config_file;
 mod create_args;
 mod disk_args;
+mod disk_config;
+mod disk_source;
+mod disks;
 mod expand;
+mod help;
 mod https;
+mod key;
 mod keys;
+mod login;
 #[cfg(test)]
 mod manual;
 mod mount_helper;
+mod mount_request;
 mod nbd;
 mod options;
+mod outcome;
 mod overlay_args;
 mod pair;
 mod scheme;
+mod server_args;
 mod settings;
+mod subcommand;
 mod target;
 #[cfg(test)]
 mod test_args;
@@ -50,73 +62,7 @@ mod unmount_helper;
 mod values;
 mod vddk;
 
-use args::Subcommand;
-use disk_args::DiskArgs;
-use options::MountArgs;
-use values::display;
-
-/// Outcome of parsing a command line.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Parsed {
-    /// Run the program with this configuration.
-    Run(Box<Config>),
-    /// Print this text unchanged and exit with status 0. The text may be empty.
-    Print(String),
-}
-
-/// Invalid command line or configuration file; the program exits with status 2.
-///
-/// `Display` writes the reason as one line, without the program's name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UsageError {
-    /// Place in a configuration file.
-    place: Option<String>,
-    /// Key that the error is about.
-    key: Option<&'static str>,
-    message: String,
-}
-
-impl UsageError {
-    fn new(message: impl Into<String>) -> Self {
-        Self {
-            place: None,
-            key: None,
-            message: message.into(),
-        }
-    }
-
-    /// Creates an error about a key. The message is `KEY=` and `rest`.
-    fn of(key: &'static str, rest: impl fmt::Display) -> Self {
-        Self::new(format!("{key}={rest}")).about(key)
-    }
-
-    /// Returns the error with the key that it is about.
-    fn about(self, key: &'static str) -> Self {
-        Self { key: Some(key), ..self }
-    }
-
-    /// Creates the error for an option, key or value that is documented but missing from this build.
-    fn not_yet(what: impl fmt::Display) -> Self {
-        Self::new(format!("{what} is not in this build yet"))
-    }
-
-    /// Returns the error with a place in a configuration file, unless it has one.
-    fn at(mut self, place: &str) -> Self {
-        self.place.get_or_insert_with(|| place.to_owned());
-        self
-    }
-}
-
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(place) = &self.place {
-            write!(f, "{place}: ")?;
-        }
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for UsageError {}
+pub use outcome::{Parsed, UsageError};
 
 /// Parses a whole command line. The first argument is the program's name, which selects between the program itself and
 /// the helpers of mount(8) and umount(8).
@@ -145,7 +91,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, UsageEr
 ///
 /// Fails if two of them have the same file name or write to the same overlay.
 pub fn check_found(disks: &[DiskConfig]) -> crate::error::Result<()> {
-    disk_args::check_found(disks).map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))
+    disks::check_found(disks).map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))
 }
 
 /// Exit statuses of the program. mount(8) defines those of its helpers.
@@ -186,116 +132,6 @@ impl ExitStatuses {
     }
 }
 
-/// Arguments of a mount before they are resolved, from the program or from the mount helper.
-#[derive(Debug)]
-struct MountRequest<'a> {
-    mountpoint: &'a OsStr,
-    disk_args: DiskArgs,
-    mount_args: MountArgs,
-    foreground: bool,
-    /// Source that mount tables show, if it is not that of the first disk.
-    source: Option<String>,
-}
-
-impl MountRequest<'_> {
-    /// Resolves the arguments into the configuration of a mount.
-    fn into_config(self) -> Result<Config, UsageError> {
-        let mount_args = self.mount_args;
-        let subcommand = Subcommand::Mount {
-            read_only: mount_args.options.read_only,
-        };
-        let resolved = disk_args::disks(self.disk_args, subcommand)?;
-        // The keys come first: a typo in one is a better error than the state of the mount point.
-        let target = target::resolve(self.mountpoint)?;
-        let fixed = target.file_name.as_deref();
-        if let Some(name) = fixed {
-            check_one_file(name, target.target.kind, &resolved)?;
-        }
-        let disks = disk_args::configs(resolved, fixed, subcommand)?;
-        disk_args::check_names(&disks)?;
-        let mount = MountConfig {
-            target: target.target,
-            disks,
-            foreground: self.foreground,
-            pidfile: mount_args.pidfile,
-            options: mount_args.options,
-            threads: mount_args.threads,
-            source: self.source,
-        };
-        Ok(Config {
-            action: Action::Mount(mount),
-            log: mount_args.log,
-        })
-    }
-}
-
-/// Checks that a mount point that names one file gets exactly one disk, and that `name=` does not contradict it.
-fn check_one_file(name: &OsStr, kind: MountKind, disks: &[disk_args::ResolvedDisk]) -> Result<(), UsageError> {
-    let form = match kind {
-        MountKind::Dir => "does not exist, so it would be the name of one file",
-        MountKind::File => "is a regular file, so the mount would show one disk in its place",
-    };
-    if disks.len() > 1 {
-        let (name, count) = (display(name), disks.len());
-        return Err(UsageError::new(format!(
-            "mount point {name} {form}, but there are {count} disks"
-        )));
-    }
-    let requested = disks
-        .iter()
-        .find_map(|disk| disk.requested_name())
-        .filter(|requested| *requested != name);
-    requested.map_or(Ok(()), |requested| {
-        let (name, requested) = (display(name), display(requested));
-        Err(UsageError::new(format!(
-            "mount point {name} {form}, but name={requested} gives another name: remove name="
-        )))
-    })
-}
-
-/// Returns the disks of an action other than a mount, where no `-o` keys and no mount point take part.
-fn unmounted(words: &[OsString], subcommand: Subcommand) -> Result<Vec<DiskConfig>, UsageError> {
-    let disks = disk_args::disks(DiskArgs::of_words(Vec::new(), words)?, subcommand)?;
-    disk_args::configs(disks, None, subcommand)
-}
-
-fn query(words: &[OsString], subcommand: Subcommand, json: bool) -> Result<Query, UsageError> {
-    Ok(Query {
-        disks: unmounted(words, subcommand)?,
-        json,
-    })
-}
-
-fn commit(words: &[OsString]) -> Result<Action, UsageError> {
-    let mut disks = unmounted(words, Subcommand::Commit)?;
-    match (disks.pop(), disks.len()) {
-        (Some(disk), 0) => Ok(Action::Commit(disk)),
-        (_, more) => Err(UsageError::new(format!(
-            "--commit takes one disk, but there are {}",
-            more + 1
-        ))),
-    }
-}
-
-/// Returns true if the file name of `program` is one of `names`.
-fn has_name_of(program: &Path, names: &[&str]) -> bool {
-    program
-        .file_name()
-        .is_some_and(|name| names.iter().any(|helper| name == *helper))
-}
-
-/// Converts an error of clap to one line: drops the `error:` prefix, the usage and the pointer to `--help`.
-fn one_line(error: &clap::Error) -> UsageError {
-    let text = error.render().to_string();
-    let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let ends = ["\n\nUsage:", "\n\nFor more information"];
-    let end = ends.iter().filter_map(|end| text.find(end)).min().unwrap_or(text.len());
-    let sentences = text[..end]
-        .split("\n\n")
-        .map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
-    UsageError::new(sentences.collect::<Vec<_>>().join("; "))
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -303,7 +139,7 @@ mod tests {
 
     use super::test_args::{config_of, mount_of};
     use super::*;
-    use crate::config::{MountOptions, MountTarget};
+    use crate::config::{Action, MountConfig, MountKind, MountOptions, MountTarget};
 
     fn mount(args: &[&str]) -> Result<MountConfig, String> {
         config_of(parse(["vmdkfuse"].iter().chain(args).map(OsString::from))).map(mount_of)

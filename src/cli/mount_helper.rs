@@ -8,7 +8,7 @@
 //! with the first field of fstab: a path in its canonical form, anything else as it is.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -17,9 +17,11 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use clap::{ArgAction, Parser};
 
 use super::disk_args::DiskArgs;
+use super::mount_request::{MountRequest, path_in_table};
 use super::options::MountArgs;
-use super::pair::Pair;
-use super::{MountRequest, Parsed, UsageError, argument, config_file, has_name_of, one_line, values};
+use super::outcome::{Parsed, UsageError};
+use super::settings::DiskPair;
+use super::{argument, config_file, values};
 use crate::config::Action;
 
 /// Program names under which mount(8) runs the helper.
@@ -63,7 +65,7 @@ struct Helper {
 
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
-    let helper = Helper::try_parse_from(args).map_err(|e| one_line(&e))?;
+    let helper = Helper::try_parse_from(args).map_err(|e| UsageError::of_clap(&e))?;
     if helper.fake {
         return Ok(Parsed::Print(String::new()));
     }
@@ -82,7 +84,7 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
     let file = file.map(|file| file.apply(&mut mount_args)).transpose()?;
     let mut pairs = mount_args.lists_of_mount(&helper.options, helper.sloppy)?;
     mount_args.verbosity(helper.verbose);
-    let has = |pairs: &[Pair], name| pairs.iter().any(|pair| pair.key.name == name);
+    let has = |pairs: &[DiskPair], name| pairs.iter().any(|pair| pair.key.name == name);
     // To mount(8), and so in fstab, it is the user that may unmount. Where a server is named, it is the login all the same.
     let names_user = has(&pairs, "user") && !mount_args.has_username;
     if names_user && !has(&pairs, "server") {
@@ -114,12 +116,6 @@ fn is_in_datastore(source: &OsStr) -> bool {
     source.as_encoded_bytes().starts_with(b"[") && !Path::new(source).exists()
 }
 
-/// Returns a path as mount(8) shows and compares it: canonical where it exists, or else absolute.
-pub(super) fn path_in_table(path: &OsStr) -> String {
-    let canonical = fs::canonicalize(path).or_else(|_| std::path::absolute(path));
-    canonical.unwrap_or_else(|_| path.into()).to_string_lossy().into_owned()
-}
-
 /// Fails for an address that holds a password, which every user could read in the mount table.
 fn refuse_password(address: &OsStr) -> Result<(), UsageError> {
     let text = address.to_string_lossy();
@@ -133,6 +129,13 @@ fn refuse_password(address: &OsStr) -> Result<(), UsageError> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// Returns true if the file name of `program` is one of `names`.
+pub(super) fn has_name_of(program: &Path, names: &[&str]) -> bool {
+    program
+        .file_name()
+        .is_some_and(|name| names.iter().any(|helper| name == *helper))
 }
 
 /// Enters a mount namespace: the path of one, or the ID of a process in it.
@@ -150,6 +153,8 @@ pub(super) fn enter(namespace: &OsStr) -> Result<(), UsageError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::test_args::{config_of, mount_of};
     use super::*;
     use crate::config::{Config, MountConfig};

@@ -6,23 +6,13 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use super::UsageError;
-use super::pair::Value;
-use super::settings::{FileName, Settings};
-use super::{scheme, values};
+use super::outcome::UsageError;
+use super::scheme;
+use super::server_args::ServerArgs;
+use super::values::{self, FileName, Value};
 use crate::config::{NbdAddress, NbdConfig, NbdTls};
 use crate::source::nbd_uri::{self, TlsParameters};
-
-/// Upper limit of `connections=`. More connections gain nothing.
-const MAX_CONNECTIONS: u32 = 16;
-
-/// Upper limit of `timeout=` in seconds.
-const MAX_TIMEOUT: u32 = 1800;
-
-/// Upper limit of `retry=`.
-const MAX_RETRY: u32 = 1_000_000;
 
 /// Longest export name in bytes (NBD protocol, "String values").
 const MAX_NAME: usize = 4096;
@@ -67,8 +57,12 @@ impl NbdArgs {
     /// Returns the configuration of the server. `uri` is the value of `uri=`, if given.
     ///
     /// Fails if keys conflict, or if there is no address.
-    pub(super) fn config(&self, uri: Option<String>, settings: &Settings) -> Result<NbdConfig, UsageError> {
-        let server = &settings.server;
+    pub(super) fn config(
+        &self,
+        uri: Option<String>,
+        server: &ServerArgs,
+        accept_cid_mismatch: bool,
+    ) -> Result<NbdConfig, UsageError> {
         let by_uri = uri.as_deref().map(nbd_uri::tls_parameters).unwrap_or_default();
         let tls = self.tls_mode(uri.as_deref(), &by_uri)?;
         let address = self.one_address(uri, server.port.as_deref())?;
@@ -109,7 +103,7 @@ impl NbdArgs {
             tls_username: self.tls_username.clone(),
             tls_psk: self.tls_psk.clone().or(by_uri.psk),
             timeout: server.timeout,
-            accept_cid_mismatch: settings.image.degraded.cid,
+            accept_cid_mismatch,
             retry: server.retry,
         })
     }
@@ -196,18 +190,6 @@ pub(super) fn uri(value: &Value<'_>) -> Result<String, String> {
     Ok(nbd_uri::with_absolute_paths(text, &dir))
 }
 
-/// Parses the value of `port=`: a number, or the name of a service, which is looked up when the connection is made.
-pub(super) fn port(value: &OsStr) -> Result<String, String> {
-    let text = values::text(value)?;
-    let is_name = text
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
-    if !is_name {
-        return Err("must be a number or the name of a service in /etc/services".into());
-    }
-    Ok(text.to_owned())
-}
-
 /// Parses the value of `socket-fd=`. 0 to 2 are refused: they are the standard streams.
 pub(super) fn socket_fd(value: &OsStr) -> Result<i32, String> {
     values::number(value, 3, i32::MAX as u32).map(|n| n as i32)
@@ -242,21 +224,6 @@ pub(super) fn export(value: &Value<'_>) -> Result<FileName, String> {
     }
     word(value)?;
     Ok(FileName::of(value, value.path().unwrap_or_default()))
-}
-
-/// Parses the value of `connections=`.
-pub(super) fn connections(value: &OsStr) -> Result<usize, String> {
-    values::number(value, 1, MAX_CONNECTIONS).map(|n| n as usize)
-}
-
-/// Parses the value of `timeout=`, in whole seconds.
-pub(super) fn timeout(value: &OsStr) -> Result<Duration, String> {
-    values::number(value, 1, MAX_TIMEOUT).map(|n| Duration::from_secs(n.into()))
-}
-
-/// Parses the value of `retry=`.
-pub(super) fn retry(value: &OsStr) -> Result<u32, String> {
-    values::number(value, 0, MAX_RETRY)
 }
 
 /// Converts the value of `tls=`. The table of keys refuses other words before it calls this.

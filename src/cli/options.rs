@@ -11,9 +11,12 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use super::argument::{split_key, unknown_key};
-use super::keys::{self, ValueKind};
-use super::pair::{Origin, Pair, Value};
-use super::{UsageError, values};
+use super::key::ValueKind;
+use super::keys;
+use super::outcome::UsageError;
+use super::pair::{Origin, Pair};
+use super::settings::DiskPair;
+use super::values::{self, Value};
 use crate::config::{LogConfig, MountOptions};
 use crate::fuse::mount_flags;
 
@@ -70,7 +73,7 @@ pub(super) static MOUNT_KEYS: [MountKey; 7] = [
         apply: |m, v| { m.pidfile = Some(v.path()?); Ok(Vec::new()) } },
     MountKey { name: "log-file", kind: ValueKind::Path, help: "Append log messages to this file",
         apply: |m, v| { m.log.file = Some(v.path()?); Ok(Vec::new()) } },
-    MountKey { name: "log-format", kind: ValueKind::OneOf { words: &["text", "json"], later: &[] }, help: "Format of log messages",
+    MountKey { name: "log-format", kind: ValueKind::one_of(&["text", "json"]), help: "Format of log messages",
         apply: |m, v| {
             let format = LogFormat::from_str(values::text(v)?, false).ok();
             let format = format.ok_or("must be text or json")?;
@@ -107,7 +110,7 @@ impl MountArgs {
     /// Applies a layer over the earlier ones. Returns the pairs of `-o` that apply to all disks.
     ///
     /// Fails if an option is unknown, if a value is invalid, or if options of the layer contradict each other.
-    pub(super) fn layer(&mut self, pairs: &[Pair<MountKey>]) -> Result<Vec<Pair>, UsageError> {
+    pub(super) fn layer(&mut self, pairs: &[Pair<MountKey>]) -> Result<Vec<DiskPair>, UsageError> {
         let mut list = Vec::new();
         for pair in pairs {
             let options = (pair.key.apply)(self, &pair.value()).map_err(|reason| pair.blame(&reason))?;
@@ -122,7 +125,7 @@ impl MountArgs {
         &mut self,
         lists: impl IntoIterator<Item = &'a OsString>,
         sloppy: bool,
-    ) -> Result<Vec<Pair>, UsageError> {
+    ) -> Result<Vec<DiskPair>, UsageError> {
         let list: Vec<OsString> = lists.into_iter().flat_map(|list| split_quoted(list)).collect();
         if list.iter().any(|option| option == "remount") {
             return Err(UsageError::new(
@@ -138,7 +141,7 @@ impl MountArgs {
         self.log.verbosity = count.min(MAX_VERBOSITY);
     }
 
-    fn options(&mut self, list: Vec<(OsString, Origin)>, sloppy: bool) -> Result<Vec<Pair>, UsageError> {
+    fn options(&mut self, list: Vec<(OsString, Origin)>, sloppy: bool) -> Result<Vec<DiskPair>, UsageError> {
         // `ro` and `rw` are one choice, and so are `allow_other` and `allow_root`: one of them replaces those of the
         // layers below.
         let has = |words: [&str; 2]| list.iter().any(|(option, _)| words.iter().any(|word| option == word));
@@ -148,7 +151,7 @@ impl MountArgs {
         if has(["allow_other", "allow_root"]) {
             (self.options.allow_other, self.options.allow_root) = (false, false);
         }
-        let mut pairs: Vec<Pair> = Vec::new();
+        let mut pairs: Vec<DiskPair> = Vec::new();
         for (option, origin) in list {
             let known = self.option(&option, &origin, &mut pairs).map_err(|e| origin.blame(e))?;
             if !known && !sloppy {
@@ -177,7 +180,7 @@ impl MountArgs {
     }
 
     /// Applies one option, or adds it to `pairs` if it is a key of disks. Returns false if it is unknown.
-    fn option(&mut self, option: &OsStr, origin: &Origin, pairs: &mut Vec<Pair>) -> Result<bool, UsageError> {
+    fn option(&mut self, option: &OsStr, origin: &Origin, pairs: &mut Vec<DiskPair>) -> Result<bool, UsageError> {
         if let Some((name, value)) = split_key(option) {
             if self.key_value(name, value)? {
                 return Ok(true);
@@ -304,12 +307,12 @@ mod tests {
     use super::*;
 
     /// Returns the options and the keys of disks of a list on a command line.
-    fn parse(list: &str) -> Result<(MountOptions, Vec<Pair>), String> {
+    fn parse(list: &str) -> Result<(MountOptions, Vec<DiskPair>), String> {
         layered(&[list])
     }
 
     /// Applies each list as a layer. Returns the pairs of the last one.
-    fn layered(lists: &[&str]) -> Result<(MountOptions, Vec<Pair>), String> {
+    fn layered(lists: &[&str]) -> Result<(MountOptions, Vec<DiskPair>), String> {
         let (mut args, mut pairs) = (MountArgs::default(), Vec::new());
         for list in lists {
             let list = split(OsStr::new(list))
@@ -324,7 +327,7 @@ mod tests {
         parse(list).map(|(options, _)| options)
     }
 
-    fn values(pairs: &[Pair]) -> Vec<(&str, &str)> {
+    fn values(pairs: &[DiskPair]) -> Vec<(&str, &str)> {
         pairs
             .iter()
             .map(|pair| (pair.key.name, pair.value.to_str().unwrap()))

@@ -7,9 +7,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::UsageError;
-use super::args::Subcommand;
-use super::pair::Value;
+use super::outcome::UsageError;
+use super::subcommand::Subcommand;
+use super::values::Value;
 use crate::config::{DiskConfig, Format, Overlay};
 
 /// Value of `cow=` that stands for a temporary overlay instead of a file.

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use super::pair::Value;
+use super::values::Value;
 
 /// Schemes of NBD URIs, which the key `uri=` takes.
 pub(super) const NBD: [&str; 6] = [

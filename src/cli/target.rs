@@ -12,7 +12,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::{UsageError, values};
+use super::outcome::UsageError;
+use super::values;
 use crate::config::{MountKind, MountTarget};
 use crate::mountinfo;
 use crate::store::shell_word;

@@ -2,7 +2,8 @@
 
 use std::ffi::OsString;
 
-use super::{Parsed, UsageError, parse};
+use super::outcome::{Parsed, UsageError};
+use super::parse;
 use crate::config::{Action, Config, DiskConfig, MountConfig};
 
 /// Returns the configuration. Panics if the command line only prints a text.

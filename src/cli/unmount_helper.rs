@@ -8,7 +8,8 @@ use std::path::Path;
 use clap::{ArgAction, Parser};
 
 use super::options::MountArgs;
-use super::{Parsed, UsageError, has_name_of, mount_helper, one_line, values};
+use super::outcome::{Parsed, UsageError};
+use super::{mount_helper, values};
 use crate::config::{Action, Config, UnmountConfig};
 
 /// Program names under which umount(8) runs the helper.
@@ -16,7 +17,7 @@ const NAMES: [&str; 2] = ["umount.vmdkfuse", "umount.fuse.vmdkfuse"];
 
 /// Returns true if `program` is the name of the helper.
 pub(super) fn is_name_of(program: &Path) -> bool {
-    has_name_of(program, &NAMES)
+    mount_helper::has_name_of(program, &NAMES)
 }
 
 /// Arguments of the helper. Of the flags of umount(8) only `-l` has a meaning here. `-f` is for a server that does not
@@ -44,7 +45,7 @@ struct Helper {
 
 /// Parses the arguments after the helper's name.
 pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, UsageError> {
-    let helper = Helper::try_parse_from(args).map_err(|e| one_line(&e))?;
+    let helper = Helper::try_parse_from(args).map_err(|e| UsageError::of_clap(&e))?;
     if let Some(namespace) = &helper.namespace {
         mount_helper::enter(namespace)?;
     }

@@ -1,8 +1,8 @@
-//! Parsers for the values of keys and options: text → type.
+//! Values of keys and options, and their parsers: text → type.
 //!
 //! An error holds the reason alone. The caller knows the key and puts it in front.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,61 @@ const NAME_MAX: usize = 255;
 
 /// Permission bits of a mode. Other bits in an umask have no effect, so they are refused as a mistake.
 const MODE_BITS: u32 = 0o777;
+
+/// Value of a key, and the folder that a relative path in it starts from.
+#[derive(Clone, Copy)]
+pub(super) struct Value<'a> {
+    pub(super) text: &'a OsStr,
+    /// Empty: the current directory.
+    dir: &'a Path,
+}
+
+/// Name of a file as it was given, and as a path of this machine. The back end decides which of them counts: in a
+/// datastore it is no path.
+#[derive(Debug, Clone)]
+pub(super) struct FileName {
+    pub(super) text: OsString,
+    pub(super) path: PathBuf,
+}
+
+impl<'a> Value<'a> {
+    /// Creates a value whose paths start from the current directory.
+    pub(super) fn here(text: &'a OsStr) -> Self {
+        Self::below(Path::new(""), text)
+    }
+
+    /// Creates a value whose paths start from `dir`.
+    pub(super) fn below(dir: &'a Path, text: &'a OsStr) -> Self {
+        Self { text, dir }
+    }
+
+    /// Returns the value as an absolute path.
+    pub(super) fn path(&self) -> Result<PathBuf, String> {
+        self.path_of(self.text)
+    }
+
+    /// Returns a path that is a part of the value as an absolute one.
+    pub(super) fn path_of(&self, part: &OsStr) -> Result<PathBuf, String> {
+        let joined = self.dir.join(part);
+        // Joining nothing to a folder gives the folder.
+        path(if part.is_empty() { part } else { joined.as_os_str() })
+    }
+}
+
+impl std::ops::Deref for Value<'_> {
+    type Target = OsStr;
+
+    fn deref(&self) -> &OsStr {
+        self.text
+    }
+}
+
+impl FileName {
+    pub(super) fn of(value: &Value<'_>, path: PathBuf) -> Self {
+        let text = value.text.to_owned();
+        Self { text, path }
+    }
+}
 
 /// Returns a displayable form of text that may not be UTF-8, for messages.
 pub(super) fn display(text: &OsStr) -> std::path::Display<'_> {

@@ -4,8 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::settings::Settings;
-use super::{UsageError, expand, https, values};
+use super::login::LoginArgs;
+use super::outcome::UsageError;
+use super::server_args::ServerArgs;
+use super::{expand, values};
 use crate::config::{CreateConfig, VddkCompression, VddkConfig, VddkOwner, VddkRemote};
 use crate::store::https::split_datastore;
 
@@ -34,113 +36,110 @@ pub(super) struct VddkArgs {
     pub(super) prepare_for_access: bool,
 }
 
-/// Returns true if the keys name a server, or a disk on one.
-pub(super) fn is_remote(settings: &Settings) -> bool {
-    let (https, vddk) = (&settings.https, &settings.vddk);
-    let texts = [
-        &https.server,
-        &https.http.user,
-        &vddk.vm,
-        &vddk.datastore,
-        &vddk.thumbprint,
-        &settings.server.port,
-    ];
-    texts.iter().any(|text| text.is_some())
-        || https.password.is_some()
-        || https.http.cookie.is_some()
-        || https.credentials.is_some()
-        || vddk.nfc_host_port.is_some()
-}
-
-/// Returns the configuration of the disk `file`, and what to tell the user about it. Fails if a key of a remote
-/// connection is missing, or does not fit a local disk: the library would crash.
-pub(super) fn config(
-    settings: &Settings,
-    file: OsString,
-    create: Option<CreateConfig>,
-) -> Result<(VddkConfig, Vec<&'static str>), UsageError> {
-    let args = &settings.vddk;
-    let mut warnings = Vec::new();
-    let remote = if is_remote(settings) {
-        Some(remote(settings, &mut warnings)?)
-    } else {
-        None
-    };
-    let only_remote = [
-        ("snapshot", args.snapshot.is_some()),
-        ("compression", args.disk.compression != VddkCompression::None),
-        ("prepare-for-access", args.prepare_for_access),
-    ];
-    if let (None, Some((key, _))) = (&remote, only_remote.iter().find(|(_, given)| *given)) {
-        return Err(UsageError::of(
-            key,
-            " needs a server: add server=, user=, password= and vm=moref=ID",
-        ));
+impl VddkArgs {
+    /// Returns true if the keys name a server, or a disk on one.
+    pub(super) fn is_remote(&self, server: &ServerArgs, login: &LoginArgs) -> bool {
+        let texts = [&server.host, &server.port, &self.vm, &self.datastore, &self.thumbprint];
+        texts.iter().any(|text| text.is_some()) || login.is_given() || self.nfc_host_port.is_some()
     }
-    let disk = VddkConfig {
-        file,
-        remote,
-        create,
-        accept_cid_mismatch: settings.image.degraded.cid,
-        timeout: settings.server.timeout,
-        retry: settings.server.retry,
-        ..args.disk.clone()
-    };
-    if disk.remote.is_some() && (disk.single_link || disk.create.is_some()) {
-        let key = if disk.single_link { "single-link" } else { "create" };
-        let rest = "true is for local disks: VDDK does that for no disk of a server";
-        return Err(UsageError::of(key, rest));
-    }
-    Ok((disk, warnings))
-}
 
-/// Returns the server and the login. Fails with the names of all keys that are missing.
-fn remote(settings: &Settings, warnings: &mut Vec<&'static str>) -> Result<VddkRemote, UsageError> {
-    let args = &settings.vddk;
-    let login = settings.https.login(warnings);
-    let needed = [
-        ("server", settings.https.server.is_some()),
-        ("user", login.user.is_some()),
-        ("password", login.password.is_some()),
-        ("vm", args.vm.is_some() || args.datastore.is_some()),
-    ];
-    let missing: Vec<String> = needed
-        .iter()
-        .filter(|(_, given)| !given)
-        .map(|(key, _)| format!("{key}="))
-        .collect();
-    let (Some(server), Some(user), Some(password)) = (settings.https.server.clone(), login.user, login.password) else {
-        return Err(missing_keys(&missing));
-    };
-    let owner = match (&args.vm, &args.datastore) {
-        (Some(vm), None) => VddkOwner::Vm(vm.clone()),
-        (None, Some(datastore)) => VddkOwner::Datastore(datastore.clone()),
-        (None, None) => return Err(missing_keys(&missing)),
-        (Some(_), Some(_)) => {
+    /// Returns the configuration of the disk `file`, and what to tell the user about it. Fails if a key of a remote
+    /// connection is missing, or does not fit a local disk: the library would crash.
+    pub(super) fn config(
+        &self,
+        file: OsString,
+        create: Option<CreateConfig>,
+        server: &ServerArgs,
+        login: &LoginArgs,
+        accept_cid_mismatch: bool,
+    ) -> Result<(VddkConfig, Vec<&'static str>), UsageError> {
+        let mut warnings = Vec::new();
+        let remote = if self.is_remote(server, login) {
+            Some(self.remote(server, login, &mut warnings)?)
+        } else {
+            None
+        };
+        let only_remote = [
+            ("snapshot", self.snapshot.is_some()),
+            ("compression", self.disk.compression != VddkCompression::None),
+            ("prepare-for-access", self.prepare_for_access),
+        ];
+        if let (None, Some((key, _))) = (&remote, only_remote.iter().find(|(_, given)| *given)) {
             return Err(UsageError::of(
-                "vm",
-                " and datastore= both name the owner of the disk: give one of them",
+                key,
+                " needs a server: add server=, user=, password= and vm=moref=ID",
             ));
         }
-    };
-    if matches!(owner, VddkOwner::Datastore(_)) && args.snapshot.is_some() {
-        return Err(UsageError::of(
-            "snapshot",
-            " is one of a virtual machine, but datastore= is given",
-        ));
+        let disk = VddkConfig {
+            file,
+            remote,
+            create,
+            accept_cid_mismatch,
+            timeout: server.timeout,
+            retry: server.retry,
+            ..self.disk.clone()
+        };
+        if disk.remote.is_some() && (disk.single_link || disk.create.is_some()) {
+            let key = if disk.single_link { "single-link" } else { "create" };
+            let rest = "true is for local disks: VDDK does that for no disk of a server";
+            return Err(UsageError::of(key, rest));
+        }
+        Ok((disk, warnings))
     }
-    Ok(VddkRemote {
-        server,
-        port: https::port(settings.server.port.as_deref())?.map(u32::from),
-        nfc_host_port: args.nfc_host_port,
-        user,
-        password,
-        cookie: login.cookie,
-        thumbprint: args.thumbprint.clone(),
-        owner,
-        snapshot: args.snapshot.clone(),
-        prepare_for_access: args.prepare_for_access,
-    })
+
+    /// Returns the server and the login. Fails with the names of all keys that are missing.
+    fn remote(
+        &self,
+        server: &ServerArgs,
+        login: &LoginArgs,
+        warnings: &mut Vec<&'static str>,
+    ) -> Result<VddkRemote, UsageError> {
+        let login = login.login(warnings);
+        let needed = [
+            ("server", server.host.is_some()),
+            ("user", login.user.is_some()),
+            ("password", login.password.is_some()),
+            ("vm", self.vm.is_some() || self.datastore.is_some()),
+        ];
+        let missing: Vec<String> = needed
+            .iter()
+            .filter(|(_, given)| !given)
+            .map(|(key, _)| format!("{key}="))
+            .collect();
+        let (Some(host), Some(user), Some(password)) = (server.host.clone(), login.user, login.password) else {
+            return Err(missing_keys(&missing));
+        };
+        let owner = self.owner()?.ok_or_else(|| missing_keys(&missing))?;
+        Ok(VddkRemote {
+            server: host,
+            port: server.port_number()?.map(u32::from),
+            nfc_host_port: self.nfc_host_port,
+            user,
+            password,
+            cookie: login.cookie,
+            thumbprint: self.thumbprint.clone(),
+            owner,
+            snapshot: self.snapshot.clone(),
+            prepare_for_access: self.prepare_for_access,
+        })
+    }
+
+    /// Returns the owner of the disk, or `None` if no key names one. Fails if keys contradict each other.
+    fn owner(&self) -> Result<Option<VddkOwner>, UsageError> {
+        match (&self.vm, &self.datastore) {
+            (Some(vm), None) => Ok(Some(VddkOwner::Vm(vm.clone()))),
+            (None, Some(_)) if self.snapshot.is_some() => Err(UsageError::of(
+                "snapshot",
+                " is one of a virtual machine, but datastore= is given",
+            )),
+            (None, Some(datastore)) => Ok(Some(VddkOwner::Datastore(datastore.clone()))),
+            (None, None) => Ok(None),
+            (Some(_), Some(_)) => Err(UsageError::of(
+                "vm",
+                " and datastore= both name the owner of the disk: give one of them",
+            )),
+        }
+    }
 }
 
 /// Returns true if the name of a disk matches a pattern with the wildcards `*`, `?` and `[`. A datastore in brackets at the

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use super::super::outcome::Parsed;
+use super::super::parse;
 use super::super::test_args::{config_of, mount_of};
-use super::super::{Parsed, parse};
 use super::*;
 use crate::config::{
     Action, Config, Format, HttpsAddress, LocalConfig, MountConfig, NbdAddress, Overlay, PageCache, SourceConfig,

@@ -1,6 +1,8 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 
+use super::super::settings::Settings;
+use super::super::values::Value;
 use super::*;
 
 /// All documented keys, so that the table cannot lose one.
@@ -128,32 +130,6 @@ fn nearest_suggests_only_similar_names() {
     for typed in ["x", "zz", "banana", "completely-else", ""] {
         assert_eq!(nearest(typed), None, "{typed}");
     }
-}
-
-#[test]
-fn help_holds_every_key_that_works_and_fits_the_width() {
-    for width in [40, 96] {
-        let help = help(width);
-        for key in KEYS {
-            let form = format!("    {}={}", key.name, key.kind.placeholder());
-            let lines = help.lines().filter(|line| {
-                line.strip_prefix(&form)
-                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
-            });
-            assert_eq!(lines.count(), usize::from(key.is_ready()), "{form} in:\n{help}");
-        }
-        // Only a word that is longer than a line may be beyond its end.
-        let is_long = |line: &str| line.chars().count() > width && line.split_whitespace().count() > 1;
-        let heads = |line: &str| line.starts_with("    ") && !line.starts_with("     ");
-        for line in help.lines().skip(1).filter(|line| !heads(line)) {
-            assert!(!is_long(line), "too long: {line}");
-        }
-    }
-}
-
-#[test]
-fn paragraphs_are_wrapped_at_blanks_and_kept_apart() {
-    assert_eq!(paragraphs("a bc def\n\nghij", 5), "a bc\ndef\n\nghij\n");
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use clap::{Arg, ArgAction};
 
 use super::super::args::command;
-use super::super::keys::{Group, Key, ValueKind, ready};
+use super::super::key::{Group, ValueKind};
+use super::super::keys::ready;
+use super::super::settings::DiskKey;
 use super::roff::words_of;
 
 /// Values of a boolean that are offered.
@@ -19,7 +21,7 @@ enum Offer {
     Nothing,
 }
 
-fn offer(key: &Key) -> Offer {
+fn offer(key: &DiskKey) -> Offer {
     match key.kind {
         ValueKind::Bool => Offer::Words(BOOLEAN.into()),
         ValueKind::OneOf { words, .. } | ValueKind::Known(words) => Offer::Words(words.into()),
@@ -31,7 +33,7 @@ fn offer(key: &Key) -> Offer {
     }
 }
 
-fn keys() -> impl Iterator<Item = &'static Key> {
+fn keys() -> impl Iterator<Item = &'static DiskKey> {
     Group::ALL.into_iter().flat_map(ready)
 }
 

@@ -5,8 +5,10 @@ use std::fmt::Write as _;
 use clap::{Arg, ArgAction};
 
 use super::super::args::command;
-use super::super::keys::{Group, Key, ValueKind, ready};
+use super::super::key::{Group, ValueKind};
+use super::super::keys::ready;
 use super::super::options::{MOUNT_KEYS, MountKey};
+use super::super::settings::DiskKey;
 
 /// Widest line of the source; mandoc's lint complains about longer ones than 80.
 const WIDTH: usize = 78;
@@ -100,7 +102,7 @@ pub(super) fn mount_table() -> String {
     out
 }
 
-fn sections(value: impl Fn(&Key) -> String, equals: &str) -> String {
+fn sections(value: impl Fn(&DiskKey) -> String, equals: &str) -> String {
     let mut out = String::new();
     for group in Group::ALL {
         let mut keys = ready(group).peekable();
@@ -116,7 +118,7 @@ fn sections(value: impl Fn(&Key) -> String, equals: &str) -> String {
 }
 
 /// Appends what is known of a key: explanation, default, other names, and the back ends that accept it.
-fn entry(out: &mut String, key: &Key) {
+fn entry(out: &mut String, key: &DiskKey) {
     let explanation = key.explanation();
     let (before, default) = match explanation.split_once(" (default: ") {
         // The default may hold parentheses of its own; what follows the last one is about the key again.
@@ -154,7 +156,7 @@ fn entry(out: &mut String, key: &Key) {
 }
 
 /// Returns the back ends that accept the key.
-fn back_ends(key: &Key) -> String {
+fn back_ends(key: &DiskKey) -> String {
     if key.group == Group::Every || key.group == Group::Views {
         return "all".into();
     }

@@ -3,7 +3,8 @@ use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use super::super::keys::{Group, KEYS, ValueKind, ready};
+use super::super::key::{Group, ValueKind};
+use super::super::keys::{KEYS, ready};
 use super::super::test_args::{config_of, mount_of};
 use super::super::{argument, parse};
 use crate::config::DiskConfig;

@@ -1,9 +1,10 @@
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::super::keys;
-use super::super::pair::Origin;
+use super::super::pair::{Origin, Pair};
 use super::*;
 use crate::config::{
     Degraded, Format, HttpsAddress, KernelView, LocalConfig, NbdAddress, NbdConfig, NbdTls, Overlay, PageCache,
@@ -24,7 +25,7 @@ fn parse_with(options: &[(&str, &str)], words: &[&str]) -> Result<Vec<DiskConfig
     let subcommand = Subcommand::Mount { read_only: false };
     let args = DiskArgs::of_words(options.collect(), &words);
     let resolved = args
-        .and_then(|args| disks(args, subcommand))
+        .and_then(|args| resolve(args, subcommand))
         .map_err(|e| e.to_string())?;
     configs(resolved, None, subcommand).map_err(|e| e.to_string())
 }
@@ -473,7 +474,7 @@ fn paths_need_not_be_utf8() {
     word.push(OsStr::from_bytes(b"/\xff.vmdk"));
     for word in [word, OsStr::from_bytes(b"/\xff.vmdk").to_owned()] {
         let disk = configs(
-            disks(DiskArgs::of_words(Vec::new(), &[word]).unwrap(), Subcommand::Query).unwrap(),
+            resolve(DiskArgs::of_words(Vec::new(), &[word]).unwrap(), Subcommand::Query).unwrap(),
             None,
             Subcommand::Query,
         )
