@@ -1,7 +1,7 @@
-//! Options of `vmdkfuse` itself, parsed by clap.
+//! Command line of `vmdkfuse` itself: its options and words → what to run or print.
 //!
-//! clap parses only the options. All other arguments are collected as raw strings and go through the table in
-//! `keys.rs`, because sources need not be UTF-8 and the order of the keys decides which disk each of them belongs to.
+//! clap parses only the options. All other arguments go through the table in `keys.rs`, because sources need not be UTF-8
+//! and the order of the keys decides which disk each of them belongs to.
 
 use std::borrow::Cow;
 use std::ffi::OsString;
@@ -9,13 +9,13 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use clap::ValueEnum as _;
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
 use super::disk_args::{self, DiskArgs};
-use super::help::{EXAMPLES, USAGE, after_long_help, help_width};
+use super::flags::Cli;
 use super::mount_request::{MountRequest, path_in_table};
-use super::options::{LogFormat, MountArgs, MountKey, mount_key};
+use super::options::{MountArgs, MountKey, mount_key};
 use super::outcome::{Parsed, UsageError};
 use super::pair::{Origin, Pair};
 use super::subcommand::Subcommand;
@@ -33,9 +33,8 @@ pub(super) fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, Usag
 }
 
 fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
-    let parsed = command().try_get_matches_from(args);
-    match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => cli.config().map(|config| Parsed::Run(Box::new(config))),
+    match Cli::read(args) {
+        Ok(cli) => config(&cli).map(|config| Parsed::Run(Box::new(config))),
         // The short help shows no options, and clap leaves blank lines in their place.
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             Ok(Parsed::Print(e.render().to_string().replace("\n\n\n", "\n")))
@@ -44,284 +43,147 @@ fn parse_words(args: &[OsString]) -> Result<Parsed, UsageError> {
     }
 }
 
-/// Arguments of the program.
-#[derive(Debug, Parser)]
-#[command(
-    name = "vmdkfuse",
-    about = env!("CARGO_PKG_DESCRIPTION"),
-    version,
-    no_binary_name = true,
-    override_usage = USAGE,
-    disable_help_flag = true,
-    disable_version_flag = true,
-    term_width = help_width(),
-    help_template = "{about-with-newline}\n{usage-heading} {usage}\n\n{all-args}{after-help}",
-    after_help = EXAMPLES,
-    after_long_help = after_long_help()
-)]
-struct Cli {
-    #[command(flatten)]
-    mount: MountFlags,
-    #[command(flatten)]
-    log: LogFlags,
-    #[command(flatten)]
-    actions: ActionFlags,
-    /// JSON output
-    #[arg(long, help_heading = ACTIONS)]
-    json: bool,
-    #[command(flatten)]
-    information: InformationFlags,
-    #[command(flatten)]
-    later: LaterFlags,
-    #[arg(hide = true)]
-    words: Vec<OsString>,
-}
-
-/// Options that describe a mount. They conflict with every other action, but what a file describes can be unmounted.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Options of a mount")]
-struct MountFlags {
-    /// Mount read-only
-    #[arg(short, long, conflicts_with = "ActionFlags")]
-    read_only: bool,
-    /// Stay in the foreground
-    #[arg(short, long, conflicts_with = "ActionFlags")]
-    foreground: bool,
-    /// Mount options, and keys that apply to all disks
-    #[arg(short, value_name = "OPT[,OPT...]", conflicts_with = "ActionFlags")]
-    options: Vec<OsString>,
-    /// Write the process ID to FILE
-    #[arg(short = 'P', long, value_name = "FILE", conflicts_with = "ActionFlags")]
-    pidfile: Option<OsString>,
-    /// Number of event loops
-    #[arg(long, value_name = "N", conflicts_with = "ActionFlags")]
-    threads: Option<OsString>,
-    /// Mount the disks that a TOML file describes
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "info", "map", "check", "prefetch", "create", "commit", "fingerprint", "dump"])]
-    config: Option<OsString>,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Log")]
-struct LogFlags {
-    /// Verbose output (repeatable)
-    #[arg(short, long, action = ArgAction::Count)]
-    verbose: u8,
-    /// Append log messages to FILE
-    #[arg(long, value_name = "FILE")]
-    log_file: Option<OsString>,
-    /// Format of log messages
-    #[arg(long, value_name = "FORMAT")]
-    log_format: Option<LogFormat>,
-}
-
-/// Heading of the options that select an action.
-const ACTIONS: &str = "Actions other than a mount";
-
-/// Options that select an action other than a mount.
-#[derive(Debug, Args)]
-#[command(next_help_heading = ACTIONS)]
-#[group(multiple = false)]
-struct ActionFlags {
-    /// List the exports of an NBD server, the datastores of server=HOST, a folder on a web server, or the files of
-    /// cache-dir=DIR
-    #[arg(long)]
-    list: bool,
-    /// Show what a source is: size, format, extents, chain
-    #[arg(long)]
-    info: bool,
-    /// Show where data, holes and zeroes are
-    #[arg(long)]
-    map: bool,
-    /// Check a VMDK's tables and chain, or the blocks of cache-dir=DIR; exit status 3: leaks only, 4: corrupt
-    #[arg(long)]
-    check: bool,
-    /// Complete the disk cache (cache-dir=) of a disk on a web server
-    #[arg(long)]
-    prefetch: bool,
-    /// Create a VMDK without mounting it
-    #[arg(long)]
-    create: bool,
-    /// Commit the overlay cow=FILE to its base
-    #[arg(long)]
-    commit: bool,
-    /// Unmount, and return when the daemon has ended and its locks are gone
-    #[arg(long)]
-    unmount: bool,
-    /// Show the thumbprints of server=HOST's certificate
-    #[arg(long)]
-    fingerprint: bool,
-    /// Print versions and back ends
-    #[arg(long)]
-    dump: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Information")]
-struct InformationFlags {
-    #[arg(short = 'h', action = ArgAction::HelpShort, hide = true)]
-    _short_help: Option<bool>,
-    /// Print all options and keys; -h prints examples
-    #[arg(long = "help", action = ArgAction::HelpLong)]
-    _help: Option<bool>,
-    /// Print the version
-    #[arg(short = 'V', long = "version", action = ArgAction::Version)]
-    _version: Option<bool>,
-}
-
-/// Options that are documented but not in this build.
-#[derive(Debug, Args)]
-struct LaterFlags {
-    #[arg(long, hide = true)]
-    status: bool,
-    #[arg(long, hide = true)]
-    watch: bool,
-    #[arg(long, hide = true)]
-    doctor: bool,
-}
-
-impl Cli {
-    fn config(self) -> Result<Config, UsageError> {
-        let later = [
-            ("--status", self.later.status),
-            ("--watch", self.later.watch),
-            ("--doctor", self.later.doctor),
-        ];
-        if let Some((option, _)) = later.iter().find(|(_, given)| *given) {
-            return Err(UsageError::not_yet(option));
-        }
-        let Some(action) = self.action()? else {
-            return self.mount();
-        };
-        let mut mount_args = MountArgs::default();
-        mount_args.layer(&self.mount_pairs())?;
-        mount_args.verbosity(self.log.verbose);
-        let log = mount_args.log;
-        Ok(Config { action, log })
+/// Returns the configuration that the arguments stand for.
+fn config(cli: &Cli) -> Result<Config, UsageError> {
+    let later = [
+        ("--status", cli.later.status),
+        ("--watch", cli.later.watch),
+        ("--doctor", cli.later.doctor),
+    ];
+    if let Some((option, _)) = later.iter().find(|(_, given)| *given) {
+        return Err(UsageError::not_yet(option));
     }
+    let Some(action) = action(cli)? else {
+        return mount(cli);
+    };
+    let mut mount_args = MountArgs::default();
+    mount_args.layer(&mount_pairs(cli))?;
+    mount_args.verbosity(cli.log.verbose);
+    let log = mount_args.log;
+    Ok(Config { action, log })
+}
 
-    /// Returns the action if it is not a mount.
-    fn action(&self) -> Result<Option<Action>, UsageError> {
-        let (flags, words, json) = (&self.actions, &*self.words, self.json);
-        let cache_dir = match flags.list || flags.check {
-            true => disk_args::cache_dir(words)?,
-            false => None,
-        };
-        Ok(Some(if let Some((dir, limit)) = cache_dir {
-            let check = flags.check;
-            if limit.is_some() && !check {
-                return Err(UsageError::new(
-                    "--list changes nothing: cache-dir-size= is for --check",
-                ));
-            }
-            Action::CacheDir {
-                dir,
-                limit,
-                check,
-                json,
-            }
-        } else if flags.list {
-            Action::List(list(words, json)?)
-        } else if flags.info {
-            Action::Info(query(words, Subcommand::Query, json)?)
-        } else if flags.map {
-            Action::Map(query(words, Subcommand::Query, json)?)
-        } else if flags.check {
-            Action::Check(query(words, Subcommand::Query, json)?)
-        } else if flags.prefetch {
-            Action::Prefetch(query(words, Subcommand::Query, json)?)
-        } else if flags.fingerprint {
-            let (server, port) = disk_args::server(words)?;
-            Action::Fingerprint { server, port, json }
-        } else if flags.dump {
-            let library = disk_args::library(words)?;
-            Action::Dump { json, library }
-        } else if json {
+/// Returns the action if it is not a mount.
+fn action(cli: &Cli) -> Result<Option<Action>, UsageError> {
+    let (flags, words, json) = (&cli.actions, &*cli.words, cli.json);
+    let cache_dir = match flags.list || flags.check {
+        true => disk_args::cache_dir(words)?,
+        false => None,
+    };
+    Ok(Some(if let Some((dir, limit)) = cache_dir {
+        let check = flags.check;
+        if limit.is_some() && !check {
             return Err(UsageError::new(
-                "--json needs --list, --info, --map, --check, --prefetch, --fingerprint or --dump",
+                "--list changes nothing: cache-dir-size= is for --check",
             ));
-        } else if flags.unmount {
-            self.unmount()?
-        } else if flags.create {
-            Action::Create(unmounted(words, Subcommand::Create)?)
-        } else if flags.commit {
-            commit(words)?
-        } else {
-            return Ok(None);
-        }))
-    }
-
-    fn mount(&self) -> Result<Config, UsageError> {
-        let words = &*mount_point_first(&self.words);
-        let (mountpoint, words) = words
-            .split_first()
-            .map_or((None, words), |(point, rest)| (Some(point), rest));
-        let is_key = |point: &&OsString| !Path::new(point).exists();
-        if let Some(first) = mountpoint.filter(is_key).and_then(|point| argument::source_like(point)) {
-            // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
-            return Err(UsageError::new(format!(
-                "the mount point must come before the keys, but the first argument is {first}..."
-            )));
         }
-        let (mut mount_args, pairs) = (MountArgs::default(), self.mount_pairs());
-        let file = self.mount.config.as_ref();
-        let disk_args = match file {
-            Some(file) => {
-                check_no_words(words)?;
-                let disk_args = config_file::read(file)?.apply(&mut mount_args)?;
-                disk_args.with(mount_args.layer(&pairs)?)?
-            }
-            None => DiskArgs::of_words(mount_args.layer(&pairs)?, words)?,
-        };
-        mount_args.verbosity(self.log.verbose);
-        let in_file = mount_args.mount_point.take();
-        let Some(mountpoint) = mountpoint.or(in_file.as_ref()) else {
-            return Err(no_mount_point(file));
-        };
-        if file.is_none() && words.is_empty() && cannot_be_covered(mountpoint) {
-            let image = values::display(mountpoint);
-            return Err(UsageError::new(format!(
-                "{image}: no mount point is given: vmdkfuse MOUNTPOINT file={image}"
-            )));
+        Action::CacheDir {
+            dir,
+            limit,
+            check,
+            json,
         }
-        MountRequest {
-            mountpoint,
-            disk_args,
-            mount_args,
-            foreground: self.mount.foreground,
-            source: file.map(|file| path_in_table(file)),
+    } else if flags.list {
+        Action::List(list(words, json)?)
+    } else if flags.info {
+        Action::Info(query(words, Subcommand::Query, json)?)
+    } else if flags.map {
+        Action::Map(query(words, Subcommand::Query, json)?)
+    } else if flags.check {
+        Action::Check(query(words, Subcommand::Query, json)?)
+    } else if flags.prefetch {
+        Action::Prefetch(query(words, Subcommand::Query, json)?)
+    } else if flags.fingerprint {
+        let (server, port) = disk_args::server(words)?;
+        Action::Fingerprint { server, port, json }
+    } else if flags.dump {
+        let library = disk_args::library(words)?;
+        Action::Dump { json, library }
+    } else if json {
+        return Err(UsageError::new(
+            "--json needs --list, --info, --map, --check, --prefetch, --fingerprint or --dump",
+        ));
+    } else if flags.unmount {
+        unmount(cli)?
+    } else if flags.create {
+        Action::Create(unmounted(words, Subcommand::Create)?)
+    } else if flags.commit {
+        commit(words)?
+    } else {
+        return Ok(None);
+    }))
+}
+
+fn mount(cli: &Cli) -> Result<Config, UsageError> {
+    let words = &*mount_point_first(&cli.words);
+    let (mountpoint, words) = words
+        .split_first()
+        .map_or((None, words), |(point, rest)| (Some(point), rest));
+    let is_key = |point: &&OsString| !Path::new(point).exists();
+    if let Some(first) = mountpoint.filter(is_key).and_then(|point| argument::source_like(point)) {
+        // The value is not printed because it may be a secret. An existing path wins over the key that it looks like.
+        return Err(UsageError::new(format!(
+            "the mount point must come before the keys, but the first argument is {first}..."
+        )));
+    }
+    let (mut mount_args, pairs) = (MountArgs::default(), mount_pairs(cli));
+    let file = cli.mount.config.as_ref();
+    let disk_args = match file {
+        Some(file) => {
+            check_no_words(words)?;
+            let disk_args = config_file::read(file)?.apply(&mut mount_args)?;
+            disk_args.with(mount_args.layer(&pairs)?)?
         }
-        .into_config()
+        None => DiskArgs::of_words(mount_args.layer(&pairs)?, words)?,
+    };
+    mount_args.verbosity(cli.log.verbose);
+    let in_file = mount_args.mount_point.take();
+    let Some(mountpoint) = mountpoint.or(in_file.as_ref()) else {
+        return Err(no_mount_point(file));
+    };
+    if file.is_none() && words.is_empty() && cannot_be_covered(mountpoint) {
+        let image = values::display(mountpoint);
+        return Err(UsageError::new(format!(
+            "{image}: no mount point is given: vmdkfuse MOUNTPOINT file={image}"
+        )));
     }
+    MountRequest {
+        mountpoint,
+        disk_args,
+        mount_args,
+        foreground: cli.mount.foreground,
+        source: file.map(|file| path_in_table(file)),
+    }
+    .into_config()
+}
 
-    /// Returns the mounts of `--unmount`: the words, or the one that a config file describes.
-    fn unmount(&self) -> Result<Action, UsageError> {
-        let Some(file) = self.mount.config.as_ref().filter(|_| self.words.is_empty()) else {
-            return unmount_helper::mounts(self.words.iter(), false).map(Action::Unmount);
-        };
-        let mut mount_args = MountArgs::default();
-        config_file::read(file)?.apply(&mut mount_args)?;
-        let point = mount_args.mount_point.ok_or_else(|| no_mount_point(Some(file)))?;
-        unmount_helper::mounts(std::iter::once(&point), false).map(Action::Unmount)
-    }
+/// Returns the mounts of `--unmount`: the words, or the one that a config file describes.
+fn unmount(cli: &Cli) -> Result<Action, UsageError> {
+    let Some(file) = cli.mount.config.as_ref().filter(|_| cli.words.is_empty()) else {
+        return unmount_helper::mounts(cli.words.iter(), false).map(Action::Unmount);
+    };
+    let mut mount_args = MountArgs::default();
+    config_file::read(file)?.apply(&mut mount_args)?;
+    let point = mount_args.mount_point.ok_or_else(|| no_mount_point(Some(file)))?;
+    unmount_helper::mounts(std::iter::once(&point), false).map(Action::Unmount)
+}
 
-    /// Returns the options that have names of their own as pairs.
-    fn mount_pairs(&self) -> Vec<Pair<MountKey>> {
-        let format = self.log.log_format.and_then(|format| format.to_possible_value());
-        let named = [
-            ("read-only", self.mount.read_only.then(|| "true".into())),
-            ("threads", self.mount.threads.clone()),
-            ("pidfile", self.mount.pidfile.clone()),
-            ("log-file", self.log.log_file.clone()),
-            ("log-format", format.map(|format| format.get_name().into())),
-        ];
-        let lists = self.mount.options.iter().map(|list| ("options", Some(list.clone())));
-        let pair = |(name, value): (&str, Option<OsString>)| {
-            let (key, value, origin) = (mount_key(name)?, value?, Origin::Argument);
-            Some(Pair { key, value, origin })
-        };
-        lists.chain(named).filter_map(pair).collect()
-    }
+/// Returns the options that have names of their own as pairs.
+fn mount_pairs(cli: &Cli) -> Vec<Pair<MountKey>> {
+    let format = cli.log.log_format.and_then(|format| format.to_possible_value());
+    let named = [
+        ("read-only", cli.mount.read_only.then(|| "true".into())),
+        ("threads", cli.mount.threads.clone()),
+        ("pidfile", cli.mount.pidfile.clone()),
+        ("log-file", cli.log.log_file.clone()),
+        ("log-format", format.map(|format| format.get_name().into())),
+    ];
+    let lists = cli.mount.options.iter().map(|list| ("options", Some(list.clone())));
+    let pair = |(name, value): (&str, Option<OsString>)| {
+        let (key, value, origin) = (mount_key(name)?, value?, Origin::Argument);
+        Some(Pair { key, value, origin })
+    };
+    lists.chain(named).filter_map(pair).collect()
 }
 
 /// Creates the error for a mount or unmount without a mount point. `file`: the config file, if there is one.
@@ -407,11 +269,6 @@ fn commit(words: &[OsString]) -> Result<Action, UsageError> {
             more + 1
         ))),
     }
-}
-
-/// Returns the options as clap takes them. The manual and the completions are generated from them, too.
-pub(super) fn command() -> Command {
-    Cli::command().mut_args(|arg| arg.hide_short_help(true))
 }
 
 #[cfg(test)]

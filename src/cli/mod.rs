@@ -6,8 +6,9 @@
 //!   mount_request                 a mount: its arguments → its configuration (target: MOUNTPOINT)
 //!   disks, disk_config            pairs → settings → configuration of each disk
 //!   disk_source                   a source → its disks, by expand: wildcards and folders → files
+//!   flags, help                   options of the program; texts of the help
 //!   config_file, disk_args, options, argument     readers: TOML, words, -o lists → pairs
-//!   help, keys                    texts of the help; the table of all keys of disks
+//!   keys                          the table of all keys of disks
 //!   settings                      the pairs of a disk, applied in layers
 //!   https, nbd, vddk, create_args, overlay_args   keys of one back end or feature
 //!   login, server_args            keys of every kind of server
@@ -37,6 +38,7 @@ mod disk_config;
 mod disk_source;
 mod disks;
 mod expand;
+mod flags;
 mod help;
 mod https;
 mod key;

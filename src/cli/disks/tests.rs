@@ -484,3 +484,22 @@ fn paths_need_not_be_utf8() {
         assert_eq!(local(&disk).path.as_os_str(), OsStr::from_bytes(b"/\xff.vmdk"));
     }
 }
+
+#[test]
+fn the_searched_folder_is_found_once_for_all_matches_of_a_pattern() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.vmdk", "b.vmdk"] {
+        fs::write(dir.path().join(name), "").unwrap();
+    }
+    let pattern = dir.path().join("*.vmdk");
+    let subcommand = Subcommand::Mount { read_only: false };
+    let args = DiskArgs::of_words(Vec::new(), &[pattern.clone().into()]).unwrap();
+    let resolved = resolve(args, subcommand).unwrap();
+    // After the search, a file of the pattern's own name appears: the path is no pattern any more.
+    fs::write(pattern, "").unwrap();
+    let disks = configs(resolved, None, subcommand).unwrap();
+    assert_eq!(disks.len(), 2);
+    for disk in &disks {
+        assert_eq!(local(disk).found_in.as_deref(), Some(dir.path()));
+    }
+}

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::{Arg, ArgAction};
 
-use super::super::args::command;
+use super::super::flags::command;
 use super::super::key::{Group, ValueKind};
 use super::super::keys::ready;
 use super::super::settings::DiskKey;
