@@ -19,13 +19,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{ExtentName, Identity, Store, StoredFile, writer};
 use crate::vmdk::descriptor::{ExtentAccess, ExtentKind};
 use crate::vmdk::header::KDMV_MAGIC;
+use crate::vmdk::hosted_layout::HostedLayout;
 use crate::vmdk::stream::StreamDisk;
 
-mod hosted;
 mod text;
 
-use hosted::HostedLayout;
-pub(super) use hosted::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use text::{NewExtent, NewText};
 
 /// Sectors of a piece of a split disk: 2047 MiB, the size that VMware uses.

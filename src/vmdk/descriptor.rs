@@ -25,14 +25,18 @@ mod extent;
 mod lines;
 mod parent;
 mod quotes;
+mod setting;
 #[cfg(test)]
 mod tests;
+mod warnings;
 
 pub(crate) use candidates::{candidates, in_folders};
 use encoding::TextEncoding;
 pub use extent::{ExtentAccess, ExtentKind, ExtentLine};
-use lines::{Lines, Warnings, shown};
+use lines::Lines;
 pub use parent::{ParentHint, ParentLink};
+use setting::Setting;
+use warnings::{Warnings, shown};
 
 /// CID that means "none".
 const NO_CID: u32 = 0xffff_ffff;
@@ -74,7 +78,7 @@ impl Descriptor {
             warnings.add("the text is UTF-16; other programs expect UTF-8".to_owned());
         }
         let lines = Lines::of(&text, &mut warnings)?;
-        let encoding = TextEncoding::of(&lines, &mut warnings);
+        let encoding = TextEncoding::of(lines.all("encoding"), &mut warnings);
         let ddb = ddb(&lines, encoding);
         // First of all, so that an encrypted disk is reported as such, no matter what else cannot be parsed.
         refuse_unreadable(&lines, &ddb)?;
@@ -170,14 +174,14 @@ pub fn looks_like(bytes: &[u8]) -> bool {
     let head = encoding::to_utf8(&bytes[..bytes.len().min(PROBE)]);
     let (mut settings, mut stray) = (0, 0);
     for (index, line) in lines::split(lines::text_of(&head)).enumerate() {
-        let is = |setting: &lines::Setting<'_>, key: &str| setting.key.eq_ignore_ascii_case(key.as_bytes());
+        let is = |setting: &Setting<'_>, key: &str| setting.key.eq_ignore_ascii_case(key.as_bytes());
         match line.first() {
             Some(b'#') if line.to_ascii_lowercase().windows(MARK.len()).any(|w| w == MARK) => return true,
             None | Some(b'#') => {}
             // Binary data: a disk image may hold such words in its first sectors.
             Some(_) if line.iter().any(|&b| b < b' ' && b != b'\t') => return false,
             Some(_) if extent::is_extent(line) && extent::resembles_extent(line) => return true,
-            Some(_) => match lines::setting(index, line) {
+            Some(_) => match Setting::parse(index, line) {
                 Some(setting) if settings == 0 && is(&setting, "version") => return true,
                 Some(setting) if KEYS.iter().any(|key| is(&setting, key)) => return true,
                 Some(_) => settings += 1,

@@ -19,8 +19,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Neighbour, Store, StoredFile, printable};
 use crate::vmdk::chain::Link;
 use crate::vmdk::descriptor::Descriptor;
+use crate::vmdk::file_kind::{FileKind, file_kind, read_head};
 use crate::vmdk::header::{Hosted, Role};
-use crate::vmdk::open::{Degraded, FileKind, file_kind, read_head};
+use crate::vmdk::open_options::Degraded;
 
 /// Maximum number of files of a folder that are examined.
 pub(super) const MAX_FILES: usize = 1 << 16;

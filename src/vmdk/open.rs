@@ -21,13 +21,12 @@ use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Store, StoredFile};
 use crate::vmdk::chain::{Link, MAX_LINKS, PlacedExtent};
-use crate::vmdk::descriptor::{self, Descriptor, ExtentAccess, ExtentKind, ExtentLine, candidates, in_folders};
+use crate::vmdk::descriptor::{Descriptor, ExtentAccess, ExtentKind, ExtentLine, candidates, in_folders};
 use crate::vmdk::extent::{Encoding, Extent, SparseExtent};
-use crate::vmdk::header::{
-    COWD_MAGIC, Cowd, DirectoryAt, HEAD_BYTES, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, Role, SESPARSE_MAGIC, SeSparse,
-    StreamTail,
-};
+use crate::vmdk::file_kind::{FileKind, file_kind, read_head};
+use crate::vmdk::header::{Cowd, DirectoryAt, HEAD_BYTES, Hosted, Role, SeSparse, StreamTail};
 use crate::vmdk::near_names::near_names;
+use crate::vmdk::open_options::{Degraded, OpenOptions};
 use crate::vmdk::tables::TableCache;
 use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
@@ -39,70 +38,6 @@ const MAX_EXTENTS: usize = 1 << 16;
 
 /// Maximum bytes of a descriptor in a file of its own.
 const MAX_TEXT: u64 = 1 << 20;
-
-/// Defects of a chain that the user accepts (`degraded=`).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Degraded {
-    /// Accept a parent whose CID is not the one that its child remembers.
-    pub cid: bool,
-    /// Open a snapshot without its parent: reading what only the parent holds fails.
-    pub orphan: bool,
-    /// Open a flat extent whose file is shorter than its line: reading what is missing fails.
-    pub short: bool,
-}
-
-/// Defects and risks that the user accepts, and what the user knows of the chain.
-#[derive(Debug, Clone, Default)]
-pub struct OpenOptions {
-    /// Defects that are accepted.
-    pub degraded: Degraded,
-    /// Parent of the oldest link that is found.
-    pub parent: Option<Arc<dyn StoredFile>>,
-    /// Write to a disk although a child of it lies in its folder.
-    pub force: bool,
-}
-
-/// Kind of a file, from its first bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileKind {
-    /// A hosted sparse extent, perhaps with its descriptor inside.
-    Hosted,
-    /// An ESX sparse extent.
-    Cowd,
-    /// A seSparse extent.
-    SeSparse,
-    /// A descriptor file.
-    Descriptor,
-    /// A hosted sparse extent that its writer did not finish (magic `kdmv`).
-    Unfinished,
-    /// Any other content: a flat extent, or no part of a VMDK.
-    Other,
-}
-
-/// Determines the kind of a file from its first bytes.
-pub fn file_kind(head: &[u8]) -> FileKind {
-    if head.starts_with(KDMV_MAGIC) {
-        FileKind::Hosted
-    } else if head.starts_with(KDMV_UNFINISHED) {
-        FileKind::Unfinished
-    } else if head.starts_with(COWD_MAGIC) {
-        FileKind::Cowd
-    } else if head.starts_with(SESPARSE_MAGIC) {
-        FileKind::SeSparse
-    } else if descriptor::looks_like(head) {
-        FileKind::Descriptor
-    } else {
-        FileKind::Other
-    }
-}
-
-/// Reads the first bytes of a file, at most 4 KiB: enough for [`file_kind`] and every header.
-pub fn read_head(file: &dyn StoredFile) -> Result<Vec<u8>> {
-    const HEAD: u64 = 4096;
-    let mut head = vec![0; file.len().min(HEAD) as usize];
-    file.read_exact_at(0, &mut head)?;
-    Ok(head)
-}
 
 /// An open chain.
 #[derive(Debug)]

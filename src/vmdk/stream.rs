@@ -30,8 +30,8 @@ use libdeflater::{CompressionLvl, Compressor, Decompressor};
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
-use crate::vmdk::create::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
+use crate::vmdk::hosted_layout::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
 use crate::write_latch::WriteLatch;
 
 /// Sectors of a grain: 64 KiB, the grain size of all streams in the field.

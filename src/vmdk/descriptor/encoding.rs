@@ -4,7 +4,8 @@ use std::borrow::Cow;
 
 use encoding_rs::{BIG5, EUC_KR, Encoding, GBK, SHIFT_JIS, UTF_8, UTF_16BE, UTF_16LE};
 
-use super::lines::{Lines, Warnings, shown};
+use super::setting::Setting;
+use super::warnings::{Warnings, shown};
 use crate::error::{Error, Result};
 use crate::store::ExtentName;
 
@@ -18,10 +19,13 @@ pub(super) struct TextEncoding<'a> {
 }
 
 impl<'a> TextEncoding<'a> {
-    /// Returns the encoding that a descriptor names; UTF-8 if it names none.
-    pub(super) fn of(lines: &Lines<'a>, warnings: &mut Warnings) -> Self {
+    /// Returns the encoding that the `encoding=` of a descriptor name; UTF-8 if there is none.
+    pub(super) fn of<'s>(settings: impl Iterator<Item = &'s Setting<'a>>, warnings: &mut Warnings) -> Self
+    where
+        'a: 's,
+    {
         let mut found: Option<Self> = None;
-        for setting in lines.all("encoding") {
+        for setting in settings {
             let label = setting.leniently_unquoted();
             let this = Self {
                 encoding: by_label(label).unwrap_or(UTF_8),

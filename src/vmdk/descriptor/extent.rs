@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::encoding::TextEncoding;
-use super::lines::{Warnings, shown};
 use super::quotes::{self, Quoted};
+use super::warnings::{Warnings, shown};
 use crate::block::MAX_SECTORS;
 use crate::error::{Error, Result};
 use crate::store::ExtentName;

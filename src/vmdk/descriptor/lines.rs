@@ -9,10 +9,10 @@
 //! unless it may have been meant to decide which bytes the disk has: an extent, a parent, encryption.
 
 use crate::error::{Error, Result};
-use crate::store::printable;
-use crate::vmdk::descriptor::cid::{self, CidText};
 use crate::vmdk::descriptor::extent;
 use crate::vmdk::descriptor::quotes::{self, Quoted};
+use crate::vmdk::descriptor::setting::Setting;
+use crate::vmdk::descriptor::warnings::{Warnings, shown};
 
 /// Maximum length of the text up to its first NUL, in bytes.
 pub(super) const TEXT_MAX: usize = 1 << 20;
@@ -20,9 +20,6 @@ pub(super) const TEXT_MAX: usize = 1 << 20;
 pub(super) const LINES_MAX: usize = 64 << 10;
 /// Maximum number of extents: a disk of 8 TiB in pieces of 2 GiB has 4096.
 pub(super) const EXTENTS_MAX: usize = 64 << 10;
-/// Maximum number of warnings that are kept.
-const WARNINGS_MAX: usize = 8;
-
 /// Keys that decide which bytes a disk has: a line that starts with one and is no setting is damage.
 const DECIDING: [&str; 5] = [
     "parentCID",
@@ -45,83 +42,6 @@ const DDB_NAMES: [&str; 9] = [
 ];
 /// Starts of such names.
 const DDB_GROUPS: [&str; 2] = ["geometry.", "uuid."];
-
-/// Defects of a descriptor that decide no byte here and that other programs may refuse.
-#[derive(Debug, Default)]
-pub(super) struct Warnings {
-    texts: Vec<String>,
-    more: usize,
-}
-
-impl Warnings {
-    pub(super) fn add(&mut self, text: String) {
-        if self.texts.len() < WARNINGS_MAX {
-            self.texts.push(text);
-        } else {
-            self.more += 1;
-        }
-    }
-
-    /// Returns the warnings; the last one counts those that were not kept.
-    pub(super) fn finish(mut self) -> Vec<String> {
-        if self.more > 0 {
-            self.texts.push(format!("{} more lines like these", self.more));
-        }
-        self.texts
-    }
-}
-
-/// Line `key = value`: both parts are raw bytes without surrounding blanks.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Setting<'a> {
-    /// Number of the line, from 1.
-    pub(super) line: usize,
-    /// Key as written; comparisons must ignore case.
-    pub(super) key: &'a [u8],
-    /// Value, including its quotes.
-    pub(super) value: &'a [u8],
-}
-
-impl<'a> Setting<'a> {
-    /// Returns the value without its quotes.
-    ///
-    /// Errors: `Corrupt` if the closing quote is missing, or if anything but a comment follows it.
-    pub(super) fn unquoted(&self) -> Result<&'a [u8]> {
-        match quotes::quoted(self.value) {
-            Quoted::Bare => Ok(self.value),
-            Quoted::Unclosed => Err(self.error("expected a closing `\"` after the value")),
-            Quoted::Closed { inner, rest, .. } => {
-                let rest = quotes::trim_start(rest);
-                if !rest.is_empty() && rest[0] != b'#' {
-                    return Err(self.error(&format!(
-                        "expected nothing after the quoted value, not `{}`",
-                        shown(rest)
-                    )));
-                }
-                Ok(inner)
-            }
-        }
-    }
-
-    /// Returns the value without its quotes and without checks, for values that do not affect the data.
-    pub(super) fn leniently_unquoted(&self) -> &'a [u8] {
-        match quotes::quoted(self.value) {
-            Quoted::Closed { inner, .. } => inner,
-            Quoted::Bare => self.value,
-            Quoted::Unclosed => self.value.strip_prefix(b"\"").unwrap_or(self.value),
-        }
-    }
-
-    /// Returns the value as a content ID, or `None` for another text.
-    pub(super) fn cid(&self) -> Option<CidText<'a>> {
-        cid::parse(self.unquoted().ok()?)
-    }
-
-    /// Returns a `Corrupt` error that names the line and the key.
-    pub(super) fn error(&self, expected: &str) -> Error {
-        Error::corrupt(format!("line {}, {}: {expected}", self.line, shown(self.key)))
-    }
-}
 
 /// Lines with a meaning, grouped by type and in the order of the text.
 #[derive(Debug, Default)]
@@ -173,7 +93,7 @@ impl<'a> Lines<'a> {
             self.extents.push((number, line));
             return Ok(());
         }
-        let Some(setting) = setting(number, line) else {
+        let Some(setting) = Setting::parse(number, line) else {
             return stray(number, line, warnings);
         };
         if let Quoted::Closed { odd: true, .. } = quotes::quoted(setting.value) {
@@ -277,30 +197,6 @@ pub(super) fn split(text: &[u8]) -> impl Iterator<Item = &[u8]> {
         rest = after;
         Some(quotes::trim(line))
     })
-}
-
-/// Parses `line` as a setting. Returns `None` unless it is a single word followed by `=`.
-pub(super) fn setting(number: usize, line: &[u8]) -> Option<Setting<'_>> {
-    let equals = line.iter().position(|&b| b == b'=')?;
-    let key = quotes::trim(&line[..equals]);
-    let is_word = !key.is_empty() && quotes::word(key).0.len() == key.len() && !key.contains(&b'"');
-    // `;` and `//` start comments of other formats.
-    let is_comment = key.starts_with(b";") || key.starts_with(b"//") || key.starts_with(b"/*");
-    (is_word && !is_comment).then(|| Setting {
-        line: number,
-        key,
-        value: quotes::trim(&line[equals + 1..]),
-    })
-}
-
-/// Returns a part of the text for a message: printable, and truncated after 60 characters.
-pub(super) fn shown(bytes: &[u8]) -> String {
-    const MAX_CHARS: usize = 60;
-    let text = printable(std::ffi::OsString::from(String::from_utf8_lossy(bytes).into_owned()));
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((cut, _)) => format!("{}…", &text[..cut]),
-        None => text,
-    }
 }
 
 /// Ignores a line that is none of the format's, with a warning.

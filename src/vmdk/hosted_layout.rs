@@ -8,18 +8,18 @@
 //! ```
 
 use crate::block::SECTOR;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredWrite;
 use crate::vmdk::header::{DirectoryAt, Hosted, MAX_DIRECTORY_ENTRIES};
 
 /// Entries of a grain table: 512, which all programs expect.
-pub(in crate::vmdk) const ENTRIES: u64 = 512;
+pub(super) const ENTRIES: u64 = 512;
 /// Sectors of a grain table of [`ENTRIES`] entries of 32 bits.
-pub(in crate::vmdk) const TABLE_SECTORS: u64 = ENTRIES * 4 / SECTOR;
+pub(super) const TABLE_SECTORS: u64 = ENTRIES * 4 / SECTOR;
 /// Sectors that VMware reserves for an embedded descriptor.
-pub(in crate::vmdk) const DESCRIPTOR_SECTORS: u64 = 20;
+pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 /// Maximum number of sectors of a file: the 32-bit entries of tables and directories are sector numbers.
-pub(in crate::vmdk) const MAX_FILE_SECTORS: u64 = 1 << 32;
+pub(super) const MAX_FILE_SECTORS: u64 = 1 << 32;
 
 /// Number of directory entries per write: 256 KiB.
 const WRITE_ENTRIES: u64 = 1 << 16;
@@ -49,10 +49,13 @@ impl HostedLayout {
         let end = directory + directory_sectors + tables * TABLE_SECTORS;
         let overhead = end.next_multiple_of(grain);
         if tables > MAX_DIRECTORY_ENTRIES || overhead + grain > MAX_FILE_SECTORS {
-            return Err(super::usage(format!(
-                "a sparse file with grains of {grain} sectors has tables for {} sectors at most, but the disk has {sectors}",
-                MAX_DIRECTORY_ENTRIES * grain * ENTRIES
-            )));
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "a sparse file with grains of {grain} sectors has tables for {} sectors at most, but the disk has {sectors}",
+                    MAX_DIRECTORY_ENTRIES * grain * ENTRIES
+                ),
+            ));
         }
         // Zero grains came with version 2 of the format; version 1 is readable by the most programs.
         let header = Hosted {
