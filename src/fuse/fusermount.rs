@@ -15,6 +15,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use nix::errno::Errno;
 
+use super::own_mounts::SUBTYPE;
 use super::target::Target;
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
@@ -95,11 +96,7 @@ fn spawn(arguments: impl Fn(&mut Command) -> io::Result<()>) -> Result<Child> {
 
 /// Formats the options for the helper's `-o`.
 fn option_words(options: &MountOptions, source: &str) -> String {
-    let mut words = format!(
-        "fsname={},subtype={},nosuid,nodev",
-        escape(source),
-        super::mount::SUBTYPE
-    );
+    let mut words = format!("fsname={},subtype={},nosuid,nodev", escape(source), SUBTYPE);
     words.push_str(if options.read_only { ",ro" } else { ",rw" });
     for (on, word) in [
         (options.allow_other || options.allow_root, ",allow_other"),

@@ -23,20 +23,13 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::MntFlags;
-use nix::sys::statvfs::statvfs;
 
+use super::own_mounts::{FSTYPE, is_dead};
 use super::target::Target;
 use super::{fusermount, mount_flags};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mountinfo::{self, Device, MountEntry};
-use crate::store::shell_word;
-
-/// Subtype: the part of the type after `fuse.`.
-pub(super) const SUBTYPE: &str = "vmdkfuse";
-
-/// Type that mount tables show.
-pub const FSTYPE: &str = "fuse.vmdkfuse";
 
 /// Result of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -276,21 +269,4 @@ fn unmount_once(point: &Path, lazy: bool) -> Result<()> {
         Err(Errno::EPERM) => fusermount::unmount(point, lazy),
         Err(e) => Err(Error::io(format!("{}: umount", point.display()), e.into())),
     }
-}
-
-/// Returns true if a mount without a process is at `point`. Uses statfs: the kernel may still have cached attributes,
-/// so that stat would succeed.
-pub(super) fn is_dead(point: &Path) -> bool {
-    statvfs(point) == Err(Errno::ENOTCONN)
-}
-
-/// Returns the shell command that unmounts `point`.
-pub(super) fn unmount_command(point: &Path) -> String {
-    let word = shell_word(&point.display().to_string());
-    let program = if nix::unistd::geteuid().is_root() {
-        "umount"
-    } else {
-        "fusermount3 -u"
-    };
-    format!("{program} {word}")
 }

@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::mount::{FSTYPE, is_dead, unmount_command};
+use super::own_mounts::{FSTYPE, is_dead, unmount_command};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mountinfo::{self, MountEntry};
 use crate::store::{StoredFile, proc_path, real_path};

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::mount::{FSTYPE, Mount, Unmounted};
+use super::mount::{Mount, Unmounted};
+use super::own_mounts::FSTYPE;
 use super::probe::probe_file;
 use super::readahead::{self, Window};
 use super::session::Running;

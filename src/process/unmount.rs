@@ -22,7 +22,8 @@ use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 use crate::config::UnmountConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
-use crate::fuse::mount::{self, FSTYPE};
+use crate::fuse::mount;
+use crate::fuse::own_mounts::FSTYPE;
 use crate::mountinfo::{self, MountEntry};
 use crate::process::signals;
 
