@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use reqwest::header::HeaderValue;
 
 use super::failure::Failure;
-use super::transport::{Limits, TICK};
+use super::request::{Limits, TICK};
 use crate::config::Secret;
 use crate::error::{Error, ErrorKind};
 

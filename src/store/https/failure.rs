@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::transport::Trouble;
+use super::request::Trouble;
 use crate::error::{Error, ErrorKind};
 
 /// First and longest pause before a retry.

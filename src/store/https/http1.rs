@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rustls::ClientConfig;
 
 use super::message::{Framing, Head, MAX_HEAD, framing_of, head_end, head_of, parse_head};
-use super::transport::{Answer, Body, Limits, Piece, Request, Trouble};
+use super::request::{AnswerHead, Limits, Piece, Request, Trouble};
 use super::wire::{Endpoint, Wire};
 
 /// Most interim answers (status 1xx) before the answer.
@@ -76,7 +76,7 @@ impl Http1 {
     }
 
     /// Sends a request, and waits for the head of the answer.
-    pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<Answer, Trouble> {
+    pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<(AnswerHead, DirectBody), Trouble> {
         let endpoint = Endpoint::of(request.url);
         let head = head_of(request, self.user_agent);
         // A server may close an idle connection at the same moment. Each failure takes one connection out of the pool.
@@ -108,7 +108,7 @@ impl Http1 {
         head: &[u8],
         request: &Request<'_>,
         limits: Limits<'_>,
-    ) -> Result<Answer, (Trouble, bool)> {
+    ) -> Result<(AnswerHead, DirectBody), (Trouble, bool)> {
         // Head and body in one write: two small segments would wait for each other's confirmation (Nagle, delayed ACK).
         let mut message = head.to_vec();
         message.extend_from_slice(request.body);
@@ -134,7 +134,11 @@ impl Http1 {
                 idle: Arc::clone(&self.idle),
             };
             body.finish();
-            return Ok(Answer::new(head.status, head.headers, Body::Direct(body)));
+            let answer = AnswerHead {
+                status: head.status,
+                headers: head.headers,
+            };
+            return Ok((answer, body));
         }
         Err((Trouble::Broken("too many interim answers".to_owned()), false))
     }
@@ -317,9 +321,9 @@ mod tests {
                 headers: HeaderMap::new(),
                 body: &[],
             };
-            let (mut answer, mut body) = (http1.send(&request, limits).unwrap(), Vec::new());
-            while answer.read(limits, &mut |bytes| body.extend_from_slice(bytes)).unwrap() {}
-            String::from_utf8(body).unwrap()
+            let (mut body, mut text) = (http1.send(&request, limits).unwrap().1, Vec::new());
+            while body.read(limits, &mut |bytes| text.extend_from_slice(bytes)).unwrap() {}
+            String::from_utf8(text).unwrap()
         };
         assert_eq!([connection(), connection()], ["0", "0"]);
         for (_, since, _) in http1.idle.wires.lock().unwrap().iter_mut() {

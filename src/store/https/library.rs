@@ -18,7 +18,7 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use super::http1::MAX_IDLE;
-use super::transport::{Answer, Body, Limits, Piece, Request, TICK, Trouble};
+use super::request::{AnswerHead, Limits, Piece, Request, TICK, Trouble};
 use super::trust::with_causes;
 use super::wire::{KEEPALIVE, UNCONFIRMED};
 use crate::config::Secret;
@@ -67,7 +67,7 @@ impl Library {
     }
 
     /// Sends a request, and waits for the head of the answer.
-    pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<Answer, Trouble> {
+    pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<(AnswerHead, LibraryBody), Trouble> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let Some(client) = self.clients.get(turn % self.clients.len().max(1)) else {
             return Err(Trouble::Unreachable("no client".to_owned()));
@@ -86,8 +86,11 @@ impl Library {
                 _ => Trouble::Broken(text),
             }
         })?;
-        let (status, headers) = (answer.status(), answer.headers().clone());
-        Ok(Answer::new(status, headers, Body::Library(LibraryBody(answer))))
+        let head = AnswerHead {
+            status: answer.status(),
+            headers: answer.headers().clone(),
+        };
+        Ok((head, LibraryBody(answer)))
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use reqwest::header::{CONTENT_TYPE, COOKIE, HeaderMap, HeaderValue};
 use reqwest::{Method, Url};
 
-use super::transport::{Limits, Request, Transport};
+use super::request::{Limits, Request};
+use super::transport::Transport;
 
 /// Deadline of the logout, which no one depends on.
 const LOGOUT: Duration = Duration::from_secs(5);

@@ -8,7 +8,7 @@ use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, Heade
 use reqwest::header::{TRANSFER_ENCODING, USER_AGENT};
 use reqwest::{Method, StatusCode, Url};
 
-use super::transport::{Piece, Request};
+use super::request::{Piece, Request};
 
 /// Largest head of an answer, in bytes.
 pub(super) const MAX_HEAD: usize = 64 << 10;

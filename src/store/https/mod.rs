@@ -41,6 +41,7 @@ mod logout;
 mod low_water;
 mod message;
 mod page;
+mod request;
 mod session;
 mod slots;
 mod transport;

@@ -7,7 +7,8 @@ use reqwest::header::CONTENT_TYPE;
 use super::answer::{self, Version};
 use super::failure::Failure;
 use super::listing::MAX_PAGE;
-use super::transport::{Answer, Limits, Piece};
+use super::request::{Limits, Piece};
+use super::transport::Answer;
 use crate::error::ErrorKind;
 use crate::store::printable;
 

@@ -18,7 +18,7 @@ use reqwest::header::{HeaderMap, HeaderValue, SET_COOKIE};
 
 use super::cookie_script;
 use super::failure::Failure;
-use super::transport::{Limits, TICK};
+use super::request::{Limits, TICK};
 use crate::config::{HttpsServer, Secret};
 use crate::error::{Error, ErrorKind, Result};
 

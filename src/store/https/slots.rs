@@ -2,7 +2,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::transport::{Limits, TICK, Trouble};
+use super::request::{Limits, TICK, Trouble};
 
 /// Answers after which a limit that the server lowered is raised by one.
 const RAISE_AFTER: usize = 64;

@@ -21,7 +21,7 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, Insufficien
 use rustls::{ClientConfig, pki_types};
 
 use super::low_water::set_low_water;
-use super::transport::{Limits, Piece, TICK, Trouble};
+use super::request::{Limits, Piece, TICK, Trouble};
 use crate::store::printable;
 
 /// Size of the buffer for received bytes: eight records, and more than any message of a handshake.
