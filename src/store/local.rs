@@ -30,13 +30,15 @@ use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use self::folder::{AllowedFolders, Folder, Leaves, leads_to};
-use self::origin::{FileType, Found, Origin};
+use self::found::{FileType, Found};
+use self::origin::Origin;
 use super::owner::Owner;
 use super::{Access, ExtentName, Identity, Neighbour, OpenPolicy, Store, StoredFile, printable};
 use crate::error::{Error, ErrorKind, Result};
 
 mod file;
 mod folder;
+mod found;
 mod origin;
 
 pub(super) use file::LocalFile;

@@ -7,21 +7,12 @@
 //! A member is only read. Its identity names the file of its container, which the other members share, and its start.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Access, ExtentName, Identity, Store, StoredFile, printable};
+use super::archive::{self, Member};
+use super::{Access, ExtentName, Identity, Store, StoredFile, printable, shell_word};
 use crate::cache::disk_tier::TierFile;
 use crate::error::{Error, ErrorKind, Result};
-
-/// Name of a member and the bytes of the container that hold its content.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Member {
-    /// Name in the package, without a leading `./`.
-    pub(super) name: String,
-    /// Bytes of the container.
-    pub(super) bytes: Range<u64>,
-}
 
 /// The members of a container, in the order in which they lie there.
 #[derive(Debug)]
@@ -31,6 +22,14 @@ pub(super) struct Members {
 }
 
 impl Members {
+    /// Reads the list of members of a tar archive.
+    ///
+    /// Errors: `Corrupt` for a file that is no such archive or a damaged one, those of reading it.
+    pub(super) fn read(container: Arc<dyn StoredFile>) -> Result<Arc<Self>> {
+        let list = archive::members(&*container).map_err(|e| e.in_file(container.label()))?;
+        Ok(Arc::new(Self { container, list }))
+    }
+
     /// Returns the member `name` as a file.
     ///
     /// Errors: `NotFound`.
@@ -49,6 +48,29 @@ impl Members {
             member: member.clone(),
             members: Arc::clone(self),
         })
+    }
+
+    /// Returns the member `name` as a file that can be read as it is.
+    ///
+    /// Errors: `NotFound`, `Unsupported` for a compressed member.
+    pub(super) fn open_unpacked(self: &Arc<Self>, name: &str) -> Result<MemberFile> {
+        let file = self.open(name)?;
+        let label = self.container.label();
+        let mut magic = [0; 2];
+        if file.len() >= 2 {
+            file.read_exact_at(0, &mut magic)?;
+        }
+        if magic == [0x1f, 0x8b] {
+            let plain = last_part(name).trim_end_matches(".gz");
+            return Err(Error::unsupported(format!(
+                "{}: is compressed by gzip, which has to be unpacked first: tar -xOf {} {} | gunzip > {}",
+                file.label(),
+                shell_word(label),
+                shell_word(name),
+                shell_word(plain)
+            )));
+        }
+        Ok(file)
     }
 }
 
@@ -124,7 +146,7 @@ impl StoredFile for MemberFile {
     }
 
     fn own_name(&self) -> String {
-        printable(super::package::last_part(&self.member.name))
+        printable(last_part(&self.member.name))
     }
 
     fn siblings(&self) -> Result<Arc<dyn Store>> {
@@ -141,7 +163,8 @@ impl StoredFile for MemberFile {
 
     fn reopen(&self) -> Result<Arc<dyn StoredFile>> {
         // The archive is read anew: in another version of it the member may lie elsewhere.
-        super::package::open(self.members.container.reopen()?)?.open(&self.member.name)
+        let members = Members::read(self.members.container.reopen()?)?;
+        Ok(Arc::new(members.open_unpacked(&self.member.name)?))
     }
 }
 
@@ -191,4 +214,9 @@ impl Store for MemberStore {
             .filter_map(|member| ExtentName::new(&member.name).ok());
         Ok(names.take(most).collect())
     }
+}
+
+/// Returns the part of a member's name after the last slash.
+pub(super) fn last_part(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
 }

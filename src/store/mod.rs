@@ -23,6 +23,7 @@ use std::sync::Arc;
 use crate::cache::disk_tier::TierFile;
 use crate::error::{Error, ErrorKind, Result};
 
+mod archive;
 mod atomic_create;
 #[cfg(test)]
 pub(crate) mod fault_injection;

@@ -1,25 +1,19 @@
 //! OVA packages: a tar archive of an OVF description, its disks and their digests, read without unpacking.
 //!
-//! The package is untrusted. The reader of the archive may read [`MAX_HEADERS`] bytes of headers and long names in all,
-//! and lists [`MAX_MEMBERS`] members; the texts that are parsed have at most [`MAX_TEXT`] bytes. A member that reaches
-//! past the end of the file is damage, and so is a name that occurs twice: the package does not say which of both counts.
+//! The package is untrusted: the texts that are parsed have at most [`MAX_TEXT`] bytes. The bounds of the archive are those
+//! of `archive.rs`.
 
 use std::collections::{HashMap, HashSet};
-use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::Arc;
 
 use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 use ring::digest;
 
-use super::member::{Member, Members};
+use super::member::{Members, last_part};
 use super::{StoredFile, printable, shell_word};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Maximum number of members.
-const MAX_MEMBERS: usize = 4096;
-/// Maximum bytes of all headers: 512 for each member, and as much for long names.
-const MAX_HEADERS: u64 = 8 << 20;
 /// Maximum bytes of a description or of a list of digests.
 const MAX_TEXT: u64 = 4 << 20;
 /// Maximum number of messages about members that differ.
@@ -39,8 +33,7 @@ pub(crate) struct Package {
 /// Errors: `Corrupt` for a file that is no such archive or a damaged one, those of reading it.
 pub(crate) fn open(file: Arc<dyn StoredFile>) -> Result<Package> {
     let label = file.label().to_owned();
-    let list = members(&*file).map_err(|e| e.in_file(&label))?;
-    let members = Arc::new(Members { container: file, list });
+    let members = Members::read(file)?;
     let disks = disks(&members).map_err(|e| e.in_file(&label))?;
     Ok(Package { members, disks })
 }
@@ -78,28 +71,7 @@ impl Package {
             (None, [only]) => Ok(only),
             (None, _) => Err(format!("is a package: {}; name one with member=", listed())),
         };
-        self.open(disk.map_err(usage)?)
-    }
-
-    /// Opens a member for reading.
-    pub(super) fn open(&self, name: &str) -> Result<Arc<dyn StoredFile>> {
-        let file = self.members.open(name)?;
-        let label = self.members.container.label();
-        let mut magic = [0; 2];
-        if file.len() >= 2 {
-            file.read_exact_at(0, &mut magic)?;
-        }
-        if magic == [0x1f, 0x8b] {
-            let plain = last_part(name).trim_end_matches(".gz");
-            return Err(Error::unsupported(format!(
-                "{}: is compressed by gzip, which has to be unpacked first: tar -xOf {} {} | gunzip > {}",
-                file.label(),
-                shell_word(label),
-                shell_word(name),
-                shell_word(plain)
-            )));
-        }
-        Ok(Arc::new(file))
+        Ok(Arc::new(self.members.open_unpacked(disk.map_err(usage)?)?))
     }
 
     /// Compares a disk, and the members that are no disks, with the digests of the package's list (`.mf`). Returns a
@@ -138,100 +110,9 @@ impl Package {
     }
 }
 
-/// Returns the part of a member's name after the last slash.
-pub(crate) fn last_part(name: &str) -> &str {
-    name.rsplit('/').next().unwrap_or(name)
-}
-
 fn has_suffix(name: &str, suffix: &str) -> bool {
     name.rsplit_once('.')
         .is_some_and(|(_, end)| end.eq_ignore_ascii_case(suffix))
-}
-
-/// Reads the headers of the archive.
-fn members(file: &dyn StoredFile) -> Result<Vec<Member>> {
-    let broken = |e: io::Error| Error::corrupt(format!("is no OVA package (a tar archive), or a damaged one: {e}"));
-    let mut archive = tar::Archive::new(Headers {
-        file,
-        at: 0,
-        left: MAX_HEADERS,
-    });
-    let mut members: Vec<Member> = Vec::new();
-    let mut seen = HashSet::new();
-    for entry in archive.entries_with_seek().map_err(broken)? {
-        let entry = entry.map_err(broken)?;
-        // Links and devices have no content here, and sparse members are not stored as they are read.
-        let kind = entry.header().entry_type();
-        if !kind.is_file() && !kind.is_contiguous() {
-            continue;
-        }
-        let bytes = entry.path_bytes();
-        let name = std::str::from_utf8(&bytes)
-            .map_err(|e| Error::corrupt(format!("the name of a member is not UTF-8: {e}")))?;
-        let name = name.strip_prefix("./").unwrap_or(name).to_owned();
-        // Both are from the archive: the sum is checked, and the member must end inside of the file.
-        let (start, len) = (entry.raw_file_position(), entry.size());
-        let end = start.checked_add(len).filter(|&end| end <= file.len());
-        let end = end.ok_or_else(|| {
-            let text = format!(
-                "member {} has {len} bytes at byte {start}, but the file ends at {}",
-                printable(&name),
-                file.len()
-            );
-            Error::corrupt(text).at_byte(start)
-        })?;
-        // Programs disagree about which of two members of one name counts.
-        if !seen.insert(name.clone()) {
-            return Err(Error::corrupt(format!("has two members {}", printable(&name))));
-        }
-        if members.len() == MAX_MEMBERS {
-            return Err(Error::corrupt(format!("has more than {MAX_MEMBERS} members")));
-        }
-        members.push(Member {
-            name,
-            bytes: start..end,
-        });
-    }
-    if members.is_empty() {
-        return Err(Error::corrupt("is no OVA package (a tar archive): it has no members"));
-    }
-    Ok(members)
-}
-
-/// Reader of the headers of an archive. It skips the contents, and fails after [`MAX_HEADERS`] bytes.
-struct Headers<'a> {
-    file: &'a dyn StoredFile,
-    at: u64,
-    left: u64,
-}
-
-impl Read for Headers<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        // The parser may ask beyond the end: an archive that ends early is its error to report.
-        let len = self.file.len().saturating_sub(self.at).min(buf.len() as u64) as usize;
-        self.left = self
-            .left
-            .checked_sub(len as u64)
-            .ok_or_else(|| io::Error::other(format!("more than {MAX_HEADERS} bytes of headers")))?;
-        let part = buf.get_mut(..len).unwrap_or_default();
-        self.file
-            .read_exact_at(self.at, part)
-            .map_err(|e| io::Error::other(e.to_string()))?;
-        self.at += len as u64;
-        Ok(len)
-    }
-}
-
-impl Seek for Headers<'_> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let target = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::Current(by) => self.at.checked_add_signed(by),
-            SeekFrom::End(by) => self.file.len().checked_add_signed(by),
-        };
-        self.at = target.ok_or_else(|| io::Error::other("a seek to before the start"))?;
-        Ok(self.at)
-    }
 }
 
 /// Returns the disks that the description lists, in its order; without a description all VMDKs.

@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 use rustix::fs::{StatxFlags, statx};
 
 use super::folder::{Folder, is_hidden};
+use super::found::identity;
 use super::origin::Origin;
 use super::{LocalStore, Owner, proc_path};
 use crate::error::{Error, ErrorKind, Result};
@@ -271,7 +272,9 @@ impl StoredFile for LocalFile {
             ))
         };
         let origin = self.origin.as_ref().ok_or_else(none)?;
-        let mut file = origin.open(&self.label, self.owner.as_ref(), self.policy.renewed())?;
+        let (found, file) = origin.open(&self.label, self.owner.as_ref())?;
+        let mut file = Self::new(file, found.label, found.real, self.policy.renewed(), Access::Read)?;
+        file.origin = Some(origin.clone());
         file.owner.clone_from(&self.owner);
         Ok(Arc::new(file))
     }
@@ -427,22 +430,5 @@ impl StoredWrite for LocalFile {
         self.file
             .sync_data()
             .map_err(|e| Error::io("fdatasync", e).in_file(&self.label))
-    }
-}
-/// Returns the identity from attributes. `device_len` is the length of a block device, which its attributes do not
-/// contain.
-pub(super) fn identity(now: &fs::Metadata, device_len: u64) -> Identity {
-    let device = now.file_type().is_block_device();
-    Identity {
-        // Several nodes may stand for one device, so a device is identified by its number instead of its node.
-        file: if device {
-            (u64::MAX, now.rdev())
-        } else {
-            (now.dev(), now.ino())
-        },
-        start: 0,
-        len: if device { device_len } else { now.len() },
-        mtime_ns: i128::from(now.mtime()) * 1_000_000_000 + i128::from(now.mtime_nsec()),
-        ctime_ns: i128::from(now.ctime()) * 1_000_000_000 + i128::from(now.ctime_nsec()),
     }
 }

@@ -13,7 +13,7 @@ use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
 use super::folder::lookup_error;
-use super::origin::refused_for_writing;
+use super::found::refused_for_writing;
 use super::*;
 
 mod file;
