@@ -1,4 +1,4 @@
-//! Command line: parses the arguments into a [`Config`].
+//! Command line: parses the arguments into a [`Config`](crate::config::Config).
 //!
 //! ```text
 //!   mod                           the program, or a helper of mount(8) or umount(8)
