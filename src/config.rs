@@ -17,16 +17,18 @@ mod secret;
 mod source;
 mod source_settings;
 mod vddk;
+mod view;
 
 pub use create::{AdapterType, CreateConfig, CreateType};
 pub use disk::{DiskConfig, Overlay, PageCache};
 pub use https::{HttpsAddress, HttpsConfig, HttpsServer, NamedBy, Thumbprint, Trust};
-pub use local::{Format, KernelView, LocalConfig, ViewConfig};
+pub use local::{Format, LocalConfig};
 pub use nbd::{NbdAddress, NbdConfig, NbdTls};
 pub use secret::Secret;
 pub use source::SourceConfig;
 pub use source_settings::{Locality, SourceSettings};
 pub use vddk::{VddkCompression, VddkConfig, VddkLibrary, VddkOwner, VddkRemote};
+pub use view::{KernelView, ViewConfig};
 
 /// Configuration of one run of the program.
 #[derive(Debug, Clone, PartialEq)]

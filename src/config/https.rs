@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::local::Format;
 use super::secret::{Secret, without_secrets};
 use super::source_settings::{Locality, SourceSettings};
+use super::view::ViewConfig;
 use crate::vmdk::Degraded;
 
 /// A disk on a web server.
@@ -184,6 +185,11 @@ impl SourceSettings for HttpsConfig {
 
     fn was_found(&self) -> bool {
         self.named == NamedBy::Search
+    }
+
+    /// The kernel can read the files once they are complete in the disk cache.
+    fn kernel_view(&self) -> Option<ViewConfig> {
+        self.cache_dir.as_ref().map(|_| ViewConfig::default())
     }
 
     fn is_server(&self) -> bool {

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use super::view::ViewConfig;
+
 /// Locality of a disk's data, as seen from the daemon, from near to far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Locality {
@@ -51,6 +53,11 @@ pub trait SourceSettings {
 
     /// Returns the folder that keeps fetched blocks across mounts.
     fn cache_dir(&self) -> Option<&Path> {
+        None
+    }
+
+    /// Returns the settings of the disk's kernel view, or `None` if the kernel can never read its files.
+    fn kernel_view(&self) -> Option<ViewConfig> {
         None
     }
 

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileAttr, Generation, INodeNo, ReplyEntry, ReplyOpen};
 
-use crate::config::{DiskConfig, KernelView, MountKind, PageCache, SourceConfig, ViewConfig};
+use crate::config::{DiskConfig, KernelView, MountKind, PageCache, ViewConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::open_plan::{
     Access, Inode, OpenHandle, OpenMode, OpenPlan, OpenRequest, ServePlan, ViewFacts, ViewWish, plan,
@@ -117,7 +117,10 @@ impl KernelViewNode {
     /// Creates the node of a disk. The view is built later, unless the configuration or the disk excludes it.
     pub(super) fn new(config: &DiskConfig, volume: &Volume, mount_kind: MountKind) -> Self {
         let name = config.name.to_string_lossy().into_owned();
-        let view = view_config(&config.source);
+        let view = config.source.settings().kernel_view().unwrap_or(ViewConfig {
+            mode: KernelView::Off,
+            ..ViewConfig::default()
+        });
         let view_state = match reason_without_view(config, &view, volume, mount_kind) {
             None if volume.may_become_local() => ViewState::Waiting,
             None => ViewState::Building,
@@ -408,19 +411,6 @@ impl NodeState {
         if self.passthrough_opens == 0 && matches!(self.view_state, ViewState::Unavailable) {
             self.backing = None;
         }
-    }
-}
-
-/// Returns the settings of the view of a source: off where the kernel can never read its files.
-fn view_config(source: &SourceConfig) -> ViewConfig {
-    match source {
-        SourceConfig::Local(local) => local.view.clone(),
-        // Once its files are complete in the disk cache.
-        SourceConfig::Https(https) if https.cache_dir.is_some() => ViewConfig::default(),
-        _ => ViewConfig {
-            mode: KernelView::Off,
-            ..ViewConfig::default()
-        },
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::block::BlockRead;
 use crate::cache::BlockCache;
-use crate::config::{DiskConfig, Locality, SourceConfig, ViewConfig};
+use crate::config::{DiskConfig, Locality, SourceConfig};
 use crate::error::{Error, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
@@ -199,9 +199,10 @@ pub fn describe(config: &DiskConfig, source: &dyn Source) -> Description {
         false => refusal(),
     };
     let (disk, described) = (source.disk(), source.describe());
-    let read_by = match config.source.local() {
-        Some(local) => kernel_view::describe(&*disk, &local.view, reason.is_none()),
-        None if has_local_files(source) => kernel_view::describe(&*disk, &ViewConfig::default(), false),
+    let settings = config.source.settings();
+    let is_local = || settings.locality() == Locality::Here || has_local_files(source);
+    let read_by = match settings.kernel_view().filter(|_| is_local()) {
+        Some(view) => kernel_view::describe(&*disk, &view, reason.is_none()),
         None => "this program: the disk is on a server".to_owned(),
     };
     Description {
