@@ -60,6 +60,7 @@ mod mutex;
 pub mod overlay;
 pub mod process;
 mod range_lock;
+mod search;
 pub mod source;
 pub mod store;
 #[cfg(test)]

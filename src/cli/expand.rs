@@ -1,5 +1,5 @@
 //! Expansion of local `file=` patterns and `dir=` folders to files, and default file names in the mount. Patterns on a server
-//! are expanded when it is reached ([`search::find_disks`]).
+//! are expanded when it is reached (`volume::find_disks`).
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use super::outcome::UsageError;
 use crate::config::{NbdAddress, NbdConfig};
+pub(super) use crate::search::default_name;
+use crate::search::{self, LocalTree, PROBE_BYTES, Tree, has_wildcard, is_descriptor};
 use crate::source::nbd_uri;
 use crate::store::{Access, OpenPolicy, open_user_path, package};
-pub(super) use crate::volume::search::default_name;
-use crate::volume::search::{self, LocalTree, PROBE_BYTES, Tree, has_wildcard, is_descriptor};
 
 /// Byte range of the embedded descriptor's sector number in a hosted sparse header.
 const DESCRIPTOR_OFFSET: std::ops::Range<usize> = 28..36;

@@ -100,6 +100,10 @@ impl SourceSettings for LocalConfig {
         self.found_in.is_some()
     }
 
+    fn excludes_writers(&self) -> bool {
+        self.lock
+    }
+
     fn kernel_view(&self) -> Option<ViewConfig> {
         Some(self.view.clone())
     }

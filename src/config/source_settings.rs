@@ -36,6 +36,11 @@ pub trait SourceSettings {
         None
     }
 
+    /// Returns true if a lock keeps other programs from writing to the files of the disk.
+    fn excludes_writers(&self) -> bool {
+        false
+    }
+
     /// Returns true if a search found the file of the disk, which the user did not name.
     fn was_found(&self) -> bool {
         false

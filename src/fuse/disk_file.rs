@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use fuser::{Errno, FileHandle, OpenFlags, ReplyData, ReplyLseek};
 
 use crate::block::{ReadCompletion, SECTOR};
-use crate::config::{DiskConfig, MountKind};
+use crate::config::{DiskConfig, Locality, MountKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::attributes::Attributes;
@@ -157,8 +157,9 @@ impl DiskFile {
 
     /// Returns true if a modification of the content by another process would be noticed, or is excluded by a lock.
     pub(super) fn detects_modification(&self) -> bool {
-        let locked = self.config.source.local().is_some_and(|local| local.lock);
-        self.volume().detects_modification() && self.config.source.local().is_some() && (locked || !self.writable)
+        let settings = self.config.source.settings();
+        let is_local = settings.locality() == Locality::Here;
+        self.volume().detects_modification() && is_local && (settings.excludes_writers() || !self.writable)
     }
 
     /// Sets if the data is counted for `st_blocks`, which may connect to a server.

@@ -26,6 +26,8 @@ pub(crate) mod sample;
 mod server_info;
 pub mod vddk;
 
+use std::any::Any;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -149,6 +151,11 @@ pub trait Backend: SourceSettings {
         Ok(Vec::new())
     }
 
+    /// Returns the disks that the settings are a pattern for, or `None` if they name one disk.
+    fn find(&self) -> Option<Result<Matches>> {
+        None
+    }
+
     /// Returns what the server offers, or `None` if the source is no server.
     fn list(&self) -> Option<Result<Listing>> {
         None
@@ -170,6 +177,24 @@ pub trait ExportServer {
 
     /// Connects to the server and lists its exports, again and again from then on.
     fn catalog(&self) -> Result<ExportCatalog>;
+}
+
+/// Disks that a pattern on a server gives.
+#[derive(Debug)]
+pub struct Matches {
+    /// The disks, sorted.
+    pub disks: Vec<Match>,
+    /// Login of the search. A disk that is opened while it exists needs no login of its own.
+    pub login: Box<dyn Any>,
+}
+
+/// Disk that a pattern on a server gives.
+#[derive(Debug)]
+pub struct Match {
+    /// Default name in a mount. `None`: the user has chosen one, or no other disk can be meant.
+    pub name: Option<OsString>,
+    /// Its settings.
+    pub config: SourceConfig,
 }
 
 /// Export of a server.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   open              builds the layers below from the configuration
-//!   search            patterns → the files that match them
+//!   find              patterns on servers → the disks that match them
 //!   server_exports    disks that are found on a server when they are looked up
 //!   write             byte writes to sectors, under range locks
 //!   submit            the boundary: one request, and its completion
@@ -30,12 +30,12 @@ use crate::store::StoredFile;
 
 mod block_count;
 mod durability;
+mod find;
 mod group_flush;
 pub(crate) mod loop_budget;
 pub(crate) mod open;
 mod queued;
 mod read_buffer;
-pub(crate) mod search;
 mod server_exports;
 mod statistics;
 mod submit;
@@ -46,12 +46,12 @@ mod writeback_timer;
 use crate::range_lock::RangeLock;
 use block_count::BlockCount;
 use durability::Durability;
+pub use find::{FoundDisks, find_disks};
 pub(crate) use group_flush::FlushKind;
 use group_flush::GroupFlush;
 pub(crate) use open::reopen;
 pub use open::{Description, OpenedDisks, create, describe, list, open, open_all, open_source, server};
 pub use read_buffer::{MAX_READ, ReadBuffer};
-pub use search::{FoundDisks, find_disks};
 pub use server_exports::ServerExports;
 use statistics::Statistics;
 pub(crate) use submit::{Request, SeekCompletion, ServingThreads};

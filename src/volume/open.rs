@@ -16,7 +16,7 @@ use crate::config::{DiskConfig, Locality, SourceConfig};
 use crate::error::{Error, Result};
 use crate::kernel_view;
 use crate::overlay::{open_overlay, unfinished_commits};
-use crate::source::{Backend, CacheSizes, ExportServer, Listing, Source};
+use crate::source::{Backend, CacheSizes, ExportServer, Listing, Matches, Source};
 use crate::store::Access;
 use crate::vmdk::DiskInfo;
 use crate::volume::{ServerExports, Volume};
@@ -98,6 +98,11 @@ pub fn open_all(configs: &[DiskConfig]) -> Result<OpenedDisks> {
 /// Returns what a server offers, or `None` if the source is no server.
 pub fn list(source: &SourceConfig) -> Option<Result<Listing>> {
     backend(source).list()
+}
+
+/// Returns the disks that a source is a pattern for, or `None` if it is one disk.
+pub(super) fn find(source: &SourceConfig) -> Option<Result<Matches>> {
+    backend(source).find()
 }
 
 /// Returns the server whose exports are disks, if the source is one of those.

@@ -1,12 +1,14 @@
 //! Files on a web server: VMDKs and raw images, also as members of a package (OVA). `store/https` reads them.
 
+mod search;
+
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::format;
 use super::image::Image;
-use super::{Backend, CacheSizes, Listed, Listing, Source, SourceDescription, SourceIdentity};
+use super::{Backend, CacheSizes, Listed, Listing, Matches, Source, SourceDescription, SourceIdentity};
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
 use crate::config::{Format, HttpsAddress, HttpsConfig, Locality, SourceSettings};
@@ -99,6 +101,10 @@ impl Backend for HttpsConfig {
     /// Opens the disk for reading. No reason to warn about: such a disk is never written to, and the mount shows that.
     fn open_for_writing(&self, asked: CacheSizes) -> Result<(Box<dyn Source>, Option<String>)> {
         Ok((self.open(asked)?, None))
+    }
+
+    fn find(&self) -> Option<Result<Matches>> {
+        search::find(self)
     }
 
     fn list(&self) -> Option<Result<Listing>> {

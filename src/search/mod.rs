@@ -1,14 +1,11 @@
 //! Search for disks: a pattern gives the files that match it, in local folders or in a datastore.
 //!
 //! ```text
-//!   pattern ─► component by component ─► Tree: names, first bytes ─┬─ local.rs    the file system
-//!               └─► without the extents of what was found          └─ remote.rs   the listings of a server
+//!   pattern ─► component by component ─► Tree: names, first bytes ─┬─ local.rs            the file system
+//!               └─► without the extents of what was found          └─ source/https/search.rs   listings of a server
 //! ```
 //! The rules are the same everywhere: an existing name is taken literally although it has wildcards, only the last component
 //! finds files, and a file that the descriptor of another match names as an extent is no disk of its own.
-//!
-//! Local patterns are expanded when the command line is parsed, those on a server when the daemon has started: that may
-//! take long, and needs the login.
 //!
 //! Wildcards also match names that are not UTF-8. The directory walk of the `glob` crate silently skips those names, so
 //! the walk is implemented here; the crate only matches single path components.
@@ -24,10 +21,8 @@ use glob::{MatchOptions, Pattern};
 use crate::vmdk::descriptor::Descriptor;
 
 mod local;
-mod remote;
 
 pub(crate) use local::LocalTree;
-pub use remote::{FoundDisks, find_disks};
 
 /// Matches as a shell does: `*` does not match names that start with a dot.
 const LIKE_A_SHELL: MatchOptions = MatchOptions {

@@ -1,4 +1,4 @@
-//! A datastore as a tree to search: names come from the listings of its server.
+//! Search for the files that a pattern in a datastore matches: a tree whose names come from the listings of its server.
 //!
 //! Bounds against a hostile server: a search reads [`MAX_FOLDERS`] listings and finds [`MAX_MATCHES`] files at most.
 
@@ -8,9 +8,10 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Names, Tree, default_name, has_wildcard, matches};
-use crate::config::{DiskConfig, HttpsAddress, HttpsConfig, NamedBy, SourceConfig, SourceSettings};
+use crate::config::{HttpsAddress, HttpsConfig, NamedBy, SourceConfig, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};
+use crate::search::{Names, Tree, default_name, has_wildcard, matches};
+use crate::source::{Match, Matches};
 use crate::store::https::{Browser, ListedName};
 
 /// Most folders whose listings a search reads.
@@ -18,47 +19,33 @@ const MAX_FOLDERS: usize = 1000;
 /// Most files that a search finds: each is a disk of the mount, and is asked for whether it is a descriptor.
 const MAX_MATCHES: usize = 1000;
 
-/// Disks whose patterns on servers are expanded.
-#[derive(Debug)]
-pub struct FoundDisks {
-    /// The disks, in the order of their configurations.
-    pub disks: Vec<DiskConfig>,
-    /// Keep the logins of the search until the disks are opened.
-    _browsers: Vec<Browser>,
-}
-
-/// Expands the patterns of disks in datastores. All other configurations stay as they are, and cost no request.
+/// Returns the disks that the pattern of `https` gives, or `None` if it has no pattern.
 ///
-/// Errors: no file matches; those of the server; `Usage` if one name in the mount is for several files.
-pub fn find_disks(configs: &[DiskConfig]) -> Result<FoundDisks> {
-    let (mut disks, mut browsers) = (Vec::new(), Vec::new());
-    for config in configs {
-        let Some((https, path)) = pattern_of(config) else {
-            disks.push(config.clone());
-            continue;
-        };
-        let browser = Browser::new(https)?;
-        match is_literal(&browser, path) {
-            true => disks.push(config.clone()),
-            false => disks.extend(expand(config, https, path, &browser)?),
-        }
-        browsers.push(browser);
-    }
-    Ok(FoundDisks {
-        disks,
-        _browsers: browsers,
-    })
-}
-
-/// Returns the path of a disk in a datastore if it has wildcards.
-fn pattern_of(config: &DiskConfig) -> Option<(&HttpsConfig, &Path)> {
-    let SourceConfig::Https(https) = &config.source else {
+/// Errors: no file matches; those of the server.
+pub(super) fn find(https: &HttpsConfig) -> Option<Result<Matches>> {
+    let HttpsAddress::Datastore { path, .. } = &https.address else {
         return None;
     };
-    match &https.address {
-        HttpsAddress::Datastore { path, .. } if has_wildcard(OsStr::new(path)) => Some((https, Path::new(path))),
-        _ => None,
-    }
+    has_wildcard(OsStr::new(path)).then(|| expand(https, Path::new(path)))
+}
+
+fn expand(https: &HttpsConfig, pattern: &Path) -> Result<Matches> {
+    let browser = Browser::new(https)?;
+    let disks = match is_literal(&browser, pattern) {
+        true => vec![Match {
+            name: None,
+            config: SourceConfig::Https(Box::new(https.clone())),
+        }],
+        false => {
+            let usage = |text: String| Error::new(ErrorKind::Usage, format!("file={}: {text}", https.label()));
+            let files = matches(&RemoteTree::new(&browser), pattern).map_err(usage)?;
+            files.iter().map(|file| disk(https, file)).collect()
+        }
+    };
+    Ok(Matches {
+        disks,
+        login: Box::new(browser),
+    })
 }
 
 /// Returns true if a file of that very name exists. An error other than "missing" counts as existing, so that opening the
@@ -68,34 +55,18 @@ fn is_literal(browser: &Browser, path: &Path) -> bool {
     start.map_or_else(|e| e.kind() != ErrorKind::NotFound, |_| true)
 }
 
-/// Returns a disk for each file that matches the pattern of `config`.
-fn expand(config: &DiskConfig, https: &HttpsConfig, pattern: &Path, browser: &Browser) -> Result<Vec<DiskConfig>> {
-    let usage = |text: String| Error::new(ErrorKind::Usage, format!("file={}: {text}", https.label()));
-    let found = matches(&RemoteTree::new(browser), pattern).map_err(usage)?;
+/// Returns the disk of a file that matches the pattern of `https`.
+fn disk(https: &HttpsConfig, file: &Path) -> Match {
     let has_name = https.named == NamedBy::FileAndName;
-    if has_name && found.len() > 1 {
-        let (name, count) = (config.name.display(), found.len());
-        return Err(usage(format!(
-            "the name {name} would apply to {count} disks, but a file name is for one disk"
-        )));
+    let mut https = https.clone();
+    https.named = NamedBy::Search;
+    if let HttpsAddress::Datastore { path, .. } = &mut https.address {
+        *path = file.to_string_lossy().into_owned();
     }
-    let disk = |found: PathBuf| {
-        let mut https = https.clone();
-        https.named = NamedBy::Search;
-        if let HttpsAddress::Datastore { path, .. } = &mut https.address {
-            *path = found.to_string_lossy().into_owned();
-        }
-        DiskConfig {
-            name: if has_name {
-                config.name.clone()
-            } else {
-                default_name(&found)
-            },
-            source: SourceConfig::Https(Box::new(https)),
-            ..config.clone()
-        }
-    };
-    Ok(found.into_iter().map(disk).collect())
+    Match {
+        name: (!has_name).then(|| default_name(file)),
+        config: SourceConfig::Https(Box::new(https)),
+    }
 }
 
 /// The datastore of a browser.
