@@ -17,8 +17,9 @@
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::replay_log::SOFT_LIMIT;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use super::unflushed::SOFT_LIMIT;
 
 /// Size of a page in bytes.
 const PAGE: usize = 4096;

@@ -117,9 +117,10 @@ pub(super) struct ClaimedSocket<'g> {
 }
 
 impl<'g> ClaimedSocket<'g> {
-    /// Creates the claim from the guard of a claimed socket.
-    pub(super) fn new(connection: &'g Connection, socket: SocketGuard<'g>) -> Self {
-        Self { connection, socket }
+    /// Claims an idle socket of a connection for the calling thread, if there is one.
+    pub(super) fn claim(connection: &'g Connection) -> Option<Self> {
+        let socket = connection.claim()?;
+        Some(Self { connection, socket })
     }
 
     /// Sends a command and waits until it is returned. Passes returned commands to `on_completions`, which drains the

@@ -34,7 +34,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
-use super::connect::{Cancel, OwnServer};
+use super::own_server::{Cancel, OwnServer};
 use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::lock;
@@ -347,7 +347,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::source::nbd::connect::never;
+    use crate::source::nbd::own_server::never;
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)

@@ -17,10 +17,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::backend::source_of;
-use super::connect::{Connector, c_text, never};
+use super::connect::Connector;
 use super::disk::{NbdDisk, timeout};
 use super::export::Export;
+use super::export_source::source_of;
+use super::ffi::c_text;
+use super::own_server::never;
 use crate::config::{NbdConfig, SourceConfig};
 use crate::error::{ErrorKind, Result};
 use crate::source::OpenExport;

@@ -10,7 +10,7 @@ use std::time::Instant;
 use libnbd_sys::LIBNBD_CMD_FLAG_FUA;
 
 use super::buffer_pool::{Buffer, CommandBuffer};
-use super::replay_log::FlushToken;
+use super::unflushed::FlushToken;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Largest number of data bytes of a small command.

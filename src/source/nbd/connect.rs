@@ -11,7 +11,6 @@
 //! A server of the oldest protocol variant has no options: its handle is up at once, with the one export that it has.
 
 use std::ffi::{CStr, CString, OsStr};
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -25,7 +24,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::captive::CaptiveServer;
 use super::connection::is_loss;
 use super::export::Export;
-use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, failure, library};
+use super::ffi::{Handle, HandshakeLimit, List, Listed, OptDone, c_text, failure, library};
+use super::own_server::{Cancel, OwnServer, never};
 use super::private_dir::PrivateDir;
 use super::tls;
 use crate::config::{NbdAddress, NbdConfig, NbdTls, SourceSettings};
@@ -41,24 +41,6 @@ const EXIT_WAIT: Duration = Duration::from_millis(200);
 
 /// Interval at which an attempt checks if it was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Returns true if the attempt is to be cancelled. Called repeatedly during the handshake.
-pub(in crate::source) type Cancel<'a> = &'a dyn Fn() -> bool;
-
-/// A server process of the daemon.
-pub(in crate::source) trait OwnServer: fmt::Debug + Send + Sync {
-    /// Opens a connection to the server. `first`: there is no other one, and none will be used that was opened before.
-    ///
-    /// Fails once `deadline` has passed or `cancel` returns true.
-    fn connect(&self, first: bool, deadline: Instant, cancel: Cancel<'_>) -> Result<OwnedFd>;
-
-    /// Waits up to `within` for the server to exit. Returns a message about its exit, or about the end that it has announced;
-    /// `None` otherwise.
-    fn exit_within(&self, within: Duration) -> Option<String>;
-
-    /// Notes that connections to the server are about to be closed: what it says of that is no fault.
-    fn closing(&self) {}
-}
 
 /// Makes connections to one server, and owns the server if this process started it.
 #[derive(Debug)]
@@ -399,14 +381,4 @@ fn with_list<T>(listed: &Listed, use_it: impl FnOnce(&mut List) -> T) -> T {
 
 fn lost(what: &str) -> Error {
     Error::new(ErrorKind::Os(libc::ENOTCONN), what)
-}
-
-/// Returns `bytes` as a C string. Errors: they contain a NUL byte.
-pub(super) fn c_text(bytes: &[u8]) -> Result<CString> {
-    CString::new(bytes).map_err(|e| Error::new(ErrorKind::Usage, format!("NUL byte at offset {}", e.nul_position())))
-}
-
-/// Never cancels: for an attempt that only the deadline ends.
-pub(super) fn never() -> bool {
-    false
 }

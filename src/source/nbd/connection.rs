@@ -24,6 +24,8 @@
 //!
 //! While the polling thread is awake, other threads queue commands for it instead of waiting for the lock of a handle:
 //! see [`Handoff`], which also says why no command is stranded when the polling thread goes to sleep or stops.
+//!
+//! [`Poller`]: super::poller::Poller
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -33,11 +35,9 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{Shutdown, shutdown};
 
-use super::bulk::ClaimedSocket;
 use super::command::{Command, CommandKind};
 use super::ffi::{CompletionQueue, Handle, UNSENT};
 use super::handoff::{Handoff, Offered};
-use super::poller::Poller;
 use crate::error::{Error, Result};
 
 /// Interval between checks for overdue answers, and the resolution of the deadline counters.
@@ -158,7 +158,7 @@ pub(super) struct Connection {
     count: AtomicUsize,
     /// Wakes a polling thread whose poll set or poll events have become too small.
     event: EventFd,
-    /// Set while a thread holds the [`Poller`].
+    /// Set while a thread holds the [`Poller`](super::poller::Poller).
     polled: AtomicBool,
     /// Commands that are left to the polling thread while it is awake.
     handoff: Handoff<Box<Command>>,
@@ -168,7 +168,6 @@ pub(super) struct Connection {
     yield_requested: AtomicBool,
     /// Number of times that the right to poll was released; shows the watchdog that callers still poll.
     releases: AtomicUsize,
-    /// Commands left to the polling thread.
     /// Commands submitted, whose results were not handled yet: more than those in flight on the sockets.
     in_flight: AtomicUsize,
     /// Latency of the fastest answer to a small command, in microseconds.
@@ -386,21 +385,24 @@ impl Connection {
         let _ = self.event.write(1);
     }
 
-    /// Acquires the right to poll. Returns `None` if another thread has it.
-    pub(super) fn poller(&self) -> Option<Poller<'_>> {
+    /// Acquires the right to poll, for a new [`Poller`]. Returns false if another thread has it.
+    ///
+    /// [`Poller`]: super::poller::Poller
+    pub(super) fn acquire_poller(&self) -> bool {
         let free = self
             .polled
             .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok();
-        // Lazily: dropping a `Poller` releases the right, so none may be created while another thread has it.
-        free.then(|| {
+        if free {
             self.handoff.wake_up();
             self.yield_requested.store(false, Ordering::Relaxed);
-            Poller::new(self)
-        })
+        }
+        free
     }
 
     /// Releases the right to poll. Called when the [`Poller`] is dropped, also by a panic.
+    ///
+    /// [`Poller`]: super::poller::Poller
     pub(super) fn release_poller(&self) {
         // `awake` before `polled`: the next holder sets `awake` after it has acquired the right, and this thread must
         // not clear it then. A command that was queued in between is found by the check that follows each release.
@@ -472,11 +474,9 @@ impl Connection {
     }
 
     /// Claims an idle socket for the calling thread, if there is one. The first socket is always shared.
-    pub(super) fn claim(&self) -> Option<ClaimedSocket<'_>> {
+    pub(super) fn claim(&self) -> Option<SocketGuard<'_>> {
         let mut free = self.sockets().skip(1).take(self.claimable()).filter(|c| c.is_idle());
-        let claim = free
-            .find_map(Socket::claim)
-            .map(|socket| ClaimedSocket::new(self, socket))?;
+        let claim = free.find_map(Socket::claim)?;
         self.claims.fetch_add(1, Ordering::Relaxed);
         Some(claim)
     }

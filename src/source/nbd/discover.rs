@@ -7,9 +7,10 @@
 use std::ffi::{CStr, CString};
 use std::time::Instant;
 
-use super::connect::{Connector, never};
+use super::connect::Connector;
 use super::disk::timeout;
 use super::ffi::{ExportFlag, Handle};
+use super::own_server::never;
 use crate::config::NbdConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::server_info::{ExportInfo, ServerInfo};

@@ -17,11 +17,12 @@ use libnbd_sys::{LIBNBD_CMD_FLAG_FAST_ZERO, LIBNBD_CMD_FLAG_FUA, LIBNBD_CMD_FLAG
 use super::buffer_pool::{Buffer, BufferPool, CommandBuffer, Shared};
 use super::bulk::BulkRequest;
 use super::command::{Command, CommandCompletion, CommandKind};
-use super::connect::{Connector, OwnServer};
+use super::connect::Connector;
 use super::connection::MAX_TIMEOUT;
 use super::export::Export;
 use super::extent_cache::{REGION, content};
 use super::ffi::is_ending;
+use super::own_server::OwnServer;
 use super::session::{Session, SessionOptions};
 use super::split_request::{Oneshot, SplitRequest, pieces};
 use crate::block::{

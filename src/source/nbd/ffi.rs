@@ -772,6 +772,11 @@ fn text<'a>(text: *const c_char) -> &'a CStr {
     }
 }
 
+/// Returns `bytes` as a C string. Errors: they contain a NUL byte.
+pub(super) fn c_text(bytes: &[u8]) -> Result<CString> {
+    CString::new(bytes).map_err(|e| Error::new(ErrorKind::Usage, format!("NUL byte at offset {}", e.nul_position())))
+}
+
 /// Copies a text that the library has allocated for the caller, and frees it.
 fn owned(raw: *mut c_char) -> CString {
     let copy = text(raw).to_owned();

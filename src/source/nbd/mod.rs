@@ -7,14 +7,14 @@
 //! ```text
 //!   disk.rs           sectors ─► commands              extent_cache.rs  holes and zeroes, which are not fetched
 //!   split_request.rs  requests of several commands     command.rs       one command, from submission to result
-//!   session.rs        queues, deadlines, results       replay_log.rs    writes that no flush covers yet
+//!   session.rs        queues, deadlines, results       replay_log.rs, unflushed.rs  writes that no flush covers
 //!     session/serve.rs     which thread polls          session/reconnect.rs  manager thread: connect, replay
 //!   connection.rs     sockets retired together: send   poller.rs        poll, read answers (handoff.rs, sync.rs)
 //!   bulk.rs           threads for long requests        buffer_pool.rs   reused buffers
-//!   connect.rs        address ─► connected handle      captive.rs       server that the daemon starts itself
+//!   connect.rs        address ─► connected handle      own_server.rs, captive.rs  server that the daemon starts itself
 //!   discover.rs       --list, --info                   export.rs        size, block sizes, flags; their checks
 //!   export_identity.rs  the same disk after a reconnect?
-//!   catalog.rs        exports that the server has now  backend.rs, served_disk.rs  exports as sources
+//!   catalog.rs        exports that the server has now  backend.rs, export_source.rs, served_disk.rs  sources
 //!   tls.rs            trusted certificates             private_dir.rs   folder for them, for the handshake
 //!   ffi.rs            the only calls of libnbd
 //! ```
@@ -35,9 +35,11 @@ mod discover;
 mod disk;
 mod export;
 mod export_identity;
+mod export_source;
 mod extent_cache;
 mod ffi;
 mod handoff;
+mod own_server;
 mod poller;
 mod private_dir;
 mod replay_log;
@@ -48,12 +50,13 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod unflushed;
 
 pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
 pub use catalog::{ExportCatalog, FoundExport};
-pub(in crate::source) use connect::{Cancel, OwnServer};
 pub(in crate::source) use disk::GRACE;
 pub use disk::NbdDisk;
+pub(in crate::source) use own_server::{Cancel, OwnServer};
 pub(in crate::source) use private_dir::PrivateDir;
 pub(in crate::source) use served_disk::{FETCHES, ServedDisk};
 

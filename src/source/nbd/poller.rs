@@ -68,9 +68,10 @@ struct PollOutcome {
 }
 
 impl<'g> Poller<'g> {
-    /// Creates the poller of a connection. The caller has acquired the right to poll.
-    pub(super) fn new(connection: &'g Connection) -> Self {
-        Self(connection)
+    /// Acquires the right to poll a connection. Returns `None` if another thread has it.
+    pub(super) fn acquire(connection: &'g Connection) -> Option<Self> {
+        // Lazily: dropping a poller releases the right, so none may be created while another thread has it.
+        connection.acquire_poller().then(|| Self(connection))
     }
 
     /// Polls the sockets until no command is in flight or the condition `until` is true.

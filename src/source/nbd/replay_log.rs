@@ -35,14 +35,9 @@ use libnbd_sys::LIBNBD_CMD_FLAG_FAST_ZERO;
 
 use super::buffer_pool::{Buffer, BufferPool};
 use super::command::{Command, CommandKind};
+use super::unflushed::{FlushToken, HARD_LIMIT, SOFT_LIMIT};
 use crate::error::{Error, Result};
 use crate::write_latch::WriteLatch;
-
-/// Size in bytes above which the session starts a background flush.
-pub(super) const SOFT_LIMIT: usize = 24 << 20;
-
-/// Size in bytes above which further changes wait for a flush.
-pub(super) const HARD_LIMIT: usize = 128 << 20;
 
 /// Bytes that an entry counts for in addition to its data.
 const ENTRY_COST: usize = 256;
@@ -70,17 +65,6 @@ impl ReplayEntry {
     pub(super) fn overlaps(&self, other: &(u64, u64)) -> bool {
         self.offset < other.0 + other.1 && other.0 < self.offset + self.len
     }
-}
-
-/// State of the log when a flush was sent: determines what its answer proves.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct FlushToken {
-    /// The flush covers entries with a lower number.
-    number: u64,
-    /// [`ReplayLog::removals`] at that time.
-    removals: u64,
-    /// [`ReplayLog::failures`] at that time.
-    failures: u64,
 }
 
 /// Answered changes since the last flush; see the module documentation.

@@ -12,7 +12,7 @@ use super::buffer_pool::Buffer;
 use super::command::{Command, CommandKind};
 use super::connect::Connector;
 use super::connection::{Answer, Connection};
-use super::poller::PollUntil;
+use super::poller::{PollUntil, Poller};
 use nix::sys::eventfd::EventFd;
 
 use crate::block::{BlockQueue, BlockRead, BlockWrite, CompletionPoller, Content, Lba, SECTOR, Stay};
@@ -137,7 +137,9 @@ fn regression_a_connection_is_idle_only_when_all_returned_commands_were_handled(
         returned += back.drain(..).count();
     };
     handle(&mut back);
-    connection.poller().unwrap().poll_sockets(PollUntil::Idle, handle);
+    Poller::acquire(&connection)
+        .unwrap()
+        .poll_sockets(PollUntil::Idle, handle);
     assert!(returned == 1 && connection.is_idle());
 }
 

@@ -24,8 +24,7 @@ use std::path::{Path, PathBuf};
 
 use libnbd_sys as sys;
 
-use super::connect::c_text;
-use super::ffi::Handle;
+use super::ffi::{Handle, c_text};
 use super::private_dir::PrivateDir;
 use crate::config::{NbdConfig, NbdTls, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};

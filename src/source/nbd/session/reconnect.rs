@@ -14,7 +14,7 @@
 //!
 //! While it backs off, connects or replays, the manager still fails queued commands whose deadline passes.
 //!
-//! [`FlushToken`]: crate::source::nbd::replay_log::FlushToken
+//! [`FlushToken`]: crate::source::nbd::unflushed::FlushToken
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::lock;
 use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connection::{Answer, Connection, TICK, is_loss};
-use crate::source::nbd::poller::PollUntil;
+use crate::source::nbd::poller::{PollUntil, Poller};
 use crate::source::nbd::replay_log::{ReplayEntry, ReplayLog};
 
 /// First and longest pause between two attempts to connect. The pause doubles with each failure.
@@ -448,7 +448,7 @@ impl Session {
         }
         while answers.len() < count {
             let until = Instant::now() + TICK;
-            match connection.poller() {
+            match Poller::acquire(connection) {
                 // This thread alone knows the connection. The poll ends in each tick, also without an answer; an
                 // overdue answer fails the connection, so the loop ends within the timeout.
                 Some(poller) => {

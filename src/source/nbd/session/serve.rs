@@ -1,7 +1,7 @@
 //! Polling the sockets of a connection: by a caller that waits, by a caller that has just submitted, or by the poller
 //! thread.
 //!
-//! One thread at a time has the right to poll a connection (`Connection::poller`). Polling in the calling thread saves
+//! One thread at a time has the right to poll a connection (`Poller::acquire`). Polling in the calling thread saves
 //! the wake-up of another thread, but callers come and go. The invariant is that a command in flight always has one of:
 //! - a caller that polls, and that checks `Connection::unserved` after it has released the right;
 //! - the poller thread, woken by [`Session::wake_poller`];
@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 use super::Session;
 use crate::block::Stay;
 use crate::mutex::lock;
+use crate::source::nbd::bulk::ClaimedSocket;
 use crate::source::nbd::connection::Connection;
-use crate::source::nbd::poller::{PollEnd, PollUntil};
+use crate::source::nbd::poller::{PollEnd, PollUntil, Poller};
 
 /// Time without an answer after which a thread that has other work leaves polling to the poller thread: the longest
 /// that a local server with the data in memory should take.
@@ -74,7 +75,7 @@ impl Session {
 
     /// Polls the sockets of a connection. Returns `None` if another thread polls them.
     fn poll_sockets(&self, connection: &Connection, until: PollUntil<'_>) -> Option<PollEnd> {
-        let poller = connection.poller()?;
+        let poller = Poller::acquire(connection)?;
         Some(poller.poll_sockets(until, |back| self.on_completions(connection, back)))
     }
 
@@ -118,7 +119,7 @@ impl Session {
     fn wake_poller(&self, connection: &Connection) {
         // The right is taken only to find out whether it is free. If it is not, its holder checks for unserved commands
         // after releasing it, and wakes the poller thread then.
-        if let Some(poller) = connection.poller() {
+        if let Some(poller) = Poller::acquire(connection) {
             drop(poller);
             *lock(&self.poller_woken) = true;
             self.wake_poller.notify_one();
@@ -189,7 +190,9 @@ impl Session {
             let work = || {
                 // Without a free socket, or once the connection is lost, the commands take the normal path.
                 let connection = self.connection();
-                let claim = connection.as_ref().and_then(|g| g.claim().map(|claim| (g, claim)));
+                let claim = connection
+                    .as_ref()
+                    .and_then(|g| ClaimedSocket::claim(g).map(|claim| (g, claim)));
                 for command in request {
                     match &claim {
                         Some((connection, claim)) if !connection.is_dead() && command.deadline > Instant::now() => {

@@ -20,8 +20,8 @@ use crate::source::nbd::buffer_pool::Buffer;
 use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connect::Connector;
 use crate::source::nbd::connection::Connection;
-use crate::source::nbd::poller::PollUntil;
-use crate::source::nbd::replay_log::HARD_LIMIT;
+use crate::source::nbd::poller::{PollUntil, Poller};
+use crate::source::nbd::unflushed::HARD_LIMIT;
 
 /// Server whose operations (`pread`, `pwrite`, `flush`) are shell commands controlled by files: an operation creates
 /// `began-…`, waits while `hold-…` exists, takes 0.5 s longer while `slow-…` exists, and fails while `fail-…` exists.
@@ -342,8 +342,7 @@ fn regression_a_command_that_the_library_refuses_is_not_a_lost_connection() {
             &mut back,
         );
         if back.is_empty() {
-            connection
-                .poller()
+            Poller::acquire(&connection)
                 .unwrap()
                 .poll_sockets(PollUntil::Idle, |returned| back.append(returned));
         }
