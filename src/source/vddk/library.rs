@@ -12,20 +12,15 @@ use std::time::Instant;
 
 use super::abi::{
     Block, BlockList, CHUNK_SECTORS, CompletionFunction, ConnectParams, Connection, CreateParams, Handle, Info,
-    LogFunction, SECTOR, VIX_ASYNC, VIX_OK, VixError, vddk_functions,
+    LogFunction, SECTOR, VIX_ASYNC, VIX_OK, VixError,
 };
+use super::api::Api;
 use super::failure::Failure;
 use super::library_file::LibraryFile;
 use super::spec::{CreateSpec, LibraryDescription};
 use super::statistics::Statistics;
 use crate::error::{Error, Result};
-use crate::foreign_library::{ForeignLibrary, function_table};
-
-vddk_functions!(function_table {
-    /// Functions of VDDK.
-    #[allow(dead_code, reason = "--dump lists the functions that are not called here, too")]
-    pub(super) struct Api;
-});
+use crate::foreign_library::ForeignLibrary;
 
 /// Version of the interface that every supported library accepts.
 const INTERFACE: (u32, u32) = (6, 5);

@@ -17,6 +17,7 @@
 //! `LD_LIBRARY_PATH` is set for the host alone: neither the daemon nor a captive NBD server finds VDDK's libraries.
 
 mod abi;
+mod api;
 mod backend;
 mod failure;
 mod host;

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::library::Api;
+use super::api::Api;
 use super::spec::STATISTICS_LEN;
 
 /// Numbers of one function: calls, bytes, nanoseconds.

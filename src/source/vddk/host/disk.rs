@@ -25,13 +25,16 @@ use std::time::{Duration, Instant};
 
 use super::End;
 use super::extents::{AllocationMap, WrittenRanges};
-use super::server::{MAX_REQUEST, Reply};
+use super::reply::Reply;
 use crate::error::{Error, Result};
 use crate::mutex::lock;
 use crate::source::vddk::abi::{CHUNK_SECTORS, SECTOR, VIX_OK, VixError};
 use crate::source::vddk::failure::{Circumstances, Failure, Trouble, nbd_error, trouble};
 use crate::source::vddk::library::{DiskHandle, Vddk};
 use crate::source::vddk::spec::DiskSpec;
+
+/// Longest request in bytes. Larger ones exhaust the buffers of a host's NFC service.
+pub(super) const MAX_REQUEST: u32 = 2 << 20;
 
 /// Requests in flight at a time, over all connections. Bounds the memory for buffers.
 const MAX_IN_FLIGHT: usize = 64;

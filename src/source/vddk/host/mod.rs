@@ -32,6 +32,7 @@ mod disk;
 mod extents;
 mod log;
 mod privileges;
+mod reply;
 mod server;
 
 use std::fs::{self, File};

@@ -9,27 +9,22 @@
 //! trusted: a request that the protocol does not allow is refused, or closes the connection. The disk has one handle for
 //! all connections, so a flush covers the writes of all of them.
 //!
-//! A reply is written in one piece under the lock of its connection, by whichever thread has the result. A client that
-//! reads no replies stops its own connection.
+//! Replies are in `reply.rs`.
 
 mod handshake;
 
-use std::io::{self, BufReader, IoSlice, Read, Write};
-use std::net::Shutdown;
+use std::io::{self, BufReader, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use self::handshake::Negotiated;
-use super::disk::{Disk, Job, Transfer};
-use super::extents::{Content, Extent};
+use super::disk::{Disk, Job, MAX_REQUEST, Transfer};
+use super::reply::{Client, Reply};
 use crate::error::{Error, Result};
 use crate::mutex::lock;
 use crate::source::vddk::abi::SECTOR;
-
-/// Longest request in bytes. Larger ones exhaust the buffers of a host's NFC service.
-pub(super) const MAX_REQUEST: u32 = 2 << 20;
 
 /// Threads of a connection whose transport works within the call.
 const MAX_THREADS: usize = 16;
@@ -44,8 +39,6 @@ const READ_BUFFER: usize = 8 << 10;
 const SEND_BUFFER: usize = 1 << 20;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_MAGIC: u32 = 0x6744_6698;
-const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Commands of the protocol.
 mod command {
@@ -61,36 +54,6 @@ mod flag {
     pub(super) const FUA: u16 = 1;
     pub(super) const DF: u16 = 1 << 2;
     pub(super) const REQ_ONE: u16 = 1 << 3;
-}
-
-/// Chunks of a structured reply.
-mod chunk {
-    pub(super) const DONE: u16 = 1;
-    pub(super) const OFFSET_DATA: u16 = 1;
-    pub(super) const BLOCK_STATUS: u16 = 5;
-    pub(super) const ERROR: u16 = (1 << 15) + 1;
-}
-
-/// States of `base:allocation`.
-mod state {
-    pub(super) const HOLE: u32 = 1;
-    pub(super) const ZERO: u32 = 2;
-}
-
-/// A connection, and what was negotiated on it.
-pub(super) struct Client {
-    stream: UnixStream,
-    /// Held while a reply is written.
-    writing: Mutex<()>,
-    negotiated: Negotiated,
-}
-
-/// Receiver of the result of one request.
-pub(super) struct Reply {
-    client: Arc<Client>,
-    command: u16,
-    cookie: u64,
-    offset: u64,
 }
 
 /// Header of a request.
@@ -146,14 +109,11 @@ fn serve(stream: UnixStream, disk: &Arc<Disk>) -> io::Result<()> {
     let Some(negotiated) = handshake::negotiate(&mut reader, &stream, disk)? else {
         return Ok(());
     };
-    let client = Arc::new(Client {
-        stream,
-        writing: Mutex::default(),
-        negotiated,
-    });
+    let client = Arc::new(Client::new(stream));
     let connection = Connection {
         disk,
         client: &client,
+        negotiated,
         reader: Mutex::new(Some(reader)),
         readers: AtomicUsize::new(0),
         threads: AtomicUsize::new(1),
@@ -161,7 +121,7 @@ fn serve(stream: UnixStream, disk: &Arc<Disk>) -> io::Result<()> {
     // Returns when all threads of the connection have ended; replies to requests in flight may still come afterwards.
     let result = thread::scope(|scope| connection.run(scope));
     // The stream itself lives on in those replies, so it must be ended and not only dropped.
-    let _ = client.stream.shutdown(Shutdown::Both);
+    client.shut_down();
     result
 }
 
@@ -169,6 +129,7 @@ fn serve(stream: UnixStream, disk: &Arc<Disk>) -> io::Result<()> {
 struct Connection<'d> {
     disk: &'d Arc<Disk>,
     client: &'d Arc<Client>,
+    negotiated: Negotiated,
     /// `None` after the end of the connection.
     reader: Mutex<Option<BufReader<UnixStream>>>,
     /// Threads that read a request, or wait for their turn to read.
@@ -236,9 +197,11 @@ impl<'d> Connection<'d> {
 
     /// Checks a request and submits it.
     fn perform(&self, request: &Request, data: Vec<u8>) {
+        // Only these two have structured replies, also for an error.
+        let is_structured = matches!(request.command, command::READ | command::BLOCK_STATUS);
         let reply = Reply {
             client: Arc::clone(self.client),
-            command: request.command,
+            structured: is_structured && self.negotiated.structured,
             cookie: request.cookie,
             offset: request.offset,
         };
@@ -275,7 +238,6 @@ impl<'d> Connection<'d> {
         let end = request.offset.checked_add(request.len.into()).ok_or(libc::EINVAL)?;
         let aligned = request.offset.is_multiple_of(SECTOR) && u64::from(request.len).is_multiple_of(SECTOR);
         let ranged = aligned && request.len > 0 && end <= self.disk.size();
-        let negotiated = &self.client.negotiated;
         let (flags, valid) = match request.command {
             command::READ => (flag::DF | flag::FUA, ranged && request.len <= MAX_REQUEST),
             command::WRITE if !self.disk.is_writable() => return Err(libc::EPERM),
@@ -283,7 +245,7 @@ impl<'d> Connection<'d> {
             // The answer of the protocol for a write beyond the end.
             command::WRITE if aligned && request.len > 0 => return Err(libc::ENOSPC),
             command::FLUSH => (flag::FUA, request.len == 0 && request.offset == 0),
-            command::BLOCK_STATUS => (flag::REQ_ONE, ranged && negotiated.block_status),
+            command::BLOCK_STATUS => (flag::REQ_ONE, ranged && self.negotiated.block_status),
             _ => (0, false),
         };
         if valid && request.flags & !flags == 0 {
@@ -316,91 +278,6 @@ impl Request {
             offset: number(8),
             len,
         })
-    }
-}
-
-impl Reply {
-    /// Answers a request that has succeeded and returns nothing.
-    pub(super) fn done(self) {
-        self.simple(0, &[]);
-    }
-
-    /// Answers a read.
-    pub(super) fn data(self, data: &[u8]) {
-        if !self.client.negotiated.structured {
-            return self.simple(0, data);
-        }
-        self.chunk(chunk::OFFSET_DATA, &self.offset.to_be_bytes(), data);
-    }
-
-    /// Answers a request that has failed.
-    pub(super) fn error(self, errno: u32) {
-        // The error of a command with structured replies is a chunk.
-        let structured = matches!(self.command, command::READ | command::BLOCK_STATUS);
-        if !(structured && self.client.negotiated.structured) {
-            return self.simple(errno, &[]);
-        }
-        let [a, b, c, d] = errno.to_be_bytes();
-        self.chunk(chunk::ERROR, &[a, b, c, d, 0, 0], &[]);
-    }
-
-    /// Answers a request for block status.
-    pub(super) fn extents(self, extents: &[Extent]) {
-        let mut text = handshake::CONTEXT_ID.to_be_bytes().to_vec();
-        for extent in extents {
-            let flags = match extent.content {
-                Content::Data => 0,
-                Content::Zero => state::HOLE | state::ZERO,
-            };
-            // An extent lies within a request, whose length has 32 bits.
-            text.extend(u32::try_from(extent.len).unwrap_or(u32::MAX).to_be_bytes());
-            text.extend(flags.to_be_bytes());
-        }
-        self.chunk(chunk::BLOCK_STATUS, &text, &[]);
-    }
-
-    /// Leaves a request without an answer: the host ends, and the parent repeats it.
-    pub(super) fn abandon(self) {}
-
-    fn simple(&self, errno: u32, data: &[u8]) {
-        let mut head = [0; 16];
-        head[..4].copy_from_slice(&SIMPLE_MAGIC.to_be_bytes());
-        head[4..8].copy_from_slice(&errno.to_be_bytes());
-        head[8..].copy_from_slice(&self.cookie.to_be_bytes());
-        self.client.send(&head, data);
-    }
-
-    /// Sends a structured reply of one chunk.
-    fn chunk(&self, kind: u16, start: &[u8], data: &[u8]) {
-        let len = u32::try_from(start.len() + data.len()).unwrap_or(u32::MAX);
-        let mut head = Vec::with_capacity(20 + start.len());
-        head.extend(CHUNK_MAGIC.to_be_bytes());
-        head.extend(chunk::DONE.to_be_bytes());
-        head.extend(kind.to_be_bytes());
-        head.extend(self.cookie.to_be_bytes());
-        head.extend(len.to_be_bytes());
-        head.extend(start);
-        self.client.send(&head, data);
-    }
-}
-
-impl Client {
-    /// Sends a reply. Closes the connection if that fails: the parent sees it and repeats the request.
-    fn send(&self, head: &[u8], data: &[u8]) {
-        // A reply in two pieces would be torn apart by one of another thread.
-        let _writing = lock(&self.writing);
-        let mut slices = [IoSlice::new(head), IoSlice::new(data)];
-        let mut left = slices.as_mut_slice();
-        while left.iter().any(|slice| !slice.is_empty()) {
-            match (&self.stream).write_vectored(left) {
-                Ok(n @ 1..) => IoSlice::advance_slices(&mut left, n),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                _ => {
-                    let _ = self.stream.shutdown(Shutdown::Both);
-                    return;
-                }
-            }
-        }
     }
 }
 

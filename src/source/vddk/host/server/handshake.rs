@@ -3,11 +3,9 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use super::{MAX_REQUEST, SECTOR, invalid};
-use crate::source::vddk::host::disk::Disk;
-
-/// Identifier of the context `base:allocation` on every connection.
-pub(super) const CONTEXT_ID: u32 = 1;
+use super::{SECTOR, invalid};
+use crate::source::vddk::host::disk::{Disk, MAX_REQUEST};
+use crate::source::vddk::host::reply::CONTEXT_ID;
 
 /// Name of the only context.
 const CONTEXT: &[u8] = b"base:allocation";
