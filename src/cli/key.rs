@@ -32,7 +32,7 @@ pub(super) struct Key<S: 'static> {
     /// Keys that make one choice together with this one.
     pub(super) choice: Option<Choice>,
     /// Function that stores the value. `None`: the back end or feature of the key is not in this build.
-    store: Option<Store<S>>,
+    apply: Option<Apply<S>>,
 }
 
 /// Sections of the help, in their order.
@@ -110,7 +110,7 @@ pub(super) enum Choice {
 }
 
 /// Function that stores a value. Its error is the reason why the value is invalid.
-type Store<S> = fn(&mut S, &Value<'_>) -> Result<(), String>;
+type Apply<S> = fn(&mut S, &Value<'_>) -> Result<(), String>;
 
 impl Group {
     pub(super) const ALL: [Self; 7] = [
@@ -184,10 +184,10 @@ impl<S> Key<S> {
         group: Group,
         kind: ValueKind,
         help: &'static str,
-        store: Store<S>,
+        apply: Apply<S>,
     ) -> Self {
         Self {
-            store: Some(store),
+            apply: Some(apply),
             ..Self::later(name, group, kind, help)
         }
     }
@@ -205,7 +205,7 @@ impl<S> Key<S> {
             scope: Scope::Common,
             secret: false,
             choice: None,
-            store: None,
+            apply: None,
         }
     }
 
@@ -243,7 +243,7 @@ impl<S> Key<S> {
     ///
     /// Fails if the value is invalid, or if the key or the word is not in this build yet.
     pub(super) fn apply(&self, settings: &mut S, value: &Value<'_>) -> Result<(), UsageError> {
-        let store = self.available()?;
+        let apply = self.available()?;
         if let ValueKind::OneOf { words, later } = self.kind {
             match value.to_str() {
                 Some(word) if words.contains(&word) => {}
@@ -253,12 +253,12 @@ impl<S> Key<S> {
                 _ => return Err(self.wrong(value, &format!("must be {}", words.join(" or ")))),
             }
         }
-        store(settings, value).map_err(|reason| self.wrong(value, &reason))
+        apply(settings, value).map_err(|reason| self.wrong(value, &reason))
     }
 
     /// Returns the function that stores a value. Fails if the key is not in this build yet.
-    pub(super) fn available(&self) -> Result<Store<S>, UsageError> {
-        self.store
+    pub(super) fn available(&self) -> Result<Apply<S>, UsageError> {
+        self.apply
             .ok_or_else(|| UsageError::not_yet(format_args!("{}=", self.name)))
     }
 
@@ -286,6 +286,6 @@ impl<S> Key<S> {
 
     /// Returns true if the key works in this build.
     pub(super) fn is_ready(&self) -> bool {
-        self.store.is_some()
+        self.apply.is_some()
     }
 }
