@@ -4,10 +4,11 @@
 //! one error. Afterwards failures are logged, but a copy of a damaged disk fails thousands of times, so each window of
 //! time has a limit.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
+use crate::mutex::lock;
 
 /// Number of failures that are logged per [`WINDOW`].
 const MAX_PER_WINDOW: u64 = 20;
@@ -29,7 +30,7 @@ struct LogState {
 impl ErrorLog {
     /// Records a failed request: keeps it while the mount starts, logs it afterwards.
     pub fn note(&self, error: Error) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         if !state.started {
             state.first.get_or_insert(error);
             return;
@@ -53,11 +54,11 @@ impl ErrorLog {
 
     /// Returns the first failure while the mount started.
     pub fn cause(&self) -> Option<Error> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).first.clone()
+        lock(&self.0).first.clone()
     }
 
     /// Ends the start of the mount: from now on failures are logged.
     pub fn started(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).started = true;
+        lock(&self.0).started = true;
     }
 }

@@ -15,7 +15,9 @@
 //! granules before grains. A lock is released when its I/O ends, which has a deadline of its own.
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use crate::mutex::{lock, wait_while};
 
 /// Mode of a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,10 +78,7 @@ impl RangeLock {
         if must_wait {
             list.waiting += 1;
             let waits = |list: &mut LockList| list.conflicts(number, &range, mode);
-            list = self
-                .released
-                .wait_while(list, waits)
-                .unwrap_or_else(PoisonError::into_inner);
+            list = wait_while(&self.released, list, waits);
             list.waiting -= 1;
         }
         drop(list);
@@ -118,7 +117,7 @@ impl RangeLock {
 
     fn list(&self) -> MutexGuard<'_, LockList> {
         // A panic cannot leave the list half changed, so poisoning means nothing.
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.list)
     }
 }
 

@@ -18,9 +18,10 @@
 //! `fsync` after it still does, as a program may ignore what `close` says.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use crate::error::{Error, Result};
+use crate::mutex::lock;
 use crate::store::{StoredFile, StoredWrite, writer};
 
 /// Errors after which the data of a disk may be lost; see the module documentation.
@@ -117,7 +118,7 @@ impl WriteLatch {
     }
 
     fn kept(&self) -> MutexGuard<'_, KeptError> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.kept)
     }
 }
 

@@ -5,10 +5,12 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 
 use super::file_blocks::FileBlocks;
+
+use crate::mutex::{lock, wait};
 
 /// Maximum number of queued blocks of either kind: two reads of 1 MiB in the smallest blocks. The reader fetches the
 /// excess itself. The bound is needed for damaged blocks: a failed read is not cached, so a reader that repeats it adds
@@ -152,12 +154,12 @@ impl FetchQueue {
             if let Some((file, run)) = pop_run(&mut state.prefetch) {
                 return Some((file, run, false));
             }
-            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.wake, state);
         }
     }
 
     fn state(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

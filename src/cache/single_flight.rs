@@ -7,10 +7,11 @@
 //! A reader never waits for a fetch that no thread has started: it claims the flight and fetches the block itself. The
 //! claim ends the flight also if the fetch panics, so a waiter always gets a result.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::{lock, wait_timeout_while};
 
 /// Bytes of a block. Not `Arc<[u8]>`: the conversion from the vector that was read into would copy the bytes.
 pub(crate) type Block = Arc<Vec<u8>>;
@@ -45,7 +46,7 @@ impl Flight {
 
     /// Claims the fetch for the calling thread. Returns `None` if another thread has claimed it.
     pub(crate) fn claim(self: &Arc<Self>) -> Option<Claim> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         if matches!(*state, FlightState::Queued) {
             *state = FlightState::Running;
             return Some(Claim(Some(Arc::clone(self))));
@@ -56,11 +57,8 @@ impl Flight {
     /// Waits at most `deadline` for the result of a fetch that another thread has claimed. Errors: that of the fetch, or
     /// `ETIMEDOUT`.
     pub(crate) fn wait(&self, deadline: Duration) -> Result<Block> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self
-            .done
-            .wait_timeout_while(state, deadline, |s| !matches!(s, FlightState::Done(_)));
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
+        let state = wait_timeout_while(&self.done, state, deadline, |s| !matches!(s, FlightState::Done(_)));
         match &*state {
             FlightState::Done(result) => result.clone(),
             _ => Err(Error::new(
@@ -71,7 +69,7 @@ impl Flight {
     }
 
     fn set(&self, result: Result<Block>) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = FlightState::Done(result);
+        *lock(&self.state) = FlightState::Done(result);
         self.done.notify_all();
     }
 }

@@ -15,9 +15,11 @@
 //! Lock order: `in_flight` is held while the blocks are updated or dropped, which acquires `flights` of `file_blocks.rs`.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::file_blocks::FileBlocks;
+
+use crate::mutex::lock;
 
 /// Number of blocks above which a write drops all blocks of the disk: more of them than that are hardly cached.
 const MAX_DROPPED: u64 = 1 << 16;
@@ -81,7 +83,7 @@ impl CacheWrites {
     }
 
     fn in_flight(&self) -> MutexGuard<'_, WritesInFlight> {
-        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_flight)
     }
 }
 

@@ -8,10 +8,12 @@
 //! the lock and turns the flag into a time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use fuser::{FileAttr, TimeOrNow};
+
+use crate::mutex::lock;
 
 /// Attributes that were set, and the time of the last write through the daemon.
 #[derive(Debug, Default)]
@@ -103,7 +105,7 @@ impl Attributes {
 
     /// Locks the attributes after applying a recorded change of the content.
     fn current(&self) -> MutexGuard<'_, SetAttributes> {
-        let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut set = lock(&self.set);
         // Under the lock, so that a change never ends a time that was set after it.
         if self.changed.swap(false, Ordering::AcqRel) {
             set.mtime = None;

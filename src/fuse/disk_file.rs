@@ -6,7 +6,7 @@
 //! Lock order: `opens` before `volume`. Neither is held while an image is opened.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyData, ReplyLseek};
 
@@ -19,6 +19,7 @@ use crate::fuse::errno::errno;
 use crate::fuse::kernel_view_node::KernelViewNode;
 use crate::fuse::open_plan::OpenHandle;
 use crate::fuse::open_state::OpenState;
+use crate::mutex::{lock, read_lock, write_lock};
 use crate::volume::loop_budget::LoopBudget;
 use crate::volume::worker_pool::WorkerPool;
 use crate::volume::{self, Request, Seek, SeekCompletion, ServingThreads, Volume};
@@ -115,7 +116,7 @@ impl DiskFile {
 
     /// Returns the current volume.
     pub(super) fn volume(&self) -> Arc<Volume> {
-        Arc::clone(&self.volume.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&read_lock(&self.volume))
     }
 
     /// Reopens the volume if the image files were modified.
@@ -146,8 +147,8 @@ impl DiskFile {
         }
         // Both changes under the lock of `opens`: an open that sees the new volume also sees that it replaced another
         // one.
-        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut volume = self.volume.write().unwrap_or_else(PoisonError::into_inner);
+        let mut opens = lock(&self.opens);
+        let mut volume = write_lock(&self.volume);
         if Arc::ptr_eq(&volume, &old) {
             *volume = Arc::new(new);
             opens.volume_replaced();

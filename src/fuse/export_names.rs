@@ -17,7 +17,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use fuser::{FileType, INodeNo};
@@ -25,6 +25,7 @@ use fuser::{FileType, INodeNo};
 use crate::error::Result;
 use crate::fuse::disk_file::{DiskFile, FileMaker};
 use crate::fuse::tree::{Entry, Listed, Names, found_inode};
+use crate::mutex::lock;
 use crate::source::{FoundExport, export_file_names};
 use crate::volume::ServerExports;
 
@@ -114,7 +115,7 @@ impl ExportNames {
         if known.listed.as_ref().is_some_and(|last| Arc::ptr_eq(last, &listed)) {
             return known;
         }
-        let mut taken = self.shared.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = lock(&self.shared.taken);
         let now: HashSet<&OsStr> = listed.iter().map(OsString::as_os_str).collect();
         known.by_name.retain(|name, export| {
             export.is_listed = now.contains(export.export.as_os_str());
@@ -174,7 +175,7 @@ impl ExportNames {
     }
 
     fn lock(&self) -> MutexGuard<'_, KnownExports> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 }
 

@@ -24,7 +24,7 @@
 //!
 //! Lock order: the mutex of a node is taken last, under the `opens` of its disk file.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Errno, FileAttr, Generation, INodeNo, ReplyEntry, ReplyOpen};
@@ -35,6 +35,7 @@ use crate::fuse::open_plan::{
     Access, Inode, OpenHandle, OpenMode, OpenPlan, OpenRequest, ServePlan, ViewFacts, ViewWish, plan,
 };
 use crate::kernel_view::View;
+use crate::mutex::lock;
 use crate::volume::Volume;
 
 /// For how long, at least, a name stays with the disk inode after an open of the view was rejected.
@@ -324,7 +325,7 @@ impl KernelViewNode {
     }
 
     fn lock(&self) -> MutexGuard<'_, NodeState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

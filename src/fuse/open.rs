@@ -7,8 +7,8 @@
 //! Steps that may take long, or that fail with an error of their own, come first and without a lock. Counts change before the reply,
 //! after which the requests of the open, and its end, may arrive at any time.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyOpen};
 
@@ -20,6 +20,7 @@ use crate::fuse::open_plan::{
     Access, Backing, DiskFacts, Inode, OpenHandle, OpenMode, OpenPlan, OpenRequest, Passthrough, ServePlan, plan,
 };
 use crate::fuse::open_state::OpenState;
+use crate::mutex::lock;
 
 impl DiskFile {
     /// Answers an open of the disk inode by process `pid`.
@@ -34,7 +35,7 @@ impl DiskFile {
             return self.error_log.note(e);
         }
         // Locked until the reply is sent: two opens that decide at once could otherwise give the inode two modes.
-        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opens = lock(&self.opens);
         let (mut facts, mut why_served) = self.facts(&opens, passthrough);
         let request = |facts| OpenRequest {
             access,
@@ -213,7 +214,7 @@ impl DiskFile {
             self.volume().forget_content();
             self.passthrough_writers.fetch_sub(1, Ordering::AcqRel);
         }
-        let mut opens = self.opens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opens = lock(&self.opens);
         opens.released(open.mode);
         opens.writer_released(open.number);
         if open.mode == OpenMode::DirectBesideView {

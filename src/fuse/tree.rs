@@ -19,7 +19,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use fuser::{FileHandle, FileType, INodeNo};
 
@@ -27,6 +27,7 @@ use crate::config::MountKind;
 use crate::error::Result;
 use crate::fuse::disk_file::DiskFile;
 use crate::fuse::kernel_view_node::disk_inode_of;
+use crate::mutex::{lock, read_lock, write_lock};
 
 /// Inode of the root.
 pub(super) const ROOT: INodeNo = INodeNo::ROOT;
@@ -220,7 +221,7 @@ impl Tree {
         if let Some(fixed) = self.fixed_entry(ino) {
             return Some(fixed.clone());
         }
-        let found = self.found.read().unwrap_or_else(PoisonError::into_inner);
+        let found = read_lock(&self.found);
         found.get(&ino.0).map(|found| found.entry.clone())
     }
 
@@ -235,7 +236,7 @@ impl Tree {
         if ino == ROOT || self.fixed_entry(ino).is_some() {
             return;
         }
-        let mut found = self.found.write().unwrap_or_else(PoisonError::into_inner);
+        let mut found = write_lock(&self.found);
         let counted = found.entry(ino.0).or_insert_with(|| Found {
             entry: entry.clone(),
             lookups: 0,
@@ -247,7 +248,7 @@ impl Tree {
     /// closed, and be passed to [`Self::closed`].
     pub(super) fn forget(&self, ino: INodeNo, lookups: u64) -> Option<Entry> {
         let ino = disk_inode_of(ino);
-        let mut found = self.found.write().unwrap_or_else(PoisonError::into_inner);
+        let mut found = write_lock(&self.found);
         let counted = found.get_mut(&ino.0)?;
         counted.lookups = counted.lookups.saturating_sub(lookups);
         if counted.lookups > 0 {
@@ -266,7 +267,7 @@ impl Tree {
     }
 
     fn closing(&self) -> MutexGuard<'_, Vec<Arc<DiskFile>>> {
-        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.closing)
     }
 
     /// Returns the disks of the fixed list, which last as long as the mount.
@@ -279,7 +280,7 @@ impl Tree {
 
     /// Returns every disk that the mount has now, also those that are being closed.
     pub(super) fn files(&self) -> Vec<Arc<DiskFile>> {
-        let found = self.found.read().unwrap_or_else(PoisonError::into_inner);
+        let found = read_lock(&self.found);
         let found = found.values().filter_map(|found| match &found.entry {
             Entry::File(_, file) => Some(file),
             Entry::Directory(..) => None,
@@ -310,10 +311,7 @@ impl Tree {
     }
 
     fn listings(&self) -> MutexGuard<'_, HashMap<u64, Arc<[Listed]>>> {
-        self.open_directories
-            .listings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.open_directories.listings)
     }
 }
 

@@ -6,7 +6,7 @@
 //! that it knows. So the answer says N, with an attribute timeout of zero, and the next getattr the true size. Between the
 //! two answers a mapping ends at N, as it would for any truncated file.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use fuser::{Errno, FileHandle, OpenFlags, ReplyEmpty, ReplyWrite, WriteFlags};
 
@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::disk_file::DiskFile;
 use crate::fuse::errno::{errno, zeroing_errno};
 use crate::fuse::open_plan::OpenHandle;
+use crate::mutex::lock;
 use crate::volume::{FlushKind, Request};
 
 /// Called with the errno for the kernel.
@@ -96,11 +97,7 @@ impl DiskFile {
             file.note_flush(result);
         });
         let number = OpenHandle::from(handle).number;
-        let handle = self
-            .opens
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .error_cursor(number);
+        let handle = lock(&self.opens).error_cursor(number);
         self.volume().submit(Request::Flush { kind, handle, done });
     }
 

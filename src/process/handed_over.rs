@@ -7,9 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+use crate::mutex::lock;
 
 /// First descriptor after the standard streams.
 const FIRST: u32 = 3;
@@ -47,13 +49,13 @@ pub fn take_inherited(numbers: &[u32]) {
         first = number.map_or(first, |number| number + 1);
     }
     // Only now, after all else is closed: from here on other code may take the sockets.
-    *SOCKETS.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
+    *lock(&SOCKETS) = sockets;
 }
 
 /// Returns the socket that the caller passed as descriptor `number`. Returns `None` if it passed none, or if the socket
 /// was taken before.
 pub fn take(number: i32) -> Option<OwnedFd> {
-    SOCKETS.lock().unwrap_or_else(PoisonError::into_inner).remove(&number)
+    lock(&SOCKETS).remove(&number)
 }
 
 /// Takes ownership of descriptor `number` if it is an open socket, and keeps it from child processes.

@@ -23,10 +23,11 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, MAX_SECTORS, SECTOR, check_range};
 use crate::error::{Error, Result};
+use crate::mutex::lock;
 use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
 use crate::write_latch::WriteLatch;
 
@@ -103,7 +104,7 @@ impl RawDisk {
     /// Extends the file to whole sectors, for a write to its last one.
     fn grow(&self, file: &dyn StoredWrite) -> Result<()> {
         // One thread extends the file. The others wait here, because they must not write before it has its new length.
-        let _growing = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        let _growing = lock(&self.growth);
         let whole = self.geometry.bytes();
         if self.len() < whole {
             // Another program may have extended the file; it is not made shorter.
@@ -222,7 +223,7 @@ impl BlockWrite for RawDisk {
 
     fn flush(&self) -> Result<()> {
         writer(&*self.file)?;
-        let mut synced = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut synced = lock(&self.synced);
         // Checked under the lock: the flush that this one has waited for may have failed.
         self.latch.check()?;
         // Loaded before the fsync, which covers at least these changes.

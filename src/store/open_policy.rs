@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::local::LocalFile;
 use super::{Access, StoredFile};
 use crate::error::{Error, Result};
+use crate::mutex::lock;
 
 /// Maximum number of distinct files of one image with its parents.
 pub(super) const FILES_MAX: usize = 1 << 15;
@@ -50,7 +51,7 @@ impl OpenPolicy {
 
     /// Returns the open file with a device and inode, if it serves `access`.
     pub(super) fn opened(&self, file: (u64, u64), access: Access) -> Option<Arc<LocalFile>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = lock(&self.open);
         // A weak reference: the list keeps no file open, and so none locked.
         let file = open.get(&file)?.upgrade()?;
         // A file that was opened for reading cannot serve a writer; the second open then meets the lock of the first.
@@ -66,7 +67,7 @@ impl OpenPolicy {
         if access == Access::Peek {
             return Ok(file);
         }
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = lock(&self.open);
         if open.len() >= FILES_MAX {
             // Only at the limit, as it visits every entry.
             open.retain(|_, file| file.strong_count() > 0);

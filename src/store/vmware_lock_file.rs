@@ -13,10 +13,11 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex};
 
 use super::{Access, printable, proc_path};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 
 /// Largest number of bytes read from a lock file. VMware writes 512 bytes.
 const MAX_TEXT: u64 = 4096;
@@ -44,11 +45,7 @@ pub(super) fn check(path: &Path, inode: u64, access: Access) -> Result<()> {
             );
             return Err(Error::new(ErrorKind::Busy, context));
         }
-        if REPORTED
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(lock_file)
-        {
+        if lock(&REPORTED).insert(lock_file) {
             tracing::warn!("{path}: VMware may be writing to it, or left after a crash: {label} exists{owner}");
         }
     }

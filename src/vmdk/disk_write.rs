@@ -4,11 +4,12 @@
 //! through [`Backing`].
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use crate::block::{BlockRead, BlockWrite, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::{lock, read_lock, write_lock};
 use crate::store::{RoomNeeded, StoredFile, StoredWrite};
 use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::descriptor::ExtentAccess;
@@ -93,7 +94,7 @@ impl VmdkDisk {
         let (writer, link) = self.writer_and_link()?;
         let full = {
             // Shared with other writers. Holding the gate keeps `close` from clearing the in-use mark under a write.
-            let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _gate = read_lock(&writer.gate);
             writer.change_cid(None)?;
             let mut at = range.start;
             while at < range.end {
@@ -165,7 +166,7 @@ impl BlockWrite for VmdkDisk {
 
     fn prepare_external_write(&self) -> Result<()> {
         let (writer, _) = self.writer_and_link()?;
-        let _gate = writer.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let _gate = read_lock(&writer.gate);
         // Never cleared: this process does not see the kernel's writes to the backing file, nor the last of them.
         writer.external_writes.store(true, Ordering::Release);
         writer.change_cid(None)
@@ -234,7 +235,7 @@ impl BlockWrite for VmdkDisk {
         // caller that waited for the lock while such a flush ran and succeeded is done. A flush with a number up to
         // `before` may have taken its batches before those writes, and does not count.
         let before = writer.started.load(Ordering::Acquire);
-        let mut last = writer.last_flush.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&writer.last_flush);
         // Under the lock, as the flush that was waited for may have set the latch.
         writer.latch.check()?;
         if *last > before {
@@ -250,10 +251,10 @@ impl BlockWrite for VmdkDisk {
     fn close(&self) -> Result<()> {
         let (writer, link) = self.writer_and_link()?;
         // The gate excludes writers from here on, so no update can become pending between the flush and the mark.
-        let _gate = writer.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let _gate = write_lock(&writer.gate);
         self.flush()?;
         // Excludes flushes, which do not take the gate, while the file is truncated and the mark is cleared.
-        let _flushing = writer.last_flush.lock().unwrap_or_else(PoisonError::into_inner);
+        let _flushing = lock(&writer.last_flush);
         writer.mark_closed(link)?;
         // A write after this starts over: with a new CID and, for a new grain, the in-use mark. Not where the kernel writes
         // without this process, which could not change the CID first.

@@ -23,12 +23,13 @@
 //! One mutex protects the whole state. No other lock is taken while it is held.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use libdeflater::{CompressionLvl, Compressor, Decompressor};
 
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
 use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
 use crate::vmdk::hosted_layout::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
@@ -185,7 +186,7 @@ impl StreamDisk {
 
     fn state(&self) -> MutexGuard<'_, StreamState> {
         // A panic can only leave a window that did not advance, which is a valid state.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

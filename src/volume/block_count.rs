@@ -5,10 +5,11 @@
 //! the disk has not changed since it was counted, and otherwise starts a count. One count runs at a time.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::block::{BlockRead, Content, Lba, SECTOR};
+use crate::mutex::lock;
 
 /// Maximum time of one count; a count that takes longer is abandoned.
 const COUNT_TIME: Duration = Duration::from_secs(10);
@@ -107,7 +108,7 @@ impl CountState {
     }
 
     fn last(&self) -> MutexGuard<'_, LastCount> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.last)
     }
 
     /// Counts the bytes that are data. Returns `None` on an error, on timeout, and if the volume is dropped.

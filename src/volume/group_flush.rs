@@ -24,10 +24,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::{BlockQueue, Stay};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::volume::durability::Durability;
 use crate::volume::loop_budget::LoopBudget;
 
@@ -215,7 +216,7 @@ impl GroupFlush {
     }
 
     fn queue(&self) -> MutexGuard<'_, FlushQueue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 }
 
@@ -262,7 +263,7 @@ fn answer_all(answers: Vec<FlushAnswer>, result: &Result<()>) {
 
 /// Takes the answer unless the other thread has taken it already.
 fn take(answer: &Mutex<Option<FlushAnswer>>) -> Option<FlushAnswer> {
-    answer.lock().unwrap_or_else(PoisonError::into_inner).take()
+    lock(answer).take()
 }
 
 #[cfg(test)]

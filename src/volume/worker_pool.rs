@@ -18,8 +18,10 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
+
+use crate::mutex::{lock, wait_timeout_while};
 
 /// Maximum number of jobs in flight, in a mount of up to that many disks; otherwise one for each disk. A reader of a disk on
 /// a web server waits here for its block.
@@ -134,7 +136,7 @@ impl WorkerPool {
     /// Runs `first`, then every other job that may start. A thread of the pool (`waits`) goes on until none has come for
     /// [`IDLE`].
     fn work(&self, first: &Mutex<Option<(usize, Job)>>, waits: bool) {
-        let mut next = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut next = lock(first).take();
         while let Some((disk, job)) = next {
             // A panic must not end the thread: the count would stay too high, and jobs in a queue would wait for ever.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
@@ -154,10 +156,7 @@ impl WorkerPool {
     /// Waits for a job, at most [`IDLE`].
     fn wait_for_job(&self, mut state: MutexGuard<'_, PoolState>) -> Option<(usize, Job)> {
         state.waiting += 1;
-        let waited = self
-            .handed
-            .wait_timeout_while(state, IDLE, |state| state.handed.is_empty());
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut state = wait_timeout_while(&self.handed, state, IDLE, |state| state.handed.is_empty());
         // A job is there even after the time has passed if it was handed over at the same moment: it was taken from the
         // number of waiting threads, so one of them has to run it.
         let job = state.handed.pop_front();
@@ -168,7 +167,7 @@ impl WorkerPool {
     }
 
     fn state(&self) -> MutexGuard<'_, PoolState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

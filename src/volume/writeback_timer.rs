@@ -17,12 +17,14 @@
 //! and holds neither over a flush.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::FlushKind;
 use super::group_flush::GroupFlush;
+
+use crate::mutex::{lock, unlocked, wait_timeout_while};
 
 /// Maximum time for which an update is only in memory: the commit interval of the kernel's file systems.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -58,7 +60,7 @@ impl WritebackTimer {
             }
             return;
         }
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut thread = lock(&self.thread);
         // Set before the unpark: the thread checks `due` before it parks, and an unpark before the park is not lost.
         self.state.due.store(true, Ordering::Release);
         match &*thread {
@@ -83,8 +85,8 @@ impl TimerState {
                 continue;
             }
             // Waits for the whole interval, so that the writes of some seconds share one flush.
-            let stop = self.stopped.wait_timeout_while(self.stop(), INTERVAL, |stop| !*stop);
-            if *stop.unwrap_or_else(PoisonError::into_inner).0 {
+            let stop = wait_timeout_while(&self.stopped, self.stop(), INTERVAL, |stop| !*stop);
+            if *stop {
                 return;
             }
             // Cleared before the flush: a write during the flush makes the next one due.
@@ -109,7 +111,7 @@ impl TimerState {
     }
 
     fn stop(&self) -> MutexGuard<'_, bool> {
-        self.stop.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.stop)
     }
 }
 
@@ -117,7 +119,7 @@ impl Drop for WritebackTimer {
     fn drop(&mut self) {
         *self.state.stop() = true;
         self.state.stopped.notify_all();
-        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = unlocked(&mut self.thread).take();
         if let Some(thread) = thread {
             thread.thread().unpark();
             // The thread holds the disk, and the disk holds locks on its files. They must be released when the volume

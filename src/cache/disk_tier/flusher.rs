@@ -9,9 +9,11 @@
 //!
 //! Lock order: the queue is locked for a push or a pop only.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
+
+use crate::mutex::{lock, wait, wait_timeout};
 
 /// Blocks that the thread can flush.
 pub(super) trait Flush: Send + Sync + 'static {
@@ -107,19 +109,18 @@ impl<F: Flush> FlushQueue<F> {
             }
             let first = state.jobs.iter().enumerate().min_by_key(|(_, (due, _))| *due);
             let Some((number, due)) = first.map(|(number, (due, _))| (number, *due)) else {
-                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = wait(&self.wake, state);
                 continue;
             };
             let left = due.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Some(state.jobs.swap_remove(number).1);
             }
-            let waited = self.wake.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_timeout(&self.wake, state, left).0;
         }
     }
 
     fn state(&self) -> MutexGuard<'_, QueueState<F>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }

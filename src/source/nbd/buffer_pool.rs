@@ -15,11 +15,13 @@
 #![allow(unsafe_code)] // Several commands of a C library write to one buffer.
 
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::unflushed::SOFT_LIMIT;
+
+use crate::mutex::lock;
 
 /// Size of a page in bytes.
 const PAGE: usize = 4096;
@@ -157,7 +159,7 @@ impl BufferPool {
     pub(super) fn take(&self, len: usize) -> Option<Buffer> {
         let pages = len.div_ceil(PAGE);
         let class = SIZE_CLASSES.iter().position(|(size, _)| *size >= pages);
-        let kept = class.and_then(|c| self.0[c].lock().unwrap_or_else(PoisonError::into_inner).pop());
+        let kept = class.and_then(|c| lock(&self.0[c]).pop());
         kept.or_else(|| {
             Page::new_vec_zeroed(class.map_or(pages, |c| SIZE_CLASSES[c].0))
                 .ok()
@@ -168,7 +170,7 @@ impl BufferPool {
     /// Returns a buffer to the pool, or frees it if the pool has enough of its size.
     pub(super) fn give(&self, buffer: Buffer) {
         if let Some(class) = SIZE_CLASSES.iter().position(|(size, _)| *size == buffer.0.len()) {
-            let mut kept = self.0[class].lock().unwrap_or_else(PoisonError::into_inner);
+            let mut kept = lock(&self.0[class]);
             if kept.len() < SIZE_CLASSES[class].1 {
                 kept.push(buffer);
             }

@@ -10,7 +10,7 @@
 //! [`IDLE_TIMEOUT`] without a request. `queue` is the only lock; no request is carried while it is held.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -19,6 +19,8 @@ use nix::poll::{PollFd, PollTimeout, poll};
 use super::command::Command;
 use super::connection::{Answer, Connection, SocketGuard, TICK};
 use super::poller::{events_of, ready, serve};
+
+use crate::mutex::{lock, wait_timeout};
 
 /// Time after which a thread without a request exits.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,7 +47,7 @@ struct BulkQueue {
 
 impl BulkThreads {
     fn queue(&self) -> MutexGuard<'_, BulkQueue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     /// Queues a request. Returns true if the caller must start another thread, up to `max_threads`. If it cannot, it
@@ -87,10 +89,7 @@ impl BulkThreads {
                 break;
             }
             queue.idle += 1;
-            let (woken, waited) = self
-                .request_added
-                .wait_timeout(queue, IDLE_TIMEOUT)
-                .unwrap_or_else(PoisonError::into_inner);
+            let (woken, waited) = wait_timeout(&self.request_added, queue, IDLE_TIMEOUT);
             queue = woken;
             queue.idle -= 1;
             // A request may have been queued for this thread between the timeout and the acquisition of the lock.

@@ -23,7 +23,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ use nix::unistd::Pid;
 use super::own_server::{Cancel, OwnServer};
 use super::private_dir::PrivateDir;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mutex::lock;
+use crate::mutex::{lock, unlocked};
 use crate::process::{self, inherited};
 
 /// Shell script that moves the socket from standard input to descriptor 3, where socket activation expects it, and
@@ -221,19 +221,19 @@ impl CaptiveServer {
         while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }
-        let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_line = lock(&self.last_line);
         Some((status, last_line.clone()))
     }
 
     /// Returns what a server that may still run has written for the report about its end.
     pub(in crate::source) fn reported(&self) -> Option<String> {
-        let last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_line = lock(&self.last_line);
         Some(last_line.clone()).filter(|line| !line.is_empty())
     }
 
     /// Ends the server: sends SIGTERM, and kills it if it has not ended within `grace`.
     pub(in crate::source) fn end(&mut self, grace: Duration) {
-        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let child = unlocked(&mut self.child);
         let Ok(None) = child.try_wait() else { return };
         // To the whole process group: `command=` may be a shell that has started the server.
         if let Ok(group) = i32::try_from(child.id()) {
@@ -256,7 +256,7 @@ impl CaptiveServer {
     }
 
     fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()
+        lock(&self.child).try_wait()
     }
 }
 
@@ -334,7 +334,7 @@ fn read_log(name: &str, stderr: ChildStderr, log: LogLine, last: &Mutex<String>,
                 let text = String::from_utf8_lossy(&line);
                 let closing = lock(closed).is_some_and(|at| at.elapsed() < CLOSING);
                 if let Some(text) = log(name, text.trim_end(), closing) {
-                    *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
+                    *lock(last) = text;
                 }
             }
         }

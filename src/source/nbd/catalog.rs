@@ -14,7 +14,7 @@
 use std::collections::HashSet;
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::connect::Connector;
@@ -25,6 +25,7 @@ use super::ffi::c_text;
 use super::own_server::never;
 use crate::config::{NbdConfig, SourceConfig};
 use crate::error::{ErrorKind, Result};
+use crate::mutex::{lock, wait_timeout_while};
 use crate::source::OpenExport;
 
 /// For how long a list is used without asking again: as long as the kernel uses a name.
@@ -113,8 +114,7 @@ impl ExportCatalog {
             }
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self.listed.wait_timeout_while(state, left, |state| state.is_listing);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut state = wait_timeout_while(&self.listed, state, left, |state| state.is_listing);
         // It goes on, and its answer counts when it comes. Callers that wait for the same list count as one failure.
         if state.is_listing && !state.is_paused() {
             state.failed();
@@ -193,7 +193,7 @@ impl ExportCatalog {
     }
 
     fn lock(&self) -> MutexGuard<'_, CatalogState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

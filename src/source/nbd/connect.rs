@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -30,6 +30,7 @@ use super::private_dir::PrivateDir;
 use super::tls;
 use crate::config::{NbdAddress, NbdConfig, NbdTls, SourceSettings};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::process::handed_over;
 use crate::source::nbd_uri;
 
@@ -197,7 +198,7 @@ impl Connector {
             }
             NbdAddress::Unix(path) => handle.connect_unix(&c_text(path.as_os_str().as_bytes())?),
             NbdAddress::Vsock { cid, port } => handle.connect_vsock(*cid, port.unwrap_or(DEFAULT_PORT)),
-            NbdAddress::Fd(_) => match self.socket.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            NbdAddress::Fd(_) => match lock(&self.socket).take() {
                 Some(socket) => handle.connect_socket(socket),
                 None => Err(lost(
                     "the socket of socket-fd= is used up, and another connection can't be made",
@@ -376,7 +377,7 @@ fn wait(handle: &mut Handle, max_wait: Duration) -> Result<(bool, bool)> {
 }
 
 fn with_list<T>(listed: &Listed, use_it: impl FnOnce(&mut List) -> T) -> T {
-    use_it(&mut listed.lock().unwrap_or_else(PoisonError::into_inner))
+    use_it(&mut lock(listed))
 }
 
 fn lost(what: &str) -> Error {

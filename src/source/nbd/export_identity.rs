@@ -18,9 +18,10 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
+use crate::mutex::lock;
 use crate::source::sample::{BlockDigest, QUICK, block_digest, sampled_ranges};
 
 /// Identity of an export; see the module documentation.
@@ -135,7 +136,7 @@ impl ExportIdentity {
     }
 
     fn samples(&self) -> MutexGuard<'_, Samples> {
-        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.samples)
     }
 }
 

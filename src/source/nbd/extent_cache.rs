@@ -12,12 +12,13 @@
 //! One mutex guards everything. No other lock is acquired while it is held.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use libnbd_sys::{LIBNBD_STATE_HOLE, LIBNBD_STATE_ZERO};
 
 use crate::block::Content;
+use crate::mutex::lock;
 
 /// Size of a region in bytes, and so of the largest block status request: its length has 32 bits.
 pub(super) const REGION: u64 = 2 << 30;
@@ -62,7 +63,7 @@ pub(super) type CacheStamp = Option<u64>;
 
 impl ExtentCache {
     fn inner(&self) -> MutexGuard<'_, CacheContent> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Returns the content at `byte` and the end of the range that has it. Returns `None` if there is no current

@@ -28,7 +28,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use libnbd_sys as sys;
@@ -42,6 +42,7 @@ use self::library::Libnbd;
 pub(super) use self::library::library;
 use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 
 /// Maximum number of exports that are accepted from a server, and of bytes in their names and descriptions. Bounds the
 /// memory for an untrusted list.
@@ -80,7 +81,7 @@ pub(super) struct CompletionQueue {
 
 impl CompletionQueue {
     fn push(&self, command: Box<Command>, error: Option<i32>) {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = lock(&self.list);
         list.push((command, error));
         self.len.store(list.len(), Ordering::Release);
     }
@@ -89,7 +90,7 @@ impl CompletionQueue {
     pub(super) fn take(&self, out: &mut Vec<(Box<Command>, Option<i32>)>) {
         // Called after each send and each poll event, so an empty queue must not cost a lock.
         if self.len.load(Ordering::Acquire) > 0 {
-            let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut list = lock(&self.list);
             out.append(&mut list);
             self.len.store(0, Ordering::Release);
         }

@@ -44,7 +44,7 @@ mod serve;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -60,7 +60,7 @@ use super::ffi::Handle;
 use super::replay_log::ReplayLog;
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mutex::lock;
+use crate::mutex::{lock, read_lock, write_lock};
 use crate::write_latch::WriteLatch;
 
 /// Smallest request in bytes that is passed to a bulk thread: its transfer costs more than the thread switch.
@@ -291,11 +291,11 @@ impl Session {
     /// Returns the current connection. It may be dead, and the manager may replace it at any time: a command that is
     /// submitted on it afterwards comes back as lost.
     fn connection(&self) -> Option<Arc<Connection>> {
-        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read_lock(&self.live).clone()
     }
 
     fn publish(&self, connection: Arc<Connection>) {
-        *self.live.write().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        *write_lock(&self.live) = Some(connection);
     }
 
     /// Submits a command.
@@ -619,6 +619,6 @@ impl Session {
                 let _ = thread.join();
             }
         }
-        *self.live.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *write_lock(&self.live) = None;
     }
 }

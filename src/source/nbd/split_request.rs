@@ -3,12 +3,13 @@
 //! Both types are completed from any thread. Each has one mutex, under which no other lock is acquired and no
 //! completion is called.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use super::session::Session;
 use crate::block::Completion;
 use crate::error::{Error, Result};
+use crate::mutex::{lock, wait_timeout_while};
 
 /// Single-use channel for the result of a command.
 #[derive(Debug)]
@@ -28,12 +29,12 @@ impl<T: Send + 'static> Oneshot<T> {
 
     /// Stores the result and wakes the waiting thread.
     pub(super) fn put(&self, value: T) {
-        *self.value.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+        *lock(&self.value) = Some(value);
         self.filled.notify_all();
     }
 
     fn is_filled(&self) -> bool {
-        self.value.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        lock(&self.value).is_some()
     }
 
     /// Waits for the result until `until`. Returns `None` if there is none by then.
@@ -43,10 +44,9 @@ impl<T: Send + 'static> Oneshot<T> {
         // Returns without a result if another thread polls, or if the connection was lost and the command is queued.
         // That thread or the manager completes the command, and the condition variable reports it.
         session.poll_until(|| self.is_filled());
-        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = lock(&self.value);
         let remaining = until.saturating_duration_since(Instant::now());
-        let waited = self.filled.wait_timeout_while(value, remaining, |v| v.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.take()
+        wait_timeout_while(&self.filled, value, remaining, |v| v.is_none()).take()
     }
 }
 
@@ -82,7 +82,7 @@ impl SplitRequest {
 
     /// Reports that one of the commands has ended.
     pub(super) fn done(&self, result: Result<()>) {
-        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress = lock(&self.0);
         progress.remaining = progress.remaining.saturating_sub(1);
         if let Err(e) = result {
             progress.failed.get_or_insert(e);

@@ -18,7 +18,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -33,7 +33,7 @@ use crate::config::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
-use crate::mutex::lock;
+use crate::mutex::{lock, unlocked};
 use crate::process;
 use crate::source::nbd::{Cancel, CaptiveServer, NbdDisk, OwnServer, PrivateDir};
 
@@ -285,7 +285,7 @@ impl OwnServer for HostProcess {
 
 impl Drop for HostProcess {
     fn drop(&mut self) {
-        let current = self.current.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let current = unlocked(&mut self.current);
         // First: the calls that end the host count too.
         drop(current.host.take());
         match statistics::read(&self.starter.memory) {

@@ -16,12 +16,13 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use reqwest::Url;
 
 use crate::config::{HttpsAddress, HttpsConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::store::{ExtentName, printable};
 
 /// Folder of an ESXi's and a vCenter's datastores.
@@ -80,7 +81,7 @@ pub(super) struct AnsweredForms(Mutex<Vec<(Vec<Option<String>>, usize)>>);
 impl AnsweredForms {
     /// Tells the site its form, if another one with the same queries has found it.
     pub(super) fn recall(&self, site: &Site) {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock(&self.0);
         if let Some((_, form)) = known.iter().find(|(queries, _)| *queries == site.queries) {
             site.settle(*form);
         }
@@ -89,7 +90,7 @@ impl AnsweredForms {
     /// Notes the form that worked.
     pub(super) fn note(&self, site: &Site, form: usize) {
         site.settle(form);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.0);
         if site.queries.len() > 1 && !known.iter().any(|(queries, _)| *queries == site.queries) {
             known.push((site.queries.clone(), form));
         }

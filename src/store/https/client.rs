@@ -15,7 +15,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, COOKIE, HeaderMap, HeaderName, HeaderValue};
@@ -36,6 +36,7 @@ use super::transport::{Answer, Transport};
 use super::trust::{self, Refusal};
 use crate::config::{HttpsAddress, HttpsConfig, HttpsServer};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::store::printable;
 
 /// Default number of connections: an ESXi limits each connection, and more than eight gain little.
@@ -127,7 +128,7 @@ static CLIENTS: Mutex<Vec<(HttpsServer, Url, Weak<Client>)>> = Mutex::new(Vec::n
 impl Client {
     /// Returns the client of a server: that of another disk with the same server and settings, or a new one.
     pub(super) fn of(config: &HttpsConfig, origin: &Url) -> Result<Arc<Self>> {
-        let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = lock(&CLIENTS);
         // Under the lock, so that the first disks of a server do not log in twice.
         clients.retain(|(_, _, client)| client.strong_count() > 0);
         let same = clients
@@ -229,7 +230,7 @@ impl Client {
                 }
                 Next::Return => {
                     // The next attempt asks the server again, which redirects to an address that is valid now.
-                    *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    *lock(ask.moved) = None;
                     (START_RETRIES, Some(Duration::ZERO))
                 }
                 Next::Login if logins >= MAX_LOGINS => return Err(failure.error),
@@ -254,7 +255,7 @@ impl Client {
     fn attempt(&self, ask: &Ask<'_>, limits: Limits<'_>, done: &mut u64, sink: Piece<'_>) -> Result<Version, Failure> {
         // For the whole attempt, redirects included: a slot stands for one connection that is busy.
         let _slot = self.slots.acquire(limits)?;
-        let moved = ask.moved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let moved = lock(ask.moved).clone();
         let was_moved = moved.is_some();
         let mut url = moved.unwrap_or_else(|| ask.address.url(ask.form));
         let start = ask.range.start + *done;
@@ -292,7 +293,7 @@ impl Client {
                 self.session.accepted(generation);
             }
             if !same_origin(&url, &self.origin) {
-                *ask.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(url);
+                *lock(ask.moved) = Some(url);
             }
             let version = match ask.want {
                 Want::Version => {
@@ -374,7 +375,7 @@ impl Client {
         match trouble {
             Trouble::Unreachable(text) => {
                 // The TLS library reports a certificate that was refused as a connection that failed; the verifier left its reason here.
-                let refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let refusal = lock(&self.refusal).take();
                 match refusal {
                     Some(refusal) => Failure::fatal(ErrorKind::Os(libc::EACCES), refusal),
                     None => Trouble::Unreachable(format!("{host}: {}", printable(text))).into(),

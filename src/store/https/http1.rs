@@ -16,7 +16,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
@@ -24,6 +24,8 @@ use rustls::ClientConfig;
 use super::message::{Framing, Head, MAX_HEAD, framing_of, head_end, head_of, parse_head};
 use super::request::{AnswerHead, Limits, Piece, Request, Trouble};
 use super::wire::{Endpoint, Wire};
+
+use crate::mutex::lock;
 
 /// Most interim answers (status 1xx) before the answer.
 const MAX_INTERIM: usize = 8;
@@ -147,7 +149,7 @@ impl Http1 {
 impl IdlePool {
     fn take(&self, endpoint: &Endpoint) -> Option<Wire> {
         loop {
-            let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut wires = lock(&self.wires);
             let expired = expired(&mut wires);
             let last = wires.iter().rposition(|(at, ..)| at == endpoint);
             let taken = last.map(|last| wires.remove(last));
@@ -163,7 +165,7 @@ impl IdlePool {
     }
 
     fn put(&self, endpoint: Endpoint, wire: Wire) {
-        let mut wires = self.wires.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wires = lock(&self.wires);
         let expired = expired(&mut wires);
         wires.push((endpoint, Instant::now(), wire));
         // The list is in the order of use, so the first one is the next that the server would close.

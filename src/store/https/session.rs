@@ -11,7 +11,7 @@
 //! quotes included.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{HeaderMap, HeaderValue, SET_COOKIE};
@@ -21,6 +21,7 @@ use super::failure::Failure;
 use super::request::{Limits, TICK};
 use crate::config::{HttpsServer, Secret};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::{lock, wait_timeout};
 
 /// Name of the cookie of an ESXi's and a vCenter's session.
 const SESSION_COOKIE: &[u8] = b"vmware_soap_session";
@@ -163,8 +164,7 @@ impl Session {
                 }
             }
             limits.check()?;
-            let waited = self.login_ended.wait_timeout(state, TICK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_timeout(&self.login_ended, state, TICK).0;
         }
     }
 
@@ -277,7 +277,7 @@ impl Session {
     }
 
     fn state(&self) -> MutexGuard<'_, LoginState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

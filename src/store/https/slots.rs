@@ -1,8 +1,10 @@
 //! Number of requests in flight to a server.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 use super::request::{Limits, TICK, Trouble};
+
+use crate::mutex::{lock, wait_timeout};
 
 /// Answers after which a limit that the server lowered is raised by one.
 const RAISE_AFTER: usize = 64;
@@ -50,8 +52,7 @@ impl Slots {
         let mut state = self.state();
         while state.used >= state.limit {
             limits.check()?;
-            let waited = self.freed.wait_timeout(state, TICK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_timeout(&self.freed, state, TICK).0;
         }
         state.used += 1;
         Ok(Slot(self))
@@ -75,7 +76,7 @@ impl Slots {
     }
 
     fn state(&self) -> MutexGuard<'_, SlotState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

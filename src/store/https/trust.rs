@@ -14,7 +14,7 @@ use std::fs;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
@@ -28,6 +28,7 @@ use rustls::{CipherSuite, ClientConfig, ClientConnection, DigitallySignedStruct,
 
 use crate::config::{Thumbprint, Trust};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 
 /// Longest time to connect for [`certificate_of`].
 const CONNECT: Duration = Duration::from_secs(15);
@@ -130,7 +131,7 @@ enum Check {
 
 impl Verifier {
     fn refuse(&self, sentence: String) -> rustls::Error {
-        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(sentence.clone());
+        *lock(&self.refusal) = Some(sentence.clone());
         rustls::Error::General(sentence)
     }
 }

@@ -20,9 +20,10 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use crate::error::Result;
+use crate::mutex::lock;
 use crate::vmdk::tables::hosted::{Copy, HostedTables};
 use crate::vmdk::tables::{CHUNK, Layout, Table, TableGeometry};
 
@@ -184,7 +185,7 @@ impl WritableTables {
     }
 
     fn data(&self) -> MutexGuard<'_, Range<u64>> {
-        self.data.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.data)
     }
 
     fn raw(&self, number: u64) -> u64 {
@@ -197,7 +198,7 @@ impl WritableTables {
     fn held(&self, number: u64) -> Result<Arc<WritableTable>> {
         let table = {
             let shard = &self.shards[number as usize % SHARDS];
-            let mut tables = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut tables = lock(shard);
             match tables.get(&number) {
                 Some(table) => Arc::clone(table),
                 None => {
@@ -217,7 +218,7 @@ impl WritableTables {
             }
         };
         if table.loaded.get().is_none() {
-            let _loading = table.loading.lock().unwrap_or_else(PoisonError::into_inner);
+            let _loading = lock(&table.loading);
             // After an error the table stays in the map without entries, and the next thread retries the load.
             if table.loaded.get().is_none() {
                 let _ = table.loaded.set(Arc::new(self.load_one(number)?));

@@ -18,10 +18,11 @@
 //! `space`. None of these is held while another one of them is taken, and `pending` is never held over I/O.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::range_lock::{Mode, RangeLock};
 use crate::store::{StoredFile, StoredWrite, writer};
 use crate::vmdk::extent::{Mapping, SparseExtent};
@@ -320,7 +321,7 @@ impl GrainWriter {
         if self.marked.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _marking = lock(&self.marking);
         if !self.marked.load(Ordering::Acquire) {
             self.allocator.check_not_truncated()?.write_all_at(UNCLEAN_AT, &[1])?;
             self.latch.sync(&*self.file)?;
@@ -335,7 +336,7 @@ impl GrainWriter {
         if self.layout.has_zeroed_grains() {
             return Ok(());
         }
-        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _marking = lock(&self.marking);
         if !self.layout.has_zeroed_grains() {
             let mut fields = [0; 8];
             self.file.read_exact_at(VERSION_AT, &mut fields)?;

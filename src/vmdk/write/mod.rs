@@ -18,9 +18,10 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::store::writer;
 use crate::vmdk::chain::{Link, PlacedExtent};
 use crate::vmdk::descriptor::ExtentAccess;
@@ -113,7 +114,7 @@ impl Writer {
         if self.cid_changed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _changing = self.cid_change.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = lock(&self.cid_change);
         if !self.cid_changed.load(Ordering::Acquire) {
             let cid = cid.map_or_else(|| self.descriptor.draw_cid(), |cid| Ok(Some(cid)))?;
             if let Some(cid) = cid {

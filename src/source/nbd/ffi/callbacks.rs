@@ -5,11 +5,13 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use libnbd_sys as sys;
 
 use super::{Chunks, List, MAX_EXTENTS, OptDone, Ticket, UNSENT, text};
+
+use crate::mutex::lock;
 
 /// Returns a callback that stores the reply to an option in `opt`, of which it holds a reference until it is freed.
 pub(super) fn option_callback(opt: &Arc<OptDone>) -> sys::nbd_completion_callback {
@@ -63,10 +65,7 @@ pub(super) unsafe extern "C" fn on_context(data: *mut c_void, name: *const c_cha
 unsafe fn add_listed(data: *mut c_void, name: &CStr, description: &CStr) {
     // SAFETY: see above.
     let listed = unsafe { &*data.cast_const().cast::<Mutex<List>>() };
-    listed
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .add(name, description);
+    lock(listed).add(name, description);
 }
 
 pub(super) unsafe extern "C" fn free_listed(data: *mut c_void) {

@@ -13,13 +13,15 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use libnbd_sys as sys;
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::text;
+
+use crate::mutex::lock;
 
 /// Transitions that one option of the handshake may take. About 40 are needed, and 4 for each reply.
 pub(super) const OPTION_TURNS: u32 = 1000;
@@ -84,7 +86,7 @@ impl Turns {
     }
 
     fn left<T>(&self, use_it: impl FnOnce(&mut TurnsLeft) -> T) -> T {
-        use_it(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        use_it(&mut lock(&self.0))
     }
 
     /// Counts a transition. Shuts the socket down if a limit is exceeded.

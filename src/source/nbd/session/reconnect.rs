@@ -17,15 +17,15 @@
 //! [`FlushToken`]: crate::source::nbd::unflushed::FlushToken
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{CommandQueues, Session};
 use crate::block::Stay;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mutex::lock;
+use crate::mutex::{lock, wait_timeout};
 use crate::source::nbd::command::{Command, CommandKind};
 use crate::source::nbd::connection::{Answer, Connection, TICK, is_loss};
 use crate::source::nbd::poller::{PollUntil, Poller};
@@ -122,8 +122,7 @@ impl Session {
                 } else {
                     BACK_OFF.1
                 };
-                let waited = self.wake_manager.wait_timeout(queues, wait);
-                queues = waited.unwrap_or_else(PoisonError::into_inner).0;
+                queues = wait_timeout(&self.wake_manager, queues, wait).0;
             } else {
                 return true;
             }
@@ -276,11 +275,7 @@ impl Session {
                 .min()
                 .map_or(until, |d| d.min(until));
             let wait = next.saturating_duration_since(Instant::now());
-            queues = self
-                .wake_manager
-                .wait_timeout(queues, wait)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            queues = wait_timeout(&self.wake_manager, queues, wait).0;
         }
     }
 

@@ -11,14 +11,13 @@
 //! As a last resort the poller thread checks every [`LAST_RESORT`] for commands without any of these.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::block::Stay;
-use crate::mutex::lock;
+use crate::mutex::{lock, wait_timeout};
 use crate::source::nbd::bulk::ClaimedSocket;
 use crate::source::nbd::connection::Connection;
 use crate::source::nbd::poller::{PollEnd, PollUntil, Poller};
@@ -135,10 +134,7 @@ impl Session {
                 if self.closing.load(Ordering::SeqCst) {
                     return;
                 }
-                let waited = self
-                    .wake_poller
-                    .wait_timeout(poller_woken, LAST_RESORT)
-                    .unwrap_or_else(PoisonError::into_inner);
+                let waited = wait_timeout(&self.wake_poller, poller_woken, LAST_RESORT);
                 poller_woken = waited.0;
                 if waited.1.timed_out() && self.has_unserved() {
                     break;

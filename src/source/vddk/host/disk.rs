@@ -20,14 +20,14 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use super::End;
 use super::extents::{AllocationMap, WrittenRanges};
 use super::reply::Reply;
 use crate::error::{Error, Result};
-use crate::mutex::lock;
+use crate::mutex::{lock, read_lock, wait, wait_timeout, write_lock};
 use crate::source::vddk::abi::{CHUNK_SECTORS, SECTOR, VIX_OK, VixError};
 use crate::source::vddk::failure::{Circumstances, Failure, Trouble, nbd_error, trouble};
 use crate::source::vddk::library::{DiskHandle, Vddk};
@@ -202,7 +202,7 @@ impl Disk {
     pub(super) fn submit(&self, mut transfer: Transfer) {
         let mut in_flight = lock(&self.in_flight);
         while *in_flight >= MAX_IN_FLIGHT {
-            in_flight = self.ended.wait(in_flight).unwrap_or_else(PoisonError::into_inner);
+            in_flight = wait(&self.ended, in_flight);
         }
         // `wait_idle` acquires this lock after `ending` is set: a request passes here before it, and is waited for, or is
         // turned away. None reaches a handle that is being closed.
@@ -235,7 +235,7 @@ impl Disk {
             }
         };
         let submitted = if self.inline {
-            let _shared = self.submission.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = read_lock(&self.submission);
             submit()
         } else {
             let _exclusive = self.exclusive();
@@ -251,7 +251,7 @@ impl Disk {
 
     /// Waits until no other thread uses the handle, and keeps it until the guard is dropped.
     fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
-        self.submission.write().unwrap_or_else(PoisonError::into_inner)
+        write_lock(&self.submission)
     }
 
     /// Answers a request whose result is known.
@@ -383,11 +383,7 @@ impl Disk {
         let mut in_flight = lock(&self.in_flight);
         while *in_flight > 0 && Instant::now() < until {
             let left = until.saturating_duration_since(Instant::now());
-            in_flight = self
-                .ended
-                .wait_timeout(in_flight, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            in_flight = wait_timeout(&self.ended, in_flight, left).0;
         }
         let is_idle = *in_flight == 0;
         drop(in_flight);

@@ -14,10 +14,11 @@
 //! thread is seen by the next.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::SECTOR;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::lock;
 use crate::store::{StoredFile, StoredWrite, writer};
 use crate::vmdk::tables::Layout;
 use crate::vmdk::tables::hosted::HostedTables;
@@ -200,6 +201,6 @@ impl GrainAllocator {
     }
 
     fn space(&self) -> MutexGuard<'_, Space> {
-        self.space.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.space)
     }
 }

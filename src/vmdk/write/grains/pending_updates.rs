@@ -15,11 +15,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use super::GrainWriter;
 use crate::block::SECTOR;
 use crate::error::Result;
+use crate::mutex::lock;
 use crate::store::StoredWrite;
 use crate::vmdk::tables::Layout;
 use crate::vmdk::tables::hosted::Copy;
@@ -219,7 +220,7 @@ impl GrainWriter {
     }
 
     fn pending(&self) -> MutexGuard<'_, PendingUpdates> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 }
 
