@@ -15,6 +15,7 @@
 //!   writeback_timer   completion of the image some seconds after a write
 //!   block_count       count of the bytes that are data
 //!   read_buffer       buffers for reads
+//!   aligned_read      the granules of a read
 //! ```
 //! Reads take no lock: a read that overlaps a write in flight may return old or new bytes of each sector. Writes take a
 //! range lock over granules, see `write.rs`.
@@ -28,6 +29,7 @@ use crate::cache::without_waiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoredFile;
 
+mod aligned_read;
 mod block_count;
 mod durability;
 mod find;
@@ -44,6 +46,7 @@ mod write;
 mod writeback_timer;
 
 use crate::range_lock::RangeLock;
+use aligned_read::AlignedRead;
 use block_count::BlockCount;
 use durability::Durability;
 pub use find::{FoundDisks, find_disks};
@@ -56,9 +59,6 @@ pub use server_exports::ServerExports;
 use statistics::Statistics;
 pub(crate) use submit::{Request, SeekCompletion, ServingThreads};
 use writeback_timer::WritebackTimer;
-
-/// Length of a read, in bytes, from which on a query for zeroes is cheaper than filling a buffer with them.
-const ZERO_QUERY_MIN: usize = 16 << 10;
 
 /// Maximum time of one search for data or a hole. The search occupies an event loop.
 const SEEK_TIME: Duration = Duration::from_secs(2);
@@ -162,23 +162,16 @@ impl Volume {
     /// Reads `len` bytes from `offset` on: at most [`MAX_READ`], fewer at the end of the disk, none after it. The
     /// result lies in `read_buffer`, or is a shared page of zeroes.
     pub fn read<'s>(&self, offset: u64, len: usize, read_buffer: &'s mut ReadBuffer) -> Result<&'s [u8]> {
-        let len = len
-            .min(MAX_READ)
-            .min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
-        if len == 0 {
+        let disk = &**self.disk();
+        let Some(read) = AlignedRead::of(disk.geometry(), offset, len) else {
             return Ok(&[]);
+        };
+        if read.is_zero(disk) {
+            return Ok(ReadBuffer::zeroes(read.len()));
         }
-        let granule = self.disk().geometry().granule * SECTOR;
-        let start = offset / granule * granule;
-        let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        // A hole costs no copy this way. For short reads the query would cost more than it saves.
-        if len >= ZERO_QUERY_MIN && self.disk().is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
-            return Ok(ReadBuffer::zeroes(len));
-        }
-        let buf = read_buffer.bytes((end - start) as usize)?;
-        self.disk().read_at(Lba(start / SECTOR), buf)?;
-        let skip = (offset - start) as usize;
-        buf.get(skip..skip + len).ok_or_else(|| out_of_range(offset))
+        let buf = read_buffer.bytes(read.granule_bytes())?;
+        disk.read_at(read.start, buf)?;
+        read.part(buf)
     }
 
     /// Returns what [`read`](Self::read) returns if it is in memory, or `None` if the read may have to wait.

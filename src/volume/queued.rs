@@ -6,9 +6,10 @@
 
 use std::sync::Arc;
 
+use super::aligned_read::AlignedRead;
 use super::write::Parts;
-use super::{MAX_READ, ReadBuffer, Volume, ZERO_QUERY_MIN, out_of_range};
-use crate::block::{BlockQueue, Completion, Lba, ReadCompletion, SECTOR};
+use super::{ReadBuffer, Volume};
+use crate::block::{BlockQueue, Completion, ReadCompletion};
 use crate::error::Result;
 use crate::range_lock::Mode;
 
@@ -37,28 +38,19 @@ impl Volume {
 
     /// Submits a [`read`](Self::read); `done` is called with its result. The caller polls the queue afterwards.
     pub(super) fn queue_read(&self, queue: &dyn BlockQueue, offset: u64, len: usize, done: ReadCompletion) {
-        let len = len
-            .min(MAX_READ)
-            .min(usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX));
-        if len == 0 {
+        let disk = &**self.disk();
+        let Some(read) = AlignedRead::of(disk.geometry(), offset, len) else {
             return done(Ok(&[]));
-        }
-        let granule = self.disk().geometry().granule * SECTOR;
-        let start = offset / granule * granule;
-        let end = (offset + len as u64).next_multiple_of(granule).min(self.len());
-        if len >= ZERO_QUERY_MIN && self.disk().is_zero(Lba(start / SECTOR), (end - start) / SECTOR) {
-            return done(Ok(ReadBuffer::zeroes(len)));
-        }
-        let skip = (offset - start) as usize;
-        let whole = skip == 0 && end - start == len as u64;
-        // The disk reads whole granules; the caller gets the part that it asked for.
-        let trimmed: ReadCompletion = match whole {
-            true => done,
-            false => Box::new(move |read| {
-                done(read.and_then(|bytes| bytes.get(skip..skip + len).ok_or_else(|| out_of_range(offset))));
-            }),
         };
-        queue.submit_read(Lba(start / SECTOR), (end - start) / SECTOR, trimmed);
+        if read.is_zero(disk) {
+            return done(Ok(ReadBuffer::zeroes(read.len())));
+        }
+        // The disk reads whole granules; the caller gets the part that it asked for.
+        let trimmed: ReadCompletion = match read.is_whole() {
+            true => done,
+            false => Box::new(move |bytes| done(bytes.and_then(|bytes| read.part(bytes)))),
+        };
+        queue.submit_read(read.start, read.sectors, trimmed);
     }
 
     /// Submits a [`write`](Self::write) of all of `buf`; `done` is called with its result. With `sync` the write is
