@@ -7,6 +7,7 @@
 //! is never cached and that no disk is needed for: a server that is gone does not stop it. It is a process for the reason
 //! that the prober (`fuse/probe.rs`) is one: a request of the daemon to its own hung mount could not even be killed.
 
+use std::ffi::OsStr;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -25,6 +26,10 @@ use crate::escape::printable;
 /// Asks between two deadlines of the service manager: one may be late.
 const ASKS: u32 = 3;
 
+/// Longest wait for space in the queue of the service manager. READY=1 must not get lost, as the manager would wait for it
+/// in vain; a manager that reads no more must not stop the daemon.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Connection to the service manager, if it started this process and waits for messages.
 #[derive(Debug)]
 pub(super) struct ServiceManager(Option<UnixDatagram>);
@@ -33,23 +38,27 @@ impl ServiceManager {
     /// Connects to the socket that `NOTIFY_SOCKET` names: a path, or after an `@` an abstract name. A socket that cannot be
     /// connected to is reported in the log and ignored, as in sd_notify(3).
     pub(super) fn of_environment() -> Self {
-        let Some(name) = std::env::var_os("NOTIFY_SOCKET") else {
-            return Self(None);
-        };
+        match std::env::var_os("NOTIFY_SOCKET") {
+            Some(name) => Self::at(&name, PATIENCE),
+            None => Self(None),
+        }
+    }
+
+    /// Connects to the socket of that name. A message waits for space in its queue for `patience`.
+    fn at(name: &OsStr, patience: Duration) -> Self {
         let connect = || -> io::Result<UnixDatagram> {
             let address = match name.as_bytes() {
                 [b'@', abstract_name @ ..] => SocketAddr::from_abstract_name(abstract_name)?,
-                path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path))?,
+                path => SocketAddr::from_pathname(OsStr::from_bytes(path))?,
             };
             let socket = UnixDatagram::unbound()?;
-            // A manager that does not read, so that its queue is full, must not stop the daemon.
-            socket.set_nonblocking(true)?;
+            socket.set_write_timeout(Some(patience))?;
             socket.connect_addr(&address)?;
             Ok(socket)
         };
         Self(
             connect()
-                .inspect_err(|e| tracing::warn!("NOTIFY_SOCKET={}: {e}", printable(&name)))
+                .inspect_err(|e| tracing::warn!("NOTIFY_SOCKET={}: {e}", printable(name)))
                 .ok(),
         )
     }
@@ -139,7 +148,7 @@ fn watch(mut socket: UnixStream, interval: Duration) -> io::Result<()> {
             _ => point.extend(byte),
         }
     }
-    let point = PathBuf::from(std::ffi::OsStr::from_bytes(&point));
+    let point = PathBuf::from(OsStr::from_bytes(&point));
     socket.set_read_timeout(Some(interval))?;
     loop {
         if getxattr(&point, DAEMON_XATTR, &mut [0; 128]).is_ok() {
@@ -155,7 +164,59 @@ fn watch(mut socket: UnixStream, interval: Duration) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicI32, Ordering};
+
     use super::*;
+
+    /// Fills the queue of `manager` until it takes no more, and returns the number of messages.
+    fn fill(manager: &UnixDatagram) -> usize {
+        let other = UnixDatagram::unbound().unwrap();
+        other.set_nonblocking(true).unwrap();
+        other.connect_addr(&manager.local_addr().unwrap()).unwrap();
+        let sent = std::iter::from_fn(|| other.send(b"X=1").ok());
+        sent.count()
+    }
+
+    /// Returns true if the thread of this process sleeps in a system call.
+    fn is_asleep(thread: i32) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('S'))
+    }
+
+    #[test]
+    fn ready_waits_for_a_full_queue_that_is_drained() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let daemon = ServiceManager::at(path.as_os_str(), Duration::from_secs(60));
+        let before = fill(&manager);
+        assert!(before > 0);
+        let thread = AtomicI32::new(0);
+        std::thread::scope(|scope| {
+            let ready = scope.spawn(|| {
+                thread.store(nix::unistd::gettid().as_raw(), Ordering::SeqCst);
+                daemon.ready(Path::new("/mnt"), 1);
+            });
+            // Drained only once the sender sleeps in the kernel: before that it would just find space in the queue.
+            while !ready.is_finished() && !is_asleep(thread.load(Ordering::SeqCst)) {
+                std::thread::yield_now();
+            }
+            let mut buf = [0; 256];
+            let messages = (0..=before).map(|_| manager.recv(&mut buf).map(|len| buf[..len].to_vec()).unwrap());
+            assert!(messages.last().unwrap().starts_with(b"READY=1\n"));
+        });
+    }
+
+    #[test]
+    fn a_manager_that_never_reads_does_not_stop_the_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        let daemon = ServiceManager::at(path.as_os_str(), Duration::from_millis(1));
+        fill(&manager);
+        daemon.stopping("test");
+    }
 
     #[test]
     fn the_interval_follows_from_the_environment_of_this_process_alone() {
