@@ -192,6 +192,11 @@ impl SourceSettings for HttpsConfig {
         self.cache_dir.as_ref().map(|_| ViewConfig::default())
     }
 
+    /// Returns true: every answer is compared with the version at the open.
+    fn excludes_writers(&self) -> bool {
+        true
+    }
+
     fn is_server(&self) -> bool {
         true
     }

@@ -36,7 +36,8 @@ pub trait SourceSettings {
         None
     }
 
-    /// Returns true if a lock keeps other programs from writing to the files of the disk.
+    /// Returns true if no other program can write to the files of the disk unnoticed while this one writes to the disk or to
+    /// an overlay over it: a lock keeps them off, or each read checks that it gets the version of before.
     fn excludes_writers(&self) -> bool {
         false
     }

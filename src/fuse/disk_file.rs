@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use fuser::{Errno, FileHandle, OpenFlags, ReplyData, ReplyLseek};
 
 use crate::block::{ReadCompletion, SECTOR};
-use crate::config::{DiskConfig, Locality, MountKind};
+use crate::config::{DiskConfig, MountKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::attributes::Attributes;
@@ -158,9 +158,9 @@ impl DiskFile {
 
     /// Returns true if a modification of the content by another process would be noticed, or is excluded by a lock.
     pub(super) fn detects_modification(&self) -> bool {
-        let settings = self.config.source.settings();
-        let is_local = settings.locality() == Locality::Here;
-        self.volume().detects_modification() && is_local && (settings.excludes_writers() || !self.writable)
+        // The files of a volume that is written to are not compared with what they were at the open.
+        let excludes_writers = || self.config.source.settings().excludes_writers();
+        self.volume().detects_modification() && (!self.writable || excludes_writers())
     }
 
     /// Sets if the data is counted for `st_blocks`, which may connect to a server.

@@ -76,6 +76,8 @@ pub struct Volume {
     read_only: Option<String>,
     /// True if requests may have to wait for a network.
     remote: bool,
+    /// True if other clients may change the content without this process noticing.
+    shared: bool,
     /// Threads that requests run on.
     threads: ServingThreads,
     statistics: Statistics,
@@ -103,6 +105,7 @@ impl Volume {
             writeback: WritebackTimer::default(),
             read_only: None,
             remote,
+            shared: false,
             threads: ServingThreads::alone(),
             statistics: Statistics::default(),
         }
@@ -120,6 +123,14 @@ impl Volume {
     #[must_use]
     pub(crate) fn remote(mut self, remote: bool) -> Self {
         self.remote |= remote;
+        self
+    }
+
+    /// Sets the volume as shared if `shared` is true: other clients may change the source below, also one that an overlay
+    /// is over.
+    #[must_use]
+    pub(crate) fn shared(mut self, shared: bool) -> Self {
+        self.shared |= shared;
         self
     }
 
@@ -270,9 +281,11 @@ impl Volume {
                 .all(|f| f.identity().is_ok_and(|now| now == f.identity_at_open()))
     }
 
-    /// Returns true if `Self::is_unchanged` detects every change, which it does not for a device.
+    /// Returns true if every change of the content by another process is detected: by `Self::is_unchanged` for local files,
+    /// and by each read for files of a web server that says which version it sends. It is not for a device, nor for a disk
+    /// behind a protocol.
     pub fn detects_modification(&self) -> bool {
-        self.files().iter().all(|f| f.detects_modification())
+        !self.shared && self.files().iter().all(|f| f.detects_modification())
     }
 }
 

@@ -161,7 +161,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Box<dyn Source>> {
 
 /// Returns the volume of a source without an overlay.
 pub(super) fn volume_of(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
-    Ok(Volume::new(cached(config, source)?, source.files()).remote(is_remote(source)))
+    Ok(below(source, Volume::new(cached(config, source)?, source.files())))
 }
 
 /// Returns the disk of `source` and the overlay over it. The source below is only read.
@@ -173,12 +173,14 @@ fn with_overlay(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
     let base = cached(config, source)?;
     let mut files = source.files();
     files.extend(delta.files());
-    Ok(Volume::new(Arc::new(delta.over(base)), files).remote(is_remote(source)))
+    Ok(below(source, Volume::new(Arc::new(delta.over(base)), files)))
 }
 
-/// Returns true if requests go to another process, perhaps over a network.
-fn is_remote(source: &dyn Source) -> bool {
-    source.locality() != Locality::Here
+/// Notes in a volume what the source below it is, whatever lies between.
+fn below(source: &dyn Source, volume: Volume) -> Volume {
+    // Requests that go to another process may go over a network.
+    let remote = source.locality() != Locality::Here;
+    volume.remote(remote).shared(source.disk().shared_content().is_some())
 }
 
 /// Returns the disk with the cache over it that its source asks for.

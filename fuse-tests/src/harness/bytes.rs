@@ -188,6 +188,26 @@ impl Aligned {
     }
 }
 
+/// Returns the number of bytes of a file that the kernel has in its page cache after one more open of it.
+#[track_caller]
+#[allow(unsafe_code, reason = "the kernel tells this of a mapping alone")]
+pub fn cached_bytes(path: &Path) -> u64 {
+    const PAGE: usize = 4096;
+    let file = open(path);
+    let len = NonZeroUsize::new(usize::try_from(length(&file)).expect("a size")).expect("a file with something in it");
+    let mut pages = vec![0u8; len.get().div_ceil(PAGE)];
+    // SAFETY: a new private mapping at an address of the kernel's choice, whose bytes are never read, and which is unmapped
+    // before the function returns. The vector has a byte for each of its pages.
+    unsafe {
+        let at = mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, &file, 0).expect("mmap");
+        let known = nix::libc::mincore(at.as_ptr(), len.get(), pages.as_mut_ptr());
+        munmap(at, len.get()).expect("munmap");
+        assert_eq!(known, 0, "mincore: {}", Errno::last());
+    }
+    let cached = pages.iter().filter(|page| **page & 1 == 1).count() * PAGE;
+    cached as u64
+}
+
 /// Reads the whole file through a private memory mapping.
 #[allow(unsafe_code, reason = "mapping a file is what is tested")]
 #[track_caller]

@@ -43,8 +43,8 @@ mod scratch;
 mod user;
 
 pub use bytes::{
-    Aligned, Mapped, assert_same, assert_same_at_random, data_ranges, digest, digest_grains, digest_range, map_bytes,
-    read_range, sha256,
+    Aligned, Mapped, assert_same, assert_same_at_random, cached_bytes, data_ranges, digest, digest_grains,
+    digest_range, map_bytes, read_range, sha256,
 };
 pub use cmd::{Cmd, Outcome, guestfish};
 pub use folder::Folder;

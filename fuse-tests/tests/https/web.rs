@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, NOBODY, Scratch, assert_same, assert_same_at_random, need_qemu, need_root, poll_until, program, qemu_img,
-    raw_with_islands, read_range,
+    Cmd, NOBODY, Scratch, assert_same, assert_same_at_random, cached_bytes, need_qemu, need_root, poll_until, program,
+    qemu_img, raw_with_islands, read_range,
 };
 
 use crate::server::{SOON, Server, USER, need_nginx, password_file};
@@ -111,6 +111,30 @@ fn a_sparse_disk_costs_its_data_and_a_second_read_costs_nothing() {
     assert_same(&disk, &raw);
     assert_eq!(server.log().len(), requests, "what is cached is not asked for again");
     mount.unmount();
+}
+
+#[test]
+fn the_kernel_keeps_the_pages_of_a_web_disk_from_one_open_to_the_next() {
+    if !need_nginx() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.mkdir("www");
+    raw_with_islands(&dir.join("d.img"), 4 * MIB, 15);
+    let cow = format!("cow={}", scratch.path("o.vmdk").display());
+    // With validators of the server, and without them: then a change of the file would go unnoticed.
+    for (extra, kept) in [("", 4 * MIB), ("etag off; add_header Last-Modified \"\";", 0)] {
+        let server = Server::nginx(&scratch, &dir, extra);
+        for overlay in [None, Some(&cow)] {
+            let command = scratch.mount().arg(server.url("d.img")).arg(server.pin());
+            let mount = command.args(overlay).start();
+            let disk = mount.file("d.raw");
+            assert_same(&disk, &dir.join("d.img"));
+            assert_eq!(cached_bytes(&disk), kept, "{extra} {overlay:?}");
+            mount.unmount();
+        }
+        fs::remove_file(scratch.path("o.vmdk")).unwrap();
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use fuse_tests::harness::{MountCmd, Scratch, need, read_range};
+use fuse_tests::harness::{MountCmd, Scratch, assert_same, cached_bytes, need, read_range};
 
 use crate::{Server, noise, put, ready, vmdkfuse_with_socket};
 
@@ -106,4 +106,28 @@ fn an_overlay_over_a_passed_socket_belongs_to_the_disk_behind_it() {
     drop(server);
     info(&a).ok();
     info(&b).one_error(1, &["o.vmdk", "another disk"]);
+}
+
+#[test]
+fn each_open_of_an_export_sees_the_writes_of_other_clients_also_below_an_overlay() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.write("disk", noise(4 << 20, 4));
+    let file = format!("file={}", image.display());
+    let server = Server::nbdkit(&scratch, &["file", &file]);
+    for (seed, cow) in [
+        (5, None),
+        (6, Some(format!("cow={}", scratch.path("o.vmdk").display()))),
+    ] {
+        let mount = scratch.mount().arg(server.uri()).arg("name=d").args(cow).start();
+        assert_same(&mount.file("d"), &image);
+        assert_eq!(cached_bytes(&mount.file("d")), 0, "{seed}");
+        // In place: the server has the file open.
+        let other = scratch.write("other", noise(4 << 20, seed));
+        put(&other, &image);
+        assert_same(&mount.file("d"), &image);
+        mount.unmount();
+    }
 }
