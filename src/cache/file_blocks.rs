@@ -4,8 +4,8 @@
 //!
 //! # Locks
 //!
-//! `flights` and `streams` are each held alone and only for a few instructions; the cache has its own locks inside, which
-//! may be acquired while `flights` is held. No lock is held across a fetch or a copy.
+//! `flights` and `streams` are each held alone and only for a few instructions; the cache and the flights have their
+//! own locks inside, which may be acquired while `flights` is held. No lock is held across a fetch or a copy.
 //!
 //! Invariant: a flight is in `flights` until its block is in the cache or its fetch has failed. A reader that checks
 //! the cache again while it holds `flights` therefore never starts a second fetch of a block that has just been cached.
@@ -17,6 +17,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use super::block_memory::{BlockKey, BlockMemory};
 use super::readahead::ReadStreams;
@@ -240,7 +241,12 @@ impl FileBlocks {
             Arc::clone(flights.entry(block).or_insert_with(Flight::new))
         };
         let Some(claim) = flight.claim() else {
-            return flight.wait(self.fetch.deadline());
+            let deadline = Instant::now() + self.fetch.deadline();
+            if let Some(last) = self.last_in_flight(block + 1..blocks.end) {
+                // Its result is that of its own block, which the reader asks for next.
+                let _ = last.wait(deadline);
+            }
+            return flight.wait(deadline);
         };
         // Unclaimed, or queued for a thread that has not started: do not wait for it.
         let mut run = vec![Fetching::new(self, block, claim)];
@@ -248,7 +254,17 @@ impl FileBlocks {
         run.extend((block + 1..most).map_while(|next| self.claim(next)));
         // The result of the first block is that of its flight: a later block of the run may have failed alone.
         let _ = self.fetch(run);
-        flight.wait(self.fetch.deadline())
+        flight.wait(Instant::now() + self.fetch.deadline())
+    }
+
+    /// Returns the flight of the last of the first of `blocks` that other threads are fetching.
+    ///
+    /// The reader needs all of them, and those of one fetch come in their order: a thread that waits for the last one is
+    /// woken once, and not for each of 32 blocks.
+    fn last_in_flight(&self, blocks: Range<u64>) -> Option<Arc<Flight>> {
+        let flights = lock(&self.flights);
+        let running = blocks.map_while(|block| flights.get(&block).filter(|flight| flight.is_running()));
+        running.last().map(Arc::clone)
     }
 
     /// Claims the fetch of a block. Returns `None` if it needs no fetch, or another thread fetches it.

@@ -8,7 +8,7 @@
 //! claim ends the flight also if the fetch panics, so a waiter always gets a result.
 
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::{lock, wait_timeout_while};
@@ -54,18 +54,23 @@ impl Flight {
         None
     }
 
-    /// Waits at most `deadline` for the result of a fetch that another thread has claimed. Errors: that of the fetch, or
+    /// Waits until `deadline` for the result of a fetch that another thread has claimed. Errors: that of the fetch, or
     /// `ETIMEDOUT`.
-    pub(crate) fn wait(&self, deadline: Duration) -> Result<Block> {
-        let state = lock(&self.state);
-        let state = wait_timeout_while(&self.done, state, deadline, |s| !matches!(s, FlightState::Done(_)));
+    pub(crate) fn wait(&self, deadline: Instant) -> Result<Block> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let state = wait_timeout_while(&self.done, lock(&self.state), left, |s| !matches!(s, FlightState::Done(_)));
         match &*state {
             FlightState::Done(result) => result.clone(),
             _ => Err(Error::new(
                 ErrorKind::Os(libc::ETIMEDOUT),
-                format!("another thread did not fetch the block within {} s", deadline.as_secs()),
+                "another thread did not fetch the block in time",
             )),
         }
+    }
+
+    /// Returns true while a thread fetches the block.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(*lock(&self.state), FlightState::Running)
     }
 
     fn set(&self, result: Result<Block>) {
