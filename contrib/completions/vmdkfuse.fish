@@ -18,7 +18,7 @@ function __vmdkfuse_keys
     printf '%s\t%s\n' backend=vddk 'back end to use'
     printf '%s\t%s\n' cow= 'write to this overlay, a VMDK that is created if missing (tmp: a temporary one, discarded at unmount)'
     printf '%s\t%s\n' cow=tmp 'write to this overlay, a VMDK that is created if missing (tmp: a temporary one, discarded at unmount)'
-    printf '%s\t%s\n' cache-dir= 'folder that keeps fetched blocks of disks on web servers across mounts'
+    printf '%s\t%s\n' cache-dir= 'folder that keeps fetched blocks across mounts: of disks on web servers, and of snapshots that VDDK opens (snapshot= and -r)'
     printf '%s\t%s\n' cache-dir-size= 'size limit of that folder'
     printf '%s\t%s\n' timeout= 'deadline after which a request to a server fails, 1 to 1800'
     printf '%s\t%s\n' retry= 'how often to retry, 0 to 1000000: to connect to an NBD server, or a request to a web server'

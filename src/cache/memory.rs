@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::block_memory::BlockMemory;
 use super::blocks::CachedBlocks;
+use super::disk_tier::{DiskTier, KeptFile, TieredFetch};
 use super::writes::CacheWrites;
 use super::{Fetch, FetchPool};
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, SharedContent, check_range};
@@ -51,6 +52,8 @@ pub struct BlockCache {
     epoch: AtomicU64,
     /// Latch of a disk without a writer: never set.
     no_latch: WriteLatch,
+    /// Folder that keeps the blocks. It flushes them as long as it is open.
+    _tier: Option<Arc<DiskTier>>,
 }
 
 /// A disk as the origin of blocks.
@@ -65,8 +68,8 @@ struct DiskBlocks {
 }
 
 impl BlockCache {
-    /// Creates a cache over `source`. Errors: a worker thread can't be started.
-    pub fn new(source: Arc<dyn BlockRead>, options: CacheOptions) -> Result<Self> {
+    /// Creates a cache over `source`, which keeps its blocks in `kept` too. Errors: a worker thread can't be started.
+    pub fn new(source: Arc<dyn BlockRead>, options: CacheOptions, kept: Option<KeptFile>) -> Result<Self> {
         let disk = Arc::new(DiskBlocks {
             geometry: source.geometry(),
             block: options.block.max(1),
@@ -77,6 +80,10 @@ impl BlockCache {
         let pool = FetchPool::new(options.workers).map_err(|e| Error::io("starting the threads of the cache", e))?;
         let memory = BlockMemory::new(options.size, disk.block(), MIN_BLOCKS)?;
         let fetch = Arc::clone(&disk) as Arc<dyn Fetch>;
+        let fetch = match &kept {
+            Some(kept) => Arc::new(TieredFetch::new(fetch, Arc::clone(&kept.file))),
+            None => fetch,
+        };
         let blocks = CachedBlocks::new(fetch, Arc::new(memory), Arc::new(pool), options.readahead);
         Ok(Self {
             epoch: disk.epoch().into(),
@@ -85,6 +92,7 @@ impl BlockCache {
             writes: CacheWrites::default(),
             drop_at_open: options.drop_at_open,
             no_latch: WriteLatch::default(),
+            _tier: kept.map(|kept| kept.tier),
         })
     }
 
@@ -289,7 +297,7 @@ mod tests {
             deadline: Duration::from_secs(60),
             drop_at_open: false,
         };
-        let cache = BlockCache::new(Arc::new(source), options).unwrap();
+        let cache = BlockCache::new(Arc::new(source), options, None).unwrap();
         let mut buf = [0; 64 * 512];
         for _ in 0..2 * MAX_QUEUED / 64 {
             cache.read_at(Lba(0), &mut buf).unwrap_err();

@@ -58,7 +58,9 @@ impl Flight {
     /// `ETIMEDOUT`.
     pub(crate) fn wait(&self, deadline: Instant) -> Result<Block> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let state = wait_timeout_while(&self.done, lock(&self.state), left, |s| !matches!(s, FlightState::Done(_)));
+        let state = wait_timeout_while(&self.done, lock(&self.state), left, |s| {
+            !matches!(s, FlightState::Done(_))
+        });
         match &*state {
             FlightState::Done(result) => result.clone(),
             _ => Err(Error::new(

@@ -1,7 +1,7 @@
 //! Configuration of one disk: its settings and its source → [`DiskConfig`].
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::disk_source::DiskSource;
 use super::https::HttpsSource;
@@ -29,7 +29,7 @@ pub(super) fn config(
     fixed: Option<&OsStr>,
     subcommand: Subcommand,
 ) -> Result<DiskConfig, UsageError> {
-    check_cache_dir(settings, &disk_source)?;
+    check_cache_dir(settings, &disk_source, subcommand)?;
     let name = fixed.map(OsStr::to_owned).or_else(|| settings.name.clone());
     let source = source(settings, disk_source, name.is_some(), subcommand)?;
     let of_cache = settings.cache.and_then(|(_, warning)| warning);
@@ -55,17 +55,39 @@ pub(super) fn config(
 }
 
 /// Fails if the disk has keys of the disk cache that it does not take.
-fn check_cache_dir(settings: &Settings, disk_source: &DiskSource) -> Result<(), UsageError> {
+fn check_cache_dir(settings: &Settings, disk_source: &DiskSource, subcommand: Subcommand) -> Result<(), UsageError> {
     let (has_dir, has_size) = (settings.cache_dir.is_some(), settings.cache_dir_size.is_some());
     match disk_source {
-        DiskSource::Https(_) if has_size && !has_dir => Err(UsageError::of("cache-dir-size", " needs cache-dir=")),
+        _ if !has_dir && !has_size => Ok(()),
+        DiskSource::Https(_) | DiskSource::Vddk(_) if !has_dir => {
+            Err(UsageError::of("cache-dir-size", " needs cache-dir="))
+        }
         DiskSource::Https(_) => Ok(()),
-        _ if has_dir || has_size => {
+        DiskSource::Vddk(_) => check_cache_dir_of_snapshot(settings, subcommand),
+        DiskSource::File { .. } | DiskSource::Nbd(_) => {
             let key = if has_dir { "cache-dir" } else { "cache-dir-size" };
-            let reason = "cache-dir= and cache-dir-size= are for disks on web servers: url=, or server= with file=";
+            let reason = "cache-dir= and cache-dir-size= are for disks on web servers (url=, or server= with file=) and for \
+                          snapshots that VDDK opens (snapshot=): nothing shows between mounts that another disk has changed";
             Err(UsageError::new(reason).about(key))
         }
-        _ => Ok(()),
+    }
+}
+
+/// Returns the folder of the disk cache and its size limit.
+fn cache_dir(settings: &Settings) -> Option<(PathBuf, Option<u64>)> {
+    settings.cache_dir.clone().map(|dir| (dir, settings.cache_dir_size))
+}
+
+/// Fails if the disk of VDDK may change between two mounts: the library tells nothing by which that would show.
+fn check_cache_dir_of_snapshot(settings: &Settings, subcommand: Subcommand) -> Result<(), UsageError> {
+    let only_read =
+        settings.read_only || settings.overlay.is_some() || subcommand != Subcommand::Mount { read_only: false };
+    match settings.vddk.snapshot.is_some() && only_read {
+        true => Ok(()),
+        false => Err(UsageError::of(
+            "cache-dir",
+            " needs snapshot=moref and -r (or cow=) with VDDK: only the disk of a snapshot cannot change between mounts",
+        )),
     }
 }
 
@@ -99,9 +121,10 @@ fn source(
         DiskSource::Vddk(file) => {
             let create = settings.creation.config(subcommand)?;
             let cid = settings.image.degraded.cid;
-            let (disk, of_disk) = settings
+            let (mut disk, of_disk) = settings
                 .vddk
                 .config(file, create, &settings.server, &settings.login, cid)?;
+            disk.cache_dir = cache_dir(settings);
             warnings = of_disk;
             (vddk::default_name(&disk), SourceConfig::Vddk(Box::new(disk)))
         }
@@ -143,7 +166,7 @@ fn https(
     let parent = settings.parent.as_ref().map(|parent| &*parent.text);
     let (login, image) = (&settings.login, &settings.image);
     let (mut disk, warnings) = settings.https.config(source, &settings.server, login, image, parent)?;
-    disk.cache_dir = settings.cache_dir.clone().map(|dir| (dir, settings.cache_dir_size));
+    disk.cache_dir = cache_dir(settings);
     Ok((disk, warnings))
 }
 

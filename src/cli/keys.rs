@@ -67,7 +67,7 @@ pub(super) static KEYS: &[DiskKey] = &[
     DiskKey::ready("cow", Group::Every, ValueKind::PathOr(overlay_args::TEMPORARY), "write to this overlay, a VMDK that is created if missing (tmp: a temporary \
         one, discarded at unmount); the disk itself is only read",
         |s, v| { s.overlay = Some(overlay_args::overlay(v)?); Ok(()) }),
-    DiskKey::ready("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks of disks on web servers across mounts",
+    DiskKey::ready("cache-dir", Group::Every, ValueKind::Path, "folder that keeps fetched blocks across mounts: of disks on web servers, and of snapshots that VDDK opens (snapshot= and -r)",
         |s, v| { s.cache_dir = Some(v.path()?); Ok(()) }),
     DiskKey::ready("cache-dir-size", Group::Every, ValueKind::Size, "size limit of that folder; the least recently used files are removed",
         |s, v| { s.cache_dir_size = Some(values::size(v)?); Ok(()) }),

@@ -1,7 +1,7 @@
 //! Configuration of a disk that VMware's VDDK opens.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::create::CreateConfig;
@@ -29,6 +29,9 @@ pub struct VddkConfig {
     pub create: Option<CreateConfig>,
     /// Accept an overlay that was created over another state of the disk.
     pub accept_cid_mismatch: bool,
+    /// Folder that keeps fetched blocks across mounts, and its size limit in bytes. Only for the disk of a snapshot that is
+    /// only read, which cannot change unseen.
+    pub cache_dir: Option<(PathBuf, Option<u64>)>,
     /// Time after which a request fails. `None`: the default time.
     pub timeout: Option<Duration>,
     /// Number of retries of a failed attempt to open the disk.
@@ -106,6 +109,10 @@ impl SourceSettings for VddkConfig {
 
     fn accepts_cid_mismatch(&self) -> bool {
         self.accept_cid_mismatch
+    }
+
+    fn cache_dir(&self) -> Option<&Path> {
+        self.cache_dir.as_ref().map(|(dir, _)| dir.as_path())
     }
 
     fn set_created(&mut self) {

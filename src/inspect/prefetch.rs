@@ -1,4 +1,4 @@
-//! `--prefetch`: completes the disk cache of disks on web servers.
+//! `--prefetch`: completes the disk cache of disks on servers.
 //!
 //! ```text
 //!   complete ─► done, not a byte is read
@@ -11,11 +11,13 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::{line, print};
+use crate::block::{BlockRead, Lba, SECTOR};
 use crate::cache::disk_tier::TierFile;
 use crate::config::{DiskConfig, Query};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::Source;
 use crate::store::StoredFile;
-use crate::volume::open_source;
+use crate::volume::{cached_disk, open_source};
 
 /// Bytes of one read: the read-ahead keeps the connections busy.
 const STEP: u64 = 1 << 20;
@@ -48,6 +50,9 @@ pub fn prefetch(query: &Query) -> Result<u8> {
 
 fn prefetch_disk(disk: &DiskConfig, done: &mut Vec<(String, u64)>) -> Result<()> {
     let source = open_source(disk)?;
+    if let Some(kept) = source.kept() {
+        return prefetch_served(disk, &*source, &kept?.file, done);
+    }
     let files = source.files();
     let mut progress = Progress::new(files.iter().map(|file| file.len()).sum());
     for file in files {
@@ -56,6 +61,50 @@ fn prefetch_disk(disk: &DiskConfig, done: &mut Vec<(String, u64)>) -> Result<()>
         done.push((file.label().to_owned(), file.len()));
     }
     progress.end();
+    Ok(())
+}
+
+/// Completes the blocks of a disk without files, but for those that read as zeroes without a fetch.
+fn prefetch_served(
+    config: &DiskConfig,
+    source: &dyn Source,
+    kept: &TierFile,
+    done: &mut Vec<(String, u64)>,
+) -> Result<()> {
+    let disk = cached_disk(config, source)?;
+    let key = kept.key();
+    let mut progress = Progress::new(key.len);
+    verify(kept, &mut progress);
+    let read = |offset: u64, buf: &mut [u8]| disk.read_at(Lba(offset / SECTOR), buf);
+    let fetched = fetch_missing(&read, kept, &mut progress).and_then(|()| {
+        kept.flush();
+        check_only_zeroes_missing(&*disk, kept, &mut progress)
+    });
+    fetched.map_err(|e| e.within(format!("{}: is not complete in the cache", key.label)))?;
+    progress.end();
+    done.push((key.label.clone(), key.len));
+    Ok(())
+}
+
+/// Checks that each block that is not kept needs no fetch.
+///
+/// Errors: why a block is not kept.
+fn check_only_zeroes_missing(disk: &dyn BlockRead, kept: &TierFile, progress: &mut Progress) -> Result<()> {
+    let block = kept.key().block;
+    let mut at = 0;
+    while let Some(missing) = kept.missing_from(at) {
+        at = missing.start;
+        while at < missing.end {
+            let len = block.min(missing.end - at);
+            if !disk.is_zero(Lba(at / SECTOR), len / SECTOR) {
+                let not_kept =
+                    || Error::new(ErrorKind::Os(libc::EIO), "a block was fetched, but is not there").at_byte(at);
+                return Err(kept.refusal().cloned().unwrap_or_else(not_kept));
+            }
+            progress.found(len);
+            at += len;
+        }
+    }
     Ok(())
 }
 
@@ -70,19 +119,27 @@ fn fill(file: &dyn StoredFile, progress: &mut Progress) -> Result<()> {
         progress.found(cached.key().len);
         return Ok(());
     }
-    // Before a block of it is in memory: a damaged block must come from the server.
+    verify(cached, progress);
+    fetch_missing(&|offset, buf| file.read_exact_at(offset, buf), cached, progress)?;
+    cached.finish()
+}
+
+/// Verifies what is there, before a block of it is in memory: a damaged block must come from the server.
+fn verify(cached: &TierFile, progress: &mut Progress) {
     cached.verify_rest(|bytes| {
         progress.found(bytes);
         ControlFlow::Continue(())
     });
-    fetch_missing(file, cached, progress)?;
-    cached.finish()
 }
 
 /// Reads what the cache of a file lacks, which puts it there.
 ///
 /// Errors: the file cannot be read, or no more is kept.
-fn fetch_missing(file: &dyn StoredFile, cached: &TierFile, progress: &mut Progress) -> Result<()> {
+fn fetch_missing(
+    read: &dyn Fn(u64, &mut [u8]) -> Result<()>,
+    cached: &TierFile,
+    progress: &mut Progress,
+) -> Result<()> {
     let mut buffer = vec![0; STEP as usize];
     let (mut at, mut known) = (0, cached.known_bytes());
     while let Some(missing) = cached.missing_from(at) {
@@ -90,8 +147,8 @@ fn fetch_missing(file: &dyn StoredFile, cached: &TierFile, progress: &mut Progre
         while at < missing.end {
             let len = (missing.end - at).min(STEP);
             let part = buffer.get_mut(..len as usize).unwrap_or_default();
-            // The read itself fills the folder: the cache lies below the file.
-            file.read_exact_at(at, part)?;
+            // The read itself fills the folder: the cache lies below what is read.
+            read(at, part)?;
             if let Some(why) = cached.refusal() {
                 return Err(why.clone());
             }

@@ -40,6 +40,7 @@ pub use server_info::{ExportInfo, ServerInfo};
 
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
+use crate::cache::disk_tier::KeptFile;
 use crate::config::{DiskConfig, Locality, SourceConfig, SourceSettings};
 use crate::error::{Error, Result};
 use crate::store::StoredFile;
@@ -89,6 +90,12 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// Returns the cache that belongs over the disk, or `None` if it needs none.
     fn cache(&self, asked: CacheSizes) -> Option<CacheOptions>;
+
+    /// Returns the file in the disk tier that keeps the blocks of that cache, or why it has none. `None`: the disk tier is
+    /// not asked for, or lies below the source.
+    fn kept(&self) -> Option<Result<KeptFile>> {
+        None
+    }
 
     /// Checks the tables. A source without tables of its own is always clean.
     fn check(&self) -> CheckReport {

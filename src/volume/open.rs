@@ -161,7 +161,7 @@ pub fn open_source(config: &DiskConfig) -> Result<Box<dyn Source>> {
 
 /// Returns the volume of a source without an overlay.
 pub(super) fn volume_of(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
-    Ok(below(source, Volume::new(cached(config, source)?, source.files())))
+    Ok(below(source, Volume::new(cached_disk(config, source)?, source.files())))
 }
 
 /// Returns the disk of `source` and the overlay over it. The source below is only read.
@@ -170,7 +170,7 @@ fn with_overlay(config: &DiskConfig, source: &dyn Source) -> Result<Volume> {
     let Some(delta) = open_overlay(config, source, access)? else {
         return volume_of(config, source);
     };
-    let base = cached(config, source)?;
+    let base = cached_disk(config, source)?;
     let mut files = source.files();
     files.extend(delta.files());
     Ok(below(source, Volume::new(Arc::new(delta.over(base)), files)))
@@ -184,10 +184,15 @@ fn below(source: &dyn Source, volume: Volume) -> Volume {
 }
 
 /// Returns the disk with the cache over it that its source asks for.
-fn cached(config: &DiskConfig, source: &dyn Source) -> Result<Arc<dyn BlockRead>> {
+pub(crate) fn cached_disk(config: &DiskConfig, source: &dyn Source) -> Result<Arc<dyn BlockRead>> {
     let plain = source.disk();
     match source.cache(CacheSizes::of(config)) {
-        Some(options) => Ok(Arc::new(BlockCache::new(plain, options)?)),
+        // What cannot be kept is read all the same; the source has warned.
+        Some(options) => Ok(Arc::new(BlockCache::new(
+            plain,
+            options,
+            source.kept().and_then(Result::ok),
+        )?)),
         None => Ok(plain),
     }
 }

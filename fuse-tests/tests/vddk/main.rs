@@ -6,6 +6,7 @@
     reason = "a failed step of a test is a panic that names it"
 )]
 
+mod disk_tier;
 mod faults;
 mod foreign;
 mod library;
@@ -18,7 +19,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, MountCmd, Scratch, fake_vddk_library, need_fuse};
+use fuse_tests::harness::{Cmd, Mount, MountCmd, Scratch, fake_vddk_library, need_fuse};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -91,6 +92,21 @@ impl Drop for Vddk {
             self.assert_rules_kept();
         }
     }
+}
+
+/// Returns the statistics of the library that the root of a mount shows.
+fn statistics(mount: &Mount) -> String {
+    let code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], 'user.vmdkfuse.vddk'))";
+    let read = Cmd::new("python3").args(["-c", code]).arg(mount.point()).run();
+    read.ok().stdout
+}
+
+/// Returns the calls and the bytes of one function since the mount, 0 if it was not called.
+fn counted(mount: &Mount, function: &str) -> (u64, u64) {
+    let text = statistics(mount);
+    let line = text.lines().find(|line| line.split(' ').next() == Some(function));
+    let number = |at: usize| line.map_or(0, |line| line.split(' ').nth(at).unwrap().parse().unwrap());
+    (number(2), number(4))
 }
 
 /// Returns true if FUSE and libnbd are available.

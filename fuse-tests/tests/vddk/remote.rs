@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::local::children;
-use crate::{SOON, Vddk, noise, ready, write_at};
+use crate::{SOON, Vddk, counted, noise, ready, write_at};
 
 pub(crate) const THUMBPRINT: &str = "00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff:00:11:22:33";
 
@@ -389,21 +389,7 @@ fn assert_cached(writable: bool) {
     let mount = mount.start();
     let shown = mount.file("x.raw");
     assert_same(&shown, &disk);
-    let reads = || {
-        let code = "import os, sys; sys.stdout.buffer.write(os.getxattr(sys.argv[1], 'user.vmdkfuse.vddk'))";
-        let text = Cmd::new("python3")
-            .args(["-c", code])
-            .arg(mount.point())
-            .run()
-            .ok()
-            .stdout;
-        let line = text
-            .lines()
-            .find(|line| line.starts_with("VixDiskLib_ReadAsync"))
-            .unwrap()
-            .to_owned();
-        line.split(' ').nth(2).unwrap().parse::<u64>().unwrap()
-    };
+    let reads = || counted(&mount, "VixDiskLib_ReadAsync").0;
     let before = reads();
     assert!(before >= 24 * 16, "blocks of 64 KiB: {before} reads");
     for at in [0, 5 << 20, (24 << 20) + 1000] {

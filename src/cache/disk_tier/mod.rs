@@ -63,6 +63,15 @@ pub struct DiskTier {
     boot: u64,
 }
 
+/// A file in the folder that keeps the blocks of a disk, with the folder, which flushes them as long as it is open.
+#[derive(Debug, Clone)]
+pub struct KeptFile {
+    /// The folder.
+    pub tier: Arc<DiskTier>,
+    /// The file.
+    pub file: Arc<TierFile>,
+}
+
 /// A file that the folder holds.
 #[derive(Debug, Clone)]
 pub struct HeldFile {

@@ -170,7 +170,7 @@ fn cache(disk: &Arc<Memory>, blocks: u64) -> Arc<BlockCache> {
         deadline: Duration::from_secs(60),
         drop_at_open: true,
     };
-    Arc::new(BlockCache::new(Arc::clone(disk) as _, options).unwrap())
+    Arc::new(BlockCache::new(Arc::clone(disk) as _, options, None).unwrap())
 }
 
 /// Returns the first byte of a sector.

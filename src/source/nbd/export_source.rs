@@ -42,5 +42,6 @@ pub(super) fn source_of(config: &NbdConfig, disk: NbdDisk) -> Box<dyn Source> {
         },
         cache,
         is_cached_by_default: false,
+        kept: None,
     })
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::NbdDisk;
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
+use crate::cache::disk_tier::KeptFile;
 use crate::config::Locality;
 use crate::error::{Error, Result};
 use crate::source::{CacheSizes, Source, SourceDescription, SourceIdentity};
@@ -25,6 +26,8 @@ pub(in crate::source) struct ServedDisk {
     pub(in crate::source) cache: CacheOptions,
     /// True if the disk has the cache also where the user does not ask for it.
     pub(in crate::source) is_cached_by_default: bool,
+    /// File in the disk tier that keeps the blocks of the cache, or why it has none.
+    pub(in crate::source) kept: Option<Result<KeptFile>>,
 }
 
 impl Source for ServedDisk {
@@ -62,5 +65,9 @@ impl Source for ServedDisk {
             readahead: asked.readahead.unwrap_or(self.cache.readahead),
             ..self.cache
         })
+    }
+
+    fn kept(&self) -> Option<Result<KeptFile>> {
+        self.kept.clone()
     }
 }
