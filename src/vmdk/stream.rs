@@ -22,22 +22,21 @@
 //!
 //! One mutex protects the whole state. No other lock is taken while it is held.
 
+mod packed_grain;
+mod written_part;
+
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use libdeflater::{CompressionLvl, Compressor, Decompressor};
-
+use self::packed_grain::{GRAIN, GRAIN_BYTES};
+use self::written_part::WrittenPart;
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, check_range};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::mutex::lock;
-use crate::store::{RoomNeeded, StoredFile, StoredWrite, writer};
-use crate::vmdk::header::{DirectoryAt, Hosted, KDMV_MAGIC, KDMV_UNFINISHED, MAX_DIRECTORY_ENTRIES};
-use crate::vmdk::hosted_layout::{DESCRIPTOR_SECTORS, ENTRIES, MAX_FILE_SECTORS, TABLE_SECTORS};
+use crate::store::{RoomNeeded, StoredFile, StoredWrite};
+use crate::vmdk::header::{KDMV_MAGIC, KDMV_UNFINISHED};
 use crate::write_latch::WriteLatch;
 
-/// Sectors of a grain: 64 KiB, the grain size of all streams in the field.
-const GRAIN: u64 = 128;
-const GRAIN_BYTES: usize = (GRAIN * SECTOR) as usize;
 /// Grains in the window: 4 MiB.
 const WINDOW: u64 = 64;
 /// Grains that stay in the window when it advances: 2 MiB, a few of the kernel's largest requests. The older ones are
@@ -46,17 +45,6 @@ const KEEP: u64 = 32;
 /// Sectors that are kept free at the end of what tables can address: 512 MiB. Without them a stream that has reached its
 /// limit could not be closed, and all of it would be lost. The window takes at most 9 thousand sectors, the directory 2^18.
 const TAIL: u64 = 1 << 20;
-/// Maximum number of threads that compress: the window has too few grains to keep more of them busy.
-const MAX_THREADS: usize = 8;
-/// Compression level: zlib's default. libdeflate needs a fraction of zlib's time for the same size.
-const LEVEL: i32 = 6;
-/// Bytes of the header of a compressed grain: its LBA (u64) and the size of its compressed data (u32).
-const GRAIN_HEADER: usize = 12;
-
-// Types of markers, as the format numbers them.
-const MARK_TABLE: u32 = 1;
-const MARK_DIRECTORY: u32 = 2;
-const MARK_FOOTER: u32 = 3;
 
 /// Compressed stream that is being written: a disk that accepts sequential writes only.
 #[derive(Debug)]
@@ -90,19 +78,6 @@ enum StreamEnd {
     Closed,
 }
 
-/// Part of the stream that is in the file, compressed. A change is made on a clone where a failure has to undo it.
-#[derive(Debug, Clone)]
-struct WrittenPart {
-    file: Arc<dyn StoredFile>,
-    header: Hosted,
-    /// Number of sectors of the file in use; the next grain is written there.
-    end: u64,
-    /// Directory entries of the grain tables that are in the file; 0 for a table without grains.
-    directory: Vec<u32>,
-    /// Entries so far of the grain table after those, which is in memory only.
-    table: Vec<u32>,
-}
-
 /// Newest grains, which are in memory and can still change.
 #[derive(Debug)]
 struct Window {
@@ -118,44 +93,7 @@ impl StreamDisk {
     ///
     /// Errors: `Usage` if the grain tables cannot cover the size, otherwise the error of the system call.
     pub(crate) fn new(file: Arc<dyn StoredFile>, sectors: u64, text: &[u8]) -> Result<Self> {
-        let descriptor_sectors = (text.len() as u64).div_ceil(SECTOR).max(DESCRIPTOR_SECTORS);
-        // A grain may start at any sector. VMware's streams begin them at 128, and so do these.
-        let overhead = (1 + descriptor_sectors).next_multiple_of(GRAIN);
-        let header = Hosted {
-            version: 3,
-            capacity: sectors,
-            grain: GRAIN,
-            descriptor: Some((1, descriptor_sectors)),
-            entries_per_table: ENTRIES,
-            redundant: None,
-            directory: DirectoryAt::Footer,
-            overhead,
-            unclean: false,
-            zeroed_grains: false,
-            compressed: true,
-            markers: true,
-        };
-        if header.tables() > MAX_DIRECTORY_ENTRIES {
-            let most = MAX_DIRECTORY_ENTRIES * GRAIN * ENTRIES;
-            return Err(Error::new(
-                ErrorKind::Usage,
-                format!(
-                    "a stream has tables for {most} sectors at most, but the disk has {sectors}: choose another create-type"
-                ),
-            ));
-        }
-        let out = writer(&*file)?;
-        out.set_len(overhead * SECTOR)?;
-        out.write_all_at(0, &header.to_bytes(KDMV_UNFINISHED))?;
-        out.write_all_at(SECTOR, text)?;
-        out.sync()?;
-        let written = WrittenPart {
-            file,
-            header,
-            end: overhead,
-            directory: Vec::new(),
-            table: Vec::new(),
-        };
+        let written = WrittenPart::start(file, sectors, text)?;
         let window = Window {
             first: 0,
             bytes: Vec::new(),
@@ -455,268 +393,6 @@ impl Window {
         }
         len
     }
-}
-
-/// Lengths and current table of a [`WrittenPart`] before an append, to undo the append.
-struct Position {
-    end: u64,
-    tables: usize,
-    table: Vec<u32>,
-}
-
-impl WrittenPart {
-    fn position(&self) -> Position {
-        Position {
-            end: self.end,
-            tables: self.directory.len(),
-            table: self.table.clone(),
-        }
-    }
-
-    /// Undoes the appends since `to`. The file keeps the bytes, and the next append overwrites them.
-    fn roll_back(&mut self, to: Position) {
-        self.end = to.end;
-        self.directory.truncate(to.tables);
-        self.table = to.table;
-    }
-
-    /// Compresses grains from number `first` on, and writes them with the grain tables that they complete. `kept` sectors
-    /// that tables can address stay free.
-    fn append(&mut self, first: u64, bytes: &[u8], kept: u64) -> Result<()> {
-        let compressed = compress(first, bytes)?;
-        let mut out = Vec::with_capacity(compressed.iter().map(Vec::len).sum::<usize>() + GRAIN_BYTES);
-        // Grains and tables are collected in memory, so that one write appends them all.
-        let start = self.end;
-        for (grain, body) in (first..).zip(compressed) {
-            if body.is_empty() {
-                continue;
-            }
-            self.tables_before(grain / ENTRIES, &mut out)?;
-            self.table.resize((grain % ENTRIES) as usize, 0);
-            self.table.push(self.next_sector(kept)?);
-            self.append_padded(&body, &mut out);
-        }
-        writer(&*self.file)?.write_all_at(start * SECTOR, &out)
-    }
-
-    /// Appends the current grain table to `out`. The tables between it and table `number` are empty: each gets a
-    /// directory entry of 0.
-    fn tables_before(&mut self, number: u64, out: &mut Vec<u8>) -> Result<()> {
-        while (self.directory.len() as u64) < number {
-            if self.table.is_empty() {
-                self.directory.push(0);
-                continue;
-            }
-            self.append_padded(&marker(TABLE_SECTORS, MARK_TABLE), out);
-            let at = self.next_sector(0)?;
-            self.directory.push(at);
-            let mut table = std::mem::take(&mut self.table);
-            table.resize(ENTRIES as usize, 0);
-            self.append_padded(&le_bytes(&table), out);
-        }
-        Ok(())
-    }
-
-    /// Appends bytes to `out`, padded with zeroes to whole sectors.
-    fn append_padded(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
-        out.extend_from_slice(bytes);
-        out.resize(out.len().next_multiple_of(SECTOR as usize), 0);
-        self.end += (bytes.len() as u64).div_ceil(SECTOR);
-    }
-
-    /// Returns the sector of the next append.
-    ///
-    /// Errors: `ENOSPC` if table entries of 32 bits cannot address it and `kept` sectors after it.
-    fn next_sector(&self, kept: u64) -> Result<u32> {
-        let full = || {
-            let context = format!(
-                "{}: the stream has reached {MAX_FILE_SECTORS} sectors, the most that its tables can address",
-                self.file.label()
-            );
-            Error::new(ErrorKind::Os(libc::ENOSPC), context)
-        };
-        u32::try_from(self.end)
-            .ok()
-            .filter(|_| self.end + kept < MAX_FILE_SECTORS)
-            .ok_or_else(full)
-    }
-
-    /// Writes the end of the stream: the last tables, the directory, the footer and the end-of-stream marker.
-    fn finish(&mut self) -> Result<()> {
-        let start = self.end;
-        let mut out = Vec::new();
-        self.tables_before(self.header.tables(), &mut out)?;
-        let directory = le_bytes(&self.directory);
-        self.append_padded(
-            &marker((directory.len() as u64).div_ceil(SECTOR), MARK_DIRECTORY),
-            &mut out,
-        );
-        let at = u64::from(self.next_sector(0)?);
-        self.append_padded(&directory, &mut out);
-        self.append_padded(&marker(1, MARK_FOOTER), &mut out);
-        let footer = Hosted {
-            directory: DirectoryAt::Sector(at),
-            ..self.header.clone()
-        };
-        self.append_padded(&footer.to_bytes(KDMV_MAGIC), &mut out);
-        // The marker of the end: one of type 0 is a sector of zeroes.
-        self.append_padded(&[0; SECTOR as usize], &mut out);
-        let file = writer(&*self.file)?;
-        file.write_all_at(start * SECTOR, &out)?;
-        // Readers find the footer from the end of the file, so the leftovers of an earlier attempt have to go.
-        file.set_len(self.end * SECTOR)
-    }
-
-    /// Returns the table entry of a grain: its sector in the file, or 0 if the file does not have it.
-    fn entry(&self, grain: u64) -> Result<u32> {
-        let (table, entry) = (grain / ENTRIES, grain % ENTRIES);
-        match self.directory.get(table as usize) {
-            Some(0) => Ok(0),
-            Some(&at) => {
-                let mut raw = [0; 4];
-                self.file.read_exact_at(u64::from(at) * SECTOR + entry * 4, &mut raw)?;
-                Ok(u32::from_le_bytes(raw))
-            }
-            None if table == self.directory.len() as u64 => Ok(self.table.get(entry as usize).copied().unwrap_or(0)),
-            None => Ok(0),
-        }
-    }
-
-    /// Returns true if the grain is in the file, and the number of grains from it on for which the answer holds.
-    fn content(&self, grain: u64) -> Result<(bool, u64)> {
-        match self.directory.get((grain / ENTRIES) as usize) {
-            // Without a table the answer holds up to the end of the range that the table would cover.
-            Some(0) => Ok((false, ENTRIES - grain % ENTRIES)),
-            _ => Ok((self.entry(grain)? != 0, 1)),
-        }
-    }
-
-    /// Returns true if any of these grains is in the file. A table in the file names at least one grain, so the search
-    /// ends soon.
-    fn holds(&self, grains: Range<u64>) -> Result<bool> {
-        let mut grain = grains.start;
-        while grain < grains.end {
-            let (stored, grains) = self.content(grain)?;
-            if stored {
-                return Ok(true);
-            }
-            grain += grains;
-        }
-        Ok(false)
-    }
-
-    /// Returns the bytes of a grain; zeroes if the file does not have it.
-    ///
-    /// Errors: `Corrupt` if the compressed grain is damaged.
-    fn read(&self, grain: u64) -> Result<Vec<u8>> {
-        let mut whole = vec![0; GRAIN_BYTES];
-        let sector = self.entry(grain)?;
-        if sector == 0 {
-            return Ok(whole);
-        }
-        let at = u64::from(sector) * SECTOR;
-        let mut header = [0; GRAIN_HEADER];
-        self.file.read_exact_at(at, &mut header)?;
-        let [_, _, _, _, _, _, _, _, size @ ..] = header;
-        let size = u32::from_le_bytes(size) as usize;
-        let damaged = || {
-            let label = self.file.label();
-            Error::corrupt(format!(
-                "{label}: grain {grain} at byte {at} differs from what was written there: another process changed the file"
-            ))
-        };
-        // The size comes from the file: it is bounded before it becomes an allocation.
-        if size > 2 * GRAIN_BYTES {
-            return Err(damaged());
-        }
-        let mut body = vec![0; size];
-        self.file.read_exact_at(at + GRAIN_HEADER as u64, &mut body)?;
-        match Decompressor::new().zlib_decompress(&body, &mut whole) {
-            Ok(GRAIN_BYTES) => Ok(whole),
-            _ => Err(damaged()),
-        }
-    }
-}
-
-/// Compresses grains in parallel and puts a header before each. The result is empty for a grain that is all zeroes. The
-/// last grain may be partial: it is padded with zeroes.
-fn compress(first: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-    let grains: Vec<(u64, &[u8])> = (first..).zip(bytes.chunks(GRAIN_BYTES)).collect();
-    let threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(MAX_THREADS);
-    let share = grains.len().div_ceil(threads).max(1);
-    let Some((own, others)) = grains.split_at_checked(share.min(grains.len())) else {
-        return Ok(Vec::new());
-    };
-    std::thread::scope(|scope| {
-        let spawn = |part| {
-            std::thread::Builder::new()
-                .name("pack".to_owned())
-                .spawn_scoped(scope, move || compress_all(part))
-        };
-        let others: Vec<_> = others.chunks(share).map(|part| (part, spawn(part))).collect();
-        let mut compressed = compress_all(own)?;
-        for (part, thread) in others {
-            // If a thread could not be spawned, or panicked, this thread compresses its part.
-            let done = thread.ok().and_then(|thread| thread.join().ok());
-            compressed.extend(done.unwrap_or_else(|| compress_all(part))?);
-        }
-        Ok(compressed)
-    })
-}
-
-fn compress_all(grains: &[(u64, &[u8])]) -> Result<Vec<Vec<u8>>> {
-    let level = CompressionLvl::new(LEVEL).unwrap_or_default();
-    let mut compressor = Compressor::new(level);
-    grains
-        .iter()
-        .map(|(number, grain)| compress_one(&mut compressor, *number, grain))
-        .collect()
-}
-
-fn compress_one(compressor: &mut Compressor, number: u64, grain: &[u8]) -> Result<Vec<u8>> {
-    if is_zero(grain) {
-        return Ok(Vec::new());
-    }
-    let mut whole = Vec::new();
-    let grain = if grain.len() == GRAIN_BYTES {
-        grain
-    } else {
-        // The last grain of the disk is stored whole too: all readers accept that.
-        whole.extend_from_slice(grain);
-        whole.resize(GRAIN_BYTES, 0);
-        &whole
-    };
-    let mut out = vec![0; GRAIN_HEADER + compressor.zlib_compress_bound(GRAIN_BYTES)];
-    let body = out.get_mut(GRAIN_HEADER..).unwrap_or_default();
-    let size = compressor
-        .zlib_compress(grain, body)
-        .map_err(|e| Error::corrupt(format!("compressing grain {number}: {e}")))?;
-    let header = [
-        (number * GRAIN).to_le_bytes().as_slice(),
-        (size as u32).to_le_bytes().as_slice(),
-    ]
-    .concat();
-    out.get_mut(..GRAIN_HEADER).unwrap_or_default().copy_from_slice(&header);
-    out.truncate(GRAIN_HEADER + size);
-    Ok(out)
-}
-
-/// Returns true if all bytes are zero. Chunks without an early exit let the compiler vectorize the loop.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks(64)
-        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-/// Returns the bytes of a marker: the number of sectors that follow it, and their type.
-fn marker(sectors: u64, kind: u32) -> Vec<u8> {
-    [sectors.to_le_bytes().as_slice(), &[0; 4], &kind.to_le_bytes()].concat()
-}
-
-fn le_bytes(entries: &[u32]) -> Vec<u8> {
-    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }
 
 #[cfg(test)]

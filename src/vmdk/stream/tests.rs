@@ -5,7 +5,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{AdapterType, CreateType};
+use crate::error::ErrorKind;
 use crate::vmdk::create::{NewDisk, create_stream};
+use crate::vmdk::hosted_layout::{ENTRIES, MAX_FILE_SECTORS};
 use crate::vmdk::test_store::{TestStore, head, name};
 
 /// Sectors of the window, and of the part that stays when it advances.
