@@ -9,7 +9,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 
 use super::file_blocks::FileBlocks;
-
 use crate::mutex::{lock, wait};
 
 /// Maximum number of queued blocks of either kind: two reads of 1 MiB in the smallest blocks. The reader fetches the

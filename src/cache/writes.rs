@@ -18,7 +18,6 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
 use super::file_blocks::FileBlocks;
-
 use crate::mutex::lock;
 
 /// Number of blocks above which a write drops all blocks of the disk: more of them than that are hardly cached.

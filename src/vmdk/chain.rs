@@ -18,7 +18,7 @@ use std::sync::Arc;
 use crate::block::Lba;
 use crate::error::Result;
 use crate::store::StoredFile;
-use crate::vmdk::descriptor::{Descriptor, ExtentAccess};
+use crate::vmdk::descriptor::{Descriptor, ExtentAccess, ExtentLine};
 use crate::vmdk::extent::{Extent, Mapping, MappingKind, TableCursor};
 use crate::vmdk::tables::hosted::HostedTables;
 
@@ -108,6 +108,21 @@ pub(crate) struct PlacedExtent {
     pub(crate) unclean: bool,
     /// Layout of a hosted extent, for the check, the recovery and writing.
     pub(crate) hosted: Option<Arc<HostedTables>>,
+}
+
+impl PlacedExtent {
+    /// Creates the extent of a line, which is not placed yet. `kind`: its format, for messages.
+    pub(super) fn new(extent: Extent, line: &ExtentLine, kind: &'static str) -> Self {
+        Self {
+            start: 0,
+            sectors: line.sectors,
+            access: line.access,
+            extent,
+            kind,
+            unclean: false,
+            hosted: None,
+        }
+    }
 }
 
 /// Position of a reader in a chain, for requests from lower to higher sectors.

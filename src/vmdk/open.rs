@@ -14,19 +14,23 @@
 //! Bounds: [`MAX_LINKS`], [`MAX_EXTENTS`] and [`MAX_TEXT`] limit the work that a hostile image can cause; a chain that
 //! comes back to one of its files is refused.
 
+mod flat_extent;
+mod named_files;
+
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::flat_extent::{device_copy, flat_extent, lost_end};
+use self::named_files::{missing_extent, named_parent, open_extent};
 use crate::block::{MAX_SECTORS, SECTOR};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Access, ExtentName, Store, StoredFile};
+use crate::store::{Access, Store, StoredFile};
 use crate::vmdk::chain::{Link, MAX_LINKS, PlacedExtent};
-use crate::vmdk::descriptor::{Descriptor, ExtentAccess, ExtentKind, ExtentLine, candidates, in_folders};
+use crate::vmdk::descriptor::{Descriptor, ExtentAccess, ExtentKind, ExtentLine};
 use crate::vmdk::extent::{Encoding, Extent, SparseExtent};
 use crate::vmdk::file_kind::{FileKind, file_kind, read_head};
 use crate::vmdk::header::{Cowd, DirectoryAt, HEAD_BYTES, Hosted, Role, SeSparse, StreamTail};
-use crate::vmdk::near_names::near_names;
-use crate::vmdk::open_options::{Degraded, OpenOptions};
+use crate::vmdk::open_options::OpenOptions;
 use crate::vmdk::tables::TableCache;
 use crate::vmdk::tables::cowd::CowdTables;
 use crate::vmdk::tables::hosted::HostedTables;
@@ -212,7 +216,9 @@ impl Opener {
         };
         let line = line.clone();
         let mut extent = match (line.kind, line.access) {
-            (ExtentKind::Sparse | ExtentKind::VmfsSparse, ExtentAccess::None) => placed(Extent::Zero, &line, "ZERO"),
+            (ExtentKind::Sparse | ExtentKind::VmfsSparse, ExtentAccess::None) => {
+                PlacedExtent::new(Extent::Zero, &line, "ZERO")
+            }
             (ExtentKind::Sparse | ExtentKind::VmfsSparse, _) => self.hosted_extent(Arc::clone(&file), header, &line)?,
             (kind, _) => {
                 return Err(Error::corrupt(format!(
@@ -281,7 +287,7 @@ impl Opener {
         // NOACCESS reads as zeroes, and its file is not even opened: it need not exist.
         let zero = line.kind == ExtentKind::Zero || line.access == ExtentAccess::None;
         let Some(name) = line.name.as_ref().filter(|_| !zero) else {
-            return Ok(placed(Extent::Zero, line, "ZERO"));
+            return Ok(PlacedExtent::new(Extent::Zero, line, "ZERO"));
         };
         let access = if line.access == ExtentAccess::ReadWrite {
             self.access
@@ -294,7 +300,7 @@ impl Opener {
             ExtentKind::Vmfs => flat_extent(file, line, "VMFS", self.options.degraded.short),
             ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => device_copy(file, line),
             ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => self.sparse_extent(file, line),
-            ExtentKind::Zero => Ok(placed(Extent::Zero, line, "ZERO")),
+            ExtentKind::Zero => Ok(PlacedExtent::new(Extent::Zero, line, "ZERO")),
         }
     }
 
@@ -349,7 +355,7 @@ impl Opener {
         Ok(PlacedExtent {
             unclean: header.unclean,
             hosted: Some(hosted),
-            ..placed(Extent::Sparse(extent), line, kind)
+            ..PlacedExtent::new(Extent::Sparse(extent), line, kind)
         })
     }
 
@@ -359,7 +365,7 @@ impl Opener {
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
         Ok(PlacedExtent {
             unclean: header.unclean,
-            ..placed(Extent::Sparse(extent), line, "VMFSSPARSE")
+            ..PlacedExtent::new(Extent::Sparse(extent), line, "VMFSSPARSE")
         })
     }
 
@@ -367,7 +373,7 @@ impl Opener {
         let header = SeSparse::parse(head, file.len())?;
         let layout = Arc::new(SeSparseTables::new(Arc::clone(&file), header));
         let extent = SparseExtent::new(self.extent_id(), file, layout, self.cache.clone(), Encoding::Plain);
-        Ok(placed(Extent::Sparse(extent), line, "SESPARSE"))
+        Ok(PlacedExtent::new(Extent::Sparse(extent), line, "SESPARSE"))
     }
 
     fn extent_id(&mut self) -> u32 {
@@ -386,142 +392,6 @@ fn place(extent: PlacedExtent, start: u64, line: &ExtentLine, extents: &mut Vec<
             line.line
         ))
     })
-}
-
-fn placed(extent: Extent, line: &ExtentLine, kind: &'static str) -> PlacedExtent {
-    PlacedExtent {
-        start: 0,
-        sectors: line.sectors,
-        access: line.access,
-        extent,
-        kind,
-        unclean: false,
-        hosted: None,
-    }
-}
-
-/// Creates a flat extent. All its sectors must lie in the file; with `accept_short` the extent ends where the file does.
-fn flat_extent(
-    file: Arc<dyn StoredFile>,
-    line: &ExtentLine,
-    kind: &'static str,
-    accept_short: bool,
-) -> Result<PlacedExtent> {
-    let inside = sectors_inside(&*file, line).min(line.sectors);
-    if inside < line.sectors && !accept_short {
-        return Err(lost_error(&*file, line, "degraded=short reads the rest"));
-    }
-    let offset = line.offset;
-    Ok(PlacedExtent {
-        sectors: inside,
-        ..placed(Extent::Flat { file, offset }, line, kind)
-    })
-}
-
-/// Returns the sectors that a file has from the start of its flat extent on.
-fn sectors_inside(file: &dyn StoredFile, line: &ExtentLine) -> u64 {
-    // Rounded down: the extent needs whole sectors.
-    (file.len() / SECTOR).saturating_sub(line.offset)
-}
-
-/// Returns the extent for the sectors of a flat line that its file does not have, and that the user accepts to lose.
-fn lost_end(found: &PlacedExtent, line: &ExtentLine) -> Option<PlacedExtent> {
-    let Extent::Flat { file, .. } = &found.extent else {
-        return None;
-    };
-    let sectors = line.sectors.checked_sub(found.sectors).filter(|&lost| lost > 0)?;
-    let error = lost_error(&**file, line, "the missing part cannot be read").in_file(file.label());
-    Some(PlacedExtent {
-        sectors,
-        ..placed(Extent::Lost(error), line, found.kind)
-    })
-}
-
-/// Returns the error for a file that ends before its flat extent does.
-fn lost_error(file: &dyn StoredFile, line: &ExtentLine, end: &str) -> Error {
-    let inside = sectors_inside(file, line);
-    let way_on = if inside == 0 {
-        "copy the whole file again".to_owned()
-    } else {
-        format!(
-            "copy the whole file again; if it is complete, write {inside} instead of {} in line {} of the descriptor, or \
-             name the file itself with format=raw",
-            line.sectors, line.line
-        )
-    };
-    let text = format!(
-        "has {} bytes, expected at least {} (the extent's {} sectors from sector {} on); {way_on}; {end}",
-        file.len(),
-        line.offset.saturating_add(line.sectors).saturating_mul(SECTOR),
-        line.sectors,
-        line.offset
-    );
-    Error::corrupt(text).in_file(file.label())
-}
-
-/// Creates the extent of a device of an ESX host. On the host its file is a pointer; a copy of the file has the device's
-/// data, or its size and no data.
-fn device_copy(file: Arc<dyn StoredFile>, line: &ExtentLine) -> Result<PlacedExtent> {
-    let bytes = line.sectors.saturating_mul(SECTOR);
-    // A pointer that was copied with the size of its device has no data: one hole from start to end.
-    let is_stored = || file.data_at(0).map(|(stored, bytes)| stored || bytes < file.len());
-    if file.len() == bytes && is_stored()? {
-        return flat_extent(file, line, line.kind.as_str(), false);
-    }
-    Err(Error::unsupported(format!(
-        "{}: is an RDM pointer without data ({} bytes, of which {} are stored, expected {bytes}): it maps a device of an \
-         ESX host; read the LUN itself, or copy it on the host with vmkfstools -i",
-        file.label(),
-        file.len(),
-        file.allocated()?
-    )))
-}
-
-/// Adds to the error for an extent that cannot be opened what the name means, and how to get further.
-fn missing_extent(e: Error, line: &ExtentLine, descriptor: &Descriptor, store: &dyn Store, own: &str) -> Error {
-    let name = line.name.as_ref().map(ExtentName::as_bytes).unwrap_or_default();
-    let shown = line.name.as_ref().map(ToString::to_string).unwrap_or_default();
-    let foreign = |what: &str| {
-        Error::unsupported(format!(
-            "`{shown}` is {what}, which is not here: put a copy of its data beside the descriptor, and the copy's name \
-             in line {}",
-            line.line
-        ))
-    };
-    let is_refused = matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Policy);
-    let starts = |start: &[u8]| {
-        name.get(..start.len())
-            .is_some_and(|head| head.eq_ignore_ascii_case(start))
-    };
-    let macos = [&b"/dev/disk"[..], b"/dev/rdisk"]
-        .iter()
-        .find_map(|start| name.strip_prefix(*start));
-    match e.kind() {
-        _ if !is_refused => e,
-        _ if [&br"\\.\"[..], br"\\?\", b"//./", b"//?/"]
-            .iter()
-            .any(|start| starts(start)) =>
-        {
-            foreign("a Windows device")
-        }
-        _ if macos.is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit)) => foreign("a macOS device"),
-        _ if [&b"vsan://"[..], b"vvol://"].iter().any(|start| starts(start)) => {
-            foreign("an object of a vSAN or VVol datastore and no file")
-        }
-        _ if matches!(line.kind, ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => Error::unsupported(format!(
-            "the extent is an RDM pointer, it maps a device of an ESX host ({e}); read the LUN itself"
-        )),
-        ErrorKind::NotFound => {
-            let parent = descriptor.parent.as_ref().map_or_else(String::new, |parent| {
-                format!("; the state before the snapshot is in {}", parent.hint.name())
-            });
-            let otherwise =
-                format!("copy {shown} beside the descriptor, or name the folder that holds it with allow-dir=");
-            let near = near_text(store, line.name.as_slice(), own, &otherwise);
-            Error::new(e.kind(), format!("{e}{near}{parent}"))
-        }
-        _ => e,
-    }
 }
 
 /// Reads the footer of a stream, which replaces the header `first`: its directory is only known at the end.
@@ -544,74 +414,6 @@ fn names_parent(link: &Link) -> bool {
 /// Returns true if an error means that a file is not there, or where the user allows it.
 fn is_missing(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Policy)
-}
-
-/// Opens the parent that `child` names: by the first of its possible names that exists, or by its UUID.
-///
-/// Errors: `Policy` if a name exists but was refused, `NotFound` with all names that were tried.
-fn named_parent(child: &Link, degraded: Degraded) -> Result<Arc<dyn StoredFile>> {
-    let Some(parent) = &child.descriptor.parent else {
-        let uuid = neighbours::parent_uuid(child).unwrap_or_default();
-        return neighbours::find_by_uuid(child, &uuid, degraded);
-    };
-    let hint = &parent.hint;
-    let store = child.file.siblings()?;
-    let names = [hint.candidates(), in_folders(hint.name(), &store.allowed())].concat();
-    open_first(&*store, &names, Access::Read).map_err(|e| match e.kind() {
-        ErrorKind::NotFound => {
-            // The advice is left out where the user has taken it already.
-            let advice = if degraded.orphan {
-                String::new()
-            } else {
-                near_text(&*store, &names, &child.file.own_name(), "parent=FILE names it")
-                    + "; degraded=orphan shows what the snapshot itself holds"
-            };
-            Error::new(e.kind(), format!("is missing: {e}{advice}"))
-        }
-        _ => e,
-    })
-}
-
-/// Returns the end of the error for names of which none exists: the near ones in the folder, and what to do with them.
-/// The file `own` is none of them.
-fn near_text(store: &dyn Store, names: &[ExtentName], own: &str, otherwise: &str) -> String {
-    let near: Vec<String> = near_names(store, names)
-        .into_iter()
-        .filter(|name| name != own)
-        .collect();
-    match near.as_slice() {
-        [] => format!("; {otherwise}"),
-        near => format!(
-            "; found {} there: rename it if it is the file, or {otherwise}",
-            near.join(", ")
-        ),
-    }
-}
-
-/// Opens the file of an extent, by the first of its possible names that exists.
-fn open_extent(store: &dyn Store, name: &ExtentName, access: Access) -> Result<Arc<dyn StoredFile>> {
-    let spell = |part: &[u8]| ExtentName::new(part).ok();
-    let names = [candidates(name, spell), in_folders(name, &store.allowed())].concat();
-    open_first(store, &names, access)
-}
-
-/// Opens the first of `names` that exists and may be opened.
-///
-/// Errors: `Policy` if one exists but was refused, `NotFound` with all names that were tried.
-fn open_first(store: &dyn Store, names: &[ExtentName], access: Access) -> Result<Arc<dyn StoredFile>> {
-    let mut missing = Vec::new();
-    let mut refused = None;
-    for name in names {
-        match store.open(name, access) {
-            Ok(file) => return Ok(file),
-            Err(e) if e.kind() == ErrorKind::NotFound => missing.push(e.to_string()),
-            // A later candidate may be allowed: often it is the file name alone, in the descriptor's folder.
-            Err(e) if e.kind() == ErrorKind::Policy => refused = refused.or(Some(e)),
-            // Any other error ends the search: the file may well exist, and a later name could be that of another one.
-            Err(e) => return Err(e),
-        }
-    }
-    Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NotFound, missing.join("; "))))
 }
 
 fn describe(kind: FileKind, head: &[u8]) -> String {

@@ -23,7 +23,6 @@ use std::time::Duration;
 
 use super::FlushKind;
 use super::group_flush::GroupFlush;
-
 use crate::mutex::{lock, unlocked, wait_timeout_while};
 
 /// Maximum time for which an update is only in memory: the commit interval of the kernel's file systems.

@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::unflushed::SOFT_LIMIT;
-
 use crate::mutex::lock;
 
 /// Size of a page in bytes.

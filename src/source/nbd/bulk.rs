@@ -19,7 +19,6 @@ use nix::poll::{PollFd, PollTimeout, poll};
 use super::command::Command;
 use super::connection::{Answer, Connection, SocketGuard, TICK};
 use super::poller::{events_of, ready, serve};
-
 use crate::mutex::{lock, wait_timeout};
 
 /// Time after which a thread without a request exits.

@@ -23,12 +23,14 @@
 mod callbacks;
 mod handshake;
 mod library;
+mod option_reply;
+mod text;
+mod ticket;
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_int};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use libnbd_sys as sys;
@@ -40,23 +42,14 @@ pub(super) use self::handshake::HandshakeLimit;
 use self::handshake::{LIST_TURNS, OPTION_TURNS, Turns};
 use self::library::Libnbd;
 pub(super) use self::library::library;
+pub(super) use self::option_reply::{List, Listed, OptDone};
+use self::option_reply::{MAX_CONTEXTS, MAX_EXPORTS};
+pub(super) use self::text::c_text;
+use self::text::{owned, text};
+use self::ticket::{Chunks, Ticket};
+pub(super) use self::ticket::{CompletionQueue, UNSENT};
 use super::command::{Command, CommandKind};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mutex::lock;
-
-/// Maximum number of exports that are accepted from a server, and of bytes in their names and descriptions. Bounds the
-/// memory for an untrusted list.
-const MAX_EXPORTS: (usize, usize) = (4096, 4 << 20);
-
-/// Maximum number of metadata contexts of an export, and of bytes in their names. The list of each export is kept.
-const MAX_CONTEXTS: (usize, usize) = (256, 16 << 10);
-
-/// Maximum number of extents that are accepted from one answer to block status; also of out-of-order chunks of a read.
-const MAX_EXTENTS: usize = 1 << 16;
-
-/// Error of a command that the library returned without completing it: the library refused it, or the connection has
-/// ended. No `errno` is negative.
-pub(super) const UNSENT: i32 = -1;
 
 /// libnbd handle: one connection, in any state. Closes it on drop.
 #[derive(Debug)]
@@ -71,143 +64,6 @@ pub(super) struct Handle {
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
-
-/// Commands that the library has returned, each with its error: an `errno` or [`UNSENT`].
-#[derive(Debug, Default)]
-pub(super) struct CompletionQueue {
-    list: Mutex<Vec<(Box<Command>, Option<i32>)>>,
-    len: AtomicUsize,
-}
-
-impl CompletionQueue {
-    fn push(&self, command: Box<Command>, error: Option<i32>) {
-        let mut list = lock(&self.list);
-        list.push((command, error));
-        self.len.store(list.len(), Ordering::Release);
-    }
-
-    /// Moves all commands to the end of `out`.
-    pub(super) fn take(&self, out: &mut Vec<(Box<Command>, Option<i32>)>) {
-        // Called after each send and each poll event, so an empty queue must not cost a lock.
-        if self.len.load(Ordering::Acquire) > 0 {
-            let mut list = lock(&self.list);
-            out.append(&mut list);
-            self.len.store(0, Ordering::Release);
-        }
-    }
-}
-
-/// Owner of a command while the library has it, and the queue that the command is returned to.
-#[derive(Debug)]
-struct Ticket {
-    command: Option<Box<Command>>,
-    /// Received parts of the answer, for a read with structured replies.
-    chunks: Option<Chunks>,
-    completions: Arc<CompletionQueue>,
-}
-
-/// Parts of the answer to a read. libnbd checks that each chunk lies within the request, but not that the chunks cover
-/// it, so a server could leave a part of the buffer with old data.
-#[derive(Debug)]
-struct Chunks {
-    /// All bytes before this offset were received.
-    next: u64,
-    end: u64,
-    /// Begin and end of the parts that were received out of order.
-    out_of_order: Vec<(u64, u64)>,
-}
-
-impl Chunks {
-    /// Creates the record for a read of that range, with no part received yet.
-    fn new(offset: u64, len: u64) -> Self {
-        Self {
-            next: offset,
-            end: offset + len,
-            out_of_order: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, offset: u64, count: u64) {
-        if offset == self.next {
-            self.next += count;
-        } else if self.out_of_order.len() < MAX_EXTENTS {
-            // A part that is dropped because the list is full makes the read fail, which is safe.
-            self.out_of_order.push((offset, offset + count));
-        }
-    }
-
-    /// Returns true if each byte was received, and received once.
-    fn are_complete(&mut self) -> bool {
-        self.out_of_order.sort_unstable();
-        for (start, end) in self.out_of_order.drain(..) {
-            if start != self.next {
-                return false;
-            }
-            self.next = end;
-        }
-        self.next == self.end
-    }
-}
-
-impl Ticket {
-    /// Moves the command to the queue. Does nothing if that was done before.
-    fn retire(&mut self, error: Option<i32>) {
-        if let Some(command) = self.command.take() {
-            self.completions.push(command, error);
-        }
-    }
-}
-
-/// Reply to an option of the handshake: -1 while the option is in flight, then its `errno`, 0 for success.
-#[derive(Debug)]
-pub(super) struct OptDone(AtomicI32);
-
-impl OptDone {
-    fn new() -> Arc<Self> {
-        Arc::new(Self(AtomicI32::new(-1)))
-    }
-
-    /// Returns the `errno` of the reply, 0 for success. Returns `None` while the option is in flight.
-    pub(super) fn get(&self) -> Option<i32> {
-        Some(self.0.load(Ordering::Acquire)).filter(|e| *e >= 0)
-    }
-}
-
-/// List that a server sends: names, each with its description if it is an export.
-pub(super) type Listed = Arc<Mutex<List>>;
-
-/// Entries of a list that were accepted, and the number of those that were not.
-#[derive(Debug)]
-pub(super) struct List {
-    /// Names and descriptions.
-    pub(super) entries: Vec<(CString, CString)>,
-    /// Number of entries beyond the limits.
-    pub(super) dropped: usize,
-    /// Entries and bytes that are still accepted.
-    left: (usize, usize),
-}
-
-impl List {
-    fn new(left: (usize, usize)) -> Listed {
-        Arc::new(Mutex::new(Self {
-            entries: Vec::new(),
-            dropped: 0,
-            left,
-        }))
-    }
-
-    /// Appends an entry, or drops it if it exceeds the limits.
-    fn add(&mut self, name: &CStr, description: &CStr) {
-        let bytes = name.count_bytes() + description.count_bytes();
-        match (self.left.0.checked_sub(1), self.left.1.checked_sub(bytes)) {
-            (Some(entries), Some(bytes)) => {
-                self.left = (entries, bytes);
-                self.entries.push((name.to_owned(), description.to_owned()));
-            }
-            _ => self.dropped += 1,
-        }
-    }
-}
 
 /// Flag of an export, named like the `nbd_is_…` or `nbd_can_…` function that returns it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -761,52 +617,4 @@ pub(super) fn failure(context: &str) -> Error {
 
 fn done(result: c_int, context: &str) -> Result<()> {
     if result == -1 { Err(failure(context)) } else { Ok(()) }
-}
-
-/// Borrows a text of the library. Returns an empty text for a null pointer.
-fn text<'a>(text: *const c_char) -> &'a CStr {
-    if text.is_null() {
-        c""
-    } else {
-        // SAFETY: callers pass texts of the library that are valid for as long as they use the result.
-        unsafe { CStr::from_ptr(text) }
-    }
-}
-
-/// Returns `bytes` as a C string. Errors: they contain a NUL byte.
-pub(super) fn c_text(bytes: &[u8]) -> Result<CString> {
-    CString::new(bytes).map_err(|e| Error::new(ErrorKind::Usage, format!("NUL byte at offset {}", e.nul_position())))
-}
-
-/// Copies a text that the library has allocated for the caller, and frees it.
-fn owned(raw: *mut c_char) -> CString {
-    let copy = text(raw).to_owned();
-    // SAFETY: the library has allocated the text with malloc and passed its ownership; free accepts a null pointer.
-    unsafe { libc::free(raw.cast()) };
-    copy
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_in_any_order_are_complete_if_each_byte_was_received_once() {
-        let complete = |parts: &[(u64, u64)]| {
-            let mut chunks = Chunks::new(100, 50);
-            parts.iter().for_each(|(offset, count)| chunks.add(*offset, *count));
-            chunks.are_complete()
-        };
-        assert!(complete(&[(100, 50)]) && complete(&[(100, 20), (120, 30)]));
-        assert!(complete(&[(120, 10), (130, 20), (100, 20)]));
-        for wrong in [
-            &[(100, 49)][..],
-            &[(100, 25), (100, 25)],
-            &[(110, 40)],
-            &[(100, 30), (120, 20)],
-            &[],
-        ] {
-            assert!(!complete(wrong), "{wrong:?}");
-        }
-    }
 }

@@ -24,7 +24,6 @@ use rustls::ClientConfig;
 use super::message::{Framing, Head, MAX_HEAD, framing_of, head_end, head_of, parse_head};
 use super::request::{AnswerHead, Limits, Piece, Request, Trouble};
 use super::wire::{Endpoint, Wire};
-
 use crate::mutex::lock;
 
 /// Most interim answers (status 1xx) before the answer.

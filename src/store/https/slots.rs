@@ -3,7 +3,6 @@
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use super::request::{Limits, TICK, Trouble};
-
 use crate::mutex::{lock, wait_timeout};
 
 /// Answers after which a limit that the server lowered is raised by one.

@@ -4,13 +4,13 @@
 //! A callback must not panic: a panic cannot unwind through C, so it would abort the process.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use libnbd_sys as sys;
 
-use super::{Chunks, List, MAX_EXTENTS, OptDone, Ticket, UNSENT, text};
-
+use super::option_reply::{List, OptDone};
+use super::text::text;
+use super::ticket::{Chunks, MAX_EXTENTS, Ticket, UNSENT};
 use crate::mutex::lock;
 
 /// Returns a callback that stores the reply to an option in `opt`, of which it holds a reference until it is freed.
@@ -33,11 +33,7 @@ unsafe fn errno_at(error: *mut c_int) -> i32 {
 
 unsafe extern "C" fn on_option(data: *mut c_void, error: *mut c_int) -> c_int {
     // SAFETY: `data` is the pointer of `option_callback`, not freed yet; `error` is the library's.
-    unsafe {
-        (*data.cast::<OptDone>())
-            .0
-            .store(errno_at(error).max(0), Ordering::Release);
-    };
+    unsafe { (*data.cast::<OptDone>()).set(errno_at(error)) };
     1
 }
 

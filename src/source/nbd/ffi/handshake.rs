@@ -19,8 +19,7 @@ use std::time::Instant;
 use libnbd_sys as sys;
 use nix::sys::socket::{Shutdown, shutdown};
 
-use super::text;
-
+use super::text::text;
 use crate::mutex::lock;
 
 /// Transitions that one option of the handshake may take. About 40 are needed, and 4 for each reply.
