@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// Type of the mounts of this program.
+pub const FSTYPE: &str = "fuse.vmdkfuse";
+
 /// Device number of a file system, as `stat` of its files and sysfs name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Device {

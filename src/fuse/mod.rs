@@ -36,7 +36,7 @@ mod name_requests;
 mod open;
 mod open_plan;
 mod open_state;
-pub mod own_mounts;
+mod own_mounts;
 pub mod probe;
 pub mod readahead;
 pub mod session;

@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::mount::MntFlags;
 
-use super::own_mounts::{FSTYPE, is_dead};
+use super::own_mounts::is_dead;
 use super::target::Target;
 use super::{fusermount, mount_flags};
 use crate::config::MountOptions;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mountinfo::{self, Device, MountEntry};
+use crate::mountinfo::{self, Device, FSTYPE, MountEntry};
 
 /// Result of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

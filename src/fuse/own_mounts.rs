@@ -1,4 +1,4 @@
-//! Mounts of this program as other programs see them: their type, and how one whose process is gone is recognized and
+//! Mounts of this program as other programs see them: the subtype, and how one whose process is gone is recognized and
 //! removed.
 
 use std::path::Path;
@@ -8,11 +8,8 @@ use nix::sys::statvfs::statvfs;
 
 use crate::store::shell_word;
 
-/// Subtype: the part of the type after `fuse.`.
+/// Subtype: the part of [`FSTYPE`](crate::mountinfo::FSTYPE) after `fuse.`.
 pub(super) const SUBTYPE: &str = "vmdkfuse";
-
-/// Type that mount tables show.
-pub const FSTYPE: &str = "fuse.vmdkfuse";
 
 /// Returns true if a mount without a process is at `point`. Uses statfs: the kernel may still have cached attributes,
 /// so that stat would succeed.

@@ -17,9 +17,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::own_mounts::{FSTYPE, is_dead, unmount_command};
+use super::own_mounts::{is_dead, unmount_command};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mountinfo::{self, MountEntry};
+use crate::mountinfo::{self, FSTYPE, MountEntry};
 use crate::store::{StoredFile, proc_path, real_path};
 
 /// A mount point that exists and can be mounted on.

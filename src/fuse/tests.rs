@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::mount::{Mount, Unmounted};
-use super::own_mounts::FSTYPE;
 use super::probe::probe_file;
 use super::readahead::{self, Window};
 use super::session::Running;
@@ -21,7 +20,7 @@ use super::target::Target;
 use super::testfs::{DISK, Fault, TestFs, byte_at};
 use crate::config::{DiskConfig, Format, LocalConfig, MountKind, MountOptions, PageCache, SourceConfig};
 use crate::fuse::DiskFs;
-use crate::mountinfo;
+use crate::mountinfo::{self, FSTYPE};
 use crate::process::signals::wait;
 use crate::test_disk::TestDisk;
 use crate::volume::Volume;

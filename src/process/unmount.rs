@@ -23,8 +23,7 @@ use crate::config::UnmountConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::escape::printable;
 use crate::fuse::mount;
-use crate::fuse::own_mounts::FSTYPE;
-use crate::mountinfo::{self, MountEntry};
+use crate::mountinfo::{self, FSTYPE, MountEntry};
 use crate::process::signals;
 
 /// Extended attribute of the root of a mount that identifies its daemon.

@@ -8,13 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::printable;
-use crate::mountinfo;
+use crate::mountinfo::{self, FSTYPE};
 
 /// Time limit of the search.
 const SEARCH_TIME: Duration = Duration::from_secs(1);
-
-/// Type of the mounts of this program.
-const FSTYPE: &str = "fuse.vmdkfuse";
 
 /// Names of this program as the kernel shows them: its own and those of the helpers of mount(8), of which it keeps 15 bytes.
 const PROGRAMS: [&str; 3] = ["vmdkfuse", "mount.vmdkfuse", "mount.fuse.vmdk"];

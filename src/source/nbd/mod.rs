@@ -19,7 +19,7 @@
 //!   ffi.rs            the only calls of libnbd
 //! ```
 //! Nothing that a server sends is trusted. All numbers are checked where they enter (`export.rs`, `extent_cache.rs`,
-//! the chunks of a read in `ffi.rs`), and the number of extents is bounded (`ffi.rs`). A handshake has a limit of steps,
+//! the chunks of a read in `ffi/ticket.rs`, which bounds the number of extents too). A handshake has a limit of steps,
 //! of bytes that are stored, and of time (`ffi/handshake.rs`). libnbd closes the connection of a server that violates the
 //! protocol.
 
