@@ -303,10 +303,15 @@ fn text(file: &File) -> String {
 
 /// Runs guestfish; panics unless it succeeds. Its appliance runs without KVM, which is slow but works everywhere.
 pub fn guestfish(arguments: &[&str]) -> Outcome {
-    let fish = Cmd::new("guestfish")
+    guestfs("guestfish", arguments)
+}
+
+/// Runs a program of libguestfs; panics unless it succeeds. See [`guestfish`].
+pub fn guestfs(program: &str, arguments: &[&str]) -> Outcome {
+    let command = Cmd::new(program)
         .env("LIBGUESTFS_BACKEND", "direct")
         .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    fish.args(arguments).deadline(Duration::from_secs(200)).run().ok()
+    command.args(arguments).deadline(Duration::from_secs(200)).run().ok()
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ pub use bytes::{
     Aligned, Mapped, assert_same, assert_same_at_random, cached_bytes, data_ranges, digest, digest_grains,
     digest_range, map_bytes, read_range, sha256,
 };
-pub use cmd::{Cmd, Outcome, guestfish};
+pub use cmd::{Cmd, Outcome, guestfish, guestfs};
 pub use folder::Folder;
 pub use hostile_matrix::{Answer, each, open_hostile};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};

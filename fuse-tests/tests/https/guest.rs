@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use fuse_tests::harness::{Cmd, Scratch, guestfish, need, need_qemu, qemu_img};
+use fuse_tests::harness::{Cmd, Scratch, guestfish, guestfs, need, need_qemu, qemu_img};
 
 use crate::server::{Server, need_vsim};
 
@@ -38,7 +38,7 @@ fn test_linux(scratch: &Scratch, dir: &Path) {
 /// "`guestfish --ro` on a remote disk fetches a fraction of it"
 #[test]
 fn guestfish_on_a_remote_disk_fetches_a_fraction_of_it() {
-    let tools = ["guestfish", "mkfs.ext4", "sfdisk"];
+    let tools = ["guestfish", "virt-filesystems", "mkfs.ext4", "sfdisk"];
     if !need_vsim() || !need_qemu() || !tools.iter().all(|tool| need(tool)) {
         return;
     }
@@ -52,11 +52,17 @@ fn guestfish_on_a_remote_disk_fetches_a_fraction_of_it() {
         .arg("file=[Storage1] TestLinux/TestLinux.vmdk")
         .start();
     let disk = mount.file("TestLinux.raw");
-    let open = ["--ro", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":"];
-    // What virt-list-filesystems(1) asks for.
-    let listed = guestfish(&[&open[..], &["list-filesystems"]].concat());
-    assert_eq!(listed.stdout, "/dev/sda1: ext4\n", "{listed}");
+    // Today's name of virt-list-filesystems(1).
+    let listed = guestfs(
+        "virt-filesystems",
+        &["--format=raw", "-a", disk.to_str().unwrap(), "--long"],
+    );
+    assert!(
+        listed.stdout.contains("/dev/sda1") && listed.stdout.contains("ext4"),
+        "{listed}"
+    );
     let to_list = server.sent();
+    let open = ["--ro", "--format=raw", "-a", disk.to_str().unwrap(), "run", ":"];
     let read = [
         "mount-ro",
         "/dev/sda1",
@@ -72,7 +78,7 @@ fn guestfish_on_a_remote_disk_fetches_a_fraction_of_it() {
     assert_eq!(read.stdout, "testlinux\n\ndata\n", "{read}");
     let sent = server.sent();
     eprintln!(
-        "sent for list-filesystems: {to_list} bytes; with the mount and a file: {sent} of {DISK}, {} requests",
+        "sent for virt-filesystems: {to_list} bytes; with the mount and a file: {sent} of {DISK}, {} requests",
         server.log().len()
     );
     assert!(sent < DISK / 20, "{sent} bytes were sent");
