@@ -11,10 +11,13 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Part of the cache for blocks that were read more than once. The rest is for new blocks, so that prefetched blocks do
 /// not evict one another before they are read.
-const HOT_PART: f64 = 0.5;
+const HOT_PART: f64 = 0.2;
 
-/// Blocks that a shard of the memory must be able to hold.
+/// Least blocks of a memory.
 const MIN_BLOCKS: u64 = 4;
+
+/// Least blocks of a shard where there are several.
+const SHARD_BLOCKS: u64 = 512;
 
 /// Position of the file's number in a key; the bits below are the number of the block.
 const FILE_SHIFT: u32 = 40;
@@ -65,8 +68,9 @@ impl BlockMemory {
             // Only an estimate for the tables of the cache, which grow.
             .estimated_items_capacity(usize::try_from(blocks).unwrap_or(usize::MAX).min(1 << 20))
             .weight_capacity(bytes)
-            // The capacity is divided among the shards; with too many of them a shard could not hold a single block.
-            .shards(((blocks / MIN_BLOCKS) as usize).clamp(1, 4))
+            // The capacity is divided among the shards, and blocks among them by chance: a shard of few blocks would evict
+            // some while others have room.
+            .shards(((blocks / SHARD_BLOCKS) as usize).clamp(1, 4))
             .hot_allocation(HOT_PART)
             .build()
             .map_err(|e| Error::new(ErrorKind::Usage, format!("cache-size: {e}")))?;
@@ -77,9 +81,10 @@ impl BlockMemory {
         })
     }
 
-    /// Returns the capacity in bytes.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+    /// Returns the largest number of bytes that may be prefetched and not read yet. A prefetched block must still be cached
+    /// when it is read, so they are less than the part of the memory that new blocks have.
+    pub(super) fn bytes_ahead(&self) -> u64 {
+        self.bytes / 3 * 2
     }
 
     /// Returns a number for the blocks of a file that no other blocks have.

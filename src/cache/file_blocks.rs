@@ -62,9 +62,7 @@ impl FileBlocks {
     /// Creates the blocks of `fetch`, whose read-ahead is at most `readahead` bytes.
     pub(super) fn new(fetch: Arc<dyn Fetch>, memory: Arc<BlockMemory>, readahead: u64) -> Self {
         let block = fetch.block().max(1);
-        // A prefetched block must still be cached when it is read, so a window covers less than the part of the memory that
-        // new blocks have.
-        let window = readahead.min(memory.bytes() / 8 * 3) / block;
+        let window = readahead.min(memory.bytes_ahead()) / block;
         Self {
             number: memory.next_file().into(),
             len: fetch.len(),

@@ -1,7 +1,7 @@
 //! Read-ahead policy: predicts which blocks sequential readers will want next.
 //!
 //! Each sequential reader is a *read stream*; a few are tracked at once. A read that continues where a read stream
-//! stopped doubles its window, up to the maximum. Any other read replaces the least recently used read stream with a
+//! stopped doubles its window, up to the maximum, which the streams share that are read at the time. Any other read replaces the least recently used read stream with a
 //! new one that has no window, so random reads prefetch nothing.
 //!
 //! The kernel sends the parts of one large read at once, and several threads take them: they may arrive out of order. A
@@ -11,6 +11,9 @@ use std::ops::Range;
 
 /// Number of read streams that are tracked: more sequential readers of one disk at a time are rare.
 const STREAMS: usize = 8;
+
+/// Number of reads after which a stream that had none of them is taken for one that has ended.
+const RECENT: u64 = 64;
 
 /// Blocks behind the end of a stream in which a read still belongs to it: some parts of 1 MiB in the smallest blocks.
 const BEHIND: u64 = 128;
@@ -71,17 +74,25 @@ impl ReadStreams {
         self.streams.iter().any(|s| s.is_continued_by(blocks))
     }
 
+    /// Returns the number of streams that blocks are prefetched for. What is prefetched for all of them must fit into the
+    /// memory, or the blocks of one would evict those of another before they are read.
+    fn prefetching(&self) -> u64 {
+        let prefetches = |s: &&ReadStream| s.window > 0 && self.clock - s.used < RECENT;
+        self.streams.iter().filter(prefetches).count() as u64
+    }
+
     /// Records a read of `blocks`. Returns the blocks to prefetch, which may be none or lie beyond the end of the disk.
     pub(crate) fn read(&mut self, blocks: &Range<u64>) -> Range<u64> {
         self.clock += 1;
         let clock = self.clock;
+        let most = self.max_window / self.prefetching().max(1);
         if let Some(s) = self.streams.iter_mut().find(|s| s.is_continued_by(blocks)) {
             let grown = blocks.end > s.next;
             s.next = s.next.max(blocks.end);
             s.used = clock;
             if grown {
                 let least = blocks.end - blocks.start;
-                s.window = (s.window * 2).max(least).min(self.max_window);
+                s.window = (s.window * 2).max(least).min(most);
             }
             let from = s.fetched.max(s.next);
             let to = s.next + s.window;
@@ -146,6 +157,28 @@ mod tests {
             at = at.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let block = at >> 20;
             assert!(s.read(&(block..block + 1)).is_empty());
+        }
+    }
+
+    #[test]
+    fn concurrent_sequential_readers_share_the_largest_window() {
+        let mut s = ReadStreams::new(64);
+        let mut ahead = [0u64; 2];
+        for i in 0..300 {
+            // The second reader begins later, and ends earlier.
+            let readers = if (100..150).contains(&i) { 0..2 } else { 0..1 };
+            for reader in readers {
+                let base = reader as u64 * 1_000_000 + i;
+                let prefetch = s.read(&(base..base + 1));
+                if !prefetch.is_empty() {
+                    ahead[reader] = prefetch.end - (base + 1);
+                }
+            }
+            match i {
+                99 | 299 => assert!(ahead[0] > 40, "{ahead:?} at {i}"),
+                149 => assert!(ahead.iter().all(|ahead| (16..=32).contains(ahead)), "{ahead:?}"),
+                _ => {}
+            }
         }
     }
 

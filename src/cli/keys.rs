@@ -51,7 +51,7 @@ pub(super) static KEYS: &[DiskKey] = &[
         |s, v| { s.cache = values::page_cache(v); Ok(()) }),
     DiskKey::ready("cache-size", Group::Every, ValueKind::Size, "RAM for cached blocks of this disk, if they are compressed or remote (default: 32M, on a web server 64M)",
         |s, v| { s.cache_size = Some(values::size(v)?); Ok(()) }),
-    DiskKey::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 24M)",
+    DiskKey::ready("readahead", Group::Every, ValueKind::Size, "upper limit of read-ahead (default: by the distance of the source; on a web server 40M)",
         |s, v| { s.readahead = Some(values::size(v)?); Ok(()) }),
     DiskKey::ready("backend", Group::Every, ValueKind::one_of(&["native", "nbd", "https", "vddk"]),
         "back end to use (default: by the source)",

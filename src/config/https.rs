@@ -179,6 +179,10 @@ impl SourceSettings for HttpsConfig {
         self.degraded.cid
     }
 
+    fn reads_ahead(&self) -> bool {
+        true
+    }
+
     fn cache_dir(&self) -> Option<&Path> {
         self.cache_dir.as_ref().map(|(dir, _)| dir.as_path())
     }

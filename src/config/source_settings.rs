@@ -57,6 +57,11 @@ pub trait SourceSettings {
         false
     }
 
+    /// Returns true if the source reads ahead as far as its distance needs, whatever the settings are.
+    fn reads_ahead(&self) -> bool {
+        false
+    }
+
     /// Returns the folder that keeps fetched blocks across mounts.
     fn cache_dir(&self) -> Option<&Path> {
         None

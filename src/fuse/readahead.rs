@@ -28,20 +28,47 @@ pub enum Window {
     Exactly(u64),
 }
 
+/// Reads of one disk of the mount.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskReads {
+    /// `readahead=`, in bytes.
+    pub bound: Option<u64>,
+    /// Distance of its data.
+    pub locality: Locality,
+    /// True if the daemon reads ahead as far as the distance needs. A large window of the kernel is in its way then: all of
+    /// its requests come at once, and each would take a connection for its MiB from the long fetches of the read-ahead.
+    pub read_ahead_by_daemon: bool,
+}
+
+impl DiskReads {
+    /// Returns the default window in KiB.
+    fn default_kib(&self) -> u64 {
+        match self.locality {
+            Locality::Here => DEFAULT_KIB,
+            Locality::OtherMachine if !self.read_ahead_by_daemon => OTHER_MACHINE_KIB,
+            Locality::OtherProcess | Locality::OtherMachine => OTHER_PROCESS_KIB,
+        }
+    }
+
+    /// Returns the window in KiB that the user asks for.
+    fn asked_kib(&self) -> Option<u64> {
+        let most = if self.read_ahead_by_daemon {
+            self.default_kib()
+        } else {
+            u64::MAX
+        };
+        self.bound.map(|bytes| (bytes / 1024).min(most))
+    }
+}
+
 impl Window {
     /// Returns the window for the disks of a mount, which share it. It is the largest `readahead=` of the disks, or the
-    /// default if any disk has none.
-    ///
-    /// `locality` is that of the farthest disk: its blocks have to be requested long before they are read.
-    pub fn of(bounds: impl Iterator<Item = Option<u64>>, locality: Locality) -> Self {
-        let bounds: Option<Vec<u64>> = bounds.collect();
-        match bounds.and_then(|b| b.into_iter().max()) {
-            Some(bytes) => Self::Exactly(bytes / 1024),
-            None => Self::AtLeast(match locality {
-                Locality::Here => DEFAULT_KIB,
-                Locality::OtherProcess => OTHER_PROCESS_KIB,
-                Locality::OtherMachine => OTHER_MACHINE_KIB,
-            }),
+    /// largest default if any disk has none: the farthest blocks have to be requested long before they are read.
+    pub fn of(disks: &[DiskReads]) -> Self {
+        let asked: Option<Vec<u64>> = disks.iter().map(DiskReads::asked_kib).collect();
+        match asked.and_then(|asked| asked.into_iter().max()) {
+            Some(kib) => Self::Exactly(kib),
+            None => Self::AtLeast(disks.iter().map(DiskReads::default_kib).max().unwrap_or(DEFAULT_KIB)),
         }
     }
 }
@@ -75,27 +102,51 @@ mod tests {
         );
     }
 
+    fn disk(bound: Option<u64>, locality: Locality) -> DiskReads {
+        DiskReads {
+            bound,
+            locality,
+            read_ahead_by_daemon: false,
+        }
+    }
+
     #[test]
     fn the_largest_bound_counts_and_a_disk_without_one_has_the_default_window() {
+        use Locality::{Here, OtherMachine, OtherProcess};
+        for (disks, window) in [
+            (&[disk(Some(0), OtherMachine)][..], Window::Exactly(0)),
+            (
+                &[disk(Some(65536), Here), disk(Some(2 << 20), Here)],
+                Window::Exactly(2048),
+            ),
+            (
+                &[disk(Some(65536), Here), disk(None, Here)],
+                Window::AtLeast(DEFAULT_KIB),
+            ),
+            (
+                &[disk(None, Here), disk(None, OtherMachine)],
+                Window::AtLeast(OTHER_MACHINE_KIB),
+            ),
+            (&[disk(None, OtherProcess)], Window::AtLeast(OTHER_PROCESS_KIB)),
+            (&[], Window::AtLeast(DEFAULT_KIB)),
+        ] {
+            assert_eq!(Window::of(disks), window, "{disks:?}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_reads_ahead_a_little_where_the_daemon_does() {
+        let served = |bound| DiskReads {
+            read_ahead_by_daemon: true,
+            ..disk(bound, Locality::OtherMachine)
+        };
+        assert_eq!(Window::of(&[served(None)]), Window::AtLeast(OTHER_PROCESS_KIB));
         assert_eq!(
-            Window::of([Some(0)].into_iter(), Locality::OtherMachine),
-            Window::Exactly(0)
+            Window::of(&[served(Some(64 << 20))]),
+            Window::Exactly(OTHER_PROCESS_KIB)
         );
-        assert_eq!(
-            Window::of([Some(65536), Some(2 << 20)].into_iter(), Locality::Here),
-            Window::Exactly(2048)
-        );
-        assert_eq!(
-            Window::of([Some(65536), None].into_iter(), Locality::Here),
-            Window::AtLeast(DEFAULT_KIB)
-        );
-        assert_eq!(
-            Window::of([None].into_iter(), Locality::OtherMachine),
-            Window::AtLeast(OTHER_MACHINE_KIB)
-        );
-        assert_eq!(
-            Window::of([None].into_iter(), Locality::OtherProcess),
-            Window::AtLeast(OTHER_PROCESS_KIB)
-        );
+        assert_eq!(Window::of(&[served(Some(65536))]), Window::Exactly(64));
+        let other = disk(None, Locality::OtherMachine);
+        assert_eq!(Window::of(&[served(None), other]), Window::AtLeast(OTHER_MACHINE_KIB));
     }
 }

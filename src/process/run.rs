@@ -27,13 +27,13 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
-use crate::config::{Locality, LogConfig, MountConfig, MountOptions};
+use crate::config::{DiskConfig, LogConfig, MountConfig, MountOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::error_log::ErrorLog;
 use crate::fuse::auto_unmount::AutoUnmount;
 use crate::fuse::mount::{Mount, Unmounted};
 use crate::fuse::probe::Prober;
-use crate::fuse::readahead::{self, Window};
+use crate::fuse::readahead::{self, DiskReads, Window};
 use crate::fuse::session::Running;
 use crate::fuse::target::Target;
 use crate::fuse::{Disks, Requests};
@@ -273,17 +273,14 @@ impl MountedDaemon {
         // (`volume/loop_budget.rs`).
         requests.from(device.try_clone().map_err(|e| Error::io("/dev/fuse", e))?);
         let session = Running::start(filesystem, device, options, loops)?;
-        let locality = config
-            .disks
-            .iter()
-            .map(|d| d.source.settings().locality())
-            .max()
-            .unwrap_or(Locality::Here);
+        let reads = |disk: &DiskConfig| DiskReads {
+            bound: disk.readahead,
+            locality: disk.source.settings().locality(),
+            read_ahead_by_daemon: disk.source.settings().reads_ahead(),
+        };
+        let reads: Vec<DiskReads> = config.disks.iter().map(reads).collect();
         // Only an optimization, so a failure (usually missing privileges) is logged and ignored.
-        match readahead::set(
-            mount.device(),
-            Window::of(config.disks.iter().map(|d| d.readahead), locality),
-        ) {
+        match readahead::set(mount.device(), Window::of(&reads)) {
             Ok(kib) => tracing::debug!("read-ahead of the mount: {kib} KiB"),
             Err(e) => tracing::info!("read-ahead of the mount not changed, sequential reads are slower: {e}"),
         }

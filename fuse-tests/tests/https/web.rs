@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -134,6 +135,34 @@ fn the_kernel_keeps_the_pages_of_a_web_disk_from_one_open_to_the_next() {
             mount.unmount();
         }
         fs::remove_file(scratch.path("o.vmdk")).unwrap();
+    }
+}
+
+/// A window of the kernel as large as that of the daemon would take the connections from the daemon's long requests.
+#[test]
+fn the_kernel_reads_ahead_little_whatever_the_daemon_does() {
+    if !need_nginx() || !need_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    raw_with_islands(&scratch.mkdir("www").join("d.img"), 4 * MIB, 5);
+    let server = Server::nginx(&scratch, &scratch.path("www"), "");
+    for (keys, kib) in [
+        (&[][..], "2048"),
+        (&["readahead=64M", "cache-size=128M"], "2048"),
+        (&["readahead=0"], "0"),
+    ] {
+        let mount = scratch
+            .mount()
+            .args(keys)
+            .arg(format!("cainfo={}", server.certificate.display()))
+            .arg(server.url("d.img"))
+            .start();
+        let device = fs::metadata(mount.point()).unwrap().dev();
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        let window = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb")).unwrap();
+        assert_eq!(window.trim(), kib, "{keys:?}");
+        mount.unmount();
     }
 }
 
