@@ -1,8 +1,9 @@
 //! Read-ahead policy: predicts which blocks sequential readers will want next.
 //!
 //! Each sequential reader is a *read stream*; a few are tracked at once. A read that continues where a read stream
-//! stopped doubles its window, up to the maximum, which the streams share that are read at the time. Any other read replaces the least recently used read stream with a
-//! new one that has no window, so random reads prefetch nothing.
+//! stopped widens its window to four times of what the stream has read: a reader that stops has cost no more than that. The
+//! streams that are read at the time share the largest window. Any other read replaces the least recently used read stream
+//! with a new one that has no window, so random reads prefetch nothing.
 //!
 //! The kernel sends the parts of one large read at once, and several threads take them: they may arrive out of order. A
 //! read within what a stream has prefetched, or a short way behind its end, therefore belongs to the stream too.
@@ -11,6 +12,9 @@ use std::ops::Range;
 
 /// Number of read streams that are tracked: more sequential readers of one disk at a time are rare.
 const STREAMS: usize = 8;
+
+/// Blocks of a window for each block that its stream has read.
+const READ_AHEAD: u64 = 4;
 
 /// Number of reads after which a stream that had none of them is taken for one that has ended.
 const RECENT: u64 = 64;
@@ -24,6 +28,8 @@ struct ReadStream {
     next: u64,
     /// Block after the last one that was prefetched.
     fetched: u64,
+    /// Number of blocks that were read.
+    read: u64,
     /// Number of blocks to prefetch after `next`.
     window: u64,
     /// Value of the clock at its last read; 0 if the read stream is unused.
@@ -87,12 +93,12 @@ impl ReadStreams {
         let clock = self.clock;
         let most = self.max_window / self.prefetching().max(1);
         if let Some(s) = self.streams.iter_mut().find(|s| s.is_continued_by(blocks)) {
-            let grown = blocks.end > s.next;
-            s.next = s.next.max(blocks.end);
+            let grown = blocks.end.saturating_sub(s.next);
+            s.next += grown;
+            s.read += grown;
             s.used = clock;
-            if grown {
-                let least = blocks.end - blocks.start;
-                s.window = (s.window * 2).max(least).min(most);
+            if grown > 0 {
+                s.window = (s.read * READ_AHEAD).min(most);
             }
             let from = s.fetched.max(s.next);
             let to = s.next + s.window;
@@ -107,6 +113,7 @@ impl ReadStreams {
             *oldest = ReadStream {
                 next: blocks.end,
                 fetched: blocks.end,
+                read: blocks.end - blocks.start,
                 window: 0,
                 used: clock,
             };
@@ -147,6 +154,21 @@ mod tests {
             ahead = ahead.max(prefetch.end);
         }
         assert!(ahead > 200);
+    }
+
+    #[test]
+    fn a_reader_that_stops_has_cost_a_few_times_of_what_it_has_read() {
+        for len in [1, 32] {
+            let mut s = ReadStreams::new(1 << 20);
+            let mut fetched = 0;
+            for n in 0..20 {
+                let prefetch = s.read(&(n * len..(n + 1) * len));
+                fetched += prefetch.end - prefetch.start;
+                let read = (n + 1) * len;
+                assert!(fetched <= 5 * read, "{fetched} after {read}");
+            }
+            assert!(fetched >= 60 * len, "{fetched}");
+        }
     }
 
     #[test]
