@@ -62,6 +62,7 @@ impl Disks {
         for file in &files {
             tracing::debug!("{}: {}", file.config.name.display(), file.volume().statistics());
         }
+        // All of them, also after an error: the others must not stay unfinished because of one.
         for file in &files {
             first = first.and(file.close());
         }

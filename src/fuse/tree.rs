@@ -133,6 +133,7 @@ impl Directory {
     /// asked, by [`Self::lookup`].
     pub(super) fn lookup_at_once(&self, name: &OsStr) -> Option<Result<Option<Entry>>> {
         for names in &self.names {
+            // Not the others after it: an earlier provider has the right to the name.
             if names.may_wait() {
                 return None;
             }
@@ -156,6 +157,7 @@ impl Directory {
         for names in &self.names {
             all.extend(names.list()?);
         }
+        // The first one wins, as in a lookup.
         let mut seen = HashSet::new();
         all.retain(|listed: &Listed| seen.insert(listed.name.clone()));
         Ok(all)
@@ -250,11 +252,13 @@ impl Tree {
         let ino = disk_inode_of(ino);
         let mut found = write_lock(&self.found);
         let counted = found.get_mut(&ino.0)?;
+        // Never below zero: the number comes from the kernel, and an inode must not be kept forever for a wrong one.
         counted.lookups = counted.lookups.saturating_sub(lookups);
         if counted.lookups > 0 {
             return None;
         }
         let entry = found.remove(&ino.0)?.entry;
+        // Before the lock of `found` is released: the end of the mount closes each disk that is in one of the two lists.
         if let Entry::File(_, file) = &entry {
             self.closing().push(Arc::clone(file));
         }

@@ -177,6 +177,7 @@ impl Volume {
         let Some(read) = AlignedRead::of(disk.geometry(), offset, len) else {
             return Ok(&[]);
         };
+        // A hole costs neither a buffer nor a copy: all reads of zeroes share the same pages.
         if read.is_zero(disk) {
             return Ok(ReadBuffer::zeroes(read.len()));
         }
@@ -216,6 +217,7 @@ impl Volume {
             if content.is_zero() == (target == Seek::Hole) {
                 return Ok(Some(at));
             }
+            // A disk that answers with a length of zero would keep this thread here.
             at = (lba + sectors.max(1)).bytes();
         }
         Ok((target == Seek::Hole && offset < end).then_some(end))

@@ -158,8 +158,11 @@ impl ExportCatalog {
 
     fn ask(&self, export: &OsStr, deadline: Instant) -> Result<Export> {
         let name = c_text(export.as_bytes())?;
+        // A connection of its own, which ends before the data phase: those of an open disk belong to its session.
         let mut handle = self.connector.negotiate(true, deadline, &never)?;
         let found = self.connector.info(&mut handle, &name, deadline);
+        // A server may have entered the data phase already, as old ones know no question about an export. Both ways end the
+        // connection politely, so that it leaves no error in the server's log.
         if handle.is_up() {
             handle.disconnect();
         } else {

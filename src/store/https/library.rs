@@ -68,6 +68,7 @@ impl Library {
 
     /// Sends a request, and waits for the head of the answer.
     pub(super) fn send(&self, request: &Request<'_>, limits: Limits<'_>) -> Result<(AnswerHead, LibraryBody), Trouble> {
+        // In turn, and not to the least loaded: a client of HTTP/2 has one connection, and all requests are about as long.
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let Some(client) = self.clients.get(turn % self.clients.len().max(1)) else {
             return Err(Trouble::Unreachable("no client".to_owned()));
@@ -79,6 +80,7 @@ impl Library {
             .send();
         let answer = wait(sent, limits)?.map_err(|e| {
             let (connecting, timed_out) = (e.is_connect(), e.is_timeout());
+            // The address of the request may hold a token in its query.
             let text = printable(with_causes(&e.without_url()));
             match (connecting, timed_out) {
                 (true, true) => Trouble::Unreachable(format!("no connection within {} s", self.connect.as_secs())),
@@ -117,6 +119,7 @@ fn wait<T>(future: impl Future<Output = T>, limits: Limits<'_>) -> Result<T, Tro
     runtime.block_on(async {
         let mut future = pin!(future);
         loop {
+            // In short waits, as the library knows nothing of a file that is closed meanwhile.
             match timeout(TICK, &mut future).await {
                 Ok(result) => return Ok(result),
                 Err(_) => limits.check()?,
@@ -140,6 +143,7 @@ fn client_of(options: &LibraryOptions<'_>) -> Result<reqwest::Client> {
     }
     builder = builder
         .tls_backend_preconfigured(tls)
+        // Neither proxies of the environment nor redirects by the library: both could send credentials to another host.
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .referer(false)

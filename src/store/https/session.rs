@@ -149,6 +149,7 @@ impl Session {
             }
             match (&self.basic, &self.script) {
                 (None, None) => return Ok(Authorization::Anonymous),
+                // One login for all connections: an ESXi has few sessions, and locks a user out after some refusals.
                 _ if state.logging_in => {}
                 (_, Some((script, _))) => {
                     state.logging_in = true;
@@ -163,6 +164,7 @@ impl Session {
                     });
                 }
             }
+            // In short waits: this request may be given up, or late, before the other one's login ends.
             limits.check()?;
             state = wait_timeout(&self.login_ended, state, TICK).0;
         }

@@ -89,6 +89,8 @@ pub fn certificate_of(server: &str, port: u16) -> Result<(Thumbprint, Thumbprint
         .and_then(|()| socket.set_write_timeout(limit));
     limited.map_err(failed)?;
     let deadline = Instant::now() + CONNECT;
+    // The certificate comes in the middle of the handshake. Its end would need an answer of ours, and perhaps a certificate
+    // that the server asks of this client.
     while session.is_handshaking() && session.peer_certificates().is_none() {
         if Instant::now() > deadline {
             return Err(failed(io::ErrorKind::TimedOut.into()));
@@ -154,6 +156,8 @@ impl ServerCertVerifier for Verifier {
                  SHA-256 is {}; if the server's certificate was replaced, give the new thumbprint",
                 seen.sha1, seen.sha256
             ))),
+            // The library refuses a server's self-signed certificate also where it is a root, so one of the user's own file is
+            // compared as a whole. Its name still counts: the file may have the certificates of several servers.
             Check::Roots(_, given) if given.contains(end_entity) => ParsedCertificate::try_from(end_entity)
                 .and_then(|certificate| verify_server_name(&certificate, server_name))
                 .map(|()| ServerCertVerified::assertion())
@@ -240,6 +244,7 @@ fn roots_of(path: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>)
 
 fn system_roots() -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
+    // Old or odd certificates among hundreds of a machine are no reason to trust none of them.
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
         return Err(Error::new(
