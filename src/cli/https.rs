@@ -329,22 +329,11 @@ pub(super) fn resolve(value: &OsStr) -> Result<(String, IpAddr), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_args::{action, disks};
+    use super::super::test_args::{action, disks, warnings, web};
     use super::*;
     use crate::config::{Locality, SourceConfig, SourceSettings};
 
     const LOGIN: [&str; 2] = ["user=root", "password=secret"];
-
-    fn web(args: &[&str]) -> HttpsConfig {
-        match disks(&[&["src"], args].concat()).remove(0).source {
-            SourceConfig::Https(https) => *https,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn warnings(args: &[&str]) -> usize {
-        disks(&[&["src"], args].concat())[0].warnings.len()
-    }
 
     #[test]
     fn a_file_in_a_datastore_is_bound_to_its_server() {

@@ -159,20 +159,8 @@ fn prompt() -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_args::{action, disks};
+    use super::super::test_args::{action, warnings, web};
     use super::*;
-    use crate::config::{HttpsConfig, SourceConfig};
-
-    fn web(args: &[&str]) -> HttpsConfig {
-        match disks(&[&["src"], args].concat()).remove(0).source {
-            SourceConfig::Https(https) => *https,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn warnings(args: &[&str]) -> usize {
-        disks(&[&["src"], args].concat())[0].warnings.len()
-    }
 
     #[test]
     fn a_password_comes_from_a_file_or_a_descriptor_without_a_warning() {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use super::outcome::{Parsed, UsageError};
 use super::parse;
-use crate::config::{Action, Config, DiskConfig, MountConfig};
+use crate::config::{Action, Config, DiskConfig, HttpsConfig, MountConfig, SourceConfig};
 
 /// Returns the configuration. Panics if the command line only prints a text.
 pub(super) fn config_of(parsed: Result<Parsed, UsageError>) -> Result<Config, String> {
@@ -30,4 +30,17 @@ pub(super) fn action(args: &[&str]) -> Result<Action, String> {
 /// Returns the disks of a command line that is valid.
 pub(super) fn disks(args: &[&str]) -> Vec<DiskConfig> {
     action(args).unwrap().disks().to_vec()
+}
+
+/// Returns the one disk of a mount, which is on a web server.
+pub(super) fn web(args: &[&str]) -> HttpsConfig {
+    match disks(&[&["src"], args].concat()).remove(0).source {
+        SourceConfig::Https(https) => *https,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Returns the number of warnings about the first disk of a mount.
+pub(super) fn warnings(args: &[&str]) -> usize {
+    disks(&[&["src"], args].concat())[0].warnings.len()
 }

@@ -66,7 +66,8 @@ fn the_stand_in_of_nbdkit_is_served() {
     let libdir = scratch.mkdir("libdir");
     let library = libdir.join("libvixDiskLib.so.6");
     let command = Cmd::new("gcc")
-        .args(["-shared", "-fPIC", "-O1", "-pthread"])
+        .args(["-shared", "-fPIC", "-O1", "-pthread", "-I"])
+        .arg(source("nbdkit/plugin/plugins/vddk"))
         .arg(source("nbdkit/dummy-vddk.c"));
     command.arg("-o").arg(&library).run().ok();
     let libdir = format!("libdir={}", libdir.display());
