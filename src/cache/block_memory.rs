@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// not evict one another before they are read.
 const HOT_PART: f64 = 0.2;
 
-/// Least blocks of a memory.
+/// Minimum number of blocks of a memory, whatever size is requested.
 const MIN_BLOCKS: u64 = 4;
 
 /// Least blocks of a shard where there are several.

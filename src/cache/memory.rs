@@ -38,9 +38,6 @@ pub struct CacheOptions {
     pub drop_at_open: bool,
 }
 
-/// Minimum number of blocks that a cache holds, whatever size is requested.
-const MIN_BLOCKS: u64 = 4;
-
 /// Cache over a disk; see the documentation of `blocks.rs`.
 #[derive(Debug)]
 pub struct BlockCache {
@@ -78,7 +75,7 @@ impl BlockCache {
             disk: source,
         });
         let pool = FetchPool::new(options.workers).map_err(|e| Error::io("starting the threads of the cache", e))?;
-        let memory = BlockMemory::new(options.size, disk.block(), MIN_BLOCKS)?;
+        let memory = BlockMemory::new(options.size, disk.block(), 0)?;
         let fetch = Arc::clone(&disk) as Arc<dyn Fetch>;
         let fetch = match &kept {
             Some(kept) => Arc::new(TieredFetch::new(fetch, Arc::clone(&kept.file))),

@@ -9,7 +9,7 @@ pub struct User {
     pub gid: u32,
 }
 
-/// The unprivileged user `nobody`.
+/// Names the unprivileged user `nobody`.
 pub const NOBODY: User = User { uid: 65534, gid: 65534 };
 
 /// A second unprivileged user, without a name and without a common group with [`NOBODY`].
