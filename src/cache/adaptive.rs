@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::block_memory::BlockMemory;
 use super::blocks::CachedBlocks;
-use super::{Fetch, FetchPool, may_wait, would_block};
+use super::{Block, Fetch, FetchPool, may_wait, would_block};
 use crate::error::Result;
 
 /// A locality of all reads.
@@ -60,8 +60,8 @@ impl AdaptiveBlocks {
     }
 
     /// Puts a large block into the memory that came with another request.
-    pub fn put(&self, number: u64, bytes: Vec<u8>) {
-        self.large.file().put(number, bytes);
+    pub fn put(&self, number: u64, block: Block) {
+        self.large.file().put(number, block);
     }
 
     /// Reads from byte `offset` on and fills `buf` completely. The range must lie in the file.
@@ -137,12 +137,14 @@ mod tests {
             Duration::from_secs(60)
         }
 
-        fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+        fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
             let bytes = blocks.start * self.block..blocks.end * self.block;
             self.fetched.lock().unwrap().push(bytes);
             for block in blocks {
                 let start = block * self.block;
-                each((start..start + self.block).map(|n| (n / 4096) as u8).collect());
+                each(Block::new(
+                    (start..start + self.block).map(|n| (n / 4096) as u8).collect(),
+                ));
             }
             Ok(())
         }

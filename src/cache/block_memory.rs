@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use quick_cache::sync::Cache;
 use quick_cache::{OptionsBuilder, Weighter};
 
-use super::single_flight::Block;
+use super::Block;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Part of the cache for blocks that were read more than once. The rest is for new blocks, so that prefetched blocks do

@@ -21,8 +21,8 @@ use std::time::Instant;
 
 use super::block_memory::{BlockKey, BlockMemory};
 use super::readahead::ReadStreams;
-use super::single_flight::{Block, Claim, Flight};
-use super::{Fetch, may_wait, would_block};
+use super::single_flight::{Claim, Flight};
+use super::{Block, Fetch, may_wait, would_block};
 use crate::error::{Error, Result};
 use crate::mutex::lock;
 
@@ -75,9 +75,9 @@ impl FileBlocks {
     }
 
     /// Puts a block into the memory that came with another request.
-    pub(super) fn put(&self, number: u64, bytes: Vec<u8>) {
-        if bytes.len() as u64 == self.block_len(number) {
-            self.memory.insert(self.key(number), Block::new(bytes));
+    pub(super) fn put(&self, number: u64, block: Block) {
+        if block.len() as u64 == self.block_len(number) {
+            self.memory.insert(self.key(number), block);
         }
     }
 
@@ -305,7 +305,7 @@ impl FileBlocks {
         };
         let blocks = first..first + run.len() as u64;
         let mut run = run.into_iter();
-        let mut take = |data: Vec<u8>| {
+        let mut take = |data: Block| {
             if let Some(fetching) = run.next() {
                 fetching.finish(data);
             }
@@ -333,9 +333,9 @@ impl<'a> Fetching<'a> {
         Self { file, block, claim }
     }
 
-    fn finish(mut self, data: Vec<u8>) {
+    fn finish(mut self, data: Block) {
         let result = if data.len() as u64 == self.file.block_len(self.block) {
-            Ok(Block::new(data))
+            Ok(data)
         } else {
             Err(Error::corrupt("a fetched block has a wrong length"))
         };

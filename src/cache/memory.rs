@@ -13,7 +13,7 @@ use super::block_memory::BlockMemory;
 use super::blocks::CachedBlocks;
 use super::disk_tier::{DiskTier, KeptFile, TieredFetch};
 use super::writes::CacheWrites;
-use super::{Fetch, FetchPool};
+use super::{Block, Fetch, FetchPool};
 use crate::block::{BlockRead, BlockWrite, Content, Geometry, Lba, SECTOR, SharedContent, check_range};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::RoomNeeded;
@@ -239,7 +239,7 @@ impl Fetch for DiskBlocks {
             .is_zero(Lba(range.start / SECTOR), (range.end - range.start) / SECTOR)
     }
 
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
         let read = |blocks: Range<u64>| {
             let (start, end) = (blocks.start * self.block(), blocks.end * self.block());
             let mut data = vec![0; (end.min(self.len()) - start) as usize];
@@ -249,7 +249,8 @@ impl Fetch for DiskBlocks {
             let began = Instant::now();
             match read(blocks.clone()) {
                 Ok(run) => {
-                    run.chunks(self.block() as usize).for_each(|block| each(block.to_vec()));
+                    run.chunks(self.block() as usize)
+                        .for_each(|block| each(Block::new(block.to_vec())));
                     return Ok(());
                 }
                 // A source that hangs would take as long for each block, and readers wait no longer than the deadline.
@@ -259,7 +260,7 @@ impl Fetch for DiskBlocks {
         }
         // One at a time after an error: those before a damaged block are valid.
         for block in blocks {
-            each(read(block..block + 1)?);
+            each(Block::new(read(block..block + 1)?));
         }
         Ok(())
     }

@@ -16,6 +16,7 @@
 use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -36,6 +37,9 @@ pub use block_memory::BlockMemory;
 pub use blocks::CachedBlocks;
 pub use memory::{BlockCache, CacheOptions};
 pub use pool::FetchPool;
+
+/// Bytes of a block. Not `Arc<[u8]>`: the conversion from the vector that was read into would copy the bytes.
+pub type Block = Arc<Vec<u8>>;
 
 /// Origin of the blocks of a cache.
 pub trait Fetch: fmt::Debug + Send + Sync {
@@ -71,7 +75,7 @@ pub trait Fetch: fmt::Debug + Send + Sync {
     /// complete.
     ///
     /// Errors: those of I/O. The blocks that were passed before are valid all the same.
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()>;
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()>;
 
     /// Ends the fetches in flight with an error: no reader is left.
     fn close(&self) {}

@@ -10,11 +10,9 @@
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
+use super::Block;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::{lock, wait_timeout_while};
-
-/// Bytes of a block. Not `Arc<[u8]>`: the conversion from the vector that was read into would copy the bytes.
-pub(crate) type Block = Arc<Vec<u8>>;
 
 #[derive(Debug)]
 enum FlightState {

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::*;
-use crate::cache::without_waiting;
+use crate::cache::{Block, without_waiting};
 use crate::error::{Error, ErrorKind};
 use crate::mutex::lock;
 
@@ -52,13 +52,16 @@ impl Fetch for Numbered {
         Duration::from_secs(60)
     }
 
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
         lock(&self.asked).push(blocks.clone());
         for block in blocks {
             if block >= self.broken.load(Ordering::Relaxed) {
                 return Err(Error::corrupt(format!("block {block} is broken")));
             }
-            each(vec![block as u8; BLOCK.min(self.len - block * BLOCK) as usize]);
+            each(Block::new(vec![
+                block as u8;
+                BLOCK.min(self.len - block * BLOCK) as usize
+            ]));
         }
         Ok(())
     }
@@ -171,8 +174,8 @@ fn files_that_share_memory_keep_their_blocks_apart() {
 fn a_block_of_another_request_is_used_only_if_it_is_complete() {
     let file = Numbered::new(2 * BLOCK);
     let cache = cache(&file, 0, 0);
-    cache.file.put(0, vec![0; BLOCK as usize]);
-    cache.file.put(1, vec![1; 7]);
+    cache.file.put(0, Block::new(vec![0; BLOCK as usize]));
+    cache.file.put(1, Block::new(vec![1; 7]));
     check(&cache, 0, 2 * BLOCK as usize);
     assert_eq!(file.asked(), [(1, 2)]);
 }

@@ -38,8 +38,11 @@ use super::storage::Storage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::lock;
 
-/// Blocks that are written before the data is synced: 512 MiB. Each sync takes processor time from the fetches.
-const FLUSH_AFTER: usize = 16384;
+/// Bytes that are written before the data is synced. A sync of the disk beside fetches slows them down: with one for each
+/// 512 MiB, the first read of a disk is a fifth slower.
+const FLUSH_AFTER: u64 = 2 << 30;
+/// Part of the folder's limit that is written before the data is synced: the limit is kept with each sync.
+const FLUSH_PART: u64 = 8;
 /// Time after which fewer blocks are synced: bounds what a crash of the machine loses.
 const FLUSH_DELAY: Duration = Duration::from_secs(5);
 /// Pause between two looks at a lock of another process.
@@ -61,6 +64,8 @@ pub struct TierFile {
     flusher: Option<(Arc<FlushQueue<Self>>, Weak<Self>)>,
     /// Blocks whose data is not synced yet, with their durable entries.
     pending: Mutex<Vec<(u64, u64)>>,
+    /// Number of such blocks from which on they are synced at once.
+    flush_after: usize,
     flushing: Mutex<()>,
     /// Held while entries of new blocks or the completion are put, or those of a damaged block are cleared.
     changing: Mutex<()>,
@@ -115,8 +120,11 @@ impl TierFile {
         boot: u64,
         flusher: Option<(Arc<FlushQueue<Self>>, Weak<Self>)>,
     ) -> Self {
+        let limit = files.as_ref().and_then(|files| files.folder.limit());
+        let flush_after = limit.map_or(FLUSH_AFTER, |limit| FLUSH_AFTER.min(limit / FLUSH_PART));
         Self {
             entries: Entries::new(map, key.blocks()),
+            flush_after: (flush_after / key.block).max(1) as usize,
             key,
             data,
             files,
@@ -215,26 +223,27 @@ impl TierFile {
 
     /// Keeps a block, unless it is there. A failure only means that it is not kept.
     pub fn write(&self, number: u64, data: &[u8]) {
-        if !self.has(number)
-            && let Some(sum) = self.write_data(number, data)
-        {
-            self.publish(number, &[sum]);
+        if !self.has(number) {
+            self.write_run(number, &[data], &[Checksum::of(data)]);
         }
     }
 
-    /// Writes the data of a block. Returns its checksums, or `None` if it is not kept.
-    pub(super) fn write_data(&self, number: u64, data: &[u8]) -> Option<Checksum> {
-        if self.refusal().is_some() || data.len() != self.key.block_len(number) {
-            return None;
+    /// Keeps neighbouring blocks, the first of which is `first`. `sums` are their checksums. A failure only means that they
+    /// are not kept.
+    pub(super) fn write_run(&self, first: u64, blocks: &[&[u8]], sums: &[Checksum]) {
+        let mut numbered = (first..).zip(blocks);
+        if self.refusal().is_some() || numbered.any(|(number, data)| data.len() != self.key.block_len(number)) {
+            return;
         }
         // Data first, then its entry: a crash between them leaves a block that counts as missing.
-        let written = self.data.write(data, number * self.key.block);
-        written.inspect_err(|e| self.give_up(e)).ok()?;
-        Some(Checksum::of(data))
+        match self.data.write_parts(blocks, first * self.key.block) {
+            Ok(()) => self.publish(first, sums),
+            Err(e) => self.give_up(&e),
+        }
     }
 
     /// Publishes written blocks: `sums` are the checksums of those from `first` on.
-    pub(super) fn publish(&self, first: u64, sums: &[Checksum]) {
+    fn publish(&self, first: u64, sums: &[Checksum]) {
         let numbered = || (first..).zip(sums);
         let in_boot = Durability::InBoot(self.boot);
         let entries: Vec<u64> = numbered().map(|(number, sum)| sum.entry(number, in_boot)).collect();
@@ -256,12 +265,12 @@ impl TierFile {
             pending.extend(numbered().map(|(number, sum)| (number, sum.entry(number, Durability::Durable))));
             (before, pending.len())
         };
-        let due = match count >= FLUSH_AFTER || all_checked {
+        let due = match count >= self.flush_after || all_checked {
             true => Duration::ZERO,
             false if before == 0 => FLUSH_DELAY,
             false => return,
         };
-        self.schedule(due, count >= FLUSH_AFTER);
+        self.schedule(due, count >= self.flush_after);
     }
 
     /// Lets the thread of the tier flush the file after `delay`. Without a thread, flushes at once where it must be.

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::OFlags;
 
-use super::Fetch;
+use super::{Block, Fetch};
 use crate::error::{Error, ErrorKind, Result};
 
 mod checked;
@@ -264,11 +264,17 @@ impl TieredFetch {
     }
 
     /// Fetches blocks that the folder does not have.
-    fn fetch_missing(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+    fn fetch_missing(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
         let mut writer = RunWriter::new(&self.file, blocks.clone());
         self.origin.fetch(blocks, &mut |data| {
-            writer.write(&data);
-            each(data);
+            // The readers of all but the last block need not wait for the disk. Those of the last one find all of them kept.
+            if writer.is_at_last() {
+                writer.push(&data);
+                each(data);
+            } else {
+                each(Arc::clone(&data));
+                writer.push(&data);
+            }
         })
     }
 }
@@ -298,13 +304,13 @@ impl Fetch for TieredFetch {
         self.origin.is_zero(range)
     }
 
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
         // One deadline for all blocks: another process that hangs is waited for once.
         let wait_end = Instant::now() + self.shared_wait;
         let (mut at, mut waited_for) = (blocks.start, None);
         while at < blocks.end {
             if let Some(data) = self.file.read(at) {
-                each(data);
+                each(Block::new(data));
                 at += 1;
                 continue;
             }

@@ -1,28 +1,32 @@
 //! Writer of the blocks of one fetch.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::file::TierFile;
 use super::format::Checksum;
+use crate::cache::Block;
 
-/// Blocks of one fetch on their way into the files. Their entries are written for several at a time.
+/// Blocks of one fetch on their way into the files. Several at a time are written, then their entries.
 pub(super) struct RunWriter<'a> {
     file: &'a TierFile,
     /// Number of the next block.
     number: u64,
     /// Number of the block after the last one.
     end: u64,
-    /// Checksums of the last blocks, which are not published yet.
+    /// Last blocks, which are not written yet.
+    blocks: Vec<Block>,
+    /// Their checksums.
     sums: Vec<Checksum>,
-    /// Time of the last publication, or of the start.
-    published: Instant,
+    /// Time of the last write, or of the start.
+    written: Instant,
 }
 
 impl<'a> RunWriter<'a> {
-    /// Blocks that are published at once.
-    const MOST: usize = 16;
-    /// Time after which a block is published at once: a slow line brings one after the other, and other processes wait.
+    /// Bytes that are written at once. ext4 needs 0.18 s for a GiB, 0.27 s in writes of 32 KiB, and 2.4 s in writes of 8 MiB.
+    const GATHERED: u64 = 1 << 20;
+    /// Time after which a block is written at once: a slow line brings one after the other, and other processes wait.
     const DELAY: Duration = Duration::from_millis(50);
 
     /// Creates the writer of `blocks`.
@@ -31,36 +35,43 @@ impl<'a> RunWriter<'a> {
             file,
             number: blocks.start,
             end: blocks.end,
+            blocks: Vec::new(),
             sums: Vec::new(),
-            published: Instant::now(),
+            written: Instant::now(),
         }
+    }
+
+    /// Returns true if the next block is the last one.
+    pub(super) fn is_at_last(&self) -> bool {
+        self.number + 1 >= self.end
     }
 
     /// Keeps the next block.
-    pub(super) fn write(&mut self, data: &[u8]) {
-        let kept = self.file.write_data(self.number, data);
-        match kept {
-            Some(sum) => self.sums.push(sum),
-            None => self.publish(),
-        }
+    pub(super) fn push(&mut self, data: &Block) {
+        // While the bytes are in the processor's cache.
+        self.sums.push(Checksum::of(data));
+        self.blocks.push(Arc::clone(data));
         self.number += 1;
-        // A reader that gets the last block finds all of them published.
-        if self.number == self.end || self.sums.len() >= Self::MOST || self.published.elapsed() >= Self::DELAY {
-            self.publish();
+        let gathered = self.blocks.len() as u64 * self.file.key().block;
+        if self.number == self.end || gathered >= Self::GATHERED || self.written.elapsed() >= Self::DELAY {
+            self.write();
         }
     }
 
-    fn publish(&mut self) {
-        if !self.sums.is_empty() {
-            self.file.publish(self.number - self.sums.len() as u64, &self.sums);
+    fn write(&mut self) {
+        if !self.blocks.is_empty() {
+            let parts: Vec<&[u8]> = self.blocks.iter().map(|block| block.as_slice()).collect();
+            self.file
+                .write_run(self.number - parts.len() as u64, &parts, &self.sums);
         }
+        self.blocks.clear();
         self.sums.clear();
-        self.published = Instant::now();
+        self.written = Instant::now();
     }
 }
 
 impl Drop for RunWriter<'_> {
     fn drop(&mut self) {
-        self.publish();
+        self.write();
     }
 }

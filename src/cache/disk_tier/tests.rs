@@ -110,6 +110,12 @@ fn opened(data: Vec<u8>, map: Vec<u8>, boot: u64) -> (TierFile, Arc<Mutex<Vec<Op
     (TierFile::over(key(), data, map, None, boot, None), log)
 }
 
+/// Keeps neighbouring blocks as a fetch does.
+fn keep_run(file: &TierFile, blocks: Range<u64>) {
+    let mut writer = RunWriter::new(file, blocks.clone());
+    blocks.for_each(|number| writer.push(&Block::new(content(number))));
+}
+
 /// Returns what a crash before operation `end` may leave of a file: what was synced, and any sectors of the rest.
 fn after_crash(log: &[Op], which: Which, end: usize, random: &mut Random) -> Vec<u8> {
     let mut bytes = empty(which);
@@ -149,8 +155,12 @@ fn no_crash_of_the_machine_leads_to_a_wrong_block() {
     for state in 0..1000 {
         let (file, log) = opened(empty(Which::Data), empty(Which::Map), 1);
         for _ in 0..BLOCKS * 2 {
-            let number = random.below(BLOCKS as usize) as u64;
-            file.write(number, &content(number));
+            let first = random.below(BLOCKS as usize) as u64;
+            let blocks = first..BLOCKS.min(first + 1 + random.below(6) as u64);
+            match random.below(2) {
+                0 => file.write(first, &content(first)),
+                _ => keep_run(&file, blocks),
+            }
             if random.below(8) == 0 {
                 file.flush();
             }

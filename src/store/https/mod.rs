@@ -23,7 +23,7 @@ use reqwest::Url;
 use ring::digest::{SHA256, digest};
 
 use crate::cache::disk_tier::{DiskTier, FileKey, TierFile, TieredFetch, address_hash};
-use crate::cache::{AdaptiveBlocks, BlockMemory, Fetch, FetchPool};
+use crate::cache::{AdaptiveBlocks, Block, BlockMemory, Fetch, FetchPool};
 use crate::config::HttpsConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Access, ExtentName, Identity, Store, StoredFile};
@@ -183,7 +183,7 @@ impl HttpsFile {
         form: usize,
         moved: Mutex<Option<Url>>,
         version: Version,
-        head: Vec<Vec<u8>>,
+        head: Vec<Block>,
     ) -> Result<Self> {
         let remote = Arc::new(RemoteFile {
             client: Arc::clone(&shared.client),
@@ -361,7 +361,7 @@ impl Fetch for RemoteBlocks {
         self.remote.client.timeout() + Duration::from_secs(10)
     }
 
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
         let (start, end) = (
             blocks.start * self.block,
             (blocks.end * self.block).min(self.remote.version.len),
@@ -393,7 +393,7 @@ impl Fetch for RemoteBlocks {
 /// Reads a range, and passes its blocks of `size` bytes to `each`. Returns the version of the file.
 ///
 /// Errors: as [`Client::read`]. The blocks that were complete before are passed all the same.
-fn read(client: &Client, ask: &Ask<'_>, size: u64, each: &mut dyn FnMut(Vec<u8>)) -> Result<Version> {
+fn read(client: &Client, ask: &Ask<'_>, size: u64, each: &mut dyn FnMut(Block)) -> Result<Version> {
     let mut assembler = Assembler {
         size: size as usize,
         left: ask.range.end - ask.range.start,
@@ -413,7 +413,7 @@ struct Assembler<'a> {
     /// Bytes that are still to come, those in `block` not counted.
     left: u64,
     block: Vec<u8>,
-    each: &'a mut dyn FnMut(Vec<u8>),
+    each: &'a mut dyn FnMut(Block),
 }
 
 impl Assembler<'_> {
@@ -435,7 +435,7 @@ impl Assembler<'_> {
     /// Passes on the block as it is.
     fn end(&mut self) {
         if !self.block.is_empty() {
-            (self.each)(std::mem::take(&mut self.block));
+            (self.each)(Block::new(std::mem::take(&mut self.block)));
         }
     }
 }

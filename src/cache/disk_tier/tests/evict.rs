@@ -118,3 +118,22 @@ fn regression_an_eviction_names_versions_of_one_file_apart() {
     let tier = DiskTier::open(&path, Some(each * 3 / 2), true).unwrap();
     assert_eq!(tier.evict().unwrap().files, [version("old")]);
 }
+
+#[test]
+fn the_limit_is_kept_while_one_file_grows() {
+    let (_dir, path) = folder();
+    let limit = BLOCKS / 2 * BLOCK;
+    let tier = DiskTier::open(&path, Some(limit), true).unwrap();
+    close(tier.file(key()).unwrap());
+    let files = tier.open_files(&key(), true).unwrap().unwrap();
+    // Without a thread for it, the writer flushes.
+    let file = TierFile::new(key(), files, 1, None);
+    (0..BLOCKS).for_each(|number| keep_run(&file, number..number + 1));
+    let why = file.refusal().expect("nothing is refused").to_string();
+    assert!(why.contains("cache-dir-size"), "{why}");
+    let kept = file.missing_from(0).map(|missing| missing.start);
+    assert!(
+        kept.is_some_and(|kept| kept <= limit + limit / 4),
+        "{kept:?} bytes of {limit}"
+    );
+}

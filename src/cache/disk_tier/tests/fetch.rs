@@ -2,10 +2,18 @@
 
 use super::*;
 
-/// Server that answers at once.
+/// Server that answers at once, up to block `broken`.
 #[derive(Debug)]
 struct Origin {
     deadline: Duration,
+    broken: u64,
+}
+
+impl Origin {
+    fn within(deadline: Duration) -> Arc<Self> {
+        let broken = u64::MAX;
+        Arc::new(Self { deadline, broken })
+    }
 }
 
 impl Fetch for Origin {
@@ -25,9 +33,13 @@ impl Fetch for Origin {
         self.deadline
     }
 
-    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Vec<u8>) + Send)) -> Result<()> {
-        blocks.for_each(|number| each(content(number)));
-        Ok(())
+    fn fetch(&self, blocks: Range<u64>, each: &mut (dyn FnMut(Block) + Send)) -> Result<()> {
+        let whole = blocks.start..blocks.end.min(self.broken);
+        whole.for_each(|number| each(Block::new(content(number))));
+        match blocks.end > self.broken {
+            true => Err(Error::corrupt("the line is cut")),
+            false => Ok(()),
+        }
     }
 }
 
@@ -41,7 +53,7 @@ fn beside_a_hanging_process(path: &Path, deadline: Duration) -> (Arc<TieredFetch
     let forever = Instant::now() + Duration::from_secs(3600);
     let lock = other.lock(0..BLOCKS, forever, &AtomicBool::new(false)).unwrap();
     (
-        Arc::new(TieredFetch::new(Arc::new(Origin { deadline }), file)),
+        Arc::new(TieredFetch::new(Origin::within(deadline), file)),
         lock.unwrap(),
     )
 }
@@ -80,10 +92,41 @@ fn a_wait_for_another_process_ends_when_the_disk_is_closed() {
 fn a_reader_that_gets_the_last_block_finds_all_of_them_kept() {
     let (_dir, path) = folder();
     let file = DiskTier::open(&path, None, true).unwrap().file(key()).unwrap();
-    let deadline = Duration::from_secs(60);
-    let fetch = TieredFetch::new(Arc::new(Origin { deadline }), Arc::clone(&file));
+    let fetch = TieredFetch::new(Origin::within(Duration::from_secs(60)), Arc::clone(&file));
     let mut missing = Vec::new();
     let mut note = |_| missing.push(file.missing_from(0));
     fetch.fetch(0..BLOCKS, &mut note).unwrap();
     assert_eq!((missing.len() as u64, missing.last()), (BLOCKS, Some(&None)));
+}
+
+#[test]
+fn the_blocks_before_an_error_are_kept() {
+    let (_dir, path) = folder();
+    let file = DiskTier::open(&path, None, true).unwrap().file(key()).unwrap();
+    let origin = Origin {
+        broken: 7,
+        ..*Origin::within(Duration::from_secs(60))
+    };
+    let fetch = TieredFetch::new(Arc::new(origin), Arc::clone(&file));
+    let mut passed = 0;
+    fetch.fetch(0..BLOCKS, &mut |_| passed += 1).unwrap_err();
+    assert_eq!((passed, file.missing_from(0)), (7, Some(7 * BLOCK..key().len)));
+    assert!((0..7).all(|number| file.read(number) == Some(content(number))));
+}
+
+#[test]
+fn a_long_fetch_keeps_its_blocks_while_it_goes_on() {
+    const MIB: u64 = 1 << 20;
+    let long = FileKey { len: 3 * MIB, ..key() };
+    let (_dir, path) = folder();
+    let file = DiskTier::open(&path, None, true).unwrap().file(long).unwrap();
+    let block = Block::new(vec![1; BLOCK as usize]);
+    let blocks = 3 * MIB / BLOCK;
+    let mut writer = RunWriter::new(&file, 0..blocks);
+    for number in 1..blocks {
+        writer.push(&block);
+        // Sooner on a machine so busy that the time has passed.
+        let kept = file.missing_from(0).map_or(0, |missing| missing.start);
+        assert!(kept + MIB > number * BLOCK, "{kept} bytes of {number} blocks");
+    }
 }
