@@ -13,7 +13,7 @@ use crate::server::{PASSWORD, SOON, Server, USER, need_vsim, password_file};
 const MIB: u64 = 1 << 20;
 
 /// Creates a flat base and two snapshots over it in `dir`, and the raw content of the newest in `expected`.
-fn chain(scratch: &Scratch, dir: &Path, expected: &Path) {
+pub(crate) fn chain(scratch: &Scratch, dir: &Path, expected: &Path) {
     let raw = scratch.path("base.raw");
     raw_with_islands(&raw, 24 * MIB, 7);
     let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fuse_tests::harness::{
-    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_fuse, need_root, poll_until, program,
-    raw_with_islands, read_range,
+    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_fuse, need_qemu, need_root, poll_until,
+    program, raw_with_islands, read_range,
 };
 
+use crate::datastore::chain;
 use crate::server::{Fake, SOON, Server, need_nginx, send_right};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -142,6 +143,32 @@ fn a_changed_file_is_fetched_anew() {
 }
 
 #[test]
+fn a_new_snapshot_leaves_the_blocks_of_its_base() {
+    if !need_nginx() || !need_qemu() {
+        return;
+    }
+    let f = Fixture::new(MIB);
+    let (dir, expected) = (f.file.parent().unwrap(), f.scratch.path("expected.raw"));
+    chain(&f.scratch, dir, &expected);
+    let read_all = |name: &str| {
+        let words = [vec![f.server.url(name)], f.words()[1..].to_vec()].concat();
+        let mount = words.into_iter().fold(f.scratch.mount(), MountCmd::arg).start();
+        let content = fs::read(mount.file(&name.replace("%20", " ").replace(".vmdk", ".raw"))).unwrap();
+        mount.unmount();
+        content
+    };
+    read_all("snap%201.vmdk");
+    let before = f.server.sent();
+    assert!(before > 12 * MIB, "{before}");
+    let newest = read_all("snap%20[2].vmdk");
+    assert_eq!(newest, fs::read(&expected).unwrap());
+    // The descriptors name the snapshots below; of the base's 24 MiB no byte is sent again.
+    let snapshot = fs::metadata(dir.join("snap [2].vmdk")).unwrap().len();
+    let sent = f.server.sent() - before;
+    assert!(sent <= snapshot + MIB / 8, "{sent} bytes for a snapshot of {snapshot}");
+}
+
+#[test]
 fn a_damaged_cache_is_noticed_and_gives_the_right_bytes() {
     if !need_nginx() {
         return;
@@ -256,6 +283,10 @@ fn a_prefetch_that_keeps_nothing_fails_and_says_why() {
     let with = |word: &str| [f.words(), vec![word.to_owned()]].concat();
     let limited = f.run("--prefetch", &with("cache-dir-size=1M"));
     limited.one_error(1, &["d.img", "cache-dir-size=1048576", "raise it"]);
+    // A mount only keeps less.
+    let mount = f.mount().arg("cache-dir-size=1M").start();
+    assert_same(&mount.file("d.raw"), &f.file);
+    mount.unmount();
     fs::remove_dir_all(f.cache()).unwrap();
     f.scratch.mkdir("cache");
     Cmd::new("mount")
@@ -265,7 +296,6 @@ fn a_prefetch_that_keeps_nothing_fails_and_says_why() {
         .ok();
     f.run("--prefetch", &f.words())
         .one_error(1, &["d.img", "cache-dir=", "No space left"]);
-    // A mount only keeps less.
     let mount = f.mount().start();
     assert_same(&mount.file("d.raw"), &f.file);
     mount.unmount();
