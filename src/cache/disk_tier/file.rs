@@ -38,9 +38,9 @@ use super::storage::Storage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::lock;
 
-/// Bytes that are written before the data is synced. A sync of the disk beside fetches slows them down: with one for each
-/// 512 MiB, the first read of a disk is a fifth slower.
-const FLUSH_AFTER: u64 = 2 << 30;
+/// Bytes that are written before the data is synced, which bounds `pending`. Rarely reached within [`FLUSH_DELAY`]: a sync
+/// beside fetches slows them down, with one for each 512 MiB by a fifth.
+const FLUSH_AFTER: u64 = 8 << 30;
 /// Part of the folder's limit that is written before the data is synced: the limit is kept with each sync.
 const FLUSH_PART: u64 = 8;
 /// Time after which fewer blocks are synced: bounds what a crash of the machine loses.
