@@ -5,8 +5,9 @@
 //!   read:   entry ─► data ─► do they match? ─ no ─► entry 0: the block is fetched again
 //!   all entries durable, all blocks verified by this process ─► completion record: the data file is a local file
 //! ```
-//! The entry is written soon after the data, so that other processes find the block, and so that a killed one loses next
-//! to nothing: the kernel has the pages. Only a crash of the machine loses what was not synced, and the entries with it.
+//! The entry is written soon after the data, so that other processes find the block, and so that a killed one loses no
+//! more than the last MiB of each fetch: the kernel has the pages. Only a crash of the machine loses what was not synced,
+//! and the entries with it.
 //!
 //! A complete file is read without checksums, so nothing counts as complete that this process has not written, or
 //! compared with its checksum, itself ([`CheckedBlocks`]). Damage that is found withdraws the record and all trust.
