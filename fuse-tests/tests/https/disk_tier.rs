@@ -153,7 +153,8 @@ fn a_new_snapshot_leaves_the_blocks_of_its_base() {
     let read_all = |name: &str| {
         let words = [vec![f.server.url(name)], f.words()[1..].to_vec()].concat();
         let mount = words.into_iter().fold(f.scratch.mount(), MountCmd::arg).start();
-        let content = fs::read(mount.file(&name.replace("%20", " ").replace(".vmdk", ".raw"))).unwrap();
+        let file = mount.file(name.replace("%20", " ").replace(".vmdk", ".raw"));
+        let content = fs::read(file).unwrap();
         mount.unmount();
         content
     };
