@@ -9,8 +9,8 @@ pub struct User {
     pub gid: u32,
 }
 
-/// Names the unprivileged user `nobody`.
+/// Names the user that owns no file on Debian.
 pub const NOBODY: User = User { uid: 65534, gid: 65534 };
 
-/// A second unprivileged user, without a name and without a common group with [`NOBODY`].
+/// Names a second unprivileged user, without a name and without a common group with [`NOBODY`].
 pub const STRANGER: User = User { uid: 12345, gid: 12345 };

@@ -10,3 +10,4 @@ mod crash_search;
 mod lock_free;
 mod model;
 mod regressions;
+mod runs;

@@ -9,4 +9,5 @@
 mod create;
 mod engine_write;
 mod overlay;
+mod streams;
 mod write_regressions;
