@@ -27,7 +27,7 @@ const KINDS: [(&str, &str); 7] = [
 
 /// Creates a disk with `--create`, which must print nothing.
 #[track_caller]
-pub(crate) fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
+fn create(scratch: &Scratch, file: &str, size: u64, kind: &str) -> PathBuf {
     let size = format!("create-size={size}");
     let outcome = scratch
         .vmdkfuse()

@@ -48,6 +48,11 @@ impl<'a> RunWriter<'a> {
 
     /// Keeps the next block.
     pub(super) fn push(&mut self, data: &Block) {
+        if self.file.refusal().is_some() {
+            // Nothing is kept any more, so nothing is gathered either.
+            self.blocks.clear();
+            return;
+        }
         // While the bytes are in the processor's cache.
         self.sums.push(Checksum::of(data));
         self.blocks.push(Arc::clone(data));

@@ -258,6 +258,12 @@ fn a_full_file_system_only_means_that_nothing_is_kept() {
     let file = TierFile::over(key(), Box::new(Full), map, None, 1, None);
     file.write(3, &content(3));
     assert!(!file.has(3) && file.read(3).is_none());
+    // A fetch gathers no blocks that would be refused.
+    let block = Block::new(content(4));
+    let mut writer = RunWriter::new(&file, 4..9);
+    writer.push(&block);
+    assert_eq!(Arc::strong_count(&block), 1);
+    drop(writer);
     let why = file.finish().unwrap_err().to_string();
     assert!(why.contains("No space left"), "{why}");
     drop(file);
