@@ -30,9 +30,39 @@ pub(crate) fn written<T>(result: io::Result<T>) -> Result<T> {
 }
 
 /// Writes a message as one line with the program's name. A closed standard error is ignored.
+///
+/// Standard error has no buffer, and daemons of several mounts share it: the line is one write, so that theirs do not
+/// come between its parts.
 pub fn message(stderr: &mut impl Write, text: &str) {
-    let text = escape::printable(text);
-    if let Err(e) = writeln!(stderr, "{NAME}: {text}") {
+    let line = format!("{NAME}: {}\n", escape::printable(text));
+    if let Err(e) = stderr.write_all(line.as_bytes()) {
         tracing::debug!("standard error: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keeps what each write was given.
+    #[derive(Default)]
+    struct Writes(Vec<String>);
+
+    impl Write for Writes {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.push(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn regression_a_message_is_one_write() {
+        let mut writes = Writes::default();
+        message(&mut writes, "a disk\nis gone");
+        assert_eq!(writes.0, ["vmdkfuse: a disk\\nis gone\n"]);
     }
 }

@@ -48,8 +48,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
 
 use abi::{
     BlockList, CompletionFunction, ConnectParams, Connection, CreateParams, Handle, Info, LogFunction, VIX_OK,
@@ -66,7 +66,7 @@ const INVALID_ARG: VixError = 3;
 struct Library {
     folder: Option<PathBuf>,
     knobs: Knobs,
-    calls: Option<Mutex<File>>,
+    calls: Option<File>,
 }
 
 static LIBRARY: OnceLock<Library> = OnceLock::new();
@@ -100,19 +100,25 @@ fn library() -> &'static Library {
 fn violation(text: &str) -> ! {
     if let Some(folder) = std::env::var_os("FAKE_VDDK") {
         let path = PathBuf::from(folder).join("violations");
-        if let Ok(mut file) = File::options().append(true).create(true).open(path) {
-            let _ = writeln!(file, "{text}");
+        if let Ok(file) = File::options().append(true).create(true).open(path) {
+            append_line(&file, text);
         }
     }
-    eprintln!("fake-vddk: VIOLATION: {text}");
+    append_line(std::io::stderr(), &format!("fake-vddk: VIOLATION: {text}"));
     std::process::abort()
 }
 
 /// Logs a call.
 fn called(text: &str) {
     if let Some(calls) = &library().calls {
-        let _ = writeln!(calls.lock().unwrap(), "{text}");
+        append_line(calls, text);
     }
+}
+
+/// Appends a line in one write: several processes log to one file, and the end of one's line must not come after the
+/// start of another's.
+fn append_line(mut file: impl Write, text: &str) {
+    let _ = file.write_all(format!("{text}\n").as_bytes());
 }
 
 fn thread_id() -> i32 {
@@ -161,7 +167,7 @@ unsafe extern "C" fn VixDiskLib_InitEx(
     let knobs = Knobs::read(folder.as_deref());
     let calls = folder.as_ref().map(|folder| {
         let calls = File::options().append(true).create(true).open(folder.join("calls"));
-        Mutex::new(calls.unwrap())
+        calls.unwrap()
     });
     if LIBRARY.set(Library { folder, knobs, calls }).is_err() {
         violation("InitEx was called twice");
@@ -214,4 +220,20 @@ unsafe extern "C" fn VixDiskLib_FreeErrorText(text: *mut c_char) {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn VixDiskLib_ListTransportModes() -> *const c_char {
     c"file:san:hotadd:nbdssl:nbd".as_ptr()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+
+    use super::*;
+
+    #[test]
+    fn regression_a_line_is_one_write() {
+        let (reader, writer) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        append_line(unsafe { File::from_raw_fd(writer.into_raw_fd()) }, "Exit");
+        let mut first = [0; 16];
+        let len = reader.recv(&mut first).unwrap();
+        assert_eq!(&first[..len], b"Exit\n");
+    }
 }
