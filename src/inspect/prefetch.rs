@@ -5,24 +5,20 @@
 //!   else      ─► verify what is there ─► fetch what is missing ─► complete, or the reason why not
 //! ```
 
-use std::fmt;
-use std::io::{IsTerminal, Write, stderr};
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
 
 use super::{line, print};
 use crate::block::{BlockRead, Lba, SECTOR};
 use crate::cache::disk_tier::TierFile;
 use crate::config::{DiskConfig, Query};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::progress::Progress;
 use crate::source::Source;
 use crate::store::StoredFile;
 use crate::volume::{cached_disk, open_source};
 
 /// Bytes of one read: the read-ahead keeps the connections busy.
 const STEP: u64 = 1 << 20;
-/// Interval at which the progress is shown.
-const SHOWN_EVERY: Duration = Duration::from_millis(500);
 
 /// Fetches what the `cache-dir=` of each disk lacks of its files and those of its parents.
 ///
@@ -60,7 +56,6 @@ fn prefetch_disk(disk: &DiskConfig, done: &mut Vec<(String, u64)>) -> Result<()>
         filled.map_err(|e| e.within(format!("{}: is not complete in the cache", file.label())))?;
         done.push((file.label().to_owned(), file.len()));
     }
-    progress.end();
     Ok(())
 }
 
@@ -81,7 +76,6 @@ fn prefetch_served(
         check_only_zeroes_missing(&*disk, kept, &mut progress)
     });
     fetched.map_err(|e| e.within(format!("{}: is not complete in the cache", key.label)))?;
-    progress.end();
     done.push((key.label.clone(), key.len));
     Ok(())
 }
@@ -155,137 +149,11 @@ fn fetch_missing(
             at += len;
             // More than was read: the read-ahead is part of it.
             let now = cached.known_bytes();
-            progress.fetched(now.saturating_sub(known));
+            progress.did(now.saturating_sub(known));
             known = now;
         }
     }
     // A part of the read-ahead may have come after the last read.
-    progress.fetched(cached.known_bytes().saturating_sub(known));
+    progress.did(cached.known_bytes().saturating_sub(known));
     Ok(())
-}
-
-/// Progress on a terminal.
-struct Progress {
-    began: Option<Instant>,
-    shown: Option<Instant>,
-    all: u64,
-    found: u64,
-    fetched: u64,
-    is_terminal: bool,
-}
-
-impl Progress {
-    fn new(all: u64) -> Self {
-        Self {
-            began: None,
-            shown: None,
-            all,
-            found: 0,
-            fetched: 0,
-            is_terminal: stderr().is_terminal(),
-        }
-    }
-
-    /// Adds bytes that were there already.
-    fn found(&mut self, bytes: u64) {
-        self.found += bytes;
-        self.show();
-    }
-
-    /// Adds bytes from the server. Their rate is measured from the first of them on.
-    fn fetched(&mut self, bytes: u64) {
-        if bytes == 0 {
-            return;
-        }
-        self.began.get_or_insert_with(Instant::now);
-        self.fetched += bytes;
-        self.show();
-    }
-
-    fn show(&mut self) {
-        if self.is_terminal && self.shown.is_none_or(|at| at.elapsed() >= SHOWN_EVERY) {
-            self.shown = Some(Instant::now());
-            let time = self.began.map_or(Duration::ZERO, |began| began.elapsed());
-            // Progress that cannot be shown does not matter.
-            let _ = write!(stderr(), "\r{}\x1b[K", self.at(time));
-        }
-    }
-
-    /// Returns the progress `time` after the first fetch.
-    fn at(&self, time: Duration) -> ProgressLine {
-        let rate = self.fetched as f64 / time.as_secs_f64().max(0.001);
-        let left = self.all.saturating_sub(self.found + self.fetched);
-        ProgressLine {
-            percent: (self.found + self.fetched).saturating_mul(100) / self.all.max(1),
-            rate: (self.fetched > 0).then_some(rate),
-            left: left as f64 / rate.max(1.0),
-            found: self.found,
-        }
-    }
-
-    fn end(&self) {
-        if self.shown.is_some() {
-            let time = self.began.map_or(Duration::ZERO, |began| began.elapsed());
-            let _ = writeln!(stderr(), "\r{}\x1b[K", self.at(time));
-        }
-    }
-}
-
-/// One line of progress: how much is there, how fast the rest comes, and when it will have come.
-#[derive(Debug, PartialEq)]
-struct ProgressLine {
-    percent: u64,
-    /// Bytes a second from the server; `None` before the first ones.
-    rate: Option<f64>,
-    /// Seconds.
-    left: f64,
-    /// Bytes that were there before.
-    found: u64,
-}
-
-impl fmt::Display for ProgressLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const MIB: f64 = (1 << 20) as f64;
-        write!(f, "{:3} %", self.percent)?;
-        if let Some(rate) = self.rate {
-            let rate = rate / MIB;
-            let digits = usize::from(rate < 10.0);
-            write!(f, ", {rate:.digits$} MiB/s")?;
-            let left = self.left.round() as u64;
-            match (left / 3600, left / 60 % 60, left % 60) {
-                (0, 0, seconds) => write!(f, ", {seconds} s left")?,
-                (hours, minutes, seconds) => write!(f, ", {hours}:{minutes:02}:{seconds:02} left")?,
-            }
-        }
-        match self.found {
-            0 => Ok(()),
-            found => write!(f, " ({:.0} MiB were there)", found as f64 / MIB),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_rate_is_that_of_the_server_and_not_of_what_was_there() {
-        let mut progress = Progress::new(4 << 30);
-        progress.is_terminal = false;
-        progress.found(1 << 30);
-        assert_eq!(progress.at(Duration::ZERO).to_string(), " 25 % (1024 MiB were there)");
-        progress.fetched(1 << 30);
-        let line = progress.at(Duration::from_secs(8)).to_string();
-        assert_eq!(line, " 50 %, 128 MiB/s, 16 s left (1024 MiB were there)");
-        progress.fetched(1 << 30);
-        let slow = progress.at(Duration::from_secs(20_000)).to_string();
-        assert_eq!(slow, " 75 %, 0.1 MiB/s, 2:46:40 left (1024 MiB were there)");
-        progress.fetched(1 << 30);
-        assert!(
-            progress
-                .at(Duration::from_secs(30))
-                .to_string()
-                .starts_with("100 %, 102 MiB/s, 0 s left")
-        );
-    }
 }

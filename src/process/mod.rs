@@ -6,7 +6,7 @@
 //!   log       log destination and level ── syslog: the system log ── admin_file: how the log and the pidfile are opened
 //!   notify    messages to the service manager (systemd), watchdog
 //!   unmount   `--unmount`: unmounts, and waits until the daemon has ended
-//!   output    standard output and standard error
+//!   output    standard output and standard error ── progress: that of a long command
 //!   inherited ignored signals and the role in write-back, which programs that are started do not keep
 //!   arguments removal of secrets from the command line
 //! ```
@@ -25,6 +25,7 @@ pub mod log;
 mod notify;
 pub mod output;
 pub mod pidfile;
+pub(crate) mod progress;
 pub mod run;
 pub mod signals;
 mod syslog;

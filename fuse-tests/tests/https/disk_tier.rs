@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fuse_tests::harness::{
-    Cmd, MountCmd, Scratch, assert_same, assert_same_at_random, need, need_fuse, need_qemu, need_root, poll_until,
-    program, raw_with_islands, read_range,
+    Cmd, MountCmd, Outcome, Scratch, assert_same, assert_same_at_random, need, need_fuse, need_qemu, need_root,
+    poll_until, program, raw_with_islands, read_range,
 };
 
 use crate::datastore::chain;
@@ -385,17 +385,30 @@ fn a_prefetch_shows_its_progress_on_a_terminal() {
     let mount = f.mount().start();
     assert_same_at_random(&mount.file("d.raw"), &f.file, 4, 20);
     mount.unmount();
-    let shell_words = f.words().iter().map(|word| format!("'{word}'")).collect::<Vec<_>>();
-    let command = format!("{} --prefetch {}", program().display(), shell_words.join(" "));
-    let shown = Cmd::new("script")
-        .args(["-qec", &command, "/dev/null"])
-        .run()
-        .ok()
-        .stdout;
+    let shown = prefetch_on_a_terminal(&f.words()).ok().stdout;
     let last = shown.rsplit('\r').find(|line| line.contains('%')).unwrap();
     assert!(
-        last.starts_with("100 %, ") && last.contains("MiB/s, 0 s left"),
+        last.contains("] 100 %, 16 of 16 MiB, ") && last.contains("MiB/s, 0 s left"),
         "{shown}"
     );
     assert!(last.contains("MiB were there)"), "{shown}");
+}
+
+#[test]
+fn regression_an_error_after_progress_on_a_terminal_starts_a_line() {
+    if !need_nginx() || !need("script") {
+        return;
+    }
+    let f = Fixture::new(16 * MIB);
+    let words = [f.words(), vec!["cache-dir-size=8M".to_owned()]].concat();
+    let shown = prefetch_on_a_terminal(&words).expect_code(1).stdout;
+    assert!(shown.contains(" of 16 MiB"), "no progress was shown: {shown}");
+    assert!(shown.contains("\nvmdkfuse: "), "{shown:?}");
+}
+
+/// Runs `--prefetch` with a terminal as its standard output and standard error. All output is on standard output.
+fn prefetch_on_a_terminal(words: &[String]) -> Outcome {
+    let shell_words = words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>();
+    let command = format!("{} --prefetch {}", program().display(), shell_words.join(" "));
+    Cmd::new("script").args(["-qec", &command, "/dev/null"]).run()
 }
