@@ -157,9 +157,9 @@ impl fmt::Display for Position {
                 (hours, minutes, seconds) => write!(f, ", {hours}:{minutes:02}:{seconds:02} left")?,
             }
         }
-        match self.found {
+        match self.found >> 20 {
             0 => Ok(()),
-            found => write!(f, " ({} MiB were there)", found >> 20),
+            mib => write!(f, " ({mib} MiB were there)"),
         }
     }
 }

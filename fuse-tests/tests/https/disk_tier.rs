@@ -406,6 +406,20 @@ fn regression_an_error_after_progress_on_a_terminal_starts_a_line() {
     assert!(shown.contains("\nvmdkfuse: "), "{shown:?}");
 }
 
+#[test]
+fn a_long_prefetch_shows_its_progress_in_a_log() {
+    if !need_nginx() {
+        return;
+    }
+    // 12 s at least: eight connections of 170 KiB a second.
+    let f = Fixture::with(16 * MIB, "limit_rate 170k;");
+    let outcome = f.run("--prefetch", &f.words()).ok();
+    let lines: Vec<&str> = outcome.stderr.lines().collect();
+    assert!(!lines.is_empty() && lines.len() <= 100, "{outcome}");
+    let is_progress = |line: &&str| line.contains(" %, ") && line.contains(" of 16 MiB, ") && line.ends_with(" left");
+    assert!(lines.iter().all(is_progress), "{outcome}");
+}
+
 /// Runs `--prefetch` with a terminal as its standard output and standard error. All output is on standard output.
 fn prefetch_on_a_terminal(words: &[String]) -> Outcome {
     let shell_words = words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>();
