@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::key::Group;
 use super::keys::ready;
+use crate::process::output;
 
 /// Usage lines of the help.
 pub(super) const USAGE: &str = "vmdkfuse [OPTIONS] MOUNTPOINT[/FILENAME] KEY=VALUE...
@@ -71,12 +72,8 @@ pub(super) fn after_long_help() -> String {
 
 /// Returns the width of the help in columns: that of the terminal, or `COLUMNS` where the output goes elsewhere.
 pub(super) fn help_width() -> usize {
-    let terminal = rustix::termios::tcgetwinsize(std::io::stdout())
-        .ok()
-        .map(|size| size.ws_col.into());
     let variable = || std::env::var("COLUMNS").ok()?.parse().ok();
-    terminal
-        .filter(|width| *width > 0)
+    output::columns(std::io::stdout())
         .or_else(variable)
         .unwrap_or(HELP_WIDTH)
         .clamp(20, HELP_WIDTH)

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 
 use crate::error::{Error, Result};
 use crate::escape;
@@ -27,6 +28,12 @@ pub fn print(text: &str) -> Result<()> {
 /// Adds the context to an error of writing to standard output.
 pub(crate) fn written<T>(result: io::Result<T>) -> Result<T> {
     result.map_err(|e| Error::io("writing to standard output", e))
+}
+
+/// Returns the width of a terminal in columns; `None` if it is no terminal, or one that does not tell.
+pub(crate) fn columns(terminal: impl AsFd) -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(terminal).ok()?;
+    (size.ws_col > 0).then(|| size.ws_col.into())
 }
 
 /// Writes a message as one line with the program's name. A closed standard error is ignored.

@@ -5,14 +5,19 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
+
+use super::output;
 
 /// Interval between two updates of the line on a terminal.
 const BAR_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval between two lines elsewhere.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Width of the bar in characters.
-const BAR_WIDTH: u64 = 30;
+/// Widest and narrowest bar, in characters. A terminal without room for the narrowest one shows the text alone.
+const BAR: RangeInclusive<usize> = 10..=30;
+/// Columns of a terminal that does not tell its width.
+const COLUMNS: usize = 80;
 
 /// Progress of one command. The line on a terminal ends with it: a message that follows starts a line of its own.
 #[derive(Debug)]
@@ -105,7 +110,10 @@ impl Progress {
 
     /// Writes the progress in one write. Progress that cannot be shown does not matter.
     fn write(&self) {
-        let _ = io::stderr().write_all(self.at.line(self.is_terminal).as_bytes());
+        let mut stderr = io::stderr();
+        // Asked for each time: the user may resize the window.
+        let columns = self.is_terminal.then(|| output::columns(&stderr).unwrap_or(COLUMNS));
+        let _ = stderr.write_all(self.at.line(columns).as_bytes());
     }
 }
 
@@ -125,14 +133,21 @@ impl Position {
         share.checked_div(self.total.into()).unwrap_or(0).min(parts.into()) as u64
     }
 
-    /// Returns what is written. On a terminal it overwrites the last line.
-    fn line(&self, is_terminal: bool) -> String {
-        if !is_terminal {
-            return format!("{self}\n");
-        }
-        let full = self.share(BAR_WIDTH) as usize;
-        let (full, empty) = ("#".repeat(full), " ".repeat(BAR_WIDTH as usize - full));
-        format!("\r[{full}{empty}] {self}\x1b[K")
+    /// Returns what is written. On a terminal of `columns` it overwrites the last line, so it must not need two.
+    fn line(&self, columns: Option<usize>) -> String {
+        let mut text = self.to_string();
+        let Some(columns) = columns else { return text + "\n" };
+        // The cursor needs a column, and the bar three for its frame.
+        text.truncate(columns.saturating_sub(1));
+        let room = columns.saturating_sub(text.len() + 4).min(*BAR.end());
+        let bar = match room < *BAR.start() {
+            true => String::new(),
+            false => {
+                let full = self.share(room as u64) as usize;
+                format!("[{}{}] ", "#".repeat(full), " ".repeat(room - full))
+            }
+        };
+        format!("\r{bar}{text}\x1b[K")
     }
 }
 
@@ -199,14 +214,26 @@ mod tests {
     #[test]
     fn a_terminal_shows_a_bar_and_a_log_lines() {
         let half = position(0, 2 << 30, 2);
-        assert_eq!(half.line(false), " 50 %, 2048 of 4096 MiB, 1024 MiB/s, 2 s left\n");
-        let bar = half.line(true);
+        assert_eq!(half.line(None), " 50 %, 2048 of 4096 MiB, 1024 MiB/s, 2 s left\n");
+        let bar = half.line(Some(100));
         assert!(
             bar.starts_with("\r[###############               ]  50 %, 2048"),
             "{bar:?}"
         );
         let empty = Position::default();
-        assert!(empty.line(true).contains("  0 %"), "a total of 0 is not divided by");
+        assert!(empty.line(Some(80)).contains("  0 %"), "a total of 0 is not divided by");
+    }
+
+    #[test]
+    fn a_line_fits_every_terminal() {
+        let at = position(1 << 30, 1 << 30, 8);
+        for columns in 1..200 {
+            let line = at.line(Some(columns));
+            let shown = line.strip_prefix('\r').unwrap().strip_suffix("\x1b[K").unwrap();
+            assert!(shown.len() < columns.max(1), "{columns}: {line:?}");
+        }
+        assert!(at.line(Some(80)).starts_with("\r 50 %"), "no room for a bar");
+        assert!(position(0, 1 << 30, 8).line(Some(80)).starts_with("\r[######"));
     }
 
     #[test]
