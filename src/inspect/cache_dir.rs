@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::check::CORRUPT;
 use super::{line, print};
 use crate::cache::disk_tier::{DiskTier, HeldFile};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A file of the folder, for the output.
 #[derive(Debug, Serialize)]
@@ -49,7 +49,7 @@ impl Held {
 /// Errors: it is not a folder of this user.
 pub fn list_cache(dir: &Path, json: bool) -> Result<u8> {
     let held: Vec<Held> = DiskTier::open(dir, None, false)?
-        .held()
+        .held()?
         .iter()
         .map(|file| Held::of(file, None))
         .collect();
@@ -71,7 +71,7 @@ pub fn check_cache(dir: &Path, limit: Option<u64>, json: bool) -> Result<u8> {
     let tier = DiskTier::open(dir, limit, false)?;
     // Files have the same label if their addresses differ in the query alone, or if they are versions of one file.
     let (mut checked, mut keys) = (Vec::new(), Vec::new());
-    for held in tier.held() {
+    for held in tier.held()? {
         match tier.reopen(&held) {
             Ok(file) => {
                 checked.push(Held::of(&held, Some(file.verify())));
@@ -100,6 +100,9 @@ pub fn check_cache(dir: &Path, limit: Option<u64>, json: bool) -> Result<u8> {
             line!(out, "leftovers removed: {}", removed.leftovers);
         }
     })?;
+    if let Some(e) = removed.failure {
+        return Err(Error::io(format!("cache-dir={}", dir.display()), e));
+    }
     // Not an error but a status: the damaged blocks are forgotten already, and the next mount fetches them again.
     let damaged = checked
         .iter()

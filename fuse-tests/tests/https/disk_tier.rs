@@ -100,6 +100,30 @@ fn a_server_that_never_answers_for_the_headers_alone_is_read_all_the_same() {
     }
 }
 
+/// A file that could not be opened for want of descriptors was taken for a leftover.
+#[test]
+fn regression_a_check_with_few_descriptors_removes_no_cached_file() {
+    if !need_nginx() || !need("prlimit") {
+        return;
+    }
+    const FILES: usize = 40;
+    let f = Fixture::new(MIB);
+    let names: Vec<String> = (0..FILES).map(|n| format!("d{n}.img")).collect();
+    for name in &names {
+        fs::copy(&f.file, f.file.with_file_name(name)).unwrap();
+    }
+    let mut words = f.words().split_off(1);
+    words.extend(names.iter().map(|name| f.server.url(name)));
+    f.run("--prefetch", &words).ok();
+    let of_folder = format!("cache-dir={}", f.cache().display());
+    for action in ["--check", "--list"] {
+        let limited = Cmd::new("prlimit").arg("--nofile=32:32").arg(program());
+        let shown = limited.args([action, &of_folder]).run().ok().stdout;
+        assert_eq!(shown.lines().count(), FILES, "{action}: {shown}");
+    }
+    assert_eq!(f.cached("map").len(), FILES);
+}
+
 #[test]
 fn a_second_mount_costs_no_byte_of_the_disk() {
     if !need_nginx() {

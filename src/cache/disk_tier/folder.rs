@@ -3,6 +3,8 @@
 //! A cached file is a *pair*: map and data. A crash, or a user, may leave one without the other, or a map that is none.
 //! Such leftovers are of no use to any mount, so they are evicted first. A pair that a process has open is never evicted:
 //! byte 0 of its map is locked.
+//!
+//! A file that cannot be opened for want of descriptors or memory is no leftover: such an error ends what was to be done.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,13 +13,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, statat, unlinkat};
+use rustix::io::Errno;
 
 use super::completion;
-use super::format::{FileKey, HEADER, decode_header};
+use super::format::{ENTRY, FileKey, HEADER, MAX_BLOCKS, decode_header};
 use super::lock::{Lock, LockMode};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -25,7 +28,12 @@ use crate::error::{Error, ErrorKind, Result};
 const OTHERS: u32 = 0o077;
 /// Longest wait for the folder's lock, which is held for a few system calls.
 pub(super) const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// Name of the file that is locked.
+const LOCK: &str = "lock";
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
+/// Time for verifying that the ends of all files of a mount have together: a mount must not read a whole disk before it
+/// ends. Two seconds are 20 GB that the kernel has in memory, which is where what was just fetched is.
+const END_TIME: Duration = Duration::from_secs(2);
 /// Digits of a stem: half a SHA-256.
 pub(super) const STEM: usize = 32;
 /// Endings of the names of a pair, in the order in which they are removed: a crash in between leaves data without a map,
@@ -39,13 +47,14 @@ pub(super) struct Folder {
     dir: OwnedFd,
     /// Largest size of all files together, in bytes.
     limit: Option<u64>,
+    /// What is left of [`END_TIME`].
+    pub(super) end_time: Mutex<Duration>,
 }
 
 /// Names of the folder with one stem.
 #[derive(Debug)]
 pub(super) struct Pair {
     stem: String,
-    pub(super) map: Option<Arc<File>>,
     /// Key, last use and completeness; `None` for a leftover.
     pub(super) state: Option<PairState>,
     /// Bytes on the disk.
@@ -69,6 +78,8 @@ pub struct Evicted {
     pub leftovers: u64,
     /// True if the folder is within its limit now.
     pub within_limit: bool,
+    /// Reason why the first of the files that were to be removed is still there.
+    pub failure: Option<io::Error>,
 }
 
 impl Folder {
@@ -104,6 +115,7 @@ impl Folder {
             path: path.to_owned(),
             dir: dir.into(),
             limit,
+            end_time: Mutex::new(END_TIME),
         })
     }
 
@@ -117,18 +129,22 @@ impl Folder {
         self.limit
     }
 
-    /// Opens a file of the folder. Errors: it does not exist, or is not a regular file of this user with one name.
-    pub(super) fn open_own(&self, name: &str, access: OFlags) -> io::Result<File> {
+    /// Opens a file of the folder. Returns `None` if there is none, or if it is not a regular file of this user with one
+    /// name.
+    ///
+    /// Errors: those that tell nothing about the file, such as too many open files.
+    pub(super) fn open_own(&self, name: &str, access: OFlags) -> io::Result<Option<File>> {
         // NONBLOCK: the open of a FIFO would wait for its other end.
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = File::from(openat(&self.dir, name, flags, Mode::empty())?);
+        let file = match openat(&self.dir, name, flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(e @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::INTR)) => return Err(e.into()),
+            Err(_) => return Ok(None),
+        };
         let state = file.metadata()?;
         // A second name could be in a folder that others write to, and a link leads out of this one.
         let is_own = state.is_file() && state.uid() == nix::unistd::geteuid().as_raw() && state.nlink() == 1;
-        match is_own {
-            true => Ok(file),
-            false => Err(io::Error::other("is not a file of this cache")),
-        }
+        Ok(is_own.then_some(file))
     }
 
     /// Creates a file. Errors: the name exists, or the error of the operating system.
@@ -146,9 +162,14 @@ impl Folder {
 
     /// Removes all names of a stem. The folder's lock must be held.
     pub(super) fn remove_all(&self, stem: &str) -> io::Result<()> {
-        let remove = |ending: &&str| match unlinkat(&self.dir, format!("{stem}.{ending}"), AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
-            Err(e) => Err(e.into()),
+        let remove = |ending: &&str| {
+            let name = format!("{stem}.{ending}");
+            match unlinkat(&self.dir, &name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                // The name of a folder is none of this program, and what is in it may be dear to the user.
+                Err(Errno::ISDIR) => Err(in_the_way(&name)),
+                Err(e) => Err(e.into()),
+            }
         };
         ENDINGS.iter().try_for_each(remove)
     }
@@ -156,7 +177,11 @@ impl Folder {
     /// Locks the folder against the creation and eviction of files by other processes, within `wait`.
     pub(super) fn lock(&self, wait: Duration) -> io::Result<Lock> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = Arc::new(File::from(openat(&self.dir, "lock", flags, Mode::RUSR | Mode::WUSR)?));
+        let file = match openat(&self.dir, LOCK, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => Arc::new(File::from(file)),
+            Err(Errno::ISDIR | Errno::LOOP | Errno::NXIO) => return Err(in_the_way(LOCK)),
+            Err(e) => return Err(e.into()),
+        };
         let end = Instant::now() + wait;
         loop {
             if let Some(lock) = Lock::take(&file, 0..1, LockMode::Exclusive)? {
@@ -179,34 +204,40 @@ impl Folder {
             let parts = name.and_then(|name| name.split_once('.'));
             stems.extend(parts.filter(is_ours).map(|(stem, _)| stem.to_owned()));
         }
-        Ok(stems.into_iter().map(|stem| self.pair(stem)).collect())
+        stems.into_iter().map(|stem| self.pair(stem)).collect()
     }
 
-    fn pair(&self, stem: String) -> Pair {
-        let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDWR).ok();
+    fn pair(&self, stem: String) -> io::Result<Pair> {
         let size = |ending: &&str| {
             let stat = statat(&self.dir, format!("{stem}.{ending}"), AtFlags::SYMLINK_NOFOLLOW);
             // What they take on the disk: data files are as long as the remote file, with holes.
             stat.map_or(0, |stat| stat.st_blocks.cast_unsigned() * 512)
         };
-        let (map, data) = (open("map"), open("data"));
-        let state = map.as_ref().zip(data.as_ref()).and_then(|(map, data)| {
-            // A map that was renamed or copied names another file than its own name does.
-            let key = read_key(map).filter(|key| key.stem() == stem)?;
-            let is_whole = data.metadata().ok()?.len() == key.len;
-            is_whole.then_some(PairState {
-                // Each open of a pair sets this time; the time of access is not kept on most mounts.
-                used: map.metadata().ok()?.modified().ok()?,
-                complete: completion::is_complete(map, data),
-                key,
-            })
-        });
-        Pair {
+        Ok(Pair {
             allocated: ENDINGS.iter().map(size).sum(),
-            map: map.map(Arc::new),
-            state,
+            state: self.pair_state(&stem)?,
             stem,
-        }
+        })
+    }
+
+    /// Returns the state of a pair, or `None` for a leftover.
+    fn pair_state(&self, stem: &str) -> io::Result<Option<PairState>> {
+        let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDWR);
+        let (Some(map), Some(data)) = (open("map")?, open("data")?) else {
+            return Ok(None);
+        };
+        // A map that was renamed or copied names another file than its own name does.
+        let key = read_key(&map).filter(|key| key.stem() == stem);
+        // All work on a file is bounded by its number of blocks, which a forged map may overstate.
+        let Some(key) = key.filter(|key| key.blocks() <= MAX_BLOCKS) else {
+            return Ok(None);
+        };
+        Ok(Some(PairState {
+            // Each open of a pair sets this time; the time of access is not kept on most mounts.
+            used: map.metadata()?.modified()?,
+            complete: completion::is_complete(&map, &data),
+            key,
+        }))
     }
 
     /// Evicts leftovers, then the files that were not used for the longest time, until the folder is within its limit.
@@ -221,8 +252,16 @@ impl Folder {
         let limit = self.limit.unwrap_or(u64::MAX);
         let mut evicted = Evicted::default();
         for pair in pairs {
-            if (pair.state.is_some() && size <= limit) || !self.evict_pair(&pair) {
+            if pair.state.is_some() && size <= limit {
                 continue;
+            }
+            match self.evict_pair(&pair) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(e) => {
+                    evicted.failure.get_or_insert(e);
+                    continue;
+                }
             }
             // An estimate: another process may write meanwhile. The next eviction counts anew.
             size = size.saturating_sub(pair.allocated);
@@ -238,23 +277,39 @@ impl Folder {
         Ok(evicted)
     }
 
-    /// Removes the names of a pair that no process has open. Returns true if they are gone.
-    fn evict_pair(&self, pair: &Pair) -> bool {
+    /// Removes the names of a pair. Returns false if a process has it open.
+    fn evict_pair(&self, pair: &Pair) -> io::Result<bool> {
         // Another open of the same file in this process is another owner, too. The lock ends with the open below.
-        let _unused = match &pair.map {
-            Some(map) => match Lock::take(map, 0..1, LockMode::Exclusive) {
-                Ok(Some(lock)) => Some(lock),
-                _ => return false,
-            },
-            None => None,
-        };
-        self.remove_all(&pair.stem).is_ok()
+        let map = self
+            .open_own(&format!("{}.map", pair.stem), OFlags::RDWR)?
+            .map(Arc::new);
+        let lock = map.map(|map| Lock::take(&map, 0..1, LockMode::Exclusive)).transpose()?;
+        if matches!(lock, Some(None)) {
+            return Ok(false);
+        }
+        self.remove_all(&pair.stem).map(|()| true)
     }
 }
 
 /// Returns true for the names of a pair, split at the dot.
 fn is_ours((stem, ending): &(&str, &str)) -> bool {
     stem.len() == STEM && stem.bytes().all(|b| b.is_ascii_hexdigit()) && ENDINGS.contains(ending)
+}
+
+/// Returns the error of a name of this program that something else has.
+fn in_the_way(name: &str) -> io::Error {
+    io::Error::other(format!("{name} is not a file of this program; remove it"))
+}
+
+/// Gives map and data the lengths that belong to the key. What was cut off is missing then, and the rest stays. Returns
+/// false if that fails.
+pub(super) fn restore_lengths(key: &FileKey, map: &File, data: &File) -> bool {
+    let restore = |file: &File, len: u64| {
+        let is_right = file.metadata().is_ok_and(|state| state.len() == len);
+        // Only then: it would change the times of a complete file.
+        is_right || file.set_len(len).is_ok()
+    };
+    restore(map, HEADER + key.blocks() * ENTRY) && restore(data, key.len)
 }
 
 /// Reads the key of a map; `None` if it is none.

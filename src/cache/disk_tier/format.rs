@@ -18,6 +18,8 @@ pub(super) const HEADER: u64 = 4096;
 pub(super) const COMPLETION: u64 = 3584;
 /// Bytes of an entry.
 pub(super) const ENTRY: u64 = 8;
+/// Largest number of blocks of a file: 128 TiB in blocks of 32 KiB. Bounds the work for a length that a server says.
+pub(super) const MAX_BLOCKS: u64 = 1 << 32;
 
 const MAGIC: &[u8] = b"vmdkfuse cache 2\n";
 

@@ -45,14 +45,12 @@ use file::Files;
 pub use file::TierFile;
 use flusher::FlushQueue;
 pub use folder::Evicted;
-use folder::{Folder, LOCK_WAIT, PairState, read_key};
-use format::{ENTRY, HEADER, encode_header};
+use folder::{Folder, LOCK_WAIT, PairState, read_key, restore_lengths};
+use format::{ENTRY, HEADER, MAX_BLOCKS, encode_header};
 pub use format::{FileKey, address_hash};
 use lock::{Lock, LockMode};
 use run_writer::RunWriter;
 
-/// Largest number of blocks of a file: 128 TiB in blocks of 32 KiB. Bounds the work for a length that a server says.
-const MAX_BLOCKS: u64 = 1 << 32;
 /// Longest wait of a fetch for another process that fetches the same blocks. Afterwards they are fetched twice.
 const SHARED_WAIT: Duration = Duration::from_secs(5);
 
@@ -112,7 +110,7 @@ impl DiskTier {
     /// Returns the key that the folder has for an address ([`address_hash`]).
     pub fn lookup(&self, address: &str) -> Option<FileKey> {
         let stem = address.get(..folder::STEM)?;
-        let map = self.folder.open_own(&format!("{stem}.map"), OFlags::RDONLY).ok()?;
+        let map = self.folder.open_own(&format!("{stem}.map"), OFlags::RDONLY).ok()??;
         read_key(&map).filter(|key| key.address == address)
     }
 
@@ -151,10 +149,10 @@ impl DiskTier {
     fn open_files(&self, key: &FileKey, use_now: bool) -> io::Result<Option<Files>> {
         let stem = key.stem();
         let open = |ending: &str| self.folder.open_own(&format!("{stem}.{ending}"), OFlags::RDWR);
-        let (Ok(map), Ok(data)) = (open("map"), open("data")) else {
+        let (Some(map), Some(data)) = (open("map")?, open("data")?) else {
             return Ok(None);
         };
-        if read_key(&map).as_ref() != Some(key) || data.metadata()?.len() != key.len {
+        if read_key(&map).as_ref() != Some(key) || !restore_lengths(key, &map, &data) {
             return Ok(None);
         }
         if use_now {
@@ -192,7 +190,9 @@ impl DiskTier {
     }
 
     /// Returns the files that the folder holds, the least recently used first.
-    pub fn held(&self) -> Vec<HeldFile> {
+    ///
+    /// Errors: the folder, or a file of it, cannot be opened.
+    pub fn held(&self) -> Result<Vec<HeldFile>> {
         let usable = |pair: folder::Pair| {
             let PairState { key, used, complete } = pair.state?;
             Some(HeldFile {
@@ -202,10 +202,10 @@ impl DiskTier {
                 complete,
             })
         };
-        let pairs = self.folder.pairs().unwrap_or_default();
+        let pairs = self.folder.pairs().map_err(|e| Error::io(self.folder.label(), e))?;
         let mut held: Vec<HeldFile> = pairs.into_iter().filter_map(usable).collect();
         held.sort_by_key(|file| file.used);
-        held
+        Ok(held)
     }
 
     /// Opens a file that the folder holds, to verify it. That is no use of it.

@@ -355,6 +355,21 @@ fn damaged_files_give_no_wrong_block() {
     }
 }
 
+#[test]
+fn a_file_that_was_cut_keeps_the_rest() {
+    for (ending, cut, kept) in [("data", 3 * BLOCK, 3), ("map", HEADER + 5 * ENTRY, 5)] {
+        let (_dir, path) = folder();
+        let (tier, data) = completed(&path);
+        let cut_file = fs::File::options().write(true).open(data.with_extension(ending));
+        cut_file.unwrap().set_len(cut).unwrap();
+        let file = tier.file(key()).unwrap();
+        let read = |number| file.read(number).inspect(|data| assert_eq!(*data, content(number)));
+        assert_eq!((0..BLOCKS).filter_map(read).count(), kept, "{ending}");
+        fill(&file);
+        file.finish().unwrap();
+    }
+}
+
 fn flip(path: &Path, at: u64) {
     let file = fs::File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];

@@ -22,9 +22,15 @@ fn the_least_recently_used_file_is_evicted_and_one_in_use_never() {
         map.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1000 + n))
             .unwrap();
     }
-    let labels = |tier: &Arc<DiskTier>| tier.held().into_iter().map(|held| held.key.label).collect::<Vec<_>>();
+    let labels = |tier: &Arc<DiskTier>| {
+        tier.held()
+            .unwrap()
+            .into_iter()
+            .map(|held| held.key.label)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(labels(&unlimited), ["0", "1", "2", "3"]);
-    let each = unlimited.held()[0].allocated;
+    let each = unlimited.held().unwrap()[0].allocated;
     let tier = DiskTier::open(&path, Some(each * 5 / 2), true).unwrap();
     // Opened: in use, and used last.
     let used = unlimited.file(other(0)).unwrap();
@@ -91,9 +97,9 @@ fn a_look_at_a_file_is_no_use_of_it() {
         .open(data.with_extension("map"))
         .unwrap();
     map.set_modified(SystemTime::UNIX_EPOCH).unwrap();
-    let held = tier.held().remove(0);
+    let held = tier.held().unwrap().remove(0);
     assert_eq!(tier.reopen(&held).unwrap().verify(), (BLOCKS, 0));
-    assert_eq!(tier.held()[0].used, SystemTime::UNIX_EPOCH);
+    assert_eq!(tier.held().unwrap()[0].used, SystemTime::UNIX_EPOCH);
 }
 
 #[test]
@@ -114,7 +120,7 @@ fn regression_an_eviction_names_versions_of_one_file_apart() {
         map.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(used))
             .unwrap();
     }
-    let each = unlimited.held()[0].allocated;
+    let each = unlimited.held().unwrap()[0].allocated;
     let tier = DiskTier::open(&path, Some(each * 3 / 2), true).unwrap();
     assert_eq!(tier.evict().unwrap().files, [version("old")]);
 }
@@ -136,4 +142,44 @@ fn the_limit_is_kept_while_one_file_grows() {
         kept.is_some_and(|kept| kept <= limit + limit / 4),
         "{kept:?} bytes of {limit}"
     );
+}
+
+#[test]
+fn a_folder_with_a_name_of_a_cached_file_is_named_and_stays() {
+    let (_dir, path) = folder();
+    let tier = DiskTier::open(&path, None, true).unwrap();
+    let name = format!("{}.data", key().stem());
+    fs::create_dir(path.join(&name)).unwrap();
+    let expected = format!(
+        "cache-dir={}: {name} is not a file of this program; remove it",
+        path.display()
+    );
+    assert_eq!(tier.file(key()).unwrap_err().to_string(), expected);
+    let evicted = tier.evict().unwrap();
+    assert!(evicted.leftovers == 0 && evicted.failure.unwrap().to_string().contains(&name));
+    assert!(path.join(&name).is_dir());
+    fs::remove_file(path.join("lock")).unwrap();
+    fs::create_dir(path.join("lock")).unwrap();
+    let error = tier.file(key()).unwrap_err().to_string();
+    assert!(
+        error.ends_with("lock is not a file of this program; remove it"),
+        "{error}"
+    );
+}
+
+/// A `--check` of its entries would never end.
+#[test]
+fn a_forged_map_with_too_many_blocks_is_a_leftover() {
+    let (_dir, path) = folder();
+    let tier = DiskTier::open(&path, None, true).unwrap();
+    let forged = FileKey {
+        len: i64::MAX as u64,
+        block: 512,
+        ..key()
+    };
+    let name = |ending| path.join(format!("{}.{ending}", key().stem()));
+    fs::write(name("map"), encode_header(&forged).unwrap()).unwrap();
+    fs::write(name("data"), "").unwrap();
+    assert!(tier.held().unwrap().is_empty());
+    assert_eq!(tier.evict().unwrap().leftovers, 1);
 }
