@@ -5,8 +5,6 @@
 //!   else      ─► verify what is there ─► fetch what is missing ─► complete, or the reason why not
 //! ```
 
-use std::ops::ControlFlow;
-
 use super::{line, print};
 use crate::block::{BlockRead, Lba, SECTOR};
 use crate::cache::disk_tier::TierFile;
@@ -120,10 +118,7 @@ fn fill(file: &dyn StoredFile, progress: &mut Progress) -> Result<()> {
 
 /// Verifies what is there, before a block of it is in memory: a damaged block must come from the server.
 fn verify(cached: &TierFile, progress: &mut Progress) {
-    cached.verify_rest(|bytes| {
-        progress.found(bytes);
-        ControlFlow::Continue(())
-    });
+    cached.verify_rest(|bytes| progress.found(bytes));
 }
 
 /// Reads what the cache of a file lacks, which puts it there.

@@ -106,6 +106,30 @@ fn a_prefetch_of_another_process_lets_the_next_open_pass_through() {
     assert_eq!(f.server.sent(), sent);
 }
 
+#[test]
+fn regression_damage_while_a_disk_is_fetched_is_never_shown() {
+    if !ready() {
+        return;
+    }
+    let f = Fixture::new(LEN);
+    let mount = f.mount().args(["-v", "-o", "readahead=0"]).foreground().start();
+    let file = mount.file("d.raw");
+    const BLOCK: u64 = 32 << 10;
+    read_range(&file, 5 * MIB, BLOCK as usize);
+    // Another program writes to a block that the daemon has kept, before the daemon fetches the others.
+    let data = File::options().write(true).open(&f.cached("data")[0]).unwrap();
+    data.write_all_at(b"damage", 5 * MIB + 100).unwrap();
+    read_range(&file, 0, 5 << 20);
+    read_range(&file, 6 * MIB, (LEN - 6 * MIB) as usize);
+    read_range(&file, 5 * MIB + BLOCK, (MIB - BLOCK) as usize);
+    let is_found = || mount.output().1.contains("damaged") || f.listed().contains("complete");
+    assert!(poll_until(SOON, is_found));
+    mount.unmount();
+    let mount = mounted(&f);
+    assert_same(&mount.file("d.raw"), &f.file);
+    mount.unmount();
+}
+
 /// Puts a sparse VMDK on the server; returns its words and its name in a mount.
 fn sparse(f: &Fixture) -> (Vec<String>, PathBuf) {
     let vmdk = f.file.with_file_name("s.vmdk");

@@ -9,15 +9,17 @@
 //! more than the last MiB of each fetch: the kernel has the pages. Only a crash of the machine loses what was not synced,
 //! and the entries with it.
 //!
-//! A complete file is read without checksums, so nothing counts as complete that this process has not written, or
-//! compared with its checksum, itself ([`CheckedBlocks`]). Damage that is found withdraws the record and all trust.
+//! A complete file is read without checksums, so all of its blocks are compared with theirs first, also those that this
+//! process has written: another program may have damaged them since. The times of the data file tell whether that is still
+//! true: any write changes them. Damage that is found withdraws the record.
 //!
 //! # Locks
 //!
 //! OFD locks on the map, which end with the process: byte 0 shared while the file is in use (nothing evicts it), and the
-//! bytes of an entry exclusively while a process fetches the block. `flushing` is held during a flush, never by readers;
-//! `changing` is held during a write of entries or of the completion record, and acquired before `checked`. `pending` and
-//! `checked` are held for a few instructions.
+//! bytes of an entry exclusively while a process fetches the block. `verified` is held while the completion is looked for,
+//! and acquired before all others; `flushing` is held during a flush. No reader or writer waits for these two. `changing`
+//! is held during a write of entries or of the completion record, and acquired before `checked`. `pending` and `checked`
+//! are held for a few instructions.
 
 use std::fmt;
 use std::fs::File;
@@ -50,8 +52,6 @@ const FLUSH_DELAY: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// Wait for the folder's lock before an eviction; a process that holds it longer evicts itself.
 const EVICTION_WAIT: Duration = Duration::from_millis(500);
-/// Most blocks that the end of a file verifies: a mount must not read a whole disk before it ends.
-const VERIFIED_AT_END: u64 = 2048;
 
 /// Blocks of one file.
 pub struct TierFile {
@@ -73,8 +73,18 @@ pub struct TierFile {
     /// Number of blocks from the first one on that were seen to be there.
     present_to: AtomicU64,
     checked: Mutex<CheckedBlocks>,
+    verified: Mutex<Verified>,
     /// Reason why nothing more is kept: a write has failed, or the folder is full.
     refusal: OnceLock<Error>,
+}
+
+/// Blocks at the start of a file that were compared with their checksums, all in one state of its data.
+#[derive(Debug)]
+struct Verified {
+    /// State of the data file: its completion record.
+    state: [u8; RECORD],
+    /// Number of the block after the last one.
+    end: u64,
 }
 
 /// End of an attempt to note the completion.
@@ -136,6 +146,7 @@ impl TierFile {
             changing: Mutex::default(),
             present_to: AtomicU64::new(0),
             checked: Mutex::default(),
+            verified: Mutex::new(Verified { state: NONE, end: 0 }),
             refusal: OnceLock::new(),
         }
     }
@@ -385,28 +396,48 @@ impl TierFile {
 
     /// Verifies the blocks that are there and that this process has neither written nor verified, and makes those of a
     /// process that was killed durable with the next flush. `each` is called with the bytes of each block that is there.
-    ///
-    /// Returns false if `each` broke that off. Damaged blocks are forgotten.
-    pub(crate) fn verify_rest(&self, mut each: impl FnMut(u64) -> ControlFlow<()>) -> bool {
-        let mut data = vec![0; self.key.block as usize];
+    /// Damaged blocks are forgotten.
+    pub(crate) fn verify_rest(&self, mut each: impl FnMut(u64)) {
+        let mut data = Vec::new();
         self.entries.each(0, |number, entry| {
-            let is_durable = entry & 1 == 1;
-            if entry == 0 || (is_durable && lock(&self.checked).contains(number)) {
-                return if entry == 0 {
-                    ControlFlow::Continue(())
-                } else {
-                    each(self.key.block_len(number) as u64)
-                };
+            let is_known = entry & 1 == 1 && lock(&self.checked).contains(number);
+            if entry != 0 && !is_known {
+                self.verify_block(number, entry, &mut data);
             }
-            let Some(part) = data.get_mut(..self.key.block_len(number)) else {
-                return ControlFlow::Continue(());
-            };
-            if let Some(sum) = self.read_into(number, entry, part)
-                && !is_durable
-            {
-                lock(&self.pending).push((number, sum.entry(number, Durability::Durable)));
+            if entry != 0 {
+                each(self.key.block_len(number) as u64);
             }
-            each(part.len() as u64)
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Compares a block that has an entry with its checksum, and makes one of a process that was killed durable with the
+    /// next flush. Forgets a damaged block. `buf` is memory for it.
+    fn verify_block(&self, number: u64, entry: u64, buf: &mut Vec<u8>) {
+        buf.resize(self.key.block_len(number), 0);
+        if let Some(sum) = self.read_into(number, entry, buf)
+            && entry & 1 == 0
+        {
+            lock(&self.pending).push((number, sum.entry(number, Durability::Durable)));
+        }
+    }
+
+    /// Verifies all blocks, from where the last call stopped if the data is still in the same `state`. Returns false if
+    /// `stop` broke that off.
+    fn verify_all(&self, verified: &mut Verified, state: [u8; RECORD], stop: &dyn Fn() -> bool) -> bool {
+        if verified.state != state {
+            *verified = Verified { state, end: 0 };
+        }
+        let mut data = Vec::new();
+        self.entries.each(verified.end, |number, entry| {
+            if stop() {
+                return ControlFlow::Break(());
+            }
+            if entry != 0 {
+                self.verify_block(number, entry, &mut data);
+            }
+            verified.end = number + 1;
+            ControlFlow::Continue(())
         })
     }
 
@@ -415,7 +446,7 @@ impl TierFile {
     /// Errors: why it is not complete.
     pub fn finish(&self) -> Result<()> {
         self.flush();
-        self.note_completion(u64::MAX, &|| false);
+        self.note_completion(&|| false);
         if self.complete().is_some() {
             return Ok(());
         }
@@ -432,9 +463,11 @@ impl TierFile {
     }
 
     /// Notes that all blocks are there, durable and undamaged, if they are. Their file can then be read without this
-    /// program. Verifies at most `most` blocks for that, and none once `stop` returns true.
-    fn note_completion(&self, most: u64, stop: &dyn Fn() -> bool) -> Noted {
+    /// program. Verifies no more of them once `stop` returns true.
+    fn note_completion(&self, stop: &dyn Fn() -> bool) -> Noted {
         let Some(files) = &self.files else { return Noted::Done };
+        // Another thread that verifies is waited for: it leaves nothing to do.
+        let mut verified = lock(&self.verified);
         if self.complete().is_some() || self.refusal().is_some() || !self.is_whole() {
             return Noted::Done;
         }
@@ -442,16 +475,7 @@ impl TierFile {
         let Some(record) = completion_of(&files.data) else {
             return Noted::Done;
         };
-        let mut left = most.saturating_add(lock(&self.checked).count());
-        let verified = self.verify_rest(|_| {
-            left = left.saturating_sub(1);
-            if left == 0 || stop() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        });
-        if !verified {
+        if !self.verify_all(&mut verified, record, stop) {
             return Noted::Stopped;
         }
         self.flush();
@@ -489,7 +513,7 @@ impl TierFile {
     /// Withdraws the completion record: it would let the damage that was found be read without a look at the checksums.
     fn revoke_completion(&self) {
         self.present_to.store(0, Ordering::Relaxed);
-        // What else is damaged must be looked for before the file counts as complete again.
+        // What was counted as known may be damaged, too.
         lock(&self.checked).clear();
         let Some(files) = &self.files else { return };
         // Another thread or process may be about to write a record: with the new times it matches no more.
@@ -520,7 +544,7 @@ impl Flush for TierFile {
         self.flush();
         let stop = || self.flusher.as_ref().is_some_and(|(queue, _)| queue.is_wanted());
         // To verify a whole file may take minutes, in which the other files have to be flushed. It goes on where it stopped.
-        if self.note_completion(u64::MAX, &stop) == Noted::Stopped {
+        if self.note_completion(&stop) == Noted::Stopped {
             self.schedule(Duration::ZERO, false);
         }
     }
@@ -529,7 +553,13 @@ impl Flush for TierFile {
 impl Drop for TierFile {
     fn drop(&mut self) {
         self.flush();
-        self.note_completion(VERIFIED_AT_END, &|| false);
+        if let Some(files) = &self.files {
+            // Locked meanwhile: all files of the folder share the time.
+            let mut left = lock(&files.folder.end_time);
+            let (start, most) = (Instant::now(), *left);
+            self.note_completion(&|| start.elapsed() >= most);
+            *left = most.saturating_sub(start.elapsed());
+        }
         if let (Some(files), Some(_)) = (&self.files, &self.flusher) {
             // The last use, for the eviction. Not that of a look by `--check`, which has no flusher.
             let _ = files.map.set_modified(SystemTime::now());

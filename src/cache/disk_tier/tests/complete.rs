@@ -69,6 +69,22 @@ fn a_file_with_damage_from_before_its_completion_is_not_complete() {
     assert!(file.complete().is_some());
 }
 
+#[test]
+fn regression_damage_between_write_and_completion_is_found() {
+    let (_dir, path) = folder();
+    let tier = DiskTier::open(&path, None, true).unwrap();
+    let file = tier.file(key()).unwrap();
+    (0..BLOCKS - 1).for_each(|number| file.write(number, &content(number)));
+    flip(&path.join(format!("{}.data", key().stem())), 5 * BLOCK + 17);
+    file.write(BLOCKS - 1, &content(BLOCKS - 1));
+    let why = file.finish().unwrap_err().to_string();
+    assert!(why.contains("1 of 40 blocks"), "{why}");
+    assert!(
+        file.complete().is_none() && !file.has(5),
+        "block 5 would be read without its checksum"
+    );
+}
+
 /// A thread that verifies compares the data with the entry that it has read before.
 #[test]
 fn regression_a_block_that_was_written_anew_is_not_forgotten_by_its_old_entry() {
