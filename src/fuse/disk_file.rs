@@ -217,6 +217,14 @@ impl DiskFile {
         })
     }
 
+    /// Returns true if no thread that has answered a request of the disk still holds it, nor one that counts its data.
+    pub(super) fn is_unused(&self) -> bool {
+        let opens = lock(&self.opens);
+        let volume = read_lock(&self.volume);
+        let kept = usize::from(opens.keeps(&volume)) + usize::from(self.view.keeps(&volume));
+        volume.is_unused(1 + kept)
+    }
+
     /// Returns the number of opens.
     pub(super) fn open_files(&self) -> usize {
         self.open_files.load(Ordering::Acquire)

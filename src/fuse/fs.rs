@@ -13,6 +13,8 @@ mod operations;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use fuser::{Errno, FileAttr, INodeNo};
 
@@ -30,6 +32,9 @@ use crate::store::StoredFile;
 use crate::volume::loop_budget::LoopBudget;
 use crate::volume::worker_pool::WorkerPool;
 use crate::volume::{ServerExports, Volume};
+
+/// Longest wait at the end for a thread that uses a disk. One that waits for a server that is gone takes longer.
+const LAST_USERS: Duration = Duration::from_secs(3);
 
 const NO_PASSTHROUGH: &str = "the kernel has no FUSE passthrough (Linux 6.9)";
 
@@ -49,14 +54,14 @@ pub struct DiskFs {
 }
 
 /// The disks of a mount. They outlive the session, so that they can be closed after it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Disks(Arc<Tree>);
 
 impl Disks {
-    /// Flushes and closes every disk. An error does not keep the others from being closed.
+    /// Flushes and closes every disk. An error does not keep the others from being closed. The session must have ended.
     ///
     /// Errors: the first one; each is logged.
-    pub fn close(&self) -> CrateResult<()> {
+    pub fn close(self) -> CrateResult<()> {
         let mut first = Ok(());
         let files = self.0.files();
         for file in &files {
@@ -66,7 +71,28 @@ impl Disks {
         for file in &files {
             first = first.and(file.close());
         }
+        drop(files);
+        if !self.wait_until_unused(LAST_USERS) {
+            tracing::info!("a request or a count of a disk does not end: not waiting for it");
+        }
         first
+    }
+
+    /// Waits until no other thread holds a disk. Returns false if one still does after `limit`.
+    ///
+    /// A thread of the pool answers a request, and drops its reference to the disk afterwards: an unmount may come between
+    /// the two. The last reference ends the disk's server, logs out and unlocks. If a thread had it, the process could exit
+    /// before that is done.
+    fn wait_until_unused(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let is_unused = || Arc::strong_count(&self.0) == 1 && self.0.files().iter().all(|file| file.is_unused());
+        while !is_unused() {
+            if Instant::now() >= until {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Returns the number of opens of all disks.
@@ -223,5 +249,27 @@ impl DiskFs {
 fn catch_panic(handler: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(handler)).is_err() {
         tracing::error!("request handler panicked; the request is answered with EIO");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::fuse::testfs::disk_file;
+    use crate::test_disk::TestDisk;
+
+    #[test]
+    fn the_end_of_a_mount_waits_for_a_thread_that_still_holds_a_disk() {
+        let file = disk_file("x", TestDisk::new(8));
+        let used = file.volume();
+        let disks = Disks(Arc::new(Tree::new(MountKind::Dir, vec![file], Vec::new())));
+        assert!(!disks.wait_until_unused(Duration::ZERO));
+        let (ended, end) = channel();
+        thread::spawn(move || ended.send(disks.wait_until_unused(Duration::from_secs(3600))));
+        assert!(end.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(used);
+        assert!(end.recv_timeout(Duration::from_secs(60)).unwrap());
     }
 }

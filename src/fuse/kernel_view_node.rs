@@ -305,23 +305,30 @@ impl KernelViewNode {
 
     /// Installs the view that was built of `volume`, or logs why there will be none.
     pub(super) fn set_view(&self, view: Result<View>, volume: &Arc<Volume>) {
-        let view_state = match view {
+        // Logged once it is so: an open that follows the message uses the view.
+        let publish = |view_state| self.lock().view_state = view_state;
+        match view {
             Ok(view) => {
-                tracing::info!("{}: read by the kernel itself: {view}", self.name);
-                ViewState::Ready(Arc::new(view), Arc::clone(volume))
-            }
-            // A read of the damaged part reports the details; the log has the error once.
-            Err(why) if why.kind() == ErrorKind::Corrupt => {
-                tracing::info!("{}: no kernel view: the image is damaged", self.name);
-                tracing::debug!("{}: {why}", self.name);
-                ViewState::Unavailable
+                let said = view.to_string();
+                publish(ViewState::Ready(Arc::new(view), Arc::clone(volume)));
+                tracing::info!("{}: read by the kernel itself: {said}", self.name);
             }
             Err(why) => {
-                tracing::info!("{}: no kernel view: {why}", self.name);
-                ViewState::Unavailable
+                publish(ViewState::Unavailable);
+                // A read of the damaged part reports the details; the log has the error once.
+                if why.kind() == ErrorKind::Corrupt {
+                    tracing::info!("{}: no kernel view: the image is damaged", self.name);
+                    tracing::debug!("{}: {why}", self.name);
+                } else {
+                    tracing::info!("{}: no kernel view: {why}", self.name);
+                }
             }
-        };
-        self.lock().view_state = view_state;
+        }
+    }
+
+    /// Returns true if there is a view of `volume`, which keeps it open.
+    pub(super) fn keeps(&self, volume: &Arc<Volume>) -> bool {
+        matches!(&self.lock().view_state, ViewState::Ready(_, of) if Arc::ptr_eq(of, volume))
     }
 
     fn lock(&self) -> MutexGuard<'_, NodeState> {

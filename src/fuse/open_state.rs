@@ -81,6 +81,11 @@ impl OpenState {
         self.backing = Some((id, volume));
     }
 
+    /// Returns true if the kernel has a backing file of `volume`, which keeps it open.
+    pub(super) fn keeps(&self, volume: &Arc<Volume>) -> bool {
+        self.backing.as_ref().is_some_and(|(_, of)| Arc::ptr_eq(of, volume))
+    }
+
     /// Returns true if the kernel has pages of the inode in use, which excludes a backing file.
     pub(super) fn has_cached_opens(&self) -> bool {
         self.cached_opens > 0

@@ -63,7 +63,7 @@ impl BlockCount {
             let (disk, state) = (Arc::clone(disk), Arc::clone(&self.0));
             let started = std::thread::Builder::new()
                 .name("count".to_owned())
-                .spawn(move || state.count(&*disk));
+                .spawn(move || state.count(disk));
             if started.is_err() {
                 // No thread: the next query tries again.
                 self.0.last().running = false;
@@ -72,6 +72,16 @@ impl BlockCount {
         let changes = self.0.changes.load(Ordering::Acquire);
         let last = self.0.last();
         last.ended.as_ref().filter(|last| last.changes == changes)?.bytes
+    }
+
+    /// Ends a count that is running at its next step. No other one must be started afterwards.
+    pub(super) fn stop(&self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns true while the thread of a count holds the disk.
+    pub(super) fn is_running(&self) -> bool {
+        self.0.last().running
     }
 
     /// Returns true if the caller has to start a count now, and marks it as running.
@@ -87,15 +97,17 @@ impl BlockCount {
 
 impl Drop for BlockCount {
     fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Relaxed);
+        self.stop();
     }
 }
 
 impl CountState {
-    fn count(&self, disk: &dyn BlockRead) {
+    fn count(&self, disk: Arc<dyn BlockRead>) {
         // The number of changes before the count: a change during it makes the result outdated again.
         let (changes, started) = (self.changes.load(Ordering::Acquire), Instant::now());
-        let bytes = self.counted(disk, started);
+        let bytes = self.counted(&*disk, started);
+        // First: the daemon closes the disk once no count runs.
+        drop(disk);
         *self.last() = LastCount {
             running: false,
             ended: Some(EndedCount {

@@ -229,6 +229,16 @@ impl Volume {
         self.block_count.bytes(self.disk())
     }
 
+    /// Returns true if no other thread uses the disk any more: the `owners` have all references to the volume, and it is
+    /// closed when they drop them. Ends a count of the data.
+    pub(crate) fn is_unused(self: &Arc<Self>, owners: usize) -> bool {
+        self.block_count.stop();
+        let of_timer = usize::from(self.writeback.is_started());
+        Arc::strong_count(self) <= owners
+            && !self.block_count.is_running()
+            && Arc::strong_count(&self.flushes) <= 1 + of_timer
+    }
+
     /// Forgets what is known of the disk's content, which may have been changed without this process: what lies where,
     /// and how much.
     pub(crate) fn forget_content(&self) {

@@ -74,6 +74,11 @@ impl WritebackTimer {
             }
         }
     }
+
+    /// Returns true once the thread was started. It holds the disk until the timer is dropped.
+    pub(super) fn is_started(&self) -> bool {
+        lock(&self.thread).is_some()
+    }
 }
 
 impl TimerState {

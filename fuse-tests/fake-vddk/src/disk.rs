@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Mutex, RwLock};
+use std::time::Duration;
 
 use crate::abi::{
     Block, BlockList, CHUNK_SECTORS, Connection, DiskGeometry, Handle, Info, VIX_OK, VixError, open_flag,
@@ -357,6 +358,9 @@ pub(crate) unsafe extern "C" fn VixDiskLib_QueryAllocatedBlocks(
     }
     let disk = disk(handle);
     let _in_use = disk.enter(Use::Exclusive);
+    std::thread::sleep(Duration::from_micros(
+        library().knobs.number("query-latency").unwrap_or(0),
+    ));
     let thread = thread_id();
     let before = disk.questioner.swap(thread, Ordering::SeqCst);
     if before != 0 && before != thread {

@@ -5,6 +5,7 @@
 //! | `version=N` | version of the library that it poses as: before 7 the properties of a disk have 56 bytes |
 //! | `transport=MODE` | transport of every disk (default: `file` for a local one, `nbdssl` for a remote one) |
 //! | `latency=MICROSECONDS` | time that a request takes |
+//! | `query-latency=MICROSECONDS` | time that a query of allocated blocks takes |
 //! | `ram=BYTES` | every disk is memory of that size |
 //! | `order=reverse` | queued requests that are due are answered in the reverse order |
 //! | `callback=early` | the callback comes before ReadAsync or WriteAsync returns, with any transport |

@@ -53,6 +53,9 @@ pub(in crate::source) const MAX_LINE: usize = 1000;
 /// Time to wait for the rest of the output of a server that has ended. A process that it started may keep the pipe open.
 const LAST_LINE: Duration = Duration::from_millis(100);
 
+/// The same at the end of the daemon, when nothing waits for it.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+
 /// Connections that the kernel queues until the server accepts them.
 const BACKLOG: i32 = 64;
 
@@ -216,13 +219,17 @@ impl CaptiveServer {
     /// Returns how the server ended and the last line of its output, or `None` if it still runs.
     pub(in crate::source) fn exit(&self) -> Option<(io::Result<ExitStatus>, String)> {
         let status = self.try_wait().transpose()?;
-        // The server is gone, but its last line may still be in the pipe.
-        let until = Instant::now() + LAST_LINE;
+        self.wait_for_output(LAST_LINE);
+        let last_line = lock(&self.last_line);
+        Some((status, last_line.clone()))
+    }
+
+    /// Waits until the output of a server that is gone has been read: its last line may still be in the pipe.
+    fn wait_for_output(&self, within: Duration) {
+        let until = Instant::now() + within;
         while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }
-        let last_line = lock(&self.last_line);
-        Some((status, last_line.clone()))
     }
 
     /// Returns what a server that may still run has written for the report about its end.
@@ -277,6 +284,8 @@ impl OwnServer for CaptiveServer {
 impl Drop for CaptiveServer {
     fn drop(&mut self) {
         self.end(GRACE);
+        // The daemon may exit next, and its log would lack what the server said at its end.
+        self.wait_for_output(LAST_OUTPUT);
     }
 }
 
