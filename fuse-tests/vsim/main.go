@@ -61,6 +61,7 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rec := &status{ResponseWriter: w, code: 200}
 	defer func() {
 		g.log.Printf("%s %s range=%q proto=%s peer=%s status=%d bytes=%d auth=%v cookie=%v ms=%d", r.Method, r.URL.RequestURI(), r.Header.Get("Range"), r.Proto, r.RemoteAddr, rec.code, rec.n, r.Header.Get("Authorization") != "", r.Header.Get("Cookie") != "", time.Since(t0).Milliseconds())
+		rec.flush()
 	}()
 	if n := atomic.AddInt64(&g.busy, 1); g.maxBusy > 0 && n > g.maxBusy {
 		atomic.AddInt64(&g.busy, -1)
@@ -192,17 +193,32 @@ func (g *gate) logout(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, `<?xml version="1.0" encoding="UTF-8"?><soapenv:Envelope xmlns:soapenv="http://schemas.xmlsoap.org/soap/envelope/"><soapenv:Body><LogoutResponse xmlns="urn:vim25"/></soapenv:Body></soapenv:Envelope>`)
 }
 
+// status counts what is sent. It holds back the last piece of a body until the request is logged: a client that has the whole
+// answer finds the line in the log.
 type status struct {
 	http.ResponseWriter
 	code int
 	n    int64
+	held []byte
 }
 
 func (s *status) WriteHeader(c int) { s.code = c; s.ResponseWriter.WriteHeader(c) }
 func (s *status) Write(b []byte) (int, error) {
-	n, err := s.ResponseWriter.Write(b)
-	s.n += int64(n)
-	return n, err
+	if err := s.flush(); err != nil {
+		return 0, err
+	}
+	s.held = append(s.held, b...)
+	s.n += int64(len(b))
+	return len(b), nil
+}
+
+func (s *status) flush() error {
+	if len(s.held) == 0 {
+		return nil
+	}
+	_, err := s.ResponseWriter.Write(s.held)
+	s.held = s.held[:0]
+	return err
 }
 
 func main() {

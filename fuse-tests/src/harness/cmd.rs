@@ -21,6 +21,9 @@ use super::user::User;
 /// Default deadline: long enough for a slow machine, short enough to end a test run that hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// Deadline of a program that boots a guest without KVM: 15 s of computing, which a busy machine takes its time for.
+pub const GUEST_DEADLINE: Duration = Duration::from_secs(300);
+
 /// A program to run.
 ///
 /// Its output goes to unnamed files, not pipes: a daemon that the program leaves behind would keep the write end of a
@@ -47,6 +50,16 @@ impl Cmd {
             user: None,
             deadline: DEADLINE,
         }
+    }
+
+    /// Creates a command that runs in a mount namespace of its own. Needs root.
+    ///
+    /// The namespace starts with a copy of every mount of the tests that run at the same time, and their daemons would not
+    /// end before it does. So these are detached first. Without `-i` umount(8) could call a helper, which ends the daemon.
+    #[must_use]
+    pub fn in_namespace() -> Self {
+        let detach = "umount -i -l -a -t fuse.vmdkfuse; exec \"$@\"";
+        Self::new("unshare").args(["-m", "--propagation", "private", "sh", "-c", detach, "sh"])
     }
 
     /// Adds an argument.
@@ -311,7 +324,7 @@ pub fn guestfs(program: &str, arguments: &[&str]) -> Outcome {
     let command = Cmd::new(program)
         .env("LIBGUESTFS_BACKEND", "direct")
         .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg");
-    command.args(arguments).deadline(Duration::from_secs(200)).run().ok()
+    command.args(arguments).deadline(GUEST_DEADLINE).run().ok()
 }
 
 #[cfg(test)]

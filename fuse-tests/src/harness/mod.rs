@@ -9,6 +9,7 @@
 //!     └─ hostile_matrix   many images in one test, on several threads
 //!   loop_device        a file as a block device; its Drop detaches it
 //!   mounts             the kernel's mount table
+//!   port               TCP ports for servers
 //!   process            exit statuses, peak memory, polling with a deadline
 //!   runs               the runs of a disk, as the library reports them
 //!   bytes              comparison of whole files, random ranges, data and holes
@@ -36,6 +37,7 @@ mod loop_device;
 mod mount;
 mod mounts;
 mod notify;
+mod port;
 mod process;
 mod requirements;
 mod runs;
@@ -46,14 +48,15 @@ pub use bytes::{
     Aligned, Mapped, assert_same, assert_same_at_random, cached_bytes, data_ranges, digest, digest_grains,
     digest_range, map_bytes, read_range, sha256,
 };
-pub use cmd::{Cmd, Outcome, guestfish, guestfs};
+pub use cmd::{Cmd, GUEST_DEADLINE, Outcome, guestfish, guestfs};
 pub use folder::Folder;
 pub use hostile_matrix::{Answer, each, open_hostile};
 pub use images::{Hosted, fill_islands, qemu_data_ranges, qemu_img, raw_with_islands};
 pub use loop_device::LoopDevice;
 pub use mount::{Mount, MountCmd};
-pub use mounts::{MountEntry, mounts_below};
+pub use mounts::{MountEntry, mounts_below, umount, unmount, unmount_as};
 pub use notify::NotifySocket;
+pub use port::free_port;
 pub use process::{Ended, is_running, peak_memory, poll_until, wait_end};
 pub use requirements::{
     fake_vddk_library, is_root, need, need_allow_other, need_fuse, need_kernel_view, need_qemu, need_root,

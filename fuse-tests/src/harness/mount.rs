@@ -20,17 +20,15 @@ use nix::unistd::Pid;
 
 use super::cmd::{Cmd, Outcome, Running};
 use super::folder::Folder;
-use super::mounts::{MountEntry, detach, mounts_below};
+use super::mounts::{MountEntry, detach, mounts_below, unmount};
 use super::process::{Ended, is_running, peak_memory, poll_until, wait_end};
 
 /// Deadline for a mount to appear or disappear, and for its process to end.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Deadline for a mount to stop being busy because of a file that a child process inherited (see [`Mount::unmount`]).
-const INHERITED_FILES: Duration = Duration::from_secs(60);
-
-/// Longest lifetime of one mount in a test. Then its process is killed, which ends a read that hangs with an error.
-const WATCHDOG: Duration = Duration::from_secs(120);
+/// Longest lifetime of one mount in a test. Then its process is killed, which ends a read that hangs with an error. Longer
+/// than all commands together that use one mount may take.
+const WATCHDOG: Duration = Duration::from_secs(900);
 
 /// A mount to create: the command line of the program, and assertions about its result.
 #[derive(Debug)]
@@ -361,24 +359,10 @@ impl Mount {
         }
     }
 
-    fn fusermount(&self) -> Outcome {
-        Cmd::new("fusermount3").arg("-u").arg(&self.entry.point).run()
-    }
-
     /// Unmounts with `fusermount3 -u` as a user does; panics unless the daemon then exits with status 0.
     #[track_caller]
     pub fn unmount(mut self) {
-        // A child process that another thread starts at this moment inherits our open files until it calls exec, and
-        // keeps the mount busy for that time.
-        let mut outcome = self.fusermount();
-        poll_until(INHERITED_FILES, || {
-            let busy = outcome.stderr.contains("busy");
-            if busy {
-                outcome = self.fusermount();
-            }
-            !busy
-        });
-        outcome.ok();
+        unmount(&self.entry.point);
         assert!(!self.is_mounted(), "still mounted: {:?}", self.entry);
         let ended = self.wait_end();
         assert_eq!(

@@ -4,11 +4,17 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
 
-use super::cmd::Cmd;
+use super::cmd::{Cmd, Outcome};
+use super::process::poll_until;
 use super::requirements::is_root;
+use super::user::User;
+
+/// Deadline for a mount to stop being busy because of a file that a child process inherited.
+const INHERITED_FILES: Duration = Duration::from_secs(60);
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +39,40 @@ pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
         .collect();
     found.reverse();
     found
+}
+
+/// Unmounts with `fusermount3 -u` as `user`, and returns its outcome. A busy mount is tried again, see [`while_busy`].
+pub fn unmount_as(point: &Path, user: Option<User>) -> Outcome {
+    while_busy(|| Cmd::new("fusermount3").arg("-u").arg(point).user(user).run())
+}
+
+/// Unmounts with `fusermount3 -u`; panics unless that succeeds. A busy mount is tried again, see [`while_busy`].
+#[track_caller]
+pub fn unmount(point: &Path) {
+    unmount_as(point, None).ok();
+}
+
+/// Unmounts a mount of any kind with umount(8); panics unless that succeeds. A busy mount is tried again, see
+/// [`while_busy`].
+#[track_caller]
+pub fn umount(point: &Path) {
+    while_busy(|| Cmd::new("umount").arg(point).run()).ok();
+}
+
+/// Repeats a command while it says that the mount is busy, for up to a minute. Returns the last outcome.
+///
+/// A child process that another thread starts at this moment inherits the open files of this process until it calls exec,
+/// also those that were closed here meanwhile, and keeps their mount busy for that time.
+fn while_busy(run: impl Fn() -> Outcome) -> Outcome {
+    let mut outcome = run();
+    poll_until(INHERITED_FILES, || {
+        let busy = outcome.stderr.contains("busy");
+        if busy {
+            outcome = run();
+        }
+        !busy
+    });
+    outcome
 }
 
 /// Unmounts lazily: the mount disappears from the tree at once, even if it is busy or its daemon has died.

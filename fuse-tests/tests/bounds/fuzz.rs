@@ -21,7 +21,7 @@ const CASES: usize = 4000;
 /// Largest seed in bytes; larger files are not used, and mutations are truncated to it.
 const SEED_MAX: u64 = 1 << 20;
 /// Time after which an input counts as a hang; generous for a slow machine and a debug build.
-const HANG: Duration = Duration::from_secs(20);
+const HANG: Duration = Duration::from_secs(60);
 /// Limit on the peak memory of the process in bytes, the seeds included.
 const MEMORY_MAX: u64 = 256 << 20;
 /// Integers at the limits of fields and of checked arithmetic.

@@ -11,8 +11,8 @@ fn automount_mounts_at_the_first_access_and_unmounts_an_idle_disk() {
     let scratch = Scratch::new();
     let bytes: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
     scratch.write("a.img", bytes);
-    Cmd::new("unshare")
-        .args(["-m", "--propagation", "private", "setsid", "-w", "sh", "-c"])
+    Cmd::in_namespace()
+        .args(["setsid", "-w", "sh", "-c"])
         .arg(include_str!("automount.sh"))
         .arg("automount.sh")
         .arg(scratch.root())

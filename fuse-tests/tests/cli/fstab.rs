@@ -10,8 +10,8 @@ fn lines_of_fstab_are_mounted_and_unmounted_by_mount_and_umount() {
     }
     let scratch = Scratch::new();
     scratch.open_to_all();
-    Cmd::new("unshare")
-        .args(["-m", "--propagation", "private", "sh", "-c"])
+    Cmd::in_namespace()
+        .args(["sh", "-c"])
         .arg(concat!(include_str!("install.sh"), include_str!("fstab.sh")))
         .arg("fstab.sh")
         .arg(scratch.root())

@@ -10,7 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, poll_until, qemu_img, raw_with_islands, read_range, wait_end,
+    Cmd, Mount, Scratch, need_fuse, need_qemu, need_root, poll_until, qemu_img, raw_with_islands, read_range, unmount,
+    wait_end,
 };
 use nix::sys::signal::Signal;
 
@@ -92,7 +93,7 @@ fn the_daemon_closes_the_pipes_of_its_parent() {
         (cwd.as_path(), stdin.as_path()),
         (Path::new("/"), Path::new("/dev/null"))
     );
-    Cmd::new("fusermount3").arg("-u").arg(&mount_dir).run().ok();
+    unmount(&mount_dir);
     assert!(wait_end(pid, DEADLINE).is_some(), "the daemon still runs");
 }
 

@@ -12,8 +12,8 @@ fn a_background_mount_logs_to_the_system_log() {
     }
     let scratch = Scratch::new();
     scratch.write("a.img", vec![7; 1 << 20]);
-    let outcome = Cmd::new("unshare")
-        .args(["-m", "--propagation", "private", "sh", "-c"])
+    let outcome = Cmd::in_namespace()
+        .args(["sh", "-c"])
         .arg(include_str!("syslog.sh"))
         .arg("syslog.sh")
         .arg(scratch.root())

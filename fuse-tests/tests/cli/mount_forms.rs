@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use fuse_tests::harness::{Cmd, Scratch, need_fuse, need_qemu, qemu_img};
+use fuse_tests::harness::{Cmd, Scratch, need_fuse, need_qemu, qemu_img, unmount};
 
 /// Returns 8 KiB of content that differs for each `seed`.
 fn disk(seed: u8) -> Vec<u8> {
@@ -49,11 +49,7 @@ fn a_relative_directory_with_a_slash_works_from_any_folder() {
         .trim()
         .parse()
         .unwrap();
-    Cmd::new("fusermount3")
-        .arg("-u")
-        .arg(scratch.path("sub/mnt"))
-        .run()
-        .ok();
+    unmount(&scratch.path("sub/mnt"));
     let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(60)).expect("the end of the daemon");
     assert_eq!(ended.code, Some(0));
 }
@@ -130,7 +126,7 @@ fn a_config_file_describes_two_disks() {
         .trim()
         .parse()
         .unwrap();
-    Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
+    unmount(&point);
     let ended = fuse_tests::harness::wait_end(pid, std::time::Duration::from_secs(60)).expect("the end of the daemon");
     assert_eq!(ended.code, Some(0));
     assert_eq!((first.unwrap(), second.unwrap()), (disk(6), disk(5)));
@@ -400,7 +396,7 @@ fn the_mount_helper_mounts() {
         .run()
         .ok();
     assert_eq!(fs::read(point.join("disk.bin")).unwrap(), disk(9));
-    Cmd::new("fusermount3").arg("-u").arg(&point).run().ok();
+    unmount(&point);
     scratch.assert_no_mounts();
 }
 

@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, need_root, program};
+use fuse_tests::harness::{Cmd, GUEST_DEADLINE, Scratch, need, need_fuse, need_root, program};
 
 /// A recipe: its title and its commands.
 #[derive(Debug)]
@@ -81,15 +81,15 @@ fn recipes_run_as_written() {
         let (scratch, started) = (Scratch::new(), Instant::now());
         let install = include_str!("install.sh");
         let script = format!("{install}\n{PROLOGUE}\nset -x\n{commands}\n");
-        let outcome = Cmd::new("unshare")
-            .args(["-m", "--propagation", "private", "sh", "-c", &script, "recipe"])
+        let outcome = Cmd::in_namespace()
+            .args(["sh", "-c", &script, "recipe"])
             .arg(scratch.root())
             .arg(program())
             .env("HOME", scratch.root().to_str().unwrap())
             // The environment, not the recipes: a virtual machine here may have no KVM.
             .env("LIBGUESTFS_BACKEND", "direct")
             .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
-            .deadline(Duration::from_secs(200))
+            .deadline(GUEST_DEADLINE)
             .run();
         eprintln!("{title}: {:?}", started.elapsed());
         assert_eq!(outcome.ended.code, Some(0), "{title}: {outcome}");

@@ -62,6 +62,8 @@ fn the_watchdog_stops_when_the_event_loops_hang() {
         ptrace::interrupt(*thread).unwrap();
         waitpid(*thread, Some(WaitPidFlag::__WALL)).unwrap();
     }
+    // Those that wait here since a time before the loops were stopped.
+    manager.drain();
     // Answers that were under way may still arrive. Ten more take three seconds if the loops answer.
     let silent = (0..10).any(|_| manager.receive(Duration::from_secs(2)).is_none());
     for thread in &loops {

@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use fuse_tests::harness::{
-    Cmd, Mount, NOBODY, Outcome, Scratch, User, need, need_fuse, need_root, poll_until, program,
+    Cmd, Mount, NOBODY, Outcome, Scratch, User, need, need_fuse, need_root, poll_until, program, umount,
 };
 use nix::sys::signal::Signal;
 
@@ -194,7 +194,7 @@ fn an_image_can_be_mounted_again_straight_after_umount() {
         let file = OpenOptions::new().write(true).open(mount.file("x.raw")).unwrap();
         file.write_all_at(&vec![n; 4 << 20], u64::from(n) << 20).unwrap();
         drop(file);
-        Cmd::new("umount").arg(mount.point()).run().ok();
+        umount(mount.point());
         scratch.mount().at("mnt").file("x.vmdk").start().unmount();
         assert_eq!(mount.wait_end().code, Some(0));
     }

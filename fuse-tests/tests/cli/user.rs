@@ -6,7 +6,7 @@ use std::path::Path;
 
 use fuse_tests::harness::{
     Cmd, NOBODY, Outcome, STRANGER, Scratch, User, need, need_allow_other, need_fuse, need_qemu, need_root, program,
-    qemu_img, sha256,
+    qemu_img, sha256, unmount_as,
 };
 use nix::sys::signal::Signal;
 
@@ -52,12 +52,7 @@ fn an_ordinary_user_mounts_reads_and_unmounts() {
             .run()
             .ok();
         assert_eq!(stat_output.stdout.trim(), "65534 65534 1000448", "{at}");
-        Cmd::new("fusermount3")
-            .arg("-u")
-            .arg(&mount.entry().point)
-            .user(Some(NOBODY))
-            .run()
-            .ok();
+        unmount_as(&mount.entry().point, Some(NOBODY)).ok();
         assert!(!mount.is_mounted(), "{at}");
         let ended = mount.wait_end();
         assert_eq!(ended.code, Some(0), "{at}: {ended:?}");

@@ -236,7 +236,8 @@ fn a_prefetch_that_was_killed_goes_on_where_it_was_and_twice_is_free() {
         return;
     }
     let size = 512 * MIB;
-    let f = Fixture::new(size);
+    // Three seconds at least, with eight connections: it is killed in the middle also where this thread has to wait.
+    let f = Fixture::with(size, "limit_rate 20m;");
     let mut killed = Command::new(program())
         .arg("--prefetch")
         .args(f.words())
@@ -435,8 +436,8 @@ fn a_long_prefetch_shows_its_progress_in_a_log() {
     if !need_nginx() {
         return;
     }
-    // 12 s at least: eight connections of 170 KiB a second.
-    let f = Fixture::with(16 * MIB, "limit_rate 170k;");
+    // 14 s at least: eight connections of 120 KiB a second, and one second's worth at once.
+    let f = Fixture::with(16 * MIB, "limit_rate 120k;");
     let outcome = f.run("--prefetch", &f.words()).ok();
     let lines: Vec<&str> = outcome.stderr.lines().collect();
     assert!(!lines.is_empty() && lines.len() <= 100, "{outcome}");

@@ -278,7 +278,7 @@ trait FaultArgs {
 
 impl FaultArgs for fuse_tests::harness::MountCmd<'_> {
     fn args_for_faults(self) -> Self {
-        self.arg("cache=none").arg("timeout=3").arg("readahead=0")
+        self.arg("cache=none").arg("timeout=6").arg("readahead=0")
     }
 }
 

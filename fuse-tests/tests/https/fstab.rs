@@ -22,8 +22,8 @@ fn a_datastore_and_an_address_are_first_fields_of_fstab() {
     let (of_datastore, of_web) = (Scratch::new(), Scratch::new());
     let datastore = Server::vsim(&of_datastore, &files, &[]);
     let web = Server::nginx(&of_web, &files, "");
-    Cmd::new("unshare")
-        .args(["-m", "--propagation", "private", "sh", "-c"])
+    Cmd::in_namespace()
+        .args(["sh", "-c"])
         .arg(concat!(include_str!("../cli/install.sh"), include_str!("fstab.sh")))
         .arg("fstab.sh")
         .arg(scratch.root())

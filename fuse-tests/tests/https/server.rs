@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, poll_until};
+use fuse_tests::harness::{Cmd, Scratch, free_port, need, need_fuse, poll_until};
 use nix::fcntl::{Flock, FlockArg};
 
 pub(crate) const SOON: Duration = Duration::from_secs(60);
@@ -23,6 +24,8 @@ pub(crate) struct Server {
     child: Child,
     pub(crate) port: u16,
     log: PathBuf,
+    /// Socket of nginx that answers once everything before is in the log.
+    barrier: Option<PathBuf>,
     /// SHA-1 of the certificate.
     pub(crate) thumbprint: String,
     pub(crate) certificate: PathBuf,
@@ -85,10 +88,14 @@ impl Server {
              log_format t '$request_method $uri status=$status bytes=$body_bytes_sent range=$http_range $server_protocol';\n\
              server {{ listen 127.0.0.1:{port} ssl {http2}; ssl_certificate {}; ssl_certificate_key {};\n\
              access_log {log_text} t; root {dir}; {extra}\n\
-             location /private/ {{ auth_basic x; auth_basic_user_file {run_text}/users; }} }} }}\n",
+             location /private/ {{ auth_basic x; auth_basic_user_file {run_text}/users; }} }}\n\
+             server {{ listen unix:{run_text}/barrier; return 204; }} }}\n",
             certificate.display(),
             key.display()
         );
+        let barrier = run.join("barrier");
+        // A server that was killed leaves its socket behind, and nginx does not replace it.
+        let _ = fs::remove_file(&barrier);
         let conf_file = run.join("conf");
         fs::write(&conf_file, conf).unwrap();
         let mut command = Command::new("/usr/sbin/nginx");
@@ -96,8 +103,11 @@ impl Server {
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         command.stderr(File::create(run.join("stderr")).unwrap());
         let child = command.spawn().expect("starting nginx");
-        let server = Self::new(child, port, log, certificate);
-        let up = poll_until(SOON, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let mut server = Self::new(child, port, log, certificate);
+        let up = poll_until(SOON, || {
+            TcpStream::connect(("127.0.0.1", port)).is_ok() && UnixStream::connect(&barrier).is_ok()
+        });
+        server.barrier = Some(barrier);
         assert!(up, "nginx: {}", fs::read_to_string(run.join("stderr")).unwrap());
         server
     }
@@ -113,6 +123,7 @@ impl Server {
             child,
             port,
             log,
+            barrier: None,
             thumbprint,
             certificate,
         }
@@ -139,8 +150,16 @@ impl Server {
         ]
     }
 
-    /// Returns the lines of the server's log.
+    /// Returns the lines of the server's log: those of all requests whose answers have come.
     pub(crate) fn log(&self) -> Vec<String> {
+        // nginx logs a request after it has sent the answer. It has one thread, which takes no other request meanwhile.
+        if let Some(barrier) = &self.barrier {
+            let mut stream = UnixStream::connect(barrier).unwrap();
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.contains(" 204 "), "{answer}");
+        }
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
@@ -177,11 +196,6 @@ pub(crate) fn need_nginx() -> bool {
 pub(crate) fn password_file(scratch: &Scratch) -> String {
     let path = scratch.write("password", format!("{PASSWORD}\n"));
     format!("password=+{}", path.display())
-}
-
-/// Returns a TCP port of this machine that no process listens on.
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Builds the simulator once, and returns its path. Other test processes wait for the one that builds.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fuse_tests::harness::{
     Cmd, Mount, Scratch, guestfish, mounts_below, need, need_fuse, need_qemu, need_root, poll_until, qemu_img, sha256,
-    skip,
+    skip, umount,
 };
 
 /// Content of the file `/etc/greeting` in the guest's file system.
@@ -80,7 +80,7 @@ fn the_kernel_mounts_the_file_system() {
         }
         outcome.ok();
         compare_tree(&inside);
-        Cmd::new("umount").arg(&inside).run().ok();
+        umount(&inside);
         assert!(mounts_below(&inside).is_empty());
         assert!(
             poll_until(Duration::from_secs(60), || loop_devices(&disk).is_empty()),

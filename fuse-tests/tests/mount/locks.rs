@@ -60,18 +60,24 @@ impl QemuNbd {
     #[track_caller]
     fn start(scratch: &Scratch, image: &Path, arguments: &[&str]) -> Self {
         let (socket, pidfile) = (scratch.path("nbd.socket"), scratch.path("nbd.pid"));
-        let server = Cmd::new("qemu-nbd")
-            .args(["--fork", "--persistent"])
-            .args(arguments)
-            .dir(scratch.root());
-        server
-            .arg("--socket")
-            .arg(&socket)
-            .arg("--pid-file")
-            .arg(&pidfile)
-            .arg(image)
-            .run()
-            .ok();
+        let server = || {
+            let server = Cmd::new("qemu-nbd")
+                .args(["--fork", "--persistent"])
+                .args(arguments)
+                .dir(scratch.root());
+            let server = server.arg("--socket").arg(&socket).arg("--pid-file").arg(&pidfile);
+            server.arg(image).run()
+        };
+        // A lock of a daemon or server that has ended may last for a moment.
+        let mut outcome = server();
+        poll_until(Duration::from_secs(60), || {
+            let locked = outcome.stderr.contains("lock");
+            if locked {
+                outcome = server();
+            }
+            !locked
+        });
+        outcome.ok();
         Self {
             pid: fs::read_to_string(pidfile).unwrap().trim().parse().unwrap(),
         }
@@ -174,6 +180,9 @@ fn a_writer_of_qemu_keeps_mounts_out() {
             .ok();
         scratch.mount().file(name).arg("lock=off").start().unmount();
         drop(server);
+        // The kernel releases the locks of a killed process a moment after its end is reported.
+        let info = || scratch.vmdkfuse().arg("--info").key("file", name).run();
+        assert!(poll_until(Duration::from_secs(60), || info().ended.code == Some(0)));
         scratch.mount().file(name).start().unmount();
     }
 }

@@ -3,9 +3,9 @@
 use std::fs;
 use std::process::Command;
 
-use fuse_tests::harness::{Cmd, Scratch, is_running, poll_until, read_range};
+use fuse_tests::harness::{Scratch, free_port, is_running, poll_until, read_range, unmount};
 
-use crate::{SOON, Server, can_read, children, free_port, noise, put, ready, vmdkfuse_with_socket};
+use crate::{SOON, Server, can_read, children, noise, put, ready, vmdkfuse_with_socket};
 
 #[test]
 fn a_mount_retries_to_connect_as_often_as_retry_says() {
@@ -104,6 +104,6 @@ fn a_config_file_names_servers_by_socket_port_command_and_descriptor() {
         .run()
         .ok();
     let read = read_range(&mnt.join("fd"), 8, 8);
-    Cmd::new("fusermount3").arg("-u").arg(&mnt).run().ok();
+    unmount(&mnt);
     assert_eq!(read, 8u64.to_be_bytes());
 }

@@ -113,7 +113,7 @@ fn unflushed_writes_are_not_replayed_into_another_disk() {
         .mount()
         .arg(server.uri())
         .arg("cache=none")
-        .arg("timeout=5")
+        .arg("timeout=15")
         .arg(format!("--log-file={}", log.display()))
         .start();
     let writer = Writer::start("os.pwrite(f,b'w'*65536,1<<19)", &mount.file("disk.raw"));

@@ -3,6 +3,7 @@
 use std::io::{Read, Result, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
+use std::time::Duration;
 
 use fuse_tests::harness::{Cmd, Outcome, program};
 
@@ -88,8 +89,9 @@ impl Endless {
         Cmd::new(program())
             .args(words)
             .arg(format!("nbd://127.0.0.1:{port}"))
-            .arg("timeout=5")
+            .arg("timeout=50")
             .memory(MEMORY)
+            .deadline(Duration::from_secs(120))
             .run()
     }
 }

@@ -17,8 +17,8 @@ mount -t overlay overlay -o "lowerdir=$folder,upperdir=$scratch/hidden/upper,wor
 /// Runs `script` in a mount namespace without libnbd, with `$vmdkfuse` and `$scratch`.
 fn without_libnbd(scratch: &Scratch, script: &str) -> Cmd {
     scratch.mkdir("hidden");
-    Cmd::new("unshare")
-        .args(["-m", "sh", "-euc", &format!("{WITHOUT_LIBNBD}{script}"), "sh"])
+    Cmd::in_namespace()
+        .args(["sh", "-euc", &format!("{WITHOUT_LIBNBD}{script}"), "sh"])
         .arg(program())
         .arg(scratch.root())
 }

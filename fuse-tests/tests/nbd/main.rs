@@ -20,7 +20,6 @@ mod tls;
 mod watchdog;
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -31,7 +30,7 @@ use fuse_tests::harness::{Cmd, Scratch, need, need_fuse, poll_until, program};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 
 /// Server process, usually on a Unix socket. Killed on drop.
 struct Server {
@@ -94,6 +93,15 @@ impl Server {
         self.end();
     }
 
+    /// Lets the server end by SIGTERM, and waits until it has: what it writes at its end is complete then.
+    fn shut_down(mut self) {
+        self.signal(Signal::SIGTERM);
+        assert!(
+            poll_until(SOON, || self.child.try_wait().unwrap().is_some()),
+            "the server still runs"
+        );
+    }
+
     fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -104,11 +112,6 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// Returns a TCP port of this machine that no process listens on.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Returns a command that runs vmdkfuse with a connection to the server as its descriptor 9.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fuse_tests::harness::{Cmd, Scratch, assert_same, need, poll_until, read_range};
 use nix::sys::signal::{Signal, kill};
@@ -54,7 +54,7 @@ fn crashes_under_load_lose_nothing() {
             .arg("--ioengine=libaio")
             .args(verify)
             .arg(format!("--filename={}", mount.file("x.raw").display()))
-            .deadline(Duration::from_secs(100))
+            .deadline(Duration::from_secs(300))
             .run()
             .ok();
         let seen = fs::read(mount.file("x.raw")).unwrap();
@@ -122,7 +122,7 @@ fn a_hung_library_is_replaced_after_the_timeout() {
     let other = scratch.write("y.vmdk", noise(1 << 20, 2));
     let mount = vddk
         .mount(&scratch)
-        .arg("timeout=2")
+        .arg("timeout=4")
         .file("x.vmdk")
         .file("y.vmdk")
         .start();
@@ -297,10 +297,16 @@ fn a_server_in_maintenance_is_tried_again_after_a_longer_pause() {
     for words in [
         "(VDDK error 14015); the host is going into maintenance or shuts down: trying again in 5 s",
         "(VDDK error 14014); the host is going into maintenance or shuts down: opening the disk again",
-        "opening the disk in 4.9",
     ] {
         assert!(log.contains(words), "{words}: {log}");
     }
+    // A part of the pause has passed when the next host is started: as a rule, a few milliseconds.
+    let pause = log
+        .split("opening the disk in ")
+        .nth(1)
+        .unwrap_or_else(|| panic!("no pause: {log}"));
+    let pause: f32 = pause.split(' ').next().unwrap().parse().unwrap();
+    assert!(pause > 0.0 && pause <= 5.0, "{pause}");
 }
 
 #[test]
@@ -314,9 +320,13 @@ fn a_server_that_stays_in_maintenance_is_not_asked_again_by_each_new_host() {
     expect(&vddk, &[]);
     let mount = remote(&vddk, &scratch).arg("cache=none").arg("timeout=3").start();
     expect(&vddk, &["fail=Open:1:99:14014"]);
+    let started = Instant::now();
     kill(Pid::from_raw(children(mount.pid())[0]), Signal::SIGKILL).unwrap();
     // Ends after the timeout, in which a host without a pause would try it about ten times.
     assert!(fs::read(mount.file("x.raw")).is_err());
-    assert_eq!(vddk.calls_of("Open").len(), 2, "{:?}", vddk.calls());
+    let opens = vddk.calls_of("Open").len() as u64;
+    // One before, one at once, and one after each pause of five seconds.
+    let most = 2 + started.elapsed().as_secs() / 5;
+    assert!((2..=most).contains(&opens), "{opens} of {most}: {:?}", vddk.calls());
     mount.unmount();
 }

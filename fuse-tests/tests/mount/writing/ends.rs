@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, Mapped, Scratch, need, need_root, poll_until};
+use fuse_tests::harness::{Cmd, Mapped, Scratch, need, need_root, poll_until, unmount};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
@@ -350,7 +350,7 @@ fn a_truncated_image_is_not_written_past_its_end() {
     // The write latch is set: nothing is reported as durable any more.
     assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::EIO));
     drop(file);
-    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    unmount(mount.point());
     assert_eq!(mount.wait_end().code, Some(1));
 }
 
@@ -370,6 +370,6 @@ fn a_deleted_image_is_served_until_the_unmount() {
     file.read_exact_at(&mut seen, 0).unwrap();
     assert_eq!(seen, [1; 4096]);
     drop(file);
-    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    unmount(mount.point());
     assert_eq!(mount.wait_end().code, Some(1), "the unmount says so too");
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 
-use fuse_tests::harness::{Cmd, NOBODY, Scratch, need_fuse, need_root};
+use fuse_tests::harness::{Cmd, NOBODY, Scratch, need_fuse, need_root, unmount};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
@@ -141,7 +141,7 @@ fn names_are_fixed() {
 fn warnings_of_mount(scratch: &Scratch, image: &str, inspect: impl FnOnce(&std::path::Path)) -> String {
     let mut mount = scratch.mount().file(image).arg("name=disk").foreground().start();
     inspect(&mount.file("disk"));
-    Cmd::new("fusermount3").arg("-u").arg(mount.point()).run().ok();
+    unmount(mount.point());
     assert_eq!(mount.wait_end().code, Some(0));
     let stderr = mount.output().1;
     let messages = stderr.lines().filter(|line| !line.contains("ready: "));

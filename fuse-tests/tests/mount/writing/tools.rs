@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use fuse_tests::harness::{Cmd, need, need_root, raw_with_islands, skip};
+use fuse_tests::harness::{Cmd, need, need_root, raw_with_islands, skip, umount};
 
 use crate::writing::kinds::{SIZE, for_each_kind};
 
@@ -85,7 +85,7 @@ fn a_file_system_on_the_disk_is_sound() {
         Cmd::new("cp").arg("-a").arg(&tree).arg(inside.join("gone")).run().ok();
         fs::remove_dir_all(inside.join("gone")).unwrap();
         Cmd::new("fstrim").arg(&inside).run().ok();
-        Cmd::new("umount").arg(&inside).run().ok();
+        umount(&inside);
         // The kernel detaches the loop device a moment after the unmount.
         let detached = || {
             !Cmd::new("losetup")
@@ -117,7 +117,7 @@ fn a_file_system_on_the_disk_is_sound() {
             .arg(inside.join("tree"))
             .run()
             .ok();
-        Cmd::new("umount").arg(&inside).run().ok();
+        umount(&inside);
         mount.unmount();
     });
 }
