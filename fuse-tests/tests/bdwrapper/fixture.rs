@@ -78,7 +78,10 @@ pub(crate) fn in_namespace(scratch: &Scratch, disks: &[Listed]) -> Cmd {
         .collect();
     let links = scratch.write("links", links);
     let dev = scratch.mkdir("dev");
-    Cmd::in_namespace().args(["sh", "-c", SCRIPT, "sh"]).arg(dev).arg(links)
+    Cmd::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT, "sh"])
+        .arg(dev)
+        .arg(links)
 }
 
 /// Creates a file of this size without data.
