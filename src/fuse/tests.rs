@@ -83,7 +83,7 @@ impl Mounted {
     /// Waits until the session has ended on its own, and returns its result.
     fn end(&mut self) -> crate::error::Result<()> {
         let session = self.session.take().unwrap();
-        let soon = Instant::now() + Duration::from_secs(20);
+        let soon = Instant::now() + Duration::from_secs(60);
         assert_eq!(
             wait([session.ended()], Some(soon)).unwrap(),
             [true],

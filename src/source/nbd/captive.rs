@@ -359,7 +359,7 @@ mod tests {
     use crate::source::nbd::own_server::never;
 
     fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(20)
+        Instant::now() + Duration::from_secs(60)
     }
 
     fn words(words: &[&str]) -> Vec<OsString> {
@@ -369,9 +369,13 @@ mod tests {
     #[test]
     fn a_server_gets_the_socket_as_descriptor_3_and_ends_on_drop() {
         // Fails unless the environment is that of socket activation, then waits.
-        let script =
-            "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && exec sleep 1000";
+        let script = "test \"$LISTEN_FDS\" = 1 && test \"$LISTEN_PID\" = $$ && test -S /proc/self/fd/3 && echo so it is >&2 && exec sleep 1000";
         let server = CaptiveServer::start(&words(&["sh", "-c", script])).unwrap();
+        let deadline = soon();
+        while server.reported().is_none() && server.exit_report().is_none() && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        assert_eq!(server.reported().as_deref(), Some("so it is"));
         let stream = server.connect(soon(), &never).unwrap();
         drop(stream);
         let pid = server.child.lock().unwrap().id();
