@@ -316,3 +316,34 @@ fn a_reader_of_a_server_that_is_gone_waits_for_the_timeout_once() {
     assert!(poll_until(SOON, || can_read(&disk, SOON)), "did not reconnect");
     mount.unmount();
 }
+
+#[test]
+fn regression_a_slow_server_that_comes_back_after_an_outage_keeps_its_connection() {
+    if !ready() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let server = Server::nbdkit(&scratch, &["pattern", "4M"]);
+    let log = scratch.path("log");
+    let mount = scratch
+        .mount()
+        .arg(server.uri())
+        .arg("timeout=5")
+        .arg(format!("--log-file={}", log.display()))
+        .start();
+    let disk = mount.file("disk.raw");
+    let logged = || fs::read_to_string(&log).unwrap();
+    server.crash();
+    assert!(!can_read(&disk, SOON));
+    // From now on a read waits for the connection for a second. One waits when the server comes back.
+    let reader = std::thread::spawn({
+        let disk = disk.clone();
+        move || poll_until(SOON, || can_read(&disk, SOON))
+    });
+    let waits_again = || logged().matches("no answer within").count() >= 3;
+    assert!(poll_until(SOON, waits_again), "{}", logged());
+    let _slow = Server::nbdkit(&scratch, &["--filter=delay", "pattern", "4M", "rdelay=2"]);
+    assert!(reader.join().unwrap(), "{}", logged());
+    assert_eq!(logged().matches(": reconnected").count(), 1, "{}", logged());
+    mount.unmount();
+}

@@ -68,6 +68,17 @@ impl CommandKind {
     }
 }
 
+/// What the deadline of a command counts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Clock {
+    /// The submission: the command was sent at once.
+    Sent,
+    /// The submission, and the command waited for a connection, or for space in the replay log.
+    Waited,
+    /// The end of the wait.
+    Restarted,
+}
+
 /// Called once with the result, in any thread and without a lock of the session held. The command is passed on for its
 /// buffer and extents.
 pub(super) type CommandCompletion = Box<dyn FnOnce(Box<Command>, Result<()>) + Send>;
@@ -83,8 +94,9 @@ pub(super) struct Command {
     pub(super) buf: CommandBuffer,
     /// Answer to a block status query: lengths and flags of the extents from `offset` on.
     pub(super) extents: Vec<(u64, u32)>,
-    /// Time at which the command fails. It does not move when the command is sent again.
+    /// Time at which the command fails. Moves once at most, by [`Self::restart_clock`].
     pub(super) deadline: Instant,
+    clock: Clock,
     /// For a flush: the state of the replay log when it was sent.
     pub(super) covers: FlushToken,
     /// Time at which it was sent last.
@@ -111,6 +123,7 @@ impl Command {
             buf,
             extents: Vec::new(),
             deadline,
+            clock: Clock::Sent,
             covers: FlushToken::default(),
             sent: None,
             finish: Some(finish),
@@ -129,6 +142,22 @@ impl Command {
         );
         command.finish = None;
         command
+    }
+
+    /// Notes that the command waits, so that its deadline counts from before it is sent.
+    pub(super) fn note_wait(&mut self) {
+        if self.clock == Clock::Sent {
+            self.clock = Clock::Waited;
+        }
+    }
+
+    /// Moves the deadline of a command that has waited to `deadline`, before it is sent. The second wait moves it no more:
+    /// a server that ends each connection must not make it wait for ever.
+    pub(super) fn restart_clock(&mut self, deadline: impl FnOnce() -> Instant) {
+        if self.clock == Clock::Waited {
+            self.clock = Clock::Restarted;
+            self.deadline = deadline();
+        }
     }
 
     /// Returns true for a background flush.

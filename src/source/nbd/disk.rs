@@ -41,7 +41,13 @@ const CONNECTIONS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time after the deadline of a command within which its result must have reached the waiting thread.
-pub(in crate::source) const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Returns the time within which a command with this `timeout=` has ended: it may wait for a connection, or for space in the
+/// replay log, and then for its answer.
+pub(in crate::source) fn longest_answer(timeout: Duration) -> Duration {
+    2 * timeout + GRACE
+}
 
 /// Smallest read in bytes that prefetches the block status for the reads after it.
 const PREFETCH_MIN: u64 = 64 << 10;
@@ -171,7 +177,9 @@ impl NbdDisk {
         buf: impl Into<CommandBuffer>,
         done: CommandCompletion,
     ) -> Box<Command> {
-        Command::new(kind, offset, len, buf, self.session.deadline(), done)
+        let mut command = Command::new(kind, offset, len, buf, self.session.deadline(), done);
+        self.session.limit_wait(&mut command);
+        command
     }
 
     /// Executes a command without data. Returns its extents: lengths and flags.
@@ -197,7 +205,7 @@ impl NbdDisk {
         };
         // The session fails each command at its deadline, so this limit is only reached if its threads are stuck.
         oneshot
-            .wait(&self.session, self.session.longest_deadline() + GRACE)
+            .wait(&self.session, Instant::now() + longest_answer(self.session.timeout()))
             .unwrap_or_else(timed_out)
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::NbdDisk;
-use super::disk::{GRACE, timeout};
+use super::disk::{longest_answer, timeout};
 use super::served_disk::{FETCHES, ServedDisk};
 use crate::block::BlockRead;
 use crate::cache::CacheOptions;
@@ -28,7 +28,7 @@ pub(super) fn source_of(config: &NbdConfig, disk: NbdDisk) -> Box<dyn Source> {
         workers: FETCHES,
         block: CACHE_BLOCK.next_multiple_of(disk.geometry().granule),
         max_run: CACHE_RUN,
-        deadline: timeout(config) + GRACE,
+        deadline: longest_answer(timeout(config)),
         drop_at_open: true,
     };
     Box::new(ServedDisk {

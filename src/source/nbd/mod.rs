@@ -54,8 +54,8 @@ mod unflushed;
 
 pub(in crate::source) use captive::{CaptiveServer, MAX_LINE};
 pub use catalog::{ExportCatalog, FoundExport};
-pub(in crate::source) use disk::GRACE;
 pub use disk::NbdDisk;
+pub(in crate::source) use disk::longest_answer;
 pub(in crate::source) use own_server::{Cancel, OwnServer};
 pub(in crate::source) use private_dir::PrivateDir;
 pub(in crate::source) use served_disk::{FETCHES, ServedDisk};

@@ -259,21 +259,26 @@ impl Session {
         self.connector.label()
     }
 
-    /// Returns the deadline of a command that is submitted now.
+    /// Returns the deadline of a command that is sent now.
     pub(super) fn deadline(&self) -> Instant {
-        // After a failed read-ahead the kernel reads the same page again. A command that waits for a server which has
-        // been gone for a whole timeout would double the time after which the application gets its error.
-        let longest = self.longest_deadline();
-        if self.unreachable.load(Ordering::Relaxed) {
-            longest.min(Instant::now() + UNREACHABLE_TIMEOUT)
-        } else {
-            longest
-        }
+        Instant::now() + self.options.timeout
     }
 
-    /// Returns the latest deadline that a command submitted by now can have.
-    pub(super) fn longest_deadline(&self) -> Instant {
-        Instant::now() + self.options.timeout
+    /// Returns the time that a command may wait for a connection, and then for its answer.
+    pub(super) fn timeout(&self) -> Duration {
+        self.options.timeout
+    }
+
+    /// Limits the wait of a new command if the server has been gone for a whole timeout.
+    ///
+    /// After a failed read-ahead the kernel reads the same page again, which would double the time after which the
+    /// application gets its error.
+    pub(super) fn limit_wait(&self, command: &mut Command) {
+        if self.unreachable.load(Ordering::Relaxed) {
+            command.deadline = command.deadline.min(Instant::now() + UNREACHABLE_TIMEOUT);
+            // The server may be back before the command is sent, and then has the whole timeout.
+            command.note_wait();
+        }
     }
 
     /// Returns the number of sockets of the current connection.
@@ -384,7 +389,7 @@ impl Session {
                 offset,
                 len,
                 buf,
-                self.longest_deadline(),
+                self.deadline(),
                 learn,
             ));
         }
@@ -404,9 +409,12 @@ impl Session {
     }
 
     /// Sends an admitted command, or queues it until there is a connection.
-    fn send(&self, command: Box<Command>) {
+    fn send(&self, mut command: Box<Command>) {
         match self.connection() {
             Some(connection) if !connection.is_dead() => {
+                // Its wait is no fault of this connection, which an overdue answer retires: with what is left of the time,
+                // a slow server would lose one connection after the other.
+                command.restart_clock(|| self.deadline());
                 let mut back = Vec::new();
                 connection.submit(command, &mut back);
                 self.on_completions(&connection, &mut back);
@@ -421,7 +429,11 @@ impl Session {
     }
 
     /// Appends a command to one of the queues and wakes the manager thread. Fails the command if the session is closed.
-    fn enqueue(&self, command: Box<Command>, queue: impl FnOnce(&mut CommandQueues) -> &mut VecDeque<Box<Command>>) {
+    fn enqueue(
+        &self,
+        mut command: Box<Command>,
+        queue: impl FnOnce(&mut CommandQueues) -> &mut VecDeque<Box<Command>>,
+    ) {
         let mut queues = lock(&self.queues);
         // Checked under the lock: `close` sets the flag before it drains the queues under the same lock, so no command
         // can enter a queue that is not drained any more.
@@ -430,6 +442,7 @@ impl Session {
             let e = self.error(&command, "the disk is closed");
             return self.finish(command, Err(e));
         }
+        command.note_wait();
         queue(&mut queues).push_back(command);
         drop(queues);
         self.wake_manager.notify_all();
@@ -532,7 +545,7 @@ impl Session {
 
     /// Sends a flush on the session's own behalf, to free space in the replay log.
     fn start_background_flush(&self) {
-        let mut command = Command::background_flush(self.longest_deadline());
+        let mut command = Command::background_flush(self.deadline());
         command.covers = lock(&self.replay_log).flush_token();
         self.send(command);
     }

@@ -10,7 +10,7 @@ use crate::cache::CacheOptions;
 use crate::cache::disk_tier::{DiskTier, FileKey, KeptFile, address_hash};
 use crate::config::{SourceSettings, VddkConfig, VddkOwner};
 use crate::error::Result;
-use crate::source::nbd::{FETCHES, GRACE, ServedDisk};
+use crate::source::nbd::{FETCHES, ServedDisk, longest_answer};
 use crate::source::{Backend, CacheSizes, Source, SourceIdentity};
 
 /// Default size of the cache for a disk on a server, and its read-ahead, in bytes.
@@ -43,7 +43,7 @@ fn source_of(config: &VddkConfig, writable: bool) -> Result<ServedDisk> {
         workers: FETCHES,
         block: CHUNK_SECTORS.next_multiple_of(disk.geometry().granule),
         max_run: 1,
-        deadline: config.timeout.unwrap_or(TIMEOUT) + GRACE,
+        deadline: longest_answer(config.timeout.unwrap_or(TIMEOUT)),
         // A disk that is open for writing is locked; one that is only read is a snapshot, or belongs to a machine that is
         // powered off.
         drop_at_open: false,

@@ -182,7 +182,7 @@ impl Session {
         }
         if old.as_ref().is_none_or(|g| g.is_dead()) {
             // Not the deadline of a command: those that wait fail on their own, and the next one can use the connection.
-            let deadline = self.longest_deadline();
+            let deadline = self.deadline();
             // `open` calls this repeatedly during the handshake.
             let closing = || {
                 self.fail_late();
@@ -362,7 +362,7 @@ impl Session {
             let ReplayEntry {
                 kind, offset, len, buf, ..
             } = entry;
-            Command::new(kind, offset, len, buf, self.longest_deadline(), Box::new(|_, _| ()))
+            Command::new(kind, offset, len, buf, self.deadline(), Box::new(|_, _| ()))
         });
         let answers = self.run_unpublished(connection, commands);
         let mut unsent = Vec::new();
@@ -405,7 +405,7 @@ impl Session {
             let commands = batch.iter().filter_map(|block| {
                 let len = block.end - block.start;
                 let buf = self.pool.take(len as usize)?;
-                let (kind, deadline) = (CommandKind::Read, self.longest_deadline());
+                let (kind, deadline) = (CommandKind::Read, self.deadline());
                 Some(Command::new(kind, block.start, len, buf, deadline, Box::new(|_, _| ())))
             });
             for (mut command, error) in self.run_unpublished(connection, commands) {

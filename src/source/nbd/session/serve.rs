@@ -189,9 +189,10 @@ impl Session {
                 let claim = connection
                     .as_ref()
                     .and_then(|g| ClaimedSocket::claim(g).map(|claim| (g, claim)));
-                for command in request {
+                for mut command in request {
                     match &claim {
                         Some((connection, claim)) if !connection.is_dead() && command.deadline > Instant::now() => {
+                            command.restart_clock(|| self.deadline());
                             claim.run(command, |back| self.on_completions(connection, back));
                         }
                         _ if command.deadline > Instant::now() => self.send(command),

@@ -24,7 +24,7 @@ use crate::source::nbd::poller::{PollUntil, Poller};
 use crate::source::nbd::unflushed::HARD_LIMIT;
 
 /// Server whose operations (`pread`, `pwrite`, `flush`) are shell commands controlled by files: an operation creates
-/// `began-…`, waits while `hold-…` exists, takes 0.5 s longer while `slow-…` exists, and fails while `fail-…` exists.
+/// `began-…`, waits while `hold-…` exists, takes 2 s longer while `slow-…` exists, and fails while `fail-…` exists.
 struct Scripted {
     dir: tempfile::TempDir,
     timeout: Duration,
@@ -81,7 +81,7 @@ impl Scripted {
         let controlled = |operation: &str, then: &str| {
             format!(
                 "{operation}=cd {dir}; : >began-{operation}; while [ -e hold-{operation} ]; do sleep 0.02; done; \
-                 if [ -e slow-{operation} ]; then sleep 0.5; fi; \
+                 if [ -e slow-{operation} ]; then sleep 2; fi; \
                  if [ -e fail-{operation} ]; then echo EIO meant >&2; exit 1; fi; {then}"
             )
         };
@@ -242,7 +242,8 @@ fn regression_a_command_that_times_out_during_a_long_replay_does_not_end_the_new
     if !need_nbdkit() {
         return;
     }
-    let server = Scripted::new(Duration::from_secs(1));
+    // Longer than one write of the replay takes on a busy machine, and shorter than three of them.
+    let server = Scripted::new(Duration::from_secs(5));
     // The writes overlap, so they are replayed one after the other.
     let disk = server.open_unflushed(&[(3, [5; 512]), (3, [6; 512]), (3, [7; 512])]);
     server.forget();
@@ -252,6 +253,8 @@ fn regression_a_command_that_times_out_during_a_long_replay_does_not_end_the_new
         disk.read_at(Lba(0), &mut [0; 512]).is_err(),
         "the replay takes longer than the deadline of the read"
     );
+    // Each of these reads waits for the connection for a second. The answer takes longer, but that of one of them is the
+    // first of the new connection.
     wait_until(|| disk.read_at(Lba(0), &mut [0; 512]).is_ok());
     disk.flush().unwrap();
     assert!(server.stored(3 * 512) == [7; 512]);
