@@ -49,11 +49,12 @@ fn restarts_of_the_server_under_load_lose_nothing() {
             .args(words)
             .args(verify)
             .arg(name)
-            .deadline(Duration::from_secs(120))
+            .deadline(Duration::from_secs(300))
             .run()
     });
     let mut restarts = 0;
-    while !fio.is_finished() {
+    // Not without end: where a server takes longer to start than it then runs, little progress is made.
+    while !fio.is_finished() && restarts < 10 {
         // The interval is unrelated to the load, so a restart hits any moment of it.
         std::thread::sleep(Duration::from_millis(700));
         server.crash();
@@ -219,7 +220,7 @@ fn reads_fail_after_the_deadline_if_the_server_is_gone_and_at_once_if_its_size_h
     let mount = scratch
         .mount()
         .arg(server.uri())
-        .arg("timeout=1")
+        .arg("timeout=3")
         .arg(format!("--log-file={}", log.display()))
         .start();
     let disk = mount.file("disk.raw");
@@ -306,12 +307,13 @@ fn a_reader_of_a_server_that_is_gone_waits_for_the_timeout_once() {
     }
     let scratch = Scratch::new();
     let server = Server::nbdkit(&scratch, &["pattern", "64M"]);
-    let mount = scratch.mount().arg(server.uri()).arg("timeout=8").start();
+    let mount = scratch.mount().arg(server.uri()).arg("timeout=15").start();
     let disk = mount.file("disk.raw");
     server.crash();
-    // The kernel reads the page again after its failed read-ahead: twice the timeout would be 16 seconds.
+    // The kernel reads the page again after its failed read-ahead: twice the timeout would be 30 seconds. The reader itself
+    // takes a second more than once the timeout, and a busy machine takes its time.
     let within = |limit: &str| Cmd::new("timeout").args([limit, "cat"]).arg(&disk).run().ended.code;
-    assert_eq!(within("14"), Some(1), "the reader waited for the timeout twice");
+    assert_eq!(within("29"), Some(1), "the reader waited for the timeout twice");
     let _server = Server::nbdkit(&scratch, &["pattern", "64M"]);
     assert!(poll_until(SOON, || can_read(&disk, SOON)), "did not reconnect");
     mount.unmount();
