@@ -143,6 +143,9 @@ fn regression_a_connection_is_idle_only_when_all_returned_commands_were_handled(
     assert!(returned == 1 && connection.is_idle());
 }
 
+/// Interval of the check that finds an answer for which no thread polls: `LAST_RESORT` of `session/serve.rs`.
+const PERIODIC_CHECK: Duration = Duration::from_millis(500);
+
 #[test]
 fn regression_another_thread_polls_each_time_a_caller_leaves_its_command_in_flight() {
     if !need_nbdkit() {
@@ -150,13 +153,15 @@ fn regression_another_thread_polls_each_time_a_caller_leaves_its_command_in_flig
     }
     let disk = open(&["pattern", "64M"]);
     let called = EventFd::from_value(1).unwrap();
-    let start = Instant::now();
+    let mut late = 0;
     for i in 0..200 {
+        let start = Instant::now();
         let results = submit_read(&disk, Lba(i * 8), 8, &called);
-        assert!(results.recv_timeout(Duration::from_secs(20)).unwrap());
+        assert!(results.recv_timeout(Duration::from_secs(60)).unwrap());
+        late += usize::from(start.elapsed() >= PERIODIC_CHECK);
     }
-    // Before the fix each read took half a second, until a periodic check found the answer.
-    assert!(start.elapsed() < Duration::from_secs(60), "no other thread polled");
+    // Before the fix each read took that long, until a periodic check found the answer. On a busy machine a few do.
+    assert!(late < 100, "no other thread polled for {late} reads");
 }
 
 #[test]
@@ -167,9 +172,16 @@ fn long_and_small_requests_share_the_sockets() {
     let disk = open(&["pattern", "64M"]);
     wait_until(|| disk.connections() == 4);
     let called = EventFd::from_value(0).unwrap();
+    // The server counts as far until a small read was fast, which may take some of them on a busy machine.
+    wait_until(|| {
+        for len in [8, 2048] {
+            let read = submit_read(&disk, Lba(0), len, &called);
+            assert!(read.recv_timeout(Duration::from_secs(60)).unwrap());
+        }
+        disk.carried() > 0
+    });
     let mut at = 1;
     for round in 0..100 {
-        // The server counts as far until the latency of a small read has been measured.
         let lens = [8, 2048, 1, 300, 2048, 64, 777, 2048, 8, 16];
         let results: Vec<_> = lens
             .iter()
@@ -180,7 +192,7 @@ fn long_and_small_requests_share_the_sockets() {
             .collect();
         for (result, len) in results.into_iter().zip(lens) {
             assert!(
-                result.recv_timeout(Duration::from_secs(20)).unwrap(),
+                result.recv_timeout(Duration::from_secs(60)).unwrap(),
                 "{len} sectors in round {round}"
             );
         }
@@ -218,7 +230,7 @@ fn writes_begin_and_end_at_any_byte_if_the_server_allows_it() {
             Box::new(move |result| sender.send(result).unwrap()),
         );
         disk.poll_completions(Stay::No);
-        results.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+        results.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
         expected[offset..offset + len].copy_from_slice(&data);
     }
     let mut back = vec![0; 8 << 20];
@@ -409,11 +421,11 @@ fn an_unanswered_request_fails_at_its_deadline_and_the_disk_recovers() {
         gate.display()
     );
     let mut config = nbdkit(&["eval", "get_size=echo 1M", &script]);
-    config.timeout = Some(Duration::from_secs(1));
+    config.timeout = Some(Duration::from_secs(4));
     let disk = NbdDisk::connect(&config, false).unwrap();
     let e = disk.read_at(Lba(0), &mut [0; 512]).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Os(libc::EIO));
-    assert!(e.to_string().contains("no answer within 1 s"), "{e}");
+    assert!(e.to_string().contains("no answer within 4 s"), "{e}");
     std::fs::remove_file(&gate).unwrap();
     wait_until(|| disk.read_at(Lba(0), &mut [0; 512]).is_ok());
 }

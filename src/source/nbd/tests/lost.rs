@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{nbdkit, need_nbdkit, open, submit_read, wait_until};
+use super::{PERIODIC_CHECK, nbdkit, need_nbdkit, open, submit_read, wait_until};
 use crate::block::{BlockQueue, BlockRead, BlockWrite, CompletionPoller, Lba, Stay};
 use crate::config::{NbdAddress, NbdConfig};
 use crate::error::{ErrorKind, Result};
@@ -192,7 +192,7 @@ fn open_with_full_log(server: &Scripted) -> (Arc<NbdDisk>, impl Fn(u64), mpsc::R
     };
     (0..WRITES).for_each(&write);
     for i in 0..WRITES {
-        assert!(results.recv_timeout(Duration::from_secs(40)).unwrap(), "write {i}");
+        assert!(results.recv_timeout(Duration::from_secs(60)).unwrap(), "write {i}");
     }
     write(WRITES);
     (disk, write, results)
@@ -211,7 +211,7 @@ fn regression_writes_that_wait_for_space_in_the_replay_log_are_sent_after_the_fl
     );
     server.clear("hold-flush");
     assert!(
-        results.recv_timeout(Duration::from_secs(40)).unwrap(),
+        results.recv_timeout(Duration::from_secs(60)).unwrap(),
         "the write was not sent after the flush"
     );
     disk.flush().unwrap();
@@ -229,12 +229,12 @@ fn regression_writes_that_wait_for_space_fail_if_the_flush_hangs_and_do_not_bloc
         "the write did not time out"
     );
     server.clear("hold-flush");
-    write(WRITES + 1);
-    assert_eq!(
-        results.recv_timeout(Duration::from_secs(60)),
-        Ok(true),
-        "no flush freed space"
-    );
+    // A command has a second only while the server counts as unreachable, and a busy machine may need longer.
+    let freed = (1..60).any(|n| {
+        write(WRITES + n);
+        results.recv_timeout(Duration::from_secs(60)) == Ok(true)
+    });
+    assert!(freed, "no flush freed space");
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn regression_a_hung_read_fails_at_its_deadline_while_a_loop_continues_with_othe
         hold.path().display()
     );
     let mut config = nbdkit(&["eval", "get_size=echo 1M", "thread_model=echo parallel", &script]);
-    config.timeout = Some(Duration::from_secs(1));
+    config.timeout = Some(Duration::from_secs(4));
     let disk = NbdDisk::connect(&config, false).unwrap();
     let called = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
     let over = AtomicBool::new(false);
@@ -290,7 +290,7 @@ fn regression_a_hung_read_fails_at_its_deadline_while_a_loop_continues_with_othe
         let (sender, results) = mpsc::channel();
         let done = move |read: Result<&[u8]>| sender.send(read.is_ok()).unwrap();
         disk.submit_read(Lba(1024), 1, Box::new(done));
-        let until = Instant::now() + Duration::from_secs(15);
+        let until = Instant::now() + Duration::from_secs(60);
         let mut ended = None;
         while ended.is_none() && Instant::now() < until {
             drop(submit_read(&disk, Lba(0), 1, &called));
@@ -312,19 +312,21 @@ fn regression_another_thread_polls_for_a_command_whose_poller_was_asked_to_yield
     let script = "pread=[ $4 -lt 524288 ] || sleep 0.03; dd if=/dev/zero bs=$3 count=1 status=none";
     let disk = open(&["eval", "get_size=echo 1M", "thread_model=echo parallel", script]);
     let never = EventFd::new().unwrap();
-    let start = Instant::now();
+    let mut late = 0;
     for _ in 0..100 {
+        let start = Instant::now();
         let (sender, slow) = mpsc::channel();
         disk.submit_read(Lba(1024), 1, Box::new(move |read| sender.send(read.is_ok()).unwrap()));
         // The poller thread polls for this read. The caller that submits the next one asks it to yield.
         disk.poll_completions(Stay::No);
         thread::sleep(Duration::from_millis(1));
         let fast = submit_read(&disk, Lba(0), 1, &never);
-        assert!(slow.recv_timeout(Duration::from_secs(20)).unwrap());
-        fast.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(slow.recv_timeout(Duration::from_secs(60)).unwrap());
+        fast.recv_timeout(Duration::from_secs(60)).unwrap();
+        late += usize::from(start.elapsed() >= PERIODIC_CHECK);
     }
-    // Before the fix each read took half a second, until a periodic check found the answer.
-    assert!(start.elapsed() < Duration::from_secs(35), "no other thread polled");
+    // Before the fix each read took that long, until a periodic check found the answer. On a busy machine a few do.
+    assert!(late < 50, "no other thread polled for {late} reads");
 }
 
 #[test]
@@ -333,7 +335,7 @@ fn regression_a_command_that_the_library_refuses_is_not_a_lost_connection() {
         return;
     }
     let connector = Connector::new(&nbdkit(&["-r", "memory", "1M"])).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let connection = Connection::new(1).unwrap();
     connection
         .add(connector.open(true, deadline, &|| false).unwrap().0)
@@ -369,7 +371,7 @@ fn regression_the_end_of_an_export_that_is_not_a_multiple_of_its_block_size_can_
         "10000",
         "blocksize-minimum=4096",
     ]);
-    config.timeout = Some(Duration::from_secs(3));
+    config.timeout = Some(Duration::from_secs(20));
     let disk = NbdDisk::connect(&config, false).unwrap();
     let mut tail = [0xee; 4 * 512];
     disk.read_at(Lba(16), &mut tail).unwrap();
