@@ -104,6 +104,10 @@ fn check_only_zeroes_missing(disk: &dyn BlockRead, kept: &TierFile, progress: &m
 ///
 /// Errors: why it is not kept, or cannot be read.
 fn fill(file: &dyn StoredFile, progress: &mut Progress) -> Result<()> {
+    if file.is_empty() {
+        // A server's answer to a range of it need not tell a version, without which nothing is kept.
+        return Ok(());
+    }
     let cached = file
         .cached()
         .unwrap_or_else(|| Err(Error::unsupported("it has none")))?;

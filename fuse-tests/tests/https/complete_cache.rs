@@ -5,7 +5,8 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use fuse_tests::harness::{
-    Mount, assert_same, assert_same_at_random, need_kernel_view, need_qemu, poll_until, qemu_img, read_range,
+    Cmd, Mount, assert_same, assert_same_at_random, need_kernel_view, need_qemu, need_root, poll_until, qemu_img,
+    read_range,
 };
 
 use crate::disk_tier::{Fixture, MIB};
@@ -104,6 +105,44 @@ fn a_prefetch_of_another_process_lets_the_next_open_pass_through() {
     assert_same(&file, &f.file);
     mount.unmount();
     assert_eq!(f.server.sent(), sent);
+}
+
+#[test]
+fn a_cache_on_a_read_only_file_system_is_read() {
+    if !ready() || !need_root() {
+        return;
+    }
+    let f = Fixture::new(LEN);
+    f.run("--prefetch", &f.words()).ok();
+    let bound = f.scratch.mkdir("read-only");
+    let bind = Cmd::new("mount").arg("--bind").arg(f.cache()).arg(&bound).run();
+    bind.ok();
+    let remounted = Cmd::new("mount").args(["-o", "remount,bind,ro"]).arg(&bound).run();
+    remounted.ok();
+    let folder = format!("cache-dir={}", bound.display());
+    let mut words = f.words();
+    words[2] = folder.clone();
+    let sent = f.server.sent();
+    f.run("--prefetch", &words).ok();
+    for (damaged, status) in [(false, 0), (true, 4)] {
+        if damaged {
+            let data = File::options().write(true).open(&f.cached("data")[0]).unwrap();
+            data.write_all_at(b"damage", 5 * MIB).unwrap();
+        }
+        let listed = f.run("--list", std::slice::from_ref(&folder)).ok().stdout;
+        assert_eq!(listed.contains("complete"), !damaged, "{listed}");
+        f.run("--check", std::slice::from_ref(&folder)).expect_code(status);
+        let mount = words.iter().fold(f.scratch.mount(), |mount, word| mount.arg(word));
+        let mount = mount.arg("-v").foreground().start();
+        let file = mount.file("d.raw");
+        assert_eq!(is_passed(&mount, &file), !damaged);
+        assert_same(&file, &f.file);
+        mount.unmount();
+    }
+    // What is damaged is fetched, and cannot be kept.
+    let fetched = f.server.sent() - sent;
+    assert!((1..4 * MIB).contains(&fetched), "{fetched}");
+    assert!(f.run("--prefetch", &words).stderr.contains("Read-only file system"));
 }
 
 #[test]

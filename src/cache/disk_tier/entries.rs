@@ -7,6 +7,9 @@ use super::completion::RECORD;
 use super::format::{COMPLETION, ENTRY, HEADER};
 use super::storage::Storage;
 
+/// Entries of one system call.
+const CHUNK: u64 = 8192;
+
 /// Entries of one map. An entry that cannot be read counts as 0: the map ends with its last entry.
 pub(super) struct Entries {
     map: Box<dyn Storage>,
@@ -45,18 +48,41 @@ impl Entries {
 
     /// Calls `each` with number and entry of each block from `first` on. Returns false if `each` broke that off.
     pub(super) fn each(&self, first: u64, mut each: impl FnMut(u64, u64) -> ControlFlow<()>) -> bool {
-        /// Entries of one system call.
-        const CHUNK: u64 = 8192;
-        (first..self.blocks).step_by(CHUNK as usize).all(|first| {
-            let count = CHUNK.min(self.blocks - first);
-            let mut entries = vec![0; (count * ENTRY) as usize];
-            if self.map.read(&mut entries, HEADER + first * ENTRY).is_err() {
-                entries.fill(0);
+        let mut chunks = (first..self.blocks).step_by(CHUNK as usize);
+        chunks.all(|first| self.each_of_chunk(first, &mut each))
+    }
+
+    /// The same for the blocks that have an entry alone. Skips the holes of the map: that of a large file has gigabytes.
+    pub(super) fn each_present(&self, first: u64, mut each: impl FnMut(u64, u64) -> ControlFlow<()>) -> bool {
+        let mut at = first;
+        while at < self.blocks {
+            let data = self.map.next_data(HEADER + at * ENTRY);
+            at = at.max(data.saturating_sub(HEADER) / ENTRY);
+            let present = |number, entry| match entry {
+                0 => ControlFlow::Continue(()),
+                _ => each(number, entry),
+            };
+            if !self.each_of_chunk(at, present) {
+                return false;
             }
-            let (entries, _) = entries.as_chunks();
-            let mut numbered = (first..).zip(entries);
-            numbered.all(|(number, entry)| each(number, u64::from_le_bytes(*entry)).is_continue())
-        })
+            at += CHUNK;
+        }
+        true
+    }
+
+    fn each_of_chunk(&self, first: u64, mut each: impl FnMut(u64, u64) -> ControlFlow<()>) -> bool {
+        let count = CHUNK.min(self.blocks.saturating_sub(first));
+        let mut entries = vec![0; (count * ENTRY) as usize];
+        if self
+            .map
+            .read(&mut entries, HEADER + first.saturating_mul(ENTRY))
+            .is_err()
+        {
+            entries.fill(0);
+        }
+        let (entries, _) = entries.as_chunks();
+        let mut numbered = (first..).zip(entries);
+        numbered.all(|(number, entry)| each(number, u64::from_le_bytes(*entry)).is_continue())
     }
 
     /// Returns the completion record, if it can be read.

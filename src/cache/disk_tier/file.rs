@@ -74,6 +74,8 @@ pub struct TierFile {
     present_to: AtomicU64,
     checked: Mutex<CheckedBlocks>,
     verified: Mutex<Verified>,
+    /// True if damage was found, but the completion record could not be withdrawn.
+    distrusted: AtomicBool,
     /// Reason why nothing more is kept: a write has failed, or the folder is full.
     refusal: OnceLock<Error>,
 }
@@ -147,6 +149,7 @@ impl TierFile {
             present_to: AtomicU64::new(0),
             checked: Mutex::default(),
             verified: Mutex::new(Verified { state: NONE, end: 0 }),
+            distrusted: AtomicBool::new(false),
             refusal: OnceLock::new(),
         }
     }
@@ -178,20 +181,21 @@ impl TierFile {
 
     /// Returns the next range of bytes from `offset` on of which no block is there.
     pub(crate) fn missing_from(&self, offset: u64) -> Option<Range<u64>> {
-        let (mut start, mut end) = (None, self.key.blocks());
-        self.entries.each(offset / self.key.block, |number, entry| {
-            match (entry == 0, start) {
-                (true, None) => start = Some(number),
-                (false, Some(_)) => {
-                    end = number;
-                    return ControlFlow::Break(());
-                }
-                _ => {}
+        let mut start = None;
+        self.entries.each(offset / self.key.block, |number, entry| match entry {
+            0 => {
+                start = Some(number);
+                ControlFlow::Break(())
             }
-            ControlFlow::Continue(())
+            _ => ControlFlow::Continue(()),
+        });
+        let (start, mut end) = (start?, self.key.blocks());
+        self.entries.each_present(start, |number, _| {
+            end = number;
+            ControlFlow::Break(())
         });
         let bytes = |number: u64| (number * self.key.block).min(self.key.len);
-        start.map(|start| bytes(start)..bytes(end))
+        Some(bytes(start)..bytes(end))
     }
 
     /// Returns a block, if it is there and undamaged. Forgets a damaged one, and that the file is complete.
@@ -337,7 +341,8 @@ impl TierFile {
         }
     }
 
-    fn give_up(&self, error: &io::Error) {
+    /// Keeps no more blocks.
+    pub(super) fn give_up(&self, error: &io::Error) {
         let folder = self
             .files
             .as_ref()
@@ -384,11 +389,9 @@ impl TierFile {
     /// Returns the number of blocks with an entry, and of those that are damaged, which it forgets.
     pub fn verify(&self) -> (u64, u64) {
         let (mut all, mut damaged) = (0, 0);
-        self.entries.each(0, |number, entry| {
-            if entry != 0 {
-                all += 1;
-                damaged += u64::from(self.read(number).is_none());
-            }
+        self.entries.each_present(0, |number, _| {
+            all += 1;
+            damaged += u64::from(self.read(number).is_none());
             ControlFlow::Continue(())
         });
         (all, damaged)
@@ -399,14 +402,12 @@ impl TierFile {
     /// Damaged blocks are forgotten.
     pub(crate) fn verify_rest(&self, mut each: impl FnMut(u64)) {
         let mut data = Vec::new();
-        self.entries.each(0, |number, entry| {
+        self.entries.each_present(0, |number, entry| {
             let is_known = entry & 1 == 1 && lock(&self.checked).contains(number);
-            if entry != 0 && !is_known {
+            if !is_known {
                 self.verify_block(number, entry, &mut data);
             }
-            if entry != 0 {
-                each(self.key.block_len(number) as u64);
-            }
+            each(self.key.block_len(number) as u64);
             ControlFlow::Continue(())
         });
     }
@@ -519,8 +520,8 @@ impl TierFile {
         // Another thread or process may be about to write a record: with the new times it matches no more.
         let _ = files.data.set_modified(SystemTime::now());
         // Once: many blocks may be damaged, and each record costs a sync.
-        if self.entries.record() != Some(NONE) {
-            self.put_completion(&NONE);
+        if self.entries.record() != Some(NONE) && !self.put_completion(&NONE) {
+            self.distrusted.store(true, Ordering::Relaxed);
         }
     }
 
@@ -534,7 +535,8 @@ impl TierFile {
     /// Returns the data file if it is complete, and unchanged since that was noted.
     pub fn complete(&self) -> Option<BorrowedFd<'_>> {
         let files = self.files.as_ref()?;
-        is_complete(&files.map, &files.data).then(|| files.data.as_fd())
+        let is_trusted = !self.distrusted.load(Ordering::Relaxed);
+        (is_trusted && is_complete(&files.map, &files.data)).then(|| files.data.as_fd())
     }
 }
 

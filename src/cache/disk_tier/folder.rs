@@ -4,6 +4,8 @@
 //! Such leftovers are of no use to any mount, so they are evicted first. A pair that a process has open is never evicted:
 //! byte 0 of its map is locked.
 //!
+//! On a read-only file system the files are only read, without the folder's lock: no process of this machine removes them.
+//!
 //! A file that cannot be opened for want of descriptors or memory is no leftover: such an error ends what was to be done.
 
 use std::ffi::OsStr;
@@ -16,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::completion;
@@ -47,6 +49,7 @@ pub(super) struct Folder {
     dir: OwnedFd,
     /// Largest size of all files together, in bytes.
     limit: Option<u64>,
+    read_only: bool,
     /// What is left of [`END_TIME`].
     pub(super) end_time: Mutex<Duration>,
 }
@@ -111,10 +114,12 @@ impl Folder {
         if state.mode() & OTHERS != 0 {
             return refuse("others may use it; run chmod 700 on it");
         }
+        let file_system = rustix::fs::fstatvfs(&dir).map_err(|e| failed(e.into()))?;
         Ok(Self {
             path: path.to_owned(),
             dir: dir.into(),
             limit,
+            read_only: file_system.f_flag.contains(StatVfsMountFlags::RDONLY),
             end_time: Mutex::new(END_TIME),
         })
     }
@@ -122,6 +127,11 @@ impl Folder {
     /// Returns the folder as the key that names it, for messages.
     pub(super) fn label(&self) -> String {
         format!("cache-dir={}", self.path.display())
+    }
+
+    /// Returns true if the folder was on a read-only file system when it was opened.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     /// Returns the largest size of all files together.
@@ -222,7 +232,7 @@ impl Folder {
 
     /// Returns the state of a pair, or `None` for a leftover.
     fn pair_state(&self, stem: &str) -> io::Result<Option<PairState>> {
-        let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDWR);
+        let open = |ending: &str| self.open_own(&format!("{stem}.{ending}"), OFlags::RDONLY);
         let (Some(map), Some(data)) = (open("map")?, open("data")?) else {
             return Ok(None);
         };

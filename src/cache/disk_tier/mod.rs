@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::{Block, Fetch};
 use crate::error::{Error, ErrorKind, Result};
@@ -126,36 +127,50 @@ impl DiskTier {
             return refused("it is too large");
         }
         let within = |e: io::Error| Error::io(self.folder.label(), e);
-        let lock = self.folder.lock(LOCK_WAIT).map_err(within)?;
+        let is_read_only = self.folder.is_read_only();
+        let lock = self.lock().map_err(within)?;
         let files = match self.open_files(&key, true).map_err(within)? {
             Some(files) => files,
+            None if is_read_only => return Err(within(Errno::ROFS.into())),
             None => self.create_files(&key).map_err(within)?,
         };
         drop(lock);
-        if self.folder.limit().is_some() {
+        if self.folder.limit().is_some() && !is_read_only {
             // Best effort: the flushes try again.
             let _ = self.folder.evict(LOCK_WAIT);
         }
         let file = TierFile::new(key, files, self.boot, Some(&self.flusher));
-        if file.complete().is_none() {
+        if is_read_only {
+            file.give_up(&Errno::ROFS.into());
+        } else if file.complete().is_none() {
             // All blocks may be there, in a copied folder or after a damage: the thread verifies them.
             file.schedule(Duration::ZERO, false);
         }
         Ok(file)
     }
 
+    /// Locks the folder. Returns `None` if it is read-only.
+    fn lock(&self) -> io::Result<Option<Lock>> {
+        match self.folder.is_read_only() {
+            true => Ok(None),
+            false => self.folder.lock(LOCK_WAIT).map(Some),
+        }
+    }
+
     /// Opens the files of a key. Returns `None` if there are none, or if they are of another version or no cached files.
     /// `use_now`: this is a use, for the eviction.
     fn open_files(&self, key: &FileKey, use_now: bool) -> io::Result<Option<Files>> {
         let stem = key.stem();
-        let open = |ending: &str| self.folder.open_own(&format!("{stem}.{ending}"), OFlags::RDWR);
+        let is_read_only = self.folder.is_read_only();
+        let access = if is_read_only { OFlags::RDONLY } else { OFlags::RDWR };
+        let open = |ending: &str| self.folder.open_own(&format!("{stem}.{ending}"), access);
         let (Some(map), Some(data)) = (open("map")?, open("data")?) else {
             return Ok(None);
         };
         if read_key(&map).as_ref() != Some(key) || !restore_lengths(key, &map, &data) {
             return Ok(None);
         }
-        if use_now {
+        if use_now && !is_read_only {
             map.set_modified(SystemTime::now())?;
         }
         self.files(data, map).map(Some)
@@ -213,7 +228,7 @@ impl DiskTier {
     /// Errors: it was evicted meanwhile.
     pub fn reopen(&self, held: &HeldFile) -> Result<Arc<TierFile>> {
         let within = |e: io::Error| Error::io(held.key.label.clone(), e);
-        let _lock = self.folder.lock(LOCK_WAIT).map_err(within)?;
+        let _lock = self.lock().map_err(within)?;
         let files = self.open_files(&held.key, false).map_err(within)?;
         let gone = || Error::new(ErrorKind::NotFound, format!("{}: is no longer there", held.key.label));
         Ok(TierFile::new(
@@ -228,6 +243,9 @@ impl DiskTier {
     ///
     /// Errors: another process holds the folder's lock, or the folder cannot be read.
     pub fn evict(&self) -> Result<Evicted> {
+        if self.folder.is_read_only() && self.folder.limit().is_none() {
+            return Ok(Evicted::default());
+        }
         let evicted = self.folder.evict(LOCK_WAIT);
         evicted.map_err(|e| Error::io(self.folder.label(), e))
     }

@@ -5,6 +5,7 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::pwritev;
 
 /// Bytes that are read and written at offsets; in tests a simulation that loses what was not synced.
@@ -12,6 +13,11 @@ pub(super) trait Storage: Send + Sync {
     fn read(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
     fn write(&self, buf: &[u8], at: u64) -> io::Result<()>;
     fn sync(&self) -> io::Result<()>;
+
+    /// Returns the offset of the next bytes from `at` on that may be other than zeroes.
+    fn next_data(&self, at: u64) -> u64 {
+        at
+    }
 
     /// Writes neighbouring parts, the first one at `at`.
     fn write_parts(&self, parts: &[&[u8]], mut at: u64) -> io::Result<()> {
@@ -34,6 +40,15 @@ impl Storage for Arc<File> {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn next_data(&self, at: u64) -> u64 {
+        match seek(&**self, SeekFrom::Data(at)) {
+            Ok(found) => found,
+            // No data up to the end.
+            Err(rustix::io::Errno::NXIO) => u64::MAX,
+            Err(_) => at,
+        }
     }
 
     /// Writes with one system call: a file system finds room for a large write in far less time than for its parts.

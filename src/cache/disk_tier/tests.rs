@@ -370,6 +370,31 @@ fn a_file_that_was_cut_keeps_the_rest() {
     }
 }
 
+#[test]
+fn few_blocks_of_a_large_file_are_found_between_the_holes_of_its_map() {
+    let (_dir, path) = folder();
+    let tier = DiskTier::open(&path, None, true).unwrap();
+    let large = FileKey {
+        len: BLOCK << 20,
+        ..key()
+    };
+    let file = tier.file(large).unwrap();
+    let numbers = [0, 1, 8191, 8192, 70_000, (1 << 20) - 1];
+    numbers
+        .iter()
+        .for_each(|number| file.write(*number, &[*number as u8; BLOCK as usize]));
+    assert_eq!(file.verify(), (6, 0));
+    let mut found = 0;
+    file.verify_rest(|bytes| found += bytes);
+    assert_eq!(found, 6 * BLOCK);
+    let (mut at, mut missing) = (0, Vec::new());
+    while let Some(range) = file.missing_from(at) {
+        at = range.end;
+        missing.push((range.start / BLOCK, range.end / BLOCK));
+    }
+    assert_eq!(missing, [(2, 8191), (8193, 70_000), (70_001, (1 << 20) - 1)]);
+}
+
 fn flip(path: &Path, at: u64) {
     let file = fs::File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];

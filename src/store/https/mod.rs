@@ -121,12 +121,16 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
             .map(|file| Arc::new(file) as _);
     }
     for form in address.site.forms() {
+        // A server that does not answer requests for the headers alone shows the version with one byte as well. One that
+        // sends no ranges at all may have sent a short file as a whole.
+        let kept = shared.tier.as_ref().and_then(|tier| kept_key(tier, &address, form));
+        let is_kept = kept.is_some_and(|key| key.len > FIRST_BLOCKS * BLOCK);
         let (moved, closing) = (Mutex::default(), AtomicBool::new(false));
         let ask = Ask {
             address: &address,
             form,
             moved: &moved,
-            range: 0..FIRST_BLOCKS * BLOCK,
+            range: if is_kept { 0..1 } else { 0..FIRST_BLOCKS * BLOCK },
             want: Want::Bytes,
             known: None,
             closing: &closing,
@@ -134,6 +138,9 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
         let mut head = Vec::new();
         match read(&shared.client, &ask, BLOCK, &mut |block| head.push(block)) {
             Ok(version) => {
+                if is_kept {
+                    head.clear();
+                }
                 shared.client.forms.note(&address.site, form);
                 return HttpsFile::new(shared, address, form, moved, version, head).map(|file| Arc::new(file) as _);
             }
@@ -147,8 +154,8 @@ fn open_at(shared: &Arc<Shared>, address: Address) -> Result<Arc<dyn StoredFile>
 /// Returns form and version of a file of which the disk tier has blocks, if the server still has the same version. Costs no
 /// byte of the file.
 fn known_version(shared: &Shared, tier: &DiskTier, address: &Address) -> Option<(usize, Version)> {
-    let kept = |form| tier.lookup(&address_hash(address.url(form).as_str()));
-    let (form, key) = address.site.forms().find_map(|form| Some((form, kept(form)?)))?;
+    let mut forms = address.site.forms();
+    let (form, key) = forms.find_map(|form| Some((form, kept_key(tier, address, form)?)))?;
     let ask = Ask {
         address,
         form,
@@ -158,10 +165,15 @@ fn known_version(shared: &Shared, tier: &DiskTier, address: &Address) -> Option<
         known: None,
         closing: &AtomicBool::new(false),
     };
-    // A server that does not answer such requests is asked for the first blocks, as without a disk tier.
+    // A server that does not answer such requests is asked for a part of the file.
     let version = shared.client.read(&ask, &mut |_| ()).ok()?;
     let is_same = (version.len, &version.etag, &version.modified) == (key.len, &key.etag, &key.modified);
     is_same.then_some((form, version))
+}
+
+/// Returns the key that the disk tier has for an address.
+fn kept_key(tier: &DiskTier, address: &Address, form: usize) -> Option<FileKey> {
+    tier.lookup(&address_hash(address.url(form).as_str()))
 }
 
 /// An open file on a server.
