@@ -338,10 +338,7 @@ fn regression_a_slow_server_that_comes_back_after_an_outage_keeps_its_connection
     server.crash();
     assert!(!can_read(&disk, SOON));
     // From now on a read waits for the connection for a second. One waits when the server comes back.
-    let reader = std::thread::spawn({
-        let disk = disk.clone();
-        move || poll_until(SOON, || can_read(&disk, SOON))
-    });
+    let reader = std::thread::spawn(move || poll_until(SOON, || can_read(&disk, SOON)));
     let waits_again = || logged().matches("no answer within").count() >= 3;
     assert!(poll_until(SOON, waits_again), "{}", logged());
     let _slow = Server::nbdkit(&scratch, &["--filter=delay", "pattern", "4M", "rdelay=2"]);
