@@ -41,19 +41,19 @@ pub fn mounts_below(dir: &Path) -> Vec<MountEntry> {
     found
 }
 
-/// Unmounts with `fusermount3 -u` as `user`, and returns its outcome. A busy mount is tried again, see [`while_busy`].
+/// Unmounts with `fusermount3 -u` as `user`, and returns its outcome. A busy mount is tried again for a minute.
 pub fn unmount_as(point: &Path, user: Option<User>) -> Outcome {
     while_busy(|| Cmd::new("fusermount3").arg("-u").arg(point).user(user).run())
 }
 
-/// Unmounts with `fusermount3 -u`; panics unless that succeeds. A busy mount is tried again, see [`while_busy`].
+/// Unmounts with `fusermount3 -u`; panics unless that succeeds. A busy mount is tried again for a minute.
 #[track_caller]
 pub fn unmount(point: &Path) {
     unmount_as(point, None).ok();
 }
 
-/// Unmounts a mount of any kind with umount(8); panics unless that succeeds. A busy mount is tried again, see
-/// [`while_busy`].
+/// Unmounts a mount of any kind with umount(8); panics unless that succeeds. A busy mount is tried again for
+/// a minute.
 #[track_caller]
 pub fn umount(point: &Path) {
     while_busy(|| Cmd::new("umount").arg(point).run()).ok();
